@@ -1,0 +1,25 @@
+"""The faults of a stage that a user can mend, and the one that is no fault: being asked to stop."""
+
+from __future__ import annotations
+
+from store.errors import KdpipeError
+
+
+class RecipeError(KdpipeError):
+    """The recipe asks for something that does not exist or does not fit together."""
+
+
+class DataError(KdpipeError):
+    """The data set is missing, empty, damaged, or not what the recipe says."""
+
+
+class ModelError(KdpipeError):
+    """A model cannot be built, loaded, hooked, pruned, quantized or exported as asked."""
+
+
+class NotFiniteError(KdpipeError):
+    """A network gave NaN or infinity: nothing good can come of going on."""
+
+
+class StoppedEarly(Exception):  # noqa: N818 - not an error: the work is saved, and the same command goes on with it
+    """The stop flag was set; everything done so far is saved."""
