@@ -15,4 +15,4 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def section(cls: type[T]) -> type[T]:
     """Declare a section of a recipe: frozen, keyword-only, strictly typed; an unknown key is an error."""
-    return pydantic_dataclass(config=STRICT, frozen=True, kw_only=True)(cls)
+    return pydantic_dataclass(config=STRICT, frozen=True, kw_only=True)(cls)  # type: ignore[return-value]
