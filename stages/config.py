@@ -1,4 +1,4 @@
-"""How every recipe section is declared: a frozen dataclass beside its owner, checked by pydantic, unknown keys refused."""
+"""How every recipe section is declared: a frozen dataclass beside its owner, strictly checked by pydantic."""
 
 from __future__ import annotations
 

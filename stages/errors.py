@@ -9,6 +9,10 @@ class RecipeError(KdpipeError):
     """The recipe asks for something that does not exist or does not fit together."""
 
 
+class RunError(KdpipeError):
+    """A run folder is damaged, or an earlier stage has not left in it what this one needs."""
+
+
 class DataError(KdpipeError):
     """The data set is missing, empty, damaged, or not what the recipe says."""
 
@@ -21,5 +25,5 @@ class NotFiniteError(KdpipeError):
     """A network gave NaN or infinity: nothing good can come of going on."""
 
 
-class StoppedEarly(Exception):  # noqa: N818 - not an error: the work is saved, and the same command goes on with it
+class StoppedEarly(Exception):  # not an error: the work is saved, and the same command goes on with it
     """The stop flag was set; everything done so far is saved."""

@@ -1,4 +1,4 @@
-"""What can go wrong in a way that a user can mend: every error here is one clear sentence, shown without a traceback."""
+"""What can go wrong in a way that a user can mend: each error is one clear sentence, shown without a traceback."""
 
 from __future__ import annotations
 

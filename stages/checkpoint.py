@@ -1,0 +1,71 @@
+"""All the state of a training job in one file, and back: weights, optimiser, loss scale, position, history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import RunError
+from stages.tensor_file import load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class Machinery:
+    """What training changes: the student with the losses' adapters, the optimiser, and the loss scale of float16."""
+
+    modules: nn.Module
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+@dataclass
+class State:
+    """Where a job is: the next step to take, the sums of this epoch's losses, the metrics of the epochs before."""
+
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save(path: Path, machinery: Machinery, state: State) -> None:
+    """Write the checkpoint, whole or not at all."""
+    packed = machinery.optimiser.state_dict()
+    tensors = {f"modules/{name}": tensor for name, tensor in machinery.modules.state_dict().items()}
+    tensors |= {f"sums/{name}": total for name, total in state.sums.items()}
+    for index, slots in packed["state"].items():
+        tensors |= {f"optimiser/{index}/{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
+    record = {
+        "epoch": state.epoch,
+        "step": state.step,
+        "history": state.history,
+        "param_groups": packed["param_groups"],
+        "scaler": machinery.scaler.state_dict(),
+    }
+    save_tensors(path, tensors, record)
+
+
+def restore(path: Path, machinery: Machinery, state: State) -> None:
+    """Put a checkpoint back into what `save` was given. Raises RunError where it does not fit."""
+    tensors, record = load_tensors(path)
+    try:
+        machinery.modules.load_state_dict(_below(tensors, "modules/"))
+        slots: dict[int, dict[str, Any]] = {}
+        for key, value in _below(tensors, "optimiser/").items():
+            index, slot = key.split("/", 1)
+            slots.setdefault(int(index), {})[slot] = value
+        machinery.optimiser.load_state_dict({"state": slots, "param_groups": record["param_groups"]})
+        machinery.scaler.load_state_dict(record["scaler"])
+        state.epoch, state.step, state.history = record["epoch"], record["step"], record["history"]
+        device = next(machinery.modules.parameters()).device
+        state.sums = {name: total.to(device) for name, total in _below(tensors, "sums/").items()}
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise RunError(f"{path} does not fit this job ({error}): delete it to start the job afresh.") from error
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

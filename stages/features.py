@@ -1,0 +1,73 @@
+"""Reading what a module inside a network gives, by its path, without touching the network's code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import ModelError
+from stages.models.module_path import module_named
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network gave for a batch: logits [B, num_classes], and feature maps [B, ...] by module path."""
+
+    logits: Tensor
+    features: Mapping[str, Tensor]
+
+
+class Tap:
+    """A network together with the modules whose outputs are wanted; calling it runs both. Made by `tapped`."""
+
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        self._model = model
+        self._layers = tuple(dict.fromkeys(layers))
+        self._caught: dict[str, Tensor] = {}
+        self._hooks = [module_named(model, layer).register_forward_hook(self._catcher(layer)) for layer in self._layers]
+
+    def __call__(self, images: Tensor) -> Outputs:
+        self._caught = {}
+        logits = self._model(images)
+        absent = [layer for layer in self._layers if layer not in self._caught]
+        if absent:
+            raise ModelError(f"module {absent[0]!r} took no part in the forward pass: name another layer.")
+        return Outputs(logits, self._caught)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _catcher(self, layer: str) -> Any:
+        def catch(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise ModelError(f"module {layer!r} gives {type(output).__name__}, not a tensor: name another layer.")
+            self._caught[layer] = output
+
+        return catch
+
+
+@contextmanager
+def tapped(model: nn.Module, layers: Iterable[str]) -> Iterator[Tap]:
+    """Hook `layers` of `model` while the block runs. A wrong path is a ModelError that lists the nearest ones."""
+    tap = Tap(model, layers)
+    try:
+        yield tap
+    finally:
+        tap.close()
+
+
+def feature_shapes(model: nn.Module, layers: Iterable[str], image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The shape of one sample's output, without the batch axis, at each of `layers`, for images (C, H, W)."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), tapped(model, layers) as tap:
+        outputs = tap(torch.zeros(2, *image_shape, device=device))
+    model.train(was_training)
+    return {layer: tuple(feature.shape[1:]) for layer, feature in outputs.features.items()}

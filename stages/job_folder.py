@@ -1,0 +1,90 @@
+"""One training job's folder: what it was made from, where it stands, what came out.
+
+job.json                what decides its result: a rerun with other inputs is refused, pair by pair
+checkpoint.safetensors  all state, while the job is under way
+metrics.jsonl           one line an epoch
+model.safetensors       the trained network
+model.onnx              the same for onnxruntime
+result.json             the figures; its presence means done
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.errors import RunError
+from store import FingerprintMismatch, differences, make_folders, write_atomically
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """A folder that a job owns."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def onnx(self) -> Path:
+        return self.path / "model.onnx"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def begin(self, made_from: Mapping[str, Any]) -> None:
+        """Claim the folder for a job that is decided by `made_from`, a JSON object.
+
+        Raises FingerprintMismatch if it holds a job that was made from something else.
+        """
+        make_folders([self.path])
+        wanted = json.loads(json.dumps(made_from))
+        stored = read_json(self.path / "job.json")
+        if stored is None:
+            write_json(self.path / "job.json", wanted)
+            return
+        found = differences(stored, wanted)
+        if found:
+            advice = "Give this recipe another run folder (--run), or delete that folder to start it afresh."
+            raise FingerprintMismatch(f"the job in {self.path}", found, advice)
+
+    def result(self) -> dict[str, Any] | None:
+        """The figures of a finished job; None while it is not."""
+        return read_json(self.path / "result.json")
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Publish the figures. The checkpoint has done its duty and goes."""
+        write_json(self.path / "result.json", result)
+        self.checkpoint.unlink(missing_ok=True)
+
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Make metrics.jsonl hold exactly `lines`: a resumed job leaves no line twice."""
+        write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file. Raises RunError where it is damaged."""
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error
+    if not isinstance(record, dict):
+        raise RunError(f"{path} is damaged (no JSON object): delete the folder {path.parent} and run again.")
+    return record
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented for people, whole or not at all."""
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())

@@ -1,0 +1,69 @@
+"""A network with what belongs to it, and what every finished training job leaves of it in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.compression.onnx_file import export_onnx
+from stages.evaluate import evaluate
+from stages.job_folder import JobFolder
+from stages.lesson import Normalisation
+from stages.model_file import save_model
+from stages.models.weights import count_parameters, weights_sha256
+from stages.setup import Setup
+from store import canonical_json
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, the record from which it can be built again, and how its input is scaled."""
+
+    model: nn.Module
+    architecture: Mapping[str, Any]
+    normalise: Normalisation
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes it this network: architecture, all its weights, and how its input is scaled."""
+        return {
+            "architecture": dict(self.architecture),
+            "weights_sha256": weights_sha256(self.model),
+            "normalisation": self.normalise.to_json(),
+        }
+
+
+def finish(folder: JobFolder, network: Network, history: Sequence[Mapping[str, Any]], setup: Setup) -> dict[str, Any]:
+    """Measure a trained network, leave its weights, ONNX file and figures in `folder`, and return the figures."""
+    network.model.eval()
+    measured = evaluate(network.model, setup.test(network.normalise), setup.device)
+    record = {"architecture": dict(network.architecture), "normalisation": network.normalise.to_json()}
+    save_model(folder.model, network.model, record)
+    write_onnx(folder, network, setup)
+    best = max(history, key=lambda line: line["accuracy"], default={"accuracy": measured.accuracy, "epoch": None})
+    result = {
+        **measured.to_json(),
+        "best_accuracy": best["accuracy"],
+        "best_epoch": best["epoch"],
+        "num_epochs": len(history),
+        "num_parameters": count_parameters(network.model),
+        "identity": network.identity,
+        "onnx_bytes": folder.onnx.stat().st_size,
+        "wall_s": round(sum(line["wall_s"] for line in history), 3),
+    }
+    folder.finish(result)
+    return result
+
+
+def write_onnx(folder: JobFolder, network: Network, setup: Setup) -> None:
+    """Export the network; how to scale its input and what its classes are called travel in the file's metadata."""
+    metadata = {
+        "normalisation": canonical_json(network.normalise.to_json()),
+        "class_names": canonical_json(list(setup.test_set.class_names)),
+    }
+    example = torch.zeros(2, *setup.image_shape, device=setup.device)
+    export_onnx(network.model, example, folder.onnx, metadata=metadata)

@@ -1,0 +1,66 @@
+"""Optimisers, and the learning rate as a pure function of the step: no scheduler has a state that could be lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from stages.config import section
+
+
+@section
+class TrainConfig:
+    """How a network is trained: epochs, batches, optimiser and schedule.
+
+    milestones: the epochs at which a step schedule multiplies the rate by gamma.
+    precision: auto is mixed precision (bfloat16, else float16) on CUDA and float32 elsewhere.
+    checkpoint_every_s: seconds between checkpoints; it changes what a kill can cost, never the result.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] = 20
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Literal["cosine", "step"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    precision: Literal["auto", "float32"] = "auto"
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = 30.0
+
+
+def build_optimiser(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser of `config` over `parameters`: the student's, and those of the losses' adapters."""
+    if config.optimiser == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov and config.momentum > 0,
+    )
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """The rate for optimiser step number `step`, from 0: a linear warm-up, then a cosine to zero or steps down."""
+    epoch = step / steps_per_epoch
+    if epoch < config.warmup_epochs:
+        return config.lr * (step + 1) / max(1.0, config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "step":
+        return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    done = (epoch - config.warmup_epochs) / max(1e-9, config.epochs - config.warmup_epochs)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate

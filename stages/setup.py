@@ -1,0 +1,104 @@
+"""What every stage works with: the samples, the views, the device, the run folder, and who watches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.datasets.image_set import ImageSet, normalisation, pixel_checksums
+from stages.errors import RecipeError
+from stages.evaluate import Evaluation
+from stages.lesson import Normalisation
+from stages.models.build import ModelConfig, architecture, build_model
+from stages.views import ViewsConfig, identity
+from stages.watch import Watch
+from store import Samples
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The common ground of a run's stages; `run` is the folder in which they find each other's files."""
+
+    run: Path
+    train_set: ImageSet
+    test_set: ImageSet
+    views: ViewsConfig
+    device: torch.device
+    watch: Watch
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.train_set.in_channels, *self.train_set.image_size)
+
+    def test(self, normalise: Normalisation) -> Evaluation:
+        return Evaluation(self.test_set.images, self.test_set.labels, normalise)
+
+    def architecture(self, config: ModelConfig) -> dict[str, Any]:
+        """The record from which a network for these images and classes can be built again."""
+        held = self.train_set
+        return architecture(config, held.num_classes, held.in_channels, held.image_size)
+
+    def build(self, config: ModelConfig, seed: int) -> nn.Module:
+        """A network for these images and classes, initialised from `seed`."""
+        held = self.train_set
+        return build_model(
+            config,
+            num_classes=held.num_classes,
+            in_channels=held.in_channels,
+            image_size=held.image_size,
+            seed=seed,
+        )
+
+    def view_identity(self) -> dict[str, Any]:
+        """The views, as a store and a job recognise them again."""
+        return identity(self.views, self.image_shape)
+
+    def data_identity(self) -> dict[str, Any]:
+        """The training samples, as a store and a job recognise them again."""
+        held = self.train_set
+        counts = {"num_samples": held.num_samples, "num_classes": held.num_classes}
+        return {"name": held.name, "split": held.split, **counts, **samples_of(held).digests()}
+
+
+def samples_of(image_set: ImageSet) -> Samples:
+    """The ids, labels and pixel checksums of a data set, in its order."""
+    return Samples(image_set.sample_ids.numpy(), image_set.labels.numpy(), pixel_checksums(image_set))
+
+
+def choose_device(name: str) -> torch.device:
+    """auto is the first GPU that CUDA_VISIBLE_DEVICES leaves, else the CPU. Raises RecipeError for an absent one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"the recipe's device is {name!r}, and torch sees no GPU: set device = 'auto' or 'cpu'.")
+    return torch.device(name)
+
+
+def model_normalisation(
+    image_set: ImageSet, weights: str | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> Normalisation:
+    """How a model scales its input: as the recipe says, as published weights want it, or by the training images."""
+    if (mean is None) != (std is None):
+        raise RecipeError("a model's mean and std are given together or not at all.")
+    if mean is not None and std is not None:
+        if not len(mean) == len(std) == image_set.in_channels or min(std) <= 0:
+            raise RecipeError(
+                f"mean {list(mean)} and std {list(std)} do not fit images of {image_set.in_channels} channels: "
+                "one number a channel, std above 0."
+            )
+        return Normalisation(mean, std)
+    if weights == "published" and image_set.in_channels == 3:
+        return IMAGENET
+    return Normalisation(*normalisation(image_set))
+
+
+def deciding(config: Any) -> Mapping[str, Any]:
+    """A config section as JSON, without what cannot change a result."""
+    return {key: value for key, value in asdict(config).items() if key != "checkpoint_every_s"}

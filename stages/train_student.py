@@ -1,0 +1,151 @@
+"""Stage 2, `kdpipe train-student`: a student taught by hard labels alone, and the same one taught from stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from stages.config import section
+from stages.errors import RecipeError
+from stages.features import feature_shapes
+from stages.job_folder import JobFolder
+from stages.lesson import Lesson, place
+from stages.losses.hint import HintConfig
+from stages.losses.terms import LossConfig, build_terms, student_layers, teacher_layers
+from stages.models.build import ModelConfig
+from stages.network import Network, finish
+from stages.optim import TrainConfig
+from stages.order import derive_seed
+from stages.setup import Setup, deciding, model_normalisation
+from stages.targets import Source, Targets, feature_array, join
+from stages.training import Job, train
+from store import TargetStore, open_store
+
+KINDS = ("alone", "distilled")
+
+
+@section
+class StudentConfig:
+    """The student, and how it is trained: once for each seed, alone and distilled, all else being equal.
+
+    hard_label_weight: the weight of the cross entropy with the labels beside the distillation losses.
+    stores: the target stores to learn from; none means the one that this recipe's `cache-teacher` fills. Several are
+    several teachers: losses on logits take the mean of theirs, a hint says which store it means.
+    """
+
+    model: ModelConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    hard_label_weight: Annotated[float, Field(ge=0)] = 0.1
+    stores: tuple[str, ...] = ()
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """The stores of a run, opened and checked, with the losses that read them."""
+
+    stores: Sequence[TargetStore]
+    losses: Sequence[LossConfig]
+    hard_label_weight: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the teaching's numbers."""
+        return {
+            "stores": [store.manifest.identity.fingerprint for store in self.stores],
+            "losses": [deciding(loss) for loss in self.losses],
+            "hard_label_weight": self.hard_label_weight,
+        }
+
+
+def student_folder(run: Path, kind: str, seed: int) -> JobFolder:
+    return JobFolder(run / "students" / f"{kind}-seed{seed}")
+
+
+def open_teaching(
+    paths: Sequence[Path], losses: Sequence[LossConfig], hard_label_weight: float, wanted: dict[str, Any], setup: Setup
+) -> Teaching:
+    """Open the stores that `losses` learn from. `wanted` is what their manifests must say beside the views.
+
+    Raises RecipeError where a loss names a store that is not there, StoreError and FingerprintMismatch for stores that
+    are incomplete or belong to another teacher, view recipe or number of views.
+    """
+    advice = "Cache again with this recipe into another run folder or store, or go back to the recipe that made it."
+    stores = [open_store(path, wanted | {"views": setup.view_identity()}, advice) for path in paths]
+    for store in stores:
+        if store.num_views < setup.views.num_views:
+            raise RecipeError(
+                f"{store.path} holds {store.num_views} views, the recipe wants {setup.views.num_views}: lower "
+                "views.num_views, or cache again into another store."
+            )
+    for loss in losses:
+        if isinstance(loss, HintConfig) and loss.store >= len(stores):
+            raise RecipeError(f"a hint names store {loss.store}; there are {len(stores)}, counted from 0.")
+    return Teaching(stores, losses, hard_label_weight)
+
+
+def build_lesson(network: Network, teaching: Teaching | None, seed: int, setup: Setup) -> Lesson:
+    """What `network` is to learn from: hard labels alone where `teaching` is None, else also what the stores say."""
+    placed = place(setup.train_set, setup.device)
+    if teaching is None:
+        return Lesson(*placed, setup.views, network.normalise)
+    sources = [
+        join(store, setup.train_set, teacher_layers(teaching.losses, number))
+        for number, store in enumerate(teaching.stores)
+    ]
+    shapes = feature_shapes(network.model, student_layers(teaching.losses), setup.image_shape)
+    terms = build_terms(
+        teaching.losses, shapes, [_held_shapes(source) for source in sources], derive_seed(seed, "adapters")
+    )
+    targets = Targets(sources, setup.device)
+    return Lesson(
+        *placed,
+        setup.views,
+        network.normalise,
+        targets=targets,
+        terms=terms,
+        hard_label_weight=teaching.hard_label_weight,
+    )
+
+
+def train_student(
+    config: StudentConfig, kind: str, seed: int, teaching: Teaching | None, setup: Setup
+) -> dict[str, Any]:
+    """Train one student (`kind` alone, without `teaching`, or distilled) and leave it in the run folder.
+
+    Resumes where it was stopped; a finished one is not touched. Returns its figures.
+    """
+    folder = student_folder(setup.run, kind, seed)
+    network = fresh_student(config, seed, setup)
+    folder.begin(
+        {
+            "starts_from": network.identity,
+            "train": deciding(config.train),
+            "seed": seed,
+            "data": setup.data_identity(),
+            "views": {**setup.view_identity(), "num_views": setup.views.num_views},
+            "teaching": teaching.to_json() if teaching else None,
+        }
+    )
+    if (done := folder.result()) is not None:
+        return done
+    lesson = build_lesson(network, teaching, seed, setup)
+    layers = student_layers(teaching.losses) if teaching else ()
+    name, test = f"{kind} student, seed {seed}", setup.test(network.normalise)
+    job = Job("train-student", name, network.model, lesson, test, config.train, seed, folder, layers)
+    return finish(folder, network, train(job, setup.device, setup.watch), setup)
+
+
+def fresh_student(config: StudentConfig, seed: int, setup: Setup) -> Network:
+    """The untrained student of a seed."""
+    normalise = model_normalisation(setup.train_set, config.model.weights, config.mean, config.std)
+    return Network(setup.build(config.model, seed), setup.architecture(config.model), normalise)
+
+
+def _held_shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    return {layer: source.store.spec(feature_array(layer)).row_shape for layer in source.layers}

@@ -1,0 +1,83 @@
+"""Stage 0, `kdpipe train-teacher`: train a teacher, or take a trained one, and leave it where stage 1 finds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stages.config import section
+from stages.errors import RecipeError, RunError
+from stages.job_folder import JobFolder
+from stages.lesson import Lesson, place
+from stages.model_file import load_model
+from stages.models.build import ModelConfig
+from stages.network import Network, finish
+from stages.optim import TrainConfig
+from stages.setup import Setup, deciding, model_normalisation
+from stages.training import Job, train
+
+
+@section
+class TeacherConfig:
+    """The teacher: a network, and how to train it. Without `train`, `model.weights` are taken as they are."""
+
+    model: ModelConfig
+    train: TrainConfig | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def teacher_folder(run: Path) -> JobFolder:
+    return JobFolder(run / "teacher")
+
+
+def train_teacher(config: TeacherConfig, seed: int, setup: Setup) -> dict[str, Any]:
+    """Leave a teacher in the run folder, with its ONNX file and figures; returns the figures.
+
+    The training resumes where it was stopped, and a finished one is not touched. Raises RecipeError where the recipe
+    gives neither weights nor training, and what building and training raise.
+    """
+    if config.train is None and config.model.weights is None:
+        raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
+    folder = teacher_folder(setup.run)
+    teacher = _fresh(config, seed, setup)
+    plan = {"train": deciding(config.train) if config.train else None, "views": setup.view_identity()}
+    folder.begin({"starts_from": teacher.identity, "data": setup.data_identity(), "seed": seed, **plan})
+    if (done := folder.result()) is not None:
+        return done
+    history = []
+    if config.train is not None:
+        lesson = Lesson(*place(setup.train_set, setup.device), setup.views, teacher.normalise, fresh_views=True)
+        test = setup.test(teacher.normalise)
+        job = Job("train-teacher", "teacher", teacher.model, lesson, test, config.train, seed, folder)
+        history = train(job, setup.device, setup.watch)
+    return finish(folder, teacher, history, setup)
+
+
+def load_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:
+    """The finished teacher of a run folder, in eval mode on the device. Raises RunError if it is not finished."""
+    folder = teacher_folder(setup.run)
+    if folder.result() is None:
+        raise RunError(f"there is no finished teacher in {folder.path}: run `kdpipe train-teacher` first.")
+    teacher = _fresh(config, seed, setup)
+    load_model(folder.model, teacher.model, teacher.architecture)
+    teacher.model.eval().to(setup.device)
+    return teacher
+
+
+def teacher_identity(config: TeacherConfig, setup: Setup) -> dict[str, Any]:
+    """What identifies the recipe's teacher, without building it: its architecture, its scaling, and, from its
+    figures, its weights. Without figures in the run folder, `weights_sha256` is left out."""
+    result = teacher_folder(setup.run).result()
+    weights = {"weights_sha256": result["identity"]["weights_sha256"]} if result else {}
+    normalise = model_normalisation(setup.train_set, config.model.weights, config.mean, config.std)
+    return {
+        "architecture": setup.architecture(config.model),
+        "normalisation": normalise.to_json(),
+        **weights,
+    }
+
+
+def _fresh(config: TeacherConfig, seed: int, setup: Setup) -> Network:
+    normalise = model_normalisation(setup.train_set, config.model.weights, config.mean, config.std)
+    return Network(setup.build(config.model, seed), setup.architecture(config.model), normalise)

@@ -1,0 +1,127 @@
+"""The training loop: teachers, students, pruned and quantized networks all go through this one.
+
+It can be killed at any step. What has no state (order, views, learning rate, dropout: functions of seed, epoch and
+step) needs no saving; what has one (weights, optimiser, sums of the epoch's losses, history) is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.checkpoint import Machinery, State, restore, save
+from stages.errors import NotFiniteError
+from stages.evaluate import Evaluation, evaluate
+from stages.features import Tap, tapped
+from stages.job_folder import JobFolder
+from stages.lesson import Lesson
+from stages.optim import TrainConfig, build_optimiser, learning_rate, set_learning_rate
+from stages.order import batch_indices, derive_seed, epoch_order, num_steps
+from stages.watch import Event, Watch
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train: on what, how, where, and under which name it reports.
+
+    `on_epoch` is called with the model and the epoch's number before each epoch; whatever it changes must be part of
+    the model's state.
+    """
+
+    stage: str
+    name: str
+    model: nn.Module
+    lesson: Lesson
+    test: Evaluation
+    config: TrainConfig
+    seed: int
+    folder: JobFolder
+    student_layers: Sequence[str] = ()
+    on_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
+
+
+def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
+    """Train `job.model` in place, from its checkpoint if there is one; returns the metrics of each epoch.
+
+    Raises StoppedEarly, everything saved, when the stop flag is set; NotFiniteError when the loss is NaN or infinite.
+    """
+    machinery, state = _set_up(job, device), State()
+    if job.folder.checkpoint.exists():
+        restore(job.folder.checkpoint, machinery, state)
+    steps = num_steps(job.lesson.num_samples, job.config.batch_size)
+    saved_at = time.monotonic()
+    with tapped(job.model, job.student_layers) as student:
+        while state.epoch < job.config.epochs:
+            started = time.monotonic()
+            job.on_epoch(job.model, state.epoch)
+            machinery.modules.train()
+            order = epoch_order(job.seed, state.epoch, job.lesson.num_samples)
+            while state.step < steps:
+                rate = learning_rate(job.config, state.epoch * steps + state.step, steps)
+                set_learning_rate(machinery.optimiser, rate)
+                _step(job, student, machinery, state, batch_indices(order, state.step, job.config.batch_size))
+                state.step += 1
+                due = time.monotonic() - saved_at >= job.config.checkpoint_every_s
+                if due or watch.should_stop():
+                    save(job.folder.checkpoint, machinery, state)
+                    saved_at = time.monotonic()
+                    watch.check()
+                watch.report(_event(job, state, steps))
+            _end_epoch(job, state, steps, device, time.monotonic() - started)
+            watch.report(_event(job, state, steps, state.history[-1]))
+    return state.history
+
+
+def _set_up(job: Job, device: torch.device) -> Machinery:
+    modules = nn.ModuleDict({"student": job.model, "terms": job.lesson.terms}).to(device)
+    optimiser = build_optimiser(job.config, modules.parameters())
+    narrow = _narrow_type(job.config, device)
+    return Machinery(modules, optimiser, torch.amp.GradScaler(device.type, enabled=narrow is torch.float16))
+
+
+def _step(job: Job, student: Tap, machinery: Machinery, state: State, indices: Tensor) -> None:
+    """One batch forward and back, and one step of the optimiser."""
+    device = next(job.model.parameters()).device
+    narrow = _narrow_type(job.config, device)
+    torch.manual_seed(derive_seed(job.seed, "step", state.epoch, state.step))
+    batch = job.lesson.batch(state.epoch, indices, device)
+    with torch.autocast(device.type, dtype=narrow, enabled=narrow is not None):
+        losses = job.lesson.losses(student(batch.images), batch)
+    machinery.optimiser.zero_grad(set_to_none=True)
+    machinery.scaler.scale(torch.stack(list(losses.values())).sum()).backward()  # type: ignore[no-untyped-call]
+    machinery.scaler.step(machinery.optimiser)
+    machinery.scaler.update()
+    for name, loss in losses.items():
+        state.sums[name] = state.sums.get(name, torch.zeros((), device=device)) + loss.detach()
+
+
+def _end_epoch(job: Job, state: State, steps: int, device: torch.device, wall_s: float) -> None:
+    """Evaluate, write the epoch's line down, and stand at the start of the next."""
+    losses = {name: float(total) / steps for name, total in state.sums.items()}
+    if not all(abs(loss) < float("inf") for loss in losses.values()):
+        raise NotFiniteError(
+            f"the loss of {job.name} became {losses} in epoch {state.epoch}: lower lr, or lengthen warmup_epochs."
+        )
+    measured = evaluate(job.model, job.test, device)
+    line = {"epoch": state.epoch, **measured.to_json(), "losses": losses, "wall_s": round(wall_s, 3)}
+    state.history.append(line)
+    state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
+    job.folder.write_metrics(state.history)
+
+
+def _event(job: Job, state: State, steps: int, line: dict[str, Any] | None = None) -> Event:
+    done = state.epoch * steps + state.step
+    metrics = {"accuracy": line["accuracy"], "epoch": line["epoch"]} if line else {}
+    return Event(job.stage, job.name, done, job.config.epochs * steps, "step", metrics)
+
+
+def _narrow_type(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """The narrow type of mixed precision; None where everything runs in float32."""
+    if config.precision == "float32" or device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

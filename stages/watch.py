@@ -1,0 +1,37 @@
+"""What a stage is handed to be seen and stopped by: a reporter for events, and a flag that says to stop.
+
+Stages know nothing of terminals and signals: `pipeline` draws the events and sets the flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.errors import StoppedEarly
+
+
+@dataclass(frozen=True)
+class Event:
+    """Where a stage is: `step` of `total` `unit`s of `job` are done. `metrics` carries figures by name."""
+
+    stage: str
+    job: str
+    step: int
+    total: int
+    unit: str
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A reporter and a stop flag."""
+
+    report: Callable[[Event], None] = lambda event: None
+    should_stop: Callable[[], bool] = lambda: False
+
+    def check(self) -> None:
+        """Raise StoppedEarly if the stop flag is set. Call it only where everything done so far is saved."""
+        if self.should_stop():
+            raise StoppedEarly

@@ -1,0 +1,60 @@
+"""Files that are whole or absent: written aside, fsynced, renamed, and the folder fsynced.
+
+Everything that kdpipe leaves on disk goes through here, so a job killed at any moment leaves only whole files and,
+at the worst, a temporary one that the next job sweeps away.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Publish `parts`, one behind the other, as the file `path`; readers see the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: without this a crash can undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folders(folders: Iterable[Path]) -> None:
+    """Create folders with their parents, each made durable in the one above it."""
+    for folder in folders:
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for created in missing:
+            fsync_folder(created.parent)
+
+
+def sweep_partial(path: Path) -> None:
+    """Remove what killed writers of `path`, a file or a whole folder, left behind. Only its lock's holder may."""
+    beside = path.parent.glob(f".{path.name}.*{PARTIAL_SUFFIX}") if path.parent.exists() else ()
+    inside = path.rglob(f".*{PARTIAL_SUFFIX}") if path.is_dir() else ()
+    for leftover in [*beside, *inside]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
