@@ -1,0 +1,30 @@
+"""What kdpipe's exit status tells a batch system, and which error leads to which."""
+
+from __future__ import annotations
+
+from stages.errors import RecipeError, StoppedEarly
+from store import FingerprintMismatch, KdpipeError, LockedError
+
+DONE = 0
+FAILED = 1
+USAGE = 2
+DONE_IN_PART = 3
+LOCKED = 11
+FINGERPRINT_MISMATCH = 12
+STOPPED_EARLY = 75
+INTERRUPTED = 130
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit status for an error."""
+    for kind, code in (
+        (StoppedEarly, STOPPED_EARLY),
+        (RecipeError, USAGE),
+        (FingerprintMismatch, FINGERPRINT_MISMATCH),
+        (LockedError, LOCKED),
+        (KeyboardInterrupt, INTERRUPTED),
+        (KdpipeError, FAILED),
+    ):
+        if isinstance(error, kind):
+            return code
+    return FAILED

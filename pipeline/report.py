@@ -1,0 +1,121 @@
+"""The table of a run: what each network gets right, weighs and takes, read from the figures that its jobs left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from stages.errors import RunError
+from stages.job_folder import JobFolder, read_json
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of a run: figures over its seeds. Accuracies in percent; None where it is not measured."""
+
+    name: str
+    num_seeds: int
+    accuracy_mean: float
+    accuracy_std: float | None
+    best_accuracy_mean: float
+    num_parameters: int
+    file_bytes: int
+    latency_ms: float | None
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run's table, and what is still to be done."""
+
+    run: str
+    recipe: str
+    latency_batch_size: int | None
+    rows: list[Row]
+    missing: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+LATENCY_KEYS = {"teacher": "teacher", "student distilled": "student", "pruned": "pruned", "pruned + INT8": "int8"}
+"""The row whose latency each entry of latency.json is; the student alone is the same network as the distilled."""
+
+
+def read_report(run: Path) -> Report:
+    """Collect the figures of the run folder `run`. Raises RunError if it is not one."""
+    recipe = read_json(run / "recipe.json")
+    if recipe is None:
+        raise RunError(f"{run} is not a run folder: it has no recipe.json. Give the folder that `kdpipe run` names.")
+    latency = read_json(run / "compressed" / "latency.json") or {}
+    seeds = recipe["student"]["seeds"]
+    folders = {
+        "teacher": [run / "teacher"],
+        "student alone": [run / "students" / f"alone-seed{seed}" for seed in seeds],
+        "student distilled": [run / "students" / f"distilled-seed{seed}" for seed in seeds],
+        "pruned": [run / "compressed" / f"pruned-seed{seed}" for seed in seeds],
+        "pruned + INT8": [run / "compressed" / f"int8-seed{seed}" for seed in seeds],
+    }
+    rows, missing = [], []
+    for name, jobs in folders.items():
+        missing += [str(job) for job in jobs if JobFolder(job).result() is None]
+        row = _row(name, jobs, latency.get("median_ms", {}))
+        rows += [row] if row else []
+    return Report(str(run), recipe["name"], latency.get("batch_size"), rows, missing)
+
+
+def _row(name: str, jobs: Sequence[Path], median_ms: dict[str, float]) -> Row | None:
+    results = {job: result for job in jobs if (result := JobFolder(job).result()) is not None}
+    if not results:
+        return None
+    accuracies = [100 * result["accuracy"] for result in results.values()]
+    first = next(iter(results.values()))
+    key = "student" if name == "student alone" else LATENCY_KEYS[name]
+    return Row(
+        name=name,
+        num_seeds=len(results),
+        accuracy_mean=mean(accuracies),
+        accuracy_std=stdev(accuracies) if len(accuracies) > 1 else None,
+        best_accuracy_mean=mean(100 * result["best_accuracy"] for result in results.values()),
+        num_parameters=first["num_parameters"],
+        file_bytes=first["onnx_bytes"],
+        latency_ms=median_ms.get(key),
+        files=[str(job / "model.onnx") for job in results],
+    )
+
+
+def print_report(report: Report) -> None:
+    """Write the table to stdout, for people."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 120, soft_wrap=True)
+    batch = f", batch {report.latency_batch_size}" if report.latency_batch_size else ""
+    table = Table(box=box.SIMPLE, title=f"{report.recipe}: what each network is worth", title_justify="left")
+    table.add_column("network")
+    for header in ("test accuracy %", "seeds", "parameters", "ONNX file", f"latency ms{batch}"):
+        table.add_column(header, justify="right")
+    for row in report.rows:
+        table.add_row(
+            row.name,
+            _accuracy(row),
+            str(row.num_seeds),
+            f"{row.num_parameters:,}",
+            f"{row.file_bytes / 1024:.1f} KiB",
+            "-" if row.latency_ms is None else f"{row.latency_ms:.3f}",
+        )
+    console.print(table)
+    console.print("The files:", style="bold")
+    for row in report.rows:
+        console.print(f"  {row.name:<18} {row.files[0]}", highlight=False)
+    if report.missing:
+        console.print(f"Not done yet: {', '.join(report.missing)}: run the recipe again.")
+
+
+def _accuracy(row: Row) -> str:
+    spread = "" if row.accuracy_std is None else f" ± {row.accuracy_std:.2f}"
+    return f"{row.accuracy_mean:.2f}{spread}"

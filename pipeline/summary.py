@@ -1,0 +1,33 @@
+"""What a single stage says on stdout when it is done, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def print_summary(command: str, run: Path, results: dict[str, Any]) -> None:
+    """A few lines: the figures, and where the files are."""
+    for line in (*_lines(results), f"{command} is done: {run}"):
+        print(line)  # noqa: T201
+
+
+def _lines(results: dict[str, Any]) -> Iterator[str]:
+    if teacher := results.get("teacher"):
+        yield _figures("teacher", teacher)
+    if store := results.get("store"):
+        yield (
+            f"store: {store['num_views']} views of {store['num_samples']:,} samples, {store['store_bytes']:,} bytes, "
+            f"{', '.join(store['arrays'])}: {store['path']}"
+        )
+    for kind, students in results.get("students", {}).items():
+        for number, student in enumerate(students):
+            yield _figures(f"student {kind}, number {number}", student)
+    for number, pair in enumerate(results.get("compressed", [])):
+        for kind, figures in pair.items():
+            yield _figures(f"{kind}, number {number}", figures)
+
+
+def _figures(name: str, figures: dict[str, Any]) -> str:
+    return f"{name}: test accuracy {100 * figures['accuracy']:.2f} %, {figures['num_parameters']:,} parameters"

@@ -1,0 +1,115 @@
+"""The stages in their order, on one recipe and one run folder: what each command does once the recipe is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe import Recipe, recipe_json
+from stages.cache_teacher import cache_teacher
+from stages.compress import compress, measure_latencies
+from stages.datasets.load import load_dataset
+from stages.job_folder import write_json
+from stages.losses.terms import teacher_layers
+from stages.setup import Setup, choose_device
+from stages.train_student import KINDS, Teaching, open_teaching, train_student
+from stages.train_teacher import load_teacher, teacher_identity, train_teacher
+from stages.watch import Watch
+from store import make_folders, read_store_manifest
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A recipe under way in its run folder; data and stores are opened when a stage first needs them."""
+
+    recipe: Recipe
+    run: Path
+    watch: Watch
+
+    def begin(self) -> None:
+        """Make the run folder, with the resolved recipe in it."""
+        make_folders([self.run])
+        write_json(self.run / "recipe.json", recipe_json(self.recipe))
+
+    @cached_property
+    def setup(self) -> Setup:
+        data = self.recipe.data
+        device = choose_device(self.recipe.device)
+        sets = load_dataset(data, "train"), load_dataset(data, "test")
+        return Setup(self.run, *sets, self.recipe.views, device, self.watch)
+
+    @property
+    def store(self) -> Path:
+        """The store that this recipe's `cache-teacher` fills."""
+        return Path(self.recipe.cache.store) if self.recipe.cache.store else self.run / "store.zarr"
+
+    @property
+    def stores(self) -> list[Path]:
+        """The stores that students learn from."""
+        return [Path(path) for path in self.recipe.student.stores] or [self.store]
+
+    @property
+    def cached_layers(self) -> list[str]:
+        """The teacher's layers to cache: those of the recipe's cache section, and those that its losses want."""
+        asked = list(self.recipe.cache.layers)
+        if self.store in self.stores:
+            asked += teacher_layers(self.recipe.distill, self.stores.index(self.store))
+        return list(dict.fromkeys(asked))
+
+    @cached_property
+    def teaching(self) -> Teaching:
+        """The stores, opened and checked; the recipe's own must hold the recipe's own teacher."""
+        wanted: dict[str, Any] = {}
+        if self.stores == [self.store]:
+            identity = teacher_identity(self.recipe.teacher, self.setup)
+            stored = read_store_manifest(self.store).identity.teacher
+            wanted["teacher"] = {"weights_sha256": stored.get("weights_sha256"), **identity}
+        student = self.recipe.student
+        return open_teaching(self.stores, self.recipe.distill, student.hard_label_weight, wanted, self.setup)
+
+
+def walk_train_teacher(walk: Walk) -> dict[str, Any]:
+    return {"teacher": train_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)}
+
+
+def walk_cache_teacher(walk: Walk) -> dict[str, Any]:
+    teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
+    return {"store": cache_teacher(walk.recipe.cache, walk.store, teacher, walk.cached_layers, walk.setup)}
+
+
+def walk_train_student(walk: Walk) -> dict[str, Any]:
+    students: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for seed in walk.recipe.student.seeds:
+        for kind in KINDS:
+            teaching = walk.teaching if kind == "distilled" else None
+            students[kind].append(train_student(walk.recipe.student, kind, seed, teaching, walk.setup))
+    return {"students": students}
+
+
+def walk_compress(walk: Walk) -> dict[str, Any]:
+    recipe = walk.recipe
+    compressed = [
+        compress(recipe.compress, recipe.student, seed, walk.teaching, walk.setup) for seed in recipe.student.seeds
+    ]
+    latency = measure_latencies(recipe.compress, recipe.student.seeds[0], walk.setup)
+    return {"compressed": compressed, "latency": latency}
+
+
+STAGES: dict[str, Callable[[Walk], dict[str, Any]]] = {
+    "train-teacher": walk_train_teacher,
+    "cache-teacher": walk_cache_teacher,
+    "train-student": walk_train_student,
+    "compress": walk_compress,
+}
+"""The road, in order."""
+
+
+def walk_all(walk: Walk) -> dict[str, Any]:
+    """Every stage; each skips what is done."""
+    results: dict[str, Any] = {}
+    for stage in STAGES.values():
+        results |= stage(walk)
+    return results

@@ -1,0 +1,199 @@
+"""Stage 3, `kdpipe compress`: prune the distilled student, take it to INT8, teach it from the stores all the while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from stages.compression.latency import measure_latency
+from stages.compression.prune import PruneConfig, prune
+from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
+from stages.compression.widths import apply_widths, record_widths
+from stages.config import section
+from stages.job_folder import JobFolder, read_json, write_json
+from stages.lesson import Lesson
+from stages.losses.terms import student_layers
+from stages.model_file import load_model, read_record
+from stages.network import Network, finish
+from stages.optim import TrainConfig
+from stages.order import batch_indices, epoch_order, num_steps
+from stages.setup import Setup, deciding
+from stages.train_student import StudentConfig, Teaching, build_lesson, fresh_student, student_folder
+from stages.training import Job, train
+
+LEAST_AGREEMENT = 0.99
+"""An ONNX file whose top-1 answers agree less often than this with torch's is not handed out."""
+
+
+@section
+class QuantizeConfig:
+    """INT8 quantization-aware training.
+
+    calibration_batches: batches of training views from which the first ranges of the activations are taken.
+    freeze_after: the share of the epochs after which those ranges stay as they are.
+    """
+
+    calibration_batches: Annotated[int, Field(ge=1)] = 8
+    freeze_after: Annotated[float, Field(ge=0, le=1)] = 0.67
+
+
+@section
+class CompressConfig:
+    """How the distilled students are made small: pruned, then quantized, each with its own fine-tuning.
+
+    latency_batch_size: images in the batch whose latency is reported.
+    """
+
+    prune: PruneConfig = Field(default_factory=PruneConfig)
+    prune_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=10, lr=0.01))
+    quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
+    quantize_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=5, lr=0.001))
+    latency_batch_size: Annotated[int, Field(ge=1)] = 64
+    latency_rounds: Annotated[int, Field(ge=3)] = 50
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One fine-tuning of this stage: what it starts from, where it goes, and what else decides its result."""
+
+    name: str
+    network: Network
+    folder: JobFolder
+    config: TrainConfig
+    decided_by: Mapping[str, Any]
+    seed: int
+
+
+def compressed_folder(run: Path, kind: str, seed: int) -> JobFolder:
+    """The folder of a `pruned` or `int8` student."""
+    return JobFolder(run / "compressed" / f"{kind}-seed{seed}")
+
+
+def compress(
+    config: CompressConfig, student: StudentConfig, seed: int, teaching: Teaching, setup: Setup
+) -> dict[str, dict[str, Any]]:
+    """Prune and quantize the distilled student of a seed; returns the figures of both.
+
+    Each step resumes where it was stopped, and a finished one is not touched. Raises RunError where the student is
+    not trained yet, ModelError where it cannot be pruned or quantized or the exported file does not agree with torch.
+    """
+    folder = student_folder(setup.run, "distilled", seed)
+    read_record(folder.model, "kdpipe train-student")
+    network = fresh_student(student, seed, setup)
+    load_model(folder.model, network.model, network.architecture)
+    pruned_figures = _prune(config, network, seed, teaching, setup)
+    pruned = _load_pruned(fresh_student(student, seed, setup), seed, setup)
+    return {"pruned": pruned_figures, "int8": _quantize(config, pruned, seed, teaching, setup)}
+
+
+def measure_latencies(config: CompressConfig, seed: int, setup: Setup) -> dict[str, Any]:
+    """Median milliseconds of one batch in onnxruntime, teacher to INT8 student, in turn in one process."""
+    record = setup.run / "compressed" / "latency.json"
+    files = {
+        "teacher": setup.run / "teacher" / "model.onnx",
+        "student": student_folder(setup.run, "distilled", seed).onnx,
+        "pruned": compressed_folder(setup.run, "pruned", seed).onnx,
+        "int8": compressed_folder(setup.run, "int8", seed).onnx,
+    }
+    present = {name: path for name, path in files.items() if path.exists()}
+    wanted = {"batch_size": config.latency_batch_size, "num_threads": torch.get_num_threads()}
+    held = read_json(record)
+    if held is not None and {key: held.get(key) for key in wanted} == wanted and set(held["median_ms"]) == {*present}:
+        return held
+    median_ms = measure_latency(
+        present, setup.image_shape, config.latency_batch_size, config.latency_rounds, wanted["num_threads"]
+    )
+    write_json(record, wanted | {"median_ms": median_ms})
+    return wanted | {"median_ms": median_ms}
+
+
+def _prune(config: CompressConfig, network: Network, seed: int, teaching: Teaching, setup: Setup) -> dict[str, Any]:
+    model = prune(network.model, torch.zeros(2, *setup.image_shape), config.prune)
+    architecture = {**network.architecture, "widths": record_widths(model)}
+    piece = Piece(
+        name=f"pruned student, seed {seed}",
+        network=Network(model, architecture, network.normalise),
+        folder=compressed_folder(setup.run, "pruned", seed),
+        config=config.prune_train,
+        decided_by={"prune": deciding(config.prune), "student": network.identity},
+        seed=seed,
+    )
+    return _fine_tune(piece, teaching, setup)
+
+
+def _quantize(config: CompressConfig, pruned: Network, seed: int, teaching: Teaching, setup: Setup) -> dict[str, Any]:
+    prepared = prepare_qat(pruned.model, torch.zeros(2, *setup.image_shape))
+    piece = Piece(
+        name=f"int8 student, seed {seed}",
+        network=Network(prepared, {**pruned.architecture, "quantized": "int8"}, pruned.normalise),
+        folder=compressed_folder(setup.run, "int8", seed),
+        config=config.quantize_train,
+        decided_by={"quantize": deciding(config.quantize), "pruned": pruned.identity},
+        seed=seed,
+    )
+    freeze_at = round(config.quantize.freeze_after * config.quantize_train.epochs)
+
+    def before_epoch(model: nn.Module, epoch: int) -> None:
+        if epoch >= freeze_at:
+            freeze_observers(model)
+
+    def warm_up(model: nn.Module, lesson: Lesson) -> None:
+        _calibrate(config, model, lesson, seed, setup)
+
+    return _fine_tune(piece, teaching, setup, warm_up, before_epoch)
+
+
+def _fine_tune(
+    piece: Piece,
+    teaching: Teaching,
+    setup: Setup,
+    warm_up: Callable[[nn.Module, Lesson], None] = lambda model, lesson: None,
+    before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None,
+) -> dict[str, Any]:
+    """Train one piece with the run's distillation losses, check its ONNX file, and return its figures."""
+    views = {**setup.view_identity(), "num_views": setup.views.num_views}
+    piece.folder.begin(
+        {
+            **piece.decided_by,
+            "train": deciding(piece.config),
+            "seed": piece.seed,
+            "data": setup.data_identity(),
+            "views": views,
+            "teaching": teaching.to_json(),
+        }
+    )
+    if (done := piece.folder.result()) is not None:
+        return done
+    model = piece.network.model.to(setup.device)
+    lesson = build_lesson(piece.network, teaching, piece.seed, setup)
+    if not piece.folder.checkpoint.exists():
+        warm_up(model, lesson)
+    test = setup.test(piece.network.normalise)
+    layers = student_layers(teaching.losses)
+    job = Job("compress", piece.name, model, lesson, test, piece.config, piece.seed, piece.folder, layers, before_epoch)
+    return finish(piece.folder, piece.network, train(job, setup.device, setup.watch), setup)
+
+
+def _load_pruned(network: Network, seed: int, setup: Setup) -> Network:
+    """The finished pruned student: built by the recipe, cut to the recorded widths, filled with the stored weights."""
+    file = compressed_folder(setup.run, "pruned", seed).model
+    widths = read_record(file, "kdpipe compress")["architecture"].get("widths", {})
+    model = apply_widths(network.model, widths)
+    architecture = {**network.architecture, "widths": widths}
+    load_model(file, model, architecture)
+    return Network(model, architecture, network.normalise)
+
+
+def _calibrate(config: CompressConfig, model: nn.Module, lesson: Lesson, seed: int, setup: Setup) -> None:
+    """Take the first ranges of the activations from the views of the first batches."""
+    batch_size = config.quantize_train.batch_size
+    order = epoch_order(seed, 0, lesson.num_samples)
+    steps = min(config.quantize.calibration_batches, num_steps(lesson.num_samples, batch_size))
+    indices = (batch_indices(order, step, batch_size) for step in range(steps))
+    calibrate(model, (lesson.batch(0, at, setup.device).images for at in indices))
