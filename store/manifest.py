@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,9 +85,9 @@ class Manifest:
         )
 
 
-def read_manifest(attributes: Mapping[str, Any], where: str) -> Manifest:
+def read_manifest(attributes: Any, where: str) -> Manifest:
     """Parse a store's group attributes. Raises StoreError where they are not a manifest of this schema."""
-    record = attributes.get(ATTRIBUTE)
+    record = attributes.get(ATTRIBUTE) if isinstance(attributes, Mapping) else None
     if not isinstance(record, Mapping):
         raise StoreError(f"{where} is a Zarr group, but not a kdpipe target store: it has no {ATTRIBUTE!r} attribute.")
     version = record.get("schema_version")
@@ -107,11 +108,12 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
     counts = [record[key] for key in ("num_views", "num_samples", "unit_rows")]
     if not all(type(count) is int and 0 < count < MOST for count in counts):
         raise ValueError(f"num_views, num_samples and unit_rows are {counts}")
-    if any(spec["dtype"] not in DTYPES or not ARRAY_NAME.fullmatch(name) for name, spec in record["arrays"].items()):
-        raise ValueError(f"arrays are {record['arrays']}")
+    for name, spec in record["arrays"].items():
+        sides = spec["row_shape"]
+        if not ARRAY_NAME.fullmatch(name) or spec["dtype"] not in DTYPES or not _is_shape(sides):
+            raise ValueError(f"array {name!r} is {spec}")
     arrays = tuple(
-        ArraySpec(str(name), tuple(int(side) for side in spec["row_shape"]), str(spec["dtype"]))
-        for name, spec in record["arrays"].items()
+        ArraySpec(str(name), tuple(spec["row_shape"]), str(spec["dtype"])) for name, spec in record["arrays"].items()
     )
     return Manifest(
         identity=Identity(dict(record["teacher"]), dict(record["data"]), dict(record["views"])),
@@ -121,6 +123,11 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
         unit_rows=int(record["unit_rows"]),
         versions={str(name): str(version) for name, version in record["versions"].items()},
     )
+
+
+def _is_shape(sides: Any) -> bool:
+    counts = all(type(side) is int and 0 < side < MOST for side in sides)
+    return isinstance(sides, list) and bool(sides) and counts and math.prod(sides) < MOST
 
 
 def require(stored: Manifest, wanted: Mapping[str, Any], where: str, advice: str) -> None:

@@ -1,0 +1,19 @@
+"""Fixtures that several rooms' tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from made_store import MadeStore, make_store
+
+
+@pytest.fixture
+def store_maker(tmp_path: Path) -> Callable[..., MadeStore]:
+    return lambda name="a.zarr", **settings: make_store(tmp_path / name, **settings)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeStore:
+    return make_store(tmp_path / "made.zarr")
