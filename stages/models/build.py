@@ -1,0 +1,143 @@
+"""From a recipe's [model] section to a network: by name, with seeded starting weights, checked against the data."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.config import section
+from stages.datasets.cause import cause
+from stages.errors import ModelError
+from stages.models.factory import PREFIX as PYTHON
+from stages.models.factory import build_from_factory
+from stages.models.small_images import SMALL_IMAGE_NETWORKS, build_small_image_network
+from stages.models.torchvision_models import build_classifier, classifier_names, refuse, refused_names
+from stages.models.weights import load_weights
+
+TORCHVISION = "torchvision:"
+PUBLISHED = "published"
+
+
+@section
+class ModelConfig:
+    """Which network, and what it starts from.
+
+    `name` is one of `list_models()`, `torchvision:NAME` for torchvision's network where the plain name is a small-image
+    one's, or `python:package.module:factory`. `args` go to the network. `weights` is None (fresh), "published"
+    (torchvision's), or the path of a .safetensors file or torch state dict.
+    """
+
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+
+
+def build_model(
+    config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int], seed: int
+) -> nn.Module:
+    """The network on the CPU, in training mode: images [B, in_channels, *image_size] -> logits [B, num_classes].
+
+    Equal seeds give equal weights, and torch's global generators are left as they were. Raises ModelError for an
+    unknown name, arguments that the network does not take, images that do not fit it, or weights that cannot be loaded.
+    """
+    # On the CPU alone: torch.manual_seed would also reset the generators of every GPU.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = _construct(config, num_classes, in_channels, image_size)
+        _check_fit(config.name, model, num_classes, (in_channels, *image_size))
+    if config.weights is not None and config.weights != PUBLISHED:
+        load_weights(model, _path(config.weights))
+    return model
+
+
+def architecture(
+    config: ModelConfig, num_classes: int, in_channels: int, image_size: tuple[int, int]
+) -> dict[str, Any]:
+    """What the network is, apart from its weights, as JSON; a small-image network's default args are written out."""
+    args = _default_args(config.name) | config.args
+    try:
+        args = json.loads(json.dumps(args, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"the args of {config.name} must be numbers, strings, lists and tables ({cause(error)})."
+        ) from error
+    return {
+        "model": config.name,
+        "args": args,
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "image_size": list(image_size),
+    }
+
+
+def list_models() -> list[str]:
+    """Every name that ModelConfig takes but the user's own factories: small-image networks, then torchvision's."""
+    plain = sorted(SMALL_IMAGE_NETWORKS)
+    return plain + [TORCHVISION + name if name in SMALL_IMAGE_NETWORKS else name for name in classifier_names()]
+
+
+def _construct(config: ModelConfig, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    name = config.name.removeprefix(TORCHVISION)
+    is_small = name in SMALL_IMAGE_NETWORKS and name == config.name
+    if not is_small and name in classifier_names():
+        published = config.weights == PUBLISHED
+        return build_classifier(
+            name, config.args, num_classes=num_classes, in_channels=in_channels, published=published
+        )
+    is_own = config.name.startswith(PYTHON)
+    if not is_small and not is_own:
+        raise refuse(name) if name in refused_names() else _unknown(config.name)
+    if config.weights == PUBLISHED:
+        raise ModelError(
+            f"there are no published weights of {config.name}: give the path of a file, or leave weights out."
+        )
+    build = build_from_factory if is_own else build_small_image_network
+    return build(config.name, config.args, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+
+
+def _unknown(name: str) -> ModelError:
+    known = list_models()
+    if name.startswith(TORCHVISION):
+        known = [TORCHVISION + each for each in classifier_names()]
+    nearest = difflib.get_close_matches(name.lower(), known, n=3)
+    hint = f"nearest: {', '.join(nearest)}" if nearest else "a network of your own is python:package.module:factory"
+    return ModelError(f"no model is called {name!r}; {hint}.")
+
+
+def _default_args(name: str) -> dict[str, Any]:
+    if name not in SMALL_IMAGE_NETWORKS:
+        return {}
+    parameters = inspect.signature(SMALL_IMAGE_NETWORKS[name].build).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+
+
+def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    """Run two black images through the network, so that a misfit is told before any data is read."""
+    images = " x ".join(str(side) for side in image_shape)
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(2, *image_shape))
+    except Exception as error:  # networks fail on a misfit in any way they like
+        raise ModelError(f"{name} cannot take images of {images} ({cause(error)}).") from error
+    model.train()
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"{name} returns {type(logits).__name__}, wanted a tensor of logits [B, {num_classes}].")
+    if list(logits.shape) != [2, num_classes]:
+        raise ModelError(
+            f"{name} makes {list(logits.shape)} of two images of {images}, wanted logits [2, {num_classes}]."
+        )
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"weights = {text!r} has no home folder to start from: write the whole path.") from error

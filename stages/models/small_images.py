@@ -1,0 +1,73 @@
+"""The networks for small images under the names that the field's CIFAR-100 tables give them.
+
+Parameters, maps and starting weights are those of the tables' reference code (RepDistiller, mdistiller), and
+`load_weights` reads its state dicts as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from stages.errors import ModelError
+from stages.models.arguments import call_with_args
+from stages.models.cnn import cnn
+from stages.models.mlp import mlp
+from stages.models.mobilenet_v2 import mobilenet_v2
+from stages.models.resnet import NARROW, TIMES_4, resnet
+from stages.models.shufflenet_v1 import shufflenet_v1
+from stages.models.shufflenet_v2 import shufflenet_v2
+from stages.models.vgg import vgg
+from stages.models.wide_resnet import wide_resnet
+
+
+@dataclass(frozen=True)
+class SmallImageNetwork:
+    """A builder, called by keyword, and the smallest image side whose last map still has one pixel for every stride."""
+
+    build: Callable[..., nn.Module]
+    min_side: int = 1
+
+
+SMALL_IMAGE_NETWORKS: Mapping[str, SmallImageNetwork] = {
+    **{
+        f"resnet{depth}": SmallImageNetwork(partial(resnet, depth, NARROW), min_side=4)
+        for depth in (8, 14, 20, 32, 44, 56, 110)
+    },
+    "resnet8x4": SmallImageNetwork(partial(resnet, 8, TIMES_4), min_side=4),
+    "resnet32x4": SmallImageNetwork(partial(resnet, 32, TIMES_4), min_side=4),
+    "wrn_16_1": SmallImageNetwork(partial(wide_resnet, 16, 1), min_side=4),
+    "wrn_16_2": SmallImageNetwork(partial(wide_resnet, 16, 2), min_side=4),
+    "wrn_40_1": SmallImageNetwork(partial(wide_resnet, 40, 1), min_side=4),
+    "wrn_40_2": SmallImageNetwork(partial(wide_resnet, 40, 2), min_side=4),
+    "vgg8": SmallImageNetwork(partial(vgg, (1, 1, 1, 1, 1)), min_side=8),
+    "vgg11": SmallImageNetwork(partial(vgg, (1, 1, 2, 2, 2)), min_side=8),
+    "vgg13": SmallImageNetwork(partial(vgg, (2, 2, 2, 2, 2)), min_side=8),
+    "vgg16": SmallImageNetwork(partial(vgg, (2, 2, 3, 3, 3)), min_side=8),
+    "vgg19": SmallImageNetwork(partial(vgg, (2, 2, 4, 4, 4)), min_side=8),
+    "mobilenet_v2": SmallImageNetwork(mobilenet_v2, min_side=16),
+    "shufflenet_v1": SmallImageNetwork(shufflenet_v1, min_side=8),
+    "shufflenet_v2": SmallImageNetwork(shufflenet_v2, min_side=8),
+    "cnn": SmallImageNetwork(cnn),
+    "mlp": SmallImageNetwork(mlp),
+}
+
+
+def build_small_image_network(
+    name: str, args: Mapping[str, Any], *, num_classes: int, in_channels: int, image_size: tuple[int, int]
+) -> nn.Module:
+    """The network called `name` in SMALL_IMAGE_NETWORKS, freshly initialised from torch's current generator.
+
+    Raises ModelError for arguments that it does not take, or images too small for its strides.
+    """
+    network = SMALL_IMAGE_NETWORKS[name]
+    if min(image_size) < network.min_side:
+        side, (height, width) = network.min_side, image_size
+        raise ModelError(f"{name} needs images of {side} x {side} or more, the data has {height} x {width}.")
+    offered = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    model: nn.Module = call_with_args(name, network.build, offered, args)
+    return model

@@ -1,0 +1,69 @@
+"""A road small enough for tests: images of coloured squares, networks of a few hundred parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.cache_teacher import CacheConfig, cache_teacher
+from stages.datasets.image_set import ImageSet
+from stages.losses.hint import HintConfig
+from stages.losses.kd import KDConfig
+from stages.models.build import ModelConfig
+from stages.optim import TrainConfig
+from stages.setup import Setup
+from stages.train_student import StudentConfig, Teaching, open_teaching
+from stages.train_teacher import TeacherConfig, load_teacher, train_teacher
+from stages.views import ViewsConfig
+from stages.watch import Watch
+
+TRAIN = TrainConfig(epochs=2, batch_size=32, lr=0.05, checkpoint_every_s=0)
+TEACHER = TeacherConfig(model=ModelConfig(name="cnn", args={"width": 8, "num_stages": 2}), train=TRAIN)
+STUDENT = StudentConfig(model=ModelConfig(name="cnn", args={"width": 4, "num_stages": 2}), train=TRAIN, seeds=(0,))
+LOSSES = (KDConfig(loss="kd"), HintConfig(loss="hint", layers=(("stage2", "stage2"),), weight=1.0))
+VIEWS = ViewsConfig(num_views=3, crop_padding=1, flip=True)
+CACHE = CacheConfig(shard_bytes=4096, batch_size=50)
+LAYERS = ["stage2"]
+
+
+def squares(num_samples: int, seed: int, split: str = "train") -> ImageSet:
+    """Noise with a bright square whose corner is the label: 4 classes, 8x8, grey."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (num_samples,), generator=generator)
+    images = torch.randint(120, (num_samples, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        down, right = 4 * (label // 2), 4 * (label % 2)
+        image[0, down : down + 4, right : right + 4] += 100
+    ids = torch.randperm(10 * num_samples, generator=generator)[:num_samples]
+    return ImageSet("squares", split, images, labels, ids, tuple("abcd"))
+
+
+def tiny_setup(run: Path, watch: Watch | None = None, **changes: Any) -> Setup:
+    setup = Setup(run, squares(300, 0), squares(80, 1, "test"), VIEWS, torch.device("cpu"), watch or Watch())
+    return dataclasses.replace(setup, **changes)
+
+
+def make_tiny_store(setup: Setup, name: str = "store.zarr", teacher: TeacherConfig = TEACHER, seed: int = 0) -> Path:
+    """Train the tiny teacher and cache it; returns the store's path."""
+    train_teacher(teacher, seed, setup)
+    path = setup.run / name
+    cache_teacher(CACHE, path, load_teacher(teacher, seed, setup), LAYERS, setup)
+    return path
+
+
+def open_tiny_teaching(path: Path, setup: Setup) -> Teaching:
+    return open_teaching([path], LOSSES, 0.1, {}, setup)
+
+
+class StopAfter:
+    """A stop flag that is set at the n-th time of asking."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
