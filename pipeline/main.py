@@ -6,6 +6,7 @@ Nothing heavy is imported here before a command runs: `kdpipe --help` answers at
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,6 +108,7 @@ def _execute(command: str, recipe: Path, overrides: list[str] | None, run: Path 
         from stages.watch import Watch
         from store import exclusive
 
+        sys.path.append(str(Path.cwd()))  # where `python:module:name` in a recipe finds the user's own modules
         loaded = load_recipe(recipe, overrides or ())
         folder = run or Path("runs") / loaded.name
         work: Callable[[Walk], dict[str, Any]] = walk_all if command == "run" else STAGES[command]
@@ -178,4 +180,6 @@ def _say(sentence: str) -> None:
 
 def main() -> None:
     """The console script."""
+    # Waiting threads sleep instead of spinning: on a box that others use too, spinning costs everybody most.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -80,8 +80,9 @@ def _bars() -> Iterator[Reporter]:
 
         def report(event: Event) -> None:
             if event.job not in tasks:
-                fields = {"stage": event.stage, "unit": event.unit, "figures": ""}
-                tasks[event.job] = progress.add_task(event.job, total=event.total, **fields)
+                tasks[event.job] = progress.add_task(
+                    event.job, total=event.total, stage=event.stage, unit=event.unit, figures=""
+                )
             task = tasks[event.job]
             progress.update(task, completed=event.step, total=event.total)
             if event.metrics:

@@ -61,7 +61,8 @@ def read_report(run: Path) -> Report:
     }
     rows, missing = [], []
     for name, jobs in folders.items():
-        missing += [str(job) for job in jobs if JobFolder(job).result() is None]
+        num_missing = sum(JobFolder(job).result() is None for job in jobs)
+        missing += [f"{name} ({num_missing} of {len(jobs)})"] if num_missing else []
         row = _row(name, jobs, latency.get("median_ms", {}))
         rows += [row] if row else []
     return Report(str(run), recipe["name"], latency.get("batch_size"), rows, missing)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipeline.recipe import Recipe, recipe_json
 from stages.cache_teacher import cache_teacher
@@ -15,7 +18,7 @@ from stages.datasets.load import load_dataset
 from stages.job_folder import write_json
 from stages.losses.terms import teacher_layers
 from stages.setup import Setup, choose_device
-from stages.train_student import KINDS, Teaching, open_teaching, train_student
+from stages.train_student import ALONE, DISTILLED, Teaching, open_teaching, train_student
 from stages.train_teacher import load_teacher, teacher_identity, train_teacher
 from stages.watch import Watch
 from store import make_folders, read_store_manifest
@@ -30,9 +33,10 @@ class Walk:
     watch: Watch
 
     def begin(self) -> None:
-        """Make the run folder, with the resolved recipe in it."""
+        """Make the run folder, with the resolved recipe in it, and take no more threads than the recipe says."""
         make_folders([self.run])
         write_json(self.run / "recipe.json", recipe_json(self.recipe))
+        torch.set_num_threads(self.recipe.num_threads or len(os.sched_getaffinity(0)))
 
     @cached_property
     def setup(self) -> Setup:
@@ -81,11 +85,11 @@ def walk_cache_teacher(walk: Walk) -> dict[str, Any]:
 
 
 def walk_train_student(walk: Walk) -> dict[str, Any]:
-    students: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    teaching = walk.teaching  # first of all: a store that will not do is refused before any training
+    students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
     for seed in walk.recipe.student.seeds:
-        for kind in KINDS:
-            teaching = walk.teaching if kind == "distilled" else None
-            students[kind].append(train_student(walk.recipe.student, kind, seed, teaching, walk.setup))
+        students[ALONE].append(train_student(walk.recipe.student, seed, None, walk.setup))
+        students[DISTILLED].append(train_student(walk.recipe.student, seed, teaching, walk.setup))
     return {"students": students}
 
 

@@ -24,7 +24,7 @@ from stages.network import Network, finish
 from stages.optim import TrainConfig
 from stages.order import batch_indices, epoch_order, num_steps
 from stages.setup import Setup, deciding
-from stages.train_student import StudentConfig, Teaching, build_lesson, fresh_student, student_folder
+from stages.train_student import DISTILLED, StudentConfig, Teaching, build_lesson, fresh_student, student_folder
 from stages.training import Job, train
 
 LEAST_AGREEMENT = 0.99
@@ -83,7 +83,7 @@ def compress(
     Each step resumes where it was stopped, and a finished one is not touched. Raises RunError where the student is
     not trained yet, ModelError where it cannot be pruned or quantized or the exported file does not agree with torch.
     """
-    folder = student_folder(setup.run, "distilled", seed)
+    folder = student_folder(setup.run, DISTILLED, seed)
     read_record(folder.model, "kdpipe train-student")
     network = fresh_student(student, seed, setup)
     load_model(folder.model, network.model, network.architecture)
@@ -97,7 +97,7 @@ def measure_latencies(config: CompressConfig, seed: int, setup: Setup) -> dict[s
     record = setup.run / "compressed" / "latency.json"
     files = {
         "teacher": setup.run / "teacher" / "model.onnx",
-        "student": student_folder(setup.run, "distilled", seed).onnx,
+        "student": student_folder(setup.run, DISTILLED, seed).onnx,
         "pruned": compressed_folder(setup.run, "pruned", seed).onnx,
         "int8": compressed_folder(setup.run, "int8", seed).onnx,
     }

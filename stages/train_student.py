@@ -25,7 +25,7 @@ from stages.targets import Source, Targets, feature_array, join
 from stages.training import Job, train
 from store import TargetStore, open_store
 
-KINDS = ("alone", "distilled")
+ALONE, DISTILLED = "alone", "distilled"
 
 
 @section
@@ -113,13 +113,12 @@ def build_lesson(network: Network, teaching: Teaching | None, seed: int, setup: 
     )
 
 
-def train_student(
-    config: StudentConfig, kind: str, seed: int, teaching: Teaching | None, setup: Setup
-) -> dict[str, Any]:
-    """Train one student (`kind` alone, without `teaching`, or distilled) and leave it in the run folder.
+def train_student(config: StudentConfig, seed: int, teaching: Teaching | None, setup: Setup) -> dict[str, Any]:
+    """Train one student, distilled by `teaching` or alone where that is None, and leave it in the run folder.
 
     Resumes where it was stopped; a finished one is not touched. Returns its figures.
     """
+    kind = ALONE if teaching is None else DISTILLED
     folder = student_folder(setup.run, kind, seed)
     network = fresh_student(config, seed, setup)
     folder.begin(

@@ -1,0 +1,97 @@
+"""How the command line answers: exit codes, one sentence for a mistake, nothing heavy before it is needed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from kdpipe_process import RECIPE, environment, kdpipe, kdpipe_here
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_help_names_every_command_and_exit_code_and_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom pipeline.main import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    heavy = {'torch', 'zarr', 'numpy', 'pydantic', 'sklearn', 'onnxruntime'} & set(sys.modules)\n"
+        "    print('HEAVY', sorted(heavy))"
+    )
+    command = [sys.executable, "-c", code, "--help"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    for word in ("demo", "train-teacher", "cache-teacher", "train-student", "compress", "run", "report", "store", "75"):
+        assert word in ended.stdout
+    assert "HEAVY []" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["run", "none.toml"], 2, "cannot read the recipe none.toml"),
+        (["run", "RECIPE", "--set", "student.train.rl=1"], 2, "did you mean 'lr'?"),
+        (["run", "RECIPE", "--set", "data.name=MINST"], 1, "MNIST"),
+        (["run", "RECIPE", "--set", "data.name=npz:none"], 1, "none"),
+        (["train-teacher", "RECIPE", "--set", "teacher.model.name=resnet21"], 1, "resnet20"),
+        (["train-teacher", "RECIPE", "--set", "teacher.model.weights=none.pt"], 1, "none.pt"),
+        (["cache-teacher", "RECIPE"], 1, "kdpipe train-teacher"),
+        (["train-student", "RECIPE"], 1, "kdpipe cache-teacher"),
+        (["compress", "RECIPE"], 1, "kdpipe"),
+        (["report", "none"], 1, "not a run folder"),
+        (["store", "info", "none.zarr"], 1, "no store at none.zarr"),
+        (["train", "RECIPE"], 2, "No such command"),
+        (["run"], 2, "Missing argument"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_an_exit_code(recipe, tmp_path, monkeypatch, arguments, code, sentence):
+    monkeypatch.chdir(tmp_path)
+    ended = kdpipe_here(*[str(recipe) if argument == "RECIPE" else argument for argument in arguments])
+    assert ended.exit_code == code, ended.stderr
+    assert sentence in ended.stderr
+    assert ended.stdout == ""
+    if code == 1:
+        assert ended.stderr.count("\n") == 1
+        assert ended.stderr.startswith("kdpipe: error: ")
+
+
+def test_a_mistake_leaves_no_traceback_in_a_real_process_either(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = kdpipe("run", recipe, "--run", tmp_path / "file" / "run")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("kdpipe: error: ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_json_keeps_stdout_to_one_document_and_progress_to_json_lines(recipe, tmp_path):
+    ended = kdpipe("train-teacher", recipe, "--run", tmp_path / "run", "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["teacher"]["num_epochs"] == 6
+    events = [json.loads(line) for line in ended.stderr.splitlines()]
+    assert {event["stage"] for event in events} == {"train-teacher"}
+    assert events[-1]["step"] == events[-1]["total"]
+
+
+def test_a_report_of_a_run_under_way_shows_what_there_is_and_exits_3(recipe, tmp_path):
+    kdpipe_here("train-teacher", recipe, "--run", tmp_path / "run")
+    ended = kdpipe_here("report", tmp_path / "run")
+    assert ended.exit_code == 3
+    assert "teacher" in ended.stdout
+    assert "student distilled (1 of 1)" in ended.stdout
+
+
+def test_store_info_shows_whose_outputs_a_store_holds(recipe, tmp_path):
+    run = tmp_path / "run"
+    for stage in ("train-teacher", "cache-teacher"):
+        assert kdpipe_here(stage, recipe, "--run", run).exit_code == 0
+    info = json.loads(kdpipe_here("store", "info", run / "store.zarr", "--json").stdout)
+    assert info["num_views"] == 30
+    assert info["num_units_done"] == info["num_units"] == 30
+    assert set(info["arrays"]) == {"logits", "features/stage2"}
+    assert info["teacher"]["architecture"]["model"] == "cnn"
+    shown = kdpipe_here("store", "info", run / "store.zarr").stdout
+    assert info["fingerprint"] in shown
+    assert "features/stage2 float16 [30, 200, 16, 4, 4]" in shown

@@ -1,0 +1,172 @@
+"""The whole road by the real command line: undisturbed, and with every stage killed on its way."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import zarr
+from kdpipe_process import RECIPE, kdpipe, signal_when, start
+from made_store import folder_bytes
+
+COMPARED = ("teacher/model", "students/*/model", "compressed/*/model")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, recipe):
+    """A run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    ended = kdpipe("run", recipe, "--run", run)
+    assert ended.returncode == 0, ended.stderr
+    return run, ended
+
+
+def test_the_road_ends_in_a_table_and_its_files(done):
+    run, ended = done
+    for name in ("teacher", "student alone", "student distilled", "pruned", "pruned + INT8"):
+        assert re.search(rf"^\s*{re.escape(name)}\s+\d+\.\d\d", ended.stdout, re.MULTILINE), name
+    report = json.loads(kdpipe("report", run, "--json").stdout)
+    assert [row["num_seeds"] for row in report["rows"]] == [1] * 5
+    assert all(Path(file).exists() for row in report["rows"] for file in row["files"])
+    assert all(row["latency_ms"] > 0 for row in report["rows"])
+    sizes = {row["name"]: (row["num_parameters"], row["file_bytes"]) for row in report["rows"]}
+    assert sizes["teacher"][0] > sizes["student distilled"][0] > sizes["pruned"][0]
+    assert sizes["student alone"] == sizes["student distilled"]
+    assert report["missing"] == []
+
+
+def test_the_exported_files_say_what_torch_says(done):
+    """The INT8 file, run by onnxruntime on the test set, reaches the accuracy that the table gives."""
+    from stages.datasets.load import DataConfig, load_dataset
+
+    run, _ = done
+    test_set = load_dataset(DataConfig(name="digits", num_train=200), "test")
+    for folder in ("teacher", "students/distilled-seed0", "compressed/pruned-seed0", "compressed/int8-seed0"):
+        session = onnxruntime.InferenceSession(run / folder / "model.onnx")
+        scale = json.loads(session.get_modelmeta().custom_metadata_map["normalisation"])
+        images = (test_set.images.float() / 255 - scale["mean"][0]) / scale["std"][0]
+        logits = session.run(["logits"], {"images": images.numpy()})[0]
+        accuracy = float((logits.argmax(1) == test_set.labels.numpy()).mean())
+        stated = json.loads((run / folder / "result.json").read_text())["accuracy"]
+        assert accuracy == pytest.approx(stated, abs=0.006), folder
+
+
+def test_the_store_holds_what_the_teacher_says(done):
+    """Recomputed from the teacher's file by onnxruntime: neither the store's reader nor the stage has a hand in it."""
+    from stages.datasets.load import DataConfig, load_dataset
+    from stages.views import ViewsConfig, render
+
+    run, _ = done
+    train_set = load_dataset(DataConfig(name="digits", num_train=200), "train")
+    session = onnxruntime.InferenceSession(run / "teacher" / "model.onnx")
+    scale = json.loads(session.get_modelmeta().custom_metadata_map["normalisation"])
+    group = zarr.open_group(run / "store.zarr", mode="r")
+    for view in (0, 29):
+        shown = render(train_set.images, train_set.sample_ids, view, ViewsConfig(num_views=30, crop_padding=1))
+        images = (shown.float() / 255 - scale["mean"][0]) / scale["std"][0]
+        logits = session.run(["logits"], {"images": images.numpy()})[0]
+        np.testing.assert_allclose(group["logits"][view], logits, rtol=2e-3, atol=5e-3)
+
+
+def test_a_done_run_is_not_done_again(done, recipe):
+    run, first = done
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    again = kdpipe("run", recipe, "--run", run)
+    assert again.returncode == 0
+    assert again.stdout == first.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+
+
+def test_every_stage_killed_midway_ends_as_if_nothing_had_happened(done, recipe, tmp_path):
+    run = tmp_path / "run"
+    midway = [
+        ("train-teacher", (run / "teacher" / "checkpoint.safetensors").exists),
+        ("cache-teacher", lambda: any((run / "store.zarr" / "markers" / "c").rglob("0/0/0"))),
+        ("train-student", (run / "students" / "alone-seed0" / "checkpoint.safetensors").exists),
+        ("train-student", (run / "students" / "distilled-seed0" / "checkpoint.safetensors").exists),
+        ("compress", (run / "compressed" / "pruned-seed0" / "checkpoint.safetensors").exists),
+        ("compress", (run / "compressed" / "int8-seed0" / "checkpoint.safetensors").exists),
+    ]
+    for number, (stage, ready) in enumerate(midway):
+        process = start(stage, recipe, "--run", run)
+        signal_when(process, ready, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        if number + 1 == len(midway) or midway[number + 1][0] != stage:
+            ended = kdpipe(stage, recipe, "--run", run)
+            assert ended.returncode == 0, ended.stderr
+    assert folder_bytes(run / "store.zarr") == folder_bytes(done[0] / "store.zarr")
+    for pattern in COMPARED:
+        for suffix in (".safetensors", ".onnx"):
+            files = sorted(done[0].glob(pattern + suffix))
+            assert files
+            for file in files:
+                relative = file.relative_to(done[0])
+                assert (run / relative).read_bytes() == file.read_bytes(), relative
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_75_and_a_rerun_goes_on(recipe, tmp_path, number):
+    run = tmp_path / "run"
+    process = start("train-teacher", recipe, "--run", run, "--set", "teacher.train.epochs=200")
+    signal_when(process, (run / "teacher" / "checkpoint.safetensors").exists, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "Run the same command again" in errors
+    assert "Traceback" not in errors
+    assert not (run / "teacher" / "result.json").exists()
+    if number == signal.SIGTERM:
+        second = kdpipe("train-teacher", recipe, "--run", run, "--set", "teacher.train.epochs=200", "--json")
+        assert second.returncode == 0
+        assert json.loads(second.stdout)["teacher"]["num_epochs"] == 200
+
+
+def test_a_second_job_in_the_same_run_folder_is_told_to_wait(recipe, tmp_path):
+    run = tmp_path / "run"
+    first = start("train-teacher", recipe, "--run", run, "--set", "teacher.train.epochs=2000")
+    signal_when(first, (run / "teacher" / "checkpoint.safetensors").exists, signal.SIGCONT)
+    second = kdpipe("train-teacher", recipe, "--run", run, "--set", "teacher.train.epochs=2000")
+    first.kill()
+    first.communicate()
+    assert second.returncode == 11
+    assert f"in use by process {first.pid}" in second.stderr
+
+
+def test_a_recipe_changed_in_a_done_run_is_refused_with_stored_and_wanted(done, recipe):
+    run, _ = done
+    for change, stage, pair in (
+        ("teacher.train.lr=0.01", "train-teacher", "train.lr: stored 0.05, wanted 0.01"),
+        ("views.crop_padding=2", "cache-teacher", "views.operations: stored [{'crop': {'fill': 0, 'padding': 1}}]"),
+        ("views.seed=8", "train-student", "views.seed: stored 0, wanted 8"),
+        ("data.num_train=150", "cache-teacher", "data.num_samples: stored 200, wanted 150"),
+        ("teacher.model.args.width=9", "train-student", "teacher.architecture.args.width: stored 8, wanted 9"),
+        ("distill.0.temperature=2", "compress", "stored"),
+    ):
+        ended = kdpipe(stage, recipe, "--run", run, "--set", change)
+        assert ended.returncode == 12, (change, ended.stderr)
+        assert pair in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+def test_two_stores_teach_one_student(done, recipe, tmp_path):
+    run, _ = done
+    other = tmp_path / "other"
+    for stage in ("train-teacher", "cache-teacher"):
+        assert kdpipe(stage, recipe, "--run", other, "--set", "seed=5").returncode == 0
+    stores = f"student.stores=['{run / 'store.zarr'}', '{other / 'store.zarr'}']"
+    ended = kdpipe("train-student", recipe, "--run", tmp_path / "both", "--set", stores, "--json")
+    assert ended.returncode == 0, ended.stderr
+    taught = json.loads(ended.stdout)["students"]
+    assert len(json.loads((tmp_path / "both/students/distilled-seed0/job.json").read_text())["teaching"]["stores"]) == 2
+    assert torch.isfinite(torch.tensor(taught["distilled"][0]["cross_entropy"]))

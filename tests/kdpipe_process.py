@@ -1,0 +1,80 @@
+"""The real command line in processes of its own, on a road that takes seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from pipeline.main import app
+
+COMMAND = [sys.executable, "-c", "from pipeline.main import main; main()"]
+
+RECIPE = """
+# Command: kdpipe run tiny.toml. Hardware: any. Time: seconds. Expect: a done run.
+name = "tiny"
+device = "cpu"
+num_threads = 1
+data = { name = "digits", num_train = 200 }
+views = { num_views = 30, crop_padding = 1 }
+cache = { batch_size = 64 }
+
+[teacher]
+model = { name = "cnn", args = { width = 8 } }
+train = { epochs = 6, batch_size = 32, checkpoint_every_s = 0 }
+
+[student]
+model = { name = "cnn", args = { width = 4 } }
+train = { epochs = 6, batch_size = 32, checkpoint_every_s = 0 }
+seeds = [0]
+
+[[distill]]
+loss = "kd"
+
+[[distill]]
+loss = "hint"
+layers = [["stage2", "stage2"]]
+weight = 0.5
+
+[compress]
+prune = { ratio = 0.25 }
+prune_train = { epochs = 4, batch_size = 32, lr = 0.02, checkpoint_every_s = 0 }
+quantize_train = { epochs = 4, batch_size = 32, lr = 0.002, checkpoint_every_s = 0 }
+latency_rounds = 3
+"""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def kdpipe(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `kdpipe` to its end."""
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
+def kdpipe_here(*arguments: str | Path) -> Result:
+    """The same command line in this process, for what needs no process of its own."""
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    """Start `kdpipe` and leave it running."""
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def signal_when(process: subprocess.Popen[str], ready: Callable[[], bool], number: int) -> None:
+    """Send a signal to the process as soon as `ready`; fails if it ends first."""
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, f"it ended before it could be stopped: {process.communicate()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)

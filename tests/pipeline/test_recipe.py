@@ -1,0 +1,136 @@
+"""Recipes are read strictly: every mistake is one sentence that names key, value and the way out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.recipe import load_recipe, parse_recipe, recipe_json
+from stages.errors import RecipeError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+LEAST = """
+name = "least"
+teacher = { model = { name = "cnn" }, train = { epochs = 1 } }
+student = { model = { name = "cnn" } }
+"""
+
+
+def refused(tmp_path, text, *overrides):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
+def test_the_recipes_that_come_with_kdpipe_are_valid_and_read_back_resolved(path):
+    recipe = load_recipe(path)
+    resolved = json.loads(json.dumps(recipe_json(recipe)))
+    assert parse_recipe(resolved, "resolved") == recipe
+    assert path.read_text().startswith("# ")
+    for word in ("Command:", "Hardware:", "Time:", "Expect:"):
+        assert word in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("nmae = 'x'", r"unknown key 'nmae'; did you mean 'name'?"),
+        ("[compress.prune_train]\nepoch = 3", "unknown key 'compress.prune_train.epoch'; did you mean 'epochs'?"),
+        ("[views]\nnum_view = 3", "unknown key 'views.num_view'; did you mean 'num_views'?"),
+        ("[[distill]]\nloss = 'kd'\ntempertaure = 3", "did you mean 'temperature'?"),
+        ("[data]\nzzz = 1", "unknown key 'data.zzz'; known here: name, root,"),
+        ("[views]\nnum_views = 0", "views.num_views = 0: input should be greater than or equal to 1"),
+        ("[views]\nnum_views = '4'", "views.num_views = 4: input should be a valid integer"),
+        ("[views]\nflip = 1", "views.flip = 1: input should be a valid boolean"),
+        ("[cache]\ndtype = 'int8'", "cache.dtype = int8: input should be 'float16' or 'float32'"),
+        ("[[distill]]\nloss = 'magic'", "distill.0"),
+        ("[[distill]]\nweight = 1.0", "distill.0"),
+        ("[compress.prune]\nratio = nan", "compress.prune.ratio"),
+        ("seed = 1979-05-27", "seed = 1979-05-27"),
+        ("seed = -1", "seed = -1: input should be greater than or equal to 0"),
+        ("device = 'tpu'", "device = tpu"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path, line, wanted):
+    assert wanted in refused(tmp_path, line + "\n" + LEAST if "[" not in line else LEAST + line)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    assert "the key 'student' is missing" in refused(tmp_path, LEAST.replace("student =", "# student ="))
+
+
+def test_text_that_is_no_toml_is_located(tmp_path):
+    assert "not valid TOML" in refused(tmp_path, "name = ")
+    assert "cannot read the recipe" in refused_path(tmp_path / "none.toml")
+    assert "cannot read the recipe" in refused_path(tmp_path)
+
+
+def refused_path(path):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    return str(caught.value)
+
+
+def test_overrides_take_toml_values_and_bare_words(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(LEAST + "[[distill]]\nloss = 'kd'\n")
+    overrides = [
+        "student.train.lr=0.25",
+        "student.seeds=[4, 5]",
+        "teacher.model.name=mlp",
+        "data.download=false",
+        "distill.0.temperature=2",
+        "teacher.model.args.hidden=[8]",
+    ]
+    recipe = load_recipe(path, overrides)
+    assert recipe.student.train.lr == 0.25
+    assert recipe.student.seeds == (4, 5)
+    assert recipe.teacher.model.name == "mlp"
+    assert recipe.data.download is False
+    assert recipe.distill[0].temperature == 2
+    assert recipe.teacher.model.args == {"hidden": [8]}
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("student.train.lr", "--set takes key=value"),
+        ("=3", "--set takes key=value"),
+        ("student.train.rl=1", "did you mean 'lr'?"),
+        ("name.x=1", "'name' is not a section"),
+        ("distill.3.weight=1", "'3' is not the number of an entry"),
+        ("student.train.lr=fast", "student.train.lr = fast: input should be a valid number"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path, override, wanted):
+    assert wanted in refused(tmp_path, LEAST + "[[distill]]\nloss = 'kd'\n", override)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+        max_leaves=8,
+    ),
+    st.sampled_from(["name", "data", "views", "teacher", "student", "distill", "compress", "cache", "seed"]),
+)
+def test_whatever_stands_in_a_recipe_it_is_read_or_refused_in_one_sentence(value, key):
+    table = {
+        "name": "least",
+        "teacher": {"model": {"name": "cnn"}},
+        "student": {"model": {"name": "cnn"}},
+        key: value,
+    }
+    try:
+        parse_recipe(table, "fuzzed")
+    except RecipeError as error:
+        assert len(str(error)) < 600
