@@ -28,6 +28,8 @@ class FingerprintMismatch(KdpipeError):
 
 def differences(stored: Any, wanted: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     """The leaves at which two JSON values differ, as (dotted key, stored, wanted); an absent one reads None."""
+    if isinstance(stored, list | tuple) and isinstance(wanted, list | tuple) and len(stored) == len(wanted):
+        stored, wanted = dict(enumerate(stored)), dict(enumerate(wanted))
     if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
         names = sorted({*stored, *wanted})
         return [
@@ -35,6 +37,4 @@ def differences(stored: Any, wanted: Any, key: str = "") -> list[tuple[str, Any,
             for name in names
             for pair in differences(stored.get(name), wanted.get(name), f"{key}.{name}" if key else str(name))
         ]
-    if isinstance(stored, list | tuple) and isinstance(wanted, list | tuple):
-        return [] if list(stored) == list(wanted) else [(key, list(stored), list(wanted))]
     return [] if stored == wanted else [(key, stored, wanted)]

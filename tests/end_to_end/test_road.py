@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 import zarr
-from kdpipe_process import RECIPE, kdpipe, signal_when, start
+from kdpipe_process import RECIPE, kdpipe, kdpipe_here, signal_when, start
 from made_store import folder_bytes
 
 COMPARED = ("teacher/model", "students/*/model", "compressed/*/model")
@@ -36,7 +36,7 @@ def test_the_road_ends_in_a_table_and_its_files(done):
     run, ended = done
     for name in ("teacher", "student alone", "student distilled", "pruned", "pruned + INT8"):
         assert re.search(rf"^\s*{re.escape(name)}\s+\d+\.\d\d", ended.stdout, re.MULTILINE), name
-    report = json.loads(kdpipe("report", run, "--json").stdout)
+    report = json.loads(kdpipe_here("report", run, "--json").stdout)
     assert [row["num_seeds"] for row in report["rows"]] == [1] * 5
     assert all(Path(file).exists() for row in report["rows"] for file in row["files"])
     assert all(row["latency_ms"] > 0 for row in report["rows"])
@@ -116,30 +116,31 @@ def test_every_stage_killed_midway_ends_as_if_nothing_had_happened(done, recipe,
                 assert (run / relative).read_bytes() == file.read_bytes(), relative
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_75_and_a_rerun_goes_on(recipe, tmp_path, number):
-    run = tmp_path / "run"
-    process = start("train-teacher", recipe, "--run", run, "--set", "teacher.train.epochs=200")
-    signal_when(process, (run / "teacher" / "checkpoint.safetensors").exists, number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
-    assert "Run the same command again" in errors
-    assert "Traceback" not in errors
-    assert not (run / "teacher" / "result.json").exists()
-    if number == signal.SIGTERM:
-        second = kdpipe("train-teacher", recipe, "--run", run, "--set", "teacher.train.epochs=200", "--json")
-        assert second.returncode == 0
-        assert json.loads(second.stdout)["teacher"]["num_epochs"] == 200
+def test_signals_save_and_exit_75_and_a_rerun_goes_on(recipe, tmp_path):
+    run, longer = tmp_path / "run", ("--set", "teacher.train.epochs=40")
+    checkpoint, ages = run / "teacher" / "checkpoint.safetensors", []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        process = start("train-teacher", recipe, "--run", run, *longer)
+        ages.append(checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0)
+        signal_when(process, lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns > ages[-1], number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75, errors
+        assert "Run the same command again" in errors
+        assert "Traceback" not in errors
+        assert not (run / "teacher" / "result.json").exists()
+    ended = kdpipe_here("train-teacher", recipe, "--run", run, *longer, "--json")
+    assert ended.exit_code == 0
+    assert json.loads(ended.stdout)["teacher"]["num_epochs"] == 40
 
 
 def test_a_second_job_in_the_same_run_folder_is_told_to_wait(recipe, tmp_path):
     run = tmp_path / "run"
-    first = start("train-teacher", recipe, "--run", run, "--set", "teacher.train.epochs=2000")
-    signal_when(first, (run / "teacher" / "checkpoint.safetensors").exists, signal.SIGCONT)
-    second = kdpipe("train-teacher", recipe, "--run", run, "--set", "teacher.train.epochs=2000")
+    first = start("train-teacher", recipe, "--run", run)
+    signal_when(first, (run / "recipe.json").exists, signal.SIGSTOP)
+    second = kdpipe_here("train-teacher", recipe, "--run", run)
     first.kill()
     first.communicate()
-    assert second.returncode == 11
+    assert second.exit_code == 11
     assert f"in use by process {first.pid}" in second.stderr
 
 
@@ -147,26 +148,25 @@ def test_a_recipe_changed_in_a_done_run_is_refused_with_stored_and_wanted(done, 
     run, _ = done
     for change, stage, pair in (
         ("teacher.train.lr=0.01", "train-teacher", "train.lr: stored 0.05, wanted 0.01"),
-        ("views.crop_padding=2", "cache-teacher", "views.operations: stored [{'crop': {'fill': 0, 'padding': 1}}]"),
+        ("views.crop_padding=2", "cache-teacher", "views.operations.0.crop.padding: stored 1, wanted 2"),
         ("views.seed=8", "train-student", "views.seed: stored 0, wanted 8"),
         ("data.num_train=150", "cache-teacher", "data.num_samples: stored 200, wanted 150"),
         ("teacher.model.args.width=9", "train-student", "teacher.architecture.args.width: stored 8, wanted 9"),
         ("distill.0.temperature=2", "compress", "stored"),
     ):
-        ended = kdpipe(stage, recipe, "--run", run, "--set", change)
-        assert ended.returncode == 12, (change, ended.stderr)
+        ended = kdpipe_here(stage, recipe, "--run", run, "--set", change)
+        assert ended.exit_code == 12, (change, ended.stderr)
         assert pair in ended.stderr
-        assert "Traceback" not in ended.stderr
 
 
 def test_two_stores_teach_one_student(done, recipe, tmp_path):
     run, _ = done
     other = tmp_path / "other"
     for stage in ("train-teacher", "cache-teacher"):
-        assert kdpipe(stage, recipe, "--run", other, "--set", "seed=5").returncode == 0
+        assert kdpipe_here(stage, recipe, "--run", other, "--set", "seed=5").exit_code == 0
     stores = f"student.stores=['{run / 'store.zarr'}', '{other / 'store.zarr'}']"
-    ended = kdpipe("train-student", recipe, "--run", tmp_path / "both", "--set", stores, "--json")
-    assert ended.returncode == 0, ended.stderr
+    ended = kdpipe_here("train-student", recipe, "--run", tmp_path / "both", "--set", stores, "--json")
+    assert ended.exit_code == 0, ended.stderr
     taught = json.loads(ended.stdout)["students"]
     assert len(json.loads((tmp_path / "both/students/distilled-seed0/job.json").read_text())["teaching"]["stores"]) == 2
     assert torch.isfinite(torch.tensor(taught["distilled"][0]["cross_entropy"]))

@@ -22,7 +22,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     setup = tiny_setup(folder)
     path = make_tiny_store(setup)
-    train_student(STUDENT, "distilled", 0, open_tiny_teaching(path, setup), setup)
+    train_student(STUDENT, 0, open_tiny_teaching(path, setup), setup)
     return folder
 
 
@@ -36,12 +36,12 @@ def test_stopped_at_every_step_and_resumed_equals_undisturbed(run, tmp_path, opt
     config = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, optimiser=optimiser, lr=0.01, momentum=0.9))
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     setup = tiny_setup(whole)
-    train_student(config, "distilled", 0, open_tiny_teaching(run / "store.zarr", setup), setup)
+    train_student(config, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
     num_stops = 0
     while student_folder(pieces, "distilled", 0).result() is None:
         setup = tiny_setup(pieces, Watch(should_stop=StopAfter(1 + num_stops % 3)))
         try:
-            train_student(config, "distilled", 0, open_tiny_teaching(run / "store.zarr", setup), setup)
+            train_student(config, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
         except StoppedEarly:
             num_stops += 1
     one, other = student_folder(whole, "distilled", 0), student_folder(pieces, "distilled", 0)
@@ -54,7 +54,7 @@ def test_stopped_at_every_step_and_resumed_equals_undisturbed(run, tmp_path, opt
 def test_a_finished_job_is_not_touched(run):
     setup = tiny_setup(run)
     before = student_folder(run, "distilled", 0).model.stat().st_mtime_ns
-    result = train_student(STUDENT, "distilled", 0, open_tiny_teaching(run / "store.zarr", setup), setup)
+    result = train_student(STUDENT, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
     assert result == student_folder(run, "distilled", 0).result()
     assert student_folder(run, "distilled", 0).model.stat().st_mtime_ns == before
 
@@ -66,8 +66,8 @@ def test_both_students_start_from_the_same_weights_and_only_one_is_taught(run, t
     silent = dataclasses.replace(
         teaching, losses=[dataclasses.replace(loss, weight=0.0) for loss in teaching.losses], hard_label_weight=1.0
     )
-    train_student(STUDENT, "alone", 0, None, setup)
-    train_student(STUDENT, "distilled", 0, silent, setup)
+    train_student(STUDENT, 0, None, setup)
+    train_student(STUDENT, 0, silent, setup)
     alone, distilled = (load_tensors(student_folder(tmp_path, kind, 0).model)[0] for kind in ("alone", "distilled"))
     assert all(torch.equal(alone[name], distilled[name]) for name in alone)
     taught = load_tensors(student_folder(run, "distilled", 0).model)[0]
@@ -78,13 +78,13 @@ def test_another_recipe_in_the_same_folder_is_refused(run):
     setup = tiny_setup(run)
     other = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, lr=0.02))
     with pytest.raises(FingerprintMismatch, match=r"train.lr: stored 0.05, wanted 0.02"):
-        train_student(other, "distilled", 0, open_tiny_teaching(run / "store.zarr", setup), setup)
+        train_student(other, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
 
 
 def test_how_often_is_saved_changes_nothing(run):
     setup = tiny_setup(run)
     other = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, checkpoint_every_s=1000))
-    train_student(other, "distilled", 0, open_tiny_teaching(run / "store.zarr", setup), setup)
+    train_student(other, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
 
 
 def test_a_diverging_loss_stops_with_advice(tmp_path):
