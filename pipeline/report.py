@@ -14,7 +14,11 @@ from stages.job_folder import JobFolder, read_json
 
 @dataclass(frozen=True)
 class Row:
-    """One network of a run: figures over its seeds. Accuracies in percent; None where it is not measured."""
+    """One network of a run: figures over its seeds; None where it is not measured.
+
+    Accuracies are percent of the test set at the last epoch (and at the best one); onnx_agreement is the least share,
+    in percent, of test images on which the ONNX file gave torch's answer.
+    """
 
     name: str
     num_seeds: int
@@ -23,6 +27,7 @@ class Row:
     best_accuracy_mean: float
     num_parameters: int
     file_bytes: int
+    onnx_agreement: float
     latency_ms: float | None
     files: list[str]
 
@@ -83,6 +88,7 @@ def _row(name: str, jobs: Sequence[Path], median_ms: dict[str, float]) -> Row | 
         best_accuracy_mean=mean(100 * result["best_accuracy"] for result in results.values()),
         num_parameters=first["num_parameters"],
         file_bytes=first["onnx_bytes"],
+        onnx_agreement=min(100 * result["onnx_agreement"] for result in results.values()),
         latency_ms=median_ms.get(key),
         files=[str(job / "model.onnx") for job in results],
     )
@@ -98,7 +104,7 @@ def print_report(report: Report) -> None:
     batch = f", batch {report.latency_batch_size}" if report.latency_batch_size else ""
     table = Table(box=box.SIMPLE, title=f"{report.recipe}: what each network is worth", title_justify="left")
     table.add_column("network")
-    for header in ("test accuracy %", "seeds", "parameters", "ONNX file", f"latency ms{batch}"):
+    for header in ("test accuracy %", "seeds", "parameters", "ONNX file", "ONNX = torch %", f"latency ms{batch}"):
         table.add_column(header, justify="right")
     for row in report.rows:
         table.add_row(
@@ -107,6 +113,7 @@ def print_report(report: Report) -> None:
             str(row.num_seeds),
             f"{row.num_parameters:,}",
             f"{row.file_bytes / 1024:.1f} KiB",
+            f"{row.onnx_agreement:.2f}",
             "-" if row.latency_ms is None else f"{row.latency_ms:.3f}",
         )
     console.print(table)

@@ -27,9 +27,6 @@ from stages.setup import Setup, deciding
 from stages.train_student import DISTILLED, StudentConfig, Teaching, build_lesson, fresh_student, student_folder
 from stages.training import Job, train
 
-LEAST_AGREEMENT = 0.99
-"""An ONNX file whose top-1 answers agree less often than this with torch's is not handed out."""
-
 
 @section
 class QuantizeConfig:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_file import check_onnx, export_onnx
+from stages.errors import ModelError
 from stages.evaluate import evaluate
 from stages.job_folder import JobFolder
 from stages.lesson import Normalisation
@@ -17,6 +18,12 @@ from stages.model_file import save_model
 from stages.models.weights import count_parameters, weights_sha256
 from stages.setup import Setup
 from store import canonical_json
+
+CHECKED_IMAGES = 1000
+"""Test images on which an exported file must agree with torch."""
+
+LEAST_AGREEMENT = 0.99
+"""A file whose top-1 answers agree with torch's less often than this is not handed out."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,16 @@ class Network:
 
 
 def finish(folder: JobFolder, network: Network, history: Sequence[Mapping[str, Any]], setup: Setup) -> dict[str, Any]:
-    """Measure a trained network, leave its weights, ONNX file and figures in `folder`, and return the figures."""
+    """Measure a trained network, leave its weights, ONNX file and figures in `folder`, and return the figures.
+
+    Raises ModelError where the network cannot be exported, or its file does not answer as it does.
+    """
     network.model.eval()
     measured = evaluate(network.model, setup.test(network.normalise), setup.device)
     record = {"architecture": dict(network.architecture), "normalisation": network.normalise.to_json()}
     save_model(folder.model, network.model, record)
-    write_onnx(folder, network, setup)
+    _write_onnx(folder, network, setup)
+    agreement = _require_agreement(folder, network, setup)
     best = max(history, key=lambda line: line["accuracy"], default={"accuracy": measured.accuracy, "epoch": None})
     result = {
         **measured.to_json(),
@@ -52,6 +63,7 @@ def finish(folder: JobFolder, network: Network, history: Sequence[Mapping[str, A
         "num_epochs": len(history),
         "num_parameters": count_parameters(network.model),
         "identity": network.identity,
+        "onnx_agreement": agreement,
         "onnx_bytes": folder.onnx.stat().st_size,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
     }
@@ -59,7 +71,7 @@ def finish(folder: JobFolder, network: Network, history: Sequence[Mapping[str, A
     return result
 
 
-def write_onnx(folder: JobFolder, network: Network, setup: Setup) -> None:
+def _write_onnx(folder: JobFolder, network: Network, setup: Setup) -> None:
     """Export the network; how to scale its input and what its classes are called travel in the file's metadata."""
     metadata = {
         "normalisation": canonical_json(network.normalise.to_json()),
@@ -67,3 +79,16 @@ def write_onnx(folder: JobFolder, network: Network, setup: Setup) -> None:
     }
     example = torch.zeros(2, *setup.image_shape, device=setup.device)
     export_onnx(network.model, example, folder.onnx, metadata=metadata)
+
+
+def _require_agreement(folder: JobFolder, network: Network, setup: Setup) -> float:
+    """The share of test images on which the file in `folder`, run by onnxruntime, gives the network's top-1 answer."""
+    images = network.normalise(setup.test_set.images[:CHECKED_IMAGES])
+    found = check_onnx(folder.onnx, network.model, images, batch_size=250)
+    if found.top1_agreement < LEAST_AGREEMENT:
+        raise ModelError(
+            f"{folder.onnx} agrees with torch on {100 * found.top1_agreement:.2f} % of {len(images)} test images, below "
+            f"{100 * LEAST_AGREEMENT:.0f} % (logits differ by up to {found.max_logit_difference:.3g}): do not use it, "
+            "and report the network with which it happened."
+        )
+    return found.top1_agreement

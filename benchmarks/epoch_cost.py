@@ -1,0 +1,169 @@
+"""What a student's epoch costs with stored targets: against hard labels alone, and against the teacher in the loop.
+
+    uv run python benchmarks/epoch_cost.py [mnist] [cifar] [--rounds N]
+
+Every variant trains the same student by the real training loop, one epoch at a time, in turn in one process; quoted is
+the median over the rounds of the ratio to the epoch with hard labels alone in the same round. The images are random:
+what they show does not change what they cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from stages.cache_teacher import CacheConfig, cache_teacher
+from stages.datasets.image_set import ImageSet
+from stages.features import Outputs, tapped
+from stages.job_folder import JobFolder
+from stages.lesson import Lesson, Normalisation, place
+from stages.losses.hint import HintConfig
+from stages.losses.kd import KDConfig
+from stages.losses.terms import student_layers
+from stages.models.build import ModelConfig
+from stages.network import Network
+from stages.optim import TrainConfig
+from stages.setup import Setup, choose_device
+from stages.train_student import build_lesson, open_teaching
+from stages.training import Job, train
+from stages.views import ViewsConfig, render
+from stages.watch import Watch
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A teacher and a student, the data that they see, and the layers of a hint."""
+
+    teacher: ModelConfig
+    student: ModelConfig
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    num_samples: int
+    batch_size: int
+    hint: tuple[str, str]
+
+
+PAIRS = {
+    "mnist": Pair(
+        ModelConfig(name="cnn", args={"width": 32}),
+        ModelConfig(name="cnn", args={"width": 6}),
+        (1, 28, 28),
+        num_classes=10,
+        num_samples=6400,
+        batch_size=128,
+        hint=("stage2", "stage2"),
+    ),
+    "cifar": Pair(
+        ModelConfig(name="resnet32x4"),
+        ModelConfig(name="resnet8x4"),
+        (3, 32, 32),
+        num_classes=100,
+        num_samples=512,
+        batch_size=64,
+        hint=("layer3", "layer3"),
+    ),
+}
+
+
+class LiveTeacher:
+    """The teacher in the loop: what stored targets replace."""
+
+    def __init__(self, teacher: Network, setup: Setup) -> None:
+        self.teacher, self.setup = teacher, setup
+
+    def batch(self, view: int, indices: torch.Tensor) -> list[Outputs]:
+        images, ids = self.setup.train_set.images[indices], self.setup.train_set.sample_ids[indices]
+        shown = self.teacher.normalise(render(images, ids, view, self.setup.views).to(self.setup.device))
+        with torch.no_grad(), tapped(self.teacher.model, ()) as tap:
+            return [tap(shown)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="*", default=list(PAIRS), help=", ".join(PAIRS))
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    for name in arguments.pairs:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(name, PAIRS[name], Path(folder), arguments.rounds)
+
+
+def measure(name: str, pair: Pair, folder: Path, num_rounds: int) -> None:
+    setup = make_setup(pair, folder)
+    teacher, student = make_network(pair.teacher, setup), make_network(pair.student, setup)
+    lessons = make_lessons(pair, teacher, student, setup)
+    walls: dict[str, list[float]] = {variant: [] for variant in lessons}
+    for number in range(num_rounds + 1):
+        for variant, lesson in lessons.items():
+            wall_s = one_epoch(pair, student, lesson, setup, folder / "jobs" / f"{variant}-{number}")
+            if number:  # the first round warms up: files, caches, allocator
+                walls[variant].append(wall_s)
+    where = torch.cuda.get_device_name() if setup.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}: {pair.teacher.name} -> {pair.student.name}, {pair.num_samples:,} images an epoch, {where}")
+    print(f"  {'hard labels alone':<34} {statistics.median(walls['alone']):8.3f} s an epoch")
+    for variant, text in VARIANTS.items():
+        ratios = [wall / alone for wall, alone in zip(walls[variant], walls["alone"], strict=True)]
+        median_s = statistics.median(walls[variant])
+        print(f"  {text:<34} {median_s:8.3f} s an epoch, {statistics.median(ratios):6.3f} of hard labels alone")
+    gains = [live / stored for live, stored in zip(walls["live"], walls["logits"], strict=True)]
+    print(f"  stored logits beat the teacher in the loop {statistics.median(gains):.2f} times")
+
+
+VARIANTS = {
+    "logits": "stored logits",
+    "features": "stored logits and a feature map",
+    "live": "the teacher in the loop (logits)",
+}
+
+
+def make_setup(pair: Pair, folder: Path) -> Setup:
+    generator = torch.Generator().manual_seed(0)
+
+    def images(split: str, count: int) -> ImageSet:
+        pixels = torch.randint(256, (count, *pair.image_shape), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(pair.num_classes, (count,), generator=generator)
+        classes = tuple(map(str, range(pair.num_classes)))
+        return ImageSet("random", split, pixels, labels, torch.arange(count), classes)
+
+    views = ViewsConfig(num_views=2, crop_padding=2, flip=True)
+    return Setup(folder, images("train", pair.num_samples), images("test", 64), views, choose_device("auto"), Watch())
+
+
+def make_network(config: ModelConfig, setup: Setup) -> Network:
+    channels = setup.train_set.in_channels
+    model = setup.build(config, seed=0).to(setup.device).eval()
+    return Network(model, setup.architecture(config), Normalisation((0.5,) * channels, (0.25,) * channels))
+
+
+def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -> dict[str, Lesson]:
+    path = setup.run / "store.zarr"
+    cache_teacher(CacheConfig(), path, teacher, [pair.hint[1]], setup)
+    kd, hint = KDConfig(loss="kd"), HintConfig(loss="hint", layers=(pair.hint,))
+    logits = build_lesson(student, open_teaching([path], [kd], 0.1, {}, setup), 0, setup)
+    return {
+        "alone": Lesson(*place(setup.train_set, setup.device), setup.views, student.normalise),
+        "logits": logits,
+        "features": build_lesson(student, open_teaching([path], [kd, hint], 0.1, {}, setup), 0, setup),
+        "live": dataclasses.replace(logits, targets=LiveTeacher(teacher, setup)),
+    }
+
+
+def one_epoch(pair: Pair, student: Network, lesson: Lesson, setup: Setup, folder: Path) -> float:
+    folder.mkdir(parents=True)
+    config = TrainConfig(epochs=1, batch_size=pair.batch_size, checkpoint_every_s=1e6)
+    layers = student_layers([term.config for term in lesson.terms.values()])
+    test = setup.test(student.normalise)
+    job = Job("benchmark", "epoch", student.model, lesson, test, config, 0, JobFolder(folder), layers)
+    started = time.perf_counter()
+    train(job, setup.device, Watch())
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

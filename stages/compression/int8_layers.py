@@ -1,0 +1,107 @@
+"""The layers of an INT8 file: integers, and the scales by which they are read as float."""
+
+from __future__ import annotations
+
+import torch
+
+# This import registers torch.ops.quantized_decomposed, which torch's exporter writes as (De)QuantizeLinear.
+import torch.ao.quantization.fx._decomposed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.compression.fake_quant import (
+    ACTIVATION_MAX,
+    WEIGHT_MAX,
+    ActivationQuantizer,
+    QuantConv2d,
+    QuantLinear,
+    round_weight,
+    weight_scale,
+)
+
+# Half of what an int32 holds: the bias and the sum of the products must fit in together.
+BIAS_MAX = 2**30
+
+
+class QuantizeDequantize(nn.Module):
+    """To unsigned 8-bit and back, for a tensor of any shape."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        scale, zero_point = quantizer.scale_and_zero_point()
+        self.scale, self.zero_point = float(scale), int(zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ops, grid = torch.ops.quantized_decomposed, (self.scale, self.zero_point, 0, ACTIVATION_MAX, torch.uint8)
+        dequantized: Tensor = ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *grid), *grid)
+        return dequantized
+
+
+class Int8Weights(nn.Module):
+    """The int8 weight [O, ...] and the int32 bias [O] of a layer, kept as integers and read as float.
+
+    A bias counts in steps of input scale times weight scale. A channel with weights so small beside its bias that the
+    bias would overflow gets a larger weight scale: such weights move its output by less than half a step anyway.
+    Without one input scale, the bias stays float.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | None
+    bias_scale: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, input_scale: float | None) -> None:
+        super().__init__()
+        scale, bias_scale = weight_scale(weight), None
+        if bias is not None and input_scale is not None:
+            scale = torch.maximum(scale, bias.abs() / (input_scale * BIAS_MAX))
+            bias_scale = scale * input_scale
+            bias = torch.round(bias.double() / bias_scale).to(torch.int32)
+        steps = scale.view(-1, *[1] * (weight.dim() - 1))
+        self.register_buffer("weight", torch.round(round_weight(weight, scale) / steps).to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int64))
+        self.register_buffer("bias", bias)
+        self.register_buffer("bias_scale", bias_scale)
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        read = torch.ops.quantized_decomposed.dequantize_per_channel
+        weight = read(self.weight, self.scale, self.zero, 0, -WEIGHT_MAX, WEIGHT_MAX, torch.int8)
+        if self.bias is None or self.bias_scale is None:
+            return weight, self.bias
+        return weight, read(self.bias, self.bias_scale, self.zero, 0, -(2**31), 2**31 - 1, torch.int32)
+
+
+def int8_layer(layer: QuantConv2d | QuantLinear, input_scale: float | None) -> nn.Module:
+    """The layer over integers that computes what a rounding `layer` computes."""
+    with torch.no_grad():
+        weights = Int8Weights(layer.weight, layer.bias, input_scale)
+    return Int8Conv2d(layer, weights) if isinstance(layer, QuantConv2d) else Int8Linear(weights)
+
+
+class Int8Conv2d(nn.Module):
+    """A convolution over int8 weights; stride, padding and the like are those of `conv`."""
+
+    def __init__(self, conv: QuantConv2d, weights: Int8Weights) -> None:
+        super().__init__()
+        self.weights = weights
+        self._convolve = conv._conv_forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weights()
+        output: Tensor = self._convolve(x, weight, bias)
+        return output
+
+
+class Int8Linear(nn.Module):
+    """A linear layer over int8 weights."""
+
+    def __init__(self, weights: Int8Weights) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weights()
+        output: Tensor = F.linear(x, weight, bias)
+        return output

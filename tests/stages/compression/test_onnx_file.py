@@ -1,0 +1,213 @@
+"""The ONNX file says what the network says, in integers where it was prepared for that, and nothing of this machine."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tiny_nets import EXAMPLE, NUM_CLASSES, build, images, sgd, step
+from torch import nn
+
+from stages.compression.latency import measure_latency
+from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
+from stages.compression.prune import PruneConfig, prune
+from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
+from stages.errors import ModelError
+
+METADATA = {"mean": "[0.5]", "classes": '["cat"]'}
+FLOAT_WORK = {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Relu", "Clip", "ReduceMean", "AveragePool", "MaxPool"}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A float network pruned to odd widths and trained, and the same prepared for INT8 and fine-tuned."""
+    model = prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.3, round_to=1))
+    optimiser = sgd(model)
+    for seed in range(25):
+        step(model, optimiser, seed)
+    prepared = prepare_qat(model.eval(), EXAMPLE)
+    calibrate(prepared, [images(20, seed)[0] for seed in range(3)])
+    optimiser = sgd(prepared, lr=0.005)
+    for seed in range(3):
+        step(prepared, optimiser, seed)
+    freeze_observers(prepared)
+    return model, prepared
+
+
+@pytest.fixture(scope="module")
+def files(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    paths = {"float": folder / "model.onnx", "int8": folder / "model.int8.onnx"}
+    for model, path in zip(trained, paths.values(), strict=True):
+        export_onnx(model, EXAMPLE, path, metadata=METADATA)
+    return paths
+
+
+def run(path, batch):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"images": batch.numpy()})[0]
+
+
+def layers_of(model: nn.Module) -> tuple[int, int]:
+    kinds = [type(module).__mro__ for module in model.modules()]
+    return sum(nn.Conv2d in kind for kind in kinds), sum(nn.Linear in kind for kind in kinds)
+
+
+def test_the_float_file_agrees_with_the_network(trained, files):
+    agreement = check_onnx(files["float"], trained[0], images(300, seed=50)[0], batch_size=64)
+    assert agreement.num_samples == 300
+    assert agreement.top1_agreement == 1
+    assert agreement.max_logit_difference < 1e-4
+
+
+def test_the_int8_file_agrees_with_the_rounding_network(trained, files):
+    prepared = trained[1]
+    batch, labels = images(300, seed=50)
+    agreement = check_onnx(files["int8"], prepared, batch, batch_size=64)
+    with torch.no_grad():
+        logits = prepared.eval()(batch)
+    assert (logits.argmax(dim=1) == labels).float().mean() > 0.9  # the comparison is about classes, not about noise
+    assert agreement.top1_agreement >= 0.99
+    assert agreement.max_logit_difference < 0.05 * logits.std()
+
+
+def test_the_check_tells_a_file_of_another_network(files):
+    agreement = check_onnx(files["float"], build("residual", seed=3), images(100)[0], batch_size=100)
+    assert agreement.top1_agreement < 0.9
+    assert agreement.max_logit_difference > 0.1
+
+
+def test_the_int8_graph_is_fused_throughout(trained, files):
+    num_convs, num_linears = layers_of(trained[1])
+    counts = op_counts(files["int8"])
+    assert counts["QLinearConv"] == num_convs
+    assert counts["QGemm"] == num_linears
+    assert counts["QLinearAdd"] == 3
+    assert counts["QuantizeLinear"] == 1 and "DequantizeLinear" not in counts
+    assert not FLOAT_WORK & counts.keys()
+
+
+@pytest.mark.parametrize("name", ["depthwise", "preactivation", "plain"])
+def test_other_networks_are_fused_and_agree_too(name, tmp_path):
+    prepared = prepare_qat(build(name), EXAMPLE)
+    if name == "plain":
+        with torch.no_grad():  # a dead channel, and one whose bias would overflow int32 beside its weights
+            prepared.get_submodule("stage1.0").weight[2] = 0
+            prepared.get_submodule("stage2.0").weight[1] *= 1e-9
+            prepared.get_submodule("stage2.0").bias[1] = 50
+    calibrate(prepared, [images(20, seed)[0] for seed in range(3)])
+    path = tmp_path / "model.onnx"
+    export_onnx(prepared, EXAMPLE, path, metadata={})
+    counts = op_counts(path)
+    assert (counts["QLinearConv"], counts["QGemm"]) == layers_of(prepared) if name != "plain" else (2, 2)
+    assert not FLOAT_WORK & counts.keys()
+    batch, _ = images(200, seed=50)
+    with torch.no_grad():
+        logits = prepared.eval()(batch)
+    agreement = check_onnx(path, prepared, batch, batch_size=200)
+    assert agreement.top1_agreement >= 0.98
+    assert agreement.max_logit_difference < 0.1 * logits.std()
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_any_batch_size_runs_and_gives_each_image_the_same_logits(files, kind):
+    batch, _ = images(7)
+    together = run(files[kind], batch)
+    assert together.shape == (7, NUM_CLASSES)
+    alone = np.concatenate([run(files[kind], batch[i : i + 1]) for i in range(7)])
+    np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_stored_as_int8_and_biases_as_int32(trained, files):
+    proto = onnx.load(files["int8"])
+    sizes = {onnx.TensorProto.INT8: 0, onnx.TensorProto.INT32: 0, onnx.TensorProto.FLOAT: 0}
+    for tensor in proto.graph.initializer:
+        sizes[tensor.data_type] = sizes.get(tensor.data_type, 0) + int(np.prod(tensor.dims))
+    layers = [module for module in trained[1].modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    num_outputs = sum(len(layer.weight) for layer in layers)
+    assert sizes[onnx.TensorProto.INT8] >= sum(layer.weight.numel() for layer in layers)
+    assert num_outputs <= sizes[onnx.TensorProto.INT32] <= 2 * num_outputs  # biases, and their zero points
+    assert sizes[onnx.TensorProto.FLOAT] <= 2 * num_outputs + 64  # scales alone
+    assert not any(tensor.external_data for tensor in proto.graph.initializer)
+    assert not any(node.op_type == "QuantizeLinear" and "weight" in node.input[0] for node in proto.graph.node)
+
+
+def test_a_file_says_what_goes_in_and_out_and_carries_its_metadata(files):
+    session = onnxruntime.InferenceSession(str(files["int8"]), providers=["CPUExecutionProvider"])
+    assert [(each.name, each.shape[1:]) for each in session.get_inputs()] == [("images", [3, 8, 8])]
+    assert [(each.name, each.shape[1:]) for each in session.get_outputs()] == [("logits", [NUM_CLASSES])]
+    assert session.get_inputs()[0].shape[0] == "batch"
+    assert session.get_modelmeta().custom_metadata_map == METADATA
+
+
+def test_equal_networks_give_equal_bytes_without_a_trace_of_this_machine(trained, files, tmp_path):
+    again = tmp_path / "elsewhere.onnx"
+    export_onnx(trained[1], torch.ones(4, 3, 8, 8), again, metadata=METADATA)
+    content = again.read_bytes()
+    assert content == files["int8"].read_bytes()
+    for trace in (b"/work", b"site-packages", b".py", str(tmp_path).encode()):
+        assert trace not in content
+
+
+def test_an_export_is_silent_and_leaves_the_network_alone(tmp_path, capfd, caplog):
+    model = build("plain").train()
+    model.stage1.eval()
+    heard = []
+    model.fc.register_forward_hook(lambda *_: heard.append(1))
+    export_onnx(model, EXAMPLE, tmp_path / "model.onnx", metadata={})
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelno >= logging.INFO]
+    assert not heard
+    assert model.training and not model.stage1.training
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_a_network_that_was_never_calibrated_is_not_exported(tmp_path):
+    with pytest.raises(ModelError, match="calibrate the model first"):
+        export_onnx(prepare_qat(build("plain"), EXAMPLE), EXAMPLE, tmp_path / "model.onnx", metadata={})
+    assert not list(tmp_path.iterdir())
+
+
+class BatchOfTwo(nn.Module):
+    def forward(self, x):
+        return x.view(2, -1)
+
+
+class Deciding(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"), [(BatchOfTwo(), "batch size"), (Deciding(), r"for inputs \[batch, 3, 8, 8\]: \w+")]
+)
+def test_a_network_that_cannot_be_exported_leaves_the_earlier_file(model, sentence, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"earlier")
+    with pytest.raises(ModelError, match=rf"cannot be exported to ONNX.*{sentence}") as raised:
+        export_onnx(model, EXAMPLE, path, metadata={})
+    assert "\n" not in str(raised.value)
+    assert path.read_bytes() == b"earlier"
+
+
+def test_a_folder_that_is_not_there_is_told(trained, tmp_path):
+    with pytest.raises(ModelError, match=r"cannot be written: No such file"):
+        export_onnx(nn.Flatten(), EXAMPLE, tmp_path / "absent" / "model.onnx", metadata={})
+
+
+def test_what_is_no_onnx_file_is_told(tmp_path):
+    with pytest.raises(ModelError, match="no ONNX file at"):
+        op_counts(tmp_path / "absent.onnx")
+    (tmp_path / "text.onnx").write_text("hello")
+    with pytest.raises(ModelError, match="onnxruntime cannot load"):
+        check_onnx(tmp_path / "text.onnx", build("plain"), EXAMPLE, batch_size=1)
+
+
+def test_latency_is_measured_for_each_file(files):
+    latency_ms = measure_latency(files, (3, 8, 8), batch_size=2, num_rounds=3, num_threads=1)
+    assert list(latency_ms) == ["float", "int8"]
+    assert all(value > 0 for value in latency_ms.values())

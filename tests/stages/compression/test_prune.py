@@ -1,0 +1,170 @@
+"""Pruning takes whole channels, the least important first, and leaves a network that runs, trains, keeps its paths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny_nets import EXAMPLE, IMAGE_SHAPE, NETS, NUM_CLASSES, Residual, build, images, sgd, step
+from torch import nn
+
+from stages.compression.prune import PruneConfig, prune
+from stages.compression.widths import record_widths
+from stages.errors import ModelError
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_pruned_network_is_smaller_and_still_trains(name, scope):
+    model = build(name)
+    pruned = prune(model, EXAMPLE, PruneConfig(ratio=0.5, scope=scope, round_to=1))
+    assert num_parameters(pruned) < 0.55 * num_parameters(model)
+    assert [path for path, _ in pruned.named_modules()] == [path for path, _ in model.named_modules()]
+    assert pruned.eval()(images(3)[0]).shape == (3, NUM_CLASSES)
+    step(pruned, sgd(pruned), seed=1)
+    assert all(parameter.grad is not None for parameter in pruned.parameters())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_original_stays_as_it_is(name):
+    model = build(name).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    heard = []
+    model.get_submodule("fc" if name != "depthwise" else "classifier").register_forward_hook(lambda *_: heard.append(1))
+    prune(model, EXAMPLE, PruneConfig())
+    assert not heard
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_modes_and_frozen_parameters_are_kept():
+    model = build("residual").train()
+    model.stem.eval()
+    model.stem[0].weight.requires_grad_(False)
+    pruned = prune(model, EXAMPLE, PruneConfig())
+    assert pruned.training and not pruned.stem.training
+    frozen = [path for path, parameter in pruned.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["stem.0.weight"]
+
+
+def test_layers_that_meet_in_a_residual_sum_lose_the_same_channels():
+    pruned = prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.37, round_to=1))
+    widths = record_widths(pruned)
+    stream = {widths[path]["out_channels"] for path in ("stem.0", "layer1.0.conv2", "layer1.1.conv2")}
+    assert stream == {10}  # 16 * 0.63, to the nearest
+    assert widths["layer2.0.conv1"]["in_channels"] == 10
+    assert widths["layer2.0.conv2"]["out_channels"] == widths["layer2.0.shortcut.0"]["out_channels"] == 15
+    assert widths["fc"] == {"in_features": 15, "out_features": NUM_CLASSES}
+
+
+def test_a_depthwise_convolution_follows_its_input():
+    widths = record_widths(prune(build("depthwise"), EXAMPLE, PruneConfig(ratio=0.4, round_to=1)))
+    assert widths["depthwise.0"] == {"in_channels": 19, "out_channels": 19, "groups": 19}
+
+
+def test_the_least_important_channels_go():
+    model = build("plain")
+    strong = [1, 4, 5, 9]
+    with torch.no_grad():
+        model.stage1[0].weight.mul_(0.01)
+        model.stage2[0].weight[:, :].mul_(0.01)
+        model.stage1[0].weight[strong] += 1
+    pruned = prune(model, EXAMPLE, PruneConfig(ratio=0.75, round_to=1))
+    assert torch.equal(pruned.stage1[0].weight, model.stage1[0].weight[strong])
+
+
+def test_a_network_without_batch_norm_is_not_mistaken_for_one_of_unbatched_images():
+    model = build("plain")
+    pruned = prune(model, torch.zeros(2, *IMAGE_SHAPE), PruneConfig(ratio=0.5, round_to=1))
+    assert record_widths(pruned)["hidden.0"] == {"in_features": 12 * 4, "out_features": 16}
+
+
+def test_kept_modules_keep_their_outputs():
+    model = build("residual")
+    widths = record_widths(prune(model, EXAMPLE, PruneConfig(keep=("layer2", "layer1.0.conv1"))))
+    full = record_widths(model)
+    for path in ("layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0", "layer1.0.conv1"):
+        assert widths[path]["out_channels"] == full[path]["out_channels"]
+    assert widths["layer2.0.conv1"]["in_channels"] == widths["stem.0"]["out_channels"] == 8
+
+
+def test_widths_are_rounded_to_the_nearest_multiple():
+    widths = record_widths(prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.4, round_to=4)))
+    assert {widths[path]["out_channels"] for path in ("stem.0", "layer2.0.conv1")} == {8, 16}  # of 9.6 and 14.4
+
+
+def test_global_scope_takes_the_share_wherever_it_hurts_least_but_spares_every_layer_some():
+    model = build("plain")
+    with torch.no_grad():  # all of stage2 is unimportant but for a few channels
+        model.stage2[0].weight[3:] *= 1e-3
+        model.hidden[0].weight[:, 12:] *= 1e-3
+    config = PruneConfig(ratio=0.3, scope="global", max_ratio=0.75, round_to=1)
+    widths = record_widths(prune(model, EXAMPLE, config))
+    left = [widths["stage1.0"]["out_channels"], widths["stage2.0"]["out_channels"], widths["hidden.0"]["out_features"]]
+    assert sum(left) == 16 + 24 + 32 - round(0.3 * 72)
+    assert left[1] == 24 // 4
+
+
+def test_equal_inputs_give_equal_weights():
+    first, second = (prune(build("residual"), EXAMPLE, PruneConfig(scope="global")) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_ratio_that_leaves_nothing_names_the_layer():
+    with pytest.raises(ModelError, match=r"'layer2\.\S+' \(24 channels\) without a channel: lower prune\.ratio"):
+        prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.98))
+
+
+def test_a_global_ratio_beyond_max_ratio_is_refused():
+    with pytest.raises(ModelError, match=r"pruning 95% .* prune\.max_ratio"):
+        prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.95, scope="global"))
+
+
+def test_an_unknown_path_to_keep_is_told_its_nearest():
+    with pytest.raises(ModelError, match=r"'layer3'.*layer2"):
+        prune(build("residual"), EXAMPLE, PruneConfig(keep=("layer3",)))
+
+
+def test_a_rounding_that_undoes_all_pruning_is_told():
+    with pytest.raises(ModelError, match=r"removes no channel .* lower round_to"):
+        prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.2, round_to=64))
+
+
+class WrittenIn(Residual):
+    def forward(self, x):
+        x = self.layer2(self.layer1(self.stem(x))).view(-1, 24, 16).mean(dim=2)
+        return self.fc(x)
+
+
+class Shuffled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, NUM_CLASSES, 6)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x.view(x.size(0), 2, 8, 6, 6).transpose(1, 2).reshape(x.size(0), 16, 6, 6)
+        return self.second(x).flatten(1)
+
+
+@pytest.mark.parametrize("kind", [WrittenIn, Shuffled])
+def test_a_forward_with_channel_numbers_written_in_is_told(kind):
+    with pytest.raises(ModelError, match=r"prune\.keep|without pruning"):
+        prune(kind(), EXAMPLE, PruneConfig())
+
+
+def test_an_example_of_another_shape_is_told():
+    with pytest.raises(ModelError, match=r"does not run on an input of shape \[1, 4, 8, 8\]"):
+        prune(build("residual"), torch.zeros(1, 4, 8, 8), PruneConfig())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ratio": 0.0}, {"ratio": 1.0}, {"round_to": 0}, {"max_ratio": 1.5}, {"scope": "net"}]
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        PruneConfig(**wrong)

@@ -1,0 +1,290 @@
+"""A prepared network computes on INT8 grids, and is otherwise the network that it was: paths, hooks, state, modes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_nets import CONTAINERS, EXAMPLE, NETS, NUM_CLASSES, Residual, build, images, sgd, step
+from torch import nn
+
+from stages.compression.fake_quant import (
+    ActivationQuantizer,
+    QuantConv2d,
+    QuantLinear,
+    quantizers_of,
+    round_weight,
+    set_rounding,
+    weight_scale,
+)
+from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
+from stages.errors import ModelError
+from stages.models.module_path import module_named
+from stages.tensor_file import load_tensors, save_tensors
+
+
+def batches(count: int = 3):
+    return [images(20, seed)[0] for seed in range(count)]
+
+
+def prepared_and_calibrated(name: str, seed: int = 0):
+    prepared = prepare_qat(build(name, seed), EXAMPLE)
+    calibrate(prepared, batches())
+    return prepared
+
+
+def heard_at(model: nn.Module, paths: list[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What forward hooks at `paths` hear for a batch."""
+    heard = {}
+    for path in paths:
+        module_named(model, path).register_forward_hook(
+            lambda module, inputs, output, path=path: heard.__setitem__(path, output.detach().clone())
+        )
+    with torch.no_grad():
+        model(batch)
+    return heard
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_without_rounding_it_computes_what_the_float_network_computes(name):
+    model = build(name).eval()
+    prepared = prepare_qat(model, EXAMPLE)
+    set_rounding(prepared, False)
+    batch, _ = images(6)
+    torch.testing.assert_close(prepared(batch), model(batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_with_rounding_it_stays_near(name):
+    model, prepared = build(name).eval(), prepared_and_calibrated(name).eval()
+    batch, _ = images(50, seed=7)
+    with torch.no_grad():
+        assert 0 < relative_error(prepared(batch), model(batch)) < 0.05
+
+
+@pytest.mark.parametrize("name", [name for name in NETS if CONTAINERS[name]])
+def test_hooks_on_blocks_and_stages_hear_the_outputs_of_those(name):
+    batch, _ = images(20, seed=7)
+    model, prepared = build(name).eval(), prepared_and_calibrated(name).eval()
+    wanted, found = (heard_at(one, CONTAINERS[name], batch) for one in (model, prepared))
+    for path in CONTAINERS[name]:
+        assert relative_error(found[path], wanted[path]) < 0.05, path
+
+
+def test_hooks_on_single_layers_hear_them_too():
+    batch, _ = images(20, seed=7)
+    paths = ["layer1.0.bn1", "layer1.0.relu", "layer2.0.shortcut.1", "stem.2", "fc"]
+    model, prepared = build("residual").eval(), prepared_and_calibrated("residual").eval()
+    wanted, found = (heard_at(one, paths, batch) for one in (model, prepared))
+    for path in paths:
+        assert relative_error(found[path], wanted[path]) < 0.05, path
+
+
+def test_a_hook_on_a_stage_lets_gradients_through():
+    prepared = prepared_and_calibrated("residual").train()
+    heard = []
+    prepared.get_submodule("layer1").register_forward_hook(lambda module, inputs, output: heard.append(output))
+    prepared(images(4)[0])
+    heard[0].square().mean().backward()
+    assert prepared.get_submodule("layer1.0.conv1").weight.grad.abs().sum() > 0
+    assert prepared.get_submodule("layer2.0.conv1").weight.grad is None
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_original_stays_and_its_hooks_stay_with_it(name):
+    model = build(name).train()
+    heard = []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: heard.append(1))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    prepared = prepare_qat(model, EXAMPLE)
+    prepared(images(3)[0])
+    assert not heard
+    assert model.training and prepared.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_path_of_the_original_is_there_and_every_parameter_learns(name):
+    model = build(name)
+    prepared = prepare_qat(model, EXAMPLE)
+    assert {path for path, _ in model.named_modules()} <= {path for path, _ in prepared.named_modules()}
+    calibrate(prepared, batches())
+    step(prepared, sgd(prepared), seed=1)
+    assert all(parameter.grad is not None for parameter in prepared.parameters())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_all_arithmetic_reads_and_writes_grids_and_the_logits_are_float(name):
+    prepared = prepared_and_calibrated(name).eval()
+    layers = [module for module in prepared.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert layers and all(isinstance(layer, QuantConv2d | QuantLinear) for layer in layers)
+    read = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    with torch.no_grad():
+        logits = prepared(images(100)[0])
+    assert all(len(values.unique()) <= 256 for values in read)
+    assert len(logits.unique()) > 256
+    for layer in layers:
+        rounded = round_weight(layer.weight, weight_scale(layer.weight))
+        assert all(len(channel.unique()) <= 255 for channel in rounded)
+
+
+def test_dropout_and_modes_follow_train_and_eval():
+    prepared = prepared_and_calibrated("plain")
+    freeze_observers(prepared)
+    batch, _ = images(4)
+    with torch.no_grad():
+        assert torch.equal(prepared.eval()(batch), prepared(batch))
+        assert not torch.equal(prepared.train()(batch), prepared(batch))
+
+
+def test_training_goes_on_bit_for_bit_from_a_saved_state(tmp_path):
+    first = prepared_and_calibrated("residual")
+    optimiser = sgd(first)
+    for seed in range(2):
+        step(first, optimiser, seed)
+    save_tensors(tmp_path / "state", first.state_dict(), {})
+    state = copy.deepcopy(optimiser.state_dict())
+    step(first, optimiser, seed=2)
+
+    second = prepare_qat(build("residual", seed=5), EXAMPLE)  # other weights: all that counts must be in the state
+    second.load_state_dict(load_tensors(tmp_path / "state")[0], strict=True)
+    optimiser = sgd(second)
+    optimiser.load_state_dict(state)
+    step(second, optimiser, seed=2)
+    wanted, found = first.state_dict(), second.state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_frozen_ranges_stay_and_stay_frozen_after_a_reload():
+    prepared = prepared_and_calibrated("residual")
+    step(prepared, sgd(prepared), seed=1)
+    freeze_observers(prepared)
+    ranges = {path: (float(q.low), float(q.high)) for path, q in quantizers_of(prepared).items()}
+    reloaded = prepare_qat(build("residual", seed=5), EXAMPLE)
+    reloaded.load_state_dict(prepared.state_dict(), strict=True)
+    reloaded.train()(100 * images(20)[0])
+    assert {path: (float(q.low), float(q.high)) for path, q in quantizers_of(reloaded).items()} == ranges
+
+
+def test_training_moves_the_ranges_until_they_are_frozen():
+    prepared = prepared_and_calibrated("residual").train()
+    quantizer = next(iter(quantizers_of(prepared).values()))
+    before = float(quantizer.high)
+    prepared(100 * images(20)[0])
+    moved = float(quantizer.high)
+    prepared.eval()(1000 * images(20)[0])
+    assert before < moved == float(quantizer.high)
+
+
+def test_calibration_takes_the_mean_of_the_batches_and_always_zero():
+    quantizer = ActivationQuantizer()
+    model = nn.Sequential(quantizer).eval()
+    calibrate(model, [torch.tensor([1.0, 4.0]), torch.tensor([-2.0, 6.0]), torch.tensor([2.0, 2.0])])
+    assert float(quantizer.low) == pytest.approx((0 - 2 + 0) / 3)
+    assert float(quantizer.high) == pytest.approx((4 + 6 + 2) / 3)
+    assert not model.training and not quantizer.training
+
+
+def test_zero_is_exact_and_what_lies_outside_is_clipped_and_has_no_gradient():
+    quantizer = ActivationQuantizer()
+    calibrate(nn.Sequential(quantizer), [torch.tensor([-1.0, 3.0])])
+    x = torch.tensor([-5.0, -0.7, 0.0, 2.0, 9.0], requires_grad=True)
+    rounded = quantizer.eval()(x)
+    rounded.sum().backward()
+    assert rounded[2] == 0
+    torch.testing.assert_close(rounded, torch.tensor([-1.0, -0.7, 0.0, 2.0, 3.0]), atol=4 / 255, rtol=0)
+    assert x.grad.tolist() == [0, 1, 1, 1, 0]
+
+
+def test_a_quantizer_that_has_seen_nothing_says_nan():
+    prepared = prepare_qat(build("plain"), EXAMPLE).eval()
+    assert prepared(images(2)[0]).isnan().all()
+    with pytest.raises(ModelError, match=r"'quantizers\.\w+' has seen no batch yet"):
+        freeze_observers(prepared)
+    with pytest.raises(ModelError, match="no batch"):
+        calibrate(prepared, [])
+
+
+def test_a_dead_channel_is_finite_and_its_gradients_too():
+    model = build("plain")
+    with torch.no_grad():
+        model.stage1[0].weight[3] = 0
+        model.stage2[0].weight.zero_()
+    prepared = prepare_qat(model, EXAMPLE)
+    calibrate(prepared, batches())
+    step(prepared, sgd(prepared), seed=1)
+    assert all(parameter.isfinite().all() for parameter in prepared.parameters())
+
+
+def test_the_grids_do_not_go_down_to_bfloat16():
+    prepared = prepared_and_calibrated("plain").eval()
+    batch, _ = images(4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixed = prepared(batch)
+    assert torch.equal(mixed, prepared(batch))
+
+
+class Deciding(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class TwoHeads(Residual):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), Deciding())), r"module '1\.1' \(Deciding\)"),
+        (Deciding(), r"its forward \(Deciding\)"),
+        (TwoHeads(), "one tensor of logits"),
+        (nn.Conv2d(7, 4, 3), r"does not run on an input of shape \[1, 3, 8, 8\]"),
+    ],
+)
+def test_what_cannot_be_quantized_is_told_in_a_sentence(model, sentence):
+    with pytest.raises(ModelError, match=sentence) as raised:
+        prepare_qat(model, EXAMPLE)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_prepared_network_is_not_prepared_again():
+    with pytest.raises(ModelError, match="prepared before"):
+        prepare_qat(prepare_qat(build("plain"), EXAMPLE), EXAMPLE)
+
+
+def test_a_float_network_has_nothing_to_calibrate():
+    with pytest.raises(ModelError, match="prepare_qat first"):
+        calibrate(build("plain"), batches())
+
+
+def test_a_layer_called_twice_keeps_its_weights_and_its_batch_norms_apart():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+            self.bn1, self.bn2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+            self.fc = nn.Linear(8, NUM_CLASSES)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.fc(self.bn2(self.conv(self.bn1(self.conv(x)).relu())).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Twice()
+    nn.init.uniform_(model.bn1.weight), nn.init.uniform_(model.bn2.running_mean)
+    prepared = prepare_qat(model.eval(), EXAMPLE)
+    set_rounding(prepared, False)
+    batch, _ = images(4)
+    torch.testing.assert_close(prepared(batch), model(batch), rtol=1e-4, atol=1e-4)
