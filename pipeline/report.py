@@ -46,8 +46,15 @@ class Report:
         return asdict(self)
 
 
-LATENCY_KEYS = {"teacher": "teacher", "student distilled": "student", "pruned": "pruned", "pruned + INT8": "int8"}
-"""The row whose latency each entry of latency.json is; the student alone is the same network as the distilled."""
+LATENCY_KEYS = {
+    "teacher": "teacher",
+    "student alone": "student",  # the same network as the distilled one
+    "student distilled": "student",
+    "pruned": "pruned",
+    "pruned + INT8": "int8",
+    "INT8": "int8",
+}
+"""The entry of latency.json that belongs to a row."""
 
 
 def read_report(run: Path) -> Report:
@@ -61,9 +68,13 @@ def read_report(run: Path) -> Report:
         "teacher": [run / "teacher"],
         "student alone": [run / "students" / f"alone-seed{seed}" for seed in seeds],
         "student distilled": [run / "students" / f"distilled-seed{seed}" for seed in seeds],
-        "pruned": [run / "compressed" / f"pruned-seed{seed}" for seed in seeds],
-        "pruned + INT8": [run / "compressed" / f"int8-seed{seed}" for seed in seeds],
     }
+    steps = recipe["compress"]["steps"]
+    if "prune" in steps:
+        folders["pruned"] = [run / "compressed" / f"pruned-seed{seed}" for seed in seeds]
+    if "quantize" in steps:
+        name = "pruned + INT8" if "prune" in steps else "INT8"
+        folders[name] = [run / "compressed" / f"int8-seed{seed}" for seed in seeds]
     rows, missing = [], []
     for name, jobs in folders.items():
         num_missing = sum(JobFolder(job).result() is None for job in jobs)
@@ -79,7 +90,6 @@ def _row(name: str, jobs: Sequence[Path], median_ms: dict[str, float]) -> Row | 
         return None
     accuracies = [100 * result["accuracy"] for result in results.values()]
     first = next(iter(results.values()))
-    key = "student" if name == "student alone" else LATENCY_KEYS[name]
     return Row(
         name=name,
         num_seeds=len(results),
@@ -89,7 +99,7 @@ def _row(name: str, jobs: Sequence[Path], median_ms: dict[str, float]) -> Row | 
         num_parameters=first["num_parameters"],
         file_bytes=first["onnx_bytes"],
         onnx_agreement=min(100 * result["onnx_agreement"] for result in results.values()),
-        latency_ms=median_ms.get(key),
+        latency_ms=median_ms.get(LATENCY_KEYS[name]),
         files=[str(job / "model.onnx") for job in results],
     )
 

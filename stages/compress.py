@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -44,9 +45,11 @@ class QuantizeConfig:
 class CompressConfig:
     """How the distilled students are made small: pruned, then quantized, each with its own fine-tuning.
 
+    steps: which of the two are done, always in this order.
     latency_batch_size: images in the batch whose latency is reported.
     """
 
+    steps: Annotated[tuple[Literal["prune", "quantize"], ...], Field(min_length=1)] = ("prune", "quantize")
     prune: PruneConfig = Field(default_factory=PruneConfig)
     prune_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=10, lr=0.01))
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
@@ -75,7 +78,7 @@ def compressed_folder(run: Path, kind: str, seed: int) -> JobFolder:
 def compress(
     config: CompressConfig, student: StudentConfig, seed: int, teaching: Teaching, setup: Setup
 ) -> dict[str, dict[str, Any]]:
-    """Prune and quantize the distilled student of a seed; returns the figures of both.
+    """Prune and quantize the distilled student of a seed, as `config.steps` says; returns the figures of each.
 
     Each step resumes where it was stopped, and a finished one is not touched. Raises RunError where the student is
     not trained yet, ModelError where it cannot be pruned or quantized or the exported file does not agree with torch.
@@ -84,9 +87,13 @@ def compress(
     read_record(folder.model, "kdpipe train-student")
     network = fresh_student(student, seed, setup)
     load_model(folder.model, network.model, network.architecture)
-    pruned_figures = _prune(config, network, seed, teaching, setup)
-    pruned = _load_pruned(fresh_student(student, seed, setup), seed, setup)
-    return {"pruned": pruned_figures, "int8": _quantize(config, pruned, seed, teaching, setup)}
+    figures = {}
+    if "prune" in config.steps:
+        figures["pruned"] = _prune(config, network, seed, teaching, setup)
+        network = _load_pruned(fresh_student(student, seed, setup), seed, setup)
+    if "quantize" in config.steps:
+        figures["int8"] = _quantize(config, network, seed, teaching, setup)
+    return figures
 
 
 def measure_latencies(config: CompressConfig, seed: int, setup: Setup) -> dict[str, Any]:
@@ -99,15 +106,19 @@ def measure_latencies(config: CompressConfig, seed: int, setup: Setup) -> dict[s
         "int8": compressed_folder(setup.run, "int8", seed).onnx,
     }
     present = {name: path for name, path in files.items() if path.exists()}
-    wanted = {"batch_size": config.latency_batch_size, "num_threads": torch.get_num_threads()}
-    held = read_json(record)
-    if held is not None and {key: held.get(key) for key in wanted} == wanted and set(held["median_ms"]) == {*present}:
+    measured_on = {
+        "batch_size": config.latency_batch_size,
+        "num_threads": torch.get_num_threads(),
+        "files_sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in present.items()},
+    }
+    held = read_json(record) or {}
+    if {key: held.get(key) for key in measured_on} == measured_on:
         return held
     median_ms = measure_latency(
-        present, setup.image_shape, config.latency_batch_size, config.latency_rounds, wanted["num_threads"]
+        present, setup.image_shape, config.latency_batch_size, config.latency_rounds, torch.get_num_threads()
     )
-    write_json(record, wanted | {"median_ms": median_ms})
-    return wanted | {"median_ms": median_ms}
+    write_json(record, measured_on | {"median_ms": median_ms})
+    return measured_on | {"median_ms": median_ms}
 
 
 def _prune(config: CompressConfig, network: Network, seed: int, teaching: Teaching, setup: Setup) -> dict[str, Any]:
@@ -118,20 +129,20 @@ def _prune(config: CompressConfig, network: Network, seed: int, teaching: Teachi
         network=Network(model, architecture, network.normalise),
         folder=compressed_folder(setup.run, "pruned", seed),
         config=config.prune_train,
-        decided_by={"prune": deciding(config.prune), "student": network.identity},
+        decided_by={"prune": deciding(config.prune), "starts_from": network.identity},
         seed=seed,
     )
     return _fine_tune(piece, teaching, setup)
 
 
-def _quantize(config: CompressConfig, pruned: Network, seed: int, teaching: Teaching, setup: Setup) -> dict[str, Any]:
-    prepared = prepare_qat(pruned.model, torch.zeros(2, *setup.image_shape))
+def _quantize(config: CompressConfig, network: Network, seed: int, teaching: Teaching, setup: Setup) -> dict[str, Any]:
+    prepared = prepare_qat(network.model, torch.zeros(2, *setup.image_shape))
     piece = Piece(
         name=f"int8 student, seed {seed}",
-        network=Network(prepared, {**pruned.architecture, "quantized": "int8"}, pruned.normalise),
+        network=Network(prepared, {**network.architecture, "quantized": "int8"}, network.normalise),
         folder=compressed_folder(setup.run, "int8", seed),
         config=config.quantize_train,
-        decided_by={"quantize": deciding(config.quantize), "pruned": pruned.identity},
+        decided_by={"quantize": deciding(config.quantize), "starts_from": network.identity},
         seed=seed,
     )
     freeze_at = round(config.quantize.freeze_after * config.quantize_train.epochs)

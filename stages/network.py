@@ -87,8 +87,8 @@ def _require_agreement(folder: JobFolder, network: Network, setup: Setup) -> flo
     found = check_onnx(folder.onnx, network.model, images, batch_size=250)
     if found.top1_agreement < LEAST_AGREEMENT:
         raise ModelError(
-            f"{folder.onnx} agrees with torch on {100 * found.top1_agreement:.2f} % of {len(images)} test images, below "
-            f"{100 * LEAST_AGREEMENT:.0f} % (logits differ by up to {found.max_logit_difference:.3g}): do not use it, "
-            "and report the network with which it happened."
+            f"{folder.onnx} agrees with torch on {100 * found.top1_agreement:.2f} % of {len(images)} test images, "
+            f"below {100 * LEAST_AGREEMENT:.0f} % (logits differ by up to {found.max_logit_difference:.3g}): "
+            "do not use it, and report the network with which it happened."
         )
     return found.top1_agreement

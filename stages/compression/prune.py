@@ -104,8 +104,8 @@ def _traceable(model: nn.Module) -> Iterator[None]:
             raise
         except Exception as fault:
             raise ModelError(
-                f"this model cannot be pruned: torch-pruning cannot follow its channels ({first_line(fault)}), as where "
-                "they are shuffled or reshaped; quantize it without pruning."
+                f"this model cannot be pruned: torch-pruning cannot follow its channels ({first_line(fault)}), as "
+                "where they are shuffled or reshaped; set compress.steps = ['quantize']."
             ) from fault
     for module, training in modes.items():
         module.training = training

@@ -1,6 +1,7 @@
 """Recipes are read strictly: every mistake is one sentence that names key, value and the way out."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,23 @@ def test_whatever_stands_in_a_recipe_it_is_read_or_refused_in_one_sentence(value
         parse_recipe(table, "fuzzed")
     except RecipeError as error:
         assert len(str(error)) < 600
+
+
+def test_every_key_is_explained_in_the_docs():
+    from dataclasses import fields, is_dataclass
+    from typing import get_args, get_type_hints
+
+    from pipeline.recipe import Recipe
+
+    text = (RECIPES.parent / "docs" / "recipes.md").read_text()
+    seen, waiting = set(), [Recipe]
+    while waiting:
+        kind = waiting.pop()
+        if is_dataclass(kind) and kind not in seen:
+            seen.add(kind)
+            for field in fields(kind):
+                assert re.search(rf"[`.]{field.name}[`.]|\[{field.name}\]", text), f"{kind.__name__}.{field.name}"
+            waiting += get_type_hints(kind).values()
+        else:
+            waiting += get_args(kind)
+    assert len(seen) >= 10
