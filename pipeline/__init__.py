@@ -1,0 +1,1 @@
+"""How people and batch jobs drive kdpipe: command line, recipes, progress, reports."""

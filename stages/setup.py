@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.datasets.image_set import ImageSet, normalisation, pixel_checksums
+from stages.datasets.image_set import ImageSet, digest, normalisation, pixel_checksums
 from stages.errors import RecipeError
 from stages.evaluate import Evaluation
 from stages.lesson import Normalisation
@@ -62,9 +62,7 @@ class Setup:
 
     def data_identity(self) -> dict[str, Any]:
         """The training samples, as a store and a job recognise them again."""
-        held = self.train_set
-        counts = {"num_samples": held.num_samples, "num_classes": held.num_classes}
-        return {"name": held.name, "split": held.split, **counts, **samples_of(held).digests()}
+        return digest(self.train_set) | samples_of(self.train_set).digests()
 
 
 def samples_of(image_set: ImageSet) -> Samples:

@@ -6,7 +6,7 @@ from store.geometry import ArraySpec, Unit, all_units, rows_per_unit
 from store.lock import LockedError, exclusive
 from store.manifest import Identity, Manifest, canonical_json
 from store.reader import TargetStore, open_store
-from store.samples import Samples
+from store.samples import Samples, ids_and_labels_sha256
 from store.writer import create_store, missing_units, require_same, store_bytes, write_unit
 from store.zarr_group import read_store_manifest
 
@@ -27,6 +27,7 @@ __all__ = [
     "differences",
     "exclusive",
     "fsync_folder",
+    "ids_and_labels_sha256",
     "make_folders",
     "missing_units",
     "open_store",

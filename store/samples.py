@@ -27,9 +27,15 @@ class Samples:
 
     def digests(self) -> dict[str, str]:
         """sha256 over ids and labels, and over the pixel checksums, the same on every machine."""
-        labelled = hashlib.sha256(self.ids.astype("<i8").tobytes() + self.labels.astype("<i8").tobytes())
-        pixels = hashlib.sha256(self.pixels_crc32c.astype("<u4").tobytes())
-        return {"ids_and_labels_sha256": labelled.hexdigest(), "pixels_sha256": pixels.hexdigest()}
+        return {
+            "ids_and_labels_sha256": ids_and_labels_sha256(self.ids, self.labels),
+            "pixels_sha256": hashlib.sha256(self.pixels_crc32c.astype("<u4").tobytes()).hexdigest(),
+        }
+
+
+def ids_and_labels_sha256(ids: NDArray[np.int64], labels: NDArray[np.int64]) -> str:
+    """sha256, in hexadecimal, over all ids and then all labels, int64 little-endian, in the samples' order."""
+    return hashlib.sha256(ids.astype("<i8").tobytes() + labels.astype("<i8").tobytes()).hexdigest()
 
 
 def write_samples(group: zarr.Group, samples: Samples) -> None:

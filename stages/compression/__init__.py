@@ -1,0 +1,1 @@
+"""The mechanics of the third stage: pruning, INT8, ONNX, latency."""

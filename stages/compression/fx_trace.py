@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from stages.cause import cause
 from stages.errors import ModelError
 
 
@@ -74,7 +75,7 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
             ShapeProp(traced).propagate(example)
     except Exception as fault:
         raise ModelError(
-            f"the model does not run on an input of shape {list(example.shape)}: {first_line(fault)}"
+            f"the model does not run on an input of shape {list(example.shape)}: {cause(fault)}"
         ) from fault
     return traced
 
@@ -84,14 +85,9 @@ def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def first_line(fault: BaseException) -> str:
-    """What an exception of another library says first: the rest is for its makers."""
-    return next((line.strip() for line in str(fault).splitlines() if line.strip()), type(fault).__name__)
-
-
 def _untraceable(path: str, kind: str, fault: BaseException) -> str:
     where = f"its module {path!r} ({kind})" if path else f"its forward ({kind})"
     return (
-        f"the model cannot be quantized: torch.fx cannot trace {where}: {first_line(fault).rstrip('.')}; "
+        f"the model cannot be quantized: torch.fx cannot trace {where}: {cause(fault).rstrip('.')}; "
         "write it without Python decisions on tensor values, or leave the student in float."
     )

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from stages.compression.bare_copy import bare_copy
 from stages.compression.fake_quant import (
-    ACTIVATION_MAX,
     ActivationQuantizer,
     QuantConv2d,
     QuantLinear,
@@ -21,7 +20,7 @@ from stages.compression.fake_quant import (
 )
 from stages.compression.fx_trace import module_of
 from stages.compression.int8_layers import QuantizeDequantize, int8_layer
-from stages.compression.op_kinds import is_float_tensor, is_relu6, kind_of, origin, pool_window
+from stages.compression.op_kinds import is_float_tensor, kind_of, origin, pool_window
 
 
 def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
@@ -32,7 +31,7 @@ def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
     require_observed(quantizers_of(prepared))
     copy = bare_copy(prepared).cpu().eval()
     assert isinstance(copy, fx.GraphModule)
-    for rewrite in (_requantize_after_move, _loosen_relu6, _average_by_window):
+    for rewrite in (_requantize_after_move, _average_by_window):
         for node in list(copy.graph.nodes):
             rewrite(copy, node)
     _replace_layers(copy)
@@ -50,17 +49,6 @@ def _requantize_after_move(copy: fx.GraphModule, node: fx.Node) -> None:
             again = copy.graph.call_module(str(origin(copy, node).target), (node,))
         node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
         again.meta = dict(node.meta)
-
-
-def _loosen_relu6(copy: fx.GraphModule, node: fx.Node) -> None:
-    """Make a ReLU6 a ReLU where its quantizer ends at 6 anyway: a clip stays in the way if the last bit of 6 is off."""
-    reader = _quantizer_behind(copy, node)
-    quantizer = module_of(copy, reader) if reader is not None else None
-    if is_relu6(copy, node) and isinstance(quantizer, ActivationQuantizer):
-        scale, zero_point = quantizer.scale_and_zero_point()
-        if int(zero_point) == 0 and float(scale) * ACTIVATION_MAX <= 6 * (1 + 1e-6):
-            with copy.graph.inserting_after(node):
-                node.replace_all_uses_with(copy.graph.call_function(F.relu, (node.args[0],)))
 
 
 def _average_by_window(copy: fx.GraphModule, node: fx.Node) -> None:

@@ -17,9 +17,9 @@ import onnxruntime
 import torch
 from torch import Tensor, fx, nn
 
+from stages.cause import cause
 from stages.compression.bare_copy import bare_copy
 from stages.compression.fake_quant import ActivationQuantizer
-from stages.compression.fx_trace import first_line
 from stages.compression.int8_graph import int8_graph
 from stages.errors import ModelError
 from store.durable import write_atomically
@@ -77,10 +77,10 @@ def _to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
                 verbose=False,
             )
     except Exception as fault:
-        cause = fault.__cause__ or fault  # the exporter's own words are a page of advice to its makers
+        origin = fault.__cause__ or fault  # the exporter's own words are a page of advice to its makers
         raise ModelError(
             f"the model cannot be exported to ONNX for inputs [batch, {', '.join(map(str, example.shape[1:]))}]: "
-            f"{first_line(cause)}"
+            f"{cause(origin)}"
         ) from fault
     assert program is not None
     proto = program.model_proto
@@ -132,7 +132,7 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as fault:
-        raise ModelError(f"onnxruntime cannot load {path}: {first_line(fault)}") from fault
+        raise ModelError(f"onnxruntime cannot load {path}: {cause(fault)}") from fault
 
 
 def check_onnx(path: Path, model: nn.Module, images: Tensor, batch_size: int) -> OnnxAgreement:

@@ -88,11 +88,6 @@ def origin(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
     return node
 
 
-def is_relu6(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node clips to [0, 6]."""
-    return isinstance(module_of(traced, node), nn.ReLU6) or node.target is F.relu6
-
-
 def pool_window(traced: fx.GraphModule, node: fx.Node) -> tuple[int, int] | None:
     """The height and width over which a node averages maps [B, C, H, W], if it does so in equal windows; else None.
 

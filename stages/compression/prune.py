@@ -19,8 +19,8 @@ import torch_pruning
 from pydantic import Field
 from torch import Tensor, nn
 
+from stages.cause import cause
 from stages.compression.bare_copy import bare_copy
-from stages.compression.fx_trace import first_line
 from stages.compression.widths import has_sizes, record_widths
 from stages.config import section
 from stages.errors import ModelError
@@ -104,7 +104,7 @@ def _traceable(model: nn.Module) -> Iterator[None]:
             raise
         except Exception as fault:
             raise ModelError(
-                f"this model cannot be pruned: torch-pruning cannot follow its channels ({first_line(fault)}), as "
+                f"this model cannot be pruned: torch-pruning cannot follow its channels ({cause(fault)}), as "
                 "where they are shuffled or reshaped; set compress.steps = ['quantize']."
             ) from fault
     for module, training in modes.items():
@@ -118,7 +118,7 @@ def _dependency_graph(model: nn.Module, example: Tensor) -> torch_pruning.Depend
         model(example)
     except Exception as fault:
         raise ModelError(
-            f"the model does not run on an input of shape {list(example.shape)}: {first_line(fault)}"
+            f"the model does not run on an input of shape {list(example.shape)}: {cause(fault)}"
         ) from fault
     # In a list: a bare tensor would be spread over its first axis, and images offered one by one.
     return torch_pruning.DependencyGraph().build_dependency(model, [example], verbose=False)
@@ -231,6 +231,6 @@ def _require_it_runs(pruned: nn.Module, example: Tensor) -> None:
             bare_copy(pruned).eval()(example)
     except Exception as fault:
         raise ModelError(
-            f"the pruned model does not run ({first_line(fault)}): where its forward has channel numbers written in, "
+            f"the pruned model does not run ({cause(fault)}): where its forward has channel numbers written in, "
             "name the module in prune.keep."
         ) from fault

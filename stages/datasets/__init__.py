@@ -1,0 +1,1 @@
+"""Data sets by name: images, labels and stable sample ids."""

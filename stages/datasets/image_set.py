@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import DataError
+from store import ids_and_labels_sha256
 
 STD_FLOOR = 1 / 255
 """Below one grey level there is nothing to normalise; dividing by less would only blow up rounding errors."""
@@ -64,15 +64,12 @@ def digest(image_set: ImageSet) -> dict[str, Any]:
 
     The order of the samples counts: rows of a store are written in it, so two orders are two provenances.
     """
-    sha256 = hashlib.sha256()
-    for column in (image_set.sample_ids, image_set.labels):
-        sha256.update(column.cpu().numpy().astype("<i8").tobytes())
     return {
         "name": image_set.name,
         "split": image_set.split,
         "num_samples": image_set.num_samples,
         "num_classes": image_set.num_classes,
-        "sha256": sha256.hexdigest(),
+        "ids_and_labels_sha256": ids_and_labels_sha256(image_set.sample_ids.numpy(), image_set.labels.numpy()),
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from stages.datasets.cause import cause
+from stages.cause import cause
 from stages.datasets.memory import check_fits_memory
 from stages.errors import DataError
 

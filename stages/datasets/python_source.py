@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.datasets.cause import cause
+from stages.cause import cause
 from stages.datasets.listing import Listing, integer_column, list_arrays, numbered_classes
 from stages.datasets.split import Split
 from stages.errors import DataError

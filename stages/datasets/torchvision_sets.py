@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torchvision import datasets
 
-from stages.datasets.cause import cause
+from stages.cause import cause
 from stages.datasets.listing import Listing, list_arrays
 from stages.datasets.split import Split
 from stages.errors import DataError

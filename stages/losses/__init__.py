@@ -1,0 +1,1 @@
+"""One paper a file, and `terms`, which makes modules of the recipe's entries."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.cause import cause
 from stages.config import section
-from stages.datasets.cause import cause
 from stages.errors import ModelError
 from stages.models.factory import PREFIX as PYTHON
 from stages.models.factory import build_from_factory

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from stages.datasets.cause import cause
+from stages.cause import cause
 from stages.errors import ModelError
 from stages.models.arguments import call_with_args
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision import models
 
-from stages.datasets.cause import cause
+from stages.cause import cause
 from stages.errors import ModelError
 from stages.models.arguments import refuse_unknown_args
 from stages.models.module_path import module_named

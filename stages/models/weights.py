@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.datasets.cause import cause
+from stages.cause import cause
 from stages.errors import ModelError
 
 NESTED_UNDER = ("state_dict", "model", "model_state_dict")

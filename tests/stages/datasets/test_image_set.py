@@ -71,7 +71,7 @@ def test_the_digest_is_json_and_the_same_on_every_machine() -> None:
         "split": "train",
         "num_samples": 3,
         "num_classes": 2,
-        "sha256": hashlib.sha256(struct.pack("<6q", 7, 3, 2**62, 1, 0, 1)).hexdigest(),
+        "ids_and_labels_sha256": hashlib.sha256(struct.pack("<6q", 7, 3, 2**62, 1, 0, 1)).hexdigest(),
     }
 
 
@@ -85,7 +85,7 @@ def test_the_digest_is_json_and_the_same_on_every_machine() -> None:
     ids=["a label", "an id", "the order"],
 )
 def test_the_digest_sees_every_change(changes: dict[str, Any]) -> None:
-    assert digest(_image_set(**changes))["sha256"] != digest(_image_set())["sha256"]
+    assert digest(_image_set(**changes))["ids_and_labels_sha256"] != digest(_image_set())["ids_and_labels_sha256"]
 
 
 def test_checksums_follow_the_sample_and_see_one_changed_pixel() -> None:
