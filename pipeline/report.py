@@ -79,7 +79,13 @@ def read_report(run: Path) -> Report:
     for name, jobs in folders.items():
         num_missing = sum(JobFolder(job).result() is None for job in jobs)
         missing += [f"{name} ({num_missing} of {len(jobs)})"] if num_missing else []
-        row = _row(name, jobs, latency.get("median_ms", {}))
+        try:
+            row = _row(name, jobs, latency.get("median_ms", {}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"a result.json of {name} in {run} is damaged, or another kdpipe wrote it ({error!r}): delete that job's "
+                "folder, and run the recipe again."
+            ) from error
         rows += [row] if row else []
     return Report(str(run), recipe["name"], latency.get("batch_size"), rows, missing)
 
