@@ -29,6 +29,7 @@ app = typer.Typer(
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich alone would double the time that --help takes
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 store_app = typer.Typer(help="Look into target stores.", no_args_is_help=True)
@@ -44,37 +45,37 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document; p
 
 @app.command()
 def demo(run: RunFolder = None, as_json: AsJson = False) -> None:
-    """Walk the whole road on handwritten digits, in about a minute, and print the table."""
+    """The whole road on real digits, in a minute. No download; ends with the table."""
     _execute("run", _builtin_recipe("digits.toml"), None, run, as_json)
 
 
 @app.command()
 def train_teacher(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, as_json: AsJson = False) -> None:
-    """Train the teacher, or take the weights that the recipe names."""
+    """Train the teacher, or take given weights. The recipe says which."""
     _execute("train-teacher", recipe, set_, run, as_json)
 
 
 @app.command()
 def cache_teacher(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, as_json: AsJson = False) -> None:
-    """Stage 1: run the teacher once and keep its logits and feature maps in a target store."""
+    """Stage 1: keep what the teacher says. Its logits and feature maps, for every view, go into a target store."""
     _execute("cache-teacher", recipe, set_, run, as_json)
 
 
 @app.command()
 def train_student(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, as_json: AsJson = False) -> None:
-    """Stage 2: train the student alone and from the store, once for each seed."""
+    """Stage 2: students alone and distilled. One of each for every seed, the teacher never loaded."""
     _execute("train-student", recipe, set_, run, as_json)
 
 
 @app.command()
 def compress(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, as_json: AsJson = False) -> None:
-    """Stage 3: prune the distilled student, take it to INT8, and export ONNX."""
+    """Stage 3: prune, quantize, export ONNX. The store teaches the distilled student all the while."""
     _execute("compress", recipe, set_, run, as_json)
 
 
 @app.command("run")
 def run_all(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, as_json: AsJson = False) -> None:
-    """All stages in order, skipping what is done; ends with the table."""
+    """All stages, skipping what is done. Ends with the table."""
     _execute("run", recipe, set_, run, as_json)
 
 
@@ -87,7 +88,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN_FOLDER")], as_json: 
 
 @store_app.command("info")
 def store_info(path: Annotated[Path, typer.Argument(metavar="STORE")], as_json: AsJson = False) -> None:
-    """Show what a store holds: whose outputs, for which samples, on which views, and what is missing."""
+    """Say what a store holds. Whose outputs, for which samples, on which views, and what is missing."""
     with _guarded():
         from pipeline.store_info import print_store_info, read_store_info
 
