@@ -83,8 +83,8 @@ def read_report(run: Path) -> Report:
             row = _row(name, jobs, latency.get("median_ms", {}))
         except (KeyError, TypeError, AttributeError) as error:
             raise RunError(
-                f"a result.json of {name} in {run} is damaged, or another kdpipe wrote it ({error!r}): delete that job's "
-                "folder, and run the recipe again."
+                f"a result.json of {name} in {run} is damaged, or another kdpipe wrote it ({error!r}): delete that "
+                "job's folder, and run the recipe again."
             ) from error
         rows += [row] if row else []
     return Report(str(run), recipe["name"], latency.get("batch_size"), rows, missing)
