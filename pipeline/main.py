@@ -101,10 +101,12 @@ def store_info(path: Annotated[Path, typer.Argument(metavar="STORE")], as_json: 
 
 def _execute(command: str, recipe: Path, overrides: list[str] | None, run: Path | None, as_json: bool) -> None:
     """Walk one stage, or all of them, under signals, lock and progress; then say on stdout what came of it."""
-    with _guarded():
+    from pipeline.stop_signals import stop_on_signals
+
+    # Signals first: a job that is stopped while torch loads is stopped early like any other.
+    with _guarded(), stop_on_signals() as should_stop:
         from pipeline.progress import reporter
         from pipeline.recipe import load_recipe
-        from pipeline.stop_signals import stop_on_signals
         from pipeline.walk import STAGES, Walk, walk_all
         from stages.watch import Watch
         from store import exclusive
@@ -113,10 +115,12 @@ def _execute(command: str, recipe: Path, overrides: list[str] | None, run: Path 
         loaded = load_recipe(recipe, overrides or ())
         folder = run or Path("runs") / loaded.name
         work: Callable[[Walk], dict[str, Any]] = walk_all if command == "run" else STAGES[command]
-        with exclusive(folder, folder / "lock"), stop_on_signals() as should_stop, reporter(as_json) as report_event:
+        with exclusive(folder, folder / ".kdpipe.lock"), reporter(as_json) as report_event:
             walk = Walk(loaded, folder, Watch(report_event, should_stop))
             walk.begin()
+            walk.watch.check()
             results = work(walk)
+            walk.keep_recipe()
         if command == "run":
             _print_report(folder, as_json)
         elif as_json:
@@ -165,14 +169,25 @@ def _guarded() -> Iterator[None]:
         if isinstance(error, StoppedEarly):
             _say("stopped early; everything done is saved. Run the same command again to go on.")
         elif isinstance(error, KeyboardInterrupt):
-            _say("interrupted; the last checkpoint stands.")
+            _say("interrupted; the last checkpoint, if there is one, stands.")
         elif isinstance(error, KdpipeError):
             _say(f"error: {error}")
         elif isinstance(error, OSError):
-            _say(f"error: {error.strerror or error}: {error.filename or 'no file named'}.")
+            _say(f"error: {error.strerror or error}: {error.filename or 'standard output'}.")
+        elif _is_out_of_memory(error):
+            first_line = str(error).strip().partition("\n")[0]
+            _say(f"error: out of memory ({first_line}): lower batch sizes, or the networks' widths.")
         else:
             raise
         raise typer.Exit(exit_code(error)) from None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's, CUDA's, and the CPU allocator's way of saying so."""
+    texts = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 def _say(sentence: str) -> None:

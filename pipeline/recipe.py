@@ -18,7 +18,8 @@ from stages.cache_teacher import CacheConfig
 from stages.compress import CompressConfig
 from stages.config import section
 from stages.datasets.load import DataConfig
-from stages.errors import RecipeError
+from stages.errors import RecipeError, RunError
+from stages.job_folder import read_json
 from stages.losses.terms import LossConfig
 from stages.train_student import StudentConfig
 from stages.train_teacher import TeacherConfig
@@ -71,6 +72,17 @@ def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     return recipe
 
 
+def read_run_recipe(run: Path) -> Recipe | None:
+    """The resolved recipe of a run folder; None where there is none. Raises RunError where it is no recipe."""
+    record = read_json(run / "recipe.json")
+    try:
+        return None if record is None else parse_recipe(record, str(run / "recipe.json"))
+    except RecipeError as error:
+        raise RunError(
+            f"{run} holds something else than a run of this kdpipe ({error}): use another folder."
+        ) from error
+
+
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe: every key with the value in force. `parse_recipe` reads it back."""
     resolved: dict[str, Any] = asdict(recipe)
@@ -108,8 +120,9 @@ def _sentence(where: str, error: ValidationError) -> str:
     """One sentence for the first thing that is wrong, and how many more there are."""
     first, *others = error.errors()
     location = [str(part) for part in first["loc"]]
+    shown = location[:2] + location[3:] if location[:1] == ["distill"] else location  # no key, but pydantic's own tag
     more = f" ({len(others)} more like this)" if others else ""
-    key = ".".join(location)
+    key = ".".join(shown)
     if first["type"] == "unexpected_keyword_argument":
         known = _known_keys(Recipe, location[:-1])
         near = get_close_matches(location[-1], known, 1, 0.5)
@@ -117,6 +130,9 @@ def _sentence(where: str, error: ValidationError) -> str:
         return f"{where}: unknown key {key!r}{more}; {hint}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{where}: the key {key!r} is missing{more}: give it a value."
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        losses = [str(_tag(kind)) for kind in get_args(get_args(LossConfig)[0])]
+        return f"{where}: {key} needs a loss that exists{more}; known are {', '.join(losses)}."
     found = str(first["input"])
     return f"{where}: {key} = {found[:80]}: {first['msg'][0].lower()}{first['msg'][1:]}{more}."
 

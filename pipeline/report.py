@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from pipeline.recipe import read_run_recipe
 from stages.errors import RunError
 from stages.job_folder import JobFolder, read_json
 
@@ -59,17 +60,17 @@ LATENCY_KEYS = {
 
 def read_report(run: Path) -> Report:
     """Collect the figures of the run folder `run`. Raises RunError if it is not one."""
-    recipe = read_json(run / "recipe.json")
+    recipe = read_run_recipe(run)
     if recipe is None:
         raise RunError(f"{run} is not a run folder: it has no recipe.json. Give the folder that `kdpipe run` names.")
     latency = read_json(run / "compressed" / "latency.json") or {}
-    seeds = recipe["student"]["seeds"]
+    seeds = recipe.student.seeds
     folders = {
         "teacher": [run / "teacher"],
         "student alone": [run / "students" / f"alone-seed{seed}" for seed in seeds],
         "student distilled": [run / "students" / f"distilled-seed{seed}" for seed in seeds],
     }
-    steps = recipe["compress"]["steps"]
+    steps = recipe.compress.steps
     if "prune" in steps:
         folders["pruned"] = [run / "compressed" / f"pruned-seed{seed}" for seed in seeds]
     if "quantize" in steps:
@@ -79,15 +80,9 @@ def read_report(run: Path) -> Report:
     for name, jobs in folders.items():
         num_missing = sum(JobFolder(job).result() is None for job in jobs)
         missing += [f"{name} ({num_missing} of {len(jobs)})"] if num_missing else []
-        try:
-            row = _row(name, jobs, latency.get("median_ms", {}))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RunError(
-                f"a result.json of {name} in {run} is damaged, or another kdpipe wrote it ({error!r}): delete that "
-                "job's folder, and run the recipe again."
-            ) from error
+        row = _row(name, jobs, latency.get("median_ms", {}))
         rows += [row] if row else []
-    return Report(str(run), recipe["name"], latency.get("batch_size"), rows, missing)
+    return Report(str(run), recipe.name, latency.get("batch_size"), rows, missing)
 
 
 def _row(name: str, jobs: Sequence[Path], median_ms: dict[str, float]) -> Row | None:

@@ -11,14 +11,23 @@ from typing import Any
 
 import torch
 
-from pipeline.recipe import Recipe, recipe_json
+from pipeline.recipe import Recipe, read_run_recipe, recipe_json
 from stages.cache_teacher import cache_teacher
-from stages.compress import compress, measure_latencies
+from stages.compress import compress, measure_latencies, rehearse
 from stages.datasets.load import load_dataset
+from stages.errors import RecipeError
 from stages.job_folder import write_json
 from stages.losses.terms import teacher_layers
 from stages.setup import Setup, choose_device
-from stages.train_student import ALONE, DISTILLED, Teaching, open_teaching, train_student
+from stages.train_student import (
+    ALONE,
+    DISTILLED,
+    Teaching,
+    build_lesson,
+    fresh_student,
+    open_teaching,
+    train_student,
+)
 from stages.train_teacher import load_teacher, teacher_identity, train_teacher
 from stages.watch import Watch
 from store import make_folders, read_store_manifest
@@ -33,27 +42,42 @@ class Walk:
     watch: Watch
 
     def begin(self) -> None:
-        """Make the run folder, with the resolved recipe in it, and take no more threads than the recipe says."""
+        """Make the run folder, and take no more threads than the recipe says.
+
+        Raises RunError where the folder is something else's. A recipe that stands there already stays until this one
+        has done its work: a refused command must not change what the folder says of itself.
+        """
         make_folders([self.run])
-        write_json(self.run / "recipe.json", recipe_json(self.recipe))
+        if read_run_recipe(self.run) is None:
+            self.keep_recipe()
         torch.set_num_threads(self.recipe.num_threads or len(os.sched_getaffinity(0)))
+
+    def keep_recipe(self) -> None:
+        """Write the resolved recipe into the run folder."""
+        write_json(self.run / "recipe.json", recipe_json(self.recipe))
 
     @cached_property
     def setup(self) -> Setup:
         data = self.recipe.data
         device = choose_device(self.recipe.device)
         sets = load_dataset(data, "train"), load_dataset(data, "test")
+        if self.recipe.views.crop_padding >= min(sets[0].image_size):
+            height, width = sets[0].image_size
+            raise RecipeError(
+                f"views.crop_padding = {self.recipe.views.crop_padding} could crop images of {height} x {width} to "
+                "nothing: keep it below both."
+            )
         return Setup(self.run, *sets, self.recipe.views, device, self.watch)
 
     @property
     def store(self) -> Path:
         """The store that this recipe's `cache-teacher` fills."""
-        return Path(self.recipe.cache.store) if self.recipe.cache.store else self.run / "store.zarr"
+        return (Path(self.recipe.cache.store) if self.recipe.cache.store else self.run / "store.zarr").absolute()
 
     @property
     def stores(self) -> list[Path]:
         """The stores that students learn from."""
-        return [Path(path) for path in self.recipe.student.stores] or [self.store]
+        return [Path(path).absolute() for path in self.recipe.student.stores] or [self.store]
 
     @property
     def cached_layers(self) -> list[str]:
@@ -85,9 +109,11 @@ def walk_cache_teacher(walk: Walk) -> dict[str, Any]:
 
 
 def walk_train_student(walk: Walk) -> dict[str, Any]:
-    teaching = walk.teaching  # first of all: a store that will not do is refused before any training
+    teaching, seeds = walk.teaching, walk.recipe.student.seeds
+    # What will not do is refused before any training.
+    build_lesson(fresh_student(walk.recipe.student, seeds[0], walk.setup), teaching, seeds[0], walk.setup)
     students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
-    for seed in walk.recipe.student.seeds:
+    for seed in seeds:
         students[ALONE].append(train_student(walk.recipe.student, seed, None, walk.setup))
         students[DISTILLED].append(train_student(walk.recipe.student, seed, teaching, walk.setup))
     return {"students": students}
@@ -113,6 +139,7 @@ STAGES: dict[str, Callable[[Walk], dict[str, Any]]] = {
 
 def walk_all(walk: Walk) -> dict[str, Any]:
     """Every stage; each skips what is done."""
+    rehearse(walk.recipe.compress, walk.recipe.student, walk.setup)
     results: dict[str, Any] = {}
     for stage in STAGES.values():
         results |= stage(walk)

@@ -20,7 +20,7 @@ from stages.config import section
 from stages.job_folder import JobFolder, read_json, write_json
 from stages.lesson import Lesson
 from stages.losses.terms import student_layers
-from stages.model_file import load_model, read_record
+from stages.model_file import finished_record, load_finished
 from stages.network import Network, finish
 from stages.optim import TrainConfig
 from stages.order import batch_indices, epoch_order, num_steps
@@ -84,9 +84,8 @@ def compress(
     not trained yet, ModelError where it cannot be pruned or quantized or the exported file does not agree with torch.
     """
     folder = student_folder(setup.run, DISTILLED, seed)
-    read_record(folder.model, "kdpipe train-student")
     network = fresh_student(student, seed, setup)
-    load_model(folder.model, network.model, network.architecture)
+    load_finished(folder, network.model, network.architecture, "kdpipe train-student")
     figures = {}
     if "prune" in config.steps:
         figures["pruned"] = _prune(config, network, seed, teaching, setup)
@@ -94,6 +93,15 @@ def compress(
     if "quantize" in config.steps:
         figures["int8"] = _quantize(config, network, seed, teaching, setup)
     return figures
+
+
+def rehearse(config: CompressConfig, student: StudentConfig, setup: Setup) -> None:
+    """Prune and prepare an untrained student: what cannot be compressed is refused before anything is trained."""
+    model, example = fresh_student(student, student.seeds[0], setup).model, torch.zeros(2, *setup.image_shape)
+    if "prune" in config.steps:
+        model = prune(model, example, config.prune)
+    if "quantize" in config.steps:
+        prepare_qat(model, example)
 
 
 def measure_latencies(config: CompressConfig, seed: int, setup: Setup) -> dict[str, Any]:
@@ -115,7 +123,12 @@ def measure_latencies(config: CompressConfig, seed: int, setup: Setup) -> dict[s
     if {key: held.get(key) for key in measured_on} == measured_on:
         return held
     median_ms = measure_latency(
-        present, setup.image_shape, config.latency_batch_size, config.latency_rounds, torch.get_num_threads()
+        present,
+        setup.image_shape,
+        config.latency_batch_size,
+        config.latency_rounds,
+        torch.get_num_threads(),
+        between_rounds=setup.watch.check,
     )
     write_json(record, measured_on | {"median_ms": median_ms})
     return measured_on | {"median_ms": median_ms}
@@ -172,6 +185,7 @@ def _fine_tune(
             "train": deciding(piece.config),
             "seed": piece.seed,
             "data": setup.data_identity(),
+            "test": setup.test_identity(),
             "views": views,
             "teaching": teaching.to_json(),
         }
@@ -190,11 +204,11 @@ def _fine_tune(
 
 def _load_pruned(network: Network, seed: int, setup: Setup) -> Network:
     """The finished pruned student: built by the recipe, cut to the recorded widths, filled with the stored weights."""
-    file = compressed_folder(setup.run, "pruned", seed).model
-    widths = read_record(file, "kdpipe compress")["architecture"].get("widths", {})
+    folder = compressed_folder(setup.run, "pruned", seed)
+    widths = finished_record(folder, "kdpipe compress")["architecture"].get("widths", {})
     model = apply_widths(network.model, widths)
     architecture = {**network.architecture, "widths": widths}
-    load_model(file, model, architecture)
+    load_finished(folder, model, architecture, "kdpipe compress")
     return Network(model, architecture, network.normalise)
 
 

@@ -21,6 +21,14 @@ class ModelError(KdpipeError):
     """A model cannot be built, loaded, hooked, pruned, quantized or exported as asked."""
 
 
+class UnknownModelError(ModelError, RecipeError):
+    """The recipe names a network, or an argument of one, that does not exist."""
+
+
+class UnknownDataError(DataError, RecipeError):
+    """The recipe names a data set that does not exist."""
+
+
 class NotFiniteError(KdpipeError):
     """A network gave NaN or infinity: nothing good can come of going on."""
 

@@ -19,6 +19,9 @@ from typing import Any
 from stages.errors import RunError
 from store import FingerprintMismatch, differences, make_folders, write_atomically
 
+FIGURES = {"accuracy", "best_accuracy", "num_parameters", "onnx_bytes", "onnx_agreement", "identity", "wall_s"}
+"""What a finished job says of itself, at the least."""
+
 
 @dataclass(frozen=True)
 class JobFolder:
@@ -59,8 +62,14 @@ class JobFolder:
             raise FingerprintMismatch(f"the job in {self.path}", found, advice)
 
     def result(self) -> dict[str, Any] | None:
-        """The figures of a finished job; None while it is not."""
-        return read_json(self.path / "result.json")
+        """The figures of a finished job; None while it is not. Raises RunError where they are not a job's figures."""
+        record = read_json(self.path / "result.json")
+        if record is not None and (absent := FIGURES - set(record)):
+            raise RunError(
+                f"{self.path / 'result.json'} is damaged or another kdpipe's (it lacks {', '.join(sorted(absent))}): "
+                f"delete the folder {self.path}, and run again."
+            )
+        return record
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Publish the figures. The checkpoint has done its duty and goes."""
@@ -76,12 +85,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no file. Raises RunError where it is damaged."""
     try:
         record = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error
+        raise RunError(f"{path} cannot be read ({error}): delete it, or use another run folder.") from error
     if not isinstance(record, dict):
-        raise RunError(f"{path} is damaged (no JSON object): delete the folder {path.parent} and run again.")
+        raise RunError(f"{path} cannot be read (no JSON object): delete it, or use another run folder.")
     return record
 
 

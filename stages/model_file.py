@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from stages.errors import ModelError, RunError
+from stages.job_folder import JobFolder
+from stages.models.weights import weights_sha256
 from stages.tensor_file import load_tensors, save_tensors
 from store import FingerprintMismatch, differences
 
@@ -19,21 +21,29 @@ def save_model(path: Path, model: nn.Module, record: Mapping[str, Any]) -> None:
     save_tensors(path, model.state_dict(), record)
 
 
-def read_record(path: Path, needed_by: str) -> dict[str, Any]:
-    """The record of a network on disk. Raises RunError, naming the stage that makes it, if there is none."""
-    if not path.exists():
-        raise RunError(f"there is no trained network at {path}: run `{needed_by}` first.")
-    return load_tensors(path)[1]
+def finished_record(folder: JobFolder, needed_by: str) -> dict[str, Any]:
+    """The record of a finished job's network. Raises RunError, naming the stage that makes it, if there is none."""
+    if folder.result() is None:
+        raise RunError(f"there is no finished network in {folder.path}: run `{needed_by}` first.")
+    if not folder.model.exists():
+        raise RunError(f"{folder.model} is gone: delete the folder {folder.path}, and run `{needed_by}` again.")
+    return load_tensors(folder.model)[1]
 
 
-def load_model(path: Path, model: nn.Module, architecture: Mapping[str, Any]) -> None:
-    """Put the weights at `path` into `model`. Raises FingerprintMismatch if they are another architecture's."""
-    tensors, record = load_tensors(path)
-    found = differences(record.get("architecture"), dict(architecture))
-    if found:
-        advice = "Use the recipe that trained it, or another run folder."
-        raise FingerprintMismatch(f"the network {path}", found, advice)
+def load_finished(folder: JobFolder, model: nn.Module, architecture: Mapping[str, Any], needed_by: str) -> None:
+    """Put a finished job's weights into `model`.
+
+    Raises RunError where the job is not finished; FingerprintMismatch where the file holds another architecture than
+    wanted, or other weights than the job finished with.
+    """
+    record = finished_record(folder, needed_by)
+    advice = f"Use the recipe that trained it, or delete the folder {folder.path} to train it afresh."
+    if found := differences(record.get("architecture"), dict(architecture)):
+        raise FingerprintMismatch(f"the network {folder.model}", found, advice)
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(load_tensors(folder.model)[0])
     except RuntimeError as error:
-        raise ModelError(f"{path} does not fit its own architecture ({error}): train it again.") from error
+        raise ModelError(f"{folder.model} does not fit its own architecture ({error}). {advice}") from error
+    finished_with = (folder.result() or {})["identity"]["weights_sha256"]
+    if found := differences(finished_with, weights_sha256(model), "weights_sha256"):
+        raise FingerprintMismatch(f"the job in {folder.path}", found, advice)

@@ -25,10 +25,10 @@ class TrainConfig:
     epochs: Annotated[int, Field(ge=0)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 128
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.05
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 5e-4
     schedule: Literal["cosine", "step"] = "cosine"
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()

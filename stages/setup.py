@@ -64,6 +64,10 @@ class Setup:
         """The training samples, as a store and a job recognise them again."""
         return digest(self.train_set) | samples_of(self.train_set).digests()
 
+    def test_identity(self) -> dict[str, Any]:
+        """The test samples: they decide a job's figures, if not its weights."""
+        return digest(self.test_set) | samples_of(self.test_set).digests()
+
 
 def samples_of(image_set: ImageSet) -> Samples:
     """The ids, labels and pixel checksums of a data set, in its order."""
@@ -74,9 +78,13 @@ def choose_device(name: str) -> torch.device:
     """auto is the first GPU that CUDA_VISIBLE_DEVICES leaves, else the CPU. Raises RecipeError for an absent one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"the recipe's device is {name!r}, and torch sees no GPU: set device = 'auto' or 'cpu'.")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"the recipe's device is {name!r}, and torch sees {torch.cuda.device_count()} GPUs: set device = 'auto', "
+            "or one that is there."
+        )
+    return device
 
 
 def model_normalisation(

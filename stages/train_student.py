@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from stages.config import section
 from stages.errors import RecipeError
@@ -28,6 +28,12 @@ from store import TargetStore, open_store
 ALONE, DISTILLED = "alone", "distilled"
 
 
+def _unequal(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("each may stand there once")
+    return values
+
+
 @section
 class StudentConfig:
     """The student, and how it is trained: once for each seed, alone and distilled, all else being equal.
@@ -39,7 +45,7 @@ class StudentConfig:
 
     model: ModelConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_unequal)] = (0, 1, 2)
     hard_label_weight: Annotated[float, Field(ge=0)] = 0.1
     stores: tuple[str, ...] = ()
     mean: tuple[float, ...] | None = None
@@ -77,6 +83,11 @@ def open_teaching(
     """
     advice = "Cache again with this recipe into another run folder or store, or go back to the recipe that made it."
     stores = [open_store(path, wanted | {"views": setup.view_identity()}, advice) for path in paths]
+    fingerprints = [store.manifest.identity.fingerprint for store in stores]
+    if len(set(fingerprints)) < len(fingerprints):
+        raise RecipeError(
+            f"student.stores names one teacher twice: {', '.join(map(str, paths))} hold the same outputs."
+        )
     for store in stores:
         if store.num_views < setup.views.num_views:
             raise RecipeError(
@@ -127,6 +138,7 @@ def train_student(config: StudentConfig, seed: int, teaching: Teaching | None, s
             "train": deciding(config.train),
             "seed": seed,
             "data": setup.data_identity(),
+            "test": setup.test_identity(),
             "views": {**setup.view_identity(), "num_views": setup.views.num_views},
             "teaching": teaching.to_json() if teaching else None,
         }

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import section
-from stages.errors import RecipeError, RunError
+from stages.errors import RecipeError
 from stages.job_folder import JobFolder
 from stages.lesson import Lesson, place
-from stages.model_file import load_model
+from stages.model_file import load_finished
 from stages.models.build import ModelConfig
 from stages.network import Network, finish
 from stages.optim import TrainConfig
@@ -42,7 +42,15 @@ def train_teacher(config: TeacherConfig, seed: int, setup: Setup) -> dict[str, A
     folder = teacher_folder(setup.run)
     teacher = _fresh(config, seed, setup)
     plan = {"train": deciding(config.train) if config.train else None, "views": setup.view_identity()}
-    folder.begin({"starts_from": teacher.identity, "data": setup.data_identity(), "seed": seed, **plan})
+    folder.begin(
+        {
+            "starts_from": teacher.identity,
+            "data": setup.data_identity(),
+            "test": setup.test_identity(),
+            "seed": seed,
+            **plan,
+        }
+    )
     if (done := folder.result()) is not None:
         return done
     history = []
@@ -57,10 +65,8 @@ def train_teacher(config: TeacherConfig, seed: int, setup: Setup) -> dict[str, A
 def load_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:
     """The finished teacher of a run folder, in eval mode on the device. Raises RunError if it is not finished."""
     folder = teacher_folder(setup.run)
-    if folder.result() is None:
-        raise RunError(f"there is no finished teacher in {folder.path}: run `kdpipe train-teacher` first.")
     teacher = _fresh(config, seed, setup)
-    load_model(folder.model, teacher.model, teacher.architecture)
+    load_finished(folder, teacher.model, teacher.architecture, "kdpipe train-teacher")
     teacher.model.eval().to(setup.device)
     return teacher
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from store.errors import StoreError
 from store.geometry import ArraySpec, Unit, all_units
 from store.manifest import Manifest, require
-from store.markers import marker_path, read_marker
+from store.markers import read_marker
 from store.samples import Samples, read_samples
 from store.shard import ShardShape, check_index, crc32c, shard_path, shard_shape
 from store.zarr_group import check_arrays, read_store_manifest
@@ -139,10 +139,7 @@ def _check_file(path: Path, spec: ArraySpec, unit: Unit, shape: ShardShape, comm
 
 
 def _damaged(path: Path, file: Path, unit: Unit, what: str) -> str:
-    return (
-        f"{file} ({unit}) is damaged: {what}. Delete {marker_path(path, unit)}, and `kdpipe cache-teacher` "
-        "computes this unit again."
-    )
+    return f"{file} ({unit}) is damaged: {what}. Delete that file, and `kdpipe cache-teacher` computes its unit again."
 
 
 def _rows(raw: bytes, spec: ArraySpec, unit: Unit) -> NDArray[np.floating]:

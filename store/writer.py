@@ -45,10 +45,9 @@ def require_same(path: Path, manifest: Manifest) -> None:
 
 
 def missing_units(path: Path, manifest: Manifest) -> list[Unit]:
-    """The units that no marker says are done, in order."""
+    """The units that are not done, in order: no marker says so, or a file of theirs is gone or of another size."""
     units = all_units(manifest.num_views, manifest.num_samples, manifest.unit_rows)
-    fingerprint = manifest.identity.fingerprint
-    return [unit for unit in units if read_marker(path, unit, fingerprint) is None]
+    return [unit for unit in units if not _is_done(path, manifest, unit)]
 
 
 def write_unit(path: Path, manifest: Manifest, unit: Unit, rows: Mapping[str, NDArray[np.floating]]) -> int:
@@ -72,6 +71,17 @@ def store_bytes(manifest: Manifest, units: Iterable[Unit]) -> int:
     """Bytes that the shards of `units` take on disk."""
     shapes = [shard_shape(spec, manifest.unit_rows) for spec in manifest.arrays]
     return sum(shape.file_bytes(unit.num_rows) for unit in units for shape in shapes)
+
+
+def _is_done(path: Path, manifest: Manifest, unit: Unit) -> bool:
+    if read_marker(path, unit, manifest.identity.fingerprint) is None:
+        return False
+    for spec in manifest.arrays:
+        file = shard_path(path, spec, unit)
+        expected = shard_shape(spec, manifest.unit_rows).file_bytes(unit.num_rows)
+        if not file.is_file() or file.stat().st_size != expected:
+            return False
+    return True
 
 
 def _check_rows(spec: ArraySpec, unit: Unit, rows: NDArray[np.floating]) -> None:

@@ -40,6 +40,10 @@ def read_store_manifest(path: Path) -> Manifest:
     """What the store at `path` says it is, complete or not. Raises StoreError if there is no store."""
     if not path.exists():
         raise StoreError(f"there is no store at {path}: run `kdpipe cache-teacher` on the recipe first.")
+    if not (path / "zarr.json").exists():
+        inside = next(iter(sorted(path.glob("*/zarr.json"))), None)
+        hint = f" Did you mean {inside.parent}?" if inside else ""
+        raise StoreError(f"{path} is no store: it has no zarr.json.{hint}")
     return read_manifest(_read_json(path / "zarr.json").get("attributes", {}), str(path))
 
 

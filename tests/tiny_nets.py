@@ -85,6 +85,23 @@ class Preactivation(nn.Module):
         return self.fc(x.view(x.size(0), -1))
 
 
+class Branching(nn.Module):
+    """A map that is pooled, split, shuffled and joined again, as shufflenets and densenets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2))
+        self.left, self.right = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(16, 8, 3, 1, 1)
+        self.fc = nn.Linear(24, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        kept, changed = x.chunk(2, dim=1)
+        x = torch.cat([kept, F.relu(self.left(changed)), F.relu(self.right(x))], dim=1)
+        x = x.view(x.size(0), 3, 8, 4, 4).transpose(1, 2).reshape(x.size(0), 24, 4, 4)
+        return self.fc(x.mean(dim=(2, 3)))
+
+
 def plain() -> nn.Module:
     """Convolutions without batch norm, max pools, and a first linear layer that sees the map flattened."""
     return nn.Sequential(
@@ -105,6 +122,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
 }
 
+UNPRUNABLE: dict[str, Callable[[], nn.Module]] = {"branching": Branching}
+
 CONTAINERS = {
     "residual": ["layer1", "layer1.0", "layer2", "stem", "layer2.0.shortcut"],
     "depthwise": ["stem", "expand", "project", "classifier"],
@@ -116,7 +135,7 @@ CONTAINERS = {
 def build(name: str, seed: int = 0) -> nn.Module:
     """The network, freshly initialised, its running statistics and scales moved off their starting values."""
     torch.manual_seed(seed)
-    model = NETS[name]()
+    model = (NETS | UNPRUNABLE)[name]()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

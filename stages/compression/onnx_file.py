@@ -63,7 +63,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, *, metadata: Mapp
 
 
 def _to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
-    """torch's exporter, on a batch of two: with one, it would take the batch size for a constant."""
+    """torch's exporter, on a batch of two: with one, versions of it take the batch size for a constant."""
     images = torch.zeros(2, *example.shape[1:])
     try:
         with _silence(), torch.no_grad():

@@ -22,7 +22,7 @@ from stages.datasets.python_source import list_python
 from stages.datasets.split import Rows, Split, stratified_split, stratified_subset
 from stages.datasets.torchvision_sets import NAMES as TORCHVISION_NAMES
 from stages.datasets.torchvision_sets import list_torchvision
-from stages.errors import DataError
+from stages.errors import DataError, UnknownDataError
 
 KNOWN_NAMES = ("digits", *TORCHVISION_NAMES, "imagefolder:PATH", "npz:PATH", "python:MODULE:FUNCTION")
 
@@ -83,7 +83,7 @@ def _list(config: DataConfig, split: Split) -> Listing:
                 return list_npz(_path(argument, below=root), split)
             case "python":
                 return list_python(argument, split, root=root)
-    raise DataError(_unknown(config.name))
+    raise UnknownDataError(_unknown(config.name))
 
 
 def _rows(listing: Listing, config: DataConfig, split: Split) -> Rows:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from stages.errors import ModelError
+from stages.errors import UnknownModelError
 
 BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -16,7 +16,7 @@ def call_with_args(
 ) -> Any:
     """Call `factory` with those of `offered` that its signature takes, and with all of `args`.
 
-    Raises ModelError, naming the arguments that `network` accepts, for one that it does not, and for one left out.
+    Raises UnknownModelError, naming what `network` accepts, for an argument that it does not, and for one left out.
     """
     parameters = inspect.signature(factory).parameters
     named = {name for name, parameter in parameters.items() if parameter.kind in BY_KEYWORD}
@@ -24,7 +24,7 @@ def call_with_args(
     refuse_unknown_args(network, args, None if takes_any else named - set(offered), offered)
     required = {name for name in named if parameters[name].default is inspect.Parameter.empty}
     if missing := sorted(required - set(offered) - set(args)):
-        raise ModelError(f"{network} needs args.{missing[0]}: set it under the model's args.")
+        raise UnknownModelError(f"{network} needs args.{missing[0]}: set it under the model's args.")
     fitting = {name: value for name, value in offered.items() if takes_any or name in named}
     return factory(**fitting, **args)
 
@@ -32,17 +32,17 @@ def call_with_args(
 def refuse_unknown_args(
     network: str, args: Mapping[str, Any], accepted: set[str] | None, offered: Collection[str]
 ) -> None:
-    """Raise ModelError for the first of `args` that kdpipe sets itself, or that is not accepted (None: anything is)."""
+    """Raise UnknownModelError for the first of `args` that kdpipe sets itself or `accepted` lacks (None: has all)."""
     for name in args:
         if name in offered:
-            raise ModelError(f"{network}: args.{name} is set by kdpipe itself; leave it out.")
+            raise UnknownModelError(f"{network}: args.{name} is set by kdpipe itself; leave it out.")
         if accepted is not None and name not in accepted:
             takes = f"takes {', '.join(sorted(accepted))}" if accepted else "takes none"
-            raise ModelError(f"{network} has no argument {name!r}: it {takes}.")
+            raise UnknownModelError(f"{network} has no argument {name!r}: it {takes}.")
 
 
 def at_least_one(network: str, name: str, value: Any) -> int:
-    """`value`, if it is a whole number of 1 or more; else ModelError."""
+    """`value`, if it is a whole number of 1 or more; else UnknownModelError."""
     if type(value) is not int or value < 1:
-        raise ModelError(f"{network}: args.{name} must be a whole number of 1 or more, found {value!r}.")
+        raise UnknownModelError(f"{network}: args.{name} must be a whole number of 1 or more, found {value!r}.")
     return value

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stages.cause import cause
 from stages.config import section
-from stages.errors import ModelError
+from stages.errors import ModelError, UnknownModelError
 from stages.models.factory import PREFIX as PYTHON
 from stages.models.factory import build_from_factory
 from stages.models.small_images import SMALL_IMAGE_NETWORKS, build_small_image_network
@@ -108,7 +108,7 @@ def _unknown(name: str) -> ModelError:
         known = [TORCHVISION + each for each in classifier_names()]
     nearest = difflib.get_close_matches(name.lower(), known, n=3)
     hint = f"nearest: {', '.join(nearest)}" if nearest else "a network of your own is python:package.module:factory"
-    return ModelError(f"no model is called {name!r}; {hint}.")
+    return UnknownModelError(f"no model is called {name!r}; {hint}.")
 
 
 def _default_args(name: str) -> dict[str, Any]:

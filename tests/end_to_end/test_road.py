@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -170,3 +171,67 @@ def test_two_stores_teach_one_student(done, recipe, tmp_path):
     taught = json.loads(ended.stdout)["students"]
     assert len(json.loads((tmp_path / "both/students/distilled-seed0/job.json").read_text())["teaching"]["stores"]) == 2
     assert torch.isfinite(torch.tensor(taught["distilled"][0]["cross_entropy"]))
+
+
+def copied(done, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(done[0], run)
+    return run
+
+
+def test_a_network_swapped_for_another_is_not_taken_for_it(done, recipe, tmp_path):
+    run = copied(done, tmp_path)
+    shutil.copy(run / "students/alone-seed0/model.safetensors", run / "students/distilled-seed0/model.safetensors")
+    shutil.rmtree(run / "compressed")
+    ended = kdpipe_here("compress", recipe, "--run", run)
+    assert ended.exit_code == 12, ended.stderr
+    assert re.search(r"weights_sha256: stored '\w{64}', wanted '\w{64}'", ended.stderr)
+
+
+def test_a_refused_command_changes_nothing_in_the_run_folder(done, recipe, tmp_path):
+    run = copied(done, tmp_path)
+    before = folder_bytes(run)
+    assert kdpipe_here("run", recipe, "--run", run, "--set", "teacher.train.lr=0.01").exit_code == 12
+    after = folder_bytes(run)
+    assert {name for name in before if before[name] != after[name]} <= {".kdpipe.lock"}
+
+
+def test_a_vanished_shard_is_computed_again_and_a_damaged_one_is_named(done, recipe, tmp_path):
+    run = copied(done, tmp_path)
+    shard = run / "store.zarr" / "logits" / "c" / "2" / "0" / "0"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100] + bytes([whole[100] ^ 4]) + whole[101:])
+    shutil.rmtree(run / "students")
+    damaged = kdpipe_here("train-student", recipe, "--run", run)
+    assert damaged.exit_code == 1
+    assert str(shard) in damaged.stderr
+    shard.unlink()
+    assert "view 2, shard 0" in kdpipe_here("store", "info", run / "store.zarr").stdout
+    assert kdpipe_here("cache-teacher", recipe, "--run", run).exit_code == 0
+    assert shard.read_bytes() == whole
+
+
+@pytest.mark.parametrize("file", ["recipe.json", "teacher/result.json", "compressed/int8-seed0/result.json"])
+@pytest.mark.parametrize("text", ["{}", "[]", "garbage", ""])
+def test_a_damaged_record_is_one_sentence(done, tmp_path, file, text):
+    run = copied(done, tmp_path)
+    (run / file).write_text(text)
+    ended = kdpipe_here("report", run)
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith("kdpipe: error: ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_someone_elses_folder_is_left_alone(recipe, tmp_path):
+    (tmp_path / "recipe.json").write_text('{"pie": 1}')
+    ended = kdpipe_here("train-teacher", recipe, "--run", tmp_path)
+    assert ended.exit_code == 1
+    assert "something else" in ended.stderr
+    assert (tmp_path / "recipe.json").read_text() == '{"pie": 1}'
+
+
+def test_what_cannot_be_pruned_is_refused_before_anything_is_trained(recipe, tmp_path):
+    ended = kdpipe_here("run", recipe, "--run", tmp_path / "run", "--set", "compress.prune.round_to=64")
+    assert ended.exit_code == 1
+    assert "removes no channel" in ended.stderr
+    assert not (tmp_path / "run" / "teacher").exists()

@@ -88,7 +88,7 @@ def test_how_often_is_saved_changes_nothing(run):
 
 
 def test_a_diverging_loss_stops_with_advice(tmp_path):
-    config = dataclasses.replace(TEACHER, train=dataclasses.replace(TRAIN, lr=1e18))
+    config = dataclasses.replace(TEACHER, train=dataclasses.replace(TRAIN, lr=1e6, weight_decay=1e6))
     with pytest.raises(NotFiniteError, match="lower lr"):
         train_teacher(config, 0, tiny_setup(tmp_path))
 

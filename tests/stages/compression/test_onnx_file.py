@@ -19,7 +19,7 @@ from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
 from stages.errors import ModelError
 
 METADATA = {"mean": "[0.5]", "classes": '["cat"]'}
-FLOAT_WORK = {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Relu", "Clip", "ReduceMean", "AveragePool", "MaxPool"}
+FLOAT_WORK = {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Concat", "Relu", "Clip", "ReduceMean", "AveragePool"}
 
 
 @pytest.fixture(scope="module")
@@ -91,19 +91,21 @@ def test_the_int8_graph_is_fused_throughout(trained, files):
     assert not FLOAT_WORK & counts.keys()
 
 
-@pytest.mark.parametrize("name", ["depthwise", "preactivation", "plain"])
+@pytest.mark.parametrize("name", ["depthwise", "preactivation", "plain", "branching"])
 def test_other_networks_are_fused_and_agree_too(name, tmp_path):
     prepared = prepare_qat(build(name), EXAMPLE)
     if name == "plain":
-        with torch.no_grad():  # a dead channel, and one whose bias would overflow int32 beside its weights
-            prepared.get_submodule("stage1.0").weight[2] = 0
+        with torch.no_grad():  # dead channels, and one whose bias would overflow int32 beside its weights
+            prepared.get_submodule("stage1.0").weight[2:4] = 0
+            prepared.get_submodule("stage1.0").bias[3] = 0
             prepared.get_submodule("stage2.0").weight[1] *= 1e-9
             prepared.get_submodule("stage2.0").bias[1] = 50
     calibrate(prepared, [images(20, seed)[0] for seed in range(3)])
     path = tmp_path / "model.onnx"
     export_onnx(prepared, EXAMPLE, path, metadata={})
     counts = op_counts(path)
-    assert (counts["QLinearConv"], counts["QGemm"]) == layers_of(prepared) if name != "plain" else (2, 2)
+    assert (counts["QLinearConv"], counts["QGemm"]) == layers_of(prepared)
+    assert counts["QuantizeLinear"] == 1 and "DequantizeLinear" not in counts
     assert not FLOAT_WORK & counts.keys()
     batch, _ = images(200, seed=50)
     with torch.no_grad():

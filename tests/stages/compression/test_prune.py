@@ -77,9 +77,10 @@ def test_the_least_important_channels_go():
     assert torch.equal(pruned.stage1[0].weight, model.stage1[0].weight[strong])
 
 
-def test_a_network_without_batch_norm_is_not_mistaken_for_one_of_unbatched_images():
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_linear_layer_behind_a_flattened_map_loses_all_pixels_of_a_channel(batch_size):
     model = build("plain")
-    pruned = prune(model, torch.zeros(2, *IMAGE_SHAPE), PruneConfig(ratio=0.5, round_to=1))
+    pruned = prune(model, torch.zeros(batch_size, *IMAGE_SHAPE), PruneConfig(ratio=0.5, round_to=1))
     assert record_widths(pruned)["hidden.0"] == {"in_features": 12 * 4, "out_features": 16}
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_nets import CONTAINERS, EXAMPLE, NETS, NUM_CLASSES, Residual, build, images, sgd, step
+from tiny_nets import CONTAINERS, EXAMPLE, NETS, NUM_CLASSES, UNPRUNABLE, Residual, build, images, sgd, step
 from torch import nn
 
 from stages.compression.fake_quant import (
@@ -50,7 +50,7 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", [*NETS, *UNPRUNABLE])
 def test_without_rounding_it_computes_what_the_float_network_computes(name):
     model = build(name).eval()
     prepared = prepare_qat(model, EXAMPLE)
@@ -119,7 +119,7 @@ def test_every_path_of_the_original_is_there_and_every_parameter_learns(name):
     assert all(parameter.grad is not None for parameter in prepared.parameters())
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", [*NETS, *UNPRUNABLE])
 def test_all_arithmetic_reads_and_writes_grids_and_the_logits_are_float(name):
     prepared = prepared_and_calibrated(name).eval()
     layers = [module for module in prepared.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -194,6 +194,17 @@ def test_calibration_takes_the_mean_of_the_batches_and_always_zero():
     assert not model.training and not quantizer.training
 
 
+def test_calibration_sees_no_dropout_and_leaves_the_mode():
+    ranges = []
+    for seed in range(2):
+        prepared = prepare_qat(build("plain").train(), EXAMPLE)
+        torch.manual_seed(seed)
+        calibrate(prepared, batches())
+        ranges.append([float(quantizer.high) for quantizer in quantizers_of(prepared).values()])
+        assert all(module.training for module in prepared.modules())
+    assert ranges[0] == ranges[1]
+
+
 def test_zero_is_exact_and_what_lies_outside_is_clipped_and_has_no_gradient():
     quantizer = ActivationQuantizer()
     calibrate(nn.Sequential(quantizer), [torch.tensor([-1.0, 3.0])])
@@ -223,6 +234,7 @@ def test_a_dead_channel_is_finite_and_its_gradients_too():
     calibrate(prepared, batches())
     step(prepared, sgd(prepared), seed=1)
     assert all(parameter.isfinite().all() for parameter in prepared.parameters())
+    assert weight_scale(torch.zeros(2, 3)).tolist() == [2**-20] * 2
 
 
 def test_the_grids_do_not_go_down_to_bfloat16():
@@ -231,6 +243,8 @@ def test_the_grids_do_not_go_down_to_bfloat16():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         mixed = prepared(batch)
     assert torch.equal(mixed, prepared(batch))
+    quantizer = next(iter(quantizers_of(prepared).values()))
+    assert torch.equal(quantizer(batch.bfloat16()), quantizer(batch.bfloat16().float()))
 
 
 class Deciding(nn.Module):
