@@ -5,14 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from kdpipe_process import RECIPE, environment, kdpipe, kdpipe_here
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "tiny.toml"
-    path.write_text(RECIPE)
-    return path
+from kdpipe_process import environment, kdpipe, kdpipe_here
 
 
 def test_help_names_every_command_and_exit_code_and_imports_nothing_heavy():

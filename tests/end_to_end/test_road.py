@@ -1,9 +1,8 @@
-"""The whole road by the real command line: undisturbed, and with every stage killed on its way."""
+"""The whole road by the real command line, and what is refused on it."""
 
 import json
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,26 +10,8 @@ import onnxruntime
 import pytest
 import torch
 import zarr
-from kdpipe_process import RECIPE, kdpipe, kdpipe_here, signal_when, start
+from kdpipe_process import kdpipe, kdpipe_here
 from made_store import folder_bytes
-
-COMPARED = ("teacher/model", "students/*/model", "compressed/*/model")
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    path.write_text(RECIPE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory, recipe):
-    """A run that nothing disturbed."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    ended = kdpipe("run", recipe, "--run", run)
-    assert ended.returncode == 0, ended.stderr
-    return run, ended
 
 
 def test_the_road_ends_in_a_table_and_its_files(done):
@@ -87,62 +68,6 @@ def test_a_done_run_is_not_done_again(done, recipe):
     assert again.returncode == 0
     assert again.stdout == first.stdout
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
-
-
-def test_every_stage_killed_midway_ends_as_if_nothing_had_happened(done, recipe, tmp_path):
-    run = tmp_path / "run"
-    midway = [
-        ("train-teacher", (run / "teacher" / "checkpoint.safetensors").exists),
-        ("cache-teacher", lambda: any((run / "store.zarr" / "markers" / "c").rglob("0/0/0"))),
-        ("train-student", (run / "students" / "alone-seed0" / "checkpoint.safetensors").exists),
-        ("train-student", (run / "students" / "distilled-seed0" / "checkpoint.safetensors").exists),
-        ("compress", (run / "compressed" / "pruned-seed0" / "checkpoint.safetensors").exists),
-        ("compress", (run / "compressed" / "int8-seed0" / "checkpoint.safetensors").exists),
-    ]
-    for number, (stage, ready) in enumerate(midway):
-        process = start(stage, recipe, "--run", run)
-        signal_when(process, ready, signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        if number + 1 == len(midway) or midway[number + 1][0] != stage:
-            ended = kdpipe(stage, recipe, "--run", run)
-            assert ended.returncode == 0, ended.stderr
-    assert folder_bytes(run / "store.zarr") == folder_bytes(done[0] / "store.zarr")
-    for pattern in COMPARED:
-        for suffix in (".safetensors", ".onnx"):
-            files = sorted(done[0].glob(pattern + suffix))
-            assert files
-            for file in files:
-                relative = file.relative_to(done[0])
-                assert (run / relative).read_bytes() == file.read_bytes(), relative
-
-
-def test_signals_save_and_exit_75_and_a_rerun_goes_on(recipe, tmp_path):
-    run, longer = tmp_path / "run", ("--set", "teacher.train.epochs=40")
-    checkpoint, ages = run / "teacher" / "checkpoint.safetensors", []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        process = start("train-teacher", recipe, "--run", run, *longer)
-        ages.append(checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0)
-        signal_when(process, lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns > ages[-1], number)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 75, errors
-        assert "Run the same command again" in errors
-        assert "Traceback" not in errors
-        assert not (run / "teacher" / "result.json").exists()
-    ended = kdpipe_here("train-teacher", recipe, "--run", run, *longer, "--json")
-    assert ended.exit_code == 0
-    assert json.loads(ended.stdout)["teacher"]["num_epochs"] == 40
-
-
-def test_a_second_job_in_the_same_run_folder_is_told_to_wait(recipe, tmp_path):
-    run = tmp_path / "run"
-    first = start("train-teacher", recipe, "--run", run)
-    signal_when(first, (run / "recipe.json").exists, signal.SIGSTOP)
-    second = kdpipe_here("train-teacher", recipe, "--run", run)
-    first.kill()
-    first.communicate()
-    assert second.exit_code == 11
-    assert f"in use by process {first.pid}" in second.stderr
 
 
 def test_a_recipe_changed_in_a_done_run_is_refused_with_stored_and_wanted(done, recipe):
