@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline.recipe import read_run_recipe
 from stages.errors import RunError
 from stages.job_folder import JobFolder, read_json
 
@@ -60,29 +59,32 @@ LATENCY_KEYS = {
 
 def read_report(run: Path) -> Report:
     """Collect the figures of the run folder `run`. Raises RunError if it is not one."""
-    recipe = read_run_recipe(run)
+    recipe = read_json(run / "recipe.json")
     if recipe is None:
         raise RunError(f"{run} is not a run folder: it has no recipe.json. Give the folder that `kdpipe run` names.")
+    try:
+        name, seeds, steps = recipe["name"], list(recipe["student"]["seeds"]), list(recipe["compress"]["steps"])
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{run / 'recipe.json'} is no recipe of a kdpipe run ({error!r}).") from error
     latency = read_json(run / "compressed" / "latency.json") or {}
-    seeds = recipe.student.seeds
     folders = {
         "teacher": [run / "teacher"],
         "student alone": [run / "students" / f"alone-seed{seed}" for seed in seeds],
         "student distilled": [run / "students" / f"distilled-seed{seed}" for seed in seeds],
     }
-    steps = recipe.compress.steps
     if "prune" in steps:
         folders["pruned"] = [run / "compressed" / f"pruned-seed{seed}" for seed in seeds]
     if "quantize" in steps:
-        name = "pruned + INT8" if "prune" in steps else "INT8"
-        folders[name] = [run / "compressed" / f"int8-seed{seed}" for seed in seeds]
+        folders["pruned + INT8" if "prune" in steps else "INT8"] = [
+            run / "compressed" / f"int8-seed{seed}" for seed in seeds
+        ]
     rows, missing = [], []
-    for name, jobs in folders.items():
+    for network, jobs in folders.items():
         num_missing = sum(JobFolder(job).result() is None for job in jobs)
-        missing += [f"{name} ({num_missing} of {len(jobs)})"] if num_missing else []
-        row = _row(name, jobs, latency.get("median_ms", {}))
+        missing += [f"{network} ({num_missing} of {len(jobs)})"] if num_missing else []
+        row = _row(network, jobs, latency.get("median_ms", {}))
         rows += [row] if row else []
-    return Report(str(run), recipe.name, latency.get("batch_size"), rows, missing)
+    return Report(str(run), name, latency.get("batch_size"), rows, missing)
 
 
 def _row(name: str, jobs: Sequence[Path], median_ms: dict[str, float]) -> Row | None:
