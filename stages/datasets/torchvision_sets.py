@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchvision import datasets
 
 from stages.cause import cause
 from stages.datasets.listing import Listing, list_arrays
@@ -42,7 +41,7 @@ def list_torchvision(name: str, split: Split, *, root: Path, download: bool) -> 
 
 def _open(name: str, split: Split, root: Path) -> Any:
     with warnings.catch_warnings(action="ignore"):  # CIFAR's pickles are older than today's numpy
-        return getattr(datasets, name)(str(root), train=split == "train", download=False)
+        return _class(name)(str(root), train=split == "train", download=False)
 
 
 def _download_and_open(name: str, split: Split, root: Path) -> Any:
@@ -65,7 +64,7 @@ def _download(name: str, root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root, ignore_cleanup_errors=True) as scratch:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            getattr(datasets, name)(scratch, download=True)
+            _class(name)(scratch, download=True)
         for file in sorted(Path(scratch).rglob("*")):
             if file.is_file():
                 place = root / file.relative_to(scratch)
@@ -75,4 +74,10 @@ def _download(name: str, root: Path) -> None:
 
 def _folder(name: str) -> str:
     """Where torchvision looks for the files, under its root."""
-    return getattr(getattr(datasets, name), "base_folder", f"{name}/raw")
+    return getattr(_class(name), "base_folder", f"{name}/raw")
+
+
+def _class(name: str) -> Any:
+    from torchvision import datasets  # it takes longer to import than torch itself: only its users pay
+
+    return getattr(datasets, name)

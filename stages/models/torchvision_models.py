@@ -1,4 +1,7 @@
-"""torchvision's image classifiers by name, with fresh or published weights."""
+"""torchvision's image classifiers by name, with fresh or published weights.
+
+torchvision takes longer to import than torch itself: only those who ask for it pay for it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision import models
 
 from stages.cause import cause
 from stages.errors import ModelError
@@ -30,6 +32,8 @@ WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
 @cache
 def classifier_names() -> tuple[str, ...]:
     """The names of torchvision's image classifiers with one head, sorted."""
+    from torchvision import models
+
     # Detection, segmentation, video and quantized networks live in sub-packages of their own.
     return tuple(name for name in models.list_models(module=models) if name not in WITH_AUXILIARY_HEADS)
 
@@ -37,6 +41,8 @@ def classifier_names() -> tuple[str, ...]:
 @cache
 def refused_names() -> frozenset[str]:
     """The names of torchvision's other networks: known, but of no use here."""
+    from torchvision import models
+
     return frozenset(models.list_models()) - set(classifier_names())
 
 
@@ -55,6 +61,8 @@ def build_classifier(
         )
     if not published:
         return _construct(name, args, num_classes)
+    from torchvision import models
+
     weights = models.get_model_weights(name).DEFAULT
     published_classes = len(weights.meta["categories"])
     model = _construct(name, args, published_classes)
@@ -72,6 +80,8 @@ def refuse(name: str) -> ModelError:
 
 
 def _construct(name: str, args: Mapping[str, Any], num_classes: int) -> nn.Module:
+    from torchvision import models
+
     builder = models.get_model_builder(name)
     made = {"weights": None, "progress": False, "num_classes": num_classes}
     refuse_unknown_args(name, args, _accepted_args(name, builder) - set(made), made)
