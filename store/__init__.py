@@ -1,6 +1,6 @@
 """Target stores: what a teacher said, on disk and in memory. Numpy and Zarr alone; no torch."""
 
-from store.durable import fsync_folder, make_folders, sweep_partial, write_atomically
+from store.durable import fsync_path, make_folders, sweep_partial, write_atomically
 from store.errors import FingerprintMismatch, KdpipeError, StoreError, differences
 from store.geometry import ArraySpec, Unit, all_units, rows_per_unit
 from store.lock import LockedError, exclusive
@@ -26,7 +26,7 @@ __all__ = [
     "create_store",
     "differences",
     "exclusive",
-    "fsync_folder",
+    "fsync_path",
     "ids_and_labels_sha256",
     "make_folders",
     "missing_units",

@@ -28,12 +28,12 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: without this a crash can undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable: without the latter a crash can undo a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -46,7 +46,7 @@ def make_folders(folders: Iterable[Path]) -> None:
         missing = [one for one in (folder, *folder.parents) if not one.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for created in missing:
-            fsync_folder(created.parent)
+            fsync_path(created.parent)
 
 
 def sweep_partial(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from store.durable import PARTIAL_SUFFIX, fsync_folder, make_folders, write_atomically
+from store.durable import PARTIAL_SUFFIX, fsync_path, make_folders, write_atomically
 from store.errors import StoreError
 from store.geometry import ArraySpec, Unit, all_units
 from store.manifest import Manifest, require
@@ -28,12 +27,12 @@ def create_store(path: Path, manifest: Manifest, samples: Samples) -> None:
     try:
         create_group(aside, manifest, samples)
         for entry in aside.rglob("*"):
-            _fsync(entry)
+            fsync_path(entry)
         aside.rename(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
 
 
 def require_same(path: Path, manifest: Manifest) -> None:
@@ -104,11 +103,3 @@ def _write(target: Path, parts: list[bytes | memoryview]) -> None:
             f"cannot write {target} ({error.strerror}): {needed:,} bytes needed. What is committed is safe; "
             "make room, and run the same command again."
         ) from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
