@@ -85,11 +85,28 @@ def test_a_recipe_changed_in_a_done_run_is_refused_with_stored_and_wanted(done, 
         assert pair in ended.stderr
 
 
-def test_two_stores_teach_one_student(done, recipe, tmp_path):
-    run, _ = done
-    other = tmp_path / "other"
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, recipe):
+    """A run of the same recipe up to its store, with a teacher of another seed."""
+    run = tmp_path_factory.mktemp("other") / "run"
     for stage in ("train-teacher", "cache-teacher"):
-        assert kdpipe_here(stage, recipe, "--run", other, "--set", "seed=5").exit_code == 0
+        assert kdpipe_here(stage, recipe, "--run", run, "--set", "seed=5").exit_code == 0
+    return run
+
+
+def test_another_teachers_store_in_this_runs_place_is_refused(done, other, recipe, tmp_path):
+    run = copied(done, tmp_path)
+    for folder in (run / "store.zarr", run / "students"):
+        shutil.rmtree(folder)
+    shutil.copytree(other / "store.zarr", run / "store.zarr")
+    ended = kdpipe_here("train-student", recipe, "--run", run)
+    assert ended.exit_code == 12
+    assert re.search(r"teacher.weights_sha256: stored '\w{64}', wanted '\w{64}'", ended.stderr)
+    assert not (run / "students").exists()
+
+
+def test_two_stores_teach_one_student(done, other, recipe, tmp_path):
+    run, _ = done
     stores = f"student.stores=['{run / 'store.zarr'}', '{other / 'store.zarr'}']"
     ended = kdpipe_here("train-student", recipe, "--run", tmp_path / "both", "--set", stores, "--json")
     assert ended.exit_code == 0, ended.stderr
