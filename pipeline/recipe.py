@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from stages.cache_teacher import CacheConfig
 from stages.compress import CompressConfig
 from stages.config import section
 from stages.datasets.load import DataConfig
 from stages.errors import RecipeError, RunError
 from stages.job_folder import read_json
 from stages.losses.terms import LossConfig
+from stages.store_plan import CacheConfig
 from stages.train_student import StudentConfig
 from stages.train_teacher import TeacherConfig
 from stages.views import ViewsConfig

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from store import missing_units, read_store_manifest, store_bytes
-from store.geometry import all_units
 
 
 def read_store_info(path: Path) -> dict[str, Any]:
     """The manifest of the store at `path`, with its units counted and its bytes added up."""
     manifest = read_store_manifest(path)
-    units = all_units(manifest.num_views, manifest.num_samples, manifest.unit_rows)
+    units = manifest.geometry.units()
     missing = missing_units(path, manifest)
     return {
         "path": str(path),

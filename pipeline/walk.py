@@ -16,6 +16,7 @@ from stages.cache_teacher import cache_teacher
 from stages.compress import compress, measure_latencies, rehearse
 from stages.datasets.load import load_dataset
 from stages.errors import RecipeError
+from stages.forms import Wanted, parse_wanted
 from stages.job_folder import write_json
 from stages.losses.terms import teacher_layers
 from stages.setup import Setup, choose_device
@@ -80,11 +81,12 @@ class Walk:
         return [Path(path).absolute() for path in self.recipe.student.stores] or [self.store]
 
     @property
-    def cached_layers(self) -> list[str]:
-        """The teacher's layers to cache: those of the recipe's cache section, and those that its losses want."""
-        asked = list(self.recipe.cache.layers)
+    def cached_layers(self) -> list[Wanted]:
+        """What of the teacher's layers to cache: what the recipe's cache section names, and what its losses want."""
+        asked = [parse_wanted(text) for text in self.recipe.cache.layers]
         if self.store in self.stores:
-            asked += teacher_layers(self.recipe.distill, self.stores.index(self.store))
+            wanted = teacher_layers(self.recipe.distill, self.stores.index(self.store))
+            asked += [Wanted(layer) for layer in wanted]
         return list(dict.fromkeys(asked))
 
     @cached_property
@@ -96,7 +98,7 @@ class Walk:
             stored = read_store_manifest(self.store).identity.teacher
             wanted["teacher"] = {"weights_sha256": stored.get("weights_sha256"), **identity}
         student = self.recipe.student
-        return open_teaching(self.stores, self.recipe.distill, student.hard_label_weight, wanted, self.setup)
+        return open_teaching(self.stores, self.recipe.distill, student, wanted, self.setup)
 
 
 def walk_train_teacher(walk: Walk) -> dict[str, Any]:

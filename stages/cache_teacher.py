@@ -2,175 +2,190 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
-from stages.config import section
-from stages.errors import NotFiniteError, RunError
-from stages.features import Outputs, Tap, feature_shapes, tapped
+from stages.background import Background
+from stages.errors import RunError, StoppedEarly
+from stages.features import Tap, tapped
+from stages.forms import Wanted
 from stages.network import Network
+from stages.part import Part
 from stages.setup import Setup, samples_of
-from stages.targets import LOGITS, feature_array
-from stages.views import render
+from stages.store_plan import CacheConfig, layers_of, plan_store, require_room, samples_in_row_order
+from stages.teacher_rows import UnitRows, collect, speak
 from stages.watch import Event
 from store import (
-    ArraySpec,
-    Identity,
+    Claim,
+    LockedError,
     Manifest,
     Unit,
-    all_units,
-    create_store,
-    exclusive,
+    claim,
+    ensure_store,
+    finish_store,
+    holder,
+    missing_arrays,
     missing_units,
-    require_same,
-    rows_per_unit,
+    read_samples,
     store_bytes,
-    sweep_partial,
+    sweep_unit,
     write_unit,
 )
 
+NUM_WAITING = 2
+"""Units that may wait for the disk, beside the one that is being written and the one that the teacher speaks on."""
 
-@section
-class CacheConfig:
-    """What is stored and how.
+WHOLE = Part(0, 1, "the default")
 
-    layers: modules of the teacher whose feature maps are kept, beside those that the recipe's losses ask for.
-    store: the store's folder; by default `store` in the run folder.
-    shard_bytes: about how large the widest array's shard files are.
-    """
 
-    layers: tuple[str, ...] = ()
-    dtype: Literal["float16", "float32"] = "float16"
-    store: str | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 256
-    shard_bytes: Annotated[int, Field(ge=4096, le=2**32)] = 64 * 2**20
+@dataclass(frozen=True)
+class Task:
+    """A unit that this process has claimed, with the arrays that it lacks."""
+
+    unit: Unit
+    lacking: tuple[str, ...]
+    held: Claim
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A store that is being filled, and what it is filled from. `positions` int64 [N]: the data set's, row by row."""
+
+    config: CacheConfig
+    path: Path
+    manifest: Manifest
+    teacher: Network
+    positions: Tensor
+    setup: Setup
 
 
 def cache_teacher(
-    config: CacheConfig, path: Path, teacher: Network, layers: Sequence[str], setup: Setup
+    config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup, *, part: Part = WHOLE
 ) -> dict[str, Any]:
-    """Fill the store at `path` with the teacher's logits and the feature maps of `layers`, for every view.
+    """Fill `part` of the store at `path` with the teacher's logits and what `layers` give, for every view.
 
-    Work is done and committed unit by unit; a killed job's successor computes only what no marker says is done, and
-    the store ends with the very bytes of an undisturbed run. Returns the store's size. Raises FingerprintMismatch if
-    the store at `path` is another one, NotFiniteError naming the samples whose outputs are not finite, RunError if
-    the disk is too small, StoppedEarly between batches when the stop flag is set.
+    Several processes may do so at once: each claims the units that it computes, and whoever completes the last one
+    finishes the store. A killed job's successor computes only what no marker says is done, and the store ends with
+    the very bytes of an undisturbed run. A store that lacks views, samples or layers is extended in place.
+
+    Returns the store's figures. Raises FingerprintMismatch if the store at `path` is another one, NotFiniteError
+    naming the samples whose outputs are not finite, RunError if the disk is too small, LockedError naming who is at
+    the units that are left, StoppedEarly, with all computed units committed, when the stop flag is set.
     """
-    manifest = plan_store(config, teacher, layers, setup)
-    with exclusive(path, path.with_name(f".{path.name}.lock")):
-        sweep_partial(path)
-        if path.exists():
-            require_same(path, manifest)
-        else:
-            _require_room(path, store_bytes(manifest, _units(manifest)))
-            create_store(path, manifest, samples_of(setup.train_set))
-        num_computed = _fill(config, path, teacher, manifest, setup)
+    samples = samples_in_row_order(setup)
+    wanted = plan_store(config, teacher, layers, samples, setup)
+    require_room(path, wanted, samples)
+    manifest = ensure_store(path, wanted, samples)
+    filling = Filling(config, path, manifest, teacher, _positions(path, manifest, setup), setup)
+    num_computed = _fill(filling, part.of(manifest.geometry.units()))
+    finish_store(path)
+    missing = missing_units(path, manifest)
+    _require_none_left(path, set(missing) & set(part.of(manifest.geometry.units())))
     return {
         "path": str(path),
         "fingerprint": manifest.identity.fingerprint,
-        "num_views": manifest.num_views,
-        "num_samples": manifest.num_samples,
+        "num_views": manifest.geometry.num_views,
+        "num_samples": manifest.geometry.num_samples,
         "arrays": {spec.name: spec.to_json() for spec in manifest.arrays},
-        "store_bytes": store_bytes(manifest, _units(manifest)),
+        "store_bytes": store_bytes(manifest, manifest.geometry.units()),
+        "part": str(part) if part.count > 1 else None,
         "num_units_computed": num_computed,
+        "num_units_missing": len(missing),
     }
 
 
-def plan_store(config: CacheConfig, teacher: Network, layers: Sequence[str], setup: Setup) -> Manifest:
-    """What the store will be. Raises ModelError, listing the nearest paths, for a layer that the teacher lacks."""
-    shapes = feature_shapes(teacher.model, layers, setup.image_shape)
-    specs = [ArraySpec(LOGITS, (setup.train_set.num_classes,), config.dtype)]
-    specs += [ArraySpec(feature_array(layer), shapes[layer], config.dtype) for layer in layers]
-    num_samples = setup.train_set.num_samples
-    return Manifest(
-        identity=Identity(teacher.identity, setup.data_identity(), setup.view_identity()),
-        arrays=tuple(specs),
-        num_views=setup.views.num_views,
-        num_samples=num_samples,
-        unit_rows=rows_per_unit(specs, num_samples, config.shard_bytes),
-        versions={name: version(name) for name in ("kdpipe", "torch", "torchvision", "zarr", "numpy")},
-    )
+def _fill(filling: Filling, units: Sequence[Unit]) -> int:
+    """Compute and commit those of `units` that are missing and that nobody else is at; returns how many those were."""
+    path, manifest, watch = filling.path, filling.manifest, filling.setup.watch
+    num_done = sum(not missing_arrays(path, manifest, unit) for unit in units)
+    num_computed, wanted = 0, layers_of(manifest)
+
+    def commit(computed: tuple[Task, UnitRows]) -> None:
+        nonlocal num_computed
+        task, said = computed
+        try:
+            arrays, lost = said.encode(manifest, task.lacking)
+            metrics = {"unit_bytes": write_unit(path, manifest, task.unit, arrays, lost)}
+        finally:
+            task.held.release()
+        num_computed += 1
+        watch.report(Event("cache-teacher", "store", num_done + num_computed, len(units), "unit", metrics))
+
+    with (
+        torch.inference_mode(),
+        tapped(filling.teacher.model, [one.layer for one in wanted]) as tap,
+        Background(commit, NUM_WAITING, lambda computed: computed[0].held.release()) as writer,
+    ):
+        try:
+            for task in _claimed(path, manifest, units):
+                writer.put((task, _listen(filling, tap, task, wanted)))
+        except StoppedEarly:
+            stopped = True  # what is computed is still written
+        else:
+            stopped = False
+    if stopped:
+        raise StoppedEarly
+    return num_computed
 
 
-def _units(manifest: Manifest) -> list[Unit]:
-    return all_units(manifest.num_views, manifest.num_samples, manifest.unit_rows)
+def _claimed(path: Path, manifest: Manifest, units: Sequence[Unit]) -> Iterator[Task]:
+    """Claim one missing unit after the other, leaving alone those that another job is at."""
+    for unit in units:
+        if not missing_arrays(path, manifest, unit):
+            continue
+        held = claim(path, unit.key)
+        if isinstance(held, Claim):
+            sweep_unit(path, manifest, unit)
+            lacking = missing_arrays(path, manifest, unit)  # again: it may have been completed in between
+            if lacking:
+                yield Task(unit, lacking, held)
+            else:
+                held.release()
 
 
-def _fill(config: CacheConfig, path: Path, teacher: Network, manifest: Manifest, setup: Setup) -> int:
-    """Compute and commit every unit that is missing; returns how many those were."""
-    units, missing = _units(manifest), missing_units(path, manifest)
-    _require_room(path, store_bytes(manifest, missing))
-    layers = [spec.name.removeprefix("features/") for spec in manifest.arrays if spec.name != LOGITS]
-    with torch.inference_mode(), tapped(teacher.model, layers) as tap:
-        for done, unit in enumerate(missing, len(units) - len(missing) + 1):
-            batches = _speak(tap, teacher, unit, config.batch_size, setup)
-            written = write_unit(path, manifest, unit, _collect(batches, manifest, unit))
-            metrics = {"unit_bytes": written}
-            setup.watch.report(Event("cache-teacher", "store", done, len(units), "unit", metrics))
-    return len(missing)
+def _listen(filling: Filling, tap: Tap, task: Task, wanted: Sequence[Wanted]) -> UnitRows:
+    """What the teacher says on a task's unit. Raises StoppedEarly between batches when the stop flag is set."""
+    unit, setup = task.unit, filling.setup
+    try:
+        positions = filling.positions[unit.start : unit.stop]
+        _require_known(filling.path, unit, positions)
+        batches = speak(tap, filling.teacher, unit, positions, setup, batch_size=filling.config.batch_size)
+        lacking = [one for one in wanted if one.array in task.lacking]
+        return collect(batches, filling.manifest, unit, lacking)
+    except BaseException:
+        task.held.release()
+        raise
 
 
-def _speak(tap: Tap, teacher: Network, unit: Unit, batch_size: int, setup: Setup) -> Iterator[tuple[Tensor, Outputs]]:
-    """Ids and outputs, batch by batch. Batches begin with the unit, so that its bytes are the same in every job."""
-    for start in range(unit.start, unit.stop, batch_size):
-        setup.watch.check()
-        at = slice(start, min(start + batch_size, unit.stop))
-        images, ids = setup.train_set.images[at].to(setup.device), setup.train_set.sample_ids[at].to(setup.device)
-        yield ids, tap(teacher.normalise(render(images, ids, unit.view, setup.views)))
-
-
-def _collect(
-    batches: Iterable[tuple[Tensor, Outputs]], manifest: Manifest, unit: Unit
-) -> dict[str, NDArray[np.floating]]:
-    """The rows of a unit, by array, in the store's types."""
-    rows = {spec.name: np.empty((unit.num_rows, *spec.row_shape), spec.dtype) for spec in manifest.arrays}
-    start = 0
-    for ids, outputs in batches:
-        for name, values in _arrays(outputs).items():
-            rows[name][start : start + len(ids)] = _narrow(name, values, manifest.spec(name).dtype, ids, unit)
-        start += len(ids)
-    return rows
-
-
-def _arrays(outputs: Outputs) -> Mapping[str, Tensor]:
-    return {LOGITS: outputs.logits, **{feature_array(layer): maps for layer, maps in outputs.features.items()}}
-
-
-def _narrow(name: str, values: Tensor, dtype: str, sample_ids: Tensor, unit: Unit) -> NDArray[np.floating]:
-    """A batch of outputs [B, ...] in the store's type. Raises NotFiniteError, naming samples, for NaN and overflow."""
-    narrow = values.to(getattr(torch, dtype))
-    bad = ~torch.isfinite(narrow).flatten(1).all(1)
-    if bad.any():
-        named = sample_ids[bad][:5].tolist()
-        if torch.isfinite(values).all():
-            largest = float(values.abs().max())
-            raise NotFiniteError(
-                f"{name} of samples {named} in view {unit.view} reach {largest:.4g}, beyond {dtype}'s range: "
-                "set cache.dtype = 'float32'."
-            )
-        raise NotFiniteError(
-            f"the teacher gave NaN or infinity as {name} of samples {named} in view {unit.view}: "
-            "look at these images and at the teacher's weights and normalisation."
-        )
-    array: NDArray[np.floating] = narrow.cpu().numpy()
-    return array
-
-
-def _require_room(path: Path, needed: int) -> None:
-    """Raise RunError before any work is spent if the disk cannot hold what is missing."""
-    folder = next(one for one in (path, *path.absolute().parents) if one.exists())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+def _require_known(path: Path, unit: Unit, positions: Tensor) -> None:
+    if (positions < 0).any():
         raise RunError(
-            f"the store {path} needs {needed:,} bytes more and its disk has {free:,} free: make room, put cache.store "
-            "on another disk, or lower views.num_views or cache.layers."
+            f"{unit} of {path} holds samples that this recipe's data set lacks: complete the store with the recipe "
+            "that began to extend it."
+        )
+
+
+def _positions(path: Path, manifest: Manifest, setup: Setup) -> Tensor:
+    """Where the sample of each row stands in the data set, int64 [N]; -1 for rows without one, or one it lacks."""
+    held = read_samples(path, manifest.geometry, manifest.identity.data)
+    positions = np.full(manifest.geometry.num_rows, -1, np.int64)
+    positions[manifest.geometry.sample_rows()] = samples_of(setup.train_set).positions_of(held.ids)
+    return torch.from_numpy(positions)
+
+
+def _require_none_left(path: Path, left: AbstractSet[Unit]) -> None:
+    """Raise LockedError, naming who is at them, if units of this process's part are another job's."""
+    if left:
+        first = min(left)
+        at_it = holder(path, first.key) or "another job until a moment ago"
+        raise LockedError(
+            f"{len(left)} units of {path} are not done yet: {first} is being computed by {at_it}. All others of "
+            "this job's are committed; run the same command again when that job is through."
         )

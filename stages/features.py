@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,21 @@ class Outputs:
 
     logits: Tensor
     features: Mapping[str, Tensor]
+
+    def logits_at(self, temperature: float) -> Tensor:
+        """The logits for a softmax at `temperature`: the same at any, where all of them are known."""
+        return self.logits
+
+
+class TeacherOutputs(Protocol):
+    """What a teacher said about a batch, live or from a store."""
+
+    @property
+    def features(self) -> Mapping[str, Tensor]:
+        """Feature maps [B, ...] by the teacher's module path."""
+
+    def logits_at(self, temperature: float) -> Tensor:
+        """Logits [B, num_classes], float32, that are right in a softmax at `temperature`."""
 
 
 class Tap:

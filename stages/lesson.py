@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.datasets.image_set import ImageSet
-from stages.features import Outputs
+from stages.features import Outputs, TeacherOutputs
+from stages.order import epoch_order, slab_order
 from stages.targets import Targets
 from stages.views import ViewsConfig, render
 
@@ -38,7 +39,7 @@ class Batch:
 
     images: Tensor
     labels: Tensor
-    teachers: Sequence[Outputs]
+    teachers: Sequence[TeacherOutputs]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class Lesson:
     @property
     def num_samples(self) -> int:
         return len(self.labels)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """The samples of an epoch in the order in which they are seen, int64 [N]: a function of (seed, epoch)."""
+        if self.targets is not None and self.targets.slabs is not None:
+            return slab_order(seed, epoch, self.targets.slabs, self.targets.window)
+        return epoch_order(seed, epoch, self.num_samples)
 
     def batch(self, epoch: int, indices: Tensor, device: torch.device) -> Batch:
         """The samples at `indices`, int64 [B], in the view that `epoch` uses, with their targets."""

@@ -23,6 +23,21 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
     return torch.randperm(num_samples, generator=generator)
 
 
+def slab_order(seed: int, epoch: int, slabs: Tensor, window: int) -> Tensor:
+    """A permutation of the samples, int64 [N], that asks for one slab of a store after the other.
+
+    slabs: int64 [N], the shard in which each sample's targets lie. The slabs are shuffled, and `window` of them at a
+    time are mixed; because a store's rows stand in an order that looks random, this mixes much like a full shuffle
+    while each slab is read once an epoch.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "slabs", epoch))
+    present = torch.unique(slabs)
+    rank = torch.empty(int(present.max()) + 1, dtype=torch.int64)
+    rank[present] = torch.randperm(len(present), generator=generator)
+    shuffled = torch.randperm(len(slabs), generator=generator)
+    return shuffled[torch.argsort(rank[slabs[shuffled]] // window, stable=True)]
+
+
 def num_steps(num_samples: int, batch_size: int) -> int:
     """Batches in an epoch. All are full: the few samples left over sit out, others each epoch."""
     return max(1, num_samples // batch_size)

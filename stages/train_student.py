@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,15 +15,16 @@ from stages.features import feature_shapes
 from stages.job_folder import JobFolder
 from stages.lesson import Lesson, place
 from stages.losses.hint import HintConfig
+from stages.losses.kd import KDConfig
 from stages.losses.terms import LossConfig, build_terms, student_layers, teacher_layers
 from stages.models.build import ModelConfig
 from stages.network import Network, finish
 from stages.optim import TrainConfig
 from stages.order import derive_seed
 from stages.setup import Setup, deciding, model_normalisation
-from stages.targets import Source, Targets, feature_array, join
+from stages.targets import ReadConfig, Source, Targets, feature_array, join, names_wanted, slab_window
 from stages.training import Job, train
-from store import TargetStore, open_store
+from store import TargetStore, interpolation, open_store
 
 ALONE, DISTILLED = "alone", "distilled"
 
@@ -48,6 +49,7 @@ class StudentConfig:
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_unequal)] = (0, 1, 2)
     hard_label_weight: Annotated[float, Field(ge=0)] = 0.1
     stores: tuple[str, ...] = ()
+    read: ReadConfig = Field(default_factory=ReadConfig)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -59,14 +61,23 @@ class Teaching:
     stores: Sequence[TargetStore]
     losses: Sequence[LossConfig]
     hard_label_weight: float
+    read: ReadConfig = field(default_factory=ReadConfig)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the teaching's numbers."""
         return {
-            "stores": [store.manifest.identity.fingerprint for store in self.stores],
+            "stores": [store.manifest.numbers_sha256(names) for store, names in self._names()],
+            "order": slab_window(self._names(), self.read),
             "losses": [deciding(loss) for loss in self.losses],
             "hard_label_weight": self.hard_label_weight,
         }
+
+    def _names(self) -> list[tuple[TargetStore, list[str]]]:
+        """Each store with the arrays that the losses want of it."""
+        return [
+            (store, names_wanted(store, teacher_layers(self.losses, number)))
+            for number, store in enumerate(self.stores)
+        ]
 
 
 def student_folder(run: Path, kind: str, seed: int) -> JobFolder:
@@ -74,7 +85,7 @@ def student_folder(run: Path, kind: str, seed: int) -> JobFolder:
 
 
 def open_teaching(
-    paths: Sequence[Path], losses: Sequence[LossConfig], hard_label_weight: float, wanted: dict[str, Any], setup: Setup
+    paths: Sequence[Path], losses: Sequence[LossConfig], student: StudentConfig, wanted: dict[str, Any], setup: Setup
 ) -> Teaching:
     """Open the stores that `losses` learn from. `wanted` is what their manifests must say beside the views.
 
@@ -91,13 +102,22 @@ def open_teaching(
     for store in stores:
         if store.num_views < setup.views.num_views:
             raise RecipeError(
-                f"{store.path} holds {store.num_views} views, the recipe wants {setup.views.num_views}: lower "
-                "views.num_views, or cache again into another store."
+                f"{store.path} holds {store.num_views} views, the recipe wants {setup.views.num_views}: run `kdpipe "
+                "cache-teacher` with this recipe to add them, or lower views.num_views."
             )
     for loss in losses:
         if isinstance(loss, HintConfig) and loss.store >= len(stores):
             raise RecipeError(f"a hint names store {loss.store}; there are {len(stores)}, counted from 0.")
-    return Teaching(stores, losses, hard_label_weight)
+    _require_temperatures(stores, losses)
+    return Teaching(stores, losses, student.hard_label_weight, student.read)
+
+
+def _require_temperatures(stores: Sequence[TargetStore], losses: Sequence[LossConfig]) -> None:
+    """Raise StoreError where a loss has a temperature for which a store with top-k logits does not know the tail."""
+    for store in stores:
+        for loss in losses:
+            if store.manifest.top_k and isinstance(loss, KDConfig):
+                interpolation(store.manifest.top_k, loss.temperature)
 
 
 def build_lesson(network: Network, teaching: Teaching | None, seed: int, setup: Setup) -> Lesson:
@@ -113,7 +133,7 @@ def build_lesson(network: Network, teaching: Teaching | None, seed: int, setup: 
     terms = build_terms(
         teaching.losses, shapes, [_held_shapes(source) for source in sources], derive_seed(seed, "adapters")
     )
-    targets = Targets(sources, setup.device)
+    targets = Targets(sources, setup.device, teaching.read)
     return Lesson(
         *placed,
         setup.views,

@@ -21,7 +21,7 @@ from stages.features import Tap, tapped
 from stages.job_folder import JobFolder
 from stages.lesson import Lesson
 from stages.optim import TrainConfig, build_optimiser, learning_rate, set_learning_rate
-from stages.order import batch_indices, derive_seed, epoch_order, num_steps
+from stages.order import batch_indices, derive_seed, num_steps
 from stages.watch import Event, Watch
 
 
@@ -60,7 +60,7 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
             started = time.monotonic()
             job.on_epoch(job.model, state.epoch)
             machinery.modules.train()
-            order = epoch_order(job.seed, state.epoch, job.lesson.num_samples)
+            order = job.lesson.order(job.seed, state.epoch)
             while state.step < steps:
                 rate = learning_rate(job.config, state.epoch * steps + state.step, steps)
                 set_learning_rate(machinery.optimiser, rate)

@@ -1,18 +1,36 @@
 """Target stores: what a teacher said, on disk and in memory. Numpy and Zarr alone; no torch."""
 
+from store.claims import Claim, Holder, claim, holder
+from store.codec import Codec
 from store.durable import fsync_path, make_folders, sweep_partial, write_atomically
 from store.errors import FingerprintMismatch, KdpipeError, StoreError, differences
-from store.geometry import ArraySpec, Unit, all_units, rows_per_unit
-from store.lock import LockedError, exclusive
-from store.manifest import Identity, Manifest, canonical_json
+from store.fidelity import measure_dense, measure_features, measure_topk
+from store.geometry import ArraySpec, Geometry, Unit, rows_per_unit
+from store.grow import ensure_store, plan_growth
+from store.identity import Identity, canonical_json
+from store.lock import LockedError, exclusive, shared
+from store.manifest import Manifest
 from store.reader import TargetStore, open_store
-from store.samples import Samples, ids_and_labels_sha256
-from store.writer import create_store, missing_units, require_same, store_bytes, write_unit
+from store.samples import Samples, ids_and_labels_sha256, read_samples, row_order
+from store.topk import TopK, default_temperatures, encode_topk, interpolation
+from store.writer import (
+    create_store,
+    finish_store,
+    missing_arrays,
+    missing_units,
+    store_bytes,
+    sweep_unit,
+    write_unit,
+)
 from store.zarr_group import read_store_manifest
 
 __all__ = [
     "ArraySpec",
+    "Claim",
+    "Codec",
     "FingerprintMismatch",
+    "Geometry",
+    "Holder",
     "Identity",
     "KdpipeError",
     "LockedError",
@@ -20,22 +38,37 @@ __all__ = [
     "Samples",
     "StoreError",
     "TargetStore",
+    "TopK",
     "Unit",
-    "all_units",
     "canonical_json",
+    "claim",
     "create_store",
+    "default_temperatures",
     "differences",
+    "encode_topk",
+    "ensure_store",
     "exclusive",
+    "finish_store",
     "fsync_path",
+    "holder",
     "ids_and_labels_sha256",
+    "interpolation",
     "make_folders",
+    "measure_dense",
+    "measure_features",
+    "measure_topk",
+    "missing_arrays",
     "missing_units",
     "open_store",
+    "plan_growth",
+    "read_samples",
     "read_store_manifest",
-    "require_same",
+    "row_order",
     "rows_per_unit",
+    "shared",
     "store_bytes",
     "sweep_partial",
+    "sweep_unit",
     "write_atomically",
     "write_unit",
 ]

@@ -1,76 +1,105 @@
-"""What a store says it is: whose outputs, for which samples, on which views - and the fingerprint over that."""
+"""What a store says it is: whose outputs, for which samples, on which views, in which arrays, and what is finished."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from store.codec import Codec, codec_from_json
 from store.errors import FingerprintMismatch, StoreError, differences
-from store.geometry import DTYPES, ArraySpec
+from store.geometry import DTYPES, ArraySpec, Geometry
+from store.identity import Identity, sha256_of
+from store.topk import TopK
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ATTRIBUTE = "kdpipe"
 """The key in the Zarr group's attributes under which the manifest stands."""
 
 MOST = 2**40
-"""No store has more views, samples or rows than this: a count beyond it is damage, or an attack."""
+"""No store has more samples or rows than this: a count beyond it is damage, or an attack."""
 
-ARRAY_NAME = re.compile(r"logits|features/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+MOST_UNITS = 2**20
+MOST_SHARD_BYTES = 2**35
+"""Nor more units, nor larger shards: with kdpipe's default of 64 MiB that is 64 TiB an array."""
+
+FORMS = ("features", "pooled", "attention", "gram")
+"""Where what a layer gave stands: its feature map as it is, or a statistic of it."""
+
+ARRAY_NAME = re.compile(rf"logits|logits/(values|indices|tail)|({'|'.join(FORMS)})/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,199}}")
 """What an array may be called: names become paths, and must not climb out of the store."""
 
 
-def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
-
-
 @dataclass(frozen=True)
-class Identity:
-    """What decides the numbers in a store, as JSON objects. Nothing here depends on the machine: no paths, no dates.
+class Finished:
+    """The part of a store that its readers see: every unit of the first `num_views` views and `num_segments` segments
+    is committed for `arrays`. A store that is being extended keeps what was finished before.
 
-    The list of arrays is not part of it: a store may grow by another layer, and stays the same store. Arrays are
-    compared one by one (`require`), their precision with them.
+    `fidelity` is by array what the encoding loses, measured when it was written.
     """
 
-    teacher: Mapping[str, Any]
-    data: Mapping[str, Any]
-    views: Mapping[str, Any]
+    num_views: int
+    num_segments: int
+    arrays: tuple[str, ...]
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"teacher": dict(self.teacher), "data": dict(self.data), "views": dict(self.views)}
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256, in hexadecimal, over the canonical JSON of this identity."""
-        return hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()
+        return {
+            "num_views": self.num_views,
+            "num_segments": self.num_segments,
+            "arrays": list(self.arrays),
+            "fidelity": dict(self.fidelity),
+        }
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that stands in a store's group attributes."""
+    """All that stands in a store's group attributes.
+
+    `earlier` are the fingerprints that the store had before its samples grew, one for each segment but the last: a
+    unit's marker carries that of its segment. `top_k` is set where logits are kept as their k largest, `codec` where
+    chunks are packed (the archive profile), `rounded` has the mantissa bits kept of arrays that were rounded.
+    """
 
     identity: Identity
     arrays: tuple[ArraySpec, ...]
-    num_views: int
-    num_samples: int
-    unit_rows: int
+    geometry: Geometry
     versions: Mapping[str, str]
+    earlier: tuple[str, ...] = ()
+    top_k: TopK | None = None
+    codec: Codec | None = None
+    rounded: Mapping[str, int] = field(default_factory=dict)
+    finished: Finished | None = None
+
+    @property
+    def profile(self) -> str:
+        return "archive" if self.codec else "zero-copy"
+
+    @property
+    def segment_fingerprints(self) -> tuple[str, ...]:
+        """What the markers of each segment's units carry."""
+        return (*self.earlier, self.identity.fingerprint)
 
     def to_json(self) -> dict[str, Any]:
+        segments = [
+            {"num_samples": count, "fingerprint": fingerprint}
+            for count, fingerprint in zip(self.geometry.segments, self.segment_fingerprints, strict=True)
+        ]
         return {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.identity.fingerprint,
             **self.identity.to_json(),
             "arrays": {spec.name: spec.to_json() for spec in self.arrays},
-            "num_views": self.num_views,
-            "num_samples": self.num_samples,
-            "unit_rows": self.unit_rows,
+            "num_views": self.geometry.num_views,
+            "unit_rows": self.geometry.unit_rows,
+            "segments": segments,
+            "top_k": self.top_k.to_json() if self.top_k else None,
+            "codec": self.codec.to_json() if self.codec else None,
+            "rounded": dict(self.rounded),
             "versions": dict(self.versions),
+            "finished": self.finished.to_json() if self.finished else None,
         }
 
     def spec(self, name: str) -> ArraySpec:
@@ -80,9 +109,23 @@ class Manifest:
                 return spec
         held = ", ".join(spec.name for spec in self.arrays)
         raise StoreError(
-            f"the store holds no array {name!r}, only {held}: add the layer to the recipe's cache.layers, "
-            "give the store another place (cache.store), and run `kdpipe cache-teacher` again."
+            f"the store holds no array {name!r}, only {held}: run `kdpipe cache-teacher` with a recipe that asks for "
+            "it, and it is added."
         )
+
+    def numbers_sha256(self, names: Sequence[str]) -> str:
+        """A digest of what decides the numbers of some arrays, whatever other arrays, views and samples there are.
+
+        A student's identity carries it: a store that has grown still teaches the same; one that was rounded or cut
+        to its top k does not.
+        """
+        record = {
+            "teacher": dict(self.identity.teacher),
+            "views": dict(self.identity.views),
+            "arrays": {name: self.spec(name).to_json() for name in sorted(names)},
+            "rounded": {name: bits for name, bits in self.rounded.items() if name in names},
+        }
+        return sha256_of(record)
 
 
 def read_manifest(attributes: Any, where: str) -> Manifest:
@@ -93,41 +136,93 @@ def read_manifest(attributes: Any, where: str) -> Manifest:
     version = record.get("schema_version")
     if version != SCHEMA_VERSION:
         raise StoreError(
-            f"{where} has store schema {version!r}, this kdpipe reads {SCHEMA_VERSION}: use the kdpipe that wrote it."
+            f"{where} has store schema {str(version)[:40]}, this kdpipe reads {SCHEMA_VERSION}: use the kdpipe that "
+            "wrote it, or cache again."
         )
     try:
         manifest = _parse(record)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"{where} has a damaged manifest ({type(error).__name__}: {error}).") from error
-    if record.get("fingerprint") != manifest.identity.fingerprint:
+        edited = record.get("fingerprint") != manifest.identity.fingerprint
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{where} has a damaged manifest ({type(error).__name__}: {str(error)[:200]}).") from error
+    if edited:
         raise StoreError(f"{where} has a manifest that was edited: its fingerprint does not fit its contents.")
     return manifest
 
 
 def _parse(record: Mapping[str, Any]) -> Manifest:
-    counts = [record[key] for key in ("num_views", "num_samples", "unit_rows")]
-    if not all(type(count) is int and 0 < count < MOST for count in counts):
-        raise ValueError(f"num_views, num_samples and unit_rows are {counts}")
-    for name, spec in record["arrays"].items():
-        sides = spec["row_shape"]
-        if not ARRAY_NAME.fullmatch(name) or spec["dtype"] not in DTYPES or not _is_shape(sides):
-            raise ValueError(f"array {name!r} is {spec}")
-    arrays = tuple(
-        ArraySpec(str(name), tuple(spec["row_shape"]), str(spec["dtype"])) for name, spec in record["arrays"].items()
+    arrays = tuple(_parse_spec(name, spec) for name, spec in record["arrays"].items())
+    if not arrays:
+        raise ValueError("it lists no arrays")
+    geometry = Geometry(
+        _count(record["num_views"], "num_views"),
+        _count(record["unit_rows"], "unit_rows"),
+        tuple(_count(segment["num_samples"], "num_samples") for segment in record["segments"]),
     )
-    return Manifest(
+    if not geometry.segments or len(geometry.segments) > MOST_UNITS:
+        raise ValueError(f"it has {len(geometry.segments)} segments")
+    if geometry.num_views * geometry.num_shards > MOST_UNITS:
+        raise ValueError(f"{geometry.num_views} views of {geometry.num_shards} shards are too many")
+    if geometry.unit_rows * max(spec.row_bytes for spec in arrays) > MOST_SHARD_BYTES:
+        raise ValueError(f"unit_rows is {geometry.unit_rows}, too many for its arrays")
+    manifest = Manifest(
         identity=Identity(dict(record["teacher"]), dict(record["data"]), dict(record["views"])),
         arrays=arrays,
-        num_views=int(record["num_views"]),
-        num_samples=int(record["num_samples"]),
-        unit_rows=int(record["unit_rows"]),
+        geometry=geometry,
         versions={str(name): str(version) for name, version in record["versions"].items()},
+        earlier=tuple(str(segment["fingerprint"]) for segment in record["segments"][:-1]),
+        top_k=None if record["top_k"] is None else TopK.from_json(record["top_k"]),
+        codec=codec_from_json(record["codec"]),
+        rounded={str(name): _count(bits, "rounded") for name, bits in record["rounded"].items()},
     )
+    _check_logits(manifest)
+    return _with_finished(manifest, record["finished"])
+
+
+def _parse_spec(name: Any, record: Any) -> ArraySpec:
+    sides = record["row_shape"]
+    if not ARRAY_NAME.fullmatch(name) or record["dtype"] not in DTYPES or not _is_shape(sides):
+        raise ValueError(f"array {str(name)[:80]!r} is {str(record)[:120]}")
+    return ArraySpec(name, tuple(sides), record["dtype"])
+
+
+def _check_logits(manifest: Manifest) -> None:
+    held = [spec for spec in manifest.arrays if spec.name.startswith("logits")]
+    if manifest.top_k is None and [spec.name for spec in held] != ["logits"]:
+        raise ValueError("it has no array of logits")
+    if manifest.top_k is not None and held != list(manifest.top_k.arrays(held[0].dtype)):
+        raise ValueError("its arrays are not those of its top-k logits")
+
+
+def _with_finished(manifest: Manifest, record: Any) -> Manifest:
+    if record is None:
+        return manifest
+    names = [spec.name for spec in manifest.arrays]
+    finished = Finished(
+        _count(record["num_views"], "finished.num_views"),
+        _count(record["num_segments"], "finished.num_segments"),
+        tuple(str(name) for name in record["arrays"]),
+        dict(record["fidelity"]),
+    )
+    fits = (
+        finished.num_views <= manifest.geometry.num_views
+        and finished.num_segments <= len(manifest.geometry.segments)
+        and finished.arrays
+        and set(finished.arrays) <= set(names)
+    )
+    if not fits:
+        raise ValueError("more is called finished than there is")
+    return Manifest(**{**manifest.__dict__, "finished": finished})
+
+
+def _count(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 < value < MOST:
+        raise ValueError(f"{what} is {str(value)[:40]}")
+    return value
 
 
 def _is_shape(sides: Any) -> bool:
-    counts = all(type(side) is int and 0 < side < MOST for side in sides)
-    return isinstance(sides, list) and bool(sides) and counts and math.prod(sides) < MOST
+    counts = isinstance(sides, list) and all(type(side) is int and 0 < side < MOST for side in sides)
+    return counts and 0 < len(sides) <= 8 and math.prod(sides) < MOST
 
 
 def require(stored: Manifest, wanted: Mapping[str, Any], where: str, advice: str) -> None:
@@ -139,8 +234,3 @@ def require(stored: Manifest, wanted: Mapping[str, Any], where: str, advice: str
     found = [pair for section in sorted(wanted) for pair in differences(held.get(section), wanted[section], section)]
     if found:
         raise FingerprintMismatch(where, found, advice)
-
-
-def wanted_arrays(specs: Sequence[ArraySpec]) -> dict[str, Any]:
-    """The `arrays` section of a manifest with these arrays."""
-    return {spec.name: spec.to_json() for spec in specs}

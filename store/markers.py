@@ -1,6 +1,6 @@
 """Commit markers: the only definition of a unit being done.
 
-They stand in the store's array `markers`, uint8 [V, S, marker_bytes]: each chunk of it is one file that holds a
+They stand in the store's array `markers`, uint8 [V, S, MARKER_BYTES]: each chunk of it is one file that holds a
 JSON text, filled up with spaces, so that plain Zarr tools see nothing foreign in the group and a remote reader
 needs nothing but Zarr. A unit without a marker reads as zeros there, and is missing.
 """
@@ -8,66 +8,96 @@ needs nothing but Zarr. A unit without a marker reads as zeros there, and is mis
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from store.durable import write_atomically
 from store.errors import StoreError
-from store.geometry import PAGE_BYTES, ArraySpec, Unit
-from store.manifest import canonical_json
+from store.geometry import Unit
+from store.identity import canonical_json
+from store.manifest import Manifest
+from store.plain_file import read_plain
 
 MARKERS = "markers"
 
+MARKER_BYTES = 16 * 1024
+"""Room for the files of about a hundred arrays, so that layers can be added to a store later."""
 
-def marker_bytes(specs: Sequence[ArraySpec]) -> int:
-    """Room for one marker: a line for each array's file, in whole pages."""
-    longest = 512 + sum(len(spec.name.encode("unicode_escape")) + 96 for spec in specs)
-    return -(-longest // PAGE_BYTES) * PAGE_BYTES
+
+@dataclass(frozen=True)
+class Marker:
+    """What a unit committed: by array, the `bytes` and `crc32c` of its shard file, and what its encoding lost."""
+
+    files: Mapping[str, Mapping[str, int]]
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+
+
+def marker_key(unit: Unit) -> str:
+    return f"{MARKERS}/c/{unit.view}/{unit.shard}/0"
 
 
 def marker_path(store: Path, unit: Unit) -> Path:
-    return store / MARKERS / "c" / str(unit.view) / str(unit.shard) / "0"
+    return store / marker_key(unit)
 
 
-def write_marker(store: Path, unit: Unit, fingerprint: str, files: dict[str, dict[str, int]], size: int) -> None:
-    """Publish that `unit` is done. `files` has, by array name, the `bytes` and `crc32c` of its shard file."""
-    record = {"fingerprint": fingerprint, "rows": unit.num_rows, "files": files}
+def write_marker(store: Path, manifest: Manifest, unit: Unit, marker: Marker) -> None:
+    """Publish that `unit` is done. Raises StoreError where the marker has no room for so many arrays."""
+    record = {
+        "fingerprint": manifest.segment_fingerprints[manifest.geometry.segment_of(unit.shard)],
+        "rows": unit.num_rows,
+        "files": marker.files,
+        "fidelity": marker.fidelity,
+    }
     text = canonical_json(record).encode("ascii")
-    if len(text) > size:
-        raise StoreError(f"the marker of {unit} needs {len(text)} bytes and has room for {size}.")
-    write_atomically(marker_path(store, unit), text.ljust(size))
+    if len(text) > MARKER_BYTES:
+        raise StoreError(
+            f"{store} has no room for so many arrays: the marker of {unit} needs {len(text):,} bytes and may have "
+            f"{MARKER_BYTES:,}. Keep further layers in another store."
+        )
+    write_atomically(marker_path(store, unit), text.ljust(MARKER_BYTES))
 
 
-def read_marker(store: Path, unit: Unit, fingerprint: str) -> dict[str, dict[str, int]] | None:
-    """The files that `unit` committed, by array name; None where the unit is not done.
+def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
+    """What `unit` committed; None where it is not done.
 
     Raises StoreError where the marker is damaged or belongs to another store.
     """
     path = marker_path(store, unit)
     try:
-        raw = path.read_bytes()
+        raw = read_plain(path, MARKER_BYTES)
     except FileNotFoundError:
         return None
-    record = _parse(raw, path)
-    if record["fingerprint"] != fingerprint or record["rows"] != unit.num_rows:
-        raise StoreError(
-            f"the marker {path} belongs to another store (fingerprint {record['fingerprint']}, wanted {fingerprint}; "
-            f"{record['rows']} rows, wanted {unit.num_rows}): delete the store and cache again."
-        )
-    files: dict[str, dict[str, int]] = record["files"]
-    return files
+    except OSError as error:
+        raise StoreError(f"the marker {path} cannot be read ({error.strerror}).") from error
+    return parse_marker(raw, manifest, unit, str(path))
 
 
-def _parse(raw: bytes, path: Path) -> dict[str, Any]:
+def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Marker:
+    """A marker from its bytes. Raises StoreError where it is damaged or belongs to another store."""
     try:
-        record = json.loads(raw)
-        files = {
-            str(name): {"bytes": int(file["bytes"]), "crc32c": int(file["crc32c"])}
-            for name, file in record["files"].items()
-        }
-        return {"fingerprint": str(record["fingerprint"]), "rows": int(record["rows"]), "files": files}
+        record = json.loads(raw if len(raw) == MARKER_BYTES else b"")
+        marker = _parse(record)
+        fingerprint, rows = str(record["fingerprint"]), int(record["rows"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise StoreError(
-            f"the marker {path} is damaged: delete that file, and `kdpipe cache-teacher` computes its unit again."
+            f"the marker {where} is damaged: delete that file, and `kdpipe cache-teacher` computes its unit again."
         ) from error
+    wanted = manifest.segment_fingerprints[manifest.geometry.segment_of(unit.shard)]
+    if fingerprint != wanted or rows != unit.num_rows:
+        raise StoreError(
+            f"the marker {where} belongs to another store (fingerprint {fingerprint[:64]}, wanted {wanted}; "
+            f"{rows} rows, wanted {unit.num_rows}): `kdpipe store repair` computes its unit again."
+        )
+    return marker
+
+
+def _parse(record: Any) -> Marker:
+    files = {}
+    for name, file in record["files"].items():
+        num_bytes, checksum = file["bytes"], file["crc32c"]
+        if type(num_bytes) is not int or type(checksum) is not int or not 0 <= checksum < 2**32 or num_bytes < 0:
+            raise ValueError(f"the file of {name} is {file}")
+        files[str(name)] = {"bytes": num_bytes, "crc32c": checksum}
+    return Marker(files, dict(record["fidelity"]))

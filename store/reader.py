@@ -1,9 +1,10 @@
-"""Opening a store and reading it: whole views as slabs, or the rows of a batch through a memory map."""
+"""Opening a store and reading it: rows of a batch by sample id, or whole units and views checked against checksums."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,141 +12,306 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import StoreError
-from store.geometry import ArraySpec, Unit, all_units
-from store.manifest import Manifest, require
-from store.markers import read_marker
+from store.geometry import ArraySpec, Geometry, Unit
+from store.manifest import Finished, Manifest, require
+from store.mapping import CannotMap, Piece, map_pieces
+from store.markers import Marker, read_marker
+from store.plain_file import open_plain, read_plain
+from store.rows import RowIndex
 from store.samples import Samples, read_samples
-from store.shard import ShardShape, check_index, crc32c, shard_path, shard_shape
+from store.shard import check_index, crc32c, decode_shard, shard_path, shard_shape
+from store.unit_cache import CACHE_BYTES, UnitCache
+from store.writer import missing_units
 from store.zarr_group import check_arrays, read_store_manifest
 
-OPEN_MAPS = 4096
-"""Shard maps kept open at a time; Linux allows a process 65,530 maps."""
+
+@dataclass(frozen=True)
+class Reading:
+    """How an array's rows are read: `way` is "mapped" or "memory", `why` says in words what led to it."""
+
+    way: str
+    why: str
 
 
 class TargetStore:
-    """A complete store, checked when opened: every unit committed, every shard file of its committed size.
+    """The finished part of a store: every unit committed, every shard of its committed size. Made by `open_store`.
 
-    Made by `open_store`. It holds no open file that a fork or a pickle could share wrongly: maps are opened where
-    they are used.
+    It holds no open file. Address ranges are mapped where they are first used, survive a fork, and are dropped when
+    the store is pickled for a spawned worker, which maps its own.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, samples: Samples, files: Mapping[Unit, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        samples: Samples,
+        markers: Mapping[Unit, Marker],
+        stream_bytes: int | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.samples = samples
-        self._files = files
-        self._units = {(unit.view, unit.shard): unit for unit in files}
-        self._order = np.argsort(samples.ids, kind="stable")
-        self._map = lru_cache(maxsize=OPEN_MAPS)(self._open_map)
+        self._markers = markers
+        self._finished = _finished(path, manifest)
+        self._geometry = _visible(manifest.geometry, self._finished)
+        self._rows = RowIndex(samples.ids, self._geometry.sample_rows())
+        self._stream_bytes = stream_bytes
+        self._ranges: dict[str, NDArray[Any]] = {}
+        self._why_not: dict[str, str] = {}
+        self._cache = UnitCache(self.read_unit, CACHE_BYTES if stream_bytes is None else stream_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TargetStore, (self.path, self.manifest, self.samples, self._files)
+        return TargetStore, (self.path, self.manifest, self.samples, self._markers, self._stream_bytes)
+
+    def __repr__(self) -> str:
+        return f"TargetStore({str(self.path)!r}: {self.num_views} views of {self.num_samples:,} samples)"
 
     @property
     def num_views(self) -> int:
-        return self.manifest.num_views
+        return self._geometry.num_views
 
     @property
     def num_samples(self) -> int:
-        return self.manifest.num_samples
+        return self._geometry.num_samples
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a view: samples, and the rows left empty where an extension began. N of `array`."""
+        return self._geometry.num_rows
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of a whole unit: row r lies in shard r // unit_rows."""
+        return self._geometry.unit_rows
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """The arrays that are finished."""
+        return tuple(spec for spec in self.manifest.arrays if spec.name in self._finished.arrays)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The teacher's modules of which something is stored."""
+        return tuple(dict.fromkeys(spec.name.partition("/")[2] for spec in self.arrays if "logits" not in spec.name))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the logits; none where the data set has no names."""
+        return tuple(self.manifest.identity.data.get("classes", ()))
+
+    @property
+    def num_classes(self) -> int:
+        """How many logits a row has, all of them or the k largest stored."""
+        form = self.manifest.top_k
+        return form.num_classes if form else self.manifest.spec("logits").row_shape[0]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Whose outputs these are, of which samples, on which views, and which libraries wrote them."""
+        identity = self.manifest.identity
+        return {**identity.to_json(), "fingerprint": identity.fingerprint, "versions": dict(self.manifest.versions)}
+
+    @property
+    def fidelity(self) -> Mapping[str, Any]:
+        """What each array's encoding lost, measured when it was written."""
+        return self._finished.fidelity
 
     def spec(self, name: str) -> ArraySpec:
-        """The array called `name`; StoreError, listing what there is, if there is none."""
-        return self.manifest.spec(name)
+        """The array called `name`; StoreError, listing what there is, if there is none or it is not finished."""
+        spec = self.manifest.spec(name)
+        if name not in self._finished.arrays:
+            raise StoreError(f"{self.path}: {name} is still being added. Run `kdpipe cache-teacher` to finish it.")
+        return spec
 
     def rows_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows at which samples stand, by id: int64 [B]. Raises StoreError for ids that the store lacks."""
-        sorted_ids = self.samples.ids[self._order]
-        at = np.minimum(np.searchsorted(sorted_ids, sample_ids), len(sorted_ids) - 1)
-        absent = sample_ids[sorted_ids[at] != sample_ids]
+        rows, absent = self._rows.find(sample_ids)
         if len(absent):
             raise StoreError(
                 f"{self.path} has no targets for {len(absent)} of the {len(sample_ids)} samples, for example ids "
                 f"{absent[:3].tolist()}: cache them, or leave them out of the data set."
             )
-        rows: NDArray[np.int64] = self._order[at]
         return rows
 
-    def read_view(self, name: str, view: int) -> NDArray[np.floating]:
-        """One view of an array, [N, *row_shape], in memory, every shard checked against its committed crc32c."""
+    def gather(self, name: str, view: int, sample_ids: NDArray[np.int64]) -> NDArray[Any]:
+        """The rows of samples, by id, in one view of an array: [B, *row_shape], in the order of the ids.
+
+        Raises StoreError for ids, views and arrays that the store lacks.
+        """
+        return self.take(name, view, self.rows_of(sample_ids))
+
+    def take(self, name: str, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows of one view of an array, as `rows_of` numbers them: [B, *row_shape]. Only what is touched is read."""
+        if name not in self._ranges and name not in self._why_not:
+            self._open_range(name)
+        self._check_view(view)
+        if name in self._ranges:
+            taken: NDArray[Any] = self._ranges[name][view].take(rows, axis=0)
+            return taken
+        return self._take_by_unit(self.spec(name), view, rows)
+
+    def reading(self, name: str) -> Reading:
+        """How `take` reads an array, and why."""
+        if name not in self._ranges and name not in self._why_not:
+            self._open_range(name)
+        if name in self._ranges:
+            return Reading("mapped", "one address range over all of its shards")
+        return Reading("memory", f"shard by shard, because {self._why_not[name]}")
+
+    def array(self, name: str) -> NDArray[Any]:
+        """All views of an array as one read-only ndarray [V, N, *row_shape], mapped. Raises StoreError if it cannot
+        be; rows that hold no sample are not numbers of any meaning.
+        """
+        if self.reading(name).way != "mapped":
+            raise StoreError(f"{self.path}: {name} cannot be mapped, because {self._why_not[name]}. Use read_view.")
+        return self._ranges[name][:, : self.num_rows]
+
+    def streamed(self, most_bytes: int) -> TargetStore:
+        """The same store, read shard by shard into memory, of which it holds `most_bytes` (at least one shard), and
+        one shard more while that is read. Each is checked against its committed crc32c.
+        """
+        return TargetStore(self.path, self.manifest, self.samples, self._markers, most_bytes)
+
+    def units(self, view: int) -> list[Unit]:
+        """The units of a view, in the order of their rows."""
+        self._check_view(view)
+        return self._geometry.units([view])
+
+    def read_unit(self, name: str, unit: Unit) -> NDArray[Any]:
+        """The rows of a unit, [n, *row_shape], in memory, checked against the crc32c that was committed.
+
+        Raises StoreError, naming the file, where it is damaged.
+        """
         spec = self.spec(name)
-        out = np.empty((self.num_samples, *spec.row_shape), _little(spec))
-        for unit in self._units_of(view):
-            file = shard_path(self.path, spec, unit)
-            raw = file.read_bytes()
-            if crc32c(raw) != self._files[unit][name]["crc32c"]:
-                raise StoreError(_damaged(self.path, file, unit, "its bytes are not those that were committed"))
-            out[unit.start : unit.stop] = _rows(raw, spec, unit)
+        file, committed = shard_path(self.path, spec, unit), self._markers[unit].files[name]
+        try:
+            raw = read_plain(file, committed["bytes"], self.path)
+        except OSError as error:
+            raise StoreError(damaged(file, unit, f"it cannot be read ({error.strerror})")) from error
+        if len(raw) != committed["bytes"] or crc32c(raw) != committed["crc32c"]:
+            raise StoreError(damaged(file, unit, "its bytes are not those that were committed"))
+        return decode_shard(raw, shard_shape(spec, self.unit_rows), unit.num_rows, self.manifest.codec, str(file))
+
+    def read_view(self, name: str, view: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """One view of an array, [N, *row_shape], in memory (in `out` if given), every shard checked.
+
+        Rows that hold no sample, where an extension began, have the array's fill value. A shard at a time is held
+        beside the result.
+        """
+        spec = self.spec(name)
+        if out is None:
+            out = np.empty((self.num_rows, *spec.row_shape), spec.little)
+        filled = 0
+        for unit in self.units(view):
+            out[filled : unit.start] = spec.fill_value
+            out[unit.start : unit.stop] = self.read_unit(name, unit)
+            filled = unit.stop
         return out
 
-    def gather(self, name: str, view: int, rows: NDArray[np.int64]) -> NDArray[np.floating]:
-        """Rows of one view of an array, [B, *row_shape], through the memory map: only what is touched is read."""
-        spec = self.spec(name)
-        shards, within = np.divmod(rows, self.manifest.unit_rows)
-        present = np.unique(shards)
-        if len(present) == 1:
-            return self._map(name, view, int(present[0])).take(within, axis=0)
-        out = np.empty((len(rows), *spec.row_shape), _little(spec))
-        for shard in present:
+    def _take_by_unit(self, spec: ArraySpec, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        out = np.empty((len(rows), *spec.row_shape), spec.little)
+        shards, units = rows // self.unit_rows, self.units(view)
+        for shard in np.unique(shards):
             here = shards == shard
-            out[here] = self._map(name, view, int(shard))[within[here]]
+            out[here] = self._cache.rows(spec.name, units[shard])[rows[here] - units[shard].start]
         return out
 
-    def _units_of(self, view: int) -> list[Unit]:
-        if not 0 <= view < self.num_views:
-            raise StoreError(f"{self.path} has views 0 to {self.num_views - 1}, not {view}.")
-        return [unit for unit in self._files if unit.view == view]
+    def _open_range(self, name: str) -> None:
+        """Map all shards of an array one behind the other, or note why that cannot be."""
+        spec, geometry = self.spec(name), self._geometry
+        if self._stream_bytes is not None:
+            self._why_not[name] = f"it is streamed within {self._stream_bytes:,} bytes"
+            return
+        if self.manifest.codec is not None:
+            self._why_not[name] = "the archive profile packs its chunks (`kdpipe store transcode` unpacks them)"
+            return
+        shape, unit_bytes = shard_shape(spec, geometry.unit_rows), geometry.unit_rows * spec.row_bytes
+        units, num_units = geometry.units(), geometry.num_views * geometry.num_shards
+        pieces = [
+            Piece(
+                shard_path(self.path, spec, unit),
+                (unit.view * geometry.num_shards + unit.shard) * unit_bytes,
+                shape.data_bytes(unit.num_rows),
+            )
+            for unit in units
+        ]
+        try:
+            mapped = map_pieces(pieces, num_units * unit_bytes)
+        except CannotMap as error:
+            self._why_not[name] = str(error)
+            return
+        rows = geometry.num_shards * geometry.unit_rows
+        self._ranges[name] = mapped.view(spec.little).reshape(geometry.num_views, rows, *spec.row_shape)
 
-    def _open_map(self, name: str, view: int, shard: int) -> NDArray[np.floating]:
-        spec, unit = self.spec(name), self._units[view, shard]
-        file = shard_path(self.path, spec, unit)
-        return np.asarray(np.memmap(file, _little(spec), "r", shape=(unit.num_rows, *spec.row_shape)))
+    def _check_view(self, view: int) -> None:
+        if not 0 <= view < self.num_views:
+            more = self.manifest.geometry.num_views
+            growing = (
+                f" It is being extended to {more}: run `kdpipe cache-teacher` to finish that." if view < more else ""
+            )
+            raise StoreError(f"{self.path} has views 0 to {self.num_views - 1}, not {view}.{growing}")
 
 
 def open_store(path: Path, wanted: Mapping[str, Any] | None = None, advice: str = "") -> TargetStore:
-    """Open the complete store at `path`.
+    """Open the store at `path`: of one that is being extended, the part that was finished before.
 
-    `wanted` names values of its manifest (any of the sections teacher, data, views, arrays, num_views) that it must
-    have. Raises FingerprintMismatch with stored and wanted values, pair by pair, where it has others; StoreError
-    where there is no store, a unit is missing, or a file is damaged.
+    `wanted` names values of its manifest (any of the sections teacher, data, views, arrays) that it must have. Raises
+    FingerprintMismatch with stored and wanted values, pair by pair, where it has others; StoreError where there is no
+    store, a unit is missing, or a file is damaged. What is checked are metadata, markers, sizes and shard indices;
+    the rows themselves are checked where they are read into memory, and by `kdpipe store verify`.
     """
     manifest = read_store_manifest(path)
     require(manifest, wanted or {}, f"the store {path}", advice)
     check_arrays(path, manifest)
-    files = {}
-    for unit in all_units(manifest.num_views, manifest.num_samples, manifest.unit_rows):
-        committed = read_marker(path, unit, manifest.identity.fingerprint)
-        if committed is None:
+    finished = _finished(path, manifest)
+    geometry = _visible(manifest.geometry, finished)
+    markers = {}
+    for unit in geometry.units():
+        marker = read_marker(path, manifest, unit)
+        if marker is None:
             raise StoreError(f"{path} is not complete: {unit} is missing. Run `kdpipe cache-teacher` to finish it.")
-        files[unit] = committed
-        for spec in manifest.arrays:
-            _check_file(path, spec, unit, shard_shape(spec, manifest.unit_rows), committed)
-    return TargetStore(path, manifest, read_samples(path, manifest.num_samples, manifest.identity.data), files)
+        for name in finished.arrays:
+            check_file(path, manifest, manifest.spec(name), unit, marker)
+        markers[unit] = marker
+    samples = read_samples(path, manifest.geometry, manifest.identity.data)
+    return TargetStore(path, manifest, samples.take(np.arange(geometry.num_samples)), markers)
 
 
-def _check_file(path: Path, spec: ArraySpec, unit: Unit, shape: ShardShape, committed: Mapping[str, Any]) -> None:
-    file = shard_path(path, spec, unit)
+def check_file(path: Path, manifest: Manifest, spec: ArraySpec, unit: Unit, marker: Marker) -> None:
+    """Raise StoreError unless the shard file of `unit` is there, of its committed size, with the index it must have."""
+    file, committed = shard_path(path, spec, unit), marker.files.get(spec.name)
+    if committed is None:
+        raise StoreError(f"{path} is not complete: {unit} lacks {spec.name}. Run `kdpipe cache-teacher` to finish it.")
+    shape = shard_shape(spec, manifest.geometry.unit_rows)
+    expected = shape.file_bytes(unit.num_rows) if manifest.codec is None else committed["bytes"]
     try:
-        with file.open("rb") as opened:
-            opened.seek(shape.data_bytes(unit.num_rows))
-            index = opened.read(shape.index_bytes + 1)
+        descriptor = open_plain(file, path)
+        try:
+            found = os.fstat(descriptor).st_size
+            index = os.pread(descriptor, shape.index_bytes, max(0, expected - shape.index_bytes))
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        raise StoreError(_damaged(path, file, unit, f"it cannot be read ({error.strerror})")) from error
-    expected = shape.file_bytes(unit.num_rows)
-    if len(index) != shape.index_bytes or committed.get(spec.name, {}).get("bytes") != expected:
-        found = file.stat().st_size
-        raise StoreError(_damaged(path, file, unit, f"it has {found:,} bytes, {expected:,} were committed"))
-    check_index(index, shape, unit.num_rows, str(file))
+        raise StoreError(damaged(file, unit, f"it cannot be read ({error.strerror})")) from error
+    if found != expected or committed["bytes"] != expected:
+        raise StoreError(damaged(file, unit, f"it has {found:,} bytes, {expected:,} were committed"))
+    if manifest.codec is None:
+        check_index(index, shape, unit.num_rows, str(file))
 
 
-def _damaged(path: Path, file: Path, unit: Unit, what: str) -> str:
-    return f"{file} ({unit}) is damaged: {what}. Delete that file, and `kdpipe cache-teacher` computes its unit again."
+def damaged(file: Path, unit: Unit, what: str) -> str:
+    """The sentence about a damaged file."""
+    return f"{file} ({unit}) is damaged: {what}. `kdpipe store repair RECIPE` computes its unit again."
 
 
-def _rows(raw: bytes, spec: ArraySpec, unit: Unit) -> NDArray[np.floating]:
-    rows: NDArray[np.floating] = np.frombuffer(raw[: unit.num_rows * spec.row_bytes], _little(spec))
-    return rows.reshape(unit.num_rows, *spec.row_shape)
+def _finished(path: Path, manifest: Manifest) -> Finished:
+    if manifest.finished is not None:
+        return manifest.finished
+    missing = missing_units(path, manifest)
+    what = f"{missing[0]} is missing" if missing else "it was not finished"
+    raise StoreError(f"{path} is not complete: {what}. Run `kdpipe cache-teacher` to finish it.")
 
 
-def _little(spec: ArraySpec) -> np.dtype[np.floating]:
-    return np.dtype(spec.dtype).newbyteorder("<")
+def _visible(geometry: Geometry, finished: Finished) -> Geometry:
+    """The geometry of what is finished. Its shards keep their numbers: segments and views only ever follow."""
+    return Geometry(finished.num_views, geometry.unit_rows, geometry.segments[: finished.num_segments])

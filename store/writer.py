@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from store.durable import PARTIAL_SUFFIX, fsync_path, make_folders, write_atomically
+from store.durable import PARTIAL_SUFFIX, fsync_path, make_folders, sweep_partial, write_atomically
 from store.errors import StoreError
-from store.geometry import ArraySpec, Unit, all_units
-from store.manifest import Manifest, require
-from store.markers import marker_bytes, marker_path, read_marker, write_marker
+from store.fidelity import merge, summarise_features, summarise_logits
+from store.geometry import ArraySpec, Unit
+from store.lock import exclusive
+from store.manifest import Finished, Manifest
+from store.markers import Marker, marker_path, read_marker, write_marker
 from store.samples import Samples
 from store.shard import crc32c, encode_shard, shard_path, shard_shape
-from store.zarr_group import create_group, read_store_manifest
+from store.zarr_group import create_group, read_store_manifest, replace_metadata
+
+WORDS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.ESTALE: "the file system is gone",
+    errno.ENOTCONN: "the file system is gone",
+}
+
+
+def alone(path: Path) -> AbstractContextManager[None]:
+    """Hold the lock under which the metadata of the store at `path` is changed; waits for it, as it is held briefly.
+
+    It lies beside the store, because plain Zarr should see nothing foreign inside.
+    """
+    return exclusive(path, path.with_name(f".{path.name}.lock"), wait=True)
 
 
 def create_store(path: Path, manifest: Manifest, samples: Samples) -> None:
     """Make an empty store at `path`: metadata and samples, all there or nothing."""
     make_folders([path.parent])
+    sweep_partial(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
     try:
         create_group(aside, manifest, samples)
-        for entry in aside.rglob("*"):
-            fsync_path(entry)
         aside.rename(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -35,71 +56,152 @@ def create_store(path: Path, manifest: Manifest, samples: Samples) -> None:
     fsync_path(path.parent)
 
 
-def require_same(path: Path, manifest: Manifest) -> None:
-    """Raise FingerprintMismatch, pair by pair, unless the store at `path` is what `manifest` would have made."""
-    provenance = ("versions", "fingerprint", "schema_version")
-    wanted = {key: value for key, value in manifest.to_json().items() if key not in provenance}
-    advice = "Give this recipe another run folder or cache.store, or delete the store to cache again."
-    require(read_store_manifest(path), wanted, f"the store {path}", advice)
+def missing_arrays(path: Path, manifest: Manifest, unit: Unit) -> tuple[str, ...]:
+    """The arrays for which `unit` is not done: no marker lists them, or their file is gone or of another size."""
+    try:
+        marker = read_marker(path, manifest, unit) or Marker({})
+    except StoreError:
+        marker = Marker({})
+    return tuple(spec.name for spec in manifest.arrays if not _is_there(path, manifest, unit, spec, marker))
 
 
 def missing_units(path: Path, manifest: Manifest) -> list[Unit]:
-    """The units that are not done, in order: no marker says so, or a file of theirs is gone or of another size."""
-    units = all_units(manifest.num_views, manifest.num_samples, manifest.unit_rows)
-    return [unit for unit in units if not _is_done(path, manifest, unit)]
+    """The units that are not done in every array, in order."""
+    return [unit for unit in manifest.geometry.units() if missing_arrays(path, manifest, unit)]
 
 
-def write_unit(path: Path, manifest: Manifest, unit: Unit, rows: Mapping[str, NDArray[np.floating]]) -> int:
-    """Write and commit one unit: `rows` has, for every array of the store, its rows [n, *row_shape].
+def write_unit(
+    path: Path,
+    manifest: Manifest,
+    unit: Unit,
+    rows: Mapping[str, NDArray[Any]],
+    fidelity: Mapping[str, Any] | None = None,
+) -> int:
+    """Write and commit one unit: `rows` has its rows [n, *row_shape] of every array that it still lacks.
 
-    Returns the bytes written. Raises StoreError where rows do not fit the array or are not finite, or where the disk
-    refuses; the unit is then not committed, and whatever was there before stays.
+    What the unit committed before in other arrays stays. `fidelity` is what the encoding lost. Returns the bytes
+    written. Raises StoreError where rows do not fit or are not finite, or where the disk refuses: the unit is then
+    not committed, and whatever was there before stays.
     """
-    files = {}
-    for spec in manifest.arrays:
-        _check_rows(spec, unit, rows[spec.name])
-        parts = encode_shard(rows[spec.name], shard_shape(spec, manifest.unit_rows))
-        _write(shard_path(path, spec, unit), parts)
-        files[spec.name] = {"bytes": sum(len(part) for part in parts), "crc32c": crc32c(*parts)}
+    lacking = set(missing_arrays(path, manifest, unit)) - set(rows)
+    if lacking:
+        raise StoreError(f"{unit} of {path} still lacks {', '.join(sorted(lacking))}: it cannot be committed.")
+    written = {}
+    for name, values in rows.items():
+        spec = manifest.spec(name)
+        _check_rows(spec, unit, values)
+        parts = encode_shard(values, shard_shape(spec, manifest.geometry.unit_rows), manifest.codec)
+        _write(path, shard_path(path, spec, unit), parts)
+        written[name] = {"bytes": sum(len(part) for part in parts), "crc32c": crc32c(*parts)}
+    before = _committed(path, manifest, unit)
+    marker = Marker({**before.files, **written}, {**before.fidelity, **(fidelity or {})})
     make_folders([marker_path(path, unit).parent])
-    write_marker(path, unit, manifest.identity.fingerprint, files, marker_bytes(manifest.arrays))
-    return sum(file["bytes"] for file in files.values())
+    try:
+        write_marker(path, manifest, unit, marker)
+    except OSError as error:
+        raise _refused(marker_path(path, unit), error, 0) from error
+    return sum(file["bytes"] for file in written.values())
 
 
-def store_bytes(manifest: Manifest, units: Iterable[Unit]) -> int:
-    """Bytes that the shards of `units` take on disk."""
-    shapes = [shard_shape(spec, manifest.unit_rows) for spec in manifest.arrays]
-    return sum(shape.file_bytes(unit.num_rows) for unit in units for shape in shapes)
-
-
-def _is_done(path: Path, manifest: Manifest, unit: Unit) -> bool:
-    if read_marker(path, unit, manifest.identity.fingerprint) is None:
-        return False
+def sweep_unit(path: Path, manifest: Manifest, unit: Unit) -> None:
+    """Remove what a killed writer of `unit` left behind. Only the holder of the unit's claim may."""
     for spec in manifest.arrays:
-        file = shard_path(path, spec, unit)
-        expected = shard_shape(spec, manifest.unit_rows).file_bytes(unit.num_rows)
-        if not file.is_file() or file.stat().st_size != expected:
+        sweep_partial(shard_path(path, spec, unit))
+    sweep_partial(marker_path(path, unit))
+
+
+def finish_store(path: Path) -> bool:
+    """Show what is committed to readers, if no unit is missing. Returns whether it was this call that did so.
+
+    The first filling is finished like this, and so is every extension.
+    """
+    with alone(path):
+        manifest = read_store_manifest(path)
+        names = tuple(spec.name for spec in manifest.arrays)
+        geometry = manifest.geometry
+        markers = []
+        for unit in geometry.units():
+            if missing_arrays(path, manifest, unit):
+                return False
+            markers.append(_committed(path, manifest, unit))
+        fidelity = {name: _lost(path, name, markers) for name in _measured(markers)}
+        finished = Finished(geometry.num_views, len(geometry.segments), names, fidelity)
+        if manifest.finished == finished:
             return False
+        replace_metadata(path, replace(manifest, finished=finished))
     return True
 
 
-def _check_rows(spec: ArraySpec, unit: Unit, rows: NDArray[np.floating]) -> None:
+def _measured(markers: Iterable[Marker]) -> list[str]:
+    return list(dict.fromkeys(name for marker in markers for name in marker.fidelity))
+
+
+def _lost(path: Path, name: str, markers: Iterable[Marker]) -> dict[str, Any]:
+    """What an array's encoding lost, all units together."""
+    found = [marker.fidelity[name] for marker in markers if name in marker.fidelity]
+    try:
+        totals = merge(found)
+        return summarise_logits(totals) if "kl" in totals else summarise_features(totals)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{path} has a marker whose figures on {name} are damaged ({error}).") from error
+
+
+def store_bytes(manifest: Manifest, units: Iterable[Unit], names: Iterable[str] | None = None) -> int:
+    """Bytes that the unpacked shards of `units` take on disk, in all arrays or in those called `names`."""
+    chosen = None if names is None else set(names)
+    shapes = [
+        shard_shape(spec, manifest.geometry.unit_rows)
+        for spec in manifest.arrays
+        if chosen is None or spec.name in chosen
+    ]
+    return sum(shape.file_bytes(unit.num_rows) for unit in units for shape in shapes)
+
+
+def _committed(path: Path, manifest: Manifest, unit: Unit) -> Marker:
+    """What a unit's marker says of files that are there; nothing where it has none that can be read."""
+    try:
+        marker = read_marker(path, manifest, unit)
+    except StoreError:
+        marker = None
+    return marker or Marker({})
+
+
+def _is_there(path: Path, manifest: Manifest, unit: Unit, spec: ArraySpec, marker: Marker) -> bool:
+    committed = marker.files.get(spec.name)
+    file = shard_path(path, spec, unit)
+    if committed is None or not file.is_file():
+        return False
+    expected = shard_shape(spec, manifest.geometry.unit_rows).file_bytes(unit.num_rows)
+    size = file.stat().st_size
+    return size == committed["bytes"] and (manifest.codec is not None or size == expected)
+
+
+def _check_rows(spec: ArraySpec, unit: Unit, rows: NDArray[Any]) -> None:
     if rows.shape != (unit.num_rows, *spec.row_shape) or rows.dtype != np.dtype(spec.dtype):
         raise StoreError(
             f"{spec.name} of {unit} is {rows.dtype}{list(rows.shape)}, "
             f"the store has {spec.dtype}{[unit.num_rows, *spec.row_shape]}."
         )
-    if not np.isfinite(rows).all():
+    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
         raise StoreError(f"{spec.name} of {unit} holds NaN or infinity, which a store never does.")
 
 
-def _write(target: Path, parts: list[bytes | memoryview]) -> None:
+def _write(store: Path, target: Path, parts: list[bytes | memoryview]) -> None:
     try:
+        # Were the mount gone, making folders would quietly go on beside the store, on the disk below.
+        if not (store / "zarr.json").exists():
+            raise FileNotFoundError(errno.ENOENT, "the store is gone; was its file system unmounted?", str(store))
         make_folders([target.parent])
         write_atomically(target, *parts)
     except OSError as error:
-        needed = sum(len(part) for part in parts)
-        raise StoreError(
-            f"cannot write {target} ({error.strerror}): {needed:,} bytes needed. What is committed is safe; "
-            "make room, and run the same command again."
-        ) from error
+        raise _refused(target, error, sum(len(part) for part in parts)) from error
+
+
+def _refused(target: Path, error: OSError, needed: int) -> StoreError:
+    """What a user is told when the disk refuses."""
+    why = WORDS.get(error.errno or 0, error.strerror or str(error))
+    folder = next((one for one in target.parents if one.exists()), Path("/"))
+    return StoreError(
+        f"cannot write {target}: {why}; {needed:,} bytes are needed there and {shutil.disk_usage(folder).free:,} are "
+        "free. What is committed is safe: make room, and run the same command again."
+    )

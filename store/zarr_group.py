@@ -1,39 +1,58 @@
-"""A store as a Zarr v3 group: what zarr-python is asked to create, and what must stand in its metadata to be read."""
+"""A store as a Zarr v3 group: its metadata files, as plain Zarr tools read them and as kdpipe checks them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import zarr
-from zarr.codecs import BytesCodec
-
+from store.durable import fsync_path, make_folders, sweep_partial, write_atomically
 from store.errors import StoreError, differences
 from store.geometry import ArraySpec, rows_per_chunk
 from store.manifest import ATTRIBUTE, Manifest, read_manifest
-from store.markers import MARKERS, marker_bytes
-from store.samples import Samples, write_samples
+from store.markers import MARKER_BYTES, MARKERS
+from store.plain_file import read_plain
+from store.samples import CHUNK_ROWS, COLUMNS, SAMPLES, Samples, sample_chunks
 
 LITTLE_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 
+METADATA_BYTES = 16 * 2**20
+"""No metadata file is larger: what is, is not one."""
+
+
+def metadata_files(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Every metadata file of a store by its key, in an order in which they may be replaced one by one: the group's,
+    which carries the manifest, comes last. Arrays that hold more than the manifest says do no harm.
+    """
+    groups = {spec.name.rpartition("/")[0] for spec in manifest.arrays} | {SAMPLES}
+    files = {f"{group}/zarr.json": _group({}) for group in sorted(groups - {""})}
+    files |= {f"{spec.name}/zarr.json": _array_metadata(spec, manifest) for spec in manifest.arrays}
+    files |= {f"{SAMPLES}/{name}/zarr.json": _column_metadata(name, manifest) for name in COLUMNS}
+    files[f"{MARKERS}/zarr.json"] = _markers_metadata(manifest)
+    files["zarr.json"] = _group({ATTRIBUTE: manifest.to_json()})
+    return files
+
 
 def create_group(path: Path, manifest: Manifest, samples: Samples) -> None:
-    """Write the metadata of an empty store, and its samples, at `path`."""
-    group = zarr.create_group(path, zarr_format=3, attributes={ATTRIBUTE: manifest.to_json()})
-    for spec in manifest.arrays:
-        _create_array(group, spec, manifest)
-    write_samples(group, samples)
-    size = marker_bytes(manifest.arrays)
-    group.create_array(
-        MARKERS,
-        shape=(manifest.num_views, -(-manifest.num_samples // manifest.unit_rows), size),
-        chunks=(1, 1, size),
-        dtype="uint8",
-        fill_value=0,
-        compressors=None,
-        dimension_names=["view", "shard", "byte"],
-    )
+    """Write an empty store into the new folder `path`: its samples and its metadata."""
+    for key, raw in sample_chunks(samples, manifest.geometry):
+        _write_new(path / key, raw)
+    for key, record in metadata_files(manifest).items():
+        _write_new(path / key, _json(record))
+    for entry in [path, *path.rglob("*")]:
+        if entry.is_dir():
+            fsync_path(entry)
+
+
+def replace_metadata(path: Path, manifest: Manifest) -> None:
+    """Bring the metadata of the store at `path` to `manifest`, each file whole, the group's last."""
+    for key, record in metadata_files(manifest).items():
+        raw, file = _json(record), path / key
+        if not file.is_file() or file.read_bytes() != raw:
+            make_folders([file.parent])
+            sweep_partial(file)
+            write_atomically(file, raw)
 
 
 def read_store_manifest(path: Path) -> Manifest:
@@ -41,65 +60,128 @@ def read_store_manifest(path: Path) -> Manifest:
     if not path.exists():
         raise StoreError(f"there is no store at {path}: run `kdpipe cache-teacher` on the recipe first.")
     if not (path / "zarr.json").exists():
-        inside = next(iter(sorted(path.glob("*/zarr.json"))), None)
+        inside = next(iter(sorted(path.glob("*/zarr.json"))), None) if path.is_dir() else None
         hint = f" Did you mean {inside.parent}?" if inside else ""
         raise StoreError(f"{path} is no store: it has no zarr.json.{hint}")
-    return read_manifest(_read_json(path / "zarr.json").get("attributes", {}), str(path))
+    return parse_group(_read(path / "zarr.json"), str(path))
+
+
+def parse_group(raw: bytes, where: str) -> Manifest:
+    """The manifest from a store's `zarr.json`. Raises StoreError where that is not one."""
+    return read_manifest(parse_json(raw, f"{where}/zarr.json").get("attributes", {}), where)
 
 
 def check_arrays(path: Path, manifest: Manifest) -> None:
-    """Raise StoreError unless every array's Zarr metadata says what kdpipe writes: plain Zarr must read our numbers."""
+    """Raise StoreError unless every array's Zarr metadata says what kdpipe writes: plain Zarr must read our numbers.
+
+    An array may be longer than the manifest says: the store is then being extended.
+    """
     for spec in manifest.arrays:
         file = path / spec.name / "zarr.json"
-        held = _read_json(file)
-        wanted = _array_metadata(spec, manifest)
+        held, wanted = parse_json(_read(file), str(file)), _array_metadata(spec, manifest)
+        held["shape"] = _at_most(held.get("shape"), wanted["shape"])
         found = differences({key: held.get(key) for key in wanted}, wanted)
         if found:
             key, stored, expected = found[0]
-            raise StoreError(f"{file} does not fit the store: {key} is {stored!r}, kdpipe writes {expected!r}.")
+            raise StoreError(
+                f"{file} does not fit the store: {key} is {str(stored)[:200]!r}, kdpipe writes {expected!r}. "
+                "Run `kdpipe store repair RECIPE`."
+            )
 
 
-def _create_array(group: zarr.Group, spec: ArraySpec, manifest: Manifest) -> None:
-    names: list[Any] = ["view", "sample", *[None] * len(spec.row_shape)]
-    group.create_array(
-        spec.name,
-        shape=(manifest.num_views, manifest.num_samples, *spec.row_shape),
-        chunks=(1, rows_per_chunk(spec, manifest.unit_rows), *spec.row_shape),
-        shards=(1, manifest.unit_rows, *spec.row_shape),
-        dtype=spec.dtype,
-        fill_value=float("nan"),
-        filters=None,
-        compressors=None,
-        serializer=BytesCodec(endian="little"),
-        dimension_names=names,
-    )
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """A JSON object from a metadata file. Raises StoreError for anything else."""
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{where} is not the metadata of a Zarr v3 node: {str(error)[:200]}.") from error
+    if not isinstance(record, dict):
+        raise StoreError(f"{where} is not the metadata of a Zarr v3 node: it is no JSON object.")
+    return record
+
+
+def _at_most(held: Any, wanted: list[int]) -> Any:
+    """The shape `held`, cut to `wanted` along views and samples."""
+    if not isinstance(held, list) or len(held) != len(wanted) or not all(type(side) is int for side in held):
+        return held
+    return [min(held[0], wanted[0]), min(held[1], wanted[1]), *held[2:]]
+
+
+def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
 
 
 def _array_metadata(spec: ArraySpec, manifest: Manifest) -> dict[str, Any]:
-    """What decides the bytes of an array, as its zarr.json has it."""
-    inner = [1, rows_per_chunk(spec, manifest.unit_rows), *spec.row_shape]
+    """The zarr.json of an array of targets, which decides its bytes."""
+    unit_rows = manifest.geometry.unit_rows
+    packing = manifest.codec.metadata(spec.little.itemsize) if manifest.codec else []
     sharding = {
-        "chunk_shape": inner,
-        "codecs": [LITTLE_BYTES],
+        "chunk_shape": [1, rows_per_chunk(spec, unit_rows), *spec.row_shape],
+        "codecs": [_bytes_codec(spec.dtype), *packing],
         "index_codecs": [LITTLE_BYTES, {"name": "crc32c"}],
         "index_location": "end",
     }
-    grid = {"chunk_shape": [1, manifest.unit_rows, *spec.row_shape]}
+    return _array(
+        [manifest.geometry.num_views, manifest.geometry.num_rows, *spec.row_shape],
+        spec.dtype,
+        [1, unit_rows, *spec.row_shape],
+        fill_value="NaN" if spec.dtype.startswith("float") else spec.fill_value,
+        codecs=[{"name": "sharding_indexed", "configuration": sharding}],
+        names=["view", "sample", *[None] * len(spec.row_shape)],
+    )
+
+
+def _column_metadata(name: str, manifest: Manifest) -> dict[str, Any]:
+    dtype, empty = COLUMNS[name]
+    codecs = [_bytes_codec(dtype)]
+    return _array([manifest.geometry.num_rows], dtype, [CHUNK_ROWS], fill_value=empty, codecs=codecs, names=["sample"])
+
+
+def _markers_metadata(manifest: Manifest) -> dict[str, Any]:
+    shape = [manifest.geometry.num_views, manifest.geometry.num_shards, MARKER_BYTES]
+    codecs, names = [_bytes_codec("uint8")], ["view", "shard", "byte"]
+    return _array(shape, "uint8", [1, 1, MARKER_BYTES], fill_value=0, codecs=codecs, names=names)
+
+
+def _array(
+    shape: list[int], dtype: str, chunk: list[int], *, fill_value: Any, codecs: list[Any], names: list[Any]
+) -> dict[str, Any]:
     return {
-        "shape": [manifest.num_views, manifest.num_samples, *spec.row_shape],
-        "data_type": spec.dtype,
-        "chunk_grid": {"name": "regular", "configuration": grid},
+        "shape": shape,
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": "NaN",
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "fill_value": fill_value,
+        "codecs": codecs,
+        "attributes": {},
+        "dimension_names": names,
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
     }
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _bytes_codec(dtype: str) -> dict[str, Any]:
+    """The `bytes` codec: numbers of a single byte have no order."""
+    return {"name": "bytes"} if dtype == "uint8" else LITTLE_BYTES
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, indent=2, allow_nan=False).encode()
+
+
+def _write_new(file: Path, raw: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(raw)
+    fsync_path(file)
+
+
+def _read(file: Path) -> bytes:
+    """A metadata file's bytes. Raises StoreError where it is none, or absurdly large."""
     try:
-        record = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"{file} is not the metadata of a Zarr v3 node: {error}.") from error
-    if not isinstance(record, dict):
-        raise StoreError(f"{file} is not the metadata of a Zarr v3 node: it is no JSON object.")
-    return record
+        raw = read_plain(file, METADATA_BYTES)
+    except OSError as error:
+        raise StoreError(f"{file} is not the metadata of a Zarr v3 node: {error.strerror}.") from error
+    if len(raw) > METADATA_BYTES:
+        raise StoreError(f"{file} is not the metadata of a Zarr v3 node: it is larger than {METADATA_BYTES:,} bytes.")
+    return raw

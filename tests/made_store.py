@@ -9,14 +9,26 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from store import ArraySpec, Identity, Manifest, Samples, Unit, all_units, create_store, rows_per_unit, write_unit
+from store import (
+    ArraySpec,
+    Codec,
+    Geometry,
+    Identity,
+    Manifest,
+    Samples,
+    Unit,
+    create_store,
+    finish_store,
+    rows_per_unit,
+    write_unit,
+)
 
 SPECS = (ArraySpec("logits", (10,), "float16"), ArraySpec("features/layer2.0", (3, 5, 5), "float32"))
 
 
 @dataclass(frozen=True)
 class MadeStore:
-    """A store on disk with the numbers that went into it, by array: [V, N, ...]."""
+    """A store on disk with the numbers that went into it, by array: [V, N, ...], row by row."""
 
     path: Path
     manifest: Manifest
@@ -29,13 +41,21 @@ class MadeStore:
     def fill(self, units: Iterable[Unit]) -> None:
         for unit in units:
             write_unit(self.path, self.manifest, unit, self.rows(unit))
+        finish_store(self.path)
 
     @property
     def units(self) -> list[Unit]:
-        return all_units(self.manifest.num_views, self.manifest.num_samples, self.manifest.unit_rows)
+        return self.manifest.geometry.units()
 
 
-def make_store(path: Path, num_views: int = 2, num_samples: int = 2500, fill: bool = True) -> MadeStore:
+def make_store(
+    path: Path,
+    num_views: int = 2,
+    num_samples: int = 2500,
+    fill: bool = True,
+    codec: Codec | None = None,
+    specs: tuple[ArraySpec, ...] = SPECS,
+) -> MadeStore:
     rng = np.random.default_rng(7)
     samples = Samples(
         ids=rng.permutation(num_samples * 3)[:num_samples].astype(np.int64),
@@ -47,10 +67,11 @@ def make_store(path: Path, num_views: int = 2, num_samples: int = 2500, fill: bo
         {"name": "made", **samples.digests()},
         {"seed": 3},
     )
-    unit_rows = rows_per_unit(SPECS, num_samples, shard_bytes=4096)
-    manifest = Manifest(identity, SPECS, num_views, num_samples, unit_rows, {"kdpipe": "0"})
+    unit_rows = rows_per_unit(specs, num_samples, shard_bytes=4096)
+    geometry = Geometry(num_views, unit_rows, (num_samples,))
+    manifest = Manifest(identity, specs, geometry, {"kdpipe": "0"}, codec=codec)
     contents = {
-        spec.name: rng.standard_normal((num_views, num_samples, *spec.row_shape)).astype(spec.dtype) for spec in SPECS
+        spec.name: rng.standard_normal((num_views, num_samples, *spec.row_shape)).astype(spec.dtype) for spec in specs
     }
     create_store(path, manifest, samples)
     made = MadeStore(path, manifest, samples, contents)

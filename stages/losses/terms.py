@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stages.features import Outputs
+from stages.features import Outputs, TeacherOutputs
 from stages.losses.hint import HintConfig, adapter, hint_loss
 from stages.losses.kd import KDConfig, kd_loss
 
@@ -26,9 +26,10 @@ class KD(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, student: Outputs, teachers: Sequence[Outputs]) -> Tensor:
-        target = torch.stack([teacher.logits.float() for teacher in teachers]).mean(0)
-        return self.config.weight * kd_loss(student.logits, target, self.config.temperature)
+    def forward(self, student: Outputs, teachers: Sequence[TeacherOutputs]) -> Tensor:
+        temperature = self.config.temperature
+        target = torch.stack([teacher.logits_at(temperature).float() for teacher in teachers]).mean(0)
+        return self.config.weight * kd_loss(student.logits, target, temperature)
 
 
 class Hint(nn.Module):
@@ -40,7 +41,7 @@ class Hint(nn.Module):
         teacher = teachers[config.store]
         self.adapters = nn.ModuleList(adapter(student[mine], teacher[theirs]) for mine, theirs in config.layers)
 
-    def forward(self, student: Outputs, teachers: Sequence[Outputs]) -> Tensor:
+    def forward(self, student: Outputs, teachers: Sequence[TeacherOutputs]) -> Tensor:
         wanted = teachers[self.config.store].features
         parts = [
             hint_loss(adapt(student.features[mine]), wanted[theirs])

@@ -1,10 +1,11 @@
 """Units cover every row once, and shards line up with pages, whatever the rows are."""
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from store import ArraySpec, all_units, rows_per_unit
-from store.geometry import CHUNK_BYTES, PAGE_BYTES, rows_per_chunk
+from store import ArraySpec, Geometry, rows_per_unit
+from store.geometry import ANY_ROW_PAGES, CHUNK_BYTES, PAGE_BYTES, rows_per_chunk
 from store.shard import shard_shape
 
 specs = st.lists(
@@ -36,13 +37,29 @@ def test_shards_come_near_the_wanted_size_and_no_larger_than_the_set(arrays, num
     widest = max(spec.row_bytes for spec in arrays)
     smallest = rows_per_unit(arrays, num_samples, 1)
     assert rows == smallest or rows * widest <= shard_bytes
-    assert rows < num_samples + smallest
+    assert rows < num_samples + max(smallest, ANY_ROW_PAGES * PAGE_BYTES)
 
 
-@given(st.integers(1, 4), st.integers(1, 3000), st.integers(1, 500))
-def test_units_cover_every_row_once(num_views, num_samples, unit_rows):
-    units = all_units(num_views, num_samples, unit_rows)
+segments = st.lists(st.integers(1, 1500), min_size=1, max_size=4).map(tuple)
+
+
+@given(st.integers(1, 4), segments, st.integers(1, 500))
+def test_units_cover_every_sample_once_and_a_segment_begins_with_a_unit(num_views, counts, unit_rows):
+    geometry = Geometry(num_views, unit_rows, counts)
     for view in range(num_views):
-        covered = [row for unit in units if unit.view == view for row in range(unit.start, unit.stop)]
-        assert covered == list(range(num_samples))
-    assert all(unit.start == unit.shard * unit_rows and 0 < unit.num_rows <= unit_rows for unit in units)
+        units = geometry.units([view])
+        covered = [row for unit in units for row in range(unit.start, unit.stop)]
+        assert covered == geometry.sample_rows().tolist()
+        assert [unit.shard for unit in units] == list(range(geometry.num_shards))
+        assert all(unit.start == unit.shard * unit_rows and 0 < unit.num_rows <= unit_rows for unit in units)
+    assert len(geometry.sample_rows()) == sum(counts)
+    assert geometry.num_rows == units[-1].stop
+    of_segment = np.bincount([geometry.segment_of(unit.shard) for unit in units], weights=[u.num_rows for u in units])
+    assert of_segment.tolist() == list(counts)
+
+
+@given(segments, st.integers(1, 500), st.integers(1, 1500))
+def test_a_further_segment_moves_no_row(counts, unit_rows, added):
+    before, after = Geometry(1, unit_rows, counts), Geometry(1, unit_rows, (*counts, added))
+    assert after.sample_rows()[: before.num_samples].tolist() == before.sample_rows().tolist()
+    assert after.units()[: before.num_shards] == before.units()

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from store import FingerprintMismatch, StoreError, missing_units, open_store, require_same
+from store import FingerprintMismatch, StoreError, ensure_store, missing_units, open_store
 from store.markers import marker_path
 from store.shard import shard_path
 
@@ -115,7 +115,7 @@ def test_a_writer_with_another_precision_is_refused(made, store_maker):
 
     specs = (replace(made.manifest.arrays[0], dtype="float32"), made.manifest.arrays[1])
     with pytest.raises(FingerprintMismatch, match=r"arrays.logits.dtype: stored 'float16', wanted 'float32'"):
-        require_same(made.path, replace(made.manifest, arrays=specs))
+        ensure_store(made.path, replace(made.manifest, arrays=specs), made.samples)
 
 
 def test_an_edited_identity_is_found(made):
@@ -128,7 +128,9 @@ def test_an_edited_identity_is_found(made):
     "change",
     [
         lambda record: record.update(num_views=10**15),
-        lambda record: record.update(num_samples=-1),
+        lambda record: record.update(segments=[]),
+        lambda record: record["segments"][0].update(num_samples=-1),
+        lambda record: record["segments"][0].update(num_samples=2**39),
         lambda record: record.update(unit_rows=0),
         lambda record: record.update(unit_rows="many"),
         lambda record: record["arrays"].update({"../../etc": {"row_shape": [1], "dtype": "float16"}}),
@@ -146,7 +148,7 @@ def test_a_hostile_manifest_is_refused(made, change):
 
 def test_another_schema_says_so(made):
     edit(made.path, lambda record: record.update(schema_version=99))
-    with pytest.raises(StoreError, match="schema 99, this kdpipe reads 1"):
+    with pytest.raises(StoreError, match="schema 99, this kdpipe reads 2"):
         open_store(made.path)
 
 

@@ -10,7 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from store import ArraySpec, Identity, Manifest, Samples, StoreError, create_store, open_store, write_unit
+from store import (
+    ArraySpec,
+    Geometry,
+    Identity,
+    Manifest,
+    Samples,
+    StoreError,
+    create_store,
+    finish_store,
+    open_store,
+    write_unit,
+)
 
 
 def test_plain_zarr_reads_the_same_numbers(made):
@@ -30,9 +41,9 @@ def test_views_and_batches_read_back(made):
         for view in range(store.num_views):
             assert np.array_equal(store.read_view(name, view), expected[view])
             rows = rng.integers(0, store.num_samples, 300)
-            assert np.array_equal(store.gather(name, view, rows), expected[view][rows])
+            assert np.array_equal(store.take(name, view, rows), expected[view][rows])
             one_shard = np.arange(5)
-            assert np.array_equal(store.gather(name, view, one_shard), expected[view][:5])
+            assert np.array_equal(store.take(name, view, one_shard), expected[view][:5])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -43,13 +54,12 @@ def test_any_row_shape_round_trips_through_plain_zarr(tmp_path_factory, data, nu
     rows = data.draw(arrays.arrays(dtype, (num_samples, *row_shape), elements=finite))
     samples = Samples(np.arange(num_samples), np.zeros(num_samples, np.int64), np.zeros(num_samples, np.uint32))
     specs = (ArraySpec("logits", row_shape, dtype),)
-    manifest = Manifest(Identity({}, samples.digests(), {}), specs, 1, num_samples, 4096, {})
+    manifest = Manifest(Identity({}, samples.digests(), {}), specs, Geometry(1, 4096, (num_samples,)), {})
     path = tmp_path_factory.mktemp("any") / "s.zarr"
     create_store(path, manifest, samples)
-    from store import all_units
-
-    for unit in all_units(1, num_samples, 4096):
+    for unit in manifest.geometry.units():
         write_unit(path, manifest, unit, {"logits": rows[unit.start : unit.stop]})
+    finish_store(path)
     assert zarr.open_group(path, mode="r")["logits"][0].tobytes() == rows.tobytes()
     assert open_store(path).read_view("logits", 0).tobytes() == rows.tobytes()
 
@@ -58,6 +68,8 @@ def test_samples_are_found_by_id_in_any_order(made):
     store = open_store(made.path)
     rows = np.random.default_rng(1).permutation(store.num_samples)[:400]
     assert np.array_equal(store.rows_of(made.samples.ids[rows]), rows)
+    said = store.gather("logits", 1, made.samples.ids[rows])
+    assert np.array_equal(said, made.contents["logits"][1][rows])
 
 
 def test_a_sample_without_targets_is_named(made):
@@ -76,6 +88,6 @@ def test_an_absent_array_or_view_is_named(made):
 
 def test_a_store_survives_pickling_for_worker_processes(made):
     store = open_store(made.path)
-    store.gather("logits", 0, np.arange(3))
+    store.take("logits", 0, np.arange(3))
     again = pickle.loads(pickle.dumps(store))
-    assert np.array_equal(again.gather("logits", 1, np.arange(9)), made.contents["logits"][1][:9])
+    assert np.array_equal(again.take("logits", 1, np.arange(9)), made.contents["logits"][1][:9])

@@ -1,0 +1,132 @@
+"""What each way to store a teacher's logits costs, and what it loses: bytes a row, KL divergence, changed answers.
+
+    uv run python benchmarks/encodings.py --logits FILE.npy [--highest T]
+
+FILE holds float32 logits [N, C] of a trained teacher. Prints a Markdown table: KL(exact || decoded) in nats, the mean
+over all rows, at each temperature; and the rows whose largest class changes. Every top-k encoding stands beside the
+layout that is in use elsewhere, at no more bytes than ours and as many classes as they hold: 4K + 4 bytes a row, the
+teacher's K largest probabilities at T = 1 (half precision), their indices (int16), a seed (4 bytes), the rest spread
+evenly. Its reader raises the probabilities to 1/T for another temperature. What half precision takes for zero there is
+counted as the smallest half, or its divergence would be infinite. Our tail costs 2 bytes a temperature of its grid:
+36 a row for 1 to 20, 20 for 1 to 4 (`--highest 4`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
+
+from store.fidelity import TEMPERATURES, row_kl
+from store.topk import INDICES, TAIL, VALUES, TopK, default_temperatures, dense_logits, encode_topk
+
+Logits = NDArray[np.float32]
+
+KEPT = (5, 10, 20, 50)
+HALF_MANTISSA_BITS = 10
+SMALLEST_HALF = 2.0**-24
+BLOCK_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """`decode` gives the logits [m, C] of some rows as a reader at a temperature sees them."""
+
+    name: str
+    row_bytes: float
+    decode: Callable[[slice, float], Logits]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--logits", type=Path, required=True, help="a .npy file, float32 [N, C]")
+    parser.add_argument("--highest", type=float, default=20.0, help="the highest temperature of the grid (20)")
+    arguments = parser.parse_args()
+    exact = np.load(arguments.logits, allow_pickle=False)
+    if exact.ndim != 2 or exact.dtype != np.float32:
+        parser.error(f"the logits are {exact.dtype} {list(exact.shape)}, wanted float32 [N, C]")
+    temperatures = [value for value in TEMPERATURES if value <= arguments.highest]
+    print(f"{exact.shape[0]:,} rows of {exact.shape[1]} classes\n")
+    print("| encoding | bytes a row |", *(f"KL, T = {value:g} |" for value in temperatures), "top-1 flips |")
+    print("|---|" + "---:|" * (len(temperatures) + 2))
+    for encoding in (*dense_encodings(exact), *topk_encodings(exact, default_temperatures(1.0, arguments.highest))):
+        print(table_row(encoding, exact, temperatures), flush=True)
+
+
+def table_row(encoding: Encoding, exact: Logits, temperatures: Sequence[float]) -> str:
+    blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(exact), BLOCK_ROWS)]
+    flips = sum(np.count_nonzero(encoding.decode(b, 1.0).argmax(axis=1) != exact[b].argmax(axis=1)) for b in blocks)
+    totals = [sum(row_kl(exact[b], encoding.decode(b, T), T).sum() for b in blocks) for T in temperatures]
+    divergences = " | ".join(f"{total / len(exact):.1e}" for total in totals)
+    return f"| {encoding.name} | {encoding.row_bytes:.0f} | {divergences} | {flips} |"
+
+
+def dense_encodings(exact: Logits) -> Iterator[Encoding]:
+    half = exact.astype(np.float16)
+    yield dense("float32", exact, exact.nbytes)
+    yield dense("float16", half, half.nbytes)
+    yield dense("float16, Zstd", half, zstd_bytes(half))
+    for keepbits in (7, 5):
+        rounded = bit_round(half, keepbits)
+        yield dense(f"float16, BitRound {keepbits}, Zstd", rounded, zstd_bytes(rounded))
+
+
+def dense(name: str, stored: NDArray[Any], num_bytes: int) -> Encoding:
+    return Encoding(name, num_bytes / len(stored), lambda rows, _: stored[rows].astype(np.float32))
+
+
+def zstd_bytes(stored: NDArray[Any]) -> int:
+    codec = Zstd(level=3)
+    return sum(len(codec.encode(stored[start : start + BLOCK_ROWS])) for start in range(0, len(stored), BLOCK_ROWS))
+
+
+def bit_round(half: NDArray[np.float16], keepbits: int) -> NDArray[np.float16]:
+    """Half precision with `keepbits` bits of its mantissa, rounded to the nearest, ties to even."""
+    dropped = HALF_MANTISSA_BITS - keepbits
+    bits = half.view(np.uint16).astype(np.uint32)
+    bits += (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)
+    return (bits >> dropped << dropped).astype(np.uint16).view(np.float16)
+
+
+def topk_encodings(exact: Logits, grid: tuple[float, ...]) -> Iterator[Encoding]:
+    num_classes = exact.shape[1]
+    for k in KEPT:
+        if k < num_classes:
+            ours = topk(exact, TopK(num_classes, k, grid))
+            yield ours
+            yield topk_probabilities(exact, min(num_classes - 1, (int(ours.row_bytes) - 4) // 4))
+
+
+def topk(exact: Logits, form: TopK) -> Encoding:
+    made = encode_topk(exact, form, "float16")
+
+    def decode(rows: slice, temperature: float) -> Logits:
+        return dense_logits(made[VALUES][rows], made[INDICES][rows], made[TAIL][rows], form, temperature)
+
+    return Encoding(f"top-{form.k} logits", sum(spec.row_bytes for spec in form.arrays("float16")), decode)
+
+
+def topk_probabilities(exact: Logits, k: int) -> Encoding:
+    """The layout in use elsewhere. The logarithm of what it holds, divided by T, is what its reader's power gives."""
+    shifted = exact.astype(np.float64) - exact.max(axis=1, keepdims=True)
+    probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+    indices = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    kept = np.take_along_axis(probabilities, indices, axis=1).astype(np.float16).astype(np.float64)
+
+    def decode(rows: slice, _: float) -> Logits:
+        rest = np.maximum(1.0 - kept[rows].sum(axis=1, keepdims=True), 0.0) / (exact.shape[1] - k)
+        dense = np.repeat(rest, exact.shape[1], axis=1)
+        np.put_along_axis(dense, indices[rows], kept[rows], axis=1)
+        return np.asarray(np.log(np.maximum(dense, SMALLEST_HALF)), np.float32)
+
+    return Encoding(f"(top-{k} probabilities)", 4 * k + 4, decode)
+
+
+if __name__ == "__main__":
+    main()

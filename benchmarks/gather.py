@@ -1,0 +1,216 @@
+"""What it costs to gather a random batch of stored targets: kdpipe by sample id, against np.memmap and others by row.
+
+    uv run --with h5py --with lmdb python benchmarks/gather.py [--rounds N] [--dir FOLDER]
+
+Every rival holds the same float16 rows on the same disk, in the page cache, and hands back the same batches of 256
+rows, which is checked first. In every round each rival has its turn, in rotated order; quoted are medians over the
+rounds, the ratio being to np.memmap's `take` in the same round. h5py and lmdb take part where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import itertools
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+
+from store import (
+    ArraySpec,
+    Identity,
+    Manifest,
+    Samples,
+    TargetStore,
+    all_units,
+    create_store,
+    open_store,
+    rows_per_unit,
+    write_unit,
+)
+
+SHAPES = ((50_000, 100), (20_000, 1_000), (5_000, 64, 8, 8))
+NAME = "logits"
+BATCH_ROWS = 256
+NUM_BATCHES = 400
+SHARD_BYTES = 8 * 2**20
+"""Smaller than kdpipe's default, so that the rows of a batch lie in several shards."""
+
+TURN_S = 0.2
+TARGET = 0.9
+MEMMAP, KDPIPE = "np.memmap, take", "kdpipe, by id"
+
+Rows = NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one batch, int64 [B]: by the rows at which they stand, and by their ids."""
+
+    rows: NDArray[np.int64]
+    ids: NDArray[np.int64]
+
+
+Gather = Callable[[Batch], Rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--dir", type=Path, help="where to put about 1 GB of files for a while")
+    arguments = parser.parse_args()
+    print(
+        f"Batches of {BATCH_ROWS} random rows, median of {arguments.rounds} rounds, {os.cpu_count()} CPU cores, "
+        f"numpy {np.__version__}, zarr {zarr.__version__}"
+    )
+    reached = []
+    for shape in SHAPES:
+        with tempfile.TemporaryDirectory(dir=arguments.dir) as folder, contextlib.ExitStack() as opened:
+            reached.append(measure(shape, Path(folder), arguments.rounds, opened))
+    verdict = "met" if min(reached) >= TARGET else "NOT met"
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in reached)
+    print(f"\nTarget of kdpipe by id, at least {TARGET} of np.memmap's take in every shape: {verdict} ({ratios}).")
+
+
+def measure(shape: tuple[int, ...], folder: Path, num_rounds: int, opened: contextlib.ExitStack) -> float:
+    """Print the table of one shape; the ratio that kdpipe reached."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(shape, np.float32).astype(np.float16)
+    ids = rng.permutation(shape[0])
+    rivals = make_rivals(values, ids, folder, opened)
+    batches = [Batch(rows, ids[rows]) for rows in rng.integers(0, shape[0], (NUM_BATCHES, BATCH_ROWS))]
+    for name, gather in rivals.items():
+        if gather and gather(batches[0]).tobytes() != values[batches[0].rows].tobytes():
+            raise SystemExit(f"{name} gathered other rows than were asked for")
+    rates = run_rounds({name: gather for name, gather in rivals.items() if gather}, batches, num_rounds)
+    print(f"\n| {list(shape)} float16 | rows/s | of {MEMMAP} |\n|---|---:|---:|")
+    ratios = {}
+    for name in rivals:
+        if name not in rates:
+            print(f"| {name} | not installed | |")
+            continue
+        ratios[name] = statistics.median(own / base for own, base in zip(rates[name], rates[MEMMAP], strict=True))
+        digits = max(2, 1 - math.floor(math.log10(ratios[name])))
+        print(f"| {name} | {statistics.median(rates[name]):,.0f} | {ratios[name]:.{digits}f} |")
+    return ratios[KDPIPE]
+
+
+def run_rounds(rivals: dict[str, Gather], batches: list[Batch], num_rounds: int) -> dict[str, list[float]]:
+    """Rows per second by rival and round. The order rotates, so that none always runs behind the same one."""
+    rates: dict[str, list[float]] = {name: [] for name in rivals}
+    for number in range(num_rounds):
+        names = list(rivals)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            rates[name].append(one_turn(rivals[name], batches))
+    return rates
+
+
+def one_turn(gather: Gather, batches: list[Batch]) -> float:
+    """Rows per second over at least one batch, and as many as begin within TURN_S; one before that is not timed."""
+    gather(batches[0])
+    num_rows, wall_s, started = 0, 0.0, time.perf_counter()
+    for batch in itertools.cycle(batches):
+        num_rows += len(gather(batch))
+        wall_s = time.perf_counter() - started
+        if wall_s >= TURN_S:
+            break
+    return num_rows / wall_s
+
+
+def make_rivals(
+    values: Rows, ids: NDArray[np.int64], folder: Path, opened: contextlib.ExitStack
+) -> dict[str, Gather | None]:
+    """By name, what gathers a batch; None where a library is not installed."""
+    store = make_store(folder / "store.zarr", NAME, values, ids)
+    array: Any = zarr.open_array(store.path / NAME, mode="r")
+    return {
+        MEMMAP: memmap_rival(values, folder / "memmap"),
+        KDPIPE: lambda batch: store.gather(NAME, 0, batch.rows),
+        "lmdb, one value a row": lmdb_rival(values, folder / "lmdb", opened) if has("lmdb") else None,
+        "h5py, sorted rows": h5py_rival(values, folder / "rows.h5", opened) if has("h5py") else None,
+        "zarr, oindex": lambda batch: array.oindex[0, batch.rows],
+        "zarr, row by row": lambda batch: np.stack([array[0, row] for row in batch.rows.tolist()]),
+        "torch.load, one file a row": torch_rival(values, folder / "torch"),
+    }
+
+
+def has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def make_store(path: Path, name: str, values: Rows, ids: NDArray[np.int64]) -> TargetStore:
+    """A store of one array and one view."""
+    num_samples = len(values)
+    samples = Samples(ids, np.zeros(num_samples, np.int64), np.zeros(num_samples, np.uint32))
+    spec = ArraySpec(name, values.shape[1:], "float16")
+    unit_rows = rows_per_unit([spec], num_samples, SHARD_BYTES)
+    manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), 1, num_samples, unit_rows, {})
+    create_store(path, manifest, samples)
+    for unit in all_units(1, num_samples, unit_rows):
+        write_unit(path, manifest, unit, {name: values[unit.start : unit.stop]})
+    return open_store(path)
+
+
+def memmap_rival(values: Rows, path: Path) -> Gather:
+    values.tofile(path)
+    mapped = np.memmap(path, np.float16, "r", shape=values.shape)
+    return lambda batch: mapped.take(batch.rows, axis=0)
+
+
+def lmdb_rival(values: Rows, path: Path, opened: contextlib.ExitStack) -> Gather:
+    environment = opened.enter_context(importlib.import_module("lmdb").open(str(path), map_size=2**30, sync=False))
+    with environment.begin(write=True) as writing:
+        for row, value in enumerate(values):
+            writing.put(row.to_bytes(8, "big"), value.tobytes())
+    reading = opened.enter_context(environment.begin(buffers=True))
+
+    def gather(batch: Batch) -> Rows:
+        joined = b"".join([reading.get(row.to_bytes(8, "big")) for row in batch.rows.tolist()])
+        return np.frombuffer(joined, np.float16).reshape(-1, *values.shape[1:])
+
+    return gather
+
+
+def h5py_rival(values: Rows, path: Path, opened: contextlib.ExitStack) -> Gather:
+    """h5py takes a list of rows only in rising order and without repeats."""
+    dataset = opened.enter_context(importlib.import_module("h5py").File(path, "w")).create_dataset(NAME, data=values)
+
+    def gather(batch: Batch) -> Rows:
+        rising, back = np.unique(batch.rows, return_inverse=True)
+        gathered: Rows = dataset[rising][back]
+        return gathered
+
+    return gather
+
+
+def torch_rival(values: Rows, folder: Path) -> Gather:
+    folder.mkdir()
+    for row, value in enumerate(values):
+        torch.save(torch.tensor(value), folder / f"{row}.pt")
+    row_shape = values.shape[1:]
+
+    def gather(batch: Batch) -> Rows:
+        out = np.empty((len(batch.rows), math.prod(row_shape)), np.float16)
+        for at, row in enumerate(batch.rows.tolist()):
+            out[at] = torch.load(folder / f"{row}.pt", weights_only=True).numpy().reshape(-1)
+        return out.reshape(-1, *row_shape)
+
+    return gather
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What a store will be, before a second of the teacher's time is spent: arrays, units, bytes, the disk's room."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from stages.config import section
+from stages.errors import RecipeError, RunError
+from stages.features import tapped
+from stages.forms import FORMS, Wanted, take_form
+from stages.network import Network
+from stages.setup import Setup, samples_of
+from store import (
+    ArraySpec,
+    Geometry,
+    Identity,
+    Manifest,
+    Samples,
+    TopK,
+    default_temperatures,
+    missing_arrays,
+    plan_growth,
+    read_store_manifest,
+    row_order,
+    rows_per_unit,
+    store_bytes,
+)
+
+LOGITS = "logits"
+
+
+@section
+class CacheConfig:
+    """What is stored and how.
+
+    layers: modules of the teacher of which something is kept, beside the maps that the recipe's losses ask for:
+    `layer3` keeps its map, `layer3:pooled`, `layer3:attention` and `layer3:gram` a statistic of it.
+    top_k: keep only the largest logits of a row, with the mass of the rest at any temperature from 1 to 20.
+    store: the store's folder; by default `store.zarr` in the run folder.
+    shard_bytes: about how large the widest array's shard files are.
+    """
+
+    layers: tuple[str, ...] = ()
+    dtype: Literal["float16", "float32"] = "float16"
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    store: str | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    shard_bytes: Annotated[int, Field(ge=4096, le=2**32)] = 64 * 2**20
+
+
+def samples_in_row_order(setup: Setup) -> Samples:
+    """The training samples as a store's rows have them: in an order that looks random, so that slabs mix."""
+    samples = samples_of(setup.train_set)
+    return samples.take(row_order(samples.ids, setup.views.seed))
+
+
+def plan_store(
+    config: CacheConfig, teacher: Network, layers: Sequence[Wanted], samples: Samples, setup: Setup
+) -> Manifest:
+    """What the store will be. Raises ModelError, listing the nearest paths, for a layer that the teacher lacks,
+    RecipeError for a top_k that is no less than the number of classes.
+    """
+    top_k = _top_k(config, setup)
+    logits = top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (setup.train_set.num_classes,), config.dtype),)
+    shapes = form_shapes(teacher.model, layers, setup.image_shape)
+    specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype) for one in layers])
+    num_samples = len(samples.ids)
+    data = {**setup.data_identity(), "classes": list(setup.train_set.class_names)}
+    return Manifest(
+        identity=Identity(teacher.identity, data, setup.view_identity()),
+        arrays=specs,
+        geometry=Geometry(setup.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)),
+        versions={name: version(name) for name in ("kdpipe", "torch", "torchvision", "zarr", "numpy")},
+        top_k=top_k,
+    )
+
+
+def layers_of(manifest: Manifest) -> list[Wanted]:
+    """What of which layers a store holds."""
+    parts = [spec.name.partition("/") for spec in manifest.arrays]
+    return [Wanted(layer, form) for form, _, layer in parts if form in FORMS]
+
+
+def form_shapes(
+    model: nn.Module, layers: Sequence[Wanted], image_shape: tuple[int, int, int]
+) -> dict[Wanted, tuple[int, ...]]:
+    """The shape of one sample in each wanted form, for images (C, H, W)."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), tapped(model, [one.layer for one in layers]) as tap:
+        outputs = tap(torch.zeros(2, *image_shape, device=device))
+    model.train(was_training)
+    return {one: tuple(take_form(one, outputs.features[one.layer]).shape[1:]) for one in layers}
+
+
+def missing_bytes(path: Path, wanted: Manifest, samples: Samples) -> int:
+    """Bytes that the store at `path` still needs to hold all that is wanted. Raises what `plan_growth` raises."""
+    if not path.exists():
+        return store_bytes(wanted, wanted.geometry.units())
+    grown, _ = plan_growth(path, read_store_manifest(path), wanted, samples)
+    return sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.geometry.units())
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the disk on which `path` is or will be."""
+    return shutil.disk_usage(next(one for one in (path, *path.absolute().parents) if one.exists())).free
+
+
+def require_room(path: Path, wanted: Manifest, samples: Samples) -> None:
+    """Raise RunError before any work is spent if the disk cannot hold what is missing."""
+    needed, free = missing_bytes(path, wanted, samples), free_bytes(path)
+    if needed > free:
+        raise RunError(
+            f"the store {path} needs {needed:,} bytes more and its disk has {free:,} free: make room, put cache.store "
+            "on another disk, keep less of each layer (cache.layers = ['LAYER:pooled']), or lower views.num_views."
+        )
+
+
+def _top_k(config: CacheConfig, setup: Setup) -> TopK | None:
+    if config.top_k is None:
+        return None
+    num_classes = setup.train_set.num_classes
+    if config.top_k >= num_classes:
+        raise RecipeError(
+            f"cache.top_k = {config.top_k} of {num_classes} classes keeps them all: leave it out, or keep fewer."
+        )
+    return TopK(num_classes, config.top_k, default_temperatures())

@@ -1,0 +1,122 @@
+"""What the teacher says about the rows of a unit, and how that becomes the arrays of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.errors import NotFiniteError
+from stages.features import Outputs, Tap
+from stages.forms import Wanted, take_form
+from stages.network import Network
+from stages.setup import Setup
+from stages.views import render
+from store import Manifest, Unit, encode_topk, measure_dense, measure_features, measure_topk
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """The teacher's words on a unit: `logits` float32 [n, C]; `features` by array, [n, ...] in the store's type;
+    `fidelity` of the features, by array.
+    """
+
+    unit: Unit
+    logits: NDArray[np.float32]
+    features: dict[str, NDArray[Any]]
+    fidelity: dict[str, Any]
+
+    def encode(self, manifest: Manifest, names: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """The rows of the arrays `names` in the store's types, and what that loses."""
+        rows = {name: self.features[name] for name in names if name in self.features}
+        lost = {name: self.fidelity[name] for name in rows}
+        wanted = [name for name in names if name not in self.features]
+        if not wanted:
+            return rows, lost
+        dtype = _logits_dtype(manifest)
+        if manifest.top_k is None:
+            narrow = self.logits.astype(dtype)
+            return {**rows, "logits": narrow}, {**lost, "logits": measure_dense(self.logits, narrow)}
+        packed = encode_topk(self.logits, manifest.top_k, dtype)
+        lost["logits"] = measure_topk(self.logits, packed, manifest.top_k)
+        return {**rows, **{name: packed[name] for name in wanted}}, lost
+
+
+def speak(
+    tap: Tap, teacher: Network, unit: Unit, positions: Tensor, setup: Setup, *, batch_size: int
+) -> Iterator[tuple[Tensor, Outputs]]:
+    """Ids and outputs, batch by batch. Batches begin with the unit, so that its bytes are the same in every job.
+
+    positions: int64 [n], where the unit's samples stand in the data set. One batch runs ahead of the one that is
+    handed out: a GPU computes while the last batch is copied from it.
+    """
+    held: tuple[Tensor, Outputs] | None = None
+    for start in range(0, len(positions), batch_size):
+        setup.watch.check()
+        at = positions[start : start + batch_size]
+        ids = setup.train_set.sample_ids[at].to(setup.device, non_blocking=True)
+        images = setup.train_set.images[at].to(setup.device, non_blocking=True)
+        outputs = tap(teacher.normalise(render(images, ids, unit.view, setup.views)))
+        if held is not None:
+            yield held
+        held = ids, outputs
+    if held is not None:
+        yield held
+
+
+def collect(
+    batches: Iterator[tuple[Tensor, Outputs]], manifest: Manifest, unit: Unit, wanted: Sequence[Wanted]
+) -> UnitRows:
+    """The rows of a unit. Raises NotFiniteError, naming samples, for NaN, infinity, and what its type cannot hold."""
+    logits: NDArray[np.float32] | None = None
+    features = {one.array: _empty(manifest, one.array, unit) for one in wanted}
+    lost: dict[str, Any] = {}
+    start = 0
+    for ids, outputs in batches:
+        stop = start + len(ids)
+        said = outputs.logits.float()
+        _narrow("logits", said, _logits_dtype(manifest), ids, unit)
+        if logits is None:
+            logits = np.empty((unit.num_rows, said.shape[1]), np.float32)
+        logits[start:stop] = said.cpu().numpy()
+        for one in wanted:
+            exact = take_form(one, outputs.features[one.layer])
+            narrow = _narrow(one.array, exact, manifest.spec(one.array).dtype, ids, unit).cpu().numpy()
+            features[one.array][start:stop] = narrow
+            if one.array not in lost:  # a unit's first batch stands for it: maps are large, and lose all alike
+                lost[one.array] = measure_features(exact.float().cpu().numpy(), narrow)
+        start = stop
+    assert logits is not None, "a unit has at least one row"
+    return UnitRows(unit, logits, features, lost)
+
+
+def _empty(manifest: Manifest, name: str, unit: Unit) -> NDArray[Any]:
+    spec = manifest.spec(name)
+    return np.empty((unit.num_rows, *spec.row_shape), spec.dtype)
+
+
+def _logits_dtype(manifest: Manifest) -> str:
+    return manifest.spec("logits" if manifest.top_k is None else "logits/values").dtype
+
+
+def _narrow(name: str, exact: Tensor, dtype: str, sample_ids: Tensor, unit: Unit) -> Tensor:
+    """A batch of outputs [B, ...] in the store's type. Raises NotFiniteError, naming samples, for NaN and overflow."""
+    narrow = exact.to(getattr(torch, dtype))
+    bad = ~torch.isfinite(narrow).flatten(1).all(1)
+    if bad.any():
+        named = sample_ids[bad][:5].tolist()
+        if torch.isfinite(exact).all():
+            raise NotFiniteError(
+                f"{name} of samples {named} in view {unit.view} reach {float(exact.abs().max()):.4g}, beyond {dtype}'s "
+                "range: set cache.dtype = 'float32'."
+            )
+        raise NotFiniteError(
+            f"the teacher gave NaN or infinity as {name} of samples {named} in view {unit.view}: "
+            "look at these images and at the teacher's weights and normalisation."
+        )
+    return narrow
