@@ -31,12 +31,13 @@ from numpy.typing import NDArray
 
 from store import (
     ArraySpec,
+    Geometry,
     Identity,
     Manifest,
     Samples,
     TargetStore,
-    all_units,
     create_store,
+    finish_store,
     open_store,
     rows_per_unit,
     write_unit,
@@ -139,7 +140,7 @@ def make_rivals(
     array: Any = zarr.open_array(store.path / NAME, mode="r")
     return {
         MEMMAP: memmap_rival(values, folder / "memmap"),
-        KDPIPE: lambda batch: store.gather(NAME, 0, batch.rows),
+        KDPIPE: lambda batch: store.gather(NAME, 0, batch.ids),
         "lmdb, one value a row": lmdb_rival(values, folder / "lmdb", opened) if has("lmdb") else None,
         "h5py, sorted rows": h5py_rival(values, folder / "rows.h5", opened) if has("h5py") else None,
         "zarr, oindex": lambda batch: array.oindex[0, batch.rows],
@@ -158,10 +159,12 @@ def make_store(path: Path, name: str, values: Rows, ids: NDArray[np.int64]) -> T
     samples = Samples(ids, np.zeros(num_samples, np.int64), np.zeros(num_samples, np.uint32))
     spec = ArraySpec(name, values.shape[1:], "float16")
     unit_rows = rows_per_unit([spec], num_samples, SHARD_BYTES)
-    manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), 1, num_samples, unit_rows, {})
+    geometry = Geometry(1, unit_rows, (num_samples,))
+    manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), geometry, {})
     create_store(path, manifest, samples)
-    for unit in all_units(1, num_samples, unit_rows):
+    for unit in geometry.units():
         write_unit(path, manifest, unit, {name: values[unit.start : unit.stop]})
+    finish_store(path)
     return open_store(path)
 
 

@@ -87,6 +87,9 @@ def _new_samples(path: Path, held: Samples, samples: Samples) -> Samples:
     """Those of `samples` whose ids the store lacks; those that it has must be the same ones."""
     at = held.positions_of(samples.ids)
     known = at >= 0
+    if not known.all() and known.sum() < len(held.ids):  # neither a part of what is there, nor a grown data set
+        pairs = differences(held.digests(), samples.digests(), "data")
+        raise FingerprintMismatch(f"the store {path}", pairs, ADVICE)
     stored = held.take(at[known])
     wanted = samples.take(known)
     for what in ("labels", "pixels_crc32c"):

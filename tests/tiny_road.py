@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from stages.cache_teacher import CacheConfig, cache_teacher
+from stages.cache_teacher import cache_teacher
 from stages.datasets.image_set import ImageSet
+from stages.forms import Wanted
 from stages.losses.hint import HintConfig
 from stages.losses.kd import KDConfig
 from stages.models.build import ModelConfig
 from stages.optim import TrainConfig
 from stages.setup import Setup
+from stages.store_plan import CacheConfig
 from stages.train_student import StudentConfig, Teaching, open_teaching
 from stages.train_teacher import TeacherConfig, load_teacher, train_teacher
 from stages.views import ViewsConfig
@@ -26,7 +28,7 @@ STUDENT = StudentConfig(model=ModelConfig(name="cnn", args={"width": 4, "num_sta
 LOSSES = (KDConfig(loss="kd"), HintConfig(loss="hint", layers=(("stage2", "stage2"),), weight=1.0))
 VIEWS = ViewsConfig(num_views=3, crop_padding=1, flip=True)
 CACHE = CacheConfig(shard_bytes=4096, batch_size=50)
-LAYERS = ["stage2"]
+LAYERS = [Wanted("stage2")]
 
 
 def squares(num_samples: int, seed: int, split: str = "train") -> ImageSet:
@@ -55,7 +57,7 @@ def make_tiny_store(setup: Setup, name: str = "store.zarr", teacher: TeacherConf
 
 
 def open_tiny_teaching(path: Path, setup: Setup) -> Teaching:
-    return open_teaching([path], LOSSES, 0.1, {}, setup)
+    return open_teaching([path], LOSSES, STUDENT, {}, setup)
 
 
 class StopAfter:

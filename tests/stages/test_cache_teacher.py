@@ -13,10 +13,11 @@ from tiny_road import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store,
 from stages.cache_teacher import cache_teacher
 from stages.errors import ModelError, NotFiniteError, RunError, StoppedEarly
 from stages.features import tapped
+from stages.forms import Wanted
 from stages.train_teacher import load_teacher
 from stages.views import render
 from stages.watch import Watch
-from store import FingerprintMismatch, open_store
+from store import FingerprintMismatch, open_store, row_order
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +36,17 @@ def test_stored_equals_recomputed_through_plain_zarr(run):
     teacher, setup = teacher_of(run)
     group = zarr.open_group(run / "store.zarr", mode="r")
     train_set = setup.train_set
+    order = row_order(train_set.sample_ids.numpy(), VIEWS.seed)
     for view in range(VIEWS.num_views):
-        images = render(train_set.images, train_set.sample_ids, view, VIEWS)
-        with torch.no_grad(), tapped(teacher.model, LAYERS) as tap:
+        images = render(train_set.images[order], train_set.sample_ids[order], view, VIEWS)
+        with torch.no_grad(), tapped(teacher.model, ["stage2"]) as tap:
             said = tap(teacher.normalise(images))
         np.testing.assert_allclose(group["logits"][view], said.logits.numpy(), rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(
             group["features/stage2"][view], said.features["stage2"].numpy(), rtol=2e-3, atol=2e-3
         )
     assert group["logits"].dtype == np.float16
-    assert np.array_equal(group["samples/ids"][:], train_set.sample_ids.numpy())
+    assert np.array_equal(group["samples/ids"][:], train_set.sample_ids[order].numpy())
 
 
 @pytest.mark.parametrize("num_batches", [1, 2, 8, 13])
@@ -86,7 +88,8 @@ def test_nan_stops_the_job_and_names_the_samples(run, tmp_path):
     teacher, setup = teacher_of(run)
     with torch.no_grad():
         teacher.model.fc.bias[2] = float("nan")
-    with pytest.raises(NotFiniteError, match=rf"logits of samples \[{int(setup.train_set.sample_ids[0])}, "):
+    first = row_order(setup.train_set.sample_ids.numpy(), VIEWS.seed)[0]
+    with pytest.raises(NotFiniteError, match=rf"logits of samples \[{int(setup.train_set.sample_ids[first])}, "):
         cache_teacher(CACHE, tmp_path / "nan.zarr", teacher, LAYERS, setup)
 
 
@@ -103,7 +106,7 @@ def test_logits_beyond_float16_are_refused_with_the_way_out(run, tmp_path):
 def test_a_wrong_layer_lists_the_near_ones(run, tmp_path):
     teacher, setup = teacher_of(run)
     with pytest.raises(ModelError, match="stage2"):
-        cache_teacher(CACHE, tmp_path / "layer.zarr", teacher, ["stag2"], setup)
+        cache_teacher(CACHE, tmp_path / "layer.zarr", teacher, [Wanted("stag2")], setup)
     assert not (tmp_path / "layer.zarr").exists()
 
 
