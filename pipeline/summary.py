@@ -21,6 +21,9 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
             f"store: {store['num_views']} views of {store['num_samples']:,} samples, {store['store_bytes']:,} bytes, "
             f"{', '.join(store['arrays'])}: {store['path']}"
         )
+        if store["num_units_missing"]:
+            whose = f"{store['part']} is done; " if store["part"] else ""
+            yield f"{whose}{store['num_units_missing']} units of the store are still missing"
     for kind, students in results.get("students", {}).items():
         for number, student in enumerate(students):
             yield _figures(f"student {kind}, number {number}", student)

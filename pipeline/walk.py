@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.recipe import Recipe, read_run_recipe, recipe_json
+from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
 from stages.compress import compress, measure_latencies, rehearse
 from stages.datasets.load import load_dataset
@@ -19,6 +20,7 @@ from stages.errors import RecipeError
 from stages.forms import Wanted, parse_wanted
 from stages.job_folder import write_json
 from stages.losses.terms import teacher_layers
+from stages.part import WHOLE, Part
 from stages.setup import Setup, choose_device
 from stages.train_student import (
     ALONE,
@@ -29,7 +31,13 @@ from stages.train_student import (
     open_teaching,
     train_student,
 )
-from stages.train_teacher import load_teacher, teacher_identity, train_teacher
+from stages.train_teacher import (
+    load_teacher,
+    teacher_folder,
+    teacher_identity,
+    train_teacher,
+    untrained_teacher,
+)
 from stages.watch import Watch
 from store import make_folders, read_store_manifest
 
@@ -41,6 +49,7 @@ class Walk:
     recipe: Recipe
     run: Path
     watch: Watch
+    part: Part = WHOLE
 
     def begin(self) -> None:
         """Make the run folder, and take no more threads than the recipe says.
@@ -51,6 +60,10 @@ class Walk:
         make_folders([self.run])
         if read_run_recipe(self.run) is None:
             self.keep_recipe()
+        self.take_threads()
+
+    def take_threads(self) -> None:
+        """Take as many CPU threads as the recipe says, else the cores that the affinity mask leaves."""
         torch.set_num_threads(self.recipe.num_threads or len(os.sched_getaffinity(0)))
 
     def keep_recipe(self) -> None:
@@ -89,6 +102,17 @@ class Walk:
             asked += [Wanted(layer) for layer in wanted]
         return list(dict.fromkeys(asked))
 
+    @property
+    def layers_wanted_by(self) -> dict[str, list[str]]:
+        """For each array beside the logits, what in the recipe asks for it."""
+        reasons: dict[str, list[str]] = {one.array: [] for one in self.cached_layers}
+        for text in self.recipe.cache.layers:
+            reasons[parse_wanted(text).array].append("cache.layers")
+        for number, loss in enumerate(self.recipe.distill):
+            for layer in teacher_layers([loss], self.stores.index(self.store)) if self.store in self.stores else ():
+                reasons[Wanted(layer).array].append(f"distill.{number} ({loss.loss})")
+        return reasons
+
     @cached_property
     def teaching(self) -> Teaching:
         """The stores, opened and checked; the recipe's own must hold the recipe's own teacher."""
@@ -107,7 +131,20 @@ def walk_train_teacher(walk: Walk) -> dict[str, Any]:
 
 def walk_cache_teacher(walk: Walk) -> dict[str, Any]:
     teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
-    return {"store": cache_teacher(walk.recipe.cache, walk.store, teacher, walk.cached_layers, walk.setup)}
+    cached = cache_teacher(walk.recipe.cache, walk.store, teacher, walk.cached_layers, walk.setup, part=walk.part)
+    return {"store": cached}
+
+
+def walk_plan(walk: Walk, with_probe: bool) -> dict[str, Any]:
+    """What `cache-teacher` would do, and with `with_probe` about how long it would take."""
+    config, recipe = walk.recipe.cache, walk.recipe
+    trained = teacher_folder(walk.run).result() is not None
+    make = load_teacher if trained else untrained_teacher
+    teacher = make(recipe.teacher, recipe.seed, walk.setup)
+    plan = plan_cache(config, walk.store, teacher, walk.cached_layers, walk.setup, trained=trained)
+    timed = with_probe and plan["num_images"] > 0
+    measured = probe(config, teacher, walk.cached_layers, walk.setup, plan["num_images"]) if timed else None
+    return {**plan, "teacher_trained": trained, "layers_wanted_by": walk.layers_wanted_by, "probe": measured}
 
 
 def walk_train_student(walk: Walk) -> dict[str, Any]:

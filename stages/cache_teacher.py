@@ -17,9 +17,9 @@ from stages.errors import RunError, StoppedEarly
 from stages.features import Tap, tapped
 from stages.forms import Wanted
 from stages.network import Network
-from stages.part import Part
-from stages.setup import Setup, samples_of
-from stages.store_plan import CacheConfig, layers_of, plan_store, require_room, samples_in_row_order
+from stages.part import WHOLE, Part
+from stages.setup import Setup
+from stages.store_plan import CacheConfig, layers_of, missing_bytes, plan_store, require_room, samples_in_row_order
 from stages.teacher_rows import UnitRows, collect, speak
 from stages.watch import Event
 from store import (
@@ -41,8 +41,6 @@ from store import (
 
 NUM_WAITING = 2
 """Units that may wait for the disk, beside the one that is being written and the one that the teacher speaks on."""
-
-WHOLE = Part(0, 1, "the default")
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def cache_teacher(
     """
     samples = samples_in_row_order(setup)
     wanted = plan_store(config, teacher, layers, samples, setup)
-    require_room(path, wanted, samples)
+    require_room(path, missing_bytes(path, wanted, samples))
     manifest = ensure_store(path, wanted, samples)
     filling = Filling(config, path, manifest, teacher, _positions(path, manifest, setup), setup)
     num_computed = _fill(filling, part.of(manifest.geometry.units()))
@@ -176,7 +174,7 @@ def _positions(path: Path, manifest: Manifest, setup: Setup) -> Tensor:
     """Where the sample of each row stands in the data set, int64 [N]; -1 for rows without one, or one it lacks."""
     held = read_samples(path, manifest.geometry, manifest.identity.data)
     positions = np.full(manifest.geometry.num_rows, -1, np.int64)
-    positions[manifest.geometry.sample_rows()] = samples_of(setup.train_set).positions_of(held.ids)
+    positions[manifest.geometry.sample_rows()] = setup.samples.positions_of(held.ids)
     return torch.from_numpy(positions)
 
 

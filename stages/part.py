@@ -31,6 +31,9 @@ class Part:
         return f"part {self.index} of {self.count} (counted from 0, from {self.origin})"
 
 
+WHOLE = Part(0, 1, "the default, as there is no job array or launcher")
+
+
 def parse_part(text: str) -> Part:
     """The part that `--part` names as i/n. Raises RecipeError for anything else."""
     numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
@@ -51,7 +54,7 @@ def part_from_environment(environ: Mapping[str, str]) -> Part:
     if array and processes:
         index, count = array.index * processes.count + processes.index, array.count * processes.count
         return Part(index, count, f"{array.origin} with {processes.origin}")
-    return array or processes or Part(0, 1, "the default, as there is no job array or launcher")
+    return array or processes or WHOLE
 
 
 def local_rank(environ: Mapping[str, str]) -> int | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from stages.errors import RecipeError
 from stages.evaluate import Evaluation
 from stages.lesson import Normalisation
 from stages.models.build import ModelConfig, architecture, build_model
+from stages.part import local_rank
 from stages.views import ViewsConfig, identity
 from stages.watch import Watch
 from store import Samples
@@ -60,9 +63,16 @@ class Setup:
         """The views, as a store and a job recognise them again."""
         return identity(self.views, self.image_shape)
 
+    @cached_property
+    def samples(self) -> Samples:
+        """The ids, labels and pixel checksums of the training samples, in the data set's order: read once, as it takes
+        a look at every pixel.
+        """
+        return samples_of(self.train_set)
+
     def data_identity(self) -> dict[str, Any]:
         """The training samples, as a store and a job recognise them again."""
-        return digest(self.train_set) | samples_of(self.train_set).digests()
+        return digest(self.train_set) | self.samples.digests()
 
     def test_identity(self) -> dict[str, Any]:
         """The test samples: they decide a job's figures, if not its weights."""
@@ -75,9 +85,13 @@ def samples_of(image_set: ImageSet) -> Samples:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto is the first GPU that CUDA_VISIBLE_DEVICES leaves, else the CPU. Raises RecipeError for an absent one."""
+    """auto is the first GPU that CUDA_VISIBLE_DEVICES leaves, else the CPU; of several processes that a launcher starts
+    on a machine, each takes the next GPU. Raises RecipeError for an absent one.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", (local_rank(os.environ) or 0) % torch.cuda.device_count())
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(

@@ -17,7 +17,7 @@ from stages.errors import RecipeError, RunError
 from stages.features import tapped
 from stages.forms import FORMS, Wanted, take_form
 from stages.network import Network
-from stages.setup import Setup, samples_of
+from stages.setup import Setup
 from store import (
     ArraySpec,
     Geometry,
@@ -58,8 +58,7 @@ class CacheConfig:
 
 def samples_in_row_order(setup: Setup) -> Samples:
     """The training samples as a store's rows have them: in an order that looks random, so that slabs mix."""
-    samples = samples_of(setup.train_set)
-    return samples.take(row_order(samples.ids, setup.views.seed))
+    return setup.samples.take(row_order(setup.samples.ids, setup.views.seed))
 
 
 def plan_store(
@@ -115,9 +114,9 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(one for one in (path, *path.absolute().parents) if one.exists())).free
 
 
-def require_room(path: Path, wanted: Manifest, samples: Samples) -> None:
-    """Raise RunError before any work is spent if the disk cannot hold what is missing."""
-    needed, free = missing_bytes(path, wanted, samples), free_bytes(path)
+def require_room(path: Path, needed: int) -> None:
+    """Raise RunError before any work is spent if the store at `path` needs more bytes than its disk has free."""
+    free = free_bytes(path)
     if needed > free:
         raise RunError(
             f"the store {path} needs {needed:,} bytes more and its disk has {free:,} free: make room, put cache.store "

@@ -71,6 +71,13 @@ def load_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:
     return teacher
 
 
+def untrained_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:
+    """The teacher before its training, in eval mode on the device: its shapes and its speed are known already."""
+    teacher = _fresh(config, seed, setup)
+    teacher.model.eval().to(setup.device)
+    return teacher
+
+
 def teacher_identity(config: TeacherConfig, setup: Setup) -> dict[str, Any]:
     """What identifies the recipe's teacher, without building it: its architecture, its scaling, and, from its
     figures, its weights. Without figures in the run folder, `weights_sha256` is left out."""

@@ -78,6 +78,8 @@ def _checked_blosc(raw: bytes, num_bytes: int) -> bytes:
     packed, checksum = raw[:-4], int.from_bytes(raw[-4:], "little")
     if len(packed) < 16 or google_crc32c.value(packed) != checksum:
         raise ValueError("its checksum differs")
+    if int.from_bytes(packed[12:16], "little") != len(packed):  # Blosc trusts it, and would read what lies behind
+        raise ValueError("it states another length than it has")
     _require_size(int.from_bytes(packed[4:8], "little"), num_bytes)
     return packed
 

@@ -83,6 +83,11 @@ class Manifest:
         return (*self.earlier, self.identity.fingerprint)
 
     def to_json(self) -> dict[str, Any]:
+        """What stands in the attributes; `sha256` covers all of it, the fingerprint only what decides the numbers."""
+        record = self._record()
+        return {**record, "sha256": sha256_of(record)}
+
+    def _record(self) -> dict[str, Any]:
         segments = [
             {"num_samples": count, "fingerprint": fingerprint}
             for count, fingerprint in zip(self.geometry.segments, self.segment_fingerprints, strict=True)
@@ -141,11 +146,11 @@ def read_manifest(attributes: Any, where: str) -> Manifest:
         )
     try:
         manifest = _parse(record)
-        edited = record.get("fingerprint") != manifest.identity.fingerprint
+        edited = record != manifest.to_json()
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise StoreError(f"{where} has a damaged manifest ({type(error).__name__}: {str(error)[:200]}).") from error
     if edited:
-        raise StoreError(f"{where} has a manifest that was edited: its fingerprint does not fit its contents.")
+        raise StoreError(f"{where} has a manifest that was edited or damaged: its checksum does not fit its contents.")
     return manifest
 
 

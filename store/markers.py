@@ -2,7 +2,8 @@
 
 They stand in the store's array `markers`, uint8 [V, S, MARKER_BYTES]: each chunk of it is one file that holds a
 JSON text, filled up with spaces, so that plain Zarr tools see nothing foreign in the group and a remote reader
-needs nothing but Zarr. A unit without a marker reads as zeros there, and is missing.
+needs nothing but Zarr. A unit without a marker reads as zeros there, and is missing. The text is canonical and carries
+its own crc32c: one marker has one spelling, and a flipped bit anywhere in the file is found.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from store.durable import write_atomically
+from store.durable import fsync_path, write_atomically
 from store.errors import StoreError
 from store.geometry import Unit
 from store.identity import canonical_json
 from store.manifest import Manifest
 from store.plain_file import read_plain
+from store.shard import crc32c
 
 MARKERS = "markers"
 
 MARKER_BYTES = 16 * 1024
 """Room for the files of about a hundred arrays, so that layers can be added to a store later."""
+
+
+CHECKSUM = "crc32c"
+"""The key of a marker's own checksum, over its canonical text without it."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,21 @@ def write_marker(store: Path, manifest: Manifest, unit: Unit, marker: Marker) ->
         "files": marker.files,
         "fidelity": marker.fidelity,
     }
-    text = canonical_json(record).encode("ascii")
+    text = _text(record)
     if len(text) > MARKER_BYTES:
         raise StoreError(
             f"{store} has no room for so many arrays: the marker of {unit} needs {len(text):,} bytes and may have "
             f"{MARKER_BYTES:,}. Keep further layers in another store."
         )
     write_atomically(marker_path(store, unit), text.ljust(MARKER_BYTES))
+
+
+def remove_marker(store: Path, unit: Unit) -> None:
+    """Take back that `unit` is done, durably."""
+    path = marker_path(store, unit)
+    path.unlink(missing_ok=True)
+    if path.parent.exists():
+        fsync_path(path.parent)
 
 
 def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
@@ -77,20 +91,27 @@ def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
 def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Marker:
     """A marker from its bytes. Raises StoreError where it is damaged or belongs to another store."""
     try:
-        record = json.loads(raw if len(raw) == MARKER_BYTES else b"")
+        record = json.loads(raw)
+        if raw != _text({key: value for key, value in record.items() if key != CHECKSUM}).ljust(MARKER_BYTES):
+            raise ValueError("it is not what was written")
         marker = _parse(record)
         fingerprint, rows = str(record["fingerprint"]), int(record["rows"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise StoreError(
-            f"the marker {where} is damaged: delete that file, and `kdpipe cache-teacher` computes its unit again."
+            f"the marker {where} is damaged: `kdpipe store repair RECIPE` computes its unit again."
         ) from error
     wanted = manifest.segment_fingerprints[manifest.geometry.segment_of(unit.shard)]
     if fingerprint != wanted or rows != unit.num_rows:
         raise StoreError(
             f"the marker {where} belongs to another store (fingerprint {fingerprint[:64]}, wanted {wanted}; "
-            f"{rows} rows, wanted {unit.num_rows}): `kdpipe store repair` computes its unit again."
+            f"{rows} rows, wanted {unit.num_rows}): `kdpipe store repair RECIPE` computes its unit again."
         )
     return marker
+
+
+def _text(record: Mapping[str, Any]) -> bytes:
+    """The one text of a record, its checksum included."""
+    return canonical_json({**record, CHECKSUM: crc32c(canonical_json(record).encode())}).encode()
 
 
 def _parse(record: Any) -> Marker:

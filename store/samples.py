@@ -7,10 +7,11 @@ same values before, during and after.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,9 @@ CHUNK_ROWS = 8192
 
 COLUMNS: dict[str, tuple[str, int]] = {"ids": ("int64", -1), "labels": ("int64", -1), "pixels_crc32c": ("uint32", 0)}
 """The arrays with their types and what stands in rows that hold no sample."""
+
+ReadKey: TypeAlias = Callable[[str, int], bytes | None]
+"""(key, most bytes) -> the bytes of one of a store's files, or None where there is none."""
 
 _WORD = 2**64
 
@@ -102,27 +106,39 @@ def sample_chunk_keys(geometry: Geometry) -> list[str]:
 
 def read_samples(path: Path, geometry: Geometry, data: Mapping[str, Any]) -> Samples:
     """Read the samples of the store at `path` and check them against the digests in its identity's `data`."""
-    samples = Samples(**{name: _read_column(path, name, geometry) for name in COLUMNS})
+    return samples_from(partial(_read_chunk, path), geometry, data, str(path))
+
+
+def samples_from(read: ReadKey, geometry: Geometry, data: Mapping[str, Any], where: str) -> Samples:
+    """The samples of the store at `where`, wherever that is, checked like those that `read_samples` reads.
+
+    A chunk is asked for after the one before it has come: what a manifest only claims to hold takes no memory.
+    """
+    samples = Samples(**{name: _read_column(read, name, geometry, where) for name in COLUMNS})
     if any(data.get(key) != digest for key, digest in samples.digests().items()):
-        raise StoreError(f"{path / SAMPLES} is damaged: its digests do not fit. Run `kdpipe store repair RECIPE`.")
+        raise StoreError(f"{where}/{SAMPLES} is damaged: its digests do not fit. Run `kdpipe store repair RECIPE`.")
     return samples
 
 
-def _read_column(path: Path, name: str, geometry: Geometry) -> NDArray[Any]:
+def _read_chunk(path: Path, key: str, most_bytes: int) -> bytes:
+    try:
+        return read_plain(path / key, most_bytes)
+    except OSError as error:
+        raise StoreError(
+            f"{path / key} cannot be read ({error.strerror}): run `kdpipe store repair RECIPE`."
+        ) from error
+
+
+def _read_column(read: ReadKey, name: str, geometry: Geometry, where: str) -> NDArray[Any]:
     dtype = np.dtype(COLUMNS[name][0]).newbyteorder("<")
     num_chunks, chunk_bytes = -(-geometry.num_rows // CHUNK_ROWS), CHUNK_ROWS * dtype.itemsize
     parts = []
     for chunk in range(num_chunks):
-        file = path / SAMPLES / name / "c" / str(chunk)
-        try:
-            raw = read_plain(file, chunk_bytes)
-        except OSError as error:
-            raise StoreError(f"{file} cannot be read ({error.strerror}): run `kdpipe store repair RECIPE`.") from error
-        if len(raw) != chunk_bytes:
-            raise StoreError(
-                f"{file} is damaged: it has {file.stat().st_size:,} bytes, not {chunk_bytes:,}. Run `kdpipe store "
-                "repair RECIPE`."
-            )
+        key = f"{SAMPLES}/{name}/c/{chunk}"
+        raw = read(key, chunk_bytes)
+        if raw is None or len(raw) != chunk_bytes:
+            found = "it is missing" if raw is None else f"it does not have {chunk_bytes:,} bytes"
+            raise StoreError(f"{where}/{key} is damaged: {found}. Run `kdpipe store repair RECIPE`.")
         parts.append(np.frombuffer(raw, dtype))
     column: NDArray[Any] = np.concatenate(parts)[geometry.sample_rows()].astype(COLUMNS[name][0])
     return column

@@ -142,7 +142,7 @@ def _lost(path: Path, name: str, markers: Iterable[Marker]) -> dict[str, Any]:
     try:
         totals = merge(found)
         return summarise_logits(totals) if "kl" in totals else summarise_features(totals)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError(f"{path} has a marker whose figures on {name} are damaged ({error}).") from error
 
 

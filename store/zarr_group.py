@@ -45,10 +45,19 @@ def create_group(path: Path, manifest: Manifest, samples: Samples) -> None:
             fsync_path(entry)
 
 
-def replace_metadata(path: Path, manifest: Manifest) -> None:
-    """Bring the metadata of the store at `path` to `manifest`, each file whole, the group's last."""
-    for key, record in metadata_files(manifest).items():
-        raw, file = _json(record), path / key
+def metadata_bytes(manifest: Manifest) -> dict[str, bytes]:
+    """The very bytes of every metadata file of a store, by its key, in the order of `metadata_files`."""
+    return {key: _json(record) for key, record in metadata_files(manifest).items()}
+
+
+def replace_metadata(path: Path, manifest: Manifest, *, group_first: bool = False) -> None:
+    """Bring the metadata of the store at `path` to `manifest`, each file whole, the group's last.
+
+    A store that shrinks needs the group's first: arrays may hold more than the manifest says, never less.
+    """
+    files = list(metadata_bytes(manifest).items())
+    for key, raw in reversed(files) if group_first else files:
+        file = path / key
         if not file.is_file() or file.read_bytes() != raw:
             make_folders([file.parent])
             sweep_partial(file)

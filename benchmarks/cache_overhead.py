@@ -1,0 +1,126 @@
+"""What storing costs the teacher: `cache-teacher` against the bare teacher, which says the same and is not listened to.
+
+    uv run python benchmarks/cache_overhead.py [cifar] [mnist] [--rounds N]
+
+Both render the same views and run the same forward passes, in turn in one process; `cache-teacher` also encodes,
+checks, measures, writes, fsyncs and commits every unit, into a fresh store each time. Quoted is the median over the
+rounds of the ratio of the rates. The images are random: what they show does not change what they cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from stages.cache_teacher import cache_teacher
+from stages.datasets.image_set import ImageSet
+from stages.forms import Wanted
+from stages.lesson import Normalisation
+from stages.models.build import ModelConfig
+from stages.network import Network
+from stages.setup import Setup, choose_device
+from stages.store_plan import CacheConfig
+from stages.views import ViewsConfig, render
+from stages.watch import Watch
+
+TARGETS = {"logits": 0.97, "logits and a layer's maps": 0.90}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A teacher, what it looks at, and the layer whose maps are kept."""
+
+    teacher: ModelConfig
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    num_samples: int
+    layer: str
+    crop_padding: int
+
+
+CASES = {
+    "cifar": Case(ModelConfig(name="resnet32x4"), (3, 32, 32), 100, 1024, "layer3", 4),
+    "mnist": Case(ModelConfig(name="cnn", args={"width": 32}), (1, 28, 28), 10, 20_000, "stage2", 2),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    device = choose_device(arguments.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    print(f"{where}, torch {torch.__version__}, median of {arguments.rounds} rounds\n")
+    print("| teacher | stored | bare, images/s | cached, images/s | ratio | target |\n|---|---|---:|---:|---:|---|")
+    for name in arguments.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(CASES[name], Path(folder), device, arguments.rounds)
+
+
+def measure(case: Case, folder: Path, device: torch.device, num_rounds: int) -> None:
+    """Print a line for each thing that may be stored."""
+    setup, teacher = make_setup(case, folder, device)
+    for stored, target in TARGETS.items():
+        layers = [] if stored == "logits" else [Wanted(case.layer)]
+        bare, cached = [], []
+        for _ in range(num_rounds):
+            bare.append(rate(case, partial(speak_to_nobody, setup, teacher)))
+            cached.append(rate(case, partial(cache, setup, teacher, layers)))
+            shutil.rmtree(setup.run / "store.zarr")
+        ratio = statistics.median(own / base for own, base in zip(cached, bare, strict=True))
+        verdict = "met" if ratio >= target else "NOT met"
+        print(
+            f"| {case.teacher.name} | {stored} | {statistics.median(bare):,.0f} | {statistics.median(cached):,.0f} "
+            f"| {ratio:.3f} | {target} {verdict} |",
+            flush=True,
+        )
+
+
+def rate(case: Case, run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    return case.num_samples / (time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def speak_to_nobody(setup: Setup, teacher: Network) -> None:
+    """Every view and every forward pass that `cache` needs, in batches of the same size."""
+    config, train_set = CacheConfig(), setup.train_set
+    for at in torch.arange(train_set.num_samples).split(config.batch_size):
+        images, ids = train_set.images[at].to(setup.device), train_set.sample_ids[at].to(setup.device)
+        logits = teacher.model(teacher.normalise(render(images, ids, 0, setup.views)))
+    logits.cpu()  # waits for a GPU
+
+
+def cache(setup: Setup, teacher: Network, layers: list[Wanted]) -> None:
+    cache_teacher(CacheConfig(), setup.run / "store.zarr", teacher, layers, setup)
+
+
+def make_setup(case: Case, folder: Path, device: torch.device) -> tuple[Setup, Network]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (case.num_samples, *case.image_shape), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(case.num_samples) % case.num_classes
+    classes = tuple(str(one) for one in range(case.num_classes))
+    image_set = ImageSet("random", "train", images, labels, torch.arange(case.num_samples), classes)
+    views = ViewsConfig(num_views=1, crop_padding=case.crop_padding, flip=True)
+    setup = Setup(folder, image_set, image_set, views, device, Watch())
+    model = setup.build(case.teacher, 0).eval().to(device)
+    channels = case.image_shape[0]
+    normalise = Normalisation((0.5,) * channels, (0.25,) * channels)
+    return setup, Network(model, setup.architecture(case.teacher), normalise)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What `cache-teacher` would do, in figures, before a second of the teacher's time is spent: `kdpipe plan`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.features import tapped
+from stages.forms import Wanted
+from stages.network import Network
+from stages.setup import Setup
+from stages.store_plan import CacheConfig, free_bytes, plan_store, samples_in_row_order
+from stages.teacher_rows import speak
+from store import Manifest, Unit, missing_arrays, plan_growth, read_store_manifest, store_bytes
+
+NUM_PROBES = 4
+"""Batches of which the teacher's speed is taken; the first one warms up and does not count."""
+
+
+def plan_cache(
+    config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup, *, trained: bool
+) -> dict[str, Any]:
+    """What is there, what is missing, and what that takes on disk.
+
+    trained: whether `teacher` has its weights; one that has none yet passes for the one whose words are stored.
+    Nothing is written. Raises FingerprintMismatch if the store at `path` is another one.
+    """
+    samples = samples_in_row_order(setup)
+    manifest = plan_store(config, teacher, layers, samples, setup)
+    if path.exists():
+        stored = read_store_manifest(path)
+        if not trained:
+            manifest = replace(manifest, identity=replace(manifest.identity, teacher=stored.identity.teacher))
+        manifest, _ = plan_growth(path, stored, manifest, samples)
+    units = manifest.geometry.units()
+    lacking = {unit: missing_arrays(path, manifest, unit) for unit in units}
+    missing = {unit: names for unit, names in lacking.items() if names}
+    missing_bytes = sum(store_bytes(manifest, [unit], names) for unit, names in missing.items())
+    return {
+        "store": str(path),
+        "exists": path.exists(),
+        "num_views": manifest.geometry.num_views,
+        "num_samples": manifest.geometry.num_samples,
+        "unit_rows": manifest.geometry.unit_rows,
+        "num_units": len(units),
+        "num_units_missing": len(missing),
+        "arrays": {spec.name: _array(manifest, spec.name, units, missing) for spec in manifest.arrays},
+        "store_bytes": store_bytes(manifest, units),
+        "missing_bytes": missing_bytes,
+        "free_bytes": free_bytes(path),
+        "num_images": sum(unit.num_rows for unit in missing),
+    }
+
+
+def _array(
+    manifest: Manifest, name: str, units: Sequence[Unit], missing: dict[Unit, tuple[str, ...]]
+) -> dict[str, Any]:
+    spec = manifest.spec(name)
+    return {
+        **spec.to_json(),
+        "view_bytes": store_bytes(manifest, manifest.geometry.units([0]), [name]),
+        "store_bytes": store_bytes(manifest, units, [name]),
+        "num_units_missing": sum(name in names for names in missing.values()),
+    }
+
+
+@torch.inference_mode()
+def probe(
+    config: CacheConfig, teacher: Network, layers: Sequence[Wanted], setup: Setup, num_images: int
+) -> dict[str, float]:
+    """The teacher's rate on a few batches, views rendered and outputs brought back, and what that makes in all."""
+    num_probed = min(setup.train_set.num_samples, NUM_PROBES * config.batch_size)
+    batch_size = min(config.batch_size, -(-num_probed // 2))
+    walls_s = []
+    with tapped(teacher.model, [one.layer for one in layers]) as tap:
+        for start in range(0, num_probed - batch_size + 1, batch_size):
+            started = time.perf_counter()
+            at = torch.arange(start, start + batch_size)
+            for _, outputs in speak(tap, teacher, Unit(0, 0, 0, batch_size), at, setup, batch_size=batch_size):
+                outputs.logits.float().cpu()
+            walls_s.append(time.perf_counter() - started)
+    rate = batch_size / max(1e-9, min(walls_s[1:] or walls_s))
+    return {"images_per_s": round(rate, 1), "wall_s": round(num_images / rate, 1)}

@@ -1,0 +1,186 @@
+"""Staging: a store that cannot be mapped where it lies is copied, once for all jobs of this machine, as one that can.
+
+What lies elsewhere is fetched and what is packed is unpacked, unit by unit, into an ordinary zero-copy store in the
+staging area. Its commit markers make a killed staging resume; a source that has grown since is fetched only in what is
+new. The copy is called by the fingerprint that the source had first, so that it stays the same through every growth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+
+from store.durable import sweep_partial
+from store.errors import StoreError
+from store.geometry import Geometry, Unit
+from store.grow import ensure_store
+from store.identity import sha256_of
+from store.lock import exclusive
+from store.manifest import Manifest
+from store.remote import is_url
+from store.source import Source, open_source, read_source_samples, read_source_unit, unpacked_manifest
+from store.staging_area import (
+    COPY,
+    ENTRY,
+    STAGING,
+    StagingArea,
+    alone_in,
+    copy_bytes,
+    default_area,
+    keep,
+    make_room,
+    using,
+)
+from store.writer import finish_store, missing_arrays, write_unit
+from store.zarr_group import read_store_manifest
+
+__all__ = ["StagingArea", "default_area", "needs_staging", "stage"]
+
+NUM_FETCHERS = 4
+"""Units under way at a time: a bucket answers one request late, and many at once as fast. Each is held in memory."""
+
+
+def needs_staging(where: str | Path) -> str | None:
+    """Why the store at `where` must be staged to be mapped, in words; None where it need not be.
+
+    Raises StoreError where a local folder is no store.
+    """
+    if is_url(where):
+        return "it does not lie on this machine"
+    packed = read_store_manifest(Path(where)).codec
+    return f"it is an archive, its chunks packed by {packed.name}" if packed else None
+
+
+def stage(where: str | Path, area: StagingArea, on_unit: Callable[[int, int], None] = lambda done, total: None) -> Path:
+    """A zero-copy store on this machine with all that the store at `where` has finished. One that needs no staging is
+    its own.
+
+    Where the copy is there already, only the source's manifest is read. Where another job is at it, this one waits.
+    Every file is checked against its committed crc32c before it is taken; `on_unit` is told how many of the units to
+    fetch are done. The copy is not evicted from the area for as long as this process lives.
+
+    Raises StoreError where the source cannot be read or is damaged, naming the file, or where the copy does not fit.
+    """
+    if needs_staging(where) is None:
+        return Path(where)
+    source = open_source(where)
+    for entry in _entries(area, source):
+        with using(entry):
+            if _stage_at(entry, source, area, on_unit):
+                keep(entry)
+                return entry / COPY
+    raise StoreError(f"{source.where} cannot be staged: {entry} holds another store. Delete that folder.")
+
+
+def _entries(area: StagingArea, source: Source) -> list[Path]:
+    """Where the copy belongs, and where it goes if a store that began alike but went on differently is there."""
+    manifest, first = source.manifest, source.segment_fingerprints[0]
+    logits = [spec.name for spec in manifest.arrays if spec.name.startswith("logits")]
+    form = [
+        first,
+        manifest.geometry.unit_rows,
+        manifest.numbers_sha256(logits),
+        manifest.top_k and manifest.top_k.to_json(),
+        dict(manifest.rounded),
+    ]
+    specs = {spec.name: spec.to_json() for spec in manifest.arrays}
+    names = [f"{first[:16]}-{sha256_of(key)[:16]}" for key in (form, [form, source.segment_fingerprints, specs])]
+    if not ENTRY.fullmatch(names[0]):  # an earlier fingerprint is not checked yet, and must not become a path
+        raise StoreError(f"{source.where} has a damaged manifest: {first[:64]!r} is no fingerprint.")
+    return [area.folder / name for name in names]
+
+
+def _stage_at(entry: Path, source: Source, area: StagingArea, on_unit: Callable[[int, int], None]) -> bool:
+    """Make or complete the copy in `entry`. Returns False where another store's copy is there."""
+    copy = entry / COPY
+    if _is_complete(copy, source):
+        return True
+    with exclusive(copy, entry / STAGING, wait=True):
+        held = _held(copy)
+        if held is not None and not _goes_with(held, source):
+            return False
+        if not _is_complete(copy, source):
+            _fetch(copy, _prepare(entry, held, source, area), source, on_unit)
+            finish_store(copy)
+    if not _is_complete(copy, source):
+        raise StoreError(
+            f"{copy} was being staged from a store that holds more than {source.where}, and is not complete: stage "
+            f"from there, or delete {entry}."
+        )
+    return True
+
+
+def _prepare(entry: Path, held: Manifest | None, source: Source, area: StagingArea) -> Manifest:
+    """Make the copy, or let it grow, so that it has room for every unit. Returns its manifest."""
+    samples, num_segments = read_source_samples(source), len(source.segments)
+    wanted = unpacked_manifest(source, samples, num_segments)
+    first = min(len(held.geometry.segments) + 1 if held else 1, num_segments)
+    with alone_in(area):  # until the copy's manifest says what it will take
+        make_room(area, entry, max(copy_bytes(manifest) for manifest in (wanted, held) if manifest))
+        for count in range(first, num_segments + 1):
+            began = samples.take(np.arange(sum(source.segments[:count])))
+            grown = ensure_store(entry / COPY, unpacked_manifest(source, samples, count), began)
+    return grown
+
+
+def _fetch(copy: Path, manifest: Manifest, source: Source, on_unit: Callable[[int, int], None]) -> None:
+    """Write every unit that the copy lacks."""
+    sweep_partial(copy)
+
+    def fetch(unit: Unit, names: tuple[str, ...]) -> None:
+        rows, fidelity = read_source_unit(source, unit, names)
+        write_unit(copy, manifest, unit, rows, fidelity)
+
+    with ThreadPoolExecutor(NUM_FETCHERS) as pool:
+        lacking = _lacking(copy, manifest, source)
+        fetched = [pool.submit(fetch, unit, names) for unit, names in lacking.items()]
+        try:
+            for done, future in enumerate(as_completed(fetched), start=1):
+                future.result()
+                on_unit(done, len(fetched))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _is_complete(copy: Path, source: Source) -> bool:
+    """Whether the copy has all that the source has finished, each file there and of its size."""
+    held, wanted = _held(copy), source.finished
+    if held is None or held.finished is None or not _goes_with(held, source):
+        return False
+    return (
+        held.finished.num_views >= wanted.num_views
+        and held.finished.num_segments >= wanted.num_segments
+        and set(held.finished.arrays) >= set(wanted.arrays)
+        and not _lacking(copy, held, source)
+    )
+
+
+def _lacking(copy: Path, manifest: Manifest, source: Source) -> Mapping[Unit, tuple[str, ...]]:
+    """The units of the source that the copy lacks, with the arrays in which it does."""
+    geometry = Geometry(source.finished.num_views, manifest.geometry.unit_rows, source.segments)
+    found = {
+        unit: tuple(name for name in missing_arrays(copy, manifest, unit) if name in source.finished.arrays)
+        for unit in geometry.units()
+    }
+    return {unit: names for unit, names in found.items() if names}
+
+
+def _goes_with(held: Manifest, source: Source) -> bool:
+    """Whether a copy is of this source, as it is, was, or will be: one of the two has all segments of the other."""
+    wanted, both = source.manifest, min(len(held.geometry.segments), len(source.segments))
+    arrays = {spec.name: spec for spec in held.arrays}
+    return (
+        held.geometry.segments[:both] == source.segments[:both]
+        and held.segment_fingerprints[:both] == source.segment_fingerprints[:both]
+        and held.geometry.unit_rows == wanted.geometry.unit_rows
+        and (held.top_k, held.rounded) == (wanted.top_k, wanted.rounded)
+        and all(arrays.get(spec.name, spec) == spec for spec in wanted.arrays)
+    )
+
+
+def _held(copy: Path) -> Manifest | None:
+    return read_store_manifest(copy) if copy.exists() else None

@@ -1,0 +1,146 @@
+"""Stores of every form, whose numbers follow from array, view and sample id: however a store came about, the truth is
+known without it. A wish says how large a store is to be; `grow` brings it there, as a job does.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store import (
+    ArraySpec,
+    Codec,
+    Geometry,
+    Identity,
+    Manifest,
+    Samples,
+    TargetStore,
+    TopK,
+    Unit,
+    ensure_store,
+    finish_store,
+    missing_arrays,
+    read_samples,
+    write_unit,
+)
+
+UNIT_ROWS = 512
+NUM_NUMBERS = 5003
+"""A prime: the numbers of a sample are row id % NUM_NUMBERS of a table, another one for other ids."""
+
+TOP_K = TopK(num_classes=20, k=8, temperatures=(1.0, 2.0, 4.0, 8.0))
+LAYERS = (ArraySpec("features/layer2.0", (2, 3, 3), "float32"), ArraySpec("pooled/layer3", (8,), "float16"))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What kind of logits a store holds, and how; `id_step` spreads the ids."""
+
+    logits: tuple[ArraySpec, ...]
+    top_k: TopK | None = None
+    codec: Codec | None = None
+    id_step: int = 3
+    unit_rows: int = UNIT_ROWS
+
+
+LOGITS = {
+    "float16": Form((ArraySpec("logits", (8,), "float16"),)),
+    "float32": Form((ArraySpec("logits", (8,), "float32"),), id_step=1),
+    "top-k": Form(TOP_K.arrays("float16"), TOP_K, id_step=10**12 + 39),
+}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How large a store is to be: views, the first `num_samples` samples of the data set, the first layers."""
+
+    form: Form
+    num_views: int = 2
+    num_samples: int = 1300
+    num_layers: int = 1
+
+    @property
+    def specs(self) -> tuple[ArraySpec, ...]:
+        return (*self.form.logits, *LAYERS[: self.num_layers])
+
+    @property
+    def samples(self) -> Samples:
+        """Ids in no order, so that those of an extension stand between those that are there."""
+        numbers = np.random.default_rng(7).permutation(NUM_NUMBERS - 1)[: self.num_samples].astype(np.int64)
+        ids = numbers * self.form.id_step
+        return Samples(ids, numbers % 10, (numbers * 2654435761 % 2**32).astype(np.uint32))
+
+    @property
+    def manifest(self) -> Manifest:
+        data = {"name": "made", "classes": [f"class {number}" for number in range(8)], **self.samples.digests()}
+        identity = Identity(
+            {"architecture": {"model": "cnn"}, "weights_sha256": "a" * 64},
+            {**data, "num_samples": self.num_samples},
+            {"seed": 3},
+        )
+        geometry = Geometry(self.num_views, self.form.unit_rows, (self.num_samples,))
+        form = self.form
+        return Manifest(identity, self.specs, geometry, {"kdpipe": "0"}, top_k=form.top_k, codec=form.codec)
+
+
+@cache
+def _numbers(spec: ArraySpec, view: int) -> NDArray[Any]:
+    rng = np.random.default_rng([zlib.crc32(spec.name.encode()), view])
+    shape = (NUM_NUMBERS, *spec.row_shape)
+    if spec.name == "logits/indices":
+        rows = np.stack([rng.permutation(TOP_K.num_classes)[: TOP_K.k] for _ in range(NUM_NUMBERS)])
+        return rows.astype(spec.dtype)
+    return rng.standard_normal(shape).astype(spec.dtype)
+
+
+def truth(spec: ArraySpec, view: int, ids: NDArray[np.int64]) -> NDArray[Any]:
+    """The rows [B, *row_shape] that every store holds for these samples."""
+    return _numbers(spec, view)[ids % NUM_NUMBERS]
+
+
+def unit_rows(path: Path, manifest: Manifest, unit: Unit, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """What a job would compute for a unit of the store at `path`, in some arrays."""
+    samples = read_samples(path, manifest.geometry, manifest.identity.data)
+    rows = manifest.geometry.sample_rows()
+    ids = samples.ids[(rows >= unit.start) & (rows < unit.stop)]
+    return {name: truth(manifest.spec(name), unit.view, ids) for name in names}
+
+
+def commit(path: Path, manifest: Manifest, unit: Unit) -> None:
+    """Compute and write what a unit lacks."""
+    if lacking := missing_arrays(path, manifest, unit):
+        write_unit(path, manifest, unit, unit_rows(path, manifest, unit, lacking))
+
+
+def fill(path: Path, manifest: Manifest) -> None:
+    for unit in manifest.geometry.units():
+        commit(path, manifest, unit)
+    finish_store(path)
+
+
+def grow(path: Path, *wishes: Wish) -> Path:
+    """Bring the store at `path` to one wish after the other, undisturbed."""
+    for wish in wishes:
+        fill(path, ensure_store(path, wish.manifest, wish.samples))
+    return path
+
+
+def first_difference(store: TargetStore) -> str | None:
+    """Where a store reads other numbers than the truth, by every way of reading; None where nowhere."""
+    ids = store.samples.ids
+    rows = store.rows_of(ids)
+    for spec in store.arrays:
+        for view in range(store.num_views):
+            expected = truth(spec, view, ids).tobytes()
+            if store.gather(spec.name, view, ids).tobytes() != expected:
+                return f"gather of {spec.name}, view {view}"
+            if store.read_view(spec.name, view)[rows].tobytes() != expected:
+                return f"read_view of {spec.name}, view {view}"
+    return None
