@@ -81,11 +81,25 @@ def cache_teacher(
     wanted = plan_store(config, teacher, layers, samples, setup)
     require_room(path, missing_bytes(path, wanted, samples))
     manifest = ensure_store(path, wanted, samples)
+    units = part.of(manifest.geometry.units())
+    return {
+        **complete_units(config, path, manifest, units, teacher, setup),
+        "part": str(part) if part.count > 1 else None,
+    }
+
+
+def complete_units(
+    config: CacheConfig, path: Path, manifest: Manifest, units: Sequence[Unit], teacher: Network, setup: Setup
+) -> dict[str, Any]:
+    """Compute what `units` of the store at `path`, whose manifest this is, still lack, and finish it if it is whole.
+
+    The teacher, the views and the data set must be the store's own. Returns and raises what `cache_teacher` does.
+    """
     filling = Filling(config, path, manifest, teacher, _positions(path, manifest, setup), setup)
-    num_computed = _fill(filling, part.of(manifest.geometry.units()))
+    num_computed = _fill(filling, units)
     finish_store(path)
     missing = missing_units(path, manifest)
-    _require_none_left(path, set(missing) & set(part.of(manifest.geometry.units())))
+    _require_none_left(path, set(missing) & set(units))
     return {
         "path": str(path),
         "fingerprint": manifest.identity.fingerprint,
@@ -93,7 +107,6 @@ def cache_teacher(
         "num_samples": manifest.geometry.num_samples,
         "arrays": {spec.name: spec.to_json() for spec in manifest.arrays},
         "store_bytes": store_bytes(manifest, manifest.geometry.units()),
-        "part": str(part) if part.count > 1 else None,
         "num_units_computed": num_computed,
         "num_units_missing": len(missing),
     }

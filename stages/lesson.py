@@ -65,10 +65,14 @@ class Lesson:
         return len(self.labels)
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        """The samples of an epoch in the order in which they are seen, int64 [N]: a function of (seed, epoch)."""
+        """The samples of an epoch in the order in which they are seen, int64 [N]: a function of (seed, epoch).
+
+        It goes by sample id: the same samples in another order are the same data set, and give the same student.
+        """
+        by_id = torch.argsort(self.sample_ids.cpu())
         if self.targets is not None and self.targets.slabs is not None:
-            return slab_order(seed, epoch, self.targets.slabs, self.targets.window)
-        return epoch_order(seed, epoch, self.num_samples)
+            return by_id[slab_order(seed, epoch, self.targets.slabs[by_id], self.targets.window)]
+        return by_id[epoch_order(seed, epoch, self.num_samples)]
 
     def batch(self, epoch: int, indices: Tensor, device: torch.device) -> Batch:
         """The samples at `indices`, int64 [B], in the view that `epoch` uses, with their targets."""

@@ -91,7 +91,7 @@ def _num_views(source: TargetStore, change: Change) -> int:
 def _codec(manifest: Manifest, change: Change) -> Codec | None:
     if isinstance(change.codec, Codec):
         return change.codec
-    return None if change.codec == "zero-copy" else manifest.codec
+    return {"zero-copy": None, "as it is": manifest.codec}[change.codec]
 
 
 def _form(source: TargetStore, change: Change) -> TopK | None:

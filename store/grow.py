@@ -48,7 +48,7 @@ def plan_growth(path: Path, stored: Manifest, wanted: Manifest, samples: Samples
 
     Raises FingerprintMismatch where it cannot become that.
     """
-    _require_same_source(path, stored, wanted)
+    require_same_source(path, stored, wanted)
     held = read_samples(path, stored.geometry, stored.identity.data)
     new = _new_samples(path, held, samples)
     there = {spec.name for spec in stored.arrays}
@@ -60,7 +60,7 @@ def plan_growth(path: Path, stored: Manifest, wanted: Manifest, samples: Samples
     return (_with_segment(grown, held.followed_by(new)) if len(new.ids) else grown), new
 
 
-def _require_same_source(path: Path, stored: Manifest, wanted: Manifest) -> None:
+def require_same_source(path: Path, stored: Manifest, wanted: Manifest) -> None:
     """Raise FingerprintMismatch unless both speak of one teacher, one kind of data, one view recipe and one form."""
     found = []
     for mine, theirs, section in (

@@ -12,7 +12,7 @@ from store.codec import Codec, codec_from_json
 from store.errors import FingerprintMismatch, StoreError, differences
 from store.geometry import DTYPES, ArraySpec, Geometry
 from store.identity import Identity, sha256_of
-from store.topk import TopK
+from store.topk import TAIL, TopK
 
 SCHEMA_VERSION = 2
 ATTRIBUTE = "kdpipe"
@@ -130,6 +130,8 @@ class Manifest:
             "arrays": {name: self.spec(name).to_json() for name in sorted(names)},
             "rounded": {name: bits for name, bits in self.rounded.items() if name in names},
         }
+        if self.top_k and TAIL in names:  # two grids of one length give arrays of one shape
+            record["top_k"] = self.top_k.to_json()
         return sha256_of(record)
 
 

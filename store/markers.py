@@ -91,9 +91,7 @@ def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
 def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Marker:
     """A marker from its bytes. Raises StoreError where it is damaged or belongs to another store."""
     try:
-        record = json.loads(raw)
-        if raw != _text({key: value for key, value in record.items() if key != CHECKSUM}).ljust(MARKER_BYTES):
-            raise ValueError("it is not what was written")
+        record = checked_record(raw)
         marker = _parse(record)
         fingerprint, rows = str(record["fingerprint"]), int(record["rows"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -114,7 +112,15 @@ def _text(record: Mapping[str, Any]) -> bytes:
     return canonical_json({**record, CHECKSUM: crc32c(canonical_json(record).encode())}).encode()
 
 
-def _parse(record: Any) -> Marker:
+def checked_record(raw: bytes) -> dict[str, Any]:
+    """The record in a marker's bytes. Raises ValueError unless they are the very bytes that are written for it."""
+    record = {key: value for key, value in json.loads(raw).items() if key != CHECKSUM}
+    if raw != _text(record).ljust(MARKER_BYTES):
+        raise ValueError("its checksum differs")
+    return record
+
+
+def _parse(record: Mapping[str, Any]) -> Marker:
     files = {}
     for name, file in record["files"].items():
         num_bytes, checksum = file["bytes"], file["crc32c"]

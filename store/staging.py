@@ -7,8 +7,10 @@ new. The copy is called by the fingerprint that the source had first, so that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,10 @@ from store.zarr_group import read_store_manifest
 __all__ = ["StagingArea", "default_area", "needs_staging", "stage"]
 
 NUM_FETCHERS = 4
-"""Units under way at a time: a bucket answers one request late, and many at once as fast. Each is held in memory."""
+"""Units under way at a time: a bucket answers a request late, and several at once as fast."""
+
+MEMORY_SHARE = 8
+"""Those units, packed and unpacked, take at most one part in so many of the memory, if one alone does not take more."""
 
 
 def needs_staging(where: str | Path) -> str | None:
@@ -103,8 +108,12 @@ def _stage_at(entry: Path, source: Source, area: StagingArea, on_unit: Callable[
         if held is not None and not _goes_with(held, source):
             return False
         if not _is_complete(copy, source):
-            _fetch(copy, _prepare(entry, held, source, area), source, on_unit)
-            finish_store(copy)
+            num_fetchers = _num_fetchers(source)
+            with _told(entry):
+                manifest = _prepare(entry, held, source, area)
+            _fetch(copy, manifest, source, num_fetchers, on_unit)
+            with _told(entry):
+                finish_store(copy)
     if not _is_complete(copy, source):
         raise StoreError(
             f"{copy} was being staged from a store that holds more than {source.where}, and is not complete: stage "
@@ -123,18 +132,33 @@ def _prepare(entry: Path, held: Manifest | None, source: Source, area: StagingAr
         for count in range(first, num_segments + 1):
             began = samples.take(np.arange(sum(source.segments[:count])))
             grown = ensure_store(entry / COPY, unpacked_manifest(source, samples, count), began)
+    sweep_partial(entry / COPY)
     return grown
 
 
-def _fetch(copy: Path, manifest: Manifest, source: Source, on_unit: Callable[[int, int], None]) -> None:
+def _num_fetchers(source: Source) -> int:
+    """How many units may be under way. Raises StoreError where a single one, packed and unpacked, has no room."""
+    specs = [source.manifest.spec(name) for name in source.finished.arrays]
+    held_bytes = 2 * source.manifest.geometry.unit_rows * sum(spec.row_bytes for spec in specs)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if held_bytes > memory_bytes:
+        raise StoreError(
+            f"{source.where} has units of {held_bytes // 2:,} bytes, too large for this machine's memory of "
+            f"{memory_bytes:,}: stage it on a larger one, or cache it with a smaller cache.shard_bytes."
+        )
+    return max(1, min(NUM_FETCHERS, memory_bytes // MEMORY_SHARE // held_bytes))
+
+
+def _fetch(
+    copy: Path, manifest: Manifest, source: Source, num_fetchers: int, on_unit: Callable[[int, int], None]
+) -> None:
     """Write every unit that the copy lacks."""
-    sweep_partial(copy)
 
     def fetch(unit: Unit, names: tuple[str, ...]) -> None:
         rows, fidelity = read_source_unit(source, unit, names)
         write_unit(copy, manifest, unit, rows, fidelity)
 
-    with ThreadPoolExecutor(NUM_FETCHERS) as pool:
+    with ThreadPoolExecutor(num_fetchers) as pool:
         lacking = _lacking(copy, manifest, source)
         fetched = [pool.submit(fetch, unit, names) for unit, names in lacking.items()]
         try:
@@ -180,6 +204,18 @@ def _goes_with(held: Manifest, source: Source) -> bool:
         and (held.top_k, held.rounded) == (wanted.top_k, wanted.rounded)
         and all(arrays.get(spec.name, spec) == spec for spec in wanted.arrays)
     )
+
+
+@contextmanager
+def _told(entry: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot stage into {entry}: {error.strerror or error}. What is staged is kept: make room or another "
+            "folder (KDPIPE_CACHE), and run the same command again."
+        ) from error
 
 
 def _held(copy: Path) -> Manifest | None:

@@ -13,7 +13,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def default_area(environ: Mapping[str, str]) -> StagingArea:
             f"as {MOST_BYTES} for 200 GiB."
         )
     if named := environ.get("KDPIPE_CACHE"):
-        return StagingArea(Path(named).expanduser(), int(text))
+        return StagingArea(Path(named).expanduser().absolute(), int(text))
     cache = Path(environ.get("XDG_CACHE_HOME") or "")
     if not cache.is_absolute():  # the XDG specification has relative ones ignored
         cache = Path(environ.get("HOME") or Path.home()) / ".cache"
@@ -204,4 +204,9 @@ def _folders(area: StagingArea) -> list[Path]:
 
 
 def _folder_bytes(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # another job fills this entry, and renames what it has written
+                total += os.lstat(Path(inside, name)).st_size
+    return total

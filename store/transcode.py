@@ -179,9 +179,9 @@ def _fitted(
         bad = np.flatnonzero(~np.isfinite(fitted.reshape(len(fitted), -1)).all(axis=1))
         rounding = f" rounded to {bits} bits" if bits is not None else ""
         raise StoreError(
-            f"{name} of {len(bad)} samples in {unit}, for example ids {sample_ids[bad[:5]].tolist()}, is too large for "
-            f"{dtype}{rounding} (largest {np.abs(rows).max():g}, {dtype} ends at {np.finfo(dtype).max:g}): leave "
-            f"{'keep_bits' if rows.dtype == fitted.dtype else 'dtype'} out, and {rows.dtype.name} stays as it is."
+            f"{name} of {len(bad)} samples in view {unit.view}, for example ids {sample_ids[bad[:5]].tolist()}, is too "
+            f"large for {dtype}{rounding} (largest {np.abs(rows).max():g}, {dtype} ends at {np.finfo(dtype).max:g}): "
+            "ask for neither dtype nor keep_bits, and it stays as it is."
         )
     return fitted
 

@@ -270,4 +270,7 @@ def _unlike(held: bytes, wanted: bytes) -> str:
     if not found:
         return "it is not spelled as kdpipe writes it"
     key, stored, expected = found[0]
-    return f"{key} is {str(stored)[:100]!r}, kdpipe writes {str(expected)[:100]!r}"
+    perhaps = (
+        ", or a command that extends or shrinks the store was cut short: run it again" if key[:5] == "shape" else ""
+    )
+    return f"{key} is {str(stored)[:100]!r}, kdpipe writes {str(expected)[:100]!r}{perhaps}"

@@ -43,6 +43,14 @@ def squares(num_samples: int, seed: int, split: str = "train") -> ImageSet:
     return ImageSet("squares", split, images, labels, ids, tuple("abcd"))
 
 
+def subset(image_set: ImageSet, num_samples: int) -> ImageSet:
+    """The first samples of a data set."""
+    at = slice(num_samples)
+    return dataclasses.replace(
+        image_set, images=image_set.images[at], labels=image_set.labels[at], sample_ids=image_set.sample_ids[at]
+    )
+
+
 def tiny_setup(run: Path, watch: Watch | None = None, **changes: Any) -> Setup:
     setup = Setup(run, squares(300, 0), squares(80, 1, "test"), VIEWS, torch.device("cpu"), watch or Watch())
     return dataclasses.replace(setup, **changes)

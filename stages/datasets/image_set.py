@@ -62,7 +62,7 @@ class ImageSet:
 def digest(image_set: ImageSet) -> dict[str, Any]:
     """Say in JSON which samples these are: name, split, counts, and a sha256 over the ids and labels.
 
-    The order of the samples counts: rows of a store are written in it, so two orders are two provenances.
+    The order of the samples does not count: everything finds them by id.
     """
     return {
         "name": image_set.name,

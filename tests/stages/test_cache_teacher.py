@@ -1,6 +1,7 @@
 """What is stored is what the teacher says: recomputed, by plain zarr, after any interruption."""
 
 import dataclasses
+import errno
 import shutil
 
 import numpy as np
@@ -8,16 +9,22 @@ import pytest
 import torch
 import zarr
 from made_store import folder_bytes
-from tiny_road import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, squares, tiny_setup
+from tiny_road import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, squares, subset, tiny_setup
 
+from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
-from stages.errors import ModelError, NotFiniteError, RunError, StoppedEarly
+from stages.errors import ModelError, NotFiniteError, RecipeError, RunError, StoppedEarly
 from stages.features import tapped
 from stages.forms import Wanted
+from stages.part import Part
+from stages.targets import Targets, join
 from stages.train_teacher import load_teacher
 from stages.views import render
 from stages.watch import Watch
-from store import FingerprintMismatch, open_store, row_order
+from store import FingerprintMismatch, LockedError, StoreError, claim, open_store, row_order, writer
+
+NUM_UNITS = 3
+"""Of 300 samples, one a view."""
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +124,123 @@ def test_too_little_disk_is_refused_before_anything_is_computed(run, tmp_path, m
     with pytest.raises(RunError, match=r"needs [\d,]+ bytes more and its disk has 1,000 free"):
         cache_teacher(CACHE, tmp_path / "full.zarr", teacher, LAYERS, setup)
     assert not (tmp_path / "full.zarr").exists()
+
+
+def test_parts_make_up_the_whole_and_the_last_one_finishes_it(run, tmp_path):
+    path = tmp_path / "parts.zarr"
+    teacher, setup = teacher_of(run)
+    results = [cache_teacher(CACHE, path, teacher, LAYERS, setup, part=Part(i, 3, "--part")) for i in (2, 0, 1)]
+    assert [result["num_units_missing"] > 0 for result in results] == [True, True, False]
+    assert sum(result["num_units_computed"] for result in results) == NUM_UNITS
+    assert folder_bytes(path) == folder_bytes(run / "store.zarr")
+
+
+def test_a_unit_that_another_job_is_at_is_left_alone_and_named(run, tmp_path):
+    path = tmp_path / "shared.zarr"
+    teacher, setup = teacher_of(run)
+    cache_teacher(CACHE, path, teacher, LAYERS, setup, part=Part(0, NUM_UNITS, "--part"))
+    held = claim(path, "v1-s0")
+    with pytest.raises(LockedError, match=r"1 units of .*: view 1, shard 0 is being computed by process \d+ on "):
+        cache_teacher(CACHE, path, teacher, LAYERS, setup)
+    with pytest.raises(StoreError, match="not complete: view 1, shard 0 is missing"):
+        open_store(path)
+    held.release()
+    assert cache_teacher(CACHE, path, teacher, LAYERS, setup)["num_units_computed"] == 1
+    assert folder_bytes(path) == folder_bytes(run / "store.zarr")
+
+
+def test_more_views_samples_and_layers_are_added_and_nothing_is_rewritten(run, tmp_path):
+    path = tmp_path / "grown.zarr"
+    teacher, setup = teacher_of(run)
+    few = dataclasses.replace(
+        setup, train_set=subset(setup.train_set, 200), views=dataclasses.replace(VIEWS, num_views=2)
+    )
+    cache_teacher(CACHE, path, teacher, [], few)
+    files = [file for file in (path / "logits" / "c").rglob("*") if file.is_file()]
+    before = {file: (file.stat().st_ino, file.read_bytes()) for file in files}
+    opened = open_store(path)
+    cache_teacher(CACHE, path, teacher, LAYERS, setup)
+    assert all((file.stat().st_ino, file.read_bytes()) == was for file, was in before.items())
+    grown, whole = open_store(path), open_store(run / "store.zarr")
+    ids = setup.train_set.sample_ids.numpy()
+    for name in ("logits", "features/stage2"):
+        for view in range(VIEWS.num_views):
+            np.testing.assert_allclose(
+                grown.gather(name, view, ids), whole.gather(name, view, ids), rtol=2e-3, atol=2e-3
+            )
+    known = few.train_set.sample_ids.numpy()
+    assert np.array_equal(opened.gather("logits", 1, known), grown.gather("logits", 1, known))
+    assert cache_teacher(CACHE, path, teacher, [], few)["num_units_computed"] == 0  # it wants less than is there
+
+
+def test_statistics_of_maps_are_what_their_formulas_say(run, tmp_path):
+    teacher, setup = teacher_of(run)
+    forms = [Wanted("stage2", form) for form in ("features", "pooled", "attention", "gram")]
+    cache_teacher(dataclasses.replace(CACHE, dtype="float32"), tmp_path / "forms.zarr", teacher, forms, setup)
+    store = open_store(tmp_path / "forms.zarr")
+    maps = torch.from_numpy(store.read_view("features/stage2", 1)).double()
+    energy = maps.pow(2).mean(1)
+    wanted = {
+        "pooled/stage2": maps.mean((2, 3)),
+        "attention/stage2": energy / energy.flatten(1).norm(dim=1)[:, None, None],
+        "gram/stage2": torch.einsum("bchw,bdhw->bcd", maps, maps) / maps[0, 0].numel(),
+    }
+    for name, expected in wanted.items():
+        np.testing.assert_allclose(store.read_view(name, 1), expected.numpy(), rtol=1e-5, atol=1e-6)
+    assert store.layers == ("stage2",)
+
+
+def test_a_top_k_store_says_what_the_dense_one_says(run, tmp_path):
+    teacher, setup = teacher_of(run)
+    result = cache_teacher(dataclasses.replace(CACHE, top_k=2), tmp_path / "top.zarr", teacher, [], setup)
+    assert list(result["arrays"]) == ["logits/values", "logits/indices", "logits/tail"]
+    top, dense = open_store(tmp_path / "top.zarr"), open_store(run / "store.zarr")
+    ids = setup.train_set.sample_ids.numpy()[:64]
+    exact = torch.from_numpy(dense.gather("logits", 1, ids)).float()
+    said = Targets([join(top, setup.train_set, [])], torch.device("cpu")).batch(1, torch.arange(64))[0]
+    for temperature in (1.0, 2.7, 4.0, 20.0):
+        found = torch.softmax(said.logits_at(temperature) / temperature, 1)
+        wanted = torch.softmax(exact / temperature, 1)
+        kept = wanted.topk(2).indices
+        assert (found.gather(1, kept) - wanted.gather(1, kept)).abs().max() < 2e-3
+    assert set(top.fidelity["logits"]["kl"]) == {"1", "2", "4", "8", "20"}
+    with pytest.raises(RecipeError, match="cache.top_k = 4 of 4 classes keeps them all"):
+        cache_teacher(dataclasses.replace(CACHE, top_k=4), tmp_path / "all.zarr", teacher, [], setup)
+
+
+def test_a_store_says_what_its_encoding_lost(run):
+    lost = open_store(run / "store.zarr").fidelity
+    assert lost["logits"]["num_rows"] == 300 * VIEWS.num_views
+    assert 0 < lost["logits"]["largest_error"] < 1e-2
+    assert 0 < lost["logits"]["kl"]["1"] < 1e-5
+    assert 0 < lost["features/stage2"]["relative_rms"] < 1e-3
+
+
+def test_a_disk_that_refuses_stops_the_job_and_the_rerun_goes_on(run, tmp_path, monkeypatch):
+    path, real, left = tmp_path / "refused.zarr", writer.write_atomically, [5]
+    teacher, setup = teacher_of(run)
+
+    def refuse(target, *parts):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(target, *parts)
+
+    monkeypatch.setattr(writer, "write_atomically", refuse)
+    with pytest.raises(StoreError, match=r"the disk is full; [\d,]+ bytes are needed there and [\d,]+ are free"):
+        cache_teacher(CACHE, path, teacher, LAYERS, setup)
+    monkeypatch.undo()
+    assert 0 < cache_teacher(CACHE, path, teacher, LAYERS, setup)["num_units_computed"] < NUM_UNITS
+    assert folder_bytes(path) == folder_bytes(run / "store.zarr")
+
+
+def test_a_plan_tells_what_is_missing_without_writing(run, tmp_path):
+    teacher, setup = teacher_of(run)
+    plan = plan_cache(CACHE, tmp_path / "none.zarr", teacher, LAYERS, setup, trained=True)
+    assert (plan["num_units"], plan["num_units_missing"]) == (NUM_UNITS, NUM_UNITS)
+    assert plan["missing_bytes"] == plan["store_bytes"] == sum(one["store_bytes"] for one in plan["arrays"].values())
+    assert not list(tmp_path.iterdir())
+    more = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, num_views=4))
+    plan = plan_cache(CACHE, run / "store.zarr", teacher, LAYERS, more, trained=True)
+    assert (plan["num_units_missing"], plan["num_images"]) == (NUM_UNITS // 3, 300)
+    assert probe(CACHE, teacher, LAYERS, setup, 900)["images_per_s"] > 0

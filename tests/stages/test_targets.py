@@ -9,9 +9,10 @@ from tiny_road import LOSSES, STUDENT, VIEWS, make_tiny_store, squares, tiny_set
 from stages.datasets.image_set import ImageSet
 from stages.errors import RecipeError
 from stages.losses.hint import HintConfig
-from stages.targets import Targets, join
+from stages.order import slab_order
+from stages.targets import ReadConfig, Targets, join
 from stages.train_student import build_lesson, fresh_student, open_teaching
-from store import FingerprintMismatch, StoreError, open_store
+from store import FingerprintMismatch, StoreError, TargetStore, open_store
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,78 @@ def test_memory_and_map_give_the_same(run):
         one, other = resident.batch(view, indices)[0], mapped.batch(view, indices)[0]
         assert torch.equal(one.logits, other.logits)
         assert torch.equal(one.features["stage2"], other.features["stage2"])
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """A store of many slabs: 512 rows each."""
+    folder = tmp_path_factory.mktemp("long")
+    setup = tiny_setup(folder, train_set=squares(6000, 0))
+    make_tiny_store(setup)
+    return folder
+
+
+SLAB_BYTES = 512 * (4 * 2 + 16 * 4 * 4 * 2)
+
+
+def streamed_within(num_slabs: int) -> ReadConfig:
+    return ReadConfig(memory_bytes=num_slabs * SLAB_BYTES, mapped_bytes=0)
+
+
+def test_streamed_targets_are_the_same_within_their_bound(long_run):
+    store = open_store(long_run / "store.zarr")
+    assert store.unit_rows == 512
+    source = join(store, squares(6000, 0), ["stage2"])
+    resident, streamed = Targets([source], CPU), Targets([source], CPU, streamed_within(8))
+    assert (resident.residence, streamed.residence, streamed.window) == ("memory", "streamed", 4)
+    assert "streamed in groups of 4 slabs" in streamed.describe()[0]
+    (inner,) = streamed._sources
+    most_bytes = 0
+    for epoch in range(2):
+        order = slab_order(1, epoch, streamed.slabs, streamed.window)
+        for indices in order.split(100):
+            one, other = resident.batch(epoch, indices)[0], streamed.batch(epoch, indices)[0]
+            assert torch.equal(one.logits, other.logits)
+            assert torch.equal(one.features["stage2"], other.features["stage2"])
+            most_bytes = max(most_bytes, inner.store._cache.num_bytes)
+    assert 4 * SLAB_BYTES < most_bytes <= 8 * SLAB_BYTES
+
+
+def test_an_epoch_in_slab_order_reads_each_slab_once(long_run, monkeypatch):
+    store = open_store(long_run / "store.zarr")
+    read, real = [], TargetStore.read_unit
+    monkeypatch.setattr(TargetStore, "read_unit", lambda self, name, unit: read.append(unit) or real(self, name, unit))
+    config = ReadConfig(memory_bytes=8 * 512 * 4 * 2, mapped_bytes=0)
+    targets = Targets([join(store, squares(6000, 0), [])], CPU, config)
+    for indices in slab_order(1, 0, targets.slabs, targets.window).split(64):
+        targets.batch(0, indices)
+    assert sorted(read) == store.units(0)
+
+
+def test_slab_order_is_a_function_of_seed_and_epoch_and_mixes_all_samples():
+    slabs = torch.arange(4000) // 100
+    orders = [slab_order(seed, epoch, slabs, 4) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert torch.equal(orders[0], slab_order(0, 0, slabs, 4))
+    for order in orders:
+        assert torch.equal(order.sort().values, torch.arange(4000))
+        groups = [set(slabs[order[start : start + 400]].tolist()) for start in range(0, 4000, 400)]
+        assert [len(group) for group in groups] == [4] * 10  # a group of slabs at a time, mixed within
+        assert len(slabs[order[:64]].unique()) == 4
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+
+
+def test_residence_goes_by_size_alone(run):
+    store = open_store(run / "store.zarr")
+    source = join(store, squares(300, 0), ["stage2"])
+    num_bytes = store.num_views * store.num_rows * (4 + 16 * 4 * 4) * 2
+    for memory, mapped, expected in (
+        (num_bytes, 0, "memory"),
+        (num_bytes - 1, num_bytes, "mapped"),
+        (num_bytes - 1, num_bytes - 1, "streamed"),
+    ):
+        targets = Targets([source], CPU, ReadConfig(memory_bytes=memory, mapped_bytes=mapped))
+        assert targets.residence == expected
 
 
 def test_another_picture_under_a_known_id_is_refused(run):

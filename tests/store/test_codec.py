@@ -71,7 +71,7 @@ def test_plain_zarr_reads_every_array_of_an_archive(tmp_path, codec):
 
 @both
 def test_every_flipped_bit_of_an_archives_shard_is_found(tmp_path, codec):
-    made = make_store(tmp_path / "a.zarr", num_views=1, num_samples=40, codec=codec, specs=(SPEC,))
+    made = make_store(tmp_path / "a.zarr", num_views=1, num_samples=15, codec=codec, specs=(SPEC,))
     store, unit = open_store(made.path), made.units[0]
     file = shard_path(made.path, SPEC, unit)
     whole = file.read_bytes()
@@ -113,7 +113,7 @@ def test_a_shard_cut_short_anywhere_is_refused(codec):
 @both
 def test_a_chunk_cut_short_anywhere_is_refused(codec):
     chunk = np.random.default_rng(0).normal(size=300).astype(np.float16).tobytes()
-    packed = codec.encode(chunk, 2)
+    packed = codec.encode(chunk, 2) if codec.name == "zstd" else codec.encode(chunk, 2)[:-4]
     for length in range(len(packed)):
         cut = packed[:length] if codec.name == "zstd" else with_crc(packed[:length])
         with pytest.raises(StoreError, match="chunk 7 is damaged"):

@@ -40,7 +40,7 @@ def test_a_whole_store_has_no_fault_and_every_byte_is_read(any_profile):
 def test_a_flipped_bit_in_any_file_is_found_and_its_file_named(any_profile):
     rng = np.random.default_rng(5)
     files = [file for file in any_profile.path.rglob("*") if file.is_file()]
-    assert len(files) > 20
+    assert len(files) == 18
     for file in files:
         size, key = file.stat().st_size, file.relative_to(any_profile.path).as_posix()
         for at in {0, size - 1, int(rng.integers(size))}:

@@ -1,0 +1,182 @@
+"""Putting a damaged store right, as far as that needs no teacher: its manifest, its samples, and what counts as done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.claims import Holder, claim
+from store.durable import make_folders, write_atomically
+from store.errors import StoreError
+from store.geometry import Unit
+from store.lock import LockedError
+from store.manifest import Manifest
+from store.markers import MARKER_BYTES, MARKERS, Marker, checked_record, read_marker, remove_marker, write_marker
+from store.plain_file import read_plain
+from store.samples import CHUNK_ROWS, COLUMNS, SAMPLES, Samples, row_order, sample_chunks
+from store.shard import shard_shape
+from store.verify import Damage
+from store.zarr_group import METADATA_BYTES
+
+HOPELESS = "cannot be repaired: delete it, and cache again"
+
+
+def uncommit(path: Path, manifest: Manifest, faults: Iterable[Damage]) -> list[Unit]:
+    """Take back that the damaged arrays of units are done, and return these units; a damaged marker takes all of its
+    unit's arrays with it. Raises LockedError, naming who it is, where another job is at one of them.
+    """
+    bad: dict[Unit, set[str | None]] = {}
+    for fault in faults:
+        if fault.unit is not None:
+            bad.setdefault(fault.unit, set()).add(fault.array)
+    for unit, names in bad.items():
+        held = claim(path, unit.key)
+        if isinstance(held, Holder):
+            raise LockedError(f"{unit} of {path} is being computed by {held}: wait for that job, or stop it first.")
+        try:
+            _take_back(path, manifest, unit, names)
+        finally:
+            held.release()
+    return list(bad)
+
+
+def _take_back(path: Path, manifest: Manifest, unit: Unit, names: set[str | None]) -> None:
+    try:
+        marker = read_marker(path, manifest, unit)
+    except StoreError:
+        marker = None
+    files = {} if marker is None or None in names else {k: v for k, v in marker.files.items() if k not in names}
+    if marker is not None and files:
+        write_marker(path, manifest, unit, Marker(files, marker.fidelity))
+    else:
+        remove_marker(path, unit)
+
+
+def rebuild_manifest(path: Path, planned: Manifest) -> Manifest:
+    """What a store whose own manifest is lost must have been, if it is the one that a recipe plans.
+
+    The markers must bear that out: each says for which fingerprint and how many rows it was written. What was
+    finished is to be found out anew. Raises StoreError where the store is another one, or has grown since by samples.
+    """
+    arrays = tuple(spec for spec in planned.arrays if (path / spec.name).is_dir())
+    num_views = _num_views(path) or planned.geometry.num_views
+    rebuilt = replace(planned, arrays=arrays, geometry=replace(planned.geometry, num_views=num_views), finished=None)
+    units = {unit.key: unit for unit in rebuilt.geometry.units()}
+    records = _marker_records(path)
+    if not records:
+        raise StoreError(f"{path} has neither a manifest nor a marker that can be read: it {HOPELESS}.")
+    for key, record in records.items():
+        if key not in units or not _bears_out(record, rebuilt, units[key]):
+            raise StoreError(
+                f"the manifest of {path} is damaged, and its marker {key} was not written for what this recipe plans "
+                f"(fingerprint {planned.identity.fingerprint}): it is another recipe's store, or {HOPELESS}."
+            )
+    return rebuilt
+
+
+def _num_views(path: Path) -> int | None:
+    """The number of views that the metadata of the markers states, if it can be read."""
+    try:
+        view_count = json.loads(read_plain(path / MARKERS / "zarr.json", METADATA_BYTES, path))["shape"][0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+    return view_count if type(view_count) is int and 0 < view_count < 2**20 else None
+
+
+def _marker_records(path: Path) -> dict[str, dict[str, Any]]:
+    """What the undamaged markers say, by the keys of their units."""
+    records = {}
+    for file in sorted((path / MARKERS / "c").glob("*/*/0")):
+        try:
+            record = checked_record(read_plain(file, MARKER_BYTES, path))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            continue
+        records[f"v{file.parent.parent.name}-s{file.parent.name}"] = record
+    return records
+
+
+def _bears_out(record: Mapping[str, Any], manifest: Manifest, unit: Unit) -> bool:
+    sizes = {
+        spec.name: shard_shape(spec, manifest.geometry.unit_rows).file_bytes(unit.num_rows) for spec in manifest.arrays
+    }
+    return (
+        record.get("fingerprint") == manifest.identity.fingerprint
+        and record.get("rows") == unit.num_rows
+        and all(sizes.get(name) == file["bytes"] for name, file in record["files"].items())
+    )
+
+
+def restore_samples(path: Path, manifest: Manifest, known: Samples) -> None:
+    """Write the sample arrays anew from those of the data set, in any order, wherever they are damaged.
+
+    Raises StoreError where the data set is another one, or does not tell in which row each sample stood.
+    """
+    geometry = manifest.geometry
+    held = {name: _held_column(path, name, manifest) for name in COLUMNS}
+    ids = _ids_by_row(path, manifest, held["ids"][0], known)
+    samples = known.take(known.positions_of(ids))
+    digests = samples.digests()
+    fits = all(manifest.identity.data.get(name) == digest for name, digest in digests.items())
+    if not fits or _contradicts(held, samples):
+        raise StoreError(
+            f"the samples of {path} are damaged, and this recipe's data set is not the one that it was made from: use "
+            f"the recipe that made it, or else it {HOPELESS}."
+        )
+    for key, raw in sample_chunks(samples, geometry):
+        file = path / key
+        if not file.is_file() or file.read_bytes() != raw:
+            make_folders([file.parent])
+            write_atomically(file, raw)
+
+
+def _held_column(path: Path, name: str, manifest: Manifest) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """A sample array [num_samples] as it lies there, and which of it can be read at all."""
+    dtype = np.dtype(COLUMNS[name][0]).newbyteorder("<")
+    parts, there = [], []
+    for chunk in range(-(-manifest.geometry.num_rows // CHUNK_ROWS)):
+        try:
+            raw = read_plain(path / SAMPLES / name / "c" / str(chunk), CHUNK_ROWS * dtype.itemsize, path)
+        except OSError:
+            raw = b""
+        whole = len(raw) == CHUNK_ROWS * dtype.itemsize
+        parts.append(np.frombuffer(raw, dtype) if whole else np.full(CHUNK_ROWS, COLUMNS[name][1], dtype))
+        there.append(np.full(CHUNK_ROWS, whole))
+    rows = manifest.geometry.sample_rows()
+    return np.concatenate(parts)[rows].astype(COLUMNS[name][0]), np.concatenate(there)[rows]
+
+
+def _ids_by_row(path: Path, manifest: Manifest, held: NDArray[np.int64], known: Samples) -> NDArray[np.int64]:
+    """The id in each row [num_samples]. Those that are damaged follow from the others: the samples of a segment stand
+    in `row_order`.
+    """
+    unique, counts = np.unique(held, return_counts=True)
+    good = np.isin(held, unique[counts == 1]) & np.isin(held, known.ids)
+    if good.all():
+        return held
+    lost = np.setdiff1d(known.ids, held[good])
+    segments = np.repeat(np.arange(len(manifest.geometry.segments)), manifest.geometry.segments)
+    concerned = np.unique(segments[~good])
+    if len(lost) == np.count_nonzero(~good) and len(concerned) == 1:
+        here = segments == concerned[0]
+        members = np.concatenate([held[good & here], lost])
+        ids = held.copy()
+        ids[here] = members[row_order(members, int(manifest.identity.views["seed"]))]
+        if np.array_equal(ids[good], held[good]):
+            return ids
+    raise StoreError(
+        f"the sample ids of {path} are damaged, and this recipe's data set does not tell which were there: use the "
+        f"recipe that made it, or else it {HOPELESS}."
+    )
+
+
+def _contradicts(held: Mapping[str, tuple[NDArray[Any], NDArray[np.bool_]]], samples: Samples) -> bool:
+    """Whether label and pixels of a row both say that another sample stood there: then the rows have another order."""
+    labels, pixels = held["labels"], held["pixels_crc32c"]
+    wrong_label, wrong_pixels = labels[0] != samples.labels, pixels[0] != samples.pixels_crc32c
+    return bool((wrong_label & labels[1] & wrong_pixels & pixels[1]).any())

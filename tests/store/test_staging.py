@@ -1,0 +1,550 @@
+"""Stores that lie elsewhere or are packed: staged whole and once, checked, resumed, extended, and evicted in order."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_store import SPECS, MadeStore, folder_bytes, make_store
+from s3_server import s3_environment, s3_server, upload_folder
+
+from store import (
+    ArraySpec,
+    Codec,
+    Geometry,
+    Samples,
+    StoreError,
+    create_store,
+    ensure_store,
+    finish_store,
+    missing_arrays,
+    missing_units,
+    open_store,
+    read_store_manifest,
+    write_unit,
+)
+from store.staging import StagingArea, default_area, needs_staging, stage
+
+ROOMY = 2**30
+
+STAGE = """
+import sys
+from pathlib import Path
+from store.staging import StagingArea, stage
+print(stage(sys.argv[1], StagingArea(Path(sys.argv[2]), int(sys.argv[3]))))
+"""
+
+
+class Web(ThreadingHTTPServer):
+    """A web server of a folder that notes what it was asked for and, told so, holds back all but some shards."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        self.asked: list[str] = []
+        self.noting = threading.Condition()
+        self.freely = threading.Event()
+        self.freely.set()
+        self.shards_allowed = 0
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def note(self, key: str) -> None:
+        with self.noting:
+            self.asked.append(key)
+            self.noting.notify_all()
+            held_back = is_shard(key) and len(self.shards) > self.shards_allowed
+        if held_back:
+            self.freely.wait(60)
+
+    def hold_back(self, shards_allowed: int) -> None:
+        self.shards_allowed = shards_allowed
+        self.freely.clear()
+
+    def wait_for(self, condition) -> None:
+        with self.noting:
+            assert self.noting.wait_for(condition, 60)
+
+    @property
+    def shards(self) -> list[str]:
+        return [key for key in self.asked if is_shard(key)]
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def do_GET(self):
+        self.server.note(self.path.lstrip("/"))
+        super().do_GET()
+
+    def copyfile(self, source, outputfile):
+        with suppress(OSError):  # the reader was killed
+            super().copyfile(source, outputfile)
+
+    def log_message(self, *_):
+        pass
+
+
+def is_shard(key: str) -> bool:
+    return "/c/" in key and not key.partition("/")[2].startswith(("samples", "markers"))
+
+
+@pytest.fixture
+def web(tmp_path):
+    (tmp_path / "web").mkdir()
+    with Web(tmp_path / "web") as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.freely.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def made(tmp_path, web) -> MadeStore:
+    """A store on the web server, as a.zarr."""
+    return make_store(tmp_path / "web" / "a.zarr")
+
+
+@pytest.fixture
+def area(tmp_path) -> StagingArea:
+    return StagingArea(tmp_path / "cache", ROOMY)
+
+
+def staging_process(where, area: StagingArea) -> subprocess.Popen:
+    command = [sys.executable, "-c", STAGE, str(where), str(area.folder), str(area.most_bytes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+
+
+def stage_elsewhere(where, area: StagingArea) -> Path:
+    """Stage in a process that then ends, and so uses nothing any more."""
+    process = staging_process(where, area)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return Path(said.strip())
+
+
+def require_equal(copy: Path, made: MadeStore, num_views: int | None = None) -> None:
+    """The copy is mapped, and has the very numbers that were made."""
+    store = open_store(copy)
+    assert store.manifest.codec is None
+    assert store.provenance == open_store(made.path).provenance
+    assert store.num_views == (num_views or made.manifest.geometry.num_views)
+    assert [spec.name for spec in store.arrays] == [spec.name for spec in made.manifest.arrays]
+    for name, values in made.contents.items():
+        assert np.array_equal(store.array(name), values[: store.num_views])
+    picked = made.samples.ids[::7]
+    assert np.array_equal(store.gather("logits", 1, picked), made.contents["logits"][1, ::7])
+
+
+def flip(file: Path, at: int) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 4
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("codec", [Codec(), Codec("blosc", 1)])
+def test_an_archive_becomes_a_mapped_store_of_the_same_numbers(store_maker, area, codec):
+    made = store_maker(codec=codec)
+    seen = []
+    copy = stage(made.path, area, lambda done, total: seen.append((done, total)))
+    require_equal(copy, made)
+    assert seen == [(done, len(made.units)) for done in range(1, len(made.units) + 1)]
+
+
+def test_a_staged_archive_is_the_store_that_was_never_packed(store_maker, area):
+    plain, packed = store_maker("plain.zarr"), store_maker("packed.zarr", codec=Codec())
+    assert folder_bytes(stage(packed.path, area)) == folder_bytes(plain.path)
+
+
+def test_what_an_encoding_lost_is_carried_over(store_maker, area):
+    made = store_maker(codec=Codec(), fill=False)
+    figures = {"num_rows": 1, "largest_error": 0.5, "squared_error": 0.25, "squared": 1.0}
+    for unit in made.units:
+        write_unit(made.path, made.manifest, unit, made.rows(unit), {"features/layer2.0": figures})
+    finish_store(made.path)
+    fidelity = open_store(made.path).fidelity
+    assert fidelity["features/layer2.0"]["relative_rms"] == 0.5
+    assert open_store(stage(made.path, area)).fidelity == fidelity
+
+
+def test_only_what_cannot_be_mapped_needs_staging(store_maker, area):
+    plain, packed = store_maker("plain.zarr"), store_maker("packed.zarr", codec=Codec(), fill=False)
+    assert needs_staging(plain.path) is None
+    assert needs_staging(packed.path) == "it is an archive, its chunks packed by zstd"
+    assert needs_staging("s3://bucket/store.zarr") == "it does not lie on this machine"
+    assert stage(plain.path, area) == plain.path
+    assert not area.folder.exists()
+
+
+@pytest.mark.parametrize("codec", [None, Codec()])
+def test_a_store_in_a_bucket_is_staged_and_read(endpoint, store_maker, area, codec, monkeypatch):
+    for name, value in s3_environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+    made = store_maker(codec=codec)
+    url = upload_folder(endpoint, "stores", "packed" if codec else "plain", made.path)
+    require_equal(stage(url, area), made)
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+def test_a_staged_store_is_fetched_once_and_then_only_its_manifest(made, web, area):
+    first = stage(f"{web.url}/a.zarr", area)
+    assert sorted(web.shards) == sorted(set(web.shards))
+    assert len(web.shards) == len(made.units) * len(SPECS)
+    web.asked.clear()
+    assert stage(f"{web.url}/a.zarr", area) == stage_elsewhere(f"{web.url}/a.zarr/", area) == first
+    assert web.asked == ["a.zarr/zarr.json"] * 2
+    require_equal(first, made)
+
+
+DAMAGED = "features/layer2.0/c/1/2/0/0/0"
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "key", "told"),
+    [
+        (lambda file: flip(file, 1000), DAMAGED, "its bytes are not those that were committed"),
+        (truncate, DAMAGED, "its bytes are not those that were committed"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"x"), DAMAGED, "where at most"),
+        (lambda file: file.unlink(), DAMAGED, "it is missing, though it was committed"),
+        (lambda file: file.unlink(), "markers/c/1/2/0", "it is missing, though the store calls it finished"),
+        (lambda file: flip(file, 30), "markers/c/1/2/0", "is damaged"),
+        (lambda file: shutil.copy(file.parents[1] / "1/0", file), "markers/c/1/2/0", "belongs to another store"),
+        (lambda file: flip(file, 30), "samples/ids/c/0", "its digests do not fit"),
+        (lambda file: file.unlink(), "samples/ids/c/0", "it is missing"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name_and_never_staged(made, web, area, damage, key, told):
+    (made.path / key).rename(made.path / "kept")
+    shutil.copy(made.path / "kept", made.path / key)
+    damage(made.path / key)
+    with pytest.raises(StoreError, match=f"{key.removesuffix('/ids/c/0')}.*{told}") as caught:
+        stage(f"{web.url}/a.zarr", area)
+    assert web.url in str(caught.value)
+
+    (made.path / "kept").rename(made.path / key)
+    for copy in area.folder.glob("*/targets.zarr"):
+        manifest = read_store_manifest(copy)
+        assert manifest.finished is None
+        assert "features/layer2.0" in missing_arrays(copy, manifest, made.units[-1])
+    before = web.shards.copy()
+    require_equal(stage(f"{web.url}/a.zarr", area), made)
+    again = set(before) & set(web.shards[len(before) :])
+    assert all("/c/1/2/" in shard for shard in again), "what was staged before the damage was found is kept"
+
+
+def test_a_damaged_archive_is_refused_by_name(store_maker, area):
+    made = store_maker(codec=Codec())
+    flip(made.path / DAMAGED, 1000)
+    with pytest.raises(StoreError, match=f"{made.path / DAMAGED}.*not those that were committed"):
+        stage(made.path, area)
+
+
+def test_a_file_that_was_removed_from_the_cache_is_fetched_again(made, web, area):
+    copy = stage(f"{web.url}/a.zarr", area)
+    (copy / DAMAGED).unlink()
+    web.asked.clear()
+    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert web.shards == [f"a.zarr/{DAMAGED}"]
+    require_equal(copy, made)
+
+
+def test_a_killed_staging_goes_on_where_it_was(made, web, area):
+    web.hold_back(shards_allowed=7)
+    process = staging_process(f"{web.url}/a.zarr", area)
+    web.wait_for(lambda: len(web.shards) >= 10)  # every fetcher is held back, in a unit that it cannot end
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    (copy,) = area.folder.glob("*/targets.zarr")
+    done = [unit for unit in made.units if unit not in missing_units(copy, read_store_manifest(copy))]
+    assert 0 < len(done) < len(made.units)
+    with pytest.raises(StoreError, match="is not complete"):
+        open_store(copy)
+
+    web.freely.set()
+    web.asked.clear()
+    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert len(web.shards) == (len(made.units) - len(done)) * len(SPECS)
+    require_equal(copy, made)
+    assert not list(copy.rglob("*.partial"))
+
+
+def test_two_jobs_that_stage_one_store_fetch_each_file_once(made, web, area):
+    web.hold_back(shards_allowed=1)
+    jobs = [staging_process(f"{web.url}/a.zarr", area) for _ in range(2)]
+    web.wait_for(lambda: web.asked.count("a.zarr/zarr.json") == 2 and web.shards)
+    web.freely.set()
+    copies = {job.communicate(timeout=60)[0] for job in jobs}
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert len(copies) == 1
+    assert sorted(web.shards) == sorted(set(web.shards))
+    require_equal(Path(copies.pop().strip()), made)
+
+
+def extended(made: MadeStore, num_views: int, specs: tuple[ArraySpec, ...] = SPECS) -> MadeStore:
+    """The same store with room for more views and layers, and the numbers that belong there."""
+    manifest = replace(made.manifest, arrays=specs, geometry=replace(made.manifest.geometry, num_views=num_views))
+    rng = np.random.default_rng(8)
+    contents = {}
+    for spec in specs:
+        contents[spec.name] = rng.standard_normal((num_views, *made.samples.ids.shape, *spec.row_shape))
+        contents[spec.name] = contents[spec.name].astype(spec.dtype)
+        if spec.name in made.contents:
+            contents[spec.name][: made.manifest.geometry.num_views] = made.contents[spec.name]
+    return MadeStore(made.path, ensure_store(made.path, manifest, made.samples), made.samples, contents)
+
+
+def test_a_source_with_new_views_is_fetched_only_in_these(made, web, area):
+    copy = stage(f"{web.url}/a.zarr", area)
+    more = extended(made, num_views=4)
+    web.asked.clear()
+    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert web.asked == ["a.zarr/zarr.json"], "an extension counts when it is finished"
+    require_equal(copy, made)
+
+    more.fill(missing_units(made.path, more.manifest))
+    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert {key.split("/c/")[1][0] for key in web.shards} == {"2", "3"}
+    require_equal(copy, more)
+
+
+def test_a_source_with_a_new_layer_is_fetched_only_in_this(made, web, area):
+    copy = stage(f"{web.url}/a.zarr", area)
+    more = extended(made, num_views=2, specs=(*SPECS, ArraySpec("pooled/layer3", (8,), "float16")))
+    more.fill(more.units)
+    web.asked.clear()
+    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert len(web.shards) == len(made.units)
+    assert all(key.startswith("a.zarr/pooled/layer3/c/") for key in web.shards)
+    require_equal(copy, more)
+
+
+def growing(path: Path) -> tuple[MadeStore, MadeStore]:
+    """A store, and the same with 300 samples more, which are not filled in yet."""
+    made = make_store(path.with_name("pattern.zarr"), fill=False)
+    data = {**made.manifest.identity.data, "num_samples": len(made.samples.ids)}
+    manifest = replace(made.manifest, identity=replace(made.manifest.identity, data=data))
+    create_store(path, manifest, made.samples)
+    small = MadeStore(path, manifest, made.samples, made.contents)
+    small.fill(small.units)
+    added = np.arange(300, dtype=np.int64)
+    samples = made.samples.followed_by(Samples(10**6 + added, added % 10, added.astype(np.uint32)))
+    grown = ensure_store(path, manifest, samples)
+    contents = {}
+    for spec in SPECS:
+        contents[spec.name] = np.ones((2, grown.geometry.num_rows, *spec.row_shape), spec.dtype)
+        contents[spec.name][:, :2500] = made.contents[spec.name]
+    return small, MadeStore(path, grown, samples, contents)
+
+
+def test_a_source_with_new_samples_is_fetched_only_in_these(tmp_path, web, area):
+    small, large = growing(tmp_path / "web" / "a.zarr")
+    copy = stage(f"{web.url}/a.zarr", area)
+    assert read_store_manifest(copy).identity == small.manifest.identity, "what is not finished does not count"
+    assert open_store(copy).num_samples == 2500
+
+    large.fill(missing_units(large.path, large.manifest))
+    web.asked.clear()
+    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert {key.split("/c/")[1][:3] for key in web.shards} == {"0/3", "1/3"}
+    staged, source = open_store(copy), open_store(large.path)
+    assert staged.provenance == source.provenance
+    for name in large.contents:
+        said = staged.gather(name, 1, large.samples.ids)
+        assert np.array_equal(said, source.gather(name, 1, large.samples.ids))
+
+    web.asked.clear()
+    other = stage(f"{web.url}/a.zarr", StagingArea(tmp_path / "other", ROOMY))
+    assert folder_bytes(other) == folder_bytes(copy), "grown or staged at once, it is the same store"
+
+
+def test_a_store_that_began_alike_and_went_on_differently_gets_a_copy_of_its_own(store_maker, area):
+    made = store_maker("a.zarr", codec=Codec())
+    specs = (SPECS[0], replace(SPECS[1], dtype="float16"))
+    other = store_maker("b.zarr", codec=Codec(), specs=specs)
+    copies = [stage(one.path, area) for one in (made, other, made, other)]
+    assert copies[0] == copies[2] != copies[1] == copies[3]
+    require_equal(copies[0], made)
+    require_equal(copies[1], other)
+
+
+def test_a_rounded_store_and_the_exact_one_never_mix(store_maker, area):
+    made, other = (store_maker(name, codec=Codec()) for name in ("a.zarr", "b.zarr"))
+    with_manifest(other.path, replace(read_store_manifest(other.path), rounded={"logits": 5}))
+    exact, rounded = stage(made.path, area), stage(other.path, area)
+    assert exact.parent != rounded.parent
+    assert [dict(read_store_manifest(copy).rounded) for copy in (exact, rounded)] == [{}, {"logits": 5}]
+
+
+def test_units_that_do_not_fit_into_the_memory_are_refused(made, web, area, monkeypatch):
+    real = os.sysconf
+    monkeypatch.setattr("os.sysconf", lambda name: 100 if name == "SC_PHYS_PAGES" else real(name))
+    with pytest.raises(StoreError, match="has units of 327,680 bytes, too large for this machine's memory of 409,600"):
+        stage(f"{web.url}/a.zarr", area)
+    assert web.asked == ["a.zarr/zarr.json"]
+
+
+def test_what_the_disk_refuses_is_told_and_what_is_staged_is_kept(made, web, area, monkeypatch):
+    real = os.fsync
+
+    def full(descriptor):
+        if web.shards:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StoreError, match="the disk is full.*What is committed is safe"):
+        stage(f"{web.url}/a.zarr", area)
+    monkeypatch.undo()
+    require_equal(stage(f"{web.url}/a.zarr", area), made)
+
+
+def entries(area: StagingArea) -> set[Path]:
+    return {path.parent for path in area.folder.glob("*/targets.zarr")}
+
+
+def test_what_was_used_longest_ago_is_evicted_and_what_is_in_use_never(store_maker, area):
+    first, second, third = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()).path for n in (2500, 2400, 2300))
+    one = stage_elsewhere(first, area).parent
+    num_bytes = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
+    small = replace(area, most_bytes=int(2.5 * num_bytes))
+    two = stage_elsewhere(second, small).parent
+    assert stage_elsewhere(first, small).parent == one  # so that the second is the one used longest ago
+    three = stage(third, small).parent
+    assert entries(area) == {one, three}
+    assert not two.exists()
+
+    assert stage(second, small).parent == two
+    assert entries(area) == {two, three}
+    with pytest.raises(StoreError, match="In use") as refused:
+        stage(first, small)
+    for said in (
+        "KDPIPE_CACHE_BYTES",
+        "KDPIPE_CACHE ",
+        f"{small.most_bytes:,}",
+        two.name,
+        three.name,
+        str(os.getpid()),
+    ):
+        assert said in str(refused.value)
+    assert entries(area) == {two, three}
+    open_store(two / "targets.zarr")
+    assert stage(first, area).parent == one, "with a higher limit it fits"
+
+
+def test_nothing_is_evicted_for_a_store_that_cannot_fit(store_maker, area, monkeypatch):
+    small = store_maker("small.zarr", num_samples=300, codec=Codec())
+    large = store_maker("large.zarr", codec=Codec())
+    idle = stage_elsewhere(small.path, area).parent
+    with pytest.raises(StoreError, match=r"needs 1,9\d\d,\d\d\d bytes in .* may take 1,000,000 together"):
+        stage(large.path, replace(area, most_bytes=10**6))
+    usage = shutil.disk_usage(area.folder)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(
+        StoreError, match=r"needs 1,9\d\d,\d\d\d bytes more in .*, whose disk has .* free.*KDPIPE_CACHE"
+    ):
+        stage(large.path, area)
+    assert entries(area) == {idle}
+    require_equal(stage(small.path, area), small)
+
+
+def test_a_crash_in_an_eviction_leaves_no_half_store(store_maker, area, monkeypatch):
+    first, second = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()) for n in (2500, 2400))
+    small = replace(area, most_bytes=3 * 10**6)
+    one = stage_elsewhere(first.path, small).parent
+
+    def crash(folder, **_):
+        next(folder.rglob("c")).rename(folder / "gone")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", crash)
+        with pytest.raises(KeyboardInterrupt):
+            stage(second.path, small)
+    assert not one.exists()
+    assert len(list(area.folder.glob(".*.partial"))) == 1
+    require_equal(stage(second.path, small), second)
+    assert not list(area.folder.glob(".*.partial"))
+
+
+def test_folders_of_other_things_are_left_alone(store_maker, tmp_path):
+    area = StagingArea(tmp_path, 10**6)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / ".thesis.0123abcd.partial").mkdir()
+    made = store_maker(codec=Codec())
+    with pytest.raises(StoreError, match="KDPIPE_CACHE_BYTES"):
+        stage(made.path, area)
+    assert {"thesis", ".thesis.0123abcd.partial", "a.zarr"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def with_manifest(path: Path, manifest) -> None:
+    """Let a store say something else of itself, as a stranger could."""
+    record = json.loads((path / "zarr.json").read_bytes())
+    record["attributes"]["kdpipe"] = manifest.to_json()
+    (path / "zarr.json").write_text(json.dumps(record))
+
+
+def test_a_fingerprint_that_is_a_path_goes_nowhere(made, web, area, tmp_path):
+    manifest = read_store_manifest(made.path)
+    with_manifest(
+        made.path,
+        replace(manifest, geometry=Geometry(2, 1024, (2048, 452)), earlier=("../../../../../../tmp/x",)),
+    )
+    with pytest.raises(StoreError, match="is no fingerprint"):
+        stage(f"{web.url}/a.zarr", area)
+    with_manifest(made.path, replace(manifest, geometry=Geometry(2, 1024, (2048, 452)), earlier=("a" * 64,)))
+    with pytest.raises(StoreError, match="fingerprint of segment 0 is not that of its samples"):
+        stage(f"{web.url}/a.zarr", area)
+    assert not entries(area)
+
+
+def test_a_source_that_is_not_finished_or_not_there_is_told(tmp_path, web, area):
+    make_store(tmp_path / "web" / "b.zarr", fill=False)
+    with pytest.raises(StoreError, match=r"/b.zarr is not complete: run `kdpipe cache-teacher`"):
+        stage(f"{web.url}/b.zarr", area)
+    with pytest.raises(StoreError, match=r"there is no store at http.*/c.zarr"):
+        stage(f"{web.url}/c.zarr", area)
+    with pytest.raises(StoreError, match="there is no store at"):
+        stage(tmp_path / "c.zarr", area)
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder", "most_bytes"),
+    [
+        ({"HOME": "/home/me"}, "/home/me/.cache/kdpipe/stores", 200 * 2**30),
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": "/scratch"}, "/scratch/kdpipe/stores", 200 * 2**30),
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": "scratch"}, "/home/me/.cache/kdpipe/stores", 200 * 2**30),
+        ({"KDPIPE_CACHE": "/fast", "XDG_CACHE_HOME": "/scratch", "KDPIPE_CACHE_BYTES": "5000"}, "/fast", 5000),
+    ],
+)
+def test_the_environment_says_where_stores_are_staged(environ, folder, most_bytes):
+    assert default_area(environ) == StagingArea(Path(folder), most_bytes)
+
+
+@pytest.mark.parametrize("text", ["200G", "-1", "1e9", "9" * 30])
+def test_a_limit_that_is_no_number_of_bytes_is_told(text):
+    with pytest.raises(StoreError, match="KDPIPE_CACHE_BYTES is "):
+        default_area({"KDPIPE_CACHE_BYTES": text})
