@@ -83,13 +83,13 @@ def cache_teacher(
     manifest = ensure_store(path, wanted, samples)
     units = part.of(manifest.geometry.units())
     return {
-        **complete_units(config, path, manifest, units, teacher, setup),
+        **complete_units(config, path, manifest, units, teacher=teacher, setup=setup),
         "part": str(part) if part.count > 1 else None,
     }
 
 
 def complete_units(
-    config: CacheConfig, path: Path, manifest: Manifest, units: Sequence[Unit], teacher: Network, setup: Setup
+    config: CacheConfig, path: Path, manifest: Manifest, units: Sequence[Unit], *, teacher: Network, setup: Setup
 ) -> dict[str, Any]:
     """Compute what `units` of the store at `path`, whose manifest this is, still lack, and finish it if it is whole.
 

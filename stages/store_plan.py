@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from stages.config import section
@@ -37,13 +37,23 @@ from store import (
 LOGITS = "logits"
 
 
+Temperature = Annotated[float, Field(ge=0.1, le=100)]
+
+
+def _ascending(temperatures: tuple[float, float]) -> tuple[float, float]:
+    if temperatures[0] > temperatures[1]:
+        raise ValueError("the lowest temperature comes first")
+    return temperatures
+
+
 @section
 class CacheConfig:
     """What is stored and how.
 
     layers: modules of the teacher of which something is kept, beside the maps that the recipe's losses ask for:
     `layer3` keeps its map, `layer3:pooled`, `layer3:attention` and `layer3:gram` a statistic of it.
-    top_k: keep only the largest logits of a row, with the mass of the rest at any temperature from 1 to 20.
+    top_k: keep only the largest logits of a row, with the mass of the rest at any temperature within `temperatures`,
+    lowest and highest: a narrow range takes fewer bytes.
     store: the store's folder; by default `store.zarr` in the run folder.
     shard_bytes: about how large the widest array's shard files are.
     """
@@ -51,6 +61,7 @@ class CacheConfig:
     layers: tuple[str, ...] = ()
     dtype: Literal["float16", "float32"] = "float16"
     top_k: Annotated[int, Field(ge=1)] | None = None
+    temperatures: Annotated[tuple[Temperature, Temperature], AfterValidator(_ascending)] = (1.0, 20.0)
     store: str | None = None
     batch_size: Annotated[int, Field(ge=1)] = 256
     shard_bytes: Annotated[int, Field(ge=4096, le=2**32)] = 64 * 2**20
@@ -132,4 +143,4 @@ def _top_k(config: CacheConfig, setup: Setup) -> TopK | None:
         raise RecipeError(
             f"cache.top_k = {config.top_k} of {num_classes} classes keeps them all: leave it out, or keep fewer."
         )
-    return TopK(num_classes, config.top_k, default_temperatures())
+    return TopK(num_classes, config.top_k, default_temperatures(*config.temperatures))

@@ -1,4 +1,4 @@
-"""Putting a damaged store right, as far as that needs no teacher: its manifest, its samples, and what counts as done."""
+"""Putting a damaged store right, as far as that needs no teacher: its manifest, its samples, what counts as done."""
 
 from __future__ import annotations
 
@@ -105,10 +105,12 @@ def _bears_out(record: Mapping[str, Any], manifest: Manifest, unit: Unit) -> boo
     sizes = {
         spec.name: shard_shape(spec, manifest.geometry.unit_rows).file_bytes(unit.num_rows) for spec in manifest.arrays
     }
+    try:
+        files_fit = all(sizes[name] == file["bytes"] for name, file in record["files"].items())
+    except (KeyError, TypeError, AttributeError):
+        return False
     return (
-        record.get("fingerprint") == manifest.identity.fingerprint
-        and record.get("rows") == unit.num_rows
-        and all(sizes.get(name) == file["bytes"] for name, file in record["files"].items())
+        files_fit and record.get("fingerprint") == manifest.identity.fingerprint and record.get("rows") == unit.num_rows
     )
 
 

@@ -1,0 +1,81 @@
+"""`kdpipe store repair`: check a store, and compute again exactly what is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from stages.cache_teacher import complete_units
+from stages.errors import RunError
+from stages.forms import Wanted
+from stages.network import Network
+from stages.setup import Setup
+from stages.store_plan import CacheConfig, layers_of, plan_store, samples_in_row_order
+from stages.watch import Event, Watch
+from store import Manifest, StoreError, read_store_manifest
+from store.grow import require_same_source
+from store.mend import rebuild_manifest, restore_samples, uncommit
+from store.samples import SAMPLES
+from store.verify import Verdict, verify_store
+from store.writer import alone
+from store.zarr_group import replace_metadata
+
+
+def repair(
+    config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup
+) -> tuple[Verdict, Verdict, int]:
+    """Put the store at `path` right; returns what was found, what is left, and the number of units computed.
+
+    Metadata are written anew from the manifest, and a lost manifest from what the recipe plans (`layers` are the
+    recipe's), if the markers bear that out. Samples come from the recipe's data set, if they are the ones. Damaged
+    arrays of a unit are computed anew, and nothing else is: what was missing stays missing. Readers that opened the
+    store before keep what they have. A killed repair is finished by the next one.
+
+    Raises FingerprintMismatch, before anything is changed, where the recipe's teacher, views or data set are not the
+    store's; StoreError where the store cannot be repaired; LockedError where a job is at a damaged unit.
+    """
+    manifest = _manifest(config, path, teacher, layers, setup)
+    found = verify_store(path, checking("repair", "check", setup.watch), manifest=manifest)
+    if not found.damaged:
+        return found, found, 0
+    _require_own(config, path, manifest, teacher, setup)
+    with alone(path):
+        replace_metadata(path, manifest)
+        if any(fault.key.startswith(f"{SAMPLES}/") or fault.key == SAMPLES for fault in found.damaged):
+            restore_samples(path, manifest, setup.samples)
+    units = uncommit(path, manifest, found.damaged)
+    result = complete_units(config, path, manifest, sorted(units), teacher=teacher, setup=setup)
+    left = verify_store(path, checking("repair", "check again", setup.watch))
+    return found, left, int(result["num_units_computed"])
+
+
+def checking(stage: str, job: str, watch: Watch) -> Callable[[int, int], None]:
+    """What `verify_store` calls after each unit: report it, and stop where that is wanted."""
+
+    def on_unit(done: int, total: int) -> None:
+        watch.report(Event(stage, job, done, total, "unit"))
+        watch.check()
+
+    return on_unit
+
+
+def _manifest(config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup) -> Manifest:
+    """The store's manifest; where it is damaged, what the recipe plans."""
+    try:
+        return read_store_manifest(path)
+    except StoreError:
+        if not (path / "markers").is_dir():
+            raise
+    return rebuild_manifest(path, plan_store(config, teacher, layers, samples_in_row_order(setup), setup))
+
+
+def _require_own(config: CacheConfig, path: Path, manifest: Manifest, teacher: Network, setup: Setup) -> None:
+    """Raise unless this teacher, these views and this data set gave the numbers in the store."""
+    if manifest.rounded:
+        raise RunError(
+            f"{path} was made by `kdpipe store transcode`, which rounded {', '.join(manifest.rounded)}: the teacher "
+            "cannot give these numbers again. Transcode the store from which it was made once more."
+        )
+    planned = plan_store(config, teacher, layers_of(manifest), samples_in_row_order(setup), setup)
+    require_same_source(path, manifest, replace(planned, codec=manifest.codec))
