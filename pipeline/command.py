@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.walk import Walk
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
 Overrides = Annotated[
@@ -47,6 +50,25 @@ def guarded() -> Iterator[None]:
         else:
             raise
         raise typer.Exit(exit_code(error)) from None
+
+
+@contextmanager
+def walking(recipe: Path, overrides: list[str] | None, run: Path | None, as_json: bool) -> Iterator[Walk]:
+    """A recipe's walk for work that only reads its run folder: under signals and progress, without a lock."""
+    from pipeline.stop_signals import stop_on_signals
+
+    with stop_on_signals() as should_stop:
+        from pipeline.progress import reporter
+        from pipeline.recipe import load_recipe
+        from pipeline.walk import Walk
+        from stages.watch import Watch
+
+        sys.path.append(str(Path.cwd()))  # where `python:module:name` in a recipe finds the user's own modules
+        loaded = load_recipe(recipe, overrides or ())
+        with reporter(as_json) as report_event:
+            walk = Walk(loaded, run or Path("runs") / loaded.name, Watch(report_event, should_stop))
+            walk.take_threads()
+            yield walk
 
 
 def print_json(document: dict[str, Any]) -> None:

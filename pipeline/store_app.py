@@ -7,16 +7,22 @@ from typing import Annotated
 
 import typer
 
-from pipeline.command import AsJson, guarded, print_json
+from pipeline.command import AsJson, Overrides, RecipePath, RunFolder, guarded, print_json, walking
 
 store_app = typer.Typer(help="Look into target stores, check and mend them.", no_args_is_help=True)
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
+Recompute = Annotated[
+    int | None, typer.Option("--recompute", metavar="K", min=1, help="Also ask the teacher of --recipe for K samples.")
+]
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", metavar="RECIPE", help="Whose teacher is asked.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Which samples are asked for.")]
+Keep = Annotated[int, typer.Option("--keep", metavar="N", help="How many views stay.")]
 
 
 @store_app.command("info")
 def store_info(path: StorePath, as_json: AsJson = False) -> None:
-    """Say what a store holds. Whose outputs, for which samples, on which views, and what is missing."""
+    """Say what a store holds. Whose outputs, for which samples, on which views, what is missing, who is at it."""
     with guarded():
         from pipeline.store_info import print_store_info, read_store_info
 
@@ -25,3 +31,80 @@ def store_info(path: StorePath, as_json: AsJson = False) -> None:
             print_json(info)
         else:
             print_store_info(info)
+
+
+@store_app.command("ls")
+def store_ls(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to look through.")], as_json: AsJson = False
+) -> None:
+    """List the stores below a folder, a line each. A broken one with its fault."""
+    with guarded():
+        from pipeline.store_list import list_stores, print_stores
+
+        stores = list_stores(folder)
+        if as_json:
+            print_json({"folder": str(folder), "stores": stores})
+        else:
+            print_stores(stores)
+
+
+@store_app.command("verify")
+def store_verify(
+    path: StorePath,
+    recompute: Recompute = None,
+    recipe: RecipeOption = None,
+    set_: Overrides = None,
+    run: RunFolder = None,
+    *,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Read and check every byte of a store. Exit status 1 if anything is damaged, 3 if units are only missing."""
+    if (recompute is None) != (recipe is None):
+        raise typer.BadParameter("--recompute K and --recipe RECIPE go together: the recipe says which teacher to ask.")
+    with guarded():
+        from pipeline import store_check
+
+        verdict = store_check.verify(path, as_json)
+        recomputed = None
+        if recompute is not None and recipe is not None and not verdict.damaged:
+            with walking(recipe, set_, run, as_json) as walk:
+                recomputed = store_check.ask_teacher(path, walk, recompute, seed)
+        if as_json:
+            print_json({"path": str(path), **verdict.to_json(), "recomputed": recomputed and recomputed.to_json()})
+        else:
+            store_check.print_verdict(path, verdict, recomputed)
+        store_check.leave(verdict, recomputed)
+
+
+@store_app.command("repair")
+def store_repair(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, as_json: AsJson = False) -> None:
+    """Check the recipe's store and compute again what is damaged, and only that. Then check it once more."""
+    with guarded():
+        from pipeline import store_check
+
+        with walking(recipe, set_, run, as_json) as walk:
+            path = walk.store
+            found, left, num_computed = store_check.repair(walk)
+        if as_json:
+            faults = [fault.to_json() for fault in found.damaged]
+            print_json({"path": str(path), "found": faults, "num_units_computed": num_computed, **left.to_json()})
+        else:
+            store_check.print_repair(path, found, left, num_computed)
+        store_check.leave(left)
+
+
+@store_app.command("rm-views")
+def store_rm_views(path: StorePath, keep: Keep, as_json: AsJson = False) -> None:
+    """Keep the first N views of a store and delete the others. More can be cached again later."""
+    with guarded():
+        from store.shrink import remove_views
+
+        removed = remove_views(path, keep)
+        if as_json:
+            print_json(removed)
+        else:
+            print(  # noqa: T201
+                f"{path}: {removed['num_views_removed']} views removed, {removed['num_views']} stay, "
+                f"{removed['bytes_freed']:,} bytes freed"
+            )

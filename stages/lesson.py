@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.datasets.image_set import ImageSet
+from stages.errors import RunError
 from stages.features import Outputs, TeacherOutputs
 from stages.order import epoch_order, slab_order
 from stages.targets import Targets
@@ -31,6 +33,15 @@ class Normalisation:
 
     def to_json(self) -> dict[str, list[float]]:
         return {"mean": list(self.mean), "std": list(self.std)}
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> Normalisation:
+        """The scaling in the record that is kept with a network's weights. Raises RunError where there is none."""
+        try:
+            held = record["normalisation"]
+            return Normalisation(tuple(map(float, held["mean"])), tuple(map(float, held["std"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError("a network's weights lack the record of how it scales its input: train it again.") from error
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,10 @@ def finished_record(folder: JobFolder, needed_by: str) -> dict[str, Any]:
     return load_tensors(folder.model)[1]
 
 
-def load_finished(folder: JobFolder, model: nn.Module, architecture: Mapping[str, Any], needed_by: str) -> None:
-    """Put a finished job's weights into `model`.
+def load_finished(
+    folder: JobFolder, model: nn.Module, architecture: Mapping[str, Any], needed_by: str
+) -> dict[str, Any]:
+    """Put a finished job's weights into `model`; returns the record that was kept with them.
 
     Raises RunError where the job is not finished; FingerprintMismatch where the file holds another architecture than
     wanted, or other weights than the job finished with.
@@ -47,3 +49,4 @@ def load_finished(folder: JobFolder, model: nn.Module, architecture: Mapping[str
     finished_with = (folder.result() or {})["identity"]["weights_sha256"]
     if found := differences(finished_with, weights_sha256(model), "weights_sha256"):
         raise FingerprintMismatch(f"the job in {folder.path}", found, advice)
+    return record

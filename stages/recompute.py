@@ -1,4 +1,4 @@
-"""`kdpipe store verify --recompute`: does the teacher still say what the store holds? Asked of some samples at random."""
+"""`kdpipe store verify --recompute`: does the teacher say what the store holds? Some samples are asked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stages.network import Network
 from stages.setup import Setup
 from stages.store_plan import layers_of
 from stages.views import render
-from store import TargetStore, open_store
+from store import StoreError, TargetStore, open_store
 from store.manifest import require
 from store.topk import INDICES, TAIL, VALUES, encode_topk
 
@@ -107,8 +107,6 @@ def _positions(store: TargetStore, setup: Setup, ids: NDArray[np.int64]) -> NDAr
     """Where samples stand in the recipe's data set. Raises StoreError for those that it lacks."""
     at = setup.samples.positions_of(ids)
     if (at < 0).any():
-        from store import StoreError
-
         raise StoreError(
             f"{store.path} holds samples that this recipe's data set lacks, such as {ids[at < 0][:3].tolist()}: give "
             "the recipe by which it was made."
@@ -138,7 +136,7 @@ def _logit_errors(
     form = store.manifest.top_k
     if form is None:
         return {"logits": _row_errors(logits, stored["logits"], _tolerance(store, "logits"))}
-    classes = stored[INDICES].astype(np.intp)
+    classes = np.minimum(stored[INDICES].astype(np.intp), form.num_classes - 1)
     kept = np.take_along_axis(logits, classes, axis=1)
     tolerance = _tolerance(store, VALUES)
     allowed = tolerance * np.abs(logits).max(axis=1) + SMALLEST

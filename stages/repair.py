@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from stages.forms import Wanted
 from stages.network import Network
 from stages.setup import Setup
 from stages.store_plan import CacheConfig, layers_of, plan_store, samples_in_row_order
-from stages.watch import Event, Watch
 from store import Manifest, StoreError, read_store_manifest
 from store.grow import require_same_source
 from store.mend import rebuild_manifest, restore_samples, uncommit
@@ -36,7 +35,7 @@ def repair(
     store's; StoreError where the store cannot be repaired; LockedError where a job is at a damaged unit.
     """
     manifest = _manifest(config, path, teacher, layers, setup)
-    found = verify_store(path, checking("repair", "check", setup.watch), manifest=manifest)
+    found = verify_store(path, setup.watch.counter("repair", "check", "unit"), manifest=manifest)
     if not found.damaged:
         return found, found, 0
     _require_own(config, path, manifest, teacher, setup)
@@ -46,18 +45,8 @@ def repair(
             restore_samples(path, manifest, setup.samples)
     units = uncommit(path, manifest, found.damaged)
     result = complete_units(config, path, manifest, sorted(units), teacher=teacher, setup=setup)
-    left = verify_store(path, checking("repair", "check again", setup.watch))
+    left = verify_store(path, setup.watch.counter("repair", "check again", "unit"))
     return found, left, int(result["num_units_computed"])
-
-
-def checking(stage: str, job: str, watch: Watch) -> Callable[[int, int], None]:
-    """What `verify_store` calls after each unit: report it, and stop where that is wanted."""
-
-    def on_unit(done: int, total: int) -> None:
-        watch.report(Event(stage, job, done, total, "unit"))
-        watch.check()
-
-    return on_unit
 
 
 def _manifest(config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup) -> Manifest:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stages.config import section
 from stages.errors import RecipeError
 from stages.job_folder import JobFolder
-from stages.lesson import Lesson, place
+from stages.lesson import Lesson, Normalisation, place
 from stages.model_file import load_finished
 from stages.models.build import ModelConfig
 from stages.network import Network, finish
@@ -63,12 +64,16 @@ def train_teacher(config: TeacherConfig, seed: int, setup: Setup) -> dict[str, A
 
 
 def load_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:
-    """The finished teacher of a run folder, in eval mode on the device. Raises RunError if it is not finished."""
+    """The finished teacher of a run folder, in eval mode on the device. Raises RunError if it is not finished.
+
+    Where the recipe does not say how it scales its input, that is as it was when it was trained, whatever samples have
+    come to the data set since.
+    """
     folder = teacher_folder(setup.run)
     teacher = _fresh(config, seed, setup)
-    load_finished(folder, teacher.model, teacher.architecture, "kdpipe train-teacher")
+    record = load_finished(folder, teacher.model, teacher.architecture, "kdpipe train-teacher")
     teacher.model.eval().to(setup.device)
-    return teacher
+    return teacher if config.mean is not None else replace(teacher, normalise=Normalisation.from_json(record))
 
 
 def untrained_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:
@@ -82,13 +87,11 @@ def teacher_identity(config: TeacherConfig, setup: Setup) -> dict[str, Any]:
     """What identifies the recipe's teacher, without building it: its architecture, its scaling, and, from its
     figures, its weights. Without figures in the run folder, `weights_sha256` is left out."""
     result = teacher_folder(setup.run).result()
-    weights = {"weights_sha256": result["identity"]["weights_sha256"]} if result else {}
     normalise = model_normalisation(setup.train_set, config.model.weights, config.mean, config.std)
-    return {
-        "architecture": setup.architecture(config.model),
-        "normalisation": normalise.to_json(),
-        **weights,
-    }
+    identity = {"architecture": setup.architecture(config.model), "normalisation": normalise.to_json()}
+    if result and config.mean is None:
+        identity["normalisation"] = result["identity"]["normalisation"]
+    return {**identity, "weights_sha256": result["identity"]["weights_sha256"]} if result else identity
 
 
 def _fresh(config: TeacherConfig, seed: int, setup: Setup) -> Network:

@@ -35,3 +35,12 @@ class Watch:
         """Raise StoppedEarly if the stop flag is set. Call it only where everything done so far is saved."""
         if self.should_stop():
             raise StoppedEarly
+
+    def counter(self, stage: str, job: str, unit: str) -> Callable[[int, int], None]:
+        """What a loop calls with (done, total) after each `unit`, to be seen and stopped."""
+
+        def count(done: int, total: int) -> None:
+            self.report(Event(stage, job, done, total, unit))
+            self.check()
+
+        return count

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from store.durable import make_folders, write_atomically
+from store.durable import make_folders, sweep_partial, write_atomically
 from store.errors import FingerprintMismatch, differences
 from store.geometry import Geometry
 from store.identity import Identity
@@ -124,6 +124,7 @@ def _grow(path: Path, stored: Manifest, grown: Manifest, added: Samples) -> None
         held = read_samples(path, stored.geometry, stored.identity.data)
         for key, raw in sample_chunks(held.followed_by(added), grown.geometry, _first_new_row(stored.geometry)):
             make_folders([(path / key).parent])
+            sweep_partial(path / key)
             write_atomically(path / key, raw)
     replace_metadata(path, grown)
 

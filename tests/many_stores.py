@@ -28,6 +28,7 @@ from store import (
     finish_store,
     missing_arrays,
     read_samples,
+    sweep_unit,
     write_unit,
 )
 
@@ -114,7 +115,8 @@ def unit_rows(path: Path, manifest: Manifest, unit: Unit, names: Iterable[str]) 
 
 
 def commit(path: Path, manifest: Manifest, unit: Unit) -> None:
-    """Compute and write what a unit lacks."""
+    """Compute and write what a unit lacks, after tidying up behind a job that was killed at it."""
+    sweep_unit(path, manifest, unit)
     if lacking := missing_arrays(path, manifest, unit):
         write_unit(path, manifest, unit, unit_rows(path, manifest, unit, lacking))
 

@@ -54,8 +54,12 @@ def test_the_store_holds_what_the_teacher_says(done):
     session = onnxruntime.InferenceSession(run / "teacher" / "model.onnx")
     scale = json.loads(session.get_modelmeta().custom_metadata_map["normalisation"])
     group = zarr.open_group(run / "store.zarr", mode="r")
+    positions = {int(sample_id): position for position, sample_id in enumerate(train_set.sample_ids)}
+    rows = [positions[int(sample_id)] for sample_id in group["samples/ids"][:]]
+    assert sorted(rows) == list(range(200))
     for view in (0, 29):
-        shown = render(train_set.images, train_set.sample_ids, view, ViewsConfig(num_views=30, crop_padding=1))
+        images, ids = train_set.images[rows], train_set.sample_ids[rows]
+        shown = render(images, ids, view, ViewsConfig(num_views=30, crop_padding=1))
         images = (shown.float() / 255 - scale["mean"][0]) / scale["std"][0]
         logits = session.run(["logits"], {"images": images.numpy()})[0]
         np.testing.assert_allclose(group["logits"][view], logits, rtol=2e-3, atol=5e-3)
@@ -76,7 +80,7 @@ def test_a_recipe_changed_in_a_done_run_is_refused_with_stored_and_wanted(done, 
         ("teacher.train.lr=0.01", "train-teacher", "train.lr: stored 0.05, wanted 0.01"),
         ("views.crop_padding=2", "cache-teacher", "views.operations.0.crop.padding: stored 1, wanted 2"),
         ("views.seed=8", "train-student", "views.seed: stored 0, wanted 8"),
-        ("data.num_train=150", "cache-teacher", "data.num_samples: stored 200, wanted 150"),
+        ("data.test_share=0.3", "cache-teacher", "data.ids_and_labels_sha256: stored"),
         ("teacher.model.args.width=9", "train-student", "teacher.architecture.args.width: stored 8, wanted 9"),
         ("distill.0.temperature=2", "compress", "stored"),
     ):

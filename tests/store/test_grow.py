@@ -64,9 +64,10 @@ def ids_of(wish: Wish):
 @pytest.mark.parametrize("logits", LOGITS)
 def test_what_was_there_is_not_written_again(tmp_path, wish, codec, logits):
     form = replace(LOGITS[logits], codec=codec)
+    wish = replace(wish, form=form)
     path = grow(tmp_path / "a.zarr", replace(SMALL, form=form))
     before = shards(path)
-    grow(path, replace(wish, form=form))
+    grow(path, wish)
     after = shards(path)
     assert {key: after[key] for key in before} == before
     assert len(after) > len(before)
@@ -82,7 +83,7 @@ def test_what_was_there_is_not_written_again(tmp_path, wish, codec, logits):
 
 def test_new_samples_lie_among_the_old_ones(path):
     old, new = ids_of(SMALL), ids_of(LARGE)[700:]
-    assert old.min() < new.min() < old.max()
+    assert ((old.min() < new) & (new < old.max())).sum() > 500
     grow(path, LARGE)
     mixed = np.stack([old[:600], new], axis=1).reshape(-1)
     for spec in LARGE.specs:
@@ -208,12 +209,12 @@ def test_a_job_killed_between_any_two_files_is_taken_up_where_it_stopped(tmp_pat
 
 
 def test_a_job_killed_again_and_again_gets_there(tmp_path):
-    """Each run gets one file further than the one before it would have."""
+    """Each run writes the sample files again, and then gets a few files further."""
     undisturbed = grow(tmp_path / "undisturbed.zarr", SMALL, LARGE)
     path, num_kills = grow(tmp_path / "a.zarr", SMALL), 0
-    while missing_units(path, read_store_manifest(path)) or open_store(path).num_views < 3:
+    while open_store(path).num_views < 3 and num_kills < 50:
         with pytest.MonkeyPatch.context() as killing:
-            killing_at(killing, 3, torn=bool(num_kills % 2))
+            killing_at(killing, 6, torn=bool(num_kills % 2))
             try:
                 grow(path, LARGE)
             except Killed:

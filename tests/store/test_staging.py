@@ -5,19 +5,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made_store import SPECS, MadeStore, folder_bytes, make_store
 from s3_server import s3_environment, s3_server, upload_folder
+from staging_jobs import Web, entries, require_equal, stage_elsewhere, staging_process
 
 from store import (
     ArraySpec,
@@ -34,71 +30,10 @@ from store import (
     read_store_manifest,
     write_unit,
 )
-from store.staging import StagingArea, default_area, needs_staging, stage
+from store.markers import read_marker, write_marker
+from store.staging import StagingArea, needs_staging, stage
 
 ROOMY = 2**30
-
-STAGE = """
-import sys
-from pathlib import Path
-from store.staging import StagingArea, stage
-print(stage(sys.argv[1], StagingArea(Path(sys.argv[2]), int(sys.argv[3]))))
-"""
-
-
-class Web(ThreadingHTTPServer):
-    """A web server of a folder that notes what it was asked for and, told so, holds back all but some shards."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        self.asked: list[str] = []
-        self.noting = threading.Condition()
-        self.freely = threading.Event()
-        self.freely.set()
-        self.shards_allowed = 0
-        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def note(self, key: str) -> None:
-        with self.noting:
-            self.asked.append(key)
-            self.noting.notify_all()
-            held_back = is_shard(key) and len(self.shards) > self.shards_allowed
-        if held_back:
-            self.freely.wait(60)
-
-    def hold_back(self, shards_allowed: int) -> None:
-        self.shards_allowed = shards_allowed
-        self.freely.clear()
-
-    def wait_for(self, condition) -> None:
-        with self.noting:
-            assert self.noting.wait_for(condition, 60)
-
-    @property
-    def shards(self) -> list[str]:
-        return [key for key in self.asked if is_shard(key)]
-
-
-class Handler(SimpleHTTPRequestHandler):
-    def do_GET(self):
-        self.server.note(self.path.lstrip("/"))
-        super().do_GET()
-
-    def copyfile(self, source, outputfile):
-        with suppress(OSError):  # the reader was killed
-            super().copyfile(source, outputfile)
-
-    def log_message(self, *_):
-        pass
-
-
-def is_shard(key: str) -> bool:
-    return "/c/" in key and not key.partition("/")[2].startswith(("samples", "markers"))
 
 
 @pytest.fixture
@@ -122,32 +57,6 @@ def made(tmp_path, web) -> MadeStore:
 @pytest.fixture
 def area(tmp_path) -> StagingArea:
     return StagingArea(tmp_path / "cache", ROOMY)
-
-
-def staging_process(where, area: StagingArea) -> subprocess.Popen:
-    command = [sys.executable, "-c", STAGE, str(where), str(area.folder), str(area.most_bytes)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-
-
-def stage_elsewhere(where, area: StagingArea) -> Path:
-    """Stage in a process that then ends, and so uses nothing any more."""
-    process = staging_process(where, area)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    return Path(said.strip())
-
-
-def require_equal(copy: Path, made: MadeStore, num_views: int | None = None) -> None:
-    """The copy is mapped, and has the very numbers that were made."""
-    store = open_store(copy)
-    assert store.manifest.codec is None
-    assert store.provenance == open_store(made.path).provenance
-    assert store.num_views == (num_views or made.manifest.geometry.num_views)
-    assert [spec.name for spec in store.arrays] == [spec.name for spec in made.manifest.arrays]
-    for name, values in made.contents.items():
-        assert np.array_equal(store.array(name), values[: store.num_views])
-    picked = made.samples.ids[::7]
-    assert np.array_equal(store.gather("logits", 1, picked), made.contents["logits"][1, ::7])
 
 
 def flip(file: Path, at: int) -> None:
@@ -343,16 +252,18 @@ def test_a_source_with_a_new_layer_is_fetched_only_in_this(made, web, area):
 
 
 def growing(path: Path) -> tuple[MadeStore, MadeStore]:
-    """A store, and the same with 300 samples more, which are not filled in yet."""
+    """A store, and the same after two extensions by 150 samples, which are not filled in yet."""
     made = make_store(path.with_name("pattern.zarr"), fill=False)
     data = {**made.manifest.identity.data, "num_samples": len(made.samples.ids)}
     manifest = replace(made.manifest, identity=replace(made.manifest.identity, data=data))
     create_store(path, manifest, made.samples)
     small = MadeStore(path, manifest, made.samples, made.contents)
     small.fill(small.units)
-    added = np.arange(300, dtype=np.int64)
-    samples = made.samples.followed_by(Samples(10**6 + added, added % 10, added.astype(np.uint32)))
-    grown = ensure_store(path, manifest, samples)
+    samples = made.samples
+    for start in (0, 150):
+        added = np.arange(start, start + 150, dtype=np.int64)
+        samples = samples.followed_by(Samples(10**6 + added, added % 10, added.astype(np.uint32)))
+        grown = ensure_store(path, manifest, samples)
     contents = {}
     for spec in SPECS:
         contents[spec.name] = np.ones((2, grown.geometry.num_rows, *spec.row_shape), spec.dtype)
@@ -369,7 +280,7 @@ def test_a_source_with_new_samples_is_fetched_only_in_these(tmp_path, web, area)
     large.fill(missing_units(large.path, large.manifest))
     web.asked.clear()
     assert stage(f"{web.url}/a.zarr", area) == copy
-    assert {key.split("/c/")[1][:3] for key in web.shards} == {"0/3", "1/3"}
+    assert {key.split("/c/")[1][:3] for key in web.shards} == {"0/3", "0/4", "1/3", "1/4"}
     staged, source = open_store(copy), open_store(large.path)
     assert staged.provenance == source.provenance
     for name in large.contents:
@@ -422,84 +333,6 @@ def test_what_the_disk_refuses_is_told_and_what_is_staged_is_kept(made, web, are
     require_equal(stage(f"{web.url}/a.zarr", area), made)
 
 
-def entries(area: StagingArea) -> set[Path]:
-    return {path.parent for path in area.folder.glob("*/targets.zarr")}
-
-
-def test_what_was_used_longest_ago_is_evicted_and_what_is_in_use_never(store_maker, area):
-    first, second, third = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()).path for n in (2500, 2400, 2300))
-    one = stage_elsewhere(first, area).parent
-    num_bytes = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
-    small = replace(area, most_bytes=int(2.5 * num_bytes))
-    two = stage_elsewhere(second, small).parent
-    assert stage_elsewhere(first, small).parent == one  # so that the second is the one used longest ago
-    three = stage(third, small).parent
-    assert entries(area) == {one, three}
-    assert not two.exists()
-
-    assert stage(second, small).parent == two
-    assert entries(area) == {two, three}
-    with pytest.raises(StoreError, match="In use") as refused:
-        stage(first, small)
-    for said in (
-        "KDPIPE_CACHE_BYTES",
-        "KDPIPE_CACHE ",
-        f"{small.most_bytes:,}",
-        two.name,
-        three.name,
-        str(os.getpid()),
-    ):
-        assert said in str(refused.value)
-    assert entries(area) == {two, three}
-    open_store(two / "targets.zarr")
-    assert stage(first, area).parent == one, "with a higher limit it fits"
-
-
-def test_nothing_is_evicted_for_a_store_that_cannot_fit(store_maker, area, monkeypatch):
-    small = store_maker("small.zarr", num_samples=300, codec=Codec())
-    large = store_maker("large.zarr", codec=Codec())
-    idle = stage_elsewhere(small.path, area).parent
-    with pytest.raises(StoreError, match=r"needs 1,9\d\d,\d\d\d bytes in .* may take 1,000,000 together"):
-        stage(large.path, replace(area, most_bytes=10**6))
-    usage = shutil.disk_usage(area.folder)._replace(free=1000)
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(
-        StoreError, match=r"needs 1,9\d\d,\d\d\d bytes more in .*, whose disk has .* free.*KDPIPE_CACHE"
-    ):
-        stage(large.path, area)
-    assert entries(area) == {idle}
-    require_equal(stage(small.path, area), small)
-
-
-def test_a_crash_in_an_eviction_leaves_no_half_store(store_maker, area, monkeypatch):
-    first, second = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()) for n in (2500, 2400))
-    small = replace(area, most_bytes=3 * 10**6)
-    one = stage_elsewhere(first.path, small).parent
-
-    def crash(folder, **_):
-        next(folder.rglob("c")).rename(folder / "gone")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("shutil.rmtree", crash)
-        with pytest.raises(KeyboardInterrupt):
-            stage(second.path, small)
-    assert not one.exists()
-    assert len(list(area.folder.glob(".*.partial"))) == 1
-    require_equal(stage(second.path, small), second)
-    assert not list(area.folder.glob(".*.partial"))
-
-
-def test_folders_of_other_things_are_left_alone(store_maker, tmp_path):
-    area = StagingArea(tmp_path, 10**6)
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / ".thesis.0123abcd.partial").mkdir()
-    made = store_maker(codec=Codec())
-    with pytest.raises(StoreError, match="KDPIPE_CACHE_BYTES"):
-        stage(made.path, area)
-    assert {"thesis", ".thesis.0123abcd.partial", "a.zarr"} <= {path.name for path in tmp_path.iterdir()}
-
-
 def with_manifest(path: Path, manifest) -> None:
     """Let a store say something else of itself, as a stranger could."""
     record = json.loads((path / "zarr.json").read_bytes())
@@ -507,7 +340,19 @@ def with_manifest(path: Path, manifest) -> None:
     (path / "zarr.json").write_text(json.dumps(record))
 
 
-def test_a_fingerprint_that_is_a_path_goes_nowhere(made, web, area, tmp_path):
+@pytest.mark.parametrize("codec", [None, Codec()])
+def test_a_marker_that_claims_too_much_is_not_believed(tmp_path, web, area, codec):
+    made = make_store(tmp_path / "web" / "a.zarr", codec=codec)
+    unit = made.units[-1]
+    honest = read_marker(made.path, made.manifest, unit)
+    files = {**honest.files, "logits": {"bytes": 2**40, "crc32c": 0}}
+    write_marker(made.path, made.manifest, unit, replace(honest, files=files))
+    with pytest.raises(StoreError, match="logits/c/1/2/0 .*its 1,099,511,627,776 bytes cannot hold"):
+        stage(f"{web.url}/a.zarr", area)
+    assert "a.zarr/logits/c/1/2/0" not in web.asked
+
+
+def test_a_fingerprint_that_is_a_path_goes_nowhere(made, web, area):
     manifest = read_store_manifest(made.path)
     with_manifest(
         made.path,
@@ -529,22 +374,3 @@ def test_a_source_that_is_not_finished_or_not_there_is_told(tmp_path, web, area)
         stage(f"{web.url}/c.zarr", area)
     with pytest.raises(StoreError, match="there is no store at"):
         stage(tmp_path / "c.zarr", area)
-
-
-@pytest.mark.parametrize(
-    ("environ", "folder", "most_bytes"),
-    [
-        ({"HOME": "/home/me"}, "/home/me/.cache/kdpipe/stores", 200 * 2**30),
-        ({"HOME": "/home/me", "XDG_CACHE_HOME": "/scratch"}, "/scratch/kdpipe/stores", 200 * 2**30),
-        ({"HOME": "/home/me", "XDG_CACHE_HOME": "scratch"}, "/home/me/.cache/kdpipe/stores", 200 * 2**30),
-        ({"KDPIPE_CACHE": "/fast", "XDG_CACHE_HOME": "/scratch", "KDPIPE_CACHE_BYTES": "5000"}, "/fast", 5000),
-    ],
-)
-def test_the_environment_says_where_stores_are_staged(environ, folder, most_bytes):
-    assert default_area(environ) == StagingArea(Path(folder), most_bytes)
-
-
-@pytest.mark.parametrize("text", ["200G", "-1", "1e9", "9" * 30])
-def test_a_limit_that_is_no_number_of_bytes_is_told(text):
-    with pytest.raises(StoreError, match="KDPIPE_CACHE_BYTES is "):
-        default_area({"KDPIPE_CACHE_BYTES": text})

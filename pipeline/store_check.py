@@ -1,0 +1,87 @@
+"""`kdpipe store verify` and `repair`: what they do and say. Checking alone needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from pipeline.exit_codes import DONE_IN_PART, FAILED
+from pipeline.progress import reporter
+from pipeline.stop_signals import stop_on_signals
+from stages.watch import Watch
+from store.verify import Verdict, verify_store
+
+if TYPE_CHECKING:
+    from pipeline.walk import Walk
+    from stages.recompute import Recomputed
+
+
+def verify(path: Path, as_json: bool) -> Verdict:
+    """Check the store at `path` under signals and progress."""
+    with stop_on_signals() as should_stop, reporter(as_json) as report_event:
+        return verify_store(path, Watch(report_event, should_stop).counter("verify", "check", "unit"))
+
+
+def ask_teacher(path: Path, walk: Walk, num_rows: int, seed: int) -> Recomputed:
+    """Compare some samples with what the recipe's teacher says."""
+    from stages.recompute import recompute
+    from stages.train_teacher import load_teacher
+
+    teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
+    return recompute(path, teacher, walk.setup, num_rows, seed)
+
+
+def repair(walk: Walk) -> tuple[Verdict, Verdict, int]:
+    """Repair the recipe's store: what was found, what is left, and the number of units computed."""
+    from stages.repair import repair as repair_store
+    from stages.train_teacher import load_teacher
+
+    teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
+    return repair_store(walk.recipe.cache, walk.store, teacher, walk.cached_layers, walk.setup)
+
+
+def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = None) -> None:
+    """For people, on stdout: everything that was found, a line each, and then the sum."""
+    lines = [f"damaged      {fault}" for fault in verdict.damaged]
+    lines += [f"missing      {unit}: {', '.join(names)}" for unit, names in verdict.missing]
+    lines += [f"leftover     {key} (belongs to nothing, does no harm)" for key in verdict.leftovers]
+    if recomputed is not None:
+        lines += [
+            f"differs      sample {one.sample_id}, view {one.view}, {one.array}: {one.error:.3g} times the tolerance"
+            for one in recomputed.differing
+        ]
+        lines.append(
+            f"{path}: the teacher was asked for {recomputed.num_rows} samples; the largest difference is "
+            f"{recomputed.largest_error:.2g} times the tolerance"
+        )
+    lines.append(
+        f"{path}: {verdict.num_units_whole} of {verdict.num_units} units are whole, {verdict.num_bytes:,} bytes were "
+        f"checked, {_sum(verdict)}"
+    )
+    print("\n".join(lines))  # noqa: T201
+
+
+def print_repair(path: Path, found: Verdict, left: Verdict, num_computed: int) -> None:
+    """The same after a repair."""
+    for fault in found.damaged:
+        print(f"found        {fault}")  # noqa: T201
+    print(f"{path}: {len(found.damaged)} faults found, {num_computed} units computed again")  # noqa: T201
+    print_verdict(path, left)
+
+
+def leave(verdict: Verdict, recomputed: Recomputed | None = None) -> None:
+    """End the command with the exit status that the verdict asks for."""
+    if verdict.damaged or (recomputed is not None and recomputed.differing):
+        raise typer.Exit(FAILED)
+    if verdict.missing:
+        raise typer.Exit(DONE_IN_PART)
+
+
+def _sum(verdict: Verdict) -> str:
+    if verdict.damaged:
+        return f"{len(verdict.damaged)} faults: run `kdpipe store repair RECIPE`"
+    if verdict.missing:
+        return "nothing is damaged: run `kdpipe cache-teacher` to compute what is missing"
+    return "all is right"

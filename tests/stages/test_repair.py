@@ -1,0 +1,259 @@
+"""Repair gives back the very bytes of the undamaged store, computes the damaged units and no others, and refuses to
+guess.
+"""
+
+import dataclasses
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from made_store import folder_bytes
+from tiny_road import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, squares, tiny_setup
+
+from stages.cache_teacher import cache_teacher, complete_units
+from stages.errors import RunError, StoppedEarly
+from stages.repair import repair
+from stages.train_teacher import load_teacher
+from stages.watch import Watch
+from store import (
+    Codec,
+    FingerprintMismatch,
+    LockedError,
+    StoreError,
+    claim,
+    create_store,
+    ensure_store,
+    missing_units,
+    open_store,
+    read_samples,
+    read_store_manifest,
+)
+from store.markers import marker_path
+from store.shard import shard_path
+from store.verify import verify_store
+from store.zarr_group import replace_metadata
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repaired")
+    make_tiny_store(tiny_setup(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def intact(run):
+    return folder_bytes(run / "store.zarr")
+
+
+@pytest.fixture
+def path(run, tmp_path):
+    shutil.copytree(run / "store.zarr", tmp_path / "a.zarr")
+    return tmp_path / "a.zarr"
+
+
+def flip(file, at, bit=2):
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1 << bit
+    file.write_bytes(raw)
+
+
+def mend(run, path, config=CACHE, layers=LAYERS, **changes):
+    setup = tiny_setup(run, **changes)
+    return repair(config, path, load_teacher(TEACHER, 0, setup), layers, setup)
+
+
+def test_a_whole_store_is_left_alone(run, path, intact):
+    stamps = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    found, left, num_computed = mend(run, path)
+    assert (found.damaged, left.damaged, num_computed) == ((), (), 0)
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == stamps
+
+
+def test_the_very_bytes_come_back_and_only_damaged_units_are_computed(run, path):
+    setup = tiny_setup(run, views=dataclasses.replace(VIEWS, num_views=7))
+    cache_teacher(CACHE, path, load_teacher(TEACHER, 0, setup), LAYERS, setup)
+    intact = folder_bytes(path)
+    manifest = read_store_manifest(path)
+    logits, features = manifest.arrays
+    units = manifest.geometry.units()
+    first, second, third, fourth, fifth = units[:5]
+    untouched = [shard_path(path, features, first), shard_path(path, features, third)]
+    for unit in units[5:]:
+        untouched += [marker_path(path, unit), *[shard_path(path, spec, unit) for spec in manifest.arrays]]
+    inodes = [file.stat().st_ino for file in untouched]
+    flip(shard_path(path, logits, first), 40)
+    shard_path(path, features, second).unlink()
+    torn = shard_path(path, logits, third)
+    os.truncate(torn, 100)
+    marker_path(path, fourth).unlink()
+    flip(marker_path(path, fifth), 5000)
+    flip(path / "logits" / "zarr.json", 30)
+    (path / "features" / "zarr.json").unlink()
+    flip(path / "samples" / "labels" / "c" / "0", 17)
+    found, left, num_computed = mend(run, path)
+    assert len(found.damaged) == 8
+    assert left.damaged == left.missing == ()
+    assert num_computed == 5
+    assert folder_bytes(path) == intact
+    assert [file.stat().st_ino for file in untouched] == inodes
+
+
+@pytest.mark.parametrize("name", ["ids", "labels", "pixels_crc32c"])
+def test_samples_come_back_from_the_data_set(run, path, intact, name):
+    for damage in (lambda file: flip(file, 40), lambda file: file.unlink(), lambda file: flip(file, 8 * 700)):
+        damage(path / "samples" / name / "c" / "0")
+        found, left, num_computed = mend(run, path)
+        assert found.damaged
+        assert not left.damaged
+        assert num_computed == 0
+        assert folder_bytes(path) == intact
+
+
+def test_all_samples_may_be_lost(run, path, intact):
+    shutil.rmtree(path / "samples")
+    assert not mend(run, path)[1].damaged
+    assert folder_bytes(path) == intact
+
+
+def test_samples_of_an_extension_stand_in_an_order_of_their_own(run, tmp_path):
+    setup, path = tiny_setup(run), tmp_path / "grown.zarr"
+    teacher = load_teacher(TEACHER, 0, setup)
+    part = dataclasses.replace(
+        setup.train_set,
+        **{name: getattr(setup.train_set, name)[:200] for name in ("images", "labels", "sample_ids")},
+    )
+    cache_teacher(CACHE, path, teacher, LAYERS, tiny_setup(run, train_set=part))
+    cache_teacher(CACHE, path, teacher, LAYERS, setup)
+    assert len(read_store_manifest(path).geometry.segments) == 2
+    before = folder_bytes(path)
+    row = int(read_store_manifest(path).geometry.sample_rows()[-1])
+    ids = path / "samples" / "ids" / "c" / "0"
+    flip(ids, 8 * row)
+    assert not mend(run, path)[1].damaged
+    assert folder_bytes(path) == before
+    flip(ids, 8 * row)
+    flip(ids, 8)
+    with pytest.raises(StoreError, match="does not tell which were there"):
+        mend(run, path)
+
+
+def test_another_data_set_cannot_give_the_samples(run, path):
+    flip(path / "samples" / "labels" / "c" / "0", 17)
+    with pytest.raises(FingerprintMismatch, match="split"):
+        mend(run, path, train_set=squares(300, 0, "other"))
+    with pytest.raises(StoreError, match="not the one that it was made from"):
+        mend(run, path, train_set=dataclasses.replace(squares(300, 0), labels=squares(300, 0).labels.flip(0)))
+
+
+def test_another_teacher_is_refused_before_anything_changes(run, path):
+    flip(shard_path(path, read_store_manifest(path).arrays[0], read_store_manifest(path).geometry.units()[0]), 40)
+    before = folder_bytes(path)
+    setup = tiny_setup(run)
+    teacher = load_teacher(TEACHER, 0, setup)
+    with torch.no_grad():
+        next(teacher.model.parameters()).add_(1e-3)
+    with pytest.raises(FingerprintMismatch, match="weights_sha256"):
+        repair(CACHE, path, teacher, LAYERS, setup)
+    assert folder_bytes(path) == before
+
+
+@pytest.mark.parametrize("damage", [lambda file: flip(file, 300), lambda file: file.unlink()], ids=["flipped", "gone"])
+def test_a_lost_manifest_is_what_the_recipe_plans_if_the_markers_say_so(run, path, intact, damage):
+    damage(path / "zarr.json")
+    manifest = read_store_manifest(run / "store.zarr")
+    flip(shard_path(path, manifest.arrays[0], manifest.geometry.units()[0]), 40)
+    found, left, num_computed = mend(run, path)
+    assert "zarr.json" in [fault.key for fault in found.damaged]
+    assert not left.damaged
+    assert num_computed == 1
+    assert folder_bytes(path) == intact
+
+
+def test_a_lost_manifest_is_not_guessed(run, path):
+    (path / "zarr.json").unlink()
+    before = folder_bytes(path)
+    for changes in ({"train_set": squares(300, 5)}, {"views": dataclasses.replace(VIEWS, seed=8)}):
+        with pytest.raises(StoreError, match="was not written for what this recipe plans"):
+            mend(run, path, **changes)
+    with pytest.raises(StoreError, match="was not written for what this recipe plans"):
+        mend(run, path, config=dataclasses.replace(CACHE, dtype="float32"))
+    with pytest.raises(StoreError, match="was not written for what this recipe plans"):
+        mend(run, path, layers=[])
+    shutil.rmtree(path / "markers" / "c")
+    with pytest.raises(StoreError, match="neither a manifest nor a marker"):
+        mend(run, path)
+    assert {key: raw for key, raw in before.items() if not key.startswith("markers/c")} == folder_bytes(path)
+
+
+def test_what_was_missing_before_stays_missing(run, path):
+    manifest = read_store_manifest(path)
+    grown = dataclasses.replace(manifest, geometry=dataclasses.replace(manifest.geometry, num_views=5))
+    ensure_store(path, grown, read_samples(path, manifest.geometry, manifest.identity.data))
+    flip(marker_path(path, manifest.geometry.units()[2]), 50)
+    _, left, num_computed = mend(run, path)
+    assert num_computed == 1
+    assert not left.damaged
+    assert {unit.view for unit, _ in left.missing} == {3, 4}
+    assert open_store(path).num_views == 3
+
+
+def test_readers_that_opened_before_keep_working(run, path):
+    store = open_store(path)
+    before = store.array("logits").copy()
+    manifest = read_store_manifest(path)
+    unit = manifest.geometry.units()[0]
+    shard_path(path, manifest.arrays[0], unit).unlink()
+    marker_path(path, unit).unlink()
+    mend(run, path)
+    assert np.array_equal(store.array("logits"), before)
+    assert np.array_equal(store.read_view("logits", 0), before[0])
+
+
+def test_a_stopped_repair_is_finished_by_the_next(run, path, intact):
+    manifest = read_store_manifest(path)
+    for unit in manifest.geometry.units():
+        flip(shard_path(path, manifest.arrays[1], unit), 9)
+    num_units = len(manifest.geometry.units())
+    with pytest.raises(StoppedEarly):
+        mend(run, path, watch=Watch(should_stop=StopAfter(num_units + 3)))
+    assert 0 < len(missing_units(path, manifest)) <= num_units
+    assert not mend(run, path)[1].damaged
+    assert folder_bytes(path) == intact
+
+
+def test_a_unit_that_somebody_is_at_is_not_taken_from_them(run, path):
+    unit = read_store_manifest(path).geometry.units()[0]
+    flip(marker_path(path, unit), 50)
+    at_it = claim(path, unit.key)
+    with pytest.raises(LockedError, match="is being computed by process"):
+        mend(run, path)
+    at_it.release()
+    assert not mend(run, path)[1].damaged
+
+
+def packed(run, path, **changes):
+    """The tiny store as an archive."""
+    source = run / "store.zarr"
+    manifest = dataclasses.replace(read_store_manifest(source), codec=Codec(), finished=None, **changes)
+    create_store(path, manifest, read_samples(source, manifest.geometry, manifest.identity.data))
+    setup = tiny_setup(run)
+    units = manifest.geometry.units()
+    complete_units(CACHE, path, manifest, units, teacher=load_teacher(TEACHER, 0, setup), setup=setup)
+    return manifest
+
+
+def test_an_archive_is_repaired_too_unless_it_was_rounded(run, tmp_path):
+    path = tmp_path / "packed.zarr"
+    manifest = packed(run, path)
+    before = folder_bytes(path)
+    shard_path(path, manifest.arrays[0], manifest.geometry.units()[1]).unlink()
+    assert mend(run, path)[2] == 1
+    assert folder_bytes(path) == before
+    replace_metadata(path, dataclasses.replace(read_store_manifest(path), rounded={"logits": 6}))
+    shard_path(path, manifest.arrays[0], manifest.geometry.units()[1]).unlink()
+    with pytest.raises(RunError, match="rounded logits"):
+        mend(run, path)
+    assert verify_store(path).damaged

@@ -1,0 +1,110 @@
+"""For tests of staging: a web server that counts and holds back, and jobs that stage in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+from made_store import MadeStore
+
+from store import open_store
+from store.staging import StagingArea
+
+STAGE = """
+import sys
+from pathlib import Path
+from store.staging import StagingArea, stage
+print(stage(sys.argv[1], StagingArea(Path(sys.argv[2]), int(sys.argv[3]))))
+"""
+
+
+class Web(ThreadingHTTPServer):
+    """A web server of a folder that notes what it was asked for and, told so, holds back all but some shards."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        self.asked: list[str] = []
+        self.noting = threading.Condition()
+        self.freely = threading.Event()
+        self.freely.set()
+        self.shards_allowed = 0
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def note(self, key: str) -> None:
+        with self.noting:
+            self.asked.append(key)
+            self.noting.notify_all()
+            held_back = is_shard(key) and len(self.shards) > self.shards_allowed
+        if held_back:
+            self.freely.wait(60)
+
+    def hold_back(self, shards_allowed: int) -> None:
+        self.shards_allowed = shards_allowed
+        self.freely.clear()
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        with self.noting:
+            assert self.noting.wait_for(condition, 60)
+
+    @property
+    def shards(self) -> list[str]:
+        return [key for key in self.asked if is_shard(key)]
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def do_GET(self):
+        self.server.note(self.path.lstrip("/"))
+        super().do_GET()
+
+    def copyfile(self, source, outputfile):
+        with suppress(OSError):  # the reader was killed
+            super().copyfile(source, outputfile)
+
+    def log_message(self, *_):
+        pass
+
+
+def is_shard(key: str) -> bool:
+    return "/c/" in key and not key.partition("/")[2].startswith(("samples", "markers"))
+
+
+def staging_process(where, area: StagingArea) -> subprocess.Popen:
+    command = [sys.executable, "-c", STAGE, str(where), str(area.folder), str(area.most_bytes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+
+
+def stage_elsewhere(where, area: StagingArea) -> Path:
+    """Stage in a process that then ends, and so uses nothing any more."""
+    process = staging_process(where, area)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return Path(said.strip())
+
+
+def require_equal(copy: Path, made: MadeStore, num_views: int | None = None) -> None:
+    """The copy is mapped, and has the very numbers that were made."""
+    store = open_store(copy)
+    assert store.manifest.codec is None
+    assert store.provenance == open_store(made.path).provenance
+    assert store.num_views == (num_views or made.manifest.geometry.num_views)
+    assert [spec.name for spec in store.arrays] == [spec.name for spec in made.manifest.arrays]
+    for name, values in made.contents.items():
+        assert np.array_equal(store.array(name), values[: store.num_views])
+    picked = made.samples.ids[::7]
+    assert np.array_equal(store.gather("logits", 1, picked), made.contents["logits"][1, ::7])
+
+
+def entries(area: StagingArea) -> set[Path]:
+    return {path.parent for path in area.folder.glob("*/targets.zarr")}
