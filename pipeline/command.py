@@ -76,6 +76,11 @@ def print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document))  # noqa: T201
 
 
+def printable(text: str) -> str:
+    """`text` as a terminal may be shown it: file names and manifests of strangers may hold control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def say(sentence: str) -> None:
     """One sentence for people, on stderr."""
     print(f"kdpipe: {sentence}", file=sys.stderr, flush=True)  # noqa: T201

@@ -108,3 +108,48 @@ def store_rm_views(path: StorePath, keep: Keep, as_json: AsJson = False) -> None
                 f"{path}: {removed['num_views_removed']} views removed, {removed['num_views']} stay, "
                 f"{removed['bytes_freed']:,} bytes freed"
             )
+
+
+@store_app.command("transcode")
+def store_transcode(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The store to read, a folder or a URL.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Where the new one goes.")],
+    *,
+    top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Keep the K largest logits.")] = None,
+    temperatures: Annotated[
+        tuple[float, float] | None, typer.Option(help="The range for which --top-k knows the rest [default: 1 20].")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16: narrow what is float32.")] = None,
+    views: Annotated[int | None, typer.Option("--views", metavar="N", help="Keep the first N views.")] = None,
+    arrays: Annotated[
+        list[str] | None, typer.Option("--array", metavar="NAME", help="Keep this array beside the logits; repeatable.")
+    ] = None,
+    logits_only: Annotated[bool, typer.Option("--logits-only", help="Keep nothing but the logits.")] = False,
+    archive: Annotated[
+        str | None, typer.Option(metavar="CODEC", help="zstd or blosc: pack the chunks; none: unpack them.")
+    ] = None,
+    level: Annotated[int | None, typer.Option(help="1 to 9, of the packing [default: 5].")] = None,
+    keep_bits: Annotated[
+        int | None, typer.Option("--keep-bits", metavar="BITS", help="Round mantissas to so many bits first.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make another store of one, without the teacher. Top-k, narrower, fewer views, packed or unpacked."""
+    with guarded():
+        from pipeline.store_transcode import print_transcoded, run_transcode, wanted_codec
+        from store import Change, default_temperatures
+
+        change = Change(
+            top_k=top_k,
+            temperatures=default_temperatures(*temperatures) if temperatures else None,
+            dtype=dtype,
+            num_views=views,
+            arrays=() if logits_only else tuple(arrays) if arrays else None,
+            codec=wanted_codec(archive, level),
+            keep_bits=keep_bits,
+        )
+        figures = run_transcode(source, target, change, as_json)
+        if as_json:
+            print_json({"source": source, "target": str(target), **figures})
+        else:
+            print_transcoded(source, target, figures)

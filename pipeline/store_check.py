@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from pipeline.command import printable
 from pipeline.exit_codes import DONE_IN_PART, FAILED
 from pipeline.progress import reporter
 from pipeline.stop_signals import stop_on_signals
@@ -60,13 +61,13 @@ def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = 
         f"{path}: {verdict.num_units_whole} of {verdict.num_units} units are whole, {verdict.num_bytes:,} bytes were "
         f"checked, {_sum(verdict)}"
     )
-    print("\n".join(lines))  # noqa: T201
+    print("\n".join(map(printable, lines)))  # noqa: T201
 
 
 def print_repair(path: Path, found: Verdict, left: Verdict, num_computed: int) -> None:
     """The same after a repair."""
     for fault in found.damaged:
-        print(f"found        {fault}")  # noqa: T201
+        print(printable(f"found        {fault}"))  # noqa: T201
     print(f"{path}: {len(found.damaged)} faults found, {num_computed} units computed again")  # noqa: T201
     print_verdict(path, left)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.command import printable
 from store import Manifest, StoreError, Unit, holder, missing_arrays, read_store_manifest, store_bytes
 from store.markers import Marker, read_marker
 
@@ -67,7 +68,7 @@ def read_store_info(path: Path) -> dict[str, Any]:
 def print_store_info(info: dict[str, Any]) -> None:
     """The same for people, on stdout."""
     for name, text in _lines(info):
-        print(f"{name:<12} {text}")  # noqa: T201
+        print(printable(f"{name:<12} {text}"))  # noqa: T201
 
 
 def _committed(path: Path, manifest: Manifest, unit: Unit) -> Marker:
@@ -111,7 +112,7 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", f"{info['disk_bytes']:,} bytes on disk; {info['view_bytes']:,} a view{unpacked}"
     yield from _progress(info)
     for name, lost in ((info["finished"] or {}).get("fidelity") or {}).items():
-        yield "fidelity", f"{name}: {_fidelity(lost)}"
+        yield "fidelity", f"{name}: {describe_loss(lost)}"
     yield "written by", ", ".join(f"{name} {version}" for name, version in info["versions"].items())
 
 
@@ -138,11 +139,15 @@ def _progress(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "missing", f"and {len(idle) - MOST_NAMED:,} more units"
 
 
-def _fidelity(lost: Mapping[str, Any]) -> str:
+def describe_loss(lost: Mapping[str, Any]) -> str:
     """What an array's encoding lost, in a few words."""
     figures = [f"largest error {lost['largest_error']:.3g}"]
     if "kl" in lost:
-        kl = ", ".join(f"{nats:.2g} at T={temperature}" for temperature, nats in lost["kl"].items())
+        by_temperature = sorted(lost["kl"].items(), key=lambda pair: float(pair[0]))
+        kl = ", ".join(f"{nats:.2g} at T={temperature}" for temperature, nats in by_temperature)
+            f"{nats:.2g} at T={temperature}"
+            for temperature, nats in sorted(lost["kl"].items(), key=lambda pair: float(pair[0]))
+        )
         figures = [f"KL {kl}", f"top-1 flips {lost['top1_flips']:,} of {lost['num_rows']:,}", *figures]
     if "relative_rms" in lost:
         figures.append(f"relative rms {lost['relative_rms']:.2g}")

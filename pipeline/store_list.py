@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.command import printable
 from pipeline.store_info import filling, model_name
 from store import KdpipeError, StoreError, read_store_manifest
 from store.markers import MARKERS
@@ -29,7 +30,7 @@ def list_stores(folder: Path) -> list[dict[str, Any]]:
 def print_stores(stores: list[dict[str, Any]]) -> None:
     """For people, on stdout, a line each."""
     for store in stores:
-        print(f"{store['path']}: {_line(store)}")  # noqa: T201
+        print(printable(f"{store['path']}: {_line(store)}"))  # noqa: T201
 
 
 def _stores(folder: Path, depth: int) -> Iterator[Path]:

@@ -39,7 +39,7 @@ from stages.train_teacher import (
     untrained_teacher,
 )
 from stages.watch import Watch
-from store import make_folders, read_store_manifest
+from store import is_url, make_folders, read_store_manifest
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,18 @@ class Walk:
     @property
     def store(self) -> Path:
         """The store that this recipe's `cache-teacher` fills."""
-        return (Path(self.recipe.cache.store) if self.recipe.cache.store else self.run / "store.zarr").absolute()
+        named = self.recipe.cache.store
+        if named and is_url(named):
+            raise RecipeError(
+                f"cache.store = {named!r}: the teacher's words are written to a folder; copy that elsewhere."
+            )
+        return (Path(named) if named else self.run / "store.zarr").absolute()
 
     @property
-    def stores(self) -> list[Path]:
-        """The stores that students learn from."""
-        return [Path(path).absolute() for path in self.recipe.student.stores] or [self.store]
+    def stores(self) -> list[Path | str]:
+        """The stores that students learn from: folders, or URLs."""
+        named = self.recipe.student.stores
+        return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
 
     @property
     def cached_layers(self) -> list[Wanted]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def repair(
         return found, found, 0
     _require_own(config, path, manifest, teacher, setup)
     with alone(path):
+        with suppress(StoreError):  # a manifest that is lost stays what the recipe plans
+            manifest = read_store_manifest(path)  # again: another job may have extended the store since
         replace_metadata(path, manifest)
         if any(fault.key.startswith(f"{SAMPLES}/") or fault.key == SAMPLES for fault in found.damaged):
             restore_samples(path, manifest, setup.samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ from stages.order import derive_seed
 from stages.setup import Setup, deciding, model_normalisation
 from stages.targets import ReadConfig, Source, Targets, feature_array, join, names_wanted, slab_window
 from stages.training import Job, train
-from store import TargetStore, interpolation, open_store
+from stages.watch import Event
+from store import TargetStore, default_area, interpolation, open_store, stage
 
 ALONE, DISTILLED = "alone", "distilled"
 
@@ -85,19 +87,26 @@ def student_folder(run: Path, kind: str, seed: int) -> JobFolder:
 
 
 def open_teaching(
-    paths: Sequence[Path], losses: Sequence[LossConfig], student: StudentConfig, wanted: dict[str, Any], setup: Setup
+    places: Sequence[Path | str],
+    losses: Sequence[LossConfig],
+    student: StudentConfig,
+    wanted: dict[str, Any],
+    setup: Setup,
 ) -> Teaching:
     """Open the stores that `losses` learn from. `wanted` is what their manifests must say beside the views.
+
+    Stores at URLs, and archives, are staged first: copied to this machine and unpacked, once for all its jobs.
 
     Raises RecipeError where a loss names a store that is not there, StoreError and FingerprintMismatch for stores that
     are incomplete or belong to another teacher, view recipe or number of views.
     """
     advice = "Cache again with this recipe into another run folder or store, or go back to the recipe that made it."
+    paths = [_on_this_machine(place, setup) for place in places]
     stores = [open_store(path, wanted | {"views": setup.view_identity()}, advice) for path in paths]
     fingerprints = [store.manifest.identity.fingerprint for store in stores]
     if len(set(fingerprints)) < len(fingerprints):
         raise RecipeError(
-            f"student.stores names one teacher twice: {', '.join(map(str, paths))} hold the same outputs."
+            f"student.stores names one teacher twice: {', '.join(map(str, places))} hold the same outputs."
         )
     for store in stores:
         if store.num_views < setup.views.num_views:
@@ -110,6 +119,16 @@ def open_teaching(
             raise RecipeError(f"a hint names store {loss.store}; there are {len(stores)}, counted from 0.")
     _require_temperatures(stores, losses)
     return Teaching(stores, losses, student.hard_label_weight, student.read)
+
+
+def _on_this_machine(place: Path | str, setup: Setup) -> Path:
+    """Where the store at `place` can be mapped; staged, and said so, where it cannot be as it lies."""
+
+    def on_unit(done: int, total: int) -> None:
+        setup.watch.report(Event("stage", f"{place} to {area.folder}", done, total, "unit"))
+
+    area = default_area(os.environ)
+    return stage(place, area, on_unit)
 
 
 def _require_temperatures(stores: Sequence[TargetStore], losses: Sequence[LossConfig]) -> None:

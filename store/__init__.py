@@ -1,5 +1,6 @@
 """Target stores: what a teacher said, on disk and in memory. Numpy and Zarr alone; no torch."""
 
+from store.change import Change
 from store.claims import Claim, Holder, claim, holder
 from store.codec import Codec
 from store.durable import fsync_path, make_folders, sweep_partial, write_atomically
@@ -11,8 +12,11 @@ from store.identity import Identity, canonical_json
 from store.lock import LockedError, exclusive, shared
 from store.manifest import Manifest
 from store.reader import TargetStore, open_store
+from store.remote import is_url
 from store.samples import Samples, ids_and_labels_sha256, read_samples, row_order
+from store.staging import StagingArea, default_area, needs_staging, stage
 from store.topk import TopK, default_temperatures, encode_topk, interpolation
+from store.transcode import transcode
 from store.writer import (
     create_store,
     finish_store,
@@ -26,6 +30,7 @@ from store.zarr_group import read_store_manifest
 
 __all__ = [
     "ArraySpec",
+    "Change",
     "Claim",
     "Codec",
     "FingerprintMismatch",
@@ -36,6 +41,7 @@ __all__ = [
     "LockedError",
     "Manifest",
     "Samples",
+    "StagingArea",
     "StoreError",
     "TargetStore",
     "TopK",
@@ -43,6 +49,7 @@ __all__ = [
     "canonical_json",
     "claim",
     "create_store",
+    "default_area",
     "default_temperatures",
     "differences",
     "encode_topk",
@@ -53,12 +60,14 @@ __all__ = [
     "holder",
     "ids_and_labels_sha256",
     "interpolation",
+    "is_url",
     "make_folders",
     "measure_dense",
     "measure_features",
     "measure_topk",
     "missing_arrays",
     "missing_units",
+    "needs_staging",
     "open_store",
     "plan_growth",
     "read_samples",
@@ -66,9 +75,11 @@ __all__ = [
     "row_order",
     "rows_per_unit",
     "shared",
+    "stage",
     "store_bytes",
     "sweep_partial",
     "sweep_unit",
+    "transcode",
     "write_atomically",
     "write_unit",
 ]

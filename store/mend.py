@@ -15,8 +15,9 @@ from store.claims import Holder, claim
 from store.durable import make_folders, write_atomically
 from store.errors import StoreError
 from store.geometry import Unit
+from store.identity import sha256_of
 from store.lock import LockedError
-from store.manifest import Manifest
+from store.manifest import ATTRIBUTE, SCHEMA_VERSION, Manifest
 from store.markers import MARKER_BYTES, MARKERS, Marker, checked_record, read_marker, remove_marker, write_marker
 from store.plain_file import read_plain
 from store.samples import CHUNK_ROWS, COLUMNS, SAMPLES, Samples, row_order, sample_chunks
@@ -64,6 +65,7 @@ def rebuild_manifest(path: Path, planned: Manifest) -> Manifest:
     The markers must bear that out: each says for which fingerprint and how many rows it was written. What was
     finished is to be found out anew. Raises StoreError where the store is another one, or has grown since by samples.
     """
+    _require_same_schema(path)
     arrays = tuple(spec for spec in planned.arrays if (path / spec.name).is_dir())
     num_views = _num_views(path) or planned.geometry.num_views
     rebuilt = replace(planned, arrays=arrays, geometry=replace(planned.geometry, num_views=num_views), finished=None)
@@ -78,6 +80,20 @@ def rebuild_manifest(path: Path, planned: Manifest) -> Manifest:
                 f"(fingerprint {planned.identity.fingerprint}): it is another recipe's store, or {HOPELESS}."
             )
     return rebuilt
+
+
+def _require_same_schema(path: Path) -> None:
+    """A manifest that cannot be read because another kdpipe wrote it is not damaged. One whose schema version alone was
+    damaged is: its checksum fits as soon as that is put right.
+    """
+    try:
+        record = dict(json.loads(read_plain(path / "zarr.json", METADATA_BYTES, path))["attributes"][ATTRIBUTE])
+        stated, checksum = record["schema_version"], record.pop("sha256", None)
+        other = stated != SCHEMA_VERSION and checksum != sha256_of({**record, "schema_version": SCHEMA_VERSION})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if other:
+        raise StoreError(f"{path} has store schema {str(stated)[:40]}: only the kdpipe that wrote it can repair it.")
 
 
 def _num_views(path: Path) -> int | None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from store import (
     ArraySpec,
+    Claim,
     Codec,
     Geometry,
     Identity,
@@ -24,6 +25,7 @@ from store import (
     TargetStore,
     TopK,
     Unit,
+    claim,
     ensure_store,
     finish_store,
     missing_arrays,
@@ -132,6 +134,17 @@ def grow(path: Path, *wishes: Wish) -> Path:
     for wish in wishes:
         fill(path, ensure_store(path, wish.manifest, wish.samples))
     return path
+
+
+def work(path: Path, wish: Wish) -> None:
+    """As one of several jobs that bring the store at `path` to a wish: fill what nobody else is at."""
+    manifest = ensure_store(path, wish.manifest, wish.samples)
+    for unit in manifest.geometry.units():
+        held = claim(path, unit.key) if missing_arrays(path, manifest, unit) else None
+        if isinstance(held, Claim):
+            commit(path, manifest, unit)
+            held.release()
+    finish_store(path)
 
 
 def first_difference(store: TargetStore) -> str | None:

@@ -97,6 +97,15 @@ def test_verify_names_every_fault_and_exits_1(made):
     assert [fault["unit"] for fault in document("verify", made.path, code=1)["damaged"]] == [None, str(made.units[0])]
 
 
+def test_a_strangers_file_names_do_not_reach_the_terminal_as_they_are(made):
+    (made.path / "red\x1b[31m").write_text("")
+    (made.path / os.fsdecode(b"broken\xff")).write_text("")
+    text = shown("verify", made.path)
+    assert "leftover     red?[31m" in text
+    assert "leftover     broken?" in text
+    assert len(document("verify", made.path)["leftovers"]) == 2
+
+
 def test_verify_exits_3_where_units_are_only_missing(store_maker):
     made = store_maker(fill=False)
     made.fill(made.units[1:])

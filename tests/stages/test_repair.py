@@ -3,6 +3,7 @@ guess.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 
@@ -12,6 +13,7 @@ import torch
 from made_store import folder_bytes
 from tiny_road import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, squares, tiny_setup
 
+import stages.repair
 from stages.cache_teacher import cache_teacher, complete_units
 from stages.errors import RunError, StoppedEarly
 from stages.repair import repair
@@ -186,6 +188,37 @@ def test_a_lost_manifest_is_not_guessed(run, path):
     with pytest.raises(StoreError, match="neither a manifest nor a marker"):
         mend(run, path)
     assert {key: raw for key, raw in before.items() if not key.startswith("markers/c")} == folder_bytes(path)
+
+
+def test_the_store_of_another_schema_is_not_taken_for_a_damaged_one(run, path, intact):
+    file = path / "zarr.json"
+    record = json.loads(file.read_text())
+    record["attributes"]["kdpipe"]["schema_version"] = 3
+    file.write_text(json.dumps(record))
+    assert not mend(run, path)[1].damaged, "here the version alone was damaged"
+    assert folder_bytes(path) == intact
+    record["attributes"]["kdpipe"]["more"] = "of a later kdpipe"
+    file.write_text(json.dumps(record))
+    with pytest.raises(StoreError, match="schema 3: only the kdpipe that wrote it"):
+        mend(run, path)
+
+
+def test_a_store_that_is_extended_while_it_is_checked_stays_extended(run, path, monkeypatch):
+    manifest = read_store_manifest(path)
+    samples = read_samples(path, manifest.geometry, manifest.identity.data)
+    grown = dataclasses.replace(manifest, geometry=dataclasses.replace(manifest.geometry, num_views=4))
+    flip(path / "logits" / "zarr.json", 30)
+    real = stages.repair.verify_store
+
+    def verify_and_grow(*args, **kwargs):
+        verdict = real(*args, **kwargs)
+        ensure_store(path, grown, samples)
+        return verdict
+
+    monkeypatch.setattr(stages.repair, "verify_store", verify_and_grow)
+    _, left, _ = mend(run, path)
+    assert not left.damaged
+    assert read_store_manifest(path).geometry.num_views == 4
 
 
 def test_what_was_missing_before_stays_missing(run, path):

@@ -1,0 +1,52 @@
+"""`kdpipe store transcode`: one store made into another, without the teacher."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.progress import reporter
+from pipeline.stop_signals import stop_on_signals
+from pipeline.store_info import describe_loss
+from stages.errors import RecipeError, StoppedEarly
+from stages.watch import Event
+from store import Change, Codec, default_area, is_url, stage, transcode
+
+
+def wanted_codec(archive: str | None, level: int | None) -> Any:
+    """What `--archive` and `--level` ask for. Raises RecipeError for a codec that does not exist."""
+    if archive is None and level is not None:
+        raise RecipeError("--level goes with --archive zstd or --archive blosc.")
+    if archive is None:
+        return "as it is"
+    if archive == "none":
+        return "zero-copy"
+    try:
+        return Codec(archive, 5 if level is None else level)
+    except ValueError as error:
+        raise RecipeError(f"--archive and --level name {error}; --archive none unpacks a store.") from error
+
+
+def run_transcode(source: str, target: Path, change: Change, as_json: bool) -> dict[str, Any]:
+    """Transcode under progress and signals; a URL is staged first. Raises StoppedEarly, all whole units kept, when a
+    signal says to stop.
+    """
+    with stop_on_signals() as should_stop, reporter(as_json) as report:
+
+        def on_unit(done: int, total: int) -> None:
+            report(Event("store transcode", str(target), done, total, "unit"))
+
+        where = stage(source, default_area(os.environ)) if is_url(source) else Path(source)
+        figures = transcode(where, target, change, on_unit, should_stop)
+    if not figures["complete"]:
+        raise StoppedEarly
+    return figures
+
+
+def print_transcoded(source: str, target: Path, figures: dict[str, Any]) -> None:
+    """What came of it, for people."""
+    before, after = figures["bytes_before"], figures["bytes_after"]
+    print(f"{target}: {after:,} bytes, {after / before:.2f} of {source}'s {before:,}")  # noqa: T201
+    for name, lost in figures["fidelity"].items():
+        print(f"  {name}: {describe_loss(lost)}")  # noqa: T201
