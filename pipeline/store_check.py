@@ -68,7 +68,7 @@ def print_repair(path: Path, found: Verdict, left: Verdict, num_computed: int) -
     """The same after a repair."""
     for fault in found.damaged:
         print(printable(f"found        {fault}"))  # noqa: T201
-    print(f"{path}: {len(found.damaged)} faults found, {num_computed} units computed again")  # noqa: T201
+    print(f"{path}: {_faults(found)} found, {num_computed} units computed again")  # noqa: T201
     print_verdict(path, left)
 
 
@@ -82,7 +82,11 @@ def leave(verdict: Verdict, recomputed: Recomputed | None = None) -> None:
 
 def _sum(verdict: Verdict) -> str:
     if verdict.damaged:
-        return f"{len(verdict.damaged)} faults: run `kdpipe store repair RECIPE`"
+        return f"{_faults(verdict)}: run `kdpipe store repair RECIPE`"
     if verdict.missing:
         return "nothing is damaged: run `kdpipe cache-teacher` to compute what is missing"
     return "all is right"
+
+
+def _faults(verdict: Verdict) -> str:
+    return "1 fault" if len(verdict.damaged) == 1 else f"{len(verdict.damaged)} faults"

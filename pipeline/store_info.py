@@ -145,9 +145,6 @@ def describe_loss(lost: Mapping[str, Any]) -> str:
     if "kl" in lost:
         by_temperature = sorted(lost["kl"].items(), key=lambda pair: float(pair[0]))
         kl = ", ".join(f"{nats:.2g} at T={temperature}" for temperature, nats in by_temperature)
-            f"{nats:.2g} at T={temperature}"
-            for temperature, nats in sorted(lost["kl"].items(), key=lambda pair: float(pair[0]))
-        )
         figures = [f"KL {kl}", f"top-1 flips {lost['top1_flips']:,} of {lost['num_rows']:,}", *figures]
     if "relative_rms" in lost:
         figures.append(f"relative rms {lost['relative_rms']:.2g}")

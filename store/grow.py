@@ -17,7 +17,7 @@ from store.geometry import Geometry
 from store.identity import Identity
 from store.manifest import Manifest
 from store.samples import Samples, read_samples, sample_chunks
-from store.writer import alone, create_store
+from store.writer import alone, create_store, told
 from store.zarr_group import read_store_manifest, replace_metadata
 
 ADVICE = "Give this recipe another run folder or cache.store, or delete the store to cache again."
@@ -30,7 +30,7 @@ def ensure_store(path: Path, wanted: Manifest, samples: Samples) -> Manifest:
     """Make the store at `path`, or extend it, so that it has room for all that is `wanted` of `samples`.
 
     Returns its manifest, which may hold more. Raises FingerprintMismatch, pair by pair, where the store was made by
-    another teacher, of other samples, or in another form.
+    another teacher, of other samples, or in another form; StoreError where the disk refuses.
     """
     with alone(path):
         if not path.exists():
@@ -39,7 +39,8 @@ def ensure_store(path: Path, wanted: Manifest, samples: Samples) -> Manifest:
         stored = read_store_manifest(path)
         grown, added = plan_growth(path, stored, wanted, samples)
         if grown != stored:
-            _grow(path, stored, grown, added)
+            with told(path):
+                _grow(path, stored, grown, added)
     return grown
 
 

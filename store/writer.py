@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from store.fidelity import merge, summarise_features, summarise_logits
 from store.geometry import ArraySpec, Unit
 from store.lock import exclusive
 from store.manifest import Finished, Manifest
-from store.markers import Marker, marker_path, read_marker, write_marker
+from store.markers import MARKER_BYTES, Marker, marker_path, read_marker, write_marker
 from store.samples import Samples
 from store.shard import crc32c, encode_shard, shard_path, shard_shape
 from store.zarr_group import create_group, read_store_manifest, replace_metadata
@@ -44,6 +44,11 @@ def alone(path: Path) -> AbstractContextManager[None]:
 
 def create_store(path: Path, manifest: Manifest, samples: Samples) -> None:
     """Make an empty store at `path`: metadata and samples, all there or nothing."""
+    with told(path):
+        _create(path, manifest, samples)
+
+
+def _create(path: Path, manifest: Manifest, samples: Samples) -> None:
     make_folders([path.parent])
     sweep_partial(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
@@ -95,11 +100,10 @@ def write_unit(
         written[name] = {"bytes": sum(len(part) for part in parts), "crc32c": crc32c(*parts)}
     before = _committed(path, manifest, unit)
     marker = Marker({**before.files, **written}, {**before.fidelity, **(fidelity or {})})
-    make_folders([marker_path(path, unit).parent])
-    try:
+    target = marker_path(path, unit)
+    with told(target, MARKER_BYTES):
+        _make_folder(path, target.parent)
         write_marker(path, manifest, unit, marker)
-    except OSError as error:
-        raise _refused(marker_path(path, unit), error, 0) from error
     return sum(file["bytes"] for file in written.values())
 
 
@@ -115,7 +119,7 @@ def finish_store(path: Path) -> bool:
 
     The first filling is finished like this, and so is every extension.
     """
-    with alone(path):
+    with alone(path), told(path):
         manifest = read_store_manifest(path)
         names = tuple(spec.name for spec in manifest.arrays)
         geometry = manifest.geometry
@@ -187,21 +191,33 @@ def _check_rows(spec: ArraySpec, unit: Unit, rows: NDArray[Any]) -> None:
 
 
 def _write(store: Path, target: Path, parts: list[bytes | memoryview]) -> None:
-    try:
-        # Were the mount gone, making folders would quietly go on beside the store, on the disk below.
-        if not (store / "zarr.json").exists():
-            raise FileNotFoundError(errno.ENOENT, "the store is gone; was its file system unmounted?", str(store))
-        make_folders([target.parent])
+    with told(target, sum(len(part) for part in parts)):
+        _make_folder(store, target.parent)
         write_atomically(target, *parts)
+
+
+def _make_folder(store: Path, folder: Path) -> None:
+    """Make a folder in the store. Were its mount gone, that would quietly go on beside it, on the disk below."""
+    if not (store / "zarr.json").exists():
+        raise FileNotFoundError(errno.ENOENT, "the store is gone; was its file system unmounted?", str(store))
+    make_folders([folder])
+
+
+@contextmanager
+def told(target: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn what the disk refuses while `target` is written, of `needed` bytes, into a StoreError."""
+    try:
+        yield
     except OSError as error:
-        raise _refused(target, error, sum(len(part) for part in parts)) from error
+        raise _refused(target, error, needed) from error
 
 
-def _refused(target: Path, error: OSError, needed: int) -> StoreError:
+def _refused(target: Path, error: OSError, needed: int | None) -> StoreError:
     """What a user is told when the disk refuses."""
     why = WORDS.get(error.errno or 0, error.strerror or str(error))
     folder = next((one for one in target.parents if one.exists()), Path("/"))
+    free = shutil.disk_usage(folder).free
+    room = f"{free:,} bytes are free" if needed is None else f"{needed:,} bytes are needed there and {free:,} are free"
     return StoreError(
-        f"cannot write {target}: {why}; {needed:,} bytes are needed there and {shutil.disk_usage(folder).free:,} are "
-        "free. What is committed is safe: make room, and run the same command again."
+        f"cannot write {target}: {why}; {room}. What is committed is safe: make room, and run the same command again."
     )

@@ -142,8 +142,10 @@ def work(path: Path, wish: Wish) -> None:
     for unit in manifest.geometry.units():
         held = claim(path, unit.key) if missing_arrays(path, manifest, unit) else None
         if isinstance(held, Claim):
-            commit(path, manifest, unit)
-            held.release()
+            try:
+                commit(path, manifest, unit)
+            finally:
+                held.release()
     finish_store(path)
 
 

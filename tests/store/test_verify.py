@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from store import Codec, StoreError, ensure_store
-from store.markers import marker_key, marker_path
+from store.markers import marker_key, marker_path, read_marker, write_marker
 from store.shard import shard_key, shard_path
 from store.verify import verify_store
+from store.zarr_group import metadata_bytes
 
 
 def flip(path, at, bit):
@@ -174,3 +175,20 @@ def test_no_store_is_an_error_and_a_lost_manifest_is_damage(made, tmp_path):
     (made.path / "zarr.json").unlink()
     assert named(verify_store(made.path)) == ["zarr.json"]
     assert named(verify_store(made.path, manifest=made.manifest)) == ["zarr.json"]
+
+
+def test_a_foreign_marker_or_manifest_does_not_choose_how_much_memory_is_taken(any_profile):
+    made, unit = any_profile, any_profile.units[0]
+    marker = read_marker(made.path, made.manifest, unit)
+    claimed = {**marker.files, "logits": {"bytes": 2**60, "crc32c": 1}}
+    write_marker(made.path, made.manifest, unit, dataclasses.replace(marker, files=claimed))
+    verdict = verify_store(made.path)
+    assert named(verdict) == [shard_key(made.manifest.arrays[0], unit)]
+    assert f"{2**60:,} bytes" in verdict.damaged[0].what
+    geometry = dataclasses.replace(made.manifest.geometry, unit_rows=2**20, segments=(2**32,), num_views=1)
+    (made.path / "zarr.json").write_bytes(
+        metadata_bytes(dataclasses.replace(made.manifest, geometry=geometry))["zarr.json"]
+    )
+    verdict = verify_store(made.path)
+    assert 100 < len(verdict.damaged) < 8000
+    assert sum("samples/ids/c/" in key for key in named(verdict)) == 101

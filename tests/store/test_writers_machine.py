@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,17 @@ from made_store import folder_bytes
 from many_stores import LOGITS, Wish, commit, first_difference, grow
 
 import store.durable
-from store import Claim, LockedError, StoreError, claim, ensure_store, exclusive, finish_store, missing_arrays, open_store
+from store import (
+    Claim,
+    LockedError,
+    StoreError,
+    claim,
+    ensure_store,
+    exclusive,
+    finish_store,
+    missing_arrays,
+    open_store,
+)
 from store import read_store_manifest as read_manifest
 
 SMALL = Wish(LOGITS["float16"], num_views=1, num_samples=600, num_layers=0)
