@@ -33,7 +33,9 @@ from many_stores import LOGITS, Form, Wish, first_difference, grow, work
 from store import Codec, KdpipeError, open_store
 from store.verify import verify_store
 
-FORMS = [replace(form, codec=codec) for form in LOGITS.values() for codec in (None, Codec("zstd", 3), Codec("blosc", 3))]
+FORMS = [
+    replace(form, codec=codec) for form in LOGITS.values() for codec in (None, Codec("zstd", 3), Codec("blosc", 3))
+]
 LONGEST_LIFE_S = 0.08
 """A writer is killed after at most so long: most of them are then not done."""
 

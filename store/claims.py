@@ -65,7 +65,7 @@ def holder(store: Path, name: str) -> Holder | None:
     path = _path(store, name)
     with explained(path):
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
     try:

@@ -122,7 +122,7 @@ def is_file_at(path: Path, descriptor: int) -> bool:
     """Whether `path` still names the open file."""
     try:
         # Opened, not stat'ed: network file systems ask the server for the name only when a file is opened.
-        found = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        found = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
     try:

@@ -182,6 +182,9 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
         rounded={str(name): _count(bits, "rounded") for name, bits in record["rounded"].items()},
     )
     _check_logits(manifest)
+    classes = manifest.identity.data.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise TypeError(f"the classes are {str(classes)[:40]}, not a list of names")
     return _with_finished(manifest, record["finished"])
 
 

@@ -32,6 +32,10 @@ CHECKSUM = "crc32c"
 """The key of a marker's own checksum, over its canonical text without it."""
 
 
+MOST_FILE_BYTES = 2**62
+"""What a file offset can count, with room to add: a marker that says more is damaged."""
+
+
 @dataclass(frozen=True)
 class Marker:
     """What a unit committed: by array, the `bytes` and `crc32c` of its shard file, and what its encoding lost."""
@@ -80,7 +84,7 @@ def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
     """
     path = marker_path(store, unit)
     try:
-        raw = read_plain(path, MARKER_BYTES)
+        raw = read_plain(path, MARKER_BYTES, store)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -101,7 +105,7 @@ def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Mark
     wanted = manifest.segment_fingerprints[manifest.geometry.segment_of(unit.shard)]
     if fingerprint != wanted or rows != unit.num_rows:
         raise StoreError(
-            f"the marker {where} belongs to another store (fingerprint {fingerprint[:64]}, wanted {wanted}; "
+            f"the marker {where} belongs to another store (fingerprint {fingerprint[:64]!r}, wanted {wanted}; "
             f"{rows} rows, wanted {unit.num_rows}): `kdpipe store repair RECIPE` computes its unit again."
         )
     return marker
@@ -124,7 +128,9 @@ def _parse(record: Mapping[str, Any]) -> Marker:
     files = {}
     for name, file in record["files"].items():
         num_bytes, checksum = file["bytes"], file["crc32c"]
-        if type(num_bytes) is not int or type(checksum) is not int or not 0 <= checksum < 2**32 or num_bytes < 0:
+        if type(num_bytes) is not int or type(checksum) is not int:
+            raise TypeError(f"the file of {name} is {file}")
+        if not (0 <= num_bytes < MOST_FILE_BYTES and 0 <= checksum < 2**32):
             raise ValueError(f"the file of {name} is {file}")
         files[str(name)] = {"bytes": num_bytes, "crc32c": checksum}
     return Marker(files, dict(record["fidelity"]))

@@ -122,7 +122,7 @@ def samples_from(read: ReadKey, geometry: Geometry, data: Mapping[str, Any], whe
 
 def _read_chunk(path: Path, key: str, most_bytes: int) -> bytes:
     try:
-        return read_plain(path / key, most_bytes)
+        return read_plain(path / key, most_bytes, path)
     except OSError as error:
         raise StoreError(
             f"{path / key} cannot be read ({error.strerror}): run `kdpipe store repair RECIPE`."

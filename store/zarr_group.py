@@ -72,7 +72,7 @@ def read_store_manifest(path: Path) -> Manifest:
         inside = next(iter(sorted(path.glob("*/zarr.json"))), None) if path.is_dir() else None
         hint = f" Did you mean {inside.parent}?" if inside else ""
         raise StoreError(f"{path} is no store: it has no zarr.json.{hint}")
-    return parse_group(_read(path / "zarr.json"), str(path))
+    return parse_group(_read(path / "zarr.json", path), str(path))
 
 
 def parse_group(raw: bytes, where: str) -> Manifest:
@@ -87,7 +87,7 @@ def check_arrays(path: Path, manifest: Manifest) -> None:
     """
     for spec in manifest.arrays:
         file = path / spec.name / "zarr.json"
-        held, wanted = parse_json(_read(file), str(file)), _array_metadata(spec, manifest)
+        held, wanted = parse_json(_read(file, path), str(file)), _array_metadata(spec, manifest)
         held["shape"] = _at_most(held.get("shape"), wanted["shape"])
         found = differences({key: held.get(key) for key in wanted}, wanted)
         if found:
@@ -185,10 +185,10 @@ def _write_new(file: Path, raw: bytes) -> None:
     fsync_path(file)
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path, store: Path) -> bytes:
     """A metadata file's bytes. Raises StoreError where it is none, or absurdly large."""
     try:
-        raw = read_plain(file, METADATA_BYTES)
+        raw = read_plain(file, METADATA_BYTES, store)
     except OSError as error:
         raise StoreError(f"{file} is not the metadata of a Zarr v3 node: {error.strerror}.") from error
     if len(raw) > METADATA_BYTES:

@@ -173,8 +173,8 @@ def test_an_absent_array_is_named_with_those_that_are_there(held):
         lambda name: held.store.gather(name, 0, held.ids[:3]),
         lambda name: held.store.read_view(name, 0),
         lambda name: held.store.read_unit(name, held.store.units(0)[0]),
-        lambda name: held.store.array(name),
-        lambda name: held.store.reading(name),
+        held.store.array,
+        held.store.reading,
     ):
         with pytest.raises(StoreError, match=r"no array 'features/layer9', only .*features/layer2\.0"):
             ask("features/layer9")

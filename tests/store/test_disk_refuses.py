@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone: one sentence says so, nothing is committed, and a rerun goes on from there."""
+"""A disk that is full, read-only or gone: one sentence says so, nothing is committed, and a rerun goes on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from made_store import folder_bytes
-from many_stores import LOGITS, Wish, commit, fill, first_difference, grow, work
+from many_stores import LOGITS, Wish, commit, fill, first_difference, grow, truth, work
 
-from store import KdpipeError, StoreError, claim, ensure_store, missing_units, open_store
+import store.writer
+from store import KdpipeError, StoreError, claim, ensure_store, missing_units, open_store, write_unit
 from store.markers import marker_path
 from store.shard import shard_path
 
@@ -25,9 +26,13 @@ WISH = Wish(LOGITS["float32"], num_layers=0)
 @pytest.fixture(scope="session")
 def _mounting():
     """Skip where this user may not mount a file system of its own."""
-    tried = subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"], capture_output=True, check=False
-    ) if shutil.which("unshare") else None
+    tried = (
+        subprocess.run(
+            ["unshare", "-Urm", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"], capture_output=True, check=False
+        )
+        if shutil.which("unshare")
+        else None
+    )
     if tried is None or tried.returncode:
         pytest.skip("needs `unshare -Urm` and a tmpfs of its own: user namespaces are not allowed here")
 
@@ -37,7 +42,19 @@ def on_tmpfs(folder: Path, script: str, size: str = "1m") -> list[str]:
     head = f"import os, re, subprocess, sys\nfrom pathlib import Path\ndisk = Path({str(folder)!r})\n"
     prepare = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
     run = subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", prepare, "sh", size, str(folder), sys.executable, "-c", head + IMPORTS + script],
+        [
+            "unshare",
+            "-Urm",
+            "sh",
+            "-c",
+            prepare,
+            "sh",
+            size,
+            str(folder),
+            sys.executable,
+            "-c",
+            head + IMPORTS + script,
+        ],
         env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},
         capture_output=True,
         text=True,
@@ -181,18 +198,18 @@ def test_what_a_disk_refuses_is_said_in_plain_words(begun, monkeypatch, code, wo
     assert first_difference(open_store(path)) is None
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_whatever_write_is_refused_the_job_ends_in_a_sentence_and_its_rerun_is_whole(tmp_path, monkeypatch, code):
-    """Every fsync of a job that extends a store fails once."""
+def test_whatever_write_is_refused_the_job_ends_in_a_sentence_and_its_rerun_is_whole(tmp_path, monkeypatch):
+    """Every seventh fsync of a job that extends a store fails once: of a file, or of the folder that names it."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
     small, large = WISH, Wish(WISH.form, num_views=3, num_samples=1600, num_layers=1)
     expected = folder_bytes(grow(tmp_path / "undisturbed.zarr", small, large))
     first = grow(tmp_path / "first.zarr", small)
     number, finished = 0, False
     while not finished:
-        number += 3
+        number += 7
         path = shutil.copytree(first, tmp_path / f"{number}.zarr")
         with monkeypatch.context() as refusing:
-            refuse(refusing, number, code)
+            refuse(refusing, number, errno.ENOSPC)
             try:
                 work(path, large)
                 finished = True
@@ -202,7 +219,7 @@ def test_whatever_write_is_refused_the_job_ends_in_a_sentence_and_its_rerun_is_w
         work(path, large)
         assert folder_bytes(path) == expected, f"refused at fsync {number}"
         shutil.rmtree(path)
-    assert number > 20
+    assert number > 50
 
 
 def test_a_vanished_mount_is_refused_and_nothing_is_made_in_its_place(begun, tmp_path):
@@ -223,18 +240,12 @@ def test_a_vanished_mount_is_refused_and_nothing_is_made_in_its_place(begun, tmp
 
 def commit_known(path, manifest):
     """Commit a unit whose rows were computed before the disk went."""
-    from many_stores import truth
-
-    from store import write_unit
-
     unit, spec = manifest.geometry.units()[1], manifest.arrays[0]
     write_unit(path, manifest, unit, {spec.name: truth(spec, unit.view, WISH.samples.ids[unit.start : unit.stop])})
 
 
 def test_a_mount_that_vanishes_before_the_marker_commits_nothing(begun, monkeypatch, tmp_path):
     path, manifest = begun
-    import store.writer
-
     real = store.writer._write
 
     def write_and_unmount(*arguments):

@@ -1,15 +1,20 @@
 """A writer that is killed at any moment, and run again, leaves the bytes of an undisturbed one."""
 
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from made_store import folder_bytes, make_store
+from many_stores import LOGITS, Wish, first_difference, grow, work
 
-from store import missing_units, open_store
+from store import StoreError, missing_units, open_store
 
 TESTS = Path(__file__).parents[1]
 
@@ -53,3 +58,30 @@ def test_killed_and_rerun_writers_leave_the_bytes_of_an_undisturbed_one(tmp_path
     assert num_cut_short > 0, "no writer was killed before it was done: the test tested nothing"
     assert folder_bytes(path) == folder_bytes(undisturbed.path)
     open_store(path)
+
+
+def test_two_writers_that_are_killed_again_and_again_fill_a_store_as_if_nothing_happened(tmp_path):
+    """Real processes, killed by SIGKILL: while they fill the store with claims on its units, and while it grows."""
+    small = Wish(LOGITS["float16"], num_views=2, num_samples=700, num_layers=1)
+    large = replace(small, num_views=3, num_samples=1300, num_layers=2)
+    undisturbed = grow(tmp_path / "undisturbed.zarr", small, large)
+    path, chance, num_killed = tmp_path / "killed.zarr", random.Random(3), 0
+    context = multiprocessing.get_context("fork")
+    for wish in (small, large):
+        for _ in range(4):
+            writers = [context.Process(target=work, args=(path, wish)) for _ in range(2)]
+            for writer in writers:
+                writer.start()
+            for writer in writers:
+                time.sleep(chance.uniform(0, 0.03))
+                writer.kill()
+            for writer in writers:
+                writer.join()
+                assert writer.exitcode in (0, -signal.SIGKILL)
+                num_killed += writer.exitcode != 0
+            with suppress(StoreError):  # not there yet, or not complete
+                assert first_difference(open_store(path)) is None
+        work(path, wish)
+    assert num_killed > 4, "hardly a writer was killed before it was done: the test tested nothing"
+    assert folder_bytes(path) == folder_bytes(undisturbed)
+    assert not list(tmp_path.glob(".killed.zarr.*.partial"))
