@@ -26,6 +26,7 @@ from stages.lesson import Lesson, Normalisation, place
 from stages.losses.hint import HintConfig
 from stages.losses.kd import KDConfig
 from stages.losses.terms import student_layers
+from stages.memory import keep_freed_memory
 from stages.models.build import ModelConfig
 from stages.network import Network
 from stages.optim import TrainConfig
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("pairs", nargs="*", default=list(PAIRS), help=", ".join(PAIRS))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     for name in arguments.pairs:
         with tempfile.TemporaryDirectory() as folder:
             measure(name, PAIRS[name], Path(folder), arguments.rounds)

@@ -61,9 +61,7 @@ def main() -> None:
         for way in WAYS:
             found = read_apart(way, path, arguments.memory_mib)
             print(f"| {way} | {found['rows_per_s']:,.0f} | {found['peak_bytes'] / MIB:,.0f} |", flush=True)
-        print(
-            f"\nThe streamed bound: memory_bytes = {arguments.memory_mib} MiB, and the one slab being read.\n"
-        )
+        print(f"\nThe streamed bound: memory_bytes = {arguments.memory_mib} MiB, and the one slab being read.\n")
     print_mixing()
 
 

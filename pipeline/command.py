@@ -67,7 +67,7 @@ def walking(recipe: Path, overrides: list[str] | None, run: Path | None, as_json
         loaded = load_recipe(recipe, overrides or ())
         with reporter(as_json) as report_event:
             walk = Walk(loaded, run or Path("runs") / loaded.name, Watch(report_event, should_stop))
-            walk.take_threads()
+            walk.take_machine()
             yield walk
 
 

@@ -119,7 +119,7 @@ def _plan(recipe: Path, overrides: list[str] | None, run: Path | None, as_json: 
         sys.path.append(str(Path.cwd()))
         loaded = load_recipe(recipe, overrides or ())
         walk = Walk(loaded, run or Path("runs") / loaded.name, Watch())
-        walk.take_threads()
+        walk.take_machine()
         planned = walk_plan(walk, with_probe)
         if as_json:
             print_json({"command": "plan", **planned})

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.store_info import describe_loss
+
 
 def print_summary(command: str, run: Path, results: dict[str, Any]) -> None:
     """A few lines: the figures, and where the files are."""
@@ -21,6 +23,8 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
             f"store: {store['num_views']} views of {store['num_samples']:,} samples, {store['store_bytes']:,} bytes, "
             f"{', '.join(store['arrays'])}: {store['path']}"
         )
+        for name, lost in store["fidelity"].items():
+            yield f"{name} against the teacher's float32: {describe_loss(lost)}"
         if store["num_units_missing"]:
             whose = f"{store['part']} is done; " if store["part"] else ""
             yield f"{whose}{store['num_units_missing']} units of the store are still missing"

@@ -20,6 +20,7 @@ from stages.errors import RecipeError
 from stages.forms import Wanted, parse_wanted
 from stages.job_folder import write_json
 from stages.losses.terms import teacher_layers
+from stages.memory import keep_freed_memory
 from stages.part import WHOLE, Part
 from stages.setup import Setup, choose_device
 from stages.train_student import (
@@ -38,7 +39,7 @@ from stages.train_teacher import (
     train_teacher,
     untrained_teacher,
 )
-from stages.watch import Watch
+from stages.watch import Event, Watch
 from store import is_url, make_folders, read_store_manifest
 
 
@@ -60,11 +61,12 @@ class Walk:
         make_folders([self.run])
         if read_run_recipe(self.run) is None:
             self.keep_recipe()
-        self.take_threads()
+        self.take_machine()
 
-    def take_threads(self) -> None:
-        """Take as many CPU threads as the recipe says, else the cores that the affinity mask leaves."""
+    def take_machine(self) -> None:
+        """Take as many CPU threads as the recipe says, else the cores that the affinity mask leaves; keep memory."""
         torch.set_num_threads(self.recipe.num_threads or len(os.sched_getaffinity(0)))
+        keep_freed_memory()
 
     def keep_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
@@ -156,7 +158,9 @@ def walk_plan(walk: Walk, with_probe: bool) -> dict[str, Any]:
 def walk_train_student(walk: Walk) -> dict[str, Any]:
     teaching, seeds = walk.teaching, walk.recipe.student.seeds
     # What will not do is refused before any training.
-    build_lesson(fresh_student(walk.recipe.student, seeds[0], walk.setup), teaching, seeds[0], walk.setup)
+    lesson = build_lesson(fresh_student(walk.recipe.student, seeds[0], walk.setup), teaching, seeds[0], walk.setup)
+    for number, line in enumerate(lesson.targets.describe() if lesson.targets else (), 1):
+        walk.watch.report(Event("train-student", f"reads {line}", number, len(teaching.stores), "store"))
     students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
     for seed in seeds:
         students[ALONE].append(train_student(walk.recipe.student, seed, None, walk.setup))

@@ -34,6 +34,7 @@ from store import (
     missing_arrays,
     missing_units,
     read_samples,
+    read_store_manifest,
     store_bytes,
     sweep_unit,
     write_unit,
@@ -109,7 +110,14 @@ def complete_units(
         "store_bytes": store_bytes(manifest, manifest.geometry.units()),
         "num_units_computed": num_computed,
         "num_units_missing": len(missing),
+        "fidelity": {} if missing else _fidelity(path),
     }
+
+
+def _fidelity(path: Path) -> dict[str, Any]:
+    """What the encoding of a finished store lost, by array."""
+    finished = read_store_manifest(path).finished
+    return dict(finished.fidelity) if finished else {}
 
 
 def _fill(filling: Filling, units: Sequence[Unit]) -> int:

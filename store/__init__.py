@@ -11,7 +11,8 @@ from store.grow import ensure_store, plan_growth
 from store.identity import Identity, canonical_json
 from store.lock import LockedError, exclusive, shared
 from store.manifest import Manifest
-from store.reader import TargetStore, open_store
+from store.opening import open_store
+from store.reader import TargetStore
 from store.remote import is_url
 from store.samples import Samples, ids_and_labels_sha256, read_samples, row_order
 from store.staging import StagingArea, default_area, needs_staging, stage

@@ -1,8 +1,7 @@
-"""Opening a store and reading it: rows of a batch by sample id, or whole units and views checked against checksums."""
+"""Reading a store: rows of a batch by sample id, or whole units and views checked against their checksums."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,15 @@ from numpy.typing import NDArray
 
 from store.errors import StoreError
 from store.geometry import ArraySpec, Geometry, Unit
-from store.manifest import Finished, Manifest, require
+from store.manifest import Finished, Manifest
 from store.mapping import CannotMap, Piece, map_pieces
-from store.markers import Marker, read_marker
-from store.plain_file import open_plain, read_plain
+from store.markers import Marker
+from store.plain_file import read_plain
 from store.rows import RowIndex
-from store.samples import Samples, read_samples
-from store.shard import check_index, crc32c, decode_shard, shard_path, shard_shape
+from store.samples import Samples
+from store.shard import crc32c, decode_shard, shard_path, shard_shape
 from store.unit_cache import CACHE_BYTES, UnitCache
 from store.writer import missing_units
-from store.zarr_group import check_arrays, read_store_manifest
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ class TargetStore:
         self.manifest = manifest
         self.samples = samples
         self._markers = markers
-        self._finished = _finished(path, manifest)
-        self._geometry = _visible(manifest.geometry, self._finished)
+        self._finished = finished_part(path, manifest)
+        self._geometry = visible_geometry(manifest.geometry, self._finished)
         self._index = RowIndex(samples.ids, self._geometry.sample_rows(), self._geometry.num_shards * self.unit_rows)
         self._stream_bytes = stream_bytes
         self._ranges: dict[str, NDArray[Any]] = {}
@@ -116,6 +114,10 @@ class TargetStore:
     def fidelity(self) -> Mapping[str, Any]:
         """What each array's encoding lost, measured when it was written."""
         return self._finished.fidelity
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape [V, N, *row_shape] of an array, rows that hold no sample included."""
+        return (self.num_views, self.num_rows, *self.spec(name).row_shape)
 
     def spec(self, name: str) -> ArraySpec:
         """The array called `name`; StoreError, listing what there is, if there is none or it is not finished."""
@@ -258,59 +260,12 @@ class TargetStore:
             raise StoreError(f"{self.path} has views 0 to {self.num_views - 1}, not {view}.{growing}")
 
 
-def open_store(path: Path, wanted: Mapping[str, Any] | None = None, advice: str = "") -> TargetStore:
-    """Open the store at `path`: of one that is being extended, the part that was finished before.
-
-    `wanted` names values of its manifest (any of the sections teacher, data, views, arrays) that it must have. Raises
-    FingerprintMismatch with stored and wanted values, pair by pair, where it has others; StoreError where there is no
-    store, a unit is missing, or a file is damaged. What is checked are metadata, markers, sizes and shard indices;
-    the rows themselves are checked where they are read into memory, and by `kdpipe store verify`.
-    """
-    manifest = read_store_manifest(path)
-    require(manifest, wanted or {}, f"the store {path}", advice)
-    check_arrays(path, manifest)
-    finished = _finished(path, manifest)
-    geometry = _visible(manifest.geometry, finished)
-    markers = {}
-    for unit in geometry.units():
-        marker = read_marker(path, manifest, unit)
-        if marker is None:
-            raise StoreError(f"{path} is not complete: {unit} is missing. Run `kdpipe cache-teacher` to finish it.")
-        for name in finished.arrays:
-            check_file(path, manifest, manifest.spec(name), unit, marker)
-        markers[unit] = marker
-    samples = read_samples(path, manifest.geometry, manifest.identity.data)
-    return TargetStore(path, manifest, samples.take(np.arange(geometry.num_samples)), markers)
-
-
-def check_file(path: Path, manifest: Manifest, spec: ArraySpec, unit: Unit, marker: Marker) -> None:
-    """Raise StoreError unless the shard file of `unit` is there, of its committed size, with the index it must have."""
-    file, committed = shard_path(path, spec, unit), marker.files.get(spec.name)
-    if committed is None:
-        raise StoreError(f"{path} is not complete: {unit} lacks {spec.name}. Run `kdpipe cache-teacher` to finish it.")
-    shape = shard_shape(spec, manifest.geometry.unit_rows)
-    expected = shape.file_bytes(unit.num_rows) if manifest.codec is None else committed["bytes"]
-    try:
-        descriptor = open_plain(file, path)
-        try:
-            found = os.fstat(descriptor).st_size
-            index = os.pread(descriptor, shape.index_bytes, max(0, expected - shape.index_bytes))
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StoreError(damaged(file, unit, f"it cannot be read ({error.strerror})")) from error
-    if found != expected or committed["bytes"] != expected:
-        raise StoreError(damaged(file, unit, f"it has {found:,} bytes, {expected:,} were committed"))
-    if manifest.codec is None:
-        check_index(index, shape, unit.num_rows, str(file))
-
-
 def damaged(file: Path, unit: Unit, what: str) -> str:
     """The sentence about a damaged file."""
     return f"{file} ({unit}) is damaged: {what}. `kdpipe store repair RECIPE` computes its unit again."
 
 
-def _finished(path: Path, manifest: Manifest) -> Finished:
+def finished_part(path: Path, manifest: Manifest) -> Finished:
     if manifest.finished is not None:
         return manifest.finished
     missing = missing_units(path, manifest)
@@ -318,6 +273,6 @@ def _finished(path: Path, manifest: Manifest) -> Finished:
     raise StoreError(f"{path} is not complete: {what}. Run `kdpipe cache-teacher` to finish it.")
 
 
-def _visible(geometry: Geometry, finished: Finished) -> Geometry:
+def visible_geometry(geometry: Geometry, finished: Finished) -> Geometry:
     """The geometry of what is finished. Its shards keep their numbers: segments and views only ever follow."""
     return Geometry(finished.num_views, geometry.unit_rows, geometry.segments[: finished.num_segments])

@@ -31,7 +31,8 @@ from store.grow import ensure_store
 from store.lock import LockedError
 from store.manifest import Manifest
 from store.markers import Marker, read_marker
-from store.reader import TargetStore, open_store
+from store.opening import open_store
+from store.reader import TargetStore
 from store.samples import Samples, read_samples
 from store.topk import encode_topk
 from store.writer import finish_store, missing_arrays, sweep_unit, write_unit
