@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import torch
 
 from stages.cache_teacher import CacheConfig, cache_teacher
 from stages.datasets.image_set import ImageSet
 from stages.features import Outputs, tapped
+from stages.forms import Wanted
 from stages.job_folder import JobFolder
 from stages.lesson import Lesson, Normalisation, place
 from stages.losses.hint import HintConfig
@@ -31,7 +35,7 @@ from stages.models.build import ModelConfig
 from stages.network import Network
 from stages.optim import TrainConfig
 from stages.setup import Setup, choose_device
-from stages.train_student import build_lesson, open_teaching
+from stages.train_student import StudentConfig, build_lesson, open_teaching
 from stages.training import Job, train
 from stages.views import ViewsConfig, render
 from stages.watch import Watch
@@ -74,6 +78,8 @@ PAIRS = {
 
 class LiveTeacher:
     """The teacher in the loop: what stored targets replace."""
+
+    slabs = None
 
     def __init__(self, teacher: Network, setup: Setup) -> None:
         self.teacher, self.setup = teacher, setup
@@ -145,13 +151,14 @@ def make_network(config: ModelConfig, setup: Setup) -> Network:
 
 def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -> dict[str, Lesson]:
     path = setup.run / "store.zarr"
-    cache_teacher(CacheConfig(), path, teacher, [pair.hint[1]], setup)
+    cache_teacher(CacheConfig(), path, teacher, [Wanted(pair.hint[1])], setup)
+    config = StudentConfig(model=pair.student)
     kd, hint = KDConfig(loss="kd"), HintConfig(loss="hint", layers=(pair.hint,))
-    logits = build_lesson(student, open_teaching([path], [kd], 0.1, {}, setup), 0, setup)
+    logits = build_lesson(student, open_teaching([path], [kd], config, {}, setup), 0, setup)
     return {
         "alone": Lesson(*place(setup.train_set, setup.device), setup.views, student.normalise),
         "logits": logits,
-        "features": build_lesson(student, open_teaching([path], [kd, hint], 0.1, {}, setup), 0, setup),
+        "features": build_lesson(student, open_teaching([path], [kd, hint], config, {}, setup), 0, setup),
         "live": dataclasses.replace(logits, targets=LiveTeacher(teacher, setup)),
     }
 
