@@ -4,14 +4,14 @@ import pytest
 from kdpipe_process import RECIPE, kdpipe
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
     path.write_text(RECIPE)
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def done(tmp_path_factory, recipe):
     """A run that nothing disturbed."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
