@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Let the allocator keep what tensors free, for the next step to take again.
 
     By default glibc returns every large block to the kernel and faults it in again, page by page, a step later: on a
-    CPU that can take half of a forward pass (benchmarks/freed_memory.py). What a process holds is then its peak. Elsewhere than
-    with glibc this does nothing. Returns whether the allocator took it.
+    CPU that can take half of a forward pass (benchmarks/freed_memory.py). What a process holds is then its peak.
+    Elsewhere than with glibc this does nothing. Returns whether the allocator took it.
     """
     if sys.platform != "linux":
         return False
