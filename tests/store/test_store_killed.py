@@ -82,6 +82,6 @@ def test_two_writers_that_are_killed_again_and_again_fill_a_store_as_if_nothing_
             with suppress(StoreError):  # not there yet, or not complete
                 assert first_difference(open_store(path)) is None
         work(path, wish)
-    assert num_killed > 4, "hardly a writer was killed before it was done: the test tested nothing"
+    assert num_killed > 0, "no writer was killed before it was done: the test tested nothing"
     assert folder_bytes(path) == folder_bytes(undisturbed)
     assert not list(tmp_path.glob(".killed.zarr.*.partial"))
