@@ -16,7 +16,7 @@ MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
-class Filling:
+class Filled:
     """How far a store is filled: the units that lack something, and the bytes of the shards that are committed."""
 
     num_units: int
@@ -24,7 +24,7 @@ class Filling:
     num_bytes: int
 
 
-def filling(path: Path, manifest: Manifest) -> Filling:
+def how_filled(path: Path, manifest: Manifest) -> Filled:
     """Look at the marker and the shards of every unit; nothing is read of the shards."""
     missing, num_bytes, units = [], 0, manifest.geometry.units()
     for unit in units:
@@ -33,7 +33,7 @@ def filling(path: Path, manifest: Manifest) -> Filling:
             missing.append(unit)
         files = _committed(path, manifest, unit).files
         num_bytes += sum(file["bytes"] for name, file in files.items() if name not in lacking)
-    return Filling(len(units), tuple(missing), num_bytes)
+    return Filled(len(units), tuple(missing), num_bytes)
 
 
 def model_name(teacher: Mapping[str, Any]) -> str:
@@ -47,7 +47,7 @@ def read_store_info(path: Path) -> dict[str, Any]:
     is no store.
     """
     manifest = read_store_manifest(path)
-    filled, units = filling(path, manifest), manifest.geometry.units()
+    filled, units = how_filled(path, manifest), manifest.geometry.units()
     at_work = {str(unit): str(at_it) for unit in filled.missing if (at_it := holder(path, unit.key))}
     return {
         "path": str(path),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import printable
-from pipeline.store_info import filling, model_name
+from pipeline.store_info import how_filled, model_name
 from store import KdpipeError, StoreError, read_store_manifest
 from store.markers import MARKERS
 from store.samples import SAMPLES
@@ -63,7 +63,7 @@ def _is_readable(folder: Path) -> bool:
 def _entry(path: Path) -> dict[str, Any]:
     try:
         manifest = read_store_manifest(path)
-        filled = filling(path, manifest)
+        filled = how_filled(path, manifest)
     except (KdpipeError, OSError) as error:
         return {"path": str(path), "fault": str(error)}
     teacher, data, geometry = manifest.identity.teacher, manifest.identity.data, manifest.geometry
