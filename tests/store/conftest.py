@@ -1,0 +1,10 @@
+"""A store in float32: there is something to lose."""
+
+import pytest
+from made_store import make_store
+from transcoded import FLOAT32
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_store(tmp_path / "source.zarr", specs=FLOAT32)
