@@ -31,9 +31,10 @@ from stages.lesson import Normalisation
 from stages.memory import keep_freed_memory
 from stages.models.build import ModelConfig
 from stages.network import Network
+from stages.pictures import Request
 from stages.setup import Setup, choose_device
 from stages.store_plan import CacheConfig
-from stages.views import ViewsConfig, render
+from stages.views.config import ViewsConfig
 from stages.watch import Watch
 
 CONFIG = CacheConfig(shard_bytes=8 * 2**20)
@@ -51,7 +52,7 @@ class Case:
     num_classes: int
     num_samples: int
     layer: str
-    crop_padding: int
+    padding: int
 
 
 CASES = {
@@ -108,8 +109,7 @@ def speak_to_nobody(setup: Setup, teacher: Network) -> None:
     """Every view and every forward pass that `cache` needs, in batches of the same size."""
     train_set = setup.train_set
     for at in torch.arange(train_set.num_samples).split(CONFIG.batch_size):
-        images, ids = train_set.images[at].to(setup.device), train_set.sample_ids[at].to(setup.device)
-        logits = teacher.model(teacher.normalise(render(images, ids, 0, setup.views)))
+        logits = teacher.model(teacher.normalise(setup.pictures.one(Request(at, 0)).images))
     logits.cpu()  # waits for a GPU
 
 
@@ -123,7 +123,8 @@ def make_setup(case: Case, folder: Path, device: torch.device) -> tuple[Setup, N
     labels = torch.arange(case.num_samples) % case.num_classes
     classes = tuple(str(one) for one in range(case.num_classes))
     image_set = ImageSet("random", "train", images, labels, torch.arange(case.num_samples), classes)
-    views = ViewsConfig(num_views=1, crop_padding=case.crop_padding, flip=True)
+    operations = ({"name": "RandomCrop", "padding": case.padding}, {"name": "RandomHorizontalFlip"})
+    views = ViewsConfig(num_views=1, operations=operations)
     setup = Setup(folder, image_set, image_set, views, device, Watch())
     model = setup.build(case.teacher, 0).eval().to(device)
     channels = case.image_shape[0]

@@ -23,10 +23,10 @@ import torch
 
 from stages.cache_teacher import CacheConfig, cache_teacher
 from stages.datasets.image_set import ImageSet
-from stages.features import Outputs, tapped
+from stages.features import tapped
 from stages.forms import Wanted
 from stages.job_folder import JobFolder
-from stages.lesson import Lesson, Normalisation, place
+from stages.lesson import Batch, Lesson, Normalisation
 from stages.losses.hint import HintConfig
 from stages.losses.kd import KDConfig
 from stages.losses.terms import student_layers
@@ -34,10 +34,11 @@ from stages.memory import keep_freed_memory
 from stages.models.build import ModelConfig
 from stages.network import Network
 from stages.optim import TrainConfig
+from stages.pictures import Seen
 from stages.setup import Setup, choose_device
 from stages.train_student import StudentConfig, build_lesson, open_teaching
 from stages.training import Job, train
-from stages.views import ViewsConfig, render
+from stages.views.config import ViewsConfig
 from stages.watch import Watch
 
 
@@ -76,19 +77,17 @@ PAIRS = {
 }
 
 
-class LiveTeacher:
-    """The teacher in the loop: what stored targets replace."""
+@dataclasses.dataclass(frozen=True)
+class TeacherInTheLoop(Lesson):
+    """The lesson in which the teacher looks at every batch again: what stored targets replace."""
 
-    slabs = None
+    teacher: Network | None = None
 
-    def __init__(self, teacher: Network, setup: Setup) -> None:
-        self.teacher, self.setup = teacher, setup
-
-    def batch(self, view: int, indices: torch.Tensor) -> list[Outputs]:
-        images, ids = self.setup.train_set.images[indices], self.setup.train_set.sample_ids[indices]
-        shown = self.teacher.normalise(render(images, ids, view, self.setup.views).to(self.setup.device))
+    def _batch(self, epoch: int, seen: Seen) -> Batch:
+        assert self.teacher is not None
+        batch = super()._batch(epoch, seen)
         with torch.no_grad(), tapped(self.teacher.model, ()) as tap:
-            return [tap(shown)]
+            return dataclasses.replace(batch, teachers=[tap(self.teacher.normalise(seen.images))])
 
 
 def main() -> None:
@@ -139,7 +138,8 @@ def make_setup(pair: Pair, folder: Path) -> Setup:
         classes = tuple(map(str, range(pair.num_classes)))
         return ImageSet("random", split, pixels, labels, torch.arange(count), classes)
 
-    views = ViewsConfig(num_views=2, crop_padding=2, flip=True)
+    operations = ({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"})
+    views = ViewsConfig(num_views=2, operations=operations)
     return Setup(folder, images("train", pair.num_samples), images("test", 64), views, choose_device("auto"), Watch())
 
 
@@ -156,10 +156,17 @@ def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -
     kd, hint = KDConfig(loss="kd"), HintConfig(loss="hint", layers=(pair.hint,))
     logits = build_lesson(student, open_teaching([path], [kd], config, {}, setup), 0, setup)
     return {
-        "alone": Lesson(*place(setup.train_set, setup.device), setup.views, student.normalise),
+        "alone": Lesson(setup.pictures, setup.views.num_views, student.normalise),
         "logits": logits,
         "features": build_lesson(student, open_teaching([path], [kd, hint], config, {}, setup), 0, setup),
-        "live": dataclasses.replace(logits, targets=LiveTeacher(teacher, setup)),
+        "live": TeacherInTheLoop(
+            setup.pictures,
+            setup.views.num_views,
+            student.normalise,
+            terms=logits.terms,
+            hard_label_weight=logits.hard_label_weight,
+            teacher=teacher,
+        ),
     }
 
 

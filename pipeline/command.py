@@ -44,6 +44,11 @@ def guarded() -> Iterator[None]:
             say(f"error: {error}")
         elif isinstance(error, OSError):
             say(f"error: {error.strerror or error}: {error.filename or 'standard output'}.")
+        elif "DataLoader worker (pid" in str(error):  # torch's own sentence, from its handler of SIGCHLD
+            say(
+                "error: a process that decodes images was killed; its work is done again by the same command. Where "
+                "memory is short, lower data.num_workers or the batch size."
+            )
         elif _is_out_of_memory(error):
             first_line = str(error).strip().partition("\n")[0]
             say(f"error: out of memory ({first_line}): lower batch sizes, or the networks' widths.")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.command import AsJson, Overrides, RecipePath, RunFolder, guarded, print_json
+from pipeline.command import AsJson, Overrides, RecipePath, RunFolder, guarded, print_json, say, walking
 from pipeline.store_app import store_app
 
 if TYPE_CHECKING:
@@ -80,6 +80,40 @@ def cache_teacher(
 def plan(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, as_json: AsJson = False) -> None:
     """What cache-teacher would take. Units, bytes, free disk, and from a short probe the time. Writes nothing."""
     _plan(recipe, set_, run, as_json, with_probe=True)
+
+
+@app.command()
+def views(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    run: RunFolder = None,
+    *,
+    save: Annotated[Path, typer.Option("--save", metavar="FILE", help="Where the picture goes.")] = Path("views.png"),
+    num_samples: Annotated[int, typer.Option("--samples", min=1, max=100)] = 8,
+    num_views: Annotated[int, typer.Option("--views", min=1, max=100)] = 6,
+    as_json: AsJson = False,
+) -> None:
+    """Draw samples x views as a PNG. The store's top-3 under each, so that people can look. Writes nothing else."""
+    with guarded(), walking(recipe, set_, run, as_json) as walk:
+        from pipeline.view_grid import draw_grid
+        from pipeline.walk import walk_views
+
+        shown, store = walk_views(walk, num_samples, num_views)
+        draw_grid(shown, save)
+    if store is None:
+        say("there is no finished store yet, so the pictures stand without the teacher's words.")
+    if as_json:
+        samples = zip(shown.sample_ids, shown.labels, shown.top, strict=True)
+        print_json(
+            {
+                "command": "views",
+                "picture": str(save),
+                "store": store,
+                "samples": [{"id": number, "label": label, "top": top} for number, label, top in samples],
+            }
+        )
+    else:
+        typer.echo(f"{save}: {shown.images.shape[0]} samples in {shown.images.shape[1]} views")
 
 
 @app.command()

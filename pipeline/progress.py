@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from stages.watch import Event
+from stages.watch import WARNING, Event
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -52,6 +52,8 @@ def _write(line: str) -> None:
 
 
 def _line(event: Event) -> str:
+    if event.unit == WARNING:
+        return f"kdpipe: warning: {event.job}"
     percent = 100 * event.step // max(1, event.total)
     return f"{event.stage}: {event.job}: {event.unit} {event.step}/{event.total} ({percent} %){_figures(event)}"
 
@@ -79,6 +81,9 @@ def _bars() -> Iterator[Reporter]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
 
         def report(event: Event) -> None:
+            if event.unit == WARNING:
+                progress.console.print(_line(event), markup=False, highlight=False)
+                return
             if event.job not in tasks:
                 tasks[event.job] = progress.add_task(
                     event.job, total=event.total, stage=event.stage, unit=event.unit, figures=""

@@ -23,7 +23,8 @@ from stages.losses.terms import LossConfig
 from stages.store_plan import CacheConfig
 from stages.train_student import StudentConfig
 from stages.train_teacher import TeacherConfig
-from stages.views import ViewsConfig
+from stages.views.config import ViewsConfig
+from stages.views.renderer import check_views
 
 
 @section
@@ -67,8 +68,11 @@ def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     """A recipe from what its file holds. Raises RecipeError, naming key and value, where anything is amiss."""
     try:
         recipe: Recipe = TypeAdapter(Recipe).validate_json(json.dumps(table, default=str))
+        check_views(recipe.views)
     except ValidationError as error:
         raise RecipeError(_sentence(where, error)) from error
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
     return recipe
 
 

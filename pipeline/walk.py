@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,22 +15,27 @@ from pipeline.recipe import Recipe, read_run_recipe, recipe_json
 from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
 from stages.compress import compress, measure_latencies, rehearse
-from stages.datasets.load import load_dataset
+from stages.datasets.image_set import ImageSet
+from stages.datasets.load import DataConfig, load_dataset
 from stages.errors import RecipeError
 from stages.forms import Wanted, parse_wanted
 from stages.job_folder import write_json
 from stages.losses.terms import teacher_layers
 from stages.memory import keep_freed_memory
 from stages.part import WHOLE, Part
-from stages.setup import Setup, choose_device
+from stages.partners import find_partners, population_of
+from stages.setup import Setup, choose_device, test_size
+from stages.show_views import ShownViews, show_views
 from stages.train_student import (
     ALONE,
     DISTILLED,
     Teaching,
     build_lesson,
     fresh_student,
+    on_this_machine,
     open_teaching,
     train_student,
+    view_warning,
 )
 from stages.train_teacher import (
     load_teacher,
@@ -76,14 +81,39 @@ class Walk:
     def setup(self) -> Setup:
         data = self.recipe.data
         device = choose_device(self.recipe.device)
-        sets = load_dataset(data, "train"), load_dataset(data, "test")
-        if self.recipe.views.crop_padding >= min(sets[0].image_size):
-            height, width = sets[0].image_size
-            raise RecipeError(
-                f"views.crop_padding = {self.recipe.views.crop_padding} could crop images of {height} x {width} to "
-                "nothing: keep it below both."
-            )
-        return Setup(self.run, *sets, self.recipe.views, device, self.watch)
+        train_set = self._load(data, "train")
+        alone = Setup(self.run, train_set, train_set, self.recipe.views, device, self.watch)
+        setup = replace(
+            alone,
+            test_set=self._load(data, "test", test_size(alone)),
+            partners=self._partners(train_set),
+            num_workers=data.num_workers,
+            unreadable=data.unreadable,
+        )
+        _ = setup.renderer.shape  # what the views cannot do is refused before any work
+        return setup
+
+    def _load(self, data: DataConfig, split: Literal["train", "test"], size: int | None = None) -> ImageSet:
+        """A split of the data set; each image of it that is left out is told of."""
+        counter = self.watch.counter("data", f"look at every image of the {split} split", "image")
+        image_set = load_dataset(data, split, size=size, on_image=counter)
+        for dropped in image_set.dropped:
+            self.watch.warn("data", f"sample {dropped.sample_id} is left out: {dropped.why}")
+        return image_set
+
+    def _partners(self, train_set: ImageSet) -> ImageSet | None:
+        """Where the partners of MixUp and CutMix come from, if that is not simply the training set: the samples with
+        which the store began.
+        """
+        places = [place for place in dict.fromkeys([self.store, *self.stores]) if is_url(place) or Path(place).exists()]
+        if self.recipe.views.mix is None or not places:
+            return None
+        path = on_this_machine(places[0], self.watch)
+        population = population_of(path)
+        if torch.equal(population, torch.sort(train_set.sample_ids).values):
+            return None
+        whole = replace(self.recipe.data, num_train=None, classes=None)
+        return find_partners(population, self._load(whole, "train"), path)
 
     @property
     def store(self) -> Path:
@@ -155,8 +185,19 @@ def walk_plan(walk: Walk, with_probe: bool) -> dict[str, Any]:
     return {**plan, "teacher_trained": trained, "layers_wanted_by": walk.layers_wanted_by, "probe": measured}
 
 
+def walk_views(walk: Walk, num_samples: int, num_views: int) -> tuple[ShownViews, str | None]:
+    """Some samples in their first views, with what the first store says of them; and which store that is."""
+    place = walk.stores[0]
+    if not is_url(place) and (not Path(place).exists() or read_store_manifest(Path(place)).finished is None):
+        return show_views(walk.setup, None, num_samples, num_views), None
+    store = walk.teaching.stores[0]
+    return show_views(walk.setup, store, num_samples, num_views), str(place)
+
+
 def walk_train_student(walk: Walk) -> dict[str, Any]:
     teaching, seeds = walk.teaching, walk.recipe.student.seeds
+    if warning := view_warning(walk.recipe.views):
+        walk.watch.warn("train-student", warning)
     # What will not do is refused before any training.
     lesson = build_lesson(fresh_student(walk.recipe.student, seeds[0], walk.setup), teaching, seeds[0], walk.setup)
     for number, line in enumerate(lesson.targets.describe() if lesson.targets else (), 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,6 @@ from stages.losses.terms import student_layers
 from stages.model_file import finished_record, load_finished
 from stages.network import Network, finish
 from stages.optim import TrainConfig
-from stages.order import batch_indices, epoch_order, num_steps
 from stages.setup import Setup, deciding
 from stages.train_student import DISTILLED, StudentConfig, Teaching, build_lesson, fresh_student, student_folder
 from stages.training import Job, train
@@ -165,7 +165,7 @@ def _quantize(config: CompressConfig, network: Network, seed: int, teaching: Tea
             freeze_observers(model)
 
     def warm_up(model: nn.Module, lesson: Lesson) -> None:
-        _calibrate(config, model, lesson, seed, setup)
+        _calibrate(config, model, lesson, seed)
 
     return _fine_tune(piece, teaching, setup, warm_up, before_epoch)
 
@@ -178,7 +178,6 @@ def _fine_tune(
     before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None,
 ) -> dict[str, Any]:
     """Train one piece with the run's distillation losses, check its ONNX file, and return its figures."""
-    views = {**setup.view_identity(), "num_views": setup.views.num_views}
     piece.folder.begin(
         {
             **piece.decided_by,
@@ -186,7 +185,7 @@ def _fine_tune(
             "seed": piece.seed,
             "data": setup.data_identity(),
             "test": setup.test_identity(),
-            "views": views,
+            "views": setup.shown_views(),
             "teaching": teaching.to_json(),
         }
     )
@@ -212,10 +211,7 @@ def _load_pruned(network: Network, seed: int, setup: Setup) -> Network:
     return Network(model, architecture, network.normalise)
 
 
-def _calibrate(config: CompressConfig, model: nn.Module, lesson: Lesson, seed: int, setup: Setup) -> None:
+def _calibrate(config: CompressConfig, model: nn.Module, lesson: Lesson, seed: int) -> None:
     """Take the first ranges of the activations from the views of the first batches."""
-    batch_size = config.quantize_train.batch_size
-    order = epoch_order(seed, 0, lesson.num_samples)
-    steps = min(config.quantize.calibration_batches, num_steps(lesson.num_samples, batch_size))
-    indices = (batch_indices(order, step, batch_size) for step in range(steps))
-    calibrate(model, (lesson.batch(0, at, setup.device).images for at in indices))
+    batches = lesson.stream(seed, config.quantize_train.batch_size, epoch=0, step=0, epochs=1)
+    calibrate(model, (batch.images for batch in islice(batches, config.quantize.calibration_batches)))

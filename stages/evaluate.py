@@ -9,17 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.lesson import Normalisation
+from stages.pictures import Pictures, Request
 
 BATCH_SIZE = 500
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A test set: images uint8 [N, C, H, W], labels int64 [N], and how the model under test scales its input."""
+    """A test set, and how the model under test scales its input."""
 
-    images: Tensor
-    labels: Tensor
+    pictures: Pictures
     normalise: Normalisation
+
+    def images(self, most: int) -> Tensor:
+        """The first images, at most so many, normalised: float32 [B, C, H, W]."""
+        at = torch.arange(min(most, self.pictures.image_set.num_samples))
+        return self.normalise(self.pictures.one(Request(at)).images)
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,15 @@ def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> Measur
     """Measure `model`; it is left in the mode in which it was."""
     was_training = model.training
     model.eval()
-    num_correct, total = 0, 0.0
-    for start in range(0, len(test.labels), BATCH_SIZE):
-        images = test.normalise(test.images[start : start + BATCH_SIZE].to(device))
-        labels = test.labels[start : start + BATCH_SIZE].to(device)
-        logits = model(images).float()
+    num_correct, num_seen, total = 0, 0, 0.0
+    image_set = test.pictures.image_set
+    for seen in test.pictures.stream(
+        Request(at) for at in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE)
+    ):
+        labels = image_set.labels[seen.positions].to(device)
+        logits = model(test.normalise(seen.images)).float()
         num_correct += int((logits.argmax(1) == labels).sum())
+        num_seen += len(labels)
         total += float(F.cross_entropy(logits, labels, reduction="sum"))
     model.train(was_training)
-    return Measured(num_correct / len(test.labels), total / len(test.labels))
+    return Measured(num_correct / num_seen, total / num_seen)

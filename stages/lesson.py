@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.datasets.image_set import ImageSet
 from stages.errors import RunError
 from stages.features import Outputs, TeacherOutputs
-from stages.order import epoch_order, slab_order
+from stages.order import batch_indices, epoch_order, num_steps, slab_order
+from stages.pictures import Pictures, Request, Seen
 from stages.targets import Targets
-from stages.views import ViewsConfig, render
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,30 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images float32 [B, C, H, W], normalised; labels int64 [B]; what each store holds for them."""
+    """Images float32 [B, C, H, W], normalised; labels int64 [B]; what each store holds for those with targets.
 
-    images: Tensor
-    labels: Tensor
-    teachers: Sequence[TeacherOutputs]
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """The samples on a device, their views, and the targets that go with them.
-
-    `fresh_views` gives every epoch views that no store holds: the teacher's own training uses them, so that what it
-    says later is about pictures it was not fitted to.
+    Where samples are mixed: the labels of their partners, int64 [B], and the share of their own, float32 [B].
+    has_targets: bool [B] on the CPU, where the stores lack some samples; None where they hold all.
     """
 
     images: Tensor
     labels: Tensor
-    sample_ids: Tensor
-    views: ViewsConfig
+    teachers: Sequence[TeacherOutputs] = ()
+    partner_labels: Tensor | None = None
+    own_share: Tensor | None = None
+    has_targets: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The pictures of a data set in their views, and the targets that go with them.
+
+    fresh_views: every epoch has views that no store holds. The teacher's own training uses them, so that what it says
+    later is about pictures to which it was not fitted.
+    """
+
+    pictures: Pictures
+    num_views: int
     normalise: Normalisation
     targets: Targets | None = None
     fresh_views: bool = False
@@ -73,36 +78,79 @@ class Lesson:
 
     @property
     def num_samples(self) -> int:
-        return len(self.labels)
+        return self.pictures.image_set.num_samples
 
     def order(self, seed: int, epoch: int) -> Tensor:
         """The samples of an epoch in the order in which they are seen, int64 [N]: a function of (seed, epoch).
 
         It goes by sample id: the same samples in another order are the same data set, and give the same student.
         """
-        by_id = torch.argsort(self.sample_ids.cpu())
+        by_id = torch.argsort(self.pictures.image_set.sample_ids)
         if self.targets is not None and self.targets.slabs is not None:
             return by_id[slab_order(seed, epoch, self.targets.slabs[by_id], self.targets.window)]
         return by_id[epoch_order(seed, epoch, self.num_samples)]
 
-    def batch(self, epoch: int, indices: Tensor, device: torch.device) -> Batch:
-        """The samples at `indices`, int64 [B], in the view that `epoch` uses, with their targets."""
-        view = -1 - epoch if self.fresh_views else epoch % self.views.num_views
-        at = indices.to(self.images.device)
-        images = render(self.images[at], self.sample_ids[at], view, self.views).to(device, non_blocking=True)
-        teachers = self.targets.batch(view, indices) if self.targets else ()
-        return Batch(self.normalise(images), self.labels[at].to(device, non_blocking=True), teachers)
+    def stream(self, seed: int, batch_size: int, *, epoch: int, step: int, epochs: int) -> Iterator[Batch]:
+        """The batches from step `step` of epoch `epoch` to the end of the last: a pure function of its arguments, so
+        that a killed job goes on at the very batch where it stopped.
+        """
+        steps = num_steps(self.num_samples, batch_size)
+        asked: deque[int] = deque()  # pictures are asked for some batches ahead
+
+        def requests() -> Iterator[Request]:
+            for number in range(epoch, epochs):
+                order = self.order(seed, number)
+                for at in range(step if number == epoch else 0, steps):
+                    asked.append(number)
+                    yield Request(batch_indices(order, at, batch_size), self._view(number))
+
+        for seen in self.pictures.stream(requests()):
+            yield self._batch(asked.popleft(), seen)
 
     def losses(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The weighted losses by name; their sum is what is minimised."""
-        hard = F.cross_entropy(student.logits.float(), batch.labels)
-        losses = {"hard_labels": self.hard_label_weight * hard}
-        return losses | {name: term(student, batch.teachers) for name, term in self.terms.items()}
+        if batch.has_targets is not None:
+            return self._losses_of_some(student, batch, batch.has_targets)
+        hard = self.hard_label_weight * _cross_entropy(student.logits, batch).mean()
+        return {"hard_labels": hard} | {name: term(student, batch.teachers) for name, term in self.terms.items()}
+
+    def _losses_of_some(self, student: Outputs, batch: Batch, has_targets: Tensor) -> dict[str, Tensor]:
+        """Where stores lack samples: those learn from their hard labels alone, at full weight, and the others' losses
+        count by their share of the batch.
+        """
+        weights = torch.where(has_targets, self.hard_label_weight, 1.0).to(student.logits.device, non_blocking=True)
+        losses = {"hard_labels": (weights * _cross_entropy(student.logits, batch)).mean()}
+        share = float(has_targets.float().mean())
+        if share == 0:
+            return losses | {name: student.logits.new_zeros(()) for name in self.terms}
+        rows = has_targets.nonzero()[:, 0].to(student.logits.device, non_blocking=True)
+        taught = Outputs(student.logits[rows], {layer: map_[rows] for layer, map_ in student.features.items()})
+        return losses | {name: share * term(taught, batch.teachers) for name, term in self.terms.items()}
+
+    def _view(self, epoch: int) -> int:
+        return -1 - epoch if self.fresh_views else epoch % self.num_views
+
+    def _batch(self, epoch: int, seen: Seen) -> Batch:
+        device, image_set = seen.images.device, self.pictures.image_set
+        labels = image_set.labels[seen.positions].to(device, non_blocking=True)
+        images = self.normalise(seen.images)
+        has_targets = self.targets.known(seen.positions) if self.targets else None
+        with_targets = seen.positions if has_targets is None else seen.positions[has_targets]
+        teachers = self.targets.batch(epoch % self.num_views, with_targets) if self.targets else ()
+        if seen.mixture is None:
+            return Batch(images, labels, teachers, has_targets=has_targets)
+        mixed = seen.mixture.mixed
+        partner_labels = image_set.labels[seen.positions]
+        partner_labels[mixed] = self.pictures.labels_of(seen.mixture.partners[mixed])
+        partner_labels = partner_labels.to(device, non_blocking=True)
+        own_share = seen.mixture.own_share.to(device, non_blocking=True)
+        return Batch(images, labels, teachers, partner_labels, own_share, has_targets)
 
 
-def place(image_set: ImageSet, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and ids where they are used: on the device if they take less than half of its free memory."""
-    where = device
-    if device.type == "cuda" and image_set.images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
-        where = torch.device("cpu")
-    return image_set.images.to(where), image_set.labels.to(where), image_set.sample_ids.to(where)
+def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """The cross entropy with the hard labels, [B]; with both labels of a mixed sample, each by its share."""
+    own = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+    if batch.partner_labels is None or batch.own_share is None:
+        return own
+    partners = F.cross_entropy(logits.float(), batch.partner_labels, reduction="none")
+    return batch.own_share * own + (1 - batch.own_share) * partners

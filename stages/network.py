@@ -83,7 +83,7 @@ def _write_onnx(folder: JobFolder, network: Network, setup: Setup) -> None:
 
 def _require_agreement(folder: JobFolder, network: Network, setup: Setup) -> float:
     """The share of test images on which the file in `folder`, run by onnxruntime, gives the network's top-1 answer."""
-    images = network.normalise(setup.test_set.images[:CHECKED_IMAGES])
+    images = setup.test(network.normalise).images(CHECKED_IMAGES).cpu()
     found = check_onnx(folder.onnx, network.model, images, batch_size=250)
     if found.top1_agreement < LEAST_AGREEMENT:
         raise ModelError(

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from stages.features import tapped
 from stages.forms import take_form
 from stages.network import Network
+from stages.pictures import Request
 from stages.setup import Setup
 from stages.store_plan import layers_of
-from stages.views import render
 from store import StoreError, TargetStore, open_store
 from store.manifest import require
 from store.topk import INDICES, TAIL, VALUES, encode_topk
@@ -93,10 +93,8 @@ def _errors(
     """By array, how far the rows of samples [n] are from the teacher's, [n]; 1 is just tolerated."""
     wanted = [one for one in layers_of(store.manifest) if one.array in {spec.name for spec in store.arrays}]
     at = torch.from_numpy(_positions(store, setup, ids))
-    images = setup.train_set.images[at].to(setup.device)
-    known = setup.train_set.sample_ids[at].to(setup.device)
     with tapped(teacher.model, [one.layer for one in wanted]) as tap:
-        said = tap(teacher.normalise(render(images, known, view, setup.views)))
+        said = tap(teacher.normalise(setup.pictures.one(Request(at, view)).images))
     exact = {one.array: take_form(one, said.features[one.layer]).float().cpu().numpy() for one in wanted}
     stored = {spec.name: store.gather(spec.name, view, ids) for spec in store.arrays}
     errors = {name: _row_errors(values, stored[name], _tolerance(store, name)) for name, values in exact.items()}

@@ -7,18 +7,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from stages.datasets.image_set import ImageSet, digest, normalisation, pixel_checksums
-from stages.errors import RecipeError
+from stages.datasets.image_set import ImageSet, digest, normalisation, pixel_checksums, unequal_sizes_message
+from stages.errors import DataError, RecipeError
 from stages.evaluate import Evaluation
 from stages.lesson import Normalisation
 from stages.models.build import ModelConfig, architecture, build_model
 from stages.part import local_rank
-from stages.views import ViewsConfig, identity
+from stages.pictures import Pictures
+from stages.views.config import ViewsConfig
+from stages.views.renderer import Renderer
 from stages.watch import Watch
 from store import Samples
 
@@ -27,7 +29,11 @@ IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Setup:
-    """The common ground of a run's stages; `run` is the folder in which they find each other's files."""
+    """The common ground of a run's stages; `run` is the folder in which they find each other's files.
+
+    partners: where the partners of MixUp and CutMix come from; the training images, where that is None.
+    num_workers, unreadable: as in the recipe's `data` section.
+    """
 
     run: Path
     train_set: ImageSet
@@ -35,18 +41,49 @@ class Setup:
     views: ViewsConfig
     device: torch.device
     watch: Watch
+    partners: ImageSet | None = None
+    num_workers: int | None = None
+    unreadable: Literal["stop", "drop"] = "stop"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (self.train_set.in_channels, *self.train_set.image_size)
+        """(C, H, W) of what the networks see."""
+        return self.renderer.shape
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """What makes the views of the training images."""
+        held, population = self.train_set, self.partners or self.train_set
+        partners = torch.sort(population.sample_ids).values
+        if held.image_size is None and self.views.engine == "tensor":
+            raise RecipeError(unequal_sizes_message(held))
+        return Renderer(self.views, held.in_channels, held.image_size, partners)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The training images in their views."""
+        return Pictures(
+            self.train_set, self.device, self.renderer, self.partners, self.num_workers, self._on_unreadable
+        )
+
+    @cached_property
+    def test_pictures(self) -> Pictures:
+        """The test images as they are."""
+        return Pictures(self.test_set, self.device, num_workers=self.num_workers, on_failure=self._on_unreadable)
 
     def test(self, normalise: Normalisation) -> Evaluation:
-        return Evaluation(self.test_set.images, self.test_set.labels, normalise)
+        return Evaluation(self.test_pictures, normalise)
+
+    def _on_unreadable(self, sentence: str) -> None:
+        """Stop at an image that cannot be read, or drop it from its batch and say so, as the recipe has it."""
+        if self.unreadable == "stop":
+            raise DataError(f"{sentence} (data.unreadable = 'drop' leaves such samples out)")
+        self.watch.warn("data", f"{sentence} It is left out of this epoch.")
 
     def architecture(self, config: ModelConfig) -> dict[str, Any]:
         """The record from which a network for these images and classes can be built again."""
         held = self.train_set
-        return architecture(config, held.num_classes, held.in_channels, held.image_size)
+        return architecture(config, held.num_classes, held.in_channels, self.image_shape[1:])
 
     def build(self, config: ModelConfig, seed: int) -> nn.Module:
         """A network for these images and classes, initialised from `seed`."""
@@ -55,13 +92,17 @@ class Setup:
             config,
             num_classes=held.num_classes,
             in_channels=held.in_channels,
-            image_size=held.image_size,
+            image_size=self.image_shape[1:],
             seed=seed,
         )
 
     def view_identity(self) -> dict[str, Any]:
         """The views, as a store and a job recognise them again."""
-        return identity(self.views, self.image_shape)
+        return self.renderer.identity
+
+    def shown_views(self) -> dict[str, Any]:
+        """What a student sees, epoch by epoch."""
+        return {**self.view_identity(), "num_views": self.views.num_views, "replay": self.views.replay}
 
     @cached_property
     def samples(self) -> Samples:
@@ -82,6 +123,21 @@ class Setup:
 def samples_of(image_set: ImageSet) -> Samples:
     """The ids, labels and pixel checksums of a data set, in its order."""
     return Samples(image_set.sample_ids.numpy(), image_set.labels.numpy(), pixel_checksums(image_set))
+
+
+def test_size(setup: Setup) -> int | None:
+    """To how many pixels the test images are cropped and resized, for the networks that see the views; None where they
+    are as the recipe's `data` section has them. Raises RecipeError where no square fits.
+    """
+    _, height, width = setup.image_shape
+    if setup.train_set.image_size == (height, width):
+        return None
+    if height != width:
+        raise RecipeError(
+            f"the views are of {height} x {width} pixels and the images are not: test images are made to fit square "
+            "views only; give the operation that sets the size one number."
+        )
+    return height
 
 
 def choose_device(name: str) -> torch.device:

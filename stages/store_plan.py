@@ -88,9 +88,15 @@ def plan_store(
         identity=Identity(teacher.identity, data, setup.view_identity()),
         arrays=specs,
         geometry=Geometry(setup.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)),
-        versions={name: version(name) for name in ("kdpipe", "torch", "torchvision", "zarr", "numpy")},
+        versions=library_versions(),
         top_k=top_k,
     )
+
+
+def library_versions() -> dict[str, str]:
+    """Of what a store's numbers may depend on without anybody's having said so."""
+    names = ("kdpipe", "numpy", "pillow", "torch", "torchvision", "zarr")
+    return {name: version(name) for name in names}
 
 
 def layers_of(manifest: Manifest) -> list[Wanted]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -23,6 +24,9 @@ from stages.top_k import TopKOutputs
 from store import FingerprintMismatch, StoreError, TargetStore
 
 LOGITS = "logits"
+
+Missing = Literal["error", "hard-labels"]
+"""What samples without targets are: an error, or taught by their labels alone."""
 
 GIB = 2**30
 
@@ -55,7 +59,10 @@ def names_wanted(store: TargetStore, layers: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Source:
-    """One store, the rows of the student's samples in it, int64 [N], and the layers wanted of it."""
+    """One store, the rows of the student's samples in it, int64 [N], and the layers wanted of it.
+
+    Samples that the store lacks have row -1.
+    """
 
     store: TargetStore
     rows: Tensor
@@ -80,13 +87,15 @@ class Targets:
         self._device = device
         self._sources = tuple(sources)
         self._held: dict[tuple[int, str, int], Tensor] = {}
+        known = torch.stack([source.rows >= 0 for source in sources]).all(0)
+        self._known = None if known.all() else known
         self.slabs: Tensor | None = None
         self.window = window or 1
         if window is None:
             self.residence = _residence(_num_bytes(wanted), device, config)
         else:
             self.residence = "streamed"
-            self.slabs = sources[0].rows // sources[0].store.unit_rows
+            self.slabs = sources[0].rows.clamp(min=0) // sources[0].store.unit_rows
             share = config.memory_bytes // len(sources)
             self._sources = tuple(replace(source, store=source.store.streamed(share)) for source in sources)
 
@@ -94,8 +103,15 @@ class Targets:
         """How each store is read and why, for people."""
         return [f"{source.store.path}: {self._how(source)}" for source in self._sources]
 
+    def known(self, indices: Tensor) -> Tensor | None:
+        """Which of the samples at `indices`, int64 [B], all stores have targets for: bool [B]; None where all have."""
+        return None if self._known is None else self._known[indices]
+
     def batch(self, view: int, indices: Tensor) -> list[TeacherOutputs]:
-        """What each store says about the samples at `indices`, int64 [B], in `view`: float32 tensors on the device."""
+        """What each store says about the samples at `indices`, int64 [B], in `view`: float32 tensors on the device.
+
+        All of them must be known.
+        """
         return [self._outputs(number, view, indices) for number in range(len(self._sources))]
 
     def _outputs(self, number: int, view: int, indices: Tensor) -> TeacherOutputs:
@@ -133,19 +149,25 @@ class Targets:
         return f"{total}, kept {'on the device' if self.residence == 'device' else 'in memory'}"
 
 
-def join(store: TargetStore, image_set: ImageSet, layers: Sequence[str]) -> Source:
+def join(store: TargetStore, image_set: ImageSet, layers: Sequence[str], missing: Missing = "error") -> Source:
     """Find the rows of `image_set`'s samples in `store`, by id, and check that they are the same samples.
 
-    Raises StoreError for samples or layers that the store lacks, FingerprintMismatch for samples whose label or
-    pixels are not those that the teacher saw.
+    Raises StoreError for layers that the store lacks, and for samples that it lacks, unless they may be `missing`;
+    FingerprintMismatch for samples whose label or pixels are not those that the teacher saw.
     """
     ids = image_set.sample_ids.numpy()
-    rows = store.rows_of(ids)
+    at = store.samples.positions_of(ids)
+    known = at >= 0
+    if not known.all():
+        _require_may_be_missing(store, ids[~known], len(ids), missing)
+    rows = np.full(len(ids), -1, np.int64)
+    rows[known] = store.rows_of(ids[known])
     for layer in layers:
         store.spec(feature_array(layer))
-    held = store.samples.take(store.samples.positions_of(ids))
-    _require_equal(store.path, image_set, "label", held.labels, image_set.labels.numpy())
-    _require_equal(store.path, image_set, "pixel checksum", held.pixels_crc32c, pixel_checksums(image_set))
+    held = store.samples.take(at[known])
+    compared = image_set.take(torch.from_numpy(known.nonzero()[0])) if not known.all() else image_set
+    _require_equal(store.path, compared, "label", held.labels, compared.labels.numpy())
+    _require_equal(store.path, compared, "pixel checksum", held.pixels_crc32c, pixel_checksums(compared))
     num_classes = store.num_classes
     if num_classes != image_set.num_classes:
         raise StoreError(
@@ -155,9 +177,19 @@ def join(store: TargetStore, image_set: ImageSet, layers: Sequence[str]) -> Sour
     return Source(store, torch.from_numpy(rows), tuple(layers))
 
 
-def _require_equal(
-    path: Path, image_set: ImageSet, what: str, stored: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]
-) -> None:
+def _require_may_be_missing(store: TargetStore, absent: NDArray[np.int64], num_samples: int, missing: Missing) -> None:
+    """Raise StoreError where the store may not lack the samples `absent`, or where it lacks them all."""
+    some = f"{store.path} has no targets for {len(absent)} of the {num_samples} samples, such as {absent[:3].tolist()}"
+    if len(absent) == num_samples:
+        raise StoreError(f"{some}: it was made from another data set, or with other sample ids.")
+    if missing == "error":
+        raise StoreError(
+            f"{some}: cache them with `kdpipe cache-teacher`, leave them out of the data set, or let them learn from "
+            "their labels alone with student.missing = 'hard-labels'."
+        )
+
+
+def _require_equal(path: Path, image_set: ImageSet, what: str, stored: NDArray[Any], wanted: NDArray[Any]) -> None:
     differ = np.flatnonzero(stored != wanted)
     if len(differ):
         pairs = [

@@ -15,8 +15,8 @@ from stages.errors import NotFiniteError
 from stages.features import Outputs, Tap
 from stages.forms import Wanted, take_form
 from stages.network import Network
+from stages.pictures import Request
 from stages.setup import Setup
-from stages.views import render
 from store import Manifest, Unit, encode_topk, measure_dense, measure_features, measure_topk
 
 MEASURED_ROWS = 64
@@ -59,12 +59,12 @@ def speak(
     handed out: a GPU computes while the last batch is copied from it.
     """
     held: tuple[Tensor, Outputs] | None = None
-    for start in range(0, len(positions), batch_size):
+    for seen in setup.pictures.stream(
+        (Request(at, unit.view) for at in torch.split(positions, batch_size)), whole=True
+    ):
         setup.watch.check()
-        at = positions[start : start + batch_size]
-        ids = setup.train_set.sample_ids[at].to(setup.device, non_blocking=True)
-        images = setup.train_set.images[at].to(setup.device, non_blocking=True)
-        outputs = tap(teacher.normalise(render(images, ids, unit.view, setup.views)))
+        ids = setup.train_set.sample_ids[seen.positions].to(setup.device, non_blocking=True)
+        outputs = tap(teacher.normalise(seen.images))
         if held is not None:
             yield held
         held = ids, outputs

@@ -9,7 +9,7 @@ from typing import Any
 from stages.config import section
 from stages.errors import RecipeError
 from stages.job_folder import JobFolder
-from stages.lesson import Lesson, Normalisation, place
+from stages.lesson import Lesson, Normalisation
 from stages.model_file import load_finished
 from stages.models.build import ModelConfig
 from stages.network import Network, finish
@@ -56,7 +56,7 @@ def train_teacher(config: TeacherConfig, seed: int, setup: Setup) -> dict[str, A
         return done
     history = []
     if config.train is not None:
-        lesson = Lesson(*place(setup.train_set, setup.device), setup.views, teacher.normalise, fresh_views=True)
+        lesson = Lesson(setup.pictures, setup.views.num_views, teacher.normalise, fresh_views=True)
         test = setup.test(teacher.normalise)
         job = Job("train-teacher", "teacher", teacher.model, lesson, test, config.train, seed, folder)
         history = train(job, setup.device, setup.watch)

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stages.checkpoint import Machinery, State, restore, save
 from stages.errors import NotFiniteError
 from stages.evaluate import Evaluation, evaluate
 from stages.features import Tap, tapped
 from stages.job_folder import JobFolder
-from stages.lesson import Lesson
+from stages.lesson import Batch, Lesson
 from stages.optim import TrainConfig, build_optimiser, learning_rate, set_learning_rate
-from stages.order import batch_indices, derive_seed, num_steps
+from stages.order import derive_seed, num_steps
 from stages.watch import Event, Watch
 
 
@@ -55,16 +55,18 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
         restore(job.folder.checkpoint, machinery, state)
     steps = num_steps(job.lesson.num_samples, job.config.batch_size)
     saved_at = time.monotonic()
+    batches = job.lesson.stream(
+        job.seed, job.config.batch_size, epoch=state.epoch, step=state.step, epochs=job.config.epochs
+    )
     with tapped(job.model, job.student_layers) as student:
         while state.epoch < job.config.epochs:
             started = time.monotonic()
             job.on_epoch(job.model, state.epoch)
             machinery.modules.train()
-            order = job.lesson.order(job.seed, state.epoch)
             while state.step < steps:
                 rate = learning_rate(job.config, state.epoch * steps + state.step, steps)
                 set_learning_rate(machinery.optimiser, rate)
-                _step(job, student, machinery, state, batch_indices(order, state.step, job.config.batch_size))
+                _step(job, student, machinery, state, next(batches))
                 state.step += 1
                 due = time.monotonic() - saved_at >= job.config.checkpoint_every_s
                 if due or watch.should_stop():
@@ -84,12 +86,11 @@ def _set_up(job: Job, device: torch.device) -> Machinery:
     return Machinery(modules, optimiser, torch.amp.GradScaler(device.type, enabled=narrow is torch.float16))
 
 
-def _step(job: Job, student: Tap, machinery: Machinery, state: State, indices: Tensor) -> None:
+def _step(job: Job, student: Tap, machinery: Machinery, state: State, batch: Batch) -> None:
     """One batch forward and back, and one step of the optimiser."""
     device = next(job.model.parameters()).device
     narrow = _narrow_type(job.config, device)
     torch.manual_seed(derive_seed(job.seed, "step", state.epoch, state.step))
-    batch = job.lesson.batch(state.epoch, indices, device)
     with torch.autocast(device.type, dtype=narrow, enabled=narrow is not None):
         losses = job.lesson.losses(student(batch.images), batch)
     machinery.optimiser.zero_grad(set_to_none=True)

@@ -11,6 +11,9 @@ from typing import Any
 
 from stages.errors import StoppedEarly
 
+WARNING = "warning"
+"""The unit of an event that is a sentence for people: its `job`."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -35,6 +38,10 @@ class Watch:
         """Raise StoppedEarly if the stop flag is set. Call it only where everything done so far is saved."""
         if self.should_stop():
             raise StoppedEarly
+
+    def warn(self, stage: str, sentence: str) -> None:
+        """Tell people something that is no error and that they should know."""
+        self.report(Event(stage, sentence, 1, 1, WARNING))
 
     def counter(self, stage: str, job: str, unit: str) -> Callable[[int, int], None]:
         """What a loop calls with (done, total) after each `unit`, to be seen and stopped."""

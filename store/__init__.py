@@ -10,7 +10,7 @@ from store.geometry import ArraySpec, Geometry, Unit, rows_per_unit
 from store.grow import ensure_store, plan_growth
 from store.identity import Identity, canonical_json
 from store.lock import LockedError, exclusive, shared
-from store.manifest import Manifest
+from store.manifest import Manifest, made_with
 from store.opening import open_store
 from store.reader import TargetStore
 from store.remote import is_url
@@ -62,6 +62,7 @@ __all__ = [
     "ids_and_labels_sha256",
     "interpolation",
     "is_url",
+    "made_with",
     "make_folders",
     "measure_dense",
     "measure_features",

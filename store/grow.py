@@ -15,7 +15,7 @@ from store.durable import make_folders, sweep_partial, write_atomically
 from store.errors import FingerprintMismatch, differences
 from store.geometry import Geometry
 from store.identity import Identity
-from store.manifest import Manifest
+from store.manifest import Manifest, made_with
 from store.samples import Samples, read_samples, sample_chunks
 from store.writer import alone, create_store, told
 from store.zarr_group import read_store_manifest, replace_metadata
@@ -77,7 +77,7 @@ def require_same_source(path: Path, stored: Manifest, wanted: Manifest) -> None:
     for spec in wanted.arrays:
         found += differences(held.get(spec.name, spec.to_json()), spec.to_json(), f"arrays.{spec.name}")
     if found:
-        raise FingerprintMismatch(f"the store {path}", found, ADVICE)
+        raise FingerprintMismatch(f"the store {path}", found, ADVICE + made_with(stored.versions, wanted.versions))
 
 
 def _without_counts(identity: Identity) -> dict[str, object]:

@@ -235,6 +235,13 @@ def _is_shape(sides: Any) -> bool:
     return counts and 0 < len(sides) <= 8 and math.prod(sides) < MOST
 
 
+def made_with(stored: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """In which libraries the process that made a store differs from this one: a sentence to append, or nothing."""
+    names = [name for name in sorted({*stored, *here}) if stored.get(name) != here.get(name)]
+    differing = [f"{name} {stored.get(name, 'unknown')} (here {here.get(name, 'none')})" for name in names]
+    return f" It was made with {', '.join(differing)}." if differing else ""
+
+
 def require(stored: Manifest, wanted: Mapping[str, Any], where: str, advice: str) -> None:
     """Raise FingerprintMismatch, pair by pair, unless `stored` has every value that `wanted` names.
 

@@ -21,7 +21,7 @@ name = "tiny"
 device = "cpu"
 num_threads = 1
 data = { name = "digits", num_train = 200 }
-views = { num_views = 30, crop_padding = 1 }
+views = { num_views = 30, operations = [{ name = "RandomCrop", padding = 1 }] }
 cache = { batch_size = 64 }
 
 [teacher]

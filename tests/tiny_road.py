@@ -19,14 +19,15 @@ from stages.setup import Setup
 from stages.store_plan import CacheConfig
 from stages.train_student import StudentConfig, Teaching, open_teaching
 from stages.train_teacher import TeacherConfig, load_teacher, train_teacher
-from stages.views import ViewsConfig
+from stages.views.config import ViewsConfig
 from stages.watch import Watch
 
 TRAIN = TrainConfig(epochs=2, batch_size=32, lr=0.05, checkpoint_every_s=0)
 TEACHER = TeacherConfig(model=ModelConfig(name="cnn", args={"width": 8, "num_stages": 2}), train=TRAIN)
 STUDENT = StudentConfig(model=ModelConfig(name="cnn", args={"width": 4, "num_stages": 2}), train=TRAIN, seeds=(0,))
 LOSSES = (KDConfig(loss="kd"), HintConfig(loss="hint", layers=(("stage2", "stage2"),), weight=1.0))
-VIEWS = ViewsConfig(num_views=3, crop_padding=1, flip=True)
+OPERATIONS = ({"name": "RandomCrop", "padding": 1}, {"name": "RandomHorizontalFlip"})
+VIEWS = ViewsConfig(num_views=3, operations=OPERATIONS)
 CACHE = CacheConfig(shard_bytes=4096, batch_size=50)
 LAYERS = [Wanted("stage2")]
 

@@ -5,32 +5,29 @@ PATH/train/<class>/... and PATH/test/<class>/... (or val/, if there is no test/)
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import unicodedata
-import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from stages.datasets.listing import Listing
-from stages.datasets.pixels import Pixels, decode_image, new_pixels
+from stages.datasets.paths import Paths
+from stages.datasets.photographs import Photographs
+from stages.datasets.pixels import Form
 from stages.datasets.split import Rows, Split
 from stages.errors import DataError
 
+T = TypeVar("T")
+
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
-_MAX_THREADS = 16
 
-
-def list_image_folder(path: Path, split: Split, *, channels: int, size: int | None) -> Listing:
-    """List the images of one split, in the order of their paths; they are decoded as `decode_image` says.
+def list_image_folder(path: Path, split: Split, form: Form) -> Listing:
+    """List the images of one split, in the order of their paths; they are to be decoded to `form`.
 
     A sample's id is a hash of its path below the split's folder, its class that path's first folder; classes are
     the train split's. Names that start with a dot, and files without an image's SUFFIXES, are passed over.
@@ -46,12 +43,13 @@ def list_image_folder(path: Path, split: Split, *, channels: int, size: int | No
         raise DataError(f"data set {name}: cannot list {error.filename}: {error.strerror}.") from error
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     labels = [label_of[key.partition("/")[0]] for key in files]
+    sample_ids = _sample_ids(list(files))
     return Listing(
         name=name,
         labels=np.array(labels, dtype=np.int64),
-        sample_ids=_sample_ids(list(files)),
+        sample_ids=sample_ids,
         class_names=class_names,
-        read=functools.partial(_read, name, list(files.values()), channels, size),
+        images=Photographs(name, split_folder, Paths.of(files.values()), sample_ids, form),
         whole=whole,
     )
 
@@ -93,7 +91,7 @@ def _split_folder(path: Path, split: Split) -> Path:
     )
 
 
-def _image_files(folder: Path, class_names: tuple[str, ...]) -> dict[str, Path]:
+def _image_files(folder: Path, class_names: tuple[str, ...]) -> dict[str, str]:
     """Image files by their key, the path below `folder` with forward slashes, sorted by it."""
     classes = _subfolders(folder)
     if unknown := [name for name in classes if name not in class_names]:
@@ -101,30 +99,35 @@ def _image_files(folder: Path, class_names: tuple[str, ...]) -> dict[str, Path]:
             f"{folder.absolute()} has the class folder {unknown[0]!r}, which the train split lacks: "
             f"its classes are {_few(class_names)}."
         )
-    files: list[Path] = []
+    files: list[tuple[str, str]] = []
     for class_folder in classes.values():
-        found = list(_walk(class_folder))
+        found = [(_key(path, folder), path) for path in _walk(class_folder)]
         if not found:
             raise DataError(f"{class_folder.absolute()} has no images ({_few(sorted(SUFFIXES), 9)}).")
         files += found
-    return _by_spelling((file.relative_to(folder).as_posix(), file) for file in files)
+    return _by_spelling(files)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path) -> Iterator[str]:
     for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(parent) / name
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122
+                yield os.path.join(parent, name)  # noqa: PTH118 - a million Path objects cost seconds and a gigabyte
+
+
+def _key(path: str, folder: Path) -> str:
+    """The path below `folder`, with forward slashes."""
+    return path[len(str(folder)) + 1 :].replace(os.sep, "/")
 
 
 def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _by_spelling(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+def _by_spelling(named: Iterable[tuple[str, T]]) -> dict[str, T]:
     """Paths by their composed (NFC) name, sorted: macOS hands out decomposed ones, and ids must not depend on it."""
-    paths: dict[str, Path] = {}
+    paths: dict[str, T] = {}
     for name, path in named:
         twin = paths.setdefault(unicodedata.normalize("NFC", name), path)
         if twin != path:
@@ -139,45 +142,6 @@ def _sample_ids(keys: list[str]) -> Rows:
         if twin != key:
             raise DataError(f"the paths {twin} and {key} hash to the same sample id: rename one.")
     return np.fromiter(key_of, dtype=np.int64, count=len(key_of))
-
-
-def _read(name: str, files: list[Path], channels: int, size: int | None, rows: Rows) -> Pixels:
-    """Decode the files at `rows` [M] to uint8 [M, C, H, W]; the threads change no bit of it."""
-    chosen = [files[row] for row in rows]
-    with _strict_pillow(), ThreadPoolExecutor(_num_threads()) as pool:
-        first = decode_image(chosen[0], channels, size)
-        pixels = new_pixels((len(chosen), *first.shape), f"data set {name}")
-
-        def place(at: int) -> None:
-            image = decode_image(chosen[at], channels, size)
-            if image.shape != first.shape:
-                raise DataError(_unequal(chosen[0], first, chosen[at], image))
-            pixels[at] = image
-
-        for _ in pool.map(place, range(len(chosen))):
-            pass
-    return pixels
-
-
-@contextmanager
-def _strict_pillow() -> Iterator[None]:
-    # Set once, outside the threads: warning filters belong to the whole process.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
-def _num_threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MAX_THREADS)
-
-
-def _unequal(path: Path, image: Pixels, other_path: Path, other: Pixels) -> str:
-    return (
-        f"the images are of unequal size: {path} is {image.shape[2]} x {image.shape[1]}, "
-        f"{other_path} is {other.shape[2]} x {other.shape[1]}: set data.image_size to crop and resize them."
-    )
 
 
 def _few(names: tuple[str, ...] | list[str], limit: int = 5) -> str:

@@ -1,22 +1,32 @@
-"""One split of a data set, whole in memory: its images, labels and ids, and how a store recognises it again."""
+"""One split of a data set: its images, in memory or in files, labels and ids, and how a store recognises it again."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stages.datasets.columns import check_columns
+from stages.datasets.dropped import Dropped
+from stages.datasets.image_files import ImageFiles, pixel_checksum
+from stages.datasets.pixels import Pixels
 from stages.errors import DataError
 from store import ids_and_labels_sha256
 
 STD_FLOOR = 1 / 255
 """Below one grey level there is nothing to normalise; dividing by less would only blow up rounding errors."""
+
+FILES_NORMALISATION = {
+    1: ((0.449,), (0.226,)),
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Mean and std of files by their channels: ImageNet's, and what is usual for photographs in grey."""
 
 _CHUNK = 4096
 
@@ -25,25 +35,33 @@ _CHUNK = 4096
 class ImageSet:
     """The images of one split.
 
-    `images` uint8 [N, C, H, W] with C 1 (grey) or 3 (RGB); `labels` int64 [N], each within [0, num_classes);
-    `sample_ids` int64 [N], unique within the split, >= 0, the same on every machine. Anything else is a DataError.
+    `images`: held, uint8 [N, C, H, W] with C 1 (grey) or 3 (RGB); or files that are decoded when needed. `labels` int64
+    [N], each within [0, num_classes); `sample_ids` int64 [N], unique within the split, >= 0, the same on every machine.
+    Anything else is a DataError. `dropped`: the images that could not be read and are not among the N.
     """
 
     name: str
     split: str
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
     sample_ids: Tensor
     class_names: tuple[str, ...]
+    dropped: tuple[Dropped, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_layout(self)
-        _check_ids(self)
-        _check_labels(self)
+        where = f"data set {self.name} ({self.split})"
+        if isinstance(self.images, Tensor):
+            _check_pixels(where, self.images)
+        check_columns(where, self.num_samples, self.labels, self.sample_ids, self.num_classes)
+
+    @property
+    def held(self) -> bool:
+        """Whether the images are in memory."""
+        return isinstance(self.images, Tensor)
 
     @property
     def num_samples(self) -> int:
-        return self.images.shape[0]
+        return len(self.images)
 
     @property
     def num_classes(self) -> int:
@@ -51,12 +69,33 @@ class ImageSet:
 
     @property
     def in_channels(self) -> int:
-        return self.images.shape[1]
+        return self.images.shape[1] if isinstance(self.images, Tensor) else self.images.channels
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(H, W), in pixels."""
+    def image_size(self) -> tuple[int, int] | None:
+        """(H, W), in pixels; None for files of unequal size."""
+        if isinstance(self.images, ImageFiles):
+            return self.images.common_shape
         return self.images.shape[2], self.images.shape[3]
+
+    def read(self, at: int) -> Pixels:
+        """The image at position `at`: uint8 [C, H, W], an array of its own.
+
+        DataError, naming the path, if it is a file that can no longer be decoded, or not to the same pixels.
+        """
+        if isinstance(self.images, ImageFiles):
+            return self.images.read(at)
+        return self.images[at].cpu().numpy().copy()
+
+    def take(self, rows: Tensor) -> ImageSet:
+        """The samples at `rows`, int64 [M], in that order; classes and `dropped` stay as they are."""
+        images = self.images
+        return dataclasses.replace(
+            self,
+            images=images.index_select(0, rows) if isinstance(images, Tensor) else images.take(rows),
+            labels=self.labels[rows],
+            sample_ids=self.sample_ids[rows],
+        )
 
 
 def digest(image_set: ImageSet) -> dict[str, Any]:
@@ -74,18 +113,36 @@ def digest(image_set: ImageSet) -> dict[str, Any]:
 
 
 def pixel_checksums(image_set: ImageSet) -> npt.NDArray[np.uint32]:
-    """The crc32c of each sample's pixels (its [C, H, W] bytes, row by row), uint32 [N]."""
+    """The crc32c of each sample's pixels (its [C, H, W] bytes, row by row), uint32 [N]; of files, as first read."""
+    if isinstance(image_set.images, ImageFiles):
+        return image_set.images.checksums
     images = image_set.images.cpu().numpy()
-    checksums = (google_crc32c.value(image.tobytes()) for image in images)
-    return np.fromiter(checksums, dtype=np.uint32, count=len(images))
+    return np.fromiter((pixel_checksum(image) for image in images), dtype=np.uint32, count=len(images))
+
+
+def unequal_sizes_message(image_set: ImageSet) -> str:
+    """Name two images of unequal size, for whoever needs them equal. ValueError if they all are."""
+    files = image_set.images
+    other = files.first_of_other_shape() if isinstance(files, ImageFiles) else None
+    if isinstance(files, Tensor) or other is None:
+        raise ValueError(f"the images of {image_set.name} are of one size")
+    (height, width), (other_height, other_width) = files.shapes[0].tolist(), files.shapes[other].tolist()
+    return (
+        f"the images are of unequal size: {files.paths[0]} is {width} x {height}, "
+        f"{files.paths[other]} is {other_width} x {other_height}: set data.image_size to crop and resize them."
+    )
 
 
 def normalisation(image_set: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over the whole set, in [0, 1] units, rounded to 4 digits.
 
     Taken from counts of the 256 grey levels: exact integers, so neither the order nor the threads change a bit.
+    Files are not decoded for it: they get FILES_NORMALISATION.
     """
-    moments = [_moments(image_set.images[:, channel]) for channel in range(image_set.in_channels)]
+    images = image_set.images
+    if isinstance(images, ImageFiles):
+        return FILES_NORMALISATION[images.channels]
+    moments = [_moments(images[:, channel]) for channel in range(image_set.in_channels)]
     return tuple(mean for mean, _ in moments), tuple(std for _, std in moments)
 
 
@@ -101,51 +158,9 @@ def _moments(channel: Tensor) -> tuple[float, float]:
     return round(first / (255 * total), 4), round(max(std, STD_FLOOR), 4)
 
 
-def _check_layout(image_set: ImageSet) -> None:
-    where = _where(image_set)
-    images, shape = image_set.images, tuple(image_set.images.shape)
+def _check_pixels(where: str, images: Tensor) -> None:
+    shape = tuple(images.shape)
     if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape[2:]:
         raise DataError(
             f"{where}: images must be uint8 [N, C, H, W] with C 1 or 3, found {images.dtype} {list(shape)}."
         )
-    if shape[0] == 0:
-        raise DataError(f"{where} has no sample: wanted at least one.")
-    for what, column in (("labels", image_set.labels), ("sample_ids", image_set.sample_ids)):
-        if column.dtype != torch.int64 or column.shape != shape[:1]:
-            raise DataError(
-                f"{where}: {what} must be int64 [{shape[0]}], one for each image, "
-                f"found {column.dtype} {list(column.shape)}."
-            )
-
-
-def _check_ids(image_set: ImageSet) -> None:
-    ids = image_set.sample_ids
-    negative = (ids < 0).nonzero()
-    if len(negative):
-        at = int(negative[0])
-        raise DataError(
-            f"{_where(image_set)}: the sample at position {at} has the id {int(ids[at])}: ids must be >= 0."
-        )
-    ordered, order = ids.sort(stable=True)
-    twins = (ordered[1:] == ordered[:-1]).nonzero()
-    if len(twins):
-        at = int(twins[0])
-        raise DataError(
-            f"{_where(image_set)}: the samples at positions {int(order[at])} and {int(order[at + 1])} "
-            f"have the same id {int(ordered[at])}: ids must be unique within a split."
-        )
-
-
-def _check_labels(image_set: ImageSet) -> None:
-    labels = image_set.labels
-    outside = ((labels < 0) | (labels >= image_set.num_classes)).nonzero()
-    if len(outside):
-        at = int(outside[0])
-        raise DataError(
-            f"{_where(image_set)}: sample {int(image_set.sample_ids[at])} (position {at}) has the label "
-            f"{int(labels[at])}, which is outside 0..{image_set.num_classes - 1}."
-        )
-
-
-def _where(image_set: ImageSet) -> str:
-    return f"data set {image_set.name} ({image_set.split})"

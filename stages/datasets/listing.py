@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from stages.datasets.photographs import Photographs
 from stages.datasets.pixels import Pixels
 from stages.datasets.split import Rows
 from stages.errors import DataError
@@ -22,15 +23,15 @@ MAX_NUMBERED_CLASSES = 1_000_000
 class Listing:
     """The samples of one split, or (`whole`) of a set that has no split of its own.
 
-    `labels` and `sample_ids` are int64 [N]; `read` takes positions int64 [M] and gives their pixels, uint8
-    [M, C, H, W].
+    `labels` and `sample_ids` are int64 [N]; `images` are files [N], or a function that takes positions int64 [M] and
+    gives their pixels, uint8 [M, C, H, W].
     """
 
     name: str
     labels: npt.NDArray[np.int64]
     sample_ids: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
-    read: Callable[[Rows], Pixels]
+    images: Photographs | Callable[[Rows], Pixels]
     whole: bool = False
 
 
@@ -56,7 +57,7 @@ def list_arrays(
         labels=label_column,
         sample_ids=integer_column(name, "ids", id_column, len(pixels)),
         class_names=numbered_classes(name, label_column) if class_names is None else class_names,
-        read=lambda rows: np.ascontiguousarray(pixels[rows]),
+        images=lambda rows: np.ascontiguousarray(pixels[rows]),
         whole=whole,
     )
 

@@ -15,7 +15,7 @@ def check_fits_memory(num_bytes: int, what: str) -> None:
     if installed is not None and num_bytes > installed:
         raise DataError(
             f"{what} needs {num_bytes / _GIB:.1f} GiB of memory, this machine has {installed / _GIB:.1f} GiB: "
-            "set a smaller data.image_size or data.num_train."
+            "set a smaller data.image_size or data.num_train, or, for imagefolder:PATH, data.held_bytes."
         )
 
 

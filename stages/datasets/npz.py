@@ -31,11 +31,11 @@ def list_npz(path: Path, split: Split) -> Listing:
     name = f"npz:{path.name}"
     whole = not path.is_dir()
     file = path if whole else path / f"{split}.npz"
-    arrays = _read(file, wanted=("images", "labels"), optional=("ids", "classes"))
+    arrays = read_npz(file, wanted=("images", "labels"), optional=("ids", "classes"))
     if whole or split == "train":
         class_names = _class_names(name, arrays)
     else:
-        class_names = _class_names(name, _read(path / "train.npz", wanted=("labels",), optional=("classes",)))
+        class_names = _class_names(name, read_npz(path / "train.npz", wanted=("labels",), optional=("classes",)))
     return list_arrays(
         name, arrays["images"], arrays["labels"], arrays.get("ids"), class_names=class_names, whole=whole
     )
@@ -52,7 +52,11 @@ def _class_names(name: str, arrays: Arrays) -> tuple[str, ...]:
     return tuple(str(class_name) for class_name in classes)
 
 
-def _read(path: Path, *, wanted: tuple[str, ...], optional: tuple[str, ...]) -> Arrays:
+def read_npz(path: Path, *, wanted: tuple[str, ...], optional: tuple[str, ...] = ()) -> Arrays:
+    """The arrays `wanted`, and of the `optional` ones those that are there; nothing is unpickled.
+
+    DataError, naming file and array, if one is missing, damaged, or holds anything but numbers and strings.
+    """
     if not path.is_file():
         raise DataError(
             f"no file {path.absolute()}: npz:PATH is looked for below data.root unless it is absolute, and is "

@@ -47,7 +47,8 @@ def test_the_exported_files_say_what_torch_says(done):
 def test_the_store_holds_what_the_teacher_says(done):
     """Recomputed from the teacher's file by onnxruntime: neither the store's reader nor the stage has a hand in it."""
     from stages.datasets.load import DataConfig, load_dataset
-    from stages.views import ViewsConfig, render
+    from stages.views.config import ViewsConfig
+    from stages.views.renderer import Renderer
 
     run, _ = done
     train_set = load_dataset(DataConfig(name="digits", num_train=200), "train")
@@ -57,9 +58,10 @@ def test_the_store_holds_what_the_teacher_says(done):
     positions = {int(sample_id): position for position, sample_id in enumerate(train_set.sample_ids)}
     rows = [positions[int(sample_id)] for sample_id in group["samples/ids"][:]]
     assert sorted(rows) == list(range(200))
+    renderer = Renderer(ViewsConfig(operations=({"name": "RandomCrop", "padding": 1},)), 1, (8, 8))
     for view in (0, 29):
         images, ids = train_set.images[rows], train_set.sample_ids[rows]
-        shown = render(images, ids, view, ViewsConfig(num_views=30, crop_padding=1))
+        shown = renderer.batch(images, ids, view)
         images = (shown.float() / 255 - scale["mean"][0]) / scale["std"][0]
         logits = session.run(["logits"], {"images": images.numpy()})[0]
         np.testing.assert_allclose(group["logits"][view], logits, rtol=2e-3, atol=5e-3)
@@ -78,7 +80,7 @@ def test_a_recipe_changed_in_a_done_run_is_refused_with_stored_and_wanted(done, 
     run, _ = done
     for change, stage, pair in (
         ("teacher.train.lr=0.01", "train-teacher", "train.lr: stored 0.05, wanted 0.01"),
-        ("views.crop_padding=2", "cache-teacher", "views.operations.0.crop.padding: stored 1, wanted 2"),
+        ("views.operations.0.padding=2", "cache-teacher", "views.operations.0.padding: stored 1, wanted 2"),
         ("views.seed=8", "train-student", "views.seed: stored 0, wanted 8"),
         ("data.test_share=0.3", "cache-teacher", "data.ids_and_labels_sha256: stored"),
         ("teacher.model.args.width=9", "train-student", "teacher.architecture.args.width: stored 8, wanted 9"),

@@ -50,7 +50,7 @@ def test_the_recipes_that_come_with_kdpipe_are_valid_and_read_back_resolved(path
         ("[data]\nzzz = 1", "unknown key 'data.zzz'; known here: name, root,"),
         ("[views]\nnum_views = 0", "views.num_views = 0: input should be greater than or equal to 1"),
         ("[views]\nnum_views = '4'", "views.num_views = 4: input should be a valid integer"),
-        ("[views]\nflip = 1", "views.flip = 1: input should be a valid boolean"),
+        ("[views]\nreplay = 1", "views.replay = 1: input should be a valid boolean"),
         ("[cache]\ndtype = 'int8'", "cache.dtype = int8: input should be 'float16' or 'float32'"),
         ("[[distill]]\nloss = 'magic'", "distill.0"),
         ("[[distill]]\nweight = 1.0", "distill.0"),

@@ -9,7 +9,18 @@ import pytest
 import torch
 import zarr
 from made_store import folder_bytes
-from tiny_road import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, squares, subset, tiny_setup
+from tiny_road import (
+    CACHE,
+    LAYERS,
+    OPERATIONS,
+    TEACHER,
+    VIEWS,
+    StopAfter,
+    make_tiny_store,
+    squares,
+    subset,
+    tiny_setup,
+)
 
 from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
@@ -19,7 +30,7 @@ from stages.forms import Wanted
 from stages.part import Part
 from stages.targets import Targets, join
 from stages.train_teacher import load_teacher
-from stages.views import render
+from stages.views.renderer import Renderer
 from stages.watch import Watch
 from store import FingerprintMismatch, LockedError, StoreError, claim, open_store, row_order, writer
 
@@ -44,8 +55,9 @@ def test_stored_equals_recomputed_through_plain_zarr(run):
     group = zarr.open_group(run / "store.zarr", mode="r")
     train_set = setup.train_set
     order = row_order(train_set.sample_ids.numpy(), VIEWS.seed)
+    renderer = Renderer(VIEWS, 1, (8, 8))
     for view in range(VIEWS.num_views):
-        images = render(train_set.images[order], train_set.sample_ids[order], view, VIEWS)
+        images = renderer.batch(train_set.images[order], train_set.sample_ids[order], view)
         with torch.no_grad(), tapped(teacher.model, ["stage2"]) as tap:
             said = tap(teacher.normalise(images))
         np.testing.assert_allclose(group["logits"][view], said.logits.numpy(), rtol=2e-3, atol=2e-3)
@@ -80,8 +92,8 @@ def test_the_batch_size_is_not_part_of_the_store(run, tmp_path):
 
 def test_another_view_recipe_data_set_or_teacher_is_refused_pair_by_pair(run, tmp_path):
     teacher, setup = teacher_of(run)
-    with pytest.raises(FingerprintMismatch, match=r"views.operations.1.crop.padding: stored 1, wanted 2"):
-        changed = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, crop_padding=2))
+    with pytest.raises(FingerprintMismatch, match=r"views.operations: stored .*RandomHorizontalFlip.*, wanted "):
+        changed = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
         cache_teacher(CACHE, run / "store.zarr", teacher, LAYERS, changed)
     with pytest.raises(FingerprintMismatch, match=r"data.pixels_sha256: stored '\w{64}', wanted '\w{64}'"):
         cache_teacher(CACHE, run / "store.zarr", teacher, LAYERS, dataclasses.replace(setup, train_set=squares(300, 9)))

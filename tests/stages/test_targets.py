@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_road import LOSSES, STUDENT, VIEWS, make_tiny_store, squares, tiny_setup
+from tiny_road import LOSSES, OPERATIONS, STUDENT, VIEWS, make_tiny_store, squares, tiny_setup
 
 from stages.datasets.image_set import ImageSet
 from stages.errors import RecipeError
@@ -12,6 +12,7 @@ from stages.losses.hint import HintConfig
 from stages.order import slab_order
 from stages.targets import ReadConfig, Targets, join
 from stages.train_student import build_lesson, fresh_student, open_teaching
+from stages.views.renderer import Renderer
 from store import FingerprintMismatch, StoreError, TargetStore, open_store
 
 CPU = torch.device("cpu")
@@ -149,8 +150,8 @@ def test_samples_and_layers_that_the_store_lacks_are_named(run):
 
 def test_another_view_recipe_or_too_few_views_are_refused(run):
     setup = tiny_setup(run)
-    other = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, flip=False))
-    with pytest.raises(FingerprintMismatch, match=r"views.operations: stored .*flip.*wanted"):
+    other = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
+    with pytest.raises(FingerprintMismatch, match=r"views.operations: stored .*RandomHorizontalFlip.*wanted"):
         open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, other)
     more = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, num_views=4))
     with pytest.raises(RecipeError, match="holds 3 views, the recipe wants 4"):
@@ -165,17 +166,16 @@ def test_a_hint_to_a_store_that_is_not_there_is_refused(run):
 
 def test_the_student_sees_the_very_view_that_the_targets_are_of(run):
     """Epoch e uses view e mod V, in pictures and in targets alike."""
-    from stages.views import render
-
     setup = tiny_setup(run)
     network = fresh_student(STUDENT, 0, setup)
     teaching = open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, setup)
     lesson = build_lesson(network, teaching, 0, setup)
     store = open_store(run / "store.zarr")
-    indices = torch.arange(20)
-    ids = setup.train_set.sample_ids[:20].numpy()
+    renderer = Renderer(VIEWS, 1, (8, 8))
     for epoch, view in ((0, 0), (2, 2), (3, 0), (7, 1)):
-        batch = lesson.batch(epoch, indices, CPU)
-        shown = render(setup.train_set.images[:20], setup.train_set.sample_ids[:20], view, VIEWS)
+        at = lesson.order(5, epoch)[:20]
+        ids = setup.train_set.sample_ids[at].numpy()
+        batch = next(lesson.stream(5, 20, epoch=epoch, step=0, epochs=epoch + 1))
+        shown = renderer.batch(setup.train_set.images[at], setup.train_set.sample_ids[at], view)
         assert torch.equal(batch.images, network.normalise(shown))
         assert torch.equal(batch.teachers[0].logits, torch.from_numpy(store.gather("logits", view, ids)).float())

@@ -16,7 +16,7 @@ from stages.datasets import image_folder
 from stages.datasets.image_folder import sample_id
 from stages.datasets.image_set import ImageSet, digest
 from stages.datasets.load import DataConfig, load_dataset
-from stages.errors import DataError
+from stages.errors import DataError, RecipeError
 
 
 def _write(path: Path, seed: int = 0, size: tuple[int, int] = (8, 6), **options: Any) -> None:
@@ -139,15 +139,8 @@ def test_two_paths_with_one_id_are_refused(pets: Path, monkeypatch: pytest.Monke
         _load(pets)
 
 
-def test_images_of_unequal_size_need_image_size(pets: Path) -> None:
-    odd = pets / "train" / "dog" / "z.png"
-    _write(odd, size=(30, 20))
-    with pytest.raises(DataError) as refused:
-        _load(pets)
-    said = str(refused.value)
-    assert f"{pets / 'train' / 'cat' / 'a.png'} is 8 x 6" in said
-    assert f"{odd} is 30 x 20" in said
-    assert "data.image_size" in said
+def test_a_size_makes_unequal_images_equal(pets: Path) -> None:
+    _write(pets / "train" / "dog" / "z.png", size=(30, 20))
     assert _load(pets, image_size=4).images.shape == (6, 3, 4, 4)
 
 
@@ -189,6 +182,13 @@ def test_a_file_that_is_no_image_is_named(pets: Path, content: bytes) -> None:
         _load(pets)
 
 
+@pytest.mark.parametrize("size", [None, 8])
+def test_the_sample_that_cannot_be_read_is_named_too(pets: Path, size: int | None) -> None:
+    (pets / "train" / "dog" / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=f"sample {sample_id('dog/bad.png')} cannot be read: .*data.unreadable"):
+        _load(pets, image_size=size)
+
+
 def test_a_truncated_image_is_named(pets: Path) -> None:
     cut = pets / "train" / "cat" / "cut.jpg"
     _write(cut, size=(64, 48))
@@ -207,6 +207,34 @@ def test_a_decompression_bomb_is_refused(pets: Path, side: int) -> None:
     (pets / "train" / "cat" / "bomb.png").write_bytes(bomb)
     with pytest.raises(DataError, match=r"bomb\.png claims more than \d+ pixels"):
         _load(pets, image_size=8)
+
+
+def test_a_size_asked_for_goes_before_the_recipes(pets: Path) -> None:
+    config = DataConfig(name=f"imagefolder:{pets}", image_size=4)
+    assert load_dataset(config, "train", size=5).image_size == (5, 5)
+    assert torch.equal(load_dataset(config, "train", size=4).images, load_dataset(config, "train").images)
+
+
+def test_the_middle_of_test_photographs_alone_is_taken(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        _write(tmp_path / "pets" / split / "cat" / "a.png", size=(48, 32))
+    train, whole, middle = (
+        _load(tmp_path / "pets", split, image_size=14, test_crop=crop)
+        for split, crop in (("train", 0.875), ("test", 1.0), ("test", 0.875))
+    )
+    assert torch.equal(train.images, whole.images)
+    # As evaluation usually does it, 256 -> 224 in small: the shorter side resized to 16, of which the middle 14 stay.
+    resized = Image.open(tmp_path / "pets" / "test" / "cat" / "a.png").resize((24, 16), Image.Resampling.BILINEAR)
+    usual = np.asarray(resized).transpose(2, 0, 1)[:, 1:15, 5:19]
+    assert np.array_equal(middle.images[0].numpy(), usual)
+    in_files = _load(tmp_path / "pets", "test", image_size=14, test_crop=0.875, held_bytes=0)
+    assert np.array_equal(in_files.read(0), usual)
+
+
+def test_a_test_crop_needs_a_size(pets: Path) -> None:
+    assert _load(pets, "train", test_crop=0.875).num_samples == 5
+    with pytest.raises(RecipeError, match="data.test_crop needs a size"):
+        _load(pets, "test", test_crop=0.875)
 
 
 def test_a_missing_folder_says_where_it_was_looked_for(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from stages.datasets import memory
 from stages.datasets.image_set import digest
 from stages.datasets.load import DataConfig, load_dataset
-from stages.errors import DataError
+from stages.datasets.split import Split
+from stages.errors import DataError, RecipeError
 
 
 @pytest.fixture
@@ -78,6 +79,62 @@ def test_loading_twice_gives_the_same_bits(toy: dict[str, Any]) -> None:
     assert torch.equal(first.images, second.images)
 
 
+def test_a_size_asked_for_goes_before_the_recipes(toy: dict[str, Any]) -> None:
+    recipe = DataConfig(**toy, image_size=4)
+    assert load_dataset(recipe, "train", size=5).image_size == (5, 5)
+    assert load_dataset(recipe, "train").image_size == (4, 4)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_classes_keep_their_samples_and_nothing_else_changes(toy: dict[str, Any], split: Split) -> None:
+    full, part = (load_dataset(DataConfig(**toy, classes=classes), split) for classes in (None, ("3", "1")))
+    rows = ((full.labels == 1) | (full.labels == 3)).nonzero()[:, 0]
+    assert 0 < len(rows) < full.num_samples
+    assert torch.equal(part.sample_ids, full.sample_ids[rows])
+    assert torch.equal(part.labels, full.labels[rows])
+    assert torch.equal(part.images, full.images[rows])
+    assert part.class_names == full.class_names
+
+
+def test_num_train_counts_what_the_classes_leave(toy: dict[str, Any]) -> None:
+    part = load_dataset(DataConfig(**toy, classes=("3", "1"), num_train=8), "train")
+    assert torch.bincount(part.labels).tolist() == [0, 4, 0, 4]
+    with pytest.raises(DataError, match="subset of 17 samples was asked for, but the split has 16"):
+        load_dataset(DataConfig(**toy, classes=("3", "1"), num_train=17), "train")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_unknown_class_gets_the_nearest(tmp_path: Path, split: Split) -> None:
+    images, labels = np.zeros((4, 2, 2), dtype=np.uint8), np.array([0, 0, 1, 1])
+    np.savez(tmp_path / "pets.npz", images=images, labels=labels, classes=np.array(["tabby", "terrier"]))
+    config = {"name": f"npz:{tmp_path / 'pets.npz'}"}
+    with pytest.raises(RecipeError, match="npz:pets.npz has no class 'terier': did you mean terrier?"):
+        load_dataset(DataConfig(**config, classes=("tabby", "terier")), split)
+    with pytest.raises(RecipeError, match="no class 'zzz': its classes are tabby, terrier."):
+        load_dataset(DataConfig(**config, classes=("zzz",)), split)
+
+
+def test_classes_without_a_sample_are_refused(tmp_path: Path) -> None:
+    images, labels = np.zeros((4, 2, 2), dtype=np.uint8), np.array([0, 0, 0, 2])
+    np.savez(tmp_path / "pets.npz", images=images, labels=labels)
+    config = DataConfig(name=f"npz:{tmp_path / 'pets.npz'}", classes=("1", "2"))
+    assert load_dataset(config, "train").labels.tolist() == [2]
+    with pytest.raises(DataError, match=r"pets.npz \(test\) has no sample of the classes in data.classes"):
+        load_dataset(config, "test")
+
+
+def test_a_test_crop_is_for_photographs(toy: dict[str, Any]) -> None:
+    for config in (DataConfig(test_crop=0.875), DataConfig(**toy, image_size=4, test_crop=0.875)):
+        with pytest.raises(RecipeError, match="data.test_crop is for imagefolder:PATH alone"):
+            load_dataset(config, "test")
+
+
+def test_arrays_are_held_whatever_they_take(toy: dict[str, Any]) -> None:
+    train = load_dataset(DataConfig(**toy, held_bytes=0), "train")
+    assert train.held and train.dropped == ()
+    assert np.array_equal(train.read(3), train.images[3].numpy())
+
+
 @pytest.mark.parametrize(
     ("name", "suggestion"),
     [
@@ -136,6 +193,12 @@ def test_images_that_cannot_fit_the_machine_are_refused_beforehand(
         {"test_share": 0.0},
         {"test_share": 1.0},
         {"download": "yes"},
+        {"test_crop": 0.0},
+        {"test_crop": 1.1},
+        {"classes": ()},
+        {"held_bytes": -1},
+        {"unreadable": "ignore"},
+        {"num_workers": -1},
     ],
 )
 def test_a_wrong_key_or_value_is_refused(keys: dict[str, Any]) -> None:

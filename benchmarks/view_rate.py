@@ -1,0 +1,97 @@
+"""Images a second: kdpipe's tensor engine against torchvision's v2 transforms, one by one, in a DataLoader.
+
+    uv run python benchmarks/view_rate.py [--rounds N]
+
+Random crop with padding 4 and flip of 32x32 RGB images, in batches of 256. The rival is the field's usual loop: a
+DataLoader with two worker processes that persist, each sample through v2.RandomCrop and v2.RandomHorizontalFlip. Both
+end with a batch of uint8 images in the main process; they take turns in one process, and quoted are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from stages.datasets.image_set import ImageSet
+from stages.memory import keep_freed_memory
+from stages.pictures import Pictures, Request
+from stages.views.config import ViewsConfig
+from stages.views.renderer import Renderer
+
+NUM_IMAGES, BATCH_SIZE, NUM_WORKERS = 50_000, 256, 2
+
+OPERATIONS = ({"name": "RandomCrop", "padding": 4}, {"name": "RandomHorizontalFlip"})
+
+
+class OneByOne(Dataset[Tensor]):
+    """Torchvision's transforms on one image after the other."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.transform = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        view: Tensor = self.transform(self.images[index])
+        return view
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    keep_freed_memory()  # as the command line does
+    images = torch.randint(256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8)
+    ours, theirs = tensor_engine(images), one_by_one(images)
+    rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for number in range(rounds + 1):
+        for name, epoch in (("ours", ours), ("theirs", theirs)):
+            found = rate(epoch)
+            if number:  # the first round warms up: workers start, memory is taken
+                rates[name].append(found)
+    ratios = [mine / other for mine, other in zip(rates["ours"], rates["theirs"], strict=True)]
+    print(f"crop and flip at 32x32, batches of {BATCH_SIZE}, {torch.get_num_threads()} CPU threads")
+    print(f"  tensor engine                        {statistics.median(rates['ours']):11,.0f} images/s")
+    print(f"  torchvision v2, {NUM_WORKERS} DataLoader workers  {statistics.median(rates['theirs']):11,.0f} images/s")
+    print(f"  ratio {statistics.median(ratios):.1f}")
+
+
+def tensor_engine(images: Tensor) -> Callable[[], Iterator[Tensor]]:
+    labels, ids = torch.zeros(len(images), dtype=torch.int64), torch.arange(len(images))
+    image_set = ImageSet("random", "train", images, labels, ids, ("0",))
+    pictures = Pictures(image_set, torch.device("cpu"), Renderer(ViewsConfig(operations=OPERATIONS), 3, (32, 32)))
+    view = 0
+
+    def epoch() -> Iterator[Tensor]:
+        nonlocal view
+        view += 1
+        requests = (Request(at, view) for at in torch.randperm(len(images)).split(BATCH_SIZE))
+        return (seen.images for seen in pictures.stream(requests))
+
+    return epoch
+
+
+def one_by_one(images: Tensor) -> Callable[[], Iterator[Tensor]]:
+    loader = DataLoader(
+        OneByOne(images), batch_size=BATCH_SIZE, shuffle=True, num_workers=NUM_WORKERS, persistent_workers=True
+    )
+    return lambda: iter(loader)
+
+
+def rate(epoch: Callable[[], Iterator[Tensor]]) -> float:
+    started = time.perf_counter()
+    num_images = sum(len(batch) for batch in epoch())
+    return num_images / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Where the pictures of a batch come from: images held on the device, or decoded and rendered ahead by workers.
+
+A stream of pictures is a pure function of the requests that are made of it: a killed job asks again from the very
+batch where it stopped. Targets never pass through here: the main process joins them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stages.datasets.image_set import ImageSet
+from stages.decode_ahead import Ask, DecodeAhead, Failure
+from stages.errors import DataError, RecipeError
+from stages.views.mix import Mixture, mix
+from stages.views.renderer import Renderer
+
+
+@dataclass(frozen=True)
+class Request:
+    """The samples at `positions` of a data set, int64 [B], in a view; None asks for the images as they are."""
+
+    positions: Tensor
+    view: int | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The pictures of a batch, uint8 [B, C, H, W], on the device; where the samples stand in the data set, int64 [B],
+    which is without those that could not be read; and what was mixed into them.
+    """
+
+    images: Tensor
+    positions: Tensor
+    mixture: Mixture | None = None
+
+
+def _stop(sentence: str) -> None:
+    raise DataError(sentence)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a data set.
+
+    renderer: makes the views; None where images are only asked for as they are. partners: the data set in which the
+    partners of MixUp and CutMix are found. num_workers: worker processes; None is one for each core that the affinity
+    mask leaves, 0 does their work in this one. on_failure: is told of each image that cannot be read, in a sentence;
+    what it does not raise drops the sample from its batch.
+    """
+
+    image_set: ImageSet
+    device: torch.device
+    renderer: Renderer | None = None
+    partners: ImageSet | None = None
+    num_workers: int | None = None
+    on_failure: Callable[[str], None] = _stop
+
+    def stream(self, requests: Iterable[Request], *, whole: bool = False) -> Iterator[Seen]:
+        """The pictures of one request after the other; requests may be drawn some way ahead.
+
+        whole: an image that cannot be read is an error, whatever `on_failure` says. Raises DataError for one, and
+        where not one image of a batch can be read.
+        """
+        pairs = ((request, self._mixture(request)) for request in requests)
+        if self._held is None:
+            return self._ahead(pairs, whole)
+        return (self._here(request, mixture) for request, mixture in pairs)
+
+    def one(self, request: Request, *, whole: bool = True) -> Seen:
+        """The pictures of a single request."""
+        return next(self.stream([request], whole=whole))
+
+    def labels_of(self, partner_ids: Tensor) -> Tensor:
+        """The labels of partners, int64 [B], by their sample ids."""
+        ids, order = self._partner_order
+        return (self.partners or self.image_set).labels[order[torch.searchsorted(ids, partner_ids)]]
+
+    @cached_property
+    def _held(self) -> Tensor | None:
+        """The images where they are rendered: on the device if they take less than half of its free memory. None where
+        they are not in memory, or are workers' business.
+        """
+        if not isinstance(self.image_set.images, Tensor) or (self.renderer and self.renderer.in_workers):
+            return None
+        return _place(self.image_set.images, self.device)
+
+    @cached_property
+    def _partners_held(self) -> Tensor | None:
+        if self.partners is None or self.partners is self.image_set:
+            return self._held
+        return _place(self.partners.images, self.device) if isinstance(self.partners.images, Tensor) else None
+
+    @cached_property
+    def _decode_ahead(self) -> DecodeAhead:
+        num_workers = len(os.sched_getaffinity(0)) if self.num_workers is None else self.num_workers
+        return DecodeAhead(self.image_set, self.partners, self.renderer, num_workers, self.device.type == "cuda")
+
+    @cached_property
+    def _partner_order(self) -> tuple[Tensor, Tensor]:
+        """The ids of the data set of partners, ascending, and where each stands: both int64 [P]."""
+        ids = (self.partners or self.image_set).sample_ids
+        return torch.sort(ids)
+
+    def _mixture(self, request: Request) -> Mixture | None:
+        if self.renderer is None or request.view is None:
+            return None
+        return self.renderer.mixture(self.image_set.sample_ids[request.positions], request.view)
+
+    def _partner_positions(self, mixture: Mixture) -> Tensor:
+        """Where the partners of the mixed samples stand in the data set of partners, int64 [M]."""
+        ids, order = self._partner_order
+        return order[torch.searchsorted(ids, mixture.partners[mixture.mixed])]
+
+    def _here(self, request: Request, mixture: Mixture | None) -> Seen:
+        """Pictures from images that are held."""
+        assert self._held is not None
+        own = self._held.index_select(0, request.positions.to(self._held.device, non_blocking=True))
+        if mixture is None or not mixture.mixed.any():
+            partners = None
+        elif self._partners_held is None:
+            raise DataError(f"{self.image_set.name} is held in memory and its partners are not: raise data.held_bytes.")
+        else:
+            at = self._partner_positions(mixture)
+            partners = self._partners_held.index_select(0, at.to(self._partners_held.device, non_blocking=True))
+        return self._finish(request, mixture, own, partners)
+
+    def _ahead(self, pairs: Iterable[tuple[Request, Mixture | None]], whole: bool) -> Iterator[Seen]:
+        """Pictures from worker processes."""
+        asked: deque[tuple[Request, Mixture | None]] = deque()
+
+        def asks() -> Iterator[Ask]:
+            for request, mixture in pairs:
+                asked.append((request, mixture))
+                partners = None if mixture is None else self._partner_positions(mixture)
+                rows = None if mixture is None else mixture.mixed.nonzero()[:, 0]
+                yield Ask(request.view, request.positions, rows, partners)
+
+        for answer in self._decode_ahead.stream(asks()):
+            request, mixture = asked.popleft()
+            self._tell(answer.failures, whole)
+            kept = answer.kept
+            if not len(kept):
+                raise DataError(f"not one of {len(request.positions)} images of {self.image_set.name} can be read.")
+            if len(kept) < len(request.positions):
+                request = Request(request.positions[kept], request.view)
+                mixture = None if mixture is None else mixture.at(kept)
+            images = answer.images.to(self.device, non_blocking=True)
+            yield self._finish(request, mixture, images[: len(kept)], images[len(kept) :])
+
+    def _finish(self, request: Request, mixture: Mixture | None, own: Tensor, partners: Tensor | None) -> Seen:
+        """Render and mix: `own` uint8 [B, C, H, W], and `partners`, those of the mixed samples alone."""
+        own = own.to(self.device, non_blocking=True)
+        if self.renderer is None or request.view is None:
+            return Seen(own, request.positions)
+        images = self.renderer.batch(own, self.image_set.sample_ids[request.positions], request.view)
+        if mixture is None or partners is None or not len(partners):
+            return Seen(images, request.positions, mixture)
+        at = mixture.mixed
+        others = self.renderer.batch(partners.to(self.device), mixture.partners[at], request.view)
+        beside = images.clone()
+        beside[at.to(self.device)] = others
+        return Seen(mix(images, beside, mixture), request.positions, mixture)
+
+    def _tell(self, failures: Iterable[Failure], whole: bool) -> None:
+        for failure in failures:
+            if failure.kind == "recipe":
+                raise RecipeError(failure.why)
+            sentence = f"sample {failure.sample_id}: {failure.why}"
+            if whole or failure.kind == "data":
+                _stop(sentence)
+            self.on_failure(sentence)
+
+
+def _place(images: Tensor, device: torch.device) -> Tensor:
+    """On the device if they take less than half of its free memory, else where they are."""
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return images
+    return images.to(device)

@@ -1,0 +1,1 @@
+"""Views: augmented versions of a sample that teacher and student both see, bit for bit."""

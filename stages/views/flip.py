@@ -1,0 +1,56 @@
+"""RandomHorizontalFlip and RandomVerticalFlip."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from stages.config import section
+from stages.views.draw import Draw
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+@section
+class RandomHorizontalFlip:
+    """Mirror left to right with probability `p`."""
+
+    name: Literal["RandomHorizontalFlip"]
+    p: Probability = 0.5
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size
+
+    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
+        """uint8 [B, C, H, W] to uint8 [B, C, H, W]."""
+        return flipped_where(images, draw.chance(self.p, 0), 3)
+
+
+@section
+class RandomVerticalFlip:
+    """Mirror top to bottom with probability `p`."""
+
+    name: Literal["RandomVerticalFlip"]
+    p: Probability = 0.5
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size
+
+    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
+        """uint8 [B, C, H, W] to uint8 [B, C, H, W]."""
+        return flipped_where(images, draw.chance(self.p, 0), 2)
+
+
+def flipped_where(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
+    """Images [B, C, H, W] of which the `chosen`, bool [B] on the CPU, are mirrored along `dim`."""
+    if images.device.type == "cpu":
+        # numpy copies whole images; torch.where chooses byte by byte, which takes many times as long
+        at = chosen.nonzero()[:, 0]
+        flipped = images.clone()
+        flipped.numpy()[at.numpy()] = images.index_select(0, at).flip(dim).numpy()
+        return flipped
+    chosen = chosen.to(images.device, non_blocking=True)
+    return torch.where(chosen[:, None, None, None], images.flip(dim), images)

@@ -1,0 +1,159 @@
+"""A recipe's views made ready for a data set's images: what renders them, and how a store recognises them again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.errors import RecipeError
+from stages.views.config import ViewsConfig
+from stages.views.draw import Draw
+from stages.views.mix import Mixture, draw_mixture, mix
+from stages.views.tensor_engine import MIX_STREAM, TensorEngine, parse_operations
+from stages.views.transforms_engine import apply, build_transform, describe, require_pure
+
+Pixels = NDArray[np.uint8]
+
+NUM_PROBES, NUM_PROBE_VIEWS = 8, 3
+
+UNEQUAL_PROBES = ((240, 320), (320, 240), (375, 500), (256, 256), (96, 160), (500, 333), (64, 64), (333, 500))
+"""(H, W) of the probes where a data set's images are of unequal size."""
+
+
+def check_views(config: ViewsConfig) -> None:
+    """Raise RecipeError for what can be told of a recipe's views before any image is seen."""
+    if config.transform and (config.engine == "tensor" or config.operations):
+        raise RecipeError("views.transform is instead of views.operations, and needs views.engine = 'transforms'.")
+    if config.mix and not config.replay:
+        raise RecipeError(
+            "[views.mix] needs views.replay = true: what the teacher said about one mixture is wrong for another."
+        )
+    if config.engine == "tensor":
+        parse_operations(config.operations)
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Renders the views of images with `channels` channels of `size` (H, W), or None where they are of unequal size.
+
+    population: int64 [P], ascending: the sample ids from which partners of MixUp and CutMix come.
+    """
+
+    config: ViewsConfig
+    channels: int
+    size: tuple[int, int] | None
+    population: Tensor | None = None
+
+    @property
+    def in_workers(self) -> bool:
+        """Whether images are rendered one by one, which is worker processes' work."""
+        return self.config.engine == "transforms"
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a view. Raises RecipeError where views are not all of one size, or cannot be rendered."""
+        if not self.in_workers:
+            assert self.size is not None, "make_renderer refuses images of unequal size for the tensor engine"
+            return (self.channels, *self._tensor_engine.output_size(self.size))
+        shapes = [tuple(view.shape) for views in self._probe_views for view in views]
+        for probe, shape in zip(_probes(self) * NUM_PROBE_VIEWS, shapes, strict=True):
+            if shape != shapes[0]:
+                raise RecipeError(
+                    f"the views of one recipe must all be of one size: [views] makes {shapes[0]} (C, H, W) of one "
+                    f"image and {shape} of one of {probe.shape}: end the operations with a Resize or a crop to a size."
+                )
+        return (self.channels, shapes[0][1], shapes[0][2])
+
+    def picture(self, pixels: Pixels, sample_id: int, view: int) -> Tensor:
+        """What a worker does: the view of one image, uint8 [C, H, W] to uint8 [C, H', W']."""
+        if not self.in_workers:
+            return torch.from_numpy(pixels)
+        return apply(self._transform, pixels, sample_id, view, self.config.seed)
+
+    def batch(self, images: Tensor, sample_ids: Tensor, view: int) -> Tensor:
+        """What the main process does, before mixing: uint8 [B, C, H, W], ids int64 [B] on the CPU, to uint8 [B, C, H',
+        W']. `view` may be any integer: stores hold the views 0 to V - 1; the teacher's own training uses those below
+        zero.
+        """
+        return images if self.in_workers else self._tensor_engine(images, Draw(self.config.seed, view, sample_ids))
+
+    def mixture(self, sample_ids: Tensor, view: int) -> Mixture | None:
+        """With whom and how the samples of a batch, int64 [B] on the CPU, are mixed; None where nothing is."""
+        if self.config.mix is None or self.population is None:
+            return None
+        draw = Draw(self.config.seed, view, sample_ids, MIX_STREAM)
+        return draw_mixture(self.config.mix, draw, self.population, self.shape[1:])
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the pixels of every view, as JSON, with digests of probe views.
+
+        V is left out: a store with more views of the same recipe holds the same pictures. The probes are a fixed
+        pattern, not samples of the data set, so that a student on a part of the data set can render them too; that the
+        samples themselves are the same is checked by their pixel checksums.
+        """
+        engine = self._tensor_engine.to_json() if not self.in_workers else describe(self.config)
+        return {
+            **engine,
+            "seed": self.config.seed,
+            "image_shape": list(self.shape),
+            "mix": self._mix_identity(),
+            "probes_sha256": [self._probe_digest(view) for view in range(NUM_PROBE_VIEWS)],
+        }
+
+    @cached_property
+    def _tensor_engine(self) -> TensorEngine:
+        return parse_operations(self.config.operations)
+
+    @cached_property
+    def _transform(self) -> Callable[[Any], Any]:
+        transform = build_transform(self.config.operations, self.config.transform)
+        require_pure(transform, _probes(self)[0])
+        return transform
+
+    @cached_property
+    def _probe_views(self) -> list[list[Tensor]]:
+        """Each probe in its first views, [view][probe], before mixing."""
+        probes = _probes(self)
+        if self.in_workers:
+            return [
+                [self.picture(probe, number, view) for number, probe in enumerate(probes)]
+                for view in range(NUM_PROBE_VIEWS)
+            ]
+        images, ids = torch.from_numpy(np.stack(probes)), torch.arange(NUM_PROBES)
+        return [list(self.batch(images, ids, view)) for view in range(NUM_PROBE_VIEWS)]
+
+    def _probe_digest(self, view: int) -> str:
+        assert len({tuple(one.shape) for one in self._probe_views[view]}) == 1, "self.shape has seen to it"
+        images, ids = torch.stack(self._probe_views[view]), torch.arange(NUM_PROBES)
+        if self.config.mix is not None:
+            draw = Draw(self.config.seed, view, ids, MIX_STREAM)
+            mixture = draw_mixture(self.config.mix, draw, ids, self.shape[1:])
+            images = mix(images, images[mixture.partners], mixture)
+        return hashlib.sha256(images.numpy().tobytes()).hexdigest()
+
+    def _mix_identity(self) -> dict[str, Any] | None:
+        if self.config.mix is None or self.population is None:
+            return None
+        partners = hashlib.sha256(self.population.numpy().astype("<i8").tobytes()).hexdigest()
+        return {**asdict(self.config.mix), "num_partners": len(self.population), "partner_ids_sha256": partners}
+
+
+def _probes(renderer: Renderer) -> list[Pixels]:
+    """Images of a fixed pattern."""
+    sizes = UNEQUAL_PROBES if renderer.size is None else (renderer.size,) * NUM_PROBES
+    probes, start = [], 0
+    for height, width in sizes:
+        cells = renderer.channels * height * width
+        pattern = np.arange(start, start + cells, dtype=np.int64) * 31 % 251
+        probes.append(pattern.astype(np.uint8).reshape(renderer.channels, height, width))
+        start += cells
+    return probes

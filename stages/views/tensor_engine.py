@@ -1,0 +1,134 @@
+"""The tensor engine: augments whole batches of uint8 images where they lie; its operations, and how recipes name them.
+
+Small images need no worker processes and no Python for each: a view of a batch is a few dozen tensor operations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Protocol, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from stages.errors import RecipeError
+from stages.views.affine import RandomAffine
+from stages.views.colour import ColorJitter, RandomGrayscale
+from stages.views.crop import RandomCrop
+from stages.views.draw import Draw
+from stages.views.erase import Cutout, RandomErasing
+from stages.views.flip import RandomHorizontalFlip, RandomVerticalFlip
+from stages.views.rand_augment import RandAugment, TrivialAugmentWide
+from stages.views.resized_crop import RandomResizedCrop
+
+ENGINE_VERSION = 2
+"""Raised whenever the same parameters would give other pixels: stores of an older engine are then refused."""
+
+
+class Operation(Protocol):
+    """One step of a view: a recipe section with a name, and what it does."""
+
+    name: Any
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of what comes out, for images of (H, W). Raises RecipeError where they cannot be worked on."""
+
+    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
+        """uint8 [B, C, H, W] to uint8 [B, C, H', W'], by the samples' own random numbers."""
+
+
+_STREAMS: dict[Any, int] = {
+    RandomCrop: 1,
+    RandomHorizontalFlip: 3,
+    RandomVerticalFlip: 4,
+    RandomResizedCrop: 1 << 8,
+    RandomAffine: 2 << 8,
+    ColorJitter: 3 << 8,
+    RandomGrayscale: 4 << 8,
+    RandomErasing: 5 << 8,
+    Cutout: 6 << 8,
+    RandAugment: 7 << 8,
+    TrivialAugmentWide: 8 << 8,
+}
+"""The streams of random numbers that operations take: never change one, or stores replay other pictures."""
+
+_NEXT_OCCURRENCE = 1 << 16
+"""A second operation of the same name draws from streams so much further on."""
+
+MIX_STREAM = 9 << 8
+
+_KINDS = {str(get_args(get_type_hints(kind)["name"])[0]): kind for kind in _STREAMS}
+
+
+@dataclass(frozen=True)
+class TensorEngine:
+    """Operations in their order, each with its stream."""
+
+    operations: tuple[tuple[Operation, int], ...]
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of a view of images of (H, W). Raises RecipeError where an operation cannot work on them."""
+        for operation, _ in self.operations:
+            size = operation.output_size(size)
+        return size
+
+    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
+        """The views of a batch: uint8 [B, C, H, W] to uint8 [B, C, H', W']."""
+        for operation, stream in self.operations:
+            images = operation(images, draw.of(stream))
+        return images
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the pixels."""
+        return {
+            "engine": "tensor",
+            "engine_version": ENGINE_VERSION,
+            "operations": [asdict(operation) for operation, _ in self.operations],  # type: ignore[call-overload]
+        }
+
+
+def parse_operations(tables: Sequence[Mapping[str, Any]]) -> TensorEngine:
+    """The engine that a recipe's `views.operations` ask for. Raises RecipeError, naming what is wrong and where."""
+    seen: Counter[str] = Counter()
+    operations = []
+    for number, table in enumerate(tables):
+        operation = _parse(table, f"views.operations.{number}")
+        stream = _STREAMS[type(operation)] + seen[operation.name] * _NEXT_OCCURRENCE
+        seen[operation.name] += 1
+        operations.append((operation, stream))
+    return TensorEngine(tuple(operations))
+
+
+def _parse(table: Mapping[str, Any], where: str) -> Operation:
+    name = table.get("name")
+    kind = _KINDS.get(str(name))
+    if kind is None:
+        near = get_close_matches(str(name), _KINDS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(_KINDS)}."
+        raise RecipeError(
+            f"{where}: the tensor engine has no operation {name!r} (views.engine = 'transforms' runs any of "
+            f"torchvision's); {hint}"
+        )
+    try:
+        operation: Operation = TypeAdapter(kind).validate_json(json.dumps(table, default=str))
+    except ValidationError as error:
+        raise RecipeError(_sentence(where, kind, error)) from error
+    return operation
+
+
+def _sentence(where: str, kind: Any, error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        known = [field.name for field in fields(kind)]
+        near = get_close_matches(key, known, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
+        return f"{where}: {kind.__name__} has no argument {key!r}; {hint}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{where}: {kind.__name__} needs {key!r}: give it a value."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {kind.__name__}: {key} = {str(first['input'])[:80]}: {message[0].lower()}{message[1:]}."

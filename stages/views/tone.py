@@ -1,0 +1,84 @@
+"""Tone: functions of a batch that change grey levels one by one, or by their neighbours, as torchvision's do.
+
+Parameters are [B], on the CPU; images uint8 [B, C, H, W], the result too. RandAugment draws among them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stages.views.colour import blend
+
+_THIRTEENTH, _THIRTEENTH_BITS = 5042, 16
+"""x * 5042 >> 16 is x // 13 for every x up to 6,553: integer division takes many times as long."""
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep the upper `bits`, int64 [B] from 0 to 8, of every pixel."""
+    masks = (256 - (1 << (8 - bits))).to(torch.uint8)
+    return images & masks.to(images.device, non_blocking=True)[:, None, None, None]
+
+
+def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
+    """Invert the pixels at or above `thresholds`, float64 [B] from 0 to 255."""
+    least = thresholds.ceil().to(torch.uint8).to(images.device, non_blocking=True)[:, None, None, None]
+    # 0 or 255 from a comparison: torch.where would choose byte by byte, which takes many times as long
+    return images ^ (images >= least).view(torch.uint8).neg_()
+
+
+def invert(images: Tensor) -> Tensor:
+    """255 less every pixel."""
+    return ~images
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Stretch the levels of every channel to 0 ... 255; a channel of one level stays as it is."""
+    low, high = (extreme.float() for extreme in (images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)))
+    # float32, step by step as torchvision, whose rounding integers would not reproduce; IEEE fixes each step's bits
+    flat = high == low
+    scale = torch.where(flat, 1.0, (high - low) * (1.0 / 255.0))
+    low = torch.where(flat, 0.0, low)
+    return images.float().sub_(low).div_(scale).clamp_(0, 255).to(torch.uint8)
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Make the levels of every channel about equally frequent; PIL's rule, which torchvision follows."""
+    batch, channels, height, width = images.shape
+    levels = images.reshape(batch * channels, -1)
+    tables = _equalizing_tables(_histograms(levels), levels.amax(1, keepdim=True), height * width)
+    return tables.gather(1, levels.long()).reshape(images.shape)
+
+
+def _histograms(levels: Tensor) -> Tensor:
+    """How often each level is there: uint8 [R, L] to int64 [R, 256]."""
+    starts = torch.arange(0, 256 * len(levels), 256, dtype=torch.int32, device=levels.device)
+    return torch.bincount((levels + starts[:, None]).ravel(), minlength=256 * len(levels)).reshape(-1, 256)
+
+
+def _equalizing_tables(counts: Tensor, highest: Tensor, num_pixels: int) -> Tensor:
+    """The new level for each old one: counts int64 [R, 256] and the highest level uint8 [R, 1] to uint8 [R, 256]."""
+    step = (num_pixels - counts.gather(1, highest.long())) // 255
+    below = counts.cumsum(1) - counts
+    # float64 divides integers of this size and rounds down exactly, in less time than integers take
+    table = ((below + step // 2).double() / step.clamp(min=1)).floor_().clamp_(max=255)
+    unchanged = torch.arange(256, device=counts.device)
+    return torch.where(step == 0, unchanged, table).to(torch.uint8)
+
+
+def adjust_sharpness(images: Tensor, factors: Tensor) -> Tensor:
+    """images * factor + blurred images * (1 - factor); factors float64 [B], 0 to 64.
+
+    Blurred with 3 x 3 weights of 1/13, the middle 5/13; pixels at the border, and images of fewer than three rows or
+    columns, stay as they are.
+    """
+    if min(images.shape[2:]) <= 2:
+        return images
+    levels = images.to(torch.int16)  # 13 * 255 fits
+    rows = levels[:, :, :-2] + levels[:, :, 1:-1] + levels[:, :, 2:]
+    inner = levels[:, :, 1:-1, 1:-1]
+    sums = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
+    blurred = (sums.int() + 6).mul_(_THIRTEENTH).bitwise_right_shift_(_THIRTEENTH_BITS)
+    sharpened = images.clone()
+    sharpened[:, :, 1:-1, 1:-1] = blend(images[:, :, 1:-1, 1:-1], blurred, factors)
+    return sharpened
