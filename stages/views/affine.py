@@ -17,12 +17,13 @@ from pydantic import Field
 from torch import Tensor
 
 from stages.config import section
-from stages.views.colour import FRACTION_BITS, ONE, Ascending, on_rows
+from stages.views.arguments import Ascending, Level
+from stages.views.colour import FRACTION_BITS, ONE
 from stages.views.draw import Draw
+from stages.views.rows import on_rows
 
 _ANGLE, _RIGHT, _DOWN, _SCALE, _SHEAR_X, _SHEAR_Y = range(6)
 
-Fill = Annotated[int, Field(ge=0, le=255)]
 _Angle = Annotated[float, Field(ge=-360, le=360)]
 _Shear = Annotated[float, Field(ge=-89, le=89)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -51,7 +52,7 @@ class RandomAffine:
     scale: Annotated[tuple[_Scale, _Scale], Ascending] | None = None
     shear: Annotated[float, Field(ge=0, le=89)] | _ShearRange | _ShearRanges | None = None
     interpolation: Literal["nearest"] = "nearest"
-    fill: Fill = 0
+    fill: Level = 0
     center: tuple[float, float] | None = None
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -5,17 +5,17 @@ The functions take a factor for each image, float64 [B] on the CPU, and give the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import permutations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from stages.config import section
+from stages.views.arguments import Ascending, Probability
 from stages.views.draw import Draw
-from stages.views.flip import Probability
+from stages.views.rows import on_rows
 
 FRACTION_BITS = 16
 ONE = 1 << FRACTION_BITS
@@ -24,21 +24,10 @@ ONE = 1 << FRACTION_BITS
 _RED, _GREEN, _BLUE = 19589, 38470, 7471
 """torchvision's weights of grey, 0.2989, 0.587 and 0.114: they add up to a little less than 1, there as here."""
 
-_BLOCK_BYTES = 1 << 20
-"""So large that calls cost little, so small that what they allocate is reused and mostly stays in the cache."""
-
 _ORDERS = torch.tensor(list(permutations(range(4))))
 _ORDER, _FACTOR = 0, 1
 
 
-def _ascending(bounds: tuple[float, ...]) -> tuple[float, ...]:
-    for low, high in zip(bounds[::2], bounds[1::2], strict=True):
-        if low > high:
-            raise ValueError(f"the low end comes first: [{high}, {low}], not [{low}, {high}]")
-    return bounds
-
-
-Ascending = AfterValidator(_ascending)
 _Factor = Annotated[float, Field(ge=0, le=10)]
 _Turns = Annotated[float, Field(ge=-0.5, le=0.5)]
 Factors = _Factor | Annotated[tuple[_Factor, _Factor], Ascending]
@@ -196,25 +185,6 @@ def fixed_point(factors: Tensor, device: torch.device) -> Tensor:
 def _rounded_down(products: Tensor) -> Tensor:
     """Fixed point to grey levels, as torchvision casts them; `products` int32, overwritten."""
     return products.bitwise_right_shift_(FRACTION_BITS).clamp_(0, 255).to(torch.uint8)
-
-
-def on_rows(images: Tensor, rows: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
-    """Replace images[rows] by operation(images[rows], *parameters), in place; on the CPU block by block.
-
-    rows: int64 [R], on the CPU. parameters: [R, ...], a row for each image.
-    """
-    block = max(1, _BLOCK_BYTES // images.shape[1:].numel()) if images.device.type == "cpu" else max(1, len(rows))
-    for start in range(0, len(rows), block):
-        part = slice(start, start + block)
-        at = rows[part].to(images.device, non_blocking=True)
-        _put(images, at, operation(images.index_select(0, at), *(values[part] for values in parameters)))
-
-
-def _put(images: Tensor, at: Tensor, changed: Tensor) -> None:
-    if images.device.type == "cpu":
-        images.numpy()[at.numpy()] = changed.numpy()  # whole images at once; torch's copy takes many times as long
-    else:
-        images.index_copy_(0, at, changed)
 
 
 _ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages.config import section
 from stages.errors import RecipeError
+from stages.views.arguments import Level
 from stages.views.draw import Draw
 
 _DOWN, _RIGHT = 0, 1
@@ -26,7 +27,7 @@ class RandomCrop:
 
     name: Literal["RandomCrop"]
     padding: Annotated[int, Field(ge=0, le=1024)] = 0
-    fill: Annotated[int, Field(ge=0, le=255)] = 0
+    fill: Level = 0
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W), unchanged. Raises RecipeError where the crop could miss the picture altogether."""

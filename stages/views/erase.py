@@ -10,14 +10,14 @@ from torch import Tensor
 
 from stages.config import section
 from stages.errors import RecipeError
+from stages.views.arguments import AreaRange, Level, Probability, RatioRange, or_say
+from stages.views.boxes import NUM_BOX_PARAMETERS, boxes_around, pasted, random_boxes
 from stages.views.draw import Draw
-from stages.views.resample import Boxes
-from stages.views.resized_crop import NUM_BOX_PARAMETERS, AreaRange, RatioRange, or_say, random_boxes
+from stages.views.rows import replaced
 
 _CHOSEN, _KEY, _SECOND_KEY = NUM_BOX_PARAMETERS, NUM_BOX_PARAMETERS + 1, NUM_BOX_PARAMETERS + 2
 _ROW, _COLUMN = 0, 1
 
-Level = Annotated[int, Field(ge=0, le=255)]
 Paint = Level | tuple[Level, Level, Level] | Literal["random"]
 
 
@@ -34,7 +34,7 @@ class RandomErasing:
     """
 
     name: Literal["RandomErasing"]
-    p: Annotated[float, Field(ge=0, le=1)] = 0.5
+    p: Probability = 0.5
     scale: AreaRange = (0.02, 0.33)
     ratio: RatioRange = (0.3, 3.3)
     value: Annotated[Paint, or_say('a level from 0 to 255, [red, green, blue], or "random"')] = 0
@@ -94,34 +94,6 @@ class Cutout:
         return pasted(images, torch.tensor(self.fill, dtype=torch.uint8, device=images.device), boxes)
 
 
-def boxes_around(rows: Tensor, columns: Tensor, heights: Tensor, widths: Tensor, size: tuple[int, int]) -> Boxes:
-    """Boxes about the centres (rows, columns), cut off at the border of pictures of `size` (H, W); all int64 [B].
-
-    A box of even height has one row more above its centre than below.
-    """
-    tops, lefts = rows - heights // 2, columns - widths // 2
-    bottoms, rights = (tops + heights).clamp_(max=size[0]), (lefts + widths).clamp_(max=size[1])
-    tops, lefts = tops.clamp_(min=0), lefts.clamp_(min=0)
-    return Boxes(tops, lefts, bottoms - tops, rights - lefts)
-
-
-def pasted(images: Tensor, others: Tensor, boxes: Boxes) -> Tensor:
-    """Images [B, C, H, W] that show the `others`, of that shape or expanding to it, inside their box; all uint8."""
-    rows = _within(boxes.tops, boxes.heights, images.shape[2], images.device)
-    columns = _within(boxes.lefts, boxes.widths, images.shape[3], images.device)
-    inside = rows[:, None, :, None] & columns[:, None, None, :]
-    # as torch.where(inside, others, images), which takes twenty times as long for bytes
-    return (images ^ others).bitwise_and_(inside).bitwise_xor_(images)
-
-
-def replaced(images: Tensor, rows: Tensor, others: Tensor) -> Tensor:
-    """Images [B, C, H, W] with the others, uint8 [n, C, H, W], in place of the `rows`, int64 [n], on the CPU."""
-    at = torch.arange(len(images))
-    at[rows] = torch.arange(len(images), len(images) + len(rows))
-    # as index_copy, which takes ten times as long for bytes
-    return torch.cat([images, others]).index_select(0, at.to(images.device, non_blocking=True))
-
-
 def noise(keys: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Bytes that look random, and depend on their sample's key, int64 [B], and their place: uint8 [B, *shape].
 
@@ -133,13 +105,6 @@ def noise(keys: Tensor, shape: tuple[int, int, int]) -> Tensor:
     x = _fold(x, 30).mul_(_signed(0xBF58476D1CE4E5B9))
     x = _fold(x, 27).mul_(_signed(0x94D049BB133111EB))
     return _fold(x, 31).view(torch.uint8)[:, :num_bytes].reshape(-1, *shape)
-
-
-def _within(starts: Tensor, lengths: Tensor, num_places: int, device: torch.device) -> Tensor:
-    """255 for places from starts[b] on, as many as lengths[b], and 0 for others: uint8 [B, num_places]."""
-    after = torch.arange(num_places) - starts[:, None]
-    within = (after >= 0) & (after < lengths[:, None])
-    return within.to(torch.uint8).mul_(255).to(device, non_blocking=True)
 
 
 def _fold(x: Tensor, by: int) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from stages.config import section
+from stages.views.arguments import Probability
 from stages.views.draw import Draw
-
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 @section

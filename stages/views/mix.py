@@ -13,9 +13,11 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from stages.config import section
+from stages.views.arguments import Probability
+from stages.views.boxes import Boxes, boxes_around, pasted
 from stages.views.draw import Draw
-from stages.views.erase import boxes_around, pasted, replaced
-from stages.views.resample import Boxes, slices
+from stages.views.resample import slices
+from stages.views.rows import replaced
 
 _MIXED, _METHOD, _PARTNER, _SHARE, _ROW, _COLUMN = range(6)
 
@@ -25,7 +27,6 @@ _ONE = 2**16
 _NUM_SHARES = 4096
 
 Alpha = Annotated[float, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 @section

@@ -12,9 +12,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stages.config import section
-from stages.views.affine import Fill, rotate, shear_x, shear_y, translate_x, translate_y
-from stages.views.colour import adjust_brightness, adjust_contrast, adjust_saturation, on_rows
+from stages.views.affine import rotate, shear_x, shear_y, translate_x, translate_y
+from stages.views.arguments import Level
+from stages.views.colour import adjust_brightness, adjust_contrast, adjust_saturation
 from stages.views.draw import Draw
+from stages.views.rows import on_rows
 from stages.views.tone import adjust_sharpness, autocontrast, equalize, posterize, solarize
 
 _OPERATION, _SIGN, _BIN, _NUM_PARAMETERS = 0, 1, 2, 3
@@ -38,7 +40,7 @@ class RandAugment:
     magnitude: Annotated[int, Field(ge=0)] = 9
     num_magnitude_bins: NumBins = 31
     interpolation: Literal["nearest"] = "nearest"
-    fill: Fill = 0
+    fill: Level = 0
 
     @model_validator(mode="after")
     def _magnitude_has_a_bin(self) -> RandAugment:
@@ -76,7 +78,7 @@ class TrivialAugmentWide:
     name: Literal["TrivialAugmentWide"]
     num_magnitude_bins: NumBins = 31
     interpolation: Literal["nearest"] = "nearest"
-    fill: Fill = 0
+    fill: Level = 0
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         return size

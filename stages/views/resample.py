@@ -8,20 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stages.views.boxes import Boxes
+
 _BITS = 11
 """Of a weight in one direction: a grey level of 8 bits, weighted twice, then just fits an int32."""
 
 _CPU_SLICE_PIXELS, _GPU_SLICE_PIXELS = 2**17, 2**22
 """How many pixels are worked on at a time: on a CPU what its caches hold, elsewhere some 64 MiB of temporaries."""
-
-
-class Boxes(NamedTuple):
-    """One box of each sample, in pixels: all int64 [B], on the CPU."""
-
-    tops: Tensor
-    lefts: Tensor
-    heights: Tensor
-    widths: Tensor
 
 
 class _Neighbours(NamedTuple):

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from stages.views import affine as geometry
-from stages.views import colour
+from stages.views import rows
 from stages.views.affine import RandomAffine, affine, inverse_matrices
 from stages.views.draw import Draw
 
@@ -165,7 +165,7 @@ def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         assert EVERYTHING(images, draw(64)).equal(alone)
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(colour, "_BLOCK_BYTES", 5 * images[0].numel())
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 5 * images[0].numel())
     assert EVERYTHING(images, draw(64)).equal(alone)
 
 

@@ -12,7 +12,7 @@ import torchvision.transforms.v2.functional as reference
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from stages.views import colour
+from stages.views import colour, rows
 from stages.views.colour import ColorJitter, RandomGrayscale
 from stages.views.draw import Draw
 
@@ -142,7 +142,7 @@ def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         assert JITTER(images, draw(64)).equal(alone)
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(colour, "_BLOCK_BYTES", 5 * images[0].numel())
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 5 * images[0].numel())
     assert JITTER(images, draw(64)).equal(alone)
 
 

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from stages.errors import RecipeError
+from stages.views.boxes import Boxes, boxes_around, pasted
 from stages.views.draw import Draw
-from stages.views.erase import Cutout, RandomErasing, boxes_around, noise, pasted, replaced
-from stages.views.resample import Boxes
+from stages.views.erase import Cutout, RandomErasing, noise
+from stages.views.rows import replaced
 
 IDS = torch.arange(40) * 977
 IMAGES = torch.randint(1, 256, (40, 3, 19, 23), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

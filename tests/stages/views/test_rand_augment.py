@@ -13,7 +13,7 @@ import torchvision.transforms.v2 as reference
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from stages.views import colour, rand_augment
+from stages.views import rand_augment, rows
 from stages.views.draw import Draw
 from stages.views.rand_augment import RandAugment, TrivialAugmentWide
 
@@ -109,7 +109,7 @@ def test_threads_and_blocks_change_nothing(
         assert operation(images, draw(64)).equal(alone)
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(colour, "_BLOCK_BYTES", 2 * images[0].numel())
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 2 * images[0].numel())
     assert operation(images, draw(64)).equal(alone)
 
 

@@ -12,9 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 from torchvision.transforms import v2
 
 from stages.errors import RecipeError
+from stages.views.boxes import Boxes, random_boxes
 from stages.views.draw import Draw
-from stages.views.resample import Boxes, resample
-from stages.views.resized_crop import RandomResizedCrop, random_boxes
+from stages.views.resample import resample
+from stages.views.resized_crop import RandomResizedCrop
 
 IDS = torch.arange(40) * 977
 IMAGES = torch.randint(0, 256, (40, 3, 19, 23), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
