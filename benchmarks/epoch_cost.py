@@ -1,10 +1,11 @@
 """What a student's epoch costs with stored targets: against hard labels alone, and against the teacher in the loop.
 
-    uv run python benchmarks/epoch_cost.py [mnist] [cifar] [--rounds N]
+    uv run python benchmarks/epoch_cost.py [mnist] [cifar] [photos] [--rounds N]
 
 Every variant trains the same student by the real training loop, one epoch at a time, in turn in one process; quoted is
 the median over the rounds of the ratio to the epoch with hard labels alone in the same round. The images are random:
-what they show does not change what they cost.
+what they show does not change what they cost. The photographs are JPEG files of unequal size, decoded and cropped to 224
+pixels by worker processes; the images of the other pairs are held in memory.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
+import numpy as np
 import torch
+from PIL import Image
 
 from stages.cache_teacher import CacheConfig, cache_teacher
 from stages.datasets.image_set import ImageSet
+from stages.datasets.load import DataConfig, load_dataset
 from stages.features import tapped
 from stages.forms import Wanted
 from stages.job_folder import JobFolder
@@ -53,6 +57,7 @@ class Pair:
     num_samples: int
     batch_size: int
     hint: tuple[str, str]
+    files: bool = False
 
 
 PAIRS = {
@@ -73,6 +78,16 @@ PAIRS = {
         num_samples=512,
         batch_size=64,
         hint=("layer3", "layer3"),
+    ),
+    "photos": Pair(
+        ModelConfig(name="torchvision:resnet50"),
+        ModelConfig(name="torchvision:resnet18"),
+        (3, 224, 224),
+        num_classes=10,
+        num_samples=64,
+        batch_size=16,
+        hint=("layer4", "layer4"),
+        files=True,
     ),
 }
 
@@ -130,6 +145,8 @@ VARIANTS = {
 
 
 def make_setup(pair: Pair, folder: Path) -> Setup:
+    if pair.files:
+        return photographs(pair, folder)
     generator = torch.Generator().manual_seed(0)
 
     def images(split: str, count: int) -> ImageSet:
@@ -141,6 +158,23 @@ def make_setup(pair: Pair, folder: Path) -> Setup:
     operations = ({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"})
     views = ViewsConfig(num_views=2, operations=operations)
     return Setup(folder, images("train", pair.num_samples), images("test", 64), views, choose_device("auto"), Watch())
+
+
+def photographs(pair: Pair, folder: Path) -> Setup:
+    """JPEG files of about the size of ImageNet's: noise of a few pixels, enlarged, which takes as long to decode."""
+    draw = np.random.default_rng(0)
+    for number in range(pair.num_samples):
+        place = folder / "images" / "train" / f"class{number % pair.num_classes}" / f"{number}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        noise = Image.fromarray(draw.integers(256, size=(50, 50, 3), dtype=np.uint8))
+        noise.resize((500, 333 + number % 43), Image.Resampling.BICUBIC).save(place, quality=90)
+    (folder / "images" / "test").symlink_to("train")
+    data = DataConfig(name=f"imagefolder:{folder / 'images'}")
+    size = pair.image_shape[1]
+    operations = ({"name": "RandomResizedCrop", "size": size}, {"name": "RandomHorizontalFlip"})
+    views = ViewsConfig(num_views=2, engine="transforms", operations=operations)
+    test_set = load_dataset(data, "test", size=size).take(torch.arange(pair.batch_size))
+    return Setup(folder, load_dataset(data, "train"), test_set, views, choose_device("auto"), Watch())
 
 
 def make_network(config: ModelConfig, setup: Setup) -> Network:

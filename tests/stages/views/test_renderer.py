@@ -1,0 +1,356 @@
+"""A store is replayed or refused: its identity holds digests of pictures, so that no other pixels pass for its own."""
+
+import dataclasses
+import hashlib
+import importlib
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from made_store import folder_bytes
+from PIL import Image
+from tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
+from torchvision.transforms import v2
+
+from stages import store_plan
+from stages.cache_teacher import cache_teacher
+from stages.datasets.load import DataConfig, load_dataset
+from stages.errors import RecipeError
+from stages.recompute import recompute
+from stages.train_student import open_teaching, view_warning
+from stages.train_teacher import load_teacher
+from stages.views import renderer as renderer_room
+from stages.views.config import ViewsConfig
+from stages.views.flip import RandomHorizontalFlip
+from stages.views.mix import MixConfig
+from stages.views.renderer import NUM_PROBES, Renderer, check_views
+from store import FingerprintMismatch
+
+CROP, FLIP = {"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}
+RESIZED = ({"name": "RandomResizedCrop", "size": [20, 24]}, FLIP)
+TENSOR = ViewsConfig(operations=(CROP, FLIP))
+TRANSFORMS = ViewsConfig(engine="transforms", operations=RESIZED)
+MIXED = dataclasses.replace(TENSOR, mix=MixConfig(mixup_alpha=0.4, cutmix_alpha=1.0))
+POPULATION = torch.arange(0, 3000, 3)
+
+KNOWN_PROBES = {
+    "tensor": [
+        "98d1f1ae034d1f41c64621dc8d9ece8d6d941d206d1028d8b268502ee1fbdccb",
+        "6eb22fbcf97109b8552577e763a9ecc08bed1f9ce641a24cb7629612f72b6a75",
+        "7b8518ea93723b395a5b241a6f5fed5b8072f2cc1a63950da0d1e5699d7f1903",
+    ],
+    "mixed": [
+        "5cbdb66c4515b5282cfe3f9dbcabf43771a5ffe0c0573975f91a1a405dc70c39",
+        "780dc82256d54b8be64936f553d0dcebd161157e557fe6acf5dd7bbd08639a0b",
+        "6d3bb381947ca2af5ad7216a9fa0160cc11f7a2dd0af113003ec7d7a34b3aea9",
+    ],
+}
+"""Of images of 3 x 9 x 7. Never change one: a store of years ago that says so must still be taught from."""
+
+
+def renderer(views, size=(9, 7), channels=3, population=POPULATION):
+    return Renderer(views, channels, size, population)
+
+
+def with_views(views, **changes):
+    return dataclasses.replace(views, **changes)
+
+
+def one_after_the_other(views, size=(9, 7), channels=3):
+    """The digests of the probes, each picture rendered by itself through what a student's batches go through."""
+    made, pictures = renderer(views, size, channels), []
+    cells = np.arange(NUM_PROBES * channels * size[0] * size[1]) * 31 % 251
+    probes = torch.from_numpy(cells.astype(np.uint8).reshape(NUM_PROBES, channels, *size))
+    for view in range(3):
+        drawn = [made.picture(probe.numpy(), number, view) for number, probe in enumerate(probes)]
+        rendered = [made.batch(one[None], torch.tensor([number]), view) for number, one in enumerate(drawn)]
+        pictures.append(torch.cat(rendered).numpy().tobytes())
+    return [hashlib.sha256(view).hexdigest() for view in pictures]
+
+
+@pytest.mark.parametrize("views", [TENSOR, TRANSFORMS], ids=["tensor", "transforms"])
+def test_the_identity_holds_a_digest_of_rendered_pictures_for_each_view(views):
+    digests = renderer(views).identity["probes_sha256"]
+    assert digests == one_after_the_other(views)
+    assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("name", ["tensor", "mixed"])
+def test_known_pictures_stay_known(name):
+    assert renderer({"tensor": TENSOR, "mixed": MIXED}[name]).identity["probes_sha256"] == KNOWN_PROBES[name]
+
+
+@pytest.mark.parametrize("views", [TENSOR, TRANSFORMS, MIXED], ids=["tensor", "transforms", "mixed"])
+def test_more_views_of_a_recipe_are_the_same_views(views):
+    more = with_views(views, num_views=views.num_views + 5)
+    assert renderer(more).identity == renderer(views).identity
+
+
+@pytest.mark.parametrize(
+    ("views", "other", "differing"),
+    [
+        (TENSOR, with_views(TENSOR, seed=1), {"seed", "probes_sha256"}),
+        (TENSOR, with_views(TENSOR, operations=(FLIP,)), {"operations", "probes_sha256"}),
+        (TRANSFORMS, with_views(TRANSFORMS, seed=1), {"seed", "probes_sha256"}),
+        (TRANSFORMS, with_views(TRANSFORMS, operations=RESIZED[:1]), {"operations", "probes_sha256"}),
+        (MIXED, with_views(MIXED, mix=MixConfig(mixup_alpha=0.5)), {"mix", "probes_sha256"}),
+        (MIXED, TENSOR, {"mix", "probes_sha256"}),
+    ],
+)
+def test_what_changes_the_pictures_changes_the_identity(views, other, differing):
+    one, another = renderer(views).identity, renderer(other).identity
+    assert {key for key in one | another if one.get(key) != another.get(key)} == differing
+
+
+def test_other_partners_are_another_mixture():
+    one, another = renderer(MIXED).identity, renderer(MIXED, population=POPULATION[1:]).identity
+    assert {key for key in one if one[key] != another[key]} == {"mix"}
+    assert (one["mix"]["num_partners"], another["mix"]["num_partners"]) == (1000, 999)
+    assert one["mix"]["partner_ids_sha256"] != another["mix"]["partner_ids_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "views"),
+    [
+        (RandomHorizontalFlip, "__call__", TENSOR),
+        (v2.RandomHorizontalFlip, "transform", TRANSFORMS),
+        (renderer_room, "mix", MIXED),
+    ],
+    ids=["tensor", "torchvision", "mix"],
+)
+def test_another_implementation_shows_in_the_pictures_alone(monkeypatch, room, name, views):
+    """As a new version of torchvision may be: the recipe says the same, and one pixel is another one."""
+    before, real = renderer(views).identity, getattr(room, name)
+    monkeypatch.setattr(room, name, lambda *arguments: one_off(real(*arguments)))
+    after = renderer(views).identity
+    assert [key for key in before if before[key] != after[key]] == ["probes_sha256"]
+
+
+def one_off(picture):
+    """The same with its first pixel one level brighter."""
+    if isinstance(picture, Image.Image):
+        pixels = np.asarray(picture).copy()
+        pixels[0, 0] += 1
+        return Image.fromarray(pixels)
+    picture = picture.clone()
+    picture[..., 0, 0] += 1
+    return picture
+
+
+OPERATIONS = ({"name": "Resize", "size": [8, 8]}, {"name": "RandomHorizontalFlip"})
+STORED = {
+    "tensor": VIEWS,
+    "transforms": ViewsConfig(num_views=3, engine="transforms", operations=OPERATIONS),
+    "python": ViewsConfig(num_views=3, engine="transforms", transform="python:my_views:pipeline"),
+}
+PIPELINE = """
+from torchvision.transforms import v2
+
+pipeline = v2.Compose([v2.RandomCrop(8, padding=1), v2.RandomHorizontalFlip()])
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a run, and in it a finished store, of each kind of views."""
+    folder = tmp_path_factory.mktemp("replayed")
+    write_pipeline(folder, PIPELINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(folder)])
+        patch.setattr(store_plan, "library_versions", lambda: store_plan_versions() | {"torchvision": "0.1"})
+        for name, views in STORED.items():
+            make_tiny_store(setup_of(folder, name, views))
+        yield folder
+    sys.modules.pop("my_views", None)
+
+
+store_plan_versions = store_plan.library_versions
+
+
+def write_pipeline(folder, source):
+    """Write a user's module, and forget it as a new process would not know it."""
+    (folder / "my_views.py").write_text(source)
+    sys.modules.pop("my_views", None)
+    importlib.invalidate_caches()
+
+
+def setup_of(folder, name, views=None):
+    return tiny_setup(folder / name, train_set=squares(60, 0), num_workers=0, views=views or STORED[name])
+
+
+def ways(folder, name, views):
+    """All ways in which a store is met again."""
+    setup, path = setup_of(folder, name, views), folder / name / "store.zarr"
+    teacher = load_teacher(TEACHER, 0, setup)
+    return {
+        "student": lambda: open_teaching([path], LOSSES, STUDENT, {}, setup),
+        "cache-teacher": lambda: cache_teacher(CACHE, path, teacher, LAYERS, setup),
+        "recompute": lambda: recompute(path, teacher, setup, 30, 0),
+    }
+
+
+WAYS = ["student", "cache-teacher", "recompute"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", STORED)
+def test_a_store_of_the_same_views_is_replayed(runs, name, way):
+    before = folder_bytes(runs / name / "store.zarr")
+    given = ways(runs, name, STORED[name])[way]()
+    assert folder_bytes(runs / name / "store.zarr") == before
+    if way == "recompute":
+        assert given.differing == ()
+
+
+def refused(runs, name, way, views=None):
+    """The sentence with which a store is refused; it is left as it is."""
+    before = folder_bytes(runs / name / "store.zarr")
+    with pytest.raises(FingerprintMismatch) as raised:
+        ways(runs, name, views or STORED[name])[way]()
+    assert folder_bytes(runs / name / "store.zarr") == before
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["tensor", "transforms"])
+def test_an_edited_recipe_is_refused_by_name(runs, name, way):
+    fewer = with_views(STORED[name], operations=STORED[name].operations[:1])
+    assert re.search(r"views\.operations: stored .*RandomHorizontalFlip.*, wanted ", refused(runs, name, way, fewer))
+    another = with_views(STORED[name], seed=7)
+    assert "views.seed: stored 0, wanted 7" in refused(runs, name, way, another)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("name", "room", "method"),
+    [("tensor", RandomHorizontalFlip, "__call__"), ("transforms", v2.RandomHorizontalFlip, "transform")],
+)
+def test_other_pixels_are_refused_though_the_recipe_is_the_same(runs, monkeypatch, name, way, room, method):
+    real = getattr(room, method)
+    monkeypatch.setattr(room, method, lambda *arguments: one_off(real(*arguments)))
+    sentence = refused(runs, name, way)
+    assert "views.probes_sha256" in sentence
+    assert "views.operations" not in sentence
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (PIPELINE.replace("padding=1", "padding=2"), {"views.transform_source_sha256", "views.probes_sha256"}),
+        (PIPELINE + "# no other pictures, but who knows\n", {"views.transform_source_sha256"}),
+    ],
+    ids=["other pictures", "a comment"],
+)
+def test_an_edited_pipeline_of_the_users_own_is_refused(runs, way, edit, named):
+    write_pipeline(runs, edit)
+    try:
+        sentence = refused(runs, "python", way)
+    finally:
+        write_pipeline(runs, PIPELINE)
+    assert set(re.findall(r"views\.\w+", sentence)) == named
+    ways(runs, "python", STORED["python"])[way]()  # put back, it is the old one again
+
+
+@pytest.mark.parametrize("way", ["student", "cache-teacher"])
+def test_a_refusal_says_which_libraries_are_other_ones(runs, way):
+    sentence = refused(runs, "transforms", way, with_views(STORED["transforms"], seed=7))
+    here = store_plan_versions()["torchvision"]
+    assert f"It was made with torchvision 0.1 (here {here})." in sentence
+
+
+@pytest.mark.parametrize(
+    ("views", "size", "shape"),
+    [
+        (TENSOR, (9, 7), (3, 9, 7)),
+        (with_views(TENSOR, operations=({"name": "RandomResizedCrop", "size": [4, 6]}, CROP)), (9, 7), (3, 4, 6)),
+        (TRANSFORMS, (9, 7), (3, 20, 24)),
+        (TRANSFORMS, None, (3, 20, 24)),
+        (with_views(TRANSFORMS, operations=(FLIP,)), (9, 7), (3, 9, 7)),
+    ],
+)
+def test_the_shape_of_a_view_is_that_of_what_is_rendered(views, size, shape):
+    made = renderer(views, size)
+    assert made.shape == shape
+    assert made.identity["image_shape"] == list(shape)
+    pixels = torch.full((2, 3, *(size or (50, 70))), 9, dtype=torch.uint8)
+    drawn = torch.stack([made.picture(one.numpy(), 5, 1) for one in pixels])
+    assert made.batch(drawn, torch.tensor([5, 6]), 1).shape[1:] == shape
+
+
+@pytest.mark.parametrize(
+    ("operations", "size"),
+    [
+        ((FLIP,), None),
+        (({"name": "Resize", "size": 30},), None),
+        (({"name": "RandomResize", "min_size": 10, "max_size": 40},), (9, 7)),
+    ],
+    ids=["as they are", "the shorter side", "another size each time"],
+)
+def test_views_of_unequal_size_are_refused(operations, size):
+    with pytest.raises(RecipeError, match=r"must all be of one size: .*end the operations with a Resize or a crop"):
+        _ = renderer(with_views(TRANSFORMS, operations=operations), size).shape
+
+
+def test_operations_that_do_not_fit_the_images_are_refused():
+    with pytest.raises(RecipeError, match="padding = 8 could crop images of 9 x 7 to nothing"):
+        _ = renderer(with_views(TENSOR, operations=({"name": "RandomCrop", "padding": 8},))).shape
+
+
+def photographs(folder, **sizes):
+    """An image folder: one grey picture of (W, H) for each name, class `a` and its test split alike."""
+    for split in ("train", "test"):
+        (folder / split / "a").mkdir(parents=True)
+        for name, size in sizes.items():
+            Image.new("L", size, 80).save(folder / split / "a" / f"{name}.png")
+    return load_dataset(DataConfig(name=f"imagefolder:{folder}", held_bytes=0), "train")
+
+
+def test_the_tensor_engine_refuses_images_of_unequal_size_and_names_two(tmp_path):
+    train_set = photographs(tmp_path / "set", one=(12, 10), two=(12, 10), three=(10, 12))
+    with pytest.raises(RecipeError, match=r"one\.png is 12 x 10, .*three\.png is 10 x 12: set data\.image_size"):
+        _ = tiny_setup(tmp_path, train_set=train_set, views=TENSOR).renderer
+    assert tiny_setup(tmp_path, train_set=train_set, views=TRANSFORMS).renderer.shape == (3, 20, 24)
+
+
+def test_a_part_of_the_images_that_happens_to_be_of_one_size_has_the_same_views(tmp_path):
+    train_set = photographs(tmp_path / "set", one=(12, 10), two=(12, 10), three=(10, 12))
+    part = train_set.take(torch.tensor([0, 2]))
+    assert (train_set.image_size, part.image_size) == (None, (10, 12))
+    whole, other = (tiny_setup(tmp_path, train_set=one, views=TRANSFORMS) for one in (train_set, part))
+    assert other.view_identity() == whole.view_identity()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"transform": "python:a:b"}, "needs views.engine = 'transforms'"),
+        ({"transform": "python:a:b", "engine": "transforms", "operations": (FLIP,)}, "instead of views.operations"),
+        ({"mix": MIXED.mix, "replay": False}, r"\[views.mix\] needs views.replay = true"),
+        ({"operations": ({"name": "RandomHorizontalFlop"},)}, "did you mean 'RandomHorizontalFlip'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_any_image_is_seen(changes, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        check_views(ViewsConfig(**changes))
+
+
+@pytest.mark.parametrize(
+    ("views", "warned"),
+    [
+        (with_views(TENSOR, num_views=1), "one and the same view in every epoch"),
+        (with_views(MIXED, num_views=1), "one and the same view in every epoch"),
+        (with_views(STORED["python"], num_views=1), "one and the same view in every epoch"),
+        (with_views(TENSOR, num_views=8, replay=False), "other pictures than those that its targets are about"),
+        (with_views(TENSOR, num_views=2), None),
+        (ViewsConfig(num_views=1), None),
+        (ViewsConfig(num_views=4, replay=False), None),
+    ],
+)
+def test_views_that_teach_little_are_warned_of(views, warned):
+    sentence = view_warning(views)
+    assert (sentence is None) == (warned is None)
+    assert warned is None or (warned in sentence and "4.8 in 9,600 (Beyer et al. 2022)" in sentence)
+
