@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ Pixels = NDArray[np.uint8]
 NUM_PROBES, NUM_PROBE_VIEWS = 8, 3
 
 UNEQUAL_PROBES = ((240, 320), (320, 240), (375, 500), (256, 256), (96, 160), (500, 333), (64, 64), (333, 500))
-"""(H, W) of the probes where a data set's images are of unequal size."""
+"""(H, W) of the probes where the operations make one size of any."""
 
 
 def check_views(config: ViewsConfig) -> None:
@@ -63,14 +64,7 @@ class Renderer:
         if not self.in_workers:
             assert self.size is not None, "make_renderer refuses images of unequal size for the tensor engine"
             return (self.channels, *self._tensor_engine.output_size(self.size))
-        shapes = [tuple(view.shape) for views in self._probe_views for view in views]
-        for probe, shape in zip(_probes(self) * NUM_PROBE_VIEWS, shapes, strict=True):
-            if shape != shapes[0]:
-                raise RecipeError(
-                    f"the views of one recipe must all be of one size: [views] makes {shapes[0]} (C, H, W) of one "
-                    f"image and {shape} of one of {probe.shape}: end the operations with a Resize or a crop to a size."
-                )
-        return (self.channels, shapes[0][1], shapes[0][2])
+        return (self.channels, *self._probe_views[0][0].shape[1:])
 
     def picture(self, pixels: Pixels, sample_id: int, view: int) -> Tensor:
         """What a worker does: the view of one image, uint8 [C, H, W] to uint8 [C, H', W']."""
@@ -116,20 +110,49 @@ class Renderer:
     @cached_property
     def _transform(self) -> Callable[[Any], Any]:
         transform = build_transform(self.config.operations, self.config.transform)
-        require_pure(transform, _probes(self)[0])
+        require_pure(transform, self._probes[0])
         return transform
 
     @cached_property
+    def _probes(self) -> list[Pixels]:
+        """Patterns as large as the data set's images."""
+        return _patterns(self.channels, UNEQUAL_PROBES if self.size is None else (self.size,) * NUM_PROBES)
+
+    @cached_property
     def _probe_views(self) -> list[list[Tensor]]:
-        """Each probe in its first views, [view][probe], before mixing."""
-        probes = _probes(self)
-        if self.in_workers:
-            return [
-                [self.picture(probe, number, view) for number, probe in enumerate(probes)]
-                for view in range(NUM_PROBE_VIEWS)
-            ]
-        images, ids = torch.from_numpy(np.stack(probes)), torch.arange(NUM_PROBES)
-        return [list(self.batch(images, ids, view)) for view in range(NUM_PROBE_VIEWS)]
+        """Each probe in its first views, [view][probe], before mixing, all of one size.
+
+        Where operations make one size of any, the probes are of any: that a part of a data set happens to be of one
+        size makes no other views of it.
+        """
+        if not self.in_workers:
+            assert self.size is not None, "self.shape has seen to it"
+            images, ids = torch.from_numpy(np.stack(self._probes)), torch.arange(NUM_PROBES)
+            return [list(self.batch(images, ids, view)) for view in range(NUM_PROBE_VIEWS)]
+        try:
+            return self._rendered(_patterns(self.channels, UNEQUAL_PROBES))
+        except RecipeError as error:
+            if self.size is None:
+                raise RecipeError(
+                    f"{error} Images are of unequal size, so this was tried on patterns of 64 x 64 pixels and more."
+                ) from error
+            return self._rendered(self._probes)
+
+    def _rendered(self, probes: Sequence[Pixels]) -> list[list[Tensor]]:
+        """What workers make of the probes, [view][probe]. Raises RecipeError where that is not of one size."""
+        views = [
+            [self.picture(probe, number, view) for number, probe in enumerate(probes)]
+            for view in range(NUM_PROBE_VIEWS)
+        ]
+        first = tuple(views[0][0].shape)
+        for probe, view in zip([*probes] * NUM_PROBE_VIEWS, chain(*views), strict=True):
+            if tuple(view.shape) != first:
+                raise RecipeError(
+                    f"the views of one recipe must all be of one size: [views] makes {first} (C, H, W) of one image "
+                    f"and {tuple(view.shape)} of one of {probe.shape}: end the operations with a Resize or a crop to "
+                    "a size."
+                )
+        return views
 
     def _probe_digest(self, view: int) -> str:
         assert len({tuple(one.shape) for one in self._probe_views[view]}) == 1, "self.shape has seen to it"
@@ -147,13 +170,12 @@ class Renderer:
         return {**asdict(self.config.mix), "num_partners": len(self.population), "partner_ids_sha256": partners}
 
 
-def _probes(renderer: Renderer) -> list[Pixels]:
-    """Images of a fixed pattern."""
-    sizes = UNEQUAL_PROBES if renderer.size is None else (renderer.size,) * NUM_PROBES
-    probes, start = [], 0
+def _patterns(channels: int, sizes: Iterable[tuple[int, int]]) -> list[Pixels]:
+    """Images of a fixed pattern: uint8 [C, H, W] for each (H, W)."""
+    patterns, start = [], 0
     for height, width in sizes:
-        cells = renderer.channels * height * width
+        cells = channels * height * width
         pattern = np.arange(start, start + cells, dtype=np.int64) * 31 % 251
-        probes.append(pattern.astype(np.uint8).reshape(renderer.channels, height, width))
+        patterns.append(pattern.astype(np.uint8).reshape(channels, height, width))
         start += cells
-    return probes
+    return patterns

@@ -19,6 +19,7 @@ from stages.cache_teacher import cache_teacher
 from stages.datasets.load import DataConfig, load_dataset
 from stages.errors import RecipeError
 from stages.recompute import recompute
+from stages.store_plan import library_versions
 from stages.train_student import open_teaching, view_warning
 from stages.train_teacher import load_teacher
 from stages.views import renderer as renderer_room
@@ -159,14 +160,12 @@ def runs(tmp_path_factory):
     write_pipeline(folder, PIPELINE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path, str(folder)])
-        patch.setattr(store_plan, "library_versions", lambda: store_plan_versions() | {"torchvision": "0.1"})
-        for name, views in STORED.items():
-            make_tiny_store(setup_of(folder, name, views))
+        with pytest.MonkeyPatch.context() as years_ago:
+            years_ago.setattr(store_plan, "library_versions", lambda: library_versions() | {"torchvision": "0.1"})
+            for name in STORED:
+                make_tiny_store(setup_of(folder, name))
         yield folder
     sys.modules.pop("my_views", None)
-
-
-store_plan_versions = store_plan.library_versions
 
 
 def write_pipeline(folder, source):
@@ -257,7 +256,7 @@ def test_an_edited_pipeline_of_the_users_own_is_refused(runs, way, edit, named):
 @pytest.mark.parametrize("way", ["student", "cache-teacher"])
 def test_a_refusal_says_which_libraries_are_other_ones(runs, way):
     sentence = refused(runs, "transforms", way, with_views(STORED["transforms"], seed=7))
-    here = store_plan_versions()["torchvision"]
+    here = library_versions()["torchvision"]
     assert f"It was made with torchvision 0.1 (here {here})." in sentence
 
 
@@ -265,7 +264,7 @@ def test_a_refusal_says_which_libraries_are_other_ones(runs, way):
     ("views", "size", "shape"),
     [
         (TENSOR, (9, 7), (3, 9, 7)),
-        (with_views(TENSOR, operations=({"name": "RandomResizedCrop", "size": [4, 6]}, CROP)), (9, 7), (3, 4, 6)),
+        (with_views(TENSOR, operations=({"name": "RandomResizedCrop", "size": [5, 6]}, CROP)), (9, 7), (3, 5, 6)),
         (TRANSFORMS, (9, 7), (3, 20, 24)),
         (TRANSFORMS, None, (3, 20, 24)),
         (with_views(TRANSFORMS, operations=(FLIP,)), (9, 7), (3, 9, 7)),
@@ -292,6 +291,15 @@ def test_the_shape_of_a_view_is_that_of_what_is_rendered(views, size, shape):
 def test_views_of_unequal_size_are_refused(operations, size):
     with pytest.raises(RecipeError, match=r"must all be of one size: .*end the operations with a Resize or a crop"):
         _ = renderer(with_views(TRANSFORMS, operations=operations), size).shape
+
+
+def test_a_crop_that_small_photographs_are_too_small_for_is_refused():
+    views = with_views(TRANSFORMS, operations=({"name": "RandomCrop", "size": 128},))
+    with pytest.raises(RecipeError, match=r"crop size .*larger than .*tried on patterns of 64 x 64 pixels and more"):
+        _ = renderer(views, None).shape
+    assert renderer(views, (128, 130)).shape == (3, 128, 128)
+    with pytest.raises(RecipeError, match=r"crop size .*larger than"):
+        _ = renderer(views, (128, 127)).shape
 
 
 def test_operations_that_do_not_fit_the_images_are_refused():
@@ -353,4 +361,3 @@ def test_views_that_teach_little_are_warned_of(views, warned):
     sentence = view_warning(views)
     assert (sentence is None) == (warned is None)
     assert warned is None or (warned in sentence and "4.8 in 9,600 (Beyer et al. 2022)" in sentence)
-
