@@ -4,8 +4,8 @@
 
 Every variant trains the same student by the real training loop, one epoch at a time, in turn in one process; quoted is
 the median over the rounds of the ratio to the epoch with hard labels alone in the same round. The images are random:
-what they show does not change what they cost. The photographs are JPEG files of unequal size, decoded and cropped to 224
-pixels by worker processes; the images of the other pairs are held in memory.
+what they show does not change what they cost. The photographs are JPEG files of unequal size, decoded and cropped to
+224 pixels by worker processes; the images of the other pairs are held in memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
@@ -27,7 +29,7 @@ from PIL import Image
 from stages.cache_teacher import CacheConfig, cache_teacher
 from stages.datasets.image_set import ImageSet
 from stages.datasets.load import DataConfig, load_dataset
-from stages.features import tapped
+from stages.features import TeacherOutputs, tapped
 from stages.forms import Wanted
 from stages.job_folder import JobFolder
 from stages.lesson import Batch, Lesson, Normalisation
@@ -105,6 +107,23 @@ class TeacherInTheLoop(Lesson):
             return dataclasses.replace(batch, teachers=[tap(self.teacher.normalise(seen.images))])
 
 
+@dataclasses.dataclass(frozen=True)
+class TargetsInHand(Lesson):
+    """The lesson in which every batch has the targets of the first one: what the arithmetic of the losses costs."""
+
+    source: Lesson | None = None
+    batch_size: int = 0
+
+    def _batch(self, epoch: int, seen: Seen) -> Batch:
+        batch = super()._batch(epoch, seen)
+        return dataclasses.replace(batch, teachers=self._first)
+
+    @cached_property
+    def _first(self) -> Sequence[TeacherOutputs]:
+        assert isinstance(self.source, Lesson)
+        return next(self.source.stream(0, self.batch_size, epoch=0, step=0, epochs=1)).teachers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="*", default=list(PAIRS), help=", ".join(PAIRS))
@@ -140,6 +159,7 @@ def measure(name: str, pair: Pair, folder: Path, num_rounds: int) -> None:
 VARIANTS = {
     "logits": "stored logits",
     "features": "stored logits and a feature map",
+    "in_hand": "the same, targets not read",
     "live": "the teacher in the loop (logits)",
 }
 
@@ -189,10 +209,20 @@ def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -
     config = StudentConfig(model=pair.student)
     kd, hint = KDConfig(loss="kd"), HintConfig(loss="hint", layers=(pair.hint,))
     logits = build_lesson(student, open_teaching([path], [kd], config, {}, setup), 0, setup)
+    features = build_lesson(student, open_teaching([path], [kd, hint], config, {}, setup), 0, setup)
     return {
         "alone": Lesson(setup.pictures, setup.views.num_views, student.normalise),
         "logits": logits,
-        "features": build_lesson(student, open_teaching([path], [kd, hint], config, {}, setup), 0, setup),
+        "features": features,
+        "in_hand": TargetsInHand(
+            setup.pictures,
+            setup.views.num_views,
+            student.normalise,
+            terms=features.terms,
+            hard_label_weight=features.hard_label_weight,
+            source=features,
+            batch_size=pair.batch_size,
+        ),
         "live": TeacherInTheLoop(
             setup.pictures,
             setup.views.num_views,

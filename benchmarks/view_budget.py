@@ -58,7 +58,16 @@ def main() -> None:
 
 def kdpipe(command: str, run: Path, overrides: list[str]) -> None:
     settings = [part for override in overrides for part in ("--set", override)]
-    arguments = [sys.executable, "-c", "from pipeline.main import main; main()", command, str(RECIPE), "--run", str(run), *settings]
+    arguments = [
+        sys.executable,
+        "-c",
+        "from pipeline.main import main; main()",
+        command,
+        str(RECIPE),
+        "--run",
+        str(run),
+        *settings,
+    ]
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
 
 

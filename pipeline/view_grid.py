@@ -40,13 +40,14 @@ def draw_grid(shown: ShownViews, path: Path) -> None:
 
 
 def _cell(image: Tensor) -> Image.Image:
-    """One picture, uint8 [C, H, W], as large as a cell allows; small ones are enlarged pixel by pixel."""
+    """One picture, uint8 [C, H, W], as large as a cell allows; of small ones each pixel is to be seen."""
     pixels = np.ascontiguousarray(image.numpy().transpose(1, 2, 0))
     drawn = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).convert("RGB")
     longest = max(drawn.size)
-    whole = CELL // longest
-    size = [side * whole if whole else max(1, side * CELL // longest) for side in drawn.size]
-    return drawn.resize((size[0], size[1]), Image.Resampling.NEAREST if whole else Image.Resampling.BILINEAR)
+    pixels_show = longest <= CELL // 3
+    factor = CELL // longest if pixels_show else CELL / longest
+    width, height = (max(1, round(side * factor)) for side in drawn.size)
+    return drawn.resize((width, height), Image.Resampling.NEAREST if pixels_show else Image.Resampling.BILINEAR)
 
 
 def _short(text: str, most: int) -> str:

@@ -62,7 +62,7 @@ class Renderer:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a view. Raises RecipeError where views are not all of one size, or cannot be rendered."""
         if not self.in_workers:
-            assert self.size is not None, "make_renderer refuses images of unequal size for the tensor engine"
+            assert self.size is not None, "Setup.renderer refuses images of unequal size for the tensor engine"
             return (self.channels, *self._tensor_engine.output_size(self.size))
         return (self.channels, *self._probe_views[0][0].shape[1:])
 

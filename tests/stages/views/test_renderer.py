@@ -26,7 +26,7 @@ from stages.views import renderer as renderer_room
 from stages.views.config import ViewsConfig
 from stages.views.flip import RandomHorizontalFlip
 from stages.views.mix import MixConfig
-from stages.views.renderer import NUM_PROBES, Renderer, check_views
+from stages.views.renderer import NUM_PROBES, UNEQUAL_PROBES, Renderer, check_views
 from store import FingerprintMismatch
 
 CROP, FLIP = {"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}
@@ -59,23 +59,32 @@ def with_views(views, **changes):
     return dataclasses.replace(views, **changes)
 
 
-def one_after_the_other(views, size=(9, 7), channels=3):
-    """The digests of the probes, each picture rendered by itself through what a student's batches go through."""
-    made, pictures = renderer(views, size, channels), []
-    cells = np.arange(NUM_PROBES * channels * size[0] * size[1]) * 31 % 251
-    probes = torch.from_numpy(cells.astype(np.uint8).reshape(NUM_PROBES, channels, *size))
+@pytest.mark.parametrize(
+    ("views", "sizes"),
+    [
+        (TENSOR, [(9, 7)] * NUM_PROBES),
+        (with_views(TRANSFORMS, operations=(FLIP,)), [(9, 7)] * NUM_PROBES),
+        (TRANSFORMS, UNEQUAL_PROBES),
+    ],
+    ids=["tensor", "transforms, as large as they are", "transforms, one size of any"],
+)
+def test_the_identity_holds_a_digest_of_rendered_pictures_for_each_view(views, sizes):
+    """Each picture here rendered by itself, by what a student's batches go through."""
+    made, digests = renderer(views), []
     for view in range(3):
-        drawn = [made.picture(probe.numpy(), number, view) for number, probe in enumerate(probes)]
-        rendered = [made.batch(one[None], torch.tensor([number]), view) for number, one in enumerate(drawn)]
-        pictures.append(torch.cat(rendered).numpy().tobytes())
-    return [hashlib.sha256(view).hexdigest() for view in pictures]
-
-
-@pytest.mark.parametrize("views", [TENSOR, TRANSFORMS], ids=["tensor", "transforms"])
-def test_the_identity_holds_a_digest_of_rendered_pictures_for_each_view(views):
-    digests = renderer(views).identity["probes_sha256"]
-    assert digests == one_after_the_other(views)
+        pictures = []
+        for number, pattern in enumerate(patterns(sizes)):
+            drawn = made.picture(pattern, number, view)
+            pictures.append(made.batch(drawn[None], torch.tensor([number]), view))
+        digests.append(hashlib.sha256(torch.cat(pictures).numpy().tobytes()).hexdigest())
+    assert made.identity["probes_sha256"] == digests
     assert len(set(digests)) == 3
+
+
+def patterns(sizes):
+    ends = np.cumsum([3 * height * width for height, width in sizes])
+    cells = np.split((np.arange(ends[-1]) * 31 % 251).astype(np.uint8), ends[:-1])
+    return [some.reshape(3, *size) for some, size in zip(cells, sizes, strict=True)]
 
 
 @pytest.mark.parametrize("name", ["tensor", "mixed"])
@@ -300,6 +309,8 @@ def test_a_crop_that_small_photographs_are_too_small_for_is_refused():
     assert renderer(views, (128, 130)).shape == (3, 128, 128)
     with pytest.raises(RecipeError, match=r"crop size .*larger than"):
         _ = renderer(views, (128, 127)).shape
+    with pytest.raises(RecipeError, match=r"crop size .*larger than"):
+        _ = renderer(with_views(TRANSFORMS, operations=({"name": "RandomCrop", "size": 32},)), (28, 28)).shape
 
 
 def test_operations_that_do_not_fit_the_images_are_refused():

@@ -1,0 +1,219 @@
+"""Photographs of unequal sizes, decoded by workers, mixed, taught by the store: the whole of it by the command line."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from kdpipe_process import kdpipe_here, signal_when, start
+from made_store import folder_bytes
+from PIL import Image
+
+from stages.datasets.image_folder import sample_id
+from store import open_store
+
+FACTORY = """
+from torch import nn
+
+
+def net(width, num_classes, in_channels):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes),
+    )
+"""
+
+RECIPE = """
+# Command: kdpipe train-teacher photographs.toml, and so on. Hardware: any. Time: seconds. Expect: done runs.
+name = "photographs"
+device = "cpu"
+num_threads = 1
+data = { name = "imagefolder:FOLDER", held_bytes = 0, num_workers = 2 }
+cache = { batch_size = 20, shard_bytes = 4096 }
+
+[views]
+num_views = 12
+engine = "transforms"
+operations = [{ name = "RandomResizedCrop", size = 24 }, { name = "RandomHorizontalFlip" }]
+mix = { mixup_alpha = 0.4, cutmix_alpha = 1.0, p = 0.8 }
+
+[teacher]
+model = { name = "python:small_nets:net", args = { width = 8 } }
+train = { epochs = 2, batch_size = 16, checkpoint_every_s = 0 }
+
+[student]
+model = { name = "python:small_nets:net", args = { width = 4 } }
+train = { epochs = 4, batch_size = 16, checkpoint_every_s = 0 }
+seeds = [0]
+
+[[distill]]
+loss = "kd"
+"""
+
+CLASSES = ("cat", "cow", "dog")
+NUM_TRAIN, NUM_TEST = 16, 4
+"""Of each class."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with photographs, a network of the user's own, and the recipe; notes on images are kept there too."""
+    folder = tmp_path_factory.mktemp("photographs")
+    make_photographs(folder / "images")
+    (folder / "small_nets.py").write_text(FACTORY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        patch.setattr(sys, "path", [*sys.path, str(folder)])
+        yield folder
+    sys.modules.pop("small_nets", None)
+
+
+def make_photographs(folder):
+    """JPEGs of noise, brighter by class, each of another size."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
+        for label, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                height, width = rng.integers(30, 70, 2)
+                noise = rng.integers(0, 120, (height, width, 3)) + 60 * label
+                Image.fromarray(noise.astype(np.uint8)).save(folder / split / name / f"{number}.jpg")
+
+
+def recipe_of(place, images="images"):
+    path = place / f"{images}.toml"
+    path.write_text(RECIPE.replace("FOLDER", str(place / images)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    """A run that nothing disturbed, and what its commands said."""
+    recipe, run = recipe_of(place), place / "undisturbed"
+    said = {}
+    for command in ("train-teacher", "cache-teacher", "train-student"):
+        said[command] = kdpipe_here(command, recipe, "--run", run, "--json")
+        assert said[command].exit_code == 0, said[command].stderr
+    return run, said
+
+
+def test_the_road_goes_through_and_the_store_holds_what_the_teacher_says(place, done):
+    run, said = done
+    cached = json.loads(said["cache-teacher"].stdout)["store"]
+    assert (cached["num_samples"], cached["num_views"], cached["num_units_missing"]) == (48, 12, 0)
+    students = json.loads(said["train-student"].stdout)["students"]
+    assert [len(students[kind]) for kind in ("alone", "distilled")] == [1, 1]
+    assert "Beyer" not in said["train-student"].stderr, "twelve replayed views are nothing to warn of"
+    recipe = recipe_of(place)
+    verified = kdpipe_here("store", "verify", run / "store.zarr", "--recompute", recipe, "--run", run)
+    assert verified.exit_code == 0, verified.output
+    assert "the teacher was asked for 48 samples" in verified.stdout
+
+
+def test_views_are_drawn_with_the_stores_words(place, done):
+    run, _ = done
+    before = folder_bytes(run)
+    drawn = kdpipe_here(
+        "views", recipe_of(place), "--run", run, "--save", place / "views.png", "--samples", 4, "--json"
+    )
+    assert drawn.exit_code == 0, drawn.stderr
+    assert Image.open(place / "views.png").size == (96 + 6 * 136, 24 + 4 * 172)
+    store = open_store(run / "store.zarr")
+    for sample in json.loads(drawn.stdout)["samples"]:
+        for view, top in enumerate(sample["top"]):
+            logits = store.gather("logits", view, np.array([sample["id"]]))[0].astype(np.float64)
+            shares = np.exp(logits) / np.exp(logits).sum()
+            assert dict(map(tuple, top)) == pytest.approx(dict(zip(CLASSES, shares, strict=True)), rel=1e-5)
+    assert folder_bytes(run) == before
+
+
+def test_a_student_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(place, done):
+    run, recipe = place / "stopped", recipe_of(place)
+    shutil.copytree(done[0], run, ignore=shutil.ignore_patterns("students"))
+    checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
+    process = start("train-student", recipe, "--run", run)
+    signal_when(process, checkpoint.exists, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "Run the same command again" in errors
+    assert "Traceback" not in errors
+    assert checkpoint.exists()
+    ended = kdpipe_here("train-student", recipe, "--run", run)
+    assert ended.exit_code == 0, ended.stderr
+    for kind in ("alone-seed0", "distilled-seed0"):
+        one, other = (folder / "students" / kind / "model.safetensors" for folder in (run, done[0]))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_cache_teacher_stopped_by_a_signal_ends_with_the_same_bytes(place, done):
+    run, recipe = place / "half", recipe_of(place)
+    shutil.copytree(done[0] / "teacher", run / "teacher")
+    markers = run / "store.zarr" / "markers"
+    stopped = stopped_here(lambda: any(markers.rglob("*/0/0/0")), "cache-teacher", recipe, "--run", run)
+    assert stopped.exit_code == 75, stopped.output
+    ended = kdpipe_here("cache-teacher", recipe, "--run", run, "--json")
+    assert ended.exit_code == 0, ended.stderr
+    assert 0 < json.loads(ended.stdout)["store"]["num_units_computed"] < 12
+    assert folder_bytes(run / "store.zarr") == folder_bytes(done[0] / "store.zarr")
+
+
+def stopped_here(ready, *arguments):
+    """Run `kdpipe` in this process, which gets a SIGTERM as soon as `ready`."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one that comes too late must not end the tests
+    ended = threading.Event()
+
+    def stop():
+        while not ended.is_set() and not ready():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        return kdpipe_here(*arguments)
+    finally:
+        ended.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_student_of_one_class_sees_the_mixtures_of_all_and_one_view_is_warned_of(place, done):
+    changes = {
+        "data.classes": '["cat"]',
+        "views.num_views": "1",
+        "student.stores": f'["{done[0] / "store.zarr"}"]',
+        "student.train.epochs": "1",
+    }
+    overrides = [f"--set={key}={value}" for key, value in changes.items()]
+    ended = kdpipe_here("train-student", recipe_of(place), "--run", place / "cats", *overrides)
+    assert ended.exit_code == 0, ended.stderr
+    assert "kdpipe: warning: views.num_views = 1: the student sees each image in one and the same view" in ended.stderr
+    assert "3.0 in 1,200" in ended.stderr
+    refused = kdpipe_here("train-student", recipe_of(place), "--run", place / "cats", *overrides, "--set=views.seed=3")
+    assert refused.exit_code == 12
+    assert "views.seed: stored 0, wanted 3" in refused.stderr
+
+
+def test_a_corrupt_image_stops_the_job_or_is_dropped_as_the_recipe_says(place):
+    shutil.copytree(place / "images", place / "corrupt")
+    broken = place / "corrupt" / "train" / "cow" / "7.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    recipe, run = recipe_of(place, "corrupt"), place / "dropped"
+    stopped = kdpipe_here("train-teacher", recipe, "--run", run)
+    assert stopped.exit_code == 1
+    assert str(broken) in stopped.stderr
+    assert str(sample_id("cow/7.jpg")) in stopped.stderr
+    assert not (run / "teacher" / "result.json").exists()
+    dropped = kdpipe_here("train-teacher", recipe, "--run", run, "--set=data.unreadable=drop", "--json")
+    assert dropped.exit_code == 0, dropped.stderr
+    warnings = [line["job"] for line in map(json.loads, dropped.stderr.splitlines()) if line["unit"] == "warning"]
+    assert len(warnings) == 1
+    assert f"sample {sample_id('cow/7.jpg')} is left out: {broken}" in warnings[0]
+    job = json.loads((run / "teacher" / "job.json").read_text())
+    assert (job["data"]["num_samples"], job["views"]["mix"]["num_partners"]) == (47, 47)

@@ -1,0 +1,206 @@
+"""A student's samples need not be a store's: rows join by id, and what has no targets learns from its labels."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, make_tiny_store, squares, tiny_setup
+
+from stages.cache_teacher import cache_teacher
+from stages.features import Outputs
+from stages.targets import ReadConfig, Targets, join
+from stages.train_student import build_lesson, fresh_student, open_teaching, student_folder, train_student
+from stages.train_teacher import load_teacher, train_teacher
+from store import FingerprintMismatch, StoreError, open_store
+
+WHOLE = squares(120, 0)
+KNOWN = 80
+STORED = WHOLE.take(torch.arange(KNOWN))
+LENIENT = dataclasses.replace(STUDENT, missing="hard-labels")
+ARRAYS = ("logits", "features/stage2")
+READS = {
+    "memory": ReadConfig(),
+    "mapped": ReadConfig(memory_bytes=0),
+    "streamed": ReadConfig(memory_bytes=0, mapped_bytes=0),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A store of the first samples, and a second teacher's of all."""
+    folder = tmp_path_factory.mktemp("missing")
+    make_tiny_store(tiny_setup(folder, train_set=STORED))
+    other = tiny_setup(folder / "other", train_set=WHOLE)
+    train_teacher(TEACHER, 1, other)
+    cache_teacher(CACHE, folder / "whole.zarr", load_teacher(TEACHER, 1, other), LAYERS, other)
+    return folder
+
+
+def lesson_of(run, student, names=("store.zarr",), train_set=WHOLE):
+    setup = tiny_setup(run, train_set=train_set)
+    teaching = open_teaching([run / name for name in names], LOSSES, student, {}, setup)
+    return build_lesson(fresh_student(student, 0, setup), teaching, 0, setup)
+
+
+def first_batch(lesson, size, epoch=0):
+    """A batch, and the ids of its samples."""
+    batch = next(lesson.stream(3, size, epoch=epoch, step=0, epochs=epoch + 1))
+    at = lesson.order(3, epoch)[:size]
+    return batch, lesson.pictures.image_set.sample_ids[at]
+
+
+def answers(size):
+    """What some student might say, with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(size, 4, generator=generator, requires_grad=True)
+    maps = torch.randn(size, 8, 4, 4, generator=generator, requires_grad=True)
+    return Outputs(logits, {"stage2": maps})
+
+
+PARTS = {
+    "a part": WHOLE.take(torch.tensor([70, 2, 33, 34, 9])),
+    "reordered": STORED.take(torch.randperm(KNOWN, generator=torch.Generator().manual_seed(1))),
+    "a class": STORED.take((STORED.labels == 1).nonzero()[:, 0]),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("missing", ["error", "hard-labels"])
+def test_samples_find_their_rows_by_id(run, part, missing):
+    student = dataclasses.replace(STUDENT, missing=missing)
+    batch, ids = first_batch(lesson_of(run, student, train_set=part), part.num_samples, epoch=1)
+    stored = open_store(run / "store.zarr").gather("logits", 1, ids.numpy())
+    assert batch.has_targets is None
+    assert sorted(ids.tolist()) == sorted(part.sample_ids.tolist())
+    assert torch.equal(batch.teachers[0].logits, torch.from_numpy(stored).float())
+
+
+def test_the_order_of_the_data_set_makes_no_other_student(run, tmp_path):
+    bits = []
+    for name, part in (("one", STORED), ("other", PARTS["reordered"])):
+        setup = tiny_setup(tmp_path / name, train_set=part)
+        teaching = open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, setup)
+        train_student(STUDENT, 0, teaching, setup)
+        bits.append(student_folder(setup.run, "distilled", 0).model.read_bytes())
+    assert bits[0] == bits[1]
+
+
+def test_samples_without_targets_are_an_error_that_counts_and_names_them(run):
+    absent = WHOLE.sample_ids[KNOWN:][:3].tolist()
+    with pytest.raises(StoreError) as raised:
+        lesson_of(run, STUDENT)
+    assert f"has no targets for 40 of the 120 samples, such as {absent}: " in str(raised.value)
+    assert "student.missing = 'hard-labels'" in str(raised.value)
+
+
+def test_a_data_set_of_which_the_store_knows_nothing_is_an_error_anyway(run):
+    with pytest.raises(StoreError, match="no targets for 40 of the 40 samples, .* made from another data set"):
+        lesson_of(run, LENIENT, train_set=WHOLE.take(torch.arange(KNOWN, 120)))
+
+
+@pytest.mark.parametrize("what", ["labels", "images"])
+def test_known_samples_must_still_be_the_same_ones(run, what):
+    changed = WHOLE.take(torch.arange(120))
+    getattr(changed, what)[5] = (getattr(changed, what)[5] + 1) % 4
+    with pytest.raises(FingerprintMismatch, match=rf"of sample {changed.sample_ids[5]}: stored"):
+        lesson_of(run, LENIENT, train_set=changed)
+    changed = WHOLE.take(torch.arange(120))
+    getattr(changed, what)[100] = (getattr(changed, what)[100] + 1) % 4
+    lesson_of(run, LENIENT, train_set=changed)  # of this one the store says nothing that could be wrong
+
+
+@pytest.mark.parametrize("read", READS)
+def test_each_sample_contributes_its_own_loss_and_nothing_else(run, read):
+    """By hand, sample by sample: with targets 0.1 CE + KD + hint, without them CE alone."""
+    size = 24
+    lesson = lesson_of(run, dataclasses.replace(LENIENT, read=READS[read]))
+    assert lesson.targets.residence == read
+    lesson.terms.eval()  # the adapter's statistics are then not of this batch
+    batch, ids = first_batch(lesson, size, epoch=2)
+    known = torch.isin(ids, STORED.sample_ids)
+    assert 0 < known.sum() < size
+    assert torch.equal(batch.has_targets, known)
+    store, student = open_store(run / "store.zarr"), answers(size)
+    adapted = lesson.terms["hint_1"].adapters[0](student.features["stage2"])
+    total = torch.zeros(())
+    for at, one in enumerate(ids.numpy()):
+        hard = -student.logits[at].log_softmax(0)[batch.labels[at]]
+        if not known[at]:
+            total = total + hard
+            continue
+        logits, map_ = (torch.from_numpy(store.gather(name, 2, one[None])[0]).float() for name in ARRAYS)
+        theirs, mine = (logits / 4).log_softmax(0), (student.logits[at] / 4).log_softmax(0)
+        soft = 16 * (theirs.exp() * (theirs - mine)).sum()
+        total = total + 0.1 * hard + 0.9 * soft + (adapted[at] - map_).square().mean()
+    losses = lesson.losses(student, batch)
+    assert set(losses) == {"hard_labels", "kd_0", "hint_1"}
+    found = torch.stack(list(losses.values())).sum()
+    assert found.item() == pytest.approx(total.item() / size, rel=1e-5)
+    inputs = (student.logits, student.features["stage2"])
+    for mine, byhand in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(total / size, inputs), strict=True):
+        torch.testing.assert_close(mine, byhand, rtol=1e-4, atol=1e-7)
+        assert (mine.flatten(1).abs().sum(1) > 0).tolist() == (known.tolist() if mine.ndim == 4 else [True] * size)
+
+
+@pytest.mark.parametrize("read", READS)
+def test_batches_without_any_target_learn_from_labels_alone(run, read):
+    lesson = lesson_of(run, dataclasses.replace(LENIENT, read=READS[read]))
+    batches = list(lesson.stream(3, 2, epoch=0, step=0, epochs=1))
+    order = lesson.order(3, 0)
+    known = torch.isin(WHOLE.sample_ids[order], STORED.sample_ids).split(2)
+    assert {tuple(some.tolist()) for some in known} == set(itertools.product([True, False], repeat=2))
+    for batch, some in zip(batches, known, strict=True):
+        assert torch.equal(batch.has_targets, some)
+        assert len(batch.teachers[0].logits) == some.sum()
+        if some.any():
+            continue
+        student = answers(2)
+        losses = lesson.losses(student, batch)
+        assert float(losses["kd_0"]) == float(losses["hint_1"]) == 0
+        byhand = torch.nn.functional.cross_entropy(student.logits, batch.labels)
+        assert losses["hard_labels"].item() == pytest.approx(byhand.item(), rel=1e-6)
+        torch.stack(list(losses.values())).sum().backward()
+        assert student.logits.grad.abs().sum() > 0
+
+
+def test_of_two_stores_both_must_have_the_targets(run):
+    lesson = lesson_of(run, LENIENT, ("whole.zarr", "store.zarr"))
+    batch, ids = first_batch(lesson, 60)
+    known = torch.isin(ids, STORED.sample_ids)
+    assert 0 < known.sum() < 60
+    assert torch.equal(batch.has_targets, known)
+    for name, said in zip(("whole.zarr", "store.zarr"), batch.teachers, strict=True):
+        stored = open_store(run / name).gather("logits", 0, ids[known].numpy())
+        assert torch.equal(said.logits, torch.from_numpy(stored).float())
+    alone = lesson_of(run, LENIENT, ("whole.zarr",))
+    assert first_batch(alone, 60)[0].has_targets is None
+
+
+def test_rows_of_what_a_store_lacks_are_never_read(run):
+    store = open_store(run / "store.zarr")
+    source = join(store, WHOLE, [], "hard-labels")
+    assert (source.rows < 0).tolist() == [False] * KNOWN + [True] * 40
+    targets = Targets([source], torch.device("cpu"))
+    assert targets.known(torch.tensor([0, 79, 80, 119])).tolist() == [True, True, False, False]
+
+
+def test_to_allow_for_missing_targets_is_another_job(run, tmp_path):
+    setup, lenient = (tiny_setup(tmp_path / name, train_set=WHOLE) for name in ("strict", "lenient"))
+    teachings = [open_teaching([run / "whole.zarr"], LOSSES, student, {}, setup) for student in (STUDENT, LENIENT)]
+    train_student(STUDENT, 0, teachings[0], setup)
+    with pytest.raises(FingerprintMismatch, match=r"teaching\.missing: stored 'error', wanted 'hard-labels'"):
+        train_student(LENIENT, 0, teachings[1], setup)
+    train_student(LENIENT, 0, teachings[1], lenient)  # nothing is missing there: it is the same student
+    models = [student_folder(one.run, "distilled", 0).model.read_bytes() for one in (setup, lenient)]
+    assert models[0] == models[1]
+
+
+def test_a_student_trains_where_targets_are_missing(run, tmp_path):
+    setup = tiny_setup(tmp_path, train_set=WHOLE)
+    teaching = open_teaching([run / "store.zarr"], LOSSES, LENIENT, {}, setup)
+    train_student(LENIENT, 0, teaching, setup)
+    lines = [json.loads(line) for line in student_folder(tmp_path, "distilled", 0).metrics.read_text().splitlines()]
+    assert [set(line["losses"]) for line in lines] == [{"hard_labels", "kd_0", "hint_1"}] * 2
+    assert sum(lines[1]["losses"].values()) < sum(lines[0]["losses"].values())
