@@ -33,6 +33,7 @@ from stages.train_student import (
     build_lesson,
     fresh_student,
     on_this_machine,
+    open_for,
     open_teaching,
     train_student,
     view_warning,
@@ -190,7 +191,7 @@ def walk_views(walk: Walk, num_samples: int, num_views: int) -> tuple[ShownViews
     place = walk.stores[0]
     if not is_url(place) and (not Path(place).exists() or read_store_manifest(Path(place)).finished is None):
         return show_views(walk.setup, None, num_samples, num_views), None
-    store = walk.teaching.stores[0]
+    store = open_for(walk.setup, on_this_machine(place, walk.watch), {})
     return show_views(walk.setup, store, num_samples, num_views), str(place)
 
 

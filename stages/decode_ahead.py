@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -92,32 +93,51 @@ class DecodeAhead:
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # its own: the job's random numbers are left alone
         )
-        _close_at_exit(self)
+        atexit.register(weakref.finalize(self, _end_workers, self._loader))
 
     def stream(self, asks: Iterable[Ask]) -> Iterator[Answer]:
-        """The answers in the order of the asks, some of which are drawn ahead. Only one stream at a time."""
+        """The answers in the order of the asks, some of which are drawn ahead. Only one stream at a time: where another
+        has begun, an older one raises RuntimeError, as does each where a worker was killed.
+        """
         self._asks.current = asks
         try:
-            for images, kept, failures in self._loader:
+            for images, kept, failures in self._answers():
                 yield Answer(images, kept, tuple(Failure(*failure) for failure in failures))
+                if self._asks.current is not asks:
+                    raise RuntimeError("a stream of pictures cannot go on: another one of the same pool has begun.")
         finally:
-            self._asks.current = ()  # what it is asked for may hold on to this pool, and its workers with it
+            if self._asks.current is asks:
+                self._asks.current = ()  # what it is asked for may hold on to this pool, and its workers with it
 
-    def close(self) -> None:
-        """End the workers. Where Python itself ends them, it waits for ever: they ignore its SIGTERM."""
-        iterator = self._loader._iterator
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
+    def _answers(self) -> Iterator[Any]:
+        try:
+            yield from self._loader
+        except (EOFError, OSError) as error:  # of a worker that is dying, before torch sees that it is dead
+            dead = _first_dead(_workers(self._loader))
+            if not dead:
+                raise
+            raise RuntimeError(f"DataLoader worker (pid {dead[0]}) was killed.") from error
 
 
-def _close_at_exit(pool: DecodeAhead) -> None:
-    known = weakref.ref(pool)
+def _workers(loader: DataLoader[Any]) -> list[Any]:
+    """Its processes: none before the first stream."""
+    return getattr(loader._iterator, "_workers", [])
 
-    def close() -> None:
-        if (left := known()) is not None:
-            left.close()
 
-    atexit.register(close)
+def _first_dead(workers: list[Any]) -> list[int]:
+    """The pids of the first to die within a second."""
+    pids = {worker.sentinel: worker.pid for worker in workers}
+    return [pids[one] for one in wait(list(pids), timeout=1)]
+
+
+def _end_workers(loader: DataLoader[Any]) -> None:
+    """Where Python itself ends workers, it waits for ever: they ignore its SIGTERM."""
+    if workers := _workers(loader):
+        iterator: Any = loader._iterator
+        iterator._shutdown_workers()  # which waits some seconds for each
+        for worker in workers:
+            if worker.is_alive():  # it hangs in reading a file
+                worker.kill()
 
 
 class _Asks:

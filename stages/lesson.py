@@ -123,7 +123,7 @@ class Lesson:
         share = float(has_targets.float().mean())
         if share == 0:
             return losses | {name: student.logits.new_zeros(()) for name in self.terms}
-        rows = has_targets.nonzero()[:, 0].to(student.logits.device, non_blocking=True)
+        rows = _twice_if_alone(has_targets.nonzero()[:, 0]).to(student.logits.device, non_blocking=True)
         taught = Outputs(student.logits[rows], {layer: map_[rows] for layer, map_ in student.features.items()})
         return losses | {name: share * term(taught, batch.teachers) for name, term in self.terms.items()}
 
@@ -135,7 +135,7 @@ class Lesson:
         labels = image_set.labels[seen.positions].to(device, non_blocking=True)
         images = self.normalise(seen.images)
         has_targets = self.targets.known(seen.positions) if self.targets else None
-        with_targets = seen.positions if has_targets is None else seen.positions[has_targets]
+        with_targets = seen.positions if has_targets is None else _twice_if_alone(seen.positions[has_targets])
         teachers = self.targets.batch(epoch % self.num_views, with_targets) if self.targets else ()
         if seen.mixture is None:
             return Batch(images, labels, teachers, has_targets=has_targets)
@@ -145,6 +145,11 @@ class Lesson:
         partner_labels = partner_labels.to(device, non_blocking=True)
         own_share = seen.mixture.own_share.to(device, non_blocking=True)
         return Batch(images, labels, teachers, partner_labels, own_share, has_targets)
+
+
+def _twice_if_alone(rows: Tensor) -> Tensor:
+    """Rows, int64 [n]; a single one twice, as an adapter's norm needs two, and the mean of two is that of the one."""
+    return rows.repeat(2) if len(rows) == 1 else rows
 
 
 def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stages.datasets.image_set import ImageSet
+from stages.datasets.image_set import ImageSet, unequal_sizes_message
 from stages.decode_ahead import Ask, DecodeAhead, Failure
 from stages.errors import DataError, RecipeError
 from stages.views.mix import Mixture, mix
@@ -65,8 +65,8 @@ class Pictures:
     def stream(self, requests: Iterable[Request], *, whole: bool = False) -> Iterator[Seen]:
         """The pictures of one request after the other; requests may be drawn some way ahead.
 
-        whole: an image that cannot be read is an error, whatever `on_failure` says. Raises DataError for one, and
-        where not one image of a batch can be read.
+        whole: an image that cannot be read is an error, whatever `on_failure` says. Raises DataError for one, where not
+        one image of a batch can be read, and where images of unequal size are asked for as they are.
         """
         pairs = ((request, self._mixture(request)) for request in requests)
         if self._held is None:
@@ -137,6 +137,8 @@ class Pictures:
 
         def asks() -> Iterator[Ask]:
             for request, mixture in pairs:
+                if request.view is None and self.image_set.image_size is None:
+                    raise DataError(unequal_sizes_message(self.image_set))
                 asked.append((request, mixture))
                 partners = None if mixture is None else self._partner_positions(mixture)
                 rows = None if mixture is None else mixture.mixed.nonzero()[:, 0]

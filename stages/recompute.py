@@ -16,9 +16,9 @@ from stages.forms import take_form
 from stages.network import Network
 from stages.pictures import Request
 from stages.setup import Setup
-from stages.store_plan import layers_of
+from stages.store_plan import layers_of, library_versions
 from store import StoreError, TargetStore, open_store
-from store.manifest import require
+from store.manifest import made_with, require
 from store.topk import INDICES, TAIL, VALUES, encode_topk
 
 TOLERANCE = 1e-2
@@ -65,6 +65,7 @@ def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: i
     """
     store = open_store(path)
     advice = "Give the recipe and the run folder by which the store was made."
+    advice += made_with(store.manifest.versions, library_versions())
     require(store.manifest, {"teacher": teacher.identity, "views": setup.view_identity()}, f"the store {path}", advice)
     rng = np.random.default_rng(seed)
     ids = rng.choice(store.samples.ids, min(num_rows, store.num_samples), replace=False)

@@ -123,7 +123,7 @@ def open_teaching(
     are incomplete or belong to another teacher, view recipe or number of views.
     """
     paths = [on_this_machine(place, setup.watch) for place in places]
-    stores = [_open(path, wanted | {"views": setup.view_identity()}) for path in paths]
+    stores = [open_for(setup, path, wanted) for path in paths]
     fingerprints = [store.manifest.identity.fingerprint for store in stores]
     if len(set(fingerprints)) < len(fingerprints):
         raise RecipeError(
@@ -142,10 +142,13 @@ def open_teaching(
     return Teaching(stores, losses, student.hard_label_weight, student.read, student.missing)
 
 
-def _open(path: Path, wanted: dict[str, Any]) -> TargetStore:
-    """Open a store, with the advice that a user needs where it has other views: they may be rendered otherwise here."""
+def open_for(setup: Setup, path: Path, wanted: dict[str, Any]) -> TargetStore:
+    """Open a store whose views are this setup's, with the advice that a user needs where they are not: the same recipe
+    may be rendered otherwise here. `wanted` names what else it must have.
+    """
     advice = "Cache again with this recipe into another run folder or store, or go back to the recipe that made it."
-    return open_store(path, wanted, advice + made_with(read_store_manifest(path).versions, library_versions()))
+    advice += made_with(read_store_manifest(path).versions, library_versions())
+    return open_store(path, wanted | {"views": setup.view_identity()}, advice)
 
 
 def on_this_machine(place: Path | str, watch: Watch) -> Path:

@@ -67,10 +67,18 @@ class Renderer:
         return (self.channels, *self._probe_views[0][0].shape[1:])
 
     def picture(self, pixels: Pixels, sample_id: int, view: int) -> Tensor:
-        """What a worker does: the view of one image, uint8 [C, H, W] to uint8 [C, H', W']."""
+        """What a worker does: the view of one image, uint8 [C, H, W] to uint8 [C, H', W']. Raises RecipeError where the
+        transforms fail, or give it another size than the probes.
+        """
         if not self.in_workers:
             return torch.from_numpy(pixels)
-        return apply(self._transform, pixels, sample_id, view, self.config.seed)
+        rendered = apply(self._transform, pixels, sample_id, view, self.config.seed)
+        if tuple(rendered.shape) != self.shape:
+            raise RecipeError(
+                f"[views] makes {tuple(rendered.shape)} (C, H, W) of sample {sample_id}, of {pixels.shape}, and "
+                f"{self.shape} of others: end the operations with a Resize or a crop to a size."
+            )
+        return rendered
 
     def batch(self, images: Tensor, sample_ids: Tensor, view: int) -> Tensor:
         """What the main process does, before mixing: uint8 [B, C, H, W], ids int64 [B] on the CPU, to uint8 [B, C, H',
@@ -141,7 +149,7 @@ class Renderer:
     def _rendered(self, probes: Sequence[Pixels]) -> list[list[Tensor]]:
         """What workers make of the probes, [view][probe]. Raises RecipeError where that is not of one size."""
         views = [
-            [self.picture(probe, number, view) for number, probe in enumerate(probes)]
+            [apply(self._transform, probe, number, view, self.config.seed) for number, probe in enumerate(probes)]
             for view in range(NUM_PROBE_VIEWS)
         ]
         first = tuple(views[0][0].shape)

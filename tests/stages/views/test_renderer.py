@@ -262,7 +262,7 @@ def test_an_edited_pipeline_of_the_users_own_is_refused(runs, way, edit, named):
     ways(runs, "python", STORED["python"])[way]()  # put back, it is the old one again
 
 
-@pytest.mark.parametrize("way", ["student", "cache-teacher"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_refusal_says_which_libraries_are_other_ones(runs, way):
     sentence = refused(runs, "transforms", way, with_views(STORED["transforms"], seed=7))
     here = library_versions()["torchvision"]
