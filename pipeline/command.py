@@ -46,8 +46,8 @@ def guarded() -> Iterator[None]:
             say(f"error: {error.strerror or error}: {error.filename or 'standard output'}.")
         elif "DataLoader worker (pid" in str(error):  # torch's own sentence, from its handler of SIGCHLD
             say(
-                "error: a process that decodes images was killed; its work is done again by the same command. Where "
-                "memory is short, lower data.num_workers or the batch size."
+                "error: a process that renders images ended before its time: killed, perhaps for want of memory (lower "
+                "data.num_workers or the batch size), or by a transform of your own. Run the same command again."
             )
         elif _is_out_of_memory(error):
             first_line = str(error).strip().partition("\n")[0]

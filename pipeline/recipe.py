@@ -137,8 +137,8 @@ def _sentence(where: str, error: ValidationError) -> str:
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         losses = [str(_tag(kind)) for kind in get_args(get_args(LossConfig)[0])]
         return f"{where}: {key} needs a loss that exists{more}; known are {', '.join(losses)}."
-    found = str(first["input"])
-    return f"{where}: {key} = {found[:80]}: {first['msg'][0].lower()}{first['msg'][1:]}{more}."
+    found, message = str(first["input"]), first["msg"].removeprefix("Value error, ")
+    return f"{where}: {key} = {found[:80]}: {message[0].lower()}{message[1:]}{more}."
 
 
 def _known_keys(kind: Any, location: list[str]) -> list[str]:

@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.recipe import Recipe, read_run_recipe, recipe_json
 from stages.cache_plan import plan_cache, probe
@@ -24,7 +26,7 @@ from stages.losses.terms import teacher_layers
 from stages.memory import keep_freed_memory
 from stages.part import WHOLE, Part
 from stages.partners import find_partners, population_of
-from stages.setup import Setup, choose_device, test_size
+from stages.setup import Setup, choose_device, require_fitting_test_images, test_size
 from stages.show_views import ShownViews, show_views
 from stages.train_student import (
     ALONE,
@@ -46,7 +48,7 @@ from stages.train_teacher import (
     untrained_teacher,
 )
 from stages.watch import Event, Watch
-from store import is_url, make_folders, read_store_manifest
+from store import StoreError, is_url, make_folders, read_store_manifest
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,19 @@ class Walk:
             num_workers=data.num_workers,
             unreadable=data.unreadable,
         )
-        _ = setup.renderer.shape  # what the views cannot do is refused before any work
+        require_fitting_test_images(setup)
         return setup
 
-    def _load(self, data: DataConfig, split: Literal["train", "test"], size: int | None = None) -> ImageSet:
-        """A split of the data set; each image of it that is left out is told of."""
+    def _load(
+        self,
+        data: DataConfig,
+        split: Literal["train", "test"],
+        size: int | None = None,
+        only: NDArray[np.int64] | None = None,
+    ) -> ImageSet:
+        """A split of the data set, or of it the samples with the ids `only`; each image that is left out is told of."""
         counter = self.watch.counter("data", f"look at every image of the {split} split", "image")
-        image_set = load_dataset(data, split, size=size, on_image=counter)
+        image_set = load_dataset(data, split, size=size, only=only, on_image=counter)
         for dropped in image_set.dropped:
             self.watch.warn("data", f"sample {dropped.sample_id} is left out: {dropped.why}")
         return image_set
@@ -106,15 +114,18 @@ class Walk:
         """Where the partners of MixUp and CutMix come from, if that is not simply the training set: the samples with
         which the store began.
         """
-        places = [place for place in dict.fromkeys([self.store, *self.stores]) if is_url(place) or Path(place).exists()]
+        places = [place for place in self.stores if is_url(place) or Path(place).exists()]
         if self.recipe.views.mix is None or not places:
             return None
         path = on_this_machine(places[0], self.watch)
-        population = population_of(path)
-        if torch.equal(population, torch.sort(train_set.sample_ids).values):
+        try:
+            population = population_of(path)
+        except StoreError:  # damaged: whoever reads it says so, and `store repair` takes the data set as it is
+            return None
+        if np.array_equal(population.ids, np.sort(train_set.sample_ids.numpy())):
             return None
         whole = replace(self.recipe.data, num_train=None, classes=None)
-        return find_partners(population, self._load(whole, "train"), path)
+        return find_partners(population, self._load(whole, "train", only=population.ids), path)
 
     @property
     def store(self) -> Path:
@@ -201,6 +212,9 @@ def walk_train_student(walk: Walk) -> dict[str, Any]:
         walk.watch.warn("train-student", warning)
     # What will not do is refused before any training.
     lesson = build_lesson(fresh_student(walk.recipe.student, seeds[0], walk.setup), teaching, seeds[0], walk.setup)
+    if lesson.targets and lesson.targets.num_unknown:
+        some = f"{lesson.targets.num_unknown:,} of {lesson.num_samples:,} samples have no targets"
+        walk.watch.warn("train-student", f"{some}: they learn from their labels alone.")
     for number, line in enumerate(lesson.targets.describe() if lesson.targets else (), 1):
         walk.watch.report(Event("train-student", f"reads {line}", number, len(teaching.stores), "store"))
     students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}

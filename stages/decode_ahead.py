@@ -13,6 +13,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
@@ -134,7 +135,8 @@ def _end_workers(loader: DataLoader[Any]) -> None:
     """Where Python itself ends workers, it waits for ever: they ignore its SIGTERM."""
     if workers := _workers(loader):
         iterator: Any = loader._iterator
-        iterator._shutdown_workers()  # which waits some seconds for each
+        with suppress(RuntimeError):  # if one was killed, torch has said so before
+            iterator._shutdown_workers()  # which waits some seconds for each
         for worker in workers:
             if worker.is_alive():  # it hangs in reading a file
                 worker.kill()

@@ -87,15 +87,18 @@ class Pictures:
         """The images where they are rendered: on the device if they take less than half of its free memory. None where
         they are not in memory, or are workers' business.
         """
-        if not isinstance(self.image_set.images, Tensor) or (self.renderer and self.renderer.in_workers):
+        partners_held = self.partners is None or self.partners.held
+        if not partners_held or not isinstance(self.image_set.images, Tensor):
+            return None
+        if self.renderer and self.renderer.in_workers:
             return None
         return _place(self.image_set.images, self.device)
 
     @cached_property
     def _partners_held(self) -> Tensor | None:
-        if self.partners is None or self.partners is self.image_set:
+        if self.partners is None or not isinstance(self.partners.images, Tensor):
             return self._held
-        return _place(self.partners.images, self.device) if isinstance(self.partners.images, Tensor) else None
+        return _place(self.partners.images, self.device)
 
     @cached_property
     def _decode_ahead(self) -> DecodeAhead:
@@ -121,11 +124,10 @@ class Pictures:
     def _here(self, request: Request, mixture: Mixture | None) -> Seen:
         """Pictures from images that are held."""
         assert self._held is not None
+        assert self._partners_held is not None
         own = self._held.index_select(0, request.positions.to(self._held.device, non_blocking=True))
         if mixture is None or not mixture.mixed.any():
             partners = None
-        elif self._partners_held is None:
-            raise DataError(f"{self.image_set.name} is held in memory and its partners are not: raise data.held_bytes.")
         else:
             at = self._partner_positions(mixture)
             partners = self._partners_held.index_select(0, at.to(self._partners_held.device, non_blocking=True))

@@ -140,6 +140,18 @@ def test_size(setup: Setup) -> int | None:
     return height
 
 
+def require_fitting_test_images(setup: Setup) -> None:
+    """Raise RecipeError for what the views cannot do, DataError where test images are not as large as views are."""
+    size, found = setup.image_shape[1:], setup.test_set.image_size
+    if found is None:
+        raise DataError(unequal_sizes_message(setup.test_set))
+    if found != size:
+        raise DataError(
+            f"the test images of {setup.test_set.name} are of {found[0]} x {found[1]} pixels, what the networks learn "
+            f"from is of {size[0]} x {size[1]}: set data.image_size, or have an operation give that size."
+        )
+
+
 def choose_device(name: str) -> torch.device:
     """auto is the first GPU that CUDA_VISIBLE_DEVICES leaves, else the CPU; of several processes that a launcher starts
     on a machine, each takes the next GPU. Raises RecipeError for an absent one.

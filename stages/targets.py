@@ -88,6 +88,12 @@ class Targets:
         self._sources = tuple(sources)
         self._held: dict[tuple[int, str, int], Tensor] = {}
         known = torch.stack([source.rows >= 0 for source in sources]).all(0)
+        if not known.any():
+            places = ", ".join(str(source.store.path) for source in sources)
+            raise StoreError(
+                f"no sample has targets in every one of {places}: several stores are several teachers of the same "
+                "samples."
+            )
         self._known = None if known.all() else known
         self.slabs: Tensor | None = None
         self.window = window or 1
@@ -102,6 +108,11 @@ class Targets:
     def describe(self) -> list[str]:
         """How each store is read and why, for people."""
         return [f"{source.store.path}: {self._how(source)}" for source in self._sources]
+
+    @property
+    def num_unknown(self) -> int:
+        """How many of the samples have no targets."""
+        return 0 if self._known is None else int((~self._known).sum())
 
     def known(self, indices: Tensor) -> Tensor | None:
         """Which of the samples at `indices`, int64 [B], all stores have targets for: bool [B]; None where all have."""

@@ -22,14 +22,19 @@ __all__ = ["DataConfig", "load_dataset"]
 
 
 def load_dataset(
-    config: DataConfig, split: Split, *, size: int | None = None, on_image: OnImage | None = None
+    config: DataConfig,
+    split: Split,
+    *,
+    size: int | None = None,
+    only: Rows | None = None,
+    on_image: OnImage | None = None,
 ) -> ImageSet:
     """Load one split of the data set that `config` names: uint8 [N, C, H, W] in memory, or files.
 
     Images of a folder become files if they take more than `config.held_bytes`, or are of unequal size; all else is
-    held. `size` stands in for `config.image_size`. While files are looked at, `on_image` is told (done, all) now and
-    then; what it raises breaks off, and little of what was seen is lost. A sample keeps its id whatever `classes`,
-    `num_train`, `channels` and sizes say.
+    held. `size` stands in for `config.image_size`; `only` are the ids of the samples wanted, where not all are. While
+    files are looked at, `on_image` is told (done, all) now and then; what it raises breaks off, and little of what was
+    seen is lost. A sample keeps its id whatever `classes`, `num_train`, `channels` and sizes say.
     DataError if the name is unknown, or the data is missing, damaged, or not as it must be; RecipeError if `config`
     names unknown classes, or asks for a crop that cannot be.
     """
@@ -38,6 +43,8 @@ def load_dataset(
     size = config.image_size if size is None else size
     listing = list_source(config, split, size)
     rows = _rows(listing, config, split)
+    if only is not None:
+        rows = rows[np.isin(listing.sample_ids[rows], only)]
     found = _images(listing, rows, config, size, on_image)
     rows = rows[found.kept]
     return ImageSet(

@@ -42,3 +42,13 @@ Ratio = Annotated[float, Field(ge=1e-3, le=1e3)]
 RatioRange = Annotated[tuple[Ratio, Ratio], Ascending]
 
 Side = Annotated[int, Field(ge=1, le=2**14)]
+
+Size = Annotated[Side | tuple[Side, Side] | None, or_say("one side or [height, width], 1 to 16384")]
+"""Of a picture: one side, (H, W), or none for that of the picture before."""
+
+
+def side_lengths(size: int | tuple[int, int] | None, before: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of a `Size`, for pictures that were of (H, W) `before`."""
+    if size is None:
+        return before
+    return (size, size) if isinstance(size, int) else size

@@ -1,4 +1,4 @@
-"""RandomCrop: a picture padded on every side and cut to its old size somewhere."""
+"""RandomCrop: a picture padded on every side, and a crop of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages.config import section
 from stages.errors import RecipeError
-from stages.views.arguments import Level
+from stages.views.arguments import Level, Size, side_lengths
 from stages.views.draw import Draw
 
 _DOWN, _RIGHT = 0, 1
@@ -20,29 +20,40 @@ _DOWN, _RIGHT = 0, 1
 
 @section
 class RandomCrop:
-    """Pad by `padding` pixels of `fill` on every side, then take a crop of the original size at random.
+    """Pad by `padding` pixels of `fill` on every side, then take a crop of `size` at random.
 
-    torchvision's, at the size of the picture: another size is RandomResizedCrop's.
+    size: one side, (H, W), or none for the picture's own size. torchvision's.
     """
 
     name: Literal["RandomCrop"]
+    size: Size = None
     padding: Annotated[int, Field(ge=0, le=1024)] = 0
     fill: Level = 0
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(H, W), unchanged. Raises RecipeError where the crop could miss the picture altogether."""
-        if self.padding >= min(size):
+        """(H, W) of the views. Raises RecipeError where the crop is larger than the padded picture, or could miss the
+        picture altogether.
+        """
+        out = side_lengths(self.size, size)
+        if any(side > old + 2 * self.padding for side, old in zip(out, size, strict=True)):
+            raise RecipeError(
+                f"RandomCrop to {out[0]} x {out[1]} with padding = {self.padding} is larger than images of {size[0]} x "
+                f"{size[1]}: give it a smaller size, or more padding."
+            )
+        if self.padding >= min(out):
             raise RecipeError(
                 f"RandomCrop with padding = {self.padding} could crop images of {size[0]} x {size[1]} to nothing: keep "
-                "it below both."
+                f"it below {min(out)}."
             )
-        return size
+        return out
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """uint8 [B, C, H, W] to uint8 [B, C, H, W]."""
-        tops, lefts = (draw.below(2 * self.padding + 1, parameter) for parameter in (_DOWN, _RIGHT))
+        """uint8 [B, C, H, W] to uint8 [B, C, H', W']."""
+        height, width = side_lengths(self.size, (images.shape[2], images.shape[3]))
         padded = F.pad(images, [self.padding] * 4, value=self.fill)
-        return windows(padded, tops, lefts, (images.shape[2], images.shape[3]))
+        tops = draw.below(padded.shape[2] - height + 1, _DOWN)
+        lefts = draw.below(padded.shape[3] - width + 1, _RIGHT)
+        return windows(padded, tops, lefts, (height, width))
 
 
 def windows(images: Tensor, tops: Tensor, lefts: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stages.config import section
 from stages.errors import RecipeError
-from stages.views.arguments import AreaRange, RatioRange, Side, or_say
+from stages.views.arguments import AreaRange, RatioRange, Size, side_lengths
 from stages.views.boxes import Boxes, random_boxes
 from stages.views.draw import Draw
 from stages.views.resample import resample
@@ -27,13 +27,13 @@ class RandomResizedCrop:
     """
 
     name: Literal["RandomResizedCrop"]
-    size: Annotated[Side | tuple[Side, Side] | None, or_say("one side or [height, width], 1 to 16384")] = None
+    size: Size = None
     scale: AreaRange = (0.08, 1.0)
     ratio: RatioRange = (3 / 4, 4 / 3)
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) of the views. Raises RecipeError where pictures of `size` would shrink to less than half."""
-        out = self._wanted(size)
+        out = side_lengths(self.size, size)
         if 2 * out[0] < size[0] or 2 * out[1] < size[1]:
             raise RecipeError(
                 f"RandomResizedCrop with size = {out[0]} x {out[1]} would shrink images of {size[0]} x {size[1]} to "
@@ -48,12 +48,7 @@ class RandomResizedCrop:
         central = (torch.tensor(side) for side in _central_box(size, self.ratio))
         found = boxes.heights > 0
         boxes = Boxes(*(torch.where(found, drawn, fixed) for drawn, fixed in zip(boxes, central, strict=True)))
-        return resample(images, boxes, self._wanted(size))
-
-    def _wanted(self, size: tuple[int, int]) -> tuple[int, int]:
-        if self.size is None:
-            return size
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
+        return resample(images, boxes, side_lengths(self.size, size))
 
 
 def _central_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int, int, int]:

@@ -6,7 +6,9 @@ with ToImage.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -46,8 +48,11 @@ def apply(transform: Transform, pixels: Pixels, sample_id: int, view: int, seed:
     with generators_kept():
         seed_generators(seed, sample_id, view)
         try:
-            result = transform(_picture(pixels))
-        except Exception as error:  # the user's own code, or a pipeline that does not fit together
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for results only
+                result = transform(_picture(pixels))
+        except MemoryError:
+            raise
+        except (Exception, SystemExit) as error:  # the user's own code, or a pipeline that does not fit together
             raise RecipeError(f"[views]: the transforms fail on sample {sample_id} ({cause(error)}).") from error
     return _as_view(result, len(pixels), f"[views]: of sample {sample_id}, the transforms make")
 

@@ -147,13 +147,15 @@ def wait_for(condition, most_s=60):
     return condition()
 
 
+ENDED = {"leaves": 1, "hangs": 0, "is_killed": -9, "loses_a_worker": 0, "loses_a_worker_as_it_hands_over": 0}
+
+
 @pytest.fixture
 def processes(tmp_path):
     """Those of pool_processes.py, under way in folders of their names, until the test ends."""
     script = Path(__file__).parents[1] / "pool_processes.py"
-    names = ["reads", "leaves", "fails", "hangs", "is_killed", "loses_a_worker", "loses_a_worker_as_it_hands_over"]
     process = subprocess.Popen(
-        [sys.executable, script, *names],
+        [sys.executable, script, *ENDED],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -178,12 +180,9 @@ def test_workers_and_their_process_end_together_however_either_ends(tmp_path, pr
 
     said, _ = processes.communicate(timeout=60)
     lines = said.splitlines()
-    ended = {"reads": 0, "leaves": 0, "fails": 1, "hangs": 0, "is_killed": -9}
-    ended |= {"loses_a_worker": 0, "loses_a_worker_as_it_hands_over": 0}
-    assert sorted(line for line in lines if "ended with" in line) == sorted(
-        f"{name} ended with {code}" for name, code in ended.items()
-    )
-    assert "failed by itself" in lines
+    for name, status in ENDED.items():
+        assert f"{name} ended with {status}" in lines
     for name in ("loses_a_worker", "loses_a_worker_as_it_hands_over"):
-        (sentence,) = (line for line in lines if line.startswith(f"{name}:"))
+        (sentence,) = (line for line in lines if line.startswith(f"{name}: "))
         assert "DataLoader worker (pid" in sentence, "by which the command line knows it"
+    assert len([line for line in lines if line]) == len(ENDED) + 3, f"and nothing else is said: {said}"

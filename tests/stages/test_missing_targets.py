@@ -212,3 +212,16 @@ def test_a_student_trains_where_targets_are_missing(run, tmp_path):
     lines = [json.loads(line) for line in student_folder(tmp_path, "distilled", 0).metrics.read_text().splitlines()]
     assert [set(line["losses"]) for line in lines] == [{"hard_labels", "kd_0", "hint_1"}] * 2
     assert sum(lines[1]["losses"].values()) < sum(lines[0]["losses"].values())
+
+
+def test_stores_of_which_none_shares_a_sample_are_refused(run, tmp_path):
+    """Else a student would be called distilled that no teacher taught."""
+    rest = tiny_setup(run / "other", train_set=WHOLE.take(torch.arange(KNOWN, len(WHOLE.labels))))
+    cache_teacher(CACHE, tmp_path / "rest.zarr", load_teacher(TEACHER, 1, rest), LAYERS, rest)
+    with pytest.raises(StoreError, match="no sample has targets in every one of"):
+        lesson_of(run, LENIENT, ("store.zarr", tmp_path / "rest.zarr"))
+
+
+def test_how_many_lack_targets_can_be_told(run):
+    assert lesson_of(run, LENIENT).targets.num_unknown == len(WHOLE.labels) - KNOWN
+    assert lesson_of(run, LENIENT, ("whole.zarr",)).targets.num_unknown == 0

@@ -118,7 +118,7 @@ def test_a_grown_store_keeps_the_partners_that_it_began_with(run, tmp_path):
     after = folder_bytes(path)
     assert began
     assert all(after[name] == raw for name, raw in began.items())
-    assert torch.equal(population_of(path), torch.sort(FIRST.sample_ids).values)
+    assert np.array_equal(population_of(path).ids, torch.sort(FIRST.sample_ids).values)
     for view in range(VIEWS.num_views):
         stored = open_store(path).gather("logits", view, WHOLE.sample_ids.numpy())
         exact = said(teacher, pictures(WHOLE.sample_ids, view, FIRST.sample_ids))
@@ -181,3 +181,19 @@ def test_a_data_set_that_lacks_partners_is_refused_by_number_and_ids(run, absent
     with pytest.raises(DataError) as raised:
         find_partners(population_of(path), left, path)
     assert f"lacks: {len(absent)} of 80, such as {named}: bring back the images" in str(raised.value)
+
+
+@pytest.mark.parametrize("change", ["label", "pixel checksum"])
+def test_a_partner_that_is_not_what_the_teacher_saw_is_refused_by_its_id(run, change):
+    """It stands in other samples' pictures, and the student may have none of its own to notice by."""
+    path, at = run / "first.zarr", 3
+    if change == "label":
+        other = dataclasses.replace(WHOLE, labels=(WHOLE.labels + (torch.arange(120) == at)) % 4)
+    else:
+        images = WHOLE.images.clone()
+        images[at, 0, 0, 0] ^= 1
+        other = dataclasses.replace(WHOLE, images=images)
+    with pytest.raises(
+        FingerprintMismatch, match=rf"{change} of partner {int(WHOLE.sample_ids[at])}: stored .*1 of the 80"
+    ):
+        find_partners(population_of(path), other, path)

@@ -207,6 +207,29 @@ def test_epochs_show_the_views_that_stores_hold_or_else_fresh_ones(equal):
             assert torch.equal(batch.images, SCALING(expected(equal, CROPS, at, view)))
 
 
+class AskedTargets:
+    """Targets that are what was asked for."""
+
+    slabs = None
+
+    def known(self, positions):
+        return None
+
+    def batch(self, view, positions):
+        return view, positions.tolist()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_targets_are_those_of_the_pictures_though_these_are_asked_for_ahead(equal, num_workers):
+    lesson = lesson_of(pictures_of(equal, CROPS, num_workers), targets=AskedTargets())
+    batches = lesson.stream(3, 8, epoch=1, step=2, epochs=4)
+    asked = [(1, 2), *((epoch, step) for epoch in (2, 3) for step in range(3))]
+    for (epoch, step), batch in zip(asked, batches, strict=True):
+        at = lesson.order(3, epoch)[8 * step : 8 * step + 8]
+        assert batch.teachers == (epoch % 2, at.tolist())
+        assert torch.equal(batch.images, SCALING(expected(equal, CROPS, at, epoch % 2)))
+
+
 def check_labels(image_set, positions, view, batch):
     """Own and partners' labels and shares of a batch, and its loss, each by hand."""
     mixture = mixture_of(image_set, MIXED_CROPS, positions, view)

@@ -132,3 +132,22 @@ KNOWN = [
     [[21, 14, 7, 0], [49, 42, 35, 28], [77, 70, 63, 56], [105, 98, 91, 84]],
     [[140, 147, 154, 161], [168, 175, 182, 189], [196, 203, 210, 217], [0, 0, 0, 0]],
 ]
+
+
+def test_a_crop_has_the_size_that_is_asked_for_and_lies_anywhere():
+    ids = torch.arange(4000)
+    ramp = torch.arange(30, dtype=torch.uint8).reshape(1, 1, 5, 6) + 1
+    crops = render(ramp.expand(4000, 1, 5, 6), ids, 0, {"name": "RandomCrop", "size": [3, 4]})
+    corners = torch.unique(crops[:, 0, 0, 0], return_counts=True)
+    assert crops.shape[2:] == (3, 4)
+    assert corners[0].tolist() == [1 + 6 * down + right for down in range(3) for right in range(3)]
+    assert corners[1].min() > 0.8 * 4000 / 9
+    engine = parse_operations([{"name": "RandomCrop", "size": 9, "padding": 1}])
+    assert engine.output_size((7, 7)) == (9, 9)
+    with pytest.raises(RecipeError, match="larger than images of 6 x 7"):
+        engine.output_size((6, 7))
+
+
+def test_a_crop_of_the_images_own_size_is_that_without_a_size():
+    named = {"name": "RandomCrop", "size": [9, 7], "padding": 2}
+    assert torch.equal(render(IMAGES, IDS, 1, named), render(IMAGES, IDS, 1, CROP))

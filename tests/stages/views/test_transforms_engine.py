@@ -291,3 +291,22 @@ def test_operations_describe_themselves_as_they_were_written() -> None:
         "engine_version": 1,
         "operations": [{"name": "RandomCrop", "size": [8, 8]}],
     }
+
+
+def test_what_a_transform_prints_goes_to_stderr(capsys):
+    def chatty(image):
+        print("looking at", image.size)
+        return image
+
+    apply(chatty, np.zeros((3, 4, 5), np.uint8), 0, 0, 0)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "looking at (5, 4)" in printed.err
+
+
+def test_a_transform_that_would_leave_is_a_sentence():
+    def leaver(image):
+        raise SystemExit(5)
+
+    with pytest.raises(RecipeError, match="the transforms fail on sample 7"):
+        apply(leaver, np.zeros((3, 4, 5), np.uint8), 7, 0, 0)
