@@ -103,13 +103,13 @@ def views(
     if store is None:
         say("there is no finished store yet, so the pictures stand without the teacher's words.")
     if as_json:
-        samples = zip(shown.sample_ids, shown.labels, shown.top, strict=True)
+        samples = zip(shown.sample_ids, shown.labels, shown.top, shown.partners, strict=True)
         print_json(
             {
                 "command": "views",
                 "picture": str(save),
                 "store": store,
-                "samples": [{"id": number, "label": label, "top": top} for number, label, top in samples],
+                "samples": [dict(zip(("id", "label", "top", "partners"), sample, strict=True)) for sample in samples],
             }
         )
     else:

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pipeline.command import printable
+from stages.errors import RecipeError
 from stages.show_views import NUM_TOP, ShownViews
 
 CELL, GAP, LINE, MARGIN = 128, 8, 12, 96
@@ -18,9 +19,13 @@ MOST_LETTERS = 22
 
 
 def draw_grid(shown: ShownViews, path: Path) -> None:
-    """Write the grid to `path`, a row a sample, a column a view. Raises OSError where that cannot be written."""
+    """Write the grid to `path`, a row a sample, a column a view. Raises RecipeError for a name that is no PNG's, and
+    OSError where it cannot be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise RecipeError(f"--save {path}: the picture is a PNG; end its name with .png.")
     num_samples, num_views = shown.images.shape[:2]
-    height = CELL + NUM_TOP * LINE + GAP
+    height = CELL + (NUM_TOP + 1) * LINE + GAP
     canvas = Image.new("RGB", (MARGIN + num_views * (CELL + GAP), 2 * LINE + num_samples * height), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
     for view in range(num_views):
@@ -32,6 +37,9 @@ def draw_grid(shown: ShownViews, path: Path) -> None:
         for view in range(num_views):
             left = MARGIN + view * (CELL + GAP)
             canvas.paste(_cell(shown.images[row, view]), (left, top))
+            if (partner := shown.partners[row][view]) is not None:
+                text = f"with {100 * partner[1]:.0f} % {_short(partner[0], MOST_LETTERS - 11)}"
+                draw.text((left, top + CELL + NUM_TOP * LINE), text, "grey", font)
             for line, (name, share) in enumerate(shown.top[row][view]):
                 colour = "green" if name == shown.labels[row] else "black"
                 text = f"{_short(name, MOST_LETTERS - 6)} {100 * share:.0f} %"

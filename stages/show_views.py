@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.pictures import Request
+from stages.pictures import Request, Seen
 from stages.setup import Setup
 from stages.targets import ReadConfig, Targets, join
 from store import TargetStore, row_order
@@ -18,14 +18,16 @@ NUM_TOP = 3
 
 @dataclass(frozen=True)
 class ShownViews:
-    """What `show_views` gives. `images` uint8 [S, V, C, H, W]; `sample_ids` and `labels` by sample; `top` by sample and
-    view: the teacher's likeliest classes with their probabilities at T = 1, empty where no store says it.
+    """What `show_views` gives. `images` uint8 [S, V, C, H, W]; `sample_ids` and `labels` by sample; by sample and view
+    `top`, the teacher's likeliest classes with their probabilities at T = 1, empty where no store says it, and
+    `partners`, the label and the share of who is mixed in, if anybody is.
     """
 
     images: Tensor
     sample_ids: list[int]
     labels: list[str]
     top: list[list[list[tuple[str, float]]]]
+    partners: list[list[tuple[str, float] | None]]
 
 
 def show_views(setup: Setup, store: TargetStore | None, num_samples: int, num_views: int) -> ShownViews:
@@ -38,12 +40,24 @@ def show_views(setup: Setup, store: TargetStore | None, num_samples: int, num_vi
     order = torch.from_numpy(row_order(train_set.sample_ids[known].numpy(), setup.views.seed))
     at = known[order[:num_samples]]
     views = range(min(num_views, setup.views.num_views if store is None else store.num_views))
-    images = torch.stack([setup.pictures.one(Request(at, view)).images.cpu() for view in views], dim=1)
+    seen = [setup.pictures.one(Request(at, view)) for view in views]
+    images = torch.stack([one.images.cpu() for one in seen], dim=1)
     names = train_set.class_names
     top = _top(setup, store, at, views) if store is not None else [[[] for _ in views] for _ in at]
-    return ShownViews(
-        images, train_set.sample_ids[at].tolist(), [names[label] for label in train_set.labels[at].tolist()], top
-    )
+    partners = [list(row) for row in zip(*[_partners(setup, one) for one in seen], strict=True)]
+    labels = [names[label] for label in train_set.labels[at].tolist()]
+    return ShownViews(images, train_set.sample_ids[at].tolist(), labels, top, partners)
+
+
+def _partners(setup: Setup, seen: Seen) -> list[tuple[str, float] | None]:
+    """The label and the share of who is mixed into each picture of a batch."""
+    found: list[tuple[str, float] | None] = [None] * len(seen.positions)
+    if seen.mixture is not None:
+        rows = seen.mixture.mixed.nonzero()[:, 0]
+        labels = setup.pictures.labels_of(seen.mixture.partners[rows]).tolist()
+        for row, label, share in zip(rows.tolist(), labels, seen.mixture.own_share[rows].tolist(), strict=True):
+            found[row] = (setup.train_set.class_names[label], 1 - share)
+    return found
 
 
 def _top(setup: Setup, store: TargetStore, at: Tensor, views: Sequence[int]) -> list[list[list[tuple[str, float]]]]:

@@ -13,6 +13,7 @@ from tiny_road import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_setu
 
 from pipeline.view_grid import draw_grid
 from stages.cache_teacher import cache_teacher
+from stages.errors import RecipeError
 from stages.show_views import ShownViews, show_views
 from stages.train_teacher import load_teacher
 from stages.views.renderer import Renderer
@@ -83,7 +84,8 @@ def test_without_a_store_it_shows_the_recipes_views_alone(run):
 
 def by_hand(shape, labels, top):
     images = torch.randint(0, 200, (len(labels), len(top[0]), *shape), dtype=torch.uint8)
-    return ShownViews(images, list(range(len(labels))), labels, top)
+    nobody = [[None] * images.shape[1]] * len(labels)
+    return ShownViews(images, list(range(len(labels))), labels, top, nobody)
 
 
 def drawn(shown, path):
@@ -97,15 +99,15 @@ def drawn(shown, path):
 def test_a_row_a_sample_a_column_a_view_small_ones_enlarged_pixel_by_pixel(tmp_path, shape):
     shown = by_hand(shape, ["cat", "dog"], [[[]] * 3] * 2)
     pixels = drawn(shown, tmp_path / "grid.png")
-    assert pixels.shape == (24 + 2 * 172, 96 + 3 * 136, 3)
+    assert pixels.shape == (24 + 2 * 184, 96 + 3 * 136, 3)
     enlarged = 128 // shape[1]
     for row in range(2):
         for view in range(3):
-            down, right = 24 + 172 * row, 96 + 136 * view
+            down, right = 24 + 184 * row, 96 + 136 * view
             wanted = shown.images[row, view].expand(3, -1, -1).numpy().transpose(1, 2, 0)
             wanted = wanted.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
             assert np.array_equal(pixels[down : down + 128, right : right + 128], wanted)
-            assert (pixels[down + 128 : down + 172, right : right + 136] == WHITE).all(), "no store, no words"
+            assert (pixels[down + 128 : down + 184, right : right + 136] == WHITE).all(), "no store, no words"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_words_are_green_where_the_teacher_is_right(tmp_path):
 
     def line(row, number):
         """(inked, green) of a line of words."""
-        down = 24 + 172 * row + 128 + 12 * number
+        down = 24 + 184 * row + 128 + 12 * number
         some = pixels[down : down + 12, 96:]
         return bool((some < 128).any()), bool((some[..., 1] > some[..., 0] + 50).any())
 
@@ -166,7 +168,20 @@ def test_the_command_draws_before_while_and_after_the_store_is_filled(tmp_path):
         for view, top in enumerate(sample["top"]):
             shares = softmax(store.gather("logits", view, np.array([sample["id"]]))[0])
             assert [share for _, share in top] == pytest.approx(np.sort(shares)[::-1][:3].tolist(), rel=1e-5)
-    assert Image.open(picture).size == (96 + 2 * 136, 24 + 3 * 172)
+    assert Image.open(picture).size == (96 + 2 * 136, 24 + 3 * 184)
     lost = kdpipe_here(*views, "--save", tmp_path / "nowhere" / "some.png")
     assert lost.exit_code == 1
     assert "error: No such file or directory" in lost.stderr
+
+
+def test_who_is_mixed_in_is_written_under_a_picture(tmp_path):
+    shown = by_hand((1, 8, 8), ["cat"], [[[], []]])
+    pixels = drawn(dataclasses.replace(shown, partners=[[None, ("dog", 0.3)]]), tmp_path / "grid.png")
+    line = pixels[24 + 128 + 36 : 24 + 128 + 48]
+    assert (line[:, 96 : 96 + 136] == WHITE).all()
+    assert (line[:, 96 + 136 :] != WHITE).any()
+
+
+def test_a_picture_must_be_named_a_png(tmp_path):
+    with pytest.raises(RecipeError, match="end its name with .png"):
+        draw_grid(by_hand((1, 8, 8), ["cat"], [[[]]]), tmp_path / "grid.jpg")
