@@ -13,7 +13,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
@@ -112,12 +112,27 @@ class DecodeAhead:
 
     def _answers(self) -> Iterator[Any]:
         try:
-            yield from self._loader
+            with _signals_held_back():
+                answers = iter(self._loader)
+            yield from answers
         except (EOFError, OSError) as error:  # of a worker that is dying, before torch sees that it is dead
             dead = _first_dead(_workers(self._loader))
             if not dead:
                 raise
             raise RuntimeError(f"DataLoader worker (pid {dead[0]}) was killed.") from error
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """While workers are started: one must not be ended by what the job is asked to do, before it ignores that."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _workers(loader: DataLoader[Any]) -> list[Any]:

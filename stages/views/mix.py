@@ -9,7 +9,6 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field
-from scipy.special import betaincinv
 from torch import Tensor
 
 from stages.config import section
@@ -134,5 +133,7 @@ def _beta_quantiles(alpha: float) -> Tensor:
 
     A table of whole numbers: what the last bits of a logarithm or a power are on another machine does not matter.
     """
+    from scipy.special import betaincinv  # of all commands, only those that mix need it
+
     quantiles = betaincinv(alpha, alpha, (np.arange(_NUM_SHARES) + 0.5) / _NUM_SHARES)
     return torch.from_numpy(np.rint(quantiles * _ONE).astype(np.int64))

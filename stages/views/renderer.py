@@ -19,7 +19,6 @@ from stages.views.config import ViewsConfig
 from stages.views.draw import Draw
 from stages.views.mix import Mixture, draw_mixture, mix
 from stages.views.tensor_engine import MIX_STREAM, TensorEngine, parse_operations
-from stages.views.transforms_engine import apply, build_transform, describe, require_pure
 
 Pixels = NDArray[np.uint8]
 
@@ -72,7 +71,7 @@ class Renderer:
         """
         if not self.in_workers:
             return torch.from_numpy(pixels)
-        rendered = apply(self._transform, pixels, sample_id, view, self.config.seed)
+        rendered = self._apply(pixels, sample_id, view)
         if tuple(rendered.shape) != self.shape:
             raise RecipeError(
                 f"[views] makes {tuple(rendered.shape)} (C, H, W) of sample {sample_id}, of {pixels.shape}, and "
@@ -102,9 +101,8 @@ class Renderer:
         pattern, not samples of the data set, so that a student on a part of the data set can render them too; that the
         samples themselves are the same is checked by their pixel checksums.
         """
-        engine = self._tensor_engine.to_json() if not self.in_workers else describe(self.config)
         return {
-            **engine,
+            **self._engine_identity(),
             "seed": self.config.seed,
             "image_shape": list(self.shape),
             "mix": self._mix_identity(),
@@ -115,8 +113,23 @@ class Renderer:
     def _tensor_engine(self) -> TensorEngine:
         return parse_operations(self.config.operations)
 
+    def _engine_identity(self) -> dict[str, Any]:
+        if not self.in_workers:
+            return self._tensor_engine.to_json()
+        from stages.views.transforms_engine import describe
+
+        return describe(self.config)
+
+    def _apply(self, pixels: Pixels, sample_id: int, view: int) -> Tensor:
+        from stages.views.transforms_engine import apply
+
+        return apply(self._transform, pixels, sample_id, view, self.config.seed)
+
     @cached_property
     def _transform(self) -> Callable[[Any], Any]:
+        # torchvision takes as long to import as torch itself: only its users pay
+        from stages.views.transforms_engine import build_transform, require_pure
+
         transform = build_transform(self.config.operations, self.config.transform)
         require_pure(transform, self._probes[0])
         return transform
@@ -149,8 +162,7 @@ class Renderer:
     def _rendered(self, probes: Sequence[Pixels]) -> list[list[Tensor]]:
         """What workers make of the probes, [view][probe]. Raises RecipeError where that is not of one size."""
         views = [
-            [apply(self._transform, probe, number, view, self.config.seed) for number, probe in enumerate(probes)]
-            for view in range(NUM_PROBE_VIEWS)
+            [self._apply(probe, number, view) for number, probe in enumerate(probes)] for view in range(NUM_PROBE_VIEWS)
         ]
         first = tuple(views[0][0].shape)
         for probe, view in zip([*probes] * NUM_PROBE_VIEWS, chain(*views), strict=True):

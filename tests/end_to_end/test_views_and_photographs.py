@@ -126,7 +126,7 @@ def test_views_are_drawn_with_the_stores_words(place, done):
         "views", recipe_of(place), "--run", run, "--save", place / "views.png", "--samples", 4, "--json"
     )
     assert drawn.exit_code == 0, drawn.stderr
-    assert Image.open(place / "views.png").size == (96 + 6 * 136, 24 + 4 * 172)
+    assert Image.open(place / "views.png").size == (96 + 6 * 136, 24 + 4 * 184)
     store = open_store(run / "store.zarr")
     for sample in json.loads(drawn.stdout)["samples"]:
         for view, top in enumerate(sample["top"]):
