@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def tensor_engine(images: Tensor) -> Callable[[], Iterator[Tensor]]:
         nonlocal view
         view += 1
         requests = (Request(at, view) for at in torch.randperm(len(images)).split(BATCH_SIZE))
-        return (seen.images for seen in pictures.stream(requests))
+        return map(attrgetter("images"), pictures.stream(requests))
 
     return epoch
 
@@ -89,7 +90,10 @@ def one_by_one(images: Tensor) -> Callable[[], Iterator[Tensor]]:
 
 def rate(epoch: Callable[[], Iterator[Tensor]]) -> float:
     started = time.perf_counter()
-    num_images = sum(len(batch) for batch in epoch())
+    num_images = 0
+    for batch in epoch():
+        num_images += len(batch)
+        del batch  # a batch that is done with gives its memory to the next
     return num_images / (time.perf_counter() - started)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -50,10 +52,46 @@ class RandomCrop:
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """uint8 [B, C, H, W] to uint8 [B, C, H', W']."""
         height, width = side_lengths(self.size, (images.shape[2], images.shape[3]))
+        if images.device.type == "cpu" and (height, width) == images.shape[2:]:
+            below = 2 * self.padding + 1
+            down, right = (draw.below(below, parameter) - self.padding for parameter in (_DOWN, _RIGHT))
+            return shifted(images, down, right, self.padding, self.fill)
         padded = F.pad(images, [self.padding] * 4, value=self.fill)
         tops = draw.below(padded.shape[2] - height + 1, _DOWN)
         lefts = draw.below(padded.shape[3] - width + 1, _RIGHT)
         return windows(padded, tops, lefts, (height, width))
+
+
+def shifted(images: Tensor, down: Tensor, right: Tensor, most: int, fill: int) -> Tensor:
+    """out[b, c, i, j] = images[b, c, i + down[b], j + right[b]], `fill` where that lies outside: uint8 [B, C, H, W].
+
+    down, right: int64 [B], on the CPU as all of it, at most `most` in size. The pixels of an image lie in one row of
+    bytes, so that it is copied whole, from a place further on; what then comes from another row, plane or image is
+    painted over. That takes a third of the time of padding and cutting.
+    """
+    batch, channels, height, width = images.shape
+    image_bytes, margin = channels * height * width, most * width + most
+    row = torch.empty(batch * image_bytes + 2 * margin, dtype=torch.uint8)
+    row[margin : margin + batch * image_bytes] = images.reshape(-1)
+    starts = margin + torch.arange(batch) * image_bytes + down * width + right
+    pieces: NDArray[Any] = np.ndarray(len(row) - image_bytes + 1, f"V{image_bytes}", row.numpy(), strides=(1,))
+    moved = torch.from_numpy(pieces[starts.numpy()].view(np.uint8)).reshape(images.shape)
+    rows = _places_within(height, most).index_select(0, down + most)
+    columns = _places_within(width, most).index_select(0, right + most)
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    if not fill:
+        return moved.bitwise_and_(inside)
+    return moved.bitwise_xor_(fill).bitwise_and_(inside).bitwise_xor_(fill)
+
+
+@lru_cache
+def _places_within(num_places: int, most: int) -> Tensor:
+    """For each shift from -most to most: 255 for places that it leaves within the image, 0 for others.
+
+    uint8 [2 most + 1, num_places].
+    """
+    places = torch.arange(num_places) + torch.arange(-most, most + 1)[:, None]
+    return ((places >= 0) & (places < num_places)).to(torch.uint8).mul_(255)
 
 
 def windows(images: Tensor, tops: Tensor, lefts: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ device can change it, and no state has to be saved. Drawn on the CPU always: a G
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -54,9 +55,15 @@ class Draw:
 
     def _bits(self, parameter: int) -> NDArray[np.uint64]:
         """32 random bits for each sample, [B]."""
-        key = mix_integer(mix_integer(mix_integer(self.seed) + self.view) + self.stream + parameter)
+        key, second = _keys(self.seed, self.view, self.stream + parameter)
         ids = self.sample_ids.numpy().view(np.uint64)
-        return _mix(_mix(ids ^ np.uint64(key)) + np.uint64(mix_integer(key))) >> np.uint64(32)
+        return _mix(_mix(ids ^ key) + second) >> np.uint64(32)
+
+
+@lru_cache(1024)
+def _keys(seed: int, view: int, number: int) -> tuple[np.uint64, np.uint64]:
+    key = mix_integer(mix_integer(mix_integer(seed) + view) + number)
+    return np.uint64(key), np.uint64(mix_integer(key))
 
 
 def mix_integer(x: int) -> int:

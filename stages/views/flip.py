@@ -24,7 +24,11 @@ class RandomHorizontalFlip:
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """uint8 [B, C, H, W] to uint8 [B, C, H, W]."""
-        return flipped_where(images, draw.chance(self.p, 0), 3)
+        return self.overwrite(images.clone(), draw)
+
+    def overwrite(self, images: Tensor, draw: Draw) -> Tensor:
+        """The same, in place."""
+        return flip_where(images, draw.chance(self.p, 0), 3)
 
 
 @section
@@ -39,16 +43,19 @@ class RandomVerticalFlip:
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """uint8 [B, C, H, W] to uint8 [B, C, H, W]."""
-        return flipped_where(images, draw.chance(self.p, 0), 2)
+        return self.overwrite(images.clone(), draw)
+
+    def overwrite(self, images: Tensor, draw: Draw) -> Tensor:
+        """The same, in place."""
+        return flip_where(images, draw.chance(self.p, 0), 2)
 
 
-def flipped_where(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
-    """Images [B, C, H, W] of which the `chosen`, bool [B] on the CPU, are mirrored along `dim`."""
+def flip_where(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
+    """Mirror the `chosen` images, bool [B] on the CPU, of uint8 [B, C, H, W] along `dim`, in place."""
     if images.device.type == "cpu":
-        # numpy copies whole images; torch.where chooses byte by byte, which takes many times as long
+        # numpy copies whole images; torch chooses byte by byte, which takes many times as long
         at = chosen.nonzero()[:, 0]
-        flipped = images.clone()
-        flipped.numpy()[at.numpy()] = images.index_select(0, at).flip(dim).numpy()
-        return flipped
+        images.numpy()[at.numpy()] = images.index_select(0, at).flip(dim).numpy()
+        return images
     chosen = chosen.to(images.device, non_blocking=True)
     return torch.where(chosen[:, None, None, None], images.flip(dim), images)

@@ -78,8 +78,12 @@ class TensorEngine:
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """The views of a batch: uint8 [B, C, H, W] to uint8 [B, C, H', W']."""
+        given = images.untyped_storage().data_ptr()
         for operation, stream in self.operations:
-            images = operation(images, draw.of(stream))
+            # What an operation before has made may be overwritten, which some operations can: a copy less.
+            own = images.untyped_storage().data_ptr() != given
+            apply = getattr(operation, "overwrite", operation) if own else operation
+            images = apply(images, draw.of(stream))
         return images
 
     def to_json(self) -> dict[str, Any]:
