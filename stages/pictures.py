@@ -20,6 +20,7 @@ from stages.decode_ahead import Ask, DecodeAhead, Failure
 from stages.errors import DataError, RecipeError
 from stages.views.mix import Mixture, mix
 from stages.views.renderer import Renderer
+from stages.views.rows import replaced
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,19 @@ class Pictures:
         """Pictures from images that are held."""
         assert self._held is not None
         assert self._partners_held is not None
-        own = self._held.index_select(0, request.positions.to(self._held.device, non_blocking=True))
+        own = self._pick(self._held, request.positions, self.image_set.sample_ids[request.positions], request.view)
         if mixture is None or not mixture.mixed.any():
-            partners = None
-        else:
-            at = self._partner_positions(mixture)
-            partners = self._partners_held.index_select(0, at.to(self._partners_held.device, non_blocking=True))
-        return self._finish(request, mixture, own, partners)
+            return Seen(own, request.positions, mixture)
+        partner_ids = mixture.partners[mixture.mixed]
+        partners = self._pick(self._partners_held, self._partner_positions(mixture), partner_ids, request.view)
+        return self._mix(request, mixture, own, partners)
+
+    def _pick(self, held: Tensor, positions: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
+        """Some of the images that are held, rendered, on the device."""
+        if self.renderer is not None and view is not None and held.device == self.device:
+            return self.renderer.pick(held, positions, sample_ids, view)
+        images = held.index_select(0, positions.to(held.device, non_blocking=True))
+        return self._render(images, sample_ids, view)
 
     def _ahead(self, pairs: Iterable[tuple[Request, Mixture | None]], whole: bool) -> Iterator[Seen]:
         """Pictures from worker processes."""
@@ -155,22 +162,23 @@ class Pictures:
             if len(kept) < len(request.positions):
                 request = Request(request.positions[kept], request.view)
                 mixture = None if mixture is None else mixture.at(kept)
-            images = answer.images.to(self.device, non_blocking=True)
-            yield self._finish(request, mixture, images[: len(kept)], images[len(kept) :])
+            ids = self.image_set.sample_ids[request.positions]
+            own = self._render(answer.images[: len(kept)], ids, request.view)
+            if mixture is None or not mixture.mixed.any():
+                yield Seen(own, request.positions, mixture)
+                continue
+            partners = self._render(answer.images[len(kept) :], mixture.partners[mixture.mixed], request.view)
+            yield self._mix(request, mixture, own, partners)
 
-    def _finish(self, request: Request, mixture: Mixture | None, own: Tensor, partners: Tensor | None) -> Seen:
-        """Render and mix: `own` uint8 [B, C, H, W], and `partners`, those of the mixed samples alone."""
-        own = own.to(self.device, non_blocking=True)
-        if self.renderer is None or request.view is None:
-            return Seen(own, request.positions)
-        images = self.renderer.batch(own, self.image_set.sample_ids[request.positions], request.view)
-        if mixture is None or partners is None or not len(partners):
-            return Seen(images, request.positions, mixture)
-        at = mixture.mixed
-        others = self.renderer.batch(partners.to(self.device), mixture.partners[at], request.view)
-        beside = images.clone()
-        beside[at.to(self.device)] = others
-        return Seen(mix(images, beside, mixture), request.positions, mixture)
+    def _render(self, images: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
+        """What of rendering is done here, whole batches at once: uint8 [B, C, H, W], on the device."""
+        images = images.to(self.device, non_blocking=True)
+        return images if self.renderer is None or view is None else self.renderer.batch(images, sample_ids, view)
+
+    def _mix(self, request: Request, mixture: Mixture, own: Tensor, partners: Tensor) -> Seen:
+        """Mix: `own` uint8 [B, C, H, W], and `partners`, those of the mixed samples alone."""
+        beside = replaced(own, mixture.mixed.nonzero()[:, 0], partners)
+        return Seen(mix(own, beside, mixture), request.positions, mixture)
 
     def _tell(self, failures: Iterable[Failure], whole: bool) -> None:
         for failure in failures:

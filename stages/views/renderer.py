@@ -86,6 +86,10 @@ class Renderer:
         """
         return images if self.in_workers else self._tensor_engine(images, Draw(self.config.seed, view, sample_ids))
 
+    def pick(self, images: Tensor, rows: Tensor, sample_ids: Tensor, view: int) -> Tensor:
+        """`batch` for the images at `rows`, int64 [B] on the CPU, of the uint8 [N, C, H, W] that are held."""
+        return self._tensor_engine.pick(images, rows, Draw(self.config.seed, view, sample_ids))
+
     def mixture(self, sample_ids: Tensor, view: int) -> Mixture | None:
         """With whom and how the samples of a batch, int64 [B] on the CPU, are mixed; None where nothing is."""
         if self.config.mix is None or self.population is None:

@@ -76,15 +76,23 @@ class TensorEngine:
             size = operation.output_size(size)
         return size
 
-    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """The views of a batch: uint8 [B, C, H, W] to uint8 [B, C, H', W']."""
+    def __call__(self, images: Tensor, draw: Draw, *, own: bool = False) -> Tensor:
+        """The views of a batch: uint8 [B, C, H, W] to uint8 [B, C, H', W']. `own`: the batch may be overwritten."""
         given = images.untyped_storage().data_ptr()
         for operation, stream in self.operations:
             # What an operation before has made may be overwritten, which some operations can: a copy less.
-            own = images.untyped_storage().data_ptr() != given
+            own = own or images.untyped_storage().data_ptr() != given
             apply = getattr(operation, "overwrite", operation) if own else operation
             images = apply(images, draw.of(stream))
         return images
+
+    def pick(self, images: Tensor, rows: Tensor, draw: Draw) -> Tensor:
+        """The views of the images at `rows`, int64 [B] on the CPU, of uint8 [N, C, H, W], wherever those lie."""
+        first = self.operations[0] if self.operations else None
+        if first is None or not isinstance(first[0], RandomCrop):
+            return self(images.index_select(0, rows.to(images.device, non_blocking=True)), draw)
+        rest = TensorEngine(self.operations[1:])
+        return rest(first[0].pick(images, rows, draw.of(first[1])), draw, own=True)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the pixels."""

@@ -124,7 +124,7 @@ def test_other_partners_are_another_mixture():
 @pytest.mark.parametrize(
     ("room", "name", "views"),
     [
-        (RandomHorizontalFlip, "__call__", TENSOR),
+        (RandomHorizontalFlip, "overwrite", TENSOR),
         (v2.RandomHorizontalFlip, "transform", TRANSFORMS),
         (renderer_room, "mix", MIXED),
     ],
@@ -233,7 +233,7 @@ def test_an_edited_recipe_is_refused_by_name(runs, name, way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("name", "room", "method"),
-    [("tensor", RandomHorizontalFlip, "__call__"), ("transforms", v2.RandomHorizontalFlip, "transform")],
+    [("tensor", RandomHorizontalFlip, "overwrite"), ("transforms", v2.RandomHorizontalFlip, "transform")],
 )
 def test_other_pixels_are_refused_though_the_recipe_is_the_same(runs, monkeypatch, name, way, room, method):
     real = getattr(room, method)
