@@ -17,7 +17,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
@@ -111,17 +110,10 @@ class TeacherInTheLoop(Lesson):
 class TargetsInHand(Lesson):
     """The lesson in which every batch has the targets of the first one: what the arithmetic of the losses costs."""
 
-    source: Lesson | None = None
-    batch_size: int = 0
+    in_hand: Sequence[TeacherOutputs] = ()
 
     def _batch(self, epoch: int, seen: Seen) -> Batch:
-        batch = super()._batch(epoch, seen)
-        return dataclasses.replace(batch, teachers=self._first)
-
-    @cached_property
-    def _first(self) -> Sequence[TeacherOutputs]:
-        assert isinstance(self.source, Lesson)
-        return next(self.source.stream(0, self.batch_size, epoch=0, step=0, epochs=1)).teachers
+        return dataclasses.replace(super()._batch(epoch, seen), teachers=self.in_hand)
 
 
 def main() -> None:
@@ -220,8 +212,7 @@ def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -
             student.normalise,
             terms=features.terms,
             hard_label_weight=features.hard_label_weight,
-            source=features,
-            batch_size=pair.batch_size,
+            in_hand=next(features.stream(0, pair.batch_size, epoch=0, step=0, epochs=1)).teachers,
         ),
         "live": TeacherInTheLoop(
             setup.pictures,
