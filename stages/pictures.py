@@ -158,7 +158,11 @@ class Pictures:
             self._tell(answer.failures, whole)
             kept = answer.kept
             if not len(kept):
-                raise DataError(f"not one of {len(request.positions)} images of {self.image_set.name} can be read.")
+                first = answer.failures[0]
+                raise DataError(
+                    f"not one of the {len(request.positions)} images of a batch of {self.image_set.name} can be read, "
+                    f"sample {first.sample_id} among them: {first.why}"
+                )
             if len(kept) < len(request.positions):
                 request = Request(request.positions[kept], request.view)
                 mixture = None if mixture is None else mixture.at(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,16 @@ class FingerprintMismatch(KdpipeError):
 
     def __init__(self, what: str, differences: Sequence[tuple[str, Any, Any]], advice: str) -> None:
         self.differences = tuple(differences)
-        pairs = "; ".join(f"{key}: stored {stored!r}, wanted {wanted!r}" for key, stored, wanted in differences)
+        pairs = "; ".join(
+            f"{key}: stored {_shown(stored)}, wanted {_shown(wanted)}" for key, stored, wanted in differences
+        )
         super().__init__(f"{what} was made from other inputs - {pairs}. {advice}")
+
+
+def _shown(value: Any) -> str:
+    """A value for people: of a digest its beginning, which tells it from another one as well."""
+    text = repr(value)
+    return f"{text[:13]}...'" if re.fullmatch("'[0-9a-f]{64}'", text) else text
 
 
 def differences(stored: Any, wanted: Any, key: str = "") -> list[tuple[str, Any, Any]]:

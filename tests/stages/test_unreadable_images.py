@@ -139,7 +139,9 @@ def test_a_batch_of_which_nothing_can_be_read_is_an_error(tmp_path, num_workers)
         path_of(image_set, at).unlink()
     told = []
     pictures = pictures_of(image_set, CROPS, num_workers, on_failure=told.append)
-    with pytest.raises(DataError, match="^not one of 2 images of photographs can be read"):
+    with pytest.raises(
+        DataError, match="^not one of the 2 images of a batch of photographs can be read, sample [0-9]+ among them: "
+    ):
         list(pictures.stream([Request(torch.arange(0, 2), 0), Request(torch.arange(2, 4), 0)]))
     assert len(told) == 2
 
