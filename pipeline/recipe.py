@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from stages.errors import RecipeError, RunError
 from stages.job_folder import read_json
 from stages.losses.terms import LossConfig
 from stages.store_plan import CacheConfig
+from stages.teaching import check_losses
 from stages.train_student import StudentConfig
 from stages.train_teacher import TeacherConfig
 from stages.views.config import ViewsConfig
@@ -69,6 +71,7 @@ def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     try:
         recipe: Recipe = TypeAdapter(Recipe).validate_json(json.dumps(table, default=str))
         check_views(recipe.views)
+        check_losses(recipe.distill, recipe.views)
     except ValidationError as error:
         raise RecipeError(_sentence(where, error)) from error
     except RecipeError as error:
@@ -122,11 +125,11 @@ def _value(text: str) -> Any:
 
 def _sentence(where: str, error: ValidationError) -> str:
     """One sentence for the first thing that is wrong, and how many more there are."""
-    first, *others = error.errors()
-    location = [str(part) for part in first["loc"]]
-    shown = location[:2] + location[3:] if location[:1] == ["distill"] else location  # no key, but pydantic's own tag
-    more = f" ({len(others)} more like this)" if others else ""
-    key = ".".join(shown)
+    errors = [one for one in error.errors() if not _of_another_kind(one)] or error.errors()
+    first, location = errors[0], _keys(errors[0])
+    key = _shown(location)
+    num_others = len({_shown(_keys(one)) for one in errors} - {key})
+    more = f" ({num_others} more like this)" if num_others else ""
     if first["type"] == "unexpected_keyword_argument":
         known = _known_keys(Recipe, location[:-1])
         near = get_close_matches(location[-1], known, 1, 0.5)
@@ -139,6 +142,26 @@ def _sentence(where: str, error: ValidationError) -> str:
         return f"{where}: {key} needs a loss that exists{more}; known are {', '.join(losses)}."
     found, message = str(first["input"]), first["msg"].removeprefix("Value error, ")
     return f"{where}: {key} = {found[:80]}: {message[0].lower()}{message[1:]}{more}."
+
+
+def _of_another_kind(error: Mapping[str, Any]) -> bool:
+    """Whether an error says that a table is no number, or a number no table, where either may stand."""
+    return error["type"] == "dataclass_type" or (
+        isinstance(error["input"], dict)
+        and error["type"] != "extra_forbidden"
+        and error["type"] in ("float_type", "string_type", "literal_error", "tuple_type")
+    )
+
+
+def _keys(error: Mapping[str, Any]) -> list[str]:
+    """Where an error is: the keys, without pydantic's names for the alternatives that a value has."""
+    parts = [str(part) for part in error["loc"]]
+    return [part for part in parts if re.fullmatch(r"[a-z0-9_]+", part) and part not in ("float", "int", "str")]
+
+
+def _shown(location: list[str]) -> str:
+    """The keys as people write them: without the tag by which pydantic tells losses apart."""
+    return ".".join(location[:2] + location[3:] if location[:1] == ["distill"] else location)
 
 
 def _known_keys(kind: Any, location: list[str]) -> list[str]:

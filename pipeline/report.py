@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from pipeline.report_examined import Learnt, print_learnt, read_learnt, with_spread
 from stages.errors import RunError
 from stages.job_folder import JobFolder, read_json
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Learnt):
     """One network of a run: figures over its seeds; None where it is not measured.
 
     Accuracies are percent of the test set at the last epoch (and at the best one); onnx_agreement is the least share,
@@ -104,6 +105,7 @@ def _row(name: str, jobs: Sequence[Path], median_ms: dict[str, float]) -> Row | 
         onnx_agreement=min(100 * result["onnx_agreement"] for result in results.values()),
         latency_ms=median_ms.get(LATENCY_KEYS[name]),
         files=[str(job / "model.onnx") for job in results],
+        **vars(read_learnt(results)),
     )
 
 
@@ -122,7 +124,7 @@ def print_report(report: Report) -> None:
     for row in report.rows:
         table.add_row(
             row.name,
-            _accuracy(row),
+            with_spread(row.accuracy_mean, row.accuracy_std),
             str(row.num_seeds),
             f"{row.num_parameters:,}",
             f"{row.file_bytes / 1024:.1f} KiB",
@@ -130,13 +132,9 @@ def print_report(report: Report) -> None:
             "-" if row.latency_ms is None else f"{row.latency_ms:.3f}",
         )
     console.print(table)
+    print_learnt(console, report.rows)
     console.print("The files:", style="bold")
     for row in report.rows:
         console.print(f"  {row.name:<18} {row.files[0]}", highlight=False)
     if report.missing:
         console.print(f"Not done yet: {', '.join(report.missing)}: run the recipe again.")
-
-
-def _accuracy(row: Row) -> str:
-    spread = "" if row.accuracy_std is None else f" ± {row.accuracy_std:.2f}"
-    return f"{row.accuracy_mean:.2f}{spread}"

@@ -40,7 +40,7 @@ def repair(walk: Walk) -> tuple[Verdict, Verdict, int]:
     from stages.train_teacher import load_teacher
 
     teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
-    return repair_store(walk.recipe.cache, walk.store, teacher, walk.cached_layers, walk.setup)
+    return repair_store(walk.recipe.cache, walk.store, teacher, list(walk.wanted_by(teacher)), walk.setup)
 
 
 def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = None) -> None:

@@ -22,21 +22,23 @@ from stages.datasets.load import DataConfig, load_dataset
 from stages.errors import RecipeError
 from stages.forms import Wanted, parse_wanted
 from stages.job_folder import write_json
-from stages.losses.terms import teacher_layers
+from stages.losses.terms import wanted_of
 from stages.memory import keep_freed_memory
+from stages.network import Network
 from stages.part import WHOLE, Part
 from stages.partners import find_partners, population_of
+from stages.serving import smallest
 from stages.setup import Setup, choose_device, require_fitting_test_images, test_size
 from stages.show_views import ShownViews, show_views
+from stages.store_plan import source_shapes
+from stages.teaching import Teaching, on_this_machine, open_for
 from stages.train_student import (
     ALONE,
     DISTILLED,
-    Teaching,
     build_lesson,
     fresh_student,
-    on_this_machine,
-    open_for,
     open_teaching,
+    student_shapes,
     train_student,
     view_warning,
 )
@@ -143,24 +145,19 @@ class Walk:
         named = self.recipe.student.stores
         return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
 
-    @property
-    def cached_layers(self) -> list[Wanted]:
-        """What of the teacher's layers to cache: what the recipe's cache section names, and what its losses want."""
-        asked = [parse_wanted(text) for text in self.recipe.cache.layers]
-        if self.store in self.stores:
-            wanted = teacher_layers(self.recipe.distill, self.stores.index(self.store))
-            asked += [Wanted(layer) for layer in wanted]
-        return list(dict.fromkeys(asked))
-
-    @property
-    def layers_wanted_by(self) -> dict[str, list[str]]:
-        """For each array beside the logits, what in the recipe asks for it."""
-        reasons: dict[str, list[str]] = {one.array: [] for one in self.cached_layers}
-        for text in self.recipe.cache.layers:
-            reasons[parse_wanted(text).array].append("cache.layers")
+    def wanted_by(self, teacher: Network) -> dict[Wanted, list[str]]:
+        """What of the teacher's layers to cache, in the smallest form that serves, and who in the recipe asks for it:
+        its cache section, and its losses. Raises ModelError, listing the nearest, for layers that are not there.
+        """
+        reasons: dict[Wanted, list[str]] = {parse_wanted(text): ["cache.layers"] for text in self.recipe.cache.layers}
+        if self.store not in self.stores:
+            return reasons
+        shapes = student_shapes(self.recipe.student, self.recipe.distill, self.setup)
         for number, loss in enumerate(self.recipe.distill):
-            for layer in teacher_layers([loss], self.stores.index(self.store)) if self.store in self.stores else ():
-                reasons[Wanted(layer).array].append(f"distill.{number} ({loss.loss})")
+            asked = wanted_of([loss], shapes, self.stores.index(self.store))
+            given = source_shapes(teacher.model, asked, self.setup.image_shape)
+            for one in asked:
+                reasons.setdefault(smallest(one, given[one.source]), []).append(f"distill.{number} ({loss.loss})")
         return reasons
 
     @cached_property
@@ -181,7 +178,8 @@ def walk_train_teacher(walk: Walk) -> dict[str, Any]:
 
 def walk_cache_teacher(walk: Walk) -> dict[str, Any]:
     teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
-    cached = cache_teacher(walk.recipe.cache, walk.store, teacher, walk.cached_layers, walk.setup, part=walk.part)
+    layers = list(walk.wanted_by(teacher))
+    cached = cache_teacher(walk.recipe.cache, walk.store, teacher, layers, walk.setup, part=walk.part)
     return {"store": cached}
 
 
@@ -191,10 +189,12 @@ def walk_plan(walk: Walk, with_probe: bool) -> dict[str, Any]:
     trained = teacher_folder(walk.run).result() is not None
     make = load_teacher if trained else untrained_teacher
     teacher = make(recipe.teacher, recipe.seed, walk.setup)
-    plan = plan_cache(config, walk.store, teacher, walk.cached_layers, walk.setup, trained=trained)
+    wanted = walk.wanted_by(teacher)
+    plan = plan_cache(config, walk.store, teacher, list(wanted), walk.setup, trained=trained)
     timed = with_probe and plan["num_images"] > 0
-    measured = probe(config, teacher, walk.cached_layers, walk.setup, plan["num_images"]) if timed else None
-    return {**plan, "teacher_trained": trained, "layers_wanted_by": walk.layers_wanted_by, "probe": measured}
+    measured = probe(config, teacher, list(wanted), walk.setup, plan["num_images"]) if timed else None
+    asked_by = {one.array: reasons for one, reasons in wanted.items()}
+    return {**plan, "teacher_trained": trained, "layers_wanted_by": asked_by, "probe": measured}
 
 
 def walk_views(walk: Walk, num_samples: int, num_views: int) -> tuple[ShownViews, str | None]:
@@ -211,7 +211,8 @@ def walk_train_student(walk: Walk) -> dict[str, Any]:
     if warning := view_warning(walk.recipe.views):
         walk.watch.warn("train-student", warning)
     # What will not do is refused before any training.
-    lesson = build_lesson(fresh_student(walk.recipe.student, seeds[0], walk.setup), teaching, seeds[0], walk.setup)
+    student = fresh_student(walk.recipe.student, seeds[0], walk.setup, teaching.losses)
+    lesson = build_lesson(student, teaching, seeds[0], walk.setup)
     if lesson.targets and lesson.targets.num_unknown:
         some = f"{lesson.targets.num_unknown:,} of {lesson.num_samples:,} samples have no targets"
         walk.watch.warn("train-student", f"{some}: they learn from their labels alone.")

@@ -13,9 +13,10 @@ import torch
 from stages.features import tapped
 from stages.forms import Wanted
 from stages.network import Network
+from stages.pictures import Request
 from stages.setup import Setup
 from stages.store_plan import CacheConfig, free_bytes, plan_store, samples_in_row_order
-from stages.teacher_rows import speak
+from stages.teacher_rows import speak, tapped_layers
 from store import Manifest, Unit, missing_arrays, plan_growth, read_store_manifest, store_bytes
 
 NUM_PROBES = 4
@@ -77,11 +78,11 @@ def probe(
     num_probed = min(setup.train_set.num_samples, NUM_PROBES * config.batch_size)
     batch_size = min(config.batch_size, -(-num_probed // 2))
     walls_s = []
-    with tapped(teacher.model, [one.layer for one in layers]) as tap:
+    with tapped(teacher.model, tapped_layers(layers)) as tap:
         for start in range(0, num_probed - batch_size + 1, batch_size):
             started = time.perf_counter()
-            at = torch.arange(start, start + batch_size)
-            for _, outputs in speak(tap, teacher, Unit(0, 0, 0, batch_size), at, setup, batch_size=batch_size):
+            request = Request(torch.arange(start, start + batch_size), 0)
+            for _, outputs in speak(tap, teacher, [request], setup, layers):
                 outputs.logits.float().cpu()
             walls_s.append(time.perf_counter() - started)
     rate = batch_size / max(1e-9, min(walls_s[1:] or walls_s))

@@ -18,9 +18,10 @@ from stages.features import Tap, tapped
 from stages.forms import Wanted
 from stages.network import Network
 from stages.part import WHOLE, Part
+from stages.pictures import Request
 from stages.setup import Setup
 from stages.store_plan import CacheConfig, layers_of, missing_bytes, plan_store, require_room, samples_in_row_order
-from stages.teacher_rows import UnitRows, collect, speak
+from stages.teacher_rows import UnitRows, collect, speak, tapped_layers
 from stages.watch import Event
 from store import (
     Claim,
@@ -139,7 +140,7 @@ def _fill(filling: Filling, units: Sequence[Unit]) -> int:
 
     with (
         torch.inference_mode(),
-        tapped(filling.teacher.model, [one.layer for one in wanted]) as tap,
+        tapped(filling.teacher.model, tapped_layers(wanted)) as tap,
         Background(commit, NUM_WAITING, lambda computed: computed[0].held.release()) as writer,
     ):
         try:
@@ -175,8 +176,10 @@ def _listen(filling: Filling, tap: Tap, task: Task, wanted: Sequence[Wanted]) ->
     try:
         positions = filling.positions[unit.start : unit.stop]
         _require_known(filling.path, unit, positions)
-        batches = speak(tap, filling.teacher, unit, positions, setup, batch_size=filling.config.batch_size)
+        # Batches begin with the unit, so that its bytes are the same in every job.
+        requests = [Request(at, unit.view) for at in torch.split(positions, filling.config.batch_size)]
         lacking = [one for one in wanted if one.array in task.lacking]
+        batches = speak(tap, filling.teacher, requests, setup, lacking)
         return collect(batches, filling.manifest, unit, lacking)
     except BaseException:
         task.held.release()

@@ -25,7 +25,8 @@ from stages.model_file import finished_record, load_finished
 from stages.network import Network, finish
 from stages.optim import TrainConfig
 from stages.setup import Setup, deciding
-from stages.train_student import DISTILLED, StudentConfig, Teaching, build_lesson, fresh_student, student_folder
+from stages.teaching import Teaching
+from stages.train_student import DISTILLED, StudentConfig, build_lesson, fresh_student, student_folder
 from stages.training import Job, train
 
 
@@ -84,12 +85,12 @@ def compress(
     not trained yet, ModelError where it cannot be pruned or quantized or the exported file does not agree with torch.
     """
     folder = student_folder(setup.run, DISTILLED, seed)
-    network = fresh_student(student, seed, setup)
+    network = fresh_student(student, seed, setup, teaching.losses)
     load_finished(folder, network.model, network.architecture, "kdpipe train-student")
     figures = {}
     if "prune" in config.steps:
         figures["pruned"] = _prune(config, network, seed, teaching, setup)
-        network = _load_pruned(fresh_student(student, seed, setup), seed, setup)
+        network = _load_pruned(fresh_student(student, seed, setup, teaching.losses), seed, setup)
     if "quantize" in config.steps:
         figures["int8"] = _quantize(config, network, seed, teaching, setup)
     return figures
@@ -192,11 +193,11 @@ def _fine_tune(
     if (done := piece.folder.result()) is not None:
         return done
     model = piece.network.model.to(setup.device)
-    lesson = build_lesson(piece.network, teaching, piece.seed, setup)
+    lesson = build_lesson(piece.network, teaching.main, piece.seed, setup, settled=True)
     if not piece.folder.checkpoint.exists():
         warm_up(model, lesson)
     test = setup.test(piece.network.normalise)
-    layers = student_layers(teaching.losses)
+    layers = student_layers(teaching.main.losses)
     job = Job("compress", piece.name, model, lesson, test, piece.config, piece.seed, piece.folder, layers, before_epoch)
     return finish(piece.folder, piece.network, train(job, setup.device, setup.watch), setup)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +17,31 @@ BATCH_SIZE = 500
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A test set, and how the model under test scales its input."""
+    """A test set, how the model under test scales its input, and what the teacher says of it.
+
+    teacher_logits: float32 [num_samples, C], in the order of the test set; rows of NaN for samples of which the teacher
+    was not asked; None without a teacher.
+    """
 
     pictures: Pictures
     normalise: Normalisation
+    teacher_logits: Tensor | None = None
 
     def images(self, most: int) -> Tensor:
         """The first images, at most so many, normalised: float32 [B, C, H, W]."""
         at = torch.arange(min(most, self.pictures.image_set.num_samples))
         return self.normalise(self.pictures.one(Request(at)).images)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of a batch: logits float32 [B, C] and the labels int64 [B], on the device; and where the
+    samples stand in the test set, int64 [B].
+    """
+
+    positions: Tensor
+    labels: Tensor
+    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,20 +55,44 @@ class Measured:
         return {"accuracy": self.accuracy, "cross_entropy": self.cross_entropy}
 
 
+@dataclass
+class Measuring:
+    """The sums of a pass over a test set, as far as it has come."""
+
+    num_correct: int = 0
+    num_seen: int = 0
+    total: float = 0.0
+
+    def add(self, answers: Answers) -> None:
+        self.num_correct += int((answers.logits.argmax(1) == answers.labels).sum())
+        self.num_seen += len(answers.labels)
+        self.total += float(F.cross_entropy(answers.logits, answers.labels, reduction="sum"))
+
+    def measured(self) -> Measured:
+        return Measured(self.num_correct / self.num_seen, self.total / self.num_seen)
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> Measured:
-    """Measure `model`; it is left in the mode in which it was."""
+def answers_of(model: nn.Module, test: Evaluation, device: torch.device) -> Iterator[Answers]:
+    """What `model` says of the test set, batch by batch; it is left in the mode in which it was.
+
+    A test image that cannot be read is a DataError, or missing from its batch, as the test set's pictures have it.
+    """
     was_training = model.training
     model.eval()
-    num_correct, num_seen, total = 0, 0, 0.0
     image_set = test.pictures.image_set
-    for seen in test.pictures.stream(
-        Request(at) for at in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE)
-    ):
-        labels = image_set.labels[seen.positions].to(device)
-        logits = model(test.normalise(seen.images)).float()
-        num_correct += int((logits.argmax(1) == labels).sum())
-        num_seen += len(labels)
-        total += float(F.cross_entropy(logits, labels, reduction="sum"))
-    model.train(was_training)
-    return Measured(num_correct / num_seen, total / num_seen)
+    requests = (Request(at) for at in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE))
+    try:
+        for seen in test.pictures.stream(requests):
+            labels = image_set.labels[seen.positions].to(device)
+            yield Answers(seen.positions, labels, model(test.normalise(seen.images)).float())
+    finally:
+        model.train(was_training)
+
+
+def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> Measured:
+    """Measure `model`; it is left in the mode in which it was."""
+    sums = Measuring()
+    for answers in answers_of(model, test, device):
+        sums.add(answers)
+    return sums.measured()

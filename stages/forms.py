@@ -1,9 +1,10 @@
-"""What of a layer's feature map a store keeps: the map as it is, or the statistic that a loss needs and no more."""
+"""What of a layer's output a store keeps: the feature map as it is, or the statistic that a loss needs and no more."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,52 +13,109 @@ from torch import Tensor
 from stages.errors import ModelError, RecipeError
 
 MAP = "features"
+POOLED = "pooled"
+ATTENTION = "attention"
+SPATIAL_GRAM = "spatial_gram"
+INPUT_GRADIENT = "input_gradient"
+
+INPUT = "input"
+"""The `layer` of what is about the images themselves."""
+
+Shape = tuple[int, ...]
+"""Of one sample's tensor, without the batch axis."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One form of one layer's output; `array` is where a store keeps it."""
+    """One form of one layer's output; `array` is where a store keeps it.
+
+    size: where set, the map is first pooled to (H, W); a loss that asks for it takes any smaller map as well.
+    """
 
     layer: str
     form: str = MAP
+    size: tuple[int, int] | None = None
+
+    @property
+    def kind(self) -> str:
+        """The form with its size, as recipes and stores spell it."""
+        return self.form if self.size is None else f"{self.form}-{self.size[0]}x{self.size[1]}"
 
     @property
     def array(self) -> str:
-        return f"{self.form}/{self.layer}"
+        return f"{self.kind}/{self.layer}"
+
+    @property
+    def source(self) -> str:
+        """What it is made of: the layer's output, or the gradient by the pixels."""
+        return INPUT_GRADIENT if self.form == INPUT_GRADIENT else self.layer
+
+    def __str__(self) -> str:
+        return self.layer if self.kind == MAP else f"{self.layer}:{self.kind}"
+
+    def fitted(self, shape: Shape) -> Wanted:
+        """The same for a layer whose outputs have `shape`: without a size where nothing has to be pooled."""
+        pools = self.size is not None and len(shape) == 3 and shape[1] > self.size[0]
+        return self if pools else replace(self, size=None)
+
+
+KIND = re.compile(r"([a-z_]+)(?:-([1-9]\d{0,4})x([1-9]\d{0,4}))?")
+
+
+def parse_kind(layer: str, text: str) -> Wanted | None:
+    """A form as recipes and stores spell it (`pooled`, `attention-8x8`) of a layer; None where there is none such."""
+    found = KIND.fullmatch(text)
+    if found is None or found[1] not in FORMS or (found[2] and found[1] in UNSIZED):
+        return None
+    return Wanted(layer, found[1], (int(found[2]), int(found[3])) if found[2] else None)
 
 
 def parse_wanted(text: str) -> Wanted:
     """A layer as a recipe names it: `layer3`, its map, or `layer3:pooled`, a statistic. Raises RecipeError."""
-    layer, colon, form = text.partition(":")
-    if not layer or (colon and form not in FORMS):
+    layer, colon, kind = text.partition(":")
+    wanted = parse_kind(layer, kind if colon else MAP) if layer else None
+    if wanted is None:
         raise RecipeError(
             f"cache.layers has {text!r}: it takes the path of a module, and after a colon one of "
             f"{', '.join(name for name in FORMS if name != MAP)} where not the whole map is kept."
         )
-    return Wanted(layer, form or MAP)
+    return wanted
 
 
 def take_form(wanted: Wanted, feature: Tensor) -> Tensor:
     """The wanted form of a batch of a layer's outputs [B, ...]. Raises ModelError where they are no maps."""
-    if wanted.form != MAP and feature.dim() != 4:
+    if feature.dim() != 4 and wanted.form not in (MAP, POOLED):
         raise ModelError(
             f"{wanted.layer} gives {list(feature.shape[1:])} a sample: {wanted.form} is of feature maps [C, H, W]. "
             "Keep it as it is, or name another layer."
         )
-    return FORMS[wanted.form](feature)
+    return FORMS[wanted.form](pool_to(feature, wanted.size) if wanted.size else feature)
 
 
-def pooled(maps: Tensor) -> Tensor:
-    """The mean over each map: [B, C, H, W] to [B, C], float32."""
-    return maps.float().mean((2, 3))
+def form_shape(wanted: Wanted, shape: Shape) -> Shape:
+    """The shape of the wanted form of outputs of `shape`. Raises ModelError where they are no maps."""
+    return tuple(take_form(wanted, torch.zeros(1, *shape)).shape[1:])
+
+
+def pool_to(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [B, C, H, W] that are larger than `size`, averaged down to it; others as they are."""
+    return F.adaptive_avg_pool2d(maps, size) if maps.dim() == 4 and maps.shape[2] > size[0] else maps
+
+
+def pooled(features: Tensor) -> Tensor:
+    """The mean over positions, float32: maps [B, C, H, W] or tokens [B, L, C] to [B, C]; vectors [B, C] stay."""
+    if features.dim() == 3:
+        return features.float().mean(1)
+    return features.float().flatten(2).mean(2) if features.dim() > 3 else features.float()
 
 
 def attention(maps: Tensor) -> Tensor:
     """Where the layer is active: the mean over channels of the squares, each sample's map scaled to length 1.
 
-    [B, C, H, W] to [B, H, W], float32. Zagoruyko and Komodakis 2017 (arXiv 1612.03928), activation-based, p = 2.
+    [B, C, H, W] to [B, H, W], in float32 or wider. Zagoruyko and Komodakis 2017 (arXiv 1612.03928), activation-based,
+    p = 2.
     """
-    energy = maps.float().square().mean(1)
+    energy = widened(maps).square().mean(1)
     return F.normalize(energy.flatten(1), dim=1).view_as(energy)
 
 
@@ -67,9 +125,27 @@ def gram(maps: Tensor) -> Tensor:
     return torch.bmm(flat, flat.transpose(1, 2)) / flat.shape[2]
 
 
+def spatial_gram(maps: Tensor) -> Tensor:
+    """How positions go together: [B, C, H, W] to [B, H W, H W], in float32 or wider, the mean over channels of products
+    of channel maps that are each scaled to length 1. Huang and Wang 2017 (arXiv 1707.01219), section 4.2.
+    """
+    flat = F.normalize(widened(maps).flatten(2), dim=2)
+    return torch.bmm(flat.transpose(1, 2), flat) / flat.shape[1]
+
+
+def widened(values: Tensor) -> Tensor:
+    """float32 at the least: sums over a map, and the tail of a softmax, are lost in half precision."""
+    return values if values.dtype.itemsize >= 4 else values.float()
+
+
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     MAP: lambda maps: maps,
-    "pooled": pooled,
-    "attention": attention,
+    POOLED: pooled,
+    ATTENTION: attention,
     "gram": gram,
+    SPATIAL_GRAM: spatial_gram,
+    INPUT_GRADIENT: attention,
 }
+
+UNSIZED = (POOLED, INPUT_GRADIENT)
+"""Forms for which pooling the map first means nothing."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.errors import RunError
 from stages.features import Outputs, TeacherOutputs
-from stages.order import batch_indices, epoch_order, num_steps, slab_order
+from stages.hard_labels import HardLabels, labels_of
+from stages.losses.entry import Entry
+from stages.losses.said import Others
+from stages.losses.terms import Distillation, Exchange
+from stages.order import batch_indices, derive_seed, epoch_order, num_steps, slab_order
 from stages.pictures import Pictures, Request, Seen
+from stages.schedules import SETTLED, Amount, Moment, amount_at
 from stages.targets import Targets
 
 
@@ -31,6 +36,12 @@ class Normalisation:
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return images.float().div_(255).sub_(mean).div_(std)
 
+    def gradient_by_pixels(self, gradient: Tensor) -> Tensor:
+        """A gradient by the normalised input, [B, C, H, W], as one by the pixels in [0, 1]: the ground that models of
+        different scalings share.
+        """
+        return gradient / torch.tensor(self.std, device=gradient.device, dtype=gradient.dtype).view(-1, 1, 1)
+
     def to_json(self) -> dict[str, list[float]]:
         return {"mean": list(self.mean), "std": list(self.std)}
 
@@ -45,19 +56,36 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Images float32 [B, C, H, W], normalised; labels int64 [B]; what each store holds for those with targets.
+class Place:
+    """A step of a training: its seed, its epoch of `epochs`, and the step in it, counted from 0."""
 
-    Where samples are mixed: the labels of their partners, int64 [B], and the share of their own, float32 [B].
-    has_targets: bool [B] on the CPU, where the stores lack some samples; None where they hold all.
+    seed: int
+    epoch: int
+    step: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images float32 [B, C, H, W], normalised; their labels; what each store says of them.
+
+    known: for each store, which samples it has targets for, bool [B] on the CPU; None where it has all.
+    ranks: each sample's place among all ids, int64 [B]. others: by loss, the samples that it contrasts these with.
     """
 
     images: Tensor
-    labels: Tensor
+    hard: HardLabels
+    ranks: Tensor
+    moment: Moment
     teachers: Sequence[TeacherOutputs] = ()
-    partner_labels: Tensor | None = None
-    own_share: Tensor | None = None
-    has_targets: Tensor | None = None
+    known: Sequence[Tensor | None] = ()
+    others: Mapping[str, Others] = field(default_factory=dict)
+
+    @property
+    def has_targets(self) -> Tensor | None:
+        """Which samples any store has targets for, bool [B] on the CPU; None for all of them."""
+        masks = [mask for mask in self.known if mask is not None]
+        return torch.stack(masks).any(0) if masks and len(masks) == len(self.known) else None
 
 
 @dataclass(frozen=True)
@@ -65,7 +93,9 @@ class Lesson:
     """The pictures of a data set in their views, and the targets that go with them.
 
     fresh_views: every epoch has views that no store holds. The teacher's own training uses them, so that what it says
-    later is about pictures to which it was not fitted.
+    later is about pictures to which it was not fitted. hard_label_weight: of the cross entropy with the labels, which
+    are smoothed by label_smoothing. settled: fine-tuning, for which all ramps have ended. hints_only: the student does
+    not run to its end, and nothing but the losses on its features counts.
     """
 
     pictures: Pictures
@@ -73,12 +103,26 @@ class Lesson:
     normalise: Normalisation
     targets: Targets | None = None
     fresh_views: bool = False
-    terms: nn.ModuleDict = field(default_factory=nn.ModuleDict)
-    hard_label_weight: float = 1.0
+    distillation: Distillation | None = None
+    hard_label_weight: Amount = 1.0
+    label_smoothing: float = 0.0
+    settled: bool = False
+    hints_only: bool = False
 
     @property
     def num_samples(self) -> int:
         return self.pictures.image_set.num_samples
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """Each sample's place among all ids, int64 [N]."""
+        return torch.argsort(torch.argsort(self.pictures.image_set.sample_ids))
+
+    @property
+    def needs_input_gradient(self) -> bool:
+        """Whether a loss looks at the gradient by the pixels."""
+        configs = self.distillation.configs.values() if self.distillation else ()
+        return any(config.input_gradient for config in configs)
 
     def order(self, seed: int, epoch: int) -> Tensor:
         """The samples of an epoch in the order in which they are seen, int64 [N]: a function of (seed, epoch).
@@ -95,67 +139,86 @@ class Lesson:
         that a killed job goes on at the very batch where it stopped.
         """
         steps = num_steps(self.num_samples, batch_size)
-        asked: deque[int] = deque()  # pictures are asked for some batches ahead
+        asked: deque[Place] = deque()  # pictures are asked for some batches ahead
 
         def requests() -> Iterator[Request]:
             for number in range(epoch, epochs):
                 order = self.order(seed, number)
                 for at in range(step if number == epoch else 0, steps):
-                    asked.append(number)
+                    asked.append(Place(seed, number, at, epochs))
                     yield Request(batch_indices(order, at, batch_size), self._view(number))
 
         for seen in self.pictures.stream(requests()):
             yield self._batch(asked.popleft(), seen)
 
     def losses(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The weighted losses by name; their sum is what is minimised."""
-        if batch.has_targets is not None:
-            return self._losses_of_some(student, batch, batch.has_targets)
-        hard = self.hard_label_weight * _cross_entropy(student.logits, batch).mean()
-        return {"hard_labels": hard} | {name: term(student, batch.teachers) for name, term in self.terms.items()}
+        """The weighted losses by name; their sum is what is minimised.
 
-    def _losses_of_some(self, student: Outputs, batch: Batch, has_targets: Tensor) -> dict[str, Tensor]:
-        """Where stores lack samples: those learn from their hard labels alone, at full weight, and the others' losses
-        count by their share of the batch.
+        Samples of which no store knows learn from their hard labels alone, at full weight. Where a loss looks at the
+        input's gradient, batch.images must require one.
         """
-        weights = torch.where(has_targets, self.hard_label_weight, 1.0).to(student.logits.device, non_blocking=True)
-        losses = {"hard_labels": (weights * _cross_entropy(student.logits, batch)).mean()}
-        share = float(has_targets.float().mean())
-        if share == 0:
-            return losses | {name: student.logits.new_zeros(()) for name in self.terms}
-        rows = _twice_if_alone(has_targets.nonzero()[:, 0]).to(student.logits.device, non_blocking=True)
-        taught = Outputs(student.logits[rows], {layer: map_[rows] for layer, map_ in student.features.items()})
-        return losses | {name: share * term(taught, batch.teachers) for name, term in self.terms.items()}
+        if self.hints_only and self.distillation is not None:
+            only: dict[str, Tensor] = self.distillation(self._exchange(student, batch))
+            return only
+        cross_entropy = batch.hard.cross_entropy(student.logits, self.label_smoothing)
+        weight = amount_at(self.hard_label_weight, batch.moment)
+        has_targets = batch.has_targets
+        if has_targets is None:
+            hard = weight * cross_entropy.mean()
+        else:
+            weights = torch.where(has_targets, weight, 1.0).to(cross_entropy.device, non_blocking=True)
+            hard = (weights * cross_entropy).mean()
+        if self.distillation is None:
+            return {"hard_labels": hard}
+        gradient = self._input_gradient(cross_entropy, batch) if self.needs_input_gradient else None
+        losses: dict[str, Tensor] = self.distillation(self._exchange(student, batch, gradient))
+        return {"hard_labels": hard} | losses
+
+    def _exchange(self, student: Outputs, batch: Batch, gradient: Tensor | None = None) -> Exchange:
+        return Exchange(
+            student, batch.teachers, batch.known, batch.hard.labels, batch.ranks, batch.moment, batch.others, gradient
+        )
+
+    def _input_gradient(self, cross_entropy: Tensor, batch: Batch) -> Tensor:
+        """The gradient by the pixels, [B, C, H, W], part of the graph."""
+        (gradient,) = torch.autograd.grad(cross_entropy.sum(), batch.images, create_graph=True)
+        return self.normalise.gradient_by_pixels(gradient)
 
     def _view(self, epoch: int) -> int:
         return -1 - epoch if self.fresh_views else epoch % self.num_views
 
-    def _batch(self, epoch: int, seen: Seen) -> Batch:
-        device, image_set = seen.images.device, self.pictures.image_set
-        labels = image_set.labels[seen.positions].to(device, non_blocking=True)
-        images = self.normalise(seen.images)
-        has_targets = self.targets.known(seen.positions) if self.targets else None
-        with_targets = seen.positions if has_targets is None else _twice_if_alone(seen.positions[has_targets])
-        teachers = self.targets.batch(epoch % self.num_views, with_targets) if self.targets else ()
-        if seen.mixture is None:
-            return Batch(images, labels, teachers, has_targets=has_targets)
-        mixed = seen.mixture.mixed
-        partner_labels = image_set.labels[seen.positions]
-        partner_labels[mixed] = self.pictures.labels_of(seen.mixture.partners[mixed])
-        partner_labels = partner_labels.to(device, non_blocking=True)
-        own_share = seen.mixture.own_share.to(device, non_blocking=True)
-        return Batch(images, labels, teachers, partner_labels, own_share, has_targets)
+    def _batch(self, place: Place, seen: Seen) -> Batch:
+        at, view = seen.positions, place.epoch % self.num_views
+        return Batch(
+            images=self.normalise(seen.images),
+            hard=labels_of(self.pictures, seen),
+            ranks=self.ranks[at].to(seen.images.device, non_blocking=True),
+            moment=SETTLED if self.settled else Moment(place.epoch, place.epochs),
+            teachers=self.targets.batch(view, at) if self.targets else (),
+            known=self.targets.known(at) if self.targets else (),
+            others=self._others(place, view),
+        )
 
+    def _others(self, place: Place, view: int) -> dict[str, Others]:
+        """For each loss that contrasts, the samples that it does so with: a function of (seed, epoch, step)."""
+        if self.targets is None or self.distillation is None:
+            return {}
+        return {
+            name: self._drawn(name, config, place, view)
+            for name, config in self.distillation.configs.items()
+            if config.num_others
+        }
 
-def _twice_if_alone(rows: Tensor) -> Tensor:
-    """Rows, int64 [n]; a single one twice, as an adapter's norm needs two, and the mean of two is that of the one."""
-    return rows.repeat(2) if len(rows) == 1 else rows
-
-
-def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """The cross entropy with the hard labels, [B]; with both labels of a mixed sample, each by its share."""
-    own = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-    if batch.partner_labels is None or batch.own_share is None:
-        return own
-    partners = F.cross_entropy(logits.float(), batch.partner_labels, reduction="none")
-    return batch.own_share * own + (1 - batch.own_share) * partners
+    def _drawn(self, name: str, config: Entry, place: Place, view: int) -> Others:
+        assert self.targets is not None
+        seed = derive_seed(place.seed, "others", name, place.epoch, place.step)
+        generator = torch.Generator().manual_seed(seed)
+        store = config.store or 0
+        held = self.targets.positions(store)
+        at = held[torch.randint(len(held), (config.num_others,), generator=generator)]
+        device = self.pictures.device
+        return Others(
+            self.targets.features(store, view, at, config.wanted_of_others),
+            self.pictures.image_set.labels[at].to(device, non_blocking=True),
+            self.ranks[at].to(device, non_blocking=True),
+        )

@@ -11,7 +11,7 @@ from torch import nn
 
 from stages.compression.onnx_file import check_onnx, export_onnx
 from stages.errors import ModelError
-from stages.evaluate import evaluate
+from stages.examine import examine
 from stages.job_folder import JobFolder
 from stages.lesson import Normalisation
 from stages.model_file import save_model
@@ -50,14 +50,15 @@ def finish(folder: JobFolder, network: Network, history: Sequence[Mapping[str, A
     Raises ModelError where the network cannot be exported, or its file does not answer as it does.
     """
     network.model.eval()
-    measured = evaluate(network.model, setup.test(network.normalise), setup.device)
+    examined = examine(network.model, setup.test(network.normalise), setup.device)
     record = {"architecture": dict(network.architecture), "normalisation": network.normalise.to_json()}
     save_model(folder.model, network.model, record)
     _write_onnx(folder, network, setup)
     agreement = _require_agreement(folder, network, setup)
-    best = max(history, key=lambda line: line["accuracy"], default={"accuracy": measured.accuracy, "epoch": None})
+    best = max(history, key=lambda line: line["accuracy"], default={"accuracy": examined.top1, "epoch": None})
     result = {
-        **measured.to_json(),
+        "accuracy": examined.top1,
+        "cross_entropy": examined.cross_entropy,
         "best_accuracy": best["accuracy"],
         "best_epoch": best["epoch"],
         "num_epochs": len(history),
@@ -66,6 +67,7 @@ def finish(folder: JobFolder, network: Network, history: Sequence[Mapping[str, A
         "onnx_agreement": agreement,
         "onnx_bytes": folder.onnx.stat().st_size,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
+        "examined": examined.to_json(),
     }
     folder.finish(result)
     return result

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from stages.features import tapped
 from stages.forms import take_form
+from stages.hard_labels import labels_of
 from stages.network import Network
 from stages.pictures import Request
 from stages.setup import Setup
 from stages.store_plan import layers_of, library_versions
+from stages.teacher_rows import listen, tapped_layers
 from store import StoreError, TargetStore, open_store
 from store.manifest import made_with, require
 from store.topk import INDICES, TAIL, VALUES, encode_topk
@@ -94,9 +96,10 @@ def _errors(
     """By array, how far the rows of samples [n] are from the teacher's, [n]; 1 is just tolerated."""
     wanted = [one for one in layers_of(store.manifest) if one.array in {spec.name for spec in store.arrays}]
     at = torch.from_numpy(_positions(store, setup, ids))
-    with tapped(teacher.model, [one.layer for one in wanted]) as tap:
-        said = tap(teacher.normalise(setup.pictures.one(Request(at, view)).images))
-    exact = {one.array: take_form(one, said.features[one.layer]).float().cpu().numpy() for one in wanted}
+    seen = setup.pictures.one(Request(at, view))
+    with tapped(teacher.model, tapped_layers(wanted)) as tap:
+        said = listen(tap, teacher, seen, wanted, labels_of(setup.pictures, seen))
+    exact = {one.array: take_form(one, said.features[one.source]).float().cpu().numpy() for one in wanted}
     stored = {spec.name: store.gather(spec.name, view, ids) for spec in store.arrays}
     errors = {name: _row_errors(values, stored[name], _tolerance(store, name)) for name, values in exact.items()}
     return errors | _logit_errors(store, said.logits.float().cpu().numpy(), stored)

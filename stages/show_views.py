@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.joining import join
 from stages.pictures import Request, Seen
 from stages.setup import Setup
-from stages.targets import ReadConfig, Targets, join
+from stages.targets import ReadConfig, Targets
 from store import TargetStore, row_order
 
 NUM_TOP = 3

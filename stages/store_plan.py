@@ -8,14 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 
 from stages.config import section
 from stages.errors import RecipeError, RunError
-from stages.features import tapped
-from stages.forms import FORMS, Wanted, take_form
+from stages.features import feature_shapes
+from stages.forms import INPUT_GRADIENT, Shape, Wanted, form_shape, parse_kind
 from stages.network import Network
 from stages.setup import Setup
 from store import (
@@ -102,20 +101,19 @@ def library_versions() -> dict[str, str]:
 def layers_of(manifest: Manifest) -> list[Wanted]:
     """What of which layers a store holds."""
     parts = [spec.name.partition("/") for spec in manifest.arrays]
-    return [Wanted(layer, form) for form, _, layer in parts if form in FORMS]
+    return [wanted for kind, _, layer in parts if (wanted := parse_kind(layer, kind)) is not None]
 
 
-def form_shapes(
-    model: nn.Module, layers: Sequence[Wanted], image_shape: tuple[int, int, int]
-) -> dict[Wanted, tuple[int, ...]]:
+def form_shapes(model: nn.Module, layers: Sequence[Wanted], image_shape: tuple[int, int, int]) -> dict[Wanted, Shape]:
     """The shape of one sample in each wanted form, for images (C, H, W)."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), tapped(model, [one.layer for one in layers]) as tap:
-        outputs = tap(torch.zeros(2, *image_shape, device=device))
-    model.train(was_training)
-    return {one: tuple(take_form(one, outputs.features[one.layer]).shape[1:]) for one in layers}
+    shapes = source_shapes(model, layers, image_shape)
+    return {one: form_shape(one, shapes[one.source]) for one in layers}
+
+
+def source_shapes(model: nn.Module, layers: Sequence[Wanted], image_shape: tuple[int, int, int]) -> dict[str, Shape]:
+    """The shape of what each of the wanted is made of, by its `source`, without the batch axis."""
+    tapped = [one.layer for one in layers if one.source == one.layer]
+    return {**feature_shapes(model, tapped, image_shape), INPUT_GRADIENT: image_shape}
 
 
 def missing_bytes(path: Path, wanted: Manifest, samples: Samples) -> int:

@@ -6,27 +6,21 @@ The teacher is never loaded: all that is read here was written by `cache-teacher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from stages.class_map import MappedOutputs
 from stages.config import section
-from stages.datasets.image_set import ImageSet, pixel_checksums
-from stages.features import Outputs, TeacherOutputs
-from stages.forms import MAP
+from stages.features import DenseOutputs, TeacherOutputs
+from stages.forms import Wanted
+from stages.joining import Source
+from stages.serving import LOGITS
 from stages.top_k import TopKOutputs
-from store import FingerprintMismatch, StoreError, TargetStore
-
-LOGITS = "logits"
-
-Missing = Literal["error", "hard-labels"]
-"""What samples without targets are: an error, or taught by their labels alone."""
+from store import StoreError, TargetStore
 
 GIB = 2**30
 
@@ -46,33 +40,6 @@ class ReadConfig:
     mapped_bytes: Annotated[int, Field(ge=0)] = 64 * GIB
 
 
-def feature_array(layer: str) -> str:
-    """The name of the array that holds a layer's feature maps."""
-    return f"{MAP}/{layer}"
-
-
-def names_wanted(store: TargetStore, layers: Sequence[str]) -> list[str]:
-    """The arrays that hold a store's logits and the feature maps of `layers`."""
-    logits = [spec.name for spec in store.arrays if spec.name.startswith(LOGITS)]
-    return [*logits, *map(feature_array, layers)]
-
-
-@dataclass(frozen=True)
-class Source:
-    """One store, the rows of the student's samples in it, int64 [N], and the layers wanted of it.
-
-    Samples that the store lacks have row -1.
-    """
-
-    store: TargetStore
-    rows: Tensor
-    layers: tuple[str, ...]
-
-    @property
-    def names(self) -> list[str]:
-        return names_wanted(self.store, self.layers)
-
-
 class Targets:
     """The targets of a student's samples from one or several stores.
 
@@ -87,14 +54,15 @@ class Targets:
         self._device = device
         self._sources = tuple(sources)
         self._held: dict[tuple[int, str, int], Tensor] = {}
-        known = torch.stack([source.rows >= 0 for source in sources]).all(0)
-        if not known.any():
-            places = ", ".join(str(source.store.path) for source in sources)
-            raise StoreError(
-                f"no sample has targets in every one of {places}: several stores are several teachers of the same "
-                "samples."
-            )
-        self._known = None if known.all() else known
+        held = [source.rows >= 0 for source in sources]
+        for source, known in zip(sources, held, strict=True):
+            if not known.any():
+                raise StoreError(
+                    f"{source.store.path} has targets for none of the samples: several stores are several teachers of "
+                    "the same samples."
+                )
+        self._known = [None if known.all() else known for known in held]
+        self.num_unknown = int((~torch.stack(held).any(0)).sum())
         self.slabs: Tensor | None = None
         self.window = window or 1
         if window is None:
@@ -109,31 +77,44 @@ class Targets:
         """How each store is read and why, for people."""
         return [f"{source.store.path}: {self._how(source)}" for source in self._sources]
 
-    @property
-    def num_unknown(self) -> int:
-        """How many of the samples have no targets."""
-        return 0 if self._known is None else int((~self._known).sum())
+    def known(self, indices: Tensor) -> list[Tensor | None]:
+        """For each store, which of the samples at `indices`, int64 [B], it has targets for: bool [B]; None where it has
+        all.
+        """
+        return [None if known is None else known[indices] for known in self._known]
 
-    def known(self, indices: Tensor) -> Tensor | None:
-        """Which of the samples at `indices`, int64 [B], all stores have targets for: bool [B]; None where all have."""
-        return None if self._known is None else self._known[indices]
+    def positions(self, number: int) -> Tensor:
+        """Where the samples stand that store `number` has targets for, int64 [n]."""
+        known = self._known[number]
+        return torch.arange(len(self._sources[number].rows)) if known is None else known.nonzero()[:, 0]
 
     def batch(self, view: int, indices: Tensor) -> list[TeacherOutputs]:
         """What each store says about the samples at `indices`, int64 [B], in `view`: float32 tensors on the device.
 
-        All of them must be known.
+        The rows of samples that a store does not know hold something, and mean nothing.
         """
         return [self._outputs(number, view, indices) for number in range(len(self._sources))]
 
+    def features(self, number: int, view: int, indices: Tensor, wanted: Sequence[Wanted]) -> dict[Wanted, Tensor]:
+        """Some of what store `number` has of the teacher's layers, and no logits, float32 on the device."""
+        source = self._sources[number]
+        rows = _readable(source.rows[indices])
+        servings = [serving for serving in source.servings if serving.wanted in wanted]
+        read = {name: self._rows(number, name, view, rows) for name in {serving.array for serving in servings}}
+        return {serving.wanted: serving(read[serving.array].float()) for serving in servings}
+
     def _outputs(self, number: int, view: int, indices: Tensor) -> TeacherOutputs:
         source = self._sources[number]
-        rows = source.rows[indices]
+        rows = _readable(source.rows[indices])
         read = {name: self._rows(number, name, view, rows) for name in source.names}
-        features = {layer: read[feature_array(layer)].float() for layer in source.layers}
+        features = {serving.wanted: serving(read[serving.array].float()) for serving in source.servings}
         form = source.store.manifest.top_k
+        said: TeacherOutputs
         if form is None:
-            return Outputs(read[LOGITS].float(), features)
-        return TopKOutputs(form, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
+            said = DenseOutputs(read[LOGITS].float(), features)
+        else:
+            said = TopKOutputs(form, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
+        return said if source.class_map is None else MappedOutputs(said, source.class_map)
 
     def _rows(self, number: int, name: str, view: int, rows: Tensor) -> Tensor:
         if self.residence in ("mapped", "streamed"):
@@ -160,57 +141,9 @@ class Targets:
         return f"{total}, kept {'on the device' if self.residence == 'device' else 'in memory'}"
 
 
-def join(store: TargetStore, image_set: ImageSet, layers: Sequence[str], missing: Missing = "error") -> Source:
-    """Find the rows of `image_set`'s samples in `store`, by id, and check that they are the same samples.
-
-    Raises StoreError for layers that the store lacks, and for samples that it lacks, unless they may be `missing`;
-    FingerprintMismatch for samples whose label or pixels are not those that the teacher saw.
-    """
-    ids = image_set.sample_ids.numpy()
-    at = store.samples.positions_of(ids)
-    known = at >= 0
-    if not known.all():
-        _require_may_be_missing(store, ids[~known], len(ids), missing)
-    rows = np.full(len(ids), -1, np.int64)
-    rows[known] = store.rows_of(ids[known])
-    for layer in layers:
-        store.spec(feature_array(layer))
-    held = store.samples.take(at[known])
-    compared = image_set.take(torch.from_numpy(known.nonzero()[0])) if not known.all() else image_set
-    _require_equal(store.path, compared, "label", held.labels, compared.labels.numpy())
-    _require_equal(store.path, compared, "pixel checksum", held.pixels_crc32c, pixel_checksums(compared))
-    num_classes = store.num_classes
-    if num_classes != image_set.num_classes:
-        raise StoreError(
-            f"{store.path} has logits of {num_classes} classes, the data set has {image_set.num_classes}: cache a "
-            "teacher of these classes."
-        )
-    return Source(store, torch.from_numpy(rows), tuple(layers))
-
-
-def _require_may_be_missing(store: TargetStore, absent: NDArray[np.int64], num_samples: int, missing: Missing) -> None:
-    """Raise StoreError where the store may not lack the samples `absent`, or where it lacks them all."""
-    some = f"{store.path} has no targets for {len(absent)} of the {num_samples} samples, such as {absent[:3].tolist()}"
-    if len(absent) == num_samples:
-        raise StoreError(f"{some}: it was made from another data set, or with other sample ids.")
-    if missing == "error":
-        raise StoreError(
-            f"{some}: cache them with `kdpipe cache-teacher`, leave them out of the data set, or let them learn from "
-            "their labels alone with student.missing = 'hard-labels'."
-        )
-
-
-def _require_equal(path: Path, image_set: ImageSet, what: str, stored: NDArray[Any], wanted: NDArray[Any]) -> None:
-    differ = np.flatnonzero(stored != wanted)
-    if len(differ):
-        pairs = [
-            (f"{what} of sample {int(image_set.sample_ids[at])}", int(stored[at]), int(wanted[at])) for at in differ[:3]
-        ]
-        advice = (
-            f"In all, {len(differ)} of {len(wanted)} samples differ: use the data set that the teacher saw, or cache "
-            "again into another store."
-        )
-        raise FingerprintMismatch(f"the store {path}", pairs, advice)
+def _readable(rows: Tensor) -> Tensor:
+    """Rows, int64 [B], those of unknown samples (-1) replaced by one that is read anyway."""
+    return rows if (rows >= 0).all() else torch.where(rows >= 0, rows, rows.max().clamp(min=0))
 
 
 def slab_window(wanted: Sequence[tuple[TargetStore, Sequence[str]]], config: ReadConfig) -> int | None:

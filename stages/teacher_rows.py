@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from stages.errors import NotFiniteError
 from stages.features import Outputs, Tap
-from stages.forms import Wanted, take_form
+from stages.forms import INPUT_GRADIENT, Wanted, take_form
+from stages.hard_labels import HardLabels, labels_of
 from stages.network import Network
-from stages.pictures import Request
+from stages.pictures import Request, Seen
 from stages.setup import Setup
 from store import Manifest, Unit, encode_topk, measure_dense, measure_features, measure_topk
 
@@ -50,21 +51,37 @@ class UnitRows:
         return {**rows, **{name: packed[name] for name in wanted}}, lost
 
 
-def speak(
-    tap: Tap, teacher: Network, unit: Unit, positions: Tensor, setup: Setup, *, batch_size: int
-) -> Iterator[tuple[Tensor, Outputs]]:
-    """Ids and outputs, batch by batch. Batches begin with the unit, so that its bytes are the same in every job.
+def tapped_layers(wanted: Sequence[Wanted]) -> list[str]:
+    """The modules to hook for what is wanted."""
+    return [one.layer for one in wanted if one.source == one.layer]
 
-    positions: int64 [n], where the unit's samples stand in the data set. One batch runs ahead of the one that is
-    handed out: a GPU computes while the last batch is copied from it.
+
+def listen(tap: Tap, teacher: Network, seen: Seen, wanted: Sequence[Wanted], hard: HardLabels) -> Outputs:
+    """What the teacher gives for pictures: logits, what `tap` hooks, and under INPUT_GRADIENT, where that is wanted,
+    the gradient of its cross entropy with the labels by the pixels, [B, C, H, W].
+    """
+    if all(one.source != INPUT_GRADIENT for one in wanted):
+        return tap(teacher.normalise(seen.images))
+    with torch.inference_mode(False), torch.enable_grad():  # what is made in inference mode has no gradient
+        images = teacher.normalise(seen.images.clone()).requires_grad_()
+        outputs = tap(images)
+        (gradient,) = torch.autograd.grad(hard.cross_entropy(outputs.logits).sum(), images)
+        features = {layer: feature.detach() for layer, feature in outputs.features.items()}
+        features[INPUT_GRADIENT] = teacher.normalise.gradient_by_pixels(gradient)
+        return Outputs(outputs.logits.detach(), features)
+
+
+def speak(
+    tap: Tap, teacher: Network, requests: Iterable[Request], setup: Setup, wanted: Sequence[Wanted] = ()
+) -> Iterator[tuple[Tensor, Outputs]]:
+    """Ids and outputs, batch by batch. One batch runs ahead of the one that is handed out: a GPU computes while the
+    last batch is copied from it.
     """
     held: tuple[Tensor, Outputs] | None = None
-    for seen in setup.pictures.stream(
-        (Request(at, unit.view) for at in torch.split(positions, batch_size)), whole=True
-    ):
+    for seen in setup.pictures.stream(requests, whole=True):
         setup.watch.check()
         ids = setup.train_set.sample_ids[seen.positions].to(setup.device, non_blocking=True)
-        outputs = tap(teacher.normalise(seen.images))
+        outputs = listen(tap, teacher, seen, wanted, labels_of(setup.pictures, seen))
         if held is not None:
             yield held
         held = ids, outputs
@@ -88,7 +105,7 @@ def collect(
             logits = np.empty((unit.num_rows, said.shape[1]), np.float32)
         logits[start:stop] = said.cpu().numpy()
         for one in wanted:
-            exact = take_form(one, outputs.features[one.layer])
+            exact = take_form(one, outputs.features[one.source])
             narrow = _narrow(one.array, exact, manifest.spec(one.array).dtype, ids, unit).cpu().numpy()
             features[one.array][start:stop] = narrow
             if one.array not in lost:  # a unit's first rows stand for it: maps are large, and lose all alike

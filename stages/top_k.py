@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.features import rows_of
+from stages.forms import Wanted
 from store import TopK, interpolation
 
 
@@ -20,7 +22,12 @@ class TopKOutputs:
     values: Tensor
     indices: Tensor
     tail: Tensor
-    features: Mapping[str, Tensor]
+    features: Mapping[Wanted, Tensor]
+
+    def rows(self, index: Tensor) -> TopKOutputs:
+        """The same for some of the samples, int64 [n]."""
+        features = rows_of(self.features, index)
+        return TopKOutputs(self.form, self.values[index], self.indices[index], self.tail[index], features)
 
     def logits_at(self, temperature: float) -> Tensor:
         """Logits [B, num_classes], float32, right in a softmax at `temperature`: the kept ones as they were, the

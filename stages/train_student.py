@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from stages.config import section
-from stages.errors import RecipeError
 from stages.features import feature_shapes
 from stages.job_folder import JobFolder
+from stages.joining import Missing
 from stages.lesson import Lesson
-from stages.losses.hint import HintConfig
-from stages.losses.kd import KDConfig
-from stages.losses.terms import LossConfig, build_terms, student_layers, teacher_layers
+from stages.losses.entry import Entry
+from stages.losses.fitnet import FitNetConfig
+from stages.losses.said import Facts, Shapes
+from stages.losses.simkd import SimKDConfig
+from stages.losses.terms import build_distillation, student_layers
+from stages.model_file import save_model
 from stages.models.build import ModelConfig
 from stages.network import Network, finish
 from stages.optim import TrainConfig
 from stages.order import derive_seed
+from stages.reuse_classifier import require_teacher, with_teachers_classifier
+from stages.schedules import Amount
 from stages.setup import Setup, deciding, model_normalisation
-from stages.store_plan import library_versions
-from stages.targets import Missing, ReadConfig, Source, Targets, feature_array, join, names_wanted, slab_window
+from stages.targets import ReadConfig, Targets
+from stages.teachers import Combination, TeachersConfig
+from stages.teaching import Teaching, check_together, open_stores, shapes_of
+from stages.tensor_file import load_tensors
 from stages.training import Job, train
 from stages.views.config import ViewsConfig
-from stages.watch import Event, Watch
-from store import TargetStore, default_area, interpolation, made_with, open_store, read_store_manifest, stage
+from store import make_folders
 
 ALONE, DISTILLED = "alone", "distilled"
 
@@ -44,48 +49,23 @@ class StudentConfig:
     """The student, and how it is trained: once for each seed, alone and distilled, all else being equal.
 
     hard_label_weight: the weight of the cross entropy with the labels beside the distillation losses.
+    label_smoothing: the share of each label that goes to all classes alike; of the student alone too.
     stores: the target stores to learn from; none means the one that this recipe's `cache-teacher` fills. Several are
-    several teachers: losses on logits take the mean of theirs, a hint says which store it means.
+    several teachers, as `teachers` says; a loss on features says which store it means.
     missing: what samples are for which a store has no targets: an "error", or taught by their "hard-labels" alone.
     """
 
     model: ModelConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_unequal)] = (0, 1, 2)
-    hard_label_weight: Annotated[float, Field(ge=0)] = 0.1
+    hard_label_weight: Amount = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     stores: tuple[str, ...] = ()
+    teachers: TeachersConfig = Field(default_factory=TeachersConfig)
     missing: Missing = "error"
     read: ReadConfig = Field(default_factory=ReadConfig)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """The stores of a run, opened and checked, with the losses that read them."""
-
-    stores: Sequence[TargetStore]
-    losses: Sequence[LossConfig]
-    hard_label_weight: float
-    read: ReadConfig = field(default_factory=ReadConfig)
-    missing: Missing = "error"
-
-    def to_json(self) -> dict[str, Any]:
-        """What decides the teaching's numbers."""
-        return {
-            "stores": [store.manifest.numbers_sha256(names) for store, names in self._names()],
-            "order": slab_window(self._names(), self.read),
-            "losses": [deciding(loss) for loss in self.losses],
-            "hard_label_weight": self.hard_label_weight,
-            "missing": self.missing,
-        }
-
-    def _names(self) -> list[tuple[TargetStore, list[str]]]:
-        """Each store with the arrays that the losses want of it."""
-        return [
-            (store, names_wanted(store, teacher_layers(self.losses, number)))
-            for number, store in enumerate(self.stores)
-        ]
 
 
 def view_warning(views: ViewsConfig) -> str | None:
@@ -108,89 +88,69 @@ def student_folder(run: Path, kind: str, seed: int) -> JobFolder:
     return JobFolder(run / "students" / f"{kind}-seed{seed}")
 
 
+def student_shapes(config: StudentConfig, losses: Sequence[Entry], setup: Setup) -> Shapes:
+    """The shapes of what `losses` hook in the student. Raises ModelError, listing the nearest, for a wrong path."""
+    model = fresh_student(config, config.seeds[0], setup).model
+    return feature_shapes(model, student_layers(losses), setup.image_shape)
+
+
 def open_teaching(
     places: Sequence[Path | str],
-    losses: Sequence[LossConfig],
+    losses: Sequence[Entry],
     student: StudentConfig,
-    wanted: dict[str, Any],
+    identity: Mapping[str, Any],
     setup: Setup,
 ) -> Teaching:
-    """Open the stores that `losses` learn from. `wanted` is what their manifests must say beside the views.
-
-    Stores at URLs, and archives, are staged first: copied to this machine and unpacked, once for all its jobs.
-
-    Raises RecipeError where a loss names a store that is not there, StoreError and FingerprintMismatch for stores that
-    are incomplete or belong to another teacher, view recipe or number of views.
-    """
-    paths = [on_this_machine(place, setup.watch) for place in places]
-    stores = [open_for(setup, path, wanted) for path in paths]
-    fingerprints = [store.manifest.identity.fingerprint for store in stores]
-    if len(set(fingerprints)) < len(fingerprints):
-        raise RecipeError(
-            f"student.stores names one teacher twice: {', '.join(map(str, places))} hold the same outputs."
-        )
-    for store in stores:
-        if store.num_views < setup.views.num_views:
-            raise RecipeError(
-                f"{store.path} holds {store.num_views} views, the recipe wants {setup.views.num_views}: run `kdpipe "
-                "cache-teacher` with this recipe to add them, or lower views.num_views."
-            )
+    """The stores that `losses` teach the student from, opened and checked. Raises what `open_stores` raises."""
+    shapes = student_shapes(student, losses, setup)
+    teaching = open_stores(places, losses, student, identity, setup, shapes=shapes)
     for loss in losses:
-        if isinstance(loss, HintConfig) and loss.store >= len(stores):
-            raise RecipeError(f"a hint names store {loss.store}; there are {len(stores)}, counted from 0.")
-    _require_temperatures(stores, losses)
-    return Teaching(stores, losses, student.hard_label_weight, student.read, student.missing)
+        if isinstance(loss, SimKDConfig):
+            store = teaching.stores[loss.store or 0]
+            require_teacher(loss, setup.run, store.manifest.identity.teacher, store.path)
+    return teaching
 
 
-def open_for(setup: Setup, path: Path, wanted: dict[str, Any]) -> TargetStore:
-    """Open a store whose views are this setup's, with the advice that a user needs where they are not: the same recipe
-    may be rendered otherwise here. `wanted` names what else it must have.
+def build_lesson(
+    network: Network,
+    teaching: Teaching | None,
+    seed: int,
+    setup: Setup,
+    *,
+    label_smoothing: float = 0.0,
+    settled: bool = False,
+) -> Lesson:
+    """What `network` is to learn from: hard labels alone where `teaching` is None, else also what the stores say.
+
+    settled: fine-tuning, for which all ramps have ended.
     """
-    advice = "Cache again with this recipe into another run folder or store, or go back to the recipe that made it."
-    advice += made_with(read_store_manifest(path).versions, library_versions())
-    return open_store(path, wanted | {"views": setup.view_identity()}, advice)
-
-
-def on_this_machine(place: Path | str, watch: Watch) -> Path:
-    """Where the store at `place` can be mapped; staged, and said so, where it cannot be as it lies."""
-
-    def on_unit(done: int, total: int) -> None:
-        watch.report(Event("stage", f"{place} to {area.folder}", done, total, "unit"))
-
-    area = default_area(os.environ)
-    return stage(place, area, on_unit)
-
-
-def _require_temperatures(stores: Sequence[TargetStore], losses: Sequence[LossConfig]) -> None:
-    """Raise StoreError where a loss has a temperature for which a store with top-k logits does not know the tail."""
-    for store in stores:
-        for loss in losses:
-            if store.manifest.top_k and isinstance(loss, KDConfig):
-                interpolation(store.manifest.top_k, loss.temperature)
-
-
-def build_lesson(network: Network, teaching: Teaching | None, seed: int, setup: Setup) -> Lesson:
-    """What `network` is to learn from: hard labels alone where `teaching` is None, else also what the stores say."""
-    num_views, fresh = setup.views.num_views, not setup.views.replay
+    views = setup.views
+    lesson = Lesson(
+        setup.pictures,
+        views.num_views,
+        network.normalise,
+        fresh_views=not views.replay,
+        label_smoothing=label_smoothing,
+    )
     if teaching is None:
-        return Lesson(setup.pictures, num_views, network.normalise, fresh_views=fresh)
-    sources = [
-        join(store, setup.train_set, teacher_layers(teaching.losses, number), teaching.missing)
-        for number, store in enumerate(teaching.stores)
-    ]
-    shapes = feature_shapes(network.model, student_layers(teaching.losses), setup.image_shape)
-    terms = build_terms(
-        teaching.losses, shapes, [_held_shapes(source) for source in sources], derive_seed(seed, "adapters")
+        return lesson
+    sources = teaching.sources(setup)
+    distillation = build_distillation(
+        teaching.losses,
+        feature_shapes(network.model, student_layers(teaching.losses), setup.image_shape),
+        [shapes_of(source) for source in sources],
+        combination=Combination(teaching.teachers, len(sources), teaching.accuracies),
+        facts=Facts(setup.train_set.num_samples, setup.train_set.num_classes),
+        seed=derive_seed(seed, "adapters"),
     )
     targets = Targets(sources, setup.device, teaching.read)
-    return Lesson(
-        setup.pictures,
-        num_views,
-        network.normalise,
+    check_together(teaching, sources, targets)
+    return replace(
+        lesson,
         targets=targets,
-        fresh_views=fresh,
-        terms=terms,
+        distillation=distillation,
         hard_label_weight=teaching.hard_label_weight,
+        settled=settled,
     )
 
 
@@ -201,7 +161,7 @@ def train_student(config: StudentConfig, seed: int, teaching: Teaching | None, s
     """
     kind = ALONE if teaching is None else DISTILLED
     folder = student_folder(setup.run, kind, seed)
-    network = fresh_student(config, seed, setup)
+    network = fresh_student(config, seed, setup, teaching.losses if teaching else ())
     folder.begin(
         {
             "starts_from": network.identity,
@@ -210,23 +170,53 @@ def train_student(config: StudentConfig, seed: int, teaching: Teaching | None, s
             "data": setup.data_identity(),
             "test": setup.test_identity(),
             "views": setup.shown_views(),
+            "label_smoothing": config.label_smoothing,
             "teaching": teaching.to_json() if teaching else None,
         }
     )
     if (done := folder.result()) is not None:
         return done
-    lesson = build_lesson(network, teaching, seed, setup)
+    name = f"{kind} student, seed {seed}"
+    if teaching is not None:
+        _hint_stages(config, seed, teaching, setup, network)
+        teaching = teaching.main
+    lesson = build_lesson(network, teaching, seed, setup, label_smoothing=config.label_smoothing)
     layers = student_layers(teaching.losses) if teaching else ()
-    name, test = f"{kind} student, seed {seed}", setup.test(network.normalise)
+    test = setup.test(network.normalise)
     job = Job("train-student", name, network.model, lesson, test, config.train, seed, folder, layers)
     return finish(folder, network, train(job, setup.device, setup.watch), setup)
 
 
-def fresh_student(config: StudentConfig, seed: int, setup: Setup) -> Network:
-    """The untrained student of a seed."""
+def _hint_stages(config: StudentConfig, seed: int, teaching: Teaching, setup: Setup, network: Network) -> None:
+    """What comes before the student's own training where a loss is `fitnet`: each hint alone, one after the other, with
+    only the modules up to the hint layer, at a constant learning rate. Each ends in a file, from which the next begins.
+    """
+    folder = student_folder(setup.run, DISTILLED, seed)
+    if folder.checkpoint.exists():
+        return  # its own training is under way
+    stages = [stage for loss in teaching.losses if isinstance(loss, FitNetConfig) for stage in loss.stages()]
+    for number, stage in enumerate(stages, 1):
+        own = JobFolder(folder.path / f"hint{number}")
+        make_folders([own.path])
+        if not own.model.exists():
+            lesson = build_lesson(network, teaching.of([stage]), derive_seed(seed, "hint", number), setup)
+            train_config = replace(config.train, epochs=stage.stage_epochs, schedule="step", milestones=())
+            name = f"distilled student, seed {seed}, hint {number} of {len(stages)}"
+            only = replace(lesson, hints_only=True)
+            layers = stage.student_layers()
+            job = Job("train-student", name, network.model, only, None, train_config, seed, own, layers)
+            train(job, setup.device, setup.watch)
+            save_model(own.model, network.model, {"architecture": dict(network.architecture)})
+            own.checkpoint.unlink(missing_ok=True)
+        network.model.load_state_dict(load_tensors(own.model)[0])
+
+
+def fresh_student(config: StudentConfig, seed: int, setup: Setup, losses: Sequence[Entry] = ()) -> Network:
+    """The untrained student of a seed, with what `losses` make part of it."""
     normalise = model_normalisation(setup.train_set, config.model.weights, config.mean, config.std)
-    return Network(setup.build(config.model, seed), setup.architecture(config.model), normalise)
-
-
-def _held_shapes(source: Source) -> dict[str, tuple[int, ...]]:
-    return {layer: source.store.spec(feature_array(layer)).row_shape for layer in source.layers}
+    network = Network(setup.build(config.model, seed), setup.architecture(config.model), normalise)
+    for loss in losses:
+        if isinstance(loss, SimKDConfig):
+            own = derive_seed(seed, "projector")
+            network = with_teachers_classifier(network, loss, setup.run, setup.image_shape, own)
+    return network

@@ -29,6 +29,7 @@ from stages.watch import Event, Watch
 class Job:
     """One network to train: on what, how, where, and under which name it reports.
 
+    test: None where there is nothing to measure, as the network does not run to its end: `hints_only` in the lesson.
     `on_epoch` is called with the model and the epoch's number before each epoch; whatever it changes must be part of
     the model's state.
     """
@@ -37,7 +38,7 @@ class Job:
     name: str
     model: nn.Module
     lesson: Lesson
-    test: Evaluation
+    test: Evaluation | None
     config: TrainConfig
     seed: int
     folder: JobFolder
@@ -58,7 +59,7 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
     batches = job.lesson.stream(
         job.seed, job.config.batch_size, epoch=state.epoch, step=state.step, epochs=job.config.epochs
     )
-    with tapped(job.model, job.student_layers) as student:
+    with tapped(job.model, job.student_layers, no_further=job.lesson.hints_only) as student:
         while state.epoch < job.config.epochs:
             started = time.monotonic()
             job.on_epoch(job.model, state.epoch)
@@ -80,7 +81,8 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
 
 
 def _set_up(job: Job, device: torch.device) -> Machinery:
-    modules = nn.ModuleDict({"student": job.model, "terms": job.lesson.terms}).to(device)
+    distillation = job.lesson.distillation or nn.Module()
+    modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
     optimiser = build_optimiser(job.config, modules.parameters())
     narrow = _narrow_type(job.config, device)
     return Machinery(modules, optimiser, torch.amp.GradScaler(device.type, enabled=narrow is torch.float16))
@@ -91,6 +93,8 @@ def _step(job: Job, student: Tap, machinery: Machinery, state: State, batch: Bat
     device = next(job.model.parameters()).device
     narrow = _narrow_type(job.config, device)
     torch.manual_seed(derive_seed(job.seed, "step", state.epoch, state.step))
+    if job.lesson.needs_input_gradient:
+        batch.images.requires_grad_()
     with torch.autocast(device.type, dtype=narrow, enabled=narrow is not None):
         losses = job.lesson.losses(student(batch.images), batch)
     machinery.optimiser.zero_grad(set_to_none=True)
@@ -108,8 +112,8 @@ def _end_epoch(job: Job, state: State, steps: int, device: torch.device, wall_s:
         raise NotFiniteError(
             f"the loss of {job.name} became {losses} in epoch {state.epoch}: lower lr, or lengthen warmup_epochs."
         )
-    measured = evaluate(job.model, job.test, device)
-    line = {"epoch": state.epoch, **measured.to_json(), "losses": losses, "wall_s": round(wall_s, 3)}
+    measured = evaluate(job.model, job.test, device).to_json() if job.test else {}
+    line = {"epoch": state.epoch, **measured, "losses": losses, "wall_s": round(wall_s, 3)}
     state.history.append(line)
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
     job.folder.write_metrics(state.history)
@@ -117,7 +121,7 @@ def _end_epoch(job: Job, state: State, steps: int, device: torch.device, wall_s:
 
 def _event(job: Job, state: State, steps: int, line: dict[str, Any] | None = None) -> Event:
     done = state.epoch * steps + state.step
-    metrics = {"accuracy": line["accuracy"], "epoch": line["epoch"]} if line else {}
+    metrics: dict[str, Any] = {key: line[key] for key in ("accuracy", "epoch") if key in line} if line else {}
     return Event(job.stage, job.name, done, job.config.epochs * steps, "step", metrics)
 
 

@@ -25,10 +25,14 @@ MOST_UNITS = 2**20
 MOST_SHARD_BYTES = 2**35
 """Nor more units, nor larger shards: with kdpipe's default of 64 MiB that is 64 TiB an array."""
 
-FORMS = ("features", "pooled", "attention", "gram")
-"""Where what a layer gave stands: its feature map as it is, or a statistic of it."""
+FORMS = ("features", "pooled", "attention", "gram", "spatial_gram", "input_gradient")
+"""Where what a layer gave stands: its feature map as it is, or a statistic of it; `-HxW` where the map was pooled first.
+"""
 
-ARRAY_NAME = re.compile(rf"logits|logits/(values|indices|tail)|({'|'.join(FORMS)})/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,199}}")
+ARRAY_NAME = re.compile(
+    rf"logits|logits/(values|indices|tail)"
+    rf"|({'|'.join(FORMS)})(-[1-9][0-9]{{0,4}}x[1-9][0-9]{{0,4}})?/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,199}}"
+)
 """What an array may be called: names become paths, and must not climb out of the store."""
 
 

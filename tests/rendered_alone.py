@@ -87,13 +87,13 @@ def check_labels(image_set, positions, view, batch):
     """Own and partners' labels and shares of a batch, and its loss, each by hand."""
     mixture = mixture_of(image_set, MIXED_CROPS, positions, view)
     label_of = dict(zip(image_set.sample_ids.tolist(), image_set.labels.tolist(), strict=True))
-    assert torch.equal(batch.labels, image_set.labels[positions])
-    assert batch.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
-    assert torch.equal(batch.own_share, mixture.own_share)
+    assert torch.equal(batch.hard.labels, image_set.labels[positions])
+    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
+    assert torch.equal(batch.hard.own_share, mixture.own_share)
     assert 0 < mixture.mixed.sum() < len(positions), "some are mixed and some are not"
     logits = torch.randn(len(positions), 4, generator=torch.Generator().manual_seed(0))
     log_p, rows = F.log_softmax(logits.double(), 1), torch.arange(len(positions))
-    own, partners = -log_p[rows, batch.labels], -log_p[rows, batch.partner_labels]
+    own, partners = -log_p[rows, batch.hard.labels], -log_p[rows, batch.hard.partner_labels]
     share = mixture.own_share.double()
     by_hand = (share * own + (1 - share) * partners).mean()
     said = lesson_of(None, hard_label_weight=0.5).losses(Outputs(logits, {}), batch)

@@ -1,36 +1,72 @@
 """Hints: the student's feature map, through an adapter, towards the teacher's. FitNets, Romero et al. 2015 (1412.6550).
 
-Here the hint is trained together with everything else, as the field's reference code does; the paper's two stages
-are not.
+Here the hint is trained together with everything else, as the field's reference code does; `fitnet` has the paper's
+two stages.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from stages.config import section
 from stages.errors import RecipeError
+from stages.forms import Wanted, widened
+from stages.losses.entry import Entry, Pairs, students_of, teachers_of
+from stages.losses.said import Facts, Said, Shapes, TeacherShapes
+from stages.schedules import Amount
 
 
 @section
-class HintConfig:
+class HintConfig(Entry):
     """weight times the mean squared error at each pair of (student layer, teacher layer)."""
 
+    paper: ClassVar[str] = "Romero et al. 2015, arXiv 1412.6550"
+
     loss: Literal["hint"]
-    layers: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]
-    weight: Annotated[float, Field(ge=0)] = 100.0
-    store: Annotated[int, Field(ge=0)] = 0
+    layers: Pairs
+    weight: Amount = 100.0
+
+    def student_layers(self) -> tuple[str, ...]:
+        return students_of(self.layers)
+
+    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
+        return teachers_of(self.layers)
+
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+        return Hint(self.layers, student, teacher)
+
+
+class Hint(nn.Module):
+    """The squared error of each sample, summed over the pairs, [B], through adapters that train with the student and are
+    not part of it.
+    """
+
+    def __init__(self, pairs: Pairs, student: Shapes, teacher: TeacherShapes) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.adapters = nn.ModuleList(adapter(student[mine], teacher[Wanted(theirs)]) for mine, theirs in pairs)
+
+    def forward(self, said: Said) -> Tensor:
+        parts = [
+            hint_per_sample(adapt(said.student.features[mine]), said.teacher.features[Wanted(theirs)])
+            for adapt, (mine, theirs) in zip(self.adapters, self.pairs, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error over all elements of two feature maps of equal shape [B, ...], in float32 or wider."""
-    if student.dtype.itemsize < 4:
-        student = student.float()
-    return F.mse_loss(student, teacher.to(student.dtype))
+    return hint_per_sample(student, teacher).mean()
+
+
+def hint_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
+    """`hint_loss` of each sample: [B, ...] twice to [B]."""
+    student = widened(student)
+    return F.mse_loss(student, teacher.to(student.dtype), reduction="none").flatten(1).mean(1)
 
 
 def adapter(student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:

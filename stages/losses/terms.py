@@ -1,78 +1,201 @@
-"""The recipe's `[[distill]]` entries as modules: each says what it needs of teacher and student, and has its weight."""
+"""The recipe's `[[distill]]` entries as modules: each picks its teacher and its samples, and has its weight."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, get_args
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from stages.features import Outputs, TeacherOutputs
-from stages.losses.hint import HintConfig, adapter, hint_loss
-from stages.losses.kd import KDConfig, kd_loss
+from stages.forms import Wanted
+from stages.losses.at import ATConfig
+from stages.losses.at_gradient import ATGradientConfig
+from stages.losses.cc import CCConfig
+from stages.losses.crd import CRDConfig
+from stages.losses.dist import DISTConfig
+from stages.losses.dkd import DKDConfig
+from stages.losses.entry import Entry, Response
+from stages.losses.fitnet import FitNetConfig
+from stages.losses.hint import HintConfig
+from stages.losses.kd import KDConfig
+from stages.losses.logit_mse import LogitMSEConfig
+from stages.losses.mlld import MLLDConfig
+from stages.losses.nkd import NKDConfig
+from stages.losses.nst import NSTConfig
+from stages.losses.pkt import PKTConfig
+from stages.losses.review_kd import ReviewKDConfig
+from stages.losses.rkd import RKDConfig
+from stages.losses.said import Facts, Others, Said, Shapes, TeacherShapes
+from stages.losses.selection import chosen, weights
+from stages.losses.simkd import SimKDConfig
+from stages.losses.sp import SPConfig
+from stages.losses.standardise import Standardised, standardised
+from stages.losses.vid import VIDConfig
+from stages.schedules import Moment, amount_at
+from stages.teachers import Combination
 
-LossConfig = Annotated[KDConfig | HintConfig, Field(discriminator="loss")]
+AnyLoss = (
+    KDConfig
+    | DKDConfig
+    | DISTConfig
+    | NKDConfig
+    | MLLDConfig
+    | LogitMSEConfig
+    | HintConfig
+    | FitNetConfig
+    | ATConfig
+    | ATGradientConfig
+    | NSTConfig
+    | VIDConfig
+    | ReviewKDConfig
+    | SimKDConfig
+    | RKDConfig
+    | SPConfig
+    | PKTConfig
+    | CCConfig
+    | CRDConfig
+)
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Feature shapes without the batch axis, by module path."""
+LossConfig = Annotated[AnyLoss, Field(discriminator="loss")]
+
+LOSSES: tuple[type[Entry], ...] = get_args(get_args(LossConfig)[0])
+"""The sections of all losses, as `kdpipe losses` lists them."""
 
 
-class KD(nn.Module):
-    """Response distillation towards the mean of the stores' logits."""
+@dataclass(frozen=True)
+class Exchange:
+    """What a student says about a batch, and what all its teachers do.
 
-    def __init__(self, config: KDConfig) -> None:
+    known: for each teacher, which of the samples it knows, bool [B] on the CPU; None for all. labels, ranks: int64 [B].
+    others: by loss, the samples that it contrasts with. input_gradient: as in `Said`.
+    """
+
+    student: Outputs
+    teachers: Sequence[TeacherOutputs]
+    known: Sequence[Tensor | None]
+    labels: Tensor
+    ranks: Tensor
+    moment: Moment
+    others: Mapping[str, Others]
+    input_gradient: Tensor | None = None
+
+
+class Term(nn.Module):
+    """One entry: the loss of the samples that it is about, times its weight and their share of the batch."""
+
+    def __init__(self, name: str, config: Entry, loss: nn.Module) -> None:
         super().__init__()
+        self.name = name
         self.config = config
+        self.loss = loss
 
-    def forward(self, student: Outputs, teachers: Sequence[TeacherOutputs]) -> Tensor:
-        temperature = self.config.temperature
-        target = torch.stack([teacher.logits_at(temperature).float() for teacher in teachers]).mean(0)
-        return self.config.weight * kd_loss(student.logits, target, temperature)
+    def forward(self, exchange: Exchange, together: TeacherOutputs) -> Tensor:
+        said = self._said(exchange, together)
+        known = self._known(exchange)
+        nothing: Tensor = exchange.student.logits.new_zeros(())
+        if known is not None:
+            if len(known) == 0:
+                return nothing
+            said = said.rows(known.to(said.labels.device, non_blocking=True))
+        picked = chosen(self.config.samples, said.teacher, said.labels)
+        if picked is not None:
+            if len(picked) == 0:
+                return nothing
+            said = said.rows(picked)
+        share = len(said.labels) / len(exchange.labels)
+        counts = weights(self.config.samples, said.teacher, said.labels)
+        if len(said.labels) == 1 and share < 1:  # an adapter's norm needs two; the mean of two is that of the one
+            said = said.rows(torch.zeros(2, dtype=torch.int64, device=said.labels.device))
+        loss: Tensor = self.loss(self._standardised(said))
+        if counts is not None:
+            loss = counts.to(loss) * loss
+        return amount_at(self.config.weight, exchange.moment) * share * loss.mean()
+
+    def _said(self, exchange: Exchange, together: TeacherOutputs) -> Said:
+        alone = self.config.store is None and self.config.on_logits
+        return Said(
+            exchange.student,
+            together if alone else exchange.teachers[self.config.store or 0],
+            exchange.labels,
+            exchange.ranks,
+            exchange.moment,
+            exchange.others.get(self.name),
+            exchange.input_gradient,
+        )
+
+    def _known(self, exchange: Exchange) -> Tensor | None:
+        """The samples of which this loss's teacher, or any of its teachers, knows, int64 [n]; None for all."""
+        if self.config.store is None and self.config.on_logits:
+            masks = list(exchange.known)
+        else:
+            masks = [exchange.known[self.config.store or 0]]
+        held = [mask for mask in masks if mask is not None]
+        if len(held) < len(masks):
+            return None
+        any_of_them = torch.stack(held).any(0)
+        return None if any_of_them.all() else any_of_them.nonzero()[:, 0]
+
+    def _standardised(self, said: Said) -> Said:
+        if not isinstance(self.config, Response) or not self.config.standardise:
+            return said
+        student = Outputs(standardised(said.student.logits), said.student.features)
+        return replace(said, student=student, teacher=Standardised(said.teacher))
 
 
-class Hint(nn.Module):
-    """Feature distillation through adapters that train with the student and are not part of it."""
+class Distillation(nn.Module):
+    """All entries of a recipe, and how several teachers are one. What trains with the student is in it."""
 
-    def __init__(self, config: HintConfig, student: Shapes, teachers: Sequence[Shapes]) -> None:
+    def __init__(self, terms: Mapping[str, Term], combination: Combination) -> None:
         super().__init__()
-        self.config = config
-        teacher = teachers[config.store]
-        self.adapters = nn.ModuleList(adapter(student[mine], teacher[theirs]) for mine, theirs in config.layers)
+        self.terms = nn.ModuleDict(terms)
+        self.combination = combination
 
-    def forward(self, student: Outputs, teachers: Sequence[TeacherOutputs]) -> Tensor:
-        wanted = teachers[self.config.store].features
-        parts = [
-            hint_loss(adapt(student.features[mine]), wanted[theirs])
-            for adapt, (mine, theirs) in zip(self.adapters, self.config.layers, strict=True)
-        ]
-        return self.config.weight * torch.stack(parts).sum()
+    @property
+    def configs(self) -> dict[str, Entry]:
+        """The entries by the names of their losses in metrics and checkpoints."""
+        return {name: term.config for name, term in self.terms.items()}  # type: ignore[misc]
+
+    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
+        """The weighted losses by name."""
+        if len(exchange.teachers) == 1 and not self.combination.config.temperatures:
+            together = exchange.teachers[0]
+        else:
+            together = self.combination(exchange.teachers, exchange.known, exchange.labels)
+        return {name: term(exchange, together) for name, term in self.terms.items()}
 
 
-def student_layers(configs: Sequence[KDConfig | HintConfig]) -> list[str]:
+def student_layers(configs: Sequence[Entry]) -> list[str]:
     """The student's modules that these losses hook."""
-    pairs = [pair for config in configs if isinstance(config, HintConfig) for pair in config.layers]
-    return list(dict.fromkeys(mine for mine, _ in pairs))
+    return list(dict.fromkeys(layer for config in configs for layer in config.student_layers()))
 
 
-def teacher_layers(configs: Sequence[KDConfig | HintConfig], store: int) -> list[str]:
-    """The teacher's modules whose feature maps these losses want of store number `store`."""
-    hints = [config for config in configs if isinstance(config, HintConfig) and config.store == store]
-    return list(dict.fromkeys(theirs for config in hints for _, theirs in config.layers))
+def wanted_of(configs: Sequence[Entry], student: Shapes, store: int) -> list[Wanted]:
+    """What these losses want of the layers of store number `store`'s teacher."""
+    own = [config for config in configs if (config.store or 0) == store]
+    return list(dict.fromkeys(one for config in own for one in config.wants(student)))
 
 
-def build_terms(
-    configs: Sequence[KDConfig | HintConfig], student: Shapes, teachers: Sequence[Shapes], seed: int
-) -> nn.ModuleDict:
+def build_distillation(
+    configs: Sequence[Entry],
+    student: Shapes,
+    teachers: Sequence[TeacherShapes],
+    *,
+    combination: Combination,
+    facts: Facts,
+    seed: int,
+) -> Distillation:
     """One module a loss, by a name that tells equal ones apart, adapters initialised from `seed`.
 
     Raises RecipeError where shapes cannot be joined.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        terms: dict[str, nn.Module] = {}
+        terms = {}
         for number, config in enumerate(configs):
-            term = KD(config) if isinstance(config, KDConfig) else Hint(config, student, teachers)
-            terms[f"{config.loss}_{number}"] = term
-        return nn.ModuleDict(terms)
+            name = f"{config.loss}_{number}"
+            terms[name] = Term(name, config, config.build(student, teachers[config.store or 0], facts))
+        return Distillation(terms, combination)

@@ -60,9 +60,14 @@ def load_entries(model: nn.Module, entries: Mapping[str, Any], source: str) -> N
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hex sha256 over the sorted entries of the state dict: name, dtype, shape, little-endian bytes of each."""
+    """The digest of a network's state dict."""
+    return state_sha256(model.state_dict())
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hex sha256 over the sorted entries of a state dict: name, dtype, shape, little-endian bytes of each."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(_little_endian_bytes(tensor))
     return digest.hexdigest()

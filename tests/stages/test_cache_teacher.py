@@ -28,7 +28,8 @@ from stages.errors import ModelError, NotFiniteError, RecipeError, RunError, Sto
 from stages.features import tapped
 from stages.forms import Wanted
 from stages.part import Part
-from stages.targets import Targets, join
+from stages.joining import join
+from stages.targets import Targets
 from stages.train_teacher import load_teacher
 from stages.views.renderer import Renderer
 from stages.watch import Watch

@@ -88,9 +88,9 @@ def test_the_student_sees_that_mixture_to_the_bit_with_both_labels(run):
         ids = WHOLE.sample_ids[lesson.order(5, epoch)[:50]]
         mixture = mixtures(ids, view, WHOLE.sample_ids)
         assert torch.equal(batch.images, network.normalise(pictures(ids, view, WHOLE.sample_ids)))
-        assert batch.labels.tolist() == [label_of[one] for one in ids.tolist()]
-        assert batch.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
-        assert torch.equal(batch.own_share, mixture.own_share)
+        assert batch.hard.labels.tolist() == [label_of[one] for one in ids.tolist()]
+        assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
+        assert torch.equal(batch.hard.own_share, mixture.own_share)
         stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
         assert torch.equal(batch.teachers[0].logits, torch.from_numpy(stored).float())
 
@@ -101,8 +101,8 @@ def test_the_hard_labels_of_a_mixture_count_by_their_shares(run):
     outputs = type("Said", (), {"logits": torch.randn(50, 4), "features": {"stage2": torch.randn(50, 8, 4, 4)}})
     logs, total = outputs.logits.log_softmax(1), 0.0
     for at in range(50):
-        own, share = int(batch.labels[at]), float(batch.own_share[at])
-        total -= share * float(logs[at, own]) + (1 - share) * float(logs[at, int(batch.partner_labels[at])])
+        own, share = int(batch.hard.labels[at]), float(batch.hard.own_share[at])
+        total -= share * float(logs[at, own]) + (1 - share) * float(logs[at, int(batch.hard.partner_labels[at])])
     assert float(lesson.losses(outputs, batch)["hard_labels"]) == pytest.approx(0.1 * total / 50, rel=1e-5)
 
 
@@ -156,7 +156,7 @@ def test_a_student_on_a_part_of_the_data_set_sees_the_same_mixtures(run, part):
     assert torch.equal(batch.images, network.normalise(pictures(ids, 2, WHOLE.sample_ids)))
     mixture = mixtures(ids, 2, WHOLE.sample_ids)
     label_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.labels.tolist(), strict=True))
-    assert batch.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
+    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
 
 
 def test_a_student_on_a_part_that_would_draw_other_partners_is_refused(run):

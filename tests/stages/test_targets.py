@@ -8,14 +8,17 @@ from tiny_road import LOSSES, OPERATIONS, STUDENT, VIEWS, make_tiny_store, squar
 
 from stages.datasets.image_set import ImageSet
 from stages.errors import RecipeError
+from stages.forms import Wanted
+from stages.joining import join
 from stages.losses.hint import HintConfig
 from stages.order import slab_order
-from stages.targets import ReadConfig, Targets, join
+from stages.targets import ReadConfig, Targets
 from stages.train_student import build_lesson, fresh_student, open_teaching
 from stages.views.renderer import Renderer
 from store import FingerprintMismatch, StoreError, TargetStore, open_store
 
 CPU = torch.device("cpu")
+STAGE2 = Wanted("stage2")
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +36,25 @@ def part(images: ImageSet, rows: torch.Tensor, **changes) -> ImageSet:
 def test_a_reordered_part_of_the_data_set_finds_its_rows(run):
     store = open_store(run / "store.zarr")
     rows = torch.randperm(300, generator=torch.Generator().manual_seed(2))[:90]
-    targets = Targets([join(store, part(squares(300, 0), rows), ["stage2"])], CPU)
+    targets = Targets([join(store, part(squares(300, 0), rows), [STAGE2])], CPU)
     indices = torch.tensor([5, 0, 80, 5])
     (said,) = targets.batch(1, indices)
     wanted = store.rows_of(squares(300, 0).sample_ids[rows[indices]].numpy())
     assert torch.equal(said.logits, torch.from_numpy(store.read_view("logits", 1)[wanted]).float())
     maps = torch.from_numpy(store.read_view("features/stage2", 1)[wanted]).float()
-    assert torch.equal(said.features["stage2"], maps)
+    assert torch.equal(said.features[STAGE2], maps)
 
 
 def test_memory_and_map_give_the_same(run):
     store = open_store(run / "store.zarr")
-    source = join(store, squares(300, 0), ["stage2"])
+    source = join(store, squares(300, 0), [STAGE2])
     resident, mapped = Targets([source], CPU), Targets([source], CPU)
     mapped.residence = "mapped"
     indices = torch.randint(300, (64,), generator=torch.Generator().manual_seed(3))
     for view in range(VIEWS.num_views):
         one, other = resident.batch(view, indices)[0], mapped.batch(view, indices)[0]
         assert torch.equal(one.logits, other.logits)
-        assert torch.equal(one.features["stage2"], other.features["stage2"])
+        assert torch.equal(one.features[STAGE2], other.features[STAGE2])
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def streamed_within(num_slabs: int) -> ReadConfig:
 def test_streamed_targets_are_the_same_within_their_bound(long_run):
     store = open_store(long_run / "store.zarr")
     assert store.unit_rows == 512
-    source = join(store, squares(6000, 0), ["stage2"])
+    source = join(store, squares(6000, 0), [STAGE2])
     resident, streamed = Targets([source], CPU), Targets([source], CPU, streamed_within(8))
     assert (resident.residence, streamed.residence, streamed.window) == ("memory", "streamed", 4)
     assert "streamed in groups of 4 slabs" in streamed.describe()[0]
@@ -84,7 +87,7 @@ def test_streamed_targets_are_the_same_within_their_bound(long_run):
         for indices in order.split(100):
             one, other = resident.batch(epoch, indices)[0], streamed.batch(epoch, indices)[0]
             assert torch.equal(one.logits, other.logits)
-            assert torch.equal(one.features["stage2"], other.features["stage2"])
+            assert torch.equal(one.features[STAGE2], other.features[STAGE2])
             most_bytes = max(most_bytes, inner.store._cache.num_bytes)
     assert 4 * SLAB_BYTES < most_bytes <= 8 * SLAB_BYTES
 
@@ -115,7 +118,7 @@ def test_slab_order_is_a_function_of_seed_and_epoch_and_mixes_all_samples():
 
 def test_residence_goes_by_size_alone(run):
     store = open_store(run / "store.zarr")
-    source = join(store, squares(300, 0), ["stage2"])
+    source = join(store, squares(300, 0), [STAGE2])
     num_bytes = store.num_views * store.num_rows * (4 + 16 * 4 * 4) * 2
     for memory, mapped, expected in (
         (num_bytes, 0, "memory"),
@@ -144,8 +147,8 @@ def test_samples_and_layers_that_the_store_lacks_are_named(run):
     store = open_store(run / "store.zarr")
     with pytest.raises(StoreError, match="has no targets for"):
         join(store, squares(301, 5), [])
-    with pytest.raises(StoreError, match=r"no array 'features/stage1', only logits, features/stage2"):
-        join(store, squares(300, 0), ["stage1"])
+    with pytest.raises(StoreError, match=r"no features of 'stage1', only logits, features/stage2: run"):
+        join(store, squares(300, 0), [Wanted("stage1")])
 
 
 def test_another_view_recipe_or_too_few_views_are_refused(run):
@@ -160,7 +163,7 @@ def test_another_view_recipe_or_too_few_views_are_refused(run):
 
 def test_a_hint_to_a_store_that_is_not_there_is_refused(run):
     hint = HintConfig(loss="hint", layers=(("stage2", "stage2"),), store=1)
-    with pytest.raises(RecipeError, match="names store 1; there are 1"):
+    with pytest.raises(RecipeError, match="distill.0 .hint. names store 1; there are 1"):
         open_teaching([run / "store.zarr"], [hint], STUDENT, {}, tiny_setup(run))
 
 

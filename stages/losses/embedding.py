@@ -1,0 +1,19 @@
+"""A linear embedding of a layer's pooled output, which trains with the student and is not part of it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from stages.forms import POOLED, Shape, Wanted, form_shape, pooled
+
+
+class Embedding(nn.Module):
+    """[B, ...] of a layer whose samples have `shape` to [B, dim]: the mean over positions, then a linear layer."""
+
+    def __init__(self, shape: Shape, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(form_shape(Wanted("", POOLED), shape)[0], dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        embedded: Tensor = self.linear(pooled(features).to(self.linear.weight.dtype))
+        return embedded

@@ -1,0 +1,54 @@
+"""Which samples a loss is about, and how much each counts: judged by what the teacher says of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from stages.config import section
+from stages.features import TeacherOutputs
+
+
+@section
+class Selection:
+    """only: "all" samples; the "hard" ones, a `share` of each batch to whose labels the teacher gives the least
+    probability; or the "correct" ones, which the teacher gets right.
+
+    weigh: "equal", or by the teacher's "entropy" (the unsure ones more), its "certainty" (the sure ones more), or its
+    "correctness" (the probability that it gives to the label); in proportion, with a mean of 1 over the batch.
+    """
+
+    only: Literal["all", "hard", "correct"] = "all"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    weigh: Literal["equal", "entropy", "certainty", "correctness"] = "equal"
+
+
+def chosen(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
+    """The samples that the loss is about, int64 [n], in the batch's order; None for all of them. labels: int64 [B]."""
+    if config.only == "all":
+        return None
+    logits = teacher.logits_at(1.0)
+    if config.only == "correct":
+        return (logits.argmax(1) == labels).nonzero()[:, 0]
+    given = F.log_softmax(logits, 1).gather(1, labels[:, None])[:, 0]
+    num_hard = math.ceil(config.share * len(labels))
+    return torch.argsort(given, stable=True)[:num_hard].sort().values
+
+
+def weights(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
+    """How much each sample counts, float32 [B], 1 in the mean; None where all count alike."""
+    if config.weigh == "equal":
+        return None
+    log_given = F.log_softmax(teacher.logits_at(1.0), 1)
+    entropy = -(log_given.exp() * log_given).sum(1) / math.log(max(2, log_given.shape[1]))
+    raw = {
+        "entropy": entropy,
+        "certainty": 1 - entropy,
+        "correctness": log_given.gather(1, labels[:, None])[:, 0].exp(),
+    }[config.weigh].clamp_min(0)
+    return raw / raw.mean().clamp_min(torch.finfo(raw.dtype).tiny)

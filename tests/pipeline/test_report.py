@@ -1,0 +1,102 @@
+"""`kdpipe report` of run folders made by hand: the second table, its JSON, and folders of an older kdpipe."""
+
+import json
+
+import pytest
+from kdpipe_process import kdpipe_here
+
+FIGURES = {
+    "accuracy": 0.5,
+    "cross_entropy": 1.0,
+    "best_accuracy": 0.5,
+    "num_parameters": 10,
+    "onnx_bytes": 2048,
+    "onnx_agreement": 1.0,
+    "identity": {},
+    "wall_s": 1.0,
+}
+
+
+def examined(agreement=None, cat=0.8, dog=0.4, names=("cat", "dog", "eel")):
+    """As stages.examine leaves it: of the third class there is no test sample."""
+    return {
+        "top1": 0.5,
+        "top5": None,
+        "cross_entropy": 1.0,
+        "ece": 0.125,
+        "agreement": agreement,
+        "teacher_kl": None if agreement is None else 1 - agreement,
+        "per_class": [
+            {"name": name, "accuracy": accuracy, "num_samples": num_samples}
+            for name, accuracy, num_samples in zip(names, (cat, dog, None), (5, 5, 0), strict=True)
+        ],
+    }
+
+
+def run_folder(folder, jobs, seeds=(0,)):
+    """A run whose jobs, by their folders, found this when they were examined; ... is a job before there was such."""
+    recipe = {"name": "made", "student": {"seeds": list(seeds)}, "compress": {"steps": []}}
+    for path, found in jobs.items():
+        (folder / path).mkdir(parents=True)
+        result = FIGURES if found is ... else FIGURES | {"examined": found}
+        (folder / path / "result.json").write_text(json.dumps(result))
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    return folder
+
+
+def test_the_second_table_gives_means_over_seeds_and_the_worst_class(tmp_path):
+    jobs = {
+        "teacher": examined(),
+        "students/distilled-seed0": examined(0.75),
+        "students/distilled-seed1": examined(0.25, dog=0.6),
+    }
+    run = run_folder(tmp_path, jobs, seeds=(0, 1))
+    text = " ".join(kdpipe_here("report", run).stdout.split())
+    assert "teacher 50.00 - - - 12.50 dog: 40.00" in text
+    distilled = "50.00 ± 0.00 - 50.00 ± 35.36 0.500 ± 0.354 12.50 ± 0.00 dog: 50.00 ± 14.14"
+    assert f"student distilled {distilled}" in text
+
+
+def test_the_document_has_the_figures_of_each_class(tmp_path):
+    run = run_folder(tmp_path, {"teacher": ..., "students/distilled-seed0": examined(0.75)})
+    teacher, distilled = json.loads(kdpipe_here("report", run, "--json").stdout)["rows"]
+    figures = ("top5_mean", "agreement_mean", "agreement_std", "teacher_kl_mean", "ece_mean")
+    assert [teacher[name] for name in figures] == [None] * 5
+    assert teacher["per_class"] is None
+    assert [distilled[name] for name in figures] == [None, 75.0, None, 0.25, 12.5]
+    assert [(one["name"], one["accuracy_mean"], one["num_samples"]) for one in distilled["per_class"]] == [
+        ("cat", 80.0, 5),
+        ("dog", 40.0, 5),
+        ("eel", None, 0),
+    ]
+
+
+def test_a_run_of_before_there_were_such_figures_has_one_table(tmp_path):
+    ended = kdpipe_here("report", run_folder(tmp_path, {"teacher": ...}))
+    assert ended.exit_code == 3
+    assert "50.00" in ended.stdout
+    assert "What they learnt" not in ended.stdout
+
+
+def test_a_long_class_name_is_cut_in_the_table_only(tmp_path):
+    run = run_folder(tmp_path, {"teacher": examined(names=("cat", "d" * 200, "eel"))})
+    text = "".join(kdpipe_here("report", run).stdout.split())
+    assert "d" * 17 + "...:40.00" in text
+    assert "d" * 18 not in text
+    assert json.loads(kdpipe_here("report", run, "--json").stdout)["rows"][0]["per_class"][1]["name"] == "d" * 200
+
+
+def test_class_names_cannot_command_the_terminal(tmp_path):
+    names = ("cat", "\x1b[2J[red]dog[/]", "eel")
+    stdout = kdpipe_here("report", run_folder(tmp_path, {"teacher": examined(names=names)})).stdout
+    assert "\x1b[2J" not in stdout
+    assert "?[2J[red]dog[/]: 40.00" in stdout
+
+
+@pytest.mark.parametrize("damage", ["pie", {}, {**examined(), "per_class": ["pie"]}, {**examined(), "ece": "high"}])
+def test_damaged_figures_are_one_sentence_that_names_the_folder(tmp_path, damage):
+    ended = kdpipe_here("report", run_folder(tmp_path, {"teacher": damage}))
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith("kdpipe: error: ")
+    assert ended.stderr.count("\n") == 1
+    assert str(tmp_path / "teacher") in ended.stderr

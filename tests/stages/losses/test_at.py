@@ -1,0 +1,116 @@
+"""Attention transfer gives the reference code's numbers, and is safe where maps are dead, alike, or of other sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_inputs import LARGER_STUDENT_MAPS, STUDENT_MAPS, TEACHER_MAPS, THEIR_TEACHER_MAPS, drawn, said
+
+from stages.errors import RecipeError
+from stages.forms import ATTENTION, Wanted, take_form
+from stages.losses.at import ATConfig, at_loss
+from stages.losses.said import Facts
+
+FACTS = Facts(num_samples=8, num_classes=10)
+
+
+def term_of(config, student, teacher):
+    """The term, and what is said, for maps by layer as a store would give them."""
+    shapes = {layer: tuple(maps.shape[1:]) for layer, maps in student.items()}
+    given = {wanted: take_form(wanted, teacher[wanted.layer]) for wanted in config.wants(shapes)}
+    term = config.build(shapes, {wanted: tuple(form.shape[1:]) for wanted, form in given.items()}, FACTS)
+    return term, said(student=student, teacher=given)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "form", "expected"),
+    [
+        (STUDENT_MAPS, TEACHER_MAPS, "code", 0.006175765838),
+        (LARGER_STUDENT_MAPS, THEIR_TEACHER_MAPS, "code", 0.003754808673),
+        (STUDENT_MAPS, TEACHER_MAPS, "paper", 0.626332294259),
+    ],
+)
+def test_at_is_the_reference_codes_number(student, teacher, form, expected):
+    assert at_loss(student, teacher, form).item() == pytest.approx(expected, rel=1e-9)
+
+
+def naive(student, teacher):
+    """The paper's form, sample by sample."""
+    lengths = []
+    for own, theirs in zip(student, teacher, strict=True):
+        maps = [sum(channel**2 for channel in each) for each in (own, theirs)]
+        own_map, their_map = [each / (each**2).sum().sqrt() for each in maps]
+        lengths.append(((own_map - their_map) ** 2).sum().sqrt().item())
+    return sum(lengths) / len(lengths)
+
+
+def test_the_papers_form_is_the_mean_length_of_the_difference():
+    assert at_loss(STUDENT_MAPS, TEACHER_MAPS, "paper").item() == pytest.approx(naive(STUDENT_MAPS, TEACHER_MAPS))
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_at_gradient_by_the_maps_equals_finite_differences(form):
+    student, teacher = drawn(2, 3, 4, 2, seed=1).requires_grad_(), drawn(2, 5, 2, 1, seed=2)
+    assert torch.autograd.gradcheck(lambda maps: at_loss(maps, teacher, form), student)
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_the_term_sums_the_pairs_and_keeps_samples_apart(form):
+    config = ATConfig(loss="at", layers=(("a", "b"), ("c", "d")), form=form)
+    term, exchange = term_of(
+        config,
+        {"a": STUDENT_MAPS, "c": LARGER_STUDENT_MAPS},
+        {"b": TEACHER_MAPS, "d": THEIR_TEACHER_MAPS},
+    )
+    expected = at_loss(STUDENT_MAPS, TEACHER_MAPS, form) + at_loss(LARGER_STUDENT_MAPS, THEIR_TEACHER_MAPS, form)
+    per_sample = term(exchange)
+    assert per_sample.shape == (8,)
+    assert per_sample.mean().item() == pytest.approx(expected.item(), rel=1e-12)
+    assert torch.allclose(term(exchange.rows(torch.tensor([5, 1]))), per_sample[[5, 1]])
+
+
+def test_the_teachers_maps_are_asked_for_at_the_students_size():
+    config = ATConfig(loss="at", layers=(("a", "b"),))
+    assert config.wants({"a": (16, 8, 8)}) == (Wanted("b", ATTENTION, (8, 8)),)
+    term, exchange = term_of(config, {"a": STUDENT_MAPS}, {"b": LARGER_STUDENT_MAPS})
+    assert exchange.teacher.features[Wanted("b", ATTENTION, (8, 8))].shape == (8, 8, 8)
+    assert term(exchange).mean().item() == pytest.approx(at_loss(STUDENT_MAPS, LARGER_STUDENT_MAPS).item())
+
+
+def test_maps_of_another_aspect_and_what_is_no_map_are_refused_with_both_shapes():
+    config = ATConfig(loss="at", layers=(("layer2", "block2"),))
+    wanted = config.wants({"layer2": (16, 8, 8)})[0]
+    with pytest.raises(RecipeError, match=r"at cannot join the student's layer2, .*\[16, 8, 8\].* \[8, 4\]"):
+        config.build({"layer2": (16, 8, 8)}, {wanted: (8, 4)}, FACTS)
+    with pytest.raises(RecipeError, match=r"\[64\].* \[8, 8\]"):
+        config.build({"layer2": (64,)}, {config.wants({"layer2": (64,)})[0]: (8, 8)}, FACTS)
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("edge", ["dead", "dead teacher", "alike", "one sample", "huge"])
+def test_value_and_gradient_are_finite_at_the_edges(edge, dtype, form):
+    student = torch.zeros(2, 3, 4, 4) if edge == "dead" else drawn(2, 3, 4, 4, seed=1).float().relu()
+    teacher = student if edge == "alike" else drawn(2, 5, 4, 4, seed=2).float().relu()
+    if edge == "dead teacher":
+        teacher = torch.zeros_like(teacher)
+    if edge == "one sample":
+        student, teacher = student[:1], teacher[:1]
+    student = (1e4 * student if edge == "huge" else student).to(dtype).requires_grad_()
+    loss = at_loss(student, student.detach() if edge == "alike" else teacher, form)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()
+    if edge == "alike":
+        assert loss.item() == 0
+
+
+def test_half_precision_is_widened_before_maps_are_averaged():
+    student = LARGER_STUDENT_MAPS.bfloat16()
+    term, exchange = term_of(ATConfig(loss="at", layers=(("a", "b"),)), {"a": student}, {"b": THEIR_TEACHER_MAPS})
+    expected = at_loss(student.float(), THEIR_TEACHER_MAPS).item()
+    assert term(exchange).mean().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_weight_is_the_reference_codes():
+    assert ATConfig(loss="at", layers=(("a", "b"),)).weight == 1000

@@ -1,0 +1,33 @@
+"""Hints give the reference codes' number, and adapters join what can be joined."""
+
+import pytest
+import torch
+from loss_inputs import STUDENT_HINTS, TEACHER_HINTS
+
+from stages.errors import RecipeError
+from stages.losses.hint import adapter, hint_loss
+
+
+def test_hint_is_the_reference_codes_number():
+    hint = hint_loss(STUDENT_HINTS, TEACHER_HINTS)
+    assert hint.item() == pytest.approx(1.954606313, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ((4, 8, 8), (16, 8, 8)),
+        ((4, 8, 8), (16, 4, 4)),
+        ((4, 4, 4), (16, 8, 8)),
+        ((4, 9, 8), (6, 7, 7)),
+        ((12,), (7,)),
+    ],
+)
+def test_an_adapter_gives_the_teachers_shape(student, teacher):
+    assert adapter(student, teacher)(torch.randn(3, *student)).shape == (3, *teacher)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [((4, 3, 3), (4, 8, 8)), ((4,), (4, 8, 8))])
+def test_shapes_that_cannot_be_joined_are_named(student, teacher):
+    with pytest.raises(RecipeError, match=str(list(student)).replace("[", r"\[") + ".*" + str(list(teacher))[1:-1]):
+        adapter(student, teacher)

@@ -1,0 +1,147 @@
+"""Each entry of a recipe picks its teacher and its samples, and has its weight."""
+
+import dataclasses
+
+import pytest
+import torch
+from loss_inputs import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, drawn
+
+from stages.features import DenseOutputs, Outputs
+from stages.forms import Wanted
+from stages.losses.hint import HintConfig
+from stages.losses.kd import KDConfig, kd_loss, kd_per_sample
+from stages.losses.said import Facts
+from stages.losses.selection import Selection
+from stages.losses.terms import LOSSES, Exchange, build_distillation, student_layers, wanted_of
+from stages.schedules import Moment, Ramp
+from stages.teachers import Combination, TeachersConfig
+
+START = Moment(0, 10)
+SECOND = 3 * drawn(8, 10, seed=5)
+HINT = HintConfig(loss="hint", layers=(("a", "b"),))
+
+
+def distillation(*configs, student=None, teachers=({},), seed=0, together=None):
+    combination = Combination(together or TeachersConfig(), len(teachers))
+    return build_distillation(
+        configs, student or {}, teachers, combination=combination, facts=Facts(100, 10), seed=seed
+    )
+
+
+def exchange(*teachers, student=None, known=None, moment=START):
+    said = [one if isinstance(one, DenseOutputs) else DenseOutputs(one, {}) for one in teachers]
+    ranks = torch.arange(len(LABELS))
+    known = known or [None] * len(said)
+    return Exchange(Outputs(STUDENT_LOGITS, student or {}), said, known, LABELS, ranks, moment, {})
+
+
+def kd(**changes):
+    return KDConfig(loss="kd", weight=1.0, temperature=2.0, **changes)
+
+
+def test_several_stores_teach_by_the_mean_of_their_logits():
+    config = dataclasses.replace(kd(), weight=0.5)
+    losses = distillation(config, teachers=({}, {}))(exchange(TEACHER_LOGITS, SECOND))
+    expected = 0.5 * kd_loss(STUDENT_LOGITS, (TEACHER_LOGITS + SECOND) / 2, 2.0)
+    assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_loss_may_name_the_one_store_that_teaches_it():
+    losses = distillation(kd(store=1), kd(store=0), teachers=({}, {}))(exchange(TEACHER_LOGITS, SECOND))
+    assert losses["kd_0"].item() == pytest.approx(kd_loss(STUDENT_LOGITS, SECOND, 2.0).item(), rel=1e-9)
+    assert losses["kd_1"].item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0).item(), rel=1e-9)
+
+
+def test_a_hint_reads_its_own_store_and_its_adapter_learns():
+    config = HintConfig(loss="hint", layers=(("a", "b"),), weight=2.0, store=1)
+    terms = distillation(config, student={"a": (4, 6, 6)}, teachers=({}, {Wanted("b"): (8, 6, 6)}))
+    maps = {Wanted("b"): torch.randn(8, 8, 6, 6)}
+    says = exchange(TEACHER_LOGITS, DenseOutputs(TEACHER_LOGITS, maps), student={"a": torch.randn(8, 4, 6, 6)})
+    terms(says)["hint_0"].backward()
+    assert all(weight.grad is not None for weight in terms.parameters())
+    assert any(weight.grad.abs().sum() > 0 for weight in terms.parameters())
+
+
+def test_adapters_come_from_the_seed_alone():
+    before = torch.random.get_rng_state()
+    shapes = {"student": {"a": (3, 4, 4)}, "teachers": ({Wanted("b"): (5, 4, 4)},)}
+    one, two, three = (distillation(HINT, seed=seed, **shapes).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    weight = "terms.hint_0.loss.adapters.0.0.weight"
+    assert torch.equal(one[weight], two[weight])
+    assert not torch.equal(one[weight], three[weight])
+
+
+def test_losses_say_which_layers_they_need():
+    losses = [
+        KDConfig(loss="kd"),
+        HintConfig(loss="hint", layers=(("a", "b"), ("c", "d"))),
+        HintConfig(loss="hint", layers=(("a", "e"),), store=1),
+    ]
+    assert student_layers(losses) == ["a", "c"]
+    assert wanted_of(losses, {}, 0) == [Wanted("b"), Wanted("d")]
+    assert wanted_of(losses, {}, 1) == [Wanted("e")]
+
+
+def test_samples_that_the_teacher_does_not_know_count_for_nothing():
+    known = torch.tensor([True, False, True, True, False, True, False, False])
+    losses = distillation(kd())(exchange(TEACHER_LOGITS, known=[known]))
+    each = kd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)
+    assert losses["kd_0"].item() == pytest.approx(each[known].sum().item() / 8, rel=1e-9)
+    nobody = torch.zeros(8, dtype=torch.bool)
+    assert float(distillation(kd())(exchange(TEACHER_LOGITS, known=[nobody]))["kd_0"]) == 0
+
+
+def test_only_the_hard_samples_are_those_to_whose_labels_the_teacher_gives_least():
+    given = TEACHER_LOGITS.softmax(1)[torch.arange(8), LABELS]
+    hard = given.argsort()[:3]
+    losses = distillation(kd(samples=Selection(only="hard", share=0.3)))(exchange(TEACHER_LOGITS))
+    expected = kd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].sum() / 8
+    assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_only_the_correct_samples_are_those_that_the_teacher_gets_right():
+    teacher = TEACHER_LOGITS.clone()
+    teacher[torch.arange(3), LABELS[:3]] = 30.0
+    right = teacher.argmax(1) == LABELS
+    assert 3 <= right.sum() < 8
+    losses = distillation(kd(samples=Selection(only="correct")))(exchange(teacher))
+    expected = kd_per_sample(STUDENT_LOGITS, teacher, 2.0)[right].sum() / 8
+    assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
+    wrong = torch.full((8, 10), 0.0).scatter(1, (LABELS[:, None] + 1) % 10, 9.0)
+    assert float(distillation(kd(samples=Selection(only="correct")))(exchange(wrong))["kd_0"]) == 0
+
+
+@pytest.mark.parametrize("weigh", ["entropy", "certainty", "correctness"])
+def test_samples_are_weighed_by_what_the_teacher_says_of_them(weigh):
+    given = TEACHER_LOGITS.softmax(1)
+    entropy = -(given * given.log()).sum(1) / torch.tensor(10.0).log()
+    raw = {"entropy": entropy, "certainty": 1 - entropy, "correctness": given[torch.arange(8), LABELS]}[weigh]
+    expected = (raw / raw.mean() * kd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)).mean()
+    losses = distillation(kd(samples=Selection(weigh=weigh)))(exchange(TEACHER_LOGITS))
+    assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_weights_follow_their_ramps():
+    fading = dataclasses.replace(kd(), weight=Ramp(start=1.0, end=0.0, shape="cosine", epochs=(2, 6)))
+    whole = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0).item()
+    for epoch, weight in ((0, 1.0), (2, 1.0), (3, 0.853553), (4, 0.5), (6, 0.0), (9, 0.0), (float("inf"), 0.0)):
+        loss = distillation(fading)(exchange(TEACHER_LOGITS, moment=Moment(epoch, 10)))["kd_0"]
+        assert loss.item() == pytest.approx(weight * whole, rel=1e-5, abs=1e-12), epoch
+
+
+def test_standardised_logits_compose_with_a_loss():
+    def standard(z):
+        return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
+
+    losses = distillation(kd(standardise=True))(exchange(TEACHER_LOGITS))
+    expected = kd_loss(standard(STUDENT_LOGITS), standard(TEACHER_LOGITS), 2.0)
+    assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_every_loss_has_a_name_of_its_own_a_paper_and_a_first_line():
+    names = [one.model_fields["loss"] if hasattr(one, "model_fields") else one.__name__ for one in LOSSES]
+    assert len(set(names)) == len(LOSSES)
+    for one in LOSSES:
+        assert "20" in one.paper
+        assert one.__doc__.strip()

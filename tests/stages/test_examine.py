@@ -1,0 +1,158 @@
+"""The last look at a network: figures computed by hand, those of torchmetrics' own many-class functions, gaps."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_road import STUDENT, tiny_setup
+from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
+from stages.datasets.image_set import ImageSet
+from stages.evaluate import Evaluation, evaluate
+from stages.examine import examine
+from stages.job_folder import JobFolder
+from stages.lesson import Normalisation
+from stages.network import Network, finish
+from stages.pictures import Pictures
+
+CPU = torch.device("cpu")
+
+
+class SaysByHeart(nn.Module):
+    """Answers the image that says n, in 256 * its first pixel + its second, with row n of a table [N, C]."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, images):
+        assert not self.training
+        high, low = (255 * images).round().long().flatten(1).T
+        return self.table[256 * high + low]
+
+
+def shown(logits, labels, teacher=None, num_classes=None):
+    """A model that gives `logits` for the samples of a test set with `labels`, examined."""
+    return examine(*asked(logits, labels, teacher, num_classes), CPU)
+
+
+def asked(logits, labels, teacher=None, num_classes=None):
+    at = torch.arange(len(labels))
+    images = torch.stack([at // 256, at % 256], 1).to(torch.uint8).view(-1, 1, 1, 2)
+    names = tuple(f"class {number}" for number in range(num_classes or logits.shape[1]))
+    image_set = ImageSet("numbers", "test", images, torch.tensor(labels), at, names)
+    return SaysByHeart(logits), Evaluation(Pictures(image_set, CPU), Normalisation((0.0,), (1.0,)), teacher)
+
+
+def test_the_figures_are_those_computed_by_hand():
+    said = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    teacher = torch.tensor([[0.5, 0.4], [0.2, 0.8], [0.4, 0.6], [0.1, 0.9]])
+    teacher = teacher / teacher.sum(1, keepdim=True)
+    found = shown(said.log(), [0, 1, 1, 1], teacher.log())
+    assert found.top1 == 0.75
+    assert found.cross_entropy == pytest.approx(-(math.log(0.9) + math.log(0.1) + 2 * math.log(0.6)) / 4)
+    # Half of the samples at 0.9, one of two right; half at 0.6, both right.
+    assert found.ece == pytest.approx((abs(0.5 - 0.9) + abs(1 - 0.6)) / 2)
+    assert found.agreement == 0.75
+    divergence = sum(p * math.log(p / q) for t, s in zip(teacher, said, strict=True) for p, q in zip(t, s, strict=True))
+    assert found.teacher_kl == pytest.approx(float(divergence) / 4, rel=1e-5)
+    assert [(one.accuracy, one.num_samples) for one in found.per_class] == [(1.0, 1), (2 / 3, 3)]
+
+
+def test_top_5_counts_the_labels_among_the_five_largest_and_needs_six_classes():
+    falling = -torch.arange(6.0).repeat(3, 1)
+    assert shown(falling, [0, 4, 5]).top5 == 2 / 3
+    assert shown(falling[:, :5], [0, 4, 3]).top5 is None
+
+
+def test_a_class_without_test_samples_has_no_accuracy():
+    found = shown(torch.eye(3)[[0, 2]], [0, 0])
+    assert [(one.accuracy, one.num_samples) for one in found.per_class] == [(0.5, 2), (None, 0), (None, 0)]
+
+
+def test_a_confidence_of_one_is_in_the_last_of_fifteen_bins():
+    """0.97 and right, 1 and wrong: apart they would err by (0.03 + 1) / 2, in one bin they err by less."""
+    said = torch.tensor([[math.log(0.97), math.log(0.03)], [200.0, 0.0]])
+    assert shown(said, [0, 1]).ece == pytest.approx(abs(0.5 - 1.97 / 2))
+
+
+def random_case(num_samples=700, num_classes=12):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(num_samples, num_classes, generator=generator)
+    teacher = 2 * torch.randn(num_samples, num_classes, generator=generator)
+    return logits, torch.randint(num_classes - 1, (num_samples,), generator=generator), teacher
+
+
+def test_batch_by_batch_the_figures_are_those_of_the_whole():
+    """700 samples are two batches; the last class has none."""
+    logits, labels, teacher = random_case()
+    found = shown(logits, labels.tolist(), teacher)
+    assert found.top5 == pytest.approx(float(multiclass_accuracy(logits, labels, 12, top_k=5, average="micro")))
+    assert found.ece == pytest.approx(float(multiclass_calibration_error(logits, labels, 12, 15)), rel=1e-4)
+    by_class = multiclass_accuracy(logits, labels, 12, average=None).tolist()
+    assert [one.accuracy for one in found.per_class[:-1]] == pytest.approx(by_class[:-1])
+    assert found.per_class[-1].accuracy is None
+    divergence = (teacher.softmax(1) * (teacher.log_softmax(1) - logits.log_softmax(1))).sum(1).mean()
+    assert found.teacher_kl == pytest.approx(float(divergence), rel=1e-5)
+    assert found.agreement == pytest.approx(float((logits.argmax(1) == teacher.argmax(1)).float().mean()))
+
+
+def test_samples_that_the_teacher_was_not_asked_of_are_left_out_of_the_comparison_only():
+    logits, labels, teacher = random_case(num_samples=40)
+    some = teacher.clone()
+    some[::3] = float("nan")
+    known = [at for at in range(40) if at % 3]
+    found = shown(logits, labels.tolist(), some)
+    without = shown(logits[known], labels[known].tolist(), teacher[known])
+    assert (found.agreement, found.teacher_kl) == (without.agreement, pytest.approx(without.teacher_kl))
+    assert found.top1 == shown(logits, labels.tolist()).top1
+
+
+@pytest.mark.parametrize("teacher", [None, torch.full((40, 12), float("nan"))])
+def test_without_a_teacher_there_is_nothing_to_agree_with(teacher):
+    logits, labels, _ = random_case(num_samples=40)
+    found = shown(logits, labels.tolist(), teacher)
+    assert found.agreement is None
+    assert found.teacher_kl is None
+
+
+def test_a_network_is_no_nats_from_itself():
+    """Not below zero either: of some of these sixteen networks, rounding alone makes the sum negative."""
+    for logits in torch.randn(16, 1, 3, generator=torch.Generator().manual_seed(0)):
+        found = shown(logits, [0], logits)
+        assert found.agreement == 1.0
+        assert 0 <= found.teacher_kl < 1e-12
+
+
+def test_a_network_that_answers_nan_looks_neither_calibrated_nor_taught():
+    logits, labels, teacher = random_case(num_samples=40)
+    found = shown(logits * float("nan"), labels.tolist(), teacher)
+    assert all(math.isnan(figure) for figure in (found.cross_entropy, found.ece, found.teacher_kl))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_its_mode(training):
+    model, test = asked(torch.eye(3), [0, 1, 2])
+    examine(model.train(training), test, CPU)
+    assert model.training is training
+
+
+def test_twice_examined_is_the_same_and_what_evaluate_measures():
+    logits, labels, teacher = random_case()
+    model, test = asked(logits, labels.tolist(), teacher)
+    one, other, measured = examine(model, test, CPU), examine(model, test, CPU), evaluate(model, test, CPU)
+    assert one == other
+    assert (one.top1, one.cross_entropy) == (measured.accuracy, measured.cross_entropy)
+
+
+def test_a_finished_job_keeps_its_figures_and_what_the_examination_found(tmp_path):
+    setup, folder = tiny_setup(tmp_path), JobFolder(tmp_path)
+    normalise = Normalisation((0.4,), (0.2,))
+    network = Network(setup.build(STUDENT.model, 0), setup.architecture(STUDENT.model), normalise)
+    result = finish(folder, network, [], setup)
+    assert folder.result() == json.loads(json.dumps(result)) == result
+    assert result["accuracy"] == result["best_accuracy"] == result["examined"]["top1"]
+    assert result["examined"] == examine(network.model, setup.test(normalise), CPU).to_json()
+    assert sum(one["num_samples"] for one in result["examined"]["per_class"]) == setup.test_set.num_samples
