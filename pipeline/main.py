@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,10 +136,48 @@ def run_all(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, a
 
 
 @app.command()
+def compare(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, as_json: AsJson = False) -> None:
+    """The same student, taught in each way that the recipe names. Over its seeds; ends with accuracies and costs."""
+    _execute("compare", recipe, set_, run, as_json)
+
+
+@app.command()
+def generations(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    run: RunFolder = None,
+    *,
+    count: Annotated[int, typer.Option("--count", min=1, max=100, help="How many.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Born-again networks: the student becomes the teacher. Cached anew each time; ends with all accuracies."""
+    _execute("generations", recipe, set_, run, as_json, count=count)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN_FOLDER")], as_json: AsJson = False) -> None:
     """Print the table of a run again."""
     with guarded():
         _print_report(run, as_json)
+
+
+@app.command()
+def losses(
+    name: Annotated[str | None, typer.Argument(metavar="LOSS", help="One loss, with all its keys.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the losses. What each minimises, its paper and keys, and what it needs stored of the teacher."""
+    with guarded():
+        from pipeline.losses import print_loss, print_losses
+        from stages.list_losses import find_loss, list_losses
+
+        listed = list_losses() if name is None else [find_loss(name)]
+        if as_json:
+            print_json({"command": "losses", "losses": [loss.to_json() for loss in listed]})
+        elif name is None:
+            print_losses(listed)
+        else:
+            print_loss(listed[0])
 
 
 def _plan(recipe: Path, overrides: list[str] | None, run: Path | None, as_json: bool, *, with_probe: bool) -> None:
@@ -163,13 +202,22 @@ def _plan(recipe: Path, overrides: list[str] | None, run: Path | None, as_json: 
 
 
 def _execute(
-    command: str, recipe: Path, overrides: list[str] | None, run: Path | None, as_json: bool, *, part: str | None = None
+    command: str,
+    recipe: Path,
+    overrides: list[str] | None,
+    run: Path | None,
+    as_json: bool,
+    *,
+    part: str | None = None,
+    count: int = 1,
 ) -> None:
     """Walk one stage, or all of them, under signals, lock and progress; then say on stdout what came of it."""
     from pipeline.stop_signals import stop_on_signals
 
     # Signals first: a job that is stopped while torch loads is stopped early like any other.
     with guarded(), stop_on_signals() as should_stop:
+        from pipeline.compare import print_compare, walk_compare
+        from pipeline.generations import print_generations, walk_generations
         from pipeline.progress import reporter
         from pipeline.recipe import load_recipe
         from pipeline.walk import STAGES, Walk, walk_all
@@ -180,7 +228,13 @@ def _execute(
         sys.path.append(str(Path.cwd()))  # where `python:module:name` in a recipe finds the user's own modules
         loaded = load_recipe(recipe, overrides or ())
         folder = run or Path("runs") / loaded.name
-        work: Callable[[Walk], dict[str, Any]] = walk_all if command == "run" else STAGES[command]
+        works: dict[str, Callable[[Walk], dict[str, Any]]] = {
+            **STAGES,
+            "run": walk_all,
+            "compare": walk_compare,
+            "generations": partial(walk_generations, count=count),
+        }
+        work = works[command]
         # Several jobs may fill one store from one run folder; all else has the folder to itself.
         hold = shared if command == "cache-teacher" else exclusive
         with hold(folder, folder / ".kdpipe.lock"), reporter(as_json) as report_event:
@@ -193,6 +247,10 @@ def _execute(
             _print_report(folder, as_json)
         elif as_json:
             print_json({"command": command, "run": str(folder), **results})
+        elif command == "compare":
+            print_compare(loaded.name, results)
+        elif command == "generations":
+            print_generations(loaded.name, results)
         else:
             from pipeline.summary import print_summary
 

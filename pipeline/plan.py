@@ -27,6 +27,8 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
             "array",
             f"{name} {shape}: {array['view_bytes']:,} bytes a view, {array['store_bytes']:,} in all ({wanted})",
         )
+    beside = plan["test_store"]
+    yield "test", f"{beside['num_samples']:,} test images: {beside['store_bytes']:,} bytes in {beside['store']}"
     yield "disk", f"{plan['missing_bytes']:,} bytes to write, {plan['free_bytes']:,} free"
     if plan["probe"]:
         rate, wall_s = plan["probe"]["images_per_s"], plan["probe"]["wall_s"]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from stages.compare import CompareEntry
 from stages.compress import CompressConfig
 from stages.config import section
 from stages.datasets.load import DataConfig
@@ -50,6 +51,9 @@ class Recipe:
     cache: CacheConfig = Field(default_factory=CacheConfig)
     student: StudentConfig
     distill: tuple[LossConfig, ...] = ()
+    compare: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")], CompareEntry] = Field(
+        default_factory=dict
+    )
     compress: CompressConfig = Field(default_factory=CompressConfig)
 
 
@@ -71,7 +75,9 @@ def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     try:
         recipe: Recipe = TypeAdapter(Recipe).validate_json(json.dumps(table, default=str))
         check_views(recipe.views)
-        check_losses(recipe.distill, recipe.views)
+        check_losses(recipe.distill, recipe.views, "distill")
+        for name, entry in recipe.compare.items():
+            check_losses(entry.distill, recipe.views, f"compare.{name}.distill")
     except ValidationError as error:
         raise RecipeError(_sentence(where, error)) from error
     except RecipeError as error:
@@ -156,12 +162,15 @@ def _of_another_kind(error: Mapping[str, Any]) -> bool:
 def _keys(error: Mapping[str, Any]) -> list[str]:
     """Where an error is: the keys, without pydantic's names for the alternatives that a value has."""
     parts = [str(part) for part in error["loc"]]
-    return [part for part in parts if re.fullmatch(r"[a-z0-9_]+", part) and part not in ("float", "int", "str")]
+    named = parts[:2] if parts[:1] == ["compare"] else []  # names of entries are people's own
+    found = [part for part in parts[len(named) :] if re.fullmatch(r"[a-z0-9_]+", part)]
+    return named + [part for part in found if part not in ("float", "int", "str")]
 
 
 def _shown(location: list[str]) -> str:
     """The keys as people write them: without the tag by which pydantic tells losses apart."""
-    return ".".join(location[:2] + location[3:] if location[:1] == ["distill"] else location)
+    tag = location.index("distill") + 2 if "distill" in location else len(location)
+    return ".".join(location[:tag] + location[tag + 1 :])
 
 
 def _known_keys(kind: Any, location: list[str]) -> list[str]:
@@ -174,8 +183,8 @@ def _known_keys(kind: Any, location: list[str]) -> list[str]:
             options = [option for option in options if _tag(option) == location[0]]
             location = location[1:]
         return _known_keys(options[0], location) if options else []
-    if get_origin(kind) is tuple:
-        return _known_keys(get_args(kind)[0], location[1:])
+    if get_origin(kind) in (dict, tuple):
+        return _known_keys(get_args(kind)[1 if get_origin(kind) is dict else 0], location[1:])
     if not is_dataclass(kind):
         return []
     if not location:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.recipe import Recipe, read_run_recipe, recipe_json
 from stages.cache_plan import plan_cache, probe
@@ -22,6 +23,7 @@ from stages.datasets.load import DataConfig, load_dataset
 from stages.errors import RecipeError
 from stages.forms import Wanted, parse_wanted
 from stages.job_folder import write_json
+from stages.losses.entry import Entry
 from stages.losses.terms import wanted_of
 from stages.memory import keep_freed_memory
 from stages.network import Network
@@ -31,10 +33,12 @@ from stages.serving import smallest
 from stages.setup import Setup, choose_device, require_fitting_test_images, test_size
 from stages.show_views import ShownViews, show_views
 from stages.store_plan import source_shapes
+from stages.teacher_on_test import cache_test, teacher_logits, test_place, test_setup
 from stages.teaching import Teaching, on_this_machine, open_for
 from stages.train_student import (
     ALONE,
     DISTILLED,
+    StudentConfig,
     build_lesson,
     fresh_student,
     open_teaching,
@@ -94,9 +98,21 @@ class Walk:
             partners=self._partners(train_set),
             num_workers=data.num_workers,
             unreadable=data.unreadable,
+            ask_teacher=self._ask_teacher,
         )
         require_fitting_test_images(setup)
         return setup
+
+    def _ask_teacher(self) -> Tensor | None:
+        """What the teachers say of the test images; None as long as their stores are not there."""
+        places = self.stores
+        if any(not is_url(place) and not Path(place).exists() for place in places):
+            return None
+        return self._teacher_logits
+
+    @cached_property
+    def _teacher_logits(self) -> Tensor | None:
+        return teacher_logits(self.stores, self.recipe.student.teachers, self.setup)
 
     def _load(
         self,
@@ -152,24 +168,30 @@ class Walk:
         reasons: dict[Wanted, list[str]] = {parse_wanted(text): ["cache.layers"] for text in self.recipe.cache.layers}
         if self.store not in self.stores:
             return reasons
-        shapes = student_shapes(self.recipe.student, self.recipe.distill, self.setup)
-        for number, loss in enumerate(self.recipe.distill):
-            asked = wanted_of([loss], shapes, self.stores.index(self.store))
-            given = source_shapes(teacher.model, asked, self.setup.image_shape)
-            for one in asked:
-                reasons.setdefault(smallest(one, given[one.source]), []).append(f"distill.{number} ({loss.loss})")
+        entries = {"distill": self.recipe.distill}
+        entries |= {f"compare.{name}": entry.distill for name, entry in self.recipe.compare.items()}
+        for where, losses in entries.items():
+            shapes = student_shapes(self.recipe.student, losses, self.setup)
+            for number, loss in enumerate(losses):
+                asked = wanted_of([loss], shapes, self.stores.index(self.store))
+                given = source_shapes(teacher.model, asked, self.setup.image_shape)
+                for one in asked:
+                    reasons.setdefault(smallest(one, given[one.source]), []).append(f"{where}.{number} ({loss.loss})")
         return reasons
 
     @cached_property
     def teaching(self) -> Teaching:
-        """The stores, opened and checked; the recipe's own must hold the recipe's own teacher."""
+        """The recipe's losses and stores, opened and checked."""
+        return self.open_teaching(self.recipe.distill, self.recipe.student)
+
+    def open_teaching(self, losses: Sequence[Entry], student: StudentConfig) -> Teaching:
+        """The stores with these losses; the recipe's own store must hold the recipe's own teacher."""
         wanted: dict[str, Any] = {}
         if self.stores == [self.store]:
             identity = teacher_identity(self.recipe.teacher, self.setup)
             stored = read_store_manifest(self.store).identity.teacher
             wanted["teacher"] = {"weights_sha256": stored.get("weights_sha256"), **identity}
-        student = self.recipe.student
-        return open_teaching(self.stores, self.recipe.distill, student, wanted, self.setup)
+        return open_teaching(self.stores, losses, student, wanted, self.setup)
 
 
 def walk_train_teacher(walk: Walk) -> dict[str, Any]:
@@ -180,7 +202,8 @@ def walk_cache_teacher(walk: Walk) -> dict[str, Any]:
     teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
     layers = list(walk.wanted_by(teacher))
     cached = cache_teacher(walk.recipe.cache, walk.store, teacher, layers, walk.setup, part=walk.part)
-    return {"store": cached}
+    tested = cache_test(walk.recipe.cache, walk.store, teacher, walk.setup, part=walk.part)
+    return {"store": cached, "test_store": tested}
 
 
 def walk_plan(walk: Walk, with_probe: bool) -> dict[str, Any]:
@@ -191,6 +214,10 @@ def walk_plan(walk: Walk, with_probe: bool) -> dict[str, Any]:
     teacher = make(recipe.teacher, recipe.seed, walk.setup)
     wanted = walk.wanted_by(teacher)
     plan = plan_cache(config, walk.store, teacher, list(wanted), walk.setup, trained=trained)
+    beside = plan_cache(
+        replace(config, top_k=None), Path(test_place(walk.store)), teacher, [], test_setup(walk.setup), trained=trained
+    )
+    plan |= {key: plan[key] + beside[key] for key in ("missing_bytes", "num_images")} | {"test_store": beside}
     timed = with_probe and plan["num_images"] > 0
     measured = probe(config, teacher, list(wanted), walk.setup, plan["num_images"]) if timed else None
     asked_by = {one.array: reasons for one, reasons in wanted.items()}

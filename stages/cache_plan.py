@@ -70,7 +70,7 @@ def _array(
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def probe(
     config: CacheConfig, teacher: Network, layers: Sequence[Wanted], setup: Setup, num_images: int
 ) -> dict[str, float]:

@@ -136,10 +136,10 @@ def _fill(filling: Filling, units: Sequence[Unit]) -> int:
         finally:
             task.held.release()
         num_computed += 1
-        watch.report(Event("cache-teacher", "store", num_done + num_computed, len(units), "unit", metrics))
+        watch.report(Event("cache-teacher", path.name, num_done + num_computed, len(units), "unit", metrics))
 
     with (
-        torch.inference_mode(),
+        torch.no_grad(),
         tapped(filling.teacher.model, tapped_layers(wanted)) as tap,
         Background(commit, NUM_WAITING, lambda computed: computed[0].held.release()) as writer,
     ):

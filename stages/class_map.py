@@ -113,7 +113,13 @@ def _stored_names(store: TargetStore) -> list[str]:
 
 
 def _find(name: str, names: Sequence[str], whose: str) -> int:
-    if name in names:
+    """Where a class stands. Raises RecipeError, with the nearest names, where there is no such one, or several."""
+    if (count := names.count(name)) > 1:
+        raise RecipeError(
+            f"student.teachers.classes: {whose} has {count} classes called {name!r}: classes can be mapped where each "
+            "has a name of its own."
+        )
+    if count:
         return names.index(name)
     near = get_close_matches(name, names, 3, 0.4) or list(names[:3])
     raise RecipeError(f"student.teachers.classes: {whose} has no class {name!r}; nearest: {', '.join(near)}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,10 +20,12 @@ from stages.compression.widths import apply_widths, record_widths
 from stages.config import section
 from stages.job_folder import JobFolder, read_json, write_json
 from stages.lesson import Lesson
+from stages.losses.simkd import SimKDConfig
 from stages.losses.terms import student_layers
 from stages.model_file import finished_record, load_finished
 from stages.network import Network, finish
 from stages.optim import TrainConfig
+from stages.reuse_classifier import last_of_projector
 from stages.setup import Setup, deciding
 from stages.teaching import Teaching
 from stages.train_student import DISTILLED, StudentConfig, build_lesson, fresh_student, student_folder
@@ -136,6 +138,7 @@ def measure_latencies(config: CompressConfig, seed: int, setup: Setup) -> dict[s
 
 
 def _prune(config: CompressConfig, network: Network, seed: int, teaching: Teaching, setup: Setup) -> dict[str, Any]:
+    config = replace(config, prune=replace(config.prune, keep=(*config.prune.keep, *_reused(teaching))))
     model = prune(network.model, torch.zeros(2, *setup.image_shape), config.prune)
     architecture = {**network.architecture, "widths": record_widths(model)}
     piece = Piece(
@@ -147,6 +150,11 @@ def _prune(config: CompressConfig, network: Network, seed: int, teaching: Teachi
         seed=seed,
     )
     return _fine_tune(piece, teaching, setup)
+
+
+def _reused(teaching: Teaching) -> list[str]:
+    """The modules whose channels stay as they are what the teacher's own classifier sees."""
+    return [last_of_projector(loss) for loss in teaching.losses if isinstance(loss, SimKDConfig)]
 
 
 def _quantize(config: CompressConfig, network: Network, seed: int, teaching: Teaching, setup: Setup) -> dict[str, Any]:

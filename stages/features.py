@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import ModelError
-from stages.forms import Wanted
+from stages.forms import Wanted, widened
 from stages.models.module_path import module_named
 
 
@@ -25,6 +25,10 @@ class Outputs:
     def rows(self, index: Tensor) -> Outputs:
         """The same for some of the samples, int64 [n]."""
         return Outputs(self.logits[index], rows_of(self.features, index))
+
+    def widened(self) -> Outputs:
+        """The same in float32 or wider."""
+        return Outputs(widened(self.logits), {layer: widened(feature) for layer, feature in self.features.items()})
 
 
 class TeacherOutputs(Protocol):

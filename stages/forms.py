@@ -21,6 +21,9 @@ INPUT_GRADIENT = "input_gradient"
 INPUT = "input"
 """The `layer` of what is about the images themselves."""
 
+NO_GRADIENT = 1e-12
+"""A gradient whose largest number is below this counts as none: scaling it up would only show rounding errors."""
+
 Shape = tuple[int, ...]
 """Of one sample's tensor, without the batch axis."""
 
@@ -103,10 +106,10 @@ def pool_to(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pooled(features: Tensor) -> Tensor:
-    """The mean over positions, float32: maps [B, C, H, W] or tokens [B, L, C] to [B, C]; vectors [B, C] stay."""
+    """The mean over positions: maps [B, C, H, W] or tokens [B, L, C] to [B, C], in float32 or wider; vectors stay."""
     if features.dim() == 3:
-        return features.float().mean(1)
-    return features.float().flatten(2).mean(2) if features.dim() > 3 else features.float()
+        return widened(features).mean(1)
+    return widened(features).flatten(2).mean(2) if features.dim() > 3 else widened(features)
 
 
 def attention(maps: Tensor) -> Tensor:
@@ -117,6 +120,17 @@ def attention(maps: Tensor) -> Tensor:
     """
     energy = widened(maps).square().mean(1)
     return F.normalize(energy.flatten(1), dim=1).view_as(energy)
+
+
+def input_attention(gradient: Tensor) -> Tensor:
+    """The attention map [B, H, W] of gradients [B, C, H, W], in float32 or wider, of length 1 however small they are.
+
+    A network that is sure has gradients of 1e-7 and less, whose squares would vanish beside the guard against a
+    division by zero. Scaling by a constant first changes neither the map nor its gradient.
+    """
+    gradient = widened(gradient)
+    largest = gradient.detach().abs().amax((1, 2, 3), keepdim=True)
+    return attention(gradient / largest.clamp_min(NO_GRADIENT))
 
 
 def gram(maps: Tensor) -> Tensor:
@@ -144,7 +158,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     ATTENTION: attention,
     "gram": gram,
     SPATIAL_GRAM: spatial_gram,
-    INPUT_GRADIENT: attention,
+    INPUT_GRADIENT: input_attention,
 }
 
 UNSIZED = (POOLED, INPUT_GRADIENT)

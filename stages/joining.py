@@ -65,6 +65,7 @@ def join(
     if class_map is not None:
         labels = np.where(known, class_map.to_student(labels), -1)
         known = labels >= 0
+        _require_some(store, at, known)
     rows = np.full(len(ids), -1, np.int64)
     rows[known] = store.rows_of(ids[known])
     held = store.samples.take(at[known])
@@ -84,6 +85,23 @@ def _require_may_be_missing(store: TargetStore, absent: NDArray[np.int64], num_s
             f"{some}: cache them with `kdpipe cache-teacher`, leave them out of the data set, or let them learn from "
             "their labels alone with student.missing = 'hard-labels'."
         )
+
+
+def _require_some(store: TargetStore, at: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
+    """Raise StoreError where a teacher of other classes teaches none of the samples, which stand `at` positions in its
+    store, -1 for those that it lacks.
+    """
+    if known.any():
+        return
+    if (at < 0).all():
+        raise StoreError(
+            f"{store.path} has no targets for any of the {len(at)} samples: it was made from another data set, or with "
+            "other sample ids."
+        )
+    raise StoreError(
+        f"{store.path} has none of the {len(at)} samples in a class that student.teachers.classes maps: its teacher "
+        "has nothing to say of this data set."
+    )
 
 
 def _require_equal(path: Path, image_set: ImageSet, what: str, stored: NDArray[Any], wanted: NDArray[Any]) -> None:

@@ -44,7 +44,14 @@ class Network:
         }
 
 
-def finish(folder: JobFolder, network: Network, history: Sequence[Mapping[str, Any]], setup: Setup) -> dict[str, Any]:
+def finish(
+    folder: JobFolder,
+    network: Network,
+    history: Sequence[Mapping[str, Any]],
+    setup: Setup,
+    *,
+    with_onnx: bool = True,
+) -> dict[str, Any]:
     """Measure a trained network, leave its weights, ONNX file and figures in `folder`, and return the figures.
 
     Raises ModelError where the network cannot be exported, or its file does not answer as it does.
@@ -53,8 +60,10 @@ def finish(folder: JobFolder, network: Network, history: Sequence[Mapping[str, A
     examined = examine(network.model, setup.test(network.normalise), setup.device)
     record = {"architecture": dict(network.architecture), "normalisation": network.normalise.to_json()}
     save_model(folder.model, network.model, record)
-    _write_onnx(folder, network, setup)
-    agreement = _require_agreement(folder, network, setup)
+    agreement = None
+    if with_onnx:
+        _write_onnx(folder, network, setup)
+        agreement = _require_agreement(folder, network, setup)
     best = max(history, key=lambda line: line["accuracy"], default={"accuracy": examined.top1, "epoch": None})
     result = {
         "accuracy": examined.top1,
@@ -65,7 +74,7 @@ def finish(folder: JobFolder, network: Network, history: Sequence[Mapping[str, A
         "num_parameters": count_parameters(network.model),
         "identity": network.identity,
         "onnx_agreement": agreement,
-        "onnx_bytes": folder.onnx.stat().st_size,
+        "onnx_bytes": folder.onnx.stat().st_size if with_onnx else None,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
         "examined": examined.to_json(),
     }

@@ -89,7 +89,7 @@ def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: i
     return Recomputed(len(ids), tuple(sorted(differing, key=lambda one: (one.sample_id, one.array))), largest)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _errors(
     store: TargetStore, teacher: Network, setup: Setup, view: int, ids: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:

@@ -148,6 +148,11 @@ def with_projector(
     return student
 
 
+def last_of_projector(config: SimKDConfig) -> str:
+    """The path of the projector's last convolution, whose channels the teacher's classifier sees."""
+    return f"{config.layers[0][0]}.projector.6"
+
+
 def projector(channels: int, num_features: int, factor: int) -> nn.Sequential:
     """[B, channels, H, W] to [B, num_features, H, W]: 1x1, 3x3 and 1x1 convolutions, each with BN and ReLU, the middle
     one `factor` times narrower than the result.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from stages.forms import MAP, SPATIAL_GRAM, Shape, Wanted, form_shape, take_form
+from stages.forms import INPUT_GRADIENT, MAP, SPATIAL_GRAM, Shape, Wanted, form_shape, take_form
 from store import StoreError, TargetStore
 
 LOGITS = "logits"
@@ -37,12 +37,12 @@ def serve(store: TargetStore, wanted: Wanted) -> Serving:
         if one.array in shapes and _fits(shapes[one.array], wanted):
             return Serving(wanted, one.array, None, shapes[one.array])
     whole = Wanted(wanted.layer, MAP)
-    if whole.array in shapes:
+    if whole.array in shapes and wanted.form != INPUT_GRADIENT:
         made = wanted.fitted(shapes[whole.array])
         return Serving(wanted, whole.array, made, form_shape(made, shapes[whole.array]))
     held = ", ".join(shapes)
     raise StoreError(
-        f"{store.path} holds no {wanted.form} of {wanted.layer!r}, only {held}: run `kdpipe cache-teacher` with this "
+        f"{store.path} holds no {wanted.kind} of {wanted.layer!r}, only {held}: run `kdpipe cache-teacher` with this "
         f"recipe, or with cache.layers = ['{wanted}'] in the recipe that made the store, and it is added."
     )
 
@@ -55,12 +55,13 @@ def arrays_read(store: TargetStore, wanted: Sequence[Wanted]) -> list[str]:
 
 def smallest(wanted: Wanted, shape: Shape) -> Wanted:
     """What to store of a layer whose outputs have `shape`, so that `wanted` can be served: it, or the map where that
-    is no larger.
+    is no larger. A gradient by the pixels cannot be made of a map.
     """
     fitted = wanted.fitted(shape)
     whole = Wanted(wanted.layer, MAP)
     made = form_shape(fitted, shape)
-    return whole if _num_elements(shape) <= _num_elements(made) else fitted
+    keeps_map = wanted.form != INPUT_GRADIENT and _num_elements(shape) <= _num_elements(made)
+    return whole if keeps_map else fitted
 
 
 def _num_elements(shape: Shape) -> int:

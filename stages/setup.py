@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.datasets.image_set import ImageSet, digest, normalisation, pixel_checksums, unequal_sizes_message
 from stages.errors import DataError, RecipeError
@@ -32,7 +32,8 @@ class Setup:
     """The common ground of a run's stages; `run` is the folder in which they find each other's files.
 
     partners: where the partners of MixUp and CutMix come from; the training images, where that is None.
-    num_workers, unreadable: as in the recipe's `data` section.
+    num_workers, unreadable: as in the recipe's `data` section. ask_teacher: gives what the teachers say of the test
+    images, float32 [N, C], where that is known by now.
     """
 
     run: Path
@@ -44,6 +45,7 @@ class Setup:
     partners: ImageSet | None = None
     num_workers: int | None = None
     unreadable: Literal["stop", "drop"] = "stop"
+    ask_teacher: Callable[[], Tensor | None] = lambda: None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -72,7 +74,7 @@ class Setup:
         return Pictures(self.test_set, self.device, num_workers=self.num_workers, on_failure=self._on_unreadable)
 
     def test(self, normalise: Normalisation) -> Evaluation:
-        return Evaluation(self.test_pictures, normalise)
+        return Evaluation(self.test_pictures, normalise, self.ask_teacher())
 
     def _on_unreadable(self, sentence: str) -> None:
         """Stop at an image that cannot be read, or drop it from its batch and say so, as the recipe has it."""

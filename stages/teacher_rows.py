@@ -62,8 +62,8 @@ def listen(tap: Tap, teacher: Network, seen: Seen, wanted: Sequence[Wanted], har
     """
     if all(one.source != INPUT_GRADIENT for one in wanted):
         return tap(teacher.normalise(seen.images))
-    with torch.inference_mode(False), torch.enable_grad():  # what is made in inference mode has no gradient
-        images = teacher.normalise(seen.images.clone()).requires_grad_()
+    with torch.enable_grad():
+        images = teacher.normalise(seen.images).requires_grad_()
         outputs = tap(images)
         (gradient,) = torch.autograd.grad(hard.cross_entropy(outputs.logits).sum(), images)
         features = {layer: feature.detach() for layer, feature in outputs.features.items()}

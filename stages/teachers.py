@@ -45,55 +45,79 @@ class TeachersConfig:
 def check_teachers(config: TeachersConfig, num_stores: int) -> None:
     """Raise RecipeError where the lists of `student.teachers` are not as long as `student.stores`."""
     lists = {"temperatures": config.temperatures, "classes": config.classes}
+    given = {key: values for key, values in lists.items() if values}
     if isinstance(config.weights, tuple):
-        lists["weights"] = config.weights
-        if sum(config.weights) <= 0:
-            raise RecipeError("student.teachers.weights are all 0: give one teacher a weight above 0.")
-    for key, values in lists.items():
-        if values and len(values) != num_stores:
+        given["weights"] = config.weights
+    for key, values in given.items():
+        if len(values) != num_stores:
             raise RecipeError(
                 f"student.teachers.{key} has {len(values)} entries and there are {num_stores} stores: one for each."
             )
+    if isinstance(config.weights, tuple) and max(config.weights) <= 0:
+        raise RecipeError("student.teachers.weights are all 0: give one teacher a weight above 0.")
 
 
 class Combination(nn.Module):
     """The teachers as one: its only weights, if any, are those of learnable shares."""
 
     def __init__(self, config: TeachersConfig, num_teachers: int, accuracies: Sequence[float] | None = None) -> None:
-        """accuracies: each teacher's share of right answers, where `weights` is "accuracy"."""
+        """accuracies: each teacher's share of right answers, where `weights` is "accuracy". Raises RecipeError where
+        they are wanted and not there.
+        """
         super().__init__()
         self.config = config
         learns = config.weights == "learnable" and num_teachers > 1
         self.scores = nn.Parameter(torch.zeros(num_teachers)) if learns else None
-        fixed = config.weights if isinstance(config.weights, tuple) else accuracies
-        self.shares = tuple(fixed) if fixed is not None else (1.0,) * num_teachers
+        self.shares = _shares(config, num_teachers, accuracies)
 
     def forward(self, teachers: Sequence[TeacherOutputs], known: Sequence[Tensor | None], labels: Tensor) -> Together:
-        """One teacher of several. known: which samples each knows, bool [B]; None for all. labels: int64 [B]."""
-        weights = self._weights(teachers, labels)
-        for number, mask in enumerate(known):
-            if mask is not None:
-                weights = weights.masked_fill(F.one_hot(torch.tensor(number), len(teachers)).bool() & ~mask[:, None], 0)
+        """One teacher of several. known: which samples each knows, bool [B] on any device; None for all. labels:
+        int64 [B].
+        """
+        everything = torch.ones_like(labels, dtype=torch.bool)
+        masks = [everything if mask is None else mask.to(labels.device, non_blocking=True) for mask in known]
+        knows = torch.stack(masks, 1)
+        weights = torch.where(knows, self._weights(teachers, labels, knows), 0)
+        # A sample that only teachers of weight 0 know is theirs all the same: the limit of ever smaller weights.
+        weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, knows.to(weights.dtype))
         weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         return Together(tuple(teachers), weights, self.config)
 
-    def _weights(self, teachers: Sequence[TeacherOutputs], labels: Tensor) -> Tensor:
+    def _weights(self, teachers: Sequence[TeacherOutputs], labels: Tensor, knows: Tensor) -> Tensor:
         """What each teacher counts for each sample, [B, num_teachers], before they are made to add up to 1."""
         if self.config.weights == "confidence" and len(teachers) > 1:
-            return confidence(torch.stack([teacher.logits_at(1.0) for teacher in teachers], 1), labels)
+            return confidence(torch.stack([teacher.logits_at(1.0) for teacher in teachers], 1), labels, knows)
         if self.scores is not None:
             return self.scores.softmax(0).expand(len(labels), -1)
         return torch.tensor(self.shares, device=labels.device).expand(len(labels), -1)
 
 
-def confidence(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each teacher's weight for each sample, [B, M], from logits [B, M, num_classes] and labels int64 [B].
+def _shares(config: TeachersConfig, num_teachers: int, accuracies: Sequence[float] | None) -> tuple[float, ...]:
+    """What each teacher counts for every sample, of the largest; the same for all, where that goes by the sample."""
+    shares: Sequence[float] = (1.0,) * num_teachers
+    if isinstance(config.weights, tuple):
+        shares = config.weights
+    elif config.weights == "accuracy" and num_teachers > 1:
+        if accuracies is None:
+            raise RecipeError(
+                "student.teachers.weights = 'accuracy' needs each teacher's share of right answers on the test images, "
+                "which is not known here: give one number a teacher instead."
+            )
+        shares = accuracies
+    largest = max(*shares, 0.0) or 1.0
+    return tuple(share / largest for share in shares)
+
+
+def confidence(logits: Tensor, labels: Tensor, knows: Tensor) -> Tensor:
+    """Each teacher's weight for each sample, [B, M], from logits [B, M, num_classes], labels int64 [B] and which
+    samples each knows, bool [B, M]: the others are not compared.
 
     (1 - exp(CE_m) / sum_j exp(CE_j)) / (M - 1), CE being the cross entropy with the label: who is surer of the truth
     counts more. Zhang et al. 2022 (arXiv 2201.00007), equation 3.
     """
     cross_entropies = -F.log_softmax(logits, 2).gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
-    return (1 - cross_entropies.softmax(1)) / (logits.shape[1] - 1)
+    compared = cross_entropies.masked_fill(~knows, torch.finfo(logits.dtype).min)
+    return (1 - compared.softmax(1)) / (knows.sum(1, keepdim=True) - 1).clamp_min(1)
 
 
 @dataclass(frozen=True)

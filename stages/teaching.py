@@ -100,10 +100,10 @@ def shapes_of(source: Source) -> TeacherShapes:
     return {serving.wanted: serving.shape for serving in source.servings}
 
 
-def check_losses(losses: Sequence[Entry], views: ViewsConfig) -> None:
+def check_losses(losses: Sequence[Entry], views: ViewsConfig, where: str = "distill") -> None:
     """Raise RecipeError for losses that cannot do what the recipe asks of them, whatever the stores hold."""
     for number, loss in enumerate(losses):
-        entry = f"distill.{number} ({loss.loss})"
+        entry = f"{where}.{number} ({loss.loss})"
         if loss.samples.weigh != "equal" and not loss.per_sample:
             raise RecipeError(
                 f"{entry}: samples.weigh = {loss.samples.weigh!r} is for losses that are a mean over samples, and this "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from stages.reuse_classifier import require_teacher, with_teachers_classifier
 from stages.schedules import Amount
 from stages.setup import Setup, deciding, model_normalisation
 from stages.targets import ReadConfig, Targets
+from stages.teacher_on_test import test_accuracies
 from stages.teachers import Combination, TeachersConfig
 from stages.teaching import Teaching, check_together, open_stores, shapes_of
 from stages.tensor_file import load_tensors
@@ -104,6 +105,8 @@ def open_teaching(
     """The stores that `losses` teach the student from, opened and checked. Raises what `open_stores` raises."""
     shapes = student_shapes(student, losses, setup)
     teaching = open_stores(places, losses, student, identity, setup, shapes=shapes)
+    if student.teachers.weights == "accuracy":
+        teaching = replace(teaching, accuracies=test_accuracies(places, student.teachers, setup))
     for loss in losses:
         if isinstance(loss, SimKDConfig):
             store = teaching.stores[loss.store or 0]
@@ -154,13 +157,27 @@ def build_lesson(
     )
 
 
-def train_student(config: StudentConfig, seed: int, teaching: Teaching | None, setup: Setup) -> dict[str, Any]:
-    """Train one student, distilled by `teaching` or alone where that is None, and leave it in the run folder.
+@dataclass(frozen=True)
+class Seat:
+    """Where a student is trained, under which name, and whether an ONNX file is made of it."""
+
+    folder: JobFolder
+    name: str
+    with_onnx: bool = True
+
+
+def train_student(
+    config: StudentConfig, seed: int, teaching: Teaching | None, setup: Setup, *, seat: Seat | None = None
+) -> dict[str, Any]:
+    """Train one student, distilled by `teaching` or alone where that is None, and leave it in the run folder, or where
+    `seat` says.
 
     Resumes where it was stopped; a finished one is not touched. Returns its figures.
     """
-    kind = ALONE if teaching is None else DISTILLED
-    folder = student_folder(setup.run, kind, seed)
+    if seat is None:
+        kind = ALONE if teaching is None else DISTILLED
+        seat = Seat(student_folder(setup.run, kind, seed), f"{kind} student, seed {seed}")
+    folder = seat.folder
     network = fresh_student(config, seed, setup, teaching.losses if teaching else ())
     folder.begin(
         {
@@ -176,32 +193,32 @@ def train_student(config: StudentConfig, seed: int, teaching: Teaching | None, s
     )
     if (done := folder.result()) is not None:
         return done
-    name = f"{kind} student, seed {seed}"
     if teaching is not None:
-        _hint_stages(config, seed, teaching, setup, network)
+        _hint_stages(config, seed, teaching, setup, network, seat=seat)
         teaching = teaching.main
     lesson = build_lesson(network, teaching, seed, setup, label_smoothing=config.label_smoothing)
     layers = student_layers(teaching.losses) if teaching else ()
     test = setup.test(network.normalise)
-    job = Job("train-student", name, network.model, lesson, test, config.train, seed, folder, layers)
-    return finish(folder, network, train(job, setup.device, setup.watch), setup)
+    job = Job("train-student", seat.name, network.model, lesson, test, config.train, seed, folder, layers)
+    return finish(folder, network, train(job, setup.device, setup.watch), setup, with_onnx=seat.with_onnx)
 
 
-def _hint_stages(config: StudentConfig, seed: int, teaching: Teaching, setup: Setup, network: Network) -> None:
+def _hint_stages(
+    config: StudentConfig, seed: int, teaching: Teaching, setup: Setup, network: Network, *, seat: Seat
+) -> None:
     """What comes before the student's own training where a loss is `fitnet`: each hint alone, one after the other, with
     only the modules up to the hint layer, at a constant learning rate. Each ends in a file, from which the next begins.
     """
-    folder = student_folder(setup.run, DISTILLED, seed)
-    if folder.checkpoint.exists():
+    if seat.folder.checkpoint.exists():
         return  # its own training is under way
     stages = [stage for loss in teaching.losses if isinstance(loss, FitNetConfig) for stage in loss.stages()]
     for number, stage in enumerate(stages, 1):
-        own = JobFolder(folder.path / f"hint{number}")
+        own = JobFolder(seat.folder.path / f"hint{number}")
         make_folders([own.path])
         if not own.model.exists():
             lesson = build_lesson(network, teaching.of([stage]), derive_seed(seed, "hint", number), setup)
             train_config = replace(config.train, epochs=stage.stage_epochs, schedule="step", milestones=())
-            name = f"distilled student, seed {seed}, hint {number} of {len(stages)}"
+            name = f"{seat.name}, hint {number} of {len(stages)}"
             only = replace(lesson, hints_only=True)
             layers = stage.student_layers()
             job = Job("train-student", name, network.model, only, None, train_config, seed, own, layers)

@@ -54,7 +54,7 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
     machinery, state = _set_up(job, device), State()
     if job.folder.checkpoint.exists():
         restore(job.folder.checkpoint, machinery, state)
-    steps = num_steps(job.lesson.num_samples, job.config.batch_size)
+    steps = num_steps_of(job)
     saved_at = time.monotonic()
     batches = job.lesson.stream(
         job.seed, job.config.batch_size, epoch=state.epoch, step=state.step, epochs=job.config.epochs
@@ -78,6 +78,28 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
             _end_epoch(job, state, steps, device, time.monotonic() - started)
             watch.report(_event(job, state, steps, state.history[-1]))
     return state.history
+
+
+def step_walls(job: Job, device: torch.device, num_steps: int) -> list[float]:
+    """The seconds that each of a job's first steps takes, targets and pictures read included. Nothing is saved."""
+    machinery, state = _set_up(job, device), State()
+    epochs = 1 + num_steps // num_steps_of(job)
+    batches = job.lesson.stream(job.seed, job.config.batch_size, epoch=0, step=0, epochs=epochs)
+    walls = []
+    with tapped(job.model, job.student_layers) as student:
+        machinery.modules.train()
+        for _ in range(num_steps):
+            started = time.perf_counter()
+            _step(job, student, machinery, state, next(batches))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            walls.append(time.perf_counter() - started)
+    return walls
+
+
+def num_steps_of(job: Job) -> int:
+    """The steps of one of its epochs."""
+    return num_steps(job.lesson.num_samples, job.config.batch_size)
 
 
 def _set_up(job: Job, device: torch.device) -> Machinery:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on a busy machine two threads mostly wait for each other
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime else calls its makers, from a thread of its own
 
 from collections.abc import Callable
 from pathlib import Path

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from typer.testing import CliRunner, Result
+from warm_process import WarmProcess
 
 from pipeline.main import app
 
@@ -53,10 +54,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def kdpipe(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `kdpipe` to its end."""
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+def kdpipe_afresh(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `kdpipe` to its end as a user does: in a Python of its own, which takes seconds to import all it needs."""
+    process = start_afresh(*arguments)
+    out, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.wait(), out, errors)
+
+
+def kdpipe(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `kdpipe` to its end, in a process of its own that need not import much."""
+    process = start(*arguments)
+    out, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.wait(), out, errors)
 
 
 def kdpipe_here(*arguments: str | Path) -> Result:
@@ -64,13 +73,18 @@ def kdpipe_here(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
+def start(*arguments: str | Path) -> WarmProcess:
     """Start `kdpipe` and leave it running."""
+    return WarmProcess(["kdpipe", *map(str, arguments)], environment())
+
+
+def start_afresh(*arguments: str | Path) -> subprocess.Popen[str]:
+    """The same in a Python of its own, which also ends as Python does."""
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def signal_when(process: subprocess.Popen[str], ready: Callable[[], bool], number: int) -> None:
+def signal_when(process: WarmProcess | subprocess.Popen[str], ready: Callable[[], bool], number: int) -> None:
     """Send a signal to the process as soon as `ready`; fails if it ends first."""
     deadline = time.monotonic() + 120
     while not ready():

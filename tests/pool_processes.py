@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from photographs import path_of, photographs
+from torch.utils.data import _utils
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stages.datasets.image_set import ImageSet
@@ -39,7 +40,10 @@ def leaves(image_set: ImageSet) -> None:
 
 
 def hangs(image_set: ImageSet) -> None:
-    """A worker waits for ever for the image at 8."""
+    """A worker waits for ever for the image at 8. The job waits for it less long than torch has it by default: 5 s, and
+    that twice.
+    """
+    _utils.MP_STATUS_CHECK_INTERVAL = 1.0
     os.mkfifo(pipe := path_of(image_set, 8).with_suffix(".pipe"))
     pipe.rename(path_of(image_set, 8))
     stream = stream_of(image_set, 3)

@@ -11,14 +11,11 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from stages.config import section
-from stages.forms import INPUT, INPUT_GRADIENT, Wanted, attention, widened
+from stages.forms import INPUT, INPUT_GRADIENT, Wanted, input_attention
 from stages.losses.at import Form, attention_distance
 from stages.losses.entry import Entry
 from stages.losses.said import Facts, Said, Shapes, TeacherShapes
 from stages.schedules import Amount
-
-SMALLEST = 1e-12
-"""Gradients whose largest number is below this count as none: dividing by it would only blow up rounding errors."""
 
 MAP = Wanted(INPUT, INPUT_GRADIENT)
 
@@ -61,14 +58,3 @@ class ATGradient(nn.Module):
 def at_gradient_loss(student: Tensor, teacher: Tensor, form: Form = "code") -> Tensor:
     """The loss for the gradients by the pixels, [B, C, H, W] twice; a scalar in float32 or wider."""
     return attention_distance(input_attention(student), input_attention(teacher), form).mean()
-
-
-def input_attention(gradient: Tensor) -> Tensor:
-    """The attention map [B, H, W] of gradients [B, C, H, W], in float32 or wider, of length 1 however small they are.
-
-    A network that is sure has gradients of 1e-7 and less, whose squares would vanish beside the guard against a
-    division by zero. Scaling by a constant first changes neither the map nor its gradient.
-    """
-    gradient = widened(gradient)
-    largest = gradient.detach().abs().amax((1, 2, 3), keepdim=True)
-    return attention(gradient / largest.clamp_min(SMALLEST))

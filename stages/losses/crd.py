@@ -51,6 +51,10 @@ class CRDConfig(Entry):
     def num_others(self) -> int:
         return self.num_negatives
 
+    @property
+    def wanted_of_others(self) -> tuple[Wanted, ...]:
+        return teachers_of(self.layers, POOLED) if self.memory == "store" else ()
+
     def student_layers(self) -> tuple[str, ...]:
         return students_of(self.layers)
 

@@ -41,8 +41,8 @@ class HintConfig(Entry):
 
 
 class Hint(nn.Module):
-    """The squared error of each sample, summed over the pairs, [B], through adapters that train with the student and are
-    not part of it.
+    """The squared error of each sample, summed over the pairs, [B], through adapters that train with the student and
+    are not part of it.
     """
 
     def __init__(self, pairs: Pairs, student: Shapes, teacher: TeacherShapes) -> None:

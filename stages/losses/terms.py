@@ -160,7 +160,13 @@ class Distillation(nn.Module):
         return {name: term.config for name, term in self.terms.items()}  # type: ignore[misc]
 
     def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """The weighted losses by name."""
+        """The weighted losses by name, in float32 also under mixed precision: sums over batches and maps would
+        overflow, or lose what they are about.
+        """
+        with torch.autocast(exchange.student.logits.device.type, enabled=False):
+            return self._losses(replace(exchange, student=exchange.student.widened()))
+
+    def _losses(self, exchange: Exchange) -> dict[str, Tensor]:
         if len(exchange.teachers) == 1 and not self.combination.config.temperatures:
             together = exchange.teachers[0]
         else:

@@ -10,6 +10,8 @@ from stages.errors import ModelError
 from stages.models.arguments import at_least_one
 from stages.models.he_init import he_initialise
 
+HEADS = ("flatten", "average")
+
 
 def cnn(
     *,
@@ -19,13 +21,17 @@ def cnn(
     width: int = 32,
     num_stages: int = 2,
     convs_per_stage: int = 2,
+    head: str = "flatten",
 ) -> nn.Sequential:
     """Stages of conv-BN-ReLU, each halved by a max pool: images [B, in_channels, H, W] -> logits [B, num_classes].
 
     `stage1` gives [B, width, H, W], `stage2` [B, 2 width, H/2, W/2] and so on, *after* the ReLU and before the pool.
-    The last map is flattened, not averaged: in aligned images, where a thing stands says much. Raises ModelError for a
-    bad argument, or for images that the pools would shrink to nothing.
+    The last map is pooled once more and flattened: in aligned images, where a thing stands says much. With
+    `head = "average"` it is averaged, as in larger networks. Raises ModelError for a bad argument, or for images that
+    the pools would shrink to nothing.
     """
+    if head not in HEADS:
+        raise ModelError(f"cnn has head = {head!r}: give one of {', '.join(HEADS)}.")
     width = at_least_one("cnn", "width", width)
     num_stages = at_least_one("cnn", "num_stages", num_stages)
     convs_per_stage = at_least_one("cnn", "convs_per_stage", convs_per_stage)
@@ -39,10 +45,12 @@ def cnn(
     channels = in_channels
     for index in range(num_stages):
         layers[f"stage{index + 1}"] = _stage(channels, width << index, convs_per_stage)
-        layers[f"pool{index + 1}"] = nn.MaxPool2d(2)
+        last = index == num_stages - 1 and head == "average"
+        layers[f"pool{index + 1}"] = nn.AdaptiveAvgPool2d(1) if last else nn.MaxPool2d(2)
         channels = width << index
     layers["flatten"] = nn.Flatten()
-    layers["fc"] = nn.Linear(channels * (height >> num_stages) * (wide >> num_stages), num_classes)
+    positions = 1 if head == "average" else (height >> num_stages) * (wide >> num_stages)
+    layers["fc"] = nn.Linear(channels * positions, num_classes)
     model = nn.Sequential(layers)
     he_initialise(model)
     return model

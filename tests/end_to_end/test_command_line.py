@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from kdpipe_process import environment, kdpipe, kdpipe_here
+from kdpipe_process import environment, kdpipe, kdpipe_afresh, kdpipe_here
 
 
 def test_help_names_every_command_and_exit_code_and_imports_nothing_heavy():
@@ -65,7 +65,7 @@ def test_a_mistake_leaves_no_traceback_in_a_real_process_either(recipe, tmp_path
 
 
 def test_json_keeps_stdout_to_one_document_and_progress_to_json_lines(recipe, tmp_path):
-    ended = kdpipe("train-teacher", recipe, "--run", tmp_path / "run", "--json")
+    ended = kdpipe_afresh("train-teacher", recipe, "--run", tmp_path / "run", "--json")
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["teacher"]["num_epochs"] == 6
     events = [json.loads(line) for line in ended.stderr.splitlines()]

@@ -15,9 +15,9 @@ from made_store import folder_bytes
 
 
 def test_the_road_ends_in_a_table_and_its_files(done):
-    run, ended = done
+    run, said = done
     for name in ("teacher", "student alone", "student distilled", "pruned", "pruned + INT8"):
-        assert re.search(rf"^\s*{re.escape(name)}\s+\d+\.\d\d", ended.stdout, re.MULTILINE), name
+        assert re.search(rf"^\s*{re.escape(name)}\s+\d+\.\d\d", said, re.MULTILINE), name
     report = json.loads(kdpipe_here("report", run, "--json").stdout)
     assert [row["num_seeds"] for row in report["rows"]] == [1] * 5
     assert all(Path(file).exists() for row in report["rows"] for file in row["files"])
@@ -68,11 +68,11 @@ def test_the_store_holds_what_the_teacher_says(done):
 
 
 def test_a_done_run_is_not_done_again(done, recipe):
-    run, first = done
+    run, said = done
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     again = kdpipe("run", recipe, "--run", run)
     assert again.returncode == 0
-    assert again.stdout == first.stdout
+    assert again.stdout == said
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
 
 

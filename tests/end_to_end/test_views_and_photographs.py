@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from kdpipe_process import kdpipe_here, signal_when, start
+from kdpipe_process import kdpipe_here, signal_when, start_afresh
 from made_store import folder_bytes
 from PIL import Image
 
@@ -140,7 +140,7 @@ def test_a_student_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(place,
     run, recipe = place / "stopped", recipe_of(place)
     shutil.copytree(done[0], run, ignore=shutil.ignore_patterns("distilled-*"))
     checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
-    process = start("train-student", recipe, "--run", run, WORKERS)
+    process = start_afresh("train-student", recipe, "--run", run, WORKERS)
     signal_when(process, checkpoint.exists, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors

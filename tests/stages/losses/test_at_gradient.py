@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from loss_inputs import drawn, said
 from torch import nn
 
-from stages.forms import INPUT, INPUT_GRADIENT, Wanted, attention
+from stages.forms import INPUT, INPUT_GRADIENT, Wanted, attention, input_attention
 from stages.losses.at import at_loss
-from stages.losses.at_gradient import ATGradientConfig, at_gradient_loss, input_attention
+from stages.losses.at_gradient import ATGradientConfig, at_gradient_loss
 from stages.losses.said import Facts
 
 GRADIENT, TEACHERS = drawn(8, 3, 6, 6, seed=1), drawn(8, 3, 6, 6, seed=2)

@@ -1,0 +1,225 @@
+"""What each loss costs: its forward and backward, as a share of the student's own training step.
+
+    uv run python benchmarks/loss_cost.py [--losses NAME ...] [--batch-sizes B ...] [--rounds N]
+
+The student's step is resnet8x4 on B random 32x32 images: forward, cross entropy with 100 classes, backward, SGD. Step and
+loss take turns in one process; quoted are the median of the loss and that of its ratio to the step just before. Losses
+on maps get one pair of layers, of 64x8x8 and of 256x8x8 on both sides; losses on pooled features vectors of 256. The
+teacher's side is ready in the form that a store would give, and what reading it costs is left to epoch_cost.py. CRD
+contrasts with its default number of others, of 50,000 samples. Backward goes to the student's logits or features and
+to what trains with it; of SimKD the projector, and of ReviewKD the fusion with deeper layers, are not in it.
+
+at_gradient needs the network itself: quoted is by how much a step with it, through the double backward, is longer.
+
+The last column is the largest tensor that a loss makes, forward or backward, in MiB: what no loss should owe is one
+that grows with more than the larger of its inputs and its result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stages.features import DenseOutputs, Outputs
+from stages.forms import POOLED, Shape, Wanted, take_form
+from stages.losses.at_gradient import MAP
+from stages.losses.entry import Entry
+from stages.losses.said import Facts, Others, Said
+from stages.losses.terms import LOSSES
+from stages.memory import keep_freed_memory
+from stages.models.build import ModelConfig, build_model
+from stages.schedules import Moment
+
+NUM_CLASSES, NUM_SAMPLES, VECTOR = 100, 50_000, (256,)
+MAPS = ((64, 8, 8), (256, 8, 8))
+MOMENT = Moment(epoch=100, epochs=240)
+"""After the epochs over which some losses come in: what is multiplied by less costs no less."""
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss at one size. prepare: undoes the last turn, outside the clock; work: forward and backward; held: the
+    tensors that are there before it. replaces: work is a step of the student with the loss, to be compared with one
+    without.
+    """
+
+    name: str
+    size: str
+    prepare: Work
+    work: Work
+    held: Sequence[Tensor]
+    replaces: bool = False
+
+
+def main() -> None:
+    kinds = {get_args(get_type_hints(kind)["loss"])[0]: kind for kind in LOSSES}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--losses", nargs="+", default=list(kinds), choices=list(kinds), metavar="NAME")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 256], metavar="B")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    keep_freed_memory()  # as the command line does
+    torch.manual_seed(0)
+    print(f"student's step: resnet8x4, {torch.get_num_threads()} CPU threads; medians of {arguments.rounds} rounds")
+    for batch_size in arguments.batch_sizes:
+        student = Student(batch_size)
+        print(f"\n{'loss':<12} {'B':>4} {'features':>9} {'ms':>8} {'of a step':>10} {'largest tensor, MiB':>20}")
+        steps: list[float] = []
+        for name in arguments.losses:
+            for case in cases(name, kinds[name], student):
+                steps += measure(case, student, arguments.rounds)
+        print(f"{'step alone':<12} {batch_size:>4} {'':>9} {1000 * statistics.median(steps):8.2f}")
+
+
+class Student:
+    """The student whose training step is the measure: images [B, 3, 32, 32], labels int64 [B]."""
+
+    def __init__(self, batch_size: int) -> None:
+        config = ModelConfig(name="resnet8x4")
+        self.model = build_model(config, num_classes=NUM_CLASSES, in_channels=3, image_size=(32, 32), seed=0)
+        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.images = torch.randn(batch_size, 3, 32, 32)
+        self.labels = torch.randint(NUM_CLASSES, (batch_size,))
+
+    def step(self) -> None:
+        self._descend(F.cross_entropy(self.model(self.images), self.labels))
+
+    def step_with(self, loss: nn.Module, teacher: DenseOutputs) -> None:
+        """The same with a loss on the gradient by the pixels beside the labels."""
+        images = self.images.detach().requires_grad_()
+        logits = self.model(images)
+        cross_entropy = F.cross_entropy(logits, self.labels, reduction="none")
+        (gradient,) = torch.autograd.grad(cross_entropy.sum(), images, create_graph=True)
+        ranks = torch.arange(len(images))
+        said = Said(Outputs(logits, {}), teacher, self.labels, ranks, MOMENT, input_gradient=gradient)
+        self._descend(cross_entropy.mean() + loss(said).mean())
+
+    def _descend(self, loss: Tensor) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+
+
+def cases(name: str, kind: type[Entry], student: Student) -> Iterator[Case]:
+    """The sizes at which a loss is measured, by what it wants of the teacher."""
+    takes_layers = "layers" in get_type_hints(kind)
+    entry: dict[str, Any] = {"loss": name} | ({"layers": (("student", "teacher"),)} if takes_layers else {})
+    config = kind(**entry)
+    if kind.input_gradient:
+        yield through_the_network(config, student)
+    elif not takes_layers:
+        yield on_features(config, {}, f"{NUM_CLASSES}", len(student.images))
+    else:
+        is_pooled = all(wanted.form == POOLED for wanted in config.wants({"student": MAPS[0]}))
+        for shape in (VECTOR,) if is_pooled else MAPS:
+            size = "x".join(map(str, shape))
+            yield on_features(config, {"student": shape}, size, len(student.images))
+
+
+def through_the_network(config: Entry, student: Student) -> Case:
+    teacher = DenseOutputs(torch.empty(0), {MAP: take_form(MAP, torch.randn_like(student.images))})
+    loss = config.build({}, {MAP: (32, 32)}, Facts(NUM_SAMPLES, NUM_CLASSES))
+    work: Work = lambda: student.step_with(loss, teacher)  # noqa: E731 - it is what the clock is around
+    return Case(config.loss, "network", nothing, work, [], replaces=True)
+
+
+def nothing() -> None:
+    pass
+
+
+def on_features(config: Entry, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:
+    """A loss on random logits and features, with as many channels on both sides."""
+    wanted = {one: shape for one, shape in zip(config.wants(shapes), shapes.values(), strict=False)}
+    features = {one: take_form(one, torch.randn(batch_size, *shape)) for one, shape in wanted.items()}
+    delivered = {one: tuple(feature.shape[1:]) for one, feature in features.items()}
+    loss = config.build(shapes, delivered, Facts(NUM_SAMPLES, NUM_CLASSES)).train()
+    leaves = {layer: torch.randn(batch_size, *shape, requires_grad=True) for layer, shape in shapes.items()}
+    student = Outputs(torch.randn(batch_size, NUM_CLASSES, requires_grad=True), leaves)
+    teacher = DenseOutputs(torch.randn(batch_size, NUM_CLASSES), features)
+    labels, ranks = torch.randint(NUM_CLASSES, (batch_size,)), torch.randperm(NUM_SAMPLES)[:batch_size]
+    said = Said(student, teacher, labels, ranks, MOMENT, others_of(config, wanted))
+
+    def prepare() -> None:
+        for tensor in (student.logits, *leaves.values(), *loss.parameters()):
+            tensor.grad = None
+
+    def work() -> None:
+        loss(said).mean().backward()
+
+    others = said.others.features.values() if said.others else ()
+    held = [student.logits, *leaves.values(), teacher.logits, *features.values(), *others]
+    return Case(config.loss, size, prepare, work, [*held, *loss.parameters(), *loss.buffers()])
+
+
+def others_of(config: Entry, wanted: Mapping[Wanted, Shape]) -> Others | None:
+    if not config.num_others:
+        return None
+    count = config.num_others
+    features = {one: take_form(one, torch.randn(count, *shape)) for one, shape in wanted.items()}
+    return Others(features, torch.randint(NUM_CLASSES, (count,)), torch.randint(NUM_SAMPLES, (count,)))
+
+
+def measure(case: Case, student: Student, num_rounds: int) -> list[float]:
+    """Print the case's row; the seconds of the student's own steps."""
+    steps, walls = [], []
+    for number in range(num_rounds + 1):
+        step_s = seconds(student.step)
+        case.prepare()
+        wall_s = seconds(case.work)
+        if number:  # the first round warms up: memory is taken, kernels are chosen
+            steps.append(step_s)
+            walls.append(wall_s - step_s if case.replaces else wall_s)
+    ratio = statistics.median(wall / step for wall, step in zip(walls, steps, strict=True))
+    case.prepare()
+    largest = "-" if case.replaces else f"{largest_tensor_bytes(case) / 2**20:.2f}"
+    millis = 1000 * statistics.median(walls)
+    batch_size = len(student.images)
+    print(f"{case.name:<12} {batch_size:>4} {case.size:>9} {millis:8.2f} {ratio:10.3f} {largest:>20}", flush=True)
+    return steps
+
+
+def seconds(work: Work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def largest_tensor_bytes(case: Case) -> int:
+    with LargestTensor(case.held) as mode:
+        case.work()
+    return mode.num_bytes
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operation inside it, backward too, for the memory of the tensors that they make."""
+
+    def __init__(self, held: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.held = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.held:
+                self.num_bytes = max(self.num_bytes, leaf.untyped_storage().nbytes())
+        return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The same student taught in several ways from the same stores, and what a step of each costs: `kdpipe compare`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from stages.config import section
+from stages.job_folder import JobFolder, read_json, write_json
+from stages.losses.terms import LossConfig, student_layers
+from stages.optim import TrainConfig
+from stages.schedules import Amount
+from stages.setup import Setup
+from stages.teaching import Teaching
+from stages.train_student import Seat, StudentConfig, build_lesson, fresh_student, train_student
+from stages.training import Job, step_walls
+
+NUM_STEPS = 8
+"""Steps of which a turn consists when costs are measured."""
+
+NUM_TURNS = 5
+
+
+@section
+class CompareEntry:
+    """One way of teaching: the losses, and what it has otherwise than `student`. Without losses there is no teacher."""
+
+    distill: tuple[LossConfig, ...] = ()
+    hard_label_weight: Amount | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """An entry under its name, with the student's section as it has it; no teaching where it has no losses."""
+
+    name: str
+    student: StudentConfig
+    teaching: Teaching | None
+
+    @property
+    def losses(self) -> tuple[Any, ...]:
+        return tuple(self.teaching.losses) if self.teaching else ()
+
+
+def student_of(entry: CompareEntry, student: StudentConfig) -> StudentConfig:
+    """The student's section as an entry has it."""
+    if entry.hard_label_weight is not None:
+        student = replace(student, hard_label_weight=entry.hard_label_weight)
+    return student if entry.label_smoothing is None else replace(student, label_smoothing=entry.label_smoothing)
+
+
+def train_way(way: Way, seed: int, setup: Setup) -> dict[str, Any]:
+    """The figures of one student; it is trained if it is not yet."""
+    folder = JobFolder(setup.run / "compare" / way.name / f"seed{seed}")
+    seat = Seat(folder, f"{way.name}, seed {seed}", with_onnx=False)
+    return train_student(way.student, seed, way.teaching, setup, seat=seat)
+
+
+def measure_costs(ways: Sequence[Way], setup: Setup) -> dict[str, dict[str, float]]:
+    """Milliseconds of a training step of each way, and their ratio to those of the first: medians over turns that all
+    ways take one after the other, so that what else the machine does hits them alike. Measured once for a run folder.
+    """
+    record = setup.run / "compare" / "cost.json"
+    held = read_json(record) or {}
+    if all(way.name in held for way in ways):
+        return {way.name: held[way.name] for way in ways}
+    jobs = [_job(way, setup) for way in ways]
+    walls: dict[str, list[float]] = {way.name: [] for way in ways}
+    for turn in range(NUM_TURNS + 1):
+        for number, (way, job) in enumerate(zip(ways, jobs, strict=True)):
+            setup.watch.check()
+            taken_s = step_walls(job, setup.device, NUM_STEPS)
+            if turn:  # the first one warms up
+                walls[way.name].append(statistics.median(taken_s))
+            done = turn * len(ways) + number + 1
+            setup.watch.counter("compare", "cost of a step", "turn")(done, (NUM_TURNS + 1) * len(ways))
+    first = walls[ways[0].name]
+    costs = {
+        name: {
+            "step_ms": round(1000 * statistics.median(own), 3),
+            "ratio": round(statistics.median([one / base for one, base in zip(own, first, strict=True)]), 3),
+        }
+        for name, own in walls.items()
+    }
+    write_json(record, costs)
+    return costs
+
+
+def _job(way: Way, setup: Setup) -> Job:
+    """A job of the way's, as far as steps need one."""
+    seed = way.student.seeds[0]
+    network = fresh_student(way.student, seed, setup, way.losses)
+    teaching = way.teaching.main if way.teaching else None
+    lesson = build_lesson(network, teaching, seed, setup, label_smoothing=way.student.label_smoothing)
+    layers = student_layers(teaching.losses) if teaching else ()
+    config: TrainConfig = way.student.train
+    return Job("compare", way.name, network.model, lesson, None, config, seed, JobFolder(Path()), layers)
