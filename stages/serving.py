@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from stages.forms import INPUT_GRADIENT, MAP, SPATIAL_GRAM, Shape, Wanted, form_shape, take_form
+from stages.forms import ATTENTION, INPUT_GRADIENT, MAP, SPATIAL_GRAM, Shape, Wanted, form_shape, take_form
 from store import StoreError, TargetStore
 
 LOGITS = "logits"
+
+TELLING = (MAP, ATTENTION)
+"""Forms whose arrays have the height and width of the maps: of others a name must say to what these were pooled."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def serve(store: TargetStore, wanted: Wanted) -> Serving:
     shapes = {spec.name: spec.row_shape for spec in store.arrays}
     plain = replace(wanted, size=None)
     for one in (wanted, plain):
-        if one.array in shapes and _fits(shapes[one.array], wanted):
+        if one.array in shapes and (one == wanted or _fits(shapes[one.array], wanted)):
             return Serving(wanted, one.array, None, shapes[one.array])
     whole = Wanted(wanted.layer, MAP)
     if whole.array in shapes and wanted.form != INPUT_GRADIENT:
@@ -57,7 +60,7 @@ def smallest(wanted: Wanted, shape: Shape) -> Wanted:
     """What to store of a layer whose outputs have `shape`, so that `wanted` can be served: it, or the map where that
     is no larger. A gradient by the pixels cannot be made of a map.
     """
-    fitted = wanted.fitted(shape)
+    fitted = wanted.fitted(shape) if wanted.form in (*TELLING, SPATIAL_GRAM) else wanted
     whole = Wanted(wanted.layer, MAP)
     made = form_shape(fitted, shape)
     keeps_map = wanted.form != INPUT_GRADIENT and _num_elements(shape) <= _num_elements(made)
@@ -72,9 +75,9 @@ def _num_elements(shape: Shape) -> int:
 
 
 def _fits(shape: Shape, wanted: Wanted) -> bool:
-    """Whether an array of rows of `shape` is of maps no larger than wanted."""
+    """Whether an array of rows of `shape`, of maps in their own size, is of maps no larger than wanted."""
     if wanted.size is None:
         return True
     if wanted.form == SPATIAL_GRAM:
         return shape[0] <= wanted.size[0] * wanted.size[1]
-    return len(shape) < 2 or shape[-2] <= wanted.size[0]
+    return wanted.form in TELLING and (len(shape) < 2 or shape[-2] <= wanted.size[0])

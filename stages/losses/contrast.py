@@ -17,6 +17,9 @@ from stages.losses.unit_rows import unit_rows
 
 EPS = 1e-7
 
+Compared = tuple[Tensor, Tensor]
+"""Embeddings of the anchors' own samples, [B, D], and of others, [K, D]."""
+
 
 class Contrast(nn.Module):
     """Anchors of one network against the embeddings of the other, with Z as it was for the first batch in training.
@@ -32,12 +35,21 @@ class Contrast(nn.Module):
         self.num_samples = num_samples
         self.register_buffer("log_z", torch.tensor(math.nan))
 
-    def forward(self, anchors: Tensor, positives: Tensor, negatives: Tensor, is_other: Tensor) -> Tensor:
-        """anchors, positives: [B, D]; negatives: [K, D]; is_other: bool [B, K], which count for an anchor. To [B]."""
-        of_same = (anchors * positives).sum(1) / self.temperature
-        of_others = anchors @ negatives.T / self.temperature
-        log_z = self._log_z(of_same.detach(), of_others.detach(), is_other)
+    def forward(
+        self, anchors: Tensor, among: Compared, is_other: Tensor, *, first_among: Compared | None = None
+    ) -> Tensor:
+        """anchors: [B, D]; among: what they are compared with; is_other: bool [B, K], which count for an anchor. To [B].
+
+        first_among: what Z is taken from, where that is something else.
+        """
+        of_same, of_others = self._products(anchors, among)
+        measured = (of_same, of_others) if first_among is None else self._products(anchors, first_among)
+        log_z = self._log_z(measured[0].detach(), measured[1].detach(), is_other)
         return nce_per_sample(of_same - log_z, of_others - log_z, is_other, self.num_samples)
+
+    def _products(self, anchors: Tensor, among: Compared) -> tuple[Tensor, Tensor]:
+        positives, negatives = among
+        return (anchors * positives).sum(1) / self.temperature, anchors @ negatives.T / self.temperature
 
     def _log_z(self, of_same: Tensor, of_others: Tensor, is_other: Tensor) -> Tensor:
         """The one that was kept, else this batch's; without a branch, for which the device would have to be waited."""

@@ -108,8 +108,12 @@ class CRDOfLayer(nn.Module):
             positives, negatives = teacher, _direction(self.teacher, others.features[theirs])
         else:
             positives, negatives = _recalled(self.teachers, said, others)
-        loss = self.of_student(student, positives, negatives, is_other)
-        loss = loss + self.of_teacher(teacher, *_recalled(self.students, said, others), is_other)
+        remembered = _recalled(self.students, said, others)
+        # Fresh embeddings of an untrained layer all look one way, and would make Z what their angle happens to be; a
+        # memory begins with all directions alike.
+        first = remembered if self.teachers is None else None
+        loss = self.of_student(student, (positives, negatives), is_other, first_among=first)
+        loss = loss + self.of_teacher(teacher, remembered, is_other)
         if self.training:
             self.students.remember(said.ranks, student)
             if self.teachers is not None:

@@ -36,7 +36,7 @@ def chosen(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor
     if config.only == "correct":
         return (logits.argmax(1) == labels).nonzero()[:, 0]
     given = F.log_softmax(logits, 1).gather(1, labels[:, None])[:, 0]
-    num_hard = math.ceil(config.share * len(labels))
+    num_hard = max(1, math.ceil(round(config.share * len(labels), 6)))  # 0.07 * 100 is above 7
     return torch.argsort(given, stable=True)[:num_hard].sort().values
 
 

@@ -32,13 +32,21 @@ def batch(student=None, teacher=None, others=OTHERS, labels=LABELS):
     return replace(about, ranks=torch.tensor([7, 3, 40, 11])[: len(labels)], others=others)
 
 
-def naive(anchors, positives, negatives, is_other, z):
-    """The authors' loss of one direction, sample by sample; Z as it was, or the first batch's where it is None."""
-    values = [
+def products(anchors, positives, negatives, is_other):
+    return [
         [math.exp(v @ w / 0.07) for w in (positive, *negatives[mask])]
         for v, positive, mask in zip(anchors, positives, is_other, strict=True)
     ]
-    z = z or NUM_SAMPLES * sum(sum(row) / len(row) for row in values) / len(values)
+
+
+def z_of(values):
+    return NUM_SAMPLES * sum(sum(row) / len(row) for row in values) / len(values)
+
+
+def naive(anchors, positives, negatives, is_other, z):
+    """The authors' loss of one direction, sample by sample; Z as it was, or the first batch's where it is None."""
+    values = products(anchors, positives, negatives, is_other)
+    z = z or z_of(values)
     losses = []
     for row in values:
         noise = (len(row) - 1) / NUM_SAMPLES
@@ -67,8 +75,10 @@ def test_the_term_is_the_authors_loss_in_loops_at_the_first_batch_and_later(memo
             positives, negatives = teacher, normalize(layer.teacher(OTHERS.features[POOLED]))
             if memory == "bank":
                 positives, negatives = layer.teachers.rows[about.ranks], layer.teachers.rows[OTHERS.ranks]
-            first, z_student = naive(student, positives, negatives, is_other, z_student)
             rows = layer.students.rows
+            if memory == "store" and z_student is None:
+                z_student = z_of(products(student, rows[about.ranks], rows[OTHERS.ranks], is_other))
+            first, z_student = naive(student, positives, negatives, is_other, z_student)
             second, z_teacher = naive(teacher, rows[about.ranks], rows[OTHERS.ranks], is_other, z_teacher)
         loss = term(about)
         assert loss.tolist() == pytest.approx([a + b for a, b in zip(first, second, strict=True)], rel=1e-6)
@@ -97,8 +107,8 @@ def test_samples_of_the_anchors_own_class_are_no_negatives():
 def test_the_gradient_equals_finite_differences():
     leaves = [drawn(3, 4, seed=seed).requires_grad_() for seed in (1, 2)] + [drawn(5, 4, seed=3).requires_grad_()]
     contrast, is_other = Contrast(0.5, NUM_SAMPLES).double(), drawn(3, 5, seed=4) > -1
-    contrast(*leaves, is_other)  # Z is what it was at the first batch, and has no gradient
-    assert torch.autograd.gradcheck(lambda *sides: contrast(*sides, is_other), leaves)
+    contrast(leaves[0], leaves[1:], is_other)  # Z is what it was at the first batch, and has no gradient
+    assert torch.autograd.gradcheck(lambda anchors, *among: contrast(anchors, among, is_other), leaves)
 
 
 @pytest.mark.parametrize("memory", ["store", "bank"])
@@ -144,10 +154,10 @@ def test_z_stays_that_of_the_first_batch():
     is_other = torch.ones(3, 5, dtype=torch.bool)
     sides = drawn(3, 4, seed=1), drawn(3, 4, seed=2), drawn(5, 4, seed=3)
     products = torch.cat([(sides[0] * sides[1]).sum(1, keepdim=True), sides[0] @ sides[2].T], 1) / 0.5
-    contrast(*sides, is_other)
+    contrast(sides[0], sides[1:], is_other)
     expected = math.log(NUM_SAMPLES * products.exp().mean())
     assert contrast.log_z.item() == pytest.approx(expected)
-    contrast(*(2 * side for side in sides), is_other)
+    contrast(2 * sides[0], [2 * side for side in sides[1:]], is_other)
     assert contrast.log_z.item() == pytest.approx(expected)
 
 

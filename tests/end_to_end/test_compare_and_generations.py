@@ -1,0 +1,95 @@
+"""Ways of teaching compared, and students that become teachers: by the command line, stopped and run again."""
+
+import json
+import re
+
+import pytest
+from kdpipe_process import RECIPE, kdpipe_here
+
+WAYS = """
+[compare.label-smoothing]
+hard_label_weight = 1.0
+label_smoothing = 0.1
+
+[compare.at]
+hard_label_weight = 1.0
+distill = [{ loss = "at", layers = [["stage2", "stage2"]] }]
+
+[compare.kd-and-rkd]
+distill = [{ loss = "kd" }, { loss = "rkd", layers = [["stage2", "stage2"]] }]
+"""
+SHORT = ("--set", "teacher.train.epochs=2", "--set", "student.train.epochs=1", "--set", "views.num_views=2")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ways") / "ways.toml"
+    path.write_text(RECIPE + WAYS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(recipe, tmp_path_factory):
+    run = tmp_path_factory.mktemp("compared") / "run"
+    return run, kdpipe_here("compare", recipe, "--run", run, *SHORT)
+
+
+def test_the_table_has_every_way_and_what_a_step_of_it_costs(compared):
+    _, ended = compared
+    assert ended.exit_code == 0, ended.stderr
+    for name in ("alone", "label-smoothing", "at", "kd-and-rkd"):
+        assert re.search(
+            rf"^\s*{name}\s+\d+\.\d\d\s+[+-]\d+\.\d\d\s.*\s\d+\.\d\d\s+\d+\.\d\d\s*$", ended.stdout, re.M
+        ), name
+    assert re.search(r"^\s*alone\s.*\s1\.00\s*$", ended.stdout, re.M)
+
+
+def test_the_store_holds_what_all_ways_want_in_the_smallest_form(compared, recipe):
+    run, _ = compared
+    plan = json.loads(kdpipe_here("plan", recipe, "--run", run, *SHORT, "--json").stdout)
+    assert plan["layers_wanted_by"] == {
+        "features/stage2": ["distill.1 (hint)"],
+        "attention/stage2": ["compare.at.0 (at)"],
+        "pooled/stage2": ["compare.kd-and-rkd.1 (rkd)"],
+    }
+    assert plan["num_images"] == 0
+    assert plan["test_store"]["store"] == str(run / "store.test.zarr")
+
+
+def test_what_is_compared_already_is_not_trained_again(compared, recipe):
+    run, first = compared
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert len(before) == 5
+    again = kdpipe_here("compare", recipe, "--run", run, *SHORT, "--json")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+    rows = {row["name"]: row for row in json.loads(again.stdout)["rows"]}
+    for name, row in rows.items():
+        assert f"{row['accuracy_mean']:.2f}" in first.stdout
+        assert row["agreement_mean"] is not None, name
+    assert not (run / "compare" / "at" / "seed0" / "model.onnx").exists()
+
+
+def test_a_recipe_without_ways_is_told_how_to_name_them(tmp_path):
+    path = tmp_path / "plain.toml"
+    path.write_text(RECIPE)
+    ended = kdpipe_here("compare", path, "--run", tmp_path / "run")
+    assert ended.exit_code == 2
+    assert "[compare.at]" in ended.stderr
+
+
+def test_each_generation_is_taught_by_the_one_before(recipe, tmp_path):
+    same = ("--set", "student.model.args.width=8", "--set", "distill=[{loss='kd'}]", "--set", "compare={}")
+    first = kdpipe_here("generations", recipe, "--run", tmp_path, *SHORT, *same, "--count", "1")
+    assert first.exit_code == 0, first.stderr
+    student = json.loads((tmp_path / "generation1/students/distilled-seed0/result.json").read_text())
+    second = kdpipe_here("generations", recipe, "--run", tmp_path, *SHORT, *same, "--count", "2", "--json")
+    assert second.exit_code == 0, second.stderr
+    one, two = json.loads(second.stdout)["generations"]
+    assert one["students"] == [student]
+    assert two["teacher"]["identity"]["weights_sha256"] == student["identity"]["weights_sha256"]
+    assert two["students"][0]["identity"]["weights_sha256"] != student["identity"]["weights_sha256"]
+    assert two["students"][0]["examined"]["agreement"] is not None
+    assert two["alone"] == []
+    shown = kdpipe_here("generations", recipe, "--run", tmp_path, *SHORT, *same, "--count", "2").stdout
+    for name in ("teacher", "student alone", "generation 1", "generation 2"):
+        assert re.search(rf"^\s*{name}\s+.*\d+\.\d\d", shown, re.M), name

@@ -1,0 +1,149 @@
+"""Every loss trains a student from a store, resumes as if nothing had happened, and leaves a plain student behind."""
+
+import dataclasses
+import json
+from typing import get_args
+
+import pytest
+import torch
+from tiny_road import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_setup
+
+from stages.cache_teacher import cache_teacher
+from stages.errors import StoppedEarly
+from stages.job_folder import JobFolder
+from stages.losses.fitnet import FitNetConfig
+from stages.losses.kd import KDConfig
+from stages.losses.terms import LOSSES, wanted_of
+from stages.models.build import ModelConfig
+from stages.optim import TrainConfig
+from stages.serving import smallest
+from stages.store_plan import source_shapes
+from stages.teachers import TeachersConfig
+from stages.tensor_file import load_tensors
+from stages.train_student import Seat, fresh_student, open_teaching, student_shapes, train_student
+from stages.train_teacher import load_teacher, train_teacher, untrained_teacher
+from stages.watch import Watch
+from store import StoreError
+
+AVERAGING = {"num_stages": 2, "head": "average"}
+TAUGHT = dataclasses.replace(
+    STUDENT,
+    model=ModelConfig(name="cnn", args={"width": 4, **AVERAGING}),
+    train=TrainConfig(epochs=2, batch_size=32, lr=0.01, checkpoint_every_s=0),
+)
+BIG = dataclasses.replace(TEACHER, model=ModelConfig(name="cnn", args={"width": 8, **AVERAGING}))
+TRAIN_SET = squares(96, 0)
+
+
+def entry(kind):
+    """The section of a loss, with the tiny networks' layers where it has any."""
+    keys = {field.name for field in dataclasses.fields(kind)}
+    changes = {"layers": (("stage2", "stage2"),), "num_negatives": 16, "stage_epochs": 1}
+    (name,) = get_args(kind.__pydantic_fields__["loss"].annotation)
+    return kind(loss=name, **{key: value for key, value in changes.items() if key in keys})
+
+
+ENTRIES = [entry(kind) for kind in LOSSES]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with a teacher, and a store of all that any loss wants of it."""
+    folder = tmp_path_factory.mktemp("ways")
+    setup = tiny_setup(folder, train_set=TRAIN_SET)
+    train_teacher(BIG, 0, setup)
+    teacher = load_teacher(BIG, 0, setup)
+    wanted = wanted_of(ENTRIES, student_shapes(TAUGHT, ENTRIES, setup), 0)
+    shapes = source_shapes(teacher.model, wanted, setup.image_shape)
+    cache_teacher(CACHE, folder / "store.zarr", teacher, [smallest(one, shapes[one.source]) for one in wanted], setup)
+    return folder
+
+
+def taught(run, losses, folder, *, watch=None, config=TAUGHT, stores=("store.zarr",)):
+    setup = tiny_setup(run, watch, train_set=TRAIN_SET)
+    teaching = open_teaching([run / name for name in stores], losses, config, {}, setup)
+    seat = Seat(JobFolder(folder), "a student", with_onnx=False)
+    train_student(config, 0, teaching, setup, seat=seat)
+    return seat.folder
+
+
+@pytest.mark.parametrize("loss", ENTRIES, ids=lambda one: one.loss)
+def test_every_loss_trains_a_student_and_leaves_a_plain_one(run, tmp_path, loss):
+    folder = taught(run, (loss,), tmp_path / "student")
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    names = {"hard_labels"} | (set() if loss.loss == "fitnet" else {f"{loss.loss}_0"})
+    assert [set(line["losses"]) for line in lines] == [names] * 2
+    assert all(value > 0 for line in lines for value in line["losses"].values())
+    plain = fresh_student(TAUGHT, 0, tiny_setup(run, train_set=TRAIN_SET)).model.state_dict()
+    held = load_tensors(folder.model)[0]
+    if loss.loss == "simkd":
+        teacher = load_tensors(run / "teacher" / "model.safetensors")[0]
+        assert torch.equal(held["fc.weight"], teacher["fc.weight"])
+        assert any("projector" in name for name in held)
+    else:
+        assert {name: one.shape for name, one in held.items()} == {name: one.shape for name, one in plain.items()}
+
+
+STATEFUL = {
+    "crd": ([one for one in ENTRIES if one.loss == "crd"], TAUGHT),
+    "fitnet": (
+        [
+            FitNetConfig(loss="fitnet", layers=(("stage1", "stage1"), ("stage2", "stage2")), stage_epochs=1),
+            KDConfig(loss="kd"),
+        ],
+        TAUGHT,
+    ),
+    "simkd": ([one for one in ENTRIES if one.loss == "simkd"], TAUGHT),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_stopped_again_and_again_equals_undisturbed(run, tmp_path, name):
+    losses, config = STATEFUL[name]
+    if name == "fitnet":
+        setup = tiny_setup(run, train_set=TRAIN_SET)
+        wanted = wanted_of(losses, student_shapes(config, losses, setup), 0)
+        cache_teacher(CACHE, run / "store.zarr", load_teacher(BIG, 0, setup), wanted, setup)
+    undisturbed = taught(run, losses, tmp_path / "undisturbed")
+    for _ in range(40):
+        try:
+            stopped = taught(run, losses, tmp_path / "stopped", watch=Watch(should_stop=StopAfter(2)))
+            break
+        except StoppedEarly:
+            continue
+    assert stopped.model.read_bytes() == undisturbed.model.read_bytes()
+    assert not list(stopped.path.rglob("checkpoint*"))
+
+
+def test_a_hint_stage_trains_the_student_up_to_its_layer_and_nothing_behind_it(run, tmp_path):
+    loss = FitNetConfig(loss="fitnet", layers=(("stage1", "stage2"),), stage_epochs=1)
+    with pytest.raises(StoppedEarly):  # in the student's own training, which comes after 3 steps
+        taught(run, (loss, KDConfig(loss="kd")), tmp_path / "student", watch=Watch(should_stop=StopAfter(5)))
+    after = load_tensors(tmp_path / "student" / "hint1" / "model.safetensors")[0]
+    before = fresh_student(TAUGHT, 0, tiny_setup(run, train_set=TRAIN_SET)).model.state_dict()
+    changed = {name.partition(".")[0] for name, one in after.items() if not torch.equal(one, before[name])}
+    assert changed == {"stage1"}
+
+
+def test_learnable_shares_learn_and_are_not_in_the_student(run, tmp_path):
+    setup = tiny_setup(run, train_set=TRAIN_SET)
+    cache_teacher(CACHE, run / "second.zarr", untrained_teacher(BIG, 5, setup), [], setup)
+    config = dataclasses.replace(TAUGHT, teachers=TeachersConfig(weights="learnable"))
+    losses, stores = (KDConfig(loss="kd"),), ("store.zarr", "second.zarr")
+    undisturbed = taught(run, losses, tmp_path / "one", config=config, stores=stores)
+    with pytest.raises(StoppedEarly):
+        taught(run, losses, tmp_path / "two", config=config, stores=stores, watch=Watch(should_stop=StopAfter(4)))
+    scores = load_tensors(tmp_path / "two" / "checkpoint.safetensors")[0]["modules/distillation.combination.scores"]
+    assert scores.abs().min() > 0
+    resumed = taught(run, losses, tmp_path / "two", config=config, stores=stores)
+    assert resumed.model.read_bytes() == undisturbed.model.read_bytes()
+    assert not any("scores" in name for name in load_tensors(undisturbed.model)[0])
+
+
+def test_what_a_store_lacks_is_told_with_the_command_that_adds_it(run, tmp_path):
+    at = next(one for one in ENTRIES if one.loss == "at")
+    lacking = dataclasses.replace(at, layers=(("stage1", "pool1"),))
+    with pytest.raises(
+        StoreError, match=r"holds no attention-8x8 of 'pool1', only .*cache.layers = \['pool1:attention-8x8'\]"
+    ):
+        taught(run, (lacking,), tmp_path / "student")
