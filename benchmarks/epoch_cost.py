@@ -28,20 +28,23 @@ from PIL import Image
 from stages.cache_teacher import CacheConfig, cache_teacher
 from stages.datasets.image_set import ImageSet
 from stages.datasets.load import DataConfig, load_dataset
-from stages.features import TeacherOutputs, tapped
+from stages.features import DenseOutputs, TeacherOutputs, tapped
 from stages.forms import Wanted
 from stages.job_folder import JobFolder
-from stages.lesson import Batch, Lesson, Normalisation
+from stages.lesson import Batch, Lesson, Normalisation, Place
+from stages.losses.at import ATConfig
 from stages.losses.hint import HintConfig
 from stages.losses.kd import KDConfig
-from stages.losses.terms import student_layers
+from stages.losses.terms import student_layers, wanted_of
 from stages.memory import keep_freed_memory
 from stages.models.build import ModelConfig
 from stages.network import Network
 from stages.optim import TrainConfig
 from stages.pictures import Seen
+from stages.serving import smallest
 from stages.setup import Setup, choose_device
-from stages.train_student import StudentConfig, build_lesson, open_teaching
+from stages.store_plan import source_shapes
+from stages.train_student import StudentConfig, build_lesson, open_teaching, student_shapes
 from stages.training import Job, train
 from stages.views.config import ViewsConfig
 from stages.watch import Watch
@@ -99,11 +102,12 @@ class TeacherInTheLoop(Lesson):
 
     teacher: Network | None = None
 
-    def _batch(self, epoch: int, seen: Seen) -> Batch:
+    def _batch(self, place: Place, seen: Seen) -> Batch:
         assert self.teacher is not None
-        batch = super()._batch(epoch, seen)
+        batch = super()._batch(place, seen)
         with torch.no_grad(), tapped(self.teacher.model, ()) as tap:
-            return dataclasses.replace(batch, teachers=[tap(self.teacher.normalise(seen.images))])
+            logits = tap(self.teacher.normalise(seen.images)).logits
+            return dataclasses.replace(batch, teachers=[DenseOutputs(logits, {})], known=[None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +116,8 @@ class TargetsInHand(Lesson):
 
     in_hand: Sequence[TeacherOutputs] = ()
 
-    def _batch(self, epoch: int, seen: Seen) -> Batch:
-        return dataclasses.replace(super()._batch(epoch, seen), teachers=self.in_hand)
+    def _batch(self, place: Place, seen: Seen) -> Batch:
+        return dataclasses.replace(super()._batch(place, seen), teachers=self.in_hand, known=[None])
 
 
 def main() -> None:
@@ -150,6 +154,7 @@ def measure(name: str, pair: Pair, folder: Path, num_rounds: int) -> None:
 
 VARIANTS = {
     "logits": "stored logits",
+    "statistic": "stored logits and an attention map",
     "features": "stored logits and a feature map",
     "in_hand": "the same, targets not read",
     "live": "the teacher in the loop (logits)",
@@ -197,20 +202,26 @@ def make_network(config: ModelConfig, setup: Setup) -> Network:
 
 def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -> dict[str, Lesson]:
     path = setup.run / "store.zarr"
-    cache_teacher(CacheConfig(), path, teacher, [Wanted(pair.hint[1])], setup)
     config = StudentConfig(model=pair.student)
     kd, hint = KDConfig(loss="kd"), HintConfig(loss="hint", layers=(pair.hint,))
-    logits = build_lesson(student, open_teaching([path], [kd], config, {}, setup), 0, setup)
-    features = build_lesson(student, open_teaching([path], [kd, hint], config, {}, setup), 0, setup)
+    at = ATConfig(loss="at", layers=(pair.hint,))
+    shapes = source_shapes(teacher.model, [Wanted(pair.hint[1])], setup.image_shape)
+    wanted = wanted_of([hint, at], student_shapes(config, [hint, at], setup), 0)
+    cache_teacher(CacheConfig(), path, teacher, [smallest(one, shapes[one.source]) for one in wanted], setup)
+    logits, statistic, features = (
+        build_lesson(student, open_teaching([path], losses, config, {}, setup), 0, setup)
+        for losses in ([kd], [kd, at], [kd, hint])
+    )
     return {
         "alone": Lesson(setup.pictures, setup.views.num_views, student.normalise),
         "logits": logits,
+        "statistic": statistic,
         "features": features,
         "in_hand": TargetsInHand(
             setup.pictures,
             setup.views.num_views,
             student.normalise,
-            terms=features.terms,
+            distillation=features.distillation,
             hard_label_weight=features.hard_label_weight,
             in_hand=next(features.stream(0, pair.batch_size, epoch=0, step=0, epochs=1)).teachers,
         ),
@@ -218,7 +229,7 @@ def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -
             setup.pictures,
             setup.views.num_views,
             student.normalise,
-            terms=logits.terms,
+            distillation=logits.distillation,
             hard_label_weight=logits.hard_label_weight,
             teacher=teacher,
         ),
@@ -228,7 +239,7 @@ def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -
 def one_epoch(pair: Pair, student: Network, lesson: Lesson, setup: Setup, folder: Path) -> float:
     folder.mkdir(parents=True)
     config = TrainConfig(epochs=1, batch_size=pair.batch_size, checkpoint_every_s=1e6)
-    layers = student_layers([term.config for term in lesson.terms.values()])
+    layers = student_layers(list(lesson.distillation.configs.values()) if lesson.distillation else [])
     test = setup.test(student.normalise)
     job = Job("benchmark", "epoch", student.model, lesson, test, config, 0, JobFolder(folder), layers)
     started = time.perf_counter()

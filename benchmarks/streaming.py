@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from stages.joining import Source
 from stages.order import epoch_order, slab_order
-from stages.targets import ReadConfig, Source, Targets
+from stages.targets import ReadConfig, Targets
 from store import (
     ArraySpec,
     Geometry,

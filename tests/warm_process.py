@@ -58,7 +58,7 @@ class WarmProcess:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it wrote to stdout and to stderr, when nobody is left who could write there and it has ended."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        said = {output: b"" for output in self._outputs}
+        said = dict.fromkeys(self._outputs, b"")
         while open_ones := [output for output in self._outputs if not output.closed]:
             ready = _readable(open_ones, None if deadline is None else max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -88,10 +88,10 @@ def _readable(files: Sequence[io.FileIO], timeout: float | None) -> list[Any]:
 
 @functools.cache
 def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """This process's own server, after where it takes requests: started for the first one, it ends with this process."""
+    """Where this process's own server takes requests, and the server: started for the first, it ends with this one."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with there:
-        command = [sys.executable, TESTS / "warm_server.py", str(there.fileno())]
+        command = [sys.executable, str(TESTS / "warm_server.py"), str(there.fileno())]
         path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()])

@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 MOST_BYTES = 1 << 17
@@ -53,7 +54,7 @@ def warm_up() -> None:
 
 def serve(requests: socket.socket) -> None:
     """Fork a process for each request, until there can be no more."""
-    afresh = len(os.listdir("/proc/self/task")) > 1
+    afresh = len(list(Path("/proc/self/task").iterdir())) > 1
     reports: dict[int, tuple[int, int]] = {}
     """By pidfd, of what runs: the pid, and where to say how it ended."""
     with selectors.DefaultSelector() as selector:

@@ -49,7 +49,11 @@ ASKED = [
         for size in SIZES
     ],
 ]
-BY_HAND = [Wanted("stage1", "attention", (4, 4)), Wanted("stage2", "spatial_gram"), Wanted(INPUT, INPUT_GRADIENT)]
+BY_HAND = [
+    Wanted("stage1", "attention", (4, 4)),
+    Wanted("stage1", "spatial_gram", (4, 4)),
+    Wanted(INPUT, INPUT_GRADIENT),
+]
 
 
 def setup_of(run, images=GREY, **changes):
@@ -235,6 +239,10 @@ def test_a_statistic_of_larger_maps_does_not_pass_for_one_of_smaller_maps(run):
     with pytest.raises(StoreError, match=r"holds no spatial_gram-4x4 of 'a'"):
         serve(store, Wanted("a", "spatial_gram", (4, 4)))
     assert serve(store, Wanted("a", "spatial_gram", (8, 8))).array == "spatial_gram/a"
+    arrays[0] = SimpleNamespace(name="gram/a", row_shape=(4, 4))  # of 4 channels, and of what positions it does not say
+    with pytest.raises(StoreError, match=r"holds no gram-8x8 of 'a'"):
+        serve(store, Wanted("a", "gram", (8, 8)))
+    assert serve(store, Wanted("a", "gram")).array == "gram/a"
 
 
 def test_statistics_of_maps_are_not_of_vectors(run):
@@ -268,7 +276,7 @@ def by_hand(setup, teacher, positions, view):
     rows = {wanted.array: [] for wanted in BY_HAND}
     for number, sample_id in enumerate(COLOURS.sample_ids[positions].tolist()):
         pixels = (seen.images[number].double() / 255).requires_grad_()
-        with tapped(model, ["stage1", "stage2"]) as tap:
+        with tapped(model, ["stage1"]) as tap:
             said = tap(((pixels - mean) / std)[None])
         share, partner = 1.0, sample_id
         if seen.mixture is not None:
@@ -276,14 +284,14 @@ def by_hand(setup, teacher, positions, view):
         logs = said.logits[0].log_softmax(0)
         cross_entropy = -share * logs[labels[sample_id]] - (1 - share) * logs[labels[partner]]
         (gradient,) = torch.autograd.grad(cross_entropy, pixels)
-        first, second = (said.features[layer][0].detach() for layer in ("stage1", "stage2"))
-        energy = first.reshape(8, 4, 2, 4, 2).mean((2, 4)).square().sum(0)
-        channels = second.flatten(1)
+        averaged = said.features["stage1"][0].detach().reshape(8, 4, 2, 4, 2).mean((2, 4))
+        energy = averaged.square().sum(0)
+        channels = averaged.flatten(1)
         lengths = channels.square().sum(1, keepdim=True).sqrt()
         channels = channels / torch.where(lengths > 0, lengths, 1)
         looks = gradient.square().sum(0)
         rows[BY_HAND[0].array].append(energy / energy.square().sum().sqrt())
-        rows[BY_HAND[1].array].append(channels.t() @ channels / 16)
+        rows[BY_HAND[1].array].append(channels.t() @ channels / 8)
         rows[BY_HAND[2].array].append(looks / looks.square().sum().sqrt())
     teacher.model.float()
     return {name: torch.stack(found) for name, found in rows.items()}
