@@ -92,7 +92,8 @@ def _limits(loss: Loss) -> Iterator[str]:
     if loss.input_gradient:
         yield "Looks at the gradient of the student's cross entropy by the pixels, at the price of a second backward."
     if loss.num_others:
-        yield f"Contrasts each batch with {loss.num_others:,} other samples of the data set, read in every step."
+        read = ", whose features are read in every step by default" if loss.reads_others else ""
+        yield f"Contrasts each batch with {loss.num_others:,} other samples of the data set{read}."
 
 
 def _needs(loss: Loss, between: str = "\n") -> str:
@@ -102,7 +103,7 @@ def _needs(loss: Loss, between: str = "\n") -> str:
         parts.append(f"{one.text}{size}{'' if one.of == 'any' else f' ({one.of} maps)'}")
     if loss.whole_logits:
         parts[0] += " of all classes"
-    if loss.num_others:
+    if loss.reads_others:
         parts[-1] += f", also of {loss.num_others:,} other samples"
     return between.join(parts)
 

@@ -286,4 +286,5 @@ def main() -> None:
     """The console script."""
     # Waiting threads sleep instead of spinning: on a box that others use too, spinning costs everybody most.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would send what it does to its makers
     app()

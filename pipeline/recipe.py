@@ -75,9 +75,9 @@ def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     try:
         recipe: Recipe = TypeAdapter(Recipe).validate_json(json.dumps(table, default=str))
         check_views(recipe.views)
-        check_losses(recipe.distill, recipe.views, "distill")
+        check_losses(recipe.distill, recipe.views, recipe.student.teachers)
         for name, entry in recipe.compare.items():
-            check_losses(entry.distill, recipe.views, f"compare.{name}.distill")
+            check_losses(entry.distill, recipe.views, recipe.student.teachers, f"compare.{name}.distill")
     except ValidationError as error:
         raise RecipeError(_sentence(where, error)) from error
     except RecipeError as error:

@@ -58,8 +58,10 @@ class Wanted:
 
     def fitted(self, shape: Shape) -> Wanted:
         """The same for a layer whose outputs have `shape`: without a size where nothing has to be pooled."""
-        pools = self.size is not None and len(shape) == 3 and shape[1] > self.size[0]
-        return self if pools else replace(self, size=None)
+        if self.size is None or len(shape) != 3:
+            return replace(self, size=None)
+        size = min(shape[1], self.size[0]), min(shape[2], self.size[1])
+        return replace(self, size=None if size == shape[1:] else size)
 
 
 KIND = re.compile(r"([a-z_]+)(?:-([1-9]\d{0,4})x([1-9]\d{0,4}))?")
@@ -69,6 +71,8 @@ def parse_kind(layer: str, text: str) -> Wanted | None:
     """A form as recipes and stores spell it (`pooled`, `attention-8x8`) of a layer; None where there is none such."""
     found = KIND.fullmatch(text)
     if found is None or found[1] not in FORMS or (found[2] and found[1] in UNSIZED):
+        return None
+    if found[1] == INPUT_GRADIENT and layer != INPUT:
         return None
     return Wanted(layer, found[1], (int(found[2]), int(found[3])) if found[2] else None)
 
@@ -80,7 +84,8 @@ def parse_wanted(text: str) -> Wanted:
     if wanted is None:
         raise RecipeError(
             f"cache.layers has {text!r}: it takes the path of a module, and after a colon one of "
-            f"{', '.join(name for name in FORMS if name != MAP)} where not the whole map is kept."
+            f"{', '.join(name for name in FORMS if name not in (MAP, INPUT_GRADIENT))} where not the whole map is "
+            f"kept; or {INPUT}:{INPUT_GRADIENT}."
         )
     return wanted
 
@@ -101,8 +106,11 @@ def form_shape(wanted: Wanted, shape: Shape) -> Shape:
 
 
 def pool_to(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [B, C, H, W] that are larger than `size`, averaged down to it; others as they are."""
-    return F.adaptive_avg_pool2d(maps, size) if maps.dim() == 4 and maps.shape[2] > size[0] else maps
+    """Maps [B, C, H, W], each side that is longer than in `size` averaged down to that; what is no map as it is."""
+    if maps.dim() != 4:
+        return maps
+    smaller = min(maps.shape[2], size[0]), min(maps.shape[3], size[1])
+    return maps if smaller == maps.shape[2:] else F.adaptive_avg_pool2d(maps, smaller)
 
 
 def pooled(features: Tensor) -> Tensor:

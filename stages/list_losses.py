@@ -69,6 +69,7 @@ class Stored:
 class Loss:
     """What `kdpipe losses` says of a loss. minimised: the first line of description. per_sample: whether samples can be
     weighed one by one; else it is about the batch. num_others, whole_logits, one_label, input_gradient: as in `Entry`.
+    reads_others: whether what the teacher says of the others is read too, at the default keys.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Loss:
     whole_logits: bool
     input_gradient: bool
     num_others: int
+    reads_others: bool
     keys: tuple[Key, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -121,6 +123,7 @@ def _loss(kind: type[Entry]) -> Loss:
         whole_logits=kind.whole_logits,
         input_gradient=kind.input_gradient,
         num_others=example.num_others,
+        reads_others=bool(example.wanted_of_others),
         keys=tuple(_keys(kind)),
     )
 

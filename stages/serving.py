@@ -80,4 +80,4 @@ def _fits(shape: Shape, wanted: Wanted) -> bool:
         return True
     if wanted.form == SPATIAL_GRAM:
         return shape[0] <= wanted.size[0] * wanted.size[1]
-    return wanted.form in TELLING and (len(shape) < 2 or shape[-2] <= wanted.size[0])
+    return wanted.form in TELLING and (len(shape) < 2 or (shape[-2] <= wanted.size[0] and shape[-1] <= wanted.size[1]))

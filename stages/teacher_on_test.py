@@ -57,7 +57,8 @@ def teacher_logits(places: Sequence[Path | str], config: TeachersConfig, setup: 
     sources = _sources(places, config, setup)
     if sources is None:
         return None
-    own = replace(config, weights="equal") if config.weights == "learnable" else config
+    # Learnt shares are a student's own; those by confidence go by labels, with which one does not answer a test.
+    own = replace(config, weights="equal") if config.weights in ("learnable", "confidence") else config
     accuracies = _accuracies(sources, setup) if config.weights == "accuracy" else None
     at, labels = torch.arange(setup.test_set.num_samples), setup.test_set.labels
     targets = Targets(sources, torch.device("cpu"))

@@ -100,8 +100,13 @@ def shapes_of(source: Source) -> TeacherShapes:
     return {serving.wanted: serving.shape for serving in source.servings}
 
 
-def check_losses(losses: Sequence[Entry], views: ViewsConfig, where: str = "distill") -> None:
+def check_losses(losses: Sequence[Entry], views: ViewsConfig, teachers: TeachersConfig, where: str = "distill") -> None:
     """Raise RecipeError for losses that cannot do what the recipe asks of them, whatever the stores hold."""
+    if losses and views.mix is not None and teachers.weights == "confidence":
+        raise RecipeError(
+            "student.teachers.weights = 'confidence' goes by a sample's one true class, and [views.mix] gives two: "
+            "leave out one of them."
+        )
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
         if loss.samples.weigh != "equal" and not loss.per_sample:
@@ -109,9 +114,10 @@ def check_losses(losses: Sequence[Entry], views: ViewsConfig, where: str = "dist
                 f"{entry}: samples.weigh = {loss.samples.weigh!r} is for losses that are a mean over samples, and this "
                 "one is about how samples go together: choose samples with samples.only instead."
             )
-        if loss.one_label and views.mix is not None:
+        if views.mix is not None and (loss.one_label or loss.samples.goes_by_label):
+            what = entry if loss.one_label else f"{entry} with its samples chosen or weighed by their label"
             raise RecipeError(
-                f"{entry} needs the one true class of a sample, and [views.mix] gives two: leave out one of them."
+                f"{what} needs the one true class of a sample, and [views.mix] gives two: leave out one of them."
             )
 
 
@@ -132,7 +138,7 @@ def open_stores(
     Raises RecipeError where a loss names a store that is not there or asks for what no store can give, StoreError and
     FingerprintMismatch for stores that are incomplete or belong to another teacher, view recipe or number of views.
     """
-    check_losses(losses, setup.views)
+    check_losses(losses, setup.views, student.teachers)
     check_teachers(student.teachers, len(places))
     for number, loss in enumerate(losses):
         if (loss.store or 0) >= len(places):
@@ -161,7 +167,8 @@ def check_together(teaching: Teaching, sources: Sequence[Source], targets: Targe
     of several teachers knows.
     """
     partial = [number for number, one in enumerate(sources) if one.class_map and not one.class_map.covers_all]
-    if partial and len(sources) > 1 and teaching.teachers.combine == "logits":
+    together = [loss for loss in teaching.losses if loss.on_logits and loss.store is None]
+    if partial and together and len(sources) > 1 and teaching.teachers.combine == "logits":
         raise RecipeError(
             f"the teacher of {sources[partial[0]].store.path} does not know all of the student's classes, and logits "
             "of other classes have no mean: set student.teachers.combine = 'probabilities'."
@@ -173,6 +180,12 @@ def check_together(teaching: Teaching, sources: Sequence[Source], targets: Targe
                 f"distill.{number} ({loss.loss}) needs every class's logit, and a teacher that does not know all of "
                 "the student's classes has none for some: use another loss, or a teacher of all (distill.store)."
             )
+        softened = teaching.teachers.temperatures or (len(sources) > 1 and teaching.teachers.combine == "probabilities")
+        if loss.whole_logits and loss.store is None and softened:
+            raise RecipeError(
+                f"distill.{number} ({loss.loss}) is about the logits themselves, and student.teachers makes something "
+                "else of them (temperatures, or combine = 'probabilities'): give it one teacher with distill.store."
+            )
         if loss.wanted_of_others and targets.residence == "streamed":
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) draws samples from the whole store at every step, and these targets "
@@ -180,8 +193,9 @@ def check_together(teaching: Teaching, sources: Sequence[Source], targets: Targe
             )
     if targets.num_unknown and teaching.missing == "error":
         raise StoreError(
-            f"{targets.num_unknown} of the samples are of classes that no teacher knows: leave them out of the data "
-            "set (data.classes), or let them learn from their labels alone with student.missing = 'hard-labels'."
+            f"{targets.num_unknown} of the samples are in no store, or of classes that no teacher knows: leave them "
+            "out of the data set (data.classes), or let them learn from their labels alone with student.missing = "
+            "'hard-labels'."
         )
 
 
@@ -229,3 +243,6 @@ def _require_logits(stores: Sequence[TargetStore], losses: Sequence[Entry], teac
             for temperature in own or loss.temperatures():
                 for extreme in extremes(temperature):
                     interpolation(store.manifest.top_k, extreme)
+        for store in stores:
+            if store.manifest.top_k and (loss.samples.judges or teachers.weights == "confidence"):
+                interpolation(store.manifest.top_k, 1.0)

@@ -26,8 +26,7 @@ MOST_SHARD_BYTES = 2**35
 """Nor more units, nor larger shards: with kdpipe's default of 64 MiB that is 64 TiB an array."""
 
 FORMS = ("features", "pooled", "attention", "gram", "spatial_gram", "input_gradient")
-"""Where what a layer gave stands: its feature map as it is, or a statistic of it; `-HxW` where the map was pooled first.
-"""
+"""Where what a layer gave stands: its feature map as it is, or a statistic of it; `-HxW` where it was pooled first."""
 
 ARRAY_NAME = re.compile(
     rf"logits|logits/(values|indices|tail)"

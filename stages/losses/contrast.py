@@ -38,7 +38,7 @@ class Contrast(nn.Module):
     def forward(
         self, anchors: Tensor, among: Compared, is_other: Tensor, *, first_among: Compared | None = None
     ) -> Tensor:
-        """anchors: [B, D]; among: what they are compared with; is_other: bool [B, K], which count for an anchor. To [B].
+        """anchors: [B, D]; among: what they are compared with; is_other: bool [B, K], who counts for an anchor. To [B].
 
         first_among: what Z is taken from, where that is something else.
         """

@@ -26,7 +26,9 @@ def as_maps(features: Tensor) -> Tensor:
 
 
 def poolable(student: Shape, size: Size) -> bool:
-    """Whether `forms.pool_to` gives a student's maps (C, H, W) just this size: it does not enlarge."""
+    """Whether a student's maps (C, H, W) have this size, or are larger: of equal height and another width, they show
+    something else.
+    """
     mine = map_size(student)
     return mine is not None and (mine == size or (mine[0] > size[0] and mine[1] >= size[1]))
 

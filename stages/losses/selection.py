@@ -27,6 +27,16 @@ class Selection:
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     weigh: Literal["equal", "entropy", "certainty", "correctness"] = "equal"
 
+    @property
+    def judges(self) -> bool:
+        """Whether the teacher's probabilities are looked at."""
+        return self.only != "all" or self.weigh != "equal"
+
+    @property
+    def goes_by_label(self) -> bool:
+        """Whether a sample's one true class is."""
+        return self.only != "all" or self.weigh == "correctness"
+
 
 def chosen(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
     """The samples that the loss is about, int64 [n], in the batch's order; None for all of them. labels: int64 [B]."""

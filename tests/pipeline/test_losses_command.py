@@ -80,6 +80,7 @@ def test_it_is_told_which_losses_are_of_the_batch_and_what_limits_them(listed):
     assert {name for name in NAMES if listed[name]["one_label"]} == {"dkd", "nkd"}
     assert [name for name in NAMES if listed[name]["whole_logits"]] == ["logit_mse"]
     assert [name for name in NAMES if listed[name]["input_gradient"]] == ["at_gradient"]
+    assert [name for name in NAMES if listed[name]["reads_others"]] == ["crd"]
     assert listed["crd"]["num_others"] == 16384
 
 

@@ -27,8 +27,8 @@ from stages.cache_teacher import cache_teacher
 from stages.errors import ModelError, NotFiniteError, RecipeError, RunError, StoppedEarly
 from stages.features import tapped
 from stages.forms import Wanted
-from stages.part import Part
 from stages.joining import join
+from stages.part import Part
 from stages.targets import Targets
 from stages.train_teacher import load_teacher
 from stages.views.renderer import Renderer

@@ -238,7 +238,7 @@ def test_a_teacher_of_finer_classes_teaches_by_hand(run):
 
 def test_samples_of_classes_that_no_teacher_knows_are_an_error(run):
     absent = int((OURS.labels >= 2).sum())
-    sentence = f"{absent} of the samples are of classes that no teacher knows: .*student.missing = 'hard-labels'"
+    sentence = f"{absent} of the samples are in no store, or of classes that no teacher knows: .*'hard-labels'"
     with pytest.raises(StoreError, match=sentence):
         lesson_of(run, ["ab"], ("names",))
 

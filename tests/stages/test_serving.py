@@ -157,7 +157,7 @@ def any_form(sizes):
 
 @given(layers, any_form(sizes))
 def test_every_form_is_spelled_so_that_it_is_read_back(layer, form):
-    wanted = Wanted(layer, *form)
+    wanted = Wanted(INPUT if form[0] == INPUT_GRADIENT else layer, *form)
     assert parse_wanted(str(wanted)) == wanted
     kind, _, path = wanted.array.partition("/")
     assert parse_kind(path, kind) == wanted
@@ -167,6 +167,7 @@ def test_every_form_is_spelled_so_that_it_is_read_back(layer, form):
     "text",
     [
         "",
+        "layer1:input_gradient",
         ":pooled",
         "layer1:",
         "layer1:whole",
