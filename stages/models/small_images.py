@@ -15,7 +15,7 @@ from torch import nn
 
 from stages.errors import ModelError
 from stages.models.arguments import call_with_args
-from stages.models.cnn import cnn
+from stages.models.cnn import cnn, cnn_average
 from stages.models.mlp import mlp
 from stages.models.mobilenet_v2 import mobilenet_v2
 from stages.models.resnet import NARROW, TIMES_4, resnet
@@ -53,6 +53,7 @@ SMALL_IMAGE_NETWORKS: Mapping[str, SmallImageNetwork] = {
     "shufflenet_v1": SmallImageNetwork(shufflenet_v1, min_side=8),
     "shufflenet_v2": SmallImageNetwork(shufflenet_v2, min_side=8),
     "cnn": SmallImageNetwork(cnn),
+    "cnn_average": SmallImageNetwork(cnn_average),
     "mlp": SmallImageNetwork(mlp),
 }
 

@@ -10,6 +10,7 @@ from tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_
 
 from stages.cache_teacher import cache_teacher
 from stages.errors import DataError
+from stages.features import Outputs
 from stages.partners import find_partners, population_of
 from stages.train_student import build_lesson, fresh_student, open_teaching
 from stages.train_teacher import load_teacher
@@ -98,7 +99,7 @@ def test_the_student_sees_that_mixture_to_the_bit_with_both_labels(run):
 def test_the_hard_labels_of_a_mixture_count_by_their_shares(run):
     _, lesson = lesson_of(run / "store.zarr", mixed_setup(run))
     batch = next(lesson.stream(5, 50, epoch=0, step=0, epochs=1))
-    outputs = type("Said", (), {"logits": torch.randn(50, 4), "features": {"stage2": torch.randn(50, 8, 4, 4)}})
+    outputs = Outputs(torch.randn(50, 4), {"stage2": torch.randn(50, 8, 4, 4)})
     logs, total = outputs.logits.log_softmax(1), 0.0
     for at in range(50):
         own, share = int(batch.hard.labels[at]), float(batch.hard.own_share[at])

@@ -90,7 +90,7 @@ def test_labels_follow_their_pictures_where_some_are_lost(tmp_path):
     (batch,) = lesson.stream(1, 20, epoch=0, step=0, epochs=1)
     kept = without(image_set, MIXED_CROPS, lesson.order(1, 0)[:20], 0, bad)
     assert told
-    assert len(batch.labels) == len(kept) < 20
+    assert len(batch.hard.labels) == len(kept) < 20
     check_labels(image_set, kept, 0, batch)
 
 

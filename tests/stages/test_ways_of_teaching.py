@@ -25,13 +25,12 @@ from stages.train_teacher import load_teacher, train_teacher, untrained_teacher
 from stages.watch import Watch
 from store import StoreError
 
-AVERAGING = {"num_stages": 2, "head": "average"}
 TAUGHT = dataclasses.replace(
     STUDENT,
-    model=ModelConfig(name="cnn", args={"width": 4, **AVERAGING}),
+    model=ModelConfig(name="cnn_average", args={"width": 4, "num_stages": 2}),
     train=TrainConfig(epochs=2, batch_size=32, lr=0.01, checkpoint_every_s=0),
 )
-BIG = dataclasses.replace(TEACHER, model=ModelConfig(name="cnn", args={"width": 8, **AVERAGING}))
+BIG = dataclasses.replace(TEACHER, model=ModelConfig(name="cnn_average", args={"width": 8, "num_stages": 2}))
 TRAIN_SET = squares(96, 0)
 
 

@@ -40,7 +40,7 @@ PARAMETERS = {
     "shufflenet_v2": 1_355_528,
 }
 # One of each kind of block.
-KINDS = ["resnet20", "wrn_16_2", "vgg8", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2", "cnn", "mlp"]
+KINDS = ["resnet20", "wrn_16_2", "vgg8", "mobilenet_v2", "shufflenet_v1", "shufflenet_v2", "cnn", "cnn_average", "mlp"]
 # Path, shape for two images of 3 x 32 x 32, whether it is after a ReLU.
 MAPS = [
     ("resnet20", "layer1", [2, 16, 32, 32], True),
@@ -64,6 +64,7 @@ MAPS = [
     ("shufflenet_v2", "relu2", [2, 1024, 4, 4], True),
     ("cnn", "stage1", [2, 32, 32, 32], True),
     ("cnn", "stage2", [2, 64, 16, 16], True),
+    ("cnn_average", "pool2", [2, 64, 1, 1], True),
     ("mlp", "layer1", [2, 64], True),
 ]
 
@@ -84,7 +85,7 @@ def images(*shape: int) -> Tensor:
 
 
 def test_every_network_of_the_tables_is_counted() -> None:
-    assert set(PARAMETERS) == set(SMALL_IMAGE_NETWORKS) - {"cnn", "mlp"}
+    assert set(PARAMETERS) == set(SMALL_IMAGE_NETWORKS) - {"cnn", "cnn_average", "mlp"}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -96,6 +97,7 @@ def test_parameters_of_the_smallest_networks() -> None:
     convs = 9 * (1 * 8 + 8 * 8 + 8 * 16 + 16 * 16)
     norms = 2 * (8 + 8 + 16 + 16)
     assert count_parameters(build("cnn", (1, 28, 28), width=8)) == convs + norms + 16 * 7 * 7 * 10 + 10
+    assert count_parameters(build("cnn_average", (1, 28, 28), width=8)) == convs + norms + 16 * 10 + 10
     assert count_parameters(build("mlp", (1, 8, 8), hidden=[32, 16])) == 65 * 32 + 33 * 16 + 17 * 10
     assert count_parameters(build("mlp", (1, 8, 8), hidden=[])) == 65 * 10
 
