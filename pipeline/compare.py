@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.walk import Walk, walk_cache_teacher, walk_train_teacher
 from stages.compare import Way, measure_costs, student_of, train_way
 from stages.errors import RecipeError
-from stages.train_student import train_student
+from stages.train_student import train_student, view_warning
 
 ALONE = "alone"
 """The student without a teacher, with which all others are compared."""
@@ -55,6 +55,8 @@ def walk_compare(walk: Walk) -> dict[str, Any]:
         teacher = walk_train_teacher(walk)["teacher"]
         walk_cache_teacher(walk)
     student, setup = walk.recipe.student, walk.setup
+    if warning := view_warning(walk.recipe.views):
+        walk.watch.warn("compare", warning)
     ways = [Way(ALONE, student, None), *_ways(walk)]
     results: dict[str, list[dict[str, Any]]] = {way.name: [] for way in ways}
     for seed in student.seeds:

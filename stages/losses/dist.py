@@ -64,7 +64,12 @@ class DIST(nn.Module):
 
 
 def dist_loss(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, beta: float, gamma: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
 ) -> Tensor:
     """T^2 * (beta * mean over samples of (1 - r of the rows) + gamma * mean over classes of (1 - r of the columns)).
 

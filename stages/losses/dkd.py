@@ -70,7 +70,13 @@ def warm_up(epochs: int, moment: Moment) -> float:
 
 
 def dkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, *, alpha: float, beta: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float = 4.0,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
 ) -> Tensor:
     """alpha * TCKD + beta * NCKD (equation 7), both times T^2, mean over the batch: a scalar in float32 or wider.
 

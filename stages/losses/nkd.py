@@ -55,7 +55,7 @@ class NKD(nn.Module):
 
 
 def nkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, *, gamma: float
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0, *, gamma: float = 1.5
 ) -> Tensor:
     """-p_t^y log p_s^y - gamma T^2 * sum over i != y of q_t^i log q_s^i, mean over the batch: a scalar, in float32 or
     wider.

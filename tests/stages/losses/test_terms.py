@@ -4,14 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from loss_inputs import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, drawn
+from loss_inputs import LABELS, STUDENT_LOGITS, STUDENT_MAPS, TEACHER_LOGITS, TEACHER_MAPS, drawn
 
 from stages.features import DenseOutputs, Outputs
-from stages.forms import Wanted
+from stages.forms import Wanted, take_form
 from stages.losses.hint import HintConfig
 from stages.losses.kd import KDConfig, kd_loss, kd_per_sample
+from stages.losses.nst import NSTConfig
+from stages.losses.rkd import RKDConfig
 from stages.losses.said import Facts
 from stages.losses.selection import Selection
+from stages.losses.sp import SPConfig
 from stages.losses.terms import LOSSES, Exchange, build_distillation, student_layers, wanted_of
 from stages.schedules import Moment, Ramp
 from stages.teachers import Combination, TeachersConfig
@@ -145,3 +148,27 @@ def test_every_loss_has_a_name_of_its_own_a_paper_and_a_first_line():
     for one in LOSSES:
         assert "20" in one.paper
         assert one.__doc__.strip()
+
+
+def test_under_mixed_precision_losses_run_in_float32():
+    """What autocast would make of the products in SP's and NST's Gram matrices is another number."""
+    pairs = (("a", "b"),)
+    configs = [
+        kd(),
+        HintConfig(loss="hint", layers=pairs, weight=1.0),
+        NSTConfig(loss="nst", layers=pairs),
+        SPConfig(loss="sp", layers=pairs),
+        RKDConfig(loss="rkd", layers=pairs),
+    ]
+    shapes = {"a": (16, 8, 8)}
+    wanted = wanted_of(configs, shapes, 0)
+    given = {one: take_form(one, TEACHER_MAPS.float()) for one in wanted}
+    stored = {one: tuple(values.shape[1:]) for one, values in given.items()}
+    losses = distillation(*configs, student=shapes, teachers=(stored,)).eval()
+    narrow = Outputs(STUDENT_LOGITS.bfloat16(), {"a": STUDENT_MAPS.bfloat16()})
+    says = dataclasses.replace(exchange(DenseOutputs(TEACHER_LOGITS.float(), given)), student=narrow)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = losses(says)
+    plain = losses(dataclasses.replace(says, student=narrow.widened()))
+    assert {name: one.dtype for name, one in mixed.items()} == dict.fromkeys(plain, torch.float32)
+    assert {name: float(one) for name, one in mixed.items()} == {name: float(one) for name, one in plain.items()}
