@@ -211,16 +211,14 @@ def _execute(
     part: str | None = None,
     count: int = 1,
 ) -> None:
-    """Walk one stage, or all of them, under signals, lock and progress; then say on stdout what came of it."""
+    """Do what a command stands for, under signals, lock and progress; then say on stdout what came of it."""
     from pipeline.stop_signals import stop_on_signals
 
     # Signals first: a job that is stopped while torch loads is stopped early like any other.
     with guarded(), stop_on_signals() as should_stop:
-        from pipeline.compare import print_compare, walk_compare
-        from pipeline.generations import print_generations, walk_generations
         from pipeline.progress import reporter
         from pipeline.recipe import load_recipe
-        from pipeline.walk import STAGES, Walk, walk_all
+        from pipeline.walk import Walk
         from stages.part import WHOLE
         from stages.watch import Watch
         from store import exclusive, shared
@@ -228,13 +226,7 @@ def _execute(
         sys.path.append(str(Path.cwd()))  # where `python:module:name` in a recipe finds the user's own modules
         loaded = load_recipe(recipe, overrides or ())
         folder = run or Path("runs") / loaded.name
-        works: dict[str, Callable[[Walk], dict[str, Any]]] = {
-            **STAGES,
-            "run": walk_all,
-            "compare": walk_compare,
-            "generations": partial(walk_generations, count=count),
-        }
-        work = works[command]
+        work = _work(command, count)
         # Several jobs may fill one store from one run folder; all else has the folder to itself.
         hold = shared if command == "cache-teacher" else exclusive
         with hold(folder, folder / ".kdpipe.lock"), reporter(as_json) as report_event:
@@ -247,14 +239,34 @@ def _execute(
             _print_report(folder, as_json)
         elif as_json:
             print_json({"command": command, "run": str(folder), **results})
-        elif command == "compare":
-            print_compare(loaded.name, results)
-        elif command == "generations":
-            print_generations(loaded.name, results)
         else:
-            from pipeline.summary import print_summary
+            _print_results(command, loaded.name, folder, results)
 
-            print_summary(command, folder, results)
+
+def _work(command: str, count: int) -> Callable[[Walk], dict[str, Any]]:
+    from pipeline.compare import walk_compare
+    from pipeline.generations import walk_generations
+    from pipeline.walk import STAGES, walk_all
+
+    whole: dict[str, Callable[[Walk], dict[str, Any]]] = {
+        "run": walk_all,
+        "compare": walk_compare,
+        "generations": partial(walk_generations, count=count),
+    }
+    return whole[command] if command in whole else STAGES[command]
+
+
+def _print_results(command: str, name: str, run: Path, results: dict[str, Any]) -> None:
+    from pipeline.compare import print_compare
+    from pipeline.generations import print_generations
+    from pipeline.summary import print_summary
+
+    if command == "compare":
+        print_compare(name, results)
+    elif command == "generations":
+        print_generations(name, results)
+    else:
+        print_summary(command, run, results)
 
 
 def _part(text: str | None) -> Part:

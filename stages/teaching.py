@@ -51,6 +51,7 @@ class Teaching:
     missing: Missing = "error"
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     accuracies: Sequence[float] | None = None
+    label_smoothing: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """What decides the teaching's numbers."""
@@ -62,6 +63,7 @@ class Teaching:
             "missing": self.missing,
             "teachers": asdict(self.teachers),
             "accuracies": self.accuracies,
+            "label_smoothing": self.label_smoothing,
         }
 
     @property
@@ -156,7 +158,14 @@ def open_stores(
         _require_views(store, setup.views.num_views)
     _require_logits(stores, losses, student.teachers)
     teaching = Teaching(
-        stores, shapes, tuple(losses), student.hard_label_weight, student.read, student.missing, student.teachers
+        stores,
+        shapes,
+        tuple(losses),
+        student.hard_label_weight,
+        student.read,
+        student.missing,
+        student.teachers,
+        label_smoothing=student.label_smoothing,
     )
     teaching.to_json()  # what a store lacks is told now
     return teaching

@@ -125,18 +125,12 @@ def build_lesson(
 ) -> Lesson:
     """What `network` is to learn from: hard labels alone where `teaching` is None, else also what the stores say.
 
-    settled: fine-tuning, for which all ramps have ended.
+    label_smoothing: of the student alone; a teaching has its own. settled: fine-tuning, for which ramps have ended.
     """
     views = setup.views
-    lesson = Lesson(
-        setup.pictures,
-        views.num_views,
-        network.normalise,
-        fresh_views=not views.replay,
-        label_smoothing=label_smoothing,
-    )
+    lesson = Lesson(setup.pictures, views.num_views, network.normalise, fresh_views=not views.replay)
     if teaching is None:
-        return lesson
+        return replace(lesson, label_smoothing=label_smoothing)
     sources = teaching.sources(setup)
     distillation = build_distillation(
         teaching.losses,
@@ -153,6 +147,7 @@ def build_lesson(
         targets=targets,
         distillation=distillation,
         hard_label_weight=teaching.hard_label_weight,
+        label_smoothing=teaching.label_smoothing,
         settled=settled,
     )
 
@@ -224,7 +219,7 @@ def _hint_stages(
             job = Job("train-student", name, network.model, only, None, train_config, seed, own, layers)
             train(job, setup.device, setup.watch)
             save_model(own.model, network.model, {"architecture": dict(network.architecture)})
-            own.checkpoint.unlink(missing_ok=True)
+        own.checkpoint.unlink(missing_ok=True)
         network.model.load_state_dict(load_tensors(own.model)[0])
 
 
