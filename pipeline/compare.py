@@ -104,7 +104,7 @@ def print_compare(recipe: str, results: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 120, soft_wrap=True)
     num_seeds = len(results["rows"][0]["accuracies"])
     table = Table(box=box.SIMPLE, title=f"{recipe}: ways of teaching, {num_seeds} seeds", title_justify="left")
-    table.add_column("way")
+    table.add_column("way", no_wrap=True)
     for header in ("test accuracy %", "over alone", "best epoch %", "agrees %", "KL, nats", "ms a step", "of alone"):
         table.add_column(header, justify="right")
     alone = results["rows"][0]["accuracy_mean"]

@@ -74,7 +74,7 @@ def print_generations(recipe: str, results: dict[str, Any]) -> None:
 
     console = Console(width=None if Console().is_terminal else 120, soft_wrap=True)
     table = Table(box=box.SIMPLE, title=f"{recipe}: generations", title_justify="left")
-    table.add_column("network")
+    table.add_column("network", no_wrap=True)
     for header in ("its teacher %", "test accuracy %", "best epoch %", "agrees with its teacher %", "seeds"):
         table.add_column(header, justify="right")
     first = results["generations"][0]

@@ -118,7 +118,7 @@ def print_report(report: Report) -> None:
     console = Console(width=None if Console().is_terminal else 120, soft_wrap=True)
     batch = f", batch {report.latency_batch_size}" if report.latency_batch_size else ""
     table = Table(box=box.SIMPLE, title=f"{report.recipe}: what each network is worth", title_justify="left")
-    table.add_column("network")
+    table.add_column("network", no_wrap=True)
     for header in ("test accuracy %", "seeds", "parameters", "ONNX file", "ONNX = torch %", f"latency ms{batch}"):
         table.add_column(header, justify="right")
     for row in report.rows:

@@ -71,7 +71,7 @@ def print_learnt(console: Console, rows: Sequence[Row]) -> None:
     if all(row.ece_mean is None for row in rows):
         return
     table = Table(box=box.SIMPLE, title="What they learnt from the teacher", title_justify="left")
-    table.add_column("network")
+    table.add_column("network", no_wrap=True)
     for header in (
         "top-1 %",
         "top-5 %",

@@ -139,6 +139,16 @@ def test_learnable_shares_learn_and_are_not_in_the_student(run, tmp_path):
     assert not any("scores" in name for name in load_tensors(undisturbed.model)[0])
 
 
+def test_adapters_train_with_the_student_and_are_in_its_checkpoints(run, tmp_path):
+    hint = next(one for one in ENTRIES if one.loss == "hint")
+    for steps in (1, 4):
+        with pytest.raises(StoppedEarly):
+            taught(run, (hint,), tmp_path / str(steps), watch=Watch(should_stop=StopAfter(steps)))
+    name = "modules/distillation.terms.hint_0.loss.adapters.0.0.weight"
+    one, four = (load_tensors(tmp_path / steps / "checkpoint.safetensors")[0][name] for steps in ("1", "4"))
+    assert (one - four).abs().max() > 1e-4
+
+
 def test_what_a_store_lacks_is_told_with_the_command_that_adds_it(run, tmp_path):
     at = next(one for one in ENTRIES if one.loss == "at")
     lacking = dataclasses.replace(at, layers=(("stage1", "pool1"),))
