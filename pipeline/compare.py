@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline.walk import Walk, walk_cache_teacher, walk_train_teacher
-from stages.compare import Way, measure_costs, student_of, train_way
-from stages.errors import RecipeError
+from pipeline.walk import Walk, try_teaching, walk_cache_teacher, walk_train_teacher
+from stages.compare import ALONE, Way, measure_costs, student_of, train_way
+from stages.errors import NotFiniteError, RecipeError
 from stages.train_student import train_student, view_warning
-
-ALONE = "alone"
-"""The student without a teacher, with which all others are compared."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ def walk_compare(walk: Walk) -> dict[str, Any]:
             "list of losses, as recipes/compare-losses.toml does."
         )
     teacher = None
+    walk.rehearse_losses()
     if walk.store in walk.stores:
         teacher = walk_train_teacher(walk)["teacher"]
         walk_cache_teacher(walk)
@@ -62,10 +60,14 @@ def walk_compare(walk: Walk) -> dict[str, Any]:
     for seed in student.seeds:
         results[ALONE].append(train_student(student, seed, None, setup))
         for way in ways[1:]:
-            results[way.name].append(train_way(way, seed, setup))
+            try:
+                results[way.name].append(train_way(way, seed, setup))
+            except NotFiniteError as error:  # one way's trouble is not that of the others
+                walk.watch.warn("compare", str(error))
     costs = measure_costs(ways, setup)
-    rows = [_row(name, own, costs[name]) for name, own in results.items()]
-    return {"teacher": teacher, "rows": [row.to_json() for row in rows]}
+    rows = [_row(name, own, costs[name]) for name, own in results.items() if own]
+    diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
+    return {"teacher": teacher, "rows": [row.to_json() for row in rows], "num_diverged": diverged}
 
 
 def _ways(walk: Walk) -> list[Way]:
@@ -73,7 +75,13 @@ def _ways(walk: Walk) -> list[Way]:
     ways = []
     for name, entry in walk.recipe.compare.items():
         student = student_of(entry, walk.recipe.student)
-        ways.append(Way(name, student, walk.open_teaching(entry.distill, student) if entry.distill else None))
+        try:
+            teaching = walk.open_teaching(entry.distill, student) if entry.distill else None
+            if teaching is not None:
+                try_teaching(walk, teaching, student)
+        except RecipeError as error:
+            raise RecipeError(f"compare.{name}: {error}") from error
+        ways.append(Way(name, student, teaching))
     return ways
 
 
@@ -123,3 +131,5 @@ def print_compare(recipe: str, results: dict[str, Any]) -> None:
             f"{row['ratio']:.2f}",
         )
     console.print(table)
+    for name, number in results["num_diverged"].items():
+        console.print(f"{name}: {number} of {num_seeds} seeds diverged: lower its weight, or the learning rate.")

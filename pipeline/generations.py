@@ -13,10 +13,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from pipeline.recipe import Recipe
-from pipeline.walk import Walk, walk_cache_teacher, walk_train_teacher
+from pipeline.walk import Walk, require_losses, try_teaching, walk_cache_teacher, walk_train_teacher
 from stages.errors import RecipeError
+from stages.losses.simkd import SimKDConfig
 from stages.models.build import ModelConfig
-from stages.train_student import DISTILLED, student_folder, train_student
+from stages.rehearse_losses import rehearse_losses
+from stages.train_student import DISTILLED, fresh_student, student_folder, train_student
 from stages.train_teacher import TeacherConfig
 
 SEEDS_APART = 1000
@@ -33,6 +35,7 @@ def walk_generations(walk: Walk, count: int) -> dict[str, Any]:
         raise RecipeError(
             "generations keep a store each in their own folders: leave out student.stores and cache.store."
         )
+    _rehearse(walk, count)
     generations, recipe = [], walk.recipe
     for number in range(1, count + 1):
         own = replace(walk, recipe=recipe, run=walk.run / f"generation{number}")
@@ -41,6 +44,23 @@ def walk_generations(walk: Walk, count: int) -> dict[str, Any]:
         own.keep_recipe()
         recipe = next_recipe(recipe, own.run)
     return {"generations": generations}
+
+
+def _rehearse(walk: Walk, count: int) -> None:
+    """Refuse, before anything is trained, losses by which the recipe's student cannot be taught by its teacher, or a
+    student by one of its own kind.
+    """
+    student, losses = walk.recipe.student, walk.recipe.distill
+    require_losses(walk)
+    if count > 1 and any(isinstance(loss, SimKDConfig) for loss in losses):
+        raise RecipeError(
+            "simkd makes the teacher's classifier part of the student, which then teaches no other: use "
+            "another loss for generations, or --count 1."
+        )
+    walk.rehearse_losses()
+    if count > 1:
+        own_kind = fresh_student(student, student.seeds[0], walk.setup).model
+        rehearse_losses(losses, student, own_kind, walk.setup, where="from generation 2 on, distill")
 
 
 def next_recipe(recipe: Recipe, run: Path) -> Recipe:
@@ -62,6 +82,7 @@ def _walk_one(walk: Walk, number: int, *, with_alone: bool) -> dict[str, Any]:
     student = walk.recipe.student
     # That of the first generation serves all: without a teacher, one generation is like another.
     alone = [train_student(student, seed, None, walk.setup) for seed in student.seeds] if with_alone else []
+    try_teaching(walk, walk.teaching, student)
     taught = [train_student(student, seed, walk.teaching, walk.setup) for seed in student.seeds]
     return {"generation": number, "run": str(walk.run), "teacher": teacher, "alone": alone, "students": taught}
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from stages.compare import CompareEntry
+from stages.compare import CompareEntry, WayName
 from stages.compress import CompressConfig
 from stages.config import section
 from stages.datasets.load import DataConfig
@@ -51,9 +51,7 @@ class Recipe:
     cache: CacheConfig = Field(default_factory=CacheConfig)
     student: StudentConfig
     distill: tuple[LossConfig, ...] = ()
-    compare: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")], CompareEntry] = Field(
-        default_factory=dict
-    )
+    compare: dict[WayName, CompareEntry] = Field(default_factory=dict)
     compress: CompressConfig = Field(default_factory=CompressConfig)
 
 

@@ -49,7 +49,7 @@ class Report:
 
 LATENCY_KEYS = {
     "teacher": "teacher",
-    "student alone": "student",  # the same network as the distilled one
+    "student alone": "student",
     "student distilled": "student",
     "pruned": "pruned",
     "pruned + INT8": "int8",
@@ -63,6 +63,11 @@ def read_report(run: Path) -> Report:
     recipe = read_json(run / "recipe.json")
     if recipe is None:
         raise RunError(f"{run} is not a run folder: it has no recipe.json. Give the folder that `kdpipe run` names.")
+    if (run / "generation1").is_dir():
+        raise RunError(
+            f"{run} holds generations: run `kdpipe generations` again for their table, or report on one of them, such "
+            f"as {run / 'generation1'}."
+        )
     try:
         name, seeds, steps = recipe["name"], list(recipe["student"]["seeds"]), list(recipe["compress"]["steps"])
     except (KeyError, TypeError) as error:
@@ -103,10 +108,17 @@ def _row(name: str, jobs: Sequence[Path], median_ms: dict[str, float]) -> Row | 
         num_parameters=first["num_parameters"],
         file_bytes=first["onnx_bytes"],
         onnx_agreement=min(100 * result["onnx_agreement"] for result in results.values()),
-        latency_ms=median_ms.get(LATENCY_KEYS[name]),
+        latency_ms=_latency(name, median_ms),
         files=[str(job / "model.onnx") for job in results],
         **vars(read_learnt(results)),
     )
+
+
+def _latency(name: str, median_ms: dict[str, float]) -> float | None:
+    """Alone and distilled, a student is one network, unless a loss made it another."""
+    if name == "student alone" and "alone" in median_ms:
+        return median_ms["alone"]
+    return median_ms.get(LATENCY_KEYS[name])
 
 
 def print_report(report: Report) -> None:
@@ -136,5 +148,7 @@ def print_report(report: Report) -> None:
     console.print("The files:", style="bold")
     for row in report.rows:
         console.print(f"  {row.name:<18} {row.files[0]}", highlight=False)
+    if (Path(report.run) / "compare").is_dir():
+        console.print("Ways of teaching are compared here: run `kdpipe compare` again for their table.")
     if report.missing:
         console.print(f"Not done yet: {', '.join(report.missing)}: run the recipe again.")

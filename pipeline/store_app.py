@@ -84,14 +84,14 @@ def store_repair(recipe: RecipePath, set_: Overrides = None, run: RunFolder = No
         from pipeline import store_check
 
         with walking(recipe, set_, run, as_json) as walk:
-            path = walk.store
-            found, left, num_computed = store_check.repair(walk)
+            repaired = store_check.repair(walk)
         if as_json:
-            faults = [fault.to_json() for fault in found.damaged]
-            print_json({"path": str(path), "found": faults, "num_units_computed": num_computed, **left.to_json()})
+            print_json(store_check.repair_json(repaired))
         else:
-            store_check.print_repair(path, found, left, num_computed)
-        store_check.leave(left)
+            for path, (found, left, num_computed) in repaired.items():
+                store_check.print_repair(path, found, left, num_computed)
+        for _, left, _ in repaired.values():
+            store_check.leave(left)
 
 
 @store_app.command("rm-views")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -26,21 +26,28 @@ def verify(path: Path, as_json: bool) -> Verdict:
 
 
 def ask_teacher(path: Path, walk: Walk, num_rows: int, seed: int) -> Recomputed:
-    """Compare some samples with what the recipe's teacher says."""
+    """Compare some samples with what the recipe's teacher says: training samples, or those of its test store."""
     from stages.recompute import recompute
+    from stages.teacher_on_test import test_place, test_setup
     from stages.train_teacher import load_teacher
 
     teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
-    return recompute(path, teacher, walk.setup, num_rows, seed)
+    of_test = path.absolute() == Path(test_place(walk.store))
+    return recompute(path, teacher, test_setup(walk.setup) if of_test else walk.setup, num_rows, seed)
 
 
-def repair(walk: Walk) -> tuple[Verdict, Verdict, int]:
-    """Repair the recipe's store: what was found, what is left, and the number of units computed."""
+def repair(walk: Walk) -> dict[Path, tuple[Verdict, Verdict, int]]:
+    """Repair the recipe's stores, of the training and the test images: what was found in each, what is left, and the
+    number of units computed.
+    """
     from stages.repair import repair as repair_store
+    from stages.teacher_on_test import repair_test, test_place
     from stages.train_teacher import load_teacher
 
-    teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
-    return repair_store(walk.recipe.cache, walk.store, teacher, list(walk.wanted_by(teacher)), walk.setup)
+    teacher, config = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup), walk.recipe.cache
+    layers, beside = list(walk.wanted_by(teacher)), Path(test_place(walk.store))
+    done = {walk.store: repair_store(config, walk.store, teacher, layers, walk.setup)}
+    return done | ({beside: repair_test(config, beside, teacher, walk.setup)} if beside.exists() else {})
 
 
 def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = None) -> None:
@@ -62,6 +69,20 @@ def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = 
         f"checked, {_sum(verdict)}"
     )
     print("\n".join(map(printable, lines)))  # noqa: T201
+
+
+def repair_json(repaired: dict[Path, tuple[Verdict, Verdict, int]]) -> dict[str, Any]:
+    """For machines: the training store's figures, and under `test_store` those of the test images', if any."""
+    documents = [
+        {
+            "path": str(path),
+            "found": [fault.to_json() for fault in found.damaged],
+            "num_units_computed": num_computed,
+            **left.to_json(),
+        }
+        for path, (found, left, num_computed) in repaired.items()
+    ]
+    return documents[0] | ({"test_store": documents[1]} if len(documents) > 1 else {})
 
 
 def print_repair(path: Path, found: Verdict, left: Verdict, num_computed: int) -> None:

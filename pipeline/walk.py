@@ -23,12 +23,14 @@ from stages.datasets.load import DataConfig, load_dataset
 from stages.errors import RecipeError
 from stages.forms import Wanted, parse_wanted
 from stages.job_folder import write_json
+from stages.lesson import Lesson
 from stages.losses.entry import Entry
 from stages.losses.terms import wanted_of
 from stages.memory import keep_freed_memory
 from stages.network import Network
 from stages.part import WHOLE, Part
 from stages.partners import find_partners, population_of
+from stages.rehearse_losses import rehearse_losses
 from stages.serving import smallest
 from stages.setup import Setup, choose_device, require_fitting_test_images, test_size
 from stages.show_views import ShownViews, show_views
@@ -161,6 +163,16 @@ class Walk:
         named = self.recipe.student.stores
         return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
 
+    @property
+    def entries(self) -> dict[str, Sequence[Entry]]:
+        """All losses of the recipe, by where they stand in it."""
+        ways = {f"compare.{name}.distill": entry.distill for name, entry in self.recipe.compare.items()}
+        return {"distill": self.recipe.distill, **ways}
+
+    def rehearse_losses(self) -> None:
+        """Refuse losses that cannot join student and teacher, before the teacher is trained."""
+        self.wanted_by(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.setup))
+
     def wanted_by(self, teacher: Network) -> dict[Wanted, list[str]]:
         """What of the teacher's layers to cache, in the smallest form that serves, and who in the recipe asks for it:
         its cache section, and its losses. Raises ModelError, listing the nearest, for layers that are not there.
@@ -168,9 +180,9 @@ class Walk:
         reasons: dict[Wanted, list[str]] = {parse_wanted(text): ["cache.layers"] for text in self.recipe.cache.layers}
         if self.store not in self.stores:
             return reasons
-        entries = {"distill": self.recipe.distill}
-        entries |= {f"compare.{name}": entry.distill for name, entry in self.recipe.compare.items()}
-        for where, losses in entries.items():
+        for where, losses in self.entries.items():
+            if self.stores == [self.store]:
+                rehearse_losses(losses, self.recipe.student, teacher.model, self.setup, where=where)
             shapes = student_shapes(self.recipe.student, losses, self.setup)
             for number, loss in enumerate(losses):
                 asked = wanted_of([loss], shapes, self.stores.index(self.store))
@@ -201,9 +213,16 @@ def walk_train_teacher(walk: Walk) -> dict[str, Any]:
 def walk_cache_teacher(walk: Walk) -> dict[str, Any]:
     teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
     layers = list(walk.wanted_by(teacher))
+    _plan_test(walk, teacher, trained=True)  # what stands in the way there is told before the long work begins
     cached = cache_teacher(walk.recipe.cache, walk.store, teacher, layers, walk.setup, part=walk.part)
     tested = cache_test(walk.recipe.cache, walk.store, teacher, walk.setup, part=walk.part)
     return {"store": cached, "test_store": tested}
+
+
+def _plan_test(walk: Walk, teacher: Network, *, trained: bool) -> dict[str, Any]:
+    """What there is to do for the test store."""
+    config, place = replace(walk.recipe.cache, top_k=None), Path(test_place(walk.store))
+    return plan_cache(config, place, teacher, [], test_setup(walk.setup), trained=trained)
 
 
 def walk_plan(walk: Walk, with_probe: bool) -> dict[str, Any]:
@@ -214,9 +233,7 @@ def walk_plan(walk: Walk, with_probe: bool) -> dict[str, Any]:
     teacher = make(recipe.teacher, recipe.seed, walk.setup)
     wanted = walk.wanted_by(teacher)
     plan = plan_cache(config, walk.store, teacher, list(wanted), walk.setup, trained=trained)
-    beside = plan_cache(
-        replace(config, top_k=None), Path(test_place(walk.store)), teacher, [], test_setup(walk.setup), trained=trained
-    )
+    beside = _plan_test(walk, teacher, trained=trained)
     plan |= {key: plan[key] + beside[key] for key in ("missing_bytes", "num_images")} | {"test_store": beside}
     timed = with_probe and plan["num_images"] > 0
     measured = probe(config, teacher, list(wanted), walk.setup, plan["num_images"]) if timed else None
@@ -233,16 +250,31 @@ def walk_views(walk: Walk, num_samples: int, num_views: int) -> tuple[ShownViews
     return show_views(walk.setup, store, num_samples, num_views), str(place)
 
 
-def walk_train_student(walk: Walk) -> dict[str, Any]:
-    teaching, seeds = walk.teaching, walk.recipe.student.seeds
-    if warning := view_warning(walk.recipe.views):
-        walk.watch.warn("train-student", warning)
-    # What will not do is refused before any training.
-    student = fresh_student(walk.recipe.student, seeds[0], walk.setup, teaching.losses)
-    lesson = build_lesson(student, teaching, seeds[0], walk.setup)
+def try_teaching(walk: Walk, teaching: Teaching, student: StudentConfig) -> Lesson:
+    """Build a first lesson: what will not do is refused, and what people should know told, before any training."""
+    seed = student.seeds[0]
+    lesson = build_lesson(fresh_student(student, seed, walk.setup, teaching.losses), teaching, seed, walk.setup)
     if lesson.targets and lesson.targets.num_unknown:
         some = f"{lesson.targets.num_unknown:,} of {lesson.num_samples:,} samples have no targets"
         walk.watch.warn("train-student", f"{some}: they learn from their labels alone.")
+    return lesson
+
+
+def require_losses(walk: Walk) -> None:
+    """Raise RecipeError for a recipe without a loss: its distilled student would be taught by nobody."""
+    if not walk.recipe.distill:
+        raise RecipeError(
+            f"the recipe {walk.recipe.name} has no [[distill]]: add a loss (`kdpipe losses` lists them), or compare "
+            "students without a teacher with `kdpipe compare`."
+        )
+
+
+def walk_train_student(walk: Walk) -> dict[str, Any]:
+    require_losses(walk)
+    teaching, seeds = walk.teaching, walk.recipe.student.seeds
+    if warning := view_warning(walk.recipe.views):
+        walk.watch.warn("train-student", warning)
+    lesson = try_teaching(walk, teaching, walk.recipe.student)
     for number, line in enumerate(lesson.targets.describe() if lesson.targets else (), 1):
         walk.watch.report(Event("train-student", f"reads {line}", number, len(teaching.stores), "store"))
     students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
@@ -273,6 +305,8 @@ STAGES: dict[str, Callable[[Walk], dict[str, Any]]] = {
 def walk_all(walk: Walk) -> dict[str, Any]:
     """Every stage; each skips what is done."""
     rehearse(walk.recipe.compress, walk.recipe.student, walk.setup)
+    require_losses(walk)
+    walk.rehearse_losses()
     results: dict[str, Any] = {}
     for stage in STAGES.values():
         results |= stage(walk)

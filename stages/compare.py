@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from stages.config import section
 from stages.job_folder import JobFolder, read_json, write_json
@@ -19,11 +19,27 @@ from stages.setup import Setup
 from stages.teaching import Teaching
 from stages.train_student import Seat, StudentConfig, build_lesson, fresh_student, train_student
 from stages.training import Job, step_walls
+from store.identity import sha256_of
 
 NUM_STEPS = 8
 """Steps of which a turn consists when costs are measured."""
 
 NUM_TURNS = 5
+
+
+ALONE = "alone"
+"""The student without a teacher, with which all others are compared."""
+
+COST = "cost.json"
+
+
+def _free(name: str) -> str:
+    if name in (ALONE, "teacher", COST):
+        raise ValueError(f"{name!r} is taken: give the way another name")
+    return name
+
+
+WayName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"), AfterValidator(_free)]
 
 
 @section
@@ -34,6 +50,10 @@ class CompareEntry:
     hard_label_weight: Amount | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
 
+    def __post_init__(self) -> None:
+        if self.hard_label_weight is not None and not self.distill:
+            raise ValueError("hard_label_weight is beside losses, and there are none: leave it out, or give distill")
+
 
 @dataclass(frozen=True)
 class Way:
@@ -42,6 +62,12 @@ class Way:
     name: str
     student: StudentConfig
     teaching: Teaching | None
+
+    @property
+    def digest(self) -> str:
+        """Of what decides what a step of it costs."""
+        teaching = self.teaching.to_json() if self.teaching else None
+        return sha256_of({"student": asdict(self.student), "teaching": teaching})
 
     @property
     def losses(self) -> tuple[Any, ...]:
@@ -66,10 +92,12 @@ def measure_costs(ways: Sequence[Way], setup: Setup) -> dict[str, dict[str, floa
     """Milliseconds of a training step of each way, and their ratio to those of the first: medians over turns that all
     ways take one after the other, so that what else the machine does hits them alike. Measured once for a run folder.
     """
-    record = setup.run / "compare" / "cost.json"
+    record = setup.run / "compare" / COST
+    made_from = {way.name: way.digest for way in ways}
     held = read_json(record) or {}
-    if all(way.name in held for way in ways):
-        return {way.name: held[way.name] for way in ways}
+    if held.get("made_from") == made_from:
+        costs: dict[str, dict[str, float]] = held["costs"]
+        return costs
     jobs = [_job(way, setup) for way in ways]
     walls: dict[str, list[float]] = {way.name: [] for way in ways}
     for turn in range(NUM_TURNS + 1):
@@ -88,7 +116,7 @@ def measure_costs(ways: Sequence[Way], setup: Setup) -> dict[str, dict[str, floa
         }
         for name, own in walls.items()
     }
-    write_json(record, costs)
+    write_json(record, {"made_from": made_from, "costs": costs})
     return costs
 
 

@@ -28,7 +28,7 @@ from stages.optim import TrainConfig
 from stages.reuse_classifier import last_of_projector
 from stages.setup import Setup, deciding
 from stages.teaching import Teaching
-from stages.train_student import DISTILLED, StudentConfig, build_lesson, fresh_student, student_folder
+from stages.train_student import ALONE, DISTILLED, StudentConfig, build_lesson, fresh_student, student_folder
 from stages.training import Job, train
 
 
@@ -113,6 +113,7 @@ def measure_latencies(config: CompressConfig, seed: int, setup: Setup) -> dict[s
     files = {
         "teacher": setup.run / "teacher" / "model.onnx",
         "student": student_folder(setup.run, DISTILLED, seed).onnx,
+        **_alone(setup, seed),
         "pruned": compressed_folder(setup.run, "pruned", seed).onnx,
         "int8": compressed_folder(setup.run, "int8", seed).onnx,
     }
@@ -135,6 +136,13 @@ def measure_latencies(config: CompressConfig, seed: int, setup: Setup) -> dict[s
     )
     write_json(record, measured_on | {"median_ms": median_ms})
     return measured_on | {"median_ms": median_ms}
+
+
+def _alone(setup: Setup, seed: int) -> dict[str, Path]:
+    """The student alone, where it is another network than the distilled one (SimKD's has a projector)."""
+    alone, distilled = (student_folder(setup.run, kind, seed) for kind in (ALONE, DISTILLED))
+    sizes = [(folder.result() or {}).get("num_parameters") for folder in (alone, distilled)]
+    return {"alone": alone.onnx} if sizes[0] != sizes[1] else {}
 
 
 def _prune(config: CompressConfig, network: Network, seed: int, teaching: Teaching, setup: Setup) -> dict[str, Any]:

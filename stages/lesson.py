@@ -170,7 +170,7 @@ class Lesson:
             hard = (weights * cross_entropy).mean()
         if self.distillation is None:
             return {"hard_labels": hard}
-        gradient = self._input_gradient(cross_entropy, batch) if self.needs_input_gradient else None
+        gradient = self._input_gradient(student, batch) if self.needs_input_gradient else None
         losses: dict[str, Tensor] = self.distillation(self._exchange(student, batch, gradient))
         return {"hard_labels": hard} | losses
 
@@ -179,9 +179,10 @@ class Lesson:
             student, batch.teachers, batch.known, batch.hard.labels, batch.ranks, batch.moment, batch.others, gradient
         )
 
-    def _input_gradient(self, cross_entropy: Tensor, batch: Batch) -> Tensor:
-        """The gradient by the pixels, [B, C, H, W], part of the graph."""
-        (gradient,) = torch.autograd.grad(cross_entropy.sum(), batch.images, create_graph=True)
+    def _input_gradient(self, student: Outputs, batch: Batch) -> Tensor:
+        """The gradient of the cross entropy, labels not smoothed, by the pixels, [B, C, H, W], part of the graph."""
+        cross_entropy = batch.hard.cross_entropy(student.logits).sum()
+        (gradient,) = torch.autograd.grad(cross_entropy, batch.images, create_graph=True)
         return self.normalise.gradient_by_pixels(gradient)
 
     def _view(self, epoch: int) -> int:

@@ -52,8 +52,13 @@ def with_teachers_classifier(
 
 
 def teacher_file(config: SimKDConfig, run: Path) -> Path:
-    """Where the weights of the teacher are whose classifier is reused."""
-    return Path(config.teacher) if config.teacher else run / "teacher" / "model.safetensors"
+    """Where the weights of the teacher are whose classifier is reused. Raises RecipeError where there is no file."""
+    path = Path(config.teacher) if config.teacher else run / "teacher" / "model.safetensors"
+    if not path.exists():
+        raise RecipeError(
+            f"simkd reuses the teacher's classifier, and there is no file {path}: name it as its teacher."
+        )
+    return path
 
 
 def require_teacher(config: SimKDConfig, run: Path, teacher: Mapping[str, Any], store: Path) -> None:

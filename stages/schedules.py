@@ -26,6 +26,15 @@ SETTLED = Moment(math.inf, 1)
 """The moment after every ramp: fine-tuning of a pruned or quantized student goes on where its training ended."""
 
 
+Epoch = Annotated[int, Field(ge=0)]
+
+
+def _ascending(epochs: tuple[int, int]) -> tuple[int, int]:
+    if epochs[0] > epochs[1]:
+        raise ValueError("the first epoch comes before the last")
+    return epochs
+
+
 @section
 class Ramp:
     """A number that goes from `start` to `end`, linearly or by half a cosine, epoch by epoch.
@@ -37,7 +46,7 @@ class Ramp:
     start: Annotated[float, Field(ge=0)]
     end: Annotated[float, Field(ge=0)]
     shape: Literal["linear", "cosine"] = "linear"
-    epochs: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
+    epochs: Annotated[tuple[Epoch, Epoch], AfterValidator(_ascending)] | None = None
 
 
 def _hot(temperature: float | Ramp) -> float | Ramp:

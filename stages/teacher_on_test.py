@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from stages.cache_teacher import cache_teacher
+from stages.class_map import ClassMapConfig
 from stages.errors import RecipeError
 from stages.joining import Source, join
 from stages.network import Network
 from stages.part import WHOLE, Part
+from stages.repair import repair
 from stages.setup import Setup
 from stages.store_plan import CacheConfig
 from stages.targets import Targets
@@ -25,6 +27,7 @@ from stages.teachers import Combination, TeachersConfig
 from stages.teaching import on_this_machine, open_for
 from stages.views.config import ViewsConfig
 from store import FingerprintMismatch, StoreError, is_url, read_store_manifest
+from store.verify import Verdict
 
 
 def test_place(place: Path | str) -> Path | str:
@@ -48,6 +51,11 @@ def cache_test(
     """
     place = Path(test_place(path))
     return cache_teacher(replace(config, top_k=None), place, teacher, [], test_setup(setup), part=part)
+
+
+def repair_test(config: CacheConfig, path: Path, teacher: Network, setup: Setup) -> tuple[Verdict, Verdict, int]:
+    """Put the test store at `path` right; returns and raises what `repair` does."""
+    return repair(replace(config, top_k=None), path, teacher, [], test_setup(setup))
 
 
 def teacher_logits(places: Sequence[Path | str], config: TeachersConfig, setup: Setup) -> Tensor | None:
@@ -76,27 +84,29 @@ def test_accuracies(places: Sequence[Path | str], config: TeachersConfig, setup:
     sources = _sources(places, config, setup)
     if sources is None:
         raise RecipeError(
-            "student.teachers.weights = 'accuracy' needs to know how good each teacher is, and not every store has its "
-            "test store (store.test.zarr) beside it: run `kdpipe cache-teacher` again where the stores were made, or "
-            "give the weights as numbers."
+            "student.teachers.weights = 'accuracy' needs to know how good each teacher is on these test images, and "
+            "not every store has its test store (store.test.zarr) beside it, or one of the same images: run `kdpipe "
+            "cache-teacher` again where the stores were made, or give the weights as numbers."
         )
     return _accuracies(sources, setup)
 
 
 def _sources(places: Sequence[Path | str], config: TeachersConfig, setup: Setup) -> list[Source] | None:
-    """The test stores, joined to the test images. A store of another teacher than its neighbour's is none."""
-    found = []
-    for number, place in enumerate(places):
-        try:
-            path = on_this_machine(test_place(place), setup.watch)
-            store = open_for(test_setup(setup), path, {})
-            beside = read_store_manifest(on_this_machine(place, setup.watch)).identity.teacher
-            if store.manifest.identity.teacher != beside:
-                return None
-            found.append(join(store, setup.test_set, (), "hard-labels", config.class_map(number)))
-        except (StoreError, FingerprintMismatch):
-            return None
-    return found
+    """The test stores, joined to the test images; None, and people are told why, where one is not to be had."""
+    try:
+        return [_source(place, config.class_map(number), setup) for number, place in enumerate(places)]
+    except (StoreError, FingerprintMismatch) as error:
+        setup.watch.warn("test", f"what the teacher says of the test images is not known: {error}")
+        return None
+
+
+def _source(place: Path | str, classes: ClassMapConfig, setup: Setup) -> Source:
+    path = on_this_machine(test_place(place), setup.watch)
+    store = open_for(test_setup(setup), path, {})
+    beside = read_store_manifest(on_this_machine(place, setup.watch)).identity.teacher
+    if store.manifest.identity.teacher != beside:
+        raise StoreError(f"{path} is of another teacher than {place}: delete it, and run `kdpipe cache-teacher`.")
+    return join(store, setup.test_set, (), "hard-labels", classes)
 
 
 def _accuracies(sources: Sequence[Source], setup: Setup) -> list[float]:

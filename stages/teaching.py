@@ -14,6 +14,7 @@ from stages.joining import Missing, Source, join
 from stages.losses.entry import Entry, Response
 from stages.losses.fitnet import FitNetConfig
 from stages.losses.said import TeacherShapes
+from stages.losses.selection import Selection
 from stages.losses.terms import wanted_of
 from stages.schedules import Amount, Ramp, extremes
 from stages.serving import arrays_read
@@ -55,16 +56,21 @@ class Teaching:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the teaching's numbers."""
-        return {
+        record = {
             "stores": [store.manifest.numbers_sha256(names) for store, names in self._names()],
             "order": slab_window(self._names(), self.read),
-            "losses": [deciding(loss) for loss in self.losses],
+            "losses": [_loss_json(loss) for loss in self.losses],
             "hard_label_weight": amount_json(self.hard_label_weight),
             "missing": self.missing,
-            "teachers": asdict(self.teachers),
-            "accuracies": self.accuracies,
-            "label_smoothing": self.label_smoothing,
         }
+        # What is as it was before there was a choice is not written: jobs of older versions stay what they are.
+        if self.teachers != TeachersConfig():
+            record["teachers"] = asdict(self.teachers)
+        if self.accuracies is not None:
+            record["accuracies"] = list(self.accuracies)
+        if self.label_smoothing:
+            record["label_smoothing"] = self.label_smoothing
+        return record
 
     @property
     def wanted(self) -> list[list[Wanted]]:
@@ -90,6 +96,12 @@ class Teaching:
     def _names(self) -> list[tuple[TargetStore, list[str]]]:
         """Each store with the arrays that are read of it."""
         return [(store, arrays_read(store, wanted)) for store, wanted in zip(self.stores, self.wanted, strict=True)]
+
+
+def _loss_json(loss: Entry) -> dict[str, Any]:
+    """What decides a loss, without the common keys that are as they are by default."""
+    defaults = {"store": None, "samples": asdict(Selection()), "standardise": False}
+    return {key: value for key, value in deciding(loss).items() if key not in defaults or value != defaults[key]}
 
 
 def amount_json(amount: Amount) -> Any:
@@ -235,6 +247,19 @@ def _require_views(store: TargetStore, num_views: int) -> None:
         )
 
 
+def _require_probabilities(store: TargetStore, entry: str) -> None:
+    """Raise RecipeError where a store with top-k logits does not know the teacher's probabilities as they are."""
+    if store.manifest.top_k is None:
+        return
+    try:
+        interpolation(store.manifest.top_k, 1.0)
+    except StoreError as error:
+        raise RecipeError(
+            f"{entry} has its samples, or its teachers, judged by the teacher's probabilities at T = 1, which "
+            f"{store.path} does not know ({error})"
+        ) from error
+
+
 def _require_logits(stores: Sequence[TargetStore], losses: Sequence[Entry], teachers: TeachersConfig) -> None:
     """Raise where a loss wants logits that a store with top-k logits cannot give: StoreError for a temperature at which
     it does not know the tail, RecipeError for more than a softmax.
@@ -252,6 +277,8 @@ def _require_logits(stores: Sequence[TargetStore], losses: Sequence[Entry], teac
             for temperature in own or loss.temperatures():
                 for extreme in extremes(temperature):
                     interpolation(store.manifest.top_k, extreme)
-        for store in stores:
-            if store.manifest.top_k and (loss.samples.judges or teachers.weights == "confidence"):
-                interpolation(store.manifest.top_k, 1.0)
+        own_teacher = loss.store is not None or not loss.on_logits
+        asked = [stores[loss.store or 0]] if own_teacher else list(stores)
+        confident = teachers.weights == "confidence" and not own_teacher
+        for store in asked if loss.samples.judges or confident else ():
+            _require_probabilities(store, f"distill.{number} ({loss.loss})")

@@ -182,7 +182,7 @@ def train_student(
             "data": setup.data_identity(),
             "test": setup.test_identity(),
             "views": setup.shown_views(),
-            "label_smoothing": config.label_smoothing,
+            **({"label_smoothing": config.label_smoothing} if config.label_smoothing else {}),
             "teaching": teaching.to_json() if teaching else None,
         }
     )

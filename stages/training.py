@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stages.checkpoint import Machinery, State, restore, save
 from stages.errors import NotFiniteError
@@ -115,9 +117,12 @@ def _step(job: Job, student: Tap, machinery: Machinery, state: State, batch: Bat
     device = next(job.model.parameters()).device
     narrow = _narrow_type(job.config, device)
     torch.manual_seed(derive_seed(job.seed, "step", state.epoch, state.step))
-    if job.lesson.needs_input_gradient:
+    twice = job.lesson.needs_input_gradient
+    if twice:
         batch.images.requires_grad_()
-    with torch.autocast(device.type, dtype=narrow, enabled=narrow is not None):
+    # Fused attention has no second derivative.
+    kernels = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
+    with kernels, torch.autocast(device.type, dtype=narrow, enabled=narrow is not None):
         losses = job.lesson.losses(student(batch.images), batch)
     machinery.optimiser.zero_grad(set_to_none=True)
     machinery.scaler.scale(torch.stack(list(losses.values())).sum()).backward()  # type: ignore[no-untyped-call]

@@ -2,13 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from kdpipe_process import RECIPE, kdpipe_here
 
 WAYS = """
 [compare.label-smoothing]
-hard_label_weight = 1.0
 label_smoothing = 0.1
 
 [compare.at]
@@ -49,8 +49,8 @@ def test_the_store_holds_what_all_ways_want_in_the_smallest_form(compared, recip
     plan = json.loads(kdpipe_here("plan", recipe, "--run", run, *SHORT, "--json").stdout)
     assert plan["layers_wanted_by"] == {
         "features/stage2": ["distill.1 (hint)"],
-        "attention/stage2": ["compare.at.0 (at)"],
-        "pooled/stage2": ["compare.kd-and-rkd.1 (rkd)"],
+        "attention/stage2": ["compare.at.distill.0 (at)"],
+        "pooled/stage2": ["compare.kd-and-rkd.distill.1 (rkd)"],
     }
     assert plan["num_images"] == 0
     assert plan["test_store"]["store"] == str(run / "store.test.zarr")
@@ -93,3 +93,60 @@ def test_each_generation_is_taught_by_the_one_before(recipe, tmp_path):
     shown = kdpipe_here("generations", recipe, "--run", tmp_path, *SHORT, *same, "--count", "2").stdout
     for name in ("teacher", "student alone", "generation 1", "generation 2"):
         assert re.search(rf"^\s*{name}\s+.*\d+\.\d\d", shown, re.M), name
+
+
+HINT = 'distill=[{loss="hint",layers=[["stage2","stage2"]]}]'
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "sentence"),
+    [
+        ("compare", ['compare.b={distill=[{loss="hint",layers=[["fc","stage2"]]}]}'], "compare.b.distill.0 (hint)"),
+        ("compare", ['compare.b={distill=[{loss="at",layers=[["stage9","stage2"]]}]}'], "(at), the student: the model"),
+        ("compare", ['compare.b={distill=[{loss="at",layers=[["stage2","stage9"]]}]}'], "(at), the teacher: the model"),
+        ("compare", ['compare.b={distill=[{loss="kd",store=3}]}'], "compare.b.distill.0 (kd) names store 3"),
+        ("compare", ['compare.b={distill=[{loss="simkd",layers=[["stage2","stage2"]]}]}'], "compare.b.distill.0"),
+        ("compare", ["compare.alone={label_smoothing=0.1}"], "'alone' is taken"),
+        ("compare", ["compare.b={hard_label_weight=0.1}"], "compare.b"),
+        ("run", ['distill=[{loss="hint",layers=[["stage2","stage9"]]}]'], "distill.0 (hint), the teacher"),
+        ("run", ["student.teachers.weights=[1.0,2.0]"], "student.teachers.weights has 2 entries"),
+        ("run", ["distill=[]", "compare={}"], "has no [[distill]]"),
+        ("run", ['distill=[{loss="kd",weight={start=1.0,end=0.0,epochs=[10,5]}}]'], "the first epoch comes before"),
+        ("generations", ['distill=[{loss="simkd",layers=[["stage2","stage2"]]}]', "compare={}"], "simkd"),
+        ("generations", [HINT, "teacher.model.args={width=8,num_stages=3}", 'distill.0.layers=[["stage2","stage3"]]'],
+         "(hint), the teacher: the model has no module 'stage3'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_taught_is_refused_before_anything_is_trained(recipe, tmp_path, command, changes, sentence):
+    arguments = [part for change in changes for part in ("--set", change)]
+    ended = kdpipe_here(command, recipe, "--run", tmp_path / "run", *SHORT, *arguments)
+    assert ended.exit_code == 2, ended.stderr
+    assert sentence in ended.stderr
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*.zarr"))
+
+
+def test_a_way_that_diverges_does_not_keep_the_others_from_the_table(compared, recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared[0], run)
+    bad = ("--set", 'compare.bad={distill=[{loss="kd",weight=1e30}]}')
+    ended = kdpipe_here("compare", recipe, "--run", run, *SHORT, *bad)
+    assert ended.exit_code == 0, ended.stderr
+    assert "bad: 1 of 1 seeds diverged" in ended.stdout
+    assert re.search(r"^\s*kd-and-rkd\s+\d", ended.stdout, re.MULTILINE)
+
+
+def test_the_test_store_is_repaired_with_the_training_store(compared, recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared[0], run)
+    shard = run / "store.test.zarr" / "logits" / "c" / "0" / "0" / "0"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100] + bytes([whole[100] ^ 4]) + whole[101:])
+    shutil.rmtree(run / "students")
+    refused = kdpipe_here("train-student", recipe, "--run", run, *SHORT)
+    assert refused.exit_code == 1
+    assert "kdpipe store repair" in refused.stderr
+    assert kdpipe_here("store", "repair", recipe, "--run", run, *SHORT).exit_code == 0
+    assert shard.read_bytes() == whole
+    asked = ("--recompute", "5", "--recipe", recipe, "--run", run)
+    assert kdpipe_here("store", "verify", run / "store.test.zarr", *asked, *SHORT).exit_code == 0

@@ -171,4 +171,4 @@ def test_under_mixed_precision_losses_run_in_float32():
         mixed = losses(says)
     plain = losses(dataclasses.replace(says, student=narrow.widened()))
     assert {name: one.dtype for name, one in mixed.items()} == dict.fromkeys(plain, torch.float32)
-    assert {name: float(one) for name, one in mixed.items()} == {name: float(one) for name, one in plain.items()}
+    assert {name: one.item() for name, one in mixed.items()} == {name: one.item() for name, one in plain.items()}
