@@ -149,6 +149,14 @@ def test_adapters_train_with_the_student_and_are_in_its_checkpoints(run, tmp_pat
     assert (one - four).abs().max() > 1e-4
 
 
+def test_a_network_with_attention_learns_from_gradients_too(run, tmp_path):
+    """Fused attention has no second derivative."""
+    at_gradient = next(one for one in ENTRIES if one.loss == "at_gradient")
+    config = dataclasses.replace(TAUGHT, model=ModelConfig(name="python:tiny_attention:attentive"))
+    folder = taught(run, (at_gradient,), tmp_path / "student", config=config)
+    assert (json.loads(folder.metrics.read_text().splitlines()[-1])["losses"]["at_gradient_0"]) > 0
+
+
 def test_what_a_store_lacks_is_told_with_the_command_that_adds_it(run, tmp_path):
     at = next(one for one in ENTRIES if one.loss == "at")
     lacking = dataclasses.replace(at, layers=(("stage1", "pool1"),))
