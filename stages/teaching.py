@@ -101,7 +101,9 @@ class Teaching:
 def _loss_json(loss: Entry) -> dict[str, Any]:
     """What decides a loss, without the common keys that are as they are by default."""
     defaults = {"store": None, "samples": asdict(Selection()), "standardise": False}
-    return {key: value for key, value in deciding(loss).items() if key not in defaults or value != defaults[key]}
+    record = {key: value for key, value in deciding(loss).items() if key not in defaults or value != defaults[key]}
+    # Hints had a store from the beginning: jobs of older versions stay what they are.
+    return record | {"store": loss.store or 0} if loss.loss == "hint" else record
 
 
 def amount_json(amount: Amount) -> Any:
