@@ -27,43 +27,41 @@ def rehearse_losses(
     """
     num_stores = max(1, len(student.stores))
     check_teachers(student.teachers, num_stores)
+    model: nn.Module | None = None
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
         if (loss.store or 0) >= num_stores:
             raise RecipeError(f"{entry} names store {loss.store}; there are {num_stores}, counted from 0.")
-        shapes = student_side(losses, loss, student, teacher, setup, entry=entry)
-        if (loss.store or 0) > 0:
-            continue  # another teacher, which is not here
-        wanted = loss.wants(shapes)
         try:
-            given = source_shapes(teacher, wanted, setup.image_shape)
-            stored = {one: form_shape(one.fitted(given[one.source]), given[one.source]) for one in wanted}
+            model = model or _student(losses, student, teacher, setup)
+            shapes = feature_shapes(model, loss.student_layers(), setup.image_shape)
         except ModelError as error:
-            raise RecipeError(f"{entry}, the teacher: {error}") from error
-        try:
-            loss.build(shapes, stored, Facts(2, setup.train_set.num_classes))
-        except RecipeError as error:
+            raise RecipeError(f"{entry}, the student: {error}") from error
+        except RecipeError as error:  # a projector that fits nowhere
             raise RecipeError(f"{entry}: {error}") from error
+        if (loss.store or 0) == 0:  # else it is another teacher's, which is not here
+            _build(loss, shapes, teacher, setup, entry=entry)
 
 
-def student_side(
-    losses: Sequence[Entry], loss: Entry, student: StudentConfig, teacher: nn.Module, setup: Setup, *, entry: str
-) -> Shapes:
-    """The shapes of what `loss` hooks in the student, with what any of `losses` makes part of it."""
+def _student(losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, setup: Setup) -> nn.Module:
+    """The untrained student with what any of `losses` makes part of it."""
     model = fresh_student(student, student.seeds[0], setup).model
+    for loss in losses:
+        if isinstance(loss, SimKDConfig) and loss.teacher is None:
+            classifier = linear_of(teacher, loss.classifier[1])
+            features, classes = classifier.in_features, classifier.out_features
+            with_projector(model, loss, setup.image_shape, num_features=features, num_classes=classes)
+    return model
+
+
+def _build(loss: Entry, shapes: Shapes, teacher: nn.Module, setup: Setup, *, entry: str) -> None:
+    wanted = loss.wants(shapes)
     try:
-        for other in losses:
-            if isinstance(other, SimKDConfig) and other.teacher is None:
-                classifier = linear_of(teacher, other.classifier[1])
-                with_projector(
-                    model,
-                    other,
-                    setup.image_shape,
-                    num_features=classifier.in_features,
-                    num_classes=classifier.out_features,
-                )
-        return feature_shapes(model, loss.student_layers(), setup.image_shape)
+        given = source_shapes(teacher, wanted, setup.image_shape)
+        stored = {one: form_shape(one.fitted(given[one.source]), given[one.source]) for one in wanted}
     except ModelError as error:
-        raise RecipeError(f"{entry}, the student: {error}") from error
+        raise RecipeError(f"{entry}, the teacher: {error}") from error
+    try:
+        loss.build(shapes, stored, Facts(2, setup.train_set.num_classes))
     except RecipeError as error:
         raise RecipeError(f"{entry}: {error}") from error

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.errors import RecipeError
 from stages.forms import Shape, Wanted
@@ -34,6 +34,9 @@ from store import (
     read_store_manifest,
     stage,
 )
+
+if TYPE_CHECKING:
+    from stages.train_student import StudentConfig
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def check_losses(losses: Sequence[Entry], views: ViewsConfig, teachers: Teachers
 def open_stores(
     places: Sequence[Path | str],
     losses: Sequence[Entry],
-    student: Any,
+    student: StudentConfig,
     identity: Mapping[str, Any],
     setup: Setup,
     *,

@@ -150,3 +150,15 @@ def test_the_test_store_is_repaired_with_the_training_store(compared, recipe, tm
     assert shard.read_bytes() == whole
     asked = ("--recompute", "5", "--recipe", recipe, "--run", run)
     assert kdpipe_here("store", "verify", run / "store.test.zarr", *asked, *SHORT).exit_code == 0
+
+
+def test_where_the_teachers_words_on_the_test_images_are_gone_people_are_told(compared, recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared[0], run)
+    shutil.rmtree(run / "store.test.zarr")
+    shutil.rmtree(run / "students")
+    ended = kdpipe_here("train-student", recipe, "--run", run, *SHORT)
+    assert ended.exit_code == 0, ended.stderr
+    assert "what the teacher says of the test images is not known" in ended.stderr
+    result = json.loads((run / "students/distilled-seed0/result.json").read_text())
+    assert result["examined"]["agreement"] is None

@@ -100,3 +100,12 @@ def test_damaged_figures_are_one_sentence_that_names_the_folder(tmp_path, damage
     assert ended.stderr.startswith("kdpipe: error: ")
     assert ended.stderr.count("\n") == 1
     assert str(tmp_path / "teacher") in ended.stderr
+
+
+def test_a_student_alone_has_its_own_latency_where_a_loss_made_the_distilled_one_another_network(tmp_path):
+    run = run_folder(tmp_path, {"students/alone-seed0": ..., "students/distilled-seed0": ...})
+    (run / "compressed").mkdir()
+    for measured, alone in (({"student": 2.0}, 2.0), ({"student": 2.0, "alone": 1.0}, 1.0)):
+        (run / "compressed" / "latency.json").write_text(json.dumps({"batch_size": 4, "median_ms": measured}))
+        rows = json.loads(kdpipe_here("report", run, "--json").stdout)["rows"]
+        assert {row["name"]: row["latency_ms"] for row in rows} == {"student alone": alone, "student distilled": 2.0}
