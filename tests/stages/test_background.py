@@ -197,6 +197,7 @@ INTERRUPTED = """
 import signal, sys, threading, time
 from stages.background import Background
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 go_on, done, discarded = threading.Event(), [], []
 main = threading.main_thread().ident
 
