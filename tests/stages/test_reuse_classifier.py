@@ -146,7 +146,7 @@ def test_a_student_that_does_not_run_with_the_projector_is_refused_and_stays_as_
 def test_the_student_can_be_pruned_and_built_again_from_its_widths():
     model, _ = joined()
     example = torch.zeros(1, *IMAGE_SHAPE)
-    pruned = prune(model, example, PruneConfig(ratio=0.5))
+    pruned = prune(model, example, PruneConfig(ratio=0.5)).model
     assert pruned.eval()(images()).shape == (4, NUM_CLASSES)
     assert pruned.layer3.body[0].conv1.out_channels == 32
     again = with_projector(network("resnet8"), CONFIG, IMAGE_SHAPE, num_features=128, num_classes=NUM_CLASSES)
@@ -157,7 +157,7 @@ def test_the_student_can_be_pruned_and_built_again_from_its_widths():
 
 def test_a_projector_that_is_kept_gives_maps_as_wide_as_the_teachers_after_pruning():
     model, classifier = joined()
-    pruned = prune(model, torch.zeros(1, *IMAGE_SHAPE), PruneConfig(ratio=0.5, keep=("layer3.projector.6",)))
+    pruned = prune(model, torch.zeros(1, *IMAGE_SHAPE), PruneConfig(ratio=0.5, keep=("layer3.projector.6",))).model
     assert pruned.layer3.projector[6].out_channels == 128
     assert pruned.layer3.projector[3].out_channels == 32
     assert torch.equal(pruned.fc.weight, classifier.weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -9,8 +11,13 @@ from tiny_nets import EXAMPLE, IMAGE_SHAPE, NETS, NUM_CLASSES, Residual, build, 
 from torch import nn
 
 from stages.compression.prune import PruneConfig, prune
-from stages.compression.widths import record_widths
+from stages.compression.widths import apply_widths, record_widths
 from stages.errors import ModelError
+from stages.models.build import ModelConfig, build_model
+
+
+def pruned_of(model: nn.Module, config: PruneConfig, **options) -> nn.Module:
+    return prune(model, EXAMPLE, config, **options).model
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -21,7 +28,7 @@ def num_parameters(model: nn.Module) -> int:
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_pruned_network_is_smaller_and_still_trains(name, scope):
     model = build(name)
-    pruned = prune(model, EXAMPLE, PruneConfig(ratio=0.5, scope=scope, round_to=1))
+    pruned = pruned_of(model, PruneConfig(ratio=0.5, scope=scope, round_to=1))
     assert num_parameters(pruned) < 0.55 * num_parameters(model)
     assert [path for path, _ in pruned.named_modules()] == [path for path, _ in model.named_modules()]
     assert pruned.eval()(images(3)[0]).shape == (3, NUM_CLASSES)
@@ -45,14 +52,14 @@ def test_modes_and_frozen_parameters_are_kept():
     model = build("residual").train()
     model.stem.eval()
     model.stem[0].weight.requires_grad_(False)
-    pruned = prune(model, EXAMPLE, PruneConfig())
+    pruned = pruned_of(model, PruneConfig())
     assert pruned.training and not pruned.stem.training
     frozen = [path for path, parameter in pruned.named_parameters() if not parameter.requires_grad]
     assert frozen == ["stem.0.weight"]
 
 
 def test_layers_that_meet_in_a_residual_sum_lose_the_same_channels():
-    pruned = prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.37, round_to=1))
+    pruned = pruned_of(build("residual"), PruneConfig(ratio=0.37, round_to=1))
     widths = record_widths(pruned)
     stream = {widths[path]["out_channels"] for path in ("stem.0", "layer1.0.conv2", "layer1.1.conv2")}
     assert stream == {10}  # 16 * 0.63, to the nearest
@@ -62,7 +69,7 @@ def test_layers_that_meet_in_a_residual_sum_lose_the_same_channels():
 
 
 def test_a_depthwise_convolution_follows_its_input():
-    widths = record_widths(prune(build("depthwise"), EXAMPLE, PruneConfig(ratio=0.4, round_to=1)))
+    widths = record_widths(pruned_of(build("depthwise"), PruneConfig(ratio=0.4, round_to=1)))
     assert widths["depthwise.0"] == {"in_channels": 19, "out_channels": 19, "groups": 19}
 
 
@@ -73,20 +80,20 @@ def test_the_least_important_channels_go():
         model.stage1[0].weight.mul_(0.01)
         model.stage2[0].weight[:, :].mul_(0.01)
         model.stage1[0].weight[strong] += 1
-    pruned = prune(model, EXAMPLE, PruneConfig(ratio=0.75, round_to=1))
+    pruned = pruned_of(model, PruneConfig(ratio=0.75, round_to=1))
     assert torch.equal(pruned.stage1[0].weight, model.stage1[0].weight[strong])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_linear_layer_behind_a_flattened_map_loses_all_pixels_of_a_channel(batch_size):
     model = build("plain")
-    pruned = prune(model, torch.zeros(batch_size, *IMAGE_SHAPE), PruneConfig(ratio=0.5, round_to=1))
+    pruned = prune(model, torch.zeros(batch_size, *IMAGE_SHAPE), PruneConfig(ratio=0.5, round_to=1)).model
     assert record_widths(pruned)["hidden.0"] == {"in_features": 12 * 4, "out_features": 16}
 
 
 def test_kept_modules_keep_their_outputs():
     model = build("residual")
-    widths = record_widths(prune(model, EXAMPLE, PruneConfig(keep=("layer2", "layer1.0.conv1"))))
+    widths = record_widths(pruned_of(model, PruneConfig(keep=("layer2", "layer1.0.conv1"))))
     full = record_widths(model)
     for path in ("layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0", "layer1.0.conv1"):
         assert widths[path]["out_channels"] == full[path]["out_channels"]
@@ -94,7 +101,7 @@ def test_kept_modules_keep_their_outputs():
 
 
 def test_widths_are_rounded_to_the_nearest_multiple():
-    widths = record_widths(prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.4, round_to=4)))
+    widths = record_widths(pruned_of(build("residual"), PruneConfig(ratio=0.4, round_to=4)))
     assert {widths[path]["out_channels"] for path in ("stem.0", "layer2.0.conv1")} == {8, 16}  # of 9.6 and 14.4
 
 
@@ -104,14 +111,14 @@ def test_global_scope_takes_the_share_wherever_it_hurts_least_but_spares_every_l
         model.stage2[0].weight[3:] *= 1e-3
         model.hidden[0].weight[:, 12:] *= 1e-3
     config = PruneConfig(ratio=0.3, scope="global", max_ratio=0.75, round_to=1)
-    widths = record_widths(prune(model, EXAMPLE, config))
+    widths = record_widths(pruned_of(model, config))
     left = [widths["stage1.0"]["out_channels"], widths["stage2.0"]["out_channels"], widths["hidden.0"]["out_features"]]
     assert sum(left) == 16 + 24 + 32 - round(0.3 * 72)
     assert left[1] == 24 // 4
 
 
 def test_equal_inputs_give_equal_weights():
-    first, second = (prune(build("residual"), EXAMPLE, PruneConfig(scope="global")) for _ in range(2))
+    first, second = (pruned_of(build("residual"), PruneConfig(scope="global")) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
 
 
@@ -142,20 +149,117 @@ class WrittenIn(Residual):
 
 
 class Shuffled(nn.Module):
+    def forward(self, x):
+        return x.view(x.size(0), 2, -1, 8, 8).transpose(1, 2).reshape(x.size(0), -1, 8, 8)
+
+
+def test_a_forward_with_channel_numbers_written_in_is_told():
+    with pytest.raises(ModelError, match=r"does not run .*: where its forward has .* prune\.keep"):
+        prune(WrittenIn(), EXAMPLE, PruneConfig())
+
+
+@pytest.mark.parametrize("shuffle", [Shuffled(), nn.ChannelShuffle(2)])
+def test_channels_that_are_shuffled_on_their_way_stay(shuffle):
+    after = [nn.Conv2d(16, 8, 3), nn.Conv2d(8, NUM_CLASSES, 6), nn.Flatten()]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), shuffle, *after)
+    pruned = prune(model, EXAMPLE, PruneConfig(round_to=1))
+    shuffled = "its channels are shuffled, or split over more axes and joined again"
+    assert pruned.spared == {"0": shuffled, "3": "it writes the logits"}
+    assert record_widths(pruned.model)["2"] == {"in_channels": 16, "out_channels": 4, "groups": 1}
+
+
+def shufflenet() -> nn.Module:
+    return build_model(ModelConfig(name="shufflenet_v2"), num_classes=5, in_channels=3, image_size=(32, 32), seed=0)
+
+
+def swin() -> nn.Module:
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=NUM_CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("make", "where"),
+    [(shufflenet, "'layer1.0.shuffle' (ChannelShuffle)"), (swin, "'features.1.0.attn' (ShiftedWindowAttention)")],
+)
+def test_the_module_where_channels_get_lost_is_named(make, where):
+    with pytest.raises(ModelError, match=rf"cannot follow its channels.*, here in {re.escape(where)}; .* prune\.kind"):
+        prune(make(), torch.zeros(1, 3, 32, 32), PruneConfig())
+
+
+def test_the_module_where_a_pruned_model_breaks_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), WrittenIn())
+    with pytest.raises(ModelError, match=r"does not run .*, in '1' \(WrittenIn\): where its forward has"):
+        prune(model, EXAMPLE, PruneConfig())
+
+
+def test_layers_that_stay_whole_are_named():
+    assert prune(build("residual"), EXAMPLE, PruneConfig()).spared == {"fc": "it writes the logits"}
+    assert prune(build("depthwise"), EXAMPLE, PruneConfig(keep=("expand",))).spared == {
+        "expand.0": "named in prune.keep",
+        "depthwise.0": "its channels meet those of 'expand.0': named in prune.keep",
+        "classifier.2": "it writes the logits",
+    }
+
+
+def test_a_model_that_can_lose_nothing_tells_why():
+    with pytest.raises(ModelError, match=r"no layer .* \(stem\.0: its channels meet those of 'project\.0': named in"):
+        prune(build("depthwise"), EXAMPLE, PruneConfig(keep=("expand", "project.0")))
+
+
+class Unused(Residual):
+    """A depthwise convolution on the image itself, and a layer that no forward calls."""
+
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, NUM_CLASSES, 6)
+        self.colour, self.spare = nn.Conv2d(3, 3, 1, groups=3), nn.Linear(4, 4)
 
     def forward(self, x):
-        x = self.first(x)
-        x = x.view(x.size(0), 2, 8, 6, 6).transpose(1, 2).reshape(x.size(0), 16, 6, 6)
-        return self.second(x).flatten(1)
+        return super().forward(self.colour(x))
 
 
-@pytest.mark.parametrize("kind", [WrittenIn, Shuffled])
-def test_a_forward_with_channel_numbers_written_in_is_told(kind):
-    with pytest.raises(ModelError, match=r"prune\.keep|without pruning"):
-        prune(kind(), EXAMPLE, PruneConfig())
+def test_the_channels_of_the_image_and_layers_without_use_stay():
+    pruned = prune(Unused(), EXAMPLE, PruneConfig())
+    assert pruned.spared == {
+        "fc": "it writes the logits",
+        "colour": "its channels are the image's, which 'colour' reads one by one",
+        "spare": "the forward does not call it",
+    }
+
+
+def vision_transformer() -> nn.Module:
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 4, 2, 2, 32, 64, num_classes=NUM_CLASSES)
+    nn.init.normal_(model.heads.head.weight)  # zeros at the start
+    return model
+
+
+@pytest.mark.parametrize("config", [PruneConfig(), PruneConfig(ratio=0.2, of="parameters", scope="global")])
+def test_a_transformer_loses_hidden_channels_of_its_mlps_alone(config):
+    model, example = vision_transformer(), torch.zeros(2, 3, 16, 16)
+    pruned = prune(model, example, config)
+    full, widths = record_widths(model), record_widths(pruned.model)
+    changed = {path for path in full if full[path] != widths[path]}
+    assert changed and all(".mlp." in path for path in changed)
+    block = "encoder.layers.encoder_layer_0"
+    layers = [path for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert list(pruned.spared) == [path for path in layers if not path.endswith(".mlp.0")]
+    assert pruned.spared["heads.head"] == "it writes the logits"
+    assert pruned.spared[f"{block}.self_attention.out_proj"] == f"it is part of the attention '{block}.self_attention'"
+    for path in ("conv_proj", f"{block}.mlp.3"):
+        assert pruned.spared[path].startswith("its channels reach the ")
+
+
+def test_a_pruned_transformer_trains_and_is_rebuilt_from_its_widths():
+    model = prune(vision_transformer(), torch.zeros(1, 3, 16, 16), PruneConfig()).model
+    pictures = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model.train()(pictures).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    again = apply_widths(vision_transformer(), record_widths(model))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(pictures), model.eval()(pictures))
 
 
 def test_an_example_of_another_shape_is_told():
@@ -164,8 +268,36 @@ def test_an_example_of_another_shape_is_told():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"ratio": 0.0}, {"ratio": 1.0}, {"round_to": 0}, {"max_ratio": 1.5}, {"scope": "net"}]
+    "wrong",
+    [
+        {"steps": 0},
+        {"epochs_per_step": 0},
+        {"importance_batches": 0},
+        {"kind": "4:2"},
+        {"of": "bytes"},
+        {"ratio": 0.0},
+        {"ratio": 1.0},
+        {"round_to": 0},
+        {"max_ratio": 1.5},
+        {"scope": "net"},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         PruneConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("nonsense", "told"),
+    [
+        ({"kind": "2:4", "ratio": 0.7}, "half of the weights"),
+        ({"kind": "2:4", "steps": 2}, "in one step"),
+        ({"kind": "2:4", "scope": "global"}, "in every layer"),
+        ({"kind": "weights", "of": "macs"}, "make no network smaller"),
+        ({"kind": "weights", "importance": "taylor"}, "go by magnitude"),
+        ({"kind": "2:4", "importance": "bn_scale"}, "go by magnitude"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_refused(nonsense, told):
+    with pytest.raises(ValidationError, match=told):
+        PruneConfig(**nonsense)

@@ -16,7 +16,7 @@ from stages.errors import ModelError
 
 @pytest.mark.parametrize("name", NETS)
 def test_a_pruned_network_is_rebuilt_bit_for_bit(name):
-    pruned = prune(build(name), EXAMPLE, PruneConfig(ratio=0.37, round_to=1)).eval()
+    pruned = prune(build(name), EXAMPLE, PruneConfig(ratio=0.37, round_to=1)).model.eval()
     widths = json.loads(json.dumps(record_widths(pruned)))
     rebuilt = apply_widths(build(name, seed=1), widths).eval()
     rebuilt.load_state_dict(pruned.state_dict(), strict=True)
