@@ -7,7 +7,7 @@ runs in float and makes the file slower than the float one.
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.nn import functional as F
 
 from stages.compression.bare_copy import bare_copy
@@ -19,7 +19,8 @@ from stages.compression.fake_quant import (
     require_observed,
 )
 from stages.compression.fx_trace import module_of
-from stages.compression.int8_layers import QuantizeDequantize, int8_layer
+from stages.compression.int8_layers import FloatLayer, QuantizeDequantize, int8_layer
+from stages.compression.int8_places import quantizers_behind
 from stages.compression.op_kinds import is_float_tensor, kind_of, origin, pool_window
 
 
@@ -35,6 +36,7 @@ def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
         for node in list(copy.graph.nodes):
             rewrite(copy, node)
     _replace_layers(copy)
+    _shield_float_layers(copy)
     for path, quantizer in quantizers_of(copy).items():
         copy.set_submodule(path, QuantizeDequantize(quantizer))
     copy.graph.eliminate_dead_code()
@@ -67,17 +69,34 @@ def _average_by_window(copy: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _replace_layers(copy: fx.GraphModule) -> None:
-    """Give every rounding layer its integers. A bias counts in steps of the input's scale, so it needs a single one."""
+    """Give every rounding layer its integers. A bias counts in steps of the input's scale, so it needs a single one.
+
+    A linear layer over more axes than [B, F] is a product and an addition in ONNX, and the addition stays float.
+    """
     grids: dict[str, set[ActivationQuantizer | None]] = {}
     for node in copy.graph.nodes:
-        if isinstance(module_of(copy, node), QuantConv2d | QuantLinear):
-            grids.setdefault(str(node.target), set()).add(_grid_of(copy, node.args[0]))
+        layer = module_of(copy, node)
+        if isinstance(layer, QuantConv2d | QuantLinear):
+            is_fused = isinstance(layer, QuantConv2d) or len(node.args[0].meta["tensor_meta"].shape) == 2
+            grid = _grid_of(copy, node.args[0]) if is_fused else None
+            grids.setdefault(str(node.target), set()).add(grid)
     for path, quantizers in grids.items():
         quantizer = next(iter(quantizers)) if len(quantizers) == 1 else None
         input_scale = float(quantizer.scale_and_zero_point()[0]) if quantizer is not None else None
         layer = copy.get_submodule(path)
         assert isinstance(layer, QuantConv2d | QuantLinear)
         copy.set_submodule(path, int8_layer(layer, input_scale))
+
+
+def _shield_float_layers(copy: fx.GraphModule) -> None:
+    """Keep onnxruntime's hands off the weights of float layers between two grids: it would round them itself."""
+    for node in copy.graph.nodes:
+        layer = module_of(copy, node)
+        if type(layer) not in (nn.Conv2d, nn.Linear) or _grid_of(copy, node.args[0]) is None:
+            continue
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        if quantizers_behind(copy, node):
+            copy.set_submodule(str(node.target), FloatLayer(layer))
 
 
 def _grid_of(copy: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:

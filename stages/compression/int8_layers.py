@@ -80,6 +80,27 @@ def int8_layer(layer: QuantConv2d | QuantLinear, input_scale: float | None) -> n
     return Int8Conv2d(layer, weights) if isinstance(layer, QuantConv2d) else Int8Linear(weights)
 
 
+class FloatLayer(nn.Module):
+    """A convolution or linear layer that stays float between two grids, its bias subtracted as a negative one.
+
+    onnxruntime rounds the weights of any float layer that it finds right between DequantizeLinear and QuantizeLinear
+    (its WeightBiasQuantization). A subtraction in between prevents that; an addition would be fused into the layer.
+    """
+
+    shift: Tensor
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
+        layer.bias = None
+        self.register_buffer("shift", -bias.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else -bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x) - self.shift
+        return output
+
+
 class Int8Conv2d(nn.Module):
     """A convolution over int8 weights; stride, padding and the like are those of `conv`."""
 

@@ -2,75 +2,76 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import io
-import logging
-import tempfile
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 import onnxruntime
 import torch
+from onnx import version_converter
 from torch import Tensor, fx, nn
 
 from stages.cause import cause
 from stages.compression.bare_copy import bare_copy
 from stages.compression.fake_quant import ActivationQuantizer
 from stages.compression.int8_graph import int8_graph
+from stages.compression.onnx_check import OnnxAgreement, check_onnx
+from stages.compression.onnx_graph import INPUT, OUTPUT, PATH_END, op_counts, open_session, session_options
+from stages.compression.silence import silence
 from stages.errors import ModelError
 from store.durable import write_atomically
 
-INPUT, OUTPUT = "images", "logits"
-QUIET = 3  # onnxruntime's log level for errors
+__all__ = ["INPUT", "OUTPUT", "OnnxAgreement", "check_onnx", "export_onnx", "op_counts", "open_session"]
+
+EXPORTED_OPSET = 18
+"""The oldest opset in which torch's exporter writes; a file in an older one is converted, where that can be."""
+
+SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter tells of which modules a node is part
 
 
-@dataclass(frozen=True)
-class OnnxAgreement:
-    """How far a file and its network agree on `num_samples` images.
-
-    top1_agreement: the share of images with the same top-1 class. max_logit_difference: the largest one of any logit.
-    """
-
-    num_samples: int
-    top1_agreement: float
-    max_logit_difference: float
-
-
-def export_onnx(model: nn.Module, example: Tensor, path: Path, *, metadata: Mapping[str, str]) -> None:
+def export_onnx(
+    model: nn.Module, example: Tensor, path: Path, *, metadata: Mapping[str, str], opset: int | None = None
+) -> None:
     """Write `model` in eval mode: input "images" [batch, C, H, W], output "logits" [batch, num_classes], both float32.
 
     A model from `prepare_qat` is written in INT8: unsigned activations, int8 weights, int32 biases, and quantize and
     dequantize around every operation. Any batch size runs, 1 included; C, H, W are those of `example` [B, C, H, W].
-    `metadata` (normalisation, class names, ...) stands in the file's `metadata_props`. The model, its mode and its
-    device stay as they are. Raises ModelError if it cannot be exported or the file cannot be written.
+    `metadata` (normalisation, class names, ...) stands in the file's `metadata_props`. `opset`: the version of ONNX's
+    operators; None leaves it to the exporter. The names of the nodes begin with the path of the module whose forward
+    they are part of. The model, its mode and its device stay as they are. Raises ModelError if it cannot be exported,
+    or not with that opset, or the file cannot be written; an earlier file at `path` is then still there.
     """
     quantized = any(isinstance(module, ActivationQuantizer) for module in model.modules())
     if quantized and isinstance(model, fx.GraphModule):
         portable: nn.Module = int8_graph(model)
     else:
         portable = bare_copy(model).cpu().eval()
-    proto = _to_onnx(portable, example)
+    if opset is not None:
+        _require_known_opset(opset)
+    proto = _to_onnx(portable, example, None if opset is None else max(opset, EXPORTED_OPSET))
+    _name_by_module(proto)
     _strip(proto)
+    if opset is not None and opset < EXPORTED_OPSET:
+        proto = _brought_back(proto, opset)
     onnx.helper.set_model_props(proto, dict(sorted(metadata.items())))
     try:
         write_atomically(path, proto.SerializeToString(deterministic=True))
     except OSError as fault:
-        raise ModelError(f"the ONNX file {path} cannot be written: {fault.strerror}.") from fault
+        raise ModelError(f"the ONNX file {path} cannot be written: {fault.strerror or cause(fault)}.") from fault
 
 
-def _to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+def _to_onnx(model: nn.Module, example: Tensor, opset: int | None) -> onnx.ModelProto:
     """torch's exporter, on a batch of two: with one, versions of it take the batch size for a constant."""
     images = torch.zeros(2, *example.shape[1:])
     try:
-        with _silence(), torch.no_grad():
+        with silence(), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 (images,),
                 dynamo=True,
+                opset_version=opset,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -78,9 +79,10 @@ def _to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
             )
     except Exception as fault:
         origin = fault.__cause__ or fault  # the exporter's own words are a page of advice to its makers
+        with_opset = "" if opset is None else f" with opset {opset} (compress.opset)"
         raise ModelError(
-            f"the model cannot be exported to ONNX for inputs [batch, {', '.join(map(str, example.shape[1:]))}]: "
-            f"{cause(origin)}"
+            f"the model cannot be exported to ONNX{with_opset} for inputs "
+            f"[batch, {', '.join(map(str, example.shape[1:]))}]: {cause(origin)}"
         ) from fault
     assert program is not None
     proto = program.model_proto
@@ -89,21 +91,50 @@ def _to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
     return proto
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the exporter's progress, warnings and log lines off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+def _brought_back(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """The network in an opset older than the exporter's. ModelError, with the least one that works, if not in this.
+
+    The exporter would do this too, but hand out its own opset where it fails, and without a word.
+    """
+    for candidate in range(max(opset, 1), EXPORTED_OPSET):
+        with contextlib.suppress(Exception):  # the converter's errors have no base class of their own
+            converted = version_converter.convert_version(proto, candidate)
+            if _runs(converted):
+                if candidate == opset:
+                    return converted
+                break
+    else:
+        candidate = EXPORTED_OPSET
+    raise ModelError(
+        f"the model cannot be written with ONNX opset {opset} (compress.opset): the least that holds its operators is "
+        f"{candidate}."
+    )
+
+
+def _require_known_opset(opset: int) -> None:
+    """ModelError if onnxruntime does not know an opset, with the newest one that it knows."""
+    images, logits = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in (INPUT, OUTPUT)
+    )
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", [INPUT], [OUTPUT])], "any", [images], [logits])
+    newest = onnx.defs.onnx_opset_version()
+    while not _runs(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", newest)], ir_version=8)):
+        newest -= 1
+    if opset > newest:
+        raise ModelError(
+            f"onnxruntime {onnxruntime.__version__} runs no ONNX opset above {newest}, and compress.opset is {opset}: "
+            "take an older one, or leave the choice to torch's exporter."
+        )
+
+
+def _runs(proto: onnx.ModelProto) -> bool:
+    options = session_options()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception:  # onnxruntime's errors have no base class of their own
+        return False
+    return True
 
 
 def _strip(proto: onnx.ModelProto) -> None:
@@ -114,55 +145,11 @@ def _strip(proto: onnx.ModelProto) -> None:
         described.ClearField("doc_string")
 
 
-def open_session(
-    path: Path, *, num_threads: int = 0, optimised_path: Path | None = None
-) -> onnxruntime.InferenceSession:
-    """onnxruntime's CPU session over an ONNX file; `num_threads` 0 leaves the number to it.
-
-    With `optimised_path`, the graph that it really runs is written there. Raises ModelError if `path` is missing or
-    is no ONNX network.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = QUIET
-    options.intra_op_num_threads = num_threads
-    if optimised_path is not None:
-        options.optimized_model_filepath = str(optimised_path)
-    if not path.is_file():
-        raise ModelError(f"there is no ONNX file at {path}.")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as fault:
-        raise ModelError(f"onnxruntime cannot load {path}: {cause(fault)}") from fault
-
-
-def check_onnx(path: Path, model: nn.Module, images: Tensor, batch_size: int) -> OnnxAgreement:
-    """Run the file at `path` and `model` in eval mode, on the CPU, over `images` [N, C, H, W] and compare their logits.
-
-    An INT8 file may differ from the prepared model by a few quantization steps, where a value lies halfway between two.
-    """
-    session = open_session(path)
-    reference = bare_copy(model).cpu().eval()
-    agreements, differences = [], []
-    for batch in torch.split(images.cpu().float(), batch_size):
-        found = torch.from_numpy(session.run([OUTPUT], {INPUT: batch.numpy()})[0])
-        with torch.no_grad():
-            expected = reference(batch)
-        agreements.append(found.argmax(dim=1) == expected.argmax(dim=1))
-        differences.append((found - expected).abs().max())  # torch's max, unlike Python's, lets a NaN through
-    return OnnxAgreement(
-        num_samples=len(images),
-        top1_agreement=float(torch.cat(agreements).double().mean()),
-        max_logit_difference=float(torch.stack(differences).max()),
-    )
-
-
-def op_counts(path: Path) -> dict[str, int]:
-    """How often each operator stands in the graph that onnxruntime's CPU runs after its optimisations, by name.
-
-    An INT8 file is fused where this shows QLinearConv and QGemm and neither Conv nor Gemm.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        optimised = Path(folder) / "optimised.onnx"
-        open_session(path, optimised_path=optimised)
-        counts = Counter(node.op_type for node in onnx.load(optimised).graph.node)
-    return dict(sorted(counts.items()))
+def _name_by_module(proto: onnx.ModelProto) -> None:
+    """Put the path of the innermost module before the name of each node: what is kept of the exporter's scopes."""
+    for node in proto.graph.node:
+        told = next((each.value for each in node.metadata_props if each.key == SCOPES), "[]")
+        scopes = ast.literal_eval(told)  # ['', 'layer1', 'layer1.0', 'relu_1']: modules, then the operation
+        path = scopes[-2] if len(scopes) > 1 else ""
+        if path:
+            node.name = f"{path}{PATH_END}{node.name}"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from stages.compression.fx_trace import Probe, module_of
 
 Kind = Literal["int8", "rectifier", "same", "move", "float"]
+STAYS_FLOAT = "stays_float"  # the mark in a node's meta
 
 # Each function or method stands beside the module that does the same; methods go by name.
 INT8_MODULES: tuple[type, ...] = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -56,8 +57,13 @@ def kind_of(traced: fx.GraphModule, node: fx.Node) -> Kind:
     - rectifier: cuts off the negative values; an int8 producer that feeds it alone does so for free.
     - same: hands the very values on (in eval mode).
     - move: hands values on in another order, or some of them; they keep their range.
-    - float: everything else.
+    - float: everything else, and what was told to stay so (`stay_float`).
     """
+    return "float" if node.meta.get(STAYS_FLOAT) else could_be(traced, node)
+
+
+def could_be(traced: fx.GraphModule, node: fx.Node) -> Kind:
+    """What `kind_of` a node would be if it had not been told to stay float."""
     tables: tuple[tuple[Kind, tuple[type, ...], set[Any], set[Any]], ...] = (
         ("int8", INT8_MODULES, INT8_FUNCTIONS, INT8_METHODS),
         ("rectifier", RECTIFIER_MODULES, RECTIFIER_FUNCTIONS, RECTIFIER_METHODS),
@@ -81,9 +87,14 @@ def is_float_tensor(node: fx.Node) -> bool:
     return isinstance(meta, TensorMetadata) and meta.dtype.is_floating_point
 
 
-def origin(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+def stay_float(node: fx.Node, stays: bool = True) -> None:
+    """Have `kind_of` call a node float whatever it does, or again what it is."""
+    node.meta[STAYS_FLOAT] = stays
+
+
+def origin(traced: fx.GraphModule, node: fx.Node, *, through: tuple[Kind, ...] = ("same", "move")) -> fx.Node:
     """The node whose values `node` gives: itself, or what lies before the moves that lead to it."""
-    while kind_of(traced, node) in ("same", "move") and isinstance(node.args[0], fx.Node):
+    while kind_of(traced, node) in through and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 

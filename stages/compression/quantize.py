@@ -16,14 +16,13 @@ with about a tenth of the learning rate that the float model was fine-tuned with
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from stages.compression.bare_copy import bare_copy
 from stages.compression.fake_quant import (
-    ActivationQuantizer,
     QuantConv2d,
     QuantLinear,
     quantizers_of,
@@ -32,33 +31,47 @@ from stages.compression.fake_quant import (
 )
 from stages.compression.fold_batchnorm import fold_batchnorms
 from stages.compression.fx_trace import module_of, trace
-from stages.compression.op_kinds import Kind, is_float_tensor, kind_of, origin
+from stages.compression.int8_places import QUANTIZERS, place_quantizers, rounded_nodes
+from stages.compression.op_kinds import is_float_tensor, kind_of
 from stages.errors import ModelError
 
-QUANTIZERS = "quantizers"  # the activation quantizers' path; each is named after the node whose output it rounds
 
-
-def prepare_qat(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def prepare_qat(model: nn.Module, example: Tensor, keep_float: Sequence[str] = ()) -> fx.GraphModule:
     """A copy of `model` for INT8 fine-tuning, in its training mode and on its device; `model` stays as it is.
 
     `example` [B, C, H, W] is a batch of normalised images, of which only the shape counts. Rounded are: the images,
     the weights of every Conv2d and Linear, and what convolutions, linears, additions, products, concatenations and
-    pools give, after the ReLU where one follows. The logits stay float. Dropout modules work on; what a forward does by
-    asking for self.training (torchvision's stochastic depth) stays as it is in eval mode. Raises ModelError if the
-    model cannot be traced, does not run on `example`, or gives anything but one tensor.
+    pools give, after the ReLU where one follows. The logits stay float, and so do linear layers' outputs and sums that
+    only float work reads (a transformer's residual stream). nn.MultiheadAttention is float work too, its projections
+    included; so are normalisations that no layer absorbs, and activations other than ReLU and ReLU6. Dropout modules
+    work on; what a forward does by asking for self.training (torchvision's stochastic depth) stays as it is in eval
+    mode.
+
+    `keep_float` names modules, layers or whole blocks, that compute in float: their weights are not rounded (batch
+    norms are folded all the same), their outputs only where INT8 work reads them. Functional operations in a block's
+    forward belong to it. The same names must be given again when the model is rebuilt.
+
+    Raises ModelError if the model cannot be traced, does not run on `example`, or gives anything but one tensor; if
+    `keep_float` names what is not there or holds nothing to quantize; and if nothing is left to quantize.
     """
     if hasattr(model, QUANTIZERS):
         raise ModelError(f"the model already has a module {QUANTIZERS!r}: has it been prepared before?")
-    device = next(model.parameters(), example).device
-    prepared = trace(bare_copy(model), example.to(device))
-    if not is_float_tensor(_logits(prepared)):
-        raise ModelError("the model cannot be quantized: it must return one tensor of logits and nothing else.")
-    fold_batchnorms(prepared)
+    prepared = trace_folded(model, example)
+    nodes = rounded_nodes(prepared, model, logits_of(prepared), keep_float)
     _round_weights(prepared)
-    _place_quantizers(prepared, device)
+    place_quantizers(prepared, nodes, next(model.parameters(), example).device)
     prepared.recompile()
     prepared.train(model.training)
     return prepared
+
+
+def trace_folded(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The graph of a copy of `model` with its batch norms folded, nothing rounded yet. Raises what prepare_qat does."""
+    traced = trace(bare_copy(model), example.to(next(model.parameters(), example).device))
+    if not is_float_tensor(logits_of(traced)):
+        raise ModelError("the model cannot be quantized: it must return one tensor of logits and nothing else.")
+    fold_batchnorms(traced)
+    return traced
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -96,18 +109,23 @@ def freeze_observers(model: nn.Module) -> None:
         quantizer.freeze()
 
 
-def _logits(traced: fx.GraphModule) -> fx.Node:
+def logits_of(traced: fx.GraphModule) -> fx.Node:
     """The node that the model returns; the output node itself if that is no single node."""
     output = next(node for node in traced.graph.nodes if node.op == "output")
     return output.args[0] if isinstance(output.args[0], fx.Node) else output
 
 
 def _round_weights(traced: fx.GraphModule) -> None:
-    """Replace every convolution and linear layer that the graph calls by its rounding twin, parameters kept."""
+    """Replace every convolution and linear layer that the graph calls in INT8 by its rounding twin, parameters kept."""
+    num_rounding = 0
     for node in traced.graph.nodes:
         layer = module_of(traced, node)
-        if type(layer) is nn.Conv2d or type(layer) is nn.Linear:
+        if kind_of(traced, node) == "int8" and type(layer) in (nn.Conv2d, nn.Linear):
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
             traced.set_submodule(str(node.target), _rounding_twin(layer))
+            num_rounding += 1
+    if not num_rounding:
+        raise ModelError("the model has nothing left to quantize: no convolution or linear layer would be in INT8.")
 
 
 def _rounding_twin(layer: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:
@@ -129,35 +147,3 @@ def _rounding_twin(layer: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:
         twin = QuantLinear(layer.in_features, layer.out_features, device="meta")
     twin.weight, twin.bias = layer.weight, layer.bias
     return twin
-
-
-def _place_quantizers(traced: fx.GraphModule, device: torch.device) -> None:
-    """Put an activation quantizer behind every value that INT8 arithmetic gives or takes."""
-    traced.add_submodule(QUANTIZERS, nn.Module())
-    logits = origin(traced, _logits(traced))
-    for node in [node for node in traced.graph.nodes if node is not logits and _wants_rounding(traced, node)]:
-        path = f"{QUANTIZERS}.{node.name}"
-        traced.add_submodule(path, ActivationQuantizer().to(device))
-        with traced.graph.inserting_after(node):
-            rounded = traced.graph.call_module(path, (node,))
-        node.replace_all_uses_with(rounded, delete_user_cb=lambda user, rounded=rounded: user is not rounded)
-        rounded.meta = dict(node.meta)
-
-
-def _wants_rounding(traced: fx.GraphModule, node: fx.Node) -> bool:
-    kind = kind_of(traced, node)
-    if kind in ("same", "move") or not is_float_tensor(node):
-        return False
-    nearest = _readers(traced, node, ("same",))
-    if kind == "int8" and len(nearest) == 1 and kind_of(traced, nearest[0]) == "rectifier":
-        return False  # the rectifier's output is rounded instead
-    readers = _readers(traced, node, ("same", "move"))
-    return kind in ("int8", "rectifier") or any(kind_of(traced, reader) == "int8" for reader in readers)
-
-
-def _readers(traced: fx.GraphModule, node: fx.Node, through: tuple[Kind, ...]) -> list[fx.Node]:
-    """The nodes that read `node`'s values, looking through nodes of the given kinds."""
-    found: list[fx.Node] = []
-    for user in node.users:
-        found += _readers(traced, user, through) if kind_of(traced, user) in through else [user]
-    return found

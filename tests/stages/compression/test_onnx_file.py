@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 
 import numpy as np
 import onnx
@@ -12,7 +14,7 @@ import torch
 from tiny_nets import EXAMPLE, NUM_CLASSES, build, images, sgd, step
 from torch import nn
 
-from stages.compression.latency import measure_latency
+from stages.compression import onnx_file
 from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
 from stages.compression.prune import PruneConfig, prune
 from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
@@ -25,7 +27,7 @@ FLOAT_WORK = {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Concat", "Relu", "C
 @pytest.fixture(scope="module")
 def trained():
     """A float network pruned to odd widths and trained, and the same prepared for INT8 and fine-tuned."""
-    model = prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.3, round_to=1))
+    model = prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.3, round_to=1)).model
     optimiser = sgd(model)
     for seed in range(25):
         step(model, optimiser, seed)
@@ -209,7 +211,56 @@ def test_what_is_no_onnx_file_is_told(tmp_path):
         check_onnx(tmp_path / "text.onnx", build("plain"), EXAMPLE, batch_size=1)
 
 
-def test_latency_is_measured_for_each_file(files):
-    latency_ms = measure_latency(files, (3, 8, 8), batch_size=2, num_rounds=3, num_threads=1)
-    assert list(latency_ms) == ["float", "int8"]
-    assert all(value > 0 for value in latency_ms.values())
+@pytest.mark.parametrize(("kind", "opset"), [("float", 18), ("float", 21), ("int8", 14), ("int8", 26)])
+def test_the_file_is_in_the_opset_that_was_asked_for_and_agrees(trained, tmp_path, kind, opset):
+    model, path = trained[kind == "int8"].eval(), tmp_path / "model.onnx"
+    export_onnx(model, EXAMPLE, path, metadata=METADATA, opset=opset)
+    assert [(each.domain, each.version) for each in onnx.load(path).opset_import] == [("", opset)]
+    assert check_onnx(path, model, images(100, seed=50)[0], batch_size=100).top1_agreement >= 0.99
+    assert (kind == "float") or ("QLinearConv" in (counts := op_counts(path)) and not FLOAT_WORK & counts.keys())
+    assert run(path, images(1)[0]).shape == (1, NUM_CLASSES)
+    assert onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map == METADATA
+
+
+@pytest.mark.parametrize(
+    ("kind", "opset", "sentence"),
+    [
+        ("float", 17, r"ONNX opset 17 \(compress.opset\): the least that holds its operators is 18\."),
+        ("int8", 12, r"ONNX opset 12 \(compress.opset\): the least that holds its operators is 14\."),
+        ("float", 99, r"runs no ONNX opset above \d+, and compress.opset is 99"),
+    ],
+)
+def test_an_opset_that_cannot_be_had_is_told_with_one_that_can(trained, tmp_path, kind, opset, sentence):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"earlier")
+    with pytest.raises(ModelError, match=sentence):
+        export_onnx(trained[kind == "int8"], EXAMPLE, path, metadata={}, opset=opset)
+    assert path.read_bytes() == b"earlier"
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_the_earlier_file_stays(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"earlier")
+    with pytest.raises(ModelError, match=rf"{path / 'model.onnx'} cannot be written: Not a directory\."):
+        export_onnx(nn.Flatten(), EXAMPLE, path / "model.onnx", metadata={})
+
+    def refuse(_path, *_parts):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(onnx_file, "write_atomically", refuse)
+    with pytest.raises(ModelError, match=rf"{path} cannot be written: Permission denied\."):
+        export_onnx(nn.Flatten(), EXAMPLE, path, metadata={})
+    assert path.read_bytes() == b"earlier"
+
+
+def test_the_names_of_the_nodes_tell_their_modules(files):
+    by_weight = {
+        name.removesuffix(".weight"): node.name
+        for node in onnx.load(files["float"]).graph.node
+        for name in node.input
+        if name.endswith(".weight") and node.op_type == "Gemm"
+    }
+    assert by_weight == {"fc": "fc/node_linear"}
+    names = [node.name for node in onnx.load(files["int8"]).graph.node]
+    assert len(set(names)) == len(names)
+    assert any(name.startswith("layer2.0.shortcut.0/") for name in names)

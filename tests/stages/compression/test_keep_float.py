@@ -1,0 +1,194 @@
+"""Layers and blocks that are kept in float are float in the network and in the file, and only they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_nets import EXAMPLE, IMAGE_SHAPE, NUM_CLASSES, build, images, sgd, step
+from torch import nn
+
+from stages.compression.fake_quant import (
+    QuantConv2d,
+    QuantLinear,
+    quantizers_of,
+    round_weight,
+    set_rounding,
+    weight_scale,
+)
+from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
+from stages.compression.quantize import calibrate, prepare_qat
+from stages.errors import ModelError
+
+FLOAT_LAYERS = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedGemm"}
+
+
+def batches(count: int = 3):
+    return [images(20, seed)[0] for seed in range(count)]
+
+
+def prepared_and_calibrated(model: nn.Module, keep_float=()):
+    prepared = prepare_qat(model, EXAMPLE, keep_float)
+    calibrate(prepared, batches())
+    return prepared.eval()
+
+
+def float_layers(prepared: nn.Module) -> set[str]:
+    return {
+        path
+        for path, module in prepared.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, QuantConv2d | QuantLinear)
+    }
+
+
+def exported(prepared: nn.Module, path, *, top1: float = 0.99) -> dict[str, int]:
+    """The operators of the file, once that has been found to agree with the network."""
+    export_onnx(prepared, EXAMPLE, path, metadata={})
+    batch, _ = images(300, seed=50)
+    with torch.no_grad():
+        logits = prepared.eval()(batch)
+    agreement = check_onnx(path, prepared, batch, batch_size=100)
+    assert agreement.top1_agreement >= top1
+    assert agreement.max_logit_difference < 0.1 * logits.std()
+    return op_counts(path)
+
+
+def num_float_layers(counts: dict[str, int]) -> int:
+    return sum(counts.get(name, 0) for name in FLOAT_LAYERS)
+
+
+KEPT = {  # what is kept: the layers that are float then, and how many additions still are integer ones
+    ("residual", "layer1.0.conv2"): ({"layer1.0.conv2"}, 3),
+    ("residual", "layer1.0"): ({"layer1.0.conv1", "layer1.0.conv2"}, 2),
+    ("residual", "fc"): ({"fc"}, 3),
+    ("depthwise", "depthwise"): ({"depthwise.0"}, 1),
+    ("preactivation", "bn1"): ({"bn1"}, 1),
+    ("branching", "left"): ({"left"}, 0),
+    ("plain", "hidden"): ({"hidden.0"}, 0),
+}
+
+
+@pytest.mark.parametrize(("name", "path"), KEPT)
+def test_exactly_what_is_named_is_float_in_the_network_and_in_the_file(name, path, tmp_path):
+    layers, num_integer_sums = KEPT[name, path]
+    prepared = prepared_and_calibrated(build(name), [path])
+    assert float_layers(prepared) == layers
+    counts = exported(prepared, tmp_path / "model.onnx")
+    assert num_float_layers(counts) == len(layers)
+    num_rounding = sum(isinstance(module, QuantConv2d | QuantLinear) for module in prepared.modules())
+    assert counts.get("QLinearConv", 0) + counts.get("QGemm", 0) == num_rounding
+    assert counts.get("QLinearAdd", 0) == num_integer_sums
+    assert not {"AveragePool", "GlobalAveragePool", "ReduceMean", "Concat", "MaxPool"} & counts.keys()
+
+
+def test_a_float_output_is_rounded_only_where_integers_read_it():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(288, 5))
+    kept = prepared_and_calibrated(model, ["1", "2"])
+    assert {path.removeprefix("quantizers.") for path in quantizers_of(kept)} == {"input_1", "_0", "_2"}
+
+
+def test_kept_weights_are_not_rounded_but_their_batch_norms_are_folded():
+    model = build("residual").eval()
+    prepared = prepared_and_calibrated(model, ["layer1.0.conv1"])
+    layer = prepared.get_submodule("layer1.0.conv1")
+    assert type(layer) is nn.Conv2d and layer.bias is not None
+    assert isinstance(prepared.get_submodule("layer1.0.bn1"), nn.Identity)
+    set_rounding(prepared, False)
+    batch, _ = images(6)
+    torch.testing.assert_close(prepared(batch), model(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_kept_learns_and_is_restored_with_the_same_names():
+    prepared = prepared_and_calibrated(build("residual"), ["layer1.0", "fc"])
+    step(prepared, sgd(prepared), seed=1)
+    assert all(parameter.grad is not None for parameter in prepared.parameters())
+    again = prepare_qat(build("residual", seed=5), EXAMPLE, ["layer1.0", "fc"])
+    again.load_state_dict(prepared.state_dict(), strict=True)
+    batch, _ = images(4)
+    assert torch.equal(again.eval()(batch), prepared.eval()(batch))
+    assert {path for path, _ in build("residual").named_modules()} <= {path for path, _ in prepared.named_modules()}
+
+
+def test_a_layer_called_twice_and_a_module_with_two_paths_are_kept_under_either_name():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+            self.alias = self.conv
+            self.fc = nn.Linear(8, NUM_CLASSES)
+
+        def forward(self, x):
+            return self.fc(self.alias(self.conv(self.stem(x)).relu()).mean((2, 3)))
+
+    for path in ("conv", "alias"):
+        assert float_layers(prepare_qat(Shared(), EXAMPLE, [path])) == {"conv"}
+
+
+@pytest.mark.parametrize(
+    ("keep_float", "sentence"),
+    [
+        (["layer1.0.conv3"], r"no module 'layer1\.0\.conv3'; nearest: layer1\.0\.conv"),
+        (["fc", "stem.2"], r"'stem\.2', which holds nothing that INT8 would compute"),
+        (["stem", "layer1", "layer2", "fc"], "nothing left to quantize"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_told_in_a_sentence(keep_float, sentence):
+    with pytest.raises(ModelError, match=sentence) as raised:
+        prepare_qat(build("residual"), EXAMPLE, keep_float)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        image_size=IMAGE_SHAPE[1],
+        patch_size=4,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=32,
+        mlp_dim=64,
+        num_classes=NUM_CLASSES,
+    )
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for seed in range(30):
+        step(model, optimiser, seed)
+    return model.eval()
+
+
+def test_a_vision_transformer_has_integer_mlps_and_float_attention(transformer, tmp_path):
+    prepared = prepared_and_calibrated(transformer)
+    rounding = {path for path, one in prepared.named_modules() if isinstance(one, QuantConv2d | QuantLinear)}
+    mlps = {f"encoder.layers.encoder_layer_{block}.mlp.{layer}" for block in (0, 1) for layer in (0, 3)}
+    assert rounding == {"conv_proj", "heads.head"} | mlps
+    names = {path.removeprefix("quantizers.") for path in quantizers_of(prepared)}
+    assert not [name for name in names if name.startswith(("add", "cat", "class_token"))]  # the residual stream
+    counts = exported(prepared, tmp_path / "vit.onnx")
+    assert (counts["QLinearConv"], counts["QGemm"], counts["MatMulIntegerToFloat"]) == (1, 1, 4)
+    assert counts["LayerNormalization"] + counts.get("SkipLayerNormalization", 0) == 5
+    assert counts["Softmax"] == 2 and "QLinearAdd" not in counts
+    assert counts["MatMul"] + counts["FusedMatMul"] + counts["Gemm"] == 2 * 4  # in and out projection, two products
+
+
+def test_a_vision_transformers_block_can_be_kept_and_its_attention_is_float_anyway(transformer):
+    block = "encoder.layers.encoder_layer_1"
+    prepared = prepare_qat(transformer, EXAMPLE, [block])
+    assert {path for path in float_layers(prepared) if "mlp" in path} == {f"{block}.mlp.0", f"{block}.mlp.3"}
+    with pytest.raises(ModelError, match="holds nothing that INT8 would compute"):
+        prepare_qat(transformer, EXAMPLE, ["encoder.layers.encoder_layer_1.self_attention"])
+
+
+def test_zero_weights_stay_zero_through_folding_and_rounding():
+    model, masks = build("residual"), {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            masks[path] = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(len(path))) < 0.5
+            layer.weight.data[masks[path]] = 0
+    prepared = prepared_and_calibrated(model)
+    for path, mask in masks.items():
+        layer = prepared.get_submodule(path)
+        assert isinstance(layer, QuantConv2d | QuantLinear)
+        multiplied = round_weight(layer.weight, weight_scale(layer.weight))
+        for weight in (layer.weight, multiplied):
+            assert not weight[mask].any() and weight[~mask].any()

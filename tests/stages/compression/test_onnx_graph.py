@@ -1,0 +1,66 @@
+"""What onnxruntime does not run on integers is named, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_nets import EXAMPLE, NUM_CLASSES, build, images
+from torch import Tensor, nn
+
+from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_graph import float_nodes, op_counts
+from stages.compression.quantize import calibrate, prepare_qat
+from stages.errors import ModelError
+
+
+class Normalising(nn.Module):
+    """A convolution, and things for which onnxruntime has no integer kernel; for hard swish it has no kernel at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU())
+        self.norm = nn.LayerNorm(8)
+        self.gate = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Hardswish())
+        self.fc = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sqrt(self.gate(self.stem(x)).abs() + 1)
+        return self.fc(self.norm(x.mean(dim=(2, 3))))
+
+
+def int8_file(model, folder):
+    prepared = prepare_qat(model.eval(), EXAMPLE)
+    calibrate(prepared, [images(20)[0]])
+    export_onnx(prepared, EXAMPLE, folder / "int8.onnx", metadata={})
+    return folder / "int8.onnx"
+
+
+@pytest.mark.parametrize("name", ["residual", "branching"])
+def test_a_fused_file_computes_nothing_in_float(name, tmp_path):
+    path = int8_file(build(name), tmp_path)
+    assert float_nodes(path) == []
+    assert {"QLinearConv", "QGemm"} <= op_counts(path).keys()
+
+
+def test_what_stays_float_is_named_with_its_module(tmp_path):
+    torch.manual_seed(0)
+    found = {node.op_type: node for node in float_nodes(int8_file(Normalising(), tmp_path))}
+    assert found["Gelu"].module == "stem.1"
+    assert str(found["Gelu"]) == "Gelu in stem.1"
+    assert found["LayerNormalization"].module == "norm"
+    assert (found["Sqrt"].module, found["Sqrt"].behind) == ("", "gate.1")
+    assert str(found["Sqrt"]) == "Sqrt behind gate.1"
+    assert str(found["HardSigmoid"]) == "HardSigmoid behind gate.0"  # onnxruntime's own part of the hard swish
+    assert not {"QLinearConv", "QGemm", "Reshape", "QuantizeLinear", "DequantizeLinear"} & found.keys()
+
+
+def test_every_layer_of_a_float_file_is_float(tmp_path):
+    export_onnx(build("plain").eval(), EXAMPLE, tmp_path / "model.onnx", metadata={})
+    found = float_nodes(tmp_path / "model.onnx")
+    layers = [node for node in found if node.op_type in {"Conv", "FusedConv", "Gemm", "FusedGemm"}]
+    assert [(node.module or node.behind).partition(".")[0] for node in layers] == ["stage1", "stage2", "hidden", "fc"]
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(ModelError, match="no ONNX file at"):
+        float_nodes(tmp_path / "absent.onnx")
