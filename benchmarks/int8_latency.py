@@ -1,0 +1,160 @@
+"""What INT8 takes of FP32's time in onnxruntime, for whole and for pruned networks. Targets: 0.40 at batch 16.
+
+    uv run python benchmarks/int8_latency.py [--networks NAME ...] [--batch-sizes B ...] [--threads N] [--rounds N]
+        [--image-size S] [--round-to N] [--quick]
+
+torchvision's resnet18, vgg11_bn and mobilenet_v2 with ten classes, on random images of 64x64, each as it is and with
+half the channels of every layer pruned, each in FP32 and in INT8: prepared and calibrated on random images as `kdpipe
+compress` does it, and exported by the same code. VGG ends as it does for small images, in an average over positions and
+one linear layer of 512 x 10; torchvision's own head of 120 million weights is for 224x224. Weights are random with a
+seed, and batch norms have seen random images: which numbers are multiplied does not change the time.
+
+All files take turns in one process, round by round. Quoted are the medians of both, the median of the ratio INT8 / FP32
+within a round, between which values nine of ten ratios lie, and the ratio of the fastest rounds. Where the last two are
+far from the third, others are at work on the machine. The targets are for a CPU with AVX512-VNNI, for ResNet and VGG;
+MobileNetV2 is reported. Below the table stands what INT8 leaves in float, by operator.
+
+--quick: resnet18 alone and 5 rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+
+import numpy as np
+import onnxruntime
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from stages.compression.cpu import cpu_features, cpu_name, num_cores
+from stages.compression.latency import Laps, measure_laps
+from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_graph import float_nodes
+from stages.compression.prune import PruneConfig, prune
+from stages.compression.quantize import calibrate, prepare_qat
+
+TARGET, TARGET_BATCH_SIZE = 0.40, 16
+TARGETED = ("resnet18", "vgg11_bn")
+NETWORKS = (*TARGETED, "mobilenet_v2")
+NUM_CLASSES = 10
+
+
+def main() -> None:
+    arguments = parse()
+    print(f"CPU: {cpu_name()} ({', '.join(cpu_features()) or 'no features known'})")
+    if "avx512_vnni" not in cpu_features():
+        print("This CPU has no AVX512-VNNI: the targets are not for it.")
+    print(
+        f"threads: {arguments.threads}, onnxruntime {onnxruntime.__version__}, images of {arguments.image_size}x"
+        f"{arguments.image_size}, pruned to multiples of {arguments.round_to}, {arguments.rounds} rounds"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_files(Path(folder), arguments)
+        laps = measure_laps(
+            files, None, arguments.batch_sizes, num_rounds=arguments.rounds, num_threads=arguments.threads
+        )
+        names = [name.removesuffix(" fp32") for name in files if name.endswith(" fp32")]
+        for batch_size in arguments.batch_sizes:
+            print_table(names, laps, batch_size)
+        print("\nin float in the INT8 files:")
+        for name in names:
+            print(f"  {name:<22} {left_float(files[f'{name} int8'])}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[TARGET_BATCH_SIZE], metavar="B")
+    parser.add_argument("--threads", type=int, default=num_cores())
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--round-to", type=int, default=PruneConfig().round_to)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.networks, arguments.rounds = ["resnet18"], 5
+    return arguments
+
+
+def write_files(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
+    """The ONNX files by name: "resnet18 fp32", "resnet18 int8", "resnet18 pruned fp32", ..."""
+    files = {}
+    for name in arguments.networks:
+        for variant, model in variants(name, arguments.image_size, arguments.round_to):
+            for kind, made in (("fp32", model), ("int8", quantized(model, arguments.image_size))):
+                path = files[f"{variant} {kind}"] = folder / f"{variant} {kind}.onnx"
+                export_onnx(made, example(arguments.image_size), path, metadata={})
+    return files
+
+
+def variants(name: str, image_size: int, round_to: int) -> Iterator[tuple[str, nn.Module]]:
+    model = network(name)
+    with torch.no_grad():
+        for seed in range(3):
+            model.train()(images(image_size, seed))
+    model.eval()
+    yield name, model
+    pruned = prune(model, example(image_size), PruneConfig(ratio=0.5, round_to=round_to))
+    yield f"{name} pruned", pruned.model
+
+
+def network(name: str) -> nn.Module:
+    """torchvision's, with ten classes and random weights."""
+    torch.manual_seed(0)
+    model: nn.Module = torchvision.models.get_model(name, num_classes=NUM_CLASSES)
+    if isinstance(model, torchvision.models.VGG):
+        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, NUM_CLASSES)
+    return model
+
+
+def quantized(model: nn.Module, image_size: int) -> nn.Module:
+    prepared = prepare_qat(model, example(image_size))
+    calibrate(prepared, [images(image_size, seed) for seed in range(3)])
+    return prepared.eval()
+
+
+def images(image_size: int, seed: int) -> Tensor:
+    """A batch of noise [32, 3, S, S]."""
+    return torch.randn(32, 3, image_size, image_size, generator=torch.Generator().manual_seed(seed))
+
+
+def example(image_size: int) -> Tensor:
+    return torch.zeros(2, 3, image_size, image_size)
+
+
+def print_table(names: Sequence[str], laps: Laps, batch_size: int) -> None:
+    heads = f"{'FP32 ms':>9} {'INT8 ms':>9} {'INT8/FP32':>10} {'90 % within':>15} {'fastest':>8}  target"
+    print(f"\nbatch {batch_size:<18} {heads}")
+    for name in names:
+        fp32, int8 = (laps[f"{name} {kind}"][batch_size] for kind in ("fp32", "int8"))
+        ratios = [mine / other for mine, other in zip(int8, fp32, strict=True)]
+        ratio = statistics.median(ratios)
+        low, high = np.percentile(ratios, (5, 95))
+        print(
+            f"  {name:<22} {statistics.median(fp32):9.2f} {statistics.median(int8):9.2f} {ratio:10.3f} "
+            f"{low:7.3f}-{high:<7.3f} {min(int8) / min(fp32):8.3f}  {verdict(name, batch_size, ratio)}"
+        )
+
+
+def verdict(name: str, batch_size: int, ratio: float) -> str:
+    if batch_size != TARGET_BATCH_SIZE or not name.startswith(TARGETED):
+        return "none"
+    return f"{TARGET:.2f} {'met' if ratio <= TARGET else 'missed'}"
+
+
+def left_float(path: Path) -> str:
+    counts: Mapping[str, int] = Counter(node.op_type for node in float_nodes(path))
+    return ", ".join(f"{count} {op_type}" for op_type, count in sorted(counts.items())) or "nothing"
+
+
+if __name__ == "__main__":
+    main()
