@@ -5,12 +5,14 @@ Nothing heavy is imported here before a command runs: `kdpipe --help` answers at
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +21,7 @@ from pipeline.store_app import store_app
 
 if TYPE_CHECKING:
     from pipeline.walk import Walk
+    from stages.compress import Step
     from stages.part import Part
 
 EXIT_CODES = (
@@ -124,9 +127,48 @@ def train_student(recipe: RecipePath, set_: Overrides = None, run: RunFolder = N
 
 
 @app.command()
-def compress(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, as_json: AsJson = False) -> None:
-    """Stage 3: prune, quantize, export ONNX. The store teaches the distilled student all the while."""
-    _execute("compress", recipe, set_, run, as_json)
+def compress(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    run: RunFolder = None,
+    *,
+    only: Annotated[
+        Literal["prune", "quantize", "export"] | None, typer.Option("--only", help="Do this part of it alone.")
+    ] = None,
+    given: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="CHECKPOINT",
+            help="Compress a student trained elsewhere: a .safetensors file, or a torch state dict.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 3: prune, quantize, export. The store teaches the distilled student all the while."""
+    overrides = [*(set_ or ()), *([f"compress.student={json.dumps(str(given.absolute()))}"] if given else ())]
+    _execute("compress", recipe, overrides, run, as_json, only=only)
+
+
+@app.command()
+def sensitivity(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    run: RunFolder = None,
+    *,
+    num_batches: Annotated[int, typer.Option("--batches", min=1, max=1000, help="Batches of views to look at.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Which layers suffer from INT8. One layer float at a time, and one in INT8 alone; writes nothing."""
+    with guarded(), walking(recipe, set_, run, as_json) as walk:
+        from pipeline.sensitivity import print_sensitivity
+        from pipeline.walk import walk_sensitivity
+
+        network, layers = walk_sensitivity(walk, num_batches)
+        if as_json:
+            print_json({"command": "sensitivity", "network": network, "layers": [asdict(layer) for layer in layers]})
+        else:
+            print_sensitivity(network, layers)
 
 
 @app.command("run")
@@ -180,6 +222,28 @@ def losses(
             print_loss(listed[0])
 
 
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL.onnx", help="Others are held against the first.")],
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", metavar="N", min=1, help="May be repeated [default: 1, 64].")
+    ] = None,
+    *,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="[default: all cores]")] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=3, help="How often each file is timed.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the latency of ONNX files on this CPU. In onnxruntime, in turn in one process; writes nothing."""
+    with guarded():
+        from pipeline.bench import print_bench, run_bench
+
+        measured = run_bench(models, batch_size or (), num_threads=threads, num_rounds=rounds, as_json=as_json)
+        if as_json:
+            print_json(measured.to_json())
+        else:
+            print_bench(measured)
+
+
 def _plan(recipe: Path, overrides: list[str] | None, run: Path | None, as_json: bool, *, with_probe: bool) -> None:
     """Print what `cache-teacher` would do; exit as it would where the disk is too small."""
     with guarded():
@@ -210,6 +274,7 @@ def _execute(
     *,
     part: str | None = None,
     count: int = 1,
+    only: Step | None = None,
 ) -> None:
     """Do what a command stands for, under signals, lock and progress; then say on stdout what came of it."""
     from pipeline.stop_signals import stop_on_signals
@@ -218,6 +283,7 @@ def _execute(
     with guarded(), stop_on_signals() as should_stop:
         from pipeline.progress import reporter
         from pipeline.recipe import load_recipe
+        from pipeline.report_compressed import draw_trade
         from pipeline.walk import Walk
         from stages.part import WHOLE
         from stages.watch import Watch
@@ -226,7 +292,7 @@ def _execute(
         sys.path.append(str(Path.cwd()))  # where `python:module:name` in a recipe finds the user's own modules
         loaded = load_recipe(recipe, overrides or ())
         folder = run or Path("runs") / loaded.name
-        work = _work(command, count)
+        work = _work(command, count, only)
         # Several jobs may fill one store from one run folder; all else has the folder to itself.
         hold = shared if command == "cache-teacher" else exclusive
         with hold(folder, folder / ".kdpipe.lock"), reporter(as_json) as report_event:
@@ -235,6 +301,8 @@ def _execute(
             walk.watch.check()
             results = work(walk)
             walk.keep_recipe()
+            if command in ("run", "compress"):
+                draw_trade(folder)
         if command == "run":
             _print_report(folder, as_json)
         elif as_json:
@@ -243,13 +311,14 @@ def _execute(
             _print_results(command, loaded.name, folder, results)
 
 
-def _work(command: str, count: int) -> Callable[[Walk], dict[str, Any]]:
+def _work(command: str, count: int, only: Step | None) -> Callable[[Walk], dict[str, Any]]:
     from pipeline.compare import walk_compare
     from pipeline.generations import walk_generations
-    from pipeline.walk import STAGES, walk_all
+    from pipeline.walk import STAGES, walk_all, walk_compress
 
     whole: dict[str, Callable[[Walk], dict[str, Any]]] = {
         "run": walk_all,
+        "compress": partial(walk_compress, only=only),
         "compare": walk_compare,
         "generations": partial(walk_generations, count=count),
     }

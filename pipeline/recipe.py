@@ -86,6 +86,8 @@ def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
 def read_run_recipe(run: Path) -> Recipe | None:
     """The resolved recipe of a run folder; None where there is none. Raises RunError where it is no recipe."""
     record = read_json(run / "recipe.json")
+    if record is not None and isinstance(compress := record.get("compress"), dict):
+        compress.pop("latency_batch_size", None)  # of an older kdpipe, which timed batches of one size
     try:
         return None if record is None else parse_recipe(record, str(run / "recipe.json"))
     except RecipeError as error:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from pipeline.report_compressed import (
+    Latencies,
+    WonBack,
+    num_bytes,
+    print_costs,
+    print_won_back,
+    read_latencies,
+    won_back,
+)
 from pipeline.report_examined import Learnt, print_learnt, read_learnt, with_spread
+from pipeline.report_networks import Place, compressed_folder, places_of
 from stages.errors import RunError
 from stages.job_folder import JobFolder, read_json
 
@@ -18,44 +28,42 @@ class Row(Learnt):
     """One network of a run: figures over its seeds; None where it is not measured.
 
     Accuracies are percent of the test set at the last epoch (and at the best one); onnx_agreement is the least share,
-    in percent, of test images on which the ONNX file gave torch's answer.
+    in percent, of test images on which the ONNX file gave torch's answer. latency_ms: median and 95th percentile of a
+    batch, by its size, of the kind of network whose file takes the same time. of_teacher, of_student: how many times
+    smaller the ONNX file is than theirs.
     """
 
     name: str
+    kind: str
+    timed_as: str
     num_seeds: int
     accuracy_mean: float
     accuracy_std: float | None
     best_accuracy_mean: float
     num_parameters: int
-    file_bytes: int
-    onnx_agreement: float
-    latency_ms: float | None
+    num_macs: int | None
+    file_bytes: int | None
+    of_teacher: float | None
+    of_student: float | None
+    onnx_agreement: float | None
+    latency_ms: dict[str, dict[str, float]] | None
     files: list[str]
 
 
 @dataclass(frozen=True)
 class Report:
-    """A run's table, and what is still to be done."""
+    """A run's tables, and what is still to be done."""
 
     run: str
     recipe: str
-    latency_batch_size: int | None
+    latency: Latencies | None
     rows: list[Row]
+    won_back: list[WonBack]
+    artefacts: list[str]
     missing: list[str]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-LATENCY_KEYS = {
-    "teacher": "teacher",
-    "student alone": "student",
-    "student distilled": "student",
-    "pruned": "pruned",
-    "pruned + INT8": "int8",
-    "INT8": "int8",
-}
-"""The entry of latency.json that belongs to a row."""
 
 
 def read_report(run: Path) -> Report:
@@ -69,69 +77,66 @@ def read_report(run: Path) -> Report:
             f"as {run / 'generation1'}."
         )
     try:
-        name, seeds, steps = recipe["name"], list(recipe["student"]["seeds"]), list(recipe["compress"]["steps"])
+        name, seeds, places = recipe["name"], list(recipe["student"]["seeds"]), places_of(recipe, run)
+        root = compressed_folder(recipe, run)
     except (KeyError, TypeError) as error:
         raise RunError(f"{run / 'recipe.json'} is no recipe of a kdpipe run ({error!r}).") from error
-    latency = read_json(run / "compressed" / "latency.json") or {}
-    folders = {
-        "teacher": [run / "teacher"],
-        "student alone": [run / "students" / f"alone-seed{seed}" for seed in seeds],
-        "student distilled": [run / "students" / f"distilled-seed{seed}" for seed in seeds],
-    }
-    if "prune" in steps:
-        folders["pruned"] = [run / "compressed" / f"pruned-seed{seed}" for seed in seeds]
-    if "quantize" in steps:
-        folders["pruned + INT8" if "prune" in steps else "INT8"] = [
-            run / "compressed" / f"int8-seed{seed}" for seed in seeds
-        ]
-    rows, missing = [], []
-    for network, jobs in folders.items():
-        num_missing = sum(JobFolder(job).result() is None for job in jobs)
-        missing += [f"{network} ({num_missing} of {len(jobs)})"] if num_missing else []
-        row = _row(network, jobs, latency.get("median_ms", {}))
-        rows += [row] if row else []
-    return Report(str(run), name, latency.get("batch_size"), rows, missing)
+    latency = read_latencies(root, seeds)
+    rows: list[Row] = []
+    missing = []
+    for place in places:
+        results = {job: result for job in place.jobs if (result := JobFolder(job).result()) is not None}
+        num_missing = len(place.jobs) - len(results)
+        missing += [f"{place.name} ({num_missing} of {len(place.jobs)})"] if num_missing else []
+        rows += [_row(place, results, rows, latency)] if results else []
+    artefacts = [str(path.parent) for seed in seeds for path in root.glob(f"artefacts-seed{seed}/card.json")]
+    return Report(str(run), name, latency, rows, won_back(rows), artefacts, missing)
 
 
-def _row(name: str, jobs: Sequence[Path], median_ms: dict[str, float]) -> Row | None:
-    results = {job: result for job in jobs if (result := JobFolder(job).result()) is not None}
-    if not results:
-        return None
+def _row(
+    place: Place, results: Mapping[Path, Mapping[str, Any]], before: Sequence[Row], latency: Latencies | None
+) -> Row:
     accuracies = [100 * result["accuracy"] for result in results.values()]
     first = next(iter(results.values()))
+    agreements = [result["onnx_agreement"] for result in results.values() if result["onnx_agreement"] is not None]
+    # A network that differs from another only in how it was fine-tuned has no file of its own: size and time are those.
+    twin = next((row for row in before if row.kind == place.timed_as), None)
+    file_bytes = first["onnx_bytes"] or (twin.file_bytes if twin else None)
+    sizes = {row.kind: row.file_bytes for row in before} | {place.kind: file_bytes}
     return Row(
-        name=name,
+        name=place.name,
+        kind=place.kind,
+        timed_as=place.timed_as,
         num_seeds=len(results),
         accuracy_mean=mean(accuracies),
         accuracy_std=stdev(accuracies) if len(accuracies) > 1 else None,
         best_accuracy_mean=mean(100 * result["best_accuracy"] for result in results.values()),
         num_parameters=first["num_parameters"],
-        file_bytes=first["onnx_bytes"],
-        onnx_agreement=min(100 * result["onnx_agreement"] for result in results.values()),
-        latency_ms=_latency(name, median_ms),
-        files=[str(job / "model.onnx") for job in results],
+        num_macs=first.get("num_macs"),
+        file_bytes=file_bytes,
+        of_teacher=_times(sizes.get("teacher"), file_bytes),
+        of_student=_times(sizes.get("student"), file_bytes),
+        onnx_agreement=100 * min(agreements) if agreements else None,
+        latency_ms=latency.of(place.kind, place.timed_as) if latency else None,
+        files=[str(job / "model.onnx") for job in results if (job / "model.onnx").exists()],
         **vars(read_learnt(results)),
     )
 
 
-def _latency(name: str, median_ms: dict[str, float]) -> float | None:
-    """Alone and distilled, a student is one network, unless a loss made it another."""
-    if name == "student alone" and "alone" in median_ms:
-        return median_ms["alone"]
-    return median_ms.get(LATENCY_KEYS[name])
+def _times(larger: int | None, smaller: int | None) -> float | None:
+    return larger / smaller if larger and smaller else None
 
 
 def print_report(report: Report) -> None:
-    """Write the table to stdout, for people."""
+    """Write the tables to stdout, for people."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 120, soft_wrap=True)
-    batch = f", batch {report.latency_batch_size}" if report.latency_batch_size else ""
     table = Table(box=box.SIMPLE, title=f"{report.recipe}: what each network is worth", title_justify="left")
     table.add_column("network", no_wrap=True)
-    for header in ("test accuracy %", "seeds", "parameters", "ONNX file", "ONNX = torch %", f"latency ms{batch}"):
+    for header in ("test accuracy %", "seeds", "parameters", "ONNX file", "ONNX = torch %"):
         table.add_column(header, justify="right")
     for row in report.rows:
         table.add_row(
@@ -139,15 +144,19 @@ def print_report(report: Report) -> None:
             with_spread(row.accuracy_mean, row.accuracy_std),
             str(row.num_seeds),
             f"{row.num_parameters:,}",
-            f"{row.file_bytes / 1024:.1f} KiB",
-            f"{row.onnx_agreement:.2f}",
-            "-" if row.latency_ms is None else f"{row.latency_ms:.3f}",
+            num_bytes(row.file_bytes),
+            "-" if row.onnx_agreement is None else f"{row.onnx_agreement:.2f}",
         )
     console.print(table)
+    print_costs(console, report.latency, report.rows)
     print_learnt(console, report.rows)
+    print_won_back(console, report.won_back)
     console.print("The files:", style="bold")
     for row in report.rows:
-        console.print(f"  {row.name:<18} {row.files[0]}", highlight=False)
+        if row.files:
+            console.print(f"  {row.name:<18} {row.files[0]}", highlight=False)
+    for folder in report.artefacts:
+        console.print(f"  handed over        {folder}", highlight=False)
     if (Path(report.run) / "compare").is_dir():
         console.print("Ways of teaching are compared here: run `kdpipe compare` again for their table.")
     if report.missing:

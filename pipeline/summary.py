@@ -34,6 +34,8 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
     for number, pair in enumerate(results.get("compressed", [])):
         for kind, figures in pair.items():
             yield _figures(f"{kind}, number {number}", figures)
+    for card in results.get("artefacts", []):
+        yield f"handed over: {', '.join(card['files'])}: {card['folder']}"
 
 
 def _figures(name: str, figures: dict[str, Any]) -> str:

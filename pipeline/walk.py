@@ -15,12 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.recipe import Recipe, read_run_recipe, recipe_json
+from stages.artefacts import artefact_folder
 from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
-from stages.compress import compress, measure_latencies, rehearse
+from stages.compress import STEPS, Step, compress, compressed_root, float_job, rehearse
+from stages.compression.sensitivity import LayerSensitivity
 from stages.datasets.image_set import ImageSet
 from stages.datasets.load import DataConfig, load_dataset
 from stages.errors import RecipeError
+from stages.export_student import export_student
+from stages.fine_tune import Tutor
 from stages.forms import Wanted, parse_wanted
 from stages.job_folder import write_json
 from stages.lesson import Lesson
@@ -31,6 +35,7 @@ from stages.network import Network
 from stages.part import WHOLE, Part
 from stages.partners import find_partners, population_of
 from stages.rehearse_losses import rehearse_losses
+from stages.sensitivity import student_sensitivity
 from stages.serving import smallest
 from stages.setup import Setup, choose_device, require_fitting_test_images, test_size
 from stages.show_views import ShownViews, show_views
@@ -284,13 +289,28 @@ def walk_train_student(walk: Walk) -> dict[str, Any]:
     return {"students": students}
 
 
-def walk_compress(walk: Walk) -> dict[str, Any]:
-    recipe = walk.recipe
-    compressed = [
-        compress(recipe.compress, recipe.student, seed, walk.teaching, walk.setup) for seed in recipe.student.seeds
-    ]
-    latency = measure_latencies(recipe.compress, recipe.student.seeds[0], walk.setup)
-    return {"compressed": compressed, "latency": latency}
+def walk_compress(walk: Walk, only: Step | None = None) -> dict[str, Any]:
+    """Prune, quantize and export the students, or do `only` one of these."""
+    recipe, setup = walk.recipe, walk.setup
+    config, student = recipe.compress, recipe.student
+    steps = STEPS if only is None else (only,)
+    compressed = [compress(config, student, seed, walk.teaching, setup, only=steps) for seed in student.seeds]
+    cards = []
+    if "export" in steps:
+        cards = [
+            export_student(config, student, seed, walk.teaching, setup, name=recipe.name) for seed in student.seeds
+        ]
+    root = compressed_root(walk.run, config)
+    folders = [str(artefact_folder(root, card["seed"])) for card in cards]
+    artefacts = [{"folder": folder, **card} for folder, card in zip(folders, cards, strict=True)]
+    return {"compressed": compressed, "artefacts": artefacts}
+
+
+def walk_sensitivity(walk: Walk, num_batches: int) -> tuple[str, list[LayerSensitivity]]:
+    """How much each layer of the first seed's float student suffers from INT8, and which network that is."""
+    config, student = walk.recipe.compress, walk.recipe.student
+    tutor = Tutor(student, student.seeds[0], walk.teaching, walk.setup, compressed_root(walk.run, config))
+    return float_job(config, tutor).path.name, student_sensitivity(config, tutor, num_batches)
 
 
 STAGES: dict[str, Callable[[Walk], dict[str, Any]]] = {

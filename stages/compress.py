@@ -1,234 +1,189 @@
-"""Stage 3, `kdpipe compress`: prune the distilled student, take it to INT8, teach it from the stores all the while."""
+"""Stage 3, `kdpipe compress`: prune the distilled student, take it to integers, teach it from the stores all the while,
+and hand over what came of it, beside what it is to be compared with.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor
 
-from stages.compression.latency import measure_latency
 from stages.compression.prune import PruneConfig, prune
-from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
-from stages.compression.widths import apply_widths, record_widths
 from stages.config import section
-from stages.job_folder import JobFolder, read_json, write_json
-from stages.lesson import Lesson
+from stages.fine_tune import Tutor
+from stages.given_student import load_given, measure_given
+from stages.job_folder import JobFolder
 from stages.losses.simkd import SimKDConfig
-from stages.losses.terms import student_layers
-from stages.model_file import finished_record, load_finished
-from stages.network import Network, finish
+from stages.network import Network
 from stages.optim import TrainConfig
+from stages.prune_student import Source, finished_source, prune_student
+from stages.quantize_student import QuantizeConfig, calibrated_only, prepare, quantize_student
 from stages.reuse_classifier import last_of_projector
-from stages.setup import Setup, deciding
+from stages.setup import Setup
 from stages.teaching import Teaching
-from stages.train_student import ALONE, DISTILLED, StudentConfig, build_lesson, fresh_student, student_folder
-from stages.training import Job, train
+from stages.train_student import DISTILLED, StudentConfig, fresh_student, student_folder
 
-
-@section
-class QuantizeConfig:
-    """INT8 quantization-aware training.
-
-    calibration_batches: batches of training views from which the first ranges of the activations are taken.
-    freeze_after: the share of the epochs after which those ranges stay as they are.
-    """
-
-    calibration_batches: Annotated[int, Field(ge=1)] = 8
-    freeze_after: Annotated[float, Field(ge=0, le=1)] = 0.67
+Step = Literal["prune", "quantize", "export"]
+STEPS: tuple[Step, ...] = ("prune", "quantize", "export")
+"""What `kdpipe compress` does, in order."""
 
 
 @section
 class CompressConfig:
-    """How the distilled students are made small: pruned, then quantized, each with its own fine-tuning.
+    """How the distilled students are made small: pruned, then quantized, each with its own fine-tuning, and exported.
 
-    steps: which of the two are done, always in this order.
-    latency_batch_size: images in the batch whose latency is reported.
+    steps: which of the two are done, always in this order; without either a student is handed on untouched.
+    baselines: whether that is made, too, with which the result is compared: the student quantized as it is, calibrated
+        only, and every fine-tuning once more with hard labels alone.
+    student: a file with the weights of a student that was trained elsewhere, in the place of the distilled ones.
+    opset: of the ONNX files that are handed over; by default the exporter's own.
+    latency_batch_sizes: images in the batches whose latency is reported.
     """
 
-    steps: Annotated[tuple[Literal["prune", "quantize"], ...], Field(min_length=1)] = ("prune", "quantize")
+    steps: tuple[Literal["prune", "quantize"], ...] = ("prune", "quantize")
+    baselines: bool = True
+    student: str | None = None
     prune: PruneConfig = Field(default_factory=PruneConfig)
     prune_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=10, lr=0.01))
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
     quantize_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=5, lr=0.001))
-    latency_batch_size: Annotated[int, Field(ge=1)] = 64
+    opset: Annotated[int, Field(ge=1)] | None = None
+    latency_batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 64)
     latency_rounds: Annotated[int, Field(ge=3)] = 50
 
+    @property
+    def prunes(self) -> bool:
+        return "prune" in self.steps
 
-@dataclass(frozen=True)
-class Piece:
-    """One fine-tuning of this stage: what it starts from, where it goes, and what else decides its result."""
-
-    name: str
-    network: Network
-    folder: JobFolder
-    config: TrainConfig
-    decided_by: Mapping[str, Any]
-    seed: int
+    @property
+    def quantizes(self) -> bool:
+        return "quantize" in self.steps
 
 
-def compressed_folder(run: Path, kind: str, seed: int) -> JobFolder:
-    """The folder of a `pruned` or `int8` student."""
-    return JobFolder(run / "compressed" / f"{kind}-seed{seed}")
+def compressed_root(run: Path, config: CompressConfig) -> Path:
+    """Where a run's compressed students are: those of a given one in a folder that bears its file's name."""
+    return run / ("compressed" if config.student is None else f"compressed-{Path(config.student).stem}")
 
 
 def compress(
-    config: CompressConfig, student: StudentConfig, seed: int, teaching: Teaching, setup: Setup
+    config: CompressConfig,
+    student: StudentConfig,
+    seed: int,
+    teaching: Teaching,
+    setup: Setup,
+    *,
+    only: Sequence[Step] = STEPS,
 ) -> dict[str, dict[str, Any]]:
-    """Prune and quantize the distilled student of a seed, as `config.steps` says; returns the figures of each.
+    """Prune and quantize the student of a seed, as `config.steps` says; returns the figures of each network made.
 
-    Each step resumes where it was stopped, and a finished one is not touched. Raises RunError where the student is
-    not trained yet, ModelError where it cannot be pruned or quantized or the exported file does not agree with torch.
+    `pruned` and `int8` (or `int4`) are the chain itself; of its baselines "-unpruned" is the student quantized as it
+    is, "-ptq" the same only calibrated, and "-alone" anything fine-tuned with hard labels alone.
+    Each step resumes where it was stopped, and a finished one is not touched. Raises RunError where what it starts
+    from is not there yet, ModelError where a network cannot be pruned or quantized, or its file does not agree with it.
     """
-    folder = student_folder(setup.run, DISTILLED, seed)
-    network = fresh_student(student, seed, setup, teaching.losses)
-    load_finished(folder, network.model, network.architecture, "kdpipe train-student")
-    figures = {}
-    if "prune" in config.steps:
-        figures["pruned"] = _prune(config, network, seed, teaching, setup)
-        network = _load_pruned(fresh_student(student, seed, setup, teaching.losses), seed, setup)
-    if "quantize" in config.steps:
-        figures["int8"] = _quantize(config, network, seed, teaching, setup)
+    taught = Tutor(student, seed, teaching, setup, compressed_root(setup.run, config))
+    figures: dict[str, dict[str, Any]] = {}
+    if config.prunes and "prune" in only:
+        figures |= _prune(config, taught)
+    if config.quantizes and "quantize" in only:
+        figures |= _quantize(config, taught)
     return figures
+
+
+def student_source(config: CompressConfig, tutor: Tutor) -> Source:
+    """The student that is compressed. Raises RunError where it is not trained yet, and what `load_given` raises."""
+    fresh = _fresh(tutor)
+    if config.student is None:
+        folder = student_folder(tutor.setup.run, DISTILLED, tutor.seed)
+        return finished_source(folder, fresh, "kdpipe train-student")
+    path = Path(config.student).expanduser()
+    class_names = tutor.setup.test_set.class_names
+    figures = measure_given(tutor, load_given(path, fresh(), class_names))
+    return Source(figures["identity"], lambda: load_given(path, fresh(), class_names))
+
+
+def student_job(config: CompressConfig, tutor: Tutor) -> JobFolder:
+    """The folder with that student's figures and files."""
+    if config.student is None:
+        return student_folder(tutor.setup.run, DISTILLED, tutor.seed)
+    return JobFolder(tutor.root / "given")
+
+
+def float_source(config: CompressConfig, tutor: Tutor, kind: str = "pruned") -> Source:
+    """The float network of the chain: the pruned student, or the student where nothing is pruned. Raises RunError where
+    it is not there yet.
+    """
+    if config.prunes:
+        return finished_source(tutor.folder(kind), _fresh(tutor), "kdpipe compress --only prune")
+    return student_source(config, tutor)
+
+
+def float_job(config: CompressConfig, tutor: Tutor) -> JobFolder:
+    """The folder of that float network."""
+    return tutor.folder("pruned") if config.prunes else student_job(config, tutor)
 
 
 def rehearse(config: CompressConfig, student: StudentConfig, setup: Setup) -> None:
     """Prune and prepare an untrained student: what cannot be compressed is refused before anything is trained."""
-    model, example = fresh_student(student, student.seeds[0], setup).model, torch.zeros(2, *setup.image_shape)
-    if "prune" in config.steps:
-        model = prune(model, example, config.prune)
-    if "quantize" in config.steps:
-        prepare_qat(model, example)
+    network = fresh_student(student, student.seeds[0], setup)
+    if config.student is not None:
+        network = load_given(Path(config.student).expanduser(), network, setup.test_set.class_names)
+    model = network.model
+    if config.prunes:
+        example, gradients = torch.zeros(2, *setup.image_shape), _any_gradients(network)
+        tried = config.prune
+        if tried.of == "latency":  # there is no time to measure it now
+            tried = replace(tried, of="channels")
+        model = prune(model, example, tried, gradients=gradients).model
+    if config.quantizes:
+        prepare(model, setup.image_shape, config.quantize)
 
 
-def measure_latencies(config: CompressConfig, seed: int, setup: Setup) -> dict[str, Any]:
-    """Median milliseconds of one batch in onnxruntime, teacher to INT8 student, in turn in one process."""
-    record = setup.run / "compressed" / "latency.json"
-    files = {
-        "teacher": setup.run / "teacher" / "model.onnx",
-        "student": student_folder(setup.run, DISTILLED, seed).onnx,
-        **_alone(setup, seed),
-        "pruned": compressed_folder(setup.run, "pruned", seed).onnx,
-        "int8": compressed_folder(setup.run, "int8", seed).onnx,
-    }
-    present = {name: path for name, path in files.items() if path.exists()}
-    measured_on = {
-        "batch_size": config.latency_batch_size,
-        "num_threads": torch.get_num_threads(),
-        "files_sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in present.items()},
-    }
-    held = read_json(record) or {}
-    if {key: held.get(key) for key in measured_on} == measured_on:
-        return held
-    median_ms = measure_latency(
-        present,
-        setup.image_shape,
-        config.latency_batch_size,
-        config.latency_rounds,
-        torch.get_num_threads(),
-        between_rounds=setup.watch.check,
-    )
-    write_json(record, measured_on | {"median_ms": median_ms})
-    return measured_on | {"median_ms": median_ms}
+def _prune(config: CompressConfig, taught: Tutor) -> dict[str, dict[str, Any]]:
+    source = student_source(config, taught)
+    losses = taught.teaching.losses if taught.teaching else ()
+    # What the teacher's own classifier sees keeps its channels.
+    reused = [last_of_projector(loss) for loss in losses if isinstance(loss, SimKDConfig)]
+    pruning = replace(config.prune, keep=(*config.prune.keep, *reused))
+    figures = {"pruned": prune_student(pruning, config.prune_train, taught, source, "pruned")}
+    if config.baselines:
+        ratio = None if pruning.of == "channels" else figures["pruned"]["channel_ratio"]
+        alone = replace(taught, teaching=None)
+        figures["pruned-alone"] = prune_student(pruning, config.prune_train, alone, source, "pruned-alone", ratio=ratio)
+    return figures
 
 
-def _alone(setup: Setup, seed: int) -> dict[str, Path]:
-    """The student alone, where it is another network than the distilled one (SimKD's has a projector)."""
-    alone, distilled = (student_folder(setup.run, kind, seed) for kind in (ALONE, DISTILLED))
-    sizes = [(folder.result() or {}).get("num_parameters") for folder in (alone, distilled)]
-    return {"alone": alone.onnx} if sizes[0] != sizes[1] else {}
+def _quantize(config: CompressConfig, taught: Tutor) -> dict[str, dict[str, Any]]:
+    scheme, train = config.quantize.scheme, config.quantize_train
+    alone = replace(taught, teaching=None)
+
+    def quantized(kind: str, tutor: Tutor, source: Source, train: TrainConfig = train) -> dict[str, Any]:
+        sparse = config.prunes and config.prune.kind != "channels"
+        return quantize_student(config.quantize, train, tutor, source, kind, sparse=sparse)
+
+    figures: dict[str, dict[str, Any]] = {scheme: quantized(scheme, taught, float_source(config, taught))}
+    if config.baselines:
+        unpruned = student_source(config, taught)
+        figures[f"{scheme}-ptq"] = quantized(f"{scheme}-ptq", alone, unpruned, calibrated_only(train))
+        if config.prunes:
+            figures[f"{scheme}-unpruned"] = quantized(f"{scheme}-unpruned", taught, unpruned)
+            figures[f"{scheme}-unpruned-alone"] = quantized(f"{scheme}-unpruned-alone", alone, unpruned)
+        source = float_source(config, taught, "pruned-alone")
+        figures[f"{scheme}-alone"] = quantized(f"{scheme}-alone", alone, source)
+    return figures
 
 
-def _prune(config: CompressConfig, network: Network, seed: int, teaching: Teaching, setup: Setup) -> dict[str, Any]:
-    config = replace(config, prune=replace(config.prune, keep=(*config.prune.keep, *_reused(teaching))))
-    model = prune(network.model, torch.zeros(2, *setup.image_shape), config.prune)
-    architecture = {**network.architecture, "widths": record_widths(model)}
-    piece = Piece(
-        name=f"pruned student, seed {seed}",
-        network=Network(model, architecture, network.normalise),
-        folder=compressed_folder(setup.run, "pruned", seed),
-        config=config.prune_train,
-        decided_by={"prune": deciding(config.prune), "starts_from": network.identity},
-        seed=seed,
-    )
-    return _fine_tune(piece, teaching, setup)
+def _fresh(tutor: Tutor) -> Callable[[], Network]:
+    """Builds the untrained student, with what losses make part of it."""
+    losses = tutor.teaching.losses if tutor.teaching else ()
+    return lambda: fresh_student(tutor.student, tutor.seed, tutor.setup, losses)
 
 
-def _reused(teaching: Teaching) -> list[str]:
-    """The modules whose channels stay as they are what the teacher's own classifier sees."""
-    return [last_of_projector(loss) for loss in teaching.losses if isinstance(loss, SimKDConfig)]
-
-
-def _quantize(config: CompressConfig, network: Network, seed: int, teaching: Teaching, setup: Setup) -> dict[str, Any]:
-    prepared = prepare_qat(network.model, torch.zeros(2, *setup.image_shape))
-    piece = Piece(
-        name=f"int8 student, seed {seed}",
-        network=Network(prepared, {**network.architecture, "quantized": "int8"}, network.normalise),
-        folder=compressed_folder(setup.run, "int8", seed),
-        config=config.quantize_train,
-        decided_by={"quantize": deciding(config.quantize), "starts_from": network.identity},
-        seed=seed,
-    )
-    freeze_at = round(config.quantize.freeze_after * config.quantize_train.epochs)
-
-    def before_epoch(model: nn.Module, epoch: int) -> None:
-        if epoch >= freeze_at:
-            freeze_observers(model)
-
-    def warm_up(model: nn.Module, lesson: Lesson) -> None:
-        _calibrate(config, model, lesson, seed)
-
-    return _fine_tune(piece, teaching, setup, warm_up, before_epoch)
-
-
-def _fine_tune(
-    piece: Piece,
-    teaching: Teaching,
-    setup: Setup,
-    warm_up: Callable[[nn.Module, Lesson], None] = lambda model, lesson: None,
-    before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None,
-) -> dict[str, Any]:
-    """Train one piece with the run's distillation losses, check its ONNX file, and return its figures."""
-    piece.folder.begin(
-        {
-            **piece.decided_by,
-            "train": deciding(piece.config),
-            "seed": piece.seed,
-            "data": setup.data_identity(),
-            "test": setup.test_identity(),
-            "views": setup.shown_views(),
-            "teaching": teaching.to_json(),
-        }
-    )
-    if (done := piece.folder.result()) is not None:
-        return done
-    model = piece.network.model.to(setup.device)
-    lesson = build_lesson(piece.network, teaching.main, piece.seed, setup, settled=True)
-    if not piece.folder.checkpoint.exists():
-        warm_up(model, lesson)
-    test = setup.test(piece.network.normalise)
-    layers = student_layers(teaching.main.losses)
-    job = Job("compress", piece.name, model, lesson, test, piece.config, piece.seed, piece.folder, layers, before_epoch)
-    return finish(piece.folder, piece.network, train(job, setup.device, setup.watch), setup)
-
-
-def _load_pruned(network: Network, seed: int, setup: Setup) -> Network:
-    """The finished pruned student: built by the recipe, cut to the recorded widths, filled with the stored weights."""
-    folder = compressed_folder(setup.run, "pruned", seed)
-    widths = finished_record(folder, "kdpipe compress")["architecture"].get("widths", {})
-    model = apply_widths(network.model, widths)
-    architecture = {**network.architecture, "widths": widths}
-    load_finished(folder, model, architecture, "kdpipe compress")
-    return Network(model, architecture, network.normalise)
-
-
-def _calibrate(config: CompressConfig, model: nn.Module, lesson: Lesson, seed: int) -> None:
-    """Take the first ranges of the activations from the views of the first batches."""
-    batches = lesson.stream(seed, config.quantize_train.batch_size, epoch=0, step=0, epochs=1)
-    calibrate(model, (batch.images for batch in islice(batches, config.quantize.calibration_batches)))
+def _any_gradients(network: Network) -> dict[str, Tensor]:
+    """Stand-ins for the gradients that Taylor importance goes by, for a network that is not trained yet."""
+    return {name: torch.ones_like(parameter) for name, parameter in network.model.named_parameters()}

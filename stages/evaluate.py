@@ -32,6 +32,13 @@ class Evaluation:
         at = torch.arange(min(most, self.pictures.image_set.num_samples))
         return self.normalise(self.pictures.one(Request(at)).images)
 
+    def batches(self, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first images, or all of them, normalised: float32 [B, C, H, W], with their labels int64 [B]."""
+        image_set = self.pictures.image_set
+        at = torch.arange(image_set.num_samples if most is None else min(most, image_set.num_samples))
+        for seen in self.pictures.stream(Request(some) for some in torch.split(at, BATCH_SIZE)):
+            yield self.normalise(seen.images), image_set.labels[seen.positions]
+
 
 @dataclass(frozen=True)
 class Answers:

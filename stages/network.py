@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from stages.compression.onnx_file import check_onnx, export_onnx
+from stages.compression.complexity import count_macs
+from stages.compression.onnx_check import check_onnx, where_they_part
+from stages.compression.onnx_file import export_onnx
 from stages.errors import ModelError
 from stages.examine import examine
 from stages.job_folder import JobFolder
@@ -24,6 +27,12 @@ CHECKED_IMAGES = 1000
 
 LEAST_AGREEMENT = 0.99
 """A file whose top-1 answers agree with torch's less often than this is not handed out."""
+
+MOST_APART = 0.001
+"""Nor is one whose accuracy is further than this, and than two images, from torch's."""
+
+PARTING_IMAGES = 32
+"""Images on which it is looked for where they part."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,13 @@ def finish(
     setup: Setup,
     *,
     with_onnx: bool = True,
+    whole_test: bool = False,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure a trained network, leave its weights, ONNX file and figures in `folder`, and return the figures.
 
-    Raises ModelError where the network cannot be exported, or its file does not answer as it does.
+    whole_test: the ONNX file is held against torch on all test images, not on the first of them only. more: what else
+    the figures say. Raises ModelError where the network cannot be exported, or its file does not answer as it does.
     """
     network.model.eval()
     examined = examine(network.model, setup.test(network.normalise), setup.device)
@@ -62,8 +74,9 @@ def finish(
     save_model(folder.model, network.model, record)
     agreement = None
     if with_onnx:
-        _write_onnx(folder, network, setup)
-        agreement = _require_agreement(folder, network, setup)
+        example = torch.zeros(2, *setup.image_shape, device=setup.device)
+        export_onnx(network.model, example, folder.onnx, metadata=onnx_metadata(network, setup))
+        agreement = require_agreement(folder.onnx, network, setup, whole_test=whole_test)
     best = max(history, key=lambda line: line["accuracy"], default={"accuracy": examined.top1, "epoch": None})
     result = {
         "accuracy": examined.top1,
@@ -72,34 +85,44 @@ def finish(
         "best_epoch": best["epoch"],
         "num_epochs": len(history),
         "num_parameters": count_parameters(network.model),
+        "num_macs": count_macs(network.model, setup.image_shape),
         "identity": network.identity,
         "onnx_agreement": agreement,
         "onnx_bytes": folder.onnx.stat().st_size if with_onnx else None,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
         "examined": examined.to_json(),
+        **(more or {}),
     }
     folder.finish(result)
     return result
 
 
-def _write_onnx(folder: JobFolder, network: Network, setup: Setup) -> None:
-    """Export the network; how to scale its input and what its classes are called travel in the file's metadata."""
-    metadata = {
+def onnx_metadata(network: Network, setup: Setup) -> dict[str, str]:
+    """What travels in an ONNX file: how to scale the images, their shape (C, H, W), and what the classes are called."""
+    return {
         "normalisation": canonical_json(network.normalise.to_json()),
+        "image_shape": canonical_json(list(setup.image_shape)),
         "class_names": canonical_json(list(setup.test_set.class_names)),
     }
-    example = torch.zeros(2, *setup.image_shape, device=setup.device)
-    export_onnx(network.model, example, folder.onnx, metadata=metadata)
 
 
-def _require_agreement(folder: JobFolder, network: Network, setup: Setup) -> float:
-    """The share of test images on which the file in `folder`, run by onnxruntime, gives the network's top-1 answer."""
-    images = setup.test(network.normalise).images(CHECKED_IMAGES).cpu()
-    found = check_onnx(folder.onnx, network.model, images, batch_size=250)
-    if found.top1_agreement < LEAST_AGREEMENT:
-        raise ModelError(
-            f"{folder.onnx} agrees with torch on {100 * found.top1_agreement:.2f} % of {len(images)} test images, "
-            f"below {100 * LEAST_AGREEMENT:.0f} % (logits differ by up to {found.max_logit_difference:.3g}): "
-            "do not use it, and report the network with which it happened."
-        )
-    return found.top1_agreement
+def require_agreement(path: Path, network: Network, setup: Setup, *, whole_test: bool = False) -> float:
+    """The share of test images on which the file at `path`, run by onnxruntime, gives the network's top-1 answer.
+
+    Raises ModelError, saying where the two part, where it is below LEAST_AGREEMENT, or their accuracies lie more than
+    MOST_APART from each other.
+    """
+    test = setup.test(network.normalise)
+    found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))
+    accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
+    most_apart = max(MOST_APART, 2 / found.num_samples)  # two images of a small test set are more than that
+    if found.top1_agreement >= LEAST_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= most_apart:
+        return found.top1_agreement
+    where = where_they_part(path, network.model, test.images(PARTING_IMAGES).cpu())
+    raise ModelError(
+        f"{path} agrees with torch on {100 * found.top1_agreement:.2f} % of {found.num_samples} test images, wanted "
+        f"{100 * LEAST_AGREEMENT:.0f} %, with an accuracy of {100 * accuracies[0]:.2f} % against "
+        f"{100 * accuracies[1]:.2f} % (logits differ by up to {found.max_logit_difference:.3g}): {where}. Do not "
+        "use it: a network that is trained longer is surer of its answers, and what parts first can stay float "
+        "(compress.quantize.keep_float)."
+    )

@@ -145,6 +145,12 @@ def test_size(setup: Setup) -> int | None:
 def require_fitting_test_images(setup: Setup) -> None:
     """Raise RecipeError for what the views cannot do, DataError where test images are not as large as views are."""
     size, found = setup.image_shape[1:], setup.test_set.image_size
+    classes, others = setup.train_set.class_names, setup.test_set.class_names
+    if others != classes:
+        raise DataError(
+            f"the test images of {setup.test_set.name} are of {len(others)} classes ({', '.join(others[:5])} ...), the "
+            f"training images of {len(classes)} ({', '.join(classes[:5])} ...): give both the same, in the same order."
+        )
     if found is None:
         raise DataError(unequal_sizes_message(setup.test_set))
     if found != size:

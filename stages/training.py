@@ -32,8 +32,8 @@ class Job:
     """One network to train: on what, how, where, and under which name it reports.
 
     test: None where there is nothing to measure, as the network does not run to its end: `hints_only` in the lesson.
-    `on_epoch` is called with the model and the epoch's number before each epoch; whatever it changes must be part of
-    the model's state.
+    `on_epoch` is called with the model and the epoch's number before each epoch, `after_step` with the model after each
+    step; whatever they change must be part of the model's state.
     """
 
     stage: str
@@ -46,6 +46,7 @@ class Job:
     folder: JobFolder
     student_layers: Sequence[str] = ()
     on_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
+    after_step: Callable[[nn.Module], None] = lambda model: None
 
 
 def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
@@ -128,6 +129,7 @@ def _step(job: Job, student: Tap, machinery: Machinery, state: State, batch: Bat
     machinery.scaler.scale(torch.stack(list(losses.values())).sum()).backward()  # type: ignore[no-untyped-call]
     machinery.scaler.step(machinery.optimiser)
     machinery.scaler.update()
+    job.after_step(job.model)
     for name, loss in losses.items():
         state.sums[name] = state.sums.get(name, torch.zeros((), device=device)) + loss.detach()
 

@@ -38,10 +38,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     DistributedDataParallel and torch.compile. Only tensors are read, never pickled objects. Raises ModelError where the
     file is missing, damaged or unsafe, or its entries are not the model's.
     """
+    load_entries(model, read_weights(path), str(path))
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """The entries of such a file, as they are stored. Raises ModelError where it is missing, damaged or unsafe."""
     if not path.is_file():
         raise ModelError(f"there is no weights file {path}.")
-    entries = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    load_entries(model, entries, str(path))
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def load_entries(model: nn.Module, entries: Mapping[str, Any], source: str) -> None:

@@ -102,10 +102,73 @@ def test_damaged_figures_are_one_sentence_that_names_the_folder(tmp_path, damage
     assert str(tmp_path / "teacher") in ended.stderr
 
 
+def latency_of(files, folder):
+    times = {name: {"4": {"p50_ms": ms, "p95_ms": 2 * ms}} for name, ms in files.items()}
+    record = {"cpu": "a CPU", "num_threads": 2, "batch_sizes": [4], "files": times}
+    folder.mkdir(exist_ok=True)
+    (folder / "latency-seed0.json").write_text(json.dumps(record))
+
+
 def test_a_student_alone_has_its_own_latency_where_a_loss_made_the_distilled_one_another_network(tmp_path):
     run = run_folder(tmp_path, {"students/alone-seed0": ..., "students/distilled-seed0": ...})
-    (run / "compressed").mkdir()
     for measured, alone in (({"student": 2.0}, 2.0), ({"student": 2.0, "alone": 1.0}, 1.0)):
-        (run / "compressed" / "latency.json").write_text(json.dumps({"batch_size": 4, "median_ms": measured}))
+        latency_of(measured, run / "compressed")
         rows = json.loads(kdpipe_here("report", run, "--json").stdout)["rows"]
-        assert {row["name"]: row["latency_ms"] for row in rows} == {"student alone": alone, "student distilled": 2.0}
+        found = {row["name"]: row["latency_ms"]["4"]["p50_ms"] for row in rows}
+        assert found == {"student alone": alone, "student distilled": 2.0}
+        shown = kdpipe_here("report", run).stdout
+        assert "onnxruntime on 2 threads of a CPU" in shown
+        assert ("1.000 (2.000)" in shown) == ("alone" in measured)
+
+
+def compressed_run(folder, accuracies, seeds=(0, 1)):
+    """A run with these accuracies, in percent, of each kind of network, the same for all seeds."""
+    recipe = {
+        "name": "made",
+        "student": {"seeds": list(seeds)},
+        "compress": {"steps": ["prune", "quantize"], "baselines": True},
+    }
+    for kind, accuracy in accuracies.items():
+        for seed in seeds:
+            parent = "students" if kind in ("alone", "distilled") else "compressed"
+            path = folder / "teacher" if kind == "teacher" else folder / parent / f"{kind}-seed{seed}"
+            path.mkdir(parents=True, exist_ok=True)
+            own = {"accuracy": accuracy / 100, "onnx_bytes": None if "alone" in kind or "ptq" in kind else 1024}
+            (path / "result.json").write_text(json.dumps(FIGURES | own))
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    return folder
+
+
+def test_what_distillation_won_back_is_the_share_of_what_hard_labels_lose(tmp_path):
+    lossy = {"distilled": 98.0, "pruned": 97.0, "pruned-alone": 96.0, "int8": 97.5, "int8-alone": 98.5}
+    run = compressed_run(tmp_path, lossy)
+    found = {one["name"]: one for one in json.loads(kdpipe_here("report", run, "--json").stdout)["won_back"]}
+    assert found["pruned"]["share"] == pytest.approx(0.5)
+    assert found["pruned"]["points_lost_alone"] == pytest.approx(2)
+    assert found["pruned + INT8"]["share"] is None  # hard labels lost nothing that could be won back
+    shown = " ".join(kdpipe_here("report", run).stdout.split())
+    assert "pruned +2.00 +1.00 50 %" in shown
+    assert "pruned + INT8 -0.50 +0.50 -" in shown
+
+
+def test_networks_without_a_file_of_their_own_have_the_size_of_the_one_they_are_compared_with(tmp_path):
+    kinds = ("distilled", "int8-unpruned", "int8-unpruned-alone", "int8-ptq")
+    rows = json.loads(kdpipe_here("report", compressed_run(tmp_path, dict.fromkeys(kinds, 90.0)), "--json").stdout)[
+        "rows"
+    ]
+    assert {row["name"]: row["file_bytes"] for row in rows} == {
+        "student distilled": 1024,
+        "INT8": 1024,
+        "INT8, calibrated": 1024,
+        "INT8, hard labels": 1024,
+    }
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"cpu": 1, "num_threads": 1, "batch_sizes": [1], "files": {"a": {}}}'])
+def test_a_damaged_record_of_latencies_is_one_sentence(tmp_path, text):
+    run = run_folder(tmp_path, {"teacher": ...})
+    (run / "compressed").mkdir()
+    (run / "compressed" / "latency-seed0.json").write_text(text)
+    ended = kdpipe_here("report", run)
+    assert ended.exit_code == 1
+    assert ended.stderr.count("\n") == 1 and "latency-seed0.json" in ended.stderr

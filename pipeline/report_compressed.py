@@ -1,0 +1,155 @@
+"""The tables of `kdpipe report` about compressed students: what their files take, and what distillation won back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import RunError
+from stages.job_folder import read_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.report import Row
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What onnxruntime takes for a batch of each size, in ms: median and 95th percentile, of each kind of network."""
+
+    cpu: str
+    num_threads: int
+    batch_sizes: list[int]
+    files: Mapping[str, dict[str, dict[str, float]]]
+
+    def of(self, kind: str, timed_as: str) -> dict[str, dict[str, float]] | None:
+        """A network's own, or else those of the kind that takes the same."""
+        return self.files.get(kind, self.files.get(timed_as))
+
+
+@dataclass(frozen=True)
+class WonBack:
+    """What a compression cost in points of accuracy, against the student: fine-tuned with hard labels alone, and with
+    the teacher's stores; and which share of the loss the stores won back, None where there was none to win back.
+    """
+
+    name: str
+    points_lost_alone: float
+    points_lost: float
+    share: float | None
+
+
+def read_latencies(root: Path, seeds: Sequence[int]) -> Latencies | None:
+    """Those of the first seed's networks; None where they are not measured. Raises RunError where they are damaged."""
+    path = root / f"latency-seed{seeds[0]}.json"
+    record = read_json(path)
+    if record is None:
+        return None
+    try:
+        found = Latencies(record["cpu"], record["num_threads"], record["batch_sizes"], record["files"])
+        for times in found.files.values():
+            for size in found.batch_sizes:
+                times[str(size)]["p50_ms"], times[str(size)]["p95_ms"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}): delete it, and run `kdpipe compress` again.") from error
+    return found
+
+
+PAIRS = tuple((kind, f"{kind}-alone") for kind in ("pruned", "int8-unpruned", "int8", "int4-unpruned", "int4"))
+"""Compressed with the stores, and the same with hard labels alone."""
+
+
+def won_back(rows: Sequence[Row]) -> list[WonBack]:
+    """What each compression lost and distillation won back, of those of which both were made."""
+    known: dict[str, Row] = {row.kind: row for row in rows}
+    student = known.get("student")
+    found = []
+    for with_stores, alone in PAIRS:
+        if student is None or with_stores not in known or alone not in known:
+            continue
+        row = known[with_stores]
+        lost_alone = student.accuracy_mean - known[alone].accuracy_mean
+        lost = student.accuracy_mean - row.accuracy_mean
+        found.append(WonBack(row.name, lost_alone, lost, 1 - lost / lost_alone if lost_alone > 0 else None))
+    return found
+
+
+def print_costs(console: Console, latency: Latencies | None, rows: Sequence[Row]) -> None:
+    """What each file takes: of a batch the median and the 95th percentile. What shares a file is shown once."""
+    from rich import box
+    from rich.table import Table
+
+    title = "What they take"
+    if latency is not None:
+        threads = "one thread" if latency.num_threads == 1 else f"{latency.num_threads} threads"
+        title += f": onnxruntime on {threads} of {latency.cpu}, ms, median (95th percentile)"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+    table.add_column("network", no_wrap=True)
+    for header in ("MACs", "of the teacher's size", "of the student's"):
+        table.add_column(header, justify="right")
+    for size in latency.batch_sizes if latency else ():
+        table.add_column(f"batch of {size}", justify="right")
+    for row in rows:
+        if row.kind != row.timed_as and not (latency and row.kind in latency.files):
+            continue
+        times = [row.latency_ms[str(size)] for size in latency.batch_sizes] if latency and row.latency_ms else []
+        table.add_row(
+            row.name,
+            "-" if row.num_macs is None else f"{row.num_macs:,}",
+            _fraction(row.of_teacher),
+            _fraction(row.of_student),
+            *(f"{one['p50_ms']:.3f} ({one['p95_ms']:.3f})" for one in times),
+        )
+    console.print(table)
+
+
+def _fraction(times: float | None) -> str:
+    """A file's size as a share of another's: 1/12.3, or how many times as large."""
+    return "-" if times is None else f"1/{times:.1f}" if times >= 1 else f"{1 / times:.1f}"
+
+
+def print_won_back(console: Console, found: Sequence[WonBack]) -> None:
+    """What distillation won back; nothing where nothing was compared."""
+    from rich import box
+    from rich.table import Table
+
+    if not found:
+        return
+    table = Table(box=box.SIMPLE, title="What compression cost, in points of accuracy", title_justify="left")
+    table.add_column("network", no_wrap=True)
+    for header in ("fine-tuned with hard labels", "with the teacher's stores", "won back"):
+        table.add_column(header, justify="right")
+    for one in found:
+        share = "-" if one.share is None else f"{100 * one.share:.0f} %"
+        table.add_row(one.name, f"{one.points_lost_alone:+.2f}", f"{one.points_lost:+.2f}", share)
+    console.print(table)
+
+
+def num_bytes(number: int | None) -> str:
+    return "-" if number is None else f"{number / 1024:.1f} KiB"
+
+
+def draw_trade(run: Path) -> None:
+    """Draw accuracy against size and latency into the folder of the compressed students, where there are any."""
+    from pipeline.pareto import Point, draw_pareto
+    from pipeline.report import read_report
+    from pipeline.report_networks import compressed_folder
+
+    report, recipe = read_report(run), read_json(run / "recipe.json") or {}
+    root = compressed_folder(recipe, run)
+    if report.latency is None or not root.is_dir():
+        return
+    largest = str(report.latency.batch_sizes[-1])
+    points = [
+        Point(row.name, row.accuracy_mean, row.accuracy_std, row.file_bytes, _median(row.latency_ms, largest))
+        for row in report.rows
+        if row.file_bytes is not None and "hard labels" not in row.name
+    ]
+    draw_pareto(points, root / "pareto.svg", title=f"{report.recipe}: accuracy, size and latency (batch of {largest})")
+
+
+def _median(times: Mapping[str, Any] | None, size: str) -> float | None:
+    return None if times is None else float(times[size]["p50_ms"])

@@ -1,0 +1,73 @@
+"""Which networks a run has, what they are called in its tables, and where their jobs left their figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """One network, over its seeds. kind: its name in files; timed_as: the kind whose file takes the same time."""
+
+    name: str
+    kind: str
+    jobs: list[Path]
+    timed_as: str
+
+
+def compressed_folder(recipe: Mapping[str, Any], run: Path) -> Path:
+    """Where the compressed students of a run's recipe are."""
+    given = recipe["compress"].get("student")
+    return run / ("compressed" if given is None else f"compressed-{Path(given).stem}")
+
+
+def places_of(recipe: Mapping[str, Any], run: Path) -> list[Place]:
+    """The networks that a resolved recipe makes, in the order of the tables. Raises KeyError where it is no recipe."""
+    seeds = list(recipe["student"]["seeds"])
+    root, given = compressed_folder(recipe, run), recipe["compress"].get("student")
+
+    def students(kind: str) -> list[Path]:
+        return [run / "students" / f"{kind}-seed{seed}" for seed in seeds]
+
+    places = [Place("teacher", "teacher", [run / "teacher"], "teacher")]
+    if given is None:
+        places.append(Place("student alone", "alone", students("alone"), "student"))
+        places.append(Place("student distilled", "student", students("distilled"), "student"))
+    else:
+        places.append(Place("student given", "student", [root / "given"], "student"))
+    for name, kind, timed_as in _compressed(recipe["compress"]):
+        places.append(Place(name, kind, [root / f"{kind}-seed{seed}" for seed in seeds], timed_as))
+    return places
+
+
+def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Name, kind, and as what it is timed, of each compressed network."""
+    # A recipe of an older kdpipe had neither baselines nor a choice of integers.
+    steps, baselines = list(config["steps"]), config.get("baselines", False)
+    scheme = config.get("quantize", {}).get("scheme", "int8")
+    prunes, integers = "prune" in steps, scheme.upper()
+    if prunes:
+        yield "pruned", "pruned", "pruned"
+        if baselines:
+            yield "pruned, hard labels", "pruned-alone", "pruned"
+    if "quantize" not in steps:
+        return
+    if prunes and baselines:
+        yield from _quantized(integers, f"{scheme}-unpruned", f"{scheme}-ptq")
+    if prunes:
+        yield from _quantized(f"pruned + {integers}", scheme, alone=baselines)
+    else:
+        yield from _quantized(integers, scheme, f"{scheme}-ptq" if baselines else None, alone=baselines)
+
+
+def _quantized(
+    name: str, kind: str, calibrated: str | None = None, *, alone: bool = True
+) -> Iterator[tuple[str, str, str]]:
+    yield name, kind, kind
+    if calibrated is not None:
+        yield f"{name}, calibrated", calibrated, kind
+    if alone:
+        yield f"{name}, hard labels", f"{kind}-alone", kind

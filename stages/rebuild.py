@@ -1,0 +1,88 @@
+"""A network built again from a file of weights alone, without pickle or recipe: its header says what to build.
+
+network = rebuild(Path("artefacts-seed0/model.safetensors"))
+logits = network.model(network.normalise(images))          # uint8 [B, C, H, W] to [B, num_classes]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from stages.errors import ModelError
+from stages.lesson import Normalisation
+from stages.losses.simkd import SimKDConfig
+from stages.models.build import ModelConfig, build_model
+from stages.models.factory import PREFIX as PYTHON
+from stages.models.weights import load_entries
+from stages.network import Network
+from stages.quantize_student import config_of, prepare
+from stages.reuse_classifier import with_projector
+from stages.start_file import with_widths
+from stages.tensor_file import load_tensors
+from store import KdpipeError
+
+
+def rebuild(path: Path, *, trust_python: bool = False) -> Network:
+    """The network in a `model.safetensors` of kdpipe's, in eval mode, on the CPU: pruned or not, in float or rounding
+    as its integer file does.
+
+    trust_python: whether a network that is a user's own function (`python:module:factory`) may be built, which runs the
+    code of a module that the file names. Raises ModelError where the file is none of kdpipe's, or does not fit itself.
+    """
+    tensors, record = load_tensors(path)
+    try:
+        architecture = dict(record["architecture"])
+        plain = {key: value for key, value in architecture.items() if key != "widths"}
+        model = _build(architecture, tensors, trust_python=trust_python)
+        fresh = Network(model, plain, Normalisation.from_json(record))
+        network = with_widths(fresh, architecture.get("widths"))
+        if (config := config_of(architecture)) is not None:
+            rounding = prepare(network.model, image_shape_of(architecture), config)
+            network = Network(rounding, architecture, network.normalise)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"the record in {path} does not say what to build ({error!r}): it is damaged.") from error
+    except KdpipeError as error:
+        raise ModelError(f"the network in {path} cannot be built: {error}") from error
+    load_entries(network.model, tensors, str(path))
+    network.model.eval()
+    return network
+
+
+def image_shape_of(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a recorded network takes."""
+    height, width = architecture["image_size"]
+    return int(architecture["in_channels"]), int(height), int(width)
+
+
+def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, trust_python: bool) -> nn.Module:
+    name = str(architecture["model"])
+    if name.startswith(PYTHON) and not trust_python:
+        raise ModelError(
+            f"it is {name!r}, code that the file only names: pass trust_python=True if you know that code."
+        )
+    channels, height, width = image_shape_of(architecture)
+    model = build_model(
+        ModelConfig(name=name, args=dict(architecture["args"])),
+        num_classes=int(architecture["num_classes"]),
+        in_channels=channels,
+        image_size=(height, width),
+        seed=0,
+    )
+    if reused := architecture.get("reused_classifier"):
+        pair = (reused["layer"], "")
+        config = SimKDConfig(
+            loss="simkd", layers=(pair,), classifier=(reused["classifier"], ""), factor=reused["factor"]
+        )
+        with_projector(
+            model,
+            config,
+            (channels, height, width),
+            num_features=int(reused["num_features"]),
+            num_classes=int(architecture["num_classes"]),
+            bias=f"{reused['classifier']}.bias" in tensors,
+        )
+    return model

@@ -1,0 +1,72 @@
+"""`kdpipe compress` by its parts, of a student trained elsewhere, and `kdpipe sensitivity`, by the command line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from kdpipe_process import kdpipe_here
+from made_store import folder_bytes
+
+from stages.tensor_file import load_tensors
+
+
+def arguments(done, recipe, run):
+    """The recipe with the finished run's store and teacher, in another folder."""
+    shutil.copytree(done[0] / "teacher", run / "teacher", dirs_exist_ok=True)
+    return (recipe, "--run", run, "--set", f"cache.store={done[0] / 'store.zarr'}", "--set", "compress.baselines=false")
+
+
+def test_parts_are_done_one_by_one_and_say_what_they_lack(done, recipe, tmp_path):
+    again = kdpipe_here("compress", recipe, "--run", done[0], "--only", "export", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["artefacts"][0]["folder"].endswith("artefacts-seed0")
+    early = kdpipe_here("compress", *arguments(done, recipe, tmp_path / "run"), "--only", "quantize")
+    assert early.exit_code == 1
+    assert "run `kdpipe compress --only prune` first" in early.stderr
+    wrong = kdpipe_here("compress", recipe, "--only", "shrink")
+    assert wrong.exit_code == 2
+
+
+def test_a_student_from_elsewhere_is_handed_over_without_touching_the_run_s_own(done, recipe, tmp_path):
+    run = tmp_path / "run"
+    state = load_tensors(done[0] / "students" / "distilled-seed0" / "model.safetensors")[0]
+    torch.save(
+        {name: one.bfloat16() if one.is_floating_point() else one for name, one in state.items()}, tmp_path / "mine.pt"
+    )
+    common = (*arguments(done, recipe, run), "--set", "compress.steps=[]")
+    ended = kdpipe_here("compress", *common, "--from", tmp_path / "mine.pt")
+    assert ended.exit_code == 0, ended.stderr
+    assert "handed over: model.onnx, model.pt2, model.safetensors" in ended.stdout
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"teacher", "compressed-mine"}
+    held = load_tensors(run / "compressed-mine" / "artefacts-seed0" / "model.safetensors")[0]
+    assert held["fc.weight"].dtype == torch.bfloat16
+    report = kdpipe_here("report", run)
+    assert report.exit_code == 0, report.stderr
+    assert "student given" in report.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(b"hello", "is damaged or no torch state dict"), (None, "there is no weights file")],
+    ids=["text", "absent"],
+)
+def test_what_is_no_student_is_one_sentence(done, recipe, tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "mine.pt").write_bytes(content)
+    ended = kdpipe_here("compress", *arguments(done, recipe, tmp_path / "run"), "--from", tmp_path / "mine.pt")
+    assert ended.exit_code == 1
+    assert sentence in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+def test_sensitivity_ranks_the_layers_and_writes_nothing(done, recipe):
+    before = folder_bytes(done[0])
+    ended = kdpipe_here("sensitivity", recipe, "--run", done[0], "--batches", "2", "--json")
+    assert ended.exit_code == 0, ended.stderr
+    layers = json.loads(ended.stdout)["layers"]
+    assert {layer["path"] for layer in layers} >= {"stage1.0", "stage2.0", "fc"}
+    assert [layer["kl_spared"] for layer in layers] == sorted((layer["kl_spared"] for layer in layers), reverse=True)
+    shown = kdpipe_here("sensitivity", recipe, "--run", done[0], "--batches", "2").stdout
+    assert f'compress.quantize.keep_float=["{layers[0]["path"]}"]' in shown
+    assert folder_bytes(done[0]) == before

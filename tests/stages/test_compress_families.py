@@ -1,0 +1,135 @@
+"""Residual, depthwise, plain and attention networks go the whole way: pruned, INT8, handed over, built again."""
+
+import dataclasses
+import json
+
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_road import TEACHER, TRAIN, StopAfter, make_tiny_store, squares, tiny_setup
+
+from stages.compress import CompressConfig, compress
+from stages.compression.onnx_graph import float_nodes, op_counts
+from stages.compression.prune import PruneConfig
+from stages.errors import StoppedEarly
+from stages.export_student import export_student
+from stages.fine_tune import Tutor
+from stages.job_folder import read_json
+from stages.losses.kd import KDConfig
+from stages.models.build import ModelConfig
+from stages.quantize_student import QuantizeConfig
+from stages.rebuild import rebuild
+from stages.tensor_file import load_tensors
+from stages.train_student import StudentConfig, fresh_student, open_teaching
+from stages.watch import Watch
+
+FAMILIES = {
+    "residual": ModelConfig(name="resnet20"),
+    "depthwise": ModelConfig(name="python:tiny_families:mobilenet"),
+    "plain": ModelConfig(name="vgg8"),
+    "attention": ModelConfig(name="python:tiny_families:vit"),
+}
+FINE = dataclasses.replace(TRAIN, epochs=2, lr=0.01)
+
+
+def enlarged(image_set):
+    """16 x 16 pixels in three colours."""
+    images = image_set.images.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat(1, 3, 1, 1)
+    return dataclasses.replace(image_set, images=images)
+
+
+def setup_in(run, watch=None):
+    return tiny_setup(run, watch, train_set=enlarged(squares(96, 0)), test_set=enlarged(squares(60, 1, "test")))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    make_tiny_store(setup_in(folder), teacher=dataclasses.replace(TEACHER, train=FINE))
+    return folder
+
+
+def trained_elsewhere(student, setup, path):
+    """The student after some steps on the images, enough to be sure of its answers."""
+    network = fresh_student(student, 0, setup)
+    optimiser = torch.optim.AdamW(network.model.parameters(), lr=0.003)
+    torch.manual_seed(0)
+    for _ in range(40):
+        at = torch.randint(96, (32,))
+        images, labels = network.normalise(setup.train_set.images[at]), setup.train_set.labels[at]
+        optimiser.zero_grad()
+        F.cross_entropy(network.model(images), labels).backward()
+        optimiser.step()
+    torch.save(network.model.state_dict(), path)
+
+
+def config_for(path):
+    return CompressConfig(
+        baselines=False,
+        student=str(path),
+        prune=PruneConfig(ratio=0.5, round_to=8),
+        prune_train=FINE,
+        quantize=QuantizeConfig(calibration_batches=3),
+        quantize_train=dataclasses.replace(FINE, lr=0.001),
+        latency_batch_sizes=(1,),
+        latency_rounds=3,
+    )
+
+
+def stopped_again_and_again(config, student, run):
+    for _ in range(100):
+        setup = setup_in(run, Watch(should_stop=StopAfter(2)))
+        teaching = open_teaching([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, setup)
+        try:
+            return compress(config, student, 0, teaching, setup)
+        except StoppedEarly:
+            pass
+    raise AssertionError("it never came to its end")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_goes_the_whole_way(run, tmp_path, monkeypatch, family):
+    student = StudentConfig(model=FAMILIES[family], train=TRAIN, seeds=(0,))
+    setup = setup_in(run)
+    trained_elsewhere(student, setup, tmp_path / f"{family}.pt")
+    trained_elsewhere(student, setup, tmp_path / f"{family}-again.pt")
+    config, undisturbed = config_for(tmp_path / f"{family}.pt"), config_for(tmp_path / f"{family}-again.pt")
+    figures = stopped_again_and_again(config, student, run)
+    teaching = open_teaching([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, setup)
+    with monkeypatch.context() as without_files:
+        without_files.setattr(Tutor, "handed_out", False)
+        compress(undisturbed, student, 0, teaching, setup)
+
+    # A quantization-aware training that is stopped again and again ends in the very same weights.
+    root = run / f"compressed-{family}"
+    for kind in ("pruned", "int8"):
+        first = load_tensors(root / f"{kind}-seed0" / "model.safetensors")[0]
+        second = load_tensors(run / f"compressed-{family}-again" / f"{kind}-seed0" / "model.safetensors")[0]
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+    given = read_json(root / "given" / "result.json")
+    assert figures["pruned"]["num_parameters"] < (0.85 if family == "attention" else 0.5) * given["num_parameters"]
+    assert figures["int8"]["onnx_agreement"] >= 0.99
+
+    # What is handed over is built again from its own record, and answers as the file does.
+    export_student(config, student, 0, teaching, setup, name="families")
+    folder = root / "artefacts-seed0"
+    rebuilt = rebuild(folder / "model.safetensors", trust_python=True)
+    images = rebuilt.normalise(setup.test_set.images)
+    session = onnxruntime.InferenceSession(folder / "model.int8.onnx")
+    with torch.no_grad():
+        expected = rebuilt.model(images)
+    for batch in (images, images[:1]):
+        (found,) = session.run(["logits"], {"images": batch.numpy()})
+        assert float((torch.from_numpy(found).argmax(1) == expected[: len(batch)].argmax(1)).float().mean()) >= 0.98
+
+    # Really fused: integers throughout but for what attention computes in float, and that is said.
+    counts, card = op_counts(folder / "model.int8.onnx"), json.loads((folder / "card.json").read_text())
+    assert [str(node) for node in float_nodes(folder / "model.int8.onnx")] == card["float_nodes"]
+    if family == "attention":
+        assert any("Softmax" in node for node in card["float_nodes"])
+        assert any("attention" in why for why in card["spared"].values())
+    else:
+        assert card["float_nodes"] == []
+        assert counts["QLinearConv"] >= 5 and "Conv" not in counts

@@ -1,0 +1,28 @@
+"""torchvision's own networks, small enough for tests, as a user's factories: `python:tiny_families:vit`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def vit(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    """A vision transformer: two layers of two heads over patches of 4 x 4 pixels."""
+    from torchvision.models import VisionTransformer
+
+    assert in_channels == 3
+    return VisionTransformer(
+        image_size=image_size[0],
+        patch_size=4,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=32,
+        mlp_dim=64,
+        num_classes=num_classes,
+    )
+
+
+def mobilenet(num_classes: int) -> nn.Module:
+    """MobileNetV2 with five inverted residual blocks, two of them with a shortcut."""
+    from torchvision.models import MobileNetV2
+
+    return MobileNetV2(num_classes, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 1]])
