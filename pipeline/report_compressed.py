@@ -71,6 +71,8 @@ def won_back(rows: Sequence[Row]) -> list[WonBack]:
         if student is None or with_stores not in known or alone not in known:
             continue
         row = known[with_stores]
+        if row.num_seeds != known[alone].num_seeds:  # under way: other seeds are no comparison
+            continue
         lost_alone = student.accuracy_mean - known[alone].accuracy_mean
         lost = student.accuracy_mean - row.accuracy_mean
         found.append(WonBack(row.name, lost_alone, lost, 1 - lost / lost_alone if lost_alone > 0 else None))

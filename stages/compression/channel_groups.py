@@ -1,4 +1,4 @@
-"""Which channels stand and fall together, which of them may go, and why the others may not.
+"""Which channels stand and fall together, and which of them may go.
 
 A dependency graph says which layers share their channels (DepGraph, Fang et al. 2023, arXiv:2301.12900, through
 torch-pruning): all that meet in a residual sum, a depthwise convolution and what feeds it, a convolution and its batch
@@ -8,7 +8,6 @@ norm. Such a group is pruned as one.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,15 +16,13 @@ from typing import Any
 import torch
 import torch_pruning
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.cause import cause
-from stages.compression.bare_copy import bare_copy
-from stages.compression.importance import batch_norms_of, mean_over_lanes
-from stages.compression.widths import SIZES, has_sizes
+from stages.compression.importance import mean_over_lanes
+from stages.compression.lost_channels import following
+from stages.compression.spared import WEIGHT_LAYERS, Names, is_depthwise, why_spared, written
+from stages.compression.widths import SIZES
 from stages.errors import ModelError
-
-WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 NO_END = 16
 """Following channels is given up where they become this many times those of the widest layer, as in Swin's windows."""
@@ -124,13 +121,13 @@ def find_channels(
     with following(model, example):
         # In a list: a bare tensor would be spread over its first axis, and images offered one by one.
         graph = torch_pruning.DependencyGraph().build_dependency(model, [example], verbose=False)
-        names = _Names(model, outputs, kept)
+        names = Names(model, outputs, kept)
         for found in _all_groups(graph):
-            reason = _why_spared(found, names, with_batch_norm=with_batch_norm)
+            reason = why_spared(found, names, with_batch_norm=with_batch_norm)
             if reason is None:
                 groups.append(_group(found, names, measure, full_widths))
             else:
-                spared |= {layer: names.why(layer) or reason for layer in _written(found, WEIGHT_LAYERS)}
+                spared |= {layer: names.why(layer) or reason for layer in written(found, WEIGHT_LAYERS)}
         spared |= {layer: names.why_outside(layer) for layer in names.layers_outside(graph)}
     in_order = {path: spared[module] for module, path in names.paths.items() if module in spared}
     return Channels(graph, groups, in_order)
@@ -156,68 +153,6 @@ def widths_after(widths: Mapping[str, Any], groups: Sequence[ChannelGroup], left
             held = after[path][size]
             after[path][size] = [*held[:-1], held[-1] - less] if isinstance(held, list) else held - less
     return after
-
-
-@contextmanager
-def following(model: nn.Module, example: Tensor) -> Iterator[None]:
-    """Where torch-pruning fails at what is done inside, a ModelError says so, and where the channels get lost."""
-    with torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch-pruning tells of parameters outside layers; they are left alone
-        try:
-            yield
-        except ModelError:
-            raise
-        except Exception as fault:
-            where = _reshaping_module(model, example)
-            raise ModelError(
-                f"this model cannot be pruned: torch-pruning cannot follow its channels ({cause(fault)}), as "
-                f"where they are shuffled or reshaped{f', here in {where}' if where else ''}; "
-                "set compress.steps = ['quantize'], or prune.kind = 'weights'."
-            ) from fault
-
-
-@contextmanager
-def entered(model: nn.Module) -> Iterator[list[str]]:
-    """The paths of the modules that are running, the innermost last: after a fault, where it happened."""
-    running: list[str] = []
-    hooks = []
-    for path, module in model.named_modules():
-        name = f"{path!r} ({type(module).__name__})" if path else f"the model's own forward ({type(module).__name__})"
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: running.pop() and None))
-    try:
-        yield running
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class _Reshapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes in which module a map [B, C, H, W] was first given more axes, or shuffled."""
-
-    def __init__(self, running: Sequence[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.running = running
-        self.first: str | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        is_map = bool(args) and isinstance(args[0], Tensor) and args[0].dim() == 4
-        more = isinstance(out, Tensor) and out.dim() > 4
-        if self.first is None and self.running and is_map and (more or "shuffle" in str(func)):
-            self.first = self.running[-1]
-        return out
-
-
-def _reshaping_module(model: nn.Module, example: Tensor) -> str | None:
-    copy = bare_copy(model).eval()
-    try:
-        with torch.no_grad(), entered(copy) as running, _Reshapes(running) as reshapes:
-            copy(example)
-    except Exception:
-        return None  # half pruned, it may not run any more
-    first: str | None = reshapes.first
-    return first
 
 
 class _Bounded(list[Any]):
@@ -255,62 +190,7 @@ def _all_groups(graph: torch_pruning.DependencyGraph) -> Iterator[Any]:
             yield found
 
 
-class _Names:
-    """What the modules and parameters of a model are called, and which of them must stay whole for their own sake."""
-
-    def __init__(self, model: nn.Module, outputs: Sequence[nn.Module], kept: Sequence[nn.Module]) -> None:
-        self.paths = {module: path for path, module in model.named_modules()}
-        self.parameters = {id(parameter): path for path, parameter in model.named_parameters()}
-        self.attentions = {
-            inner: path
-            for path, module in model.named_modules()
-            if isinstance(module, nn.MultiheadAttention)
-            for inner in module.modules()
-        }
-        self.own = {layer: "named in prune.keep" for module in kept for layer in module.modules()}
-        self.own |= dict.fromkeys(outputs, "it writes the logits")
-
-    def why(self, layer: Any) -> str | None:
-        """Why a layer stays whole, if it is named or writes the logits."""
-        return self.own.get(layer) if isinstance(layer, nn.Module) else None
-
-    def layers_outside(self, graph: torch_pruning.DependencyGraph) -> list[nn.Module]:
-        return [layer for layer in self.paths if isinstance(layer, WEIGHT_LAYERS) and layer not in graph.module2node]
-
-    def why_outside(self, layer: nn.Module) -> str:
-        inside = self.attentions.get(layer)
-        return "the forward does not call it" if inside is None else f"it is part of the attention {inside!r}"
-
-    def of(self, member: Any) -> str:
-        """A member that no record of widths covers."""
-        if isinstance(member, nn.Parameter):
-            return f"the parameter {self.parameters.get(id(member), '')!r}"
-        if isinstance(member, nn.MultiheadAttention):
-            return f"the attention {self.paths[member]!r}"
-        return f"{self.paths.get(member, '')!r} ({type(member).__name__}), which cannot be cut"
-
-
-def _why_spared(found: Any, names: _Names, *, with_batch_norm: bool) -> str | None:
-    """Why a group must stay whole; None if it need not."""
-    members = [one.target.module for one, _ in found]
-    for member in [*_written(found, WEIGHT_LAYERS), *_written(found, nn.Module)]:
-        if (own := names.why(member)) is not None:
-            return f"its channels meet those of {names.paths[member]!r}: {own}"
-    for member in members:
-        if not has_sizes(member) and not _is_weightless(member):
-            return f"its channels reach {names.of(member)}"
-    for member in _written(found, nn.Module):
-        # What passes channels on and follows nothing sees the image.
-        if _passes_on(member) and not found._DG.module2node[member].inputs:
-            return f"its channels are the image's, which {names.paths[member]!r} reads one by one"
-    if any(_is_shuffle(found._DG.module2node[member].grad_fn) for member in members):
-        return "its channels are shuffled, or split over more axes and joined again"
-    if with_batch_norm and not batch_norms_of(members):
-        return "no batch norm in its group"
-    return None
-
-
-def _group(found: Any, names: _Names, measure: Callable[[Any], Tensor], full_widths: Mapping[str, Any]) -> ChannelGroup:
+def _group(found: Any, names: Names, measure: Callable[[Any], Tensor], full_widths: Mapping[str, Any]) -> ChannelGroup:
     num_lanes = math.lcm(*(_num_lanes(one.target.module) for one, _ in found))
     root = found[0].dep
     path = names.paths[root.target.module]
@@ -330,42 +210,17 @@ def _group(found: Any, names: _Names, measure: Callable[[Any], Tensor], full_wid
     )
 
 
-def _written(found: Any, kinds: Any) -> list[Any]:
-    """The members of these kinds whose outputs the group holds, not just their inputs."""
-    members = [one.target.module for one, _ in found if found._DG.is_out_channel_pruning_fn(one.handler)]
-    return [member for member in members if isinstance(member, kinds)]
-
-
 def _sizes_cut(found: Any, dependency: Any) -> tuple[str, ...]:
     """The sizes that a member of a group loses channels of, by the names of a record of widths."""
     layer = dependency.target.module
     kind = next((kind for kind in SIZES if isinstance(layer, kind)), None)
     if kind is None or (isinstance(layer, nn.PReLU) and layer.num_parameters == 1):
         return ()
-    if _is_depthwise(layer):
+    if is_depthwise(layer):
         return SIZES[kind]
     if isinstance(layer, WEIGHT_LAYERS):
         return (SIZES[kind][1 if found._DG.is_out_channel_pruning_fn(dependency.handler) else 0],)
     return SIZES[kind][:1]
-
-
-def _is_shuffle(operation: Any) -> bool:
-    """Whether an operation of autograd's graph puts channels in another order, which torch-pruning takes to stay in
-    place: a shuffle by name, or a view of five and more axes as a map [B, C, H, W]."""
-    name = operation.name().lower() if hasattr(operation, "name") else ""
-    return "shuffle" in name or ("view" in name and len(getattr(operation, "_saved_self_sym_sizes", ())) > 4)
-
-
-def _is_weightless(member: Any) -> bool:
-    return isinstance(member, nn.Module) and next(member.parameters(), None) is None
-
-
-def _is_depthwise(layer: Any) -> bool:
-    return isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups == layer.out_channels > 1
-
-
-def _passes_on(member: Any) -> bool:
-    return _is_depthwise(member) or (has_sizes(member) and not isinstance(member, WEIGHT_LAYERS))
 
 
 def _num_lanes(member: Any) -> int:

@@ -18,9 +18,7 @@ from stages.cause import cause
 from stages.compression.bare_copy import bare_copy
 from stages.compression.channel_groups import (
     Channels,
-    entered,
     find_channels,
-    following,
     output_layers,
     remove,
     traceable,
@@ -28,6 +26,7 @@ from stages.compression.channel_groups import (
 )
 from stages.compression.complexity import count_macs
 from stages.compression.importance import lay_gradients, measure_of, take_gradients_away
+from stages.compression.lost_channels import entered, following
 from stages.compression.prune_target import MAX_LATENCIES, Shares, Unreachable, Widths, find_ratio
 from stages.compression.sparsity import masks_of, sparable_layers, zero_smallest, zero_two_of_four
 from stages.compression.widths import apply_widths, record_widths

@@ -1,0 +1,94 @@
+"""Why a group of channels must stay whole: what it is among, or what it reaches that cannot be made narrower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch_pruning
+from torch import nn
+
+from stages.compression.importance import batch_norms_of
+from stages.compression.widths import has_sizes
+
+WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class Names:
+    """What the modules and parameters of a model are called, and which of them must stay whole for their own sake."""
+
+    def __init__(self, model: nn.Module, outputs: Sequence[nn.Module], kept: Sequence[nn.Module]) -> None:
+        self.paths = {module: path for path, module in model.named_modules()}
+        self.parameters = {id(parameter): path for path, parameter in model.named_parameters()}
+        self.attentions = {
+            inner: path
+            for path, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+            for inner in module.modules()
+        }
+        self.own = {layer: "named in prune.keep" for module in kept for layer in module.modules()}
+        self.own |= dict.fromkeys(outputs, "it writes the logits")
+
+    def why(self, layer: Any) -> str | None:
+        """Why a layer stays whole, if it is named or writes the logits."""
+        return self.own.get(layer) if isinstance(layer, nn.Module) else None
+
+    def layers_outside(self, graph: torch_pruning.DependencyGraph) -> list[nn.Module]:
+        return [layer for layer in self.paths if isinstance(layer, WEIGHT_LAYERS) and layer not in graph.module2node]
+
+    def why_outside(self, layer: nn.Module) -> str:
+        inside = self.attentions.get(layer)
+        return "the forward does not call it" if inside is None else f"it is part of the attention {inside!r}"
+
+    def of(self, member: Any) -> str:
+        """A member that no record of widths covers."""
+        if isinstance(member, nn.Parameter):
+            return f"the parameter {self.parameters.get(id(member), '')!r}"
+        if isinstance(member, nn.MultiheadAttention):
+            return f"the attention {self.paths[member]!r}"
+        return f"{self.paths.get(member, '')!r} ({type(member).__name__}), which cannot be cut"
+
+
+def why_spared(found: Any, names: Names, *, with_batch_norm: bool) -> str | None:
+    """Why a group must stay whole; None if it need not."""
+    members = [one.target.module for one, _ in found]
+    for member in [*written(found, WEIGHT_LAYERS), *written(found, nn.Module)]:
+        if (own := names.why(member)) is not None:
+            return f"its channels meet those of {names.paths[member]!r}: {own}"
+    for member in members:
+        if not has_sizes(member) and not _is_weightless(member):
+            return f"its channels reach {names.of(member)}"
+    for member in written(found, nn.Module):
+        # What passes channels on and follows nothing sees the image.
+        if _passes_on(member) and not found._DG.module2node[member].inputs:
+            return f"its channels are the image's, which {names.paths[member]!r} reads one by one"
+    if any(_is_shuffle(found._DG.module2node[member].grad_fn) for member in members):
+        return "its channels are shuffled, or split over more axes and joined again"
+    if with_batch_norm and not batch_norms_of(members):
+        return "no batch norm in its group"
+    return None
+
+
+def written(found: Any, kinds: Any) -> list[Any]:
+    """The members of these kinds whose outputs the group holds, not just their inputs."""
+    members = [one.target.module for one, _ in found if found._DG.is_out_channel_pruning_fn(one.handler)]
+    return [member for member in members if isinstance(member, kinds)]
+
+
+def is_depthwise(layer: Any) -> bool:
+    return isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups == layer.out_channels > 1
+
+
+def _passes_on(member: Any) -> bool:
+    return is_depthwise(member) or (has_sizes(member) and not isinstance(member, WEIGHT_LAYERS))
+
+
+def _is_shuffle(operation: Any) -> bool:
+    """Whether an operation of autograd's graph puts channels in another order, which torch-pruning takes to stay in
+    place: a shuffle by name, or a view of five and more axes as a map [B, C, H, W]."""
+    name = operation.name().lower() if hasattr(operation, "name") else ""
+    return "shuffle" in name or ("view" in name and len(getattr(operation, "_saved_self_sym_sizes", ())) > 4)
+
+
+def _is_weightless(member: Any) -> bool:
+    return isinstance(member, nn.Module) and next(member.parameters(), None) is None
