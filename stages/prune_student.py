@@ -187,11 +187,17 @@ def loss_gradients(network: Network, tutor: Tutor, batch_size: int, num_batches:
 def _latency_share(full: nn.Module, image_shape: tuple[int, int, int]) -> Callable[[nn.Module], float]:
     """Says how long onnxruntime takes for a network, as a share of what it takes for `full`, in turn."""
 
+    example = torch.zeros(2, *image_shape)
+    whole: list[bytes] = []  # exported once, when it is first asked for
+
     def share(candidate: nn.Module) -> float:
         with tempfile.TemporaryDirectory() as folder:
             paths = {"full": Path(folder) / "full.onnx", "candidate": Path(folder) / "candidate.onnx"}
-            for path, model in zip(paths.values(), (full, candidate), strict=True):
-                export_onnx(model, torch.zeros(2, *image_shape), path, metadata={})
+            if not whole:
+                export_onnx(full, example, paths["full"], metadata={})
+                whole.append(paths["full"].read_bytes())
+            paths["full"].write_bytes(whole[0])
+            export_onnx(candidate, example, paths["candidate"], metadata={})
             found = measure_latency(
                 paths, image_shape, [LATENCY_BATCH_SIZE], num_rounds=LATENCY_ROUNDS, num_threads=torch.get_num_threads()
             )

@@ -1,8 +1,9 @@
 """INT8 in float clothes: modules that round to the values that INT8 can hold, and let the gradient through.
 
 Activations are unsigned 8-bit with one scale and zero point a tensor; weights are signed 8-bit, symmetric, with one
-scale an output channel: what onnxruntime's CPU kernels run fast (the method: Jacob et al. 2018, arXiv:1712.05877). All
-of it computes in float32, inside an autocast region too: a grid of 256 values does not survive bfloat16.
+scale an output channel; biases are signed 32-bit, in steps of input scale times weight scale: what onnxruntime's CPU
+kernels run fast (the method: Jacob et al. 2018, arXiv:1712.05877). All of it computes in float32, inside an autocast
+region too: a grid of 256 values does not survive bfloat16.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from stages.errors import ModelError
 
 ACTIVATION_MAX = 255
 WEIGHT_MAX = 127
+# Half of what an int32 holds: the bias and the sum of the products must fit in together.
+BIAS_MAX = 2**30
 # A dead channel has no weights to scale by, and a scale near zero overflows the int32 bias of the integer kernel.
 SCALE_FLOOR = 2.0**-20
 # The share that a new batch has in the observed range, once there have been as many batches as its inverse.
@@ -63,9 +66,13 @@ class ActivationQuantizer(nn.Module):
 
     def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
         """The step between two values (float32, []) and the integer that stands for zero (int32, [], 0 to 255)."""
-        scale = torch.clamp((self.high - self.low) / ACTIVATION_MAX, min=SCALE_FLOOR)
+        scale = self.scale()
         zero_point = torch.round(-self.low / scale).nan_to_num().clamp(0, ACTIVATION_MAX)
         return scale, zero_point.to(torch.int32)
+
+    def scale(self) -> Tensor:
+        """The step between two values, float32, []; NaN before the first batch."""
+        return torch.clamp((self.high - self.low) / ACTIVATION_MAX, min=SCALE_FLOOR)
 
     def freeze(self) -> None:
         """Keep the range as it is from now on, in training too."""
@@ -84,28 +91,71 @@ def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
     return rounded
 
 
+def weight_and_bias_steps(
+    weight: Tensor, bias: Tensor | None, input_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The steps in which the INT8 file counts a weight [O, ...] and a bias [O]; both float32, [O].
+
+    A bias counts in steps of input scale ([]) times weight scale. A channel with weights so small beside its bias that
+    the bias would overflow gets a larger weight scale: such weights move its output by less than half a step anyway.
+    Without an input scale, or a bias, the latter's step is None.
+    """
+    scale = weight_scale(weight)
+    if bias is None or input_scale is None:
+        return scale, None
+    scale = torch.maximum(scale, bias.detach().abs() / (input_scale * BIAS_MAX))
+    return scale, scale * input_scale
+
+
+def whole_bias(bias: Tensor, step: Tensor) -> Tensor:
+    """A bias [O] in whole steps [O], float64: float32 does not hold all of an int32's values."""
+    return torch.round(bias.detach().double() / step)
+
+
 class QuantConv2d(nn.Conv2d):
-    """A convolution whose weight is rounded to INT8 on every call; the bias stays float (int32 is as good as that)."""
+    """A convolution whose weight and bias are rounded on every call to what the INT8 file holds."""
 
     rounding = True
+    input_grid: tuple[ActivationQuantizer] | None = None  # see rounded_parameters
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
-            weight = round_weight(self.weight, weight_scale(self.weight)) if self.rounding else self.weight
-            output: Tensor = self._conv_forward(input.float(), weight, self.bias)
+            output: Tensor = self._conv_forward(input.float(), *rounded_parameters(self))
             return output
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer whose weight is rounded to INT8 on every call; the bias stays float."""
+    """A linear layer whose weight and bias are rounded on every call to what the INT8 file holds."""
 
     rounding = True
+    input_grid: tuple[ActivationQuantizer] | None = None  # see rounded_parameters
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
-            weight = round_weight(self.weight, weight_scale(self.weight)) if self.rounding else self.weight
-            output: Tensor = F.linear(input.float(), weight, self.bias)
+            output: Tensor = F.linear(input.float(), *rounded_parameters(self))
             return output
+
+
+def rounded_parameters(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor | None]:
+    """The weight [O, ...] and the bias [O] of a layer as its INT8 file has them; gradients pass straight through.
+
+    `layer.input_grid` holds the one quantizer on whose grid the inputs lie; without one, the bias stays float. It is in
+    a tuple so that torch takes it for no submodule: it has a path of its own. A channel of large weights, as folding
+    gives one that is always zero, has large steps, and a bias that rounds to something else.
+    """
+    weight, bias = layer.weight, layer.bias
+    if not layer.rounding:
+        return weight, bias
+    scale, step = weight_and_bias_steps(weight, bias, input_scale_of(layer))
+    if bias is not None and step is not None:
+        # The rounded bias comes first: added to a zero it stays exact.
+        bias = (whole_bias(bias, step) * step).float() + (bias - bias.detach())
+    return round_weight(weight, scale), bias
+
+
+def input_scale_of(layer: QuantConv2d | QuantLinear) -> Tensor | None:
+    """The step between two values of a layer's inputs, float32, []; None if they lie on no single grid."""
+    return None if layer.input_grid is None else layer.input_grid[0].scale()
 
 
 def set_rounding(model: nn.Module, on: bool) -> None:

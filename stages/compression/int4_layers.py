@@ -1,7 +1,7 @@
 """INT4 weights for linear layers, all else float: for students whose file or memory traffic is mostly linear weights.
 
     prepared = prepare_int4(student, example)     # fine-tune it as any other model, or not at all
-    export_onnx(int4_portable(prepared), ...)     # com.microsoft::MatMulNBits, half a byte a weight
+    export_onnx(prepared, ...)                    # com.microsoft::MatMulNBits, half a byte a weight
 
 Each run of `block_size` weights along an output's inputs has one scale: its weight of largest magnitude over -8, sign
 and all, so that this one is exact and all 16 values, -8 to 7, are in use (the grid of onnxruntime's own symmetric

@@ -6,6 +6,8 @@ runs in float and makes the file slower than the float one.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
@@ -20,8 +22,8 @@ from stages.compression.fake_quant import (
 )
 from stages.compression.fx_trace import module_of
 from stages.compression.int8_layers import FloatLayer, QuantizeDequantize, int8_layer
-from stages.compression.int8_places import quantizers_behind
-from stages.compression.op_kinds import is_float_tensor, kind_of, origin, pool_window
+from stages.compression.int8_places import grid_of, quantizers_behind
+from stages.compression.op_kinds import is_float_tensor, is_max_pool, kind_of, origin, pool_window
 
 
 def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
@@ -36,6 +38,7 @@ def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
         for node in list(copy.graph.nodes):
             rewrite(copy, node)
     _replace_layers(copy)
+    _shield_float_pools(copy)
     _shield_float_layers(copy)
     for path, quantizer in quantizers_of(copy).items():
         copy.set_submodule(path, QuantizeDequantize(quantizer))
@@ -46,7 +49,7 @@ def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
 
 def _requantize_after_move(copy: fx.GraphModule, node: fx.Node) -> None:
     """Let moved values pass their own quantizer once more: that changes none of them, but integers are moved then."""
-    if kind_of(copy, node) == "move" and is_float_tensor(node) and _grid_of(copy, node) is not None:
+    if kind_of(copy, node) == "move" and is_float_tensor(node) and grid_of(copy, node) is not None:
         with copy.graph.inserting_after(node):
             again = copy.graph.call_module(str(origin(copy, node).target), (node,))
         node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
@@ -69,43 +72,46 @@ def _average_by_window(copy: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _replace_layers(copy: fx.GraphModule) -> None:
-    """Give every rounding layer its integers. A bias counts in steps of the input's scale, so it needs a single one.
-
-    A linear layer over more axes than [B, F] is a product and an addition in ONNX, and the addition stays float.
-    """
-    grids: dict[str, set[ActivationQuantizer | None]] = {}
+    """Give every rounding layer its integers."""
     for node in copy.graph.nodes:
         layer = module_of(copy, node)
         if isinstance(layer, QuantConv2d | QuantLinear):
-            is_fused = isinstance(layer, QuantConv2d) or len(node.args[0].meta["tensor_meta"].shape) == 2
-            grid = _grid_of(copy, node.args[0]) if is_fused else None
-            grids.setdefault(str(node.target), set()).add(grid)
-    for path, quantizers in grids.items():
-        quantizer = next(iter(quantizers)) if len(quantizers) == 1 else None
-        input_scale = float(quantizer.scale_and_zero_point()[0]) if quantizer is not None else None
-        layer = copy.get_submodule(path)
-        assert isinstance(layer, QuantConv2d | QuantLinear)
-        copy.set_submodule(path, int8_layer(layer, input_scale))
+            copy.set_submodule(str(node.target), int8_layer(layer))
 
 
 def _shield_float_layers(copy: fx.GraphModule) -> None:
     """Keep onnxruntime's hands off the weights of float layers between two grids: it would round them itself."""
     for node in copy.graph.nodes:
         layer = module_of(copy, node)
-        if type(layer) not in (nn.Conv2d, nn.Linear) or _grid_of(copy, node.args[0]) is None:
+        if type(layer) not in (nn.Conv2d, nn.Linear) or grid_of(copy, node.args[0]) is None:
             continue
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         if quantizers_behind(copy, node):
             copy.set_submodule(str(node.target), FloatLayer(layer))
 
 
-def _grid_of(copy: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
-    """The quantizer on whose grid the values of `node` lie, or None if they are plain floats."""
-    module = module_of(copy, origin(copy, node))
-    return module if isinstance(module, ActivationQuantizer) else None
+def _shield_float_pools(copy: fx.GraphModule) -> None:
+    """Keep onnxruntime from moving the rounding of what a float max pool gives to before the pool (QDQPropagation).
+
+    A subtraction in between prevents that: of a zero for each channel, since that of a single one would be removed.
+    """
+    for node in list(copy.graph.nodes):
+        if not _rounds(copy, node):
+            continue
+        source = origin(copy, node.args[0], through=("same",))
+        if is_max_pool(copy, source) and grid_of(copy, source) is None:
+            name = f"zeros_behind_{source.name}"
+            copy.register_buffer(name, torch.zeros(source.meta["tensor_meta"].shape[1], 1, 1))
+            with copy.graph.inserting_before(node):
+                node.args = (copy.graph.call_function(operator.sub, (node.args[0], copy.graph.get_attr(name))),)
+
+
+def _rounds(copy: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a quantizer's call."""
+    return isinstance(module_of(copy, node), ActivationQuantizer)
 
 
 def _quantizer_behind(copy: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The quantizer's call that alone reads `node`, or None."""
     reader = next(iter(node.users), node)
-    return reader if len(node.users) == 1 and isinstance(module_of(copy, reader), ActivationQuantizer) else None
+    return reader if len(node.users) == 1 and _rounds(copy, reader) else None

@@ -15,12 +15,11 @@ from stages.compression.fake_quant import (
     ActivationQuantizer,
     QuantConv2d,
     QuantLinear,
+    input_scale_of,
     round_weight,
-    weight_scale,
+    weight_and_bias_steps,
+    whole_bias,
 )
-
-# Half of what an int32 holds: the bias and the sum of the products must fit in together.
-BIAS_MAX = 2**30
 
 
 class QuantizeDequantize(nn.Module):
@@ -40,9 +39,7 @@ class QuantizeDequantize(nn.Module):
 class Int8Weights(nn.Module):
     """The int8 weight [O, ...] and the int32 bias [O] of a layer, kept as integers and read as float.
 
-    A bias counts in steps of input scale times weight scale. A channel with weights so small beside its bias that the
-    bias would overflow gets a larger weight scale: such weights move its output by less than half a step anyway.
-    Without one input scale, the bias stays float.
+    `input_scale` [] is the step of the layer's inputs; without one, the bias stays float.
     """
 
     weight: Tensor
@@ -51,13 +48,11 @@ class Int8Weights(nn.Module):
     bias: Tensor | None
     bias_scale: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, input_scale: float | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> None:
         super().__init__()
-        scale, bias_scale = weight_scale(weight), None
-        if bias is not None and input_scale is not None:
-            scale = torch.maximum(scale, bias.abs() / (input_scale * BIAS_MAX))
-            bias_scale = scale * input_scale
-            bias = torch.round(bias.double() / bias_scale).to(torch.int32)
+        scale, bias_scale = weight_and_bias_steps(weight, bias, input_scale)
+        if bias is not None and bias_scale is not None:
+            bias = whole_bias(bias, bias_scale).to(torch.int32)
         steps = scale.view(-1, *[1] * (weight.dim() - 1))
         self.register_buffer("weight", torch.round(round_weight(weight, scale) / steps).to(torch.int8))
         self.register_buffer("scale", scale)
@@ -73,10 +68,10 @@ class Int8Weights(nn.Module):
         return weight, read(self.bias, self.bias_scale, self.zero, 0, -(2**31), 2**31 - 1, torch.int32)
 
 
-def int8_layer(layer: QuantConv2d | QuantLinear, input_scale: float | None) -> nn.Module:
+def int8_layer(layer: QuantConv2d | QuantLinear) -> nn.Module:
     """The layer over integers that computes what a rounding `layer` computes."""
     with torch.no_grad():
-        weights = Int8Weights(layer.weight, layer.bias, input_scale)
+        weights = Int8Weights(layer.weight, layer.bias, input_scale_of(layer))
     return Int8Conv2d(layer, weights) if isinstance(layer, QuantConv2d) else Int8Linear(weights)
 
 

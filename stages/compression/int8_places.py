@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import fx, nn
 
-from stages.compression.fake_quant import ActivationQuantizer
+from stages.compression.fake_quant import ActivationQuantizer, QuantConv2d, QuantLinear
 from stages.compression.fx_trace import module_of
-from stages.compression.op_kinds import Kind, could_be, is_float_tensor, kind_of, origin, stay_float
+from stages.compression.op_kinds import Kind, could_be, is_float_tensor, is_max_pool, kind_of, origin, stay_float
 from stages.errors import ModelError
 from stages.models.module_path import module_named
 
@@ -35,11 +35,14 @@ def quantizer_path(node: fx.Node) -> str:
 
 
 def place_quantizers(traced: fx.GraphModule, nodes: Sequence[fx.Node], device: torch.device) -> None:
-    """Put an activation quantizer behind each of `nodes`."""
+    """Put an activation quantizer behind each of `nodes`, or behind the max pools that alone read its float work.
+
+    It is named after the node in either case. A maximum is the same before and after rounding.
+    """
     traced.add_submodule(QUANTIZERS, nn.Module())
     for node in nodes:
         traced.add_submodule(quantizer_path(node), ActivationQuantizer().to(device))
-        _call_behind(traced, node, quantizer_path(node))
+        _call_behind(traced, _behind_max_pools(traced, node), quantizer_path(node))
 
 
 def quantizers_behind(prepared: fx.GraphModule, node: fx.Node) -> list[ActivationQuantizer]:
@@ -52,6 +55,45 @@ def quantizers_behind(prepared: fx.GraphModule, node: fx.Node) -> list[Activatio
         elif could_be(prepared, user) in ("same", "move", "rectifier"):
             found += quantizers_behind(prepared, user)
     return found
+
+
+def grid_of(prepared: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
+    """The quantizer on whose grid the values of `node` lie, or None if they are plain floats."""
+    module = module_of(prepared, origin(prepared, node))
+    return module if isinstance(module, ActivationQuantizer) else None
+
+
+def tell_input_grids(prepared: fx.GraphModule) -> None:
+    """Tell each rounding layer the quantizer of its inputs, in whose steps the file counts its bias.
+
+    None if its calls read different grids, or plain floats. A linear layer over more axes than [B, F] is a product and
+    an addition in ONNX, and the addition stays float: it gets none either.
+    """
+    grids: dict[QuantConv2d | QuantLinear, set[ActivationQuantizer | None]] = {}
+    for node in prepared.graph.nodes:
+        layer = module_of(prepared, node)
+        if isinstance(layer, QuantConv2d | QuantLinear):
+            is_fused = isinstance(layer, QuantConv2d) or len(node.args[0].meta["tensor_meta"].shape) == 2
+            grids.setdefault(layer, set()).add(grid_of(prepared, node.args[0]) if is_fused else None)
+    for layer, found in grids.items():
+        grid = next(iter(found)) if len(found) == 1 else None
+        layer.input_grid = None if grid is None else (grid,)
+
+
+def _behind_max_pools(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The last of the max pools that alone read the float work of `node`; `node` itself if there is none.
+
+    onnxruntime has a fast pool for the integers that an integer kernel gives, and a slow one for those behind a
+    QuantizeLinear, which keeps the float kernels' layout (it was 60 times slower on ResNet-18's stem).
+    """
+    place = reader = node
+    while kind_of(traced, node) == "float" and len(reader.users) == 1:
+        (reader,) = reader.users
+        if is_max_pool(traced, reader) and is_float_tensor(reader):
+            place = reader
+        elif kind_of(traced, reader) != "same":
+            break
+    return place
 
 
 def _call_behind(traced: fx.GraphModule, node: fx.Node, path: str) -> None:

@@ -99,6 +99,11 @@ def origin(traced: fx.GraphModule, node: fx.Node, *, through: tuple[Kind, ...] =
     return node
 
 
+def is_max_pool(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node gives the maxima of windows of maps [B, C, H, W]."""
+    return isinstance(module_of(traced, node), nn.MaxPool2d) or node.target in (F.max_pool2d, torch.max_pool2d)
+
+
 def pool_window(traced: fx.GraphModule, node: fx.Node) -> tuple[int, int] | None:
     """The height and width over which a node averages maps [B, C, H, W], if it does so in equal windows; else None.
 

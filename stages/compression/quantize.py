@@ -31,7 +31,7 @@ from stages.compression.fake_quant import (
 )
 from stages.compression.fold_batchnorm import fold_batchnorms
 from stages.compression.fx_trace import module_of, trace
-from stages.compression.int8_places import QUANTIZERS, place_quantizers, rounded_nodes
+from stages.compression.int8_places import QUANTIZERS, place_quantizers, rounded_nodes, tell_input_grids
 from stages.compression.op_kinds import is_float_tensor, kind_of
 from stages.errors import ModelError
 
@@ -40,12 +40,12 @@ def prepare_qat(model: nn.Module, example: Tensor, keep_float: Sequence[str] = (
     """A copy of `model` for INT8 fine-tuning, in its training mode and on its device; `model` stays as it is.
 
     `example` [B, C, H, W] is a batch of normalised images, of which only the shape counts. Rounded are: the images,
-    the weights of every Conv2d and Linear, and what convolutions, linears, additions, products, concatenations and
-    pools give, after the ReLU where one follows. The logits stay float, and so do linear layers' outputs and sums that
-    only float work reads (a transformer's residual stream). nn.MultiheadAttention is float work too, its projections
-    included; so are normalisations that no layer absorbs, and activations other than ReLU and ReLU6. Dropout modules
-    work on; what a forward does by asking for self.training (torchvision's stochastic depth) stays as it is in eval
-    mode.
+    the weights and biases of every Conv2d and Linear, and what convolutions, linears, additions, products,
+    concatenations and pools give, after the ReLU where one follows. The logits stay float, and so do linear layers'
+    outputs and sums that only float work reads (a transformer's residual stream). nn.MultiheadAttention is float work
+    too, its projections included; so are normalisations that no layer absorbs, and activations other than ReLU and
+    ReLU6. Dropout modules work on; what a forward does by asking for self.training (torchvision's stochastic depth)
+    stays as it is in eval mode.
 
     `keep_float` names modules, layers or whole blocks, that compute in float: their weights are not rounded (batch
     norms are folded all the same), their outputs only where INT8 work reads them. Functional operations in a block's
@@ -60,6 +60,7 @@ def prepare_qat(model: nn.Module, example: Tensor, keep_float: Sequence[str] = (
     nodes = rounded_nodes(prepared, model, logits_of(prepared), keep_float)
     _round_weights(prepared)
     place_quantizers(prepared, nodes, next(model.parameters(), example).device)
+    tell_input_grids(prepared)
     prepared.recompile()
     prepared.train(model.training)
     return prepared

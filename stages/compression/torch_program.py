@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from stages.cause import cause
-from stages.compression.bare_copy import bare_copy
 from stages.compression.fake_quant import ActivationQuantizer
+from stages.compression.int4_layers import int4_portable
 from stages.compression.int8_graph import int8_graph
 from stages.compression.silence import silence
 from stages.errors import ModelError
@@ -34,16 +34,18 @@ def export_program(model: nn.Module, example: Tensor, path: Path, *, metadata: M
     """Write `model` in eval mode, on the CPU: from images [batch, C, H, W], float32, to logits [batch, num_classes].
 
     A model from `prepare_qat` is written in INT8: int8 weights, int32 biases, and operators that quantize and
-    dequantize around every operation, which torch computes in float. Any batch size runs, 1 included; C, H, W are those
-    of `example` [B, C, H, W]. `metadata` (normalisation, class names, ...) stands in the file's extra files, which
-    torch.export.load(path, extra_files={"name": ""}) reads. The model, its mode and its device stay as they are. Raises
-    ModelError if it cannot be exported or the file cannot be written; an earlier file is then still there.
+    dequantize around every operation, which torch computes in float. One from `prepare_int4` is written with two
+    weights a byte, which the program unpacks to float on every call: small, and no faster. Any batch size runs, 1
+    included; C, H, W are those of `example` [B, C, H, W]. `metadata` (normalisation, class names, ...) stands in the
+    file's extra files, which torch.export.load(path, extra_files={"name": ""}) reads. The model, its mode and its
+    device stay as they are. Raises ModelError if it cannot be exported or the file cannot be written; an earlier file
+    is then still there.
     """
     quantized = any(isinstance(module, ActivationQuantizer) for module in model.modules())
     if quantized and isinstance(model, fx.GraphModule):
         portable: nn.Module = int8_graph(model)
     else:
-        portable = bare_copy(model).cpu().eval()
+        portable = int4_portable(model)
     content = _exported(portable.requires_grad_(False), example, dict(sorted((metadata or {}).items())))
     try:
         write_atomically(path, content)

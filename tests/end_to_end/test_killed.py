@@ -2,11 +2,13 @@
 
 import json
 import signal
+from pathlib import Path
 
 from kdpipe_process import kdpipe, kdpipe_here, signal_when, start
 from made_store import folder_bytes
 
-COMPARED = ("teacher/model", "students/*/model", "compressed/*/model")
+COMPARED = ("teacher/model", "students/*/model", "compressed/*/model", "compressed/*/model.int8")
+CHAIN = ("--set", "compress.baselines=false")  # what the result is compared with goes the same way, and takes longer
 
 
 def test_every_stage_killed_midway_ends_as_if_nothing_had_happened(done, recipe, tmp_path):
@@ -18,22 +20,24 @@ def test_every_stage_killed_midway_ends_as_if_nothing_had_happened(done, recipe,
         (run / "students" / "distilled-seed0" / "checkpoint.safetensors").exists,
         (run / "compressed" / "pruned-seed0" / "checkpoint.safetensors").exists,
         (run / "compressed" / "int8-seed0" / "checkpoint.safetensors").exists,
+        (run / "compressed" / ".artefacts-seed0.partial" / "model.int8.onnx").exists,
     ]
     for ready in midway:
-        process = start("run", recipe, "--run", run)
+        process = start("run", recipe, "--run", run, *CHAIN)
         signal_when(process, ready, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    ended = kdpipe("run", recipe, "--run", run)
+    ended = kdpipe("run", recipe, "--run", run, *CHAIN)
     assert ended.returncode == 0, ended.stderr
     assert folder_bytes(run / "store.zarr") == folder_bytes(done[0] / "store.zarr")
+    compared: list[Path] = []
     for pattern in COMPARED:
-        for suffix in (".safetensors", ".onnx"):
-            files = sorted(done[0].glob(pattern + suffix))
-            assert files
-            for file in files:
-                relative = file.relative_to(done[0])
-                assert (run / relative).read_bytes() == file.read_bytes(), relative
+        for suffix in (".safetensors", ".onnx", ".pt2"):
+            for file in run.glob(pattern + suffix):
+                compared.append(relative := file.relative_to(run))
+                assert file.read_bytes() == (done[0] / relative).read_bytes(), relative
+    assert len(compared) == 2 + 4 + 2 * 2 + 5  # teacher, students, pruned and int8, what is handed over
+    assert not list(run.rglob("*.partial")) and not list(run.rglob("checkpoint.safetensors"))
 
 
 def test_signals_save_and_exit_75_and_a_rerun_goes_on(recipe, tmp_path):

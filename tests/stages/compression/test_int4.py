@@ -15,6 +15,7 @@ from torch import nn
 
 from stages.compression.int4_layers import Int4Linear, int4_portable, prepare_int4, round_to_int4
 from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
+from stages.compression.torch_program import export_program
 from stages.errors import ModelError
 from stages.tensor_file import load_tensors, save_tensors
 
@@ -64,10 +65,6 @@ def int4_layers(model: nn.Module) -> list[str]:
 def net(request):
     torch.manual_seed(0)
     return trained(mlp() if request.param == "mlp" else Tokens())
-
-
-def export(model, path):
-    export_onnx(int4_portable(model), EXAMPLE, path, metadata={})
 
 
 def test_a_block_of_weights_lies_on_sixteen_values_and_its_largest_one_is_exact():
@@ -174,7 +171,7 @@ def test_a_shared_layer_stays_shared_and_a_layer_that_is_never_called_stays_floa
 
 def test_onnxruntime_runs_the_file_as_int4_and_agrees(net, tmp_path):
     prepared = prepare_int4(net, EXAMPLE)
-    export(prepared, tmp_path / "int4.onnx")
+    export_onnx(prepared, EXAMPLE, tmp_path / "int4.onnx", metadata={})
     counts = op_counts(tmp_path / "int4.onnx")
     num_linears = sum(isinstance(one, nn.Linear) for one in net.modules())
     assert counts["MatMulNBits"] == len(int4_layers(prepared)) > 0
@@ -185,7 +182,7 @@ def test_onnxruntime_runs_the_file_as_int4_and_agrees(net, tmp_path):
 
 
 def test_any_batch_size_runs(net, tmp_path):
-    export(prepare_int4(net, EXAMPLE), tmp_path / "int4.onnx")
+    export_onnx(prepare_int4(net, EXAMPLE), EXAMPLE, tmp_path / "int4.onnx", metadata={})
     session = onnxruntime.InferenceSession(str(tmp_path / "int4.onnx"), providers=["CPUExecutionProvider"])
     batch, _ = images(5)
     together = session.run(["logits"], {"images": batch.numpy()})[0]
@@ -198,7 +195,7 @@ def test_weights_take_half_a_byte_and_a_scale_a_block(tmp_path):
     model = mlp(width=96)
     prepared = prepare_int4(model, EXAMPLE, block_size=64, keep_float=["2", "3"])
     export_onnx(model, EXAMPLE, tmp_path / "float.onnx", metadata={})
-    export(prepared, tmp_path / "int4.onnx")
+    export_onnx(prepared, EXAMPLE, tmp_path / "int4.onnx", metadata={})
     rounded = model[1][0].weight.numel()
     stored = {one.name: one for one in onnx.load(tmp_path / "int4.onnx").graph.initializer}
     assert onnx.numpy_helper.to_array(stored["1.0.packed"]).nbytes == rounded // 2
@@ -213,6 +210,19 @@ def test_the_portable_network_also_runs_in_torch_and_leaves_others_alone(net):
     with torch.no_grad():
         torch.testing.assert_close(int4_portable(prepared)(batch), prepared(batch), rtol=1e-5, atol=1e-5)
         assert torch.equal(int4_portable(net.train())(batch), net.eval()(batch))
+    assert int4_layers(prepared)
+
+
+def test_the_torch_program_holds_two_weights_a_byte_too(net, tmp_path):
+    prepared = prepare_int4(net, EXAMPLE)
+    export_program(prepared, EXAMPLE, tmp_path / "int4.pt2")
+    program = torch.export.load(tmp_path / "int4.pt2")
+    for path in int4_layers(prepared):
+        assert program.state_dict[f"{path}.packed"].dtype == torch.uint8
+        assert f"{path}.weight" not in program.state_dict
+    batch, _ = images(5)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(batch), prepared(batch), rtol=1e-5, atol=1e-5)
     assert int4_layers(prepared)
 
 
@@ -240,6 +250,6 @@ def test_a_wrong_input_shape_is_told():
 def test_a_convolutional_network_keeps_its_convolutions_in_float(tmp_path):
     prepared = prepare_int4(build("plain"), EXAMPLE)
     assert int4_layers(prepared) == ["hidden.0", "fc"]
-    export(prepared, tmp_path / "int4.onnx")
+    export_onnx(prepared, EXAMPLE, tmp_path / "int4.onnx", metadata={})
     counts = op_counts(tmp_path / "int4.onnx")
     assert counts["MatMulNBits"] == 2 and counts["Conv"] == 2

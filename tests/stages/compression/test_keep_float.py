@@ -16,6 +16,7 @@ from stages.compression.fake_quant import (
     weight_scale,
 )
 from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
+from stages.compression.onnx_graph import optimised_graph
 from stages.compression.quantize import calibrate, prepare_qat
 from stages.errors import ModelError
 
@@ -78,6 +79,49 @@ def test_exactly_what_is_named_is_float_in_the_network_and_in_the_file(name, pat
     assert counts.get("QLinearConv", 0) + counts.get("QGemm", 0) == num_rounding
     assert counts.get("QLinearAdd", 0) == num_integer_sums
     assert not {"AveragePool", "GlobalAveragePool", "ReduceMean", "Concat", "MaxPool"} & counts.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "pools"),
+    [
+        ("plain", "stage1.0", ["MaxPool", "NhwcMaxPool"]),
+        ("plain", "stage2", ["NhwcMaxPool", "MaxPool"]),
+        ("branching", "stem", ["MaxPool"]),
+    ],
+)
+def test_a_max_pool_behind_float_work_is_float_and_its_maxima_are_rounded(name, path, pools, tmp_path):
+    prepared = prepared_and_calibrated(build(name), [path])
+    counts = exported(prepared, tmp_path / "model.onnx")
+    assert num_float_layers(counts) == 1
+    graph = optimised_graph(tmp_path / "model.onnx")
+    producers = {value: node.op_type for node in graph.node for value in node.output}
+    found = [(node.op_type, producers[node.input[0]]) for node in graph.node if "MaxPool" in node.op_type]
+    assert [pool for pool, _ in found] == pools
+    assert "QuantizeLinear" not in {before for _, before in found}
+
+
+def test_a_value_that_is_rounded_behind_its_max_pool_keeps_its_name_in_the_state():
+    state = prepare_qat(build("plain"), EXAMPLE).state_dict()
+    assert list(prepare_qat(build("plain"), EXAMPLE, ["stage2"]).state_dict()) == list(state)
+    assert "quantizers.stage2_1.high" in state  # of the ReLU
+
+
+def test_a_value_that_integers_read_beside_the_max_pool_is_rounded_before_it():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv, self.pool = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.MaxPool2d(3, 1, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return (self.conv(x) + self.pool(x)).flatten(1)
+
+    prepared = prepared_and_calibrated(Both(), ["stem"])
+    read = []
+    for path in ("conv", "pool"):
+        prepared.get_submodule(path).register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    prepared(images(100)[0])
+    assert torch.equal(*read) and len(read[0].unique()) <= 256
 
 
 def test_a_float_output_is_rounded_only_where_integers_read_it():

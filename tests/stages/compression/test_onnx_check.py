@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from tiny_nets import EXAMPLE, build, images
+from tiny_nets import EXAMPLE, build, images, sgd, step
 from torch import nn
 
 from stages.compression.onnx_check import check_onnx, where_they_part
@@ -109,6 +109,33 @@ def test_a_check_without_images_or_without_a_file_is_told(networks, files, tmp_p
 def test_a_right_file_parts_from_its_network_nowhere(networks, files, kind):
     said = where_they_part(files[kind], networks[kind], images(30)[0])
     assert said == "nowhere on these images" or said.startswith("at no single operation")
+
+
+@pytest.fixture(scope="module")
+def with_dead_channels():
+    """A trained network, prepared: half the channels of its depthwise convolution read zeros alone, and its batch norm
+    divides them by a standard deviation that is next to nothing."""
+    model = build("depthwise")
+    optimiser = sgd(model)
+    for seed in range(15):
+        step(model, optimiser, seed)
+    with torch.no_grad():
+        model.expand[1].weight[:16], model.expand[1].bias[:16] = 0, -1
+        model.depthwise[0].weight[:16] *= 10
+        model.depthwise[1].running_mean[:16], model.depthwise[1].running_var[:16] = 0, 1e-40
+        model.depthwise[1].bias[:16] = torch.linspace(0.1, 0.6, 16)
+    prepared = prepare_qat(model.eval(), EXAMPLE)
+    calibrate(prepared, [images(20, seed)[0] for seed in range(3)])
+    return prepared.eval()
+
+
+def test_a_file_with_dead_channels_parts_from_its_network_nowhere(with_dead_channels, tmp_path):
+    export_onnx(with_dead_channels, EXAMPLE, tmp_path / "model.onnx", metadata={})
+    said = where_they_part(tmp_path / "model.onnx", with_dead_channels, images(30)[0])
+    assert said == "nowhere on these images" or said.startswith("at no single operation")
+    found = check_onnx(tmp_path / "model.onnx", with_dead_channels, in_batches(300, 100))
+    assert found.top1_agreement >= 0.99
+    assert found.accuracy == pytest.approx(found.torch_accuracy, abs=0.01)
 
 
 @pytest.mark.parametrize("layer", ["stem.0", "layer1.1.conv2", "layer2.0.shortcut.0"])

@@ -15,6 +15,7 @@ from tiny_nets import EXAMPLE, NUM_CLASSES, build, images, sgd, step
 from torch import nn
 
 from stages.compression import onnx_file
+from stages.compression.onnx_check import where_they_part
 from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
 from stages.compression.prune import PruneConfig, prune
 from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
@@ -115,6 +116,57 @@ def test_other_networks_are_fused_and_agree_too(name, tmp_path):
     agreement = check_onnx(path, prepared, batch, batch_size=200)
     assert agreement.top1_agreement >= 0.98
     assert agreement.max_logit_difference < 0.1 * logits.std()
+
+
+class Stem(nn.Module):
+    """The convolution with which ResNets begin, and a classifier; `also` reads the images too."""
+
+    def __init__(self, kernel_size: int = 7, also: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, kernel_size, 2, kernel_size // 2)
+        self.also = nn.Conv2d(3, 16, 1, 2) if also else None
+        self.fc = nn.Linear(16, NUM_CLASSES)
+
+    def forward(self, x):
+        maps = self.conv(x) if self.also is None else self.conv(x) + self.also(x)
+        return self.fc(maps.relu().mean((2, 3)))
+
+
+def stem_file(path, model, size: int = 16, keep_float=()):
+    """The INT8 file of a network over images [B, 3, size, size], the prepared network, and 50 of such images."""
+    batch = torch.randn(50, 3, size, size, generator=torch.Generator().manual_seed(0))
+    prepared = prepare_qat(model, batch[:1], keep_float)
+    calibrate(prepared, [batch])
+    export_onnx(prepared, batch[:1], path, metadata={})
+    return prepared.eval(), batch
+
+
+@pytest.mark.parametrize("size", [16, 18])
+def test_a_resnets_stem_is_written_over_folded_pixels_and_gives_the_very_same_logits(size, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = Stem()
+    prepared, batch = stem_file(tmp_path / "folded.onnx", model, size)
+    monkeypatch.setattr(onnx_file, "_quicken_stem", lambda proto: None)
+    stem_file(tmp_path / "plain.onnx", model, size)
+    assert "SpaceToDepth" not in op_counts(tmp_path / "plain.onnx")
+    counts = op_counts(tmp_path / "folded.onnx")
+    assert (counts["SpaceToDepth"], counts["QLinearConv"], counts["QuantizeLinear"]) == (1, 1, 1)
+    assert np.array_equal(run(tmp_path / "folded.onnx", batch), run(tmp_path / "plain.onnx", batch))
+    proto = onnx.load(tmp_path / "folded.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    assert any(node.name.startswith("conv/") for node in proto.graph.node if node.op_type == "SpaceToDepth")
+    said = where_they_part(tmp_path / "folded.onnx", prepared, batch)
+    assert said == "nowhere on these images" or said.startswith("at no single operation")
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "keep_float"),
+    [(Stem(), 15, []), (Stem(5), 16, []), (Stem(also=True), 16, []), (Stem(), 16, ["conv"])],
+)
+def test_other_stems_stay_as_they_are(model, size, keep_float, tmp_path):
+    prepared, batch = stem_file(tmp_path / "model.onnx", model, size, keep_float)
+    assert "SpaceToDepth" not in op_counts(tmp_path / "model.onnx")
+    assert check_onnx(tmp_path / "model.onnx", prepared, batch).top1_agreement >= 0.98
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])

@@ -9,16 +9,20 @@ import torch
 from tiny_nets import CONTAINERS, EXAMPLE, NETS, NUM_CLASSES, UNPRUNABLE, Residual, build, images, sgd, step
 from torch import nn
 
+from stages.compression.bare_copy import bare_copy
 from stages.compression.fake_quant import (
     ActivationQuantizer,
     QuantConv2d,
     QuantLinear,
+    input_scale_of,
     quantizers_of,
     round_weight,
+    rounded_parameters,
     set_rounding,
     weight_scale,
 )
-from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
+from stages.compression.int8_graph import int8_graph
+from stages.compression.quantize import calibrate, freeze_observers, prepare_qat, trace_folded
 from stages.errors import ModelError
 from stages.models.module_path import module_named
 from stages.tensor_file import load_tensors, save_tensors
@@ -44,6 +48,10 @@ def heard_at(model: nn.Module, paths: list[str], batch: torch.Tensor) -> dict[st
     with torch.no_grad():
         model(batch)
     return heard
+
+
+def rounding_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
+    return {path: one for path, one in model.named_modules() if isinstance(one, QuantConv2d | QuantLinear)}
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -237,6 +245,69 @@ def test_a_dead_channel_is_finite_and_its_gradients_too():
     assert weight_scale(torch.zeros(2, 3)).tolist() == [2**-20] * 2
 
 
+@pytest.mark.parametrize("name", [*NETS, *UNPRUNABLE])
+def test_weights_and_biases_are_rounded_to_the_integers_of_the_file(name):
+    prepared = prepare_qat(build(name), EXAMPLE)
+    first, *_, last = rounding_layers(prepared).values()
+    with torch.no_grad():
+        first.weight[1] *= 300  # large steps beside its bias: what folding gives a channel that is always zero
+        last.weight[1] *= 1e-3  # counted in steps of its own, this weight would have the bias overflow an int32
+        last.bias[1] = 500
+    calibrate(prepared, batches())
+    graph = int8_graph(prepared)
+    for path, layer in rounding_layers(prepared).items():
+        held = graph.get_submodule(path).weights
+        weight, bias = rounded_parameters(layer)
+        assert torch.equal(weight, held()[0]), path
+        if layer.bias is None:
+            assert bias is None
+            continue
+        assert held.bias.dtype == torch.int32, path
+        assert torch.equal(bias, (held.bias.double() * held.bias_scale).float()), path
+        assert torch.equal(rounded_parameters(layer.train())[1], bias)
+    assert first.bias is None or (rounded_parameters(first)[1] - first.bias)[1].abs() > 1e-6
+
+
+def test_a_rounded_bias_learns_as_if_it_were_not_rounded():
+    layer = rounding_layers(prepared_and_calibrated("plain"))["stage1.0"]
+    layer(images(4)[0]).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((16,), 4.0 * 8 * 8))
+
+
+def test_a_bias_follows_the_range_of_its_inputs_and_knows_none_before_there_is_one():
+    prepared = prepare_qat(build("plain"), EXAMPLE).eval()
+    layer = rounding_layers(prepared)["stage1.0"]
+    assert rounded_parameters(layer)[1].isnan().all()
+    calibrate(prepared, batches())
+    layer.input_grid[0].high.fill_(1e6)
+    assert (rounded_parameters(layer)[1] - layer.bias).abs().max() > 1e-2
+    set_rounding(prepared, False)
+    assert rounded_parameters(layer)[1] is layer.bias
+
+
+def test_the_ranges_that_layers_read_add_no_key_and_no_path():
+    state = prepare_qat(build("residual"), EXAMPLE).state_dict()
+    folded = trace_folded(build("residual"), EXAMPLE).state_dict()
+    assert [key for key in state if not key.startswith("quantizers.")] == list(folded)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, bare_copy])
+def test_a_copy_reads_its_own_ranges(copied):
+    prepared = prepared_and_calibrated("residual").eval()
+    batch, _ = images(4)
+    with torch.no_grad():
+        before = prepared(batch)
+        twin = copied(prepared)
+        assert torch.equal(twin(batch), before)
+        own = set(quantizers_of(twin).values())
+        assert all(layer.input_grid[0] in own for layer in rounding_layers(twin).values())
+        for quantizer in own:
+            quantizer.high.mul_(3)
+        assert torch.equal(prepared(batch), before)
+    moved = copied(prepared).to("meta")
+    assert all(input_scale_of(layer).device.type == "meta" for layer in rounding_layers(moved).values())
+
+
 def test_the_grids_do_not_go_down_to_bfloat16():
     prepared = prepared_and_calibrated("plain").eval()
     batch, _ = images(4)
@@ -299,6 +370,11 @@ def test_a_layer_called_twice_keeps_its_weights_and_its_batch_norms_apart():
     model = Twice()
     nn.init.uniform_(model.bn1.weight), nn.init.uniform_(model.bn2.running_mean)
     prepared = prepare_qat(model.eval(), EXAMPLE)
+    layers = rounding_layers(prepared)
+    calibrate(prepared, batches())
+    assert rounded_parameters(layers["conv"])[1] is layers["conv"].bias  # two ranges, so the file has it in float
+    assert rounded_parameters(layers["stem"])[1] is not layers["stem"].bias
+    assert int8_graph(prepared).get_submodule("conv").weights.bias.dtype == torch.float32
     set_rounding(prepared, False)
     batch, _ = images(4)
     torch.testing.assert_close(prepared(batch), model(batch), rtol=1e-4, atol=1e-4)
