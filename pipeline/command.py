@@ -88,7 +88,7 @@ def printable(text: str) -> str:
 
 def say(sentence: str) -> None:
     """One sentence for people, on stderr."""
-    print(f"kdpipe: {sentence}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"kdpipe: {printable(sentence)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

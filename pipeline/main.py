@@ -146,7 +146,9 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Stage 3: prune, quantize, export. The store teaches the distilled student all the while."""
-    overrides = [*(set_ or ()), *([f"compress.student={json.dumps(str(given.absolute()))}"] if given else ())]
+    overrides = list(set_ or ())
+    if given is not None:
+        overrides.append(f"compress.student={json.dumps(str(given.absolute()), ensure_ascii=False)}")
     _execute("compress", recipe, overrides, run, as_json, only=only)
 
 
@@ -226,10 +228,11 @@ def losses(
 def bench(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL.onnx", help="Others are held against the first.")],
     batch_size: Annotated[
-        list[int] | None, typer.Option("--batch-size", metavar="N", min=1, help="May be repeated [default: 1, 64].")
+        list[int] | None,
+        typer.Option("--batch-size", metavar="N", min=1, max=65536, help="May be repeated [default: 1, 64]."),
     ] = None,
     *,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="[default: all cores]")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, max=1024, help="[default: all cores]")] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=3, help="How often each file is timed.")] = 50,
     as_json: AsJson = False,
 ) -> None:

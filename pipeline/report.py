@@ -9,18 +9,17 @@ from statistics import mean, stdev
 from typing import Any
 
 from pipeline.report_compressed import (
-    Latencies,
     WonBack,
     num_bytes,
     print_costs,
     print_won_back,
-    read_latencies,
     won_back,
 )
 from pipeline.report_examined import Learnt, print_learnt, read_learnt, with_spread
 from pipeline.report_networks import Place, compressed_folder, places_of
 from stages.errors import RunError
 from stages.job_folder import JobFolder, read_json
+from stages.latency_record import Latencies, latency_path, read_latencies
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,9 @@ def read_report(run: Path) -> Report:
     try:
         name, seeds, places = recipe["name"], list(recipe["student"]["seeds"]), places_of(recipe, run)
         root = compressed_folder(recipe, run)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{run / 'recipe.json'} is no recipe of a kdpipe run ({error!r}).") from error
-    latency = read_latencies(root, seeds)
+    latency = read_latencies(latency_path(root, seeds[0]))
     rows: list[Row] = []
     missing = []
     for place in places:
@@ -154,9 +153,9 @@ def print_report(report: Report) -> None:
     console.print("The files:", style="bold")
     for row in report.rows:
         if row.files:
-            console.print(f"  {row.name:<18} {row.files[0]}", highlight=False)
+            console.print(f"  {row.name:<18} {row.files[0]}", highlight=False, markup=False)
     for folder in report.artefacts:
-        console.print(f"  handed over        {folder}", highlight=False)
+        console.print(f"  handed over        {folder}", highlight=False, markup=False)
     if (Path(report.run) / "compare").is_dir():
         console.print("Ways of teaching are compared here: run `kdpipe compare` again for their table.")
     if report.missing:

@@ -7,27 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.errors import RunError
 from stages.job_folder import read_json
+from stages.latency_record import Latencies
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.report import Row
-
-
-@dataclass(frozen=True)
-class Latencies:
-    """What onnxruntime takes for a batch of each size, in ms: median and 95th percentile, of each kind of network."""
-
-    cpu: str
-    num_threads: int
-    batch_sizes: list[int]
-    files: Mapping[str, dict[str, dict[str, float]]]
-
-    def of(self, kind: str, timed_as: str) -> dict[str, dict[str, float]] | None:
-        """A network's own, or else those of the kind that takes the same."""
-        return self.files.get(kind, self.files.get(timed_as))
 
 
 @dataclass(frozen=True)
@@ -40,22 +26,6 @@ class WonBack:
     points_lost_alone: float
     points_lost: float
     share: float | None
-
-
-def read_latencies(root: Path, seeds: Sequence[int]) -> Latencies | None:
-    """Those of the first seed's networks; None where they are not measured. Raises RunError where they are damaged."""
-    path = root / f"latency-seed{seeds[0]}.json"
-    record = read_json(path)
-    if record is None:
-        return None
-    try:
-        found = Latencies(record["cpu"], record["num_threads"], record["batch_sizes"], record["files"])
-        for times in found.files.values():
-            for size in found.batch_sizes:
-                times[str(size)]["p50_ms"], times[str(size)]["p95_ms"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): delete it, and run `kdpipe compress` again.") from error
-    return found
 
 
 PAIRS = tuple((kind, f"{kind}-alone") for kind in ("pruned", "int8-unpruned", "int8", "int4-unpruned", "int4"))

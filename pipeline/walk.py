@@ -18,7 +18,7 @@ from pipeline.recipe import Recipe, read_run_recipe, recipe_json
 from stages.artefacts import artefact_folder
 from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
-from stages.compress import STEPS, Step, compress, compressed_root, float_job, rehearse
+from stages.compress import STEPS, Step, compress, compressed_root, float_job, is_done, rehearse
 from stages.compression.sensitivity import LayerSensitivity
 from stages.datasets.image_set import ImageSet
 from stages.datasets.load import DataConfig, load_dataset
@@ -294,6 +294,12 @@ def walk_compress(walk: Walk, only: Step | None = None) -> dict[str, Any]:
     recipe, setup = walk.recipe, walk.setup
     config, student = recipe.compress, recipe.student
     steps = STEPS if only is None else (only,)
+    if only in ("prune", "quantize") and only not in config.steps:
+        raise RecipeError(f"--only {only}: compress.steps is {list(config.steps)}; give the recipe that step, too.")
+    if config.steps:
+        require_losses(walk)
+    if not is_done(config, student, setup.run):
+        rehearse(config, student, setup)
     compressed = [compress(config, student, seed, walk.teaching, setup, only=steps) for seed in student.seeds]
     cards = []
     if "export" in steps:

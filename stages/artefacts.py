@@ -9,6 +9,7 @@ card.json, README.md what it is, from which teacher and stores, how good, how la
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -64,7 +65,7 @@ def write_artefacts(
     """
     made_from = sha256_of(_plain({"facts": facts, "opset": opset, "chain": [made.network.identity for made in chain]}))
     held = read_json(folder / "card.json") or {}
-    if held.get("made_from") == made_from and all((folder / name).exists() for name in held.get("files", {})):
+    if held.get("made_from") == made_from and _are_whole(folder, held.get("files")):
         return held
     _require_writable(folder)
     with _aside(folder) as new:
@@ -78,7 +79,7 @@ def write_artefacts(
             "architecture": dict(last.architecture),
             "input": _input(last, setup),
             "class_names": list(setup.test_set.class_names),
-            "files": {path.name: path.stat().st_size for path in sorted(new.iterdir())},
+            "files": {path.name: _described(path) for path in sorted(new.iterdir())},
             "made_from": made_from,
         }
         write_atomically(new / "README.md", card_text(card).encode())
@@ -94,9 +95,12 @@ def _aside(folder: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        named = [path.name for path in new.iterdir()]
         (folder / "card.json").unlink(missing_ok=True)
         for path in sorted(new.iterdir(), key=lambda one: one.name == "card.json"):
             path.replace(folder / path.name)
+        for stale in {path.name for path in folder.glob("model*")} - set(named):
+            (folder / stale).unlink()
         fsync_path(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -120,13 +124,27 @@ def file_name(network: Network, suffix: str) -> str:
 def _write_network(folder: Path, made: Made, setup: Setup, opset: int | None) -> None:
     network, example = made.network, torch.zeros(2, *setup.image_shape)
     onnx, metadata = folder / file_name(network, "onnx"), onnx_metadata(network, setup)
-    if opset is None:
+    if opset is not None:
+        export_onnx(network.model, example, onnx, metadata=metadata, opset=opset)
+    elif made.folder.onnx.exists():
         write_atomically(onnx, made.folder.onnx.read_bytes())
     else:
-        export_onnx(network.model, example, onnx, metadata=metadata, opset=opset)
-        require_agreement(onnx, network, setup, whole_test=True)
-    if network.architecture.get("quantized") != "int4":  # torch would compute that one in float, and store it so
-        export_program(network.model, example, folder / file_name(network, "pt2"), metadata=metadata)
+        raise RunError(f"{made.folder.onnx} is gone: delete the folder {made.folder.path}, and compress again.")
+    # Whatever lies there now: it is what is handed over that must answer as the network does.
+    require_agreement(onnx, network, setup, whole_test=True)
+    export_program(network.model, example, folder / file_name(network, "pt2"), metadata=metadata)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _are_whole(folder: Path, files: Any) -> bool:
+    """Whether the files that a card names are there as it describes them."""
+    if not isinstance(files, dict) or not files:
+        return False
+    return all((folder / name).is_file() and _described(folder / name) == files[name] for name in files)
 
 
 def _input(network: Network, setup: Setup) -> dict[str, Any]:

@@ -4,21 +4,25 @@ and hand over what came of it, beside what it is to be compared with.
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import AfterValidator, Field
 
+from stages.compression.onnx_file import export_onnx
 from stages.compression.prune import PruneConfig, prune
-from stages.config import section
+from stages.compression.quantize import calibrate
+from stages.config import section, unequal
 from stages.fine_tune import Tutor
 from stages.given_student import load_given, measure_given
 from stages.job_folder import JobFolder
 from stages.losses.simkd import SimKDConfig
+from stages.model_file import finished_record
 from stages.network import Network
 from stages.optim import TrainConfig
 from stages.prune_student import Source, finished_source, prune_student
@@ -27,6 +31,7 @@ from stages.reuse_classifier import last_of_projector
 from stages.setup import Setup
 from stages.teaching import Teaching
 from stages.train_student import DISTILLED, StudentConfig, fresh_student, student_folder
+from store import FingerprintMismatch, differences
 
 Step = Literal["prune", "quantize", "export"]
 STEPS: tuple[Step, ...] = ("prune", "quantize", "export")
@@ -53,8 +58,10 @@ class CompressConfig:
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
     quantize_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=5, lr=0.001))
     opset: Annotated[int, Field(ge=1)] | None = None
-    latency_batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 64)
-    latency_rounds: Annotated[int, Field(ge=3)] = 50
+    latency_batch_sizes: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=65536)], ...], Field(min_length=1), AfterValidator(unequal)
+    ] = (1, 64)
+    latency_rounds: Annotated[int, Field(ge=3, le=10**6)] = 50
 
     @property
     def prunes(self) -> bool:
@@ -99,8 +106,14 @@ def student_source(config: CompressConfig, tutor: Tutor) -> Source:
     """The student that is compressed. Raises RunError where it is not trained yet, and what `load_given` raises."""
     fresh = _fresh(tutor)
     if config.student is None:
-        folder = student_folder(tutor.setup.run, DISTILLED, tutor.seed)
-        return finished_source(folder, fresh, "kdpipe train-student")
+        folder, needed_by = student_folder(tutor.setup.run, DISTILLED, tutor.seed), "kdpipe train-student"
+        stored = dict(finished_record(folder, needed_by)["architecture"])
+        stored.pop("reused_classifier", None)
+        wanted = json.loads(json.dumps(tutor.setup.architecture(tutor.student.model)))
+        if found := differences(stored, wanted, "architecture"):
+            advice = "Use the recipe that trained it, or another run folder (--run)."
+            raise FingerprintMismatch(f"the student in {folder.path}", found, advice)
+        return finished_source(folder, fresh, needed_by)
     path = Path(config.student).expanduser()
     class_names = tutor.setup.test_set.class_names
     figures = measure_given(tutor, load_given(path, fresh(), class_names))
@@ -128,20 +141,34 @@ def float_job(config: CompressConfig, tutor: Tutor) -> JobFolder:
     return tutor.folder("pruned") if config.prunes else student_job(config, tutor)
 
 
+def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
+    """Whether the chains of all seeds are finished: then nothing needs to be tried before."""
+    root = compressed_root(run, config)
+    kinds = ["pruned"] * config.prunes + [config.quantize.scheme] * config.quantizes
+    return all(JobFolder(root / f"{kind}-seed{seed}").result() is not None for kind in kinds for seed in student.seeds)
+
+
 def rehearse(config: CompressConfig, student: StudentConfig, setup: Setup) -> None:
-    """Prune and prepare an untrained student: what cannot be compressed is refused before anything is trained."""
+    """Prune and prepare an untrained student, and export it where an opset is asked for: what cannot be compressed is
+    refused before anything is trained.
+    """
     network = fresh_student(student, student.seeds[0], setup)
     if config.student is not None:
         network = load_given(Path(config.student).expanduser(), network, setup.test_set.class_names)
-    model = network.model
+    model, example = network.model, torch.zeros(2, *setup.image_shape)
     if config.prunes:
-        example, gradients = torch.zeros(2, *setup.image_shape), _any_gradients(network)
+        gradients = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
         tried = config.prune
         if tried.of == "latency":  # there is no time to measure it now
-            tried = replace(tried, of="channels")
+            tried = replace(tried, of="parameters", ratio=0.1)
         model = prune(model, example, tried, gradients=gradients).model
     if config.quantizes:
-        prepare(model, setup.image_shape, config.quantize)
+        model = prepare(model, setup.image_shape, config.quantize)
+        if config.quantize.scheme == "int8":
+            calibrate(model, [example + 1])
+    if config.opset is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(model, example, Path(folder) / "model.onnx", metadata={}, opset=config.opset)
 
 
 def _prune(config: CompressConfig, taught: Tutor) -> dict[str, dict[str, Any]]:
@@ -182,8 +209,3 @@ def _fresh(tutor: Tutor) -> Callable[[], Network]:
     """Builds the untrained student, with what losses make part of it."""
     losses = tutor.teaching.losses if tutor.teaching else ()
     return lambda: fresh_student(tutor.student, tutor.seed, tutor.setup, losses)
-
-
-def _any_gradients(network: Network) -> dict[str, Tensor]:
-    """Stand-ins for the gradients that Taylor importance goes by, for a network that is not trained yet."""
-    return {name: torch.ones_like(parameter) for name, parameter in network.model.named_parameters()}

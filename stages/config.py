@@ -8,6 +8,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 T = TypeVar("T")
+V = TypeVar("V", bound=tuple[object, ...])
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -16,3 +17,10 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 def section(cls: type[T]) -> type[T]:
     """Declare a section of a recipe: frozen, keyword-only, strictly typed; an unknown key is an error."""
     return pydantic_dataclass(config=STRICT, frozen=True, kw_only=True)(cls)  # type: ignore[return-value]
+
+
+def unequal(values: V) -> V:
+    """A validator of lists: ValueError where something stands there twice."""
+    if len(set(values)) < len(values):
+        raise ValueError("each may stand there once")
+    return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from stages.compression.onnx_graph import float_nodes
 from stages.fine_tune import Tutor
 from stages.given_student import narrow_types
 from stages.job_folder import JobFolder, read_json, write_json
+from stages.latency_record import Latencies, latency_path, read_latencies
 from stages.network import Network
 from stages.prune_student import Source, finished_source
-from stages.quantize_student import prepare, quantized_record
+from stages.quantize_student import prepare, quantize_job, quantized_record
 from stages.setup import Setup
 from stages.teaching import Teaching
 from stages.train_student import ALONE, DISTILLED, StudentConfig, student_folder
@@ -44,28 +46,25 @@ def export_student(
         {"name": name, **_facts(config, tutor, latency)},
         setup,
         opset=config.opset,
-        narrow=narrow_types(Path(config.student)) if config.student and not config.steps else None,
+        narrow=narrow_types(Path(config.student).expanduser()) if config.student and not config.steps else None,
     )
 
 
-def latency_record(root: Path, seed: int) -> Path:
-    return root / f"latency-seed{seed}.json"
-
-
-def measure_files(config: CompressConfig, tutor: Tutor) -> dict[str, Any]:
+def measure_files(config: CompressConfig, tutor: Tutor) -> Latencies:
     """How long onnxruntime takes for a batch, teacher to INT8 student, in turn in one process: measured once for the
-    same files, on the same number of threads.
+    same files, on the same number of threads. Raises RunError where the record of that is damaged.
     """
-    setup, record = tutor.setup, latency_record(tutor.root, tutor.seed)
+    setup, record = tutor.setup, latency_path(tutor.root, tutor.seed)
     present = {name: folder.onnx for name, folder in _timed(config, tutor).items() if folder.onnx.exists()}
-    measured_on = {
+    measured_on: dict[str, Any] = {
         "batch_sizes": list(config.latency_batch_sizes),
+        "num_rounds": config.latency_rounds,
         "num_threads": torch.get_num_threads(),
         "files_sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in present.items()},
     }
-    held = read_json(record) or {}
-    if {key: held.get(key) for key in measured_on} == measured_on:
-        return held
+    kept, held = read_latencies(record), read_json(record) or {}
+    if kept is not None and {key: held.get(key) for key in measured_on} == measured_on:
+        return kept
     found = measure_latency(
         present,
         setup.image_shape,
@@ -75,9 +74,8 @@ def measure_files(config: CompressConfig, tutor: Tutor) -> dict[str, Any]:
         between_rounds=setup.watch.check,
     )
     files = {name: {str(size): one.to_json() for size, one in by_size.items()} for name, by_size in found.items()}
-    measured = measured_on | {"cpu": cpu_name(), "files": files}
-    write_json(record, measured)
-    return measured
+    write_json(record, measured_on | {"cpu": cpu_name(), "files": files})
+    return Latencies(cpu_name(), measured_on["num_threads"], measured_on["batch_sizes"], files)
 
 
 def _timed(config: CompressConfig, tutor: Tutor) -> dict[str, JobFolder]:
@@ -105,10 +103,12 @@ def _load_quantized(config: CompressConfig, tutor: Tutor, source: Source) -> Net
         return Network(prepared, architecture, network.normalise)
 
     folder = tutor.folder(config.quantize.scheme)
+    if folder.result() is not None:  # made from this very network?
+        folder.begin(quantize_job(config.quantize, config.quantize_train, tutor, source))
     return finished_source(folder, fresh, "kdpipe compress --only quantize").load()
 
 
-def _facts(config: CompressConfig, tutor: Tutor, latency: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(config: CompressConfig, tutor: Tutor, latency: Latencies) -> dict[str, Any]:
     """What the card says beside the files: where the student comes from, and the figures of all that led to it."""
     jobs = {"teacher": JobFolder(tutor.setup.run / "teacher"), "student": student_job(config, tutor)}
     if config.prunes:
@@ -118,7 +118,6 @@ def _facts(config: CompressConfig, tutor: Tutor, latency: Mapping[str, Any]) -> 
     results = {name: result for name, folder in jobs.items() if (result := folder.result()) is not None}
     last = jobs[list(jobs)[-1]]
     stores = tutor.teaching.stores if tutor.teaching else ()
-    shown = {key: latency[key] for key in ("batch_sizes", "num_threads", "cpu", "files")}
     return {
         "kdpipe": version("kdpipe"),
         "seed": tutor.seed,
@@ -136,7 +135,7 @@ def _facts(config: CompressConfig, tutor: Tutor, latency: Mapping[str, Any]) -> 
         "networks": {name: _figures(result) for name, result in results.items()},
         "spared": results.get("pruned", {}).get("spared", {}),
         "float_nodes": [str(node) for node in float_nodes(last.onnx)] if config.quantizes else [],
-        "latency": shown,
+        "latency": asdict(latency),
     }
 
 

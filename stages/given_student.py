@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,10 @@ def load_given(path: Path, fresh: Network, class_names: Sequence[str]) -> Networ
     where the file does not fit or is quantized, FingerprintMismatch where it says that it is another network.
     """
     record = _record(path)
-    architecture = dict(record.get("architecture", fresh.architecture))
+    architecture = record.get("architecture", fresh.architecture)
+    if not isinstance(architecture, Mapping) or not isinstance(architecture.get("widths", {}), Mapping):
+        raise ModelError(f"the record in {path} does not say what the network is: it is damaged.")
+    architecture = dict(architecture)
     if "quantized" in architecture:
         raise ModelError(
             f"{path} is quantized already ({architecture['quantized']}): give the float student that it was made from."
@@ -39,6 +42,7 @@ def load_given(path: Path, fresh: Network, class_names: Sequence[str]) -> Networ
     if found := differences(stored, json.loads(json.dumps(wanted))):
         raise FingerprintMismatch(f"the student in {path}", found, "Give the recipe that student, or another file.")
     network = with_widths(fresh, widths)
+    _require_numbers(path)
     load_weights(network.model, path)
     return network
 
@@ -52,6 +56,15 @@ def measure_given(tutor: Tutor, network: Network) -> dict[str, Any]:
         return done
     network.model.to(tutor.setup.device)
     return finish(folder, network, [], tutor.setup)
+
+
+def _require_numbers(path: Path) -> None:
+    """Raise ModelError for weights that are no real, finite numbers: nothing good can come of them."""
+    for name, one in read_weights(path).items():
+        if isinstance(one, Tensor) and (one.is_complex() or not bool(one.isfinite().all())):
+            raise ModelError(
+                f"{path}: {name} holds NaN, infinity or complex numbers; give weights of a trained network."
+            )
 
 
 def narrow_types(path: Path) -> dict[str, torch.dtype]:

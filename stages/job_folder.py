@@ -17,10 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import RunError
-from store import FingerprintMismatch, differences, make_folders, write_atomically
+from store import FingerprintMismatch, differences, make_folders, sweep_partial, write_atomically
 
-FIGURES = {"accuracy", "best_accuracy", "num_parameters", "onnx_bytes", "onnx_agreement", "identity", "wall_s"}
+FIGURES: dict[str, tuple[type, ...]] = {
+    "accuracy": (int, float),
+    "best_accuracy": (int, float),
+    "num_parameters": (int,),
+    "onnx_bytes": (int, type(None)),
+    "onnx_agreement": (int, float, type(None)),
+    "identity": (dict,),
+    "wall_s": (int, float),
+}
 """What a finished job says of itself, at the least."""
+
+MORE_FIGURES: dict[str, tuple[type, ...]] = {"num_macs": (int, type(None)), "spared": (dict,)}
+"""What some also say."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class JobFolder:
         Raises FingerprintMismatch if it holds a job that was made from something else.
         """
         make_folders([self.path])
+        sweep_partial(self.path)
         wanted = json.loads(json.dumps(made_from))
         stored = read_json(self.path / "job.json")
         if stored is None:
@@ -64,10 +76,10 @@ class JobFolder:
     def result(self) -> dict[str, Any] | None:
         """The figures of a finished job; None while it is not. Raises RunError where they are not a job's figures."""
         record = read_json(self.path / "result.json")
-        if record is not None and (absent := FIGURES - set(record)):
+        if record is not None and (faults := _faults(record)):
             raise RunError(
-                f"{self.path / 'result.json'} is damaged or another kdpipe's (it lacks {', '.join(sorted(absent))}): "
-                f"delete the folder {self.path}, and run again."
+                f"{self.path / 'result.json'} is damaged or another kdpipe's ({', '.join(faults)}): delete the folder "
+                f"{self.path}, and run again."
             )
         return record
 
@@ -79,6 +91,14 @@ class JobFolder:
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Make metrics.jsonl hold exactly `lines`: a resumed job leaves no line twice."""
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _faults(record: Mapping[str, Any]) -> list[str]:
+    """What is amiss with a job's figures."""
+    lacking = [f"it lacks {name}" for name in FIGURES if name not in record]
+    kinds = {**FIGURES, **MORE_FIGURES}
+    wrong = [name for name in record if name in kinds and not isinstance(record[name], kinds[name])]
+    return lacking + [f"{name} = {str(record[name])[:40]!r}" for name in wrong]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

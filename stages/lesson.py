@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,9 +51,12 @@ class Normalisation:
         """The scaling in the record that is kept with a network's weights. Raises RunError where there is none."""
         try:
             held = record["normalisation"]
-            return Normalisation(tuple(map(float, held["mean"])), tuple(map(float, held["std"])))
+            mean, std = (tuple(map(float, held[name])) for name in ("mean", "std"))
         except (KeyError, TypeError, ValueError) as error:
             raise RunError("a network's weights lack the record of how it scales its input: train it again.") from error
+        if not all(map(math.isfinite, (*mean, *std))) or min(std, default=0) <= 0:
+            raise RunError(f"a network's record scales its input by mean {mean} and std {std}: train it again.")
+        return Normalisation(mean, std)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ def card_text(card: Mapping[str, Any]) -> str:
 
 def _lines(card: Mapping[str, Any]) -> Iterator[str]:
     architecture, shown = card["architecture"], card["input"]["shape"]
-    yield f"# {card['name']}: {architecture['model']}, {_state(card)}"
+    yield f"# {_plain(card['name'])}: {_plain(architecture['model'])}, {_state(card)}"
     yield ""
     yield (
         f"Made by kdpipe {card['kdpipe']}. It sorts images of {shown[1]} x {shown[2]} x {shown[3]} (channels, height, "
@@ -54,10 +55,10 @@ def _state(card: Mapping[str, Any]) -> str:
 
 
 def _origin(card: Mapping[str, Any]) -> Iterator[str]:
-    yield f"- Data: {card['data']['name']}; seed {card['seed']}."
+    yield f"- Data: {_plain(card['data']['name'])}; seed {card['seed']}."
     for teacher in card["teachers"]:
         yield (
-            f"- Teacher: {teacher['model']}, weights {teacher['weights_sha256'][:12]}, from the store with the "
+            f"- Teacher: {_plain(teacher['model'])}, weights {teacher['weights_sha256'][:12]}, from the store with the "
             f"fingerprint {teacher['fingerprint'][:12]} ({teacher['num_views']} views)."
         )
     yield f"- Weights of this student: {card['weights_sha256'][:12]} (sha256, the first 12 digits)."
@@ -88,8 +89,8 @@ def _table(card: Mapping[str, Any]) -> Iterator[str]:
 def _files(card: Mapping[str, Any]) -> Iterator[str]:
     yield "## Files"
     yield ""
-    for name, num_bytes in card["files"].items():
-        yield f"- `{name}`: {num_bytes:,} bytes. {_purpose(name)}"
+    for name, file in card["files"].items():
+        yield f"- `{name}`: {file['bytes']:,} bytes. {_purpose(name)}"
 
 
 def _purpose(name: str) -> str:
@@ -110,5 +111,12 @@ def _count(number: int | None) -> str:
     return "-" if number is None else f"{number:,}"
 
 
+def _plain(text: str) -> str:
+    """A name as Markdown shows it: class names come from folders and files of strangers."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text[:80])
+    return re.sub(r"([\\`*_{}\[\]<>#|~!])", r"\\\1", shown)
+
+
 def _few(names: list[str]) -> str:
+    names = [_plain(name) for name in names]
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -60,13 +60,12 @@ def finish(
     setup: Setup,
     *,
     with_onnx: bool = True,
-    whole_test: bool = False,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure a trained network, leave its weights, ONNX file and figures in `folder`, and return the figures.
 
-    whole_test: the ONNX file is held against torch on all test images, not on the first of them only. more: what else
-    the figures say. Raises ModelError where the network cannot be exported, or its file does not answer as it does.
+    more: what else the figures say. Raises ModelError where the network cannot be exported, or its file does not answer
+    as it does, on the first test images.
     """
     network.model.eval()
     examined = examine(network.model, setup.test(network.normalise), setup.device)
@@ -76,7 +75,7 @@ def finish(
     if with_onnx:
         example = torch.zeros(2, *setup.image_shape, device=setup.device)
         export_onnx(network.model, example, folder.onnx, metadata=onnx_metadata(network, setup))
-        agreement = require_agreement(folder.onnx, network, setup, whole_test=whole_test)
+        agreement = require_agreement(folder.onnx, network, setup)
     best = max(history, key=lambda line: line["accuracy"], default={"accuracy": examined.top1, "epoch": None})
     result = {
         "accuracy": examined.top1,
@@ -107,10 +106,9 @@ def onnx_metadata(network: Network, setup: Setup) -> dict[str, str]:
 
 
 def require_agreement(path: Path, network: Network, setup: Setup, *, whole_test: bool = False) -> float:
-    """The share of test images on which the file at `path`, run by onnxruntime, gives the network's top-1 answer.
-
-    Raises ModelError, saying where the two part, where it is below LEAST_AGREEMENT, or their accuracies lie more than
-    MOST_APART from each other.
+    """The share of test images, all or the first of them, on which the file at `path`, run by onnxruntime, gives the
+    network's top-1 answer. Raises ModelError, saying where the two part, where it is below LEAST_AGREEMENT, or their
+    accuracies lie more than MOST_APART from each other.
     """
     test = setup.test(network.normalise)
     found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))

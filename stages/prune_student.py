@@ -26,7 +26,6 @@ from stages.network import Network, finish
 from stages.optim import TrainConfig
 from stages.order import derive_seed
 from stages.start_file import Start, load_start, save_start, start_path, with_widths
-from stages.tensor_file import load_tensors
 from store import make_folders
 
 LATENCY_BATCH_SIZE = 16
@@ -60,6 +59,10 @@ def prune_json(config: PruneConfig) -> dict[str, Any]:
     them, so that the jobs of older versions stay what they are.
     """
     record, plain = asdict(config), asdict(PruneConfig())
+    if config.importance != "taylor":
+        del record["importance_batches"]
+    if config.steps == 1:
+        del record["epochs_per_step"]
     first = ("ratio", "importance", "scope", "max_ratio", "round_to", "keep")
     return {key: value for key, value in record.items() if key in first or value != plain[key]}
 
@@ -76,17 +79,16 @@ def prune_student(
     fixed = {} if ratio is None else {"channel_ratio": ratio}
     folder.begin(tutor.made_from({"prune": prune_json(config), **fixed}, source.identity, train))
     if (done := folder.result()) is not None:
+        start_path(folder).unlink(missing_ok=True)  # a kill may have come just before that
         return done
     pruner = _Pruner(config, train, tutor, source, ratio)
-    network = source.load()
+    network, reached = source.load(), 0.0
     for step in range(1, config.steps):
-        network = _intermediate(pruner, folder, network, step, name=_name(kind, tutor.seed))
-    start = _start(pruner, folder, network, config.steps)
+        network, reached = _intermediate(pruner, folder, network, step, reached=reached, name=_name(kind, tutor.seed))
+    start = _start(pruner, folder, network, config.steps, reached)
     piece = Piece(_name(kind, tutor.seed), start.network, folder, train, masks=_masks(config, start.network.model))
     history = fine_tune(piece, tutor)
-    figures = finish(
-        folder, start.network, history, tutor.setup, with_onnx=tutor.handed_out, whole_test=True, more=start.facts
-    )
+    figures = finish(folder, start.network, history, tutor.setup, with_onnx=tutor.handed_out, more=start.facts)
     start_path(folder).unlink(missing_ok=True)
     return figures
 
@@ -123,36 +125,44 @@ def _name(kind: str, seed: int) -> str:
     return f"{kind} student, seed {seed}"
 
 
-def _intermediate(pruner: _Pruner, folder: JobFolder, network: Network, step: int, *, name: str) -> Network:
-    """The network after a step that is not the last one: from its file, or pruned and fine-tuned now."""
+def _intermediate(
+    pruner: _Pruner, folder: JobFolder, network: Network, step: int, *, reached: float, name: str
+) -> tuple[Network, float]:
+    """The network after a step that is not the last one, from its file, or pruned and fine-tuned now; and the share of
+    the channels that is gone, `reached` before it.
+    """
     own, tutor = JobFolder(folder.path / f"step{step}"), pruner.tutor
     make_folders([own.path])
     if not own.model.exists():
-        start = _start(pruner, own, network, step)
+        start = _start(pruner, own, network, step, reached)
         config = replace(pruner.train, epochs=pruner.config.epochs_per_step)
         title = f"{name}, step {step} of {pruner.config.steps}"
         masks = _masks(pruner.config, start.network.model)
         fine_tune(Piece(title, start.network, own, config, masks=masks), tutor)
-        save_model(own.model, start.network.model, {"architecture": dict(start.network.architecture)})
+        save_model(own.model, start.network.model, start.record)
     for leftover in (own.checkpoint, start_path(own)):
         leftover.unlink(missing_ok=True)
-    tensors, record = load_tensors(own.model)
-    pruned = with_widths(pruner.source.load(), record["architecture"].get("widths"))
-    pruned.model.load_state_dict(tensors)
-    return pruned
+    done = load_start(own.model, pruner.source.load())
+    return done.network, done.facts["channel_ratio"]
 
 
-def _start(pruner: _Pruner, folder: JobFolder, network: Network, step: int) -> Start:
-    """The network as pruned for a step, before its fine-tuning: from its file, or pruned now and kept."""
+def _start(pruner: _Pruner, folder: JobFolder, network: Network, step: int, reached: float) -> Start:
+    """The network as pruned for a step, before its fine-tuning: from its file, or pruned now and kept. `reached`: the
+    share of the channels that went before; where a step went beyond its goal, the next has nothing to do.
+    """
     setup = pruner.tutor.setup
     if not start_path(folder).exists():
         pruned = pruner(network, step)
         widths = {"widths": record_widths(pruned.model)} if pruner.config.kind == "channels" else {}
         cut = Network(pruned.model, {**network.architecture, **widths}, network.normalise)
         measured = evaluate(cut.model.to(setup.device), setup.test(cut.normalise), setup.device)
-        facts = {"channel_ratio": pruned.ratio, "spared": dict(pruned.spared), "accuracy_before": measured.accuracy}
-        save_start(folder, Start(cut, facts))
-    return load_start(folder, pruner.source.load())
+        facts = {
+            "channel_ratio": max(pruned.ratio, reached),
+            "spared": dict(pruned.spared),
+            "accuracy_before": measured.accuracy,
+        }
+        save_start(start_path(folder), Start(cut, facts))
+    return load_start(start_path(folder), pruner.source.load())
 
 
 def _masks(config: PruneConfig, model: nn.Module) -> dict[str, Tensor]:

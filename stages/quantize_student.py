@@ -43,6 +43,8 @@ class QuantizeConfig:
 def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
     """What decides a quantization; younger keys are left out where they are as they would be without them."""
     record, plain = asdict(config), asdict(QuantizeConfig())
+    if config.scheme != "int4":
+        del record["block_size"]
     first = ("calibration_batches", "freeze_after")
     return {key: value for key, value in record.items() if key in first or value != plain[key]}
 
@@ -85,7 +87,7 @@ def quantize_student(
     Resumes where it was stopped, and a finished one is not touched. Raises ModelError where it cannot be quantized.
     """
     folder = tutor.folder(kind)
-    folder.begin(tutor.made_from({"quantize": quantize_json(config)}, source.identity, train))
+    folder.begin(quantize_job(config, train, tutor, source))
     if (done := folder.result()) is not None:
         return done
     network = source.load()
@@ -105,7 +107,12 @@ def quantize_student(
     masks = masks_of(prepared) if sparse else {}
     piece = Piece(f"{kind} student, seed {tutor.seed}", rounding, folder, train, warm_up, before_epoch, masks)
     history = fine_tune(piece, tutor)
-    return finish(folder, rounding, history, tutor.setup, with_onnx=tutor.handed_out, whole_test=True)
+    return finish(folder, rounding, history, tutor.setup, with_onnx=tutor.handed_out)
+
+
+def quantize_job(config: QuantizeConfig, train: TrainConfig, tutor: Tutor, source: Source) -> dict[str, Any]:
+    """What decides the result."""
+    return tutor.made_from({"quantize": quantize_json(config)}, source.identity, train)
 
 
 def calibrated_only(train: TrainConfig) -> TrainConfig:

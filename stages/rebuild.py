@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stages.cause import cause
 from stages.errors import ModelError
 from stages.lesson import Normalisation
 from stages.losses.simkd import SimKDConfig
@@ -25,6 +26,9 @@ from stages.start_file import with_widths
 from stages.tensor_file import load_tensors
 from store import KdpipeError
 
+MOST = 8192
+"""No width, argument or side of an image in a record may be larger."""
+
 
 def rebuild(path: Path, *, trust_python: bool = False) -> Network:
     """The network in a `model.safetensors` of kdpipe's, in eval mode, on the CPU: pruned or not, in float or rounding
@@ -35,7 +39,7 @@ def rebuild(path: Path, *, trust_python: bool = False) -> Network:
     """
     tensors, record = load_tensors(path)
     try:
-        architecture = dict(record["architecture"])
+        architecture = _sane(record["architecture"])
         plain = {key: value for key, value in architecture.items() if key != "widths"}
         model = _build(architecture, tensors, trust_python=trust_python)
         fresh = Network(model, plain, Normalisation.from_json(record))
@@ -43,13 +47,32 @@ def rebuild(path: Path, *, trust_python: bool = False) -> Network:
         if (config := config_of(architecture)) is not None:
             rounding = prepare(network.model, image_shape_of(architecture), config)
             network = Network(rounding, architecture, network.normalise)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"the record in {path} does not say what to build ({error!r}): it is damaged.") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
+        raise ModelError(f"the record in {path} does not say what to build ({cause(error)}): it is damaged.") from error
     except KdpipeError as error:
         raise ModelError(f"the network in {path} cannot be built: {error}") from error
     load_entries(network.model, tensors, str(path))
     network.model.eval()
     return network
+
+
+def _sane(architecture: Any) -> dict[str, Any]:
+    """A record of ordinary sizes: a stranger's must not ask for all memory. ValueError or TypeError if it is none."""
+    if not isinstance(architecture, dict) or not isinstance(architecture.get("keep_float", []), list):
+        raise TypeError("the architecture is no table of what to build")
+    for key, most in (("num_classes", 10**6), ("in_channels", MOST), ("image_size", MOST), ("args", MOST)):
+        if (largest := _largest(architecture[key])) > most:
+            raise ValueError(f"{key} holds {largest}, more than {most}")
+    if (reused := architecture.get("reused_classifier")) and _largest(reused) > MOST:
+        raise ValueError("the reused classifier is too wide")
+    return architecture
+
+
+def _largest(value: Any) -> float:
+    """The largest number in a JSON value."""
+    if isinstance(value, dict | list):
+        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
 
 
 def image_shape_of(architecture: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.cause import cause
 from stages.compression.widths import apply_widths
+from stages.errors import ModelError, RunError
 from stages.job_folder import JobFolder
 from stages.model_file import save_model
 from stages.network import Network
@@ -24,25 +26,32 @@ class Start:
     network: Network
     facts: Mapping[str, Any]
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What stands in the header of its file."""
+        return {"architecture": dict(self.network.architecture), "facts": dict(self.facts)}
+
 
 def start_path(folder: JobFolder) -> Path:
     return folder.path / "start.safetensors"
 
 
-def save_start(folder: JobFolder, start: Start) -> None:
+def save_start(path: Path, start: Start) -> None:
     """Keep it, whole or not at all."""
-    record = {"architecture": dict(start.network.architecture), "facts": dict(start.facts)}
-    save_model(start_path(folder), start.network.model, record)
+    save_model(path, start.network.model, start.record)
 
 
-def load_start(folder: JobFolder, fresh: Network) -> Start:
-    """The one that was kept; `fresh` is the unpruned network, built anew, and is used up. Raises ModelError for a
-    damaged file.
+def load_start(path: Path, fresh: Network) -> Start:
+    """The one that was kept, or that a fine-tuning made of it; `fresh` is the unpruned network, built anew, and is used
+    up. Raises RunError for a file that is something else.
     """
-    tensors, record = load_tensors(start_path(folder))
-    network = with_widths(fresh, record["architecture"].get("widths"))
-    network.model.load_state_dict(tensors)
-    return Start(network, record["facts"])
+    tensors, record = load_tensors(path)
+    try:
+        network = with_widths(fresh, record["architecture"].get("widths"))
+        network.model.load_state_dict(tensors)
+        return Start(network, {"channel_ratio": float(record["facts"]["channel_ratio"]), **record["facts"]})
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
+        raise RunError(f"{path} is not of this job, or damaged ({cause(error)}): delete it, and run again.") from error
 
 
 def with_widths(fresh: Network, widths: Mapping[str, Any] | None) -> Network:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from stages.config import section
+from stages.config import section, unequal
 from stages.features import feature_shapes
 from stages.job_folder import JobFolder
 from stages.joining import Missing
@@ -39,12 +39,6 @@ from store import make_folders
 ALONE, DISTILLED = "alone", "distilled"
 
 
-def _unequal(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(values)) < len(values):
-        raise ValueError("each may stand there once")
-    return values
-
-
 @section
 class StudentConfig:
     """The student, and how it is trained: once for each seed, alone and distilled, all else being equal.
@@ -58,7 +52,7 @@ class StudentConfig:
 
     model: ModelConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_unequal)] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(unequal)] = (0, 1, 2)
     hard_label_weight: Amount = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     stores: tuple[str, ...] = ()

@@ -146,7 +146,7 @@ def test_a_resnets_stem_is_written_over_folded_pixels_and_gives_the_very_same_lo
     torch.manual_seed(0)
     model = Stem()
     prepared, batch = stem_file(tmp_path / "folded.onnx", model, size)
-    monkeypatch.setattr(onnx_file, "_quicken_stem", lambda proto: None)
+    monkeypatch.setattr(onnx_file, "quicken_stem", lambda proto: None)
     stem_file(tmp_path / "plain.onnx", model, size)
     assert "SpaceToDepth" not in op_counts(tmp_path / "plain.onnx")
     counts = op_counts(tmp_path / "folded.onnx")

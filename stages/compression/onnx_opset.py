@@ -1,0 +1,61 @@
+"""Which opsets of ONNX a network can be written in: torch's exporter knows the newer, onnx converts to older."""
+
+from __future__ import annotations
+
+import contextlib
+
+import onnx
+import onnxruntime
+from onnx import version_converter
+
+from stages.compression.onnx_graph import INPUT, OUTPUT, session_options
+from stages.errors import ModelError
+
+EXPORTED_OPSET = 18
+"""The oldest opset in which torch's exporter writes; a file in an older one is converted, where that can be."""
+
+
+def brought_back(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """The network in an opset older than the exporter's. ModelError, with the least one that works, if not in this.
+
+    The exporter would do this too, but hand out its own opset where it fails, and without a word.
+    """
+    for candidate in range(max(opset, 1), EXPORTED_OPSET):
+        with contextlib.suppress(Exception):  # the converter's errors have no base class of their own
+            converted = version_converter.convert_version(proto, candidate)
+            if _runs(converted):
+                if candidate == opset:
+                    return converted
+                break
+    else:
+        candidate = EXPORTED_OPSET
+    raise ModelError(
+        f"the model cannot be written with ONNX opset {opset} (compress.opset): the least that holds its operators is "
+        f"{candidate}."
+    )
+
+
+def require_known_opset(opset: int) -> None:
+    """ModelError if onnxruntime does not know an opset, with the newest one that it knows."""
+    images, logits = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in (INPUT, OUTPUT)
+    )
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", [INPUT], [OUTPUT])], "any", [images], [logits])
+    newest = onnx.defs.onnx_opset_version()
+    while not _runs(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", newest)], ir_version=8)):
+        newest -= 1
+    if opset > newest:
+        raise ModelError(
+            f"onnxruntime {onnxruntime.__version__} runs no ONNX opset above {newest}, and compress.opset is {opset}: "
+            "take an older one, or leave the choice to torch's exporter."
+        )
+
+
+def _runs(proto: onnx.ModelProto) -> bool:
+    options = session_options()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception:  # onnxruntime's errors have no base class of their own
+        return False
+    return True

@@ -1,0 +1,50 @@
+"""What the files of a seed take in onnxruntime, as it is kept beside the compressed students."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.errors import RunError
+from stages.job_folder import read_json
+
+Times = dict[str, dict[str, float]]
+"""By batch size, as text: the median and the 95th percentile of a batch, p50_ms and p95_ms."""
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """The times of each kind of network, on a CPU and so many of its threads."""
+
+    cpu: str
+    num_threads: int
+    batch_sizes: list[int]
+    files: Mapping[str, Times]
+
+    def of(self, kind: str, timed_as: str) -> Times | None:
+        """A network's own, or else those of the kind that takes the same."""
+        return self.files.get(kind, self.files.get(timed_as))
+
+
+def latency_path(root: Path, seed: int) -> Path:
+    return root / f"latency-seed{seed}.json"
+
+
+def read_latencies(path: Path) -> Latencies | None:
+    """What is kept there; None where nothing is. Raises RunError where it is damaged."""
+    record = read_json(path)
+    if record is None:
+        return None
+    try:
+        found = Latencies(str(record["cpu"]), int(record["num_threads"]), list(record["batch_sizes"]), record["files"])
+        times = [found.files[kind][str(size)] for kind in found.files for size in found.batch_sizes]
+        figures: list[Any] = [pair[name] for pair in times for name in ("p50_ms", "p95_ms")]
+        whole = all(isinstance(figure, float | int) and math.isfinite(figure) and figure > 0 for figure in figures)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({error!r}): delete it, and run `kdpipe compress` again.") from error
+    if not whole:
+        raise RunError(f"{path} is damaged (a time is no number): delete it, and run `kdpipe compress` again.")
+    return found
