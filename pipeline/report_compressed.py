@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class WonBack:
     """What a compression cost in points of accuracy, against the student: fine-tuned with hard labels alone, and with
-    the teacher's stores; and which share of the loss the stores won back, None where there was none to win back.
+    the teacher's stores; and which share of the loss the stores won back, None where less than LEAST_LOSS was lost.
     """
 
     name: str
@@ -27,6 +27,9 @@ class WonBack:
     points_lost: float
     share: float | None
 
+
+LEAST_LOSS = 0.1
+"""Points of accuracy below which nothing worth winning back was lost."""
 
 PAIRS = tuple((kind, f"{kind}-alone") for kind in ("pruned", "int8-unpruned", "int8", "int4-unpruned", "int4"))
 """Compressed with the stores, and the same with hard labels alone."""
@@ -45,7 +48,7 @@ def won_back(rows: Sequence[Row]) -> list[WonBack]:
             continue
         lost_alone = student.accuracy_mean - known[alone].accuracy_mean
         lost = student.accuracy_mean - row.accuracy_mean
-        found.append(WonBack(row.name, lost_alone, lost, 1 - lost / lost_alone if lost_alone > 0 else None))
+        found.append(WonBack(row.name, lost_alone, lost, 1 - lost / lost_alone if lost_alone >= LEAST_LOSS else None))
     return found
 
 

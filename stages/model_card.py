@@ -35,7 +35,7 @@ def _lines(card: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     onnx = [name for name in card["files"] if name.endswith(".onnx")]
     yield "```python"
-    yield SNIPPET.format(file=sorted(onnx, key=len)[-1], shape=shown)
+    yield SNIPPET.format(file=sorted(onnx, key=len)[-1], shape=f"[{', '.join(map(str, shown))}]")
     yield "```"
     yield ""
     yield (
@@ -83,7 +83,9 @@ def _table(card: Mapping[str, Any]) -> Iterator[str]:
             f"{_count(row['num_macs'])} | {row['onnx_bytes']:,} | {' | '.join(shown)} |"
         )
     yield ""
-    yield f"onnxruntime on {card['latency']['cpu']}, {card['latency']['num_threads']} threads; medians, files in turn."
+    threads = card["latency"]["num_threads"]
+    on = "one thread" if threads == 1 else f"{threads} threads"
+    yield f"onnxruntime on {on} of {card['latency']['cpu']}; medians, the files in turn."
 
 
 def _files(card: Mapping[str, Any]) -> Iterator[str]:

@@ -70,3 +70,44 @@ def test_sensitivity_ranks_the_layers_and_writes_nothing(done, recipe):
     shown = kdpipe_here("sensitivity", recipe, "--run", done[0], "--batches", "2").stdout
     assert f'compress.quantize.keep_float=["{layers[0]["path"]}"]' in shown
     assert folder_bytes(done[0]) == before
+
+
+def test_what_cannot_be_is_refused_before_anything_is_fine_tuned(done, recipe, tmp_path):
+    common = arguments(done, recipe, tmp_path / "run")
+    for changes, exit_code, sentence in (
+        (
+            ("--only", "prune", "--set", "compress.steps=['quantize']"),
+            2,
+            "compress.steps is ['quantize']",
+        ),
+        (("--set", "distill=[]"), 2, "has no [[distill]]"),
+        (("--set", "compress.quantize.keep_float=['nosuch']"), 1, "has no module 'nosuch'"),
+        (("--set", "compress.opset=99"), 1, "compress.opset is 99"),
+        (("--set", "compress.opset=13"), 1, "compress.opset"),
+        (("--set", "compress.latency_batch_sizes=[1000000000000]"), 2, "latency_batch_sizes"),
+        (("--set", "compress.prune.round_to=64"), 1, "removes no channel"),
+    ):
+        ended = kdpipe_here("compress", *common, *changes)
+        assert (ended.exit_code, sentence in ended.stderr) == (exit_code, True), (changes, ended.stderr)
+        assert "Traceback" not in ended.stderr and not (tmp_path / "run" / "compressed").exists()
+
+
+def test_strange_names_of_folders_and_files_are_taken_as_they_are(done, recipe, tmp_path):
+    run = tmp_path / "[red]run[/bold] \U0001f600"
+    shutil.copy(done[0] / "students" / "distilled-seed0" / "model.safetensors", tmp_path / "\U0001f600 'x'.safetensors")
+    common = (*arguments(done, recipe, run), "--set", "compress.steps=[]")
+    ended = kdpipe_here("compress", *common, "--from", tmp_path / "\U0001f600 'x'.safetensors")
+    assert ended.exit_code == 0, ended.stderr
+    report = kdpipe_here("report", run)
+    assert report.exit_code == 0, report.stderr
+    assert str(run) in report.stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"cpu": "x", "num_threads": 1, "batch_sizes": [1], "files": {"a": 1}}'])
+def test_a_damaged_record_of_latencies_is_one_sentence(done, recipe, tmp_path, text):
+    run = tmp_path / "run"
+    shutil.copytree(done[0], run)
+    (run / "compressed" / "latency-seed0.json").write_text(text)
+    ended = kdpipe_here("compress", recipe, "--run", run)
+    assert ended.exit_code == 1
+    assert "latency-seed0.json" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr

@@ -19,11 +19,12 @@ from stages.errors import ModelError, RunError, StoppedEarly
 from stages.export_student import export_student
 from stages.fine_tune import Tutor
 from stages.job_folder import read_json
+from stages.model_card import card_text
 from stages.models.build import ModelConfig
 from stages.quantize_student import QuantizeConfig
 from stages.rebuild import rebuild
 from stages.tensor_file import load_tensors, save_tensors
-from stages.train_student import train_student
+from stages.train_student import open_teaching, train_student
 from stages.watch import Watch
 from store import FingerprintMismatch
 
@@ -344,3 +345,113 @@ def test_layers_left_float_by_name_are_float_and_said_to_be(run, copy):
     card = json.loads((exported(copy, run, config) / "card.json").read_text())
     assert card["architecture"]["keep_float"] == ["stage1.0"]
     assert any("stage1" in node for node in card["float_nodes"])
+
+
+def test_a_step_beyond_its_goal_leaves_the_next_nothing_to_do(run, copy, monkeypatch):
+    monkeypatch.setattr(Tutor, "handed_out", False)
+    config = with_prune(of="macs", ratio=0.2, round_to=4, steps=2, epochs_per_step=1)
+    figures = compressed(copy, run, dataclasses.replace(config, baselines=True, steps=("prune",)))
+    assert figures["pruned"]["channel_ratio"] > 0
+    assert sizes(weights(copy, "pruned")) == sizes(weights(copy, "pruned-alone"))
+
+
+def test_only_a_file_that_answers_as_its_network_is_handed_over(run, own):
+    folder = own / "compressed" / "artefacts-seed0"
+    shutil.rmtree(folder)
+    shutil.copy(run / "teacher" / "model.onnx", own / "compressed" / "pruned-seed0" / "model.onnx")
+    with pytest.raises(ModelError, match=r"agrees with torch on .* test images"):
+        exported(own, run)
+    assert not list(folder.iterdir())
+    (own / "compressed" / "pruned-seed0" / "model.onnx").unlink()
+    with pytest.raises(RunError, match="is gone: delete the folder"):
+        exported(own, run)
+
+
+@pytest.mark.parametrize("damage", ["model.int8.onnx", "model.safetensors", "card.json"])
+def test_damaged_artefacts_are_made_again(run, own, damage):
+    folder = own / "compressed" / "artefacts-seed0"
+    before = folder_bytes(folder)
+    (folder / damage).write_text('{"files": [1]}')
+    exported(own, run)
+    assert folder_bytes(folder) == before
+
+
+def test_what_belongs_to_an_earlier_recipe_does_not_stay_among_the_artefacts(run, own):
+    folder = exported(own, run, dataclasses.replace(CONFIG, steps=("prune",)))
+    assert {path.name for path in folder.glob("model*")} == {"model.onnx", "model.pt2", "model.safetensors"}
+
+
+def test_a_quantized_student_of_another_network_is_not_handed_over(run, own):
+    with pytest.raises(FingerprintMismatch, match="starts_from"):
+        exported(own, run, dataclasses.replace(CONFIG, steps=("quantize",)))
+
+
+def test_another_student_is_refused_before_anything_else(run, own):
+    other = dataclasses.replace(STUDENT, model=ModelConfig(name="cnn", args={"width": 3, "num_stages": 2}))
+    setup = tiny_setup(own)
+    teaching = open_teaching([run / "store.zarr"], (), other, {}, setup)
+    with pytest.raises(FingerprintMismatch, match="args.width: stored 4, wanted 3"):
+        compress(CONFIG, other, 0, teaching, setup, only=("prune",))
+
+
+def test_what_killed_writers_left_is_swept(run, own):
+    leftover = own / "compressed" / "pruned-seed0" / ".checkpoint.safetensors.0123abcd.partial"
+    leftover.write_bytes(b"half")
+    (own / "compressed" / "pruned-seed0" / "start.safetensors").write_bytes(b"left")
+    compressed(own, run)
+    assert not leftover.exists() and not list(own.rglob("start.safetensors"))
+
+
+def test_a_start_of_another_job_is_told(run, copy):
+    folder = copy / "compressed" / "pruned-seed0"
+    folder.mkdir(parents=True)
+    shutil.copy(run / "teacher" / "model.safetensors", folder / "start.safetensors")
+    with pytest.raises(RunError, match="start.safetensors is not of this job, or damaged"):
+        compressed(copy, run)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1j])
+def test_weights_that_are_no_numbers_are_refused(run, copy, tmp_path, value):
+    state = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")[0]
+    state["fc.bias"] = state["fc.bias"] * value
+    torch.save(state, tmp_path / "broken.pt")
+    with pytest.raises(ModelError, match=r"fc\.bias holds NaN, infinity or complex numbers"):
+        exported(copy, run, dataclasses.replace(CONFIG, student=str(tmp_path / "broken.pt"), steps=()))
+
+
+@pytest.mark.parametrize("architecture", ["x", [1, 2], None, 5, {"widths": "x"}])
+def test_a_header_that_says_nothing_sensible_is_refused(run, copy, tmp_path, architecture):
+    tensors, record = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")
+    own = record["architecture"] | architecture if isinstance(architecture, dict) else architecture
+    save_tensors(tmp_path / "odd.safetensors", tensors, record | {"architecture": own})
+    with pytest.raises(ModelError, match="does not say what the network is"):
+        compressed(copy, run, dataclasses.replace(CONFIG, student=str(tmp_path / "odd.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"args": {"width": 10**12}},
+        {"num_classes": 10**13},
+        {"num_classes": -1},
+        {"image_size": [10**6, 10**6]},
+        {"quantized": "int3"},
+        {"quantized": "int8", "keep_float": "fc"},
+        {"widths": [1]},
+    ],
+    ids=str,
+)
+def test_hostile_records_are_not_built(run, tmp_path, change):
+    tensors, record = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")
+    record["architecture"] |= change
+    save_tensors(tmp_path / "hostile.safetensors", tensors, record)
+    with pytest.raises(ModelError) as raised:
+        rebuild(tmp_path / "hostile.safetensors")
+    assert "\n" not in str(raised.value)
+
+
+def test_class_names_of_strangers_are_plain_text_on_the_card(made):
+    card = json.loads((made / "compressed" / "artefacts-seed0" / "card.json").read_text())
+    text = card_text(card | {"class_names": ["<script>alert(1)</script>", "a\nb", "```", "[x](http://y)", "\u202ezy"]})
+    assert "<script>" not in text and "\u202e" not in text and "a?b" in text
+    assert text.count("```") == 2 and "[x](" not in text
