@@ -117,7 +117,7 @@ class _Pruner:
             done=step / config.steps,
             ratio=None if self.ratio is None else self.ratio * step / config.steps,
             gradients=gradients,
-            latency=_latency_share(full.model, setup.image_shape),
+            latency=latency_share(full.model, setup.image_shape),
         )
 
 
@@ -194,7 +194,7 @@ def loss_gradients(network: Network, tutor: Tutor, batch_size: int, num_batches:
     return found
 
 
-def _latency_share(full: nn.Module, image_shape: tuple[int, int, int]) -> Callable[[nn.Module], float]:
+def latency_share(full: nn.Module, image_shape: tuple[int, int, int]) -> Callable[[nn.Module], float]:
     """Says how long onnxruntime takes for a network, as a share of what it takes for `full`, in turn."""
 
     example = torch.zeros(2, *image_shape)

@@ -22,7 +22,7 @@ def vit(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.M
 
 
 def mobilenet(num_classes: int) -> nn.Module:
-    """MobileNetV2 with five inverted residual blocks, two of them with a shortcut."""
+    """MobileNetV2 with three inverted residual blocks, one of them with a shortcut."""
     from torchvision.models import MobileNetV2
 
-    return MobileNetV2(num_classes, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 1]])
+    return MobileNetV2(num_classes, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])

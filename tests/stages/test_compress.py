@@ -1,6 +1,7 @@
 """Students are pruned, quantized and handed over: each step resumes bit for bit, and what is handed over is whole."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -21,10 +22,12 @@ from stages.fine_tune import Tutor
 from stages.job_folder import read_json
 from stages.model_card import card_text
 from stages.models.build import ModelConfig
+from stages.models.weights import count_parameters
+from stages.prune_student import latency_share
 from stages.quantize_student import QuantizeConfig
 from stages.rebuild import rebuild
 from stages.tensor_file import load_tensors, save_tensors
-from stages.train_student import open_teaching, train_student
+from stages.train_student import fresh_student, open_teaching, train_student
 from stages.watch import Watch
 from store import FingerprintMismatch
 
@@ -97,6 +100,16 @@ def weights(copy, kind):
     return load_tensors(copy / "compressed" / f"{kind}-seed0" / "model.safetensors")[0]
 
 
+def noisy_share(full, measured):
+    """A latency that goes by the parameters, and is not the same twice."""
+    return lambda one: count_parameters(one) / count_parameters(full) * (1 + 0.05 * (next(measured) % 7))
+
+
+def test_a_latency_is_that_of_the_files_in_turn(run):
+    full = fresh_student(STUDENT, 0, tiny_setup(run)).model
+    assert 0.2 < latency_share(full, (1, 8, 8))(full) < 5
+
+
 def sizes(state):
     return {name: tuple(one.shape) for name, one in state.items()}
 
@@ -113,6 +126,8 @@ def sizes(state):
 )
 def test_stopped_again_and_again_equals_undisturbed(run, copy, tmp_path_factory, monkeypatch, changes):
     monkeypatch.setattr(Tutor, "handed_out", False)  # without ONNX files, which take most of the time
+    measured = itertools.count()
+    monkeypatch.setattr("stages.prune_student.latency_share", lambda full, shape: noisy_share(full, measured))
     config, other = with_prune(**changes), copied(run, tmp_path_factory.mktemp("undisturbed"))
     for _ in range(100):
         try:
@@ -122,7 +137,7 @@ def test_stopped_again_and_again_equals_undisturbed(run, copy, tmp_path_factory,
             pass
     else:
         pytest.fail("it never came to its end")
-    if changes.get("of") == "latency":  # measured anew, it may come out otherwise: that is why it is kept
+    if changes.get("of") == "latency":  # measured anew, it comes out otherwise: that is why it is kept
         recorded = read_json(copy / "compressed" / "pruned-seed0" / "result.json")["channel_ratio"]
         config = with_prune(ratio=recorded)
         compressed(other, run, config, only=("prune",))

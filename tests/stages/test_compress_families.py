@@ -80,7 +80,7 @@ def config_for(path):
 
 def stopped_again_and_again(config, student, run):
     for _ in range(100):
-        setup = setup_in(run, Watch(should_stop=StopAfter(2)))
+        setup = setup_in(run, Watch(should_stop=StopAfter(4)))
         teaching = open_teaching([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, setup)
         try:
             return compress(config, student, 0, teaching, setup)

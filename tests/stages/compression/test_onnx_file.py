@@ -141,9 +141,9 @@ def stem_file(path, model, size: int = 16, keep_float=()):
     return prepared.eval(), batch
 
 
-@pytest.mark.parametrize("size", [16, 18])
-def test_a_resnets_stem_is_written_over_folded_pixels_and_gives_the_very_same_logits(size, tmp_path, monkeypatch):
+def test_a_resnets_stem_is_written_over_folded_pixels_and_gives_the_very_same_logits(tmp_path, monkeypatch):
     torch.manual_seed(0)
+    size = 18
     model = Stem()
     prepared, batch = stem_file(tmp_path / "folded.onnx", model, size)
     monkeypatch.setattr(onnx_file, "quicken_stem", lambda proto: None)
@@ -263,7 +263,7 @@ def test_what_is_no_onnx_file_is_told(tmp_path):
         check_onnx(tmp_path / "text.onnx", build("plain"), EXAMPLE, batch_size=1)
 
 
-@pytest.mark.parametrize(("kind", "opset"), [("float", 18), ("float", 21), ("int8", 14), ("int8", 26)])
+@pytest.mark.parametrize(("kind", "opset"), [("float", 21), ("int8", 14)])
 def test_the_file_is_in_the_opset_that_was_asked_for_and_agrees(trained, tmp_path, kind, opset):
     model, path = trained[kind == "int8"].eval(), tmp_path / "model.onnx"
     export_onnx(model, EXAMPLE, path, metadata=METADATA, opset=opset)
