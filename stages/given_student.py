@@ -55,7 +55,7 @@ def measure_given(tutor: Tutor, network: Network) -> dict[str, Any]:
     if (done := folder.result()) is not None:
         return done
     network.model.to(tutor.setup.device)
-    return finish(folder, network, [], tutor.setup)
+    return finish(folder, network, [], tutor.setup, with_onnx=tutor.handed_out)
 
 
 def _require_numbers(path: Path) -> None:

@@ -290,7 +290,8 @@ def test_a_folder_that_cannot_be_written_is_told(run, own):
         exported(own, run)
 
 
-def test_a_student_trained_elsewhere_is_measured_compressed_and_kept_apart(run, copy, tmp_path):
+def test_a_student_trained_elsewhere_is_measured_compressed_and_kept_apart(run, copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tutor, "handed_out", False)
     state = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")[0]
     torch.save({"state_dict": {f"module.{name}": one for name, one in state.items()}}, tmp_path / "mine.pt")
     config = dataclasses.replace(CONFIG, student=str(tmp_path / "mine.pt"))
@@ -299,7 +300,6 @@ def test_a_student_trained_elsewhere_is_measured_compressed_and_kept_apart(run, 
     given = read_json(copy / "compressed-mine" / "given" / "result.json")
     assert given["accuracy"] == read_json(run / "students" / "distilled-seed0" / "result.json")["accuracy"]
     assert figures["int8"] == compressed(copy, run, config)["int8"]
-    assert list(json.loads((exported(copy, run, config) / "card.json").read_text())["networks"])[1] == "student"
 
 
 def test_a_bf16_student_passes_through_untouched(run, copy, tmp_path):

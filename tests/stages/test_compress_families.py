@@ -1,7 +1,6 @@
-"""Residual, depthwise, plain and attention networks go the whole way: pruned, INT8, handed over, built again."""
+"""Residual, depthwise, plain and attention networks go the whole way: pruned, INT8, built again, in a fused file."""
 
 import dataclasses
-import json
 import shutil
 
 import onnxruntime
@@ -11,10 +10,12 @@ import torch.nn.functional as F
 from tiny_road import TEACHER, TRAIN, StopAfter, make_tiny_store, squares, tiny_setup
 
 from stages.compress import CompressConfig, compress
+from stages.compression.onnx_check import check_onnx
+from stages.compression.onnx_file import export_onnx
 from stages.compression.onnx_graph import float_nodes, op_counts
 from stages.compression.prune import PruneConfig
 from stages.errors import StoppedEarly
-from stages.export_student import export_student
+from stages.evaluate import evaluate
 from stages.fine_tune import Tutor
 from stages.job_folder import read_json
 from stages.losses.kd import KDConfig
@@ -91,16 +92,14 @@ def stopped_again_and_again(config, student, run):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_goes_the_whole_way(run, tmp_path, monkeypatch, family):
+    monkeypatch.setattr(Tutor, "handed_out", False)  # one ONNX file, below, is enough
     student = StudentConfig(model=FAMILIES[family], train=TRAIN, seeds=(0,))
     setup = setup_in(run)
     trained_elsewhere(student, setup, tmp_path / f"{family}.pt")
     shutil.copy(tmp_path / f"{family}.pt", tmp_path / f"{family}-again.pt")
-    config, undisturbed = config_for(tmp_path / f"{family}.pt"), config_for(tmp_path / f"{family}-again.pt")
-    figures = stopped_again_and_again(config, student, run)
+    figures = stopped_again_and_again(config_for(tmp_path / f"{family}.pt"), student, run)
     teaching = open_teaching([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, setup)
-    with monkeypatch.context() as without_files:
-        without_files.setattr(Tutor, "handed_out", False)
-        compress(undisturbed, student, 0, teaching, setup)
+    compress(config_for(tmp_path / f"{family}-again.pt"), student, 0, teaching, setup)
 
     # A quantization-aware training that is stopped again and again ends in the very same weights.
     root = run / f"compressed-{family}"
@@ -108,29 +107,25 @@ def test_a_family_goes_the_whole_way(run, tmp_path, monkeypatch, family):
         first = load_tensors(root / f"{kind}-seed0" / "model.safetensors")[0]
         second = load_tensors(run / f"compressed-{family}-again" / f"{kind}-seed0" / "model.safetensors")[0]
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
     given = read_json(root / "given" / "result.json")
     assert figures["pruned"]["num_parameters"] < (0.85 if family == "attention" else 0.5) * given["num_parameters"]
-    assert figures["int8"]["onnx_agreement"] >= 0.99
 
-    # What is handed over is built again from its own record, and answers as the file does.
-    export_student(config, student, 0, teaching, setup, name="families")
-    folder = root / "artefacts-seed0"
-    rebuilt = rebuild(folder / "model.safetensors", trust_python=True)
-    images = rebuilt.normalise(setup.test_set.images)
-    session = onnxruntime.InferenceSession(folder / "model.int8.onnx")
-    with torch.no_grad():
-        expected = rebuilt.model(images)
-    for batch in (images, images[:1]):
-        (found,) = session.run(["logits"], {"images": batch.numpy()})
-        assert float((torch.from_numpy(found).argmax(1) == expected[: len(batch)].argmax(1)).float().mean()) >= 0.98
+    # Pruned and INT8, it is built again from its own record, says the same, and so does its file.
+    test = setup.test(fresh_student(student, 0, setup).normalise)
+    for kind in ("pruned", "int8"):
+        rebuilt = rebuild(root / f"{kind}-seed0" / "model.safetensors", trust_python=True)
+        assert evaluate(rebuilt.model, test, setup.device).accuracy == figures[kind]["accuracy"]
+    export_onnx(rebuilt.model, torch.zeros(2, *setup.image_shape), path := tmp_path / "model.onnx", metadata={})
+    agreement = check_onnx(path, rebuilt.model, test.batches())
+    assert agreement.top1_agreement >= 0.98
+    session = onnxruntime.InferenceSession(path)
+    assert session.run(["logits"], {"images": test.images(1).numpy()})[0].shape == (1, 4)
 
-    # Really fused: integers throughout but for what attention computes in float, and that is said.
-    counts, card = op_counts(folder / "model.int8.onnx"), json.loads((folder / "card.json").read_text())
-    assert [str(node) for node in float_nodes(folder / "model.int8.onnx")] == card["float_nodes"]
+    # Really fused: integers throughout, but for what attention computes in float.
+    floats, counts = [str(node) for node in float_nodes(path)], op_counts(path)
     if family == "attention":
-        assert any("Softmax" in node for node in card["float_nodes"])
-        assert any("attention" in why for why in card["spared"].values())
+        assert any("Softmax" in node for node in floats)
+        assert any("attention" in why for why in figures["pruned"]["spared"].values())
     else:
-        assert card["float_nodes"] == []
+        assert floats == []
         assert counts["QLinearConv"] >= 5 and "Conv" not in counts
