@@ -14,7 +14,7 @@ from stages.tensor_file import load_tensors
 def arguments(done, recipe, run):
     """The recipe with the finished run's store and teacher, in another folder."""
     shutil.copytree(done[0] / "teacher", run / "teacher", dirs_exist_ok=True)
-    return (recipe, "--run", run, "--set", f"cache.store={done[0] / 'store.zarr'}", "--set", "compress.baselines=false")
+    return (recipe, "--run", run, "--set", f"cache.store={done[0] / 'store.zarr'}")
 
 
 def test_parts_are_done_one_by_one_and_say_what_they_lack(done, recipe, tmp_path):

@@ -5,6 +5,8 @@ import json
 import pytest
 from kdpipe_process import kdpipe_here
 
+from pipeline.report_networks import places_of
+
 FIGURES = {
     "accuracy": 0.5,
     "cross_entropy": 1.0,
@@ -172,3 +174,15 @@ def test_a_damaged_record_of_latencies_is_one_sentence(tmp_path, text):
     ended = kdpipe_here("report", run)
     assert ended.exit_code == 1
     assert ended.stderr.count("\n") == 1 and "latency-seed0.json" in ended.stderr
+
+
+def test_every_network_that_compress_makes_has_its_row(tmp_path):
+    """The kinds as tests/stages/test_compress.py has them from the stage itself."""
+    compress = {"steps": ["prune", "quantize"], "baselines": True}
+    kinds = {"pruned", "pruned-alone", "int8", "int8-alone", "int8-ptq", "int8-unpruned", "int8-unpruned-alone"}
+    recipe = {"student": {"seeds": [0]}, "compress": compress}
+    assert {place.kind for place in places_of(recipe, tmp_path)} == {"teacher", "alone", "student", *kinds}
+    recipe["compress"] = compress | {"steps": ["quantize"], "quantize": {"scheme": "int4"}}
+    names = {place.kind: place.name for place in places_of(recipe, tmp_path)}
+    assert list(names)[3:] == ["int4", "int4-ptq", "int4-alone"]
+    assert names["int4-ptq"] == "INT4, calibrated"

@@ -185,4 +185,7 @@ def test_workers_and_their_process_end_together_however_either_ends(tmp_path, pr
     for name in ("loses_a_worker", "loses_a_worker_as_it_hands_over"):
         (sentence,) = (line for line in lines if line.startswith(f"{name}: "))
         assert "DataLoader worker (pid" in sentence, "by which the command line knows it"
-    assert len([line for line in lines if line]) == len(ENDED) + 3, f"and nothing else is said: {said}"
+    # A thread of multiprocessing's, in a worker whose peer is killed as it hands over, may say so in its own way.
+    its_own = (" ", "Traceback (most recent call last)", "ConnectionResetError", "BrokenPipeError", "EOFError")
+    ours = [line for line in lines if line and not line.startswith(its_own)]
+    assert len(ours) == len(ENDED) + 3, f"and nothing else is said: {said}"
