@@ -53,7 +53,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done;
 
 @app.command()
 def demo(run: RunFolder = None, as_json: AsJson = False) -> None:
-    """The whole road on real digits, in a minute. No download; ends with the table."""
+    """The whole road on real digits, in two minutes. No download; ends with the tables."""
     _execute("run", _builtin_recipe("digits.toml"), None, run, as_json)
 
 
