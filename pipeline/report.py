@@ -58,6 +58,7 @@ class Report:
     latency: Latencies | None
     rows: list[Row]
     won_back: list[WonBack]
+    picture: str | None
     artefacts: list[str]
     missing: list[str]
 
@@ -89,7 +90,8 @@ def read_report(run: Path) -> Report:
         missing += [f"{place.name} ({num_missing} of {len(place.jobs)})"] if num_missing else []
         rows += [_row(place, results, rows, latency)] if results else []
     artefacts = [str(path.parent) for seed in seeds for path in root.glob(f"artefacts-seed{seed}/card.json")]
-    return Report(str(run), name, latency, rows, won_back(rows), artefacts, missing)
+    picture = str(root / "pareto.svg") if (root / "pareto.svg").exists() else None
+    return Report(str(run), name, latency, rows, won_back(rows), picture, artefacts, missing)
 
 
 def _row(
@@ -154,6 +156,8 @@ def print_report(report: Report) -> None:
     for row in report.rows:
         if row.files:
             console.print(f"  {row.name:<18} {row.files[0]}", highlight=False, markup=False)
+    if report.picture is not None:
+        console.print(f"  picture            {report.picture}", highlight=False, markup=False)
     for folder in report.artefacts:
         console.print(f"  handed over        {folder}", highlight=False, markup=False)
     if (Path(report.run) / "compare").is_dir():

@@ -31,11 +31,26 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
     for kind, students in results.get("students", {}).items():
         for number, student in enumerate(students):
             yield _figures(f"student {kind}, number {number}", student)
+    yield from _compressed(results)
+
+
+def _compressed(results: dict[str, Any]) -> Iterator[str]:
     for number, pair in enumerate(results.get("compressed", [])):
         for kind, figures in pair.items():
             yield _figures(f"{kind}, number {number}", figures)
+    for pair in results.get("compressed", [])[:1]:  # the same for every seed
+        if spared := pair.get("pruned", {}).get("spared"):
+            yield f"not pruned: {_few([f'{path} ({why})' for path, why in spared.items()])}"
+    for card in results.get("artefacts", [])[:1]:
+        if card["float_nodes"]:
+            yield f"not in integers: {_few(card['float_nodes'])}"
     for card in results.get("artefacts", []):
         yield f"handed over: {', '.join(card['files'])}: {card['folder']}"
+
+
+def _few(texts: list[str]) -> str:
+    more = f" and {len(texts) - 5} more (card.json)" if len(texts) > 5 else ""
+    return ", ".join(texts[:5]) + more
 
 
 def _figures(name: str, figures: dict[str, Any]) -> str:

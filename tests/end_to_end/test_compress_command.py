@@ -21,6 +21,7 @@ def test_parts_are_done_one_by_one_and_say_what_they_lack(done, recipe, tmp_path
     again = kdpipe_here("compress", recipe, "--run", done[0], "--only", "export", "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["artefacts"][0]["folder"].endswith("artefacts-seed0")
+    assert "not pruned: fc (it writes the logits)" in kdpipe_here("compress", recipe, "--run", done[0]).stdout
     early = kdpipe_here("compress", *arguments(done, recipe, tmp_path / "run"), "--only", "quantize")
     assert early.exit_code == 1
     assert "run `kdpipe compress --only prune` first" in early.stderr

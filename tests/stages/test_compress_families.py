@@ -32,7 +32,7 @@ FAMILIES = {
     "plain": ModelConfig(name="vgg8"),
     "attention": ModelConfig(name="python:tiny_families:vit"),
 }
-FINE = dataclasses.replace(TRAIN, epochs=2, lr=0.01)
+FINE = dataclasses.replace(TRAIN, epochs=2, lr=0.01, checkpoint_every_s=30)  # and where it is stopped
 
 
 def enlarged(image_set):
