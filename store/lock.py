@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -154,7 +155,19 @@ def _open(path: Path) -> int:
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # again and again: the last to release a claim removes the folder
-            make_folders([path.parent])
+            try:
+                make_folders([path.parent])
+            except FileExistsError:  # it was there when it was to be made, and was gone when pathlib looked
+                if not _may_be_folder(path.parent):
+                    raise
+
+
+def _may_be_folder(path: Path) -> bool:
+    """Whether a folder is at `path`, or nothing: at one look, as it may come and go."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return True
 
 
 @contextmanager

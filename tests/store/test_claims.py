@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +116,27 @@ def test_a_claim_whose_folder_was_swept_away_does_not_remove_its_successor(store
     assert isinstance(second, Claim)
     first.release()
     assert (locks / "v0-s0").exists()
+
+
+def test_a_folder_that_vanishes_as_it_is_made_is_made_again(store, locks, monkeypatch):
+    """pathlib, told that a folder exists, looks whether it is one: another's last release may come between."""
+    made, times = Path.mkdir, []
+
+    def gone_meanwhile(path, *args, **kwargs):
+        if path == locks and len(times) < 3:
+            times.append(1)
+            raise FileExistsError(17, "File exists", str(path))
+        made(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", gone_meanwhile)
+    assert isinstance(claim(store, "v0-s0"), Claim)
+    assert len(times) == 3
+
+
+def test_a_link_to_nowhere_in_the_folders_place_is_told(store, locks):
+    locks.symlink_to("nowhere")
+    with pytest.raises(KdpipeError, match="cannot be used"):
+        claim(store, "v0-s0")
 
 
 def test_of_four_racing_processes_one_at_a_time_has_the_unit(tmp_path, store):
