@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from stages.cause import cause
 from stages.compression.bare_copy import bare_copy
@@ -21,6 +20,8 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     Biases, norms, activations, pools and fake quantization count nothing, and a weight that is zero counts like any
     other. The model stays as it is and its hooks are not called. Raises ModelError if it does not run on such an image.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton with it
+
     copy = bare_copy(model).eval()
     parameter = next(copy.parameters(), torch.zeros(()))
     image = torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype)
