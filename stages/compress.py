@@ -25,7 +25,7 @@ from stages.losses.simkd import SimKDConfig
 from stages.model_file import finished_record
 from stages.network import Network
 from stages.optim import TrainConfig
-from stages.prune_student import Source, finished_source, prune_student
+from stages.prune_student import Source, finished_source, prune_job, prune_student
 from stages.quantize_student import QuantizeConfig, calibrated_only, prepare, quantize_student
 from stages.reuse_classifier import last_of_projector
 from stages.setup import Setup
@@ -129,11 +129,16 @@ def student_job(config: CompressConfig, tutor: Tutor) -> JobFolder:
 
 def float_source(config: CompressConfig, tutor: Tutor, kind: str = "pruned") -> Source:
     """The float network of the chain: the pruned student, or the student where nothing is pruned. Raises RunError where
-    it is not there yet.
+    it is not there yet, FingerprintMismatch where it was pruned otherwise than `config` says.
     """
-    if config.prunes:
-        return finished_source(tutor.folder(kind), _fresh(tutor), "kdpipe compress --only prune")
-    return student_source(config, tutor)
+    if not config.prunes:
+        return student_source(config, tutor)
+    folder = tutor.folder(kind)
+    found = finished_source(folder, _fresh(tutor), "kdpipe compress --only prune")
+    if kind == "pruned":
+        job = prune_job(_pruning(config, tutor), config.prune_train, tutor, student_source(config, tutor))
+        folder.begin(job)
+    return found
 
 
 def float_job(config: CompressConfig, tutor: Tutor) -> JobFolder:
@@ -172,11 +177,7 @@ def rehearse(config: CompressConfig, student: StudentConfig, setup: Setup) -> No
 
 
 def _prune(config: CompressConfig, taught: Tutor) -> dict[str, dict[str, Any]]:
-    source = student_source(config, taught)
-    losses = taught.teaching.losses if taught.teaching else ()
-    # What the teacher's own classifier sees keeps its channels.
-    reused = [last_of_projector(loss) for loss in losses if isinstance(loss, SimKDConfig)]
-    pruning = replace(config.prune, keep=(*config.prune.keep, *reused))
+    source, pruning = student_source(config, taught), _pruning(config, taught)
     figures = {"pruned": prune_student(pruning, config.prune_train, taught, source, "pruned")}
     if config.baselines:
         ratio = None if pruning.of == "channels" else figures["pruned"]["channel_ratio"]
@@ -185,12 +186,19 @@ def _prune(config: CompressConfig, taught: Tutor) -> dict[str, dict[str, Any]]:
     return figures
 
 
+def _pruning(config: CompressConfig, taught: Tutor) -> PruneConfig:
+    """The recipe's pruning; what the teacher's own classifier sees (SimKD) keeps its channels."""
+    losses = taught.teaching.losses if taught.teaching else ()
+    reused = [last_of_projector(loss) for loss in losses if isinstance(loss, SimKDConfig)]
+    return replace(config.prune, keep=(*config.prune.keep, *reused))
+
+
 def _quantize(config: CompressConfig, taught: Tutor) -> dict[str, dict[str, Any]]:
     scheme, train = config.quantize.scheme, config.quantize_train
     alone = replace(taught, teaching=None)
 
     def quantized(kind: str, tutor: Tutor, source: Source, train: TrainConfig = train) -> dict[str, Any]:
-        sparse = config.prunes and config.prune.kind != "channels"
+        sparse = config.prunes and config.prune.kind != "channels" and kind in (scheme, f"{scheme}-alone")
         return quantize_student(config.quantize, train, tutor, source, kind, sparse=sparse)
 
     figures: dict[str, dict[str, Any]] = {scheme: quantized(scheme, taught, float_source(config, taught))}

@@ -67,6 +67,11 @@ def prune_json(config: PruneConfig) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key in first or value != plain[key]}
 
 
+def prune_job(config: PruneConfig, train: TrainConfig, tutor: Tutor, source: Source) -> dict[str, Any]:
+    """What decides the result."""
+    return tutor.made_from({"prune": prune_json(config)}, source.identity, train)
+
+
 def prune_student(
     config: PruneConfig, train: TrainConfig, tutor: Tutor, source: Source, kind: str, *, ratio: float | None = None
 ) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def prune_student(
     """
     folder = tutor.folder(kind)
     fixed = {} if ratio is None else {"channel_ratio": ratio}
-    folder.begin(tutor.made_from({"prune": prune_json(config), **fixed}, source.identity, train))
+    folder.begin(prune_job(config, train, tutor, source) | fixed)
     if (done := folder.result()) is not None:
         start_path(folder).unlink(missing_ok=True)  # a kill may have come just before that
         return done

@@ -277,6 +277,7 @@ def test_earlier_artefacts_stay_where_new_ones_fail(run, own, monkeypatch):
     with pytest.raises(ModelError, match="opset"):
         exported(own, run, dataclasses.replace(CONFIG, opset=7))
     monkeypatch.setattr("stages.network.LEAST_AGREEMENT", 1.1)
+    monkeypatch.setattr("stages.network.CHECKED_IMAGES", 5)  # of a step's own file; what is handed over sees all 80
     with pytest.raises(ModelError, match=r"agrees with torch on .* % of 80 test images, wanted 110 %"):
         exported(own, run, dataclasses.replace(CONFIG, opset=20))
     assert folder_bytes(folder) == before
@@ -399,6 +400,13 @@ def test_what_belongs_to_an_earlier_recipe_does_not_stay_among_the_artefacts(run
 def test_a_quantized_student_of_another_network_is_not_handed_over(run, own):
     with pytest.raises(FingerprintMismatch, match="starts_from"):
         exported(own, run, dataclasses.replace(CONFIG, steps=("quantize",)))
+
+
+def test_a_student_pruned_otherwise_is_neither_quantized_nor_handed_over(run, own):
+    with pytest.raises(FingerprintMismatch, match="prune.ratio: stored 0.5, wanted 0.25"):
+        exported(own, run, with_prune(ratio=0.25))
+    with pytest.raises(FingerprintMismatch, match="prune.ratio: stored 0.5, wanted 0.25"):
+        compressed(own, run, with_prune(ratio=0.25), only=("quantize",))
 
 
 def test_another_student_is_refused_before_anything_else(run, own):

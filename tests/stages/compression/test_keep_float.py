@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_families import vit
 from tiny_nets import EXAMPLE, IMAGE_SHAPE, NUM_CLASSES, build, images, sgd, step
 from torch import nn
 
@@ -183,18 +184,8 @@ def test_a_choice_that_cannot_be_is_told_in_a_sentence(keep_float, sentence):
 
 @pytest.fixture(scope="module")
 def transformer():
-    from torchvision.models.vision_transformer import VisionTransformer
-
     torch.manual_seed(0)
-    model = VisionTransformer(
-        image_size=IMAGE_SHAPE[1],
-        patch_size=4,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=32,
-        mlp_dim=64,
-        num_classes=NUM_CLASSES,
-    )
+    model = vit(NUM_CLASSES, *IMAGE_SHAPE[:1], IMAGE_SHAPE[1:])
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     for seed in range(30):
         step(model, optimiser, seed)
