@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from stages.compression.channel_groups import ChannelGroup
+from stages.compression.rank import least_of_all
 from stages.errors import ModelError
 
 Widths = tuple[int, ...]
@@ -63,22 +64,17 @@ class Shares:
 
     def _left_by_rank(self, groups: Sequence[ChannelGroup], ratio: float) -> list[int]:
         """How many channels of each group stay when the least important of all go, and none loses over max_ratio."""
-        scores = []
-        for group in groups:
-            score = group.importance / group.importance.mean().clamp(min=torch.finfo(torch.float64).tiny)
-            score[score.argsort(descending=True, stable=True)[: self._num_safe(group)]] = torch.inf
-            scores.append(score)
-        ranked = torch.cat(scores) if scores else torch.zeros(0)
-        full = sum(group.full_width for group in groups)
-        num_removed = max(0, round(full * ratio) - (full - len(ranked)))
-        if num_removed > int(ranked.isfinite().sum()):
+        tiny = torch.finfo(torch.float64).tiny
+        scores = [group.importance / group.importance.mean().clamp(min=tiny) for group in groups]
+        full, now = sum(group.full_width for group in groups), sum(map(len, scores))
+        num_removed = max(0, round(full * ratio) - (full - now))
+        gone = least_of_all(scores, [self._num_safe(group) for group in groups], num_removed)
+        if gone is None:
             raise ModelError(
                 f"pruning {ratio:.0%} of all channels is impossible while prune.max_ratio lets no layer lose more "
                 f"than {self.max_ratio:.0%}: lower prune.ratio, or raise prune.max_ratio."
             )
-        gone = torch.zeros(len(ranked), dtype=torch.bool)
-        gone[ranked.argsort(stable=True)[:num_removed]] = True
-        return [int((~part).sum()) for part in torch.split(gone, [len(score) for score in scores])]
+        return [len(score) - less for score, less in zip(scores, gone, strict=True)]
 
 
 @dataclass(frozen=True)

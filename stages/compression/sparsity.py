@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from stages.compression.rank import least_of_all
 from stages.errors import ModelError
 
 
@@ -111,19 +112,12 @@ def _zero_first(weight: Tensor, order: Tensor, num_zeroed: int) -> None:
 
 def _sizes_by_rank(weights: Sequence[Tensor], share: float, max_share: float) -> list[int]:
     """How many weights of each layer are among the smallest of all."""
-    scores = []
-    for weight in weights:
-        score = weight.abs().flatten().float().cpu()
-        num_safe = max(1, math.ceil(round(len(score) * (1 - max_share), 6)))
-        score[score.argsort(descending=True, stable=True)[:num_safe]] = torch.inf
-        scores.append(score)
-    ranked = torch.cat(scores)
-    num_zeroed = round(share * len(ranked))
-    if num_zeroed > int(ranked.isfinite().sum()):
+    scores = [weight.abs().flatten().float().cpu() for weight in weights]
+    num_safe = [max(1, math.ceil(round(len(score) * (1 - max_share), 6))) for score in scores]
+    gone = least_of_all(scores, num_safe, round(share * sum(map(len, scores))))
+    if gone is None:
         raise ModelError(
             f"zeroing {share:.0%} of all weights is impossible while prune.max_ratio lets no layer lose more than "
             f"{max_share:.0%}: lower prune.ratio, or raise prune.max_ratio."
         )
-    gone = torch.zeros(len(ranked), dtype=torch.bool)
-    gone[ranked.argsort(stable=True)[:num_zeroed]] = True
-    return [int(part.sum()) for part in torch.split(gone, [len(score) for score in scores])]
+    return gone
