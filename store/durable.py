@@ -27,7 +27,8 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk says only what, not where
+        # A full disk says only what, not where; and a folder in the file's place is named after what was to replace it.
+        if isinstance(error, OSError) and error.filename in {None, str(temporary)}:
             error.filename = str(path)
         raise
     fsync_path(path.parent)

@@ -22,6 +22,9 @@ from store.durable import make_folders
 from store.errors import KdpipeError
 
 JOB_ID_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+LOOK_S = 0.05
+"""Longer than a look at a lock takes."""
+
 RECORD_BYTES = 512
 """What is read of a lock file: more than any record has."""
 
@@ -74,6 +77,9 @@ def shared(what: Path | str, lock: Path) -> Iterator[None]:
 @contextmanager
 def _held(what: Path | str, lock: Path, operation: int) -> Iterator[None]:
     taken = take(lock, operation)
+    if isinstance(taken, Holder):  # perhaps only by somebody who was just looking, as `kdpipe status` does
+        time.sleep(LOOK_S)
+        taken = take(lock, operation)
     if isinstance(taken, Holder):
         raise LockedError(f"{what} is in use by {taken}; wait for it, or stop it first.")
     try:

@@ -18,8 +18,13 @@ from store import StoreError, missing_units, open_store
 
 TESTS = Path(__file__).parents[1]
 
-WRITER = """
+SYNC_S = 0.001
+"""At least, of a file: whatever the disk, a job is killed at its writing, and not after it."""
+
+WRITER = f"""
+import os
 import sys
+import time
 from pathlib import Path
 from made_store import make_store, MadeStore
 from store import missing_units, sweep_partial
@@ -30,6 +35,8 @@ real = store.writer.create_store
 import made_store
 made_store.create_store = lambda path, *rest: None if path.exists() else real(path, *rest)
 made = make_store(path, num_views=3, fill=False)
+sync = os.fsync
+os.fsync = lambda fd: (time.sleep({SYNC_S}), sync(fd))
 print("ready", flush=True)
 made.fill(missing_units(path, made.manifest))
 """
@@ -60,8 +67,10 @@ def test_killed_and_rerun_writers_leave_the_bytes_of_an_undisturbed_one(tmp_path
     open_store(path)
 
 
-def test_two_writers_that_are_killed_again_and_again_fill_a_store_as_if_nothing_happened(tmp_path):
+def test_two_writers_that_are_killed_again_and_again_fill_a_store_as_if_nothing_happened(tmp_path, monkeypatch):
     """Real processes, killed by SIGKILL: while they fill the store with claims on its units, and while it grows."""
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (time.sleep(SYNC_S), sync(fd)))
     small = Wish(LOGITS["float16"], num_views=2, num_samples=700, num_layers=1)
     large = replace(small, num_views=3, num_samples=1300, num_layers=2)
     undisturbed = grow(tmp_path / "undisturbed.zarr", small, large)
