@@ -6,10 +6,13 @@ asimddp and i8mm; without one of them INT8 gains little in onnxruntime.
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+
+from stages.cores import num_cores
+
+__all__ = ["cpu_features", "cpu_name", "num_cores"]
 
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
@@ -27,11 +30,6 @@ def cpu_features(cpuinfo: Path = CPUINFO) -> list[str]:
     flags = [*_values(cpuinfo, "flags"), *_values(cpuinfo, "Features")]
     present = flags[0].split() if flags else []
     return [feature for feature in FEATURES if feature in present]
-
-
-def num_cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _values(cpuinfo: Path, key: str) -> Iterator[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+
+from stages.cores import num_cores
 
 MAX_THREADS = 16
 
@@ -16,12 +17,8 @@ CHUNK = 256
 @contextmanager
 def threads() -> Iterator[ThreadPoolExecutor]:
     """A pool with one thread a core; an error in the block cancels what has not begun."""
-    pool = ThreadPoolExecutor(min(_num_cores(), MAX_THREADS))
+    pool = ThreadPoolExecutor(min(num_cores(), MAX_THREADS))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,157 @@
+"""What NVML says of GPUs, and which of their users count as others. No GPU is needed."""
+# ruff: noqa: N802, N815  the names are NVML's
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stages.gpu_users import is_another, user_of
+from stages.gpus import Gpu, GpuProcess, list_gpus
+
+GIB = 2**30
+
+
+def test_a_jobs_own_processes_are_no_others(tmp_path: Path) -> None:
+    own, parent, worker, sibling, zombie = os.getpid(), 3_000_001, 3_000_002, 3_000_003, 3_000_004
+    family = {own: ("S", parent), parent: ("S", 1), worker: ("S", own), sibling: ("R", parent), zombie: ("Z", 1)}
+    for pid, (state, above) in family.items():
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a (b) c) {state} {above} 5 5 0")
+    assert not any(is_another(pid, False, tmp_path) for pid in (own, parent, worker, zombie))
+    assert is_another(sibling, False, tmp_path)  # what a shell started beside it
+    assert not is_another(sibling, True, tmp_path)  # what torchrun did
+    assert is_another(999_999_999, True, tmp_path)
+
+
+def test_much_memory_that_nobody_seems_to_use_is_somebodys() -> None:
+    hidden = Gpu(0, "GPU-a", "NVIDIA Test", unseen_bytes=5 * GIB)
+    assert user_of(hidden, False) == "a process that cannot be seen from here (5.0 GiB of its memory are taken)"
+    assert user_of(Gpu(0, "GPU-a", "NVIDIA Test", unseen_bytes=600 * 2**20), False) is None
+    own = Gpu(0, "GPU-a", "NVIDIA Test", processes=(GpuProcess(os.getpid()),), unseen_bytes=5 * GIB)
+    assert user_of(own, False) is None
+
+
+def refuse(*arguments: Any) -> Any:
+    raise FakeNvml.NVMLError("not supported")
+
+
+class FakeNvml:
+    """NVML's Python bindings, on made-up GPUs: a dictionary of facts a handle; an absent fact is an NVMLError."""
+
+    class NVMLError(Exception):
+        pass
+
+    nvmlMemory_v2 = 2
+
+    def __init__(self, *handles: dict[str, Any], names: dict[int, Any] | None = None) -> None:
+        self.handles, self.names, self.num_shutdowns = handles, names or {}, 0
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlShutdown(self) -> None:
+        self.num_shutdowns += 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.handles)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> dict[str, Any]:
+        return self.handles[index] or refuse()
+
+    def nvmlDeviceGetMigMode(self, handle: dict[str, Any]) -> list[int]:
+        return [1, 1] if "parts" in handle else refuse()
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: dict[str, Any]) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: dict[str, Any], place: int) -> dict[str, Any]:
+        return handle["parts"][place] if place < len(handle["parts"]) else refuse()
+
+    def nvmlDeviceGetUUID(self, handle: dict[str, Any]) -> Any:
+        return handle.get("uuid") or refuse()
+
+    def nvmlDeviceGetName(self, handle: dict[str, Any]) -> Any:
+        return handle.get("name") or refuse()
+
+    def nvmlDeviceGetMemoryInfo(self, handle: dict[str, Any], version: int | None = None) -> Any:
+        free, total, used = handle.get("memory" if version else "memory_with_reserved") or refuse()
+        return SimpleNamespace(free=free, total=total, used=used)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: dict[str, Any]) -> list[Any]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in handle.get("computing") or ()]
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: dict[str, Any]) -> list[Any]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in handle.get("drawing") or ()]
+
+    def nvmlSystemGetProcessName(self, pid: int) -> Any:
+        return self.names.get(pid) or refuse()
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeNvml]:
+    def install(*handles: dict[str, Any], **settings: Any) -> FakeNvml:
+        fake = FakeNvml(*handles, **settings)
+        monkeypatch.setitem(sys.modules, "pynvml", fake)
+        return fake
+
+    return install
+
+
+def test_what_nvml_says_is_read(nvml: Callable[..., FakeNvml]) -> None:
+    fake = nvml(
+        {
+            "uuid": "GPU-a",
+            "name": "NVIDIA A",
+            "memory": (30 * GIB, 40 * GIB, 10 * GIB),
+            "computing": [(11, 4 * GIB), (12, 1 * GIB)],
+            "drawing": [(12, 1 * GIB), (13, 2 * GIB)],
+        },
+        names={11: "/usr/bin/python3", 12: "x" * 90},
+    )
+    (gpu,) = list_gpus() or ()
+    assert (gpu.index, gpu.uuid, gpu.name) == (0, "GPU-a", "NVIDIA A")
+    assert (gpu.free_bytes, gpu.total_bytes, gpu.unseen_bytes) == (30 * GIB, 40 * GIB, 3 * GIB)
+    assert str(gpu.processes[0]) == "process 11 (/usr/bin/python3, 4.0 GiB)"
+    assert len(str(gpu.processes[1].name)) <= 60
+    assert fake.num_shutdowns == 1
+
+
+def test_older_bindings_answers_in_bytes_and_with_gaps_are_read(nvml: Callable[..., FakeNvml]) -> None:
+    nvml(
+        {},
+        {"uuid": b"GPU-b", "name": b"NVIDIA B", "memory_with_reserved": (1, 3, 2), "computing": [(11, None)]},
+        {"uuid": "GPU-c", "name": "NVIDIA C"},
+    )
+    second, third = list_gpus() or ()
+    assert (second.index, second.uuid, second.name, second.total_bytes) == (1, "GPU-b", "NVIDIA B", 3)
+    assert second.processes == (GpuProcess(11),)
+    assert second.unseen_bytes == 0
+    assert str(second.processes[0]) == "process 11"
+    assert (third.index, third.free_bytes, third.processes) == (2, 0, ())
+
+
+def test_the_server_through_which_processes_share_a_gpu_is_nobodys_job(nvml: Callable[..., FakeNvml]) -> None:
+    handle = {"uuid": "GPU-a", "memory": (0, 2 * GIB, 2 * GIB), "computing": [(11, 2 * GIB)]}
+    nvml(handle, names={11: "/usr/bin/nvidia-cuda-mps-server"})
+    (gpu,) = list_gpus() or ()
+    assert user_of(gpu, False) is None
+
+
+def test_a_divided_gpu_is_listed_by_its_parts(nvml: Callable[..., FakeNvml]) -> None:
+    nvml({"uuid": "GPU-a", "parts": [{"uuid": "MIG-a"}, {"uuid": "MIG-b"}]}, {"uuid": "GPU-b", "name": "NVIDIA B"})
+    assert [(gpu.index, gpu.uuid) for gpu in list_gpus() or ()] == [(0, "MIG-a"), (0, "MIG-b"), (1, "GPU-b")]
+
+
+def test_without_nvml_nothing_is_listed(monkeypatch: pytest.MonkeyPatch, nvml: Callable[..., FakeNvml]) -> None:
+    fake = nvml({"uuid": "GPU-a"})
+    monkeypatch.setattr(fake, "nvmlInit", refuse, raising=False)
+    assert list_gpus() is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert list_gpus() is None

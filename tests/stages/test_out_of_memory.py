@@ -1,0 +1,209 @@
+"""Networks that do not fit into memory with a whole batch are asked in parts, and say the same."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_store import folder_bytes
+from tiny_road import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_setup
+from torch import Tensor, nn
+
+from stages.cache_teacher import cache_teacher
+from stages.evaluate import answers_of
+from stages.features import tapped
+from stages.forms import INPUT, INPUT_GRADIENT, Wanted
+from stages.halving import in_parts
+from stages.hard_labels import labels_of
+from stages.memory import is_out_of_memory
+from stages.pictures import Request
+from stages.setup import Setup
+from stages.teacher_rows import listen
+from stages.train_teacher import load_teacher
+from stages.watch import WARNING, Event, Watch
+from store import open_store
+
+EVERYTHING = [*LAYERS, Wanted(INPUT, INPUT_GRADIENT)]
+
+
+def small_memory(model: nn.Module, num_rows: int) -> list[int]:
+    """Let `model` be out of memory with more than `num_rows` images; the batches that it is asked are noted down."""
+    asked: list[int] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        asked.append(len(inputs[0]))
+        if len(inputs[0]) > num_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.register_forward_pre_hook(note)
+    return asked
+
+
+@pytest.fixture
+def warnings() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose teacher is trained and cached."""
+    folder = tmp_path_factory.mktemp("run")
+    make_tiny_store(tiny_setup(folder))
+    return folder
+
+
+@pytest.fixture
+def setup(run: Path, warnings: list[str]) -> Setup:
+    def report(event: Event) -> None:
+        if event.unit == WARNING:
+            warnings.append(event.job)
+
+    return tiny_setup(run, watch=Watch(report))
+
+
+def limited(most: int) -> tuple[Callable[[slice], list[int]], list[int]]:
+    """Gives the rows that it is asked for, at most so many at once; and the sizes that it was asked."""
+    sizes: list[int] = []
+
+    def run(rows: slice) -> list[int]:
+        sizes.append(rows.stop - rows.start)
+        if sizes[-1] > most:
+            raise MemoryError
+        return list(range(rows.start, rows.stop))
+
+    return run, sizes
+
+
+def test_every_row_is_asked_once_in_order_and_what_was_learned_holds_for_the_next_batch() -> None:
+    model, said = nn.Identity(), list[str]()
+    run, sizes = limited(7)
+    assert [row for rows in in_parts(model, 23, run, said.append) for row in rows] == list(range(23))
+    assert sizes == [23, 12, 6, 6, 6, 5]
+    sizes.clear()
+    assert [row for rows in in_parts(model, 10, run, said.append) for row in rows] == list(range(10))
+    assert sizes == [6, 4]
+    assert said == ["out of memory with batches of 23: going on with 6."]
+
+
+def test_a_batch_that_fits_stays_whole() -> None:
+    run, sizes = limited(23)
+    assert [row for rows in in_parts(nn.Identity(), 23, run) for row in rows] == list(range(23))
+    assert sizes == [23]
+
+
+def test_memory_may_run_short_again_later() -> None:
+    most, model, said = [8], nn.Identity(), list[str]()
+
+    def run(rows: slice) -> int:
+        size = rows.stop - rows.start
+        if size > most[0]:
+            raise MemoryError
+        most[0] = 4 if rows.start else 8
+        return size
+
+    assert list(in_parts(model, 24, run, said.append)) == [6, 6, 3, 3, 3, 3]
+    assert said == [
+        f"out of memory with batches of {before}: going on with {size}." for before, size in ((24, 6), (6, 3))
+    ]
+
+
+def test_what_does_not_fit_at_all_and_what_is_another_fault_is_raised() -> None:
+    with pytest.raises(MemoryError):
+        list(in_parts(nn.Identity(), 5, limited(0)[0]))
+
+    def broken(rows: slice) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        list(in_parts(nn.Identity(), 5, broken))
+
+
+def test_what_a_failed_attempt_had_computed_is_freed_before_the_next() -> None:
+    left: list[weakref.ref[Tensor]] = []
+
+    def run(rows: slice) -> int:
+        assert all(computed() is None for computed in left)
+        activations = torch.zeros(rows.stop - rows.start, 3)
+        left.append(weakref.ref(activations))
+        if len(activations) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return len(activations)
+
+    assert sum(in_parts(nn.Identity(), 8, run)) == 8
+    assert len(left) == 6
+
+
+def test_an_evaluation_goes_on_in_smaller_batches_and_says_so_once(setup: Setup, warnings: list[str]) -> None:
+    network = load_teacher(TEACHER, 0, setup)
+    test, device = setup.test(network.normalise), setup.device
+    (whole,) = answers_of(network.model, test, device)
+    asked = small_memory(network.model, 30)
+    for _ in range(2):
+        (answers,) = answers_of(network.model, test, device)
+        assert torch.equal(answers.labels, whole.labels)
+        torch.testing.assert_close(answers.logits, whole.logits)
+    assert asked == [80, 40, *[20] * 8]
+    assert warnings == ["out of memory with batches of 80: going on with 20."]
+
+
+def test_a_store_is_filled_in_smaller_batches_with_the_same_rows(
+    setup: Setup, warnings: list[str], tmp_path: Path
+) -> None:
+    whole, halved = tmp_path / "whole.zarr", tmp_path / "halved.zarr"
+    cache_teacher(CACHE, whole, load_teacher(TEACHER, 0, setup), EVERYTHING, setup)
+    teacher = load_teacher(TEACHER, 0, setup)
+    asked = small_memory(teacher.model, 30)
+    cache_teacher(CACHE, halved, teacher, EVERYTHING, setup)
+    assert asked.count(50) == 1
+    assert set(asked) == {2, 50, 25}  # two show the layers' shapes
+    assert warnings == ["out of memory with batches of 50: going on with 25."]
+    one, other = open_store(whole), open_store(halved)
+    assert one.manifest.identity.fingerprint == other.manifest.identity.fingerprint
+    for name in ("logits", *(wanted.array for wanted in EVERYTHING)):
+        for view in range(3):
+            np.testing.assert_allclose(one.read_view(name, view), other.read_view(name, view), rtol=2e-3, atol=2e-3)
+
+
+def test_a_teacher_that_fits_no_single_image_stops_the_job_and_leaves_the_store_to_be_filled(
+    setup: Setup, tmp_path: Path
+) -> None:
+    teacher = load_teacher(TEACHER, 0, setup)
+    path = tmp_path / "other.zarr"
+    small_memory(teacher.model, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache_teacher(CACHE, path, teacher, LAYERS, setup)
+    cache_teacher(CACHE, path, load_teacher(TEACHER, 0, setup), LAYERS, setup)
+    assert folder_bytes(path) == folder_bytes(setup.run / "store.zarr")
+
+
+def test_what_a_teacher_says_in_parts_is_put_together(setup: Setup) -> None:
+    teacher = load_teacher(TEACHER, 0, setup)
+    seen = setup.pictures.one(Request(torch.arange(40), 0))
+    hard = labels_of(setup.pictures, seen)
+    with tapped(teacher.model, ["stage2"]) as tap, torch.no_grad():
+        whole = listen(tap, teacher, seen, EVERYTHING, hard)
+        small_memory(teacher.model, 7)
+        parts = listen(tap, teacher, seen, EVERYTHING, hard)
+    torch.testing.assert_close(parts.logits, whole.logits)
+    assert set(parts.features) == set(whole.features) == {"stage2", INPUT_GRADIENT}
+    for layer, feature in whole.features.items():
+        torch.testing.assert_close(parts.features[layer], feature)
+
+
+@pytest.mark.parametrize(
+    ("error", "memory_ran_out"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(path)`"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_told_from_other_faults(error: Exception, memory_ran_out: bool) -> None:
+    assert is_out_of_memory(error) is memory_ran_out

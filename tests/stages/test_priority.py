@@ -1,0 +1,71 @@
+"""Stepping back, in processes of their own: there is no way back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_road import STUDENT, tiny_setup
+
+from stages import compress as compress_room
+from stages.compress import CompressConfig
+from stages.errors import RunError
+from stages.teaching import Teaching
+
+SCRIPT = """
+import json, os, subprocess, sys, threading
+from stages.priority import step_back
+
+done = threading.Event()
+older = threading.Thread(target=done.wait); older.start()
+os.setpriority(os.PRIO_PROCESS, older.native_id, int(sys.argv[2]))
+step_back(int(sys.argv[1]))
+newer = threading.Thread(target=done.wait); newer.start()
+child = subprocess.run([sys.executable, "-c", "import os; print(os.nice(0))"], capture_output=True, text=True)
+threads = {name: os.getpriority(os.PRIO_PROCESS, thread.native_id) for name, thread in
+           {"main": threading.main_thread(), "older": older, "newer": newer}.items()}
+print(json.dumps(threads | {"child": int(child.stdout)}))
+done.set()
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
+
+
+BASE = os.nice(0)
+"""What this process has, and its children begin with: other tests may have had it step back."""
+
+
+def stepped_back(nice: int, *, older: int = 0, outer: int = 0) -> dict[str, int]:
+    """The nice values of threads, and of a child, above BASE, after a process has stepped back by `nice` that began
+    with `outer` and had a thread with `older`.
+    """
+    numbers = [str(BASE + nice if nice else 0), str(BASE + max(older, outer))]
+    command = ["nice", "-n", str(outer), sys.executable, "-c", SCRIPT, *numbers]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
+    return {name: value - BASE for name, value in json.loads(done.stdout).items()}
+
+
+def test_every_thread_steps_back_and_what_is_started_later_too() -> None:
+    assert stepped_back(4) == {"main": 4, "older": 4, "newer": 4, "child": 4}
+
+
+def test_who_is_further_back_stays_there() -> None:
+    assert stepped_back(4, older=6) == {"main": 4, "older": 6, "newer": 4, "child": 4}
+    assert stepped_back(4, outer=8) == {"main": 8, "older": 8, "newer": 8, "child": 8}
+
+
+def test_zero_changes_nothing() -> None:
+    assert stepped_back(0) == {"main": 0, "older": 0, "newer": 0, "child": 0}
+
+
+def test_compressing_steps_back_by_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(compress_room, "step_back", asked.append)  # not this process, which has other tests to run
+    with pytest.raises(RunError):  # there is no student: it had not come to that yet
+        compress_room.compress(CompressConfig(nice=13), STUDENT, 0, Teaching((), {}, (), 1.0), tiny_setup(tmp_path))
+    assert asked == [13]
