@@ -52,6 +52,7 @@ def walk_compare(walk: Walk) -> dict[str, Any]:
     if walk.store in walk.stores:
         teacher = walk_train_teacher(walk)["teacher"]
         walk_cache_teacher(walk)
+        walk.processes.wait()  # each has computed its part of the store
     student, setup = walk.recipe.student, walk.setup
     if warning := view_warning(walk.recipe.views):
         walk.watch.warn("compare", warning)

@@ -24,12 +24,16 @@ class Machinery:
 
 @dataclass
 class State:
-    """Where a job is: the next step to take, the sums of this epoch's losses, the metrics of the epochs before."""
+    """Where a job is: the next step to take, the sums of this epoch's losses, the metrics of the epochs before.
+
+    parts: into how many a batch is divided, whose gradients are added up, since memory was short.
+    """
 
     epoch: int = 0
     step: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    parts: int = 1
 
 
 def save(path: Path, machinery: Machinery, state: State) -> None:
@@ -43,6 +47,7 @@ def save(path: Path, machinery: Machinery, state: State) -> None:
         "epoch": state.epoch,
         "step": state.step,
         "history": state.history,
+        "parts": state.parts,
         "param_groups": packed["param_groups"],
         "scaler": machinery.scaler.state_dict(),
     }
@@ -61,6 +66,7 @@ def restore(path: Path, machinery: Machinery, state: State) -> None:
         machinery.optimiser.load_state_dict({"state": slots, "param_groups": record["param_groups"]})
         machinery.scaler.load_state_dict(record["scaler"])
         state.epoch, state.step, state.history = record["epoch"], record["step"], record["history"]
+        state.parts = max(1, int(record.get("parts", 1)))  # of an older version: whole batches
         device = next(machinery.modules.parameters()).device
         state.sums = {name: total.to(device) for name, total in _below(tensors, "sums/").items()}
     except (RuntimeError, KeyError, ValueError, TypeError) as error:

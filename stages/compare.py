@@ -19,6 +19,7 @@ from stages.setup import Setup
 from stages.teaching import Teaching
 from stages.train_student import Seat, StudentConfig, build_lesson, fresh_student, train_student
 from stages.training import Job, step_walls
+from stages.watch import Event
 from store.identity import sha256_of
 
 NUM_STEPS = 8
@@ -94,7 +95,8 @@ def measure_costs(ways: Sequence[Way], setup: Setup) -> dict[str, dict[str, floa
     """
     record = setup.run / "compare" / COST
     made_from = {way.name: way.digest for way in ways}
-    held = read_json(record) or {}
+    processes = setup.processes
+    held = processes.once(lambda: read_json(record) or {})
     if held.get("made_from") == made_from:
         costs: dict[str, dict[str, float]] = held["costs"]
         return costs
@@ -102,12 +104,13 @@ def measure_costs(ways: Sequence[Way], setup: Setup) -> dict[str, dict[str, floa
     walls: dict[str, list[float]] = {way.name: [] for way in ways}
     for turn in range(NUM_TURNS + 1):
         for number, (way, job) in enumerate(zip(ways, jobs, strict=True)):
-            setup.watch.check()
+            processes.check(setup.watch)
             taken_s = step_walls(job, setup.device, NUM_STEPS)
             if turn:  # the first one warms up
                 walls[way.name].append(statistics.median(taken_s))
             done = turn * len(ways) + number + 1
-            setup.watch.counter("compare", "cost of a step", "turn")(done, (NUM_TURNS + 1) * len(ways))
+            setup.watch.report(Event("compare", "cost of a step", done, (NUM_TURNS + 1) * len(ways), "turn"))
+    walls = processes.share(walls)
     first = walls[ways[0].name]
     costs = {
         name: {
@@ -116,7 +119,7 @@ def measure_costs(ways: Sequence[Way], setup: Setup) -> dict[str, dict[str, floa
         }
         for name, own in walls.items()
     }
-    write_json(record, {"made_from": made_from, "costs": costs})
+    processes.once(lambda: write_json(record, {"made_from": made_from, "costs": costs}))
     return costs
 
 
@@ -128,4 +131,5 @@ def _job(way: Way, setup: Setup) -> Job:
     lesson = build_lesson(network, teaching, seed, setup, label_smoothing=way.student.label_smoothing)
     layers = student_layers(teaching.losses) if teaching else ()
     config: TrainConfig = way.student.train
-    return Job("compare", way.name, network.model, lesson, None, config, seed, JobFolder(Path()), layers)
+    name, folder, processes = way.name, JobFolder(Path()), setup.processes
+    return Job("compare", name, network.model, lesson, None, config, seed, folder, layers, processes=processes)

@@ -20,6 +20,11 @@ class HardLabels:
     partner_labels: Tensor | None = None
     own_share: Tensor | None = None
 
+    def rows(self, index: Tensor) -> HardLabels:
+        """The same of some of the samples, int64 [n]."""
+        given = (self.labels, self.partner_labels, self.own_share)
+        return HardLabels(*(None if one is None else one[index] for one in given))  # type: ignore[arg-type]
+
     def cross_entropy(self, logits: Tensor, smoothing: float = 0.0) -> Tensor:
         """The cross entropy of logits [B, num_classes] with the labels smoothed by `smoothing`: [B]."""
         own = F.cross_entropy(logits.float(), self.labels, reduction="none", label_smoothing=smoothing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +16,12 @@ from stages.errors import RunError
 from stages.features import Outputs, TeacherOutputs
 from stages.hard_labels import HardLabels, labels_of
 from stages.losses.entry import Entry
+from stages.losses.global_batch import part_of_mean, total
 from stages.losses.said import Others
 from stages.losses.terms import Distillation, Exchange
 from stages.order import batch_indices, derive_seed, epoch_order, num_steps, slab_order
 from stages.pictures import Pictures, Request, Seen
+from stages.processes import ONE, Processes
 from stages.schedules import SETTLED, Amount, Moment, amount_at
 from stages.targets import Targets
 
@@ -91,6 +93,22 @@ class Batch:
         masks = [mask for mask in self.known if mask is not None]
         return torch.stack(masks).any(0) if masks and len(masks) == len(self.known) else None
 
+    def parts(self, count: int) -> Iterator[Batch]:
+        """The same in `count` batches, of sizes as equal as may be, the samples in their order."""
+        if count == 1:
+            yield self
+            return
+        for at in torch.tensor_split(torch.arange(len(self.images)), count):
+            here = at.to(self.images.device, non_blocking=True)
+            yield replace(
+                self,
+                images=self.images.detach()[here],
+                hard=self.hard.rows(here),
+                ranks=self.ranks[here],
+                teachers=[teacher.rows(here) for teacher in self.teachers],
+                known=[None if mask is None else mask[at] for mask in self.known],
+            )
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -138,9 +156,12 @@ class Lesson:
             return by_id[slab_order(seed, epoch, self.targets.slabs[by_id], self.targets.window)]
         return by_id[epoch_order(seed, epoch, self.num_samples)]
 
-    def stream(self, seed: int, batch_size: int, *, epoch: int, step: int, epochs: int) -> Iterator[Batch]:
-        """The batches from step `step` of epoch `epoch` to the end of the last: a pure function of its arguments, so
-        that a killed job goes on at the very batch where it stopped.
+    def stream(
+        self, seed: int, batch_size: int, *, epoch: int, step: int, epochs: int, processes: Processes = ONE
+    ) -> Iterator[Batch]:
+        """This process's rows of the batches from step `step` of epoch `epoch` to the end of the last: a pure function
+        of its arguments, so that a killed job goes on at the very batch where it stopped. All processes' rows together
+        are the batches of one process.
         """
         steps = num_steps(self.num_samples, batch_size)
         asked: deque[Place] = deque()  # pictures are asked for some batches ahead
@@ -150,37 +171,47 @@ class Lesson:
                 order = self.order(seed, number)
                 for at in range(step if number == epoch else 0, steps):
                     asked.append(Place(seed, number, at, epochs))
-                    yield Request(batch_indices(order, at, batch_size), self._view(number))
+                    yield Request(processes.rows(batch_indices(order, at, batch_size)), self._view(number))
 
         for seen in self.pictures.stream(requests()):
             yield self._batch(asked.popleft(), seen)
 
     def losses(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The weighted losses by name; their sum is what is minimised.
+        """The weighted losses by name, this process's parts of them; the mean of the parts over the processes is the
+        loss of the global batch, and the sum of the losses is what is minimised.
 
         Samples of which no store knows learn from their hard labels alone, at full weight. Where a loss looks at the
         input's gradient, batch.images must require one.
         """
+        num_samples = total(len(batch.hard.labels))
         if self.hints_only and self.distillation is not None:
-            only: dict[str, Tensor] = self.distillation(self._exchange(student, batch))
+            only: dict[str, Tensor] = self.distillation(self._exchange(student, batch, num_samples))
             return only
         cross_entropy = batch.hard.cross_entropy(student.logits, self.label_smoothing)
         weight = amount_at(self.hard_label_weight, batch.moment)
         has_targets = batch.has_targets
         if has_targets is None:
-            hard = weight * cross_entropy.mean()
+            hard = weight * part_of_mean(cross_entropy, num_samples)
         else:
             weights = torch.where(has_targets, weight, 1.0).to(cross_entropy.device, non_blocking=True)
-            hard = (weights * cross_entropy).mean()
+            hard = part_of_mean(weights * cross_entropy, num_samples)
         if self.distillation is None:
             return {"hard_labels": hard}
         gradient = self._input_gradient(student, batch) if self.needs_input_gradient else None
-        losses: dict[str, Tensor] = self.distillation(self._exchange(student, batch, gradient))
+        losses: dict[str, Tensor] = self.distillation(self._exchange(student, batch, num_samples, gradient))
         return {"hard_labels": hard} | losses
 
-    def _exchange(self, student: Outputs, batch: Batch, gradient: Tensor | None = None) -> Exchange:
+    def _exchange(self, student: Outputs, batch: Batch, num_samples: int, gradient: Tensor | None = None) -> Exchange:
         return Exchange(
-            student, batch.teachers, batch.known, batch.hard.labels, batch.ranks, batch.moment, batch.others, gradient
+            student,
+            batch.teachers,
+            batch.known,
+            batch.hard.labels,
+            batch.ranks,
+            batch.moment,
+            batch.others,
+            gradient,
+            num_samples,
         )
 
     def _input_gradient(self, student: Outputs, batch: Batch) -> Tensor:

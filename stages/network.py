@@ -64,10 +64,22 @@ def finish(
 ) -> dict[str, Any]:
     """Measure a trained network, leave its weights, ONNX file and figures in `folder`, and return the figures.
 
-    more: what else the figures say. Raises ModelError where the network cannot be exported, or its file does not answer
-    as it does, on the first test images.
+    Of several processes the first does so, and all return its figures. more: what else these say. Raises ModelError
+    where the network cannot be exported, or its file does not answer as it does, on the first test images.
     """
     network.model.eval()
+    return setup.processes.once(lambda: _finish(folder, network, history, setup, with_onnx=with_onnx, more=more or {}))
+
+
+def _finish(
+    folder: JobFolder,
+    network: Network,
+    history: Sequence[Mapping[str, Any]],
+    setup: Setup,
+    *,
+    with_onnx: bool,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
     examined = examine(network.model, setup.test(network.normalise), setup.device)
     record = {"architecture": dict(network.architecture), "normalisation": network.normalise.to_json()}
     save_model(folder.model, network.model, record)
@@ -90,7 +102,7 @@ def finish(
         "onnx_bytes": folder.onnx.stat().st_size if with_onnx else None,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
         "examined": examined.to_json(),
-        **(more or {}),
+        **more,
     }
     folder.finish(result)
     return result

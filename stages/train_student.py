@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from stages.config import section, unequal
+from stages.config import Place, Seed, section, unequal
 from stages.features import feature_shapes
 from stages.job_folder import JobFolder
 from stages.joining import Missing
@@ -52,10 +53,10 @@ class StudentConfig:
 
     model: ModelConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(unequal)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(unequal)] = (0, 1, 2)
     hard_label_weight: Amount = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    stores: tuple[str, ...] = ()
+    stores: tuple[Place, ...] = ()
     teachers: TeachersConfig = Field(default_factory=TeachersConfig)
     missing: Missing = "error"
     read: ReadConfig = Field(default_factory=ReadConfig)
@@ -166,21 +167,15 @@ def train_student(
     if seat is None:
         kind = ALONE if teaching is None else DISTILLED
         seat = Seat(student_folder(setup.run, kind, seed), f"{kind} student, seed {seed}")
+    setup.processes.require_shares(config.train.batch_size, setup.train_set.num_samples)
     folder = seat.folder
     network = fresh_student(config, seed, setup, teaching.losses if teaching else ())
-    folder.begin(
-        {
-            "starts_from": network.identity,
-            "train": deciding(config.train),
-            "seed": seed,
-            "data": setup.data_identity(),
-            "test": setup.test_identity(),
-            "views": setup.shown_views(),
-            **({"label_smoothing": config.label_smoothing} if config.label_smoothing else {}),
-            "teaching": teaching.to_json() if teaching else None,
-        }
-    )
-    if (done := folder.result()) is not None:
+
+    def begin() -> dict[str, Any] | None:
+        folder.begin(_made_from(config, seed, teaching, network, setup))
+        return folder.result()
+
+    if (done := setup.processes.once(begin)) is not None:
         return done
     if teaching is not None:
         _hint_stages(config, seed, teaching, setup, network, seat=seat)
@@ -188,8 +183,35 @@ def train_student(
     lesson = build_lesson(network, teaching, seed, setup, label_smoothing=config.label_smoothing)
     layers = student_layers(teaching.losses) if teaching else ()
     test = setup.test(network.normalise)
-    job = Job("train-student", seat.name, network.model, lesson, test, config.train, seed, folder, layers)
+    job = Job(
+        "train-student",
+        seat.name,
+        network.model,
+        lesson,
+        test,
+        config.train,
+        seed,
+        folder,
+        layers,
+        processes=setup.processes,
+    )
     return finish(folder, network, train(job, setup.device, setup.watch), setup, with_onnx=seat.with_onnx)
+
+
+def _made_from(
+    config: StudentConfig, seed: int, teaching: Teaching | None, network: Network, setup: Setup
+) -> dict[str, Any]:
+    """What decides a student."""
+    return {
+        "starts_from": network.identity,
+        "train": deciding(config.train),
+        "seed": seed,
+        "data": setup.data_identity(),
+        "test": setup.test_identity(),
+        "views": setup.shown_views(),
+        **({"label_smoothing": config.label_smoothing} if config.label_smoothing else {}),
+        "teaching": teaching.to_json() if teaching else None,
+    }
 
 
 def _hint_stages(
@@ -198,23 +220,38 @@ def _hint_stages(
     """What comes before the student's own training where a loss is `fitnet`: each hint alone, one after the other, with
     only the modules up to the hint layer, at a constant learning rate. Each ends in a file, from which the next begins.
     """
-    if seat.folder.checkpoint.exists():
+    processes = setup.processes
+    if processes.once(seat.folder.checkpoint.exists):
         return  # its own training is under way
     stages = [stage for loss in teaching.losses if isinstance(loss, FitNetConfig) for stage in loss.stages()]
     for number, stage in enumerate(stages, 1):
         own = JobFolder(seat.folder.path / f"hint{number}")
-        make_folders([own.path])
-        if not own.model.exists():
+        if not processes.once(partial(_has_model, own)):
             lesson = build_lesson(network, teaching.of([stage]), derive_seed(seed, "hint", number), setup)
-            train_config = replace(config.train, epochs=stage.stage_epochs, schedule="step", milestones=())
-            name = f"{seat.name}, hint {number} of {len(stages)}"
-            only = replace(lesson, hints_only=True)
-            layers = stage.student_layers()
-            job = Job("train-student", name, network.model, only, None, train_config, seed, own, layers)
+            job = Job(
+                "train-student",
+                f"{seat.name}, hint {number} of {len(stages)}",
+                network.model,
+                replace(lesson, hints_only=True),
+                None,
+                replace(config.train, epochs=stage.stage_epochs, schedule="step", milestones=()),
+                seed,
+                own,
+                stage.student_layers(),
+                processes=processes,
+            )
             train(job, setup.device, setup.watch)
-            save_model(own.model, network.model, {"architecture": dict(network.architecture)})
-        own.checkpoint.unlink(missing_ok=True)
+            record = {"architecture": dict(network.architecture)}
+            processes.once(partial(save_model, own.model, network.model, record))
+        if processes.first:
+            own.checkpoint.unlink(missing_ok=True)
         network.model.load_state_dict(load_tensors(own.model)[0])
+
+
+def _has_model(folder: JobFolder) -> bool:
+    """Whether a job's network is there; its folder is in any case."""
+    make_folders([folder.path])
+    return folder.model.exists()
 
 
 def fresh_student(config: StudentConfig, seed: int, setup: Setup, losses: Sequence[Entry] = ()) -> Network:

@@ -40,25 +40,32 @@ def train_teacher(config: TeacherConfig, seed: int, setup: Setup) -> dict[str, A
     """
     if config.train is None and config.model.weights is None:
         raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
+    if config.train is not None:
+        setup.processes.require_shares(config.train.batch_size, setup.train_set.num_samples)
     folder = teacher_folder(setup.run)
     teacher = _fresh(config, seed, setup)
-    plan = {"train": deciding(config.train) if config.train else None, "views": setup.view_identity()}
-    folder.begin(
-        {
-            "starts_from": teacher.identity,
-            "data": setup.data_identity(),
-            "test": setup.test_identity(),
-            "seed": seed,
-            **plan,
-        }
-    )
-    if (done := folder.result()) is not None:
+
+    def begin() -> dict[str, Any] | None:
+        plan = {"train": deciding(config.train) if config.train else None, "views": setup.view_identity()}
+        folder.begin(
+            {
+                "starts_from": teacher.identity,
+                "data": setup.data_identity(),
+                "test": setup.test_identity(),
+                "seed": seed,
+                **plan,
+            }
+        )
+        return folder.result()
+
+    if (done := setup.processes.once(begin)) is not None:
         return done
     history = []
     if config.train is not None:
         lesson = Lesson(setup.pictures, setup.views.num_views, teacher.normalise, fresh_views=True)
         test = setup.test(teacher.normalise)
-        job = Job("train-teacher", "teacher", teacher.model, lesson, test, config.train, seed, folder)
+        name, processes = "teacher", setup.processes
+        job = Job("train-teacher", name, teacher.model, lesson, test, config.train, seed, folder, processes=processes)
         history = train(job, setup.device, setup.watch)
     return finish(folder, teacher, history, setup)
 

@@ -7,23 +7,24 @@ step) needs no saving; what has one (weights, optimiser, sums of the epoch's los
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stages.checkpoint import Machinery, State, restore, save
-from stages.errors import NotFiniteError
+from stages.errors import NotFiniteError, StoppedEarly
 from stages.evaluate import Evaluation, evaluate
-from stages.features import Tap, tapped
+from stages.features import tapped
+from stages.global_batch_norm import batch_norm_over_processes
 from stages.job_folder import JobFolder
 from stages.lesson import Batch, Lesson
 from stages.optim import TrainConfig, build_optimiser, learning_rate, set_learning_rate
-from stages.order import derive_seed, num_steps
+from stages.order import num_steps
+from stages.processes import ONE, Processes
+from stages.step import Stepper, narrow_type
 from stages.watch import Event, Watch
 
 
@@ -33,7 +34,7 @@ class Job:
 
     test: None where there is nothing to measure, as the network does not run to its end: `hints_only` in the lesson.
     `on_epoch` is called with the model and the epoch's number before each epoch, `after_step` with the model after each
-    step; whatever they change must be part of the model's state.
+    step; whatever they change must be part of the model's state. processes: who share each batch.
     """
 
     stage: str
@@ -47,38 +48,53 @@ class Job:
     student_layers: Sequence[str] = ()
     on_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
     after_step: Callable[[nn.Module], None] = lambda model: None
+    processes: Processes = ONE
 
 
 def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
     """Train `job.model` in place, from its checkpoint if there is one; returns the metrics of each epoch.
 
-    Raises StoppedEarly, everything saved, when the stop flag is set; NotFiniteError when the loss is NaN or infinite.
+    The checkpoint of the last step is left to whoever makes something of the network, which may be stopped as well.
+    Several processes stop, and save, at the same step, and end with the same weights. Raises StoppedEarly, everything
+    saved, when the stop flag is set; NotFiniteError when the loss is NaN or infinite; RecipeError where the processes
+    cannot share a batch.
     """
+    processes = job.processes
+    processes.require_shares(job.config.batch_size, job.lesson.num_samples)
     machinery, state = _set_up(job, device), State()
-    if job.folder.checkpoint.exists():
+    if processes.share(job.folder.checkpoint.exists()):
         restore(job.folder.checkpoint, machinery, state)
     steps = num_steps_of(job)
     saved_at = time.monotonic()
-    batches = job.lesson.stream(
-        job.seed, job.config.batch_size, epoch=state.epoch, step=state.step, epochs=job.config.epochs
-    )
-    with tapped(job.model, job.student_layers, no_further=job.lesson.hints_only) as student:
+    batches = _stream(job, state, job.config.epochs)
+    with (
+        batch_norm_over_processes(machinery.modules),
+        tapped(job.model, job.student_layers, no_further=job.lesson.hints_only) as student,
+    ):
         while state.epoch < job.config.epochs:
             started = time.monotonic()
             job.on_epoch(job.model, state.epoch)
             machinery.modules.train()
+            stepper = Stepper(job, student, machinery, state, watch)
             while state.step < steps:
                 rate = learning_rate(job.config, state.epoch * steps + state.step, steps)
                 set_learning_rate(machinery.optimiser, rate)
-                _step(job, student, machinery, state, next(batches))
+                stepper.step(next(batches))
                 state.step += 1
-                due = time.monotonic() - saved_at >= job.config.checkpoint_every_s
-                if due or watch.should_stop():
-                    save(job.folder.checkpoint, machinery, state)
+                is_last = state.epoch + 1 == job.config.epochs and state.step == steps
+                due = is_last or time.monotonic() - saved_at >= job.config.checkpoint_every_s
+                stop, due = processes.agree(watch.should_stop(), due)
+                if due or stop:
+                    processes.once(lambda: save(job.folder.checkpoint, machinery, state))
                     saved_at = time.monotonic()
-                    watch.check()
+                if stop:
+                    raise StoppedEarly
                 watch.report(_event(job, state, steps))
-            _end_epoch(job, state, steps, device, time.monotonic() - started)
+            try:
+                _end_epoch(job, state, steps, device, time.monotonic() - started)
+            except StoppedEarly:  # in the midst of the test set: all steps of the epoch are done, and its sums there
+                save(job.folder.checkpoint, machinery, state)
+                raise
             watch.report(_event(job, state, steps, state.history[-1]))
     return state.history
 
@@ -86,18 +102,24 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
 def step_walls(job: Job, device: torch.device, num_steps: int) -> list[float]:
     """The seconds that each of a job's first steps takes, targets and pictures read included. Nothing is saved."""
     machinery, state = _set_up(job, device), State()
-    epochs = 1 + num_steps // num_steps_of(job)
-    batches = job.lesson.stream(job.seed, job.config.batch_size, epoch=0, step=0, epochs=epochs)
+    batches = _stream(job, state, 1 + num_steps // num_steps_of(job))
     walls = []
-    with tapped(job.model, job.student_layers) as student:
+    with batch_norm_over_processes(machinery.modules), tapped(job.model, job.student_layers) as student:
         machinery.modules.train()
+        stepper = Stepper(job, student, machinery, state, Watch())
         for _ in range(num_steps):
             started = time.perf_counter()
-            _step(job, student, machinery, state, next(batches))
+            stepper.step(next(batches))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             walls.append(time.perf_counter() - started)
     return walls
+
+
+def _stream(job: Job, state: State, epochs: int) -> Iterator[Batch]:
+    """The batches from where the job stands."""
+    size, processes = job.config.batch_size, job.processes
+    return job.lesson.stream(job.seed, size, epoch=state.epoch, step=state.step, epochs=epochs, processes=processes)
 
 
 def num_steps_of(job: Job) -> int:
@@ -106,32 +128,12 @@ def num_steps_of(job: Job) -> int:
 
 
 def _set_up(job: Job, device: torch.device) -> Machinery:
+    job.processes.use(device)
     distillation = job.lesson.distillation or nn.Module()
     modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
     optimiser = build_optimiser(job.config, modules.parameters())
-    narrow = _narrow_type(job.config, device)
+    narrow = narrow_type(job.config, device)
     return Machinery(modules, optimiser, torch.amp.GradScaler(device.type, enabled=narrow is torch.float16))
-
-
-def _step(job: Job, student: Tap, machinery: Machinery, state: State, batch: Batch) -> None:
-    """One batch forward and back, and one step of the optimiser."""
-    device = next(job.model.parameters()).device
-    narrow = _narrow_type(job.config, device)
-    torch.manual_seed(derive_seed(job.seed, "step", state.epoch, state.step))
-    twice = job.lesson.needs_input_gradient
-    if twice:
-        batch.images.requires_grad_()
-    # Fused attention has no second derivative.
-    kernels = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
-    with kernels, torch.autocast(device.type, dtype=narrow, enabled=narrow is not None):
-        losses = job.lesson.losses(student(batch.images), batch)
-    machinery.optimiser.zero_grad(set_to_none=True)
-    machinery.scaler.scale(torch.stack(list(losses.values())).sum()).backward()  # type: ignore[no-untyped-call]
-    machinery.scaler.step(machinery.optimiser)
-    machinery.scaler.update()
-    job.after_step(job.model)
-    for name, loss in losses.items():
-        state.sums[name] = state.sums.get(name, torch.zeros((), device=device)) + loss.detach()
 
 
 def _end_epoch(job: Job, state: State, steps: int, device: torch.device, wall_s: float) -> None:
@@ -141,21 +143,19 @@ def _end_epoch(job: Job, state: State, steps: int, device: torch.device, wall_s:
         raise NotFiniteError(
             f"the loss of {job.name} became {losses} in epoch {state.epoch}: lower lr, or lengthen warmup_epochs."
         )
-    measured = evaluate(job.model, job.test, device).to_json() if job.test else {}
-    line = {"epoch": state.epoch, **measured, "losses": losses, "wall_s": round(wall_s, 3)}
-    state.history.append(line)
+
+    def close() -> dict[str, Any]:
+        measured = evaluate(job.model, job.test, device).to_json() if job.test else {}
+        rate = learning_rate(job.config, state.epoch * steps + steps - 1, steps)
+        line = {"epoch": state.epoch, **measured, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3)}
+        job.folder.write_metrics([*state.history, line])
+        return line
+
+    state.history.append(job.processes.once(close))
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
-    job.folder.write_metrics(state.history)
 
 
 def _event(job: Job, state: State, steps: int, line: dict[str, Any] | None = None) -> Event:
+    """Where the job is; with the figures of an epoch where one has ended."""
     done = state.epoch * steps + state.step
-    metrics: dict[str, Any] = {key: line[key] for key in ("accuracy", "epoch") if key in line} if line else {}
-    return Event(job.stage, job.name, done, job.config.epochs * steps, "step", metrics)
-
-
-def _narrow_type(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The narrow type of mixed precision; None where everything runs in float32."""
-    if config.precision == "float32" or device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return Event(job.stage, job.name, done, job.config.epochs * steps, "step", line or {})

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stages.config import section
+from stages.config import at_most, section
 from stages.forms import POOLED, Wanted, widened
 from stages.losses.embedding import Embedding
 from stages.losses.entry import Entry, Pairs, students_of, teachers_of
@@ -38,7 +38,7 @@ class CCConfig(Entry):
     loss: Literal["cc"]
     layers: Pairs
     weight: Amount = 0.02
-    dim: Annotated[int, Field(ge=1)] = 128
+    dim: Annotated[int, Field(ge=1), at_most(10**6)] = 128
     form: Literal["code", "paper"] = "code"
 
     def student_layers(self) -> tuple[str, ...]:

@@ -68,14 +68,27 @@ class Memory(nn.Module):
     def __init__(self, num_samples: int, dim: int, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
+        self._before: list[tuple[Tensor, Tensor]] = []
         self.register_buffer("rows", (torch.rand(num_samples, dim) * 2 - 1) / math.sqrt(dim / 3))
 
     @torch.no_grad()
     def remember(self, ranks: Tensor, embedded: Tensor) -> None:
         """Move the rows of samples, int64 [B], towards their embeddings, [B, D], of all processes."""
         ranks, embedded = gathered(ranks), gathered(embedded.detach()).to(self.rows.dtype)
-        mixed = self.momentum * self.rows[ranks] + (1 - self.momentum) * embedded
+        before = self.rows[ranks]
+        self._before.append((ranks, before))
+        mixed = self.momentum * before + (1 - self.momentum) * embedded
         self.rows[ranks] = unit_rows(mixed)
+
+    def begin_step(self) -> None:
+        """What is remembered from here on can be taken back."""
+        self._before.clear()
+
+    def take_back(self) -> None:
+        """Have the rows as they were at the last `begin_step`: a copy of all of them would be large."""
+        while self._before:
+            ranks, rows = self._before.pop()
+            self.rows[ranks] = rows
 
 
 def log_z_of(of_same: Tensor, of_others: Tensor, is_other: Tensor, num_samples: int) -> Tensor:

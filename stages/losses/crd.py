@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stages.config import section
+from stages.config import at_most, section
 from stages.forms import POOLED, Shape, Wanted, widened
 from stages.losses.contrast import Contrast, Memory
 from stages.losses.embedding import Embedding
@@ -41,9 +41,9 @@ class CRDConfig(Entry):
     loss: Literal["crd"]
     layers: Pairs
     weight: Amount = 0.8
-    dim: Annotated[int, Field(ge=1)] = 128
-    num_negatives: Annotated[int, Field(ge=1)] = 16384
-    temperature: Annotated[float, Field(gt=0)] = 0.07
+    dim: Annotated[int, Field(ge=1), at_most(10**6)] = 128
+    num_negatives: Annotated[int, Field(ge=1), at_most(2**31)] = 16384
+    temperature: Annotated[float, Field(gt=0), at_most(10**4)] = 0.07
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     memory: Literal["store", "bank"] = "store"
 

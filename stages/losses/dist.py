@@ -73,14 +73,15 @@ def dist_loss(
 ) -> Tensor:
     """T^2 * (beta * mean over samples of (1 - r of the rows) + gamma * mean over classes of (1 - r of the columns)).
 
-    r is Pearson's correlation of softmax(logits / T); both logits are [B, num_classes], the columns
-    go over the rows of all processes. A scalar, in float32 or wider. A batch of one has no columns to correlate: r is
+    r is Pearson's correlation of softmax(logits / T); both logits are [B, num_classes], of which the rows of all
+    processes are taken together. A scalar, in float32 or wider. A batch of one has no columns to correlate: r is
     0 there, and gives no gradient.
     """
     student = F.softmax(widened(student_logits) / temperature, 1)
     teacher = F.softmax(widened(teacher_logits).to(student.dtype) / temperature, 1)
+    student, teacher = gathered(student), gathered(teacher)
     rows = 1 - pearson(student, teacher).mean()
-    columns = 1 - pearson(gathered(student).t(), gathered(teacher).t()).mean()
+    columns = 1 - pearson(student.t(), teacher.t()).mean()
     return temperature**2 * (beta * rows + gamma * columns)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from stages.config import section
+from stages.config import at_most, section
 from stages.forms import widened
 from stages.losses.entry import Response
 from stages.losses.kd import kd_per_sample
@@ -35,7 +35,7 @@ class DKDConfig(Response):
     alpha: Amount = 1.0
     beta: Amount = 8.0
     temperature: Temperature = 4.0
-    warmup_epochs: Annotated[int, Field(ge=0)] = 20
+    warmup_epochs: Annotated[int, Field(ge=0), at_most(10**6)] = 20
 
     def temperatures(self) -> tuple[Temperature, ...]:
         return (self.temperature,)

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import nn
 
-from stages.config import section
+from stages.config import at_most, section
 from stages.forms import MAP, Wanted
 from stages.losses.said import Facts, Shapes, TeacherShapes
 from stages.losses.selection import Selection
@@ -37,7 +37,7 @@ class Entry:
 
     loss: str
     weight: Amount = 1.0
-    store: Annotated[int, Field(ge=0)] | None = None
+    store: Annotated[int, Field(ge=0), at_most(1000)] | None = None
     samples: Selection = Field(default_factory=Selection)
 
     @property

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from stages.config import section
+from stages.config import at_most, section
 from stages.forms import Wanted
 from stages.losses.entry import Entry, Pairs, students_of, teachers_of
 from stages.losses.hint import Hint
@@ -34,7 +34,7 @@ class FitNetConfig(Entry):
 
     loss: Literal["fitnet"]
     layers: Pairs
-    stage_epochs: Annotated[int, Field(ge=1)] = 30
+    stage_epochs: Annotated[int, Field(ge=1), at_most(10**6)] = 30
     weight: Amount = 1.0
 
     def student_layers(self) -> tuple[str, ...]:

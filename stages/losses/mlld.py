@@ -15,7 +15,7 @@ from stages.config import section
 from stages.forms import widened
 from stages.losses.entry import Response
 from stages.losses.global_batch import gathered
-from stages.losses.kd import kd_loss
+from stages.losses.kd import kd_per_sample
 from stages.losses.said import Facts, Said, Shapes, TeacherShapes
 from stages.schedules import Temperature, amount_at
 
@@ -63,7 +63,7 @@ def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
     student = F.softmax(widened(student_logits) / temperature, 1)
     teacher = F.softmax(widened(teacher_logits).to(student.dtype) / temperature, 1)
     student, teacher = gathered(student), gathered(teacher)
-    instance = kd_loss(student_logits, teacher_logits, temperature)
+    instance = gathered(kd_per_sample(student_logits, teacher_logits, temperature)).mean()
     return instance + class_relation(student, teacher) + batch_relation(student, teacher)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from stages.config import section
+from stages.config import at_most, section
 from stages.forms import Shape, Wanted, widened
 from stages.losses.entry import Entry, Pairs, students_of, teachers_of
 from stages.losses.match_size import as_map_shape, as_maps, cannot_join
@@ -39,8 +39,8 @@ class ReviewKDConfig(Entry):
     loss: Literal["review_kd"]
     layers: Pairs
     weight: Amount = 1.0
-    mid_channels: Annotated[int, Field(ge=1)] | None = None
-    warmup_epochs: Annotated[int, Field(ge=0)] = 20
+    mid_channels: Annotated[int, Field(ge=1), at_most(10**6)] | None = None
+    warmup_epochs: Annotated[int, Field(ge=0), at_most(10**6)] = 20
 
     def student_layers(self) -> tuple[str, ...]:
         return students_of(self.layers)

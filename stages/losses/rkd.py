@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stages.config import section
+from stages.config import at_most, section
 from stages.forms import POOLED, Wanted, widened
 from stages.losses.entry import Entry, Pairs, students_of, teachers_of
 from stages.losses.relation import Relation
@@ -43,8 +43,8 @@ class RKDConfig(Entry):
     loss: Literal["rkd"]
     layers: Pairs
     weight: Amount = 1.0
-    distance_weight: Annotated[float, Field(ge=0)] = 25.0
-    angle_weight: Annotated[float, Field(ge=0)] = 50.0
+    distance_weight: Annotated[float, Field(ge=0), at_most(10**9)] = 25.0
+    angle_weight: Annotated[float, Field(ge=0), at_most(10**9)] = 50.0
 
     def student_layers(self) -> tuple[str, ...]:
         return students_of(self.layers)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages.config import section
 from stages.features import TeacherOutputs
+from stages.losses.global_batch import gathered, gathered_from
 
 
 @section
@@ -39,19 +40,24 @@ class Selection:
 
 
 def chosen(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
-    """The samples that the loss is about, int64 [n], in the batch's order; None for all of them. labels: int64 [B]."""
+    """The samples that the loss is about, int64 [n], in the batch's order; None for all of them. labels: int64 [B].
+
+    The hard ones are those of the batch of all processes: this one may have none.
+    """
     if config.only == "all":
         return None
     logits = teacher.logits_at(1.0)
     if config.only == "correct":
         return (logits.argmax(1) == labels).nonzero()[:, 0]
     given = F.log_softmax(logits, 1).gather(1, labels[:, None])[:, 0]
-    num_hard = max(1, math.ceil(round(config.share * len(labels), 6)))  # 0.07 * 100 is above 7
-    return torch.argsort(given, stable=True)[:num_hard].sort().values
+    everyone, start = gathered_from(given)
+    num_hard = max(1, math.ceil(round(config.share * len(everyone), 6)))  # 0.07 * 100 is above 7
+    hard = torch.argsort(everyone, stable=True)[:num_hard].sort().values
+    return hard if len(everyone) == len(given) else hard[(hard >= start) & (hard < start + len(given))] - start
 
 
 def weights(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
-    """How much each sample counts, float32 [B], 1 in the mean; None where all count alike."""
+    """How much each sample counts, float32 [B], 1 in the mean over all processes; None where all count alike."""
     if config.weigh == "equal":
         return None
     log_given = F.log_softmax(teacher.logits_at(1.0), 1)
@@ -61,4 +67,4 @@ def weights(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tenso
         "certainty": 1 - entropy,
         "correctness": log_given.gather(1, labels[:, None])[:, 0].exp(),
     }[config.weigh].clamp_min(0)
-    return raw / raw.mean().clamp_min(torch.finfo(raw.dtype).tiny)
+    return raw / gathered(raw).mean().clamp_min(torch.finfo(raw.dtype).tiny)

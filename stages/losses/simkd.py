@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from stages.config import section
+from stages.config import Place, at_most, section
 from stages.forms import Shape, Wanted, pool_to, widened
 from stages.losses.entry import Entry, students_of
 from stages.losses.hint import hint_loss, hint_per_sample
@@ -36,8 +36,8 @@ class SimKDConfig(Entry):
     loss: Literal["simkd"]
     layers: Annotated[tuple[tuple[str, str], ...], Field(min_length=1, max_length=1)]
     classifier: tuple[str, str] = ("fc", "fc")
-    factor: Annotated[int, Field(ge=1)] = 2
-    teacher: str | None = None
+    factor: Annotated[int, Field(ge=1), at_most(10**6)] = 2
+    teacher: Place | None = None
     weight: Amount = 1.0
 
     def student_layers(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from stages.losses.dist import DISTConfig
 from stages.losses.dkd import DKDConfig
 from stages.losses.entry import Entry, Response
 from stages.losses.fitnet import FitNetConfig
+from stages.losses.global_batch import num_processes, total
 from stages.losses.hint import HintConfig
 from stages.losses.kd import KDConfig
 from stages.losses.logit_mse import LogitMSEConfig
@@ -71,7 +72,8 @@ class Exchange:
     """What a student says about a batch, and what all its teachers do.
 
     known: for each teacher, which of the samples it knows, bool [B] on the CPU; None for all. labels, ranks: int64 [B].
-    others: by loss, the samples that it contrasts with. input_gradient: as in `Said`.
+    others: by loss, the samples that it contrasts with. input_gradient: as in `Said`. num_samples: how many the batches
+    of all processes have together; None for as many as are here.
     """
 
     student: Outputs
@@ -82,6 +84,7 @@ class Exchange:
     moment: Moment
     others: Mapping[str, Others]
     input_gradient: Tensor | None = None
+    num_samples: int | None = None
 
 
 class Term(nn.Module):
@@ -94,26 +97,34 @@ class Term(nn.Module):
         self.loss = loss
 
     def forward(self, exchange: Exchange, together: TeacherOutputs) -> Tensor:
-        said = self._said(exchange, together)
-        known = self._known(exchange)
-        nothing: Tensor = exchange.student.logits.new_zeros(())
-        if known is not None:
-            if len(known) == 0:
-                return nothing
-            said = said.rows(known.to(said.labels.device, non_blocking=True))
-        picked = chosen(self.config.samples, said.teacher, said.labels)
-        if picked is not None:
-            if len(picked) == 0:
-                return nothing
-            said = said.rows(picked)
-        share = len(said.labels) / len(exchange.labels)
+        """This process's part of the weighted loss of the global batch: the mean over the processes is that loss."""
+        said, judged = self._about(exchange, together)
+        whole = len(exchange.labels) if exchange.num_samples is None else exchange.num_samples
+        here = len(said.labels)
+        # A process without such samples goes the same way as the others: they wait for it where rows are gathered.
+        num = total(here) if judged else whole
+        if num == 0:
+            return exchange.student.logits.new_zeros(())
         counts = weights(self.config.samples, said.teacher, said.labels)
-        if len(said.labels) == 1 and share < 1:  # an adapter's norm needs two; the mean of two is that of the one
+        if here == num == 1 < whole:  # an adapter's norm needs two; the mean of two is that of the one
             said = said.rows(torch.zeros(2, dtype=torch.int64, device=said.labels.device))
         loss: Tensor = self.loss(self._standardised(said))
         if counts is not None:
             loss = counts.to(loss) * loss
-        return amount_at(self.config.weight, exchange.moment) * share * loss.mean()
+        weight = amount_at(self.config.weight, exchange.moment)
+        if not self.config.per_sample:
+            return weight * (num / whole) * loss.mean()
+        return weight * (here * num_processes() / whole) * (loss.mean() if here else loss.sum())
+
+    def _about(self, exchange: Exchange, together: TeacherOutputs) -> tuple[Said, bool]:
+        """What is said of the samples that the loss is about, and whether these may be some of the batch only."""
+        said, known = self._said(exchange, together), self._known(exchange)
+        if known is not None and len(known) < len(said.labels):
+            said = said.rows(known.to(said.labels.device, non_blocking=True))
+        picked = chosen(self.config.samples, said.teacher, said.labels)
+        if picked is not None:
+            said = said.rows(picked)
+        return said, known is not None or picked is not None
 
     def _said(self, exchange: Exchange, together: TeacherOutputs) -> Said:
         alone = self.config.store is None and self.config.on_logits
@@ -128,7 +139,9 @@ class Term(nn.Module):
         )
 
     def _known(self, exchange: Exchange) -> Tensor | None:
-        """The samples of which this loss's teacher, or any of its teachers, knows, int64 [n]; None for all."""
+        """The samples of which this loss's teacher, or any of its teachers, knows, int64 [n]; None where
+        that is all of any batch.
+        """
         if self.config.store is None and self.config.on_logits:
             masks = list(exchange.known)
         else:
@@ -136,8 +149,7 @@ class Term(nn.Module):
         held = [mask for mask in masks if mask is not None]
         if len(held) < len(masks):
             return None
-        any_of_them = torch.stack(held).any(0)
-        return None if any_of_them.all() else any_of_them.nonzero()[:, 0]
+        return torch.stack(held).any(0).nonzero()[:, 0]
 
     def _standardised(self, said: Said) -> Said:
         if not isinstance(self.config, Response) or not self.config.standardise:

@@ -1,0 +1,200 @@
+"""Two processes of torchrun train what one does: the same batches, weights equal within rounding, one writer.
+
+Their students have batch norm, a relational loss, and a hint with an adapter, of the hard samples alone, of which
+one process may have more than the other.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kdpipe_process import environment, kdpipe, signal_when
+from warm_process import WarmProcess
+
+from stages.tensor_file import load_tensors
+
+RECIPE = """
+# Command: kdpipe train-student several.toml. Hardware: any. Time: seconds. Expect: an alone and a distilled student.
+name = "several"
+device = "cpu"
+num_threads = 1
+data = { name = "digits", num_train = 200 }
+views = { num_views = 2, operations = [{ name = "RandomCrop", padding = 1 }] }
+cache = { batch_size = 64 }
+
+[teacher]
+model = { name = "cnn", args = { width = 8 } }
+train = { epochs = 2, batch_size = 32, checkpoint_every_s = 0 }
+
+[student]
+model = { name = "cnn", args = { width = 4 } }
+train = { epochs = 2, batch_size = 32, lr = 0.02, checkpoint_every_s = 0 }
+seeds = [0]
+
+[[distill]]
+loss = "kd"
+
+[[distill]]
+loss = "rkd"
+layers = [["stage2", "stage2"]]
+weight = 0.1
+samples = { only = "correct" }
+
+[[distill]]
+loss = "hint"
+layers = [["stage2", "stage2"]]
+weight = 0.5
+samples = { only = "hard", share = 0.1, weigh = "entropy" }
+"""
+
+KINDS = ("alone", "distilled")
+
+
+def free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def start_two(*arguments: str | Path) -> list[WarmProcess]:
+    """Start two processes as torchrun would."""
+    of_both = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    return [WarmProcess(["kdpipe", *map(str, arguments)], of_both | own) for own in ranks]
+
+
+def ended(processes: Sequence[WarmProcess]) -> list[subprocess.CompletedProcess[str]]:
+    said = [process.communicate(timeout=120) for process in processes]
+    return [
+        subprocess.CompletedProcess(process.args, process.wait(), *texts)
+        for process, texts in zip(processes, said, strict=True)
+    ]
+
+
+def together(*arguments: str | Path) -> list[subprocess.CompletedProcess[str]]:
+    return ended(start_two(*arguments))
+
+
+def copied(run: Path, to: Path, *parts: str) -> Path:
+    """A run folder with some of what another has."""
+    for part in parts:
+        shutil.copytree(run / part, to / part)
+    return to
+
+
+def files_of(run: Path) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+
+def student_of(run: Path, kind: str) -> dict[str, torch.Tensor]:
+    return load_tensors(run / "students" / f"{kind}-seed0" / "model.safetensors")[0]
+
+
+def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "students" / f"{kind}-seed0" / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "wall_s"} for line in lines]
+
+
+def assert_close(run: Path, other: Path, kind: str) -> None:
+    mine, theirs = student_of(run, kind), student_of(other, kind)
+    assert mine.keys() == theirs.keys()
+    for name, weights in mine.items():
+        assert torch.allclose(weights, theirs[name], rtol=1e-3, atol=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "several.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, recipe):
+    """A run whose every stage two processes did, and what they said of the last one."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    for command in ("train-teacher", "cache-teacher", "train-student"):
+        both = together(command, recipe, "--run", run)
+        assert [one.returncode for one in both] == [0, 0], [one.stderr for one in both]
+    return run, both
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, recipe, two):
+    """The same students from the same store, trained by one process."""
+    run = copied(two[0], tmp_path_factory.mktemp("one"), "teacher", "store.zarr", "store.test.zarr")
+    assert kdpipe("train-student", recipe, "--run", run).returncode == 0
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_the_student_of_one(one, two, kind):
+    assert_close(two[0], one, kind)
+    for mine, theirs in zip(lines_of(two[0], kind), lines_of(one, kind), strict=True):
+        assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+        assert mine["cross_entropy"] == pytest.approx(theirs["cross_entropy"], rel=1e-4)
+        assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=2 / 359)
+
+
+def test_only_the_first_writes_and_speaks(one, two):
+    run, (first, second) = two
+    assert files_of(run / "students") == files_of(one / "students")
+    assert "student distilled" in first.stdout
+    assert (second.stdout, second.stderr) == ("", "")
+
+
+def test_a_signal_to_one_of_them_stops_both_at_one_step_and_the_next_run_goes_on(tmp_path, recipe, two):
+    run = copied(two[0], tmp_path / "run", "teacher", "store.zarr", "store.test.zarr")
+    checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
+    both = start_two("train-student", recipe, "--run", run)
+    signal_when(both[1], checkpoint.exists, signal.SIGTERM)
+    assert [one.returncode for one in ended(both)] == [75, 75]
+    assert checkpoint.exists()
+    alone = copied(run, tmp_path / "alone", "teacher", "store.zarr", "store.test.zarr", "students")
+    assert [one.returncode for one in together("train-student", recipe, "--run", run)] == [0, 0]
+    model = Path("students", "distilled-seed0", "model.safetensors")
+    assert (run / model).read_bytes() == (two[0] / model).read_bytes()
+    assert lines_of(run, "distilled") == lines_of(two[0], "distilled")
+    assert kdpipe("train-student", recipe, "--run", alone).returncode == 0  # what two began, one can end
+    assert_close(alone, two[0], "distilled")
+
+
+def test_when_one_is_killed_the_other_ends_with_a_sentence(tmp_path, recipe, two):
+    run = copied(two[0], tmp_path / "run", "teacher", "store.zarr", "store.test.zarr")
+    checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
+    both = start_two("train-student", recipe, "--run", run)
+    signal_when(both[0], checkpoint.exists, signal.SIGKILL)
+    first, second = ended(both)
+    assert (first.returncode, second.returncode) == (-signal.SIGKILL, 1)
+    assert second.stderr.startswith("kdpipe: error: another of the 2 processes of this job ended")
+    assert second.stderr.count("\n") == 1
+
+
+def test_another_recipe_is_refused_by_both_with_its_exit_status(recipe, two):
+    both = together("train-student", recipe, "--run", two[0], "--set", "student.train.lr=0.03")
+    assert [one.returncode for one in both] == [12, 12]
+    assert "train.lr: stored 0.02, wanted 0.03" in both[0].stderr
+
+
+def test_a_batch_that_two_cannot_share_is_refused_before_any_training(tmp_path, recipe):
+    both = together("train-teacher", recipe, "--run", tmp_path, "--set", "teacher.train.batch_size=33")
+    assert [one.returncode for one in both] == [2, 2]
+    assert "train.batch_size is 33" in both[0].stderr
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("command", ["compress", "run", "generations"])
+def test_what_is_for_one_process_says_so_to_several(tmp_path, recipe, command):
+    both = together(command, recipe, "--run", tmp_path / "run")
+    assert [one.returncode for one in both] == [2, 2]
+    assert both[0].stderr.startswith(f"kdpipe: error: kdpipe {command} runs in one process, and 2 were started")
+    assert not (tmp_path / "run").exists()
