@@ -5,6 +5,7 @@ set. They are counted and summed on the CPU, in integers and float64, so that th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ NUM_BINS = 15
 FEWEST_CLASSES = 6
 """With fewer, the label is always among the five largest logits."""
 
+MOST_CONFUSIONS = 10_000
+"""So many pairs of a label and a wrong answer are kept, the most frequent: all there are up to a hundred classes."""
+
 
 @dataclass(frozen=True)
 class ClassFigures:
@@ -31,6 +35,17 @@ class ClassFigures:
 
 
 @dataclass(frozen=True)
+class BinFigures:
+    """A bin of the calibration error: how many samples the network is so sure of, how sure on average, and the share of
+    them that it gets right; None where there are none.
+    """
+
+    num_samples: int
+    confidence: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
 class Examined:
     """Figures over the test samples that could be read.
 
@@ -39,6 +54,8 @@ class Examined:
     confidence being the largest softmax (arXiv 1706.04599, equation 3).
     agreement, teacher_kl: over the samples of which the teacher was asked, None where there is none: the share where
     its largest logit is the network's, and the mean of KL(p_teacher || p_network) at temperature 1, nats.
+    bins: of ece, from confidence 0 to 1; None where a confidence is no number. confusions: [label, answer, samples] of
+    the wrong answers, in the order of label and answer.
     """
 
     top1: float
@@ -48,6 +65,8 @@ class Examined:
     agreement: float | None
     teacher_kl: float | None
     per_class: list[ClassFigures]
+    bins: list[BinFigures] | None
+    confusions: list[list[int]]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,6 +91,7 @@ class _Marks:
 
     confidences, rights: of the first `num_seen` samples: the largest softmax, float64, and whether it is the label's,
     int64. In one piece from the start: small tensors kept between large ones that go would keep those in memory.
+    wrong: how often each pair of a label and a wrong answer came, the pair as label * num_classes + answer.
     """
 
     num_samples: int
@@ -84,6 +104,7 @@ class _Marks:
     num_taught: int = 0
     num_agreed: int = 0
     kl_sum: float = 0.0
+    wrong: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.by_class = torch.zeros(self.num_classes, 2, dtype=torch.int64)  # samples recognised, samples
@@ -97,6 +118,7 @@ class _Marks:
         self.confidences[here], self.rights[here] = log_p.amax(1).exp(), (said == labels).long()
         self.num_seen = here.stop
         self._count(logits, said, labels)
+        self.wrong.update((labels * self.num_classes + said)[said != labels].tolist())
         if teacher_logits is not None:
             self._compare(said, log_p, teacher_logits[answers.positions].cpu())
 
@@ -123,14 +145,34 @@ class _Marks:
     def _ece(self) -> float:
         from torchmetrics.functional.classification import binary_calibration_error
 
-        confidences, rights = self.confidences[: self.num_seen], self.rights[: self.num_seen]
+        confidences, rights = self._sure_and_right()
         if confidences.isnan().any():
             return math.nan
-        # Of confidences, the two-class function is the many-class one without its [N, C] logits. It puts a confidence
-        # of exactly 1 into a bin of its own, where the last of the fifteen is meant.
-        below_one = 1 - torch.finfo(torch.float64).eps
-        confidences = confidences.clamp(max=below_one)
+        # Of confidences, the two-class function is the many-class one without its [N, C] logits.
         return float(binary_calibration_error(confidences, rights, NUM_BINS, "l1", validate_args=False))
+
+    def _sure_and_right(self) -> tuple[Tensor, Tensor]:
+        """Confidences float64 [N], rights int64 [N]; a 1 would get a bin of its own, where the last one is meant."""
+        below_one = 1 - torch.finfo(torch.float64).eps
+        return self.confidences[: self.num_seen].clamp(max=below_one), self.rights[: self.num_seen]
+
+    def _bins(self) -> list[BinFigures] | None:
+        confidences, rights = self._sure_and_right()
+        if confidences.isnan().any():
+            return None
+        edges = torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64)  # as torchmetrics has them
+        bins = torch.bucketize(confidences, edges, right=True) - 1
+        counts = torch.bincount(bins, minlength=NUM_BINS).tolist()
+        sure = torch.bincount(bins, confidences, minlength=NUM_BINS).tolist()
+        right = torch.bincount(bins, rights.double(), minlength=NUM_BINS).tolist()
+        return [
+            BinFigures(num, one / num if num else None, hits / num if num else None)
+            for num, one, hits in zip(counts, sure, right, strict=True)
+        ]
+
+    def _confusions(self) -> list[list[int]]:
+        often = sorted(self.wrong.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_CONFUSIONS]
+        return [[*divmod(pair, self.num_classes), num] for pair, num in sorted(often)]
 
     def examined(self, measured: Measured, names: tuple[str, ...]) -> Examined:
         counts = zip(names, self.by_class.tolist(), strict=True)
@@ -142,4 +184,6 @@ class _Marks:
             agreement=self.num_agreed / self.num_taught if self.num_taught else None,
             teacher_kl=self.kl_sum / self.num_taught if self.num_taught else None,
             per_class=[ClassFigures(name, right / num if num else None, num) for name, (right, num) in counts],
+            bins=self._bins(),
+            confusions=self._confusions(),
         )

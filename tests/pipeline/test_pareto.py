@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from pipeline.pareto import Box, Dot, Point, draw_pareto, front, pareto_svg
+from pipeline.report.pareto import Box, Dot, Point, draw_pareto, front, pareto_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 

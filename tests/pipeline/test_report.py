@@ -5,7 +5,7 @@ import json
 import pytest
 from kdpipe_process import kdpipe_here
 
-from pipeline.report_networks import places_of
+from pipeline.report.networks import places_of
 
 FIGURES = {
     "accuracy": 0.5,
@@ -53,7 +53,7 @@ def test_the_second_table_gives_means_over_seeds_and_the_worst_class(tmp_path):
         "students/distilled-seed1": examined(0.25, dog=0.6),
     }
     run = run_folder(tmp_path, jobs, seeds=(0, 1))
-    text = " ".join(kdpipe_here("report", run).stdout.split())
+    text = " ".join(kdpipe_here("report", run, "--no-html").stdout.split())
     assert "teacher 50.00 - - - 12.50 dog: 40.00" in text
     distilled = "50.00 ± 0.00 - 50.00 ± 35.36 0.500 ± 0.354 12.50 ± 0.00 dog: 50.00 ± 14.14"
     assert f"student distilled {distilled}" in text
@@ -74,7 +74,7 @@ def test_the_document_has_the_figures_of_each_class(tmp_path):
 
 
 def test_a_run_of_before_there_were_such_figures_has_one_table(tmp_path):
-    ended = kdpipe_here("report", run_folder(tmp_path, {"teacher": ...}))
+    ended = kdpipe_here("report", run_folder(tmp_path, {"teacher": ...}), "--no-html")
     assert ended.exit_code == 3
     assert "50.00" in ended.stdout
     assert "What they learnt" not in ended.stdout
@@ -82,7 +82,7 @@ def test_a_run_of_before_there_were_such_figures_has_one_table(tmp_path):
 
 def test_a_long_class_name_is_cut_in_the_table_only(tmp_path):
     run = run_folder(tmp_path, {"teacher": examined(names=("cat", "d" * 200, "eel"))})
-    text = "".join(kdpipe_here("report", run).stdout.split())
+    text = "".join(kdpipe_here("report", run, "--no-html").stdout.split())
     assert "d" * 17 + "...:40.00" in text
     assert "d" * 18 not in text
     assert json.loads(kdpipe_here("report", run, "--json").stdout)["rows"][0]["per_class"][1]["name"] == "d" * 200
@@ -90,14 +90,14 @@ def test_a_long_class_name_is_cut_in_the_table_only(tmp_path):
 
 def test_class_names_cannot_command_the_terminal(tmp_path):
     names = ("cat", "\x1b[2J[red]dog[/]", "eel")
-    stdout = kdpipe_here("report", run_folder(tmp_path, {"teacher": examined(names=names)})).stdout
+    stdout = kdpipe_here("report", run_folder(tmp_path, {"teacher": examined(names=names)}), "--no-html").stdout
     assert "\x1b[2J" not in stdout
     assert "?[2J[red]dog[/]: 40.00" in stdout
 
 
 @pytest.mark.parametrize("damage", ["pie", {}, {**examined(), "per_class": ["pie"]}, {**examined(), "ece": "high"}])
 def test_damaged_figures_are_one_sentence_that_names_the_folder(tmp_path, damage):
-    ended = kdpipe_here("report", run_folder(tmp_path, {"teacher": damage}))
+    ended = kdpipe_here("report", run_folder(tmp_path, {"teacher": damage}), "--no-html")
     assert ended.exit_code == 1
     assert ended.stderr.startswith("kdpipe: error: ")
     assert ended.stderr.count("\n") == 1
@@ -118,7 +118,7 @@ def test_a_student_alone_has_its_own_latency_where_a_loss_made_the_distilled_one
         rows = json.loads(kdpipe_here("report", run, "--json").stdout)["rows"]
         found = {row["name"]: row["latency_ms"]["4"]["p50_ms"] for row in rows}
         assert found == {"student alone": alone, "student distilled": 2.0}
-        shown = kdpipe_here("report", run).stdout
+        shown = kdpipe_here("report", run, "--no-html").stdout
         assert "onnxruntime on 2 threads of a CPU" in shown
         assert ("1.000 (2.000)" in shown) == ("alone" in measured)
 
@@ -148,7 +148,7 @@ def test_what_distillation_won_back_is_the_share_of_what_hard_labels_lose(tmp_pa
     assert found["pruned"]["share"] == pytest.approx(0.5)
     assert found["pruned"]["points_lost_alone"] == pytest.approx(2)
     assert found["pruned + INT8"]["share"] is None  # hard labels lost nothing that could be won back
-    shown = " ".join(kdpipe_here("report", run).stdout.split())
+    shown = " ".join(kdpipe_here("report", run, "--no-html").stdout.split())
     assert "pruned +2.00 +1.00 50 %" in shown
     assert "pruned + INT8 -0.50 +0.50 -" in shown
 
@@ -171,7 +171,7 @@ def test_a_damaged_record_of_latencies_is_one_sentence(tmp_path, text):
     run = run_folder(tmp_path, {"teacher": ...})
     (run / "compressed").mkdir()
     (run / "compressed" / "latency-seed0.json").write_text(text)
-    ended = kdpipe_here("report", run)
+    ended = kdpipe_here("report", run, "--no-html")
     assert ended.exit_code == 1
     assert ended.stderr.count("\n") == 1 and "latency-seed0.json" in ended.stderr
 

@@ -61,6 +61,30 @@ def test_the_figures_are_those_computed_by_hand():
     assert [(one.accuracy, one.num_samples) for one in found.per_class] == [(1.0, 1), (2 / 3, 3)]
 
 
+def test_the_bins_are_those_counted_one_by_one_and_give_the_calibration_error():
+    logits, labels, _ = random_case()
+    found = shown(logits, labels.tolist())
+    sure, said = logits.double().softmax(1).max(1)
+    counted = [[] for _ in range(15)]
+    for confidence, right in zip(sure.tolist(), (said == labels).tolist(), strict=True):
+        counted[min(int(15 * confidence), 14)].append((confidence, right))
+    assert [one.num_samples for one in found.bins] == [len(held) for held in counted]
+    assert any(not held for held in counted)
+    for one, held in zip(found.bins, counted, strict=True):
+        expected = [pytest.approx(sum(column) / len(held)) for column in zip(*held, strict=True)] or [None, None]
+        assert [one.confidence, one.accuracy] == expected
+    gaps = (one.num_samples * abs(one.accuracy - one.confidence) for one in found.bins if one.num_samples)
+    assert found.ece == pytest.approx(sum(gaps) / 700)
+
+
+def test_the_confusions_are_the_wrong_answers_by_label_and_answer(monkeypatch):
+    said = torch.eye(3)[[0, 1, 1, 2, 0, 0]]
+    labels = [0, 0, 0, 1, 1, 2]
+    assert shown(said, labels).confusions == [[0, 1, 2], [1, 0, 1], [1, 2, 1], [2, 0, 1]]
+    monkeypatch.setattr("stages.examine.MOST_CONFUSIONS", 2)
+    assert shown(said, labels).confusions == [[0, 1, 2], [1, 0, 1]]  # the most frequent, then the first
+
+
 def test_top_5_counts_the_labels_among_the_five_largest_and_needs_six_classes():
     falling = -torch.arange(6.0).repeat(3, 1)
     assert shown(falling, [0, 4, 5]).top5 == 2 / 3
@@ -130,6 +154,7 @@ def test_a_network_that_answers_nan_looks_neither_calibrated_nor_taught():
     logits, labels, teacher = random_case(num_samples=40)
     found = shown(logits * float("nan"), labels.tolist(), teacher)
     assert all(math.isnan(figure) for figure in (found.cross_entropy, found.ece, found.teacher_kl))
+    assert found.bins is None
 
 
 @pytest.mark.parametrize("training", [True, False])

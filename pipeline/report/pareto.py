@@ -26,6 +26,7 @@ LETTER = 0.58
 
 PANEL_WIDTH, LEFT, RIGHT, TOP, BOTTOM = 370, 70, 30, 80, 90
 ROW = FONT + 5
+TICKS_APART = 46
 WIDEST_NAME = 280
 DOT = 5
 
@@ -149,6 +150,30 @@ def pareto_svg(points: Sequence[Point], *, title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pareto_panels(points: Sequence[Point], *, title: str) -> list[str]:
+    """The picture's panels as pictures of their own, for a page that has `STYLE`'s classes and colours: by size, and by
+    latency where any is known. A narrow page has one below the other.
+    """
+    height = TOP + BOTTOM + max(280, ROW * 2 * len(points))
+    by_size = [Dot(point, point.file_bytes) for point in points]
+    by_time = [Dot(point, point.latency_ms) for point in points if point.latency_ms is not None]
+    accuracy = _accuracy_axis(by_size, TOP - 40, height - BOTTOM)
+    panels = [(by_size, "ONNX file, smaller is better", _bytes_text), (by_time, "latency, lower is better", _ms_text)]
+    size = f"0 0 {LEFT + PANEL_WIDTH + RIGHT} {height - 30}"
+    return [
+        "\n".join(
+            [
+                f'<svg class="chart" viewBox="{size}" role="img"><title>{_safe(title)}: {label}</title>',
+                f"<desc>{CAPTION}</desc>",
+                *_panel(dots, accuracy, LEFT, label, unit),
+                "</svg>",
+            ]
+        )
+        for dots, label, unit in panels
+        if dots
+    ]
+
+
 def front(dots: Sequence[Dot]) -> list[Dot]:
     """Those that no other beats, cheapest first. Of equal ones, all."""
     best = [
@@ -196,8 +221,7 @@ def _contents(dots: Sequence[Dot], x: Axis, y: Axis, unit: Callable[[float], str
     """Ticks, the front, bars and dots, and last the labels, which find their places among all that."""
     best = front(dots)
     room = Room(Box(x.start, y.end, x.end, y.start))
-    for tick in _cost_ticks(x.low, x.high):
-        at = x.place(tick)
+    for at, tick in _apart([(x.place(tick), tick) for tick in _cost_ticks(x.low, x.high)]):
         yield f'<path class="grid" d="M{at:.1f} {y.end:g}V{y.start:g}"/>'
         yield (
             f'<text class="tick" x="{at:.1f}" y="{y.start + 20:g}" font-size="{SMALL}" text-anchor="middle">'
@@ -211,7 +235,7 @@ def _contents(dots: Sequence[Dot], x: Axis, y: Axis, unit: Callable[[float], str
 
 
 def _accuracy_ticks(y: Axis, left: float, right: float) -> Iterator[str]:
-    step = _nice_step((y.high - y.low) / 6)
+    step = nice_step((y.high - y.low) / 6)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     for number in range(math.ceil(y.low / step), math.floor(min(y.high, 100.0) / step + 1e-9) + 1):
         at = y.place(number * step)
@@ -222,7 +246,7 @@ def _accuracy_ticks(y: Axis, left: float, right: float) -> Iterator[str]:
         )
 
 
-def _nice_step(least: float) -> float:
+def nice_step(least: float) -> float:
     """The smallest of 1, 2, 5, 10, ... times a power of ten that is no less than `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
@@ -231,7 +255,7 @@ def _nice_step(least: float) -> float:
 def _cost_ticks(low: float, high: float) -> list[float]:
     """About three to six round values in between: multiples of one number, or over a wider range parts of decades."""
     if high / low < 5:
-        step = _nice_step((high - low) / 6)
+        step = nice_step((high - low) / 6)
         return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
     decades = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
     ticks: list[float] = []
@@ -240,6 +264,15 @@ def _cost_ticks(low: float, high: float) -> list[float]:
         if len(ticks) >= 3:
             break
     return ticks[:: math.ceil(len(ticks) / 6)]
+
+
+def _apart(ticks: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Places and values, those left out whose label would meet that of a larger one."""
+    kept: list[tuple[float, float]] = []
+    for at, tick in sorted(ticks, reverse=True):
+        if not kept or kept[-1][0] - at >= TICKS_APART:
+            kept.append((at, tick))
+    return kept[::-1]
 
 
 def _step(best: Sequence[Dot], x: Axis, y: Axis, room: Room) -> str:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline.report_compressed import (
+from pipeline.report.compressed import (
     WonBack,
     num_bytes,
     print_costs,
     print_won_back,
     won_back,
 )
-from pipeline.report_examined import Learnt, print_learnt, read_learnt, with_spread
-from pipeline.report_networks import Place, compressed_folder, places_of
+from pipeline.report.examined import Learnt, print_learnt, read_learnt, with_spread
+from pipeline.report.networks import Place, compressed_folder, places_of
 from stages.errors import RunError
 from stages.job_folder import JobFolder, read_json
 from stages.latency_record import Latencies, latency_path, read_latencies
@@ -77,9 +78,9 @@ def read_report(run: Path) -> Report:
             f"as {run / 'generation1'}."
         )
     try:
-        name, seeds, places = recipe["name"], list(recipe["student"]["seeds"]), places_of(recipe, run)
+        places, name, seeds = places_of(recipe, run), _name(recipe), recipe["student"]["seeds"]
         root = compressed_folder(recipe, run)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{run / 'recipe.json'} is no recipe of a kdpipe run ({error!r}).") from error
     latency = read_latencies(latency_path(root, seeds[0]))
     rows: list[Row] = []
@@ -92,6 +93,14 @@ def read_report(run: Path) -> Report:
     artefacts = [str(path.parent) for seed in seeds for path in root.glob(f"artefacts-seed{seed}/card.json")]
     picture = str(root / "pareto.svg") if (root / "pareto.svg").exists() else None
     return Report(str(run), name, latency, rows, won_back(rows), picture, artefacts, missing)
+
+
+def _name(recipe: Mapping[str, Any]) -> str:
+    """The name, which is shown as it is, if it is one that a recipe may have."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", recipe["name"]):
+        raise ValueError("its name is none that a recipe may have")
+    name: str = recipe["name"]
+    return name
 
 
 def _row(

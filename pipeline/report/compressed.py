@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.command import printable
 from stages.job_folder import read_json
 from stages.latency_record import Latencies
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.report import Row
+    from pipeline.report.pareto import Point
+    from pipeline.report.report import Report, Row
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ def won_back(rows: Sequence[Row]) -> list[WonBack]:
 def print_costs(console: Console, latency: Latencies | None, rows: Sequence[Row]) -> None:
     """What each file takes: of a batch the median and the 95th percentile. What shares a file is shown once."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     title = "What they take"
     if latency is not None:
         threads = "one thread" if latency.num_threads == 1 else f"{latency.num_threads} threads"
-        title += f": onnxruntime on {threads} of {latency.cpu}, ms, median (95th percentile)"
+        title += f": onnxruntime on {threads} of {escape(printable(latency.cpu))}, ms, median (95th percentile)"
     table = Table(box=box.SIMPLE, title=title, title_justify="left")
     table.add_column("network", no_wrap=True)
     for header in ("MACs", "of the teacher's size", "of the student's"):
@@ -74,14 +77,14 @@ def print_costs(console: Console, latency: Latencies | None, rows: Sequence[Row]
         table.add_row(
             row.name,
             "-" if row.num_macs is None else f"{row.num_macs:,}",
-            _fraction(row.of_teacher),
-            _fraction(row.of_student),
+            fraction(row.of_teacher),
+            fraction(row.of_student),
             *(f"{one['p50_ms']:.3f} ({one['p95_ms']:.3f})" for one in times),
         )
     console.print(table)
 
 
-def _fraction(times: float | None) -> str:
+def fraction(times: float | None) -> str:
     """A file's size as a share of another's: 1/12.3, or how many times as large."""
     return "-" if times is None else f"1/{times:.1f}" if times >= 1 else f"{1 / times:.1f}"
 
@@ -109,21 +112,33 @@ def num_bytes(number: int | None) -> str:
 
 def draw_trade(run: Path) -> None:
     """Draw accuracy against size and latency into the folder of the compressed students, where there are any."""
-    from pipeline.pareto import Point, draw_pareto
-    from pipeline.report import read_report
-    from pipeline.report_networks import compressed_folder
+    from pipeline.report.networks import compressed_folder
+    from pipeline.report.pareto import draw_pareto
+    from pipeline.report.report import read_report
 
     report, recipe = read_report(run), read_json(run / "recipe.json") or {}
     root = compressed_folder(recipe, run)
     if report.latency is None or not root.is_dir():
         return
-    largest = str(report.latency.batch_sizes[-1])
-    points = [
+    draw_pareto(trade_points(report), root / "pareto.svg", title=trade_title(report))
+
+
+def trade_points(report: Report) -> list[Point]:
+    """The networks that have a file, without those that only show what the teacher's words are worth."""
+    from pipeline.report.pareto import Point
+
+    largest = str(report.latency.batch_sizes[-1]) if report.latency else ""
+    return [
         Point(row.name, row.accuracy_mean, row.accuracy_std, row.file_bytes, _median(row.latency_ms, largest))
         for row in report.rows
         if row.file_bytes is not None and "hard labels" not in row.name
     ]
-    draw_pareto(points, root / "pareto.svg", title=f"{report.recipe}: accuracy, size and latency (batch of {largest})")
+
+
+def trade_title(report: Report) -> str:
+    if report.latency is None:
+        return f"{report.recipe}: accuracy and size"
+    return f"{report.recipe}: accuracy, size and latency (batch of {report.latency.batch_sizes[-1]})"
 
 
 def _median(times: Mapping[str, Any] | None, size: str) -> float | None:

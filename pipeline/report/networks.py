@@ -25,8 +25,10 @@ def compressed_folder(recipe: Mapping[str, Any], run: Path) -> Path:
 
 
 def places_of(recipe: Mapping[str, Any], run: Path) -> list[Place]:
-    """The networks that a resolved recipe makes, in the order of the tables. Raises KeyError where it is no recipe."""
-    seeds = list(recipe["student"]["seeds"])
+    """The networks that a resolved recipe makes, in the order of the tables. Raises KeyError, TypeError,
+    ValueError or AttributeError where it is no recipe.
+    """
+    seeds = _seeds(recipe)
     root, given = compressed_folder(recipe, run), recipe["compress"].get("student")
 
     def students(kind: str) -> list[Path]:
@@ -43,11 +45,20 @@ def places_of(recipe: Mapping[str, Any], run: Path) -> list[Place]:
     return places
 
 
+def _seeds(recipe: Mapping[str, Any]) -> list[int]:
+    seeds = recipe["student"]["seeds"]
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds):
+        raise ValueError("student.seeds are no seeds")
+    return seeds
+
+
 def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Name, kind, and as what it is timed, of each compressed network."""
     # A recipe of an older kdpipe had neither baselines nor a choice of integers.
     steps, baselines = list(config["steps"]), config.get("baselines", False)
     scheme = config.get("quantize", {}).get("scheme", "int8")
+    if scheme not in ("int8", "int4"):  # it becomes a part of paths
+        raise ValueError("compress.quantize.scheme is no scheme")
     prunes, integers = "prune" in steps, scheme.upper()
     if prunes:
         yield "pruned", "pruned", "pruned"

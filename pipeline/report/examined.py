@@ -14,7 +14,7 @@ from stages.errors import RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.report import Row
+    from pipeline.report.report import Row
 
 LONGEST_NAME = 20
 """So much of a class's name the table has room for; --json has all of it."""
@@ -89,7 +89,7 @@ def print_learnt(console: Console, rows: Sequence[Row]) -> None:
             with_spread(row.agreement_mean, row.agreement_std),
             with_spread(row.teacher_kl_mean, row.teacher_kl_std, digits=3),
             with_spread(row.ece_mean, row.ece_std),
-            Text(_worst_class(row)),  # Text: a name with brackets is no markup
+            Text(worst_class(row)),  # Text: a name with brackets is no markup
         )
     console.print(table)
 
@@ -123,7 +123,7 @@ def _spread(figures: Sequence[float]) -> tuple[float | None, float | None]:
     return mean(figures) if figures else None, stdev(figures) if len(figures) > 1 else None
 
 
-def _worst_class(row: Row) -> str:
+def worst_class(row: Row) -> str:
     """The class that is recognised least, the first of several, and how often."""
     measured = [(one.accuracy_mean, at) for at, one in enumerate(row.per_class or ()) if one.accuracy_mean is not None]
     if row.per_class is None or not measured:
