@@ -1,15 +1,57 @@
-"""`kdpipe plan` and `cache-teacher --dry-run`: what a store will hold, take and cost, for people, on stdout."""
+"""`kdpipe plan` and `cache-teacher --dry-run`: what a store will hold, take and cost, and which of the recipe's values
+come from where, for people, on stdout.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from pipeline.command import printable
+
+if TYPE_CHECKING:
+    from pipeline.recipe.origins import Setting, Settings
+
+NARROWEST, WIDEST = 20, 60
+"""Characters that the column of values has at least and at most; longer values are cut off."""
 
 
-def print_plan(plan: dict[str, Any]) -> None:
-    """A few aligned lines."""
+def print_plan(plan: dict[str, Any], settings: Settings | None = None) -> None:
+    """A few aligned lines; with `settings` also the keys that are not left at their defaults, and who set them."""
     for name, text in _lines(plan):
         print(f"{name:<12} {text}")  # noqa: T201
+    for line in _setting_lines(settings or {}):
+        print(line)  # noqa: T201
+
+
+def settings_json(settings: Settings) -> dict[str, Any]:
+    """What `plan --json` has under "settings": of every key {"value": ..., "origin": ...}."""
+    return {key: setting.to_json() for key, setting in settings.items()}
+
+
+def _setting_lines(settings: Settings) -> Iterator[str]:
+    """Key, value and origin of what somebody has set, in groups: a section each."""
+    from pipeline.recipe.origins import not_default
+
+    given = not_default(settings)
+    values = {key: _shown(setting) for key, setting in given.items()}
+    widest_key = max(map(len, given), default=0)
+    widest_value = max([NARROWEST, *map(len, values.values())])
+    for section, keys in groupby(given, key=_section):
+        yield f"\n[{section}]" if section else "\nset in the recipe, and where"
+        for key in keys:
+            yield f"{printable(key):<{widest_key}}  {values[key]:<{widest_value}}  {printable(given[key].origin)}"
+
+
+def _section(key: str) -> str:
+    return key.partition(".")[0] if "." in key else ""
+
+
+def _shown(setting: Setting) -> str:
+    text = json.dumps(setting.value, ensure_ascii=False)
+    return printable(text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}...")
 
 
 def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.recipe import load_recipe, parse_recipe, recipe_json
+from pipeline.recipe.load import load_recipe, parse_recipe, recipe_json
 from stages.errors import RecipeError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -141,7 +141,7 @@ def test_every_key_is_explained_in_the_docs():
     from dataclasses import fields, is_dataclass
     from typing import get_args, get_type_hints
 
-    from pipeline.recipe import Recipe
+    from pipeline.recipe.load import Recipe
 
     text = (RECIPES.parent / "docs" / "recipes.md").read_text()
     seen, waiting = set(), [Recipe]

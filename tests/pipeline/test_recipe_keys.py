@@ -1,0 +1,266 @@
+"""Bad input, for every key that a recipe has: of a wrong type, absurd, hostile, missing, unknown. Keys are read off the
+schema, so that a new one is tried without a word here. The schema itself says what the reader says.
+"""
+
+import copy
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from pipeline.recipe.load import load_recipe, parse_recipe
+from pipeline.recipe.schema import explanations, recipe_json_schema, recipe_sections
+from stages.errors import RecipeError
+from stages.losses.terms import LOSSES
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SCHEMA = recipe_json_schema()
+VALIDATOR = Draft202012Validator(SCHEMA)
+
+BASE = {
+    "name": "least",
+    "views": {"mix": {"mixup_alpha": 0.2}},
+    "teacher": {"model": {"name": "cnn"}, "train": {"epochs": 1}},
+    "student": {
+        "model": {"name": "cnn"},
+        "hard_label_weight": {"start": 1.0, "end": 0.0},
+        "teachers": {},
+        "read": {},
+        "train": {},
+    },
+    "compress": {"prune": {}, "quantize": {}, "prune_train": {}, "quantize_train": {}},
+    "compare": {"way": {"distill": [{"loss": "kd"}]}},
+    "distill": [{"loss": "kd", "samples": {}}],
+}
+
+WRONG = {
+    "string": "text",
+    "integer": 3,
+    "number": 1.5,
+    "boolean": True,
+    "array": [[[1.5]]],
+    "object": {"zzz": 1},
+}
+
+FREE_TEXT = ("layers", "keep", "keep_float", "classifier", "classes")
+"""Names inside a network or a data set: what is not there is refused by who looks for it, with what is there."""
+
+FREE_NUMBERS = ("mean", "std")
+"""Finite is enough."""
+
+
+def resolved(schema):
+    return SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+
+
+def options(schema):
+    """The alternatives that may stand at a key."""
+    return [resolved(one) for one in resolved(schema).get("anyOf", [schema])]
+
+
+def kinds(schema):
+    """The JSON types that may stand at a key."""
+    found = set()
+    for one in options(schema):
+        if "type" in one:
+            found.add(one["type"])
+    return found | ({"integer"} if "number" in found else set())
+
+
+def leaves(section, at):
+    """Path and schema of every key of a section and of those below it; what takes anything at all is left out."""
+    for key, schema in section["properties"].items():
+        where = (*at, key)
+        inner = [one for one in options(schema) if "properties" in one]
+        if key in ("distill", "compare"):
+            yield where, {"type": "array" if key == "distill" else "object"}
+            continue
+        if key not in ("args", "operations"):
+            yield where, schema
+        for one in inner:
+            yield from leaves(one, where)
+
+
+def entries():
+    """The keys of each loss; those that all have are tried with the first."""
+    seen = set()
+    for loss in SCHEMA["properties"]["distill"]["items"]["oneOf"]:
+        section = resolved(loss)
+        name = section["properties"]["loss"]["const"]
+        base = {"loss": name} | ({"layers": [["a", "b"]]} if "layers" in section["required"] else {})
+        for path, schema in leaves(section, ()):
+            if path != ("loss",) and (path[0] not in ("weight", "samples", "store", "temperature") or path not in seen):
+                seen.add(path)
+                yield base, path, schema
+
+
+def with_value(base, path, value):
+    table = copy.deepcopy(base)
+    at = table
+    for key in path[:-1]:
+        at = at.setdefault(key, {})
+        if not isinstance(at, dict):
+            return None
+    at[path[-1]] = value
+    return table
+
+
+def all_cases():
+    way = SCHEMA["$defs"]["CompareEntry"]
+    for path, schema in (*leaves(SCHEMA, ()), *leaves(way, ("compare", "way"))):
+        yield pytest.param(BASE, path, schema, id=".".join(path))
+    for base, path, schema in entries():
+        yield pytest.param(base, path, schema, id=f"{base['loss']}.{'.'.join(path)}")
+
+
+CASES = list(all_cases())
+
+
+def tables(base, path, value):
+    """Recipes with the value at its place. What stands below a number's ramp comes with the rest of a ramp."""
+    if path[-2:-1] and path[-1] in ("start", "end", "shape", "epochs") and path[-2] != "train":
+        ramp = {"start": 1.0, "end": 2.0, path[-1]: value}
+        path, value = path[:-1], ramp
+    table = with_value(base, path, value)
+    return table if base is BASE else BASE | {"distill": [table]}
+
+
+def sentence(table):
+    """What is said against a recipe; None where it is taken."""
+    try:
+        parse_recipe(table, "r.toml")
+    except RecipeError as error:
+        assert str(error).isprintable()
+        assert len(str(error)) < 700
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("base", "path", "schema"), CASES)
+def test_every_key_refuses_wrong_types_and_absurd_values_in_a_sentence_that_names_it(base, path, schema):
+    takes, last = kinds(schema), path[-1]
+    refused = []
+    for kind, value in WRONG.items():
+        if kind not in takes:
+            refused.append(value)
+    if takes & {"integer", "number"}:
+        refused += [math.nan, math.inf, -math.inf, -(10**30)]
+        refused += [10**400, 1e308, 10**39 if "number" in takes else 10**30]
+    if "string" in takes and last not in FREE_TEXT:
+        refused += ["", "\0", "a\nb", "\x1b[31m", "x" * 10**5]
+    if "array" in takes and "default" in schema and isinstance(schema["default"], list):
+        refused += [[None], [math.nan]]
+    for value in refused:
+        said = sentence(tables(base, path, value))
+        assert said is not None, value
+        assert last in said, value
+        assert said.startswith("r.toml: ")
+
+
+@pytest.mark.parametrize(
+    "value", ["../../etc/passwd", "~nobody/x", "/dev/zero", "a\\b", '"', "𝒳", "s3://b/k?x=1#y", "%00"]
+)
+def test_odd_but_possible_paths_are_taken_as_they_are(value):
+    table = BASE | {"data": {"root": value}, "cache": {"store": value}}
+    recipe = parse_recipe(table, "r.toml")
+    assert recipe.data.root == recipe.cache.store == value
+
+
+def sections(at=BASE, path=()):
+    yield path
+    for key, value in at.items():
+        if isinstance(value, dict):
+            yield from sections(value, (*path, key))
+
+
+@pytest.mark.parametrize("path", [path for path in sections() if path[-1:] != ("compare",)], ids=".".join)
+def test_every_section_refuses_a_key_that_it_does_not_have(path):
+    table = with_value(BASE, (*path, "zzz"), 1)
+    assert f"unknown key '{'.'.join((*path, 'zzz'))}'" in sentence(table)
+    assert not VALIDATOR.is_valid(table)
+
+
+@pytest.mark.parametrize("path", ["name", "teacher", "student", "teacher.model", "student.model", "student.model.name"])
+def test_every_key_that_is_needed_is_missed(path):
+    table = copy.deepcopy(BASE)
+    *parents, last = path.split(".")
+    at = table
+    for key in parents:
+        at = at[key]
+    del at[last]
+    assert f"the key '{path}' is missing" in sentence(table)
+    assert not VALIDATOR.is_valid(table)
+
+
+@pytest.mark.parametrize("text", ["", "\0", "a=1\n[b", "[[[[", "a" * 10**5, "x = " + "[" * 10**5, "x = " + "9" * 10**4])
+def test_a_file_that_is_no_recipe_is_refused_in_a_sentence(tmp_path, text):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_a_file_without_end_is_no_recipe():
+    with pytest.raises(RecipeError, match="/dev/zero is no recipe: it has more than"):
+        load_recipe(Path("/dev/zero"))
+
+
+def test_sections_in_sections_without_end_are_refused(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text('name = "x"\n' + ".".join("a" * 3000) + " = 1\n")
+    with pytest.raises(RecipeError):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
+def test_the_schema_takes_the_recipes_that_come_with_kdpipe(path):
+    assert [error.message for error in VALIDATOR.iter_errors(tomllib.loads(path.read_text()))] == []
+
+
+@pytest.mark.parametrize(("base", "path", "schema"), CASES)
+def test_the_schema_refuses_the_types_that_the_reader_refuses(base, path, schema):
+    for kind, value in WRONG.items():
+        if kind not in kinds(schema):
+            assert not VALIDATOR.is_valid(tables(base, path, value)), value
+
+
+def test_the_schema_is_one_and_survives_json():
+    Draft202012Validator.check_schema(SCHEMA)
+    assert json.loads(json.dumps(SCHEMA)) == SCHEMA
+    assert '"null"' not in json.dumps(SCHEMA)
+    assert VALIDATOR.is_valid(BASE)
+
+
+def test_the_schema_knows_all_losses_by_name():
+    losses = SCHEMA["properties"]["distill"]["items"]["properties"]["loss"]["enum"]
+    assert len(losses) == len(set(losses)) == len(LOSSES)
+    assert {"kd", "crd", "review_kd"} <= set(losses)
+    for loss in ("magic", None, 3):
+        assert not VALIDATOR.is_valid(BASE | {"distill": [{"loss": loss}]})
+
+
+@pytest.mark.parametrize("kind", recipe_sections(), ids=lambda kind: kind.__name__)
+def test_what_a_docstring_says_of_a_key_stands_in_the_schema(kind):
+    section = SCHEMA if kind.__name__ == "Recipe" else SCHEMA["$defs"][kind.__name__]
+    assert section["description"]
+    for key, text in explanations(kind).items():
+        assert section["properties"][key]["description"] == text
+        assert len(text) > 3
+
+
+def test_descriptions_are_read_off_docstrings_key_by_key():
+    said = SCHEMA["$defs"]["CRDConfig"]["properties"]
+    assert said["momentum"]["description"].startswith("How much of what was remembered")
+    assert said["dim"]["description"] == (
+        "What both sides are embedded in, by linear layers that train with the student."
+    )
+    assert said["store"]["description"].startswith("Which of `student.stores` teaches")
+    assert SCHEMA["properties"]["num_threads"]["description"].startswith("CPU threads of each operation")
+    train = SCHEMA["$defs"]["CompressConfig"]["properties"]["prune_train"]
+    assert train["default"] == {"epochs": 10, "lr": 0.01}
+    assert SCHEMA["properties"]["views"]["description"].startswith("Which views there are")

@@ -1,0 +1,233 @@
+"""Environment and --set: who goes before whom, whom a sentence names, and where each value comes from."""
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.plan import print_plan, settings_json
+from pipeline.recipe.layers import RESERVED
+from pipeline.recipe.load import load_recipe, load_recipe_with_origins, recipe_json
+from pipeline.recipe.sentence import variable
+from pipeline.recipe.text import toml_value
+from stages.errors import RecipeError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+TEXT = """name = "least"
+seed = 3
+
+[teacher]
+model = { name = "cnn", args = { width = 8 } }
+train = { epochs = 1 }
+
+[student]
+model = { name = "cnn" }
+seeds = [
+  4,
+  5,
+]
+[[distill]]
+loss = "kd"
+
+# a comment
+[[distill]]
+loss = "hint"
+layers = [["stage1", "stage1"]]
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(TEXT)
+    return path
+
+
+def refused(path, environ, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides, environ)
+    sentence = str(caught.value)
+    assert sentence.isprintable()
+    return sentence
+
+
+def test_set_goes_before_the_environment_and_that_before_the_file(path):
+    environ = {"KDPIPE_SEED": "5", "KDPIPE_VIEWS__SEED": "6", "PATH": "/bin"}
+    recipe = load_recipe(path, ["views.seed=7"], environ)
+    assert (recipe.seed, recipe.views.seed, recipe.views.num_views) == (5, 7, 4)
+
+
+def test_the_environment_takes_what_set_takes(path):
+    environ = {
+        "KDPIPE_STUDENT__TRAIN__LR": "0.25",
+        "KDPIPE_student__Model__name": "mlp",
+        "KDPIPE_DATA__DOWNLOAD": "false",
+        "KDPIPE_DISTILL__1__WEIGHT": "2",
+        "KDPIPE_STUDENT__SEEDS": "[1, 2]",
+        "KDPIPE_CACHE__STORE": "my store",
+        "KDPIPE_DATA__ROOT": '"false"',
+    }
+    recipe = load_recipe(path, (), environ)
+    assert recipe.student.train.lr == 0.25
+    assert recipe.student.model.name == "mlp"
+    assert recipe.data.download is False
+    assert [loss.weight for loss in recipe.distill] == [0.9, 2.0]
+    assert recipe.student.seeds == (1, 2)
+    assert recipe.cache.store == "my store"
+    assert recipe.data.root == "false"
+
+
+def test_a_section_comes_before_its_keys_whatever_their_order_in_the_environment(path):
+    environ = {"KDPIPE_STUDENT__TRAIN__LR": "0.5", "KDPIPE_STUDENT__TRAIN": "{ epochs = 3, lr = 0.1 }"}
+    train = load_recipe(path, (), environ).student.train
+    assert (train.epochs, train.lr) == (3, 0.5)
+
+
+def test_what_kdpipe_reads_for_itself_is_no_key_and_empty_counts_as_not_set(path):
+    environ = {**dict.fromkeys(RESERVED, "/fast"), "KDPIPE_SEED": "", "KDPIPE_NONSENSE": " "}
+    assert load_recipe(path, (), environ) == load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("KDPIPE_STUDENT__TRAIN__RL", "1", "KDPIPE_STUDENT__TRAIN__RL: unknown key 'student.train.rl'; did you mean "
+         "KDPIPE_STUDENT__TRAIN__LR?"),
+        ("KDPIPE_STUDNET__TRAIN__LR", "1", "did you mean KDPIPE_STUDENT__TRAIN__LR?"),
+        ("KDPIPE_DISTILL__0__WIEGHT", "1", "did you mean KDPIPE_DISTILL__0__WEIGHT?"),
+        ("KDPIPE_STUDENT_TRAIN_LR", "1", "did you mean KDPIPE_STUDENT__TRAIN__LR?"),
+        ("KDPIPE_ZZZ", "1", "KDPIPE_ZZZ: unknown key 'zzz'; known here: KDPIPE_NAME, KDPIPE_SEED,"),
+        ("KDPIPE_SEED", "-1", "KDPIPE_SEED: seed = -1: input should be greater than or equal to 0"),
+        ("KDPIPE_STUDENT__TRAIN__LR", "fast", "KDPIPE_STUDENT__TRAIN__LR: student.train.lr = fast: input should be a"),
+        ("KDPIPE_SEED__X", "1", "KDPIPE_SEED__X: 'seed' is not a section"),
+        ("KDPIPE_VIEWS__REPLAY__X", "1", "KDPIPE_VIEWS__REPLAY__X: views.replay"),
+        ("KDPIPE_DISTILL__7__WEIGHT", "1", "KDPIPE_DISTILL__7__WEIGHT: '7' is not the number of an entry, 0 to 1"),
+        ("KDPIPE_STUDENT____LR", "1", "KDPIPE_STUDENT____LR names no key"),
+        ("KDPIPE_", "1", "names no key"),
+        ("KDPIPE_NAME", "a\nseed = 9", "KDPIPE_NAME: name = a\\nseed = 9: string should match"),
+        ("KDPIPE_DATA__ROOT", "a\udcff", "KDPIPE_DATA__ROOT: the value is not UTF-8 text"),
+        ("KDPIPE_SEED", "9" * 5000, "KDPIPE_SEED: seed = 999"),
+        ("KDPIPE_SEED", "[" * 5000, "KDPIPE_SEED: seed = [[["),
+    ],
+)  # fmt: skip
+def test_a_sentence_about_the_environment_names_the_variable(path, name, text, wanted):
+    sentence = refused(path, {name: text})
+    assert wanted in sentence
+    assert len(sentence) < 900
+
+
+def test_one_key_in_two_spellings_is_refused(path):
+    assert "KDPIPE_seed and KDPIPE_SEED are the same key" in refused(path, {"KDPIPE_SEED": "1", "KDPIPE_seed": "2"})
+
+
+def test_who_gave_a_wrong_value_is_named_and_not_the_file(path):
+    assert refused(path, {"KDPIPE_SEED": "1"}, "seed=x").startswith("--set seed=x: seed = x:")
+    path.write_text(TEXT.replace("seed = 3", "seed = -3"))
+    assert refused(path, {"KDPIPE_VIEWS__SEED": "1"}).startswith(f"{path}: seed = -3:")
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
+SETTINGS = {
+    ("name",): st.text(string.ascii_letters, min_size=1),
+    ("seed",): st.integers(0, 2**40),
+    ("data", "root"): WORDS,
+    ("data", "classes"): st.lists(WORDS, min_size=1, max_size=3),
+    ("views", "replay"): st.booleans(),
+    ("student", "train", "lr"): st.floats(1e-6, 1.0),
+    ("student", "seeds"): st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True),
+    ("student", "hard_label_weight"): st.fixed_dictionaries({"start": st.floats(0, 9), "end": st.floats(0, 9)}),
+    ("teacher", "model", "args", "width"): st.integers(1, 64),
+    ("distill", "0", "temperature"): st.floats(0.5, 20),
+    ("distill", "1", "layers", "0"): st.lists(WORDS, min_size=2, max_size=2),
+    ("compress", "prune", "kind"): st.sampled_from(["channels", "weights"]),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.fixed_dictionaries({}, optional=SETTINGS))
+def test_the_environment_says_the_same_as_set(tmp_path_factory, chosen):
+    path = tmp_path_factory.getbasetemp() / "same.toml"
+    path.write_text(TEXT)
+    overrides = [f"{'.'.join(keys)}={toml_value(value)}" for keys, value in chosen.items()]
+    environ = {variable(keys): toml_value(value) for keys, value in chosen.items()}
+    by_set, by_environment = load_recipe(path, overrides), load_recipe(path, (), environ)
+    assert by_set == by_environment
+    resolved = recipe_json(by_set)
+    for keys, value in chosen.items():
+        at = resolved
+        for key in keys:
+            at = at[int(key)] if isinstance(at, list | tuple) else at[key]
+        found = json.loads(json.dumps(at))
+        assert (found if not isinstance(value, dict) else {key: found[key] for key in value}) == value
+
+
+def test_every_key_says_where_its_value_comes_from(path):
+    environ = {"KDPIPE_STUDENT__TRAIN__LR": "0.5", "KDPIPE_SEED": "1"}
+    overrides = ["seed=2", "student.seeds.1=9", "distill.0.temperature={ start = 1.0, end = 2.0 }"]
+    recipe, origins = load_recipe_with_origins(path, overrides, environ)
+    assert recipe == load_recipe(path, overrides, environ)
+    found = {key: (setting.value, setting.origin) for key, setting in origins.items()}
+    assert found["name"] == ("least", f"{path}:1")
+    assert found["seed"] == (2, "--set")
+    assert found["teacher.model.args.width"] == (8, f"{path}:5")
+    assert found["student.train.lr"] == (0.5, "KDPIPE_STUDENT__TRAIN__LR")
+    assert found["student.train.epochs"] == (20, "default")
+    assert found["student.seeds"] == ([4, 9], "--set")
+    assert found["distill.0.loss"] == ("kd", f"{path}:15")
+    assert found["distill.0.temperature.end"] == (2.0, "--set")
+    assert found["distill.0.temperature.shape"] == ("linear", "default")
+    assert found["distill.1.layers"] == ([["stage1", "stage1"]], f"{path}:20")
+    assert found["compress.prune_train.epochs"] == (10, "default")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
+def test_the_line_that_is_named_is_the_one_on_which_the_key_stands(path):
+    lines = path.read_text().split("\n")
+    _, origins = load_recipe_with_origins(path)
+    named = {key: setting.origin for key, setting in origins.items() if setting.origin != "default"}
+    assert len(named) > 15
+    for key, origin in named.items():
+        file, _, number = origin.rpartition(":")
+        statement = lines[int(number) - 1]
+        *_, parent, last = ["", *[part for part in key.split(".") if not part.isdecimal()]]
+        assert file == str(path)
+        assert any(statement.lstrip().startswith(one) for one in (last, parent, *key.split("."))), (key, statement)
+
+
+def test_a_line_is_right_in_spite_of_strings_that_look_like_keys(tmp_path):
+    path = tmp_path / "odd.toml"
+    text = TEXT.replace(
+        'name = "least"', 'name = "odd"\r\ndata.classes = ["""\\\r\n\nseed = 9\n[teacher]\u2028x\\\n"""]'
+    )
+    path.write_bytes(text.encode())
+    _, origins = load_recipe_with_origins(path)
+    assert origins["data.classes"].origin == f"{path}:2"
+    assert origins["seed"].origin == f"{path}:7"
+    path.write_text(TEXT + "\n" * 600)
+    _, origins = load_recipe_with_origins(path)
+    assert origins["seed"].origin == str(path)
+
+
+def test_plan_shows_what_is_not_left_at_its_default(path, capsys):
+    _, origins = load_recipe_with_origins(
+        path, ['data.classes=["x\\u001b[31m" , "' + "y" * 200 + '"]'], {"KDPIPE_SEED": "1"}
+    )
+    plan = {
+        "store": "s", "exists": False, "num_views": 1, "num_samples": 1, "num_units": 1, "num_units_missing": 0,
+        "unit_rows": 1, "arrays": {}, "layers_wanted_by": {}, "missing_bytes": 0, "free_bytes": 1, "probe": None,
+        "test_store": {"num_samples": 1, "store_bytes": 1, "store": "t"}, "num_images": 1, "teacher_trained": True,
+    }  # fmt: skip
+    print_plan(plan, origins)
+    shown = capsys.readouterr().out
+    assert [line.split()[-1] for line in shown.splitlines() if line.startswith("seed ")] == ["KDPIPE_SEED"]
+    assert "student.train.lr" not in shown
+    assert "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) < 250
+    assert settings_json(origins)["student.train.lr"] == {"value": 0.05, "origin": "default"}
+    assert json.dumps(settings_json(origins))
+    print_plan(plan)
+    assert "KDPIPE_SEED" not in capsys.readouterr().out
