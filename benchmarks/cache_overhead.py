@@ -26,13 +26,14 @@ import torch
 
 from stages.cache_teacher import cache_teacher
 from stages.datasets.image_set import ImageSet
+from stages.device import choose_device
 from stages.forms import Wanted
 from stages.lesson import Normalisation
 from stages.memory import keep_freed_memory
 from stages.models.build import ModelConfig
 from stages.network import Network
 from stages.pictures import Request
-from stages.setup import Setup, choose_device
+from stages.setup import Setup
 from stages.store_plan import CacheConfig
 from stages.views.config import ViewsConfig
 from stages.watch import Watch

@@ -28,6 +28,7 @@ from PIL import Image
 from stages.cache_teacher import CacheConfig, cache_teacher
 from stages.datasets.image_set import ImageSet
 from stages.datasets.load import DataConfig, load_dataset
+from stages.device import choose_device
 from stages.features import DenseOutputs, TeacherOutputs, tapped
 from stages.forms import Wanted
 from stages.job_folder import JobFolder
@@ -42,7 +43,7 @@ from stages.network import Network
 from stages.optim import TrainConfig
 from stages.pictures import Seen
 from stages.serving import smallest
-from stages.setup import Setup, choose_device
+from stages.setup import Setup
 from stages.store_plan import source_shapes
 from stages.train_student import StudentConfig, build_lesson, open_teaching, student_shapes
 from stages.training import Job, train

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline.recipe import Recipe
+from pipeline.recipe.load import Recipe
 from pipeline.walk import Walk, require_losses, try_teaching, walk_cache_teacher, walk_train_teacher
 from stages.errors import RecipeError
 from stages.losses.simkd import SimKDConfig
@@ -40,7 +40,8 @@ def walk_generations(walk: Walk, count: int) -> dict[str, Any]:
     for number in range(1, count + 1):
         own = replace(walk, recipe=recipe, run=walk.run / f"generation{number}")
         own.begin()
-        generations.append(_walk_one(own, number, with_alone=number == 1))
+        with walk.phase(own.run.name):
+            generations.append(_walk_one(own, number, with_alone=number == 1))
         own.keep_recipe()
         recipe = next_recipe(recipe, own.run)
     return {"generations": generations}

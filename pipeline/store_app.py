@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.command import AsJson, Overrides, RecipePath, RunFolder, guarded, print_json, walking
+from pipeline.command import guarded, print_json
+from pipeline.job import walking
+from pipeline.options import AsJson, Asked, Overrides, RecipePath, RunFolder, with_options
 
 store_app = typer.Typer(help="Look into target stores, check and mend them.", no_args_is_help=True)
 
@@ -68,7 +70,7 @@ def store_verify(
         verdict = store_check.verify(path, as_json)
         recomputed = None
         if recompute is not None and recipe is not None and not verdict.damaged:
-            with walking(recipe, set_, run, as_json) as walk:
+            with walking(recipe, Asked(set_=set_, run=run, as_json=as_json)) as walk:
                 recomputed = store_check.ask_teacher(path, walk, recompute, seed)
         if as_json:
             print_json({"path": str(path), **verdict.to_json(), "recomputed": recomputed and recomputed.to_json()})
@@ -78,14 +80,15 @@ def store_verify(
 
 
 @store_app.command("repair")
-def store_repair(recipe: RecipePath, set_: Overrides = None, run: RunFolder = None, as_json: AsJson = False) -> None:
+@with_options
+def store_repair(recipe: RecipePath, asked: Asked) -> None:
     """Check the recipe's store and compute again what is damaged, and only that. Then check it once more."""
     with guarded():
         from pipeline import store_check
 
-        with walking(recipe, set_, run, as_json) as walk:
+        with walking(recipe, asked) as walk:
             repaired = store_check.repair(walk)
-        if as_json:
+        if asked.as_json:
             print_json(store_check.repair_json(repaired))
         else:
             for path, (found, left, num_computed) in repaired.items():

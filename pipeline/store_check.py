@@ -10,7 +10,7 @@ import typer
 from pipeline.command import printable
 from pipeline.exit_codes import DONE_IN_PART, FAILED
 from pipeline.progress import reporter
-from pipeline.stop_signals import stop_on_signals
+from pipeline.stop import stop_when_asked
 from stages.watch import Watch
 from store.verify import Verdict, verify_store
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def verify(path: Path, as_json: bool) -> Verdict:
     """Check the store at `path` under signals and progress."""
-    with stop_on_signals() as should_stop, reporter(as_json) as report_event:
+    with stop_when_asked() as should_stop, reporter(as_json) as report_event:
         return verify_store(path, Watch(report_event, should_stop).counter("verify", "check", "unit"))
 
 

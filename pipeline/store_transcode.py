@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.progress import reporter
-from pipeline.stop_signals import stop_on_signals
+from pipeline.stop import stop_when_asked
 from pipeline.store_info import describe_loss
 from stages.errors import RecipeError, StoppedEarly
 from stages.watch import Event
@@ -32,15 +32,15 @@ def run_transcode(source: str, target: Path, change: Change, as_json: bool) -> d
     """Transcode under progress and signals; a URL is staged first. Raises StoppedEarly, all whole units kept, when a
     signal says to stop.
     """
-    with stop_on_signals() as should_stop, reporter(as_json) as report:
+    with stop_when_asked() as should_stop, reporter(as_json) as report:
 
         def on_unit(done: int, total: int) -> None:
             report(Event("store transcode", str(target), done, total, "unit"))
 
         where = stage(source, default_area(os.environ)) if is_url(source) else Path(source)
         figures = transcode(where, target, change, on_unit, should_stop)
-    if not figures["complete"]:
-        raise StoppedEarly
+        if not figures["complete"]:
+            raise StoppedEarly
     return figures
 
 

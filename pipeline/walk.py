@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.recipe import Recipe, read_run_recipe, recipe_json
+from pipeline.recipe.load import Recipe, read_run_recipe, recipe_json
 from stages.artefacts import artefact_folder
 from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
 from stages.compress import STEPS, Step, compress, compressed_root, float_job, is_done, rehearse
 from stages.compression.sensitivity import LayerSensitivity
+from stages.cores import num_threads
 from stages.datasets.image_set import ImageSet
 from stages.datasets.load import DataConfig, load_dataset
+from stages.device import take_device
 from stages.errors import RecipeError
 from stages.export_student import export_student
 from stages.fine_tune import Tutor
@@ -34,10 +37,11 @@ from stages.memory import keep_freed_memory
 from stages.network import Network
 from stages.part import WHOLE, Part
 from stages.partners import find_partners, population_of
+from stages.processes import ONE, Processes
 from stages.rehearse_losses import rehearse_losses
 from stages.sensitivity import student_sensitivity
 from stages.serving import smallest
-from stages.setup import Setup, choose_device, require_fitting_test_images, test_size
+from stages.setup import Setup, require_fitting_test_images, test_size
 from stages.show_views import ShownViews, show_views
 from stages.store_plan import source_shapes
 from stages.teacher_on_test import cache_test, teacher_logits, test_place, test_setup
@@ -66,12 +70,19 @@ from store import StoreError, is_url, make_folders, read_store_manifest
 
 @dataclass(frozen=True)
 class Walk:
-    """A recipe under way in its run folder; data and stores are opened when a stage first needs them."""
+    """A recipe under way in its run folder; data and stores are opened when a stage first needs them.
+
+    share: whether a GPU may be taken that other processes use. processes: who trains together; the first one writes.
+    phase: in whose block the wall time of a part of the road is counted, by its name.
+    """
 
     recipe: Recipe
     run: Path
     watch: Watch
     part: Part = WHOLE
+    share: bool = False
+    processes: Processes = ONE
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     def begin(self) -> None:
         """Make the run folder, and take no more threads than the recipe says.
@@ -85,20 +96,30 @@ class Walk:
         self.take_machine()
 
     def take_machine(self) -> None:
-        """Take as many CPU threads as the recipe says, else the cores that the affinity mask leaves; keep memory."""
-        torch.set_num_threads(self.recipe.num_threads or len(os.sched_getaffinity(0)))
+        """Take as many CPU threads as the recipe says, else as this process has cores; take the GPU; keep memory.
+
+        Raises LockedError where the GPU is in use, RecipeError where the recipe's is absent.
+        """
+        torch.set_num_threads(self.recipe.num_threads or num_threads(os.environ))
         keep_freed_memory()
+        _ = self.device  # now: what is refused must be refused before any work is done
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of the recipe, taken."""
+        warn, fraction = partial(self.watch.warn, "device"), self.recipe.gpu_memory_fraction
+        return take_device(self.recipe.device, share=self.share, memory_fraction=fraction, warn=warn)
 
     def keep_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
-        write_json(self.run / "recipe.json", recipe_json(self.recipe))
+        if self.processes.first:
+            write_json(self.run / "recipe.json", recipe_json(self.recipe))
 
     @cached_property
     def setup(self) -> Setup:
         data = self.recipe.data
-        device = choose_device(self.recipe.device)
         train_set = self._load(data, "train")
-        alone = Setup(self.run, train_set, train_set, self.recipe.views, device, self.watch)
+        alone = Setup(self.run, train_set, train_set, self.recipe.views, self.device, self.watch)
         setup = replace(
             alone,
             test_set=self._load(data, "test", test_size(alone)),
@@ -106,6 +127,7 @@ class Walk:
             num_workers=data.num_workers,
             unreadable=data.unreadable,
             ask_teacher=self._ask_teacher,
+            processes=self.processes,
         )
         require_fitting_test_images(setup)
         return setup
@@ -334,6 +356,7 @@ def walk_all(walk: Walk) -> dict[str, Any]:
     require_losses(walk)
     walk.rehearse_losses()
     results: dict[str, Any] = {}
-    for stage in STAGES.values():
-        results |= stage(walk)
+    for name, stage in STAGES.items():
+        with walk.phase(name):
+            results |= stage(walk)
     return results

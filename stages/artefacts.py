@@ -126,7 +126,7 @@ def _write_network(folder: Path, made: Made, setup: Setup, opset: int | None) ->
     onnx, metadata = folder / file_name(network, "onnx"), onnx_metadata(network, setup)
     if opset is not None:
         export_onnx(network.model, example, onnx, metadata=metadata, opset=opset)
-    elif made.folder.onnx.exists():
+    elif made.folder.onnx.is_file():
         write_atomically(onnx, made.folder.onnx.read_bytes())
     else:
         raise RunError(f"{made.folder.onnx} is gone: delete the folder {made.folder.path}, and compress again.")

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 from stages.compression.onnx_file import export_onnx
 from stages.compression.prune import PruneConfig, prune
 from stages.compression.quantize import calibrate
-from stages.config import section, unequal
+from stages.config import Place, section, unequal
 from stages.fine_tune import Tutor
 from stages.given_student import load_given, measure_given
 from stages.job_folder import JobFolder
@@ -25,6 +25,7 @@ from stages.losses.simkd import SimKDConfig
 from stages.model_file import finished_record
 from stages.network import Network
 from stages.optim import TrainConfig
+from stages.priority import step_back
 from stages.prune_student import Source, finished_source, prune_job, prune_student
 from stages.quantize_student import QuantizeConfig, calibrated_only, prepare, quantize_student
 from stages.reuse_classifier import last_of_projector
@@ -48,20 +49,22 @@ class CompressConfig:
     student: a file with the weights of a student that was trained elsewhere, in the place of the distilled ones.
     opset: of the ONNX files that are handed over; by default the exporter's own.
     latency_batch_sizes: images in the batches whose latency is reported.
+    nice: by how much this stage, which is a CPU's work for long, steps back behind others on the machine.
     """
 
     steps: tuple[Literal["prune", "quantize"], ...] = ("prune", "quantize")
     baselines: bool = True
-    student: str | None = None
+    student: Place | None = None
     prune: PruneConfig = Field(default_factory=PruneConfig)
     prune_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=10, lr=0.01))
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
     quantize_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=5, lr=0.001))
-    opset: Annotated[int, Field(ge=1)] | None = None
+    opset: Annotated[int, Field(ge=1, le=1000)] | None = None
     latency_batch_sizes: Annotated[
         tuple[Annotated[int, Field(ge=1, le=65536)], ...], Field(min_length=1), AfterValidator(unequal)
     ] = (1, 64)
     latency_rounds: Annotated[int, Field(ge=3, le=10**6)] = 50
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
 
     @property
     def prunes(self) -> bool:
@@ -90,9 +93,11 @@ def compress(
 
     `pruned` and `int8` (or `int4`) are the chain itself; of its baselines "-unpruned" is the student quantized as it
     is, "-ptq" the same only calibrated, and "-alone" anything fine-tuned with hard labels alone.
-    Each step resumes where it was stopped, and a finished one is not touched. Raises RunError where what it starts
-    from is not there yet, ModelError where a network cannot be pruned or quantized, or its file does not agree with it.
+    Each step resumes where it was stopped, and a finished one is not touched. This process steps back behind others by
+    `config.nice`, for good. Raises RunError where what it starts from is not there yet, ModelError where a network
+    cannot be pruned or quantized, or its file does not agree with it.
     """
+    step_back(config.nice)
     taught = Tutor(student, seed, teaching, setup, compressed_root(setup.run, config))
     figures: dict[str, dict[str, Any]] = {}
     if config.prunes and "prune" in only:

@@ -33,5 +33,5 @@ class NotFiniteError(KdpipeError):
     """A network gave NaN or infinity: nothing good can come of going on."""
 
 
-class StoppedEarly(Exception):  # not an error: the work is saved, and the same command goes on with it
-    """The stop flag was set; everything done so far is saved."""
+class StoppedEarly(BaseException):  # not an error, nor to be taken for one: the same command goes on with the work
+    """The job was asked to stop, and everything done so far is saved. Its text says why, as in "at SIGTERM"."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.errors import NotFiniteError
+from stages.halving import in_parts
 from stages.lesson import Normalisation
 from stages.pictures import Pictures, Request
 
@@ -20,12 +23,15 @@ class Evaluation:
     """A test set, how the model under test scales its input, and what the teacher says of it.
 
     teacher_logits: float32 [num_samples, C], in the order of the test set; rows of NaN for samples of which the teacher
-    was not asked; None without a teacher.
+    was not asked; None without a teacher. warn: is told, in a sentence, of batches that did not fit into memory.
+    before_batch: is called before each batch, and may raise StoppedEarly: a pass over a large test set takes minutes.
     """
 
     pictures: Pictures
     normalise: Normalisation
     teacher_logits: Tensor | None = None
+    warn: Callable[[str], None] | None = None
+    before_batch: Callable[[], None] = lambda: None
 
     def images(self, most: int) -> Tensor:
         """The first images, at most so many, normalised: float32 [B, C, H, W]."""
@@ -37,6 +43,7 @@ class Evaluation:
         image_set = self.pictures.image_set
         at = torch.arange(image_set.num_samples if most is None else min(most, image_set.num_samples))
         for seen in self.pictures.stream(Request(some) for some in torch.split(at, BATCH_SIZE)):
+            self.before_batch()
             yield self.normalise(seen.images), image_set.labels[seen.positions]
 
 
@@ -84,6 +91,7 @@ def answers_of(model: nn.Module, test: Evaluation, device: torch.device) -> Iter
     """What `model` says of the test set, batch by batch; it is left in the mode in which it was.
 
     A test image that cannot be read is a DataError, or missing from its batch, as the test set's pictures have it.
+    A batch that does not fit into memory is halved until it does: its logits differ from the whole's by rounding.
     """
     was_training = model.training
     model.eval()
@@ -91,15 +99,32 @@ def answers_of(model: nn.Module, test: Evaluation, device: torch.device) -> Iter
     requests = (Request(at) for at in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE))
     try:
         for seen in test.pictures.stream(requests):
+            test.before_batch()
             labels = image_set.labels[seen.positions].to(device)
-            yield Answers(seen.positions, labels, model(test.normalise(seen.images)).float())
+            yield Answers(seen.positions, labels, _logits(model, test, seen.images))
     finally:
         model.train(was_training)
 
 
+def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
+    """What `model` says of images uint8 [B, C, H, W]: float32 [B, num_classes]."""
+
+    def said(rows: slice) -> Tensor:
+        logits: Tensor = model(test.normalise(images[rows])).float()
+        return logits
+
+    parts = list(in_parts(model, len(images), said, test.warn))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> Measured:
-    """Measure `model`; it is left in the mode in which it was."""
+    """Measure `model`; it is left in the mode in which it was. Raises NotFiniteError where it answers with NaN."""
     sums = Measuring()
     for answers in answers_of(model, test, device):
         sums.add(answers)
+    if not math.isfinite(sums.total):
+        raise NotFiniteError(
+            f"the network's cross entropy over the test set is {sums.total}: its weights, or the statistics of its "
+            "batch norms, are no numbers, or too large. Lower lr, or give weights of a trained network."
+        )
     return sums.measured()

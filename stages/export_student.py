@@ -26,6 +26,7 @@ from stages.quantize_student import prepare, quantize_job, quantized_record
 from stages.setup import Setup
 from stages.teaching import Teaching
 from stages.train_student import ALONE, DISTILLED, StudentConfig, student_folder
+from store import make_folders
 
 
 def export_student(
@@ -55,7 +56,7 @@ def measure_files(config: CompressConfig, tutor: Tutor) -> Latencies:
     same files, on the same number of threads. Raises RunError where the record of that is damaged.
     """
     setup, record = tutor.setup, latency_path(tutor.root, tutor.seed)
-    present = {name: folder.onnx for name, folder in _timed(config, tutor).items() if folder.onnx.exists()}
+    present = {name: folder.onnx for name, folder in _timed(config, tutor).items() if folder.onnx.is_file()}
     measured_on: dict[str, Any] = {
         "batch_sizes": list(config.latency_batch_sizes),
         "num_rounds": config.latency_rounds,
@@ -74,6 +75,7 @@ def measure_files(config: CompressConfig, tutor: Tutor) -> Latencies:
         between_rounds=setup.watch.check,
     )
     files = {name: {str(size): one.to_json() for size, one in by_size.items()} for name, by_size in found.items()}
+    make_folders([record.parent])  # where nothing was compressed, nothing has made it yet
     write_json(record, measured_on | {"cpu": cpu_name(), "files": files})
     return Latencies(cpu_name(), measured_on["num_threads"], measured_on["batch_sizes"], files)
 

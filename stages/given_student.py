@@ -42,7 +42,6 @@ def load_given(path: Path, fresh: Network, class_names: Sequence[str]) -> Networ
     if found := differences(stored, json.loads(json.dumps(wanted))):
         raise FingerprintMismatch(f"the student in {path}", found, "Give the recipe that student, or another file.")
     network = with_widths(fresh, widths)
-    _require_numbers(path)
     load_weights(network.model, path)
     return network
 
@@ -56,15 +55,6 @@ def measure_given(tutor: Tutor, network: Network) -> dict[str, Any]:
         return done
     network.model.to(tutor.setup.device)
     return finish(folder, network, [], tutor.setup, with_onnx=tutor.handed_out)
-
-
-def _require_numbers(path: Path) -> None:
-    """Raise ModelError for weights that are no real, finite numbers: nothing good can come of them."""
-    for name, one in read_weights(path).items():
-        if isinstance(one, Tensor) and (one.is_complex() or not bool(one.isfinite().all())):
-            raise ModelError(
-                f"{path}: {name} holds NaN, infinity or complex numbers; give weights of a trained network."
-            )
 
 
 def narrow_types(path: Path) -> dict[str, torch.dtype]:

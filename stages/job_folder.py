@@ -18,6 +18,10 @@ from typing import Any
 
 from stages.errors import RunError
 from store import FingerprintMismatch, differences, make_folders, sweep_partial, write_atomically
+from store.plain_file import read_plain
+
+MOST_JSON_BYTES = 2**26
+"""Of a record: the figures of a network of 1,000 classes take less than a hundredth of that."""
 
 FIGURES: dict[str, tuple[type, ...]] = {
     "accuracy": (int, float),
@@ -32,6 +36,10 @@ FIGURES: dict[str, tuple[type, ...]] = {
 
 MORE_FIGURES: dict[str, tuple[type, ...]] = {"num_macs": (int, type(None)), "spared": (dict,)}
 """What some also say."""
+
+SHARES = ("accuracy", "best_accuracy", "onnx_agreement")
+AMOUNTS = ("num_parameters", "onnx_bytes", "wall_s")
+MOST_AMOUNT = 2**60
 
 
 @dataclass(frozen=True)
@@ -98,17 +106,25 @@ def _faults(record: Mapping[str, Any]) -> list[str]:
     lacking = [f"it lacks {name}" for name in FIGURES if name not in record]
     kinds = {**FIGURES, **MORE_FIGURES}
     wrong = [name for name in record if name in kinds and not isinstance(record[name], kinds[name])]
+    if not lacking and not wrong:  # each of its kind: now what they say
+        wrong = [name for name in SHARES if record[name] is not None and not 0 <= record[name] <= 1]
+        wrong += [name for name in AMOUNTS if record[name] is not None and not 0 <= record[name] < MOST_AMOUNT]
+        wrong += [] if isinstance(record["identity"].get("weights_sha256"), str) else ["identity"]
     return lacking + [f"{name} = {str(record[name])[:40]!r}" for name in wrong]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file. Raises RunError where it is damaged."""
+    """The JSON object in a plain file; None where there is nothing. Raises RunError where it is damaged, or too large
+    to be of ours.
+    """
     try:
-        record = json.loads(path.read_bytes())
+        raw = read_plain(path, MOST_JSON_BYTES)
+        record = json.loads(raw) if len(raw) <= MOST_JSON_BYTES else "too large"
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read ({error}): delete it, or use another run folder.") from error
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise RunError(f"{path} cannot be read ({why}): delete it, or use another run folder.") from error
     if not isinstance(record, dict):
         raise RunError(f"{path} cannot be read (no JSON object): delete it, or use another run folder.")
     return record

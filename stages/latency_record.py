@@ -39,11 +39,12 @@ def read_latencies(path: Path) -> Latencies | None:
     if record is None:
         return None
     try:
-        found = Latencies(str(record["cpu"]), int(record["num_threads"]), list(record["batch_sizes"]), record["files"])
+        sizes, files = list(map(int, record["batch_sizes"])), dict(record["files"].items())
+        found = Latencies(str(record["cpu"]), int(record["num_threads"]), sizes, files)
         times = [found.files[kind][str(size)] for kind in found.files for size in found.batch_sizes]
         figures: list[Any] = [pair[name] for pair in times for name in ("p50_ms", "p95_ms")]
         whole = all(isinstance(figure, float | int) and math.isfinite(figure) and figure > 0 for figure in figures)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise RunError(f"{path} is damaged ({error!r}): delete it, and run `kdpipe compress` again.") from error
     if not whole:
         raise RunError(f"{path} is damaged (a time is no number): delete it, and run `kdpipe compress` again.")

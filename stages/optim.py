@@ -10,31 +10,37 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from stages.config import section
+from stages.config import Count, section
 
 
 @section
 class TrainConfig:
     """How a network is trained: epochs, batches, optimiser and schedule.
 
+    epochs: how often every sample is seen.
+    batch_size: samples in a step; batches are full, the few samples left over sit out, others each epoch.
+    lr: the highest learning rate. warmup_epochs: over these it rises linearly to that.
+    momentum: of SGD. nesterov: whether it looks ahead.
+    weight_decay: how much weights shrink, in units of the learning rate.
+    schedule: "cosine" goes to zero; "step" multiplies by gamma at the milestones.
     milestones: the epochs at which a step schedule multiplies the rate by gamma.
     precision: auto is mixed precision (bfloat16, else float16) on CUDA and float32 elsewhere.
     checkpoint_every_s: seconds between checkpoints; it changes what a kill can cost, never the result.
     """
 
-    epochs: Annotated[int, Field(ge=0)] = 20
-    batch_size: Annotated[int, Field(ge=1)] = 128
+    epochs: Annotated[int, Field(ge=0, le=10**6)] = 20
+    batch_size: Count = 128
     optimiser: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0, le=1e6)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 5e-4
     schedule: Literal["cosine", "step"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    milestones: tuple[Count, ...] = ()
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     precision: Literal["auto", "float32"] = "auto"
-    checkpoint_every_s: Annotated[float, Field(ge=0)] = 30.0
+    checkpoint_every_s: Annotated[float, Field(ge=0, le=1e9)] = 30.0
 
 
 def build_optimiser(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -6,7 +6,6 @@ batch where it stopped. Targets never pass through here: the main process joins 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from stages.cores import num_cores
 from stages.datasets.image_set import ImageSet, unequal_sizes_message
 from stages.decode_ahead import Ask, DecodeAhead, Failure
 from stages.errors import DataError, RecipeError
@@ -51,8 +51,8 @@ class Pictures:
     """The pictures of a data set.
 
     renderer: makes the views; None where images are only asked for as they are. partners: the data set in which the
-    partners of MixUp and CutMix are found. num_workers: worker processes; None is one for each core that the affinity
-    mask leaves, 0 does their work in this one. on_failure: is told of each image that cannot be read, in a sentence;
+    partners of MixUp and CutMix are found. num_workers: worker processes; None is one for each core that this process
+    may use, 0 does their work in this one. on_failure: is told of each image that cannot be read, in a sentence;
     what it does not raise drops the sample from its batch.
     """
 
@@ -103,7 +103,7 @@ class Pictures:
 
     @cached_property
     def _decode_ahead(self) -> DecodeAhead:
-        num_workers = len(os.sched_getaffinity(0)) if self.num_workers is None else self.num_workers
+        num_workers = num_cores() if self.num_workers is None else self.num_workers
         return DecodeAhead(self.image_set, self.partners, self.renderer, num_workers, self.device.type == "cuda")
 
     @cached_property

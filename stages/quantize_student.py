@@ -14,7 +14,7 @@ from torch import nn
 from stages.compression.int4_layers import prepare_int4
 from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
 from stages.compression.sparsity import masks_of
-from stages.config import section
+from stages.config import Count, section
 from stages.fine_tune import Piece, Tutor, fine_tune
 from stages.lesson import Lesson
 from stages.network import Network, finish
@@ -36,7 +36,7 @@ class QuantizeConfig:
     scheme: Literal["int8", "int4"] = "int8"
     block_size: Literal[16, 32, 64, 128] = 32
     keep_float: tuple[str, ...] = ()
-    calibration_batches: Annotated[int, Field(ge=1)] = 8
+    calibration_batches: Count = 8
     freeze_after: Annotated[float, Field(ge=0, le=1)] = 0.67
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from stages.config import section
+from stages.config import at_most, section
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,10 @@ SETTLED = Moment(math.inf, 1)
 """The moment after every ramp: fine-tuning of a pruned or quantized student goes on where its training ended."""
 
 
-Epoch = Annotated[int, Field(ge=0)]
+LARGEST = 1e38
+"""Of weights: float32 holds little more."""
+
+Epoch = Annotated[int, Field(ge=0, le=10**6)]
 
 
 def _ascending(epochs: tuple[int, int]) -> tuple[int, int]:
@@ -43,8 +46,8 @@ class Ramp:
     training's first and last.
     """
 
-    start: Annotated[float, Field(ge=0)]
-    end: Annotated[float, Field(ge=0)]
+    start: Annotated[float, Field(ge=0), at_most(LARGEST)]
+    end: Annotated[float, Field(ge=0), at_most(LARGEST)]
     shape: Literal["linear", "cosine"] = "linear"
     epochs: Annotated[tuple[Epoch, Epoch], AfterValidator(_ascending)] | None = None
 
@@ -55,10 +58,10 @@ def _hot(temperature: float | Ramp) -> float | Ramp:
     return temperature
 
 
-Amount = Annotated[float, Field(ge=0)] | Ramp
+Amount = Annotated[float, Field(ge=0), at_most(LARGEST)] | Ramp
 """A weight: a number, or a ramp."""
 
-Temperature = Annotated[Annotated[float, Field(gt=0)] | Ramp, AfterValidator(_hot)]
+Temperature = Annotated[Annotated[float, Field(gt=0), at_most(10**9)] | Ramp, AfterValidator(_hot)]
 """A temperature: a number above 0, or a ramp."""
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +16,8 @@ from stages.errors import DataError, RecipeError
 from stages.evaluate import Evaluation
 from stages.lesson import Normalisation
 from stages.models.build import ModelConfig, architecture, build_model
-from stages.part import local_rank
 from stages.pictures import Pictures
+from stages.processes import ONE, Processes
 from stages.views.config import ViewsConfig
 from stages.views.renderer import Renderer
 from stages.watch import Watch
@@ -33,7 +32,7 @@ class Setup:
 
     partners: where the partners of MixUp and CutMix come from; the training images, where that is None.
     num_workers, unreadable: as in the recipe's `data` section. ask_teacher: gives what the teachers say of the test
-    images, float32 [N, C], where that is known by now.
+    images, float32 [N, C], where that is known by now. processes: who trains together; the first of them writes.
     """
 
     run: Path
@@ -46,6 +45,7 @@ class Setup:
     num_workers: int | None = None
     unreadable: Literal["stop", "drop"] = "stop"
     ask_teacher: Callable[[], Tensor | None] = lambda: None
+    processes: Processes = ONE
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -74,7 +74,10 @@ class Setup:
         return Pictures(self.test_set, self.device, num_workers=self.num_workers, on_failure=self._on_unreadable)
 
     def test(self, normalise: Normalisation) -> Evaluation:
-        return Evaluation(self.test_pictures, normalise, self.ask_teacher())
+        warn = partial(self.watch.warn, "evaluate")
+        # One process alone must not leave what the others wait for.
+        check = self.watch.check if self.processes.count == 1 else _go_on
+        return Evaluation(self.test_pictures, normalise, self.ask_teacher(), warn, check)
 
     def _on_unreadable(self, sentence: str) -> None:
         """Stop at an image that cannot be read, or drop it from its batch and say so, as the recipe has it."""
@@ -122,6 +125,10 @@ class Setup:
         return digest(self.test_set) | samples_of(self.test_set).digests()
 
 
+def _go_on() -> None:
+    pass
+
+
 def samples_of(image_set: ImageSet) -> Samples:
     """The ids, labels and pixel checksums of a data set, in its order."""
     return Samples(image_set.sample_ids.numpy(), image_set.labels.numpy(), pixel_checksums(image_set))
@@ -158,23 +165,6 @@ def require_fitting_test_images(setup: Setup) -> None:
             f"the test images of {setup.test_set.name} are of {found[0]} x {found[1]} pixels, what the networks learn "
             f"from is of {size[0]} x {size[1]}: set data.image_size, or have an operation give that size."
         )
-
-
-def choose_device(name: str) -> torch.device:
-    """auto is the first GPU that CUDA_VISIBLE_DEVICES leaves, else the CPU; of several processes that a launcher starts
-    on a machine, each takes the next GPU. Raises RecipeError for an absent one.
-    """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", (local_rank(os.environ) or 0) % torch.cuda.device_count())
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"the recipe's device is {name!r}, and torch sees {torch.cuda.device_count()} GPUs: set device = 'auto', "
-            "or one that is there."
-        )
-    return device
 
 
 def model_normalisation(

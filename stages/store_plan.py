@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from stages.config import section
+from stages.config import Count, Place, section
 from stages.errors import RecipeError, RunError
 from stages.features import feature_shapes
 from stages.forms import INPUT_GRADIENT, Shape, Wanted, form_shape, parse_kind
@@ -59,10 +59,10 @@ class CacheConfig:
 
     layers: tuple[str, ...] = ()
     dtype: Literal["float16", "float32"] = "float16"
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperatures: Annotated[tuple[Temperature, Temperature], AfterValidator(_ascending)] = (1.0, 20.0)
-    store: str | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 256
+    store: Place | None = None
+    batch_size: Count = 256
     shard_bytes: Annotated[int, Field(ge=4096, le=2**32)] = 64 * 2**20
 
 

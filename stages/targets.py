@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from stages.class_map import MappedOutputs
-from stages.config import section
+from stages.config import Bytes, section
 from stages.features import DenseOutputs, TeacherOutputs
 from stages.forms import Wanted
 from stages.joining import Source
@@ -35,9 +33,9 @@ class ReadConfig:
     are the same everywhere.
     """
 
-    device_bytes: Annotated[int, Field(ge=0)] = 8 * GIB
-    memory_bytes: Annotated[int, Field(ge=0)] = 8 * GIB
-    mapped_bytes: Annotated[int, Field(ge=0)] = 64 * GIB
+    device_bytes: Bytes = 8 * GIB
+    memory_bytes: Bytes = 8 * GIB
+    mapped_bytes: Bytes = 64 * GIB
 
 
 class Targets:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from stages.errors import NotFiniteError
 from stages.features import Outputs, Tap
 from stages.forms import INPUT_GRADIENT, Wanted, take_form
+from stages.halving import in_parts
 from stages.hard_labels import HardLabels, labels_of
 from stages.network import Network
 from stages.pictures import Request, Seen
@@ -58,12 +60,45 @@ def tapped_layers(wanted: Sequence[Wanted]) -> list[str]:
 
 def listen(tap: Tap, teacher: Network, seen: Seen, wanted: Sequence[Wanted], hard: HardLabels) -> Outputs:
     """What the teacher gives for pictures: logits, what `tap` hooks, and under INPUT_GRADIENT, where that is wanted,
-    the gradient of its cross entropy with the labels by the pixels, [B, C, H, W].
+    the gradient of its cross entropy with the labels by the pixels, [B, C, H, W]. Put together from parts where they do
+    not fit into memory at once.
     """
+    parts = [outputs for _, outputs in listen_in_parts(tap, teacher, seen, wanted, hard)]
+    if len(parts) == 1:
+        return parts[0]
+    features = {layer: torch.cat([part.features[layer] for part in parts]) for layer in parts[0].features}
+    return Outputs(torch.cat([part.logits for part in parts]), features)
+
+
+def listen_in_parts(
+    tap: Tap,
+    teacher: Network,
+    seen: Seen,
+    wanted: Sequence[Wanted],
+    hard: HardLabels,
+    *,
+    tell: Callable[[str], None] | None = None,
+) -> Iterator[tuple[slice, Outputs]]:
+    """The same, for some rows of the pictures after the others: for as many at once as fit into memory.
+
+    All of it belongs to single samples, so parts differ from the whole by rounding. tell: as in `in_parts`.
+    """
+
+    def heard(rows: slice) -> tuple[slice, Outputs]:
+        labels = hard.rows(torch.arange(rows.start, rows.stop, device=hard.labels.device))
+        return rows, _listen_at_once(tap, teacher, seen.images[rows], wanted, labels)
+
+    return in_parts(teacher.model, len(seen.images), heard, tell)
+
+
+def _listen_at_once(
+    tap: Tap, teacher: Network, pictures: Tensor, wanted: Sequence[Wanted], hard: HardLabels
+) -> Outputs:
+    """What the teacher gives for pictures uint8 [B, C, H, W], in one pass."""
     if all(one.source != INPUT_GRADIENT for one in wanted):
-        return tap(teacher.normalise(seen.images))
+        return tap(teacher.normalise(pictures))
     with torch.enable_grad():
-        images = teacher.normalise(seen.images).requires_grad_()
+        images = teacher.normalise(pictures).requires_grad_()
         outputs = tap(images)
         (gradient,) = torch.autograd.grad(hard.cross_entropy(outputs.logits).sum(), images)
         features = {layer: feature.detach() for layer, feature in outputs.features.items()}
@@ -75,16 +110,18 @@ def speak(
     tap: Tap, teacher: Network, requests: Iterable[Request], setup: Setup, wanted: Sequence[Wanted] = ()
 ) -> Iterator[tuple[Tensor, Outputs]]:
     """Ids and outputs, batch by batch. One batch runs ahead of the one that is handed out: a GPU computes while the
-    last batch is copied from it.
+    last batch is copied from it. A batch that does not fit into memory comes in parts, in the same order, and so do
+    those behind it: the last bits of their numbers may be others, as with another batch size.
     """
     held: tuple[Tensor, Outputs] | None = None
+    tell = partial(setup.watch.warn, "cache-teacher")
     for seen in setup.pictures.stream(requests, whole=True):
         setup.watch.check()
         ids = setup.train_set.sample_ids[seen.positions].to(setup.device, non_blocking=True)
-        outputs = listen(tap, teacher, seen, wanted, labels_of(setup.pictures, seen))
-        if held is not None:
-            yield held
-        held = ids, outputs
+        for rows, outputs in listen_in_parts(tap, teacher, seen, wanted, labels_of(setup.pictures, seen), tell=tell):
+            if held is not None:
+                yield held
+            held = ids[rows], outputs
     if held is not None:
         yield held
 

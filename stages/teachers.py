@@ -34,7 +34,7 @@ class TeachersConfig:
 
     combine: Literal["logits", "probabilities"] = "logits"
     weights: Literal["equal", "accuracy", "confidence", "learnable"] | tuple[Share, ...] = "equal"
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    temperatures: tuple[Annotated[float, Field(gt=0, le=1e4)], ...] = ()
     classes: tuple[ClassMapConfig, ...] = ()
 
     def class_map(self, number: int) -> ClassMapConfig:

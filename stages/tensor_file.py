@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from stages.cause import cause
 from stages.errors import ModelError
 from store import canonical_json, write_atomically
+from store.plain_file import open_plain
 
 RECORD = "kdpipe"
 """The key in the safetensors header under which the JSON record stands."""
@@ -27,10 +30,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str,
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote. Raises ModelError where the file is absent, damaged, or another kind of file."""
     try:
+        os.close(open_plain(path))  # a pipe would wait for ever
         with safetensors.safe_open(path, "pt") as file:
-            record = json.loads((file.metadata() or {})[RECORD])
+            record = _table(json.loads((file.metadata() or {})[RECORD]))
             return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118 - it is no dict
     except FileNotFoundError:
         raise ModelError(f"there is no file {path}.") from None
     except (OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
-        raise ModelError(f"{path} is not a file that kdpipe wrote, or it is damaged ({error}); delete it.") from error
+        why = (isinstance(error, OSError) and error.strerror) or cause(error)
+        raise ModelError(f"{path} is not a file that kdpipe wrote, or it is damaged ({why}); delete it.") from error
+
+
+def _table(record: Any) -> dict[str, Any]:
+    """The record, if it is a table; else ValueError."""
+    if not isinstance(record, dict):
+        raise ValueError("its record is no table")  # noqa: TRY004 - of what a file holds, not of a caller's mistake
+    return record

@@ -1,6 +1,8 @@
-"""torchvision's own networks, small enough for tests, as a user's factories: `python:tiny_families:vit`."""
+"""torchvision's networks and one of our own, small enough for tests, as a user's: `python:tiny_families:vit`."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 from torch import nn
 
@@ -26,3 +28,12 @@ def mobilenet(num_classes: int) -> nn.Module:
     from torchvision.models import MobileNetV2
 
     return MobileNetV2(num_classes, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])
+
+
+def vgg8(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    """The vgg8 of the recipes, a quarter as wide."""
+    from stages.models import vgg
+
+    with mock.patch.object(vgg, "WIDTHS", [width // 4 for width in vgg.WIDTHS]):
+        one_each = (1, 1, 1, 1, 1)
+        return vgg.vgg(one_each, num_classes=num_classes, in_channels=in_channels, image_size=image_size)

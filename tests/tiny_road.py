@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +63,27 @@ def tiny_setup(run: Path, watch: Watch | None = None, **changes: Any) -> Setup:
 
 def make_tiny_store(setup: Setup, name: str = "store.zarr", teacher: TeacherConfig = TEACHER, seed: int = 0) -> Path:
     """Train the tiny teacher and cache it; returns the store's path."""
-    train_teacher(teacher, seed, setup)
+    if (setup.data_identity(), setup.test_identity(), setup.views) == _usual_road() and (teacher, seed) == (TEACHER, 0):
+        shutil.copytree(_usual_teacher(), setup.run / "teacher", dirs_exist_ok=True)
+    train_teacher(teacher, seed, setup)  # which takes that one as finished, once it has seen that it is the very same
     path = setup.run / name
     cache_teacher(CACHE, path, load_teacher(teacher, seed, setup), LAYERS, setup)
     return path
+
+
+@functools.cache
+def _usual_road() -> tuple[Any, ...]:
+    setup = tiny_setup(Path())
+    return setup.data_identity(), setup.test_identity(), setup.views
+
+
+@functools.cache
+def _usual_teacher() -> Path:
+    """The folder of the teacher that most tests want: trained and exported once in a process."""
+    run = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, run)
+    train_teacher(TEACHER, 0, tiny_setup(run))
+    return run / "teacher"
 
 
 def open_tiny_teaching(path: Path, setup: Setup) -> Teaching:

@@ -25,15 +25,22 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from one_registry import keep_one_registry
+
 MOST_BYTES = 1 << 17
 """Of a request: a longer message such a socket may not carry."""
 
 IMPORTED_LATE = (
     "onnxscript.function_libs.torch_lib.ops",
+    "pipeline.compare",
+    "pipeline.generations",
+    "pipeline.report.pareto",
     "sklearn.datasets",
+    "sympy.combinatorics",
     "torch.export._trace",
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._torchlib.ops",
+    "torchmetrics.functional.classification",
     "torchvision.transforms.v2",
 )
 """By commands under way. A name that another version does not have any more costs time, and nothing else."""
@@ -43,11 +50,12 @@ def warm_up() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pipeline.main does, before torch is imported
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else onnxruntime starts a thread
     gc.disable()
-    for name in ("pipeline.main", "pipeline.walk", "pipeline.summary", "pipeline.report", "pipeline.store_app"):
+    for name in ("pipeline.main", "pipeline.walk", "pipeline.summary", "pipeline.report.report", "pipeline.store_app"):
         importlib.import_module(name)
     for name in IMPORTED_LATE:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    keep_one_registry(compiled=True)
     gc.freeze()  # the forks need not look through all that
     gc.enable()
 

@@ -30,7 +30,7 @@ from stages.compression.lost_channels import entered, following
 from stages.compression.prune_target import MAX_LATENCIES, Shares, Unreachable, Widths, find_ratio
 from stages.compression.sparsity import masks_of, sparable_layers, zero_smallest, zero_two_of_four
 from stages.compression.widths import apply_widths, record_widths
-from stages.config import section
+from stages.config import Count, section
 from stages.errors import ModelError
 from stages.models.module_path import module_named
 from stages.models.weights import count_parameters
@@ -61,13 +61,13 @@ class PruneConfig:
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
     of: Literal["channels", "parameters", "macs", "latency"] = "channels"
     importance: Literal["l1", "l2", "taylor", "bn_scale"] = "l1"
-    importance_batches: Annotated[int, Field(ge=1)] = 8
+    importance_batches: Count = 8
     scope: Literal["global", "layer"] = "layer"
     max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
-    round_to: Annotated[int, Field(ge=1)] = 8
+    round_to: Annotated[int, Field(ge=1, le=2**20)] = 8
     keep: tuple[str, ...] = ()
-    steps: Annotated[int, Field(ge=1)] = 1
-    epochs_per_step: Annotated[int, Field(ge=1)] = 2
+    steps: Count = 1
+    epochs_per_step: Count = 2
 
     def __post_init__(self) -> None:
         if self.kind == "channels":

@@ -8,6 +8,9 @@ from typing import Any
 
 from stages.errors import UnknownModelError
 
+MOST = 2**16
+"""Of channels, units or stages."""
+
 BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -45,4 +48,6 @@ def at_least_one(network: str, name: str, value: Any) -> int:
     """`value`, if it is a whole number of 1 or more; else UnknownModelError."""
     if type(value) is not int or value < 1:
         raise UnknownModelError(f"{network}: args.{name} must be a whole number of 1 or more, found {value!r}.")
+    if value > MOST:
+        raise UnknownModelError(f"{network}: args.{name} is more than {MOST:,}: no network is that large.")
     return value

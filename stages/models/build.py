@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.cause import cause
-from stages.config import section
+from stages.config import Place, section
 from stages.errors import ModelError, UnknownModelError
 from stages.models.factory import PREFIX as PYTHON
 from stages.models.factory import build_from_factory
@@ -29,14 +29,15 @@ PUBLISHED = "published"
 class ModelConfig:
     """Which network, and what it starts from.
 
-    `name` is one of `list_models()`, `torchvision:NAME` for torchvision's network where the plain name is a small-image
-    one's, or `python:package.module:factory`. `args` go to the network. `weights` is None (fresh), "published"
-    (torchvision's), or the path of a .safetensors file or torch state dict.
+    name: one of `list_models()`, `torchvision:NAME` for torchvision's network where the plain name is a small-image
+    one's, or `python:package.module:factory`.
+    args: the network's own arguments, such as a width.
+    weights: None (fresh), "published" (torchvision's), or the path of a .safetensors file or torch state dict.
     """
 
-    name: str
+    name: Place
     args: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
+    weights: Place | None = None
 
 
 def build_model(

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from stages.cause import cause
 from stages.errors import ModelError
 from stages.models.arguments import call_with_args
 from stages.models.cnn import cnn, cnn_average
@@ -70,5 +71,8 @@ def build_small_image_network(
         side, (height, width) = network.min_side, image_size
         raise ModelError(f"{name} needs images of {side} x {side} or more, the data has {height} x {width}.")
     offered = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-    model: nn.Module = call_with_args(name, network.build, offered, args)
+    try:
+        model: nn.Module = call_with_args(name, network.build, offered, args)
+    except (RuntimeError, MemoryError, OverflowError) as error:  # more weights than memory holds, or bytes can count
+        raise ModelError(f"{name} cannot be built with args {dict(args)!r} ({cause(error)}).") from error
     return model

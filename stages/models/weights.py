@@ -7,6 +7,8 @@ import json
 import pickle
 import re
 import sys
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from torch import Tensor, nn
 
 from stages.cause import cause
 from stages.errors import ModelError
+from stages.models.misfits import misfits, no_numbers
 
 NESTED_UNDER = ("state_dict", "model", "model_state_dict")
-MOST_NAMED = 3
 
 # What other code calls an entry, and what it is called here.
 RENAMED = (
@@ -49,17 +51,21 @@ def read_weights(path: Path) -> Mapping[str, Any]:
 
 
 def load_entries(model: nn.Module, entries: Mapping[str, Any], source: str) -> None:
-    """Fill `model` in place from the state dict `entries`, read from `source`. Raises ModelError if they do not fit."""
+    """Fill `model` in place from the state dict `entries`, read from `source`. Raises ModelError if they do not fit, or
+    are no weights of a trained network: no answer comes of NaN, infinity, or a variance below zero.
+    """
     wanted = model.state_dict()
     stored = {key if key in wanted else _renamed(key): value for key, value in entries.items()}
     for key in wanted:
         if key.endswith("num_batches_tracked"):  # absent before torch 0.4.1; counts steps and decides no output
             stored.setdefault(key, wanted[key])
-    if faults := _misfits(stored, wanted):
+    if faults := misfits(stored, wanted):
         raise ModelError(
             f"{source} cannot be loaded into the model: {'; '.join(faults)}. "
             "Check the model's name, args and number of classes."
         )
+    if fault := no_numbers(stored, model):
+        raise ModelError(f"{source}: {fault}; give weights of a trained network.")
     model.load_state_dict(stored)
 
 
@@ -90,8 +96,11 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
+    if _unpacks_to_more(path):
+        raise ModelError(f"{path} unpacks to more than it holds, as torch's own files never do: save it again.")
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings(action="ignore"):  # of torch, to who wrote the file
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ModelError(_unsafe(path, str(error))) from error
     except Exception as error:  # a damaged file makes torch raise nearly anything, KeyError and EOFError among them
@@ -102,6 +111,15 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{path} holds no state dict: save model.state_dict(), or convert it to safetensors.")
     return {str(key): value for key, value in content.items()}
+
+
+def _unpacks_to_more(path: Path) -> bool:
+    """Whether a file is a zip whose members are compressed, or share bytes: a small one may fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(member.file_size for member in archive.infolist()) > path.stat().st_size
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False  # no zip: an older torch's file, or one of which torch says what is amiss
 
 
 def _unsafe(path: Path, why: str) -> str:
@@ -116,28 +134,6 @@ def _renamed(key: str) -> str:
     for pattern, name in RENAMED:
         key = pattern.sub(name, key)
     return key
-
-
-def _misfits(stored: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `stored` from being loaded: missing entries, unexpected ones, other shapes; the first few of each."""
-    shapes = {key: list(value.shape) if isinstance(value, Tensor) else "no tensor" for key, value in stored.items()}
-    reshaped = [
-        f"{key} is stored as {shapes[key]}, wanted {list(tensor.shape)}"
-        for key, tensor in wanted.items()
-        if key in shapes and shapes[key] != list(tensor.shape)
-    ]
-    return [
-        *_first_few("missing ", [key for key in wanted if key not in stored]),
-        *_first_few("unexpected ", [key for key in stored if key not in wanted]),
-        *_first_few("", reshaped),
-    ]
-
-
-def _first_few(kind: str, entries: list[str]) -> list[str]:
-    if not entries:
-        return []
-    more = f" and {len(entries) - MOST_NAMED} more" if len(entries) > MOST_NAMED else ""
-    return [f"{kind}{', '.join(entries[:MOST_NAMED])}{more}"]
 
 
 def _little_endian_bytes(tensor: Tensor) -> bytes:

@@ -25,7 +25,7 @@ _ONE = 2**16
 
 _NUM_SHARES = 4096
 
-Alpha = Annotated[float, Field(ge=0)]
+Alpha = Annotated[float, Field(ge=0, le=1e12)]
 
 
 @section

@@ -75,7 +75,7 @@ def test_json_keeps_stdout_to_one_document_and_progress_to_json_lines(recipe, tm
 
 def test_a_report_of_a_run_under_way_shows_what_there_is_and_exits_3(recipe, tmp_path):
     kdpipe_here("train-teacher", recipe, "--run", tmp_path / "run")
-    ended = kdpipe_here("report", tmp_path / "run")
+    ended = kdpipe_here("report", tmp_path / "run", "--no-html")
     assert ended.exit_code == 3
     assert "teacher" in ended.stdout
     assert "student distilled (1 of 1)" in ended.stdout

@@ -42,7 +42,7 @@ def test_a_student_from_elsewhere_is_handed_over_without_touching_the_run_s_own(
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"teacher", "compressed-mine"}
     held = load_tensors(run / "compressed-mine" / "artefacts-seed0" / "model.safetensors")[0]
     assert held["fc.weight"].dtype == torch.bfloat16
-    report = kdpipe_here("report", run)
+    report = kdpipe_here("report", run, "--no-html")
     assert report.exit_code == 0, report.stderr
     assert "student given" in report.stdout
 
@@ -99,7 +99,7 @@ def test_strange_names_of_folders_and_files_are_taken_as_they_are(done, recipe, 
     common = (*arguments(done, recipe, run), "--set", "compress.steps=[]")
     ended = kdpipe_here("compress", *common, "--from", tmp_path / "\U0001f600 'x'.safetensors")
     assert ended.exit_code == 0, ended.stderr
-    report = kdpipe_here("report", run)
+    report = kdpipe_here("report", run, "--no-html")
     assert report.exit_code == 0, report.stderr
     assert str(run) in report.stdout.replace("\n", "")
 

@@ -176,7 +176,7 @@ def test_a_vanished_shard_is_computed_again_and_a_damaged_one_is_named(done, rec
 def test_a_damaged_record_is_one_sentence(done, tmp_path, file, text):
     run = copied(done, tmp_path)
     (run / file).write_text(text)
-    ended = kdpipe_here("report", run)
+    ended = kdpipe_here("report", run, "--no-html")
     assert ended.exit_code == 1
     assert ended.stderr.startswith("kdpipe: error: ")
     assert ended.stderr.count("\n") == 1

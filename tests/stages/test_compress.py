@@ -438,7 +438,7 @@ def test_weights_that_are_no_numbers_are_refused(run, copy, tmp_path, value):
     state = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")[0]
     state["fc.bias"] = state["fc.bias"] * value
     torch.save(state, tmp_path / "broken.pt")
-    with pytest.raises(ModelError, match=r"fc\.bias holds NaN, infinity or complex numbers"):
+    with pytest.raises(ModelError, match=r"fc\.bias (holds NaN or infinity|is stored as complex64)"):
         exported(copy, run, dataclasses.replace(CONFIG, student=str(tmp_path / "broken.pt"), steps=()))
 
 

@@ -29,7 +29,7 @@ from stages.watch import Watch
 FAMILIES = {
     "residual": ModelConfig(name="resnet8"),
     "depthwise": ModelConfig(name="python:tiny_families:mobilenet"),
-    "plain": ModelConfig(name="vgg8"),
+    "plain": ModelConfig(name="python:tiny_families:vgg8"),
     "attention": ModelConfig(name="python:tiny_families:vit"),
 }
 FINE = dataclasses.replace(TRAIN, epochs=2, lr=0.01, checkpoint_every_s=30)  # and where it is stopped

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_road import LOSSES, OPERATIONS, STUDENT, VIEWS, make_tiny_store, squares, tiny_setup
+from tiny_road import LOSSES, OPERATIONS, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
 
 from stages.datasets.image_set import ImageSet
 from stages.errors import RecipeError
@@ -62,7 +62,8 @@ def long_run(tmp_path_factory):
     """A store of many slabs: 512 rows each."""
     folder = tmp_path_factory.mktemp("long")
     setup = tiny_setup(folder, train_set=squares(6000, 0))
-    make_tiny_store(setup)
+    hardly = dataclasses.replace(TEACHER.train, epochs=1, batch_size=1000)  # whatever it says is to be read again
+    make_tiny_store(setup, teacher=dataclasses.replace(TEACHER, train=hardly))
     return folder
 
 

@@ -39,7 +39,7 @@ def test_stopped_at_every_step_and_resumed_equals_undisturbed(run, tmp_path, opt
     train_student(config, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
     num_stops = 0
     while student_folder(pieces, "distilled", 0).result() is None:
-        setup = tiny_setup(pieces, Watch(should_stop=StopAfter(1 + num_stops % 3)))
+        setup = tiny_setup(pieces, Watch(should_stop=StopAfter(1 + num_stops % 4)))
         try:
             train_student(config, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
         except StoppedEarly:

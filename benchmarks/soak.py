@@ -1,0 +1,119 @@
+"""A soak: a whole `kdpipe run` is killed again and again, at random moments and by random signals, and restarted each
+time by a shell loop, as a batch system would. It has to end in the very bytes of a run that nothing disturbed.
+
+    python benchmarks/soak.py recipes/mnist.toml --kills 100 [--set KEY=VALUE ...]
+
+Half of the kills are SIGKILL, which saves nothing; the others ask: SIGTERM, SIGINT, SIGUSR1, SIGUSR2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+KDPIPE = [sys.executable, "-c", "from pipeline.main import main; main()"]
+
+LOOP = """
+while true; do
+    "$@" & echo $! > "$PID_FILE"; wait $!; code=$?
+    echo "$code" >> "$CODES_FILE"
+    [ "$code" -eq 75 ] || [ "$code" -eq 137 ] || exit "$code"
+done
+"""
+"""What a job script does: again, as long as it was stopped early or killed."""
+
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+SUFFIXES = (".safetensors", ".onnx", ".pt2")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--between", type=float, nargs=2, default=(1.0, 16.0), metavar="S", help="seconds of life")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where the runs go; what is finished there is not run again")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    given = parser.parse_args()
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="soak-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*KDPIPE, "run", str(given.recipe), *(word for one in given.set for word in ("--set", one)), "--run"]
+
+    started = time.monotonic()
+    subprocess.run([*command, str(folder / "undisturbed")], check=True, stdout=subprocess.DEVNULL)
+    print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
+
+    started = time.monotonic()
+    code, kills = soak([*command, str(folder / "killed")], folder, given)
+    codes = Counter((folder / "codes").read_text().split())
+    print(f"killed {sum(kills.values())} times in {time.monotonic() - started:.0f} s, exit status {code} in the end")
+    print("  by signal: " + ", ".join(f"{name} {count}" for name, count in sorted(kills.items())))
+    print("  exit statuses: " + ", ".join(f"{name} {count} times" for name, count in sorted(codes.items())))
+    unlike = compare(folder / "undisturbed", folder / "killed")
+    for name in unlike:
+        print(f"  DIFFERS: {name}")
+    print(
+        "every network, exported file and store file is the undisturbed run's, bit for bit" if not unlike else "FAILED"
+    )
+    sys.exit(bool(unlike) or code)
+
+
+def soak(command: list[str], folder: Path, given: argparse.Namespace) -> tuple[int, Counter[str]]:
+    """Run the loop, and kill what it runs as often as asked; its exit status, and how often each signal was sent."""
+    chance, kills, pid_file = random.Random(given.seed), Counter[str](), folder / "pid"
+    (folder / "codes").write_text("")
+    environment = {**os.environ, "PID_FILE": str(pid_file), "CODES_FILE": str(folder / "codes")}
+    pid_file.write_text("")
+    with (folder / "log").open("w") as log:
+        loop = subprocess.Popen(["sh", "-c", LOOP, "sh", *command], env=environment, stdout=log, stderr=log)
+        last = ""
+        while sum(kills.values()) < given.kills and loop.poll() is None:
+            pid = pid_file.read_text().strip()
+            if pid in ("", last):
+                time.sleep(0.02)
+                continue
+            last = pid
+            time.sleep(chance.uniform(*given.between))
+            number = signal.SIGKILL if chance.random() < 0.5 else chance.choice(ASKING)
+            try:
+                os.kill(int(pid), number)
+            except ProcessLookupError:
+                continue
+            kills[number.name] += 1
+            print(f"  {sum(kills.values())}: {number.name} {where(folder / 'killed')}", flush=True)
+        return loop.wait(), kills
+
+
+def where(run: Path) -> str:
+    """What the killed process was at, by its last event."""
+    try:
+        event = json.loads((run / "events.jsonl").read_bytes().splitlines()[-1])
+        return f"in {event.get('stage')}: {event.get('job')}, {event.get('unit')} {event.get('step')}"
+    except (OSError, ValueError, IndexError):
+        return "before the first event"
+
+
+def compare(undisturbed: Path, killed: Path) -> list[str]:
+    """The files that only one has, or that differ."""
+    found, wanted = files(killed), files(undisturbed)
+    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+
+
+def files(run: Path) -> dict[str, bytes]:
+    networks = [path for path in run.rglob("*") if path.suffix in SUFFIXES]
+    stores = [path for store in run.glob("*.zarr") for path in store.rglob("*") if path.is_file()]
+    return {str(path.relative_to(run)): path.read_bytes() for path in (*networks, *stores)}
+
+
+if __name__ == "__main__":
+    main()

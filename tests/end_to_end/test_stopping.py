@@ -1,0 +1,83 @@
+"""Really sent signals, and the clock: every command finishes its step, saves, and exits 75; what comes of the same
+command afterwards is what would have come without them.
+"""
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from kdpipe_process import kdpipe, signal_when, start
+from same_run import unlike
+
+ROAD = (
+    ("train-teacher", signal.SIGTERM, "teacher/checkpoint.safetensors"),
+    ("cache-teacher", signal.SIGINT, "store.zarr/markers/c/2"),
+    ("train-student", signal.SIGUSR1, "students/distilled-seed0/checkpoint.safetensors"),
+    ("compress", signal.SIGUSR2, "compressed/int8-seed0/checkpoint.safetensors"),
+)
+
+
+def test_each_stage_stopped_by_a_signal_and_then_by_the_clock_ends_as_if_nothing_had_happened(done, recipe, tmp_path):
+    run = tmp_path / "run"
+    for command, number, sign in ROAD:
+        process = start(command, recipe, "--run", run)
+        signal_when(process, (run / sign).exists, number)
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == 75, errors
+        assert f"stopped early at {number.name}; everything done is saved" in errors
+        assert said == ""
+        ended = kdpipe(command, recipe, "--run", run)
+        assert ended.returncode == 0, ended.stderr
+    assert unlike(run, done[0]) == []
+
+
+def test_a_run_stops_by_the_clock_as_it_does_at_a_signal(recipe, tmp_path):
+    ended = kdpipe("run", recipe, "--run", tmp_path / "run", "--max-duration", "1s")
+    assert ended.returncode == 75, ended.stderr
+    assert "stopped early after 1 s, as --max-duration says; everything done is saved" in ended.stderr
+    refused = kdpipe("run", recipe, "--run", tmp_path / "run", "--max-duration", "soon")
+    assert refused.returncode == 2
+    assert "'soon' is no duration: write 3h30m" in re.sub(r"\s+", " ", refused.stderr)
+
+
+def test_a_second_sigint_breaks_off_without_damage(done, recipe, tmp_path):
+    run = tmp_path / "run"
+    process = start("run", recipe, "--run", run, "--set", "teacher.train.checkpoint_every_s=1000")
+    signal_when(process, lambda: "teacher" in progress(run), signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (75, 130), errors  # 75 where the first one was quick
+    assert "Traceback" not in errors
+    ended = kdpipe("train-teacher", recipe, "--run", run)
+    assert ended.returncode == 0, ended.stderr
+    model = Path("teacher/model.safetensors")
+    assert (run / model).read_bytes() == (done[0] / model).read_bytes()
+
+
+def progress(run):
+    """What the run folder's log of events says by now."""
+    return (run / "events.jsonl").read_text() if (run / "events.jsonl").exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number"),
+    [
+        (["bench", "RUN/students/alone-seed0/model.onnx", "--rounds", "1000000"], signal.SIGTERM),
+        (["sensitivity", "RECIPE", "--run", "RUN", "--batches", "1000"], signal.SIGUSR1),
+    ],
+)
+def test_what_writes_nothing_stops_too(done, recipe, arguments, number):
+    places = {"RUN": str(done[0]), "RECIPE": str(recipe)}
+    process = start(*[re.sub("RUN|RECIPE", lambda found: places[found[0]], argument) for argument in arguments])
+    signal_when(process, lambda: handles(process.pid, number), number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert f"stopped early at {number.name}" in errors
+    assert "Traceback" not in errors
+
+
+def handles(pid, number):
+    """Whether the process has a handler for the signal by now."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught[1], 16) & 1 << (number - 1))
