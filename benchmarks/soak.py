@@ -95,12 +95,13 @@ def soak(command: list[str], folder: Path, given: argparse.Namespace) -> tuple[i
 
 
 def where(run: Path) -> str:
-    """What the killed process was at, by its last event."""
+    """What the killed processes have come to, by the last event of one that did something."""
     try:
-        event = json.loads((run / "events.jsonl").read_bytes().splitlines()[-1])
-        return f"in {event.get('stage')}: {event.get('job')}, {event.get('unit')} {event.get('step')}"
-    except (OSError, ValueError, IndexError):
-        return "before the first event"
+        events = [json.loads(line) for line in (run / "events.jsonl").read_bytes().splitlines()[-20:]]
+    except (OSError, ValueError):
+        return "before the first event, or while one was written"
+    at = next((one for one in reversed(events) if one.get("kind") == "progress"), None)
+    return f"after {at['stage']}: {at['job']}, {at['unit']} {at['step']}" if at else "before the first event"
 
 
 def compare(undisturbed: Path, killed: Path) -> list[str]:

@@ -7,12 +7,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
 
 from pipeline.stop import stop_at_once
+
+MOST_LETTERS = 2000
+"""Of a sentence; a path has 4096 at most, and seldom more than 200."""
 
 
 @contextmanager
@@ -35,6 +38,11 @@ def guarded() -> Iterator[None]:
             say("interrupted; the last checkpoint, if there is one, stands.")
         elif isinstance(error, KdpipeError):
             say(f"error: {error}")
+        elif isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # rich ends so
+            say("error: Broken pipe: standard output.")
+            raise typer.Exit(1) from None
+        elif isinstance(error, SystemExit):  # no code of ours: a 0 of it would read as a job that is done
+            say(f"error: code of your own, or of another package, called sys.exit({error.code!r}): nothing is done.")
         elif isinstance(error, OSError):
             say(f"error: {error.strerror or error}: {error.filename or 'standard output'}.")
         elif "DataLoader worker (pid" in str(error):  # torch's own sentence, from its handler of SIGCHLD
@@ -61,5 +69,17 @@ def printable(text: str) -> str:
 
 
 def say(sentence: str) -> None:
-    """One sentence for people, on stderr."""
-    print(f"kdpipe: {printable(sentence)}", file=sys.stderr, flush=True)  # noqa: T201
+    """One sentence for people, on stderr; where that is closed or full, nobody is told, and nothing ends of it."""
+    if sys.stderr is not None:  # else print would take stdout for it
+        with suppress(OSError, ValueError):
+            print(f"kdpipe: {printable(shortened(sentence))}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def shortened(sentence: str) -> str:
+    """`sentence`, and where that is longer than anybody reads, without the middle of its longest words: a name of
+    100,000 letters must not take from sight what is wrong with it.
+    """
+    if len(sentence) <= MOST_LETTERS:
+        return sentence
+    words = (word if len(word) <= 200 else f"{word[:100]}...{word[-90:]}" for word in sentence.split(" "))
+    return " ".join(words)[: 2 * MOST_LETTERS]

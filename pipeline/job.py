@@ -67,7 +67,7 @@ def run_job(
         sys.path.append(str(Path.cwd()))  # where `python:module:name` in a recipe finds the user's own modules
         loaded = load_recipe(recipe, asked.set_ or (), os.environ)
         folder = asked.run or Path("runs") / loaded.name
-        work = _work(command, count, only)
+        work, own = _work(command, count, only), _part(part) if command == "cache-teacher" else None
         fraction = loaded.gpu_memory_fraction
         # Before the processes meet: a group that uses GPUs asks CUDA which there are, and it is asked once only.
         take_device(loaded.device, share=asked.share, memory_fraction=fraction, warn=lambda why: say(f"warning: {why}"))
@@ -75,8 +75,8 @@ def run_job(
         hold = shared if command == "cache-teacher" else exclusive
         with _together(command, should_stop) as processes, ExitStack() as held:
             processes.once(lambda: _enter(held, hold(folder, folder / ".kdpipe.lock")))
-            own = _part(part) if hold is shared else processes.part
-            walk = Walk(loaded, folder, Watch(should_stop=should_stop), own, share=asked.share, processes=processes)
+            watch = Watch(should_stop=should_stop)
+            walk = Walk(loaded, folder, watch, own or processes.part, share=asked.share, processes=processes)
             walk.begin()
             with _kept(walk, command) as walk:
                 with _shown(walk, asked) as shown:

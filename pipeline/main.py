@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from pipeline.command import guarded, print_json, say
+from pipeline.command import guarded, print_json, printable, say
 from pipeline.job import run_job, walking
 from pipeline.options import AsJson, Asked, AskedJob, RecipePath, with_options
+from pipeline.places import named, require_file, require_place
 from pipeline.recipe.app import recipe_app
 from pipeline.store_app import store_app
 
@@ -35,11 +37,26 @@ app = typer.Typer(
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")
 
+
+def _a_part(text: str | None) -> str | None:
+    """What --part is given, if it can be one: before the run folder is touched."""
+    if text is not None:
+        from stages.errors import RecipeError
+        from stages.part import parse_part
+
+        try:
+            parse_part(text[:40])
+        except RecipeError as error:
+            raise typer.BadParameter(str(error)) from None
+    return text
+
+
 PartOf = Annotated[
     str | None,
     typer.Option(
         "--part",
         metavar="I/N",
+        callback=_a_part,
         help="Compute only part I of N of the units, counted from 0 [default: as torchrun or Slurm say, else all].",
     ),
 ]
@@ -83,11 +100,15 @@ def views(
     recipe: RecipePath,
     asked: Asked,
     *,
-    save: Annotated[Path, typer.Option("--save", metavar="FILE", help="Where the picture goes.")] = Path("views.png"),
+    save: Annotated[Path, typer.Option("--save", metavar="FILE", parser=named, help="Where the picture goes.")] = Path(
+        "views.png"
+    ),
     num_samples: Annotated[int, typer.Option("--samples", min=1, max=100)] = 8,
     num_views: Annotated[int, typer.Option("--views", min=1, max=100)] = 6,
 ) -> None:
     """Draw samples x views as a PNG. The store's top-3 under each, so that people can look. Writes nothing else."""
+    with guarded():
+        require_place(save, "--save", ".png")
     with guarded(), walking(recipe, asked) as walk:
         from pipeline.view_grid import draw_grid
         from pipeline.walk import walk_views
@@ -107,7 +128,7 @@ def views(
             }
         )
     else:
-        typer.echo(f"{save}: {shown.images.shape[0]} samples in {shown.images.shape[1]} views")
+        typer.echo(f"{printable(str(save))}: {shown.images.shape[0]} samples in {shown.images.shape[1]} views")
 
 
 @app.command()
@@ -131,12 +152,15 @@ def compress(
         typer.Option(
             "--from",
             metavar="CHECKPOINT",
+            parser=named,
             help="Compress a student trained elsewhere: a .safetensors file, or a torch state dict.",
         ),
     ] = None,
 ) -> None:
     """Stage 3: prune, quantize, export. The store teaches the distilled student all the while."""
     if given is not None:
+        with guarded():
+            require_file(given, "--from", "weights file")
         override = f"compress.student={json.dumps(str(given.absolute()), ensure_ascii=False)}"
         asked = replace(asked, set_=[*(asked.set_ or ()), override])
     run_job("compress", recipe, asked, only=only)
@@ -193,7 +217,12 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN_FOLDER...", help="Several are set side by side.")],
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Where the page goes [default: report.html in the run folder]."),
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            parser=named,
+            help="Where the page goes [default: report.html in the run folder].",
+        ),
     ] = None,
     *,
     no_html: Annotated[bool, typer.Option("--no-html", help="Print the tables alone.")] = False,
@@ -203,11 +232,12 @@ def report(
     if html is not None and no_html:
         raise typer.BadParameter("--html and --no-html exclude each other.")
     with guarded():
-        from pipeline.report.command import tell_report, write_report
+        from pipeline.report.command import page_place, tell_report, write_report
 
+        page = page_place(runs, html) if html is not None or not (no_html or as_json) else None
         code = tell_report(runs, as_json)
-        if html is not None or not (no_html or as_json):
-            write_report(runs, html)
+        if page is not None:
+            write_report(runs, page)
         if code:
             raise typer.Exit(code)
 
@@ -269,7 +299,7 @@ def bench(
     ] = None,
     *,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, max=1024, help="[default: all cores]")] = None,
-    rounds: Annotated[int, typer.Option(metavar="N", min=3, help="How often each file is timed.")] = 50,
+    rounds: Annotated[int, typer.Option(metavar="N", min=3, max=100_000, help="How often each file is timed.")] = 50,
     as_json: AsJson = False,
 ) -> None:
     """Measure the latency of ONNX files on this CPU. In onnxruntime, in turn in one process; writes nothing."""
@@ -311,4 +341,8 @@ def main() -> None:
     # Waiting threads sleep instead of spinning: on a box that others use too, spinning costs everybody most.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would send what it does to its makers
-    app()
+    try:
+        app()
+    except OSError as error:  # of a help text, which nothing guards: a full disk, a pipe that nobody reads
+        say(f"error: {error.strerror or error}: {error.filename or 'standard output'}.")
+        sys.exit(1)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from pipeline.places import named
 from pipeline.stop import parse_duration
 
 
@@ -25,7 +26,9 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in student.train.lr=0.05.")
 ]
-RunFolder = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The run folder [default: runs/NAME].")]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", parser=named, help="The run folder [default: runs/NAME].")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document; progress is JSON lines on stderr.")]
 MaxDuration = Annotated[
     float | None,

@@ -21,7 +21,7 @@ NARROWEST, WIDEST = 20, 60
 def print_plan(plan: dict[str, Any], settings: Settings | None = None) -> None:
     """A few aligned lines; with `settings` also the keys that are not left at their defaults, and who set them."""
     for name, text in _lines(plan):
-        print(f"{name:<12} {text}")  # noqa: T201
+        print(f"{name:<12} {printable(text)}")  # noqa: T201
     for line in _setting_lines(settings or {}):
         print(line)  # noqa: T201
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.command import printable
 from pipeline.events import Reporter, Spacing, is_last, json_text, utc_now
 from pipeline.pace import Pace, duration_text, rate_text
 from stages.watch import WARNING, Event
@@ -69,9 +70,9 @@ def _lines(text: Callable[[Event, Pace], str]) -> Reporter:
 
     def report(event: Event) -> None:
         pace = Pace.start(1, 1, time.monotonic()) if event.unit == WARNING else paces.after(event)
-        if spacing.lets_through(event):
+        if sys.stderr is not None and spacing.lets_through(event):  # print would take stdout for it
             with suppress(OSError, ValueError):
-                print(text(event, pace), file=sys.stderr, flush=True)  # noqa: T201
+                print(printable(text(event, pace)), file=sys.stderr, flush=True)  # noqa: T201
 
     return report
 

@@ -39,8 +39,8 @@ def parse_duration(text: str) -> float:
 
     Raises ValueError, with a sentence, for anything else, and for no time at all.
     """
-    as_units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
-    as_slurm = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text.strip())
+    as_units = re.fullmatch(r"(?a)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    as_slurm = re.fullmatch(r"(?a)(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text.strip())
     found = as_slurm or as_units
     counts = [int(count or 0) for count in found.groups()] if found and len(text) <= 32 else []
     wall_s = sum(count * unit_s for count, unit_s in zip(counts, UNIT_S.values(), strict=False))

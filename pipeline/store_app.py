@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.command import guarded, print_json
+from pipeline.command import guarded, print_json, printable
 from pipeline.job import walking
 from pipeline.options import AsJson, Asked, Overrides, RecipePath, RunFolder, with_options
+from pipeline.places import named
 
 store_app = typer.Typer(help="Look into target stores, check and mend them.", no_args_is_help=True)
 
@@ -64,9 +65,13 @@ def store_verify(
     """Read and check every byte of a store. Exit status 1 if anything is damaged, 3 if units are only missing."""
     if (recompute is None) != (recipe is None):
         raise typer.BadParameter("--recompute K and --recipe RECIPE go together: the recipe says which teacher to ask.")
+    if recompute is None and (set_ or run or seed):
+        raise typer.BadParameter("--set, --run and --seed are for --recompute K: they do nothing without it.")
     with guarded():
         from pipeline import store_check
 
+        if recipe is not None:
+            store_check.require_recipe(recipe, set_ or ())  # now: to check every byte may take hours
         verdict = store_check.verify(path, as_json)
         recomputed = None
         if recompute is not None and recipe is not None and not verdict.damaged:
@@ -107,8 +112,8 @@ def store_rm_views(path: StorePath, keep: Keep, as_json: AsJson = False) -> None
         if as_json:
             print_json(removed)
         else:
-            print(  # noqa: T201
-                f"{path}: {removed['num_views_removed']} views removed, {removed['num_views']} stay, "
+            typer.echo(
+                f"{printable(str(path))}: {removed['num_views_removed']} views removed, {removed['num_views']} stay, "
                 f"{removed['bytes_freed']:,} bytes freed"
             )
 
@@ -116,7 +121,7 @@ def store_rm_views(path: StorePath, keep: Keep, as_json: AsJson = False) -> None
 @store_app.command("transcode")
 def store_transcode(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The store to read, a folder or a URL.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Where the new one goes.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", parser=named, help="Where the new one goes.")],
     *,
     top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="Keep the K largest logits.")] = None,
     temperatures: Annotated[
@@ -138,13 +143,15 @@ def store_transcode(
     as_json: AsJson = False,
 ) -> None:
     """Make another store of one, without the teacher. Top-k, narrower, fewer views, packed or unpacked."""
+    if logits_only and arrays:
+        raise typer.BadParameter("--logits-only and --array exclude each other.")
     with guarded():
-        from pipeline.store_transcode import print_transcoded, run_transcode, wanted_codec
-        from store import Change, default_temperatures
+        from pipeline.store_transcode import print_transcoded, run_transcode, wanted_codec, wanted_temperatures
+        from store import Change
 
         change = Change(
             top_k=top_k,
-            temperatures=default_temperatures(*temperatures) if temperatures else None,
+            temperatures=wanted_temperatures(temperatures),
             dtype=dtype,
             num_views=views,
             arrays=() if logits_only else tuple(arrays) if arrays else None,

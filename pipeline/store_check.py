@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,13 @@ from store.verify import Verdict, verify_store
 if TYPE_CHECKING:
     from pipeline.walk import Walk
     from stages.recompute import Recomputed
+
+
+def require_recipe(recipe: Path, overrides: Sequence[str]) -> None:
+    """Raise RecipeError for a recipe that cannot be taken."""
+    from pipeline.recipe.load import load_recipe
+
+    load_recipe(recipe, overrides, os.environ)
 
 
 def verify(path: Path, as_json: bool) -> Verdict:

@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.command import printable
 from pipeline.progress import reporter
 from pipeline.stop import stop_when_asked
 from pipeline.store_info import describe_loss
 from stages.errors import RecipeError, StoppedEarly
 from stages.watch import Event
-from store import Change, Codec, default_area, is_url, stage, transcode
+from store import Change, Codec, default_area, default_temperatures, is_url, stage, transcode
+from store.topk import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 
 
 def wanted_codec(archive: str | None, level: int | None) -> Any:
@@ -21,11 +23,25 @@ def wanted_codec(archive: str | None, level: int | None) -> Any:
     if archive is None:
         return "as it is"
     if archive == "none":
+        if level is not None:
+            raise RecipeError("--level goes with --archive zstd or --archive blosc: --archive none unpacks a store.")
         return "zero-copy"
     try:
         return Codec(archive, 5 if level is None else level)
     except ValueError as error:
         raise RecipeError(f"--archive and --level name {error}; --archive none unpacks a store.") from error
+
+
+def wanted_temperatures(span: tuple[float, float] | None) -> tuple[float, ...] | None:
+    """The grid of temperatures from the lowest to the highest of `span`. Raises RecipeError where there is none."""
+    if span is None:
+        return None
+    if not LOWEST_TEMPERATURE <= span[0] <= span[1] <= HIGHEST_TEMPERATURE:
+        raise RecipeError(
+            f"--temperatures takes the lowest and the highest, both from {LOWEST_TEMPERATURE:g} to "
+            f"{HIGHEST_TEMPERATURE:g}, not {span[0]:g} and {span[1]:g}."
+        )
+    return default_temperatures(*span)
 
 
 def run_transcode(source: str, target: Path, change: Change, as_json: bool) -> dict[str, Any]:
@@ -47,6 +63,6 @@ def run_transcode(source: str, target: Path, change: Change, as_json: bool) -> d
 def print_transcoded(source: str, target: Path, figures: dict[str, Any]) -> None:
     """What came of it, for people."""
     before, after = figures["bytes_before"], figures["bytes_after"]
-    print(f"{target}: {after:,} bytes, {after / before:.2f} of {source}'s {before:,}")  # noqa: T201
+    print(printable(f"{target}: {after:,} bytes, {after / before:.2f} of {source}'s {before:,}"))  # noqa: T201
     for name, lost in figures["fidelity"].items():
-        print(f"  {name}: {describe_loss(lost)}")  # noqa: T201
+        print(printable(f"  {name}: {describe_loss(lost)}"))  # noqa: T201

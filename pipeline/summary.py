@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.command import printable
 from pipeline.store_info import describe_loss
 
 
 def print_summary(command: str, run: Path, results: dict[str, Any]) -> None:
     """A few lines: the figures, and where the files are."""
     for line in (*_lines(results), f"{command} is done: {run}"):
-        print(line)  # noqa: T201
+        print(printable(line))  # noqa: T201
 
 
 def _lines(results: dict[str, Any]) -> Iterator[str]:

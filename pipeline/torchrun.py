@@ -3,7 +3,7 @@
 torchrun itself ends with 1 whatever its processes end with, also with 75, "stopped early, run me again"; asked to stop,
 it gives them 30 seconds, and ends with 1 as well. Here signals go on to the processes, and their status is its own:
 
-    python -m pipeline.torchrun --nproc-per-node 4 --no-python kdpipe train-student recipe.toml
+    kdpipe-torchrun --nproc-per-node 4 --no-python kdpipe train-student recipe.toml
 
 The arguments are torchrun's. srun, which starts the processes itself, passes their status on and needs nothing of this.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from pipeline.command import printable
 from stages.errors import RecipeError
 from stages.show_views import NUM_TOP, ShownViews
+from store import write_atomically
 
 CELL, GAP, LINE, MARGIN = 128, 8, 12, 96
 """Pixels: the side of a picture, the room between two, a line of text, the column of labels."""
@@ -44,7 +46,9 @@ def draw_grid(shown: ShownViews, path: Path) -> None:
                 colour = "green" if name == shown.labels[row] else "black"
                 text = f"{_short(name, MOST_LETTERS - 6)} {100 * share:.0f} %"
                 draw.text((left, top + CELL + line * LINE), text, colour, font)
-    canvas.save(path, format="PNG")
+    picture = BytesIO()
+    canvas.save(picture, format="PNG")
+    write_atomically(path, picture.getvalue())
 
 
 def _cell(image: Tensor) -> Image.Image:

@@ -65,7 +65,8 @@ def write_artefacts(
     """
     made_from = sha256_of(_plain({"facts": facts, "opset": opset, "chain": [made.network.identity for made in chain]}))
     held = read_json(folder / "card.json") or {}
-    if held.get("made_from") == made_from and _are_whole(folder, held.get("files")):
+    says_so = held.get("made_from") == made_from and {key: held.get(key) for key in facts} == _plain(facts)
+    if says_so and _are_whole(folder, held.get("files")):
         return held
     _require_writable(folder)
     with _aside(folder) as new:
@@ -96,6 +97,9 @@ def _aside(folder: Path) -> Iterator[Path]:
     try:
         yield new
         named = [path.name for path in new.iterdir()]
+        for place in (folder / name for name in named):
+            if place.is_dir():
+                raise RunError(f"{place} is a folder, where a file is to be: take it away, and compress again.")
         (folder / "card.json").unlink(missing_ok=True)
         for path in sorted(new.iterdir(), key=lambda one: one.name == "card.json"):
             path.replace(folder / path.name)

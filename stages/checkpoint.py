@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.cause import cause
 from stages.errors import RunError
 from stages.tensor_file import load_tensors, save_tensors
 
@@ -59,18 +60,42 @@ def restore(path: Path, machinery: Machinery, state: State) -> None:
     tensors, record = load_tensors(path)
     try:
         machinery.modules.load_state_dict(_below(tensors, "modules/"))
-        slots: dict[int, dict[str, Any]] = {}
-        for key, value in _below(tensors, "optimiser/").items():
-            index, slot = key.split("/", 1)
-            slots.setdefault(int(index), {})[slot] = value
-        machinery.optimiser.load_state_dict({"state": slots, "param_groups": record["param_groups"]})
+        # Its groups are as they were made: what changes in them, the learning rate, is set before every step.
+        groups = machinery.optimiser.state_dict()["param_groups"]
+        machinery.optimiser.load_state_dict({"state": _slots(tensors, machinery.optimiser), "param_groups": groups})
         machinery.scaler.load_state_dict(record["scaler"])
-        state.epoch, state.step, state.history = record["epoch"], record["step"], record["history"]
+        state.epoch, state.step, state.history = _position(record)
         state.parts = max(1, int(record.get("parts", 1)))  # of an older version: whole batches
         device = next(machinery.modules.parameters()).device
         state.sums = {name: total.to(device) for name, total in _below(tensors, "sums/").items()}
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{path} does not fit this job ({error}): delete it to start the job afresh.") from error
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise RunError(f"{path} does not fit this job ({cause(error)}): delete it to start the job afresh.") from error
+
+
+def _slots(tensors: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What the optimiser keeps of each parameter, by its number. ValueError where it is of other parameters."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in _below(tensors, "optimiser/").items():
+        index, slot = key.split("/", 1)
+        if not index.isdecimal() or value.shape not in (torch.Size(), parameters[int(index)].shape):
+            raise ValueError(f"{key} is of another network")
+        slots.setdefault(int(index), {})[slot] = value
+    return slots
+
+
+def _position(record: dict[str, Any]) -> tuple[int, int, list[dict[str, Any]]]:
+    """Epoch, step and history, if they can be a job's: each epoch that is done has left a line."""
+    epoch, step, history = record["epoch"], record["step"], record["history"]
+    whole = isinstance(history, list) and all(isinstance(line, dict) and _is_sound(line) for line in history)
+    if not whole or type(epoch) is not int or epoch != len(history) or type(step) is not int or step < 0:
+        raise ValueError(f"epoch {str(epoch)[:20]}, step {str(step)[:20]} is no place where a job can be")
+    return epoch, step, history
+
+
+def _is_sound(line: dict[str, Any]) -> bool:
+    """Whether an epoch's line has the numbers that others reckon with; the accuracy of a job that has a test set."""
+    return "wall_s" in line and all(isinstance(line.get(key, 0.0), float | int) for key in ("wall_s", "accuracy"))
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,9 +97,9 @@ def measure_costs(ways: Sequence[Way], setup: Setup) -> dict[str, dict[str, floa
     made_from = {way.name: way.digest for way in ways}
     processes = setup.processes
     held = processes.once(lambda: read_json(record) or {})
-    if held.get("made_from") == made_from:
-        costs: dict[str, dict[str, float]] = held["costs"]
-        return costs
+    known: Any = held.get("costs")
+    if held.get("made_from") == made_from and _are_costs(known, made_from):
+        return dict(known)
     jobs = [_job(way, setup) for way in ways]
     walls: dict[str, list[float]] = {way.name: [] for way in ways}
     for turn in range(NUM_TURNS + 1):
@@ -121,6 +121,13 @@ def measure_costs(ways: Sequence[Way], setup: Setup) -> dict[str, dict[str, floa
     }
     processes.once(lambda: write_json(record, {"made_from": made_from, "costs": costs}))
     return costs
+
+
+def _are_costs(costs: Any, ways: Iterable[str]) -> bool:
+    """Whether a record has what was measured of each way; what is damaged is measured again."""
+    if not isinstance(costs, dict) or not all(isinstance(costs.get(name), dict) for name in ways):
+        return False
+    return all(isinstance(costs[name].get(key), float | int) for name in ways for key in ("step_ms", "ratio"))
 
 
 def _job(way: Way, setup: Setup) -> Job:

@@ -7,6 +7,7 @@ there is one code for both. What is agreed on travels over gloo, in tensors on t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -224,6 +225,8 @@ def _meet(own: Processes, environ: Mapping[str, str]) -> None:
             "them in the job script to the first node's name (scontrol show hostnames | head -n 1) and a free port, "
             "or start the processes with torchrun."
         )
+    if not (re.fullmatch("[0-9]{1,5}", place[1]) and 0 < int(place[1]) < 65536):
+        raise RecipeError(f"MASTER_PORT must be a number from 1 to 65535, not {place[1][:40]!r}: mend the job script.")
     try:
         where = f"env://?rank={own.rank}&world_size={own.count}"
         store, *_ = next(rendezvous(where, timeout=MEETING))

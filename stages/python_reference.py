@@ -74,7 +74,7 @@ def _import(module_name: str, reference: str, key: str, error: type[KdpipeError]
     try:
         with users_code():
             return importlib.import_module(module_name)
-    except Exception as caught:  # it runs the user's own code
+    except (Exception, SystemExit) as caught:  # it runs the user's own code
         raise error(
             f"{key}={reference!r}: the module {module_name} cannot be imported ({cause(caught)}); "
             f"it is looked for on sys.path and in {Path.cwd()}."

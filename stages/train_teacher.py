@@ -97,7 +97,7 @@ def teacher_identity(config: TeacherConfig, setup: Setup) -> dict[str, Any]:
     normalise = model_normalisation(setup.train_set, config.model.weights, config.mean, config.std)
     identity = {"architecture": setup.architecture(config.model), "normalisation": normalise.to_json()}
     if result and config.mean is None:
-        identity["normalisation"] = result["identity"]["normalisation"]
+        identity["normalisation"] = result["identity"].get("normalisation")
     return {**identity, "weights_sha256": result["identity"]["weights_sha256"]} if result else identity
 
 

@@ -13,6 +13,7 @@ against the first, and so on. Largest errors of steps add up at the most; diverg
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ from store.reader import TargetStore
 from store.samples import Samples, read_samples
 from store.topk import encode_topk
 from store.writer import finish_store, missing_arrays, sweep_unit, write_unit
+from store.zarr_group import read_store_manifest
 
 
 def transcode(
@@ -54,8 +56,10 @@ def transcode(
     Raises StoreError where the source is incomplete or damaged or the change impossible, FingerprintMismatch where
     the target is another store, LockedError where another process is transcoding to it.
     """
-    target = target.resolve()  # locks are named after it, and "." has no name
-    _require_apart(source.resolve(), target)
+    target = _resolved(target)  # locks are named after it, and "." has no name
+    _require_apart(_resolved(source), target)
+    if os.path.lexists(target):
+        read_store_manifest(target)  # before a lock is laid beside what is no store
     store = open_store(source).streamed(0)
     wanted = planned(store, change)
     with _alone_at(target):
@@ -93,6 +97,13 @@ def _fill(
             _transcode_unit(source, target, manifest, unit, _ids_of(unit, manifest.geometry, samples))
     on_unit(len(units), len(units))
     return True
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError) as error:  # links that lead to each other; a name that is too long
+        raise StoreError(f"{path} cannot be used: {error}.") from None
 
 
 def _require_apart(source: Path, target: Path) -> None:

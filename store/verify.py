@@ -122,7 +122,7 @@ def verify_store(
 def _settled(path: Path) -> Iterator[None]:
     """Let nobody change metadata meanwhile; on a read-only disk, where no lock can be taken, nobody does."""
     with ExitStack() as held:
-        if path.is_dir():
+        if path.is_dir() and ((path / "zarr.json").exists() or (path / MARKERS).exists()):  # any other is no store
             with suppress(KdpipeError):
                 held.enter_context(alone(path))
         yield

@@ -39,7 +39,8 @@ def alone(path: Path) -> AbstractContextManager[None]:
 
     It lies beside the store, because plain Zarr should see nothing foreign inside.
     """
-    return exclusive(path, path.with_name(f".{path.name}.lock"), wait=True)
+    own = path if path.name not in ("", "..") else path.resolve()
+    return exclusive(path, own.with_name(f".{own.name}.lock"), wait=True)
 
 
 def create_store(path: Path, manifest: Manifest, samples: Samples) -> None:

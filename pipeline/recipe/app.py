@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.command import guarded, print_json, say
+from pipeline.command import guarded, print_json, printable, say
 from pipeline.options import AsJson, Overrides
 
 recipe_app = typer.Typer(help="Write recipes, check them, and have editors know their keys.", no_args_is_help=True)
@@ -44,7 +44,7 @@ def recipe_new(
         from pipeline.recipe.new import new_recipe
 
         path = new_recipe(file, options | {"losses": ",".join(loss) if loss else None}, yes=yes)
-    print(f"{path}: written; next: kdpipe run {shlex.quote(str(path))}")  # noqa: T201
+    print(printable(f"{path}: written; next: kdpipe run {shlex.quote(str(path))}"))  # noqa: T201
 
 
 @contextmanager

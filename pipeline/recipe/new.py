@@ -45,7 +45,7 @@ def is_terminal() -> bool:
 
 def require_new(path: Path) -> None:
     """Raise RecipeError where a recipe cannot be written without taking something away, or not at all."""
-    if "\0" in str(path):
+    if any(letter < " " or letter == "\x7f" for letter in str(path)):
         raise RecipeError(f"{str(path)!r} is no path: it has a control character.")
     if os.path.lexists(path):
         raise RecipeError(f"{path} is there already, and is not overwritten: name another file, or move it away.")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.command import print_json, say
 from pipeline.exit_codes import DONE, DONE_IN_PART
+from pipeline.places import require_place
 from pipeline.report.report import Report, print_report, read_report
 
 
@@ -27,8 +28,19 @@ def _document(made: Sequence[Report]) -> dict[str, object]:
     return made[0].to_json() if len(made) == 1 else {"reports": [one.to_json() for one in made]}
 
 
-def write_report(runs: Sequence[Path], file: Path | None) -> None:
-    """The page: into `file`, else of one run into its folder, of several into the current one."""
+def page_place(runs: Sequence[Path], file: Path | None) -> Path:
+    """Where the page goes: `file`, else of one run into its folder, of several into the current one.
+
+    Raises RunError where a file cannot be written there. A run that is none is for `read_report` to refuse.
+    """
+    place = file or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    if file is not None or place.parent.is_dir():
+        require_place(place, "--html")
+    return place
+
+
+def write_report(runs: Sequence[Path], file: Path) -> None:
+    """The page of the runs, into `file`."""
     from pipeline.page.write import write_page
 
-    write_page(runs, file or (runs[0] if len(runs) == 1 else Path()) / "report.html", say)
+    write_page(runs, file, say)

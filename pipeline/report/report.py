@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from pipeline.command import printable
 from pipeline.report.compressed import (
     WonBack,
     num_bytes,
@@ -21,6 +21,9 @@ from pipeline.report.networks import Place, compressed_folder, places_of
 from stages.errors import RunError
 from stages.job_folder import JobFolder, read_json
 from stages.latency_record import Latencies, latency_path, read_latencies
+
+MOST_LETTERS = 200
+"""Of a name: no recipe has more."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,10 @@ def read_report(run: Path) -> Report:
 
 
 def _name(recipe: Mapping[str, Any]) -> str:
-    """The name, which is shown as it is, if it is one that a recipe may have."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", recipe["name"]):
-        raise ValueError("its name is none that a recipe may have")
-    name: str = recipe["name"]
-    return name
+    """The name, as it may be shown: the recipe may be a stranger's."""
+    if not isinstance(recipe["name"], str):
+        raise TypeError("its name is no text")
+    return printable(recipe["name"][:MOST_LETTERS])
 
 
 def _row(
@@ -141,10 +143,11 @@ def print_report(report: Report) -> None:
     """Write the tables to stdout, for people."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 120, soft_wrap=True)
-    table = Table(box=box.SIMPLE, title=f"{report.recipe}: what each network is worth", title_justify="left")
+    table = Table(box=box.SIMPLE, title=f"{escape(report.recipe)}: what each network is worth", title_justify="left")
     table.add_column("network", no_wrap=True)
     for header in ("test accuracy %", "seeds", "parameters", "ONNX file", "ONNX = torch %"):
         table.add_column(header, justify="right")

@@ -38,7 +38,7 @@ STYLES = {"running": GREEN, "being filled": GREEN, "killed": RED, "damaged": RED
 
 def print_tables(status: Status) -> None:
     """Runs, then stores, on stdout."""
-    is_terminal = sys.stdout.isatty()
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if is_terminal else WIDTH_OF_FILES
     now, root = time.time(), Path(status.root)
     runs = table(RUN, [_run_cells(run, root, now) for run in status.runs], width)

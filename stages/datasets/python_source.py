@@ -42,7 +42,7 @@ def _call(name: str, function: Callable[..., Any], split: Split, root: Path) -> 
         returned = function(split, root=str(root)) if _takes_root(function) else function(split)
     except KdpipeError:
         raise
-    except Exception as error:  # it is the user's own code
+    except (Exception, SystemExit) as error:  # it is the user's own code
         raise DataError(f"data set {name}: the function failed on {split!r} ({cause(error)}).") from error
     if not isinstance(returned, tuple | list) or not 2 <= len(returned) <= 4:
         raise DataError(

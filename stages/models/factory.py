@@ -11,6 +11,7 @@ from torch import nn
 from stages.cause import cause
 from stages.errors import ModelError
 from stages.models.arguments import call_with_args
+from stages.python_reference import users_code
 
 PREFIX = "python:"
 
@@ -23,13 +24,13 @@ def build_from_factory(
     It is called with `args` and with those of num_classes, in_channels and image_size (height, width) that its
     signature takes. Raises ModelError where it cannot be found or called, or returns no nn.Module.
     """
-    factory = _find(name)
     offered = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     try:
-        model = call_with_args(name, factory, offered, args)
+        with users_code():
+            model = call_with_args(name, _find(name), offered, args)
     except ModelError:
         raise
-    except Exception as error:  # the user's code, which may raise anything
+    except (Exception, SystemExit) as error:  # the user's code, which may raise anything
         raise ModelError(f"{name} failed ({cause(error)}).") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned {type(model).__name__}, wanted a torch.nn.Module.")
@@ -42,7 +43,7 @@ def _find(name: str) -> Callable[..., Any]:
         raise ModelError(f"{name!r} names no factory: write python:package.module:factory.")
     try:
         module = importlib.import_module(module_path)
-    except Exception as error:  # the user's code, which may raise anything
+    except (Exception, SystemExit) as error:  # the user's code, which may raise anything
         raise ModelError(
             f"{name}: importing {module_path} failed ({cause(error)}); its folder must be on PYTHONPATH."
         ) from error

@@ -153,7 +153,12 @@ def test_a_refused_command_changes_nothing_in_the_run_folder(done, recipe, tmp_p
     before = folder_bytes(run)
     assert kdpipe_here("run", recipe, "--run", run, "--set", "teacher.train.lr=0.01").exit_code == 12
     after = folder_bytes(run)
-    assert {name for name in before if before[name] != after[name]} <= {".kdpipe.lock"}
+    # That it was tried, and refused, is noted; what the folder says of itself stays.
+    noted = {".kdpipe.lock", ".run.json.lock", "events.jsonl", "run.json"}
+    assert {name for name in before | after if before.get(name) != after.get(name)} <= noted
+    were, are = (json.loads(files["run.json"]) for files in (before, after))
+    assert are["sessions"][-1]["exit_code"] == 12
+    assert {**were, "sessions": are["sessions"]} == are
 
 
 def test_a_vanished_shard_is_computed_again_and_a_damaged_one_is_named(done, recipe, tmp_path):

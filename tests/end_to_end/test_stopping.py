@@ -63,7 +63,7 @@ def progress(run):
 @pytest.mark.parametrize(
     ("arguments", "number"),
     [
-        (["bench", "RUN/students/alone-seed0/model.onnx", "--rounds", "1000000"], signal.SIGTERM),
+        (["bench", "RUN/students/alone-seed0/model.onnx", "--rounds", "100000"], signal.SIGTERM),
         (["sensitivity", "RECIPE", "--run", "RUN", "--batches", "1000"], signal.SIGUSR1),
     ],
 )

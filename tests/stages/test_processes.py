@@ -323,6 +323,13 @@ def test_sruns_processes_are_told_what_says_where_they_meet() -> None:
         pass
 
 
+@pytest.mark.parametrize("port", ["0", "65536", "http", "-1", "٣", "9" * 30])
+def test_a_port_that_is_none_is_refused_at_once(port: str) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.raises(RecipeError, match="MASTER_PORT must be a number from 1 to 65535"), joined(place):
+        pass
+
+
 def test_what_runs_in_one_process_says_so_to_several() -> None:
     require_one({"RANK": "0", "WORLD_SIZE": "1"}, "kdpipe compress")
     with pytest.raises(RecipeError, match="kdpipe compress runs in one process, and 2 were started"):

@@ -171,7 +171,7 @@ def test_the_command_draws_before_while_and_after_the_store_is_filled(tmp_path):
     assert Image.open(picture).size == (96 + 2 * 136, 24 + 3 * 184)
     lost = kdpipe_here(*views, "--save", tmp_path / "nowhere" / "some.png")
     assert lost.exit_code == 1
-    assert "error: No such file or directory" in lost.stderr
+    assert f"there is no folder {tmp_path / 'nowhere'}" in lost.stderr
 
 
 def test_who_is_mixed_in_is_written_under_a_picture(tmp_path):
