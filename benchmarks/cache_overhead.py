@@ -26,10 +26,10 @@ import torch
 
 from stages.cache_teacher import cache_teacher
 from stages.datasets.image_set import ImageSet
-from stages.device import choose_device
 from stages.forms import Wanted
 from stages.lesson import Normalisation
-from stages.memory import keep_freed_memory
+from stages.machine.device import choose_device
+from stages.machine.memory import keep_freed_memory
 from stages.models.build import ModelConfig
 from stages.network import Network
 from stages.pictures import Request

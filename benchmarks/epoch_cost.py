@@ -28,7 +28,6 @@ from PIL import Image
 from stages.cache_teacher import CacheConfig, cache_teacher
 from stages.datasets.image_set import ImageSet
 from stages.datasets.load import DataConfig, load_dataset
-from stages.device import choose_device
 from stages.features import DenseOutputs, TeacherOutputs, tapped
 from stages.forms import Wanted
 from stages.job_folder import JobFolder
@@ -37,7 +36,8 @@ from stages.losses.at import ATConfig
 from stages.losses.hint import HintConfig
 from stages.losses.kd import KDConfig
 from stages.losses.terms import student_layers, wanted_of
-from stages.memory import keep_freed_memory
+from stages.machine.device import choose_device
+from stages.machine.memory import keep_freed_memory
 from stages.models.build import ModelConfig
 from stages.network import Network
 from stages.optim import TrainConfig

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import torch
 
-from stages.memory import keep_freed_memory
+from stages.machine.memory import keep_freed_memory
 from stages.models.build import ModelConfig, build_model
 
 TEACHERS = {

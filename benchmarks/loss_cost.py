@@ -39,7 +39,7 @@ from stages.forms import POOLED, Shape, Wanted, take_form
 from stages.losses.entry import Entry
 from stages.losses.said import Facts, Others, Said
 from stages.losses.terms import LOSSES
-from stages.memory import keep_freed_memory
+from stages.machine.memory import keep_freed_memory
 from stages.models.build import ModelConfig, build_model
 from stages.schedules import Moment
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from stages.datasets.image_set import ImageSet
-from stages.memory import keep_freed_memory
+from stages.machine.memory import keep_freed_memory
 from stages.pictures import Pictures, Request
 from stages.views.config import ViewsConfig
 from stages.views.renderer import Renderer

@@ -29,7 +29,7 @@ def guarded() -> Iterator[None]:
     except BaseException as error:
         from pipeline.exit_codes import exit_code
         from stages.errors import StoppedEarly
-        from stages.memory import is_out_of_memory
+        from stages.machine.memory import is_out_of_memory
         from store import KdpipeError
 
         if isinstance(error, StoppedEarly):

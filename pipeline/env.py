@@ -119,7 +119,7 @@ def _cpu() -> dict[str, Any]:
         model = found.group(1) if found else ""
     except (OSError, UnicodeDecodeError):
         pass
-    from stages.cores import num_cores
+    from stages.machine.cores import num_cores
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"model": model or platform.processor(), "online": os.cpu_count(), "allowed": allowed, "used": num_cores()}

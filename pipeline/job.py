@@ -60,7 +60,7 @@ def run_job(
     with guarded(), stop_when_asked(asked.max_duration) as should_stop:
         from pipeline.recipe.load import load_recipe
         from pipeline.walk import Walk
-        from stages.device import take_device
+        from stages.machine.device import take_device
         from stages.watch import Watch
         from store import exclusive, shared
 

@@ -21,10 +21,8 @@ from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
 from stages.compress import STEPS, Step, compress, compressed_root, float_job, is_done, rehearse
 from stages.compression.sensitivity import LayerSensitivity
-from stages.cores import num_threads
 from stages.datasets.image_set import ImageSet
 from stages.datasets.load import DataConfig, load_dataset
-from stages.device import take_device
 from stages.errors import RecipeError
 from stages.export_student import export_student
 from stages.fine_tune import Tutor
@@ -33,7 +31,9 @@ from stages.job_folder import write_json
 from stages.lesson import Lesson
 from stages.losses.entry import Entry
 from stages.losses.terms import wanted_of
-from stages.memory import keep_freed_memory
+from stages.machine.cores import num_threads
+from stages.machine.device import take_device
+from stages.machine.memory import keep_freed_memory
 from stages.network import Network
 from stages.part import WHOLE, Part
 from stages.partners import find_partners, population_of

@@ -49,7 +49,6 @@ def save(path: Path, machinery: Machinery, state: State) -> None:
         "step": state.step,
         "history": state.history,
         "parts": state.parts,
-        "param_groups": packed["param_groups"],
         "scaler": machinery.scaler.state_dict(),
     }
     save_tensors(path, tensors, record)

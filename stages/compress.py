@@ -22,10 +22,10 @@ from stages.fine_tune import Tutor
 from stages.given_student import load_given, measure_given
 from stages.job_folder import JobFolder
 from stages.losses.simkd import SimKDConfig
+from stages.machine.priority import step_back
 from stages.model_file import finished_record
 from stages.network import Network
 from stages.optim import TrainConfig
-from stages.priority import step_back
 from stages.prune_student import Source, finished_source, prune_job, prune_student
 from stages.quantize_student import QuantizeConfig, calibrated_only, prepare, quantize_student
 from stages.reuse_classifier import last_of_projector

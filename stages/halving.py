@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from stages.memory import is_out_of_memory
+from stages.machine.memory import is_out_of_memory
 
 T = TypeVar("T")
 

@@ -14,10 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stages.cores import num_cores
 from stages.datasets.image_set import ImageSet, unequal_sizes_message
 from stages.decode_ahead import Ask, DecodeAhead, Failure
 from stages.errors import DataError, RecipeError
+from stages.machine.cores import num_cores
 from stages.views.mix import Mixture, mix
 from stages.views.renderer import Renderer
 from stages.views.rows import replaced

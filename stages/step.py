@@ -22,7 +22,7 @@ from stages.features import Tap
 from stages.lesson import Batch, Lesson
 from stages.losses.contrast import Memory
 from stages.losses.global_batch import total
-from stages.memory import is_out_of_memory
+from stages.machine.memory import is_out_of_memory
 from stages.optim import TrainConfig
 from stages.order import derive_seed
 from stages.processes import Processes

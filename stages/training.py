@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from stages.checkpoint import Machinery, State, restore, save
-from stages.errors import NotFiniteError, StoppedEarly
+from stages.errors import NotFiniteError, RunError, StoppedEarly
 from stages.evaluate import Evaluation, evaluate
 from stages.features import tapped
 from stages.global_batch_norm import batch_norm_over_processes
@@ -62,9 +62,10 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
     processes = job.processes
     processes.require_shares(job.config.batch_size, job.lesson.num_samples)
     machinery, state = _set_up(job, device), State()
+    steps = num_steps_of(job)
     if processes.share(job.folder.checkpoint.exists()):
         restore(job.folder.checkpoint, machinery, state)
-    steps = num_steps_of(job)
+        _require_place(job, state, steps)
     saved_at = time.monotonic()
     batches = _stream(job, state, job.config.epochs)
     with (
@@ -97,6 +98,16 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
                 raise
             watch.report(_event(job, state, steps, state.history[-1]))
     return state.history
+
+
+def _require_place(job: Job, state: State, steps: int) -> None:
+    """Raise RunError for a checkpoint that says that the job is where it cannot be."""
+    within = state.epoch <= job.config.epochs and state.step <= steps
+    if not within or (job.test and any("accuracy" not in line for line in state.history)):
+        raise RunError(
+            f"{job.folder.checkpoint} does not fit this job (epoch {state.epoch}, step {state.step} of {steps}): "
+            "delete it to start the job afresh."
+        )
 
 
 def step_walls(job: Job, device: torch.device, num_steps: int) -> list[float]:

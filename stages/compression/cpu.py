@@ -10,7 +10,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.cores import num_cores
+from stages.machine.cores import num_cores
 
 __all__ = ["cpu_features", "cpu_name", "num_cores"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from stages.cores import num_cores
+from stages.machine.cores import num_cores
 
 MAX_THREADS = 16
 

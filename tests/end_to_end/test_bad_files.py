@@ -1,13 +1,12 @@
-"""Files that users and strangers hand over, damaged, of another kind, or hostile: every command answers in a sentence,
-runs nothing that a file brings along, waits for nothing that never comes, and loses nothing: with the good file back in
-its place the same command goes on. Stores have their own tests (tests/store/test_hostile_store.py).
+"""Files that users and strangers hand over, of another kind or hostile: every command answers in a sentence, runs
+nothing that a file brings along, and waits for nothing that never comes. Stores have their own tests
+(tests/store/test_hostile_store.py), and so have the records of a run folder (test_bad_records.py).
 """
 
 import json
 import os
 import pickle
 import shutil
-import signal
 import struct
 import zipfile
 from pathlib import Path
@@ -15,84 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kdpipe_process import kdpipe_here
-from safetensors import safe_open
+from bad_files import ESCAPE, PLACES, Touch, answer, put, refused
 from safetensors.torch import load_file, save
-
-from stages import checkpoint
-
-DEEP = '{"a":' * 10**5 + "1" + "}" * 10**5
-ESCAPE = "\x1b[31m\u202e<script>"
-WAIT_S = 60
-
-
-class WaitsForEver(BaseException):
-    """No error that a command would turn into a sentence."""
-
-
-class Touch:
-    """Unpickled, it makes a file: a stand-in for what a stranger might do."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.fixture(autouse=True)
-def no_test_waits_for_ever():
-    def end(*_):
-        raise WaitsForEver
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(WAIT_S)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
 def run(done, tmp_path):
     """A copy of a finished run."""
     return Path(shutil.copytree(done[0], tmp_path / "run"))
-
-
-def refused(*arguments, code=1):
-    """What a command says that refuses: one sentence, and nothing half-written."""
-    ended = kdpipe_here(*arguments)
-    assert isinstance(ended.exception, SystemExit), (arguments, ended.exception)
-    assert ended.exit_code == code, (ended.stdout, ended.stderr)
-    said = [line for line in ended.stderr.splitlines() if line.startswith("kdpipe: ")]
-    assert len(said) == 1, said
-    assert said[0].startswith("kdpipe: error: ")
-    assert said[0].isprintable()
-    assert len(said[0]) < 1000
-    assert [word for word in ("Traceback", "Errno", "Warning") if word in ended.stderr] == []
-    return said[0]
-
-
-def put(path, what):
-    """Put something else in the place of a file: bytes, text, or what is named."""
-    if path.is_dir() and not path.is_symlink():
-        path.rmdir()
-    path.unlink(missing_ok=True)
-    if what == "folder":
-        path.mkdir()
-    elif what == "pipe":
-        os.mkfifo(path)
-    elif what == "circle":
-        path.symlink_to(path.name)
-    elif what == "zeros":
-        path.symlink_to("/dev/zero")
-    elif what == "passwords":
-        path.symlink_to("/etc/passwd")
-    else:
-        path.write_bytes(what if isinstance(what, bytes) else what.encode())
-
-
-PLACES = ("folder", "pipe", "circle", "zeros", "passwords")
-NO_RECORDS = (*PLACES, "", b"\x80\xff\x00", "[]", "null", "{}", DEEP, '{"a": ' + "9" * 10**4 + "}")
 
 
 # Recipes
@@ -122,7 +51,7 @@ def test_what_is_no_recipe_is_refused_and_nothing_is_made_of_it(tmp_path, case):
     content, sentence = RECIPES[case]
     put(tmp_path / "r.toml", content)
     assert sentence in refused("run", tmp_path / "r.toml", "--run", tmp_path / "run", code=2)
-    checked = kdpipe_here("recipe", "check", tmp_path / "r.toml")
+    checked = answer("recipe", "check", tmp_path / "r.toml")
     assert checked.exit_code == 2
     assert isinstance(checked.exception, SystemExit)
     assert [path.name for path in tmp_path.iterdir()] == ["r.toml"]
@@ -131,7 +60,7 @@ def test_what_is_no_recipe_is_refused_and_nothing_is_made_of_it(tmp_path, case):
 @pytest.mark.parametrize("rewrite", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
 def test_a_recipe_may_come_from_another_systems_editor(recipe, tmp_path, rewrite):
     (tmp_path / "r.toml").write_bytes(rewrite(recipe.read_text()).encode())
-    assert kdpipe_here("recipe", "check", tmp_path / "r.toml").exit_code == 0
+    assert answer("recipe", "check", tmp_path / "r.toml").exit_code == 0
 
 
 # Weights
@@ -261,204 +190,6 @@ def test_a_student_from_elsewhere_is_refused_with_what_is_wrong(recipe, run, tmp
     assert sentence in refused("compress", recipe, "--run", run, "--from", tmp_path / "s.safetensors")
 
 
-# A run's own records
-
-
-RECORDS = ("recipe.json", "teacher/result.json", "compressed/latency-seed0.json")
-
-
-@pytest.mark.parametrize("name", RECORDS)
-def test_a_report_names_the_record_that_is_damaged_and_is_whole_again_with_the_good_one(run, name):
-    good = (run / name).read_bytes()
-    for what in NO_RECORDS:
-        put(run / name, what)
-        assert Path(name).name in refused("report", run)
-    put(run / name, good)
-    assert kdpipe_here("report", run, "--no-html").exit_code == 0
-
-
-def with_value(good, path, value):
-    record = at = json.loads(good)
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
-    return json.dumps(record)
-
-
-WRONG_VALUES = [
-    ("recipe.json", ("name",), 5),
-    ("recipe.json", ("student", "seeds"), []),
-    ("recipe.json", ("student", "seeds"), ["../../x"]),
-    ("recipe.json", ("compress", "quantize", "scheme"), "../x"),
-    ("recipe.json", ("compress", "steps"), 5),
-    ("teacher/result.json", ("accuracy",), float("nan")),
-    ("teacher/result.json", ("accuracy",), 10**300),
-    ("teacher/result.json", ("onnx_bytes",), -1),
-    ("teacher/result.json", ("identity",), {}),
-    ("teacher/result.json", ("examined",), 5),
-    ("compressed/latency-seed0.json", ("files",), []),
-    ("compressed/latency-seed0.json", ("batch_sizes",), [float("inf")]),
-]
-
-
-@pytest.mark.parametrize(("name", "path", "value"), WRONG_VALUES)
-def test_a_record_with_an_absurd_value_is_refused(run, name, path, value):
-    put(run / name, with_value((run / name).read_bytes(), path, value))
-    assert Path(name).name in refused("report", run)
-
-
-def test_what_a_strangers_run_says_of_itself_reaches_the_terminal_without_control_characters(run):
-    latency, teacher = run / "compressed" / "latency-seed0.json", run / "teacher" / "result.json"
-    put(run / "recipe.json", with_value((run / "recipe.json").read_bytes(), ("name",), f"{ESCAPE}[/red]"))
-    put(latency, with_value(latency.read_bytes(), ("cpu",), f"{ESCAPE}[/red]"))
-    put(teacher, with_value(teacher.read_bytes(), ("examined", "per_class", 0, "name"), ESCAPE))
-    (run / "teacher" / "metrics.jsonl").write_text(DEEP + f'\n{{"epoch": 1e308, "{ESCAPE}": 1}}\n')
-    ended = kdpipe_here("report", run)
-    assert ended.exit_code == 0, ended.stderr
-    assert "\x1b[31m" not in ended.output
-    assert "\u202e" not in ended.output
-    page = (run / "report.html").read_text()
-    assert "\x1b" not in page
-    assert "<script" not in page
-
-
-def test_status_tells_of_a_folder_whose_records_are_all_something_else(run):
-    for what in PLACES:
-        for name in ("recipe.json", "run.json", "events.jsonl", "teacher/result.json", "teacher/metrics.jsonl"):
-            put(run / name, what)
-        ended = kdpipe_here("status", run.parent)
-        assert ended.exit_code == 0, ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "substitutes"),
-    [
-        ("teacher/result.json", ("pipe", "{}", b"\x80")),
-        ("teacher/job.json", ("pipe", "[]", DEEP)),
-        ("teacher/model.safetensors", ("pipe", "folder", "", "garbage" * 10, b"\x08\x08\x12\x07pytorch")),
-        ("students/distilled-seed0/model.safetensors", ("zeros", "[]")),
-        ("compressed/artefacts-seed0/card.json", ("folder", "[]")),
-    ],
-)
-def test_a_stage_refuses_what_an_earlier_one_did_not_leave_and_goes_on_with_the_good_file(
-    recipe, run, name, substitutes
-):
-    command = ("compress" if "card" in name else "run", recipe, "--run", run)
-    good = (run / name).read_bytes()
-    others = {path: path.read_bytes() for path in run.rglob("model.*") if path != run / name}
-    for what in substitutes:
-        put(run / name, what)
-        refused(*command)
-    put(run / name, good)
-    ended = kdpipe_here(*command)
-    assert ended.exit_code == 0, ended.stderr
-    assert (run / name).read_bytes() == good
-    assert {path: path.read_bytes() for path in others} == others
-    assert not list(run.rglob("*.partial"))
-
-
-def test_a_card_that_was_tampered_with_is_written_again(recipe, run):
-    card = run / "compressed" / "artefacts-seed0" / "card.json"
-    good = card.read_bytes()
-    put(card, with_value(good, ("float_nodes",), None))
-    ended = kdpipe_here("compress", recipe, "--run", run)
-    assert ended.exit_code == 0, ended.stderr
-    assert json.loads(card.read_bytes())["float_nodes"] == json.loads(good)["float_nodes"]
-
-
-@pytest.mark.parametrize("what", ["folder", "pipe", "circle", "passwords"])
-def test_a_lock_that_is_no_file_is_refused_and_left_alone(recipe, run, what):
-    lock = run / ".kdpipe.lock"
-    put(lock, what)
-    before = lock.lstat()
-    assert ".kdpipe.lock cannot be used" in refused("train-teacher", recipe, "--run", run)
-    assert (lock.lstat().st_mode, lock.lstat().st_ino) == (before.st_mode, before.st_ino)
-
-
-@pytest.mark.parametrize("what", ["folder", "pipe", "passwords", DEEP])
-def test_a_journal_that_cannot_be_kept_does_not_stop_a_job(recipe, run, what):
-    for name in ("events.jsonl", "run.json"):
-        put(run / name, what)
-    ended = kdpipe_here("train-teacher", recipe, "--run", run)
-    assert ended.exit_code == 0, ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_page_takes_no_folders_place_and_goes_through_no_link(run, tmp_path):
-    page = run / "report.html"
-    put(page, "folder")
-    ended = kdpipe_here("report", run)
-    assert ended.exit_code in (1, 2)
-    assert f"{page}: that is a folder" in ended.stderr
-    assert page.is_dir()
-    page.rmdir()
-    (tmp_path / "theirs").write_text("theirs")
-    page.symlink_to(tmp_path / "theirs")
-    assert kdpipe_here("report", run).exit_code == 0
-    assert (tmp_path / "theirs").read_text() == "theirs"
-    assert page.read_text().startswith("<!DOCTYPE html>")
-    assert not list(run.rglob("*.partial"))
-
-
-# Checkpoints
-
-
-@pytest.fixture(scope="module")
-def stopped(recipe, tmp_path_factory):
-    """A run whose teacher was broken off in the midst of its training."""
-    run, saved = tmp_path_factory.mktemp("stopped") / "run", []
-
-    def save(*what):
-        checkpoint.save(*what)
-        saved.append(what)
-        if len(saved) == 9:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("stages.training.save", save)
-        assert kdpipe_here("train-teacher", recipe, "--run", run).exit_code == 130
-    return run
-
-
-def checkpoint_with(path, change):
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        record = json.loads(file.metadata()["kdpipe"])
-    record = change(tensors, record) or record
-    path.write_bytes(save(tensors, metadata={"kdpipe": json.dumps(record)}))
-
-
-CHECKPOINTS = {
-    "epoch": lambda _, record: record.update(epoch=10**9),
-    "epoch text": lambda _, record: record.update(epoch=ESCAPE),
-    "step": lambda _, record: record.update(step=-1),
-    "history": lambda _, record: record.update(history=[{"accuracy": "x"}], epoch=1),
-    "parts": lambda _, record: record.update(parts="x"),
-    "record": lambda *_: [1],
-    "no record": lambda *_: {"a": 1},
-    "weights": lambda tensors, _: tensors.update({"modules/student.fc.bias": torch.ones(3)}),
-    "momentum": lambda tensors, _: tensors.update({"optimiser/0/momentum_buffer": torch.ones(3)}),
-    "another parameter": lambda tensors, _: tensors.update({"optimiser/99/momentum_buffer": torch.ones(3)}),
-    "no parameter": lambda tensors, _: tensors.update({f"optimiser/{ESCAPE}/x": torch.ones(3)}),
-}
-
-
-def test_a_damaged_checkpoint_is_refused_and_the_good_one_ends_as_if_never_stopped(recipe, stopped, done):
-    command, path = ("train-teacher", recipe, "--run", stopped), stopped / "teacher" / "checkpoint.safetensors"
-    good = path.read_bytes()
-    for change in CHECKPOINTS.values():
-        put(path, good)
-        checkpoint_with(path, change)
-        assert "checkpoint.safetensors" in refused(*command)
-    for what in ("folder", "pipe", "zeros", "passwords", "", pickle.dumps({"epoch": 1}), good[:-50]):
-        put(path, what)
-        assert "checkpoint.safetensors" in refused(*command)
-    put(path, good)
-    assert kdpipe_here(*command).exit_code == 0
-    model = Path("teacher", "model.safetensors")
-    assert (stopped / model).read_bytes() == (done[0] / model).read_bytes()
-
-
 # Data, and code of the user's own
 
 
@@ -544,7 +275,7 @@ def test_what_code_of_the_users_own_prints_does_not_get_into_the_results(recipe,
     )
     monkeypatch.syspath_prepend(tmp_path)
     override = "teacher.model={name = 'python:theirs_prints:made'}"
-    ended = kdpipe_here("train-teacher", recipe, "--run", tmp_path / "run", "--json", "--set", override)
+    ended = answer("train-teacher", recipe, "--run", tmp_path / "run", "--json", "--set", override)
     assert ended.exit_code == 0, ended.stderr
     assert json.loads(ended.stdout)["teacher"]["num_epochs"] == 6
     assert "here I am" in ended.stderr

@@ -19,7 +19,7 @@ from stages.features import tapped
 from stages.forms import INPUT, INPUT_GRADIENT, Wanted
 from stages.halving import in_parts
 from stages.hard_labels import labels_of
-from stages.memory import is_out_of_memory
+from stages.machine.memory import is_out_of_memory
 from stages.pictures import Request
 from stages.setup import Setup
 from stages.teacher_rows import listen

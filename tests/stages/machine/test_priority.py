@@ -18,7 +18,7 @@ from stages.teaching import Teaching
 
 SCRIPT = """
 import json, os, subprocess, sys, threading
-from stages.priority import step_back
+from stages.machine.priority import step_back
 
 done = threading.Event()
 older = threading.Thread(target=done.wait); older.start()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from stages.gpus import Gpu, gib
+from stages.machine.gpus import Gpu, gib
 
 UNSEEN_BYTES = 2**30
 """So much memory in use, of which no process is known, means one that this process may not see, as in a container.

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from stages.errors import RecipeError
-from stages.gpu_claims import CLAIMS
-from stages.gpu_taking import GpuTaking
-from stages.gpus import list_gpus
+from stages.machine.gpu_claims import CLAIMS
+from stages.machine.gpu_taking import GpuTaking
+from stages.machine.gpus import list_gpus
+from stages.machine.visible_gpus import number_in
 from stages.part import local_rank
-from stages.visible_gpus import number_in
 
 _taken: dict[str, torch.device] = {}
 """What this process has taken, by the recipe's name for it."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stages import cores as cores_room
-from stages.cores import cores_left, num_cores, num_threads
+from stages.machine import cores as cores_room
+from stages.machine.cores import cores_left, num_cores, num_threads
 
 Machine = Callable[..., Path]
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from stages.memory import keep_freed_memory
+from stages.machine.memory import keep_freed_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")

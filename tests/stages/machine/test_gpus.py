@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from stages.gpu_users import is_another, user_of
-from stages.gpus import Gpu, GpuProcess, list_gpus
+from stages.machine.gpu_users import is_another, user_of
+from stages.machine.gpus import Gpu, GpuProcess, list_gpus
 
 GIB = 2**30
 

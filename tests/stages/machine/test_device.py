@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from stages import device as device_room
-from stages.device import take_device
 from stages.errors import RecipeError
-from stages.gpu_claims import claim_gpu, launcher, release_gpu
-from stages.gpu_taking import GpuTaking
-from stages.gpus import Gpu, GpuProcess
-from stages.visible_gpus import visible_gpus
+from stages.machine import device as device_room
+from stages.machine.device import take_device
+from stages.machine.gpu_claims import claim_gpu, launcher, release_gpu
+from stages.machine.gpu_taking import GpuTaking
+from stages.machine.gpus import Gpu, GpuProcess
+from stages.machine.visible_gpus import visible_gpus
 from store import LockedError
 
 STRANGER = GpuProcess(999_999_999, "python", 3 * 2**30)
@@ -60,7 +60,7 @@ def job(tmp_path: Path) -> Job:
 def claimed_elsewhere(tmp_path: Path) -> Iterator[Callable[..., int]]:
     """Starts a process that claims GPUs and holds them until the test's end; gives its number."""
     script = (
-        "import os, sys; from pathlib import Path; from stages.gpu_claims import claim_gpu\n"
+        "import os, sys; from pathlib import Path; from stages.machine.gpu_claims import claim_gpu\n"
         "assert all(claim_gpu(uuid, os.environ, Path(sys.argv[1])) is None for uuid in sys.argv[2:])\n"
         "print(os.getpid(), flush=True); sys.stdin.read()"
     )
@@ -167,7 +167,7 @@ def test_two_jobs_that_start_at_once_take_different_gpus(
 
 
 def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
-    script = "import os, sys; from pathlib import Path; from stages.gpu_claims import claim_gpu\n"
+    script = "import os, sys; from pathlib import Path; from stages.machine.gpu_claims import claim_gpu\n"
     script += "print(claim_gpu(sys.argv[2], os.environ, Path(sys.argv[1])))"
     command = [sys.executable, "-c", script, str(tmp_path), FIRST.uuid]
     done = subprocess.run(

@@ -6,11 +6,11 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.gpu_claims import CLAIMS, Claimant, claim_gpu, launcher, release_gpu
-from stages.gpu_users import user_of
-from stages.gpus import Gpu
+from stages.machine.gpu_claims import CLAIMS, Claimant, claim_gpu, launcher, release_gpu
+from stages.machine.gpu_users import user_of
+from stages.machine.gpus import Gpu
+from stages.machine.visible_gpus import ORDER, VISIBLE, number_in, visible_gpus
 from stages.part import local_rank
-from stages.visible_gpus import ORDER, VISIBLE, number_in, visible_gpus
 from store import LockedError
 
 ADVICE = "wait for it, name another GPU with CUDA_VISIBLE_DEVICES, or share it with --share."
