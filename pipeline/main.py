@@ -341,6 +341,7 @@ def main() -> None:
     # Waiting threads sleep instead of spinning: on a box that others use too, spinning costs everybody most.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would send what it does to its makers
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for them is a tenth of a short command
     try:
         app()
     except OSError as error:  # of a help text, which nothing guards: a full disk, a pipe that nobody reads

@@ -104,9 +104,9 @@ def test_stopped_again_and_again_equals_undisturbed(run, tmp_path, name):
         wanted = wanted_of(losses, student_shapes(config, losses, setup), 0)
         cache_teacher(CACHE, run / "store.zarr", load_teacher(BIG, 0, setup), wanted, setup)
     undisturbed = taught(run, losses, tmp_path / "undisturbed")
-    for _ in range(40):
+    for number in range(60):
         try:
-            stopped = taught(run, losses, tmp_path / "stopped", watch=Watch(should_stop=StopAfter(2)))
+            stopped = taught(run, losses, tmp_path / "stopped", watch=Watch(should_stop=StopAfter(2 + number % 3)))
             break
         except StoppedEarly:
             continue
