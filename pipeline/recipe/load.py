@@ -40,9 +40,9 @@ class Recipe:
 
     name: also the name of its run folder below `runs/`.
     seed: of the teacher; each student has its own (student.seeds), views have theirs (views.seed).
-    device: auto, cpu, cuda or cuda:N.
-    num_threads: CPU threads of each operation; by default the cores that the affinity mask leaves. Networks of a few
-    thousand parameters train fastest on one.
+    device: auto (the freest GPU, or the first that CUDA_VISIBLE_DEVICES leaves; the CPU without one), cpu, cuda or
+    cuda:N. num_threads: CPU threads of each operation; by default OMP_NUM_THREADS, else as many as this process may use
+    cores. Networks of a few thousand parameters train fastest on one.
     gpu_memory_fraction: the share of the GPU's memory that this job may take at most; beyond it it is out of memory.
     """
 

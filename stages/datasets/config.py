@@ -31,7 +31,7 @@ class DataConfig:
     test_share: splits a set that has no test split of its own.
     held_bytes: image folders whose pixels take no more than this are held in memory.
     unreadable: images that cannot be read "stop" the job, or are left out ("drop").
-    num_workers: processes that decode what is not held; None is one for each core of the affinity mask.
+    num_workers: processes that decode what is not held; None is one for each core of this process.
     """
 
     name: Place = "digits"

@@ -33,6 +33,7 @@ from store import FingerprintMismatch
 
 FINE = dataclasses.replace(TRAIN, lr=0.01)
 CONFIG = CompressConfig(
+    nice=0,
     baselines=False,
     prune=PruneConfig(ratio=0.5, round_to=1),
     prune_train=FINE,

@@ -35,19 +35,16 @@ done.set()
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
 
 
-BASE = os.nice(0)
-"""What this process has, and its children begin with: other tests may have had it step back."""
-
-
 def stepped_back(nice: int, *, older: int = 0, outer: int = 0) -> dict[str, int]:
-    """The nice values of threads, and of a child, above BASE, after a process has stepped back by `nice` that began
-    with `outer` and had a thread with `older`.
+    """The nice values of threads, and of a child, after a process has stepped back by `nice` that began with `outer`
+    and had a thread with `older`: all above what this process has, and its children begin with.
     """
-    numbers = [str(BASE + nice if nice else 0), str(BASE + max(older, outer))]
+    base = os.nice(0)
+    numbers = [str(base + nice if nice else 0), str(base + max(older, outer))]
     command = ["nice", "-n", str(outer), sys.executable, "-c", SCRIPT, *numbers]
-    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
-    return {name: value - BASE for name, value in json.loads(done.stdout).items()}
+    return {name: value - base for name, value in json.loads(done.stdout).items()}
 
 
 def test_every_thread_steps_back_and_what_is_started_later_too() -> None:
