@@ -54,7 +54,7 @@ class Job:
 def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
     """Train `job.model` in place, from its checkpoint if there is one; returns the metrics of each epoch.
 
-    The checkpoint of the last step is left to whoever makes something of the network, which may be stopped as well.
+    The checkpoint of the end is left to whoever makes something of the network, which takes time and may be stopped.
     Several processes stop, and save, at the same step, and end with the same weights. Raises StoppedEarly, everything
     saved, when the stop flag is set; NotFiniteError when the loss is NaN or infinite; RecipeError where the processes
     cannot share a batch.
@@ -82,8 +82,7 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
                 set_learning_rate(machinery.optimiser, rate)
                 stepper.step(next(batches))
                 state.step += 1
-                is_last = state.epoch + 1 == job.config.epochs and state.step == steps
-                due = is_last or time.monotonic() - saved_at >= job.config.checkpoint_every_s
+                due = time.monotonic() - saved_at >= job.config.checkpoint_every_s
                 stop, due = processes.agree(watch.should_stop(), due)
                 if due or stop:
                     processes.once(lambda: save(job.folder.checkpoint, machinery, state))
@@ -96,6 +95,8 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
             except StoppedEarly:  # in the midst of the test set: all steps of the epoch are done, and its sums there
                 save(job.folder.checkpoint, machinery, state)
                 raise
+            if state.epoch == job.config.epochs:
+                processes.once(lambda: save(job.folder.checkpoint, machinery, state))
             watch.report(_event(job, state, steps, state.history[-1]))
     return state.history
 
