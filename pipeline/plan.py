@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from pipeline.command import printable
+from pipeline.pace import duration_text
 
 if TYPE_CHECKING:
     from pipeline.recipe.origins import Setting, Settings
@@ -74,14 +75,8 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "disk", f"{plan['missing_bytes']:,} bytes to write, {plan['free_bytes']:,} free"
     if plan["probe"]:
         rate, wall_s = plan["probe"]["images_per_s"], plan["probe"]["wall_s"]
-        yield "time", f"about {_duration(wall_s)}, at {rate:,.0f} images/s for {plan['num_images']:,} images"
+        yield "time", f"about {duration_text(wall_s)}, at {rate:,.0f} images/s for {plan['num_images']:,} images"
     elif not plan["num_images"]:
         yield "time", "none: everything is there"
     if not plan["teacher_trained"]:
         yield "teacher", "not trained yet: run `kdpipe train-teacher` first"
-
-
-def _duration(wall_s: float) -> str:
-    minutes, seconds = divmod(round(wall_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{wall_s:.1f} s"

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.recipe.load import Recipe, read_run_recipe, recipe_json
+from pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
 from stages.artefacts import artefact_folder
 from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
@@ -190,12 +190,6 @@ class Walk:
         named = self.recipe.student.stores
         return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
 
-    @property
-    def entries(self) -> dict[str, Sequence[Entry]]:
-        """All losses of the recipe, by where they stand in it."""
-        ways = {f"compare.{name}.distill": entry.distill for name, entry in self.recipe.compare.items()}
-        return {"distill": self.recipe.distill, **ways}
-
     def rehearse_losses(self) -> None:
         """Refuse losses that cannot join student and teacher, before the teacher is trained."""
         self.wanted_by(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.setup))
@@ -207,7 +201,7 @@ class Walk:
         reasons: dict[Wanted, list[str]] = {parse_wanted(text): ["cache.layers"] for text in self.recipe.cache.layers}
         if self.store not in self.stores:
             return reasons
-        for where, losses in self.entries.items():
+        for where, losses in all_losses(self.recipe).items():
             if self.stores == [self.store]:
                 rehearse_losses(losses, self.recipe.student, teacher.model, self.setup, where=where)
             shapes = student_shapes(self.recipe.student, losses, self.setup)

@@ -70,7 +70,8 @@ def read_layers(path: Path, overrides: Iterable[str], environ: Mapping[str, str]
         text = content.decode("utf-8-sig") if len(content) <= MOST_BYTES else ""
         table = tomllib.loads(text)
     except OSError as error:
-        raise RecipeError(one_line(f"cannot read the recipe {path}: {error.strerror}.")) from error
+        why = f"cannot read the recipe {path} ({error.strerror})"
+        raise RecipeError(one_line(f"{why}: name another, or have `kdpipe recipe new` write one.")) from error
     except (ValueError, RecursionError) as error:  # ValueErrors: no TOML, no UTF-8, a NUL in the path, endless numbers
         raise RecipeError(one_line(f"{path} is not valid TOML: {_first_line(error)}.")) from error
     if len(content) > MOST_BYTES:

@@ -71,7 +71,7 @@ def test_check_lists_every_fault_of_every_file_and_exits_with_2():
     assert "r.toml: unknown key 'nmae'; did you mean 'name'?" in shown
     assert "r.toml: unknown key 'student.train.epoch'; did you mean 'epochs'?" in shown
     assert "broken.toml is not valid TOML" in shown
-    assert "cannot read the recipe none.toml: No such file or directory." in shown
+    assert "cannot read the recipe none.toml (No such file or directory): name another" in shown
     assert len(shown.splitlines()) == 5
 
 
