@@ -59,6 +59,7 @@ from stages.train_student import (
 )
 from stages.train_teacher import (
     load_teacher,
+    require_same_training,
     teacher_folder,
     teacher_identity,
     train_teacher,
@@ -221,6 +222,7 @@ class Walk:
         """The stores with these losses; the recipe's own store must hold the recipe's own teacher."""
         wanted: dict[str, Any] = {}
         if self.stores == [self.store]:
+            require_same_training(self.recipe.teacher, self.recipe.seed, self.setup)
             identity = teacher_identity(self.recipe.teacher, self.setup)
             stored = read_store_manifest(self.store).identity.teacher
             wanted["teacher"] = {"weights_sha256": stored.get("weights_sha256"), **identity}
@@ -232,6 +234,7 @@ def walk_train_teacher(walk: Walk) -> dict[str, Any]:
 
 
 def walk_cache_teacher(walk: Walk) -> dict[str, Any]:
+    require_same_training(walk.recipe.teacher, walk.recipe.seed, walk.setup)
     teacher = load_teacher(walk.recipe.teacher, walk.recipe.seed, walk.setup)
     layers = list(walk.wanted_by(teacher))
     _plan_test(walk, teacher, trained=True)  # what stands in the way there is told before the long work begins

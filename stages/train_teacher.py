@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stages.config import section
 from stages.errors import RecipeError
-from stages.job_folder import JobFolder
+from stages.job_folder import JobFolder, read_json
 from stages.lesson import Lesson, Normalisation
 from stages.model_file import load_finished
 from stages.models.build import ModelConfig
@@ -16,6 +17,7 @@ from stages.network import Network, finish
 from stages.optim import TrainConfig
 from stages.setup import Setup, deciding, model_normalisation
 from stages.training import Job, train
+from store import FingerprintMismatch, differences
 
 
 @section
@@ -81,6 +83,21 @@ def load_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:
     record = load_finished(folder, teacher.model, teacher.architecture, "kdpipe train-teacher")
     teacher.model.eval().to(setup.device)
     return teacher if config.mean is not None else replace(teacher, normalise=Normalisation.from_json(record))
+
+
+def require_same_training(config: TeacherConfig, seed: int, setup: Setup) -> None:
+    """Raise FingerprintMismatch where the teacher in the run folder comes of another seed, or was trained otherwise,
+    than the recipe says: its weights alone do not tell.
+    """
+    folder = teacher_folder(setup.run).path
+    stored = read_json(folder / "job.json")
+    if stored is None:
+        return
+    wanted = {"seed": seed, "train": deciding(config.train) if config.train else None}
+    found = differences({key: stored.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
+    if found:
+        advice = "Go back to the recipe that made it, or give this one another run folder (--run)."
+        raise FingerprintMismatch(f"the teacher in {folder}", found, advice)
 
 
 def untrained_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:

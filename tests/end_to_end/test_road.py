@@ -92,6 +92,9 @@ def test_a_recipe_changed_in_a_done_run_is_refused_with_stored_and_wanted(done, 
     run, _ = done
     for change, stage, pair in (
         ("teacher.train.lr=0.01", "train-teacher", "train.lr: stored 0.05, wanted 0.01"),
+        ("seed=5", "cache-teacher", "seed: stored 0, wanted 5"),
+        ("seed=5", "train-student", "seed: stored 0, wanted 5"),
+        ("teacher.train.lr=0.01", "compress", "train.lr: stored 0.05, wanted 0.01"),
         ("views.operations.0.padding=2", "cache-teacher", "views.operations.0.padding: stored 1, wanted 2"),
         ("views.seed=8", "train-student", "views.seed: stored 0, wanted 8"),
         ("data.test_share=0.3", "cache-teacher", "data.ids_and_labels_sha256: stored"),
