@@ -31,7 +31,7 @@ from made_store import folder_bytes
 from many_stores import LOGITS, Form, Wish, first_difference, grow, work
 
 from store import Codec, KdpipeError, open_store
-from store.verify import verify_store
+from store.check.verify import verify_store
 
 FORMS = [
     replace(form, codec=codec) for form in LOGITS.values() for codec in (None, Codec("zstd", 3), Codec("blosc", 3))

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from store import (
     ArraySpec,
-    Geometry,
+    StoreLayout,
     Identity,
     Manifest,
     Samples,
@@ -159,7 +159,7 @@ def make_store(path: Path, name: str, values: Rows, ids: NDArray[np.int64]) -> T
     samples = Samples(ids, np.zeros(num_samples, np.int64), np.zeros(num_samples, np.uint32))
     spec = ArraySpec(name, values.shape[1:], "float16")
     unit_rows = rows_per_unit([spec], num_samples, SHARD_BYTES)
-    geometry = Geometry(1, unit_rows, (num_samples,))
+    geometry = StoreLayout(1, unit_rows, (num_samples,))
     manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), geometry, {})
     create_store(path, manifest, samples)
     for unit in geometry.units():

@@ -27,7 +27,7 @@ from stages.order import epoch_order, slab_order
 from stages.targets import ReadConfig, Targets
 from store import (
     ArraySpec,
-    Geometry,
+    StoreLayout,
     Identity,
     Manifest,
     Samples,
@@ -71,7 +71,7 @@ def make_store(path: Path, num_bytes: int) -> None:
     ids = np.arange(num_samples)
     samples = Samples(ids, ids % NUM_CLASSES, np.zeros(num_samples, np.uint32))
     spec = ArraySpec("logits", (NUM_CLASSES,), "float16")
-    geometry = Geometry(1, rows_per_unit([spec], num_samples, 16 * MIB), (num_samples,))
+    geometry = StoreLayout(1, rows_per_unit([spec], num_samples, 16 * MIB), (num_samples,))
     manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), geometry, {})
     create_store(path, manifest, samples)
     rng = np.random.default_rng(0)

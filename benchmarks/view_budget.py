@@ -49,7 +49,7 @@ def main() -> None:
         settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
         run = runs / f"students-{number}"
         kdpipe("train-student", run, [*overrides, f'student.stores=["{place}"]', *settings])
-        views = store.manifest.geometry.units(range(changes["views.num_views"]))
+        views = store.manifest.layout.units(range(changes["views.num_views"]))
         taken = store_bytes(store.manifest, views) / store.num_samples
         print(f"| {row} | {taken:,.0f} | {accuracy(run, 'alone')} | {accuracy(run, 'distilled')} |", flush=True)
     teacher = read_json(runs / "store" / "teacher" / "result.json")

@@ -67,9 +67,9 @@ def disks() -> list[dict[str, Any]]:
     """
     found = [("current folder", Path.cwd())]
     with suppress(Exception):  # what is wrong with the staging area is said by what uses it
-        from store.staging_area import default_area
+        from store.remote.staging_cache import default_staging_cache
 
-        found.append(("staging area", default_area(os.environ).folder))
+        found.append(("staging area", default_staging_cache(os.environ).folder))
     found.append(("temporary files", Path(tempfile.gettempdir())))
     return [_disk(what, path) for what, path in found]
 

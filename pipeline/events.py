@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline.exit_codes import exit_code
 from stages.watch import WARNING, Event
-from store.lock import JOB_ID_VARIABLES
+from store.fs.lock import JOB_ID_VARIABLES
 
 EVENTS = "events.jsonl"
 EVERY_S = 10.0

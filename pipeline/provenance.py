@@ -24,10 +24,10 @@ from typing import Any
 from pipeline.events import exit_code_of, json_text, utc_now
 from pipeline.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY
 from pipeline.installed import commit, versions
-from store.durable import write_atomically
+from store.fs.atomic_write import write_atomically
 from store.errors import KdpipeError
-from store.lock import JOB_ID_VARIABLES, exclusive
-from store.plain_file import read_plain
+from store.fs.lock import JOB_ID_VARIABLES, exclusive
+from store.fs.safe_read import read_regular_file
 
 RUN = "run.json"
 LOCK = ".run.json.lock"
@@ -186,7 +186,7 @@ def _peak_gpu_memory() -> int | None:
 def _read(path: Path) -> dict[str, Any]:
     """What stands in the file; nothing where it is damaged: it is for people, and is begun afresh."""
     try:
-        record = json.loads(read_plain(path, MOST_BYTES))
+        record = json.loads(read_regular_file(path, MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -106,9 +106,9 @@ def store_repair(recipe: RecipePath, asked: Asked) -> None:
 def store_rm_views(path: StorePath, keep: Keep, as_json: AsJson = False) -> None:
     """Keep the first N views of a store and delete the others. More can be cached again later."""
     with guarded():
-        from store.shrink import remove_views
+        from store.write.drop_views import drop_views
 
-        removed = remove_views(path, keep)
+        removed = drop_views(path, keep)
         if as_json:
             print_json(removed)
         else:
@@ -147,9 +147,9 @@ def store_transcode(
         raise typer.BadParameter("--logits-only and --array exclude each other.")
     with guarded():
         from pipeline.store_transcode import print_transcoded, run_transcode, wanted_codec, wanted_temperatures
-        from store import Change
+        from store import TranscodeOptions
 
-        change = Change(
+        change = TranscodeOptions(
             top_k=top_k,
             temperatures=wanted_temperatures(temperatures),
             dtype=dtype,

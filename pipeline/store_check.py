@@ -14,7 +14,7 @@ from pipeline.exit_codes import DONE_IN_PART, FAILED
 from pipeline.progress import reporter
 from pipeline.stop import stop_when_asked
 from stages.watch import Watch
-from store.verify import Verdict, verify_store
+from store.check.verify import VerifyReport, verify_store
 
 if TYPE_CHECKING:
     from pipeline.walk import Walk
@@ -28,7 +28,7 @@ def require_recipe(recipe: Path, overrides: Sequence[str]) -> None:
     load_recipe(recipe, overrides, os.environ)
 
 
-def verify(path: Path, as_json: bool) -> Verdict:
+def verify(path: Path, as_json: bool) -> VerifyReport:
     """Check the store at `path` under signals and progress."""
     with stop_when_asked() as should_stop, reporter(as_json) as report_event:
         return verify_store(path, Watch(report_event, should_stop).counter("verify", "check", "unit"))
@@ -45,7 +45,7 @@ def ask_teacher(path: Path, walk: Walk, num_rows: int, seed: int) -> Recomputed:
     return recompute(path, teacher, test_setup(walk.setup) if of_test else walk.setup, num_rows, seed)
 
 
-def repair(walk: Walk) -> dict[Path, tuple[Verdict, Verdict, int]]:
+def repair(walk: Walk) -> dict[Path, tuple[VerifyReport, VerifyReport, int]]:
     """Repair the recipe's stores, of the training and the test images: what was found in each, what is left, and the
     number of units computed.
     """
@@ -59,7 +59,7 @@ def repair(walk: Walk) -> dict[Path, tuple[Verdict, Verdict, int]]:
     return done | ({beside: repair_test(config, beside, teacher, walk.setup)} if beside.exists() else {})
 
 
-def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = None) -> None:
+def print_verdict(path: Path, verdict: VerifyReport, recomputed: Recomputed | None = None) -> None:
     """For people, on stdout: everything that was found, a line each, and then the sum."""
     lines = [f"damaged      {fault}" for fault in verdict.damaged]
     lines += [f"missing      {unit}: {', '.join(names)}" for unit, names in verdict.missing]
@@ -80,7 +80,7 @@ def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = 
     print("\n".join(map(printable, lines)))  # noqa: T201
 
 
-def repair_json(repaired: dict[Path, tuple[Verdict, Verdict, int]]) -> dict[str, Any]:
+def repair_json(repaired: dict[Path, tuple[VerifyReport, VerifyReport, int]]) -> dict[str, Any]:
     """For machines: the training store's figures, and under `test_store` those of the test images', if any."""
     documents = [
         {
@@ -94,7 +94,7 @@ def repair_json(repaired: dict[Path, tuple[Verdict, Verdict, int]]) -> dict[str,
     return documents[0] | ({"test_store": documents[1]} if len(documents) > 1 else {})
 
 
-def print_repair(path: Path, found: Verdict, left: Verdict, num_computed: int) -> None:
+def print_repair(path: Path, found: VerifyReport, left: VerifyReport, num_computed: int) -> None:
     """The same after a repair."""
     for fault in found.damaged:
         print(printable(f"found        {fault}"))  # noqa: T201
@@ -102,7 +102,7 @@ def print_repair(path: Path, found: Verdict, left: Verdict, num_computed: int) -
     print_verdict(path, left)
 
 
-def leave(verdict: Verdict, recomputed: Recomputed | None = None) -> None:
+def leave(verdict: VerifyReport, recomputed: Recomputed | None = None) -> None:
     """End the command with the exit status that the verdict asks for."""
     if verdict.damaged or (recomputed is not None and recomputed.differing):
         raise typer.Exit(FAILED)
@@ -110,7 +110,7 @@ def leave(verdict: Verdict, recomputed: Recomputed | None = None) -> None:
         raise typer.Exit(DONE_IN_PART)
 
 
-def _sum(verdict: Verdict) -> str:
+def _sum(verdict: VerifyReport) -> str:
     if verdict.damaged:
         return f"{_faults(verdict)}: run `kdpipe store repair RECIPE`"
     if verdict.missing:
@@ -118,5 +118,5 @@ def _sum(verdict: Verdict) -> str:
     return "all is right"
 
 
-def _faults(verdict: Verdict) -> str:
+def _faults(verdict: VerifyReport) -> str:
     return "1 fault" if len(verdict.damaged) == 1 else f"{len(verdict.damaged)} faults"

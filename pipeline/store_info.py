@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.command import printable
 from store import Manifest, StoreError, Unit, holder, missing_arrays, read_store_manifest, store_bytes
-from store.markers import Marker, read_marker
+from store.format.markers import Marker, read_marker
 
 MOST_NAMED = 5
 """So many missing units are named to people; the JSON document has all."""
@@ -26,7 +26,7 @@ class Filled:
 
 def how_filled(path: Path, manifest: Manifest) -> Filled:
     """Look at the marker and the shards of every unit; nothing is read of the shards."""
-    missing, num_bytes, units = [], 0, manifest.geometry.units()
+    missing, num_bytes, units = [], 0, manifest.layout.units()
     for unit in units:
         lacking = missing_arrays(path, manifest, unit)
         if lacking:
@@ -47,12 +47,12 @@ def read_store_info(path: Path) -> dict[str, Any]:
     is no store.
     """
     manifest = read_store_manifest(path)
-    filled, units = how_filled(path, manifest), manifest.geometry.units()
+    filled, units = how_filled(path, manifest), manifest.layout.units()
     at_work = {str(unit): str(at_it) for unit in filled.missing if (at_it := holder(path, unit.key))}
     return {
         "path": str(path),
         **manifest.to_json(),
-        "num_samples": manifest.geometry.num_samples,
+        "num_samples": manifest.layout.num_samples,
         "profile": manifest.profile,
         "num_units": filled.num_units,
         "num_units_done": filled.num_units - len(filled.missing),
@@ -60,7 +60,7 @@ def read_store_info(path: Path) -> dict[str, Any]:
         "at_work": at_work,
         "being_added": _being_added(manifest),
         "store_bytes": store_bytes(manifest, units),
-        "view_bytes": store_bytes(manifest, manifest.geometry.units([0])),
+        "view_bytes": store_bytes(manifest, manifest.layout.units([0])),
         "disk_bytes": filled.num_bytes,
     }
 
@@ -80,7 +80,7 @@ def _committed(path: Path, manifest: Manifest, unit: Unit) -> Marker:
 
 def _being_added(manifest: Manifest) -> dict[str, Any] | None:
     """What an extension under way, or the first filling, adds to what readers see; None where all is finished."""
-    geometry, finished = manifest.geometry, manifest.finished
+    geometry, finished = manifest.layout, manifest.finished
     num_views, num_segments = (finished.num_views, finished.num_segments) if finished else (0, 0)
     there = finished.arrays if finished else ()
     added = {

@@ -9,8 +9,8 @@ from typing import Any
 from pipeline.command import printable
 from pipeline.store_info import how_filled, model_name
 from store import KdpipeError, StoreError, read_store_manifest
-from store.markers import MARKERS
-from store.samples import SAMPLES
+from store.format.markers import MARKERS
+from store.format.samples import SAMPLES
 
 MOST_DEPTH = 8
 """So many folders below the given one are looked into."""
@@ -66,7 +66,7 @@ def _entry(path: Path) -> dict[str, Any]:
         filled = how_filled(path, manifest)
     except (KdpipeError, OSError) as error:
         return {"path": str(path), "fault": str(error)}
-    teacher, data, geometry = manifest.identity.teacher, manifest.identity.data, manifest.geometry
+    teacher, data, geometry = manifest.identity.teacher, manifest.identity.data, manifest.layout
     return {
         "path": str(path),
         "fault": None,

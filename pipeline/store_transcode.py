@@ -12,8 +12,8 @@ from pipeline.stop import stop_when_asked
 from pipeline.store_info import describe_loss
 from stages.errors import RecipeError, StoppedEarly
 from stages.watch import Event
-from store import Change, Codec, default_area, default_temperatures, is_url, stage, transcode
-from store.topk import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+from store import TranscodeOptions, Codec, default_staging_cache, default_temperatures, is_url, stage, transcode
+from store.format.topk import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 def wanted_codec(archive: str | None, level: int | None) -> Any:
@@ -36,15 +36,15 @@ def wanted_temperatures(span: tuple[float, float] | None) -> tuple[float, ...] |
     """The grid of temperatures from the lowest to the highest of `span`. Raises RecipeError where there is none."""
     if span is None:
         return None
-    if not LOWEST_TEMPERATURE <= span[0] <= span[1] <= HIGHEST_TEMPERATURE:
+    if not MIN_TEMPERATURE <= span[0] <= span[1] <= MAX_TEMPERATURE:
         raise RecipeError(
-            f"--temperatures takes the lowest and the highest, both from {LOWEST_TEMPERATURE:g} to "
-            f"{HIGHEST_TEMPERATURE:g}, not {span[0]:g} and {span[1]:g}."
+            f"--temperatures takes the lowest and the highest, both from {MIN_TEMPERATURE:g} to "
+            f"{MAX_TEMPERATURE:g}, not {span[0]:g} and {span[1]:g}."
         )
     return default_temperatures(*span)
 
 
-def run_transcode(source: str, target: Path, change: Change, as_json: bool) -> dict[str, Any]:
+def run_transcode(source: str, target: Path, change: TranscodeOptions, as_json: bool) -> dict[str, Any]:
     """Transcode under progress and signals; a URL is staged first. Raises StoppedEarly, all whole units kept, when a
     signal says to stop.
     """
@@ -53,7 +53,7 @@ def run_transcode(source: str, target: Path, change: Change, as_json: bool) -> d
         def on_unit(done: int, total: int) -> None:
             report(Event("store transcode", str(target), done, total, "unit"))
 
-        where = stage(source, default_area(os.environ)) if is_url(source) else Path(source)
+        where = stage(source, default_staging_cache(os.environ)) if is_url(source) else Path(source)
         figures = transcode(where, target, change, on_unit, should_stop)
         if not figures["complete"]:
             raise StoppedEarly

@@ -38,16 +38,16 @@ def plan_cache(
         if not trained:
             manifest = replace(manifest, identity=replace(manifest.identity, teacher=stored.identity.teacher))
         manifest, _ = plan_growth(path, stored, manifest, samples)
-    units = manifest.geometry.units()
+    units = manifest.layout.units()
     lacking = {unit: missing_arrays(path, manifest, unit) for unit in units}
     missing = {unit: names for unit, names in lacking.items() if names}
     missing_bytes = sum(store_bytes(manifest, [unit], names) for unit, names in missing.items())
     return {
         "store": str(path),
         "exists": path.exists(),
-        "num_views": manifest.geometry.num_views,
-        "num_samples": manifest.geometry.num_samples,
-        "unit_rows": manifest.geometry.unit_rows,
+        "num_views": manifest.layout.num_views,
+        "num_samples": manifest.layout.num_samples,
+        "unit_rows": manifest.layout.unit_rows,
         "num_units": len(units),
         "num_units_missing": len(missing),
         "arrays": {spec.name: _array(manifest, spec.name, units, missing) for spec in manifest.arrays},
@@ -64,7 +64,7 @@ def _array(
     spec = manifest.spec(name)
     return {
         **spec.to_json(),
-        "view_bytes": store_bytes(manifest, manifest.geometry.units([0]), [name]),
+        "view_bytes": store_bytes(manifest, manifest.layout.units([0]), [name]),
         "store_bytes": store_bytes(manifest, units, [name]),
         "num_units_missing": sum(name in names for names in missing.values()),
     }

@@ -83,7 +83,7 @@ def cache_teacher(
     wanted = plan_store(config, teacher, layers, samples, setup)
     require_room(path, missing_bytes(path, wanted, samples))
     manifest = ensure_store(path, wanted, samples)
-    units = part.of(manifest.geometry.units())
+    units = part.of(manifest.layout.units())
     return {
         **complete_units(config, path, manifest, units, teacher=teacher, setup=setup),
         "part": str(part) if part.count > 1 else None,
@@ -105,10 +105,10 @@ def complete_units(
     return {
         "path": str(path),
         "fingerprint": manifest.identity.fingerprint,
-        "num_views": manifest.geometry.num_views,
-        "num_samples": manifest.geometry.num_samples,
+        "num_views": manifest.layout.num_views,
+        "num_samples": manifest.layout.num_samples,
         "arrays": {spec.name: spec.to_json() for spec in manifest.arrays},
-        "store_bytes": store_bytes(manifest, manifest.geometry.units()),
+        "store_bytes": store_bytes(manifest, manifest.layout.units()),
         "num_units_computed": num_computed,
         "num_units_missing": len(missing),
         "fidelity": {} if missing else _fidelity(path),
@@ -196,9 +196,9 @@ def _require_known(path: Path, unit: Unit, positions: Tensor) -> None:
 
 def _positions(path: Path, manifest: Manifest, setup: Setup) -> Tensor:
     """Where the sample of each row stands in the data set, int64 [N]; -1 for rows without one, or one it lacks."""
-    held = read_samples(path, manifest.geometry, manifest.identity.data)
-    positions = np.full(manifest.geometry.num_rows, -1, np.int64)
-    positions[manifest.geometry.sample_rows()] = setup.samples.positions_of(held.ids)
+    held = read_samples(path, manifest.layout, manifest.identity.data)
+    positions = np.full(manifest.layout.num_rows, -1, np.int64)
+    positions[manifest.layout.sample_rows()] = setup.samples.positions_of(held.ids)
     return torch.from_numpy(positions)
 
 

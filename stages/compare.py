@@ -20,7 +20,7 @@ from stages.teaching import Teaching
 from stages.train_student import Seat, StudentConfig, build_lesson, fresh_student, train_student
 from stages.training import Job, step_walls
 from stages.watch import Event
-from store.identity import sha256_of
+from store.format.identity import sha256_of
 
 NUM_STEPS = 8
 """Steps of which a turn consists when costs are measured."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from stages.errors import RunError
 from store import FingerprintMismatch, differences, make_folders, sweep_partial, write_atomically
-from store.plain_file import read_plain
+from store.fs.safe_read import read_regular_file
 
 MOST_JSON_BYTES = 2**26
 """Of a record: the figures of a network of 1,000 classes take less than a hundredth of that."""
@@ -118,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     to be of ours.
     """
     try:
-        raw = read_plain(path, MOST_JSON_BYTES)
+        raw = read_regular_file(path, MOST_JSON_BYTES)
         record = json.loads(raw) if len(raw) <= MOST_JSON_BYTES else "too large"
     except (FileNotFoundError, NotADirectoryError):
         return None

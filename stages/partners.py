@@ -19,8 +19,8 @@ from store import FingerprintMismatch, Samples, read_samples, read_store_manifes
 def population_of(path: Path) -> Samples:
     """The samples with which the store at `path` began, by ascending id. Raises StoreError where it is damaged."""
     manifest = read_store_manifest(path)
-    samples = read_samples(path, manifest.geometry, manifest.identity.data)
-    return samples.take(np.argsort(samples.ids[: manifest.geometry.segments[0]]))
+    samples = read_samples(path, manifest.layout, manifest.identity.data)
+    return samples.take(np.argsort(samples.ids[: manifest.layout.segments[0]]))
 
 
 def find_partners(population: Samples, image_set: ImageSet, path: Path) -> ImageSet:

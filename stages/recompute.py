@@ -20,8 +20,8 @@ from stages.setup import Setup
 from stages.store_plan import layers_of, library_versions
 from stages.teacher_rows import listen, tapped_layers
 from store import StoreError, TargetStore, open_store
-from store.manifest import made_with, require
-from store.topk import INDICES, TAIL, VALUES, encode_topk
+from store.format.manifest import version_note, require
+from store.format.topk import INDICES, TAIL, VALUES, encode_topk
 
 TOLERANCE = 1e-2
 """How far a number may be from the teacher's, as a part of the largest in its row. Rounding to float16 takes 5e-4 of
@@ -67,7 +67,7 @@ def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: i
     """
     store = open_store(path)
     advice = "Give the recipe and the run folder by which the store was made."
-    advice += made_with(store.manifest.versions, library_versions())
+    advice += version_note(store.manifest.versions, library_versions())
     require(store.manifest, {"teacher": teacher.identity, "views": setup.view_identity()}, f"the store {path}", advice)
     rng = np.random.default_rng(seed)
     ids = rng.choice(store.samples.ids, min(num_rows, store.num_samples), replace=False)

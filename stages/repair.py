@@ -14,17 +14,17 @@ from stages.network import Network
 from stages.setup import Setup
 from stages.store_plan import CacheConfig, layers_of, plan_store, samples_in_row_order
 from store import Manifest, StoreError, read_store_manifest
-from store.grow import require_same_source
-from store.mend import rebuild_manifest, restore_samples, uncommit
-from store.samples import SAMPLES
-from store.verify import Verdict, verify_store
-from store.writer import alone
-from store.zarr_group import replace_metadata
+from store.write.extend import require_same_origin
+from store.check.repair import rebuild_manifest, restore_samples, uncommit
+from store.format.samples import SAMPLES
+from store.check.verify import VerifyReport, verify_store
+from store.write.writer import alone
+from store.format.zarr_metadata import replace_metadata
 
 
 def repair(
     config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup
-) -> tuple[Verdict, Verdict, int]:
+) -> tuple[VerifyReport, VerifyReport, int]:
     """Put the store at `path` right; returns what was found, what is left, and the number of units computed.
 
     Metadata are written anew from the manifest, and a lost manifest from what the recipe plans (`layers` are the
@@ -70,4 +70,4 @@ def _require_own(config: CacheConfig, path: Path, manifest: Manifest, teacher: N
             "cannot give these numbers again. Transcode the store from which it was made once more."
         )
     planned = plan_store(config, teacher, layers_of(manifest), samples_in_row_order(setup), setup)
-    require_same_source(path, manifest, replace(planned, codec=manifest.codec))
+    require_same_origin(path, manifest, replace(planned, codec=manifest.codec))

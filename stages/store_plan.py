@@ -19,7 +19,7 @@ from stages.network import Network
 from stages.setup import Setup
 from store import (
     ArraySpec,
-    Geometry,
+    StoreLayout,
     Identity,
     Manifest,
     Samples,
@@ -86,7 +86,7 @@ def plan_store(
     return Manifest(
         identity=Identity(teacher.identity, data, setup.view_identity()),
         arrays=specs,
-        geometry=Geometry(setup.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)),
+        layout=StoreLayout(setup.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)),
         versions=library_versions(),
         top_k=top_k,
     )
@@ -119,9 +119,9 @@ def source_shapes(model: nn.Module, layers: Sequence[Wanted], image_shape: tuple
 def missing_bytes(path: Path, wanted: Manifest, samples: Samples) -> int:
     """Bytes that the store at `path` still needs to hold all that is wanted. Raises what `plan_growth` raises."""
     if not path.exists():
-        return store_bytes(wanted, wanted.geometry.units())
+        return store_bytes(wanted, wanted.layout.units())
     grown, _ = plan_growth(path, read_store_manifest(path), wanted, samples)
-    return sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.geometry.units())
+    return sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.layout.units())
 
 
 def free_bytes(path: Path) -> int:

@@ -27,7 +27,7 @@ from stages.teachers import Combination, TeachersConfig
 from stages.teaching import on_this_machine, open_for
 from stages.views.config import ViewsConfig
 from store import FingerprintMismatch, StoreError, is_url, read_store_manifest
-from store.verify import Verdict
+from store.check.verify import VerifyReport
 
 
 def test_place(place: Path | str) -> Path | str:
@@ -53,7 +53,7 @@ def cache_test(
     return cache_teacher(replace(config, top_k=None), place, teacher, [], test_setup(setup), part=part)
 
 
-def repair_test(config: CacheConfig, path: Path, teacher: Network, setup: Setup) -> tuple[Verdict, Verdict, int]:
+def repair_test(config: CacheConfig, path: Path, teacher: Network, setup: Setup) -> tuple[VerifyReport, VerifyReport, int]:
     """Put the test store at `path` right; returns and raises what `repair` does."""
     return repair(replace(config, top_k=None), path, teacher, [], test_setup(setup))
 

@@ -27,9 +27,9 @@ from stages.watch import Event, Watch
 from store import (
     StoreError,
     TargetStore,
-    default_area,
+    default_staging_cache,
     interpolation,
-    made_with,
+    version_note,
     open_store,
     read_store_manifest,
     stage,
@@ -230,7 +230,7 @@ def open_for(setup: Setup, path: Path, identity: Mapping[str, Any]) -> TargetSto
     may be rendered otherwise here. `identity` is what else its manifest must say.
     """
     advice = "Cache again with this recipe into another run folder or store, or go back to the recipe that made it."
-    advice += made_with(read_store_manifest(path).versions, library_versions())
+    advice += version_note(read_store_manifest(path).versions, library_versions())
     return open_store(path, {**identity, "views": setup.view_identity()}, advice)
 
 
@@ -240,7 +240,7 @@ def on_this_machine(place: Path | str, watch: Watch) -> Path:
     def on_unit(done: int, total: int) -> None:
         watch.report(Event("stage", f"{place} to {area.folder}", done, total, "unit"))
 
-    area = default_area(os.environ)
+    area = default_staging_cache(os.environ)
     return stage(place, area, on_unit)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.cause import cause
 from stages.errors import ModelError
 from store import canonical_json, write_atomically
-from store.plain_file import open_plain
+from store.fs.safe_read import open_regular_file
 
 RECORD = "kdpipe"
 """The key in the safetensors header under which the JSON record stands."""
@@ -30,7 +30,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str,
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote. Raises ModelError where the file is absent, damaged, or another kind of file."""
     try:
-        os.close(open_plain(path))  # a pipe would wait for ever
+        os.close(open_regular_file(path))  # a pipe would wait for ever
         with safetensors.safe_open(path, "pt") as file:
             record = _table(json.loads((file.metadata() or {})[RECORD]))
             return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118 - it is no dict

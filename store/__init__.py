@@ -1,68 +1,87 @@
-"""Target stores: what a teacher said, on disk and in memory. Numpy and Zarr alone; no torch.
+"""Target stores: a teacher's cached outputs, on disk and in memory. Needs numpy and Zarr, no torch.
 
-A name is imported when it is first used (PEP 562): who only looks at a lock, or catches an error, does not wait for
-numpy and Zarr.
+Names are imported on first use (PEP 562), so that locks and errors cost neither numpy nor Zarr.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from store.change import Change
-    from store.claims import Claim, Holder, claim, holder
-    from store.codec import Codec
-    from store.durable import fsync_path, make_folders, sweep_partial, write_atomically
     from store.errors import FingerprintMismatch, KdpipeError, StoreError, differences
-    from store.fidelity import measure_dense, measure_features, measure_topk
-    from store.geometry import ArraySpec, Geometry, Unit, rows_per_unit
-    from store.grow import ensure_store, plan_growth
-    from store.identity import Identity, canonical_json
-    from store.lock import LockedError, exclusive, shared
-    from store.manifest import Manifest, made_with
-    from store.opening import open_store
-    from store.reader import TargetStore
-    from store.remote import is_url
-    from store.samples import Samples, ids_and_labels_sha256, read_samples, row_order
-    from store.staging import StagingArea, default_area, needs_staging, stage
-    from store.topk import TopK, default_temperatures, encode_topk, interpolation
-    from store.transcode import transcode
-    from store.writer import (
-        create_store,
-        finish_store,
-        missing_arrays,
-        missing_units,
-        store_bytes,
-        sweep_unit,
-        write_unit,
-    )
-    from store.zarr_group import read_store_manifest
+    from store.format.codec import Codec
+    from store.format.encoding_error import measure_dense, measure_features, measure_topk
+    from store.format.identity import Identity, canonical_json
+    from store.format.layout import ArraySpec, StoreLayout, Unit, rows_per_unit
+    from store.format.manifest import Manifest, version_note
+    from store.format.samples import Samples, ids_and_labels_sha256, read_samples, row_order, splitmix64
+    from store.format.topk import TopK, default_temperatures, encode_topk, interpolation
+    from store.format.unit_state import missing_arrays, missing_units, store_bytes
+    from store.format.zarr_metadata import read_store_manifest
+    from store.fs.atomic_write import fsync_path, make_folders, sweep_partial, write_atomically
+    from store.fs.lock import Holder, LockedError, exclusive, shared
+    from store.fs.safe_read import read_json
+    from store.read.open_store import open_store
+    from store.read.target_store import TargetStore
+    from store.remote.object_store import is_url
+    from store.remote.staging import needs_staging, stage
+    from store.remote.staging_cache import StagingCache, default_staging_cache
+    from store.write.claims import Claim, claim, holder
+    from store.write.extend import ensure_store, plan_growth
+    from store.write.transcode import transcode
+    from store.write.transcode_options import TranscodeOptions
+    from store.write.writer import create_store, finish_store, sweep_unit, write_unit
 
-__all__ = [
+_MODULES = {
+    "errors": "FingerprintMismatch KdpipeError StoreError differences",
+    "format.codec": "Codec",
+    "format.encoding_error": "measure_dense measure_features measure_topk",
+    "format.identity": "Identity canonical_json",
+    "format.layout": "ArraySpec StoreLayout Unit rows_per_unit",
+    "format.manifest": "Manifest version_note",
+    "format.samples": "Samples ids_and_labels_sha256 read_samples row_order splitmix64",
+    "format.topk": "TopK default_temperatures encode_topk interpolation",
+    "format.unit_state": "missing_arrays missing_units store_bytes",
+    "format.zarr_metadata": "read_store_manifest",
+    "fs.atomic_write": "fsync_path make_folders sweep_partial write_atomically",
+    "fs.lock": "Holder LockedError exclusive shared",
+    "fs.safe_read": "read_json",
+    "read.open_store": "open_store",
+    "read.target_store": "TargetStore",
+    "remote.object_store": "is_url",
+    "remote.staging": "needs_staging stage",
+    "remote.staging_cache": "StagingCache default_staging_cache",
+    "write.claims": "Claim claim holder",
+    "write.extend": "ensure_store plan_growth",
+    "write.transcode": "transcode",
+    "write.transcode_options": "TranscodeOptions",
+    "write.writer": "create_store finish_store sweep_unit write_unit",
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "ArraySpec",
-    "Change",
     "Claim",
     "Codec",
     "FingerprintMismatch",
-    "Geometry",
     "Holder",
     "Identity",
     "KdpipeError",
     "LockedError",
     "Manifest",
     "Samples",
-    "StagingArea",
+    "StagingCache",
     "StoreError",
+    "StoreLayout",
     "TargetStore",
     "TopK",
+    "TranscodeOptions",
     "Unit",
     "canonical_json",
     "claim",
     "create_store",
-    "default_area",
+    "default_staging_cache",
     "default_temperatures",
     "differences",
     "encode_topk",
@@ -74,7 +93,6 @@ __all__ = [
     "ids_and_labels_sha256",
     "interpolation",
     "is_url",
-    "made_with",
     "make_folders",
     "measure_dense",
     "measure_features",
@@ -84,75 +102,31 @@ __all__ = [
     "needs_staging",
     "open_store",
     "plan_growth",
+    "read_json",
     "read_samples",
     "read_store_manifest",
     "row_order",
     "rows_per_unit",
     "shared",
+    "splitmix64",
     "stage",
     "store_bytes",
     "sweep_partial",
     "sweep_unit",
     "transcode",
+    "version_note",
     "write_atomically",
     "write_unit",
 ]
 
-_ROOMS = {
-    "change": ("Change",),
-    "claims": ("Claim", "Holder", "claim", "holder"),
-    "codec": ("Codec",),
-    "durable": ("fsync_path", "make_folders", "sweep_partial", "write_atomically"),
-    "errors": ("FingerprintMismatch", "KdpipeError", "StoreError", "differences"),
-    "fidelity": ("measure_dense", "measure_features", "measure_topk"),
-    "geometry": ("ArraySpec", "Geometry", "Unit", "rows_per_unit"),
-    "grow": ("ensure_store", "plan_growth"),
-    "identity": ("Identity", "canonical_json"),
-    "lock": ("LockedError", "exclusive", "shared"),
-    "manifest": ("Manifest", "made_with"),
-    "opening": ("open_store",),
-    "reader": ("TargetStore",),
-    "remote": ("is_url",),
-    "samples": ("Samples", "ids_and_labels_sha256", "read_samples", "row_order"),
-    "staging": ("StagingArea", "default_area", "needs_staging", "stage"),
-    "topk": ("TopK", "default_temperatures", "encode_topk", "interpolation"),
-    "transcode": ("transcode",),
-    "writer": (
-        "create_store",
-        "finish_store",
-        "missing_arrays",
-        "missing_units",
-        "store_bytes",
-        "sweep_unit",
-        "write_unit",
-    ),
-    "zarr_group": ("read_store_manifest",),
-}
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
-
-
-if not TYPE_CHECKING:  # mypy goes by the imports above, and finds a wrong name
+if not TYPE_CHECKING:  # mypy uses the imports above and reports unknown names
 
     def __getattr__(name: str) -> Any:
-        if name not in _ROOM_OF:
+        if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
-        globals()[name] = found
-        return found
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        """The room `transcode` holds the function `transcode`: here the name stands for the function, whoever imports
-        the room first.
-        """
-        if isinstance(value, ModuleType) and _ROOM_OF.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

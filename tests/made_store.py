@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from store import (
     ArraySpec,
     Codec,
-    Geometry,
+    StoreLayout,
     Identity,
     Manifest,
     Samples,
@@ -45,7 +45,7 @@ class MadeStore:
 
     @property
     def units(self) -> list[Unit]:
-        return self.manifest.geometry.units()
+        return self.manifest.layout.units()
 
 
 def make_store(
@@ -68,8 +68,8 @@ def make_store(
         {"seed": 3},
     )
     unit_rows = rows_per_unit(specs, num_samples, shard_bytes=4096)
-    geometry = Geometry(num_views, unit_rows, (num_samples,))
-    manifest = Manifest(identity, specs, geometry, {"kdpipe": "0"}, codec=codec)
+    layout = StoreLayout(num_views, unit_rows, (num_samples,))
+    manifest = Manifest(identity, specs, layout, {"kdpipe": "0"}, codec=codec)
     contents = {
         spec.name: rng.standard_normal((num_views, num_samples, *spec.row_shape)).astype(spec.dtype) for spec in specs
     }

@@ -18,7 +18,7 @@ from store import (
     ArraySpec,
     Claim,
     Codec,
-    Geometry,
+    StoreLayout,
     Identity,
     Manifest,
     Samples,
@@ -88,9 +88,9 @@ class Wish:
             {**data, "num_samples": self.num_samples},
             {"seed": 3},
         )
-        geometry = Geometry(self.num_views, self.form.unit_rows, (self.num_samples,))
+        layout = StoreLayout(self.num_views, self.form.unit_rows, (self.num_samples,))
         form = self.form
-        return Manifest(identity, self.specs, geometry, {"kdpipe": "0"}, top_k=form.top_k, codec=form.codec)
+        return Manifest(identity, self.specs, layout, {"kdpipe": "0"}, top_k=form.top_k, codec=form.codec)
 
 
 @cache
@@ -110,8 +110,8 @@ def truth(spec: ArraySpec, view: int, ids: NDArray[np.int64]) -> NDArray[Any]:
 
 def unit_rows(path: Path, manifest: Manifest, unit: Unit, names: Iterable[str]) -> dict[str, NDArray[Any]]:
     """What a job would compute for a unit of the store at `path`, in some arrays."""
-    samples = read_samples(path, manifest.geometry, manifest.identity.data)
-    rows = manifest.geometry.sample_rows()
+    samples = read_samples(path, manifest.layout, manifest.identity.data)
+    rows = manifest.layout.sample_rows()
     ids = samples.ids[(rows >= unit.start) & (rows < unit.stop)]
     return {name: truth(manifest.spec(name), unit.view, ids) for name in names}
 
@@ -124,7 +124,7 @@ def commit(path: Path, manifest: Manifest, unit: Unit) -> None:
 
 
 def fill(path: Path, manifest: Manifest) -> None:
-    for unit in manifest.geometry.units():
+    for unit in manifest.layout.units():
         commit(path, manifest, unit)
     finish_store(path)
 
@@ -139,7 +139,7 @@ def grow(path: Path, *wishes: Wish) -> Path:
 def work(path: Path, wish: Wish) -> None:
     """As one of several jobs that bring the store at `path` to a wish: fill what nobody else is at."""
     manifest = ensure_store(path, wish.manifest, wish.samples)
-    for unit in manifest.geometry.units():
+    for unit in manifest.layout.units():
         held = claim(path, unit.key) if missing_arrays(path, manifest, unit) else None
         if isinstance(held, Claim):
             try:

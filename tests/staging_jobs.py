@@ -15,18 +15,18 @@ import numpy as np
 from made_store import MadeStore
 
 from store import open_store
-from store.staging import StagingArea
+from store.remote.staging import StagingCache
 
 STAGE = """
 import sys
 from pathlib import Path
-from store.staging import StagingArea, stage
-print(stage(sys.argv[1], StagingArea(Path(sys.argv[2]), int(sys.argv[3]))))
+from store.remote.staging import StagingCache, stage
+print(stage(sys.argv[1], StagingCache(Path(sys.argv[2]), int(sys.argv[3]))))
 """
 
 
 class Web(ThreadingHTTPServer):
-    """A web server of a folder that notes what it was asked for and, told so, holds back all but some shards."""
+    """A web server of a folder that notes what it was asked for and, translate_os_errors so, holds back all but some shards."""
 
     daemon_threads = True
 
@@ -80,12 +80,12 @@ def is_shard(key: str) -> bool:
     return "/c/" in key and not key.partition("/")[2].startswith(("samples", "markers"))
 
 
-def staging_process(where, area: StagingArea) -> subprocess.Popen:
-    command = [sys.executable, "-c", STAGE, str(where), str(area.folder), str(area.most_bytes)]
+def staging_process(where, area: StagingCache) -> subprocess.Popen:
+    command = [sys.executable, "-c", STAGE, str(where), str(area.folder), str(area.max_bytes)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
 
 
-def stage_elsewhere(where, area: StagingArea) -> Path:
+def stage_elsewhere(where, area: StagingCache) -> Path:
     """Stage in a process that then ends, and so uses nothing any more."""
     process = staging_process(where, area)
     said, _ = process.communicate(timeout=60)
@@ -98,7 +98,7 @@ def require_equal(copy: Path, made: MadeStore, num_views: int | None = None) -> 
     store = open_store(copy)
     assert store.manifest.codec is None
     assert store.provenance == open_store(made.path).provenance
-    assert store.num_views == (num_views or made.manifest.geometry.num_views)
+    assert store.num_views == (num_views or made.manifest.layout.num_views)
     assert [spec.name for spec in store.arrays] == [spec.name for spec in made.manifest.arrays]
     for name, values in made.contents.items():
         assert np.array_equal(store.array(name), values[: store.num_views])
@@ -106,5 +106,5 @@ def require_equal(copy: Path, made: MadeStore, num_views: int | None = None) -> 
     assert np.array_equal(store.gather("logits", 1, picked), made.contents["logits"][1, ::7])
 
 
-def entries(area: StagingArea) -> set[Path]:
+def entries(area: StagingCache) -> set[Path]:
     return {path.parent for path in area.folder.glob("*/targets.zarr")}

@@ -7,7 +7,7 @@ from store import (
     Codec,
     open_store,
 )
-from store.transcode import transcode
+from store.write.transcode import transcode
 
 ZSTD, BLOSC = Codec("zstd", 3), Codec("blosc", 3)
 FLOAT32 = (ArraySpec("logits", (10,), "float32"), ArraySpec("features/layer2.0", (3, 5), "float32"))

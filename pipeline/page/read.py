@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.report.networks import Place, places_of
 from pipeline.report.report import Report, Row, read_report
 from stages.job_folder import JobFolder, read_json
-from store.plain_file import read_plain
+from store.fs.safe_read import read_regular_file
 
 MOST_METRICS_BYTES = 2**26
 """That are read of a metrics.jsonl: more than any job has epochs for."""
@@ -115,7 +115,7 @@ def _network(place: Place) -> Network:
 def _epochs(path: Path) -> Iterator[Epoch | None]:
     """The lines of a metrics.jsonl; None for one that is damaged."""
     try:
-        raw = read_plain(path, MOST_METRICS_BYTES)
+        raw = read_regular_file(path, MOST_METRICS_BYTES)
     except OSError:
         return
     text = raw[:MOST_METRICS_BYTES].decode(errors="replace")

@@ -17,7 +17,7 @@ from pipeline.recipe.rehearsal import rehearse_recipe
 from pipeline.recipe.sentence import first_and_more
 from pipeline.recipe.text import Answers, recipe_text
 from stages.errors import RecipeError
-from store.durable import write_atomically
+from store.fs.atomic_write import write_atomically
 
 
 def new_recipe(file: Path | None, options: Mapping[str, str | None], *, yes: bool) -> Path:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipeline.command import printable
-from store.durable import write_atomically
+from store.fs.atomic_write import write_atomically
 
 FONT, SMALL = 15, 13
 """Heights of text in user units."""

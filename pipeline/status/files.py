@@ -16,8 +16,8 @@ from typing import Any
 
 from pipeline.command import printable
 from store.errors import KdpipeError
-from store.lock import Holder, read_holder, try_lock
-from store.plain_file import open_plain, read_plain
+from store.fs.lock import Holder, read_holder, try_lock
+from store.fs.safe_read import open_regular_file, read_regular_file
 
 MOST_JSON_BYTES = 2 * 2**20
 MOST_TEXT = 200
@@ -27,7 +27,7 @@ MOST_MEASURED_DEPTH = 12
 def read_object(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any] | None:
     """The JSON object in a plain file; None where there is none, or something else, or too much."""
     try:
-        raw = read_plain(path, most_bytes)
+        raw = read_regular_file(path, most_bytes)
         record = json.loads(raw) if len(raw) <= most_bytes else None
     except (OSError, ValueError, RecursionError):
         return None
@@ -37,7 +37,7 @@ def read_object(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]
 def read_tail(path: Path, num_bytes: int) -> list[bytes]:
     """The last whole lines of a plain file, of its last `num_bytes`; none where it cannot be read."""
     try:
-        with os.fdopen(open_plain(path), "rb") as file:
+        with os.fdopen(open_regular_file(path), "rb") as file:
             start = max(0, os.fstat(file.fileno()).st_size - num_bytes)
             file.seek(start)
             lines = file.read(num_bytes).split(b"\n")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.status.files import Budget, Measure, measure, number, read_object, text
-from store.claims import holder
+from store.write.claims import holder
 from store.errors import KdpipeError
-from store.plain_file import read_plain
+from store.fs.safe_read import read_regular_file
 
 SCHEMA_VERSION = 2
 ATTRIBUTE = "kdpipe"
@@ -146,7 +146,7 @@ def _numbered(folder: Path, count: int) -> list[str]:
 
 def _lists_all(marker: Path, names: set[str]) -> bool:
     try:
-        files = json.loads(read_plain(marker, MOST_MARKER_BYTES))["files"]
+        files = json.loads(read_regular_file(marker, MOST_MARKER_BYTES))["files"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
     return isinstance(files, dict) and names <= set(files)

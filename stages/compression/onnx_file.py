@@ -20,7 +20,7 @@ from stages.compression.onnx_opset import EXPORTED_OPSET, brought_back, require_
 from stages.compression.quick_stem import quicken_stem
 from stages.compression.silence import silence
 from stages.errors import ModelError
-from store.durable import write_atomically
+from store.fs.atomic_write import write_atomically
 
 __all__ = ["INPUT", "OUTPUT", "OnnxAgreement", "check_onnx", "export_onnx", "op_counts", "open_session"]
 

@@ -23,7 +23,7 @@ from stages.compression.int4_layers import int4_portable
 from stages.compression.int8_graph import int8_graph
 from stages.compression.silence import silence
 from stages.errors import ModelError
-from store.durable import write_atomically
+from store.fs.atomic_write import write_atomically
 
 KEPT = {"val", "tensor_meta", "nn_module_stack"}
 """What stays of what torch.export tells of a node: its output's shape and type, and the path of its module. The rest

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.lock import JOB_ID_VARIABLES, RECORD_BYTES, Holder, let_go, read_holder
+from store.fs.lock import JOB_ID_VARIABLES, RECORD_BYTES, Holder, release, read_holder
 
 CLAIMS = Path("/tmp")
 """Not $TMPDIR, which is each user's own, or each job's, on many machines."""
@@ -78,7 +78,7 @@ def release_gpu(uuid: str, folder: Path = CLAIMS) -> None:
     """Give up this process's claim on a GPU, if it has one. The file stays: another may be about to lock it."""
     descriptor = _held.pop(_path(uuid, folder), None)
     if descriptor is not None:
-        let_go(descriptor)
+        release(descriptor)
 
 
 def _path(uuid: str, folder: Path) -> Path:

@@ -13,7 +13,7 @@ from pipeline.events import event_log, to_all
 from stages.errors import RecipeError, StoppedEarly
 from stages.watch import WARNING, Event
 from store.errors import FingerprintMismatch
-from store.lock import LockedError
+from store.fs.lock import LockedError
 
 
 def step(number, total=100, **metrics):

@@ -20,8 +20,8 @@ from pipeline.status.status import print_status, read_status
 from pipeline.status.table import cells
 from stages.errors import RunError
 from stages.watch import Event
-from store.claims import claim
-from store.lock import exclusive, shared
+from store.write.claims import claim
+from store.fs.lock import exclusive, shared
 
 RECIPE = {
     "name": "made",
@@ -158,8 +158,8 @@ def test_a_store_says_how_far_it_is_filled_and_who_is_at_it(tmp_path, made):
     num_units = store.num_units
     assert (store.state, store.num_units_done) == ("finished", num_units)
     assert (store.num_views, store.num_samples) == (
-        made.manifest.geometry.num_views,
-        made.manifest.geometry.num_samples,
+        made.manifest.layout.num_views,
+        made.manifest.layout.num_samples,
     )
     next(made.path.glob("markers/c/*/*/0")).unlink()
     assert (read_status(tmp_path).stores[0].state, read_status(tmp_path).stores[0].num_units_done) == (

@@ -12,8 +12,8 @@ from kdpipe_process import RECIPE, environment, kdpipe_here
 from made_store import folder_bytes, make_store
 
 from store import claim, ensure_store
-from store.markers import marker_path
-from store.shard import shard_path
+from store.format.markers import marker_path
+from store.format.shard import shard_path
 
 SMALL = RECIPE.replace("num_views = 30", "num_views = 3").replace("epochs = 6", "epochs = 1")
 
@@ -192,8 +192,8 @@ def test_ls_lists_broken_stores_with_their_fault_and_goes_on(tmp_path):
 
 
 def test_info_tells_how_far_a_store_is_and_who_is_at_it(made):
-    geometry = dataclasses.replace(made.manifest.geometry, num_views=4)
-    ensure_store(made.path, dataclasses.replace(made.manifest, geometry=geometry), made.samples)
+    geometry = dataclasses.replace(made.manifest.layout, num_views=4)
+    ensure_store(made.path, dataclasses.replace(made.manifest, layout=geometry), made.samples)
     units = geometry.units()
     at_it = claim(made.path, units[-1].key)
     told = document("info", made.path)

@@ -135,7 +135,7 @@ def test_growing_with_other_partners_is_refused(run):
     teacher = load_teacher(TEACHER, 0, setup)
     with pytest.raises(FingerprintMismatch, match=r"views\.mix\.num_partners: stored 80, wanted 120"):
         cache_teacher(CACHE, path, teacher, LAYERS, setup)
-    assert read_store_manifest(path).geometry.num_samples == 80
+    assert read_store_manifest(path).layout.num_samples == 80
 
 
 PARTS = {

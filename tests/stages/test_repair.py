@@ -32,10 +32,10 @@ from store import (
     read_samples,
     read_store_manifest,
 )
-from store.markers import marker_path
-from store.shard import shard_path
-from store.verify import verify_store
-from store.zarr_group import replace_metadata
+from store.format.markers import marker_path
+from store.format.shard import shard_path
+from store.check.verify import verify_store
+from store.format.zarr_metadata import replace_metadata
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_very_bytes_come_back_and_only_damaged_units_are_computed(run, path)
     intact = folder_bytes(path)
     manifest = read_store_manifest(path)
     logits, features = manifest.arrays
-    units = manifest.geometry.units()
+    units = manifest.layout.units()
     first, second, third, fourth, fifth = units[:5]
     untouched = [shard_path(path, features, first), shard_path(path, features, third)]
     for unit in units[5:]:
@@ -129,9 +129,9 @@ def test_samples_of_an_extension_stand_in_an_order_of_their_own(run, tmp_path):
     )
     cache_teacher(CACHE, path, teacher, LAYERS, tiny_setup(run, train_set=part))
     cache_teacher(CACHE, path, teacher, LAYERS, setup)
-    assert len(read_store_manifest(path).geometry.segments) == 2
+    assert len(read_store_manifest(path).layout.segments) == 2
     before = folder_bytes(path)
-    row = int(read_store_manifest(path).geometry.sample_rows()[-1])
+    row = int(read_store_manifest(path).layout.sample_rows()[-1])
     ids = path / "samples" / "ids" / "c" / "0"
     flip(ids, 8 * row)
     assert not mend(run, path)[1].damaged
@@ -151,7 +151,7 @@ def test_another_data_set_cannot_give_the_samples(run, path):
 
 
 def test_another_teacher_is_refused_before_anything_changes(run, path):
-    flip(shard_path(path, read_store_manifest(path).arrays[0], read_store_manifest(path).geometry.units()[0]), 40)
+    flip(shard_path(path, read_store_manifest(path).arrays[0], read_store_manifest(path).layout.units()[0]), 40)
     before = folder_bytes(path)
     setup = tiny_setup(run)
     teacher = load_teacher(TEACHER, 0, setup)
@@ -166,7 +166,7 @@ def test_another_teacher_is_refused_before_anything_changes(run, path):
 def test_a_lost_manifest_is_what_the_recipe_plans_if_the_markers_say_so(run, path, intact, damage):
     damage(path / "zarr.json")
     manifest = read_store_manifest(run / "store.zarr")
-    flip(shard_path(path, manifest.arrays[0], manifest.geometry.units()[0]), 40)
+    flip(shard_path(path, manifest.arrays[0], manifest.layout.units()[0]), 40)
     found, left, num_computed = mend(run, path)
     assert "zarr.json" in [fault.key for fault in found.damaged]
     assert not left.damaged
@@ -205,8 +205,8 @@ def test_the_store_of_another_schema_is_not_taken_for_a_damaged_one(run, path, i
 
 def test_a_store_that_is_extended_while_it_is_checked_stays_extended(run, path, monkeypatch):
     manifest = read_store_manifest(path)
-    samples = read_samples(path, manifest.geometry, manifest.identity.data)
-    grown = dataclasses.replace(manifest, geometry=dataclasses.replace(manifest.geometry, num_views=4))
+    samples = read_samples(path, manifest.layout, manifest.identity.data)
+    grown = dataclasses.replace(manifest, layout=dataclasses.replace(manifest.layout, num_views=4))
     flip(path / "logits" / "zarr.json", 30)
     real = stages.repair.verify_store
 
@@ -218,14 +218,14 @@ def test_a_store_that_is_extended_while_it_is_checked_stays_extended(run, path, 
     monkeypatch.setattr(stages.repair, "verify_store", verify_and_grow)
     _, left, _ = mend(run, path)
     assert not left.damaged
-    assert read_store_manifest(path).geometry.num_views == 4
+    assert read_store_manifest(path).layout.num_views == 4
 
 
 def test_what_was_missing_before_stays_missing(run, path):
     manifest = read_store_manifest(path)
-    grown = dataclasses.replace(manifest, geometry=dataclasses.replace(manifest.geometry, num_views=5))
-    ensure_store(path, grown, read_samples(path, manifest.geometry, manifest.identity.data))
-    flip(marker_path(path, manifest.geometry.units()[2]), 50)
+    grown = dataclasses.replace(manifest, layout=dataclasses.replace(manifest.layout, num_views=5))
+    ensure_store(path, grown, read_samples(path, manifest.layout, manifest.identity.data))
+    flip(marker_path(path, manifest.layout.units()[2]), 50)
     _, left, num_computed = mend(run, path)
     assert num_computed == 1
     assert not left.damaged
@@ -237,7 +237,7 @@ def test_readers_that_opened_before_keep_working(run, path):
     store = open_store(path)
     before = store.array("logits").copy()
     manifest = read_store_manifest(path)
-    unit = manifest.geometry.units()[0]
+    unit = manifest.layout.units()[0]
     shard_path(path, manifest.arrays[0], unit).unlink()
     marker_path(path, unit).unlink()
     mend(run, path)
@@ -247,9 +247,9 @@ def test_readers_that_opened_before_keep_working(run, path):
 
 def test_a_stopped_repair_is_finished_by_the_next(run, path, intact):
     manifest = read_store_manifest(path)
-    for unit in manifest.geometry.units():
+    for unit in manifest.layout.units():
         flip(shard_path(path, manifest.arrays[1], unit), 9)
-    num_units = len(manifest.geometry.units())
+    num_units = len(manifest.layout.units())
     with pytest.raises(StoppedEarly):
         mend(run, path, watch=Watch(should_stop=StopAfter(num_units + 3)))
     assert 0 < len(missing_units(path, manifest)) <= num_units
@@ -258,7 +258,7 @@ def test_a_stopped_repair_is_finished_by_the_next(run, path, intact):
 
 
 def test_a_unit_that_somebody_is_at_is_not_taken_from_them(run, path):
-    unit = read_store_manifest(path).geometry.units()[0]
+    unit = read_store_manifest(path).layout.units()[0]
     flip(marker_path(path, unit), 50)
     at_it = claim(path, unit.key)
     with pytest.raises(LockedError, match="is being computed by process"):
@@ -271,9 +271,9 @@ def packed(run, path, **changes):
     """The tiny store as an archive."""
     source = run / "store.zarr"
     manifest = dataclasses.replace(read_store_manifest(source), codec=Codec(), finished=None, **changes)
-    create_store(path, manifest, read_samples(source, manifest.geometry, manifest.identity.data))
+    create_store(path, manifest, read_samples(source, manifest.layout, manifest.identity.data))
     setup = tiny_setup(run)
-    units = manifest.geometry.units()
+    units = manifest.layout.units()
     complete_units(CACHE, path, manifest, units, teacher=load_teacher(TEACHER, 0, setup), setup=setup)
     return manifest
 
@@ -282,11 +282,11 @@ def test_an_archive_is_repaired_too_unless_it_was_rounded(run, tmp_path):
     path = tmp_path / "packed.zarr"
     manifest = packed(run, path)
     before = folder_bytes(path)
-    shard_path(path, manifest.arrays[0], manifest.geometry.units()[1]).unlink()
+    shard_path(path, manifest.arrays[0], manifest.layout.units()[1]).unlink()
     assert mend(run, path)[2] == 1
     assert folder_bytes(path) == before
     replace_metadata(path, dataclasses.replace(read_store_manifest(path), rounded={"logits": 6}))
-    shard_path(path, manifest.arrays[0], manifest.geometry.units()[1]).unlink()
+    shard_path(path, manifest.arrays[0], manifest.layout.units()[1]).unlink()
     with pytest.raises(RunError, match="rounded logits"):
         mend(run, path)
     assert verify_store(path).damaged

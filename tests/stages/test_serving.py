@@ -26,7 +26,7 @@ from stages.targets import Targets
 from stages.train_teacher import untrained_teacher
 from stages.views.mix import MixConfig
 from store import StoreError, finish_store, open_store, write_unit
-from store.markers import marker_path
+from store.format.markers import marker_path
 
 CPU = torch.device("cpu")
 GREY = squares(40, 0)

@@ -1,0 +1,1 @@
+"""Verify stores and repair what needs no teacher."""

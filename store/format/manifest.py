@@ -1,0 +1,256 @@
+"""What a store says it is: whose outputs, for which samples, on which views, in which arrays, and what is finished."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from store.format.codec import Codec, codec_from_json
+from store.errors import FingerprintMismatch, StoreError, differences
+from store.format.layout import DTYPES, ArraySpec, StoreLayout
+from store.format.identity import Identity, sha256_of
+from store.format.topk import TAIL, TopK
+
+SCHEMA_VERSION = 2
+ATTRIBUTE = "kdpipe"
+"""The key in the Zarr group's attributes under which the manifest stands."""
+
+MAX_COUNT = 2**40
+"""No store has more samples or rows than this: a count beyond it is damage, or an attack."""
+
+MAX_UNITS = 2**20
+MAX_SHARD_BYTES = 2**35
+"""Nor more units, nor larger shards: with kdpipe's default of 64 MiB that is 64 TiB an array."""
+
+FORMS = ("features", "pooled", "attention", "gram", "spatial_gram", "input_gradient")
+"""Where what a layer gave stands: its feature map as it is, or a statistic of it; `-HxW` where it was pooled first."""
+
+ARRAY_NAME = re.compile(
+    rf"logits|logits/(values|indices|tail)"
+    rf"|({'|'.join(FORMS)})(-[1-9][0-9]{{0,4}}x[1-9][0-9]{{0,4}})?/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,199}}"
+)
+"""What an array may be called: names become paths, and must not climb out of the store."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The part of a store that its readers see: every unit of the first `num_views` views and `num_segments` segments
+    is committed for `arrays`. A store that is being extended keeps what was finished before.
+
+    `fidelity` is by array what the encoding loses, measured when it was written.
+    """
+
+    num_views: int
+    num_segments: int
+    arrays: tuple[str, ...]
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_views": self.num_views,
+            "num_segments": self.num_segments,
+            "arrays": list(self.arrays),
+            "fidelity": dict(self.fidelity),
+        }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that stands in a store's group attributes.
+
+    `earlier` are the fingerprints that the store had before its samples grew, one for each segment but the last: a
+    unit's marker carries that of its segment. `top_k` is set where logits are kept as their k largest, `codec` where
+    chunks are packed (the archive profile), `rounded` has the mantissa bits kept of arrays that were rounded.
+    """
+
+    identity: Identity
+    arrays: tuple[ArraySpec, ...]
+    layout: StoreLayout
+    versions: Mapping[str, str]
+    previous_fingerprints: tuple[str, ...] = ()
+    top_k: TopK | None = None
+    codec: Codec | None = None
+    rounded: Mapping[str, int] = field(default_factory=dict)
+    finished: Finished | None = None
+
+    @property
+    def profile(self) -> str:
+        return "archive" if self.codec else "zero-copy"
+
+    @property
+    def segment_fingerprints(self) -> tuple[str, ...]:
+        """What the markers of each segment's units carry."""
+        return (*self.previous_fingerprints, self.identity.fingerprint)
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in the attributes; `sha256` covers all of it, the fingerprint only what decides the numbers."""
+        record = self._record()
+        return {**record, "sha256": sha256_of(record)}
+
+    def _record(self) -> dict[str, Any]:
+        segments = [
+            {"num_samples": count, "fingerprint": fingerprint}
+            for count, fingerprint in zip(self.layout.segments, self.segment_fingerprints, strict=True)
+        ]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": self.identity.fingerprint,
+            **self.identity.to_json(),
+            "arrays": {spec.name: spec.to_json() for spec in self.arrays},
+            "num_views": self.layout.num_views,
+            "unit_rows": self.layout.unit_rows,
+            "segments": segments,
+            "top_k": self.top_k.to_json() if self.top_k else None,
+            "codec": self.codec.to_json() if self.codec else None,
+            "rounded": dict(self.rounded),
+            "versions": dict(self.versions),
+            "finished": self.finished.to_json() if self.finished else None,
+        }
+
+    def spec(self, name: str) -> ArraySpec:
+        """The array called `name`. Raises StoreError, listing what there is, if the store has none."""
+        for spec in self.arrays:
+            if spec.name == name:
+                return spec
+        held = ", ".join(spec.name for spec in self.arrays)
+        raise StoreError(
+            f"the store holds no array {name!r}, only {held}: run `kdpipe cache-teacher` with a recipe that asks for "
+            "it, and it is added."
+        )
+
+    def numbers_sha256(self, names: Sequence[str]) -> str:
+        """A digest of what decides the numbers of some arrays, whatever other arrays, views and samples there are.
+
+        A student's identity carries it: a store that has grown still teaches the same; one that was rounded or cut
+        to its top k does not.
+        """
+        record = {
+            "teacher": dict(self.identity.teacher),
+            "views": dict(self.identity.views),
+            "arrays": {name: self.spec(name).to_json() for name in sorted(names)},
+            "rounded": {name: bits for name, bits in self.rounded.items() if name in names},
+        }
+        if self.top_k and TAIL in names:  # two grids of one length give arrays of one shape
+            record["top_k"] = self.top_k.to_json()
+        return sha256_of(record)
+
+
+def read_manifest(attributes: Any, where: str) -> Manifest:
+    """Parse a store's group attributes. Raises StoreError where they are not a manifest of this schema."""
+    record = attributes.get(ATTRIBUTE) if isinstance(attributes, Mapping) else None
+    if not isinstance(record, Mapping):
+        raise StoreError(f"{where} is a Zarr group, but not a kdpipe target store: it has no {ATTRIBUTE!r} attribute.")
+    version = record.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise StoreError(
+            f"{where} has store schema {str(version)[:40]}, this kdpipe reads {SCHEMA_VERSION}: use the kdpipe that "
+            "wrote it, or cache again."
+        )
+    try:
+        manifest = _parse(record)
+        edited = record != manifest.to_json()
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{where} has a damaged manifest ({type(error).__name__}: {str(error)[:200]}).") from error
+    if edited:
+        raise StoreError(f"{where} has a manifest that was edited or damaged: its checksum does not fit its contents.")
+    return manifest
+
+
+def _parse(record: Mapping[str, Any]) -> Manifest:
+    arrays = tuple(_parse_spec(name, spec) for name, spec in record["arrays"].items())
+    if not arrays:
+        raise ValueError("it lists no arrays")
+    layout = StoreLayout(
+        _count(record["num_views"], "num_views"),
+        _count(record["unit_rows"], "unit_rows"),
+        tuple(_count(segment["num_samples"], "num_samples") for segment in record["segments"]),
+    )
+    if not layout.segments or len(layout.segments) > MAX_UNITS:
+        raise ValueError(f"it has {len(layout.segments)} segments")
+    if layout.num_views * layout.num_shards > MAX_UNITS:
+        raise ValueError(f"{layout.num_views} views of {layout.num_shards} shards are too many")
+    if layout.unit_rows * max(spec.row_bytes for spec in arrays) > MAX_SHARD_BYTES:
+        raise ValueError(f"unit_rows is {layout.unit_rows}, too many for its arrays")
+    manifest = Manifest(
+        identity=Identity(dict(record["teacher"]), dict(record["data"]), dict(record["views"])),
+        arrays=arrays,
+        layout=layout,
+        versions={str(name): str(version) for name, version in record["versions"].items()},
+        previous_fingerprints=tuple(str(segment["fingerprint"]) for segment in record["segments"][:-1]),
+        top_k=None if record["top_k"] is None else TopK.from_json(record["top_k"]),
+        codec=codec_from_json(record["codec"]),
+        rounded={str(name): _count(bits, "rounded") for name, bits in record["rounded"].items()},
+    )
+    _check_logits(manifest)
+    classes = manifest.identity.data.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise TypeError(f"the classes are {str(classes)[:40]}, not a list of names")
+    return _with_finished(manifest, record["finished"])
+
+
+def _parse_spec(name: Any, record: Any) -> ArraySpec:
+    sides = record["row_shape"]
+    if not ARRAY_NAME.fullmatch(name) or record["dtype"] not in DTYPES or not _is_shape(sides):
+        raise ValueError(f"array {str(name)[:80]!r} is {str(record)[:120]}")
+    return ArraySpec(name, tuple(sides), record["dtype"])
+
+
+def _check_logits(manifest: Manifest) -> None:
+    held = [spec for spec in manifest.arrays if spec.name.startswith("logits")]
+    if manifest.top_k is None and [spec.name for spec in held] != ["logits"]:
+        raise ValueError("it has no array of logits")
+    if manifest.top_k is not None and held != list(manifest.top_k.arrays(held[0].dtype)):
+        raise ValueError("its arrays are not those of its top-k logits")
+
+
+def _with_finished(manifest: Manifest, record: Any) -> Manifest:
+    if record is None:
+        return manifest
+    names = [spec.name for spec in manifest.arrays]
+    finished = Finished(
+        _count(record["num_views"], "finished.num_views"),
+        _count(record["num_segments"], "finished.num_segments"),
+        tuple(str(name) for name in record["arrays"]),
+        dict(record["fidelity"]),
+    )
+    fits = (
+        finished.num_views <= manifest.layout.num_views
+        and finished.num_segments <= len(manifest.layout.segments)
+        and finished.arrays
+        and set(finished.arrays) <= set(names)
+    )
+    if not fits:
+        raise ValueError("more is called finished than there is")
+    return Manifest(**{**manifest.__dict__, "finished": finished})
+
+
+def _count(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 < value < MAX_COUNT:
+        raise ValueError(f"{what} is {str(value)[:40]}")
+    return value
+
+
+def _is_shape(sides: Any) -> bool:
+    counts = isinstance(sides, list) and all(type(side) is int and 0 < side < MAX_COUNT for side in sides)
+    return counts and 0 < len(sides) <= 8 and math.prod(sides) < MAX_COUNT
+
+
+def version_note(stored: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """In which libraries the process that made a store differs from this one: a sentence to append, or nothing."""
+    names = [name for name in sorted({*stored, *here}) if stored.get(name) != here.get(name)]
+    differing = [f"{name} {stored.get(name, 'unknown')} (here {here.get(name, 'none')})" for name in names]
+    return f" It was made with {', '.join(differing)}." if differing else ""
+
+
+def require(stored: Manifest, wanted: Mapping[str, Any], where: str, advice: str) -> None:
+    """Raise FingerprintMismatch, pair by pair, unless `stored` has every value that `wanted` names.
+
+    `wanted` is a part of `Manifest.to_json()`: a section that it leaves out may be anything.
+    """
+    held = stored.to_json()
+    found = [pair for section in sorted(wanted) for pair in differences(held.get(section), wanted[section], section)]
+    if found:
+        raise FingerprintMismatch(where, found, advice)

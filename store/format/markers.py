@@ -1,0 +1,136 @@
+"""Commit markers: the only definition of a unit being done.
+
+They stand in the store's array `markers`, uint8 [V, S, MARKER_BYTES]: each chunk of it is one file that holds a
+JSON text, filled up with spaces, so that plain Zarr tools see nothing foreign in the group and a remote reader
+needs nothing but Zarr. A unit without a marker reads as zeros there, and is missing. The text is canonical and carries
+its own crc32c: one marker has one spelling, and a flipped bit anywhere in the file is found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from store.fs.atomic_write import fsync_path, write_atomically
+from store.errors import StoreError
+from store.format.layout import Unit
+from store.format.identity import canonical_json
+from store.format.manifest import Manifest
+from store.fs.safe_read import read_regular_file
+from store.format.shard import crc32c
+
+MARKERS = "markers"
+
+MARKER_BYTES = 16 * 1024
+"""Room for the files of about a hundred arrays, so that layers can be added to a store later."""
+
+
+CHECKSUM = "crc32c"
+"""The key of a marker's own checksum, over its canonical text without it."""
+
+
+MAX_FILE_BYTES = 2**62
+"""What a file offset can count, with room to add: a marker that says more is damaged."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a unit committed: by array, the `bytes` and `crc32c` of its shard file, and what its encoding lost."""
+
+    files: Mapping[str, Mapping[str, int]]
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+
+
+def marker_key(unit: Unit) -> str:
+    return f"{MARKERS}/c/{unit.view}/{unit.shard}/0"
+
+
+def marker_path(store: Path, unit: Unit) -> Path:
+    return store / marker_key(unit)
+
+
+def write_marker(store: Path, manifest: Manifest, unit: Unit, marker: Marker) -> None:
+    """Publish that `unit` is done. Raises StoreError where the marker has no room for so many arrays."""
+    record = {
+        "fingerprint": manifest.segment_fingerprints[manifest.layout.segment_of(unit.shard)],
+        "rows": unit.num_rows,
+        "files": marker.files,
+        "fidelity": marker.fidelity,
+    }
+    text = _text(record)
+    if len(text) > MARKER_BYTES:
+        raise StoreError(
+            f"{store} has no room for so many arrays: the marker of {unit} needs {len(text):,} bytes and may have "
+            f"{MARKER_BYTES:,}. Keep further layers in another store."
+        )
+    write_atomically(marker_path(store, unit), text.ljust(MARKER_BYTES))
+
+
+def remove_marker(store: Path, unit: Unit) -> None:
+    """Take back that `unit` is done, durably."""
+    path = marker_path(store, unit)
+    path.unlink(missing_ok=True)
+    if path.parent.exists():
+        fsync_path(path.parent)
+
+
+def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
+    """What `unit` committed; None where it is not done.
+
+    Raises StoreError where the marker is damaged or belongs to another store.
+    """
+    path = marker_path(store, unit)
+    try:
+        raw = read_regular_file(path, MARKER_BYTES, store)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"the marker {path} cannot be read ({error.strerror}).") from error
+    return parse_marker(raw, manifest, unit, str(path))
+
+
+def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Marker:
+    """A marker from its bytes. Raises StoreError where it is damaged or belongs to another store."""
+    try:
+        record = checked_record(raw)
+        marker = _parse(record)
+        fingerprint, rows = str(record["fingerprint"]), int(record["rows"])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise StoreError(
+            f"the marker {where} is damaged: `kdpipe store repair RECIPE` computes its unit again."
+        ) from error
+    wanted = manifest.segment_fingerprints[manifest.layout.segment_of(unit.shard)]
+    if fingerprint != wanted or rows != unit.num_rows:
+        raise StoreError(
+            f"the marker {where} belongs to another store (fingerprint {fingerprint[:64]!r}, wanted {wanted}; "
+            f"{rows} rows, wanted {unit.num_rows}): `kdpipe store repair RECIPE` computes its unit again."
+        )
+    return marker
+
+
+def _text(record: Mapping[str, Any]) -> bytes:
+    """The one text of a record, its checksum included."""
+    return canonical_json({**record, CHECKSUM: crc32c(canonical_json(record).encode())}).encode()
+
+
+def checked_record(raw: bytes) -> dict[str, Any]:
+    """The record in a marker's bytes. Raises ValueError unless they are the very bytes that are written for it."""
+    record = {key: value for key, value in json.loads(raw).items() if key != CHECKSUM}
+    if raw != _text(record).ljust(MARKER_BYTES):
+        raise ValueError("its checksum differs")
+    return record
+
+
+def _parse(record: Mapping[str, Any]) -> Marker:
+    files = {}
+    for name, file in record["files"].items():
+        num_bytes, checksum = file["bytes"], file["crc32c"]
+        if type(num_bytes) is not int or type(checksum) is not int:
+            raise TypeError(f"the file of {name} is {file}")
+        if not (0 <= num_bytes < MAX_FILE_BYTES and 0 <= checksum < 2**32):
+            raise ValueError(f"the file of {name} is {file}")
+        files[str(name)] = {"bytes": num_bytes, "crc32c": checksum}
+    return Marker(files, dict(record["fidelity"]))

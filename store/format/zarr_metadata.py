@@ -1,0 +1,196 @@
+"""A store as a Zarr v3 group: its metadata files, as plain Zarr tools read them and as kdpipe checks them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from store.fs.atomic_write import fsync_path, make_folders, sweep_partial, write_atomically
+from store.errors import StoreError, differences
+from store.format.layout import ArraySpec, rows_per_chunk
+from store.format.manifest import ATTRIBUTE, Manifest, read_manifest
+from store.format.markers import MARKER_BYTES, MARKERS
+from store.fs.safe_read import read_regular_file
+from store.format.samples import CHUNK_ROWS, COLUMNS, SAMPLES, Samples, sample_chunks
+
+LITTLE_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+
+METADATA_BYTES = 16 * 2**20
+"""No metadata file is larger: what is, is not one."""
+
+
+def metadata_files(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Every metadata file of a store by its key, in an order in which they may be replaced one by one: the group's,
+    which carries the manifest, comes last. Arrays that hold more than the manifest says do no harm.
+    """
+    groups = {spec.name.rpartition("/")[0] for spec in manifest.arrays} | {SAMPLES}
+    files = {f"{group}/zarr.json": _group({}) for group in sorted(groups - {""})}
+    files |= {f"{spec.name}/zarr.json": _array_metadata(spec, manifest) for spec in manifest.arrays}
+    files |= {f"{SAMPLES}/{name}/zarr.json": _column_metadata(name, manifest) for name in COLUMNS}
+    files[f"{MARKERS}/zarr.json"] = _markers_metadata(manifest)
+    files["zarr.json"] = _group({ATTRIBUTE: manifest.to_json()})
+    return files
+
+
+def create_group(path: Path, manifest: Manifest, samples: Samples) -> None:
+    """Write an empty store into the new folder `path`: its samples and its metadata."""
+    for key, raw in sample_chunks(samples, manifest.layout):
+        _write_new(path / key, raw)
+    for key, record in metadata_files(manifest).items():
+        _write_new(path / key, _json(record))
+    for entry in [path, *path.rglob("*")]:
+        if entry.is_dir():
+            fsync_path(entry)
+
+
+def metadata_bytes(manifest: Manifest) -> dict[str, bytes]:
+    """The very bytes of every metadata file of a store, by its key, in the order of `metadata_files`."""
+    return {key: _json(record) for key, record in metadata_files(manifest).items()}
+
+
+def replace_metadata(path: Path, manifest: Manifest, *, group_first: bool = False) -> None:
+    """Bring the metadata of the store at `path` to `manifest`, each file whole, the group's last.
+
+    A store that shrinks needs the group's first: arrays may hold more than the manifest says, never less.
+    """
+    files = list(metadata_bytes(manifest).items())
+    for key, raw in reversed(files) if group_first else files:
+        file = path / key
+        if not file.is_file() or file.read_bytes() != raw:
+            make_folders([file.parent])
+            sweep_partial(file)
+            write_atomically(file, raw)
+
+
+def read_store_manifest(path: Path) -> Manifest:
+    """What the store at `path` says it is, complete or not. Raises StoreError if there is no store."""
+    if not path.exists():
+        raise StoreError(f"there is no store at {path}: run `kdpipe cache-teacher` on the recipe first.")
+    if not (path / "zarr.json").exists():
+        inside = next(iter(sorted(path.glob("*/zarr.json"))), None) if path.is_dir() else None
+        hint = f" Did you mean {inside.parent}?" if inside else ""
+        raise StoreError(f"{path} is no store: it has no zarr.json.{hint}")
+    return parse_group(_read(path / "zarr.json", path), str(path))
+
+
+def parse_group(raw: bytes, where: str) -> Manifest:
+    """The manifest from a store's `zarr.json`. Raises StoreError where that is not one."""
+    return read_manifest(parse_json(raw, f"{where}/zarr.json").get("attributes", {}), where)
+
+
+def check_arrays(path: Path, manifest: Manifest) -> None:
+    """Raise StoreError unless every array's Zarr metadata says what kdpipe writes: plain Zarr must read our numbers.
+
+    An array may be longer than the manifest says: the store is then being extended.
+    """
+    for spec in manifest.arrays:
+        file = path / spec.name / "zarr.json"
+        held, wanted = parse_json(_read(file, path), str(file)), _array_metadata(spec, manifest)
+        held["shape"] = _at_most(held.get("shape"), wanted["shape"])
+        found = differences({key: held.get(key) for key in wanted}, wanted)
+        if found:
+            key, stored, expected = found[0]
+            raise StoreError(
+                f"{file} does not fit the store: {key} is {str(stored)[:200]!r}, kdpipe writes {expected!r}. "
+                "Run `kdpipe store repair RECIPE`."
+            )
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """A JSON object from a metadata file. Raises StoreError for anything else."""
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{where} is not the metadata of a Zarr v3 node: {str(error)[:200]}.") from error
+    if not isinstance(record, dict):
+        raise StoreError(f"{where} is not the metadata of a Zarr v3 node: it is no JSON object.")
+    return record
+
+
+def _at_most(held: Any, wanted: list[int]) -> Any:
+    """The shape `held`, cut to `wanted` along views and samples."""
+    if not isinstance(held, list) or len(held) != len(wanted) or not all(type(side) is int for side in held):
+        return held
+    return [min(held[0], wanted[0]), min(held[1], wanted[1]), *held[2:]]
+
+
+def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
+
+
+def _array_metadata(spec: ArraySpec, manifest: Manifest) -> dict[str, Any]:
+    """The zarr.json of an array of targets, which decides its bytes."""
+    unit_rows = manifest.layout.unit_rows
+    packing = manifest.codec.metadata(spec.little.itemsize) if manifest.codec else []
+    sharding = {
+        "chunk_shape": [1, rows_per_chunk(spec, unit_rows), *spec.row_shape],
+        "codecs": [_bytes_codec(spec.dtype), *packing],
+        "index_codecs": [LITTLE_BYTES, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return _array(
+        [manifest.layout.num_views, manifest.layout.num_rows, *spec.row_shape],
+        spec.dtype,
+        [1, unit_rows, *spec.row_shape],
+        fill_value="NaN" if spec.dtype.startswith("float") else spec.fill_value,
+        codecs=[{"name": "sharding_indexed", "configuration": sharding}],
+        names=["view", "sample", *[None] * len(spec.row_shape)],
+    )
+
+
+def _column_metadata(name: str, manifest: Manifest) -> dict[str, Any]:
+    dtype, empty = COLUMNS[name]
+    codecs = [_bytes_codec(dtype)]
+    return _array([manifest.layout.num_rows], dtype, [CHUNK_ROWS], fill_value=empty, codecs=codecs, names=["sample"])
+
+
+def _markers_metadata(manifest: Manifest) -> dict[str, Any]:
+    shape = [manifest.layout.num_views, manifest.layout.num_shards, MARKER_BYTES]
+    codecs, names = [_bytes_codec("uint8")], ["view", "shard", "byte"]
+    return _array(shape, "uint8", [1, 1, MARKER_BYTES], fill_value=0, codecs=codecs, names=names)
+
+
+def _array(
+    shape: list[int], dtype: str, chunk: list[int], *, fill_value: Any, codecs: list[Any], names: list[Any]
+) -> dict[str, Any]:
+    return {
+        "shape": shape,
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": fill_value,
+        "codecs": codecs,
+        "attributes": {},
+        "dimension_names": names,
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+
+
+def _bytes_codec(dtype: str) -> dict[str, Any]:
+    """The `bytes` codec: numbers of a single byte have no order."""
+    return {"name": "bytes"} if dtype == "uint8" else LITTLE_BYTES
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, indent=2, allow_nan=False).encode()
+
+
+def _write_new(file: Path, raw: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(raw)
+    fsync_path(file)
+
+
+def _read(file: Path, store: Path) -> bytes:
+    """A metadata file's bytes. Raises StoreError where it is none, or absurdly large."""
+    try:
+        raw = read_regular_file(file, METADATA_BYTES, store)
+    except OSError as error:
+        raise StoreError(f"{file} is not the metadata of a Zarr v3 node: {error.strerror}.") from error
+    if len(raw) > METADATA_BYTES:
+        raise StoreError(f"{file} is not the metadata of a Zarr v3 node: it is larger than {METADATA_BYTES:,} bytes.")
+    return raw

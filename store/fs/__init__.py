@@ -1,0 +1,1 @@
+"""File system primitives: atomic writes, locks and bounded reads of untrusted files."""

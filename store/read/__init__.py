@@ -1,0 +1,1 @@
+"""Read stores: open, map and gather rows by sample id."""

@@ -1,0 +1,67 @@
+"""Opening a store: what is checked before a single row is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from store.errors import StoreError
+from store.format.layout import ArraySpec, Unit
+from store.format.manifest import Manifest, require
+from store.format.markers import Marker, read_marker
+from store.fs.safe_read import open_regular_file
+from store.read.target_store import TargetStore, damaged, finished_part, visible_layout
+from store.format.samples import read_samples
+from store.format.shard import check_index, shard_path, shard_shape
+from store.format.zarr_metadata import check_arrays, read_store_manifest
+
+
+def open_store(path: Path, wanted: Mapping[str, Any] | None = None, advice: str = "") -> TargetStore:
+    """Open the store at `path`: of one that is being extended, the part that was finished before.
+
+    `wanted` names values of its manifest (any of the sections teacher, data, views, arrays) that it must have. Raises
+    FingerprintMismatch with stored and wanted values, pair by pair, where it has others; StoreError where there is no
+    store, a unit is missing, or a file is damaged. What is checked are metadata, markers, sizes and shard indices;
+    the rows themselves are checked where they are read into memory, and by `kdpipe store verify`.
+    """
+    manifest = read_store_manifest(path)
+    require(manifest, wanted or {}, f"the store {path}", advice)
+    check_arrays(path, manifest)
+    finished = finished_part(path, manifest)
+    layout = visible_layout(manifest.layout, finished)
+    markers = {}
+    for unit in layout.units():
+        marker = read_marker(path, manifest, unit)
+        if marker is None:
+            raise StoreError(f"{path} is not complete: {unit} is missing. Run `kdpipe cache-teacher` to finish it.")
+        for name in finished.arrays:
+            check_file(path, manifest, manifest.spec(name), unit, marker)
+        markers[unit] = marker
+    samples = read_samples(path, manifest.layout, manifest.identity.data)
+    return TargetStore(path, manifest, samples.take(np.arange(layout.num_samples)), markers)
+
+
+def check_file(path: Path, manifest: Manifest, spec: ArraySpec, unit: Unit, marker: Marker) -> None:
+    """Raise StoreError unless the shard file of `unit` is there, of its committed size, with the index it must have."""
+    file, committed = shard_path(path, spec, unit), marker.files.get(spec.name)
+    if committed is None:
+        raise StoreError(f"{path} is not complete: {unit} lacks {spec.name}. Run `kdpipe cache-teacher` to finish it.")
+    shape = shard_shape(spec, manifest.layout.unit_rows)
+    expected = shape.file_bytes(unit.num_rows) if manifest.codec is None else committed["bytes"]
+    try:
+        descriptor = open_regular_file(file, path)
+        try:
+            found = os.fstat(descriptor).st_size
+            index = os.pread(descriptor, shape.index_bytes, max(0, expected - shape.index_bytes))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StoreError(damaged(file, unit, f"it cannot be read ({error.strerror})")) from error
+    if found != expected or committed["bytes"] != expected:
+        raise StoreError(damaged(file, unit, f"it has {found:,} bytes, {expected:,} were committed"))
+    if manifest.codec is None:
+        check_index(index, shape, unit.num_rows, str(file))

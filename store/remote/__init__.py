@@ -1,0 +1,1 @@
+"""Read remote and packed stores, and stage them into a local cache."""

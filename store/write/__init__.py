@@ -1,0 +1,1 @@
+"""Write stores: fill, extend, shrink and transcode them, with claims between processes."""

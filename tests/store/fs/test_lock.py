@@ -1,0 +1,128 @@
+"""Files are whole or absent; a folder has one job at a time."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+
+import pytest
+
+from store import LockedError, exclusive, sweep_partial, write_atomically
+from store.fs.lock import shared
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, b"new", 3)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path):
+    path = tmp_path / "a.zarr"
+    (path / "logits").mkdir(parents=True)
+    keep = [path / "logits" / "0", tmp_path / ".b.zarr.1234.partial"]
+    litter = [path / "logits" / ".0.1234.partial", tmp_path / ".a.zarr.1234.partial"]
+    for file in [*keep, *litter]:
+        file.write_bytes(b"x")
+    sweep_partial(path)
+    assert [file.exists() for file in [*keep, *litter]] == [True, True, False, False]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from store import exclusive
+with exclusive(Path("the folder"), Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_second_job_is_told_who_holds_the_folder_and_a_dead_holder_holds_nothing(tmp_path):
+    lock = tmp_path / "lock"
+    environment = {**os.environ, "SLURM_JOB_ID": "", "PBS_JOBID": "77.server"}
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, env=environment)
+    assert holder.stdout.readline() == b"held\n"
+    with (
+        pytest.raises(
+            LockedError, match=rf"^the folder is in use by process {holder.pid} on .* \(job 77.server\), for \d+ s; "
+        ),
+        exclusive("the folder", lock),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    with exclusive("the folder", lock):
+        pass
+
+
+def is_refused(lock_manager):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock_manager)
+        except LockedError:
+            return True
+    return False
+
+
+def test_many_share_and_none_shares_with_one_who_is_alone(tmp_path):
+    lock = tmp_path / "new" / "lock"
+    with shared("it", lock), shared("it", lock):
+        assert is_refused(exclusive("it", lock))
+    with exclusive("it", lock):
+        assert is_refused(shared("it", lock))
+        assert is_refused(exclusive("it", lock))
+    assert not is_refused(exclusive("it", lock))
+    assert not is_refused(shared("it", lock))
+
+
+FORK_IN_THE_BLOCK = """
+import os, sys, time
+from pathlib import Path
+from store import exclusive
+with exclusive("it", Path(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+print(child, flush=True)
+"""
+
+
+def test_the_lock_is_free_after_the_block_though_a_forked_child_lives_on(tmp_path):
+    lock = tmp_path / "lock"
+    parent = subprocess.Popen([sys.executable, "-c", FORK_IN_THE_BLOCK, str(lock)], stdout=subprocess.PIPE)
+    child = int(parent.stdout.readline())
+    try:
+        assert not is_refused(exclusive("it", lock))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.communicate()
+
+
+def test_an_error_in_the_block_lets_go_of_the_lock(tmp_path):
+    with pytest.raises(ZeroDivisionError), exclusive("it", tmp_path / "lock"):
+        raise ZeroDivisionError
+    assert not is_refused(exclusive("it", tmp_path / "lock"))
+
+
+def test_one_who_waits_gets_the_lock_when_it_is_free(tmp_path):
+    lock, begun, steps = tmp_path / "lock", threading.Event(), []
+
+    def wait_for_it():
+        begun.set()
+        with exclusive("it", lock, wait=True):
+            steps.append("second")
+
+    with exclusive("it", lock):
+        thread = threading.Thread(target=wait_for_it)
+        thread.start()
+        assert begun.wait(30)
+        thread.join(0.05)  # gives a lock that does not wait the time to show it
+        steps.append("first")
+    thread.join(30)
+    assert steps == ["first", "second"]

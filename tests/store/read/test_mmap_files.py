@@ -1,0 +1,186 @@
+"""Files mapped one behind the other read as one array; what cannot be mapped is refused, and nothing stays mapped."""
+
+import gc
+import mmap
+import multiprocessing
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from store import StoreError, mapping
+from store.read.mmap_files import MappingUnsupported, FileRegion, map_files
+
+PAGE = mmap.PAGESIZE
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or sys.byteorder != "little", reason="one address range needs little-endian Linux"
+)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three files with a tail each, as shards have an index, of whose bytes 2 pages, 1 page and 100 bytes are rows."""
+    rng = np.random.default_rng(5)
+    sizes = [2 * PAGE, PAGE, 100]
+    contents = [rng.bytes(size) for size in sizes]
+    paths = [tmp_path / str(number) for number in range(3)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content + b"\xff" * 20)
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    return [FileRegion(*one) for one in zip(paths, starts, sizes, strict=True)], b"".join(contents)
+
+
+def maps_of(folder: Path) -> int:
+    """Maps that this process has of files in `folder`."""
+    return Path("/proc/self/maps").read_text().count(f"{folder}/")
+
+
+def num_maps() -> int:
+    return len(Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_files_read_as_one_read_only_array(shards):
+    pieces, expected = shards
+    array = map_files(pieces, len(expected))
+    assert array.dtype == np.uint8
+    assert array.shape == (len(expected),)
+    assert array.tobytes() == expected
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        array.flags.writeable = True
+
+
+def test_rows_that_straddle_two_files_are_whole(shards):
+    pieces, expected = shards
+    whole = len(expected) // 100
+    rows = map_files(pieces, len(expected))[: whole * 100].reshape(whole, 100)
+    order = np.random.default_rng(6).permutation(whole)
+    assert 2 * PAGE % 100, "no row straddles two files"
+    assert rows.take(order, axis=0).tobytes() == b"".join(expected[row * 100 : row * 100 + 100] for row in order)
+
+
+def test_bytes_that_no_piece_covers_are_zeros(shards):
+    pieces, expected = shards
+    array = map_files([pieces[1]], 5 * PAGE)
+    assert array[2 * PAGE : 3 * PAGE].tobytes() == expected[2 * PAGE : 3 * PAGE]
+    assert not array[: 2 * PAGE].any()
+    assert not array[3 * PAGE :].any()
+
+
+def test_empty_ranges_and_empty_pieces(shards):
+    pieces, expected = shards
+    empty = map_files([FileRegion(pieces[0].path, 0, 0)], 0)
+    assert empty.shape == (0,)
+    assert not empty.flags.writeable
+    assert not map_files([], 3).any()
+    assert map_files([*pieces, FileRegion(pieces[0].path, PAGE, 0)], len(expected)).tobytes() == expected
+
+
+def test_a_file_replaced_or_deleted_after_mapping_keeps_its_bytes(shards, tmp_path):
+    pieces, expected = shards
+    array = map_files(pieces, len(expected))
+    (tmp_path / "new").write_bytes(b"\0" * 3 * PAGE)
+    (tmp_path / "new").replace(pieces[0].path)
+    pieces[1].path.unlink()
+    assert array.tobytes() == expected
+
+
+def test_the_maps_live_as_long_as_the_last_view_and_no_longer(shards, tmp_path):
+    pieces, expected = shards
+    assert maps_of(tmp_path) == 0
+    array = map_files(pieces, len(expected))
+    assert maps_of(tmp_path) == len(pieces)
+    last = array[PAGE:].view("<f4").reshape(-1, 1)[5:]
+    del array
+    gc.collect()
+    assert last.tobytes() == expected[PAGE + 20 :]
+    del last
+    assert maps_of(tmp_path) == 0
+
+
+def test_mapping_again_and_again_leaks_neither_maps_nor_descriptors(shards, tmp_path):
+    pieces, expected = shards
+    map_files(pieces, len(expected))
+    before, descriptors = num_maps(), len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(300):
+        map_files(pieces, len(expected))
+    assert maps_of(tmp_path) == 0
+    assert num_maps() < before + 100
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_a_forked_child_reads_the_same(shards):
+    pieces, expected = shards
+    array = map_files(pieces, len(expected))
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: theirs.send_bytes(array.tobytes()))
+    child.start()
+    assert mine.poll(30), "the child did not answer"
+    assert mine.recv_bytes() == expected
+    child.join()
+    assert child.exitcode == 0
+    assert array.tobytes() == expected, "the child's end took the parent's maps"
+
+
+def test_a_file_that_is_too_short_or_absent_is_named_and_nothing_stays_mapped(shards, tmp_path):
+    pieces, expected = shards
+    pieces[2].path.write_bytes(b"x" * 99)
+    before = num_maps()
+    with pytest.raises(StoreError, match=rf"{pieces[2].path} is damaged: it has 99 bytes, its rows take 100") as held:
+        map_files(pieces, len(expected))
+    assert maps_of(tmp_path) == 0
+    assert num_maps() <= before + 1
+    assert held.tb is not None
+    pieces[2].path.unlink()
+    with pytest.raises(StoreError, match=f"{pieces[2].path} cannot be read: No such file"):
+        map_files(pieces, len(expected))
+
+
+@pytest.mark.parametrize(("at", "num_bytes"), [(0, PAGE + 1), (PAGE, 1), (-PAGE, PAGE), (0, -1), (2**63, PAGE)])
+def test_a_piece_outside_of_the_range_is_refused(shards, at, num_bytes):
+    pieces, _ = shards
+    with pytest.raises(ValueError, match="outside of a range of"):
+        map_files([FileRegion(pieces[0].path, at, num_bytes)], PAGE)
+
+
+def test_a_piece_that_starts_inside_a_page_cannot_be_mapped(shards):
+    pieces, _ = shards
+    with pytest.raises(MappingUnsupported, match="would start at byte 512, inside a page"):
+        map_files([FileRegion(pieces[0].path, 512, 100)], PAGE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("platform", "darwin", "needs little-endian Linux: .* darwin"),
+        ("byteorder", "big", "little-endian.* this is big"),
+    ],
+)
+def test_another_system_cannot_map(shards, monkeypatch, name, value, why):
+    pieces, expected = shards
+    monkeypatch.setattr(sys, name, value)
+    with pytest.raises(MappingUnsupported, match=why):
+        map_files(pieces, len(expected))
+
+
+def test_more_files_than_the_system_maps_are_refused_before_any_is_mapped(shards, monkeypatch):
+    pieces, expected = shards
+    monkeypatch.setattr(mapping, "SPARE_MAPS", 10**12)
+    with pytest.raises(MappingUnsupported, match="3 files, and the system's vm.max_map_count leaves room for 0 more"):
+        map_files(pieces, len(expected))
+
+
+def test_what_the_system_refuses_is_said_in_its_words(shards, tmp_path):
+    pieces, _ = shards
+    with pytest.raises(MappingUnsupported, match="no address range of 4,611,686,018,427,387,904 bytes"):
+        map_files([], 2**62)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").touch()
+    with pytest.raises(MappingUnsupported, match=f"{folder} cannot be mapped: "):
+        map_files([*pieces[:2], FileRegion(folder, 2 * PAGE, 1)], 3 * PAGE)
+    assert maps_of(tmp_path) == 0

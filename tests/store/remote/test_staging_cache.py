@@ -1,0 +1,114 @@
+"""The area of staged stores: its limits, who is evicted and who is not, and what a crash leaves."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from staging_jobs import entries, require_equal, stage_elsewhere
+
+from store import Codec, StoreError, open_store
+from store.remote.staging import StagingCache, default_staging_cache, stage
+
+
+@pytest.fixture
+def area(tmp_path) -> StagingCache:
+    return StagingCache(tmp_path / "cache", 2**30)
+
+
+def test_what_was_used_longest_ago_is_evicted_and_what_is_in_use_never(store_maker, area):
+    first, second, third = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()).path for n in (2500, 2400, 2300))
+    one = stage_elsewhere(first, area).parent
+    num_bytes = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
+    small = replace(area, max_bytes=int(2.5 * num_bytes))
+    two = stage_elsewhere(second, small).parent
+    assert stage_elsewhere(first, small).parent == one  # so that the second is the one used longest ago
+    three = stage(third, small).parent
+    assert entries(area) == {one, three}
+    assert not two.exists()
+
+    assert stage(second, small).parent == two
+    assert entries(area) == {two, three}
+    with pytest.raises(StoreError, match="In use") as refused:
+        stage(first, small)
+    for said in (
+        "KDPIPE_CACHE_BYTES",
+        "KDPIPE_CACHE ",
+        f"{small.max_bytes:,}",
+        two.name,
+        three.name,
+        str(os.getpid()),
+    ):
+        assert said in str(refused.value)
+    assert entries(area) == {two, three}
+    open_store(two / "targets.zarr")
+    assert stage(first, area).parent == one, "with a higher limit it fits"
+
+
+def test_nothing_is_evicted_for_a_store_that_cannot_fit(store_maker, area, monkeypatch):
+    small = store_maker("small.zarr", num_samples=300, codec=Codec())
+    large = store_maker("large.zarr", codec=Codec())
+    idle = stage_elsewhere(small.path, area).parent
+    with pytest.raises(StoreError, match=r"needs 1,9\d\d,\d\d\d bytes in .* may take 1,000,000 together"):
+        stage(large.path, replace(area, max_bytes=10**6))
+    usage = shutil.disk_usage(area.folder)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(
+        StoreError, match=r"needs 1,9\d\d,\d\d\d bytes more in .*, whose disk has .* free.*KDPIPE_CACHE"
+    ):
+        stage(large.path, area)
+    assert entries(area) == {idle}
+    require_equal(stage(small.path, area), small)
+
+
+def test_a_crash_in_an_eviction_leaves_no_half_store(store_maker, area, monkeypatch):
+    first, second = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()) for n in (2500, 2400))
+    small = replace(area, max_bytes=3 * 10**6)
+    one = stage_elsewhere(first.path, small).parent
+
+    def crash(folder, **_):
+        next(folder.rglob("c")).rename(folder / "gone")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", crash)
+        with pytest.raises(KeyboardInterrupt):
+            stage(second.path, small)
+    assert not one.exists()
+    assert len(list(area.folder.glob(".*.partial"))) == 1
+    require_equal(stage(second.path, small), second)
+    assert not list(area.folder.glob(".*.partial"))
+
+
+def test_folders_of_other_things_are_left_alone(store_maker, area):
+    first, second = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()) for n in (2500, 2400))
+    small = replace(area, max_bytes=3 * 10**6)
+    one = stage_elsewhere(first.path, small).parent
+    others = [area.folder / name for name in ("thesis", ".thesis.0123abcd.partial", f"{one.name}-old")]
+    for other in others:
+        other.mkdir()
+        (other / "chapter").write_bytes(bytes(10**6))
+        os.utime(other, (0, 0))
+    two = stage(second.path, small).parent
+    assert entries(area) == {two}
+    assert all((other / "chapter").exists() for other in others)
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder", "most_bytes"),
+    [
+        ({"HOME": "/home/me"}, "/home/me/.cache/kdpipe/stores", 200 * 2**30),
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": "/scratch"}, "/scratch/kdpipe/stores", 200 * 2**30),
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": "scratch"}, "/home/me/.cache/kdpipe/stores", 200 * 2**30),
+        ({"KDPIPE_CACHE": "/fast", "XDG_CACHE_HOME": "/scratch", "KDPIPE_CACHE_BYTES": "5000"}, "/fast", 5000),
+    ],
+)
+def test_the_environment_says_where_stores_are_staged(environ, folder, max_bytes):
+    assert default_staging_cache(environ) == StagingCache(Path(folder), max_bytes)
+
+
+@pytest.mark.parametrize("text", ["200G", "-1", "1e9", "9" * 30])
+def test_a_limit_that_is_no_number_of_bytes_is_told(text):
+    with pytest.raises(StoreError, match="KDPIPE_CACHE_BYTES is "):
+        default_staging_cache({"KDPIPE_CACHE_BYTES": text})

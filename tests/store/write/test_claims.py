@@ -1,0 +1,248 @@
+"""A unit is one process's at a time, a dead process holds nothing, and nothing is left lying about."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from store import KdpipeError
+from store.write.claims import Claim, Holder, claim, holder
+
+CLAIM_AND_WAIT = """
+import sys
+from pathlib import Path
+from store.write.claims import claim
+kept = claim(Path(sys.argv[1]), "v0-s0")
+print(type(kept).__name__, flush=True)
+sys.stdin.read()
+"""
+
+COUNT_UP = """
+import sys, time
+from pathlib import Path
+from store.write.claims import Claim, claim, holder
+store, counter = Path(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+done = 0
+while done < 50:
+    kept = claim(store, "v0-s0")
+    if isinstance(kept, Claim):
+        count = int(counter.read_text())
+        time.sleep(0.0002)
+        counter.write_text(str(count + 1))
+        kept.release()
+        done += 1
+    holder(store, "v0-s0")
+"""
+
+
+def start(script, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "a.zarr"
+
+
+@pytest.fixture
+def locks(tmp_path):
+    return tmp_path / ".a.zarr.locks"
+
+
+def test_a_live_process_keeps_its_unit_and_a_killed_one_keeps_nothing(store, locks):
+    other = start(CLAIM_AND_WAIT, store, SLURM_JOB_ID="77")
+    assert other.stdout.readline() == "Claim\n"
+    refused = claim(store, "v0-s0")
+    assert isinstance(refused, Holder)
+    assert (refused.host, refused.pid, refused.job_id) == (socket.gethostname(), other.pid, "77")
+    assert holder(store, "v0-s0").pid == other.pid
+    assert isinstance(claim(store, "v0-s1"), Claim)
+
+    other.send_signal(signal.SIGKILL)
+    other.communicate()
+    assert (locks / "v0-s0").exists()
+    assert holder(store, "v0-s0") is None
+    mine = claim(store, "v0-s0")
+    assert isinstance(mine, Claim)
+    assert holder(store, "v0-s0").pid == os.getpid()
+
+
+def test_a_released_unit_is_free_and_leaves_no_litter(tmp_path, store, locks):
+    first, second = claim(store, "v0-s0"), claim(store, "v0-s1")
+    assert sorted(path.name for path in locks.iterdir()) == ["v0-s0", "v0-s1"]
+    first.release()
+    assert [path.name for path in locks.iterdir()] == ["v0-s1"]
+    second.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_release_takes_nothing_from_the_next_claim(store):
+    first = claim(store, "v0-s0")
+    first.release()
+    second = claim(store, "v0-s0")
+    first.release()
+    assert isinstance(second, Claim)
+    assert isinstance(claim(store, "v0-s0"), Holder)
+
+
+def test_another_thread_may_release(store):
+    kept = claim(store, "v0-s0")
+    thread = threading.Thread(target=kept.release)
+    thread.start()
+    thread.join()
+    assert isinstance(claim(store, "v0-s0"), Claim)
+
+
+def test_a_claim_whose_folder_was_swept_away_does_not_remove_its_successor(store, locks):
+    first = claim(store, "v0-s0")
+    (locks / "v0-s0").unlink()
+    second = claim(store, "v0-s0")
+    assert isinstance(second, Claim)
+    first.release()
+    assert (locks / "v0-s0").exists()
+
+
+def test_a_folder_that_vanishes_as_it_is_made_is_made_again(store, locks, monkeypatch):
+    """pathlib, translate_os_errors that a folder exists, looks whether it is one: another's last release may come between."""
+    made, times = Path.mkdir, []
+
+    def gone_meanwhile(path, *args, **kwargs):
+        if path == locks and len(times) < 3:
+            times.append(1)
+            raise FileExistsError(17, "File exists", str(path))
+        made(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", gone_meanwhile)
+    assert isinstance(claim(store, "v0-s0"), Claim)
+    assert len(times) == 3
+
+
+def test_a_link_to_nowhere_in_the_folders_place_is_told(store, locks):
+    locks.symlink_to("nowhere")
+    with pytest.raises(KdpipeError, match="cannot be used"):
+        claim(store, "v0-s0")
+
+
+def test_of_four_racing_processes_one_at_a_time_has_the_unit(tmp_path, store):
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    racers = [start(COUNT_UP, store, counter) for _ in range(4)]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    for racer in racers:
+        racer.communicate(timeout=60)
+        assert racer.returncode == 0
+    assert counter.read_text() == "200"
+    assert [path.name for path in tmp_path.iterdir()] == ["counter"]
+
+
+def test_a_claim_is_not_refused_by_one_who_only_looks(store, locks, monkeypatch):
+    claim(store, "v0-s0").release()
+    locks.mkdir()
+    looking = os.open(locks / "v0-s0", os.O_RDONLY | os.O_CREAT)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    assert holder(store, "v0-s0") is None
+    real, refused = fcntl.flock, []
+
+    def flock(descriptor, operation):
+        try:
+            real(descriptor, operation)
+        except BlockingIOError:
+            refused.append(operation)
+            real(looking, fcntl.LOCK_UN)  # the look is over
+            raise
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert isinstance(claim(store, "v0-s0"), Claim)
+    assert refused == [fcntl.LOCK_EX | fcntl.LOCK_NB]
+    os.close(looking)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"",
+        b'{"host": "a", "pi',
+        b"[]",
+        b"\xff\xfe",
+        b'{"host": "a", "pid": 1e999, "job_id": null, "since": 0}',
+        b"[" * 2000,
+    ],
+)
+def test_a_broken_record_is_another_job(store, locks, record):
+    kept = claim(store, "v0-s0")
+    (locks / "v0-s0").write_bytes(record)
+    assert str(claim(store, "v0-s0")) == "another job"
+    kept.release()
+
+
+def test_a_holder_is_named_with_its_job_and_age():
+    assert str(Holder("node7", 123, "77", 35.2)) == "process 123 on node7 (job 77), for 35 s"
+    assert str(Holder("node7", 123, None, 35.2)) == "process 123 on node7, for 35 s"
+
+
+def test_the_age_is_counted_from_the_record(store, locks, monkeypatch):
+    kept = claim(store, "v0-s0")
+    since = json.loads((locks / "v0-s0").read_text())["since"]
+    monkeypatch.setattr("time.time", lambda: since + 90)
+    assert holder(store, "v0-s0").age_s == 90
+    monkeypatch.setattr("time.time", lambda: since - 90)
+    assert holder(store, "v0-s0").age_s == 0
+    kept.release()
+
+
+def test_nobody_is_at_a_store_that_is_not_there(store, tmp_path):
+    assert holder(store, "v0-s0") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_named(store, locks, monkeypatch, code):
+    def flock(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(KdpipeError, match=f"the file system of {locks} does not support file locks"):
+        claim(store, "v0-s0")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(KdpipeError, match=r"v0-s0 cannot be used \(Not a directory\): make "):
+        claim(tmp_path / "file" / "a.zarr", "v0-s0")
+    with pytest.raises(KdpipeError, match=r"v0-s0 cannot be used \(Not a directory\): make "):
+        holder(tmp_path / "file" / "a.zarr", "v0-s0")
+
+    def read_only(*arguments):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("os.open", read_only)
+    with pytest.raises(KdpipeError, match=r"v0-s0 cannot be used \(Read-only file system\): make "):
+        claim(tmp_path / "a.zarr", "v0-s0")
+
+
+def test_a_link_in_a_lock_files_place_is_not_followed(tmp_path, store, locks):
+    locks.mkdir()
+    (locks / "v0-s0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(KdpipeError, match="v0-s0 cannot be used"):
+        claim(store, "v0-s0")
+    assert not (tmp_path / "elsewhere").exists()

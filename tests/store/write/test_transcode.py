@@ -1,0 +1,351 @@
+"""One store becomes another without the teacher: exactly where nothing is asked to be lost, and translate_os_errors where it is."""
+
+import os
+import random
+import signal
+import traceback
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from made_store import folder_bytes, make_store
+from transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, held
+
+from store import (
+    ArraySpec,
+    Samples,
+    StoreError,
+    TopK,
+    default_temperatures,
+    encode_topk,
+    ensure_store,
+    finish_store,
+    measure_dense,
+    measure_features,
+    missing_units,
+    open_store,
+    read_store_manifest,
+    write_unit,
+)
+from store.write.transcode_options import TranscodeOptions
+from store.format.encoding_error import merge, summarize_features, summarize_logits
+from store.format.shard import shard_path
+from store.write.transcode import transcode
+
+
+def nearest(values, bits):
+    """`values` with `bits` bits behind the leading one, by arithmetic in double precision; ties to even."""
+    exact = values.astype(np.float64)
+    mantissa, exponent = np.frexp(exact)
+    return np.ldexp(np.rint(np.ldexp(mantissa, bits + 1)), exponent - bits - 1)
+
+
+@pytest.mark.parametrize("codec", [ZSTD, BLOSC], ids=lambda codec: codec.name)
+def test_packing_and_unpacking_gives_back_the_very_bytes(made, codec):
+    packed = changed(made.path, TranscodeOptions(codec=codec), "packed.zarr")
+    assert open_store(packed).manifest.profile == "archive"
+    assert {name: values.tobytes() for name, values in held(packed).items()} == {
+        name: values.tobytes() for name, values in made.contents.items()
+    }
+    unpacked = changed(packed, TranscodeOptions(codec="zero-copy"), "unpacked.zarr")
+    assert folder_bytes(unpacked) == folder_bytes(made.path)
+    assert folder_bytes(changed(packed, TranscodeOptions(), "copy.zarr")) == folder_bytes(packed)
+
+
+def test_plain_zarr_reads_every_array_of_a_transcoded_archive(source):
+    target = changed(source.path, TranscodeOptions(top_k=4, dtype="float16", keep_bits=6, codec=BLOSC))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group = zarr.open_group(target, mode="r")
+        for name, values in held(target).items():
+            assert np.array_equal(group[name][:], values)
+        assert np.array_equal(group["samples/ids"][:], source.samples.ids)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("k", [3, 4])
+def test_top_k_logits_are_those_of_the_dense_rows(source, dtype, k):
+    target = changed(source.path, TranscodeOptions(top_k=k, dtype=dtype))
+    form = TopK(10, k, default_temperatures())
+    found, store = held(target), open_store(target)
+    for view in range(2):
+        expected = encode_topk(source.contents["logits"][view], form, dtype or "float32")
+        for name, rows in expected.items():
+            assert found[name].dtype == rows.dtype
+            assert np.array_equal(found[name][view], rows)
+    assert np.array_equal(found[FEATURES], source.contents[FEATURES].astype(dtype or "float32"))
+    assert store.manifest.top_k == form
+    assert store.manifest.identity == source.manifest.identity
+    assert {store.reading(name).way for name in found} == {"mapped"}
+    full_pages = {(3, None): 4096, (3, "float16"): 4096, (4, None): 1024, (4, "float16"): 2048}
+    assert store.unit_rows == full_pages[k, dtype] >= source.manifest.layout.unit_rows
+    mapped = store.gather("logits/values", 1, source.samples.ids[[2499, 0, 1500]])
+    assert np.array_equal(mapped, found["logits/values"][1][[2499, 0, 1500]])
+
+
+def test_a_grid_of_temperatures_may_be_chosen(source):
+    target = changed(source.path, TranscodeOptions(top_k=4, temperatures=(1.0, 2.0, 4.0)))
+    assert open_store(target).manifest.top_k == TopK(10, 4, (1.0, 2.0, 4.0))
+    assert held(target)["logits/tail"].shape == (2, 2500, 3)
+
+
+def test_numbers_that_another_grid_decides_are_not_taken_for_the_same(source):
+    names = ["logits/values", "logits/indices", "logits/tail"]
+    grids = {"low.zarr": (1.0, 2.0, 4.0), "high.zarr": (1.0, 3.0, 9.0)}
+    made = [changed(source.path, TranscodeOptions(top_k=4, temperatures=grid), name) for name, grid in grids.items()]
+    digests = {open_store(path).manifest.numbers_sha256(names) for path in made}
+    assert len(digests) == 2
+    assert open_store(made[0]).manifest.numbers_sha256([FEATURES]) == source.manifest.numbers_sha256([FEATURES])
+
+
+def test_float32_narrows_to_float16(source):
+    found = held(changed(source.path, TranscodeOptions(dtype="float16")))
+    for name, values in source.contents.items():
+        assert found[name].dtype == np.float16
+        assert np.array_equal(found[name], values.astype(np.float16))
+
+
+def test_views_and_arrays_may_be_left_behind(source):
+    target = changed(source.path, TranscodeOptions(num_views=1, arrays=()))
+    assert open_store(target).num_views == 1
+    found = held(target)
+    assert list(found) == ["logits"]
+    assert np.array_equal(found["logits"], source.contents["logits"][:1])
+    assert not (target / "features").exists()
+    both = changed(source.path, TranscodeOptions(arrays=(FEATURES,)), "both.zarr")
+    assert list(held(both)) == ["logits", FEATURES]
+
+
+def test_rounded_arrays_keep_their_bits_and_pack_better(source):
+    plain = transcode(source.path, source.path.with_name("plain.zarr"), TranscodeOptions(codec=ZSTD))
+    rounded = changed(source.path, TranscodeOptions(codec=ZSTD, keep_bits=6))
+    for name, values in held(rounded).items():
+        assert np.array_equal(values.astype(np.float64), nearest(source.contents[name], 6))
+    manifest = open_store(rounded).manifest
+    assert manifest.rounded == {"logits": 6, FEATURES: 6}
+    again = transcode(rounded, source.path.with_name("again.zarr"), TranscodeOptions())
+    assert again["bytes_before"] < plain["bytes_after"] / 2
+    assert manifest.numbers_sha256(["logits"]) != source.manifest.numbers_sha256(["logits"])
+
+
+def test_rounding_leaves_the_tail_and_coarser_arrays_alone_and_is_never_forgotten(tmp_path):
+    specs = (ArraySpec("logits", (10,), "float16"), FLOAT32[1])
+    made = make_store(tmp_path / "mixed.zarr", specs=specs)
+    once = changed(made.path, TranscodeOptions(keep_bits=12), "once.zarr")
+    assert open_store(once).manifest.rounded == {FEATURES: 12}
+    assert np.array_equal(held(once)["logits"], made.contents["logits"])
+    twice = changed(once, TranscodeOptions(keep_bits=5), "twice.zarr")
+    finer = changed(twice, TranscodeOptions(keep_bits=8), "finer.zarr")
+    assert open_store(finer).manifest.rounded == {"logits": 5, FEATURES: 5}
+    assert open_store(changed(once, TranscodeOptions(dtype="float16"), "half.zarr")).manifest.rounded == {FEATURES: 10}
+    topk = changed(twice, TranscodeOptions(top_k=4), "topk.zarr")
+    assert open_store(topk).manifest.rounded == {"logits/values": 5, FEATURES: 5}
+    coarse = changed(topk, TranscodeOptions(keep_bits=3), "coarse.zarr")
+    assert np.array_equal(held(coarse)["logits/tail"], held(topk)["logits/tail"])
+    assert np.array_equal(held(coarse)["logits/values"], nearest(held(topk)["logits/values"], 3))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    num_samples=st.integers(1, 3000),
+    codec=st.sampled_from(["as it is", "zero-copy", ZSTD, BLOSC]),
+    dtype=st.sampled_from([None, "float16"]),
+    num_views=st.sampled_from([None, 1, 2]),
+    keep_bits=st.sampled_from([None, 1, 7]),
+    before=st.sampled_from([None, ZSTD]),
+)
+def test_any_change_gives_the_numbers_asked_for(
+    tmp_path_factory, num_samples, codec, dtype, num_views, keep_bits, before
+):
+    folder = tmp_path_factory.mktemp("any")
+    made = make_store(folder / "a.zarr", num_samples=num_samples, specs=FLOAT32, codec=before)
+    target = changed(made.path, TranscodeOptions(codec=codec, dtype=dtype, num_views=num_views, keep_bits=keep_bits))
+    for name, values in made.contents.items():
+        wanted = values[:num_views].astype(dtype or np.float32)
+        if keep_bits:  # below float16's normal numbers there are fewer bits to keep
+            normal = np.abs(wanted) >= 2.0**-14
+            wanted = np.where(normal, nearest(wanted, keep_bits), held(target)[name])
+        assert np.array_equal(held(target)[name], wanted)
+
+
+def measured(made):
+    """Fill a store as a teacher does, with figures on what each array lost."""
+    for unit in made.units:
+        rows = made.rows(unit)
+        exact = {name: values.astype(np.float32) * np.float32(1.001) for name, values in rows.items()}
+        lost = {
+            "logits": measure_dense(exact["logits"], rows["logits"]),
+            FEATURES: measure_features(exact[FEATURES], rows[FEATURES]),
+        }
+        write_unit(made.path, made.manifest, unit, rows, lost)
+    finish_store(made.path)
+    return open_store(made.path).fidelity
+
+
+def test_figures_say_against_what_they_are(tmp_path):
+    made = make_store(tmp_path / "a.zarr", specs=(FLOAT32[0], ArraySpec(FEATURES, (3, 5), "float16")), fill=False)
+    by_teacher = measured(made)
+    copied = transcode(made.path, tmp_path / "copy.zarr", TranscodeOptions(codec=ZSTD))
+    assert copied["fidelity"] == by_teacher
+    half = transcode(made.path, tmp_path / "half.zarr", TranscodeOptions(dtype="float16"))["fidelity"]
+    assert sorted(half) == [FEATURES, "logits, step 1", "logits, step 2"]
+    assert half[FEATURES] == by_teacher[FEATURES]
+    assert half["logits, step 1"] == by_teacher["logits"]
+    logits = made.contents["logits"]
+    assert half["logits, step 2"]["num_rows"] == 5000
+    assert half["logits, step 2"]["largest_error"] == pytest.approx(
+        np.abs(logits - logits.astype(np.float16)).max(), rel=1e-5
+    )
+    third = transcode(tmp_path / "half.zarr", tmp_path / "third.zarr", TranscodeOptions(top_k=3, arrays=()))["fidelity"]
+    assert sorted(third) == ["logits, step 1", "logits, step 2", "logits, step 3"]
+    assert {name: third[name] for name in half if name in third} == {
+        name: figures for name, figures in half.items() if name != FEATURES
+    }
+    assert third["logits, step 3"]["num_rows"] == 5000
+    assert third["logits, step 3"]["kl"]["1"] > half["logits, step 2"]["kl"]["1"]
+
+
+def test_figures_are_those_of_the_formulas(source):
+    target = source.path.with_name("b.zarr")
+    found = transcode(source.path, target, TranscodeOptions(dtype="float16", keep_bits=4))["fidelity"]
+    parts = {name: [] for name in source.contents}
+    for unit in read_store_manifest(target).layout.units():
+        for name, exact in source.rows(unit).items():
+            stored = held(target)[name][unit.view, unit.start : unit.stop]
+            parts[name].append((measure_dense if name == "logits" else measure_features)(exact, stored))
+    assert found == {
+        "logits, step 2": summarize_logits(merge(parts["logits"])),
+        f"{FEATURES}, step 2": summarize_features(merge(parts[FEATURES])),
+    }
+
+
+def test_sizes_are_those_on_disk(source):
+    target = source.path.with_name("b.zarr")
+    report = transcode(source.path, target, TranscodeOptions(codec=ZSTD, num_views=1))
+    sizes = {
+        path: sum(
+            shard_path(path, spec, unit).stat().st_size
+            for spec in manifest.arrays
+            for unit in manifest.layout.units()
+        )
+        for path, manifest in ((source.path, source.manifest), (target, read_store_manifest(target)))
+    }
+    assert (report["bytes_before"], report["bytes_after"]) == tuple(sizes.values())
+    assert (report["complete"], report["num_units"]) == (True, 3)
+
+
+def killed_at_fsync(number, source, target, change):
+    """Run `transcode` in a child that kills itself with SIGKILL at its `number`-th fsync; whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            real, left = os.fsync, iter(range(number, -1, -1))
+
+            def fsync(descriptor):
+                if next(left) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                real(descriptor)
+
+            os.fsync = fsync
+            transcode(source, target, change)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in {0, -signal.SIGKILL}
+    return status != 0
+
+
+@pytest.mark.parametrize("change", [TranscodeOptions(top_k=4, dtype="float16"), TranscodeOptions(codec=ZSTD, keep_bits=7)])
+def test_killed_at_any_moment_and_rerun_it_leaves_the_bytes_of_an_undisturbed_one(source, change):
+    undisturbed = changed(source.path, change, "undisturbed.zarr")
+    target, chance, num_kills = source.path.with_name("killed.zarr"), random.Random(5), 0
+    while killed_at_fsync(chance.randrange(35), source.path, target, change):
+        num_kills += 1
+        assert num_kills < 300
+    assert num_kills > 5
+    assert folder_bytes(target) == folder_bytes(undisturbed)
+    assert not list(source.path.parent.glob("*.partial"))
+    assert not list(source.path.parent.glob(".*.partial"))
+
+
+def test_stopped_and_rerun_it_continues_where_it_was(source):
+    target, seen = source.path.with_name("b.zarr"), []
+    stopped = transcode(source.path, target, TranscodeOptions(codec=ZSTD), should_stop=lambda: len(seen) == 2 or seen.append(1))
+    assert (stopped["complete"], stopped["fidelity"]) == (False, {})
+    assert len(missing_units(target, read_store_manifest(target))) == len(source.units) - 2
+    with pytest.raises(StoreError, match="not complete"):
+        open_store(target)
+    first = shard_path(target, source.manifest.arrays[0], source.units[0])
+    written = first.stat().st_mtime_ns
+    heard = []
+    assert transcode(source.path, target, TranscodeOptions(codec=ZSTD), on_unit=lambda *at: heard.append(at))["complete"]
+    assert heard == [(done, 6) for done in range(7)]
+    assert first.stat().st_mtime_ns == written
+    assert folder_bytes(target) == folder_bytes(changed(source.path, TranscodeOptions(codec=ZSTD), "c.zarr"))
+
+
+def grown_samples(made, num_added):
+    ids = np.arange(num_added) + made.samples.ids.max() + 1
+    others = Samples(ids, ids % 10, np.arange(num_added, dtype=np.uint32))
+    return made.samples.followed_by(others)
+
+
+def grown_manifest(made, samples):
+    data = {**made.manifest.identity.data, **samples.digests(), "num_samples": len(samples.ids)}
+    return replace(made.manifest, identity=replace(made.manifest.identity, data=data))
+
+
+def grow(made, samples, fill):
+    """Extend a store by the samples that it lacks, all of its rows drawn anew; returns what it now holds."""
+    manifest = ensure_store(made.path, grown_manifest(made, samples), samples)
+    rng = np.random.default_rng(3)
+    shape = (2, manifest.layout.num_shards * manifest.layout.unit_rows)
+    contents = {spec.name: rng.normal(size=(*shape, *spec.row_shape)).astype("f4") for spec in manifest.arrays}
+    for name, values in made.contents.items():
+        contents[name][:, :2500] = values
+    for unit in missing_units(made.path, manifest) if fill else []:
+        rows = {name: values[unit.view, unit.start : unit.stop] for name, values in contents.items()}
+        write_unit(made.path, manifest, unit, rows)
+    finish_store(made.path)
+    return contents
+
+
+@pytest.mark.parametrize("k", [3, 4])
+def test_a_source_that_has_grown_carries_its_target_along(source, k):
+    target = changed(source.path, TranscodeOptions(top_k=k))
+    first = held(target)
+    samples = grown_samples(source, 1300)
+    contents = grow(source, samples, fill=True)
+    transcode(source.path, target, TranscodeOptions(top_k=k))
+    store, wide = open_store(target), open_store(source.path)
+    assert store.num_samples == wide.num_samples == 3800
+    rows = wide.rows_of(samples.ids)
+    form = TopK(10, k, default_temperatures())
+    for view in range(2):
+        expected = encode_topk(contents["logits"][view][rows], form, "float32")
+        for name, values in expected.items():
+            assert np.array_equal(store.gather(name, view, samples.ids), values)
+            assert np.array_equal(store.read_view(name, view)[:2500], first[name][view])
+        assert np.array_equal(store.gather(FEATURES, view, samples.ids), contents[FEATURES][view][rows])
+    assert store.manifest.segment_fingerprints == wide.manifest.segment_fingerprints
+    at_once = changed(source.path, TranscodeOptions(top_k=k), "at_once.zarr")
+    for name, values in held(at_once).items():
+        assert np.array_equal(values, held(target)[name], equal_nan=values.dtype.kind == "f")
+
+
+def test_of_a_source_that_is_being_extended_the_finished_part_is_taken(source):
+    data = {**source.manifest.identity.data, "num_samples": 2500}
+    manifest = replace(source.manifest, identity=replace(source.manifest.identity, data=data))
+    path = source.path.with_name("counted.zarr")
+    ensure_store(path, manifest, source.samples)
+    counted = replace(source, path=path, manifest=manifest)
+    counted.fill(counted.units)
+    before = changed(path, TranscodeOptions(top_k=4), "before.zarr")
+    grow(counted, grown_samples(source, 600), fill=False)
+    assert folder_bytes(changed(path, TranscodeOptions(top_k=4), "during.zarr")) == folder_bytes(before)

@@ -1,0 +1,141 @@
+"""What transcoding cannot do is refused in a sentence, and leaves nothing half done."""
+
+import os
+
+import numpy as np
+import pytest
+from made_store import folder_bytes, make_store
+from transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, held
+
+from store import (
+    FingerprintMismatch,
+    LockedError,
+    StoreError,
+    claim,
+    missing_units,
+    read_store_manifest,
+    write_unit,
+)
+from store.write.transcode_options import TranscodeOptions
+from store.format.shard import shard_path
+from store.write.transcode import transcode
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (TranscodeOptions(top_k=10), "k is 10 of 10 classes"),
+        (TranscodeOptions(top_k=0), "k is 0 of 10 classes"),
+        (TranscodeOptions(top_k=3, temperatures=(4.0, 2.0)), "must ascend"),
+        (TranscodeOptions(temperatures=(1.0, 2.0)), "temperatures belong to top-k logits"),
+        (TranscodeOptions(dtype="bfloat16"), "cannot be narrowed to 'bfloat16'"),
+        (TranscodeOptions(num_views=3), "has 2 views: 3 of them"),
+        (TranscodeOptions(num_views=0), "has 2 views: 0 of them"),
+        (TranscodeOptions(arrays=("features/layer2.1",)), r"no array 'features/layer2.1', only .*Did you mean features/layer2.0"),
+        (TranscodeOptions(keep_bits=0), "keep_bits is 0"),
+        (TranscodeOptions(keep_bits=23), "choose from 1 to 22"),
+    ],
+)
+def test_the_impossible_is_refused_in_a_sentence(source, change, translate_os_errors):
+    with pytest.raises(StoreError, match=translate_os_errors):
+        changed(source.path, change)
+    assert not source.path.with_name("target.zarr").exists()
+
+
+def test_precision_and_classes_that_are_gone_do_not_come_back(source):
+    half = changed(source.path, TranscodeOptions(dtype="float16"), "half.zarr")
+    with pytest.raises(StoreError, match="logits of .* is float16, and as float32 it would only pretend"):
+        changed(half, TranscodeOptions(dtype="float32"))
+    with pytest.raises(StoreError, match="would only pretend"):
+        changed(half, TranscodeOptions(top_k=3, dtype="float32"))
+    top = changed(source.path, TranscodeOptions(top_k=4), "top.zarr")
+    for k in (3, 4, 5):
+        with pytest.raises(StoreError, match=f"holds the 4 largest logits only, and no top {k}"):
+            changed(top, TranscodeOptions(top_k=k))
+
+
+def too_large(source, value):
+    """Two samples of the source whose features are `value`."""
+    unit, rows = source.units[1], source.rows(source.units[1])
+    rows[FEATURES][[4, 9], 1, 2] = value
+    shard_path(source.path, FLOAT32[1], unit).unlink()
+    write_unit(source.path, source.manifest, unit, rows)
+    return sorted(source.samples.ids[unit.start + np.array([4, 9])].tolist())
+
+
+def test_what_is_too_large_for_float16_is_named_by_its_samples(source):
+    ids = too_large(source, -1e6)
+    with pytest.raises(
+        StoreError, match=r"of 2 samples in view 0, .*for float16 .*neither dtype nor keep_bits, and it stays"
+    ) as said:
+        changed(source.path, TranscodeOptions(dtype="float16"))
+    assert all(str(one) in str(said.value) for one in ids)
+    assert FEATURES in str(said.value)
+    assert np.array_equal(held(changed(source.path, TranscodeOptions(codec=ZSTD), "b.zarr"))[FEATURES], source.contents[FEATURES])
+
+
+def test_what_rounding_would_make_infinite_is_refused(source):
+    too_large(source, np.finfo(np.float32).max)
+    with pytest.raises(StoreError, match="too large for float32 rounded to 5 bits .*neither dtype nor keep_bits"):
+        changed(source.path, TranscodeOptions(keep_bits=5))
+
+
+def test_a_store_is_not_transcoded_onto_or_into_itself(source):
+    link = source.path.with_name("link.zarr")
+    link.symlink_to(source.path)
+    before = folder_bytes(source.path)
+    for target in (source.path, link, source.path.parent / "x" / ".." / source.path.name):
+        with pytest.raises(StoreError, match="is the source itself"):
+            transcode(source.path, target, TranscodeOptions(codec=ZSTD))
+        with pytest.raises(StoreError, match="is the source itself"):
+            transcode(target, source.path, TranscodeOptions(codec=ZSTD))
+    for target in (source.path / "inner.zarr", link / "logits" / "inner.zarr", source.path.parent):
+        with pytest.raises(StoreError, match="one within the other"):
+            transcode(source.path, target, TranscodeOptions())
+    assert folder_bytes(source.path) == before
+
+
+def test_an_incomplete_source_is_refused(store_maker):
+    made = store_maker(fill=False)
+    made.fill(made.units[:-1])
+    with pytest.raises(StoreError, match=f"not complete: {made.units[-1]} is missing"):
+        changed(made.path, TranscodeOptions())
+    with pytest.raises(StoreError, match="no store at"):
+        changed(made.path.with_name("none.zarr"), TranscodeOptions())
+
+
+def test_a_damaged_shard_stops_it_by_name_and_mended_it_continues(source):
+    file = shard_path(source.path, FLOAT32[1], source.units[2])
+    whole = file.read_bytes()
+    file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(StoreError, match=r"features/layer2.0.*\(view 0, shard 2\) is damaged"):
+        changed(source.path, TranscodeOptions(top_k=4))
+    target = source.path.with_name("target.zarr")
+    assert missing_units(target, read_store_manifest(target)) == source.units[2:]
+    file.write_bytes(whole)
+    assert folder_bytes(changed(source.path, TranscodeOptions(top_k=4))) == folder_bytes(
+        changed(source.path, TranscodeOptions(top_k=4), "b.zarr")
+    )
+
+
+def test_another_store_in_the_targets_place_is_refused(source):
+    target = changed(source.path, TranscodeOptions(codec=ZSTD))
+    before = folder_bytes(target)
+    with pytest.raises(FingerprintMismatch, match=r"codec\.name: stored 'zstd', wanted 'blosc'.*Give another target"):
+        transcode(source.path, target, TranscodeOptions(codec=BLOSC))
+    other = make_store(source.path.with_name("other.zarr"), num_samples=2400, specs=FLOAT32)
+    with pytest.raises(FingerprintMismatch):
+        transcode(other.path, target, TranscodeOptions(codec=ZSTD))
+    assert folder_bytes(target) == before
+    (source.path.parent / "folder").mkdir()
+    with pytest.raises(StoreError, match="is no store"):
+        transcode(source.path, source.path.parent / "folder", TranscodeOptions())
+
+
+def test_two_do_not_transcode_to_one_target(source):
+    target = source.path.with_name("b.zarr")
+    taken = claim(target, "transcode")
+    with pytest.raises(LockedError, match=f"in use by process {os.getpid()}"):
+        transcode(source.path, target, TranscodeOptions())
+    taken.release()
+    assert transcode(source.path, target, TranscodeOptions())["complete"]
