@@ -1,7 +1,7 @@
-"""What an encoding loses: sums and counts over the rows of a unit, to be merged over units and put in a report.
+"""Encoding errors: sums and counts over the rows of a unit, merged over units and summarized for a report.
 
 A measurement is a small JSON object of sums, counts and maxima, rounded to six digits: `merge` adds up those of many
-units, and `summarise_logits` or `summarise_features` turns the totals into the figures that a reader wants.
+units; `summarize_logits` and `summarize_features` turn the totals into reported figures.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from store.format.topk import INDICES, TAIL, VALUES, TopK, dense_logits
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 20.0)
 KL_ROWS = 512
-"""The divergence is taken over at most so many rows of a unit, evenly spaced: it costs an exponential a class."""
+"""Maximum number of rows per unit for the KL divergence, evenly spaced: it costs an exponential per class."""
 
 NUM_DIGITS = 6
 
 Decode = Callable[[NDArray[np.intp], float], NDArray[np.float32]]
-"""Logits [m, C] as a reader at a temperature gets them back, for some rows [m] of a unit."""
+"""(rows [m], temperature) -> logits [m, C] as a reader at that temperature decodes them."""
 
 
 def measure_dense(exact: NDArray[np.float32], stored: NDArray[Any]) -> dict[str, Any]:
-    """What dense logits [n, C] lose in the precision of `stored` [n, C]. All must be finite."""
+    """Measure the loss of dense logits [n, C] in the precision of `stored` [n, C]. All must be finite."""
     decoded = stored.astype(np.float32)
     return _measure(exact, decoded.argmax(axis=1), decoded - exact, lambda rows, _: decoded[rows], TEMPERATURES)
 
 
-def measure_topk(exact: NDArray[np.float32], encoded: Mapping[str, NDArray[Any]], form: TopK) -> dict[str, Any]:
-    """What logits [n, C] lose as top-k logits, at those TEMPERATURES that the form's grid covers.
+def measure_topk(exact: NDArray[np.float32], encoded: Mapping[str, NDArray[Any]], top_k: TopK) -> dict[str, Any]:
+    """Measure the loss of logits [n, C] as top-k logits, at those TEMPERATURES that the grid covers.
 
-    The largest error is over the kept logits: the others are known by their sum exclusive_store.
+    The largest error is over the kept logits: of the others only the total mass is stored.
     """
     values, indices, tail = (encoded[name] for name in (VALUES, INDICES, TAIL))
     classes = indices.astype(np.intp)
-    top1 = np.where(values == values[:, :1], classes, form.num_classes).min(axis=1)  # as argmax breaks ties
+    top1 = np.where(values == values[:, :1], classes, top_k.num_classes).min(axis=1)  # as argmax breaks ties
 
     def decode(rows: NDArray[np.intp], temperature: float) -> NDArray[np.float32]:
-        return dense_logits(values[rows], indices[rows], tail[rows], form, temperature)
+        return dense_logits(values[rows], indices[rows], tail[rows], top_k, temperature)
 
     errors = values.astype(np.float32) - np.take_along_axis(exact, classes, axis=1)
-    covered = [value for value in TEMPERATURES if form.temperatures[0] <= value <= form.temperatures[-1]]
+    covered = [value for value in TEMPERATURES if top_k.temperatures[0] <= value <= top_k.temperatures[-1]]
     return _measure(exact, top1, errors, decode, covered)
 
 
@@ -67,13 +67,13 @@ def _measure(
 
 
 def kl_rows(num_rows: int) -> NDArray[np.intp]:
-    """At most KL_ROWS rows of a unit, evenly spaced from its first row on."""
+    """Return at most KL_ROWS rows of a unit, evenly spaced from its first row on."""
     count = min(num_rows, KL_ROWS)
     return np.arange(count, dtype=np.intp) * num_rows // max(count, 1)
 
 
 def row_kl(exact: NDArray[Any], decoded: NDArray[Any], temperature: float) -> NDArray[np.float64]:
-    """KL(softmax(exact / T) || softmax(decoded / T)) [n] in nats, of logits [n, C]; in double precision."""
+    """Return KL(softmax(exact / T) || softmax(decoded / T)) [n] in nats, of logits [n, C]; in double precision."""
     log_p, log_q = _log_softmax(exact, temperature), _log_softmax(decoded, temperature)
     return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(axis=1), np.float64)
 
@@ -85,7 +85,7 @@ def _log_softmax(logits: NDArray[Any], temperature: float) -> NDArray[np.float64
 
 
 def measure_features(exact: NDArray[np.float32], stored: NDArray[Any]) -> dict[str, Any]:
-    """What features [n, ...] lose in the precision of `stored` [n, ...]. All must be finite."""
+    """Measure the loss of features [n, ...] in the precision of `stored` [n, ...]. All must be finite."""
     errors = stored.astype(np.float32) - exact
     return {
         "num_rows": len(exact),
@@ -96,7 +96,7 @@ def measure_features(exact: NDArray[np.float32], stored: NDArray[Any]) -> dict[s
 
 
 def merge(measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The totals over units of what measure_dense, measure_topk or measure_features found in each."""
+    """Merge the measurements of several units, all of one kind, into totals."""
     totals: dict[str, Any] = {}
     for name in measurements[0] if measurements else ():
         found = [measurement[name] for measurement in measurements]
@@ -109,13 +109,13 @@ def merge(measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summarize_logits(totals: Mapping[str, Any]) -> dict[str, Any]:
-    """num_rows, the mean KL divergence a row at each temperature (nats), top1_flips and largest_error."""
+    """Return num_rows, the mean KL divergence per row at each temperature (nats), top1_flips and largest_error."""
     kl = {name: _rounded(total / max(totals["kl_rows"], 1)) for name, total in totals["kl"].items()}
     return {**{name: totals[name] for name in ("num_rows", "top1_flips", "largest_error")}, "kl": kl}
 
 
 def summarize_features(totals: Mapping[str, Any]) -> dict[str, Any]:
-    """num_rows, largest_error, and the root of the mean squared error over that of the features (relative_rms)."""
+    """Return num_rows, largest_error, and relative_rms: the root of the mean squared error over that of the features."""
     relative = math.sqrt(totals["squared_error"] / totals["squared"]) if totals["squared"] else 0.0
     return {**{name: totals[name] for name in ("num_rows", "largest_error")}, "relative_rms": _rounded(relative)}
 

@@ -1,4 +1,4 @@
-"""Whose outputs, of which samples, on which views: what decides the numbers in a store, and the fingerprint over it."""
+"""Identity of a store: the inputs that decide its numbers, and the fingerprint over them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no spaces, no NaN."""
+    """Return the canonical JSON text of a value: sorted keys, no spaces, ASCII, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
 def sha256_of(value: Any) -> str:
-    """sha256, in hexadecimal, over the canonical JSON of `value`."""
+    """Return the hexadecimal sha256 of the canonical JSON of `value`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What decides the numbers in a store, as JSON objects. Nothing here depends on the machine: no paths, no dates.
+    """Teacher, data set and views of a store, as JSON objects. Independent of the machine: no paths, no dates.
 
-    The list of arrays and the number of views are not part of it: a store may grow by a layer or by views, and stays
-    the same store. Arrays are compared one by one, their precision with them.
+    The list of arrays and the number of views are not included, so that a store can gain layers or views and keep
+    its fingerprint. Arrays and their precision are compared one by one.
     """
 
     teacher: Mapping[str, Any]
@@ -36,5 +36,4 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """sha256, in hexadecimal, over the canonical JSON of this identity."""
         return sha256_of(self.to_json())

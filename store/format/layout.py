@@ -1,7 +1,7 @@
-"""How rows are cut into units, shards and chunks: pure arithmetic over row sizes.
+"""Layout of a store: how rows are cut into units, shards and chunks.
 
-A unit of work is (view, shard) across all arrays: one writer computes it, owns it and commits it. All arrays
-therefore share the rows of a unit, and each cuts its shard into inner chunks of a size that suits its rows.
+A unit of work is (view, shard) across all arrays: one writer computes, owns and commits it. All arrays therefore
+share the rows of a unit, and each cuts its shard into inner chunks of a size that suits its rows.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 PAGE_BYTES = 4096
-"""Shard data is a multiple of this, so that the shards of a view can be mapped one behind the other."""
+"""Shard data is a multiple of this, so that the shards of a view can be mapped contiguously."""
 
 CHUNK_BYTES = 256 * 1024
-"""What an inner chunk may hold: plain zarr reads a whole chunk to get at one row."""
+"""Maximum size of an inner chunk: plain zarr reads a whole chunk to get one row."""
 
 ANY_ROW_PAGES = 2048
-"""This many rows fill whole pages whatever array of 2-byte numbers comes: a layer that is added later maps too."""
+"""This many rows fill whole pages for any array of 2-byte numbers, so that a layer added later can be mapped too."""
 
 DTYPES = ("float16", "float32", "uint8", "uint16", "uint32")
 
@@ -40,12 +40,12 @@ class ArraySpec:
 
     @property
     def little(self) -> np.dtype[Any]:
-        """The type of its numbers on disk."""
+        """Its dtype on disk, little-endian."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
     def fill_value(self) -> float | int:
-        """What plain zarr reads where nothing was written: a number that no teacher gives."""
+        """Value that plain zarr reads where nothing was written: one that no teacher gives."""
         dtype = np.dtype(self.dtype)
         return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).max)
 
@@ -55,7 +55,7 @@ class ArraySpec:
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """Rows [start, stop) of one view, in all arrays: the piece of work that is committed as a whole."""
+    """Rows [start, stop) of one view, in all arrays: committed as a whole."""
 
     view: int
     shard: int
@@ -68,7 +68,7 @@ class Unit:
 
     @property
     def key(self) -> str:
-        """Its name where a file is called after it."""
+        """Its name in file names."""
         return f"v{self.view}-s{self.shard}"
 
     def __str__(self) -> str:
@@ -77,10 +77,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """How many views and samples a store is to hold, and how they are cut.
+    """Number of views and samples of a store, and how they are cut.
 
-    `segments` counts the samples of the first filling and of each extension. A segment begins with a unit of its
-    own, so that growing rewrites nothing; the rows left over before it stay empty.
+    Attributes:
+        unit_rows: Rows of a full unit.
+        segments: Samples of the first filling and of each extension. A segment begins with a unit of its own, so that
+            growing rewrites nothing; the rows left over before it stay empty.
     """
 
     num_views: int
@@ -93,22 +95,22 @@ class StoreLayout:
 
     @property
     def segment_shards(self) -> list[int]:
-        """How many shards each segment has in a view."""
+        """Number of shards of each segment in a view."""
         return [-(-count // self.unit_rows) for count in self.segments]
 
     @property
     def num_shards(self) -> int:
-        """Shards of one array in one view."""
+        """Number of shards of one array in one view."""
         return sum(self.segment_shards)
 
     @property
     def num_rows(self) -> int:
-        """Rows of a view, empty ones before a later segment included: N in an array's shape [V, N, ...]."""
+        """Rows of a view, empty ones before a later segment included: N of an array [V, N, ...]."""
         return sum(self.segment_shards[:-1]) * self.unit_rows + self.segments[-1]
 
     def units(self, views: Iterable[int] | None = None) -> list[Unit]:
-        """The units of some views, or of all, in order."""
-        within = [
+        """Return the units of some views, or of all, in order."""
+        ranges = [
             (start, min(start + self.unit_rows, first + count))
             for first, count in zip(self._starts(), self.segments, strict=True)
             for start in range(first, first + count, self.unit_rows)
@@ -116,15 +118,15 @@ class StoreLayout:
         return [
             Unit(view, shard, start, stop)
             for view in (range(self.num_views) if views is None else views)
-            for shard, (start, stop) in enumerate(within)
+            for shard, (start, stop) in enumerate(ranges)
         ]
 
     def segment_of(self, shard: int) -> int:
-        """The number of the segment to which a shard belongs."""
+        """Return the number of the segment that contains a shard."""
         return int(np.searchsorted(np.cumsum(self.segment_shards), shard, side="right"))
 
     def sample_rows(self) -> NDArray[np.int64]:
-        """The row of each sample, in the order in which they came: int64 [num_samples], ascending."""
+        """Return the row of each sample, in the order of the samples: int64 [num_samples], ascending."""
         return np.concatenate(
             [first + np.arange(count) for first, count in zip(self._starts(), self.segments, strict=True)]
         )
@@ -135,19 +137,19 @@ class StoreLayout:
 
 
 def rows_per_unit(specs: Sequence[ArraySpec], num_samples: int, shard_bytes: int) -> int:
-    """Rows in a unit: page-aligned in every array, near `shard_bytes` in the widest, no more than the set needs.
+    """Return the rows of a unit: page-aligned in every array, near `shard_bytes` in the widest.
 
-    Where it costs nothing, also a multiple of ANY_ROW_PAGES.
+    At most as many as `num_samples` need and, where that costs nothing, a multiple of ANY_ROW_PAGES.
     """
     aligned = math.lcm(*(PAGE_BYTES // math.gcd(spec.row_bytes, PAGE_BYTES) for spec in specs))
-    most = max(aligned, shard_bytes // max(spec.row_bytes for spec in specs))
+    limit = max(aligned, shard_bytes // max(spec.row_bytes for spec in specs))
     for step in (math.lcm(aligned, ANY_ROW_PAGES), aligned):
-        if step <= most and step <= num_samples:
-            return step * min(most // step, -(-num_samples // step))
-    return aligned * min(most // aligned, -(-num_samples // aligned))
+        if step <= limit and step <= num_samples:
+            return step * min(limit // step, -(-num_samples // step))
+    return aligned * min(limit // aligned, -(-num_samples // aligned))
 
 
 def rows_per_chunk(spec: ArraySpec, unit_rows: int) -> int:
-    """The largest divisor of `unit_rows` whose rows fit in CHUNK_BYTES (1 where a single row does not)."""
-    most = max(1, CHUNK_BYTES // spec.row_bytes)
-    return next(rows for rows in range(min(most, unit_rows), 0, -1) if unit_rows % rows == 0)
+    """Return the largest divisor of `unit_rows` whose rows fit in CHUNK_BYTES (1 where a single row does not)."""
+    limit = max(1, CHUNK_BYTES // spec.row_bytes)
+    return next(rows for rows in range(min(limit, unit_rows), 0, -1) if unit_rows % rows == 0)

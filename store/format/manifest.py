@@ -1,46 +1,38 @@
-"""What a store says it is: whose outputs, for which samples, on which views, in which arrays, and what is finished."""
+"""The manifest of a store: identity, arrays, layout, encodings, and the part that is finished."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from store.format.codec import Codec, codec_from_json
 from store.errors import FingerprintMismatch, StoreError, differences
-from store.format.layout import DTYPES, ArraySpec, StoreLayout
+from store.format.codec import Codec, codec_from_json
 from store.format.identity import Identity, sha256_of
+from store.format.layout import DTYPES, ArraySpec, StoreLayout
+from store.format.schema import ATTRIBUTE, MAX_COUNT, MAX_SHARD_BYTES, MAX_UNITS, SCHEMA_VERSION
 from store.format.topk import TAIL, TopK
 
-SCHEMA_VERSION = 2
-ATTRIBUTE = "kdpipe"
-"""The key in the Zarr group's attributes under which the manifest stands."""
-
-MAX_COUNT = 2**40
-"""No store has more samples or rows than this: a count beyond it is damage, or an attack."""
-
-MAX_UNITS = 2**20
-MAX_SHARD_BYTES = 2**35
-"""Nor more units, nor larger shards: with kdpipe's default of 64 MiB that is 64 TiB an array."""
-
-FORMS = ("features", "pooled", "attention", "gram", "spatial_gram", "input_gradient")
-"""Where what a layer gave stands: its feature map as it is, or a statistic of it; `-HxW` where it was pooled first."""
+STATISTICS = ("features", "pooled", "attention", "gram", "spatial_gram", "input_gradient")
+"""Groups of a layer's arrays: its feature map, or a statistic of it; with `-HxW` where it was pooled first."""
 
 ARRAY_NAME = re.compile(
     rf"logits|logits/(values|indices|tail)"
-    rf"|({'|'.join(FORMS)})(-[1-9][0-9]{{0,4}}x[1-9][0-9]{{0,4}})?/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,199}}"
+    rf"|({'|'.join(STATISTICS)})(-[1-9][0-9]{{0,4}}x[1-9][0-9]{{0,4}})?/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,199}}"
 )
-"""What an array may be called: names become paths, and must not climb out of the store."""
+"""Valid array names: they become paths, and must not leave the store."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The part of a store that its readers see: every unit of the first `num_views` views and `num_segments` segments
-    is committed for `arrays`. A store that is being extended keeps what was finished before.
+    """The part of a store that readers see; a store that is being extended keeps what was finished before.
 
-    `fidelity` is by array what the encoding loses, measured when it was written.
+    Every unit of the first `num_views` views and `num_segments` segments is committed for `arrays`.
+
+    Attributes:
+        fidelity: By array, the loss of its encoding, measured when it was written.
     """
 
     num_views: int
@@ -59,11 +51,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that stands in a store's group attributes.
+    """Contents of a store's group attributes.
 
-    `earlier` are the fingerprints that the store had before its samples grew, one for each segment but the last: a
-    unit's marker carries that of its segment. `top_k` is set where logits are kept as their k largest, `codec` where
-    chunks are packed (the archive profile), `rounded` has the mantissa bits kept of arrays that were rounded.
+    Attributes:
+        previous_fingerprints: Fingerprints before each extension by samples, one for each segment but the last: the
+            markers of a segment's units carry that of their segment.
+        top_k: Set where logits are stored as their k largest.
+        codec: Set where chunks are compressed (the archive profile).
+        rounded: Mantissa bits kept, of arrays that were rounded.
     """
 
     identity: Identity
@@ -82,11 +77,11 @@ class Manifest:
 
     @property
     def segment_fingerprints(self) -> tuple[str, ...]:
-        """What the markers of each segment's units carry."""
+        """Fingerprint in the markers of each segment's units."""
         return (*self.previous_fingerprints, self.identity.fingerprint)
 
     def to_json(self) -> dict[str, Any]:
-        """What stands in the attributes; `sha256` covers all of it, the fingerprint only what decides the numbers."""
+        """Return the attributes; `sha256` covers all of them, `fingerprint` only what decides the numbers."""
         record = self._record()
         return {**record, "sha256": sha256_of(record)}
 
@@ -111,21 +106,21 @@ class Manifest:
         }
 
     def spec(self, name: str) -> ArraySpec:
-        """The array called `name`. Raises StoreError, listing what there is, if the store has none."""
+        """Return the array `name`. Raises StoreError, listing the arrays that exist, if there is none."""
         for spec in self.arrays:
             if spec.name == name:
                 return spec
-        held = ", ".join(spec.name for spec in self.arrays)
+        names = ", ".join(spec.name for spec in self.arrays)
         raise StoreError(
-            f"the store holds no array {name!r}, only {held}: run `kdpipe cache-teacher` with a recipe that asks for "
-            "it, and it is added."
+            f"the store has no array {name!r}, only {names}: run `kdpipe cache-teacher` with a recipe that needs it "
+            "to add it."
         )
 
     def numbers_sha256(self, names: Sequence[str]) -> str:
-        """A digest of what decides the numbers of some arrays, whatever other arrays, views and samples there are.
+        """Return a digest of what decides the numbers of some arrays, whatever else the store holds.
 
-        A student's identity carries it: a store that has grown still teaches the same; one that was rounded or cut
-        to its top k does not.
+        Part of a student's identity: a store that has grown gives the same targets; one that was rounded or cut to
+        its top k does not.
         """
         record = {
             "teacher": dict(self.identity.teacher),
@@ -155,7 +150,7 @@ def read_manifest(attributes: Any, where: str) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise StoreError(f"{where} has a damaged manifest ({type(error).__name__}: {str(error)[:200]}).") from error
     if edited:
-        raise StoreError(f"{where} has a manifest that was edited or damaged: its checksum does not fit its contents.")
+        raise StoreError(f"{where} has a manifest that was edited or damaged: its checksum does not match.")
     return manifest
 
 
@@ -163,21 +158,10 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
     arrays = tuple(_parse_spec(name, spec) for name, spec in record["arrays"].items())
     if not arrays:
         raise ValueError("it lists no arrays")
-    layout = StoreLayout(
-        _count(record["num_views"], "num_views"),
-        _count(record["unit_rows"], "unit_rows"),
-        tuple(_count(segment["num_samples"], "num_samples") for segment in record["segments"]),
-    )
-    if not layout.segments or len(layout.segments) > MAX_UNITS:
-        raise ValueError(f"it has {len(layout.segments)} segments")
-    if layout.num_views * layout.num_shards > MAX_UNITS:
-        raise ValueError(f"{layout.num_views} views of {layout.num_shards} shards are too many")
-    if layout.unit_rows * max(spec.row_bytes for spec in arrays) > MAX_SHARD_BYTES:
-        raise ValueError(f"unit_rows is {layout.unit_rows}, too many for its arrays")
     manifest = Manifest(
         identity=Identity(dict(record["teacher"]), dict(record["data"]), dict(record["views"])),
         arrays=arrays,
-        layout=layout,
+        layout=_parse_layout(record, max(spec.row_bytes for spec in arrays)),
         versions={str(name): str(version) for name, version in record["versions"].items()},
         previous_fingerprints=tuple(str(segment["fingerprint"]) for segment in record["segments"][:-1]),
         top_k=None if record["top_k"] is None else TopK.from_json(record["top_k"]),
@@ -188,7 +172,22 @@ def _parse(record: Mapping[str, Any]) -> Manifest:
     classes = manifest.identity.data.get("classes", [])
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise TypeError(f"the classes are {str(classes)[:40]}, not a list of names")
-    return _with_finished(manifest, record["finished"])
+    return manifest if record["finished"] is None else replace(manifest, finished=_parse_finished(manifest, record))
+
+
+def _parse_layout(record: Mapping[str, Any], row_bytes: int) -> StoreLayout:
+    layout = StoreLayout(
+        _count(record["num_views"], "num_views"),
+        _count(record["unit_rows"], "unit_rows"),
+        tuple(_count(segment["num_samples"], "num_samples") for segment in record["segments"]),
+    )
+    if not 0 < len(layout.segments) <= MAX_UNITS:
+        raise ValueError(f"it has {len(layout.segments)} segments")
+    if layout.num_views * layout.num_shards > MAX_UNITS:
+        raise ValueError(f"{layout.num_views} views of {layout.num_shards} shards are too many")
+    if layout.unit_rows * row_bytes > MAX_SHARD_BYTES:
+        raise ValueError(f"unit_rows is {layout.unit_rows}, too many for its arrays")
+    return layout
 
 
 def _parse_spec(name: Any, record: Any) -> ArraySpec:
@@ -199,17 +198,15 @@ def _parse_spec(name: Any, record: Any) -> ArraySpec:
 
 
 def _check_logits(manifest: Manifest) -> None:
-    held = [spec for spec in manifest.arrays if spec.name.startswith("logits")]
-    if manifest.top_k is None and [spec.name for spec in held] != ["logits"]:
+    logits = [spec for spec in manifest.arrays if spec.name.startswith("logits")]
+    if manifest.top_k is None and [spec.name for spec in logits] != ["logits"]:
         raise ValueError("it has no array of logits")
-    if manifest.top_k is not None and held != list(manifest.top_k.arrays(held[0].dtype)):
+    if manifest.top_k is not None and logits != list(manifest.top_k.arrays(logits[0].dtype)):
         raise ValueError("its arrays are not those of its top-k logits")
 
 
-def _with_finished(manifest: Manifest, record: Any) -> Manifest:
-    if record is None:
-        return manifest
-    names = [spec.name for spec in manifest.arrays]
+def _parse_finished(manifest: Manifest, manifest_record: Mapping[str, Any]) -> Finished:
+    record = manifest_record["finished"]
     finished = Finished(
         _count(record["num_views"], "finished.num_views"),
         _count(record["num_segments"], "finished.num_segments"),
@@ -220,11 +217,11 @@ def _with_finished(manifest: Manifest, record: Any) -> Manifest:
         finished.num_views <= manifest.layout.num_views
         and finished.num_segments <= len(manifest.layout.segments)
         and finished.arrays
-        and set(finished.arrays) <= set(names)
+        and set(finished.arrays) <= {spec.name for spec in manifest.arrays}
     )
     if not fits:
         raise ValueError("more is called finished than there is")
-    return Manifest(**{**manifest.__dict__, "finished": finished})
+    return finished
 
 
 def _count(value: Any, what: str) -> int:
@@ -239,18 +236,18 @@ def _is_shape(sides: Any) -> bool:
 
 
 def version_note(stored: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """In which libraries the process that made a store differs from this one: a sentence to append, or nothing."""
+    """Return a sentence on the library versions that differ between a store and this process, or an empty string."""
     names = [name for name in sorted({*stored, *here}) if stored.get(name) != here.get(name)]
     differing = [f"{name} {stored.get(name, 'unknown')} (here {here.get(name, 'none')})" for name in names]
     return f" It was made with {', '.join(differing)}." if differing else ""
 
 
 def require(stored: Manifest, wanted: Mapping[str, Any], where: str, advice: str) -> None:
-    """Raise FingerprintMismatch, pair by pair, unless `stored` has every value that `wanted` names.
+    """Raise FingerprintMismatch, pair by pair, unless `stored` has every value in `wanted`.
 
-    `wanted` is a part of `Manifest.to_json()`: a section that it leaves out may be anything.
+    `wanted` is a part of `Manifest.to_json()`: sections that it omits are not compared.
     """
-    held = stored.to_json()
-    found = [pair for section in sorted(wanted) for pair in differences(held.get(section), wanted[section], section)]
+    record = stored.to_json()
+    found = [pair for section in sorted(wanted) for pair in differences(record.get(section), wanted[section], section)]
     if found:
         raise FingerprintMismatch(where, found, advice)

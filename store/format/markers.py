@@ -1,9 +1,9 @@
 """Commit markers: the only definition of a unit being done.
 
-They stand in the store's array `markers`, uint8 [V, S, MARKER_BYTES]: each chunk of it is one file that holds a
-JSON text, filled up with spaces, so that plain Zarr tools see nothing foreign in the group and a remote reader
-needs nothing but Zarr. A unit without a marker reads as zeros there, and is missing. The text is canonical and carries
-its own crc32c: one marker has one spelling, and a flipped bit anywhere in the file is found.
+They are stored in the array `markers`, uint8 [V, S, MARKER_BYTES]: each of its chunks is one file with a JSON text,
+padded with spaces, so that plain Zarr tools see a valid group and a remote reader needs only Zarr. A unit without a
+marker reads as zeros there, and is missing. The text is canonical and carries its own crc32c, so that a flipped bit
+anywhere in the file is found.
 """
 
 from __future__ import annotations
@@ -14,31 +14,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from store.fs.atomic_write import fsync_path, write_atomically
 from store.errors import StoreError
-from store.format.layout import Unit
 from store.format.identity import canonical_json
+from store.format.layout import Unit
 from store.format.manifest import Manifest
-from store.fs.safe_read import read_regular_file
+from store.format.schema import MARKER_BYTES, MARKERS
 from store.format.shard import crc32c
-
-MARKERS = "markers"
-
-MARKER_BYTES = 16 * 1024
-"""Room for the files of about a hundred arrays, so that layers can be added to a store later."""
-
+from store.fs.atomic_write import fsync_path, write_atomically
+from store.fs.safe_read import read_regular_file
 
 CHECKSUM = "crc32c"
-"""The key of a marker's own checksum, over its canonical text without it."""
-
+"""Key of a marker's own checksum, over its canonical text without this key."""
 
 MAX_FILE_BYTES = 2**62
-"""What a file offset can count, with room to add: a marker that says more is damaged."""
+"""Maximum plausible file size: a marker that states more is damaged."""
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What a unit committed: by array, the `bytes` and `crc32c` of its shard file, and what its encoding lost."""
+    """Committed files of a unit.
+
+    Attributes:
+        files: By array, the `bytes` and `crc32c` of its shard file.
+        fidelity: By array, the loss of its encoding.
+    """
 
     files: Mapping[str, Mapping[str, int]]
     fidelity: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +54,7 @@ def marker_path(store: Path, unit: Unit) -> Path:
 def write_marker(store: Path, manifest: Manifest, unit: Unit, marker: Marker) -> None:
     """Publish that `unit` is done. Raises StoreError where the marker has no room for so many arrays."""
     record = {
-        "fingerprint": manifest.segment_fingerprints[manifest.layout.segment_of(unit.shard)],
+        "fingerprint": _fingerprint(manifest, unit),
         "rows": unit.num_rows,
         "files": marker.files,
         "fidelity": marker.fidelity,
@@ -64,13 +63,13 @@ def write_marker(store: Path, manifest: Manifest, unit: Unit, marker: Marker) ->
     if len(text) > MARKER_BYTES:
         raise StoreError(
             f"{store} has no room for so many arrays: the marker of {unit} needs {len(text):,} bytes and may have "
-            f"{MARKER_BYTES:,}. Keep further layers in another store."
+            f"{MARKER_BYTES:,}. Store further layers in another store."
         )
     write_atomically(marker_path(store, unit), text.ljust(MARKER_BYTES))
 
 
 def remove_marker(store: Path, unit: Unit) -> None:
-    """Take back that `unit` is done, durably."""
+    """Revoke that `unit` is done, durably."""
     path = marker_path(store, unit)
     path.unlink(missing_ok=True)
     if path.parent.exists():
@@ -78,9 +77,10 @@ def remove_marker(store: Path, unit: Unit) -> None:
 
 
 def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
-    """What `unit` committed; None where it is not done.
+    """Return the marker of `unit`, or None where it is not done.
 
-    Raises StoreError where the marker is damaged or belongs to another store.
+    Raises:
+        StoreError: The marker is damaged or belongs to another store.
     """
     path = marker_path(store, unit)
     try:
@@ -93,7 +93,7 @@ def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
 
 
 def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Marker:
-    """A marker from its bytes. Raises StoreError where it is damaged or belongs to another store."""
+    """Parse a marker's bytes. Raises StoreError where it is damaged or belongs to another store."""
     try:
         record = checked_record(raw)
         marker = _parse(record)
@@ -102,7 +102,7 @@ def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Mark
         raise StoreError(
             f"the marker {where} is damaged: `kdpipe store repair RECIPE` computes its unit again."
         ) from error
-    wanted = manifest.segment_fingerprints[manifest.layout.segment_of(unit.shard)]
+    wanted = _fingerprint(manifest, unit)
     if fingerprint != wanted or rows != unit.num_rows:
         raise StoreError(
             f"the marker {where} belongs to another store (fingerprint {fingerprint[:64]!r}, wanted {wanted}; "
@@ -111,17 +111,21 @@ def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Mark
     return marker
 
 
-def _text(record: Mapping[str, Any]) -> bytes:
-    """The one text of a record, its checksum included."""
-    return canonical_json({**record, CHECKSUM: crc32c(canonical_json(record).encode())}).encode()
-
-
 def checked_record(raw: bytes) -> dict[str, Any]:
-    """The record in a marker's bytes. Raises ValueError unless they are the very bytes that are written for it."""
+    """Return the record in a marker's bytes. Raises ValueError unless they are exactly those written for it."""
     record = {key: value for key, value in json.loads(raw).items() if key != CHECKSUM}
     if raw != _text(record).ljust(MARKER_BYTES):
         raise ValueError("its checksum differs")
     return record
+
+
+def _fingerprint(manifest: Manifest, unit: Unit) -> str:
+    return manifest.segment_fingerprints[manifest.layout.segment_of(unit.shard)]
+
+
+def _text(record: Mapping[str, Any]) -> bytes:
+    """Return the canonical text of a record, its checksum included."""
+    return canonical_json({**record, CHECKSUM: crc32c(canonical_json(record).encode())}).encode()
 
 
 def _parse(record: Mapping[str, Any]) -> Marker:

@@ -1,12 +1,12 @@
-"""One shard file in bytes: chunks, then the Zarr v3 `sharding_indexed` index, then the index's crc32c.
+"""Shard files: chunks, then the Zarr v3 `sharding_indexed` index, then the index's crc32c.
 
-In the zero-copy profile the codec inside is `bytes` (little endian) exclusive_store, and chunks are cut along N only, so the
-file is a run of rows followed by 16 bytes a chunk (offset, length) and a checksum. In an archive each chunk is packed.
+In the zero-copy profile the inner codec is `bytes` (little-endian) alone and chunks are cut along N only, so the file
+is a run of rows followed by 16 bytes per chunk (offset, length) and a checksum. In an archive each chunk is compressed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from store.errors import StoreError
 from store.format.layout import ArraySpec, Unit, rows_per_chunk
 
 ABSENT = 2**64 - 1
-"""The index entry of an inner chunk that is not there: Zarr reads it as the fill value."""
+"""Index entry of an absent inner chunk: Zarr reads it as the fill value."""
 
 CRC_BYTES = 4
 
 
 @dataclass(frozen=True)
 class ShardShape:
-    """The cut of one array's shards: `num_chunks` inner chunks of `chunk_rows` rows each."""
+    """Division of one array's shards: `num_chunks` inner chunks of `chunk_rows` rows each."""
 
     spec: ArraySpec
     chunk_rows: int
@@ -39,19 +39,19 @@ class ShardShape:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of an unpacked chunk."""
+        """Bytes of an uncompressed chunk."""
         return self.chunk_rows * self.spec.row_bytes
 
     def num_present(self, num_rows: int) -> int:
-        """Inner chunks in a shard that holds `num_rows` rows."""
+        """Return the number of inner chunks in a shard of `num_rows` rows."""
         return -(-num_rows // self.chunk_rows)
 
     def data_bytes(self, num_rows: int) -> int:
-        """Bytes in front of the index of an unpacked shard: whole chunks."""
+        """Return the bytes before the index of an uncompressed shard: whole chunks."""
         return self.num_present(num_rows) * self.chunk_bytes
 
     def file_bytes(self, num_rows: int) -> int:
-        """The size of an unpacked shard file."""
+        """Return the size of an uncompressed shard file."""
         return self.data_bytes(num_rows) + self.index_bytes
 
 
@@ -61,7 +61,7 @@ def shard_shape(spec: ArraySpec, unit_rows: int) -> ShardShape:
 
 
 def shard_key(spec: ArraySpec, unit: Unit) -> str:
-    """Where `unit`'s shard of one array lies in the store, by Zarr's default chunk keys."""
+    """Return the key of `unit`'s shard of one array, by Zarr's default chunk keys."""
     return "/".join([spec.name, "c", str(unit.view), str(unit.shard), *["0"] * len(spec.row_shape)])
 
 
@@ -70,17 +70,22 @@ def shard_path(store: Path, spec: ArraySpec, unit: Unit) -> Path:
 
 
 def crc32c(*parts: bytes | memoryview) -> int:
-    """CRC-32C (Castagnoli) of `parts`, one behind the other."""
+    """Return the CRC-32C (Castagnoli) of the concatenated `parts`."""
     checksum = 0
     for part in parts:
         checksum = google_crc32c.extend(checksum, np.frombuffer(part, np.uint8))
     return checksum
 
 
-def encode_shard(rows: NDArray[Any], shape: ShardShape, codec: Codec | None = None) -> list[bytes | memoryview]:
-    """A shard file of `rows` [n, ...] as parts to write one behind the other; unpacked rows are not copied.
+def is_committed(raw: bytes, entry: Mapping[str, int]) -> bool:
+    """Return whether a file has the size and checksum in a marker's entry, `bytes` and `crc32c`."""
+    return len(raw) == entry["bytes"] and crc32c(raw) == entry["crc32c"]
 
-    The last chunk is filled up with the array's fill value.
+
+def encode_shard(rows: NDArray[Any], shape: ShardShape, codec: Codec | None = None) -> list[bytes | memoryview]:
+    """Encode `rows` [n, ...] as the parts of a shard file; uncompressed rows are not copied.
+
+    The last chunk is padded with the array's fill value.
     """
     little = np.ascontiguousarray(rows, shape.spec.little)
     present = shape.num_present(len(little))
@@ -94,7 +99,7 @@ def encode_shard(rows: NDArray[Any], shape: ShardShape, codec: Codec | None = No
 
 
 def decode_shard(raw: bytes, shape: ShardShape, num_rows: int, codec: Codec | None, where: str) -> NDArray[Any]:
-    """The rows [num_rows, *row_shape] of a shard file. Raises StoreError where it is damaged."""
+    """Decode the rows [num_rows, *row_shape] of a shard file. Raises StoreError where it is damaged."""
     row_shape = shape.spec.row_shape
     if codec is None:
         check_index(raw[-shape.index_bytes :], shape, num_rows, where)
@@ -102,23 +107,23 @@ def decode_shard(raw: bytes, shape: ShardShape, num_rows: int, codec: Codec | No
         return rows.reshape(num_rows, *row_shape)
     lengths = _packed_lengths(raw, shape, num_rows, where)
     out = np.empty((len(lengths) * shape.chunk_rows, *row_shape), shape.spec.little)
-    unpacked, at = out.reshape(-1).view(np.uint8).data, 0
+    unpacked, offset = out.reshape(-1).view(np.uint8).data, 0
     for number, length in enumerate(lengths):
         chunk = unpacked[number * shape.chunk_bytes : (number + 1) * shape.chunk_bytes]
-        codec.decode_into(raw[at : at + length], chunk, where)
-        at += length
+        codec.decode_into(raw[offset : offset + length], chunk, where)
+        offset += length
     return out[:num_rows]
 
 
 def check_index(raw: bytes, shape: ShardShape, num_rows: int, where: str) -> None:
-    """Raise StoreError unless `raw`, the tail of an unpacked shard, is exactly the index that `num_rows` rows have."""
+    """Raise StoreError unless `raw`, the end of an uncompressed shard, is exactly the index of `num_rows` rows."""
     _check_checksum(raw, where)
     if raw != _index(shape, [shape.chunk_bytes] * shape.num_present(num_rows)):
-        raise StoreError(f"{where} is not laid out as kdpipe writes shards: its rows cannot be mapped.")
+        raise StoreError(f"{where} does not have the layout of a kdpipe shard: its rows cannot be mapped.")
 
 
 def _index(shape: ShardShape, lengths: list[int]) -> bytes:
-    """The index of a shard whose first chunks have `lengths` bytes and whose others are absent, with its checksum."""
+    """Return the index, with its checksum, of a shard whose first chunks have `lengths` bytes; the others are absent."""
     index = np.full((shape.num_chunks, 2), ABSENT, "<u8")
     index[: len(lengths), 1] = lengths
     index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]]) if lengths else []
@@ -127,24 +132,24 @@ def _index(shape: ShardShape, lengths: list[int]) -> bytes:
 
 
 def _packed_lengths(raw: bytes, shape: ShardShape, num_rows: int, where: str) -> list[int]:
-    """Chunk lengths of an archive's shard, which must lie one behind the other and fill the file."""
+    """Return the chunk lengths of a compressed shard: contiguous chunks that fill the file."""
     tail = raw[-shape.index_bytes :]
     _check_checksum(tail, where)
     present = shape.num_present(num_rows)
     if len(tail) == shape.index_bytes:
-        lengths = [int(one) for one in np.frombuffer(tail[:-CRC_BYTES], "<u8").reshape(-1, 2)[:present, 1]]
+        lengths = [int(length) for length in np.frombuffer(tail[:-CRC_BYTES], "<u8").reshape(-1, 2)[:present, 1]]
         if sum(lengths) + shape.index_bytes == len(raw) and tail == _index(shape, lengths):
             return lengths
-    raise StoreError(f"{where} is not laid out as kdpipe writes shards: its chunks do not follow each other.")
+    raise StoreError(f"{where} does not have the layout of a kdpipe shard: its chunks are not contiguous.")
 
 
 def _check_checksum(tail: bytes, where: str) -> None:
     body, checksum = tail[:-CRC_BYTES], int.from_bytes(tail[-CRC_BYTES:], "little")
     if crc32c(body) != checksum:
-        raise StoreError(f"{where} is damaged: its shard index has another checksum than it was written with.")
+        raise StoreError(f"{where} is damaged: the checksum of its shard index differs.")
 
 
 def _chunks(data: memoryview, padding: bytes, chunk_bytes: int) -> Iterator[bytes]:
-    for at in range(0, len(data), chunk_bytes):
-        chunk = bytes(data[at : at + chunk_bytes])
+    for start in range(0, len(data), chunk_bytes):
+        chunk = bytes(data[start : start + chunk_bytes])
         yield chunk + padding if len(chunk) < chunk_bytes else chunk

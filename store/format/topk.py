@@ -1,13 +1,13 @@
-"""Top-k logits: a row keeps its k largest values, their classes, and how much mass the rest has at any temperature.
+"""Top-k logits: the k largest values of a row, their classes, and the mass of the rest at any temperature.
 
 For the rest, a row stores its log-odds against the kept classes over a grid of temperatures,
 
-    tail[j] = logsumexp(rest / T_j) - logsumexp(kept / T_j),
+    tail[j] = logsumexp(rest / T_j) - logsumexp(kept / T_j).
 
-the log-sum-exp of the rest, counted from that of the kept logits. Sigmoid(tail) is then the mass of the rest: it does
-not change when a row is shifted or its kept values are rounded, and half precision is finest where the mass is near one
-half. Between the grid's temperatures it is interpolated by a cubic spline in log T, a fixed linear combination of
-the stored columns (`interpolation`), so that any reader can do it with one product.
+Sigmoid(tail) is the mass of the rest: it does not change when a row is shifted or its kept values are rounded, and
+half precision is finest where the mass is near one half. Between the grid's temperatures it is interpolated by a cubic
+spline in log T, a fixed linear combination of the stored columns (`interpolation`), so that any reader computes it with
+one matrix product.
 """
 
 from __future__ import annotations
@@ -25,32 +25,34 @@ from store.errors import StoreError
 from store.format.layout import ArraySpec
 
 VALUES, INDICES, TAIL = "logits/values", "logits/indices", "logits/tail"
-"""The arrays that top-k logits take the place of `logits` with."""
+"""Arrays that replace `logits`."""
 
 TAIL_DTYPE = "float16"
 
 MIN_LOG_ODDS = -32.0
-"""Less mass than e^-32 (1e-14) for the rest is stored as that: no figure shows it, and the spline stays tame."""
+"""Lower bound of the stored log-odds: e^-32 (1e-14) affects no figure, and keeps the spline smooth."""
 
 MAX_CLASSES = 2**31
 MAX_TEMPERATURES = 64
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1000.0
 MIN_RATIO = 1.001
-"""Neighbours in a grid closer than this would make the spline ill-conditioned."""
+"""Minimum ratio of neighboring temperatures: a denser grid makes the spline ill-conditioned."""
 
 GRID_RATIO = 1.206
-"""Neighbours in a default grid are no further apart. The mass of the rest is then right to 3e-4 for Gaussian, peaked,
-flat and trained networks' rows, and to 1e-3 for the worst rows of 1,000 classes that were found: two sharp levels."""
+"""Maximum ratio of neighboring temperatures in a default grid. The mass of the rest is then right to 3e-4 for rows of
+Gaussian, peaked, flat and trained networks, and to 1e-3 for the worst rows of 1,000 classes found: two sharp levels.
+"""
 
 BLOCK_VALUES = 2**18
-"""Rows are encoded in blocks of about so many logits, which stay in the processor's cache."""
+"""Logits per block of rows in encoding: a block stays in the CPU cache."""
 
 
 @dataclass(frozen=True)
 class TopK:
-    """How top-k logits are laid out: `k` of `num_classes` kept, the rest over `temperatures` (ascending).
+    """Layout of top-k logits: `k` of `num_classes` kept, the rest over `temperatures` (ascending).
 
-    Raises TypeError or ValueError where the figures make no sense.
+    Raises:
+        TypeError, ValueError: A value is invalid.
     """
 
     num_classes: int
@@ -69,7 +71,7 @@ class TopK:
 
     @staticmethod
     def from_json(record: Any) -> TopK:
-        """Read what `to_json` gave. Raises TypeError, ValueError or KeyError on anything else."""
+        """Parse the result of `to_json`. Raises TypeError, ValueError or KeyError on anything else."""
         if not isinstance(record, Mapping) or not isinstance(record["temperatures"], list):
             raise TypeError("top-k logits are not described by a JSON object with a list of temperatures")
         unknown = set(record) - {"num_classes", "k", "temperatures"}
@@ -78,7 +80,7 @@ class TopK:
         return TopK(record["num_classes"], record["k"], tuple(record["temperatures"]))
 
     def arrays(self, dtype: str) -> tuple[ArraySpec, ...]:
-        """The arrays of a store that hold such logits, with the kept values in `dtype`."""
+        """Return the arrays of a store with such logits, with the kept values in `dtype`."""
         return (
             ArraySpec(VALUES, (self.k,), dtype),
             ArraySpec(INDICES, (self.k,), index_dtype(self.num_classes)),
@@ -98,15 +100,15 @@ def _check_grid(temperatures: tuple[float, ...]) -> None:
 
 
 def index_dtype(num_classes: int) -> str:
-    """The narrowest unsigned type that holds every class index and, above them all, a fill value."""
+    """Return the narrowest unsigned dtype for every class index plus a fill value above them."""
     return next(name for name in ("uint8", "uint16", "uint32") if np.iinfo(name).max >= num_classes)
 
 
 def default_temperatures(lowest: float = 1.0, highest: float = 20.0) -> tuple[float, ...]:
-    """A grid from `lowest` to `highest`: 18 temperatures (36 bytes a row) for 1 to 20.
+    """Return a grid from `lowest` to `highest`: 18 temperatures (36 bytes per row) for 1 to 20.
 
-    It is both ends, and the middles of equal steps in log T: the spline is least sure of itself in its outer intervals,
-    and half a step there makes its largest error nearly three times smaller.
+    It consists of both ends and the midpoints of equal steps in log T: the spline is least accurate in its outer
+    intervals, and half a step there makes its largest error nearly three times smaller.
     """
     if lowest == highest:
         return (lowest,)
@@ -115,32 +117,34 @@ def default_temperatures(lowest: float = 1.0, highest: float = 20.0) -> tuple[fl
     return (lowest, *(float(f"{middle:.5g}") for middle in middles), highest)
 
 
-def encode_topk(logits: NDArray[np.float32], form: TopK, dtype: str) -> dict[str, NDArray[Any]]:
-    """Top-k logits of rows [n, C], by array name: values [n, k] descending, indices [n, k], tail [n, G].
+def encode_topk(logits: NDArray[np.float32], top_k: TopK, dtype: str) -> dict[str, NDArray[Any]]:
+    """Encode rows [n, C] as top-k logits, by array name: values [n, k] descending, indices [n, k], tail [n, G].
 
-    Equal logits stand in the order of their classes, and the lower class is kept. Raises StoreError, naming rows,
-    where a kept logit is not finite in `dtype`, or a row holds NaN; -inf among the rest is a class without mass.
+    Equal logits are ordered by class, and the lower class is kept. -inf among the rest is a class without mass.
+
+    Raises:
+        StoreError: A kept logit is not finite in `dtype`, or a row has NaN; the error lists rows.
     """
-    if logits.ndim != 2 or logits.shape[1] != form.num_classes:
-        raise StoreError(f"logits have shape {list(logits.shape)}, wanted [rows, {form.num_classes}].")
-    made = {spec.name: np.empty((len(logits), *spec.row_shape), spec.dtype) for spec in form.arrays(dtype)}
-    num_rows = max(1, BLOCK_VALUES // form.num_classes)
+    if logits.ndim != 2 or logits.shape[1] != top_k.num_classes:
+        raise StoreError(f"logits have shape {list(logits.shape)}, wanted [rows, {top_k.num_classes}].")
+    arrays = {spec.name: np.empty((len(logits), *spec.row_shape), spec.dtype) for spec in top_k.arrays(dtype)}
+    num_rows = max(1, BLOCK_VALUES // top_k.num_classes)
     for start in range(0, len(logits), num_rows):
         block, rows = logits[start : start + num_rows], slice(start, start + num_rows)
-        indices = _largest(block, form.k)
+        indices = _largest(block, top_k.k)
         kept = np.take_along_axis(block, indices, axis=1)
-        with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is refused below, by its row
-            made[VALUES][rows], made[INDICES][rows] = kept, indices
-            made[TAIL][rows] = _log_odds(block, kept, indices, form.temperatures)
-    _require_finite(made, dtype)
-    return made
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow is reported below, by row
+            arrays[VALUES][rows], arrays[INDICES][rows] = kept, indices
+            arrays[TAIL][rows] = _log_odds(block, kept, indices, top_k.temperatures)
+    _require_finite(arrays, dtype)
+    return arrays
 
 
 def _largest(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
-    """Classes [n, k] of the k largest logits [n, C], the largest first, equal ones in the order of their classes."""
+    """Return the classes [n, k] of the k largest logits [n, C], the largest first, equal ones ordered by class."""
     kept = np.argpartition(logits, -k, axis=1)[:, -k:]
     smallest = np.take_along_axis(logits, kept, axis=1).min(axis=1, keepdims=True)
-    # argpartition keeps any of those that tie for the last place: sort such rows in full
+    # argpartition keeps any of those tied for the last place: sort such rows in full
     tied = np.count_nonzero(logits >= smallest, axis=1) > k
     kept[tied] = np.argsort(-logits[tied], axis=1, kind="stable")[:, :k]
     kept.sort(axis=1)
@@ -154,7 +158,7 @@ def _log_odds(
     rest = np.array(logits, np.float32)
     np.put_along_axis(rest, indices, -np.inf, axis=1)
     top, rest_top = kept[:, :1], np.maximum(rest.max(axis=1, keepdims=True), np.finfo(np.float32).min)
-    kept, rest = kept - top, rest - rest_top  # from here on every exponential is at most 1, and a sum at least 1
+    kept, rest = kept - top, rest - rest_top  # now every exponential is at most 1, and every sum at least 1
     columns = [
         (rest_top - top)[:, 0] / np.float32(temperature) + _log_sum(rest, temperature) - _log_sum(kept, temperature)
         for temperature in temperatures
@@ -168,66 +172,71 @@ def _log_sum(logits: NDArray[np.float32], temperature: float) -> NDArray[np.floa
         return np.asarray(np.log(np.exp(scaled, out=scaled).sum(axis=1)), np.float32)
 
 
-def _require_finite(made: Mapping[str, NDArray[Any]], dtype: str) -> None:
-    bad = ~(np.isfinite(made[VALUES]).all(axis=1) & np.isfinite(made[TAIL]).all(axis=1))
+def _require_finite(arrays: Mapping[str, NDArray[Any]], dtype: str) -> None:
+    bad = ~(np.isfinite(arrays[VALUES]).all(axis=1) & np.isfinite(arrays[TAIL]).all(axis=1))
     if bad.any():
         rows = np.flatnonzero(bad)
         raise StoreError(
             f"the logits of {len(rows)} of {len(bad)} rows are not finite, or too large for {dtype}, for example rows "
-            f"{rows[:5].tolist()}: mend the teacher's outputs, or store float32."
+            f"{rows[:5].tolist()}: fix the teacher, or store float32."
         )
 
 
-def interpolation(form: TopK, temperature: float) -> NDArray[np.float64]:
-    """Weights [G] such that `tail @ weights` are the log-odds of the rest at this temperature.
+def interpolation(top_k: TopK, temperature: float) -> NDArray[np.float64]:
+    """Return weights [G] such that `tail @ weights` are the log-odds of the rest at `temperature`.
 
-    They are the cubic spline in log T through the grid (with the not-a-knot ends, de Boor 1978; below four
-    temperatures, the polynomial through them). Raises StoreError where `temperature` is outside the grid.
+    They are the cubic spline in log T through the grid (not-a-knot ends, de Boor 1978; with fewer than four temperatures,
+    the polynomial through them).
+
+    Raises:
+        StoreError: `temperature` is outside the grid.
     """
-    grid = form.temperatures
+    grid = top_k.temperatures
     if not grid[0] <= temperature <= grid[-1]:
         raise StoreError(
-            f"these top-k logits were stored for temperatures from {grid[0]:g} to {grid[-1]:g}, not {temperature:g}: "
-            "choose one within, or store the logits dense."
+            f"these top-k logits cover temperatures from {grid[0]:g} to {grid[-1]:g}, not {temperature:g}: "
+            "choose one in this range, or store dense logits."
         )
     if temperature in grid:
         return np.asarray(np.eye(1, len(grid), grid.index(temperature))[0])
     nodes = np.log(np.array(grid) / grid[0]) / math.log(grid[-1] / grid[0])
-    at = np.array([math.log(temperature / grid[0]) / math.log(grid[-1] / grid[0])])
-    return np.asarray(np.linalg.solve(_spline_basis(nodes, nodes).T, _spline_basis(at, nodes)[0]))
+    x = np.array([math.log(temperature / grid[0]) / math.log(grid[-1] / grid[0])])
+    return np.asarray(np.linalg.solve(_spline_basis(nodes, nodes).T, _spline_basis(x, nodes)[0]))
 
 
-def _spline_basis(at: NDArray[np.float64], nodes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1, x, x^2, x^3 and a (x - node)^3 from each inner node on but the first and the last: [points, G]."""
-    powers = at[:, None] ** np.arange(min(4, len(nodes)))
-    return np.hstack([powers, np.maximum(at[:, None] - nodes[2:-2], 0.0) ** 3])
+def _spline_basis(x: NDArray[np.float64], nodes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return 1, x, x^2, x^3 and (x - node)^3 from each inner node on but the first and the last: [points, G]."""
+    powers = x[:, None] ** np.arange(min(4, len(nodes)))
+    return np.hstack([powers, np.maximum(x[:, None] - nodes[2:-2], 0.0) ** 3])
 
 
-def tail_log_odds(tail: NDArray[Any], form: TopK, temperature: float) -> NDArray[np.float32]:
-    """log(mass of the rest / mass of the kept) [n] at a temperature, from a stored tail [n, G]."""
-    return np.asarray(tail.astype(np.float32) @ interpolation(form, temperature).astype(np.float32))
+def tail_log_odds(tail: NDArray[Any], top_k: TopK, temperature: float) -> NDArray[np.float32]:
+    """Return log(mass of the rest / mass of the kept) [n] at a temperature, from a stored tail [n, G]."""
+    return np.asarray(tail.astype(np.float32) @ interpolation(top_k, temperature).astype(np.float32))
 
 
-def tail_log_sum_exp(values: NDArray[Any], tail: NDArray[Any], form: TopK, temperature: float) -> NDArray[np.float32]:
-    """logsumexp(rest / temperature) [n], from stored values [n, k] and tail [n, G]."""
+def tail_log_sum_exp(values: NDArray[Any], tail: NDArray[Any], top_k: TopK, temperature: float) -> NDArray[np.float32]:
+    """Return logsumexp(rest / temperature) [n], from stored values [n, k] and tail [n, G]."""
     kept = values.astype(np.float32)
     largest = kept[:, :1]
     kept_log_sum_exp = largest[:, 0] / np.float32(temperature) + _log_sum(kept - largest, temperature)
-    return kept_log_sum_exp + tail_log_odds(tail, form, temperature)
+    return kept_log_sum_exp + tail_log_odds(tail, top_k, temperature)
 
 
 def dense_logits(
-    values: NDArray[Any], indices: NDArray[Any], tail: NDArray[Any], form: TopK, temperature: float
+    values: NDArray[Any], indices: NDArray[Any], tail: NDArray[Any], top_k: TopK, temperature: float
 ) -> NDArray[np.float32]:
-    """Logits [n, C] whose softmax at this temperature has the kept classes and the mass of the rest right.
+    """Return logits [n, C] whose softmax at `temperature` has the right kept classes and mass of the rest.
 
-    Kept logits stand where they belong; every other class gets the same logit. Raises StoreError where the
-    temperature is outside the grid, or an index is not a class.
+    Kept logits are at their classes; all other classes share one logit.
+
+    Raises:
+        StoreError: The temperature is outside the grid, or an index is not a class.
     """
-    if indices.size and int(indices.max()) >= form.num_classes:
-        raise StoreError(f"{INDICES} holds class {indices.max()}, the store has {form.num_classes}: it is damaged.")
-    num_rest = form.num_classes - form.k
-    rest = temperature * (tail_log_sum_exp(values, tail, form, temperature) - math.log(num_rest))
-    dense = np.repeat(rest.astype(np.float32)[:, None], form.num_classes, axis=1)
+    if indices.size and int(indices.max()) >= top_k.num_classes:
+        raise StoreError(f"{INDICES} holds class {indices.max()}, the store has {top_k.num_classes}: it is damaged.")
+    num_rest = top_k.num_classes - top_k.k
+    rest = temperature * (tail_log_sum_exp(values, tail, top_k, temperature) - math.log(num_rest))
+    dense = np.repeat(rest.astype(np.float32)[:, None], top_k.num_classes, axis=1)
     np.put_along_axis(dense, indices.astype(np.intp), values.astype(np.float32), axis=1)
     return dense

@@ -1,4 +1,4 @@
-"""A store as a Zarr v3 group: its metadata files, as plain Zarr tools read them and as kdpipe checks them."""
+"""Zarr v3 metadata of a store: the files that plain Zarr tools read, and their validation."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from store.fs.atomic_write import fsync_path, make_folders, sweep_partial, write_atomically
-from store.errors import StoreError, differences
+from store.errors import StoreError, differences, translate_os_errors
 from store.format.layout import ArraySpec, rows_per_chunk
-from store.format.manifest import ATTRIBUTE, Manifest, read_manifest
-from store.format.markers import MARKER_BYTES, MARKERS
+from store.format.manifest import Manifest, read_manifest
+from store.format.samples import CHUNK_ROWS, COLUMNS, Samples, sample_chunks
+from store.format.schema import ATTRIBUTE, MARKER_BYTES, MARKERS, METADATA_BYTES, SAMPLES
+from store.fs.atomic_write import fsync_path, make_folders, sweep_partial, write_atomically
 from store.fs.safe_read import read_regular_file
-from store.format.samples import CHUNK_ROWS, COLUMNS, SAMPLES, Samples, sample_chunks
 
 LITTLE_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 
-METADATA_BYTES = 16 * 2**20
-"""No metadata file is larger: what is, is not one."""
-
 
 def metadata_files(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Every metadata file of a store by its key, in an order in which they may be replaced one by one: the group's,
-    which carries the manifest, comes last. Arrays that hold more than the manifest says do no harm.
+    """Return every metadata file of a store by key, in an order in which they can be replaced one by one.
+
+    The group's, which holds the manifest, comes last: arrays may cover more than the manifest.
     """
     groups = {spec.name.rpartition("/")[0] for spec in manifest.arrays} | {SAMPLES}
     files = {f"{group}/zarr.json": _group({}) for group in sorted(groups - {""})}
@@ -35,7 +33,7 @@ def metadata_files(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def create_group(path: Path, manifest: Manifest, samples: Samples) -> None:
-    """Write an empty store into the new folder `path`: its samples and its metadata."""
+    """Write an empty store into the new folder `path`: samples and metadata."""
     for key, raw in sample_chunks(samples, manifest.layout):
         _write_new(path / key, raw)
     for key, record in metadata_files(manifest).items():
@@ -46,14 +44,14 @@ def create_group(path: Path, manifest: Manifest, samples: Samples) -> None:
 
 
 def metadata_bytes(manifest: Manifest) -> dict[str, bytes]:
-    """The very bytes of every metadata file of a store, by its key, in the order of `metadata_files`."""
+    """Return the bytes of every metadata file of a store, by key, in the order of `metadata_files`."""
     return {key: _json(record) for key, record in metadata_files(manifest).items()}
 
 
 def replace_metadata(path: Path, manifest: Manifest, *, group_first: bool = False) -> None:
-    """Bring the metadata of the store at `path` to `manifest`, each file whole, the group's last.
+    """Replace the metadata of the store at `path` by those of `manifest`, each file atomically, the group's last.
 
-    A store that shrinks needs the group's first: arrays may hold more than the manifest says, never less.
+    A store that shrinks needs the group's first: arrays may cover more than the manifest, never less.
     """
     files = list(metadata_bytes(manifest).items())
     for key, raw in reversed(files) if group_first else files:
@@ -65,55 +63,55 @@ def replace_metadata(path: Path, manifest: Manifest, *, group_first: bool = Fals
 
 
 def read_store_manifest(path: Path) -> Manifest:
-    """What the store at `path` says it is, complete or not. Raises StoreError if there is no store."""
+    """Read the manifest of the store at `path`, complete or not. Raises StoreError if there is no store."""
     if not path.exists():
         raise StoreError(f"there is no store at {path}: run `kdpipe cache-teacher` on the recipe first.")
     if not (path / "zarr.json").exists():
         inside = next(iter(sorted(path.glob("*/zarr.json"))), None) if path.is_dir() else None
         hint = f" Did you mean {inside.parent}?" if inside else ""
-        raise StoreError(f"{path} is no store: it has no zarr.json.{hint}")
+        raise StoreError(f"{path} is not a store: it has no zarr.json.{hint}")
     return parse_group(_read(path / "zarr.json", path), str(path))
 
 
 def parse_group(raw: bytes, where: str) -> Manifest:
-    """The manifest from a store's `zarr.json`. Raises StoreError where that is not one."""
+    """Parse the manifest in a store's `zarr.json`. Raises StoreError where it has none."""
     return read_manifest(parse_json(raw, f"{where}/zarr.json").get("attributes", {}), where)
 
 
 def check_arrays(path: Path, manifest: Manifest) -> None:
-    """Raise StoreError unless every array's Zarr metadata says what kdpipe writes: plain Zarr must read our numbers.
+    """Raise StoreError unless every array's Zarr metadata are those that kdpipe writes: plain Zarr must read the same rows.
 
-    An array may be longer than the manifest says: the store is then being extended.
+    An array may be longer than in the manifest: the store is then being extended.
     """
     for spec in manifest.arrays:
         file = path / spec.name / "zarr.json"
-        held, wanted = parse_json(_read(file, path), str(file)), _array_metadata(spec, manifest)
-        held["shape"] = _at_most(held.get("shape"), wanted["shape"])
-        found = differences({key: held.get(key) for key in wanted}, wanted)
+        stored, wanted = parse_json(_read(file, path), str(file)), _array_metadata(spec, manifest)
+        stored["shape"] = _at_most(stored.get("shape"), wanted["shape"])
+        found = differences({key: stored.get(key) for key in wanted}, wanted)
         if found:
-            key, stored, expected = found[0]
+            key, value, expected = found[0]
             raise StoreError(
-                f"{file} does not fit the store: {key} is {str(stored)[:200]!r}, kdpipe writes {expected!r}. "
+                f"{file} does not match the store: {key} is {str(value)[:200]!r}, kdpipe writes {expected!r}. "
                 "Run `kdpipe store repair RECIPE`."
             )
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from a metadata file. Raises StoreError for anything else."""
+    """Parse the JSON object in a metadata file. Raises StoreError for anything else."""
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where} is not the metadata of a Zarr v3 node: {str(error)[:200]}.") from error
     if not isinstance(record, dict):
-        raise StoreError(f"{where} is not the metadata of a Zarr v3 node: it is no JSON object.")
+        raise StoreError(f"{where} is not the metadata of a Zarr v3 node: it is not a JSON object.")
     return record
 
 
-def _at_most(held: Any, wanted: list[int]) -> Any:
-    """The shape `held`, cut to `wanted` along views and samples."""
-    if not isinstance(held, list) or len(held) != len(wanted) or not all(type(side) is int for side in held):
-        return held
-    return [min(held[0], wanted[0]), min(held[1], wanted[1]), *held[2:]]
+def _at_most(shape: Any, wanted: list[int]) -> Any:
+    """Cut `shape` to `wanted` along views and samples."""
+    if not isinstance(shape, list) or len(shape) != len(wanted) or not all(type(side) is int for side in shape):
+        return shape
+    return [min(shape[0], wanted[0]), min(shape[1], wanted[1]), *shape[2:]]
 
 
 def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,12 +119,12 @@ def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _array_metadata(spec: ArraySpec, manifest: Manifest) -> dict[str, Any]:
-    """The zarr.json of an array of targets, which decides its bytes."""
+    """Return the zarr.json of an array of targets, which decides its bytes."""
     unit_rows = manifest.layout.unit_rows
-    packing = manifest.codec.metadata(spec.little.itemsize) if manifest.codec else []
+    compression = manifest.codec.metadata(spec.little.itemsize) if manifest.codec else []
     sharding = {
         "chunk_shape": [1, rows_per_chunk(spec, unit_rows), *spec.row_shape],
-        "codecs": [_bytes_codec(spec.dtype), *packing],
+        "codecs": [_bytes_codec(spec.dtype), *compression],
         "index_codecs": [LITTLE_BYTES, {"name": "crc32c"}],
         "index_location": "end",
     }
@@ -171,7 +169,7 @@ def _array(
 
 
 def _bytes_codec(dtype: str) -> dict[str, Any]:
-    """The `bytes` codec: numbers of a single byte have no order."""
+    """Return the `bytes` codec: single-byte numbers have no byte order."""
     return {"name": "bytes"} if dtype == "uint8" else LITTLE_BYTES
 
 
@@ -186,11 +184,8 @@ def _write_new(file: Path, raw: bytes) -> None:
 
 
 def _read(file: Path, store: Path) -> bytes:
-    """A metadata file's bytes. Raises StoreError where it is none, or absurdly large."""
-    try:
+    with translate_os_errors(lambda error: f"{file} is not the metadata of a Zarr v3 node: {error.strerror}."):
         raw = read_regular_file(file, METADATA_BYTES, store)
-    except OSError as error:
-        raise StoreError(f"{file} is not the metadata of a Zarr v3 node: {error.strerror}.") from error
     if len(raw) > METADATA_BYTES:
         raise StoreError(f"{file} is not the metadata of a Zarr v3 node: it is larger than {METADATA_BYTES:,} bytes.")
     return raw

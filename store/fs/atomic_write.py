@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written aside, fsynced, renamed, and the folder fsynced.
+"""Atomic file writes: written to a temporary file, fsynced, renamed, and the folder fsynced.
 
-Everything that kdpipe leaves on disk goes through here, so a job killed at any moment leaves only whole files and,
-at the worst, a temporary one that the next job sweeps away.
+kdpipe writes all its files this way: a job killed at any moment leaves only whole files and at most a temporary one,
+which the next job removes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Publish `parts`, one behind the other, as the file `path`; readers see the old file or the new one, whole."""
+    """Write the concatenated `parts` to the file `path`: readers see the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
     try:
         with temporary.open("wb") as file:
@@ -27,7 +27,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # A full disk says only what, not where; and a folder in the file's place is named after what was to replace it.
+        # ENOSPC has no file name, and EISDIR names the temporary file: name the target instead.
         if isinstance(error, OSError) and error.filename in {None, str(temporary)}:
             error.filename = str(path)
         raise
@@ -44,16 +44,16 @@ def fsync_path(path: Path) -> None:
 
 
 def make_folders(folders: Iterable[Path]) -> None:
-    """Create folders with their parents, each made durable in the one above it."""
+    """Create folders with their parents, each made durable in its own parent."""
     for folder in folders:
-        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for created in missing:
             fsync_path(created.parent)
 
 
 def sweep_partial(path: Path) -> None:
-    """Remove what killed writers of `path`, a file or a whole folder, left behind. Only its lock's holder may."""
+    """Remove the temporary files of killed writers of `path`, a file or a whole folder. Only its lock's holder may."""
     beside = path.parent.glob(f".{path.name}.*{PARTIAL_SUFFIX}") if path.parent.exists() else ()
     inside = path.rglob(f".*{PARTIAL_SUFFIX}") if path.is_dir() else ()
     for leftover in [*beside, *inside]:

@@ -1,7 +1,7 @@
-"""File locks: they die with their holder, however it ends, and say who it is. Nothing here ever goes stale.
+"""File locks that name their holder and are released by the kernel when it ends, so that none becomes stale.
 
-flock is held by an open file, not by a process: two threads exclude each other as two processes do, and a child
-that is forked (not spawned) keeps its parent's locks alive until it ends too, unless the parent lets go of them.
+A flock belongs to an open file, not to a process: two threads exclude each other as two processes do, and a forked
+(not spawned) child keeps its parent's locks until it ends too, unless the parent releases them.
 """
 
 from __future__ import annotations
@@ -11,31 +11,35 @@ import fcntl
 import json
 import os
 import socket
-import stat
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from store.errors import KdpipeError, translate_os_errors
 from store.fs.atomic_write import make_folders
-from store.errors import KdpipeError
 
 JOB_ID_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
-LOOK_S = 0.05
-"""Longer than a look at a lock takes."""
+
+PROBE_S = 0.05
+"""Longer than the shared lock of a probe, such as `kdpipe status`, is held."""
 
 RECORD_BYTES = 512
-"""What is read of a lock file: more than any record has."""
+"""Bytes read of a lock file: more than any record has."""
+
+MAX_OPEN_TRIES = 1000
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class LockedError(KdpipeError):
-    """Another job is at work in the folder."""
+    """A folder or unit that another job is using."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, by its own record; `age_s` counts from when it took the lock, by this machine's clock.
+    """The holder of a lock, by its own record; `age_s` counts from when it was acquired, by this machine's clock.
 
     pid is 0 where the record cannot be read, as in the moment between locking a file and writing to it.
     """
@@ -54,62 +58,75 @@ class Holder:
 
 @contextmanager
 def exclusive(what: Path | str, lock: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file `lock` on the folder `what` exclusive_store while the block runs.
+    """Hold the lock file `lock` on the folder `what` exclusively inside the block.
 
-    Raises LockedError, naming the holder, if another has it; with `wait` it waits instead, however long, and is meant
-    for a few lines such as a change of a manifest. Raises KdpipeError where the file cannot be made or locked.
+    Args:
+        what: Named in messages.
+        lock: Created if absent, with its folder.
+        wait: Wait, however long, instead of raising: for short sections such as a change of a manifest.
+
+    Raises:
+        LockedError: Another holds it; the error names the holder.
+        KdpipeError: The file cannot be created or locked.
     """
-    with _held(what, lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB):
+    with _locked(what, lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB):
         yield
 
 
 @contextmanager
 def shared(what: Path | str, lock: Path) -> Iterator[None]:
-    """Hold the lock file `lock` on the folder `what` together with others who share it, while the block runs.
+    """Hold the lock file `lock` on the folder `what` together with other sharers inside the block.
 
-    Raises LockedError while another holds it exclusive_store; `exclusive` is refused in turn, in the name of the last that came
-    to share. Raises KdpipeError where the file cannot be made or locked.
+    Raises LockedError while another holds it exclusively, KdpipeError as `exclusive` does. Meanwhile `exclusive` is
+    refused, naming the most recent sharer.
     """
-    with _held(what, lock, fcntl.LOCK_SH | fcntl.LOCK_NB):
+    with _locked(what, lock, fcntl.LOCK_SH | fcntl.LOCK_NB):
         yield
 
 
 @contextmanager
-def _held(what: Path | str, lock: Path, operation: int) -> Iterator[None]:
-    taken = acquire(lock, operation)
-    if isinstance(taken, Holder):  # perhaps only by somebody who was just looking, as `kdpipe status` does
-        time.sleep(LOOK_S)
-        taken = acquire(lock, operation)
-    if isinstance(taken, Holder):
-        raise LockedError(f"{what} is in use by {taken}; wait for it, or stop it first.")
+def _locked(what: Path | str, lock: Path, operation: int) -> Iterator[None]:
+    acquired = acquire(lock, operation)
+    if isinstance(acquired, Holder):  # perhaps only a probe, such as `kdpipe status`
+        time.sleep(PROBE_S)
+        acquired = acquire(lock, operation)
+    if isinstance(acquired, Holder):
+        raise LockedError(f"{what} is in use by {acquired}; wait for it, or stop it first.")
     try:
         yield
     finally:
-        release(taken)
+        release(acquired)
 
 
 def acquire(path: Path, operation: int) -> int | Holder:
-    """Lock the file at `path`, made if absent: its open descriptor, for `release`, or who has it.
+    """Lock the file at `path`, created if absent, and write this process's record to it.
 
-    operation: fcntl.LOCK_EX or fcntl.LOCK_SH, each with | fcntl.LOCK_NB to be refused rather than wait.
-    Raises KdpipeError where the file cannot be made or its file system has no locks.
+    Args:
+        path: The lock file.
+        operation: fcntl.LOCK_EX or fcntl.LOCK_SH, each with | fcntl.LOCK_NB not to wait.
+
+    Returns:
+        An open descriptor for `release`, or the current holder.
+
+    Raises:
+        KdpipeError: The file cannot be created, or its file system has no locks.
     """
     while True:
-        with explained(path), ExitStack() as unless_taken:
+        with lock_errors(path), ExitStack() as on_failure:
             descriptor = _open(path)
-            unless_taken.callback(os.close, descriptor)
+            on_failure.callback(os.close, descriptor)
             if not try_lock(path, descriptor, operation):
                 return read_holder(descriptor)
             if is_file_at(path, descriptor):
                 _write_record(descriptor)
-                unless_taken.pop_all()
+                on_failure.pop_all()
                 return descriptor
-        # Its last holder removed the file between our opening and our locking it: that lock guards nothing.
+        # The previous holder removed the file between open and lock: the lock would guard nothing.
 
 
 def try_lock(path: Path, descriptor: int, operation: int) -> bool:
-    """Lock an open file; False if another has it. Raises KdpipeError if the file system of `path` has no locks."""
-    with explained(path):
+    """Lock an open file; return False if another holds it. Raises KdpipeError if the file system has no locks."""
+    with lock_errors(path):
         try:
             fcntl.flock(descriptor, operation)
         except BlockingIOError:
@@ -118,7 +135,7 @@ def try_lock(path: Path, descriptor: int, operation: int) -> bool:
 
 
 def release(descriptor: int) -> None:
-    """Unlock and close. Closing exclusive_store would leave the lock with any child that was forked meanwhile."""
+    """Unlock and close. Closing alone would leave the lock with any child forked meanwhile."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
@@ -126,9 +143,9 @@ def release(descriptor: int) -> None:
 
 
 def is_file_at(path: Path, descriptor: int) -> bool:
-    """Whether `path` still names the open file."""
+    """Return whether `path` still names the open file."""
     try:
-        # Opened, not stat'ed: network file systems ask the server for the name only when a file is opened.
+        # Opened rather than stat'ed: network file systems revalidate a name only when it is opened.
         found = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
@@ -139,7 +156,7 @@ def is_file_at(path: Path, descriptor: int) -> bool:
 
 
 def read_holder(descriptor: int) -> Holder:
-    """The record in an open lock file. It is for people to read: a broken one is no error."""
+    """Read the record in an open lock file. Informational only: an unreadable one gives pid 0."""
     try:
         record = json.loads(os.pread(descriptor, RECORD_BYTES, 0))
         age_s = max(0.0, time.time() - float(record["since"]))
@@ -152,42 +169,35 @@ def read_holder(descriptor: int) -> Holder:
 def _write_record(descriptor: int) -> None:
     job_id = next((os.environ[name] for name in JOB_ID_VARIABLES if os.environ.get(name)), None)
     record = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": job_id, "since": time.time()}
-    os.ftruncate(descriptor, 0)  # first: whoever looks now reads nothing, and never a dead holder's name
+    os.ftruncate(descriptor, 0)  # first, so that a reader never sees the name of a previous holder
     os.pwrite(descriptor, json.dumps(record).encode(), 0)
 
 
 def _open(path: Path) -> int:
-    while True:
+    """Open a lock file, created if absent. Others may remove its folder at any time, so this retries."""
+    for tries_left in reversed(range(MAX_OPEN_TRIES)):
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # again and again: the last to release a claim removes the folder
-            try:
-                make_folders([path.parent])
-            except FileExistsError:  # it was there when it was to be made, and was gone when pathlib looked
-                if not _may_be_folder(path.parent):
-                    raise
+        except FileNotFoundError:
+            if not tries_left:
+                raise
+        with suppress(FileExistsError):  # made by another process, and perhaps removed again
+            make_folders([path.parent])
+    raise AssertionError("the last try returns or raises")
 
 
-def _may_be_folder(path: Path) -> bool:
-    """Whether a folder is at `path`, or nothing: at one look, as it may come and go."""
-    try:
-        return stat.S_ISDIR(path.lstat().st_mode)
-    except FileNotFoundError:
-        return True
+def lock_errors(path: Path) -> AbstractContextManager[None]:
+    """Translate an OSError on the lock file `path` into a KdpipeError."""
 
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
-            raise KdpipeError(
+    def message(error: OSError) -> str:
+        if error.errno in NO_LOCKS:
+            return (
                 f"the file system of {path.parent} does not support file locks ({error.strerror}), and without them "
                 "two jobs could spoil each other's work: use a folder on another one."
-            ) from None
-        raise KdpipeError(
+            )
+        return (
             f"the lock file {path} cannot be used ({error.strerror}): make {path.parent} a folder that you may "
             "write to, or use another."
-        ) from None
+        )
+
+    return translate_os_errors(message, KdpipeError)

@@ -1,38 +1,75 @@
-"""Reading a file that a stranger may have made: a plain file within the store, of a size that was expected."""
+"""Safe reading of untrusted files: regular files of a bounded size, within a given folder."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
+
+from store.errors import KdpipeError
 
 
 def open_regular_file(file: Path, root: Path | None = None) -> int:
-    """An open descriptor of `file`. Raises OSError where it is no plain file (a pipe would wait for ever), or where a
-    link leads out of the folder `root`.
+    """Return an open descriptor of `file`.
+
+    Raises:
+        OSError: It is not a regular file (a pipe would block forever), or a link leads out of the folder `root`.
     """
     if root is not None and not _is_within(file, root):
         raise OSError(errno.ELOOP, "it is a link that leads out of the store", str(file))
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no plain file", str(file))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(file))
     return descriptor
 
 
 def read_regular_file(file: Path, max_bytes: int, root: Path | None = None) -> bytes:
-    """The bytes of a plain file, at most `most_bytes` + 1 of them: a longer result says that the file is too large.
+    """Return at most `max_bytes` + 1 bytes of a regular file: a longer result means that the file is too large.
 
     Raises OSError as `open_regular_file` does.
     """
     with os.fdopen(open_regular_file(file, root), "rb") as opened:
-        # A read makes room for all that it is asked for: what a foreign file only claims to hold takes no memory.
+        # Never allocate what an untrusted file merely claims to hold: read() allocates what it is asked for.
         return opened.read(min(max_bytes, os.fstat(opened.fileno()).st_size) + 1)
+
+
+def read_json(
+    path: Path, max_bytes: int, error_type: type[KdpipeError] = KdpipeError, root: Path | None = None
+) -> dict[str, Any]:
+    """Return the JSON object in the file `path`.
+
+    Args:
+        path: A regular file, which may be untrusted.
+        max_bytes: Maximum size of the file.
+        error_type: Exception for anything but a readable JSON object; its text names the file and the reason.
+        root: If given, links that lead out of this folder are refused.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        error_type: The file cannot be read, is too large, or is not a JSON object.
+    """
+    try:
+        raw = read_regular_file(path, max_bytes, root)
+        if len(raw) > max_bytes:
+            raise ValueError(f"it has more than {max_bytes:,} bytes")
+        record = json.loads(raw)
+        if not isinstance(record, dict):
+            raise TypeError("it is not a JSON object")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise error_type(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise error_type(f"{path} is damaged: {str(error)[:200]}.") from error
+    return record
 
 
 def _is_within(file: Path, root: Path) -> bool:
     try:
         return file.resolve().is_relative_to(root.resolve())
-    except RuntimeError:  # links that lead to each other
+    except RuntimeError:  # a loop of links
         return False

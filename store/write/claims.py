@@ -1,7 +1,7 @@
-"""Claims: several processes fill one store, and each unit is claimed by one of them at a time.
+"""Locks beside a store: one for changes of its metadata, and claims of units by the processes that fill it.
 
-A claim is a locked file beside the store, `.{store name}.locks/{unit}`. The kernel drops a dead process's lock, so its
-claim is free at once, without timeouts. Claims only save double work: two writers of one unit write the same bytes.
+A claim is a locked file `.{store name}.locks/{unit}`. The kernel drops a dead process's lock, so its claim is free at
+once, without timeouts. Claims only save double work: two writers of one unit write the same bytes.
 """
 
 from __future__ import annotations
@@ -9,16 +9,26 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from store.fs.lock import Holder, explained, is_file_at, release, read_holder, acquire, try_lock
+from store.fs.lock import Holder, LockedError, acquire, exclusive, is_file_at, lock_errors, read_holder, release, try_lock
 
-__all__ = ["Claim", "Holder", "claim", "holder"]
+__all__ = ["Claim", "Holder", "claim", "claimed", "exclusive_store", "holder"]
+
+
+def exclusive_store(path: Path) -> AbstractContextManager[None]:
+    """Hold the lock for changes of the metadata of the store at `path`; waits for it, as it is held briefly.
+
+    The lock file is beside the store, so that plain Zarr sees a valid group inside.
+    """
+    named = path if path.name not in ("", "..") else path.resolve()
+    return exclusive(path, named.with_name(f".{named.name}.lock"), wait=True)
 
 
 class Claim:
-    """A unit that is this process's exclusive_store until `release`, or until the process ends."""
+    """A unit claimed by this process until `release`, or until the process ends."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
@@ -26,44 +36,57 @@ class Claim:
         self._releasing = threading.Lock()
 
     def release(self) -> None:
-        """Let others claim the unit, and leave no file behind. From any thread; a second call does nothing."""
+        """Release the unit and remove the lock file. Thread-safe; a second call does nothing."""
         with self._releasing:
             if self._descriptor is None:
                 return
             descriptor, self._descriptor = self._descriptor, None
-        # Removed while still locked: whoever locks this file later sees that its name is gone, and starts afresh.
-        with suppress(OSError):  # a file that cannot be removed is litter, no claim
+        # Removed while still locked: a process that locks this file later sees that its name is gone, and starts over.
+        with suppress(OSError):  # a file that cannot be removed is not a claim
             if is_file_at(self._path, descriptor):
                 self._path.unlink()
         release(descriptor)
-        with suppress(OSError):  # other claims are in it, or another process has removed it already
+        with suppress(OSError):  # not empty, or already removed
             self._path.parent.rmdir()
 
 
 def claim(store: Path, name: str) -> Claim | Holder:
-    """Claim the unit `name` of the store at `store`, or learn who is at it. Never waits.
+    """Claim the unit `name` of the store at `store`, or return its holder. Never waits.
 
-    What a killed process had claimed is simply claimed anew. A process that has a claim is refused a second one like
-    any other. Raises KdpipeError where the folder cannot be written or its file system has no locks.
+    A process that has a claim is refused a second one like any other.
+
+    Raises:
+        KdpipeError: The folder cannot be written, or its file system has no locks.
     """
     path = _path(store, name)
     while True:
-        taken = acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if isinstance(taken, int):
-            return Claim(path, taken)
-        # Refused, but perhaps only by a process that was just looking, as `holder` does.
-        if at_it := holder(store, name):
-            return at_it
+        acquired = acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if isinstance(acquired, int):
+            return Claim(path, acquired)
+        if found := holder(store, name):  # else refused only because of a probe by another `holder` call
+            return found
+
+
+@contextmanager
+def claimed(store: Path, name: str, message: str) -> Iterator[None]:
+    """Claim the unit `name` inside the block. Raises LockedError with `message.format(holder)` if another has it."""
+    acquired = claim(store, name)
+    if isinstance(acquired, Holder):
+        raise LockedError(message.format(acquired))
+    try:
+        yield
+    finally:
+        acquired.release()
 
 
 def holder(store: Path, name: str) -> Holder | None:
-    """Who is at the unit `name` now; None where no living process is, as when a killed one left its file.
+    """Return the process that has claimed the unit `name`; None if there is none, or only the file of a killed one.
 
-    Looking takes a shared lock for a moment and writes nothing, so a store on a read-only disk can be looked at;
-    `claim` tells such a look from a claim, and is never refused because of one.
+    This takes a shared lock for a moment and writes nothing, so it works on a read-only disk; `claim` is never
+    refused because of it.
     """
     path = _path(store, name)
-    with explained(path):
+    with lock_errors(path):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
