@@ -21,7 +21,7 @@ def wanted_codec(archive: str | None, level: int | None) -> Any:
     if archive is None and level is not None:
         raise RecipeError("--level goes with --archive zstd or --archive blosc.")
     if archive is None:
-        return "as it is"
+        return "keep"
     if archive == "none":
         if level is not None:
             raise RecipeError("--level goes with --archive zstd or --archive blosc: --archive none unpacks a store.")

@@ -132,8 +132,8 @@ class Targets:
     def _how(self, source: Source) -> str:
         total = f"{_num_bytes([(source.store, source.names)]):,} bytes of targets"
         if self.residence == "mapped":
-            reading = source.store.reading(source.names[0])
-            return f"{total}, {reading.way}: {reading.why}"
+            reading = source.store.read_mode(source.names[0])
+            return f"{total}, {reading.mode}: {reading.reason}"
         if self.residence == "streamed":
             return f"{total}, streamed in groups of {self.window} slabs, within the recipe's memory_bytes"
         return f"{total}, kept {'on the device' if self.residence == 'device' else 'in memory'}"

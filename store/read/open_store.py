@@ -1,4 +1,4 @@
-"""Opening a store: what is checked before a single row is read."""
+"""Open a store, after checking everything but the rows themselves."""
 
 from __future__ import annotations
 
@@ -23,10 +23,17 @@ from store.format.zarr_metadata import check_arrays, read_store_manifest
 def open_store(path: Path, wanted: Mapping[str, Any] | None = None, advice: str = "") -> TargetStore:
     """Open the store at `path`: of one that is being extended, the part that was finished before.
 
-    `wanted` names values of its manifest (any of the sections teacher, data, views, arrays) that it must have. Raises
-    FingerprintMismatch with stored and wanted values, pair by pair, where it has others; StoreError where there is no
-    store, a unit is missing, or a file is damaged. What is checked are metadata, markers, sizes and shard indices;
-    the rows themselves are checked where they are read into memory, and by `kdpipe store verify`.
+    Metadata, markers, sizes and shard indices are checked; rows are checked when they are read into memory, and by
+    `kdpipe store verify`.
+
+    Args:
+        path: The store.
+        wanted: Required values of its manifest, by section (teacher, data, views, arrays).
+        advice: What to do on a mismatch, appended to the error.
+
+    Raises:
+        FingerprintMismatch: The store has other values, listed pair by pair.
+        StoreError: There is no store, a unit is missing, or a file is damaged.
     """
     manifest = read_store_manifest(path)
     require(manifest, wanted or {}, f"the store {path}", advice)
@@ -46,22 +53,22 @@ def open_store(path: Path, wanted: Mapping[str, Any] | None = None, advice: str 
 
 
 def check_file(path: Path, manifest: Manifest, spec: ArraySpec, unit: Unit, marker: Marker) -> None:
-    """Raise StoreError unless the shard file of `unit` is there, of its committed size, with the index it must have."""
-    file, committed = shard_path(path, spec, unit), marker.files.get(spec.name)
-    if committed is None:
+    """Raise StoreError unless the shard file of `unit` exists, with its committed size and the expected index."""
+    file, entry = shard_path(path, spec, unit), marker.files.get(spec.name)
+    if entry is None:
         raise StoreError(f"{path} is not complete: {unit} lacks {spec.name}. Run `kdpipe cache-teacher` to finish it.")
     shape = shard_shape(spec, manifest.layout.unit_rows)
-    expected = shape.file_bytes(unit.num_rows) if manifest.codec is None else committed["bytes"]
+    expected = shape.file_bytes(unit.num_rows) if manifest.codec is None else entry["bytes"]
     try:
         descriptor = open_regular_file(file, path)
         try:
-            found = os.fstat(descriptor).st_size
+            num_bytes = os.fstat(descriptor).st_size
             index = os.pread(descriptor, shape.index_bytes, max(0, expected - shape.index_bytes))
         finally:
             os.close(descriptor)
     except OSError as error:
         raise StoreError(damaged(file, unit, f"it cannot be read ({error.strerror})")) from error
-    if found != expected or committed["bytes"] != expected:
-        raise StoreError(damaged(file, unit, f"it has {found:,} bytes, {expected:,} were committed"))
+    if num_bytes != expected or entry["bytes"] != expected:
+        raise StoreError(damaged(file, unit, f"it has {num_bytes:,} bytes, {expected:,} were committed"))
     if manifest.codec is None:
         check_index(index, shape, unit.num_rows, str(file))

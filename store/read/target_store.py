@@ -1,4 +1,4 @@
-"""Reading a store: rows of a batch by sample id, or whole units and views checked against their checksums."""
+"""Read a store: rows of a batch by sample id, or whole units and views checked against their checksums."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from store.format.markers import Marker
 from store.fs.safe_read import read_regular_file
 from store.read.row_index import RowIndex
 from store.format.samples import Samples
-from store.format.shard import crc32c, decode_shard, shard_path, shard_shape
+from store.format.shard import decode_shard, is_committed, shard_path, shard_shape
 from store.read.unit_cache import CACHE_BYTES, UnitCache
-from store.write.writer import missing_units
+from store.format.unit_state import missing_units
 
 
 @dataclass(frozen=True)
 class ReadMode:
-    """How an array's rows are read: `way` is "mapped" or "memory", `why` says in words what led to it."""
+    """Access to an array's rows: `mode` is "mapped" or "memory", `reason` says why."""
 
-    way: str
-    why: str
+    mode: str
+    reason: str
 
 
 class TargetStore:
     """The finished part of a store: every unit committed, every shard of its committed size. Made by `open_store`.
 
-    It holds no open file. Address ranges are mapped where they are first used, survive a fork, and are dropped when
-    the store is pickled for a spawned worker, which maps its own.
+    It holds no open file. Address ranges are mapped on first use, survive a fork, and are dropped when the store is
+    pickled for a spawned worker, which maps its own.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TargetStore:
         self._stream_bytes = stream_bytes
         self._ranges: dict[str, NDArray[Any]] = {}
         self._mapped_views: dict[tuple[str, int], NDArray[Any]] = {}
-        self._why_not: dict[str, str] = {}
+        self._unmappable: dict[str, str] = {}
         self._cache = UnitCache(self.read_unit, CACHE_BYTES if stream_bytes is None else stream_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -80,54 +80,54 @@ class TargetStore:
 
     @property
     def unit_rows(self) -> int:
-        """Rows of a whole unit: row r lies in shard r // unit_rows."""
+        """Rows of a full unit: row r is in shard r // unit_rows."""
         return self._layout.unit_rows
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        """The arrays that are finished."""
+        """Arrays that are finished."""
         return tuple(spec for spec in self.manifest.arrays if spec.name in self._finished.arrays)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The teacher's modules of which something is stored."""
+        """Modules of the teacher with a stored feature map or statistic."""
         return tuple(dict.fromkeys(spec.name.partition("/")[2] for spec in self.arrays if "logits" not in spec.name))
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of the logits; none where the data set has no names."""
+        """Class names in the order of the logits; empty where the data set has none."""
         return tuple(self.manifest.identity.data.get("classes", ()))
 
     @property
     def num_classes(self) -> int:
-        """How many logits a row has, all of them or the k largest stored."""
-        form = self.manifest.top_k
-        return form.num_classes if form else self.manifest.spec("logits").row_shape[0]
+        """Number of logits of the teacher, whether all of them or the k largest are stored."""
+        top_k = self.manifest.top_k
+        return top_k.num_classes if top_k else self.manifest.spec("logits").row_shape[0]
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Whose outputs these are, of which samples, on which views, and which libraries wrote them."""
+        """Teacher, data set, views, fingerprint and library versions."""
         identity = self.manifest.identity
         return {**identity.to_json(), "fingerprint": identity.fingerprint, "versions": dict(self.manifest.versions)}
 
     @property
     def fidelity(self) -> Mapping[str, Any]:
-        """What each array's encoding lost, measured when it was written."""
+        """By array, the loss of its encoding, measured when it was written."""
         return self._finished.fidelity
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape [V, N, *row_shape] of an array, rows that hold no sample included."""
+        """Return the shape [V, N, *row_shape] of an array, rows without a sample included."""
         return (self.num_views, self.num_rows, *self.spec(name).row_shape)
 
     def spec(self, name: str) -> ArraySpec:
-        """The array called `name`; StoreError, listing what there is, if there is none or it is not finished."""
+        """Return the array `name`. Raises StoreError, listing the arrays, if there is none or it is not finished."""
         spec = self.manifest.spec(name)
         if name not in self._finished.arrays:
             raise StoreError(f"{self.path}: {name} is still being added. Run `kdpipe cache-teacher` to finish it.")
         return spec
 
     def rows_of(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows at which samples stand, by id: int64 [B]. Raises StoreError for ids that the store lacks."""
+        """Return the rows of samples by id: int64 [B]. Raises StoreError for ids that the store lacks."""
         rows = self._index.find(sample_ids)
         absent = self._index.absent(sample_ids, rows)
         if len(absent):
@@ -138,72 +138,75 @@ class TargetStore:
         return rows
 
     def gather(self, name: str, view: int, sample_ids: NDArray[np.int64]) -> NDArray[Any]:
-        """The rows of samples, by id, in one view of an array: [B, *row_shape], in the order of the ids.
+        """Return the rows of samples by id in one view of an array: [B, *row_shape], in the order of the ids.
 
         Raises StoreError for ids, views and arrays that the store lacks.
         """
         try:
-            # As fast as np.memmap's take: an absent sample's row lies beyond the range, which `take` checks anyway.
-            rows: NDArray[Any] = self._mapped_views[name, view].take(self._index.quick(sample_ids), axis=0)
+            # As fast as np.memmap's take: the row of an absent sample is out of range, which `take` checks anyway.
+            rows: NDArray[Any] = self._mapped_views[name, view].take(self._index.find_fast(sample_ids), axis=0)
         except (KeyError, IndexError):  # not mapped (yet), or an absent id, or id 0
             return self.take(name, view, self.rows_of(sample_ids))
         return rows
 
     def take(self, name: str, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows of one view of an array, as `rows_of` numbers them: [B, *row_shape]. Only what is touched is read."""
-        if self.reading(name).way == "mapped":
+        """Return rows of one view of an array, as numbered by `rows_of`: [B, *row_shape]. Reads only what it touches."""
+        if self.read_mode(name).mode == "mapped":
             self._check_view(view)
             taken: NDArray[Any] = self._mapped_views[name, view].take(rows, axis=0)
             return taken
         return self._take_by_unit(self.spec(name), view, rows)
 
-    def reading(self, name: str) -> ReadMode:
-        """How `take` reads an array, and why."""
-        if name not in self._ranges and name not in self._why_not:
+    def read_mode(self, name: str) -> ReadMode:
+        """Return how `take` reads an array, and why."""
+        if name not in self._ranges and name not in self._unmappable:
             self._open_range(name)
         if name in self._ranges:
             return ReadMode("mapped", "one address range over all of its shards")
-        return ReadMode("memory", f"shard by shard, because {self._why_not[name]}")
+        return ReadMode("memory", f"shard by shard, because {self._unmappable[name]}")
 
     def array(self, name: str) -> NDArray[Any]:
-        """All views of an array as one read-only ndarray [V, N, *row_shape], mapped. Raises StoreError if it cannot
-        be; rows that hold no sample are not numbers of any meaning.
+        """Return all views of an array as one mapped, read-only ndarray [V, N, *row_shape].
+
+        Rows without a sample have undefined values. Raises StoreError if the array cannot be mapped.
         """
-        if self.reading(name).way != "mapped":
-            raise StoreError(f"{self.path}: {name} cannot be mapped, because {self._why_not[name]}. Use read_view.")
+        if self.read_mode(name).mode != "mapped":
+            raise StoreError(f"{self.path}: {name} cannot be mapped, because {self._unmappable[name]}. Use read_view.")
         return self._ranges[name][:, : self.num_rows]
 
     def streamed(self, max_bytes: int) -> TargetStore:
-        """The same store, read shard by shard into memory, of which it holds `most_bytes` (at least one shard), and
-        one shard more while that is read. Each is checked against its committed crc32c.
+        """Return the same store, read shard by shard into memory instead of mapped.
+
+        It caches up to `max_bytes` of shards (at least one), and one more while that is read. Each shard is checked against
+        its committed crc32c.
         """
         return TargetStore(self.path, self.manifest, self.samples, self._markers, max_bytes)
 
     def units(self, view: int) -> list[Unit]:
-        """The units of a view, in the order of their rows."""
+        """Return the units of a view, in the order of their rows."""
         self._check_view(view)
         return self._layout.units([view])
 
     def read_unit(self, name: str, unit: Unit) -> NDArray[Any]:
-        """The rows of a unit, [n, *row_shape], in memory, checked against the crc32c that was committed.
+        """Read the rows of a unit, [n, *row_shape], into memory, checked against the committed crc32c.
 
         Raises StoreError, naming the file, where it is damaged.
         """
         spec = self.spec(name)
-        file, committed = shard_path(self.path, spec, unit), self._markers[unit].files[name]
+        file, entry = shard_path(self.path, spec, unit), self._markers[unit].files[name]
         try:
-            raw = read_regular_file(file, committed["bytes"], self.path)
+            raw = read_regular_file(file, entry["bytes"], self.path)
         except OSError as error:
             raise StoreError(damaged(file, unit, f"it cannot be read ({error.strerror})")) from error
-        if len(raw) != committed["bytes"] or crc32c(raw) != committed["crc32c"]:
+        if not is_committed(raw, entry):
             raise StoreError(damaged(file, unit, "its bytes are not those that were committed"))
         return decode_shard(raw, shard_shape(spec, self.unit_rows), unit.num_rows, self.manifest.codec, str(file))
 
     def read_view(self, name: str, view: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """One view of an array, [N, *row_shape], in memory (in `out` if given), every shard checked.
+        """Read one view of an array, [N, *row_shape], into memory (into `out` if given), every shard checked.
 
-        Rows that hold no sample, where an extension began, have the array's fill value. A shard at a time is held
-        beside the result.
+        Rows without a sample, before an extension, have the array's fill value. One shard at a time is in memory beside the
+        result.
         """
         spec = self.spec(name)
         if out is None:
@@ -219,22 +222,22 @@ class TargetStore:
         out = np.empty((len(rows), *spec.row_shape), spec.little)
         shards, units = rows // self.unit_rows, self.units(view)
         for shard in np.unique(shards):
-            here = shards == shard
-            out[here] = self._cache.rows(spec.name, units[shard])[rows[here] - units[shard].start]
+            in_shard = shards == shard
+            out[in_shard] = self._cache.rows(spec.name, units[shard])[rows[in_shard] - units[shard].start]
         return out
 
     def _open_range(self, name: str) -> None:
-        """Map all shards of an array one behind the other, or note why that cannot be."""
+        """Map all shards of an array contiguously, or record why that is not possible."""
         spec, layout = self.spec(name), self._layout
         if self._stream_bytes is not None:
-            self._why_not[name] = f"it is streamed within {self._stream_bytes:,} bytes"
+            self._unmappable[name] = f"it is streamed within {self._stream_bytes:,} bytes"
             return
         if self.manifest.codec is not None:
-            self._why_not[name] = "the archive profile packs its chunks (`kdpipe store transcode` unpacks them)"
+            self._unmappable[name] = "the archive profile compresses its chunks (`kdpipe store transcode` decompresses them)"
             return
         shape, unit_bytes = shard_shape(spec, layout.unit_rows), layout.unit_rows * spec.row_bytes
         units, num_units = layout.units(), layout.num_views * layout.num_shards
-        pieces = [
+        regions = [
             FileRegion(
                 shard_path(self.path, spec, unit),
                 (unit.view * layout.num_shards + unit.shard) * unit_bytes,
@@ -243,9 +246,9 @@ class TargetStore:
             for unit in units
         ]
         try:
-            mapped = map_files(pieces, num_units * unit_bytes)
+            mapped = map_files(regions, num_units * unit_bytes)
         except MappingUnsupported as error:
-            self._why_not[name] = str(error)
+            self._unmappable[name] = str(error)
             return
         rows = layout.num_shards * layout.unit_rows
         self._ranges[name] = mapped.view(spec.little).reshape(layout.num_views, rows, *spec.row_shape)
@@ -253,19 +256,18 @@ class TargetStore:
 
     def _check_view(self, view: int) -> None:
         if not 0 <= view < self.num_views:
-            more = self.manifest.layout.num_views
-            growing = (
-                f" It is being extended to {more}: run `kdpipe cache-teacher` to finish that." if view < more else ""
-            )
+            total = self.manifest.layout.num_views
+            growing = f" It is being extended to {total}: run `kdpipe cache-teacher` to finish." if view < total else ""
             raise StoreError(f"{self.path} has views 0 to {self.num_views - 1}, not {view}.{growing}")
 
 
 def damaged(file: Path, unit: Unit, what: str) -> str:
-    """The sentence about a damaged file."""
+    """Return the message about a damaged file."""
     return f"{file} ({unit}) is damaged: {what}. `kdpipe store repair RECIPE` computes its unit again."
 
 
 def finished_part(path: Path, manifest: Manifest) -> Finished:
+    """Return the finished part of a store. Raises StoreError if there is none."""
     if manifest.finished is not None:
         return manifest.finished
     missing = missing_units(path, manifest)
@@ -274,5 +276,5 @@ def finished_part(path: Path, manifest: Manifest) -> Finished:
 
 
 def visible_layout(layout: StoreLayout, finished: Finished) -> StoreLayout:
-    """The layout of what is finished. Its shards keep their numbers: segments and views only ever follow."""
+    """Return the layout of what is finished. Shards keep their numbers: segments and views are only appended."""
     return StoreLayout(finished.num_views, layout.unit_rows, layout.segments[: finished.num_segments])

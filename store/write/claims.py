@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -68,11 +68,11 @@ def claim(store: Path, name: str) -> Claim | Holder:
 
 
 @contextmanager
-def claimed(store: Path, name: str, message: str) -> Iterator[None]:
-    """Claim the unit `name` inside the block. Raises LockedError with `message.format(holder)` if another has it."""
+def claimed(store: Path, name: str, message: Callable[[Holder], str]) -> Iterator[None]:
+    """Claim the unit `name` inside the block. Raises LockedError with `message(holder)` if another has it."""
     acquired = claim(store, name)
     if isinstance(acquired, Holder):
-        raise LockedError(message.format(acquired))
+        raise LockedError(message(acquired))
     try:
         yield
     finally:

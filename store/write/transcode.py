@@ -1,21 +1,19 @@
-"""Turning one store into another without the teacher: fewer views or arrays, narrower numbers, top-k, packed or not.
+"""Transcode a store without the teacher: fewer views or arrays, narrower numbers, top-k, compressed or not.
 
-The target is a store of the same teacher, samples and views: its fingerprints are the source's. It is made unit by
-unit, one at a time in memory, its rows joined to the source's by sample id and every source shard checked against its
-committed crc32c. What is done stands in the target's own markers, so a killed run continues, and a source that has
-grown since carries its target along.
+The target has the same teacher, samples, views and fingerprints as the source. It is written unit by unit, one at a
+time in memory; rows are joined by sample id and every source shard is checked against its committed crc32c. Progress
+is recorded in the target's own markers, so a killed run continues, and a source that has grown extends its target.
 
-A lossy change is measured against what the source holds, since the teacher is gone. An array that stays as it is keeps
-its figures under its name: they are against the teacher. Of one that changes, no figure stands under its name any
-more: "logits, step 1" is what the first store lost against the teacher, "logits, step 2" what the next store lost
-against the first, and so on. Largest errors of steps add up at the most; divergences need not.
+A lossy change is measured against the source, since the teacher is not available. An array that stays as it is keeps
+its figures under its name: they are against the teacher. One that changes has figures by step instead: "logits, step
+1" is the loss of the first store against the teacher, "logits, step 2" that of the next store against the first, and
+so on. Largest errors add up at most; divergences need not.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +22,53 @@ from numcodecs import BitRound
 from numpy.typing import NDArray
 
 from store.write.transcode_options import MANTISSA_BITS, TranscodeOptions, logical_array, transcoded_manifest
-from store.write.claims import Holder, claim
+from store.write.claims import claimed
 from store.errors import FingerprintMismatch, StoreError
 from store.format.encoding_error import measure_dense, measure_features, measure_topk, merge
 from store.format.layout import ArraySpec, StoreLayout, Unit
 from store.write.extend import ensure_store
-from store.fs.lock import LockedError
 from store.format.manifest import Manifest
-from store.format.markers import Marker, read_marker
 from store.read.open_store import open_store
 from store.read.target_store import TargetStore
 from store.format.samples import Samples, read_samples
 from store.format.topk import encode_topk
-from store.write.writer import finish_store, missing_arrays, sweep_unit, write_unit
+from store.format.unit_state import committed, missing_arrays
+from store.write.writer import finish_store, sweep_unit, write_unit
 from store.format.zarr_metadata import read_store_manifest
 
 
 def transcode(
     source: Path,
     target: Path,
-    change: TranscodeOptions,
+    options: TranscodeOptions,
     on_unit: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Make the store `target` of the finished part of `source`, or continue that.
+    """Write the store `target` from the finished part of `source`, or continue a killed run.
 
-    `on_unit` hears how many units are done, of how many; before each, `should_stop` is asked. Returns `complete`
-    (False where it was stopped), `num_units`, `bytes_before` and `bytes_after` (the shard files of the source that are
-    finished, and of the target that are committed), and the target's `fidelity` once it is complete.
+    Args:
+        source: The store to read.
+        target: The store to write, outside of `source`.
+        options: The changes to make.
+        on_unit: Called with (units done, units in all).
+        should_stop: Checked before each unit.
 
-    Raises StoreError where the source is incomplete or damaged or the change impossible, FingerprintMismatch where
-    the target is another store, LockedError where another process is transcoding to it.
+    Returns:
+        `complete` (False if stopped), `num_units`, `bytes_before` and `bytes_after` (finished shard files of the source,
+        committed ones of the target), and the target's `fidelity` once it is complete.
+
+    Raises:
+        StoreError: The source is incomplete or damaged, or the options do not apply to it.
+        FingerprintMismatch: The target is another store.
+        LockedError: Another process is transcoding to the target.
     """
-    target = _resolved(target)  # locks are named after it, and "." has no name
+    target = _resolved(target)  # lock files use its name, and "." has none
     _require_apart(_resolved(source), target)
     if os.path.lexists(target):
-        read_store_manifest(target)  # before a lock is laid beside what is no store
+        read_store_manifest(target)  # before a lock file is created beside something else
     store = open_store(source).streamed(0)
-    wanted = transcoded_manifest(store, change)
-    with _alone_at(target):
+    wanted = transcoded_manifest(store, options)
+    with claimed(target, "transcode", lambda holder: f"{target} is in use by {holder}; wait for it, or stop it first."):
         manifest = _ensure(target, wanted, store.samples)
         complete = _fill(store, target, manifest, on_unit, should_stop)
         if complete:
@@ -85,7 +91,7 @@ def _fill(
     on_unit: Callable[[int, int], None],
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Write every unit that the target lacks. Returns False where it was stopped before."""
+    """Write every unit that the target lacks. Returns False if stopped."""
     samples = read_samples(target, manifest.layout, manifest.identity.data)
     units = manifest.layout.units()
     for done, unit in enumerate(units):
@@ -102,7 +108,7 @@ def _fill(
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
-    except (RuntimeError, OSError) as error:  # links that lead to each other; a name that is too long
+    except (RuntimeError, OSError) as error:  # a loop of links, or a name that is too long
         raise StoreError(f"{path} cannot be used: {error}.") from None
 
 
@@ -110,18 +116,7 @@ def _require_apart(source: Path, target: Path) -> None:
     if source == target:
         raise StoreError(f"{target} is the source itself: a store is never changed in place, so give another target.")
     if target.is_relative_to(source) or source.is_relative_to(target):
-        raise StoreError(f"{source} and {target} lie one within the other: give a target beside the source.")
-
-
-@contextmanager
-def _alone_at(target: Path) -> Iterator[None]:
-    taken = claim(target, "transcode")
-    if isinstance(taken, Holder):
-        raise LockedError(f"{target} is in use by {taken}; wait for it, or stop it first.")
-    try:
-        yield
-    finally:
-        taken.release()
+        raise StoreError(f"{source} and {target} are one within the other: give a target beside the source.")
 
 
 def _ensure(target: Path, wanted: Manifest, samples: Samples) -> Manifest:
@@ -129,12 +124,12 @@ def _ensure(target: Path, wanted: Manifest, samples: Samples) -> Manifest:
         return ensure_store(target, wanted, samples)
     except FingerprintMismatch as error:
         raise FingerprintMismatch(
-            f"the store {target}", error.differences, "Give another target, or delete this one to make it anew."
+            f"the store {target}", error.differences, "Give another target, or delete this one and run again."
         ) from error
 
 
 def _ids_of(unit: Unit, layout: StoreLayout, samples: Samples) -> NDArray[np.int64]:
-    """The ids of a unit's samples, in the order of its rows: int64 [n]."""
+    """Return the ids of a unit's samples, in the order of its rows: int64 [n]."""
     first = int(np.searchsorted(layout.sample_rows(), unit.start))
     return samples.ids[first : first + unit.num_rows]
 
@@ -146,64 +141,64 @@ def _transcode_unit(
         raise StoreError(
             f"{target} has more views than {source.path}, which has {source.num_views}: give another target."
         )
-    rows, lost = _converted(source, manifest, unit, sample_ids)
+    rows, lost = _convert(source, manifest, unit, sample_ids)
     inherited = _inherited(source, unit.view, source.rows_of(sample_ids))
     write_unit(target, manifest, unit, rows, _by_step(source, manifest, inherited, lost))
 
 
-def _converted(
+def _convert(
     source: TargetStore, manifest: Manifest, unit: Unit, sample_ids: NDArray[np.int64]
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The rows of a unit of the target by array, and what each array that changes loses."""
-    made: dict[str, NDArray[Any]] = {}
+    """Return the rows of a unit of the target by array, and the loss of each array that changes."""
+    converted: dict[str, NDArray[Any]] = {}
     lost: dict[str, Any] = {}
-    form = manifest.top_k if source.manifest.top_k is None else None
-    if form:
+    top_k = manifest.top_k if source.manifest.top_k is None else None
+    if top_k:
         exact = source.gather("logits", unit.view, sample_ids).astype(np.float32)
-        for name, rows in encode_topk(exact, form, "float32").items():
-            made[name] = _fitted(rows, manifest, name, unit, sample_ids)
-        lost["logits"] = measure_topk(exact, made, form)
+        for name, rows in encode_topk(exact, top_k, "float32").items():
+            converted[name] = _cast(rows, manifest, name, unit, sample_ids)
+        lost["logits"] = measure_topk(exact, converted, top_k)
     for spec in manifest.arrays:
-        if spec.name in made:
+        if spec.name in converted:
             continue
-        held = source.gather(spec.name, unit.view, sample_ids)
-        made[spec.name] = _fitted(held, manifest, spec.name, unit, sample_ids)
+        stored = source.gather(spec.name, unit.view, sample_ids)
+        converted[spec.name] = _cast(stored, manifest, spec.name, unit, sample_ids)
         if _changes(source.manifest, manifest, spec):
-            measure = measure_dense if spec.name == "logits" and held.ndim == 2 else measure_features
-            lost[logical_array(spec.name)] = measure(held.astype(np.float32), made[spec.name])
-    return made, lost
+            measure = measure_dense if spec.name == "logits" and stored.ndim == 2 else measure_features
+            lost[logical_array(spec.name)] = measure(stored.astype(np.float32), converted[spec.name])
+    return converted, lost
 
 
 def _changes(source: Manifest, target: Manifest, spec: ArraySpec) -> bool:
     return spec not in source.arrays or source.rounded.get(spec.name) != target.rounded.get(spec.name)
 
 
-def _fitted(
+def _cast(
     rows: NDArray[Any], manifest: Manifest, name: str, unit: Unit, sample_ids: NDArray[np.int64]
 ) -> NDArray[Any]:
-    """Rows [n, ...] in the target's precision. Raises StoreError, naming samples, where a number is too large."""
+    """Convert rows [n, ...] to the target's precision. Raises StoreError, naming samples, where a number is too large."""
     dtype, bits = manifest.spec(name).dtype, manifest.rounded.get(name)
-    with np.errstate(over="ignore"):  # what does not fit is refused below, by its samples
-        fitted: NDArray[Any] = rows.astype(dtype)
+    with np.errstate(over="ignore"):  # overflow is reported below, by sample
+        cast: NDArray[Any] = rows.astype(dtype)
     if bits is not None and bits < MANTISSA_BITS[dtype]:
-        fitted = BitRound(bits).encode(fitted).view(dtype)
-    if fitted.dtype.kind == "f" and not np.isfinite(fitted).all():
-        bad = np.flatnonzero(~np.isfinite(fitted.reshape(len(fitted), -1)).all(axis=1))
+        cast = BitRound(bits).encode(cast).view(dtype)
+    if cast.dtype.kind == "f" and not np.isfinite(cast).all():
+        bad = np.flatnonzero(~np.isfinite(cast.reshape(len(cast), -1)).all(axis=1))
         rounding = f" rounded to {bits} bits" if bits is not None else ""
         raise StoreError(
             f"{name} of {len(bad)} samples in view {unit.view}, for example ids {sample_ids[bad[:5]].tolist()}, is too "
             f"large for {dtype}{rounding} (largest {np.abs(rows).max():g}, {dtype} ends at {np.finfo(dtype).max:g}): "
             "ask for neither dtype nor keep_bits, and it stays as it is."
         )
-    return fitted
+    return cast
 
 
 def _inherited(source: TargetStore, view: int, rows: NDArray[np.int64]) -> dict[str, Any]:
-    """What the source's units that begin in these rows of it lost, together: so each unit counts once in the target."""
+    """Merge the losses of those units of the source that begin in these rows: each then counts once in the target."""
     units = source.units(view)
     found: dict[str, list[Any]] = {}
     for shard in rows[rows % source.unit_rows == 0] // source.unit_rows:
-        for name, figures in _marker(source.path, source.manifest, units[shard]).fidelity.items():
+        for name, figures in committed(source.path, source.manifest, units[shard]).fidelity.items():
             found.setdefault(name, []).append(figures)
     try:
         return {name: merge(figures) for name, figures in found.items()}
@@ -214,7 +209,7 @@ def _inherited(source: TargetStore, view: int, rows: NDArray[np.int64]) -> dict[
 def _by_step(
     source: TargetStore, manifest: Manifest, inherited: Mapping[str, Any], lost: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The figures of a unit: those of the source for arrays that are kept, and behind them those of this step."""
+    """Return the figures of a unit: those of the source for arrays that are kept, followed by those of this step."""
     kept = {logical_array(spec.name) for spec in manifest.arrays}
     figures = {
         f"{name}, step 1" if name in lost else name: measured
@@ -228,10 +223,6 @@ def _by_step(
 
 
 def _shard_bytes(path: Path, manifest: Manifest, units: Sequence[Unit], specs: Sequence[ArraySpec]) -> int:
-    """Bytes on disk of the shards that units have committed, in some arrays."""
-    files = [_marker(path, manifest, unit).files for unit in units]
-    return sum(committed[spec.name]["bytes"] for committed in files for spec in specs if spec.name in committed)
-
-
-def _marker(path: Path, manifest: Manifest, unit: Unit) -> Marker:
-    return read_marker(path, manifest, unit) or Marker({})
+    """Return the bytes of the committed shards of units, in some arrays."""
+    files = [committed(path, manifest, unit).files for unit in units]
+    return sum(entries[spec.name]["bytes"] for entries in files for spec in specs if spec.name in entries)

@@ -152,7 +152,7 @@ def test_rounding_leaves_the_tail_and_coarser_arrays_alone_and_is_never_forgotte
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     num_samples=st.integers(1, 3000),
-    codec=st.sampled_from(["as it is", "zero-copy", ZSTD, BLOSC]),
+    codec=st.sampled_from(["keep", "zero-copy", ZSTD, BLOSC]),
     dtype=st.sampled_from([None, "float16"]),
     num_views=st.sampled_from([None, 1, 2]),
     keep_bits=st.sampled_from([None, 1, 7]),
