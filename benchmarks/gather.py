@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 
 from store import (
     ArraySpec,
-    StoreLayout,
     Identity,
     Manifest,
     Samples,
+    StoreLayout,
     TargetStore,
     create_store,
     finish_store,

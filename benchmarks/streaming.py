@@ -27,10 +27,10 @@ from stages.order import epoch_order, slab_order
 from stages.targets import ReadConfig, Targets
 from store import (
     ArraySpec,
-    StoreLayout,
     Identity,
     Manifest,
     Samples,
+    StoreLayout,
     create_store,
     finish_store,
     open_store,

@@ -24,8 +24,8 @@ from typing import Any
 from pipeline.events import exit_code_of, json_text, utc_now
 from pipeline.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY
 from pipeline.installed import commit, versions
-from store.fs.atomic_write import write_atomically
 from store.errors import KdpipeError
+from store.fs.atomic_write import write_atomically
 from store.fs.lock import JOB_ID_VARIABLES, exclusive
 from store.fs.safe_read import read_regular_file
 

@@ -63,7 +63,7 @@ def print_verdict(path: Path, verdict: VerifyReport, recomputed: Recomputed | No
     """For people, on stdout: everything that was found, a line each, and then the sum."""
     lines = [f"damaged      {fault}" for fault in verdict.damaged]
     lines += [f"missing      {unit}: {', '.join(names)}" for unit, names in verdict.missing]
-    lines += [f"leftover     {key} (belongs to nothing, does no harm)" for key in verdict.leftovers]
+    lines += [f"orphan       {key} (unused file, harmless)" for key in verdict.orphans]
     if recomputed is not None:
         lines += [
             f"differs      sample {one.sample_id}, view {one.view}, {one.array}: {one.error:.3g} times the tolerance"

@@ -12,7 +12,7 @@ from pipeline.stop import stop_when_asked
 from pipeline.store_info import describe_loss
 from stages.errors import RecipeError, StoppedEarly
 from stages.watch import Event
-from store import TranscodeOptions, Codec, default_staging_cache, default_temperatures, is_url, stage, transcode
+from store import Codec, TranscodeOptions, default_staging_cache, default_temperatures, is_url, stage, transcode
 from store.format.topk import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 

@@ -30,8 +30,8 @@ from stages.network import Network, onnx_metadata, require_agreement
 from stages.setup import Setup
 from stages.tensor_file import save_tensors
 from store import fsync_path, make_folders, write_atomically
-from store.fs.atomic_write import PARTIAL_SUFFIX
 from store.format.identity import sha256_of
+from store.fs.atomic_write import PARTIAL_SUFFIX
 
 
 @dataclass(frozen=True)

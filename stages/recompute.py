@@ -20,7 +20,7 @@ from stages.setup import Setup
 from stages.store_plan import layers_of, library_versions
 from stages.teacher_rows import listen, tapped_layers
 from store import StoreError, TargetStore, open_store
-from store.format.manifest import version_note, require
+from store.format.manifest import require, version_note
 from store.format.topk import INDICES, TAIL, VALUES, encode_topk
 
 TOLERANCE = 1e-2

@@ -14,12 +14,12 @@ from stages.network import Network
 from stages.setup import Setup
 from stages.store_plan import CacheConfig, layers_of, plan_store, samples_in_row_order
 from store import Manifest, StoreError, read_store_manifest
-from store.write.extend import require_same_origin
 from store.check.repair import rebuild_manifest, restore_samples, uncommit
-from store.format.samples import SAMPLES
 from store.check.verify import VerifyReport, verify_store
-from store.write.writer import alone
+from store.format.samples import SAMPLES
 from store.format.zarr_metadata import replace_metadata
+from store.write.extend import require_same_origin
+from store.write.writer import alone
 
 
 def repair(

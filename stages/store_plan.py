@@ -19,10 +19,10 @@ from stages.network import Network
 from stages.setup import Setup
 from store import (
     ArraySpec,
-    StoreLayout,
     Identity,
     Manifest,
     Samples,
+    StoreLayout,
     TopK,
     default_temperatures,
     missing_arrays,

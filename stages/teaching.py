@@ -29,10 +29,10 @@ from store import (
     TargetStore,
     default_staging_cache,
     interpolation,
-    version_note,
     open_store,
     read_store_manifest,
     stage,
+    version_note,
 )
 
 if TYPE_CHECKING:

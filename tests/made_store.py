@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from store import (
     ArraySpec,
     Codec,
-    StoreLayout,
     Identity,
     Manifest,
     Samples,
+    StoreLayout,
     Unit,
     create_store,
     finish_store,

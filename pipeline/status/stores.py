@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.status.files import Budget, Measure, measure, number, read_object, text
-from store.write.claims import holder
 from store.errors import KdpipeError
 from store.fs.safe_read import read_regular_file
+from store.write.claims import holder
 
 SCHEMA_VERSION = 2
 ATTRIBUTE = "kdpipe"

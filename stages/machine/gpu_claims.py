@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.fs.lock import JOB_ID_VARIABLES, RECORD_BYTES, Holder, release, read_holder
+from store.fs.lock import JOB_ID_VARIABLES, RECORD_BYTES, Holder, read_holder, release
 
 CLAIMS = Path("/tmp")
 """Not $TMPDIR, which is each user's own, or each job's, on many machines."""

@@ -1,4 +1,4 @@
-"""Files inside a store that belong to nothing: of killed writers, of views that were removed, of strangers."""
+"""Find orphaned files inside a store: of killed writers, of dropped views, or foreign."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from pathlib import Path
 from store.format.layout import Unit
 from store.format.manifest import Manifest
 from store.format.markers import marker_key
-from store.format.samples import CHUNK_ROWS, COLUMNS, SAMPLES
+from store.format.samples import CHUNK_ROWS, COLUMNS
+from store.format.schema import SAMPLES
 from store.format.shard import shard_key
 from store.format.zarr_metadata import metadata_files
 
 
-def leftovers(path: Path, manifest: Manifest) -> tuple[str, ...]:
-    """The keys of all files of the store at `path` that no manifest, unit or sample knows of, in order."""
+def orphaned_files(path: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Return the keys of all files of the store at `path` that are no part of it, in order."""
     metadata = set(metadata_files(manifest))
     return tuple(key for key in _files(path) if key not in metadata and not _is_chunk(key, manifest))
 
 
 def _files(path: Path) -> Iterator[str]:
-    """The keys of all files; links to folders are named, not followed."""
+    """Yield the keys of all files; links to folders are listed, not followed."""
     for folder, inner, names in os.walk(path):
         inner.sort()
         links = [name for name in inner if (Path(folder) / name).is_symlink()]
@@ -30,7 +31,7 @@ def _files(path: Path) -> Iterator[str]:
 
 
 def _is_chunk(key: str, manifest: Manifest) -> bool:
-    """Whether a store of this manifest has this chunk. By arithmetic: the set of all keys could be large."""
+    """Return whether a store of this manifest has this chunk. By arithmetic: the set of all keys could be large."""
     name, _, chunk = key.rpartition("/c/")
     numbers = chunk.split("/")
     if not all(number.isdecimal() and number.isascii() and len(number) < 20 for number in numbers):

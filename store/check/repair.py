@@ -1,53 +1,54 @@
-"""Putting a damaged store right, as far as that needs no teacher: its manifest, its samples, what counts as done."""
+"""Repair a damaged store as far as possible without the teacher: manifest, samples, and what counts as done."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from store.write.claims import Holder, claim
-from store.fs.atomic_write import make_folders, write_atomically
-from store.errors import StoreError
-from store.format.layout import Unit
-from store.format.identity import sha256_of
-from store.fs.lock import LockedError
-from store.format.manifest import ATTRIBUTE, SCHEMA_VERSION, Manifest
-from store.format.markers import MARKER_BYTES, MARKERS, Marker, checked_record, read_marker, remove_marker, write_marker
-from store.fs.safe_read import read_regular_file
-from store.format.samples import CHUNK_ROWS, COLUMNS, SAMPLES, Samples, row_order, sample_chunks
-from store.format.shard import shard_shape
 from store.check.verify import Fault
-from store.format.zarr_metadata import METADATA_BYTES
+from store.errors import StoreError
+from store.format.identity import sha256_of
+from store.format.layout import StoreLayout, Unit
+from store.format.manifest import Manifest
+from store.format.markers import Marker, checked_record, read_marker, remove_marker, write_marker
+from store.format.samples import CHUNK_ROWS, COLUMNS, Samples, column_dtype, column_keys, row_order, sample_chunks
+from store.format.schema import ATTRIBUTE, MARKER_BYTES, MARKERS, MAX_UNITS, METADATA_BYTES, SCHEMA_VERSION
+from store.format.shard import shard_shape
+from store.fs.atomic_write import make_folders, write_atomically
+from store.fs.lock import Holder
+from store.fs.safe_read import read_json, read_regular_file
+from store.write.claims import claimed
 
 HOPELESS = "cannot be repaired: delete it, and cache again"
 
 
 def uncommit(path: Path, manifest: Manifest, faults: Iterable[Fault]) -> list[Unit]:
-    """Take back that the damaged arrays of units are done, and return these units; a damaged marker takes all of its
-    unit's arrays with it. Raises LockedError, naming who it is, where another job is at one of them.
+    """Revoke that the damaged arrays of units are done, and return these units.
+
+    A damaged marker revokes all arrays of its unit. Raises LockedError, naming the holder, where another job is
+    computing one of them.
     """
     bad: dict[Unit, set[str | None]] = {}
     for fault in faults:
         if fault.unit is not None:
             bad.setdefault(fault.unit, set()).add(fault.array)
     for unit, names in bad.items():
-        held = claim(path, unit.key)
-        if isinstance(held, Holder):
-            raise LockedError(f"{unit} of {path} is being computed by {held}: wait for that job, or stop it first.")
-        try:
-            _take_back(path, manifest, unit, names)
-        finally:
-            held.release()
+        with claimed(path, unit.key, partial(_in_use, path, unit)):
+            _uncommit_arrays(path, manifest, unit, names)
     return list(bad)
 
 
-def _take_back(path: Path, manifest: Manifest, unit: Unit, names: set[str | None]) -> None:
+def _in_use(path: Path, unit: Unit, holder: Holder) -> str:
+    return f"{unit} of {path} is being computed by {holder}: wait for that job, or stop it first."
+
+
+def _uncommit_arrays(path: Path, manifest: Manifest, unit: Unit, names: set[str | None]) -> None:
     try:
         marker = read_marker(path, manifest, unit)
     except StoreError:
@@ -59,54 +60,63 @@ def _take_back(path: Path, manifest: Manifest, unit: Unit, names: set[str | None
         remove_marker(path, unit)
 
 
-def rebuild_manifest(path: Path, transcoded_manifest: Manifest) -> Manifest:
-    """What a store whose own manifest is lost must have been, if it is the one that a recipe plans.
+def rebuild_manifest(path: Path, planned: Manifest) -> Manifest:
+    """Rebuild a lost manifest from the one that a recipe plans, if the markers support it.
 
-    The markers must bear that out: each says for which fingerprint and how many rows it was written. What was
-    finished is to be found out anew. Raises StoreError where the store is another one, or has grown since by samples.
+    Each marker records its fingerprint and number of rows. The result is not `finished`: that is to be determined
+    again.
+
+    Raises:
+        StoreError: The store is another one, or was extended by samples since.
     """
     _require_same_schema(path)
-    arrays = tuple(spec for spec in transcoded_manifest.arrays if (path / spec.name).is_dir())
-    num_views = _num_views(path) or transcoded_manifest.layout.num_views
-    rebuilt = replace(transcoded_manifest, arrays=arrays, layout=replace(transcoded_manifest.layout, num_views=num_views), finished=None)
+    arrays = tuple(spec for spec in planned.arrays if (path / spec.name).is_dir())
+    num_views = _num_views(path) or planned.layout.num_views
+    rebuilt = replace(
+        planned,
+        arrays=arrays,
+        layout=replace(planned.layout, num_views=num_views),
+        finished=None,
+    )
     units = {unit.key: unit for unit in rebuilt.layout.units()}
     records = _marker_records(path)
     if not records:
         raise StoreError(f"{path} has neither a manifest nor a marker that can be read: it {HOPELESS}.")
     for key, record in records.items():
-        if key not in units or not _bears_out(record, rebuilt, units[key]):
+        if key not in units or not _supports(record, rebuilt, units[key]):
             raise StoreError(
                 f"the manifest of {path} is damaged, and its marker {key} was not written for what this recipe plans "
-                f"(fingerprint {transcoded_manifest.identity.fingerprint}): it is another recipe's store, or {HOPELESS}."
+                f"(fingerprint {planned.identity.fingerprint}): it is another recipe's store, or {HOPELESS}."
             )
     return rebuilt
 
 
 def _require_same_schema(path: Path) -> None:
-    """A manifest that cannot be read because another kdpipe wrote it is not damaged. One whose schema version exclusive_store was
-    damaged is: its checksum fits as soon as that is put right.
+    """Raise StoreError if the manifest is unreadable because another kdpipe wrote it.
+
+    If only its schema version was damaged, its checksum matches once that is corrected: then it can be repaired.
     """
     try:
-        record = dict(json.loads(read_regular_file(path / "zarr.json", METADATA_BYTES, path))["attributes"][ATTRIBUTE])
+        record = dict(read_json(path / "zarr.json", METADATA_BYTES, StoreError, path)["attributes"][ATTRIBUTE])
         stated, checksum = record["schema_version"], record.pop("sha256", None)
         other = stated != SCHEMA_VERSION and checksum != sha256_of({**record, "schema_version": SCHEMA_VERSION})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, StoreError, ValueError, KeyError, TypeError):
         return
     if other:
         raise StoreError(f"{path} has store schema {str(stated)[:40]}: only the kdpipe that wrote it can repair it.")
 
 
 def _num_views(path: Path) -> int | None:
-    """The number of views that the metadata of the markers states, if it can be read."""
+    """Return the number of views in the metadata of the markers; None if it cannot be read."""
     try:
-        view_count = json.loads(read_regular_file(path / MARKERS / "zarr.json", METADATA_BYTES, path))["shape"][0]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        num_views = read_json(path / MARKERS / "zarr.json", METADATA_BYTES, StoreError, path)["shape"][0]
+    except (OSError, StoreError, KeyError, TypeError, IndexError):
         return None
-    return view_count if type(view_count) is int and 0 < view_count < 2**20 else None
+    return num_views if type(num_views) is int and 0 < num_views < MAX_UNITS else None
 
 
 def _marker_records(path: Path) -> dict[str, dict[str, Any]]:
-    """What the undamaged markers say, by the keys of their units."""
+    """Return the records of the undamaged markers, by the keys of their units."""
     records = {}
     for file in sorted((path / MARKERS / "c").glob("*/*/0")):
         try:
@@ -117,7 +127,7 @@ def _marker_records(path: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _bears_out(record: Mapping[str, Any], manifest: Manifest, unit: Unit) -> bool:
+def _supports(record: Mapping[str, Any], manifest: Manifest, unit: Unit) -> bool:
     sizes = {
         spec.name: shard_shape(spec, manifest.layout.unit_rows).file_bytes(unit.num_rows) for spec in manifest.arrays
     }
@@ -131,17 +141,18 @@ def _bears_out(record: Mapping[str, Any], manifest: Manifest, unit: Unit) -> boo
 
 
 def restore_samples(path: Path, manifest: Manifest, known: Samples) -> None:
-    """Write the sample arrays anew from those of the data set, in any order, wherever they are damaged.
+    """Rewrite the damaged sample arrays from the samples of the data set, in any order.
 
-    Raises StoreError where the data set is another one, or does not tell in which row each sample stood.
+    Raises:
+        StoreError: The data set is another one, or does not determine the row of each sample.
     """
     layout = manifest.layout
-    held = {name: _held_column(path, name, manifest) for name in COLUMNS}
-    ids = _ids_by_row(path, manifest, held["ids"][0], known)
+    stored = {name: _stored_column(path, name, layout) for name in COLUMNS}
+    ids = _ids_by_row(path, manifest, stored["ids"][0], known)
     samples = known.take(known.positions_of(ids))
     digests = samples.digests()
     fits = all(manifest.identity.data.get(name) == digest for name, digest in digests.items())
-    if not fits or _contradicts(held, samples):
+    if not fits or _contradicts(stored, samples):
         raise StoreError(
             f"the samples of {path} are damaged, and this recipe's data set is not the one that it was made from: use "
             f"the recipe that made it, or else it {HOPELESS}."
@@ -153,48 +164,46 @@ def restore_samples(path: Path, manifest: Manifest, known: Samples) -> None:
             write_atomically(file, raw)
 
 
-def _held_column(path: Path, name: str, manifest: Manifest) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """A sample array [num_samples] as it lies there, and which of it can be read at all."""
-    dtype = np.dtype(COLUMNS[name][0]).newbyteorder("<")
-    parts, there = [], []
-    for chunk in range(-(-manifest.layout.num_rows // CHUNK_ROWS)):
+def _stored_column(path: Path, name: str, layout: StoreLayout) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Return a sample array [num_samples] as stored, and a mask of the readable samples."""
+    dtype = column_dtype(name)
+    chunk_bytes, parts, readable = CHUNK_ROWS * dtype.itemsize, [], []
+    for key in column_keys(name, layout):
         try:
-            raw = read_regular_file(path / SAMPLES / name / "c" / str(chunk), CHUNK_ROWS * dtype.itemsize, path)
+            raw = read_regular_file(path / key, chunk_bytes, path)
         except OSError:
             raw = b""
-        whole = len(raw) == CHUNK_ROWS * dtype.itemsize
+        whole = len(raw) == chunk_bytes
         parts.append(np.frombuffer(raw, dtype) if whole else np.full(CHUNK_ROWS, COLUMNS[name][1], dtype))
-        there.append(np.full(CHUNK_ROWS, whole))
-    rows = manifest.layout.sample_rows()
-    return np.concatenate(parts)[rows].astype(COLUMNS[name][0]), np.concatenate(there)[rows]
+        readable.append(np.full(CHUNK_ROWS, whole))
+    rows = layout.sample_rows()
+    return np.concatenate(parts)[rows].astype(COLUMNS[name][0]), np.concatenate(readable)[rows]
 
 
-def _ids_by_row(path: Path, manifest: Manifest, held: NDArray[np.int64], known: Samples) -> NDArray[np.int64]:
-    """The id in each row [num_samples]. Those that are damaged follow from the others: the samples of a segment stand
-    in `row_order`.
-    """
-    unique, counts = np.unique(held, return_counts=True)
-    good = np.isin(held, unique[counts == 1]) & np.isin(held, known.ids)
+def _ids_by_row(path: Path, manifest: Manifest, stored: NDArray[np.int64], known: Samples) -> NDArray[np.int64]:
+    """Return the id in each row [num_samples]; damaged ones are deduced, as a segment is in `row_order`."""
+    unique, counts = np.unique(stored, return_counts=True)
+    good = np.isin(stored, unique[counts == 1]) & np.isin(stored, known.ids)
     if good.all():
-        return held
-    lost = np.setdiff1d(known.ids, held[good])
+        return stored
+    lost = np.setdiff1d(known.ids, stored[good])
     segments = np.repeat(np.arange(len(manifest.layout.segments)), manifest.layout.segments)
-    concerned = np.unique(segments[~good])
-    if len(lost) == np.count_nonzero(~good) and len(concerned) == 1:
-        here = segments == concerned[0]
-        members = np.concatenate([held[good & here], lost])
-        ids = held.copy()
-        ids[here] = members[row_order(members, int(manifest.identity.views["seed"]))]
-        if np.array_equal(ids[good], held[good]):
+    damaged_segments = np.unique(segments[~good])
+    if len(lost) == np.count_nonzero(~good) and len(damaged_segments) == 1:
+        inside = segments == damaged_segments[0]
+        members = np.concatenate([stored[good & inside], lost])
+        ids = stored.copy()
+        ids[inside] = members[row_order(members, int(manifest.identity.views["seed"]))]
+        if np.array_equal(ids[good], stored[good]):
             return ids
     raise StoreError(
-        f"the sample ids of {path} are damaged, and this recipe's data set does not tell which were there: use the "
+        f"the sample ids of {path} are damaged, and this recipe's data set does not determine them: use the "
         f"recipe that made it, or else it {HOPELESS}."
     )
 
 
-def _contradicts(held: Mapping[str, tuple[NDArray[Any], NDArray[np.bool_]]], samples: Samples) -> bool:
-    """Whether label and pixels of a row both say that another sample stood there: then the rows have another order."""
-    labels, pixels = held["labels"], held["pixels_crc32c"]
+def _contradicts(stored: Mapping[str, tuple[NDArray[Any], NDArray[np.bool_]]], samples: Samples) -> bool:
+    """Return whether label and pixels of a row both belong to another sample: then the rows have another order."""
+    labels, pixels = stored["labels"], stored["pixels_crc32c"]
     wrong_label, wrong_pixels = labels[0] != samples.labels, pixels[0] != samples.pixels_crc32c
     return bool((wrong_label & labels[1] & wrong_pixels & pixels[1]).any())

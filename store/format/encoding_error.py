@@ -115,7 +115,7 @@ def summarize_logits(totals: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summarize_features(totals: Mapping[str, Any]) -> dict[str, Any]:
-    """Return num_rows, largest_error, and relative_rms: the root of the mean squared error over that of the features."""
+    """Return num_rows, largest_error and relative_rms, the root mean square of errors over that of features."""
     relative = math.sqrt(totals["squared_error"] / totals["squared"]) if totals["squared"] else 0.0
     return {**{name: totals[name] for name in ("num_rows", "largest_error")}, "relative_rms": _rounded(relative)}
 

@@ -15,8 +15,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from store.format.codec import Codec
 from store.errors import StoreError
+from store.format.codec import Codec
 from store.format.layout import ArraySpec, Unit, rows_per_chunk
 
 ABSENT = 2**64 - 1
@@ -123,7 +123,7 @@ def check_index(raw: bytes, shape: ShardShape, num_rows: int, where: str) -> Non
 
 
 def _index(shape: ShardShape, lengths: list[int]) -> bytes:
-    """Return the index, with its checksum, of a shard whose first chunks have `lengths` bytes; the others are absent."""
+    """Return the index and its checksum of a shard whose first chunks have `lengths` bytes; others are absent."""
     index = np.full((shape.num_chunks, 2), ABSENT, "<u8")
     index[: len(lengths), 1] = lengths
     index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]]) if lengths else []

@@ -185,8 +185,8 @@ def _require_finite(arrays: Mapping[str, NDArray[Any]], dtype: str) -> None:
 def interpolation(top_k: TopK, temperature: float) -> NDArray[np.float64]:
     """Return weights [G] such that `tail @ weights` are the log-odds of the rest at `temperature`.
 
-    They are the cubic spline in log T through the grid (not-a-knot ends, de Boor 1978; with fewer than four temperatures,
-    the polynomial through them).
+    They are the cubic spline in log T through the grid (not-a-knot ends, de Boor 1978; with fewer than four
+    temperatures, the polynomial through them).
 
     Raises:
         StoreError: `temperature` is outside the grid.

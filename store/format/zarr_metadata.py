@@ -79,7 +79,7 @@ def parse_group(raw: bytes, where: str) -> Manifest:
 
 
 def check_arrays(path: Path, manifest: Manifest) -> None:
-    """Raise StoreError unless every array's Zarr metadata are those that kdpipe writes: plain Zarr must read the same rows.
+    """Raise StoreError unless every array's Zarr metadata are those that kdpipe writes.
 
     An array may be longer than in the manifest: the store is then being extended.
     """

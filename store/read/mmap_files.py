@@ -45,8 +45,8 @@ class FileRegion:
 def map_files(regions: Sequence[FileRegion], range_bytes: int) -> NDArray[np.uint8]:
     """Map all `regions` into one read-only array, uint8 [range_bytes], unmapped when the last view of it is freed.
 
-    Bytes outside of all regions are zeros, but the rest of a region's last page shows what follows in its file. Files may
-    be replaced or deleted while mapped, but never truncated: access to missing bytes kills the process.
+    Bytes outside of all regions are zeros, but the rest of a region's last page shows what follows in its file. Files
+    may be replaced or deleted while mapped, but never truncated: access to missing bytes kills the process.
 
     Raises:
         MappingUnsupported: The regions cannot be mapped here. Nothing stays mapped then.
@@ -81,13 +81,19 @@ def _require_room(regions: Sequence[FileRegion], range_bytes: int) -> None:
 
 def _require_able(regions: Sequence[FileRegion]) -> None:
     if (sys.platform, sys.byteorder) != ("linux", "little"):
-        raise MappingUnsupported(f"one range for many files needs little-endian Linux: this is {sys.byteorder}, {sys.platform}")
+        raise MappingUnsupported(
+            f"one range for many files needs little-endian Linux: this is {sys.byteorder}, {sys.platform}"
+        )
     for region in regions:
         if region.offset % mmap.PAGESIZE:
-            raise MappingUnsupported(f"{region.path} would start at byte {region.offset:,}, inside a page of {mmap.PAGESIZE:,} bytes")
+            raise MappingUnsupported(
+                f"{region.path} would start at byte {region.offset:,}, inside a page of {mmap.PAGESIZE:,} bytes"
+            )
     room = _maps_left()
     if len(regions) > room:
-        raise MappingUnsupported(f"{len(regions):,} files, and the system's vm.max_map_count leaves room for {room:,} more maps")
+        raise MappingUnsupported(
+            f"{len(regions):,} files, and the system's vm.max_map_count leaves room for {room:,} more maps"
+        )
 
 
 def _maps_left() -> int:

@@ -12,8 +12,8 @@ MAX_SPARSITY = 4
 class RowIndex:
     """Map from sample ids, int64 [N], unique and >= 0, to `rows` int64 [N].
 
-    An absent id maps to `missing_row`, which is out of range in every array, so that taking it is an IndexError. The tables
-    have that row wherever there is no sample, and at both ends: `take(mode="clip")` sends all ids outside there.
+    An absent id maps to `missing_row`, which is out of range in every array, so that taking it is an IndexError. The
+    tables have that row wherever there is no sample, and at both ends: `take(mode="clip")` sends all ids outside there.
     """
 
     def __init__(self, ids: NDArray[np.int64], rows: NDArray[np.int64], missing_row: int) -> None:
@@ -28,7 +28,7 @@ class RowIndex:
             self._by_id[0] = missing_row  # entry of negative ids (clipped), so id 0 is treated as missing too
 
     def find_fast(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return rows as `find` does, but `missing_row` for id 0 too: adding 1 to all ids takes longer than the lookup."""
+        """Return rows as `find` does, but `missing_row` for id 0 too: adding 1 to ids costs more than the lookup."""
         return self.find(ids) if self._by_id_plus_1 is None else self._by_id.take(ids, mode="clip")
 
     def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from store.errors import StoreError
 from store.format.layout import ArraySpec, StoreLayout, Unit
 from store.format.manifest import Finished, Manifest
-from store.read.mmap_files import MappingUnsupported, FileRegion, map_files
 from store.format.markers import Marker
-from store.fs.safe_read import read_regular_file
-from store.read.row_index import RowIndex
 from store.format.samples import Samples
 from store.format.shard import decode_shard, is_committed, shard_path, shard_shape
-from store.read.unit_cache import CACHE_BYTES, UnitCache
 from store.format.unit_state import missing_units
+from store.fs.safe_read import read_regular_file
+from store.read.mmap_files import FileRegion, MappingUnsupported, map_files
+from store.read.row_index import RowIndex
+from store.read.unit_cache import CACHE_BYTES, UnitCache
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class TargetStore:
         return rows
 
     def take(self, name: str, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return rows of one view of an array, as numbered by `rows_of`: [B, *row_shape]. Reads only what it touches."""
+        """Return rows of one view of an array, as numbered by `rows_of`: [B, *row_shape]."""
         if self.read_mode(name).mode == "mapped":
             self._check_view(view)
             taken: NDArray[Any] = self._mapped_views[name, view].take(rows, axis=0)
@@ -177,8 +177,8 @@ class TargetStore:
     def streamed(self, max_bytes: int) -> TargetStore:
         """Return the same store, read shard by shard into memory instead of mapped.
 
-        It caches up to `max_bytes` of shards (at least one), and one more while that is read. Each shard is checked against
-        its committed crc32c.
+        It caches up to `max_bytes` of shards (at least one), and one more while that is read. Each shard is checked
+        against its committed crc32c.
         """
         return TargetStore(self.path, self.manifest, self.samples, self._markers, max_bytes)
 
@@ -205,8 +205,8 @@ class TargetStore:
     def read_view(self, name: str, view: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Read one view of an array, [N, *row_shape], into memory (into `out` if given), every shard checked.
 
-        Rows without a sample, before an extension, have the array's fill value. One shard at a time is in memory beside the
-        result.
+        Rows without a sample, before an extension, have the array's fill value. One shard at a time is in memory beside
+        the result.
         """
         spec = self.spec(name)
         if out is None:
@@ -233,7 +233,9 @@ class TargetStore:
             self._unmappable[name] = f"it is streamed within {self._stream_bytes:,} bytes"
             return
         if self.manifest.codec is not None:
-            self._unmappable[name] = "the archive profile compresses its chunks (`kdpipe store transcode` decompresses them)"
+            self._unmappable[name] = (
+                "the archive profile compresses its chunks (`kdpipe store transcode` decompresses them)"
+            )
             return
         shape, unit_bytes = shard_shape(spec, layout.unit_rows), layout.unit_rows * spec.row_bytes
         units, num_units = layout.units(), layout.num_views * layout.num_shards

@@ -1,10 +1,10 @@
-"""The files of a target store that lies elsewhere: in a bucket (S3, Google, Azure), on a web server, or at a file URL.
+"""Read the files of a remote target store: in a bucket (S3, Google, Azure), on a web server, or at a file URL.
 
-Every key of a store is known by arithmetic, so nothing is listed and nothing is written here: a key is read whole, or
-found absent. Buckets are read through obstore, an optional dependency (zarr's `ObjectStore` over it hands out whole
-values asynchronously and never a size before the bytes, so it would save nothing). Web and file URLs are read with the
-standard library: anybody's server may stand behind them, and obstore takes the body of an *error* into memory whole,
-so that one hostile "404, 10 TB follow" ends the process.
+Keys of a store are known by arithmetic, so nothing is listed and nothing is written: a key is read whole, or is absent.
+Buckets are read through obstore, an optional dependency (zarr's `ObjectStore` over it returns whole values
+asynchronously and no size before the bytes, so it would save nothing). Web and file URLs use the standard library:
+the server is untrusted, and obstore reads the body of an *error* into memory whole, so that one hostile "404, 10 TB
+follow" ends the process.
 """
 
 from __future__ import annotations
@@ -28,16 +28,14 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import Request, urlopen
 
 from store.errors import StoreError
+from store.format.schema import METADATA_BYTES
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-METADATA_BYTES = 16 * 2**20
-"""What `RemoteFolder.read` takes at the most unless translate_os_errors: far above any zarr.json, far below the memory."""
-
 _CHUNK_BYTES = 2**20
 _STALL_S = 10
-"""A server that sends nothing for so long is given up; a slow one that keeps sending is not."""
+"""Timeout for a server that sends nothing; a slow one that keeps sending has none."""
 _RETRY_WAITS_S = (0.1, 0.2, 0.4)
 
 _WEB_SCHEMES = ("https", "http", "file")
@@ -65,73 +63,73 @@ _NO_BUCKET = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")
 
 @dataclass(frozen=True)
 class _Object:
-    """An object that is there: its size as the server tells it, or None, and its bytes, not yet asked for."""
+    """An existing object: its size as stated by the server, or None, and its bytes, not yet requested."""
 
     num_bytes: int | None
     chunks: Iterator[bytes]
 
 
 _Open = Callable[[str, bool], AbstractContextManager[_Object | None]]
-"""(key, head only) -> the object, or None where there is none, with its connection held until the block ends."""
+"""(key, head only) -> the object, or None if absent; its connection is open inside the block."""
 
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder elsewhere, made by `open_remote`. Threads may share it, and it pickles for worker processes.
+    """A remote folder, made by `open_remote`. Thread-safe, and picklable for worker processes.
 
-    `url` is for people: user, password and query are left out of it, and of every message.
+    `url` is for messages: user, password and query are omitted from it, and from every message.
     """
 
     url: str
     _open: _Open = field(repr=False)
 
     def read(self, key: str, max_bytes: int = METADATA_BYTES) -> bytes | None:
-        """All bytes of one object, or None where there is none.
+        """Return all bytes of one object, or None where there is none.
 
-        An object that is said to be larger than `most_bytes` is refused before its bytes are asked for, and one that
-        sends more or fewer bytes than it said is refused as well. (S3 answers 403, not 404, for an absent key of a
-        bucket that this user may not list: that is an error here.)
+        An object whose stated size exceeds `max_bytes` is refused before its bytes are requested; so is one that sends
+        more or fewer bytes than stated. (S3 answers 403, not 404, for an absent key of a bucket that this user may not
+        list: that is an error here.)
 
         Raises:
-            StoreError: anything else than "here it is" or "there is none", or an object of another size.
+            StoreError: The server fails or refuses, or the object has another size.
         """
-        with self._translate_os_errors(key), self._open(_checked(key), False) as found:
+        with self._errors(key), self._open(_checked(key), False) as found:
             if found is None:
                 return None
             if found.num_bytes is not None and found.num_bytes > max_bytes:
-                raise self._wrong_size(key, f"has {found.num_bytes} bytes where at most {max_bytes} belong")
+                raise self._wrong_size(key, f"has {found.num_bytes} bytes where at most {max_bytes} are expected")
             return self._whole(key, found, max_bytes)
 
     def num_bytes(self, key: str) -> int | None:
-        """The size of one object without its bytes, or None where there is none; a bucket that is not there is none.
+        """Return the size of one object without its bytes, or None where there is none.
 
         Raises:
-            StoreError: the server cannot be asked, refuses, or does not tell a size.
+            StoreError: The server cannot be reached, refuses, or states no size.
         """
-        with self._translate_os_errors(key), self._open(_checked(key), True) as found:
+        with self._errors(key), self._open(_checked(key), True) as found:
             if found is not None and found.num_bytes is None:
-                raise self._wrong_size(key, "has a size that the server does not tell")
+                raise self._wrong_size(key, "has a size that the server does not state")
             return None if found is None else found.num_bytes
 
     def _whole(self, key: str, found: _Object, max_bytes: int) -> bytes:
-        """What was said about the size is not believed: the bytes are counted as they come."""
+        """Read an object, counting the bytes as they arrive instead of trusting the stated size."""
         bound = max_bytes if found.num_bytes is None else found.num_bytes
         chunks, received = [], 0
         for chunk in found.chunks:
             received += len(chunk)
             if received > bound:
-                raise self._wrong_size(key, f"sends more than the {bound} bytes that belong to it")
+                raise self._wrong_size(key, f"sends more than the expected {bound} bytes")
             chunks.append(chunk)
         if found.num_bytes is not None and received < found.num_bytes:
             raise OSError(f"the connection ended after {received} of {found.num_bytes} bytes")
         return b"".join(chunks)
 
     def _wrong_size(self, key: str, fault: str) -> StoreError:
-        return StoreError(f"{key} of {self.url} {fault}; it is not read: check that this is the store that you mean")
+        return StoreError(f"{key} of {self.url} {fault}; it is not read: check that the address is right")
 
     @contextmanager
-    def _translate_os_errors(self, key: str) -> Iterator[None]:
-        """One sentence for whatever went wrong. `from None`: the errors below carry the URL with its secrets."""
+    def _errors(self, key: str) -> Iterator[None]:
+        """Translate transport errors to one sentence. `from None`: they contain the URL with its secrets."""
         try:
             yield
         except _failures() as error:
@@ -139,19 +137,19 @@ class RemoteFolder:
 
 
 def is_url(where: str | Path) -> bool:
-    """Whether `where` has a scheme, as in `s3://bucket/prefix`. A `Path` never has: it turns `//` into `/`."""
+    """Return whether `where` has a scheme, as in `s3://bucket/prefix`. A `Path` never has: it turns `//` into `/`."""
     return isinstance(where, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", where) is not None
 
 
 def open_remote(url: str) -> RemoteFolder:
-    """The folder at `url`: s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, https://, http:// or file://.
+    """Return the folder at `url`: s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, https://, http:// or file://.
 
-    Nothing is asked of the network yet. Credentials and endpoints of buckets come from the environment (AWS_*,
-    GOOGLE_*, AZURE_*); an endpoint that starts with http:// is used as it is. A web URL may carry `user:password@`,
-    sent as HTTP basic authentication, and a query, sent with every key.
+    Nothing is requested yet. Credentials and endpoints of buckets come from the environment (AWS_*, GOOGLE_*, AZURE_*);
+    an endpoint that starts with http:// is used as it is. A web URL may have `user:password@`, sent as HTTP basic
+    authentication, and a query, sent with every key.
 
     Raises:
-        StoreError: not such a URL, or obstore is wanted and not installed.
+        StoreError: The URL is invalid, or obstore is needed and not installed.
     """
     parts = _parsed(url)
     parts = parts._replace(path=parts.path.rstrip("/"), fragment="")
@@ -167,17 +165,18 @@ def open_remote(url: str) -> RemoteFolder:
 
 
 def _parsed(url: str) -> SplitResult:
-    """The parts of a URL that can be read. One that cannot be parsed is not printed: where is its password?"""
+    """Parse a URL. An invalid one is not printed, as it may contain a password."""
     scheme = url.partition("://")[0].lower()
     if not is_url(url) or scheme not in _ADVICE:
         near = difflib.get_close_matches(scheme, _ADVICE, n=1, cutoff=0.5)
         raise StoreError(
             f"a remote store's address starts with one of {', '.join(f'{known}://' for known in _ADVICE)}, not "
-            f"{scheme[:20]!r}" + (f"; did you mean {near[0]}://?" if near else "; a folder on this machine is no URL")
+            f"{scheme[:20]!r}"
+            + (f"; did you mean {near[0]}://?" if near else "; a folder on this machine is not a URL")
         )
     try:
         parts = urlsplit(url)
-        clear = parts.port != 0 and not re.search(r"\s", url)  # asked for, a port that is no number raises
+        clear = parts.port != 0 and not re.search(r"\s", url)  # reading an invalid port raises
     except ValueError:
         clear = False
     if not clear or not (parts.hostname or scheme == "file"):
@@ -189,14 +188,14 @@ def _parsed(url: str) -> SplitResult:
 
 
 def _checked(key: str) -> str:
-    """The key, if it stays below its folder: relative, no `..`, no empty part."""
+    """Return the key if it stays below its folder: relative, no `..`, no empty part."""
     if "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise StoreError(f"{key!r} is no key of a store: keys are relative and without '..'; the store is damaged")
+        raise StoreError(f"{key!r} is not a key of a store (relative, without '..'): the store is damaged")
     return key
 
 
 def _bucket(url: str) -> ObjectStore:
-    """A bucket's obstore handle, with retries and waits that end within seconds on a dead endpoint.
+    """Return a bucket's obstore handle, with retries and timeouts that end within seconds on a dead endpoint.
 
     The whole answer may take an hour (obstore's own 30 s would cut a shard of 256 MiB on a slow link); a stall may not.
     """
@@ -222,7 +221,7 @@ def _bucket(url: str) -> ObjectStore:
 
 @contextmanager
 def _open_in_bucket(bucket: ObjectStore, key: str, head: bool) -> Iterator[_Object | None]:
-    yield _in_bucket(bucket, key, head)  # obstore lets go of the connection with the last reference
+    yield _in_bucket(bucket, key, head)  # obstore closes the connection with the last reference
 
 
 def _in_bucket(bucket: ObjectStore, key: str, head: bool) -> _Object | None:
@@ -240,7 +239,7 @@ def _in_bucket(bucket: ObjectStore, key: str, head: bool) -> _Object | None:
 
 
 def _web_opener(parts: SplitResult) -> _Open:
-    """urllib sends no `user:password@` by itself, so it is taken out of the URL and put in a header."""
+    """Return an opener of a web folder. urllib ignores `user:password@`, so it is moved from the URL to a header."""
     login, _, host = parts.netloc.rpartition("@")
     basic = f"Basic {base64.b64encode(unquote(login).encode()).decode()}" if login else None
     return partial(_open_on_web, parts._replace(netloc=host), basic)
@@ -251,7 +250,7 @@ def _open_on_web(base: SplitResult, basic: str | None, key: str, head: bool) -> 
     url = base._replace(path=f"{base.path}/{quote(key)}").geturl()
     request = Request(url, method="HEAD" if head else "GET")
     if basic:
-        request.add_unredirected_header("Authorization", basic)  # a redirect may lead to somebody else's server
+        request.add_unredirected_header("Authorization", basic)  # a redirect may lead to another server
     response = _answer(request)
     if response is None:
         yield None
@@ -262,10 +261,9 @@ def _open_on_web(base: SplitResult, basic: str | None, key: str, head: bool) -> 
 
 
 def _answer(request: Request) -> HTTPResponse | None:
-    """The server's answer, or None where there is nothing.
+    """Return the server's answer, or None where there is no such object.
 
-    It is asked again where the fault may pass: a connection lost, a server in trouble (5xx). The body of a refusal is
-    not read.
+    Passing faults are retried: a lost connection, a server error (5xx). The body of an error is not read.
     """
     for wait_s in (*_RETRY_WAITS_S, None):
         try:
@@ -285,7 +283,7 @@ def _answer(request: Request) -> HTTPResponse | None:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What a transport may raise; obstore's own errors count once it has been imported."""
+    """Return the exceptions of the transports; obstore's own once it has been imported."""
     errors: tuple[type[Exception], ...] = (OSError, ValueError, HTTPException)
     if sys.modules.get("obstore") is None:
         return errors
@@ -295,9 +293,9 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong, in one printable line without the tags of an XML answer, without passwords and queries.
+    """Return the cause as one printable line without XML tags, passwords and queries.
 
-    Servers write part of it, so it is cut, and control characters do not reach a terminal.
+    Parts of it come from the server, so it is cut, and control characters are removed.
     """
     text = str(getattr(error, "reason", None) or error).partition("\n\nDebug source:")[0]
     if (code := getattr(error, "code", None)) is not None:

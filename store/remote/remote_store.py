@@ -1,7 +1,7 @@
-"""A finished store that is read key by key, wherever it lies: in a bucket, on a web server, or packed on this machine.
+"""A finished store that is read key by key: in a bucket, on a web server, or compressed on this machine.
 
-Nothing of it is believed. The size of each file is bounded before it is asked for, and its bytes are taken once they
-have the crc32c that its unit's marker committed.
+It is untrusted: the size of each file is bounded before it is requested, and its bytes are accepted only with the
+crc32c that its unit's marker committed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import StoreError
-from store.format.layout import StoreLayout, Unit
 from store.format.identity import Identity
-from store.format.manifest import ATTRIBUTE, Finished, Manifest, read_manifest
-from store.format.markers import MARKER_BYTES, Marker, marker_key, parse_marker
+from store.format.layout import StoreLayout, Unit
+from store.format.manifest import Finished, Manifest, read_manifest
+from store.format.markers import Marker, marker_key, parse_marker
+from store.format.samples import ReadKey, Samples, samples_from
+from store.format.schema import ATTRIBUTE, MARKER_BYTES, METADATA_BYTES
+from store.format.shard import ShardShape, decode_shard, is_committed, shard_key, shard_shape
+from store.format.zarr_metadata import parse_group, read_store_manifest
 from store.fs.safe_read import read_regular_file
 from store.remote.object_store import is_url, open_remote
-from store.format.samples import ReadKey, Samples, samples_from
-from store.format.shard import ShardShape, crc32c, decode_shard, shard_key, shard_shape
-from store.format.zarr_metadata import METADATA_BYTES, parse_group, read_store_manifest
 
 
 @dataclass(frozen=True)
 class RemoteStore:
-    """A store to be read key by key. `where` is for people; `finished` is the part of it that counts."""
+    """A store that is read key by key.
+
+    Attributes:
+        where: Its address in messages.
+        finished: The part of it that is read.
+    """
 
     where: str
     read: ReadKey
@@ -38,31 +44,32 @@ class RemoteStore:
 
     @property
     def segments(self) -> tuple[int, ...]:
-        """The samples of each finished segment."""
+        """Number of samples of each finished segment."""
         return self.manifest.layout.segments[: self.finished.num_segments]
 
     @property
     def segment_fingerprints(self) -> tuple[str, ...]:
-        """What the store was called when each of these segments was its last."""
+        """Fingerprint of the store when each finished segment was its last."""
         return self.manifest.segment_fingerprints[: self.finished.num_segments]
 
 
 def open_remote_store(where: str | Path) -> RemoteStore:
-    """The store at a URL or in a folder. One file is read: its manifest.
+    """Open the store at a URL or in a folder. Only its manifest is read.
 
-    Raises StoreError where there is no store, it cannot be reached, or nothing of it is finished.
+    Raises:
+        StoreError: There is no store, it cannot be reached, or nothing of it is finished.
     """
     if is_url(where):
         remote = open_remote(str(where))
         raw = remote.read("zarr.json", METADATA_BYTES)
         if raw is None:
             raise StoreError(f"there is no store at {remote.url}: it has no zarr.json. Check the address.")
-        return _source(remote.url, remote.read, parse_group(raw, remote.url))
+        return _finished_store(remote.url, remote.read, parse_group(raw, remote.url))
     path = Path(where)
-    return _source(str(path), partial(_read_local, path), read_store_manifest(path))
+    return _finished_store(str(path), partial(_read_local, path), read_store_manifest(path))
 
 
-def _source(where: str, read: ReadKey, manifest: Manifest) -> RemoteStore:
+def _finished_store(where: str, read: ReadKey, manifest: Manifest) -> RemoteStore:
     if manifest.finished is None:
         raise StoreError(f"{where} is not complete: run `kdpipe cache-teacher` where it is made, to finish it first.")
     return RemoteStore(where, read, manifest, manifest.finished)
@@ -76,96 +83,95 @@ def _read_local(folder: Path, key: str, max_bytes: int) -> bytes | None:
     except OSError as error:
         raise StoreError(f"{folder / key} cannot be read ({error.strerror}).") from error
     if len(raw) > max_bytes:
-        raise StoreError(f"{folder / key} is damaged: it has more than the {max_bytes:,} bytes that belong to it.")
+        raise StoreError(f"{folder / key} is damaged: it has more than {max_bytes:,} bytes.")
     return raw
 
 
-def read_remote_samples(source: RemoteStore) -> Samples:
-    """The samples of the finished segments, in the order of their rows. Raises StoreError where they are damaged."""
-    layout, data = source.manifest.layout, source.manifest.identity.data
-    samples = samples_from(source.read, layout, data, source.where)
-    return samples.take(np.arange(sum(source.segments)))
+def read_remote_samples(remote: RemoteStore) -> Samples:
+    """Read the samples of the finished segments, in the order of their rows. Raises StoreError if damaged."""
+    samples = samples_from(remote.read, remote.manifest.layout, remote.manifest.identity.data, remote.where)
+    return samples.take(np.arange(sum(remote.segments)))
 
 
-def unpacked_manifest(source: RemoteStore, samples: Samples, num_segments: int) -> Manifest:
-    """The manifest of a zero-copy store that holds what the source has finished of its first `num_segments` segments.
+def unpacked_manifest(remote: RemoteStore, samples: Samples, num_segments: int) -> Manifest:
+    """Return the manifest of a zero-copy store of what is finished of the first `num_segments` segments.
 
-    Raises StoreError where the fingerprints of the source are not those of its samples.
+    Raises StoreError where the remote store's fingerprints are not those of its samples.
     """
-    manifest, finished = source.manifest, source.finished
+    manifest, finished = remote.manifest, remote.finished
     unpacked = replace(
         manifest,
-        identity=_identity_at(source, samples, num_segments),
+        identity=_identity_at(remote, samples, num_segments),
         arrays=tuple(spec for spec in manifest.arrays if spec.name in finished.arrays),
-        layout=StoreLayout(finished.num_views, manifest.layout.unit_rows, source.segments[:num_segments]),
-        previous_fingerprints=source.segment_fingerprints[: num_segments - 1],
+        layout=StoreLayout(finished.num_views, manifest.layout.unit_rows, remote.segments[:num_segments]),
+        previous_fingerprints=remote.segment_fingerprints[: num_segments - 1],
         codec=None,
         finished=None,
     )
-    return read_manifest({ATTRIBUTE: unpacked.to_json()}, source.where)
+    return read_manifest({ATTRIBUTE: unpacked.to_json()}, remote.where)
 
 
-def _identity_at(source: RemoteStore, samples: Samples, num_segments: int) -> Identity:
-    """Whose outputs the store had when it had so many segments: it must have been called by that one's fingerprint."""
-    identity = source.manifest.identity
-    if num_segments < len(source.manifest.layout.segments):
-        num_samples = sum(source.segments[:num_segments])
+def _identity_at(remote: RemoteStore, samples: Samples, num_segments: int) -> Identity:
+    """Return the identity when the store had so many segments, checked against that segment's fingerprint."""
+    identity = remote.manifest.identity
+    if num_segments < len(remote.manifest.layout.segments):
+        num_samples = sum(remote.segments[:num_segments])
         digests = samples.take(np.arange(num_samples)).digests()
         identity = replace(identity, data={**identity.data, **digests, "num_samples": num_samples})
-    if identity.fingerprint != source.segment_fingerprints[num_segments - 1]:
+    if identity.fingerprint != remote.segment_fingerprints[num_segments - 1]:
         raise StoreError(
-            f"{source.where} has a damaged manifest: the fingerprint of segment {num_segments - 1} is not that of its "
+            f"{remote.where} has a damaged manifest: the fingerprint of segment {num_segments - 1} is not that of its "
             "samples. Cache it again."
         )
     return identity
 
 
 def read_remote_unit(
-    source: RemoteStore, unit: Unit, names: Sequence[str]
+    remote: RemoteStore, unit: Unit, names: Sequence[str]
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The rows of a unit in some arrays, by name [n, *row_shape], and what their encoding lost.
+    """Read the rows of a unit in some arrays, by name [n, *row_shape], and the loss of their encoding.
 
     Raises StoreError, naming the file, where one is missing or is not the one that was committed.
     """
-    marker = _read_marker(source, unit)
-    fidelity = {name: figures for name, figures in marker.fidelity.items() if name in source.finished.fidelity}
-    return {name: _read_rows(source, unit, name, marker.files) for name in names}, fidelity
+    marker = _read_marker(remote, unit)
+    fidelity = {name: figures for name, figures in marker.fidelity.items() if name in remote.finished.fidelity}
+    return {name: _read_rows(remote, unit, name, marker.files) for name in names}, fidelity
 
 
-def _read_marker(source: RemoteStore, unit: Unit) -> Marker:
+def _read_marker(remote: RemoteStore, unit: Unit) -> Marker:
     key = marker_key(unit)
-    raw = source.read(key, MARKER_BYTES)
+    raw = remote.read(key, MARKER_BYTES)
     if raw is None:
-        raise _damaged(source, key, unit, "it is missing, though the store calls it finished")
-    return parse_marker(raw, source.manifest, unit, f"{source.where}/{key}")
+        raise _damaged(remote, key, unit, "it is missing, though its unit was finished")
+    return parse_marker(raw, remote.manifest, unit, f"{remote.where}/{key}")
 
 
-def _read_rows(source: RemoteStore, unit: Unit, name: str, files: Mapping[str, Mapping[str, int]]) -> NDArray[Any]:
-    spec, codec = source.manifest.spec(name), source.manifest.codec
-    key, committed = shard_key(spec, unit), files.get(name)
-    shape = shard_shape(spec, source.manifest.layout.unit_rows)
+def _read_rows(remote: RemoteStore, unit: Unit, name: str, files: Mapping[str, Mapping[str, int]]) -> NDArray[Any]:
+    spec, codec = remote.manifest.spec(name), remote.manifest.codec
+    key, entry = shard_key(spec, unit), files.get(name)
+    shape = shard_shape(spec, remote.manifest.layout.unit_rows)
     unpacked_bytes = shape.file_bytes(unit.num_rows)
-    if committed is None:
-        raise _damaged(source, marker_key(unit), unit, f"it lacks {name}, though the store calls it finished")
-    fits = committed["bytes"] <= _most_packed_bytes(shape, unit) if codec else committed["bytes"] == unpacked_bytes
+    if entry is None:
+        raise _damaged(remote, marker_key(unit), unit, f"it lacks {name}, though its unit was finished")
+    fits = entry["bytes"] <= _max_packed_bytes(shape, unit) if codec else entry["bytes"] == unpacked_bytes
     if not fits:
-        raise _damaged(source, key, unit, f"its {committed['bytes']:,} bytes cannot hold {unpacked_bytes:,}")
-    raw = source.read(key, committed["bytes"])
+        raise _damaged(remote, key, unit, f"its {entry['bytes']:,} bytes cannot hold {unpacked_bytes:,}")
+    raw = remote.read(key, entry["bytes"])
     if raw is None:
-        raise _damaged(source, key, unit, "it is missing, though it was committed")
-    if len(raw) != committed["bytes"] or crc32c(raw) != committed["crc32c"]:
-        raise _damaged(source, key, unit, "its bytes are not those that were committed")
-    return decode_shard(raw, shape, unit.num_rows, codec, f"{source.where}/{key}")
+        raise _damaged(remote, key, unit, "it is missing, though it was committed")
+    if not is_committed(raw, entry):
+        raise _damaged(remote, key, unit, "its bytes are not those that were committed")
+    return decode_shard(raw, shape, unit.num_rows, codec, f"{remote.where}/{key}")
 
 
-def _most_packed_bytes(shape: ShardShape, unit: Unit) -> int:
-    """More than Zstd or Blosc ever make of a shard: what does not shrink grows by n/256 and a header a chunk."""
+def _max_packed_bytes(shape: ShardShape, unit: Unit) -> int:
+    """Return an upper bound of a compressed shard: incompressible data grow by n/256 and a header per chunk."""
     spare = shape.chunk_bytes // 128 + 1024
     return shape.file_bytes(unit.num_rows) + shape.num_present(unit.num_rows) * spare
 
 
-def _damaged(source: RemoteStore, key: str, unit: Unit, what: str) -> StoreError:
+def _damaged(remote: RemoteStore, key: str, unit: Unit, what: str) -> StoreError:
     return StoreError(
-        f"{source.where}/{key} ({unit}) is damaged: {what}. Run `kdpipe store repair RECIPE` where the store is made, "
-        "upload it again, and run the same command: what is staged already is kept."
+        f"{remote.where}/{key} ({unit}) is damaged: {what}. Run `kdpipe store repair RECIPE` where the store is made, "
+        "upload it again, and run the same command: what is already staged is kept."
     )

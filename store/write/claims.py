@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from store.fs.lock import Holder, LockedError, acquire, exclusive, is_file_at, lock_errors, read_holder, release, try_lock
+from store.fs.lock import (
+    Holder,
+    LockedError,
+    acquire,
+    exclusive,
+    is_file_at,
+    lock_errors,
+    read_holder,
+    release,
+    try_lock,
+)
 
 __all__ = ["Claim", "Holder", "claim", "claimed", "exclusive_store", "holder"]
 

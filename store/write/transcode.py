@@ -21,20 +21,20 @@ import numpy as np
 from numcodecs import BitRound
 from numpy.typing import NDArray
 
-from store.write.transcode_options import MANTISSA_BITS, TranscodeOptions, logical_array, transcoded_manifest
-from store.write.claims import claimed
 from store.errors import FingerprintMismatch, StoreError
 from store.format.encoding_error import measure_dense, measure_features, measure_topk, merge
 from store.format.layout import ArraySpec, StoreLayout, Unit
-from store.write.extend import ensure_store
 from store.format.manifest import Manifest
-from store.read.open_store import open_store
-from store.read.target_store import TargetStore
 from store.format.samples import Samples, read_samples
 from store.format.topk import encode_topk
 from store.format.unit_state import committed, missing_arrays
-from store.write.writer import finish_store, sweep_unit, write_unit
 from store.format.zarr_metadata import read_store_manifest
+from store.read.open_store import open_store
+from store.read.target_store import TargetStore
+from store.write.claims import claimed
+from store.write.extend import ensure_store
+from store.write.transcode_options import MANTISSA_BITS, TranscodeOptions, logical_array, transcoded_manifest
+from store.write.writer import finish_store, sweep_unit, write_unit
 
 
 def transcode(
@@ -54,7 +54,7 @@ def transcode(
         should_stop: Checked before each unit.
 
     Returns:
-        `complete` (False if stopped), `num_units`, `bytes_before` and `bytes_after` (finished shard files of the source,
+        `complete` (False if stopped), `num_units`, `bytes_before` and `bytes_after` (shard files: finished ones of the source,
         committed ones of the target), and the target's `fidelity` once it is complete.
 
     Raises:
@@ -173,10 +173,8 @@ def _changes(source: Manifest, target: Manifest, spec: ArraySpec) -> bool:
     return spec not in source.arrays or source.rounded.get(spec.name) != target.rounded.get(spec.name)
 
 
-def _cast(
-    rows: NDArray[Any], manifest: Manifest, name: str, unit: Unit, sample_ids: NDArray[np.int64]
-) -> NDArray[Any]:
-    """Convert rows [n, ...] to the target's precision. Raises StoreError, naming samples, where a number is too large."""
+def _cast(rows: NDArray[Any], manifest: Manifest, name: str, unit: Unit, sample_ids: NDArray[np.int64]) -> NDArray[Any]:
+    """Convert rows [n, ...] to the target's precision. Raises StoreError, naming samples, on overflow."""
     dtype, bits = manifest.spec(name).dtype, manifest.rounded.get(name)
     with np.errstate(over="ignore"):  # overflow is reported below, by sample
         cast: NDArray[Any] = rows.astype(dtype)

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from store.format.codec import Codec
 from store.errors import StoreError
-from store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
+from store.format.codec import Codec
 from store.format.identity import Identity
+from store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
 from store.format.manifest import Manifest
-from store.read.target_store import TargetStore
 from store.format.topk import TAIL, VALUES, TopK, default_temperatures
+from store.read.target_store import TargetStore
 
 MANTISSA_BITS = {"float16": 10, "float32": 23}
 
@@ -31,9 +31,10 @@ class TranscodeOptions:
         dtype: "float16" narrows float32 arrays.
         num_views: Keep only the first so many.
         arrays: Keep only these, by name, and the logits.
-        codec: Compress chunks (the archive profile), or decompress them ("zero-copy"), or leave them as they are ("keep").
-        keep_bits: Round the mantissas of float arrays to so many bits, to nearest, ties to even (BitRound, Klöwer et al.
-            2021), so that they compress better. Arrays with fewer bits and the top-k tail are left as they are.
+        codec: Compress chunks (the archive profile), or decompress them ("zero-copy"), or leave them as they are
+            ("keep").
+        keep_bits: Round the mantissas of float arrays to so many bits, to nearest, ties to even (BitRound, Klöwer et
+            al. 2021), so that they compress better. Arrays with fewer bits and the top-k tail are left as they are.
     """
 
     top_k: int | None = None
@@ -107,8 +108,8 @@ def _top_k(source: TargetStore, options: TranscodeOptions) -> TopK | None:
         return stored
     if stored is not None:
         raise StoreError(
-            f"{source.path} has top-{stored.k} logits, of which top-{options.top_k} logits cannot be made: transcode a store of "
-            "dense logits."
+            f"{source.path} has top-{stored.k} logits, of which top-{options.top_k} logits cannot be made: transcode a "
+            "store of dense logits."
         )
     try:
         return TopK(source.num_classes, options.top_k, options.temperatures or default_temperatures())
@@ -123,15 +124,17 @@ def _specs(source: TargetStore, options: TranscodeOptions, top_k: TopK | None) -
     wider = [spec.name for spec in kept if options.dtype == "float32" and spec.name != TAIL and spec.dtype == "float16"]
     if wider:
         raise StoreError(
-            f"{wider[0]} of {source.path} is float16, which float32 would not make more precise: omit dtype, or cache again as "
-            "float32."
+            f"{wider[0]} of {source.path} is float16, which float32 would not make more precise: omit dtype, or "
+            "cache again as float32."
         )
     specs = [spec if spec.dtype != "float32" else replace(spec, dtype=options.dtype or spec.dtype) for spec in kept]
     if top_k is None or source.manifest.top_k is not None:
         return tuple(specs)
     logits = next(spec for spec in specs if spec.name == "logits")
     if len(logits.row_shape) != 1:
-        raise StoreError(f"{source.path} has logits of shape {list(logits.row_shape)}: top-k needs one logit per class.")
+        raise StoreError(
+            f"{source.path} has logits of shape {list(logits.row_shape)}: top-k needs one logit per class."
+        )
     return (*top_k.arrays(logits.dtype), *[spec for spec in specs if spec is not logits])
 
 
@@ -158,11 +161,13 @@ def _unit_rows(source: TargetStore, specs: tuple[ArraySpec, ...]) -> int:
 
 
 def _rounded(source: TargetStore, specs: tuple[ArraySpec, ...], keep_bits: int | None) -> dict[str, int]:
-    """Return the mantissa bits kept, by array. Rounding is recorded for good: the numbers are no longer the teacher's."""
+    """Return the mantissa bits kept, by array. Earlier rounding stays recorded."""
     before = dict(source.manifest.rounded)
     if "logits" in before:
         before[VALUES] = before["logits"]
-    widths = {spec.name: MANTISSA_BITS[spec.dtype] for spec in specs if spec.dtype in MANTISSA_BITS and spec.name != TAIL}
+    widths = {
+        spec.name: MANTISSA_BITS[spec.dtype] for spec in specs if spec.dtype in MANTISSA_BITS and spec.name != TAIL
+    }
     if keep_bits is not None and not 1 <= keep_bits < max(widths.values()):
         raise StoreError(
             f"keep_bits is {keep_bits}, and the widest array of {source.path} has {max(widths.values())} bits in its "

@@ -169,7 +169,11 @@ def write_errors(target: Path, num_bytes: int | None = None) -> AbstractContextM
         reason = REASONS.get(error.errno or 0, error.strerror or str(error))
         folder = next((parent for parent in target.parents if parent.exists()), Path("/"))
         free = shutil.disk_usage(folder).free
-        room = f"{free:,} bytes are free" if num_bytes is None else f"{num_bytes:,} bytes are needed there and {free:,} are free"
+        room = (
+            f"{free:,} bytes are free"
+            if num_bytes is None
+            else f"{num_bytes:,} bytes are needed there and {free:,} are free"
+        )
         return (
             f"cannot write {target}: {reason}; {room}. What is committed is safe: make room, and run the same command "
             "again."

@@ -81,7 +81,7 @@ def test_verify_says_that_all_is_right(made):
     assert "all is right" in text
     told = document("verify", made.path)
     assert told["path"] == str(made.path)
-    assert told["damaged"] == told["missing"] == told["leftovers"] == []
+    assert told["damaged"] == told["missing"] == told["orphans"] == []
     assert told["num_bytes"] == sum(map(len, folder_bytes(made.path).values()))
 
 
@@ -103,7 +103,7 @@ def test_a_strangers_file_names_do_not_reach_the_terminal_as_they_are(made):
     text = shown("verify", made.path)
     assert "leftover     red?[31m" in text
     assert "leftover     broken?" in text
-    assert len(document("verify", made.path)["leftovers"]) == 2
+    assert len(document("verify", made.path)["orphans"]) == 2
 
 
 def test_verify_exits_3_where_units_are_only_missing(store_maker):

@@ -9,9 +9,9 @@ import pytest
 from made_store import SPECS
 
 from store import Codec, StoreError, ensure_store
+from store.check.verify import verify_store
 from store.format.markers import marker_key, marker_path, read_marker, write_marker
 from store.format.shard import shard_key, shard_path
-from store.check.verify import verify_store
 from store.format.zarr_metadata import metadata_bytes
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from store import StoreError, mapping
-from store.read.mmap_files import MappingUnsupported, FileRegion, map_files
+from store.read.mmap_files import FileRegion, MappingUnsupported, map_files
 
 PAGE = mmap.PAGESIZE
 

@@ -12,11 +12,11 @@ from hypothesis.extra import numpy as arrays
 
 from store import (
     ArraySpec,
-    StoreLayout,
     Identity,
     Manifest,
     Samples,
     StoreError,
+    StoreLayout,
     create_store,
     finish_store,
     open_store,

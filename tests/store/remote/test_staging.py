@@ -18,9 +18,9 @@ from staging_jobs import Web, entries, require_equal, stage_elsewhere, staging_p
 from store import (
     ArraySpec,
     Codec,
-    StoreLayout,
     Samples,
     StoreError,
+    StoreLayout,
     create_store,
     ensure_store,
     finish_store,
@@ -360,7 +360,9 @@ def test_a_fingerprint_that_is_a_path_goes_nowhere(made, web, area):
     )
     with pytest.raises(StoreError, match="is no fingerprint"):
         stage(f"{web.url}/a.zarr", area)
-    with_manifest(made.path, replace(manifest, layout=StoreLayout(2, 1024, (2048, 452)), previous_fingerprints=("a" * 64,)))
+    with_manifest(
+        made.path, replace(manifest, layout=StoreLayout(2, 1024, (2048, 452)), previous_fingerprints=("a" * 64,))
+    )
     with pytest.raises(StoreError, match="fingerprint of segment 0 is not that of its samples"):
         stage(f"{web.url}/a.zarr", area)
     assert not entries(area)

@@ -8,8 +8,8 @@ import pytest
 from made_store import folder_bytes, make_store
 
 from store import LockedError, StoreError, claim, ensure_store, missing_units, open_store, read_store_manifest
-from store.write.drop_views import drop_views
 from store.check.verify import verify_store
+from store.write.drop_views import drop_views
 
 
 class Killed(BaseException):

@@ -31,10 +31,10 @@ from store import (
     read_store_manifest,
     write_unit,
 )
-from store.write.transcode_options import TranscodeOptions
 from store.format.encoding_error import merge, summarize_features, summarize_logits
 from store.format.shard import shard_path
 from store.write.transcode import transcode
+from store.write.transcode_options import TranscodeOptions
 
 
 def nearest(values, bits):
@@ -228,9 +228,7 @@ def test_sizes_are_those_on_disk(source):
     report = transcode(source.path, target, TranscodeOptions(codec=ZSTD, num_views=1))
     sizes = {
         path: sum(
-            shard_path(path, spec, unit).stat().st_size
-            for spec in manifest.arrays
-            for unit in manifest.layout.units()
+            shard_path(path, spec, unit).stat().st_size for spec in manifest.arrays for unit in manifest.layout.units()
         )
         for path, manifest in ((source.path, source.manifest), (target, read_store_manifest(target)))
     }
@@ -261,7 +259,9 @@ def killed_at_fsync(number, source, target, change):
     return status != 0
 
 
-@pytest.mark.parametrize("change", [TranscodeOptions(top_k=4, dtype="float16"), TranscodeOptions(codec=ZSTD, keep_bits=7)])
+@pytest.mark.parametrize(
+    "change", [TranscodeOptions(top_k=4, dtype="float16"), TranscodeOptions(codec=ZSTD, keep_bits=7)]
+)
 def test_killed_at_any_moment_and_rerun_it_leaves_the_bytes_of_an_undisturbed_one(source, change):
     undisturbed = changed(source.path, change, "undisturbed.zarr")
     target, chance, num_kills = source.path.with_name("killed.zarr"), random.Random(5), 0
@@ -276,7 +276,9 @@ def test_killed_at_any_moment_and_rerun_it_leaves_the_bytes_of_an_undisturbed_on
 
 def test_stopped_and_rerun_it_continues_where_it_was(source):
     target, seen = source.path.with_name("b.zarr"), []
-    stopped = transcode(source.path, target, TranscodeOptions(codec=ZSTD), should_stop=lambda: len(seen) == 2 or seen.append(1))
+    stopped = transcode(
+        source.path, target, TranscodeOptions(codec=ZSTD), should_stop=lambda: len(seen) == 2 or seen.append(1)
+    )
     assert (stopped["complete"], stopped["fidelity"]) == (False, {})
     assert len(missing_units(target, read_store_manifest(target))) == len(source.units) - 2
     with pytest.raises(StoreError, match="not complete"):
@@ -284,7 +286,9 @@ def test_stopped_and_rerun_it_continues_where_it_was(source):
     first = shard_path(target, source.manifest.arrays[0], source.units[0])
     written = first.stat().st_mtime_ns
     heard = []
-    assert transcode(source.path, target, TranscodeOptions(codec=ZSTD), on_unit=lambda *at: heard.append(at))["complete"]
+    assert transcode(source.path, target, TranscodeOptions(codec=ZSTD), on_unit=lambda *at: heard.append(at))[
+        "complete"
+    ]
     assert heard == [(done, 6) for done in range(7)]
     assert first.stat().st_mtime_ns == written
     assert folder_bytes(target) == folder_bytes(changed(source.path, TranscodeOptions(codec=ZSTD), "c.zarr"))

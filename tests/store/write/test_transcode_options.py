@@ -16,9 +16,9 @@ from store import (
     read_store_manifest,
     write_unit,
 )
-from store.write.transcode_options import TranscodeOptions
 from store.format.shard import shard_path
 from store.write.transcode import transcode
+from store.write.transcode_options import TranscodeOptions
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,10 @@ from store.write.transcode import transcode
         (TranscodeOptions(dtype="bfloat16"), "cannot be narrowed to 'bfloat16'"),
         (TranscodeOptions(num_views=3), "has 2 views: 3 of them"),
         (TranscodeOptions(num_views=0), "has 2 views: 0 of them"),
-        (TranscodeOptions(arrays=("features/layer2.1",)), r"no array 'features/layer2.1', only .*Did you mean features/layer2.0"),
+        (
+            TranscodeOptions(arrays=("features/layer2.1",)),
+            r"no array 'features/layer2.1', only .*Did you mean features/layer2.0",
+        ),
         (TranscodeOptions(keep_bits=0), "keep_bits is 0"),
         (TranscodeOptions(keep_bits=23), "choose from 1 to 22"),
     ],
@@ -71,7 +74,9 @@ def test_what_is_too_large_for_float16_is_named_by_its_samples(source):
         changed(source.path, TranscodeOptions(dtype="float16"))
     assert all(str(one) in str(said.value) for one in ids)
     assert FEATURES in str(said.value)
-    assert np.array_equal(held(changed(source.path, TranscodeOptions(codec=ZSTD), "b.zarr"))[FEATURES], source.contents[FEATURES])
+    assert np.array_equal(
+        held(changed(source.path, TranscodeOptions(codec=ZSTD), "b.zarr"))[FEATURES], source.contents[FEATURES]
+    )
 
 
 def test_what_rounding_would_make_infinite_is_refused(source):
