@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.command import printable
-from store import Manifest, StoreError, Unit, holder, missing_arrays, read_store_manifest, store_bytes
-from store.format.markers import Marker, read_marker
+from store import Manifest, holder, read_store_manifest, store_bytes
+from store.format.unit_state import store_state
 
 MOST_NAMED = 5
 """So many missing units are named to people; the JSON document has all."""
-
-
-@dataclass(frozen=True)
-class Filled:
-    """How far a store is filled: the units that lack something, and the bytes of the shards that are committed."""
-
-    num_units: int
-    missing: tuple[Unit, ...]
-    num_bytes: int
-
-
-def how_filled(path: Path, manifest: Manifest) -> Filled:
-    """Look at the marker and the shards of every unit; nothing is read of the shards."""
-    missing, num_bytes, units = [], 0, manifest.layout.units()
-    for unit in units:
-        lacking = missing_arrays(path, manifest, unit)
-        if lacking:
-            missing.append(unit)
-        files = _committed(path, manifest, unit).files
-        num_bytes += sum(file["bytes"] for name, file in files.items() if name not in lacking)
-    return Filled(len(units), tuple(missing), num_bytes)
 
 
 def model_name(teacher: Mapping[str, Any]) -> str:
@@ -47,7 +25,7 @@ def read_store_info(path: Path) -> dict[str, Any]:
     is no store.
     """
     manifest = read_store_manifest(path)
-    filled, units = how_filled(path, manifest), manifest.layout.units()
+    filled, units = store_state(path, manifest), manifest.layout.units()
     at_work = {str(unit): str(at_it) for unit in filled.missing if (at_it := holder(path, unit.key))}
     return {
         "path": str(path),
@@ -69,13 +47,6 @@ def print_store_info(info: dict[str, Any]) -> None:
     """The same for people, on stdout."""
     for name, text in _lines(info):
         print(printable(f"{name:<12} {text}"))  # noqa: T201
-
-
-def _committed(path: Path, manifest: Manifest, unit: Unit) -> Marker:
-    try:
-        return read_marker(path, manifest, unit) or Marker({})
-    except StoreError:
-        return Marker({})
 
 
 def _being_added(manifest: Manifest) -> dict[str, Any] | None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import printable
-from pipeline.store_info import how_filled, model_name
+from pipeline.store_info import model_name
 from store import KdpipeError, StoreError, read_store_manifest
-from store.format.markers import MARKERS
-from store.format.samples import SAMPLES
+from store.format.schema import MARKERS, SAMPLES
+from store.format.unit_state import store_state
 
 MOST_DEPTH = 8
 """So many folders below the given one are looked into."""
@@ -63,7 +63,7 @@ def _is_readable(folder: Path) -> bool:
 def _entry(path: Path) -> dict[str, Any]:
     try:
         manifest = read_store_manifest(path)
-        filled = how_filled(path, manifest)
+        filled = store_state(path, manifest)
     except (KdpipeError, OSError) as error:
         return {"path": str(path), "fault": str(error)}
     teacher, data, geometry = manifest.identity.teacher, manifest.identity.data, manifest.layout

@@ -16,10 +16,10 @@ from stages.store_plan import CacheConfig, layers_of, plan_store, samples_in_row
 from store import Manifest, StoreError, read_store_manifest
 from store.check.repair import rebuild_manifest, restore_samples, uncommit
 from store.check.verify import VerifyReport, verify_store
-from store.format.samples import SAMPLES
+from store.format.schema import SAMPLES
 from store.format.zarr_metadata import replace_metadata
 from store.write.extend import require_same_origin
-from store.write.writer import alone
+from store.write.claims import exclusive_store
 
 
 def repair(
@@ -40,7 +40,7 @@ def repair(
     if not found.damaged:
         return found, found, 0
     _require_own(config, path, manifest, teacher, setup)
-    with alone(path):
+    with exclusive_store(path):
         with suppress(StoreError):  # a manifest that is lost stays what the recipe plans
             manifest = read_store_manifest(path)  # again: another job may have extended the store since
         replace_metadata(path, manifest)

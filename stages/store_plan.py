@@ -86,7 +86,9 @@ def plan_store(
     return Manifest(
         identity=Identity(teacher.identity, data, setup.view_identity()),
         arrays=specs,
-        layout=StoreLayout(setup.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)),
+        layout=StoreLayout(
+            setup.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)
+        ),
         versions=library_versions(),
         top_k=top_k,
     )

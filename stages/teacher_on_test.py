@@ -53,7 +53,9 @@ def cache_test(
     return cache_teacher(replace(config, top_k=None), place, teacher, [], test_setup(setup), part=part)
 
 
-def repair_test(config: CacheConfig, path: Path, teacher: Network, setup: Setup) -> tuple[VerifyReport, VerifyReport, int]:
+def repair_test(
+    config: CacheConfig, path: Path, teacher: Network, setup: Setup
+) -> tuple[VerifyReport, VerifyReport, int]:
     """Put the test store at `path` right; returns and raises what `repair` does."""
     return repair(replace(config, top_k=None), path, teacher, [], test_setup(setup))
 

@@ -26,7 +26,7 @@ print(stage(sys.argv[1], StagingCache(Path(sys.argv[2]), int(sys.argv[3]))))
 
 
 class Web(ThreadingHTTPServer):
-    """A web server of a folder that notes what it was asked for and, translate_os_errors so, holds back all but some shards."""
+    """A web server of a folder that records its requests and can hold back all but some shards."""
 
     daemon_threads = True
 

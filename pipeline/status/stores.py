@@ -12,12 +12,10 @@ from typing import Any
 
 from pipeline.status.files import Budget, Measure, measure, number, read_object, text
 from store.errors import KdpipeError
+from store.format.schema import ATTRIBUTE, MARKERS, SCHEMA_VERSION
 from store.fs.safe_read import read_regular_file
 from store.write.claims import holder
 
-SCHEMA_VERSION = 2
-ATTRIBUTE = "kdpipe"
-MARKERS = "markers"
 MOST_COUNTED = 20_000
 """Of a store with more units the markers are not counted where its manifest calls them finished."""
 

@@ -54,17 +54,18 @@ def read_json(
     """
     try:
         raw = read_regular_file(path, max_bytes, root)
-        if len(raw) > max_bytes:
-            raise ValueError(f"it has more than {max_bytes:,} bytes")
-        record = json.loads(raw)
-        if not isinstance(record, dict):
-            raise TypeError("it is not a JSON object")
     except FileNotFoundError:
         raise
     except OSError as error:
         raise error_type(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    if len(raw) > max_bytes:
+        raise error_type(f"{path} is damaged: it has more than {max_bytes:,} bytes.")
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError) as error:
         raise error_type(f"{path} is damaged: {str(error)[:200]}.") from error
+    if not isinstance(record, dict):
+        raise error_type(f"{path} is damaged: it is not a JSON object.")
     return record
 
 

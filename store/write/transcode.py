@@ -54,8 +54,8 @@ def transcode(
         should_stop: Checked before each unit.
 
     Returns:
-        `complete` (False if stopped), `num_units`, `bytes_before` and `bytes_after` (shard files: finished ones of the source,
-        committed ones of the target), and the target's `fidelity` once it is complete.
+        `complete` (False if stopped), `num_units`, the bytes of the shard files `bytes_before` (finished ones of the
+        source) and `bytes_after` (committed ones of the target), and the target's `fidelity` once it is complete.
 
     Raises:
         StoreError: The source is incomplete or damaged, or the options do not apply to it.

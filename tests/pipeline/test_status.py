@@ -20,8 +20,8 @@ from pipeline.status.status import print_status, read_status
 from pipeline.status.table import cells
 from stages.errors import RunError
 from stages.watch import Event
-from store.write.claims import claim
 from store.fs.lock import exclusive, shared
+from store.write.claims import claim
 
 RECIPE = {
     "name": "made",

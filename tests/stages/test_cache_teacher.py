@@ -33,7 +33,8 @@ from stages.targets import Targets
 from stages.train_teacher import load_teacher
 from stages.views.renderer import Renderer
 from stages.watch import Watch
-from store import FingerprintMismatch, LockedError, StoreError, claim, open_store, row_order, writer
+from store import FingerprintMismatch, LockedError, StoreError, claim, open_store, row_order
+from store.write import writer
 
 NUM_UNITS = 3
 """Of 300 samples, one a view."""

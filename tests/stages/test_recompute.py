@@ -11,8 +11,8 @@ from stages.cache_teacher import cache_teacher
 from stages.recompute import recompute
 from stages.train_teacher import load_teacher
 from store import FingerprintMismatch, StoreError, finish_store, open_store, write_unit
-from store.format.markers import marker_path
 from store.check.verify import verify_store
+from store.format.markers import marker_path
 
 TOP_K = dataclasses.replace(CACHE, top_k=2)
 

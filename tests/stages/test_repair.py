@@ -32,9 +32,9 @@ from store import (
     read_samples,
     read_store_manifest,
 )
+from store.check.verify import verify_store
 from store.format.markers import marker_path
 from store.format.shard import shard_path
-from store.check.verify import verify_store
 from store.format.zarr_metadata import replace_metadata
 
 

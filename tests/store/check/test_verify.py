@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from made_store import SPECS
 
-from store import Codec, StoreError, ensure_store
+from store import Codec, KdpipeError, StoreError, ensure_store
+from store.check import verify
 from store.check.verify import verify_store
 from store.format.markers import marker_key, marker_path, read_marker, write_marker
 from store.format.shard import shard_key, shard_path
@@ -161,12 +162,10 @@ def test_units_are_counted_and_a_caller_may_stop(made):
 
 
 def test_a_store_on_a_disk_without_locks_is_checked_all_the_same(made, monkeypatch):
-    from store import KdpipeError, verify  # the module
-
     def refuse(path):
         raise KdpipeError("no locks here")
 
-    monkeypatch.setattr(verify, "alone", refuse)
+    monkeypatch.setattr(verify, "exclusive_store", refuse)
     assert not verify_store(made.path).damaged
 
 

@@ -130,8 +130,8 @@ def test_rows_do_not_depend_on_their_neighbours():
     form = TopK(1000, 20, GRID)
     whole = encode_topk(logits, form, "float16")
     for row in (0, 261, 262, 263, 699):
-        exclusive_store = encode_topk(logits[row : row + 1], form, "float16")
-        assert all(np.array_equal(exclusive_store[name][0], whole[name][row]) for name in whole)
+        single = encode_topk(logits[row : row + 1], form, "float16")
+        assert all(np.array_equal(single[name][0], whole[name][row]) for name in whole)
 
 
 def test_no_rows_are_encoded_to_no_rows():

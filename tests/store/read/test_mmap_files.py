@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from store import StoreError, mapping
+from store import StoreError
+from store.read import mmap_files
 from store.read.mmap_files import FileRegion, MappingUnsupported, map_files
 
 PAGE = mmap.PAGESIZE
@@ -42,8 +43,8 @@ def num_maps() -> int:
 
 
 def test_files_read_as_one_read_only_array(shards):
-    pieces, expected = shards
-    array = map_files(pieces, len(expected))
+    regions, expected = shards
+    array = map_files(regions, len(expected))
     assert array.dtype == np.uint8
     assert array.shape == (len(expected),)
     assert array.tobytes() == expected
@@ -54,45 +55,45 @@ def test_files_read_as_one_read_only_array(shards):
 
 
 def test_rows_that_straddle_two_files_are_whole(shards):
-    pieces, expected = shards
+    regions, expected = shards
     whole = len(expected) // 100
-    rows = map_files(pieces, len(expected))[: whole * 100].reshape(whole, 100)
+    rows = map_files(regions, len(expected))[: whole * 100].reshape(whole, 100)
     order = np.random.default_rng(6).permutation(whole)
     assert 2 * PAGE % 100, "no row straddles two files"
     assert rows.take(order, axis=0).tobytes() == b"".join(expected[row * 100 : row * 100 + 100] for row in order)
 
 
 def test_bytes_that_no_piece_covers_are_zeros(shards):
-    pieces, expected = shards
-    array = map_files([pieces[1]], 5 * PAGE)
+    regions, expected = shards
+    array = map_files([regions[1]], 5 * PAGE)
     assert array[2 * PAGE : 3 * PAGE].tobytes() == expected[2 * PAGE : 3 * PAGE]
     assert not array[: 2 * PAGE].any()
     assert not array[3 * PAGE :].any()
 
 
-def test_empty_ranges_and_empty_pieces(shards):
-    pieces, expected = shards
-    empty = map_files([FileRegion(pieces[0].path, 0, 0)], 0)
+def test_empty_ranges_and_empty_regions(shards):
+    regions, expected = shards
+    empty = map_files([FileRegion(regions[0].path, 0, 0)], 0)
     assert empty.shape == (0,)
     assert not empty.flags.writeable
     assert not map_files([], 3).any()
-    assert map_files([*pieces, FileRegion(pieces[0].path, PAGE, 0)], len(expected)).tobytes() == expected
+    assert map_files([*regions, FileRegion(regions[0].path, PAGE, 0)], len(expected)).tobytes() == expected
 
 
 def test_a_file_replaced_or_deleted_after_mapping_keeps_its_bytes(shards, tmp_path):
-    pieces, expected = shards
-    array = map_files(pieces, len(expected))
+    regions, expected = shards
+    array = map_files(regions, len(expected))
     (tmp_path / "new").write_bytes(b"\0" * 3 * PAGE)
-    (tmp_path / "new").replace(pieces[0].path)
-    pieces[1].path.unlink()
+    (tmp_path / "new").replace(regions[0].path)
+    regions[1].path.unlink()
     assert array.tobytes() == expected
 
 
 def test_the_maps_live_as_long_as_the_last_view_and_no_longer(shards, tmp_path):
-    pieces, expected = shards
+    regions, expected = shards
     assert maps_of(tmp_path) == 0
-    array = map_files(pieces, len(expected))
-    assert maps_of(tmp_path) == len(pieces)
+    array = map_files(regions, len(expected))
+    assert maps_of(tmp_path) == len(regions)
     last = array[PAGE:].view("<f4").reshape(-1, 1)[5:]
     del array
     gc.collect()
@@ -102,19 +103,19 @@ def test_the_maps_live_as_long_as_the_last_view_and_no_longer(shards, tmp_path):
 
 
 def test_mapping_again_and_again_leaks_neither_maps_nor_descriptors(shards, tmp_path):
-    pieces, expected = shards
-    map_files(pieces, len(expected))
+    regions, expected = shards
+    map_files(regions, len(expected))
     before, descriptors = num_maps(), len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(300):
-        map_files(pieces, len(expected))
+        map_files(regions, len(expected))
     assert maps_of(tmp_path) == 0
     assert num_maps() < before + 100
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 
 def test_a_forked_child_reads_the_same(shards):
-    pieces, expected = shards
-    array = map_files(pieces, len(expected))
+    regions, expected = shards
+    array = map_files(regions, len(expected))
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
     child = context.Process(target=lambda: theirs.send_bytes(array.tobytes()))
@@ -127,30 +128,30 @@ def test_a_forked_child_reads_the_same(shards):
 
 
 def test_a_file_that_is_too_short_or_absent_is_named_and_nothing_stays_mapped(shards, tmp_path):
-    pieces, expected = shards
-    pieces[2].path.write_bytes(b"x" * 99)
+    regions, expected = shards
+    regions[2].path.write_bytes(b"x" * 99)
     before = num_maps()
-    with pytest.raises(StoreError, match=rf"{pieces[2].path} is damaged: it has 99 bytes, its rows take 100") as held:
-        map_files(pieces, len(expected))
+    with pytest.raises(StoreError, match=rf"{regions[2].path} is damaged: it has 99 bytes, its rows take 100") as held:
+        map_files(regions, len(expected))
     assert maps_of(tmp_path) == 0
     assert num_maps() <= before + 1
     assert held.tb is not None
-    pieces[2].path.unlink()
-    with pytest.raises(StoreError, match=f"{pieces[2].path} cannot be read: No such file"):
-        map_files(pieces, len(expected))
+    regions[2].path.unlink()
+    with pytest.raises(StoreError, match=f"{regions[2].path} cannot be read: No such file"):
+        map_files(regions, len(expected))
 
 
 @pytest.mark.parametrize(("at", "num_bytes"), [(0, PAGE + 1), (PAGE, 1), (-PAGE, PAGE), (0, -1), (2**63, PAGE)])
 def test_a_piece_outside_of_the_range_is_refused(shards, at, num_bytes):
-    pieces, _ = shards
+    regions, _ = shards
     with pytest.raises(ValueError, match="outside of a range of"):
-        map_files([FileRegion(pieces[0].path, at, num_bytes)], PAGE)
+        map_files([FileRegion(regions[0].path, at, num_bytes)], PAGE)
 
 
 def test_a_piece_that_starts_inside_a_page_cannot_be_mapped(shards):
-    pieces, _ = shards
+    regions, _ = shards
     with pytest.raises(MappingUnsupported, match="would start at byte 512, inside a page"):
-        map_files([FileRegion(pieces[0].path, 512, 100)], PAGE)
+        map_files([FileRegion(regions[0].path, 512, 100)], PAGE)
 
 
 @pytest.mark.parametrize(
@@ -161,26 +162,26 @@ def test_a_piece_that_starts_inside_a_page_cannot_be_mapped(shards):
     ],
 )
 def test_another_system_cannot_map(shards, monkeypatch, name, value, why):
-    pieces, expected = shards
+    regions, expected = shards
     monkeypatch.setattr(sys, name, value)
     with pytest.raises(MappingUnsupported, match=why):
-        map_files(pieces, len(expected))
+        map_files(regions, len(expected))
 
 
 def test_more_files_than_the_system_maps_are_refused_before_any_is_mapped(shards, monkeypatch):
-    pieces, expected = shards
-    monkeypatch.setattr(mapping, "SPARE_MAPS", 10**12)
+    regions, expected = shards
+    monkeypatch.setattr(mmap_files, "SPARE_MAPS", 10**12)
     with pytest.raises(MappingUnsupported, match="3 files, and the system's vm.max_map_count leaves room for 0 more"):
-        map_files(pieces, len(expected))
+        map_files(regions, len(expected))
 
 
 def test_what_the_system_refuses_is_said_in_its_words(shards, tmp_path):
-    pieces, _ = shards
+    regions, _ = shards
     with pytest.raises(MappingUnsupported, match="no address range of 4,611,686,018,427,387,904 bytes"):
         map_files([], 2**62)
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "file").touch()
     with pytest.raises(MappingUnsupported, match=f"{folder} cannot be mapped: "):
-        map_files([*pieces[:2], FileRegion(folder, 2 * PAGE, 1)], 3 * PAGE)
+        map_files([*regions[:2], FileRegion(folder, 2 * PAGE, 1)], 3 * PAGE)
     assert maps_of(tmp_path) == 0

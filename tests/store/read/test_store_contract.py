@@ -91,7 +91,7 @@ def refuse_maps(monkeypatch):
     def refused(*_):
         raise MappingUnsupported("the system grants no address range of 1 bytes")
 
-    monkeypatch.setattr(store.reader, "map_pieces", refused)
+    monkeypatch.setattr(store.read.target_store, "map_files", refused)
 
 
 def arrays_and_views(held):

@@ -145,11 +145,11 @@ def truncate(file: Path) -> None:
         (lambda file: file.unlink(), "samples/ids/c/0", "it is missing"),
     ],
 )
-def test_a_damaged_file_is_refused_by_name_and_never_staged(made, web, area, damage, key, translate_os_errors):
+def test_a_damaged_file_is_refused_by_name_and_never_staged(made, web, area, damage, key, message):
     (made.path / key).rename(made.path / "kept")
     shutil.copy(made.path / "kept", made.path / key)
     damage(made.path / key)
-    with pytest.raises(StoreError, match=f"{key.removesuffix('/ids/c/0')}.*{translate_os_errors}") as caught:
+    with pytest.raises(StoreError, match=f"{key.removesuffix('/ids/c/0')}.*{message}") as caught:
         stage(f"{web.url}/a.zarr", area)
     assert web.url in str(caught.value)
 

@@ -119,7 +119,7 @@ def test_a_claim_whose_folder_was_swept_away_does_not_remove_its_successor(store
 
 
 def test_a_folder_that_vanishes_as_it_is_made_is_made_again(store, locks, monkeypatch):
-    """pathlib, translate_os_errors that a folder exists, looks whether it is one: another's last release may come between."""
+    """After EEXIST pathlib checks for a folder: another process may remove it in between."""
     made, times = Path.mkdir, []
 
     def gone_meanwhile(path, *args, **kwargs):

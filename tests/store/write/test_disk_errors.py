@@ -19,7 +19,7 @@ from store import KdpipeError, StoreError, claim, ensure_store, missing_units, o
 from store.format.markers import marker_path
 from store.format.shard import shard_path
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 WISH = Wish(LOGITS["float32"], num_layers=0)
 
 
@@ -246,14 +246,14 @@ def commit_known(path, manifest):
 
 def test_a_mount_that_vanishes_before_the_marker_commits_nothing(begun, monkeypatch, tmp_path):
     path, manifest = begun
-    real = store.writer._write
+    real = store.write.writer._write
 
     def write_and_unmount(*arguments):
         real(*arguments)
         path.rename(tmp_path / "aside")
         path.mkdir()
 
-    monkeypatch.setattr(store.writer, "_write", write_and_unmount)
+    monkeypatch.setattr(store.write.writer, "_write", write_and_unmount)
     with pytest.raises(StoreError, match="was its file system unmounted"):
         commit_known(path, manifest)
     assert list(path.iterdir()) == []

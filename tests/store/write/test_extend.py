@@ -166,7 +166,7 @@ class Killed(BaseException):
 
 def killing_at(monkeypatch: pytest.MonkeyPatch, number: int, torn: bool) -> list[Path]:
     """Let the job be killed at its file number `number`; torn: half of its temporary file is left behind."""
-    real, written = store.durable.write_atomically, []
+    real, written = store.fs.atomic_write.write_atomically, []
 
     def write(file: Path, *parts: bytes | memoryview) -> None:
         if len(written) == number:
@@ -177,7 +177,7 @@ def killing_at(monkeypatch: pytest.MonkeyPatch, number: int, torn: bool) -> list
         written.append(file)
         real(file, *parts)
 
-    for module in ("durable", "writer", "markers", "grow", "zarr_group"):
+    for module in ("fs.atomic_write", "write.writer", "format.markers", "write.extend", "format.zarr_metadata"):
         monkeypatch.setattr(f"store.{module}.write_atomically", write)
     return written
 

@@ -1,4 +1,4 @@
-"""One store becomes another without the teacher: exactly where nothing is asked to be lost, and translate_os_errors where it is."""
+"""Transcoding is exact where no loss is requested, and reports the loss where it is."""
 
 import os
 import random

@@ -39,8 +39,8 @@ from store.write.transcode_options import TranscodeOptions
         (TranscodeOptions(keep_bits=23), "choose from 1 to 22"),
     ],
 )
-def test_the_impossible_is_refused_in_a_sentence(source, change, translate_os_errors):
-    with pytest.raises(StoreError, match=translate_os_errors):
+def test_the_impossible_is_refused_in_a_sentence(source, change, message):
+    with pytest.raises(StoreError, match=message):
         changed(source.path, change)
     assert not source.path.with_name("target.zarr").exists()
 

@@ -117,7 +117,7 @@ class Writer:
 
 
 CURRENT = threading.local()
-REAL_WRITE = store.durable.write_atomically
+REAL_WRITE = store.fs.atomic_write.write_atomically
 
 
 def write(file: Path, *parts: bytes | memoryview) -> None:
@@ -144,10 +144,10 @@ def exclusive_store(path: Path) -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def stepping():
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("durable", "writer", "markers", "grow", "zarr_group"):
+        for module in ("fs.atomic_write", "write.writer", "format.markers", "write.extend", "format.zarr_metadata"):
             patch.setattr(f"store.{module}.write_atomically", write)
-        for module in ("writer", "grow"):
-            patch.setattr(f"store.{module}.alone", exclusive_store)
+        for module in ("write.writer", "write.extend"):
+            patch.setattr(f"store.{module}.exclusive_store", exclusive_store)
         patch.setattr("os.fsync", lambda _: None)  # a kill takes nothing from the page cache
         yield
 

@@ -16,7 +16,7 @@ from many_stores import LOGITS, Wish, first_difference, grow, work
 
 from store import StoreError, missing_units, open_store
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 
 SYNC_S = 0.001
 """At least, of a file: whatever the disk, a job is killed at its writing, and not after it."""
@@ -31,7 +31,7 @@ from store import missing_units, sweep_partial
 import store.write.writer
 path = Path(sys.argv[1])
 sweep_partial(path)
-real = store.writer.create_store
+real = store.write.writer.create_store
 import made_store
 made_store.create_store = lambda path, *rest: None if path.exists() else real(path, *rest)
 made = make_store(path, num_views=3, fill=False)
