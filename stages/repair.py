@@ -18,8 +18,8 @@ from store.check.repair import rebuild_manifest, restore_samples, uncommit
 from store.check.verify import VerifyReport, verify_store
 from store.format.schema import SAMPLES
 from store.format.zarr_metadata import replace_metadata
-from store.write.extend import require_same_origin
 from store.write.claims import exclusive_store
+from store.write.extend import require_same_origin
 
 
 def repair(

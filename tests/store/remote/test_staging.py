@@ -132,7 +132,7 @@ def truncate(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "key", "told"),
+    ("damage", "key", "message"),
     [
         (lambda file: flip(file, 1000), DAMAGED, "its bytes are not those that were committed"),
         (truncate, DAMAGED, "its bytes are not those that were committed"),

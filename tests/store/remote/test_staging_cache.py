@@ -96,7 +96,7 @@ def test_folders_of_other_things_are_left_alone(store_maker, area):
 
 
 @pytest.mark.parametrize(
-    ("environ", "folder", "most_bytes"),
+    ("environ", "folder", "max_bytes"),
     [
         ({"HOME": "/home/me"}, "/home/me/.cache/kdpipe/stores", 200 * 2**30),
         ({"HOME": "/home/me", "XDG_CACHE_HOME": "/scratch"}, "/scratch/kdpipe/stores", 200 * 2**30),

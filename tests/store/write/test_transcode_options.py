@@ -22,7 +22,7 @@ from store.write.transcode_options import TranscodeOptions
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (TranscodeOptions(top_k=10), "k is 10 of 10 classes"),
         (TranscodeOptions(top_k=0), "k is 0 of 10 classes"),
