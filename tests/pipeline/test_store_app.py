@@ -92,7 +92,7 @@ def test_verify_names_every_fault_and_exits_1(made):
     text = shown("verify", made.path, code=1)
     assert "damaged      logits/zarr.json" in text
     assert f"damaged      logits/c/0/0/0 ({made.units[0]}, logits)" in text
-    assert "leftover     mine.txt" in text
+    assert "orphan       mine.txt" in text
     assert "2 faults: run `kdpipe store repair RECIPE`" in text
     assert [fault["unit"] for fault in document("verify", made.path, code=1)["damaged"]] == [None, str(made.units[0])]
 
@@ -101,8 +101,8 @@ def test_a_strangers_file_names_do_not_reach_the_terminal_as_they_are(made):
     (made.path / "red\x1b[31m").write_text("")
     (made.path / os.fsdecode(b"broken\xff")).write_text("")
     text = shown("verify", made.path)
-    assert "leftover     red?[31m" in text
-    assert "leftover     broken?" in text
+    assert "orphan       red?[31m" in text
+    assert "orphan       broken?" in text
     assert len(document("verify", made.path)["orphans"]) == 2
 
 

@@ -138,7 +138,7 @@ def test_samples_of_an_extension_stand_in_an_order_of_their_own(run, tmp_path):
     assert folder_bytes(path) == before
     flip(ids, 8 * row)
     flip(ids, 8)
-    with pytest.raises(StoreError, match="does not tell which were there"):
+    with pytest.raises(StoreError, match="does not determine them"):
         mend(run, path)
 
 

@@ -35,7 +35,7 @@ def any_profile(request, store_maker):
 
 def test_a_whole_store_has_no_fault_and_every_byte_is_read(any_profile):
     verdict = verify_store(any_profile.path)
-    assert (verdict.damaged, verdict.missing, verdict.leftovers) == ((), (), ())
+    assert (verdict.damaged, verdict.missing, verdict.orphans) == ((), (), ())
     assert verdict.num_units_whole == verdict.num_units == len(any_profile.units)
     assert verdict.num_bytes == sum(file.stat().st_size for file in any_profile.path.rglob("*") if file.is_file())
 
@@ -133,7 +133,7 @@ def test_leftovers_are_listed_and_harmless(made):
     (made.path / "elsewhere").symlink_to("/")
     verdict = verify_store(made.path)
     assert not verdict.damaged
-    assert set(verdict.leftovers) == {
+    assert set(verdict.orphans) == {
         "notes.txt",
         "elsewhere",
         "logits/c/0/0/.0.abcd1234.partial",

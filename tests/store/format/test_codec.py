@@ -63,7 +63,7 @@ def test_plain_zarr_reads_every_array_of_an_archive(tmp_path, codec):
             assert np.array_equal(group[name][:], expected)
         assert np.array_equal(group["samples/ids"][:], made.samples.ids)
     store = open_store(made.path)
-    assert store.reading("logits").way == "memory"
+    assert store.read_mode("logits").mode == "memory"
     for name, expected in made.contents.items():
         assert np.array_equal(store.read_view(name, 1), expected[1])
         assert np.array_equal(store.gather(name, 0, made.samples.ids[[7, 2000, 7]]), expected[0][[7, 2000, 7]])
@@ -164,7 +164,7 @@ def test_a_zstandard_frame_whose_header_lies_is_refused(held):
 
 def test_a_zstandard_frame_without_a_size_is_refused():
     one_raw_block = (3 << 3 | 1).to_bytes(3, "little") + b"abc"
-    with pytest.raises(StoreError, match="does not say how much it holds"):
+    with pytest.raises(StoreError, match="does not state its size"):
         unpacked(Codec("zstd"), b"\x28\xb5\x2f\xfd\x00\x58" + one_raw_block, 3)
 
 

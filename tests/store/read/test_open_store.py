@@ -74,7 +74,7 @@ def test_a_flipped_bit_of_a_marker_is_found(made, at):
 @pytest.mark.parametrize("name", ["ids", "labels", "pixels_crc32c"])
 def test_a_flipped_bit_of_the_samples_is_found(made, name):
     flip(made.path / "samples" / name / "c" / "0", 100)
-    with pytest.raises(StoreError, match="digests do not fit"):
+    with pytest.raises(StoreError, match="digests do not match"):
         open_store(made.path)
 
 
@@ -148,7 +148,7 @@ def test_a_hostile_manifest_is_refused(made, change):
 
 def test_another_schema_says_so(made):
     edit(made.path, lambda record: record.update(schema_version=99))
-    with pytest.raises(StoreError, match="schema 99, this kdpipe reads 2"):
+    with pytest.raises(StoreError, match="schema 99, this kdpipe reads 3"):
         open_store(made.path)
 
 
@@ -162,7 +162,7 @@ def test_broken_metadata_is_refused(made, text):
 def test_an_array_whose_metadata_says_otherwise_is_refused(made):
     file = made.path / "logits" / "zarr.json"
     file.write_text(file.read_text().replace('"little"', '"big"', 1))
-    with pytest.raises(StoreError, match="does not fit the store: codecs"):
+    with pytest.raises(StoreError, match="does not match the store: codecs"):
         open_store(made.path)
 
 

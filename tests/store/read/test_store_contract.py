@@ -174,7 +174,7 @@ def test_an_absent_array_is_named_with_those_that_are_there(held):
         lambda name: held.store.read_view(name, 0),
         lambda name: held.store.read_unit(name, held.store.units(0)[0]),
         held.store.array,
-        held.store.reading,
+        held.store.read_mode,
     ):
         with pytest.raises(StoreError, match=r"no array 'features/layer9', only .*features/layer2\.0"):
             ask("features/layer9")
@@ -206,7 +206,7 @@ def test_rows_without_a_sample_have_the_fill_value(held):
 def test_an_array_in_one_piece_is_read_only_or_refused_with_the_reason(held):
     rows = held.store.rows_of(held.ids)
     for spec in held.store.arrays:
-        if held.store.reading(spec.name).way == "memory":
+        if held.store.read_mode(spec.name).mode == "memory":
             with pytest.raises(StoreError, match=f"{spec.name} cannot be mapped, because .*{held.why}.*Use read_view"):
                 held.store.array(spec.name)
             continue
@@ -228,10 +228,10 @@ def test_what_is_handed_out_may_be_written_to_and_changes_nothing(held):
 
 def test_the_way_of_reading_is_told_with_its_reason(held):
     for spec in held.store.arrays:
-        reading = held.store.reading(spec.name)
-        assert reading.way == ("mapped" if held.why == "one address range" else "memory")
-        assert held.why in reading.why
-        assert held.store.reading(spec.name) == reading
+        reading = held.store.read_mode(spec.name)
+        assert reading.mode == ("mapped" if held.why == "one address range" else "memory")
+        assert held.why in reading.reason
+        assert held.store.read_mode(spec.name) == reading
 
 
 def test_plain_zarr_reads_the_same_numbers(held):

@@ -240,7 +240,7 @@ def text_with(path: Path, old: str, new: str, count: int = 1) -> Callable[[], No
 )
 def test_array_metadata_that_would_read_other_numbers_is_refused(path, old, new):
     text_with(path / "logits" / "zarr.json", old, new)()
-    assert "does not fit the store" in outcome(path) or "not the metadata" in outcome(path)
+    assert "does not match the store" in outcome(path) or "not the metadata" in outcome(path)
 
 
 GROUPS = {

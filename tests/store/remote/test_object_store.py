@@ -124,7 +124,7 @@ def test_an_absent_key_is_none(urls, place):
 def test_an_object_larger_than_wanted_is_refused_and_one_of_just_that_size_is_not(urls, place):
     remote, size = open_remote(urls[place]), len(FILES["logits/c/0/3/0"])
     refused(
-        f"logits/c/0/3/0 of .* has {size} bytes where at most {size - 1} belong",
+        f"logits/c/0/3/0 of .* has {size} bytes where at most {size - 1} are expected",
         remote.read,
         "logits/c/0/3/0",
         size - 1,
@@ -136,8 +136,8 @@ def test_an_object_larger_than_wanted_is_refused_and_one_of_just_that_size_is_no
 @pytest.mark.parametrize("key", ["../secret", "a/../../b", "/etc/passwd", "a//b", ".", "", "a\\..\\b"])
 def test_a_key_that_leaves_the_folder_is_refused(urls, place, key):
     remote = open_remote(urls[place])
-    refused("is no key of a store", remote.read, key)
-    refused("is no key of a store", remote.num_bytes, key)
+    refused("is not a key of a store", remote.read, key)
+    refused("is not a key of a store", remote.num_bytes, key)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -252,7 +252,7 @@ def test_a_size_that_is_not_told_is_not_guessed():
     with one_answer("HTTP/1.1 200 OK\nConnection: close", b"whole") as (url, _):
         assert open_remote(url).read("zarr.json") == b"whole"
     with one_answer("HTTP/1.1 200 OK\nConnection: close") as (url, _):
-        refused("has a size that the server does not tell", open_remote(url).num_bytes, "zarr.json")
+        refused("has a size that the server does not state", open_remote(url).num_bytes, "zarr.json")
 
 
 def test_what_a_server_writes_does_not_steer_the_terminal():
@@ -272,7 +272,7 @@ def test_what_is_no_server_at_all_is_told():
     ("url", "wanted"),
     [
         ("s4://bucket/x", "not 's4'; did you mean s3://"),
-        ("runs/a", "a folder on this machine is no URL"),
+        ("runs/a", "a folder on this machine is not a URL"),
         ("ftp://host/x", "starts with one of s3://"),
         ("s3://", "cannot be parsed"),
         ("http://host:port/x", "cannot be parsed"),

@@ -93,8 +93,8 @@ def test_what_an_encoding_lost_is_carried_over(store_maker, area):
 def test_only_what_cannot_be_mapped_needs_staging(store_maker, area):
     plain, packed = store_maker("plain.zarr"), store_maker("packed.zarr", codec=Codec(), fill=False)
     assert needs_staging(plain.path) is None
-    assert needs_staging(packed.path) == "it is an archive, its chunks packed by zstd"
-    assert needs_staging("s3://bucket/store.zarr") == "it does not lie on this machine"
+    assert needs_staging(packed.path) == "it is an archive, its chunks compressed by zstd"
+    assert needs_staging("s3://bucket/store.zarr") == "it is not on this machine"
     assert stage(plain.path, area) == plain.path
     assert not area.folder.exists()
 
@@ -138,10 +138,10 @@ def truncate(file: Path) -> None:
         (truncate, DAMAGED, "its bytes are not those that were committed"),
         (lambda file: file.write_bytes(file.read_bytes() + b"x"), DAMAGED, "where at most"),
         (lambda file: file.unlink(), DAMAGED, "it is missing, though it was committed"),
-        (lambda file: file.unlink(), "markers/c/1/2/0", "it is missing, though the store calls it finished"),
+        (lambda file: file.unlink(), "markers/c/1/2/0", "it is missing, though its unit was finished"),
         (lambda file: flip(file, 30), "markers/c/1/2/0", "is damaged"),
         (lambda file: shutil.copy(file.parents[1] / "1/0", file), "markers/c/1/2/0", "belongs to another store"),
-        (lambda file: flip(file, 30), "samples/ids/c/0", "its digests do not fit"),
+        (lambda file: flip(file, 30), "samples/ids/c/0", "its digests do not match"),
         (lambda file: file.unlink(), "samples/ids/c/0", "it is missing"),
     ],
 )
@@ -358,7 +358,7 @@ def test_a_fingerprint_that_is_a_path_goes_nowhere(made, web, area):
         made.path,
         replace(manifest, layout=StoreLayout(2, 1024, (2048, 452)), previous_fingerprints=("../../../../../../tmp/x",)),
     )
-    with pytest.raises(StoreError, match="is no fingerprint"):
+    with pytest.raises(StoreError, match="is not a fingerprint"):
         stage(f"{web.url}/a.zarr", area)
     with_manifest(
         made.path, replace(manifest, layout=StoreLayout(2, 1024, (2048, 452)), previous_fingerprints=("a" * 64,))

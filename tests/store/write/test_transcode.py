@@ -80,7 +80,7 @@ def test_top_k_logits_are_those_of_the_dense_rows(source, dtype, k):
     assert np.array_equal(found[FEATURES], source.contents[FEATURES].astype(dtype or "float32"))
     assert store.manifest.top_k == form
     assert store.manifest.identity == source.manifest.identity
-    assert {store.reading(name).way for name in found} == {"mapped"}
+    assert {store.read_mode(name).mode for name in found} == {"mapped"}
     full_pages = {(3, None): 4096, (3, "float16"): 4096, (4, None): 1024, (4, "float16"): 2048}
     assert store.unit_rows == full_pages[k, dtype] >= source.manifest.layout.unit_rows
     mapped = store.gather("logits/values", 1, source.samples.ids[[2499, 0, 1500]])

@@ -27,10 +27,10 @@ from store.write.transcode_options import TranscodeOptions
         (TranscodeOptions(top_k=10), "k is 10 of 10 classes"),
         (TranscodeOptions(top_k=0), "k is 0 of 10 classes"),
         (TranscodeOptions(top_k=3, temperatures=(4.0, 2.0)), "must ascend"),
-        (TranscodeOptions(temperatures=(1.0, 2.0)), "temperatures belong to top-k logits"),
-        (TranscodeOptions(dtype="bfloat16"), "cannot be narrowed to 'bfloat16'"),
-        (TranscodeOptions(num_views=3), "has 2 views: 3 of them"),
-        (TranscodeOptions(num_views=0), "has 2 views: 0 of them"),
+        (TranscodeOptions(temperatures=(1.0, 2.0)), "temperatures apply to top-k logits"),
+        (TranscodeOptions(dtype="bfloat16"), "cannot be converted to 'bfloat16'"),
+        (TranscodeOptions(num_views=3), "has 2 views, so 3 of them"),
+        (TranscodeOptions(num_views=0), "has 2 views, so 0 of them"),
         (
             TranscodeOptions(arrays=("features/layer2.1",)),
             r"no array 'features/layer2.1', only .*Did you mean features/layer2.0",
@@ -47,13 +47,13 @@ def test_the_impossible_is_refused_in_a_sentence(source, change, message):
 
 def test_precision_and_classes_that_are_gone_do_not_come_back(source):
     half = changed(source.path, TranscodeOptions(dtype="float16"), "half.zarr")
-    with pytest.raises(StoreError, match="logits of .* is float16, and as float32 it would only pretend"):
+    with pytest.raises(StoreError, match="logits of .* is float16, which float32 would not make more precise"):
         changed(half, TranscodeOptions(dtype="float32"))
-    with pytest.raises(StoreError, match="would only pretend"):
+    with pytest.raises(StoreError, match="would not make more precise"):
         changed(half, TranscodeOptions(top_k=3, dtype="float32"))
     top = changed(source.path, TranscodeOptions(top_k=4), "top.zarr")
     for k in (3, 4, 5):
-        with pytest.raises(StoreError, match=f"holds the 4 largest logits only, and no top {k}"):
+        with pytest.raises(StoreError, match=f"has top-4 logits, of which top-{k} logits"):
             changed(top, TranscodeOptions(top_k=k))
 
 
@@ -133,7 +133,7 @@ def test_another_store_in_the_targets_place_is_refused(source):
         transcode(other.path, target, TranscodeOptions(codec=ZSTD))
     assert folder_bytes(target) == before
     (source.path.parent / "folder").mkdir()
-    with pytest.raises(StoreError, match="is no store"):
+    with pytest.raises(StoreError, match="is not a store"):
         transcode(source.path, source.path.parent / "folder", TranscodeOptions())
 
 
