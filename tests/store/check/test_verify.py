@@ -33,7 +33,7 @@ def any_profile(request, store_maker):
     return store_maker(num_samples=900, codec=request.param)
 
 
-def test_a_whole_store_has_no_fault_and_every_byte_is_read(any_profile):
+def test_valid_store_has_no_fault_and_every_byte_is_read(any_profile):
     verdict = verify_store(any_profile.path)
     assert (verdict.damaged, verdict.missing, verdict.orphans) == ((), (), ())
     assert verdict.num_units_whole == verdict.num_units == len(any_profile.units)
@@ -95,7 +95,7 @@ def test_all_faults_are_listed_whatever_comes_first(made):
     json.dumps(verdict.to_json())
 
 
-def test_what_no_checksum_of_a_unit_covers_is_found_too(made):
+def test_faults_outside_units_are_found(made):
     (made.path / "zarr.json").write_text(
         (made.path / "zarr.json").read_text().replace('"kdpipe": "0"', '"kdpipe": "1"')
     )
@@ -113,7 +113,7 @@ def test_unfinished_units_are_missing_and_not_damaged(store_maker):
     assert verdict.num_units_whole == len(made.units) - 1
 
 
-def test_an_extension_under_way_is_missing_and_what_was_finished_is_not(made):
+def test_unfinished_extension_is_missing_finished_part_is_not(made):
     layout = dataclasses.replace(made.manifest.layout, num_views=3)
     ensure_store(made.path, dataclasses.replace(made.manifest, layout=layout), made.samples)
     assert {unit.view for unit, _ in verify_store(made.path).missing} == {2}
@@ -123,7 +123,7 @@ def test_an_extension_under_way_is_missing_and_what_was_finished_is_not(made):
     assert {unit.view for unit, _ in verdict.missing} == {2}
 
 
-def test_leftovers_are_listed_and_harmless(made):
+def test_orphans_are_listed_and_harmless(made):
     (made.path / "notes.txt").write_text("mine")
     (made.path / "logits" / "c" / "0" / "0" / ".0.abcd1234.partial").write_text("")
     (made.path / "logits" / "c" / "7" / "0").mkdir(parents=True)
@@ -161,7 +161,7 @@ def test_units_are_counted_and_a_caller_may_stop(made):
         verify_store(made.path, stop)
 
 
-def test_a_store_on_a_disk_without_locks_is_checked_all_the_same(made, monkeypatch):
+def test_store_without_lock_support_is_verified(made, monkeypatch):
     def refuse(path):
         raise KdpipeError("no locks here")
 
@@ -169,7 +169,7 @@ def test_a_store_on_a_disk_without_locks_is_checked_all_the_same(made, monkeypat
     assert not verify_store(made.path).damaged
 
 
-def test_no_store_is_an_error_and_a_lost_manifest_is_damage(made, tmp_path):
+def test_absent_store_is_an_error_lost_manifest_a_fault(made, tmp_path):
     with pytest.raises(StoreError, match="no store at"):
         verify_store(tmp_path / "none.zarr")
     (made.path / "zarr.json").unlink()
@@ -177,7 +177,7 @@ def test_no_store_is_an_error_and_a_lost_manifest_is_damage(made, tmp_path):
     assert named(verify_store(made.path, manifest=made.manifest)) == ["zarr.json"]
 
 
-def test_a_foreign_marker_or_manifest_does_not_choose_how_much_memory_is_taken(any_profile):
+def test_untrusted_sizes_do_not_decide_memory_use(any_profile):
     made, unit = any_profile, any_profile.units[0]
     marker = read_marker(made.path, made.manifest, unit)
     claimed = {**marker.files, "logits": {"bytes": 2**60, "crc32c": 1}}

@@ -86,7 +86,7 @@ def test_every_flipped_bit_of_an_archives_shard_is_found(tmp_path, codec):
 
 
 @both
-def test_no_flipped_bit_gives_other_numbers_even_without_the_markers_checksum(codec):
+def test_no_flipped_bit_changes_rows_without_marker_checksum(codec):
     rows = np.random.default_rng(0).normal(size=(27, 5)).astype(np.float16)
     whole = b"".join(encode_shard(rows, SHAPE, codec))
     num_harmless = 0
@@ -106,7 +106,7 @@ def test_a_shard_cut_short_anywhere_is_refused(codec):
     rows = np.random.default_rng(0).normal(size=(27, 5)).astype(np.float16)
     whole = b"".join(encode_shard(rows, SHAPE, codec))
     for length in range(len(whole)):
-        with pytest.raises(StoreError, match="it is"):
+        with pytest.raises(StoreError, match="^it (is|does)"):
             decode_shard(whole[:length], SHAPE, 27, codec, "it")
 
 
@@ -122,7 +122,7 @@ def test_a_chunk_cut_short_anywhere_is_refused(codec):
 
 @both
 @pytest.mark.parametrize("num_bytes", [0, 999, 1001, 2**26])
-def test_a_chunk_of_another_size_is_refused_before_it_is_unpacked(codec, num_bytes):
+def test_chunk_of_wrong_size_is_refused_before_decompression(codec, num_bytes):
     packed = codec.encode(bytes(num_bytes), 2)
     tracemalloc.start()
     try:
@@ -146,7 +146,7 @@ def test_a_blosc_chunk_that_claims_to_be_huge_is_refused(claimed):
         unpacked(Codec("blosc"), with_crc(header + bytes(64)), 1000)
 
 
-def test_a_blosc_chunk_that_claims_to_be_longer_than_its_bytes_is_refused():
+def test_blosc_chunk_longer_than_its_bytes_is_refused():
     """Blosc copies what its header says, from beyond the buffer where it has to: this killed the process."""
     num_bytes = 2**26
     with pytest.raises(StoreError, match="another length than it has"):
@@ -154,7 +154,7 @@ def test_a_blosc_chunk_that_claims_to_be_longer_than_its_bytes_is_refused():
 
 
 @pytest.mark.parametrize("held", [900, 1100])
-def test_a_zstandard_frame_whose_header_lies_is_refused(held):
+def test_zstandard_frame_with_false_header_is_refused(held):
     frame = bytearray(Zstd(level=3, checksum=True).encode(np.random.default_rng(0).bytes(held)))
     assert frame[4] >> 6 == 1  # its size stands in two bytes, less 256
     frame[5:7] = (1000 - 256).to_bytes(2, "little")
@@ -171,7 +171,7 @@ def test_a_zstandard_frame_without_a_size_is_refused():
 @both
 @settings(max_examples=200, deadline=None)
 @given(raw=st.binary(max_size=200), data=st.data())
-def test_no_bytes_do_more_than_be_refused(codec, raw, data):
+def test_arbitrary_bytes_are_refused(codec, raw, data):
     if codec.name == "blosc":
         length = data.draw(st.sampled_from([len(raw) + 16, 1016]))
         raw = with_crc(blosc_header(1000, length, data.draw(st.integers(0, 255))) + raw)
@@ -186,7 +186,7 @@ def test_no_bytes_do_more_than_be_refused(codec, raw, data):
 @pytest.mark.parametrize(
     "record", [{"name": "lzma", "level": 5}, {"name": "zstd", "level": 0}, {"name": "zstd"}, "zstd"]
 )
-def test_a_foreign_codec_is_refused(record):
+def test_unknown_codec_is_refused(record):
     with pytest.raises(ValueError, match="codec"):
         codec_from_json(record)
 

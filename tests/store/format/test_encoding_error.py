@@ -57,7 +57,7 @@ def test_half_precision_loses_little_but_something():
     assert 0 < found["largest_error"] <= 2**-8
 
 
-def test_a_flip_is_counted_in_every_row_though_kl_is_not():
+def test_flips_are_counted_in_every_row():
     exact = np.zeros((2000, 3), np.float32)
     exact[:, 1] = 1.0
     stored = exact.copy()
@@ -67,7 +67,7 @@ def test_a_flip_is_counted_in_every_row_though_kl_is_not():
     assert measured["kl_rows"] == KL_ROWS
 
 
-def test_topk_losses_shrink_with_k_and_count_the_kept_errors_only():
+def test_topk_losses_shrink_with_k_and_count_kept_errors_only():
     exact, form = made_logits(), {k: TopK(20, k, default_temperatures()) for k in (2, 10, 19)}
     found = {k: summarize_logits(measure_topk(exact, encode_topk(exact, form[k], "float32"), form[k])) for k in form}
     assert found[2]["kl"]["1"] > found[10]["kl"]["1"] > found[19]["kl"]["1"]
@@ -79,7 +79,7 @@ def test_topk_losses_shrink_with_k_and_count_the_kept_errors_only():
     assert measure_topk(exact, half, form[2])["largest_error"] == pytest.approx(error, rel=1e-5)
 
 
-def test_a_tie_after_rounding_counts_as_a_flip_in_both_forms():
+def test_tie_after_rounding_counts_as_flip_in_both_encodings():
     exact = np.array([[8.0001, 8.0002, 0.0], [1.0, 5.0, 0.0]], np.float32)
     form = TopK(3, 2, default_temperatures())
     assert measure_dense(exact, exact.astype(np.float16))["top1_flips"] == 1

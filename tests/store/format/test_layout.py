@@ -32,7 +32,7 @@ def test_shards_are_whole_pages_and_whole_chunks(arrays, num_samples, shard_byte
 
 
 @given(specs, st.integers(1, 100_000), st.integers(4096, 2**28))
-def test_shards_come_near_the_wanted_size_and_no_larger_than_the_set(arrays, num_samples, shard_bytes):
+def test_shards_are_near_target_size_and_within_data_set(arrays, num_samples, shard_bytes):
     rows = rows_per_unit(arrays, num_samples, shard_bytes)
     widest = max(spec.row_bytes for spec in arrays)
     smallest = rows_per_unit(arrays, num_samples, 1)
@@ -44,7 +44,7 @@ segments = st.lists(st.integers(1, 1500), min_size=1, max_size=4).map(tuple)
 
 
 @given(st.integers(1, 4), segments, st.integers(1, 500))
-def test_units_cover_every_sample_once_and_a_segment_begins_with_a_unit(num_views, counts, unit_rows):
+def test_units_cover_each_sample_once_and_start_each_segment(num_views, counts, unit_rows):
     layout = StoreLayout(num_views, unit_rows, counts)
     for view in range(num_views):
         units = layout.units([view])

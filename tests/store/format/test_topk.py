@@ -125,7 +125,7 @@ def test_equal_logits_keep_the_lower_classes_in_order():
     assert made[INDICES].tolist() == [[1, 2, 4], [0, 1, 2], [4, 0, 1]]
 
 
-def test_rows_do_not_depend_on_their_neighbours():
+def test_rows_do_not_depend_on_their_neighbors():
     logits = made_logits("ties", 1000, num_rows=700)  # more than a block
     form = TopK(1000, 20, GRID)
     whole = encode_topk(logits, form, "float16")
@@ -164,7 +164,7 @@ def test_any_grid_is_met_at_its_own_temperatures(grid):
     assert interpolation(form, between).sum() == pytest.approx(1.0, abs=1e-9)
 
 
-def test_a_temperature_outside_the_grid_is_refused_with_the_range():
+def test_temperature_outside_grid_is_refused_with_range():
     form = TopK(10, 3, GRID)
     for temperature in (0.99, 20.01, float("nan")):
         with pytest.raises(StoreError, match=r"from 1 to 20, not"):
@@ -195,7 +195,7 @@ def test_logits_of_another_width_are_refused():
         encode_topk(np.zeros((2, 9), np.float32), TopK(10, 3, GRID), "float16")
 
 
-def test_an_index_that_is_no_class_is_damage():
+def test_index_out_of_classes_is_damage():
     form = TopK(10, 3, GRID)
     made = encode_topk(made_logits("gauss", 10), form, "float16")
     made[INDICES][2, 1] = 255
@@ -203,7 +203,7 @@ def test_an_index_that_is_no_class_is_damage():
         dense_logits(made[VALUES], made[INDICES], made[TAIL], form, 2.0)
 
 
-def test_the_form_survives_json():
+def test_top_k_survives_json():
     form = TopK(1000, 20, GRID)
     assert TopK.from_json(json.loads(json.dumps(form.to_json()))) == form
 
@@ -242,12 +242,12 @@ GOOD = {"num_classes": 10, "k": 3, "temperatures": [1.0, 2.0]}
         {**GOOD, "extra": 1},
     ],
 )
-def test_nonsense_from_a_stranger_is_refused(record):
+def test_malformed_values_are_refused(record):
     with pytest.raises((TypeError, ValueError, KeyError)):
         TopK.from_json(record)
 
 
-def test_default_grids_end_where_they_should_and_are_fine_enough():
+def test_default_grids_have_given_ends_and_max_ratio():
     for lowest, highest in ((1.0, 20.0), (1.0, 4.0), (0.5, 8.0), (2.0, 2.2), (0.01, 1000.0), (4.0, 4.0)):
         grid = default_temperatures(lowest, highest)
         assert (grid[0], grid[-1]) == (lowest, highest)

@@ -22,7 +22,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path):
+def test_sweep_removes_only_partial_files_of_killed_writers(tmp_path):
     path = tmp_path / "a.zarr"
     (path / "logits").mkdir(parents=True)
     keep = [path / "logits" / "0", tmp_path / ".b.zarr.1234.partial"]
@@ -43,7 +43,7 @@ with exclusive(Path("the folder"), Path(sys.argv[1])):
 """
 
 
-def test_the_second_job_is_told_who_holds_the_folder_and_a_dead_holder_holds_nothing(tmp_path):
+def test_lock_error_names_holder_and_dead_holder_releases(tmp_path):
     lock = tmp_path / "lock"
     environment = {**os.environ, "SLURM_JOB_ID": "", "PBS_JOBID": "77.server"}
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, env=environment)
@@ -70,7 +70,7 @@ def is_refused(lock_manager):
     return False
 
 
-def test_many_share_and_none_shares_with_one_who_is_alone(tmp_path):
+def test_shared_and_exclusive_locks_exclude_each_other(tmp_path):
     lock = tmp_path / "new" / "lock"
     with shared("it", lock), shared("it", lock):
         assert is_refused(exclusive("it", lock))
@@ -93,7 +93,7 @@ print(child, flush=True)
 """
 
 
-def test_the_lock_is_free_after_the_block_though_a_forked_child_lives_on(tmp_path):
+def test_lock_is_released_despite_a_living_forked_child(tmp_path):
     lock = tmp_path / "lock"
     parent = subprocess.Popen([sys.executable, "-c", FORK_IN_THE_BLOCK, str(lock)], stdout=subprocess.PIPE)
     child = int(parent.stdout.readline())
@@ -104,13 +104,13 @@ def test_the_lock_is_free_after_the_block_though_a_forked_child_lives_on(tmp_pat
         parent.communicate()
 
 
-def test_an_error_in_the_block_lets_go_of_the_lock(tmp_path):
+def test_error_in_block_releases_lock(tmp_path):
     with pytest.raises(ZeroDivisionError), exclusive("it", tmp_path / "lock"):
         raise ZeroDivisionError
     assert not is_refused(exclusive("it", tmp_path / "lock"))
 
 
-def test_one_who_waits_gets_the_lock_when_it_is_free(tmp_path):
+def test_waiting_lock_is_granted_on_release(tmp_path):
     lock, begun, steps = tmp_path / "lock", threading.Event(), []
 
     def wait_for_it():

@@ -80,7 +80,7 @@ def test_empty_ranges_and_empty_regions(shards):
     assert map_files([*regions, FileRegion(regions[0].path, PAGE, 0)], len(expected)).tobytes() == expected
 
 
-def test_a_file_replaced_or_deleted_after_mapping_keeps_its_bytes(shards, tmp_path):
+def test_file_replaced_or_deleted_after_mapping_keeps_its_bytes(shards, tmp_path):
     regions, expected = shards
     array = map_files(regions, len(expected))
     (tmp_path / "new").write_bytes(b"\0" * 3 * PAGE)
@@ -102,7 +102,7 @@ def test_the_maps_live_as_long_as_the_last_view_and_no_longer(shards, tmp_path):
     assert maps_of(tmp_path) == 0
 
 
-def test_mapping_again_and_again_leaks_neither_maps_nor_descriptors(shards, tmp_path):
+def test_repeated_mapping_leaks_no_maps_or_descriptors(shards, tmp_path):
     regions, expected = shards
     map_files(regions, len(expected))
     before, descriptors = num_maps(), len(list(Path("/proc/self/fd").iterdir()))
@@ -127,7 +127,7 @@ def test_a_forked_child_reads_the_same(shards):
     assert array.tobytes() == expected, "the child's end took the parent's maps"
 
 
-def test_a_file_that_is_too_short_or_absent_is_named_and_nothing_stays_mapped(shards, tmp_path):
+def test_short_or_absent_file_is_named_and_nothing_stays_mapped(shards, tmp_path):
     regions, expected = shards
     regions[2].path.write_bytes(b"x" * 99)
     before = num_maps()
@@ -168,14 +168,14 @@ def test_another_system_cannot_map(shards, monkeypatch, name, value, why):
         map_files(regions, len(expected))
 
 
-def test_more_files_than_the_system_maps_are_refused_before_any_is_mapped(shards, monkeypatch):
+def test_too_many_files_are_refused_before_mapping(shards, monkeypatch):
     regions, expected = shards
     monkeypatch.setattr(mmap_files, "SPARE_MAPS", 10**12)
     with pytest.raises(MappingUnsupported, match="3 files, and the system's vm.max_map_count leaves room for 0 more"):
         map_files(regions, len(expected))
 
 
-def test_what_the_system_refuses_is_said_in_its_words(shards, tmp_path):
+def test_system_errors_are_reported(shards, tmp_path):
     regions, _ = shards
     with pytest.raises(MappingUnsupported, match="no address range of 4,611,686,018,427,387,904 bytes"):
         map_files([], 2**62)

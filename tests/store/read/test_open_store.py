@@ -91,14 +91,14 @@ def test_a_vanished_shard_is_found_when_the_store_is_opened(made):
         open_store(made.path)
 
 
-def test_another_stores_shards_are_not_taken_for_ones_own(made, store_maker):
+def test_shards_of_another_store_are_refused(made, store_maker):
     other = store_maker("other.zarr", num_samples=2400)
     shutil.copy(marker_path(other.path, other.units[0]), marker_path(made.path, made.units[0]))
     with pytest.raises(StoreError, match="belongs to another store"):
         open_store(made.path)
 
 
-def test_other_wishes_are_refused_pair_by_pair(made):
+def test_other_inputs_are_refused_pair_by_pair(made):
     teacher = {**made.manifest.identity.teacher, "weights_sha256": "b" * 64}
     with pytest.raises(FingerprintMismatch) as caught:
         open_store(made.path, {"teacher": teacher, "views": {"seed": 4}}, "Do this.")
@@ -146,7 +146,7 @@ def test_a_hostile_manifest_is_refused(made, change):
         open_store(made.path)
 
 
-def test_another_schema_says_so(made):
+def test_another_schema_is_refused(made):
     edit(made.path, lambda record: record.update(schema_version=99))
     with pytest.raises(StoreError, match="schema 99, this kdpipe reads 3"):
         open_store(made.path)
@@ -159,7 +159,7 @@ def test_broken_metadata_is_refused(made, text):
         open_store(made.path)
 
 
-def test_an_array_whose_metadata_says_otherwise_is_refused(made):
+def test_array_with_inconsistent_metadata_is_refused(made):
     file = made.path / "logits" / "zarr.json"
     file.write_text(file.read_text().replace('"little"', '"big"', 1))
     with pytest.raises(StoreError, match="does not match the store: codecs"):

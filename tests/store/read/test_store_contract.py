@@ -98,7 +98,7 @@ def arrays_and_views(held):
     return [(spec, view) for spec in held.store.arrays for view in range(held.store.num_views)]
 
 
-def test_it_holds_what_was_wished_for(held):
+def test_store_holds_expected_rows(held):
     assert held.store.num_views == 2
     assert held.store.num_samples == 1300
     assert held.store.layers == ("layer2.0",)
@@ -116,7 +116,7 @@ def test_a_batch_is_gathered_by_id_in_the_order_of_its_ids(held):
             assert np.array_equal(got, held.truth(spec, view, ids))
 
 
-def test_a_sample_may_come_twice(held):
+def test_batch_may_repeat_samples(held):
     ids = held.ids[[5, 5, 1299, 5, 700, 1299]]
     for spec, view in arrays_and_views(held):
         assert np.array_equal(held.store.gather(spec.name, view, ids), held.truth(spec, view, ids))
@@ -203,7 +203,7 @@ def test_rows_without_a_sample_have_the_fill_value(held):
         assert np.array_equal(nothing, np.full_like(nothing, spec.fill_value), equal_nan=spec.dtype.startswith("float"))
 
 
-def test_an_array_in_one_piece_is_read_only_or_refused_with_the_reason(held):
+def test_whole_array_is_read_only_or_refused_with_reason(held):
     rows = held.store.rows_of(held.ids)
     for spec in held.store.arrays:
         if held.store.read_mode(spec.name).mode == "memory":
@@ -218,7 +218,7 @@ def test_an_array_in_one_piece_is_read_only_or_refused_with_the_reason(held):
             whole[0, 0] = 0
 
 
-def test_what_is_handed_out_may_be_written_to_and_changes_nothing(held):
+def test_returned_rows_are_writable_copies(held):
     ids = held.ids[:4]
     for spec, view in arrays_and_views(held):
         held.store.gather(spec.name, view, ids)[:] = 1
@@ -226,7 +226,7 @@ def test_what_is_handed_out_may_be_written_to_and_changes_nothing(held):
         assert np.array_equal(held.store.gather(spec.name, view, ids), held.truth(spec, view, ids))
 
 
-def test_the_way_of_reading_is_told_with_its_reason(held):
+def test_read_mode_is_reported_with_reason(held):
     for spec in held.store.arrays:
         reading = held.store.read_mode(spec.name)
         assert reading.mode == ("mapped" if held.why == "one address range" else "memory")

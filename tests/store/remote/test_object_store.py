@@ -106,7 +106,7 @@ def refused(wanted: str, call, *arguments) -> str:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_reads_the_bytes_and_the_sizes_that_were_put_there(urls, place):
+def test_reads_stored_bytes_and_sizes(urls, place):
     remote = open_remote(urls[place])
     assert {key: remote.read(key) for key in FILES} == FILES
     assert {key: remote.num_bytes(key) for key in FILES} == {key: len(content) for key, content in FILES.items()}
@@ -121,7 +121,7 @@ def test_an_absent_key_is_none(urls, place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_an_object_larger_than_wanted_is_refused_and_one_of_just_that_size_is_not(urls, place):
+def test_object_above_max_bytes_is_refused(urls, place):
     remote, size = open_remote(urls[place]), len(FILES["logits/c/0/3/0"])
     refused(
         f"logits/c/0/3/0 of .* has {size} bytes where at most {size - 1} are expected",
@@ -145,20 +145,20 @@ def test_pickles_for_worker_processes(urls, place):
     assert pickle.loads(pickle.dumps(open_remote(urls[place]))).read("zarr.json") == FILES["zarr.json"]
 
 
-def test_a_bucket_that_is_not_there_is_no_absent_key(endpoint):
+def test_absent_bucket_differs_from_absent_key(endpoint):
     message = refused("NoSuchBucket", open_remote("s3://no-bucket/prefix").read, "zarr.json")
     assert message.startswith("cannot read 'zarr.json' of s3://no-bucket/prefix: ")
     assert "AWS_ACCESS_KEY_ID" in message
 
 
-def test_no_permission_is_no_absent_key(urls, web, monkeypatch):
+def test_no_permission_differs_from_absent_key(urls, web, monkeypatch):
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     refused("403 Forbidden; check .* AWS_", open_remote(urls["s3"]).read, "zarr.json")
     refused("403 Forbidden; check .* AWS_", open_remote(urls["s3"]).num_bytes, "zarr.json")
     refused("HTTP 403 Forbidden; check ", open_remote(f"http://{web}/private").read, "zarr.json")
 
 
-def test_a_dead_endpoint_is_told_after_a_few_tries(monkeypatch):
+def test_dead_endpoint_is_reported_after_retries(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         dead = f"http://127.0.0.1:{listener.getsockname()[1]}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", dead)
@@ -167,7 +167,7 @@ def test_a_dead_endpoint_is_told_after_a_few_tries(monkeypatch):
     refused("Connection refused; check", open_remote(f"{dead}/x").read, "zarr.json")
 
 
-def test_a_server_in_trouble_is_asked_again(web):
+def test_server_errors_are_retried(web):
     assert open_remote(f"http://{web}/busy/a%20b").read("zarr.json") == FILES["zarr.json"]
     assert len(ASKED) == 3
 
@@ -180,7 +180,7 @@ def test_obstore_is_wanted_for_buckets_alone(urls, monkeypatch):
     assert open_remote(urls["http"]).read("zarr.json") == FILES["zarr.json"]
 
 
-def test_user_password_and_query_reach_the_server_and_no_message(web):
+def test_credentials_and_query_reach_server_but_no_message(web):
     remote = open_remote(f"http://me:p%40ss@{web}/a%20b?sig=hush")
     assert remote.read("zarr.json") == FILES["zarr.json"]
     assert ASKED == [("GET", "/a%20b/zarr.json?sig=hush", "Basic bWU6cEBzcw==")]
@@ -230,7 +230,7 @@ CHUNK = b"10000\r\n" + b"x" * 65536 + b"\r\n"
 
 
 @pytest.mark.parametrize("said", ["", "\nContent-Length: 5"])
-def test_a_server_that_sends_more_than_it_said_cannot_fill_the_memory(said):
+def test_server_sending_too_much_cannot_fill_memory(said):
     head = f"HTTP/1.1 200 OK\nTransfer-Encoding: chunked{said}"
     with one_answer(head, CHUNK, times=4000) as (url, sent):
         refused("zarr.json of .* sends more than the", open_remote(url).read, "zarr.json", 10)
@@ -248,14 +248,14 @@ def test_half_an_object_is_an_error():
         refused("the connection ended after 4 of 50 bytes", open_remote(url).read, "zarr.json")
 
 
-def test_a_size_that_is_not_told_is_not_guessed():
+def test_unstated_size_is_an_error():
     with one_answer("HTTP/1.1 200 OK\nConnection: close", b"whole") as (url, _):
         assert open_remote(url).read("zarr.json") == b"whole"
     with one_answer("HTTP/1.1 200 OK\nConnection: close") as (url, _):
         refused("has a size that the server does not state", open_remote(url).num_bytes, "zarr.json")
 
 
-def test_what_a_server_writes_does_not_steer_the_terminal():
+def test_server_text_is_stripped_of_control_characters():
     with one_answer("HTTP/1.1 418 \x1b[2Jhttp://a:hush@b/?sig=hush" + "x" * 5000) as (url, _):
         message = refused("HTTP 418", open_remote(url).read, "zarr.json")
     assert message.isprintable()
@@ -263,7 +263,7 @@ def test_what_a_server_writes_does_not_steer_the_terminal():
     assert len(message) < 800
 
 
-def test_what_is_no_server_at_all_is_told():
+def test_unreachable_server_is_reported():
     with one_answer("SSH-2.0-OpenSSH") as (url, _):
         refused("SSH-2.0-OpenSSH; check", open_remote(url).read, "zarr.json")
 
@@ -283,11 +283,11 @@ def test_what_is_no_server_at_all_is_told():
         ("s3://bucket/x?sig=hush", "of s3://bucket/x carries a password or a query"),
     ],
 )
-def test_what_is_no_address_is_told_without_its_secrets(url, wanted):
+def test_invalid_address_is_reported_without_secrets(url, wanted):
     assert "hush" not in refused(wanted, open_remote, url)
 
 
-def test_an_account_that_is_not_named_is_told(monkeypatch):
+def test_missing_account_is_reported(monkeypatch):
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     refused(
         "cannot open az://container/x: .*Account must be specified; check .* AZURE_STORAGE",

@@ -66,7 +66,7 @@ def flip(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("codec", [Codec(), Codec("blosc", 1)])
-def test_an_archive_becomes_a_mapped_store_of_the_same_numbers(store_maker, area, codec):
+def test_archive_becomes_mapped_store_with_same_rows(store_maker, area, codec):
     made = store_maker(codec=codec)
     seen = []
     copy = stage(made.path, area, lambda done, total: seen.append((done, total)))
@@ -74,12 +74,12 @@ def test_an_archive_becomes_a_mapped_store_of_the_same_numbers(store_maker, area
     assert seen == [(done, len(made.units)) for done in range(1, len(made.units) + 1)]
 
 
-def test_a_staged_archive_is_the_store_that_was_never_packed(store_maker, area):
+def test_staged_archive_equals_uncompressed_store(store_maker, area):
     plain, packed = store_maker("plain.zarr"), store_maker("packed.zarr", codec=Codec())
     assert folder_bytes(stage(packed.path, area)) == folder_bytes(plain.path)
 
 
-def test_what_an_encoding_lost_is_carried_over(store_maker, area):
+def test_encoding_loss_is_carried_over(store_maker, area):
     made = store_maker(codec=Codec(), fill=False)
     figures = {"num_rows": 1, "largest_error": 0.5, "squared_error": 0.25, "squared": 1.0}
     for unit in made.units:
@@ -114,7 +114,7 @@ def endpoint():
         yield endpoint
 
 
-def test_a_staged_store_is_fetched_once_and_then_only_its_manifest(made, web, area):
+def test_staged_store_is_fetched_once(made, web, area):
     first = stage(f"{web.url}/a.zarr", area)
     assert sorted(web.shards) == sorted(set(web.shards))
     assert len(web.shards) == len(made.units) * len(SPECS)
@@ -171,7 +171,7 @@ def test_a_damaged_archive_is_refused_by_name(store_maker, area):
         stage(made.path, area)
 
 
-def test_a_file_that_was_removed_from_the_cache_is_fetched_again(made, web, area):
+def test_file_removed_from_cache_is_fetched_again(made, web, area):
     copy = stage(f"{web.url}/a.zarr", area)
     (copy / DAMAGED).unlink()
     web.asked.clear()
@@ -180,7 +180,7 @@ def test_a_file_that_was_removed_from_the_cache_is_fetched_again(made, web, area
     require_equal(copy, made)
 
 
-def test_a_killed_staging_goes_on_where_it_was(made, web, area):
+def test_killed_staging_resumes(made, web, area):
     web.hold_back(shards_allowed=7)
     process = staging_process(f"{web.url}/a.zarr", area)
     web.wait_for(lambda: len(web.shards) >= 10)  # every fetcher is held back, in a unit that it cannot end
@@ -226,7 +226,7 @@ def extended(made: MadeStore, num_views: int, specs: tuple[ArraySpec, ...] = SPE
     return MadeStore(made.path, ensure_store(made.path, manifest, made.samples), made.samples, contents)
 
 
-def test_a_source_with_new_views_is_fetched_only_in_these(made, web, area):
+def test_only_new_views_are_fetched(made, web, area):
     copy = stage(f"{web.url}/a.zarr", area)
     more = extended(made, num_views=4)
     web.asked.clear()
@@ -240,7 +240,7 @@ def test_a_source_with_new_views_is_fetched_only_in_these(made, web, area):
     require_equal(copy, more)
 
 
-def test_a_source_with_a_new_layer_is_fetched_only_in_this(made, web, area):
+def test_only_new_layer_is_fetched(made, web, area):
     copy = stage(f"{web.url}/a.zarr", area)
     more = extended(made, num_views=2, specs=(*SPECS, ArraySpec("pooled/layer3", (8,), "float16")))
     more.fill(more.units)
@@ -271,7 +271,7 @@ def growing(path: Path) -> tuple[MadeStore, MadeStore]:
     return small, MadeStore(path, grown, samples, contents)
 
 
-def test_a_source_with_new_samples_is_fetched_only_in_these(tmp_path, web, area):
+def test_only_new_samples_are_fetched(tmp_path, web, area):
     small, large = growing(tmp_path / "web" / "a.zarr")
     copy = stage(f"{web.url}/a.zarr", area)
     assert read_store_manifest(copy).identity == small.manifest.identity, "what is not finished does not count"
@@ -292,7 +292,7 @@ def test_a_source_with_new_samples_is_fetched_only_in_these(tmp_path, web, area)
     assert folder_bytes(other) == folder_bytes(copy), "grown or staged at once, it is the same store"
 
 
-def test_a_store_that_began_alike_and_went_on_differently_gets_a_copy_of_its_own(store_maker, area):
+def test_diverged_store_gets_its_own_copy(store_maker, area):
     made = store_maker("a.zarr", codec=Codec())
     specs = (SPECS[0], replace(SPECS[1], dtype="float16"))
     other = store_maker("b.zarr", codec=Codec(), specs=specs)
@@ -310,7 +310,7 @@ def test_a_rounded_store_and_the_exact_one_never_mix(store_maker, area):
     assert [dict(read_store_manifest(copy).rounded) for copy in (exact, rounded)] == [{}, {"logits": 5}]
 
 
-def test_units_that_do_not_fit_into_the_memory_are_refused(made, web, area, monkeypatch):
+def test_units_larger_than_memory_are_refused(made, web, area, monkeypatch):
     real = os.sysconf
     monkeypatch.setattr("os.sysconf", lambda name: 100 if name == "SC_PHYS_PAGES" else real(name))
     with pytest.raises(StoreError, match="has units of 327,680 bytes, too large for this machine's memory of 409,600"):
@@ -318,7 +318,7 @@ def test_units_that_do_not_fit_into_the_memory_are_refused(made, web, area, monk
     assert web.asked == ["a.zarr/zarr.json"]
 
 
-def test_what_the_disk_refuses_is_told_and_what_is_staged_is_kept(made, web, area, monkeypatch):
+def test_disk_error_is_reported_and_staged_units_are_kept(made, web, area, monkeypatch):
     real = os.fsync
 
     def full(descriptor):
@@ -341,7 +341,7 @@ def with_manifest(path: Path, manifest) -> None:
 
 
 @pytest.mark.parametrize("codec", [None, Codec()])
-def test_a_marker_that_claims_too_much_is_not_believed(tmp_path, web, area, codec):
+def test_marker_with_implausible_sizes_is_refused(tmp_path, web, area, codec):
     made = make_store(tmp_path / "web" / "a.zarr", codec=codec)
     unit = made.units[-1]
     honest = read_marker(made.path, made.manifest, unit)
@@ -368,7 +368,7 @@ def test_a_fingerprint_that_is_a_path_goes_nowhere(made, web, area):
     assert not entries(area)
 
 
-def test_a_source_that_is_not_finished_or_not_there_is_told(tmp_path, web, area):
+def test_unfinished_or_absent_source_is_reported(tmp_path, web, area):
     make_store(tmp_path / "web" / "b.zarr", fill=False)
     with pytest.raises(StoreError, match=r"/b.zarr is not complete: run `kdpipe cache-teacher`"):
         stage(f"{web.url}/b.zarr", area)

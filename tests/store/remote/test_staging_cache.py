@@ -17,7 +17,7 @@ def area(tmp_path) -> StagingCache:
     return StagingCache(tmp_path / "cache", 2**30)
 
 
-def test_what_was_used_longest_ago_is_evicted_and_what_is_in_use_never(store_maker, area):
+def test_least_recently_used_is_evicted_unless_in_use(store_maker, area):
     first, second, third = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()).path for n in (2500, 2400, 2300))
     one = stage_elsewhere(first, area).parent
     num_bytes = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
@@ -81,7 +81,7 @@ def test_a_crash_in_an_eviction_leaves_no_half_store(store_maker, area, monkeypa
     assert not list(area.folder.glob(".*.partial"))
 
 
-def test_folders_of_other_things_are_left_alone(store_maker, area):
+def test_foreign_folders_are_never_evicted(store_maker, area):
     first, second = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()) for n in (2500, 2400))
     small = replace(area, max_bytes=3 * 10**6)
     one = stage_elsewhere(first.path, small).parent
@@ -104,11 +104,11 @@ def test_folders_of_other_things_are_left_alone(store_maker, area):
         ({"KDPIPE_CACHE": "/fast", "XDG_CACHE_HOME": "/scratch", "KDPIPE_CACHE_BYTES": "5000"}, "/fast", 5000),
     ],
 )
-def test_the_environment_says_where_stores_are_staged(environ, folder, max_bytes):
+def test_environment_sets_staging_cache(environ, folder, max_bytes):
     assert default_staging_cache(environ) == StagingCache(Path(folder), max_bytes)
 
 
 @pytest.mark.parametrize("text", ["200G", "-1", "1e9", "9" * 30])
-def test_a_limit_that_is_no_number_of_bytes_is_told(text):
+def test_invalid_cache_bytes_are_reported(text):
     with pytest.raises(StoreError, match="KDPIPE_CACHE_BYTES is "):
         default_staging_cache({"KDPIPE_CACHE_BYTES": text})

@@ -65,7 +65,7 @@ def locks(tmp_path):
     return tmp_path / ".a.zarr.locks"
 
 
-def test_a_live_process_keeps_its_unit_and_a_killed_one_keeps_nothing(store, locks):
+def test_live_process_keeps_claim_and_killed_one_loses_it(store, locks):
     other = start(CLAIM_AND_WAIT, store, SLURM_JOB_ID="77")
     assert other.stdout.readline() == "Claim\n"
     refused = claim(store, "v0-s0")
@@ -92,7 +92,7 @@ def test_a_released_unit_is_free_and_leaves_no_litter(tmp_path, store, locks):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_release_takes_nothing_from_the_next_claim(store):
+def test_second_release_does_not_affect_next_claim(store):
     first = claim(store, "v0-s0")
     first.release()
     second = claim(store, "v0-s0")
@@ -109,7 +109,7 @@ def test_another_thread_may_release(store):
     assert isinstance(claim(store, "v0-s0"), Claim)
 
 
-def test_a_claim_whose_folder_was_swept_away_does_not_remove_its_successor(store, locks):
+def test_claim_of_removed_folder_keeps_its_successor(store, locks):
     first = claim(store, "v0-s0")
     (locks / "v0-s0").unlink()
     second = claim(store, "v0-s0")
@@ -133,7 +133,7 @@ def test_a_folder_that_vanishes_as_it_is_made_is_made_again(store, locks, monkey
     assert len(times) == 3
 
 
-def test_a_link_to_nowhere_in_the_folders_place_is_told(store, locks):
+def test_dangling_link_as_folder_is_reported(store, locks):
     locks.symlink_to("nowhere")
     with pytest.raises(KdpipeError, match="cannot be used"):
         claim(store, "v0-s0")
@@ -155,7 +155,7 @@ def test_of_four_racing_processes_one_at_a_time_has_the_unit(tmp_path, store):
     assert [path.name for path in tmp_path.iterdir()] == ["counter"]
 
 
-def test_a_claim_is_not_refused_by_one_who_only_looks(store, locks, monkeypatch):
+def test_probe_does_not_refuse_a_claim(store, locks, monkeypatch):
     claim(store, "v0-s0").release()
     locks.mkdir()
     looking = os.open(locks / "v0-s0", os.O_RDONLY | os.O_CREAT)
@@ -188,7 +188,7 @@ def test_a_claim_is_not_refused_by_one_who_only_looks(store, locks, monkeypatch)
         b"[" * 2000,
     ],
 )
-def test_a_broken_record_is_another_job(store, locks, record):
+def test_unreadable_record_is_another_job(store, locks, record):
     kept = claim(store, "v0-s0")
     (locks / "v0-s0").write_bytes(record)
     assert str(claim(store, "v0-s0")) == "another job"
@@ -210,7 +210,7 @@ def test_the_age_is_counted_from_the_record(store, locks, monkeypatch):
     kept.release()
 
 
-def test_nobody_is_at_a_store_that_is_not_there(store, tmp_path):
+def test_absent_store_has_no_holder(store, tmp_path):
     assert holder(store, "v0-s0") is None
     assert list(tmp_path.iterdir()) == []
 

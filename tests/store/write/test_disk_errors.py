@@ -101,7 +101,7 @@ print(first_difference(open_store(path)))
 
 
 @pytest.mark.usefixtures("_mounting")
-def test_a_full_disk_leaves_what_is_committed_and_a_rerun_goes_on(tmp_path):
+def test_full_disk_keeps_commits_and_rerun_continues(tmp_path):
     said, missing, partial, difference = on_tmpfs(tmp_path, FULL.replace("BYTES_LEFT", "30_000"))
     found = re.search(r"cannot write .*: the disk is full; ([\d,]+) bytes are needed there and ([\d,]+) are free", said)
     assert found, said
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_what_is_committed_and_a_rerun_goes_on(tmp_path):
 
 @pytest.mark.usefixtures("_mounting")
 @pytest.mark.parametrize("bytes_left", [0, 4096, 12_288, 16_384, 20_480, 24_576, 28_672, 36_864, 45_056])
-def test_wherever_the_space_ends_it_is_one_sentence_and_the_rerun_is_whole(tmp_path, bytes_left):
+def test_full_disk_anywhere_is_one_sentence_and_rerun_completes(tmp_path, bytes_left):
     """In the lock, in the claim, in the shard, in its marker, in the manifest."""
     said, _, partial, difference = on_tmpfs(tmp_path, FULL.replace("BYTES_LEFT", str(bytes_left)))
     assert "the disk is full" in said or "No space left on device" in said
@@ -124,7 +124,7 @@ def test_wherever_the_space_ends_it_is_one_sentence_and_the_rerun_is_whole(tmp_p
 
 
 @pytest.mark.usefixtures("_mounting")
-def test_a_disk_that_turns_read_only_is_named_and_its_store_still_reads(tmp_path):
+def test_read_only_disk_is_named_and_store_still_reads(tmp_path):
     script = r"""
 manifest = ensure_store(path, wish.manifest, wish.samples)
 remount("ro")
@@ -144,7 +144,7 @@ print(refusal(lambda: work(path, Wish(LOGITS["float32"], num_views=3, num_layers
 
 
 @pytest.mark.usefixtures("_mounting")
-def test_a_store_that_is_larger_than_the_disk_is_not_begun(tmp_path):
+def test_store_larger_than_disk_is_not_started(tmp_path):
     script = r"""
 print(refusal(lambda: ensure_store(path, wish.manifest, wish.samples)))
 print([one.name for one in disk.iterdir() if not one.name.endswith(".lock")])
@@ -185,7 +185,7 @@ def refuse(monkeypatch, number: int, code: int) -> None:
 
 
 @pytest.mark.parametrize(("code", "words"), WORDS.items(), ids=[errno.errorcode[code] for code in WORDS])
-def test_what_a_disk_refuses_is_said_in_plain_words(begun, monkeypatch, code, words):
+def test_disk_errors_are_plain_sentences(begun, monkeypatch, code, words):
     path, manifest = begun
     unit = manifest.layout.units()[1]
     with monkeypatch.context() as refusing:
@@ -198,7 +198,7 @@ def test_what_a_disk_refuses_is_said_in_plain_words(begun, monkeypatch, code, wo
     assert first_difference(open_store(path)) is None
 
 
-def test_whatever_write_is_refused_the_job_ends_in_a_sentence_and_its_rerun_is_whole(tmp_path, monkeypatch):
+def test_any_refused_write_is_one_sentence_and_rerun_completes(tmp_path, monkeypatch):
     """Every seventh fsync of a job that extends a store fails once: of a file, or of the folder that names it."""
     monkeypatch.setattr("os.fsync", lambda _: None)
     small, large = WISH, Wish(WISH.form, num_views=3, num_samples=1600, num_layers=1)
@@ -222,7 +222,7 @@ def test_whatever_write_is_refused_the_job_ends_in_a_sentence_and_its_rerun_is_w
     assert number > 50
 
 
-def test_a_vanished_mount_is_refused_and_nothing_is_made_in_its_place(begun, tmp_path):
+def test_vanished_mount_is_refused_and_not_recreated(begun, tmp_path):
     path, manifest = begun
     aside = path.rename(tmp_path / "aside")
     path.mkdir()

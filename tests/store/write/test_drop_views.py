@@ -29,7 +29,7 @@ def require_right(three, num_views):
             assert np.array_equal(store.read_view(name, view), values[view])
 
 
-def test_what_is_left_is_the_store_that_never_had_the_other_views(three, tmp_path):
+def test_remaining_store_equals_one_made_with_fewer_views(three, tmp_path):
     before = folder_bytes(three.path)
     removed = drop_views(three.path, 1)
     after = folder_bytes(three.path)
@@ -45,7 +45,7 @@ def test_what_is_left_is_the_store_that_never_had_the_other_views(three, tmp_pat
     assert not verdict.orphans
 
 
-def test_a_kill_at_any_step_leaves_a_store_that_reads_and_the_rerun_finishes(three, tmp_path, monkeypatch):
+def test_kill_at_any_step_leaves_valid_store_and_rerun_finishes(three, tmp_path, monkeypatch):
     drop_views(three.path, 1)
     wanted = folder_bytes(three.path)
     real_unlink, real_fsync = os.unlink, os.fsync
@@ -96,7 +96,7 @@ def test_a_store_that_is_not_finished_stays_unfinished(store_maker):
     assert missing_units(made.path, manifest) == [unit for unit in made.units if unit.view == 0 and unit.shard != 1]
 
 
-def test_an_extension_under_way_is_taken_back(made):
+def test_unfinished_extension_is_dropped(made):
     before = folder_bytes(made.path)
     layout = dataclasses.replace(made.manifest.layout, num_views=5)
     ensure_store(made.path, dataclasses.replace(made.manifest, layout=layout), made.samples)
@@ -119,7 +119,7 @@ def test_too_few_or_too_many_views_are_refused(three, keep):
     assert folder_bytes(three.path) == before
 
 
-def test_a_view_that_somebody_computes_is_not_removed_under_their_hands(three):
+def test_claimed_view_is_not_dropped(three):
     at_it = claim(three.path, three.units[-1].key)
     with pytest.raises(LockedError, match="view 2, shard 0 of .* is being computed by process"):
         drop_views(three.path, 1)

@@ -91,14 +91,14 @@ def test_new_samples_lie_among_the_old_ones(path):
         assert np.array_equal(open_store(path).gather(spec.name, 2, mixed), truth(spec, 2, mixed))
 
 
-def test_the_order_in_which_a_data_set_comes_again_does_not_matter(path):
+def test_order_of_data_set_does_not_matter(path):
     order = np.random.default_rng(2).permutation(1300)
     samples = LARGE.samples.take(order)
     fill(path, ensure_store(path, LARGE.manifest, samples))
     assert first_difference(open_store(path)) is None
 
 
-def test_a_unit_of_the_last_segment_that_was_not_full_stays_as_it_is(path):
+def test_partial_last_unit_is_not_rewritten(path):
     partial = SMALL.manifest.layout.units()[1]
     assert partial.num_rows < SMALL.form.unit_rows
     grow(path, GROWTHS["samples"])
@@ -109,7 +109,7 @@ def test_a_unit_of_the_last_segment_that_was_not_full_stays_as_it_is(path):
 
 
 @pytest.mark.parametrize("wish", GROWTHS.values(), ids=GROWTHS)
-def test_a_reader_that_was_there_before_reads_on_as_if_nothing_happened(path, wish):
+def test_earlier_reader_is_unaffected_by_an_extension(path, wish):
     mapped, memory, cold = open_store(path), open_store(path).streamed(1), open_store(path)
     readers = {"mapped": mapped, "memory": memory, "cold": cold}
     ids = ids_of(SMALL)
@@ -135,7 +135,7 @@ def test_a_reader_that_was_there_before_reads_on_as_if_nothing_happened(path, wi
 
 
 @pytest.mark.parametrize("wish", GROWTHS.values(), ids=GROWTHS)
-def test_a_reader_that_comes_in_the_middle_sees_the_finished_part(path, wish):
+def test_reader_during_extension_sees_finished_part(path, wish):
     manifest = ensure_store(path, wish.manifest, wish.samples)
     for unit in manifest.layout.units():
         middle = open_store(path)
@@ -191,7 +191,7 @@ def count_files(job: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("torn", [0, 1])
 @pytest.mark.parametrize("wish", [GROWTHS["samples"], GROWTHS["a layer"]], ids=["samples", "a layer"])
-def test_a_job_killed_between_any_two_files_is_taken_up_where_it_stopped(tmp_path, wish, torn, monkeypatch):
+def test_job_killed_between_any_two_files_resumes(tmp_path, wish, torn, monkeypatch):
     """Of those files every second one is half written when the job is killed."""
     monkeypatch.setattr("os.fsync", lambda _: None)  # a kill takes nothing from the page cache
     undisturbed = grow(tmp_path / "undisturbed.zarr", SMALL, wish)
@@ -212,7 +212,7 @@ def test_a_job_killed_between_any_two_files_is_taken_up_where_it_stopped(tmp_pat
         assert folder_bytes(path) == folder_bytes(undisturbed), f"killed at file {number}"
 
 
-def test_a_job_killed_again_and_again_gets_there(tmp_path):
+def test_repeatedly_killed_job_completes(tmp_path):
     """Each run writes the sample files again, and then gets a few files further."""
     undisturbed = grow(tmp_path / "undisturbed.zarr", SMALL, LARGE)
     path, num_kills = grow(tmp_path / "a.zarr", SMALL), 0
@@ -230,7 +230,7 @@ def test_a_job_killed_again_and_again_gets_there(tmp_path):
 
 @pytest.mark.parametrize("what", ["labels", "pixels_crc32c"])
 @pytest.mark.parametrize("wish", [SMALL, LARGE], ids=["as large", "larger"])
-def test_a_known_sample_with_another_label_or_picture_is_refused(path, wish, what):
+def test_known_sample_with_other_label_or_pixels_is_refused(path, wish, what):
     samples = wish.samples
     column = getattr(samples, what).copy()
     column[5] += 1
@@ -258,7 +258,7 @@ def test_another_data_set_is_refused(path):
     ],
     ids=["precision", "codec"],
 )
-def test_another_form_is_refused(path, other):
+def test_another_encoding_is_refused(path, other):
     before = folder_bytes(path)
     with pytest.raises(FingerprintMismatch):
         ensure_store(path, replace(other.manifest, identity=SMALL.manifest.identity), SMALL.samples)
@@ -276,7 +276,7 @@ def test_another_form_is_refused(path, other):
     ],
     ids=["views", "samples", "layers", "all", "the same"],
 )
-def test_to_want_less_than_is_there_changes_nothing(path, less):
+def test_wanting_less_changes_nothing(path, less):
     grow(path, LARGE)
     before = {key: (file.read_bytes(), file.stat().st_mtime_ns) for key, file in _files(path)}
     manifest = ensure_store(path, less.manifest, less.samples)
@@ -289,7 +289,7 @@ def _files(path: Path):
     return [(key, path / key) for key in folder_bytes(path)]
 
 
-def test_units_written_before_a_store_grew_are_not_computed_again(path):
+def test_units_written_before_growth_are_kept(path):
     """A store that grows before its first filling is done keeps the units that it has."""
     other = path.with_name("b.zarr")
     manifest = ensure_store(other, SMALL.manifest, SMALL.samples)

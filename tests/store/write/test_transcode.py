@@ -45,7 +45,7 @@ def nearest(values, bits):
 
 
 @pytest.mark.parametrize("codec", [ZSTD, BLOSC], ids=lambda codec: codec.name)
-def test_packing_and_unpacking_gives_back_the_very_bytes(made, codec):
+def test_compression_round_trip_gives_identical_bytes(made, codec):
     packed = changed(made.path, TranscodeOptions(codec=codec), "packed.zarr")
     assert open_store(packed).manifest.profile == "archive"
     assert {name: values.tobytes() for name, values in held(packed).items()} == {
@@ -93,7 +93,7 @@ def test_a_grid_of_temperatures_may_be_chosen(source):
     assert held(target)["logits/tail"].shape == (2, 2500, 3)
 
 
-def test_numbers_that_another_grid_decides_are_not_taken_for_the_same(source):
+def test_numbers_digest_depends_on_the_temperature_grid(source):
     names = ["logits/values", "logits/indices", "logits/tail"]
     grids = {"low.zarr": (1.0, 2.0, 4.0), "high.zarr": (1.0, 3.0, 9.0)}
     made = [changed(source.path, TranscodeOptions(top_k=4, temperatures=grid), name) for name, grid in grids.items()]
@@ -120,7 +120,7 @@ def test_views_and_arrays_may_be_left_behind(source):
     assert list(held(both)) == ["logits", FEATURES]
 
 
-def test_rounded_arrays_keep_their_bits_and_pack_better(source):
+def test_rounded_arrays_keep_their_bits_and_compress_better(source):
     plain = transcode(source.path, source.path.with_name("plain.zarr"), TranscodeOptions(codec=ZSTD))
     rounded = changed(source.path, TranscodeOptions(codec=ZSTD, keep_bits=6))
     for name, values in held(rounded).items():
@@ -132,7 +132,7 @@ def test_rounded_arrays_keep_their_bits_and_pack_better(source):
     assert manifest.numbers_sha256(["logits"]) != source.manifest.numbers_sha256(["logits"])
 
 
-def test_rounding_leaves_the_tail_and_coarser_arrays_alone_and_is_never_forgotten(tmp_path):
+def test_rounding_skips_tail_and_coarser_arrays_and_is_recorded(tmp_path):
     specs = (ArraySpec("logits", (10,), "float16"), FLOAT32[1])
     made = make_store(tmp_path / "mixed.zarr", specs=specs)
     once = changed(made.path, TranscodeOptions(keep_bits=12), "once.zarr")
@@ -158,7 +158,7 @@ def test_rounding_leaves_the_tail_and_coarser_arrays_alone_and_is_never_forgotte
     keep_bits=st.sampled_from([None, 1, 7]),
     before=st.sampled_from([None, ZSTD]),
 )
-def test_any_change_gives_the_numbers_asked_for(
+def test_any_options_give_expected_rows(
     tmp_path_factory, num_samples, codec, dtype, num_views, keep_bits, before
 ):
     folder = tmp_path_factory.mktemp("any")
@@ -186,7 +186,7 @@ def measured(made):
     return open_store(made.path).fidelity
 
 
-def test_figures_say_against_what_they_are(tmp_path):
+def test_figures_state_their_reference(tmp_path):
     made = make_store(tmp_path / "a.zarr", specs=(FLOAT32[0], ArraySpec(FEATURES, (3, 5), "float16")), fill=False)
     by_teacher = measured(made)
     copied = transcode(made.path, tmp_path / "copy.zarr", TranscodeOptions(codec=ZSTD))
@@ -262,7 +262,7 @@ def killed_at_fsync(number, source, target, change):
 @pytest.mark.parametrize(
     "change", [TranscodeOptions(top_k=4, dtype="float16"), TranscodeOptions(codec=ZSTD, keep_bits=7)]
 )
-def test_killed_at_any_moment_and_rerun_it_leaves_the_bytes_of_an_undisturbed_one(source, change):
+def test_kill_at_any_moment_and_rerun_give_identical_bytes(source, change):
     undisturbed = changed(source.path, change, "undisturbed.zarr")
     target, chance, num_kills = source.path.with_name("killed.zarr"), random.Random(5), 0
     while killed_at_fsync(chance.randrange(35), source.path, target, change):
@@ -274,7 +274,7 @@ def test_killed_at_any_moment_and_rerun_it_leaves_the_bytes_of_an_undisturbed_on
     assert not list(source.path.parent.glob(".*.partial"))
 
 
-def test_stopped_and_rerun_it_continues_where_it_was(source):
+def test_stopped_transcode_continues(source):
     target, seen = source.path.with_name("b.zarr"), []
     stopped = transcode(
         source.path, target, TranscodeOptions(codec=ZSTD), should_stop=lambda: len(seen) == 2 or seen.append(1)
@@ -321,7 +321,7 @@ def grow(made, samples, fill):
 
 
 @pytest.mark.parametrize("k", [3, 4])
-def test_a_source_that_has_grown_carries_its_target_along(source, k):
+def test_grown_source_extends_its_target(source, k):
     target = changed(source.path, TranscodeOptions(top_k=k))
     first = held(target)
     samples = grown_samples(source, 1300)
@@ -343,7 +343,7 @@ def test_a_source_that_has_grown_carries_its_target_along(source, k):
         assert np.array_equal(values, held(target)[name], equal_nan=values.dtype.kind == "f")
 
 
-def test_of_a_source_that_is_being_extended_the_finished_part_is_taken(source):
+def test_finished_part_of_an_extending_source_is_transcoded(source):
     data = {**source.manifest.identity.data, "num_samples": 2500}
     manifest = replace(source.manifest, identity=replace(source.manifest.identity, data=data))
     path = source.path.with_name("counted.zarr")

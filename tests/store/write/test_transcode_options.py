@@ -39,13 +39,13 @@ from store.write.transcode_options import TranscodeOptions
         (TranscodeOptions(keep_bits=23), "choose from 1 to 22"),
     ],
 )
-def test_the_impossible_is_refused_in_a_sentence(source, change, message):
+def test_impossible_options_are_refused(source, change, message):
     with pytest.raises(StoreError, match=message):
         changed(source.path, change)
     assert not source.path.with_name("target.zarr").exists()
 
 
-def test_precision_and_classes_that_are_gone_do_not_come_back(source):
+def test_lost_precision_and_classes_cannot_be_restored(source):
     half = changed(source.path, TranscodeOptions(dtype="float16"), "half.zarr")
     with pytest.raises(StoreError, match="logits of .* is float16, which float32 would not make more precise"):
         changed(half, TranscodeOptions(dtype="float32"))
@@ -66,7 +66,7 @@ def too_large(source, value):
     return sorted(source.samples.ids[unit.start + np.array([4, 9])].tolist())
 
 
-def test_what_is_too_large_for_float16_is_named_by_its_samples(source):
+def test_float16_overflow_names_samples(source):
     ids = too_large(source, -1e6)
     with pytest.raises(
         StoreError, match=r"of 2 samples in view 0, .*for float16 .*neither dtype nor keep_bits, and it stays"
@@ -79,7 +79,7 @@ def test_what_is_too_large_for_float16_is_named_by_its_samples(source):
     )
 
 
-def test_what_rounding_would_make_infinite_is_refused(source):
+def test_rounding_to_infinity_is_refused(source):
     too_large(source, np.finfo(np.float32).max)
     with pytest.raises(StoreError, match="too large for float32 rounded to 5 bits .*neither dtype nor keep_bits"):
         changed(source.path, TranscodeOptions(keep_bits=5))
@@ -109,7 +109,7 @@ def test_an_incomplete_source_is_refused(store_maker):
         changed(made.path.with_name("none.zarr"), TranscodeOptions())
 
 
-def test_a_damaged_shard_stops_it_by_name_and_mended_it_continues(source):
+def test_damaged_shard_stops_transcode_and_repaired_it_continues(source):
     file = shard_path(source.path, FLOAT32[1], source.units[2])
     whole = file.read_bytes()
     file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
@@ -123,7 +123,7 @@ def test_a_damaged_shard_stops_it_by_name_and_mended_it_continues(source):
     )
 
 
-def test_another_store_in_the_targets_place_is_refused(source):
+def test_another_store_at_target_is_refused(source):
     target = changed(source.path, TranscodeOptions(codec=ZSTD))
     before = folder_bytes(target)
     with pytest.raises(FingerprintMismatch, match=r"codec\.name: stored 'zstd', wanted 'blosc'.*Give another target"):

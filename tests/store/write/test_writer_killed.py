@@ -47,7 +47,7 @@ def start_writer(path):
     return subprocess.Popen([sys.executable, "-c", WRITER, str(path)], env=environment, stdout=subprocess.PIPE)
 
 
-def test_killed_and_rerun_writers_leave_the_bytes_of_an_undisturbed_one(tmp_path):
+def test_killed_and_rerun_writers_give_identical_bytes(tmp_path):
     undisturbed = make_store(tmp_path / "undisturbed.zarr", num_views=3)
     path = tmp_path / "killed.zarr"
     chance = random.Random(5)
@@ -67,7 +67,7 @@ def test_killed_and_rerun_writers_leave_the_bytes_of_an_undisturbed_one(tmp_path
     open_store(path)
 
 
-def test_two_writers_that_are_killed_again_and_again_fill_a_store_as_if_nothing_happened(tmp_path, monkeypatch):
+def test_two_killed_writers_fill_a_store_identically(tmp_path, monkeypatch):
     """Real processes, killed by SIGKILL: while they fill the store with claims on its units, and while it grows."""
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (time.sleep(SYNC_S), sync(fd)))
