@@ -1,4 +1,4 @@
-"""Stores to test with: small, of random numbers, shaped so that shards, chunks and pages do not divide evenly."""
+"""Small test stores of random numbers, shaped so that shards, chunks and pages do not divide evenly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPECS = (ArraySpec("logits", (10,), "float16"), ArraySpec("features/layer2.0", (
 
 @dataclass(frozen=True)
 class MadeStore:
-    """A store on disk with the numbers that went into it, by array: [V, N, ...], row by row."""
+    """A store on disk and the numbers written to it, by array: [V, N, ...]."""
 
     path: Path
     manifest: Manifest
@@ -81,5 +81,5 @@ def make_store(
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, by its path in it."""
+    """Return every file below `folder`, by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

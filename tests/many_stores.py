@@ -1,5 +1,7 @@
-"""Stores of every form, whose numbers follow from array, view and sample id: however a store came about, the truth is
-known without it. A wish says how large a store is to be; `grow` brings it there, as a job does.
+"""Test stores of every encoding, whose numbers follow from array, view and sample id.
+
+The expected rows are therefore known however a store was made. A `Wish` is the size that a store shall have; `grow`
+extends it to that, as a job does.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ LAYERS = (ArraySpec("features/layer2.0", (2, 3, 3), "float32"), ArraySpec("poole
 
 @dataclass(frozen=True)
 class Form:
-    """What kind of logits a store holds, and how; `id_step` spreads the ids."""
+    """Logits of a store and their encoding; `id_step` spreads the ids."""
 
     logits: tuple[ArraySpec, ...]
     top_k: TopK | None = None
@@ -62,7 +64,7 @@ LOGITS = {
 
 @dataclass(frozen=True)
 class Wish:
-    """How large a store is to be: views, the first `num_samples` samples of the data set, the first layers."""
+    """Size of a store: views, the first `num_samples` samples of the data set, the first layers."""
 
     form: Form
     num_views: int = 2
@@ -75,7 +77,7 @@ class Wish:
 
     @property
     def samples(self) -> Samples:
-        """Ids in no order, so that those of an extension stand between those that are there."""
+        """Unordered ids, so that those of an extension are between the existing ones."""
         numbers = np.random.default_rng(7).permutation(NUM_NUMBERS - 1)[: self.num_samples].astype(np.int64)
         ids = numbers * self.form.id_step
         return Samples(ids, numbers % 10, (numbers * 2654435761 % 2**32).astype(np.uint32))
@@ -104,12 +106,12 @@ def _numbers(spec: ArraySpec, view: int) -> NDArray[Any]:
 
 
 def truth(spec: ArraySpec, view: int, ids: NDArray[np.int64]) -> NDArray[Any]:
-    """The rows [B, *row_shape] that every store holds for these samples."""
+    """Return the rows [B, *row_shape] that every store has for these samples."""
     return _numbers(spec, view)[ids % NUM_NUMBERS]
 
 
 def unit_rows(path: Path, manifest: Manifest, unit: Unit, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-    """What a job would compute for a unit of the store at `path`, in some arrays."""
+    """Return the expected rows of a unit of the store at `path`, in some arrays."""
     samples = read_samples(path, manifest.layout, manifest.identity.data)
     rows = manifest.layout.sample_rows()
     ids = samples.ids[(rows >= unit.start) & (rows < unit.stop)]
@@ -117,7 +119,7 @@ def unit_rows(path: Path, manifest: Manifest, unit: Unit, names: Iterable[str]) 
 
 
 def commit(path: Path, manifest: Manifest, unit: Unit) -> None:
-    """Compute and write what a unit lacks, after tidying up behind a job that was killed at it."""
+    """Compute and write what a unit lacks, after removing the files of a killed job."""
     sweep_unit(path, manifest, unit)
     if lacking := missing_arrays(path, manifest, unit):
         write_unit(path, manifest, unit, unit_rows(path, manifest, unit, lacking))
@@ -130,14 +132,14 @@ def fill(path: Path, manifest: Manifest) -> None:
 
 
 def grow(path: Path, *wishes: Wish) -> Path:
-    """Bring the store at `path` to one wish after the other, undisturbed."""
+    """Bring the store at `path` to each wish in turn, with a single writer."""
     for wish in wishes:
         fill(path, ensure_store(path, wish.manifest, wish.samples))
     return path
 
 
 def work(path: Path, wish: Wish) -> None:
-    """As one of several jobs that bring the store at `path` to a wish: fill what nobody else is at."""
+    """Fill unclaimed units, as one of several jobs that bring the store at `path` to a wish."""
     manifest = ensure_store(path, wish.manifest, wish.samples)
     for unit in manifest.layout.units():
         held = claim(path, unit.key) if missing_arrays(path, manifest, unit) else None
@@ -150,7 +152,7 @@ def work(path: Path, wish: Wish) -> None:
 
 
 def first_difference(store: TargetStore) -> str | None:
-    """Where a store reads other numbers than the truth, by every way of reading; None where nowhere."""
+    """Return where a store reads other numbers than the truth, by any way of reading; None if nowhere."""
     ids = store.samples.ids
     rows = store.rows_of(ids)
     for spec in store.arrays:

@@ -1,4 +1,4 @@
-"""A server that speaks the S3 protocol, in a process of its own on loopback: start it once for many tests."""
+"""A server of the S3 protocol on loopback, in a process of its own, shared by many tests."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def s3_server() -> Iterator[str]:
 
 
 def s3_environment(endpoint: str) -> dict[str, str]:
-    """The variables that lead a reader, in this process or another, to the server."""
+    """Return the variables that point a reader, in this process or another, to the server."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "tester",
@@ -54,12 +54,12 @@ def s3_environment(endpoint: str) -> dict[str, str]:
 
 
 def make_bucket(endpoint: str, bucket: str) -> None:
-    """Make a bucket; to make it again in us-east-1 changes nothing."""
+    """Create a bucket; creating it again in us-east-1 changes nothing."""
     urlopen(Request(f"{endpoint}/{bucket}", method="PUT"), timeout=60).close()
 
 
 def upload_folder(endpoint: str, bucket: str, prefix: str, folder: Path) -> str:
-    """Put every file below `folder` at s3://bucket/prefix, making the bucket where need be, and return that URL."""
+    """Upload every file below `folder` to s3://bucket/prefix, creating the bucket if needed, and return that URL."""
     make_bucket(endpoint, bucket)
     target = S3Store(
         bucket,

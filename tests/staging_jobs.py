@@ -1,4 +1,4 @@
-"""For tests of staging: a web server that counts and holds back, and jobs that stage in processes of their own."""
+"""Helpers for tests of staging: a web server that counts and delays requests, and staging processes."""
 
 from __future__ import annotations
 
@@ -80,21 +80,21 @@ def is_shard(key: str) -> bool:
     return "/c/" in key and not key.partition("/")[2].startswith(("samples", "markers"))
 
 
-def staging_process(where, area: StagingCache) -> subprocess.Popen:
-    command = [sys.executable, "-c", STAGE, str(where), str(area.folder), str(area.max_bytes)]
+def staging_process(where, cache: StagingCache) -> subprocess.Popen:
+    command = [sys.executable, "-c", STAGE, str(where), str(cache.folder), str(cache.max_bytes)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
 
 
-def stage_elsewhere(where, area: StagingCache) -> Path:
-    """Stage in a process that then ends, and so uses nothing any more."""
-    process = staging_process(where, area)
+def stage_elsewhere(where, cache: StagingCache) -> Path:
+    """Stage in a process that then ends, and so no longer uses the copy."""
+    process = staging_process(where, cache)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     return Path(said.strip())
 
 
 def require_equal(copy: Path, made: MadeStore, num_views: int | None = None) -> None:
-    """The copy is mapped, and has the very numbers that were made."""
+    """Assert that the copy is mapped and has exactly the numbers that were written."""
     store = open_store(copy)
     assert store.manifest.codec is None
     assert store.provenance == open_store(made.path).provenance
@@ -106,5 +106,5 @@ def require_equal(copy: Path, made: MadeStore, num_views: int | None = None) -> 
     assert np.array_equal(store.gather("logits", 1, picked), made.contents["logits"][1, ::7])
 
 
-def entries(area: StagingCache) -> set[Path]:
-    return {path.parent for path in area.folder.glob("*/targets.zarr")}
+def entries(cache: StagingCache) -> set[Path]:
+    return {path.parent for path in cache.folder.glob("*/targets.zarr")}

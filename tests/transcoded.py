@@ -1,4 +1,4 @@
-"""What tests of `transcode` share: a source in float32, and a look at what came of it."""
+"""Helpers for tests of `transcode`."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ FEATURES = "features/layer2.0"
 
 
 def held(path):
-    """Every array of a store, all views: [V, N, ...], each shard checked."""
+    """Read every array of a store, all views: [V, N, ...], each shard checked."""
     store = open_store(path)
     return {
         spec.name: np.stack([store.read_view(spec.name, view) for view in range(store.num_views)])

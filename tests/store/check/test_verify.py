@@ -1,4 +1,4 @@
-"""`verify_store` finds every fault by its name, does not stop at the first, and calls nothing a fault that is none."""
+"""`verify_store` finds every fault, does not stop at the first, and reports no false ones."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Archives: packed and unpacked without loss, open to any Zarr reader, and safe to open whoever made them."""
+"""Archives: lossless, readable by any Zarr reader, and safe to open when untrusted."""
 
 import tracemalloc
 import warnings
@@ -40,7 +40,7 @@ def blosc_header(num_bytes, packed_bytes, flags=0x82):
 
 
 def zstd_header(num_bytes):
-    """Magic number, a single segment whose size has 8 bytes, and that size (RFC 8878)."""
+    """Return the magic number, a single-segment descriptor with an 8-byte size, and that size (RFC 8878)."""
     return b"\x28\xb5\x2f\xfd\xe0" + num_bytes.to_bytes(8, "little")
 
 
@@ -57,7 +57,7 @@ def test_plain_zarr_reads_every_array_of_an_archive(tmp_path, codec):
     specs = (ArraySpec("logits", (10,), "float16"), ArraySpec("features/layer2.0", (3, 5), "float32"))
     made = make_store(tmp_path / "a.zarr", codec=codec, specs=specs)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # zarr-python warns of whatever is not in the v3 specification
+        warnings.simplefilter("error")  # zarr-python warns of anything outside the v3 specification
         group = zarr.open_group(made.path, mode="r")
         for name, expected in made.contents.items():
             assert np.array_equal(group[name][:], expected)
@@ -147,7 +147,7 @@ def test_a_blosc_chunk_that_claims_to_be_huge_is_refused(claimed):
 
 
 def test_blosc_chunk_longer_than_its_bytes_is_refused():
-    """Blosc copies what its header says, from beyond the buffer where it has to: this killed the process."""
+    """Blosc trusts the size in its header and reads beyond the buffer: this killed the process."""
     num_bytes = 2**26
     with pytest.raises(StoreError, match="another length than it has"):
         unpacked(Codec("blosc"), with_crc(blosc_header(num_bytes, num_bytes + 16) + bytes(64)), num_bytes)

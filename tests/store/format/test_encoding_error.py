@@ -1,4 +1,4 @@
-"""What an encoding loses is measured right, adds up over units, and is short and the same every time."""
+"""Encoding errors are measured correctly, add up over units, and are short and deterministic."""
 
 import json
 

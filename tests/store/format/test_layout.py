@@ -1,4 +1,4 @@
-"""Units cover every row once, and shards line up with pages, whatever the rows are."""
+"""Units cover every row once, and shards are page-aligned, for any rows."""
 
 import numpy as np
 from hypothesis import given

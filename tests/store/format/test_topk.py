@@ -1,4 +1,4 @@
-"""Top-k logits: what is kept is exact, and the rest has its mass at every temperature, whatever the rows look like."""
+"""Top-k logits: kept logits are exact, and the rest has its mass at every temperature, for any rows."""
 
 import json
 import warnings

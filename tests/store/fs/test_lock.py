@@ -1,4 +1,4 @@
-"""Files are whole or absent; a folder has one job at a time."""
+"""Atomic writes and file locks."""
 
 import os
 import signal
@@ -122,7 +122,7 @@ def test_waiting_lock_is_granted_on_release(tmp_path):
         thread = threading.Thread(target=wait_for_it)
         thread.start()
         assert begun.wait(30)
-        thread.join(0.05)  # gives a lock that does not wait the time to show it
+        thread.join(0.05)  # time for a lock that does not wait to show it
         steps.append("first")
     thread.join(30)
     assert steps == ["first", "second"]

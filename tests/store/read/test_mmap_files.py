@@ -1,4 +1,4 @@
-"""Files mapped one behind the other read as one array; what cannot be mapped is refused, and nothing stays mapped."""
+"""Files mapped contiguously read as one array; where that fails, nothing stays mapped."""
 
 import gc
 import mmap
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def shards(tmp_path):
-    """Three files with a tail each, as shards have an index, of whose bytes 2 pages, 1 page and 100 bytes are rows."""
+    """Three files with a tail each, like shards with an index, of which 2 pages, 1 page and 100 bytes are rows."""
     rng = np.random.default_rng(5)
     sizes = [2 * PAGE, PAGE, 100]
     contents = [rng.bytes(size) for size in sizes]
@@ -34,7 +34,7 @@ def shards(tmp_path):
 
 
 def maps_of(folder: Path) -> int:
-    """Maps that this process has of files in `folder`."""
+    """Return the number of maps of files in `folder` in this process."""
     return Path("/proc/self/maps").read_text().count(f"{folder}/")
 
 

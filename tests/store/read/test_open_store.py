@@ -1,4 +1,4 @@
-"""Nothing reads as silence: whatever is missing, damaged, foreign or hostile is refused by name."""
+"""Missing, damaged and foreign stores and files are refused by name."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a user of any store relies on, whatever its logits, its profile, and the way in which its rows are read."""
+"""Guarantees of any store, whatever its logits, its profile, and how its rows are read."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def build(folder: Path, residence: str, logits: str) -> Path:
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> Callable[[str, str], Path]:
-    """The path of a store, which is made once."""
+    """Paths of stores, each made once."""
     folder = tmp_path_factory.mktemp("stores")
     return cache(lambda residence, logits: build(folder, residence, logits))
 
@@ -257,7 +257,7 @@ def test_streaming_holds_no_more_than_it_may(paths):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_read_what_their_parent_reads(paths, method):
-    """Some stores have been read from before, as a loader's have when its second epoch starts."""
+    """Some stores have been read before, as in a loader's second epoch."""
     stores = [hold(paths(residence, logits), residence) for residence in RESIDENCES for logits in LOGITS]
     for number, one in enumerate(stores):
         if number % 2:

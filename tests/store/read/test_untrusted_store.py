@@ -1,6 +1,4 @@
-"""Stores that a stranger made: each opens with the right numbers or is refused in a sentence; none hangs, climbs out of
-its folder, or takes much memory.
-"""
+"""Untrusted stores are read correctly or refused in a sentence; none hangs, leaves its folder, or takes much memory."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ def path(originals, tmp_path) -> Path:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Fail where the block hangs, or takes much memory."""
+    """Fail if the block hangs or takes much memory."""
 
     def stop(*_: object) -> None:
         raise AssertionError(f"it hangs: nothing came within {LONGEST_S} s")
@@ -71,7 +69,7 @@ def guarded() -> Iterator[None]:
 
 
 def outcome(path: Path) -> str:
-    """Read all there is: the refusal's sentence, or "" where all numbers are right. Nothing else may come of it."""
+    """Read everything: return the error message, or "" if all numbers are right. Anything else fails."""
     with guarded():
         try:
             for way in (open_store(path), open_store(path).streamed(1)):
@@ -87,7 +85,7 @@ def outcome(path: Path) -> str:
 
 
 def sign(record: Record, fingerprint: bool = True) -> Record:
-    """The manifest with digests that fit it, as any stranger can make them."""
+    """Return the manifest with matching digests, as an attacker can make them."""
     if fingerprint:
         record["fingerprint"] = sha256_of({key: record.get(key) for key in ("teacher", "data", "views")})
     record.pop("sha256", None)
@@ -95,7 +93,7 @@ def sign(record: Record, fingerprint: bool = True) -> Record:
 
 
 def edit(path: Path, change: Callable[[Record], object]) -> None:
-    """TranscodeOptions the manifest and sign it, and with it the markers."""
+    """Change the manifest and sign it, and with it the markers."""
     group = json.loads((path / "zarr.json").read_text())
     record = group["attributes"]["kdpipe"]
     before = record["fingerprint"]
@@ -111,7 +109,7 @@ def edit(path: Path, change: Callable[[Record], object]) -> None:
 
 
 def edit_marker(file: Path, change: Callable[[Record], object]) -> None:
-    """TranscodeOptions a marker and sign it."""
+    """Change a marker and sign it."""
     record = {key: value for key, value in json.loads(file.read_bytes()).items() if key != CHECKSUM}
     change(record)
     file.write_bytes(_text(record).ljust(MARKER_BYTES))
@@ -207,7 +205,7 @@ def test_inconsistent_encoding_is_refused(originals, tmp_path, kind, what):
     path = shutil.copytree(originals[kind], tmp_path / "a.zarr")
     edit(path, lambda record: record.update({"top_k" if kind == "top-k" else "codec": what}))
     said = outcome(path)
-    # Another number of classes fits the same bytes: it is a lie that nothing in a store contradicts.
+    # Another number of classes fits the same bytes: nothing in a store contradicts it.
     assert said or (kind == "top-k" and isinstance(what, dict) and what)
 
 
@@ -370,7 +368,7 @@ values = st.recursive(
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of every value within."""
+    """Yield (container, key) of every nested value."""
     inner = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
     )

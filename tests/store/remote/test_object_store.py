@@ -1,4 +1,4 @@
-"""The files of a store that lies elsewhere: equal bytes, or one clear sentence without secrets."""
+"""Remote files: identical bytes, or one clear sentence without secrets."""
 
 import pickle
 import socket
@@ -28,7 +28,7 @@ ASKED: list[tuple[str, str, str | None]] = []
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """A web server of files, with corners in which it is busy, forbids, or sends elsewhere."""
+    """A web server of files, with paths that are busy, forbidden or redirected."""
 
     def parse_request(self) -> bool:
         known = super().parse_request()
@@ -202,7 +202,7 @@ def test_the_keys_of_the_environment_are_in_no_message(urls):
 
 @contextmanager
 def one_answer(head: str, body: bytes = b"", times: int = 1):
-    """A server that answers one request with these bytes, whatever was asked, and counts what it could send."""
+    """Serve one request with these bytes, whatever was requested, and count what was sent."""
     sent = []
 
     def answer(listener: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Stores that lie elsewhere or are packed: staged whole and once, checked, resumed, extended, and evicted in order."""
+"""Remote and compressed stores are staged once, checked, resumed, extended and evicted in order."""
 
 import errno
 import json
@@ -55,7 +55,7 @@ def made(tmp_path, web) -> MadeStore:
 
 
 @pytest.fixture
-def area(tmp_path) -> StagingCache:
+def cache(tmp_path) -> StagingCache:
     return StagingCache(tmp_path / "cache", ROOMY)
 
 
@@ -66,20 +66,20 @@ def flip(file: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("codec", [Codec(), Codec("blosc", 1)])
-def test_archive_becomes_mapped_store_with_same_rows(store_maker, area, codec):
+def test_archive_becomes_mapped_store_with_same_rows(store_maker, cache, codec):
     made = store_maker(codec=codec)
     seen = []
-    copy = stage(made.path, area, lambda done, total: seen.append((done, total)))
+    copy = stage(made.path, cache, lambda done, total: seen.append((done, total)))
     require_equal(copy, made)
     assert seen == [(done, len(made.units)) for done in range(1, len(made.units) + 1)]
 
 
-def test_staged_archive_equals_uncompressed_store(store_maker, area):
+def test_staged_archive_equals_uncompressed_store(store_maker, cache):
     plain, packed = store_maker("plain.zarr"), store_maker("packed.zarr", codec=Codec())
-    assert folder_bytes(stage(packed.path, area)) == folder_bytes(plain.path)
+    assert folder_bytes(stage(packed.path, cache)) == folder_bytes(plain.path)
 
 
-def test_encoding_loss_is_carried_over(store_maker, area):
+def test_encoding_loss_is_carried_over(store_maker, cache):
     made = store_maker(codec=Codec(), fill=False)
     figures = {"num_rows": 1, "largest_error": 0.5, "squared_error": 0.25, "squared": 1.0}
     for unit in made.units:
@@ -87,25 +87,25 @@ def test_encoding_loss_is_carried_over(store_maker, area):
     finish_store(made.path)
     fidelity = open_store(made.path).fidelity
     assert fidelity["features/layer2.0"]["relative_rms"] == 0.5
-    assert open_store(stage(made.path, area)).fidelity == fidelity
+    assert open_store(stage(made.path, cache)).fidelity == fidelity
 
 
-def test_only_what_cannot_be_mapped_needs_staging(store_maker, area):
+def test_only_what_cannot_be_mapped_needs_staging(store_maker, cache):
     plain, packed = store_maker("plain.zarr"), store_maker("packed.zarr", codec=Codec(), fill=False)
     assert needs_staging(plain.path) is None
     assert needs_staging(packed.path) == "it is an archive, its chunks compressed by zstd"
     assert needs_staging("s3://bucket/store.zarr") == "it is not on this machine"
-    assert stage(plain.path, area) == plain.path
-    assert not area.folder.exists()
+    assert stage(plain.path, cache) == plain.path
+    assert not cache.folder.exists()
 
 
 @pytest.mark.parametrize("codec", [None, Codec()])
-def test_a_store_in_a_bucket_is_staged_and_read(endpoint, store_maker, area, codec, monkeypatch):
+def test_a_store_in_a_bucket_is_staged_and_read(endpoint, store_maker, cache, codec, monkeypatch):
     for name, value in s3_environment(endpoint).items():
         monkeypatch.setenv(name, value)
     made = store_maker(codec=codec)
     url = upload_folder(endpoint, "stores", "packed" if codec else "plain", made.path)
-    require_equal(stage(url, area), made)
+    require_equal(stage(url, cache), made)
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +114,12 @@ def endpoint():
         yield endpoint
 
 
-def test_staged_store_is_fetched_once(made, web, area):
-    first = stage(f"{web.url}/a.zarr", area)
+def test_staged_store_is_fetched_once(made, web, cache):
+    first = stage(f"{web.url}/a.zarr", cache)
     assert sorted(web.shards) == sorted(set(web.shards))
     assert len(web.shards) == len(made.units) * len(SPECS)
     web.asked.clear()
-    assert stage(f"{web.url}/a.zarr", area) == stage_elsewhere(f"{web.url}/a.zarr/", area) == first
+    assert stage(f"{web.url}/a.zarr", cache) == stage_elsewhere(f"{web.url}/a.zarr/", cache) == first
     assert web.asked == ["a.zarr/zarr.json"] * 2
     require_equal(first, made)
 
@@ -145,49 +145,49 @@ def truncate(file: Path) -> None:
         (lambda file: file.unlink(), "samples/ids/c/0", "it is missing"),
     ],
 )
-def test_a_damaged_file_is_refused_by_name_and_never_staged(made, web, area, damage, key, message):
+def test_a_damaged_file_is_refused_by_name_and_never_staged(made, web, cache, damage, key, message):
     (made.path / key).rename(made.path / "kept")
     shutil.copy(made.path / "kept", made.path / key)
     damage(made.path / key)
     with pytest.raises(StoreError, match=f"{key.removesuffix('/ids/c/0')}.*{message}") as caught:
-        stage(f"{web.url}/a.zarr", area)
+        stage(f"{web.url}/a.zarr", cache)
     assert web.url in str(caught.value)
 
     (made.path / "kept").rename(made.path / key)
-    for copy in area.folder.glob("*/targets.zarr"):
+    for copy in cache.folder.glob("*/targets.zarr"):
         manifest = read_store_manifest(copy)
         assert manifest.finished is None
         assert "features/layer2.0" in missing_arrays(copy, manifest, made.units[-1])
     before = web.shards.copy()
-    require_equal(stage(f"{web.url}/a.zarr", area), made)
+    require_equal(stage(f"{web.url}/a.zarr", cache), made)
     again = set(before) & set(web.shards[len(before) :])
     assert all("/c/1/2/" in shard for shard in again), "what was staged before the damage was found is kept"
 
 
-def test_a_damaged_archive_is_refused_by_name(store_maker, area):
+def test_a_damaged_archive_is_refused_by_name(store_maker, cache):
     made = store_maker(codec=Codec())
     flip(made.path / DAMAGED, 1000)
     with pytest.raises(StoreError, match=f"{made.path / DAMAGED}.*not those that were committed"):
-        stage(made.path, area)
+        stage(made.path, cache)
 
 
-def test_file_removed_from_cache_is_fetched_again(made, web, area):
-    copy = stage(f"{web.url}/a.zarr", area)
+def test_file_removed_from_cache_is_fetched_again(made, web, cache):
+    copy = stage(f"{web.url}/a.zarr", cache)
     (copy / DAMAGED).unlink()
     web.asked.clear()
-    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert stage(f"{web.url}/a.zarr", cache) == copy
     assert web.shards == [f"a.zarr/{DAMAGED}"]
     require_equal(copy, made)
 
 
-def test_killed_staging_resumes(made, web, area):
+def test_killed_staging_resumes(made, web, cache):
     web.hold_back(shards_allowed=7)
-    process = staging_process(f"{web.url}/a.zarr", area)
+    process = staging_process(f"{web.url}/a.zarr", cache)
     web.wait_for(lambda: len(web.shards) >= 10)  # every fetcher is held back, in a unit that it cannot end
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
-    (copy,) = area.folder.glob("*/targets.zarr")
+    (copy,) = cache.folder.glob("*/targets.zarr")
     done = [unit for unit in made.units if unit not in missing_units(copy, read_store_manifest(copy))]
     assert 0 < len(done) < len(made.units)
     with pytest.raises(StoreError, match="is not complete"):
@@ -195,15 +195,15 @@ def test_killed_staging_resumes(made, web, area):
 
     web.freely.set()
     web.asked.clear()
-    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert stage(f"{web.url}/a.zarr", cache) == copy
     assert len(web.shards) == (len(made.units) - len(done)) * len(SPECS)
     require_equal(copy, made)
     assert not list(copy.rglob("*.partial"))
 
 
-def test_two_jobs_that_stage_one_store_fetch_each_file_once(made, web, area):
+def test_two_jobs_that_stage_one_store_fetch_each_file_once(made, web, cache):
     web.hold_back(shards_allowed=1)
-    jobs = [staging_process(f"{web.url}/a.zarr", area) for _ in range(2)]
+    jobs = [staging_process(f"{web.url}/a.zarr", cache) for _ in range(2)]
     web.wait_for(lambda: web.asked.count("a.zarr/zarr.json") == 2 and web.shards)
     web.freely.set()
     copies = {job.communicate(timeout=60)[0] for job in jobs}
@@ -226,33 +226,33 @@ def extended(made: MadeStore, num_views: int, specs: tuple[ArraySpec, ...] = SPE
     return MadeStore(made.path, ensure_store(made.path, manifest, made.samples), made.samples, contents)
 
 
-def test_only_new_views_are_fetched(made, web, area):
-    copy = stage(f"{web.url}/a.zarr", area)
+def test_only_new_views_are_fetched(made, web, cache):
+    copy = stage(f"{web.url}/a.zarr", cache)
     more = extended(made, num_views=4)
     web.asked.clear()
-    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert stage(f"{web.url}/a.zarr", cache) == copy
     assert web.asked == ["a.zarr/zarr.json"], "an extension counts when it is finished"
     require_equal(copy, made)
 
     more.fill(missing_units(made.path, more.manifest))
-    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert stage(f"{web.url}/a.zarr", cache) == copy
     assert {key.split("/c/")[1][0] for key in web.shards} == {"2", "3"}
     require_equal(copy, more)
 
 
-def test_only_new_layer_is_fetched(made, web, area):
-    copy = stage(f"{web.url}/a.zarr", area)
+def test_only_new_layer_is_fetched(made, web, cache):
+    copy = stage(f"{web.url}/a.zarr", cache)
     more = extended(made, num_views=2, specs=(*SPECS, ArraySpec("pooled/layer3", (8,), "float16")))
     more.fill(more.units)
     web.asked.clear()
-    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert stage(f"{web.url}/a.zarr", cache) == copy
     assert len(web.shards) == len(made.units)
     assert all(key.startswith("a.zarr/pooled/layer3/c/") for key in web.shards)
     require_equal(copy, more)
 
 
 def growing(path: Path) -> tuple[MadeStore, MadeStore]:
-    """A store, and the same after two extensions by 150 samples, which are not filled in yet."""
+    """A store, and the same after two extensions by 150 samples, not filled yet."""
     made = make_store(path.with_name("pattern.zarr"), fill=False)
     data = {**made.manifest.identity.data, "num_samples": len(made.samples.ids)}
     manifest = replace(made.manifest, identity=replace(made.manifest.identity, data=data))
@@ -271,15 +271,15 @@ def growing(path: Path) -> tuple[MadeStore, MadeStore]:
     return small, MadeStore(path, grown, samples, contents)
 
 
-def test_only_new_samples_are_fetched(tmp_path, web, area):
+def test_only_new_samples_are_fetched(tmp_path, web, cache):
     small, large = growing(tmp_path / "web" / "a.zarr")
-    copy = stage(f"{web.url}/a.zarr", area)
+    copy = stage(f"{web.url}/a.zarr", cache)
     assert read_store_manifest(copy).identity == small.manifest.identity, "what is not finished does not count"
     assert open_store(copy).num_samples == 2500
 
     large.fill(missing_units(large.path, large.manifest))
     web.asked.clear()
-    assert stage(f"{web.url}/a.zarr", area) == copy
+    assert stage(f"{web.url}/a.zarr", cache) == copy
     assert {key.split("/c/")[1][:3] for key in web.shards} == {"0/3", "0/4", "1/3", "1/4"}
     staged, source = open_store(copy), open_store(large.path)
     assert staged.provenance == source.provenance
@@ -292,33 +292,33 @@ def test_only_new_samples_are_fetched(tmp_path, web, area):
     assert folder_bytes(other) == folder_bytes(copy), "grown or staged at once, it is the same store"
 
 
-def test_diverged_store_gets_its_own_copy(store_maker, area):
+def test_diverged_store_gets_its_own_copy(store_maker, cache):
     made = store_maker("a.zarr", codec=Codec())
     specs = (SPECS[0], replace(SPECS[1], dtype="float16"))
     other = store_maker("b.zarr", codec=Codec(), specs=specs)
-    copies = [stage(one.path, area) for one in (made, other, made, other)]
+    copies = [stage(one.path, cache) for one in (made, other, made, other)]
     assert copies[0] == copies[2] != copies[1] == copies[3]
     require_equal(copies[0], made)
     require_equal(copies[1], other)
 
 
-def test_a_rounded_store_and_the_exact_one_never_mix(store_maker, area):
+def test_a_rounded_store_and_the_exact_one_never_mix(store_maker, cache):
     made, other = (store_maker(name, codec=Codec()) for name in ("a.zarr", "b.zarr"))
     with_manifest(other.path, replace(read_store_manifest(other.path), rounded={"logits": 5}))
-    exact, rounded = stage(made.path, area), stage(other.path, area)
+    exact, rounded = stage(made.path, cache), stage(other.path, cache)
     assert exact.parent != rounded.parent
     assert [dict(read_store_manifest(copy).rounded) for copy in (exact, rounded)] == [{}, {"logits": 5}]
 
 
-def test_units_larger_than_memory_are_refused(made, web, area, monkeypatch):
+def test_units_larger_than_memory_are_refused(made, web, cache, monkeypatch):
     real = os.sysconf
     monkeypatch.setattr("os.sysconf", lambda name: 100 if name == "SC_PHYS_PAGES" else real(name))
     with pytest.raises(StoreError, match="has units of 327,680 bytes, too large for this machine's memory of 409,600"):
-        stage(f"{web.url}/a.zarr", area)
+        stage(f"{web.url}/a.zarr", cache)
     assert web.asked == ["a.zarr/zarr.json"]
 
 
-def test_disk_error_is_reported_and_staged_units_are_kept(made, web, area, monkeypatch):
+def test_disk_error_is_reported_and_staged_units_are_kept(made, web, cache, monkeypatch):
     real = os.fsync
 
     def full(descriptor):
@@ -328,51 +328,51 @@ def test_disk_error_is_reported_and_staged_units_are_kept(made, web, area, monke
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StoreError, match="the disk is full.*What is committed is safe"):
-        stage(f"{web.url}/a.zarr", area)
+        stage(f"{web.url}/a.zarr", cache)
     monkeypatch.undo()
-    require_equal(stage(f"{web.url}/a.zarr", area), made)
+    require_equal(stage(f"{web.url}/a.zarr", cache), made)
 
 
 def with_manifest(path: Path, manifest) -> None:
-    """Let a store say something else of itself, as a stranger could."""
+    """Change a store's manifest, as an attacker could."""
     record = json.loads((path / "zarr.json").read_bytes())
     record["attributes"]["kdpipe"] = manifest.to_json()
     (path / "zarr.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize("codec", [None, Codec()])
-def test_marker_with_implausible_sizes_is_refused(tmp_path, web, area, codec):
+def test_marker_with_implausible_sizes_is_refused(tmp_path, web, cache, codec):
     made = make_store(tmp_path / "web" / "a.zarr", codec=codec)
     unit = made.units[-1]
     honest = read_marker(made.path, made.manifest, unit)
     files = {**honest.files, "logits": {"bytes": 2**40, "crc32c": 0}}
     write_marker(made.path, made.manifest, unit, replace(honest, files=files))
     with pytest.raises(StoreError, match="logits/c/1/2/0 .*its 1,099,511,627,776 bytes cannot hold"):
-        stage(f"{web.url}/a.zarr", area)
+        stage(f"{web.url}/a.zarr", cache)
     assert "a.zarr/logits/c/1/2/0" not in web.asked
 
 
-def test_a_fingerprint_that_is_a_path_goes_nowhere(made, web, area):
+def test_a_fingerprint_that_is_a_path_goes_nowhere(made, web, cache):
     manifest = read_store_manifest(made.path)
     with_manifest(
         made.path,
         replace(manifest, layout=StoreLayout(2, 1024, (2048, 452)), previous_fingerprints=("../../../../../../tmp/x",)),
     )
     with pytest.raises(StoreError, match="is not a fingerprint"):
-        stage(f"{web.url}/a.zarr", area)
+        stage(f"{web.url}/a.zarr", cache)
     with_manifest(
         made.path, replace(manifest, layout=StoreLayout(2, 1024, (2048, 452)), previous_fingerprints=("a" * 64,))
     )
     with pytest.raises(StoreError, match="fingerprint of segment 0 is not that of its samples"):
-        stage(f"{web.url}/a.zarr", area)
-    assert not entries(area)
+        stage(f"{web.url}/a.zarr", cache)
+    assert not entries(cache)
 
 
-def test_unfinished_or_absent_source_is_reported(tmp_path, web, area):
+def test_unfinished_or_absent_source_is_reported(tmp_path, web, cache):
     make_store(tmp_path / "web" / "b.zarr", fill=False)
     with pytest.raises(StoreError, match=r"/b.zarr is not complete: run `kdpipe cache-teacher`"):
-        stage(f"{web.url}/b.zarr", area)
+        stage(f"{web.url}/b.zarr", cache)
     with pytest.raises(StoreError, match=r"there is no store at http.*/c.zarr"):
-        stage(f"{web.url}/c.zarr", area)
+        stage(f"{web.url}/c.zarr", cache)
     with pytest.raises(StoreError, match="there is no store at"):
-        stage(tmp_path / "c.zarr", area)
+        stage(tmp_path / "c.zarr", cache)

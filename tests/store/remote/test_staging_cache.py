@@ -1,4 +1,4 @@
-"""The area of staged stores: its limits, who is evicted and who is not, and what a crash leaves."""
+"""The staging cache: limits, eviction, and crashes."""
 
 import os
 import shutil
@@ -13,23 +13,23 @@ from store.remote.staging import StagingCache, default_staging_cache, stage
 
 
 @pytest.fixture
-def area(tmp_path) -> StagingCache:
+def cache(tmp_path) -> StagingCache:
     return StagingCache(tmp_path / "cache", 2**30)
 
 
-def test_least_recently_used_is_evicted_unless_in_use(store_maker, area):
+def test_least_recently_used_is_evicted_unless_in_use(store_maker, cache):
     first, second, third = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()).path for n in (2500, 2400, 2300))
-    one = stage_elsewhere(first, area).parent
+    one = stage_elsewhere(first, cache).parent
     num_bytes = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
-    small = replace(area, max_bytes=int(2.5 * num_bytes))
+    small = replace(cache, max_bytes=int(2.5 * num_bytes))
     two = stage_elsewhere(second, small).parent
     assert stage_elsewhere(first, small).parent == one  # so that the second is the one used longest ago
     three = stage(third, small).parent
-    assert entries(area) == {one, three}
+    assert entries(cache) == {one, three}
     assert not two.exists()
 
     assert stage(second, small).parent == two
-    assert entries(area) == {two, three}
+    assert entries(cache) == {two, three}
     with pytest.raises(StoreError, match="In use") as refused:
         stage(first, small)
     for said in (
@@ -41,30 +41,30 @@ def test_least_recently_used_is_evicted_unless_in_use(store_maker, area):
         str(os.getpid()),
     ):
         assert said in str(refused.value)
-    assert entries(area) == {two, three}
+    assert entries(cache) == {two, three}
     open_store(two / "targets.zarr")
-    assert stage(first, area).parent == one, "with a higher limit it fits"
+    assert stage(first, cache).parent == one, "with a higher limit it fits"
 
 
-def test_nothing_is_evicted_for_a_store_that_cannot_fit(store_maker, area, monkeypatch):
+def test_nothing_is_evicted_for_a_store_that_cannot_fit(store_maker, cache, monkeypatch):
     small = store_maker("small.zarr", num_samples=300, codec=Codec())
     large = store_maker("large.zarr", codec=Codec())
-    idle = stage_elsewhere(small.path, area).parent
+    idle = stage_elsewhere(small.path, cache).parent
     with pytest.raises(StoreError, match=r"needs 1,9\d\d,\d\d\d bytes in .* may take 1,000,000 together"):
-        stage(large.path, replace(area, max_bytes=10**6))
-    usage = shutil.disk_usage(area.folder)._replace(free=1000)
+        stage(large.path, replace(cache, max_bytes=10**6))
+    usage = shutil.disk_usage(cache.folder)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     with pytest.raises(
         StoreError, match=r"needs 1,9\d\d,\d\d\d bytes more in .*, whose disk has .* free.*KDPIPE_CACHE"
     ):
-        stage(large.path, area)
-    assert entries(area) == {idle}
-    require_equal(stage(small.path, area), small)
+        stage(large.path, cache)
+    assert entries(cache) == {idle}
+    require_equal(stage(small.path, cache), small)
 
 
-def test_a_crash_in_an_eviction_leaves_no_half_store(store_maker, area, monkeypatch):
+def test_a_crash_in_an_eviction_leaves_no_half_store(store_maker, cache, monkeypatch):
     first, second = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()) for n in (2500, 2400))
-    small = replace(area, max_bytes=3 * 10**6)
+    small = replace(cache, max_bytes=3 * 10**6)
     one = stage_elsewhere(first.path, small).parent
 
     def crash(folder, **_):
@@ -76,22 +76,22 @@ def test_a_crash_in_an_eviction_leaves_no_half_store(store_maker, area, monkeypa
         with pytest.raises(KeyboardInterrupt):
             stage(second.path, small)
     assert not one.exists()
-    assert len(list(area.folder.glob(".*.partial"))) == 1
+    assert len(list(cache.folder.glob(".*.partial"))) == 1
     require_equal(stage(second.path, small), second)
-    assert not list(area.folder.glob(".*.partial"))
+    assert not list(cache.folder.glob(".*.partial"))
 
 
-def test_foreign_folders_are_never_evicted(store_maker, area):
+def test_foreign_folders_are_never_evicted(store_maker, cache):
     first, second = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()) for n in (2500, 2400))
-    small = replace(area, max_bytes=3 * 10**6)
+    small = replace(cache, max_bytes=3 * 10**6)
     one = stage_elsewhere(first.path, small).parent
-    others = [area.folder / name for name in ("thesis", ".thesis.0123abcd.partial", f"{one.name}-old")]
+    others = [cache.folder / name for name in ("thesis", ".thesis.0123abcd.partial", f"{one.name}-old")]
     for other in others:
         other.mkdir()
         (other / "chapter").write_bytes(bytes(10**6))
         os.utime(other, (0, 0))
     two = stage(second.path, small).parent
-    assert entries(area) == {two}
+    assert entries(cache) == {two}
     assert all((other / "chapter").exists() for other in others)
 
 

@@ -1,4 +1,4 @@
-"""A store in float32: there is something to lose."""
+"""A store in float32, whose precision can be reduced."""
 
 import pytest
 from made_store import make_store

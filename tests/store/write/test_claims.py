@@ -1,4 +1,4 @@
-"""A unit is one process's at a time, a dead process holds nothing, and nothing is left lying about."""
+"""A unit is claimed by one process at a time, a dead process holds nothing, and no files are left."""
 
 import errno
 import fcntl
@@ -168,7 +168,7 @@ def test_probe_does_not_refuse_a_claim(store, locks, monkeypatch):
             real(descriptor, operation)
         except BlockingIOError:
             refused.append(operation)
-            real(looking, fcntl.LOCK_UN)  # the look is over
+            real(looking, fcntl.LOCK_UN)  # the probe is over
             raise
 
     monkeypatch.setattr("fcntl.flock", flock)

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone: one sentence says so, nothing is committed, and a rerun goes on."""
+"""A disk that is full, read-only or gone: one sentence, nothing committed, and a rerun continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WISH = Wish(LOGITS["float32"], num_layers=0)
 
 @pytest.fixture(scope="session")
 def _mounting():
-    """Skip where this user may not mount a file system of its own."""
+    """Skip where this user may not mount a file system."""
     tried = (
         subprocess.run(
             ["unshare", "-Urm", "sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt"], capture_output=True, check=False
@@ -38,7 +38,7 @@ def _mounting():
 
 
 def on_tmpfs(folder: Path, script: str, size: str = "1m") -> list[str]:
-    """Run a script with the variable `disk`, the Path of a file system of `size`; returns the lines that it prints."""
+    """Run a script with the variable `disk`, the Path of a file system of `size`; return the lines that it prints."""
     head = f"import os, re, subprocess, sys\nfrom pathlib import Path\ndisk = Path({str(folder)!r})\n"
     prepare = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
     run = subprocess.run(
@@ -117,7 +117,7 @@ def test_full_disk_keeps_commits_and_rerun_continues(tmp_path):
 @pytest.mark.usefixtures("_mounting")
 @pytest.mark.parametrize("bytes_left", [0, 4096, 12_288, 16_384, 20_480, 24_576, 28_672, 36_864, 45_056])
 def test_full_disk_anywhere_is_one_sentence_and_rerun_completes(tmp_path, bytes_left):
-    """In the lock, in the claim, in the shard, in its marker, in the manifest."""
+    """In the lock, the claim, the shard, its marker, or the manifest."""
     said, _, partial, difference = on_tmpfs(tmp_path, FULL.replace("BYTES_LEFT", str(bytes_left)))
     assert "the disk is full" in said or "No space left on device" in said
     assert (partial, difference) == ("[]", "None")
@@ -199,7 +199,7 @@ def test_disk_errors_are_plain_sentences(begun, monkeypatch, code, words):
 
 
 def test_any_refused_write_is_one_sentence_and_rerun_completes(tmp_path, monkeypatch):
-    """Every seventh fsync of a job that extends a store fails once: of a file, or of the folder that names it."""
+    """Every seventh fsync of a job that extends a store fails once: of a file, or of its folder."""
     monkeypatch.setattr("os.fsync", lambda _: None)
     small, large = WISH, Wish(WISH.form, num_views=3, num_samples=1600, num_layers=1)
     expected = folder_bytes(grow(tmp_path / "undisturbed.zarr", small, large))
@@ -239,7 +239,7 @@ def test_vanished_mount_is_refused_and_not_recreated(begun, tmp_path):
 
 
 def commit_known(path, manifest):
-    """Commit a unit whose rows were computed before the disk went."""
+    """Commit a unit whose rows were computed before the disk failed."""
     unit, spec = manifest.layout.units()[1], manifest.arrays[0]
     write_unit(path, manifest, unit, {spec.name: truth(spec, unit.view, WISH.samples.ids[unit.start : unit.stop])})
 

@@ -1,4 +1,4 @@
-"""Views are removed from the end: what stays is untouched, a kill leaves a whole store, and growing again works."""
+"""Views are dropped from the end: the rest is untouched, a kill leaves a valid store, and views can be added again."""
 
 import dataclasses
 import os

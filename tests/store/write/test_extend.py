@@ -1,6 +1,4 @@
-"""A store grows in place: what was there stays as it is to the byte, and readers see the old part until the new one
-is finished.
-"""
+"""A store is extended in place: existing files are kept, and readers see the old part until the new is finished."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ def path(tmp_path) -> Path:
 
 
 def data_files(path: Path) -> dict[str, tuple[bytes, int, int]]:
-    """Shards and markers, each with its bytes, inode and time of change."""
+    """Return shards and markers, each with its bytes, inode and time of change."""
     stats = {key: (path / key).stat() for key in folder_bytes(path) if "/c/" in key and not key.startswith("samples")}
     return {key: ((path / key).read_bytes(), stat.st_ino, stat.st_mtime_ns) for key, stat in stats.items()}
 
@@ -161,11 +159,11 @@ def test_what_is_still_being_added_is_named(path):
 
 
 class Killed(BaseException):
-    """A job ends here: nothing after it is done, and nothing that was begun is tidied up."""
+    """The end of a job: nothing after it is done, and nothing is cleaned up."""
 
 
 def killing_at(monkeypatch: pytest.MonkeyPatch, number: int, torn: bool) -> list[Path]:
-    """Let the job be killed at its file number `number`; torn: half of its temporary file is left behind."""
+    """Kill the job at its file number `number`; torn: half of its temporary file is left behind."""
     real, written = store.fs.atomic_write.write_atomically, []
 
     def write(file: Path, *parts: bytes | memoryview) -> None:
@@ -192,7 +190,7 @@ def count_files(job: Callable[[], object]) -> int:
 @pytest.mark.parametrize("torn", [0, 1])
 @pytest.mark.parametrize("wish", [GROWTHS["samples"], GROWTHS["a layer"]], ids=["samples", "a layer"])
 def test_job_killed_between_any_two_files_resumes(tmp_path, wish, torn, monkeypatch):
-    """Of those files every second one is half written when the job is killed."""
+    """Every second file is half written when the job is killed."""
     monkeypatch.setattr("os.fsync", lambda _: None)  # a kill takes nothing from the page cache
     undisturbed = grow(tmp_path / "undisturbed.zarr", SMALL, wish)
     num_files = count_files(lambda: grow(tmp_path / "counted.zarr", SMALL, wish))
@@ -290,7 +288,7 @@ def _files(path: Path):
 
 
 def test_units_written_before_growth_are_kept(path):
-    """A store that grows before its first filling is done keeps the units that it has."""
+    """A store that is extended before its first filling is done keeps its units."""
     other = path.with_name("b.zarr")
     manifest = ensure_store(other, SMALL.manifest, SMALL.samples)
     commit(other, manifest, manifest.layout.units()[0])

@@ -38,7 +38,7 @@ from store.write.transcode_options import TranscodeOptions
 
 
 def nearest(values, bits):
-    """`values` with `bits` bits behind the leading one, by arithmetic in double precision; ties to even."""
+    """Return `values` rounded to `bits` bits behind the leading one, in double precision; ties to even."""
     exact = values.astype(np.float64)
     mantissa, exponent = np.frexp(exact)
     return np.ldexp(np.rint(np.ldexp(mantissa, bits + 1)), exponent - bits - 1)
@@ -158,9 +158,7 @@ def test_rounding_skips_tail_and_coarser_arrays_and_is_recorded(tmp_path):
     keep_bits=st.sampled_from([None, 1, 7]),
     before=st.sampled_from([None, ZSTD]),
 )
-def test_any_options_give_expected_rows(
-    tmp_path_factory, num_samples, codec, dtype, num_views, keep_bits, before
-):
+def test_any_options_give_expected_rows(tmp_path_factory, num_samples, codec, dtype, num_views, keep_bits, before):
     folder = tmp_path_factory.mktemp("any")
     made = make_store(folder / "a.zarr", num_samples=num_samples, specs=FLOAT32, codec=before)
     target = changed(made.path, TranscodeOptions(codec=codec, dtype=dtype, num_views=num_views, keep_bits=keep_bits))
@@ -173,7 +171,7 @@ def test_any_options_give_expected_rows(
 
 
 def measured(made):
-    """Fill a store as a teacher does, with figures on what each array lost."""
+    """Fill a store as a teacher does, with figures on the loss of each array."""
     for unit in made.units:
         rows = made.rows(unit)
         exact = {name: values.astype(np.float32) * np.float32(1.001) for name, values in rows.items()}
@@ -237,7 +235,7 @@ def test_sizes_are_those_on_disk(source):
 
 
 def killed_at_fsync(number, source, target, change):
-    """Run `transcode` in a child that kills itself with SIGKILL at its `number`-th fsync; whether it was killed."""
+    """Run `transcode` in a child that is killed at its `number`-th fsync; return whether it was killed."""
     child = os.fork()
     if child == 0:
         try:
@@ -306,7 +304,7 @@ def grown_manifest(made, samples):
 
 
 def grow(made, samples, fill):
-    """Extend a store by the samples that it lacks, all of its rows drawn anew; returns what it now holds."""
+    """Extend a store by new samples, with random rows, and return its expected contents."""
     manifest = ensure_store(made.path, grown_manifest(made, samples), samples)
     rng = np.random.default_rng(3)
     shape = (2, manifest.layout.num_shards * manifest.layout.unit_rows)

@@ -1,4 +1,4 @@
-"""What transcoding cannot do is refused in a sentence, and leaves nothing half done."""
+"""Impossible transcodings are refused in a sentence and leave nothing incomplete."""
 
 import os
 
@@ -58,7 +58,7 @@ def test_lost_precision_and_classes_cannot_be_restored(source):
 
 
 def too_large(source, value):
-    """Two samples of the source whose features are `value`."""
+    """Return two samples of the source, with features set to `value`."""
     unit, rows = source.units[1], source.rows(source.units[1])
     rows[FEATURES][[4, 9], 1, 2] = value
     shard_path(source.path, FLOAT32[1], unit).unlink()

@@ -1,7 +1,7 @@
-"""Writers that are started, interleaved, killed at any file and started again end in an undisturbed writer's bytes.
+"""Writers that are interleaved, killed at any file and restarted end in a single undisturbed writer's bytes.
 
-Each writer is a thread that waits before every file that it publishes, until the machine lets it go on or kills it
-there; only one ever runs, so a sequence of steps always does the same. (`test_store_killed.py` kills real processes.)
+Each writer is a thread that waits before every file that it publishes, until the test lets it continue or kills it
+there; only one ever runs, so a sequence of steps is deterministic. (`test_writer_killed.py` kills real processes.)
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ WISHES = [
 
 
 class Killed(BaseException):
-    """A writer ends here. What it had begun stays as it is."""
+    """The end of a writer. Its unfinished files stay."""
 
 
 class Writer:
-    """A job that brings the store to a wish; it stops before each file that it publishes and waits for its turn."""
+    """A job that brings the store to a wish; it waits for its turn before each file that it publishes."""
 
     def __init__(self, path: Path, wish: Wish) -> None:
         self.path, self.wish = path, wish
@@ -73,7 +73,7 @@ class Writer:
                 raise self.error
 
     def kill(self, torn: bool) -> None:
-        """End it where it is; torn: in the middle of writing the temporary file."""
+        """Kill it where it is; torn: in the middle of writing the temporary file."""
         self._torn = torn
         self.step()
 
@@ -127,7 +127,7 @@ def write(file: Path, *parts: bytes | memoryview) -> None:
 
 @contextmanager
 def exclusive_store(path: Path) -> Iterator[None]:
-    """As the store's own, but a writer that would wait for another one gives it a turn."""
+    """Act as the store's own lock, but give another writer a turn instead of waiting."""
     while True:
         try:
             held = exclusive(path, path.with_name(f".{path.name}.lock"))
@@ -154,7 +154,7 @@ def stepping():
 
 @cache
 def undisturbed(*wishes: Wish) -> dict[str, bytes]:
-    """The files of a store that one writer brought from wish to wish."""
+    """Return the files of a store that one writer brought from wish to wish."""
     with tempfile.TemporaryDirectory() as folder:
         return folder_bytes(grow(Path(folder) / "a.zarr", *wishes))
 

@@ -1,4 +1,4 @@
-"""A writer that is killed at any moment, and run again, leaves the bytes of an undisturbed one."""
+"""A writer that is killed at any moment, and run again, leaves an undisturbed writer's bytes."""
 
 import multiprocessing
 import os
