@@ -12,12 +12,12 @@ from store.format.markers import marker_key
 from store.format.samples import CHUNK_ROWS, COLUMNS
 from store.format.schema import SAMPLES
 from store.format.shard import shard_key
-from store.format.zarr_metadata import metadata_files
+from store.format.zarr_metadata import metadata_bytes
 
 
 def orphaned_files(path: Path, manifest: Manifest) -> tuple[str, ...]:
     """Return the keys of all files of the store at `path` that are no part of it, in order."""
-    metadata = set(metadata_files(manifest))
+    metadata = set(metadata_bytes(manifest))
     return tuple(key for key in _files(path) if key not in metadata and not _is_chunk(key, manifest))
 
 

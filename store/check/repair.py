@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from store.format.identity import sha256_of
 from store.format.layout import StoreLayout, Unit
 from store.format.manifest import Manifest
 from store.format.markers import Marker, checked_record, read_marker, remove_marker, write_marker
-from store.format.samples import CHUNK_ROWS, COLUMNS, Samples, column_dtype, column_keys, row_order, sample_chunks
+from store.format.samples import CHUNK_ROWS, COLUMNS, Samples, read_column, row_order, sample_chunks
 from store.format.schema import ATTRIBUTE, MARKER_BYTES, MARKERS, MAX_UNITS, METADATA_BYTES, SCHEMA_VERSION
 from store.format.shard import shard_shape
 from store.fs.atomic_write import make_folders, write_atomically
@@ -166,18 +167,19 @@ def restore_samples(path: Path, manifest: Manifest, known: Samples) -> None:
 
 def _stored_column(path: Path, name: str, layout: StoreLayout) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Return a sample array [num_samples] as stored, and a mask of the readable samples."""
-    dtype = column_dtype(name)
-    chunk_bytes, parts, readable = CHUNK_ROWS * dtype.itemsize, [], []
-    for key in column_keys(name, layout):
-        try:
-            raw = read_regular_file(path / key, chunk_bytes, path)
-        except OSError:
-            raw = b""
-        whole = len(raw) == chunk_bytes
-        parts.append(np.frombuffer(raw, dtype) if whole else np.full(CHUNK_ROWS, COLUMNS[name][1], dtype))
-        readable.append(np.full(CHUNK_ROWS, whole))
-    rows = layout.sample_rows()
-    return np.concatenate(parts)[rows].astype(COLUMNS[name][0]), np.concatenate(readable)[rows]
+    rows, readable = layout.sample_rows(), np.ones(layout.num_rows, np.bool_)
+
+    def read(key: str, max_bytes: int) -> bytes | None:
+        with suppress(OSError):
+            return read_regular_file(path / key, max_bytes, path)
+        return None
+
+    def mark_unreadable(key: str, fault: str) -> None:
+        first_row = int(key.rpartition("/")[2]) * CHUNK_ROWS
+        readable[first_row : first_row + CHUNK_ROWS] = False
+
+    column = read_column(read, name, layout, mark_unreadable)
+    return column[rows].astype(COLUMNS[name][0]), readable[rows]
 
 
 def _ids_by_row(path: Path, manifest: Manifest, stored: NDArray[np.int64], known: Samples) -> NDArray[np.int64]:

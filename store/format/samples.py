@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -126,34 +125,48 @@ def sample_chunks(samples: Samples, layout: StoreLayout, first_row: int = 0) -> 
 
 def read_samples(path: Path, layout: StoreLayout, data: Mapping[str, Any]) -> Samples:
     """Read the samples of the store at `path` and check them against the digests in its identity's `data`."""
-    return samples_from(partial(_read_chunk, path), layout, data, str(path))
+
+    def read(key: str, max_bytes: int) -> bytes:
+        with translate_os_errors(
+            lambda e: f"{path / key} cannot be read ({e.strerror}): run `kdpipe store repair RECIPE`."
+        ):
+            return read_regular_file(path / key, max_bytes, path)
+
+    return samples_from(read, layout, data, str(path))
 
 
 def samples_from(read: ReadKey, layout: StoreLayout, data: Mapping[str, Any], where: str) -> Samples:
-    """Read the samples of a local or remote store through `read`; checked as by `read_samples`.
+    """Read the samples of a local or remote store through `read`; checked as by `read_samples`."""
 
-    Chunks are read one after the other: what a manifest only claims to hold takes no memory.
-    """
-    samples = Samples(**{name: _read_column(read, name, layout, where) for name in COLUMNS})
+    def refuse(key: str, fault: str) -> None:
+        raise StoreError(f"{where}/{key} is damaged: {fault}. Run `kdpipe store repair RECIPE`.")
+
+    rows = layout.sample_rows()
+    columns = {name: read_column(read, name, layout, refuse)[rows].astype(COLUMNS[name][0]) for name in COLUMNS}
+    samples = Samples(**columns)
     if any(data.get(key) != digest for key, digest in samples.digests().items()):
-        raise StoreError(f"{where}/{SAMPLES} is damaged: its digests do not match. Run `kdpipe store repair RECIPE`.")
+        refuse(SAMPLES, "its digests do not match")
     return samples
 
 
-def _read_chunk(path: Path, key: str, max_bytes: int) -> bytes:
-    file = path / key
-    with translate_os_errors(lambda e: f"{file} cannot be read ({e.strerror}): run `kdpipe store repair RECIPE`."):
-        return read_regular_file(file, max_bytes, path)
+def read_column(read: ReadKey, name: str, layout: StoreLayout, on_fault: Callable[[str, str], None]) -> NDArray[Any]:
+    """Read all rows of a sample array, including rows without a sample.
 
+    Chunks are read one after the other: what a manifest only claims to hold takes no memory.
 
-def _read_column(read: ReadKey, name: str, layout: StoreLayout, where: str) -> NDArray[Any]:
+    Args:
+        read: Reads a chunk; None where it is absent.
+        name: The array.
+        layout: The store's layout.
+        on_fault: Called with (key, fault) for an absent or incomplete chunk, which then reads as if without samples.
+    """
     dtype, parts = column_dtype(name), []
     chunk_bytes = CHUNK_ROWS * dtype.itemsize
     for key in column_keys(name, layout):
         raw = read(key, chunk_bytes)
         if raw is None or len(raw) != chunk_bytes:
-            found = "it is missing" if raw is None else f"it does not have {chunk_bytes:,} bytes"
-            raise StoreError(f"{where}/{key} is damaged: {found}. Run `kdpipe store repair RECIPE`.")
-        parts.append(np.frombuffer(raw, dtype))
-    column: NDArray[Any] = np.concatenate(parts)[layout.sample_rows()].astype(COLUMNS[name][0])
-    return column
+            on_fault(key, "it is missing" if raw is None else f"it does not have {chunk_bytes:,} bytes")
+            parts.append(np.full(CHUNK_ROWS, COLUMNS[name][1], dtype))
+        else:
+            parts.append(np.frombuffer(raw, dtype))
+    return np.concatenate(parts)

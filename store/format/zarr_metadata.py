@@ -18,7 +18,7 @@ from store.fs.safe_read import read_regular_file
 LITTLE_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
-def metadata_files(manifest: Manifest) -> dict[str, dict[str, Any]]:
+def metadata_bytes(manifest: Manifest) -> dict[str, bytes]:
     """Return every metadata file of a store by key, in an order in which they can be replaced one by one.
 
     The group's, which holds the manifest, comes last: arrays may cover more than the manifest.
@@ -29,23 +29,18 @@ def metadata_files(manifest: Manifest) -> dict[str, dict[str, Any]]:
     files |= {f"{SAMPLES}/{name}/zarr.json": _column_metadata(name, manifest) for name in COLUMNS}
     files[f"{MARKERS}/zarr.json"] = _markers_metadata(manifest)
     files["zarr.json"] = _group({ATTRIBUTE: manifest.to_json()})
-    return files
+    return {key: json.dumps(record, indent=2, allow_nan=False).encode() for key, record in files.items()}
 
 
 def create_group(path: Path, manifest: Manifest, samples: Samples) -> None:
     """Write an empty store into the new folder `path`: samples and metadata."""
     for key, raw in sample_chunks(samples, manifest.layout):
         _write_new(path / key, raw)
-    for key, record in metadata_files(manifest).items():
-        _write_new(path / key, _json(record))
+    for key, raw in metadata_bytes(manifest).items():
+        _write_new(path / key, raw)
     for entry in [path, *path.rglob("*")]:
         if entry.is_dir():
             fsync_path(entry)
-
-
-def metadata_bytes(manifest: Manifest) -> dict[str, bytes]:
-    """Return the bytes of every metadata file of a store, by key, in the order of `metadata_files`."""
-    return {key: _json(record) for key, record in metadata_files(manifest).items()}
 
 
 def replace_metadata(path: Path, manifest: Manifest, *, group_first: bool = False) -> None:
@@ -171,10 +166,6 @@ def _array(
 def _bytes_codec(dtype: str) -> dict[str, Any]:
     """Return the `bytes` codec: single-byte numbers have no byte order."""
     return {"name": "bytes"} if dtype == "uint8" else LITTLE_BYTES
-
-
-def _json(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, indent=2, allow_nan=False).encode()
 
 
 def _write_new(file: Path, raw: bytes) -> None:
