@@ -193,13 +193,13 @@ def test_a_lost_manifest_is_not_guessed(run, path):
 def test_the_store_of_another_schema_is_not_taken_for_a_damaged_one(run, path, intact):
     file = path / "zarr.json"
     record = json.loads(file.read_text())
-    record["attributes"]["kdpipe"]["schema_version"] = 3
+    record["attributes"]["kdpipe"]["schema_version"] = 4
     file.write_text(json.dumps(record))
     assert not mend(run, path)[1].damaged, "here the version alone was damaged"
     assert folder_bytes(path) == intact
     record["attributes"]["kdpipe"]["more"] = "of a later kdpipe"
     file.write_text(json.dumps(record))
-    with pytest.raises(StoreError, match="schema 3: only the kdpipe that wrote it"):
+    with pytest.raises(StoreError, match="schema 4: only the kdpipe that wrote it"):
         mend(run, path)
 
 
