@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
@@ -102,10 +102,11 @@ def svg(figure: Figure, title: str, description: str = "") -> Markup:
 
 def with_unique_ids(page: str) -> str:
     """Number the ids inside the page's charts: each chart has its own name space."""
-    numbers = iter(range(len(page)))
+    numbers = count()
 
     def renamed(chart: re.Match[str]) -> str:
-        return re.sub(r'( id="|href="#)', rf"\g<1>c{number}-", chart[0]) if (number := next(numbers)) >= 0 else ""
+        prefix = f"c{next(numbers)}-"
+        return re.sub(r'( id="|href="#)', rf"\g<1>{prefix}", chart[0])
 
     return re.sub(r'<svg class="chart".*?</svg>', renamed, page, flags=re.S)
 

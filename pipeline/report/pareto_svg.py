@@ -76,7 +76,7 @@ def pareto_svg(points: Sequence[Point], *, title: str) -> str:
         _draw(add_axes(figure, left + LEFT, TOP + 24, left + RIGHT, height + 24 - BOTTOM), panel)
     colors = (Path(__file__).parent / "html" / "templates" / "colors.css").read_text(encoding="utf-8")
     style = f"<style>\n{colors}svg {{ background: var(--paper); font-family: system-ui, sans-serif; }}\n</style>"
-    drawn = svg(figure, title, CAPTION)
+    drawn = str(svg(figure, title, CAPTION))
     return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
         "</desc>", f"</desc>{style}", 1
     )

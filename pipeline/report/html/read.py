@@ -1,4 +1,4 @@
-"""What the HTML page knows of a run: the tables' figures, and of each job its result and how it got there."""
+"""Read a run for the HTML page: its report, and each job's result and metrics by epoch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report.networks import Place, places_of
-from pipeline.report.report import Report, Row, read_report
+from pipeline.report.report import read_report
+from pipeline.report.rows import Report, Row
 from stages.job_folder import JobFolder, read_json
 from store.plain_file import read_plain
 
-MOST_METRICS_BYTES = 2**26
-"""That are read of a metrics.jsonl: more than any job has epochs for."""
+MAX_METRICS_BYTES = 2**26
+"""Read limit of a metrics.jsonl."""
+
+
+MAIN_KINDS = ("teacher", "alone", "student")
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """A line of metrics.jsonl: counted from 1, test accuracy in percent, the weighted losses by name."""
+    """A line of metrics.jsonl: number counted from 1, test accuracy in percent, weighted losses by name."""
 
     number: int
     accuracy: float
@@ -29,7 +33,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Job:
-    """One seed of a network. result: None while it is under way. num_damaged: lines of metrics that say nothing."""
+    """One seed of a network. result: None until it is finished. num_damaged: unreadable lines of metrics."""
 
     folder: Path
     result: Mapping[str, Any] | None
@@ -44,16 +48,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Network:
-    """A network over its seeds, as far as they have come."""
+    """A network over its seeds, finished or not."""
 
     name: str
     kind: str
     jobs: Sequence[Job]
 
     @property
-    def colour(self) -> str:
-        """The class of its lines."""
-        return f"k-{self.kind}" if self.kind in ("teacher", "alone", "student") else "k-compressed"
+    def color(self) -> str:
+        return self.kind if self.kind in MAIN_KINDS else "compressed"
+
+    @property
+    def line(self) -> str:
+        """Line style, so that color is not the only difference."""
+        return {"teacher": "dotted", "alone": "dashed"}.get(self.kind, "solid")
 
     @property
     def done(self) -> list[Job]:
@@ -62,7 +70,7 @@ class Network:
 
 @dataclass(frozen=True)
 class PageRun:
-    """A run as the page shows it. key: what its anchors begin with. path is nowhere shown but by its last name."""
+    """A run as the page shows it. key: prefix of its anchors. Of `path` only the last name is shown."""
 
     path: Path
     key: str
@@ -82,12 +90,11 @@ class PageRun:
 
     @property
     def main(self) -> list[Network]:
-        """The teacher and the students that were trained from the start."""
-        kinds = ("teacher", "alone", "student")
-        return [one for one in self.networks if one.kind in kinds]
+        """The teacher and the uncompressed students."""
+        return [one for one in self.networks if one.kind in MAIN_KINDS]
 
-    def discreet(self, sentence: object) -> str:
-        """A sentence without the way to the run folder, which is nobody else's concern."""
+    def without_path(self, sentence: object) -> str:
+        """Return the sentence with the path of the run folder replaced by its name: pages are shared."""
         text = str(sentence)
         for place in sorted({str(self.path), str(self.path.absolute()), str(self.path.resolve())}, key=len)[::-1]:
             text = text.replace(place, self.folder_name) if place not in (".", "") else text
@@ -95,7 +102,7 @@ class PageRun:
 
 
 def read_run(path: Path, number: int) -> PageRun:
-    """All of a run but what its stores and data hold. Raises RunError, as `read_report` does."""
+    """Read a run, without its stores and data. Raises RunError as `read_report` does."""
     report = read_report(path)
     recipe = read_json(path / "recipe.json") or {}
     networks = [_network(place) for place in places_of(recipe, path)]
@@ -113,12 +120,12 @@ def _network(place: Place) -> Network:
 
 
 def _epochs(path: Path) -> Iterator[Epoch | None]:
-    """The lines of a metrics.jsonl; None for one that is damaged."""
+    """Yield the lines of a metrics.jsonl; None for a damaged one."""
     try:
-        raw = read_plain(path, MOST_METRICS_BYTES)
+        raw = read_plain(path, MAX_METRICS_BYTES)
     except OSError:
         return
-    text = raw[:MOST_METRICS_BYTES].decode(errors="replace")
+    text = raw[:MAX_METRICS_BYTES].decode(errors="replace")
     for line in text.splitlines():
         if line.strip():
             yield _epoch(line)

@@ -1,119 +1,115 @@
-"""`kdpipe report --html`: one or several runs as one HTML page that needs nothing but itself.
+"""Write one or several runs as one self-contained HTML file.
 
-No script, no font, no picture from elsewhere: what a browser might fetch is forbidden by the page's own policy. The
-same run folders give the same bytes.
+It has no script, font or image from elsewhere; its content security policy forbids fetching any. The same run folders
+give the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline.page.compare import comparison
-from pipeline.page.confusions import confusions
-from pipeline.page.curves import learning_curves
-from pipeline.page.dark_knowledge import dark_knowledge
-from pipeline.page.head import sentence, tiles
-from pipeline.page.markup import Html, LeftOutError, element, join, safe
-from pipeline.page.provenance import provenance
-from pipeline.page.read import PageRun, read_run
-from pipeline.page.reliability import reliability
-from pipeline.page.style import STYLE
-from pipeline.page.tables import result_tables
-from pipeline.page.trade import trade
+from markupsafe import Markup
+
+from pipeline.report.chart import with_unique_ids
+from pipeline.report.html.read import PageRun, read_run
+from pipeline.report.html.sections.compare import comparison
+from pipeline.report.html.sections.confusions import confusions
+from pipeline.report.html.sections.curves import learning_curves
+from pipeline.report.html.sections.provenance import provenance
+from pipeline.report.html.sections.reliability import reliability
+from pipeline.report.html.sections.similarity import class_similarity
+from pipeline.report.html.sections.summary import summary
+from pipeline.report.html.sections.tables import results, tradeoff
+from pipeline.report.html.templating import LeftOutError, render
 from store import KdpipeError, write_atomically
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+Context = Mapping[str, object]
+Message = Callable[[str], None]
 
 
-def _samples(run: PageRun) -> Html:
-    from pipeline.page.samples import samples  # torch and the data set: only here
+def _samples(run: PageRun) -> Context:
+    from pipeline.report.html.sections.samples import samples  # imports torch
 
     return samples(run)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a run's page; key: the end of its anchor."""
+    """A part of a run's page: `key`.html is its template, filled with the values that `make` returns."""
 
     key: str
     title: str
-    make: Callable[[PageRun], Html]
+    make: Callable[[PageRun], Context]
 
 
 SECTIONS = (
-    Section("results", "Results", result_tables),
+    Section("results", "Results", results),
     Section("curves", "Learning curves", learning_curves),
-    Section("trade", "Accuracy, size and latency", trade),
-    Section("reliability", "Confidence against accuracy", reliability),
-    Section("confusions", "What they confuse", confusions),
-    Section("similar", "What the teacher finds similar", dark_knowledge),
-    Section("samples", "Pictures and opinions", _samples),
+    Section("tradeoff", "Accuracy, size and latency", tradeoff),
+    Section("reliability", "Reliability", reliability),
+    Section("confusions", "Confusions", confusions),
+    Section("similarity", "Class similarity", class_similarity),
+    Section("samples", "Samples with predictions", _samples),
     Section("provenance", "Provenance", provenance),
 )
 
 
-def write_page(runs: Sequence[Path], file: Path, say: Callable[[str], None]) -> None:
-    """Write the page of these run folders to `file`, in place of what is there; `say` is told of what is left out.
+def write_page(runs: Sequence[Path], file: Path, on_message: Message) -> None:
+    """Write the page of run folders to `file`, replacing it.
 
-    Raises RunError where a folder is none, or its figures are damaged, and OSError where the page cannot be written.
+    Args:
+        runs: Run folders, each shown in a part of its own.
+        file: Path of the page.
+        on_message: Called with a sentence for each section that is left out, and at the end.
+
+    Raises:
+        RunError: If a folder is not a run folder, or its results are damaged.
+        OSError: If the page cannot be written.
     """
     found = [read_run(path, number) for number, path in enumerate(runs, 1)]
-    content = page(found, say)
+    content = page(found, on_message)
     write_atomically(file, content.encode())
-    say(f"{file}: the page of {len(found)} {'run' if len(found) == 1 else 'runs'}, {len(content) / 1e6:.2f} MB.")
+    num_runs = f"{len(found)} {'run' if len(found) == 1 else 'runs'}"
+    on_message(f"{file}: the page of {num_runs}, {len(content) / 1e6:.2f} MB.")
 
 
-def page(runs: Sequence[PageRun], say: Callable[[str], None]) -> str:
-    """The page's text."""
-    title = runs[0].report.recipe if len(runs) == 1 else f"{len(runs)} runs"
-    parts = [_run(runs[0], 2, say)] if len(runs) == 1 else [_together(runs, say), *(_run(one, 3, say) for one in runs)]
-    head = [
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">',
-        f"<title>{safe(title)}: kdpipe report</title><style>\n{STYLE}\n</style></head>\n<body><main>",
+def page(runs: Sequence[PageRun], on_message: Message) -> str:
+    """Return the page's text."""
+    title, together = runs[0].report.recipe, None
+    if len(runs) > 1:
+        title = f"{len(runs)} runs"
+        together = _attempt("compare.html", lambda: comparison(runs), "the comparison", on_message)
+    parts = [
+        {"run": run, "summary": render("summary.html", **summary(run)), "sections": _sections(run, on_message)}
+        for run in runs
     ]
-    return "\n".join([*head, *parts, "</main></body></html>\n"])
+    return with_unique_ids(render("page.html", title=title, comparison=together, parts=parts))
 
 
-def _together(runs: Sequence[PageRun], say: Callable[[str], None]) -> Html:
-    """The top of a page of several runs: their figures side by side."""
-    body = element("section", _attempt(lambda: comparison(runs), "the comparison", say))
-    links = (element("a", f"{run.report.recipe} ({run.folder_name})", href=f"#{run.key}top") for run in runs)
-    return join(
-        [element("p", "kdpipe report", kind="over"), element("h1", f"{len(runs)} runs"), element("nav", *links), body]
-    )
+def _sections(run: PageRun, on_message: Message) -> list[dict[str, object]]:
+    made: list[dict[str, object]] = []
+    for section in SECTIONS:
+        name = f"{run.report.recipe}: {section.title}"
+        body = _attempt(f"{section.key}.html", partial(section.make, run), name, on_message, run)
+        made.append({"key": section.key, "title": section.title, "body": body})
+    return made
 
 
-def _run(run: PageRun, level: int, say: Callable[[str], None]) -> Html:
-    """A run's part of the page, its sections under headings of `level`."""
-    name = run.report.recipe
-    over = element("p", f"kdpipe report, run folder {run.folder_name}", kind="over")
-    links = (element("a", one.title, href=f"#{run.key}{one.key}") for one in SECTIONS)
-    head = [over, element(f"h{level - 1}", name, id=f"{run.key}top"), element("p", sentence(run), kind="lead")]
-    return element("section", *head, tiles(run), element("nav", *links), *_sections(run, level, say), kind="run")
-
-
-def _sections(run: PageRun, level: int, say: Callable[[str], None]) -> Iterator[Html]:
-    for one in SECTIONS:
-        made = _attempt(partial(one.make, run), f"{run.report.recipe}: {one.title}", say, run)
-        yield element("section", element(f"h{level}", one.title, id=run.key + one.key), made)
-
-
-def _attempt(make: Callable[[], Html], what: str, say: Callable[[str], None], run: PageRun | None = None) -> Html:
-    """A section, or the sentence that stands in its place: one that is damaged must not take the others along."""
+def _attempt(
+    template: str, make: Callable[[], Context], name: str, on_message: Message, run: PageRun | None = None
+) -> Markup:
+    """Render a section, or why it is left out: a damaged one does not affect the others."""
     try:
-        return make()
+        return render(template, **make())
     except LeftOutError as error:
-        why = str(error)
+        reason = str(error)
     except (KdpipeError, OSError) as error:
-        why = f"This could not be read: {error}"
-    except Exception as error:  # figures of any shape may stand in a stranger's files
-        why = f"What this needs is damaged ({type(error).__name__}: {error})."
-    why = run.discreet(why) if run else why
-    say(f"{what} is left out: {why}")
-    return element("p", why, kind="left-out")
+        reason = f"This could not be read: {error}"
+    except Exception as error:  # files of a run folder are untrusted input
+        reason = f"The data of this section is damaged ({type(error).__name__}: {error})."
+    reason = run.without_path(reason) if run else reason
+    on_message(f"{name} is left out: {reason}")
+    return render("left_out.html", reason=reason)

@@ -1,15 +1,15 @@
-"""Several runs on one page: their figures in one table, and their students' learning curves on the same axes."""
+"""Several runs on one page: their results in one table, and their students' learning curves on the same axes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.page.curves import axes_for, curve_of, curve_panel
-from pipeline.page.head import gain_of
-from pipeline.page.markup import Html, LeftOutError, element, figure, join, key, safe, table
-from pipeline.page.read import PageRun
-from pipeline.report.compressed import num_bytes
-from pipeline.report.examined import with_spread
+from pipeline.report.formatting import integer, kib, mean_std, share
+from pipeline.report.html.read import MAIN_KINDS, PageRun
+from pipeline.report.html.sections.curves import curve_panel, curves_of, legend, range_of
+from pipeline.report.html.sections.summary import gain_of
+from pipeline.report.html.templating import link
+from pipeline.report.tables import Table
 
 HEADERS = (
     "run",
@@ -24,48 +24,28 @@ HEADERS = (
 )
 
 
-def comparison(runs: Sequence[PageRun]) -> Html:
-    """The table, and the curves."""
-    return join(
-        [
-            table("The runs side by side", HEADERS, map(_line, runs), num_names=2),
-            element("h2", "Learning curves"),
-            _curves(runs),
-        ]
-    )
+def comparison(runs: Sequence[PageRun]) -> dict[str, object]:
+    curves = {run.key: curves_of(one for one in run.main if one.kind != "teacher") for run in runs}
+    together = [curve for of_run in curves.values() for curve in of_run]
+    charts = []
+    if together:
+        common = range_of(together)
+        for run in runs:
+            if curves[run.key]:
+                charts.append(curve_panel(f"{run.report.recipe} ({run.folder_name})", curves[run.key], [], common))
+    table = Table("Comparison of runs", HEADERS, [_row(run) for run in runs], num_names=2)
+    return {"runs": table, "charts": charts, "legend": legend(together)}
 
 
-def _line(run: PageRun) -> list[object]:
+def _row(run: PageRun) -> list[object]:
     gain, student = gain_of(run), run.row("student")
-    rows = [run.row(kind) for kind in ("teacher", "alone", "student")]
-    share = gain.share_closed if gain and not gain.is_within_spread else None
+    rows = [run.row(kind) for kind in MAIN_KINDS]
     return [
-        element("a", run.report.recipe, href=f"#{run.key}top"),
+        link(f"{run.key}top", run.report.recipe),
         run.folder_name,
-        *(with_spread(row.accuracy_mean, row.accuracy_std) if row else "-" for row in rows),
-        _signed(gain.points, gain.std) if gain else "-",
-        "-" if share is None else f"{100 * share:.0f} %",
-        f"{student.num_parameters:,}" if student else "-",
-        num_bytes(student.file_bytes) if student else "-",
+        *(mean_std(row.accuracy_mean, row.accuracy_std) if row else "-" for row in rows),
+        mean_std(gain.points, gain.std, signed=True) if gain else "-",
+        share(gain.share_closed if gain and not gain.is_within_spread else None),
+        integer(student.num_parameters if student else None),
+        kib(student.file_bytes if student else None),
     ]
-
-
-def _signed(points: float, std: float | None) -> str:
-    return f"{points:+.2f}" + ("" if std is None else f" ± {std:.2f}")
-
-
-def _curves(runs: Sequence[PageRun]) -> Html:
-    """A panel a run, with both of its students."""
-    curves = [
-        (run, [curve_of(one) for one in run.main if one.kind != "teacher" and any(job.epochs for job in one.jobs)])
-        for run in runs
-    ]
-    try:
-        axes = axes_for([curve for _, some in curves for curve in some])
-    except LeftOutError as error:
-        return element("p", error, kind="left-out")
-    panels = [curve_panel(f"{run.report.recipe} ({run.folder_name})", some, [], axes) for run, some in curves if some]
-    names = {curve.colour: curve.name for _, some in curves for curve in some}
-    keys = join([key(colour, name) for colour, name in names.items()])
-    text = safe("Thin: one seed. Thick: their mean, with its last value. All panels have the same axes. ")
-    return figure(join([text, Html(f'<span class="keys">{keys}</span>')]), *panels)

@@ -1,107 +1,84 @@
-"""Confusions: which classes the networks take for which, the teacher beside the student alone and distilled."""
+"""Confused classes of the teacher and of the students without and with distillation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from pipeline.page.heat import heat_map, legend
-from pipeline.page.markup import Html, LeftOutError, details, figure, join, note, table
-from pipeline.page.read import Network, PageRun
+from pipeline.report.formatting import count
+from pipeline.report.html.heat import HeatMap, heat_map, legend
+from pipeline.report.html.read import Network, PageRun
+from pipeline.report.html.templating import LeftOutError
+from pipeline.report.tables import Table
 
-MOST_DRAWN = 20
-"""With more classes, a matrix of confusions is mostly empty: the pairs are listed alone."""
+MAX_DRAWN = 20
+"""Classes up to which confusion matrices are drawn: larger ones are mostly empty."""
 
-FIRST, MOST_LISTED = 12, 200
+NUM_FIRST, MAX_LISTED = 12, 200
+"""Pairs in the first table, and in all."""
 
 
 @dataclass(frozen=True)
-class Confused:
-    """Of a network, how often a class [label] was taken for another [answer], a test set, mean over the seeds."""
+class Confusions:
+    """Misclassified test images by (label, prediction), mean over a network's seeds."""
 
     name: str
     pairs: Mapping[tuple[int, int], float]
 
 
-def confused_of(network: Network) -> Confused | None:
-    """None where it was not kept."""
-    held = [job.examined["confusions"] for job in network.done if job.examined and "confusions" in job.examined]
-    if not held:
-        return None
+def confusions_of(network: Network) -> Confusions | None:
+    """Return the confusions of a network; None if they were not recorded."""
+    recorded = [job.examined["confusions"] for job in network.done if job.examined and "confusions" in job.examined]
     pairs: dict[tuple[int, int], float] = {}
-    for one in held:
-        for label, answer, count in one:
-            pairs[int(label), int(answer)] = pairs.get((int(label), int(answer)), 0.0) + int(count) / len(held)
-    return Confused(network.name, pairs)
+    for label, answer, number in chain.from_iterable(recorded):
+        pairs[int(label), int(answer)] = pairs.get((int(label), int(answer)), 0.0) + int(number) / len(recorded)
+    return Confusions(network.name, pairs) if recorded else None
 
 
-def class_names(run: PageRun) -> list[str]:
-    """As the jobs' figures name them."""
-    rows = [row.per_class for row in run.report.rows if row.per_class]
-    return [one.name for one in rows[0]] if rows else []
+def confusions(run: PageRun) -> dict[str, object]:
+    """Return the confusion matrices and the most frequent pairs.
 
-
-def confusions(run: PageRun) -> Html:
-    """The section."""
-    found = [one for network in run.main if (one := confused_of(network)) is not None]
-    names = class_names(run)
+    Raises:
+        LeftOutError: If no confusions were recorded.
+    """
+    found = [one for network in run.main if (one := confusions_of(network)) is not None]
+    names = next(([one.name for one in row.per_class] for row in run.report.rows if row.per_class), [])
     if not found or not names:
-        raise LeftOutError("Which classes are confused was not kept by the kdpipe that made this run.")
-    listed = _listed(found)
-    if not listed:
-        return note("Not one test image is answered wrongly.")
-    drawn = _matrices(found, names) if len(names) <= MOST_DRAWN else ""
-    head = ["the image shows", "the answer is", *(one.name for one in found)]
+        raise LeftOutError("Confusions are recorded when a network is finished: none of this run has them yet.")
     cells = [
-        [names[label], names[answer], *(f"{one.pairs.get((label, answer), 0):.1f}" for one in found)]
-        for label, answer in listed
+        [names[label], names[answer], *(count(one.pairs.get((label, answer), 0)) for one in found)]
+        for label, answer in _most_frequent(found)
     ]
-    caption = "The most frequent confusions, in test images, mean over the seeds"
-    rest = (
-        details(f"The next {len(cells) - FIRST}", table(caption, head, cells[FIRST:], num_names=2))
-        if len(cells) > FIRST
-        else ""
-    )
-    return join([drawn, table(caption, head, cells[:FIRST], num_names=2), rest])
+    headers = ["true class", "predicted class", *(one.name for one in found)]
+    tables = [
+        Table("Most frequent confusions, in test images, mean over seeds", headers, rows, num_names=2)
+        for rows in (cells[:NUM_FIRST], cells[NUM_FIRST:])
+        if rows
+    ]
+    bounds = (0.0, max(max(one.pairs.values(), default=0.0) for one in found))
+    return {
+        "pairs": tables[0] if tables else None,
+        "more": tables[1] if len(tables) > 1 else None,
+        "maps": [_matrix(one, names, bounds) for one in found] if len(names) <= MAX_DRAWN else [],
+        "legend": legend(bounds, count),
+    }
 
 
-def _listed(found: Sequence[Confused]) -> list[tuple[int, int]]:
-    """All pairs, those first of which there are most in all networks together."""
-    together: dict[tuple[int, int], float] = {}
-    for one in found:
-        for pair, count in one.pairs.items():
-            together[pair] = together.get(pair, 0.0) + count
-    return sorted(together, key=lambda pair: (-round(together[pair], 9), pair))[:MOST_LISTED]
+def _most_frequent(found: Sequence[Confusions]) -> list[tuple[int, int]]:
+    """Return the pairs by their sum over networks, the most frequent first."""
+    sums: dict[tuple[int, int], float] = {}
+    for pair, number in chain.from_iterable(one.pairs.items() for one in found):
+        sums[pair] = sums.get(pair, 0.0) + number
+    return sorted(sums, key=lambda pair: (-round(sums[pair], 9), pair))[:MAX_LISTED]
 
 
-def _matrices(found: Sequence[Confused], names: Sequence[str]) -> Html:
-    most = max(max(one.pairs.values(), default=0.0) for one in found)
-    maps = []
-    for one in found:
-        values = np.zeros((len(names), len(names)))
-        np.fill_diagonal(values, np.nan)
-        for (label, answer), count in one.pairs.items():
-            values[label, answer] = count
-        total = f"{sum(one.pairs.values()):.1f} wrong answers"
-        shown = heat_map(
-            f"{one.name}: {total}",
-            "rows: what an image shows; columns: the answer",
-            values,
-            names,
-            _count,
-            ends=(0.0, most),
-        )
-        maps.append(join([Html("<div>"), note(f"{one.name}: {total}"), shown, Html("</div>")]))
-    caption = join(
-        [
-            "A row is what an image shows, a column the wrong answer; in test images, mean over the seeds. ",
-            legend((0.0, most), _count),
-        ]
-    )
-    return figure(caption, *maps)
-
-
-def _count(value: float) -> str:
-    return f"{value:.0f}" if value >= 9.95 or value == round(value) else f"{value:.1f}"
+def _matrix(one: Confusions, names: Sequence[str], bounds: tuple[float, float]) -> HeatMap:
+    values = np.zeros((len(names), len(names)))
+    np.fill_diagonal(values, np.nan)
+    for pair, number in one.pairs.items():
+        values[pair] = number
+    caption = f"{one.name}: {sum(one.pairs.values()):.1f} misclassified"
+    return heat_map(caption, values, names, count, bounds)

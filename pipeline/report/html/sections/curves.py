@@ -1,164 +1,157 @@
-"""Learning curves: test accuracy by epoch, a panel a network, all on the same axes; and the losses meanwhile."""
+"""Learning curves: test accuracy by epoch, one panel per network on equal axes, and the loss terms."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 
-from pipeline.page.chart import (
-    SMALL,
-    ErrorAxis,
-    Frame,
+from markupsafe import Markup
+
+from pipeline.report.chart import (
+    add_axes,
+    color,
+    drawable_errors,
+    drawing,
     epoch_axis,
-    epoch_ticks,
     error_axis,
-    level_line,
+    new_figure,
     spread,
-    stroke,
     svg,
-    words,
+    thinned,
 )
-from pipeline.page.losses import loss_panel, loss_rows
-from pipeline.page.markup import Html, LeftOutError, details, figure, join, key, note, safe, short, table, tables
-from pipeline.page.read import Network, PageRun
-from pipeline.report.examined import with_spread
+from pipeline.report.formatting import mean_std, shortened
+from pipeline.report.html.read import Network, PageRun
+from pipeline.report.html.sections.losses import loss_panel, loss_table
+from pipeline.report.html.templating import LeftOutError
+from pipeline.report.quality import mean_and_std
+from pipeline.report.tables import Table
 
-FRAME = Frame(width=340, height=236, left=38, top=30, right=292, bottom=196)
+MAX_ROWS = 60
+"""Epochs in a table; of more, every k-th is shown."""
 
-MOST_POINTS = 300
-"""A curve of more epochs is thinned to about so many."""
-
-MOST_ROWS = 60
+WIDTH, HEIGHT = 340, 236
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A network's accuracies by epoch, a mapping a seed."""
+    """A network's test accuracies in percent by epoch, a mapping per seed."""
 
     name: str
-    colour: str
+    color: str
+    line: str
     seeds: Sequence[Mapping[int, float]]
 
     @property
     def mean(self) -> dict[int, float]:
-        """Over the seeds, as far as the slowest has come."""
+        """Mean over the seeds, for the epochs that all seeds have reached."""
         common = set.intersection(*(set(seed) for seed in self.seeds)) if self.seeds else set()
         return {epoch: mean(seed[epoch] for seed in self.seeds) for epoch in sorted(common)}
 
 
 @dataclass(frozen=True)
-class Axes:
+class Range:
+    """Epochs and accuracies that all panels have room for."""
+
     num_epochs: int
-    accuracy: ErrorAxis
+    accuracies: Sequence[float]
 
 
-def curve_of(network: Network) -> Curve:
-    seeds = [{one.number: one.accuracy for one in job.epochs} for job in network.jobs if job.epochs]
-    return Curve(network.name, network.colour, seeds)
-
-
-def axes_for(curves: Iterable[Curve]) -> Axes:
-    """Axes with room for all curves. Raises LeftOutError where there is not one epoch."""
-    seeds = [seed for curve in curves for seed in curve.seeds]
-    if not seeds:
-        raise LeftOutError("No epoch of a training is recorded in this run yet.")
-    accuracies = [accuracy for seed in seeds for accuracy in seed.values()]
-    return Axes(max(max(seed) for seed in seeds), error_axis(accuracies, FRAME.bottom, FRAME.top))
-
-
-def learning_curves(run: PageRun) -> Html:
-    """The section of one run."""
-    networks = [one for one in run.main if any(job.epochs for job in one.jobs)]
-    curves = [curve_of(one) for one in networks]
-    axes = axes_for(curves)
-    panels = [curve_panel(curve.name, [curve], [one for one in curves if one is not curve], axes) for curve in curves]
-    keys = join([key(curve.colour, curve.name) for curve in curves])
-    caption = join(
-        [
-            "Thin: one seed. Thick: their mean, with its last value. Grey and dashed: the other networks' means. "
-            "Heights go by the logarithm of the errors that are left.",
-            Html(f'<span class="keys">{keys}</span>'),
-        ]
-    )
-    numbers = table("Test accuracy by epoch, %", ["epoch", *(one.name for one in curves)], _rows(curves))
-    return join(
-        [
-            figure(caption, *panels),
-            _losses(networks),
-            details("These curves as tables", tables([numbers, *(loss_rows(one, MOST_ROWS) for one in networks)])),
-            _damaged(networks),
-        ]
-    )
-
-
-def curve_panel(title: str, strong: Sequence[Curve], faint: Sequence[Curve], axes: Axes) -> Html:
-    """One panel: seeds and means of the `strong` curves, means of the others."""
-    x, y = epoch_axis(FRAME, axes.num_epochs), axes.accuracy
-    parts: list[Html] = [words(6, 16, short(title, 30), size=13), *_grid(axes)]
-    for curve in faint:
-        parts.append(stroke("faded", [(x.place(at), y.place(one)) for at, one in thinned(curve.mean)]))
-    lasts = [curve.mean for curve in strong]
-    heights = [y.place(average[max(average)]) if average else 0.0 for average in lasts]
-    for curve, average, height in zip(strong, lasts, spread(heights, SMALL + 2, FRAME.bottom - 3), strict=True):
-        group = [stroke("thin", [(x.place(at), y.place(one)) for at, one in thinned(seed)]) for seed in curve.seeds]
-        if average:
-            last = max(average)
-            group.append(stroke("mean", [(x.place(at), y.place(one)) for at, one in thinned(average)]))
-            group.append(
-                Html(f'<circle class="end" cx="{x.place(last):.1f}" cy="{y.place(average[last]):.1f}" r="3"/>')
-            )
-            group.append(words(x.place(last) + 7, height + 4, f"{average[last]:.2f}", kind="of"))
-        parts.append(join([Html(f'<g class="{curve.colour}">'), *group, Html("</g>")]))
-    ends = ", ".join(f"{one.name} ends at {with_spread(*_last(one))} %" for one in strong)
-    return svg(FRAME, f"{title}: test accuracy by epoch", ends, parts)
-
-
-def _grid(axes: Axes) -> list[Html]:
-    x, y = epoch_axis(FRAME, axes.num_epochs), axes.accuracy
-    lines = [level_line(FRAME, y.place(one), f"{one:g}") for one in y.ticks()]
-    return [*lines, *epoch_ticks(FRAME, x), words(FRAME.width, 16, "test accuracy, %", anchor="end", kind="tick")]
-
-
-def thinned(by_epoch: Mapping[int, float]) -> list[tuple[int, float]]:
-    """The points of a curve: every k-th of many, and always the last."""
-    points = sorted(by_epoch.items())
-    step = math.ceil(len(points) / MOST_POINTS) or 1
-    return points[::step] + ([points[-1]] if (len(points) - 1) % step else [])
-
-
-def _last(curve: Curve) -> tuple[float | None, float | None]:
-    """Mean and deviation over the seeds at the last epoch that all have."""
-    average = curve.mean
-    if not average:
-        return None, None
-    ends = [seed[max(average)] for seed in curve.seeds]
-    return mean(ends), stdev(ends) if len(ends) > 1 else None
-
-
-def _rows(curves: Sequence[Curve]) -> list[list[object]]:
-    epochs = sorted({epoch for curve in curves for seed in curve.seeds for epoch in seed})
-    step = math.ceil(len(epochs) / MOST_ROWS) or 1
-    chosen = epochs[::-1][::step][::-1]
+def curves_of(networks: Iterable[Network]) -> list[Curve]:
+    """Return the curves of networks of which an epoch is recorded."""
     return [
-        [epoch, *(_cell([seed[epoch] for seed in curve.seeds if epoch in seed]) for curve in curves)]
-        for epoch in chosen
+        Curve(network.name, network.color, network.line, seeds)
+        for network in networks
+        if (seeds := [{one.number: one.accuracy for one in job.epochs} for job in network.jobs if job.epochs])
     ]
 
 
-def _cell(found: Sequence[float]) -> str:
-    return with_spread(mean(found) if found else None, stdev(found) if len(found) > 1 else None)
+def range_of(curves: Iterable[Curve]) -> Range:
+    """Return the common range of curves, of which there must be one."""
+    seeds = [seed for curve in curves for seed in curve.seeds]
+    return Range(max(max(seed) for seed in seeds), [accuracy for seed in seeds for accuracy in seed.values()])
 
 
-def _losses(networks: Sequence[Network]) -> Html:
-    panels = [panel for one in networks if (panel := loss_panel(one)) is not None]
-    if not panels:
-        return Html()
-    return figure("The terms that training makes small, weighted as they are summed, mean over the seeds.", *panels)
+def legend(curves: Iterable[Curve]) -> list[tuple[str, str, str]]:
+    """Return name, color and line style of each kind of curve."""
+    return list({curve.color: (curve.name, curve.color, curve.line) for curve in curves}.values())
 
 
-def _damaged(networks: Sequence[Network]) -> Html:
-    damaged = {f"{one.name}": sum(job.num_damaged for job in one.jobs) for one in networks}
-    named = [f"{num} of {name}" for name, num in damaged.items() if num]
-    return note(f"Lines of metrics.jsonl that cannot be read are left out: {', '.join(named)}.") if named else safe("")
+def learning_curves(run: PageRun) -> dict[str, object]:
+    """Return the charts of a run.
+
+    Raises:
+        LeftOutError: If no epoch is recorded.
+    """
+    curves = curves_of(run.main)
+    if not curves:
+        raise LeftOutError("No training epoch is recorded in this run yet.")
+    common = range_of(curves)
+    loss_tables = [made for network in run.main if (made := loss_table(network, MAX_ROWS)) is not None]
+    num_damaged = {network.name: sum(job.num_damaged for job in network.jobs) for network in run.main}
+    return {
+        "charts": [
+            curve_panel(one.name, [one], [other for other in curves if other is not one], common) for one in curves
+        ],
+        "legend": legend(curves),
+        "loss_charts": [made for network in run.main if (made := loss_panel(network)) is not None],
+        "numbers": [_table(curves), *loss_tables],
+        "damaged": [f"{number} of {name}" for name, number in num_damaged.items() if number],
+    }
+
+
+@drawing()
+def curve_panel(title: str, strong: Sequence[Curve], faint: Sequence[Curve], common: Range) -> Markup:
+    """Draw the seeds and means of the `strong` curves, and the means of the `faint` ones."""
+    figure = new_figure(WIDTH, HEIGHT)
+    axes = add_axes(figure, 40, 30, WIDTH - 50, HEIGHT - 40)
+    axes.set_title(shortened(title, 26), loc="left", fontsize=13)
+    axes.set_title("test accuracy, %", loc="right", fontsize=11, color=color("quiet"))
+    epoch_axis(axes, common.num_epochs)
+    error_axis(axes, common.accuracies)
+
+    def draw(by_epoch: Mapping[int, float], name: str, line: str, width: float, opacity: float = 1.0) -> None:
+        epochs, accuracies = thinned(by_epoch)
+        errors = drawable_errors(accuracies, common.accuracies)
+        axes.plot(epochs, errors, color=color(name), linestyle=line, linewidth=width, alpha=opacity)
+
+    for curve in faint:
+        draw(curve.mean, "quiet", "dashed", 1.2, 0.45)
+    for curve in strong:
+        for seed in curve.seeds:
+            draw(seed, curve.color, "solid", 0.8, 0.5)
+        draw(curve.mean, curve.color, curve.line, 2.4)
+    last_values = [(curve, max(average), average[max(average)]) for curve in strong if (average := curve.mean)]
+    errors = drawable_errors([value for _, _, value in last_values], common.accuracies)
+    heights = axes.transData.transform([(1, error) for error in errors])[:, 1] if errors else []
+    for (curve, epoch, value), error, height, place in zip(
+        last_values, errors, heights, spread([-one for one in heights], 13, 0), strict=True
+    ):
+        axes.plot([epoch], [error], "o", color=color(curve.color), markersize=5)
+        axes.annotate(
+            f"{value:.2f}",
+            (epoch, error),
+            (7, -place - height),
+            textcoords="offset points",
+            va="center",
+            color=color(curve.color),
+            fontweight="bold",
+        )
+    ends = [f"{curve.name} ends at {mean_std(*mean_and_std(_last(curve)))} %" for curve in strong]
+    return svg(figure, f"{title}: test accuracy by epoch", ", ".join(ends))
+
+
+def _last(curve: Curve) -> list[float]:
+    """Return the seeds' accuracies after the last epoch that all have reached."""
+    return [seed[max(curve.mean)] for seed in curve.seeds] if curve.mean else []
+
+
+def _table(curves: Sequence[Curve]) -> Table:
+    epochs, _ = thinned(
+        dict.fromkeys((epoch for curve in curves for seed in curve.seeds for epoch in seed), 0.0), MAX_ROWS
+    )
+    rows = [
+        [epoch, *(mean_std(*mean_and_std([seed[epoch] for seed in one.seeds if epoch in seed])) for one in curves)]
+        for epoch in epochs
+    ]
+    return Table("Test accuracy by epoch, %", ["epoch", *(one.name for one in curves)], rows)

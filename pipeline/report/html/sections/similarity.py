@@ -1,85 +1,80 @@
-"""The section on what the teacher finds similar: the heat map, the closest pairs, and each class's neighbours."""
+"""Classes that the teacher finds similar: heat map, most similar pairs, and each class's neighbors."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pipeline.page.heat import heat_map, legend, percent
-from pipeline.page.markup import Html, LeftOutError, details, element, figure, join, note, table
-from pipeline.page.read import PageRun
-from pipeline.page.similarity import TEMPERATURE, Similarity, by_likeness, closest_pairs, read_similarity
+from pipeline.report.formatting import percent
+from pipeline.report.html.heat import heat_map, legend
+from pipeline.report.html.read import PageRun
+from pipeline.report.html.sections.similarity_data import (
+    TEMPERATURE,
+    Similarity,
+    by_likeness,
+    closest_pairs,
+    read_similarity,
+)
+from pipeline.report.html.templating import LeftOutError
+from pipeline.report.tables import Table
 from store import StoreError
 
-MOST_DRAWN, MOST_IN_OWN_ORDER, MOST_BESIDE = 100, 12, 30
-"""So many classes are drawn; with up to so many they keep the data set's order, which people know;
-and of so many the map leaves room for a table beside it."""
+MAX_DRAWN, MAX_UNSORTED, MAX_BESIDE = 100, 12, 30
+"""Classes in the map; up to which they keep the data set's order; up to which a table fits beside the map."""
 
 
-def dark_knowledge(run: PageRun) -> Html:
-    """The section. Raises LeftOutError where nothing that the teacher said can be read."""
+def class_similarity(run: PageRun) -> dict[str, object]:
+    """Return the heat map and tables.
+
+    Raises:
+        LeftOutError: If the teacher's stored outputs cannot be read.
+    """
     try:
         found = read_similarity(run.path, run.recipe)
     except StoreError as error:
-        raise LeftOutError(f"What the teacher says could not be read: {error}") from error
+        raise LeftOutError(f"The teacher's outputs could not be read: {error}") from error
     count = len(found.names)
-    drawn = np.arange(count) if count <= MOST_IN_OWN_ORDER else by_likeness(found, MOST_DRAWN)
+    drawn = np.arange(count) if count <= MAX_UNSORTED else by_likeness(found, MAX_DRAWN)
     values = found.others[np.ix_(drawn, drawn)]
     if count < 2 or not np.isfinite(values).any():
-        raise LeftOutError("There are not two classes that the teacher could find similar.")
-    ends, names = (float(np.nanmin(values)), float(np.nanmax(values))), [found.names[at] for at in drawn]
-    title = f"{run.report.recipe}: what the teacher finds similar"
-    desc = "rows: what an image shows; columns: the class that gets a share of the teacher's softened answer"
-    heat = heat_map(title, desc, values, names, percent, ends=ends)
-    drawing = figure(_caption(len(drawn), count, ends), heat, kind="map")
-    return join(
-        [
-            _explained(found),
-            element("div", drawing, _pairs(found), kind="beside" if len(drawn) <= MOST_BESIDE else "below"),
-            details("The figures as a table", _matrix(found) if count <= MOST_IN_OWN_ORDER else _neighbours(found)),
-        ]
-    )
+        raise LeftOutError("Similarity needs stored outputs for at least two classes.")
+    bounds, names = (float(np.nanmin(values)), float(np.nanmax(values))), [found.names[number] for number in drawn]
+    return {
+        "temperature": f"{TEMPERATURE:g}",
+        "num_samples": f"{found.num_samples:,}",
+        "source": found.source,
+        "map": heat_map("Share of the teacher's softened output", values, names, percent, bounds),
+        "legend": legend(bounds, percent),
+        "is_small": len(drawn) <= MAX_BESIDE,
+        "is_sorted": count > MAX_UNSORTED,
+        "num_drawn": len(drawn),
+        "num_classes": count,
+        "pairs": _pairs(found),
+        "numbers": _matrix(found) if count <= MAX_UNSORTED else _neighbors(found),
+    }
 
 
-def _explained(found: Similarity) -> Html:
-    return note(
-        f"A teacher's wrong answers are not all equally wrong, and that is what a student learns from it. Mean over "
-        f"{found.num_samples:,} samples, {found.source}, of softmax(logits / {TEMPERATURE:g})."
-    )
-
-
-def _caption(num_drawn: int, num_classes: int, ends: tuple[float, float]) -> Html:
-    text = "A row is what the image shows, a column the other class that gets a share of the answer. "
-    if num_classes > MOST_IN_OWN_ORDER:
-        text += "Classes stand beside those that they resemble. "
-    if num_drawn < num_classes:
-        text += f"Drawn are the {num_drawn} of {num_classes} classes that most resemble another. "
-    return join([text, legend(ends, percent)])
-
-
-def _pairs(found: Similarity) -> Html:
-    cells = (
+def _pairs(found: Similarity) -> Table:
+    cells = [
         [found.names[one], found.names[other], percent(found.shares[one, other]), percent(found.shares[other, one])]
         for one, other in closest_pairs(found, 12)
-    )
-    headers = ["one", "the other", "the other's share on images of the one", "and the other way"]
-    return table("The most similar pairs", headers, cells, num_names=2)
+    ]
+    headers = ["class A", "class B", "share of B on images of A", "share of A on images of B"]
+    return Table("The most similar pairs", headers, cells, num_names=2)
 
 
-def _matrix(found: Similarity) -> Html:
-    cells = ([name, *map(percent, row)] for name, row in zip(found.names, found.shares, strict=True))
-    return table("Mean softened answer, by what the image shows", ["the image shows", *found.names], cells)
+def _matrix(found: Similarity) -> Table:
+    cells = [[name, *map(percent, row)] for name, row in zip(found.names, found.shares, strict=True)]
+    return Table("Mean softened output by true class", ["true class", *found.names], cells)
 
 
-def _neighbours(found: Similarity) -> Html:
-    """For each class the three that get most of its answer."""
-    lines: list[list[object]] = []
-    for at, name in enumerate(found.names):
-        row = found.others[at]
-        if np.isnan(found.shares[at]).any():
+def _neighbors(found: Similarity) -> Table:
+    """Return for each class the three others with the largest shares."""
+    cells = []
+    for number, name in enumerate(found.names):
+        if np.isnan(found.shares[number]).any():
             continue
+        row = found.others[number]
         near = np.argsort(-np.nan_to_num(row, nan=-1.0), kind="stable")[:3]
-        lines.append(
-            [name, percent(found.shares[at, at]), *(f"{found.names[one]} {percent(row[one])}" for one in near)]
-        )
-    headers = ["the image shows", "its own share", "next", "second", "third"]
-    return table("Whom the teacher thinks of besides", headers, lines)
+        shares = (f"{found.names[one]} {percent(row[one])}" for one in near)
+        cells.append([name, percent(found.shares[number, number]), *shares])
+    return Table("Most similar classes", ["true class", "its own share", "first", "second", "third"], cells)
