@@ -1,22 +1,33 @@
-"""The HTML page of runs: it stands alone, escapes what strangers named, shows what there is, and says what is not."""
+"""The HTML page of runs: self-contained, escaped, deterministic, and complete apart from what it says is missing."""
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 
+import matplotlib
 import numpy as np
 import pytest
 from kdpipe_process import RECIPE, kdpipe_here
 from made_store import make_store
 
-from pipeline.page.chart import error_axis, spread
-from pipeline.page.heat import NUM_LEVELS, level_of
-from pipeline.page.read import Job, Network
-from pipeline.page.reliability import pooled_bins
-from pipeline.page.similarity import TEMPERATURE, Similarity, by_likeness, closest_pairs, similarity_of
-from pipeline.page.write import SECTIONS, write_page
+from pipeline.report.chart import spread, thinned, with_unique_ids
+from pipeline.report.html.heat import NUM_LEVELS, level_of
+from pipeline.report.html.read import Job, Network
+from pipeline.report.html.sections.curves import Curve, curve_panel, range_of
+from pipeline.report.html.sections.reliability import pooled_bins
+from pipeline.report.html.sections.similarity_data import (
+    TEMPERATURE,
+    Similarity,
+    by_likeness,
+    closest_pairs,
+    similarity_of,
+)
+from pipeline.report.html.write import SECTIONS, write_page
 from stages.errors import RunError
 from store import StoreError, open_store
 
@@ -24,8 +35,8 @@ VOID = {"meta", "br", "img", "hr", "input"}
 HOSTILE = '<script>alert("1")</script>\u202e\x1b[2J&amp;'
 
 
-class Read(HTMLParser):
-    """A page as it is read: every element closed in its order, all attributes, the texts, and ids and links."""
+class Parsed(HTMLParser):
+    """A parsed page: elements closed in order, attributes, texts, headings."""
 
     def __init__(self, text):
         super().__init__()
@@ -60,7 +71,7 @@ class Read(HTMLParser):
 
 
 def examined(right=0.8, names=("cat", "dog", "eel"), **more):
-    """As stages.examine leaves it; of fifteen bins the last two are filled."""
+    """Return an evaluation as stages.examine writes it; of fifteen bins the last two are filled."""
     empty = {"num_samples": 0, "confidence": None, "accuracy": None}
     some = {"num_samples": 10, "confidence": 0.9, "accuracy": 0.5}
     kept = {
@@ -99,7 +110,7 @@ def leave_job(folder, accuracy, found, losses=("hard_labels",), more_lines=()):
 
 
 def made_run(folder, name="made", seeds=(0, 1), **kept):
-    """A run of three networks: 90 % right, alone 70 and 72 %, distilled 80 and 82 %."""
+    """Make a run of three networks with accuracies 90 %, alone 70 and 72 %, distilled 80 and 82 %."""
     recipe = {"name": name, "student": {"seeds": list(seeds)}, "compress": {"steps": []}, "cache": {}}
     leave_job(folder / "teacher", 0.9, examined(0.9, **kept))
     for seed in seeds:
@@ -110,14 +121,14 @@ def made_run(folder, name="made", seeds=(0, 1), **kept):
 
 
 def page_of(*runs, file=None):
-    """The page's text, read, and what was said meanwhile."""
-    said, file = [], file or runs[0].parent / "page.html"
-    write_page(runs, file, said.append)
+    """Return the page's text, parsed, and the messages meanwhile."""
+    messages, file = [], file or runs[0].parent / "page.html"
+    write_page(runs, file, messages.append)
     text = file.read_text()
-    return text, Read(text), said
+    return text, Parsed(text), messages
 
 
-def test_a_page_stands_alone_and_fetches_nothing(tmp_path):
+def test_page_is_one_file_and_fetches_nothing(tmp_path):
     text, read, _ = page_of(made_run(tmp_path / "run"))
     assert not read.tags & {"script", "link", "iframe", "object", "embed", "base"}
     policies = [value for tag, name, value in read.attributes if tag == "meta" and name == "content"]
@@ -128,7 +139,7 @@ def test_a_page_stands_alone_and_fetches_nothing(tmp_path):
     assert not [name for _, name, _ in read.attributes if name.startswith("on")]
 
 
-def test_every_section_has_a_heading_and_every_link_leads_somewhere(tmp_path):
+def test_page_has_all_sections_and_valid_links(tmp_path):
     for runs in ([made_run(tmp_path / "one")], [made_run(tmp_path / "two"), made_run(tmp_path / "three")]):
         _, read, _ = page_of(*runs)
         titles = [title for _, title in read.headings]
@@ -142,16 +153,16 @@ def test_every_section_has_a_heading_and_every_link_leads_somewhere(tmp_path):
         assert {value[1:] for value in read.values("href")} <= set(ids)
 
 
-def test_the_first_sentence_says_what_distillation_was_worth(tmp_path):
+def test_summary_gives_gain_by_distillation(tmp_path):
     _, read, _ = page_of(made_run(tmp_path / "run"))
     sentence = (
-        "the student gets 81.00 ± 1.41 % of the test images right: 10.00 ± 0.00 points more than the same student"
+        "The distilled student reaches 81.00 ± 1.41 % test accuracy: 10.00 ± 0.00 points more than the same student"
     )
     assert sentence in read.text
     assert "closes 53 % of the gap to the teacher's 90.00 %" in read.text
 
 
-def test_a_gain_within_the_spread_of_the_seeds_closes_no_gap(tmp_path):
+def test_gain_within_seed_spread_closes_no_gap(tmp_path):
     run = made_run(tmp_path / "run")
     path = run / "students/distilled-seed1/result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": 0.64}))
@@ -160,7 +171,7 @@ def test_a_gain_within_the_spread_of_the_seeds_closes_no_gap(tmp_path):
     assert "That closes" not in read.text
 
 
-def test_what_strangers_named_is_text_and_commands_nothing(tmp_path):
+def test_untrusted_names_are_escaped_everywhere(tmp_path):
     run = made_run(tmp_path / "<b>run", name=HOSTILE, names=(HOSTILE, "dog", "eel"))
     leave_job(run / "students/alone-seed2", 0.5, examined(names=(HOSTILE, "dog", "eel")), losses=(HOSTILE,))
     recipe = json.loads((run / "recipe.json").read_text())
@@ -168,49 +179,49 @@ def test_what_strangers_named_is_text_and_commands_nothing(tmp_path):
     (run / "recipe.json").write_text(json.dumps(recipe | {HOSTILE: [HOSTILE]}))
     session = {"command": HOSTILE, "argv": [HOSTILE], "host": HOSTILE, "device": {HOSTILE: HOSTILE}}
     (run / "run.json").write_text(json.dumps({"sessions": [session, HOSTILE], HOSTILE: 1}))
-    text, read, said = page_of(run, run)
+    text, read, messages = page_of(run, run)
     assert "<script" not in text.lower()
     assert "<b>run" not in text
     assert not set(text) & {"\u202e", "\x1b"}
     assert '<script>alert("1")</script>??[2J&amp;' in read.text
-    assert str(tmp_path) not in text + "".join(said[:-1])
+    assert str(tmp_path) not in text + "".join(messages[:-1])
 
 
-def test_names_are_escaped_in_what_is_shown_in_place_of_a_section(tmp_path):
+def test_untrusted_names_are_escaped_in_error_messages(tmp_path):
     run = made_run(tmp_path / "run", confusions=[[HOSTILE, 0, 1]])
     text, read, _ = page_of(run)
     assert "<script" not in text.lower()
-    assert "What this needs is damaged" in read.text
+    assert "The data of this section is damaged" in read.text
 
 
 @pytest.mark.parametrize(
     "damage", [{"bins": "pie"}, {"bins": [1] * 15}, {"confusions": [[0]]}, {"confusions": [[7, 8, 1]]}]
 )
-def test_a_section_whose_figures_are_damaged_takes_no_other_along(tmp_path, damage):
-    _, read, said = page_of(made_run(tmp_path / "run", **damage))
-    assert len([one for one in said if "What this needs is damaged" in one]) == 1
-    assert "What each network is worth" in read.text
+def test_damaged_section_leaves_others_intact(tmp_path, damage):
+    _, read, messages = page_of(made_run(tmp_path / "run", **damage))
+    assert len([one for one in messages if "The data of this section is damaged" in one]) == 1
+    assert "Agreement with the teacher" in read.text
     assert "student distilled ends at" in read.text
 
 
-def test_a_run_of_an_older_kdpipe_has_a_page_that_says_what_was_not_kept(tmp_path):
+def test_missing_evaluations_are_reported(tmp_path):
     _, read, _ = page_of(made_run(tmp_path / "run", bins=..., confusions=...))
-    assert "How sure the networks are was not kept" in read.text
-    assert "Which classes are confused was not kept" in read.text
-    assert "Which commands made this run, where and when, was not kept" in read.text
+    assert "Confidences are recorded when a network is finished" in read.text
+    assert "Confusions are recorded when a network is finished" in read.text
+    assert "This run has no run.json" in read.text
 
 
-def test_a_run_under_way_has_a_page(tmp_path):
+def test_unfinished_run_has_a_page(tmp_path):
     run = made_run(tmp_path / "run")
     for path in run.glob("*/*/result.json"):
         path.unlink()
     (run / "teacher/result.json").unlink()
     _, read, _ = page_of(run)
-    assert "Nothing of this run is finished yet." in read.text
+    assert "No network of this run is finished yet." in read.text
     assert "student distilled: test accuracy by epoch" in read.text
 
 
-def test_damaged_lines_of_metrics_are_left_out_and_told(tmp_path):
+def test_damaged_metric_lines_are_counted(tmp_path):
     run = made_run(tmp_path / "run")
     broken = [
         '{"epoch": 3, "accu',
@@ -225,32 +236,32 @@ def test_damaged_lines_of_metrics_are_left_out_and_told(tmp_path):
     assert "Lines of metrics.jsonl that cannot be read are left out: 5 of teacher." in read.text
 
 
-def test_several_runs_stand_in_one_table_and_each_has_its_part(tmp_path):
+def test_several_runs_are_compared(tmp_path):
     _, read, _ = page_of(made_run(tmp_path / "one", name="first"), made_run(tmp_path / "two", name="second"))
-    assert "The runs side by side" in read.text
+    assert "Comparison of runs" in read.text
     assert "10.00 ± 0.00" in read.text
     assert [title for level, title in read.headings if level == 2] == ["Learning curves", "first", "second"]
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path):
+def test_page_is_deterministic(tmp_path):
     run = made_run(tmp_path / "run")
     assert page_of(run, file=tmp_path / "a")[0] == page_of(run, file=tmp_path / "b")[0]
 
 
-def test_every_table_has_headers_and_every_picture_a_name(tmp_path):
+def test_tables_have_headers_and_charts_have_titles(tmp_path):
     text, _, _ = page_of(made_run(tmp_path / "run"))
     assert text.count("<table") == text.count("<caption>") > 5
     assert not re.search(r"<th(?! scope=\"(col|row)\")[ >]", text)
-    assert text.count('role="img"') == text.count('role="img"><title>') > 5
+    assert text.count("<svg") == text.count('role="img"><title>') == text.count("</title><desc>") > 5
 
 
-def test_what_is_no_run_folder_is_one_sentence(tmp_path):
+def test_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="is not a run folder"):
         write_page([made_run(tmp_path / "run"), tmp_path], tmp_path / "page.html", str)
     assert not (tmp_path / "page.html").exists()
 
 
-def test_bins_of_several_seeds_are_pooled_by_their_samples(tmp_path):
+def test_bins_of_seeds_are_pooled_by_num_samples(tmp_path):
     empty = {"num_samples": 0, "confidence": None, "accuracy": None}
     seeds = [
         [{"num_samples": 10, "confidence": 0.2, "accuracy": 0.0}, empty],
@@ -262,8 +273,8 @@ def test_bins_of_several_seeds_are_pooled_by_their_samples(tmp_path):
     assert (first.low, first.high, second.num_samples) == (0.0, 0.5, 0)
 
 
-def test_similarity_is_the_mean_softened_answer_by_label(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.page.similarity.BATCH_ROWS", 100)
+def test_similarity_is_mean_softened_output_by_label(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.report.html.sections.similarity_data.BATCH_ROWS", 100)
     made = make_store(tmp_path / "made.zarr", num_samples=250)
     found = similarity_of(open_store(made.path), "made")
     logits = made.contents["logits"][0].astype(float)
@@ -276,16 +287,16 @@ def test_similarity_is_the_mean_softened_answer_by_label(tmp_path, monkeypatch):
     assert np.isnan(np.diagonal(found.others)).all()
 
 
-def test_labels_that_are_no_classes_of_the_teachers_have_no_similarity(tmp_path, monkeypatch):
+def test_similarity_refuses_labels_outside_of_classes(tmp_path, monkeypatch):
     made = make_store(tmp_path / "made.zarr", num_samples=50)
     store = open_store(made.path)
     store.samples.labels[3] = 10
-    with pytest.raises(StoreError, match="no classes of the teacher's"):
+    with pytest.raises(StoreError, match="not among the teacher's classes"):
         similarity_of(store, "made")
 
 
-def test_similar_classes_come_to_stand_side_by_side():
-    """Even classes are like even ones; class 4 has no images, and the last is like none."""
+def test_similar_classes_are_placed_next_to_each_other():
+    """Even classes resemble even ones; class 4 has no images, and the last resembles none."""
     shares = np.full((8, 8), 0.001)
     for one in range(7):
         shares[one, one % 2 : 7 : 2] = 0.2
@@ -299,30 +310,73 @@ def test_similar_classes_come_to_stand_side_by_side():
     assert list(closest_pairs(found, 2)) == [(0, 2), (0, 6)]
 
 
-def test_a_colour_is_for_each_value_and_none_for_what_is_not_known():
+def test_heat_map_levels():
     levels = level_of(np.array([[0.0, 1.0], [0.25, np.nan]]), (0.0, 1.0))
     assert levels.tolist() == [[0, NUM_LEVELS - 1], [NUM_LEVELS // 2, -1]]
     assert level_of(np.zeros((1, 1)), (0.0, 0.0)).tolist() == [[0]]
 
 
 @pytest.mark.parametrize("accuracies", [[0.0], [100.0], [0.0, 100.0], [97.1, 97.2], [99.999, 100.0], [1.0, 1.0]])
-def test_an_axis_of_accuracies_has_room_for_all_of_them_in_order(accuracies):
-    axis = error_axis(accuracies, 200, 20)
-    places = [axis.place(one) for one in accuracies]
-    assert all(19.99 <= place <= 200.01 for place in places)
-    assert places == sorted(places, reverse=True)
-    assert len(set(places)) == len(set(accuracies))
-    assert all(19.99 <= axis.place(tick) <= 200.01 for tick in axis.ticks())
+def test_curves_of_extreme_accuracies_are_drawn(accuracies):
+    by_epoch = dict(enumerate(accuracies, 1))
+    curve = Curve("network", "student", "solid", [by_epoch])
+    drawn = curve_panel("title", [curve], [], range_of([curve]))
+    assert f">{accuracies[-1]:.2f}</text>" in drawn
+    assert not re.search("nan|inf", drawn)
+    ticks = re.findall(r">(\d+(?:\.\d+)?)</text>", drawn)
+    assert len(set(ticks)) >= 3
 
 
-def test_labels_that_would_meet_move_apart_and_stay_in_the_frame():
+def test_long_curves_are_thinned_to_their_last_point():
+    epochs, values = thinned({epoch: float(epoch) for epoch in range(1, 1001)}, 300)
+    assert len(epochs) <= 300
+    assert epochs[-1] == values[-1] == 1000
+    assert thinned({}) == ([], [])
+
+
+def test_ids_in_charts_are_unique_and_references_follow():
+    chart = '<svg class="chart"><path id="a"/><use href="#a"/></svg>'
+    text = with_unique_ids(f'<p id="a">{chart}{chart}</p>')
+    assert re.findall('id="([^"]*)"', text) == ["a", "c0-a", "c1-a"]
+    assert re.findall('href="#([^"]*)"', text) == ["c0-a", "c1-a"]
+
+
+def test_charts_do_not_depend_on_the_users_settings(tmp_path):
+    run = made_run(tmp_path / "run")
+    before = page_of(run, file=tmp_path / "a")[0]
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.facecolor": "red"}):
+        assert page_of(run, file=tmp_path / "b")[0] == before
+    assert "pyplot" not in " ".join(name for name in sys.modules if name.startswith("matplotlib"))
+
+
+def test_chart_colors_follow_the_page(tmp_path):
+    text, _, _ = page_of(made_run(tmp_path / "run"))
+    colors = re.findall('(?:fill|stroke): ([^;"]+)', "".join(re.findall('<svg class="chart".*?</svg>', text, re.S)))
+    assert {one for one in colors if not one.startswith("var(--")} <= {"none"}
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_page_is_written_where_home_is_not_writable(tmp_path):
+    run = made_run(tmp_path / "run")
+    script = "import sys; from pathlib import Path; from pipeline.report.html.write import write_page; "
+    script += "write_page([Path(sys.argv[1])], Path(sys.argv[2]), str)"
+    hidden = ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HOME": "/proc/1/nowhere", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", script, str(run), str(tmp_path / "page.html")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "page.html").exists()
+
+
+def test_labels_are_spread_apart_within_the_frame():
     assert spread([10, 50, 12], 10, 100) == [10, 50, 20]
     assert sorted(spread([98, 99, 97], 10, 100)) == [80, 90, 100]
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A real run of a few seconds, without compression."""
+    """Train a real run of a few seconds, without compression."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "tiny.toml").write_text(RECIPE)
     short = ("teacher.train.epochs=2", "student.train.epochs=1", "views.num_views=2")
@@ -333,29 +387,29 @@ def whole_run(tmp_path_factory):
     return folder / "run"
 
 
-def test_a_real_run_shows_what_the_teacher_finds_similar_and_pictures_with_opinions(whole_run):
-    text, read, said = page_of(whole_run)
-    assert len(said) == 1  # nothing is left out
+def test_real_run_has_similarity_and_samples(whole_run):
+    text, read, messages = page_of(whole_run)
+    assert len(messages) == 1  # nothing is left out
     assert "The most similar pairs" in read.text
-    pictures = read.values("src")
-    assert 12 <= len(pictures) <= 24
-    assert read.text.count("teacher ") > len(pictures)
-    assert "Below: some of the first 359 test images." in read.text
+    images = read.values("src")
+    assert 12 <= len(images) <= 24
+    assert read.text.count("teacher ") > len(images)
+    assert "selected from the first 359." in read.text
     assert page_of(whole_run, file=whole_run / "again.html")[0] == text
 
 
-def test_data_that_is_gone_leaves_out_the_pictures_alone(whole_run, tmp_path):
+def test_missing_data_leaves_out_only_the_samples(whole_run, tmp_path):
     (tmp_path / "run").symlink_to(whole_run)
     recipe = whole_run / "recipe.json"
     kept = recipe.read_text()
     changed = json.loads(kept)
     try:
-        for name, why in (("npz:gone", "The pictures could not be shown"), ("python:os:system", "a module of Python")):
+        for name, why in (("npz:gone", "The images could not be shown"), ("python:os:system", "from a Python module")):
             changed["data"]["name"] = name
             recipe.write_text(json.dumps(changed))
-            _, read, said = page_of(tmp_path / "run")
+            _, read, messages = page_of(tmp_path / "run")
             assert why in read.text
             assert "The most similar pairs" in read.text
-            assert len(said) == 2
+            assert len(messages) == 2
     finally:
         recipe.write_text(kept)

@@ -1,4 +1,4 @@
-"""`kdpipe report` of run folders made by hand: the second table, its JSON, and folders of an older kdpipe."""
+"""`kdpipe report` of synthetic run folders: tables and JSON."""
 
 import json
 
@@ -20,7 +20,7 @@ FIGURES = {
 
 
 def examined(agreement=None, cat=0.8, dog=0.4, names=("cat", "dog", "eel")):
-    """As stages.examine leaves it: of the third class there is no test sample."""
+    """Return an evaluation as stages.examine writes it; the third class has no test samples."""
     return {
         "top1": 0.5,
         "top5": None,
@@ -36,7 +36,7 @@ def examined(agreement=None, cat=0.8, dog=0.4, names=("cat", "dog", "eel")):
 
 
 def run_folder(folder, jobs, seeds=(0,)):
-    """A run whose jobs, by their folders, found this when they were examined; ... is a job before there was such."""
+    """Make a run with these evaluations by job folder; ... is a job without one."""
     recipe = {"name": "made", "student": {"seeds": list(seeds)}, "compress": {"steps": []}}
     for path, found in jobs.items():
         (folder / path).mkdir(parents=True)
@@ -46,7 +46,7 @@ def run_folder(folder, jobs, seeds=(0,)):
     return folder
 
 
-def test_the_second_table_gives_means_over_seeds_and_the_worst_class(tmp_path):
+def test_agreement_table_has_seed_means_and_worst_class(tmp_path):
     jobs = {
         "teacher": examined(),
         "students/distilled-seed0": examined(0.75),
@@ -59,7 +59,7 @@ def test_the_second_table_gives_means_over_seeds_and_the_worst_class(tmp_path):
     assert f"student distilled {distilled}" in text
 
 
-def test_the_document_has_the_figures_of_each_class(tmp_path):
+def test_json_has_metrics_of_each_class(tmp_path):
     run = run_folder(tmp_path, {"teacher": ..., "students/distilled-seed0": examined(0.75)})
     teacher, distilled = json.loads(kdpipe_here("report", run, "--json").stdout)["rows"]
     figures = ("top5_mean", "agreement_mean", "agreement_std", "teacher_kl_mean", "ece_mean")
@@ -73,14 +73,14 @@ def test_the_document_has_the_figures_of_each_class(tmp_path):
     ]
 
 
-def test_a_run_of_before_there_were_such_figures_has_one_table(tmp_path):
+def test_run_without_evaluations_has_no_agreement_table(tmp_path):
     ended = kdpipe_here("report", run_folder(tmp_path, {"teacher": ...}), "--no-html")
     assert ended.exit_code == 3
     assert "50.00" in ended.stdout
-    assert "What they learnt" not in ended.stdout
+    assert "Agreement with the teacher" not in ended.stdout
 
 
-def test_a_long_class_name_is_cut_in_the_table_only(tmp_path):
+def test_long_class_names_are_shortened_in_tables_only(tmp_path):
     run = run_folder(tmp_path, {"teacher": examined(names=("cat", "d" * 200, "eel"))})
     text = "".join(kdpipe_here("report", run, "--no-html").stdout.split())
     assert "d" * 17 + "...:40.00" in text
@@ -88,7 +88,7 @@ def test_a_long_class_name_is_cut_in_the_table_only(tmp_path):
     assert json.loads(kdpipe_here("report", run, "--json").stdout)["rows"][0]["per_class"][1]["name"] == "d" * 200
 
 
-def test_class_names_cannot_command_the_terminal(tmp_path):
+def test_class_names_are_escaped_in_the_terminal(tmp_path):
     names = ("cat", "\x1b[2J[red]dog[/]", "eel")
     stdout = kdpipe_here("report", run_folder(tmp_path, {"teacher": examined(names=names)}), "--no-html").stdout
     assert "\x1b[2J" not in stdout
@@ -96,7 +96,7 @@ def test_class_names_cannot_command_the_terminal(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["pie", {}, {**examined(), "per_class": ["pie"]}, {**examined(), "ece": "high"}])
-def test_damaged_figures_are_one_sentence_that_names_the_folder(tmp_path, damage):
+def test_damaged_evaluation_is_an_error_with_its_folder(tmp_path, damage):
     ended = kdpipe_here("report", run_folder(tmp_path, {"teacher": damage}), "--no-html")
     assert ended.exit_code == 1
     assert ended.stderr.startswith("kdpipe: error: ")
@@ -111,7 +111,7 @@ def latency_of(files, folder):
     (folder / "latency-seed0.json").write_text(json.dumps(record))
 
 
-def test_a_student_alone_has_its_own_latency_where_a_loss_made_the_distilled_one_another_network(tmp_path):
+def test_latency_of_undistilled_student_with_projector(tmp_path):
     run = run_folder(tmp_path, {"students/alone-seed0": ..., "students/distilled-seed0": ...})
     for measured, alone in (({"student": 2.0}, 2.0), ({"student": 2.0, "alone": 1.0}, 1.0)):
         latency_of(measured, run / "compressed")
@@ -119,12 +119,12 @@ def test_a_student_alone_has_its_own_latency_where_a_loss_made_the_distilled_one
         found = {row["name"]: row["latency_ms"]["4"]["p50_ms"] for row in rows}
         assert found == {"student alone": alone, "student distilled": 2.0}
         shown = kdpipe_here("report", run, "--no-html").stdout
-        assert "onnxruntime on 2 threads of a CPU" in shown
+        assert "Cost (onnxruntime): 2 threads of a CPU" in shown
         assert ("1.000 (2.000)" in shown) == ("alone" in measured)
 
 
 def compressed_run(folder, accuracies, seeds=(0, 1)):
-    """A run with these accuracies, in percent, of each kind of network, the same for all seeds."""
+    """Make a run with these accuracies in percent by kind of network, the same for all seeds."""
     recipe = {
         "name": "made",
         "student": {"seeds": list(seeds)},
@@ -141,19 +141,19 @@ def compressed_run(folder, accuracies, seeds=(0, 1)):
     return folder
 
 
-def test_what_distillation_won_back_is_the_share_of_what_hard_labels_lose(tmp_path):
+def test_recovered_share_of_hard_label_loss(tmp_path):
     lossy = {"distilled": 98.0, "pruned": 97.0, "pruned-alone": 96.0, "int8": 97.5, "int8-alone": 98.5}
     run = compressed_run(tmp_path, lossy)
-    found = {one["name"]: one for one in json.loads(kdpipe_here("report", run, "--json").stdout)["won_back"]}
+    found = {one["name"]: one for one in json.loads(kdpipe_here("report", run, "--json").stdout)["recovered"]}
     assert found["pruned"]["share"] == pytest.approx(0.5)
     assert found["pruned"]["points_lost_alone"] == pytest.approx(2)
-    assert found["pruned + INT8"]["share"] is None  # hard labels lost nothing that could be won back
+    assert found["pruned + INT8"]["share"] is None  # hard labels lost nothing
     shown = " ".join(kdpipe_here("report", run, "--no-html").stdout.split())
     assert "pruned +2.00 +1.00 50 %" in shown
     assert "pruned + INT8 -0.50 +0.50 -" in shown
 
 
-def test_networks_without_a_file_of_their_own_have_the_size_of_the_one_they_are_compared_with(tmp_path):
+def test_networks_without_a_file_have_their_twins_size(tmp_path):
     kinds = ("distilled", "int8-unpruned", "int8-unpruned-alone", "int8-ptq")
     rows = json.loads(kdpipe_here("report", compressed_run(tmp_path, dict.fromkeys(kinds, 90.0)), "--json").stdout)[
         "rows"
@@ -167,7 +167,7 @@ def test_networks_without_a_file_of_their_own_have_the_size_of_the_one_they_are_
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"cpu": 1, "num_threads": 1, "batch_sizes": [1], "files": {"a": {}}}'])
-def test_a_damaged_record_of_latencies_is_one_sentence(tmp_path, text):
+def test_damaged_latency_record_is_one_sentence(tmp_path, text):
     run = run_folder(tmp_path, {"teacher": ...})
     (run / "compressed").mkdir()
     (run / "compressed" / "latency-seed0.json").write_text(text)
@@ -176,8 +176,8 @@ def test_a_damaged_record_of_latencies_is_one_sentence(tmp_path, text):
     assert ended.stderr.count("\n") == 1 and "latency-seed0.json" in ended.stderr
 
 
-def test_every_network_that_compress_makes_has_its_row(tmp_path):
-    """The kinds as tests/stages/test_compress.py has them from the stage itself."""
+def test_every_compressed_network_has_a_row(tmp_path):
+    """Kinds as in tests/stages/test_compress.py."""
     compress = {"steps": ["prune", "quantize"], "baselines": True}
     kinds = {"pruned", "pruned-alone", "int8", "int8-alone", "int8-ptq", "int8-unpruned", "int8-unpruned-alone"}
     recipe = {"student": {"seeds": [0]}, "compress": compress}

@@ -71,7 +71,7 @@ def diagram(run: PageRun, network: Network, bins: Sequence[Bin]) -> Markup:
     row = run.row(network.kind)
     error = "" if row is None or row.ece_mean is None else f"ECE {mean_std(row.ece_mean, row.ece_std)} %"
     figure = new_figure(WIDTH, HEIGHT)
-    axes, counts = (add_axes(figure, 38, top, WIDTH - 14, bottom) for top, bottom in ((30, 200), (212, 250)))
+    axes, counts = (add_axes(figure, 46, top, WIDTH - 14, bottom) for top, bottom in ((30, 200), (212, 250)))
     axes.set_title(shortened(network.name, 19), loc="left", fontsize=12)
     axes.set_title(error, loc="right", fontsize=11, color=color("quiet"))
     axes.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy, %", xticks=range(0, 101, 25), yticks=range(0, 101, 25))

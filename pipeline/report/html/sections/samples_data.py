@@ -1,20 +1,25 @@
-"""What teacher and students say of some pictures: training samples in their views, and telling test images.
+"""Choose images for the page and collect predictions for them.
 
-Only data that lies on this machine is read, no module of a stranger's is run, and the teacher's words come from the
-stores: the students alone are asked, on the CPU, for no longer than a report may take.
+Reads only data on this machine and imports no user module. The teacher's predictions come from the stores; only the
+students are run, on the CPU, on a bounded number of images.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from pipeline.page.markup import LeftOutError
-from pipeline.page.read import PageRun
 from pipeline.recipe.load import read_run_recipe
+from pipeline.report.html.read import PageRun
+from pipeline.report.html.templating import LeftOutError
 from pipeline.walk import Walk, walk_views
 from stages.evaluate import BATCH_SIZE
 from stages.job_folder import JobFolder, read_json
@@ -25,137 +30,169 @@ from stages.show_views import ShownViews
 from stages.watch import Watch
 from store import is_url
 
-Said = list[tuple[str, float]]
-"""The likeliest classes with their probabilities, the likeliest first."""
+TopClasses = list[tuple[str, float]]
+"""The most probable classes with their probabilities, the most probable first."""
 
-NUM_TOP, NUM_SAMPLES, NUM_LOOKED_AT, NUM_VIEWS, NUM_EACH = 3, 3, 32, 4, 4
+NUM_TOP, NUM_SAMPLES, NUM_CANDIDATES, NUM_VIEWS, NUM_PER_GROUP = 3, 3, 32, 4, 4
 
-LEAST_ASKED, MOST_ASKED, MOST_MACS = 24, 1000, 4e10
-"""Of how many test images the students are asked, within the multiply-accumulates that this may take in all."""
+MIN_TEST_IMAGES, MAX_TEST_IMAGES, MAX_MACS = 24, 1000, 4e10
+"""Test images that the students are run on, within the multiply-accumulates of all of them together."""
 
-MOST_FILES = 100_000
-"""A folder of more pictures is left alone: each of them would be looked at."""
+MAX_FILES = 100_000
+"""Larger image folders are skipped: each file would be examined."""
+
+MAX_SIDE, SMALL_SIDE = 128, 48
+"""Pixels to which larger images are downscaled; up to which pixels are shown unsmoothed."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A picture, uint8 [C, H, W], what it is, and who says what of it. about: where it comes from."""
+class Sample:
+    """An image, uint8 [C, H, W], with its label and predictions by network. source: the data set's sample and view."""
 
     image: Tensor
     label: str
-    about: str
-    opinions: Mapping[str, Said]
+    source: str
+    predictions: Mapping[str, TopClasses]
+
+    @property
+    def is_small(self) -> bool:
+        return max(self.image.shape[1:]) <= SMALL_SIDE
+
+    @cached_property
+    def png(self) -> str:
+        """The image as a base64-encoded PNG file."""
+        pixels = np.ascontiguousarray(self.image.numpy().transpose(1, 2, 0))
+        drawn = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+        drawn.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        drawn.save(file, format="PNG", optimize=True)
+        return base64.b64encode(file.getvalue()).decode()
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is known of the first test images: labels int64 [N], and by network the probabilities float32 [N, C]."""
+class TestPredictions:
+    """Labels int64 [N] of the first test images, and by network the probabilities float32 [N, C]."""
 
     labels: Tensor
-    said: Mapping[str, Tensor]
+    probabilities: Mapping[str, Tensor]
 
-    def right(self, name: str) -> Tensor:
-        return self.said[name].argmax(1) == self.labels
+    def is_correct(self, name: str) -> Tensor:
+        return self.probabilities[name].argmax(1) == self.labels
 
 
 def open_walk(run: PageRun) -> Walk:
-    """The run's recipe, to read its data and stores. Raises LeftOutError where that would run a stranger's code."""
+    """Open the run's data and stores.
+
+    Raises:
+        LeftOutError: If that would import a user module, download, or scan a very large folder.
+    """
     recipe = read_run_recipe(run.path)
     if recipe is None or any("python:" in str(one) for one in (recipe.data.name, recipe.views.transform)):
-        raise LeftOutError("The pictures of this run come from a module of Python, and a report runs none.")
+        raise LeftOutError("The images of this run come from a Python module, which a report does not import.")
     data = replace(recipe.data, download=False, num_workers=0)
     walk = Walk(replace(recipe, device="cpu", data=data), run.path, Watch())
     if any(map(is_url, walk.stores)):
-        raise LeftOutError("The stores of this run lie on another machine, and a report fetches nothing.")
-    if recipe.data.name.startswith("imagefolder:") and _num_samples(run) > MOST_FILES:
-        raise LeftOutError(f"A report does not look through more than {MOST_FILES:,} files of pictures.")
+        raise LeftOutError("The stores of this run are remote, and a report downloads nothing.")
+    if recipe.data.name.startswith("imagefolder:") and _num_samples(run) > MAX_FILES:
+        raise LeftOutError(f"A report does not scan image folders of more than {MAX_FILES:,} files.")
     return walk
 
 
 def _num_samples(run: PageRun) -> int:
-    """Of the training set, as the first job has it."""
-    made_from = read_json(run.networks[0].jobs[0].folder / "job.json") or {}
-    count = made_from.get("data", {}).get("num_samples", 0)
+    """Return the size of the training set as the first job recorded it."""
+    recorded = read_json(run.networks[0].jobs[0].folder / "job.json") or {}
+    count = recorded.get("data", {}).get("num_samples", 0)
     return count if isinstance(count, int) else 0
 
 
 def students_of(run: PageRun) -> dict[str, Network]:
-    """The first finished student of each of the main kinds, by its name."""
-    found = {}
-    for one in run.main:
-        if one.kind != "teacher" and one.done:
-            found[one.name] = rebuild(JobFolder(one.done[0].folder).model)
-    return found
+    """Return by name the first finished student of each of the main kinds."""
+    found = [one for one in run.main if one.kind != "teacher" and one.done]
+    return {one.name: rebuild(JobFolder(one.done[0].folder).model) for one in found}
 
 
-def views_shown(walk: Walk, students: Mapping[str, Network]) -> list[list[Shown]]:
-    """Training samples, each in its first views: the first, and of some more those that puzzle the teacher most."""
-    shown, _ = walk_views(walk, NUM_LOOKED_AT, NUM_VIEWS)
+def training_samples(walk: Walk, students: Mapping[str, Network]) -> list[list[Sample]]:
+    """Return training samples in their first views: the first sample, and some with low teacher confidence."""
+    shown, _ = walk_views(walk, NUM_CANDIDATES, NUM_VIEWS)
+    return [_views(walk, shown, row, students) for row in _least_confident(shown)]
+
+
+def _views(walk: Walk, shown: ShownViews, row: int, students: Mapping[str, Network]) -> list[Sample]:
     names = walk.setup.train_set.class_names
-    found: list[list[Shown]] = []
-    for row in _least_sure(shown):
-        label, number = shown.labels[row], shown.sample_ids[row]
-        said = {name: ask(student, shown.images[row]) for name, student in students.items()}
-        found.append([])
-        for view, image in enumerate(shown.images[row]):
-            opinions = {"teacher": shown.top[row][view]} if shown.top[row] else {}
-            opinions |= {name: likeliest(one[view], names) for name, one in said.items()}
-            partner = shown.partners[row][view]
-            mixed = f", with {100 * partner[1]:.0f} % {partner[0]}" if partner else ""
-            found[-1].append(Shown(image, label, f"sample {number}, view {view}{mixed}", opinions))
-    return found
+    probabilities = {name: predict(student, shown.images[row]) for name, student in students.items()}
+    samples = []
+    for view, image in enumerate(shown.images[row]):
+        predictions = {"teacher": shown.top[row][view]} if shown.top[row] else {}
+        predictions |= {name: top_classes(one[view], names) for name, one in probabilities.items()}
+        partner = shown.partners[row][view]
+        mixed = f", with {100 * partner[1]:.0f} % {partner[0]}" if partner else ""
+        samples.append(
+            Sample(image, shown.labels[row], f"sample {shown.sample_ids[row]}, view {view}{mixed}", predictions)
+        )
+    return samples
 
 
-def _least_sure(shown: ShownViews) -> list[int]:
-    """The first row, and those whose views the teacher's likeliest classes get the smallest shares of."""
-    sure = [sum(view[0][1] for view in views if view) for views in shown.top]
-    return [0, *sorted(range(1, len(sure)), key=lambda row: (sure[row], row))[: NUM_SAMPLES - 1]]
+def _least_confident(shown: ShownViews) -> list[int]:
+    """Return the first row, and those with the lowest top-1 probabilities of the teacher, summed over views."""
+    confidence = [sum(view[0][1] for view in views if view) for views in shown.top]
+    return [0, *sorted(range(1, len(confidence)), key=lambda row: (confidence[row], row))[: NUM_SAMPLES - 1]]
 
 
-def ask_test(walk: Walk, students: Mapping[str, Network], num_macs: int) -> Asked:
-    """Ask the students of the first test images, as many as `num_macs` for each allow, and the stores of the same."""
+def predict_test(walk: Walk, students: Mapping[str, Network], num_macs: int) -> TestPredictions:
+    """Run the students on the first test images and read the teacher's outputs for them.
+
+    Args:
+        walk: The opened run.
+        students: Students by name.
+        num_macs: Multiply-accumulates of all students for one image, which bound the number of images.
+    """
     test_set = walk.setup.test_set
-    most = int(min(test_set.num_samples, MOST_ASKED, max(MOST_MACS / max(num_macs, 1), LEAST_ASKED)))
-    at = torch.arange(most)
-    seen = [walk.setup.test_pictures.one(Request(some)).images for some in torch.split(at, BATCH_SIZE)]
-    said = {name: torch.cat([ask(student, images) for images in seen]) for name, student in students.items()}
+    num_images = int(min(test_set.num_samples, MAX_TEST_IMAGES, max(MAX_MACS / max(num_macs, 1), MIN_TEST_IMAGES)))
+    batches = torch.split(torch.arange(num_images), BATCH_SIZE)
+    images = [walk.setup.test_pictures.one(Request(indices)).images for indices in batches]
+    found = {name: torch.cat([predict(student, some) for some in images]) for name, student in students.items()}
     teacher = walk.setup.ask_teacher()
-    if teacher is not None and not teacher[:most].isnan().any():
-        said = {"teacher": teacher[:most].softmax(1), **said}
-    return Asked(test_set.labels[:most], said)
+    if teacher is not None and not teacher[:num_images].isnan().any():
+        found = {"teacher": teacher[:num_images].softmax(1), **found}
+    return TestPredictions(test_set.labels[:num_images], found)
 
 
-def telling(walk: Walk, asked: Asked) -> list[tuple[str, list[Shown]]]:
-    """Test images from which something can be learnt, by what it is."""
-    groups: list[tuple[str, Tensor]] = []
-    names = set(asked.said)
-    if {"student alone", "student distilled"} <= names:
-        own, taught = asked.right("student alone"), asked.right("student distilled")
-        groups.append(("The student is wrong alone, and right when taught", taught & ~own))
-        groups.append(("The student is right alone, and wrong when taught", own & ~taught))
-    picked = [(title, mask.nonzero()[:NUM_EACH, 0]) for title, mask in groups]
-    if "teacher" in names:
-        sure = asked.said["teacher"].amax(1)
-        picked.append(("The teacher is least sure", sure.argsort(stable=True)[:NUM_EACH]))
-    return [(title, [_test_image(walk, asked, int(at)) for at in chosen]) for title, chosen in picked if len(chosen)]
+def instructive(walk: Walk, predicted: TestPredictions) -> list[tuple[str, list[Sample]]]:
+    """Return groups of test images: those on which the students differ, and those with low teacher confidence."""
+    picked: list[tuple[str, Tensor]] = []
+    if {"student alone", "student distilled"} <= set(predicted.probabilities):
+        alone, distilled = predicted.is_correct("student alone"), predicted.is_correct("student distilled")
+        for title, mask in (
+            ("Correct only with distillation", distilled & ~alone),
+            ("Correct only without distillation", alone & ~distilled),
+        ):
+            picked.append((title, mask.nonzero()[:NUM_PER_GROUP, 0]))
+    if "teacher" in predicted.probabilities:
+        confidence = predicted.probabilities["teacher"].amax(1)
+        picked.append(("Lowest teacher confidence", confidence.argsort(stable=True)[:NUM_PER_GROUP]))
+    return [
+        (title, [_test_sample(walk, predicted, int(index)) for index in indices])
+        for title, indices in picked
+        if len(indices)
+    ]
 
 
-def _test_image(walk: Walk, asked: Asked, at: int) -> Shown:
+def _test_sample(walk: Walk, predicted: TestPredictions, index: int) -> Sample:
     test_set = walk.setup.test_set
-    image = walk.setup.test_pictures.one(Request(torch.tensor([at]))).images[0]
-    opinions = {name: likeliest(said[at], test_set.class_names) for name, said in asked.said.items()}
-    label = test_set.class_names[int(asked.labels[at])]
-    return Shown(image, label, f"test image {int(test_set.sample_ids[at])}", opinions)
+    image = walk.setup.test_pictures.one(Request(torch.tensor([index]))).images[0]
+    predictions = {name: top_classes(one[index], test_set.class_names) for name, one in predicted.probabilities.items()}
+    label = test_set.class_names[int(predicted.labels[index])]
+    return Sample(image, label, f"test image {int(test_set.sample_ids[index])}", predictions)
 
 
 @torch.no_grad()
-def ask(network: Network, images: Tensor) -> Tensor:
-    """Probabilities float32 [B, C] of images uint8 [B, C, H, W]."""
-    said: Tensor = network.model(network.normalise(images)).float().softmax(1)
-    return said
+def predict(network: Network, images: Tensor) -> Tensor:
+    """Return probabilities float32 [B, C] for images uint8 [B, C, H, W]."""
+    probabilities: Tensor = network.model(network.normalise(images)).float().softmax(1)
+    return probabilities
 
 
-def likeliest(said: Tensor, names: Sequence[str]) -> Said:
-    """The first classes of probabilities [C]."""
-    shares, which = said.topk(min(NUM_TOP, len(said)))
-    return [(names[number], share) for number, share in zip(which.tolist(), shares.tolist(), strict=True)]
+def top_classes(probabilities: Tensor, names: Sequence[str]) -> TopClasses:
+    """Return the most probable classes of probabilities [C]."""
+    values, indices = probabilities.topk(min(NUM_TOP, len(probabilities)))
+    return [(names[index], value) for index, value in zip(indices.tolist(), values.tolist(), strict=True)]

@@ -1,5 +1,7 @@
-"""What the teacher finds similar, its dark knowledge: how much of its softened answer each class gets on the images of
-each other class (Hinton et al. 2015, arXiv 1503.02531, section 2). Read from what is stored; no teacher is asked.
+"""Measure class similarity from a teacher's stored outputs.
+
+The similarity is the mean softened probability of one class on the images of another (Hinton et al. 2015, arXiv
+1503.02531, section 2). The teacher is not run.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ if TYPE_CHECKING:
     from stages.top_k import TopKOutputs
 
 TEMPERATURE = 4.0
-"""At which the answers are softened: at 1 a good teacher gives other classes next to nothing."""
+"""At temperature 1 a good teacher gives the other classes almost no probability."""
 
-MOST_ROWS = 100_000
-"""So many samples are enough for a mean."""
+MAX_ROWS = 100_000
+"""Samples that the mean is taken over, at most."""
 
 BATCH_ROWS = 4096
 
@@ -30,8 +32,12 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Similarity:
-    """shares [C, C]: the mean softened probability of class [column] on the images of class [row]; a row of NaN for a
-    class without images. source: what was read, for people.
+    """Similarity of C classes.
+
+    Attributes:
+        shares: [C, C], mean softened probability of class [column] on images of class [row]; a row of NaN for a class
+            without images.
+        source: Description of the samples.
     """
 
     names: tuple[str, ...]
@@ -41,61 +47,66 @@ class Similarity:
 
     @property
     def others(self) -> Values:
-        """The same with NaN where a class meets itself."""
+        """The shares with NaN on the diagonal."""
         without = self.shares.copy()
         np.fill_diagonal(without, np.nan)
         return without
 
 
 def read_similarity(run: Path, recipe: Mapping[str, Any]) -> Similarity:
-    """From the test store of the first teacher, else from the first view of its training store.
+    """Read the similarity from the first teacher's test store, or else the first view of its training store.
 
-    Raises StoreError where neither can be read.
+    Raises:
+        StoreError: If neither can be read.
     """
     from stages.teacher_on_test import test_place
 
     named = [*recipe["student"].get("stores", ()), recipe.get("cache", {}).get("store"), str(run / "store.zarr")]
     place = str(next(one for one in named if one))
     if is_url(place):
-        raise StoreError("what the teacher says lies on another machine, and a report fetches nothing.")
+        raise StoreError("the store is remote, and a report downloads nothing.")
     try:
         return similarity_of(open_store(Path(test_place(place))), "the test images")
     except KdpipeError:
         store = open_store(Path(place))
     if store.manifest.identity.views.get("mix") is not None:
-        raise StoreError("there is no test store, and the training store's pictures are mixed from several classes.")
+        raise StoreError("there is no test store, and the training store's views mix images of several classes.")
     return similarity_of(store, "the first view of the training images")
 
 
 def similarity_of(store: TargetStore, source: str) -> Similarity:
-    """Mean softened answers by label. Raises StoreError where the labels are not the teacher's classes."""
-    count, labels = store.num_classes, store.samples.labels[:MOST_ROWS]
+    """Return the mean softened output by label.
+
+    Raises:
+        StoreError: If labels are outside of the teacher's classes.
+    """
+    count, labels = store.num_classes, store.samples.labels[:MAX_ROWS]
     if not len(labels) or labels.min() < 0 or labels.max() >= count:
-        raise StoreError("the labels of the stored samples are no classes of the teacher's.")
+        raise StoreError("the labels of the stored samples are not among the teacher's classes.")
     names = store.classes if len(store.classes) == count else tuple(f"class {number}" for number in range(count))
     sums, seen = np.zeros((count, count)), np.zeros(count)
     for at in range(0, len(labels), BATCH_ROWS):
         some = slice(at, min(at + BATCH_ROWS, len(labels)))
-        said = softened(_logits(store, store.samples.ids[some]))
-        known = np.isfinite(said).all(1)
+        probabilities = softened(_logits(store, store.samples.ids[some]))
+        known = np.isfinite(probabilities).all(1)
         order = np.argsort(labels[some][known], kind="stable")
         present, starts = np.unique(labels[some][known][order], return_index=True)
-        sums[present] += np.add.reduceat(said[known][order], starts) if len(present) else 0.0
+        sums[present] += np.add.reduceat(probabilities[known][order], starts) if len(present) else 0.0
         seen += np.bincount(labels[some][known], minlength=count)
     with np.errstate(invalid="ignore", divide="ignore"):
         return Similarity(names, sums / seen[:, None], int(seen.sum()), source)
 
 
 def softened(logits: NDArray[Any]) -> Values:
-    """softmax(logits / TEMPERATURE), [B, C], in float64."""
+    """Return softmax(logits / TEMPERATURE), float64 [B, C]."""
     scaled = logits.astype(np.float64) / TEMPERATURE
     scaled = np.exp(scaled - scaled.max(1, keepdims=True))
-    whole: Values = scaled / scaled.sum(1, keepdims=True)
-    return whole
+    probabilities: Values = scaled / scaled.sum(1, keepdims=True)
+    return probabilities
 
 
 def _logits(store: TargetStore, ids: NDArray[np.int64]) -> NDArray[Any]:
-    """Logits [B, C] of the first view."""
+    """Return logits [B, C] of the first view."""
     if store.manifest.top_k is None:
         return store.gather("logits", 0, ids)
     rebuilt: NDArray[Any] = _top_k(store, ids).logits_at(TEMPERATURE).numpy()
@@ -113,9 +124,11 @@ def _top_k(store: TargetStore, ids: NDArray[np.int64]) -> TopKOutputs:
     return TopKOutputs(store.manifest.top_k, values, indices, tail, {})
 
 
-def by_likeness(similarity: Similarity, most: int) -> NDArray[np.int64]:
-    """Classes that have images, in an order that puts similar ones side by side, int64 [n]: of more than `most` those
-    that are most similar to some other. Average linkage of 1 - similarity, leaves ordered (Bar-Joseph et al. 2001).
+def by_likeness(similarity: Similarity, max_classes: int) -> NDArray[np.int64]:
+    """Return the classes that have images, ordered so that similar ones are next to each other, int64 [n].
+
+    Of more than `max_classes`, those most similar to another are kept. Average linkage of 1 - similarity with ordered
+    leaves (Bar-Joseph et al. 2001).
     """
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
@@ -123,7 +136,7 @@ def by_likeness(similarity: Similarity, most: int) -> NDArray[np.int64]:
     both = mutual(similarity)
     known = np.flatnonzero(np.isfinite(similarity.shares).all(1))
     closest = np.nan_to_num(both).max(1)[known]
-    chosen = np.sort(known[np.argsort(-closest, kind="stable")[:most]])
+    chosen = np.sort(known[np.argsort(-closest, kind="stable")[:max_classes]])
     if len(chosen) < 3:
         return chosen.astype(np.int64)
     near = both[np.ix_(chosen, chosen)]
@@ -136,15 +149,15 @@ def by_likeness(similarity: Similarity, most: int) -> NDArray[np.int64]:
 
 
 def mutual(similarity: Similarity) -> Values:
-    """How similar two classes are to each other, symmetric [C, C]: the mean of both ways, NaN on the diagonal."""
+    """Return the symmetric similarity [C, C]: the mean of both directions, NaN on the diagonal."""
     return (similarity.others + similarity.others.T) / 2
 
 
-def closest_pairs(similarity: Similarity, most: int) -> Iterator[tuple[int, int]]:
-    """The most similar pairs of classes, the closest first; ties in the classes' order."""
+def closest_pairs(similarity: Similarity, max_pairs: int) -> Iterator[tuple[int, int]]:
+    """Yield the most similar pairs of classes, the closest first; ties in class order."""
     both = np.nan_to_num(mutual(similarity), nan=-1.0)
     rows, columns = np.triu_indices(len(both), 1)
-    order = np.argsort(-both[rows, columns], kind="stable")[:most]
+    order = np.argsort(-both[rows, columns], kind="stable")[:max_pairs]
     for at in order:
         if both[rows[at], columns[at]] >= 0:
             yield int(rows[at]), int(columns[at])
