@@ -8,23 +8,22 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from markupsafe import Markup, escape
 
 from pipeline.command import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-COLORS = ("ink", "quiet", "faint", "paper", "front", "other", "teacher", "alone", "student", "compressed", "right")
-COLORS += ("wrong",)
+COLORS = "ink quiet faint paper front other teacher alone student compressed right wrong".split()
 """CSS variables of the page, see templates/colors.css."""
 
 
@@ -33,13 +32,14 @@ def color(name: str) -> str:
     return f"#fe00{COLORS.index(name):02x}"
 
 
-def _settings() -> dict[str, Any]:
+def _settings() -> Any:
+    quiet = color("quiet")
     return {
         "axes.axisbelow": True,
-        "axes.edgecolor": color("quiet"),
+        "axes.edgecolor": quiet,
         "axes.facecolor": "none",
         "axes.grid": True,
-        "axes.labelcolor": color("quiet"),
+        "axes.labelcolor": quiet,
         "axes.labelsize": 11,
         "axes.titlepad": 8,
         "figure.facecolor": "none",
@@ -51,7 +51,7 @@ def _settings() -> dict[str, Any]:
         "text.parse_math": False,  # names are untrusted: "$" is text
         **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
         **{f"{axis}tick.{size}.size": 0 for axis in "xy" for size in ("major", "minor")},
-        **{f"{axis}tick.labelcolor": color("quiet") for axis in "xy"},
+        **{f"{axis}tick.labelcolor": quiet for axis in "xy"},
     }
 
 
@@ -83,17 +83,13 @@ def add_axes(figure: Figure, left: float, top: float, right: float, bottom: floa
 
 def svg(figure: Figure, title: str, description: str = "") -> Markup:
     """Return the figure as an <svg> element without ids of groups, fonts, references to other places or sizes."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
     buffer = StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     box = re.search(r'viewBox="[\d. ]+"', text)
     body = text[text.index(">", text.index("<svg")) + 1 :]
     body = re.sub(r"<defs>\s*<(style|clipPath).*?</\1>\s*</defs>|<metadata>.*?</metadata>", "", body, flags=re.S)
-    body = re.sub(r' clip-path="[^"]*"| font-family: [^;"]*;?|(?<=<g) id="[^"]*"', "", body).replace(
-        "xlink:href", "href"
-    )
+    body = re.sub(r' clip-path="[^"]*"| font-family: [^;"]*;?|(?<=<g) id="[^"]*"|(?<= )xlink:(?=href)', "", body)
     body = re.sub(r"(fill|stroke): #fe00(\w\w)", lambda one: f"{one[1]}: var(--{COLORS[int(one[2], 16)]})", body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     named = f"<title>{escape(printable(title))}</title><desc>{escape(printable(description))}</desc>"
@@ -112,34 +108,33 @@ def with_unique_ids(page: str) -> str:
 
 
 def error_axis(axes: Axes, accuracies: Sequence[float]) -> None:
-    """Scale the y axis of accuracies in percent by the logarithm of the error, so that 98 to 99 is as far as 90 to 95.
-
-    Draw errors, see `drawable_errors`; the tick labels are accuracies.
-    """
-    errors = drawable_errors(accuracies, accuracies)
-    low, high = min(errors), max(errors)
+    """Scale the y axis of accuracies in percent by the logarithm of the error: 98 to 99 is as far as 90 to 95."""
+    least = min((100 - one for one in accuracies if one < 100), default=1.0)
+    low, high = least / 2 if max(accuracies) >= 100 else least, max(least, 100 - min(accuracies))
     margin = max((high / low) ** 0.06, 1.01)
-    log_axis(axes.yaxis, low / margin, high * margin)
-    axes.yaxis.set_major_formatter(lambda error, _: f"{100 - error:.4g}")
-    axes.invert_yaxis()
+    low, high = low / margin, high * margin
+    axes.set_yscale(
+        "function", functions=(lambda y: -np.log(np.maximum(100 - y, least / 2)), lambda y: 100 - np.exp(-y))
+    )
+    axes.set(ylim=(100 - high, 100 - low), yticks=[100 - error for error in _log_ticks(low, high)])
+    axes.yaxis.set_major_formatter(lambda accuracy, _: f"{accuracy:.4g}")
 
 
-def drawable_errors(accuracies: Sequence[float], all_accuracies: Sequence[float]) -> list[float]:
-    """Return errors in percent; half of the least one above 0 in `all_accuracies` in place of 0."""
-    least = min((100 - one for one in all_accuracies if one < 100), default=1.0)
-    return [100 - one if one < 100 else least / 2 for one in accuracies]
+def log_axis(axes: Axes, name: str, low: float, high: float, form: Callable[[float], str]) -> None:
+    """Make the x or y axis logarithmic from `low` to `high`."""
+    axes.set(**{f"{name}scale": "log", f"{name}lim": (low, high), f"{name}ticks": _log_ticks(low, high)})
+    axes.minorticks_off()
+    (axes.xaxis if name == "x" else axes.yaxis).set_major_formatter(lambda value, _: form(value))
 
 
-def log_axis(axis: Axis, low: float, high: float) -> None:
-    """Make an axis logarithmic from `low` to `high`, with about three to six round ticks."""
-    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return about three to six round values."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
-    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
     candidates = [MaxNLocator(4).tick_values(low, high)] if high < 5 * low else []
     candidates += [LogLocator(subs=subs, numticks=5).tick_values(low, high) for subs in ((1,), (1, 3), (1, 2, 5))]
     ticks = [[float(one) for one in found if low <= one <= high] for found in candidates]
-    axis.set_major_locator(FixedLocator(next((found for found in ticks if len(found) >= 3), ticks[-1])))
-    axis.set_minor_locator(NullLocator())
+    return next((found for found in ticks if len(found) >= 3), ticks[-1])
 
 
 def epoch_axis(axes: Axes, num_epochs: int) -> None:

@@ -132,8 +132,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         return
     costs = [cost for _, cost in panel.costs]
     room = max((max(costs) / min(costs)) ** 0.08, 1.1)
-    log_axis(axes.xaxis, min(costs) / room, max(costs) * room)
-    axes.xaxis.set_major_formatter(lambda cost, _: panel.unit(cost))
+    log_axis(axes, "x", min(costs) / room, max(costs) * room, panel.unit)
     axes.tick_params(axis="x", labelrotation=30)
     front = pareto_front(panel.costs)
     x = [*(cost for _, cost in front), axes.get_xlim()[1]]

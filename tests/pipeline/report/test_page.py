@@ -18,7 +18,7 @@ from made_store import make_store
 from pipeline.report.chart import spread, thinned, with_unique_ids
 from pipeline.report.html.heat import NUM_LEVELS, level_of
 from pipeline.report.html.read import Job, Network
-from pipeline.report.html.sections.curves import Curve, curve_panel, range_of
+from pipeline.report.html.sections.curves import Curve, curve_panel
 from pipeline.report.html.sections.reliability import pooled_bins
 from pipeline.report.html.sections.similarity_data import (
     TEMPERATURE,
@@ -320,7 +320,7 @@ def test_heat_map_levels():
 def test_curves_of_extreme_accuracies_are_drawn(accuracies):
     by_epoch = dict(enumerate(accuracies, 1))
     curve = Curve("network", "student", "solid", [by_epoch])
-    drawn = curve_panel("title", [curve], [], range_of([curve]))
+    drawn = curve_panel("title", [curve], [curve])
     assert f">{accuracies[-1]:.2f}</text>" in drawn
     assert not re.search("nan|inf", drawn)
     ticks = re.findall(r">(\d+(?:\.\d+)?)</text>", drawn)

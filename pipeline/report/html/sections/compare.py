@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.report.formatting import integer, kib, mean_std, share
 from pipeline.report.html.read import MAIN_KINDS, PageRun
-from pipeline.report.html.sections.curves import curve_panel, curves_of, legend, range_of
+from pipeline.report.html.sections.curves import curve_panel, curves_of, legend
 from pipeline.report.html.sections.summary import gain_of
 from pipeline.report.html.templating import link
 from pipeline.report.tables import Table
@@ -27,12 +27,11 @@ HEADERS = (
 def comparison(runs: Sequence[PageRun]) -> dict[str, object]:
     curves = {run.key: curves_of(one for one in run.main if one.kind != "teacher") for run in runs}
     together = [curve for of_run in curves.values() for curve in of_run]
-    charts = []
-    if together:
-        common = range_of(together)
-        for run in runs:
-            if curves[run.key]:
-                charts.append(curve_panel(f"{run.report.recipe} ({run.folder_name})", curves[run.key], [], common))
+    charts = [
+        curve_panel(f"{run.report.recipe} ({run.folder_name})", curves[run.key], together)
+        for run in runs
+        if curves[run.key]
+    ]
     table = Table("Comparison of runs", HEADERS, [_row(run) for run in runs], num_names=2)
     return {"runs": table, "charts": charts, "legend": legend(together)}
 

@@ -55,8 +55,7 @@ def loss_panel(network: Network) -> tuple[Markup, Legend] | None:
     epoch_axis(axes, max(max(by_epoch) for by_epoch in terms.values()))
     if low > 0:
         low = max(low, high / 10**MAX_DECADES)
-        log_axis(axes.yaxis, low / 1.1, high * 1.1)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        log_axis(axes, "y", low / 1.1, high * 1.1, "{:g}".format)
     else:
         axes.set_ylim(low, high if high > low else low + 1)
     styles = [STYLES[number % len(STYLES)] for number in range(len(terms))]
