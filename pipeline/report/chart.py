@@ -23,7 +23,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = "ink quiet faint paper front other teacher alone student compressed right wrong".split()
+COLORS = [
+    "ink",
+    "quiet",
+    "faint",
+    "paper",
+    "front",
+    "other",
+    "teacher",
+    "alone",
+    "student",
+    "compressed",
+    "right",
+    "wrong",
+]
 """CSS variables of the page, see templates/colors.css."""
 
 

@@ -14,11 +14,6 @@ def mean_std(mean: float | None, std: float | None = None, *, digits: int = 2, s
     return f"{mean:{'+' if signed else ''}.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
-def points(difference: float) -> str:
-    """Return a signed difference in percentage points."""
-    return f"{difference:+.2f}"
-
-
 def share(value: float | None) -> str:
     """Return a share as a whole number of percent."""
     return "-" if value is None else f"{100 * value:.0f} %"

@@ -7,7 +7,7 @@ steps: between two networks there is none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,14 +50,8 @@ class Point:
             raise ValueError(f"{self} cannot be drawn: sizes and latencies must be positive, accuracies finite.")
 
 
-@dataclass(frozen=True)
-class Panel:
-    """What one panel shows: the points that have a cost, and all points for the shared accuracy axis."""
-
-    title: str
-    costs: Sequence[tuple[Point, float]]
-    points: Sequence[Point]
-    unit: Callable[[float], str]
+Cost = tuple[Point, float]
+"""A point with its cost in one panel."""
 
 
 def write_pareto(points: Sequence[Point], path: Path, *, title: str) -> None:
@@ -73,7 +67,7 @@ def pareto_svg(points: Sequence[Point], *, title: str) -> str:
     figure.text(0.01, 1 - 16 / (height + 24), shortened(title, 90), fontsize=15)
     for number, panel in enumerate(_panels(points)):
         left = number * PANEL_WIDTH
-        _draw(add_axes(figure, left + LEFT, TOP + 24, left + RIGHT, height + 24 - BOTTOM), panel)
+        _draw(add_axes(figure, left + LEFT, TOP + 24, left + RIGHT, height + 24 - BOTTOM), points, *panel)
     colors = (Path(__file__).parent / "html" / "templates" / "colors.css").read_text(encoding="utf-8")
     style = f"<style>\n{colors}svg {{ background: var(--paper); font-family: system-ui, sans-serif; }}\n</style>"
     drawn = str(svg(figure, title, CAPTION))
@@ -86,14 +80,14 @@ def pareto_svg(points: Sequence[Point], *, title: str) -> str:
 def pareto_panels(points: Sequence[Point], *, title: str) -> list[Markup]:
     """Return each panel as an <svg> element of its own."""
     panels = []
-    for panel in _panels(points):
+    for name, costs, unit in _panels(points):
         figure = new_figure(PANEL_WIDTH, _height(points))
-        _draw(add_axes(figure, LEFT, TOP, RIGHT, _height(points) - BOTTOM), panel)
-        panels.append(svg(figure, f"{title}: {panel.title}", CAPTION))
+        _draw(add_axes(figure, LEFT, TOP, RIGHT, _height(points) - BOTTOM), points, name, costs, unit)
+        panels.append(svg(figure, f"{title}: {name}", CAPTION))
     return panels
 
 
-def pareto_front(costs: Sequence[tuple[Point, float]]) -> list[tuple[Point, float]]:
+def pareto_front(costs: Sequence[Cost]) -> list[Cost]:
     """Return the points on the front, by cost; equal ones are all on it."""
 
     def is_beaten(point: Point, cost: float) -> bool:
@@ -107,38 +101,37 @@ def pareto_front(costs: Sequence[tuple[Point, float]]) -> list[tuple[Point, floa
     return sorted((one for one in costs if not is_beaten(*one)), key=lambda one: one[1])
 
 
-def _panels(points: Sequence[Point]) -> tuple[Panel, Panel]:
+def _panels(points: Sequence[Point]) -> Iterator[tuple[str, list[Cost], Callable[[float], str]]]:
+    """Yield each panel's title, points, and the format of its ticks."""
     by_size = [(point, float(point.file_bytes)) for point in points]
     by_time = [(point, point.latency_ms) for point in points if point.latency_ms is not None]
-    return (
-        Panel("accuracy, % by ONNX file size", by_size, points, bytes_text),
-        Panel("accuracy, % by latency", by_time, points, lambda ms: f"{ms:.4g} ms"),
-    )
+    yield "accuracy, % by ONNX file size", by_size, bytes_text
+    yield "accuracy, % by latency", by_time, "{:.4g} ms".format
 
 
 def _height(points: Sequence[Point]) -> int:
     return TOP + BOTTOM + max(250, ROW * (len(points) + 2))
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
-    axes.set_title(panel.title, loc="left", fontsize=13)
-    ends = [point.accuracy_percent + sign * (point.accuracy_std or 0.0) for point in panel.points for sign in (-1, 1)]
+def _draw(axes: Axes, points: Sequence[Point], title: str, costs: Sequence[Cost], unit: Callable[[float], str]) -> None:
+    axes.set_title(title, loc="left", fontsize=13)
+    ends = [point.accuracy_percent + sign * (point.accuracy_std or 0.0) for point in points for sign in (-1, 1)]
     low, high = min(ends, default=0.0), max(ends, default=100.0)
     margin = max(0.08 * (high - low), 0.05)
     axes.set_ylim(low - margin, high + margin)
-    if not panel.costs:
+    if not costs:
         axes.set_xticks([])
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=color("quiet"))
         return
-    costs = [cost for _, cost in panel.costs]
-    room = max((max(costs) / min(costs)) ** 0.08, 1.1)
-    log_axis(axes, "x", min(costs) / room, max(costs) * room, panel.unit)
+    least, most = (find(cost for _, cost in costs) for find in (min, max))
+    room = max((most / least) ** 0.08, 1.1)
+    log_axis(axes, "x", least / room, most * room, unit)
     axes.tick_params(axis="x", labelrotation=30)
-    front = pareto_front(panel.costs)
+    front = pareto_front(costs)
     x = [*(cost for _, cost in front), axes.get_xlim()[1]]
     y = [point.accuracy_percent for point, _ in front]
     axes.step(x, [*y, y[-1]], where="post", color=color("front"), linewidth=2)
-    for point, cost in panel.costs:
+    for point, cost in costs:
         is_best = (point, cost) in front
         edge, fill = (color("front"), color("front")) if is_best else (color("other"), color("paper"))
         accuracy, std = point.accuracy_percent, point.accuracy_std or 0.0
@@ -146,10 +139,10 @@ def _draw(axes: Axes, panel: Panel) -> None:
             axes.plot([cost, cost], [accuracy - std, accuracy + std], color=color("quiet"), linewidth=1)
         (dot,) = axes.plot([cost], [accuracy], "o", markersize=8, markeredgecolor=edge, markerfacecolor=fill)
         dot.set_markeredgewidth(2)
-    _label(axes, panel.costs)
+    _label(axes, costs)
 
 
-def _label(axes: Axes, costs: Sequence[tuple[Point, float]]) -> None:
+def _label(axes: Axes, costs: Sequence[Cost]) -> None:
     """Write the names right of the panel at their points' heights, moved apart, with a line from point to name."""
     low, high = axes.get_ylim()
     figure = axes.get_figure()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.command import printable
-from pipeline.report.formatting import integer, kib, mean_std, points, share, size_ratio
+from pipeline.report.formatting import integer, kib, mean_std, share, size_ratio
 from pipeline.report.rows import Report, Row
 
 MAX_CLASS_NAME = 20
@@ -97,7 +97,12 @@ def _agreement(rows: Sequence[Row]) -> Table:
 def _recovered(report: Report) -> Table:
     headers = ["network", "fine-tuned with hard labels", "with the teacher's stores", "recovered"]
     cells = [
-        [one.name, points(one.points_lost_alone), points(one.points_lost), share(one.share)] for one in report.recovered
+        [
+            one.name,
+            *(mean_std(lost, signed=True) for lost in (one.points_lost_alone, one.points_lost)),
+            share(one.share),
+        ]
+        for one in report.recovered
     ]
     return Table("Accuracy lost by compression, in percentage points", headers, cells)
 

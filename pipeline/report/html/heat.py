@@ -22,19 +22,12 @@ Format = Callable[[float], str]
 
 
 @dataclass(frozen=True)
-class Cell:
-    kind: str
-    text: str
-    tip: str
-
-
-@dataclass(frozen=True)
 class HeatMap:
-    """What the template `heat` shows."""
+    """A table of cells (CSS class, text, tooltip), each row with its name."""
 
     caption: str
     names: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
+    rows: Sequence[tuple[str, Sequence[tuple[str, str, str]]]]
     is_large: bool
 
 
@@ -42,13 +35,13 @@ def heat_map(caption: str, values: Values, names: Sequence[str], form: Format, b
     """Return a heat map of values [C, C], NaN where there is none, colored between `bounds`."""
     count, levels = len(names), level_of(values, bounds)
 
-    def cell(row: int, column: int) -> Cell:
+    def cell(row: int, column: int) -> tuple[str, str, str]:
         value, level = float(values[row, column]), int(levels[row, column])
         if level < 0:
-            return Cell("none", "", "")
+            return "none", "", ""
         shown = form(value)
         tip = f"{names[row]} → {names[column]}: {shown}" if count <= MAX_WITH_TIPS else ""
-        return Cell(f"v{level}", shown.removesuffix(" %") if count <= MAX_WITH_NUMBERS and value > 0 else "", tip)
+        return f"v{level}", shown.removesuffix(" %") if count <= MAX_WITH_NUMBERS and value > 0 else "", tip
 
     rows = [(shortened(names[row], 16), [cell(row, column) for column in range(count)]) for row in range(count)]
     return HeatMap(caption, [shortened(name, 16) for name in names], rows, count > MAX_WITH_TIPS)

@@ -18,7 +18,6 @@ from store.plain_file import read_plain
 MAX_METRICS_BYTES = 2**26
 """Read limit of a metrics.jsonl."""
 
-
 MAIN_KINDS = ("teacher", "alone", "student")
 
 

@@ -90,12 +90,11 @@ def page(runs: Sequence[PageRun], on_message: Message) -> str:
 
 
 def _sections(run: PageRun, on_message: Message) -> list[dict[str, object]]:
-    made: list[dict[str, object]] = []
-    for section in SECTIONS:
-        name = f"{run.report.recipe}: {section.title}"
-        body = _attempt(f"{section.key}.html", partial(section.make, run), name, on_message, run)
-        made.append({"key": section.key, "title": section.title, "body": body})
-    return made
+    def body(one: Section) -> Markup:
+        name = f"{run.report.recipe}: {one.title}"
+        return _attempt(f"{one.key}.html", partial(one.make, run), name, on_message, run)
+
+    return [{"key": one.key, "title": one.title, "body": body(one)} for one in SECTIONS]
 
 
 def _attempt(

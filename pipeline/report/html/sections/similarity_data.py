@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store import KdpipeError, StoreError, TargetStore, is_url, open_store
-
-if TYPE_CHECKING:
-    from stages.top_k import TopKOutputs
 
 TEMPERATURE = 4.0
 """At temperature 1 a good teacher gives the other classes almost no probability."""
@@ -99,9 +96,9 @@ def similarity_of(store: TargetStore, source: str) -> Similarity:
 
 def softened(logits: NDArray[Any]) -> Values:
     """Return softmax(logits / TEMPERATURE), float64 [B, C]."""
-    scaled = logits.astype(np.float64) / TEMPERATURE
-    scaled = np.exp(scaled - scaled.max(1, keepdims=True))
-    probabilities: Values = scaled / scaled.sum(1, keepdims=True)
+    from scipy.special import softmax
+
+    probabilities: Values = softmax(logits.astype(np.float64) / TEMPERATURE, axis=1)
     return probabilities
 
 
@@ -109,19 +106,14 @@ def _logits(store: TargetStore, ids: NDArray[np.int64]) -> NDArray[Any]:
     """Return logits [B, C] of the first view."""
     if store.manifest.top_k is None:
         return store.gather("logits", 0, ids)
-    rebuilt: NDArray[Any] = _top_k(store, ids).logits_at(TEMPERATURE).numpy()
-    return rebuilt
-
-
-def _top_k(store: TargetStore, ids: NDArray[np.int64]) -> TopKOutputs:
     import torch
 
     from stages.top_k import TopKOutputs
 
-    assert store.manifest.top_k is not None
     read = (store.gather(f"logits/{name}", 0, ids) for name in ("values", "indices", "tail"))
     values, indices, tail = (torch.from_numpy(np.ascontiguousarray(one)) for one in read)
-    return TopKOutputs(store.manifest.top_k, values, indices, tail, {})
+    logits: NDArray[Any] = TopKOutputs(store.manifest.top_k, values, indices, tail, {}).logits_at(TEMPERATURE).numpy()
+    return logits
 
 
 def by_likeness(similarity: Similarity, max_classes: int) -> NDArray[np.int64]:

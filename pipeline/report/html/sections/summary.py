@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
 
-from pipeline.report.formatting import kib, mean_std, num_seeds, points, share, size_ratio
+from pipeline.report.formatting import kib, mean_std, num_seeds, share, size_ratio
 from pipeline.report.html.read import PageRun
 from pipeline.report.quality import mean_and_std
 from pipeline.report.rows import Row
@@ -32,13 +32,6 @@ class Gain:
     def is_within_spread(self) -> bool:
         """Whether the standard deviation over seeds exceeds the gain."""
         return self.std is not None and abs(self.points) < self.std
-
-
-@dataclass(frozen=True)
-class Tile:
-    value: str
-    label: str
-    more: str = ""
 
 
 def summary(run: PageRun) -> dict[str, object]:
@@ -79,9 +72,7 @@ def _gained(gain: Gain, distilled: Row, teacher: Row | None) -> str:
         return f"{text}, which is within the spread between seeds."
     if gain.share_closed is None or teacher is None:
         return f"{text}."
-    if gain.share_closed >= 1:
-        return f"{text}, at least as much as the teacher ({teacher.accuracy_mean:.2f} %)."
-    if gain.share_closed <= 0:
+    if not 0 < gain.share_closed < 1:
         return f"{text}; the teacher reaches {teacher.accuracy_mean:.2f} %."
     return f"{text}. That closes {share(gain.share_closed)} of the gap to the teacher's {teacher.accuracy_mean:.2f} %."
 
@@ -90,19 +81,19 @@ def _accuracy(row: Row) -> str:
     return mean_std(row.accuracy_mean, row.accuracy_std)
 
 
-def _tiles(run: PageRun) -> Iterator[Tile]:
+def _tiles(run: PageRun) -> Iterator[tuple[str, str, str]]:
     for kind in ("teacher", "alone", "student"):
         if (row := run.row(kind)) is not None:
             spread = "" if row.accuracy_std is None else f"± {row.accuracy_std:.2f} over "
-            yield Tile(f"{row.accuracy_mean:.2f} %", f"{row.name}, test accuracy", spread + num_seeds(row.num_seeds))
+            yield (f"{row.accuracy_mean:.2f} %", f"{row.name}, test accuracy", spread + num_seeds(row.num_seeds))
     if (gain := gain_of(run)) is not None:
         closed = "" if gain.share_closed is None else f"{share(gain.share_closed)} of the gap to the teacher"
         closed = "within the spread between seeds" if gain.is_within_spread else closed
-        yield Tile(points(gain.points), "points by distillation", closed)
+        yield (mean_std(gain.points, signed=True), "points by distillation", closed)
     with_file = [row for row in run.report.rows if row.file_bytes]
     smallest = min(with_file, key=lambda row: row.file_bytes or 0, default=None)
     if smallest is not None and smallest.kind not in ("teacher", "alone", "student"):
-        yield Tile(kib(smallest.file_bytes), f"smallest file: {smallest.name}", f"{smallest.accuracy_mean:.2f} %")
+        yield (kib(smallest.file_bytes), f"smallest file: {smallest.name}", f"{smallest.accuracy_mean:.2f} %")
     student = run.row("student")
     if student is not None and student.of_teacher:
-        yield Tile(size_ratio(student.of_teacher), "of the teacher's size", f"student: {kib(student.file_bytes)}")
+        yield (size_ratio(student.of_teacher), "of the teacher's size", f"student: {kib(student.file_bytes)}")
