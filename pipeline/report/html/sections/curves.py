@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 from markupsafe import Markup
 
@@ -100,7 +101,7 @@ def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], 
         if average is not None:
             epoch, side = max(curve.mean), "center" if len(strong) == 1 else "bottom" if number else "top"
             axes.plot([epoch], [average], "o", color=shade, markersize=5)
-            label = {"va": side, "color": shade, "fontweight": "bold", "textcoords": "offset points"}
+            label: Any = {"va": side, "color": shade, "fontweight": "bold", "textcoords": "offset points"}
             axes.annotate(f"{average:.2f}", (epoch, average), (7, 0), **label)
     return svg(figure, f"{title}: test accuracy by epoch", ", ".join(ends))
 
