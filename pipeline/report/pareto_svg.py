@@ -149,15 +149,9 @@ def _label(axes: Axes, costs: Sequence[Cost]) -> None:
     assert figure is not None
     height = axes.get_position().height * figure.get_figure(root=True).get_size_inches()[1] * 72
     heights = [height * (high - point.accuracy_percent) / (high - low) for point, _ in costs]
+    edge = axes.get_xlim()[1]
     for (point, cost), place in zip(costs, spread(heights, ROW, height), strict=True):
         accuracy = high - (high - low) * place / height
-        axes.plot(
-            [cost, axes.get_xlim()[1]], [point.accuracy_percent, accuracy], ":", color=color("quiet"), linewidth=1
-        )
-        axes.annotate(
-            shortened(point.name, MAX_LETTERS),
-            (axes.get_xlim()[1], accuracy),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-        )
+        axes.plot([cost, edge], [point.accuracy_percent, accuracy], ":", color=color("quiet"), lw=1)
+        name = shortened(point.name, MAX_LETTERS)
+        axes.annotate(name, (edge, accuracy), (5, 0), textcoords="offset points", va="center")

@@ -26,10 +26,6 @@ def link(target: str, text: str) -> Markup:
     return Markup('<a href="#{}">{}</a>').format(target, printable(text))
 
 
-def code(text: str) -> Markup:
-    return Markup("<code>{}</code>").format(printable(text))
-
-
 @cache
 def _environment() -> Environment:
     environment = Environment(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report.html.read import PageRun
-from pipeline.report.html.templating import code
 from pipeline.report.tables import Table
 from stages.errors import RunError
 from stages.job_folder import read_json
@@ -18,16 +17,7 @@ from store import KdpipeError, is_url, read_store_manifest
 MAX_SESSIONS = 20
 """The latest ones are shown."""
 
-SESSION_COLUMNS = {
-    "command": "command",
-    "started": "started",
-    "wall_s": "wall clock",
-    "exit_code": "exit status",
-    "commit": "commit",
-    "device": "device",
-    "host": "host",
-    "peak_memory_bytes": "peak memory",
-}
+SESSION_COLUMNS = ("command", "started", "wall_s", "exit_code", "commit", "device", "host", "peak_memory_bytes")
 
 
 def provenance(run: PageRun) -> dict[str, object]:
@@ -50,7 +40,7 @@ def _sessions(record: Mapping[str, Any]) -> dict[str, object]:
     sessions = [one for one in recorded if isinstance(one, Mapping)] if isinstance(recorded, list) else []
     keys = [key for key in SESSION_COLUMNS if any(one.get(key) is not None for one in sessions)]
     rows = [[number, *(_cell(key, one.get(key)) for key in keys)] for number, one in enumerate(sessions, 1)]
-    table = Table("Sessions", ["number", *(SESSION_COLUMNS[key] for key in keys)], rows[-MAX_SESSIONS:], num_names=2)
+    table = Table("Sessions", ["number", *(key.replace("_", " ") for key in keys)], rows[-MAX_SESSIONS:], num_names=2)
     last = sessions[-1].get("argv") if sessions else None
     shown = {key: value for key, value in record.items() if key != "recipe"} | {"sessions": sessions[-MAX_SESSIONS:]}
     return {
@@ -63,10 +53,8 @@ def _sessions(record: Mapping[str, Any]) -> dict[str, object]:
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return "-"
-    if isinstance(value, int | float) and key == "wall_s":
-        return f"{value:,.1f} s"
-    if isinstance(value, int | float) and key == "peak_memory_bytes":
-        return f"{value / 2**20:,.0f} MiB"
+    if isinstance(value, int | float) and key in ("wall_s", "peak_memory_bytes"):
+        return f"{value:,.1f}" if key == "wall_s" else f"{value:,}"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {one}" for name, one in value.items())
     return str(value)[:12] if key == "commit" else str(value)
@@ -85,15 +73,14 @@ def _stores(run: PageRun) -> Table | None:
             continue
         data = identity.data
         contents = f"{data.get('name', '-')} {data.get('split', '')}, {data.get('num_samples', '-')} samples"
-        weights = code(str(identity.teacher.get("weights_sha256", "-")))
-        rows.append([path.name, code(identity.fingerprint), contents, weights])
+        rows.append([path.name, identity.fingerprint, contents, identity.teacher.get("weights_sha256", "-")])
     headers = ["store", "fingerprint", "data", "the teacher's weights, sha256"]
     return Table("Stores", headers, rows, num_names=9) if rows else None
 
 
 def _weights(run: PageRun) -> Table | None:
     rows = [
-        [network.name, str(job.folder.relative_to(run.path)), code(str(identity.get("weights_sha256", "-")))]
+        [network.name, str(job.folder.relative_to(run.path)), str(identity.get("weights_sha256", "-"))]
         for network in run.networks
         for job in network.done
         for identity in [(job.result or {}).get("identity") or {}]

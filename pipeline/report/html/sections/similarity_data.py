@@ -81,17 +81,16 @@ def similarity_of(store: TargetStore, source: str) -> Similarity:
     if not len(labels) or labels.min() < 0 or labels.max() >= count:
         raise StoreError("the labels of the stored samples are not among the teacher's classes.")
     names = store.classes if len(store.classes) == count else tuple(f"class {number}" for number in range(count))
-    sums, seen = np.zeros((count, count)), np.zeros(count)
-    for at in range(0, len(labels), BATCH_ROWS):
-        some = slice(at, min(at + BATCH_ROWS, len(labels)))
-        probabilities = softened(_logits(store, store.samples.ids[some]))
-        known = np.isfinite(probabilities).all(1)
-        order = np.argsort(labels[some][known], kind="stable")
-        present, starts = np.unique(labels[some][known][order], return_index=True)
-        sums[present] += np.add.reduceat(probabilities[known][order], starts) if len(present) else 0.0
-        seen += np.bincount(labels[some][known], minlength=count)
+    sums, num_seen = np.zeros((count, count)), np.zeros(count)
+    for start in range(0, len(labels), BATCH_ROWS):
+        batch = slice(start, min(start + BATCH_ROWS, len(labels)))
+        probabilities = softened(_logits(store, store.samples.ids[batch]))
+        is_known = np.isfinite(probabilities).all(1)
+        batch_labels = labels[batch][is_known]
+        np.add.at(sums, batch_labels, probabilities[is_known])
+        num_seen += np.bincount(batch_labels, minlength=count)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return Similarity(names, sums / seen[:, None], int(seen.sum()), source)
+        return Similarity(names, sums / num_seen[:, None], int(num_seen.sum()), source)
 
 
 def softened(logits: NDArray[Any]) -> Values:
@@ -150,6 +149,4 @@ def closest_pairs(similarity: Similarity, max_pairs: int) -> Iterator[tuple[int,
     both = np.nan_to_num(mutual(similarity), nan=-1.0)
     rows, columns = np.triu_indices(len(both), 1)
     order = np.argsort(-both[rows, columns], kind="stable")[:max_pairs]
-    for at in order:
-        if both[rows[at], columns[at]] >= 0:
-            yield int(rows[at]), int(columns[at])
+    yield from ((int(rows[one]), int(columns[one])) for one in order if both[rows[one], columns[one]] >= 0)
