@@ -173,7 +173,7 @@ def _tell(command: str, walk: Walk, results: dict[str, Any], as_json: bool) -> i
     from pipeline.exit_codes import DONE
     from pipeline.generations import print_generations
     from pipeline.report.command import tell_report
-    from pipeline.report.compressed import draw_trade
+    from pipeline.report.tradeoff import draw_trade
     from pipeline.summary import print_summary
 
     if command in ("run", "compress"):

@@ -31,10 +31,11 @@ MOST_BYTES = 1 << 17
 """Of a request: a longer message such a socket may not carry."""
 
 IMPORTED_LATE = (
+    "matplotlib.backends.backend_svg",
     "onnxscript.function_libs.torch_lib.ops",
     "pipeline.compare",
     "pipeline.generations",
-    "pipeline.report.pareto",
+    "pipeline.report.pareto_svg",
     "sklearn.datasets",
     "sympy.combinatorics",
     "torch.export._trace",

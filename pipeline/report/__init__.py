@@ -1,1 +1,1 @@
-"""What a run's networks are worth, read from the figures that its jobs left: tables, and accuracy against cost."""
+"""Report a run's results: tables in the terminal, a Pareto plot, and an HTML page."""

@@ -1,4 +1,4 @@
-"""`kdpipe report`, and the end of `kdpipe run`: the tables of runs on stdout, and their page for a browser."""
+"""Run `kdpipe report`: print the tables of runs and write their HTML page."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pathlib import Path
 from pipeline.command import print_json, say
 from pipeline.exit_codes import DONE, DONE_IN_PART
 from pipeline.places import require_place
-from pipeline.report.report import Report, print_report, read_report
+from pipeline.report.report import print_report, read_report
 
 
 def tell_report(runs: Sequence[Path], as_json: bool) -> int:
-    """The tables of runs; the exit status, 3 where something of them is still to be done. Raises what `read_report`
-    raises, before anything is printed.
+    """Print the reports of runs and return the exit status: 3 if any of their jobs are unfinished.
+
+    Raises:
+        RunError: Before anything is printed, as `read_report` does.
     """
-    made = [read_report(run) for run in runs]
+    reports = [read_report(run) for run in runs]
     if as_json:
-        print_json(_document(made))
+        documents = [report.to_json() for report in reports]
+        print_json(documents[0] if len(documents) == 1 else {"reports": documents})
     else:
-        for one in made:
-            print_report(one)
-    return DONE_IN_PART if any(one.missing for one in made) else DONE
-
-
-def _document(made: Sequence[Report]) -> dict[str, object]:
-    return made[0].to_json() if len(made) == 1 else {"reports": [one.to_json() for one in made]}
+        for report in reports:
+            print_report(report)
+    return DONE_IN_PART if any(report.missing for report in reports) else DONE
 
 
 def page_place(runs: Sequence[Path], file: Path | None) -> Path:
-    """Where the page goes: `file`, else of one run into its folder, of several into the current one.
+    """Return the page's path: `file`, or report.html in the only run's folder, or in the current one.
 
-    Raises RunError where a file cannot be written there. A run that is none is for `read_report` to refuse.
+    Raises:
+        RunError: If no file can be written there.
     """
     place = file or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     if file is not None or place.parent.is_dir():
@@ -40,7 +40,7 @@ def page_place(runs: Sequence[Path], file: Path | None) -> Path:
 
 
 def write_report(runs: Sequence[Path], file: Path) -> None:
-    """The page of the runs, into `file`."""
-    from pipeline.page.write import write_page
+    """Write the HTML page of the runs to `file`."""
+    from pipeline.report.html.write import write_page
 
     write_page(runs, file, say)

@@ -1,4 +1,4 @@
-"""Which networks a run has, what they are called in its tables, and where their jobs left their figures."""
+"""List the networks of a run: their names in tables and the folders of their jobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Place:
-    """One network, over its seeds. kind: its name in files; timed_as: the kind whose file takes the same time."""
+    """One network over its seeds. kind: its name in paths; timed_as: the kind whose file takes the same time."""
 
     name: str
     kind: str
@@ -19,14 +19,16 @@ class Place:
 
 
 def compressed_folder(recipe: Mapping[str, Any], run: Path) -> Path:
-    """Where the compressed students of a run's recipe are."""
+    """Return the folder of the compressed students."""
     given = recipe["compress"].get("student")
     return run / ("compressed" if given is None else f"compressed-{Path(given).stem}")
 
 
 def places_of(recipe: Mapping[str, Any], run: Path) -> list[Place]:
-    """The networks that a resolved recipe makes, in the order of the tables. Raises KeyError, TypeError,
-    ValueError or AttributeError where it is no recipe.
+    """Return the networks that a resolved recipe makes, in the order of the tables.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: If `recipe` is not a recipe.
     """
     seeds = _seeds(recipe)
     root, given = compressed_folder(recipe, run), recipe["compress"].get("student")
@@ -48,17 +50,16 @@ def places_of(recipe: Mapping[str, Any], run: Path) -> list[Place]:
 def _seeds(recipe: Mapping[str, Any]) -> list[int]:
     seeds = recipe["student"]["seeds"]
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds):
-        raise ValueError("student.seeds are no seeds")
+        raise ValueError("student.seeds is not a list of seeds")
     return seeds
 
 
 def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Name, kind, and as what it is timed, of each compressed network."""
-    # A recipe of an older kdpipe had neither baselines nor a choice of integers.
+    """Yield name, kind and timed_as of each compressed network."""
     steps, baselines = list(config["steps"]), config.get("baselines", False)
     scheme = config.get("quantize", {}).get("scheme", "int8")
-    if scheme not in ("int8", "int4"):  # it becomes a part of paths
-        raise ValueError("compress.quantize.scheme is no scheme")
+    if scheme not in ("int8", "int4"):  # it becomes part of paths
+        raise ValueError("compress.quantize.scheme is neither int8 nor int4")
     prunes, integers = "prune" in steps, scheme.upper()
     if prunes:
         yield "pruned", "pruned", "pruned"

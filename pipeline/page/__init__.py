@@ -1,1 +1,0 @@
-"""The page of `kdpipe report`: one HTML file with everything that a run has to show."""

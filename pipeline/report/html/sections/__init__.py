@@ -1,0 +1,1 @@
+"""The sections of the page: each module returns the values of its template in templates/."""

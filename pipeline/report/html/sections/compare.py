@@ -1,0 +1,50 @@
+"""Several runs on one page: their results in one table, and their students' learning curves on the same axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.report.formatting import integer, kib, mean_std, share
+from pipeline.report.html.read import MAIN_KINDS, PageRun
+from pipeline.report.html.sections.curves import curve_panel, curves_of, legend
+from pipeline.report.html.sections.summary import gain_of
+from pipeline.report.html.templating import link
+from pipeline.report.tables import Table
+
+HEADERS = (
+    "run",
+    "folder",
+    "teacher %",
+    "student alone %",
+    "student distilled %",
+    "points gained",
+    "gap closed",
+    "parameters",
+    "ONNX file",
+)
+
+
+def comparison(runs: Sequence[PageRun]) -> dict[str, object]:
+    curves = {run.key: curves_of(one for one in run.main if one.kind != "teacher") for run in runs}
+    together = [curve for of_run in curves.values() for curve in of_run]
+    charts = [
+        curve_panel(f"{run.report.recipe} ({run.folder_name})", curves[run.key], together)
+        for run in runs
+        if curves[run.key]
+    ]
+    table = Table("Comparison of runs", HEADERS, [_row(run) for run in runs], num_names=2)
+    return {"runs": table, "charts": charts, "legend": legend(together)}
+
+
+def _row(run: PageRun) -> list[object]:
+    gain, student = gain_of(run), run.row("student")
+    rows = [run.row(kind) for kind in MAIN_KINDS]
+    return [
+        link(f"{run.key}top", run.report.recipe),
+        run.folder_name,
+        *(mean_std(row.accuracy_mean, row.accuracy_std) if row else "-" for row in rows),
+        mean_std(gain.points, gain.std, signed=True) if gain else "-",
+        share(gain.share_closed if gain and not gain.is_within_spread else None),
+        integer(student.num_parameters if student else None),
+        kib(student.file_bytes if student else None),
+    ]

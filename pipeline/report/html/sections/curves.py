@@ -1,0 +1,117 @@
+"""Learning curves: test accuracy by epoch, one panel per network on equal axes, and the loss terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline.report.chart import add_axes, color, drawing, epoch_axis, error_axis, new_figure, svg, thinned
+from pipeline.report.formatting import mean_std, shortened
+from pipeline.report.html.read import Network, PageRun
+from pipeline.report.html.sections.losses import loss_panel, loss_table
+from pipeline.report.html.templating import LeftOutError
+from pipeline.report.quality import mean_and_std
+from pipeline.report.tables import Table
+
+MAX_ROWS = 60
+"""Epochs in a table; of more, every k-th is shown."""
+
+WIDTH, HEIGHT = 340, 236
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A network's test accuracies in percent by epoch, a mapping per seed."""
+
+    name: str
+    color: str
+    line: str
+    seeds: Sequence[Mapping[int, float]]
+
+    @property
+    def mean(self) -> dict[int, float]:
+        """Mean over the seeds, for the epochs that all seeds have reached."""
+        common = set.intersection(*(set(seed) for seed in self.seeds)) if self.seeds else set()
+        return {epoch: mean(seed[epoch] for seed in self.seeds) for epoch in sorted(common)}
+
+    @property
+    def last(self) -> tuple[float | None, float | None]:
+        """Mean and standard deviation after the last epoch that all seeds have reached."""
+        return mean_and_std([seed[max(self.mean)] for seed in self.seeds] if self.mean else [])
+
+
+def curves_of(networks: Iterable[Network]) -> list[Curve]:
+    """Return the curves of networks of which an epoch is recorded."""
+    return [
+        Curve(network.name, network.color, network.line, seeds)
+        for network in networks
+        if (seeds := [{one.number: one.accuracy for one in job.epochs} for job in network.jobs if job.epochs])
+    ]
+
+
+def legend(curves: Iterable[Curve]) -> list[tuple[str, str, str]]:
+    """Return name, color and line style of each kind of curve."""
+    return list({curve.color: (curve.name, curve.color, curve.line) for curve in curves}.values())
+
+
+def learning_curves(run: PageRun) -> dict[str, object]:
+    """Return the charts of a run.
+
+    Raises:
+        LeftOutError: If no epoch is recorded.
+    """
+    curves = curves_of(run.main)
+    if not curves:
+        raise LeftOutError("No training epoch is recorded in this run yet.")
+    loss_tables = [table for network in run.main if (table := loss_table(network, MAX_ROWS)) is not None]
+    num_damaged = {network.name: sum(job.num_damaged for job in network.jobs) for network in run.main}
+    return {
+        "charts": [curve_panel(one.name, [one], curves, show_others=True) for one in curves],
+        "legend": legend(curves),
+        "loss_charts": [panel for network in run.main if (panel := loss_panel(network)) is not None],
+        "numbers": [_table(curves), *loss_tables],
+        "damaged": [f"{number} of {name}" for name, number in num_damaged.items() if number],
+    }
+
+
+@drawing()
+def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], *, show_others: bool = False) -> Markup:
+    """Draw the seeds and means of `strong` curves on axes with room for all `together`, and these faintly if asked."""
+    figure = new_figure(WIDTH, HEIGHT)
+    axes = add_axes(figure, 40, 30, WIDTH - 50, HEIGHT - 40)
+    axes.set_title(shortened(title, 26), loc="left", fontsize=13)
+    axes.set_title("test accuracy, %", loc="right", fontsize=11, color=color("quiet"))
+    seeds = [seed for curve in together for seed in curve.seeds]
+    epoch_axis(axes, max(max(seed) for seed in seeds))
+    error_axis(axes, [accuracy for seed in seeds for accuracy in seed.values()])
+    for curve in (one for one in together if show_others and one not in strong):
+        axes.plot(*thinned(curve.mean), "--", color=color("quiet"), linewidth=1.2, alpha=0.45)
+    ends = []
+    for number, curve in enumerate(sorted(strong, key=lambda one: one.last[0] or 0.0)):
+        shade = color(curve.color)
+        for seed in curve.seeds:
+            axes.plot(*thinned(seed), color=shade, linewidth=0.8, alpha=0.5)
+        axes.plot(*thinned(curve.mean), color=shade, linestyle=curve.line, linewidth=2.4)
+        average, _ = curve.last
+        ends.append(f"{curve.name} ends at {mean_std(*curve.last)} %")
+        if average is not None:
+            epoch, side = max(curve.mean), "center" if len(strong) == 1 else "bottom" if number else "top"
+            axes.plot([epoch], [average], "o", color=shade, markersize=5)
+            label: Any = {"va": side, "color": shade, "fontweight": "bold", "textcoords": "offset points"}
+            axes.annotate(f"{average:.2f}", (epoch, average), (7, 0), **label)
+    return svg(figure, f"{title}: test accuracy by epoch", ", ".join(ends))
+
+
+def _table(curves: Sequence[Curve]) -> Table:
+    epochs, _ = thinned(
+        dict.fromkeys((epoch for curve in curves for seed in curve.seeds for epoch in seed), 0.0), MAX_ROWS
+    )
+    rows = [
+        [epoch, *(mean_std(*mean_and_std([seed[epoch] for seed in one.seeds if epoch in seed])) for one in curves)]
+        for epoch in epochs
+    ]
+    return Table("Test accuracy by epoch, %", ["epoch", *(one.name for one in curves)], rows)

@@ -1,0 +1,88 @@
+"""Origin of a run's results: its sessions, recipe, stores, and the networks' weights."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.html.read import PageRun
+from pipeline.report.tables import Table
+from stages.errors import RunError
+from stages.job_folder import read_json
+from store import KdpipeError, is_url, read_store_manifest
+
+MAX_SESSIONS = 20
+"""The latest ones are shown."""
+
+SESSION_COLUMNS = ("command", "started", "wall_s", "exit_code", "commit", "device", "host", "peak_memory_bytes")
+
+
+def provenance(run: PageRun) -> dict[str, object]:
+    made: dict[str, object] = dict.fromkeys(("note", "sessions", "last_command", "record"))
+    try:
+        record = read_json(run.path / "run.json")
+        made |= _sessions(record) if record else {"note": "This run has no run.json: its sessions are not known."}
+    except RunError as error:
+        made["note"] = run.without_path(error)
+    return made | {"stores": _stores(run), "weights": _weights(run), "recipe": _lines(run.recipe)}
+
+
+def _lines(record: object) -> list[str]:
+    """Return a JSON value as indented lines."""
+    return json.dumps(record, indent=1, ensure_ascii=False, default=str).splitlines()
+
+
+def _sessions(record: Mapping[str, Any]) -> dict[str, object]:
+    recorded = record.get("sessions")
+    sessions = [one for one in recorded if isinstance(one, Mapping)] if isinstance(recorded, list) else []
+    keys = [key for key in SESSION_COLUMNS if any(one.get(key) is not None for one in sessions)]
+    rows = [[number, *(_cell(key, one.get(key)) for key in keys)] for number, one in enumerate(sessions, 1)]
+    table = Table("Sessions", ["number", *(key.replace("_", " ") for key in keys)], rows[-MAX_SESSIONS:], num_names=2)
+    last = sessions[-1].get("argv") if sessions else None
+    shown = {key: value for key, value in record.items() if key != "recipe"} | {"sessions": sessions[-MAX_SESSIONS:]}
+    return {
+        "sessions": table if keys else None,
+        "last_command": shlex.join(map(str, last)) if isinstance(last, list) else None,
+        "record": _lines(shown),
+    }
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int | float) and key in ("wall_s", "peak_memory_bytes"):
+        return f"{value:,.1f}" if key == "wall_s" else f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return str(value)[:12] if key == "commit" else str(value)
+
+
+def _stores(run: PageRun) -> Table | None:
+    """Return the fingerprints of the stores in the run folder and of those that its recipe names."""
+    student, cache = run.recipe.get("student", {}), run.recipe.get("cache", {})
+    named = [one for one in (*student.get("stores", ()), cache.get("store")) if one and not is_url(str(one))]
+    rows: list[list[object]] = []
+    for path in [*map(Path, named), *sorted(run.path.glob("*.zarr"))]:
+        try:
+            identity = read_store_manifest(path).identity
+        except KdpipeError as error:
+            rows.append([path.name, run.without_path(error), "-", "-"])
+            continue
+        data = identity.data
+        contents = f"{data.get('name', '-')} {data.get('split', '')}, {data.get('num_samples', '-')} samples"
+        rows.append([path.name, identity.fingerprint, contents, identity.teacher.get("weights_sha256", "-")])
+    headers = ["store", "fingerprint", "data", "the teacher's weights, sha256"]
+    return Table("Stores", headers, rows, num_names=9) if rows else None
+
+
+def _weights(run: PageRun) -> Table | None:
+    rows = [
+        [network.name, str(job.folder.relative_to(run.path)), str(identity.get("weights_sha256", "-"))]
+        for network in run.networks
+        for job in network.done
+        for identity in [(job.result or {}).get("identity") or {}]
+    ]
+    return Table("Weights, sha256", ["network", "folder", "sha256"], rows, num_names=9) if rows else None

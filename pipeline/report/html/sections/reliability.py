@@ -1,0 +1,108 @@
+"""Reliability diagrams: accuracy by confidence (Guo et al. 2017, arXiv 1706.04599)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from pipeline.report.chart import add_axes, color, drawing, new_figure, svg
+from pipeline.report.formatting import mean_std, shortened
+from pipeline.report.html.read import Network, PageRun
+from pipeline.report.html.templating import LeftOutError
+from pipeline.report.tables import Table
+
+MIN_SAMPLES = 10
+"""Bins with fewer predictions are drawn pale."""
+
+WIDTH, HEIGHT = 260, 286
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Test samples of all seeds with a confidence in [low, high]."""
+
+    low: float
+    high: float
+    num_samples: int
+    confidence: float
+    accuracy: float
+
+
+def pooled_bins(network: Network) -> list[Bin]:
+    """Return the bins of a network with the samples of all its seeds; none if they were not recorded."""
+    recorded = [found for job in network.done if job.examined and (found := job.examined.get("bins"))]
+    bins = []
+    for number, over_seeds in enumerate(zip(*recorded, strict=True)):
+        filled = [one for one in over_seeds if one["num_samples"]]
+        count = sum(int(one["num_samples"]) for one in filled)
+        confidence, accuracy = (
+            sum(one["num_samples"] * float(one[name]) for one in filled) / count if count else 0.0
+            for name in ("confidence", "accuracy")
+        )
+        bins.append(Bin(number / len(recorded[0]), (number + 1) / len(recorded[0]), count, confidence, accuracy))
+    return bins
+
+
+def reliability(run: PageRun) -> dict[str, object]:
+    """Return the diagrams of the main networks and the last compressed one, and those of the others.
+
+    Raises:
+        LeftOutError: If no bins were recorded.
+    """
+    found = [(one, bins) for one in run.networks if (bins := pooled_bins(one))]
+    if not found:
+        raise LeftOutError("Confidences are recorded when a network is finished: none of this run has them yet.")
+    compressed = [one for one, _ in found if one not in run.main and "hard labels" not in one.name]
+    shown = [*run.main, *compressed[-1:]]
+    return {
+        "charts": [diagram(run, one, bins) for one, bins in found if one in shown],
+        "others": [diagram(run, one, bins) for one, bins in found if one not in shown],
+        "min_samples": MIN_SAMPLES,
+        "numbers": [_table(one, bins) for one, bins in found],
+    }
+
+
+@drawing()
+def diagram(run: PageRun, network: Network, bins: Sequence[Bin]) -> Markup:
+    """Draw accuracy by confidence, and below it the number of predictions."""
+    row = run.row(network.kind)
+    error = "" if row is None or row.ece_mean is None else f"ECE {mean_std(row.ece_mean, row.ece_std)} %"
+    figure = new_figure(WIDTH, HEIGHT)
+    axes, counts = (add_axes(figure, 46, top, WIDTH - 14, bottom) for top, bottom in ((30, 200), (212, 250)))
+    axes.set_title(shortened(network.name, 19), loc="left", fontsize=12)
+    axes.set_title(error, loc="right", fontsize=11, color=color("quiet"))
+    axes.set(xlim=(0, 100), ylim=(0, 100), ylabel="accuracy, %", xticks=range(0, 101, 25), yticks=range(0, 101, 25))
+    axes.tick_params(labelbottom=False)
+    counts.set(xlim=(0, 100), ylim=(0, 1), xlabel="confidence, %", xticks=range(0, 101, 25), yticks=[])
+    counts.grid(visible=False)
+    largest = max(math.log1p(one.num_samples) for one in bins) or 1.0
+    for one in bins:
+        if not one.num_samples:
+            continue
+        left, width = 100 * one.low + 0.5, 100 * (one.high - one.low) - 1
+        low, high = sorted((100 * one.accuracy, 100 * one.confidence))
+        opacity, bar = (0.3 if one.num_samples < MIN_SAMPLES else 0.8), color(network.color)
+        axes.bar(left, 100 * one.accuracy, width, align="edge", color=bar, alpha=opacity)
+        gap = axes.bar(left, high - low, width, low, align="edge", fill=False, edgecolor=color("wrong"), alpha=opacity)
+        gap[0].set(linestyle="--", linewidth=1.5)
+        counts.bar(left, math.log1p(one.num_samples) / largest, width, align="edge", color=bar, alpha=0.45)
+    axes.plot([0, 100], [0, 100], "--", color=color("quiet"), linewidth=1)
+    return svg(figure, f"{network.name}: confidence and accuracy", error)
+
+
+def _table(network: Network, bins: Sequence[Bin]) -> Table:
+    cells = [
+        [
+            f"{100 * one.low:.1f} to {100 * one.high:.1f}",
+            f"{one.num_samples:,}",
+            f"{100 * one.confidence:.2f}",
+            f"{100 * one.accuracy:.2f}",
+        ]
+        for one in bins
+        if one.num_samples
+    ]
+    headers = ["confidence %", "predictions", "mean confidence %", "accuracy %"]
+    return Table(f"{network.name}: by confidence", headers, cells)

@@ -1,0 +1,114 @@
+"""Write one or several runs as one self-contained HTML file.
+
+It has no script, font or image from elsewhere; its content security policy forbids fetching any. The same run folders
+give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from markupsafe import Markup
+
+from pipeline.report.chart import with_unique_ids
+from pipeline.report.html.read import PageRun, read_run
+from pipeline.report.html.sections.compare import comparison
+from pipeline.report.html.sections.confusions import confusions
+from pipeline.report.html.sections.curves import learning_curves
+from pipeline.report.html.sections.provenance import provenance
+from pipeline.report.html.sections.reliability import reliability
+from pipeline.report.html.sections.similarity import class_similarity
+from pipeline.report.html.sections.summary import summary
+from pipeline.report.html.sections.tables import results, tradeoff
+from pipeline.report.html.templating import LeftOutError, render
+from store import KdpipeError, write_atomically
+
+Context = Mapping[str, object]
+Message = Callable[[str], None]
+
+
+def _samples(run: PageRun) -> Context:
+    from pipeline.report.html.sections.samples import samples  # imports torch
+
+    return samples(run)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a run's page: `key`.html is its template, filled with the values that `make` returns."""
+
+    key: str
+    title: str
+    make: Callable[[PageRun], Context]
+
+
+SECTIONS = (
+    Section("results", "Results", results),
+    Section("curves", "Learning curves", learning_curves),
+    Section("tradeoff", "Accuracy, size and latency", tradeoff),
+    Section("reliability", "Reliability", reliability),
+    Section("confusions", "Confusions", confusions),
+    Section("similarity", "Class similarity", class_similarity),
+    Section("samples", "Samples with predictions", _samples),
+    Section("provenance", "Provenance", provenance),
+)
+
+
+def write_page(runs: Sequence[Path], file: Path, on_message: Message) -> None:
+    """Write the page of run folders to `file`, replacing it.
+
+    Args:
+        runs: Run folders, each shown in a part of its own.
+        file: Path of the page.
+        on_message: Called with a sentence for each section that is left out, and at the end.
+
+    Raises:
+        RunError: If a folder is not a run folder, or its results are damaged.
+        OSError: If the page cannot be written.
+    """
+    found = [read_run(path, number) for number, path in enumerate(runs, 1)]
+    content = page(found, on_message)
+    write_atomically(file, content.encode())
+    num_runs = f"{len(found)} {'run' if len(found) == 1 else 'runs'}"
+    on_message(f"{file}: the page of {num_runs}, {len(content) / 1e6:.2f} MB.")
+
+
+def page(runs: Sequence[PageRun], on_message: Message) -> str:
+    """Return the page's text."""
+    title, together = runs[0].report.recipe, None
+    if len(runs) > 1:
+        title = f"{len(runs)} runs"
+        together = _attempt("compare.html", lambda: comparison(runs), "the comparison", on_message)
+    parts = [
+        {"run": run, "summary": render("summary.html", **summary(run)), "sections": _sections(run, on_message)}
+        for run in runs
+    ]
+    return with_unique_ids(render("page.html", title=title, comparison=together, parts=parts))
+
+
+def _sections(run: PageRun, on_message: Message) -> list[dict[str, object]]:
+    def body(one: Section) -> Markup:
+        name = f"{run.report.recipe}: {one.title}"
+        return _attempt(f"{one.key}.html", partial(one.make, run), name, on_message, run)
+
+    return [{"key": one.key, "title": one.title, "body": body(one)} for one in SECTIONS]
+
+
+def _attempt(
+    template: str, make: Callable[[], Context], name: str, on_message: Message, run: PageRun | None = None
+) -> Markup:
+    """Render a section, or why it is left out: a damaged one does not affect the others."""
+    try:
+        return render(template, **make())
+    except LeftOutError as error:
+        reason = str(error)
+    except (KdpipeError, OSError) as error:
+        reason = f"This could not be read: {error}"
+    except Exception as error:  # files of a run folder are untrusted input
+        reason = f"The data of this section is damaged ({type(error).__name__}: {error})."
+    reason = run.without_path(reason) if run else reason
+    on_message(f"{name} is left out: {reason}")
+    return render("left_out.html", reason=reason)

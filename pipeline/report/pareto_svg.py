@@ -1,0 +1,157 @@
+"""Plot accuracy against file size and against latency, with the Pareto front, as one SVG for light and dark pages.
+
+A network is on the front if no other is at least as good in both values and better in one. The front is drawn as
+steps: between two networks there is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+from pipeline.report.chart import add_axes, color, drawing, log_axis, new_figure, spread, svg
+from pipeline.report.formatting import bytes_text, shortened
+from store.durable import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CAPTION = "Filled: no other network is as accurate at as little cost; bars: one standard deviation over seeds."
+
+PANEL_WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 48, 276, 36, 46
+"""In user units; names are written between RIGHT and PANEL_WIDTH."""
+
+ROW, MAX_LETTERS = 16, 25
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network's accuracy and its standard deviation in percent, ONNX file size in bytes, and latency in ms.
+
+    Raises:
+        ValueError: If a size or latency is not positive, or a number is not finite.
+    """
+
+    name: str
+    accuracy_percent: float
+    accuracy_std: float | None
+    file_bytes: int
+    latency_ms: float | None
+
+    def __post_init__(self) -> None:
+        costs = [self.file_bytes] if self.latency_ms is None else [self.file_bytes, self.latency_ms]
+        accuracies = (self.accuracy_percent, self.accuracy_std or 0.0)
+        if not all(math.isfinite(cost) and cost > 0 for cost in costs) or not all(map(math.isfinite, accuracies)):
+            raise ValueError(f"{self} cannot be drawn: sizes and latencies must be positive, accuracies finite.")
+
+
+Cost = tuple[Point, float]
+"""A point with its cost in one panel."""
+
+
+def write_pareto(points: Sequence[Point], path: Path, *, title: str) -> None:
+    """Write the plot to `path`, replacing it. Raises OSError."""
+    write_atomically(path, pareto_svg(points, title=title).encode())
+
+
+@drawing()
+def pareto_svg(points: Sequence[Point], *, title: str) -> str:
+    """Return a stand-alone SVG file with both panels."""
+    height = _height(points)
+    figure = new_figure(2 * PANEL_WIDTH, height + 24)
+    figure.text(0.01, 1 - 16 / (height + 24), shortened(title, 90), fontsize=15)
+    for number, panel in enumerate(_panels(points)):
+        left = number * PANEL_WIDTH
+        _draw(add_axes(figure, left + LEFT, TOP + 24, left + RIGHT, height + 24 - BOTTOM), points, *panel)
+    colors = (Path(__file__).parent / "html" / "templates" / "colors.css").read_text(encoding="utf-8")
+    style = f"<style>\n{colors}svg {{ background: var(--paper); font-family: system-ui, sans-serif; }}\n</style>"
+    drawn = str(svg(figure, title, CAPTION))
+    return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+        "</desc>", f"</desc>{style}", 1
+    )
+
+
+@drawing()
+def pareto_panels(points: Sequence[Point], *, title: str) -> list[Markup]:
+    """Return each panel as an <svg> element of its own."""
+    panels = []
+    for name, costs, unit in _panels(points):
+        figure = new_figure(PANEL_WIDTH, _height(points))
+        _draw(add_axes(figure, LEFT, TOP, RIGHT, _height(points) - BOTTOM), points, name, costs, unit)
+        panels.append(svg(figure, f"{title}: {name}", CAPTION))
+    return panels
+
+
+def pareto_front(costs: Sequence[Cost]) -> list[Cost]:
+    """Return the points on the front, by cost; equal ones are all on it."""
+
+    def is_beaten(point: Point, cost: float) -> bool:
+        return any(
+            other_cost <= cost
+            and other.accuracy_percent >= point.accuracy_percent
+            and (other_cost < cost or other.accuracy_percent > point.accuracy_percent)
+            for other, other_cost in costs
+        )
+
+    return sorted((one for one in costs if not is_beaten(*one)), key=lambda one: one[1])
+
+
+def _panels(points: Sequence[Point]) -> Iterator[tuple[str, list[Cost], Callable[[float], str]]]:
+    """Yield each panel's title, points, and the format of its ticks."""
+    by_size = [(point, float(point.file_bytes)) for point in points]
+    by_time = [(point, point.latency_ms) for point in points if point.latency_ms is not None]
+    yield "accuracy, % by ONNX file size", by_size, bytes_text
+    yield "accuracy, % by latency", by_time, "{:.4g} ms".format
+
+
+def _height(points: Sequence[Point]) -> int:
+    return TOP + BOTTOM + max(250, ROW * (len(points) + 2))
+
+
+def _draw(axes: Axes, points: Sequence[Point], title: str, costs: Sequence[Cost], unit: Callable[[float], str]) -> None:
+    axes.set_title(title, loc="left", fontsize=13)
+    ends = [point.accuracy_percent + sign * (point.accuracy_std or 0.0) for point in points for sign in (-1, 1)]
+    low, high = min(ends, default=0.0), max(ends, default=100.0)
+    margin = max(0.08 * (high - low), 0.05)
+    axes.set_ylim(low - margin, high + margin)
+    if not costs:
+        axes.set_xticks([])
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=color("quiet"))
+        return
+    least, most = (find(cost for _, cost in costs) for find in (min, max))
+    room = max((most / least) ** 0.08, 1.1)
+    log_axis(axes, "x", least / room, most * room, unit)
+    axes.tick_params(axis="x", labelrotation=30)
+    front = pareto_front(costs)
+    x = [*(cost for _, cost in front), axes.get_xlim()[1]]
+    y = [point.accuracy_percent for point, _ in front]
+    axes.step(x, [*y, y[-1]], where="post", color=color("front"), linewidth=2)
+    for point, cost in costs:
+        is_best = (point, cost) in front
+        edge, fill = (color("front"), color("front")) if is_best else (color("other"), color("paper"))
+        accuracy, std = point.accuracy_percent, point.accuracy_std or 0.0
+        if std:
+            axes.plot([cost, cost], [accuracy - std, accuracy + std], color=color("quiet"), linewidth=1)
+        (dot,) = axes.plot([cost], [accuracy], "o", markersize=8, markeredgecolor=edge, markerfacecolor=fill)
+        dot.set_markeredgewidth(2)
+    _label(axes, costs)
+
+
+def _label(axes: Axes, costs: Sequence[Cost]) -> None:
+    """Write the names right of the panel at their points' heights, moved apart, with a line from point to name."""
+    low, high = axes.get_ylim()
+    figure = axes.get_figure()
+    assert figure is not None
+    height = axes.get_position().height * figure.get_figure(root=True).get_size_inches()[1] * 72
+    heights = [height * (high - point.accuracy_percent) / (high - low) for point, _ in costs]
+    edge = axes.get_xlim()[1]
+    for (point, cost), place in zip(costs, spread(heights, ROW, height), strict=True):
+        accuracy = high - (high - low) * place / height
+        axes.plot([cost, edge], [point.accuracy_percent, accuracy], ":", color=color("quiet"), lw=1)
+        name = shortened(point.name, MAX_LETTERS)
+        axes.annotate(name, (edge, accuracy), (5, 0), textcoords="offset points", va="center")

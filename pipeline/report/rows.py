@@ -1,0 +1,120 @@
+"""Data classes of a run's report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stages.latency_record import Latencies
+
+MIN_LOSS = 0.1
+"""Percentage points of accuracy; no recovered share is given where fine-tuning with hard labels lost less."""
+
+PAIRS = tuple((kind, f"{kind}-alone") for kind in ("pruned", "int8-unpruned", "int8", "int4-unpruned", "int4"))
+"""Kinds fine-tuned with the teacher's stores, each with its counterpart fine-tuned with hard labels alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassRow:
+    """Test accuracy of one class in percent, over the seeds; None without test samples."""
+
+    name: str
+    accuracy_mean: float | None
+    accuracy_std: float | None
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityMetrics:
+    """A network's evaluation over its seeds, in percent (teacher_kl: in nats); None where it was not measured."""
+
+    top5_mean: float | None = None
+    top5_std: float | None = None
+    agreement_mean: float | None = None
+    agreement_std: float | None = None
+    teacher_kl_mean: float | None = None
+    teacher_kl_std: float | None = None
+    ece_mean: float | None = None
+    ece_std: float | None = None
+    per_class: list[ClassRow] | None = None
+
+
+@dataclass(frozen=True)
+class Row(QualityMetrics):
+    """One network of a run, over its seeds; None where a value was not measured.
+
+    Attributes:
+        timed_as: Kind of the network whose file takes the same time.
+        accuracy_mean: Test accuracy in percent after the last epoch.
+        best_accuracy_mean: The same after the best epoch.
+        of_teacher: How many times smaller the ONNX file is than the teacher's.
+        of_student: The same against the distilled student's file.
+        onnx_agreement: Lowest share over seeds, in percent, of test images with equal top-1 in ONNX and torch.
+        latency_ms: By batch size, p50_ms and p95_ms of a batch.
+    """
+
+    name: str
+    kind: str
+    timed_as: str
+    num_seeds: int
+    accuracy_mean: float
+    accuracy_std: float | None
+    best_accuracy_mean: float
+    num_parameters: int
+    num_macs: int | None
+    file_bytes: int | None
+    of_teacher: float | None
+    of_student: float | None
+    onnx_agreement: float | None
+    latency_ms: dict[str, dict[str, float]] | None
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class RecoveredAccuracy:
+    """Percentage points that a compression lost against the student, without and with the teacher's stores.
+
+    Attributes:
+        points_lost_alone: Lost when fine-tuned with hard labels alone.
+        points_lost: Lost when fine-tuned with the teacher's stores.
+        share: Share of points_lost_alone that the stores recovered; None where that is below MIN_LOSS.
+    """
+
+    name: str
+    points_lost_alone: float
+    points_lost: float
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results of a run. missing: networks with unfinished jobs."""
+
+    run: str
+    recipe: str
+    latency: Latencies | None
+    rows: list[Row]
+    recovered: list[RecoveredAccuracy]
+    pareto: str | None
+    artifacts: list[str]
+    missing: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def recovered_accuracy(rows: Sequence[Row]) -> list[RecoveredAccuracy]:
+    """Compare each compressed network with its hard-label baseline, where both have the same number of seeds."""
+    by_kind = {row.kind: row for row in rows}
+    student = by_kind.get("student")
+    found: list[RecoveredAccuracy] = []
+    for kind, baseline in PAIRS:
+        row, alone = by_kind.get(kind), by_kind.get(baseline)
+        if student is None or row is None or alone is None or row.num_seeds != alone.num_seeds:
+            continue
+        lost_alone = student.accuracy_mean - alone.accuracy_mean
+        lost = student.accuracy_mean - row.accuracy_mean
+        share = 1 - lost / lost_alone if lost_alone >= MIN_LOSS else None
+        found.append(RecoveredAccuracy(row.name, lost_alone, lost, share))
+    return found

@@ -1,0 +1,117 @@
+"""The tables of a report, used by the terminal and the HTML page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.command import printable
+from pipeline.report.formatting import integer, kib, mean_std, share, size_ratio
+from pipeline.report.rows import Report, Row
+
+MAX_CLASS_NAME = 20
+"""Letters of a class name in a table; --json has the whole name."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text. The first `num_names` columns hold names, the others numbers."""
+
+    caption: str
+    headers: Sequence[object]
+    rows: Sequence[Sequence[object]]
+    num_names: int = 1
+
+
+def report_tables(report: Report) -> Iterator[Table]:
+    """Yield the tables that the report has figures for."""
+    if not report.rows:
+        return
+    yield _results(report.rows)
+    yield _costs(report)
+    if any(row.ece_mean is not None for row in report.rows):
+        yield _agreement(report.rows)
+    if report.recovered:
+        yield _recovered(report)
+
+
+def _results(rows: Sequence[Row]) -> Table:
+    headers = ["network", "test accuracy %", "best epoch %", "seeds", "parameters", "ONNX file", "ONNX = torch %"]
+    cells = [
+        [
+            row.name,
+            mean_std(row.accuracy_mean, row.accuracy_std),
+            mean_std(row.best_accuracy_mean),
+            row.num_seeds,
+            integer(row.num_parameters),
+            kib(row.file_bytes),
+            mean_std(row.onnx_agreement),
+        ]
+        for row in rows
+    ]
+    return Table("Results", headers, cells)
+
+
+def _costs(report: Report) -> Table:
+    """Return MACs, sizes and latencies; networks that share a file have one row."""
+    latency, caption = report.latency, "Cost (onnxruntime)"
+    if latency is not None:
+        threads = "one thread" if latency.num_threads == 1 else f"{latency.num_threads} threads"
+        caption += f": {threads} of {printable(latency.cpu)}, ms per batch, median (95th percentile)"
+    sizes = latency.batch_sizes if latency else []
+    cells = []
+    for row in report.rows:
+        if row.kind != row.timed_as and not (latency and row.kind in latency.files):
+            continue
+        times = [row.latency_ms[str(size)] if row.latency_ms else None for size in sizes]
+        cells.append(
+            [
+                row.name,
+                integer(row.num_macs),
+                size_ratio(row.of_teacher),
+                size_ratio(row.of_student),
+                *("-" if one is None else f"{one['p50_ms']:.3f} ({one['p95_ms']:.3f})" for one in times),
+            ]
+        )
+    headers = ["network", "MACs", "size / teacher's", "size / student's"]
+    return Table(caption, [*headers, *(f"batch of {size}" for size in sizes)], cells)
+
+
+def _agreement(rows: Sequence[Row]) -> Table:
+    headers = ["network", "top-1 %", "top-5 %", "same top-1 %", "KL (nats)", "ECE %", "worst class %"]
+    cells = [
+        [
+            row.name,
+            mean_std(row.accuracy_mean, row.accuracy_std),
+            mean_std(row.top5_mean, row.top5_std),
+            mean_std(row.agreement_mean, row.agreement_std),
+            mean_std(row.teacher_kl_mean, row.teacher_kl_std, digits=3),
+            mean_std(row.ece_mean, row.ece_std),
+            worst_class(row),
+        ]
+        for row in rows
+    ]
+    return Table("Agreement with the teacher", headers, cells)
+
+
+def _recovered(report: Report) -> Table:
+    headers = ["network", "fine-tuned with hard labels", "with the teacher's stores", "recovered"]
+    cells = [
+        [
+            one.name,
+            *(mean_std(lost, signed=True) for lost in (one.points_lost_alone, one.points_lost)),
+            share(one.share),
+        ]
+        for one in report.recovered
+    ]
+    return Table("Accuracy lost by compression, in percentage points", headers, cells)
+
+
+def worst_class(row: Row) -> str:
+    """Return the class with the lowest accuracy (the first of several) and its accuracy."""
+    measured = [one for one in row.per_class or () if one.accuracy_mean is not None]
+    if not measured:
+        return "-"
+    worst = min(measured, key=lambda one: one.accuracy_mean or 0.0)
+    name = worst.name if len(worst.name) <= MAX_CLASS_NAME else worst.name[: MAX_CLASS_NAME - 3] + "..."
+    return f"{printable(name)}: {mean_std(worst.accuracy_mean, worst.accuracy_std)}"
