@@ -33,7 +33,7 @@ student = { model = { name = "resnet8" } }
 compress = { prune = { keep = ["nothing"] } }
 distill = [
   { loss = "kd" },
-  { loss = "rkd", layers = [["layer3", "layer3"]], samples = { weigh = "entropy" } },
+  { loss = "rkd", layers = [["layer3", "layer3"]], samples = { weighting = "entropy" } },
   { loss = "hint", layers = [["layer3", "layr3"]], store = 2 },
 ]
 """
@@ -79,7 +79,7 @@ def test_check_tries_networks_layers_and_losses_without_the_data():
     teacherless = called("check", written(UNFIT), code=2).stdout
     assert "teacher: resnet20 has no argument 'widht'" in teacherless
     assert "compress: the model has no module 'nothing'" in teacherless
-    assert "distill.1 (rkd): samples.weigh = 'entropy' is for losses that are a mean" in teacherless
+    assert "distill.1 (rkd): samples.weighting = 'entropy' is for losses that are a mean" in teacherless
     assert "teacher.train.milestones do nothing with schedule = 'cosine'" in teacherless
     shown = called("check", "r.toml", "--set", "teacher.model.args={}", code=2).stdout
     assert "cache.layers.0: the model has no module 'layr3'; nearest: layer3" in shown

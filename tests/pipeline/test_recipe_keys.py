@@ -28,7 +28,7 @@ BASE = {
         "model": {"name": "cnn"},
         "hard_label_weight": {"start": 1.0, "end": 0.0},
         "teachers": {},
-        "read": {},
+        "target_loading": {},
         "train": {},
     },
     "compress": {"prune": {}, "quantize": {}, "prune_train": {}, "quantize_train": {}},
