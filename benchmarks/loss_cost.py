@@ -140,7 +140,7 @@ def through_the_network(config: Entry, student: Student) -> Case:
     delivered = {one: tuple(feature.shape[1:]) for one, feature in features.items()}
     loss = config.build({}, delivered, Facts(NUM_SAMPLES, NUM_CLASSES))
     work = partial(student.step_with, loss, DenseOutputs(torch.empty(0), features))
-    return Case(config.loss, "network", student.optimiser.zero_grad, work, [], replaces=True)
+    return Case(config.loss, "network", student.optimizer.zero_grad, work, [], replaces=True)
 
 
 def on_features(config: Entry, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:

@@ -58,7 +58,7 @@ def explanations(kind: type) -> dict[str, str]:
     next one, or with the paragraph.
     """
     names = "|".join(sorted((re.escape(field.name) for field in fields(kind)), key=len, reverse=True))
-    heads = re.compile(rf"(?:^|(?<=[.)] ))((?:{names})(?:, (?:{names}))*): ", re.MULTILINE)
+    heads = re.compile(rf"(?:^ *|(?<=[.)] ))((?:{names})(?:, (?:{names}))*): ", re.MULTILINE)
     found: dict[str, str] = {}
     for base in kind.__mro__:
         doc = "\n".join(line.strip() for line in (base.__dict__.get("__doc__") or "").splitlines())

@@ -1,6 +1,5 @@
-"""Bad input for every argument and option of every command: absent, of a wrong type, absurd, hostile.
-
-The options come from the command line itself, so that a new one without bad values here fails a test.
+"""Bad input, for every argument and option that a command has: absent, of a wrong type, absurd, hostile. They are read
+off the command line itself, so that a new one without bad values here is noticed.
 """
 
 import json
@@ -21,14 +20,14 @@ LONG = "x" * 5000
 NUMBERS = ["", "x", "1.5", "-1", "nan", "inf", "1e309", "0x10", ESCAPE, "9" * 5000, "--json"]
 TOO_MANY = [*NUMBERS, "0", "1" + "0" * 30]
 NAMES = ["", ESCAPE, "\udcff", "a\u2028b"]
-"""Invalid names of new files: empty, control characters, not UTF-8, a line separator."""
+"""Of what a command makes: nothing, control characters, no UTF-8, a line that ends."""
 
 ABSENT = ["absent", "absent/deeper", "file/x", "~nobody/x", "dangling", "loop", "x" * 300, ESCAPE, "\udcff", "𝒳\u202e"]
 ODD = ["folder", "fifo", "/dev/null", "/dev/zero", "", "../.."]
 NO_RECIPE = [*ABSENT, *ODD, "file", "-x", LONG]
 NO_STORE = [*ABSENT, "folder", "fifo", "file", "/dev/null", "-x", LONG]
 NO_RUN_CAN_BE = [*NAMES, "file", "file/x", "loop", "fifo", "/dev/null", "x" * 300, LONG]
-# Devices are named by links, so that only a link is lost if one is replaced.
+# Devices as what is written to are links of one's own: should one be replaced, only that is lost.
 NO_FILE_CAN_BE = [*NAMES, "folder", "absent/x.png", "file/x.png", "loop", "fifo", "full.png", "..", "x" * 300, LONG]
 OVERRIDES = ["", "x", "=", "=1", ".=1", "a..b=1", "name=", "name=../x", f"name={ESCAPE}", f"{ESCAPE}=1", "\udcff=1"]
 OVERRIDES += ["student.seeds=" + "[" * 5000, "seed=1e400", "seed=" + "9" * 5000, "seed=nan", "distill.9.loss=kd", LONG]
@@ -104,7 +103,7 @@ NEEDED = {
     "store rm-views": ["--keep", "1"],
     "recipe new": ["--yes"],
 }
-"""Added beside the bad value, so that it is the only fault."""
+"""What a command is given beside the bad value, so that this alone is at fault."""
 ALSO = {
     "--recompute": ["--recipe", "tiny.toml"],
     "--recipe": ["--recompute", "1"],
@@ -120,7 +119,7 @@ ALSO = {
 
 
 def commands(group, path=()):
-    """Yield every command with the words that call it."""
+    """Every command, by the words that call it."""
     for name, one in group.commands.items():
         if hasattr(one, "commands"):
             yield from commands(one, (*path, name))
@@ -133,7 +132,7 @@ COMMANDS = dict(commands(WHOLE))
 
 
 def called(parameter):
-    """Return an option's first spelling, or an argument's name."""
+    """What people call it: an option's first spelling, an argument's name."""
     return parameter.opts[0]
 
 
@@ -146,7 +145,7 @@ CASES = [(command, name) for command, name in EVERY if bad_values(command, name)
 
 
 def arguments(command, name, value):
-    """Return a command line whose only fault is `value`."""
+    """A command line on which `value` is what is wrong."""
     words, options = command.split(), []
     for parameter in COMMANDS[command].params:
         argument = called(parameter)
@@ -161,7 +160,7 @@ def arguments(command, name, value):
 
 
 def tree(folder):
-    """Return all files below a folder with their content."""
+    """Everything below a folder, and what it holds."""
     return {
         path.relative_to(folder): path.lstat().st_mode if path.is_symlink() or not path.is_file() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -170,7 +169,7 @@ def tree(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a recipe, a store, an unfinished run, and files in the way."""
+    """A folder with a recipe, a store, a run that has only begun, and things that are in the way."""
     folder = tmp_path_factory.mktemp("place") / "deep" / "er"
     folder.mkdir(parents=True)
     (folder / "tiny.toml").write_text(RECIPE)
@@ -188,13 +187,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def time_limit(place, monkeypatch):
-    """Interrupt a command that waits, for example for a pipe."""
+def nothing_waits_for_ever(place, monkeypatch):
+    """A pipe that is waited for would hold up all tests: it is broken off."""
 
-    def on_alarm(number, frame):
-        raise TimeoutError("the command hangs")
+    def broken_off(number, frame):
+        raise TimeoutError("this waits for ever")
 
-    before = signal.signal(signal.SIGALRM, on_alarm)
+    before = signal.signal(signal.SIGALRM, broken_off)
     signal.setitimer(signal.ITIMER_REAL, 120, 5)
     monkeypatch.chdir(place)
     monkeypatch.setattr("typer.testing._get_command", lambda app: WHOLE, raising=False)  # else built for every value
@@ -204,24 +203,24 @@ def time_limit(place, monkeypatch):
 
 
 def require_refused(ended, what, on_stdout=False):
-    """Require a message of one line, or typer's usage and one line, no traceback, and exit code 1 or 2."""
+    """One sentence, or typer's usage and one; nothing raw; exit status 1 or 2."""
     assert ended.exception is None or isinstance(ended.exception, SystemExit), (what, ended.exception)
     assert ended.exit_code in (1, 2), (what, ended.stdout, ended.stderr)
-    text, silent = (ended.stdout, ended.stderr) if on_stdout and ended.stdout else (ended.stderr, ended.stdout)
+    said, silent = (ended.stdout, ended.stderr) if on_stdout and ended.stdout else (ended.stderr, ended.stdout)
     assert silent == "", what
-    assert "Traceback" not in text
-    lines = text.rstrip("\n").split("\n")
-    assert all(line.isprintable() for line in lines), (what, text)
-    if text.startswith(("Usage: ", "Error: ")):
-        assert lines[-1].startswith("Error: "), (what, text)
+    assert "Traceback" not in said
+    lines = said.rstrip("\n").split("\n")
+    assert all(line.isprintable() for line in lines), (what, said)
+    if said.startswith(("Usage: ", "Error: ")):
+        assert lines[-1].startswith("Error: "), (what, said)
         assert ended.exit_code == 2
     else:
-        assert on_stdout or len(lines) == 1, (what, text)
-        assert on_stdout or text.startswith("kdpipe: "), (what, text)
-        assert len(text) < (len(LONG) + 200 if on_stdout else 1000), what
+        assert on_stdout or len(lines) == 1, (what, said)
+        assert on_stdout or said.startswith("kdpipe: "), (what, said)
+        assert len(said) < (len(LONG) + 200 if on_stdout else 1000), what
 
 
-def test_every_argument_and_option_has_bad_values_here():
+def test_every_argument_and_option_of_every_command_has_bad_values_here():
     without = [
         f"{command} {called(parameter)}"
         for command, one in COMMANDS.items()
@@ -231,11 +230,11 @@ def test_every_argument_and_option_has_bad_values_here():
     ]
     assert without == []
     names = {called(parameter) for one in COMMANDS.values() for parameter in one.params}
-    assert {key.split(" ")[-1] for key in BAD} <= names, "bad values of an option that no longer exists"
+    assert {key.split(" ")[-1] for key in BAD} <= names, "an option that is no more needs no bad values"
 
 
 @pytest.mark.parametrize(("command", "name"), CASES)
-def test_bad_values_are_refused_and_change_nothing(place, command, name):
+def test_bad_values_are_refused_in_a_sentence_and_nothing_changes(place, command, name):
     before = tree(place)
     for value in bad_values(command, name):
         given = arguments(command, name, value)
@@ -243,17 +242,17 @@ def test_bad_values_are_refused_and_change_nothing(place, command, name):
     assert tree(place) == before
 
 
-FIRST = {command: name for command, name in reversed(CASES) if command != "recipe check"}  # prints its faults on stdout
+FIRST = {command: name for command, name in reversed(CASES) if command != "recipe check"}  # its faults are its document
 
 
 @pytest.mark.parametrize(("command", "name"), [one for one in FIRST.items() if (one[0], "--json") in EVERY])
-def test_refusals_leave_json_stdout_empty(place, command, name):
+def test_what_is_refused_leaves_the_stdout_of_machines_empty(place, command, name):
     given = [*arguments(command, name, bad_values(command, name)[0]), "--json"]
     require_refused(kdpipe_here(*given), given)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_malformed_and_unknown_options_are_refused(place, command):
+def test_a_flag_takes_no_value_an_option_needs_one_and_what_is_unknown_is_refused(place, command):
     before, words = tree(place), command.split()
     for parameter in COMMANDS[command].params:
         if parameter.param_type_name == "option":
@@ -261,13 +260,13 @@ def test_malformed_and_unknown_options_are_refused(place, command):
             given = [*words, f"{called(parameter)}=1"] if flag else [*words, "tiny.toml", called(parameter)]
             require_refused(kdpipe_here(*given), given)
     for unknown in ([f"--{ESCAPE}"], ["--nonsense"], [f"--{LONG}"], ["tiny.toml", "b", "c", "d", ESCAPE, "--", "-e"]):
-        if unknown[0].startswith("--") or command not in ("recipe check", "report", "bench"):  # these take many
+        if unknown[0].startswith("--") or command not in ("recipe check", "report", "bench"):  # those take many
             require_refused(kdpipe_here(*words, *unknown), (command, unknown))
     assert tree(place) == before
 
 
 @pytest.mark.parametrize("words", [[ESCAPE], [LONG], ["\n"], ["--nonsense"], ["store", ESCAPE], ["recipe", "x"]])
-def test_unknown_commands_are_refused(place, words):
+def test_commands_that_do_not_exist_are_refused(place, words):
     require_refused(kdpipe_here(*words), words)
 
 
@@ -287,15 +286,15 @@ def test_unknown_commands_are_refused(place, words):
         ["views", "tiny.toml", "--samples", "1", "--samples", "0"],
     ],
 )
-def test_conflicting_options_are_refused(place, words):
+def test_options_that_do_not_go_together_are_refused(place, words):
     before = tree(place)
     require_refused(kdpipe_here(*words), words)
     assert tree(place) == before
 
 
 @pytest.mark.parametrize("name", ["null", "zero", "full"])
-def test_a_report_never_replaces_a_device(place, tmp_path, name):
-    """Root could rename a report onto /dev/null; the test uses a link to it."""
+def test_a_page_never_takes_the_place_of_a_device(place, tmp_path, name):
+    """Renamed onto /dev/null, as root may, a page would spoil the whole machine: here onto a link to it."""
     (tmp_path / "page.html").symlink_to(f"/dev/{name}")
     ended = kdpipe_here("report", "run", "--html", tmp_path / "page.html")
     require_refused(ended, name)
@@ -303,7 +302,7 @@ def test_a_report_never_replaces_a_device(place, tmp_path, name):
     assert (tmp_path / "page.html").is_symlink()
 
 
-def test_a_wrong_recipe_is_refused_before_reading_the_store(place, monkeypatch):
+def test_a_recipe_that_is_wrong_is_told_before_a_store_is_read_through(place, monkeypatch):
     monkeypatch.setattr("pipeline.store_check.verify_store", lambda *given: pytest.fail("the store was read first"))
     require_refused(kdpipe_here("store", "verify", "a.zarr", "--recipe", "absent", "--recompute", "1"), "verify")
 
@@ -321,7 +320,7 @@ def test_a_wrong_recipe_is_refused_before_reading_the_store(place, monkeypatch):
     ids="-".join,
 )
 @pytest.mark.parametrize("command", ["run", "plan", "views", "store repair"])
-def test_invalid_recipe_variables_are_refused(place, monkeypatch, given, command):
+def test_variables_that_are_no_recipes_are_refused(place, monkeypatch, given, command):
     before = tree(place)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -349,7 +348,7 @@ def test_invalid_recipe_variables_are_refused(place, monkeypatch, given, command
     ids=lambda given: "-".join(f"{name}={ascii(value)[:9]}" for name, value in given.items()),
 )
 @pytest.mark.parametrize("command", ["train-teacher", "train-student", "compress", "run"])
-def test_invalid_launcher_variables_are_refused(place, monkeypatch, given, command):
+def test_a_launchers_variables_that_make_no_sense_are_refused(place, monkeypatch, given, command):
     before = tree(place)
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -360,7 +359,7 @@ def test_invalid_launcher_variables_are_refused(place, monkeypatch, given, comma
 
 
 @pytest.mark.parametrize("width", ["0", "-1", "x", "999999999", "9" * 30])
-def test_absurd_terminal_widths_are_handled(place, monkeypatch, width):
+def test_a_terminal_of_no_width_or_an_absurd_one_is_written_to(place, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", width)
     monkeypatch.setenv("LINES", width)
     for words, code in ((["status"], 1), (["status", "."], 0), (["report", "run", "--no-html"], 3), (["losses"], 0)):
@@ -370,14 +369,14 @@ def test_absurd_terminal_widths_are_handled(place, monkeypatch, width):
 
 
 def in_a_shell(words, redirected):
-    """Run `kdpipe` in a shell with its output redirected."""
+    """`kdpipe` in a shell that sends its output elsewhere: exit status, and what is left on stdout and stderr."""
     line = f'"$@" {redirected}'
     command = ["sh", "-c", line, "sh", *COMMAND, *words]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100, check=False)
 
 
 @pytest.mark.parametrize("words", [["status", "."], ["--help"]])
-def test_a_full_or_closed_stdout_is_handled(place, words):
+def test_a_full_disk_behind_stdout_is_one_sentence_and_a_closed_one_none(place, words):
     full = in_a_shell(words, ">/dev/full")
     assert (full.returncode, full.stdout) == (1, "")
     assert full.stderr == "kdpipe: error: No space left on device: standard output.\n"
@@ -385,6 +384,6 @@ def test_a_full_or_closed_stdout_is_handled(place, words):
     assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", "")
 
 
-def test_a_closed_stderr_keeps_errors_out_of_stdout(place):
+def test_where_stderr_is_closed_what_is_wrong_does_not_end_up_among_the_results(place):
     ended = in_a_shell(["status", "absent", "--json"], "2>&-")
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "")
