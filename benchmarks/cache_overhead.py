@@ -1,10 +1,10 @@
-"""What storing costs the teacher: `cache-teacher` against the bare teacher, which says the same and is not listened to.
+"""Measure the overhead of caching: `cache-teacher` against the teacher's forward passes alone.
 
     uv run python benchmarks/cache_overhead.py [cifar] [mnist] [--rounds N]
 
 Both render the same views and run the same forward passes, in turn in one process; `cache-teacher` also encodes,
-checks, measures, writes, fsyncs and commits every unit, into a fresh store each time. Quoted is the median over the
-rounds of the ratio of the rates. The images are random: what they show does not change what they cost.
+checks, measures, writes, fsyncs and commits every unit, into a new store each time. The result is the median over the
+rounds of the ratio of the rates. The images are random: their content does not change the cost.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from stages.views.config import ViewsConfig
 from stages.watch import Watch
 
 CONFIG = CacheConfig(shard_bytes=8 * 2**20)
-"""Shards of an eighth of the default size: a round has as many units as a real job, and more files a byte."""
+"""Shards of an eighth of the default size: a round has as many units as a real job, and more files per byte."""
 
 TARGETS = {"logits": 0.97, "logits and a layer's maps": 0.90}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A teacher, what it looks at, and the layer whose maps are kept."""
+    """A teacher, its data, and the layer whose maps are stored."""
 
     teacher: ModelConfig
     image_shape: tuple[int, int, int]
@@ -79,14 +79,14 @@ def main() -> None:
 
 
 def measure(case: Case, folder: Path, device: torch.device, num_rounds: int) -> None:
-    """Print a line for each thing that may be stored."""
+    """Print a row for each choice of stored arrays."""
     setup, teacher = make_setup(case, folder, device)
     for stored, target in TARGETS.items():
         layers = [] if stored == "logits" else [Wanted(case.layer)]
         bare, cached = [], []
-        turns = [(bare, partial(speak_to_nobody, setup, teacher)), (cached, partial(cache, setup, teacher, layers))]
+        turns = [(bare, partial(forward_only, setup, teacher)), (cached, partial(cache, setup, teacher, layers))]
         for number in range(num_rounds + 1):
-            for rates, run in turns if number % 2 else turns[::-1]:  # neither always runs behind the other
+            for rates, run in turns if number % 2 else turns[::-1]:  # alternate the order
                 rates.append(rate(case, run))
             shutil.rmtree(setup.run / "store.zarr")
         del bare[0], cached[0]  # the first round warms up
@@ -106,12 +106,12 @@ def rate(case: Case, run: Callable[[], None]) -> float:
 
 
 @torch.inference_mode()
-def speak_to_nobody(setup: Setup, teacher: Network) -> None:
-    """Every view and every forward pass that `cache` needs, in batches of the same size."""
+def forward_only(setup: Setup, teacher: Network) -> None:
+    """Run the views and forward passes of `cache`, in batches of the same size, and store nothing."""
     train_set = setup.train_set
-    for at in torch.arange(train_set.num_samples).split(CONFIG.batch_size):
-        logits = teacher.model(teacher.normalise(setup.pictures.one(Request(at, 0)).images))
-    logits.cpu()  # waits for a GPU
+    for indices in torch.arange(train_set.num_samples).split(CONFIG.batch_size):
+        logits = teacher.model(teacher.normalise(setup.pictures.one(Request(indices, 0)).images))
+    logits.cpu()  # synchronizes a GPU
 
 
 def cache(setup: Setup, teacher: Network, layers: list[Wanted]) -> None:

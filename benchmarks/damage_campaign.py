@@ -1,14 +1,14 @@
-"""How often a store survives what befalls it: writers killed at random moments, single bits flipped in any file.
+"""Damage target stores: kill writers at random moments, and flip single bits in any file.
 
     uv run python benchmarks/damage_campaign.py [--kills N] [--flips N] [--seed N] [--dir FOLDER]
 
-Kills: the life of a store, of a random form, is a row of wishes (a few views, more samples, another layer, all). For
-each, one to three writers, real processes, are started and killed by SIGKILL after a random time, again and again;
-after each kill the store must read the truth or be refused in one sentence. At the end of its life, all its files must
-equal, byte for byte, those of a store that one writer filled undisturbed.
+Kills: a store of a random profile is extended several times (more views, more samples, another layer). For each
+extension, one to three writer processes are started and killed by SIGKILL after a random time, repeatedly; after each
+kill, reading the store must give correct numbers or a clear error. At the end, all its files must equal, byte for
+byte, those of a store that one writer filled without interruption.
 
-Flips: one bit of one file of a finished store of any form. `verify_store` must find it, and reading with checks must
-refuse the store or give the right numbers. Prints a Markdown table; leaves with 1 if anything failed.
+Flips: one bit of one file of a finished store of any profile. `verify_store` must find it, and reading with checks
+must refuse the store or give correct numbers. Prints a Markdown table; exits with 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from store.check.verify import verify_store
 FORMS = [
     replace(form, codec=codec) for form in LOGITS.values() for codec in (None, Codec("zstd", 3), Codec("blosc", 3))
 ]
-LONGEST_LIFE_S = 0.08
-"""A writer is killed after at most so long: most of them are then not done."""
+MAX_LIFETIME_S = 0.08
+"""Writers are killed within this time, before most of them are done."""
 
 
 def wishes_of(form: Form) -> list[Wish]:
@@ -51,55 +51,55 @@ def wishes_of(form: Form) -> list[Wish]:
 
 
 @cache
-def undisturbed(form: Form) -> dict[str, bytes]:
+def uninterrupted(form: Form) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         return folder_bytes(grow(Path(folder) / "a.zarr", *wishes_of(form)))
 
 
-def campaign_of_kills(folder: Path, num_kills: int, chance: random.Random) -> Counter[str]:
+def kill_campaign(folder: Path, num_kills: int, rng: random.Random) -> Counter[str]:
     count: Counter[str] = Counter()
     while count["writers killed"] < num_kills:
-        form = chance.choice(FORMS)
+        form = rng.choice(FORMS)
         path = folder / f"{count['stores']}.zarr"
         count["stores"] += 1
         for wish in wishes_of(form):
-            for _ in range(chance.randint(2, 6)):
-                count["writers killed"] += kill_some(path, wish, chance)
-                count[look(path)] += 1
+            for _ in range(rng.randint(2, 6)):
+                count["writers killed"] += kill_some(path, wish, rng)
+                count[read_result(path)] += 1
             work(path, wish)
-            count["extensions finished wrongly"] += look(path) != "reads: the truth"
+            count["extensions finished wrongly"] += read_result(path) != "reads: correct"
         litter = {one.name for one in folder.iterdir()} - {path.name, f".{path.name}.lock", f".{path.name}.locks"}
-        same = folder_bytes(path) == undisturbed(form) and not litter
-        count["stores equal to an undisturbed one" if same else "stores that differ"] += 1
+        same = folder_bytes(path) == uninterrupted(form) and not litter
+        count["stores equal to an uninterrupted one" if same else "stores that differ"] += 1
         for one in folder.iterdir():
             shutil.rmtree(one) if one.is_dir() else one.unlink()
     return count
 
 
-def kill_some(path: Path, wish: Wish, chance: random.Random) -> int:
-    """Start writers and kill them; returns how many of them were not done."""
+def kill_some(path: Path, wish: Wish, rng: random.Random) -> int:
+    """Start writers and kill them; return the number that were not done."""
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=work, args=(path, wish)) for _ in range(chance.randint(1, 3))]
+    writers = [context.Process(target=work, args=(path, wish)) for _ in range(rng.randint(1, 3))]
     for writer in writers:
         writer.start()
     for writer in writers:
-        time.sleep(chance.uniform(0, LONGEST_LIFE_S / len(writers)))
+        time.sleep(rng.uniform(0, MAX_LIFETIME_S / len(writers)))
         writer.kill()
     for writer in writers:
         writer.join()
     if any(writer.exitcode not in (0, -9) for writer in writers):
-        raise RuntimeError("a writer failed by itself: its traceback stands above")
+        raise RuntimeError("a writer failed by itself: see its traceback above")
     return sum(writer.exitcode == -9 for writer in writers)
 
 
-def look(path: Path) -> str:
+def read_result(path: Path) -> str:
     try:
-        return "reads: wrong numbers" if first_difference(open_store(path)) else "reads: the truth"
+        return "reads: wrong numbers" if first_difference(open_store(path)) else "reads: correct"
     except KdpipeError:
         return "reads: refused"
 
 
-def campaign_of_flips(folder: Path, num_flips: int, chance: random.Random) -> Counter[str]:
+def flip_campaign(folder: Path, num_flips: int, rng: random.Random) -> Counter[str]:
     paths = []
     for number, form in enumerate(FORMS):
         paths.append(grow(folder / f"whole-{number}.zarr", wishes_of(form)[-1]))
@@ -107,28 +107,28 @@ def campaign_of_flips(folder: Path, num_flips: int, chance: random.Random) -> Co
     files = [(path, file) for path in paths for file in sorted(path.rglob("*")) if file.is_file()]
     count: Counter[str] = Counter()
     while count["bits flipped"] < num_flips:
-        path, file = chance.choice(files)
+        path, file = rng.choice(files)
         before = file.read_bytes()
-        at, bit = chance.randrange(len(before)), chance.randrange(8)
-        file.write_bytes(before[:at] + bytes([before[at] ^ 1 << bit]) + before[at + 1 :])
+        offset, bit = rng.randrange(len(before)), rng.randrange(8)
+        file.write_bytes(before[:offset] + bytes([before[offset] ^ 1 << bit]) + before[offset + 1 :])
         count["bits flipped"] += 1
         if verify_store(path).damaged:
             count["found by verify_store"] += 1
         else:
             count["not found by verify_store"] += 1
-            print(f"not found: bit {bit} of byte {at} of {file.relative_to(folder)}", file=sys.stderr)
-        count[look_with_checks(path)] += 1
+            print(f"not found: bit {bit} of byte {offset} of {file.relative_to(folder)}", file=sys.stderr)
+        count[checked_read_result(path)] += 1
         file.write_bytes(before)
     return count
 
 
-def look_with_checks(path: Path) -> str:
-    """Read everything into memory, as staging does: every shard is checked."""
+def checked_read_result(path: Path) -> str:
+    """Read everything into memory, as staging does, which checks every shard."""
     try:
         found = first_difference(open_store(path).streamed(1))
     except KdpipeError:
         return "reading with checks: refused"
-    return "reading with checks: wrong numbers" if found else "reading with checks: the truth"
+    return "reading with checks: wrong numbers" if found else "reading with checks: correct"
 
 
 def main() -> int:
@@ -137,11 +137,11 @@ def main() -> int:
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dir", type=Path, default=None)
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=asked.dir) as folder:
-        chance = random.Random(asked.seed)
-        kills = campaign_of_kills(Path(folder), asked.kills, chance)
-        flips = campaign_of_flips(Path(folder), asked.flips, chance)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        rng = random.Random(options.seed)
+        kills = kill_campaign(Path(folder), options.kills, rng)
+        flips = flip_campaign(Path(folder), options.flips, rng)
     print("| campaign | what | count |\n| --- | --- | ---: |")
     for name, count in (("kills", kills), ("flips", flips)):
         for what, number in sorted(count.items()):

@@ -1,14 +1,14 @@
-"""What each way to store a teacher's logits costs, and what it loses: bytes a row, KL divergence, changed answers.
+"""Compare encodings of a teacher's logits: bytes per row, KL divergence, and changed top-1 classes.
 
     uv run python benchmarks/encodings.py --logits FILE.npy [--highest T]
 
-FILE holds float32 logits [N, C] of a trained teacher. Prints a Markdown table: KL(exact || decoded) in nats, the mean
-over all rows, at each temperature; and the rows whose largest class changes. Every top-k encoding stands beside the
-layout that is in use elsewhere, at no more bytes than ours and as many classes as they hold: 4K + 4 bytes a row, the
+FILE contains float32 logits [N, C] of a trained teacher. Prints a Markdown table: the mean KL(exact || decoded) over
+all rows in nats, at each temperature; and the number of rows whose largest class changes. Every top-k encoding is
+followed by the common layout of other tools, with as many classes as fit in the same bytes: 4K + 4 bytes per row, the
 teacher's K largest probabilities at T = 1 (half precision), their indices (int16), a seed (4 bytes), the rest spread
-evenly. Its reader raises the probabilities to 1/T for another temperature. What half precision takes for zero there is
-counted as the smallest half, or its divergence would be infinite. Our tail costs 2 bytes a temperature of its grid:
-36 a row for 1 to 20, 20 for 1 to 4 (`--highest 4`).
+evenly. Its reader raises the probabilities to 1/T for another temperature. Probabilities that underflow to zero in
+half precision count as the smallest half, otherwise the divergence would be infinite. kdpipe's tail takes 2 bytes per
+temperature of its grid: 36 per row for 1 to 20, 20 for 1 to 4 (`--highest 4`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BLOCK_ROWS = 2048
 
 @dataclass(frozen=True)
 class Encoding:
-    """`decode` gives the logits [m, C] of some rows as a reader at a temperature sees them."""
+    """An encoding; `decode` returns the logits [m, C] of some rows as a reader at a temperature gets them."""
 
     name: str
     row_bytes: float
@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     exact = np.load(arguments.logits, allow_pickle=False)
     if exact.ndim != 2 or exact.dtype != np.float32:
-        parser.error(f"the logits are {exact.dtype} {list(exact.shape)}, wanted float32 [N, C]")
+        parser.error(f"the logits are {exact.dtype} {list(exact.shape)}, expected float32 [N, C]")
     temperatures = [value for value in TEMPERATURES if value <= arguments.highest]
     print(f"{exact.shape[0]:,} rows of {exact.shape[1]} classes\n")
     print("| encoding | bytes a row |", *(f"KL, T = {value:g} |" for value in temperatures), "top-1 flips |")
@@ -87,7 +87,7 @@ def zstd_bytes(stored: NDArray[Any]) -> int:
 
 
 def bit_round(half: NDArray[np.float16], keepbits: int) -> NDArray[np.float16]:
-    """Half precision with `keepbits` bits of its mantissa, rounded to the nearest, ties to even."""
+    """Round half precision to `keepbits` bits of its mantissa, to nearest, ties to even."""
     dropped = HALF_MANTISSA_BITS - keepbits
     bits = half.view(np.uint16).astype(np.uint32)
     bits += (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)
@@ -98,9 +98,9 @@ def topk_encodings(exact: Logits, grid: tuple[float, ...]) -> Iterator[Encoding]
     num_classes = exact.shape[1]
     for k in KEPT:
         if k < num_classes:
-            ours = topk(exact, TopK(num_classes, k, grid))
-            yield ours
-            yield topk_probabilities(exact, min(num_classes - 1, (int(ours.row_bytes) - 4) // 4))
+            encoding = topk(exact, TopK(num_classes, k, grid))
+            yield encoding
+            yield topk_probabilities(exact, min(num_classes - 1, (int(encoding.row_bytes) - 4) // 4))
 
 
 def topk(exact: Logits, form: TopK) -> Encoding:
@@ -113,7 +113,7 @@ def topk(exact: Logits, form: TopK) -> Encoding:
 
 
 def topk_probabilities(exact: Logits, k: int) -> Encoding:
-    """The layout in use elsewhere. The logarithm of what it holds, divided by T, is what its reader's power gives."""
+    """Return the layout of other tools, whose reader raises the probabilities to 1/T: log p / T as logits."""
     shifted = exact.astype(np.float64) - exact.max(axis=1, keepdims=True)
     probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
     indices = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]

@@ -1,11 +1,11 @@
-"""What a student's epoch costs with stored targets: against hard labels alone, and against the teacher in the loop.
+"""Compare a student's epoch with stored targets to hard labels alone, and to the teacher in the loop.
 
     uv run python benchmarks/epoch_cost.py [mnist] [cifar] [photos] [--rounds N]
 
-Every variant trains the same student by the real training loop, one epoch at a time, in turn in one process; quoted is
-the median over the rounds of the ratio to the epoch with hard labels alone in the same round. The images are random:
-what they show does not change what they cost. The photographs are JPEG files of unequal size, decoded and cropped to
-224 pixels by worker processes; the images of the other pairs are held in memory.
+Every variant trains the same student with the real training loop, one epoch at a time, in turn in one process; the
+result is the median over the rounds of the ratio to the epoch with hard labels alone in the same round. The images are
+random: their content does not change the cost. The photographs are JPEG files of unequal size, decoded and cropped to
+224 pixels by worker processes; the images of the other pairs are in memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from stages.watch import Watch
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A teacher and a student, the data that they see, and the layers of a hint."""
+    """A teacher and a student, their data, and the layers of a hint."""
 
     teacher: ModelConfig
     student: ModelConfig
@@ -99,7 +99,7 @@ PAIRS = {
 
 @dataclasses.dataclass(frozen=True)
 class TeacherInTheLoop(Lesson):
-    """The lesson in which the teacher looks at every batch again: what stored targets replace."""
+    """The training task with the teacher in the loop, which stored targets replace."""
 
     teacher: Network | None = None
 
@@ -112,13 +112,13 @@ class TeacherInTheLoop(Lesson):
 
 
 @dataclasses.dataclass(frozen=True)
-class TargetsInHand(Lesson):
-    """The lesson in which every batch has the targets of the first one: what the arithmetic of the losses costs."""
+class FixedTargets(Lesson):
+    """The training task with the first batch's targets for every batch: the cost of the losses without reading."""
 
-    in_hand: Sequence[TeacherOutputs] = ()
+    fixed: Sequence[TeacherOutputs] = ()
 
     def _batch(self, place: Place, seen: Seen) -> Batch:
-        return dataclasses.replace(super()._batch(place, seen), teachers=self.in_hand, known=[None])
+        return dataclasses.replace(super()._batch(place, seen), teachers=self.fixed, known=[None])
 
 
 def main() -> None:
@@ -135,21 +135,21 @@ def main() -> None:
 def measure(name: str, pair: Pair, folder: Path, num_rounds: int) -> None:
     setup = make_setup(pair, folder)
     teacher, student = make_network(pair.teacher, setup), make_network(pair.student, setup)
-    lessons = make_lessons(pair, teacher, student, setup)
-    walls: dict[str, list[float]] = {variant: [] for variant in lessons}
+    tasks = make_tasks(pair, teacher, student, setup)
+    times: dict[str, list[float]] = {variant: [] for variant in tasks}
     for number in range(num_rounds + 1):
-        for variant, lesson in lessons.items():
-            wall_s = one_epoch(pair, student, lesson, setup, folder / "jobs" / f"{variant}-{number}")
+        for variant, task in tasks.items():
+            time_s = one_epoch(pair, student, task, setup, folder / "jobs" / f"{variant}-{number}")
             if number:  # the first round warms up: files, caches, allocator
-                walls[variant].append(wall_s)
+                times[variant].append(time_s)
     where = torch.cuda.get_device_name() if setup.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}: {pair.teacher.name} -> {pair.student.name}, {pair.num_samples:,} images an epoch, {where}")
-    print(f"  {'hard labels alone':<34} {statistics.median(walls['alone']):8.3f} s an epoch")
+    print(f"  {'hard labels alone':<34} {statistics.median(times['alone']):8.3f} s an epoch")
     for variant, text in VARIANTS.items():
-        ratios = [wall / alone for wall, alone in zip(walls[variant], walls["alone"], strict=True)]
-        median_s = statistics.median(walls[variant])
+        ratios = [time_s / alone for time_s, alone in zip(times[variant], times["alone"], strict=True)]
+        median_s = statistics.median(times[variant])
         print(f"  {text:<34} {median_s:8.3f} s an epoch, {statistics.median(ratios):6.3f} of hard labels alone")
-    gains = [live / stored for live, stored in zip(walls["live"], walls["logits"], strict=True)]
+    gains = [live / stored for live, stored in zip(times["live"], times["logits"], strict=True)]
     print(f"  stored logits beat the teacher in the loop {statistics.median(gains):.2f} times")
 
 
@@ -157,7 +157,7 @@ VARIANTS = {
     "logits": "stored logits",
     "statistic": "stored logits and an attention map",
     "features": "stored logits and a feature map",
-    "in_hand": "the same, targets not read",
+    "fixed": "the same, targets not read",
     "live": "the teacher in the loop (logits)",
 }
 
@@ -179,13 +179,13 @@ def make_setup(pair: Pair, folder: Path) -> Setup:
 
 
 def photographs(pair: Pair, folder: Path) -> Setup:
-    """JPEG files of about the size of ImageNet's: noise of a few pixels, enlarged, which takes as long to decode."""
-    draw = np.random.default_rng(0)
+    """Make JPEG files of about ImageNet's size: enlarged noise, which takes as long to decode."""
+    rng = np.random.default_rng(0)
     for number in range(pair.num_samples):
-        place = folder / "images" / "train" / f"class{number % pair.num_classes}" / f"{number}.jpg"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        noise = Image.fromarray(draw.integers(256, size=(50, 50, 3), dtype=np.uint8))
-        noise.resize((500, 333 + number % 43), Image.Resampling.BICUBIC).save(place, quality=90)
+        path = folder / "images" / "train" / f"class{number % pair.num_classes}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = Image.fromarray(rng.integers(256, size=(50, 50, 3), dtype=np.uint8))
+        noise.resize((500, 333 + number % 43), Image.Resampling.BICUBIC).save(path, quality=90)
     (folder / "images" / "test").symlink_to("train")
     data = DataConfig(name=f"imagefolder:{folder / 'images'}")
     size = pair.image_shape[1]
@@ -201,7 +201,7 @@ def make_network(config: ModelConfig, setup: Setup) -> Network:
     return Network(model, setup.architecture(config), Normalisation((0.5,) * channels, (0.25,) * channels))
 
 
-def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -> dict[str, Lesson]:
+def make_tasks(pair: Pair, teacher: Network, student: Network, setup: Setup) -> dict[str, Lesson]:
     path = setup.run / "store.zarr"
     config = StudentConfig(model=pair.student)
     kd, hint = KDConfig(loss="kd"), HintConfig(loss="hint", layers=(pair.hint,))
@@ -218,13 +218,13 @@ def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -
         "logits": logits,
         "statistic": statistic,
         "features": features,
-        "in_hand": TargetsInHand(
+        "fixed": FixedTargets(
             setup.pictures,
             setup.views.num_views,
             student.normalise,
             distillation=features.distillation,
             hard_label_weight=features.hard_label_weight,
-            in_hand=next(features.stream(0, pair.batch_size, epoch=0, step=0, epochs=1)).teachers,
+            fixed=next(features.stream(0, pair.batch_size, epoch=0, step=0, epochs=1)).teachers,
         ),
         "live": TeacherInTheLoop(
             setup.pictures,
@@ -237,12 +237,12 @@ def make_lessons(pair: Pair, teacher: Network, student: Network, setup: Setup) -
     }
 
 
-def one_epoch(pair: Pair, student: Network, lesson: Lesson, setup: Setup, folder: Path) -> float:
+def one_epoch(pair: Pair, student: Network, task: Lesson, setup: Setup, folder: Path) -> float:
     folder.mkdir(parents=True)
     config = TrainConfig(epochs=1, batch_size=pair.batch_size, checkpoint_every_s=1e6)
-    layers = student_layers(list(lesson.distillation.configs.values()) if lesson.distillation else [])
+    layers = student_layers(list(task.distillation.configs.values()) if task.distillation else [])
     test = setup.test(student.normalise)
-    job = Job("benchmark", "epoch", student.model, lesson, test, config, 0, JobFolder(folder), layers)
+    job = Job("benchmark", "epoch", student.model, task, test, config, 0, JobFolder(folder), layers)
     started = time.perf_counter()
     train(job, setup.device, Watch())
     return time.perf_counter() - started

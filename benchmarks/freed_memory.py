@@ -1,8 +1,8 @@
-"""What it is worth on a CPU that the allocator keeps freed memory: forward passes with and without, in turn.
+"""Measure the speed-up on a CPU if the allocator keeps freed memory: forward passes with and without, in turn.
 
     uv run python benchmarks/freed_memory.py [--rounds N]
 
-Each turn is a process of its own, as the setting holds for a process. Quoted are median rates and the median ratio.
+Each turn runs in its own process, since the setting applies to a process. Prints median rates and the median ratio.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ def main() -> None:
     print(f"{os.cpu_count()} CPU cores, torch {torch.__version__}, forward passes of {BATCH_SIZE} images\n")
     print("| teacher | memory returned, images/s | memory kept, images/s | ratio |\n|---|---:|---:|---:|")
     for teacher in TEACHERS:
-        rates = {keep: [turn_apart(teacher, keep)] for keep in ("no", "yes")}
+        rates = {keep: [turn_in_process(teacher, keep)] for keep in ("no", "yes")}
         for _ in range(arguments.rounds - 1):
             for keep, found in rates.items():
-                found.append(turn_apart(teacher, keep))
+                found.append(turn_in_process(teacher, keep))
         ratio = statistics.median(kept / base for kept, base in zip(rates["yes"], rates["no"], strict=True))
         base, kept = (statistics.median(found) for found in rates.values())
         print(f"| {teacher} | {base:,.0f} | {kept:,.0f} | {ratio:.2f} |", flush=True)
 
 
-def turn_apart(teacher: str, keep: str) -> float:
+def turn_in_process(teacher: str, keep: str) -> float:
     command = [sys.executable, __file__, "--turn", teacher, keep]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 @torch.inference_mode()
 def turn(teacher: str, keep: bool) -> float:
-    """Images a second over TURN_S, after two passes that warm up."""
+    """Return images per second over TURN_S, after two warm-up passes."""
     if keep:
         keep_freed_memory()
     config, channels, size, num_classes = TEACHERS[teacher]

@@ -1,10 +1,10 @@
-"""What it costs to gather a random batch of stored targets: kdpipe by sample id, against np.memmap and others by row.
+"""Compare gathering random batches of stored targets: kdpipe by sample id, np.memmap and others by row.
 
     uv run --with h5py --with lmdb python benchmarks/gather.py [--rounds N] [--dir FOLDER]
 
-Every rival holds the same float16 rows on the same disk, in the page cache, and hands back the same batches of 256
-rows, which is checked first. In every round each rival has its turn, in rotated order; quoted are medians over the
-rounds, the ratio being to np.memmap's `take` in the same round. h5py and lmdb take part where they are installed.
+Every candidate stores the same float16 rows on the same disk, in the page cache, and returns the same batches of 256
+rows, which is checked first. Each round measures all candidates in rotated order; the results are medians over the
+rounds, and ratios to np.memmap's `take` in the same round. h5py and lmdb are included if they are installed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NAME = "logits"
 BATCH_ROWS = 256
 NUM_BATCHES = 400
 SHARD_BYTES = 8 * 2**20
-"""Smaller than kdpipe's default, so that the rows of a batch lie in several shards."""
+"""Smaller than kdpipe's default, so that the rows of a batch are in several shards."""
 
 TURN_S = 0.2
 TARGET = 0.9
@@ -59,7 +59,7 @@ Rows = NDArray[np.float16]
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one batch, int64 [B]: by the rows at which they stand, and by their ids."""
+    """The samples of one batch, int64 [B]: their rows and their ids."""
 
     rows: NDArray[np.int64]
     ids: NDArray[np.int64]
@@ -71,7 +71,7 @@ Gather = Callable[[Batch], Rows]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--dir", type=Path, help="where to put about 1 GB of files for a while")
+    parser.add_argument("--dir", type=Path, help="folder for about 1 GB of temporary files")
     arguments = parser.parse_args()
     print(
         f"Batches of {BATCH_ROWS} random rows, median of {arguments.rounds} rounds, {os.cpu_count()} CPU cores, "
@@ -87,19 +87,19 @@ def main() -> None:
 
 
 def measure(shape: tuple[int, ...], folder: Path, num_rounds: int, opened: contextlib.ExitStack) -> float:
-    """Print the table of one shape; the ratio that kdpipe reached."""
+    """Print the table of one shape, and return the ratio of kdpipe."""
     rng = np.random.default_rng(0)
     values = rng.standard_normal(shape, np.float32).astype(np.float16)
     ids = rng.permutation(shape[0])
-    rivals = make_rivals(values, ids, folder, opened)
+    candidates = make_candidates(values, ids, folder, opened)
     batches = [Batch(rows, ids[rows]) for rows in rng.integers(0, shape[0], (NUM_BATCHES, BATCH_ROWS))]
-    for name, gather in rivals.items():
+    for name, gather in candidates.items():
         if gather and gather(batches[0]).tobytes() != values[batches[0].rows].tobytes():
-            raise SystemExit(f"{name} gathered other rows than were asked for")
-    rates = run_rounds({name: gather for name, gather in rivals.items() if gather}, batches, num_rounds)
+            raise SystemExit(f"{name} gathered the wrong rows")
+    rates = run_rounds({name: gather for name, gather in candidates.items() if gather}, batches, num_rounds)
     print(f"\n| {list(shape)} float16 | rows/s | of {MEMMAP} |\n|---|---:|---:|")
     ratios = {}
-    for name in rivals:
+    for name in candidates:
         if name not in rates:
             print(f"| {name} | not installed | |")
             continue
@@ -109,19 +109,19 @@ def measure(shape: tuple[int, ...], folder: Path, num_rounds: int, opened: conte
     return ratios[KDPIPE]
 
 
-def run_rounds(rivals: dict[str, Gather], batches: list[Batch], num_rounds: int) -> dict[str, list[float]]:
-    """Rows per second by rival and round. The order rotates, so that none always runs behind the same one."""
-    rates: dict[str, list[float]] = {name: [] for name in rivals}
+def run_rounds(candidates: dict[str, Gather], batches: list[Batch], num_rounds: int) -> dict[str, list[float]]:
+    """Return rows per second by candidate and round; the order rotates between rounds."""
+    rates: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(num_rounds):
-        names = list(rivals)
+        names = list(candidates)
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            rates[name].append(one_turn(rivals[name], batches))
+            rates[name].append(one_turn(candidates[name], batches))
     return rates
 
 
 def one_turn(gather: Gather, batches: list[Batch]) -> float:
-    """Rows per second over at least one batch, and as many as begin within TURN_S; one before that is not timed."""
+    """Return rows per second over the batches that begin within TURN_S, at least one, after an untimed one."""
     gather(batches[0])
     num_rows, wall_s, started = 0, 0.0, time.perf_counter()
     for batch in itertools.cycle(batches):
@@ -132,20 +132,20 @@ def one_turn(gather: Gather, batches: list[Batch]) -> float:
     return num_rows / wall_s
 
 
-def make_rivals(
+def make_candidates(
     values: Rows, ids: NDArray[np.int64], folder: Path, opened: contextlib.ExitStack
 ) -> dict[str, Gather | None]:
-    """By name, what gathers a batch; None where a library is not installed."""
+    """Return the function that gathers a batch, by name; None if a library is not installed."""
     store = make_store(folder / "store.zarr", NAME, values, ids)
     array: Any = zarr.open_array(store.path / NAME, mode="r")
     return {
-        MEMMAP: memmap_rival(values, folder / "memmap"),
+        MEMMAP: memmap_candidate(values, folder / "memmap"),
         KDPIPE: lambda batch: store.gather(NAME, 0, batch.ids),
-        "lmdb, one value a row": lmdb_rival(values, folder / "lmdb", opened) if has("lmdb") else None,
-        "h5py, sorted rows": h5py_rival(values, folder / "rows.h5", opened) if has("h5py") else None,
+        "lmdb, one value a row": lmdb_candidate(values, folder / "lmdb", opened) if has("lmdb") else None,
+        "h5py, sorted rows": h5py_candidate(values, folder / "rows.h5", opened) if has("h5py") else None,
         "zarr, oindex": lambda batch: array.oindex[0, batch.rows],
         "zarr, row by row": lambda batch: np.stack([array[0, row] for row in batch.rows.tolist()]),
-        "torch.load, one file a row": torch_rival(values, folder / "torch"),
+        "torch.load, one file a row": torch_candidate(values, folder / "torch"),
     }
 
 
@@ -154,7 +154,7 @@ def has(module: str) -> bool:
 
 
 def make_store(path: Path, name: str, values: Rows, ids: NDArray[np.int64]) -> TargetStore:
-    """A store of one array and one view."""
+    """Write a store of one array and one view."""
     num_samples = len(values)
     samples = Samples(ids, np.zeros(num_samples, np.int64), np.zeros(num_samples, np.uint32))
     spec = ArraySpec(name, values.shape[1:], "float16")
@@ -168,13 +168,13 @@ def make_store(path: Path, name: str, values: Rows, ids: NDArray[np.int64]) -> T
     return open_store(path)
 
 
-def memmap_rival(values: Rows, path: Path) -> Gather:
+def memmap_candidate(values: Rows, path: Path) -> Gather:
     values.tofile(path)
     mapped = np.memmap(path, np.float16, "r", shape=values.shape)
     return lambda batch: mapped.take(batch.rows, axis=0)
 
 
-def lmdb_rival(values: Rows, path: Path, opened: contextlib.ExitStack) -> Gather:
+def lmdb_candidate(values: Rows, path: Path, opened: contextlib.ExitStack) -> Gather:
     environment = opened.enter_context(importlib.import_module("lmdb").open(str(path), map_size=2**30, sync=False))
     with environment.begin(write=True) as writing:
         for row, value in enumerate(values):
@@ -188,8 +188,8 @@ def lmdb_rival(values: Rows, path: Path, opened: contextlib.ExitStack) -> Gather
     return gather
 
 
-def h5py_rival(values: Rows, path: Path, opened: contextlib.ExitStack) -> Gather:
-    """h5py takes a list of rows only in rising order and without repeats."""
+def h5py_candidate(values: Rows, path: Path, opened: contextlib.ExitStack) -> Gather:
+    """Return the candidate for h5py, which takes rows only in rising order and without repeats."""
     dataset = opened.enter_context(importlib.import_module("h5py").File(path, "w")).create_dataset(NAME, data=values)
 
     def gather(batch: Batch) -> Rows:
@@ -200,7 +200,7 @@ def h5py_rival(values: Rows, path: Path, opened: contextlib.ExitStack) -> Gather
     return gather
 
 
-def torch_rival(values: Rows, folder: Path) -> Gather:
+def torch_candidate(values: Rows, folder: Path) -> Gather:
     folder.mkdir()
     for row, value in enumerate(values):
         torch.save(torch.tensor(value), folder / f"{row}.pt")
@@ -208,8 +208,8 @@ def torch_rival(values: Rows, folder: Path) -> Gather:
 
     def gather(batch: Batch) -> Rows:
         out = np.empty((len(batch.rows), math.prod(row_shape)), np.float16)
-        for at, row in enumerate(batch.rows.tolist()):
-            out[at] = torch.load(folder / f"{row}.pt", weights_only=True).numpy().reshape(-1)
+        for index, row in enumerate(batch.rows.tolist()):
+            out[index] = torch.load(folder / f"{row}.pt", weights_only=True).numpy().reshape(-1)
         return out.reshape(-1, *row_shape)
 
     return gather

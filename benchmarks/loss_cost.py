@@ -1,18 +1,18 @@
-"""What each loss costs: its forward and backward, as a share of the student's own training step.
+"""Measure the cost of each loss: forward and backward, relative to the student's own training step.
 
     uv run python benchmarks/loss_cost.py [--losses NAME ...] [--batch-sizes B ...] [--rounds N]
 
 The student's step is resnet8x4 on B random 32x32 images: forward, cross entropy with 100 classes, backward, SGD. Step
-and loss take turns in one process; quoted are the median of the loss and that of its ratio to the step just before.
+and loss alternate in one process; the results are the median time of the loss, and of its ratio to the step before.
 Losses on maps get one pair of layers, of 64x8x8 and of 256x8x8 on both sides; losses on pooled features vectors of 256.
-The teacher's side is ready in the form that a store would give: what reading it costs is epoch_cost.py's. CRD contrasts
-with its default number of others, of 50,000 samples. Backward goes to the student's logits or features and to what
-trains with it; SimKD's projector, and ReviewKD's fusion with deeper layers, are not in it.
+The teacher's features are in memory as a store would provide them; epoch_cost.py includes reading them. CRD uses its
+default number of negatives, out of 50,000 samples. Backward computes the gradients of the student's logits or features
+and of the adapters; SimKD's projector, and ReviewKD's fusion with deeper layers, are not included.
 
-at_gradient needs the network itself: quoted is by how much a step with it, through the double backward, is longer.
+at_gradient needs the network itself: the result is how much longer a step with it takes, including the double backward.
 
-The last column is the largest tensor that a loss makes, forward or backward, in MiB. At B = 64 the student's maps of
-256x8x8 take 4 MiB, and CRD's others, embedded, 8.
+The last column is the largest tensor that a loss creates, forward or backward, in MiB. At B = 64 the student's maps of
+256x8x8 take 4 MiB, and CRD's embedded negatives 8.
 """
 
 from __future__ import annotations
@@ -46,23 +46,27 @@ from stages.schedules import Moment
 NUM_CLASSES, NUM_SAMPLES, VECTOR = 100, 50_000, (256,)
 MAPS = ((64, 8, 8), (256, 8, 8))
 MOMENT = Moment(epoch=100, epochs=240)
-"""After the epochs over which some losses come in: what is multiplied by less costs no less."""
+"""After the warm-up of all losses, which does not change their cost."""
 
 Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loss at one size. prepare: undoes the last turn, outside the clock; work: forward and backward; held: the
-    tensors that are there before it. replaces: work is a step of the student with the loss, to be compared with one
-    without.
+    """A loss at one size.
+
+    Attributes:
+        prepare: Undoes the last turn, untimed.
+        work: Forward and backward.
+        inputs: The tensors that exist before `work`.
+        replaces: Whether `work` is a whole step of the student with the loss, compared with one without.
     """
 
     name: str
     size: str
     prepare: Work
     work: Work
-    held: Sequence[Tensor]
+    inputs: Sequence[Tensor]
     replaces: bool = False
 
 
@@ -87,12 +91,12 @@ def main() -> None:
 
 
 class Student:
-    """The student whose training step is the measure: images [B, 3, 32, 32], labels int64 [B]."""
+    """The student whose training step is the reference: images [B, 3, 32, 32], labels int64 [B]."""
 
     def __init__(self, batch_size: int) -> None:
         config = ModelConfig(name="resnet8x4")
         self.model = build_model(config, num_classes=NUM_CLASSES, in_channels=3, image_size=(32, 32), seed=0)
-        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         self.images = torch.randn(batch_size, 3, 32, 32)
         self.labels = torch.randint(NUM_CLASSES, (batch_size,))
 
@@ -100,7 +104,7 @@ class Student:
         self._descend(F.cross_entropy(self.model(self.images), self.labels))
 
     def step_with(self, loss: nn.Module, teacher: DenseOutputs) -> None:
-        """The same with a loss on the gradient by the pixels beside the labels."""
+        """Do a step with a loss on the gradient with respect to the pixels too."""
         images = self.images.detach().requires_grad_()
         logits = self.model(images)
         cross_entropy = F.cross_entropy(logits, self.labels, reduction="none")
@@ -110,13 +114,13 @@ class Student:
         self._descend(cross_entropy.mean() + loss(said).mean())
 
     def _descend(self, loss: Tensor) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimiser.step()
+        self.optimizer.step()
 
 
 def cases(name: str, kind: type[Entry], student: Student) -> Iterator[Case]:
-    """The sizes at which a loss is measured, by what it wants of the teacher."""
+    """Yield the sizes at which a loss is measured, by the features it needs."""
     takes_layers = "layers" in get_type_hints(kind)
     entry: dict[str, Any] = {"loss": name} | ({"layers": (("student", "teacher"),)} if takes_layers else {})
     config = kind(**entry)
@@ -136,11 +140,11 @@ def through_the_network(config: Entry, student: Student) -> Case:
     delivered = {one: tuple(feature.shape[1:]) for one, feature in features.items()}
     loss = config.build({}, delivered, Facts(NUM_SAMPLES, NUM_CLASSES))
     work = partial(student.step_with, loss, DenseOutputs(torch.empty(0), features))
-    return Case(config.loss, "network", student.optimiser.zero_grad, work, [], replaces=True)
+    return Case(config.loss, "network", student.optimizer.zero_grad, work, [], replaces=True)
 
 
 def on_features(config: Entry, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:
-    """A loss on random logits and features, with as many channels on both sides."""
+    """Return a loss on random logits and features, with equal channels on both sides."""
     wanted = dict(zip(config.wants(shapes), shapes.values(), strict=True))
     features = {one: take_form(one, torch.randn(batch_size, *shape)) for one, shape in wanted.items()}
     delivered = {one: tuple(feature.shape[1:]) for one, feature in features.items()}
@@ -159,8 +163,8 @@ def on_features(config: Entry, shapes: Mapping[str, Shape], size: str, batch_siz
         loss(said).mean().backward()
 
     others = said.others.features.values() if said.others else ()
-    held = [student.logits, *leaves.values(), teacher.logits, *features.values(), *others]
-    return Case(config.loss, size, prepare, work, [*held, *loss.parameters(), *loss.buffers()])
+    inputs = [student.logits, *leaves.values(), teacher.logits, *features.values(), *others]
+    return Case(config.loss, size, prepare, work, [*inputs, *loss.parameters(), *loss.buffers()])
 
 
 def others_of(config: Entry, wanted: Mapping[Wanted, Shape]) -> Others | None:
@@ -172,19 +176,19 @@ def others_of(config: Entry, wanted: Mapping[Wanted, Shape]) -> Others | None:
 
 
 def measure(case: Case, student: Student, num_rounds: int) -> list[float]:
-    """Print the case's row; the seconds of the student's own steps."""
-    steps, walls = [], []
+    """Print the case's row, and return the seconds of the student's own steps."""
+    steps, times = [], []
     for number in range(num_rounds + 1):
         step_s = seconds(student.step)
         case.prepare()
-        wall_s = seconds(case.work)
-        if number:  # the first round warms up: memory is taken, kernels are chosen
+        time_s = seconds(case.work)
+        if number:  # the first round warms up
             steps.append(step_s)
-            walls.append(wall_s - step_s if case.replaces else wall_s)
-    ratio = statistics.median(wall / step for wall, step in zip(walls, steps, strict=True))
+            times.append(time_s - step_s if case.replaces else time_s)
+    ratio = statistics.median(time_ / step for time_, step in zip(times, steps, strict=True))
     case.prepare()
     largest = "-" if case.replaces else f"{largest_tensor_bytes(case) / 2**20:.2f}"
-    millis = 1000 * statistics.median(walls)
+    millis = 1000 * statistics.median(times)
     batch_size = len(student.images)
     print(f"{case.name:<12} {batch_size:>4} {case.size:>9} {millis:8.2f} {ratio:10.3f} {largest:>20}", flush=True)
     return steps
@@ -197,23 +201,23 @@ def seconds(work: Work) -> float:
 
 
 def largest_tensor_bytes(case: Case) -> int:
-    with LargestTensor(case.held) as mode:
+    with LargestTensor(case.inputs) as mode:
         case.work()
     return mode.num_bytes
 
 
 class LargestTensor(TorchDispatchMode):
-    """Watches every operation inside it, backward too, for the memory of the tensors that they make."""
+    """Record the largest tensor that any operation creates, backward included."""
 
-    def __init__(self, held: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.held = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         self.num_bytes: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.held:
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
                 self.num_bytes = max(self.num_bytes, leaf.untyped_storage().nbytes())
         return result
 

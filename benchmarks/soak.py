@@ -1,9 +1,10 @@
-"""A soak: a whole `kdpipe run` is killed again and again, at random moments and by random signals, and restarted each
-time by a shell loop, as a batch system would. It has to end in the very bytes of a run that nothing disturbed.
+"""Soak test: kill a whole `kdpipe run` repeatedly, at random moments and by random signals, and restart it.
+
+A shell loop restarts it each time, as a batch system would. It has to end with the bytes of an uninterrupted run.
 
     python benchmarks/soak.py recipes/mnist.toml --kills 100 [--set KEY=VALUE ...]
 
-Half of the kills are SIGKILL, which saves nothing; the others ask: SIGTERM, SIGINT, SIGUSR1, SIGUSR2.
+Half of the kills are SIGKILL, which saves nothing; the others request a stop: SIGTERM, SIGINT, SIGUSR1, SIGUSR2.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ while true; do
     [ "$code" -eq 75 ] || [ "$code" -eq 137 ] || exit "$code"
 done
 """
-"""What a job script does: again, as long as it was stopped early or killed."""
+"""A job script that reruns the command while it stops early or is killed."""
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 SUFFIXES = (".safetensors", ".onnx", ".pt2")
 
@@ -40,51 +41,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--between", type=float, nargs=2, default=(1.0, 16.0), metavar="S", help="seconds of life")
+    parser.add_argument("--between", type=float, nargs=2, default=(1.0, 16.0), metavar="S", help="seconds until a kill")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where the runs go; what is finished there is not run again")
+    parser.add_argument("--folder", type=Path, help="folder of the runs; finished runs in it are reused")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    given = parser.parse_args()
-    folder = given.folder or Path(tempfile.mkdtemp(prefix="soak-"))
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*KDPIPE, "run", str(given.recipe), *(word for one in given.set for word in ("--set", one)), "--run"]
+    command = [*KDPIPE, "run", str(options.recipe), *(word for one in options.set for word in ("--set", one)), "--run"]
 
     started = time.monotonic()
-    subprocess.run([*command, str(folder / "undisturbed")], check=True, stdout=subprocess.DEVNULL)
-    print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
+    subprocess.run([*command, str(folder / "uninterrupted")], check=True, stdout=subprocess.DEVNULL)
+    print(f"uninterrupted: {time.monotonic() - started:.0f} s", flush=True)
 
     started = time.monotonic()
-    code, kills = soak([*command, str(folder / "killed")], folder, given)
+    code, kills = soak([*command, str(folder / "killed")], folder, options)
     codes = Counter((folder / "codes").read_text().split())
     print(f"killed {sum(kills.values())} times in {time.monotonic() - started:.0f} s, exit status {code} in the end")
     print("  by signal: " + ", ".join(f"{name} {count}" for name, count in sorted(kills.items())))
     print("  exit statuses: " + ", ".join(f"{name} {count} times" for name, count in sorted(codes.items())))
-    unlike = compare(folder / "undisturbed", folder / "killed")
-    for name in unlike:
+    differing = compare(folder / "uninterrupted", folder / "killed")
+    for name in differing:
         print(f"  DIFFERS: {name}")
     print(
-        "every network, exported file and store file is the undisturbed run's, bit for bit" if not unlike else "FAILED"
+        "every network, exported file and store file equals the uninterrupted run's, bit for bit"
+        if not differing
+        else "FAILED"
     )
-    sys.exit(bool(unlike) or code)
+    sys.exit(bool(differing) or code)
 
 
-def soak(command: list[str], folder: Path, given: argparse.Namespace) -> tuple[int, Counter[str]]:
-    """Run the loop, and kill what it runs as often as asked; its exit status, and how often each signal was sent."""
-    chance, kills, pid_file = random.Random(given.seed), Counter[str](), folder / "pid"
+def soak(command: list[str], folder: Path, options: argparse.Namespace) -> tuple[int, Counter[str]]:
+    """Run the loop and kill its commands; return its exit status, and the number of kills by signal."""
+    rng, kills, pid_file = random.Random(options.seed), Counter[str](), folder / "pid"
     (folder / "codes").write_text("")
     environment = {**os.environ, "PID_FILE": str(pid_file), "CODES_FILE": str(folder / "codes")}
     pid_file.write_text("")
     with (folder / "log").open("w") as log:
         loop = subprocess.Popen(["sh", "-c", LOOP, "sh", *command], env=environment, stdout=log, stderr=log)
         last = ""
-        while sum(kills.values()) < given.kills and loop.poll() is None:
+        while sum(kills.values()) < options.kills and loop.poll() is None:
             pid = pid_file.read_text().strip()
             if pid in ("", last):
                 time.sleep(0.02)
                 continue
             last = pid
-            time.sleep(chance.uniform(*given.between))
-            number = signal.SIGKILL if chance.random() < 0.5 else chance.choice(ASKING)
+            time.sleep(rng.uniform(*options.between))
+            number = signal.SIGKILL if rng.random() < 0.5 else rng.choice(STOP_SIGNALS)
             try:
                 os.kill(int(pid), number)
             except ProcessLookupError:
@@ -95,18 +98,22 @@ def soak(command: list[str], folder: Path, given: argparse.Namespace) -> tuple[i
 
 
 def where(run: Path) -> str:
-    """What the killed processes have come to, by the last event of one that did something."""
+    """Return the progress of the killed run, by its last progress event."""
     try:
         events = [json.loads(line) for line in (run / "events.jsonl").read_bytes().splitlines()[-20:]]
     except (OSError, ValueError):
         return "before the first event, or while one was written"
-    at = next((one for one in reversed(events) if one.get("kind") == "progress"), None)
-    return f"after {at['stage']}: {at['job']}, {at['unit']} {at['step']}" if at else "before the first event"
+    event = next((one for one in reversed(events) if one.get("kind") == "progress"), None)
+    return (
+        f"after {event['stage']}: {event['job']}, {event['unit']} {event['step']}"
+        if event
+        else "before the first event"
+    )
 
 
-def compare(undisturbed: Path, killed: Path) -> list[str]:
-    """The files that only one has, or that differ."""
-    found, wanted = files(killed), files(undisturbed)
+def compare(uninterrupted: Path, killed: Path) -> list[str]:
+    """Return the files that differ, or that only one run has."""
+    found, wanted = files(killed), files(uninterrupted)
     return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
 
 

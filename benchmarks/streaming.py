@@ -1,11 +1,11 @@
-"""A store larger than memory_bytes: what streaming it holds in memory, what it costs, and how well its order mixes.
+"""Stream a store larger than memory_bytes: measure the memory, the speed, and how well its order mixes.
 
     uv run python benchmarks/streaming.py [--store-mib 1024] [--memory-mib 128]
 
-Each way of reading runs in a process of its own; its peak is the process's resident set beyond what it had before the
-first batch. Streamed reading checks every slab's checksum. Mixing is measured on samples sorted by class, the worst
-case: the variance of a class's count in a batch of 128, over that of a full shuffle (1 is a full shuffle; batches of a
-single class would be about 100), once with rows in a store's mixed order and once as they came.
+Each mode of reading runs in its own process; its peak is the growth of the resident set since the first batch.
+Streaming checks every slab's checksum. Mixing is measured on samples sorted by class, the worst case: the variance of
+a class's count in a batch of 128, over that of a full shuffle (1 is a full shuffle; batches of a single class would be
+about 100), once with rows in a store's mixed order and once in the original order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from stages.joining import Source
 from stages.order import epoch_order, slab_order
-from stages.targets import ReadConfig, Targets
+from stages.targets import TargetLoadingConfig, Targets
 from store import (
     ArraySpec,
     Identity,
@@ -42,26 +42,26 @@ from store import (
 MIB = 2**20
 NUM_CLASSES = 1000
 BATCH_SIZE = 256
-WAYS = ("memory", "mapped", "streamed")
+MODES = ("memory", "mapped", "streamed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store-mib", type=int, default=1024)
     parser.add_argument("--memory-mib", type=int, default=128)
-    parser.add_argument("--read", nargs=2, metavar=("WAY", "STORE"), help=argparse.SUPPRESS)
+    parser.add_argument("--read", nargs=2, metavar=("MODE", "STORE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.read:
-        way, path = arguments.read
-        print(json.dumps(read(way, Path(path), arguments.memory_mib * MIB)))
+        mode, path = arguments.read
+        print(json.dumps(read(mode, Path(path), arguments.memory_mib * MIB)))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store.zarr"
         make_store(path, arguments.store_mib * MIB)
         print(f"| {arguments.store_mib} MiB of logits, an epoch | rows/s | peak beyond start, MiB |\n|---|---:|---:|")
-        for way in WAYS:
-            found = read_apart(way, path, arguments.memory_mib)
-            print(f"| {way} | {found['rows_per_s']:,.0f} | {found['peak_bytes'] / MIB:,.0f} |", flush=True)
+        for mode in MODES:
+            found = read_in_process(mode, path, arguments.memory_mib)
+            print(f"| {mode} | {found['rows_per_s']:,.0f} | {found['peak_bytes'] / MIB:,.0f} |", flush=True)
         print(f"\nThe streamed bound: memory_bytes = {arguments.memory_mib} MiB, and the one slab being read.\n")
     print_mixing()
 
@@ -81,23 +81,23 @@ def make_store(path: Path, num_bytes: int) -> None:
     finish_store(path)
 
 
-def read_apart(way: str, path: Path, memory_mib: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--read", way, str(path), "--memory-mib", str(memory_mib)]
+def read_in_process(mode: str, path: Path, memory_mib: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--read", mode, str(path), "--memory-mib", str(memory_mib)]
     found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return found
 
 
-def read(way: str, path: Path, memory_bytes: int) -> dict[str, float]:
-    """One epoch of gathering, one way."""
+def read(mode: str, path: Path, memory_bytes: int) -> dict[str, float]:
+    """Gather one epoch in one mode."""
     store = open_store(path)
     source = Source(store, torch.from_numpy(store.rows_of(store.samples.ids)), ())
     config = {
-        "memory": ReadConfig(memory_bytes=2**40),
-        "mapped": ReadConfig(memory_bytes=0, mapped_bytes=2**40),
-        "streamed": ReadConfig(memory_bytes=memory_bytes, mapped_bytes=0),
-    }[way]
+        "memory": TargetLoadingConfig(memory_bytes=2**40),
+        "mapped": TargetLoadingConfig(memory_bytes=0, mapped_bytes=2**40),
+        "streamed": TargetLoadingConfig(memory_bytes=memory_bytes, mapped_bytes=0),
+    }[mode]
     targets = Targets([source], torch.device("cpu"), config)
-    assert targets.residence == way, targets.residence
+    assert targets.residence == mode, targets.residence
     if targets.slabs is None:
         order = epoch_order(0, 0, store.num_samples)
     else:
@@ -106,12 +106,12 @@ def read(way: str, path: Path, memory_bytes: int) -> dict[str, float]:
     started = time.perf_counter()
     for indices in order.split(BATCH_SIZE):
         targets.batch(0, indices)
-    wall_s = time.perf_counter() - started
-    return {"rows_per_s": store.num_samples / wall_s, "peak_bytes": max(0, resident_bytes() - before)}
+    time_s = time.perf_counter() - started
+    return {"rows_per_s": store.num_samples / time_s, "peak_bytes": max(0, resident_bytes() - before)}
 
 
 def resident_bytes() -> int:
-    """The most that this process ever had in memory, mapped pages included."""
+    """Return the peak memory of this process, mapped pages included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -121,7 +121,7 @@ def print_mixing() -> None:
     mixed = torch.from_numpy(np.argsort(row_order(np.arange(num_samples), 0)))  # the row of each sample
     print("| rows of a store | slabs mixed at a time | variance over a full shuffle's |\n|---|---:|---:|")
     full = np.mean([variance(labels, epoch_order(0, epoch, num_samples), batch_size) for epoch in range(5)])
-    for name, rows in (("in their mixed order", mixed), ("as they came, by class", torch.arange(num_samples))):
+    for name, rows in (("in their mixed order", mixed), ("in the original order, by class", torch.arange(num_samples))):
         for window in (1, 4, 16):
             orders = [slab_order(0, epoch, rows // unit_rows, window) for epoch in range(5)]
             ratio = np.mean([variance(labels, order, batch_size) for order in orders]) / full
@@ -129,8 +129,8 @@ def print_mixing() -> None:
 
 
 def variance(labels: torch.Tensor, order: torch.Tensor, batch_size: int) -> float:
-    """The mean over classes of the variance, over batches, of a class's count in a batch."""
-    counts = torch.stack([torch.bincount(labels[at], minlength=100) for at in order.split(batch_size)[:-1]])
+    """Return the variance over batches of a class's count in a batch, averaged over classes."""
+    counts = torch.stack([torch.bincount(labels[indices], minlength=100) for indices in order.split(batch_size)[:-1]])
     return float(counts.double().var(0).mean())
 
 

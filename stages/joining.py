@@ -83,7 +83,7 @@ def _require_may_be_missing(store: TargetStore, absent: NDArray[np.int64], num_s
     if missing == "error":
         raise StoreError(
             f"{some}: cache them with `kdpipe cache-teacher`, leave them out of the data set, or let them learn from "
-            "their labels alone with student.missing = 'hard-labels'."
+            "their labels alone with student.missing_targets = 'hard-labels'."
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from stages.joining import join
 from stages.pictures import Request, Seen
 from stages.setup import Setup
-from stages.targets import ReadConfig, Targets
+from stages.targets import TargetLoadingConfig, Targets
 from store import TargetStore, row_order
 
 NUM_TOP = 3
@@ -63,7 +63,7 @@ def _partners(setup: Setup, seen: Seen) -> list[tuple[str, float] | None]:
 
 def _top(setup: Setup, store: TargetStore, at: Tensor, views: Sequence[int]) -> list[list[list[tuple[str, float]]]]:
     shown = setup.train_set.take(at)
-    targets = Targets([join(store, shown, ())], torch.device("cpu"), ReadConfig(memory_bytes=0))
+    targets = Targets([join(store, shown, ())], torch.device("cpu"), TargetLoadingConfig(memory_bytes=0))
     found: list[list[list[tuple[str, float]]]] = [[] for _ in at]
     for view in views:
         said = targets.batch(view, torch.arange(len(at)))[0].logits_at(1.0).softmax(1)

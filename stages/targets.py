@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 @section
-class ReadConfig:
+class TargetLoadingConfig:
     """Where targets live while a student learns from them, by their size: all views of the arrays that it wants.
 
     device_bytes: up to so many on the GPU. memory_bytes: up to so many in RAM. mapped_bytes: up to so many read from
@@ -45,8 +45,8 @@ class Targets:
     store in which each sample's targets lie, int64 [N], of which `window` fit into memory at once, twice over.
     """
 
-    def __init__(self, sources: Sequence[Source], device: torch.device, config: ReadConfig | None = None) -> None:
-        config = config or ReadConfig()
+    def __init__(self, sources: Sequence[Source], device: torch.device, config: TargetLoadingConfig | None = None) -> None:
+        config = config or TargetLoadingConfig()
         wanted = [(source.store, source.names) for source in sources]
         window = slab_window(wanted, config)
         self._device = device
@@ -144,7 +144,7 @@ def _readable(rows: Tensor) -> Tensor:
     return rows if (rows >= 0).all() else torch.where(rows >= 0, rows, rows.max().clamp(min=0))
 
 
-def slab_window(wanted: Sequence[tuple[TargetStore, Sequence[str]]], config: ReadConfig) -> int | None:
+def slab_window(wanted: Sequence[tuple[TargetStore, Sequence[str]]], config: TargetLoadingConfig) -> int | None:
     """How many slabs of the wanted arrays are mixed at a time where stores are streamed; None where they are not.
 
     Half of memory_bytes holds a window, the other half the next one, which a batch may reach into.
@@ -163,7 +163,7 @@ def _num_bytes(wanted: Sequence[tuple[TargetStore, Sequence[str]]]) -> int:
     )
 
 
-def _residence(num_bytes: int, device: torch.device, config: ReadConfig) -> str:
+def _residence(num_bytes: int, device: torch.device, config: TargetLoadingConfig) -> str:
     """Where targets that are not streamed live. A GPU without room leaves them in RAM, which changes no number."""
     if device.type == "cuda" and num_bytes <= min(config.device_bytes, torch.cuda.mem_get_info(device)[0] // 2):
         return "device"

@@ -24,7 +24,7 @@ Share = Annotated[float, Field(ge=0)]
 class TeachersConfig:
     """How the logits of several stores become one target, in the order of `student.stores`.
 
-    combine: the mean of "logits", or of "probabilities".
+    ensemble: the mean of "logits", or of "probabilities".
     weights: "equal"; one number a teacher; by the teacher's "accuracy" on the test images; by its "confidence" in each
     sample's label; or "learnable", trained with the student.
     temperatures: each teacher's own, instead of the loss's.
@@ -32,7 +32,7 @@ class TeachersConfig:
     or a table of its names with the student's.
     """
 
-    combine: Literal["logits", "probabilities"] = "logits"
+    ensemble: Literal["logits", "probabilities"] = "logits"
     weights: Literal["equal", "accuracy", "confidence", "learnable"] | tuple[Share, ...] = "equal"
     temperatures: tuple[Annotated[float, Field(gt=0, le=1e4)], ...] = ()
     classes: tuple[ClassMapConfig, ...] = ()
@@ -139,7 +139,7 @@ class Together:
         own = self.config.temperatures or (temperature,) * len(self.teachers)
         said = [teacher.logits_at(one) * (temperature / one) for teacher, one in zip(self.teachers, own, strict=True)]
         weights = self.weights.to(said[0].device)
-        if self.config.combine == "logits":
+        if self.config.ensemble == "logits":
             return torch.stack([weights[:, [number]] * one for number, one in enumerate(said)]).sum(0)
         logs = [F.log_softmax(one / temperature, 1) for one in said]
         floor = torch.finfo(weights.dtype).tiny

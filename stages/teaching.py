@@ -20,7 +20,7 @@ from stages.schedules import Amount, Ramp, extremes
 from stages.serving import arrays_read
 from stages.setup import Setup, deciding
 from stages.store_plan import library_versions
-from stages.targets import ReadConfig, Targets, slab_window
+from stages.targets import TargetLoadingConfig, Targets, slab_window
 from stages.teachers import TeachersConfig, check_teachers
 from stages.views.config import ViewsConfig
 from stages.watch import Event, Watch
@@ -51,7 +51,7 @@ class Teaching:
     shapes: Mapping[str, Shape]
     losses: Sequence[Entry]
     hard_label_weight: Amount
-    read: ReadConfig = field(default_factory=ReadConfig)
+    read: TargetLoadingConfig = field(default_factory=TargetLoadingConfig)
     missing: Missing = "error"
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     accuracies: Sequence[float] | None = None
@@ -103,7 +103,7 @@ class Teaching:
 
 def _loss_json(loss: Entry) -> dict[str, Any]:
     """What decides a loss, without the common keys that are as they are by default."""
-    defaults = {"store": None, "samples": asdict(Selection()), "standardise": False}
+    defaults = {"store": None, "samples": asdict(Selection()), "standardize": False}
     record = {key: value for key, value in deciding(loss).items() if key not in defaults or value != defaults[key]}
     # Hints had a store from the beginning: jobs of older versions stay what they are.
     return record | {"store": loss.store or 0} if loss.loss == "hint" else record
@@ -128,10 +128,10 @@ def check_losses(losses: Sequence[Entry], views: ViewsConfig, teachers: Teachers
         )
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
-        if loss.samples.weigh != "equal" and not loss.per_sample:
+        if loss.samples.weighting != "equal" and not loss.per_sample:
             raise RecipeError(
-                f"{entry}: samples.weigh = {loss.samples.weigh!r} is for losses that are a mean over samples, and this "
-                "one is about how samples go together: choose samples with samples.only instead."
+                f"{entry}: samples.weighting = {loss.samples.weighting!r} is for losses that are a mean over samples, and this "
+                "one is about how samples go together: choose samples with samples.filter instead."
             )
         if views.mix is not None and (loss.one_label or loss.samples.goes_by_label):
             what = entry if loss.one_label else f"{entry} with its samples chosen or weighed by their label"
@@ -179,8 +179,8 @@ def open_stores(
         shapes,
         tuple(losses),
         student.hard_label_weight,
-        student.read,
-        student.missing,
+        student.target_loading,
+        student.missing_targets,
         student.teachers,
         label_smoothing=student.label_smoothing,
     )
@@ -194,33 +194,33 @@ def check_together(teaching: Teaching, sources: Sequence[Source], targets: Targe
     """
     partial = [number for number, one in enumerate(sources) if one.class_map and not one.class_map.covers_all]
     together = [loss for loss in teaching.losses if loss.on_logits and loss.store is None]
-    if partial and together and len(sources) > 1 and teaching.teachers.combine == "logits":
+    if partial and together and len(sources) > 1 and teaching.teachers.ensemble == "logits":
         raise RecipeError(
             f"the teacher of {sources[partial[0]].store.path} does not know all of the student's classes, and logits "
-            "of other classes have no mean: set student.teachers.combine = 'probabilities'."
+            "of other classes have no mean: set student.teachers.ensemble = 'probabilities'."
         )
     for number, loss in enumerate(teaching.losses):
-        whole = loss.whole_logits or (isinstance(loss, Response) and loss.standardise)
+        whole = loss.whole_logits or (isinstance(loss, Response) and loss.standardize)
         if whole and loss.on_logits and (partial if loss.store is None else loss.store in partial):
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) needs every class's logit, and a teacher that does not know all of "
                 "the student's classes has none for some: use another loss, or a teacher of all (distill.store)."
             )
-        softened = teaching.teachers.temperatures or (len(sources) > 1 and teaching.teachers.combine == "probabilities")
+        softened = teaching.teachers.temperatures or (len(sources) > 1 and teaching.teachers.ensemble == "probabilities")
         if loss.whole_logits and loss.store is None and softened:
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) is about the logits themselves, and student.teachers makes something "
-                "else of them (temperatures, or combine = 'probabilities'): give it one teacher with distill.store."
+                "else of them (temperatures, or ensemble = 'probabilities'): give it one teacher with distill.store."
             )
         if loss.wanted_of_others and targets.residence == "streamed":
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) draws samples from the whole store at every step, and these targets "
-                "are streamed: raise student.read.memory_bytes or mapped_bytes, or set memory = 'bank'."
+                "are streamed: raise student.target_loading.memory_bytes or mapped_bytes, or set memory = 'bank'."
             )
     if targets.num_unknown and teaching.missing == "error":
         raise StoreError(
             f"{targets.num_unknown} of the samples are in no store, or of classes that no teacher knows: leave them "
-            "out of the data set (data.classes), or let them learn from their labels alone with student.missing = "
+            "out of the data set (data.classes), or let them learn from their labels alone with student.missing_targets = "
             "'hard-labels'."
         )
 
@@ -273,7 +273,7 @@ def _require_logits(stores: Sequence[TargetStore], losses: Sequence[Entry], teac
         for at, store in enumerate(stores):
             if not store.manifest.top_k or not loss.on_logits or loss.store not in (None, at):
                 continue
-            if loss.whole_logits or (isinstance(loss, Response) and loss.standardise):
+            if loss.whole_logits or (isinstance(loss, Response) and loss.standardize):
                 raise RecipeError(
                     f"distill.{number} ({loss.loss}) needs every class's logit, and {store.path} keeps the "
                     f"{store.manifest.top_k.k} largest: cache without cache.top_k into another store."

@@ -28,7 +28,7 @@ from stages.order import derive_seed
 from stages.reuse_classifier import require_teacher, with_teachers_classifier
 from stages.schedules import Amount
 from stages.setup import Setup, deciding, model_normalisation
-from stages.targets import ReadConfig, Targets
+from stages.targets import TargetLoadingConfig, Targets
 from stages.teacher_on_test import test_accuracies
 from stages.teachers import Combination, TeachersConfig
 from stages.teaching import Teaching, check_together, open_stores, shapes_of
@@ -48,7 +48,7 @@ class StudentConfig:
     label_smoothing: the share of each label that goes to all classes alike; of the student alone too.
     stores: the target stores to learn from; none means the one that this recipe's `cache-teacher` fills. Several are
     several teachers, as `teachers` says; a loss on features says which store it means.
-    missing: what samples are for which a store has no targets: an "error", or taught by their "hard-labels" alone.
+    missing_targets: what samples are for which a store has no targets: an "error", or taught by their "hard-labels" alone.
     """
 
     model: ModelConfig
@@ -58,8 +58,8 @@ class StudentConfig:
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     stores: tuple[Place, ...] = ()
     teachers: TeachersConfig = Field(default_factory=TeachersConfig)
-    missing: Missing = "error"
-    read: ReadConfig = Field(default_factory=ReadConfig)
+    missing_targets: Missing = "error"
+    target_loading: TargetLoadingConfig = Field(default_factory=TargetLoadingConfig)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 

@@ -1,1 +1,1 @@
-"""Recipes: read, checked, described to editors, and written with a few questions."""
+"""Load, check, describe and write recipes."""

@@ -1,16 +1,16 @@
-"""`kdpipe recipe check`: all that can be known of a recipe without data, GPU or network, and every fault at once."""
+"""Check recipes for `kdpipe recipe check`: find every fault that shows without data, GPU or network."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe.layers import read_layers
-from pipeline.recipe.load import Recipe, examine_layers
-from pipeline.recipe.rehearsal import rehearse_recipe
-from pipeline.recipe.sentence import one_line
+from pipeline.recipe.dry_build import dry_build
+from pipeline.recipe.load import Recipe, validate
+from pipeline.recipe.messages import one_line
+from pipeline.recipe.overrides import read_with_overrides
 from stages.errors import RecipeError
 from stages.models.build import PUBLISHED
 from stages.optim import TrainConfig
@@ -19,12 +19,15 @@ from store import is_url
 
 @dataclass(frozen=True)
 class Checked:
-    """What is to be said of a recipe. does: a line on what it would do, where it can be read.
+    """The result of checking a recipe.
 
-    faults: what stops `kdpipe run`. notes: what does not, but is likely not meant, or not here yet.
+    Attributes:
+        does: One line about what the recipe would do; None if it cannot be read.
+        faults: What `kdpipe run` would refuse.
+        notes: What is probably a mistake, or not on this machine yet.
     """
 
-    path: str
+    recipe: str
     faults: tuple[str, ...]
     notes: tuple[str, ...] = ()
     does: str | None = None
@@ -34,49 +37,46 @@ class Checked:
         return not self.faults
 
     def to_json(self) -> dict[str, Any]:
-        faults, notes = list(self.faults), list(self.notes)
-        return {"recipe": self.path, "fine": self.fine, "does": self.does, "faults": faults, "notes": notes}
+        return {**asdict(self), "fine": self.fine}
 
 
 def check_recipe(path: Path, overrides: Iterable[str], environ: Mapping[str, str]) -> Checked:
-    """Everything that can be said of the recipe at `path`; nothing is raised for what is wrong with it."""
+    """Check the recipe at `path`; faults are returned, not raised."""
     try:
-        layers = read_layers(path, overrides, environ)
+        source = read_with_overrides(path, overrides, environ)
     except RecipeError as error:
         return Checked(str(path), (str(error),))
-    recipe, faults = examine_layers(layers)
+    recipe, faults = validate(source)
     if recipe is None:
         return Checked(str(path), tuple(faults))
-    tried = rehearse_recipe(recipe)
-    faults += [one_line(f"{path}: {fault}") for fault in (*_unanswered(recipe), *tried.faults)]
-    notes = [one_line(f"{path}: {note}") for note in (*tried.notes, *_idle_keys(recipe), *_absent_files(recipe))]
-    return Checked(str(path), tuple(dict.fromkeys(faults)), tuple(notes), _does(recipe))
+    built = dry_build(recipe)
+    faults += [one_line(f"{path}: {fault}") for fault in (*_incomplete(recipe), *built.faults)]
+    notes = [one_line(f"{path}: {note}") for note in (*built.notes, *_idle_keys(recipe), *_absent_files(recipe))]
+    return Checked(str(path), tuple(dict.fromkeys(faults)), tuple(notes), _summary(recipe))
 
 
 def print_checked(checked: Checked) -> None:
-    """For people, on stdout."""
+    """Print the result as text."""
     if checked.fine:
-        print(f"{one_line(checked.path)}: fine: {checked.does}")  # noqa: T201
-    for fault in checked.faults:
-        print(fault)  # noqa: T201
-    for note in checked.notes:
-        print(f"  note: {note}")  # noqa: T201
+        print(f"{one_line(checked.recipe)}: fine: {checked.does}")  # noqa: T201
+    for line in (*checked.faults, *(f"  note: {note}" for note in checked.notes)):
+        print(line)  # noqa: T201
 
 
-def _unanswered(recipe: Recipe) -> Iterator[str]:
-    """What `kdpipe run` refuses before it looks at data."""
+def _incomplete(recipe: Recipe) -> Iterator[str]:
+    """Yield what `kdpipe run` refuses before it reads data."""
     if recipe.teacher.train is None and recipe.teacher.model.weights is None:
-        yield "the teacher has neither [teacher.train] nor teacher.model.weights: give one of them."
+        yield "the teacher has neither [teacher.train] nor teacher.model.weights: add one of them."
     if not recipe.distill and not recipe.compare:
-        yield "there is no [[distill]], and nothing to [compare]: add a loss (`kdpipe losses` lists them)."
+        yield "there is neither [[distill]] nor [compare]: add a loss (`kdpipe losses` lists them)."
     if recipe.cache.store and is_url(recipe.cache.store):
-        yield f"cache.store = {recipe.cache.store!r}: the teacher's words are written to a folder; copy that elsewhere."
+        yield f"cache.store = {recipe.cache.store!r}: stores are written to a local folder; upload it afterwards."
     if recipe.student.model.weights == PUBLISHED and recipe.student.train.epochs == 0:
-        yield "student.train.epochs = 0: a student that is not trained learns nothing of the teacher."
+        yield "student.train.epochs = 0: the student would not be trained at all."
 
 
 def _idle_keys(recipe: Recipe) -> Iterator[str]:
-    """Keys that were given and do nothing as the others stand."""
+    """Yield notes about keys that have no effect because of the others."""
     trainings = {
         "teacher.train": recipe.teacher.train,
         "student.train": recipe.student.train,
@@ -86,27 +86,27 @@ def _idle_keys(recipe: Recipe) -> Iterator[str]:
     for where, train in trainings.items():
         yield from _idle_in_training(where, train) if train is not None else ()
     if recipe.views.augments and recipe.views.num_views == 1:
-        yield "views.num_views = 1: every epoch shows the same augmented pictures."
+        yield "views.num_views = 1: all epochs use the same augmented images."
     if recipe.student.teachers.temperatures and not recipe.distill:
-        yield "student.teachers.temperatures: there is no loss that goes by them."
+        yield "student.teachers.temperatures: no loss uses them."
 
 
 def _idle_in_training(where: str, train: TrainConfig) -> Iterator[str]:
     if train.milestones and train.schedule != "step":
-        yield f"{where}.milestones do nothing with schedule = {train.schedule!r}."
+        yield f"{where}.milestones have no effect with schedule = {train.schedule!r}."
     if train.schedule == "step" and not train.milestones:
-        yield f"{where}.schedule = 'step' without milestones keeps the learning rate as it is."
+        yield f"{where}.schedule = 'step' without milestones keeps the learning rate constant."
     late = [milestone for milestone in train.milestones if milestone >= train.epochs]
     if train.schedule == "step" and late:
         yield f"{where}.milestones: {late[0]} is not reached in {train.epochs} epochs."
     if train.warmup_epochs >= train.epochs > 0:
-        yield f"{where}.warmup_epochs = {train.warmup_epochs:g}: the {train.epochs} epochs are all warm-up."
+        yield f"{where}.warmup_epochs = {train.warmup_epochs:g}: all {train.epochs} epochs are warm-up."
     if train.nesterov and (train.optimiser != "sgd" or train.momentum == 0):
-        yield f"{where}.nesterov is for optimiser = 'sgd' with momentum."
+        yield f"{where}.nesterov needs optimizer = 'sgd' with momentum."
 
 
 def _absent_files(recipe: Recipe) -> Iterator[str]:
-    """Files and stores that the recipe names and that are not on this machine, or not yet."""
+    """Yield notes about files and stores that are not on this machine."""
     named = {
         "teacher.model.weights": recipe.teacher.model.weights,
         "student.model.weights": recipe.student.model.weights,
@@ -118,18 +118,17 @@ def _absent_files(recipe: Recipe) -> Iterator[str]:
             continue
         try:
             absent = not Path(place).expanduser().exists()
-        except (OSError, RuntimeError, ValueError):  # no such home folder; a name that no file can have
+        except (OSError, RuntimeError, ValueError):  # an unknown home folder, or an impossible name
             absent = True
         if absent:
-            yield f"{key} = {place!r} is not on this machine, or not yet."
+            yield f"{key} = {place!r} does not exist on this machine."
 
 
-def _does(recipe: Recipe) -> str:
-    """One line on what the recipe would do."""
+def _summary(recipe: Recipe) -> str:
     teacher, student, compress = recipe.teacher, recipe.student, recipe.compress
     trained = f"trained for {teacher.train.epochs} epochs" if teacher.train else "as it is"
     seeds = f"{len(student.seeds)} seed{'s' if len(student.seeds) > 1 else ''}"
-    losses = " + ".join(loss.loss for loss in recipe.distill) or "nothing"
+    losses = " + ".join(loss.loss for loss in recipe.distill) or "no loss"
     parts = [
         f"{recipe.data.name}; teacher {teacher.model.name}, {trained}",
         f"{recipe.views.num_views} views",

@@ -1,6 +1,4 @@
-"""Recipes: a TOML file, one experiment; read strictly, overridden by KDPIPE_ variables and --set, and refused in one
-clear sentence.
-"""
+"""Load recipes: TOML files that describe one experiment each, read strictly."""
 
 from __future__ import annotations
 
@@ -13,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.recipe.layers import Layers, read_layers
+from pipeline.recipe.messages import fault_messages, first_and_more, one_line
 from pipeline.recipe.origins import Settings, settings_of
-from pipeline.recipe.sentence import faults, first_and_more, one_line
+from pipeline.recipe.overrides import Overrides, read_with_overrides
 from stages.compare import CompareEntry, WayName
 from stages.compress import CompressConfig
 from stages.config import Seed, section
@@ -38,12 +36,14 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 class Recipe:
     """One experiment, from teacher to INT8 student.
 
-    name: also the name of its run folder below `runs/`.
-    seed: of the teacher; each student has its own (student.seeds), views have theirs (views.seed).
-    device: auto (the freest GPU, or the first that CUDA_VISIBLE_DEVICES leaves; the CPU without one), cpu, cuda or
-    cuda:N. num_threads: CPU threads of each operation; by default OMP_NUM_THREADS, else as many as this process may use
-    cores. Networks of a few thousand parameters train fastest on one.
-    gpu_memory_fraction: the share of the GPU's memory that this job may take at most; beyond it it is out of memory.
+    Attributes:
+        name: Name of the experiment and of its run folder below `runs/`.
+        seed: Seed of the teacher; each student has its own (student.seeds), and views have theirs (views.seed).
+        device: auto (the freest GPU, or the first that CUDA_VISIBLE_DEVICES leaves; the CPU without one), cpu, cuda or
+            cuda:N.
+        num_threads: CPU threads of each operation; by default OMP_NUM_THREADS, else the number of cores that this
+            process may use. Networks of a few thousand parameters train fastest on one.
+        gpu_memory_fraction: Fraction of the GPU's memory that this job may use; beyond it, it is out of memory.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)]
@@ -62,64 +62,70 @@ class Recipe:
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = (), environ: Mapping[str, str] = NOTHING) -> Recipe:
-    """Read the recipe at `path`. The KDPIPE_ variables of `environ` go before its keys, and `key.key=value` overrides
-    before both. Raises RecipeError where anything is amiss.
+    """Load the recipe at `path`.
+
+    Args:
+        path: The TOML file.
+        overrides: Texts `key.key=value`, which take precedence over the environment.
+        environ: Variables; those that begin with KDPIPE_ take precedence over the file.
+
+    Raises:
+        RecipeError: The file cannot be read, or a key or value is invalid.
     """
-    return parse_layers(read_layers(path, overrides, environ))
+    return _first_fault_raised(read_with_overrides(path, overrides, environ))
 
 
 def load_recipe_with_origins(
     path: Path, overrides: Iterable[str] = (), environ: Mapping[str, str] = NOTHING
 ) -> tuple[Recipe, Settings]:
-    """What `load_recipe` reads, and for each of its keys the value with where it comes from."""
-    layers = read_layers(path, overrides, environ)
-    recipe = parse_layers(layers)
-    return recipe, settings_of(recipe_json(recipe), layers)
+    """Load a recipe as `load_recipe` does, with the value and origin of each of its keys."""
+    source = read_with_overrides(path, overrides, environ)
+    recipe = _first_fault_raised(source)
+    return recipe, settings_of(recipe_json(recipe), source)
 
 
 def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from what its file holds. Raises RecipeError, naming key and value, where anything is amiss."""
-    return parse_layers(Layers(where, "", dict(table)))
+    """Build a recipe from a table. Raises RecipeError, naming `where`, key and value, for the first fault."""
+    return _first_fault_raised(Overrides(where, "", dict(table)))
 
 
-def parse_layers(layers: Layers) -> Recipe:
-    """A recipe from its file and what overrides it. Raises RecipeError for the first fault, saying how many more."""
-    recipe, found = examine_layers(layers)
+def _first_fault_raised(source: Overrides) -> Recipe:
+    recipe, found = validate(source)
     if recipe is None or found:
         raise RecipeError(first_and_more(found))
     return recipe
 
 
-def examine_layers(layers: Layers) -> tuple[Recipe | None, list[str]]:
-    """The recipe, where its keys and values can be read, and a sentence for everything that is wrong with it."""
+def validate(source: Overrides) -> tuple[Recipe | None, list[str]]:
+    """Return the recipe, or None where a key or value cannot be read, and a message for every fault."""
     try:
-        text = json.dumps(layers.table, default=str)
+        text = json.dumps(source.table, default=str)
         recipe: Recipe = TypeAdapter(Recipe).validate_json(text)
     except ValidationError as error:
-        return None, faults(Recipe, error, layers.giver)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, sections in sections in sections
-        return None, [one_line(f"{layers.path}: no recipe is nested, or has numbers, like this ({error}).")]
-    return recipe, [one_line(f"{layers.path}: {fault}") for fault in _contradictions(recipe)]
+        return None, fault_messages(Recipe, error, source.origin_of)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endlessly nested sections
+        return None, [one_line(f"{source.path} is not a recipe: its nesting or its numbers are too long ({error}).")]
+    return recipe, [one_line(f"{source.path}: {fault}") for fault in _contradictions(recipe)]
 
 
 def faults_of_each(losses: Sequence[Entry], where: str, check: Callable[[Sequence[Entry]], object]) -> Iterator[str]:
-    """What `check` says against each of the losses alone, which stand at `where` in the recipe."""
+    """Yield the faults that `check` finds in each of the losses alone. `where` is the key of their list."""
     for number, loss in enumerate(losses):
         if fault := fault_of(check, [loss]):
             yield fault.replace(f"{where}.0 (", f"{where}.{number} (", 1)
 
 
-def fault_of(check: Callable[..., object], *what: Any) -> str | None:
-    """What `check` says against `what`; None where it has no objection."""
+def fault_of(check: Callable[..., object], *arguments: Any) -> str | None:
+    """Return the message of the RecipeError or ModelError that `check` raises; None if it raises none."""
     try:
-        check(*what)
+        check(*arguments)
     except (RecipeError, ModelError) as error:
         return str(error)
     return None
 
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
-    """What does not go together, whatever the data and the networks."""
+    """Yield what does not fit together, whatever the data and the networks are."""
     if fault := fault_of(check_views, recipe.views):
         yield fault
     for where, losses in all_losses(recipe).items():
@@ -131,25 +137,21 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 
 
 def all_losses(recipe: Recipe) -> dict[str, Sequence[Entry]]:
-    """All losses of the recipe, by where they stand in it."""
-    ways = {f"compare.{name}.distill": entry.distill for name, entry in recipe.compare.items()}
-    return {"distill": recipe.distill, **ways}
+    """Return all lists of losses in the recipe, by their key."""
+    variants = {f"compare.{name}.distill": entry.distill for name, entry in recipe.compare.items()}
+    return {"distill": recipe.distill, **variants}
 
 
 def read_run_recipe(run: Path) -> Recipe | None:
-    """The resolved recipe of a run folder; None where there is none. Raises RunError where it is no recipe."""
+    """Return the resolved recipe of a run folder; None if there is none. Raises RunError if it is not a recipe."""
     record = read_json(run / "recipe.json")
-    if record is not None and isinstance(compress := record.get("compress"), dict):
-        compress.pop("latency_batch_size", None)  # of an older kdpipe, which timed batches of one size
     try:
         return None if record is None else parse_recipe(record, str(run / "recipe.json"))
     except RecipeError as error:
-        raise RunError(
-            f"{run} holds something else than a run of this kdpipe ({error}): use another folder."
-        ) from error
+        raise RunError(f"{run} is not a run folder of this version ({error}): use another folder.") from error
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe: every key with the value in force. `parse_recipe` reads it back."""
+    """Return the resolved recipe: every key with its value. `parse_recipe` reads it back."""
     resolved: dict[str, Any] = asdict(recipe)
     return resolved

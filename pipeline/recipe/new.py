@@ -1,4 +1,4 @@
-"""`kdpipe recipe new`: ask, compose, check what was composed, and write it; nothing is written before all stands."""
+"""Write a recipe for `kdpipe recipe new`: ask the questions, fill the template, check the recipe, write the file."""
 
 from __future__ import annotations
 
@@ -10,124 +10,98 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import say
-from pipeline.recipe.layers import Layers
-from pipeline.recipe.load import examine_layers
-from pipeline.recipe.questions import QUESTIONS, Question, wanted_channels
-from pipeline.recipe.rehearsal import rehearse_recipe
-from pipeline.recipe.sentence import first_and_more
-from pipeline.recipe.text import Answers, recipe_text
+from pipeline.recipe.dry_build import dry_build
+from pipeline.recipe.load import validate
+from pipeline.recipe.messages import first_and_more
+from pipeline.recipe.overrides import Overrides
+from pipeline.recipe.questions import QUESTIONS, Question
+from pipeline.recipe.template import Answers, recipe_text
 from stages.errors import RecipeError
 from store.fs.atomic_write import write_atomically
 
 
 def new_recipe(file: Path | None, options: Mapping[str, str | None], *, yes: bool) -> Path:
-    """Ask what `options` leave open, or with `yes` take the defaults, and write the recipe; returns where it is.
+    """Ask what `options` leave open and write the recipe.
 
-    Raises RecipeError for a file that is there already, an option that cannot be, networks or losses that do not fit,
-    and where there is nobody to ask.
+    Args:
+        file: Path of the recipe; by default NAME.toml.
+        options: Answers by the question's key, as texts.
+        yes: Take the defaults instead of asking.
+
+    Returns:
+        The path of the recipe.
+
+    Raises:
+        RecipeError: The file exists, an option is invalid, the answers do not fit together, or stdin is not a terminal.
     """
     if file is not None:
         require_new(file)
-    given = _answers(file, options, yes)
-    path = file or Path(f"{given['name']}.toml")
+    answers = Answers(file=str(file or ""))
+    for question in QUESTIONS:
+        setattr(answers, question.key, _answer(question, options.get(question.key), answers, yes))
+    path = file or Path(f"{answers.name}.toml")
+    answers.file = str(path)
+    text = recipe_text(answers)
+    _require_valid(path, text)
     require_new(path)
-    text = recipe_text(_composed(path, given))
-    _require_fine(path, text)
-    require_new(path)  # somebody else may have made it while people thought
     write_atomically(path, text.encode("utf-8"))
     return path
 
 
 def is_terminal() -> bool:
-    """Whether there is somebody to ask."""
+    """Return whether standard input is a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def require_new(path: Path) -> None:
-    """Raise RecipeError where a recipe cannot be written without taking something away, or not at all."""
+    """Raise RecipeError if `path` exists, or cannot be created."""
     if any(letter < " " or letter == "\x7f" for letter in str(path)):
-        raise RecipeError(f"{str(path)!r} is no path: it has a control character.")
+        raise RecipeError(f"invalid path {str(path)!r}: it contains a control character.")
     if os.path.lexists(path):
-        raise RecipeError(f"{path} is there already, and is not overwritten: name another file, or move it away.")
+        raise RecipeError(f"{path} already exists and is not overwritten: choose another name, or move it away.")
     if not path.parent.is_dir():
-        raise RecipeError(f"there is no folder {path.parent} for {path.name}: make it first.")
+        raise RecipeError(f"the folder {path.parent} does not exist: create it first.")
 
 
-def _answers(file: Path | None, options: Mapping[str, str | None], yes: bool) -> dict[str, Any]:
-    given: dict[str, Any] = {"file": str(file) if file else ""}
-    asks = not yes and is_terminal()
-    for question in QUESTIONS:
-        text = options.get(question.key)
-        if not question.needed(given):
-            if text is not None and question.key != "root":
-                raise RecipeError(f"{question.option} is not asked for with these answers: leave it out.")
-            given[question.key] = None
-        elif text is not None:
-            given[question.key] = _read_option(question, text, given)
-        elif asks:
-            given[question.key] = _ask(question, given)
-        else:
-            given[question.key] = _default(question, given, yes)
-    return given
-
-
-def _read_option(question: Question, text: str, given: Mapping[str, Any]) -> Any:
+def _answer(question: Question, option: str | None, answers: Answers, yes: bool) -> Any:
+    if not question.applies(answers):
+        if option is not None and question.key != "root":
+            raise RecipeError(f"{question.option} does not apply to these answers: leave it out.")
+        return None
+    default = question.default(answers)
+    if option is None and not yes:
+        if is_terminal():
+            return _ask(question, default, answers)
+        raise RecipeError(
+            "stdin is not a terminal: pass --yes to accept the defaults, and options for what should differ."
+        )
+    text = default if option is None else option.strip()
+    if text is None:
+        raise RecipeError(f"{question.option} has no default here: pass it.")
     try:
-        return question.read(text.strip(), given)
+        return question.parse(text, answers)
     except RecipeError as error:
         raise RecipeError(f"{question.option}: {error}") from error
 
 
-def _default(question: Question, given: Mapping[str, Any], yes: bool) -> Any:
-    if not yes:
-        raise RecipeError(
-            "there is nobody to answer, as standard input is no terminal: give --yes to take the defaults, and options "
-            "where you want something else."
-        )
-    default = question.default(given)
-    if default is None:
-        raise RecipeError(f"there is no default for {question.option}: give it.")
-    return question.read(default, given)
-
-
-def _ask(question: Question, given: Mapping[str, Any]) -> Any:
-    """One answer from the terminal; what cannot be is told, and asked for again."""
-    default = question.default(given)
+def _ask(question: Question, default: str | None, answers: Answers) -> Any:
+    """Ask at the terminal until the answer is valid."""
     shown = f" [{default}]" if default is not None else ""
     while True:
         try:
             text = input(f"{question.text}{shown}: ").strip() or default or ""
         except UnicodeDecodeError as error:
-            raise RecipeError("the answer is not UTF-8 text: nothing is written.") from error
+            raise RecipeError("the answer is not UTF-8 text: nothing was written.") from error
         try:
-            return question.read(text, given)
+            return question.parse(text, answers)
         except RecipeError as error:
             say(str(error))
 
 
-def _composed(path: Path, given: Mapping[str, Any]) -> Answers:
-    return Answers(
-        file=str(path),
-        name=given["name"],
-        data=given["data"],
-        root=given["root"] or "data",
-        image_size=given["image_size"],
-        teacher=given["teacher"],
-        teacher_weights=given["teacher_weights"],
-        student=given["student"],
-        losses=given["losses"],
-        layers=given["layers"],
-        num_seeds=given["seeds"],
-        compress=given["compress"],
-        prune_ratio=given["prune_ratio"] or 0.0,
-        channels=wanted_channels(given),
-    )
-
-
-def _require_fine(path: Path, text: str) -> None:
-    """Raise RecipeError for answers that do not go together, before anything is written."""
-    recipe, faults = examine_layers(Layers(str(path), text, tomllib.loads(text)))
+def _require_valid(path: Path, text: str) -> None:
+    """Raise RecipeError if the answers do not fit together."""
+    recipe, faults = validate(Overrides(str(path), text, tomllib.loads(text)))
     if recipe is not None and not faults:
-        faults = list(rehearse_recipe(recipe).faults)
+        faults = list(dry_build(recipe).faults)
     if faults:
-        raise RecipeError(f"these answers do not go together, and nothing is written: {first_and_more(faults)}")
+        raise RecipeError(f"these answers do not fit together, nothing was written: {first_and_more(faults)}")

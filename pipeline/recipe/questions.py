@@ -1,137 +1,178 @@
-"""The questions of `kdpipe recipe new`: each with a default, and asked only where it makes a difference."""
+"""The questions of `kdpipe recipe new`, with their defaults and the parsing of their answers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pipeline.recipe.answers import (
-    Given,
-    read_data,
-    read_layers,
-    read_losses,
-    read_model,
-    read_name,
-    read_number,
-    read_place,
-    read_ratio,
-    read_weights,
-    read_yes,
-)
-from pipeline.recipe.habits import habit_of
-from pipeline.recipe.rehearsal import NUM_CLASSES, SHAPES
-from pipeline.recipe.text import FEATURE_LOSSES, OFFERED_LOSSES, TRAINED_HERE
+from pydantic import Field, TypeAdapter, ValidationError
+
+from pipeline.recipe.defaults import defaults_for
+from pipeline.recipe.dry_build import KINDS, NUM_CLASSES, SHAPES
+from pipeline.recipe.template import FEATURE_LOSSES, OFFERED_LOSSES, TRAINED_HERE, Answers
+from stages.config import Place
 from stages.datasets.sources import KNOWN_NAMES
 from stages.errors import ModelError, RecipeError
-from stages.models.build import PUBLISHED, ModelConfig, build_model
+from stages.models.build import PUBLISHED, TORCHVISION, ModelConfig, build_model, list_models
 from stages.models.small_images import SMALL_IMAGE_NETWORKS
 
-
-def _always(given: Given) -> bool:
-    return True
+Parser = Callable[[str, Answers], Any]
+"""Returns the value of an answer, given the answers before it, or raises RecipeError."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """text: for people. default: what Enter takes; None where there is none. read: an answer's value, or RecipeError.
-    needed: whether it is to be asked at all, after what was answered before.
+    """A question, asked after those before it in `QUESTIONS` were answered.
+
+    Attributes:
+        key: The field of `Answers`.
+        default: Returns the answer that Enter accepts; None if there is no default.
+        applies: Returns whether the question makes a difference.
     """
 
     key: str
     text: str
-    default: Callable[[Given], str | None]
-    read: Callable[[str, Given], Any]
-    needed: Callable[[Given], bool] = _always
+    default: Callable[[Answers], str | None]
+    parse: Parser
+    applies: Callable[[Answers], bool] = lambda answers: True
 
     @property
     def option(self) -> str:
-        """By which the answer can be given on the command line."""
+        """The command line option that answers the question."""
         return "--loss" if self.key == "losses" else f"--{self.key.replace('_', '-')}"
 
 
-def last_map(model: str, given: Given) -> str | None:
-    """The path of the last module of `model` that gives a map, by the names that networks have for their stages."""
-    _, channels, side = SHAPES.get(given["data"], (NUM_CLASSES, 3, None))
-    side = given.get("image_size") or side or 64
-    shape = {"num_classes": NUM_CLASSES, "in_channels": wanted_channels(given) or channels or 3}
+def _typed(kind: Any) -> Parser:
+    """Return a parser of values that pydantic accepts for the type `kind`."""
+    adapter = TypeAdapter(kind)
+
+    def parse(text: str, answers: Answers) -> Any:
+        try:
+            return adapter.validate_python(text)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"invalid value {text[:80]!r}: {message[0].lower()}{message[1:]}.") from error
+
+    return parse
+
+
+_path = _typed(Place)
+
+
+def _data(text: str, answers: Answers) -> str:
+    kind, colon, rest = text.partition(":")
+    kind = {name.lower(): name for name in KINDS}.get(kind.lower(), kind)
+    needs_rest = kind in ("imagefolder", "npz", "python")
+    if kind not in KINDS or needs_rest != bool(colon and rest):
+        raise RecipeError(f"unknown data set {text[:80]!r}; choose from {', '.join(KNOWN_NAMES)}.")
+    return str(_path(kind + colon + rest, answers))
+
+
+def _model(text: str, answers: Answers) -> str:
+    if text in SMALL_IMAGE_NETWORKS or text.startswith("python:"):
+        return str(_path(text, answers))
+    known = list_models()
+    if text in known or (text.startswith(TORCHVISION) and text.removeprefix(TORCHVISION) in known):
+        return text
+    near = get_close_matches(text.lower(), known, 3)
+    hint = f"nearest: {', '.join(near)}" if near else "name a network of your own as python:package.module:factory"
+    raise RecipeError(f"unknown model {text[:80]!r}; {hint}.")
+
+
+def _losses(text: str, answers: Answers) -> tuple[str, ...]:
+    losses = tuple(dict.fromkeys(word for word in re.split(r"[\s,+]+", text) if word))
+    unknown = [loss for loss in losses if loss not in OFFERED_LOSSES]
+    if unknown or not losses:
+        raise RecipeError(
+            f"choose losses from {', '.join(OFFERED_LOSSES)}, not {', '.join(unknown) or 'none'}; others can be added "
+            "to the file later (`kdpipe losses` lists all)."
+        )
+    return losses
+
+
+def _layers(text: str, answers: Answers) -> tuple[str, str]:
+    pair = [word.strip() for word in text.split(",")]
+    if len(pair) != 2 or not all(pair):
+        raise RecipeError(f"{text[:80]!r} is not a pair of modules STUDENT,TEACHER, such as layer3,layer3.")
+    return str(_path(pair[0], answers)), str(_path(pair[1], answers))
+
+
+def _default_name(answers: Answers) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(answers.file).stem).strip("-_.")[:100] or "first"
+
+
+def _default_weights(answers: Answers) -> str:
+    plain = answers.teacher in SMALL_IMAGE_NETWORKS or answers.teacher.startswith("python:")
+    return TRAINED_HERE if plain else PUBLISHED
+
+
+def _default_layers(answers: Answers) -> str | None:
+    pair = _last_map(answers.student, answers), _last_map(answers.teacher, answers)
+    return f"{pair[0]},{pair[1]}" if pair[0] and pair[1] else None
+
+
+def _last_map(model: str, answers: Answers) -> str | None:
+    """Return the path of the last module that outputs a feature map, by the usual names of stages."""
+    _, channels, side = SHAPES.get(answers.data, (NUM_CLASSES, 3, None))
+    side = answers.image_size or side or 64
+    channels = answers.channels or channels or 3
+    config = ModelConfig(name=model)
     try:
-        built = build_model(ModelConfig(name=model), **shape, image_size=(side, side), seed=0)
+        built = build_model(config, num_classes=NUM_CLASSES, in_channels=channels, image_size=(side, side), seed=0)
     except (ModelError, RecipeError):
         return None
     stages = [name for name, _ in built.named_children() if re.match(r"stage|layer|block|features", name)]
     return stages[-1] if stages else None
 
 
-def wanted_channels(given: Given) -> int | None:
-    """The channels that the networks take and the images of a named set do not have; None where they fit."""
-    _, channels, _ = SHAPES.get(given["data"], (0, None, None))
-    of_torchvision = any(
-        given[role] not in SMALL_IMAGE_NETWORKS and not given[role].startswith("python:")
-        for role in ("teacher", "student")
-    )
-    return 3 if of_torchvision and channels == 1 else None
-
-
-def _default_layers(given: Given) -> str | None:
-    pair = last_map(given["student"], given), last_map(given["teacher"], given)
-    return f"{pair[0]},{pair[1]}" if pair[0] and pair[1] else None
-
-
-def _default_name(given: Given) -> str:
-    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(given["file"]).stem).strip("-_.") if given.get("file") else ""
-    return stem[:100] or "first"
-
-
-def _default_weights(given: Given) -> str:
-    plain = given["teacher"] in SMALL_IMAGE_NETWORKS or given["teacher"].startswith("python:")
-    return TRAINED_HERE if plain else PUBLISHED
-
-
-def _fixed(text: str) -> Callable[[Given], str]:
-    def default(given: Given) -> str:
-        return text
-
-    return default
-
-
 QUESTIONS = (
-    Question("name", "Name of the experiment", _default_name, read_name),
-    Question("data", f"Data set ({', '.join(KNOWN_NAMES)})", _fixed("digits"), read_data),
-    Question("root", "Folder in which it lies", _fixed("data"), read_place, lambda given: given["data"] != "digits"),
+    Question(
+        "name",
+        "Name of the experiment",
+        _default_name,
+        _typed(Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,199}$")]),
+    ),
+    Question("data", f"Data set ({', '.join(KNOWN_NAMES)})", lambda _: "digits", _data),
+    Question("root", "Folder of the data", lambda _: "data", _path, lambda answers: answers.data != "digits"),
     Question(
         "image_size",
         "Side of the images in pixels, to which they are cropped and resized",
-        _fixed("224"),
-        read_number(8, 2**14),
-        lambda given: given["data"].startswith("imagefolder:"),
+        lambda _: "224",
+        _typed(Annotated[int, Field(ge=8, le=2**14)]),
+        lambda answers: answers.kind == "imagefolder",
     ),
-    Question("teacher", "Teacher's network", lambda given: habit_of(given["data"]).teacher, read_model),
+    Question("teacher", "Network of the teacher", lambda answers: defaults_for(answers.data).teacher, _model),
     Question(
         "teacher_weights",
-        "Teacher's weights (train: trained here; published: torchvision's; or a .safetensors or state dict file)",
+        "Weights of the teacher (train: train it here; published: torchvision's; or a .safetensors or state dict file)",
         _default_weights,
-        read_weights,
+        _path,
     ),
-    Question("student", "Student's network", lambda given: habit_of(given["data"]).student, read_model),
-    Question("losses", f"Losses, one or several ({', '.join(OFFERED_LOSSES)})", _fixed("kd"), read_losses),
+    Question("student", "Network of the student", lambda answers: defaults_for(answers.data).student, _model),
+    Question("losses", f"Losses, one or several ({', '.join(OFFERED_LOSSES)})", lambda _: "kd", _losses),
     Question(
         "layers",
-        "Modules that losses on features compare: student's,teacher's",
+        "Modules that the losses on features compare: STUDENT,TEACHER",
         _default_layers,
-        read_layers,
-        lambda given: any(loss in FEATURE_LOSSES for loss in given["losses"]),
+        _layers,
+        lambda answers: any(loss in FEATURE_LOSSES for loss in answers.losses),
     ),
-    Question("seeds", "Number of seeds, a student alone and one distilled for each", _fixed("3"), read_number(1, 100)),
-    Question("compress", "Prune, quantize and export the students (yes, no)", _fixed("yes"), read_yes),
+    Question(
+        "seeds",
+        "Number of seeds, each with a student alone and a distilled one",
+        lambda _: "3",
+        _typed(Annotated[int, Field(ge=1, le=100)]),
+    ),
+    Question("compress", "Prune, quantize and export the students (yes, no)", lambda _: "yes", _typed(bool)),
     Question(
         "prune_ratio",
-        "Share of the channels to prune (0: quantize only)",
-        _fixed("0.25"),
-        read_ratio,
-        lambda given: bool(given["compress"]),
+        "Fraction of the channels to prune (0: quantize only)",
+        lambda _: "0.25",
+        _typed(Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]),
+        lambda answers: answers.compress,
     ),
 )
-"""In the order in which they are asked: defaults go by what was answered before."""

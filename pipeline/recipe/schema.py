@@ -1,4 +1,4 @@
-"""The JSON Schema (2020-12) of recipes, for editors: every key with its type, default and what it is for."""
+"""Build the JSON Schema (2020-12) of recipes, by which editors complete and check keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def recipe_json_schema() -> dict[str, Any]:
-    """The schema as JSON: `load_recipe` takes nothing that it refuses, but for values that only reading can judge."""
+    """Return the schema: every key with its type, bounds, default and description."""
     schema = TypeAdapter(Recipe).json_schema()
     sections = {kind.__name__: kind for kind in recipe_sections()}
     for name, definition in (*schema["$defs"].items(), (Recipe.__name__, schema)):
@@ -29,12 +29,14 @@ def recipe_json_schema() -> dict[str, Any]:
     for listed in _lists_of_losses(schema):
         listed["items"] = _items_of_losses(listed["items"])
     schema["properties"]["compare"]["additionalProperties"] = False
-    schema["properties"]["compare"]["description"] = "Ways of teaching the same student, by name, for `kdpipe compare`."
-    return {"$schema": DIALECT, **schema, "title": "A recipe of kdpipe"}
+    schema["properties"]["compare"]["description"] = (
+        "Variants of the training to compare on the same student, by name, for `kdpipe compare`."
+    )
+    return {"$schema": DIALECT, **schema, "title": "kdpipe recipe"}
 
 
 def recipe_sections() -> list[type]:
-    """The recipe's section and all sections in it, each once."""
+    """Return the dataclasses of the recipe and of all sections in it, each once."""
     found: list[type] = []
     waiting: list[Any] = [Recipe]
     while waiting:
@@ -50,14 +52,17 @@ def recipe_sections() -> list[type]:
 
 
 def explanations(kind: type) -> dict[str, str]:
-    """What the docstrings of a section, and of those that it is made of, say of its keys: `key: text`, or of several
-    `key, key: text`, up to the next one or the paragraph's end.
+    """Return the descriptions of a section's keys, from its docstring and those of its bases.
+
+    A description is an entry of `Attributes:`, or a sentence that begins with `key: ` or `key, key: `; it ends at the
+    next one, or with the paragraph.
     """
     names = "|".join(sorted((re.escape(field.name) for field in fields(kind)), key=len, reverse=True))
-    heads = re.compile(rf"(?:^|(?<=[.)] ))((?:{names})(?:, (?:{names}))*): ", re.MULTILINE)
+    heads = re.compile(rf"(?:^ *|(?<=[.)] ))((?:{names})(?:, (?:{names}))*): ", re.MULTILINE)
     found: dict[str, str] = {}
     for base in kind.__mro__:
-        for paragraph in inspect.cleandoc(base.__dict__.get("__doc__") or "").split("\n\n"):
+        doc = "\n".join(line.strip() for line in (base.__dict__.get("__doc__") or "").splitlines())
+        for paragraph in doc.split("\n\n"):
             pieces = heads.split(paragraph)
             for keys, text in zip(pieces[1::2], pieces[2::2], strict=True):
                 for key in keys.split(", "):
@@ -75,29 +80,29 @@ def _sentence(text: str) -> str:
 
 
 def _explain(definition: dict[str, Any], kind: type) -> None:
-    """Put what docstrings say beside the keys, in the place of the whole docstring and of pydantic's titles."""
-    said = explanations(kind)
+    """Replace the docstring and pydantic's titles in a definition by a description of each key."""
+    descriptions = explanations(kind)
     opening = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0]
     definition["description"] = _sentence(opening)
     for field in fields(kind):
         key = definition["properties"][field.name]
         key.pop("title", None)
-        if field.name in said:
-            key["description"] = said[field.name]
+        if field.name in descriptions:
+            key["description"] = descriptions[field.name]
         if (default := _own_default(field)) is not None:
             key["default"] = default
 
 
 def _explain_sections(definition: dict[str, Any], sections: dict[str, dict[str, Any]]) -> None:
-    """A key of which nothing is said, and at which a section stands, is what the section says of itself."""
+    """Give keys without a description that of the section they hold."""
     for key in definition["properties"].values():
         if "$ref" in key and "description" not in key:
             key["description"] = sections[key["$ref"].rpartition("/")[2]]["description"]
 
 
 def _own_default(field: Any) -> dict[str, Any] | None:
-    """What a section has by default otherwise than its keys say by themselves; None for nothing."""
-    make = getattr(field.default, "default_factory", None)  # pydantic's Field stands in the place of a default
+    """Return the defaults of a section that differ from those of its keys; None if there are none."""
+    make = getattr(field.default, "default_factory", None)  # pydantic's Field is the default
     made = make() if make else None
     if not is_dataclass(made) or isinstance(made, type):
         return None
@@ -106,10 +111,10 @@ def _own_default(field: Any) -> dict[str, Any] | None:
 
 
 def _without_null(schema: Any) -> None:
-    """Take null out: TOML has none, and a key that is left out means it."""
+    """Remove null from the types, in place: TOML has none; leaving a key out means the same."""
     if isinstance(schema, list):
-        for one in schema:
-            _without_null(one)
+        for entry in schema:
+            _without_null(entry)
     if not isinstance(schema, dict):
         return
     if "anyOf" in schema:
@@ -117,8 +122,8 @@ def _without_null(schema: Any) -> None:
         schema.update(options[0] if len(options) == 1 else {"anyOf": options})
     if "default" in schema and schema["default"] is None:
         del schema["default"]
-    for one in schema.values():
-        _without_null(one)
+    for entry in schema.values():
+        _without_null(entry)
 
 
 def _lists_of_losses(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -127,7 +132,10 @@ def _lists_of_losses(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _items_of_losses(items: dict[str, Any]) -> dict[str, Any]:
-    """An entry: its loss's name is known before the rest of it is, which editors go by to complete it."""
+    """Return the schema of an entry, with the names of losses first, by which editors complete it."""
     names = [str(get_args(inspect.get_annotations(kind, eval_str=True)["loss"])[0]) for kind in LOSSES]
-    named = {"enum": names, "description": "Its name: `kdpipe losses` lists them, `kdpipe losses NAME` explains one."}
+    named = {
+        "enum": names,
+        "description": "Name of the loss: `kdpipe losses` lists them, `kdpipe losses NAME` explains one.",
+    }
     return {"type": "object", "required": ["loss"], "properties": {"loss": named}, "oneOf": items["oneOf"]}

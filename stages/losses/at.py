@@ -26,7 +26,7 @@ class ATConfig(Entry):
     """weight times the distance between the attention maps at each pair of (student layer, teacher layer).
 
     An attention map is the mean over channels of the squares, scaled to length 1; the larger of two maps is averaged
-    down first. form: "code" is the mean over the pixels of the squared differences, as the field's reference code has
+    down first. variant: "code" is the mean over the pixels of the squared differences, as the field's reference code has
     it; "paper" is the length of the difference (equation 2), which is larger by orders of magnitude and wants a
     smaller weight.
     """
@@ -36,7 +36,7 @@ class ATConfig(Entry):
     loss: Literal["at"]
     layers: Pairs
     weight: Amount = 1000.0
-    form: Form = "code"
+    variant: Form = "code"
 
     def student_layers(self) -> tuple[str, ...]:
         return students_of(self.layers)
@@ -70,7 +70,7 @@ class AT(nn.Module):
         parts = []
         for (mine, _), wanted, size in zip(self.config.layers, self.wanted, self.sizes, strict=True):
             own = attention(pool_to(widened(said.student.features[mine]), size))
-            parts.append(attention_distance(own, said.teacher.features[wanted], self.config.form))
+            parts.append(attention_distance(own, said.teacher.features[wanted], self.config.variant))
         return torch.stack(parts).sum(0)
 
 

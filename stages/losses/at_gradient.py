@@ -25,7 +25,7 @@ class ATGradientConfig(Entry):
     """weight times the distance between the attention maps of student's and teacher's gradients by the pixels.
 
     The gradient is that of each one's cross entropy with the label; its attention map is the mean over colours of the
-    squares, scaled to length 1. form: as for `at`.
+    squares, scaled to length 1. variant: as for `at`.
     """
 
     paper: ClassVar[str] = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
@@ -33,7 +33,7 @@ class ATGradientConfig(Entry):
 
     loss: Literal["at_gradient"]
     weight: Amount = 1000.0
-    form: Form = "code"
+    variant: Form = "code"
 
     def wants(self, student: Shapes) -> tuple[Wanted, ...]:
         return (MAP,)
@@ -52,7 +52,7 @@ class ATGradient(nn.Module):
     def forward(self, said: Said) -> Tensor:
         if said.input_gradient is None:
             raise ValueError("at_gradient needs the gradient of the student's cross entropy by the pixels")
-        return attention_distance(input_attention(said.input_gradient), said.teacher.features[MAP], self.config.form)
+        return attention_distance(input_attention(said.input_gradient), said.teacher.features[MAP], self.config.variant)
 
 
 def at_gradient_loss(student: Tensor, teacher: Tensor, form: Form = "code") -> Tensor:

@@ -27,7 +27,7 @@ class CCConfig(Entry):
     """weight times the disagreement of embedded features between samples: of batch neighbours, or of all pairs.
 
     layers: pairs of (student layer, teacher layer), maps by their means: usually the last before the classifier.
-    dim: what both sides are embedded in, by linear layers that train with the student. form: "code", the product of
+    dim: what both sides are embedded in, by linear layers that train with the student. variant: "code", the product of
     the errors of samples that follow each other in the batch (`cc_loss`), to which the weight belongs; or "paper", the
     difference of the correlations of all pairs (`correlation_loss`).
     """
@@ -39,7 +39,7 @@ class CCConfig(Entry):
     layers: Pairs
     weight: Amount = 0.02
     dim: Annotated[int, Field(ge=1), at_most(10**6)] = 128
-    form: Literal["code", "paper"] = "code"
+    variant: Literal["code", "paper"] = "code"
 
     def student_layers(self) -> tuple[str, ...]:
         return students_of(self.layers)
@@ -57,7 +57,7 @@ class CC(nn.Module):
     def __init__(self, config: CCConfig, student: Shapes, teacher: TeacherShapes) -> None:
         super().__init__()
         self.pairs = config.layers
-        self.loss = cc_loss if config.form == "code" else correlation_loss
+        self.loss = cc_loss if config.variant == "code" else correlation_loss
         self.students = nn.ModuleList(Embedding(student[mine], config.dim) for mine, _ in self.pairs)
         self.teachers = nn.ModuleList(
             Embedding(teacher[Wanted(theirs, POOLED)], config.dim) for _, theirs in self.pairs

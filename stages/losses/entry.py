@@ -73,13 +73,13 @@ class Entry:
 
 @section
 class Response(Entry):
-    """A loss on logits. standardise: both sides' logits have mean 0 and standard deviation 1 over the classes first
+    """A loss on logits. standardize: both sides' logits have mean 0 and standard deviation 1 over the classes first
     (`standardise.py`).
     """
 
     on_logits: ClassVar[bool] = True
 
-    standardise: bool = False
+    standardize: bool = False
 
 
 def teachers_of(pairs: Pairs, form: str = MAP) -> tuple[Wanted, ...]:

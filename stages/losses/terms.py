@@ -152,7 +152,7 @@ class Term(nn.Module):
         return torch.stack(held).any(0).nonzero()[:, 0]
 
     def _standardised(self, said: Said) -> Said:
-        if not isinstance(self.config, Response) or not self.config.standardise:
+        if not isinstance(self.config, Response) or not self.config.standardize:
             return said
         student = Outputs(standardised(said.student.logits), said.student.features)
         return replace(said, student=student, teacher=Standardised(said.teacher))

@@ -85,7 +85,7 @@ BAD = {
     "--loss": [*LINES, "x", "KD", LONG],
     "--layers": [*LINES, "x", "a,b,c", LONG],
     "--seeds": [*TOO_MANY, "101"],
-    "--compress": [*LINES, "x", "0", "nan", LONG],
+    "--compress": [*LINES, "x", "2", "nan", LONG],
     "--prune-ratio": ["", "x", "-1", "1", "nan", "inf", "1e309", ESCAPE, LONG],
 }
 

@@ -47,13 +47,13 @@ loss = "kd"
 loss = "rkd"
 layers = [["stage2", "stage2"]]
 weight = 0.1
-samples = { only = "correct" }
+samples = { filter = "correct" }
 
 [[distill]]
 loss = "hint"
 layers = [["stage2", "stage2"]]
 weight = 0.5
-samples = { only = "hard", share = 0.1, weigh = "entropy" }
+samples = { filter = "hard", fraction = 0.1, weighting = "entropy" }
 """
 
 KINDS = ("alone", "distilled")

@@ -97,19 +97,19 @@ def test_keys_have_their_defaults_and_say_what_they_take(listed):
 
 
 def test_keys_that_others_have_too_are_marked(listed):
-    every = {"weight", "store", "samples.only", "samples.share", "samples.weigh"}
+    every = {"weight", "store", "samples.filter", "samples.fraction", "samples.weighting"}
     for name, loss in listed.items():
         shared = {key["name"]: key["shared_by"] for key in loss["keys"] if key["shared_by"]}
         assert {key for key, whose in shared.items() if whose == "every entry"} == every, name
         on_logits = {key for key, whose in shared.items() if whose == "losses on logits"}
-        assert on_logits == ({"standardise"} if loss["stored"][0]["form"] == "logits" else set()), name
+        assert on_logits == ({"standardize"} if loss["stored"][0]["form"] == "logits" else set()), name
 
 
 def test_one_loss_is_shown_with_all_that_is_said_of_it(listed):
     text = words("dkd")
     assert text.startswith("dkd: Zhao et al. 2022, arXiv 2203.08679 ")
     assert " ".join(listed["dkd"]["description"].split()) in text
-    for key in ("warmup_epochs 20 whole number >= 0", "standardise false true or false", "beta 8.0 number >= 0"):
+    for key in ("warmup_epochs 20 whole number >= 0", "standardize false true or false", "beta 8.0 number >= 0"):
         assert key in text
     assert "no meaning for mixed samples" in text
 

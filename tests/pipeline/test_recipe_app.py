@@ -1,4 +1,4 @@
-"""`kdpipe recipe new`, `check` and `schema`: what they print and write, and how they refuse."""
+"""Output, files and refusals of `kdpipe recipe new`, `check` and `schema`."""
 
 import json
 import tomllib
@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from pipeline.recipe import new as recipe_new
 from pipeline.recipe.app import recipe_app
-from pipeline.recipe.habits import HABITS
+from pipeline.recipe.defaults import DEFAULTS
 from pipeline.recipe.load import load_recipe
-from pipeline.recipe.text import OFFERED_LOSSES, toml_value
+from pipeline.recipe.template import OFFERED_LOSSES, toml_value
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -33,7 +33,7 @@ student = { model = { name = "resnet8" } }
 compress = { prune = { keep = ["nothing"] } }
 distill = [
   { loss = "kd" },
-  { loss = "rkd", layers = [["layer3", "layer3"]], samples = { weigh = "entropy" } },
+  { loss = "rkd", layers = [["layer3", "layer3"]], samples = { weighting = "entropy" } },
   { loss = "hint", layers = [["layer3", "layr3"]], store = 2 },
 ]
 """
@@ -58,29 +58,29 @@ def written(text, name="r.toml"):
     return name
 
 
-def test_check_calls_recipes_fine_and_says_what_they_would_do():
+def test_check_summarizes_valid_recipes():
     shown = called("check", RECIPES / "digits.toml", RECIPES / "compress.toml").stdout.splitlines()
     assert len(shown) == 2
     assert "digits.toml: fine: digits; teacher cnn, trained for 40 epochs; 20 views; student cnn" in shown[0]
     assert "kd + hint, 5 seeds; prune and quantize" in shown[0]
 
 
-def test_check_lists_every_fault_of_every_file_and_exits_with_2():
+def test_check_lists_every_fault_of_every_file():
     shown = called("check", written(BAD), written('name = "x', "broken.toml"), "none.toml", code=2).stdout
     assert "r.toml: seed = -1: input should be greater than or equal to 0." in shown
     assert "r.toml: unknown key 'nmae'; did you mean 'name'?" in shown
     assert "r.toml: unknown key 'student.train.epoch'; did you mean 'epochs'?" in shown
     assert "broken.toml is not valid TOML" in shown
-    assert "cannot read the recipe none.toml (No such file or directory): name another" in shown
+    assert "cannot read the recipe none.toml (No such file or directory): check the path" in shown
     assert len(shown.splitlines()) == 5
 
 
-def test_check_tries_networks_layers_and_losses_without_the_data():
+def test_check_builds_networks_and_losses_without_data():
     teacherless = called("check", written(UNFIT), code=2).stdout
     assert "teacher: resnet20 has no argument 'widht'" in teacherless
     assert "compress: the model has no module 'nothing'" in teacherless
-    assert "distill.1 (rkd): samples.weigh = 'entropy' is for losses that are a mean" in teacherless
-    assert "teacher.train.milestones do nothing with schedule = 'cosine'" in teacherless
+    assert "distill.1 (rkd): samples.weighting = 'entropy' is for losses that are a mean" in teacherless
+    assert "teacher.train.milestones have no effect with schedule = 'cosine'" in teacherless
     shown = called("check", "r.toml", "--set", "teacher.model.args={}", code=2).stdout
     assert "cache.layers.0: the model has no module 'layr3'; nearest: layer3" in shown
     assert "distill.2 (hint) names store 2; there are 1" in shown
@@ -101,7 +101,7 @@ def test_check_tries_networks_layers_and_losses_without_the_data():
         (["student.teachers.temperatures=[1.0, 2.0]"], "student.teachers.temperatures has 2 entries"),
         (["data.test_crop=0.5"], "data.test_crop is for imagefolder:PATH alone"),
         (["student.model.args.width=10000000000"], "args.width is more than 65,536"),
-        (["distill=[]"], "there is no [[distill]]"),
+        (["distill=[]"], "there is neither [[distill]] nor"),
         (["cache.store=s3://bucket/store"], "cache.store = 's3://bucket/store'"),
     ],
 )
@@ -114,16 +114,16 @@ def test_check_finds_what_a_run_would_refuse(changes, wanted):
         assert wanted in shown
 
 
-def test_check_says_what_is_not_here_and_what_it_cannot_know(here):
+def test_check_notes_absent_files_and_unknown_sizes(here):
     written(UNFIT.replace('"CIFAR10"', '"npz:pictures.npz"').replace(", args = { widht = 2 }", ""))
     overrides = ["student.model.weights=none.pt", "distill=[{ loss = 'kd' }]"]
     shown = called("check", "r.toml", *(part for each in overrides for part in ("--set", each))).stdout
     assert "only names are checked" in shown
-    assert "student.model.weights = 'none.pt' is not on this machine" in shown
+    assert "student.model.weights = 'none.pt' does not exist on this machine" in shown
     assert list(here.iterdir()) == [here / "r.toml"]
 
 
-def test_check_in_one_json_document(monkeypatch):
+def test_check_prints_one_json_document(monkeypatch):
     monkeypatch.setenv("KDPIPE_SEED", "x")
     document = json.loads(called("check", RECIPES / "digits.toml", written(BAD), "--json", code=2).stdout)
     first, second = document["recipes"]
@@ -136,7 +136,7 @@ def test_schema_is_printed_as_json():
     assert json.loads(called("schema").stdout)["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
 
-def test_new_takes_defaults_and_writes_a_recipe_that_is_fine(here):
+def test_new_writes_a_valid_recipe_from_defaults(here):
     shown = called("new", "mine.toml", "--yes").stdout
     assert "mine.toml: written" in shown
     text = Path("mine.toml").read_text()
@@ -151,12 +151,12 @@ def test_new_takes_defaults_and_writes_a_recipe_that_is_fine(here):
     called("check", "mine.toml")
 
 
-@pytest.mark.parametrize("data", [*sorted(HABITS.keys() - {"CIFAR10"}), "npz:my pictures"])
+@pytest.mark.parametrize("data", [*sorted(DEFAULTS.keys() - {"CIFAR10"}), "npz:my pictures"])
 @pytest.mark.parametrize("losses", ["kd", "+".join(OFFERED_LOSSES)])
-def test_new_makes_recipes_of_every_kind_of_data(data, losses, monkeypatch):
-    if data == "imagefolder":  # large networks take seconds to build and nothing here is about them
+def test_new_writes_recipes_for_every_kind_of_data(data, losses, monkeypatch):
+    if data == "imagefolder":  # skip building large networks, which takes seconds
         data, losses = 'imagefolder:my "photos" \\ ü', "kd"
-        monkeypatch.setattr(recipe_new, "rehearse_recipe", lambda recipe: type("Fine", (), {"faults": ()}))
+        monkeypatch.setattr(recipe_new, "dry_build", lambda recipe: type("Fine", (), {"faults": ()}))
     layers = ["--layers", "stage2,stage2"] if data.startswith("npz") and losses != "kd" else []
     called("new", "r.toml", "--yes", "--data", data, "--loss", losses, *layers, "--seeds", "2")
     recipe = load_recipe(Path("r.toml"))
@@ -190,38 +190,38 @@ def test_new_takes_every_answer_as_an_option():
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ([], "give --yes"),
-        (["--yes", "--name", "../x"], "--name: '../x' is no name of a run folder"),
-        (["--yes", "--data", "cifar"], "--data: 'cifar' is no data set: known are digits"),
-        (["--yes", "--data", "imagefolder:"], "is no data set"),
+        ([], "pass --yes"),
+        (["--yes", "--name", "../x"], "--name: invalid value '../x': string should match pattern"),
+        (["--yes", "--data", "cifar"], "--data: unknown data set 'cifar'; choose from digits"),
+        (["--yes", "--data", "imagefolder:"], "unknown data set"),
         (["--yes", "--data", "npz:a\x1bb"], "control character"),
-        (["--yes", "--teacher", "resnet2O"], "--teacher: no model is called 'resnet2O'; nearest: "),
+        (["--yes", "--teacher", "resnet2O"], "--teacher: unknown model 'resnet2O'; nearest: "),
         (["--yes", "--teacher-weights", "published"], "there are no published weights of cnn"),
-        (["--yes", "--loss", "magic"], "--loss: magic is not among the losses to begin with"),
-        (["--yes", "--layers", "a,b"], "--layers is not asked for"),
-        (["--yes", "--loss", "hint", "--layers", "stage2"], "is no pair of modules"),
-        (["--yes", "--loss", "hint", "--layers", "stage2,stage9"], "do not go together"),
-        (["--yes", "--seeds", "0"], "--seeds: '0' is no whole number from 1 to 100"),
-        (["--yes", "--seeds", "²"], "is no whole number"),
-        (["--yes", "--compress", "maybe"], "is neither yes nor no"),
-        (["--yes", "--prune-ratio", "nan"], "is no share"),
-        (["--yes", "--prune-ratio", "1"], "is no share"),
-        (["--yes", "--student", "mobilenet_v2"], "do not go together"),
+        (["--yes", "--loss", "magic"], "--loss: choose losses from kd, dkd, dist, nkd, hint, at, rkd, not magic"),
+        (["--yes", "--layers", "a,b"], "--layers does not apply"),
+        (["--yes", "--loss", "hint", "--layers", "stage2"], "is not a pair of modules"),
+        (["--yes", "--loss", "hint", "--layers", "stage2,stage9"], "do not fit together"),
+        (["--yes", "--seeds", "0"], "--seeds: invalid value '0': input should be greater than or equal to 1"),
+        (["--yes", "--seeds", "²"], "should be a valid integer"),
+        (["--yes", "--compress", "maybe"], "should be a valid boolean"),
+        (["--yes", "--prune-ratio", "nan"], "should be a finite number"),
+        (["--yes", "--prune-ratio", "1"], "should be less than 1"),
+        (["--yes", "--student", "mobilenet_v2"], "do not fit together"),
     ],
 )
-def test_new_refuses_in_a_sentence_and_writes_nothing(here, options, wanted):
+def test_new_refuses_invalid_answers_and_writes_nothing(here, options, wanted):
     said = called("new", *options, code=2).stderr
     assert wanted in said
     assert len(said.splitlines()) == 1
     assert list(here.iterdir()) == []
 
 
-def test_new_never_writes_over_anything(here):
+def test_new_never_overwrites(here):
     written("mine", "there.toml")
     Path("dangling.toml").symlink_to("nowhere")
     for name in ("there.toml", "dangling.toml"):
-        assert "is there already" in called("new", name, "--yes", code=2).stderr
-    assert "there is no folder" in called("new", "no/such.toml", "--yes", code=2).stderr
+        assert "already exists" in called("new", name, "--yes", code=2).stderr
+    assert "the folder no does not exist" in called("new", "no/such.toml", "--yes", code=2).stderr
     assert Path("there.toml").read_text() == "mine"
     assert sorted(path.name for path in here.iterdir()) == ["dangling.toml", "there.toml"]
 
@@ -231,31 +231,31 @@ def terminal(monkeypatch):
     monkeypatch.setattr(recipe_new, "is_terminal", lambda: True)
 
 
-def test_new_asks_takes_enter_for_the_default_and_asks_again_after_a_slip(terminal):
+def test_new_asks_again_after_an_invalid_answer(terminal):
     answers = ["", "Digits!", "digits", "cnnn", "cnn", "", "", "kd, magic", "kd hint", "", "99999", "2", "", "2", "0.5"]
     ended = called("new", "asked.toml", answers="\n".join(answers) + "\n")
     assert "Name of the experiment [asked]: " in ended.stdout
-    assert "'Digits!' is no data set" in ended.stderr
-    assert "no model is called 'cnnn'; nearest: cnn" in ended.stderr
-    assert "magic is not among the losses" in ended.stderr
-    assert "'99999' is no whole number" in ended.stderr
-    assert "'2' is no share" in ended.stderr
+    assert "unknown data set 'Digits!'" in ended.stderr
+    assert "unknown model 'cnnn'; nearest: cnn" in ended.stderr
+    assert "not magic; others can be added" in ended.stderr
+    assert "invalid value '99999'" in ended.stderr
+    assert "invalid value '2': input should be less than 1" in ended.stderr
     assert "[stage2,stage2]" in ended.stdout
     recipe = load_recipe(Path("asked.toml"))
     assert [loss.loss for loss in recipe.distill] == ["kd", "hint"]
     assert (recipe.student.seeds, recipe.compress.prune.ratio) == ((0, 1), 0.5)
 
 
-def test_new_asks_only_for_what_no_option_answers(terminal):
+def test_new_asks_only_for_what_options_leave_open(terminal):
     ended = called("new", "--name", "half", "--data", "CIFAR10", "--compress", "no", answers="\n" * 6)
     assert "Name of" not in ended.stdout
-    assert "Share of" not in ended.stdout
-    assert "Folder in which it lies [data]: " in ended.stdout
-    assert "Teacher's network [resnet32x4]: " in ended.stdout
+    assert "Fraction of" not in ended.stdout
+    assert "Folder of the data [data]: " in ended.stdout
+    assert "Network of the teacher [resnet32x4]: " in ended.stdout
     assert load_recipe(Path("half.toml")).data.name == "CIFAR10"
 
 
-def test_new_leaves_nothing_behind_where_people_break_off(here, terminal, monkeypatch):
+def test_new_writes_nothing_when_interrupted(here, terminal, monkeypatch):
     assert "there was no answer: nothing is written" in called("new", "a.toml", answers="x\n", code=1).stderr
 
     def interrupted(prompt):
@@ -268,6 +268,6 @@ def test_new_leaves_nothing_behind_where_people_break_off(here, terminal, monkey
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_ends_as_a_toml_string(text):
+def test_any_text_round_trips_as_a_toml_string(text):
     assert tomllib.loads(f"value = {toml_value(text)}") == {"value": text}
     assert "\n" not in toml_value(text)

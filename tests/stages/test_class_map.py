@@ -82,7 +82,7 @@ def opened(run, name):
 def lesson_of(run, names, classes, losses=None, *, missing="error", images=OURS, **teachers):
     setup = tiny_setup(run, train_set=images, test_set=TEST)
     config = TeachersConfig(classes=classes, **teachers)
-    student = dataclasses.replace(STUDENT, teachers=config, missing=missing)
+    student = dataclasses.replace(STUDENT, teachers=config, missing_targets=missing)
     places = [run / f"{name}.zarr" for name in names]
     teaching = open_teaching(places, losses or [kd()], student, {}, setup)
     return build_lesson(fresh_student(student, 0, setup), teaching, 0, setup)
@@ -132,23 +132,23 @@ LOSSES = [
     DISTConfig(loss="dist"),
     NKDConfig(loss="nkd", temperature=4.0),
     MLLDConfig(loss="mlld"),
-    kd(samples=Selection(only="hard", weigh="entropy")),
-    kd(samples=Selection(weigh="correctness")),
+    kd(samples=Selection(filter="hard", weighting="entropy")),
+    kd(samples=Selection(weighting="correctness")),
 ]
 NAMED = [f"{number}-{loss.loss}" for number, loss in enumerate(LOSSES)]
 
 
-@pytest.mark.parametrize("combine", ["alone", "logits", "probabilities"])
+@pytest.mark.parametrize("ensemble", ["alone", "logits", "probabilities"])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMED)
-def test_losses_stay_finite_where_a_teacher_knows_nothing_of_a_class(loss, scale, combine):
+def test_losses_stay_finite_where_a_teacher_knows_nothing_of_a_class(loss, scale, ensemble):
     """Teachers know a and b alone, or a alone, of four classes; the student may be very sure of another one."""
     single = ClassMap(torch.tensor([0, -1, -1]).numpy(), 4)
     teachers = [
         MappedOutputs(DenseOutputs(scale * drawn(8, 3, seed=seed).float(), {}), one)
         for seed, one in ((1, PART), (2, single))
-    ][: 1 if combine == "alone" else 2]
-    config = TeachersConfig(combine="probabilities" if combine == "alone" else combine)
+    ][: 1 if ensemble == "alone" else 2]
+    config = TeachersConfig(ensemble="probabilities" if ensemble == "alone" else ensemble)
     labels = torch.tensor([0, 1] * 4)
     known = [None, labels == 0][: len(teachers)]
     student = (scale * drawn(8, 4, seed=3).float()).requires_grad_()
@@ -263,7 +263,7 @@ def test_or_they_learn_from_their_labels_alone(run):
 def test_teachers_of_parts_of_the_classes_teach_together(run):
     """a by the one, c by the other, b by the mean of what both give it."""
     images = OURS.take((OURS.labels < 3).nonzero()[:, 0])
-    lesson = lesson_of(run, ["ab", "bc"], ("names", "names"), images=images, combine="probabilities")
+    lesson = lesson_of(run, ["ab", "bc"], ("names", "names"), images=images, ensemble="probabilities")
     batch, ids = whole_batch(lesson)
     labels = batch.hard.labels
     target = torch.zeros(len(ids), 4)
@@ -280,17 +280,17 @@ def test_teachers_of_parts_of_the_classes_teach_together(run):
 
 
 def test_logits_of_other_classes_have_no_mean(run):
-    with pytest.raises(RecipeError, match=r"ab\.zarr does not know all .* set student\.teachers\.combine = 'probabil"):
+    with pytest.raises(RecipeError, match=r"ab\.zarr does not know all .* set student\.teachers\.ensemble = 'probabil"):
         lesson_of(run, ["same", "ab"], ("same", "names"))
     lesson_of(run, ["same", "fine"], ("same", FINE_TABLE))  # this one knows them all
 
 
 @pytest.mark.parametrize(
-    "loss", [LogitMSEConfig(loss="logit_mse"), kd(standardise=True)], ids=["logit_mse", "standardise"]
+    "loss", [LogitMSEConfig(loss="logit_mse"), kd(standardize=True)], ids=["logit_mse", "standardize"]
 )
 def test_losses_on_every_logit_need_a_teacher_of_all_classes(run, loss):
     sentence = rf"distill\.0 \({loss.loss}\) needs every class's logit, and a teacher that does not know all"
-    of_all = {"combine": "probabilities", "missing": "hard-labels"}
+    of_all = {"ensemble": "probabilities", "missing": "hard-labels"}
     with pytest.raises(RecipeError, match=sentence):
         lesson_of(run, ["ab"], ("names",), [loss], **of_all)
     for store in (None, 1):

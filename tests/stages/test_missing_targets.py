@@ -12,7 +12,7 @@ from stages.cache_teacher import cache_teacher
 from stages.features import Outputs
 from stages.joining import join
 from stages.losses.kd import kd_loss
-from stages.targets import ReadConfig, Targets
+from stages.targets import TargetLoadingConfig, Targets
 from stages.train_student import build_lesson, fresh_student, open_teaching, student_folder, train_student
 from stages.train_teacher import load_teacher, train_teacher
 from store import FingerprintMismatch, StoreError, open_store
@@ -20,12 +20,12 @@ from store import FingerprintMismatch, StoreError, open_store
 WHOLE = squares(120, 0)
 KNOWN = 80
 STORED = WHOLE.take(torch.arange(KNOWN))
-LENIENT = dataclasses.replace(STUDENT, missing="hard-labels")
+LENIENT = dataclasses.replace(STUDENT, missing_targets="hard-labels")
 ARRAYS = ("logits", "features/stage2")
 READS = {
-    "memory": ReadConfig(),
-    "mapped": ReadConfig(memory_bytes=0),
-    "streamed": ReadConfig(memory_bytes=0, mapped_bytes=0),
+    "memory": TargetLoadingConfig(),
+    "mapped": TargetLoadingConfig(memory_bytes=0),
+    "streamed": TargetLoadingConfig(memory_bytes=0, mapped_bytes=0),
 }
 
 
@@ -71,7 +71,7 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("missing", ["error", "hard-labels"])
 def test_samples_find_their_rows_by_id(run, part, missing):
-    student = dataclasses.replace(STUDENT, missing=missing)
+    student = dataclasses.replace(STUDENT, missing_targets=missing)
     batch, ids = first_batch(lesson_of(run, student, train_set=part), part.num_samples, epoch=1)
     stored = open_store(run / "store.zarr").gather("logits", 1, ids.numpy())
     assert batch.has_targets is None
@@ -94,7 +94,7 @@ def test_samples_without_targets_are_an_error_that_counts_and_names_them(run):
     with pytest.raises(StoreError) as raised:
         lesson_of(run, STUDENT)
     assert f"has no targets for 40 of the 120 samples, such as {absent}: " in str(raised.value)
-    assert "student.missing = 'hard-labels'" in str(raised.value)
+    assert "student.missing_targets = 'hard-labels'" in str(raised.value)
 
 
 def test_a_data_set_of_which_the_store_knows_nothing_is_an_error_anyway(run):
@@ -117,7 +117,7 @@ def test_known_samples_must_still_be_the_same_ones(run, what):
 def test_each_sample_contributes_its_own_loss_and_nothing_else(run, read):
     """By hand, sample by sample: with targets 0.1 CE + KD + hint, without them CE alone."""
     size = 24
-    lesson = lesson_of(run, dataclasses.replace(LENIENT, read=READS[read]))
+    lesson = lesson_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
     assert lesson.targets.residence == read
     lesson.distillation.eval()  # the adapter's statistics are then not of this batch
     batch, ids = first_batch(lesson, size, epoch=2)
@@ -148,7 +148,7 @@ def test_each_sample_contributes_its_own_loss_and_nothing_else(run, read):
 
 @pytest.mark.parametrize("read", READS)
 def test_batches_without_any_target_learn_from_labels_alone(run, read):
-    lesson = lesson_of(run, dataclasses.replace(LENIENT, read=READS[read]))
+    lesson = lesson_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
     batches = list(lesson.stream(3, 2, epoch=0, step=0, epochs=1))
     order = lesson.order(3, 0)
     known = torch.isin(WHOLE.sample_ids[order], STORED.sample_ids).split(2)

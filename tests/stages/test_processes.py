@@ -80,10 +80,10 @@ LOSSES: dict[str, Callable[[Selection], Entry]] = {
 }
 SELECTIONS = {
     "all": Selection(),
-    "correct": Selection(only="correct"),  # which only samples of the first process are
-    "hard": Selection(only="hard", share=0.5),
+    "correct": Selection(filter="correct"),  # which only samples of the first process are
+    "hard": Selection(filter="hard", fraction=0.5),
     "known": Selection(),  # the second process's samples have no targets
-    "one": Selection(only="hard", share=0.1),
+    "one": Selection(filter="hard", fraction=0.1),
 }
 NOTHING = ("rkd-one", "sp-one", "pkt-one")
 """One sample has no relations."""
@@ -94,7 +94,7 @@ CASES = [f"{name}-{samples}" for name in LOSSES for samples in SELECTIONS] + [f"
 
 def selection_of(case: str) -> Selection:
     samples = case.partition("-")[2]
-    return SELECTIONS.get(samples) or Selection(only="hard", share=0.7, weigh="entropy")
+    return SELECTIONS.get(samples) or Selection(filter="hard", fraction=0.7, weighting="entropy")
 
 
 def taught(case: str, rows: slice) -> dict[str, Any]:

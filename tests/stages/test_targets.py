@@ -12,7 +12,7 @@ from stages.forms import Wanted
 from stages.joining import join
 from stages.losses.hint import HintConfig
 from stages.order import slab_order
-from stages.targets import ReadConfig, Targets
+from stages.targets import TargetLoadingConfig, Targets
 from stages.train_student import build_lesson, fresh_student, open_teaching
 from stages.views.renderer import Renderer
 from store import FingerprintMismatch, StoreError, TargetStore, open_store
@@ -70,8 +70,8 @@ def long_run(tmp_path_factory):
 SLAB_BYTES = 512 * (4 * 2 + 16 * 4 * 4 * 2)
 
 
-def streamed_within(num_slabs: int) -> ReadConfig:
-    return ReadConfig(memory_bytes=num_slabs * SLAB_BYTES, mapped_bytes=0)
+def streamed_within(num_slabs: int) -> TargetLoadingConfig:
+    return TargetLoadingConfig(memory_bytes=num_slabs * SLAB_BYTES, mapped_bytes=0)
 
 
 def test_streamed_targets_are_the_same_within_their_bound(long_run):
@@ -97,7 +97,7 @@ def test_an_epoch_in_slab_order_reads_each_slab_once(long_run, monkeypatch):
     store = open_store(long_run / "store.zarr")
     read, real = [], TargetStore.read_unit
     monkeypatch.setattr(TargetStore, "read_unit", lambda self, name, unit: read.append(unit) or real(self, name, unit))
-    config = ReadConfig(memory_bytes=8 * 512 * 4 * 2, mapped_bytes=0)
+    config = TargetLoadingConfig(memory_bytes=8 * 512 * 4 * 2, mapped_bytes=0)
     targets = Targets([join(store, squares(6000, 0), [])], CPU, config)
     for indices in slab_order(1, 0, targets.slabs, targets.window).split(64):
         targets.batch(0, indices)
@@ -126,7 +126,7 @@ def test_residence_goes_by_size_alone(run):
         (num_bytes - 1, num_bytes, "mapped"),
         (num_bytes - 1, num_bytes - 1, "streamed"),
     ):
-        targets = Targets([source], CPU, ReadConfig(memory_bytes=memory, mapped_bytes=mapped))
+        targets = Targets([source], CPU, TargetLoadingConfig(memory_bytes=memory, mapped_bytes=mapped))
         assert targets.residence == expected
 
 

@@ -45,10 +45,10 @@ def taught(said, temperature):
     return (said.logits_at(temperature) / temperature).softmax(1)
 
 
-def by_hand(shares, temperatures, combine):
+def by_hand(shares, temperatures, ensemble):
     """The same, in float64: shares float64 [B, M] that add up to 1."""
     soft = [logits / one for logits, one in zip(LOGITS, temperatures, strict=True)]
-    if combine == "logits":
+    if ensemble == "logits":
         return sum(shares[:, [number]] * one for number, one in enumerate(soft)).softmax(1)
     return sum(shares[:, [number]] * one.softmax(1) for number, one in enumerate(soft))
 
@@ -57,20 +57,20 @@ def rows_of(*shares):
     return (torch.tensor(shares, dtype=torch.float64) / sum(shares)).expand(8, -1)
 
 
-@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 5.0), (0.3, 0.0, 0.1)])
-def test_the_target_is_the_weighted_mean_of_logits_or_of_probabilities(combine, temperature, weights):
-    found = taught(together(combine=combine, weights=weights), temperature)
+def test_the_target_is_the_weighted_mean_of_logits_or_of_probabilities(ensemble, temperature, weights):
+    found = taught(together(ensemble=ensemble, weights=weights), temperature)
     shares = rows_of(1, 1, 1) if weights == "equal" else rows_of(*weights)
-    torch.testing.assert_close(found, by_hand(shares, (temperature,) * 3, combine), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found, by_hand(shares, (temperature,) * 3, ensemble), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_each_teacher_may_have_a_temperature_of_its_own_whatever_the_losses_is(combine, temperature):
-    found = taught(together(combine=combine, temperatures=(1.0, 2.0, 8.0)), temperature)
-    expected = by_hand(rows_of(1, 1, 1), (1.0, 2.0, 8.0), combine)
+def test_each_teacher_may_have_a_temperature_of_its_own_whatever_the_losses_is(ensemble, temperature):
+    found = taught(together(ensemble=ensemble, temperatures=(1.0, 2.0, 8.0)), temperature)
+    expected = by_hand(rows_of(1, 1, 1), (1.0, 2.0, 8.0), ensemble)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
@@ -134,35 +134,35 @@ def test_a_teacher_that_alone_knows_a_sample_teaches_it_however_unsure_it_is():
     assert said.weights[SOME, 1].tolist() == pytest.approx([1.0] * 4)
 
 
-@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 5.0), "confidence", "learnable"])
-def test_a_teacher_says_nothing_of_samples_that_it_does_not_know(combine, weights):
+def test_a_teacher_says_nothing_of_samples_that_it_does_not_know(ensemble, weights):
     garbage = DenseOutputs(torch.where(SOME[:, None], LOGITS[1], drawn(8, 10, seed=9) * 1e4), {})
-    found = together(teachers=[TEACHERS[0], garbage, TEACHERS[2]], known=[None, SOME, None], **config(combine, weights))
-    whole = together(**config(combine, weights))
+    found = together(teachers=[TEACHERS[0], garbage, TEACHERS[2]], known=[None, SOME, None], **config(ensemble, weights))
+    whole = together(**config(ensemble, weights))
     shorter = weights if isinstance(weights, str) else (weights[0], weights[2])
-    without = together(teachers=[TEACHERS[0], TEACHERS[2]], known=[None, None], **config(combine, shorter))
+    without = together(teachers=[TEACHERS[0], TEACHERS[2]], known=[None, None], **config(ensemble, shorter))
     for temperature in TEMPERATURES:
         expected = torch.where(SOME[:, None], taught(whole, temperature), taught(without, temperature))
         torch.testing.assert_close(taught(found, temperature), expected, rtol=1e-5, atol=1e-9)
 
 
-def config(combine, weights):
-    return {"combine": combine, "weights": weights}
+def config(ensemble, weights):
+    return {"ensemble": ensemble, "weights": weights}
 
 
-@pytest.mark.parametrize("combine", COMBINE)
-def test_a_sample_that_only_a_teacher_of_weight_0_knows_is_taught_by_that_one(combine):
-    said = together(teachers=TEACHERS[:2], known=[SOME, None], weights=(1.0, 0.0), combine=combine)
+@pytest.mark.parametrize("ensemble", COMBINE)
+def test_a_sample_that_only_a_teacher_of_weight_0_knows_is_taught_by_that_one(ensemble):
+    said = together(teachers=TEACHERS[:2], known=[SOME, None], weights=(1.0, 0.0), ensemble=ensemble)
     expected = torch.where(SOME[:, None], LOGITS[0].softmax(1), LOGITS[1].softmax(1))
     torch.testing.assert_close(taught(said, 1.0), expected, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("weights", ["equal", "confidence", "learnable", (0.0, 1.0, 0.0)])
-def test_a_sample_that_nobody_knows_makes_no_nan_of_the_others(combine, weights):
+def test_a_sample_that_nobody_knows_makes_no_nan_of_the_others(ensemble, weights):
     known = [SOME, SOME, NOBODY]
-    combination = Combination(TeachersConfig(combine=combine, weights=weights), 3)
+    combination = Combination(TeachersConfig(ensemble=ensemble, weights=weights), 3)
     student = STUDENT_LOGITS.clone().requires_grad_()
     losses = distilled(combination, kd())(exchange(known, student))
     losses["kd_0"].backward()
@@ -204,22 +204,22 @@ def test_a_single_teacher_may_have_a_temperature_of_its_own():
     assert distilled(combination, kd())(said)["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("combine", COMBINE)
-def test_teachers_with_top_k_logits_are_combined_at_their_own_temperatures(combine):
+@pytest.mark.parametrize("ensemble", COMBINE)
+def test_teachers_with_top_k_logits_are_combined_at_their_own_temperatures(ensemble):
     """Between the grid's temperatures only the mass of the rest is approximate; on them it is exact."""
     form = TopK(10, 4, (1.0, 2.0, 4.0))
     packed = encode_topk(LOGITS[1].float().numpy(), form, "float32")
     arrays = [torch.from_numpy(packed[f"logits/{name}"].astype(kind)) for name, kind in PACKED.items()]
     packed_teacher = TopKOutputs(form, *arrays, {})
     said = together(
-        teachers=[TEACHERS[0], packed_teacher], known=[None, None], temperatures=(1.0, 4.0), combine=combine
+        teachers=[TEACHERS[0], packed_teacher], known=[None, None], temperatures=(1.0, 4.0), ensemble=ensemble
     )
     soft = (LOGITS[1] / 4).softmax(1)
     kept = soft >= soft.sort(1).values[:, [-4]]
     rest = torch.where(kept, 0, soft).sum(1, keepdim=True) / 6
     spread = torch.where(kept, soft, rest)
     own = LOGITS[0].softmax(1)
-    expected = (own + spread) / 2 if combine == "probabilities" else ((own.log() + spread.log()) / 2).softmax(1)
+    expected = (own + spread) / 2 if ensemble == "probabilities" else ((own.log() + spread.log()) / 2).softmax(1)
     torch.testing.assert_close(taught(said, 7.0), expected, rtol=5e-3, atol=1e-5)
     with pytest.raises(StoreError, match="temperature"):
         together(teachers=[TEACHERS[0], packed_teacher], known=[None, None]).logits_at(7.0)
@@ -228,9 +228,9 @@ def test_teachers_with_top_k_logits_are_combined_at_their_own_temperatures(combi
 PACKED = {"values": "float32", "indices": "int64", "tail": "float32"}
 
 
-@pytest.mark.parametrize("combine", COMBINE)
-def test_learnable_weights_get_the_true_gradient(combine):
-    combination = Combination(TeachersConfig(weights="learnable", combine=combine), 3).double()
+@pytest.mark.parametrize("ensemble", COMBINE)
+def test_learnable_weights_get_the_true_gradient(ensemble):
+    combination = Combination(TeachersConfig(weights="learnable", ensemble=ensemble), 3).double()
     assert [name for name, _ in combination.named_parameters()] == ["scores"]
 
     def loss(scores, student):
@@ -250,10 +250,10 @@ def test_weights_that_are_given_have_nothing_to_learn_and_no_gradient_reaches_th
 
 
 @pytest.mark.parametrize(
-    ("combine", "weights"), list(itertools.product(COMBINE, ["equal", "confidence", (1.0, 2.0, 3.0)]))
+    ("ensemble", "weights"), list(itertools.product(COMBINE, ["equal", "confidence", (1.0, 2.0, 3.0)]))
 )
-def test_some_rows_of_the_teachers_together_are_those_rows(combine, weights):
-    said = together([None, SOME, None], combine=combine, weights=weights)
+def test_some_rows_of_the_teachers_together_are_those_rows(ensemble, weights):
+    said = together([None, SOME, None], ensemble=ensemble, weights=weights)
     at = torch.tensor([6, 1, 1])
     assert torch.equal(said.rows(at).logits_at(3.0), said.logits_at(3.0)[at])
 

@@ -56,7 +56,7 @@ def test_at_gradient_by_the_maps_equals_finite_differences(form):
 
 @pytest.mark.parametrize("form", ["code", "paper"])
 def test_the_term_sums_the_pairs_and_keeps_samples_apart(form):
-    config = ATConfig(loss="at", layers=(("a", "b"), ("c", "d")), form=form)
+    config = ATConfig(loss="at", layers=(("a", "b"), ("c", "d")), variant=form)
     term, exchange = term_of(
         config,
         {"a": STUDENT_MAPS, "c": LARGER_STUDENT_MAPS},

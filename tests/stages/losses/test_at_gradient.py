@@ -21,7 +21,7 @@ WANTED = Wanted(INPUT, INPUT_GRADIENT)
 
 @pytest.mark.parametrize("form", ["code", "paper"])
 def test_it_is_attention_transfer_on_the_input_gradient(form):
-    config = ATGradientConfig(loss="at_gradient", form=form)
+    config = ATGradientConfig(loss="at_gradient", variant=form)
     assert config.wants({}) == (WANTED,)
     term = config.build({}, {WANTED: (6, 6)}, Facts(num_samples=8, num_classes=10))
     exchange = replace(said(teacher={WANTED: attention(TEACHERS)}), input_gradient=GRADIENT)

@@ -21,7 +21,7 @@ def built(**keys):
 
 def test_the_defaults_are_the_reference_codes():
     config = CCConfig(loss="cc", layers=(("a", "b"),))
-    assert (config.weight, config.dim, config.form, config.per_sample) == (0.02, 128, "code", False)
+    assert (config.weight, config.dim, config.variant, config.per_sample) == (0.02, 128, "code", False)
     assert (config.student_layers(), config.wants({})) == (("a",), (POOLED,))
 
 
@@ -68,7 +68,7 @@ def test_student_equal_to_teacher_is_0_and_flat(loss):
 @pytest.mark.parametrize("form", ["code", "paper"])
 @pytest.mark.parametrize("maps", [torch.ones(1, 16, 8, 8), torch.zeros(1, 16, 8, 8), torch.zeros(4, 16, 8, 8)])
 def test_loss_and_gradient_are_finite_at_the_edges(maps, form, dtype):
-    term, student = built(form=form), maps.clone().to(dtype).requires_grad_()
+    term, student = built(variant=form), maps.clone().to(dtype).requires_grad_()
     batch = said(student={"a": student}, teacher={POOLED: torch.zeros(len(maps), 32)})
     with torch.no_grad():  # zero rows of features give zero rows of embeddings
         for name, bias in term.named_parameters():
@@ -81,7 +81,7 @@ def test_loss_and_gradient_are_finite_at_the_edges(maps, form, dtype):
 
 @pytest.mark.parametrize(("form", "loss"), [("code", cc_loss), ("paper", correlation_loss)])
 def test_the_term_embeds_both_sides_and_both_embeddings_learn(form, loss):
-    term = built(form=form)
+    term = built(variant=form)
     value = term(said(student={"a": STUDENT_MAPS}, teacher={POOLED: TEACHER_VECTORS}))
     value.backward()
     assert all(weight.grad.abs().sum() > 0 for name, weight in term.named_parameters() if name.endswith("weight"))

@@ -22,13 +22,13 @@ def teacher(logits):
 @given(st.integers(1, 100), st.integers(1, 300))
 def test_a_share_in_percent_takes_just_so_many_rounded_up(percent, num_samples):
     """0.07 * 100 is 7.000000000000001 to a computer, and yet 7 samples."""
-    config = Selection(only="hard", share=percent / 100)
+    config = Selection(filter="hard", fraction=percent / 100)
     found = chosen(config, teacher(torch.zeros(num_samples, 2)), torch.zeros(num_samples, dtype=torch.int64))
     assert len(found) == ceil(Fraction(percent, 100) * num_samples)
 
 
 def test_the_smallest_share_is_one_sample():
-    config = Selection(only="hard", share=1e-9)
+    config = Selection(filter="hard", fraction=1e-9)
     given_least = TEACHER_LOGITS.softmax(1)[torch.arange(8), LABELS].argmin()
     assert chosen(config, teacher(TEACHER_LOGITS), LABELS).tolist() == [given_least]
 
@@ -38,7 +38,7 @@ def test_samples_stay_in_the_batchs_order_and_of_equal_ones_the_first_are_taken(
     logits[:, 0] = torch.tensor([2.0, -1.0, 2.0, -3.0, 2.0, -1.0])
     labels = torch.zeros(6, dtype=torch.int64)
     for share, expected in ((1 / 6, [3]), (0.5, [1, 3, 5]), (4 / 6, [0, 1, 3, 5]), (1.0, list(range(6)))):
-        assert chosen(Selection(only="hard", share=share), teacher(logits), labels).tolist() == expected
+        assert chosen(Selection(filter="hard", fraction=share), teacher(logits), labels).tolist() == expected
 
 
 def test_all_samples_and_equal_weights_cost_nothing():
@@ -46,17 +46,17 @@ def test_all_samples_and_equal_weights_cost_nothing():
     assert weights(Selection(), teacher(TEACHER_LOGITS), LABELS) is None
 
 
-@pytest.mark.parametrize("weigh", WEIGH)
+@pytest.mark.parametrize("weighting", WEIGH)
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 100.0, 1e4])
-def test_weights_are_finite_never_negative_and_of_mean_1_or_none(weigh, scale):
-    """A teacher that is sure of everything, or of nothing, leaves nothing to weigh by."""
-    found = weights(Selection(weigh=weigh), teacher((scale * drawn(8, 10, seed=3)).float()), LABELS)
+def test_weights_are_finite_never_negative_and_of_mean_1_or_none(weighting, scale):
+    """A teacher that is sure of everything, or of nothing, leaves nothing to weighting by."""
+    found = weights(Selection(weighting=weighting), teacher((scale * drawn(8, 10, seed=3)).float()), LABELS)
     assert torch.isfinite(found).all()
     assert (found >= 0).all()
     assert found.mean().item() == pytest.approx(1.0, rel=1e-5) or found.abs().max() == 0
 
 
-@pytest.mark.parametrize("weigh", WEIGH)
-def test_a_sample_alone_counts_for_one(weigh):
-    found = weights(Selection(weigh=weigh), teacher(TEACHER_LOGITS[:1]), LABELS[:1])
+@pytest.mark.parametrize("weighting", WEIGH)
+def test_a_sample_alone_counts_for_one(weighting):
+    found = weights(Selection(weighting=weighting), teacher(TEACHER_LOGITS[:1]), LABELS[:1])
     assert found.tolist() == pytest.approx([1.0])

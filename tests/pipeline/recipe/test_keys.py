@@ -1,8 +1,10 @@
-"""Bad input, for every key that a recipe has: of a wrong type, absurd, hostile, missing, unknown. Keys are read off the
-schema, so that a new one is tried without a word here. The schema itself says what the reader says.
+"""Bad input for every recipe key: wrong types, absurd, hostile, missing and unknown values.
+
+The keys come from the schema, so that new ones are covered without a change here.
 """
 
 import copy
+import dataclasses
 import json
 import math
 import tomllib
@@ -16,7 +18,7 @@ from pipeline.recipe.schema import explanations, recipe_json_schema, recipe_sect
 from stages.errors import RecipeError
 from stages.losses.terms import LOSSES
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 SCHEMA = recipe_json_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)
 
@@ -28,7 +30,7 @@ BASE = {
         "model": {"name": "cnn"},
         "hard_label_weight": {"start": 1.0, "end": 0.0},
         "teachers": {},
-        "read": {},
+        "target_loading": {},
         "train": {},
     },
     "compress": {"prune": {}, "quantize": {}, "prune_train": {}, "quantize_train": {}},
@@ -46,10 +48,10 @@ WRONG = {
 }
 
 FREE_TEXT = ("layers", "keep", "keep_float", "classifier", "classes")
-"""Names inside a network or a data set: what is not there is refused by who looks for it, with what is there."""
+"""Names inside a network or a data set, which are checked only where they are looked up."""
 
 FREE_NUMBERS = ("mean", "std")
-"""Finite is enough."""
+"""Only have to be finite."""
 
 
 def resolved(schema):
@@ -57,12 +59,12 @@ def resolved(schema):
 
 
 def options(schema):
-    """The alternatives that may stand at a key."""
+    """Return the alternative types of a key."""
     return [resolved(one) for one in resolved(schema).get("anyOf", [schema])]
 
 
 def kinds(schema):
-    """The JSON types that may stand at a key."""
+    """Return the JSON types of a key."""
     found = set()
     for one in options(schema):
         if "type" in one:
@@ -71,7 +73,7 @@ def kinds(schema):
 
 
 def leaves(section, at):
-    """Path and schema of every key of a section and of those below it; what takes anything at all is left out."""
+    """Yield path and schema of all keys at and below a section, except those that accept anything."""
     for key, schema in section["properties"].items():
         where = (*at, key)
         inner = [one for one in options(schema) if "properties" in one]
@@ -85,7 +87,7 @@ def leaves(section, at):
 
 
 def entries():
-    """The keys of each loss; those that all have are tried with the first."""
+    """Yield the keys of each loss; those that all losses share, only once."""
     seen = set()
     for loss in SCHEMA["properties"]["distill"]["items"]["oneOf"]:
         section = resolved(loss)
@@ -120,16 +122,16 @@ CASES = list(all_cases())
 
 
 def tables(base, path, value):
-    """Recipes with the value at its place. What stands below a number's ramp comes with the rest of a ramp."""
+    """Return a recipe with the value at `path`; a key of a schedule gets the rest of the schedule too."""
     if path[-2:-1] and path[-1] in ("start", "end", "shape", "epochs") and path[-2] != "train":
-        ramp = {"start": 1.0, "end": 2.0, path[-1]: value}
-        path, value = path[:-1], ramp
+        schedule = {"start": 1.0, "end": 2.0, path[-1]: value}
+        path, value = path[:-1], schedule
     table = with_value(base, path, value)
     return table if base is BASE else BASE | {"distill": [table]}
 
 
-def sentence(table):
-    """What is said against a recipe; None where it is taken."""
+def message_for(table):
+    """Return the error message for a recipe; None if it is valid."""
     try:
         parse_recipe(table, "r.toml")
     except RecipeError as error:
@@ -140,7 +142,7 @@ def sentence(table):
 
 
 @pytest.mark.parametrize(("base", "path", "schema"), CASES)
-def test_every_key_refuses_wrong_types_and_absurd_values_in_a_sentence_that_names_it(base, path, schema):
+def test_every_key_refuses_invalid_values_and_is_named(base, path, schema):
     takes, last = kinds(schema), path[-1]
     refused = []
     for kind, value in WRONG.items():
@@ -154,16 +156,16 @@ def test_every_key_refuses_wrong_types_and_absurd_values_in_a_sentence_that_name
     if "array" in takes and "default" in schema and isinstance(schema["default"], list):
         refused += [[None], [math.nan]]
     for value in refused:
-        said = sentence(tables(base, path, value))
-        assert said is not None, value
-        assert last in said, value
-        assert said.startswith("r.toml: ")
+        message = message_for(tables(base, path, value))
+        assert message is not None, value
+        assert last in message, value
+        assert message.startswith("r.toml: ")
 
 
 @pytest.mark.parametrize(
     "value", ["../../etc/passwd", "~nobody/x", "/dev/zero", "a\\b", '"', "𝒳", "s3://b/k?x=1#y", "%00"]
 )
-def test_odd_but_possible_paths_are_taken_as_they_are(value):
+def test_unusual_but_valid_paths_are_kept(value):
     table = BASE | {"data": {"root": value}, "cache": {"store": value}}
     recipe = parse_recipe(table, "r.toml")
     assert recipe.data.root == recipe.cache.store == value
@@ -177,26 +179,26 @@ def sections(at=BASE, path=()):
 
 
 @pytest.mark.parametrize("path", [path for path in sections() if path[-1:] != ("compare",)], ids=".".join)
-def test_every_section_refuses_a_key_that_it_does_not_have(path):
+def test_every_section_refuses_unknown_keys(path):
     table = with_value(BASE, (*path, "zzz"), 1)
-    assert f"unknown key '{'.'.join((*path, 'zzz'))}'" in sentence(table)
+    assert f"unknown key '{'.'.join((*path, 'zzz'))}'" in message_for(table)
     assert not VALIDATOR.is_valid(table)
 
 
 @pytest.mark.parametrize("path", ["name", "teacher", "student", "teacher.model", "student.model", "student.model.name"])
-def test_every_key_that_is_needed_is_missed(path):
+def test_missing_required_keys_are_refused(path):
     table = copy.deepcopy(BASE)
     *parents, last = path.split(".")
     at = table
     for key in parents:
         at = at[key]
     del at[last]
-    assert f"the key '{path}' is missing" in sentence(table)
+    assert f"the key '{path}' is missing" in message_for(table)
     assert not VALIDATOR.is_valid(table)
 
 
 @pytest.mark.parametrize("text", ["", "\0", "a=1\n[b", "[[[[", "a" * 10**5, "x = " + "[" * 10**5, "x = " + "9" * 10**4])
-def test_a_file_that_is_no_recipe_is_refused_in_a_sentence(tmp_path, text):
+def test_invalid_files_are_refused_in_one_line(tmp_path, text):
     path = tmp_path / "r.toml"
     path.write_text(text)
     with pytest.raises(RecipeError) as caught:
@@ -205,12 +207,12 @@ def test_a_file_that_is_no_recipe_is_refused_in_a_sentence(tmp_path, text):
     assert len(str(caught.value)) < 500
 
 
-def test_a_file_without_end_is_no_recipe():
-    with pytest.raises(RecipeError, match="/dev/zero is no recipe: it has more than"):
+def test_an_endless_file_is_refused():
+    with pytest.raises(RecipeError, match="/dev/zero is not a recipe: it is larger than"):
         load_recipe(Path("/dev/zero"))
 
 
-def test_sections_in_sections_without_end_are_refused(tmp_path):
+def test_deeply_nested_sections_are_refused(tmp_path):
     path = tmp_path / "r.toml"
     path.write_text('name = "x"\n' + ".".join("a" * 3000) + " = 1\n")
     with pytest.raises(RecipeError):
@@ -218,25 +220,25 @@ def test_sections_in_sections_without_end_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
-def test_the_schema_takes_the_recipes_that_come_with_kdpipe(path):
+def test_schema_accepts_the_bundled_recipes(path):
     assert [error.message for error in VALIDATOR.iter_errors(tomllib.loads(path.read_text()))] == []
 
 
 @pytest.mark.parametrize(("base", "path", "schema"), CASES)
-def test_the_schema_refuses_the_types_that_the_reader_refuses(base, path, schema):
+def test_schema_refuses_the_types_the_loader_refuses(base, path, schema):
     for kind, value in WRONG.items():
         if kind not in kinds(schema):
             assert not VALIDATOR.is_valid(tables(base, path, value)), value
 
 
-def test_the_schema_is_one_and_survives_json():
+def test_schema_is_valid_json_schema():
     Draft202012Validator.check_schema(SCHEMA)
     assert json.loads(json.dumps(SCHEMA)) == SCHEMA
     assert '"null"' not in json.dumps(SCHEMA)
     assert VALIDATOR.is_valid(BASE)
 
 
-def test_the_schema_knows_all_losses_by_name():
+def test_schema_lists_all_losses():
     losses = SCHEMA["properties"]["distill"]["items"]["properties"]["loss"]["enum"]
     assert len(losses) == len(set(losses)) == len(LOSSES)
     assert {"kd", "crd", "review_kd"} <= set(losses)
@@ -245,7 +247,7 @@ def test_the_schema_knows_all_losses_by_name():
 
 
 @pytest.mark.parametrize("kind", recipe_sections(), ids=lambda kind: kind.__name__)
-def test_what_a_docstring_says_of_a_key_stands_in_the_schema(kind):
+def test_docstrings_become_schema_descriptions(kind):
     section = SCHEMA if kind.__name__ == "Recipe" else SCHEMA["$defs"][kind.__name__]
     assert section["description"]
     for key, text in explanations(kind).items():
@@ -253,14 +255,43 @@ def test_what_a_docstring_says_of_a_key_stands_in_the_schema(kind):
         assert len(text) > 3
 
 
-def test_descriptions_are_read_off_docstrings_key_by_key():
-    said = SCHEMA["$defs"]["CRDConfig"]["properties"]
-    assert said["momentum"]["description"].startswith("How much of what was remembered")
-    assert said["dim"]["description"] == (
-        "What both sides are embedded in, by linear layers that train with the student."
-    )
-    assert said["store"]["description"].startswith("Which of `student.stores` teaches")
+def test_schema_has_a_description_for_each_key():
+    keys = SCHEMA["$defs"]["CRDConfig"]["properties"]
+    descriptions = [keys[key]["description"] for key in ("momentum", "dim", "store")]
+    assert len(set(descriptions)) == 3
     assert SCHEMA["properties"]["num_threads"]["description"].startswith("CPU threads of each operation")
     train = SCHEMA["$defs"]["CompressConfig"]["properties"]["prune_train"]
     assert train["default"] == {"epochs": 10, "lr": 0.01}
-    assert SCHEMA["properties"]["views"]["description"].startswith("Which views there are")
+    assert SCHEMA["properties"]["views"]["description"] == SCHEMA["$defs"]["ViewsConfig"]["description"]
+
+
+def test_descriptions_are_read_from_attributes_and_sentences():
+    @dataclasses.dataclass
+    class Base:
+        """Base. a, b: shared text. c: the text of c
+        on two lines.
+        """
+
+        a: int = 0
+        b: int = 0
+        c: int = 0
+
+    @dataclasses.dataclass
+    class Section(Base):
+        """A section.
+
+        Attributes:
+            b: Own text: with
+                a second line.
+            d: Last.
+        """
+
+        d: int = 0
+
+    found = {
+        "a": "Shared text.",
+        "b": "Own text: with a second line.",
+        "c": "The text of c on two lines.",
+        "d": "Last.",
+    }
+    assert explanations(Section) == found

@@ -1,4 +1,4 @@
-"""Recipes are read strictly: every mistake is one sentence that names key, value and the way out."""
+"""Recipes are read strictly: a message names the key, the value and the remedy."""
 
 import json
 import re
@@ -11,27 +11,27 @@ from hypothesis import strategies as st
 from pipeline.recipe.load import load_recipe, parse_recipe, recipe_json
 from stages.errors import RecipeError
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 
-LEAST = """
+MINIMAL = """
 name = "least"
 teacher = { model = { name = "cnn" }, train = { epochs = 1 } }
 student = { model = { name = "cnn" } }
 """
 
 
-def refused(tmp_path, text, *overrides):
+def message_for(tmp_path, text, *overrides):
     path = tmp_path / "r.toml"
     path.write_text(text)
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, overrides)
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    return sentence
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
-def test_the_recipes_that_come_with_kdpipe_are_valid_and_read_back_resolved(path):
+def test_bundled_recipes_are_valid_and_round_trip(path):
     recipe = load_recipe(path)
     resolved = json.loads(json.dumps(recipe_json(recipe)))
     assert parse_recipe(resolved, "resolved") == recipe
@@ -60,21 +60,21 @@ def test_the_recipes_that_come_with_kdpipe_are_valid_and_read_back_resolved(path
         ("device = 'tpu'", "device = tpu"),
     ],
 )
-def test_a_mistake_is_named(tmp_path, line, wanted):
-    assert wanted in refused(tmp_path, line + "\n" + LEAST if "[" not in line else LEAST + line)
+def test_messages_name_the_fault(tmp_path, line, wanted):
+    assert wanted in message_for(tmp_path, line + "\n" + MINIMAL if "[" not in line else MINIMAL + line)
 
 
 def test_a_missing_key_is_named(tmp_path):
-    assert "the key 'student' is missing" in refused(tmp_path, LEAST.replace("student =", "# student ="))
+    assert "the key 'student' is missing" in message_for(tmp_path, MINIMAL.replace("student =", "# student ="))
 
 
-def test_text_that_is_no_toml_is_located(tmp_path):
-    assert "not valid TOML" in refused(tmp_path, "name = ")
-    assert "cannot read the recipe" in refused_path(tmp_path / "none.toml")
-    assert "cannot read the recipe" in refused_path(tmp_path)
+def test_unreadable_files_and_invalid_toml_are_refused(tmp_path):
+    assert "not valid TOML" in message_for(tmp_path, "name = ")
+    assert "cannot read the recipe" in message_for_path(tmp_path / "none.toml")
+    assert "cannot read the recipe" in message_for_path(tmp_path)
 
 
-def refused_path(path):
+def message_for_path(path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     return str(caught.value)
@@ -82,7 +82,7 @@ def refused_path(path):
 
 def test_overrides_take_toml_values_and_bare_words(tmp_path):
     path = tmp_path / "r.toml"
-    path.write_text(LEAST + "[[distill]]\nloss = 'kd'\n")
+    path.write_text(MINIMAL + "[[distill]]\nloss = 'kd'\n")
     overrides = [
         "student.train.lr=0.25",
         "student.seeds=[4, 5]",
@@ -111,8 +111,8 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path):
         ("student.train.lr=fast", "student.train.lr = fast: input should be a valid number"),
     ],
 )
-def test_a_wrong_override_is_named(tmp_path, override, wanted):
-    assert wanted in refused(tmp_path, LEAST + "[[distill]]\nloss = 'kd'\n", override)
+def test_messages_name_the_invalid_override(tmp_path, override, wanted):
+    assert wanted in message_for(tmp_path, MINIMAL + "[[distill]]\nloss = 'kd'\n", override)
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,7 +124,7 @@ def test_a_wrong_override_is_named(tmp_path, override, wanted):
     ),
     st.sampled_from(["name", "data", "views", "teacher", "student", "distill", "compress", "cache", "seed"]),
 )
-def test_whatever_stands_in_a_recipe_it_is_read_or_refused_in_one_sentence(value, key):
+def test_any_value_is_read_or_refused_in_one_line(value, key):
     table = {
         "name": "least",
         "teacher": {"model": {"name": "cnn"}},
@@ -137,7 +137,7 @@ def test_whatever_stands_in_a_recipe_it_is_read_or_refused_in_one_sentence(value
         assert len(str(error)) < 600
 
 
-def test_every_key_is_explained_in_the_docs():
+def test_docs_explain_every_key():
     from dataclasses import fields, is_dataclass
     from typing import get_args, get_type_hints
 

@@ -1,4 +1,4 @@
-"""A recipe's networks, layers and losses, tried on blank images in the shape of its data, which is not read."""
+"""Build a recipe's networks, layers and losses on blank images of the data's shape, without reading the data."""
 
 from __future__ import annotations
 
@@ -35,50 +35,52 @@ SHAPES: dict[str, tuple[int, int | None, int | None]] = {
     "CIFAR10": (10, 3, 32),
     "CIFAR100": (100, 3, 32),
 }
-"""Classes, channels and side of the data sets that have names."""
+"""Classes, channels and side of the named data sets."""
 
 KINDS = {name.partition(":")[0] for name in KNOWN_NAMES}
 
 NUM_CLASSES = 10
-"""Stands in where only the data says it; no network and no loss is refused for it."""
+"""Assumed where only the data has the number; no network or loss is refused because of it."""
 
 SIDES = (256, 320)
-"""Stand in for the sides of photographs: views that make one size of these make it of all."""
+"""Assumed sides of photographs: views that give both the same size give all photographs that size."""
 
 
 @dataclass(frozen=True)
-class Rehearsed:
-    """What was found: what stops a run, and what could not be tried."""
+class DryBuild:
+    """The outcome: what stops a run, and notes on what could not be tried."""
 
     faults: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def rehearse_recipe(recipe: Recipe) -> Rehearsed:
-    """Build the networks, hook the layers, join the losses and compress an untrained student, as a run does before it
-    trains. Weights are not looked for: they are downloaded, or another machine's.
+def dry_build(recipe: Recipe) -> DryBuild:
+    """Build the networks, hook the layers, build the losses and compress an untrained student, as a run does first.
+
+    Weights are ignored: they may have to be downloaded, or be on another machine.
     """
-    recipe = replace(recipe, teacher=_unweighted(recipe.teacher), student=_unweighted(recipe.student))
+    recipe = replace(recipe, teacher=_without_weights(recipe.teacher), student=_without_weights(recipe.student))
     recipe = replace(recipe, compress=replace(recipe.compress, student=None))
     try:
-        setup = stand_in(recipe)
+        setup = blank_setup(recipe)
     except (RecipeError, DataError) as error:
-        return Rehearsed((str(error),), ())
+        return DryBuild((str(error),))
     if setup is None:
-        note = f"only names are checked: of what size the images are is known when {recipe.data.name} is there."
-        return Rehearsed(tuple(_faults_of_names(recipe)), (note,))
-    return Rehearsed(tuple(dict.fromkeys(_faults(recipe, setup))), ())
+        note = f"only names are checked: the size of the images is unknown until {recipe.data.name} is read."
+        return DryBuild(tuple(_faults_of_names(recipe)), (note,))
+    return DryBuild(tuple(dict.fromkeys(_faults(recipe, setup))))
 
 
-def stand_in(recipe: Recipe) -> Setup | None:
-    """Blank images as the recipe's data and views make them; None where only the data can tell their size.
+def blank_setup(recipe: Recipe) -> Setup | None:
+    """Return blank images in the shape of the recipe's data and views; None if only the data has their size.
 
-    Raises RecipeError for an unknown data set, and for views that cannot be of such images.
+    Raises:
+        RecipeError: The data set is unknown, or the views cannot be applied to its images.
     """
     data = recipe.data
     kind = data.name.partition(":")[0]
     if kind not in KINDS or (kind != "imagefolder" and data.test_crop != 1):
-        list_source(data, "train", None)  # refuses either, before it looks for anything
+        list_source(data, "train", None)  # raises for either, before it reads anything
     num_classes, channels, side = SHAPES.get(data.name, (NUM_CLASSES, 3 if kind == "imagefolder" else None, None))
     channels, side = data.channels or channels, data.image_size or side
     if channels is None:
@@ -88,12 +90,12 @@ def stand_in(recipe: Recipe) -> Setup | None:
         if shapes[0] != shapes[1]:
             return None
     setup = _blank(recipe, num_classes, channels, side or SIDES[0])
-    assert setup.image_shape  # the getting of which refuses views that cannot be
+    assert setup.image_shape  # raises if the views cannot be applied
     return setup
 
 
 def _blank(recipe: Recipe, num_classes: int, channels: int, side: int) -> Setup:
-    """Two images of each class, a white and a black one: the std of all alike would be 0."""
+    """Return a white and a black image of each class: the std of equal images would be 0."""
     num_images = 2 * num_classes
     images = torch.zeros(num_images, channels, side, side, dtype=torch.uint8)
     images[num_classes:] = 255
@@ -104,7 +106,7 @@ def _blank(recipe: Recipe, num_classes: int, channels: int, side: int) -> Setup:
 
 
 def _faults(recipe: Recipe, setup: Setup) -> Iterator[str]:
-    """What a run would refuse before it trains: of the teacher, the student, what joins them, and compression."""
+    """Yield what a run would refuse before it trains: teacher, student, cache, losses and compression."""
     teacher = _built(untrained_teacher, recipe.teacher, recipe.seed, setup)
     student = _built(fresh_student, recipe.student, recipe.student.seeds[0], setup)
     for role, built in (("teacher", teacher), ("student", student)):
@@ -119,10 +121,10 @@ def _faults(recipe: Recipe, setup: Setup) -> Iterator[str]:
         yield from [f"compress: {fault}"] if fault else []
 
 
-def _built(build: Callable[..., Network], *what: Any) -> Network | str:
-    """A network, or why there is none."""
+def _built(build: Callable[..., Network], *arguments: Any) -> Network | str:
+    """Return the network, or the reason why it cannot be built."""
     try:
-        return build(*what)
+        return build(*arguments)
     except (ModelError, RecipeError) as error:
         return str(error)
 
@@ -147,21 +149,19 @@ def _faults_of_losses(recipe: Recipe, teacher: Network, setup: Setup) -> Iterato
 
 
 def _faults_of_names(recipe: Recipe) -> Iterator[str]:
-    """Networks and arguments that do not exist, for images of whatever size."""
+    """Yield networks and arguments that do not exist, whatever the size of the images."""
     channels, side = recipe.data.channels or 3, recipe.data.image_size or SIDES[0]
     for role, config in (("teacher", recipe.teacher.model), ("student", recipe.student.model)):
         try:
             build_model(config, num_classes=NUM_CLASSES, in_channels=channels, image_size=(side, side), seed=0)
         except UnknownModelError as error:
             yield f"{role}: {error}"
-        except ModelError:  # it does not fit images of that size, which nobody has asked for
+        except ModelError:  # it does not fit images of the assumed size
             continue
 
 
-def _unweighted(section: Config) -> Config:
-    """The section with a network that is built without its weights. Small networks have no published ones: they stay
-    asked for, to be refused.
-    """
+def _without_weights(section: Config) -> Config:
+    """Return the section without weights; a small network keeps `published`, which it does not have, to be refused."""
     model = section.model
     if model.weights == PUBLISHED and model.name in SMALL_IMAGE_NETWORKS:
         return section

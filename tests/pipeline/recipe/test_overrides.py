@@ -1,4 +1,4 @@
-"""Environment and --set: who goes before whom, whom a sentence names, and where each value comes from."""
+"""Environment variables and --set: their precedence, the origins in messages, and the origin of each value."""
 
 import json
 import string
@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.plan import print_plan, settings_json
-from pipeline.recipe.layers import RESERVED
 from pipeline.recipe.load import load_recipe, load_recipe_with_origins, recipe_json
-from pipeline.recipe.sentence import variable
-from pipeline.recipe.text import toml_value
+from pipeline.recipe.messages import variable
+from pipeline.recipe.overrides import RESERVED
+from pipeline.recipe.template import toml_value
 from stages.errors import RecipeError
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 
 TEXT = """name = "least"
 seed = 3
@@ -47,21 +47,21 @@ def path(tmp_path):
     return path
 
 
-def refused(path, environ, *overrides):
+def message_for(path, environ, *overrides):
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, overrides, environ)
-    sentence = str(caught.value)
-    assert sentence.isprintable()
-    return sentence
+    message = str(caught.value)
+    assert message.isprintable()
+    return message
 
 
-def test_set_goes_before_the_environment_and_that_before_the_file(path):
+def test_set_overrides_environment_overrides_file(path):
     environ = {"KDPIPE_SEED": "5", "KDPIPE_VIEWS__SEED": "6", "PATH": "/bin"}
     recipe = load_recipe(path, ["views.seed=7"], environ)
     assert (recipe.seed, recipe.views.seed, recipe.views.num_views) == (5, 7, 4)
 
 
-def test_the_environment_takes_what_set_takes(path):
+def test_environment_takes_the_values_of_set(path):
     environ = {
         "KDPIPE_STUDENT__TRAIN__LR": "0.25",
         "KDPIPE_student__Model__name": "mlp",
@@ -81,13 +81,13 @@ def test_the_environment_takes_what_set_takes(path):
     assert recipe.data.root == "false"
 
 
-def test_a_section_comes_before_its_keys_whatever_their_order_in_the_environment(path):
+def test_sections_of_the_environment_apply_before_their_keys(path):
     environ = {"KDPIPE_STUDENT__TRAIN__LR": "0.5", "KDPIPE_STUDENT__TRAIN": "{ epochs = 3, lr = 0.1 }"}
     train = load_recipe(path, (), environ).student.train
     assert (train.epochs, train.lr) == (3, 0.5)
 
 
-def test_what_kdpipe_reads_for_itself_is_no_key_and_empty_counts_as_not_set(path):
+def test_reserved_and_empty_variables_are_not_keys(path):
     environ = {**dict.fromkeys(RESERVED, "/fast"), "KDPIPE_SEED": "", "KDPIPE_NONSENSE": " "}
     assert load_recipe(path, (), environ) == load_recipe(path)
 
@@ -105,29 +105,29 @@ def test_what_kdpipe_reads_for_itself_is_no_key_and_empty_counts_as_not_set(path
         ("KDPIPE_STUDENT__TRAIN__LR", "fast", "KDPIPE_STUDENT__TRAIN__LR: student.train.lr = fast: input should be a"),
         ("KDPIPE_SEED__X", "1", "KDPIPE_SEED__X: 'seed' is not a section"),
         ("KDPIPE_VIEWS__REPLAY__X", "1", "KDPIPE_VIEWS__REPLAY__X: views.replay"),
-        ("KDPIPE_DISTILL__7__WEIGHT", "1", "KDPIPE_DISTILL__7__WEIGHT: '7' is not the number of an entry, 0 to 1"),
-        ("KDPIPE_STUDENT____LR", "1", "KDPIPE_STUDENT____LR names no key"),
-        ("KDPIPE_", "1", "names no key"),
+        ("KDPIPE_DISTILL__7__WEIGHT", "1", "KDPIPE_DISTILL__7__WEIGHT: '7' is not the number of an entry (0 to 1)"),
+        ("KDPIPE_STUDENT____LR", "1", "KDPIPE_STUDENT____LR does not name a key"),
+        ("KDPIPE_", "1", "does not name a key"),
         ("KDPIPE_NAME", "a\nseed = 9", "KDPIPE_NAME: name = a\\nseed = 9: string should match"),
         ("KDPIPE_DATA__ROOT", "a\udcff", "KDPIPE_DATA__ROOT: the value is not UTF-8 text"),
         ("KDPIPE_SEED", "9" * 5000, "KDPIPE_SEED: seed = 999"),
         ("KDPIPE_SEED", "[" * 5000, "KDPIPE_SEED: seed = [[["),
     ],
 )  # fmt: skip
-def test_a_sentence_about_the_environment_names_the_variable(path, name, text, wanted):
-    sentence = refused(path, {name: text})
-    assert wanted in sentence
-    assert len(sentence) < 900
+def test_messages_name_the_variable(path, name, text, wanted):
+    message = message_for(path, {name: text})
+    assert wanted in message
+    assert len(message) < 900
 
 
 def test_one_key_in_two_spellings_is_refused(path):
-    assert "KDPIPE_seed and KDPIPE_SEED are the same key" in refused(path, {"KDPIPE_SEED": "1", "KDPIPE_seed": "2"})
+    assert "KDPIPE_seed and KDPIPE_SEED are the same key" in message_for(path, {"KDPIPE_SEED": "1", "KDPIPE_seed": "2"})
 
 
-def test_who_gave_a_wrong_value_is_named_and_not_the_file(path):
-    assert refused(path, {"KDPIPE_SEED": "1"}, "seed=x").startswith("--set seed=x: seed = x:")
+def test_messages_name_the_origin_of_a_wrong_value(path):
+    assert message_for(path, {"KDPIPE_SEED": "1"}, "seed=x").startswith("--set seed=x: seed = x:")
     path.write_text(TEXT.replace("seed = 3", "seed = -3"))
-    assert refused(path, {"KDPIPE_VIEWS__SEED": "1"}).startswith(f"{path}: seed = -3:")
+    assert message_for(path, {"KDPIPE_VIEWS__SEED": "1"}).startswith(f"{path}: seed = -3:")
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
@@ -149,7 +149,7 @@ SETTINGS = {
 
 @settings(max_examples=60, deadline=None)
 @given(st.fixed_dictionaries({}, optional=SETTINGS))
-def test_the_environment_says_the_same_as_set(tmp_path_factory, chosen):
+def test_environment_and_set_give_the_same_recipe(tmp_path_factory, chosen):
     path = tmp_path_factory.getbasetemp() / "same.toml"
     path.write_text(TEXT)
     overrides = [f"{'.'.join(keys)}={toml_value(value)}" for keys, value in chosen.items()]
@@ -165,7 +165,7 @@ def test_the_environment_says_the_same_as_set(tmp_path_factory, chosen):
         assert (found if not isinstance(value, dict) else {key: found[key] for key in value}) == value
 
 
-def test_every_key_says_where_its_value_comes_from(path):
+def test_every_key_has_an_origin(path):
     environ = {"KDPIPE_STUDENT__TRAIN__LR": "0.5", "KDPIPE_SEED": "1"}
     overrides = ["seed=2", "student.seeds.1=9", "distill.0.temperature={ start = 1.0, end = 2.0 }"]
     recipe, origins = load_recipe_with_origins(path, overrides, environ)
@@ -185,7 +185,7 @@ def test_every_key_says_where_its_value_comes_from(path):
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
-def test_the_line_that_is_named_is_the_one_on_which_the_key_stands(path):
+def test_origins_have_the_line_of_the_key(path):
     lines = path.read_text().split("\n")
     _, origins = load_recipe_with_origins(path)
     named = {key: setting.origin for key, setting in origins.items() if setting.origin != "default"}
@@ -198,7 +198,7 @@ def test_the_line_that_is_named_is_the_one_on_which_the_key_stands(path):
         assert any(statement.lstrip().startswith(one) for one in (last, parent, *key.split("."))), (key, statement)
 
 
-def test_a_line_is_right_in_spite_of_strings_that_look_like_keys(tmp_path):
+def test_lines_are_right_despite_strings_that_look_like_keys(tmp_path):
     path = tmp_path / "odd.toml"
     text = TEXT.replace(
         'name = "least"', 'name = "odd"\r\ndata.classes = ["""\\\r\n\nseed = 9\n[teacher]\u2028x\\\n"""]'
@@ -212,7 +212,7 @@ def test_a_line_is_right_in_spite_of_strings_that_look_like_keys(tmp_path):
     assert origins["seed"].origin == str(path)
 
 
-def test_plan_shows_what_is_not_left_at_its_default(path, capsys):
+def test_plan_shows_keys_that_are_not_default(path, capsys):
     _, origins = load_recipe_with_origins(
         path, ['data.classes=["x\\u001b[31m" , "' + "y" * 200 + '"]'], {"KDPIPE_SEED": "1"}
     )

@@ -1,0 +1,164 @@
+"""Turn validation errors of a recipe into messages: the key, the value found, what is wanted, and its origin."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from stages.losses.terms import LOSSES
+
+Keys = tuple[str, ...]
+"""The path of a value in a recipe; entries of a list have numbers for keys."""
+
+NEEDED = ("missing", "missing_argument")
+UNKNOWN_LOSS = ("union_tag_invalid", "union_tag_not_found")
+
+MAX_FAULTS = 200
+"""Faults listed for one recipe: each message searches all known keys."""
+
+MAX_KEY_LETTERS = 80
+
+
+def fault_messages(recipe: type, error: ValidationError, origin_of: Callable[[Keys, bool], str]) -> list[str]:
+    """Return one message for each invalid key, in the order in which pydantic found them.
+
+    Args:
+        recipe: The dataclass of the whole recipe.
+        error: What pydantic raised.
+        origin_of: Returns the file or override that set some keys; its second argument says whether overrides of keys
+            below them count too.
+    """
+    errors = [one for one in error.errors() if not _is_other_alternative(one)] or error.errors()
+    first_of = {_shown(_keys(one)): one for one in reversed(errors)}
+    shown = list(dict.fromkeys(_shown(_keys(one)) for one in errors))
+    messages = [one_line(_message(recipe, first_of[key], origin_of)) for key in shown[:MAX_FAULTS]]
+    more = f"and {len(shown) - MAX_FAULTS} more faults: this does not look like a recipe."
+    return messages + [more] * (len(shown) > MAX_FAULTS)
+
+
+def first_and_more(messages: Sequence[str]) -> str:
+    """Return the first of the messages, and the number of the others."""
+    more = f" ({len(messages) - 1} more faults: `kdpipe recipe check` lists all)" if len(messages) > 1 else ""
+    return f"{messages[0]}{more}"
+
+
+def one_line(text: str) -> str:
+    """Return `text` with line breaks and other control characters escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def variable(keys: Sequence[str]) -> str:
+    """Return the name of the environment variable that sets `keys`."""
+    return "KDPIPE_" + "__".join(key.upper() for key in keys)
+
+
+def known_keys(kind: Any, location: Sequence[str]) -> list[str]:
+    """Return the keys of the section at `location`, by walking the types of the section `kind`.
+
+    Where one of several sections can be used, as for losses, `location` names one by its tag, after its number.
+    """
+    location = list(location)
+    if get_origin(kind) is Annotated:
+        return known_keys(get_args(kind)[0], location)
+    if get_origin(kind) in (Union, UnionType):
+        return _known_of_options([option for option in get_args(kind) if is_dataclass(option)], location)
+    if get_origin(kind) in (dict, tuple):
+        return known_keys(get_args(kind)[1 if get_origin(kind) is dict else 0], location[1:])
+    if not is_dataclass(kind):
+        return []
+    if not location:
+        return [field.name for field in fields(kind)]
+    return known_keys(typing.get_type_hints(kind, include_extras=True).get(location[0]), location[1:])
+
+
+def _known_of_options(options: list[Any], location: list[str]) -> list[str]:
+    if len(options) > 1 and location:
+        options = [option for option in options if _tag(option) == location[0]]
+        location = location[1:]
+    return known_keys(options[0], location) if options else []
+
+
+def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys, bool], str]) -> str:
+    location, kind = _keys(error), error["type"]
+    key, keys = _shown(location), tuple(_without_tag(location))
+    origin = origin_of(keys, kind not in (*NEEDED, *UNKNOWN_LOSS))
+    if kind == "unexpected_keyword_argument":
+        known = known_keys(recipe, location[:-1])
+        is_variable = origin.startswith("KDPIPE_")
+        hint = _hint_of_variable(recipe, known, keys, origin) if is_variable else _hint(known, keys[-1])
+        return f"{origin}: unknown key {key!r}; {hint}"
+    if kind in NEEDED:
+        return f"{origin}: the key {key!r} is missing: give it a value."
+    if kind in UNKNOWN_LOSS:
+        return f"{origin}: {key}: unknown or missing loss; choose from {', '.join(str(_tag(loss)) for loss in LOSSES)}."
+    found, message = str(error["input"]), error["msg"].removeprefix("Value error, ")
+    named = f"{key} = {found[:80]}" if key else "the recipe"
+    return f"{origin}: {named}: {message[0].lower()}{message[1:]}."
+
+
+def _hint(known: list[str], key: str) -> str:
+    near = get_close_matches(key, known, 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
+
+
+def _hint_of_variable(recipe: type, known: list[str], keys: Keys, origin: str) -> str:
+    """Return the hint with names of variables; it also finds `_` written for the `__` between keys."""
+    rest = origin.removeprefix("KDPIPE_").lower().split("__")[len(keys) :]
+    near = [variable([*keys[:-1], match, *rest]) for match in get_close_matches(keys[-1], known, 1, 0.5)]
+    if len(keys) == 1:
+        joined = {"_".join(path): variable(path) for path in _all_keys(recipe)}
+        near = [joined[match] for match in get_close_matches(keys[0], joined, 1, 0.9)] or near
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known here: {', '.join(variable([*keys[:-1], key]) for key in known)}."
+
+
+def _all_keys(recipe: type, keys: Keys = ()) -> Iterator[Keys]:
+    """Yield every key below `keys`, except those of lists."""
+    for key in known_keys(recipe, keys):
+        if key not in ("distill", "compare"):
+            yield (*keys, key)
+            yield from _all_keys(recipe, (*keys, key))
+
+
+def _is_other_alternative(error: Mapping[str, Any]) -> bool:
+    """Return whether a table was tried as a number, or a number as a table, where a key takes either."""
+    return error["type"] == "dataclass_type" or (
+        isinstance(error["input"], dict)
+        and error["type"] != "extra_forbidden"
+        and error["type"] in ("float_type", "string_type", "literal_error", "tuple_type")
+    )
+
+
+def _keys(error: Mapping[str, Any]) -> list[str]:
+    """Return the keys of an error, without pydantic's names for the alternative types of a value."""
+    parts = [str(part) for part in error["loc"]]
+    if error["type"] == "unexpected_keyword_argument":  # the user's own word, even if it looks like an alternative
+        return [*_keys({**error, "type": "", "loc": parts[:-1]}), parts[-1]]
+    named = parts[:2] if parts[:1] == ["compare"] else []  # the user's own names of entries
+    found = [part for part in parts[len(named) :] if re.fullmatch(r"[a-z0-9_]+", part)]
+    return named + [part for part in found if part not in ("float", "int", "str")]
+
+
+def _without_tag(location: list[str]) -> list[str]:
+    """Return the keys as in the file: without the tag by which pydantic distinguishes losses."""
+    tag = location.index("distill") + 2 if "distill" in location else len(location)
+    return location[:tag] + location[tag + 1 :]
+
+
+def _shown(location: list[str]) -> str:
+    most = MAX_KEY_LETTERS
+    return ".".join(key if len(key) <= most else f"{key[:most]}..." for key in _without_tag(location))
+
+
+def _tag(kind: Any) -> str | None:
+    """Return the value of a loss section's `loss` key."""
+    hint = typing.get_type_hints(kind).get("loss")
+    return str(get_args(hint)[0]) if get_origin(hint) is Literal else None
