@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pipeline.command import guarded, print_json, say
-from pipeline.options import Asked, AskedJob
-from pipeline.stop import stop_when_asked
+from pipeline.session.options import Asked, AskedJob
+from pipeline.session.signals import stop_when_asked
+from pipeline.terminal.output import guarded, print_json, say
 
 if TYPE_CHECKING:
-    from pipeline.walk import Walk
+    from pipeline.run import Walk
     from stages.compress import Step
     from stages.part import Part
     from stages.processes import Processes
@@ -32,9 +32,9 @@ TOGETHER = ("train-teacher", "train-student", "compare")
 def walking(recipe: Path, asked: Asked) -> Iterator[Walk]:
     """A recipe's walk for work that only reads its run folder: under signals and progress, without a lock."""
     with stop_when_asked(asked.max_duration) as should_stop:
-        from pipeline.progress import reporter
         from pipeline.recipe.load import load_recipe
-        from pipeline.walk import Walk
+        from pipeline.run import Walk
+        from pipeline.terminal.progress import reporter
         from stages.watch import Watch
 
         sys.path.append(str(Path.cwd()))  # where `python:module:name` in a recipe finds the user's own modules
@@ -59,7 +59,7 @@ def run_job(
     # Signals first: a job that is stopped while torch loads is stopped early like any other.
     with guarded(), stop_when_asked(asked.max_duration) as should_stop:
         from pipeline.recipe.load import load_recipe
-        from pipeline.walk import Walk
+        from pipeline.run import Walk
         from stages.machine.device import take_device
         from stages.watch import Watch
         from store import exclusive, shared
@@ -91,10 +91,10 @@ def run_job(
 @contextmanager
 def _kept(walk: Walk, command: str) -> Iterator[Walk]:
     """The walk with what keeps a record of it in the run folder: the log of events, and of sessions."""
-    from pipeline.events import event_log
-    from pipeline.fingerprints import fingerprints
-    from pipeline.provenance import session
     from pipeline.recipe.load import recipe_json
+    from pipeline.session.event_log import event_log
+    from pipeline.session.fingerprints import fingerprints
+    from pipeline.session.run_record import session
 
     rank = walk.processes.rank if walk.processes.count > 1 else None
     with event_log(walk.run, command, rank=rank) as log:
@@ -113,9 +113,9 @@ def _kept(walk: Walk, command: str) -> Iterator[Walk]:
 @contextmanager
 def _shown(walk: Walk, asked: AskedJob) -> Iterator[Walk]:
     """The walk with what shows it while it is under way: progress, and TensorBoard where that is asked for."""
-    from pipeline.events import to_all
-    from pipeline.progress import reporter
-    from pipeline.tensorboard import scalars
+    from pipeline.session.event_log import to_all
+    from pipeline.session.tensorboard import scalars
+    from pipeline.terminal.progress import reporter
 
     if not walk.processes.first:
         yield replace(walk, watch=replace(walk.watch, report=to_all(_pictures_told, walk.watch.report)))
@@ -154,9 +154,9 @@ def _pictures_told(event: Event) -> None:
 
 
 def _work(command: str, count: int, only: Step | None) -> Callable[[Walk], dict[str, Any]]:
-    from pipeline.compare import walk_compare
-    from pipeline.generations import walk_generations
-    from pipeline.walk import STAGES, walk_all, walk_compress
+    from pipeline.commands.compare import walk_compare
+    from pipeline.commands.generations import walk_generations
+    from pipeline.run import STAGES, walk_all, walk_compress
 
     whole: dict[str, Callable[[Walk], dict[str, Any]]] = {
         "run": walk_all,
@@ -169,12 +169,12 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Walk], dict[
 
 def _tell(command: str, walk: Walk, results: dict[str, Any], as_json: bool) -> int:
     """Say on stdout what came of it; the exit status."""
-    from pipeline.compare import print_compare
-    from pipeline.exit_codes import DONE
-    from pipeline.generations import print_generations
+    from pipeline.commands.compare import print_compare
+    from pipeline.commands.generations import print_generations
+    from pipeline.commands.summary import print_summary
     from pipeline.report.command import tell_report
     from pipeline.report.compressed import draw_trade
-    from pipeline.summary import print_summary
+    from pipeline.terminal.exit_codes import DONE
 
     if command in ("run", "compress"):
         draw_trade(walk.run)

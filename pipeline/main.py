@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.command import guarded, print_json, printable, say
 from pipeline.job import run_job, walking
-from pipeline.options import AsJson, Asked, AskedJob, RecipePath, with_options
-from pipeline.places import named, require_file, require_place
-from pipeline.recipe.app import recipe_app
+from pipeline.recipe_app import recipe_app
+from pipeline.session.options import AsJson, Asked, AskedJob, RecipePath, with_options
+from pipeline.session.paths import named, require_file, require_place
 from pipeline.store_app import store_app
+from pipeline.terminal.output import guarded, print_json, printable, say
 
 EXIT_CODES = (
     "Exit status: 0 done; 1 failed; 2 usage or recipe; 3 done in part; 11 locked by another job; "
@@ -110,8 +110,8 @@ def views(
     with guarded():
         require_place(save, "--save", ".png")
     with guarded(), walking(recipe, asked) as walk:
-        from pipeline.view_grid import draw_grid
-        from pipeline.walk import walk_views
+        from pipeline.commands.view_grid import draw_grid
+        from pipeline.run import walk_views
 
         shown, store = walk_views(walk, num_samples, num_views)
         draw_grid(shown, save)
@@ -176,8 +176,8 @@ def sensitivity(
 ) -> None:
     """Which layers suffer from INT8. One layer float at a time, and one in INT8 alone; writes nothing."""
     with guarded(), walking(recipe, asked) as walk:
-        from pipeline.sensitivity import print_sensitivity
-        from pipeline.walk import walk_sensitivity
+        from pipeline.commands.sensitivity import print_sensitivity
+        from pipeline.run import walk_sensitivity
 
         network, layers = walk_sensitivity(walk, num_batches)
         if asked.as_json:
@@ -249,7 +249,7 @@ def status(
 ) -> None:
     """Table all runs and stores below a folder. Stage, progress, rate, last sign of life, size, result."""
     with guarded():
-        from pipeline.status.status import print_status, read_status
+        from pipeline.status.scan import print_status, read_status
 
         found = read_status(folder)
         if as_json:
@@ -262,7 +262,7 @@ def status(
 def env(as_json: AsJson = False) -> None:
     """Print what a bug report needs. Versions, machine, GPUs, limits; neither host nor user."""
     with guarded():
-        from pipeline.env import print_env, read_env
+        from pipeline.commands.env import print_env, read_env
 
         found = read_env()
         if as_json:
@@ -278,7 +278,7 @@ def losses(
 ) -> None:
     """List the losses. What each minimises, its paper and keys, and what it needs stored of the teacher."""
     with guarded():
-        from pipeline.losses import print_loss, print_losses
+        from pipeline.commands.losses import print_loss, print_losses
         from stages.list_losses import find_loss, list_losses
 
         listed = list_losses() if name is None else [find_loss(name)]
@@ -304,7 +304,7 @@ def bench(
 ) -> None:
     """Measure the latency of ONNX files on this CPU. In onnxruntime, in turn in one process; writes nothing."""
     with guarded():
-        from pipeline.bench import print_bench, run_bench
+        from pipeline.commands.bench import print_bench, run_bench
 
         measured = run_bench(models, batch_size or (), num_threads=threads, num_rounds=rounds, as_json=as_json)
         if as_json:
@@ -316,9 +316,9 @@ def bench(
 def _plan(recipe: Path, asked: Asked, *, with_probe: bool) -> None:
     """Print what `cache-teacher` would do; exit as it would where the disk is too small."""
     with guarded(), walking(recipe, asked) as walk:
-        from pipeline.plan import print_plan, settings_json
+        from pipeline.commands.plan import print_plan, settings_json
         from pipeline.recipe.load import load_recipe_with_origins
-        from pipeline.walk import walk_plan
+        from pipeline.run import walk_plan
         from stages.store_plan import require_room
 
         _, settings = load_recipe_with_origins(recipe, asked.set_ or (), os.environ)

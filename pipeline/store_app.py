@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.command import guarded, print_json, printable
 from pipeline.job import walking
-from pipeline.options import AsJson, Asked, Overrides, RecipePath, RunFolder, with_options
-from pipeline.places import named
+from pipeline.session.options import AsJson, Asked, Overrides, RecipePath, RunFolder, with_options
+from pipeline.session.paths import named
+from pipeline.terminal.output import guarded, print_json, printable
 
 store_app = typer.Typer(help="Look into target stores, check and mend them.", no_args_is_help=True)
 
@@ -27,7 +27,7 @@ Keep = Annotated[int, typer.Option("--keep", metavar="N", help="How many views s
 def store_info(path: StorePath, as_json: AsJson = False) -> None:
     """Say what a store holds. Whose outputs, for which samples, on which views, what is missing, who is at it."""
     with guarded():
-        from pipeline.store_info import print_store_info, read_store_info
+        from pipeline.commands.store.info import print_store_info, read_store_info
 
         info = read_store_info(path)
         if as_json:
@@ -42,7 +42,7 @@ def store_ls(
 ) -> None:
     """List the stores below a folder, a line each. A broken one with its fault."""
     with guarded():
-        from pipeline.store_list import list_stores, print_stores
+        from pipeline.commands.store.ls import list_stores, print_stores
 
         stores = list_stores(folder)
         if as_json:
@@ -68,7 +68,7 @@ def store_verify(
     if recompute is None and (set_ or run or seed):
         raise typer.BadParameter("--set, --run and --seed are for --recompute K: they do nothing without it.")
     with guarded():
-        from pipeline import store_check
+        from pipeline.commands.store import verify as store_check
 
         if recipe is not None:
             store_check.require_recipe(recipe, set_ or ())  # now: to check every byte may take hours
@@ -89,7 +89,7 @@ def store_verify(
 def store_repair(recipe: RecipePath, asked: Asked) -> None:
     """Check the recipe's store and compute again what is damaged, and only that. Then check it once more."""
     with guarded():
-        from pipeline import store_check
+        from pipeline.commands.store import verify as store_check
 
         with walking(recipe, asked) as walk:
             repaired = store_check.repair(walk)
@@ -146,7 +146,7 @@ def store_transcode(
     if logits_only and arrays:
         raise typer.BadParameter("--logits-only and --array exclude each other.")
     with guarded():
-        from pipeline.store_transcode import print_transcoded, run_transcode, wanted_codec, wanted_temperatures
+        from pipeline.commands.store.transcode import print_transcoded, run_transcode, wanted_codec, wanted_temperatures
         from store import Change
 
         change = Change(

@@ -32,8 +32,8 @@ MOST_BYTES = 1 << 17
 
 IMPORTED_LATE = (
     "onnxscript.function_libs.torch_lib.ops",
-    "pipeline.compare",
-    "pipeline.generations",
+    "pipeline.commands.compare",
+    "pipeline.commands.generations",
     "pipeline.report.pareto",
     "sklearn.datasets",
     "sympy.combinatorics",
@@ -50,7 +50,7 @@ def warm_up() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pipeline.main does, before torch is imported
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else onnxruntime starts a thread
     gc.disable()
-    for name in ("pipeline.main", "pipeline.walk", "pipeline.summary", "pipeline.report.report", "pipeline.store_app"):
+    for name in ("pipeline.main", "pipeline.run", "pipeline.commands.summary", "pipeline.report.report", "pipeline.store_app"):
         importlib.import_module(name)
     for name in IMPORTED_LATE:
         with contextlib.suppress(ImportError):

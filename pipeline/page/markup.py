@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from pipeline.command import printable
+from pipeline.terminal.output import printable
 
 
 class Html(str):

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.page.markup import LeftOutError
 from pipeline.page.read import PageRun
 from pipeline.recipe.load import read_run_recipe
-from pipeline.walk import Walk, walk_views
+from pipeline.run import Walk, walk_views
 from stages.evaluate import BATCH_SIZE
 from stages.job_folder import JobFolder, read_json
 from stages.network import Network

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import printable
 from pipeline.page.markup import Html, details, element, join, note, safe, table
 from pipeline.page.read import PageRun
+from pipeline.terminal.output import printable
 from stages.errors import RunError
 from stages.job_folder import read_json
 from store import KdpipeError, is_url, read_store_manifest

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import say
 from pipeline.recipe.layers import Layers
 from pipeline.recipe.load import examine_layers
 from pipeline.recipe.questions import QUESTIONS, Question, wanted_channels
 from pipeline.recipe.rehearsal import rehearse_recipe
 from pipeline.recipe.sentence import first_and_more
 from pipeline.recipe.text import Answers, recipe_text
+from pipeline.terminal.output import say
 from stages.errors import RecipeError
 from store.durable import write_atomically
 

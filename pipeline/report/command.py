@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.command import print_json, say
-from pipeline.exit_codes import DONE, DONE_IN_PART
-from pipeline.places import require_place
 from pipeline.report.report import Report, print_report, read_report
+from pipeline.session.paths import require_place
+from pipeline.terminal.exit_codes import DONE, DONE_IN_PART
+from pipeline.terminal.output import print_json, say
 
 
 def tell_report(runs: Sequence[Path], as_json: bool) -> int:

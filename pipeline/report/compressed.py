@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.command import printable
+from pipeline.terminal.output import printable
 from stages.job_folder import read_json
 from stages.latency_record import Latencies
 

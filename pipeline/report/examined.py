@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from pipeline.command import printable
+from pipeline.terminal.output import printable
 from stages.errors import RunError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-from pipeline.command import printable
+from pipeline.terminal.output import printable
 from store.durable import write_atomically
 
 FONT, SMALL = 15, 13

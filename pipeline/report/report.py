@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline.command import printable
 from pipeline.report.compressed import (
     WonBack,
     num_bytes,
@@ -18,6 +17,7 @@ from pipeline.report.compressed import (
 )
 from pipeline.report.examined import Learnt, print_learnt, read_learnt, with_spread
 from pipeline.report.networks import Place, compressed_folder, places_of
+from pipeline.terminal.output import printable
 from stages.errors import RunError
 from stages.job_folder import JobFolder, read_json
 from stages.latency_record import Latencies, latency_path, read_latencies

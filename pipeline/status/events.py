@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.events import EVENTS
+from pipeline.session.event_log import EVENTS
 from pipeline.status.files import number, read_tail, text
 
 TAIL_BYTES = 64 * 1024

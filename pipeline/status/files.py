@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import printable
+from pipeline.terminal.output import printable
 from store.errors import KdpipeError
 from store.lock import Holder, read_holder, try_lock
 from store.plain_file import open_plain, read_plain

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pipeline.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
 from pipeline.report.networks import Place, places_of
 from pipeline.status.events import Standing, read_lines, standing
 from pipeline.status.files import Budget, Measure, lock_holder, number, read_object, share, text
+from pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
 
 LOCK = ".kdpipe.lock"
 RECIPE = "recipe.json"

@@ -14,11 +14,11 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.command import printable
-from pipeline.pace import duration_text, rate_text
 from pipeline.status.runs import RunStatus
-from pipeline.status.status import Status
+from pipeline.status.scan import Status
 from pipeline.status.stores import StoreStatus
+from pipeline.terminal.output import printable
+from pipeline.terminal.rate import duration_text, rate_text
 
 WIDTH_OF_FILES = 120
 MOST_AT_WORK = 3

@@ -303,7 +303,7 @@ def test_a_page_never_takes_the_place_of_a_device(place, tmp_path, name):
 
 
 def test_a_recipe_that_is_wrong_is_told_before_a_store_is_read_through(place, monkeypatch):
-    monkeypatch.setattr("pipeline.store_check.verify_store", lambda *given: pytest.fail("the store was read first"))
+    monkeypatch.setattr("pipeline.commands.store.verify.verify_store", lambda *given: pytest.fail("the store was read first"))
     require_refused(kdpipe_here("store", "verify", "a.zarr", "--recipe", "absent", "--recompute", "1"), "verify")
 
 

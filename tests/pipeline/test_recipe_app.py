@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pipeline.recipe import new as recipe_new
-from pipeline.recipe.app import recipe_app
 from pipeline.recipe.habits import HABITS
 from pipeline.recipe.load import load_recipe
 from pipeline.recipe.text import OFFERED_LOSSES, toml_value
+from pipeline.recipe_app import recipe_app
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.plan import print_plan, settings_json
+from pipeline.commands.plan import print_plan, settings_json
 from pipeline.recipe.layers import RESERVED
 from pipeline.recipe.load import load_recipe, load_recipe_with_origins, recipe_json
 from pipeline.recipe.sentence import variable

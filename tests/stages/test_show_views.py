@@ -11,7 +11,7 @@ from made_store import folder_bytes
 from PIL import Image
 from tiny_road import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
 
-from pipeline.view_grid import draw_grid
+from pipeline.commands.view_grid import draw_grid
 from stages.cache_teacher import cache_teacher
 from stages.errors import RecipeError
 from stages.show_views import ShownViews, show_views
