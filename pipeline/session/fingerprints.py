@@ -1,29 +1,28 @@
-"""What a run's teacher, stores and students are called: for the record of the run, whatever of it is there by now."""
+"""Collect the fingerprints of a run's networks and stores, for run.json."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from pipeline.run import Walk
+from pipeline.run import Run
 from stages.job_folder import JobFolder, read_json
 from store import KdpipeError, is_url, read_store_manifest
 
 
-def fingerprints(walk: Walk) -> dict[str, str]:
-    """By what it is of: sha256 over the weights of each finished network, and the fingerprint of each store.
+def fingerprints(run: Run) -> dict[str, str]:
+    """Return the sha256 of the weights of each finished network, and the fingerprint of each store, by name.
 
-    What is not there, or cannot be read, is left out: whoever needs it has said so.
+    Missing or unreadable ones are left out.
     """
-    run = walk.run
-    jobs = sorted(path.parent for path in run.glob("**/result.json"))
-    found = {str(job.relative_to(run)): _weights(job) for job in jobs}
+    jobs = sorted(path.parent for path in run.folder.glob("**/result.json"))
+    found = {str(job.relative_to(run.folder)): _weights(job) for job in jobs}
     try:
-        places = [Path(place) for place in (walk.store, *walk.stores) if not is_url(str(place))]
-        found |= {place.name: _store(place) for place in places}
+        stores = [Path(store) for store in (run.store, *run.stores) if not is_url(str(store))]
+        found |= {store.name: _store(store) for store in stores}
     except KdpipeError:
         pass
-    return {name: one for name, one in found.items() if one is not None}
+    return {name: fingerprint for name, fingerprint in found.items() if fingerprint is not None}
 
 
 def _weights(job: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Where people ask for a file or a folder of their own: what cannot be one is refused before any work is done."""
+"""Check file and folder names given on the command line before any work is done."""
 
 from __future__ import annotations
 
@@ -8,51 +8,59 @@ from pathlib import Path
 
 import typer
 
-UNSPOKEN = ("Cc", "Cs", "Zl", "Zp")
-"""Kinds of letters, by Unicode: control characters, bytes that are no UTF-8, ends of lines and paragraphs."""
+CONTROL_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories: control characters, bytes that are not UTF-8, line and paragraph separators."""
 
 
-def named(given: str | Path) -> Path:
-    """The path that an option names: of what a command makes or fills.
+def output_path(name: str | Path) -> Path:
+    """Return the path of an output.
 
-    Raises typer.BadParameter for no name at all, which is most often an unset variable of a shell and would stand for
-    the current folder, and for one with control characters or that is no UTF-8, over which other programs stumble.
+    Raises:
+        typer.BadParameter: If the name is empty, most often an unset shell variable that would stand for the current
+            folder, or contains control characters or is not UTF-8.
     """
-    text = str(given)
+    text = str(name)
     if not text:
-        raise typer.BadParameter("the name is empty: a variable of the shell may not be set.")
-    if any(unicodedata.category(letter) in UNSPOKEN for letter in text):
-        raise typer.BadParameter(f"{ascii(text)[:200]} is no name to give: it has control characters, or is no UTF-8.")
+        raise typer.BadParameter("the name is empty; perhaps a shell variable is not set.")
+    if any(unicodedata.category(letter) in CONTROL_CATEGORIES for letter in text):
+        raise typer.BadParameter(f"invalid name {ascii(text)[:200]}: it contains control characters or is not UTF-8.")
     return Path(text)
 
 
-def require_place(file: Path, asked_by: str, suffix: str = "") -> None:
-    """Raise RunError where a file cannot be written at `file`, or only in the place of what is no plain file: a folder,
-    a device, a pipe; RecipeError where its name does not end in `suffix`. asked_by: "--html", say, for the sentence.
+def require_writable(file: Path, option: str, suffix: str = "") -> None:
+    """Check that a file can be written, and replaces nothing but a regular file.
+
+    Args:
+        file: Path of the file.
+        option: Option that names it, for the message.
+        suffix: Suffix that the name must have.
+
+    Raises:
+        RunError: If a folder, a device or a pipe is there, or the parent folder does not exist.
+        RecipeError: If the name does not end in `suffix`.
     """
     from stages.errors import RecipeError, RunError
 
-    mode = _mode(file, asked_by)
+    mode = _mode(file, option)
     if mode is not None and not stat.S_ISREG(mode):
-        raise RunError(f"{asked_by} {file}: that is {_kind(mode)}, and stays: name another file.")
+        raise RunError(f"{option} {file}: this is {_kind(mode)} and will not be replaced; name another file.")
     if not file.parent.is_dir():
-        raise RunError(f"{asked_by} {file}: there is no folder {file.parent}: make it first.")
+        raise RunError(f"{option} {file}: there is no folder {file.parent}; create it first.")
     if suffix and file.suffix.lower() != suffix:
-        raise RecipeError(f"{asked_by} {file}: end its name in {suffix}.")
+        raise RecipeError(f"{option} {file}: the name must end in {suffix}.")
 
 
-def require_file(file: Path, asked_by: str, what: str) -> None:
-    """Raise RunError where there is no plain file at `file` to be read. what: which kind of file is wanted there."""
+def require_file(file: Path, option: str, what: str) -> None:
+    """Raise RunError unless `file` is a regular file. `what` is the kind of file expected, for the message."""
     from stages.errors import RunError
 
-    mode = _mode(file, asked_by)
+    mode = _mode(file, option)
     if mode is None or not stat.S_ISREG(mode):
-        found = "" if mode is None else f", that is {_kind(mode)}"
-        raise RunError(f"{asked_by} {file}: there is no {what}{found}: name one.")
+        found = "not found" if mode is None else f"this is {_kind(mode)}"
+        raise RunError(f"{option} {file}: {found}; name a {what}.")
 
 
-def _mode(file: Path, asked_by: str) -> int | None:
-    """What is at a path, by the bits of stat; None where nothing is."""
+def _mode(file: Path, option: str) -> int | None:
     from stages.errors import RunError
 
     try:
@@ -60,8 +68,8 @@ def _mode(file: Path, asked_by: str) -> int | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise RunError(f"{asked_by} {file}: there can be no such file ({error.strerror}).") from error
+        raise RunError(f"{option} {file}: invalid path ({error.strerror}).") from error
 
 
 def _kind(mode: int) -> str:
-    return "a folder" if stat.S_ISDIR(mode) else "no plain file"
+    return "a folder" if stat.S_ISDIR(mode) else "not a regular file"

@@ -1,14 +1,12 @@
-"""`run.json` in a run folder: who made what is there, from which recipe, with which kdpipe, on which machine, how long.
+"""Write `run.json` in a run folder: which recipe, kdpipe version and machine produced its content, and the time taken.
 
-{"recipe": resolved, "seeds": {...}, "fingerprints": {...}, "sessions": [one a process, the oldest first]}. The recipe
-is that of the last session that made something. A session is
-written down when it begins, so that one that was killed is known: its `ended` stays null. Never in the way of a job:
-what the disk refuses is told once.
+{"recipe": resolved, "seeds": {...}, "fingerprints": {...}, "sessions": [one per process, oldest first]}. The recipe is
+that of the last session that produced something. A session is written when it begins, so a killed one is visible by
+`ended` = null. Write errors are reported once and do not end the job.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -17,103 +15,108 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.installed import commit, versions
-from pipeline.session.event_log import exit_code_of, json_text, utc_now
-from pipeline.terminal.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY
+from pipeline.session.event_log import job_id
+from pipeline.status.files import read_json
+from pipeline.terminal.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY, process_exit_code
+from pipeline.terminal.output import print_debug, print_warning
+from pipeline.terminal.reporter import json_text, utc_now
 from store.durable import write_atomically
 from store.errors import KdpipeError
-from store.lock import JOB_ID_VARIABLES, exclusive
-from store.plain_file import read_plain
+from store.lock import exclusive
 
 RUN = "run.json"
 LOCK = ".run.json.lock"
-FIRST_KEPT, LAST_KEPT = 100, 400
-"""Of a run that was begun more often, the sessions between these are forgotten."""
+NUM_FIRST, NUM_LAST = 100, 400
+"""Number of sessions kept from the beginning and from the end."""
 
-MADE = (DONE, DONE_IN_PART, STOPPED_EARLY)
-"""With these a session has made something from its recipe, which then stands in the file."""
+PRODUCTIVE = (DONE, DONE_IN_PART, STOPPED_EARLY)
+"""Exit codes of sessions that produced something; the file then shows their recipe."""
 
-MOST_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 
 
 class Session:
-    """One process's part in a run folder."""
+    """The record of one process in a run folder."""
 
     def __init__(self, folder: Path, record: dict[str, Any], common: dict[str, Any]) -> None:
         self._folder = folder
         self._record = record
         self._common = common
-        self._began = time.monotonic()
-        self._has_told = self._has_made = False
+        self._started = time.monotonic()
+        self._has_warned = self._has_produced = False
 
-    def note(self, *, fingerprints: Mapping[str, str] | None = None, **facts: Any) -> None:
-        """Put down more: `fingerprints`, by what they are of, for the run; all else (`device`) for the session."""
+    def note(self, *, fingerprints: Mapping[str, str] | None = None, **fields: Any) -> None:
+        """Record `fingerprints`, by name, for the run; and other fields for the session."""
         self._common["fingerprints"] |= fingerprints or {}
-        self._record |= facts
+        self._record |= fields
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block's wall time under `name`; of a block within a block, to both."""
-        began = time.monotonic()
+        """Add the wall time of the block to the phase `name`; blocks may be nested."""
+        started = time.monotonic()
         try:
             yield
         finally:
+            wall_s = time.monotonic() - started
             phases = self._record["phases"]
-            phases[name] = round(phases.get(name, 0.0) + time.monotonic() - began, 3)
+            phases[name] = round(phases.get(name, 0.0) + wall_s, 3)
+            print_debug(f"{name}: {wall_s:.1f} s")
 
     def end(self, code: int) -> None:
-        """Put down how it ended, and what it took. A forked child that gets here is no end of the session."""
+        """Record the exit status, wall time and peak memory. Does nothing in a forked child."""
         if os.getpid() != self._record["pid"]:
             return
-        self._has_made |= code in MADE
+        self._has_produced |= code in PRODUCTIVE
         self._record |= {
             "ended": utc_now(),
             "exit_code": code,
-            "wall_s": round(time.monotonic() - self._began, 3),
+            "wall_s": round(time.monotonic() - self._started, 3),
             **peak_memory(),
         }
         self.write()
 
     def write(self) -> None:
-        """Bring the file up to date, this session's part of it alone: other processes have theirs there."""
+        """Update this session in the file; those of other processes stay as they are."""
         try:
             with exclusive(self._folder, self._folder / LOCK, wait=True):
-                held = _read(self._folder / RUN)
-                write_atomically(self._folder / RUN, (json_text(self._merged(held), indent=1) + "\n").encode())
+                stored = read_json(self._folder / RUN, MAX_BYTES) or {}
+                write_atomically(self._folder / RUN, (json_text(self._merged(stored), indent=1) + "\n").encode())
         except (OSError, KdpipeError) as error:
-            self._tell(str(error))
+            if not self._has_warned:
+                self._has_warned = True
+                print_warning(f"{self._folder / RUN} cannot be written ({error}); the job goes on.")
 
-    def _merged(self, held: dict[str, Any]) -> dict[str, Any]:
-        known = held.get("sessions")
-        sessions = [one for one in known if isinstance(one, dict)] if isinstance(known, list) else []
-        others = [one for one in sessions if one.get("id") != self._record["id"]]
-        at = next((number for number, one in enumerate(sessions) if one not in others), len(others))
-        sessions = [*others[:at], self._record, *others[at:]]
-        if len(sessions) > FIRST_KEPT + LAST_KEPT:
-            sessions = [*sessions[:FIRST_KEPT], *sessions[-LAST_KEPT:]]
-        fingerprints = held.get("fingerprints")
+    def _merged(self, stored: dict[str, Any]) -> dict[str, Any]:
+        known = stored.get("sessions")
+        sessions = [item for item in known if isinstance(item, dict)] if isinstance(known, list) else []
+        others = [item for item in sessions if item.get("id") != self._record["id"]]
+        index = next((number for number, item in enumerate(sessions) if item not in others), len(others))
+        sessions = [*others[:index], self._record, *others[index:]]
+        if len(sessions) > NUM_FIRST + NUM_LAST:
+            sessions = [*sessions[:NUM_FIRST], *sessions[-NUM_LAST:]]
+        fingerprints = stored.get("fingerprints")
         before = fingerprints if isinstance(fingerprints, dict) else {}
-        # A refused command must not change what the folder says of itself.
-        made_from = self._common if self._has_made else {**self._common, **held}
-        return {**made_from, "fingerprints": before | self._common["fingerprints"], "sessions": sessions}
-
-    def _tell(self, why: str) -> None:
-        if not self._has_told:
-            self._has_told = True
-            with suppress(OSError, ValueError):
-                print(f"kdpipe: warning: {self._folder / RUN} is not kept ({why}); the job goes on.", file=sys.stderr)  # noqa: T201
+        # A refused command must not change what the file says about the run.
+        common = self._common if self._has_produced else {**self._common, **stored}
+        return {**common, "fingerprints": before | self._common["fingerprints"], "sessions": sessions}
 
 
 @contextmanager
 def session(folder: Path, command: str, recipe: Mapping[str, Any], *, argv: Sequence[str]) -> Iterator[Session]:
-    """This process's session in the run folder `folder`, which must exist; `recipe` is the resolved one, as JSON.
+    """Record this process in the run folder `folder`, which must exist. File errors never raise.
 
-    argv: the arguments as they were given. The exit status is that of the exception that leaves the block, else 0.
-    Never raises because of the file.
+    The exit status is that of the exception that leaves the block, else 0.
+
+    Args:
+        folder: Run folder.
+        command: Command that runs.
+        recipe: Resolved recipe, as JSON.
+        argv: Command line arguments.
     """
     common = {"recipe": dict(recipe), "seeds": seeds_of(recipe), "fingerprints": {}}
     own = Session(folder, _record(command, argv), common)
@@ -121,7 +124,7 @@ def session(folder: Path, command: str, recipe: Mapping[str, Any], *, argv: Sequ
     try:
         yield own
     except BaseException as error:
-        own.end(exit_code_of(error))
+        own.end(process_exit_code(error))
         raise
     else:
         own.end(0)
@@ -140,7 +143,7 @@ def _record(command: str, argv: Sequence[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "job_id": next((os.environ[name] for name in JOB_ID_VARIABLES if os.environ.get(name)), None),
+        "job_id": job_id(),
         "device": None,
         "processes": int(processes) if processes.isdecimal() and len(processes) < 10 else None,
         "started": utc_now(),
@@ -154,39 +157,28 @@ def _record(command: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def seeds_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The seeds that a resolved recipe names: of the teacher, of the views, of the students."""
+    """Return the seeds of a resolved recipe: of the teacher, the views and the students."""
     found: dict[str, Any] = {"recipe": recipe.get("seed")}
-    for section, key in (("views", "seed"), ("student", "seeds")):
-        held = recipe.get(section)
-        found[section] = held.get(key) if isinstance(held, Mapping) else None
+    for name, key in (("views", "seed"), ("student", "seeds")):
+        section = recipe.get(name)
+        found[name] = section.get(key) if isinstance(section, Mapping) else None
     return found
 
 
 def peak_memory() -> dict[str, int | None]:
-    """The most bytes that this process, or any child of it that has ended, had in memory; the same of its GPUs' memory
-    as torch counts it, None without.
-    """
+    """Return the peak memory, in bytes, of this process or of any ended child, and of its GPUs as torch counts it."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    in_kib = sys.platform != "darwin"
-    peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) * (1024 if in_kib else 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit
     return {"peak_memory_bytes": peak, "peak_gpu_memory_bytes": _peak_gpu_memory()}
 
 
 def _peak_gpu_memory() -> int | None:
-    torch = sys.modules.get("torch")  # not imported only to be asked
+    torch = sys.modules.get("torch")  # do not import it just for this
     cuda: Any = getattr(torch, "cuda", None)
     try:
         if cuda is None or not cuda.is_initialized():
             return None
         return sum(int(cuda.max_memory_allocated(number)) for number in range(cuda.device_count()))
-    except (RuntimeError, AttributeError, ValueError):  # the GPU is what ended the job
+    except (RuntimeError, AttributeError, ValueError):  # the GPU itself may have failed
         return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What stands in the file; nothing where it is damaged: it is for people, and is begun afresh."""
-    try:
-        record = json.loads(read_plain(path, MOST_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}

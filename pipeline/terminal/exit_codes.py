@@ -1,4 +1,4 @@
-"""What kdpipe's exit status tells a batch system, and which error leads to which."""
+"""Map errors to the exit status of kdpipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit status for an error."""
+    """Return the exit status for an error."""
     for kind, code in (
         (StoppedEarly, STOPPED_EARLY),
         (RecipeError, USAGE),
@@ -28,3 +28,11 @@ def exit_code(error: BaseException) -> int:
         if isinstance(error, kind):
             return code
     return FAILED
+
+
+def process_exit_code(error: BaseException) -> int:
+    """Return the exit status of a process that an exception ends, typer.Exit and SystemExit included."""
+    code = getattr(error, "exit_code", getattr(error, "code", None))
+    if isinstance(code, int):
+        return code
+    return DONE if isinstance(error, SystemExit) and code is None else exit_code(error)

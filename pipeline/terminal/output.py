@@ -1,85 +1,99 @@
-"""How every command answers: one sentence for a mistake, one document for a machine. Nothing heavy is imported here
-before something went wrong.
-"""
+"""Print results, JSON documents, and sentences for people. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import suppress
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, TextIO
 
-import typer
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
-from pipeline.session.signals import stop_at_once
+MAX_SENTENCE_LENGTH = 2000
+FILE_WIDTH = 120
+"""Columns of tables that do not go to a terminal."""
 
-MOST_LETTERS = 2000
-"""Of a sentence; a path has 4096 at most, and seldom more than 200."""
+
+class Verbosity(IntEnum):
+    """How much goes to stderr: warnings and errors, progress too, or timings and tracebacks too."""
+
+    QUIET = 0
+    NORMAL = 1
+    VERBOSE = 2
 
 
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Turn what a user can mend, and being asked to stop, into one sentence on stderr and an exit status."""
-    try:
-        with stop_at_once():  # until the command has something to save, and hears of signals otherwise
-            yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except BaseException as error:
-        from pipeline.terminal.exit_codes import exit_code
-        from stages.errors import StoppedEarly
-        from stages.machine.memory import is_out_of_memory
-        from store import KdpipeError
+_verbosity = Verbosity.NORMAL
 
-        if isinstance(error, StoppedEarly):
-            say(f"stopped early {error}; everything done is saved. Run the same command again to go on.")
-        elif isinstance(error, KeyboardInterrupt):
-            say("interrupted; the last checkpoint, if there is one, stands.")
-        elif isinstance(error, KdpipeError):
-            say(f"error: {error}")
-        elif isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # rich ends so
-            say("error: Broken pipe: standard output.")
-            raise typer.Exit(1) from None
-        elif isinstance(error, SystemExit):  # no code of ours: a 0 of it would read as a job that is done
-            say(f"error: code of your own, or of another package, called sys.exit({error.code!r}): nothing is done.")
-        elif isinstance(error, OSError):
-            say(f"error: {error.strerror or error}: {error.filename or 'standard output'}.")
-        elif "DataLoader worker (pid" in str(error):  # torch's own sentence, from its handler of SIGCHLD
-            say(
-                "error: a process that renders images ended before its time: killed, perhaps for want of memory (lower "
-                "data.num_workers or the batch size), or by a transform of your own. Run the same command again."
-            )
-        elif is_out_of_memory(error):
-            first_line = str(error).strip().partition("\n")[0]
-            say(f"error: out of memory ({first_line}): lower batch sizes, or the networks' widths.")
-        else:
-            raise
-        raise typer.Exit(exit_code(error)) from None
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """Set the verbosity of this process."""
+    global _verbosity  # noqa: PLW0603
+    _verbosity = verbosity
+
+
+def verbosity() -> Verbosity:
+    """Return the verbosity of this process."""
+    return _verbosity
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document to stdout."""
     print(json.dumps(document))  # noqa: T201
 
 
 def printable(text: str) -> str:
-    """`text` as a terminal may be shown it: file names and manifests of strangers may hold control characters."""
+    """Replace control characters, which untrusted file names and manifests may contain, by question marks."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def say(sentence: str) -> None:
-    """One sentence for people, on stderr; where that is closed or full, nobody is told, and nothing ends of it."""
-    if sys.stderr is not None:  # else print would take stdout for it
+def print_line(sentence: str) -> None:
+    """Print one sentence to stderr; a closed or full stderr is ignored."""
+    if sys.stderr is not None:  # else print would write to stdout
         with suppress(OSError, ValueError):
-            print(f"kdpipe: {printable(shortened(sentence))}", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"kdpipe: {printable(_shortened(sentence))}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def shortened(sentence: str) -> str:
-    """`sentence`, and where that is longer than anybody reads, without the middle of its longest words: a name of
-    100,000 letters must not take from sight what is wrong with it.
-    """
-    if len(sentence) <= MOST_LETTERS:
+def print_warning(sentence: str) -> None:
+    """Print one warning to stderr."""
+    print_line(f"warning: {sentence}")
+
+
+def print_info(sentence: str) -> None:
+    """Print one sentence to stderr, unless kdpipe was asked to be quiet."""
+    if _verbosity > Verbosity.QUIET:
+        print_line(sentence)
+
+
+def print_debug(sentence: str) -> None:
+    """Print one sentence to stderr with --verbose."""
+    if _verbosity == Verbosity.VERBOSE:
+        print_line(f"debug: {sentence}")
+
+
+def console(file: TextIO | None = None) -> Console:
+    """Return a rich console on stdout, or on `file`, without markup; 120 columns wide when it is not a terminal."""
+    from rich.console import Console
+
+    made = Console(file=file, markup=False, highlight=False, soft_wrap=False)
+    if not made.is_terminal:
+        made.width = FILE_WIDTH
+    return made
+
+
+def new_table(title: str | None = None, *, show_lines: bool = False) -> Table:
+    """Return an empty table in the style of all tables of kdpipe."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE, title=title, title_justify="left", show_lines=show_lines)
+
+
+def _shortened(sentence: str) -> str:
+    """Cut the middle out of very long words, such as a name of 100,000 letters, if the sentence is too long."""
+    if len(sentence) <= MAX_SENTENCE_LENGTH:
         return sentence
     words = (word if len(word) <= 200 else f"{word[:100]}...{word[-90:]}" for word in sentence.split(" "))
-    return " ".join(words)[: 2 * MOST_LETTERS]
+    return " ".join(words)[: 2 * MAX_SENTENCE_LENGTH]

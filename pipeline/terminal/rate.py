@@ -1,81 +1,108 @@
-"""How fast a job goes, and how long it still takes: of what this process did, and in words for people."""
+"""Estimate the rate and the remaining time of jobs, and format them."""
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
-SMOOTHING_S = 30.0
-"""What happened so long ago counts 1/e of what happens now."""
+from pipeline.terminal.reporter import is_last
+from stages.watch import Event
 
-LEAST_REMEMBERED = 4.0
-"""Where a step takes long, so many steps are remembered whatever they took."""
+SMOOTHING_S = 30.0
+"""Time constant of the exponential average of the rate."""
+
+MIN_STEPS_REMEMBERED = 4.0
+"""The average covers at least this many steps, however long one takes."""
 
 
 @dataclass
-class Pace:
-    """A job's pace, from the steps that this process saw it make: what a resumed job found done is no merit of its own.
+class Rate:
+    """Rate of a job, as an exponential average over the steps made by this process.
 
-    The rate is steps over seconds, both weighted by how long ago they were.
+    Steps done before a resume do not count.
     """
 
     first: int
     step: int
     total: int
-    began: float
-    seen: float
+    started_at: float
+    updated_at: float
     _steps: float = 0.0
     _seconds: float = 0.0
 
     @classmethod
-    def start(cls, step: int, total: int, now: float) -> Pace:
-        return cls(step, step, total, began=now, seen=now)
+    def start(cls, step: int, total: int, now: float) -> Rate:
+        return cls(step, step, total, started_at=now, updated_at=now)
 
-    def went_to(self, step: int, total: int, now: float) -> None:
-        """The job is at `step` of `total`, at `now` seconds of a clock that never goes back."""
+    def update(self, step: int, total: int, now: float) -> None:
+        """Record that the job is at `step` of `total`, at `now` seconds of a monotonic clock."""
         if step < self.step:  # a new round under the same name
             self._steps = self._seconds = 0.0
-        elif step > self.step and now > self.seen:
-            passed_s = now - self.seen
-            kept = math.exp(-passed_s / max(SMOOTHING_S, LEAST_REMEMBERED * passed_s))
-            self._steps = self._steps * kept + step - self.step
-            self._seconds = self._seconds * kept + passed_s
+        elif step > self.step and now > self.updated_at:
+            elapsed_s = now - self.updated_at
+            decay = math.exp(-elapsed_s / max(SMOOTHING_S, MIN_STEPS_REMEMBERED * elapsed_s))
+            self._steps = self._steps * decay + step - self.step
+            self._seconds = self._seconds * decay + elapsed_s
         elif step > self.step:
             self._steps += step - self.step
         if step != self.step:
-            self.seen = now
+            self.updated_at = now
         self.step, self.total = step, total
 
-    def rate_per_s(self) -> float | None:
-        """Steps a second; None before this process has made two."""
+    @property
+    def elapsed_s(self) -> float:
+        return self.updated_at - self.started_at
+
+    def per_s(self) -> float | None:
+        """Return steps per second; None before this process has made two."""
         return self._steps / self._seconds if self._seconds > 0 and self._steps > 0 else None
 
     def eta_s(self, now: float) -> float | None:
-        """Seconds that are left; None where the rate is not known. 0 once it is overdue."""
-        rate = self.rate_per_s()
-        return None if rate is None else max(0.0, (self.total - self.step) / rate - (now - self.seen))
+        """Return the remaining seconds, 0 once overdue; None while the rate is unknown."""
+        rate = self.per_s()
+        return None if rate is None else max(0.0, (self.total - self.step) / rate - (now - self.updated_at))
+
+
+class RateTracker:
+    """The rates of all jobs, by stage and name."""
+
+    def __init__(self) -> None:
+        self._rates: dict[tuple[str, str], Rate] = {}
+
+    def update(self, event: Event) -> Rate:
+        """Return the rate of the event's job, this event included."""
+        now, key = time.monotonic(), (event.stage, event.job)
+        rate = self._rates.get(key)
+        if rate is None:
+            rate = self._rates[key] = Rate.start(event.step, event.total, now)
+        else:
+            rate.update(event.step, event.total, now)
+        if is_last(event):
+            del self._rates[key]
+        return rate
 
 
 def rate_text(rate_per_s: float | None, unit: str) -> str:
-    """As in 1,234 images/s, 2.5 steps/s, 3.1 units/min; empty where it is not known."""
+    """Return a rate such as "1,234 images/s" or "3.1 units/min"; empty if it is unknown."""
     if rate_per_s is None or not math.isfinite(rate_per_s) or rate_per_s <= 0:
         return ""
-    for per, name in ((1, "s"), (60, "min"), (3600, "h")):
-        rate = rate_per_s * per
+    for factor, name in ((1, "s"), (60, "min"), (3600, "h")):
+        rate = rate_per_s * factor
         if rate >= 1 or name == "h":
             break
     return f"{rate:,.0f} {unit}s/{name}" if rate >= 9.95 else f"{rate:.1f} {unit}s/{name}"
 
 
 def count_text(count: int, unit: str) -> str:
-    """As in 3,000 steps, 1 store."""
+    """Return a count such as "3,000 steps" or "1 store"."""
     return f"{count:,} {unit}{'' if count == 1 else 's'}"
 
 
 def duration_text(seconds: float) -> str:
-    """As in 34 s, 12 min, 2 h 05 min, 3 d 4 h."""
+    """Return a duration such as "34 s", "12 min", "2 h 05 min" or "3 d 4 h"."""
     if not math.isfinite(seconds):
-        return "for ever"
+        return "forever"
     whole = max(0, round(seconds))
     if whole < 100:
         return f"{whole} s"
