@@ -1,4 +1,4 @@
-"""`kdpipe bench`: how long ONNX files take on this machine's CPU, each against the first, and what CPU that is."""
+"""Measure the latency of ONNX files on this machine's CPU, relative to the first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from pipeline.terminal.output import printable
+from pipeline.terminal.output import console, new_table, printable
 from pipeline.terminal.progress import reporter
 from stages.compression.cpu import cpu_features, cpu_name, num_cores
 from stages.compression.latency import WARM_UP_ROUNDS, Latency, measure_latency
@@ -26,7 +26,7 @@ DEFAULT_BATCH_SIZES = (1, 64)
 
 @dataclass(frozen=True)
 class Measured:
-    """One file: its bytes, weights that lie beside it included, and its latency by batch size."""
+    """Size and latency of one file. `num_bytes` includes external weights; `latency` is by batch size."""
 
     path: Path
     num_bytes: int
@@ -34,19 +34,19 @@ class Measured:
 
     @property
     def images_per_s(self) -> float:
-        """At the largest batch size."""
+        """Images per second at the largest batch size."""
         largest = max(self.latency)
         return 1000 * largest / self.latency[largest].p50_ms
 
     def time_against(self, first: Measured) -> float:
-        """Its median as a share of `first`'s, at the largest batch size."""
+        """Return the ratio of the medians at the largest batch size."""
         return first.images_per_s / self.images_per_s
 
     def to_json(self, first: Measured) -> dict[str, Any]:
         return {
             "path": str(self.path),
             "bytes": self.num_bytes,
-            "latency": [{"batch_size": size, **one.to_json()} for size, one in self.latency.items()],
+            "latency": [{"batch_size": size, **latency.to_json()} for size, latency in self.latency.items()],
             "images_per_s": self.images_per_s,
             "time_against_first": self.time_against(first),
         }
@@ -54,7 +54,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured, on what, with which settings."""
+    """Results of a benchmark, with the CPU and the settings."""
 
     cpu: str
     features: list[str]
@@ -77,15 +77,23 @@ class Bench:
 def run_bench(
     paths: Sequence[Path], batch_sizes: Sequence[int], *, num_threads: int | None, num_rounds: int, as_json: bool
 ) -> Bench:
-    """Measure the files in turn; `batch_sizes` empty means 1 and 64, `num_threads` None all cores of this process.
+    """Measure the files in turn.
 
-    Raises ModelError for a file that is missing, no ONNX network, or not one of images.
+    Args:
+        paths: ONNX files.
+        batch_sizes: Batch sizes; 1 and 64 if empty.
+        num_threads: Threads; None for all cores of this process.
+        num_rounds: Measurements of each file.
+        as_json: Whether progress is JSON lines.
+
+    Raises:
+        ModelError: If a file is missing, not an ONNX network, or does not take images.
     """
     sizes = list(dict.fromkeys(batch_sizes or DEFAULT_BATCH_SIZES))
     num_threads = num_threads or num_cores()
     with _progress(len(sizes) * (num_rounds + WARM_UP_ROUNDS), as_json) as tick:
         latency = measure_latency(
-            {str(number): path for number, path in enumerate(paths)},  # one file may be named twice, to see the noise
+            {str(number): path for number, path in enumerate(paths)},  # a file given twice shows the noise
             None,
             sizes,
             num_rounds=num_rounds,
@@ -98,7 +106,7 @@ def run_bench(
 
 @contextmanager
 def _progress(total: int, as_json: bool) -> Iterator[Callable[[], None]]:
-    """What is to be called before each round; there are `total`."""
+    """Yield a function to call before each of `total` rounds."""
     done = -1
     with reporter(as_json) as report:
 
@@ -112,31 +120,26 @@ def _progress(total: int, as_json: bool) -> Iterator[Callable[[], None]]:
 
 
 def file_bytes(path: Path) -> int:
-    """The size of an ONNX file and of the files beside it in which some exporters leave its weights."""
+    """Return the size of an ONNX file and of its external data files."""
     graph = onnx.load(path, load_external_data=False).graph
-    beside = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
+    external = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in external)
 
 
 def print_bench(bench: Bench) -> None:
-    """The table for people, on stdout."""
-    from rich.console import Console
-
-    console = Console(width=None if Console().is_terminal else 120, markup=False, highlight=False)
+    """Print the table to stdout."""
+    out = console()
     features = ", ".join(bench.features) or "none known"
-    console.print(f"CPU: {bench.cpu} ({features}), threads: {bench.num_threads}, onnxruntime {onnxruntime.__version__}")
-    console.print(_table(bench))
-    console.print(
-        f"p50 / p95 of {bench.num_rounds} rounds, the files in turn. Images/s and time / first: medians at the largest "
-        "batch."
+    out.print(f"CPU: {bench.cpu} ({features}), threads: {bench.num_threads}, onnxruntime {onnxruntime.__version__}")
+    out.print(_table(bench))
+    out.print(
+        f"p50 / p95 of {bench.num_rounds} rounds, alternating between the files. Images/s and time / first: medians at "
+        "the largest batch size."
     )
 
 
 def _table(bench: Bench) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE)
+    table = new_table()
     table.add_column("file", overflow="fold")
     sizes = list(bench.files[0].latency)
     for header in ("bytes", *(f"batch {size}, ms" for size in sizes), "images/s", "time / first"):
@@ -145,7 +148,7 @@ def _table(bench: Bench) -> Table:
         table.add_row(
             printable(str(file.path)),
             f"{file.num_bytes:,}",
-            *(f"{one.p50_ms:.3f} / {one.p95_ms:.3f}" for one in file.latency.values()),
+            *(f"{latency.p50_ms:.3f} / {latency.p95_ms:.3f}" for latency in file.latency.values()),
             f"{file.images_per_s:,.0f}",
             f"{file.time_against(bench.files[0]):.3f}",
         )

@@ -1,6 +1,6 @@
-"""`kdpipe env`: what a bug report needs of the machine, and nothing that a public one should not have.
+"""Describe versions and machine for a public bug report.
 
-No host name, no user name, no variable that is not listed here. torch is not imported, and no GPU is touched.
+No host name, no user name, no variable that is not listed here. torch is not imported and no GPU is used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.env_machine import disks, gpus, memory
+from pipeline.commands import env_machine
 from pipeline.installed import NAME, commit, versions
 from pipeline.terminal.output import printable
 
@@ -27,11 +27,11 @@ VARIABLES = re.compile(
 )
 """Environment variables that are shown; of others not even the name."""
 
-MOST_TEXT = 200
+MAX_TEXT = 200
 
 
 def read_env() -> dict[str, Any]:
-    """All of it, as JSON."""
+    """Return all information as JSON."""
     head, dirty = commit()
     return {
         "command": "env",
@@ -39,17 +39,17 @@ def read_env() -> dict[str, Any]:
         "python": {"version": platform.python_version(), "from": private(sys.executable)},
         "system": _system(),
         "cpu": _cpu(),
-        "memory": memory(),
+        "memory": env_machine.memory(),
         "torch": _torch(),
-        "gpus": gpus(),
+        "gpus": env_machine.gpus(),
         "packages": {name: version for name, version in versions().items() if name != NAME},
         "variables": {name: private(value) for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
-        "disks": [{**disk, "path": private(disk["path"])} for disk in disks()],
+        "disks": [{**disk, "path": private(disk["path"])} for disk in env_machine.disks()],
     }
 
 
 def private(text: str) -> str:
-    """A text without home folder, user name and a URL's secrets, of bounded length, as a terminal may be shown it."""
+    """Remove home folder, user name, URL credentials and control characters from a text, and shorten it."""
     text = re.sub(r"//[^/@\s]+@|\?[^\s'\"\]]*", lambda secret: "//...@" if secret.group()[0] == "/" else "?...", text)
     home = os.environ.get("HOME") or ""
     if len(home) > 1:
@@ -57,40 +57,40 @@ def private(text: str) -> str:
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or ""
     if user and user != "root":
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(user)}(?![A-Za-z0-9])", "USER", text)
-    return printable(text[:MOST_TEXT])
+    return printable(text[:MAX_TEXT])
 
 
 def print_env(env: dict[str, Any]) -> None:
-    """The same for people, on stdout, to be pasted."""
+    """Print the information to stdout."""
     for name, text in _lines(env):
         print(printable(f"{name:<10} {text}"))  # noqa: T201
 
 
 def _lines(env: dict[str, Any]) -> list[tuple[str, str]]:
-    own, cpu, held, torch = env[NAME], env["cpu"], env["memory"], env["torch"]
-    where = f"commit {own['commit'][:12]}{', changed' if own['dirty'] else ''}" if own["commit"] else "no checkout"
-    limit = held["limit_bytes"]
+    own, cpu, memory, torch = env[NAME], env["cpu"], env["memory"], env["torch"]
+    source = f"commit {own['commit'][:12]}{', modified' if own['dirty'] else ''}" if own["commit"] else "not a checkout"
+    limit = memory["limit_bytes"]
     lines = [
-        (NAME, f"{own['version'] or 'not installed'}, {where}"),
+        (NAME, f"{own['version'] or 'not installed'}, {source}"),
         ("python", f"{env['python']['version']} at {env['python']['from']}"),
         ("system", ", ".join(str(text) for text in env["system"].values() if text)),
         ("cpu", f"{cpu['model']}: {cpu['online']} cores, {cpu['allowed']} allowed, {cpu['used']} used"),
         (
             "memory",
-            f"{_gib(held['total_bytes'])}, {_gib(held['available_bytes'])} free"
+            f"{_gib(memory['total_bytes'])}, {_gib(memory['available_bytes'])} free"
             + (f", limit {_gib(limit)}" if limit else ""),
         ),
         ("torch", f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, cuDNN {torch['cudnn'] or 'none'}"),
         *[("gpu", ", ".join(gpu.values())) for gpu in env["gpus"]],
     ]
-    lines += [("gpu", "none that nvidia-smi shows")] if not env["gpus"] else []
+    lines += [("gpu", "none found")] if not env["gpus"] else []
     lines += [("packages", ", ".join(f"{name} {version or 'absent'}" for name, version in env["packages"].items()))]
     lines += [("variable", f"{name}={value}") for name, value in env["variables"].items()]
     return lines + [("disk", _disk(disk)) for disk in env["disks"]]
 
 
 def _disk(disk: dict[str, Any]) -> str:
-    locks = {True: "locks work", False: "NO file locks", None: "cannot be written"}[disk["has_locks"]]
+    locks = {True: "locks work", False: "NO file locks", None: "not writable"}[disk["has_locks"]]
     return f"{disk['what']}: {disk['path']}, {disk['type']}, {_gib(disk['free_bytes'])} free, {locks}"
 
 
@@ -126,7 +126,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _torch() -> dict[str, str | None]:
-    """What torch was built with, from its own file of versions: importing it takes seconds."""
+    """Return the versions torch was built with, from its version.py: importing torch takes seconds."""
     from importlib.util import find_spec
 
     spec, text = find_spec("torch"), ""
@@ -136,17 +136,16 @@ def _torch() -> dict[str, str | None]:
         except (OSError, UnicodeDecodeError):
             text = ""
     built = dict(re.findall(r"^(__version__|cuda|hip)\b[^=\n]*=\s*['\"]([^'\"]*)['\"]", text, re.MULTILINE))
+    cudnn = next(filter(None, map(_package_version, ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"))), None)
     return {
         "version": built.get("__version__"),
         "cuda": built.get("cuda"),
         "hip": built.get("hip"),
-        "cudnn": next(
-            filter(None, map(_package, ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "nvidia-cudnn-cu11"))), None
-        ),
+        "cudnn": cudnn,
     }
 
 
-def _package(name: str) -> str | None:
+def _package_version(name: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -1,4 +1,4 @@
-"""`kdpipe losses`: the losses that a recipe's `[[distill]]` entries may name, as a table, or one of them in full."""
+"""Print the losses that a recipe's `[[distill]]` entries may name, as a table, or one of them in full."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.terminal.output import console, new_table
 from stages.list_losses import EVERY_ENTRY, ON_LOGITS, Key, Loss, spelled
 from stages.losses.entry import Entry, Response
 from stages.losses.selection import Selection
@@ -13,18 +14,17 @@ from stages.schedules import Ramp
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 
 def print_losses(losses: Sequence[Loss]) -> None:
-    """All of them, for people, on stdout."""
-    console = _console()
-    table = _table("Losses: what a [[distill]] entry may name", show_lines=True)
+    """Print a table of losses to stdout."""
+    out = console()
+    table = new_table("Losses for [[distill]] entries", show_lines=True)
     table.add_column("loss", no_wrap=True)
-    table.add_column("what is minimised, and its paper", min_width=30)
+    table.add_column("minimizes, and paper", min_width=30)
     table.add_column("weight", justify="right", no_wrap=True)
     table.add_column("other keys", max_width=25)
-    table.add_column("needs stored of the teacher", max_width=23)
+    table.add_column("requires from the store", max_width=23)
     table.add_column("per", no_wrap=True)
     for loss in losses:
         weight = next(spelled(key.default) for key in loss.keys if key.name == "weight")
@@ -32,80 +32,80 @@ def print_losses(losses: Sequence[Loss]) -> None:
         table.add_row(
             loss.name, f"{loss.minimised}\n{loss.paper}", weight, "\n".join(own) or "-", _needs(loss), _per(loss)
         )
-    console.print(table)
+    out.print(table)
     for whose in (EVERY_ENTRY, ON_LOGITS):
         shared = {key.name: _with_default(key) for loss in losses for key in loss.keys if key.shared_by == whose}
-        shared.pop("weight", None)  # a default of its own in every row
-        console.print(f"Also of {whose}: {', '.join(shared.values())}.")
-    console.print("A loss per sample can weigh its samples; one per batch is about how they lie to each other.")
-    console.print("One loss with all its keys: kdpipe losses NAME.")
+        shared.pop("weight", None)  # has its own column
+        out.print(f"Keys of {whose}: {', '.join(shared.values())}.")
+    out.print("A loss per sample supports sample weights; a loss per batch compares samples with each other.")
+    out.print("One loss with all its keys: kdpipe losses NAME.")
 
 
 def print_loss(loss: Loss) -> None:
-    """One loss with all that is known of it, for people, on stdout."""
-    console = _console()
-    console.print(f"{loss.name}: {loss.paper}", style="bold")
-    console.print()
-    _print_paragraphs(console, loss.description)
-    console.print(f"Needs stored of the teacher: {_needs(loss, ', ')}.")
+    """Print one loss with its description and all its keys to stdout."""
+    out = console()
+    out.print(f"{loss.name}: {loss.paper}", style="bold")
+    out.print()
+    _print_paragraphs(out, loss.description)
+    out.print(f"Requires from the store: {_needs(loss, ', ')}.")
     for sentence in _limits(loss):
-        console.print(sentence)
-    table = _table("Its keys")
+        out.print(sentence)
+    table = new_table("Keys")
     for header in ("key", "default", "takes"):
         table.add_column(header)
     for key in loss.keys:
-        table.add_row(key.name, "to be given" if key.required else spelled(key.default), key.type)
-    console.print(table)
-    _print_shared(console, {key.shared_by for key in loss.keys})
+        table.add_row(key.name, "required" if key.required else spelled(key.default), key.type)
+    out.print(table)
+    _print_shared(out, {key.shared_by for key in loss.keys})
     if any("ramp" in key.type for key in loss.keys):
-        console.print('A ramp is a table, such as { start = 0.0, end = 1.0, shape = "linear", epochs = [0, 10] }.')
-        _print_paragraphs(console, inspect.cleandoc(Ramp.__doc__ or ""))
+        out.print('A ramp is a table, such as { start = 0.0, end = 1.0, shape = "linear", epochs = [0, 10] }.')
+        _print_paragraphs(out, inspect.cleandoc(Ramp.__doc__ or ""))
 
 
-def _print_shared(console: Console, shared: set[str | None]) -> None:
-    """What the keys mean that other losses have too. Further paragraphs of `Entry` are for those who write losses."""
-    console.print(f"Of {EVERY_ENTRY}:", style="bold")
-    _print_paragraphs(console, inspect.cleandoc(Entry.__doc__ or "").partition("\n\n")[0])
-    console.print("Of its samples:", style="bold")
-    _print_paragraphs(console, inspect.cleandoc(Selection.__doc__ or ""))
+def _print_shared(out: Console, shared: set[str | None]) -> None:
+    """Print the keys shared with other losses. Further paragraphs of `Entry` are for authors of losses."""
+    out.print(f"Of {EVERY_ENTRY}:", style="bold")
+    _print_paragraphs(out, inspect.cleandoc(Entry.__doc__ or "").partition("\n\n")[0])
+    out.print("Of its samples:", style="bold")
+    _print_paragraphs(out, inspect.cleandoc(Selection.__doc__ or ""))
     if ON_LOGITS in shared:
-        console.print(f"Of {ON_LOGITS}:", style="bold")
-        _print_paragraphs(console, inspect.cleandoc(Response.__doc__ or ""))
+        out.print(f"Of {ON_LOGITS}:", style="bold")
+        _print_paragraphs(out, inspect.cleandoc(Response.__doc__ or ""))
 
 
-def _print_paragraphs(console: Console, text: str) -> None:
-    """Text with its paragraphs, and a docstring's first line, each wrapped anew."""
+def _print_paragraphs(out: Console, text: str) -> None:
+    """Print each paragraph of a docstring, rewrapped."""
     for paragraph in text.split("\n\n"):
-        console.print(" ".join(paragraph.split()))
-        console.print()
+        out.print(" ".join(paragraph.split()))
+        out.print()
 
 
 def _limits(loss: Loss) -> Iterator[str]:
     if loss.per_sample:
-        yield "A mean of one number a sample: samples can be weighed."
+        yield "Per-sample loss: supports sample weights."
     else:
-        yield "One number of the whole batch, of all processes together: samples cannot be weighed."
+        yield "Per-batch loss, over all processes together: does not support sample weights."
     if loss.whole_logits:
-        yield "Needs the logits of all classes: a store of the largest few does not serve."
+        yield "Requires the logits of all classes: a top-k store is not enough."
     if loss.one_label:
-        yield "Has no meaning for mixed samples, which have two labels."
+        yield "Does not support mixed samples (MixUp, CutMix), which have two labels."
     if loss.input_gradient:
-        yield "Looks at the gradient of the student's cross entropy by the pixels, at the price of a second backward."
+        yield "Uses the gradient of the student's cross entropy with respect to the pixels, which takes a second backward pass."
     if loss.num_others:
-        read = ", whose features are read in every step by default" if loss.reads_others else ""
+        read = ", whose features are read at every step by default" if loss.reads_others else ""
         yield f"Contrasts each batch with {loss.num_others:,} other samples of the data set{read}."
 
 
-def _needs(loss: Loss, between: str = "\n") -> str:
+def _needs(loss: Loss, separator: str = "\n") -> str:
     parts: list[str] = []
-    for one in loss.stored:
-        size = ", at the student's size at most" if one.to_students_size else ""
-        parts.append(f"{one.text}{size}{'' if one.of == 'any' else f' ({one.of} maps)'}")
+    for array in loss.stored:
+        size = ", at most at the student's size" if array.to_students_size else ""
+        parts.append(f"{array.text}{size}{'' if array.of == 'any' else f' ({array.of} maps)'}")
     if loss.whole_logits:
         parts[0] += " of all classes"
     if loss.reads_others:
         parts[-1] += f", also of {loss.num_others:,} other samples"
-    return between.join(parts)
+    return separator.join(parts)
 
 
 def _per(loss: Loss) -> str:
@@ -113,18 +113,4 @@ def _per(loss: Loss) -> str:
 
 
 def _with_default(key: Key) -> str:
-    return f"{key.name} (to be given)" if key.required else f"{key.name} = {spelled(key.default)}"
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # No markup: [C, H, W] is a shape and no style.
-    return Console(width=None if Console().is_terminal else 120, markup=False, highlight=False)
-
-
-def _table(title: str, *, show_lines: bool = False) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    return Table(box=box.SIMPLE, title=title, title_justify="left", show_lines=show_lines)
+    return f"{key.name} (required)" if key.required else f"{key.name} = {spelled(key.default)}"

@@ -1,22 +1,18 @@
-"""What `kdpipe sensitivity` says, for people: the layers that INT8 hurts most, and what to do about them."""
+"""Print the INT8 sensitivity of layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.terminal.output import console, new_table
 from stages.compression.sensitivity import LayerSensitivity
 
 
 def print_sensitivity(network: str, layers: Sequence[LayerSensitivity]) -> None:
-    """The table, on stdout."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if Console().is_terminal else 120, soft_wrap=True)
-    table = Table(box=box.SIMPLE, title=f"{network}: what INT8 costs, layer by layer", title_justify="left")
+    """Print the table to stdout, most sensitive layers first."""
+    table = new_table(f"{network}: INT8 sensitivity by layer")
     table.add_column("layer", no_wrap=True)
-    for header in ("parameters", "KL won back if it stays float", "KL if it alone is INT8", "signal to noise, dB"):
+    for header in ("parameters", "KL recovered if it stays float", "KL if it alone is INT8", "signal to noise, dB"):
         table.add_column(header, justify="right")
     for layer in layers:
         table.add_row(
@@ -26,6 +22,7 @@ def print_sensitivity(network: str, layers: Sequence[LayerSensitivity]) -> None:
             f"{layer.kl_alone:.2e}",
             f"{layer.sqnr_db:.1f}",
         )
-    console.print(table)
-    console.print("KL in nats between what the float network says and what the calibrated one does, on training views.")
-    console.print(f'A layer stays float with --set compress.quantize.keep_float=["{layers[0].path}"].', markup=False)
+    out = console()
+    out.print(table)
+    out.print("KL in nats between the outputs of the float and the calibrated network, on training views.")
+    out.print(f'To keep a layer float: --set compress.quantize.keep_float=["{layers[0].path}"].')

@@ -1,4 +1,4 @@
-"""What a single stage says on stdout when it is done, for people."""
+"""Print the results of a single stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.terminal.output import printable
 
 
 def print_summary(command: str, run: Path, results: dict[str, Any]) -> None:
-    """A few lines: the figures, and where the files are."""
+    """Print the figures and the paths of the files to stdout."""
     for line in (*_lines(results), f"{command} is done: {run}"):
         print(printable(line))  # noqa: T201
 
@@ -24,11 +24,11 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
             f"store: {store['num_views']} views of {store['num_samples']:,} samples, {store['store_bytes']:,} bytes, "
             f"{', '.join(store['arrays'])}: {store['path']}"
         )
-        for name, lost in store["fidelity"].items():
-            yield f"{name} against the teacher's float32: {describe_loss(lost)}"
+        for name, error in store["fidelity"].items():
+            yield f"{name} relative to the teacher's float32: {describe_loss(error)}"
         if store["num_units_missing"]:
-            whose = f"{store['part']} is done; " if store["part"] else ""
-            yield f"{whose}{store['num_units_missing']} units of the store are still missing"
+            part = f"{store['part']} is done; " if store["part"] else ""
+            yield f"{part}{store['num_units_missing']} units of the store are still missing"
     for kind, students in results.get("students", {}).items():
         for number, student in enumerate(students):
             yield _figures(f"student {kind}, number {number}", student)
@@ -41,15 +41,15 @@ def _compressed(results: dict[str, Any]) -> Iterator[str]:
             yield _figures(f"{kind}, number {number}", figures)
     for pair in results.get("compressed", [])[:1]:  # the same for every seed
         if spared := pair.get("pruned", {}).get("spared"):
-            yield f"not pruned: {_few([f'{path} ({why})' for path, why in spared.items()])}"
+            yield f"not pruned: {_first_five([f'{path} ({reason})' for path, reason in spared.items()])}"
     for card in results.get("artefacts", [])[:1]:
         if card["float_nodes"]:
-            yield f"not in integers: {_few(card['float_nodes'])}"
+            yield f"not quantized: {_first_five(card['float_nodes'])}"
     for card in results.get("artefacts", []):
-        yield f"handed over: {', '.join(card['files'])}: {card['folder']}"
+        yield f"exported: {', '.join(card['files'])}: {card['folder']}"
 
 
-def _few(texts: list[str]) -> str:
+def _first_five(texts: list[str]) -> str:
     more = f" and {len(texts) - 5} more (card.json)" if len(texts) > 5 else ""
     return ", ".join(texts[:5]) + more
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from pipeline.page.markup import LeftOutError
 from pipeline.page.read import PageRun
 from pipeline.recipe.load import read_run_recipe
-from pipeline.run import Walk, walk_views
+from pipeline.run import Run
+from pipeline.steps import run_views
 from stages.evaluate import BATCH_SIZE
 from stages.job_folder import JobFolder, read_json
 from stages.network import Network
@@ -58,13 +59,13 @@ class Asked:
         return self.said[name].argmax(1) == self.labels
 
 
-def open_walk(run: PageRun) -> Walk:
+def open_walk(run: PageRun) -> Run:
     """The run's recipe, to read its data and stores. Raises LeftOutError where that would run a stranger's code."""
     recipe = read_run_recipe(run.path)
     if recipe is None or any("python:" in str(one) for one in (recipe.data.name, recipe.views.transform)):
         raise LeftOutError("The pictures of this run come from a module of Python, and a report runs none.")
     data = replace(recipe.data, download=False, num_workers=0)
-    walk = Walk(replace(recipe, device="cpu", data=data), run.path, Watch())
+    walk = Run(replace(recipe, device="cpu", data=data), run.path, Watch())
     if any(map(is_url, walk.stores)):
         raise LeftOutError("The stores of this run lie on another machine, and a report fetches nothing.")
     if recipe.data.name.startswith("imagefolder:") and _num_samples(run) > MOST_FILES:
@@ -88,9 +89,9 @@ def students_of(run: PageRun) -> dict[str, Network]:
     return found
 
 
-def views_shown(walk: Walk, students: Mapping[str, Network]) -> list[list[Shown]]:
+def views_shown(walk: Run, students: Mapping[str, Network]) -> list[list[Shown]]:
     """Training samples, each in its first views: the first, and of some more those that puzzle the teacher most."""
-    shown, _ = walk_views(walk, NUM_LOOKED_AT, NUM_VIEWS)
+    shown, _ = run_views(walk, NUM_LOOKED_AT, NUM_VIEWS)
     names = walk.setup.train_set.class_names
     found: list[list[Shown]] = []
     for row in _least_sure(shown):
@@ -112,7 +113,7 @@ def _least_sure(shown: ShownViews) -> list[int]:
     return [0, *sorted(range(1, len(sure)), key=lambda row: (sure[row], row))[: NUM_SAMPLES - 1]]
 
 
-def ask_test(walk: Walk, students: Mapping[str, Network], num_macs: int) -> Asked:
+def ask_test(walk: Run, students: Mapping[str, Network], num_macs: int) -> Asked:
     """Ask the students of the first test images, as many as `num_macs` for each allow, and the stores of the same."""
     test_set = walk.setup.test_set
     most = int(min(test_set.num_samples, MOST_ASKED, max(MOST_MACS / max(num_macs, 1), LEAST_ASKED)))
@@ -125,7 +126,7 @@ def ask_test(walk: Walk, students: Mapping[str, Network], num_macs: int) -> Aske
     return Asked(test_set.labels[:most], said)
 
 
-def telling(walk: Walk, asked: Asked) -> list[tuple[str, list[Shown]]]:
+def telling(walk: Run, asked: Asked) -> list[tuple[str, list[Shown]]]:
     """Test images from which something can be learnt, by what it is."""
     groups: list[tuple[str, Tensor]] = []
     names = set(asked.said)
@@ -140,7 +141,7 @@ def telling(walk: Walk, asked: Asked) -> list[tuple[str, list[Shown]]]:
     return [(title, [_test_image(walk, asked, int(at)) for at in chosen]) for title, chosen in picked if len(chosen)]
 
 
-def _test_image(walk: Walk, asked: Asked, at: int) -> Shown:
+def _test_image(walk: Run, asked: Asked, at: int) -> Shown:
     test_set = walk.setup.test_set
     image = walk.setup.test_pictures.one(Request(torch.tensor([at]))).images[0]
     opinions = {name: likeliest(said[at], test_set.class_names) for name, said in asked.said.items()}

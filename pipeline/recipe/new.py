@@ -15,7 +15,7 @@ from pipeline.recipe.questions import QUESTIONS, Question, wanted_channels
 from pipeline.recipe.rehearsal import rehearse_recipe
 from pipeline.recipe.sentence import first_and_more
 from pipeline.recipe.text import Answers, recipe_text
-from pipeline.terminal.output import say
+from pipeline.terminal.output import print_line
 from stages.errors import RecipeError
 from store.durable import write_atomically
 
@@ -102,7 +102,7 @@ def _ask(question: Question, given: Mapping[str, Any]) -> Any:
         try:
             return question.read(text, given)
         except RecipeError as error:
-            say(str(error))
+            print_line(str(error))
 
 
 def _composed(path: Path, given: Mapping[str, Any]) -> Answers:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.report.report import Report, print_report, read_report
-from pipeline.session.paths import require_place
+from pipeline.session.paths import require_writable
 from pipeline.terminal.exit_codes import DONE, DONE_IN_PART
-from pipeline.terminal.output import print_json, say
+from pipeline.terminal.output import print_info, print_json
 
 
 def tell_report(runs: Sequence[Path], as_json: bool) -> int:
@@ -35,7 +35,7 @@ def page_place(runs: Sequence[Path], file: Path | None) -> Path:
     """
     place = file or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     if file is not None or place.parent.is_dir():
-        require_place(place, "--html")
+        require_writable(place, "--html")
     return place
 
 
@@ -43,4 +43,4 @@ def write_report(runs: Sequence[Path], file: Path) -> None:
     """The page of the runs, into `file`."""
     from pipeline.page.write import write_page
 
-    write_page(runs, file, say)
+    write_page(runs, file, print_info)

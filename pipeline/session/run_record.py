@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.installed import commit, versions
 from pipeline.session.event_log import job_id
-from pipeline.status.files import read_json
+from pipeline.status.files import read_json_or_none
 from pipeline.terminal.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY, process_exit_code
 from pipeline.terminal.output import print_debug, print_warning
 from pipeline.terminal.reporter import json_text, utc_now
@@ -84,7 +84,7 @@ class Session:
         """Update this session in the file; those of other processes stay as they are."""
         try:
             with exclusive(self._folder, self._folder / LOCK, wait=True):
-                stored = read_json(self._folder / RUN, MAX_BYTES) or {}
+                stored = read_json_or_none(self._folder / RUN, MAX_BYTES) or {}
                 write_atomically(self._folder / RUN, (json_text(self._merged(stored), indent=1) + "\n").encode())
         except (OSError, KdpipeError) as error:
             if not self._has_warned:

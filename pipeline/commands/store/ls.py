@@ -1,4 +1,4 @@
-"""`kdpipe store ls`: the stores below a folder."""
+"""List the target stores below a folder."""
 
 from __future__ import annotations
 
@@ -6,49 +6,52 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.store.info import how_filled, model_name
+from pipeline.commands.store.info import fill_state, model_name
 from pipeline.terminal.output import printable
 from store import KdpipeError, StoreError, read_store_manifest
 from store.markers import MARKERS
 from store.samples import SAMPLES
 
-MOST_DEPTH = 8
-"""So many folders below the given one are looked into."""
+MAX_DEPTH = 8
 
 
 def list_stores(folder: Path) -> list[dict[str, Any]]:
-    """What is to be known of each store below `folder`, or `folder` itself, in the order of their paths.
+    """Return the properties of each store below `folder`, or `folder` itself, sorted by path.
 
-    `fault` is None, or a sentence on why a store cannot be read: all else of it is then left out. Links are not
-    followed, hidden folders not looked into. Raises KdpipeError where there is no such folder.
+    `fault` is None, or why the store cannot be read; a broken store has no other properties. Links and hidden folders
+    are not followed, nor anything deeper than `MAX_DEPTH` folders.
+
+    Raises:
+        KdpipeError: If there is no such folder.
     """
     if not folder.is_dir():
-        raise KdpipeError(f"{folder} is not a folder: name one in which stores lie.")
-    return [_entry(path) for path in _stores(folder, MOST_DEPTH)]
+        raise KdpipeError(f"{folder} is not a folder: name one that contains stores.")
+    return [_entry(path) for path in _stores(folder, MAX_DEPTH)]
 
 
 def print_stores(stores: list[dict[str, Any]]) -> None:
-    """For people, on stdout, a line each."""
+    """Print one line per store to stdout."""
     for store in stores:
         print(printable(f"{store['path']}: {_line(store)}"))  # noqa: T201
 
 
 def _stores(folder: Path, depth: int) -> Iterator[Path]:
-    if (folder / "zarr.json").exists() or _looks_like_one(folder):
-        if _looks_like_one(folder) or _is_readable(folder):  # any other Zarr group is somebody else's
+    has_parts = _has_parts(folder)
+    if has_parts or (folder / "zarr.json").exists():
+        if has_parts or _is_readable(folder):  # skip other Zarr groups
             yield folder
         return
     try:
-        inside = sorted(one for one in folder.iterdir() if one.is_dir() and not one.is_symlink())
-    except OSError:  # not ours to look into
+        inside = sorted(child for child in folder.iterdir() if child.is_dir() and not child.is_symlink())
+    except OSError:
         return
-    for one in inside if depth else ():
-        if not one.name.startswith("."):
-            yield from _stores(one, depth - 1)
+    for child in inside if depth else ():
+        if not child.name.startswith("."):
+            yield from _stores(child, depth - 1)
 
 
-def _looks_like_one(folder: Path) -> bool:
-    """Whether a folder is a store even if its manifest says nothing any more."""
+def _has_parts(folder: Path) -> bool:
+    """Return whether a folder looks like a store even if its manifest is damaged."""
     return (folder / MARKERS).is_dir() and (folder / SAMPLES).is_dir()
 
 
@@ -63,7 +66,7 @@ def _is_readable(folder: Path) -> bool:
 def _entry(path: Path) -> dict[str, Any]:
     try:
         manifest = read_store_manifest(path)
-        filled = how_filled(path, manifest)
+        state = fill_state(path, manifest)
     except (KdpipeError, OSError) as error:
         return {"path": str(path), "fault": str(error)}
     teacher, data, geometry = manifest.identity.teacher, manifest.identity.data, manifest.geometry
@@ -79,10 +82,10 @@ def _entry(path: Path) -> dict[str, Any]:
         "num_samples": geometry.num_samples,
         "arrays": [spec.name for spec in manifest.arrays],
         "profile": manifest.profile,
-        "disk_bytes": filled.num_bytes,
-        "num_units": filled.num_units,
-        "num_units_done": filled.num_units - len(filled.missing),
-        "is_finished": manifest.finished is not None and not filled.missing,
+        "disk_bytes": state.num_bytes,
+        "num_units": state.num_units,
+        "num_units_done": state.num_units - len(state.missing),
+        "is_finished": manifest.finished is not None and not state.missing,
     }
 
 
