@@ -119,7 +119,7 @@ def demo(options: JobOptions) -> None:
     run_job("run", _builtin_recipe("digits.toml"), options)
 
 
-_add_job("train-teacher", "Train the teacher, or load given weights, as the recipe says.")
+_add_job("train-teacher", "Train the teacher, or load its weights. The recipe decides.")
 
 
 @app.command()
@@ -234,7 +234,7 @@ def generations(
     *,
     count: Annotated[int, typer.Option("--count", min=1, max=100, help="Number of generations.")] = 3,
 ) -> None:
-    """Train born-again networks: each student is the next teacher. Prints the accuracies of all generations."""
+    """Train born-again networks. Each student is the teacher of the next; prints the accuracies of all generations."""
     run_job("generations", recipe, options, count=count)
 
 

@@ -21,9 +21,7 @@ recipe_app = typer.Typer(help="Write and check recipes, and print their JSON Sch
 
 @recipe_app.command("new")
 def recipe_new(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="The file to write [default: NAME.toml].")
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="File to write [default: NAME.toml].")] = None,
     *,
     name: Annotated[str | None, typer.Option(help="Name of the experiment and its run folder.")] = None,
     data: Annotated[str | None, typer.Option(help="digits, CIFAR100, imagefolder:PATH, npz:PATH and so on.")] = None,

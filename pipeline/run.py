@@ -65,7 +65,7 @@ class Run:
     def begin(self) -> None:
         """Create the run folder and set up the machine.
 
-        A recipe that is already there stays until this command has succeeded, so that a refused command changes nothing.
+        A recipe already there stays until this command has succeeded, so that a refused command changes nothing.
 
         Raises:
             RunError: If the folder belongs to something else.

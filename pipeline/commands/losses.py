@@ -90,7 +90,7 @@ def _limits(loss: Loss) -> Iterator[str]:
     if loss.one_label:
         yield "Does not support mixed samples (MixUp, CutMix), which have two labels."
     if loss.input_gradient:
-        yield "Uses the gradient of the student's cross entropy with respect to the pixels, which takes a second backward pass."
+        yield "Uses the gradient of the student's loss with respect to the pixels: takes a second backward pass."
     if loss.num_others:
         read = ", whose features are read at every step by default" if loss.reads_others else ""
         yield f"Contrasts each batch with {loss.num_others:,} other samples of the data set{read}."

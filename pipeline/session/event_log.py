@@ -91,15 +91,20 @@ def _open(path: Path) -> int:
     """Open the file for appending, after completing a line that a killed writer left unfinished."""
     descriptor = os.open(path, FLAGS, 0o666)
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError("not a regular file")
-        if found.st_size and os.pread(descriptor, 1, found.st_size - 1) != b"\n":
+        num_bytes = _regular_size(descriptor)
+        if num_bytes and os.pread(descriptor, 1, num_bytes - 1) != b"\n":
             os.write(descriptor, b"\n")
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _regular_size(descriptor: int) -> int:
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("not a regular file")
+    return found.st_size
 
 
 @contextmanager

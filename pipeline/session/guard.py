@@ -36,7 +36,7 @@ def guarded() -> Iterator[None]:
         raise typer.Exit(exit_code(error)) from None
 
 
-def _sentence(error: BaseException) -> str | None:
+def _sentence(error: BaseException) -> str | None:  # noqa: PLR0911
     """Return what to tell the user; None for an error that is a bug."""
     from stages.errors import StoppedEarly
     from stages.machine.memory import is_out_of_memory

@@ -111,7 +111,7 @@ class Measure:
 
 
 class Budget:
-    """A limit on the number of directory entries read, so that folders with millions of files do not delay an answer."""
+    """A limit on the number of directory entries read, so that millions of files do not delay an answer."""
 
     def __init__(self, entries: int) -> None:
         self.left = entries

@@ -96,10 +96,9 @@ def _progress_fields(progress: RunProgress | None, state: str, now: float) -> di
     """Return the fields about the last job; rate and time left only while it runs."""
     current = progress.current if progress else None
     rate = progress.rate_per_s if progress and state == "running" else None
-    is_unfinished = current is not None and current.step < current.total
-    left_s = (
-        (current.total - current.step) / rate - (now - current.time) if current and rate and is_unfinished else None
-    )
+    left_s = None
+    if current and rate and current.step < current.total:
+        left_s = max(0.0, (current.total - current.step) / rate - (now - current.time))
     return {
         "command": progress.command if progress else "",
         "stage": current.stage if current else "",
@@ -108,7 +107,7 @@ def _progress_fields(progress: RunProgress | None, state: str, now: float) -> di
         "total": current.total if current else None,
         "unit": current.unit if current else "",
         "rate_per_s": rate,
-        "eta_s": None if left_s is None else max(0.0, left_s),
+        "eta_s": left_s,
     }
 
 

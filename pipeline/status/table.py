@@ -63,7 +63,7 @@ def _print_rows(out: Console, rows: Sequence[dict[str, str]]) -> None:
         table.add_column(header, justify="right" if header in RIGHT_ALIGNED else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(row[header], style=_style(header, row)) for header in headers))
-    if not rows or out.measure(table, options=out.options.update(width=10**6)).minimum <= out.width:
+    if not rows or out.measure(table, options=out.options.update(width=10**6)).maximum <= out.width:
         out.print(table)
         return
     for row in rows:

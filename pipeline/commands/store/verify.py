@@ -78,8 +78,8 @@ def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = 
             f"{recomputed.largest_error:.2g} times the tolerance"
         )
     lines.append(
-        f"{path}: {verdict.num_units_whole} of {verdict.num_units} units are complete, {verdict.num_bytes:,} bytes were "
-        f"checked, {_conclusion(verdict)}"
+        f"{path}: {verdict.num_units_whole} of {verdict.num_units} units are complete, {verdict.num_bytes:,} bytes "
+        f"were checked, {_conclusion(verdict)}"
     )
     print("\n".join(map(printable, lines)))  # noqa: T201
 

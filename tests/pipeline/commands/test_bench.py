@@ -1,4 +1,4 @@
-"""`kdpipe bench`: latency of ONNX files, for people and for programs, and one sentence for what cannot be measured."""
+"""`kdpipe bench`: latency of ONNX files, as a table and as JSON, and errors."""
 
 import json
 
@@ -36,7 +36,7 @@ def document(*arguments):
     return json.loads(ended.stdout)
 
 
-def test_a_file_is_measured_at_batch_1_and_64_on_all_cores(path):
+def test_defaults_are_batch_1_and_64_on_all_cores(path):
     found = document(path, "--rounds", 3)
     assert (found["command"], found["cpu"], found["num_threads"]) == ("bench", cpu_name(), num_cores())
     assert (found["num_rounds"], found["onnxruntime"]) == (3, pytest.importorskip("onnxruntime").__version__)
@@ -47,7 +47,7 @@ def test_a_file_is_measured_at_batch_1_and_64_on_all_cores(path):
     assert file["time_against_first"] == 1
 
 
-def test_batch_sizes_and_threads_are_chosen_and_files_held_against_the_first(path):
+def test_options_apply_and_files_are_compared_to_the_first(path):
     found = document(path, path, "--batch-size", 2, "--batch-size", 5, "--batch-size", 2, "--threads", 1, "--rounds", 3)
     assert found["num_threads"] == 1
     first, second = found["files"]
@@ -57,7 +57,7 @@ def test_batch_sizes_and_threads_are_chosen_and_files_held_against_the_first(pat
     assert second["time_against_first"] == pytest.approx(times[1] / times[0])
 
 
-def test_the_table_names_the_cpu_and_has_a_row_for_each_file(path, monkeypatch):
+def test_the_table_has_the_cpu_and_a_row_per_file(path, monkeypatch):
     monkeypatch.chdir(path.parent)
     onnx.save(network(), "b[red]\x1b.onnx")
     ended = kdpipe_here("bench", path.name, "b[red]\x1b.onnx", "--rounds", 3, "--threads", 1)
@@ -69,7 +69,7 @@ def test_the_table_names_the_cpu_and_has_a_row_for_each_file(path, monkeypatch):
     assert max(map(len, ended.stdout.splitlines())) <= 120
 
 
-def test_weights_that_lie_beside_a_file_count(tmp_path):
+def test_external_weights_count(tmp_path):
     weights = numpy_helper.to_array(helper.make_tensor("w", TensorProto.FLOAT, (3, 8, 8), [0.5] * 192))
     onnx.save(
         network(weights=weights),
@@ -83,7 +83,7 @@ def test_weights_that_lie_beside_a_file_count(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["absent.onnx", "folder", "text.onnx", "two.onnx", "fixed.onnx"])
-def test_what_cannot_be_measured_is_one_sentence(tmp_path, name):
+def test_a_file_that_cannot_be_measured_is_one_sentence(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.onnx").write_text("hello")
     onnx.save(network(num_inputs=2), tmp_path / "two.onnx")

@@ -1,4 +1,4 @@
-"""`kdpipe env`: what a bug report needs is there, and what a public one should not have is not."""
+"""`kdpipe env`: has what a bug report needs, and nothing private."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pipeline.commands.env import print_env, private, read_env
 from pipeline.commands.env_machine import file_system, gpus, has_locks
 
 
-def test_it_says_what_a_bug_report_needs(capsys):
+def test_it_has_what_a_bug_report_needs(capsys):
     found = read_env()
     assert found["kdpipe"]["version"]
     assert {"torch", "zarr", "numpy"} <= set(found["packages"])
@@ -27,7 +27,7 @@ def test_it_says_what_a_bug_report_needs(capsys):
         assert f"\n{word} " in f"\n{shown}"
 
 
-def test_neither_the_host_nor_the_user_nor_their_folders_are_told(tmp_path, monkeypatch, capsys):
+def test_host_user_and_their_folders_are_not_shown(tmp_path, monkeypatch, capsys):
     home = tmp_path / "home" / "gretel"
     home.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
@@ -45,7 +45,7 @@ def test_neither_the_host_nor_the_user_nor_their_folders_are_told(tmp_path, monk
     assert found["variables"]["TMPDIR"] == "/scratch/USER/tmp"
     assert found["disks"][0]["path"] == "~"
     print_env(found)
-    told = json.dumps(found) + capsys.readouterr().out
+    shown = json.dumps(found) + capsys.readouterr().out
     for secret in (
         "gretel",
         "hunter2",
@@ -53,7 +53,7 @@ def test_neither_the_host_nor_the_user_nor_their_folders_are_told(tmp_path, monk
         "login1",
         *([socket.gethostname()] if len(socket.gethostname()) > 3 else []),
     ):
-        assert secret not in told
+        assert secret not in shown
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_neither_the_host_nor_the_user_nor_their_folders_are_told(tmp_path, monk
         ("x" * 1000, "x" * 200),
     ],
 )
-def test_paths_and_urls_lose_what_is_private(monkeypatch, text, shown):
+def test_private_parts_of_paths_and_urls_are_removed(monkeypatch, text, shown):
     monkeypatch.setenv("HOME", "/home/gretel")
     monkeypatch.setenv("USER", "gretel")
     assert private(text) == shown
 
 
-def test_gpus_are_told_by_nvidia_smi(tmp_path, monkeypatch):
+def test_gpus_come_from_nvidia_smi(tmp_path, monkeypatch):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho '0, NVIDIA H200, 143771 MiB, 570.86, 9.0'\necho 'a line of some other kind'\n")
     fake.chmod(0o755)
@@ -82,7 +82,7 @@ def test_gpus_are_told_by_nvidia_smi(tmp_path, monkeypatch):
     assert gpus() == []
 
 
-def test_a_machine_that_tells_nothing_is_described_all_the_same(monkeypatch, capsys, tmp_path):
+def test_unknown_machine_facts_are_none(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(
         env_machine, "Path", lambda *parts: Path(tmp_path / "nowhere", *[part.lstrip("/") for part in parts])
@@ -93,7 +93,7 @@ def test_a_machine_that_tells_nothing_is_described_all_the_same(monkeypatch, cap
     assert gpus() == []
 
 
-def test_the_file_system_of_a_folder_is_that_of_its_nearest_mount(tmp_path):
+def test_the_file_system_is_that_of_the_nearest_mount(tmp_path):
     mounts = tmp_path / "mountinfo"
     mounts.write_text(
         "1 0 8:1 / / rw - ext4 /dev/sda rw\n"
@@ -106,7 +106,7 @@ def test_the_file_system_of_a_folder_is_that_of_its_nearest_mount(tmp_path):
     assert file_system(Path("/made"), tmp_path / "absent") == "unknown"
 
 
-def test_whether_locks_work_is_tried_without_leaving_a_file(tmp_path, monkeypatch):
+def test_locks_are_tried_without_leaving_a_file(tmp_path, monkeypatch):
     assert has_locks(tmp_path) is True
     monkeypatch.setattr(env_machine.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "no locks here")))
     assert has_locks(tmp_path) is False

@@ -1,4 +1,4 @@
-"""`kdpipe losses`: what there is to choose from, for people and for programs."""
+"""`kdpipe losses`: the list of losses, as a table and as JSON."""
 
 import json
 
@@ -13,7 +13,7 @@ NAMES += ("review_kd", "simkd", "rkd", "sp", "pkt", "cc", "crd")
 
 @pytest.fixture(scope="module")
 def listed():
-    """All losses by name, of the one document on stdout."""
+    """All losses by name, from the JSON document."""
     document = json.loads(kdpipe_here("losses", "--json").stdout)
     assert document["command"] == "losses"
     return {loss["name"]: loss for loss in document["losses"]}
@@ -24,7 +24,7 @@ def keys(loss):
 
 
 def words(*arguments):
-    """What is printed, less the places at which lines are broken."""
+    """Return what is printed, without line breaks."""
     ended = kdpipe_here("losses", *arguments)
     assert ended.exit_code == 0
     return " ".join(ended.stdout.split())
@@ -43,7 +43,7 @@ def test_the_table_has_a_row_for_each_and_fits_120_columns(listed):
     assert max(map(len, lines)) <= 120
 
 
-def test_what_is_minimised_is_the_first_line_of_what_is_said_of_a_loss(listed):
+def test_the_formula_is_the_first_line_of_the_description(listed):
     for loss in listed.values():
         assert loss["description"].startswith(loss["minimised"])
         assert loss["minimised"].endswith(".")
@@ -61,11 +61,11 @@ def test_what_is_minimised_is_the_first_line_of_what_is_said_of_a_loss(listed):
         ("hint", [("features", "any", False)]),
     ],
 )
-def test_the_form_that_a_loss_needs_stored_is_told(listed, name, stored):
+def test_required_array_of_each_loss(listed, name, stored):
     assert [(one["form"], one["of"], one["to_students_size"]) for one in listed[name]["stored"]] == stored
 
 
-def test_forms_are_told_in_words(listed):
+def test_required_arrays_as_text(listed):
     texts = {name: listed[name]["stored"][0]["text"] for name in ("kd", "at", "nst", "pkt")}
     assert texts == {
         "kd": "logits",
@@ -75,7 +75,7 @@ def test_forms_are_told_in_words(listed):
     }
 
 
-def test_it_is_told_which_losses_are_of_the_batch_and_what_limits_them(listed):
+def test_per_batch_losses_and_their_limits(listed):
     assert {name for name in NAMES if not listed[name]["per_sample"]} == {"dist", "mlld", "rkd", "sp", "pkt", "cc"}
     assert {name for name in NAMES if listed[name]["one_label"]} == {"dkd", "nkd"}
     assert [name for name in NAMES if listed[name]["whole_logits"]] == ["logit_mse"]
@@ -84,7 +84,7 @@ def test_it_is_told_which_losses_are_of_the_batch_and_what_limits_them(listed):
     assert listed["crd"]["num_others"] == 16384
 
 
-def test_keys_have_their_defaults_and_say_what_they_take(listed):
+def test_keys_have_defaults_and_types(listed):
     kd, crd = keys(listed["kd"]), keys(listed["crd"])
     assert (kd["weight"]["default"], kd["weight"]["type"]) == (0.9, "number >= 0 or ramp")
     assert (kd["temperature"]["default"], kd["temperature"]["type"]) == (4.0, "number > 0 or ramp")
@@ -96,7 +96,7 @@ def test_keys_have_their_defaults_and_say_what_they_take(listed):
     assert keys(listed["review_kd"])["mid_channels"]["default"] is None
 
 
-def test_keys_that_others_have_too_are_marked(listed):
+def test_shared_keys_are_marked(listed):
     every = {"weight", "store", "samples.only", "samples.share", "samples.weigh"}
     for name, loss in listed.items():
         shared = {key["name"]: key["shared_by"] for key in loss["keys"] if key["shared_by"]}
@@ -105,17 +105,17 @@ def test_keys_that_others_have_too_are_marked(listed):
         assert on_logits == ({"standardise"} if loss["stored"][0]["form"] == "logits" else set()), name
 
 
-def test_one_loss_is_shown_with_all_that_is_said_of_it(listed):
+def test_one_loss_is_shown_in_full(listed):
     text = words("dkd")
     assert text.startswith("dkd: Zhao et al. 2022, arXiv 2203.08679 ")
     assert " ".join(listed["dkd"]["description"].split()) in text
     for key in ("warmup_epochs 20 whole number >= 0", "standardise false true or false", "beta 8.0 number >= 0"):
         assert key in text
-    assert "no meaning for mixed samples" in text
+    assert "not support mixed samples" in text
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_loss_names_its_paper_when_it_is_shown(listed, name):
+def test_each_loss_is_shown_with_its_paper(listed, name):
     assert words(name).startswith(f"{name}: {listed[name]['paper']} ")
 
 
@@ -141,6 +141,6 @@ def test_an_unknown_loss_is_one_sentence_with_near_names(name, hint):
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_name_that_is_near_to_nothing_gets_all_names():
+def test_a_name_unlike_all_others_lists_all_losses():
     known = kdpipe_here("losses", "zzzzzz").stderr.partition("known are ")[2]
     assert set(NAMES) <= set(known.rstrip(".\n").split(", "))

@@ -1,4 +1,4 @@
-"""`events.jsonl`: what is written when, that it survives kills and full disks, and that it never ends a job."""
+"""`events.jsonl`: its lines, kills and full disks, and errors that must not end a job."""
 
 import errno
 import json
@@ -8,8 +8,9 @@ import threading
 import pytest
 import typer
 
-from pipeline.session import event_log as events
-from pipeline.session.event_log import event_log, to_all
+from pipeline.session import event_log as log_module
+from pipeline.session.event_log import event_log
+from pipeline.terminal.reporter import to_all
 from stages.errors import RecipeError, StoppedEarly
 from stages.watch import WARNING, Event
 from store.errors import FingerprintMismatch
@@ -21,11 +22,11 @@ def step(number, total=100, **metrics):
 
 
 def lines_of(folder):
-    """The lines, but for empty ones: a writer that comes while another writes may begin with one."""
+    """Return the lines except empty ones, with which concurrent writers may begin."""
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines() if line]
 
 
-def test_a_job_is_written_down_from_begin_to_end(tmp_path, monkeypatch):
+def test_a_job_is_logged_from_begin_to_end(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with event_log(tmp_path, "train-student", rank=1) as report:
         report(step(1))
@@ -55,20 +56,20 @@ def test_a_job_is_written_down_from_begin_to_end(tmp_path, monkeypatch):
         (SystemExit(), 0),
     ],
 )
-def test_the_last_line_has_the_exit_status_and_the_error_goes_on(tmp_path, error, code):
+def test_the_last_line_has_the_exit_status(tmp_path, error, code):
     with pytest.raises(type(error)), event_log(tmp_path, "run"):
         raise error
     assert lines_of(tmp_path)[-1]["exit_code"] == code
 
 
-def test_a_status_that_was_told_stands(tmp_path):
+def test_an_exit_status_is_written_once(tmp_path):
     with event_log(tmp_path, "run") as log:
-        log.ended(3)
+        log.end(3)
     assert [line["kind"] for line in lines_of(tmp_path)] == ["begin", "end"]
     assert lines_of(tmp_path)[-1]["exit_code"] == 3
 
 
-def test_steps_are_spaced_and_figures_and_warnings_never_left_out(tmp_path):
+def test_steps_are_throttled_metrics_and_warnings_are_not(tmp_path):
     with event_log(tmp_path, "run") as report:
         for number in range(1, 101):
             report(step(number))
@@ -76,12 +77,12 @@ def test_steps_are_spaced_and_figures_and_warnings_never_left_out(tmp_path):
                 report(step(number, accuracy=number / 100, epoch=number // 25))
         report(Event("data", "one is odd", 1, 1, WARNING))
         report(Event("data", "one is odd", 1, 1, WARNING))
-    told = lines_of(tmp_path)[1:-1]
-    assert [line["step"] for line in told if line["kind"] == "progress"] == [1, 25, 50, 75, 100]
-    assert [line["job"] for line in told if line["kind"] == "warning"] == ["one is odd"] * 2
+    logged = lines_of(tmp_path)[1:-1]
+    assert [line["step"] for line in logged if line["kind"] == "progress"] == [1, 25, 50, 75, 100]
+    assert [line["job"] for line in logged if line["kind"] == "warning"] == ["one is odd"] * 2
 
 
-def test_what_a_killed_writer_left_of_a_line_spoils_no_other(tmp_path):
+def test_a_line_cut_by_a_kill_does_not_damage_the_next(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"kind": "begin"}\n{"kind": "prog')
     with event_log(tmp_path, "run"):
         pass
@@ -90,7 +91,7 @@ def test_what_a_killed_writer_left_of_a_line_spoils_no_other(tmp_path):
     assert [json.loads(line)["kind"] for line in ours] == ["begin", "end"]
 
 
-def test_several_writers_of_one_file_keep_their_lines_apart(tmp_path):
+def test_several_writers_do_not_mix_their_lines(tmp_path):
     def write(name):
         with event_log(tmp_path, name) as report:
             for number in range(200):
@@ -104,32 +105,32 @@ def test_several_writers_of_one_file_keep_their_lines_apart(tmp_path):
     assert len(lines_of(tmp_path)) == 4 * 202
 
 
-def test_a_full_disk_is_told_once_and_the_job_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_warning(tmp_path, monkeypatch, capsys):
     real = os.write
     with event_log(tmp_path, "run") as report:
         monkeypatch.setattr(
-            events.os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
+            log_module.os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
         )
         report(step(1))
         report(step(100, epoch=1))
-        monkeypatch.setattr(events.os, "write", real)  # somebody made room
+        monkeypatch.setattr(log_module.os, "write", real)  # there is space again
     assert capsys.readouterr().err.count("kdpipe: warning: ") == 1
     assert [line["kind"] for line in lines_of(tmp_path)] == ["begin", "end"]
 
 
-def test_a_line_that_was_written_in_part_is_closed_by_the_next(tmp_path, monkeypatch, capsys):
+def test_a_partly_written_line_is_closed_by_the_next(tmp_path, monkeypatch, capsys):
     real = os.write
     with event_log(tmp_path, "run") as report:
-        monkeypatch.setattr(events.os, "write", lambda descriptor, line: real(descriptor, line[:20]))
+        monkeypatch.setattr(log_module.os, "write", lambda descriptor, line: real(descriptor, line[:20]))
         report(step(1))
-        monkeypatch.setattr(events.os, "write", real)
+        monkeypatch.setattr(log_module.os, "write", real)
     *_, torn, end = (tmp_path / "events.jsonl").read_text().splitlines()
     assert len(torn) == 20
     assert json.loads(end)["kind"] == "end"
     assert "a part of a line" in capsys.readouterr().err
 
 
-def test_neither_a_link_nor_a_pipe_at_its_place_is_written_to(tmp_path, capsys):
+def test_links_and_pipes_are_not_written_to(tmp_path, capsys):
     for name, make in (("link", lambda at: at.symlink_to(tmp_path / "elsewhere")), ("pipe", os.mkfifo)):
         folder = tmp_path / name
         folder.mkdir()
@@ -140,26 +141,26 @@ def test_neither_a_link_nor_a_pipe_at_its_place_is_written_to(tmp_path, capsys):
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_folder_that_is_gone_does_not_end_a_job(tmp_path, capsys):
+def test_a_missing_folder_does_not_end_a_job(tmp_path, capsys):
     with event_log(tmp_path / "gone", "run") as report:
         report(step(1))
     assert "the job goes on" in capsys.readouterr().err
 
 
-def test_figures_that_json_does_not_know_are_written_as_json_all_the_same(tmp_path):
+def test_unsupported_values_become_valid_json(tmp_path):
     with event_log(tmp_path, "run") as report:
         report(step(1, loss=float("nan"), losses={"kd": [float("inf"), 1.0]}, place=tmp_path))
     line = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
     assert line["metrics"] == {"loss": None, "losses": {"kd": [None, 1.0]}, "place": str(tmp_path)}
 
 
-def test_a_line_is_never_longer_than_what_readers_look_at(tmp_path):
+def test_lines_are_shorter_than_the_tail_that_is_read(tmp_path):
     with event_log(tmp_path, "run") as report:
         report(Event("data", "x" * 10**6, 1, 1, WARNING))
-    assert all(len(line) < events.MOST_LINE_BYTES for line in (tmp_path / "events.jsonl").read_text().splitlines())
+    assert all(len(line) < log_module.MAX_LINE_BYTES for line in (tmp_path / "events.jsonl").read_text().splitlines())
 
 
-def test_one_reporter_hands_events_to_several():
+def test_to_all_passes_events_to_every_reporter():
     seen = []
     to_all(seen.append, seen.append)(step(1))
     assert seen == [step(1), step(1)]

@@ -1,4 +1,4 @@
-"""`run.json`: who made what is in a run folder; kept through kills, by several processes, and never in the way."""
+"""`run.json`: sessions of a run folder; kills, several processes, and errors that must not end a job."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import installed
-from pipeline.session import run_record as provenance
+from pipeline.session import run_record
 from pipeline.session.run_record import session
 from stages.errors import StoppedEarly
 from store.errors import FingerprintMismatch
@@ -28,7 +28,7 @@ def begin(folder, command="run", recipe=RECIPE):
     return session(folder, command, recipe, argv=[command, "made.toml", "--set", "seed=5"])
 
 
-def test_a_session_says_who_it_was_what_it_took_and_how_it_ended(tmp_path, monkeypatch):
+def test_a_session_records_process_phases_and_exit_status(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with begin(tmp_path) as own:
         with own.phase("train-teacher"):
@@ -36,11 +36,11 @@ def test_a_session_says_who_it_was_what_it_took_and_how_it_ended(tmp_path, monke
         with own.phase("train-teacher"):
             pass
         own.note(fingerprints={"store.zarr": "abc"}, device="cpu")
-    held = run_json(tmp_path)
-    assert held["recipe"] == RECIPE
-    assert held["seeds"] == {"recipe": 5, "views": 6, "student": [0, 1]}
-    assert held["fingerprints"] == {"store.zarr": "abc"}
-    (found,) = held["sessions"]
+    record = run_json(tmp_path)
+    assert record["recipe"] == RECIPE
+    assert record["seeds"] == {"recipe": 5, "views": 6, "student": [0, 1]}
+    assert record["fingerprints"] == {"store.zarr": "abc"}
+    (found,) = record["sessions"]
     assert found["argv"] == ["run", "made.toml", "--set", "seed=5"]
     assert (found["host"], found["pid"], found["job_id"], found["device"]) == (
         socket.gethostname(),
@@ -56,7 +56,7 @@ def test_a_session_says_who_it_was_what_it_took_and_how_it_ended(tmp_path, monke
     assert found["processes"] == 1
 
 
-def test_a_killed_session_is_known_and_its_end_is_not(tmp_path):
+def test_a_killed_session_has_no_end(tmp_path):
     look = (
         "import os, signal, sys; from pathlib import Path; from pipeline.session.run_record import session\n"
         "with session(Path(sys.argv[1]), 'run', {}, argv=[]): os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -70,19 +70,19 @@ def test_a_killed_session_is_known_and_its_end_is_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "stands"), [(StoppedEarly(), 75, 9), (FingerprintMismatch("", [], ""), 12, 5)]
+    ("error", "code", "kept_seed"), [(StoppedEarly(), 75, 9), (FingerprintMismatch("", [], ""), 12, 5)]
 )
-def test_a_recipe_that_was_refused_does_not_take_the_place_of_the_one_that_made_the_run(tmp_path, error, code, stands):
+def test_a_refused_recipe_does_not_replace_the_recorded_one(tmp_path, error, code, kept_seed):
     with begin(tmp_path):
         pass
     with pytest.raises(type(error)), begin(tmp_path, recipe={**RECIPE, "seed": 9}):
         raise error
-    held = run_json(tmp_path)
-    assert held["sessions"][1]["exit_code"] == code
-    assert (held["recipe"]["seed"], held["seeds"]["recipe"]) == (stands, stands)
+    record = run_json(tmp_path)
+    assert record["sessions"][1]["exit_code"] == code
+    assert (record["recipe"]["seed"], record["seeds"]["recipe"]) == (kept_seed, kept_seed)
 
 
-def test_processes_that_share_a_folder_keep_each_others_sessions(tmp_path):
+def test_concurrent_processes_keep_each_others_sessions(tmp_path):
     def work(number):
         with begin(tmp_path, f"job{number}") as own:
             own.note(fingerprints={f"store{number}": "x"})
@@ -92,46 +92,46 @@ def test_processes_that_share_a_folder_keep_each_others_sessions(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    held = run_json(tmp_path)
-    assert sorted(one["command"] for one in held["sessions"]) == [f"job{number}" for number in range(6)]
-    assert all(one["exit_code"] == 0 for one in held["sessions"])
-    assert len(held["fingerprints"]) == 6
+    record = run_json(tmp_path)
+    assert sorted(item["command"] for item in record["sessions"]) == [f"job{number}" for number in range(6)]
+    assert all(item["exit_code"] == 0 for item in record["sessions"])
+    assert len(record["fingerprints"]) == 6
 
 
-def test_of_many_sessions_the_first_and_the_last_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "FIRST_KEPT", 2)
-    monkeypatch.setattr(provenance, "LAST_KEPT", 3)
+def test_the_first_and_last_of_many_sessions_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_record, "NUM_FIRST", 2)
+    monkeypatch.setattr(run_record, "NUM_LAST", 3)
     for number in range(9):
         with begin(tmp_path, f"job{number}"):
             pass
-    assert [one["command"] for one in run_json(tmp_path)["sessions"]] == ["job0", "job1", "job6", "job7", "job8"]
+    assert [item["command"] for item in run_json(tmp_path)["sessions"]] == ["job0", "job1", "job6", "job7", "job8"]
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'{"sessions": 5, "fingerprints": []}', b'{"sessions": [1, null]}'])
-def test_a_damaged_file_is_begun_afresh(tmp_path, raw):
+def test_a_damaged_file_is_replaced(tmp_path, raw):
     (tmp_path / "run.json").write_bytes(raw)
     with begin(tmp_path):
         pass
     assert len(run_json(tmp_path)["sessions"]) == 1
 
 
-def test_a_disk_that_refuses_is_told_once_and_ends_no_job(tmp_path, monkeypatch, capsys):
+def test_a_write_error_is_one_warning_and_ends_no_job(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(provenance, "write_atomically", refuse)
+    monkeypatch.setattr(run_record, "write_atomically", refuse)
     with begin(tmp_path):
         pass
     assert capsys.readouterr().err.count("kdpipe: warning: ") == 1
-    with begin(tmp_path / "absent" / "file"):  # made, as a run folder would be
+    with begin(tmp_path / "absent" / "file"):  # created, as a run folder would be
         pass
-    assert "is not kept" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
-def test_the_commit_is_that_of_kdpipes_own_checkout(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_kdpipes_checkout(tmp_path, monkeypatch):
     installed.commit.cache_clear()
     monkeypatch.setattr(installed, "__file__", str(tmp_path / "pipeline" / "installed.py"))
-    assert installed.commit() == (None, None)  # no checkout, whatever repository this process stands in
+    assert installed.commit() == (None, None)  # not a checkout, whatever repository is around it
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run([*git, "init", "-q"], check=True)
     (tmp_path / "a").write_text("1")

@@ -1,4 +1,4 @@
-"""TensorBoard scalars: what is written where, what a resumed job replaces, and that they never end a job."""
+"""TensorBoard scalars: tags and folders, resumed jobs, and errors that must not end a job."""
 
 import sys
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from stages.watch import WARNING, Event
 
 
 class Writer:
-    """Stands for torch's SummaryWriter, which needs the package tensorboard."""
+    """Fake of torch's SummaryWriter, which needs the package tensorboard."""
 
     def __init__(self, folder, purge_step):
         self.folder, self.purge_step, self.points, self.is_closed = folder, purge_step, [], False
@@ -38,7 +38,7 @@ def epoch(number, job="distilled student, seed 0", **metrics):
     return Event("train-student", job, number + 1, 3, "step", {"epoch": number, **metrics})
 
 
-def test_each_job_has_its_accuracy_losses_and_learning_rate_by_epoch(tmp_path, writers):
+def test_each_job_has_its_metrics_by_epoch(tmp_path, writers):
     with scalars(tmp_path) as report:
         report(Event("train-student", "distilled student, seed 0", 1, 3, "step"))
         report(Event("data", "a warning", 1, 1, WARNING))
@@ -50,24 +50,24 @@ def test_each_job_has_its_accuracy_losses_and_learning_rate_by_epoch(tmp_path, w
     assert (alone.points, distilled.is_closed, alone.is_closed) == ([], True, True)
 
 
-def test_a_resumed_jobs_epochs_take_the_place_of_those_that_are_there(tmp_path, writers):
+def test_a_resumed_job_replaces_its_epochs(tmp_path, writers):
     with scalars(tmp_path) as report:
         report(epoch(1, accuracy=0.5))
         report(epoch(2, accuracy=0.6))
     assert [writer.purge_step for writer in writers] == [1]
 
 
-def test_without_the_package_one_sentence_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_one_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     with scalars(tmp_path) as report:
         report(epoch(0, accuracy=0.5))
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "uv sync --extra tensorboard" in told
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "uv sync --extra tensorboard" in shown
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_refuses_is_told_once_and_ends_no_job(tmp_path, writers, monkeypatch, capsys):
+def test_a_write_error_is_one_warning_and_ends_no_job(tmp_path, writers, monkeypatch, capsys):
     monkeypatch.setattr(Writer, "add_scalar", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with scalars(tmp_path) as report:
         for number in range(3):
@@ -76,7 +76,7 @@ def test_a_disk_that_refuses_is_told_once_and_ends_no_job(tmp_path, writers, mon
 
 
 @pytest.mark.parametrize("job", ["../../etc", "\0", "数", "a" * 500, ""])
-def test_a_jobs_folder_stays_below_the_runs(job):
+def test_a_job_name_becomes_a_safe_folder_name(job):
     name = folder_name(job)
     assert name.isascii()
     assert 0 < len(name) <= 100

@@ -1,4 +1,4 @@
-"""torchrun's exit status, for batch systems: that of the processes, also where a signal has stopped them."""
+"""kdpipe-torchrun exits with the status of its processes, also after a signal."""
 
 import signal
 import subprocess
@@ -21,7 +21,7 @@ sys.exit(75)
 """
 
 
-def test_a_signal_goes_on_to_the_processes_and_their_75_comes_back(tmp_path):
+def test_signals_are_forwarded_and_status_75_is_returned(tmp_path):
     (tmp_path / "process.py").write_text(PROCESS)
     own = ["--nproc-per-node", "2", str(tmp_path / "process.py"), str(tmp_path)]
     command = [sys.executable, "-m", "pipeline.session.torchrun", *own]
@@ -37,13 +37,13 @@ def test_a_signal_goes_on_to_the_processes_and_their_75_comes_back(tmp_path):
     [
         ([75, 75], True, 75),
         ([75, 75], False, 75),  # --max-duration
-        ([-15, 75], True, 75),  # it had not begun
+        ([-15, 75], True, 75),  # still starting
         ([-15, 75], False, 143),
-        ([1, -9], False, 137),  # one was killed, the other lost it
+        ([1, -9], False, 137),  # one was killed, the other failed for lack of it
         ([75, 1], True, 1),
         ([1, 12], False, 12),
         ([2, 2], False, 2),
     ],
 )
-def test_the_status_says_what_went_wrong_first(codes, asked_to_stop, status):
+def test_status_of_several_processes(codes, asked_to_stop, status):
     assert status_of(codes, asked_to_stop=asked_to_stop) == status

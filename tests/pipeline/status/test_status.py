@@ -1,4 +1,4 @@
-"""`kdpipe status`: how each run and store stands, on folders made by hand, of strangers, and at once."""
+"""`kdpipe status`: state of runs and stores, untrusted folders, tables, and the time it takes."""
 
 import json
 import os
@@ -11,13 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from pipeline.session.event_log import event_log
 from pipeline.status import files as status_files
 from pipeline.status import runs as status_runs
-from pipeline.status import status
-from pipeline.status.scan import print_status, read_status
-from pipeline.status.table import cells
+from pipeline.status import scan
+from pipeline.status.scan import read_status
+from pipeline.status.table import print_status
 from stages.errors import RunError
 from stages.watch import Event
 from store.claims import claim
@@ -70,7 +71,7 @@ def text_of(capsys, root):
     return capsys.readouterr().out
 
 
-def test_a_run_under_way_says_who_is_at_it_where_it_stands_and_how_long_it_takes(tmp_path):
+def test_a_running_job_has_process_progress_rate_and_eta(tmp_path):
     run = run_folder(tmp_path / "run")
     write_events(run, (-20, {"kind": "begin"}), (-11, progress(100)), (-1, progress(300)))
     with exclusive(run, run / ".kdpipe.lock"):
@@ -82,13 +83,13 @@ def test_a_run_under_way_says_who_is_at_it_where_it_stands_and_how_long_it_takes
     assert found.eta_s == pytest.approx(34, abs=1)
 
 
-def test_a_run_that_several_processes_share_is_seen_to_run(tmp_path):
+def test_a_shared_lock_counts_as_running(tmp_path):
     run = run_folder(tmp_path / "run")
     with shared(run, run / ".kdpipe.lock"):
         assert only_run(tmp_path).state == "running"
 
 
-def test_a_run_whose_process_was_killed_is_called_so(tmp_path):
+def test_a_run_whose_process_is_gone_is_killed(tmp_path):
     run = run_folder(tmp_path / "run")
     write_events(run, (-20, {"kind": "begin"}), (-1, progress(300)))
     with exclusive(run, run / ".kdpipe.lock"):
@@ -102,13 +103,13 @@ def test_a_run_whose_process_was_killed_is_called_so(tmp_path):
     ("code", "state"),
     [(0, "done"), (3, "done in part"), (75, "stopped early"), (12, "failed (exit 12)"), (130, "interrupted")],
 )
-def test_a_run_that_ended_says_how(tmp_path, code, state):
+def test_a_run_that_ended_has_its_exit_status(tmp_path, code, state):
     run = run_folder(tmp_path / "run")
     write_events(run, (-20, {"kind": "begin"}), (-2, progress(300)), (-1, {"kind": "end", "exit_code": code}))
     assert only_run(tmp_path).state == state
 
 
-def test_a_job_on_another_machine_goes_by_its_last_sign_of_life(tmp_path):
+def test_a_job_on_another_machine_goes_by_its_last_event(tmp_path):
     run = run_folder(tmp_path / "run")
     write_events(run, (-5, progress(300)), host="node7")
     assert (only_run(tmp_path).state, "node7" in only_run(tmp_path).who) == ("running", True)
@@ -116,7 +117,7 @@ def test_a_job_on_another_machine_goes_by_its_last_sign_of_life(tmp_path):
     assert only_run(tmp_path).state == "killed"
 
 
-def test_what_the_job_itself_wrote_is_understood(tmp_path):
+def test_events_written_by_event_log_are_read(tmp_path):
     run = run_folder(tmp_path / "run")
     with event_log(run, "train-student") as report:
         report(Event("train-student", "alone student, seed 0", 1, 10, "step"))
@@ -124,7 +125,7 @@ def test_what_the_job_itself_wrote_is_understood(tmp_path):
     assert only_run(tmp_path).state == "done"
 
 
-def test_a_run_of_an_older_kdpipe_stands_by_its_results(tmp_path):
+def test_a_run_without_events_goes_by_its_results(tmp_path):
     jobs = {f"students/{kind}-seed{seed}": 0.9 for kind in ("alone", "distilled") for seed in (0, 1)}
     run = run_folder(tmp_path / "run", jobs)
     assert (only_run(tmp_path).state, only_run(tmp_path).num_networks_done) == ("idle", 4)
@@ -136,13 +137,13 @@ def test_a_run_of_an_older_kdpipe_stands_by_its_results(tmp_path):
     assert found.accuracies == pytest.approx({"alone": 90, "distilled": 90, "pruned": 80})
 
 
-def test_the_best_of_the_ways_that_are_compared_is_told(tmp_path):
+def test_the_best_compared_variant_is_shown(tmp_path):
     jobs = {f"compare/{way}/seed{seed}": accuracy for way, accuracy in (("kd", 0.9), ("at", 0.8)) for seed in (0, 1)}
     run_folder(tmp_path / "run", jobs)
-    assert only_run(tmp_path).accuracies == pytest.approx({"best of 2 ways: kd": 90})
+    assert only_run(tmp_path).accuracies == pytest.approx({"best of 2 variants: kd": 90})
 
 
-def test_a_runs_bytes_are_without_its_stores(tmp_path, made):
+def test_a_run_size_excludes_its_stores(tmp_path, made):
     run = run_folder(tmp_path / "run")
     (run / "more").write_bytes(bytes(1000))
     made.path.rename(run / "store.zarr")
@@ -153,7 +154,7 @@ def test_a_runs_bytes_are_without_its_stores(tmp_path, made):
     )
 
 
-def test_a_store_says_how_far_it_is_filled_and_who_is_at_it(tmp_path, made):
+def test_a_store_shows_its_units_and_who_computes_them(tmp_path, made):
     store = read_status(tmp_path).stores[0]
     num_units = store.num_units
     assert (store.state, store.num_units_done) == ("finished", num_units)
@@ -173,14 +174,14 @@ def test_a_store_says_how_far_it_is_filled_and_who_is_at_it(tmp_path, made):
     assert store.at_work[0].startswith(f"v0-s0: process {os.getpid()} on")
 
 
-def test_a_store_to_which_a_layer_is_added_counts_the_units_that_have_it(tmp_path, made):
+def test_a_growing_store_counts_units_with_the_new_array(tmp_path, made):
     group = json.loads((made.path / "zarr.json").read_text())
     group["attributes"]["kdpipe"]["arrays"]["features/new"] = {"row_shape": [1], "dtype": "float16"}
     (made.path / "zarr.json").write_text(json.dumps(group))
     assert (read_status(tmp_path).stores[0].state, read_status(tmp_path).stores[0].num_units_done) == ("unfinished", 0)
 
 
-def test_what_was_heard_of_last_comes_first(tmp_path):
+def test_the_most_recently_active_run_comes_first(tmp_path):
     for number, name in enumerate(("b", "c", "a")):
         write_events(run_folder(tmp_path / name), (0, {"kind": "end", "exit_code": 0}), at=time.time() - 1000 + number)
         for file in (tmp_path / name).iterdir():
@@ -188,7 +189,7 @@ def test_what_was_heard_of_last_comes_first(tmp_path):
     assert [Path(run.path).name for run in read_status(tmp_path).runs] == ["a", "c", "b"]
 
 
-def test_looking_leaves_nothing_behind(tmp_path, made):
+def test_status_writes_nothing(tmp_path, made):
     run = run_folder(tmp_path / "run")
     write_events(run, (-1, progress(1)))
     (run / ".kdpipe.lock").write_text("")
@@ -197,12 +198,12 @@ def test_looking_leaves_nothing_behind(tmp_path, made):
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_only_the_end_of_a_huge_log_is_read(tmp_path):
+def test_only_the_tail_of_a_huge_log_is_read(tmp_path):
     run = run_folder(tmp_path / "run")
     write_events(run, (-1, progress(300)))
     line = (run / "events.jsonl").read_bytes()
     with (run / "events.jsonl").open("r+b") as file:
-        file.truncate(10 * 2**30)  # it takes no room
+        file.truncate(10 * 2**30)  # a sparse file
         file.seek(0, 2)
         file.write(b"\n" + line)
     assert only_run(tmp_path).step == 300
@@ -221,7 +222,7 @@ def test_only_the_end_of_a_huge_log_is_read(tmp_path):
         b"",
     ],
 )
-def test_a_strangers_events_break_nothing(tmp_path, capsys, raw):
+def test_untrusted_events_are_harmless(tmp_path, capsys, raw):
     run = run_folder(tmp_path / "run")
     (run / "events.jsonl").write_bytes(raw)
     assert "run" in text_of(capsys, tmp_path)
@@ -243,7 +244,7 @@ def test_a_strangers_events_break_nothing(tmp_path, capsys, raw):
         {"name": "x", "data": {}, "student": {"seeds": list(range(100_000))}, "compress": {"steps": []}},
     ],
 )
-def test_a_strangers_recipe_breaks_nothing(tmp_path, capsys, recipe):
+def test_an_untrusted_recipe_is_harmless(tmp_path, capsys, recipe):
     run_folder(tmp_path / "run\x1b[31m", recipe=recipe)
     shown = text_of(capsys, tmp_path)
     assert shown.replace("\n", "").isprintable()
@@ -259,13 +260,13 @@ def test_a_strangers_recipe_breaks_nothing(tmp_path, capsys, recipe):
         {"teacher": {"architecture": "x"}, "data": {"name": "\x1b[31m"}},
     ],
 )
-def test_a_strangers_store_breaks_nothing(tmp_path, capsys, manifest):
+def test_an_untrusted_store_is_harmless(tmp_path, capsys, manifest):
     (tmp_path / "a.zarr").mkdir()
     (tmp_path / "a.zarr" / "zarr.json").write_text(json.dumps({"attributes": {"kdpipe": manifest}}))
     assert text_of(capsys, tmp_path).replace("\n", "").isprintable()
 
 
-def test_a_store_of_an_older_kdpipe_is_called_so_and_no_other_zarr_group_is_taken_for_one(tmp_path):
+def test_another_schema_is_shown_and_other_zarr_groups_are_not(tmp_path):
     for name, attributes in (("old.zarr", {"kdpipe": {"schema_version": 1}}), ("other.zarr", {})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "zarr.json").write_text(json.dumps({"attributes": attributes}))
@@ -274,7 +275,7 @@ def test_a_store_of_an_older_kdpipe_is_called_so_and_no_other_zarr_group_is_take
     ]
 
 
-def test_pipes_links_and_hidden_folders_are_left_alone(tmp_path):
+def test_pipes_links_and_hidden_folders_are_skipped(tmp_path):
     run = run_folder(tmp_path / "runs" / "run")
     (run / "loop").symlink_to(tmp_path)
     (run / "again").symlink_to(run)
@@ -285,7 +286,7 @@ def test_pipes_links_and_hidden_folders_are_left_alone(tmp_path):
     assert [Path(found.path) for found in read_status(tmp_path).runs] == [run]
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+def test_an_unreadable_folder_is_named(tmp_path, monkeypatch, capsys):
     run_folder(tmp_path / "mine")
     (tmp_path / "theirs").mkdir()
     real = os.scandir
@@ -296,33 +297,33 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
         return real(folder)
 
     monkeypatch.setattr(status_files.os, "scandir", refusing)
-    assert f"not looked into: {tmp_path / 'theirs'}: Permission denied" in text_of(capsys, tmp_path)
+    assert f"cannot read {tmp_path / 'theirs'}: Permission denied" in text_of(capsys, tmp_path)
     assert len(read_status(tmp_path).runs) == 1
 
 
-def test_more_files_than_can_be_looked_at_are_admitted(tmp_path, monkeypatch):
-    monkeypatch.setattr(status, "MOST_ENTRIES", 20)
+def test_an_incomplete_search_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(scan, "MAX_ENTRIES", 20)
     run_folder(tmp_path / "run")
     (tmp_path / "run" / "pictures").mkdir()
     for number in range(30):
         (tmp_path / "run" / "pictures" / str(number)).touch()
     found = read_status(tmp_path)
     assert len(found.runs) == 1
-    assert "name a folder further down" in found.notes[0]
+    assert "name a subfolder" in found.notes[0]
 
 
-def test_a_file_in_place_of_a_folder_is_refused_in_a_sentence(tmp_path):
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="not a folder"):
         read_status(tmp_path / "file")
 
 
-def test_nothing_at_all_is_said_to_be_nothing(tmp_path, capsys):
-    assert "no run and no store" in text_of(capsys, tmp_path)
+def test_an_empty_folder_has_no_runs_and_no_stores(tmp_path, capsys):
+    assert "no runs and no stores" in text_of(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120, 200])
-def test_the_tables_are_no_wider_than_the_terminal(tmp_path, made, monkeypatch, capsys, columns):
+def test_output_fits_the_terminal(tmp_path, made, monkeypatch, capsys, columns):
     run = run_folder(tmp_path / "folder" / ("long-name-数" * 6), {"students/distilled-seed0": 0.9876})
     write_events(run, (-11, progress(100, "x " * 50)), (-1, progress(300, "x " * 50)))
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -331,27 +332,28 @@ def test_the_tables_are_no_wider_than_the_terminal(tmp_path, made, monkeypatch, 
         shown = text_of(capsys, tmp_path)
     plain = re.sub(r"\x1b\[[0-9]*m", "", shown)
     lines = [line for line in plain.splitlines() if "long-name" not in line]
-    assert max(map(cells, lines)) <= columns
+    assert max(map(cell_len, lines)) <= columns
     for part in ("98.76 %", "running", "made.zarr", "20 steps/s", f"pid {os.getpid()}", str(run.relative_to(tmp_path))):
         assert part in " ".join(plain.split())
     assert "\x1b[32mrunning\x1b[0m" in shown
 
 
-def test_a_file_or_a_pipe_gets_no_colours(tmp_path, capsys):
+def test_a_file_or_a_pipe_gets_no_colors(tmp_path, capsys):
     run_folder(tmp_path / "run")
     assert "\x1b" not in text_of(capsys, tmp_path)
 
 
-def test_help_and_status_answer_without_importing_anything_heavy(tmp_path):
+def test_help_and_status_import_nothing_heavy(tmp_path):
     run_folder(tmp_path / "run")
     look = (
-        "import sys; from pathlib import Path; import pipeline.main; from pipeline.status.scan import *\n"
-        "print_status(read_status(Path(sys.argv[1])))\n"
+        "import sys; import pipeline.main\n"
         "pipeline.main.app(['--help'], standalone_mode=False)\n"
-        "heavy = {'numpy', 'zarr', 'torch', 'pydantic', 'scipy', 'onnxruntime', 'rich'} & set(sys.modules)\n"
+        "assert 'rich' not in sys.modules\n"
+        "pipeline.main.app(['status', sys.argv[1]], standalone_mode=False)\n"
+        "heavy = {'numpy', 'zarr', 'torch', 'pydantic', 'scipy', 'onnxruntime'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)\n"
     )
-    root = Path(status.__file__).parents[2]
+    root = Path(scan.__file__).parents[2]
     ended = subprocess.run(
         [sys.executable, "-c", look, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""`kdpipe store`: what each command prints, its one JSON document, and its exit status."""
+"""`kdpipe store`: output, JSON document and exit status of each command."""
 
 import dataclasses
 import json
@@ -55,13 +55,13 @@ def recipe(road):
     return road[0]
 
 
-def test_nothing_heavy_is_imported_before_a_command_runs():
+def test_nothing_heavy_is_imported_before_a_command():
     code = "import sys, pipeline.store_app; print(sorted({'torch', 'zarr', 'numpy', 'pydantic'} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
 
 
-def test_checking_alone_needs_no_torch(made):
+def test_verify_needs_no_torch(made):
     code = f"""
 import sys
 from pipeline.main import app
@@ -71,18 +71,18 @@ finally:
     print(sorted({{"torch", "torchvision", "sklearn"}} & set(sys.modules)))
 """
     ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert "all is right" in ended.stdout
+    assert "no faults found" in ended.stdout
     assert ended.stdout.endswith("[]\n")
 
 
-def test_verify_says_that_all_is_right(made):
+def test_verify_of_an_intact_store(made):
     text = shown("verify", made.path)
-    assert f"{len(made.units)} of {len(made.units)} units are whole" in text
-    assert "all is right" in text
-    told = document("verify", made.path)
-    assert told["path"] == str(made.path)
-    assert told["damaged"] == told["missing"] == told["leftovers"] == []
-    assert told["num_bytes"] == sum(map(len, folder_bytes(made.path).values()))
+    assert f"{len(made.units)} of {len(made.units)} units are complete" in text
+    assert "no faults found" in text
+    result = document("verify", made.path)
+    assert result["path"] == str(made.path)
+    assert result["damaged"] == result["missing"] == result["leftovers"] == []
+    assert result["num_bytes"] == sum(map(len, folder_bytes(made.path).values()))
 
 
 def test_verify_names_every_fault_and_exits_1(made):
@@ -97,7 +97,7 @@ def test_verify_names_every_fault_and_exits_1(made):
     assert [fault["unit"] for fault in document("verify", made.path, code=1)["damaged"]] == [None, str(made.units[0])]
 
 
-def test_a_strangers_file_names_do_not_reach_the_terminal_as_they_are(made):
+def test_untrusted_file_names_are_printable(made):
     (made.path / "red\x1b[31m").write_text("")
     (made.path / os.fsdecode(b"broken\xff")).write_text("")
     text = shown("verify", made.path)
@@ -106,43 +106,43 @@ def test_a_strangers_file_names_do_not_reach_the_terminal_as_they_are(made):
     assert len(document("verify", made.path)["leftovers"]) == 2
 
 
-def test_verify_exits_3_where_units_are_only_missing(store_maker):
+def test_verify_exits_3_if_units_are_only_missing(store_maker):
     made = store_maker(fill=False)
     made.fill(made.units[1:])
     assert f"missing      {made.units[0]}: logits, features/layer2.0" in shown("verify", made.path, code=3)
     assert document("verify", made.path, code=3)["missing"][0]["unit"] == str(made.units[0])
 
 
-def test_verify_asks_the_recipes_teacher(recipe, run):
+def test_verify_recomputes_with_the_recipes_teacher(recipe, run):
     options = ("--recompute", 20, "--recipe", recipe, "--run", run)
-    assert "asked for 20 samples" in shown("verify", run / "store.zarr", *options)
-    told = document("verify", run / "store.zarr", *options)
-    assert told["recomputed"]["num_rows"] == 20
-    assert told["recomputed"]["differing"] == []
+    assert "20 samples were recomputed" in shown("verify", run / "store.zarr", *options)
+    result = document("verify", run / "store.zarr", *options)
+    assert result["recomputed"]["num_rows"] == 20
+    assert result["recomputed"]["differing"] == []
     other = kdpipe_here("store", "verify", run / "store.zarr", *options, "--set", "views.seed=5")
     assert other.exit_code == 12
     assert "views.seed: stored 0, wanted 5" in other.stderr
 
 
 @pytest.mark.parametrize("options", [("--recompute", "3"), ("--recipe", "some.toml"), ("--recompute", "0")])
-def test_recompute_and_recipe_go_together(made, options):
+def test_recompute_and_recipe_need_each_other(made, options):
     assert kdpipe_here("store", "verify", made.path, *options).exit_code == 2
 
 
-def test_repair_gives_the_bytes_back(recipe, run):
+def test_repair_restores_the_bytes(recipe, run):
     path = run / "store.zarr"
     intact = folder_bytes(path)
-    assert "0 faults found, 0 units computed again" in shown("repair", recipe, "--run", run)
+    assert "0 faults found, 0 units recomputed" in shown("repair", recipe, "--run", run)
     spoil(path / "logits" / "c" / "1" / "0" / "0")
     spoil(path / "samples" / "ids" / "c" / "0")
-    told = document("repair", recipe, "--run", run)
-    assert len(told["found"]) >= 2
-    assert told["num_units_computed"] == 1
-    assert told["damaged"] == []
+    result = document("repair", recipe, "--run", run)
+    assert len(result["found"]) >= 2
+    assert result["num_units_computed"] == 1
+    assert result["damaged"] == []
     assert folder_bytes(path) == intact
 
 
-def test_repair_without_a_store_or_a_teacher_is_one_sentence(recipe, run, tmp_path):
+def test_repair_without_store_or_teacher_is_one_sentence(recipe, run, tmp_path):
     shutil.rmtree(run / "store.zarr")
     none = kdpipe_here("store", "repair", recipe, "--run", run)
     assert none.exit_code == 1
@@ -153,8 +153,8 @@ def test_repair_without_a_store_or_a_teacher_is_one_sentence(recipe, run, tmp_pa
     assert not (tmp_path / "other").exists()
 
 
-def test_views_are_removed(made):
-    assert "1 views removed, 1 stay" in shown("rm-views", made.path, "--keep", 1)
+def test_rm_views_removes_views(made):
+    assert "1 views removed, 1 kept" in shown("rm-views", made.path, "--keep", 1)
     assert document("rm-views", made.path, "--keep", 1)["bytes_freed"] == 0
     assert document("verify", made.path)["num_units"] == len(made.units) // 2
     refused = kdpipe_here("store", "rm-views", made.path, "--keep", 2)
@@ -162,7 +162,7 @@ def test_views_are_removed(made):
     assert "keep from 1 to 1 of them, not 2" in refused.stderr
 
 
-def test_ls_lists_broken_stores_with_their_fault_and_goes_on(tmp_path):
+def test_ls_lists_broken_stores_with_their_fault(tmp_path):
     below = tmp_path / "runs" / "b"
     below.mkdir(parents=True)
     make_store(tmp_path / "runs" / "a.zarr")
@@ -191,25 +191,25 @@ def test_ls_lists_broken_stores_with_their_fault_and_goes_on(tmp_path):
     assert kdpipe_here("store", "ls", tmp_path / "none").exit_code == 1
 
 
-def test_info_tells_how_far_a_store_is_and_who_is_at_it(made):
+def test_info_shows_progress_and_who_computes(made):
     geometry = dataclasses.replace(made.manifest.geometry, num_views=4)
     ensure_store(made.path, dataclasses.replace(made.manifest, geometry=geometry), made.samples)
     units = geometry.units()
-    at_it = claim(made.path, units[-1].key)
-    told = document("info", made.path)
-    assert told["being_added"] == {"num_views": 2, "num_samples": 0, "arrays": []}
-    assert list(told["at_work"]) == [str(units[-1])]
-    assert told["profile"] == "zero-copy"
-    assert told["view_bytes"] * 4 == told["store_bytes"]
-    assert told["disk_bytes"] * 2 == told["store_bytes"]
+    worker = claim(made.path, units[-1].key)
+    result = document("info", made.path)
+    assert result["being_added"] == {"num_views": 2, "num_samples": 0, "arrays": []}
+    assert list(result["at_work"]) == [str(units[-1])]
+    assert result["profile"] == "zero-copy"
+    assert result["view_bytes"] * 4 == result["store_bytes"]
+    assert result["disk_bytes"] * 2 == result["store_bytes"]
     text = shown("info", made.path)
-    at_it.release()
+    worker.release()
     assert f"at work      {units[-1]}: process {os.getpid()}" in text
     assert "finished     2 views of 2,500 samples" in text
     assert "being added  2 views" in text
 
 
-def test_info_tells_what_storing_lost(run):
+def test_info_shows_the_encoding_error(run):
     text = shown("info", run / "store.zarr")
     assert "fidelity     logits: KL " in text
     assert "at T=1, " in text
