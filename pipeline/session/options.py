@@ -23,12 +23,13 @@ def _duration(text: str) -> float:
         raise typer.BadParameter(str(error)) from None
 
 
-def _verbosity_callback(level: Verbosity) -> Callable[[bool], bool]:
-    def callback(is_set: bool) -> bool:
+def _verbosity_callback(level: Verbosity) -> Callable[[typer.Context, bool], bool]:
+    def callback(context: typer.Context, is_set: bool) -> bool:
         if is_set:
             if verbosity() not in (Verbosity.NORMAL, level):
                 raise typer.BadParameter("--verbose and --quiet exclude each other.")
             set_verbosity(level)
+            context.call_on_close(lambda: set_verbosity(Verbosity.NORMAL))
         return is_set
 
     return callback

@@ -94,11 +94,8 @@ def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _counts(manifest: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return the numbers of views, shards per view, and samples; zeros if the manifest is damaged."""
-    views, rows, segments = (
-        number(manifest.get("num_views")),
-        number(manifest.get("unit_rows")),
-        manifest.get("segments"),
-    )
+    views, rows = number(manifest.get("num_views")), number(manifest.get("unit_rows"))
+    segments = manifest.get("segments")
     items = segments if isinstance(segments, list) else [None]
     counts = [number(item.get("num_samples")) if isinstance(item, dict) else None for item in items]
     if not views or not rows or not counts or None in counts:

@@ -69,7 +69,7 @@ def _print_rows(out: Console, rows: Sequence[dict[str, str]]) -> None:
     for row in rows:
         name, state, *others = headers
         details = "; ".join(f"{header} {row[header]}" for header in others if row[header])
-        out.print(Text(row[name], style="bold", overflow="fold"))
+        out.print(Text(row[name], style="bold"), soft_wrap=True)  # whole, for copying
         out.print(Padding(Text(row[state], style=_style("state", row)), (0, 0, 0, 4), expand=False))
         out.print(Padding(Text(details), (0, 0, 0, 4), expand=False))
 

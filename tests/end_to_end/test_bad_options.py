@@ -298,7 +298,7 @@ def test_a_page_never_takes_the_place_of_a_device(place, tmp_path, name):
     (tmp_path / "page.html").symlink_to(f"/dev/{name}")
     ended = kdpipe_here("report", "run", "--html", tmp_path / "page.html")
     require_refused(ended, name)
-    assert "no plain file, and stays" in ended.stderr
+    assert "not a regular file and will not be replaced" in ended.stderr
     assert (tmp_path / "page.html").is_symlink()
 
 

@@ -38,7 +38,7 @@ def test_a_student_from_elsewhere_is_handed_over_without_touching_the_run_s_own(
     common = (*arguments(done, recipe, run), "--set", "compress.steps=[]")
     ended = kdpipe_here("compress", *common, "--from", tmp_path / "mine.pt")
     assert ended.exit_code == 0, ended.stderr
-    assert "handed over: model.onnx, model.pt2, model.safetensors" in ended.stdout
+    assert "exported: model.onnx, model.pt2, model.safetensors" in ended.stdout
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"teacher", "compressed-mine"}
     held = load_tensors(run / "compressed-mine" / "artefacts-seed0" / "model.safetensors")[0]
     assert held["fc.weight"].dtype == torch.bfloat16

@@ -25,7 +25,7 @@ def test_each_stage_stopped_by_a_signal_and_then_by_the_clock_ends_as_if_nothing
         signal_when(process, (run / sign).exists, number)
         said, errors = process.communicate(timeout=60)
         assert process.returncode == 75, errors
-        assert f"stopped early at {number.name}; everything done is saved" in errors
+        assert f"stopped early at {number.name}; all finished work is saved" in errors
         assert said == ""
         ended = kdpipe(command, recipe, "--run", run)
         assert ended.returncode == 0, ended.stderr
@@ -35,10 +35,10 @@ def test_each_stage_stopped_by_a_signal_and_then_by_the_clock_ends_as_if_nothing
 def test_a_run_stops_by_the_clock_as_it_does_at_a_signal(recipe, tmp_path):
     ended = kdpipe("run", recipe, "--run", tmp_path / "run", "--max-duration", "1s")
     assert ended.returncode == 75, ended.stderr
-    assert "stopped early after 1 s, as --max-duration says; everything done is saved" in ended.stderr
+    assert "stopped early after 1 s (--max-duration); all finished work is saved" in ended.stderr
     refused = kdpipe("run", recipe, "--run", tmp_path / "run", "--max-duration", "soon")
     assert refused.returncode == 2
-    assert "'soon' is no duration: write 3h30m" in re.sub(r"\s+", " ", refused.stderr)
+    assert "'soon' is not a duration: write 3h30m" in re.sub(r"\s+", " ", refused.stderr)
 
 
 def test_a_second_sigint_breaks_off_without_damage(done, recipe, tmp_path):

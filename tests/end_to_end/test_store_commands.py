@@ -74,7 +74,7 @@ def test_plan_and_dry_run_write_nothing_and_say_what_is_missing(done, recipe, tm
     assert "30 missing" in dry.stdout
     assert sorted(path.name for path in run.iterdir()) == ["teacher"]
     stored = kdpipe_here("plan", recipe, "--run", done[0])
-    assert "none: everything is there" in stored.stdout
+    assert "none: the store is complete" in stored.stdout
 
 
 def test_more_views_are_added_in_place_and_taken_away_again(done, recipe, tmp_path):
@@ -108,4 +108,4 @@ def test_a_student_learns_the_same_from_a_store_that_lies_elsewhere(done, recipe
 def test_a_store_cannot_be_written_to_a_url(done, recipe, tmp_path):
     ended = kdpipe_here("plan", recipe, "--run", tmp_path, "--set", "cache.store=s3://bucket/x")
     assert ended.exit_code == 2
-    assert "written to a folder" in ended.stderr
+    assert "is a URL: name a folder" in ended.stderr

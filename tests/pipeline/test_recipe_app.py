@@ -256,13 +256,13 @@ def test_new_asks_only_for_what_no_option_answers(terminal):
 
 
 def test_new_leaves_nothing_behind_where_people_break_off(here, terminal, monkeypatch):
-    assert "there was no answer: nothing is written" in called("new", "a.toml", answers="x\n", code=1).stderr
+    assert "end of input; nothing was written" in called("new", "a.toml", answers="x\n", code=1).stderr
 
     def interrupted(prompt):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", interrupted)
-    assert "interrupted: nothing is written" in called("new", "a.toml", code=130).stderr
+    assert "interrupted; nothing was written" in called("new", "a.toml", code=130).stderr
     assert list(here.iterdir()) == []
 
 
