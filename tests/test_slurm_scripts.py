@@ -14,7 +14,7 @@ REQUEUED = ("one-gpu.sh", "cache-array.sh", "several-gpus.sh")
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda script: script.name)
-def test_bash_and_shellcheck_find_no_fault(script):
+def test_scripts_pass_bash_and_shellcheck(script):
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = Path(sys.executable).with_name("shellcheck")
     found = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
@@ -37,7 +37,7 @@ def slurm(folder, code, wait_s=0.0):
 
 @pytest.mark.parametrize("script", REQUEUED)
 @pytest.mark.parametrize("code", [0, 1, 2, 11, 12, 75])
-def test_a_job_that_was_stopped_early_comes_back_and_no_other(script, code, tmp_path):
+def test_only_a_job_stopped_early_is_requeued(script, code, tmp_path):
     environment = slurm(tmp_path, code)
     ended = subprocess.run(["bash", SCRIPTS / script, "r.toml", "a b"], cwd=tmp_path, env=environment, check=False)
     calls = (tmp_path / "calls").read_text()
@@ -47,7 +47,7 @@ def test_a_job_that_was_stopped_early_comes_back_and_no_other(script, code, tmp_
 
 
 @pytest.mark.parametrize("script", REQUEUED)
-def test_a_cancelled_job_does_not_come_back(script, tmp_path):
+def test_a_cancelled_job_is_not_requeued(script, tmp_path):
     job = subprocess.Popen(["bash", SCRIPTS / script, "r.toml"], cwd=tmp_path, env=slurm(tmp_path, 75, wait_s=0.5))
     while "srun" not in ((tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""):
         time.sleep(0.01)
@@ -56,7 +56,7 @@ def test_a_cancelled_job_does_not_come_back(script, tmp_path):
     assert "requeue" not in (tmp_path / "calls").read_text()
 
 
-def test_each_job_of_the_pipeline_waits_for_the_one_before(tmp_path):
+def test_pipeline_jobs_depend_on_the_one_before(tmp_path):
     command = ["bash", SCRIPTS / "pipeline.sh", "r.toml", "runs/r", "--partition=gpu"]
     said = subprocess.run(command, cwd=tmp_path, env=slurm(tmp_path, 0), check=True, capture_output=True, text=True)
     calls = (tmp_path / "calls").read_text().splitlines()

@@ -220,7 +220,7 @@ def require_refused(ended, what, on_stdout=False):
         assert len(said) < (len(LONG) + 200 if on_stdout else 1000), what
 
 
-def test_every_argument_and_option_of_every_command_has_bad_values_here():
+def test_every_parameter_has_bad_values_here():
     without = [
         f"{command} {called(parameter)}"
         for command, one in COMMANDS.items()
@@ -234,7 +234,7 @@ def test_every_argument_and_option_of_every_command_has_bad_values_here():
 
 
 @pytest.mark.parametrize(("command", "name"), CASES)
-def test_bad_values_are_refused_in_a_sentence_and_nothing_changes(place, command, name):
+def test_bad_values_are_one_sentence_and_change_nothing(place, command, name):
     before = tree(place)
     for value in bad_values(command, name):
         given = arguments(command, name, value)
@@ -246,13 +246,13 @@ FIRST = {command: name for command, name in reversed(CASES) if command != "recip
 
 
 @pytest.mark.parametrize(("command", "name"), [one for one in FIRST.items() if (one[0], "--json") in EVERY])
-def test_what_is_refused_leaves_the_stdout_of_machines_empty(place, command, name):
+def test_refused_values_leave_json_stdout_empty(place, command, name):
     given = [*arguments(command, name, bad_values(command, name)[0]), "--json"]
     require_refused(kdpipe_here(*given), given)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_flag_takes_no_value_an_option_needs_one_and_what_is_unknown_is_refused(place, command):
+def test_flags_options_and_unknown_parameters(place, command):
     before, words = tree(place), command.split()
     for parameter in COMMANDS[command].params:
         if parameter.param_type_name == "option":
@@ -266,7 +266,7 @@ def test_a_flag_takes_no_value_an_option_needs_one_and_what_is_unknown_is_refuse
 
 
 @pytest.mark.parametrize("words", [[ESCAPE], [LONG], ["\n"], ["--nonsense"], ["store", ESCAPE], ["recipe", "x"]])
-def test_commands_that_do_not_exist_are_refused(place, words):
+def test_unknown_commands_are_refused(place, words):
     require_refused(kdpipe_here(*words), words)
 
 
@@ -286,14 +286,14 @@ def test_commands_that_do_not_exist_are_refused(place, words):
         ["views", "tiny.toml", "--samples", "1", "--samples", "0"],
     ],
 )
-def test_options_that_do_not_go_together_are_refused(place, words):
+def test_contradicting_options_are_refused(place, words):
     before = tree(place)
     require_refused(kdpipe_here(*words), words)
     assert tree(place) == before
 
 
 @pytest.mark.parametrize("name", ["null", "zero", "full"])
-def test_a_page_never_takes_the_place_of_a_device(place, tmp_path, name):
+def test_a_page_never_replaces_a_device(place, tmp_path, name):
     """Renamed onto /dev/null, as root may, a page would spoil the whole machine: here onto a link to it."""
     (tmp_path / "page.html").symlink_to(f"/dev/{name}")
     ended = kdpipe_here("report", "run", "--html", tmp_path / "page.html")
@@ -302,7 +302,7 @@ def test_a_page_never_takes_the_place_of_a_device(place, tmp_path, name):
     assert (tmp_path / "page.html").is_symlink()
 
 
-def test_a_recipe_that_is_wrong_is_told_before_a_store_is_read_through(place, monkeypatch):
+def test_a_wrong_recipe_is_reported_before_reading_the_store(place, monkeypatch):
     monkeypatch.setattr("pipeline.commands.store.verify.verify_store", lambda *given: pytest.fail("the store was read first"))
     require_refused(kdpipe_here("store", "verify", "a.zarr", "--recipe", "absent", "--recompute", "1"), "verify")
 
@@ -320,7 +320,7 @@ def test_a_recipe_that_is_wrong_is_told_before_a_store_is_read_through(place, mo
     ids="-".join,
 )
 @pytest.mark.parametrize("command", ["run", "plan", "views", "store repair"])
-def test_variables_that_are_no_recipes_are_refused(place, monkeypatch, given, command):
+def test_invalid_recipe_variables_are_refused(place, monkeypatch, given, command):
     before = tree(place)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -348,7 +348,7 @@ def test_variables_that_are_no_recipes_are_refused(place, monkeypatch, given, co
     ids=lambda given: "-".join(f"{name}={ascii(value)[:9]}" for name, value in given.items()),
 )
 @pytest.mark.parametrize("command", ["train-teacher", "train-student", "compress", "run"])
-def test_a_launchers_variables_that_make_no_sense_are_refused(place, monkeypatch, given, command):
+def test_invalid_launcher_variables_are_refused(place, monkeypatch, given, command):
     before = tree(place)
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -359,7 +359,7 @@ def test_a_launchers_variables_that_make_no_sense_are_refused(place, monkeypatch
 
 
 @pytest.mark.parametrize("width", ["0", "-1", "x", "999999999", "9" * 30])
-def test_a_terminal_of_no_width_or_an_absurd_one_is_written_to(place, monkeypatch, width):
+def test_absurd_terminal_widths_are_harmless(place, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", width)
     monkeypatch.setenv("LINES", width)
     for words, code in ((["status"], 1), (["status", "."], 0), (["report", "run", "--no-html"], 3), (["losses"], 0)):
@@ -376,7 +376,7 @@ def in_a_shell(words, redirected):
 
 
 @pytest.mark.parametrize("words", [["status", "."], ["--help"]])
-def test_a_full_disk_behind_stdout_is_one_sentence_and_a_closed_one_none(place, words):
+def test_a_full_or_closed_stdout(place, words):
     full = in_a_shell(words, ">/dev/full")
     assert (full.returncode, full.stdout) == (1, "")
     assert full.stderr == "kdpipe: error: No space left on device: standard output.\n"
@@ -384,6 +384,6 @@ def test_a_full_disk_behind_stdout_is_one_sentence_and_a_closed_one_none(place, 
     assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", "")
 
 
-def test_where_stderr_is_closed_what_is_wrong_does_not_end_up_among_the_results(place):
+def test_errors_do_not_go_to_stdout_if_stderr_is_closed(place):
     ended = in_a_shell(["status", "absent", "--json"], "2>&-")
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "")

@@ -18,7 +18,7 @@ ROAD = (
 )
 
 
-def test_each_stage_stopped_by_a_signal_and_then_by_the_clock_ends_as_if_nothing_had_happened(done, recipe, tmp_path):
+def test_stages_stopped_by_signals_end_with_the_same_files(done, recipe, tmp_path):
     run = tmp_path / "run"
     for command, number, sign in ROAD:
         process = start(command, recipe, "--run", run)
@@ -32,7 +32,7 @@ def test_each_stage_stopped_by_a_signal_and_then_by_the_clock_ends_as_if_nothing
     assert unlike(run, done[0]) == []
 
 
-def test_a_run_stops_by_the_clock_as_it_does_at_a_signal(recipe, tmp_path):
+def test_max_duration_stops_a_run(recipe, tmp_path):
     ended = kdpipe("run", recipe, "--run", tmp_path / "run", "--max-duration", "1s")
     assert ended.returncode == 75, ended.stderr
     assert "stopped early after 1 s (--max-duration); all finished work is saved" in ended.stderr
@@ -41,7 +41,7 @@ def test_a_run_stops_by_the_clock_as_it_does_at_a_signal(recipe, tmp_path):
     assert "'soon' is not a duration: write 3h30m" in re.sub(r"\s+", " ", refused.stderr)
 
 
-def test_a_second_sigint_breaks_off_without_damage(done, recipe, tmp_path):
+def test_a_second_sigint_aborts_without_damage(done, recipe, tmp_path):
     run = tmp_path / "run"
     process = start("run", recipe, "--run", run, "--set", "teacher.train.checkpoint_every_s=1000")
     signal_when(process, lambda: "teacher" in progress(run), signal.SIGINT)
@@ -67,7 +67,7 @@ def progress(run):
         (["sensitivity", "RECIPE", "--run", "RUN", "--batches", "1000"], signal.SIGUSR1),
     ],
 )
-def test_what_writes_nothing_stops_too(done, recipe, arguments, number):
+def test_commands_that_write_nothing_stop_too(done, recipe, arguments, number):
     places = {"RUN": str(done[0]), "RECIPE": str(recipe)}
     process = start(*[re.sub("RUN|RECIPE", lambda found: places[found[0]], argument) for argument in arguments])
     signal_when(process, lambda: handles(process.pid, number), number)
