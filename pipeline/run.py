@@ -199,11 +199,11 @@ class Run:
         return reasons
 
     @cached_property
-    def teaching(self) -> Teaching:
+    def distillation(self) -> Teaching:
         """The recipe's losses and stores, opened and checked."""
-        return self.open_teaching(self.recipe.distill, self.recipe.student)
+        return self.open_distillation(self.recipe.distill, self.recipe.student)
 
-    def open_teaching(self, losses: Sequence[Entry], student: StudentConfig) -> Teaching:
+    def open_distillation(self, losses: Sequence[Entry], student: StudentConfig) -> Teaching:
         """Open the stores for these losses; the recipe's own store must contain the recipe's own teacher."""
         expected: dict[str, Any] = {}
         if self.stores == [self.store]:

@@ -71,7 +71,7 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     timed = with_probe and plan["num_images"] > 0
     measured = probe(config, teacher, list(required), run.setup, plan["num_images"]) if timed else None
     required_by = {feature.array: reasons for feature, reasons in required.items()}
-    return {**plan, "teacher_trained": trained, "layers_wanted_by": required_by, "probe": measured}
+    return {**plan, "teacher_trained": trained, "layers_required_by": required_by, "probe": measured}
 
 
 def run_views(run: Run, num_samples: int, num_views: int) -> tuple[ShownViews, str | None]:
@@ -83,7 +83,7 @@ def run_views(run: Run, num_samples: int, num_views: int) -> tuple[ShownViews, s
     return show_views(run.setup, store, num_samples, num_views), str(place)
 
 
-def try_teaching(run: Run, teaching: Teaching, student: StudentConfig) -> Lesson:
+def try_distillation(run: Run, teaching: Teaching, student: StudentConfig) -> Lesson:
     """Build a first training task, so that errors and warnings come before any training."""
     seed = student.seeds[0]
     lesson = build_lesson(fresh_student(student, seed, run.setup, teaching.losses), teaching, seed, run.setup)
@@ -105,10 +105,10 @@ def require_losses(run: Run) -> None:
 def run_train_student(run: Run) -> dict[str, Any]:
     """Train each seed's student alone and distilled."""
     require_losses(run)
-    teaching, seeds = run.teaching, run.recipe.student.seeds
+    teaching, seeds = run.distillation, run.recipe.student.seeds
     if warning := view_warning(run.recipe.views):
         run.watch.warn("train-student", warning)
-    lesson = try_teaching(run, teaching, run.recipe.student)
+    lesson = try_distillation(run, teaching, run.recipe.student)
     for number, line in enumerate(lesson.targets.describe() if lesson.targets else (), 1):
         run.watch.report(Event("train-student", f"reads {line}", number, len(teaching.stores), "store"))
     students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
@@ -129,10 +129,10 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
         require_losses(run)
     if not is_done(config, student, setup.run):
         rehearse(config, student, setup)
-    compressed = [compress(config, student, seed, run.teaching, setup, only=steps) for seed in student.seeds]
+    compressed = [compress(config, student, seed, run.distillation, setup, only=steps) for seed in student.seeds]
     cards = []
     if "export" in steps:
-        cards = [export_student(config, student, seed, run.teaching, setup, name=recipe.name) for seed in student.seeds]
+        cards = [export_student(config, student, seed, run.distillation, setup, name=recipe.name) for seed in student.seeds]
     root = compressed_root(run.folder, config)
     folders = [str(artefact_folder(root, card["seed"])) for card in cards]
     artefacts = [{"folder": folder, **card} for folder, card in zip(folders, cards, strict=True)]
@@ -142,7 +142,7 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
 def run_sensitivity(run: Run, num_batches: int) -> tuple[str, list[LayerSensitivity]]:
     """Return the INT8 sensitivity of each layer of the first seed's float student, and that student's name."""
     config, student = run.recipe.compress, run.recipe.student
-    tutor = Tutor(student, student.seeds[0], run.teaching, run.setup, compressed_root(run.folder, config))
+    tutor = Tutor(student, student.seeds[0], run.distillation, run.setup, compressed_root(run.folder, config))
     return float_job(config, tutor).path.name, student_sensitivity(config, tutor, num_batches)
 
 

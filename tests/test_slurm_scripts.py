@@ -1,4 +1,4 @@
-"""The job scripts of docs/slurm, run with stand-ins for Slurm's own commands: when a job comes back, and when not."""
+"""The job scripts of docs/slurm, run with fake Slurm commands: when a job is requeued, and when not."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def test_scripts_pass_bash_and_shellcheck(script):
 
 
 def slurm(folder, code, wait_s=0.0):
-    """A folder of stand-ins, to come first on the PATH: `srun` exits with `code`; all write down what they are told."""
+    """Write fake commands, first on the PATH: `srun` exits with `code`; all log their arguments."""
     bodies = {
         "srun": f"sleep {wait_s}; exit {code}",
         "scontrol": '[ "$1" != show ] || echo node1',
@@ -58,11 +58,11 @@ def test_a_cancelled_job_is_not_requeued(script, tmp_path):
 
 def test_pipeline_jobs_depend_on_the_one_before(tmp_path):
     command = ["bash", SCRIPTS / "pipeline.sh", "r.toml", "runs/r", "--partition=gpu"]
-    said = subprocess.run(command, cwd=tmp_path, env=slurm(tmp_path, 0), check=True, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=tmp_path, env=slurm(tmp_path, 0), check=True, capture_output=True, text=True)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [word for call in calls for word in call.split() if "dependency" in word] == [
         f"--dependency=afterok:{number}" for number in (1, 2, 3)
     ]
     stages = ("one-gpu.sh train-teacher r.toml", "cache-array.sh r.toml runs/r", "train-student", "compress")
     assert all(stage in call and "--partition=gpu" in call for stage, call in zip(stages, calls, strict=True))
-    assert "compression 4" in said.stdout
+    assert "compression 4" in ended.stdout

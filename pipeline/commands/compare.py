@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from pipeline.run import Run
-from pipeline.steps import run_cache_teacher, run_train_teacher, try_teaching
+from pipeline.steps import run_cache_teacher, run_train_teacher, try_distillation
 from pipeline.terminal.output import console, new_table
 from stages.compare import ALONE, Way, measure_costs, student_of, train_way
 from stages.errors import NotFiniteError, RecipeError
@@ -85,9 +85,9 @@ def _variants(run: Run) -> list[Way]:
     for name, entry in run.recipe.compare.items():
         student = student_of(entry, run.recipe.student)
         try:
-            teaching = run.open_teaching(entry.distill, student) if entry.distill else None
+            teaching = run.open_distillation(entry.distill, student) if entry.distill else None
             if teaching is not None:
-                try_teaching(run, teaching, student)
+                try_distillation(run, teaching, student)
         except RecipeError as error:
             raise RecipeError(f"compare.{name}: {error}") from error
         variants.append(Way(name, student, teaching))

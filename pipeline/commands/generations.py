@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.recipe.load import Recipe
 from pipeline.run import Run
-from pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, try_teaching
+from pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, try_distillation
 from pipeline.terminal.output import console, new_table
 from stages.errors import RecipeError
 from stages.losses.simkd import SimKDConfig
@@ -86,8 +86,8 @@ def _run_one(run: Run, number: int, *, with_alone: bool) -> dict[str, Any]:
     student = run.recipe.student
     # The students alone of the first generation serve all: without a teacher, generations do not differ.
     alone = [train_student(student, seed, None, run.setup) for seed in student.seeds] if with_alone else []
-    try_teaching(run, run.teaching, student)
-    distilled = [train_student(student, seed, run.teaching, run.setup) for seed in student.seeds]
+    try_distillation(run, run.distillation, student)
+    distilled = [train_student(student, seed, run.distillation, run.setup) for seed in student.seeds]
     return {"generation": number, "run": str(run.folder), "teacher": teacher, "alone": alone, "students": distilled}
 
 

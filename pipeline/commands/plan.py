@@ -60,7 +60,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     done = plan["num_units"] - num_missing
     yield "units", f"{plan['num_units']} of {plan['unit_rows']:,} rows, {done} done, {num_missing} missing"
     for name, array in plan["arrays"].items():
-        required_by = ", ".join(plan["layers_wanted_by"].get(name, [])) or "every store"
+        required_by = ", ".join(plan["layers_required_by"].get(name, [])) or "every store"
         yield (
             "array",
             f"{name} {array['dtype']} {array['row_shape']}: {array['view_bytes']:,} bytes a view, "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.store.info import describe_loss
+from pipeline.commands.store.info import describe_encoding_error
 from pipeline.terminal.output import printable
 
 
@@ -25,7 +25,7 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
             f"{', '.join(store['arrays'])}: {store['path']}"
         )
         for name, error in store["fidelity"].items():
-            yield f"{name} relative to the teacher's float32: {describe_loss(error)}"
+            yield f"{name} relative to the teacher's float32: {describe_encoding_error(error)}"
         if store["num_units_missing"]:
             part = f"{store['part']} is done; " if store["part"] else ""
             yield f"{part}{store['num_units_missing']} units of the store are still missing"

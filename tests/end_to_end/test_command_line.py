@@ -1,6 +1,7 @@
-"""How the command line answers: exit codes, one sentence for a mistake, nothing heavy before it is needed."""
+"""The command line: exit codes, one sentence for a user error, verbosity, and no heavy imports."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -93,3 +94,34 @@ def test_store_info_shows_teacher_and_arrays(recipe, tmp_path):
     shown = kdpipe_here("store", "info", run / "store.zarr").stdout
     assert info["fingerprint"] in shown
     assert "features/stage2 float16 [30, 200, 16, 4, 4]" in shown
+
+
+def test_version_is_printed():
+    ended = kdpipe_here("--version")
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert re.fullmatch(r"kdpipe \d+\.\d+\.\d+\S*( \(commit .*\))?\n", ended.stdout)
+
+
+@pytest.mark.parametrize("quiet", [["-q", "train-teacher", "RECIPE"], ["train-teacher", "RECIPE", "--quiet"]])
+def test_quiet_prints_only_results(recipe, tmp_path, quiet):
+    arguments = [str(recipe) if argument == "RECIPE" else argument for argument in quiet]
+    ended = kdpipe_here(*arguments, "--run", tmp_path / "run", "--set", "teacher.train.epochs=1")
+    assert ended.exit_code == 0
+    assert ended.stderr == ""
+    assert "train-teacher is done" in ended.stdout
+
+
+def test_verbose_adds_phase_times_and_tracebacks(recipe, tmp_path):
+    arguments = ("train-teacher", recipe, "--run", tmp_path / "run", "--set", "teacher.train.epochs=1")
+    assert "debug: train-teacher: " in kdpipe_here(*arguments, "-v").stderr
+    assert "debug" not in kdpipe_here(*arguments).stderr
+    refused = kdpipe_here("-v", *arguments[:-1], "student.nonsense=1")
+    assert refused.exit_code == 2
+    assert "Traceback" in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("kdpipe: error: ")
+
+
+def test_verbose_and_quiet_exclude_each_other(recipe):
+    ended = kdpipe_here("train-teacher", recipe, "-v", "-q")
+    assert ended.exit_code == 2
+    assert "exclude each other" in ended.stderr

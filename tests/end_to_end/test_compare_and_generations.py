@@ -47,7 +47,7 @@ def test_the_table_has_every_variant_and_its_step_cost(compared):
 def test_the_store_has_the_smallest_form_for_all_variants(compared, recipe):
     run, _ = compared
     plan = json.loads(kdpipe_here("plan", recipe, "--run", run, *SHORT, "--json").stdout)
-    assert plan["layers_wanted_by"] == {
+    assert plan["layers_required_by"] == {
         "features/stage2": ["distill.1 (hint)"],
         "attention/stage2": ["compare.at.distill.0 (at)"],
         "pooled/stage2": ["compare.kd-and-rkd.distill.1 (rkd)"],

@@ -68,7 +68,7 @@ def test_plan_and_dry_run_show_missing_units_and_write_nothing(done, recipe, tmp
     planned = json.loads(kdpipe_here("plan", recipe, "--run", run, "--json").stdout)
     assert (planned["num_units"], planned["num_units_missing"], planned["exists"]) == (30, 30, False)
     assert planned["probe"]["wall_s"] > 0
-    assert planned["layers_wanted_by"] == {"features/stage2": ["distill.1 (hint)"]}
+    assert planned["layers_required_by"] == {"features/stage2": ["distill.1 (hint)"]}
     dry = kdpipe_here("cache-teacher", recipe, "--run", run, "--dry-run")
     assert dry.exit_code == 0
     assert "30 missing" in dry.stdout

@@ -114,7 +114,7 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", f"{info['disk_bytes']:,} bytes on disk; {info['view_bytes']:,} a view{unpacked}"
     yield from _progress(info)
     for name, error in ((info["finished"] or {}).get("fidelity") or {}).items():
-        yield "fidelity", f"{name}: {describe_loss(error)}"
+        yield "fidelity", f"{name}: {describe_encoding_error(error)}"
     yield "written by", ", ".join(f"{name} {version}" for name, version in info["versions"].items())
 
 
@@ -141,7 +141,7 @@ def _progress(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "missing", f"and {len(idle) - MAX_LISTED:,} more units"
 
 
-def describe_loss(error: Mapping[str, Any]) -> str:
+def describe_encoding_error(error: Mapping[str, Any]) -> str:
     """Return the encoding error of an array as text."""
     figures = [f"largest error {error['largest_error']:.3g}"]
     if "kl" in error:

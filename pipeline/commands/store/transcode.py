@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.store.info import describe_loss
+from pipeline.commands.store.info import describe_encoding_error
 from pipeline.session.signals import handle_signals
 from pipeline.terminal.output import printable
 from pipeline.terminal.progress import reporter
@@ -73,4 +73,4 @@ def print_transcoded(source: str, target: Path, figures: dict[str, Any]) -> None
     before, after = figures["bytes_before"], figures["bytes_after"]
     print(printable(f"{target}: {after:,} bytes, {after / before:.2f} of {source}'s {before:,}"))  # noqa: T201
     for name, error in figures["fidelity"].items():
-        print(printable(f"  {name}: {describe_loss(error)}"))  # noqa: T201
+        print(printable(f"  {name}: {describe_encoding_error(error)}"))  # noqa: T201
