@@ -256,9 +256,7 @@ MODULES = {
 
 @pytest.mark.parametrize("key", ["data", "teacher.model"])
 @pytest.mark.parametrize("case", MODULES)
-def test_failing_user_code_is_one_sentence(
-    recipe, tmp_path, monkeypatch, key, case
-):
+def test_failing_user_code_is_one_sentence(recipe, tmp_path, monkeypatch, key, case):
     module = f"theirs_{key[:1]}_{list(MODULES).index(case)}"
     (tmp_path / f"{module}.py").write_text(MODULES[case])
     monkeypatch.syspath_prepend(tmp_path)

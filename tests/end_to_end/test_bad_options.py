@@ -303,7 +303,9 @@ def test_a_page_never_replaces_a_device(place, tmp_path, name):
 
 
 def test_a_wrong_recipe_is_reported_before_reading_the_store(place, monkeypatch):
-    monkeypatch.setattr("pipeline.commands.store.verify.verify_store", lambda *given: pytest.fail("the store was read first"))
+    monkeypatch.setattr(
+        "pipeline.commands.store.verify.verify_store", lambda *given: pytest.fail("the store was read first")
+    )
     require_refused(kdpipe_here("store", "verify", "a.zarr", "--recipe", "absent", "--recompute", "1"), "verify")
 
 

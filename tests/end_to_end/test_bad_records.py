@@ -90,9 +90,7 @@ def test_status_of_a_folder_with_damaged_records(run):
         ("compressed/artefacts-seed0/card.json", ("folder", "[]")),
     ],
 )
-def test_a_stage_refuses_a_replaced_input_file(
-    recipe, run, name, substitutes
-):
+def test_a_stage_refuses_a_replaced_input_file(recipe, run, name, substitutes):
     command = ("compress" if "card" in name else "run", recipe, "--run", run)
     good = (run / name).read_bytes()
     others = {path: path.read_bytes() for path in run.rglob("model.*") if path != run / name}
