@@ -49,14 +49,7 @@ def warm_up() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pipeline.main does, before torch is imported
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # telemetry would start a thread
     gc.disable()
-    for name in (
-        "pipeline.main",
-        "pipeline.run",
-        "pipeline.steps",
-        "pipeline.commands.summary",
-        "pipeline.report.report",
-        "pipeline.store_app",
-    ):
+    for name in EARLY_IMPORTS:
         importlib.import_module(name)
     for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):

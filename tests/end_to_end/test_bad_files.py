@@ -1,7 +1,4 @@
-"""Files that users and strangers hand over, of another kind or hostile: every command answers in a sentence, runs
-nothing that a file brings along, and waits for nothing that never comes. Stores have their own tests
-(tests/store/test_hostile_store.py), and so have the records of a run folder (test_bad_records.py).
-"""
+"""Invalid and hostile input files: every command reports them in one sentence, runs no code in them, and changes nothing."""
 
 import json
 import os

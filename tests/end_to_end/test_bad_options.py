@@ -1,5 +1,6 @@
-"""Bad input, for every argument and option that a command has: absent, of a wrong type, absurd, hostile. They are read
-off the command line itself, so that a new one without bad values here is noticed.
+"""Bad values for every argument and option of every command: absent, of a wrong type, absurd, hostile.
+
+The list of options comes from the command line itself, so that a new one without bad values fails a test.
 """
 
 import json
@@ -20,7 +21,7 @@ LONG = "x" * 5000
 NUMBERS = ["", "x", "1.5", "-1", "nan", "inf", "1e309", "0x10", ESCAPE, "9" * 5000, "--json"]
 TOO_MANY = [*NUMBERS, "0", "1" + "0" * 30]
 NAMES = ["", ESCAPE, "\udcff", "a\u2028b"]
-"""Of what a command makes: nothing, control characters, no UTF-8, a line that ends."""
+"""Names of outputs: empty, control characters, not UTF-8, a line separator."""
 
 ABSENT = ["absent", "absent/deeper", "file/x", "~nobody/x", "dangling", "loop", "x" * 300, ESCAPE, "\udcff", "𝒳\u202e"]
 ODD = ["folder", "fifo", "/dev/null", "/dev/zero", "", "../.."]
@@ -103,7 +104,7 @@ NEEDED = {
     "store rm-views": ["--keep", "1"],
     "recipe new": ["--yes"],
 }
-"""What a command is given beside the bad value, so that this alone is at fault."""
+"""Other options that make only the bad value wrong."""
 ALSO = {
     "--recompute": ["--recipe", "tiny.toml"],
     "--recipe": ["--recompute", "1"],
@@ -119,7 +120,7 @@ ALSO = {
 
 
 def commands(group, path=()):
-    """Every command, by the words that call it."""
+    """Yield every command with the words that call it."""
     for name, one in group.commands.items():
         if hasattr(one, "commands"):
             yield from commands(one, (*path, name))
@@ -132,7 +133,7 @@ COMMANDS = dict(commands(WHOLE))
 
 
 def called(parameter):
-    """What people call it: an option's first spelling, an argument's name."""
+    """Return an option's first spelling, or an argument's name."""
     return parameter.opts[0]
 
 
@@ -145,7 +146,7 @@ CASES = [(command, name) for command, name in EVERY if bad_values(command, name)
 
 
 def arguments(command, name, value):
-    """A command line on which `value` is what is wrong."""
+    """Return a command line in which only `value` is wrong."""
     words, options = command.split(), []
     for parameter in COMMANDS[command].params:
         argument = called(parameter)
@@ -160,7 +161,7 @@ def arguments(command, name, value):
 
 
 def tree(folder):
-    """Everything below a folder, and what it holds."""
+    """Return all files below a folder, with their content."""
     return {
         path.relative_to(folder): path.lstat().st_mode if path.is_symlink() or not path.is_file() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -169,7 +170,7 @@ def tree(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a recipe, a store, a run that has only begun, and things that are in the way."""
+    """A folder with a recipe, a store, an unfinished run, and obstacles such as pipes and links."""
     folder = tmp_path_factory.mktemp("place") / "deep" / "er"
     folder.mkdir(parents=True)
     (folder / "tiny.toml").write_text(RECIPE)
@@ -187,13 +188,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nothing_waits_for_ever(place, monkeypatch):
-    """A pipe that is waited for would hold up all tests: it is broken off."""
+def abort_waiting(place, monkeypatch):
+    """Abort a command that waits for a pipe."""
 
-    def broken_off(number, frame):
-        raise TimeoutError("this waits for ever")
+    def abort(number, frame):
+        raise TimeoutError("this waits forever")
 
-    before = signal.signal(signal.SIGALRM, broken_off)
+    before = signal.signal(signal.SIGALRM, abort)
     signal.setitimer(signal.ITIMER_REAL, 120, 5)
     monkeypatch.chdir(place)
     monkeypatch.setattr("typer.testing._get_command", lambda app: WHOLE, raising=False)  # else built for every value
@@ -203,21 +204,21 @@ def nothing_waits_for_ever(place, monkeypatch):
 
 
 def require_refused(ended, what, on_stdout=False):
-    """One sentence, or typer's usage and one; nothing raw; exit status 1 or 2."""
+    """Check for one sentence, or typer's usage and one; nothing unprintable; exit status 1 or 2."""
     assert ended.exception is None or isinstance(ended.exception, SystemExit), (what, ended.exception)
     assert ended.exit_code in (1, 2), (what, ended.stdout, ended.stderr)
-    said, silent = (ended.stdout, ended.stderr) if on_stdout and ended.stdout else (ended.stderr, ended.stdout)
+    output, silent = (ended.stdout, ended.stderr) if on_stdout and ended.stdout else (ended.stderr, ended.stdout)
     assert silent == "", what
-    assert "Traceback" not in said
-    lines = said.rstrip("\n").split("\n")
-    assert all(line.isprintable() for line in lines), (what, said)
-    if said.startswith(("Usage: ", "Error: ")):
-        assert lines[-1].startswith("Error: "), (what, said)
+    assert "Traceback" not in output
+    lines = output.rstrip("\n").split("\n")
+    assert all(line.isprintable() for line in lines), (what, output)
+    if output.startswith(("Usage: ", "Error: ")):
+        assert lines[-1].startswith("Error: "), (what, output)
         assert ended.exit_code == 2
     else:
-        assert on_stdout or len(lines) == 1, (what, said)
-        assert on_stdout or said.startswith("kdpipe: "), (what, said)
-        assert len(said) < (len(LONG) + 200 if on_stdout else 1000), what
+        assert on_stdout or len(lines) == 1, (what, output)
+        assert on_stdout or output.startswith("kdpipe: "), (what, output)
+        assert len(output) < (len(LONG) + 200 if on_stdout else 1000), what
 
 
 def test_every_parameter_has_bad_values_here():
@@ -294,7 +295,7 @@ def test_contradicting_options_are_refused(place, words):
 
 @pytest.mark.parametrize("name", ["null", "zero", "full"])
 def test_a_page_never_replaces_a_device(place, tmp_path, name):
-    """Renamed onto /dev/null, as root may, a page would spoil the whole machine: here onto a link to it."""
+    """As root, a rename onto /dev/null would break the machine: here it is a link to it."""
     (tmp_path / "page.html").symlink_to(f"/dev/{name}")
     ended = kdpipe_here("report", "run", "--html", tmp_path / "page.html")
     require_refused(ended, name)
@@ -303,9 +304,8 @@ def test_a_page_never_replaces_a_device(place, tmp_path, name):
 
 
 def test_a_wrong_recipe_is_reported_before_reading_the_store(place, monkeypatch):
-    monkeypatch.setattr(
-        "pipeline.commands.store.verify.verify_store", lambda *given: pytest.fail("the store was read first")
-    )
+    verify = "pipeline.commands.store.verify.verify_store"
+    monkeypatch.setattr(verify, lambda *arguments: pytest.fail("the store was read first"))
     require_refused(kdpipe_here("store", "verify", "a.zarr", "--recipe", "absent", "--recompute", "1"), "verify")
 
 
@@ -371,7 +371,7 @@ def test_absurd_terminal_widths_are_harmless(place, monkeypatch, width):
 
 
 def in_a_shell(words, redirected):
-    """`kdpipe` in a shell that sends its output elsewhere: exit status, and what is left on stdout and stderr."""
+    """Run `kdpipe` in a shell with redirected output; return the exit status and what remains on stdout and stderr."""
     line = f'"$@" {redirected}'
     command = ["sh", "-c", line, "sh", *COMMAND, *words]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100, check=False)

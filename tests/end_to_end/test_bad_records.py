@@ -1,6 +1,4 @@
-"""The records in a run folder, damaged, of another kind, or hostile: what reads them names the one that is amiss, and
-loses nothing: with the good file back in its place the same command goes on.
-"""
+"""Damaged, wrong or hostile records in a run folder: commands name the record and resume with the good one."""
 
 import json
 import pickle
@@ -153,7 +151,7 @@ def test_a_page_replaces_no_folder_and_follows_no_link(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(recipe, tmp_path_factory):
-    """A run whose teacher was broken off in the midst of its training."""
+    """A run whose teacher was interrupted during training."""
     run, saved = tmp_path_factory.mktemp("stopped") / "run", []
 
     def save(*what):

@@ -1,4 +1,4 @@
-"""Ways of teaching compared, and students that become teachers: by the command line, stopped and run again."""
+"""`kdpipe compare` and `kdpipe generations`."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import shutil
 import pytest
 from kdpipe_process import RECIPE, kdpipe_here
 
-WAYS = """
+VARIANTS = """
 [compare.label-smoothing]
 label_smoothing = 0.1
 
@@ -24,7 +24,7 @@ SHORT = ("--set", "teacher.train.epochs=2", "--set", "student.train.epochs=1", "
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("ways") / "ways.toml"
-    path.write_text(RECIPE + WAYS)
+    path.write_text(RECIPE + VARIANTS)
     return path
 
 

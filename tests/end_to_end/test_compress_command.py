@@ -1,4 +1,4 @@
-"""`kdpipe compress` by its parts, of a student trained elsewhere, and `kdpipe sensitivity`, by the command line."""
+"""`kdpipe compress` step by step and with an external student, and `kdpipe sensitivity`."""
 
 import json
 import shutil

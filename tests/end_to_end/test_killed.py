@@ -1,4 +1,4 @@
-"""Every stage killed on its way ends as if nothing had happened; a folder has one job at a time."""
+"""A killed run ends with the same files; a folder has one job at a time."""
 
 import signal
 

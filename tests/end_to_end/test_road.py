@@ -1,4 +1,4 @@
-"""The whole road by the real command line, and what is refused on it."""
+"""`kdpipe run` from start to end, and errors on the way."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def test_the_plot_shows_every_network_with_a_file(done):
 
 
 def test_exported_files_agree_with_torch(done):
-    """The INT8 file, run by onnxruntime on the test set, reaches the accuracy that the table gives."""
+    """onnxruntime reaches the reported accuracy with the INT8 file on the test set."""
     from stages.datasets.load import DataConfig, load_dataset
 
     run, _ = done
@@ -57,7 +57,7 @@ def test_exported_files_agree_with_torch(done):
 
 
 def test_the_store_has_the_teachers_logits(done):
-    """Recomputed from the teacher's file by onnxruntime: neither the store's reader nor the stage has a hand in it."""
+    """Recompute the logits with onnxruntime, without the store's reader or the stage."""
     from stages.datasets.load import DataConfig, load_dataset
     from stages.views.config import ViewsConfig
     from stages.views.renderer import Renderer
@@ -108,7 +108,7 @@ def test_a_changed_recipe_is_refused_with_stored_and_wanted(done, recipe):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, recipe):
-    """A run of the same recipe up to its store, with a teacher of another seed."""
+    """A run of the same recipe up to its store, with another teacher seed."""
     run = tmp_path_factory.mktemp("other") / "run"
     for stage in ("train-teacher", "cache-teacher"):
         assert kdpipe_here(stage, recipe, "--run", run, "--set", "seed=5").exit_code == 0

@@ -1,7 +1,7 @@
-"""Two processes of torchrun train what one does: the same batches, weights equal within rounding, one writer.
+"""Two processes train the same student as one: same batches, weights equal up to rounding, one writer.
 
-Their students have batch norm, a relational loss, and a hint with an adapter, of the hard samples alone, of which
-one process may have more than the other.
+The students have batch norm, a relational loss, and a hint with an adapter on hard samples only, of which one process may
+have more than the other.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def free_port() -> str:
 
 
 def start_two(*arguments: str | Path) -> list[WarmProcess]:
-    """Start two processes as torchrun would."""
+    """Start two processes as torchrun does."""
     of_both = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
     return [WarmProcess(["kdpipe", *map(str, arguments)], of_both | own) for own in ranks]
@@ -85,7 +85,7 @@ def together(*arguments: str | Path) -> list[subprocess.CompletedProcess[str]]:
 
 
 def copied(run: Path, to: Path, *parts: str) -> Path:
-    """A run folder with some of what another has."""
+    """Copy parts of a run folder."""
     for part in parts:
         shutil.copytree(run / part, to / part)
     return to
@@ -120,7 +120,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, recipe):
-    """A run whose every stage two processes did, and what they said of the last one."""
+    """A run of two processes, and the output of the last stage."""
     run = tmp_path_factory.mktemp("two") / "run"
     for command in ("train-teacher", "cache-teacher", "train-student"):
         both = together(command, recipe, "--run", run)

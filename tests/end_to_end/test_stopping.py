@@ -1,6 +1,4 @@
-"""Really sent signals, and the clock: every command finishes its step, saves, and exits 75; what comes of the same
-command afterwards is what would have come without them.
-"""
+"""Signals and --max-duration: commands finish their step, save and exit with 75, and a rerun gives the same files."""
 
 import re
 import signal
@@ -23,10 +21,10 @@ def test_stages_stopped_by_signals_end_with_the_same_files(done, recipe, tmp_pat
     for command, number, sign in ROAD:
         process = start(command, recipe, "--run", run)
         signal_when(process, (run / sign).exists, number)
-        said, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=60)
         assert process.returncode == 75, errors
         assert f"stopped early at {number.name}; all finished work is saved" in errors
-        assert said == ""
+        assert output == ""
         ended = kdpipe(command, recipe, "--run", run)
         assert ended.returncode == 0, ended.stderr
     assert unlike(run, done[0]) == []
@@ -56,7 +54,7 @@ def test_a_second_sigint_aborts_without_damage(done, recipe, tmp_path):
 
 
 def progress(run):
-    """What the run folder's log of events says by now."""
+    """Return the content of the event log."""
     return (run / "events.jsonl").read_text() if (run / "events.jsonl").exists() else ""
 
 
@@ -78,6 +76,6 @@ def test_commands_that_write_nothing_stop_too(done, recipe, arguments, number):
 
 
 def handles(pid, number):
-    """Whether the process has a handler for the signal by now."""
+    """Return whether the process has a handler for the signal."""
     caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(caught[1], 16) & 1 << (number - 1))

@@ -1,4 +1,4 @@
-"""Target stores by the real command line: shared between jobs, grown, moved elsewhere, planned before."""
+"""Target stores: filled by several jobs, extended, read from a bucket, planned."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SMALL = ["--set", "cache.shard_bytes=4096", "--set", "cache.batch_size=8"]
 
 
 def run_like(done, tmp_path):
-    """A new run folder with the done run's teacher."""
+    """Create a run folder with the finished run's teacher."""
     run = tmp_path / "run"
     (run / "teacher").parent.mkdir()
     (run / "teacher").symlink_to(done[0] / "teacher")
@@ -23,7 +23,7 @@ def run_like(done, tmp_path):
 
 
 def test_two_concurrent_jobs_fill_one_store(done, recipe, tmp_path):
-    """Started as torchrun starts them; the store is the very one that a single job wrote."""
+    """The store equals that of a single job."""
     run = run_like(done, tmp_path)
     jobs = []
     for rank in range(2):

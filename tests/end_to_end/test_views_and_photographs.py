@@ -1,4 +1,4 @@
-"""Photographs of unequal sizes, decoded by workers, mixed, taught by the store: the whole of it by the command line."""
+"""Photos of different sizes, decoded by workers and mixed, from `kdpipe run` to `kdpipe views`."""
 
 import json
 import os
@@ -56,16 +56,16 @@ loss = "kd"
 """
 
 WORKERS = "--set=data.num_workers=2"
-"""For processes of their own: no number may depend on who decodes. Here, the tests' process would keep the workers."""
+"""Workers of separate processes: results must not depend on them."""
 
 CLASSES = ("cat", "cow", "dog")
 NUM_TRAIN, NUM_TEST = 16, 4
-"""Of each class."""
+"""Images per class."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with photographs, a network of the user's own, and the recipe; notes on images are kept there too."""
+    """A folder with photos, a user-defined network, and the recipe."""
     folder = tmp_path_factory.mktemp("photographs")
     make_photographs(folder / "images")
     (folder / "small_nets.py").write_text(FACTORY)
@@ -78,7 +78,7 @@ def place(tmp_path_factory):
 
 
 def make_photographs(folder):
-    """JPEGs of noise, brighter by class, each of another size."""
+    """Write JPEGs of noise, brighter by class, each of another size."""
     rng = np.random.default_rng(0)
     for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
         for label, name in enumerate(CLASSES):
@@ -97,7 +97,7 @@ def recipe_of(place, images="images"):
 
 @pytest.fixture(scope="module")
 def done(place):
-    """A run that nothing disturbed, and what its commands said."""
+    """An uninterrupted run, and the output of its commands."""
     recipe, run = recipe_of(place), place / "undisturbed"
     said = {}
     for command in ("train-teacher", "cache-teacher", "train-student"):
@@ -166,7 +166,7 @@ def test_a_stopped_cache_teacher_ends_with_the_same_bytes(place, done):
 
 
 def stopped_here(ready, *arguments):
-    """Run `kdpipe` in this process, which gets a SIGTERM as soon as `ready`."""
+    """Run `kdpipe` in this process, and send it a SIGTERM when `ready`."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one that comes too late must not end the tests
     ended = threading.Event()
 
