@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,39 +12,6 @@ from pipeline.terminal.output import console, new_table
 from stages.compare import ALONE, Way, measure_costs, student_of, train_way
 from stages.errors import NotFiniteError, RecipeError
 from stages.train_student import train_student, view_warning
-
-
-@dataclass(frozen=True)
-class Row:
-    """Results of one variant.
-
-    Attributes:
-        accuracies: Test accuracy in percent at the last epoch, by seed.
-        best_accuracy_mean: Mean over seeds of the best epoch's, in percent.
-        agreement_mean: Mean share of test images with the teacher's prediction, in percent.
-        teacher_kl_mean: Mean KL divergence from the teacher, in nats.
-        step_ms: Milliseconds a training step.
-        ratio: `step_ms` relative to the student alone.
-    """
-
-    name: str
-    accuracies: list[float]
-    best_accuracy_mean: float
-    agreement_mean: float | None
-    teacher_kl_mean: float | None
-    step_ms: float
-    ratio: float
-
-    @property
-    def accuracy_mean(self) -> float:
-        return mean(self.accuracies)
-
-    @property
-    def accuracy_std(self) -> float | None:
-        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "accuracy_mean": self.accuracy_mean, "accuracy_std": self.accuracy_std}
 
 
 def run_compare(run: Run) -> dict[str, Any]:
@@ -76,7 +42,7 @@ def run_compare(run: Run) -> dict[str, Any]:
     costs = measure_costs(variants, setup)
     rows = [_row(name, own, costs[name]) for name, own in results.items() if own]
     diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
-    return {"teacher": teacher, "rows": [row.to_json() for row in rows], "num_diverged": diverged}
+    return {"teacher": teacher, "rows": rows, "num_diverged": diverged}
 
 
 def _variants(run: Run) -> list[Way]:
@@ -94,17 +60,21 @@ def _variants(run: Run) -> list[Way]:
     return variants
 
 
-def _row(name: str, results: Sequence[dict[str, Any]], cost: dict[str, float]) -> Row:
+def _row(name: str, results: Sequence[dict[str, Any]], cost: dict[str, float]) -> dict[str, Any]:
+    """Return the results of a variant over seeds: accuracies and agreement in percent, KL in nats, cost in ms a step."""
     examined = [result.get("examined") or {} for result in results]
-    return Row(
-        name,
-        [100 * result["accuracy"] for result in results],
-        mean(100 * result["best_accuracy"] for result in results),
-        _mean([metrics.get("agreement") for metrics in examined], 100),
-        _mean([metrics.get("teacher_kl") for metrics in examined], 1),
-        cost["step_ms"],
-        cost["ratio"],
-    )
+    accuracies = [100 * result["accuracy"] for result in results]
+    return {
+        "name": name,
+        "accuracies": accuracies,
+        "best_accuracy_mean": mean(100 * result["best_accuracy"] for result in results),
+        "agreement_mean": _mean([metrics.get("agreement") for metrics in examined], 100),
+        "teacher_kl_mean": _mean([metrics.get("teacher_kl") for metrics in examined], 1),
+        "step_ms": cost["step_ms"],
+        "ratio": cost["ratio"],
+        "accuracy_mean": mean(accuracies),
+        "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else None,
+    }
 
 
 def _mean(values: Sequence[float | None], factor: float) -> float | None:

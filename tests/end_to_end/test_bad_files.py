@@ -1,4 +1,4 @@
-"""Invalid and hostile input files: every command reports them in one sentence, runs no code in them, and changes nothing."""
+"""Invalid and hostile input files: commands report them in one sentence, run no code in them, and change nothing."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """Two processes train the same student as one: same batches, weights equal up to rounding, one writer.
 
-The students have batch norm, a relational loss, and a hint with an adapter on hard samples only, of which one process may
-have more than the other.
+The students have batch norm, a relational loss, and a hint with an adapter on hard samples only, of which one process
+may have more than the other.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,6 @@ MAX_LISTED = 5
 """Missing units that are printed; the JSON document lists all."""
 
 
-@dataclass(frozen=True)
-class FillState:
-    """Number of units of a store, those that lack an array, and the bytes of the committed shards."""
-
-    num_units: int
-    missing: tuple[Unit, ...]
-    num_bytes: int
-
-
-def fill_state(path: Path, manifest: Manifest) -> FillState:
-    """Return how far a store is filled, from the markers and the presence of the shards; shards are not read."""
-    missing, num_bytes, units = [], 0, manifest.geometry.units()
-    for unit in units:
-        lacking = missing_arrays(path, manifest, unit)
-        if lacking:
-            missing.append(unit)
-        files = _committed(path, manifest, unit).files
-        num_bytes += sum(file["bytes"] for name, file in files.items() if name not in lacking)
-    return FillState(len(units), tuple(missing), num_bytes)
-
-
 def model_name(teacher: Mapping[str, Any]) -> str:
     """Return the model of a store's teacher; the manifest may be from an untrusted source."""
     architecture = teacher.get("architecture")
@@ -43,27 +21,32 @@ def model_name(teacher: Mapping[str, Any]) -> str:
 
 
 def read_store_info(path: Path) -> dict[str, Any]:
-    """Return the manifest of the store at `path` with counts of units and bytes.
+    """Return the manifest of the store at `path` with counts of units and bytes; shards are not read.
 
     Raises:
         StoreError: If there is no store.
     """
     manifest = read_store_manifest(path)
-    state, units = fill_state(path, manifest), manifest.geometry.units()
-    at_work = {str(unit): str(worker) for unit in state.missing if (worker := holder(path, unit.key))}
+    units, missing, num_bytes = manifest.geometry.units(), [], 0
+    for unit in units:
+        lacking = missing_arrays(path, manifest, unit)
+        if lacking:
+            missing.append(unit)
+        files = _committed(path, manifest, unit).files
+        num_bytes += sum(file["bytes"] for name, file in files.items() if name not in lacking)
     return {
         "path": str(path),
         **manifest.to_json(),
         "num_samples": manifest.geometry.num_samples,
         "profile": manifest.profile,
-        "num_units": state.num_units,
-        "num_units_done": state.num_units - len(state.missing),
-        "missing_units": [str(unit) for unit in state.missing],
-        "at_work": at_work,
+        "num_units": len(units),
+        "num_units_done": len(units) - len(missing),
+        "missing_units": [str(unit) for unit in missing],
+        "at_work": {str(unit): str(worker) for unit in missing if (worker := holder(path, unit.key))},
         "being_added": _being_added(manifest),
         "store_bytes": store_bytes(manifest, units),
         "view_bytes": store_bytes(manifest, manifest.geometry.units([0])),
-        "disk_bytes": state.num_bytes,
+        "disk_bytes": num_bytes,
     }
 
 

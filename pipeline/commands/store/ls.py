@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.store.info import fill_state, model_name
+from pipeline.commands.store.info import model_name, read_store_info
 from pipeline.terminal.output import printable
 from store import KdpipeError, StoreError, read_store_manifest
 from store.markers import MARKERS
@@ -16,9 +16,9 @@ MAX_DEPTH = 8
 
 
 def list_stores(folder: Path) -> list[dict[str, Any]]:
-    """Return the properties of each store below `folder`, or `folder` itself, sorted by path.
+    """Return what `store info` shows of each store below `folder`, or `folder` itself, sorted by path.
 
-    `fault` is None, or why the store cannot be read; a broken store has no other properties. Links and hidden folders
+    `fault` is None, or why the store cannot be read; a broken store has nothing else but its path. Links and hidden folders
     are not followed, nor anything deeper than `MAX_DEPTH` folders.
 
     Raises:
@@ -65,37 +65,19 @@ def _is_readable(folder: Path) -> bool:
 
 def _entry(path: Path) -> dict[str, Any]:
     try:
-        manifest = read_store_manifest(path)
-        state = fill_state(path, manifest)
+        return {"fault": None, **read_store_info(path)}
     except (KdpipeError, OSError) as error:
         return {"path": str(path), "fault": str(error)}
-    teacher, data, geometry = manifest.identity.teacher, manifest.identity.data, manifest.geometry
-    return {
-        "path": str(path),
-        "fault": None,
-        "fingerprint": manifest.identity.fingerprint,
-        "teacher": model_name(teacher),
-        "weights_sha256": teacher.get("weights_sha256"),
-        "data": data.get("name"),
-        "split": data.get("split"),
-        "num_views": geometry.num_views,
-        "num_samples": geometry.num_samples,
-        "arrays": [spec.name for spec in manifest.arrays],
-        "profile": manifest.profile,
-        "disk_bytes": state.num_bytes,
-        "num_units": state.num_units,
-        "num_units_done": state.num_units - len(state.missing),
-        "is_finished": manifest.finished is not None and not state.missing,
-    }
 
 
 def _line(store: dict[str, Any]) -> str:
     if store["fault"]:
         return f"broken: {store['fault']}"
-    teacher = f"{store['teacher']} ({str(store['weights_sha256'])[:8]})"
-    data = f"{store['data']} {store['split']}" if store["split"] else store["data"]
+    teacher, data = store["teacher"], store["data"]
     return (
-        f"{teacher} on {data}, {store['num_views']} views "
-        f"of {store['num_samples']:,} samples, {', '.join(store['arrays'])}, {store['disk_bytes']:,} bytes, "
+        f"{model_name(teacher)} ({str(teacher.get('weights_sha256'))[:8]}) on {data.get('name')} "
+        f"{data.get('split') or ''}".rstrip()
+        + f", {store['num_views']} views of {store['num_samples']:,} samples, "
+        f"{', '.join(store['arrays'])}, {store['disk_bytes']:,} bytes, "
         f"{store['num_units_done']} of {store['num_units']} units done, {store['profile']}"
     )
