@@ -132,7 +132,9 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
     compressed = [compress(config, student, seed, run.distillation, setup, only=steps) for seed in student.seeds]
     cards = []
     if "export" in steps:
-        cards = [export_student(config, student, seed, run.distillation, setup, name=recipe.name) for seed in student.seeds]
+        cards = [
+            export_student(config, student, seed, run.distillation, setup, name=recipe.name) for seed in student.seeds
+        ]
     root = compressed_root(run.folder, config)
     folders = [str(artefact_folder(root, card["seed"])) for card in cards]
     artefacts = [{"folder": folder, **card} for folder, card in zip(folders, cards, strict=True)]

@@ -61,7 +61,7 @@ def _variants(run: Run) -> list[Way]:
 
 
 def _row(name: str, results: Sequence[dict[str, Any]], cost: dict[str, float]) -> dict[str, Any]:
-    """Return the results of a variant over seeds: accuracies and agreement in percent, KL in nats, cost in ms a step."""
+    """Return a variant's results over seeds: accuracies and agreement in percent, KL in nats, ms a step."""
     examined = [result.get("examined") or {} for result in results]
     accuracies = [100 * result["accuracy"] for result in results]
     return {

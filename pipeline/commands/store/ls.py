@@ -18,8 +18,8 @@ MAX_DEPTH = 8
 def list_stores(folder: Path) -> list[dict[str, Any]]:
     """Return what `store info` shows of each store below `folder`, or `folder` itself, sorted by path.
 
-    `fault` is None, or why the store cannot be read; a broken store has nothing else but its path. Links and hidden folders
-    are not followed, nor anything deeper than `MAX_DEPTH` folders.
+    `fault` is None, or why the store cannot be read: then only `path` is there, too. Links and hidden folders are not
+    followed, nor anything deeper than `MAX_DEPTH` folders.
 
     Raises:
         KdpipeError: If there is no such folder.
