@@ -1,11 +1,11 @@
-"""A command under way: its recipe read, under signals, clock and lock, seen by people and kept in the run folder."""
+"""Run a command on a recipe: under signals, clock and lock, with progress and a record in the run folder."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,126 +13,141 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pipeline.command import guarded, print_json, say
-from pipeline.options import Asked, AskedJob
-from pipeline.stop import stop_when_asked
+from pipeline.session.guard import guarded
+from pipeline.session.options import CommonOptions, JobOptions
+from pipeline.session.signals import handle_signals
+from pipeline.terminal.output import print_json, print_warning
 
 if TYPE_CHECKING:
-    from pipeline.walk import Walk
+    from pipeline.recipe.load import Recipe
+    from pipeline.run import Run
     from stages.compress import Step
     from stages.part import Part
     from stages.processes import Processes
     from stages.watch import Event
 
-TOGETHER = ("train-teacher", "train-student", "compare")
-"""The commands whose processes train on their shares of one batch."""
+DISTRIBUTED = ("train-teacher", "train-student", "compare")
+"""Commands whose processes train on shares of one batch."""
+
+
+def _load(recipe: Path, options: CommonOptions) -> tuple[Recipe, Path]:
+    """Return the resolved recipe and its run folder."""
+    from pipeline.recipe.load import load_recipe
+
+    sys.path.append(str(Path.cwd()))  # for `python:module:name` in a recipe
+    loaded = load_recipe(recipe, options.set_ or (), os.environ)
+    return loaded, options.run or Path("runs") / loaded.name
 
 
 @contextmanager
-def walking(recipe: Path, asked: Asked) -> Iterator[Walk]:
-    """A recipe's walk for work that only reads its run folder: under signals and progress, without a lock."""
-    with stop_when_asked(asked.max_duration) as should_stop:
-        from pipeline.progress import reporter
-        from pipeline.recipe.load import load_recipe
-        from pipeline.walk import Walk
+def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
+    """Yield the run of a recipe for work that only reads its run folder: with signals and progress, without a lock."""
+    with handle_signals(options.max_duration) as should_stop:
+        from pipeline.run import Run
+        from pipeline.terminal.progress import reporter
         from stages.watch import Watch
 
-        sys.path.append(str(Path.cwd()))  # where `python:module:name` in a recipe finds the user's own modules
-        loaded = load_recipe(recipe, asked.set_ or (), os.environ)
-        with reporter(asked.as_json) as report_event:
-            folder = asked.run or Path("runs") / loaded.name
-            walk = Walk(loaded, folder, Watch(report_event, should_stop), share=asked.share)
-            walk.take_machine()
-            yield walk
+        loaded, folder = _load(recipe, options)
+        with reporter(options.as_json) as report:
+            run = Run(loaded, folder, Watch(report, should_stop), share=options.share)
+            run.set_up_machine()
+            yield run
 
 
 def run_job(
     command: str,
     recipe: Path,
-    asked: AskedJob,
+    options: JobOptions,
     *,
     part: str | None = None,
     count: int = 1,
     only: Step | None = None,
 ) -> None:
-    """Do what a command stands for, under signals, lock and progress; then say on stdout what came of it."""
-    # Signals first: a job that is stopped while torch loads is stopped early like any other.
-    with guarded(), stop_when_asked(asked.max_duration) as should_stop:
-        from pipeline.recipe.load import load_recipe
-        from pipeline.walk import Walk
+    """Run a command under signals, lock and progress, then print its results to stdout.
+
+    Args:
+        command: Name of the command.
+        recipe: Path of the recipe.
+        options: Options of the command line.
+        part: Part of the units to compute, as "I/N", in `cache-teacher`.
+        count: Number of generations, in `generations`.
+        only: The single step to do, in `compress`.
+    """
+    # Signals first: a job stopped while torch loads must exit with 75 too.
+    with guarded(), handle_signals(options.max_duration) as should_stop:
+        from pipeline.run import Run
         from stages.machine.device import take_device
         from stages.watch import Watch
         from store import exclusive, shared
 
-        sys.path.append(str(Path.cwd()))  # where `python:module:name` in a recipe finds the user's own modules
-        loaded = load_recipe(recipe, asked.set_ or (), os.environ)
-        folder = asked.run or Path("runs") / loaded.name
-        work, own = _work(command, count, only), _part(part) if command == "cache-teacher" else None
+        loaded, folder = _load(recipe, options)
+        work, own_part = _work(command, count, only), _part(part) if command == "cache-teacher" else None
+        # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
         fraction = loaded.gpu_memory_fraction
-        # Before the processes meet: a group that uses GPUs asks CUDA which there are, and it is asked once only.
-        take_device(loaded.device, share=asked.share, memory_fraction=fraction, warn=lambda why: say(f"warning: {why}"))
-        # Several jobs may fill one store from one run folder; all else has the folder to itself.
-        hold = shared if command == "cache-teacher" else exclusive
-        with _together(command, should_stop) as processes, ExitStack() as held:
-            processes.once(lambda: _enter(held, hold(folder, folder / ".kdpipe.lock")))
+        take_device(loaded.device, share=options.share, memory_fraction=fraction, warn=print_warning)
+        # Several jobs may fill one store from one run folder; all other commands have the folder to themselves.
+        lock = shared if command == "cache-teacher" else exclusive
+        with _process_group(command, should_stop) as processes, ExitStack() as locks:
+            processes.once(lambda: _lock(locks, lock(folder, folder / ".kdpipe.lock")))
             watch = Watch(should_stop=should_stop)
-            walk = Walk(loaded, folder, watch, own or processes.part, share=asked.share, processes=processes)
-            walk.begin()
-            with _kept(walk, command) as walk:
-                with _shown(walk, asked) as shown:
+            run = Run(loaded, folder, watch, own_part or processes.part, share=options.share, processes=processes)
+            run.begin()
+            with _recorded(run, command) as run:
+                with _with_progress(run, options) as shown:
                     processes.check(shown.watch)
                     with shown.phase(command):
                         results = work(shown)
-                    shown.keep_recipe()
-                if processes.first and (code := _tell(command, walk, results, asked.as_json)):
+                    shown.write_recipe()
+                if processes.first and (code := _print_results(command, run, results, options.as_json)):
                     raise typer.Exit(code)
 
 
 @contextmanager
-def _kept(walk: Walk, command: str) -> Iterator[Walk]:
-    """The walk with what keeps a record of it in the run folder: the log of events, and of sessions."""
-    from pipeline.events import event_log
-    from pipeline.fingerprints import fingerprints
-    from pipeline.provenance import session
+def _recorded(run: Run, command: str) -> Iterator[Run]:
+    """Yield the run with an event log and a session record in its folder."""
     from pipeline.recipe.load import recipe_json
+    from pipeline.session.event_log import event_log
+    from pipeline.session.fingerprints import fingerprints
+    from pipeline.session.run_record import session
 
-    rank = walk.processes.rank if walk.processes.count > 1 else None
-    with event_log(walk.run, command, rank=rank) as log:
-        logged = replace(walk, watch=replace(walk.watch, report=log))
-        if not walk.processes.first:
+    rank = run.processes.rank if run.processes.count > 1 else None
+    with event_log(run.folder, command, rank=rank) as log:
+        logged = replace(run, watch=replace(run.watch, report=log))
+        if not run.processes.first:
             yield logged
             return
-        with session(walk.run, command, recipe_json(walk.recipe), argv=sys.argv[1:]) as own:
-            own.note(device=str(walk.device))
+        with session(run.folder, command, recipe_json(run.recipe), argv=sys.argv[1:]) as record:
+            record.note(device=str(run.device))
             try:
-                yield replace(logged, phase=own.phase)
+                yield replace(logged, phase=record.phase)
             finally:
-                own.note(fingerprints=fingerprints(walk))
+                record.note(fingerprints=fingerprints(run))
 
 
 @contextmanager
-def _shown(walk: Walk, asked: AskedJob) -> Iterator[Walk]:
-    """The walk with what shows it while it is under way: progress, and TensorBoard where that is asked for."""
-    from pipeline.events import to_all
-    from pipeline.progress import reporter
-    from pipeline.tensorboard import scalars
+def _with_progress(run: Run, options: JobOptions) -> Iterator[Run]:
+    """Yield the run with progress on stderr, and TensorBoard scalars if requested."""
+    from pipeline.session.tensorboard import scalars
+    from pipeline.terminal.progress import reporter
+    from pipeline.terminal.reporter import to_all
 
-    if not walk.processes.first:
-        yield replace(walk, watch=replace(walk.watch, report=to_all(_pictures_told, walk.watch.report)))
+    if not run.processes.first:
+        yield replace(run, watch=replace(run.watch, report=to_all(_print_data_warning, run.watch.report)))
         return
-    with reporter(asked.as_json) as show, scalars(walk.run) if asked.tensorboard else nullcontext() as draw:
-        reporters = [one for one in (show, walk.watch.report, draw) if one is not None]
-        yield replace(walk, watch=replace(walk.watch, report=to_all(*reporters)))
+    with reporter(options.as_json) as show, scalars(run.folder) if options.tensorboard else nullcontext() as draw:
+        reporters = [report for report in (show, run.watch.report, draw) if report is not None]
+        yield replace(run, watch=replace(run.watch, report=to_all(*reporters)))
 
 
 @contextmanager
-def _together(command: str, should_stop: Callable[[], bool]) -> Iterator[Processes]:
-    """The processes of a launcher that do a command together. Each has its own part of the store in `cache-teacher`;
-    what is not for several is refused.
+def _process_group(command: str, should_stop: Callable[[], bool]) -> Iterator[Processes]:
+    """Yield the processes that a launcher started for this command.
+
+    In `cache-teacher` each computes its own part of the store; commands for one process refuse several.
     """
     from stages.processes import ONE, joined, require_one
 
-    if command in TOGETHER:
+    if command in DISTRIBUTED:
         with joined(os.environ, should_stop) as processes:
             yield processes
         return
@@ -141,53 +156,54 @@ def _together(command: str, should_stop: Callable[[], bool]) -> Iterator[Process
     yield ONE
 
 
-def _enter(held: ExitStack, context: AbstractContextManager[object]) -> None:
-    held.enter_context(context)
+def _lock(locks: ExitStack, context: Any) -> None:
+    locks.enter_context(context)
 
 
-def _pictures_told(event: Event) -> None:
-    """The reporter of a process that is not the first: it tells of the pictures that only it sees."""
+def _print_data_warning(event: Event) -> None:
+    """Print the warnings about images that only this process, not the first, sees."""
     from stages.watch import WARNING
 
     if event.unit == WARNING and event.stage == "data":
-        say(f"warning: {event.job}")
+        print_warning(event.job)
 
 
-def _work(command: str, count: int, only: Step | None) -> Callable[[Walk], dict[str, Any]]:
-    from pipeline.compare import walk_compare
-    from pipeline.generations import walk_generations
-    from pipeline.walk import STAGES, walk_all, walk_compress
+def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[str, Any]]:
+    from pipeline.commands.compare import run_compare
+    from pipeline.commands.generations import run_generations
+    from pipeline.steps import STAGES, run_all, run_compress
 
-    whole: dict[str, Callable[[Walk], dict[str, Any]]] = {
-        "run": walk_all,
-        "compress": partial(walk_compress, only=only),
-        "compare": walk_compare,
-        "generations": partial(walk_generations, count=count),
+    functions: dict[str, Callable[[Run], dict[str, Any]]] = {
+        **STAGES,
+        "run": run_all,
+        "compress": partial(run_compress, only=only),
+        "compare": run_compare,
+        "generations": partial(run_generations, count=count),
     }
-    return whole[command] if command in whole else STAGES[command]
+    return functions[command]
 
 
-def _tell(command: str, walk: Walk, results: dict[str, Any], as_json: bool) -> int:
-    """Say on stdout what came of it; the exit status."""
-    from pipeline.compare import print_compare
-    from pipeline.exit_codes import DONE
-    from pipeline.generations import print_generations
+def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool) -> int:
+    """Print the results to stdout; return the exit status."""
+    from pipeline.commands.compare import print_compare
+    from pipeline.commands.generations import print_generations
+    from pipeline.commands.summary import print_summary
     from pipeline.report.command import tell_report
-    from pipeline.report.tradeoff import draw_trade
-    from pipeline.summary import print_summary
+    from pipeline.report.compressed import draw_trade
+    from pipeline.terminal.exit_codes import DONE
 
     if command in ("run", "compress"):
-        draw_trade(walk.run)
+        draw_trade(run.folder)
     if command == "run":
-        return tell_report([walk.run], as_json)
+        return tell_report([run.folder], as_json)
     if as_json:
-        print_json({"command": command, "run": str(walk.run), **results})
+        print_json({"command": command, "run": str(run.folder), **results})
     elif command == "compare":
-        print_compare(walk.recipe.name, results)
+        print_compare(run.recipe.name, results)
     elif command == "generations":
-        print_generations(walk.recipe.name, results)
+        print_generations(run.recipe.name, results)
     else:
-        print_summary(command, walk.run, results)
+        print_summary(command, run.folder, results)
     return DONE
 
 

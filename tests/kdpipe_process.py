@@ -1,4 +1,4 @@
-"""The real command line in processes of its own, on a road that takes seconds."""
+"""Run the command line in its own process, on a recipe that takes seconds."""
 
 from __future__ import annotations
 
@@ -57,31 +57,31 @@ def environment() -> dict[str, str]:
 
 
 def kdpipe_afresh(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run `kdpipe` to its end as a user does: in a Python of its own, which takes seconds to import all it needs."""
+    """Run `kdpipe` to its end as a user does: in a new Python process, which takes seconds to import everything."""
     process = start_afresh(*arguments)
     out, errors = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.wait(), out, errors)
 
 
 def kdpipe(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run `kdpipe` to its end, in a process of its own that need not import much."""
+    """Run `kdpipe` to its end, in its own process, forked from one with warm imports."""
     process = start(*arguments)
     out, errors = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.wait(), out, errors)
 
 
 def kdpipe_here(*arguments: str | Path) -> Result:
-    """The same command line in this process, for what needs no process of its own."""
+    """Run the command line in this process."""
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 def start(*arguments: str | Path) -> WarmProcess:
-    """Start `kdpipe` and leave it running."""
+    """Start `kdpipe`, and return its process."""
     return WarmProcess(["kdpipe", *map(str, arguments)], environment())
 
 
 def start_afresh(*arguments: str | Path) -> subprocess.Popen[str]:
-    """The same in a Python of its own, which also ends as Python does."""
+    """Start `kdpipe` in a new Python process."""
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

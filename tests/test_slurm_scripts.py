@@ -1,4 +1,4 @@
-"""The job scripts of docs/slurm, run with stand-ins for Slurm's own commands: when a job comes back, and when not."""
+"""The job scripts of docs/slurm, run with fake Slurm commands: when a job is requeued, and when not."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ REQUEUED = ("one-gpu.sh", "cache-array.sh", "several-gpus.sh")
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda script: script.name)
-def test_bash_and_shellcheck_find_no_fault(script):
+def test_scripts_pass_bash_and_shellcheck(script):
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = Path(sys.executable).with_name("shellcheck")
     found = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
@@ -22,7 +22,7 @@ def test_bash_and_shellcheck_find_no_fault(script):
 
 
 def slurm(folder, code, wait_s=0.0):
-    """A folder of stand-ins, to come first on the PATH: `srun` exits with `code`; all write down what they are told."""
+    """Write fake commands, first on the PATH: `srun` exits with `code`; all log their arguments."""
     bodies = {
         "srun": f"sleep {wait_s}; exit {code}",
         "scontrol": '[ "$1" != show ] || echo node1',
@@ -37,7 +37,7 @@ def slurm(folder, code, wait_s=0.0):
 
 @pytest.mark.parametrize("script", REQUEUED)
 @pytest.mark.parametrize("code", [0, 1, 2, 11, 12, 75])
-def test_a_job_that_was_stopped_early_comes_back_and_no_other(script, code, tmp_path):
+def test_only_a_job_stopped_early_is_requeued(script, code, tmp_path):
     environment = slurm(tmp_path, code)
     ended = subprocess.run(["bash", SCRIPTS / script, "r.toml", "a b"], cwd=tmp_path, env=environment, check=False)
     calls = (tmp_path / "calls").read_text()
@@ -47,7 +47,7 @@ def test_a_job_that_was_stopped_early_comes_back_and_no_other(script, code, tmp_
 
 
 @pytest.mark.parametrize("script", REQUEUED)
-def test_a_cancelled_job_does_not_come_back(script, tmp_path):
+def test_a_cancelled_job_is_not_requeued(script, tmp_path):
     job = subprocess.Popen(["bash", SCRIPTS / script, "r.toml"], cwd=tmp_path, env=slurm(tmp_path, 75, wait_s=0.5))
     while "srun" not in ((tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""):
         time.sleep(0.01)
@@ -56,13 +56,13 @@ def test_a_cancelled_job_does_not_come_back(script, tmp_path):
     assert "requeue" not in (tmp_path / "calls").read_text()
 
 
-def test_each_job_of_the_pipeline_waits_for_the_one_before(tmp_path):
+def test_pipeline_jobs_depend_on_the_one_before(tmp_path):
     command = ["bash", SCRIPTS / "pipeline.sh", "r.toml", "runs/r", "--partition=gpu"]
-    said = subprocess.run(command, cwd=tmp_path, env=slurm(tmp_path, 0), check=True, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=tmp_path, env=slurm(tmp_path, 0), check=True, capture_output=True, text=True)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [word for call in calls for word in call.split() if "dependency" in word] == [
         f"--dependency=afterok:{number}" for number in (1, 2, 3)
     ]
     stages = ("one-gpu.sh train-teacher r.toml", "cache-array.sh r.toml runs/r", "train-student", "compress")
     assert all(stage in call and "--partition=gpu" in call for stage, call in zip(stages, calls, strict=True))
-    assert "compression 4" in said.stdout
+    assert "compression 4" in ended.stdout

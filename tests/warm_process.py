@@ -1,4 +1,4 @@
-"""`kdpipe` processes that warm_server.py forks, to be handled like those of subprocess.Popen."""
+"""A Popen-like handle of the `kdpipe` processes that warm_server.py forks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 
 
 class WarmProcess:
-    """`kdpipe` in a process of its own, in this one's working folder; what it writes waits for `communicate`."""
+    """A `kdpipe` process in the current working folder; its output is read by `communicate`."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self.args = list(arguments)
@@ -31,13 +31,13 @@ class WarmProcess:
         for _, written in pipes:
             os.close(written)
         *self._outputs, self._report = [io.FileIO(read) for read, _ in pipes]
-        self.pid = self._told()
+        self.pid = self._read_number()
 
-    def _told(self) -> int:
-        """The next number that the server has to say; waits for it."""
+    def _read_number(self) -> int:
+        """Wait for the next number from the server."""
         line = self._report.readline()
         if not line:
-            raise RuntimeError("the server of warm processes has ended: what it said of it is on stderr.")
+            raise RuntimeError("the server of warm processes has ended: see stderr.")
         return int(line)
 
     def poll(self) -> int | None:
@@ -48,7 +48,7 @@ class WarmProcess:
         if self.returncode is None:
             if not self._has_ended(timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            self.returncode = self._told()
+            self.returncode = self._read_number()
             self._report.close()
         return self.returncode
 
@@ -56,19 +56,19 @@ class WarmProcess:
         return self.returncode is not None or _readable([self._report], timeout) != []
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What it wrote to stdout and to stderr, when nobody is left who could write there and it has ended."""
+        """Return stdout and stderr, after all writers have closed them and the process has ended."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        said = dict.fromkeys(self._outputs, b"")
+        output_of = dict.fromkeys(self._outputs, b"")
         while open_ones := [output for output in self._outputs if not output.closed]:
             ready = _readable(open_ones, None if deadline is None else max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
             for output in ready:
-                said[output] += (part := output.read(1 << 16))
+                output_of[output] += (part := output.read(1 << 16))
                 if not part:
                     output.close()
         self.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        out, errors = (said[output].decode() for output in self._outputs)
+        out, errors = (output_of[output].decode() for output in self._outputs)
         return out, errors
 
     def send_signal(self, number: int) -> None:
@@ -88,7 +88,7 @@ def _readable(files: Sequence[io.FileIO], timeout: float | None) -> list[Any]:
 
 @functools.cache
 def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Where this process's own server takes requests, and the server: started for the first, it ends with this one."""
+    """Return the request socket and the server of this process, started at the first call."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with there:
         command = [sys.executable, str(TESTS / "warm_server.py"), str(there.fileno())]

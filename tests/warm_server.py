@@ -1,12 +1,10 @@
-"""Forks `kdpipe` processes for the tests that have already imported what the command line imports, which takes a fresh
-one longer than all that it is asked to do: `python warm_server.py FD`, where FD is a socket for requests.
+"""Fork `kdpipe` processes with warm imports, which take longer than the tests: `python warm_server.py SOCKET_FD`.
 
-A process that it forks is a real one: with a pid, arguments, environment, working folder and output of its own, with
-signals as Python sets them, and ended by them or with the status that Python would give it. Only its last moment is not
-Python's: all that was imported is left to the kernel, as multiprocessing does, for to take it down takes longer still.
+A fork has its own pid, arguments, environment, working folder and output, Python's signal handlers and exit status. It
+ends with os._exit, as in multiprocessing, because tearing down the imported modules takes even longer.
 
-The server itself computes nothing, for a thread would be lost in a fork; where it has one all the same, its forks start
-Python anew. It ends when nobody is left who could ask it for anything.
+The server computes nothing, because forks lose threads; if it has a thread nevertheless, forks start a new Python. It
+ends when the last client closes its socket.
 """
 
 from __future__ import annotations
@@ -27,15 +25,15 @@ from typing import Any, NoReturn
 
 from one_registry import keep_one_registry
 
-MOST_BYTES = 1 << 17
-"""Of a request: a longer message such a socket may not carry."""
+MAX_BYTES = 1 << 17
+"""Size limit of a request on the socket."""
 
-IMPORTED_LATE = (
-    "matplotlib.backends.backend_svg",
+EARLY_IMPORTS = ("pipeline.main", "pipeline.steps", "pipeline.commands.summary", "pipeline.report.report")
+LATE_IMPORTS = (
     "onnxscript.function_libs.torch_lib.ops",
-    "pipeline.compare",
-    "pipeline.generations",
-    "pipeline.report.pareto_svg",
+    "pipeline.commands.compare",
+    "pipeline.commands.generations",
+    "pipeline.report.pareto",
     "sklearn.datasets",
     "sympy.combinatorics",
     "torch.export._trace",
@@ -44,94 +42,94 @@ IMPORTED_LATE = (
     "torchmetrics.functional.classification",
     "torchvision.transforms.v2",
 )
-"""By commands under way. A name that another version does not have any more costs time, and nothing else."""
+"""Modules imported while commands run. Names missing in another version of a library are skipped."""
 
 
 def warm_up() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pipeline.main does, before torch is imported
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else onnxruntime starts a thread
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # telemetry would start a thread
     gc.disable()
-    for name in ("pipeline.main", "pipeline.walk", "pipeline.summary", "pipeline.report.report", "pipeline.store_app"):
+    for name in EARLY_IMPORTS:
         importlib.import_module(name)
-    for name in IMPORTED_LATE:
+    for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     keep_one_registry(compiled=True)
-    gc.freeze()  # the forks need not look through all that
+    gc.freeze()  # keep the garbage collector of forks from scanning it
     gc.enable()
 
 
 def serve(requests: socket.socket) -> None:
-    """Fork a process for each request, until there can be no more."""
-    afresh = len(list(Path("/proc/self/task").iterdir())) > 1
+    """Fork a process for each request, until all clients are gone."""
+    has_threads = len(list(Path("/proc/self/task").iterdir())) > 1
     reports: dict[int, tuple[int, int]] = {}
-    """By pidfd, of what runs: the pid, and where to say how it ended."""
+    """By pidfd of a running process: its pid, and the descriptor for its exit status."""
     with selectors.DefaultSelector() as selector:
         selector.register(requests, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
                 if key.fileobj is not requests:
                     selector.unregister(key.fd)
-                    tell_end(key.fd, *reports.pop(key.fd))
+                    report_end(key.fd, *reports.pop(key.fd))
                     continue
-                said, fds, _, _ = socket.recv_fds(requests, MOST_BYTES, 3)
-                if not said:
+                request, fds, _, _ = socket.recv_fds(requests, MAX_BYTES, 3)
+                if not request:
                     return
                 if (pid := os.fork()) == 0:
                     of_server = [selector.fileno(), requests.fileno(), *reports, *(to for _, to in reports.values())]
-                    become(json.loads(said), fds, of_server, afresh)
-                watched = begun(pid, fds)
+                    become(json.loads(request), fds, of_server, has_threads)
+                watched = report_start(pid, fds)
                 reports[watched] = (pid, fds[2])
                 selector.register(watched, selectors.EVENT_READ)
 
 
-def begun(pid: int, fds: list[int]) -> int:
-    """Say so, and leave its output to it. Returns its pidfd."""
-    tell(fds[2], pid)
+def report_start(pid: int, fds: list[int]) -> int:
+    """Send its pid, close its output here, and return its pidfd."""
+    send(fds[2], pid)
     for fd in fds[:2]:
         os.close(fd)
     return os.pidfd_open(pid)
 
 
-def tell_end(watched: int, pid: int, report: int) -> None:
-    tell(report, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+def report_end(watched: int, pid: int, report: int) -> None:
+    send(report, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     os.close(watched)
     os.close(report)
 
 
-def tell(report: int, number: int) -> None:
-    with contextlib.suppress(BrokenPipeError):  # who asked has ended meanwhile
+def send(report: int, number: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the client has ended
         os.write(report, b"%d\n" % number)
 
 
-def become(request: dict[str, Any], fds: list[int], of_server: list[int], afresh: bool) -> NoReturn:
-    """Be the process that is asked for, which writes to `fds`. With `afresh`, start Python anew for it."""
+def become(request: dict[str, Any], fds: list[int], of_server: list[int], has_threads: bool) -> NoReturn:
+    """Become the requested process, which writes to `fds`; with `has_threads`, as a new Python."""
     os.dup2(fds[0], 1)
     os.dup2(fds[1], 2)
     for fd in (*fds, *of_server):
         os.close(fd)
     os.chdir(request["cwd"])
     arguments, environment = request["arguments"], request["environment"]
-    if afresh:
+    if has_threads:
         code = f"import sys; sys.argv[:] = {arguments!r}; from pipeline.main import main; main()"
         os.execve(sys.executable, [sys.executable, "-c", code], environment)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[:] = arguments
     added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
-    sys.path[:1] = ["", *added]  # in the place of this file's folder
+    sys.path[:1] = ["", *added]  # instead of this file's folder
     run_to_the_end()
 
 
 def run_to_the_end() -> NoReturn:
-    """Run `kdpipe`, and end as Python does, up to its last moment."""
+    """Run `kdpipe`, and end as Python does, except for the teardown of modules."""
     from pipeline.main import main
 
     status = 0
     try:
         main()
-    except SystemExit as asked:
-        status = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         status = 1

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Any kdpipe command on one GPU: it survives preemption and time limits. Before the limit Slurm sends USR1; kdpipe
+# Run any kdpipe command on one GPU; it survives preemption and time limits. Before the limit Slurm sends USR1; kdpipe
 # finishes its step, saves and exits 75, and the job goes back into the queue until the work is done.
 #
 #   sbatch docs/slurm/one-gpu.sh run recipes/mnist.toml --run runs/mnist
@@ -18,10 +18,10 @@ set -u
 : "${1:?"give the command: sbatch one-gpu.sh run RECIPE"}"
 
 cancelled=no
-trap 'cancelled=yes' TERM # Slurm asks this script itself to end only where the whole job is to end, as scancel does
+trap 'cancelled=yes' TERM # sent to this script only if the whole job is to end, as by scancel
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" kdpipe "$@"
 code=$?
-if [ "$code" -eq 75 ] && [ "$cancelled" = no ]; then # stopped early: run me again
+if [ "$code" -eq 75 ] && [ "$cancelled" = no ]; then # stopped early: run again
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

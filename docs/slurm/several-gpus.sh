@@ -1,6 +1,6 @@
 #!/bin/bash
 # Train on several GPUs, of several machines if need be: one process a GPU, the batch of the recipe shared among them.
-# srun starts the processes itself, as torchrun would, and hands on kdpipe's exit status, which torchrun does not.
+# srun starts the processes itself, as torchrun would, and returns kdpipe's exit status, which torchrun does not.
 #
 #   sbatch docs/slurm/several-gpus.sh train-student recipes/mnist.toml --run runs/mnist
 #
@@ -23,10 +23,10 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 
 cancelled=no
-trap 'cancelled=yes' TERM # Slurm asks this script itself to end only where the whole job is to end, as scancel does
+trap 'cancelled=yes' TERM # sent to this script only if the whole job is to end, as by scancel
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 kdpipe "$@"
 code=$?
-if [ "$code" -eq 75 ] && [ "$cancelled" = no ]; then # stopped early: run me again
+if [ "$code" -eq 75 ] && [ "$cancelled" = no ]; then # stopped early: run again
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -1,6 +1,4 @@
-"""Looking at folders of strangers, for `kdpipe status`: bounded reads, locks that are looked at and never taken for
-long, bytes on disk. Nothing is written, and nothing heavy imported.
-"""
+"""Read untrusted run and store folders: bounded reads, locks that are only looked at, sizes on disk. Writes nothing."""
 
 from __future__ import annotations
 
@@ -14,28 +12,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import printable
+from pipeline.terminal.output import printable
 from store.errors import KdpipeError
 from store.fs.lock import Holder, read_holder, try_lock
 from store.fs.safe_read import open_regular_file, read_regular_file
 
-MOST_JSON_BYTES = 2 * 2**20
-MOST_TEXT = 200
-MOST_MEASURED_DEPTH = 12
+MAX_JSON_BYTES = 2 * 2**20
+MAX_TEXT = 200
+MAX_MEASURED_DEPTH = 12
 
 
-def read_object(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any] | None:
-    """The JSON object in a plain file; None where there is none, or something else, or too much."""
+def read_json_or_none(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+    """Return the JSON object in a regular file; None if there is none, or it is too large."""
     try:
-        raw = read_regular_file(path, most_bytes)
-        record = json.loads(raw) if len(raw) <= most_bytes else None
+        raw = read_plain(path, max_bytes)
+        record = json.loads(raw) if len(raw) <= max_bytes else None
     except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
 
 def read_tail(path: Path, num_bytes: int) -> list[bytes]:
-    """The last whole lines of a plain file, of its last `num_bytes`; none where it cannot be read."""
+    """Return the complete lines among the last `num_bytes` of a regular file; none if it cannot be read."""
     try:
         with os.fdopen(open_regular_file(path), "rb") as file:
             start = max(0, os.fstat(file.fileno()).st_size - num_bytes)
@@ -46,26 +44,26 @@ def read_tail(path: Path, num_bytes: int) -> list[bytes]:
     return lines[1:] if start else lines
 
 
-def text(value: Any, most: int = MOST_TEXT) -> str:
-    """A stranger's value as a short text that a terminal may be shown; empty for what is no text or number."""
-    return printable(str(value)[:most]) if isinstance(value, str | int | float) else ""
+def text(value: Any, max_length: int = MAX_TEXT) -> str:
+    """Return an untrusted value as a short printable text; empty if it is neither text nor number."""
+    return printable(str(value)[:max_length]) if isinstance(value, str | int | float) else ""
 
 
 def number(value: Any) -> int | None:
-    """A count from a stranger's file; None for what is none."""
+    """Return an untrusted value if it is a count, else None."""
     return value if type(value) is int and 0 <= value < 2**50 else None
 
 
-def share(value: Any) -> float | None:
-    """A share from 0 to 1, such as an accuracy; None for what is none."""
+def fraction(value: Any) -> float | None:
+    """Return an untrusted value if it is a number from 0 to 1, else None."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1 else None
 
 
-def lock_holder(path: Path, *, ask: bool) -> Holder | None:
-    """Who holds the lock file at `path`, alone or with others; None where nobody does, or nobody that can be seen.
+def lock_holder(path: Path, *, try_it: bool) -> Holder | None:
+    """Return who holds the lock file at `path`, exclusively or shared; None if it is free or this cannot be seen.
 
-    The kernel's own list is read first, which disturbs nobody. It does not show the locks of other machines and
-    containers: with `ask` a shared lock is tried for a moment, on a descriptor that cannot write.
+    Reads the kernel's list of locks first, which disturbs no one. The list lacks locks of other machines and
+    containers: with `try_it` a shared lock is tried for a moment, on a read-only descriptor.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -73,28 +71,26 @@ def lock_holder(path: Path, *, ask: bool) -> Holder | None:
         return None
     try:
         holder, found = read_holder(descriptor), os.fstat(descriptor)
-        # A file's device is not always told alike (overlays, btrfs): then the process must be that of the record.
-        held = any(found.st_dev == device or pid == holder.pid for device, pid in locked().get(found.st_ino, ()))
-        if not held and ask:
-            held = not try_lock(path, descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # The device number may differ (overlays, btrfs): then the process must be that of the lock's record.
+        is_held = any(found.st_dev == device or pid == holder.pid for device, pid in locked().get(found.st_ino, ()))
+        if not is_held and try_it:
+            is_held = not try_lock(path, descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (OSError, KdpipeError):
         return None
     else:
-        return holder if held else None
+        return holder if is_held else None
     finally:
-        os.close(descriptor)  # no child was forked: with the descriptor goes the lock
+        os.close(descriptor)  # releases the lock
 
 
 @cache
 def locked() -> dict[int, list[tuple[int, int]]]:
-    """By inode, the device and the process of each flock that processes of this machine hold. Read once: who looks
-    again calls `locked.cache_clear()`.
-    """
+    """Return device and process of each flock held on this machine, by inode. Cached until `locked.cache_clear()`."""
     found: dict[int, list[tuple[int, int]]] = {}
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/locks").read_text().splitlines():
             fields = line.split()
-            if "FLOCK" in fields and "->" not in fields:  # an arrow is a process that waits
+            if "FLOCK" in fields and "->" not in fields:  # an arrow marks a waiting process
                 major, minor, inode = fields[5].split(":")
                 found.setdefault(int(inode), []).append((os.makedev(int(major, 16), int(minor, 16)), int(fields[4])))
     return found
@@ -102,7 +98,7 @@ def locked() -> dict[int, list[tuple[int, int]]]:
 
 @dataclass
 class Measure:
-    """What lies in a folder: bytes of its files, and when the newest of them was written, in seconds since 1970."""
+    """Total size of a folder's files, and the time of the newest in seconds since 1970."""
 
     num_bytes: int = 0
     newest: float = 0.0
@@ -115,15 +111,15 @@ class Measure:
 
 
 class Budget:
-    """So many entries are looked at in all: a folder with millions of pictures in it must not hold up an answer."""
+    """A limit on the number of directory entries read, so that millions of files do not delay an answer."""
 
     def __init__(self, entries: int) -> None:
         self.left = entries
         self.unread: list[str] = []
 
-    def entries(self, folder: Path | str, most: int | None = None) -> Iterable[os.DirEntry[str]]:
-        """What is in a folder, by name; a folder that cannot be read is remembered in `unread`."""
-        room = max(0, self.left if most is None else min(most, self.left))
+    def entries(self, folder: Path | str, limit: int | None = None) -> Iterable[os.DirEntry[str]]:
+        """Return the entries of a folder, sorted by name; errors are collected in `unread`."""
+        room = max(0, self.left if limit is None else min(limit, self.left))
         found: list[os.DirEntry[str]] = []
         try:
             with os.scandir(folder) as inside:
@@ -139,15 +135,15 @@ class Budget:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, and no link to one."""
+    """Return whether an entry is a folder, not a link to one."""
     try:
         return entry.is_dir(follow_symlinks=False)
     except OSError:
         return False
 
 
-def measure(folder: Path | str, budget: Budget, into: Measure, depth: int = MOST_MEASURED_DEPTH) -> Measure:
-    """Add up all files below a folder, hidden ones too."""
+def measure(folder: Path | str, budget: Budget, into: Measure, depth: int = MAX_MEASURED_DEPTH) -> Measure:
+    """Add up all files below a folder, hidden ones included."""
     for entry in budget.entries(folder):
         if not is_folder(entry):
             into.add(entry)

@@ -1,4 +1,4 @@
-"""One target store in `kdpipe status`, by its manifest and markers: without numpy and Zarr, which `store info` has."""
+"""Determine the status of a target store from its manifest and markers, without numpy and Zarr."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.status.files import Budget, Measure, measure, number, read_object, text
+from pipeline.status.files import Budget, Measure, measure, number, read_json_or_none, text
+from store.claims import holder
 from store.errors import KdpipeError
 from store.format.schema import ATTRIBUTE, MARKERS, SCHEMA_VERSION
 from store.fs.safe_read import read_regular_file
 from store.write.claims import holder
 
-MOST_COUNTED = 20_000
-"""Of a store with more units the markers are not counted where its manifest calls them finished."""
+SCHEMA_VERSION = 2
+ATTRIBUTE = "kdpipe"
+MARKERS = "markers"
+SAMPLES = "samples"
 
-MOST_MARKER_BYTES = 64 * 1024
-MOST_CLAIMS = 100
+MAX_COUNTED = 20_000
+"""Markers of a store with more units are not counted if its manifest says that they are finished."""
+
+MAX_MARKER_BYTES = 64 * 1024
+MAX_CLAIMS = 100
 
 
 @dataclass(frozen=True)
 class StoreStatus:
-    """A target store. state: finished, being filled, unfinished, damaged, or another schema
-    (of an older kdpipe, or a newer one); at_work: who is at which unit;
-    last_sign: seconds since 1970.
+    """Status of a target store.
+
+    Attributes:
+        state: finished, being filled, unfinished, damaged, or another schema (of another version of kdpipe).
+        at_work: Units being computed, with the process.
+        last_sign: Time of the last activity, in seconds since 1970.
     """
 
     path: str
@@ -44,27 +53,27 @@ class StoreStatus:
 
 
 def manifest_of(folder: Path, names: set[str]) -> dict[str, Any] | None:
-    """What the store in `folder` says of itself; None where it is no kdpipe store, {} where that is damaged."""
+    """Return the manifest of the store in `folder`: None if it is no kdpipe store, {} if the manifest is damaged."""
     if "zarr.json" not in names:
         return None
-    group = read_object(folder / "zarr.json")
+    group = read_json_or_none(folder / "zarr.json")
     attributes = group.get("attributes") if group else None
     manifest = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
     if isinstance(manifest, dict):
         return manifest
-    return {} if {MARKERS, "samples"} <= names else None
+    return {} if {MARKERS, SAMPLES} <= names else None
 
 
 def store_status(folder: Path, manifest: Mapping[str, Any], budget: Budget) -> StoreStatus:
-    """What is to be known of the store in `folder`."""
-    held = measure(folder, budget, Measure())
+    """Return the status of the store in `folder`."""
+    size = measure(folder, budget, Measure())
     teacher, data = _section(manifest, "teacher"), _section(manifest, "data")
-    views, shards, samples = _geometry(manifest)
+    views, shards, samples = _counts(manifest)
     done = _num_done(folder, manifest, views, shards)
     at_work = _at_work(folder, budget)
-    whole = _is_all_finished(manifest) and done == views * shards > 0
-    odd = "damaged" if manifest.get("schema_version") in (SCHEMA_VERSION, None) else "another schema"
-    state = "finished" if whole else "being filled" if at_work else "unfinished" if views * shards else odd
+    is_finished = _is_all_finished(manifest) and done == views * shards > 0
+    unknown = "damaged" if manifest.get("schema_version") in (SCHEMA_VERSION, None) else "another schema"
+    state = "finished" if is_finished else "being filled" if at_work else "unfinished" if views * shards else unknown
     return StoreStatus(
         path=str(folder),
         state=state,
@@ -75,8 +84,8 @@ def store_status(folder: Path, manifest: Mapping[str, Any], budget: Budget) -> S
         num_units=views * shards,
         num_units_done=done,
         at_work=at_work,
-        last_sign=held.newest,
-        disk_bytes=held.num_bytes,
+        last_sign=size.newest,
+        disk_bytes=size.num_bytes,
     )
 
 
@@ -85,18 +94,12 @@ def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _geometry(manifest: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Views, shards of a view, and samples; zeros where the manifest is damaged."""
-    views, rows, segments = (
-        number(manifest.get("num_views")),
-        number(manifest.get("unit_rows")),
-        manifest.get("segments"),
-    )
-    counts = (
-        [number(one.get("num_samples")) if isinstance(one, dict) else None for one in segments or ()]
-        if isinstance(segments, list)
-        else [None]
-    )
+def _counts(manifest: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the numbers of views, shards per view, and samples; zeros if the manifest is damaged."""
+    views, rows = number(manifest.get("num_views")), number(manifest.get("unit_rows"))
+    segments = manifest.get("segments")
+    items = segments if isinstance(segments, list) else [None]
+    counts = [number(item.get("num_samples")) if isinstance(item, dict) else None for item in items]
     if not views or not rows or not counts or None in counts:
         return 0, 0, 0
     known = [count for count in counts if count]
@@ -104,7 +107,7 @@ def _geometry(manifest: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _is_all_finished(manifest: Mapping[str, Any]) -> bool:
-    """Whether readers see all that the manifest lists: no extension is under way."""
+    """Return whether readers see all that the manifest lists: no extension is in progress."""
     finished, segments = _section(manifest, "finished"), manifest.get("segments")
     return isinstance(segments, list) and (
         finished.get("num_views") == manifest.get("num_views")
@@ -119,13 +122,13 @@ def _names(record: Mapping[str, Any]) -> list[str]:
 
 
 def _num_done(folder: Path, manifest: Mapping[str, Any], views: int, shards: int) -> int:
-    """How many units have a marker, and one that lists all arrays where some are being added."""
+    """Count the units with a marker, which must list all arrays if some are being added."""
     finished = _is_all_finished(manifest)
-    if finished and views * shards > MOST_COUNTED:
+    if finished and views * shards > MAX_COUNTED:
         return views * shards
     added = set() if finished else set(_names(manifest))
     if not _section(manifest, "finished"):
-        added = set()  # the first filling: every marker lists them all
+        added = set()  # in the first filling every marker lists all arrays
     counted = 0
     for view in _numbered(folder / MARKERS / "c", views):
         for shard in _numbered(Path(view), shards):
@@ -135,7 +138,7 @@ def _num_done(folder: Path, manifest: Mapping[str, Any], views: int, shards: int
 
 
 def _numbered(folder: Path, count: int) -> list[str]:
-    """The entries of a folder that are called 0 to count - 1."""
+    """Return the entries of a folder named 0 to count - 1."""
     with suppress(OSError), os.scandir(folder) as inside:
         names = [entry.name for entry in inside if entry.name.isascii() and entry.name.isdecimal()]
         return [str(folder / name) for name in names if str(int(name[:20])) == name and int(name) < count]
@@ -144,17 +147,17 @@ def _numbered(folder: Path, count: int) -> list[str]:
 
 def _lists_all(marker: Path, names: set[str]) -> bool:
     try:
-        files = json.loads(read_regular_file(marker, MOST_MARKER_BYTES))["files"]
+        files = json.loads(read_plain(marker, MAX_MARKER_BYTES))["files"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
     return isinstance(files, dict) and names <= set(files)
 
 
 def _at_work(folder: Path, budget: Budget) -> list[str]:
-    """Who holds a claim on which unit, beside the store."""
+    """Return the claimed units, each with the process that has the claim."""
     found = []
-    for entry in budget.entries(folder.with_name(f".{folder.name}.locks"), MOST_CLAIMS):
+    for entry in budget.entries(folder.with_name(f".{folder.name}.locks"), MAX_CLAIMS):
         with suppress(OSError, KdpipeError):
-            if at_it := holder(folder, entry.name):
-                found.append(f"{text(entry.name)}: {text(str(at_it))}")
+            if worker := holder(folder, entry.name):
+                found.append(f"{text(entry.name)}: {text(str(worker))}")
     return found

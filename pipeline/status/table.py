@@ -1,61 +1,92 @@
-"""The tables of `kdpipe status`, for people: a line for each run and store, and below it what has no room beside.
-
-Written by hand: rich alone would take a sixth of the time in which `kdpipe status` answers.
-"""
+"""Print the status of runs and stores: as tables, or as paragraphs on a narrow terminal."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-import textwrap
 import time
-import unicodedata
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline.command import printable
-from pipeline.pace import duration_text, rate_text
 from pipeline.status.runs import RunStatus
-from pipeline.status.status import Status
 from pipeline.status.stores import StoreStatus
+from pipeline.terminal.output import console, new_table, printable
+from pipeline.terminal.rate import duration_text, rate_text
 
-WIDTH_OF_FILES = 120
-MOST_AT_WORK = 3
-GAP, INDENT = "  ", "    "
+if TYPE_CHECKING:
+    from rich.console import Console
 
-RUN = ("run", "state", "at", "done", "networks", "rate", "left", "last sign", "size", "test accuracy")
-STORE = ("store", "state", "teacher", "holds", "units", "at work", "last sign", "size")
-TO_THE_RIGHT = {"done", "networks", "rate", "left", "last sign", "size", "units"}
-
-BELOW = ("at", "test accuracy", "at work", "teacher", "holds", "rate", "left", "networks", "size", "last sign", "units")
-"""What goes to the line below where there is no room beside, in this order."""
-
-WORDS = {"networks": "{} networks", "left": "{} left", "units": "{} units", "done": "{} done"}
-BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
-STYLES = {"running": GREEN, "being filled": GREEN, "killed": RED, "damaged": RED, "stopped early": YELLOW}
+MAX_WORKERS = 3
+RIGHT_ALIGNED = {"done", "networks", "rate", "left", "last sign", "size", "units"}
+STYLES = {
+    "running": "green",
+    "being filled": "green",
+    "killed": "red",
+    "damaged": "red",
+    "stopped early": "yellow",
+}
 
 
-def print_tables(status: Status) -> None:
-    """Runs, then stores, on stdout."""
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if is_terminal else WIDTH_OF_FILES
-    now, root = time.time(), Path(status.root)
-    runs = table(RUN, [_run_cells(run, root, now) for run in status.runs], width)
-    stores = table(STORE, [_store_cells(store, root, now) for store in status.stores], width)
-    lines = [*runs, *([[]] if runs and stores else []), *stores] or [[(f"no run and no store below {root}", "")]]
-    in_colour = is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    for line in lines:
-        print("".join(_painted(printable(text), style, in_colour) for text, style in line).rstrip())  # noqa: T201
+@dataclass(frozen=True)
+class Status:
+    """Status of all runs and stores below `root`, most recently active first, with notes on unreadable folders."""
+
+    root: str
+    runs: list[RunStatus] = field(default_factory=list)
+    stores: list[StoreStatus] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the status as JSON; times are in seconds since 1970."""
+        return {"command": "status", **asdict(self)}
+
+
+def print_status(status: Status) -> None:
+    """Print the runs, the stores and the notes to stdout."""
+    out, now, root = console(), time.time(), Path(status.root)
+    if not status.runs and not status.stores:
+        out.print(printable(f"no runs and no stores below {root}"))
+    _print_rows(out, [_run_cells(run, root, now) for run in status.runs])
+    _print_rows(out, [_store_cells(store, root, now) for store in status.stores])
+    for note in status.notes:
+        out.print(printable(f"kdpipe: {note}"))
+
+
+def _print_rows(out: Console, rows: Sequence[dict[str, str]]) -> None:
+    """Print rows whose first cell is the name and whose second is the state."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    table = new_table()
+    headers = [header for header in (rows[0] if rows else ()) if any(row[header] for row in rows)]
+    for header in headers:
+        table.add_column(header, justify="right" if header in RIGHT_ALIGNED else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(row[header], style=_style(header, row)) for header in headers))
+    if not rows or out.measure(table, options=out.options.update(width=10**6)).maximum <= out.width:
+        out.print(table)
+        return
+    for row in rows:
+        name, state, *others = headers
+        details = "; ".join(f"{header} {row[header]}" for header in others if row[header])
+        out.print(Text(row[name], style="bold"), soft_wrap=True)  # whole, for copying
+        out.print(Padding(Text(row[state], style=_style("state", row)), (0, 0, 0, 4), expand=False))
+        out.print(Padding(Text(details), (0, 0, 0, 4), expand=False))
+
+
+def _style(header: str, row: dict[str, str]) -> str:
+    if header == "state":
+        return STYLES.get(row["state"], "red" if row["state"].startswith("failed") else "none")
+    return "bold" if header in ("run", "store") else "none"
 
 
 def _run_cells(run: RunStatus, root: Path, now: float) -> dict[str, str]:
-    at = f"{run.stage}: {run.job}" if run.job else run.command
+    job = f"{run.stage}: {run.job}" if run.job else run.command
     is_over = run.state in {"done", "idle"}
-    return {
+    cells = {
         "run": _name(run.path, root),
         "state": run.state,
-        "at": "" if is_over else f"{at} ({run.who})" if run.who else at,
+        "at": "" if is_over else f"{job} ({run.who})" if run.who else job,
         "done": f"{100 * run.step // run.total} %" if run.step is not None and run.total and not is_over else "",
         "networks": f"{run.num_networks_done}/{run.num_networks}" if run.num_networks else "",
         "rate": rate_text(run.rate_per_s, run.unit),
@@ -64,78 +95,28 @@ def _run_cells(run: RunStatus, root: Path, now: float) -> dict[str, str]:
         "size": _size(run.disk_bytes),
         "test accuracy": ", ".join(f"{name} {accuracy:.2f} %" for name, accuracy in run.accuracies.items()),
     }
+    return {header: printable(cell) for header, cell in cells.items()}
 
 
 def _store_cells(store: StoreStatus, root: Path, now: float) -> dict[str, str]:
-    more = len(store.at_work) - MOST_AT_WORK
-    at_work = "; ".join(store.at_work[:MOST_AT_WORK]) + (f" and {more} more" if more > 0 else "")
-    return {
+    num_more = len(store.at_work) - MAX_WORKERS
+    cells = {
         "store": _name(store.path, root),
         "state": store.state,
         "teacher": f"{store.teacher} on {store.data}" if store.data else store.teacher,
-        "holds": f"{store.num_samples:,} x {store.num_views} views" if store.num_views else "",
+        "content": f"{store.num_samples:,} x {store.num_views} views" if store.num_views else "",
         "units": f"{store.num_units_done:,}/{store.num_units:,}" if store.num_units else "",
-        "at work": at_work,
+        "at work": "; ".join(store.at_work[:MAX_WORKERS]) + (f" and {num_more} more" if num_more > 0 else ""),
         "last sign": _ago(store.last_sign, now),
         "size": _size(store.disk_bytes),
     }
-
-
-def table(headers: Sequence[str], rows: Sequence[dict[str, str]], width: int) -> list[list[tuple[str, str]]]:
-    """Lines as pieces of text with their styles: the headers that have something below them, then the rows."""
-    widths = {
-        name: max(cells(name), *[cells(row[name]) for row in rows])
-        for name in (headers if rows else ())
-        if any(row[name] for row in rows)
-    }
-    if not widths:
-        return []
-    widths[headers[0]] = min(widths[headers[0]], max(16, width // 3))
-    below = []
-    for name in BELOW:
-        if sum(widths.values()) + len(GAP) * (len(widths) - 1) <= width:
-            break
-        if widths.pop(name, None) is not None:
-            below.append(name)
-    lines = _row({name: name for name in headers}, widths, dict.fromkeys(headers, DIM))
-    for row in rows:
-        state = row["state"]
-        style = STYLES.get(state, RED if state.startswith("failed") else "")
-        lines += _row(row, widths, {"state": style, headers[0]: BOLD})
-        more = [WORDS.get(name, "{}").format(row[name]) for name in headers if name in below and row[name]]
-        lines += [[(INDENT + line, "")] for line in textwrap.wrap("; ".join(more), max(10, width - len(INDENT)))]
-    return lines
-
-
-def _row(row: dict[str, str], widths: dict[str, int], styles: dict[str, str]) -> list[list[tuple[str, str]]]:
-    """One row; a name that is longer than its column has a line to itself, whole."""
-    lines: list[list[tuple[str, str]]] = []
-    line: list[tuple[str, str]] = []
-    for name, width in widths.items():
-        cell = row[name]
-        if not line and cells(cell) > width:
-            lines.append([(cell, styles.get(name, ""))])
-            cell = ""
-        pad = " " * (width - cells(cell))
-        before, after = (pad, "") if name in TO_THE_RIGHT else ("", pad)
-        line += [(GAP if line else "", ""), (before, ""), (cell, styles.get(name, "")), (after, "")]
-    return [*lines, line]
-
-
-def cells(text: str) -> int:
-    """The columns that a text takes on a terminal."""
-    wide = sum(unicodedata.east_asian_width(letter) in {"W", "F"} for letter in text) if not text.isascii() else 0
-    return len(text) + wide
-
-
-def _painted(text: str, style: str, in_colour: bool) -> str:
-    return f"\x1b[{style}m{text}\x1b[0m" if in_colour and style and text else text
+    return {header: printable(cell) for header, cell in cells.items()}
 
 
 def _name(path: str, root: Path) -> str:
-    """As seen from the folder that was asked about."""
-    here = Path(path)
-    return printable(str(here.relative_to(root)) if here != root else str(root) if root.name else root.resolve().name)
+    """Return a path relative to the folder that was searched."""
+    folder = Path(path)
+    return str(folder.relative_to(root)) if folder != root else str(root) if root.name else root.resolve().name
 
 
 def _ago(moment: float, now: float) -> str:

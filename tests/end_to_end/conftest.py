@@ -1,4 +1,4 @@
-"""A tiny recipe, and a run of it that nothing disturbed: one for all processes that share these tests between them."""
+"""A tiny recipe, and an uninterrupted run of it, shared by all test processes."""
 
 import fcntl
 import os
@@ -16,9 +16,9 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory, recipe):
-    """A run that nothing disturbed, and what it said on stdout. Others read it too: it has to stay as it is.
+    """Return an uninterrupted run and its stdout. Do not modify it: other tests compare their runs with it.
 
-    It was made as users make theirs; what processes that started warm make is compared with it.
+    It runs in a new Python, as for users, to be compared with runs of warm processes.
     """
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "undisturbed"

@@ -1,7 +1,4 @@
-"""Files that users and strangers hand over, of another kind or hostile: every command answers in a sentence, runs
-nothing that a file brings along, and waits for nothing that never comes. Stores have their own tests
-(tests/store/test_hostile_store.py), and so have the records of a run folder (test_bad_records.py).
-"""
+"""Invalid and hostile input files: commands report them in one sentence, run no code in them, and change nothing."""
 
 import json
 import os
@@ -47,7 +44,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_what_is_no_recipe_is_refused_and_nothing_is_made_of_it(tmp_path, case):
+def test_invalid_recipe_files_are_refused(tmp_path, case):
     content, sentence = RECIPES[case]
     put(tmp_path / "r.toml", content)
     assert sentence in refused("run", tmp_path / "r.toml", "--run", tmp_path / "run", code=2)
@@ -58,7 +55,7 @@ def test_what_is_no_recipe_is_refused_and_nothing_is_made_of_it(tmp_path, case):
 
 
 @pytest.mark.parametrize("rewrite", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
-def test_a_recipe_may_come_from_another_systems_editor(recipe, tmp_path, rewrite):
+def test_a_recipe_may_have_bom_and_crlf(recipe, tmp_path, rewrite):
     (tmp_path / "r.toml").write_bytes(rewrite(recipe.read_text()).encode())
     assert answer("recipe", "check", tmp_path / "r.toml").exit_code == 0
 
@@ -131,7 +128,7 @@ def with_weights(recipe, tmp_path, path):
 
 
 @pytest.mark.parametrize("case", SAFETENSORS)
-def test_weights_that_are_none_are_refused_before_any_training(recipe, tmp_path, state, case):
+def test_invalid_weights_are_refused_before_training(recipe, tmp_path, state, case):
     make, sentence = SAFETENSORS[case]
     put(tmp_path / "w.safetensors", make(state))
     said = refused(*with_weights(recipe, tmp_path, tmp_path / "w.safetensors"))
@@ -155,7 +152,7 @@ TORCH = {
 
 
 @pytest.mark.parametrize("case", TORCH)
-def test_torch_files_that_are_no_weights_are_refused_without_a_warning_of_torchs(recipe, tmp_path, state, case):
+def test_torch_files_without_weights_are_refused_quietly(recipe, tmp_path, state, case):
     make, sentence = TORCH[case]
     make(state, tmp_path / "w.pt")
     assert sentence in refused(*with_weights(recipe, tmp_path, tmp_path / "w.pt"))
@@ -184,7 +181,7 @@ def test_a_payload_in_weights_does_not_run(recipe, run, tmp_path, command, name)
         ("[" * 10**5, lambda state: {}, "missing"),
     ],
 )
-def test_a_student_from_elsewhere_is_refused_with_what_is_wrong(recipe, run, tmp_path, record, change, sentence):
+def test_an_invalid_external_student_is_refused(recipe, run, tmp_path, record, change, sentence):
     student = load_file(run / "students" / "distilled-seed0" / "model.safetensors")
     (tmp_path / "s.safetensors").write_bytes(save(change(student), metadata={"kdpipe": record}))
     assert sentence in refused("compress", recipe, "--run", run, "--from", tmp_path / "s.safetensors")
@@ -214,14 +211,14 @@ def trained_on(recipe, tmp_path, data):
 
 
 @pytest.mark.parametrize("case", ARRAYS)
-def test_arrays_that_are_no_data_set_are_refused(recipe, tmp_path, case):
+def test_invalid_npz_data_is_refused(recipe, tmp_path, case):
     arrays, sentence = ARRAYS[case]
     for split in ("train", "test"):
         np.savez(tmp_path / f"{split}.npz", **({"images": IMAGES, "labels": LABELS} | arrays))
     assert sentence in refused(*trained_on(recipe, tmp_path, f"npz:{tmp_path}"))
 
 
-def test_a_payload_in_arrays_does_not_run_and_no_bomb_goes_off(recipe, tmp_path):
+def test_pickles_and_zip_bombs_in_npz_are_refused(recipe, tmp_path):
     marker = tmp_path / "was_here"
     np.savez(tmp_path / "a.npz", images=np.array([Touch(marker)] * 20, dtype=object), labels=LABELS)
     assert "objects are never unpickled" in refused(*trained_on(recipe, tmp_path, f"npz:{tmp_path}/a.npz"))
@@ -256,9 +253,7 @@ MODULES = {
 
 @pytest.mark.parametrize("key", ["data", "teacher.model"])
 @pytest.mark.parametrize("case", MODULES)
-def test_code_of_the_users_own_that_fails_fails_in_a_sentence_and_is_never_taken_for_done(
-    recipe, tmp_path, monkeypatch, key, case
-):
+def test_failing_user_code_is_one_sentence(recipe, tmp_path, monkeypatch, key, case):
     module = f"theirs_{key[:1]}_{list(MODULES).index(case)}"
     (tmp_path / f"{module}.py").write_text(MODULES[case])
     monkeypatch.syspath_prepend(tmp_path)
@@ -267,7 +262,7 @@ def test_code_of_the_users_own_that_fails_fails_in_a_sentence_and_is_never_taken
     assert module in said
 
 
-def test_what_code_of_the_users_own_prints_does_not_get_into_the_results(recipe, tmp_path, monkeypatch):
+def test_output_of_user_code_is_not_in_the_results(recipe, tmp_path, monkeypatch):
     (tmp_path / "theirs_prints.py").write_text(
         "from torch import nn\nprint('here I am')\n"
         "def made(num_classes):\n    print('and here')\n"
@@ -285,7 +280,7 @@ def test_what_code_of_the_users_own_prints_does_not_get_into_the_results(recipe,
 
 
 @pytest.mark.parametrize("what", [*PLACES, "", "text", b"\x80\x04]\x94.", "gone"])
-def test_bench_refuses_what_is_no_onnx_file(tmp_path, what):
+def test_bench_refuses_invalid_onnx_files(tmp_path, what):
     if what != "gone":
         put(tmp_path / "m.onnx", what)
     assert "m.onnx" in refused("bench", tmp_path / "m.onnx", "--rounds", 3)

@@ -1,5 +1,6 @@
-"""Bad input, for every argument and option that a command has: absent, of a wrong type, absurd, hostile. They are read
-off the command line itself, so that a new one without bad values here is noticed.
+"""Bad values for every argument and option of every command: absent, of a wrong type, absurd, hostile.
+
+The list of options comes from the command line itself, so that a new one without bad values fails a test.
 """
 
 import json
@@ -20,7 +21,7 @@ LONG = "x" * 5000
 NUMBERS = ["", "x", "1.5", "-1", "nan", "inf", "1e309", "0x10", ESCAPE, "9" * 5000, "--json"]
 TOO_MANY = [*NUMBERS, "0", "1" + "0" * 30]
 NAMES = ["", ESCAPE, "\udcff", "a\u2028b"]
-"""Of what a command makes: nothing, control characters, no UTF-8, a line that ends."""
+"""Names of outputs: empty, control characters, not UTF-8, a line separator."""
 
 ABSENT = ["absent", "absent/deeper", "file/x", "~nobody/x", "dangling", "loop", "x" * 300, ESCAPE, "\udcff", "𝒳\u202e"]
 ODD = ["folder", "fifo", "/dev/null", "/dev/zero", "", "../.."]
@@ -103,7 +104,7 @@ NEEDED = {
     "store rm-views": ["--keep", "1"],
     "recipe new": ["--yes"],
 }
-"""What a command is given beside the bad value, so that this alone is at fault."""
+"""Other options that make only the bad value wrong."""
 ALSO = {
     "--recompute": ["--recipe", "tiny.toml"],
     "--recipe": ["--recompute", "1"],
@@ -119,7 +120,7 @@ ALSO = {
 
 
 def commands(group, path=()):
-    """Every command, by the words that call it."""
+    """Yield every command with the words that call it."""
     for name, one in group.commands.items():
         if hasattr(one, "commands"):
             yield from commands(one, (*path, name))
@@ -132,7 +133,7 @@ COMMANDS = dict(commands(WHOLE))
 
 
 def called(parameter):
-    """What people call it: an option's first spelling, an argument's name."""
+    """Return an option's first spelling, or an argument's name."""
     return parameter.opts[0]
 
 
@@ -145,7 +146,7 @@ CASES = [(command, name) for command, name in EVERY if bad_values(command, name)
 
 
 def arguments(command, name, value):
-    """A command line on which `value` is what is wrong."""
+    """Return a command line in which only `value` is wrong."""
     words, options = command.split(), []
     for parameter in COMMANDS[command].params:
         argument = called(parameter)
@@ -160,7 +161,7 @@ def arguments(command, name, value):
 
 
 def tree(folder):
-    """Everything below a folder, and what it holds."""
+    """Return all files below a folder, with their content."""
     return {
         path.relative_to(folder): path.lstat().st_mode if path.is_symlink() or not path.is_file() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -169,7 +170,7 @@ def tree(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a recipe, a store, a run that has only begun, and things that are in the way."""
+    """A folder with a recipe, a store, an unfinished run, and obstacles such as pipes and links."""
     folder = tmp_path_factory.mktemp("place") / "deep" / "er"
     folder.mkdir(parents=True)
     (folder / "tiny.toml").write_text(RECIPE)
@@ -187,13 +188,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nothing_waits_for_ever(place, monkeypatch):
-    """A pipe that is waited for would hold up all tests: it is broken off."""
+def abort_waiting(place, monkeypatch):
+    """Abort a command that waits for a pipe."""
 
-    def broken_off(number, frame):
-        raise TimeoutError("this waits for ever")
+    def abort(number, frame):
+        raise TimeoutError("this waits forever")
 
-    before = signal.signal(signal.SIGALRM, broken_off)
+    before = signal.signal(signal.SIGALRM, abort)
     signal.setitimer(signal.ITIMER_REAL, 120, 5)
     monkeypatch.chdir(place)
     monkeypatch.setattr("typer.testing._get_command", lambda app: WHOLE, raising=False)  # else built for every value
@@ -203,24 +204,24 @@ def nothing_waits_for_ever(place, monkeypatch):
 
 
 def require_refused(ended, what, on_stdout=False):
-    """One sentence, or typer's usage and one; nothing raw; exit status 1 or 2."""
+    """Check for one sentence, or typer's usage and one; nothing unprintable; exit status 1 or 2."""
     assert ended.exception is None or isinstance(ended.exception, SystemExit), (what, ended.exception)
     assert ended.exit_code in (1, 2), (what, ended.stdout, ended.stderr)
-    said, silent = (ended.stdout, ended.stderr) if on_stdout and ended.stdout else (ended.stderr, ended.stdout)
+    output, silent = (ended.stdout, ended.stderr) if on_stdout and ended.stdout else (ended.stderr, ended.stdout)
     assert silent == "", what
-    assert "Traceback" not in said
-    lines = said.rstrip("\n").split("\n")
-    assert all(line.isprintable() for line in lines), (what, said)
-    if said.startswith(("Usage: ", "Error: ")):
-        assert lines[-1].startswith("Error: "), (what, said)
+    assert "Traceback" not in output
+    lines = output.rstrip("\n").split("\n")
+    assert all(line.isprintable() for line in lines), (what, output)
+    if output.startswith(("Usage: ", "Error: ")):
+        assert lines[-1].startswith("Error: "), (what, output)
         assert ended.exit_code == 2
     else:
-        assert on_stdout or len(lines) == 1, (what, said)
-        assert on_stdout or said.startswith("kdpipe: "), (what, said)
-        assert len(said) < (len(LONG) + 200 if on_stdout else 1000), what
+        assert on_stdout or len(lines) == 1, (what, output)
+        assert on_stdout or output.startswith("kdpipe: "), (what, output)
+        assert len(output) < (len(LONG) + 200 if on_stdout else 1000), what
 
 
-def test_every_argument_and_option_of_every_command_has_bad_values_here():
+def test_every_parameter_has_bad_values_here():
     without = [
         f"{command} {called(parameter)}"
         for command, one in COMMANDS.items()
@@ -234,7 +235,7 @@ def test_every_argument_and_option_of_every_command_has_bad_values_here():
 
 
 @pytest.mark.parametrize(("command", "name"), CASES)
-def test_bad_values_are_refused_in_a_sentence_and_nothing_changes(place, command, name):
+def test_bad_values_are_one_sentence_and_change_nothing(place, command, name):
     before = tree(place)
     for value in bad_values(command, name):
         given = arguments(command, name, value)
@@ -246,13 +247,13 @@ FIRST = {command: name for command, name in reversed(CASES) if command != "recip
 
 
 @pytest.mark.parametrize(("command", "name"), [one for one in FIRST.items() if (one[0], "--json") in EVERY])
-def test_what_is_refused_leaves_the_stdout_of_machines_empty(place, command, name):
+def test_refused_values_leave_json_stdout_empty(place, command, name):
     given = [*arguments(command, name, bad_values(command, name)[0]), "--json"]
     require_refused(kdpipe_here(*given), given)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_flag_takes_no_value_an_option_needs_one_and_what_is_unknown_is_refused(place, command):
+def test_flags_options_and_unknown_parameters(place, command):
     before, words = tree(place), command.split()
     for parameter in COMMANDS[command].params:
         if parameter.param_type_name == "option":
@@ -266,7 +267,7 @@ def test_a_flag_takes_no_value_an_option_needs_one_and_what_is_unknown_is_refuse
 
 
 @pytest.mark.parametrize("words", [[ESCAPE], [LONG], ["\n"], ["--nonsense"], ["store", ESCAPE], ["recipe", "x"]])
-def test_commands_that_do_not_exist_are_refused(place, words):
+def test_unknown_commands_are_refused(place, words):
     require_refused(kdpipe_here(*words), words)
 
 
@@ -286,24 +287,25 @@ def test_commands_that_do_not_exist_are_refused(place, words):
         ["views", "tiny.toml", "--samples", "1", "--samples", "0"],
     ],
 )
-def test_options_that_do_not_go_together_are_refused(place, words):
+def test_contradicting_options_are_refused(place, words):
     before = tree(place)
     require_refused(kdpipe_here(*words), words)
     assert tree(place) == before
 
 
 @pytest.mark.parametrize("name", ["null", "zero", "full"])
-def test_a_page_never_takes_the_place_of_a_device(place, tmp_path, name):
-    """Renamed onto /dev/null, as root may, a page would spoil the whole machine: here onto a link to it."""
+def test_a_page_never_replaces_a_device(place, tmp_path, name):
+    """As root, a rename onto /dev/null would break the machine: here it is a link to it."""
     (tmp_path / "page.html").symlink_to(f"/dev/{name}")
     ended = kdpipe_here("report", "run", "--html", tmp_path / "page.html")
     require_refused(ended, name)
-    assert "no plain file, and stays" in ended.stderr
+    assert "not a regular file and will not be replaced" in ended.stderr
     assert (tmp_path / "page.html").is_symlink()
 
 
-def test_a_recipe_that_is_wrong_is_told_before_a_store_is_read_through(place, monkeypatch):
-    monkeypatch.setattr("pipeline.store_check.verify_store", lambda *given: pytest.fail("the store was read first"))
+def test_a_wrong_recipe_is_reported_before_reading_the_store(place, monkeypatch):
+    verify = "pipeline.commands.store.verify.verify_store"
+    monkeypatch.setattr(verify, lambda *arguments: pytest.fail("the store was read first"))
     require_refused(kdpipe_here("store", "verify", "a.zarr", "--recipe", "absent", "--recompute", "1"), "verify")
 
 
@@ -320,7 +322,7 @@ def test_a_recipe_that_is_wrong_is_told_before_a_store_is_read_through(place, mo
     ids="-".join,
 )
 @pytest.mark.parametrize("command", ["run", "plan", "views", "store repair"])
-def test_variables_that_are_no_recipes_are_refused(place, monkeypatch, given, command):
+def test_invalid_recipe_variables_are_refused(place, monkeypatch, given, command):
     before = tree(place)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -348,7 +350,7 @@ def test_variables_that_are_no_recipes_are_refused(place, monkeypatch, given, co
     ids=lambda given: "-".join(f"{name}={ascii(value)[:9]}" for name, value in given.items()),
 )
 @pytest.mark.parametrize("command", ["train-teacher", "train-student", "compress", "run"])
-def test_a_launchers_variables_that_make_no_sense_are_refused(place, monkeypatch, given, command):
+def test_invalid_launcher_variables_are_refused(place, monkeypatch, given, command):
     before = tree(place)
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
@@ -359,7 +361,7 @@ def test_a_launchers_variables_that_make_no_sense_are_refused(place, monkeypatch
 
 
 @pytest.mark.parametrize("width", ["0", "-1", "x", "999999999", "9" * 30])
-def test_a_terminal_of_no_width_or_an_absurd_one_is_written_to(place, monkeypatch, width):
+def test_absurd_terminal_widths_are_harmless(place, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", width)
     monkeypatch.setenv("LINES", width)
     for words, code in ((["status"], 1), (["status", "."], 0), (["report", "run", "--no-html"], 3), (["losses"], 0)):
@@ -369,14 +371,14 @@ def test_a_terminal_of_no_width_or_an_absurd_one_is_written_to(place, monkeypatc
 
 
 def in_a_shell(words, redirected):
-    """`kdpipe` in a shell that sends its output elsewhere: exit status, and what is left on stdout and stderr."""
+    """Run `kdpipe` in a shell with redirected output; return the exit status and what remains on stdout and stderr."""
     line = f'"$@" {redirected}'
     command = ["sh", "-c", line, "sh", *COMMAND, *words]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100, check=False)
 
 
 @pytest.mark.parametrize("words", [["status", "."], ["--help"]])
-def test_a_full_disk_behind_stdout_is_one_sentence_and_a_closed_one_none(place, words):
+def test_a_full_or_closed_stdout(place, words):
     full = in_a_shell(words, ">/dev/full")
     assert (full.returncode, full.stdout) == (1, "")
     assert full.stderr == "kdpipe: error: No space left on device: standard output.\n"
@@ -384,6 +386,6 @@ def test_a_full_disk_behind_stdout_is_one_sentence_and_a_closed_one_none(place, 
     assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", "")
 
 
-def test_where_stderr_is_closed_what_is_wrong_does_not_end_up_among_the_results(place):
+def test_errors_do_not_go_to_stdout_if_stderr_is_closed(place):
     ended = in_a_shell(["status", "absent", "--json"], "2>&-")
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "")

@@ -1,6 +1,4 @@
-"""The records in a run folder, damaged, of another kind, or hostile: what reads them names the one that is amiss, and
-loses nothing: with the good file back in its place the same command goes on.
-"""
+"""Damaged, wrong or hostile records in a run folder: commands name the record and resume with the good one."""
 
 import json
 import pickle
@@ -26,7 +24,7 @@ RECORDS = ("recipe.json", "teacher/result.json", "compressed/latency-seed0.json"
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_report_names_the_record_that_is_damaged_and_is_whole_again_with_the_good_one(run, name):
+def test_a_report_names_the_damaged_record(run, name):
     good = (run / name).read_bytes()
     for what in NO_RECORDS:
         put(run / name, what)
@@ -57,7 +55,7 @@ def test_a_record_with_an_absurd_value_is_refused(run, name, path, value):
     assert Path(name).name in refused("report", run)
 
 
-def test_what_a_strangers_run_says_of_itself_reaches_the_terminal_without_control_characters(run):
+def test_untrusted_names_are_printed_without_control_characters(run):
     latency, teacher = run / "compressed" / "latency-seed0.json", run / "teacher" / "result.json"
     put(run / "recipe.json", with_value((run / "recipe.json").read_bytes(), ("name",), f"{ESCAPE}[/red]"))
     put(latency, with_value(latency.read_bytes(), ("cpu",), f"{ESCAPE}[/red]"))
@@ -72,7 +70,7 @@ def test_what_a_strangers_run_says_of_itself_reaches_the_terminal_without_contro
     assert "<script" not in page
 
 
-def test_status_tells_of_a_folder_whose_records_are_all_something_else(run):
+def test_status_of_a_folder_with_damaged_records(run):
     for what in PLACES:
         for name in ("recipe.json", "run.json", "events.jsonl", "teacher/result.json", "teacher/metrics.jsonl"):
             put(run / name, what)
@@ -90,9 +88,7 @@ def test_status_tells_of_a_folder_whose_records_are_all_something_else(run):
         ("compressed/artefacts-seed0/card.json", ("folder", "[]")),
     ],
 )
-def test_a_stage_refuses_what_an_earlier_one_did_not_leave_and_goes_on_with_the_good_file(
-    recipe, run, name, substitutes
-):
+def test_a_stage_refuses_a_replaced_input_file(recipe, run, name, substitutes):
     command = ("compress" if "card" in name else "run", recipe, "--run", run)
     good = (run / name).read_bytes()
     others = {path: path.read_bytes() for path in run.rglob("model.*") if path != run / name}
@@ -107,7 +103,7 @@ def test_a_stage_refuses_what_an_earlier_one_did_not_leave_and_goes_on_with_the_
     assert not list(run.rglob("*.partial"))
 
 
-def test_a_card_that_was_tampered_with_is_written_again(recipe, run):
+def test_a_modified_card_is_written_again(recipe, run):
     card = run / "compressed" / "artefacts-seed0" / "card.json"
     good = card.read_bytes()
     put(card, with_value(good, ("float_nodes",), None))
@@ -117,7 +113,7 @@ def test_a_card_that_was_tampered_with_is_written_again(recipe, run):
 
 
 @pytest.mark.parametrize("what", ["folder", "pipe", "circle", "passwords"])
-def test_a_lock_that_is_no_file_is_refused_and_left_alone(recipe, run, what):
+def test_a_lock_that_is_not_a_file_is_refused(recipe, run, what):
     lock = run / ".kdpipe.lock"
     put(lock, what)
     before = lock.lstat()
@@ -126,7 +122,7 @@ def test_a_lock_that_is_no_file_is_refused_and_left_alone(recipe, run, what):
 
 
 @pytest.mark.parametrize("what", ["folder", "pipe", "passwords", DEEP])
-def test_a_journal_that_cannot_be_kept_does_not_stop_a_job(recipe, run, what):
+def test_an_unwritable_event_log_does_not_stop_a_job(recipe, run, what):
     for name in ("events.jsonl", "run.json"):
         put(run / name, what)
     ended = answer("train-teacher", recipe, "--run", run)
@@ -134,7 +130,7 @@ def test_a_journal_that_cannot_be_kept_does_not_stop_a_job(recipe, run, what):
     assert "Traceback" not in ended.stderr
 
 
-def test_a_page_takes_no_folders_place_and_goes_through_no_link(run, tmp_path):
+def test_a_page_replaces_no_folder_and_follows_no_link(run, tmp_path):
     page = run / "report.html"
     put(page, "folder")
     ended = answer("report", run)
@@ -155,7 +151,7 @@ def test_a_page_takes_no_folders_place_and_goes_through_no_link(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(recipe, tmp_path_factory):
-    """A run whose teacher was broken off in the midst of its training."""
+    """A run whose teacher was interrupted during training."""
     run, saved = tmp_path_factory.mktemp("stopped") / "run", []
 
     def save(*what):
@@ -195,7 +191,7 @@ CHECKPOINTS = {
 }
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_good_one_ends_as_if_never_stopped(recipe, stopped, done):
+def test_a_damaged_checkpoint_is_refused_and_a_good_one_resumes(recipe, stopped, done):
     command, path = ("train-teacher", recipe, "--run", stopped), stopped / "teacher" / "checkpoint.safetensors"
     good = path.read_bytes()
     for change in CHECKPOINTS.values():

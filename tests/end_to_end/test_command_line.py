@@ -1,6 +1,7 @@
-"""How the command line answers: exit codes, one sentence for a mistake, nothing heavy before it is needed."""
+"""The command line: exit codes, one sentence for a user error, verbosity, and no heavy imports."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from kdpipe_process import environment, kdpipe, kdpipe_afresh, kdpipe_here
 
 
-def test_help_names_every_command_and_exit_code_and_imports_nothing_heavy():
+def test_help_lists_commands_and_imports_nothing_heavy():
     code = (
         "import sys\nfrom pipeline.main import main\n"
         "try:\n    main()\nfinally:\n"
@@ -45,7 +46,7 @@ def test_help_names_every_command_and_exit_code_and_imports_nothing_heavy():
         (["run"], 2, "Missing argument"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_an_exit_code(recipe, tmp_path, monkeypatch, arguments, code, sentence):
+def test_a_user_error_is_one_sentence_and_an_exit_code(recipe, tmp_path, monkeypatch, arguments, code, sentence):
     monkeypatch.chdir(tmp_path)
     ended = kdpipe_here(*[str(recipe) if argument == "RECIPE" else argument for argument in arguments])
     assert ended.exit_code == code, ended.stderr
@@ -56,7 +57,7 @@ def test_a_mistake_is_one_sentence_and_an_exit_code(recipe, tmp_path, monkeypatc
         assert ended.stderr.startswith("kdpipe: error: ")
 
 
-def test_a_mistake_leaves_no_traceback_in_a_real_process_either(recipe, tmp_path):
+def test_a_user_error_has_no_traceback_in_a_process(recipe, tmp_path):
     (tmp_path / "file").write_text("")
     ended = kdpipe("run", recipe, "--run", tmp_path / "file" / "run")
     assert ended.returncode == 1
@@ -64,7 +65,7 @@ def test_a_mistake_leaves_no_traceback_in_a_real_process_either(recipe, tmp_path
     assert ended.stderr.count("\n") == 1
 
 
-def test_json_keeps_stdout_to_one_document_and_progress_to_json_lines(recipe, tmp_path):
+def test_json_is_one_document_and_progress_is_json_lines(recipe, tmp_path):
     ended = kdpipe_afresh("train-teacher", recipe, "--run", tmp_path / "run", "--json")
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["teacher"]["num_epochs"] == 6
@@ -73,7 +74,7 @@ def test_json_keeps_stdout_to_one_document_and_progress_to_json_lines(recipe, tm
     assert events[-1]["step"] == events[-1]["total"]
 
 
-def test_a_report_of_a_run_under_way_shows_what_there_is_and_exits_3(recipe, tmp_path):
+def test_a_report_of_an_unfinished_run_exits_3(recipe, tmp_path):
     kdpipe_here("train-teacher", recipe, "--run", tmp_path / "run")
     ended = kdpipe_here("report", tmp_path / "run", "--no-html")
     assert ended.exit_code == 3
@@ -81,7 +82,7 @@ def test_a_report_of_a_run_under_way_shows_what_there_is_and_exits_3(recipe, tmp
     assert "student distilled (1 of 1)" in ended.stdout
 
 
-def test_store_info_shows_whose_outputs_a_store_holds(recipe, tmp_path):
+def test_store_info_shows_teacher_and_arrays(recipe, tmp_path):
     run = tmp_path / "run"
     for stage in ("train-teacher", "cache-teacher"):
         assert kdpipe_here(stage, recipe, "--run", run).exit_code == 0
@@ -93,3 +94,34 @@ def test_store_info_shows_whose_outputs_a_store_holds(recipe, tmp_path):
     shown = kdpipe_here("store", "info", run / "store.zarr").stdout
     assert info["fingerprint"] in shown
     assert "features/stage2 float16 [30, 200, 16, 4, 4]" in shown
+
+
+def test_version_is_printed():
+    ended = kdpipe_here("--version")
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert re.fullmatch(r"kdpipe \d+\.\d+\.\d+\S*( \(commit .*\))?\n", ended.stdout)
+
+
+@pytest.mark.parametrize("quiet", [["-q", "train-teacher", "RECIPE"], ["train-teacher", "RECIPE", "--quiet"]])
+def test_quiet_prints_only_results(recipe, tmp_path, quiet):
+    arguments = [str(recipe) if argument == "RECIPE" else argument for argument in quiet]
+    ended = kdpipe_here(*arguments, "--run", tmp_path / "run", "--set", "teacher.train.epochs=1")
+    assert ended.exit_code == 0
+    assert ended.stderr == ""
+    assert "train-teacher is done" in ended.stdout
+
+
+def test_verbose_adds_phase_times_and_tracebacks(recipe, tmp_path):
+    arguments = ("train-teacher", recipe, "--run", tmp_path / "run", "--set", "teacher.train.epochs=1")
+    assert "debug: train-teacher: " in kdpipe_here(*arguments, "-v").stderr
+    assert "debug" not in kdpipe_here(*arguments).stderr
+    refused = kdpipe_here("-v", *arguments[:-1], "student.nonsense=1")
+    assert refused.exit_code == 2
+    assert "Traceback" in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("kdpipe: error: ")
+
+
+def test_verbose_and_quiet_exclude_each_other(recipe):
+    ended = kdpipe_here("train-teacher", recipe, "-v", "-q")
+    assert ended.exit_code == 2
+    assert "exclude each other" in ended.stderr

@@ -1,4 +1,4 @@
-"""Ways of teaching compared, and students that become teachers: by the command line, stopped and run again."""
+"""`kdpipe compare` and `kdpipe generations`."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import shutil
 import pytest
 from kdpipe_process import RECIPE, kdpipe_here
 
-WAYS = """
+VARIANTS = """
 [compare.label-smoothing]
 label_smoothing = 0.1
 
@@ -24,7 +24,7 @@ SHORT = ("--set", "teacher.train.epochs=2", "--set", "student.train.epochs=1", "
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("ways") / "ways.toml"
-    path.write_text(RECIPE + WAYS)
+    path.write_text(RECIPE + VARIANTS)
     return path
 
 
@@ -34,7 +34,7 @@ def compared(recipe, tmp_path_factory):
     return run, kdpipe_here("compare", recipe, "--run", run, *SHORT)
 
 
-def test_the_table_has_every_way_and_what_a_step_of_it_costs(compared):
+def test_the_table_has_every_variant_and_its_step_cost(compared):
     _, ended = compared
     assert ended.exit_code == 0, ended.stderr
     for name in ("alone", "label-smoothing", "at", "kd-and-rkd"):
@@ -44,10 +44,10 @@ def test_the_table_has_every_way_and_what_a_step_of_it_costs(compared):
     assert re.search(r"^\s*alone\s.*\s1\.00\s*$", ended.stdout, re.M)
 
 
-def test_the_store_holds_what_all_ways_want_in_the_smallest_form(compared, recipe):
+def test_the_store_has_the_smallest_form_for_all_variants(compared, recipe):
     run, _ = compared
     plan = json.loads(kdpipe_here("plan", recipe, "--run", run, *SHORT, "--json").stdout)
-    assert plan["layers_wanted_by"] == {
+    assert plan["layers_required_by"] == {
         "features/stage2": ["distill.1 (hint)"],
         "attention/stage2": ["compare.at.distill.0 (at)"],
         "pooled/stage2": ["compare.kd-and-rkd.distill.1 (rkd)"],
@@ -56,7 +56,7 @@ def test_the_store_holds_what_all_ways_want_in_the_smallest_form(compared, recip
     assert plan["test_store"]["store"] == str(run / "store.test.zarr")
 
 
-def test_what_is_compared_already_is_not_trained_again(compared, recipe):
+def test_finished_variants_are_not_trained_again(compared, recipe):
     run, first = compared
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     assert len(before) == 5
@@ -69,7 +69,7 @@ def test_what_is_compared_already_is_not_trained_again(compared, recipe):
     assert not (run / "compare" / "at" / "seed0" / "model.onnx").exists()
 
 
-def test_a_recipe_without_ways_is_told_how_to_name_them(tmp_path):
+def test_a_recipe_without_variants_is_refused_with_an_example(tmp_path):
     path = tmp_path / "plain.toml"
     path.write_text(RECIPE)
     ended = kdpipe_here("compare", path, "--run", tmp_path / "run")
@@ -77,7 +77,7 @@ def test_a_recipe_without_ways_is_told_how_to_name_them(tmp_path):
     assert "[compare.at]" in ended.stderr
 
 
-def test_each_generation_is_taught_by_the_one_before(recipe, tmp_path):
+def test_each_generation_learns_from_the_one_before(recipe, tmp_path):
     same = ("--set", "student.model.args.width=8", "--set", "distill=[{loss='kd'}]", "--set", "compare={}")
     first = kdpipe_here("generations", recipe, "--run", tmp_path, *SHORT, *same, "--count", "1")
     assert first.exit_code == 0, first.stderr
@@ -117,7 +117,7 @@ HINT = 'distill=[{loss="hint",layers=[["stage2","stage2"]]}]'
          "(hint), the teacher: the model has no module 'stage3'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_taught_is_refused_before_anything_is_trained(recipe, tmp_path, command, changes, sentence):
+def test_invalid_losses_are_refused_before_training(recipe, tmp_path, command, changes, sentence):
     arguments = [part for change in changes for part in ("--set", change)]
     ended = kdpipe_here(command, recipe, "--run", tmp_path / "run", *SHORT, *arguments)
     assert ended.exit_code == 2, ended.stderr
@@ -126,7 +126,7 @@ def test_what_cannot_be_taught_is_refused_before_anything_is_trained(recipe, tmp
     assert not list(tmp_path.rglob("*.zarr"))
 
 
-def test_a_way_that_diverges_does_not_keep_the_others_from_the_table(compared, recipe, tmp_path):
+def test_a_diverged_variant_does_not_stop_the_others(compared, recipe, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(compared[0], run)
     bad = ("--set", 'compare.bad={distill=[{loss="kd",weight=1e30}]}')
@@ -152,7 +152,7 @@ def test_the_test_store_is_repaired_with_the_training_store(compared, recipe, tm
     assert kdpipe_here("store", "verify", run / "store.test.zarr", *asked, *SHORT).exit_code == 0
 
 
-def test_where_the_teachers_words_on_the_test_images_are_gone_people_are_told(compared, recipe, tmp_path):
+def test_a_missing_test_store_is_a_warning(compared, recipe, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(compared[0], run)
     shutil.rmtree(run / "store.test.zarr")

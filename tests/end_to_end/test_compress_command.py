@@ -1,4 +1,4 @@
-"""`kdpipe compress` by its parts, of a student trained elsewhere, and `kdpipe sensitivity`, by the command line."""
+"""`kdpipe compress` step by step and with an external student, and `kdpipe sensitivity`."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ def arguments(done, recipe, run):
     return (recipe, "--run", run, "--set", f"cache.store={done[0] / 'store.zarr'}")
 
 
-def test_parts_are_done_one_by_one_and_say_what_they_lack(done, recipe, tmp_path):
+def test_single_steps_run_in_order_and_report_what_is_missing(done, recipe, tmp_path):
     again = kdpipe_here("compress", recipe, "--run", done[0], "--only", "export", "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["artefacts"][0]["folder"].endswith("artefacts-seed0")
@@ -29,7 +29,7 @@ def test_parts_are_done_one_by_one_and_say_what_they_lack(done, recipe, tmp_path
     assert wrong.exit_code == 2
 
 
-def test_a_student_from_elsewhere_is_handed_over_without_touching_the_run_s_own(done, recipe, tmp_path):
+def test_an_external_student_leaves_the_runs_own_alone(done, recipe, tmp_path):
     run = tmp_path / "run"
     state = load_tensors(done[0] / "students" / "distilled-seed0" / "model.safetensors")[0]
     torch.save(
@@ -38,7 +38,7 @@ def test_a_student_from_elsewhere_is_handed_over_without_touching_the_run_s_own(
     common = (*arguments(done, recipe, run), "--set", "compress.steps=[]")
     ended = kdpipe_here("compress", *common, "--from", tmp_path / "mine.pt")
     assert ended.exit_code == 0, ended.stderr
-    assert "handed over: model.onnx, model.pt2, model.safetensors" in ended.stdout
+    assert "exported: model.onnx, model.pt2, model.safetensors" in ended.stdout
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"teacher", "compressed-mine"}
     held = load_tensors(run / "compressed-mine" / "artefacts-seed0" / "model.safetensors")[0]
     assert held["fc.weight"].dtype == torch.bfloat16
@@ -52,7 +52,7 @@ def test_a_student_from_elsewhere_is_handed_over_without_touching_the_run_s_own(
     [(b"hello", "is damaged or no torch state dict"), (None, "there is no weights file")],
     ids=["text", "absent"],
 )
-def test_what_is_no_student_is_one_sentence(done, recipe, tmp_path, content, sentence):
+def test_an_invalid_student_file_is_one_sentence(done, recipe, tmp_path, content, sentence):
     if content is not None:
         (tmp_path / "mine.pt").write_bytes(content)
     ended = kdpipe_here("compress", *arguments(done, recipe, tmp_path / "run"), "--from", tmp_path / "mine.pt")
@@ -73,7 +73,7 @@ def test_sensitivity_ranks_the_layers_and_writes_nothing(done, recipe):
     assert folder_bytes(done[0]) == before
 
 
-def test_what_cannot_be_is_refused_before_anything_is_fine_tuned(done, recipe, tmp_path):
+def test_invalid_settings_are_refused_before_fine_tuning(done, recipe, tmp_path):
     common = arguments(done, recipe, tmp_path / "run")
     for changes, exit_code, sentence in (
         (
@@ -93,7 +93,7 @@ def test_what_cannot_be_is_refused_before_anything_is_fine_tuned(done, recipe, t
         assert "Traceback" not in ended.stderr and not (tmp_path / "run" / "compressed").exists()
 
 
-def test_strange_names_of_folders_and_files_are_taken_as_they_are(done, recipe, tmp_path):
+def test_unusual_file_names_are_kept(done, recipe, tmp_path):
     run = tmp_path / "[red]run[/bold] \U0001f600"
     shutil.copy(done[0] / "students" / "distilled-seed0" / "model.safetensors", tmp_path / "\U0001f600 'x'.safetensors")
     common = (*arguments(done, recipe, run), "--set", "compress.steps=[]")

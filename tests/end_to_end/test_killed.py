@@ -1,4 +1,4 @@
-"""Every stage killed on its way ends as if nothing had happened; a folder has one job at a time."""
+"""A killed run ends with the same files; a folder has one job at a time."""
 
 import signal
 
@@ -6,7 +6,7 @@ from kdpipe_process import kdpipe, kdpipe_here, signal_when, start
 from same_run import unlike
 
 
-def test_every_stage_killed_midway_ends_as_if_nothing_had_happened(done, recipe, tmp_path):
+def test_a_killed_run_ends_with_the_same_files(done, recipe, tmp_path):
     run = tmp_path / "run"
     midway = [
         (run / "teacher" / "checkpoint.safetensors").exists,
@@ -28,7 +28,7 @@ def test_every_stage_killed_midway_ends_as_if_nothing_had_happened(done, recipe,
     assert not list(run.rglob("*.partial")) and not list(run.rglob("checkpoint.safetensors"))
 
 
-def test_a_second_job_in_the_same_run_folder_is_told_to_wait(recipe, tmp_path):
+def test_a_second_job_in_the_same_run_folder_exits_11(recipe, tmp_path):
     run = tmp_path / "run"
     first = start("train-teacher", recipe, "--run", run)
     signal_when(first, (run / "recipe.json").exists, signal.SIGSTOP)

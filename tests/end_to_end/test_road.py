@@ -1,4 +1,4 @@
-"""The whole road by the real command line, and what is refused on it."""
+"""`kdpipe run` from start to end, and errors on the way."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from kdpipe_process import kdpipe, kdpipe_here
 from made_store import folder_bytes
 
 
-def test_the_road_ends_in_a_table_and_its_files(done):
+def test_a_run_ends_with_a_table_and_its_files(done):
     run, said = done
     made = ("teacher", "student alone", "student distilled", "pruned", "pruned + INT8")
     for name in made:
@@ -33,15 +33,15 @@ def test_the_road_ends_in_a_table_and_its_files(done):
     assert report["missing"] == []
 
 
-def test_the_picture_shows_every_network_that_has_a_file_of_its_own(done):
+def test_the_plot_shows_every_network_with_a_file(done):
     picture = (done[0] / "compressed" / "pareto.svg").read_text()
     assert str(done[0] / "compressed" / "pareto.svg") in done[1].replace("\n", "")
     for name in ("teacher", "student distilled", "pruned", "pruned + INT8"):
         assert f">{name}<" in picture, name
 
 
-def test_the_exported_files_say_what_torch_says(done):
-    """The INT8 file, run by onnxruntime on the test set, reaches the accuracy that the table gives."""
+def test_exported_files_agree_with_torch(done):
+    """onnxruntime reaches the reported accuracy with the INT8 file on the test set."""
     from stages.datasets.load import DataConfig, load_dataset
 
     run, _ = done
@@ -56,8 +56,8 @@ def test_the_exported_files_say_what_torch_says(done):
         assert accuracy == pytest.approx(stated, abs=0.006), folder
 
 
-def test_the_store_holds_what_the_teacher_says(done):
-    """Recomputed from the teacher's file by onnxruntime: neither the store's reader nor the stage has a hand in it."""
+def test_the_store_has_the_teachers_logits(done):
+    """Recompute the logits with onnxruntime, without the store's reader or the stage."""
     from stages.datasets.load import DataConfig, load_dataset
     from stages.views.config import ViewsConfig
     from stages.views.renderer import Renderer
@@ -79,7 +79,7 @@ def test_the_store_holds_what_the_teacher_says(done):
         np.testing.assert_allclose(group["logits"][view], logits, rtol=2e-3, atol=5e-3)
 
 
-def test_a_done_run_is_not_done_again(done, recipe):
+def test_a_finished_run_is_not_repeated(done, recipe):
     run, said = done
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     again = kdpipe("run", recipe, "--run", run)
@@ -88,7 +88,7 @@ def test_a_done_run_is_not_done_again(done, recipe):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
 
 
-def test_a_recipe_changed_in_a_done_run_is_refused_with_stored_and_wanted(done, recipe):
+def test_a_changed_recipe_is_refused_with_stored_and_wanted(done, recipe):
     run, _ = done
     for change, stage, pair in (
         ("teacher.train.lr=0.01", "train-teacher", "train.lr: stored 0.05, wanted 0.01"),
@@ -108,14 +108,14 @@ def test_a_recipe_changed_in_a_done_run_is_refused_with_stored_and_wanted(done, 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, recipe):
-    """A run of the same recipe up to its store, with a teacher of another seed."""
+    """A run of the same recipe up to its store, with another teacher seed."""
     run = tmp_path_factory.mktemp("other") / "run"
     for stage in ("train-teacher", "cache-teacher"):
         assert kdpipe_here(stage, recipe, "--run", run, "--set", "seed=5").exit_code == 0
     return run
 
 
-def test_another_teachers_store_in_this_runs_place_is_refused(done, other, recipe, tmp_path):
+def test_a_store_of_another_teacher_is_refused(done, other, recipe, tmp_path):
     run = copied(done, tmp_path)
     for folder in (run / "store.zarr", run / "students"):
         shutil.rmtree(folder)
@@ -126,7 +126,7 @@ def test_another_teachers_store_in_this_runs_place_is_refused(done, other, recip
     assert not (run / "students").exists()
 
 
-def test_two_stores_teach_one_student(done, other, recipe, tmp_path):
+def test_one_student_learns_from_two_stores(done, other, recipe, tmp_path):
     run, _ = done
     stores = f"student.stores=['{run / 'store.zarr'}', '{other / 'store.zarr'}']"
     ended = kdpipe_here("train-student", recipe, "--run", tmp_path / "both", "--set", stores, "--json")
@@ -142,7 +142,7 @@ def copied(done, tmp_path):
     return run
 
 
-def test_a_network_swapped_for_another_is_not_taken_for_it(done, recipe, tmp_path):
+def test_a_swapped_network_is_refused(done, recipe, tmp_path):
     run = copied(done, tmp_path)
     shutil.copy(run / "students/alone-seed0/model.safetensors", run / "students/distilled-seed0/model.safetensors")
     shutil.rmtree(run / "compressed")
@@ -164,7 +164,7 @@ def test_a_refused_command_changes_nothing_in_the_run_folder(done, recipe, tmp_p
     assert {**were, "sessions": are["sessions"]} == are
 
 
-def test_a_vanished_shard_is_computed_again_and_a_damaged_one_is_named(done, recipe, tmp_path):
+def test_missing_shards_are_recomputed_and_damaged_ones_named(done, recipe, tmp_path):
     run = copied(done, tmp_path)
     shard = run / "store.zarr" / "logits" / "c" / "2" / "0" / "0"
     whole = shard.read_bytes()
@@ -190,7 +190,7 @@ def test_a_damaged_record_is_one_sentence(done, tmp_path, file, text):
     assert ended.stderr.count("\n") == 1
 
 
-def test_someone_elses_folder_is_left_alone(recipe, tmp_path):
+def test_a_folder_of_something_else_is_refused(recipe, tmp_path):
     (tmp_path / "recipe.json").write_text('{"pie": 1}')
     ended = kdpipe_here("train-teacher", recipe, "--run", tmp_path)
     assert ended.exit_code == 1
@@ -198,7 +198,7 @@ def test_someone_elses_folder_is_left_alone(recipe, tmp_path):
     assert (tmp_path / "recipe.json").read_text() == '{"pie": 1}'
 
 
-def test_what_cannot_be_pruned_is_refused_before_anything_is_trained(recipe, tmp_path):
+def test_an_unprunable_student_is_refused_before_training(recipe, tmp_path):
     ended = kdpipe_here("run", recipe, "--run", tmp_path / "run", "--set", "compress.prune.round_to=64")
     assert ended.exit_code == 1
     assert "removes no channel" in ended.stderr

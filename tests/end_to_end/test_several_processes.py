@@ -1,7 +1,7 @@
-"""Two processes of torchrun train what one does: the same batches, weights equal within rounding, one writer.
+"""Two processes train the same student as one: same batches, weights equal up to rounding, one writer.
 
-Their students have batch norm, a relational loss, and a hint with an adapter, of the hard samples alone, of which
-one process may have more than the other.
+The students have batch norm, a relational loss, and a hint with an adapter on hard samples only, of which one process
+may have more than the other.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def free_port() -> str:
 
 
 def start_two(*arguments: str | Path) -> list[WarmProcess]:
-    """Start two processes as torchrun would."""
+    """Start two processes as torchrun does."""
     of_both = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
     return [WarmProcess(["kdpipe", *map(str, arguments)], of_both | own) for own in ranks]
@@ -85,7 +85,7 @@ def together(*arguments: str | Path) -> list[subprocess.CompletedProcess[str]]:
 
 
 def copied(run: Path, to: Path, *parts: str) -> Path:
-    """A run folder with some of what another has."""
+    """Copy parts of a run folder."""
     for part in parts:
         shutil.copytree(run / part, to / part)
     return to
@@ -120,7 +120,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, recipe):
-    """A run whose every stage two processes did, and what they said of the last one."""
+    """A run of two processes, and the output of the last stage."""
     run = tmp_path_factory.mktemp("two") / "run"
     for command in ("train-teacher", "cache-teacher", "train-student"):
         both = together(command, recipe, "--run", run)
@@ -145,14 +145,14 @@ def test_two_processes_train_the_student_of_one(one, two, kind):
         assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=2 / 359)
 
 
-def test_only_the_first_writes_and_speaks(one, two):
+def test_only_the_first_process_writes_and_prints(one, two):
     run, (first, second) = two
     assert files_of(run / "students") == files_of(one / "students")
     assert "student distilled" in first.stdout
     assert (second.stdout, second.stderr) == ("", "")
 
 
-def test_a_signal_to_one_of_them_stops_both_at_one_step_and_the_next_run_goes_on(tmp_path, recipe, two):
+def test_a_signal_to_one_process_stops_both_and_they_resume(tmp_path, recipe, two):
     run = copied(two[0], tmp_path / "run", "teacher", "store.zarr", "store.test.zarr")
     checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
     both = start_two("train-student", recipe, "--run", run)
@@ -168,7 +168,7 @@ def test_a_signal_to_one_of_them_stops_both_at_one_step_and_the_next_run_goes_on
     assert_close(alone, two[0], "distilled")
 
 
-def test_when_one_is_killed_the_other_ends_with_a_sentence(tmp_path, recipe, two):
+def test_if_one_process_is_killed_the_other_reports_it(tmp_path, recipe, two):
     run = copied(two[0], tmp_path / "run", "teacher", "store.zarr", "store.test.zarr")
     checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
     both = start_two("train-student", recipe, "--run", run)
@@ -179,13 +179,13 @@ def test_when_one_is_killed_the_other_ends_with_a_sentence(tmp_path, recipe, two
     assert second.stderr.count("\n") == 1
 
 
-def test_another_recipe_is_refused_by_both_with_its_exit_status(recipe, two):
+def test_a_changed_recipe_is_refused_by_both_processes(recipe, two):
     both = together("train-student", recipe, "--run", two[0], "--set", "student.train.lr=0.03")
     assert [one.returncode for one in both] == [12, 12]
     assert "train.lr: stored 0.02, wanted 0.03" in both[0].stderr
 
 
-def test_a_batch_that_two_cannot_share_is_refused_before_any_training(tmp_path, recipe):
+def test_an_indivisible_batch_size_is_refused(tmp_path, recipe):
     both = together("train-teacher", recipe, "--run", tmp_path, "--set", "teacher.train.batch_size=33")
     assert [one.returncode for one in both] == [2, 2]
     assert "train.batch_size is 33" in both[0].stderr
@@ -193,7 +193,7 @@ def test_a_batch_that_two_cannot_share_is_refused_before_any_training(tmp_path, 
 
 
 @pytest.mark.parametrize("command", ["compress", "run", "generations"])
-def test_what_is_for_one_process_says_so_to_several(tmp_path, recipe, command):
+def test_single_process_commands_refuse_several(tmp_path, recipe, command):
     both = together(command, recipe, "--run", tmp_path / "run")
     assert [one.returncode for one in both] == [2, 2]
     assert both[0].stderr.startswith(f"kdpipe: error: kdpipe {command} runs in one process, and 2 were started")

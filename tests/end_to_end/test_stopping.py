@@ -1,6 +1,4 @@
-"""Really sent signals, and the clock: every command finishes its step, saves, and exits 75; what comes of the same
-command afterwards is what would have come without them.
-"""
+"""Signals and --max-duration: commands finish their step, save and exit with 75, and a rerun gives the same files."""
 
 import re
 import signal
@@ -18,30 +16,30 @@ ROAD = (
 )
 
 
-def test_each_stage_stopped_by_a_signal_and_then_by_the_clock_ends_as_if_nothing_had_happened(done, recipe, tmp_path):
+def test_stages_stopped_by_signals_end_with_the_same_files(done, recipe, tmp_path):
     run = tmp_path / "run"
     for command, number, sign in ROAD:
         process = start(command, recipe, "--run", run)
         signal_when(process, (run / sign).exists, number)
-        said, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=60)
         assert process.returncode == 75, errors
-        assert f"stopped early at {number.name}; everything done is saved" in errors
-        assert said == ""
+        assert f"stopped early at {number.name}; all finished work is saved" in errors
+        assert output == ""
         ended = kdpipe(command, recipe, "--run", run)
         assert ended.returncode == 0, ended.stderr
     assert unlike(run, done[0]) == []
 
 
-def test_a_run_stops_by_the_clock_as_it_does_at_a_signal(recipe, tmp_path):
+def test_max_duration_stops_a_run(recipe, tmp_path):
     ended = kdpipe("run", recipe, "--run", tmp_path / "run", "--max-duration", "1s")
     assert ended.returncode == 75, ended.stderr
-    assert "stopped early after 1 s, as --max-duration says; everything done is saved" in ended.stderr
+    assert "stopped early after 1 s (--max-duration); all finished work is saved" in ended.stderr
     refused = kdpipe("run", recipe, "--run", tmp_path / "run", "--max-duration", "soon")
     assert refused.returncode == 2
-    assert "'soon' is no duration: write 3h30m" in re.sub(r"\s+", " ", refused.stderr)
+    assert "'soon' is not a duration: write 3h30m" in re.sub(r"\s+", " ", refused.stderr)
 
 
-def test_a_second_sigint_breaks_off_without_damage(done, recipe, tmp_path):
+def test_a_second_sigint_aborts_without_damage(done, recipe, tmp_path):
     run = tmp_path / "run"
     process = start("run", recipe, "--run", run, "--set", "teacher.train.checkpoint_every_s=1000")
     signal_when(process, lambda: "teacher" in progress(run), signal.SIGINT)
@@ -56,7 +54,7 @@ def test_a_second_sigint_breaks_off_without_damage(done, recipe, tmp_path):
 
 
 def progress(run):
-    """What the run folder's log of events says by now."""
+    """Return the content of the event log."""
     return (run / "events.jsonl").read_text() if (run / "events.jsonl").exists() else ""
 
 
@@ -67,7 +65,7 @@ def progress(run):
         (["sensitivity", "RECIPE", "--run", "RUN", "--batches", "1000"], signal.SIGUSR1),
     ],
 )
-def test_what_writes_nothing_stops_too(done, recipe, arguments, number):
+def test_commands_that_write_nothing_stop_too(done, recipe, arguments, number):
     places = {"RUN": str(done[0]), "RECIPE": str(recipe)}
     process = start(*[re.sub("RUN|RECIPE", lambda found: places[found[0]], argument) for argument in arguments])
     signal_when(process, lambda: handles(process.pid, number), number)
@@ -78,6 +76,6 @@ def test_what_writes_nothing_stops_too(done, recipe, arguments, number):
 
 
 def handles(pid, number):
-    """Whether the process has a handler for the signal by now."""
+    """Return whether the process has a handler for the signal."""
     caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(caught[1], 16) & 1 << (number - 1))

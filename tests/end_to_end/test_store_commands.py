@@ -1,4 +1,4 @@
-"""Target stores by the real command line: shared between jobs, grown, moved elsewhere, planned before."""
+"""Target stores: filled by several jobs, extended, read from a bucket, planned."""
 
 import json
 import os
@@ -15,15 +15,15 @@ SMALL = ["--set", "cache.shard_bytes=4096", "--set", "cache.batch_size=8"]
 
 
 def run_like(done, tmp_path):
-    """A new run folder with the done run's teacher."""
+    """Create a run folder with the finished run's teacher."""
     run = tmp_path / "run"
     (run / "teacher").parent.mkdir()
     (run / "teacher").symlink_to(done[0] / "teacher")
     return run
 
 
-def test_two_jobs_at_once_fill_one_store_and_one_finishes_it(done, recipe, tmp_path):
-    """Started as torchrun starts them; the store is the very one that a single job wrote."""
+def test_two_concurrent_jobs_fill_one_store(done, recipe, tmp_path):
+    """The store equals that of a single job."""
     run = run_like(done, tmp_path)
     jobs = []
     for rank in range(2):
@@ -38,7 +38,7 @@ def test_two_jobs_at_once_fill_one_store_and_one_finishes_it(done, recipe, tmp_p
     assert folder_bytes(run / "store.zarr") == folder_bytes(done[0] / "store.zarr")
 
 
-def test_a_job_leaves_alone_what_another_is_at_and_exits_11(done, recipe, tmp_path):
+def test_a_unit_claimed_by_another_job_exits_11(done, recipe, tmp_path):
     run = run_like(done, tmp_path)
     held = claim(run / "store.zarr", "v3-s0")
     ended = kdpipe_here("cache-teacher", recipe, "--run", run)
@@ -49,7 +49,7 @@ def test_a_job_leaves_alone_what_another_is_at_and_exits_11(done, recipe, tmp_pa
     assert folder_bytes(run / "store.zarr") == folder_bytes(done[0] / "store.zarr")
 
 
-def test_a_signal_keeps_what_is_computed_and_the_rerun_ends_in_the_same_bytes(done, recipe, tmp_path):
+def test_a_signal_keeps_units_and_a_rerun_gives_the_same_bytes(done, recipe, tmp_path):
     run = run_like(done, tmp_path)
     job = start("cache-teacher", recipe, "--run", run, "--set", "cache.batch_size=1")
     signal_when(job, (run / "store.zarr" / "markers" / "c" / "2").exists, signal.SIGTERM)
@@ -63,21 +63,21 @@ def test_a_signal_keeps_what_is_computed_and_the_rerun_ends_in_the_same_bytes(do
     assert not list((run / "store.zarr").rglob("*.partial"))
 
 
-def test_plan_and_dry_run_write_nothing_and_say_what_is_missing(done, recipe, tmp_path):
+def test_plan_and_dry_run_show_missing_units_and_write_nothing(done, recipe, tmp_path):
     run = run_like(done, tmp_path)
     planned = json.loads(kdpipe_here("plan", recipe, "--run", run, "--json").stdout)
     assert (planned["num_units"], planned["num_units_missing"], planned["exists"]) == (30, 30, False)
     assert planned["probe"]["wall_s"] > 0
-    assert planned["layers_wanted_by"] == {"features/stage2": ["distill.1 (hint)"]}
+    assert planned["layers_required_by"] == {"features/stage2": ["distill.1 (hint)"]}
     dry = kdpipe_here("cache-teacher", recipe, "--run", run, "--dry-run")
     assert dry.exit_code == 0
     assert "30 missing" in dry.stdout
     assert sorted(path.name for path in run.iterdir()) == ["teacher"]
     stored = kdpipe_here("plan", recipe, "--run", done[0])
-    assert "none: everything is there" in stored.stdout
+    assert "none: the store is complete" in stored.stdout
 
 
-def test_more_views_are_added_in_place_and_taken_away_again(done, recipe, tmp_path):
+def test_views_are_added_in_place_and_removed(done, recipe, tmp_path):
     run = run_like(done, tmp_path)
     few = ["--run", run, "--set", "views.num_views=2"]
     assert kdpipe_here("cache-teacher", recipe, *few).exit_code == 0
@@ -90,7 +90,7 @@ def test_more_views_are_added_in_place_and_taken_away_again(done, recipe, tmp_pa
 
 
 @pytest.mark.parametrize("place", ["archive", "s3"])
-def test_a_student_learns_the_same_from_a_store_that_lies_elsewhere(done, recipe, tmp_path, monkeypatch, place):
+def test_a_remote_store_trains_the_same_student(done, recipe, tmp_path, monkeypatch, place):
     store, run = done[0] / "store.zarr", tmp_path / "run"
     monkeypatch.setenv("KDPIPE_CACHE", str(tmp_path / "cache"))
     packed = tmp_path / "packed.zarr"
@@ -108,4 +108,4 @@ def test_a_student_learns_the_same_from_a_store_that_lies_elsewhere(done, recipe
 def test_a_store_cannot_be_written_to_a_url(done, recipe, tmp_path):
     ended = kdpipe_here("plan", recipe, "--run", tmp_path, "--set", "cache.store=s3://bucket/x")
     assert ended.exit_code == 2
-    assert "written to a folder" in ended.stderr
+    assert "is a URL: name a folder" in ended.stderr

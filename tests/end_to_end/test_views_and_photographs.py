@@ -1,4 +1,4 @@
-"""Photographs of unequal sizes, decoded by workers, mixed, taught by the store: the whole of it by the command line."""
+"""Photos of different sizes, decoded by workers and mixed, from `kdpipe run` to `kdpipe views`."""
 
 import json
 import os
@@ -56,16 +56,16 @@ loss = "kd"
 """
 
 WORKERS = "--set=data.num_workers=2"
-"""For processes of their own: no number may depend on who decodes. Here, the tests' process would keep the workers."""
+"""Workers of separate processes: results must not depend on them."""
 
 CLASSES = ("cat", "cow", "dog")
 NUM_TRAIN, NUM_TEST = 16, 4
-"""Of each class."""
+"""Images per class."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with photographs, a network of the user's own, and the recipe; notes on images are kept there too."""
+    """A folder with photos, a user-defined network, and the recipe."""
     folder = tmp_path_factory.mktemp("photographs")
     make_photographs(folder / "images")
     (folder / "small_nets.py").write_text(FACTORY)
@@ -78,7 +78,7 @@ def place(tmp_path_factory):
 
 
 def make_photographs(folder):
-    """JPEGs of noise, brighter by class, each of another size."""
+    """Write JPEGs of noise, brighter by class, each of another size."""
     rng = np.random.default_rng(0)
     for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
         for label, name in enumerate(CLASSES):
@@ -97,7 +97,7 @@ def recipe_of(place, images="images"):
 
 @pytest.fixture(scope="module")
 def done(place):
-    """A run that nothing disturbed, and what its commands said."""
+    """An uninterrupted run, and the output of its commands."""
     recipe, run = recipe_of(place), place / "undisturbed"
     said = {}
     for command in ("train-teacher", "cache-teacher", "train-student"):
@@ -106,7 +106,7 @@ def done(place):
     return run, said
 
 
-def test_the_road_goes_through_and_the_store_holds_what_the_teacher_says(place, done):
+def test_run_on_photos_and_the_store_has_the_teachers_logits(place, done):
     run, said = done
     cached = json.loads(said["cache-teacher"].stdout)["store"]
     assert (cached["num_samples"], cached["num_views"], cached["num_units_missing"]) == (48, 12, 0)
@@ -119,7 +119,7 @@ def test_the_road_goes_through_and_the_store_holds_what_the_teacher_says(place, 
     assert "the teacher was asked for 48 samples" in verified.stdout
 
 
-def test_views_are_drawn_with_the_stores_words(place, done):
+def test_views_are_drawn_with_the_stored_predictions(place, done):
     run, _ = done
     before = folder_bytes(run)
     drawn = kdpipe_here(
@@ -136,7 +136,7 @@ def test_views_are_drawn_with_the_stores_words(place, done):
     assert folder_bytes(run) == before
 
 
-def test_a_student_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(place, done):
+def test_a_stopped_student_resumes_bit_for_bit(place, done):
     run, recipe = place / "stopped", recipe_of(place)
     shutil.copytree(done[0], run, ignore=shutil.ignore_patterns("distilled-*"))
     checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
@@ -153,7 +153,7 @@ def test_a_student_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(place,
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_cache_teacher_stopped_by_a_signal_ends_with_the_same_bytes(place, done):
+def test_a_stopped_cache_teacher_ends_with_the_same_bytes(place, done):
     run, recipe = place / "half", recipe_of(place)
     shutil.copytree(done[0] / "teacher", run / "teacher")
     markers = run / "store.zarr" / "markers"
@@ -166,7 +166,7 @@ def test_a_cache_teacher_stopped_by_a_signal_ends_with_the_same_bytes(place, don
 
 
 def stopped_here(ready, *arguments):
-    """Run `kdpipe` in this process, which gets a SIGTERM as soon as `ready`."""
+    """Run `kdpipe` in this process, and send it a SIGTERM when `ready`."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one that comes too late must not end the tests
     ended = threading.Event()
 
@@ -185,7 +185,7 @@ def stopped_here(ready, *arguments):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_student_of_one_class_sees_the_mixtures_of_all_and_one_view_is_warned_of(place, done):
+def test_one_class_sees_mixes_of_all_and_one_view_warns(place, done):
     changes = {
         "data.classes": '["cat"]',
         "views.num_views": "1",
@@ -202,7 +202,7 @@ def test_a_student_of_one_class_sees_the_mixtures_of_all_and_one_view_is_warned_
     assert "views.seed: stored 0, wanted 3" in refused.stderr
 
 
-def test_a_corrupt_image_stops_the_job_or_is_dropped_as_the_recipe_says(place):
+def test_a_corrupt_image_stops_the_job_or_is_dropped(place):
     shutil.copytree(place / "images", place / "corrupt")
     broken = place / "corrupt" / "train" / "cow" / "7.jpg"
     broken.write_bytes(broken.read_bytes()[:200])

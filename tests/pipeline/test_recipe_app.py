@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pipeline.recipe import new as recipe_new
-from pipeline.recipe.app import recipe_app
-from pipeline.recipe.defaults import DEFAULTS
+from pipeline.recipe.habits import HABITS
 from pipeline.recipe.load import load_recipe
-from pipeline.recipe.template import OFFERED_LOSSES, toml_value
+from pipeline.recipe.text import OFFERED_LOSSES, toml_value
+from pipeline.recipe_app import recipe_app
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -255,14 +255,14 @@ def test_new_asks_only_for_what_options_leave_open(terminal):
     assert load_recipe(Path("half.toml")).data.name == "CIFAR10"
 
 
-def test_new_writes_nothing_when_interrupted(here, terminal, monkeypatch):
-    assert "there was no answer: nothing is written" in called("new", "a.toml", answers="x\n", code=1).stderr
+def test_new_leaves_nothing_behind_where_people_break_off(here, terminal, monkeypatch):
+    assert "end of input; nothing was written" in called("new", "a.toml", answers="x\n", code=1).stderr
 
     def interrupted(prompt):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", interrupted)
-    assert "interrupted: nothing is written" in called("new", "a.toml", code=130).stderr
+    assert "interrupted; nothing was written" in called("new", "a.toml", code=130).stderr
     assert list(here.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ from made_store import folder_bytes
 from PIL import Image
 from tiny_road import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
 
-from pipeline.view_grid import draw_grid
+from pipeline.commands.view_grid import draw_grid
 from stages.cache_teacher import cache_teacher
 from stages.errors import RecipeError
 from stages.show_views import ShownViews, show_views
@@ -146,7 +146,7 @@ def test_the_command_draws_before_while_and_after_the_store_is_filled(tmp_path):
     views = ("views", recipe, "--run", run, *small, "--save", picture, "--samples", 3, "--json")
     first = kdpipe_here(*views)
     assert first.exit_code == 0, first.stderr
-    assert "the pictures stand without the teacher's words" in first.stderr
+    assert "without the teacher's predictions" in first.stderr
     assert not run.exists()
     assert kdpipe_here("train-teacher", recipe, "--run", run, *small).exit_code == 0
     assert kdpipe_here("cache-teacher", recipe, "--run", run, *small, "--part", "0/2").exit_code == 0
@@ -158,7 +158,7 @@ def test_the_command_draws_before_while_and_after_the_store_is_filled(tmp_path):
     assert kdpipe_here("cache-teacher", recipe, "--run", run, *small).exit_code == 0
     finished = kdpipe_here(*views)
     document = json.loads(finished.stdout)
-    assert "without the teacher's words" not in finished.stderr
+    assert "without the teacher's predictions" not in finished.stderr
     assert document["store"] == str(run / "store.zarr")
     assert [sample["id"] for sample in document["samples"]] == [
         sample["id"] for sample in json.loads(unfinished.stdout)["samples"]

@@ -1,0 +1,110 @@
+"""Compare losses: train the same student from the same store with each set of losses in the recipe, over its seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from pipeline.run import Run
+from pipeline.steps import run_cache_teacher, run_train_teacher, try_distillation
+from pipeline.terminal.output import console, new_table
+from stages.compare import ALONE, Way, measure_costs, student_of, train_way
+from stages.errors import NotFiniteError, RecipeError
+from stages.train_student import train_student, view_warning
+
+
+def run_compare(run: Run) -> dict[str, Any]:
+    """Train all variants, seed by seed so that all have early results; then measure the cost of a step."""
+    if not run.recipe.compare:
+        raise RecipeError(
+            f"the recipe {run.recipe.name} has nothing to compare: add sections such as [compare.at] with a "
+            "list of losses, as in recipes/compare-losses.toml."
+        )
+    teacher = None
+    run.check_losses()
+    if run.store in run.stores:
+        teacher = run_train_teacher(run)["teacher"]
+        run_cache_teacher(run)
+        run.processes.wait()  # each has computed its part of the store
+    student, setup = run.recipe.student, run.setup
+    if warning := view_warning(run.recipe.views):
+        run.watch.warn("compare", warning)
+    variants = [Way(ALONE, student, None), *_variants(run)]
+    results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+    for seed in student.seeds:
+        results[ALONE].append(train_student(student, seed, None, setup))
+        for variant in variants[1:]:
+            try:
+                results[variant.name].append(train_way(variant, seed, setup))
+            except NotFiniteError as error:  # the other variants go on
+                run.watch.warn("compare", str(error))
+    costs = measure_costs(variants, setup)
+    rows = [_row(name, own, costs[name]) for name, own in results.items() if own]
+    diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
+    return {"teacher": teacher, "rows": rows, "num_diverged": diverged}
+
+
+def _variants(run: Run) -> list[Way]:
+    """Return the recipe's variants, each checked before any student is trained."""
+    variants = []
+    for name, entry in run.recipe.compare.items():
+        student = student_of(entry, run.recipe.student)
+        try:
+            teaching = run.open_distillation(entry.distill, student) if entry.distill else None
+            if teaching is not None:
+                try_distillation(run, teaching, student)
+        except RecipeError as error:
+            raise RecipeError(f"compare.{name}: {error}") from error
+        variants.append(Way(name, student, teaching))
+    return variants
+
+
+def _row(name: str, results: Sequence[dict[str, Any]], cost: dict[str, float]) -> dict[str, Any]:
+    """Return a variant's results over seeds: accuracies and agreement in percent, KL in nats, ms a step."""
+    examined = [result.get("examined") or {} for result in results]
+    accuracies = [100 * result["accuracy"] for result in results]
+    return {
+        "name": name,
+        "accuracies": accuracies,
+        "best_accuracy_mean": mean(100 * result["best_accuracy"] for result in results),
+        "agreement_mean": _mean([metrics.get("agreement") for metrics in examined], 100),
+        "teacher_kl_mean": _mean([metrics.get("teacher_kl") for metrics in examined], 1),
+        "step_ms": cost["step_ms"],
+        "ratio": cost["ratio"],
+        "accuracy_mean": mean(accuracies),
+        "accuracy_std": stdev(accuracies) if len(accuracies) > 1 else None,
+    }
+
+
+def _mean(values: Sequence[float | None], factor: float) -> float | None:
+    known = [factor * value for value in values if value is not None]
+    return mean(known) if known else None
+
+
+def print_compare(recipe: str, results: dict[str, Any]) -> None:
+    """Print the table to stdout, the best variant first."""
+    num_seeds = len(results["rows"][0]["accuracies"])
+    table = new_table(f"{recipe}: comparison over {num_seeds} seeds")
+    table.add_column("variant", no_wrap=True)
+    for header in ("test accuracy %", "over alone", "best epoch %", "agreement %", "KL, nats", "ms / step", "vs alone"):
+        table.add_column(header, justify="right")
+    alone = results["rows"][0]["accuracy_mean"]
+    if results["teacher"]:
+        table.add_row("teacher", f"{100 * results['teacher']['accuracy']:.2f}", "", "", "", "", "", "")
+    for row in sorted(results["rows"], key=lambda row: -row["accuracy_mean"]):
+        spread = "" if row["accuracy_std"] is None else f" ± {row['accuracy_std']:.2f}"
+        table.add_row(
+            row["name"],
+            f"{row['accuracy_mean']:.2f}{spread}",
+            f"{row['accuracy_mean'] - alone:+.2f}",
+            f"{row['best_accuracy_mean']:.2f}",
+            "-" if row["agreement_mean"] is None else f"{row['agreement_mean']:.2f}",
+            "-" if row["teacher_kl_mean"] is None else f"{row['teacher_kl_mean']:.3f}",
+            f"{row['step_ms']:.2f}",
+            f"{row['ratio']:.2f}",
+        )
+    out = console()
+    out.print(table)
+    for name, number in results["num_diverged"].items():
+        out.print(f"{name}: {number} of {num_seeds} seeds diverged: try a lower weight or learning rate.")

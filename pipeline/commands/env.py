@@ -1,0 +1,154 @@
+"""Describe versions and machine for a public bug report.
+
+No host name, no user name, no variable that is not listed here. torch is not imported and no GPU is used.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.commands import env_machine
+from pipeline.installed import NAME, commit, versions
+from pipeline.terminal.output import printable
+
+VARIABLES = re.compile(
+    "CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_LAUNCH_BLOCKING|CUBLAS_WORKSPACE_CONFIG|NVIDIA_VISIBLE_DEVICES"
+    "|PYTORCH_(CUDA_)?ALLOC_CONF|TORCH_(NUM_THREADS|ALLOW_TF32_CUBLAS_OVERRIDE|NCCL_[A-Z_]+)|NCCL_(DEBUG|P2P_DISABLE|IB_DISABLE)"
+    "|(OMP|MKL|OPENBLAS|NUMEXPR)_NUM_THREADS|OMP_(WAIT_POLICY|PROC_BIND|PLACES)|MALLOC_[A-Z_]+|LD_PRELOAD"
+    "|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|TORCHELASTIC_RESTART_COUNT"
+    "|SLURM_(JOB_ID|PROCID|LOCALID|NODEID|NTASKS|NNODES|STEP_NUM_TASKS|CPUS_PER_TASK|CPUS_ON_NODE|MEM_PER_NODE|MEM_PER_CPU"
+    "|GPUS|GPUS_ON_NODE|GPUS_PER_TASK|GPUS_PER_NODE|RESTART_COUNT|ARRAY_(JOB_ID|TASK_(ID|MIN|MAX|STEP|COUNT)))"
+    "|KDPIPE_[A-Z0-9_]+|PYTHON(HASHSEED|OPTIMIZE|UTF8|WARNINGS)|LANG|LC_ALL|TERM|TMPDIR|XDG_CACHE_HOME"
+)
+"""Environment variables that are shown; of others not even the name."""
+
+MAX_TEXT = 200
+
+
+def read_env() -> dict[str, Any]:
+    """Return all information as JSON."""
+    head, dirty = commit()
+    return {
+        "command": "env",
+        NAME: {"version": versions().get(NAME), "commit": head, "dirty": dirty},
+        "python": {"version": platform.python_version(), "from": private(sys.executable)},
+        "system": _system(),
+        "cpu": _cpu(),
+        "memory": env_machine.memory(),
+        "torch": _torch(),
+        "gpus": env_machine.gpus(),
+        "packages": {name: version for name, version in versions().items() if name != NAME},
+        "variables": {name: private(value) for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
+        "disks": [{**disk, "path": private(disk["path"])} for disk in env_machine.disks()],
+    }
+
+
+def private(text: str) -> str:
+    """Remove home folder, user name, URL credentials and control characters from a text, and shorten it."""
+    text = re.sub(r"//[^/@\s]+@|\?[^\s'\"\]]*", lambda secret: "//...@" if secret.group()[0] == "/" else "?...", text)
+    home = os.environ.get("HOME") or ""
+    if len(home) > 1:
+        text = re.sub(rf"(?<![\w/]){re.escape(home.rstrip('/'))}(?=/|$|:)", "~", text)
+    user = os.environ.get("USER") or os.environ.get("LOGNAME") or ""
+    if user and user != "root":
+        text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(user)}(?![A-Za-z0-9])", "USER", text)
+    return printable(text[:MAX_TEXT])
+
+
+def print_env(env: dict[str, Any]) -> None:
+    """Print the information to stdout."""
+    for name, text in _lines(env):
+        print(printable(f"{name:<10} {text}"))  # noqa: T201
+
+
+def _lines(env: dict[str, Any]) -> list[tuple[str, str]]:
+    own, cpu, memory, torch = env[NAME], env["cpu"], env["memory"], env["torch"]
+    source = f"commit {own['commit'][:12]}{', modified' if own['dirty'] else ''}" if own["commit"] else "not a checkout"
+    limit = memory["limit_bytes"]
+    lines = [
+        (NAME, f"{own['version'] or 'not installed'}, {source}"),
+        ("python", f"{env['python']['version']} at {env['python']['from']}"),
+        ("system", ", ".join(str(text) for text in env["system"].values() if text)),
+        ("cpu", f"{cpu['model']}: {cpu['online']} cores, {cpu['allowed']} allowed, {cpu['used']} used"),
+        (
+            "memory",
+            f"{_gib(memory['total_bytes'])}, {_gib(memory['available_bytes'])} free"
+            + (f", limit {_gib(limit)}" if limit else ""),
+        ),
+        ("torch", f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, cuDNN {torch['cudnn'] or 'none'}"),
+        *[("gpu", ", ".join(gpu.values())) for gpu in env["gpus"]],
+    ]
+    lines += [("gpu", "none found")] if not env["gpus"] else []
+    lines += [("packages", ", ".join(f"{name} {version or 'absent'}" for name, version in env["packages"].items()))]
+    lines += [("variable", f"{name}={value}") for name, value in env["variables"].items()]
+    return lines + [("disk", _disk(disk)) for disk in env["disks"]]
+
+
+def _disk(disk: dict[str, Any]) -> str:
+    locks = {True: "locks work", False: "NO file locks", None: "not writable"}[disk["has_locks"]]
+    return f"{disk['what']}: {disk['path']}, {disk['type']}, {_gib(disk['free_bytes'])} free, {locks}"
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def _system() -> dict[str, str]:
+    try:
+        release = platform.freedesktop_os_release().get("PRETTY_NAME", "")
+    except OSError:
+        release = ""
+    found = platform.uname()
+    return {
+        "distribution": release,
+        "kernel": f"{found.system} {found.release}",
+        "machine": found.machine,
+        "libc": " ".join(platform.libc_ver()).strip(),
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    model = ""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = found.group(1) if found else ""
+    except (OSError, UnicodeDecodeError):
+        pass
+    from stages.machine.cores import num_cores
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"model": model or platform.processor(), "online": os.cpu_count(), "allowed": allowed, "used": num_cores()}
+
+
+def _torch() -> dict[str, str | None]:
+    """Return the versions torch was built with, from its version.py: importing torch takes seconds."""
+    from importlib.util import find_spec
+
+    spec, text = find_spec("torch"), ""
+    if spec and spec.origin:
+        try:
+            text = (Path(spec.origin).parent / "version.py").read_text()
+        except (OSError, UnicodeDecodeError):
+            text = ""
+    built = dict(re.findall(r"^(__version__|cuda|hip)\b[^=\n]*=\s*['\"]([^'\"]*)['\"]", text, re.MULTILINE))
+    cudnn = next(filter(None, map(_package_version, ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"))), None)
+    return {
+        "version": built.get("__version__"),
+        "cuda": built.get("cuda"),
+        "hip": built.get("hip"),
+        "cudnn": cudnn,
+    }
+
+
+def _package_version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,121 @@
+"""Train generations: each student is the teacher of the next one.
+
+Born-again networks, Furlanello et al. 2018 (arXiv 1805.04770): where student and teacher have the same architecture,
+each generation may surpass the one before. Every generation has its own run folder, in which stages resume and skip
+finished work as in any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from pipeline.recipe.load import Recipe
+from pipeline.run import Run
+from pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, try_distillation
+from pipeline.terminal.output import console, new_table
+from stages.errors import RecipeError
+from stages.losses.simkd import SimKDConfig
+from stages.models.build import ModelConfig
+from stages.rehearse_losses import rehearse_losses
+from stages.train_student import DISTILLED, fresh_student, student_folder, train_student
+from stages.train_teacher import TeacherConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SEED_STEP = 1000
+"""Added to the recipe's seeds for each earlier generation, so that students start from new weights."""
+
+
+def run_generations(run: Run, count: int) -> dict[str, Any]:
+    """Train `count` generations, each from the store of the one before; return the results of all.
+
+    The teacher of the first generation is the recipe's; that of each later one is the first seed's student before it.
+
+    Raises:
+        RecipeError: If the recipe names its stores: each generation caches its own.
+    """
+    if run.recipe.student.stores or run.recipe.cache.store:
+        raise RecipeError("each generation has its own store: remove student.stores and cache.store from the recipe.")
+    _check(run, count)
+    generations, recipe = [], run.recipe
+    for number in range(1, count + 1):
+        own = replace(run, recipe=recipe, folder=run.folder / f"generation{number}")
+        own.begin()
+        with run.phase(own.folder.name):
+            generations.append(_run_one(own, number, with_alone=number == 1))
+        own.write_recipe()
+        recipe = next_recipe(recipe, own.folder)
+    return {"generations": generations}
+
+
+def _check(run: Run, count: int) -> None:
+    """Check before training that the losses fit student and teacher, and student and student."""
+    student, losses = run.recipe.student, run.recipe.distill
+    require_losses(run)
+    if count > 1 and any(isinstance(loss, SimKDConfig) for loss in losses):
+        raise RecipeError(
+            "simkd makes the teacher's classifier part of the student, which then cannot teach another: use "
+            "another loss for generations, or --count 1."
+        )
+    run.check_losses()
+    if count > 1:
+        model = fresh_student(student, student.seeds[0], run.setup).model
+        rehearse_losses(losses, student, model, run.setup, where="from generation 2 on, distill")
+
+
+def next_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of the next generation, whose teacher is the first student in the run folder `folder`."""
+    student = recipe.student
+    weights = student_folder(folder, DISTILLED, student.seeds[0]).model
+    model = ModelConfig(name=student.model.name, args=student.model.args, weights=str(weights))
+    seeds = tuple(seed + SEED_STEP for seed in student.seeds)
+    return replace(
+        recipe,
+        teacher=TeacherConfig(model=model, mean=student.mean, std=student.std),
+        student=replace(student, seeds=seeds),
+    )
+
+
+def _run_one(run: Run, number: int, *, with_alone: bool) -> dict[str, Any]:
+    teacher = run_train_teacher(run)["teacher"]
+    run_cache_teacher(run)
+    student = run.recipe.student
+    # The students alone of the first generation serve all: without a teacher, generations do not differ.
+    alone = [train_student(student, seed, None, run.setup) for seed in student.seeds] if with_alone else []
+    try_distillation(run, run.distillation, student)
+    distilled = [train_student(student, seed, run.distillation, run.setup) for seed in student.seeds]
+    return {"generation": number, "run": str(run.folder), "teacher": teacher, "alone": alone, "students": distilled}
+
+
+def print_generations(recipe: str, results: dict[str, Any]) -> None:
+    """Print the table to stdout."""
+    table = new_table(f"{recipe}: generations")
+    table.add_column("network", no_wrap=True)
+    for header in ("its teacher %", "test accuracy %", "best epoch %", "agreement with its teacher %", "seeds"):
+        table.add_column(header, justify="right")
+    first = results["generations"][0]
+    table.add_row("teacher", "", f"{100 * first['teacher']['accuracy']:.2f}", "", "", "1")
+    _add_row(table, "student alone", "", first["alone"])
+    for result in results["generations"]:
+        teacher = f"{100 * result['teacher']['accuracy']:.2f}"
+        _add_row(table, f"generation {result['generation']}", teacher, result["students"])
+    console().print(table)
+
+
+def _add_row(table: Table, name: str, teacher: str, students: list[dict[str, Any]]) -> None:
+    accuracies = [100 * student["accuracy"] for student in students]
+    spread = f" ± {stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    agreements = [(student.get("examined") or {}).get("agreement") for student in students]
+    known = [100 * agreement for agreement in agreements if agreement is not None]
+    table.add_row(
+        name,
+        teacher,
+        f"{mean(accuracies):.2f}{spread}",
+        f"{mean(100 * student['best_accuracy'] for student in students):.2f}",
+        f"{mean(known):.2f}" if known and teacher else "",
+        str(len(students)),
+    )

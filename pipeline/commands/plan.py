@@ -1,0 +1,78 @@
+"""Print what `cache-teacher` would do, and which values of the recipe were set where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from pipeline.terminal.output import printable
+from pipeline.terminal.rate import duration_text
+
+if TYPE_CHECKING:
+    from pipeline.recipe.origins import Setting, Settings
+
+MIN_WIDTH, MAX_WIDTH = 20, 60
+"""Width of the column of values, in characters; longer values are cut off."""
+
+
+def print_plan(plan: dict[str, Any], settings: Settings | None = None) -> None:
+    """Print the plan, and with `settings` the keys that are not at their defaults, to stdout."""
+    for name, text in _lines(plan):
+        print(f"{name:<12} {printable(text)}")  # noqa: T201
+    for line in _setting_lines(settings or {}):
+        print(line)  # noqa: T201
+
+
+def settings_json(settings: Settings) -> dict[str, Any]:
+    """Return {"value": ..., "origin": ...} for every key, for `plan --json`."""
+    return {key: setting.to_json() for key, setting in settings.items()}
+
+
+def _setting_lines(settings: Settings) -> Iterator[str]:
+    """Yield key, value and origin of each key that was set, by section."""
+    from pipeline.recipe.origins import not_default
+
+    given = not_default(settings)
+    values = {key: _shown(setting) for key, setting in given.items()}
+    key_width = max(map(len, given), default=0)
+    value_width = max([MIN_WIDTH, *map(len, values.values())])
+    for section, keys in groupby(given, key=_section):
+        yield f"\n[{section}]" if section else "\nset in the recipe, and where"
+        for key in keys:
+            yield f"{printable(key):<{key_width}}  {values[key]:<{value_width}}  {printable(given[key].origin)}"
+
+
+def _section(key: str) -> str:
+    return key.partition(".")[0] if "." in key else ""
+
+
+def _shown(setting: Setting) -> str:
+    text = json.dumps(setting.value, ensure_ascii=False)
+    return printable(text if len(text) <= MAX_WIDTH else f"{text[: MAX_WIDTH - 3]}...")
+
+
+def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "store", f"{plan['store']} ({'exists' if plan['exists'] else 'new'})"
+    yield "views", f"{plan['num_views']} of {plan['num_samples']:,} samples"
+    num_missing = plan["num_units_missing"]
+    done = plan["num_units"] - num_missing
+    yield "units", f"{plan['num_units']} of {plan['unit_rows']:,} rows, {done} done, {num_missing} missing"
+    for name, array in plan["arrays"].items():
+        required_by = ", ".join(plan["layers_required_by"].get(name, [])) or "every store"
+        yield (
+            "array",
+            f"{name} {array['dtype']} {array['row_shape']}: {array['view_bytes']:,} bytes a view, "
+            f"{array['store_bytes']:,} in total ({required_by})",
+        )
+    test = plan["test_store"]
+    yield "test", f"{test['num_samples']:,} test images: {test['store_bytes']:,} bytes in {test['store']}"
+    yield "disk", f"{plan['missing_bytes']:,} bytes to write, {plan['free_bytes']:,} free"
+    if plan["probe"]:
+        rate, wall_s = plan["probe"]["images_per_s"], plan["probe"]["wall_s"]
+        yield "time", f"about {duration_text(wall_s)}, at {rate:,.0f} images/s for {plan['num_images']:,} images"
+    elif not plan["num_images"]:
+        yield "time", "none: the store is complete"
+    if not plan["teacher_trained"]:
+        yield "teacher", "not trained yet: run `kdpipe train-teacher` first"

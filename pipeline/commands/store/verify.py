@@ -1,0 +1,126 @@
+"""Verify and repair target stores. Verification alone needs no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from pipeline.session.signals import handle_signals
+from pipeline.terminal.exit_codes import DONE_IN_PART, FAILED
+from pipeline.terminal.output import printable
+from pipeline.terminal.progress import reporter
+from stages.watch import Watch
+from store.verify import Verdict, verify_store
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
+    from stages.recompute import Recomputed
+
+
+def require_recipe(recipe: Path, overrides: Sequence[str]) -> None:
+    """Raise RecipeError if the recipe is invalid."""
+    from pipeline.recipe.load import load_recipe
+
+    load_recipe(recipe, overrides, os.environ)
+
+
+def verify(path: Path, as_json: bool) -> Verdict:
+    """Check the store at `path`, with signals and progress."""
+    with handle_signals() as should_stop, reporter(as_json) as report:
+        return verify_store(path, Watch(report, should_stop).counter("verify", "check", "unit"))
+
+
+def recheck(path: Path, run: Run, num_rows: int, seed: int) -> Recomputed:
+    """Recompute some samples of a store, or of its test store, with the recipe's teacher, and compare."""
+    from stages.recompute import recompute
+    from stages.teacher_on_test import test_place, test_setup
+    from stages.train_teacher import load_teacher
+
+    teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.setup)
+    is_test_store = path.absolute() == Path(test_place(run.store))
+    return recompute(path, teacher, test_setup(run.setup) if is_test_store else run.setup, num_rows, seed)
+
+
+def repair(run: Run) -> dict[Path, tuple[Verdict, Verdict, int]]:
+    """Repair the recipe's stores, of the training and the test images.
+
+    Returns:
+        By store: the faults found, the verdict after the repair, and the number of units computed.
+    """
+    from stages.repair import repair as repair_store
+    from stages.teacher_on_test import repair_test, test_place
+    from stages.train_teacher import load_teacher
+
+    teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.setup), run.recipe.cache
+    layers, test_store = list(run.required_features(teacher)), Path(test_place(run.store))
+    repaired = {run.store: repair_store(config, run.store, teacher, layers, run.setup)}
+    if test_store.exists():
+        repaired[test_store] = repair_test(config, test_store, teacher, run.setup)
+    return repaired
+
+
+def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = None) -> None:
+    """Print every fault, one a line, and a summary to stdout."""
+    lines = [f"damaged      {fault}" for fault in verdict.damaged]
+    lines += [f"missing      {unit}: {', '.join(names)}" for unit, names in verdict.missing]
+    lines += [f"leftover     {key} (not part of the store, harmless)" for key in verdict.leftovers]
+    if recomputed is not None:
+        lines += [
+            f"differs      sample {row.sample_id}, view {row.view}, {row.array}: {row.error:.3g} times the tolerance"
+            for row in recomputed.differing
+        ]
+        lines.append(
+            f"{path}: {recomputed.num_rows} samples were recomputed; the largest difference is "
+            f"{recomputed.largest_error:.2g} times the tolerance"
+        )
+    lines.append(
+        f"{path}: {verdict.num_units_whole} of {verdict.num_units} units are complete, {verdict.num_bytes:,} bytes "
+        f"were checked, {_conclusion(verdict)}"
+    )
+    print("\n".join(map(printable, lines)))  # noqa: T201
+
+
+def repair_json(repaired: dict[Path, tuple[Verdict, Verdict, int]]) -> dict[str, Any]:
+    """Return the results for the training store, and under `test_store` for that of the test images, if any."""
+    documents = [
+        {
+            "path": str(path),
+            "found": [fault.to_json() for fault in found.damaged],
+            "num_units_computed": num_computed,
+            **left.to_json(),
+        }
+        for path, (found, left, num_computed) in repaired.items()
+    ]
+    return documents[0] | ({"test_store": documents[1]} if len(documents) > 1 else {})
+
+
+def print_repair(path: Path, found: Verdict, left: Verdict, num_computed: int) -> None:
+    """Print the faults found, and the verdict after the repair, to stdout."""
+    for fault in found.damaged:
+        print(printable(f"found        {fault}"))  # noqa: T201
+    print(f"{path}: {_num_faults(found)} found, {num_computed} units recomputed")  # noqa: T201
+    print_verdict(path, left)
+
+
+def exit_for(verdict: Verdict, recomputed: Recomputed | None = None) -> None:
+    """Exit with status 1 if anything is damaged or differs, 3 if units are missing; else return."""
+    if verdict.damaged or (recomputed is not None and recomputed.differing):
+        raise typer.Exit(FAILED)
+    if verdict.missing:
+        raise typer.Exit(DONE_IN_PART)
+
+
+def _conclusion(verdict: Verdict) -> str:
+    if verdict.damaged:
+        return f"{_num_faults(verdict)}: run `kdpipe store repair RECIPE`"
+    if verdict.missing:
+        return "nothing is damaged: run `kdpipe cache-teacher` to compute what is missing"
+    return "no faults found"
+
+
+def _num_faults(verdict: Verdict) -> str:
+    return "1 fault" if len(verdict.damaged) == 1 else f"{len(verdict.damaged)} faults"

@@ -1,0 +1,58 @@
+"""Print the results of a single stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.commands.store.info import describe_encoding_error
+from pipeline.terminal.output import printable
+
+
+def print_summary(command: str, run: Path, results: dict[str, Any]) -> None:
+    """Print the figures and the paths of the files to stdout."""
+    for line in (*_lines(results), f"{command} is done: {run}"):
+        print(printable(line))  # noqa: T201
+
+
+def _lines(results: dict[str, Any]) -> Iterator[str]:
+    if teacher := results.get("teacher"):
+        yield _figures("teacher", teacher)
+    if store := results.get("store"):
+        yield (
+            f"store: {store['num_views']} views of {store['num_samples']:,} samples, {store['store_bytes']:,} bytes, "
+            f"{', '.join(store['arrays'])}: {store['path']}"
+        )
+        for name, error in store["fidelity"].items():
+            yield f"{name} relative to the teacher's float32: {describe_encoding_error(error)}"
+        if store["num_units_missing"]:
+            part = f"{store['part']} is done; " if store["part"] else ""
+            yield f"{part}{store['num_units_missing']} units of the store are still missing"
+    for kind, students in results.get("students", {}).items():
+        for number, student in enumerate(students):
+            yield _figures(f"student {kind}, number {number}", student)
+    yield from _compressed(results)
+
+
+def _compressed(results: dict[str, Any]) -> Iterator[str]:
+    for number, pair in enumerate(results.get("compressed", [])):
+        for kind, figures in pair.items():
+            yield _figures(f"{kind}, number {number}", figures)
+    for pair in results.get("compressed", [])[:1]:  # the same for every seed
+        if spared := pair.get("pruned", {}).get("spared"):
+            yield f"not pruned: {_first_five([f'{path} ({reason})' for path, reason in spared.items()])}"
+    for card in results.get("artefacts", [])[:1]:
+        if card["float_nodes"]:
+            yield f"not quantized: {_first_five(card['float_nodes'])}"
+    for card in results.get("artefacts", []):
+        yield f"exported: {', '.join(card['files'])}: {card['folder']}"
+
+
+def _first_five(texts: list[str]) -> str:
+    more = f" and {len(texts) - 5} more (card.json)" if len(texts) > 5 else ""
+    return ", ".join(texts[:5]) + more
+
+
+def _figures(name: str, figures: dict[str, Any]) -> str:
+    return f"{name}: test accuracy {100 * figures['accuracy']:.2f} %, {figures['num_parameters']:,} parameters"

@@ -1,0 +1,214 @@
+"""A recipe at work in its run folder: its device, data, stores and distillation, opened at first use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
+from stages.datasets.image_set import ImageSet
+from stages.datasets.load import DataConfig, load_dataset
+from stages.errors import RecipeError
+from stages.forms import Wanted, parse_wanted
+from stages.job_folder import write_json
+from stages.losses.entry import Entry
+from stages.losses.terms import wanted_of
+from stages.machine.cores import num_threads
+from stages.machine.device import take_device
+from stages.machine.memory import keep_freed_memory
+from stages.network import Network
+from stages.part import WHOLE, Part
+from stages.partners import find_partners, population_of
+from stages.processes import ONE, Processes
+from stages.rehearse_losses import rehearse_losses
+from stages.serving import smallest
+from stages.setup import Setup, require_fitting_test_images, test_size
+from stages.store_plan import source_shapes
+from stages.teacher_on_test import teacher_logits
+from stages.teaching import Teaching, on_this_machine
+from stages.train_student import StudentConfig, open_teaching, student_shapes
+from stages.train_teacher import require_same_training, teacher_identity, untrained_teacher
+from stages.watch import Watch
+from store import StoreError, is_url, make_folders, read_store_manifest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe at work in its run folder; data and stores are opened when a stage first needs them.
+
+    Attributes:
+        folder: The run folder.
+        part: Part of the store's units that this process computes.
+        share: Whether a GPU that other processes use may be used.
+        processes: Processes that train together; the first one writes.
+        phase: Returns a context that records the wall time of its block under a name.
+    """
+
+    recipe: Recipe
+    folder: Path
+    watch: Watch
+    part: Part = WHOLE
+    share: bool = False
+    processes: Processes = ONE
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
+
+    def begin(self) -> None:
+        """Create the run folder and set up the machine.
+
+        A recipe already there stays until this command has succeeded, so that a refused command changes nothing.
+
+        Raises:
+            RunError: If the folder belongs to something else.
+        """
+        make_folders([self.folder])
+        if read_run_recipe(self.folder) is None:
+            self.write_recipe()
+        self.set_up_machine()
+
+    def set_up_machine(self) -> None:
+        """Set the number of CPU threads, reserve the GPU and configure the memory allocator.
+
+        Raises:
+            LockedError: If the GPU is in use.
+            RecipeError: If the recipe's device does not exist.
+        """
+        torch.set_num_threads(self.recipe.num_threads or num_threads(os.environ))
+        keep_freed_memory()
+        _ = self.device  # fail before any work is done
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The reserved device of the recipe."""
+        warn, fraction = partial(self.watch.warn, "device"), self.recipe.gpu_memory_fraction
+        return take_device(self.recipe.device, share=self.share, memory_fraction=fraction, warn=warn)
+
+    def write_recipe(self) -> None:
+        """Write the resolved recipe into the run folder."""
+        if self.processes.first:
+            write_json(self.folder / "recipe.json", recipe_json(self.recipe))
+
+    @cached_property
+    def setup(self) -> Setup:
+        """The shared context of all stages."""
+        data = self.recipe.data
+        train_set = self._load(data, "train")
+        alone = Setup(self.folder, train_set, train_set, self.recipe.views, self.device, self.watch)
+        setup = replace(
+            alone,
+            test_set=self._load(data, "test", test_size(alone)),
+            partners=self._partners(train_set),
+            num_workers=data.num_workers,
+            unreadable=data.unreadable,
+            ask_teacher=self._ask_teacher,
+            processes=self.processes,
+        )
+        require_fitting_test_images(setup)
+        return setup
+
+    def _ask_teacher(self) -> Tensor | None:
+        """Return the teachers' logits of the test images; None while their stores are missing."""
+        if any(not is_url(store) and not Path(store).exists() for store in self.stores):
+            return None
+        return self._teacher_logits
+
+    @cached_property
+    def _teacher_logits(self) -> Tensor | None:
+        return teacher_logits(self.stores, self.recipe.student.teachers, self.setup)
+
+    def _load(
+        self,
+        data: DataConfig,
+        split: Literal["train", "test"],
+        size: int | None = None,
+        only: NDArray[np.int64] | None = None,
+    ) -> ImageSet:
+        """Load a split of the data set, or only the samples with the ids `only`; warn of every image left out."""
+        counter = self.watch.counter("data", f"scan the images of the {split} split", "image")
+        image_set = load_dataset(data, split, size=size, only=only, on_image=counter)
+        for dropped in image_set.dropped:
+            self.watch.warn("data", f"sample {dropped.sample_id} is left out: {dropped.why}")
+        return image_set
+
+    def _partners(self, train_set: ImageSet) -> ImageSet | None:
+        """Return the images that MixUp and CutMix choose partners from: those that the store began with.
+
+        None if these are simply the training set.
+        """
+        places = [store for store in self.stores if is_url(store) or Path(store).exists()]
+        if self.recipe.views.mix is None or not places:
+            return None
+        path = on_this_machine(places[0], self.watch)
+        try:
+            population = population_of(path)
+        except StoreError:  # damaged: readers of the store report it, and `store repair` uses the data set as it is
+            return None
+        if np.array_equal(population.ids, np.sort(train_set.sample_ids.numpy())):
+            return None
+        whole = replace(self.recipe.data, num_train=None, classes=None)
+        return find_partners(population, self._load(whole, "train", only=population.ids), path)
+
+    @property
+    def store(self) -> Path:
+        """The store that this recipe's `cache-teacher` fills."""
+        named = self.recipe.cache.store
+        if named and is_url(named):
+            raise RecipeError(
+                f"cache.store = {named!r} is a URL: name a folder, and upload it after `kdpipe cache-teacher`."
+            )
+        return (Path(named) if named else self.folder / "store.zarr").absolute()
+
+    @property
+    def stores(self) -> list[Path | str]:
+        """The stores that students learn from: folders, or URLs."""
+        named = self.recipe.student.stores
+        return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
+
+    def check_losses(self) -> None:
+        """Check that all losses fit student and teacher, before the teacher is trained."""
+        self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.setup))
+
+    def required_features(self, teacher: Network) -> dict[Wanted, list[str]]:
+        """Return the teacher features to cache, in the smallest sufficient form, each with the keys that require it.
+
+        Raises:
+            ModelError: If a layer does not exist; lists the nearest names.
+        """
+        reasons: dict[Wanted, list[str]] = {parse_wanted(text): ["cache.layers"] for text in self.recipe.cache.layers}
+        if self.store not in self.stores:
+            return reasons
+        for where, losses in all_losses(self.recipe).items():
+            if self.stores == [self.store]:
+                rehearse_losses(losses, self.recipe.student, teacher.model, self.setup, where=where)
+            shapes = student_shapes(self.recipe.student, losses, self.setup)
+            for number, loss in enumerate(losses):
+                required = wanted_of([loss], shapes, self.stores.index(self.store))
+                available = source_shapes(teacher.model, required, self.setup.image_shape)
+                for feature in required:
+                    smaller = smallest(feature, available[feature.source])
+                    reasons.setdefault(smaller, []).append(f"{where}.{number} ({loss.loss})")
+        return reasons
+
+    @cached_property
+    def distillation(self) -> Teaching:
+        """The recipe's losses and stores, opened and checked."""
+        return self.open_distillation(self.recipe.distill, self.recipe.student)
+
+    def open_distillation(self, losses: Sequence[Entry], student: StudentConfig) -> Teaching:
+        """Open the stores for these losses; the recipe's own store must contain the recipe's own teacher."""
+        expected: dict[str, Any] = {}
+        if self.stores == [self.store]:
+            require_same_training(self.recipe.teacher, self.recipe.seed, self.setup)
+            identity = teacher_identity(self.recipe.teacher, self.setup)
+            stored = read_store_manifest(self.store).identity.teacher
+            expected["teacher"] = {"weights_sha256": stored.get("weights_sha256"), **identity}
+        return open_teaching(self.stores, losses, student, expected, self.setup)

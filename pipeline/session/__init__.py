@@ -1,0 +1,1 @@
+"""Services around a running command: signals, event log, run record, options, paths."""

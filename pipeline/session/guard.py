@@ -1,0 +1,66 @@
+"""Turn errors of a command into one sentence on stderr and an exit status. Imports nothing heavy unless one occurs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from pipeline.session.signals import exit_on_signal
+from pipeline.terminal.output import Verbosity, print_line, verbosity
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Report errors that a user can fix, and stop requests, in one sentence; other errors pass with their traceback.
+
+    With --verbose every error has its traceback. Until the command handles signals itself, a signal ends it at once.
+    """
+    try:
+        with exit_on_signal():
+            yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except BaseException as error:
+        from pipeline.terminal.exit_codes import exit_code
+
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        if verbosity() == Verbosity.VERBOSE:
+            import traceback
+
+            traceback.print_exception(error)
+        print_line(sentence)
+        raise typer.Exit(exit_code(error)) from None
+
+
+def _sentence(error: BaseException) -> str | None:  # noqa: PLR0911
+    """Return what to tell the user; None for an error that is a bug."""
+    from stages.errors import StoppedEarly
+    from stages.machine.memory import is_out_of_memory
+    from store import KdpipeError
+
+    match error:
+        case StoppedEarly():
+            return f"stopped early {error}; all finished work is saved. Run the same command again to continue."
+        case KeyboardInterrupt():
+            return "interrupted; the last checkpoint, if any, is kept."
+        case KdpipeError():
+            return f"error: {error}"
+        case SystemExit() if isinstance(error.__context__, BrokenPipeError):  # rich exits this way
+            return "error: Broken pipe: standard output."
+        case SystemExit():  # not ours: a status of 0 would count as a finished job
+            return f"error: user code or another package called sys.exit({error.code!r}); the command did not finish."
+        case OSError():
+            return f"error: {error.strerror or error}: {error.filename or 'standard output'}."
+    if "DataLoader worker (pid" in str(error):  # raised by torch's handler of SIGCHLD
+        return (
+            "error: an image-loading process ended unexpectedly: killed, perhaps for lack of memory (lower "
+            "data.num_workers or the batch size), or by a custom transform. Run the same command again."
+        )
+    if is_out_of_memory(error):
+        first_line = str(error).strip().partition("\n")[0]
+        return f"error: out of memory ({first_line}): lower the batch sizes or the widths of the networks."
+    return None

@@ -1,0 +1,184 @@
+"""Write `run.json` in a run folder: which recipe, kdpipe version and machine produced its content, and the time taken.
+
+{"recipe": resolved, "seeds": {...}, "fingerprints": {...}, "sessions": [one per process, oldest first]}. The recipe is
+that of the last session that produced something. A session is written when it begins, so a killed one is visible by
+`ended` = null. Write errors are reported once and do not end the job.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.installed import commit, versions
+from pipeline.session.event_log import job_id
+from pipeline.status.files import read_json_or_none
+from pipeline.terminal.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY, process_exit_code
+from pipeline.terminal.output import print_debug, print_warning
+from pipeline.terminal.reporter import json_text, utc_now
+from store.durable import write_atomically
+from store.errors import KdpipeError
+from store.lock import exclusive
+
+RUN = "run.json"
+LOCK = ".run.json.lock"
+NUM_FIRST, NUM_LAST = 100, 400
+"""Number of sessions kept from the beginning and from the end."""
+
+PRODUCTIVE = (DONE, DONE_IN_PART, STOPPED_EARLY)
+"""Exit codes of sessions that produced something; the file then shows their recipe."""
+
+MAX_BYTES = 64 * 2**20
+
+
+class Session:
+    """The record of one process in a run folder."""
+
+    def __init__(self, folder: Path, record: dict[str, Any], common: dict[str, Any]) -> None:
+        self._folder = folder
+        self._record = record
+        self._common = common
+        self._started = time.monotonic()
+        self._has_warned = self._has_produced = False
+
+    def note(self, *, fingerprints: Mapping[str, str] | None = None, **fields: Any) -> None:
+        """Record `fingerprints`, by name, for the run; and other fields for the session."""
+        self._common["fingerprints"] |= fingerprints or {}
+        self._record |= fields
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to the phase `name`; blocks may be nested."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            wall_s = time.monotonic() - started
+            phases = self._record["phases"]
+            phases[name] = round(phases.get(name, 0.0) + wall_s, 3)
+            print_debug(f"{name}: {wall_s:.1f} s")
+
+    def end(self, code: int) -> None:
+        """Record the exit status, wall time and peak memory. Does nothing in a forked child."""
+        if os.getpid() != self._record["pid"]:
+            return
+        self._has_produced |= code in PRODUCTIVE
+        self._record |= {
+            "ended": utc_now(),
+            "exit_code": code,
+            "wall_s": round(time.monotonic() - self._started, 3),
+            **peak_memory(),
+        }
+        self.write()
+
+    def write(self) -> None:
+        """Update this session in the file; those of other processes stay as they are."""
+        try:
+            with exclusive(self._folder, self._folder / LOCK, wait=True):
+                stored = read_json_or_none(self._folder / RUN, MAX_BYTES) or {}
+                write_atomically(self._folder / RUN, (json_text(self._merged(stored), indent=1) + "\n").encode())
+        except (OSError, KdpipeError) as error:
+            if not self._has_warned:
+                self._has_warned = True
+                print_warning(f"{self._folder / RUN} cannot be written ({error}); the job goes on.")
+
+    def _merged(self, stored: dict[str, Any]) -> dict[str, Any]:
+        known = stored.get("sessions")
+        sessions = [item for item in known if isinstance(item, dict)] if isinstance(known, list) else []
+        others = [item for item in sessions if item.get("id") != self._record["id"]]
+        index = next((number for number, item in enumerate(sessions) if item not in others), len(others))
+        sessions = [*others[:index], self._record, *others[index:]]
+        if len(sessions) > NUM_FIRST + NUM_LAST:
+            sessions = [*sessions[:NUM_FIRST], *sessions[-NUM_LAST:]]
+        fingerprints = stored.get("fingerprints")
+        before = fingerprints if isinstance(fingerprints, dict) else {}
+        # A refused command must not change what the file says about the run.
+        common = self._common if self._has_produced else {**self._common, **stored}
+        return {**common, "fingerprints": before | self._common["fingerprints"], "sessions": sessions}
+
+
+@contextmanager
+def session(folder: Path, command: str, recipe: Mapping[str, Any], *, argv: Sequence[str]) -> Iterator[Session]:
+    """Record this process in the run folder `folder`, which must exist. File errors never raise.
+
+    The exit status is that of the exception that leaves the block, else 0.
+
+    Args:
+        folder: Run folder.
+        command: Command that runs.
+        recipe: Resolved recipe, as JSON.
+        argv: Command line arguments.
+    """
+    common = {"recipe": dict(recipe), "seeds": seeds_of(recipe), "fingerprints": {}}
+    own = Session(folder, _record(command, argv), common)
+    own.write()
+    try:
+        yield own
+    except BaseException as error:
+        own.end(process_exit_code(error))
+        raise
+    else:
+        own.end(0)
+
+
+def _record(command: str, argv: Sequence[str]) -> dict[str, Any]:
+    head, dirty = commit()
+    processes = next((os.environ[name] for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS") if name in os.environ), "1")
+    return {
+        "id": uuid.uuid4().hex,
+        "command": command,
+        "argv": list(argv),
+        "commit": head,
+        "dirty": dirty,
+        "versions": {name: version for name, version in versions().items() if version is not None},
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job_id": job_id(),
+        "device": None,
+        "processes": int(processes) if processes.isdecimal() and len(processes) < 10 else None,
+        "started": utc_now(),
+        "ended": None,
+        "exit_code": None,
+        "wall_s": None,
+        "phases": {},
+        "peak_memory_bytes": None,
+        "peak_gpu_memory_bytes": None,
+    }
+
+
+def seeds_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the seeds of a resolved recipe: of the teacher, the views and the students."""
+    found: dict[str, Any] = {"recipe": recipe.get("seed")}
+    for name, key in (("views", "seed"), ("student", "seeds")):
+        section = recipe.get(name)
+        found[name] = section.get(key) if isinstance(section, Mapping) else None
+    return found
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Return the peak memory, in bytes, of this process or of any ended child, and of its GPUs as torch counts it."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = max(resource.getrusage(kind).ru_maxrss for kind in kinds) * unit
+    return {"peak_memory_bytes": peak, "peak_gpu_memory_bytes": _peak_gpu_memory()}
+
+
+def _peak_gpu_memory() -> int | None:
+    torch = sys.modules.get("torch")  # do not import it just for this
+    cuda: Any = getattr(torch, "cuda", None)
+    try:
+        if cuda is None or not cuda.is_initialized():
+            return None
+        return sum(int(cuda.max_memory_allocated(number)) for number in range(cuda.device_count()))
+    except (RuntimeError, AttributeError, ValueError):  # the GPU itself may have failed
+        return None

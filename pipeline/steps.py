@@ -1,0 +1,169 @@
+"""The stages of a run, one function each, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.run import Run
+from stages.artefacts import artefact_folder
+from stages.cache_plan import plan_cache, probe
+from stages.cache_teacher import cache_teacher
+from stages.compress import STEPS, Step, compress, compressed_root, float_job, is_done, rehearse
+from stages.compression.sensitivity import LayerSensitivity
+from stages.errors import RecipeError
+from stages.export_student import export_student
+from stages.fine_tune import Tutor
+from stages.lesson import Lesson
+from stages.network import Network
+from stages.sensitivity import student_sensitivity
+from stages.show_views import ShownViews, show_views
+from stages.teacher_on_test import cache_test, test_place, test_setup
+from stages.teaching import Teaching, on_this_machine, open_for
+from stages.train_student import (
+    ALONE,
+    DISTILLED,
+    StudentConfig,
+    build_lesson,
+    fresh_student,
+    train_student,
+    view_warning,
+)
+from stages.train_teacher import load_teacher, require_same_training, teacher_folder, train_teacher, untrained_teacher
+from stages.watch import Event
+from store import is_url, read_store_manifest
+
+
+def run_train_teacher(run: Run) -> dict[str, Any]:
+    """Train the teacher, or load its weights."""
+    return {"teacher": train_teacher(run.recipe.teacher, run.recipe.seed, run.setup)}
+
+
+def run_cache_teacher(run: Run) -> dict[str, Any]:
+    """Fill the stores of the training and the test images."""
+    require_same_training(run.recipe.teacher, run.recipe.seed, run.setup)
+    teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.setup)
+    layers = list(run.required_features(teacher))
+    _plan_test(run, teacher, trained=True)  # report obstacles before the long work begins
+    cached = cache_teacher(run.recipe.cache, run.store, teacher, layers, run.setup, part=run.part)
+    test_store = cache_test(run.recipe.cache, run.store, teacher, run.setup, part=run.part)
+    return {"store": cached, "test_store": test_store}
+
+
+def _plan_test(run: Run, teacher: Network, *, trained: bool) -> dict[str, Any]:
+    """Return what remains to be computed for the test store."""
+    config, place = replace(run.recipe.cache, top_k=None), Path(test_place(run.store))
+    return plan_cache(config, place, teacher, [], test_setup(run.setup), trained=trained)
+
+
+def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
+    """Return what `cache-teacher` would do, and with `with_probe` an estimate of its time."""
+    config, recipe = run.recipe.cache, run.recipe
+    trained = teacher_folder(run.folder).result() is not None
+    load = load_teacher if trained else untrained_teacher
+    teacher = load(recipe.teacher, recipe.seed, run.setup)
+    required = run.required_features(teacher)
+    plan = plan_cache(config, run.store, teacher, list(required), run.setup, trained=trained)
+    test_plan = _plan_test(run, teacher, trained=trained)
+    plan |= {key: plan[key] + test_plan[key] for key in ("missing_bytes", "num_images")} | {"test_store": test_plan}
+    timed = with_probe and plan["num_images"] > 0
+    measured = probe(config, teacher, list(required), run.setup, plan["num_images"]) if timed else None
+    required_by = {feature.array: reasons for feature, reasons in required.items()}
+    return {**plan, "teacher_trained": trained, "layers_required_by": required_by, "probe": measured}
+
+
+def run_views(run: Run, num_samples: int, num_views: int) -> tuple[ShownViews, str | None]:
+    """Return some samples in their first views, with the predictions in the first store, and that store's path."""
+    place = run.stores[0]
+    if not is_url(place) and (not Path(place).exists() or read_store_manifest(Path(place)).finished is None):
+        return show_views(run.setup, None, num_samples, num_views), None
+    store = open_for(run.setup, on_this_machine(place, run.watch), {})
+    return show_views(run.setup, store, num_samples, num_views), str(place)
+
+
+def try_distillation(run: Run, teaching: Teaching, student: StudentConfig) -> Lesson:
+    """Build a first training task, so that errors and warnings come before any training."""
+    seed = student.seeds[0]
+    lesson = build_lesson(fresh_student(student, seed, run.setup, teaching.losses), teaching, seed, run.setup)
+    if lesson.targets and lesson.targets.num_unknown:
+        count = f"{lesson.targets.num_unknown:,} of {lesson.num_samples:,} samples have no targets"
+        run.watch.warn("train-student", f"{count}: they are trained on their labels alone.")
+    return lesson
+
+
+def require_losses(run: Run) -> None:
+    """Raise RecipeError for a recipe without a distillation loss."""
+    if not run.recipe.distill:
+        raise RecipeError(
+            f"the recipe {run.recipe.name} has no [[distill]]: add a loss (`kdpipe losses` lists them), or compare "
+            "students without a teacher with `kdpipe compare`."
+        )
+
+
+def run_train_student(run: Run) -> dict[str, Any]:
+    """Train each seed's student alone and distilled."""
+    require_losses(run)
+    teaching, seeds = run.distillation, run.recipe.student.seeds
+    if warning := view_warning(run.recipe.views):
+        run.watch.warn("train-student", warning)
+    lesson = try_distillation(run, teaching, run.recipe.student)
+    for number, line in enumerate(lesson.targets.describe() if lesson.targets else (), 1):
+        run.watch.report(Event("train-student", f"reads {line}", number, len(teaching.stores), "store"))
+    students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
+    for seed in seeds:
+        students[ALONE].append(train_student(run.recipe.student, seed, None, run.setup))
+        students[DISTILLED].append(train_student(run.recipe.student, seed, teaching, run.setup))
+    return {"students": students}
+
+
+def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
+    """Prune, quantize and export the students, or do `only` one of these."""
+    recipe, setup = run.recipe, run.setup
+    config, student = recipe.compress, recipe.student
+    steps = STEPS if only is None else (only,)
+    if only in ("prune", "quantize") and only not in config.steps:
+        raise RecipeError(f"--only {only}: compress.steps is {list(config.steps)}; add the step to the recipe.")
+    if config.steps:
+        require_losses(run)
+    if not is_done(config, student, setup.run):
+        rehearse(config, student, setup)
+    compressed = [compress(config, student, seed, run.distillation, setup, only=steps) for seed in student.seeds]
+    cards = []
+    if "export" in steps:
+        cards = [
+            export_student(config, student, seed, run.distillation, setup, name=recipe.name) for seed in student.seeds
+        ]
+    root = compressed_root(run.folder, config)
+    folders = [str(artefact_folder(root, card["seed"])) for card in cards]
+    artefacts = [{"folder": folder, **card} for folder, card in zip(folders, cards, strict=True)]
+    return {"compressed": compressed, "artefacts": artefacts}
+
+
+def run_sensitivity(run: Run, num_batches: int) -> tuple[str, list[LayerSensitivity]]:
+    """Return the INT8 sensitivity of each layer of the first seed's float student, and that student's name."""
+    config, student = run.recipe.compress, run.recipe.student
+    tutor = Tutor(student, student.seeds[0], run.distillation, run.setup, compressed_root(run.folder, config))
+    return float_job(config, tutor).path.name, student_sensitivity(config, tutor, num_batches)
+
+
+STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "train-teacher": run_train_teacher,
+    "cache-teacher": run_cache_teacher,
+    "train-student": run_train_student,
+    "compress": run_compress,
+}
+"""All stages by command, in order."""
+
+
+def run_all(run: Run) -> dict[str, Any]:
+    """Run every stage; each skips finished work."""
+    rehearse(run.recipe.compress, run.recipe.student, run.setup)
+    require_losses(run)
+    run.check_losses()
+    results: dict[str, Any] = {}
+    for name, stage in STAGES.items():
+        with run.phase(name):
+            results |= stage(run)
+    return results

@@ -1,0 +1,1 @@
+"""Output on a terminal: lines, tables, progress, exit status."""

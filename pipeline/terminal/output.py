@@ -1,0 +1,99 @@
+"""Print results, JSON documents, and sentences for people. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import suppress
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+MAX_SENTENCE_LENGTH = 2000
+FILE_WIDTH = 120
+"""Columns of tables that do not go to a terminal."""
+
+
+class Verbosity(IntEnum):
+    """How much goes to stderr: warnings and errors, progress too, or timings and tracebacks too."""
+
+    QUIET = 0
+    NORMAL = 1
+    VERBOSE = 2
+
+
+_verbosity = Verbosity.NORMAL
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """Set the verbosity of this process."""
+    global _verbosity  # noqa: PLW0603
+    _verbosity = verbosity
+
+
+def verbosity() -> Verbosity:
+    """Return the verbosity of this process."""
+    return _verbosity
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document to stdout."""
+    print(json.dumps(document))  # noqa: T201
+
+
+def printable(text: str) -> str:
+    """Replace control characters, which untrusted file names and manifests may contain, by question marks."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def print_line(sentence: str) -> None:
+    """Print one sentence to stderr; a closed or full stderr is ignored."""
+    if sys.stderr is not None:  # else print would write to stdout
+        with suppress(OSError, ValueError):
+            print(f"kdpipe: {printable(_shortened(sentence))}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def print_warning(sentence: str) -> None:
+    """Print one warning to stderr."""
+    print_line(f"warning: {sentence}")
+
+
+def print_info(sentence: str) -> None:
+    """Print one sentence to stderr, unless kdpipe was asked to be quiet."""
+    if _verbosity > Verbosity.QUIET:
+        print_line(sentence)
+
+
+def print_debug(sentence: str) -> None:
+    """Print one sentence to stderr with --verbose."""
+    if _verbosity == Verbosity.VERBOSE:
+        print_line(f"debug: {sentence}")
+
+
+def console(file: TextIO | None = None) -> Console:
+    """Return a rich console on stdout, or on `file`, without markup; 120 columns wide when it is not a terminal."""
+    from rich.console import Console
+
+    made = Console(file=file, markup=False, highlight=False, soft_wrap=False)
+    if not made.is_terminal:
+        made.width = FILE_WIDTH
+    return made
+
+
+def new_table(title: str | None = None, *, show_lines: bool = False) -> Table:
+    """Return an empty table in the style of all tables of kdpipe."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE, title=title, title_justify="left", show_lines=show_lines)
+
+
+def _shortened(sentence: str) -> str:
+    """Cut the middle out of very long words, such as a name of 100,000 letters, if the sentence is too long."""
+    if len(sentence) <= MAX_SENTENCE_LENGTH:
+        return sentence
+    words = (word if len(word) <= 200 else f"{word[:100]}...{word[-90:]}" for word in sentence.split(" "))
+    return " ".join(words)[: 2 * MAX_SENTENCE_LENGTH]

@@ -1,0 +1,114 @@
+"""`kdpipe env`: has what a bug report needs, and nothing private."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from pipeline.commands import env_machine
+from pipeline.commands.env import print_env, private, read_env
+from pipeline.commands.env_machine import file_system, gpus, has_locks
+
+
+def test_it_has_what_a_bug_report_needs(capsys):
+    found = read_env()
+    assert found["kdpipe"]["version"]
+    assert {"torch", "zarr", "numpy"} <= set(found["packages"])
+    assert found["torch"]["version"].split("+")[0] == found["packages"]["torch"].split("+")[0]
+    assert found["cpu"]["used"] >= 1
+    assert found["memory"]["total_bytes"] > found["memory"]["available_bytes"] > 0
+    assert found["disks"][0]["free_bytes"] > 0
+    json.dumps(found, allow_nan=False)
+    print_env(found)
+    shown = capsys.readouterr().out
+    for word in ("kdpipe", "python", "torch", "memory", "disk"):
+        assert f"\n{word} " in f"\n{shown}"
+
+
+def test_host_user_and_their_folders_are_not_shown(tmp_path, monkeypatch, capsys):
+    home = tmp_path / "home" / "gretel"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USER", "gretel")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    monkeypatch.setenv("SLURM_JOB_USER", "gretel")
+    monkeypatch.setenv("SLURM_SUBMIT_HOST", "login1")
+    monkeypatch.setenv("KDPIPE_CACHE", str(home / "stores"))
+    monkeypatch.setenv("KDPIPE_SEED", "7")
+    monkeypatch.setenv("TMPDIR", "/scratch/gretel/tmp")
+    monkeypatch.chdir(home)
+    found = read_env()
+    assert found["variables"]["KDPIPE_SEED"] == "7"
+    assert found["variables"]["KDPIPE_CACHE"] == "~/stores"
+    assert found["variables"]["TMPDIR"] == "/scratch/USER/tmp"
+    assert found["disks"][0]["path"] == "~"
+    print_env(found)
+    shown = json.dumps(found) + capsys.readouterr().out
+    for secret in (
+        "gretel",
+        "hunter2",
+        "AWS",
+        "login1",
+        *([socket.gethostname()] if len(socket.gethostname()) > 3 else []),
+    ):
+        assert secret not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/gretel/a:/home/gretel", "~/a:~"),
+        ("/home/gretel2/a", "/home/gretel2/a"),
+        ("s3://key:secret@bucket/x?X-Amz-Signature=1", "s3://...@bucket/x?..."),
+        ("a\x1b[31mb", "a?[31mb"),
+        ("x" * 1000, "x" * 200),
+    ],
+)
+def test_private_parts_of_paths_and_urls_are_removed(monkeypatch, text, shown):
+    monkeypatch.setenv("HOME", "/home/gretel")
+    monkeypatch.setenv("USER", "gretel")
+    assert private(text) == shown
+
+
+def test_gpus_come_from_nvidia_smi(tmp_path, monkeypatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho '0, NVIDIA H200, 143771 MiB, 570.86, 9.0'\necho 'a line of some other kind'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert [(gpu["name"], gpu["driver_version"]) for gpu in gpus()] == [("NVIDIA H200", "570.86")]
+    fake.write_text("#!/bin/sh\nexit 9\n")
+    assert gpus() == []
+
+
+def test_unknown_machine_facts_are_none(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(
+        env_machine, "Path", lambda *parts: Path(tmp_path / "nowhere", *[part.lstrip("/") for part in parts])
+    )
+    monkeypatch.setattr(env_machine, "disks", list)
+    found = env_machine.memory()
+    assert found == {"total_bytes": None, "available_bytes": None, "limit_bytes": None}
+    assert gpus() == []
+
+
+def test_the_file_system_is_that_of_the_nearest_mount(tmp_path):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "1 0 8:1 / / rw - ext4 /dev/sda rw\n"
+        "2 1 0:5 / /made/up\\040here rw shared:1 - nfs4 server:/x rw\n"
+        "3 1 0:6 / /made/up\\040here rw - lustre l rw\n"
+        "an odd line\n"
+    )
+    assert file_system(Path("/made/up here/run"), mounts) == "lustre"
+    assert file_system(Path("/made/up"), mounts) == "ext4"
+    assert file_system(Path("/made"), tmp_path / "absent") == "unknown"
+
+
+def test_locks_are_tried_without_leaving_a_file(tmp_path, monkeypatch):
+    assert has_locks(tmp_path) is True
+    monkeypatch.setattr(env_machine.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "no locks here")))
+    assert has_locks(tmp_path) is False
+    assert has_locks(tmp_path / "absent") is None
+    assert list(tmp_path.iterdir()) == []

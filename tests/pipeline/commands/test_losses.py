@@ -1,0 +1,146 @@
+"""`kdpipe losses`: the list of losses, as a table and as JSON."""
+
+import json
+
+import pytest
+from kdpipe_process import kdpipe_here
+
+from stages.losses.terms import LOSSES
+
+NAMES = ("kd", "dkd", "dist", "nkd", "mlld", "logit_mse", "hint", "fitnet", "at", "at_gradient", "nst", "vid")
+NAMES += ("review_kd", "simkd", "rkd", "sp", "pkt", "cc", "crd")
+
+
+@pytest.fixture(scope="module")
+def listed():
+    """All losses by name, from the JSON document."""
+    document = json.loads(kdpipe_here("losses", "--json").stdout)
+    assert document["command"] == "losses"
+    return {loss["name"]: loss for loss in document["losses"]}
+
+
+def keys(loss):
+    return {key["name"]: key for key in loss["keys"]}
+
+
+def words(*arguments):
+    """Return what is printed, without line breaks."""
+    ended = kdpipe_here("losses", *arguments)
+    assert ended.exit_code == 0
+    return " ".join(ended.stdout.split())
+
+
+def test_every_loss_is_listed_with_its_paper(listed):
+    assert [loss["paper"] for loss in listed.values()] == [kind.paper for kind in LOSSES]
+    assert set(NAMES) <= set(listed)
+    assert listed["kd"]["paper"] == "Hinton et al. 2015, arXiv 1503.02531"
+
+
+def test_the_table_has_a_row_for_each_and_fits_120_columns(listed):
+    lines = kdpipe_here("losses").stdout.splitlines()
+    first_words = [line.split()[0] for line in lines if line.startswith("  ") and line[2:].strip() and line[2] != " "]
+    assert [word for word in first_words if word in listed] == list(listed)
+    assert max(map(len, lines)) <= 120
+
+
+def test_the_formula_is_the_first_line_of_the_description(listed):
+    for loss in listed.values():
+        assert loss["description"].startswith(loss["minimised"])
+        assert loss["minimised"].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("kd", [("logits", "any", False)]),
+        ("at", [("attention", "any", True)]),
+        ("at_gradient", [("input_gradient", "any", False)]),
+        ("nst", [("spatial_gram", "small", True), ("features", "large", True)]),
+        ("pkt", [("pooled", "any", False)]),
+        ("crd", [("pooled", "any", False)]),
+        ("hint", [("features", "any", False)]),
+    ],
+)
+def test_required_array_of_each_loss(listed, name, stored):
+    assert [(one["form"], one["of"], one["to_students_size"]) for one in listed[name]["stored"]] == stored
+
+
+def test_required_arrays_as_text(listed):
+    texts = {name: listed[name]["stored"][0]["text"] for name in ("kd", "at", "nst", "pkt")}
+    assert texts == {
+        "kd": "logits",
+        "at": "attention map [H, W] of each layer",
+        "nst": "Gram matrix of positions [HW, HW] of each layer",
+        "pkt": "pooled vector [C] of each layer",
+    }
+
+
+def test_per_batch_losses_and_their_limits(listed):
+    assert {name for name in NAMES if not listed[name]["per_sample"]} == {"dist", "mlld", "rkd", "sp", "pkt", "cc"}
+    assert {name for name in NAMES if listed[name]["one_label"]} == {"dkd", "nkd"}
+    assert [name for name in NAMES if listed[name]["whole_logits"]] == ["logit_mse"]
+    assert [name for name in NAMES if listed[name]["input_gradient"]] == ["at_gradient"]
+    assert [name for name in NAMES if listed[name]["reads_others"]] == ["crd"]
+    assert listed["crd"]["num_others"] == 16384
+
+
+def test_keys_have_defaults_and_types(listed):
+    kd, crd = keys(listed["kd"]), keys(listed["crd"])
+    assert (kd["weight"]["default"], kd["weight"]["type"]) == (0.9, "number >= 0 or ramp")
+    assert (kd["temperature"]["default"], kd["temperature"]["type"]) == (4.0, "number > 0 or ramp")
+    assert (crd["memory"]["default"], crd["memory"]["type"]) == ("store", '"store" or "bank"')
+    assert (crd["dim"]["default"], crd["dim"]["type"]) == (128, "whole number >= 1")
+    assert (crd["momentum"]["default"], crd["momentum"]["type"]) == (0.5, "number >= 0 and < 1")
+    assert (crd["layers"]["required"], crd["layers"]["type"]) == (True, "list of [text, text], 1 or more")
+    assert keys(listed["mlld"])["temperature_list"]["default"] == [2.0, 3.0, 4.0, 5.0, 6.0]
+    assert keys(listed["review_kd"])["mid_channels"]["default"] is None
+
+
+def test_shared_keys_are_marked(listed):
+    every = {"weight", "store", "samples.only", "samples.share", "samples.weigh"}
+    for name, loss in listed.items():
+        shared = {key["name"]: key["shared_by"] for key in loss["keys"] if key["shared_by"]}
+        assert {key for key, whose in shared.items() if whose == "every entry"} == every, name
+        on_logits = {key for key, whose in shared.items() if whose == "losses on logits"}
+        assert on_logits == ({"standardize"} if loss["stored"][0]["form"] == "logits" else set()), name
+
+
+def test_one_loss_is_shown_in_full(listed):
+    text = words("dkd")
+    assert text.startswith("dkd: Zhao et al. 2022, arXiv 2203.08679 ")
+    assert " ".join(listed["dkd"]["description"].split()) in text
+    for key in ("warmup_epochs 20 whole number >= 0", "standardize false true or false", "beta 8.0 number >= 0"):
+        assert key in text
+    assert "not support mixed samples" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_loss_is_shown_with_its_paper(listed, name):
+    assert words(name).startswith(f"{name}: {listed[name]['paper']} ")
+
+
+def test_shapes_are_not_taken_for_markup():
+    assert "list of [text, text], 1 or more" in words("hint")
+    assert 'classifier ["fc", "fc"] [text, text]' in words("simkd")
+
+
+def test_one_loss_is_one_document_too(listed):
+    ended = kdpipe_here("losses", "crd", "--json")
+    assert json.loads(ended.stdout) == {"command": "losses", "losses": [listed["crd"]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("dkdd", "nearest: dkd,"), ("review-kd", "nearest: review_kd,"), ("CRD", "nearest: crd,")],
+)
+def test_an_unknown_loss_is_one_sentence_with_near_names(name, hint):
+    ended = kdpipe_here("losses", name)
+    assert ended.exit_code == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith(f"kdpipe: error: no loss is called {name!r}: {hint}")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_name_unlike_all_others_lists_all_losses():
+    known = kdpipe_here("losses", "zzzzzz").stderr.partition("known are ")[2]
+    assert set(NAMES) <= set(known.rstrip(".\n").split(", "))
