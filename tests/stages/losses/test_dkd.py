@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from loss_inputs import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, said
 
-from stages.losses.dkd import DKDConfig, dkd_loss, nckd_per_sample, tckd_per_sample, warm_up, without_label
+from stages.losses.dkd import DKDConfig, dkd_loss, nckd_per_sample, tckd_per_sample, without_label
 from stages.losses.said import Facts
-from stages.schedules import SETTLED, Moment
+from stages.schedules import SETTLED, Moment, warmup_factor
 
 FACTS = Facts(8, 10)
 ENDS = torch.tensor([[1.0, -1, 0, 0.5], [-1, 1, 0.25, 0], [0, 0.5, 1, -1]], dtype=torch.float64)
@@ -73,9 +73,9 @@ def test_it_comes_in_over_the_first_epochs_and_is_whole_when_all_ramps_have_ende
 
 
 def test_without_a_warm_up_the_first_epoch_counts_in_full():
-    assert warm_up(0, Moment(0, 240)) == warm_up(0, SETTLED) == 1
-    assert warm_up(1, Moment(0, 240)) == 1
-    assert warm_up(20, Moment(math.inf, 1)) == 1
+    assert warmup_factor(0, Moment(0, 240)) == warmup_factor(0, SETTLED) == 1
+    assert warmup_factor(1, Moment(0, 240)) == 1
+    assert warmup_factor(20, Moment(math.inf, 1)) == 1
 
 
 def test_its_gradient_equals_finite_differences():

@@ -36,10 +36,10 @@ def test_angles_are_those_of_all_triplets():
         assert found[i, j, k].item() == pytest.approx(float(expected), abs=1e-12)
 
 
-@pytest.mark.parametrize("most_cosines", [1, 8 * 32 * 3, 8 * 32 * 5, 8 * 32 * 8])
-def test_angles_in_blocks_are_those_of_the_whole_with_their_gradient(most_cosines):
+@pytest.mark.parametrize("max_cosines", [1, 8 * 32 * 3, 8 * 32 * 5, 8 * 32 * 8])
+def test_angles_in_blocks_are_those_of_the_whole_with_their_gradient(max_cosines):
     whole, blocks = STUDENT_VECTORS.clone().requires_grad_(), STUDENT_VECTORS.clone().requires_grad_()
-    loss, in_blocks = angle_loss(whole, TEACHER_VECTORS), angle_loss(blocks, TEACHER_VECTORS, most_cosines)
+    loss, in_blocks = angle_loss(whole, TEACHER_VECTORS), angle_loss(blocks, TEACHER_VECTORS, max_cosines)
     loss.backward()
     in_blocks.backward()
     assert in_blocks.item() == pytest.approx(loss.item(), rel=1e-12)
@@ -55,7 +55,7 @@ def test_no_tensor_of_angles_is_above_the_stated_size():
 
     student, teacher = drawn(16, 24, seed=1).requires_grad_(), drawn(16, 4, seed=2)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        angle_loss(student, teacher, most_cosines=16 * 24 * 2).backward()
+        angle_loss(student, teacher, max_cosines=16 * 24 * 2).backward()
     assert 16 * 24 < max(sizes) <= 16 * 24 * 2
 
 
