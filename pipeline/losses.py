@@ -1,14 +1,11 @@
-"""`kdpipe losses`: the losses that a recipe's `[[distill]]` entries may name, as a table, or one of them in full."""
+"""`kdpipe losses`: print the losses that a recipe's `[[distill]]` entries can name, or one of them in full."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from stages.list_losses import EVERY_ENTRY, ON_LOGITS, Key, Loss, spelled
-from stages.losses.entry import Entry, Response
-from stages.losses.selection import Selection
+from stages.list_losses import EVERY_ENTRY, ON_LOGITS, Key, Loss, attributes_of, description_of, format_default
 from stages.schedules import Ramp
 
 if TYPE_CHECKING:
@@ -17,64 +14,56 @@ if TYPE_CHECKING:
 
 
 def print_losses(losses: Sequence[Loss]) -> None:
-    """All of them, for people, on stdout."""
+    """Print a table of all losses to stdout."""
     console = _console()
-    table = _table("Losses: what a [[distill]] entry may name", show_lines=True)
+    table = _table("Losses of [[distill]] entries", show_lines=True)
     table.add_column("loss", no_wrap=True)
-    table.add_column("what is minimised, and its paper", min_width=30)
+    table.add_column("minimizes, and paper", min_width=30)
     table.add_column("weight", justify="right", no_wrap=True)
     table.add_column("other keys", max_width=25)
-    table.add_column("needs stored of the teacher", max_width=23)
+    table.add_column("required of the teacher", max_width=23)
     table.add_column("per", no_wrap=True)
     for loss in losses:
-        weight = next(spelled(key.default) for key in loss.keys if key.name == "weight")
+        weight = next(format_default(key.default) for key in loss.keys if key.name == "weight")
         own = [_with_default(key) for key in loss.keys if key.shared_by is None]
-        table.add_row(
-            loss.name, f"{loss.minimised}\n{loss.paper}", weight, "\n".join(own) or "-", _needs(loss), _per(loss)
-        )
+        per = "sample" if loss.per_sample else "batch"
+        table.add_row(loss.name, f"{loss.summary}\n{loss.paper}", weight, "\n".join(own) or "-", _needs(loss), per)
     console.print(table)
-    for whose in (EVERY_ENTRY, ON_LOGITS):
-        shared = {key.name: _with_default(key) for loss in losses for key in loss.keys if key.shared_by == whose}
-        shared.pop("weight", None)  # a default of its own in every row
-        console.print(f"Also of {whose}: {', '.join(shared.values())}.")
-    console.print("A loss per sample can weigh its samples; one per batch is about how they lie to each other.")
-    console.print("One loss with all its keys: kdpipe losses NAME.")
+    for group in (EVERY_ENTRY, ON_LOGITS):
+        shared = {key.name: _with_default(key) for loss in losses for key in loss.keys if key.shared_by == group}
+        shared.pop("weight", None)  # its default differs per loss
+        console.print(f"Also of {group}: {', '.join(shared.values())}.")
+    console.print("Losses per sample support sample weights; losses per batch compare relations between samples.")
+    console.print("All keys of one loss: kdpipe losses NAME.")
 
 
 def print_loss(loss: Loss) -> None:
-    """One loss with all that is known of it, for people, on stdout."""
+    """Print the full description of one loss to stdout."""
     console = _console()
     console.print(f"{loss.name}: {loss.paper}", style="bold")
     console.print()
     _print_paragraphs(console, loss.description)
-    console.print(f"Needs stored of the teacher: {_needs(loss, ', ')}.")
+    console.print(f"Required of the teacher: {_needs(loss, ', ')}.")
     for sentence in _limits(loss):
         console.print(sentence)
-    table = _table("Its keys")
+    table = _table("Keys")
     for header in ("key", "default", "takes"):
         table.add_column(header)
     for key in loss.keys:
-        table.add_row(key.name, "to be given" if key.required else spelled(key.default), key.type)
+        table.add_row(key.name, "required" if key.required else format_default(key.default), key.type)
     console.print(table)
-    _print_shared(console, {key.shared_by for key in loss.keys})
+    for key in loss.keys:
+        console.print(f"{key.name}: {key.text}")
     if any("ramp" in key.type for key in loss.keys):
+        console.print()
         console.print('A ramp is a table, such as { start = 0.0, end = 1.0, shape = "linear", epochs = [0, 10] }.')
-        _print_paragraphs(console, inspect.cleandoc(Ramp.__doc__ or ""))
-
-
-def _print_shared(console: Console, shared: set[str | None]) -> None:
-    """What the keys mean that other losses have too. Further paragraphs of `Entry` are for those who write losses."""
-    console.print(f"Of {EVERY_ENTRY}:", style="bold")
-    _print_paragraphs(console, inspect.cleandoc(Entry.__doc__ or "").partition("\n\n")[0])
-    console.print("Of its samples:", style="bold")
-    _print_paragraphs(console, inspect.cleandoc(Selection.__doc__ or ""))
-    if ON_LOGITS in shared:
-        console.print(f"Of {ON_LOGITS}:", style="bold")
-        _print_paragraphs(console, inspect.cleandoc(Response.__doc__ or ""))
+        _print_paragraphs(console, description_of(Ramp))
+        for name, text in attributes_of(Ramp).items():
+            console.print(f"{name}: {text}")
 
 
 def _print_paragraphs(console: Console, text: str) -> None:
-    """Text with its paragraphs, and a docstring's first line, each wrapped anew."""
+    """Print a docstring, with each paragraph wrapped again."""
     for paragraph in text.split("\n\n"):
         console.print(" ".join(paragraph.split()))
         console.print()
@@ -82,25 +71,25 @@ def _print_paragraphs(console: Console, text: str) -> None:
 
 def _limits(loss: Loss) -> Iterator[str]:
     if loss.per_sample:
-        yield "A mean of one number a sample: samples can be weighed."
+        yield "Per-sample loss: supports sample weights."
     else:
-        yield "One number of the whole batch, of all processes together: samples cannot be weighed."
+        yield "One value for the batch of all processes: sample weights are not supported."
     if loss.whole_logits:
-        yield "Needs the logits of all classes: a store of the largest few does not serve."
+        yield "Needs the logits of all classes: top-k stores cannot be used."
     if loss.one_label:
-        yield "Has no meaning for mixed samples, which have two labels."
+        yield "Needs a single label per sample: not for mixed samples."
     if loss.input_gradient:
-        yield "Looks at the gradient of the student's cross entropy by the pixels, at the price of a second backward."
+        yield "Uses the input gradient of the student's cross entropy, at the cost of a second backward pass."
     if loss.num_others:
-        read = ", whose features are read in every step by default" if loss.reads_others else ""
+        read = ", whose features are read at every step by default" if loss.reads_others else ""
         yield f"Contrasts each batch with {loss.num_others:,} other samples of the data set{read}."
 
 
 def _needs(loss: Loss, between: str = "\n") -> str:
     parts: list[str] = []
-    for one in loss.stored:
-        size = ", at the student's size at most" if one.to_students_size else ""
-        parts.append(f"{one.text}{size}{'' if one.of == 'any' else f' ({one.of} maps)'}")
+    for feature in loss.stored:
+        size = ", at the student's size at most" if feature.to_students_size else ""
+        parts.append(f"{feature.text}{size}{'' if feature.of == 'any' else f' ({feature.of} maps)'}")
     if loss.whole_logits:
         parts[0] += " of all classes"
     if loss.reads_others:
@@ -108,18 +97,14 @@ def _needs(loss: Loss, between: str = "\n") -> str:
     return between.join(parts)
 
 
-def _per(loss: Loss) -> str:
-    return "sample" if loss.per_sample else "batch"
-
-
 def _with_default(key: Key) -> str:
-    return f"{key.name} (to be given)" if key.required else f"{key.name} = {spelled(key.default)}"
+    return f"{key.name} (required)" if key.required else f"{key.name} = {format_default(key.default)}"
 
 
 def _console() -> Console:
     from rich.console import Console
 
-    # No markup: [C, H, W] is a shape and no style.
+    # No markup: [C, H, W] is a shape, not a style.
     return Console(width=None if Console().is_terminal else 120, markup=False, highlight=False)
 
 

@@ -29,7 +29,7 @@ POOLED_SIZES = (4, 2, 1)
 class ReviewKDConfig(FeatureLossConfig):
     """Error, at several scales, between the student's stages, fused from deep to shallow, and the teacher's.
 
-    Defaults are those of the authors' code (mdistiller).
+    Defaults are those of the authors' code.
 
     Attributes:
         layers: pairs of (student layer, teacher layer) from shallow to deep, maps of any size; the last may be vectors,

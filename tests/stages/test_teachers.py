@@ -60,7 +60,7 @@ def rows_of(*shares):
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 5.0), (0.3, 0.0, 0.1)])
-def test_the_target_is_the_weighted_mean_of_logits_or_of_probabilities(combine, temperature, weights):
+def test_target_is_the_weighted_mean_of_the_teachers(combine, temperature, weights):
     found = taught(together(combine=combine, weights=weights), temperature)
     shares = rows_of(1, 1, 1) if weights == "equal" else rows_of(*weights)
     torch.testing.assert_close(found, by_hand(shares, (temperature,) * 3, combine), rtol=1e-5, atol=1e-9)
@@ -68,7 +68,7 @@ def test_the_target_is_the_weighted_mean_of_logits_or_of_probabilities(combine, 
 
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_each_teacher_may_have_a_temperature_of_its_own_whatever_the_losses_is(combine, temperature):
+def test_teachers_can_have_their_own_temperatures(combine, temperature):
     found = taught(together(combine=combine, temperatures=(1.0, 2.0, 8.0)), temperature)
     expected = by_hand(rows_of(1, 1, 1), (1.0, 2.0, 8.0), combine)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
@@ -80,21 +80,21 @@ def test_only_the_proportions_of_weights_count(scale):
     torch.testing.assert_close(said.weights.double(), rows_of(1, 3, 4), rtol=1e-6, atol=0)
 
 
-def test_the_more_accurate_teacher_counts_more_in_proportion():
+def test_accuracy_weights_are_proportional():
     said = together(weights="accuracy", accuracies=(0.9, 0.6, 0.5))
     torch.testing.assert_close(said.weights.double(), rows_of(9, 6, 5), rtol=1e-6, atol=0)
     said = together(weights="accuracy", accuracies=(0.0, 0.0, 0.0))
     torch.testing.assert_close(said.weights.double(), rows_of(1, 1, 1), rtol=1e-6, atol=0)
 
 
-def test_accuracies_that_nobody_knows_are_not_taken_to_be_equal():
+def test_missing_accuracies_are_an_error():
     with pytest.raises(RecipeError, match=r"student\.teachers\.weights = 'accuracy' needs each teacher's share"):
         together(weights="accuracy")
     assert together(weights="accuracy", teachers=TEACHERS[:1], known=[None]).weights.tolist() == [[1.0]] * 8
 
 
 @pytest.mark.parametrize("weights", ["equal", (1.0, 1.0, 1.0)])
-def test_accuracies_count_only_where_the_recipe_says_so(weights):
+def test_accuracies_are_used_only_if_configured(weights):
     said = together(weights=weights, accuracies=(0.9, 0.6, 0.5))
     torch.testing.assert_close(said.weights.double(), rows_of(1, 1, 1), rtol=1e-6, atol=0)
 
@@ -110,14 +110,14 @@ def confidence_by_hand(numbers):
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (0, 1, 2)])
-def test_who_is_surer_of_the_label_counts_more_by_the_papers_formula(numbers):
+def test_confidence_weights_match_the_papers_formula(numbers):
     said = together(teachers=[TEACHERS[one] for one in numbers], known=ALL[: len(numbers)], weights="confidence")
     expected = confidence_by_hand(numbers)
     torch.testing.assert_close(expected.sum(1), torch.ones(8, dtype=torch.float64))
     torch.testing.assert_close(said.weights, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_confidence_is_compared_among_those_who_know_the_sample():
+def test_confidence_compares_only_teachers_with_targets():
     """What stands in the row of a sample that a teacher does not know is another sample's, and must not count."""
     garbage = DenseOutputs(torch.where(SOME[:, None], LOGITS[2], torch.full((8, 10), ABSENT)), {})
     garbage.logits[:, 9] = torch.where(SOME, LOGITS[2][:, 9], 50.0)
@@ -127,7 +127,7 @@ def test_confidence_is_compared_among_those_who_know_the_sample():
     assert said.weights[~SOME, 2].tolist() == [0.0] * 4
 
 
-def test_a_teacher_that_alone_knows_a_sample_teaches_it_however_unsure_it_is():
+def test_sample_known_to_one_teacher_ignores_its_confidence():
     unsure = DenseOutputs(F.one_hot((LABELS + 1) % 10, 10) * 500.0, {})
     said = together(teachers=[unsure, TEACHERS[1]], known=[None, SOME], weights="confidence")
     assert said.weights[~SOME].tolist() == [[1.0, 0.0]] * 4
@@ -136,7 +136,7 @@ def test_a_teacher_that_alone_knows_a_sample_teaches_it_however_unsure_it_is():
 
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 5.0), "confidence", "learnable"])
-def test_a_teacher_says_nothing_of_samples_that_it_does_not_know(combine, weights):
+def test_teacher_has_no_weight_on_samples_without_targets(combine, weights):
     garbage = DenseOutputs(torch.where(SOME[:, None], LOGITS[1], drawn(8, 10, seed=9) * 1e4), {})
     found = together(teachers=[TEACHERS[0], garbage, TEACHERS[2]], known=[None, SOME, None], **config(combine, weights))
     whole = together(**config(combine, weights))
@@ -152,7 +152,7 @@ def config(combine, weights):
 
 
 @pytest.mark.parametrize("combine", COMBINE)
-def test_a_sample_that_only_a_teacher_of_weight_0_knows_is_taught_by_that_one(combine):
+def test_sample_known_only_to_a_zero_weight_teacher(combine):
     said = together(teachers=TEACHERS[:2], known=[SOME, None], weights=(1.0, 0.0), combine=combine)
     expected = torch.where(SOME[:, None], LOGITS[0].softmax(1), LOGITS[1].softmax(1))
     torch.testing.assert_close(taught(said, 1.0), expected, rtol=1e-5, atol=1e-9)
@@ -160,7 +160,7 @@ def test_a_sample_that_only_a_teacher_of_weight_0_knows_is_taught_by_that_one(co
 
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("weights", ["equal", "confidence", "learnable", (0.0, 1.0, 0.0)])
-def test_a_sample_that_nobody_knows_makes_no_nan_of_the_others(combine, weights):
+def test_sample_without_any_target_causes_no_nan(combine, weights):
     known = [SOME, SOME, NOBODY]
     combination = Combination(TeachersConfig(combine=combine, weights=weights), 3)
     student = STUDENT_LOGITS.clone().requires_grad_()
@@ -184,7 +184,7 @@ def exchange(known=ALL, student=STUDENT_LOGITS):
     return Exchange(Outputs(student, {}), TEACHERS, known, LABELS, torch.arange(8), SETTLED, {})
 
 
-def test_entries_with_a_store_of_their_own_stand_beside_those_of_all_teachers():
+def test_losses_of_one_store_combine_with_losses_of_all():
     combination = Combination(TeachersConfig(weights=(1.0, 2.0, 5.0), temperatures=(1.0, 3.0, 9.0)), 3)
     losses = distilled(combination, kd(), kd(store=2), kd(store=1))(exchange([None, SOME, None]))
     alone = [kd_per_sample(STUDENT_LOGITS, logits, 2.0) for logits in LOGITS]
@@ -197,7 +197,7 @@ def test_entries_with_a_store_of_their_own_stand_beside_those_of_all_teachers():
     assert losses["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_single_teacher_may_have_a_temperature_of_its_own():
+def test_single_teacher_can_have_its_own_temperature():
     combination = Combination(TeachersConfig(temperatures=(8.0,)), 1)
     said = Exchange(Outputs(STUDENT_LOGITS, {}), TEACHERS[:1], [None], LABELS, torch.arange(8), SETTLED, {})
     expected = kd_per_sample(STUDENT_LOGITS, LOGITS[0] / 4, 2.0).mean().item()
@@ -205,7 +205,7 @@ def test_a_single_teacher_may_have_a_temperature_of_its_own():
 
 
 @pytest.mark.parametrize("combine", COMBINE)
-def test_teachers_with_top_k_logits_are_combined_at_their_own_temperatures(combine):
+def test_top_k_teachers_combine_at_their_own_temperatures(combine):
     """Between the grid's temperatures only the mass of the rest is approximate; on them it is exact."""
     form = TopK(10, 4, (1.0, 2.0, 4.0))
     packed = encode_topk(LOGITS[1].float().numpy(), form, "float32")
@@ -242,7 +242,7 @@ def test_learnable_weights_get_the_true_gradient(combine):
 
 
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 3.0), "confidence"])
-def test_weights_that_are_given_have_nothing_to_learn_and_no_gradient_reaches_the_teachers(weights):
+def test_fixed_weights_have_no_parameters_and_no_gradient(weights):
     combination = Combination(TeachersConfig(weights=weights), 3)
     assert list(combination.parameters()) == []
     assert not combination(TEACHERS, ALL, LABELS).logits_at(2.0).requires_grad
@@ -252,14 +252,14 @@ def test_weights_that_are_given_have_nothing_to_learn_and_no_gradient_reaches_th
 @pytest.mark.parametrize(
     ("combine", "weights"), list(itertools.product(COMBINE, ["equal", "confidence", (1.0, 2.0, 3.0)]))
 )
-def test_some_rows_of_the_teachers_together_are_those_rows(combine, weights):
+def test_rows_of_combined_outputs(combine, weights):
     said = together([None, SOME, None], combine=combine, weights=weights)
     at = torch.tensor([6, 1, 1])
     assert torch.equal(said.rows(at).logits_at(3.0), said.logits_at(3.0)[at])
 
 
 @pytest.mark.parametrize("weights", ["equal", "confidence"])
-def test_what_a_teacher_knows_is_said_on_the_cpu_and_its_logits_are_on_the_gpu(weights):
+def test_masks_on_the_cpu_work_with_logits_on_the_gpu(weights):
     """No GPU is needed: fake tensors know their device, and refuse to be joined to those of another."""
     with FakeTensorMode():
         teachers = [DenseOutputs(torch.empty(8, 10, device="cuda"), {}) for _ in range(2)]
@@ -273,26 +273,26 @@ def test_what_a_teacher_knows_is_said_on_the_cpu_and_its_logits_are_on_the_gpu(w
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"weights": (1.0, 1.0)}, r"student\.teachers\.weights has 2 entries and there are 3 stores: one for each"),
-        ({"weights": ()}, r"student\.teachers\.weights has 0 entries and there are 3 stores"),
-        ({"weights": (0.0, 0.0, 0.0)}, r"student\.teachers\.weights are all 0: give one teacher a weight above 0"),
-        ({"temperatures": (1.0,) * 4}, r"student\.teachers\.temperatures has 4 entries and there are 3 stores"),
-        ({"classes": ("names",)}, r"student\.teachers\.classes has 1 entries and there are 3 stores"),
+        ({"weights": (1.0, 1.0)}, r"student\.teachers\.weights has 2 entries for 3 stores: give one per store"),
+        ({"weights": ()}, r"student\.teachers\.weights has 0 entries for 3 stores"),
+        ({"weights": (0.0, 0.0, 0.0)}, r"student\.teachers\.weights are all 0: set at least one above 0"),
+        ({"temperatures": (1.0,) * 4}, r"student\.teachers\.temperatures has 4 entries for 3 stores"),
+        ({"classes": ("names",)}, r"student\.teachers\.classes has 1 entries for 3 stores"),
     ],
 )
-def test_lists_that_do_not_fit_the_stores_are_refused(settings, sentence):
+def test_lists_of_wrong_length_are_errors(settings, sentence):
     with pytest.raises(RecipeError, match=sentence):
         check_teachers(TeachersConfig(**settings), 3)
 
 
-def test_lists_that_fit_are_not():
+def test_lists_of_the_right_length_are_accepted():
     check_teachers(TeachersConfig(), 3)
     classes = ("same", "names", {"tabby": "cat"})
     check_teachers(TeachersConfig(weights=(0.0, 0.0, 1.0), temperatures=(1.0, 2.0, 3.0), classes=classes), 3)
 
 
 @pytest.mark.parametrize("settings", [{"weights": (1.0, -1.0)}, {"weights": (1.0, float("nan"))}, {"weights": "best"}])
-def test_weights_that_are_none_are_refused(settings):
+def test_invalid_weights_are_errors(settings):
     with pytest.raises(ValueError, match="weights"):
         TeachersConfig(**settings)
 
@@ -323,7 +323,7 @@ def taught_in(folder, run, student, watch=None):
     return train_student(student, 0, teaching, setup, seat=seat)
 
 
-def test_learnable_weights_are_trained_resumed_and_no_part_of_the_student(run, tmp_path):
+def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):
     student = student_of(weights="learnable")
     with pytest.raises(StoppedEarly):
         taught_in(tmp_path / "stopped", run, student, Watch(should_stop=StopAfter(3)))
@@ -339,7 +339,7 @@ def test_learnable_weights_are_trained_resumed_and_no_part_of_the_student(run, t
     assert not [key for key in load_tensors(folder.model)[0] if "scores" in key]
 
 
-def test_a_recipe_with_a_wrong_list_is_refused_before_any_training(run, tmp_path):
+def test_wrong_list_is_an_error_before_training(run, tmp_path):
     for settings in ({"weights": (1.0,)}, {"temperatures": (1.0, 2.0, 3.0)}, {"classes": ("same",)}):
         with pytest.raises(RecipeError, match="entr.* and there are 2 stores"):
             taught_in(tmp_path, run, student_of(**settings))

@@ -67,7 +67,7 @@ def taught(run, losses, folder, *, watch=None, config=TAUGHT, stores=("store.zar
 
 
 @pytest.mark.parametrize("loss", ENTRIES, ids=lambda one: one.loss)
-def test_every_loss_trains_a_student_and_leaves_a_plain_one(run, tmp_path, loss):
+def test_every_loss_trains_and_exports_a_plain_student(run, tmp_path, loss):
     folder = taught(run, (loss,), tmp_path / "student")
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     names = {"hard_labels"} | (set() if loss.loss == "fitnet" else {f"{loss.loss}_0"})
@@ -97,7 +97,7 @@ STATEFUL = {
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_stopped_again_and_again_equals_undisturbed(run, tmp_path, name):
+def test_repeatedly_stopped_training_is_identical(run, tmp_path, name):
     losses, config = STATEFUL[name]
     if name == "fitnet":
         setup = tiny_setup(run, train_set=TRAIN_SET)
@@ -114,7 +114,7 @@ def test_stopped_again_and_again_equals_undisturbed(run, tmp_path, name):
     assert not list(stopped.path.rglob("checkpoint*"))
 
 
-def test_a_hint_stage_trains_the_student_up_to_its_layer_and_nothing_behind_it(run, tmp_path):
+def test_hint_stage_trains_only_up_to_its_layer(run, tmp_path):
     loss = FitNetConfig(loss="fitnet", layers=(("stage1", "stage2"),), stage_epochs=1)
     with pytest.raises(StoppedEarly):  # in the student's own training, which comes after 3 steps
         taught(run, (loss, KDConfig(loss="kd")), tmp_path / "student", watch=Watch(should_stop=StopAfter(5)))
@@ -124,7 +124,7 @@ def test_a_hint_stage_trains_the_student_up_to_its_layer_and_nothing_behind_it(r
     assert changed == {"stage1"}
 
 
-def test_learnable_shares_learn_and_are_not_in_the_student(run, tmp_path):
+def test_learnable_weights_train_and_are_not_in_the_student(run, tmp_path):
     setup = tiny_setup(run, train_set=TRAIN_SET)
     cache_teacher(CACHE, run / "second.zarr", untrained_teacher(BIG, 5, setup), [], setup)
     config = dataclasses.replace(TAUGHT, teachers=TeachersConfig(weights="learnable"))
@@ -139,7 +139,7 @@ def test_learnable_shares_learn_and_are_not_in_the_student(run, tmp_path):
     assert not any("scores" in name for name in load_tensors(undisturbed.model)[0])
 
 
-def test_adapters_train_with_the_student_and_are_in_its_checkpoints(run, tmp_path):
+def test_adapters_train_and_are_in_the_checkpoints(run, tmp_path):
     hint = next(one for one in ENTRIES if one.loss == "hint")
     for steps in (1, 4):
         with pytest.raises(StoppedEarly):
@@ -149,7 +149,7 @@ def test_adapters_train_with_the_student_and_are_in_its_checkpoints(run, tmp_pat
     assert (one - four).abs().max() > 1e-4
 
 
-def test_a_network_with_attention_learns_from_gradients_too(run, tmp_path):
+def test_attention_network_trains_with_at_gradient(run, tmp_path):
     """Fused attention has no second derivative."""
     at_gradient = next(one for one in ENTRIES if one.loss == "at_gradient")
     config = dataclasses.replace(TAUGHT, model=ModelConfig(name="python:tiny_attention:attentive"))
@@ -157,10 +157,10 @@ def test_a_network_with_attention_learns_from_gradients_too(run, tmp_path):
     assert (json.loads(folder.metrics.read_text().splitlines()[-1])["losses"]["at_gradient_0"]) > 0
 
 
-def test_what_a_store_lacks_is_told_with_the_command_that_adds_it(run, tmp_path):
+def test_missing_feature_error_has_the_command_that_adds_it(run, tmp_path):
     at = next(one for one in ENTRIES if one.loss == "at")
     lacking = dataclasses.replace(at, layers=(("stage1", "pool1"),))
     with pytest.raises(
-        StoreError, match=r"holds no attention-8x8 of 'pool1', only .*cache.layers = \['pool1:attention-8x8'\]"
+        StoreError, match=r"has no attention-8x8 of 'pool1', only .*cache.layers = \['pool1:attention-8x8'\]"
     ):
         taught(run, (lacking,), tmp_path / "student")

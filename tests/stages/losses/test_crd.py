@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loss_inputs import drawn, said
+from loss_inputs import drawn, make_inputs
 from torch.nn.functional import normalize
 
 from stages.forms import Wanted
@@ -28,7 +28,7 @@ def built(layers=(("a", "b"),), **keys):
 
 def batch(student=None, teacher=None, others=OTHERS, labels=LABELS):
     student, teacher = drawn(4, 5, seed=1) if student is None else student, drawn(4, 6, seed=2)
-    about = said(labels=labels, student={"a": student, "c": 2 * student}, teacher={POOLED: teacher})
+    about = make_inputs(labels=labels, student={"a": student, "c": 2 * student}, teacher={POOLED: teacher})
     return replace(about, ranks=torch.tensor([7, 3, 40, 11])[: len(labels)], others=others)
 
 
@@ -63,9 +63,9 @@ def test_the_defaults_are_the_authors():
 
 
 @pytest.mark.parametrize("memory", ["store", "bank"])
-def test_the_term_is_the_authors_loss_in_loops_at_the_first_batch_and_later(memory):
-    term = built(memory=memory)
-    layer, about = term.layers[0], batch()
+def test_loss_matches_the_authors_formula_over_two_batches(memory):
+    module = built(memory=memory)
+    layer, about = module.layers[0], batch()
     is_other = LABELS[:, None] != OTHERS.labels
     z_student = z_teacher = None
     for _ in range(2):
@@ -80,7 +80,7 @@ def test_the_term_is_the_authors_loss_in_loops_at_the_first_batch_and_later(memo
                 z_student = z_of(products(student, rows[about.ranks], rows[OTHERS.ranks], is_other))
             first, z_student = naive(student, positives, negatives, is_other, z_student)
             second, z_teacher = naive(teacher, rows[about.ranks], rows[OTHERS.ranks], is_other, z_teacher)
-        loss = term(about)
+        loss = module(about)
         assert loss.tolist() == pytest.approx([a + b for a, b in zip(first, second, strict=True)], rel=1e-6)
         about = replace(about, student=replace(about.student, features={"a": drawn(4, 5, seed=9)}))
 
@@ -95,7 +95,7 @@ def test_the_loss_equals_the_formula_where_all_negatives_count():
     assert nce_loss(log_same, log_others, everyone, NUM_SAMPLES).item() == pytest.approx(expected.mean().item())
 
 
-def test_samples_of_the_anchors_own_class_are_no_negatives():
+def test_samples_of_the_anchors_class_are_not_negatives():
     log_same, log_others = drawn(2, seed=1), drawn(2, 5, seed=2)
     is_other = torch.tensor([[True, False, True, True, False]] * 2)
     fewer = nce_per_sample(log_same, log_others[:, [0, 2, 3]], torch.ones(2, 3, dtype=torch.bool), NUM_SAMPLES)
@@ -112,15 +112,15 @@ def test_the_gradient_equals_finite_differences():
 
 
 @pytest.mark.parametrize("memory", ["store", "bank"])
-def test_both_embeddings_learn_and_memories_have_no_gradient(memory):
-    term, student = built(memory=memory), drawn(4, 5, seed=1).requires_grad_()
-    term(batch(student)).mean().backward()
+def test_embeddings_train_and_memories_have_no_gradient(memory):
+    module, student = built(memory=memory), drawn(4, 5, seed=1).requires_grad_()
+    module(batch(student)).mean().backward()
     assert student.grad.abs().sum() > 0
-    assert all(weight.grad.abs().sum() > 0 for weight in term.parameters())
-    assert not any(buffer.requires_grad for buffer in term.buffers())
+    assert all(weight.grad.abs().sum() > 0 for weight in module.parameters())
+    assert not any(buffer.requires_grad for buffer in module.buffers())
 
 
-def test_a_memory_moves_towards_what_was_seen_and_only_there():
+def test_memory_update_changes_only_the_seen_rows():
     torch.manual_seed(0)
     memory = Memory(NUM_SAMPLES, DIM, 0.5)
     assert memory.rows.abs().max() <= math.sqrt(3 / DIM)
@@ -131,22 +131,22 @@ def test_a_memory_moves_towards_what_was_seen_and_only_there():
     assert torch.equal(memory.rows[rest], before[rest])
 
 
-def test_nothing_is_remembered_outside_of_training():
-    term = built(memory="bank").eval()
-    before = {name: buffer.clone() for name, buffer in term.named_buffers()}
-    assert torch.isfinite(term(batch())).all()
-    assert all(torch.equal(before[name].nan_to_num(), buffer.nan_to_num()) for name, buffer in term.named_buffers())
+def test_memory_is_not_updated_in_eval_mode():
+    module = built(memory="bank").eval()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    assert torch.isfinite(module(batch())).all()
+    assert all(torch.equal(before[name].nan_to_num(), buffer.nan_to_num()) for name, buffer in module.named_buffers())
 
 
 @pytest.mark.parametrize("memory", ["store", "bank"])
-def test_a_resumed_term_goes_on_as_the_one_that_was_not_stopped(memory):
-    term, resumed = built(memory=memory), built(memory=memory)
-    term(batch())
+def test_resumed_loss_continues_like_an_uninterrupted_one(memory):
+    module, resumed = built(memory=memory), built(memory=memory)
+    module(batch())
     torch.nn.init.zeros_(resumed.layers[0].students.rows)
-    resumed.load_state_dict(term.state_dict())
+    resumed.load_state_dict(module.state_dict())
     later = batch(drawn(4, 5, seed=8))
-    assert torch.equal(term(later), resumed(later))
-    assert all(torch.equal(a, b) for a, b in zip(term.buffers(), resumed.buffers(), strict=True))
+    assert torch.equal(module(later), resumed(later))
+    assert all(torch.equal(a, b) for a, b in zip(module.buffers(), resumed.buffers(), strict=True))
 
 
 def test_z_stays_that_of_the_first_batch():
@@ -161,10 +161,10 @@ def test_z_stays_that_of_the_first_batch():
     assert contrast.log_z.item() == pytest.approx(expected)
 
 
-def test_pairs_of_layers_are_summed_and_have_memories_of_their_own():
-    term = built(layers=(("a", "b"), ("c", "b")))
+def test_pairs_are_summed_with_separate_memory_banks():
+    module = built(layers=(("a", "b"), ("c", "b")))
     expected = [layer(batch(), OTHERS, mine, POOLED) for layer, mine in zip(built_pair(), ("a", "c"), strict=True)]
-    assert torch.allclose(term(batch()), expected[0] + expected[1])
+    assert torch.allclose(module(batch()), expected[0] + expected[1])
 
 
 def built_pair():
@@ -175,24 +175,24 @@ def built_pair():
 @pytest.mark.parametrize("memory", ["store", "bank"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_loss_and_gradient_are_finite_at_the_edges(scale, memory, dtype):
-    term = built(memory=memory, temperature=0.01).float()
+    module = built(memory=memory, temperature=0.01).float()
     with torch.no_grad():  # zero rows of features give zero rows of embeddings
-        for name, bias in term.named_parameters():
+        for name, bias in module.named_parameters():
             bias.mul_(not name.endswith("bias"))
     student = (scale * drawn(4, 5, seed=1)).to(dtype).requires_grad_()
     for _ in range(2):
-        loss = term(batch(student))
+        loss = module(batch(student))
         loss.mean().backward()
         assert torch.isfinite(loss).all()
-        assert all(torch.isfinite(leaf.grad).all() for leaf in (student, *term.parameters()))
+        assert all(torch.isfinite(leaf.grad).all() for leaf in (student, *module.parameters()))
 
 
 @pytest.mark.parametrize("memory", ["store", "bank"])
-def test_a_batch_of_one_and_others_that_are_all_of_its_class_are_finite(memory):
-    term, student = built(memory=memory), drawn(1, 5, seed=1).requires_grad_()
+def test_batch_of_one_without_valid_negatives_is_finite(memory):
+    module, student = built(memory=memory), drawn(1, 5, seed=1).requires_grad_()
     about = replace(batch(student, labels=LABELS[:1]), others=replace(OTHERS, labels=torch.zeros(20).long()))
     about = replace(about, teacher=replace(about.teacher, features={POOLED: drawn(1, 6, seed=2)}))
-    loss = term(about)
+    loss = module(about)
     loss.sum().backward()
     assert loss.shape == (1,)
     assert torch.isfinite(loss).all()
@@ -200,30 +200,30 @@ def test_a_batch_of_one_and_others_that_are_all_of_its_class_are_finite(memory):
 
 
 @pytest.mark.parametrize("memory", ["store", "bank"])
-def test_the_loss_falls_as_a_student_learns_and_it_finds_the_teachers_samples(memory):
+def test_training_reduces_the_loss_and_matches_samples(memory):
     """The student sees another linear function of what the teacher sees: to find it is to tell samples apart."""
     seen, teacher = drawn(40, 6, seed=1), drawn(40, 6, seed=1) @ drawn(6, 6, seed=2)
     config = CRDConfig(loss="crd", layers=(("a", "b"),), dim=DIM, memory=memory)
     torch.manual_seed(0)
-    term = config.build({"a": (5,)}, {POOLED: (6,)}, Facts(40, 40)).double()
+    module = config.build({"a": (5,)}, {POOLED: (6,)}, Facts(40, 40)).double()
     model = torch.nn.Linear(6, 5).double()
-    optimiser = torch.optim.Adam([*model.parameters(), *term.parameters()], lr=0.01)
+    optimizer = torch.optim.Adam([*model.parameters(), *module.parameters()], lr=0.01)
     everyone = torch.arange(40)
     others = Others({POOLED: teacher}, everyone, everyone)
     losses = []
     for _ in range(120):
-        about = said(labels=everyone, student={"a": model(seen)}, teacher={POOLED: teacher})
-        loss = term(replace(about, ranks=everyone, others=others)).mean()
-        optimiser.zero_grad()
+        about = make_inputs(labels=everyone, student={"a": model(seen)}, teacher={POOLED: teacher})
+        loss = module(replace(about, ranks=everyone, others=others)).mean()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    layer = term.layers[0]
+    layer = module.layers[0]
     found = (normalize(layer.student(model(seen))) @ normalize(layer.teacher(teacher)).T).argmax(1)
     assert (found == everyone).float().mean() > 0.8
 
 
-def test_a_batch_without_others_is_refused():
+def test_batch_without_negatives_is_an_error():
     with pytest.raises(ValueError, match="others"):
         built()(batch(others=None))

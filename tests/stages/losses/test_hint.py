@@ -28,6 +28,6 @@ def test_an_adapter_gives_the_teachers_shape(student, teacher):
 
 
 @pytest.mark.parametrize(("student", "teacher"), [((4, 3, 3), (4, 8, 8)), ((4,), (4, 8, 8))])
-def test_shapes_that_cannot_be_joined_are_named(student, teacher):
+def test_error_has_both_shapes(student, teacher):
     with pytest.raises(RecipeError, match=str(list(student)).replace("[", r"\[") + ".*" + str(list(teacher))[1:-1]):
         adapter(student, teacher)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, said
+from loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
 from stages.losses.kd import KDConfig, kd_loss
 from stages.schedules import Moment, Ramp
@@ -18,7 +18,7 @@ def test_kd_gradient_equals_finite_differences():
     assert torch.autograd.gradcheck(lambda z: kd_loss(z, TEACHER_LOGITS, 4.0), logits)
 
 
-def test_kd_does_not_depend_on_the_batch_being_cut():
+def test_kd_of_halves_averages_to_the_whole():
     halves = (
         kd_loss(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4], 4.0) + kd_loss(STUDENT_LOGITS[4:], TEACHER_LOGITS[4:], 4.0)
     ) / 2
@@ -43,9 +43,9 @@ def test_kd_of_saturated_logits_is_finite_in_every_precision(dtype):
     assert torch.isfinite(student.grad).all()
 
 
-def test_the_term_softens_at_the_temperature_in_force():
+def test_module_uses_the_scheduled_temperature():
     config = KDConfig(loss="kd", temperature=Ramp(start=8.0, end=2.0))
-    term = config.build({}, {}, None)
+    module = config.build({}, {}, None)
     for epoch, temperature in ((0, 8.0), (3, 5.0), (6, 2.0)):
-        loss = term(said(moment=Moment(epoch, 7))).mean()
+        loss = module(make_inputs(moment=Moment(epoch, 7))).mean()
         assert loss.item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).item(), rel=1e-12)

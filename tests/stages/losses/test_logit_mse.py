@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, said
+from loss_inputs import FACTS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
 from stages.losses.kd import kd_loss
 from stages.losses.logit_mse import LogitMSEConfig, logit_mse_loss
-from stages.losses.said import Facts
-
-FACTS = Facts(8, 10)
 
 
 def test_it_is_the_mean_over_samples_and_classes():
@@ -17,21 +14,21 @@ def test_it_is_the_mean_over_samples_and_classes():
     assert logit_mse_loss(STUDENT_LOGITS, TEACHER_LOGITS).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_kd_at_a_high_temperature_tends_to_half_of_it_on_centred_logits():
+def test_kd_at_high_temperature_tends_to_half_of_it():
     """Hinton et al. 2015, equation 4."""
     student, teacher = (z - z.mean(1, keepdim=True) for z in (STUDENT_LOGITS, TEACHER_LOGITS))
     assert kd_loss(student, teacher, 1e4).item() == pytest.approx(logit_mse_loss(student, teacher).item() / 2, rel=1e-3)
 
 
-def test_the_term_is_the_pure_function_sample_by_sample():
+def test_module_equals_the_function_per_sample():
     config = LogitMSEConfig(loss="logit_mse")
-    each = config.build({}, {}, FACTS)(said())
+    each = config.build({}, {}, FACTS)(make_inputs())
     assert each.shape == (8,)
     assert each.mean().item() == pytest.approx(logit_mse_loss(STUDENT_LOGITS, TEACHER_LOGITS).item(), rel=1e-12)
     assert each[3].item() == pytest.approx(logit_mse_loss(STUDENT_LOGITS[3:4], TEACHER_LOGITS[3:4]).item(), rel=1e-12)
 
 
-def test_it_asks_for_whole_logits_and_for_no_temperature():
+def test_requires_all_logits_and_no_temperature():
     config = LogitMSEConfig(loss="logit_mse")
     assert (config.weight, config.whole_logits, config.per_sample, config.on_logits) == (1, True, True, True)
     assert config.temperatures() == ()

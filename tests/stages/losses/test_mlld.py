@@ -2,19 +2,17 @@
 
 import pytest
 import torch
-from loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, said
+from loss_inputs import FACTS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 from pydantic import ValidationError
 
 from stages.losses import mlld
 from stages.losses.kd import kd_loss
 from stages.losses.mlld import MLLDConfig, batch_relation, class_relation, mlld_loss
-from stages.losses.said import Facts
 
-FACTS = Facts(8, 10)
 STUDENT, TEACHER = (STUDENT_LOGITS / 4).softmax(1), (TEACHER_LOGITS / 4).softmax(1)
 
 
-def test_the_relations_of_classes_and_of_samples_are_the_reference_codes_numbers():
+def test_relations_match_the_reference_code():
     assert class_relation(STUDENT, TEACHER).item() == pytest.approx(0.0125883948734, rel=1e-11)
     assert batch_relation(STUDENT, TEACHER).item() == pytest.approx(0.003392254161, rel=1e-9)
 
@@ -34,7 +32,7 @@ def test_the_relations_are_what_loops_give():
 
 
 def test_the_term_is_the_sum_over_its_temperatures():
-    loss = MLLDConfig(loss="mlld", temperature_list=(2.0, 5.0)).build({}, {}, FACTS)(said())
+    loss = MLLDConfig(loss="mlld", temperature_list=(2.0, 5.0)).build({}, {}, FACTS)(make_inputs())
     assert loss.shape == ()
     expected = mlld_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0) + mlld_loss(STUDENT_LOGITS, TEACHER_LOGITS, 5.0)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -71,7 +69,9 @@ def test_its_gradient_equals_finite_differences():
 def test_saturated_logits_are_finite_in_every_precision(dtype, num_samples):
     ends = torch.tensor([[300.0, -300, 0], [-300, 300, 0], [300, -300, 0]])[:num_samples]
     student = ends.to(dtype, copy=True).requires_grad_()
-    loss = MLLDConfig(loss="mlld").build({}, {}, FACTS)(said(student, ends.flip(1), labels=torch.zeros(num_samples)))
+    loss = MLLDConfig(loss="mlld").build({}, {}, FACTS)(
+        make_inputs(student, ends.flip(1), labels=torch.zeros(num_samples))
+    )
     loss.backward()
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_inputs import LARGER_STUDENT_MAPS, STUDENT_MAPS, TEACHER_MAPS, THEIR_TEACHER_MAPS, drawn, said
+from loss_inputs import (
+    FACTS,
+    LARGER_STUDENT_MAPS,
+    STUDENT_MAPS,
+    TEACHER_MAPS,
+    THEIR_TEACHER_MAPS,
+    build_loss,
+    drawn,
+)
 
 from stages.errors import RecipeError
-from stages.forms import MAP, SPATIAL_GRAM, Wanted, spatial_gram, take_form
+from stages.forms import MAP, SPATIAL_GRAM, Wanted, spatial_gram
 from stages.losses.nst import NSTConfig, nst_from_channels, nst_from_gram, nst_loss, nst_per_sample
-from stages.losses.said import Facts
 
-FACTS = Facts(num_samples=8, num_classes=10)
 CONFIG = NSTConfig(loss="nst", layers=(("a", "b"),))
-
-
-def term_of(config, student, teacher):
-    """The term, and what is said, for maps by layer as a store would give them."""
-    shapes = {layer: tuple(maps.shape[1:]) for layer, maps in student.items()}
-    given = {wanted: take_form(wanted, teacher[wanted.layer]) for wanted in config.wants(shapes)}
-    term = config.build(shapes, {wanted: tuple(form.shape[1:]) for wanted, form in given.items()}, FACTS)
-    return term, said(student=student, teacher=given)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +58,7 @@ def test_the_gradient_equals_finite_differences(shape):
     assert torch.autograd.gradcheck(lambda maps: nst_loss(maps, teacher), student)
 
 
-def test_the_gram_is_asked_for_of_small_maps_and_the_map_itself_of_large_ones():
+def test_small_maps_need_the_gram_and_large_ones_the_map():
     assert CONFIG.wants({"a": (16, 16, 16)}) == (Wanted("b", SPATIAL_GRAM, (16, 16)),)
     assert CONFIG.wants({"a": (16, 32, 32)}) == (Wanted("b", MAP, (32, 32)),)
 
@@ -76,25 +74,25 @@ def test_the_gram_is_asked_for_of_small_maps_and_the_map_itself_of_large_ones():
         (drawn(3, 4, 20, 20, seed=1), drawn(3, 6, 40, 40, seed=2)),
     ],
 )
-def test_the_term_gives_the_same_as_the_function_whatever_the_sizes_are(student, teacher):
-    term, exchange = term_of(CONFIG, {"a": student}, {"b": teacher})
-    per_sample = term(exchange)
+def test_module_equals_the_function_at_any_sizes(student, teacher):
+    module, inputs = build_loss(CONFIG, {"a": student}, {"b": teacher})
+    per_sample = module(inputs)
     assert per_sample.shape == (3,)
     assert per_sample.mean().item() == pytest.approx(nst_loss(student, teacher).item(), rel=1e-9)
 
 
 def test_pairs_are_summed():
     config = NSTConfig(loss="nst", layers=(("a", "b"), ("c", "d")))
-    term, exchange = term_of(
+    module, inputs = build_loss(
         config,
         {"a": STUDENT_MAPS, "c": LARGER_STUDENT_MAPS},
         {"b": TEACHER_MAPS, "d": THEIR_TEACHER_MAPS},
     )
-    assert term(exchange).mean().item() == pytest.approx(0.08043783546 + 0.178532368581, rel=1e-9)
+    assert module(inputs).mean().item() == pytest.approx(0.08043783546 + 0.178532368581, rel=1e-9)
 
 
 @pytest.mark.parametrize(("student", "teacher"), [((16, 8, 8), (32, 32)), ((16, 32, 32), (5, 32, 16)), ((64,), (4, 4))])
-def test_maps_of_another_aspect_and_what_is_no_map_are_refused_with_both_shapes(student, teacher):
+def test_mismatched_shapes_are_errors_with_both_shapes(student, teacher):
     (wanted,) = CONFIG.wants({"a": student})
     with pytest.raises(RecipeError) as refusal:
         CONFIG.build({"a": student}, {wanted: teacher}, FACTS)

@@ -20,7 +20,7 @@ def teacher(logits):
 
 
 @given(st.integers(1, 100), st.integers(1, 300))
-def test_a_share_in_percent_takes_just_so_many_rounded_up(percent, num_samples):
+def test_fraction_is_rounded_up_exactly(percent, num_samples):
     """0.07 * 100 is 7.000000000000001 to a computer, and yet 7 samples."""
     config = Selection(only="hard", share=percent / 100)
     found = chosen(config, teacher(torch.zeros(num_samples, 2)), torch.zeros(num_samples, dtype=torch.int64))
@@ -33,7 +33,7 @@ def test_the_smallest_share_is_one_sample():
     assert chosen(config, teacher(TEACHER_LOGITS), LABELS).tolist() == [given_least]
 
 
-def test_samples_stay_in_the_batchs_order_and_of_equal_ones_the_first_are_taken():
+def test_selection_keeps_batch_order_and_takes_first_of_ties():
     logits = torch.zeros(6, 3)
     logits[:, 0] = torch.tensor([2.0, -1.0, 2.0, -3.0, 2.0, -1.0])
     labels = torch.zeros(6, dtype=torch.int64)
@@ -41,14 +41,14 @@ def test_samples_stay_in_the_batchs_order_and_of_equal_ones_the_first_are_taken(
         assert chosen(Selection(only="hard", share=share), teacher(logits), labels).tolist() == expected
 
 
-def test_all_samples_and_equal_weights_cost_nothing():
+def test_all_samples_and_equal_weights_return_none():
     assert chosen(Selection(), teacher(TEACHER_LOGITS), LABELS) is None
     assert weights(Selection(), teacher(TEACHER_LOGITS), LABELS) is None
 
 
 @pytest.mark.parametrize("weigh", WEIGH)
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 100.0, 1e4])
-def test_weights_are_finite_never_negative_and_of_mean_1_or_none(weigh, scale):
+def test_weights_are_finite_nonnegative_and_of_mean_one(weigh, scale):
     """A teacher that is sure of everything, or of nothing, leaves nothing to weigh by."""
     found = weights(Selection(weigh=weigh), teacher((scale * drawn(8, 10, seed=3)).float()), LABELS)
     assert torch.isfinite(found).all()
@@ -57,6 +57,6 @@ def test_weights_are_finite_never_negative_and_of_mean_1_or_none(weigh, scale):
 
 
 @pytest.mark.parametrize("weigh", WEIGH)
-def test_a_sample_alone_counts_for_one(weigh):
+def test_single_sample_has_weight_one(weigh):
     found = weights(Selection(weigh=weigh), teacher(TEACHER_LOGITS[:1]), LABELS[:1])
     assert found.tolist() == pytest.approx([1.0])

@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_inputs import STUDENT_HINTS, TEACHER_HINTS, drawn, said
+from loss_inputs import FACTS, STUDENT_HINTS, TEACHER_HINTS, drawn, make_inputs
 from pydantic import ValidationError
 
 from stages.errors import RecipeError
 from stages.forms import Wanted, take_form
-from stages.losses.said import Facts
 from stages.losses.simkd import SimKDConfig, simkd_loss
 
-FACTS = Facts(num_samples=8, num_classes=10)
 CONFIG = SimKDConfig(loss="simkd", layers=(("a", "b"),))
 
 
@@ -21,8 +19,8 @@ def per_sample(student, teacher):
     shape = tuple(student.shape[1:])
     (wanted,) = CONFIG.wants({"a": shape})
     given = take_form(wanted, teacher)
-    term = CONFIG.build({"a": shape}, {wanted: tuple(given.shape[1:])}, FACTS)
-    return term(said(student={"a": student}, teacher={wanted: given}))
+    module = CONFIG.build({"a": shape}, {wanted: tuple(given.shape[1:])}, FACTS)
+    return module(make_inputs(student={"a": student}, teacher={wanted: given}))
 
 
 def test_it_is_the_mean_squared_error_of_maps_of_equal_shape():
@@ -33,7 +31,7 @@ def test_it_is_the_mean_squared_error_of_maps_of_equal_shape():
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(8, 4), (4, 8), (7, 5)])
-def test_the_larger_map_is_averaged_down(mine, theirs):
+def test_larger_map_is_pooled(mine, theirs):
     student, teacher = drawn(3, 6, mine, mine, seed=1), drawn(3, 6, theirs, theirs, seed=2)
     size = min(mine, theirs)
     expected = F.mse_loss(F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size))
@@ -41,7 +39,7 @@ def test_the_larger_map_is_averaged_down(mine, theirs):
     assert per_sample(student, teacher).mean().item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_the_teachers_map_is_asked_for_at_the_students_size():
+def test_teachers_map_is_required_at_the_students_size():
     assert CONFIG.wants({"a": (16, 8, 8)}) == (Wanted("b", size=(8, 8)),)
 
 
@@ -63,7 +61,7 @@ def test_value_and_gradient_are_finite_at_the_edges(dtype):
 
 
 @pytest.mark.parametrize("teacher", [(16, 8, 4), (32, 8, 8), (16,)])
-def test_maps_that_do_not_fit_are_refused_with_both_shapes(teacher):
+def test_mismatched_shapes_are_errors_with_both_shapes(teacher):
     (wanted,) = CONFIG.wants({"a": (16, 8, 8)})
     with pytest.raises(RecipeError) as refusal:
         CONFIG.build({"a": (16, 8, 8)}, {wanted: teacher}, FACTS)
@@ -73,7 +71,7 @@ def test_maps_that_do_not_fit_are_refused_with_both_shapes(teacher):
 
 
 @pytest.mark.parametrize("layers", [(), (("a", "b"), ("c", "d"))])
-def test_exactly_one_pair_is_taken(layers):
+def test_exactly_one_pair_is_required(layers):
     with pytest.raises(ValidationError):
         SimKDConfig(loss="simkd", layers=layers)
 
