@@ -21,7 +21,7 @@ from store import StoreError, TargetStore
 SAME: Literal["same"] = "same"
 
 ClassMapConfig = Literal["same", "names"] | dict[str, str]
-"""`same`: identical classes in the same order; `names`: match by name; or a table from the teacher's to the student's."""
+"""`same`: identical classes, in order; `names`: match by name; or a table from the teacher's names to the student's."""
 
 ABSENT = -1e4
 """The logit of a class that the teacher lacks: zero probability at any temperature below some hundreds.

@@ -30,19 +30,19 @@ class Source:
     Attributes:
         store: The opened store.
         rows: The row of each sample, int64 [N]; -1 if the store or the teacher's classes lack it.
-        servings: The sources of the required features.
+        features: The sources of the required features.
         class_map: The map of the teacher's classes, if they are not the data set's.
     """
 
     store: TargetStore
     rows: Tensor
-    servings: tuple[Serving, ...]
+    features: tuple[Serving, ...]
     class_map: ClassMap | None = None
 
     @cached_property
     def names(self) -> list[str]:
         """Return the names of the arrays to read."""
-        return arrays_read(self.store, [serving.wanted for serving in self.servings])
+        return arrays_read(self.store, [source.feature for source in self.features])
 
 
 def join(

@@ -22,20 +22,20 @@ class Serving:
     """The source of a required feature in a store.
 
     Attributes:
-        wanted: The required feature.
+        feature: The required feature.
         array: The name of the array to read.
-        made: The statistic to compute from the array; None to use it as it is.
+        computed: The statistic to compute from the array; None to use it as it is.
         shape: The feature's shape, without the batch axis.
     """
 
-    wanted: Wanted
+    feature: Wanted
     array: str
-    made: Wanted | None
+    computed: Wanted | None
     shape: Shape
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Compute the feature, [B, *shape], from rows of the array, [B, ...]."""
-        return rows if self.made is None else take_form(self.made, rows)
+        return rows if self.computed is None else take_form(self.computed, rows)
 
 
 def serve(store: TargetStore, wanted: Wanted) -> Serving:
@@ -52,8 +52,8 @@ def serve(store: TargetStore, wanted: Wanted) -> Serving:
             return Serving(wanted, array, None, shapes[array])
     whole = Wanted(wanted.layer, MAP)
     if whole.array in shapes and wanted.form != INPUT_GRADIENT:
-        made = wanted.fitted(shapes[whole.array])
-        return Serving(wanted, whole.array, made, form_shape(made, shapes[whole.array]))
+        computed = wanted.fitted(shapes[whole.array])
+        return Serving(wanted, whole.array, computed, form_shape(computed, shapes[whole.array]))
     raise StoreError(
         f"{store.path} has no {wanted.kind} of {wanted.layer!r}, only {', '.join(shapes)}: run `kdpipe cache-teacher` "
         f"with this recipe to add it, or with cache.layers = ['{wanted}'] in the recipe that made the store."

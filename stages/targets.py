@@ -101,15 +101,15 @@ class Targets:
         """Return some features of store `number`, without logits, float32 on the device."""
         source = self._sources[number]
         rows = _readable(source.rows[indices])
-        servings = [serving for serving in source.servings if serving.wanted in wanted]
-        read = {name: self._rows(number, name, view, rows) for name in {serving.array for serving in servings}}
-        return {serving.wanted: serving(read[serving.array].float()) for serving in servings}
+        features = [feature for feature in source.features if feature.feature in wanted]
+        read = {name: self._rows(number, name, view, rows) for name in {feature.array for feature in features}}
+        return {feature.feature: feature(read[feature.array].float()) for feature in features}
 
     def _outputs(self, number: int, view: int, indices: Tensor) -> TeacherOutputs:
         source = self._sources[number]
         rows = _readable(source.rows[indices])
         read = {name: self._rows(number, name, view, rows) for name in source.names}
-        features = {serving.wanted: serving(read[serving.array].float()) for serving in source.servings}
+        features = {feature.feature: feature(read[feature.array].float()) for feature in source.features}
         top_k = source.store.manifest.top_k
         outputs: TeacherOutputs
         if top_k is None:

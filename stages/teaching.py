@@ -117,7 +117,7 @@ def amount_json(amount: Amount) -> Any:
 
 def shapes_of(source: Source) -> TeacherShapes:
     """Return the shapes of the required features, as the store serves them."""
-    return {serving.wanted: serving.shape for serving in source.servings}
+    return {feature.feature: feature.shape for feature in source.features}
 
 
 def check_losses(losses: Sequence[Entry], views: ViewsConfig, teachers: TeachersConfig, where: str = "distill") -> None:

@@ -18,7 +18,7 @@ from store import TopK, interpolation
 class TopKOutputs:
     """Top-k logits of a batch: values and indices [B, k], log-odds of the tail [B, num_temperatures]."""
 
-    form: TopK
+    top_k: TopK
     values: Tensor
     indices: Tensor
     tail: Tensor
@@ -27,7 +27,7 @@ class TopKOutputs:
     def rows(self, index: Tensor) -> TopKOutputs:
         """Return the outputs for some of the samples, index int64 [n]."""
         features = rows_of(self.features, index)
-        return TopKOutputs(self.form, self.values[index], self.indices[index], self.tail[index], features)
+        return TopKOutputs(self.top_k, self.values[index], self.indices[index], self.tail[index], features)
 
     def logits_at(self, temperature: float) -> Tensor:
         """Return logits [B, num_classes], float32, for a softmax at `temperature`.
@@ -38,8 +38,8 @@ class TopKOutputs:
             StoreError: The temperature is outside the store's range.
         """
         kept = self.values.float()
-        weights = torch.from_numpy(interpolation(self.form, temperature)).float().to(kept.device)
+        weights = torch.from_numpy(interpolation(self.top_k, temperature)).float().to(kept.device)
         log_odds = self.tail.float() @ weights
-        rest = torch.logsumexp(kept / temperature, 1) + log_odds - math.log(self.form.num_classes - self.form.k)
-        dense = (temperature * rest)[:, None].repeat(1, self.form.num_classes)
+        rest = torch.logsumexp(kept / temperature, 1) + log_odds - math.log(self.top_k.num_classes - self.top_k.k)
+        dense = (temperature * rest)[:, None].repeat(1, self.top_k.num_classes)
         return dense.scatter(1, self.indices.long(), kept)

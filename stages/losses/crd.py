@@ -55,10 +55,6 @@ class CRDConfig(FeatureLossConfig):
     memory: Literal["store", "bank"] = "store"
 
     @property
-    def num_others(self) -> int:
-        return self.num_negatives
-
-    @property
     def wanted_of_others(self) -> tuple[Wanted, ...]:
         return self.wants({}) if self.memory == "store" else ()
 

@@ -56,7 +56,7 @@ class Entry:
     @property
     def num_others(self) -> int:
         """Return the number of negatives (other samples of the data set) per batch."""
-        return 0
+        return int(vars(self).get("num_negatives", 0))
 
     @property
     def wanted_of_others(self) -> tuple[Wanted, ...]:

@@ -42,7 +42,7 @@ class Selection:
         return self.only != "all" or self.weigh == "correctness"
 
 
-def chosen(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
+def select_samples(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
     """Return the indices of the selected samples, int64 [n], in batch order; None for all. labels: int64 [B].
 
     Hard samples are ranked over the batch of all processes, so that this process may have none.
@@ -60,7 +60,7 @@ def chosen(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor
     return hard if len(all_rows) == len(labels) else hard[(hard >= start) & (hard < stop)] - start
 
 
-def weights(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
+def compute_sample_weights(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
     """Return the samples' weights, float32 [B], of mean 1 over all processes; None if all are equal."""
     if config.weigh == "equal":
         return None

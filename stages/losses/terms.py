@@ -31,7 +31,7 @@ from stages.losses.pkt import PKTConfig
 from stages.losses.review_kd import ReviewKDConfig
 from stages.losses.rkd import RKDConfig
 from stages.losses.said import Facts, Others, Said, Shapes, TeacherShapes
-from stages.losses.selection import chosen, weights
+from stages.losses.selection import compute_sample_weights, select_samples
 from stages.losses.simkd import SimKDConfig
 from stages.losses.sp import SPConfig
 from stages.losses.standardise import Standardised, standardised
@@ -119,7 +119,7 @@ class Term(nn.Module):
         num_used = total(num_local) if may_be_partial else batch_size
         if num_used == 0:
             return batch.student.logits.new_zeros(())
-        sample_weights = weights(self.config.samples, inputs.teacher, inputs.labels)
+        sample_weights = compute_sample_weights(self.config.samples, inputs.teacher, inputs.labels)
         if num_local == num_used == 1 < batch_size:  # batch norm needs two rows; twice the same has the same mean
             inputs = inputs.rows(torch.zeros(2, dtype=torch.int64, device=inputs.labels.device))
         loss: Tensor = self.loss(self._normalize_logits(inputs))
@@ -135,7 +135,7 @@ class Term(nn.Module):
         inputs, known = self._inputs(batch, combined), self._known(batch)
         if known is not None and len(known) < len(inputs.labels):
             inputs = inputs.rows(known.to(inputs.labels.device, non_blocking=True))
-        selected = chosen(self.config.samples, inputs.teacher, inputs.labels)
+        selected = select_samples(self.config.samples, inputs.teacher, inputs.labels)
         if selected is not None:
             inputs = inputs.rows(selected)
         return inputs, known is not None or selected is not None

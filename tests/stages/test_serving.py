@@ -108,7 +108,7 @@ def test_exact_array_is_preferred(run):
     store = open_store(run / "statistics.zarr")
     for wanted in STATISTICS:
         serving = serve(store, wanted)
-        assert (serving.array, serving.made) == (kept(wanted).array, None), wanted
+        assert (serving.array, serving.computed) == (kept(wanted).array, None), wanted
     maps = open_store(run / "maps.zarr")
     assert arrays_read(maps, ASKED) == ["logits", "features/stage1", "features/stage2", "features/fc"]
     assert arrays_read(maps, []) == ["logits"]
@@ -226,7 +226,7 @@ def test_missing_feature_error_has_the_line_that_adds_it(run, tmp_path, wanted):
     (line,) = re.findall(r"cache\.layers = \['(.*)'\]", sentence)
     cache_teacher(ONE_UNIT, path, teacher, [parse_wanted(line)], setup)
     serving = serve(open_store(path), wanted)
-    assert (serving.array, serving.made) == (wanted.array, None)
+    assert (serving.array, serving.computed) == (wanted.array, None)
 
 
 def test_statistic_of_larger_maps_is_not_used_for_smaller(run):

@@ -88,7 +88,7 @@ def test_accuracy_weights_are_proportional():
 
 
 def test_missing_accuracies_are_an_error():
-    with pytest.raises(RecipeError, match=r"student\.teachers\.weights = 'accuracy' needs each teacher's share"):
+    with pytest.raises(RecipeError, match=r"student\.teachers\.weights = 'accuracy' needs each teacher's accuracy"):
         together(weights="accuracy")
     assert together(weights="accuracy", teachers=TEACHERS[:1], known=[None]).weights.tolist() == [[1.0]] * 8
 
@@ -341,7 +341,7 @@ def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):
 
 def test_wrong_list_is_an_error_before_training(run, tmp_path):
     for settings in ({"weights": (1.0,)}, {"temperatures": (1.0, 2.0, 3.0)}, {"classes": ("same",)}):
-        with pytest.raises(RecipeError, match="entr.* and there are 2 stores"):
+        with pytest.raises(RecipeError, match="entr.* for 2 stores"):
             taught_in(tmp_path, run, student_of(**settings))
     with pytest.raises(RecipeError, match="student.teachers.weights = 'accuracy' needs"):
         taught_in(tmp_path, run, student_of(weights="accuracy"))

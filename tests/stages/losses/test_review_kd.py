@@ -17,6 +17,10 @@ STUDENT = {"a": drawn(4, 4, 8, 8, seed=1), "b": drawn(4, 6, 4, 4, seed=2), "c": 
 TEACHER = {"A": drawn(4, 5, 8, 8, seed=4), "B": drawn(4, 7, 8, 8, seed=5), "C": drawn(4, 9, seed=6)}
 
 
+def build(config, student=STUDENT, teacher=TEACHER, **options):
+    return build_loss(config, student, teacher, **options)
+
+
 def config_of(**keys):
     return ReviewKDConfig(loss="review_kd", **({"layers": LAYERS} | keys))
 
@@ -65,14 +69,14 @@ def naive(module, student, teacher):
 
 
 def test_module_fuses_from_deep_to_shallow_and_sums_pairs():
-    module, inputs = build_loss(config_of())
+    module, inputs = build(config_of())
     per_sample = module(inputs)
     assert per_sample.shape == (4,)
     assert per_sample.mean().item() == pytest.approx(naive(module, STUDENT, TEACHER).item(), rel=1e-10)
 
 
 def test_deepest_stage_has_no_attention_and_all_else_trains():
-    module, inputs = build_loss(config_of())
+    module, inputs = build(config_of())
     module(inputs).mean().backward()
     assert module.fusions[-1].attend is None
     assert all(parameter.grad is not None for parameter in module.parameters())
@@ -80,16 +84,16 @@ def test_deepest_stage_has_no_attention_and_all_else_trains():
 
 
 def test_samples_do_not_mix_beyond_the_batch_norms():
-    module, inputs = build_loss(config_of())
+    module, inputs = build(config_of())
     module.eval()
     per_sample = module(inputs)
     assert torch.allclose(module(inputs.rows(torch.tensor([3, 0]))), per_sample[[3, 0]])
 
 
 def test_fused_maps_have_the_deepest_width_up_to_512():
-    module, _ = build_loss(config_of())
+    module, _ = build(config_of())
     assert module.fusions[0].enter[0].out_channels == 10
-    module, _ = build_loss(config_of(mid_channels=3))
+    module, _ = build(config_of(mid_channels=3))
     assert module.fusions[0].enter[0].out_channels == 3
     wide = config_of(layers=(("c", "C"),)).build({"c": (600,)}, {Wanted("C"): (9,)}, FACTS)
     assert wide.fusions[0].enter[0].out_channels == 512
@@ -99,14 +103,14 @@ def test_fused_maps_have_the_deepest_width_up_to_512():
     ("epoch", "warmup_epochs", "share"), [(0, 20, 0.05), (9, 20, 0.5), (19, 20, 1), (100, 20, 1), (0, 0, 1)]
 )
 def test_loss_grows_over_the_warmup(epoch, warmup_epochs, share):
-    module, inputs = build_loss(config_of(warmup_epochs=warmup_epochs), moment=Moment(epoch, 240))
-    settled, after = build_loss(config_of())
+    module, inputs = build(config_of(warmup_epochs=warmup_epochs), moment=Moment(epoch, 240))
+    settled, after = build(config_of())
     assert module(inputs).mean().item() == pytest.approx(share * settled(after).mean().item(), rel=1e-12)
 
 
 def test_batch_of_one_embedding_is_finite():
     one = {layer: features[:1] for layer, features in STUDENT.items()}
-    module, inputs = build_loss(config_of(), one, {layer: features[:1] for layer, features in TEACHER.items()})
+    module, inputs = build(config_of(), one, {layer: features[:1] for layer, features in TEACHER.items()})
     loss = module(inputs).mean()
     loss.backward()
     assert torch.isfinite(loss)
@@ -116,7 +120,7 @@ def test_batch_of_one_embedding_is_finite():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dead_features_give_finite_values_and_gradients(dtype):
     student = {layer: torch.zeros_like(each, dtype=dtype).requires_grad_() for layer, each in STUDENT.items()}
-    module, inputs = build_loss(config_of(), student, dtype=torch.float32)
+    module, inputs = build(config_of(), student, dtype=torch.float32)
     loss = module(inputs).mean()
     loss.backward()
     assert torch.isfinite(loss)
