@@ -51,13 +51,7 @@ class ATConfig(MapLossConfig):
 def at_loss(student: Tensor, teacher: Tensor, form: Form = "code") -> Tensor:
     """Compute the loss at one pair of maps, of which the larger is average-pooled.
 
-    Args:
-        student: [B, C_s, H, W].
-        teacher: [B, C_t, H', W'].
-        form: As in `ATConfig`.
-
-    Returns:
-        A scalar in float32 or wider.
+    Maps are [B, C_s, H, W] and [B, C_t, H', W']. The result is a scalar in float32 or wider.
     """
     student, teacher = widened(student), widened(teacher)
     student_map = attention(pool_to(student, (teacher.shape[2], teacher.shape[3])))

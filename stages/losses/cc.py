@@ -75,12 +75,7 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
     This, and not the paper's loss, is what RepDistiller's published results were trained with. It depends on the order
     of the batch, and is 0 already if every second sample agrees.
 
-    Args:
-        student: Embeddings [B, dim].
-        teacher: Embeddings [B, dim].
-
-    Returns:
-        A scalar in float32 or wider.
+    Embeddings are [B, dim]. The result is a scalar in float32 or wider.
     """
     student = widened(student)
     errors = (student - teacher.to(student.dtype)).abs()
@@ -90,12 +85,7 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute ||C_t - C_s||^2 / B^2 with C from `correlations`: the paper's correlation congruence.
 
-    Args:
-        student: Embeddings [B, D].
-        teacher: Embeddings [B, D'].
-
-    Returns:
-        A scalar in float32 or wider.
+    Embeddings are [B, D] and [B, D']. The result is a scalar in float32 or wider.
     """
     student = widened(student)
     return (correlations(teacher.to(student.dtype)) - correlations(student)).square().mean()

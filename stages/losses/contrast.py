@@ -111,24 +111,17 @@ def log_z_of(same: Tensor, others: Tensor, is_other: Tensor, num_samples: int) -
     return means.logsumexp(0) - math.log(max(1, len(means))) + math.log(num_samples)
 
 
-def nce_loss(log_same: Tensor, log_others: Tensor, is_other: Tensor, num_samples: int) -> Tensor:
-    """Compute the mean over anchors of -log P_+ / (P_+ + c) - sum_k log c / (P_k + c), a scalar.
+def nce_per_sample(log_same: Tensor, log_others: Tensor, is_other: Tensor, num_samples: int) -> Tensor:
+    """Compute -log P_+ / (P_+ + c) - sum_k log c / (P_k + c) of each anchor, [B].
 
-    c = m / num_samples, with m the number of counting negatives.
+    c = m / num_samples, with m the number of counting negatives. P + c is P + c + 1e-7, as in the authors' code; P
+    itself, which may overflow, is not computed.
 
     Args:
         log_same: log P_+ of the positives, [B].
         log_others: log P_k of the negatives, [B, K].
         is_other: bool [B, K], which negatives count for each anchor.
         num_samples: The size of the data set.
-    """
-    return nce_per_sample(log_same, log_others, is_other, num_samples).mean()
-
-
-def nce_per_sample(log_same: Tensor, log_others: Tensor, is_other: Tensor, num_samples: int) -> Tensor:
-    """Compute `nce_loss` of each anchor, [B].
-
-    P + c is P + c + 1e-7, as in the authors' code; P itself, which may overflow, is not computed.
     """
     noise = (is_other.sum(1).to(log_same.dtype) / num_samples)[:, None]
     log_either = (noise + EPS).log()

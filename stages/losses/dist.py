@@ -70,15 +70,7 @@ def dist_loss(
     r is Pearson's correlation of softmax(logits / T), on the rows of all processes. In a batch of one the columns have
     r = 0 and no gradient.
 
-    Args:
-        student_logits: [B, num_classes].
-        teacher_logits: [B, num_classes].
-        temperature: T.
-        beta: Weight of the rows.
-        gamma: Weight of the columns.
-
-    Returns:
-        A scalar in float32 or wider.
+    Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
     """
     student = F.softmax(widened(student_logits) / temperature, 1)
     teacher = F.softmax(widened(teacher_logits).to(student.dtype) / temperature, 1)

@@ -69,16 +69,7 @@ def dkd_loss(
 ) -> Tensor:
     """Compute alpha * TCKD + beta * NCKD (equation 7), both times T^2, averaged over the batch.
 
-    Args:
-        student_logits: [B, num_classes], num_classes >= 2.
-        teacher_logits: [B, num_classes].
-        labels: int64 [B].
-        temperature: T.
-        alpha: Weight of TCKD.
-        beta: Weight of NCKD.
-
-    Returns:
-        A scalar in float32 or wider.
+    Both logits are [B, num_classes], num_classes >= 2, labels int64 [B]. The result is a scalar in float32 or wider.
     """
     return dkd_per_sample(student_logits, teacher_logits, labels, temperature, alpha=alpha, beta=beta).mean()
 
@@ -111,10 +102,7 @@ def log_odds(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
 
     1 - p is summed over the other classes, not computed from p, which rounds to 1 at saturated logits.
 
-    Args:
-        logits: [B, num_classes].
-        labels: int64 [B].
-        temperature: T.
+    Logits are [B, num_classes], labels int64 [B].
     """
     soft = widened(logits) / temperature
     return soft.gather(1, labels[:, None])[:, 0] - torch.logsumexp(without_label(soft, labels), 1)

@@ -46,13 +46,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
     The factor T^2 keeps the size of the gradient independent of T (section 2.1 of the paper).
 
-    Args:
-        student_logits: [B, num_classes].
-        teacher_logits: [B, num_classes].
-        temperature: T.
-
-    Returns:
-        A scalar in float32 or wider.
+    Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
     """
     return kd_per_sample(student_logits, teacher_logits, temperature).mean()
 

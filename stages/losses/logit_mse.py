@@ -18,7 +18,10 @@ from stages.losses.said import Said
 
 @section
 class LogitMSEConfig(Response):
-    """Mean squared error between the raw logits of student and teacher: the limit of KD at large T."""
+    """Mean squared error between the raw logits of student and teacher: the limit of KD at large T.
+
+    The mean is over samples and classes; Ba and Caruana use half the sum over the classes, larger by num_classes / 2.
+    """
 
     paper: ClassVar[str] = "Ba and Caruana 2014, arXiv 1312.6184; Kim et al. 2021, arXiv 2105.08919"
     whole_logits: ClassVar[bool] = True
@@ -26,17 +29,4 @@ class LogitMSEConfig(Response):
     loss: Literal["logit_mse"]
 
     def compute(self, inputs: Said) -> Tensor:
-        return logit_mse_per_sample(inputs.student.logits, inputs.teacher.logits_at(1.0))
-
-
-def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Compute the mean over samples and classes of (z_s - z_t)^2, a scalar in float32 or wider.
-
-    Both logits are [B, num_classes]. Ba and Caruana use half the sum over the classes: a factor of num_classes / 2.
-    """
-    return logit_mse_per_sample(student_logits, teacher_logits).mean()
-
-
-def logit_mse_per_sample(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Compute `logit_mse_loss` of each sample, [B]."""
-    return hint_per_sample(student_logits, teacher_logits)
+        return hint_per_sample(inputs.student.logits, inputs.teacher.logits_at(1.0))

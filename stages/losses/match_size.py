@@ -37,12 +37,7 @@ def poolable(student: Shape, size: Size) -> bool:
 def cannot_join(loss: str, pair: tuple[str, str], student: Shape, teacher: Shape, expected: str) -> RecipeError:
     """Build the error for a pair of layers whose shapes (without the batch axis) do not match.
 
-    Args:
-        loss: The loss's name.
-        pair: The paths of the student's and the teacher's module.
-        student: The student's shape.
-        teacher: The teacher's shape.
-        expected: The layers to choose instead.
+    `pair` has the module paths of student and teacher, `expected` the layers to choose instead.
     """
     student_layer, teacher_layer = pair
     return RecipeError(

@@ -52,13 +52,7 @@ class MLLDConfig(Response):
 def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Compute `kd_loss` + `class_relation` + `batch_relation` of softmax(logits / T), at one temperature.
 
-    Args:
-        student_logits: [B, num_classes].
-        teacher_logits: [B, num_classes].
-        temperature: T.
-
-    Returns:
-        A scalar in float32 or wider.
+    Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
     """
     student = F.softmax(widened(student_logits) / temperature, 1)
     teacher = F.softmax(widened(teacher_logits).to(student.dtype) / temperature, 1)

@@ -55,15 +55,7 @@ def nkd_loss(
     y is the label, p = softmax(logits), q = softmax(logits / T) over the classes other than y. As a cross entropy it is
     not 0 where student and teacher agree.
 
-    Args:
-        student_logits: [B, num_classes], num_classes >= 2.
-        teacher_logits: [B, num_classes].
-        labels: int64 [B].
-        temperature: T.
-        gamma: Weight of the other classes.
-
-    Returns:
-        A scalar in float32 or wider.
+    Both logits are [B, num_classes], num_classes >= 2, labels int64 [B]. The result is a scalar in float32 or wider.
     """
     target = target_per_sample(student_logits, teacher_logits, labels)
     return (target + gamma * others_per_sample(student_logits, teacher_logits, labels, temperature)).mean()

@@ -67,12 +67,7 @@ def _grid(student: Shape, gram: Shape) -> Size | None:
 def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the loss at one pair of maps, of which the larger is average-pooled.
 
-    Args:
-        student: [B, C_s, H, W].
-        teacher: [B, C_t, H', W'].
-
-    Returns:
-        A scalar in float32 or wider.
+    Maps are [B, C_s, H, W] and [B, C_t, H', W']. The result is a scalar in float32 or wider.
     """
     student, teacher = widened(student), widened(teacher)
     own = pool_to(student, (teacher.shape[2], teacher.shape[3]))

@@ -40,12 +40,7 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     As in RepDistiller a sample is one of its own neighbors.
 
-    Args:
-        student: [B, D].
-        teacher: [B, D'].
-
-    Returns:
-        A scalar in float32 or wider.
+    Features are [B, D] and [B, D']. The result is a scalar in float32 or wider.
     """
     student = widened(student)
     p_student, p_teacher = neighbors(student), neighbors(teacher.to(student.dtype))

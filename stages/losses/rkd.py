@@ -52,14 +52,7 @@ class RKDConfig(RelationLossConfig):
 def rkd_loss(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
     """Compute distance_weight * `distance_loss` + angle_weight * `angle_loss`; 0 for a batch of one.
 
-    Args:
-        student: [B, D].
-        teacher: [B, D'].
-        distance_weight: Weight of the distances.
-        angle_weight: Weight of the angles.
-
-    Returns:
-        A scalar in float32 or wider.
+    Features are [B, D] and [B, D']. The result is a scalar in float32 or wider.
     """
     student = widened(student)
     teacher = teacher.to(student.dtype)

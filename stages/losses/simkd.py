@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from stages.config import Place, at_most, section
-from stages.forms import Shape, Wanted, pool_to, widened
+from stages.forms import Shape, Wanted
 from stages.losses.entry import MapLossConfig
-from stages.losses.hint import hint_loss, hint_per_sample
+from stages.losses.hint import hint_per_sample
 from stages.losses.match_size import Size, map_size
 
 
@@ -52,18 +52,3 @@ class SimKDConfig(MapLossConfig):
 
     def distance(self, student: Tensor, teacher: Tensor, feature: Wanted) -> Tensor:
         return hint_per_sample(student, teacher)
-
-
-def simkd_loss(projected: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the mean squared error of two maps, of which the larger is average-pooled.
-
-    Args:
-        projected: The student's map after the projector, [B, C, H, W].
-        teacher: [B, C, H', W'].
-
-    Returns:
-        A scalar in float32 or wider.
-    """
-    projected, teacher = widened(projected), widened(teacher)
-    pooled = pool_to(projected, (teacher.shape[2], teacher.shape[3]))
-    return hint_loss(pooled, pool_to(teacher, (projected.shape[2], projected.shape[3])))

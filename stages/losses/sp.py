@@ -39,12 +39,7 @@ class SPConfig(RelationLossConfig):
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute ||G_t - G_s||^2 / B^2, with G = F F^T [B, B], F the flattened features, and the rows L2-normalized.
 
-    Args:
-        student: [B, ...].
-        teacher: [B, ...], of any other shape.
-
-    Returns:
-        A scalar in float32 or wider.
+    Features are [B, ...] of any two shapes. The result is a scalar in float32 or wider.
     """
     student = widened(student)
     return (similarities(teacher.to(student.dtype)) - similarities(student)).square().mean()

@@ -105,13 +105,7 @@ def vid_loss(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
 
     The constant log(2 pi) / 2 of the likelihood is left out, as in RepDistiller, so that the loss can be negative.
 
-    Args:
-        mean: [B, C, H, W].
-        variance: [C].
-        teacher: [B, C, H, W].
-
-    Returns:
-        A scalar in float32 or wider.
+    Mean and teacher are [B, C, H, W], the variance [C]. The result is a scalar in float32 or wider.
     """
     return vid_per_sample(mean, variance, teacher).mean()
 
