@@ -1,4 +1,4 @@
-"""A teacher of other classes teaches what it knows of the student's: mapped by name, at any temperature, or refused."""
+"""Teachers with other classes: mapped by name or table, at any temperature."""
 
 import dataclasses
 
@@ -32,26 +32,26 @@ OURS = squares(60, 0)
 """The student's classes are a, b, c, d."""
 
 FINE_NAMES = ("d", "tabby", "b", "zebra", "persian", "c")
-"""Of `a` the teacher knows two kinds; of zebras the student knows nothing."""
+"""The teacher has two kinds of `a`; the student has no zebras."""
 
 FINE_TABLE = {"tabby": "a", "persian": "a", "b": "b", "c": "c", "d": "d"}
 FINE = ClassMap(torch.tensor([3, 0, 1, -1, 0, 2]).numpy(), 4)
 PART = ClassMap(torch.tensor([1, -1, 0]).numpy(), 4)
-"""The teacher knows b, something else, and a."""
+"""The teacher has b, another class, and a."""
 
 TEMPERATURES = (0.5, 1.0, 4.0, 20.0)
 TEST = squares(20, 1, "test")
 
 
 def fine(images: ImageSet) -> ImageSet:
-    """The same pictures, as a teacher of finer classes sees them."""
+    """Return the same images with a finer teacher's classes."""
     kinds = torch.tensor([1, 2, 5, 0])[images.labels]
     kinds[(images.labels == 0) & (images.sample_ids % 2 == 0)] = 4
     return dataclasses.replace(images, labels=kinds, class_names=FINE_NAMES)
 
 
 def of_classes(images: ImageSet, labels: list[int], names: tuple[str, ...]) -> ImageSet:
-    """The pictures of some of the classes, numbered by their place in `labels`; `names` may hold more of them."""
+    """Return the images of some classes, numbered by their index in `labels`; `names` may have more."""
     own = images.take(torch.isin(images.labels, torch.tensor(labels)).nonzero()[:, 0])
     numbers = torch.full((4,), -1)
     numbers[labels] = torch.arange(len(labels))
@@ -142,7 +142,7 @@ NAMED = [f"{number}-{loss.loss}" for number, loss in enumerate(LOSSES)]
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMED)
 def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, combine):
-    """Teachers know a and b alone, or a alone, of four classes; the student may be very sure of another one."""
+    """Teachers have only a and b, or a, of four classes; the student may be very confident in another one."""
     single = ClassMap(torch.tensor([0, -1, -1]).numpy(), 4)
     teachers = [
         MappedOutputs(DenseOutputs(scale * drawn(8, 3, seed=seed).float(), {}), one)
@@ -160,8 +160,8 @@ def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, combine):
         facts=Facts(num_samples=8, num_classes=4),
         seed=0,
     )
-    said = Exchange(Outputs(student, {}), teachers, known, labels, torch.arange(8), SETTLED, {})
-    (found,) = terms(said).values()
+    outputs = Exchange(Outputs(student, {}), teachers, known, labels, torch.arange(8), SETTLED, {})
+    (found,) = terms(outputs).values()
     found.backward()
     assert torch.isfinite(found)
     assert torch.isfinite(student.grad).all()
@@ -169,7 +169,7 @@ def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, combine):
 
 
 def test_gradient_comes_only_from_the_teachers_classes():
-    """The gradient of KD is p - q: what has no probability with the teacher is pushed down by the student's own."""
+    """The gradient of KD is p - q: classes without teacher probability are pushed down by the student's."""
     student = drawn(8, 4, seed=3).requires_grad_()
     target = PART.map_logits(drawn(8, 3, seed=1), 4.0)
     kd_per_sample(student, target, 4.0).sum().backward()
@@ -261,7 +261,7 @@ def test_samples_without_a_teacher_can_use_labels_alone(run):
 
 
 def test_teachers_of_parts_of_the_classes_combine(run):
-    """a by the one, c by the other, b by the mean of what both give it."""
+    """a from one teacher, c from the other, b from the mean of both."""
     images = OURS.take((OURS.labels < 3).nonzero()[:, 0])
     lesson = lesson_of(run, ["ab", "bc"], ("names", "names"), images=images, combine="probabilities")
     batch, ids = whole_batch(lesson)
@@ -282,7 +282,7 @@ def test_teachers_of_parts_of_the_classes_combine(run):
 def test_logits_of_different_classes_cannot_be_averaged(run):
     with pytest.raises(RecipeError, match=r"ab\.zarr lacks some .* set student\.teachers\.combine = 'probabil"):
         lesson_of(run, ["same", "ab"], ("same", "names"))
-    lesson_of(run, ["same", "fine"], ("same", FINE_TABLE))  # this one knows them all
+    lesson_of(run, ["same", "fine"], ("same", FINE_TABLE))  # this teacher has all classes
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_losses_on_all_logits_need_a_teacher_of_all_classes(run, loss):
 
 @pytest.mark.parametrize("missing", ["error", "hard-labels"])
 def test_store_of_other_samples_is_an_error(run, missing):
-    """Not one id is the store's."""
+    """No id is in the store."""
     others = dataclasses.replace(OURS, sample_ids=OURS.sample_ids + 10_000)
     with pytest.raises(StoreError, match=r"no targets for any of the 60 samples: it was made from another data set"):
         lesson_of(run, ["fine"], (FINE_TABLE,), images=others, missing=missing)

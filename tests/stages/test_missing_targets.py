@@ -1,4 +1,4 @@
-"""A student's samples need not be a store's: rows join by id, and what has no targets learns from its labels."""
+"""Data sets and stores with different samples: rows join by id, and samples without targets use their labels."""
 
 import dataclasses
 import itertools
@@ -54,7 +54,7 @@ def first_batch(lesson, size, epoch=0):
 
 
 def answers(size):
-    """What some student might say, with gradients."""
+    """Return a student's outputs, with gradients."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(size, 4, generator=generator, requires_grad=True)
     maps = torch.randn(size, 8, 4, 4, generator=generator, requires_grad=True)
@@ -110,7 +110,7 @@ def test_known_samples_are_still_checked(run, what):
         lesson_of(run, LENIENT, train_set=changed)
     changed = WHOLE.take(torch.arange(120))
     getattr(changed, what)[100] = (getattr(changed, what)[100] + 1) % 4
-    lesson_of(run, LENIENT, train_set=changed)  # of this one the store says nothing that could be wrong
+    lesson_of(run, LENIENT, train_set=changed)  # the store does not have this sample
 
 
 @pytest.mark.parametrize("read", READS)
@@ -133,17 +133,17 @@ def test_each_sample_contributes_only_its_own_loss(run, read):
             total = total + hard
             continue
         logits, map_ = (torch.from_numpy(store.gather(name, 2, one[None])[0]).float() for name in ARRAYS)
-        theirs, mine = (logits / 4).log_softmax(0), (student.logits[at] / 4).log_softmax(0)
-        soft = 16 * (theirs.exp() * (theirs - mine)).sum()
+        log_p, log_q = (logits / 4).log_softmax(0), (student.logits[at] / 4).log_softmax(0)
+        soft = 16 * (log_p.exp() * (log_p - log_q)).sum()
         total = total + 0.1 * hard + 0.9 * soft + (adapted[at] - map_).square().mean()
     losses = lesson.losses(student, batch)
     assert set(losses) == {"hard_labels", "kd_0", "hint_1"}
     found = torch.stack(list(losses.values())).sum()
     assert found.item() == pytest.approx(total.item() / size, rel=1e-5)
     inputs = (student.logits, student.features["stage2"])
-    for mine, byhand in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(total / size, inputs), strict=True):
-        torch.testing.assert_close(mine, byhand, rtol=1e-4, atol=1e-7)
-        assert (mine.flatten(1).abs().sum(1) > 0).tolist() == (known.tolist() if mine.ndim == 4 else [True] * size)
+    for grad, byhand in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(total / size, inputs), strict=True):
+        torch.testing.assert_close(grad, byhand, rtol=1e-4, atol=1e-7)
+        assert (grad.flatten(1).abs().sum(1) > 0).tolist() == (known.tolist() if grad.ndim == 4 else [True] * size)
 
 
 @pytest.mark.parametrize("read", READS)
@@ -171,7 +171,7 @@ def test_batches_without_targets_use_labels_alone(run, read):
 
 
 def test_two_stores_each_cover_their_samples(run):
-    """By hand, sample by sample: the mean of the logits of those that know the sample."""
+    """By hand, sample by sample: the mean of the logits of the teachers that have the sample."""
     lesson = lesson_of(run, LENIENT, ("whole.zarr", "store.zarr"))
     batch, ids = first_batch(lesson, 60)
     known = torch.isin(ids, STORED.sample_ids)

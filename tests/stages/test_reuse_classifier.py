@@ -1,4 +1,4 @@
-"""The student that has the teacher's classifier: its logits, its frozen weights, its way to disk, and pruning."""
+"""SimKD's student: its logits, frozen classifier, files, and pruning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loss wants is the same whether a store keeps just that or the map; what is stored is what the teacher gave."""
+"""Required features are the same from a stored statistic or a stored map, and match the teacher's."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stages.pictures import Request
 from tiny_road import CACHE, TEACHER, VIEWS, squares, tiny_setup
 
 from stages.cache_teacher import cache_teacher
@@ -18,7 +19,6 @@ from stages.features import tapped
 from stages.forms import FORMS, INPUT, INPUT_GRADIENT, UNSIZED, Wanted, form_shape, parse_kind, parse_wanted
 from stages.joining import join
 from stages.lesson import Normalisation
-from stages.pictures import Request
 from stages.recompute import recompute
 from stages.serving import arrays_read, serve, smallest
 from stages.store_plan import layers_of
@@ -62,7 +62,7 @@ def setup_of(run, images=GREY, **changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One teacher in two stores: of its maps, and of all that is made of them and no map."""
+    """Two stores of one teacher: of its maps, and of all statistics without maps."""
     folder = tmp_path_factory.mktemp("serving")
     setup = setup_of(folder, views=dataclasses.replace(VIEWS, num_views=2))
     teacher = untrained_teacher(TEACHER, 0, setup)
@@ -75,7 +75,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(run):
-    """All that is asked of the samples, from the maps and from the statistics: by `Wanted`, [20, ...]."""
+    """Return all required features from the maps and from the statistics: by `Wanted`, [20, ...]."""
     found = []
     indices = torch.arange(0, 40, 2)
     for name in ("maps", "statistics"):
@@ -87,7 +87,7 @@ def served(run):
 
 
 def kept(wanted):
-    """What a store keeps of it: without a size where nothing is pooled, but for a form that does not show its maps'."""
+    """Return what a store holds for it: without a size if nothing is pooled, unless the array hides its maps' size."""
     return wanted if wanted.form == "gram" else wanted.fitted(MAPS[wanted.layer])
 
 
@@ -149,7 +149,7 @@ small = st.integers(1, 9)
 
 
 def any_form(sizes):
-    """A form and a size that it may have."""
+    """A statistic and a valid size."""
     return st.sampled_from(sorted(FORMS)).flatmap(
         lambda form: st.tuples(st.just(form), st.none() if form in UNSIZED else sizes)
     )
@@ -208,7 +208,7 @@ def test_stored_feature_serves_the_loss_and_is_small(form, channels, side):
 
 
 def test_input_gradient_is_not_computed_from_a_map(run):
-    """Not even of a module called `input`."""
+    """Not even from a module named `input`."""
     store = SimpleNamespace(path="a.zarr", arrays=[SimpleNamespace(name="features/input", row_shape=(3, 8, 8))])
     with pytest.raises(StoreError, match=r"has no input_gradient of 'input', only features/input"):
         serve(store, Wanted(INPUT, INPUT_GRADIENT))
@@ -240,7 +240,7 @@ def test_statistic_of_larger_maps_is_not_used_for_smaller(run):
     with pytest.raises(StoreError, match=r"has no spatial_gram-4x4 of 'a'"):
         serve(store, Wanted("a", "spatial_gram", (4, 4)))
     assert serve(store, Wanted("a", "spatial_gram", (8, 8))).array == "spatial_gram/a"
-    arrays[0] = SimpleNamespace(name="gram/a", row_shape=(4, 4))  # of 4 channels, and of what positions it does not say
+    arrays[0] = SimpleNamespace(name="gram/a", row_shape=(4, 4))  # 4 channels of unknown positions
     with pytest.raises(StoreError, match=r"has no gram-8x8 of 'a'"):
         serve(store, Wanted("a", "gram", (8, 8)))
     assert serve(store, Wanted("a", "gram")).array == "gram/a"
@@ -260,7 +260,7 @@ MIXES = {
 
 @pytest.fixture(scope="module", params=MIXES)
 def cached(request, tmp_path_factory):
-    """A store of coloured pictures, its teacher and setup: channels are scaled unlike each other."""
+    """A store of color images, its teacher and setup: channels have different scales."""
     folder = tmp_path_factory.mktemp("by_hand")
     setup = setup_of(folder, COLOURS, views=dataclasses.replace(VIEWS, mix=MIXES[request.param], num_views=2))
     teacher = dataclasses.replace(untrained_teacher(TEACHER, 1, setup), normalise=SCALING)
@@ -278,14 +278,14 @@ def by_hand(setup, teacher, positions, view):
     for number, sample_id in enumerate(COLOURS.sample_ids[positions].tolist()):
         pixels = (seen.images[number].double() / 255).requires_grad_()
         with tapped(model, ["stage1"]) as tap:
-            said = tap(((pixels - mean) / std)[None])
+            outputs = tap(((pixels - mean) / std)[None])
         share, partner = 1.0, sample_id
         if seen.mixture is not None:
             share, partner = float(seen.mixture.own_share[number]), int(seen.mixture.partners[number])
-        logs = said.logits[0].log_softmax(0)
+        logs = outputs.logits[0].log_softmax(0)
         cross_entropy = -share * logs[labels[sample_id]] - (1 - share) * logs[labels[partner]]
         (gradient,) = torch.autograd.grad(cross_entropy, pixels)
-        averaged = said.features["stage1"][0].detach().reshape(8, 4, 2, 4, 2).mean((2, 4))
+        averaged = outputs.features["stage1"][0].detach().reshape(8, 4, 2, 4, 2).mean((2, 4))
         energy = averaged.square().sum(0)
         channels = averaged.flatten(1)
         lengths = channels.square().sum(1, keepdim=True).sqrt()
@@ -310,13 +310,13 @@ def test_stored_values_match_the_formulas(cached, view):
 
 
 def test_mixed_images_use_both_labels(cached):
-    """Otherwise the test above would say little about mixtures."""
+    """Otherwise the test above would not cover mixtures."""
     setup, _, _ = cached
     mixture = setup.pictures.one(Request(torch.arange(0, 40, 3), 0)).mixture
     if setup.views.mix is not None:
         labels = dict(zip(COLOURS.sample_ids.tolist(), COLOURS.labels.tolist(), strict=True))
         own = COLOURS.labels[torch.arange(0, 40, 3)].tolist()
-        assert sum(labels[one] != mine for one, mine in zip(mixture.partners.tolist(), own, strict=True)) > 3
+        assert sum(labels[one] != label for one, label in zip(mixture.partners.tolist(), own, strict=True)) > 3
     else:
         assert mixture is None
 

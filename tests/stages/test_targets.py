@@ -1,4 +1,4 @@
-"""A student finds the targets of its own samples: by id, in its views, from RAM or through the map."""
+"""Targets are joined by id, in the right view, from RAM, mapped or streamed."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def part(images: ImageSet, rows: torch.Tensor, **changes) -> ImageSet:
+def subset(images: ImageSet, rows: torch.Tensor, **changes) -> ImageSet:
     chosen = {"images": images.images[rows], "labels": images.labels[rows], "sample_ids": images.sample_ids[rows]}
     return dataclasses.replace(images, **{**chosen, **changes})
 
@@ -36,13 +36,13 @@ def part(images: ImageSet, rows: torch.Tensor, **changes) -> ImageSet:
 def test_reordered_subset_is_joined_by_id(run):
     store = open_store(run / "store.zarr")
     rows = torch.randperm(300, generator=torch.Generator().manual_seed(2))[:90]
-    targets = Targets([join(store, part(squares(300, 0), rows), [STAGE2])], CPU)
+    targets = Targets([join(store, subset(squares(300, 0), rows), [STAGE2])], CPU)
     indices = torch.tensor([5, 0, 80, 5])
-    (said,) = targets.batch(1, indices)
+    (outputs,) = targets.batch(1, indices)
     wanted = store.rows_of(squares(300, 0).sample_ids[rows[indices]].numpy())
-    assert torch.equal(said.logits, torch.from_numpy(store.read_view("logits", 1)[wanted]).float())
+    assert torch.equal(outputs.logits, torch.from_numpy(store.read_view("logits", 1)[wanted]).float())
     maps = torch.from_numpy(store.read_view("features/stage2", 1)[wanted]).float()
-    assert torch.equal(said.features[STAGE2], maps)
+    assert torch.equal(outputs.features[STAGE2], maps)
 
 
 def test_memory_and_mapped_targets_are_equal(run):
@@ -59,11 +59,11 @@ def test_memory_and_mapped_targets_are_equal(run):
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
-    """A store of many slabs: 512 rows each."""
+    """A store of many shards of 512 rows."""
     folder = tmp_path_factory.mktemp("long")
     setup = tiny_setup(folder, train_set=squares(6000, 0))
-    hardly = dataclasses.replace(TEACHER.train, epochs=1, batch_size=1000)  # whatever it says is to be read again
-    make_tiny_store(setup, teacher=dataclasses.replace(TEACHER, train=hardly))
+    short = dataclasses.replace(TEACHER.train, epochs=1, batch_size=1000)  # any outputs will do
+    make_tiny_store(setup, teacher=dataclasses.replace(TEACHER, train=short))
     return folder
 
 
@@ -169,7 +169,7 @@ def test_hint_with_an_unknown_store_is_an_error(run):
 
 
 def test_student_sees_the_view_of_its_targets(run):
-    """Epoch e uses view e mod V, in pictures and in targets alike."""
+    """Epoch e uses view e mod V, for images and targets."""
     setup = tiny_setup(run)
     network = fresh_student(STUDENT, 0, setup)
     teaching = open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, setup)

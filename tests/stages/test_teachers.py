@@ -1,4 +1,4 @@
-"""Several teachers as one: by hand what each of them counts, and what a student that learns from them is taught."""
+"""Combined teachers match weights and targets computed by hand."""
 
 import dataclasses
 import itertools
@@ -40,9 +40,9 @@ def together(known=ALL, teachers=TEACHERS, accuracies=None, **config):
     return Combination(TeachersConfig(**config), len(teachers), accuracies)(teachers, known, LABELS)
 
 
-def taught(said, temperature):
-    """The probabilities that a student is taught at a temperature."""
-    return (said.logits_at(temperature) / temperature).softmax(1)
+def target_probabilities(outputs, temperature):
+    """Return the target probabilities at a temperature."""
+    return (outputs.logits_at(temperature) / temperature).softmax(1)
 
 
 def by_hand(shares, temperatures, combine):
@@ -61,7 +61,7 @@ def rows_of(*shares):
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 5.0), (0.3, 0.0, 0.1)])
 def test_target_is_the_weighted_mean_of_the_teachers(combine, temperature, weights):
-    found = taught(together(combine=combine, weights=weights), temperature)
+    found = target_probabilities(together(combine=combine, weights=weights), temperature)
     shares = rows_of(1, 1, 1) if weights == "equal" else rows_of(*weights)
     torch.testing.assert_close(found, by_hand(shares, (temperature,) * 3, combine), rtol=1e-5, atol=1e-9)
 
@@ -69,22 +69,22 @@ def test_target_is_the_weighted_mean_of_the_teachers(combine, temperature, weigh
 @pytest.mark.parametrize("combine", COMBINE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_teachers_can_have_their_own_temperatures(combine, temperature):
-    found = taught(together(combine=combine, temperatures=(1.0, 2.0, 8.0)), temperature)
+    found = target_probabilities(together(combine=combine, temperatures=(1.0, 2.0, 8.0)), temperature)
     expected = by_hand(rows_of(1, 1, 1), (1.0, 2.0, 8.0), combine)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
 def test_only_the_proportions_of_weights_count(scale):
-    said = together(weights=(scale, 3 * scale, 4 * scale))
-    torch.testing.assert_close(said.weights.double(), rows_of(1, 3, 4), rtol=1e-6, atol=0)
+    outputs = together(weights=(scale, 3 * scale, 4 * scale))
+    torch.testing.assert_close(outputs.weights.double(), rows_of(1, 3, 4), rtol=1e-6, atol=0)
 
 
 def test_accuracy_weights_are_proportional():
-    said = together(weights="accuracy", accuracies=(0.9, 0.6, 0.5))
-    torch.testing.assert_close(said.weights.double(), rows_of(9, 6, 5), rtol=1e-6, atol=0)
-    said = together(weights="accuracy", accuracies=(0.0, 0.0, 0.0))
-    torch.testing.assert_close(said.weights.double(), rows_of(1, 1, 1), rtol=1e-6, atol=0)
+    outputs = together(weights="accuracy", accuracies=(0.9, 0.6, 0.5))
+    torch.testing.assert_close(outputs.weights.double(), rows_of(9, 6, 5), rtol=1e-6, atol=0)
+    outputs = together(weights="accuracy", accuracies=(0.0, 0.0, 0.0))
+    torch.testing.assert_close(outputs.weights.double(), rows_of(1, 1, 1), rtol=1e-6, atol=0)
 
 
 def test_missing_accuracies_are_an_error():
@@ -95,8 +95,8 @@ def test_missing_accuracies_are_an_error():
 
 @pytest.mark.parametrize("weights", ["equal", (1.0, 1.0, 1.0)])
 def test_accuracies_are_used_only_if_configured(weights):
-    said = together(weights=weights, accuracies=(0.9, 0.6, 0.5))
-    torch.testing.assert_close(said.weights.double(), rows_of(1, 1, 1), rtol=1e-6, atol=0)
+    outputs = together(weights=weights, accuracies=(0.9, 0.6, 0.5))
+    torch.testing.assert_close(outputs.weights.double(), rows_of(1, 1, 1), rtol=1e-6, atol=0)
 
 
 def confidence_by_hand(numbers):
@@ -111,27 +111,27 @@ def confidence_by_hand(numbers):
 
 @pytest.mark.parametrize("numbers", [(0, 1), (0, 1, 2)])
 def test_confidence_weights_match_the_papers_formula(numbers):
-    said = together(teachers=[TEACHERS[one] for one in numbers], known=ALL[: len(numbers)], weights="confidence")
+    outputs = together(teachers=[TEACHERS[one] for one in numbers], known=ALL[: len(numbers)], weights="confidence")
     expected = confidence_by_hand(numbers)
     torch.testing.assert_close(expected.sum(1), torch.ones(8, dtype=torch.float64))
-    torch.testing.assert_close(said.weights, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(outputs.weights, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_confidence_compares_only_teachers_with_targets():
-    """What stands in the row of a sample that a teacher does not know is another sample's, and must not count."""
+    """Rows of samples that a teacher lacks have another sample's values, which must not count."""
     garbage = DenseOutputs(torch.where(SOME[:, None], LOGITS[2], torch.full((8, 10), ABSENT)), {})
     garbage.logits[:, 9] = torch.where(SOME, LOGITS[2][:, 9], 50.0)
-    said = together(teachers=[*TEACHERS[:2], garbage], known=[None, None, SOME], weights="confidence")
-    torch.testing.assert_close(said.weights[SOME], confidence_by_hand((0, 1, 2))[SOME], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(said.weights[~SOME, :2], confidence_by_hand((0, 1))[~SOME], rtol=1e-9, atol=1e-12)
-    assert said.weights[~SOME, 2].tolist() == [0.0] * 4
+    outputs = together(teachers=[*TEACHERS[:2], garbage], known=[None, None, SOME], weights="confidence")
+    torch.testing.assert_close(outputs.weights[SOME], confidence_by_hand((0, 1, 2))[SOME], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(outputs.weights[~SOME, :2], confidence_by_hand((0, 1))[~SOME], rtol=1e-9, atol=1e-12)
+    assert outputs.weights[~SOME, 2].tolist() == [0.0] * 4
 
 
 def test_sample_known_to_one_teacher_ignores_its_confidence():
     unsure = DenseOutputs(F.one_hot((LABELS + 1) % 10, 10) * 500.0, {})
-    said = together(teachers=[unsure, TEACHERS[1]], known=[None, SOME], weights="confidence")
-    assert said.weights[~SOME].tolist() == [[1.0, 0.0]] * 4
-    assert said.weights[SOME, 1].tolist() == pytest.approx([1.0] * 4)
+    outputs = together(teachers=[unsure, TEACHERS[1]], known=[None, SOME], weights="confidence")
+    assert outputs.weights[~SOME].tolist() == [[1.0, 0.0]] * 4
+    assert outputs.weights[SOME, 1].tolist() == pytest.approx([1.0] * 4)
 
 
 @pytest.mark.parametrize("combine", COMBINE)
@@ -143,8 +143,10 @@ def test_teacher_has_no_weight_on_samples_without_targets(combine, weights):
     shorter = weights if isinstance(weights, str) else (weights[0], weights[2])
     without = together(teachers=[TEACHERS[0], TEACHERS[2]], known=[None, None], **config(combine, shorter))
     for temperature in TEMPERATURES:
-        expected = torch.where(SOME[:, None], taught(whole, temperature), taught(without, temperature))
-        torch.testing.assert_close(taught(found, temperature), expected, rtol=1e-5, atol=1e-9)
+        expected = torch.where(
+            SOME[:, None], target_probabilities(whole, temperature), target_probabilities(without, temperature)
+        )
+        torch.testing.assert_close(target_probabilities(found, temperature), expected, rtol=1e-5, atol=1e-9)
 
 
 def config(combine, weights):
@@ -153,9 +155,9 @@ def config(combine, weights):
 
 @pytest.mark.parametrize("combine", COMBINE)
 def test_sample_known_only_to_a_zero_weight_teacher(combine):
-    said = together(teachers=TEACHERS[:2], known=[SOME, None], weights=(1.0, 0.0), combine=combine)
+    outputs = together(teachers=TEACHERS[:2], known=[SOME, None], weights=(1.0, 0.0), combine=combine)
     expected = torch.where(SOME[:, None], LOGITS[0].softmax(1), LOGITS[1].softmax(1))
-    torch.testing.assert_close(taught(said, 1.0), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(target_probabilities(outputs, 1.0), expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("combine", COMBINE)
@@ -199,9 +201,9 @@ def test_losses_of_one_store_combine_with_losses_of_all():
 
 def test_single_teacher_can_have_its_own_temperature():
     combination = Combination(TeachersConfig(temperatures=(8.0,)), 1)
-    said = Exchange(Outputs(STUDENT_LOGITS, {}), TEACHERS[:1], [None], LABELS, torch.arange(8), SETTLED, {})
+    outputs = Exchange(Outputs(STUDENT_LOGITS, {}), TEACHERS[:1], [None], LABELS, torch.arange(8), SETTLED, {})
     expected = kd_per_sample(STUDENT_LOGITS, LOGITS[0] / 4, 2.0).mean().item()
-    assert distilled(combination, kd())(said)["kd_0"].item() == pytest.approx(expected, rel=1e-6)
+    assert distilled(combination, kd())(outputs)["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("combine", COMBINE)
@@ -211,7 +213,7 @@ def test_top_k_teachers_combine_at_their_own_temperatures(combine):
     packed = encode_topk(LOGITS[1].float().numpy(), form, "float32")
     arrays = [torch.from_numpy(packed[f"logits/{name}"].astype(kind)) for name, kind in PACKED.items()]
     packed_teacher = TopKOutputs(form, *arrays, {})
-    said = together(
+    outputs = together(
         teachers=[TEACHERS[0], packed_teacher], known=[None, None], temperatures=(1.0, 4.0), combine=combine
     )
     soft = (LOGITS[1] / 4).softmax(1)
@@ -220,7 +222,7 @@ def test_top_k_teachers_combine_at_their_own_temperatures(combine):
     spread = torch.where(kept, soft, rest)
     own = LOGITS[0].softmax(1)
     expected = (own + spread) / 2 if combine == "probabilities" else ((own.log() + spread.log()) / 2).softmax(1)
-    torch.testing.assert_close(taught(said, 7.0), expected, rtol=5e-3, atol=1e-5)
+    torch.testing.assert_close(target_probabilities(outputs, 7.0), expected, rtol=5e-3, atol=1e-5)
     with pytest.raises(StoreError, match="temperature"):
         together(teachers=[TEACHERS[0], packed_teacher], known=[None, None]).logits_at(7.0)
 
@@ -234,8 +236,8 @@ def test_learnable_weights_get_the_true_gradient(combine):
     assert [name for name, _ in combination.named_parameters()] == ["scores"]
 
     def loss(scores, student):
-        said = torch.func.functional_call(combination, {"scores": scores}, (TEACHERS, [None, SOME, None], LABELS))
-        return kd_per_sample(student, said.logits_at(2.0), 2.0).mean()
+        outputs = torch.func.functional_call(combination, {"scores": scores}, (TEACHERS, [None, SOME, None], LABELS))
+        return kd_per_sample(student, outputs.logits_at(2.0), 2.0).mean()
 
     scores = torch.tensor([0.3, -0.2, 0.7], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (scores, STUDENT_LOGITS.clone().requires_grad_()))
@@ -253,21 +255,21 @@ def test_fixed_weights_have_no_parameters_and_no_gradient(weights):
     ("combine", "weights"), list(itertools.product(COMBINE, ["equal", "confidence", (1.0, 2.0, 3.0)]))
 )
 def test_rows_of_combined_outputs(combine, weights):
-    said = together([None, SOME, None], combine=combine, weights=weights)
+    outputs = together([None, SOME, None], combine=combine, weights=weights)
     at = torch.tensor([6, 1, 1])
-    assert torch.equal(said.rows(at).logits_at(3.0), said.logits_at(3.0)[at])
+    assert torch.equal(outputs.rows(at).logits_at(3.0), outputs.logits_at(3.0)[at])
 
 
 @pytest.mark.parametrize("weights", ["equal", "confidence"])
 def test_masks_on_the_cpu_work_with_logits_on_the_gpu(weights):
-    """No GPU is needed: fake tensors know their device, and refuse to be joined to those of another."""
+    """No GPU is needed: fake tensors have a device, and raise an error if devices are mixed."""
     with FakeTensorMode():
         teachers = [DenseOutputs(torch.empty(8, 10, device="cuda"), {}) for _ in range(2)]
         labels = torch.empty(8, dtype=torch.int64, device="cuda")
         known = [torch.empty(8, dtype=torch.bool), None]
-        said = Combination(TeachersConfig(weights=weights), 2)(teachers, known, labels)
-        assert said.logits_at(2.0).device.type == "cuda"
-        assert said.rows(torch.empty(3, dtype=torch.int64, device="cuda")).logits_at(2.0).shape == (3, 10)
+        outputs = Combination(TeachersConfig(weights=weights), 2)(teachers, known, labels)
+        assert outputs.logits_at(2.0).device.type == "cuda"
+        assert outputs.rows(torch.empty(3, dtype=torch.int64, device="cuda")).logits_at(2.0).shape == (3, 10)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,7 @@ def student_of(**teachers):
     return dataclasses.replace(STUDENT, train=train, teachers=TeachersConfig(**teachers))
 
 
-def taught_in(folder, run, student, watch=None):
+def train_in(folder, run, student, watch=None):
     setup = tiny_setup(folder, watch, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
     teaching = open_teaching(stores(run), [kd()], student, {}, setup)
     seat = Seat(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
@@ -326,15 +328,15 @@ def taught_in(folder, run, student, watch=None):
 def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):
     student = student_of(weights="learnable")
     with pytest.raises(StoppedEarly):
-        taught_in(tmp_path / "stopped", run, student, Watch(should_stop=StopAfter(3)))
+        train_in(tmp_path / "stopped", run, student, Watch(should_stop=StopAfter(3)))
     folder = student_folder(tmp_path / "stopped", DISTILLED, 0)
     tensors, _ = load_tensors(folder.checkpoint)
     scores = tensors["modules/distillation.combination.scores"]
     assert scores.shape == (2,)
     assert scores[0] != scores[1]
     assert any(key.startswith("optimiser/") and one.shape == (2,) for key, one in tensors.items())
-    taught_in(tmp_path / "stopped", run, student)
-    taught_in(tmp_path / "whole", run, student)
+    train_in(tmp_path / "stopped", run, student)
+    train_in(tmp_path / "whole", run, student)
     assert folder.model.read_bytes() == student_folder(tmp_path / "whole", DISTILLED, 0).model.read_bytes()
     assert not [key for key in load_tensors(folder.model)[0] if "scores" in key]
 
@@ -342,6 +344,6 @@ def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):
 def test_wrong_list_is_an_error_before_training(run, tmp_path):
     for settings in ({"weights": (1.0,)}, {"temperatures": (1.0, 2.0, 3.0)}, {"classes": ("same",)}):
         with pytest.raises(RecipeError, match="entr.* for 2 stores"):
-            taught_in(tmp_path, run, student_of(**settings))
+            train_in(tmp_path, run, student_of(**settings))
     with pytest.raises(RecipeError, match="student.teachers.weights = 'accuracy' needs"):
-        taught_in(tmp_path, run, student_of(weights="accuracy"))
+        train_in(tmp_path, run, student_of(weights="accuracy"))

@@ -1,4 +1,4 @@
-"""Attention transfer gives the reference code's numbers, and is safe where maps are dead, alike, or of other sizes."""
+"""Attention transfer matches the reference code, and is finite for dead, equal and differently sized maps."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from stages.losses.at import ATConfig, at_loss
         (STUDENT_MAPS, TEACHER_MAPS, "paper", 0.626332294259),
     ],
 )
-def test_at_is_the_reference_codes_number(student, teacher, form, expected):
+def test_at_matches_the_reference_code(student, teacher, form, expected):
     assert at_loss(student, teacher, form).item() == pytest.approx(expected, rel=1e-9)
 
 
 def naive(student, teacher):
     """The paper's form, sample by sample."""
     lengths = []
-    for own, theirs in zip(student, teacher, strict=True):
-        maps = [sum(channel**2 for channel in each) for each in (own, theirs)]
+    for own, other in zip(student, teacher, strict=True):
+        maps = [sum(channel**2 for channel in each) for each in (own, other)]
         own_map, their_map = [each / (each**2).sum().sqrt() for each in maps]
         lengths.append(((own_map - their_map) ** 2).sum().sqrt().item())
     return sum(lengths) / len(lengths)
@@ -109,5 +109,5 @@ def test_half_precision_is_pooled_in_float32():
     assert module(inputs).mean().item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_weight_is_the_reference_codes():
+def test_default_weight_matches_the_reference_code():
     assert ATConfig(loss="at", layers=(("a", "b"),)).weight == 1000

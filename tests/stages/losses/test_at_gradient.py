@@ -1,4 +1,4 @@
-"""Gradient-based attention transfer: of the very gradient, through it into the parameters, however small it is."""
+"""Gradient-based attention transfer: the loss, its double backward pass, and tiny gradients."""
 
 from __future__ import annotations
 

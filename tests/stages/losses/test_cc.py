@@ -1,4 +1,4 @@
-"""CC: both forms against their formulas in loops, and embeddings that learn."""
+"""CC: both forms against loop implementations, and training of the embeddings."""
 
 import math
 
@@ -19,13 +19,13 @@ def built(**keys):
     return config.build({"a": (16, 8, 8)}, {POOLED: (32,)}, Facts(100, 10))
 
 
-def test_the_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = CCConfig(loss="cc", layers=(("a", "b"),))
     assert (config.weight, config.dim, config.form, config.per_sample) == (0.02, 128, "code", False)
     assert (config.student_layers(), config.wants({})) == (("a",), (POOLED,))
 
 
-def test_the_codes_form_is_the_product_of_neighbours_errors():
+def test_the_codes_form_is_the_product_of_neighbors_errors():
     student, teacher = drawn(4, 3, seed=1), drawn(4, 3, seed=2)
     products = [abs(student[b] - teacher[b]) @ abs(student[b + 1] - teacher[b + 1]) for b in range(3)]
     assert cc_loss(student, teacher).item() == pytest.approx(float(sum(products)) / 3, rel=1e-12)

@@ -1,4 +1,4 @@
-"""CRD: against the authors' formulas in loops, what its memories hold, and that a student learns from it."""
+"""CRD: against the authors' formulas in loops, its memory banks, and training."""
 
 import math
 from dataclasses import replace
@@ -22,14 +22,14 @@ OTHERS = Others({POOLED: drawn(20, 6, seed=3)}, torch.arange(20) % 4, torch.aran
 def built(layers=(("a", "b"),), **keys):
     config = CRDConfig(loss="crd", layers=layers, dim=DIM, **keys)
     torch.manual_seed(0)
-    shapes = {mine: (5,) for mine, _ in layers}
+    shapes = {path: (5,) for path, _ in layers}
     return config.build(shapes, {POOLED: (6,)}, Facts(NUM_SAMPLES, 4)).double()
 
 
 def batch(student=None, teacher=None, others=OTHERS, labels=LABELS):
     student, teacher = drawn(4, 5, seed=1) if student is None else student, drawn(4, 6, seed=2)
-    about = make_inputs(labels=labels, student={"a": student, "c": 2 * student}, teacher={POOLED: teacher})
-    return replace(about, ranks=torch.tensor([7, 3, 40, 11])[: len(labels)], others=others)
+    inputs = make_inputs(labels=labels, student={"a": student, "c": 2 * student}, teacher={POOLED: teacher})
+    return replace(inputs, ranks=torch.tensor([7, 3, 40, 11])[: len(labels)], others=others)
 
 
 def products(anchors, positives, negatives, is_other):
@@ -55,7 +55,7 @@ def naive(anchors, positives, negatives, is_other, z):
     return losses, z
 
 
-def test_the_defaults_are_the_authors():
+def test_defaults_are_the_authors():
     config = CRDConfig(loss="crd", layers=(("a", "b"),))
     assert (config.weight, config.dim, config.temperature, config.momentum) == (0.8, 128, 0.07, 0.5)
     assert (config.num_others, config.memory, config.per_sample) == (16384, "store", True)
@@ -65,24 +65,24 @@ def test_the_defaults_are_the_authors():
 @pytest.mark.parametrize("memory", ["store", "bank"])
 def test_loss_matches_the_authors_formula_over_two_batches(memory):
     module = built(memory=memory)
-    layer, about = module.layers[0], batch()
+    layer, inputs = module.layers[0], batch()
     is_other = LABELS[:, None] != OTHERS.labels
     z_student = z_teacher = None
     for _ in range(2):
         with torch.no_grad():
-            student = normalize(layer.student(about.student.features["a"]))
-            teacher = normalize(layer.teacher(about.teacher.features[POOLED]))
+            student = normalize(layer.student(inputs.student.features["a"]))
+            teacher = normalize(layer.teacher(inputs.teacher.features[POOLED]))
             positives, negatives = teacher, normalize(layer.teacher(OTHERS.features[POOLED]))
             if memory == "bank":
-                positives, negatives = layer.teachers.rows[about.ranks], layer.teachers.rows[OTHERS.ranks]
+                positives, negatives = layer.teachers.rows[inputs.ranks], layer.teachers.rows[OTHERS.ranks]
             rows = layer.students.rows
             if memory == "store" and z_student is None:
-                z_student = z_of(products(student, rows[about.ranks], rows[OTHERS.ranks], is_other))
+                z_student = z_of(products(student, rows[inputs.ranks], rows[OTHERS.ranks], is_other))
             first, z_student = naive(student, positives, negatives, is_other, z_student)
-            second, z_teacher = naive(teacher, rows[about.ranks], rows[OTHERS.ranks], is_other, z_teacher)
-        loss = module(about)
+            second, z_teacher = naive(teacher, rows[inputs.ranks], rows[OTHERS.ranks], is_other, z_teacher)
+        loss = module(inputs)
         assert loss.tolist() == pytest.approx([a + b for a, b in zip(first, second, strict=True)], rel=1e-6)
-        about = replace(about, student=replace(about.student, features={"a": drawn(4, 5, seed=9)}))
+        inputs = replace(inputs, student=replace(inputs.student, features={"a": drawn(4, 5, seed=9)}))
 
 
 def test_the_loss_equals_the_formula_where_all_negatives_count():
@@ -90,8 +90,8 @@ def test_the_loss_equals_the_formula_where_all_negatives_count():
     noise = 5 / NUM_SAMPLES
     same, others = log_same.exp(), log_others.exp()
     expected = -(same / (same + noise + 1e-7)).log() - (noise / (others + noise + 1e-7)).log().sum(1)
-    everyone = torch.ones(3, 5, dtype=torch.bool)
-    assert torch.allclose(nce_per_sample(log_same, log_others, everyone, NUM_SAMPLES), expected, rtol=1e-12)
+    all_samples = torch.ones(3, 5, dtype=torch.bool)
+    assert torch.allclose(nce_per_sample(log_same, log_others, all_samples, NUM_SAMPLES), expected, rtol=1e-12)
 
 
 def test_samples_of_the_anchors_class_are_not_negatives():
@@ -103,7 +103,7 @@ def test_samples_of_the_anchors_class_are_not_negatives():
     assert log_z_of(log_same, log_others, is_other, NUM_SAMPLES).item() == pytest.approx(z.item())
 
 
-def test_the_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     leaves = [drawn(3, 4, seed=seed).requires_grad_() for seed in (1, 2)] + [drawn(5, 4, seed=3).requires_grad_()]
     contrast, is_other = Contrast(0.5, NUM_SAMPLES).double(), drawn(3, 5, seed=4) > -1
     contrast(leaves[0], leaves[1:], is_other)  # Z is what it was at the first batch, and has no gradient
@@ -162,7 +162,7 @@ def test_z_stays_that_of_the_first_batch():
 
 def test_pairs_are_summed_with_separate_memory_banks():
     module = built(layers=(("a", "b"), ("c", "b")))
-    expected = [layer(batch(), OTHERS, mine, POOLED) for layer, mine in zip(built_pair(), ("a", "c"), strict=True)]
+    expected = [layer(batch(), OTHERS, path, POOLED) for layer, path in zip(built_pair(), ("a", "c"), strict=True)]
     assert torch.allclose(module(batch()), expected[0] + expected[1])
 
 
@@ -189,9 +189,9 @@ def test_loss_and_gradient_are_finite_at_the_edges(scale, memory, dtype):
 @pytest.mark.parametrize("memory", ["store", "bank"])
 def test_batch_of_one_without_valid_negatives_is_finite(memory):
     module, student = built(memory=memory), drawn(1, 5, seed=1).requires_grad_()
-    about = replace(batch(student, labels=LABELS[:1]), others=replace(OTHERS, labels=torch.zeros(20).long()))
-    about = replace(about, teacher=replace(about.teacher, features={POOLED: drawn(1, 6, seed=2)}))
-    loss = module(about)
+    inputs = replace(batch(student, labels=LABELS[:1]), others=replace(OTHERS, labels=torch.zeros(20).long()))
+    inputs = replace(inputs, teacher=replace(inputs.teacher, features={POOLED: drawn(1, 6, seed=2)}))
+    loss = module(inputs)
     loss.sum().backward()
     assert loss.shape == (1,)
     assert torch.isfinite(loss).all()
@@ -200,19 +200,19 @@ def test_batch_of_one_without_valid_negatives_is_finite(memory):
 
 @pytest.mark.parametrize("memory", ["store", "bank"])
 def test_training_reduces_the_loss_and_matches_samples(memory):
-    """The student sees another linear function of what the teacher sees: to find it is to tell samples apart."""
+    """The student gets the teacher's inputs without its linear map: it must learn the map to match samples."""
     seen, teacher = drawn(40, 6, seed=1), drawn(40, 6, seed=1) @ drawn(6, 6, seed=2)
     config = CRDConfig(loss="crd", layers=(("a", "b"),), dim=DIM, memory=memory)
     torch.manual_seed(0)
     module = config.build({"a": (5,)}, {POOLED: (6,)}, Facts(40, 40)).double()
     model = torch.nn.Linear(6, 5).double()
     optimizer = torch.optim.Adam([*model.parameters(), *module.parameters()], lr=0.01)
-    everyone = torch.arange(40)
-    others = Others({POOLED: teacher}, everyone, everyone)
+    all_samples = torch.arange(40)
+    others = Others({POOLED: teacher}, all_samples, all_samples)
     losses = []
     for _ in range(120):
-        about = make_inputs(labels=everyone, student={"a": model(seen)}, teacher={POOLED: teacher})
-        loss = module(replace(about, ranks=everyone, others=others)).mean()
+        inputs = make_inputs(labels=all_samples, student={"a": model(seen)}, teacher={POOLED: teacher})
+        loss = module(replace(inputs, ranks=all_samples, others=others)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -220,7 +220,7 @@ def test_training_reduces_the_loss_and_matches_samples(memory):
     assert losses[-1] < 0.7 * losses[0]
     layer = module.layers[0]
     found = (normalize(layer.student(model(seen))) @ normalize(layer.teacher(teacher)).T).argmax(1)
-    assert (found == everyone).float().mean() > 0.8
+    assert (found == all_samples).float().mean() > 0.8
 
 
 def test_batch_without_negatives_is_an_error():

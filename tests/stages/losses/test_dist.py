@@ -1,4 +1,4 @@
-"""DIST gives the reference code's numbers, and is safe where nothing varies."""
+"""DIST matches the reference code, and is finite for constant rows and columns."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from stages.losses.dist import DISTConfig, dist_loss
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(1.0, 2.099816725), (4.0, 34.7221359505)])
-def test_dist_is_the_reference_codes_number(temperature, expected):
+def test_dist_matches_the_reference_code(temperature, expected):
     loss = dist_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature, beta=1.0, gamma=1.0)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
@@ -29,7 +29,7 @@ def test_module_equals_the_function_for_the_whole_batch():
     assert loss.item() == dist_loss(STUDENT_LOGITS, TEACHER_LOGITS, 1.0, beta=0.5, gamma=2.0).item()
 
 
-def test_its_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = DISTConfig(loss="dist")
     assert (config.weight, config.beta, config.gamma, config.temperature) == (2, 1, 1, 4)
     assert config.temperatures() == (4.0,)
@@ -47,7 +47,7 @@ def test_the_columns_go_over_the_batch_of_all_processes(monkeypatch):
     assert torch.stack(losses).mean().item() == pytest.approx(2.099816725, rel=1e-9)
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS[:4, :5].clone().requires_grad_()
     teacher = TEACHER_LOGITS[:4, :5]
     assert torch.autograd.gradcheck(lambda z: dist_loss(z, teacher, 4.0, beta=1.0, gamma=2.0), logits)

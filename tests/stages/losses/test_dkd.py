@@ -1,4 +1,4 @@
-"""DKD gives the reference code's numbers, stays exact where that overflows, and warms up."""
+"""DKD matches the reference code, is exact at saturated logits, and has a warm-up."""
 
 import math
 
@@ -13,7 +13,7 @@ from stages.schedules import SETTLED, Moment, warmup_factor
 ENDS = torch.tensor([[1.0, -1, 0, 0.5], [-1, 1, 0.25, 0], [0, 0.5, 1, -1]], dtype=torch.float64)
 
 
-def test_dkd_is_the_reference_codes_number():
+def test_dkd_matches_the_reference_code():
     loss = dkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 4.0, alpha=1.0, beta=8.0)
     assert loss.item() == pytest.approx(62.06831042, rel=1e-9)
 
@@ -53,7 +53,7 @@ def test_module_equals_the_function_per_sample():
     assert torch.allclose(each, torch.stack(alone), rtol=1e-12)
 
 
-def test_its_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = DKDConfig(loss="dkd")
     assert (config.weight, config.alpha, config.beta, config.temperature, config.warmup_epochs) == (1, 1, 8, 4, 20)
     assert config.temperatures() == (4.0,)
@@ -76,7 +76,7 @@ def test_warmup_factor_without_warmup_is_one():
     assert warmup_factor(20, Moment(math.inf, 1)) == 1
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: dkd_loss(z, TEACHER_LOGITS, LABELS, 4.0, alpha=1.0, beta=8.0), logits)
 
@@ -135,7 +135,7 @@ def test_half_precision_student_is_summed_in_float32(part, dtype):
     assert torch.allclose(narrow.double(), part(student.double(), TEACHER_LOGITS, LABELS, 3.0), rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_zero_and_flat_where_student_and_teacher_agree():
+def test_zero_and_flat_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
     loss = dkd_loss(logits, TEACHER_LOGITS, LABELS, 4.0, alpha=1.0, beta=8.0)
     loss.backward()

@@ -1,4 +1,4 @@
-"""FitNet's two stages: what each pair's own stage is, and that it is the hint's loss."""
+"""FitNet: one stage per pair of layers, each with the hint's loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_stage_equals_the_hint_loss_of_its_pair():
     assert terms[0](inputs).shape == (8,)
 
 
-def test_the_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = FitNetConfig(loss="fitnet", layers=(("a", "b"),))
     assert (config.stage_epochs, config.weight) == (30, 1)
 

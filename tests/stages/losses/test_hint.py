@@ -1,4 +1,4 @@
-"""Hints give the reference codes' number, and adapters join what can be joined."""
+"""Hints match the reference code, and adapters fit the teacher's shape."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from stages.errors import RecipeError
 from stages.losses.hint import adapter, hint_loss
 
 
-def test_hint_is_the_reference_codes_number():
+def test_hint_matches_the_reference_code():
     hint = hint_loss(STUDENT_HINTS, TEACHER_HINTS)
     assert hint.item() == pytest.approx(1.954606313, rel=1e-9)
 

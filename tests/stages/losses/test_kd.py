@@ -1,4 +1,4 @@
-"""KD gives the reference codes' numbers, in float64, and is safe at the edges."""
+"""KD matches the reference codes in float64, and is finite at the edges."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from stages.schedules import Moment, Ramp
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(4.0, 8.079470496), (1.0, 4.635971995)])
-def test_kd_is_the_reference_codes_number(temperature, expected):
+def test_kd_matches_the_reference_code(temperature, expected):
     assert kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_kd_gradient_equals_finite_differences():
+def test_kd_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: kd_loss(z, TEACHER_LOGITS, 4.0), logits)
 
@@ -25,7 +25,7 @@ def test_kd_of_halves_averages_to_the_whole():
     assert halves.item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 4.0).item())
 
 
-def test_kd_is_zero_and_flat_where_student_and_teacher_agree():
+def test_kd_is_zero_and_flat_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
     loss = kd_loss(logits, TEACHER_LOGITS, 4.0)
     loss.backward()

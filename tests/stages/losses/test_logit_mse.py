@@ -1,4 +1,4 @@
-"""The squared error of raw logits: a mean over classes and samples, and what KD tends to at high temperatures."""
+"""Mean squared error of raw logits, the limit of KD at high temperatures."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_requires_all_logits_and_no_temperature():
     assert config.temperatures() == ()
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: hint_loss(z, TEACHER_LOGITS), logits)
 
@@ -49,7 +49,7 @@ def test_large_logits_of_any_precision_are_squared_in_float32(dtype):
     assert student.grad.tolist() == [[600, -600]]
 
 
-def test_it_is_zero_and_flat_where_student_and_teacher_agree():
+def test_zero_and_flat_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
     loss = hint_loss(logits, TEACHER_LOGITS)
     loss.backward()

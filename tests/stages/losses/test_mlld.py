@@ -1,4 +1,4 @@
-"""Multi-level logit distillation gives the reference code's numbers, summed over the temperatures."""
+"""Multi-level logit distillation matches the reference code, summed over temperatures."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_the_term_is_the_sum_over_its_temperatures():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_its_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = MLLDConfig(loss="mlld")
     assert config.weight == 1
     assert config.temperatures() == (2, 3, 4, 5, 6)
@@ -59,7 +59,7 @@ def test_the_relations_go_over_the_batch_of_all_processes(monkeypatch):
     assert (loss - instance).item() == pytest.approx(0.0125883948734 + 0.003392254161, rel=1e-9)
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS[:4, :5].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: mlld_loss(z, TEACHER_LOGITS[:4, :5], 2.0), logits)
 
@@ -78,7 +78,7 @@ def test_saturated_logits_are_finite_in_every_precision(dtype, num_samples):
     assert torch.isfinite(student.grad).all()
 
 
-def test_it_is_zero_and_flat_where_student_and_teacher_agree():
+def test_zero_and_flat_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
     loss = mlld_loss(logits, TEACHER_LOGITS, 4.0)
     loss.backward()

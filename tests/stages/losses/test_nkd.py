@@ -1,4 +1,4 @@
-"""NKD gives the reference code's number, takes the label's class at temperature 1, and is safe at the edges."""
+"""NKD matches the reference code, uses temperature 1 for the label, and is finite at the edges."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from loss_inputs import FACTS, LABELS, STUDENT_LOGITS, TEACHER_LOGITS, make_inpu
 from stages.losses.nkd import NKDConfig, nkd_loss
 
 
-def test_nkd_is_the_reference_codes_number():
+def test_nkd_matches_the_reference_code():
     loss = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 1.0, gamma=1.5)
     assert loss.item() == pytest.approx(9.330017147, rel=1e-9)
 
@@ -41,7 +41,7 @@ def test_module_equals_the_function_per_sample():
 
 
 class Warm:
-    """A teacher whose logits are another at each temperature, as those from a top-k store are."""
+    """A teacher whose logits depend on the temperature, like those of a top-k store."""
 
     def logits_at(self, temperature):
         return TEACHER_LOGITS * temperature
@@ -56,14 +56,14 @@ def test_label_has_temperature_one_and_others_their_own():
     assert each.mean().item() == pytest.approx((target + others).item(), rel=1e-12)
 
 
-def test_its_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = NKDConfig(loss="nkd")
     assert (config.weight, config.gamma, config.temperature) == (1, 1.5, 1)
     assert NKDConfig(loss="nkd", temperature=3.0).temperatures() == (1.0, 3.0)
     assert (config.one_label, config.per_sample, config.on_logits) == (True, True, True)
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: nkd_loss(z, TEACHER_LOGITS, LABELS, 2.0, gamma=1.5), logits)
 

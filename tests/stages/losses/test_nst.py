@@ -1,4 +1,4 @@
-"""Neuron selectivity transfer gives the reference code's numbers by either route, and is safe at the edges."""
+"""Neuron selectivity transfer matches the reference code both ways, and is finite at the edges."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ CONFIG = NSTConfig(loss="nst", layers=(("a", "b"),))
     ("student", "teacher", "expected"),
     [(STUDENT_MAPS, TEACHER_MAPS, 0.08043783546), (LARGER_STUDENT_MAPS, THEIR_TEACHER_MAPS, 0.178532368581)],
 )
-def test_nst_is_the_reference_codes_number(student, teacher, expected):
+def test_nst_matches_the_reference_code(student, teacher, expected):
     assert nst_loss(student, teacher).item() == pytest.approx(expected, rel=1e-9)
 
 
 def naive(student, teacher):
     """The paper's double sums over channels, of one sample."""
-    own, theirs = [[each.flatten() / each.norm() for each in maps] for maps in (student, teacher)]
+    own, other = [[each.flatten() / each.norm() for each in maps] for maps in (student, teacher)]
 
     def mean_kernel(some, others):
         return sum((x @ y) ** 2 for x in some for y in others) / (len(some) * len(others))
 
-    return mean_kernel(theirs, theirs) + mean_kernel(own, own) - 2 * mean_kernel(own, theirs)
+    return mean_kernel(other, other) + mean_kernel(own, own) - 2 * mean_kernel(own, other)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2), (9, 2, 2)])
 def test_both_routes_give_the_double_sums_over_channels(shape):
     channels, height, width = shape
     student, teacher = drawn(2, channels, height, width, seed=1), drawn(2, 5, height, width, seed=2)
-    expected = torch.stack([naive(own, theirs) for own, theirs in zip(student, teacher, strict=True)])
+    expected = torch.stack([naive(own, other) for own, other in zip(student, teacher, strict=True)])
     for found in (
         nst_from_channels(student, teacher),
         nst_from_gram(student, spatial_gram(teacher)),
@@ -53,7 +53,7 @@ def test_both_routes_give_the_double_sums_over_channels(shape):
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2), (9, 2, 2)])
-def test_the_gradient_equals_finite_differences(shape):
+def test_gradient_matches_finite_differences(shape):
     student, teacher = drawn(2, *shape, seed=1).requires_grad_(), drawn(2, 5, *shape[1:], seed=2)
     assert torch.autograd.gradcheck(lambda maps: nst_loss(maps, teacher), student)
 
@@ -130,5 +130,5 @@ def test_mixed_precision_does_not_round_the_products():
     assert alike.abs().max() < 1e-10
 
 
-def test_the_weight_is_the_reference_codes():
+def test_default_weight_matches_the_reference_code():
     assert CONFIG.weight == 50

@@ -1,4 +1,4 @@
-"""PKT: the reference code's number, and rows for which its gradient is not a number."""
+"""PKT matches the reference code and a loop implementation."""
 
 import pytest
 import torch
@@ -7,11 +7,11 @@ from loss_inputs import STUDENT_VECTORS, TEACHER_VECTORS, drawn
 from stages.losses.pkt import pkt_loss
 
 
-def test_pkt_is_the_reference_codes_number():
+def test_pkt_matches_the_reference_code():
     assert pkt_loss(STUDENT_VECTORS, TEACHER_VECTORS).item() == pytest.approx(0.004604792493, rel=1e-9)
 
 
-def test_pkt_is_the_divergence_of_neighbours():
+def test_pkt_is_the_divergence_of_neighbors():
     student, teacher = drawn(3, 2, seed=1), drawn(3, 4, seed=2)
     total = 0.0
     for i in range(3):

@@ -1,4 +1,4 @@
-"""Knowledge review: the reference code's loss at several scales, and a fusion that runs from deep to shallow."""
+"""ReviewKD: the reference code's loss at several scales, and the fusion from deep to shallow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config_of(**keys):
     return ReviewKDConfig(loss="review_kd", **({"layers": LAYERS} | keys))
 
 
-def test_hcl_is_the_reference_codes_number():
+def test_hcl_matches_the_reference_code():
     assert hcl_loss(STUDENT_HINTS, TEACHER_HINTS).item() == pytest.approx(1.192819862, rel=1e-9)
 
 
@@ -38,7 +38,7 @@ def test_hcl_leaves_out_the_scales_that_a_small_map_lacks():
     assert hcl_loss(pixel, other).item() == pytest.approx(F.mse_loss(pixel, other).item(), rel=1e-12)
 
 
-def test_hcl_gradient_equals_finite_differences():
+def test_hcl_gradient_matches_finite_differences():
     student, teacher = drawn(2, 2, 5, 6, seed=1).requires_grad_(), drawn(2, 2, 5, 6, seed=2)
     assert torch.autograd.gradcheck(lambda maps: hcl_loss(maps, teacher), student)
 
@@ -65,7 +65,7 @@ def naive(module, student, teacher):
     first = first * shares[:, [0]] + middle * shares[:, [1]]
     reviewed = (a.leave(first), b.leave(middle), last)
     targets = (teacher["A"], teacher["B"], teacher["C"][:, :, None, None])
-    return sum(hcl_loss(own, theirs) for own, theirs in zip(reviewed, targets, strict=True))
+    return sum(hcl_loss(own, target) for own, target in zip(reviewed, targets, strict=True))
 
 
 def test_module_fuses_from_deep_to_shallow_and_sums_pairs():
@@ -137,6 +137,6 @@ def test_tokens_are_errors_with_both_shapes():
         config_of(layers=(("c", "C"),)).build({"c": (5, 16)}, {Wanted("C"): (9,)}, FACTS)
 
 
-def test_the_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = config_of()
     assert (config.weight, config.mid_channels, config.warmup_epochs) == (1, None, 20)

@@ -1,4 +1,4 @@
-"""RKD: the reference code's numbers, triplets in blocks, and batches without relations."""
+"""RKD: the reference code's values, triplets in blocks, and batches without relations."""
 
 import itertools
 
@@ -14,12 +14,12 @@ from stages.losses.rkd import RKDConfig, angle_loss, cosines, relative_distances
     ("distance_weight", "angle_weight", "expected"),
     [(25.0, 50.0, 1.218926253), (1.0, 0.0, 0.01601492652), (0.0, 1.0, 0.01637106181)],
 )
-def test_rkd_is_the_reference_codes_number(distance_weight, angle_weight, expected):
+def test_rkd_matches_the_reference_code(distance_weight, angle_weight, expected):
     loss = rkd_loss(STUDENT_VECTORS, TEACHER_VECTORS, distance_weight, angle_weight)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = RKDConfig(loss="rkd", layers=(("a", "b"),))
     assert (config.weight, config.distance_weight, config.angle_weight, config.per_sample) == (1.0, 25.0, 50.0, False)
 

@@ -1,4 +1,4 @@
-"""Which samples a loss is about: just the share that is asked for, in the batch's order, with weights of mean 1."""
+"""Sample selection takes the exact fraction in batch order; weights have mean 1."""
 
 from fractions import Fraction
 from math import ceil
@@ -21,7 +21,7 @@ def teacher(logits):
 
 @given(st.integers(1, 100), st.integers(1, 300))
 def test_fraction_is_rounded_up_exactly(percent, num_samples):
-    """0.07 * 100 is 7.000000000000001 to a computer, and yet 7 samples."""
+    """0.07 * 100 is 7.000000000000001 in float64, but 7 samples."""
     config = Selection(only="hard", share=percent / 100)
     found = select_samples(config, teacher(torch.zeros(num_samples, 2)), torch.zeros(num_samples, dtype=torch.int64))
     assert len(found) == ceil(Fraction(percent, 100) * num_samples)
@@ -49,7 +49,7 @@ def test_all_samples_and_equal_weights_return_none():
 @pytest.mark.parametrize("weigh", WEIGH)
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 100.0, 1e4])
 def test_weights_are_finite_nonnegative_and_of_mean_one(weigh, scale):
-    """A teacher that is sure of everything, or of nothing, leaves nothing to weigh by."""
+    """A teacher that is certain of everything, or of nothing, gives no weights."""
     found = compute_sample_weights(Selection(weigh=weigh), teacher((scale * drawn(8, 10, seed=3)).float()), LABELS)
     assert torch.isfinite(found).all()
     assert (found >= 0).all()

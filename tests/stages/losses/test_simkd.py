@@ -1,4 +1,4 @@
-"""SimKD's loss: the projected map against the teacher's, whichever is larger."""
+"""SimKD's loss compares projected maps with the teacher's, pooling the larger."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_it_is_the_mean_squared_error_of_maps_of_equal_shape():
     assert losses.mean().item() == pytest.approx(1.954606313, rel=1e-9)
 
 
-@pytest.mark.parametrize(("mine", "theirs"), [(8, 4), (4, 8), (7, 5)])
-def test_larger_map_is_pooled(mine, theirs):
-    student, teacher = drawn(3, 6, mine, mine, seed=1), drawn(3, 6, theirs, theirs, seed=2)
-    size = min(mine, theirs)
+@pytest.mark.parametrize(("student_size", "teacher_size"), [(8, 4), (4, 8), (7, 5)])
+def test_larger_map_is_pooled(student_size, teacher_size):
+    student, teacher = drawn(3, 6, student_size, student_size, seed=1), drawn(3, 6, teacher_size, teacher_size, seed=2)
+    size = min(student_size, teacher_size)
     expected = F.mse_loss(F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size))
     assert per_sample(student, teacher).mean().item() == pytest.approx(expected.item(), rel=1e-12)
 
@@ -41,7 +41,7 @@ def test_teachers_map_is_required_at_the_students_size():
     assert CONFIG.wants({"a": (16, 8, 8)}) == (Wanted("b", size=(8, 8)),)
 
 
-def test_the_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     student, teacher = drawn(2, 3, 4, 4, seed=1).requires_grad_(), drawn(2, 3, 2, 2, seed=2)
     assert torch.autograd.gradcheck(lambda maps: per_sample(maps, teacher), student)
 
@@ -74,5 +74,5 @@ def test_exactly_one_pair_is_required(layers):
         SimKDConfig(loss="simkd", layers=layers)
 
 
-def test_the_defaults_are_the_papers():
+def test_defaults_are_the_papers():
     assert (CONFIG.weight, CONFIG.factor, CONFIG.classifier) == (1, 2, ("fc", "fc"))

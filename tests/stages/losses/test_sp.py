@@ -1,4 +1,4 @@
-"""SP: the reference code's number, layers of any shapes, and samples for which a layer is silent."""
+"""SP matches the reference code and a loop implementation."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from loss_inputs import STUDENT_MAPS, TEACHER_MAPS, drawn
 from stages.losses.sp import sp_loss
 
 
-def test_sp_is_the_reference_codes_number():
+def test_sp_matches_the_reference_code():
     assert sp_loss(STUDENT_MAPS, TEACHER_MAPS).item() == pytest.approx(0.0004444366941, rel=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Standardised logits give the reference code's KD, and are safe where logits do not vary."""
+"""Standardized logits match the reference code's KD, and are finite for constant logits."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_only_the_teachers_logits_are_standardized():
     assert torch.equal(outputs.rows(index).features[wanted], inner.features[wanted][index])
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
     assert torch.autograd.gradcheck(standardised, logits)
 

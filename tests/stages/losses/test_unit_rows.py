@@ -1,4 +1,4 @@
-"""Rows of length 1, and what becomes of rows without a direction."""
+"""L2-normalized rows, and rows of zeros."""
 
 import pytest
 import torch

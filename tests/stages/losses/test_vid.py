@@ -1,4 +1,4 @@
-"""Variational information distillation: a Gaussian's negative log-likelihood with a variance that is learnt."""
+"""VID: a Gaussian's negative log-likelihood with a learned variance."""
 
 from __future__ import annotations
 
@@ -123,5 +123,5 @@ def test_variance_stays_above_its_minimum():
     assert torch.isfinite(predictor.log_scale.grad).all()
 
 
-def test_the_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     assert (CONFIG.weight, CONFIG.init_pred_var) == (1, 5)
