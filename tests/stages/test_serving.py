@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stages.pictures import Request
 from tiny_road import CACHE, TEACHER, VIEWS, squares, tiny_setup
 
 from stages.cache_teacher import cache_teacher
@@ -19,6 +18,7 @@ from stages.features import tapped
 from stages.forms import FORMS, INPUT, INPUT_GRADIENT, UNSIZED, Wanted, form_shape, parse_kind, parse_wanted
 from stages.joining import join
 from stages.lesson import Normalisation
+from stages.pictures import Request
 from stages.recompute import recompute
 from stages.serving import arrays_read, serve, smallest
 from stages.store_plan import layers_of
