@@ -55,16 +55,18 @@ class CC(nn.Module):
         super().__init__()
         self.pairs = config.layers
         self.loss = cc_loss if config.form == "code" else correlation_loss
-        self.students = nn.ModuleList(Embedding(student[own], config.dim) for own, _ in self.pairs)
+        self.students = nn.ModuleList(Embedding(student[student_layer], config.dim) for student_layer, _ in self.pairs)
         self.teachers = nn.ModuleList(
-            Embedding(teacher[Wanted(theirs, POOLED)], config.dim) for _, theirs in self.pairs
+            Embedding(teacher[Wanted(teacher_layer, POOLED)], config.dim) for _, teacher_layer in self.pairs
         )
 
     def forward(self, inputs: Said) -> Tensor:
         parts = []
-        for (own, theirs), embed_student, embed_teacher in zip(self.pairs, self.students, self.teachers, strict=True):
-            student = embed_student(inputs.student.features[own])
-            teacher = embed_teacher(inputs.teacher.features[Wanted(theirs, POOLED)])
+        for (student_layer, teacher_layer), embed_student, embed_teacher in zip(
+            self.pairs, self.students, self.teachers, strict=True
+        ):
+            student = embed_student(inputs.student.features[student_layer])
+            teacher = embed_teacher(inputs.teacher.features[Wanted(teacher_layer, POOLED)])
             parts.append(self.loss(gathered(student), gathered(teacher)))
         return torch.stack(parts).sum()
 

@@ -68,15 +68,18 @@ class CRD(nn.Module):
     def __init__(self, config: CRDConfig, student: Shapes, teacher: TeacherShapes, facts: Facts) -> None:
         super().__init__()
         self.pairs = config.layers
-        shapes = [(student[own], teacher[Wanted(theirs, POOLED)]) for own, theirs in self.pairs]
+        shapes = [
+            (student[student_layer], teacher[Wanted(teacher_layer, POOLED)])
+            for student_layer, teacher_layer in self.pairs
+        ]
         self.layers = nn.ModuleList(CRDOfLayer(config, *shape, facts.num_samples) for shape in shapes)
 
     def forward(self, inputs: Said) -> Tensor:
         if inputs.others is None:
             raise ValueError("crd needs negatives (others)")
         parts = [
-            layer(inputs, inputs.others, own, Wanted(theirs, POOLED))
-            for layer, (own, theirs) in zip(self.layers, self.pairs, strict=True)
+            layer(inputs, inputs.others, student_layer, Wanted(teacher_layer, POOLED))
+            for layer, (student_layer, teacher_layer) in zip(self.layers, self.pairs, strict=True)
         ]
         return torch.stack(parts).sum(0)
 

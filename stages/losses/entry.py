@@ -156,7 +156,9 @@ class MapLossConfig(FeatureLossConfig):
         raise NotImplementedError
 
     def wants(self, student: Shapes) -> tuple[Wanted, ...]:
-        return tuple(self.teacher_feature(theirs, student[own]) for own, theirs in self.layers)
+        return tuple(
+            self.teacher_feature(teacher_layer, student[student_layer]) for student_layer, teacher_layer in self.layers
+        )
 
     def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
         features, sizes = self.wants(student), []

@@ -42,12 +42,16 @@ class Hint(nn.Module):
     def __init__(self, pairs: Pairs, student: Shapes, teacher: TeacherShapes) -> None:
         super().__init__()
         self.pairs = pairs
-        self.adapters = nn.ModuleList(adapter(student[own], teacher[Wanted(theirs)]) for own, theirs in pairs)
+        self.adapters = nn.ModuleList(
+            adapter(student[student_layer], teacher[Wanted(teacher_layer)]) for student_layer, teacher_layer in pairs
+        )
 
     def forward(self, inputs: Said) -> Tensor:
         parts = [
-            hint_per_sample(adapt(inputs.student.features[own]), inputs.teacher.features[Wanted(theirs)])
-            for adapt, (own, theirs) in zip(self.adapters, self.pairs, strict=True)
+            hint_per_sample(
+                adapt(inputs.student.features[student_layer]), inputs.teacher.features[Wanted(teacher_layer)]
+            )
+            for adapt, (student_layer, teacher_layer) in zip(self.adapters, self.pairs, strict=True)
         ]
         return torch.stack(parts).sum(0)
 

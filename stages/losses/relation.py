@@ -33,9 +33,9 @@ class RelationLossConfig(FeatureLossConfig):
     def compute(self, inputs: Said) -> Tensor:
         parts = [
             self.compare(
-                gathered(take_form(Wanted(own, self.statistic), inputs.student.features[own])),
-                gathered(inputs.teacher.features[Wanted(theirs, self.statistic)]),
+                gathered(take_form(Wanted(student_layer, self.statistic), inputs.student.features[student_layer])),
+                gathered(inputs.teacher.features[Wanted(teacher_layer, self.statistic)]),
             )
-            for own, theirs in self.layers
+            for student_layer, teacher_layer in self.layers
         ]
         return torch.stack(parts).sum()

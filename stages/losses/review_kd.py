@@ -58,15 +58,18 @@ class ReviewKD(nn.Module):
         widths = [_channels(pair, student[pair[0]], teacher[Wanted(pair[1])]) for pair in config.layers]
         middle = config.mid_channels or min(MAX_CHANNELS, widths[-1][0])
         self.fusions = nn.ModuleList(
-            Fusion(own, middle, theirs, fuses=index < len(widths) - 1) for index, (own, theirs) in enumerate(widths)
+            Fusion(width, middle, teacher_width, fuses=index < len(widths) - 1)
+            for index, (width, teacher_width) in enumerate(widths)
         )
 
     def forward(self, inputs: Said) -> Tensor:
         parts, deeper = [], None
-        for fusion, (own, theirs) in zip(reversed(self.fusions), reversed(self.config.layers), strict=True):
-            target = as_maps(inputs.teacher.features[Wanted(theirs)])
+        for fusion, (student_layer, teacher_layer) in zip(
+            reversed(self.fusions), reversed(self.config.layers), strict=True
+        ):
+            target = as_maps(inputs.teacher.features[Wanted(teacher_layer)])
             size = (target.shape[2], target.shape[3])
-            reviewed, deeper = fusion(as_maps(widened(inputs.student.features[own])), deeper, size)
+            reviewed, deeper = fusion(as_maps(widened(inputs.student.features[student_layer])), deeper, size)
             parts.append(hcl_per_sample(reviewed, target))
         return warmup_factor(self.config.warmup_epochs, inputs.moment) * torch.stack(parts).sum(0)
 

@@ -42,7 +42,10 @@ class VIDConfig(FeatureLossConfig):
     init_pred_var: Annotated[float, Field(gt=MIN_VARIANCE, le=1e6)] = 5.0
 
     def wants(self, student: Shapes) -> tuple[Wanted, ...]:
-        return tuple(Wanted(theirs, size=map_size(as_map_shape(student[own]))) for own, theirs in self.layers)
+        return tuple(
+            Wanted(teacher_layer, size=map_size(as_map_shape(student[student_layer])))
+            for student_layer, teacher_layer in self.layers
+        )
 
     def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
         features = self.wants(student)
