@@ -1,4 +1,4 @@
-"""Reading what a module inside a network gives, by its path, without touching the network's code."""
+"""Extract the outputs of modules inside a network, by module path, with forward hooks."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from stages.models.module_path import module_named
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network gave for a batch: logits [B, num_classes], and its modules' outputs [B, ...] by path."""
+    """Outputs of a network for a batch: logits [B, num_classes], and features [B, ...] by module path."""
 
     logits: Tensor
     features: Mapping[str, Tensor]
 
     def rows(self, index: Tensor) -> Outputs:
-        """The same for some of the samples, int64 [n]."""
+        """Return the outputs for some of the samples, index int64 [n]."""
         return Outputs(self.logits[index], rows_of(self.features, index))
 
     def widened(self) -> Outputs:
-        """The same in float32 or wider."""
+        """Return the same in float32 or wider."""
         return Outputs(widened(self.logits), {layer: widened(feature) for layer, feature in self.features.items()})
 
 
 class TeacherOutputs(Protocol):
-    """What a teacher said about a batch, live or from a store."""
+    """Outputs of a teacher for a batch, computed or read from a store."""
 
     @property
     def features(self) -> Mapping[Wanted, Tensor]:
-        """What a loss wanted of the teacher's layers, [B, ...]."""
+        """Return the required features, [B, ...]."""
 
     def logits_at(self, temperature: float) -> Tensor:
-        """Logits [B, num_classes], float32, that are right in a softmax at `temperature`."""
+        """Return logits [B, num_classes], float32, that are exact in a softmax at `temperature`."""
 
     def rows(self, index: Tensor) -> TeacherOutputs:
-        """The same for some of the samples, int64 [n]."""
+        """Return the outputs for some of the samples, index int64 [n]."""
 
 
 @dataclass(frozen=True)
 class DenseOutputs:
-    """What a teacher said whose logits, [B, num_classes], are all known: the same at any temperature."""
+    """Teacher outputs with all logits, [B, num_classes]: the same at any temperature."""
 
     logits: Tensor
     features: Mapping[Wanted, Tensor]
@@ -63,56 +63,62 @@ K = TypeVar("K")
 
 
 def rows_of(features: Mapping[K, Tensor], index: Tensor) -> dict[K, Tensor]:
-    """Some rows, int64 [n], of each of the features."""
+    """Return some rows, index int64 [n], of each feature."""
     return {key: feature[index] for key, feature in features.items()}
 
 
-class _Enough(Exception):
-    """Everything wanted has been caught."""
+class _AllCaptured(Exception):
+    """All layers have been captured."""
 
 
 class Tap:
-    """A network together with the modules whose outputs are wanted; calling it runs both. Made by `tapped`.
+    """A network with hooks that capture the outputs of some modules. Use `tapped` to create it.
 
-    no_further: nothing runs behind the last of the modules, and the logits have no classes, [B, 0].
+    no_further: stop the forward pass after the last of the modules; the logits are then [B, 0].
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str], *, no_further: bool = False) -> None:
         self._model = model
         self._no_further = no_further
         self._layers = tuple(dict.fromkeys(layers))
-        self._caught: dict[str, Tensor] = {}
-        self._hooks = [module_named(model, layer).register_forward_hook(self._catcher(layer)) for layer in self._layers]
+        self._captured: dict[str, Tensor] = {}
+        self._hooks = [module_named(model, layer).register_forward_hook(self._capture(layer)) for layer in self._layers]
 
     def __call__(self, images: Tensor) -> Outputs:
-        self._caught = {}
+        self._captured = {}
         try:
             logits = self._model(images)
-        except _Enough:
+        except _AllCaptured:
             logits = images.new_empty(len(images), 0)
-        absent = [layer for layer in self._layers if layer not in self._caught]
+        absent = [layer for layer in self._layers if layer not in self._captured]
         if absent:
-            raise ModelError(f"module {absent[0]!r} took no part in the forward pass: name another layer.")
-        return Outputs(logits, self._caught)
+            raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
+        return Outputs(logits, self._captured)
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _catcher(self, layer: str) -> Any:
-        def catch(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _capture(self, layer: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
-                raise ModelError(f"module {layer!r} gives {type(output).__name__}, not a tensor: name another layer.")
-            self._caught[layer] = output
-            if self._no_further and len(self._caught) == len(self._layers):
-                raise _Enough
+                raise ModelError(
+                    f"module {layer!r} outputs {type(output).__name__}, not a tensor: choose another layer."
+                )
+            self._captured[layer] = output
+            if self._no_further and len(self._captured) == len(self._layers):
+                raise _AllCaptured
 
-        return catch
+        return hook
 
 
 @contextmanager
 def tapped(model: nn.Module, layers: Iterable[str], *, no_further: bool = False) -> Iterator[Tap]:
-    """Hook `layers` of `model` while the block runs. A wrong path is a ModelError that lists the nearest ones."""
+    """Hook `layers` of `model` while the block runs.
+
+    Raises:
+        ModelError: A path does not exist; the message has the nearest ones.
+    """
     tap = Tap(model, layers, no_further=no_further)
     try:
         yield tap
@@ -121,7 +127,7 @@ def tapped(model: nn.Module, layers: Iterable[str], *, no_further: bool = False)
 
 
 def feature_shapes(model: nn.Module, layers: Iterable[str], image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The shape of one sample's output, without the batch axis, at each of `layers`, for images (C, H, W)."""
+    """Return the shape of each layer's output, without the batch axis, for images (C, H, W)."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

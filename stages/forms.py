@@ -1,4 +1,4 @@
-"""What of a layer's output a store keeps: the feature map as it is, or the statistic that a loss needs and no more."""
+"""Statistics of a layer's output that a store can hold: the feature map itself, or only what a loss needs."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ SPATIAL_GRAM = "spatial_gram"
 INPUT_GRADIENT = "input_gradient"
 
 INPUT = "input"
-"""The `layer` of what is about the images themselves."""
+"""The `layer` of features of the images themselves."""
 
 NO_GRADIENT = 1e-12
-"""A gradient whose largest number is below this counts as none: scaling it up would only show rounding errors."""
+"""Gradients whose largest element is below this count as zero: scaling them up would only show rounding errors."""
 
 Shape = tuple[int, ...]
-"""Of one sample's tensor, without the batch axis."""
+"""The shape of one sample's tensor, without the batch axis."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One form of one layer's output; `array` is where a store keeps it.
+    """A statistic of a layer's output.
 
-    size: where set, the map is first pooled to (H, W); a loss that asks for it takes any smaller map as well.
+    Attributes:
+        layer: Module path, or "input".
+        form: Name of the statistic.
+        size: (H, W) to which the map is average-pooled first; losses that require it accept smaller maps as well.
     """
 
     layer: str
@@ -41,23 +44,24 @@ class Wanted:
 
     @property
     def kind(self) -> str:
-        """The form with its size, as recipes and stores spell it."""
+        """Return the statistic with its size, as in recipes and stores: `pooled`, `attention-8x8`."""
         return self.form if self.size is None else f"{self.form}-{self.size[0]}x{self.size[1]}"
 
     @property
     def array(self) -> str:
+        """Return the name of its array in a store."""
         return f"{self.kind}/{self.layer}"
 
     @property
     def source(self) -> str:
-        """What it is made of: the layer's output, or the gradient by the pixels."""
+        """Return what it is computed from: the layer's path, or `input_gradient`."""
         return INPUT_GRADIENT if self.form == INPUT_GRADIENT else self.layer
 
     def __str__(self) -> str:
         return self.layer if self.kind == MAP else f"{self.layer}:{self.kind}"
 
     def fitted(self, shape: Shape) -> Wanted:
-        """The same for a layer whose outputs have `shape`: without a size where nothing has to be pooled."""
+        """Return the same for a layer whose outputs have `shape`: without a size if nothing has to be pooled."""
         if self.size is None or len(shape) != 3:
             return replace(self, size=None)
         size = min(shape[1], self.size[0]), min(shape[2], self.size[1])
@@ -68,7 +72,7 @@ KIND = re.compile(r"([a-z_]+)(?:-([1-9]\d{0,4})x([1-9]\d{0,4}))?")
 
 
 def parse_kind(layer: str, text: str) -> Wanted | None:
-    """A form as recipes and stores spell it (`pooled`, `attention-8x8`) of a layer; None where there is none such."""
+    """Parse a statistic as in recipes and stores (`pooled`, `attention-8x8`); None if it is not valid."""
     found = KIND.fullmatch(text)
     if found is None or found[1] not in FORMS or (found[2] and found[1] in UNSIZED):
         return None
@@ -78,35 +82,42 @@ def parse_kind(layer: str, text: str) -> Wanted | None:
 
 
 def parse_wanted(text: str) -> Wanted:
-    """A layer as a recipe names it: `layer3`, its map, or `layer3:pooled`, a statistic. Raises RecipeError."""
+    """Parse a feature as in recipes: `layer3` for the map, `layer3:pooled` for a statistic.
+
+    Raises:
+        RecipeError: It is not valid.
+    """
     layer, colon, kind = text.partition(":")
     wanted = parse_kind(layer, kind if colon else MAP) if layer else None
     if wanted is None:
         raise RecipeError(
-            f"cache.layers has {text!r}: it takes the path of a module, and after a colon one of "
-            f"{', '.join(name for name in FORMS if name not in (MAP, INPUT_GRADIENT))} where not the whole map is "
-            f"kept; or {INPUT}:{INPUT_GRADIENT}."
+            f"cache.layers has {text!r}: expected a module path, optionally followed by a colon and one of "
+            f"{', '.join(name for name in FORMS if name not in (MAP, INPUT_GRADIENT))}; or {INPUT}:{INPUT_GRADIENT}."
         )
     return wanted
 
 
 def take_form(wanted: Wanted, feature: Tensor) -> Tensor:
-    """The wanted form of a batch of a layer's outputs [B, ...]. Raises ModelError where they are no maps."""
+    """Compute a statistic of a layer's outputs [B, ...].
+
+    Raises:
+        ModelError: The statistic needs feature maps, and these are not.
+    """
     if feature.dim() != 4 and wanted.form not in (MAP, POOLED):
         raise ModelError(
-            f"{wanted.layer} gives {list(feature.shape[1:])} a sample: {wanted.form} is of feature maps [C, H, W]. "
-            "Keep it as it is, or name another layer."
+            f"{wanted.layer} outputs {list(feature.shape[1:])} per sample: {wanted.form} needs feature maps [C, H, W]. "
+            "Store the output itself, or choose another layer."
         )
     return FORMS[wanted.form](pool_to(feature, wanted.size) if wanted.size else feature)
 
 
 def form_shape(wanted: Wanted, shape: Shape) -> Shape:
-    """The shape of the wanted form of outputs of `shape`. Raises ModelError where they are no maps."""
+    """Return the shape of a statistic of outputs of `shape`. Raises like `take_form`."""
     return tuple(take_form(wanted, torch.zeros(1, *shape)).shape[1:])
 
 
 def pool_to(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [B, C, H, W], each side that is longer than in `size` averaged down to that; what is no map as it is."""
+    """Average-pool maps [B, C, H, W] to (H, W) = `size`, never enlarging a side; return other features unchanged."""
     if maps.dim() != 4:
         return maps
     smaller = min(maps.shape[2], size[0]), min(maps.shape[3], size[1])
@@ -114,14 +125,14 @@ def pool_to(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pooled(features: Tensor) -> Tensor:
-    """The mean over positions: maps [B, C, H, W] or tokens [B, L, C] to [B, C], in float32 or wider; vectors stay."""
+    """Average maps [B, C, H, W] or tokens [B, L, C] over positions to [B, C], in float32 or wider; vectors stay."""
     if features.dim() == 3:
         return widened(features).mean(1)
     return widened(features).flatten(2).mean(2) if features.dim() > 3 else widened(features)
 
 
 def attention(maps: Tensor) -> Tensor:
-    """Where the layer is active: the mean over channels of the squares, each sample's map scaled to length 1.
+    """Compute attention maps: the mean over channels of the squares, L2-normalized per sample.
 
     [B, C, H, W] to [B, H, W], in float32 or wider. Zagoruyko and Komodakis 2017 (arXiv 1612.03928), activation-based,
     p = 2.
@@ -131,10 +142,10 @@ def attention(maps: Tensor) -> Tensor:
 
 
 def input_attention(gradient: Tensor) -> Tensor:
-    """The attention map [B, H, W] of gradients [B, C, H, W], in float32 or wider, of length 1 however small they are.
+    """Compute the attention maps [B, H, W] of gradients [B, C, H, W], in float32 or wider, however small they are.
 
-    A network that is sure has gradients of 1e-7 and less, whose squares would vanish beside the guard against a
-    division by zero. Scaling by a constant first changes neither the map nor its gradient.
+    A confident network has gradients of 1e-7 and less, whose squares would vanish beside the eps of the normalization.
+    Scaling by a constant first changes neither the map nor its gradient.
     """
     gradient = widened(gradient)
     largest = gradient.detach().abs().amax((1, 2, 3), keepdim=True)
@@ -142,21 +153,23 @@ def input_attention(gradient: Tensor) -> Tensor:
 
 
 def gram(maps: Tensor) -> Tensor:
-    """How channels go together: [B, C, H, W] to [B, C, C], the mean over positions of products, float32."""
+    """Compute Gram matrices of channels, [B, C, H, W] to [B, C, C]: the mean over positions of products, float32."""
     flat = maps.float().flatten(2)
     return torch.bmm(flat, flat.transpose(1, 2)) / flat.shape[2]
 
 
 def spatial_gram(maps: Tensor) -> Tensor:
-    """How positions go together: [B, C, H, W] to [B, H W, H W], in float32 or wider, the mean over channels of products
-    of channel maps that are each scaled to length 1. Huang and Wang 2017 (arXiv 1707.01219), section 4.2.
+    """Compute Gram matrices of positions, [B, C, H, W] to [B, H W, H W], in float32 or wider.
+
+    The mean over channels of products of L2-normalized channel maps. Huang and Wang 2017 (arXiv 1707.01219), section
+    4.2.
     """
     flat = F.normalize(widened(maps).flatten(2), dim=2)
     return torch.bmm(flat.transpose(1, 2), flat) / flat.shape[1]
 
 
 def widened(values: Tensor) -> Tensor:
-    """float32 at the least: sums over a map, and the tail of a softmax, are lost in half precision."""
+    """Return the values in float32 or wider: half precision loses sums over maps and the tail of a softmax."""
     return values if values.dtype.itemsize >= 4 else values.float()
 
 
@@ -170,4 +183,4 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 UNSIZED = (POOLED, INPUT_GRADIENT)
-"""Forms for which pooling the map first means nothing."""
+"""Statistics that do not support pooling the map first."""

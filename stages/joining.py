@@ -1,4 +1,4 @@
-"""Joining a data set's samples to a store's rows, by id, and making sure that they are the same samples."""
+"""Join a data set's samples to a store's rows by id, and check that they are the same samples."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ from stages.serving import Serving, arrays_read, serve
 from store import FingerprintMismatch, StoreError, TargetStore
 
 Missing = Literal["error", "hard-labels"]
-"""What samples without targets are: an error, or taught by their labels alone."""
+"""Handling of samples without targets: an error, or trained with their labels alone."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One store, the rows of the student's samples in it, int64 [N], and what is wanted of it.
+    """A store joined to a data set of N samples.
 
-    Samples that the store lacks, or of whose class the teacher knows nothing, have row -1. class_map: where the
-    teacher's classes are not the data set's.
+    Attributes:
+        store: The opened store.
+        rows: The row of each sample, int64 [N]; -1 if the store or the teacher's classes lack it.
+        features: The sources of the required features.
+        class_map: The map of the teacher's classes, if they are not the data set's.
     """
 
     store: TargetStore
     rows: Tensor
-    servings: tuple[Serving, ...]
+    features: tuple[Serving, ...]
     class_map: ClassMap | None = None
 
     @cached_property
     def names(self) -> list[str]:
-        """The arrays that are read."""
-        return arrays_read(self.store, [serving.wanted for serving in self.servings])
+        """Return the names of the arrays to read."""
+        return arrays_read(self.store, [source.feature for source in self.features])
 
 
 def join(
@@ -51,56 +54,68 @@ def join(
 ) -> Source:
     """Find the rows of `image_set`'s samples in `store`, by id, and check that they are the same samples.
 
-    Raises StoreError for layers that the store lacks, and for samples that it lacks, unless they may be `missing` or
-    the teacher has other classes; FingerprintMismatch for samples whose label or pixels are not those that the teacher
-    saw; RecipeError for a map of classes that are not there.
+    Args:
+        store: The opened store.
+        image_set: The student's data set.
+        wanted: The required features.
+        missing: Whether samples may have no targets.
+        classes: The map of the teacher's classes.
+
+    Raises:
+        StoreError: The store lacks required features, or samples that may not be missing.
+        FingerprintMismatch: The label or the pixels of a sample differ from those that the teacher saw.
+        RecipeError: The class map has a class that does not exist.
     """
     class_map = read_class_map(store, image_set, classes)
     ids = image_set.sample_ids.numpy()
-    at = store.samples.positions_of(ids)
-    known = at >= 0
+    positions = store.samples.positions_of(ids)
+    known = positions >= 0
     if not known.all() and class_map is None:
         _require_may_be_missing(store, ids[~known], len(ids), missing)
-    labels = store.samples.labels[at]
+    labels = store.samples.labels[positions]
     if class_map is not None:
         labels = np.where(known, class_map.to_student(labels), -1)
         known = labels >= 0
-        _require_some(store, at, known)
+        _require_some(store, positions, known)
     rows = np.full(len(ids), -1, np.int64)
     rows[known] = store.rows_of(ids[known])
-    held = store.samples.take(at[known])
+    stored = store.samples.take(positions[known])
     compared = image_set.take(torch.from_numpy(known.nonzero()[0])) if not known.all() else image_set
     _require_equal(store.path, compared, "label", labels[known], compared.labels.numpy())
-    _require_equal(store.path, compared, "pixel checksum", held.pixels_crc32c, pixel_checksums(compared))
-    return Source(store, torch.from_numpy(rows), tuple(serve(store, one) for one in wanted), class_map)
+    _require_equal(store.path, compared, "pixel checksum", stored.pixels_crc32c, pixel_checksums(compared))
+    return Source(store, torch.from_numpy(rows), tuple(serve(store, feature) for feature in wanted), class_map)
 
 
 def _require_may_be_missing(store: TargetStore, absent: NDArray[np.int64], num_samples: int, missing: Missing) -> None:
-    """Raise StoreError where the store may not lack the samples `absent`, or where it lacks them all."""
+    """Raise StoreError if the samples `absent` may not be missing, or if these are all samples."""
     some = f"{store.path} has no targets for {len(absent)} of the {num_samples} samples, such as {absent[:3].tolist()}"
     if len(absent) == num_samples:
-        raise StoreError(f"{some}: it was made from another data set, or with other sample ids.")
+        raise StoreError(f"{some}: it was made from another data set or with other sample ids.")
     if missing == "error":
         raise StoreError(
-            f"{some}: cache them with `kdpipe cache-teacher`, leave them out of the data set, or let them learn from "
-            "their labels alone with student.missing_targets = 'hard-labels'."
+            f"{some}: cache them with `kdpipe cache-teacher`, remove them from the data set, or train on their labels "
+            "alone with student.missing = 'hard-labels'."
         )
 
 
-def _require_some(store: TargetStore, at: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
-    """Raise StoreError where a teacher of other classes teaches none of the samples, which stand `at` positions in its
-    store, -1 for those that it lacks.
+def _require_some(store: TargetStore, positions: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
+    """Raise StoreError if a store with a class map has targets for none of the samples.
+
+    Args:
+        store: The opened store.
+        positions: The samples' positions in the store, -1 for those that it lacks.
+        known: Which samples have targets.
     """
     if known.any():
         return
-    if (at < 0).all():
+    if (positions < 0).all():
         raise StoreError(
-            f"{store.path} has no targets for any of the {len(at)} samples: it was made from another data set, or with "
-            "other sample ids."
+            f"{store.path} has no targets for any of the {len(positions)} samples: it was made from another data set "
+            "or with other sample ids."
         )
     raise StoreError(
-        f"{store.path} has none of the {len(at)} samples in a class that student.teachers.classes maps: its teacher "
-        "has nothing to say of this data set."
+        f"{store.path} has none of the {len(positions)} samples in a class that student.teachers.classes maps: check "
+        "the map, or use a teacher of this data set's classes."
     )
 
 
@@ -108,10 +123,11 @@ def _require_equal(path: Path, image_set: ImageSet, what: str, stored: NDArray[A
     differ = np.flatnonzero(stored != wanted)
     if len(differ):
         pairs = [
-            (f"{what} of sample {int(image_set.sample_ids[at])}", int(stored[at]), int(wanted[at])) for at in differ[:3]
+            (f"{what} of sample {int(image_set.sample_ids[index])}", int(stored[index]), int(wanted[index]))
+            for index in differ[:3]
         ]
         advice = (
-            f"In all, {len(differ)} of {len(wanted)} samples differ: use the data set that the teacher saw, or cache "
-            "again into another store."
+            f"In total, {len(differ)} of {len(wanted)} samples differ: use the data set that the teacher saw, or cache "
+            "into another store."
         )
         raise FingerprintMismatch(f"the store {path}", pairs, advice)

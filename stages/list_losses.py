@@ -1,13 +1,14 @@
-"""What losses there are, read off the sections of their entries: what each minimises, needs of the teacher, and takes.
+"""Describe the losses for `kdpipe losses`: what each minimizes, requires of the teacher, and takes as keys.
 
-Nothing here knows a loss by name: keys and types come from the section's fields, what is stored from what an example of
-it wants of a layer.
+Everything is read from the losses' configurations: keys and types from their fields, texts from their docstrings, and
+stored features from an example.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
@@ -16,12 +17,11 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from stages.errors import RecipeError
-from stages.forms import ATTENTION, INPUT_GRADIENT, MAP, POOLED, SPATIAL_GRAM, Wanted
+from stages.forms import ATTENTION, INPUT_GRADIENT, MAP, POOLED, SPATIAL_GRAM
 from stages.losses.entry import Entry, Response
 from stages.losses.terms import LOSSES
 from stages.schedules import Ramp
-
-LOGITS = "logits"
+from stages.serving import LOGITS
 
 FORM_TEXTS = {
     LOGITS: "logits",
@@ -32,21 +32,29 @@ FORM_TEXTS = {
     SPATIAL_GRAM: "Gram matrix of positions [HW, HW] of each layer",
     INPUT_GRADIENT: "input gradient's attention map [H, W]",
 }
-"""What a store keeps of the teacher, in words, by form."""
+"""Descriptions of the statistics that a store can hold."""
 
 STUDENT_MAPS = {"small": (64, 8, 8), "large": (64, 56, 56)}
-"""Example layers of a student, for which a loss may want different forms of the teacher's."""
+"""Example shapes of a student's layer, for which a loss may require different statistics of the teacher's."""
 
 EVERY_ENTRY, ON_LOGITS = "every entry", "losses on logits"
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key of an entry. type: in words. default: None where it is not set, and where it is `required`. shared_by:
-    which other losses have it too; None where it is the loss's own.
+    """A key of an entry.
+
+    Attributes:
+        name: Dotted for keys of a nested section, as `--set` takes them.
+        text: The description.
+        type: The accepted values, in words.
+        default: None if it is not set, or if the key is required.
+        required: Whether there is no default.
+        shared_by: Which other losses have the key; None if it is the loss's own.
     """
 
     name: str
+    text: str
     type: str
     default: Any
     required: bool
@@ -55,8 +63,13 @@ class Key:
 
 @dataclass(frozen=True)
 class Stored:
-    """What is needed of the teacher in a store. form: as in `cache.layers`, or "logits". of: of which of the student's
-    layers, those with "small" or "large" maps, or "any". to_students_size: whether larger maps are pooled first.
+    """A feature of the teacher that a loss requires in the store.
+
+    Attributes:
+        form: The statistic, as in `cache.layers`, or "logits".
+        text: Its description.
+        of: The student's layers that it is for: those with "small" or "large" maps, or "any".
+        to_students_size: Whether maps larger than the student's are pooled first.
     """
 
     form: str
@@ -67,13 +80,15 @@ class Stored:
 
 @dataclass(frozen=True)
 class Loss:
-    """What `kdpipe losses` says of a loss. minimised: the first line of description. per_sample: whether samples can be
-    weighed one by one; else it is about the batch. num_others, whole_logits, one_label, input_gradient: as in `Entry`.
-    reads_others: whether what the teacher says of the others is read too, at the default keys.
+    """Description of a loss; its properties are those of `Entry`.
+
+    Attributes:
+        summary: The first line of the description.
+        reads_others: Whether the teacher's features of the negatives are read, at the default keys.
     """
 
     name: str
-    minimised: str
+    summary: str
     description: str
     paper: str
     stored: tuple[Stored, ...]
@@ -90,31 +105,51 @@ class Loss:
 
 
 def list_losses() -> list[Loss]:
-    """All losses, in the order in which the recipe's schema has them."""
-    return [_loss(kind) for kind in LOSSES]
+    """Return descriptions of all losses."""
+    return [_describe(kind) for kind in LOSSES]
 
 
 def find_loss(name: str) -> Loss:
-    """The loss called `name`. Raises RecipeError, with the names that are near, where there is none."""
+    """Return the description of a loss.
+
+    Raises:
+        RecipeError: There is no such loss; the message has the nearest names.
+    """
     losses = {loss.name: loss for loss in list_losses()}
     if name in losses:
         return losses[name]
     near = get_close_matches(name.lower(), losses, 3, 0.5)
-    hint = f"nearest: {', '.join(near)}." if near else f"known are {', '.join(losses)}."
-    raise RecipeError(f"no loss is called {name[:80]!r}: {hint}")
+    hint = f"nearest: {', '.join(near)}." if near else f"available: {', '.join(losses)}."
+    raise RecipeError(f"unknown loss {name[:80]!r}; {hint}")
 
 
-def spelled(default: Any) -> str:
-    """A default as a recipe would write it; "not set" for None."""
+def format_default(default: Any) -> str:
+    """Return a default as a recipe would write it; "not set" for None."""
     return "not set" if default is None else json.dumps(default)
 
 
-def _loss(kind: type[Entry]) -> Loss:
-    description = inspect.cleandoc(kind.__doc__ or "")
+def description_of(kind: type[Any]) -> str:
+    """Return the docstring of a recipe section without its "Attributes:"."""
+    return inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:")[0]
+
+
+def attributes_of(kind: type[Any]) -> dict[str, str]:
+    """Return the descriptions of a section's keys by name, from its docstring and those of its base classes."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        block = inspect.cleandoc(vars(base).get("__doc__") or "").partition("\n\nAttributes:\n")[2]
+        for entry in re.split(r"\n    (?! )", "\n" + block)[1:]:
+            name, _, text = entry.partition(":")
+            texts[name] = " ".join(text.split())
+    return texts
+
+
+def _describe(kind: type[Entry]) -> Loss:
+    description = description_of(kind)
     example = _example(kind)
     return Loss(
         name=example.loss,
-        minimised=description.partition("\n")[0],
+        summary=description.partition("\n")[0],
         description=description,
         paper=kind.paper,
         stored=tuple(_stored(example)),
@@ -129,7 +164,7 @@ def _loss(kind: type[Entry]) -> Loss:
 
 
 def _example(kind: type[Entry]) -> Entry:
-    """An entry with all defaults, at one pair of layers where it takes layers."""
+    """Return an entry with all defaults, with one pair of layers if it takes layers."""
     hints = _hints(kind)
     layers: dict[str, Any] = {"layers": (("student", "teacher"),)} if "layers" in hints else {}
     return kind(loss=get_args(hints["loss"])[0], **layers)
@@ -138,20 +173,19 @@ def _example(kind: type[Entry]) -> Entry:
 def _stored(example: Entry) -> Iterator[Stored]:
     if example.on_logits:
         yield Stored(LOGITS, FORM_TEXTS[LOGITS], "any", False)
-    wanted = {size: [_form(one) for one in example.wants({"student": shape})] for size, shape in STUDENT_MAPS.items()}
-    alike = wanted["small"] == wanted["large"]
-    for of, forms in {"any": wanted["small"]}.items() if alike else wanted.items():
-        for form, to_students_size in forms:
+    required = {
+        size: [(feature.form, feature.size is not None) for feature in example.wants({"student": shape})]
+        for size, shape in STUDENT_MAPS.items()
+    }
+    if required["small"] == required["large"]:
+        required = {"any": required["small"]}
+    for of, features in required.items():
+        for form, to_students_size in features:
             yield Stored(form, FORM_TEXTS[form], of, to_students_size)
 
 
-def _form(wanted: Wanted) -> tuple[str, bool]:
-    return wanted.form, wanted.size is not None
-
-
 def _keys(kind: type[Any], prefix: str = "") -> Iterator[Key]:
-    """The keys of a section; those of a section inside it by their path, as `--set` takes them."""
-    hints = _hints(kind)
+    hints, texts = _hints(kind), attributes_of(kind)
     for field in fields(kind):
         if field.name == "loss":
             continue
@@ -161,7 +195,8 @@ def _keys(kind: type[Any], prefix: str = "") -> Iterator[Key]:
         default = _default(field)
         required = default is MISSING
         name = prefix + field.name
-        yield Key(name, in_words(hints[field.name]), None if required else default, required, _shared_by(name))
+        value_type = type_in_words(hints[field.name])
+        yield Key(name, texts[field.name], value_type, None if required else default, required, _shared_by(name))
 
 
 def _default(field: Field[Any]) -> Any:
@@ -170,9 +205,9 @@ def _default(field: Field[Any]) -> Any:
 
 def _shared_by(name: str) -> str | None:
     first = name.partition(".")[0]
-    for whose, section in ((EVERY_ENTRY, Entry), (ON_LOGITS, Response)):
+    for losses, section in ((EVERY_ENTRY, Entry), (ON_LOGITS, Response)):
         if first in {field.name for field in fields(section)}:
-            return whose
+            return losses
     return None
 
 
@@ -180,29 +215,29 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
-WORDS = {float: "number", int: "whole number", str: "text", bool: "true or false", Ramp: "ramp"}
+TYPE_NAMES = {float: "number", int: "whole number", str: "text", bool: "true or false", Ramp: "ramp"}
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
-def in_words(hint: Any) -> str:
-    """What a key takes, for people: "number >= 0 or ramp", "list of [text, text], 1 or more"."""
+def type_in_words(hint: Any) -> str:
+    """Return a type hint in words, such as "number >= 0 or ramp" or "list of [text, text], 1 or more"."""
     inner, bounds = _unwrapped(hint)
     origin, arguments = get_origin(inner), get_args(inner)
     if origin is Literal:
         return _either([json.dumps(argument) for argument in arguments])
     if origin in (Union, UnionType):
-        return _either([in_words(argument) for argument in arguments if argument is not type(None)])
+        return _either([type_in_words(argument) for argument in arguments if argument is not type(None)])
     if origin is tuple and arguments[1:] == (...,):
-        return f"list of {in_words(arguments[0])}{_length(bounds)}"
+        return f"list of {type_in_words(arguments[0])}{_length(bounds)}"
     if origin is tuple:
-        return f"[{', '.join(map(in_words, arguments))}]"
+        return f"[{', '.join(map(type_in_words, arguments))}]"
     limits = [f"{sign} {bounds[name]:g}" for name, sign in SIGNS.items() if name in bounds]
-    return f"{WORDS.get(inner, getattr(inner, '__name__', str(inner)))} {' and '.join(limits)}".strip()
+    return f"{TYPE_NAMES.get(inner, getattr(inner, '__name__', str(inner)))} {' and '.join(limits)}".strip()
 
 
 def _unwrapped(hint: Any) -> tuple[Any, dict[str, Any]]:
-    """The type itself, and the bounds that pydantic's annotations set it: ge, gt, le, lt, min_length, max_length."""
+    """Return the type without its annotations, and pydantic's bounds: ge, gt, le, lt, min_length, max_length."""
     if get_origin(hint) is not Annotated:
         return hint, {}
     inner, *notes = get_args(hint)
@@ -212,10 +247,10 @@ def _unwrapped(hint: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _length(bounds: dict[str, Any]) -> str:
-    least, most = bounds.get("min_length", 0), bounds.get("max_length")
-    if least == most:
-        return f", just {least}"
-    return f", {least} or more" if least else ""
+    lowest, highest = bounds.get("min_length", 0), bounds.get("max_length")
+    if lowest == highest:
+        return f", exactly {lowest}"
+    return f", {lowest} or more" if lowest else ""
 
 
 def _either(options: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Losses tried on networks before anything is trained or cached: what cannot be taught is refused at once."""
+"""Build the losses on the networks before anything is trained or cached, so that errors are raised early."""
 
 from __future__ import annotations
 
@@ -22,8 +22,17 @@ from stages.train_student import StudentConfig, fresh_student
 def rehearse_losses(
     losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, setup: Setup, *, where: str = "distill"
 ) -> None:
-    """Raise RecipeError, naming the entry of `where` and whose layer it is, for losses by which student and teacher,
-    trained or not, cannot be joined.
+    """Build each loss for the untrained student and the teacher.
+
+    Args:
+        losses: The losses' configurations.
+        student: The recipe's `student` section.
+        teacher: The teacher, trained or not.
+        setup: The stage context.
+        where: The recipe key of the losses, for error messages.
+
+    Raises:
+        RecipeError: A loss cannot be built; the message names the entry, and the network of the layer.
     """
     num_stores = max(1, len(student.stores))
     check_teachers(student.teachers, num_stores)
@@ -31,20 +40,20 @@ def rehearse_losses(
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
         if (loss.store or 0) >= num_stores:
-            raise RecipeError(f"{entry} names store {loss.store}; there are {num_stores}, counted from 0.")
+            raise RecipeError(f"{entry} uses store {loss.store}, but there are {num_stores}, counted from 0.")
         try:
             model = model or _student(losses, student, teacher, setup)
             shapes = feature_shapes(model, loss.student_layers(), setup.image_shape)
         except ModelError as error:
             raise RecipeError(f"{entry}, the student: {error}") from error
-        except RecipeError as error:  # a projector that fits nowhere
+        except RecipeError as error:  # the projector does not fit
             raise RecipeError(f"{entry}: {error}") from error
-        if (loss.store or 0) == 0:  # else it is another teacher's, which is not here
+        if (loss.store or 0) == 0:  # the teachers of other stores are not available
             _build(loss, shapes, teacher, setup, entry=entry)
 
 
 def _student(losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, setup: Setup) -> nn.Module:
-    """The untrained student with what any of `losses` makes part of it."""
+    """Build the untrained student, with the modules that `losses` add to it."""
     model = fresh_student(student, student.seeds[0], setup).model
     for loss in losses:
         if isinstance(loss, SimKDConfig) and loss.teacher is None:
@@ -55,10 +64,13 @@ def _student(losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module
 
 
 def _build(loss: Entry, shapes: Shapes, teacher: nn.Module, setup: Setup, *, entry: str) -> None:
-    wanted = loss.wants(shapes)
+    features = loss.wants(shapes)
     try:
-        given = source_shapes(teacher, wanted, setup.image_shape)
-        stored = {one: form_shape(one.fitted(given[one.source]), given[one.source]) for one in wanted}
+        sources = source_shapes(teacher, features, setup.image_shape)
+        stored = {
+            feature: form_shape(feature.fitted(sources[feature.source]), sources[feature.source])
+            for feature in features
+        }
     except ModelError as error:
         raise RecipeError(f"{entry}, the teacher: {error}") from error
     try:

@@ -1,13 +1,14 @@
-"""SimKD's student: after its last map a projector to the teacher's channels, and then the teacher's own classifier.
+"""Build SimKD's student: its last map, a projector to the teacher's channels, and the teacher's classifier.
 
 Chen et al. 2022 (arXiv 2203.14001). The module at the pair's student path becomes a sequence of itself, as `body`, and
-the projector, as `projector`, so that whoever hooks that path gets the projected map; paths inside it, such as
-`layer3.0`, are `layer3.body.0` from then on.
+the projector, as `projector`, so that a hook at that path gets the projected map; paths inside it, such as `layer3.0`,
+become `layer3.body.0`.
 
-student = reuse_classifier(student, config, image_shape, linear_of(teacher, config.classifier[1]), seed=0)
-# in another process, years later
-student = with_projector(build_the_same_student(), config, image_shape, num_features=256, num_classes=100, bias=True)
-student.load_state_dict(weights)  # strict
+Example:
+    student = reuse_classifier(student, config, image_shape, linear_of(teacher, config.classifier[1]), seed=0)
+    # in another process
+    student = with_projector(build_same_student(), config, image_shape, num_features=256, num_classes=100, bias=True)
+    student.load_state_dict(weights)  # strict
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ ImageShape = tuple[int, int, int]
 def with_teachers_classifier(
     network: Network, config: SimKDConfig, run: Path, image_shape: ImageShape, seed: int
 ) -> Network:
-    """`network`, in place, with a projector and the classifier of the teacher whose weights the recipe names, or whose
-    they are in the folder `run`; the record of its architecture says so. Raises what `reuse_classifier` raises.
+    """Add a projector and the teacher's classifier to `network`, in place, and to the record of its architecture.
+
+    The teacher's weights are those that the recipe names, or else those in the folder `run`. Raises like
+    `reuse_classifier`.
     """
     classifier = stored_linear(teacher_file(config, run), config.classifier[1])
     reuse_classifier(network.model, config, image_shape, classifier, seed=seed)
@@ -52,29 +55,27 @@ def with_teachers_classifier(
 
 
 def teacher_file(config: SimKDConfig, run: Path) -> Path:
-    """Where the weights of the teacher are whose classifier is reused. Raises RecipeError where there is no file."""
+    """Return the file with the teacher's weights. Raises RecipeError if there is none."""
     path = Path(config.teacher) if config.teacher else run / "teacher" / "model.safetensors"
     if not path.exists():
-        raise RecipeError(
-            f"simkd reuses the teacher's classifier, and there is no file {path}: name it as its teacher."
-        )
+        raise RecipeError(f"simkd needs the teacher's classifier, but {path} does not exist: set the loss's teacher.")
     return path
 
 
 def require_teacher(config: SimKDConfig, run: Path, teacher: Mapping[str, Any], store: Path) -> None:
     """Raise FingerprintMismatch unless the file's weights are those of the teacher that filled `store`."""
-    held = state_sha256(load_tensors(teacher_file(config, run))[0])
-    if found := differences(teacher.get("weights_sha256"), held, "weights_sha256"):
-        advice = f"{store} was filled by another teacher: name that one's file as simkd's teacher."
+    actual = state_sha256(load_tensors(teacher_file(config, run))[0])
+    if found := differences(teacher.get("weights_sha256"), actual, "weights_sha256"):
+        advice = f"{store} is of another teacher: set simkd's teacher to the file of that one."
         raise FingerprintMismatch(f"the teacher in {teacher_file(config, run)}", found, advice)
 
 
 def stored_linear(path: Path, layer: str) -> nn.Linear:
-    """The linear layer called `layer` in a file of weights. Raises RecipeError where there is none."""
+    """Load the linear layer at path `layer` from a weights file. Raises RecipeError if there is none."""
     tensors, _ = load_tensors(path)
     weight, bias = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}.bias")
     if weight is None or weight.dim() != 2:
-        linear = sorted(name.removesuffix(".weight") for name, one in tensors.items() if one.dim() == 2)
+        linear = sorted(name.removesuffix(".weight") for name, tensor in tensors.items() if tensor.dim() == 2)
         raise RecipeError(
             f"simkd.classifier: the teacher in {path} has no linear layer {layer!r}; it has "
             f"{', '.join(linear) or 'none'}."
@@ -85,23 +86,32 @@ def stored_linear(path: Path, layer: str) -> nn.Linear:
 
 
 def linear_of(teacher: nn.Module, path: str) -> nn.Linear:
-    """The teacher's classifier. Raises ModelError for an unknown path, RecipeError where no linear layer is there."""
+    """Return the teacher's classifier. Raises ModelError for an unknown path, RecipeError for other layers."""
     classifier = module_named(teacher, path)
     if isinstance(classifier, nn.Linear):
         return classifier
     raise RecipeError(
-        f"simkd.classifier names the teacher's {path}, a {type(classifier).__name__}: only a linear layer, "
-        "that sees the last map averaged, can be reused."
+        f"simkd.classifier is the teacher's {path}, a {type(classifier).__name__}: only a linear layer after average "
+        "pooling can be reused."
     )
 
 
 def reuse_classifier(
     student: nn.Module, config: SimKDConfig, image_shape: ImageShape, classifier: nn.Linear, *, seed: int
 ) -> nn.Module:
-    """Give `student`, in place, a projector, initialised from `seed`, and the teacher's classifier, copied and frozen.
+    """Add a projector, initialized from `seed`, and a frozen copy of the teacher's classifier to `student`, in place.
 
-    image_shape: (C, H, W). Raises ModelError for an unknown path, and RecipeError where the student's layer gives no
-    maps, or the student does not run with these parts; it is then as it was.
+    Args:
+        student: The network to change.
+        config: The loss's configuration.
+        image_shape: (C, H, W).
+        classifier: The teacher's classifier.
+        seed: Seed of the projector's weights.
+
+    Raises:
+        ModelError: A module path does not exist.
+        RecipeError: The student's layer does not output maps, or the student does not run with these parts; it is left
+            unchanged.
     """
     with_projector(
         student,
@@ -126,12 +136,12 @@ def with_projector(
     bias: bool = True,
     seed: int = 0,
 ) -> nn.Module:
-    """The same modules without the teacher's weights, for weights that are loaded next; `student` is changed in place.
+    """Add the same modules without the teacher's weights, which are loaded next, to `student`, in place.
 
-    num_features, num_classes, bias: of the teacher's classifier. Raises like `reuse_classifier`.
+    `num_features`, `num_classes` and `bias` are those of the teacher's classifier. Raises like `reuse_classifier`.
     """
     layer, path = config.layers[0][0], config.classifier[0]
-    body, old = module_named(student, layer), module_named(student, path)
+    body, original = module_named(student, layer), module_named(student, path)
     channels = _channels(student, layer, image_shape)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -143,30 +153,31 @@ def with_projector(
     _replace(student, layer, nn.Sequential(parts))
     try:
         _require_logits(student, image_shape, num_classes)
-    except Exception as error:  # networks fail on a misfit in any way they like
+    except Exception as error:  # networks raise anything on a shape mismatch
         _replace(student, layer, body)
-        _replace(student, path, old)
+        _replace(student, path, original)
         raise RecipeError(
             f"simkd: the student does not run with a projector of {num_features} channels after {layer} and the "
-            f"teacher's classifier as {path} ({cause(error)}): name the last map before the pool, and the classifier."
+            f"teacher's classifier as {path} ({cause(error)}): choose the last map before pooling, and the classifier."
         ) from error
     return student
 
 
 def last_of_projector(config: SimKDConfig) -> str:
-    """The path of the projector's last convolution, whose channels the teacher's classifier sees."""
+    """Return the path of the projector's last convolution, whose output goes to the teacher's classifier."""
     return f"{config.layers[0][0]}.projector.6"
 
 
 def projector(channels: int, num_features: int, factor: int) -> nn.Sequential:
-    """[B, channels, H, W] to [B, num_features, H, W]: 1x1, 3x3 and 1x1 convolutions, each with BN and ReLU, the middle
-    one `factor` times narrower than the result.
+    """Build a projector [B, channels, H, W] to [B, num_features, H, W].
+
+    1x1, 3x3 and 1x1 convolutions, each with batch norm and ReLU; inside it is `factor` times narrower than the result.
     """
     middle = max(1, num_features // factor)
     widths = (channels, middle, middle, num_features)
     layers: list[nn.Module] = []
-    for kernel, width, wider in zip((1, 3, 1), widths[:-1], widths[1:], strict=True):
-        layers += [nn.Conv2d(width, wider, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]
+    for kernel, width, out in zip((1, 3, 1), widths[:-1], widths[1:], strict=True):
+        layers += [nn.Conv2d(width, out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
@@ -175,8 +186,8 @@ def _channels(student: nn.Module, layer: str, image_shape: ImageShape) -> int:
     if len(shape) == 3:
         return int(shape[0])
     raise RecipeError(
-        f"simkd: the student's {layer} gives {list(shape)} a sample, wanted a map [C, H, W]: name the last map before "
-        "the pool."
+        f"simkd: the student's {layer} outputs {list(shape)} per sample, expected a map [C, H, W]: choose the last map "
+        "before pooling."
     )
 
 
@@ -186,7 +197,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _require_logits(student: nn.Module, image_shape: ImageShape, num_classes: int) -> None:
-    """Run two black images. Raises ModelError where the result is not logits; and what the network itself raises."""
+    """Run two black images. Raises ModelError if the result is not logits, and whatever the network raises."""
     was_training = student.training
     student.eval()
     try:
@@ -195,4 +206,4 @@ def _require_logits(student: nn.Module, image_shape: ImageShape, num_classes: in
     finally:
         student.train(was_training)
     if list(logits.shape) != [2, num_classes]:
-        raise ModelError(f"it makes {list(logits.shape)} of two images, wanted logits [2, {num_classes}]")
+        raise ModelError(f"it outputs {list(logits.shape)} for two images, expected logits [2, {num_classes}]")

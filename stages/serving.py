@@ -1,7 +1,8 @@
-"""How a store serves what a loss wants: by an array that holds just that, or by a map from which it is made."""
+"""Find the stored array for a required feature: the feature itself, or a map from which it is computed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,72 +13,75 @@ from store import StoreError, TargetStore
 
 LOGITS = "logits"
 
-TELLING = (MAP, ATTENTION)
-"""Forms whose arrays have the height and width of the maps: of others a name must say to what these were pooled."""
+SPATIAL = (MAP, ATTENTION)
+"""Statistics whose arrays have the maps' height and width; the names of others must give the size of pooled maps."""
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What is `wanted`, the array that is read for it, what is made of that (None: nothing), and the shape of the
-    result, without the batch axis.
+    """The source of a required feature in a store.
+
+    Attributes:
+        feature: The required feature.
+        array: The name of the array to read.
+        computed: The statistic to compute from the array; None to use it as it is.
+        shape: The feature's shape, without the batch axis.
     """
 
-    wanted: Wanted
+    feature: Wanted
     array: str
-    made: Wanted | None
+    computed: Wanted | None
     shape: Shape
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Rows of the array, [B, ...], to what is wanted, [B, *shape]."""
-        return rows if self.made is None else take_form(self.made, rows)
+        """Compute the feature, [B, *shape], from rows of the array, [B, ...]."""
+        return rows if self.computed is None else take_form(self.computed, rows)
 
 
 def serve(store: TargetStore, wanted: Wanted) -> Serving:
-    """How `store` serves `wanted`. Raises StoreError, naming what it lacks and the command that adds it."""
+    """Find the source of a required feature in a store.
+
+    Raises:
+        StoreError: The store has none; the message has the command that adds it.
+    """
     shapes = {spec.name: spec.row_shape for spec in store.arrays}
     plain = replace(wanted, size=None)
-    for one in (wanted, plain):
-        if one.array in shapes and (one == wanted or _fits(shapes[one.array], wanted)):
-            return Serving(wanted, one.array, None, shapes[one.array])
+    for candidate in (wanted, plain):
+        array = candidate.array
+        if array in shapes and (candidate == wanted or _fits(shapes[array], wanted)):
+            return Serving(wanted, array, None, shapes[array])
     whole = Wanted(wanted.layer, MAP)
     if whole.array in shapes and wanted.form != INPUT_GRADIENT:
-        made = wanted.fitted(shapes[whole.array])
-        return Serving(wanted, whole.array, made, form_shape(made, shapes[whole.array]))
-    held = ", ".join(shapes)
+        computed = wanted.fitted(shapes[whole.array])
+        return Serving(wanted, whole.array, computed, form_shape(computed, shapes[whole.array]))
     raise StoreError(
-        f"{store.path} holds no {wanted.kind} of {wanted.layer!r}, only {held}: run `kdpipe cache-teacher` with this "
-        f"recipe, or with cache.layers = ['{wanted}'] in the recipe that made the store, and it is added."
+        f"{store.path} has no {wanted.kind} of {wanted.layer!r}, only {', '.join(shapes)}: run `kdpipe cache-teacher` "
+        f"with this recipe to add it, or with cache.layers = ['{wanted}'] in the recipe that made the store."
     )
 
 
 def arrays_read(store: TargetStore, wanted: Sequence[Wanted]) -> list[str]:
-    """The arrays that hold a store's logits and serve `wanted`. Raises what `serve` raises."""
+    """Return the arrays with a store's logits and the required features. Raises like `serve`."""
     logits = [spec.name for spec in store.arrays if spec.name.startswith(LOGITS)]
-    return list(dict.fromkeys([*logits, *[serve(store, one).array for one in wanted]]))
+    return list(dict.fromkeys([*logits, *[serve(store, feature).array for feature in wanted]]))
 
 
 def smallest(wanted: Wanted, shape: Shape) -> Wanted:
-    """What to store of a layer whose outputs have `shape`, so that `wanted` can be served: it, or the map where that
-    is no larger. A gradient by the pixels cannot be made of a map.
+    """Return what to store of a layer whose outputs have `shape` for a required feature: it, or the map if not larger.
+
+    Input gradients cannot be computed from a map.
     """
-    fitted = wanted.fitted(shape) if wanted.form in (*TELLING, SPATIAL_GRAM) else wanted
+    fitted = wanted.fitted(shape) if wanted.form in (*SPATIAL, SPATIAL_GRAM) else wanted
     whole = Wanted(wanted.layer, MAP)
     made = form_shape(fitted, shape)
-    keeps_map = wanted.form != INPUT_GRADIENT and _num_elements(shape) <= _num_elements(made)
+    keeps_map = wanted.form != INPUT_GRADIENT and math.prod(shape) <= math.prod(made)
     return whole if keeps_map else fitted
 
 
-def _num_elements(shape: Shape) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
-
-
 def _fits(shape: Shape, wanted: Wanted) -> bool:
-    """Whether an array of rows of `shape`, of maps in their own size, is of maps no larger than wanted."""
+    """Return whether an array with rows of `shape`, computed from unpooled maps, fits the required size."""
     if wanted.size is None:
         return True
     if wanted.form == SPATIAL_GRAM:
         return shape[0] <= wanted.size[0] * wanted.size[1]
-    return wanted.form in TELLING and (len(shape) < 2 or (shape[-2] <= wanted.size[0] and shape[-1] <= wanted.size[1]))
+    return wanted.form in SPATIAL and (len(shape) < 2 or (shape[-2] <= wanted.size[0] and shape[-1] <= wanted.size[1]))

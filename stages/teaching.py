@@ -1,4 +1,4 @@
-"""The teaching of a student: the stores it learns from, opened and checked, and the losses that read them."""
+"""Open and check the stores that a student is distilled from, and the losses that read them."""
 
 from __future__ import annotations
 
@@ -41,10 +41,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Teaching:
-    """The stores of a run, the losses that learn from them, and what the recipe says about that.
+    """The stores and losses of a distillation, with their settings.
 
-    shapes: of what the losses hook in the student. accuracies: each teacher's share of right answers on the test
-    images, where they decide its weight.
+    Attributes:
+        stores: The opened stores, one per teacher.
+        shapes: The shapes of the student's features that the losses use.
+        losses: The losses' configurations.
+        accuracies: Each teacher's accuracy on the test images, if they decide its weight.
     """
 
     stores: Sequence[TargetStore]
@@ -58,7 +61,7 @@ class Teaching:
     label_smoothing: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the teaching's numbers."""
+        """Return everything that decides the results."""
         record = {
             "stores": [store.manifest.numbers_sha256(names) for store, names in self._names()],
             "order": slab_window(self._names(), self.read),
@@ -66,7 +69,6 @@ class Teaching:
             "hard_label_weight": amount_json(self.hard_label_weight),
             "missing": self.missing,
         }
-        # What is as it was before there was a choice is not written: jobs of older versions stay what they are.
         if self.teachers != TeachersConfig():
             record["teachers"] = asdict(self.teachers)
         if self.accuracies is not None:
@@ -77,67 +79,64 @@ class Teaching:
 
     @property
     def wanted(self) -> list[list[Wanted]]:
-        """What is wanted of each store."""
+        """Return the features required of each store."""
         return [wanted_of(self.losses, self.shapes, number) for number in range(len(self.stores))]
 
     def of(self, losses: Sequence[Entry]) -> Teaching:
-        """The same with these losses alone."""
+        """Return the same with these losses alone."""
         return replace(self, losses=tuple(losses))
 
     @property
     def main(self) -> Teaching:
-        """The teaching of the student's own training: without the stages that come before it."""
+        """Return the losses of the student's own training: without the FitNet stages before it."""
         return self.of([loss for loss in self.losses if not isinstance(loss, FitNetConfig)])
 
     def sources(self, setup: Setup) -> list[Source]:
-        """The stores, joined to the training samples. Raises what `join` raises."""
+        """Return the stores, joined to the training samples. Raises like `join`."""
         return [
             join(store, setup.train_set, wanted, self.missing, self.teachers.class_map(number))
             for number, (store, wanted) in enumerate(zip(self.stores, self.wanted, strict=True))
         ]
 
     def _names(self) -> list[tuple[TargetStore, list[str]]]:
-        """Each store with the arrays that are read of it."""
+        """Return each store with the arrays that are read of it."""
         return [(store, arrays_read(store, wanted)) for store, wanted in zip(self.stores, self.wanted, strict=True)]
 
 
 def _loss_json(loss: Entry) -> dict[str, Any]:
-    """What decides a loss, without the common keys that are as they are by default."""
-    defaults = {"store": None, "samples": asdict(Selection()), "standardize": False}
+    """Return what decides a loss, without common keys at their defaults."""
+    defaults = {"store": None, "samples": asdict(Selection()), "standardise": False}
     record = {key: value for key, value in deciding(loss).items() if key not in defaults or value != defaults[key]}
-    # Hints had a store from the beginning: jobs of older versions stay what they are.
     return record | {"store": loss.store or 0} if loss.loss == "hint" else record
 
 
 def amount_json(amount: Amount) -> Any:
-    """A number or a ramp, as JSON."""
+    """Return a number or a schedule as JSON."""
     return asdict(amount) if isinstance(amount, Ramp) else amount
 
 
 def shapes_of(source: Source) -> TeacherShapes:
-    """The shapes of what a store gives of a teacher's layers."""
-    return {serving.wanted: serving.shape for serving in source.servings}
+    """Return the shapes of the required features, as the store serves them."""
+    return {feature.feature: feature.shape for feature in source.features}
 
 
 def check_losses(losses: Sequence[Entry], views: ViewsConfig, teachers: TeachersConfig, where: str = "distill") -> None:
-    """Raise RecipeError for losses that cannot do what the recipe asks of them, whatever the stores hold."""
+    """Raise RecipeError for losses that do not support the recipe's settings, whatever the stores contain."""
     if losses and views.mix is not None and teachers.weights == "confidence":
         raise RecipeError(
-            "student.teachers.weights = 'confidence' goes by a sample's one true class, and [views.mix] gives two: "
-            "leave out one of them."
+            "student.teachers.weights = 'confidence' needs a single label per sample, and [views.mix] gives two: "
+            "remove one of them."
         )
     for number, loss in enumerate(losses):
         entry = f"{where}.{number} ({loss.loss})"
         if loss.samples.weighting != "equal" and not loss.per_sample:
             raise RecipeError(
-                f"{entry}: samples.weighting = {loss.samples.weighting!r} is for losses that are a mean over samples, and this "
-                "one is about how samples go together: choose samples with samples.filter instead."
+                f"{entry}: samples.weigh = {loss.samples.weigh!r} needs a per-sample loss, and this one compares "
+                "samples with each other: select samples with samples.only instead."
             )
         if views.mix is not None and (loss.one_label or loss.samples.goes_by_label):
-            what = entry if loss.one_label else f"{entry} with its samples chosen or weighed by their label"
-            raise RecipeError(
-                f"{what} needs the one true class of a sample, and [views.mix] gives two: leave out one of them."
-            )
+            what = entry if loss.one_label else f"{entry} with samples selected or weighted by their label"
+            raise RecipeError(f"{what} needs a single label per sample, and [views.mix] gives two: remove one of them.")
 
 
 def open_stores(
@@ -149,27 +148,36 @@ def open_stores(
     *,
     shapes: Mapping[str, Shape],
 ) -> Teaching:
-    """Open the stores that `losses` learn from. `identity` is what their manifests must say beside the views; `student`
-    the recipe's section; shapes: of what the losses hook in the student.
+    """Open and check the stores that `losses` learn from.
 
     Stores at URLs, and archives, are staged first: copied to this machine and unpacked, once for all its jobs.
 
-    Raises RecipeError where a loss names a store that is not there or asks for what no store can give, StoreError and
-    FingerprintMismatch for stores that are incomplete or belong to another teacher, view recipe or number of views.
+    Args:
+        places: Paths or URLs of the stores.
+        losses: The losses' configurations.
+        student: The recipe's `student` section.
+        identity: What the stores' manifests must contain, besides the views.
+        setup: The stage context.
+        shapes: The shapes of the student's features that the losses use.
+
+    Raises:
+        RecipeError: A loss names a store that does not exist, or requires something that no store can provide.
+        StoreError: A store is incomplete, or lacks something.
+        FingerprintMismatch: A store belongs to another teacher or other views.
     """
     check_losses(losses, setup.views, student.teachers)
     check_teachers(student.teachers, len(places))
     for number, loss in enumerate(losses):
         if (loss.store or 0) >= len(places):
             raise RecipeError(
-                f"distill.{number} ({loss.loss}) names store {loss.store}; there are {len(places)}, counted from 0."
+                f"distill.{number} ({loss.loss}) uses store {loss.store}, but there are {len(places)}, counted from 0."
             )
     paths = [on_this_machine(place, setup.watch) for place in places]
     stores = [open_for(setup, path, identity) for path in paths]
     fingerprints = [store.manifest.identity.fingerprint for store in stores]
     if len(set(fingerprints)) < len(fingerprints):
         raise RecipeError(
-            f"student.stores names one teacher twice: {', '.join(map(str, places))} hold the same outputs."
+            f"student.stores has one teacher twice: {', '.join(map(str, places))} contain the same outputs."
         )
     for store in stores:
         _require_views(store, setup.views.num_views)
@@ -184,58 +192,65 @@ def open_stores(
         student.teachers,
         label_smoothing=student.label_smoothing,
     )
-    teaching.to_json()  # what a store lacks is told now
+    teaching.to_json()  # raises if a store lacks an array
     return teaching
 
 
 def check_together(teaching: Teaching, sources: Sequence[Source], targets: Targets) -> None:
-    """Raise RecipeError for losses that make no sense with these stores together; StoreError for samples of which none
-    of several teachers knows.
+    """Check that the losses work with these stores together.
+
+    Raises:
+        RecipeError: A loss does not.
+        StoreError: Samples have no targets in any store, and may not be missing.
     """
-    partial = [number for number, one in enumerate(sources) if one.class_map and not one.class_map.covers_all]
+    maps = [source.class_map for source in sources]
+    partial = [number for number, class_map in enumerate(maps) if class_map and not class_map.covers_all]
     together = [loss for loss in teaching.losses if loss.on_logits and loss.store is None]
     if partial and together and len(sources) > 1 and teaching.teachers.ensemble == "logits":
         raise RecipeError(
-            f"the teacher of {sources[partial[0]].store.path} does not know all of the student's classes, and logits "
-            "of other classes have no mean: set student.teachers.ensemble = 'probabilities'."
+            f"the teacher of {sources[partial[0]].store.path} lacks some of the student's classes, and logits of "
+            "different classes cannot be averaged: set student.teachers.combine = 'probabilities'."
         )
     for number, loss in enumerate(teaching.losses):
         whole = loss.whole_logits or (isinstance(loss, Response) and loss.standardize)
         if whole and loss.on_logits and (partial if loss.store is None else loss.store in partial):
             raise RecipeError(
-                f"distill.{number} ({loss.loss}) needs every class's logit, and a teacher that does not know all of "
-                "the student's classes has none for some: use another loss, or a teacher of all (distill.store)."
+                f"distill.{number} ({loss.loss}) needs the logits of all classes, and a teacher lacks some of the "
+                "student's classes: use another loss, or another teacher (distill.store)."
             )
         softened = teaching.teachers.temperatures or (len(sources) > 1 and teaching.teachers.ensemble == "probabilities")
         if loss.whole_logits and loss.store is None and softened:
             raise RecipeError(
-                f"distill.{number} ({loss.loss}) is about the logits themselves, and student.teachers makes something "
-                "else of them (temperatures, or ensemble = 'probabilities'): give it one teacher with distill.store."
+                f"distill.{number} ({loss.loss}) needs raw logits, which student.teachers does not keep (temperatures, "
+                "or combine = 'probabilities'): select one teacher with distill.store."
             )
         if loss.wanted_of_others and targets.residence == "streamed":
             raise RecipeError(
-                f"distill.{number} ({loss.loss}) draws samples from the whole store at every step, and these targets "
-                "are streamed: raise student.target_loading.memory_bytes or mapped_bytes, or set memory = 'bank'."
+                f"distill.{number} ({loss.loss}) reads samples from the whole store at every step, but the targets are "
+                "streamed: raise student.read.memory_bytes or mapped_bytes, or set memory = 'bank'."
             )
     if targets.num_unknown and teaching.missing == "error":
         raise StoreError(
-            f"{targets.num_unknown} of the samples are in no store, or of classes that no teacher knows: leave them "
-            "out of the data set (data.classes), or let them learn from their labels alone with student.missing_targets = "
-            "'hard-labels'."
+            f"{targets.num_unknown} of the samples are in no store, or of classes that no teacher has: remove them "
+            "from the data set (data.classes), or train on their labels alone with student.missing = 'hard-labels'."
         )
 
 
 def open_for(setup: Setup, path: Path, identity: Mapping[str, Any]) -> TargetStore:
-    """Open a store whose views are this setup's, with the advice that a user needs where they are not: the same recipe
-    may be rendered otherwise here. `identity` is what else its manifest must say.
+    """Open a store that must have this setup's views; another library version may render them differently.
+
+    Args:
+        setup: The stage context.
+        path: The store's folder.
+        identity: What its manifest must contain, besides the views.
     """
-    advice = "Cache again with this recipe into another run folder or store, or go back to the recipe that made it."
-    advice += version_note(read_store_manifest(path).versions, library_versions())
+    advice = "Cache with this recipe into another run folder or store, or return to the recipe that made it."
+    advice += made_with(read_store_manifest(path).versions, library_versions())
     return open_store(path, {**identity, "views": setup.view_identity()}, advice)
 
 
 def on_this_machine(place: Path | str, watch: Watch) -> Path:
-    """Where the store at `place` can be mapped; staged, and said so, where it cannot be as it lies."""
+    """Return a local path of a store that can be memory-mapped, staging it first if necessary."""
 
     def on_unit(done: int, total: int) -> None:
         watch.report(Event("stage", f"{place} to {area.folder}", done, total, "unit"))
@@ -247,43 +262,46 @@ def on_this_machine(place: Path | str, watch: Watch) -> Path:
 def _require_views(store: TargetStore, num_views: int) -> None:
     if store.num_views < num_views:
         raise RecipeError(
-            f"{store.path} holds {store.num_views} views, the recipe wants {num_views}: run `kdpipe cache-teacher` "
-            "with this recipe to add them, or lower views.num_views."
+            f"{store.path} has {store.num_views} views, the recipe needs {num_views}: run `kdpipe cache-teacher` with "
+            "this recipe to add them, or lower views.num_views."
         )
 
 
 def _require_probabilities(store: TargetStore, entry: str) -> None:
-    """Raise RecipeError where a store with top-k logits does not know the teacher's probabilities as they are."""
+    """Raise RecipeError if a store with top-k logits does not have the teacher's probabilities at T = 1."""
     if store.manifest.top_k is None:
         return
     try:
         interpolation(store.manifest.top_k, 1.0)
     except StoreError as error:
         raise RecipeError(
-            f"{entry} has its samples, or its teachers, judged by the teacher's probabilities at T = 1, which "
-            f"{store.path} does not know ({error})"
+            f"{entry} selects or weights samples or teachers by the teacher's probabilities at T = 1, which "
+            f"{store.path} does not have ({error})"
         ) from error
 
 
 def _require_logits(stores: Sequence[TargetStore], losses: Sequence[Entry], teachers: TeachersConfig) -> None:
-    """Raise where a loss wants logits that a store with top-k logits cannot give: StoreError for a temperature at which
-    it does not know the tail, RecipeError for more than a softmax.
+    """Check that stores with top-k logits have what the losses require.
+
+    Raises:
+        StoreError: A loss's temperature is outside the range of the stored tail.
+        RecipeError: A loss needs the logits of all classes.
     """
     for number, loss in enumerate(losses):
-        for at, store in enumerate(stores):
-            if not store.manifest.top_k or not loss.on_logits or loss.store not in (None, at):
+        for index, store in enumerate(stores):
+            if not store.manifest.top_k or not loss.on_logits or loss.store not in (None, index):
                 continue
             if loss.whole_logits or (isinstance(loss, Response) and loss.standardize):
                 raise RecipeError(
-                    f"distill.{number} ({loss.loss}) needs every class's logit, and {store.path} keeps the "
+                    f"distill.{number} ({loss.loss}) needs the logits of all classes, but {store.path} has only the "
                     f"{store.manifest.top_k.k} largest: cache without cache.top_k into another store."
                 )
-            own = teachers.temperatures[at : at + 1] if loss.store is None else ()
+            own = teachers.temperatures[index : index + 1] if loss.store is None else ()
             for temperature in own or loss.temperatures():
-                for extreme in extremes(temperature):
-                    interpolation(store.manifest.top_k, extreme)
+                for value in extremes(temperature):
+                    interpolation(store.manifest.top_k, value)
         own_teacher = loss.store is not None or not loss.on_logits
-        asked = [stores[loss.store or 0]] if own_teacher else list(stores)
-        confident = teachers.weights == "confidence" and not own_teacher
-        for store in asked if loss.samples.judges or confident else ():
+        used = [stores[loss.store or 0]] if own_teacher else list(stores)
+        by_confidence = teachers.weights == "confidence" and not own_teacher
+        for store in used if loss.samples.judges or by_confidence else ():
             _require_probabilities(store, f"distill.{number} ({loss.loss})")

@@ -1,4 +1,4 @@
-"""Top-k logits from a store as tensors: rebuilt for the temperature at which a loss wants them."""
+"""Teacher outputs from a store with top-k logits, reconstructed for a loss's temperature."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from store import TopK, interpolation
 
 @dataclass(frozen=True)
 class TopKOutputs:
-    """What a store with top-k logits says about a batch: values and indices [B, k], tail [B, num_temperatures]."""
+    """Top-k logits of a batch: values and indices [B, k], log-odds of the tail [B, num_temperatures]."""
 
-    form: TopK
+    top_k: TopK
     values: Tensor
     indices: Tensor
     tail: Tensor
     features: Mapping[Wanted, Tensor]
 
     def rows(self, index: Tensor) -> TopKOutputs:
-        """The same for some of the samples, int64 [n]."""
+        """Return the outputs for some of the samples, index int64 [n]."""
         features = rows_of(self.features, index)
-        return TopKOutputs(self.form, self.values[index], self.indices[index], self.tail[index], features)
+        return TopKOutputs(self.top_k, self.values[index], self.indices[index], self.tail[index], features)
 
     def logits_at(self, temperature: float) -> Tensor:
-        """Logits [B, num_classes], float32, right in a softmax at `temperature`: the kept ones as they were, the
-        others all equal, with the mass that they had together. Raises StoreError outside the store's temperatures.
+        """Return logits [B, num_classes], float32, for a softmax at `temperature`.
+
+        The k largest are as stored, all others are equal, with the total probability that they had.
+
+        Raises:
+            StoreError: The temperature is outside the store's range.
         """
         kept = self.values.float()
-        weights = torch.from_numpy(interpolation(self.form, temperature)).float().to(kept.device)
+        weights = torch.from_numpy(interpolation(self.top_k, temperature)).float().to(kept.device)
         log_odds = self.tail.float() @ weights
-        rest = torch.logsumexp(kept / temperature, 1) + log_odds - math.log(self.form.num_classes - self.form.k)
-        dense = (temperature * rest)[:, None].repeat(1, self.form.num_classes)
+        rest = torch.logsumexp(kept / temperature, 1) + log_odds - math.log(self.top_k.num_classes - self.top_k.k)
+        dense = (temperature * rest)[:, None].repeat(1, self.top_k.num_classes)
         return dense.scatter(1, self.indices.long(), kept)

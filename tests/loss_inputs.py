@@ -1,16 +1,19 @@
-"""The tensors for which the reference codes' numbers are known, in float64."""
+"""Inputs of losses: the float64 tensors behind the reference codes' values, and modules built for given features."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.features import DenseOutputs, Outputs
-from stages.forms import Wanted
-from stages.losses.said import Said
+from stages.forms import Wanted, take_form
+from stages.losses.entry import Entry
+from stages.losses.said import Facts, Said
 from stages.schedules import SETTLED, Moment
+
+FACTS = Facts(num_samples=100, num_classes=10)
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -25,7 +28,7 @@ LARGER_STUDENT_MAPS, THEIR_TEACHER_MAPS = drawn(8, 16, 16, 16, seed=7).relu(), d
 STUDENT_HINTS, TEACHER_HINTS = drawn(8, 32, 8, 8, seed=9), drawn(8, 32, 8, 8, seed=10)
 
 
-def said(
+def make_inputs(
     student_logits: Tensor = STUDENT_LOGITS,
     teacher_logits: Tensor = TEACHER_LOGITS,
     *,
@@ -34,7 +37,7 @@ def said(
     teacher: Mapping[Wanted, Tensor] | None = None,
     moment: Moment = SETTLED,
 ) -> Said:
-    """What student and teacher say about a batch; ranks are 0 to B - 1."""
+    """Return a loss's inputs; ranks are 0 to B - 1."""
     return Said(
         Outputs(student_logits, student or {}),
         DenseOutputs(teacher_logits, teacher or {}),
@@ -42,3 +45,36 @@ def said(
         torch.arange(len(labels)),
         moment,
     )
+
+
+def build_loss(
+    config: Entry,
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float64,
+    moment: Moment = SETTLED,
+) -> tuple[nn.Module, Said]:
+    """Return the module, and its inputs as a store would give them, for features by layer."""
+    torch.manual_seed(0)
+    shapes = {layer: tuple(features.shape[1:]) for layer, features in student.items()}
+    stored = {wanted: take_form(wanted, teacher[wanted.layer]) for wanted in config.wants(shapes)}
+    module = config.build(shapes, {wanted: tuple(values.shape[1:]) for wanted, values in stored.items()}, FACTS)
+    return module.to(dtype), make_inputs(student=student, teacher=stored, moment=moment)
+
+
+def assert_zero_and_flat(loss: Tensor, student: Tensor, *, atol: float = 0.0, gradient: float = 1e-12) -> None:
+    """Run the backward pass, and check that loss and gradient vanish."""
+    loss.backward()
+    assert abs(loss.item()) <= atol
+    assert student.grad is not None
+    assert student.grad.abs().max() <= gradient
+
+
+def assert_finite(loss: Tensor, *leaves: Tensor) -> None:
+    """Run the backward pass, and check that loss and gradients are finite."""
+    loss.backward()
+    assert torch.isfinite(loss)
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()

@@ -1,4 +1,4 @@
-"""The smallest network with attention: patches of 2x2, one block, their mean."""
+"""The smallest network with attention: 2x2 patches, one block, average pooling."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Attentive(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.patches(images).flatten(2).transpose(1, 2)
         query, key, value = self.heads(tokens).view(*tokens.shape[:2], 6, WIDTH // 2).transpose(1, 2).chunk(3, dim=1)
-        seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return self.fc((tokens + seen).mean(1))
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.fc((tokens + attended).mean(1))
 
 
 def attentive(*, num_classes: int, in_channels: int) -> nn.Module:

@@ -1,1 +1,1 @@
-"""One paper a file, and `terms`, which makes modules of the recipe's entries."""
+"""Distillation losses, one paper per file."""

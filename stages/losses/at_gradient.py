@@ -1,20 +1,20 @@
-"""Gradient-based attention transfer: the student is to look where the teacher looks, at the pixels themselves.
+"""Gradient-based attention transfer, on the input gradient of the cross entropy.
 
-Zagoruyko and Komodakis 2017 (arXiv 1612.03928), section 3.2. The loss depends on the student's gradient by the input,
-so that its own gradient is a second derivative, which makes each step dearer.
+Zagoruyko and Komodakis 2017, "Paying More Attention to Attention", ICLR (arXiv 1612.03928), section 3.2. The gradient
+of the loss is a second derivative, which makes each step more expensive.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.config import section
 from stages.forms import INPUT, INPUT_GRADIENT, Wanted, input_attention
 from stages.losses.at import Form, attention_distance
 from stages.losses.entry import Entry
-from stages.losses.said import Facts, Said, Shapes, TeacherShapes
+from stages.losses.said import Said, Shapes
 from stages.schedules import Amount
 
 MAP = Wanted(INPUT, INPUT_GRADIENT)
@@ -22,10 +22,13 @@ MAP = Wanted(INPUT, INPUT_GRADIENT)
 
 @section
 class ATGradientConfig(Entry):
-    """weight times the distance between the attention maps of student's and teacher's gradients by the pixels.
+    """Distance between the attention maps of the input gradients of student and teacher.
 
-    The gradient is that of each one's cross entropy with the label; its attention map is the mean over colours of the
-    squares, scaled to length 1. variant: as for `at`.
+    The gradient is that of the network's cross entropy with the label; its attention map is the mean over colors of the
+    squares, L2-normalized. The default weight is that of `at`.
+
+    Attributes:
+        form: as for `at`.
     """
 
     paper: ClassVar[str] = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
@@ -38,23 +41,12 @@ class ATGradientConfig(Entry):
     def wants(self, student: Shapes) -> tuple[Wanted, ...]:
         return (MAP,)
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
-        return ATGradient(self)
-
-
-class ATGradient(nn.Module):
-    """The distance of each sample's attention maps, [B], from `Said.input_gradient`, which is part of the graph."""
-
-    def __init__(self, config: ATGradientConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, said: Said) -> Tensor:
-        if said.input_gradient is None:
-            raise ValueError("at_gradient needs the gradient of the student's cross entropy by the pixels")
-        return attention_distance(input_attention(said.input_gradient), said.teacher.features[MAP], self.config.variant)
+    def compute(self, inputs: Said) -> Tensor:
+        if inputs.input_gradient is None:
+            raise ValueError("at_gradient needs the input gradient of the student's cross entropy")
+        return attention_distance(input_attention(inputs.input_gradient), inputs.teacher.features[MAP], self.form)
 
 
 def at_gradient_loss(student: Tensor, teacher: Tensor, form: Form = "code") -> Tensor:
-    """The loss for the gradients by the pixels, [B, C, H, W] twice; a scalar in float32 or wider."""
+    """Compute the loss of two input gradients [B, C, H, W], a scalar in float32 or wider."""
     return attention_distance(input_attention(student), input_attention(teacher), form).mean()

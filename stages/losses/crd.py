@@ -1,8 +1,9 @@
-"""Contrastive representation distillation: Tian, Krishnan, Isola 2020 (arXiv 1910.10699).
+"""Contrastive representation distillation.
 
-The student's embedding of a picture shall be near the teacher's of the same picture, and far from the teacher's of
-others, and the other way round. In the paper the others come from memories of what both networks said of each sample
-when it was seen last. A store knows what the teacher says of any sample now, so that only the student needs a memory.
+CRD: Tian, Krishnan, Isola 2020, "Contrastive Representation Distillation", ICLR (arXiv 1910.10699). The student's
+embedding of an image is pulled toward the teacher's embedding of the same image and pushed away from those of other
+images, and vice versa. In the paper the negatives come from memory banks of both networks' embeddings. The store has
+the teacher's current features of any sample, so that only the student needs a memory bank.
 """
 
 from __future__ import annotations
@@ -17,29 +18,35 @@ from stages.config import at_most, section
 from stages.forms import POOLED, Shape, Wanted, widened
 from stages.losses.contrast import Contrast, Memory
 from stages.losses.embedding import Embedding
-from stages.losses.entry import Entry, Pairs, students_of, teachers_of
+from stages.losses.entry import FeatureLossConfig
 from stages.losses.said import Facts, Others, Said, Shapes, TeacherShapes
 from stages.losses.unit_rows import unit_rows
 from stages.schedules import Amount
 
 
 @section
-class CRDConfig(Entry):
-    """weight times the errors in telling the other network's embedding of the same picture from those of others.
+class CRDConfig(FeatureLossConfig):
+    """Noise-contrastive error in matching embeddings of the same image between student and teacher.
 
-    layers: pairs of (student layer, teacher layer), maps by their means: usually the last before the classifier.
-    dim: what both sides are embedded in, by linear layers that train with the student. temperature: of the products of
-    embeddings. num_negatives: how many other samples each batch is contrasted with; all samples of a batch have the
-    same, less those of their own class, as lists of each sample's own would need batch x num_negatives x dim numbers.
-    memory: "store", the teacher's other samples are read and embedded anew at each step; or "bank", both networks' are
-    remembered, as in the paper. A memory has data set x dim float32 numbers, and is part of each checkpoint.
-    momentum: how much of what was remembered of a sample is kept when it is seen again.
+    Defaults are those of RepDistiller.
+
+    Attributes:
+        layers: pairs of (student layer, teacher layer), of which maps are average-pooled to vectors: usually the last
+            before the classifier.
+        dim: width of the embeddings: linear layers on both sides, which train with the student.
+        num_negatives: number of other samples that each batch is contrasted with; all samples of a batch share them,
+            except those of their own class, as a set per sample would need batch x num_negatives x dim numbers.
+        temperature: divides the products of embeddings.
+        momentum: share of a sample's old embedding that a memory bank keeps when the sample is seen again.
+        memory: "store" reads the teacher's features of the negatives from the store and embeds them at each step;
+            "bank" keeps memory banks of both networks, as in the paper. A memory bank has data set size x dim float32
+            numbers, and is part of each checkpoint.
     """
 
     paper: ClassVar[str] = "Tian et al. 2020, arXiv 1910.10699"
+    statistic: ClassVar[str] = POOLED
 
     loss: Literal["crd"]
-    layers: Pairs
     weight: Amount = 0.8
     dim: Annotated[int, Field(ge=1), at_most(10**6)] = 128
     num_negatives: Annotated[int, Field(ge=1), at_most(2**31)] = 16384
@@ -48,49 +55,42 @@ class CRDConfig(Entry):
     memory: Literal["store", "bank"] = "store"
 
     @property
-    def num_others(self) -> int:
-        return self.num_negatives
-
-    @property
     def wanted_of_others(self) -> tuple[Wanted, ...]:
-        return teachers_of(self.layers, POOLED) if self.memory == "store" else ()
-
-    def student_layers(self) -> tuple[str, ...]:
-        return students_of(self.layers)
-
-    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
-        return teachers_of(self.layers, POOLED)
+        return self.wants({}) if self.memory == "store" else ()
 
     def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
         return CRD(self, student, teacher, facts)
 
 
 class CRD(nn.Module):
-    """Each sample's errors in both directions, [B], summed over the pairs of layers; see `CRDOfLayer`."""
+    """The loss of each sample in both directions, [B], summed over the pairs of layers; see `CRDOfLayer`."""
 
     def __init__(self, config: CRDConfig, student: Shapes, teacher: TeacherShapes, facts: Facts) -> None:
         super().__init__()
         self.pairs = config.layers
-        shapes = [(student[mine], teacher[Wanted(theirs, POOLED)]) for mine, theirs in self.pairs]
+        shapes = [
+            (student[student_layer], teacher[Wanted(teacher_layer, POOLED)])
+            for student_layer, teacher_layer in self.pairs
+        ]
         self.layers = nn.ModuleList(CRDOfLayer(config, *shape, facts.num_samples) for shape in shapes)
 
-    def forward(self, said: Said) -> Tensor:
-        if said.others is None:
-            raise ValueError("CRD contrasts a batch with other samples: Said.others is needed.")
+    def forward(self, inputs: Said) -> Tensor:
+        if inputs.others is None:
+            raise ValueError("crd needs negatives (others)")
         parts = [
-            layer(said, said.others, mine, Wanted(theirs, POOLED))
-            for layer, (mine, theirs) in zip(self.layers, self.pairs, strict=True)
+            layer(inputs, inputs.others, student_layer, Wanted(teacher_layer, POOLED))
+            for layer, (student_layer, teacher_layer) in zip(self.layers, self.pairs, strict=True)
         ]
         return torch.stack(parts).sum(0)
 
 
 class CRDOfLayer(nn.Module):
-    """Student against teacher plus teacher against student, at one pair of layers, [B].
+    """The NCE loss of each sample, [B], at one pair of layers: student against teacher plus teacher against student.
 
-    memory "store": a student's positive and negatives are embedded from what the teacher says, so that the teacher's
-    embedding learns from both directions. "bank": they are remembered, and it learns from its own alone. A teacher's
-    positive and negatives are remembered in both. What is remembered has no gradient, and changes in training only,
-    after it was read.
+    With memory "store" the student's anchors are compared with fresh embeddings of the teacher's features, so that the
+    teacher's embedding learns from both directions; with "bank" they are compared with a memory bank, and it learns
+    from its own direction alone. The teacher's anchors are always compared with a memory bank of the student. Memory
+    banks have no gradient, and are updated only in training, after they were read.
     """
 
     def __init__(self, config: CRDConfig, student: Shape, teacher: Shape, num_samples: int) -> None:
@@ -100,32 +100,32 @@ class CRDOfLayer(nn.Module):
         self.students = Memory(num_samples, config.dim, config.momentum)
         self.teachers = Memory(num_samples, config.dim, config.momentum) if config.memory == "bank" else None
 
-    def forward(self, said: Said, others: Others, mine: str, theirs: Wanted) -> Tensor:
-        student = _direction(self.student, said.student.features[mine])
-        teacher = _direction(self.teacher, said.teacher.features[theirs])
-        is_other = said.labels[:, None] != others.labels
+    def forward(self, inputs: Said, others: Others, layer: str, feature: Wanted) -> Tensor:
+        student = _embed(self.student, inputs.student.features[layer])
+        teacher = _embed(self.teacher, inputs.teacher.features[feature])
+        is_other = inputs.labels[:, None] != others.labels
         if self.teachers is None:
-            positives, negatives = teacher, _direction(self.teacher, others.features[theirs])
+            positives, negatives = teacher, _embed(self.teacher, others.features[feature])
         else:
-            positives, negatives = _recalled(self.teachers, said, others)
-        remembered = _recalled(self.students, said, others)
-        # Fresh embeddings of an untrained layer all look one way, and would make Z what their angle happens to be; a
-        # memory begins with all directions alike.
+            positives, negatives = _read_memory(self.teachers, inputs, others)
+        remembered = _read_memory(self.students, inputs, others)
+        # Embeddings of an untrained layer point in nearly the same direction, which would decide Z; the rows of a new
+        # memory bank are spread evenly.
         first = remembered if self.teachers is None else None
         loss = self.of_student(student, (positives, negatives), is_other, first_among=first)
         loss = loss + self.of_teacher(teacher, remembered, is_other)
         if self.training:
-            self.students.remember(said.ranks, student)
+            self.students.remember(inputs.ranks, student)
             if self.teachers is not None:
-                self.teachers.remember(said.ranks, teacher)
-        summed: Tensor = loss
-        return summed
+                self.teachers.remember(inputs.ranks, teacher)
+        result: Tensor = loss
+        return result
 
 
-def _direction(embed: nn.Module, features: Tensor) -> Tensor:
-    return unit_rows(widened(embed(features)))
+def _embed(embedding: nn.Module, features: Tensor) -> Tensor:
+    return unit_rows(widened(embedding(features)))
 
 
-def _recalled(memory: Memory, said: Said, others: Others) -> tuple[Tensor, Tensor]:
-    """What is remembered of the batch's samples, [B, D], and of others, [K, D]."""
-    return memory.rows[said.ranks], memory.rows[others.ranks]
+def _read_memory(memory: Memory, inputs: Said, others: Others) -> tuple[Tensor, Tensor]:
+    """Return the rows of the batch's samples, [B, D], and of the negatives, [K, D]."""
+    return memory.rows[inputs.ranks], memory.rows[others.ranks]

@@ -1,6 +1,6 @@
-"""Distillation by correlation: of a sample's classes, and of a class's samples.
+"""Distillation by correlation: across the classes of a sample, and across the samples of a class.
 
-DIST, Huang et al. 2022 (arXiv 2205.10536).
+DIST: Huang et al. 2022, "Knowledge Distillation from a Stronger Teacher", NeurIPS (arXiv 2205.10536).
 """
 
 from __future__ import annotations
@@ -8,25 +8,30 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.config import section
 from stages.forms import widened
 from stages.losses.entry import Response
 from stages.losses.global_batch import gathered
-from stages.losses.said import Facts, Said, Shapes, TeacherShapes
+from stages.losses.said import Said
 from stages.schedules import Amount, Temperature, amount_at
 
 EPS = 1e-8
-"""Added to a product of lengths: where there is nothing to correlate the correlation is 0."""
+"""Added to the product of norms: the correlation with a constant row is 0."""
 
 
 @section
 class DISTConfig(Response):
-    """T squared times (beta times 1 - Pearson's r over the classes, plus gamma times 1 - r over the batch).
+    """T^2 * (beta * (1 - Pearson's r over the classes) + gamma * (1 - r over the batch)).
 
-    beta, gamma: the weights of the two. Probabilities are softmax(logits / T); r over the batch is that of each class,
-    over the batch of all processes. On ImageNet the authors take temperature 1.
+    r is that of the probabilities softmax(logits / T); over the batch it is taken for each class, on the batch of all
+    processes. Defaults are those of the authors' code for CIFAR-100; on ImageNet they use T = 1.
+
+    Attributes:
+        beta: weight of the correlation over the classes of a sample.
+        gamma: weight of the correlation over the samples of a class.
+        temperature: T of both softmaxes.
     """
 
     paper: ClassVar[str] = "Huang et al. 2022, arXiv 2205.10536"
@@ -41,25 +46,14 @@ class DISTConfig(Response):
     def temperatures(self) -> tuple[Temperature, ...]:
         return (self.temperature,)
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
-        return DIST(self)
-
-
-class DIST(nn.Module):
-    """The loss of a batch, a scalar."""
-
-    def __init__(self, config: DISTConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, said: Said) -> Tensor:
-        temperature = amount_at(self.config.temperature, said.moment)
+    def compute(self, inputs: Said) -> Tensor:
+        temperature = amount_at(self.temperature, inputs.moment)
         return dist_loss(
-            said.student.logits,
-            said.teacher.logits_at(temperature),
+            inputs.student.logits,
+            inputs.teacher.logits_at(temperature),
             temperature,
-            beta=amount_at(self.config.beta, said.moment),
-            gamma=amount_at(self.config.gamma, said.moment),
+            beta=amount_at(self.beta, inputs.moment),
+            gamma=amount_at(self.gamma, inputs.moment),
         )
 
 
@@ -71,11 +65,12 @@ def dist_loss(
     beta: float = 1.0,
     gamma: float = 1.0,
 ) -> Tensor:
-    """T^2 * (beta * mean over samples of (1 - r of the rows) + gamma * mean over classes of (1 - r of the columns)).
+    """Compute T^2 * (beta * mean over samples of (1 - r of rows) + gamma * mean over classes of (1 - r of columns)).
 
-    r is Pearson's correlation of softmax(logits / T); both logits are [B, num_classes], of which the rows of all
-    processes are taken together. A scalar, in float32 or wider. A batch of one has no columns to correlate: r is
-    0 there, and gives no gradient.
+    r is Pearson's correlation of softmax(logits / T), on the rows of all processes. In a batch of one the columns have
+    r = 0 and no gradient.
+
+    Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
     """
     student = F.softmax(widened(student_logits) / temperature, 1)
     teacher = F.softmax(widened(teacher_logits).to(student.dtype) / temperature, 1)
@@ -86,7 +81,7 @@ def dist_loss(
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
-    """The correlation of each row of x with that of y: [N, M] twice to [N]; 0 for rows that do not vary."""
+    """Compute the correlation of each row of x [N, M] with that of y [N, M], [N]; 0 for constant rows."""
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     correlations: Tensor = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + EPS)
     return correlations

@@ -8,7 +8,7 @@ from stages.forms import POOLED, Shape, Wanted, form_shape, pooled
 
 
 class Embedding(nn.Module):
-    """[B, ...] of a layer whose samples have `shape` to [B, dim]: the mean over positions, then a linear layer."""
+    """Average pooling over positions, then a linear layer: [B, *shape] to [B, dim]."""
 
     def __init__(self, shape: Shape, dim: int) -> None:
         super().__init__()

@@ -1,39 +1,52 @@
-"""What every `[[distill]]` entry of a recipe has, and what it tells the rest of kdpipe about its loss."""
+"""Base classes of the losses: the configuration of a `[[distill]]` entry, and the modules built from it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from stages.config import at_most, section
-from stages.forms import MAP, Wanted
-from stages.losses.said import Facts, Shapes, TeacherShapes
+from stages.forms import MAP, Shape, Wanted, pool_to, widened
+from stages.losses.match_size import Size, cannot_join, poolable
+from stages.losses.said import Facts, Said, Shapes, TeacherShapes
 from stages.losses.selection import Selection
 from stages.schedules import Amount, Temperature
 
 Pairs = Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]
-"""Pairs of (student's module, teacher's module)."""
+"""Pairs of (student module path, teacher module path)."""
 
 
 @section
 class Entry:
-    """weight: what the loss is multiplied by. store: which of `student.stores` teaches, counted from 0; by default
-    logits are those of all of them together, features those of the first. samples: of which samples, and how much.
+    """Configuration of a loss: the keys that every `[[distill]]` entry has.
 
-    What a loss says of itself: `paper`; `per_sample`, whether it is a mean of one number a sample, so that samples can
-    be weighed; `one_label`, whether it has no meaning for mixed samples; `whole_logits`, whether it needs more than a
-    softmax of the teacher's logits, so that top-k stores do not serve; `on_logits`, whether it is about logits; and
-    `input_gradient`, whether it looks at the gradient of the student's cross entropy by the pixels.
+    Attributes:
+        weight: factor of the loss.
+        store: index into `student.stores` of the teacher to learn from, counted from 0; by default logits come from all
+            stores combined, and features from the first.
+        samples: which samples the loss is computed on, and their weights.
     """
 
     paper: ClassVar[str]
+
     per_sample: ClassVar[bool] = True
+    """Whether the loss is a mean of one value per sample, so that samples can be weighted."""
+
     one_label: ClassVar[bool] = False
+    """Whether the loss needs a single label per sample, which mixed samples do not have."""
+
     whole_logits: ClassVar[bool] = False
+    """Whether the loss needs the teacher's logits of all classes: top-k stores cannot be used."""
+
     on_logits: ClassVar[bool] = False
+    """Whether the loss compares logits."""
+
     input_gradient: ClassVar[bool] = False
+    """Whether the loss uses the gradient of the student's cross entropy with respect to the images."""
 
     loss: str
     weight: Amount = 1.0
@@ -42,39 +55,60 @@ class Entry:
 
     @property
     def num_others(self) -> int:
-        """How many other samples of the data set it contrasts a batch with."""
-        return 0
+        """Return the number of negatives (other samples of the data set) per batch."""
+        return int(vars(self).get("num_negatives", 0))
 
     @property
     def wanted_of_others(self) -> tuple[Wanted, ...]:
-        """What it wants of the teacher about those."""
+        """Return the teacher features required of the negatives."""
         return ()
 
     def student_layers(self) -> tuple[str, ...]:
-        """The student's modules whose outputs the loss looks at."""
+        """Return the paths of the student's modules whose outputs the loss uses."""
         return ()
 
     def wants(self, student: Shapes) -> tuple[Wanted, ...]:
-        """What the loss wants of the teacher beside logits, given the shapes of the student's features."""
+        """Return the required teacher features, given the shapes of the student's features."""
         return ()
 
     def temperatures(self) -> tuple[Temperature, ...]:
-        """The temperatures at which the loss takes the softmax of the teacher's logits."""
+        """Return the temperatures at which the loss takes the softmax of the teacher's logits."""
         return ()
 
     def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
-        """The loss as a module: `Said` to the unweighted loss, [B] where it is `per_sample`, else a scalar.
+        """Build the loss, with the adapters and embeddings that train with the student.
 
-        What trains with the student, adapters and embeddings, is in it. Raises RecipeError, with both shapes, where
-        features cannot be joined.
+        Returns:
+            A module from `Said` to the unweighted loss: [B] if `per_sample`, else a scalar.
+
+        Raises:
+            RecipeError: The shapes of student and teacher do not match.
         """
+        return StatelessLoss(self)
+
+    def compute(self, inputs: Said) -> Tensor:
+        """Compute a loss that has no parameters; losses with parameters override `build` instead."""
         raise NotImplementedError
+
+
+class StatelessLoss(nn.Module):
+    """A loss without parameters, computed by its configuration."""
+
+    def __init__(self, config: Entry) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, inputs: Said) -> Tensor:
+        return self.config.compute(inputs)
 
 
 @section
 class Response(Entry):
-    """A loss on logits. standardize: both sides' logits have mean 0 and standard deviation 1 over the classes first
-    (`standardise.py`).
+    """Configuration of a loss on logits.
+
+    Attributes:
+        standardise: normalize the logits of student and teacher to mean 0 and standard deviation 1 over the classes
+            first (Sun et al. 2024, arXiv 2403.01427).
     """
 
     on_logits: ClassVar[bool] = True
@@ -82,11 +116,73 @@ class Response(Entry):
     standardize: bool = False
 
 
-def teachers_of(pairs: Pairs, form: str = MAP) -> tuple[Wanted, ...]:
-    """One form of each pair's teacher's layer."""
-    return tuple(Wanted(theirs, form) for _, theirs in pairs)
+@section
+class FeatureLossConfig(Entry):
+    """Configuration of a loss on pairs of layers.
+
+    Attributes:
+        layers: pairs of (student layer, teacher layer), by module path.
+    """
+
+    statistic: ClassVar[str] = MAP
+    """The statistic of the teacher's layers that the loss requires."""
+
+    layers: Pairs
+
+    def student_layers(self) -> tuple[str, ...]:
+        return tuple(student_layer for student_layer, _ in self.layers)
+
+    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
+        return tuple(Wanted(teacher_layer, self.statistic) for _, teacher_layer in self.layers)
 
 
-def students_of(pairs: Pairs) -> tuple[str, ...]:
-    """Each pair's student's layer."""
-    return tuple(mine for mine, _ in pairs)
+@section
+class MapLossConfig(FeatureLossConfig):
+    """Configuration of a per-sample loss on feature maps of equal aspect ratio, the larger average-pooled first."""
+
+    expected: ClassVar[str] = "layers whose maps have the same aspect ratio"
+    """What to choose instead, for the error message about shapes that do not match."""
+
+    def teacher_feature(self, layer: str, student: Shape) -> Wanted:
+        """Return the required feature of a teacher's layer, given the shape of the student's."""
+        raise NotImplementedError
+
+    def common_size(self, student: Shape, teacher: Shape, feature: Wanted) -> Size | None:
+        """Return the (H, W) of a teacher's feature, to which the student's maps are pooled; None if it has none."""
+        raise NotImplementedError
+
+    def distance(self, student: Tensor, teacher: Tensor, feature: Wanted) -> Tensor:
+        """Compute the loss of each sample, [B], from pooled student maps [B, C, H, W] and the teacher's feature."""
+        raise NotImplementedError
+
+    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
+        return tuple(
+            self.teacher_feature(teacher_layer, student[student_layer]) for student_layer, teacher_layer in self.layers
+        )
+
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+        features, sizes = self.wants(student), []
+        for pair, feature in zip(self.layers, features, strict=True):
+            student_shape, teacher_shape = student[pair[0]], teacher[feature]
+            size = self.common_size(student_shape, teacher_shape, feature)
+            if size is None or not poolable(student_shape, size):
+                raise cannot_join(self.loss, pair, student_shape, teacher_shape, self.expected)
+            sizes.append(size)
+        return MapLoss(self, features, sizes)
+
+
+class MapLoss(nn.Module):
+    """The loss of each sample, [B], summed over the pairs of layers. sizes: the (H, W) of each pair."""
+
+    def __init__(self, config: MapLossConfig, features: Sequence[Wanted], sizes: Sequence[Size]) -> None:
+        super().__init__()
+        self.config = config
+        self.features = tuple(features)
+        self.sizes = tuple(sizes)
+
+    def forward(self, inputs: Said) -> Tensor:
+        parts = []
+        for layer, feature, size in zip(self.config.student_layers(), self.features, self.sizes, strict=True):
+            maps = pool_to(widened(inputs.student.features[layer]), size)
+            parts.append(self.config.distance(maps, inputs.teacher.features[feature], feature))
+        return torch.stack(parts).sum(0)

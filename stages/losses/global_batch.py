@@ -1,12 +1,12 @@
-"""The batch of all data-parallel processes together: what a loss about the relations between samples is taken over.
+"""Collectives for losses of the global batch, which all data-parallel processes share.
 
-A loss about pairs or triplets of samples is another loss when each process takes it over its own shard. So each
-process gathers all rows, and computes the same number. The gradient of a row is the sum of what the processes say of
-it, world size times the gradient of the loss; as training takes the mean of the parameters' gradients over the
-processes, what arrives at a parameter is the gradient that one process with the whole batch would have.
+A loss on pairs or triplets of samples changes if each process computes it on its own shard. Therefore each process
+gathers all rows and computes the same value. The gradient of a row is the sum over the processes: world size times the
+gradient of the loss. As training averages the parameters' gradients over the processes, a parameter gets the gradient
+that one process with the whole batch would compute.
 
-A shard may have more rows than another, or none: samples are chosen, or have no targets. All processes come here
-equally often all the same, and all go backward from here where one does.
+Shards may differ in size, or be empty, as samples are selected or have no targets. All processes must still call these
+functions equally often, and run the backward pass if any of them does.
 """
 
 from __future__ import annotations
@@ -22,55 +22,56 @@ from stages.processes import group_of
 
 
 def num_processes() -> int:
-    """How many data-parallel processes there are."""
+    """Return the number of data-parallel processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def total(number: int) -> int:
-    """The sum of the processes' numbers."""
+    """Return the sum of a number over all processes."""
     if num_processes() == 1:
         return number
-    everyone = torch.tensor([number])
-    dist.all_reduce(everyone)
-    return int(everyone)
+    result = torch.tensor([number])
+    dist.all_reduce(result)
+    return int(result)
 
 
 def part_of_mean(values: Tensor, num_samples: int) -> Tensor:
-    """This process's part of the mean over the global batch, of num_samples, of one number a sample, [B]; a scalar.
+    """Return this process's share, a scalar, of the mean of per-sample values [B] over the global batch.
 
-    The mean over the processes of these is that mean, however many rows each has.
+    The mean of the shares over the processes is the mean over all `num_samples` values, however many rows each has.
     """
     count = num_processes()
     return values.mean() if count == 1 else values.sum() * (count / num_samples)
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """The rows of all data-parallel processes in rank order, [B, ...] to [sum of all B, ...], with gradients, also
-    those of gradients. The same tensor where there is one process.
+    """Gather the rows of all processes in rank order, [B, ...] to [sum of all B, ...], twice differentiable.
+
+    Returns the same tensor if there is one process.
     """
     return gathered_from(rows)[0]
 
 
 def gathered_from(rows: Tensor) -> tuple[Tensor, int]:
-    """`gathered`, and the place among all rows at which this process's begin."""
+    """Return `gathered`, and the index of this process's first row."""
     if num_processes() == 1:
         return rows, 0
     sizes = _sizes(len(rows))
-    everyone: Tensor = _Gathered.apply(rows, sizes)
-    return everyone, sum(sizes[: dist.get_rank()])
+    all_rows: Tensor = _Gathered.apply(rows, sizes)
+    return all_rows, sum(sizes[: dist.get_rank()])
 
 
 def one_row_of_each(row: Tensor) -> Tensor:
-    """`gathered` of exactly one row from each process, [...] to [world, ...]."""
-    everyone: Tensor = _Gathered.apply(row[None], [1] * num_processes())
-    return everyone
+    """Gather exactly one row from each process, [...] to [world size, ...], twice differentiable."""
+    all_rows: Tensor = _Gathered.apply(row[None], [1] * num_processes())
+    return all_rows
 
 
 def _sizes(size: int) -> list[int]:
-    """The numbers of rows of all processes, in rank order."""
+    """Return the numbers of rows of all processes, in rank order."""
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(num_processes())]
     dist.all_gather(sizes, torch.tensor([size]))
-    return [int(one) for one in sizes]
+    return [int(count) for count in sizes]
 
 
 class _Gathered(torch.autograd.Function):
@@ -88,18 +89,18 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         rank = dist.get_rank()
-        everyone: Tensor = _Summed.apply(gradients[0])
-        return torch.split(everyone, list(ctx.sizes))[rank], None
+        gradient: Tensor = _Summed.apply(gradients[0])
+        return torch.split(gradient, list(ctx.sizes))[rank], None
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over the processes, whose gradient is that of the processes' gradients."""
+    """The sum over the processes, whose gradient is the sum of the processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, shard: Tensor) -> Tensor:
-        total = shard.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group_of(total))
-        return total
+        result = shard.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, group=group_of(result))
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

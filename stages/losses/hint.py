@@ -1,7 +1,7 @@
-"""Hints: the student's feature map, through an adapter, towards the teacher's. FitNets, Romero et al. 2015 (1412.6550).
+"""Hints: regression of the teacher's feature map from the student's, through an adapter.
 
-Here the hint is trained together with everything else, as the field's reference code does; `fitnet` has the paper's
-two stages.
+FitNets: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", ICLR (arXiv 1412.6550). Here the hint is trained
+together with the other losses, as in RepDistiller; `fitnet` has the paper's two stages.
 """
 
 from __future__ import annotations
@@ -14,67 +14,72 @@ from torch import Tensor, nn
 
 from stages.config import section
 from stages.errors import RecipeError
-from stages.forms import Wanted, widened
-from stages.losses.entry import Entry, Pairs, students_of, teachers_of
+from stages.forms import Shape, Wanted, widened
+from stages.losses.entry import FeatureLossConfig, Pairs
 from stages.losses.said import Facts, Said, Shapes, TeacherShapes
 from stages.schedules import Amount
 
 
 @section
-class HintConfig(Entry):
-    """weight times the mean squared error at each pair of (student layer, teacher layer)."""
+class HintConfig(FeatureLossConfig):
+    """Mean squared error between the student's map, through an adapter, and the teacher's, summed over pairs of layers.
+
+    The default weight is that of RepDistiller.
+    """
 
     paper: ClassVar[str] = "Romero et al. 2015, arXiv 1412.6550"
 
     loss: Literal["hint"]
-    layers: Pairs
     weight: Amount = 100.0
-
-    def student_layers(self) -> tuple[str, ...]:
-        return students_of(self.layers)
-
-    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
-        return teachers_of(self.layers)
 
     def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
         return Hint(self.layers, student, teacher)
 
 
 class Hint(nn.Module):
-    """The squared error of each sample, summed over the pairs, [B], through adapters that train with the student and
-    are not part of it.
-    """
+    """The squared error of each sample, [B], summed over the pairs, with the adapters, which train with the student."""
 
     def __init__(self, pairs: Pairs, student: Shapes, teacher: TeacherShapes) -> None:
         super().__init__()
         self.pairs = pairs
-        self.adapters = nn.ModuleList(adapter(student[mine], teacher[Wanted(theirs)]) for mine, theirs in pairs)
+        self.adapters = nn.ModuleList(
+            adapter(student[student_layer], teacher[Wanted(teacher_layer)]) for student_layer, teacher_layer in pairs
+        )
 
-    def forward(self, said: Said) -> Tensor:
+    def forward(self, inputs: Said) -> Tensor:
         parts = [
-            hint_per_sample(adapt(said.student.features[mine]), said.teacher.features[Wanted(theirs)])
-            for adapt, (mine, theirs) in zip(self.adapters, self.pairs, strict=True)
+            hint_per_sample(
+                adapt(inputs.student.features[student_layer]), inputs.teacher.features[Wanted(teacher_layer)]
+            )
+            for adapt, (student_layer, teacher_layer) in zip(self.adapters, self.pairs, strict=True)
         ]
         return torch.stack(parts).sum(0)
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error over all elements of two feature maps of equal shape [B, ...], in float32 or wider."""
+    """Compute the mean squared error of two feature maps [B, ...] of equal shape, a scalar in float32 or wider."""
     return hint_per_sample(student, teacher).mean()
 
 
 def hint_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
-    """`hint_loss` of each sample: [B, ...] twice to [B]."""
+    """Compute `hint_loss` of each sample, [B]."""
     student = widened(student)
     return F.mse_loss(student, teacher.to(student.dtype), reduction="none").flatten(1).mean(1)
 
 
-def adapter(student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:
-    """A module that takes the student's map to the teacher's shape; both shapes without the batch axis.
+def adapter(student: Shape, teacher: Shape) -> nn.Module:
+    """Build the module that maps the student's features to the teacher's shape.
 
-    Maps (C, H, W): a convolution with BN and ReLU; 1x1 where H and W agree, strided where the student's map is twice
-    as large, transposed where it is half, unpadded where it is larger by less. Vectors (D,): a linear layer.
-    Raises RecipeError, with both shapes, where neither fits.
+    Maps (C, H, W) get a convolution with batch norm and ReLU: 1x1 if H and W are equal, strided if the student's map is
+    twice as large, transposed if it is half as large, unpadded if it is larger by another amount. Vectors (D,) get a
+    linear layer.
+
+    Args:
+        student: Shape without the batch axis.
+        teacher: Shape without the batch axis.
+
+    Raises:
+        RecipeError: No adapter fits these shapes.
     """
     if len(student) == len(teacher) == 1:
         return nn.Linear(student[0], teacher[0])
@@ -83,17 +88,17 @@ def adapter(student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:
         if convolution is not None:
             return nn.Sequential(convolution, nn.BatchNorm2d(teacher[0]), nn.ReLU())
     raise RecipeError(
-        f"a hint cannot join a student's feature of shape {list(student)} to a teacher's of {list(teacher)}: "
-        "name layers whose maps have like sizes."
+        f"a hint cannot join a student's feature of shape {list(student)} to a teacher's of shape {list(teacher)}: "
+        "choose layers whose maps have similar sizes."
     )
 
 
-def _convolution(student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module | None:
-    (channels, height, width), (wanted, *sizes) = student, teacher
+def _convolution(student: Shape, teacher: Shape) -> nn.Module | None:
+    (channels, height, width), (out_channels, *sizes) = student, teacher
     if [height, width] == [2 * size for size in sizes]:
-        return nn.Conv2d(channels, wanted, 3, stride=2, padding=1, bias=False)
+        return nn.Conv2d(channels, out_channels, 3, stride=2, padding=1, bias=False)
     if [2 * height, 2 * width] == sizes:
-        return nn.ConvTranspose2d(channels, wanted, 4, stride=2, padding=1, bias=False)
+        return nn.ConvTranspose2d(channels, out_channels, 4, stride=2, padding=1, bias=False)
     if height >= sizes[0] and width >= sizes[1]:
-        return nn.Conv2d(channels, wanted, (1 + height - sizes[0], 1 + width - sizes[1]), bias=False)
+        return nn.Conv2d(channels, out_channels, (1 + height - sizes[0], 1 + width - sizes[1]), bias=False)
     return None

@@ -1,4 +1,4 @@
-"""Which maps of a student and a teacher can be brought to one size, and the sentence for those that cannot."""
+"""Check that feature maps of student and teacher can be brought to one size."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ Size = tuple[int, int]
 
 
 def map_size(shape: Shape) -> Size | None:
-    """(H, W) of maps (C, H, W); None for what is no map."""
+    """Return (H, W) of maps (C, H, W), None for other shapes."""
     return (shape[1], shape[2]) if len(shape) == 3 else None
 
 
 def as_map_shape(shape: Shape) -> Shape:
-    """Vectors (D,) are maps (D, 1, 1) of one pixel; others as they are."""
+    """Return vectors (D,) as maps (D, 1, 1) of one pixel, other shapes unchanged."""
     return (*shape, 1, 1) if len(shape) == 1 else shape
 
 
 def as_maps(features: Tensor) -> Tensor:
-    """Vectors [B, D] as maps [B, D, 1, 1]; others as they are."""
+    """Return vectors [B, D] as maps [B, D, 1, 1], other features unchanged."""
     return features[:, :, None, None] if features.dim() == 2 else features
 
 
 def poolable(student: Shape, size: Size) -> bool:
-    """Whether a student's maps (C, H, W) have this size, or are larger: of equal height and another width, they show
-    something else.
+    """Return whether the student's maps (C, H, W) have this size or are larger on both sides.
+
+    Maps of equal height and smaller width show another part of the image.
     """
-    mine = map_size(student)
-    return mine is not None and (mine == size or (mine[0] > size[0] and mine[1] >= size[1]))
+    own = map_size(student)
+    return own is not None and (own == size or (own[0] > size[0] and own[1] >= size[1]))
 
 
-def cannot_join(loss: str, pair: tuple[str, str], student: Shape, teacher: Shape, wanted: str) -> RecipeError:
-    """The refusal of a pair (student's module, teacher's module); shapes without the batch axis.
+def cannot_join(loss: str, pair: tuple[str, str], student: Shape, teacher: Shape, expected: str) -> RecipeError:
+    """Build the error for a pair of layers whose shapes (without the batch axis) do not match.
 
-    wanted: what the pair should have been.
+    `pair` has the module paths of student and teacher, `expected` the layers to choose instead.
     """
-    mine, theirs = pair
+    student_layer, teacher_layer = pair
     return RecipeError(
-        f"{loss} cannot join the student's {mine}, of shape {list(student)}, to the teacher's {theirs}, of "
-        f"{list(teacher)}: name {wanted}."
+        f"{loss} cannot join the student's {student_layer}, of shape {list(student)}, to the teacher's "
+        f"{teacher_layer}, of shape {list(teacher)}: choose {expected}."
     )

@@ -1,5 +1,6 @@
-"""Multi-level logit distillation: of each sample, of the classes' and of the samples' relations, at several
-temperatures. Jin, Wang, Lin 2023 (CVPR, "Multi-Level Logit Distillation").
+"""Multi-level logit distillation: samples, relations of classes and relations of samples, at several temperatures.
+
+MLLD: Jin, Wang, Lin 2023, "Multi-Level Logit Distillation", CVPR.
 """
 
 from __future__ import annotations
@@ -9,25 +10,28 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.config import section
 from stages.forms import widened
 from stages.losses.entry import Response
 from stages.losses.global_batch import gathered
 from stages.losses.kd import kd_per_sample
-from stages.losses.said import Facts, Said, Shapes, TeacherShapes
+from stages.losses.said import Said
 from stages.schedules import Temperature, amount_at
 
 
 @section
 class MLLDConfig(Response):
-    """KD plus the squared errors of the classes' and of the samples' Gram matrices, summed over several temperatures.
+    """KD + squared errors of the Gram matrices over classes and over samples, summed over several temperatures.
 
-    temperature_list: the temperatures. The Gram matrices go over the batch of all processes. The authors' code also
-    multiplies by masks of the less confident half of the samples and of the classes, after the mean, so that they are
-    one factor of about a half for the whole batch: left out here. Its second, strongly augmented view is the recipe's
-    to ask for.
+    The Gram matrices are those of the batch of all processes. The authors' code also multiplies by masks of the less
+    confident half of samples and classes, after the mean, which makes them one factor of about 0.5 for the whole batch:
+    left out here. Its second, strongly augmented view can be configured in the recipe. The temperatures are those of
+    the authors' code.
+
+    Attributes:
+        temperature_list: the temperatures.
     """
 
     paper: ClassVar[str] = "Jin et al. 2023, CVPR"
@@ -39,26 +43,16 @@ class MLLDConfig(Response):
     def temperatures(self) -> tuple[Temperature, ...]:
         return self.temperature_list
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
-        return MLLD(self)
-
-
-class MLLD(nn.Module):
-    """The loss of a batch, a scalar."""
-
-    def __init__(self, config: MLLDConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, said: Said) -> Tensor:
-        temperatures = [amount_at(one, said.moment) for one in self.config.temperature_list]
-        parts = [mlld_loss(said.student.logits, said.teacher.logits_at(one), one) for one in temperatures]
-        return torch.stack(parts).sum()
+    def compute(self, inputs: Said) -> Tensor:
+        temperatures = [amount_at(temperature, inputs.moment) for temperature in self.temperature_list]
+        logits, teacher = inputs.student.logits, inputs.teacher
+        return torch.stack([mlld_loss(logits, teacher.logits_at(value), value) for value in temperatures]).sum()
 
 
 def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """`kd_loss` + `class_relation` + `batch_relation` of softmax(logits / T), at one temperature: a scalar, in float32
-    or wider. Both logits are [B, num_classes]. The module sums it over its temperatures.
+    """Compute `kd_loss` + `class_relation` + `batch_relation` of softmax(logits / T), at one temperature.
+
+    Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
     """
     student = F.softmax(widened(student_logits) / temperature, 1)
     teacher = F.softmax(widened(teacher_logits).to(student.dtype) / temperature, 1)
@@ -68,10 +62,10 @@ def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 def class_relation(student: Tensor, teacher: Tensor) -> Tensor:
-    """|P_s^T P_s - P_t^T P_t|^2 / num_classes of two batches of probabilities P [B, num_classes], a scalar."""
+    """Compute |P_s^T P_s - P_t^T P_t|^2 / num_classes of probabilities P [B, num_classes], a scalar."""
     return (student.t() @ student - teacher.t() @ teacher).square().sum() / student.shape[1]
 
 
 def batch_relation(student: Tensor, teacher: Tensor) -> Tensor:
-    """|P_s P_s^T - P_t P_t^T|^2 / B of two batches of probabilities P [B, num_classes], a scalar."""
+    """Compute |P_s P_s^T - P_t P_t^T|^2 / B of probabilities P [B, num_classes], a scalar."""
     return (student @ student.t() - teacher @ teacher.t()).square().sum() / student.shape[0]

@@ -1,80 +1,62 @@
-"""Neuron selectivity transfer: the student's channels are to fire in the patterns of the teacher's.
+"""Neuron selectivity transfer: match the spatial activation patterns of the channels.
 
-Huang and Wang 2017 (arXiv 1707.01219): the squared maximum mean discrepancy between the channels' maps, each scaled to
-length 1, for the kernel k(x, y) = (x . y)^2. With X [C, HW] the scaled maps of one sample and G = X^T X / C [HW, HW]
-their Gram matrix over positions, it is one number by two routes:
+NST: Huang and Wang 2017, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer" (arXiv 1707.01219).
+The squared maximum mean discrepancy between the channels' L2-normalized maps, for the kernel k(x, y) = (x . y)^2. With
+X [C, HW] the normalized maps of a sample and G = X^T X / C [HW, HW] their Gram matrix over positions, it equals
 
     mean k(t, t') + mean k(s, s') - 2 mean k(s, t)  =  ||G_t - G_s||^2
 
-where the left side needs the channels' products, X_t X_s^T [C_t, C_s] and the like, and the right side the positions'.
-The loss takes the Gram matrices of small maps, and the channels' products where positions outnumber channels; neither
-makes the [B, C, C, HW] of the naive form.
+where the left side needs the products of channels, X_t X_s^T [C_t, C_s] etc., and the right side those of positions.
+The Gram matrices are used for small maps, and the products of channels if positions outnumber channels; neither needs
+the [B, C, C, HW] of the naive form.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.config import section
 from stages.forms import MAP, SPATIAL_GRAM, Shape, Wanted, pool_to, spatial_gram, widened
-from stages.losses.entry import Entry, Pairs, students_of
-from stages.losses.match_size import Size, cannot_join, map_size, poolable
-from stages.losses.said import Facts, Said, Shapes, TeacherShapes
+from stages.losses.entry import MapLossConfig
+from stages.losses.match_size import Size, map_size
 from stages.schedules import Amount
 
-MOST_POSITIONS = 256
-"""The largest H * W of whose maps the teacher's Gram matrix, [HW, HW], is asked for, rather than the map."""
+MAX_POSITIONS = 256
+"""The largest H * W for which the teacher's Gram matrix [HW, HW] is required instead of its map."""
 
 
 @section
-class NSTConfig(Entry):
-    """weight times the maximum mean discrepancy between the channels' maps at each pair of (student, teacher) layers.
+class NSTConfig(MapLossConfig):
+    """Maximum mean discrepancy between the channels' maps, for the kernel (x . y)^2, summed over pairs of layers.
 
-    The larger of two maps is averaged down first. The kernel is the polynomial one, (x . y)^2, as in the field's
-    reference code; matching Gram matrices over positions is the same loss under another name.
+    It equals the squared distance of the Gram matrices over positions. The larger of two maps is average-pooled first.
+    Kernel and default weight are those of RepDistiller.
     """
 
     paper: ClassVar[str] = "Huang & Wang 2017, arXiv 1707.01219"
 
     loss: Literal["nst"]
-    layers: Pairs
     weight: Amount = 50.0
 
-    def student_layers(self) -> tuple[str, ...]:
-        return students_of(self.layers)
+    def teacher_feature(self, layer: str, student: Shape) -> Wanted:
+        size = map_size(student)
+        is_small = size is None or math.prod(size) <= MAX_POSITIONS
+        return Wanted(layer, SPATIAL_GRAM if is_small else MAP, size)
 
-    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
-        return tuple(_wanted(theirs, map_size(student[mine])) for mine, theirs in self.layers)
+    def common_size(self, student: Shape, teacher: Shape, feature: Wanted) -> Size | None:
+        return map_size(teacher) if feature.form == MAP else _grid(student, teacher)
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
-        wanted = self.wants(student)
-        sizes = [
-            _size(pair, student[pair[0]], one, teacher[one]) for pair, one in zip(self.layers, wanted, strict=True)
-        ]
-        return NST(self.layers, wanted, sizes)
-
-
-def _wanted(layer: str, size: Size | None) -> Wanted:
-    few = size is None or math.prod(size) <= MOST_POSITIONS
-    return Wanted(layer, SPATIAL_GRAM if few else MAP, size)
-
-
-def _size(pair: tuple[str, str], student: Shape, wanted: Wanted, teacher: Shape) -> Size:
-    """The (H, W) to which the student's maps (C, H, W) are pooled. Raises RecipeError, with both shapes."""
-    size = map_size(teacher) if wanted.form == MAP else _grid(student, teacher)
-    if size is None or not poolable(student, size):
-        raise cannot_join("nst", pair, student, teacher, "layers that give maps of like height and width")
-    return size
+    def distance(self, student: Tensor, teacher: Tensor, feature: Wanted) -> Tensor:
+        return nst_per_sample(student, teacher) if feature.form == MAP else nst_from_gram(student, teacher)
 
 
 def _grid(student: Shape, gram: Shape) -> Size | None:
-    """The (H, W) of a teacher's Gram matrix (HW, HW), which has forgotten it: the student's proportions."""
+    """Return the (H, W) of a teacher's Gram matrix (HW, HW), assuming the student's aspect ratio."""
     size, positions = map_size(student), gram[0]
     if size is None or math.prod(size) == positions:
         return size
@@ -82,27 +64,10 @@ def _grid(student: Shape, gram: Shape) -> Size | None:
     return (height, positions // height) if height and positions % height == 0 else None
 
 
-class NST(nn.Module):
-    """The discrepancy of each sample, summed over the pairs, [B]; sizes: the (H, W) of each pair."""
-
-    def __init__(self, pairs: Pairs, wanted: Sequence[Wanted], sizes: Sequence[Size]) -> None:
-        super().__init__()
-        self.pairs = pairs
-        self.wanted = tuple(wanted)
-        self.sizes = tuple(sizes)
-
-    def forward(self, said: Said) -> Tensor:
-        parts = []
-        for (mine, _), wanted, size in zip(self.pairs, self.wanted, self.sizes, strict=True):
-            own = pool_to(widened(said.student.features[mine]), size)
-            per_sample = nst_per_sample if wanted.form == MAP else nst_from_gram
-            parts.append(per_sample(own, said.teacher.features[wanted]))
-        return torch.stack(parts).sum(0)
-
-
 def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The loss at one pair of maps, [B, C_s, H, W] and [B, C_t, H', W'], the larger averaged down; a scalar in float32
-    or wider.
+    """Compute the loss at one pair of maps, of which the larger is average-pooled.
+
+    Maps are [B, C_s, H, W] and [B, C_t, H', W']. The result is a scalar in float32 or wider.
     """
     student, teacher = widened(student), widened(teacher)
     own = pool_to(student, (teacher.shape[2], teacher.shape[3]))
@@ -110,7 +75,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def nst_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
-    """The loss of each sample, [B], of maps [B, C_s, H, W] and [B, C_t, H, W], by the cheaper of the two routes."""
+    """Compute the loss of each sample, [B], from maps [B, C_s, H, W] and [B, C_t, H, W], in the cheaper way."""
     if student.shape[2] * student.shape[3] > max(student.shape[1], teacher.shape[1]):
         return nst_from_channels(student, teacher)
     teacher = widened(teacher)
@@ -119,22 +84,26 @@ def nst_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def nst_from_gram(student: Tensor, teacher: Tensor) -> Tensor:
-    """||G_t - G_s||^2 of each sample, [B], of the student's maps [B, C, H, W] and the teacher's G [B, HW, HW]."""
+    """Compute ||G_t - G_s||^2 of each sample, [B], from student maps [B, C, H, W] and the teacher's G [B, HW, HW]."""
     student = widened(student)
-    # A difference of near numbers: half precision would leave little of it.
+    # The two matrices are nearly equal: half precision would round their difference away.
     with torch.autocast(student.device.type, enabled=False):
         return (spatial_gram(student) - teacher.to(student.dtype)).square().sum((1, 2))
 
 
 def nst_from_channels(student: Tensor, teacher: Tensor) -> Tensor:
-    """The discrepancy of each sample, [B], of maps [B, C_s, H, W] and [B, C_t, H, W], without [HW, HW]."""
+    """Compute the loss of each sample, [B], from maps [B, C_s, H, W] and [B, C_t, H, W], without [HW, HW]."""
     student = widened(student)
-    own = F.normalize(student.flatten(2), dim=2)
-    theirs = F.normalize(teacher.to(student.dtype).flatten(2), dim=2)
-    return _mean_kernel(theirs, theirs) + _mean_kernel(own, own) - 2 * _mean_kernel(own, theirs)
+    student_maps = F.normalize(student.flatten(2), dim=2)
+    teacher_maps = F.normalize(teacher.to(student.dtype).flatten(2), dim=2)
+    return (
+        _mean_kernel(teacher_maps, teacher_maps)
+        + _mean_kernel(student_maps, student_maps)
+        - 2 * _mean_kernel(student_maps, teacher_maps)
+    )
 
 
-def _mean_kernel(one: Tensor, other: Tensor) -> Tensor:
-    """The mean over pairs of channels of (x . y)^2: [B, C, HW] and [B, C', HW] to [B]."""
-    with torch.autocast(one.device.type, enabled=False):
-        return torch.bmm(one, other.transpose(1, 2)).square().mean((1, 2))
+def _mean_kernel(first: Tensor, second: Tensor) -> Tensor:
+    """Compute the mean over pairs of channels of (x . y)^2, [B], from maps [B, C, HW] and [B, C', HW]."""
+    with torch.autocast(first.device.type, enabled=False):
+        return torch.bmm(first, second.transpose(1, 2)).square().mean((1, 2))

@@ -1,36 +1,41 @@
-"""What losses have in common that compare how the samples of a batch lie to each other, in the student and in the
-teacher: they are one number for the global batch.
-"""
+"""Base classes of losses that compare relations between the samples of a batch: one value for the global batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stages.forms import Wanted, take_form
-from stages.losses.entry import Pairs
+from stages.config import section
+from stages.forms import POOLED, Wanted, take_form
+from stages.losses.entry import FeatureLossConfig
 from stages.losses.global_batch import gathered
 from stages.losses.said import Said
 
 
-class Relation(nn.Module):
-    """A loss of the student's and the teacher's features of the global batch, summed over the pairs of layers."""
+@section
+class RelationLossConfig(FeatureLossConfig):
+    """Configuration of a loss of the features of the batch of all processes, summed over pairs of layers.
 
-    def __init__(self, pairs: Pairs, form: str, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """loss: student's [B, ...] and teacher's [B, ...], both in the form `form` of their layers, to a scalar."""
-        super().__init__()
-        self.pairs = pairs
-        self.form = form
-        self.loss = loss
+    Attributes:
+        layers: pairs of (student layer, teacher layer), of which maps are average-pooled to vectors: usually the last
+            before the classifier.
+    """
 
-    def forward(self, said: Said) -> Tensor:
+    per_sample: ClassVar[bool] = False
+    statistic: ClassVar[str] = POOLED
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compute the loss at one pair of layers, a scalar, from `statistic` of student and teacher, [B, ...] each."""
+        raise NotImplementedError
+
+    def compute(self, inputs: Said) -> Tensor:
         parts = [
-            self.loss(
-                gathered(take_form(Wanted(mine, self.form), said.student.features[mine])),
-                gathered(said.teacher.features[Wanted(theirs, self.form)]),
+            self.compare(
+                gathered(take_form(Wanted(student_layer, self.statistic), inputs.student.features[student_layer])),
+                gathered(inputs.teacher.features[Wanted(teacher_layer, self.statistic)]),
             )
-            for mine, theirs in self.pairs
+            for student_layer, teacher_layer in self.layers
         ]
         return torch.stack(parts).sum()

@@ -1,7 +1,8 @@
-"""Knowledge review: every stage of the teacher teaches through what all the deeper stages of the student know.
+"""Knowledge review: each stage of the teacher is compared with the student's stage fused with all deeper ones.
 
-Chen et al. 2021 (arXiv 2104.09044). From deep to shallow, the student's maps are fused with those of the deeper stages
-by an attention (the paper's ABF), and what comes out is compared with the teacher's map at several scales (its HCL).
+ReviewKD: Chen et al. 2021, "Distilling Knowledge via Knowledge Review", CVPR (arXiv 2104.09044). From deep to shallow,
+the student's maps are fused with those of the deeper stages by an attention (the paper's ABF), and the result is
+compared with the teacher's map at several scales (its HCL).
 """
 
 from __future__ import annotations
@@ -15,81 +16,77 @@ from torch import Tensor, nn
 
 from stages.config import at_most, section
 from stages.forms import Shape, Wanted, widened
-from stages.losses.entry import Entry, Pairs, students_of, teachers_of
+from stages.losses.entry import FeatureLossConfig
 from stages.losses.match_size import as_map_shape, as_maps, cannot_join
 from stages.losses.said import Facts, Said, Shapes, TeacherShapes
-from stages.schedules import Amount
+from stages.schedules import warmup_factor
 
-MOST_CHANNELS = 512
+MAX_CHANNELS = 512
 POOLED_SIZES = (4, 2, 1)
 
 
 @section
-class ReviewKDConfig(Entry):
-    """weight times the error, at several scales, of the student's stages, fused from deep to shallow, to the teacher's.
+class ReviewKDConfig(FeatureLossConfig):
+    """Error, at several scales, between the student's stages, fused from deep to shallow, and the teacher's.
 
-    layers: pairs of (student layer, teacher layer) from shallow to deep, maps of any size; the last may be vectors, as
-    the pooled embeddings of the reference code. weight: the reference code's is between 0.6 and 8, by networks.
-    mid_channels: of the fused maps; by default those of the student's deepest layer, 512 at most. warmup_epochs: the
-    loss grows linearly over these.
+    Defaults are those of the authors' code.
+
+    Attributes:
+        layers: pairs of (student layer, teacher layer) from shallow to deep, maps of any size; the last may be vectors,
+            as the pooled embeddings of the authors' code.
+        weight: factor of the loss; the authors' code uses 0.6 to 8, depending on the networks.
+        mid_channels: width of the fused maps; by default that of the student's deepest layer, at most 512.
+        warmup_epochs: epochs over which the loss grows linearly to its full value; 0 for no warm-up.
     """
 
     paper: ClassVar[str] = "Chen et al. 2021, arXiv 2104.09044"
 
     loss: Literal["review_kd"]
-    layers: Pairs
-    weight: Amount = 1.0
     mid_channels: Annotated[int, Field(ge=1), at_most(10**6)] | None = None
     warmup_epochs: Annotated[int, Field(ge=0), at_most(10**6)] = 20
-
-    def student_layers(self) -> tuple[str, ...]:
-        return students_of(self.layers)
-
-    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
-        return teachers_of(self.layers)
 
     def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
         return ReviewKD(self, student, teacher)
 
 
 class ReviewKD(nn.Module):
-    """The error of each sample, summed over the pairs, [B], with the fusions, which train with the student.
-
-    Raises RecipeError, with both shapes, where a pair is neither of maps nor of vectors.
-    """
+    """The error of each sample, [B], summed over the pairs, with the fusions, which train with the student."""
 
     def __init__(self, config: ReviewKDConfig, student: Shapes, teacher: TeacherShapes) -> None:
         super().__init__()
         self.config = config
         widths = [_channels(pair, student[pair[0]], teacher[Wanted(pair[1])]) for pair in config.layers]
-        middle = config.mid_channels or min(MOST_CHANNELS, widths[-1][0])
+        middle = config.mid_channels or min(MAX_CHANNELS, widths[-1][0])
         self.fusions = nn.ModuleList(
-            Fusion(mine, middle, theirs, fuses=index < len(widths) - 1) for index, (mine, theirs) in enumerate(widths)
+            Fusion(width, middle, teacher_width, fuses=index < len(widths) - 1)
+            for index, (width, teacher_width) in enumerate(widths)
         )
 
-    def forward(self, said: Said) -> Tensor:
+    def forward(self, inputs: Said) -> Tensor:
         parts, deeper = [], None
-        for fusion, (mine, theirs) in zip(reversed(self.fusions), reversed(self.config.layers), strict=True):
-            target = as_maps(said.teacher.features[Wanted(theirs)])
+        for fusion, (student_layer, teacher_layer) in zip(
+            reversed(self.fusions), reversed(self.config.layers), strict=True
+        ):
+            target = as_maps(inputs.teacher.features[Wanted(teacher_layer)])
             size = (target.shape[2], target.shape[3])
-            reviewed, deeper = fusion(as_maps(widened(said.student.features[mine])), deeper, size)
+            reviewed, deeper = fusion(as_maps(widened(inputs.student.features[student_layer])), deeper, size)
             parts.append(hcl_per_sample(reviewed, target))
-        share = min((said.moment.epoch + 1) / max(1, self.config.warmup_epochs), 1.0)
-        return share * torch.stack(parts).sum(0)
+        return warmup_factor(self.config.warmup_epochs, inputs.moment) * torch.stack(parts).sum(0)
 
 
 def _channels(pair: tuple[str, str], student: Shape, teacher: Shape) -> tuple[int, int]:
-    mine, theirs = as_map_shape(student), as_map_shape(teacher)
-    if len(mine) == len(theirs) == 3:
-        return mine[0], theirs[0]
-    raise cannot_join("review_kd", pair, student, teacher, "layers that give maps, or vectors")
+    student_maps, teacher_maps = as_map_shape(student), as_map_shape(teacher)
+    if len(student_maps) == len(teacher_maps) == 3:
+        return student_maps[0], teacher_maps[0]
+    raise cannot_join("review_kd", pair, student, teacher, "layers that output maps, or vectors")
 
 
 class Fusion(nn.Module):
-    """A stage of the student with what came from the deeper ones: to the teacher's shape, and on to the shallower one.
+    """The fusion of a stage of the student with the deeper ones (ABF).
 
-    Maps [B, C_s, H, W], the deeper stages' [B, mid, h, w], where it `fuses`, and the teacher's (H', W') give
-    [B, C_t, H', W'] and [B, mid, H', W'].
+    The student's maps [B, C_s, H, W], the fused maps of the deeper stages [B, mid, h, w], if it `fuses`, and the
+    teacher's (H', W') give maps like the teacher's [B, C_t, H', W'], and those for the next shallower stage
+    [B, mid, H', W'].
     """
 
     def __init__(self, channels: int, middle: int, teacher_channels: int, *, fuses: bool) -> None:
@@ -114,7 +111,7 @@ class Fusion(nn.Module):
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch norm that stands a batch of one pixel, which has no variance, by its running statistics."""
+    """Batch norm that uses the running statistics for a batch of one pixel, which has no variance."""
 
     def forward(self, maps: Tensor) -> Tensor:
         if self.training and maps.numel() == maps.shape[1]:
@@ -123,23 +120,23 @@ class Norm(nn.BatchNorm2d):
 
 
 def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The hierarchical context loss of two maps [B, C, H, W]: a scalar in float32 or wider.
+    """Compute the hierarchical context loss of two maps [B, C, H, W], a scalar in float32 or wider.
 
-    The mean squared error of the whole maps, and of the maps averaged down to 4, 2 and 1 pixels a side where that is
-    smaller, at weights 1, 1/2, 1/4 and 1/8, divided by the sum of the weights used.
+    The mean squared error of the full maps, and of the maps average-pooled to 4, 2 and 1 pixels per side (where that is
+    smaller), at weights 1, 1/2, 1/4 and 1/8, divided by the sum of the weights used.
     """
     return hcl_per_sample(student, teacher).mean()
 
 
 def hcl_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
-    """`hcl_loss` of each sample: [B, C, H, W] twice to [B]."""
+    """Compute `hcl_loss` of each sample, [B]."""
     student = widened(student)
     difference = student - teacher.to(student.dtype)
-    loss, total, weight = difference.square().flatten(1).mean(1), 1.0, 1.0
+    loss, weight_sum, weight = difference.square().flatten(1).mean(1), 1.0, 1.0
     for size in POOLED_SIZES:
         if size < min(difference.shape[2:]):
             weight /= 2
-            coarse = F.adaptive_avg_pool2d(difference, size)  # averaging is linear: one pooling serves both maps
+            coarse = F.adaptive_avg_pool2d(difference, size)  # pooling is linear
             loss = loss + weight * coarse.square().flatten(1).mean(1)
-            total += weight
-    return loss / total
+            weight_sum += weight
+    return loss / weight_sum

@@ -1,4 +1,4 @@
-"""What student and teacher say about a batch: all that a loss may look at."""
+"""The inputs of a loss: what student and teacher computed for a batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Shapes = Mapping[str, Shape]
 """Shapes of the student's features by module path."""
 
 TeacherShapes = Mapping[Wanted, Shape]
-"""Shapes of what a store gives of a teacher's layers."""
+"""Shapes of the teacher's features as a store serves them."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a loss may have to know of the data set before the first batch."""
+    """Facts about the data set that a loss may need before the first batch."""
 
     num_samples: int
     num_classes: int
@@ -28,9 +28,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Others:
-    """Other samples of the data set in the same view, drawn at random: what contrastive losses push away from.
+    """Negatives of contrastive losses: random other samples of the data set, in the same view.
 
-    features: what the teacher says of them, [K, ...]. labels, ranks: int64 [K], as in `Said`.
+    Attributes:
+        features: The teacher's features, [K, ...].
+        labels: int64 [K].
+        ranks: int64 [K], as in `Said`.
     """
 
     features: Mapping[Wanted, Tensor]
@@ -40,12 +43,17 @@ class Others:
 
 @dataclass(frozen=True)
 class Said:
-    """What student and teacher say about the same B samples.
+    """Outputs of student and teacher for the same B samples.
 
-    student: logits [B, num_classes] and features [B, ...] by module path. teacher: logits at a temperature, features
-    by `Wanted`. labels: int64 [B]. ranks: int64 [B], each sample's place among all ids, from 0. others: samples to
-    contrast with, where a loss asks for them. input_gradient: the gradient of the student's cross entropy by the
-    pixels, [B, C, H, W], part of the graph, where a loss asks for it.
+    Attributes:
+        student: Logits [B, num_classes], and features [B, ...] by module path.
+        teacher: Logits for a temperature, and features [B, ...] by `Wanted`.
+        labels: int64 [B].
+        ranks: int64 [B], the position of each sample among all sorted ids, from 0.
+        moment: The training progress, which schedules depend on.
+        others: Negatives, for losses that use them.
+        input_gradient: Gradient of the student's cross entropy with respect to the images, [B, C, H, W], part of the
+            autograd graph, for losses that use it.
     """
 
     student: Outputs
@@ -57,13 +65,12 @@ class Said:
     input_gradient: Tensor | None = None
 
     def rows(self, index: Tensor) -> Said:
-        """The same of some of the samples, int64 [n]."""
-        gradient = None if self.input_gradient is None else self.input_gradient[index]
+        """Return the inputs of some of the samples, index int64 [n]."""
         return replace(
             self,
             student=self.student.rows(index),
             teacher=self.teacher.rows(index),
             labels=self.labels[index],
             ranks=self.ranks[index],
-            input_gradient=gradient,
+            input_gradient=None if self.input_gradient is None else self.input_gradient[index],
         )

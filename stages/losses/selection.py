@@ -1,4 +1,4 @@
-"""Which samples a loss is about, and how much each counts: judged by what the teacher says of them."""
+"""Selection and weighting of samples by the teacher's predictions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from stages.losses.global_batch import gathered, gathered_from
 
 @section
 class Selection:
-    """filter: "all" samples; the "hard" ones, a `fraction` of each batch to whose labels the teacher gives the least
-    probability; or the "correct" ones, which the teacher gets right.
+    """Configuration of which samples a loss is computed on, and how they are weighted.
 
-    weighting: "equal", or by the teacher's "entropy" (the unsure ones more), its "certainty" (the sure ones more), or its
-    "correctness" (the probability that it gives to the label); in proportion, with a mean of 1 over the batch.
+    Attributes:
+        only: "all" samples; "hard", the `share` of each batch whose labels get the lowest probability from the teacher;
+            or "correct", those that the teacher classifies correctly.
+        share: fraction of the batch that "hard" selects.
+        weigh: "equal", or in proportion to the teacher's "entropy", its "certainty" (1 - normalized entropy) or its
+            "correctness" (probability of the label), with a mean of 1 over the batch.
     """
 
     filter: Literal["all", "hard", "correct"] = "all"
@@ -30,41 +33,42 @@ class Selection:
 
     @property
     def judges(self) -> bool:
-        """Whether the teacher's probabilities are looked at."""
-        return self.filter != "all" or self.weighting != "equal"
+        """Return whether the teacher's probabilities are used."""
+        return self.only != "all" or self.weigh != "equal"
 
     @property
     def goes_by_label(self) -> bool:
-        """Whether a sample's one true class is."""
-        return self.filter != "all" or self.weighting == "correctness"
+        """Return whether each sample's single label is used."""
+        return self.only != "all" or self.weigh == "correctness"
 
 
-def chosen(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
-    """The samples that the loss is about, int64 [n], in the batch's order; None for all of them. labels: int64 [B].
+def select_samples(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
+    """Return the indices of the selected samples, int64 [n], in batch order; None for all. labels: int64 [B].
 
-    The hard ones are those of the batch of all processes: this one may have none.
+    Hard samples are ranked over the batch of all processes, so that this process may have none.
     """
     if config.filter == "all":
         return None
     logits = teacher.logits_at(1.0)
     if config.filter == "correct":
         return (logits.argmax(1) == labels).nonzero()[:, 0]
-    given = F.log_softmax(logits, 1).gather(1, labels[:, None])[:, 0]
-    everyone, start = gathered_from(given)
-    num_hard = max(1, math.ceil(round(config.fraction * len(everyone), 6)))  # 0.07 * 100 is above 7
-    hard = torch.argsort(everyone, stable=True)[:num_hard].sort().values
-    return hard if len(everyone) == len(given) else hard[(hard >= start) & (hard < start + len(given))] - start
+    log_probabilities = F.log_softmax(logits, 1).gather(1, labels[:, None])[:, 0]
+    all_rows, start = gathered_from(log_probabilities)
+    num_hard = max(1, math.ceil(round(config.share * len(all_rows), 6)))  # 0.07 * 100 is above 7
+    hard = torch.argsort(all_rows, stable=True)[:num_hard].sort().values
+    stop = start + len(labels)
+    return hard if len(all_rows) == len(labels) else hard[(hard >= start) & (hard < stop)] - start
 
 
-def weights(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
-    """How much each sample counts, float32 [B], 1 in the mean over all processes; None where all count alike."""
-    if config.weighting == "equal":
+def compute_sample_weights(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
+    """Return the samples' weights, float32 [B], of mean 1 over all processes; None if all are equal."""
+    if config.weigh == "equal":
         return None
-    log_given = F.log_softmax(teacher.logits_at(1.0), 1)
-    entropy = -(log_given.exp() * log_given).sum(1) / math.log(max(2, log_given.shape[1]))
+    log_probabilities = F.log_softmax(teacher.logits_at(1.0), 1)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(1) / math.log(max(2, log_probabilities.shape[1]))
     raw = {
         "entropy": entropy,
         "certainty": 1 - entropy,
-        "correctness": log_given.gather(1, labels[:, None])[:, 0].exp(),
-    }[config.weighting].clamp_min(0)
+        "correctness": log_probabilities.gather(1, labels[:, None])[:, 0].exp(),
+    }[config.weigh].clamp_min(0)
     return raw / gathered(raw).mean().clamp_min(torch.finfo(raw.dtype).tiny)

@@ -1,55 +1,51 @@
-"""Similarity-preserving distillation: Tung and Mori 2019 (arXiv 1907.09682)."""
+"""Similarity-preserving distillation: match the pairwise similarities of the batch's samples.
+
+SP: Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", ICCV (arXiv 1907.09682).
+"""
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.config import section
-from stages.forms import MAP, Wanted, widened
-from stages.losses.entry import Entry, Pairs, students_of, teachers_of
-from stages.losses.relation import Relation
-from stages.losses.said import Facts, Shapes, TeacherShapes
+from stages.forms import MAP, widened
+from stages.losses.relation import RelationLossConfig
 from stages.losses.unit_rows import unit_rows
 from stages.schedules import Amount
 
 
 @section
-class SPConfig(Entry):
-    """weight times the mean squared difference between the similarities of the batch's samples to each other.
+class SPConfig(RelationLossConfig):
+    """Mean squared difference between the similarity matrices of the batch's samples, summed over pairs of layers.
 
-    layers: pairs of (student layer, teacher layer), whole outputs, of any shapes: usually the last maps.
+    The default weight is that of RepDistiller.
+
+    Attributes:
+        layers: pairs of (student layer, teacher layer), whole outputs of any shapes: usually the last maps.
     """
 
     paper: ClassVar[str] = "Tung and Mori 2019, arXiv 1907.09682"
-    per_sample: ClassVar[bool] = False
+    statistic: ClassVar[str] = MAP
 
     loss: Literal["sp"]
-    layers: Pairs
     weight: Amount = 3000.0
 
-    def student_layers(self) -> tuple[str, ...]:
-        return students_of(self.layers)
-
-    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
-        return teachers_of(self.layers)
-
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
-        return Relation(self.layers, MAP, sp_loss)
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return sp_loss(student, teacher)
 
 
 def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """||G_t - G_s||^2 / B^2, a scalar, in float32 or wider.
+    """Compute ||G_t - G_s||^2 / B^2, with G = F F^T [B, B], F the flattened features, and the rows L2-normalized.
 
-    G = F F^T is [B, B], F the flattened features, each row of G then scaled to length 1.
-    student, teacher: [B, ...] of any two shapes.
+    Features are [B, ...] of any two shapes. The result is a scalar in float32 or wider.
     """
     student = widened(student)
     return (similarities(teacher.to(student.dtype)) - similarities(student)).square().mean()
 
 
 def similarities(features: Tensor) -> Tensor:
-    """The products of the batch's flattened features, [B, ...] to [B, B], each row scaled to length 1."""
+    """Compute the products of the batch's flattened features, [B, ...] to [B, B], with L2-normalized rows."""
     flat = features.flatten(1)
     return unit_rows(flat @ flat.T)

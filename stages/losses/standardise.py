@@ -1,6 +1,6 @@
-"""Logits of mean 0 and standard deviation 1 over the classes: the student need not copy the teacher's scale.
+"""Logit standardization: logits of mean 0 and standard deviation 1, so that the student need not match the scale.
 
-Logit standardisation, Sun et al. 2024 (arXiv 2403.01427), algorithm 1.
+Sun et al. 2024, "Logit Standardization in Knowledge Distillation", CVPR (arXiv 2403.01427), algorithm 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EPS = 1e-7
 
 @dataclass(frozen=True)
 class Standardised:
-    """What a teacher says, with standardised logits."""
+    """A teacher's outputs with standardized logits."""
 
     inner: TeacherOutputs
 
@@ -36,17 +36,16 @@ class Standardised:
 
 
 def standardised(logits: Tensor) -> Tensor:
-    """(z - mean) / (std + 1e-7) over the classes, std with num_classes - 1: [B, num_classes] to the same, in float32
-    or wider.
+    """Compute (z - mean) / (std + 1e-7) over the classes, with the unbiased std, in float32 or wider.
 
-    A row of equal logits, and all rows of one class, give zeros without a gradient: they have no direction to keep.
+    [B, num_classes] to [B, num_classes]. Rows of equal logits, as those of one class, become zeros without a gradient.
     """
-    # Less a row's largest logit, equal ones are exactly 0 and so is their deviation, whatever their mean is rounded to.
+    # Minus the row's maximum, equal logits are exactly 0, and so is their deviation, however their mean is rounded.
     shifted = widened(logits)
     shifted = shifted - shifted.detach().amax(1, keepdim=True)
-    centred = shifted - shifted.mean(1, keepdim=True)
-    variance = centred.square().sum(1, keepdim=True) / max(1, logits.shape[1] - 1)
+    centered = shifted - shifted.mean(1, keepdim=True)
+    variance = centered.square().sum(1, keepdim=True) / max(1, logits.shape[1] - 1)
     varies = variance > 0
-    # The root of zero has an infinite derivative, which would be NaN even where it is not chosen.
+    # sqrt(0) has an infinite derivative, which would be NaN even in the branch not taken.
     deviation = torch.where(varies, variance, 1).sqrt() + EPS
-    return torch.where(varies, centred / deviation, 0)
+    return torch.where(varies, centered / deviation, 0)

@@ -1,4 +1,4 @@
-"""The recipe's `[[distill]]` entries as modules: each picks its teacher and its samples, and has its weight."""
+"""Build the losses of a recipe's `[[distill]]` entries and compute them on a batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from stages.losses.pkt import PKTConfig
 from stages.losses.review_kd import ReviewKDConfig
 from stages.losses.rkd import RKDConfig
 from stages.losses.said import Facts, Others, Said, Shapes, TeacherShapes
-from stages.losses.selection import chosen, weights
+from stages.losses.selection import compute_sample_weights, select_samples
 from stages.losses.simkd import SimKDConfig
 from stages.losses.sp import SPConfig
 from stages.losses.standardise import Standardised, standardised
@@ -64,16 +64,23 @@ AnyLoss = (
 LossConfig = Annotated[AnyLoss, Field(discriminator="loss")]
 
 LOSSES: tuple[type[Entry], ...] = get_args(get_args(LossConfig)[0])
-"""The sections of all losses, as `kdpipe losses` lists them."""
+"""The configurations of all losses, in the order in which `kdpipe losses` lists them."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a student says about a batch, and what all its teachers do.
+    """Outputs of a student and of all its teachers for a batch of B samples.
 
-    known: for each teacher, which of the samples it knows, bool [B] on the CPU; None for all. labels, ranks: int64 [B].
-    others: by loss, the samples that it contrasts with. input_gradient: as in `Said`. num_samples: how many the batches
-    of all processes have together; None for as many as are here.
+    Attributes:
+        student: Logits [B, num_classes], and features [B, ...] by module path.
+        teachers: The outputs of each teacher.
+        known: For each teacher, which samples it has targets for, bool [B] on the CPU; None for all.
+        labels: int64 [B].
+        ranks: int64 [B], as in `Said`.
+        moment: The training progress.
+        others: The negatives by loss name.
+        input_gradient: As in `Said`.
+        num_samples: The size of the global batch, of all processes; None if it is B.
     """
 
     student: Outputs
@@ -88,7 +95,7 @@ class Exchange:
 
 
 class Term(nn.Module):
-    """One entry: the loss of the samples that it is about, times its weight and their share of the batch."""
+    """The loss of one entry on its samples, times its weight and their share of the batch."""
 
     def __init__(self, name: str, config: Entry, loss: nn.Module) -> None:
         super().__init__()
@@ -96,70 +103,78 @@ class Term(nn.Module):
         self.config = config
         self.loss = loss
 
-    def forward(self, exchange: Exchange, together: TeacherOutputs) -> Tensor:
-        """This process's part of the weighted loss of the global batch: the mean over the processes is that loss."""
-        said, judged = self._about(exchange, together)
-        whole = len(exchange.labels) if exchange.num_samples is None else exchange.num_samples
-        here = len(said.labels)
-        # A process without such samples goes the same way as the others: they wait for it where rows are gathered.
-        num = total(here) if judged else whole
-        if num == 0:
-            return exchange.student.logits.new_zeros(())
-        counts = weights(self.config.samples, said.teacher, said.labels)
-        if here == num == 1 < whole:  # an adapter's norm needs two; the mean of two is that of the one
-            said = said.rows(torch.zeros(2, dtype=torch.int64, device=said.labels.device))
-        loss: Tensor = self.loss(self._standardised(said))
-        if counts is not None:
-            loss = counts.to(loss) * loss
-        weight = amount_at(self.config.weight, exchange.moment)
+    def forward(self, batch: Exchange, combined: TeacherOutputs) -> Tensor:
+        """Compute this process's share of the weighted loss of the global batch.
+
+        The mean of the shares over the processes is the loss.
+
+        Args:
+            batch: The outputs of student and teachers.
+            combined: The outputs of all teachers, combined.
+        """
+        inputs, may_be_partial = self._select_samples(batch, combined)
+        batch_size = len(batch.labels) if batch.num_samples is None else batch.num_samples
+        num_local = len(inputs.labels)
+        # A process without such samples takes the same path as the others, which wait for it at collectives.
+        num_used = total(num_local) if may_be_partial else batch_size
+        if num_used == 0:
+            return batch.student.logits.new_zeros(())
+        sample_weights = compute_sample_weights(self.config.samples, inputs.teacher, inputs.labels)
+        if num_local == num_used == 1 < batch_size:  # batch norm needs two rows; twice the same has the same mean
+            inputs = inputs.rows(torch.zeros(2, dtype=torch.int64, device=inputs.labels.device))
+        loss: Tensor = self.loss(self._normalize_logits(inputs))
+        if sample_weights is not None:
+            loss = sample_weights.to(loss) * loss
+        weight = amount_at(self.config.weight, batch.moment)
         if not self.config.per_sample:
-            return weight * (num / whole) * loss.mean()
-        return weight * (here * num_processes() / whole) * (loss.mean() if here else loss.sum())
+            return weight * (num_used / batch_size) * loss.mean()
+        return weight * (num_local * num_processes() / batch_size) * (loss.mean() if num_local else loss.sum())
 
-    def _about(self, exchange: Exchange, together: TeacherOutputs) -> tuple[Said, bool]:
-        """What is said of the samples that the loss is about, and whether these may be some of the batch only."""
-        said, known = self._said(exchange, together), self._known(exchange)
-        if known is not None and len(known) < len(said.labels):
-            said = said.rows(known.to(said.labels.device, non_blocking=True))
-        picked = chosen(self.config.samples, said.teacher, said.labels)
-        if picked is not None:
-            said = said.rows(picked)
-        return said, known is not None or picked is not None
+    def _select_samples(self, batch: Exchange, combined: TeacherOutputs) -> tuple[Said, bool]:
+        """Return the inputs of the loss's samples, and whether these may be fewer than the batch."""
+        inputs, known = self._inputs(batch, combined), self._known(batch)
+        if known is not None and len(known) < len(inputs.labels):
+            inputs = inputs.rows(known.to(inputs.labels.device, non_blocking=True))
+        selected = select_samples(self.config.samples, inputs.teacher, inputs.labels)
+        if selected is not None:
+            inputs = inputs.rows(selected)
+        return inputs, known is not None or selected is not None
 
-    def _said(self, exchange: Exchange, together: TeacherOutputs) -> Said:
-        alone = self.config.store is None and self.config.on_logits
+    @property
+    def _uses_all_teachers(self) -> bool:
+        return self.config.store is None and self.config.on_logits
+
+    def _inputs(self, batch: Exchange, combined: TeacherOutputs) -> Said:
         return Said(
-            exchange.student,
-            together if alone else exchange.teachers[self.config.store or 0],
-            exchange.labels,
-            exchange.ranks,
-            exchange.moment,
-            exchange.others.get(self.name),
-            exchange.input_gradient,
+            batch.student,
+            combined if self._uses_all_teachers else batch.teachers[self.config.store or 0],
+            batch.labels,
+            batch.ranks,
+            batch.moment,
+            batch.others.get(self.name),
+            batch.input_gradient,
         )
 
-    def _known(self, exchange: Exchange) -> Tensor | None:
-        """The samples of which this loss's teacher, or any of its teachers, knows, int64 [n]; None where
-        that is all of any batch.
-        """
-        if self.config.store is None and self.config.on_logits:
-            masks = list(exchange.known)
-        else:
-            masks = [exchange.known[self.config.store or 0]]
-        held = [mask for mask in masks if mask is not None]
-        if len(held) < len(masks):
-            return None
-        return torch.stack(held).any(0).nonzero()[:, 0]
+    def _known(self, batch: Exchange) -> Tensor | None:
+        """Return the samples that this loss's teacher, or any of its teachers, has targets for, int64 [n].
 
-    def _standardised(self, said: Said) -> Said:
-        if not isinstance(self.config, Response) or not self.config.standardize:
-            return said
-        student = Outputs(standardised(said.student.logits), said.student.features)
-        return replace(said, student=student, teacher=Standardised(said.teacher))
+        None if that is always the whole batch.
+        """
+        masks = list(batch.known) if self._uses_all_teachers else [batch.known[self.config.store or 0]]
+        partial = [mask for mask in masks if mask is not None]
+        if len(partial) < len(masks):
+            return None
+        return torch.stack(partial).any(0).nonzero()[:, 0]
+
+    def _normalize_logits(self, inputs: Said) -> Said:
+        if not isinstance(self.config, Response) or not self.config.standardise:
+            return inputs
+        student = Outputs(standardised(inputs.student.logits), inputs.student.features)
+        return replace(inputs, student=student, teacher=Standardised(inputs.teacher))
 
 
 class Distillation(nn.Module):
-    """All entries of a recipe, and how several teachers are one. What trains with the student is in it."""
+    """All losses of a recipe and the combination of its teachers, with all that trains with the student."""
 
     def __init__(self, terms: Mapping[str, Term], combination: Combination) -> None:
         super().__init__()
@@ -168,33 +183,31 @@ class Distillation(nn.Module):
 
     @property
     def configs(self) -> dict[str, Entry]:
-        """The entries by the names of their losses in metrics and checkpoints."""
+        """Return the losses' configurations by their names in metrics and checkpoints."""
         return {name: term.config for name, term in self.terms.items()}  # type: ignore[misc]
 
-    def forward(self, exchange: Exchange) -> dict[str, Tensor]:
-        """The weighted losses by name, in float32 also under mixed precision: sums over batches and maps would
-        overflow, or lose what they are about.
-        """
-        with torch.autocast(exchange.student.logits.device.type, enabled=False):
-            return self._losses(replace(exchange, student=exchange.student.widened()))
+    def forward(self, batch: Exchange) -> dict[str, Tensor]:
+        """Compute the weighted losses by name, in float32 also under mixed precision, where sums would overflow."""
+        with torch.autocast(batch.student.logits.device.type, enabled=False):
+            return self._losses(replace(batch, student=batch.student.widened()))
 
-    def _losses(self, exchange: Exchange) -> dict[str, Tensor]:
-        if len(exchange.teachers) == 1 and not self.combination.config.temperatures:
-            together = exchange.teachers[0]
+    def _losses(self, batch: Exchange) -> dict[str, Tensor]:
+        if len(batch.teachers) == 1 and not self.combination.config.temperatures:
+            combined = batch.teachers[0]
         else:
-            together = self.combination(exchange.teachers, exchange.known, exchange.labels)
-        return {name: term(exchange, together) for name, term in self.terms.items()}
+            combined = self.combination(batch.teachers, batch.known, batch.labels)
+        return {name: term(batch, combined) for name, term in self.terms.items()}
 
 
 def student_layers(configs: Sequence[Entry]) -> list[str]:
-    """The student's modules that these losses hook."""
+    """Return the paths of the student's modules that these losses use."""
     return list(dict.fromkeys(layer for config in configs for layer in config.student_layers()))
 
 
 def wanted_of(configs: Sequence[Entry], student: Shapes, store: int) -> list[Wanted]:
-    """What these losses want of the layers of store number `store`'s teacher."""
+    """Return the features that these losses require of the teacher of store number `store`."""
     own = [config for config in configs if (config.store or 0) == store]
-    return list(dict.fromkeys(one for config in own for one in config.wants(student)))
+    return list(dict.fromkeys(feature for config in own for feature in config.wants(student)))
 
 
 def build_distillation(
@@ -206,9 +219,10 @@ def build_distillation(
     facts: Facts,
     seed: int,
 ) -> Distillation:
-    """One module a loss, by a name that tells equal ones apart, adapters initialised from `seed`.
+    """Build one module per loss, named uniquely, with adapters initialized from `seed`.
 
-    Raises RecipeError where shapes cannot be joined.
+    Raises:
+        RecipeError: The shapes of student and teacher do not match.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

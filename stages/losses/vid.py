@@ -1,7 +1,8 @@
-"""Variational information distillation: the student is to hold all that the teacher's layer tells. Ahn et al. 2019.
+"""Variational information distillation: predict the teacher's features from the student's.
 
-arXiv 1904.05835: the mutual information of the two layers is bounded from below by how well a Gaussian, whose mean is
-predicted from the student and whose variance is learnt for each channel, fits the teacher.
+VID: Ahn et al. 2019, "Variational Information Distillation for Knowledge Transfer", CVPR (arXiv 1904.05835). The mutual
+information of two layers is bounded from below by the likelihood of the teacher's features under a Gaussian, whose mean
+is predicted from the student's features and whose variance is learned per channel.
 """
 
 from __future__ import annotations
@@ -17,55 +18,54 @@ from torch import Tensor, nn
 
 from stages.config import section
 from stages.forms import Shape, Wanted, pool_to, widened
-from stages.losses.entry import Entry, Pairs, students_of
+from stages.losses.entry import FeatureLossConfig, Pairs
 from stages.losses.match_size import as_map_shape, as_maps, cannot_join, map_size, poolable
 from stages.losses.said import Facts, Said, Shapes, TeacherShapes
-from stages.schedules import Amount
 
-SMALLEST_VARIANCE = 1e-5
+MIN_VARIANCE = 1e-5
 
 
 @section
-class VIDConfig(Entry):
-    """weight times the negative log-likelihood of the teacher's features, predicted from the student's at each pair.
+class VIDConfig(FeatureLossConfig):
+    """Negative log-likelihood of the teacher's features, predicted from the student's, summed over pairs of layers.
 
-    The prediction is three 1x1 convolutions on maps of like sizes, the larger averaged down; vectors count as maps of
-    one pixel. init_pred_var: the variance of each of the teacher's channels at the start; it is learnt.
+    Three 1x1 convolutions predict the mean, on maps of equal aspect ratio, the larger average-pooled; vectors count as
+    maps of one pixel. Defaults are those of RepDistiller.
+
+    Attributes:
+        init_pred_var: initial variance of each of the teacher's channels, which is learned.
     """
 
     paper: ClassVar[str] = "Ahn et al. 2019, arXiv 1904.05835"
 
     loss: Literal["vid"]
-    layers: Pairs
-    init_pred_var: Annotated[float, Field(gt=SMALLEST_VARIANCE, le=1e6)] = 5.0
-    weight: Amount = 1.0
-
-    def student_layers(self) -> tuple[str, ...]:
-        return students_of(self.layers)
+    init_pred_var: Annotated[float, Field(gt=MIN_VARIANCE, le=1e6)] = 5.0
 
     def wants(self, student: Shapes) -> tuple[Wanted, ...]:
-        return tuple(Wanted(theirs, size=map_size(as_map_shape(student[mine]))) for mine, theirs in self.layers)
+        return tuple(
+            Wanted(teacher_layer, size=map_size(as_map_shape(student[student_layer])))
+            for student_layer, teacher_layer in self.layers
+        )
 
     def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
-        wanted = self.wants(student)
+        features = self.wants(student)
         predictors = [
-            _predictor(pair, student[pair[0]], teacher[one], self.init_pred_var)
-            for pair, one in zip(self.layers, wanted, strict=True)
+            _predictor(pair, student[pair[0]], teacher[feature], self.init_pred_var)
+            for pair, feature in zip(self.layers, features, strict=True)
         ]
-        return VID(self.layers, wanted, predictors)
+        return VID(self.layers, features, predictors)
 
 
 def _predictor(pair: tuple[str, str], student: Shape, teacher: Shape, variance: float) -> Predictor:
-    """Raises RecipeError, with both shapes, where they are not maps or vectors of like sizes."""
-    mine, theirs = as_map_shape(student), as_map_shape(teacher)
-    size = map_size(theirs)
-    if size is None or not poolable(mine, size):
-        raise cannot_join("vid", pair, student, teacher, "layers that give maps of like height and width, or vectors")
-    return Predictor(mine[0], theirs[0], variance)
+    student_maps, teacher_maps = as_map_shape(student), as_map_shape(teacher)
+    size = map_size(teacher_maps)
+    if size is None or not poolable(student_maps, size):
+        raise cannot_join("vid", pair, student, teacher, "layers whose maps have the same aspect ratio, or vectors")
+    return Predictor(student_maps[0], teacher_maps[0], variance)
 
 
 class Predictor(nn.Module):
-    """From a student's maps [B, C_s, H, W] to a mean [B, C_t, H, W] and a variance [C_t] of the teacher's."""
+    """A predictor of the teacher's mean [B, C_t, H, W] and variance [C_t] from the student's maps [B, C_s, H, W]."""
 
     def __init__(self, student_channels: int, teacher_channels: int, variance: float) -> None:
         super().__init__()
@@ -76,44 +76,45 @@ class Predictor(nn.Module):
             nn.ReLU(),
             nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
         )
-        above = variance - SMALLEST_VARIANCE
-        inverse = above + math.log(-math.expm1(-above))  # softplus of it is `above`, which exp would overflow for
+        above = variance - MIN_VARIANCE
+        inverse = above + math.log(-math.expm1(-above))  # softplus(inverse) = above, without overflow of exp(above)
         self.log_scale = nn.Parameter(torch.full((teacher_channels,), inverse))
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        return widened(self.mean(maps)), F.softplus(self.log_scale) + SMALLEST_VARIANCE
+        return widened(self.mean(maps)), F.softplus(self.log_scale) + MIN_VARIANCE
 
 
 class VID(nn.Module):
-    """Each sample's negative log-likelihood, summed over the pairs, [B], with what predicts the teacher."""
+    """The negative log-likelihood of each sample, [B], summed over the pairs, with the predictors of the teacher."""
 
-    def __init__(self, pairs: Pairs, wanted: Sequence[Wanted], predictors: Sequence[Predictor]) -> None:
+    def __init__(self, pairs: Pairs, features: Sequence[Wanted], predictors: Sequence[Predictor]) -> None:
         super().__init__()
         self.pairs = pairs
-        self.wanted = tuple(wanted)
+        self.features = tuple(features)
         self.predictors = nn.ModuleList(predictors)
 
-    def forward(self, said: Said) -> Tensor:
+    def forward(self, inputs: Said) -> Tensor:
         parts = []
-        for (mine, _), wanted, predict in zip(self.pairs, self.wanted, self.predictors, strict=True):
-            theirs = as_maps(said.teacher.features[wanted])
-            own = pool_to(as_maps(widened(said.student.features[mine])), (theirs.shape[2], theirs.shape[3]))
-            mean, variance = predict(own)
-            parts.append(vid_per_sample(mean, variance, theirs))
+        for (layer, _), feature, predict in zip(self.pairs, self.features, self.predictors, strict=True):
+            teacher = as_maps(inputs.teacher.features[feature])
+            maps = as_maps(widened(inputs.student.features[layer]))
+            mean, variance = predict(pool_to(maps, (teacher.shape[2], teacher.shape[3])))
+            parts.append(vid_per_sample(mean, variance, teacher))
         return torch.stack(parts).sum(0)
 
 
 def vid_loss(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
-    """Half of (mean - teacher)^2 / variance + log variance, averaged over all elements; a scalar in float32 or wider.
+    """Compute half of (mean - teacher)^2 / variance + log variance, averaged over all elements.
 
-    mean, teacher: [B, C, H, W]; variance: [C]. The constant log(2 pi) / 2 of the likelihood is left out, as in the
-    field's reference code, so that the loss can be negative.
+    The constant log(2 pi) / 2 of the likelihood is left out, as in RepDistiller, so that the loss can be negative.
+
+    Mean and teacher are [B, C, H, W], the variance [C]. The result is a scalar in float32 or wider.
     """
     return vid_per_sample(mean, variance, teacher).mean()
 
 
 def vid_per_sample(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
-    """`vid_loss` of each sample: [B]."""
+    """Compute `vid_loss` of each sample, [B]."""
     mean = widened(mean)
     spread = variance.to(mean.dtype)[:, None, None]
     error = (mean - teacher.to(mean.dtype)).square()

@@ -104,7 +104,7 @@ HINT = 'distill=[{loss="hint",layers=[["stage2","stage2"]]}]'
         ("compare", ['compare.b={distill=[{loss="hint",layers=[["fc","stage2"]]}]}'], "compare.b.distill.0 (hint)"),
         ("compare", ['compare.b={distill=[{loss="at",layers=[["stage9","stage2"]]}]}'], "(at), the student: the model"),
         ("compare", ['compare.b={distill=[{loss="at",layers=[["stage2","stage9"]]}]}'], "(at), the teacher: the model"),
-        ("compare", ['compare.b={distill=[{loss="kd",store=3}]}'], "compare.b.distill.0 (kd) names store 3"),
+        ("compare", ['compare.b={distill=[{loss="kd",store=3}]}'], "compare.b.distill.0 (kd) uses store 3"),
         ("compare", ['compare.b={distill=[{loss="simkd",layers=[["stage2","stage2"]]}]}'], "compare.b.distill.0"),
         ("compare", ["compare.alone={label_smoothing=0.1}"], "'alone' is taken"),
         ("compare", ["compare.b={hard_label_weight=0.1}"], "compare.b"),
@@ -159,6 +159,6 @@ def test_a_missing_test_store_is_a_warning(compared, recipe, tmp_path):
     shutil.rmtree(run / "students")
     ended = kdpipe_here("train-student", recipe, "--run", run, *SHORT)
     assert ended.exit_code == 0, ended.stderr
-    assert "what the teacher says of the test images is not known" in ended.stderr
+    assert "the teacher's logits of the test images are not available" in ended.stderr
     result = json.loads((run / "students/distilled-seed0/result.json").read_text())
     assert result["examined"]["agreement"] is None

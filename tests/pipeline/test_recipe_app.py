@@ -83,7 +83,7 @@ def test_check_builds_networks_and_losses_without_data():
     assert "teacher.train.milestones have no effect with schedule = 'cosine'" in teacherless
     shown = called("check", "r.toml", "--set", "teacher.model.args={}", code=2).stdout
     assert "cache.layers.0: the model has no module 'layr3'; nearest: layer3" in shown
-    assert "distill.2 (hint) names store 2; there are 1" in shown
+    assert "distill.2 (hint) uses store 2, but there are 1" in shown
     fixed = ["distill.2.store=0", "teacher.model.args={}"]
     shown = called("check", "r.toml", *(part for each in fixed for part in ("--set", each)), code=2).stdout
     assert "distill.2 (hint), the teacher: the model has no module 'layr3'" in shown

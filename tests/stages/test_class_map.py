@@ -1,4 +1,4 @@
-"""A teacher of other classes teaches what it knows of the student's: mapped by name, at any temperature, or refused."""
+"""Teachers with other classes: mapped by name or table, at any temperature."""
 
 import dataclasses
 
@@ -32,26 +32,26 @@ OURS = squares(60, 0)
 """The student's classes are a, b, c, d."""
 
 FINE_NAMES = ("d", "tabby", "b", "zebra", "persian", "c")
-"""Of `a` the teacher knows two kinds; of zebras the student knows nothing."""
+"""The teacher has two kinds of `a`; the student has no zebras."""
 
 FINE_TABLE = {"tabby": "a", "persian": "a", "b": "b", "c": "c", "d": "d"}
 FINE = ClassMap(torch.tensor([3, 0, 1, -1, 0, 2]).numpy(), 4)
 PART = ClassMap(torch.tensor([1, -1, 0]).numpy(), 4)
-"""The teacher knows b, something else, and a."""
+"""The teacher has b, another class, and a."""
 
 TEMPERATURES = (0.5, 1.0, 4.0, 20.0)
 TEST = squares(20, 1, "test")
 
 
 def fine(images: ImageSet) -> ImageSet:
-    """The same pictures, as a teacher of finer classes sees them."""
+    """Return the same images with a finer teacher's classes."""
     kinds = torch.tensor([1, 2, 5, 0])[images.labels]
     kinds[(images.labels == 0) & (images.sample_ids % 2 == 0)] = 4
     return dataclasses.replace(images, labels=kinds, class_names=FINE_NAMES)
 
 
 def of_classes(images: ImageSet, labels: list[int], names: tuple[str, ...]) -> ImageSet:
-    """The pictures of some of the classes, numbered by their place in `labels`; `names` may hold more of them."""
+    """Return the images of some classes, numbered by their index in `labels`; `names` may have more."""
     own = images.take(torch.isin(images.labels, torch.tensor(labels)).nonzero()[:, 0])
     numbers = torch.full((4,), -1)
     numbers[labels] = torch.arange(len(labels))
@@ -104,7 +104,7 @@ def stored(run, name, ids):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_classes_that_are_one_of_the_students_add_up_at_any_temperature(temperature):
+def test_merged_classes_add_up_at_any_temperature(temperature):
     logits = 5 * drawn(8, 6, seed=1)
     given = (logits[:, [0, 1, 2, 4, 5]] / temperature).softmax(1)  # zebras are left out
     expected = torch.stack([given[:, 1] + given[:, 3], given[:, 2], given[:, 4], given[:, 0]], 1)
@@ -117,7 +117,7 @@ def test_classes_that_are_one_of_the_students_add_up_at_any_temperature(temperat
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_classes_that_the_teacher_lacks_get_nothing(temperature):
+def test_classes_that_the_teacher_lacks_have_no_probability(temperature):
     logits = 5 * drawn(8, 3, seed=1)
     expected = torch.zeros(8, 4, dtype=torch.float64)
     expected[:, [1, 0]] = (logits[:, [0, 2]] / temperature).softmax(1)
@@ -141,8 +141,8 @@ NAMED = [f"{number}-{loss.loss}" for number, loss in enumerate(LOSSES)]
 @pytest.mark.parametrize("ensemble", ["alone", "logits", "probabilities"])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMED)
-def test_losses_stay_finite_where_a_teacher_knows_nothing_of_a_class(loss, scale, ensemble):
-    """Teachers know a and b alone, or a alone, of four classes; the student may be very sure of another one."""
+def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, combine):
+    """Teachers have only a and b, or a, of four classes; the student may be very confident in another one."""
     single = ClassMap(torch.tensor([0, -1, -1]).numpy(), 4)
     teachers = [
         MappedOutputs(DenseOutputs(scale * drawn(8, 3, seed=seed).float(), {}), one)
@@ -160,16 +160,16 @@ def test_losses_stay_finite_where_a_teacher_knows_nothing_of_a_class(loss, scale
         facts=Facts(num_samples=8, num_classes=4),
         seed=0,
     )
-    said = Exchange(Outputs(student, {}), teachers, known, labels, torch.arange(8), SETTLED, {})
-    (found,) = terms(said).values()
+    outputs = Exchange(Outputs(student, {}), teachers, known, labels, torch.arange(8), SETTLED, {})
+    (found,) = terms(outputs).values()
     found.backward()
     assert torch.isfinite(found)
     assert torch.isfinite(student.grad).all()
     assert student.grad.abs().sum() > 0 or scale > 1  # a student that is quite sure may have no gradient left
 
 
-def test_only_what_the_teacher_knows_of_pulls_at_the_student():
-    """The gradient of KD is p - q: what has no probability with the teacher is pushed down by the student's own."""
+def test_gradient_comes_only_from_the_teachers_classes():
+    """The gradient of KD is p - q: classes without teacher probability are pushed down by the student's."""
     student = drawn(8, 4, seed=3).requires_grad_()
     target = PART.map_logits(drawn(8, 3, seed=1), 4.0)
     kd_per_sample(student, target, 4.0).sum().backward()
@@ -177,7 +177,7 @@ def test_only_what_the_teacher_knows_of_pulls_at_the_student():
     torch.testing.assert_close(student.grad[:, 2:], 4 * own[:, 2:], rtol=1e-9, atol=0)
 
 
-def test_classes_are_found_by_their_names(run):
+def test_classes_are_matched_by_name(run):
     found = read_class_map(opened(run, "fine"), OURS, "names")
     assert found.student_class.tolist() == [3, -1, 1, -1, -1, 2]
     assert (found.num_classes, found.covers_all) == (4, False)
@@ -187,13 +187,13 @@ def test_classes_are_found_by_their_names(run):
     assert every.covers_all
 
 
-def test_classes_are_found_by_a_table(run):
+def test_classes_are_matched_by_a_table(run):
     found = read_class_map(opened(run, "fine"), OURS, FINE_TABLE)
     assert found.student_class.tolist() == FINE.student_class.tolist()
     assert found.covers_all
 
 
-def test_names_that_are_not_there_are_refused_with_the_nearest(run):
+def test_unknown_class_names_are_errors_with_the_nearest(run):
     with pytest.raises(RecipeError) as raised:
         read_class_map(opened(run, "fine"), OURS, {"tabbi": "a"})
     assert "no class 'tabbi'; nearest: tabby" in str(raised.value)
@@ -202,28 +202,28 @@ def test_names_that_are_not_there_are_refused_with_the_nearest(run):
         read_class_map(opened(run, "fine"), OURS, {"tabby": "A1"})
 
 
-def test_classes_of_one_name_are_refused_rather_than_guessed(run):
+def test_duplicate_class_names_are_errors(run):
     for config in ("names", {"crane": "c"}):
         images = dataclasses.replace(OURS, class_names=("a", "b", "crane", "d"))
-        with pytest.raises(RecipeError, match="has 2 classes called 'crane'"):
+        with pytest.raises(RecipeError, match="has 2 classes named 'crane'"):
             read_class_map(opened(run, "twins"), images, {"crane": "crane"} if config != "names" else config)
     assert read_class_map(opened(run, "twins"), OURS, "names").student_class.tolist() == [0, 1, -1, -1]
 
 
-def test_data_sets_without_a_shared_name_are_told_to_give_a_table(run):
+def test_data_sets_without_shared_names_need_a_table(run):
     other = dataclasses.replace(OURS, class_names=("w", "x", "y", "z"))
     with pytest.raises(
-        RecipeError, match=r"share no class names \(d, tabby, b, \.\.\.; w, x, y, \.\.\.\): give a table"
+        RecipeError, match=r"share no class names \(d, tabby, b, \.\.\.; w, x, y, \.\.\.\): map them with a table"
     ):
         read_class_map(opened(run, "fine"), other, "names")
 
 
-def test_other_numbers_of_classes_are_not_the_same(run):
+def test_different_numbers_of_classes_are_an_error(run):
     with pytest.raises(StoreError, match=r"has logits of 6 classes, the data set has 4: .*student\.teachers\.classes"):
         join(opened(run, "fine"), OURS, [])
 
 
-def test_a_teacher_of_finer_classes_teaches_by_hand(run):
+def test_teacher_with_finer_classes_trains_a_student(run):
     lesson = lesson_of(run, ["fine"], (FINE_TABLE,))
     batch, ids = whole_batch(lesson)
     assert batch.has_targets is None
@@ -236,14 +236,14 @@ def test_a_teacher_of_finer_classes_teaches_by_hand(run):
     assert lesson.losses(Outputs(student, {}), batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_samples_of_classes_that_no_teacher_knows_are_an_error(run):
+def test_samples_of_classes_without_a_teacher_are_an_error(run):
     absent = int((OURS.labels >= 2).sum())
-    sentence = f"{absent} of the samples are in no store, or of classes that no teacher knows: .*'hard-labels'"
+    sentence = f"{absent} of the samples are in no store, or of classes that no teacher has: .*'hard-labels'"
     with pytest.raises(StoreError, match=sentence):
         lesson_of(run, ["ab"], ("names",))
 
 
-def test_or_they_learn_from_their_labels_alone(run):
+def test_samples_without_a_teacher_can_use_labels_alone(run):
     lesson = lesson_of(run, ["ab"], ("names",), missing="hard-labels")
     batch, ids = whole_batch(lesson)
     known = batch.hard.labels < 2
@@ -260,8 +260,8 @@ def test_or_they_learn_from_their_labels_alone(run):
     assert losses["hard_labels"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_teachers_of_parts_of_the_classes_teach_together(run):
-    """a by the one, c by the other, b by the mean of what both give it."""
+def test_teachers_of_parts_of_the_classes_combine(run):
+    """a from one teacher, c from the other, b from the mean of both."""
     images = OURS.take((OURS.labels < 3).nonzero()[:, 0])
     lesson = lesson_of(run, ["ab", "bc"], ("names", "names"), images=images, ensemble="probabilities")
     batch, ids = whole_batch(lesson)
@@ -279,18 +279,18 @@ def test_teachers_of_parts_of_the_classes_teach_together(run):
     assert lesson.losses(Outputs(student, {}), batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_logits_of_other_classes_have_no_mean(run):
-    with pytest.raises(RecipeError, match=r"ab\.zarr does not know all .* set student\.teachers\.ensemble = 'probabil"):
+def test_logits_of_different_classes_cannot_be_averaged(run):
+    with pytest.raises(RecipeError, match=r"ab\.zarr lacks some .* set student\.teachers\.combine = 'probabil"):
         lesson_of(run, ["same", "ab"], ("same", "names"))
-    lesson_of(run, ["same", "fine"], ("same", FINE_TABLE))  # this one knows them all
+    lesson_of(run, ["same", "fine"], ("same", FINE_TABLE))  # this teacher has all classes
 
 
 @pytest.mark.parametrize(
     "loss", [LogitMSEConfig(loss="logit_mse"), kd(standardize=True)], ids=["logit_mse", "standardize"]
 )
-def test_losses_on_every_logit_need_a_teacher_of_all_classes(run, loss):
-    sentence = rf"distill\.0 \({loss.loss}\) needs every class's logit, and a teacher that does not know all"
-    of_all = {"ensemble": "probabilities", "missing": "hard-labels"}
+def test_losses_on_all_logits_need_a_teacher_of_all_classes(run, loss):
+    sentence = rf"distill\.0 \({loss.loss}\) needs the logits of all classes, and a teacher lacks some"
+    of_all = {"combine": "probabilities", "missing": "hard-labels"}
     with pytest.raises(RecipeError, match=sentence):
         lesson_of(run, ["ab"], ("names",), [loss], **of_all)
     for store in (None, 1):
@@ -301,34 +301,34 @@ def test_losses_on_every_logit_need_a_teacher_of_all_classes(run, loss):
 
 
 @pytest.mark.parametrize("missing", ["error", "hard-labels"])
-def test_a_store_of_other_samples_is_refused(run, missing):
-    """Not one id is the store's."""
+def test_store_of_other_samples_is_an_error(run, missing):
+    """No id is in the store."""
     others = dataclasses.replace(OURS, sample_ids=OURS.sample_ids + 10_000)
     with pytest.raises(StoreError, match=r"no targets for any of the 60 samples: it was made from another data set"):
         lesson_of(run, ["fine"], (FINE_TABLE,), images=others, missing=missing)
 
 
-def test_a_teacher_none_of_whose_samples_is_of_a_mapped_class_is_refused(run):
+def test_store_without_samples_of_mapped_classes_is_an_error(run):
     images = OURS.take((OURS.labels == 3).nonzero()[:, 0])
     sentence = r"none of the \d+ samples in a class that student\.teachers\.classes maps"
     with pytest.raises(StoreError, match=sentence):
         lesson_of(run, ["fine"], ({"b": "b"},), images=images, missing="hard-labels")
 
 
-def test_samples_with_other_pixels_are_refused(run):
+def test_samples_with_other_pixels_are_errors(run):
     images = OURS.take(torch.arange(60))
     images.images[7, 0, 3, 3] += 1
     with pytest.raises(FingerprintMismatch, match=rf"pixel checksum of sample {images.sample_ids[7]}: stored \d+"):
         lesson_of(run, ["fine"], (FINE_TABLE,), images=images)
 
 
-def test_samples_whose_class_is_mapped_to_another_than_theirs_are_refused(run):
+def test_samples_mapped_to_a_wrong_class_are_errors(run):
     swapped = {**FINE_TABLE, "b": "c", "c": "b"}
     with pytest.raises(FingerprintMismatch, match=r"label of sample \d+: stored [12], wanted [12]"):
         lesson_of(run, ["fine"], (swapped,))
 
 
-def test_other_views_are_refused(run):
+def test_other_views_are_an_error(run):
     setup = tiny_setup(run, train_set=OURS, test_set=TEST)
     setup = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
     student = dataclasses.replace(STUDENT, teachers=TeachersConfig(classes=(FINE_TABLE,)))

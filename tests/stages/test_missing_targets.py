@@ -1,4 +1,4 @@
-"""A student's samples need not be a store's: rows join by id, and what has no targets learns from its labels."""
+"""Data sets and stores with different samples: rows join by id, and samples without targets use their labels."""
 
 import dataclasses
 import itertools
@@ -54,7 +54,7 @@ def first_batch(lesson, size, epoch=0):
 
 
 def answers(size):
-    """What some student might say, with gradients."""
+    """Return a student's outputs, with gradients."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(size, 4, generator=generator, requires_grad=True)
     maps = torch.randn(size, 8, 4, 4, generator=generator, requires_grad=True)
@@ -70,8 +70,8 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("missing", ["error", "hard-labels"])
-def test_samples_find_their_rows_by_id(run, part, missing):
-    student = dataclasses.replace(STUDENT, missing_targets=missing)
+def test_samples_are_joined_by_id(run, part, missing):
+    student = dataclasses.replace(STUDENT, missing=missing)
     batch, ids = first_batch(lesson_of(run, student, train_set=part), part.num_samples, epoch=1)
     stored = open_store(run / "store.zarr").gather("logits", 1, ids.numpy())
     assert batch.has_targets is None
@@ -79,7 +79,7 @@ def test_samples_find_their_rows_by_id(run, part, missing):
     assert torch.equal(batch.teachers[0].logits, torch.from_numpy(stored).float())
 
 
-def test_the_order_of_the_data_set_makes_no_other_student(run, tmp_path):
+def test_order_of_the_data_set_does_not_change_the_student(run, tmp_path):
     bits = []
     for name, part in (("one", STORED), ("other", PARTS["reordered"])):
         setup = tiny_setup(tmp_path / name, train_set=part)
@@ -89,7 +89,7 @@ def test_the_order_of_the_data_set_makes_no_other_student(run, tmp_path):
     assert bits[0] == bits[1]
 
 
-def test_samples_without_targets_are_an_error_that_counts_and_names_them(run):
+def test_missing_targets_error_has_count_and_examples(run):
     absent = WHOLE.sample_ids[KNOWN:][:3].tolist()
     with pytest.raises(StoreError) as raised:
         lesson_of(run, STUDENT)
@@ -97,24 +97,24 @@ def test_samples_without_targets_are_an_error_that_counts_and_names_them(run):
     assert "student.missing_targets = 'hard-labels'" in str(raised.value)
 
 
-def test_a_data_set_of_which_the_store_knows_nothing_is_an_error_anyway(run):
+def test_data_set_without_any_targets_is_always_an_error(run):
     with pytest.raises(StoreError, match="no targets for 40 of the 40 samples, .* made from another data set"):
         lesson_of(run, LENIENT, train_set=WHOLE.take(torch.arange(KNOWN, 120)))
 
 
 @pytest.mark.parametrize("what", ["labels", "images"])
-def test_known_samples_must_still_be_the_same_ones(run, what):
+def test_known_samples_are_still_checked(run, what):
     changed = WHOLE.take(torch.arange(120))
     getattr(changed, what)[5] = (getattr(changed, what)[5] + 1) % 4
     with pytest.raises(FingerprintMismatch, match=rf"of sample {changed.sample_ids[5]}: stored"):
         lesson_of(run, LENIENT, train_set=changed)
     changed = WHOLE.take(torch.arange(120))
     getattr(changed, what)[100] = (getattr(changed, what)[100] + 1) % 4
-    lesson_of(run, LENIENT, train_set=changed)  # of this one the store says nothing that could be wrong
+    lesson_of(run, LENIENT, train_set=changed)  # the store does not have this sample
 
 
 @pytest.mark.parametrize("read", READS)
-def test_each_sample_contributes_its_own_loss_and_nothing_else(run, read):
+def test_each_sample_contributes_only_its_own_loss(run, read):
     """By hand, sample by sample: with targets 0.1 CE + KD + hint, without them CE alone."""
     size = 24
     lesson = lesson_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
@@ -133,22 +133,22 @@ def test_each_sample_contributes_its_own_loss_and_nothing_else(run, read):
             total = total + hard
             continue
         logits, map_ = (torch.from_numpy(store.gather(name, 2, one[None])[0]).float() for name in ARRAYS)
-        theirs, mine = (logits / 4).log_softmax(0), (student.logits[at] / 4).log_softmax(0)
-        soft = 16 * (theirs.exp() * (theirs - mine)).sum()
+        log_p, log_q = (logits / 4).log_softmax(0), (student.logits[at] / 4).log_softmax(0)
+        soft = 16 * (log_p.exp() * (log_p - log_q)).sum()
         total = total + 0.1 * hard + 0.9 * soft + (adapted[at] - map_).square().mean()
     losses = lesson.losses(student, batch)
     assert set(losses) == {"hard_labels", "kd_0", "hint_1"}
     found = torch.stack(list(losses.values())).sum()
     assert found.item() == pytest.approx(total.item() / size, rel=1e-5)
     inputs = (student.logits, student.features["stage2"])
-    for mine, byhand in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(total / size, inputs), strict=True):
-        torch.testing.assert_close(mine, byhand, rtol=1e-4, atol=1e-7)
-        assert (mine.flatten(1).abs().sum(1) > 0).tolist() == (known.tolist() if mine.ndim == 4 else [True] * size)
+    for grad, byhand in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(total / size, inputs), strict=True):
+        torch.testing.assert_close(grad, byhand, rtol=1e-4, atol=1e-7)
+        assert (grad.flatten(1).abs().sum(1) > 0).tolist() == (known.tolist() if grad.ndim == 4 else [True] * size)
 
 
 @pytest.mark.parametrize("read", READS)
-def test_batches_without_any_target_learn_from_labels_alone(run, read):
-    lesson = lesson_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
+def test_batches_without_targets_use_labels_alone(run, read):
+    lesson = lesson_of(run, dataclasses.replace(LENIENT, read=READS[read]))
     batches = list(lesson.stream(3, 2, epoch=0, step=0, epochs=1))
     order = lesson.order(3, 0)
     known = torch.isin(WHOLE.sample_ids[order], STORED.sample_ids).split(2)
@@ -170,8 +170,8 @@ def test_batches_without_any_target_learn_from_labels_alone(run, read):
         assert student.logits.grad.abs().sum() > 0
 
 
-def test_of_two_stores_each_teaches_what_it_knows(run):
-    """By hand, sample by sample: the mean of the logits of those that know the sample."""
+def test_two_stores_each_cover_their_samples(run):
+    """By hand, sample by sample: the mean of the logits of the teachers that have the sample."""
     lesson = lesson_of(run, LENIENT, ("whole.zarr", "store.zarr"))
     batch, ids = first_batch(lesson, 60)
     known = torch.isin(ids, STORED.sample_ids)
@@ -187,7 +187,7 @@ def test_of_two_stores_each_teaches_what_it_knows(run):
     assert first_batch(alone, 60)[0].has_targets is None
 
 
-def test_rows_of_what_a_store_lacks_are_never_read(run):
+def test_rows_of_missing_samples_are_never_read(run):
     store = open_store(run / "store.zarr")
     source = join(store, WHOLE, [], "hard-labels")
     assert (source.rows < 0).tolist() == [False] * KNOWN + [True] * 40
@@ -196,7 +196,7 @@ def test_rows_of_what_a_store_lacks_are_never_read(run):
     assert known.tolist() == [True, True, False, False]
 
 
-def test_to_allow_for_missing_targets_is_another_job(run, tmp_path):
+def test_allowing_missing_targets_is_another_job(run, tmp_path):
     setup, lenient = (tiny_setup(tmp_path / name, train_set=WHOLE) for name in ("strict", "lenient"))
     teachings = [open_teaching([run / "whole.zarr"], LOSSES, student, {}, setup) for student in (STUDENT, LENIENT)]
     train_student(STUDENT, 0, teachings[0], setup)
@@ -216,7 +216,7 @@ def test_a_student_trains_where_targets_are_missing(run, tmp_path):
     assert sum(lines[1]["losses"].values()) < sum(lines[0]["losses"].values())
 
 
-def test_stores_of_which_none_shares_a_sample_teach_each_its_own(run, tmp_path):
+def test_disjoint_stores_each_cover_their_samples(run, tmp_path):
     rest = tiny_setup(run / "other", train_set=WHOLE.take(torch.arange(KNOWN, len(WHOLE.labels))))
     cache_teacher(CACHE, tmp_path / "rest.zarr", load_teacher(TEACHER, 1, rest), LAYERS, rest)
     lesson = lesson_of(run, LENIENT, ("store.zarr", tmp_path / "rest.zarr"))
@@ -232,6 +232,6 @@ def test_stores_of_which_none_shares_a_sample_teach_each_its_own(run, tmp_path):
     assert losses["kd_0"].item() == pytest.approx(0.9 * kd_loss(student.logits, target, 4.0).item(), rel=1e-5)
 
 
-def test_how_many_lack_targets_can_be_told(run):
+def test_number_of_samples_without_targets(run):
     assert lesson_of(run, LENIENT).targets.num_unknown == len(WHOLE.labels) - KNOWN
     assert lesson_of(run, LENIENT, ("whole.zarr",)).targets.num_unknown == 0

@@ -1,4 +1,4 @@
-"""What a loss wants is the same whether a store keeps just that or the map; what is stored is what the teacher gave."""
+"""Required features are the same from a stored statistic or a stored map, and match the teacher's."""
 
 import dataclasses
 import math
@@ -62,7 +62,7 @@ def setup_of(run, images=GREY, **changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One teacher in two stores: of its maps, and of all that is made of them and no map."""
+    """Two stores of one teacher: of its maps, and of all statistics without maps."""
     folder = tmp_path_factory.mktemp("serving")
     setup = setup_of(folder, views=dataclasses.replace(VIEWS, num_views=2))
     teacher = untrained_teacher(TEACHER, 0, setup)
@@ -75,7 +75,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(run):
-    """All that is asked of the samples, from the maps and from the statistics: by `Wanted`, [20, ...]."""
+    """Return all required features from the maps and from the statistics: by `Wanted`, [20, ...]."""
     found = []
     indices = torch.arange(0, 40, 2)
     for name in ("maps", "statistics"):
@@ -87,7 +87,7 @@ def served(run):
 
 
 def kept(wanted):
-    """What a store keeps of it: without a size where nothing is pooled, but for a form that does not show its maps'."""
+    """Return what a store holds for it: without a size if nothing is pooled, unless the array hides its maps' size."""
     return wanted if wanted.form == "gram" else wanted.fitted(MAPS[wanted.layer])
 
 
@@ -96,7 +96,7 @@ STATISTICS = [one for one in ASKED if kept(one).kind != "features"]
 
 
 @pytest.mark.parametrize("wanted", STATISTICS, ids=str)
-def test_what_is_stored_is_what_is_made_of_the_stored_map(served, wanted):
+def test_stored_statistic_equals_that_of_the_stored_map(served, wanted):
     of_map, of_statistic = (found[wanted] for found in served)
     assert of_statistic.shape[1:] == form_shape(wanted, MAPS[wanted.layer])
     largest = float(of_map.abs().max())
@@ -104,11 +104,11 @@ def test_what_is_stored_is_what_is_made_of_the_stored_map(served, wanted):
     torch.testing.assert_close(of_statistic, of_map, rtol=3e-3, atol=2e-3 * largest)
 
 
-def test_each_is_read_from_the_array_that_holds_just_it(run):
+def test_exact_array_is_preferred(run):
     store = open_store(run / "statistics.zarr")
     for wanted in STATISTICS:
         serving = serve(store, wanted)
-        assert (serving.array, serving.made) == (kept(wanted).array, None), wanted
+        assert (serving.array, serving.computed) == (kept(wanted).array, None), wanted
     maps = open_store(run / "maps.zarr")
     assert arrays_read(maps, ASKED) == ["logits", "features/stage1", "features/stage2", "features/fc"]
     assert arrays_read(maps, []) == ["logits"]
@@ -149,14 +149,14 @@ small = st.integers(1, 9)
 
 
 def any_form(sizes):
-    """A form and a size that it may have."""
+    """A statistic and a valid size."""
     return st.sampled_from(sorted(FORMS)).flatmap(
         lambda form: st.tuples(st.just(form), st.none() if form in UNSIZED else sizes)
     )
 
 
 @given(layers, any_form(sizes))
-def test_every_form_is_spelled_so_that_it_is_read_back(layer, form):
+def test_every_statistic_parses_its_own_name(layer, form):
     wanted = Wanted(INPUT if form[0] == INPUT_GRADIENT else layer, *form)
     assert parse_wanted(str(wanted)) == wanted
     kind, _, path = wanted.array.partition("/")
@@ -182,7 +182,7 @@ def test_every_form_is_spelled_so_that_it_is_read_back(layer, form):
         "layer1:pooled:pooled",
     ],
 )
-def test_what_is_no_form_is_refused_with_those_that_are(text):
+def test_invalid_statistic_error_lists_the_valid_ones(text):
     with pytest.raises(RecipeError, match=re.escape(repr(text)) + ".*pooled, attention, gram"):
         parse_wanted(text)
 
@@ -192,7 +192,7 @@ def of_map(form):
 
 
 @given(any_form(st.none() | st.tuples(small, small).map(lambda pair: (pair[0],) * 2)), small, small)
-def test_what_is_stored_for_a_loss_serves_it_and_is_no_larger_than_the_map(form, channels, side):
+def test_stored_feature_serves_the_loss_and_is_small(form, channels, side):
     """Of square maps, as networks give them."""
     shape = (channels, side, side)
     wanted = Wanted("layer1" if of_map(form) else INPUT, *form)
@@ -207,47 +207,47 @@ def test_what_is_stored_for_a_loss_serves_it_and_is_no_larger_than_the_map(form,
     assert serving(torch.ones(2, *stored_shape)).shape == (2, *serving.shape)
 
 
-def test_a_gradient_by_the_pixels_is_not_made_of_a_map(run):
-    """Not even of a module called `input`."""
+def test_input_gradient_is_not_computed_from_a_map(run):
+    """Not even from a module named `input`."""
     store = SimpleNamespace(path="a.zarr", arrays=[SimpleNamespace(name="features/input", row_shape=(3, 8, 8))])
-    with pytest.raises(StoreError, match=r"holds no input_gradient of 'input', only features/input"):
+    with pytest.raises(StoreError, match=r"has no input_gradient of 'input', only features/input"):
         serve(store, Wanted(INPUT, INPUT_GRADIENT))
 
 
 @pytest.mark.parametrize("wanted", [*BY_HAND, Wanted("stage1", size=(4, 4)), Wanted("fc")], ids=str)
-def test_what_a_store_lacks_is_named_with_the_line_that_adds_it(run, tmp_path, wanted):
+def test_missing_feature_error_has_the_line_that_adds_it(run, tmp_path, wanted):
     setup, path = setup_of(run), tmp_path / "a.zarr"
     teacher = untrained_teacher(TEACHER, 0, setup)
     cache_teacher(ONE_UNIT, path, teacher, [], setup)
     with pytest.raises(StoreError) as raised:
         join(open_store(path), GREY, [wanted])
     sentence = str(raised.value)
-    assert f"a.zarr holds no {wanted.kind} of {wanted.layer!r}, only logits: run `kdpipe cache-teacher`" in sentence
+    assert f"a.zarr has no {wanted.kind} of {wanted.layer!r}, only logits: run `kdpipe cache-teacher`" in sentence
     (line,) = re.findall(r"cache\.layers = \['(.*)'\]", sentence)
     cache_teacher(ONE_UNIT, path, teacher, [parse_wanted(line)], setup)
     serving = serve(open_store(path), wanted)
-    assert (serving.array, serving.made) == (wanted.array, None)
+    assert (serving.array, serving.computed) == (wanted.array, None)
 
 
-def test_a_statistic_of_larger_maps_does_not_pass_for_one_of_smaller_maps(run):
+def test_statistic_of_larger_maps_is_not_used_for_smaller(run):
     """Attention over 8 x 8 positions cannot be averaged down to what is attention over 4 x 4."""
     arrays = [SimpleNamespace(name="attention/a", row_shape=(8, 8)), SimpleNamespace(name="logits", row_shape=(4,))]
     store = SimpleNamespace(path="a.zarr", arrays=arrays)
-    with pytest.raises(StoreError, match=r"holds no attention-4x4 of 'a', only attention/a, logits"):
+    with pytest.raises(StoreError, match=r"has no attention-4x4 of 'a', only attention/a, logits"):
         serve(store, Wanted("a", "attention", (4, 4)))
     assert serve(store, Wanted("a", "attention", (8, 8))).array == "attention/a"
     arrays[0] = SimpleNamespace(name="spatial_gram/a", row_shape=(64, 64))
-    with pytest.raises(StoreError, match=r"holds no spatial_gram-4x4 of 'a'"):
+    with pytest.raises(StoreError, match=r"has no spatial_gram-4x4 of 'a'"):
         serve(store, Wanted("a", "spatial_gram", (4, 4)))
     assert serve(store, Wanted("a", "spatial_gram", (8, 8))).array == "spatial_gram/a"
-    arrays[0] = SimpleNamespace(name="gram/a", row_shape=(4, 4))  # of 4 channels, and of what positions it does not say
-    with pytest.raises(StoreError, match=r"holds no gram-8x8 of 'a'"):
+    arrays[0] = SimpleNamespace(name="gram/a", row_shape=(4, 4))  # 4 channels of unknown positions
+    with pytest.raises(StoreError, match=r"has no gram-8x8 of 'a'"):
         serve(store, Wanted("a", "gram", (8, 8)))
     assert serve(store, Wanted("a", "gram")).array == "gram/a"
 
 
-def test_statistics_of_maps_are_not_of_vectors(run):
-    with pytest.raises(ModelError, match=r"fc gives \[4\] a sample: attention is of feature maps \[C, H, W\]"):
+def test_map_statistics_of_vectors_are_an_error(run):
+    with pytest.raises(ModelError, match=r"fc outputs \[4\] per sample: attention needs feature maps \[C, H, W\]"):
         serve(open_store(run / "maps.zarr"), Wanted("fc", "attention"))
 
 
@@ -260,7 +260,7 @@ MIXES = {
 
 @pytest.fixture(scope="module", params=MIXES)
 def cached(request, tmp_path_factory):
-    """A store of coloured pictures, its teacher and setup: channels are scaled unlike each other."""
+    """A store of color images, its teacher and setup: channels have different scales."""
     folder = tmp_path_factory.mktemp("by_hand")
     setup = setup_of(folder, COLOURS, views=dataclasses.replace(VIEWS, mix=MIXES[request.param], num_views=2))
     teacher = dataclasses.replace(untrained_teacher(TEACHER, 1, setup), normalise=SCALING)
@@ -278,14 +278,14 @@ def by_hand(setup, teacher, positions, view):
     for number, sample_id in enumerate(COLOURS.sample_ids[positions].tolist()):
         pixels = (seen.images[number].double() / 255).requires_grad_()
         with tapped(model, ["stage1"]) as tap:
-            said = tap(((pixels - mean) / std)[None])
+            outputs = tap(((pixels - mean) / std)[None])
         share, partner = 1.0, sample_id
         if seen.mixture is not None:
             share, partner = float(seen.mixture.own_share[number]), int(seen.mixture.partners[number])
-        logs = said.logits[0].log_softmax(0)
+        logs = outputs.logits[0].log_softmax(0)
         cross_entropy = -share * logs[labels[sample_id]] - (1 - share) * logs[labels[partner]]
         (gradient,) = torch.autograd.grad(cross_entropy, pixels)
-        averaged = said.features["stage1"][0].detach().reshape(8, 4, 2, 4, 2).mean((2, 4))
+        averaged = outputs.features["stage1"][0].detach().reshape(8, 4, 2, 4, 2).mean((2, 4))
         energy = averaged.square().sum(0)
         channels = averaged.flatten(1)
         lengths = channels.square().sum(1, keepdim=True).sqrt()
@@ -299,7 +299,7 @@ def by_hand(setup, teacher, positions, view):
 
 
 @pytest.mark.parametrize("view", [0, 1])
-def test_what_is_stored_is_what_the_formulas_give(cached, view):
+def test_stored_values_match_the_formulas(cached, view):
     setup, teacher, path = cached
     positions = torch.arange(0, 40, 3)
     store = open_store(path)
@@ -309,24 +309,24 @@ def test_what_is_stored_is_what_the_formulas_give(cached, view):
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_mixed_pictures_are_asked_about_both_labels(cached):
-    """Otherwise the test above would say little about mixtures."""
+def test_mixed_images_use_both_labels(cached):
+    """Otherwise the test above would not cover mixtures."""
     setup, _, _ = cached
     mixture = setup.pictures.one(Request(torch.arange(0, 40, 3), 0)).mixture
     if setup.views.mix is not None:
         labels = dict(zip(COLOURS.sample_ids.tolist(), COLOURS.labels.tolist(), strict=True))
         own = COLOURS.labels[torch.arange(0, 40, 3)].tolist()
-        assert sum(labels[one] != mine for one, mine in zip(mixture.partners.tolist(), own, strict=True)) > 3
+        assert sum(labels[one] != label for one, label in zip(mixture.partners.tolist(), own, strict=True)) > 3
     else:
         assert mixture is None
 
 
-def test_a_store_keeps_what_it_was_asked_for(cached):
+def test_store_keeps_its_features(cached):
     _, _, path = cached
     assert layers_of(open_store(path).manifest) == BY_HAND
 
 
-def test_the_teacher_says_again_what_is_stored(cached):
+def test_recheck_reproduces_the_stored_values(cached):
     setup, teacher, path = cached
     compared = recompute(path, teacher, setup, 1000, 0)
     assert (compared.num_rows, compared.differing) == (40, ())
@@ -334,7 +334,7 @@ def test_the_teacher_says_again_what_is_stored(cached):
 
 
 @pytest.mark.parametrize("wanted", BY_HAND, ids=str)
-def test_a_changed_number_is_found(cached, tmp_path, wanted):
+def test_changed_value_is_detected(cached, tmp_path, wanted):
     setup, teacher, whole = cached
     path = shutil.copytree(whole, tmp_path / "store.zarr")
     changed = change_a_number(path, wanted.array, 1)

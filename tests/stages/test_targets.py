@@ -1,4 +1,4 @@
-"""A student finds the targets of its own samples: by id, in its views, from RAM or through the map."""
+"""Targets are joined by id, in the right view, from RAM, mapped or streamed."""
 
 import dataclasses
 
@@ -28,24 +28,24 @@ def run(tmp_path_factory):
     return folder
 
 
-def part(images: ImageSet, rows: torch.Tensor, **changes) -> ImageSet:
+def subset(images: ImageSet, rows: torch.Tensor, **changes) -> ImageSet:
     chosen = {"images": images.images[rows], "labels": images.labels[rows], "sample_ids": images.sample_ids[rows]}
     return dataclasses.replace(images, **{**chosen, **changes})
 
 
-def test_a_reordered_part_of_the_data_set_finds_its_rows(run):
+def test_reordered_subset_is_joined_by_id(run):
     store = open_store(run / "store.zarr")
     rows = torch.randperm(300, generator=torch.Generator().manual_seed(2))[:90]
-    targets = Targets([join(store, part(squares(300, 0), rows), [STAGE2])], CPU)
+    targets = Targets([join(store, subset(squares(300, 0), rows), [STAGE2])], CPU)
     indices = torch.tensor([5, 0, 80, 5])
-    (said,) = targets.batch(1, indices)
+    (outputs,) = targets.batch(1, indices)
     wanted = store.rows_of(squares(300, 0).sample_ids[rows[indices]].numpy())
-    assert torch.equal(said.logits, torch.from_numpy(store.read_view("logits", 1)[wanted]).float())
+    assert torch.equal(outputs.logits, torch.from_numpy(store.read_view("logits", 1)[wanted]).float())
     maps = torch.from_numpy(store.read_view("features/stage2", 1)[wanted]).float()
-    assert torch.equal(said.features[STAGE2], maps)
+    assert torch.equal(outputs.features[STAGE2], maps)
 
 
-def test_memory_and_map_give_the_same(run):
+def test_memory_and_mapped_targets_are_equal(run):
     store = open_store(run / "store.zarr")
     source = join(store, squares(300, 0), [STAGE2])
     resident, mapped = Targets([source], CPU), Targets([source], CPU)
@@ -59,11 +59,11 @@ def test_memory_and_map_give_the_same(run):
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
-    """A store of many slabs: 512 rows each."""
+    """A store of many shards of 512 rows."""
     folder = tmp_path_factory.mktemp("long")
     setup = tiny_setup(folder, train_set=squares(6000, 0))
-    hardly = dataclasses.replace(TEACHER.train, epochs=1, batch_size=1000)  # whatever it says is to be read again
-    make_tiny_store(setup, teacher=dataclasses.replace(TEACHER, train=hardly))
+    short = dataclasses.replace(TEACHER.train, epochs=1, batch_size=1000)  # any outputs will do
+    make_tiny_store(setup, teacher=dataclasses.replace(TEACHER, train=short))
     return folder
 
 
@@ -74,13 +74,13 @@ def streamed_within(num_slabs: int) -> TargetLoadingConfig:
     return TargetLoadingConfig(memory_bytes=num_slabs * SLAB_BYTES, mapped_bytes=0)
 
 
-def test_streamed_targets_are_the_same_within_their_bound(long_run):
+def test_streamed_targets_are_equal_within_their_memory_bound(long_run):
     store = open_store(long_run / "store.zarr")
     assert store.unit_rows == 512
     source = join(store, squares(6000, 0), [STAGE2])
     resident, streamed = Targets([source], CPU), Targets([source], CPU, streamed_within(8))
     assert (resident.residence, streamed.residence, streamed.window) == ("memory", "streamed", 4)
-    assert "streamed in groups of 4 slabs" in streamed.describe()[0]
+    assert "streamed in groups of 4 shards" in streamed.describe()[0]
     (inner,) = streamed._sources
     most_bytes = 0
     for epoch in range(2):
@@ -104,7 +104,7 @@ def test_an_epoch_in_slab_order_reads_each_slab_once(long_run, monkeypatch):
     assert sorted(read) == store.units(0)
 
 
-def test_slab_order_is_a_function_of_seed_and_epoch_and_mixes_all_samples():
+def test_slab_order_depends_on_seed_and_epoch_and_mixes():
     slabs = torch.arange(4000) // 100
     orders = [slab_order(seed, epoch, slabs, 4) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert torch.equal(orders[0], slab_order(0, 0, slabs, 4))
@@ -117,7 +117,7 @@ def test_slab_order_is_a_function_of_seed_and_epoch_and_mixes_all_samples():
     assert not torch.equal(orders[0], orders[2])
 
 
-def test_residence_goes_by_size_alone(run):
+def test_residence_depends_on_size_alone(run):
     store = open_store(run / "store.zarr")
     source = join(store, squares(300, 0), [STAGE2])
     num_bytes = store.num_views * store.num_rows * (4 + 16 * 4 * 4) * 2
@@ -130,21 +130,21 @@ def test_residence_goes_by_size_alone(run):
         assert targets.residence == expected
 
 
-def test_another_picture_under_a_known_id_is_refused(run):
+def test_changed_pixels_of_a_known_id_are_an_error(run):
     store, images = open_store(run / "store.zarr"), squares(300, 0)
     images.images[17, 0, 3, 3] += 1
     with pytest.raises(FingerprintMismatch, match=rf"pixel checksum of sample {images.sample_ids[17]}: stored \d+, "):
         join(store, images, [])
 
 
-def test_another_label_under_a_known_id_is_refused(run):
+def test_changed_label_of_a_known_id_is_an_error(run):
     store, images = open_store(run / "store.zarr"), squares(300, 0)
     images.labels[4] = (images.labels[4] + 1) % 4
     with pytest.raises(FingerprintMismatch, match=rf"label of sample {images.sample_ids[4]}: stored \d, wanted \d"):
         join(store, images, [])
 
 
-def test_samples_and_layers_that_the_store_lacks_are_named(run):
+def test_missing_samples_and_layers_are_named(run):
     store = open_store(run / "store.zarr")
     with pytest.raises(StoreError, match="has no targets for"):
         join(store, squares(301, 5), [])
@@ -152,24 +152,24 @@ def test_samples_and_layers_that_the_store_lacks_are_named(run):
         join(store, squares(300, 0), [Wanted("stage1")])
 
 
-def test_another_view_recipe_or_too_few_views_are_refused(run):
+def test_other_view_recipe_or_too_few_views_are_errors(run):
     setup = tiny_setup(run)
     other = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
     with pytest.raises(FingerprintMismatch, match=r"views.operations: stored .*RandomHorizontalFlip.*wanted"):
         open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, other)
     more = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, num_views=4))
-    with pytest.raises(RecipeError, match="holds 3 views, the recipe wants 4"):
+    with pytest.raises(RecipeError, match="has 3 views, the recipe needs 4"):
         open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, more)
 
 
-def test_a_hint_to_a_store_that_is_not_there_is_refused(run):
+def test_hint_with_an_unknown_store_is_an_error(run):
     hint = HintConfig(loss="hint", layers=(("stage2", "stage2"),), store=1)
-    with pytest.raises(RecipeError, match="distill.0 .hint. names store 1; there are 1"):
+    with pytest.raises(RecipeError, match="distill.0 .hint. uses store 1, but there are 1"):
         open_teaching([run / "store.zarr"], [hint], STUDENT, {}, tiny_setup(run))
 
 
-def test_the_student_sees_the_very_view_that_the_targets_are_of(run):
-    """Epoch e uses view e mod V, in pictures and in targets alike."""
+def test_student_sees_the_view_of_its_targets(run):
+    """Epoch e uses view e mod V, for images and targets."""
     setup = tiny_setup(run)
     network = fresh_student(STUDENT, 0, setup)
     teaching = open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, setup)

@@ -1,4 +1,4 @@
-"""Several teachers as one: by hand what each of them counts, and what a student that learns from them is taught."""
+"""Combined teachers match weights and targets computed by hand."""
 
 import dataclasses
 import itertools
@@ -40,9 +40,9 @@ def together(known=ALL, teachers=TEACHERS, accuracies=None, **config):
     return Combination(TeachersConfig(**config), len(teachers), accuracies)(teachers, known, LABELS)
 
 
-def taught(said, temperature):
-    """The probabilities that a student is taught at a temperature."""
-    return (said.logits_at(temperature) / temperature).softmax(1)
+def target_probabilities(outputs, temperature):
+    """Return the target probabilities at a temperature."""
+    return (outputs.logits_at(temperature) / temperature).softmax(1)
 
 
 def by_hand(shares, temperatures, ensemble):
@@ -60,43 +60,43 @@ def rows_of(*shares):
 @pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 5.0), (0.3, 0.0, 0.1)])
-def test_the_target_is_the_weighted_mean_of_logits_or_of_probabilities(ensemble, temperature, weights):
-    found = taught(together(ensemble=ensemble, weights=weights), temperature)
+def test_target_is_the_weighted_mean_of_the_teachers(combine, temperature, weights):
+    found = target_probabilities(together(combine=combine, weights=weights), temperature)
     shares = rows_of(1, 1, 1) if weights == "equal" else rows_of(*weights)
     torch.testing.assert_close(found, by_hand(shares, (temperature,) * 3, ensemble), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_each_teacher_may_have_a_temperature_of_its_own_whatever_the_losses_is(ensemble, temperature):
-    found = taught(together(ensemble=ensemble, temperatures=(1.0, 2.0, 8.0)), temperature)
-    expected = by_hand(rows_of(1, 1, 1), (1.0, 2.0, 8.0), ensemble)
+def test_teachers_can_have_their_own_temperatures(combine, temperature):
+    found = target_probabilities(together(combine=combine, temperatures=(1.0, 2.0, 8.0)), temperature)
+    expected = by_hand(rows_of(1, 1, 1), (1.0, 2.0, 8.0), combine)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
 def test_only_the_proportions_of_weights_count(scale):
-    said = together(weights=(scale, 3 * scale, 4 * scale))
-    torch.testing.assert_close(said.weights.double(), rows_of(1, 3, 4), rtol=1e-6, atol=0)
+    outputs = together(weights=(scale, 3 * scale, 4 * scale))
+    torch.testing.assert_close(outputs.weights.double(), rows_of(1, 3, 4), rtol=1e-6, atol=0)
 
 
-def test_the_more_accurate_teacher_counts_more_in_proportion():
-    said = together(weights="accuracy", accuracies=(0.9, 0.6, 0.5))
-    torch.testing.assert_close(said.weights.double(), rows_of(9, 6, 5), rtol=1e-6, atol=0)
-    said = together(weights="accuracy", accuracies=(0.0, 0.0, 0.0))
-    torch.testing.assert_close(said.weights.double(), rows_of(1, 1, 1), rtol=1e-6, atol=0)
+def test_accuracy_weights_are_proportional():
+    outputs = together(weights="accuracy", accuracies=(0.9, 0.6, 0.5))
+    torch.testing.assert_close(outputs.weights.double(), rows_of(9, 6, 5), rtol=1e-6, atol=0)
+    outputs = together(weights="accuracy", accuracies=(0.0, 0.0, 0.0))
+    torch.testing.assert_close(outputs.weights.double(), rows_of(1, 1, 1), rtol=1e-6, atol=0)
 
 
-def test_accuracies_that_nobody_knows_are_not_taken_to_be_equal():
-    with pytest.raises(RecipeError, match=r"student\.teachers\.weights = 'accuracy' needs each teacher's share"):
+def test_missing_accuracies_are_an_error():
+    with pytest.raises(RecipeError, match=r"student\.teachers\.weights = 'accuracy' needs each teacher's accuracy"):
         together(weights="accuracy")
     assert together(weights="accuracy", teachers=TEACHERS[:1], known=[None]).weights.tolist() == [[1.0]] * 8
 
 
 @pytest.mark.parametrize("weights", ["equal", (1.0, 1.0, 1.0)])
-def test_accuracies_count_only_where_the_recipe_says_so(weights):
-    said = together(weights=weights, accuracies=(0.9, 0.6, 0.5))
-    torch.testing.assert_close(said.weights.double(), rows_of(1, 1, 1), rtol=1e-6, atol=0)
+def test_accuracies_are_used_only_if_configured(weights):
+    outputs = together(weights=weights, accuracies=(0.9, 0.6, 0.5))
+    torch.testing.assert_close(outputs.weights.double(), rows_of(1, 1, 1), rtol=1e-6, atol=0)
 
 
 def confidence_by_hand(numbers):
@@ -110,57 +110,59 @@ def confidence_by_hand(numbers):
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (0, 1, 2)])
-def test_who_is_surer_of_the_label_counts_more_by_the_papers_formula(numbers):
-    said = together(teachers=[TEACHERS[one] for one in numbers], known=ALL[: len(numbers)], weights="confidence")
+def test_confidence_weights_match_the_papers_formula(numbers):
+    outputs = together(teachers=[TEACHERS[one] for one in numbers], known=ALL[: len(numbers)], weights="confidence")
     expected = confidence_by_hand(numbers)
     torch.testing.assert_close(expected.sum(1), torch.ones(8, dtype=torch.float64))
-    torch.testing.assert_close(said.weights, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(outputs.weights, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_confidence_is_compared_among_those_who_know_the_sample():
-    """What stands in the row of a sample that a teacher does not know is another sample's, and must not count."""
+def test_confidence_compares_only_teachers_with_targets():
+    """Rows of samples that a teacher lacks have another sample's values, which must not count."""
     garbage = DenseOutputs(torch.where(SOME[:, None], LOGITS[2], torch.full((8, 10), ABSENT)), {})
     garbage.logits[:, 9] = torch.where(SOME, LOGITS[2][:, 9], 50.0)
-    said = together(teachers=[*TEACHERS[:2], garbage], known=[None, None, SOME], weights="confidence")
-    torch.testing.assert_close(said.weights[SOME], confidence_by_hand((0, 1, 2))[SOME], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(said.weights[~SOME, :2], confidence_by_hand((0, 1))[~SOME], rtol=1e-9, atol=1e-12)
-    assert said.weights[~SOME, 2].tolist() == [0.0] * 4
+    outputs = together(teachers=[*TEACHERS[:2], garbage], known=[None, None, SOME], weights="confidence")
+    torch.testing.assert_close(outputs.weights[SOME], confidence_by_hand((0, 1, 2))[SOME], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(outputs.weights[~SOME, :2], confidence_by_hand((0, 1))[~SOME], rtol=1e-9, atol=1e-12)
+    assert outputs.weights[~SOME, 2].tolist() == [0.0] * 4
 
 
-def test_a_teacher_that_alone_knows_a_sample_teaches_it_however_unsure_it_is():
+def test_sample_known_to_one_teacher_ignores_its_confidence():
     unsure = DenseOutputs(F.one_hot((LABELS + 1) % 10, 10) * 500.0, {})
-    said = together(teachers=[unsure, TEACHERS[1]], known=[None, SOME], weights="confidence")
-    assert said.weights[~SOME].tolist() == [[1.0, 0.0]] * 4
-    assert said.weights[SOME, 1].tolist() == pytest.approx([1.0] * 4)
+    outputs = together(teachers=[unsure, TEACHERS[1]], known=[None, SOME], weights="confidence")
+    assert outputs.weights[~SOME].tolist() == [[1.0, 0.0]] * 4
+    assert outputs.weights[SOME, 1].tolist() == pytest.approx([1.0] * 4)
 
 
 @pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 5.0), "confidence", "learnable"])
-def test_a_teacher_says_nothing_of_samples_that_it_does_not_know(ensemble, weights):
+def test_teacher_has_no_weight_on_samples_without_targets(combine, weights):
     garbage = DenseOutputs(torch.where(SOME[:, None], LOGITS[1], drawn(8, 10, seed=9) * 1e4), {})
     found = together(teachers=[TEACHERS[0], garbage, TEACHERS[2]], known=[None, SOME, None], **config(ensemble, weights))
     whole = together(**config(ensemble, weights))
     shorter = weights if isinstance(weights, str) else (weights[0], weights[2])
     without = together(teachers=[TEACHERS[0], TEACHERS[2]], known=[None, None], **config(ensemble, shorter))
     for temperature in TEMPERATURES:
-        expected = torch.where(SOME[:, None], taught(whole, temperature), taught(without, temperature))
-        torch.testing.assert_close(taught(found, temperature), expected, rtol=1e-5, atol=1e-9)
+        expected = torch.where(
+            SOME[:, None], target_probabilities(whole, temperature), target_probabilities(without, temperature)
+        )
+        torch.testing.assert_close(target_probabilities(found, temperature), expected, rtol=1e-5, atol=1e-9)
 
 
 def config(ensemble, weights):
     return {"ensemble": ensemble, "weights": weights}
 
 
-@pytest.mark.parametrize("ensemble", COMBINE)
-def test_a_sample_that_only_a_teacher_of_weight_0_knows_is_taught_by_that_one(ensemble):
-    said = together(teachers=TEACHERS[:2], known=[SOME, None], weights=(1.0, 0.0), ensemble=ensemble)
+@pytest.mark.parametrize("combine", COMBINE)
+def test_sample_known_only_to_a_zero_weight_teacher(combine):
+    outputs = together(teachers=TEACHERS[:2], known=[SOME, None], weights=(1.0, 0.0), combine=combine)
     expected = torch.where(SOME[:, None], LOGITS[0].softmax(1), LOGITS[1].softmax(1))
-    torch.testing.assert_close(taught(said, 1.0), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(target_probabilities(outputs, 1.0), expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("weights", ["equal", "confidence", "learnable", (0.0, 1.0, 0.0)])
-def test_a_sample_that_nobody_knows_makes_no_nan_of_the_others(ensemble, weights):
+def test_sample_without_any_target_causes_no_nan(combine, weights):
     known = [SOME, SOME, NOBODY]
     combination = Combination(TeachersConfig(ensemble=ensemble, weights=weights), 3)
     student = STUDENT_LOGITS.clone().requires_grad_()
@@ -184,7 +186,7 @@ def exchange(known=ALL, student=STUDENT_LOGITS):
     return Exchange(Outputs(student, {}), TEACHERS, known, LABELS, torch.arange(8), SETTLED, {})
 
 
-def test_entries_with_a_store_of_their_own_stand_beside_those_of_all_teachers():
+def test_losses_of_one_store_combine_with_losses_of_all():
     combination = Combination(TeachersConfig(weights=(1.0, 2.0, 5.0), temperatures=(1.0, 3.0, 9.0)), 3)
     losses = distilled(combination, kd(), kd(store=2), kd(store=1))(exchange([None, SOME, None]))
     alone = [kd_per_sample(STUDENT_LOGITS, logits, 2.0) for logits in LOGITS]
@@ -197,30 +199,30 @@ def test_entries_with_a_store_of_their_own_stand_beside_those_of_all_teachers():
     assert losses["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_single_teacher_may_have_a_temperature_of_its_own():
+def test_single_teacher_can_have_its_own_temperature():
     combination = Combination(TeachersConfig(temperatures=(8.0,)), 1)
-    said = Exchange(Outputs(STUDENT_LOGITS, {}), TEACHERS[:1], [None], LABELS, torch.arange(8), SETTLED, {})
+    outputs = Exchange(Outputs(STUDENT_LOGITS, {}), TEACHERS[:1], [None], LABELS, torch.arange(8), SETTLED, {})
     expected = kd_per_sample(STUDENT_LOGITS, LOGITS[0] / 4, 2.0).mean().item()
-    assert distilled(combination, kd())(said)["kd_0"].item() == pytest.approx(expected, rel=1e-6)
+    assert distilled(combination, kd())(outputs)["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("ensemble", COMBINE)
-def test_teachers_with_top_k_logits_are_combined_at_their_own_temperatures(ensemble):
+@pytest.mark.parametrize("combine", COMBINE)
+def test_top_k_teachers_combine_at_their_own_temperatures(combine):
     """Between the grid's temperatures only the mass of the rest is approximate; on them it is exact."""
     form = TopK(10, 4, (1.0, 2.0, 4.0))
     packed = encode_topk(LOGITS[1].float().numpy(), form, "float32")
     arrays = [torch.from_numpy(packed[f"logits/{name}"].astype(kind)) for name, kind in PACKED.items()]
     packed_teacher = TopKOutputs(form, *arrays, {})
-    said = together(
-        teachers=[TEACHERS[0], packed_teacher], known=[None, None], temperatures=(1.0, 4.0), ensemble=ensemble
+    outputs = together(
+        teachers=[TEACHERS[0], packed_teacher], known=[None, None], temperatures=(1.0, 4.0), combine=combine
     )
     soft = (LOGITS[1] / 4).softmax(1)
     kept = soft >= soft.sort(1).values[:, [-4]]
     rest = torch.where(kept, 0, soft).sum(1, keepdim=True) / 6
     spread = torch.where(kept, soft, rest)
     own = LOGITS[0].softmax(1)
-    expected = (own + spread) / 2 if ensemble == "probabilities" else ((own.log() + spread.log()) / 2).softmax(1)
-    torch.testing.assert_close(taught(said, 7.0), expected, rtol=5e-3, atol=1e-5)
+    expected = (own + spread) / 2 if combine == "probabilities" else ((own.log() + spread.log()) / 2).softmax(1)
+    torch.testing.assert_close(target_probabilities(outputs, 7.0), expected, rtol=5e-3, atol=1e-5)
     with pytest.raises(StoreError, match="temperature"):
         together(teachers=[TEACHERS[0], packed_teacher], known=[None, None]).logits_at(7.0)
 
@@ -234,15 +236,15 @@ def test_learnable_weights_get_the_true_gradient(ensemble):
     assert [name for name, _ in combination.named_parameters()] == ["scores"]
 
     def loss(scores, student):
-        said = torch.func.functional_call(combination, {"scores": scores}, (TEACHERS, [None, SOME, None], LABELS))
-        return kd_per_sample(student, said.logits_at(2.0), 2.0).mean()
+        outputs = torch.func.functional_call(combination, {"scores": scores}, (TEACHERS, [None, SOME, None], LABELS))
+        return kd_per_sample(student, outputs.logits_at(2.0), 2.0).mean()
 
     scores = torch.tensor([0.3, -0.2, 0.7], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (scores, STUDENT_LOGITS.clone().requires_grad_()))
 
 
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 3.0), "confidence"])
-def test_weights_that_are_given_have_nothing_to_learn_and_no_gradient_reaches_the_teachers(weights):
+def test_fixed_weights_have_no_parameters_and_no_gradient(weights):
     combination = Combination(TeachersConfig(weights=weights), 3)
     assert list(combination.parameters()) == []
     assert not combination(TEACHERS, ALL, LABELS).logits_at(2.0).requires_grad
@@ -252,47 +254,47 @@ def test_weights_that_are_given_have_nothing_to_learn_and_no_gradient_reaches_th
 @pytest.mark.parametrize(
     ("ensemble", "weights"), list(itertools.product(COMBINE, ["equal", "confidence", (1.0, 2.0, 3.0)]))
 )
-def test_some_rows_of_the_teachers_together_are_those_rows(ensemble, weights):
-    said = together([None, SOME, None], ensemble=ensemble, weights=weights)
+def test_rows_of_combined_outputs(combine, weights):
+    outputs = together([None, SOME, None], combine=combine, weights=weights)
     at = torch.tensor([6, 1, 1])
-    assert torch.equal(said.rows(at).logits_at(3.0), said.logits_at(3.0)[at])
+    assert torch.equal(outputs.rows(at).logits_at(3.0), outputs.logits_at(3.0)[at])
 
 
 @pytest.mark.parametrize("weights", ["equal", "confidence"])
-def test_what_a_teacher_knows_is_said_on_the_cpu_and_its_logits_are_on_the_gpu(weights):
-    """No GPU is needed: fake tensors know their device, and refuse to be joined to those of another."""
+def test_masks_on_the_cpu_work_with_logits_on_the_gpu(weights):
+    """No GPU is needed: fake tensors have a device, and raise an error if devices are mixed."""
     with FakeTensorMode():
         teachers = [DenseOutputs(torch.empty(8, 10, device="cuda"), {}) for _ in range(2)]
         labels = torch.empty(8, dtype=torch.int64, device="cuda")
         known = [torch.empty(8, dtype=torch.bool), None]
-        said = Combination(TeachersConfig(weights=weights), 2)(teachers, known, labels)
-        assert said.logits_at(2.0).device.type == "cuda"
-        assert said.rows(torch.empty(3, dtype=torch.int64, device="cuda")).logits_at(2.0).shape == (3, 10)
+        outputs = Combination(TeachersConfig(weights=weights), 2)(teachers, known, labels)
+        assert outputs.logits_at(2.0).device.type == "cuda"
+        assert outputs.rows(torch.empty(3, dtype=torch.int64, device="cuda")).logits_at(2.0).shape == (3, 10)
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"weights": (1.0, 1.0)}, r"student\.teachers\.weights has 2 entries and there are 3 stores: one for each"),
-        ({"weights": ()}, r"student\.teachers\.weights has 0 entries and there are 3 stores"),
-        ({"weights": (0.0, 0.0, 0.0)}, r"student\.teachers\.weights are all 0: give one teacher a weight above 0"),
-        ({"temperatures": (1.0,) * 4}, r"student\.teachers\.temperatures has 4 entries and there are 3 stores"),
-        ({"classes": ("names",)}, r"student\.teachers\.classes has 1 entries and there are 3 stores"),
+        ({"weights": (1.0, 1.0)}, r"student\.teachers\.weights has 2 entries for 3 stores: give one per store"),
+        ({"weights": ()}, r"student\.teachers\.weights has 0 entries for 3 stores"),
+        ({"weights": (0.0, 0.0, 0.0)}, r"student\.teachers\.weights are all 0: set at least one above 0"),
+        ({"temperatures": (1.0,) * 4}, r"student\.teachers\.temperatures has 4 entries for 3 stores"),
+        ({"classes": ("names",)}, r"student\.teachers\.classes has 1 entries for 3 stores"),
     ],
 )
-def test_lists_that_do_not_fit_the_stores_are_refused(settings, sentence):
+def test_lists_of_wrong_length_are_errors(settings, sentence):
     with pytest.raises(RecipeError, match=sentence):
         check_teachers(TeachersConfig(**settings), 3)
 
 
-def test_lists_that_fit_are_not():
+def test_lists_of_the_right_length_are_accepted():
     check_teachers(TeachersConfig(), 3)
     classes = ("same", "names", {"tabby": "cat"})
     check_teachers(TeachersConfig(weights=(0.0, 0.0, 1.0), temperatures=(1.0, 2.0, 3.0), classes=classes), 3)
 
 
 @pytest.mark.parametrize("settings", [{"weights": (1.0, -1.0)}, {"weights": (1.0, float("nan"))}, {"weights": "best"}])
-def test_weights_that_are_none_are_refused(settings):
+def test_invalid_weights_are_errors(settings):
     with pytest.raises(ValueError, match="weights"):
         TeachersConfig(**settings)
 
@@ -316,32 +318,32 @@ def student_of(**teachers):
     return dataclasses.replace(STUDENT, train=train, teachers=TeachersConfig(**teachers))
 
 
-def taught_in(folder, run, student, watch=None):
+def train_in(folder, run, student, watch=None):
     setup = tiny_setup(folder, watch, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
     teaching = open_teaching(stores(run), [kd()], student, {}, setup)
     seat = Seat(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
     return train_student(student, 0, teaching, setup, seat=seat)
 
 
-def test_learnable_weights_are_trained_resumed_and_no_part_of_the_student(run, tmp_path):
+def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):
     student = student_of(weights="learnable")
     with pytest.raises(StoppedEarly):
-        taught_in(tmp_path / "stopped", run, student, Watch(should_stop=StopAfter(3)))
+        train_in(tmp_path / "stopped", run, student, Watch(should_stop=StopAfter(3)))
     folder = student_folder(tmp_path / "stopped", DISTILLED, 0)
     tensors, _ = load_tensors(folder.checkpoint)
     scores = tensors["modules/distillation.combination.scores"]
     assert scores.shape == (2,)
     assert scores[0] != scores[1]
     assert any(key.startswith("optimiser/") and one.shape == (2,) for key, one in tensors.items())
-    taught_in(tmp_path / "stopped", run, student)
-    taught_in(tmp_path / "whole", run, student)
+    train_in(tmp_path / "stopped", run, student)
+    train_in(tmp_path / "whole", run, student)
     assert folder.model.read_bytes() == student_folder(tmp_path / "whole", DISTILLED, 0).model.read_bytes()
     assert not [key for key in load_tensors(folder.model)[0] if "scores" in key]
 
 
-def test_a_recipe_with_a_wrong_list_is_refused_before_any_training(run, tmp_path):
+def test_wrong_list_is_an_error_before_training(run, tmp_path):
     for settings in ({"weights": (1.0,)}, {"temperatures": (1.0, 2.0, 3.0)}, {"classes": ("same",)}):
-        with pytest.raises(RecipeError, match="entr.* and there are 2 stores"):
-            taught_in(tmp_path, run, student_of(**settings))
+        with pytest.raises(RecipeError, match="entr.* for 2 stores"):
+            train_in(tmp_path, run, student_of(**settings))
     with pytest.raises(RecipeError, match="student.teachers.weights = 'accuracy' needs"):
-        taught_in(tmp_path, run, student_of(weights="accuracy"))
+        train_in(tmp_path, run, student_of(weights="accuracy"))

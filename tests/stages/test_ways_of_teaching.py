@@ -1,4 +1,4 @@
-"""Every loss trains a student from a store, resumes as if nothing had happened, and leaves a plain student behind."""
+"""Every loss trains a student from a store, resumes identically, and leaves a plain student."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from stages.train_teacher import load_teacher, train_teacher, untrained_teacher
 from stages.watch import Watch
 from store import StoreError
 
-TAUGHT = dataclasses.replace(
+STUDENT_CONFIG = dataclasses.replace(
     STUDENT,
     model=ModelConfig(name="cnn_average", args={"width": 4, "num_stages": 2}),
     train=TrainConfig(epochs=2, batch_size=32, lr=0.01, checkpoint_every_s=0),
@@ -35,7 +35,7 @@ TRAIN_SET = squares(96, 0)
 
 
 def entry(kind):
-    """The section of a loss, with the tiny networks' layers where it has any."""
+    """Return a loss's configuration, with the tiny networks' layers if it takes layers."""
     keys = {field.name for field in dataclasses.fields(kind)}
     changes = {"layers": (("stage2", "stage2"),), "num_negatives": 16, "stage_epochs": 1}
     (name,) = get_args(kind.__pydantic_fields__["loss"].annotation)
@@ -47,18 +47,18 @@ ENTRIES = [entry(kind) for kind in LOSSES]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with a teacher, and a store of all that any loss wants of it."""
+    """A run folder with a teacher, and a store of all features that any loss requires."""
     folder = tmp_path_factory.mktemp("ways")
     setup = tiny_setup(folder, train_set=TRAIN_SET)
     train_teacher(BIG, 0, setup)
     teacher = load_teacher(BIG, 0, setup)
-    wanted = wanted_of(ENTRIES, student_shapes(TAUGHT, ENTRIES, setup), 0)
+    wanted = wanted_of(ENTRIES, student_shapes(STUDENT_CONFIG, ENTRIES, setup), 0)
     shapes = source_shapes(teacher.model, wanted, setup.image_shape)
     cache_teacher(CACHE, folder / "store.zarr", teacher, [smallest(one, shapes[one.source]) for one in wanted], setup)
     return folder
 
 
-def taught(run, losses, folder, *, watch=None, config=TAUGHT, stores=("store.zarr",)):
+def train(run, losses, folder, *, watch=None, config=STUDENT_CONFIG, stores=("store.zarr",)):
     setup = tiny_setup(run, watch, train_set=TRAIN_SET)
     teaching = open_teaching([run / name for name in stores], losses, config, {}, setup)
     seat = Seat(JobFolder(folder), "a student", with_onnx=False)
@@ -67,100 +67,100 @@ def taught(run, losses, folder, *, watch=None, config=TAUGHT, stores=("store.zar
 
 
 @pytest.mark.parametrize("loss", ENTRIES, ids=lambda one: one.loss)
-def test_every_loss_trains_a_student_and_leaves_a_plain_one(run, tmp_path, loss):
-    folder = taught(run, (loss,), tmp_path / "student")
+def test_every_loss_trains_and_exports_a_plain_student(run, tmp_path, loss):
+    folder = train(run, (loss,), tmp_path / "student")
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     names = {"hard_labels"} | (set() if loss.loss == "fitnet" else {f"{loss.loss}_0"})
     assert [set(line["losses"]) for line in lines] == [names] * 2
     assert all(value > 0 for line in lines for value in line["losses"].values())
-    plain = fresh_student(TAUGHT, 0, tiny_setup(run, train_set=TRAIN_SET)).model.state_dict()
-    held = load_tensors(folder.model)[0]
+    plain = fresh_student(STUDENT_CONFIG, 0, tiny_setup(run, train_set=TRAIN_SET)).model.state_dict()
+    weights = load_tensors(folder.model)[0]
     if loss.loss == "simkd":
         teacher = load_tensors(run / "teacher" / "model.safetensors")[0]
-        assert torch.equal(held["fc.weight"], teacher["fc.weight"])
-        assert any("projector" in name for name in held)
+        assert torch.equal(weights["fc.weight"], teacher["fc.weight"])
+        assert any("projector" in name for name in weights)
     else:
-        assert {name: one.shape for name, one in held.items()} == {name: one.shape for name, one in plain.items()}
+        assert {name: one.shape for name, one in weights.items()} == {name: one.shape for name, one in plain.items()}
 
 
 STATEFUL = {
-    "crd": ([one for one in ENTRIES if one.loss == "crd"], TAUGHT),
+    "crd": ([one for one in ENTRIES if one.loss == "crd"], STUDENT_CONFIG),
     "fitnet": (
         [
             FitNetConfig(loss="fitnet", layers=(("stage1", "stage1"), ("stage2", "stage2")), stage_epochs=1),
             KDConfig(loss="kd"),
         ],
-        TAUGHT,
+        STUDENT_CONFIG,
     ),
-    "simkd": ([one for one in ENTRIES if one.loss == "simkd"], TAUGHT),
+    "simkd": ([one for one in ENTRIES if one.loss == "simkd"], STUDENT_CONFIG),
 }
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_stopped_again_and_again_equals_undisturbed(run, tmp_path, name):
+def test_repeatedly_stopped_training_is_identical(run, tmp_path, name):
     losses, config = STATEFUL[name]
     if name == "fitnet":
         setup = tiny_setup(run, train_set=TRAIN_SET)
         wanted = wanted_of(losses, student_shapes(config, losses, setup), 0)
         cache_teacher(CACHE, run / "store.zarr", load_teacher(BIG, 0, setup), wanted, setup)
-    undisturbed = taught(run, losses, tmp_path / "undisturbed")
+    uninterrupted = train(run, losses, tmp_path / "uninterrupted")
     for number in range(60):
         try:
-            stopped = taught(run, losses, tmp_path / "stopped", watch=Watch(should_stop=StopAfter(2 + number % 3)))
+            stopped = train(run, losses, tmp_path / "stopped", watch=Watch(should_stop=StopAfter(2 + number % 3)))
             break
         except StoppedEarly:
             continue
-    assert stopped.model.read_bytes() == undisturbed.model.read_bytes()
+    assert stopped.model.read_bytes() == uninterrupted.model.read_bytes()
     assert not list(stopped.path.rglob("checkpoint*"))
 
 
-def test_a_hint_stage_trains_the_student_up_to_its_layer_and_nothing_behind_it(run, tmp_path):
+def test_hint_stage_trains_only_up_to_its_layer(run, tmp_path):
     loss = FitNetConfig(loss="fitnet", layers=(("stage1", "stage2"),), stage_epochs=1)
     with pytest.raises(StoppedEarly):  # in the student's own training, which comes after 3 steps
-        taught(run, (loss, KDConfig(loss="kd")), tmp_path / "student", watch=Watch(should_stop=StopAfter(5)))
+        train(run, (loss, KDConfig(loss="kd")), tmp_path / "student", watch=Watch(should_stop=StopAfter(5)))
     after = load_tensors(tmp_path / "student" / "hint1" / "model.safetensors")[0]
-    before = fresh_student(TAUGHT, 0, tiny_setup(run, train_set=TRAIN_SET)).model.state_dict()
+    before = fresh_student(STUDENT_CONFIG, 0, tiny_setup(run, train_set=TRAIN_SET)).model.state_dict()
     changed = {name.partition(".")[0] for name, one in after.items() if not torch.equal(one, before[name])}
     assert changed == {"stage1"}
 
 
-def test_learnable_shares_learn_and_are_not_in_the_student(run, tmp_path):
+def test_learnable_weights_train_and_are_not_in_the_student(run, tmp_path):
     setup = tiny_setup(run, train_set=TRAIN_SET)
     cache_teacher(CACHE, run / "second.zarr", untrained_teacher(BIG, 5, setup), [], setup)
-    config = dataclasses.replace(TAUGHT, teachers=TeachersConfig(weights="learnable"))
+    config = dataclasses.replace(STUDENT_CONFIG, teachers=TeachersConfig(weights="learnable"))
     losses, stores = (KDConfig(loss="kd"),), ("store.zarr", "second.zarr")
-    undisturbed = taught(run, losses, tmp_path / "one", config=config, stores=stores)
+    uninterrupted = train(run, losses, tmp_path / "one", config=config, stores=stores)
     with pytest.raises(StoppedEarly):
-        taught(run, losses, tmp_path / "two", config=config, stores=stores, watch=Watch(should_stop=StopAfter(4)))
+        train(run, losses, tmp_path / "two", config=config, stores=stores, watch=Watch(should_stop=StopAfter(4)))
     scores = load_tensors(tmp_path / "two" / "checkpoint.safetensors")[0]["modules/distillation.combination.scores"]
     assert scores.abs().min() > 0
-    resumed = taught(run, losses, tmp_path / "two", config=config, stores=stores)
-    assert resumed.model.read_bytes() == undisturbed.model.read_bytes()
-    assert not any("scores" in name for name in load_tensors(undisturbed.model)[0])
+    resumed = train(run, losses, tmp_path / "two", config=config, stores=stores)
+    assert resumed.model.read_bytes() == uninterrupted.model.read_bytes()
+    assert not any("scores" in name for name in load_tensors(uninterrupted.model)[0])
 
 
-def test_adapters_train_with_the_student_and_are_in_its_checkpoints(run, tmp_path):
+def test_adapters_train_and_are_in_the_checkpoints(run, tmp_path):
     hint = next(one for one in ENTRIES if one.loss == "hint")
     for steps in (1, 4):
         with pytest.raises(StoppedEarly):
-            taught(run, (hint,), tmp_path / str(steps), watch=Watch(should_stop=StopAfter(steps)))
+            train(run, (hint,), tmp_path / str(steps), watch=Watch(should_stop=StopAfter(steps)))
     name = "modules/distillation.terms.hint_0.loss.adapters.0.0.weight"
     one, four = (load_tensors(tmp_path / steps / "checkpoint.safetensors")[0][name] for steps in ("1", "4"))
     assert (one - four).abs().max() > 1e-4
 
 
-def test_a_network_with_attention_learns_from_gradients_too(run, tmp_path):
+def test_attention_network_trains_with_at_gradient(run, tmp_path):
     """Fused attention has no second derivative."""
     at_gradient = next(one for one in ENTRIES if one.loss == "at_gradient")
-    config = dataclasses.replace(TAUGHT, model=ModelConfig(name="python:tiny_attention:attentive"))
-    folder = taught(run, (at_gradient,), tmp_path / "student", config=config)
+    config = dataclasses.replace(STUDENT_CONFIG, model=ModelConfig(name="python:tiny_attention:attentive"))
+    folder = train(run, (at_gradient,), tmp_path / "student", config=config)
     assert (json.loads(folder.metrics.read_text().splitlines()[-1])["losses"]["at_gradient_0"]) > 0
 
 
-def test_what_a_store_lacks_is_told_with_the_command_that_adds_it(run, tmp_path):
+def test_missing_feature_error_has_the_command_that_adds_it(run, tmp_path):
     at = next(one for one in ENTRIES if one.loss == "at")
     lacking = dataclasses.replace(at, layers=(("stage1", "pool1"),))
     with pytest.raises(
-        StoreError, match=r"holds no attention-8x8 of 'pool1', only .*cache.layers = \['pool1:attention-8x8'\]"
+        StoreError, match=r"has no attention-8x8 of 'pool1', only .*cache.layers = \['pool1:attention-8x8'\]"
     ):
-        taught(run, (lacking,), tmp_path / "student")
+        train(run, (lacking,), tmp_path / "student")

@@ -1,25 +1,22 @@
-"""Attention transfer gives the reference code's numbers, and is safe where maps are dead, alike, or of other sizes."""
+"""Attention transfer matches the reference code, and is finite for dead, equal and differently sized maps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from loss_inputs import LARGER_STUDENT_MAPS, STUDENT_MAPS, TEACHER_MAPS, THEIR_TEACHER_MAPS, drawn, said
+from loss_inputs import (
+    FACTS,
+    LARGER_STUDENT_MAPS,
+    STUDENT_MAPS,
+    TEACHER_MAPS,
+    THEIR_TEACHER_MAPS,
+    build_loss,
+    drawn,
+)
 
 from stages.errors import RecipeError
-from stages.forms import ATTENTION, Wanted, take_form
+from stages.forms import ATTENTION, Wanted
 from stages.losses.at import ATConfig, at_loss
-from stages.losses.said import Facts
-
-FACTS = Facts(num_samples=8, num_classes=10)
-
-
-def term_of(config, student, teacher):
-    """The term, and what is said, for maps by layer as a store would give them."""
-    shapes = {layer: tuple(maps.shape[1:]) for layer, maps in student.items()}
-    given = {wanted: take_form(wanted, teacher[wanted.layer]) for wanted in config.wants(shapes)}
-    term = config.build(shapes, {wanted: tuple(form.shape[1:]) for wanted, form in given.items()}, FACTS)
-    return term, said(student=student, teacher=given)
 
 
 @pytest.mark.parametrize(
@@ -30,15 +27,15 @@ def term_of(config, student, teacher):
         (STUDENT_MAPS, TEACHER_MAPS, "paper", 0.626332294259),
     ],
 )
-def test_at_is_the_reference_codes_number(student, teacher, form, expected):
+def test_at_matches_the_reference_code(student, teacher, form, expected):
     assert at_loss(student, teacher, form).item() == pytest.approx(expected, rel=1e-9)
 
 
 def naive(student, teacher):
     """The paper's form, sample by sample."""
     lengths = []
-    for own, theirs in zip(student, teacher, strict=True):
-        maps = [sum(channel**2 for channel in each) for each in (own, theirs)]
+    for own, other in zip(student, teacher, strict=True):
+        maps = [sum(channel**2 for channel in each) for each in (own, other)]
         own_map, their_map = [each / (each**2).sum().sqrt() for each in maps]
         lengths.append(((own_map - their_map) ** 2).sum().sqrt().item())
     return sum(lengths) / len(lengths)
@@ -55,29 +52,29 @@ def test_at_gradient_by_the_maps_equals_finite_differences(form):
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])
-def test_the_term_sums_the_pairs_and_keeps_samples_apart(form):
-    config = ATConfig(loss="at", layers=(("a", "b"), ("c", "d")), variant=form)
-    term, exchange = term_of(
+def test_module_sums_pairs_per_sample(form):
+    config = ATConfig(loss="at", layers=(("a", "b"), ("c", "d")), form=form)
+    module, inputs = build_loss(
         config,
         {"a": STUDENT_MAPS, "c": LARGER_STUDENT_MAPS},
         {"b": TEACHER_MAPS, "d": THEIR_TEACHER_MAPS},
     )
     expected = at_loss(STUDENT_MAPS, TEACHER_MAPS, form) + at_loss(LARGER_STUDENT_MAPS, THEIR_TEACHER_MAPS, form)
-    per_sample = term(exchange)
+    per_sample = module(inputs)
     assert per_sample.shape == (8,)
     assert per_sample.mean().item() == pytest.approx(expected.item(), rel=1e-12)
-    assert torch.allclose(term(exchange.rows(torch.tensor([5, 1]))), per_sample[[5, 1]])
+    assert torch.allclose(module(inputs.rows(torch.tensor([5, 1]))), per_sample[[5, 1]])
 
 
-def test_the_teachers_maps_are_asked_for_at_the_students_size():
+def test_teachers_maps_are_required_at_the_students_size():
     config = ATConfig(loss="at", layers=(("a", "b"),))
     assert config.wants({"a": (16, 8, 8)}) == (Wanted("b", ATTENTION, (8, 8)),)
-    term, exchange = term_of(config, {"a": STUDENT_MAPS}, {"b": LARGER_STUDENT_MAPS})
-    assert exchange.teacher.features[Wanted("b", ATTENTION, (8, 8))].shape == (8, 8, 8)
-    assert term(exchange).mean().item() == pytest.approx(at_loss(STUDENT_MAPS, LARGER_STUDENT_MAPS).item())
+    module, inputs = build_loss(config, {"a": STUDENT_MAPS}, {"b": LARGER_STUDENT_MAPS})
+    assert inputs.teacher.features[Wanted("b", ATTENTION, (8, 8))].shape == (8, 8, 8)
+    assert module(inputs).mean().item() == pytest.approx(at_loss(STUDENT_MAPS, LARGER_STUDENT_MAPS).item())
 
 
-def test_maps_of_another_aspect_and_what_is_no_map_are_refused_with_both_shapes():
+def test_mismatched_shapes_are_errors_with_both_shapes():
     config = ATConfig(loss="at", layers=(("layer2", "block2"),))
     wanted = config.wants({"layer2": (16, 8, 8)})[0]
     with pytest.raises(RecipeError, match=r"at cannot join the student's layer2, .*\[16, 8, 8\].* \[8, 4\]"):
@@ -105,12 +102,12 @@ def test_value_and_gradient_are_finite_at_the_edges(edge, dtype, form):
         assert loss.item() == 0
 
 
-def test_half_precision_is_widened_before_maps_are_averaged():
+def test_half_precision_is_pooled_in_float32():
     student = LARGER_STUDENT_MAPS.bfloat16()
-    term, exchange = term_of(ATConfig(loss="at", layers=(("a", "b"),)), {"a": student}, {"b": THEIR_TEACHER_MAPS})
+    module, inputs = build_loss(ATConfig(loss="at", layers=(("a", "b"),)), {"a": student}, {"b": THEIR_TEACHER_MAPS})
     expected = at_loss(student.float(), THEIR_TEACHER_MAPS).item()
-    assert term(exchange).mean().item() == pytest.approx(expected, rel=1e-5)
+    assert module(inputs).mean().item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_weight_is_the_reference_codes():
+def test_default_weight_matches_the_reference_code():
     assert ATConfig(loss="at", layers=(("a", "b"),)).weight == 1000

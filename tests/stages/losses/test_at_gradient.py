@@ -1,4 +1,4 @@
-"""Gradient-based attention transfer: of the very gradient, through it into the parameters, however small it is."""
+"""Gradient-based attention transfer: the loss, its double backward pass, and tiny gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_inputs import drawn, said
+from loss_inputs import drawn, make_inputs
 from torch import nn
 
 from stages.forms import INPUT, INPUT_GRADIENT, Wanted, attention, input_attention
@@ -23,18 +23,18 @@ WANTED = Wanted(INPUT, INPUT_GRADIENT)
 def test_it_is_attention_transfer_on_the_input_gradient(form):
     config = ATGradientConfig(loss="at_gradient", variant=form)
     assert config.wants({}) == (WANTED,)
-    term = config.build({}, {WANTED: (6, 6)}, Facts(num_samples=8, num_classes=10))
-    exchange = replace(said(teacher={WANTED: attention(TEACHERS)}), input_gradient=GRADIENT)
-    per_sample = term(exchange)
+    module = config.build({}, {WANTED: (6, 6)}, Facts(num_samples=8, num_classes=10))
+    inputs = replace(make_inputs(teacher={WANTED: attention(TEACHERS)}), input_gradient=GRADIENT)
+    per_sample = module(inputs)
     assert per_sample.shape == (8,)
     assert per_sample.mean().item() == pytest.approx(at_loss(GRADIENT, TEACHERS, form).item(), rel=1e-9)
     assert at_gradient_loss(GRADIENT, TEACHERS, form).item() == pytest.approx(per_sample.mean().item(), rel=1e-12)
 
 
-def test_without_the_gradient_it_says_so():
-    term = ATGradientConfig(loss="at_gradient").build({}, {WANTED: (6, 6)}, Facts(num_samples=8, num_classes=10))
+def test_missing_gradient_is_an_error():
+    module = ATGradientConfig(loss="at_gradient").build({}, {WANTED: (6, 6)}, Facts(num_samples=8, num_classes=10))
     with pytest.raises(ValueError, match="gradient"):
-        term(said(teacher={WANTED: attention(TEACHERS)}))
+        module(make_inputs(teacher={WANTED: attention(TEACHERS)}))
 
 
 def loss_of_a_network(weight, bias, images, labels, teacher, form):
@@ -45,7 +45,7 @@ def loss_of_a_network(weight, bias, images, labels, teacher, form):
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])
-def test_the_parameters_gradient_through_the_double_backward_equals_finite_differences(form):
+def test_double_backward_matches_finite_differences(form):
     images, teacher = drawn(2, 2, 4, 4, seed=3).requires_grad_(), drawn(2, 2, 4, 4, seed=4)
     weight, bias = drawn(3, 2, 3, 3, seed=5).requires_grad_(), drawn(3, seed=6).requires_grad_()
     labels = torch.tensor([0, 2])
@@ -55,7 +55,7 @@ def test_the_parameters_gradient_through_the_double_backward_equals_finite_diffe
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-9])
-def test_how_sure_a_network_is_does_not_change_where_it_looks(scale):
+def test_attention_is_independent_of_the_gradients_scale(scale):
     small = (scale * GRADIENT).float()
     assert torch.allclose(input_attention(small), input_attention(GRADIENT).float(), atol=1e-6)
     assert torch.allclose(input_attention(small).flatten(1).norm(dim=1), torch.ones(8))
@@ -63,7 +63,7 @@ def test_how_sure_a_network_is_does_not_change_where_it_looks(scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", ["code", "paper"])
-def test_no_gradient_at_all_is_a_finite_loss_with_a_finite_gradient(form, dtype):
+def test_zero_gradient_gives_finite_loss_and_gradient(form, dtype):
     gradient = torch.zeros(1, 3, 6, 6, dtype=dtype, requires_grad=True)
     loss = at_gradient_loss(gradient, TEACHERS[:1], form)
     loss.backward()
@@ -72,7 +72,7 @@ def test_no_gradient_at_all_is_a_finite_loss_with_a_finite_gradient(form, dtype)
 
 
 @pytest.mark.parametrize("logit", [30.0, 300.0])
-def test_a_student_that_is_quite_sure_still_gives_finite_gradients(logit):
+def test_confident_student_gives_finite_gradients(logit):
     model = nn.Linear(2 * 4 * 4, 2)
     with torch.no_grad():
         model.weight.copy_(drawn(2, 32, seed=7).float())
@@ -86,7 +86,7 @@ def test_a_student_that_is_quite_sure_still_gives_finite_gradients(logit):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-def test_student_and_teacher_that_look_alike_cost_nothing():
+def test_equal_gradients_have_zero_loss():
     gradient = GRADIENT.clone().requires_grad_()
     loss = at_gradient_loss(gradient, GRADIENT, "paper")
     loss.backward()
@@ -94,6 +94,6 @@ def test_student_and_teacher_that_look_alike_cost_nothing():
     assert torch.isfinite(gradient.grad).all()
 
 
-def test_the_config_tells_that_it_needs_the_gradient_and_its_weight_is_attention_transfers():
+def test_config_requires_the_gradient_with_ats_weight():
     assert ATGradientConfig.input_gradient
     assert ATGradientConfig(loss="at_gradient").weight == 1000

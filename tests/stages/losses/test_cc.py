@@ -1,10 +1,10 @@
-"""CC: both forms against their formulas in loops, and embeddings that learn."""
+"""CC: both forms against loop implementations, and training of the embeddings."""
 
 import math
 
 import pytest
 import torch
-from loss_inputs import STUDENT_MAPS, TEACHER_VECTORS, drawn, said
+from loss_inputs import STUDENT_MAPS, TEACHER_VECTORS, drawn, make_inputs
 
 from stages.forms import Wanted
 from stages.losses.cc import CCConfig, cc_loss, correlation_loss, correlations
@@ -19,13 +19,13 @@ def built(**keys):
     return config.build({"a": (16, 8, 8)}, {POOLED: (32,)}, Facts(100, 10))
 
 
-def test_the_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = CCConfig(loss="cc", layers=(("a", "b"),))
     assert (config.weight, config.dim, config.variant, config.per_sample) == (0.02, 128, "code", False)
     assert (config.student_layers(), config.wants({})) == (("a",), (POOLED,))
 
 
-def test_the_codes_form_is_the_product_of_neighbours_errors():
+def test_the_codes_form_is_the_product_of_neighbors_errors():
     student, teacher = drawn(4, 3, seed=1), drawn(4, 3, seed=2)
     products = [abs(student[b] - teacher[b]) @ abs(student[b + 1] - teacher[b + 1]) for b in range(3)]
     assert cc_loss(student, teacher).item() == pytest.approx(float(sum(products)) / 3, rel=1e-12)
@@ -68,27 +68,27 @@ def test_student_equal_to_teacher_is_0_and_flat(loss):
 @pytest.mark.parametrize("form", ["code", "paper"])
 @pytest.mark.parametrize("maps", [torch.ones(1, 16, 8, 8), torch.zeros(1, 16, 8, 8), torch.zeros(4, 16, 8, 8)])
 def test_loss_and_gradient_are_finite_at_the_edges(maps, form, dtype):
-    term, student = built(variant=form), maps.clone().to(dtype).requires_grad_()
-    batch = said(student={"a": student}, teacher={POOLED: torch.zeros(len(maps), 32)})
+    module, student = built(form=form), maps.clone().to(dtype).requires_grad_()
+    batch = make_inputs(student={"a": student}, teacher={POOLED: torch.zeros(len(maps), 32)})
     with torch.no_grad():  # zero rows of features give zero rows of embeddings
-        for name, bias in term.named_parameters():
+        for name, bias in module.named_parameters():
             bias.mul_(not name.endswith("bias"))
-    loss = term(batch)
+    loss = module(batch)
     loss.backward()
     assert torch.isfinite(loss)
-    assert all(torch.isfinite(leaf.grad).all() for leaf in (student, *term.parameters()))
+    assert all(torch.isfinite(leaf.grad).all() for leaf in (student, *module.parameters()))
 
 
 @pytest.mark.parametrize(("form", "loss"), [("code", cc_loss), ("paper", correlation_loss)])
-def test_the_term_embeds_both_sides_and_both_embeddings_learn(form, loss):
-    term = built(variant=form)
-    value = term(said(student={"a": STUDENT_MAPS}, teacher={POOLED: TEACHER_VECTORS}))
+def test_both_sides_are_embedded_and_both_embeddings_train(form, loss):
+    module = built(form=form)
+    value = module(make_inputs(student={"a": STUDENT_MAPS}, teacher={POOLED: TEACHER_VECTORS}))
     value.backward()
-    assert all(weight.grad.abs().sum() > 0 for name, weight in term.named_parameters() if name.endswith("weight"))
-    embedded = term.students[0](STUDENT_MAPS), term.teachers[0](TEACHER_VECTORS)
+    assert all(weight.grad.abs().sum() > 0 for name, weight in module.named_parameters() if name.endswith("weight"))
+    embedded = module.students[0](STUDENT_MAPS), module.teachers[0](TEACHER_VECTORS)
     assert embedded[0].shape == embedded[1].shape == (8, 128)
     assert value.item() == pytest.approx(loss(*embedded).item(), rel=1e-6)
 
 
-def test_a_batch_of_one_costs_nothing_in_the_codes_form():
+def test_code_form_of_a_batch_of_one_is_zero():
     assert cc_loss(torch.ones(1, 4), torch.zeros(1, 4)).item() == 0

@@ -1,24 +1,21 @@
-"""DIST gives the reference code's numbers, and is safe where nothing varies."""
+"""DIST matches the reference code, and is finite for constant rows and columns."""
 
 import numpy as np
 import pytest
 import torch
-from loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, drawn, said
+from loss_inputs import FACTS, STUDENT_LOGITS, TEACHER_LOGITS, drawn, make_inputs
 
 from stages.losses import dist
 from stages.losses.dist import DISTConfig, dist_loss
-from stages.losses.said import Facts
-
-FACTS = Facts(8, 10)
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(1.0, 2.099816725), (4.0, 34.7221359505)])
-def test_dist_is_the_reference_codes_number(temperature, expected):
+def test_dist_matches_the_reference_code(temperature, expected):
     loss = dist_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature, beta=1.0, gamma=1.0)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_its_parts_are_numpys_correlations_of_rows_and_of_columns():
+def test_parts_match_numpys_correlations():
     student, teacher = ((z / 2).softmax(1).numpy() for z in (STUDENT_LOGITS, TEACHER_LOGITS))
     rows = np.mean([1 - np.corrcoef(student[i], teacher[i])[0, 1] for i in range(8)])
     columns = np.mean([1 - np.corrcoef(student[:, c], teacher[:, c])[0, 1] for c in range(10)])
@@ -26,13 +23,13 @@ def test_its_parts_are_numpys_correlations_of_rows_and_of_columns():
     assert loss.item() == pytest.approx(4 * (0.5 * rows + 3 * columns), rel=1e-6)
 
 
-def test_the_term_is_the_pure_function_and_a_number_for_the_whole_batch():
-    loss = DISTConfig(loss="dist", beta=0.5, gamma=2.0, temperature=1.0).build({}, {}, FACTS)(said())
+def test_module_equals_the_function_for_the_whole_batch():
+    loss = DISTConfig(loss="dist", beta=0.5, gamma=2.0, temperature=1.0).build({}, {}, FACTS)(make_inputs())
     assert loss.shape == ()
     assert loss.item() == dist_loss(STUDENT_LOGITS, TEACHER_LOGITS, 1.0, beta=0.5, gamma=2.0).item()
 
 
-def test_its_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = DISTConfig(loss="dist")
     assert (config.weight, config.beta, config.gamma, config.temperature) == (2, 1, 1, 4)
     assert config.temperatures() == (4.0,)
@@ -50,14 +47,14 @@ def test_the_columns_go_over_the_batch_of_all_processes(monkeypatch):
     assert torch.stack(losses).mean().item() == pytest.approx(2.099816725, rel=1e-9)
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS[:4, :5].clone().requires_grad_()
     teacher = TEACHER_LOGITS[:4, :5]
     assert torch.autograd.gradcheck(lambda z: dist_loss(z, teacher, 4.0, beta=1.0, gamma=2.0), logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_batch_of_one_has_no_columns_and_their_part_no_gradient(dtype):
+def test_batch_of_one_has_no_column_gradient(dtype):
     student = STUDENT_LOGITS[:1].to(dtype).requires_grad_()
     columns = dist_loss(student, TEACHER_LOGITS[:1].to(dtype), 1.0, beta=0.0, gamma=1.0)
     columns.backward()
@@ -82,7 +79,7 @@ def test_saturated_logits_are_finite_in_every_precision(dtype, num_samples):
     assert torch.isfinite(student.grad).all()
 
 
-def test_rows_and_columns_that_do_not_vary_correlate_with_nothing():
+def test_constant_rows_and_columns_have_zero_correlation():
     student = torch.zeros(4, 5, requires_grad=True)
     loss = dist_loss(student, drawn(4, 5, seed=11).float(), 1.0, beta=1.0, gamma=1.0)
     loss.backward()
@@ -90,7 +87,7 @@ def test_rows_and_columns_that_do_not_vary_correlate_with_nothing():
     assert torch.isfinite(student.grad).all()
 
 
-def test_it_is_zero_and_flat_where_the_student_agrees_with_the_teacher():
+def test_zero_and_flat_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
     loss = dist_loss(logits, TEACHER_LOGITS, 4.0, beta=1.0, gamma=1.0)
     loss.backward()

@@ -1,26 +1,24 @@
-"""DKD gives the reference code's numbers, stays exact where that overflows, and warms up."""
+"""DKD matches the reference code, is exact at saturated logits, and has a warm-up."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_inputs import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, said
+from loss_inputs import FACTS, LABELS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
-from stages.losses.dkd import DKDConfig, dkd_loss, nckd_per_sample, tckd_per_sample, warm_up, without_label
-from stages.losses.said import Facts
-from stages.schedules import SETTLED, Moment
+from stages.losses.dkd import DKDConfig, dkd_loss, nckd_per_sample, tckd_per_sample, without_label
+from stages.schedules import SETTLED, Moment, warmup_factor
 
-FACTS = Facts(8, 10)
 ENDS = torch.tensor([[1.0, -1, 0, 0.5], [-1, 1, 0.25, 0], [0, 0.5, 1, -1]], dtype=torch.float64)
 
 
-def test_dkd_is_the_reference_codes_number():
+def test_dkd_matches_the_reference_code():
     loss = dkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 4.0, alpha=1.0, beta=8.0)
     assert loss.item() == pytest.approx(62.06831042, rel=1e-9)
 
 
-def test_its_two_parts_are_the_reference_codes_numbers_with_the_temperature_squared():
+def test_parts_match_the_reference_code_times_t_squared():
     target = tckd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 4.0)
     others = nckd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 4.0)
     assert target.shape == others.shape == (8,)
@@ -28,7 +26,7 @@ def test_its_two_parts_are_the_reference_codes_numbers_with_the_temperature_squa
     assert others.mean().item() == pytest.approx(7.59777096495, rel=1e-11)
 
 
-def test_with_the_teachers_weight_of_the_others_as_beta_it_is_kd():
+def test_kd_is_dkd_with_the_teachers_beta():
     """Equation 4 of the paper: KD = TCKD + (1 - p_t of the label) NCKD."""
     target = tckd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0)
     others = nckd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0)
@@ -38,15 +36,15 @@ def test_with_the_teachers_weight_of_the_others_as_beta_it_is_kd():
     assert torch.allclose(target + rest * others, kd, rtol=1e-12)
 
 
-def test_the_label_is_left_out_and_the_order_of_the_others_is_kept():
+def test_without_label_keeps_the_order():
     logits = torch.arange(12.0).view(3, 4)
     others = without_label(logits, torch.tensor([0, 2, 3]))
     assert others.tolist() == [[1, 2, 3], [4, 5, 7], [8, 9, 10]]
 
 
-def test_the_term_is_the_pure_function_sample_by_sample():
+def test_module_equals_the_function_per_sample():
     config = DKDConfig(loss="dkd", alpha=0.5, beta=3.0, temperature=2.0)
-    each = config.build({}, {}, FACTS)(said())
+    each = config.build({}, {}, FACTS)(make_inputs())
     assert each.shape == (8,)
     expected = dkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0, alpha=0.5, beta=3.0)
     assert each.mean().item() == pytest.approx(expected.item(), rel=1e-12)
@@ -55,37 +53,37 @@ def test_the_term_is_the_pure_function_sample_by_sample():
     assert torch.allclose(each, torch.stack(alone), rtol=1e-12)
 
 
-def test_its_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = DKDConfig(loss="dkd")
     assert (config.weight, config.alpha, config.beta, config.temperature, config.warmup_epochs) == (1, 1, 8, 4, 20)
     assert config.temperatures() == (4.0,)
     assert (config.one_label, config.per_sample, config.on_logits) == (True, True, True)
 
 
-def test_it_comes_in_over_the_first_epochs_and_is_whole_when_all_ramps_have_ended():
-    term = DKDConfig(loss="dkd").build({}, {}, FACTS)
-    whole = term(said(moment=SETTLED))
+def test_warmup_grows_to_the_full_loss():
+    module = DKDConfig(loss="dkd").build({}, {}, FACTS)
+    whole = module(make_inputs(moment=SETTLED))
     assert whole.mean().item() == pytest.approx(62.06831042, rel=1e-9)
-    assert torch.allclose(term(said(moment=Moment(0, 240))), whole / 20)
-    assert torch.allclose(term(said(moment=Moment(9, 240))), whole / 2)
-    assert torch.equal(term(said(moment=Moment(19, 240))), whole)
-    assert torch.equal(term(said(moment=Moment(100, 240))), whole)
+    assert torch.allclose(module(make_inputs(moment=Moment(0, 240))), whole / 20)
+    assert torch.allclose(module(make_inputs(moment=Moment(9, 240))), whole / 2)
+    assert torch.equal(module(make_inputs(moment=Moment(19, 240))), whole)
+    assert torch.equal(module(make_inputs(moment=Moment(100, 240))), whole)
 
 
-def test_without_a_warm_up_the_first_epoch_counts_in_full():
-    assert warm_up(0, Moment(0, 240)) == warm_up(0, SETTLED) == 1
-    assert warm_up(1, Moment(0, 240)) == 1
-    assert warm_up(20, Moment(math.inf, 1)) == 1
+def test_warmup_factor_without_warmup_is_one():
+    assert warmup_factor(0, Moment(0, 240)) == warmup_factor(0, SETTLED) == 1
+    assert warmup_factor(1, Moment(0, 240)) == 1
+    assert warmup_factor(20, Moment(math.inf, 1)) == 1
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: dkd_loss(z, TEACHER_LOGITS, LABELS, 4.0, alpha=1.0, beta=8.0), logits)
 
 
 @pytest.mark.parametrize("scale", [120.0, 300.0])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_saturated_logits_give_in_float32_what_they_give_in_float64(scale, temperature):
+def test_saturated_logits_match_float64(scale, temperature):
     labels = torch.tensor([0, 0, 3])
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -99,7 +97,7 @@ def test_saturated_logits_give_in_float32_what_they_give_in_float64(scale, tempe
         assert torch.allclose(narrow, wide, rtol=1e-5, atol=1e-5)
 
 
-def test_saturated_logits_are_told_apart_as_a_loop_over_the_classes_tells_them():
+def test_saturated_logits_match_a_loop_over_the_classes():
     student, teacher, labels = 120 * ENDS, 120 * ENDS.flip(0), [0, 1, 2]
     expected = []
     for s, t, label in zip(student.tolist(), teacher.tolist(), labels, strict=True):
@@ -118,7 +116,7 @@ def _log_softmax(values):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_saturated_student_in_any_precision_has_a_finite_loss_and_gradient(dtype):
+def test_saturated_student_is_finite_in_any_precision(dtype):
     student = (300 * ENDS).to(dtype).requires_grad_()
     loss = dkd_loss(student, 300 * ENDS.flip(1).float(), torch.tensor([0, 1, 3]), 1.0, alpha=1.0, beta=8.0)
     loss.backward()
@@ -130,14 +128,14 @@ def test_a_saturated_student_in_any_precision_has_a_finite_loss_and_gradient(dty
 
 @pytest.mark.parametrize("part", [tckd_per_sample, nckd_per_sample])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_student_in_half_precision_is_widened_before_anything_is_summed(part, dtype):
+def test_half_precision_student_is_summed_in_float32(part, dtype):
     student = STUDENT_LOGITS.to(dtype)
     narrow = part(student, TEACHER_LOGITS.float(), LABELS, 3.0)
     assert narrow.dtype == torch.float32
     assert torch.allclose(narrow.double(), part(student.double(), TEACHER_LOGITS, LABELS, 3.0), rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_zero_and_flat_where_student_and_teacher_agree():
+def test_zero_and_flat_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
     loss = dkd_loss(logits, TEACHER_LOGITS, LABELS, 4.0, alpha=1.0, beta=8.0)
     loss.backward()

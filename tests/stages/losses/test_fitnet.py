@@ -1,22 +1,19 @@
-"""FitNet's two stages: what each pair's own stage is, and that it is the hint's loss."""
+"""FitNet: one stage per pair of layers, each with the hint's loss."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from loss_inputs import STUDENT_MAPS, TEACHER_MAPS, said
+from loss_inputs import FACTS, STUDENT_MAPS, TEACHER_MAPS, make_inputs
 from pydantic import ValidationError
 
 from stages.forms import Wanted
 from stages.losses.fitnet import FitNetConfig
 from stages.losses.hint import HintConfig
-from stages.losses.said import Facts
 from stages.schedules import Ramp
 
-FACTS = Facts(num_samples=8, num_classes=10)
 
-
-def test_each_pair_has_a_stage_of_its_own_in_the_order_given():
+def test_each_pair_is_one_stage_in_order():
     ramp = Ramp(start=1.0, end=2.0)
     config = FitNetConfig(
         loss="fitnet", layers=(("a", "b"), ("c", "d"), ("a", "d")), stage_epochs=7, weight=ramp, store=1
@@ -27,24 +24,24 @@ def test_each_pair_has_a_stage_of_its_own_in_the_order_given():
     assert all(stage.stages() == (stage,) for stage in stages)
 
 
-def test_a_stage_is_the_hints_loss_at_its_pair():
+def test_stage_equals_the_hint_loss_of_its_pair():
     config = FitNetConfig(loss="fitnet", layers=(("a", "b"), ("c", "d"))).stages()[0]
     hint = HintConfig(loss="hint", layers=(("a", "b"),))
     assert config.student_layers() == ("a",)
     assert config.wants({"a": (16, 8, 8)}) == (Wanted("b"),) == hint.wants({"a": (16, 8, 8)})
     terms = [each.build({"a": (16, 8, 8)}, {Wanted("b"): (32, 8, 8)}, FACTS).double() for each in (config, hint)]
     terms[1].load_state_dict(terms[0].state_dict())
-    exchange = said(student={"a": STUDENT_MAPS}, teacher={Wanted("b"): TEACHER_MAPS})
-    assert torch.equal(terms[0](exchange), terms[1](exchange))
-    assert terms[0](exchange).shape == (8,)
+    inputs = make_inputs(student={"a": STUDENT_MAPS}, teacher={Wanted("b"): TEACHER_MAPS})
+    assert torch.equal(terms[0](inputs), terms[1](inputs))
+    assert terms[0](inputs).shape == (8,)
 
 
-def test_the_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = FitNetConfig(loss="fitnet", layers=(("a", "b"),))
     assert (config.stage_epochs, config.weight) == (30, 1)
 
 
 @pytest.mark.parametrize("keys", [{"layers": ()}, {"layers": (("a", "b"),), "stage_epochs": 0}])
-def test_no_pair_and_no_epoch_are_refused(keys):
+def test_no_pairs_or_no_epochs_are_errors(keys):
     with pytest.raises(ValidationError):
         FitNetConfig(loss="fitnet", **keys)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loss_inputs import said
+from loss_inputs import make_inputs
 from torch import nn
 
 from stages.forms import Wanted
@@ -38,39 +38,39 @@ LOSSES: dict[str, Entry] = {
 }
 
 
-def taught(name: str, rows: slice) -> dict[str, Any]:
+def loss_and_gradient(name: str, rows: slice) -> dict[str, Any]:
     """The loss of some rows of the batch, and the gradients of all that trains: a linear layer, and the loss's own."""
     torch.manual_seed(0)
     model, images, teacher = nn.Linear(4, 5), torch.randn(2 * SHARD, 4), torch.randn(2 * SHARD, 7)
     wanted = LOSSES[name].wants({})[0]
-    term = LOSSES[name].build({"a": (5,)}, {wanted: (7,)}, Facts(20, 4))
-    loss = term(said(student={"a": model(images[rows])}, teacher={wanted: teacher[rows]}))
+    module = LOSSES[name].build({"a": (5,)}, {wanted: (7,)}, Facts(20, 4))
+    loss = module(make_inputs(student={"a": model(images[rows])}, teacher={wanted: teacher[rows]}))
     loss.backward()
-    gradients = [parameter.grad.flatten() for parameter in (*model.parameters(), *term.parameters())]
+    gradients = [parameter.grad.flatten() for parameter in (*model.parameters(), *module.parameters())]
     return {"loss": loss.item(), "gradient": torch.cat(gradients).tolist()}
 
 
-def remembered(rows: slice) -> dict[str, Any]:
+def crd_state(rows: slice) -> dict[str, Any]:
     """CRD of some rows, for two steps: the sum of the losses, and what is in its memories and Z afterwards."""
     torch.manual_seed(0)
     wanted, student, teacher = Wanted("b", "pooled"), torch.randn(2 * SHARD, 5), torch.randn(2 * SHARD, 7)
     others = Others({wanted: torch.randn(10, 7)}, torch.arange(10) % 4, torch.arange(10) + 10)
     config = CRDConfig(loss="crd", layers=PAIR, dim=4)
-    term = config.build({"a": (5,)}, {wanted: (7,)}, Facts(20, 4))
+    module = config.build({"a": (5,)}, {wanted: (7,)}, Facts(20, 4))
     labels = torch.arange(2 * SHARD) % 4
-    whole = said(labels=labels, student={"a": student}, teacher={wanted: teacher})
-    about = replace(whole, others=others).rows(torch.arange(2 * SHARD)[rows])
-    losses = [term(about) for _ in range(2)]
-    buffers = torch.cat([buffer.flatten() for buffer in term.buffers()])
+    whole = make_inputs(labels=labels, student={"a": student}, teacher={wanted: teacher})
+    inputs = replace(whole, others=others).rows(torch.arange(2 * SHARD)[rows])
+    losses = [module(inputs) for _ in range(2)]
+    buffers = torch.cat([buffer.flatten() for buffer in module.buffers()])
     return {"losses": torch.stack(losses).sum(0).tolist(), "buffers": buffers.tolist()}
 
 
 def one_process(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     rows = slice(rank * SHARD, (rank + 1) * SHARD)
-    found: dict[str, Any] = {name: taught(name, rows) for name in LOSSES}
+    found: dict[str, Any] = {name: loss_and_gradient(name, rows) for name in LOSSES}
     found["rows"] = gathered(torch.tensor([10 * rank, 10 * rank + 1])).tolist()
-    found["crd"] = remembered(rows)
+    found["crd"] = crd_state(rows)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -101,35 +101,35 @@ def test_rows_come_in_rank_order(processes: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_each_process_has_the_value_of_the_whole_batch(name: str, processes: list[dict[str, Any]]) -> None:
-    expected = taught(name, slice(None))["loss"]
+def test_each_process_computes_the_value_of_the_whole_batch(name: str, processes: list[dict[str, Any]]) -> None:
+    expected = loss_and_gradient(name, slice(None))["loss"]
     assert expected > 0
     assert [found[name]["loss"] for found in processes] == pytest.approx([expected] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_mean_of_the_processes_gradients_is_that_of_the_whole_batch(
-    name: str, processes: list[dict[str, Any]]
-) -> None:
-    expected = torch.tensor(taught(name, slice(None))["gradient"])
+def test_mean_gradient_equals_that_of_the_whole_batch(name: str, processes: list[dict[str, Any]]) -> None:
+    expected = torch.tensor(loss_and_gradient(name, slice(None))["gradient"])
     mean = torch.tensor([found[name]["gradient"] for found in processes]).mean(0)
     assert torch.allclose(mean, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_shard_alone_would_have_another_value(name: str) -> None:
-    assert taught(name, slice(SHARD))["loss"] != pytest.approx(taught(name, slice(None))["loss"], rel=0.01)
+def test_single_shard_has_another_value(name: str) -> None:
+    assert loss_and_gradient(name, slice(SHARD))["loss"] != pytest.approx(
+        loss_and_gradient(name, slice(None))["loss"], rel=0.01
+    )
 
 
-def test_the_memories_of_all_processes_are_those_of_one_with_the_whole_batch(processes: list[dict[str, Any]]) -> None:
-    alone = remembered(slice(None))
+def test_memory_banks_equal_those_of_a_single_process(processes: list[dict[str, Any]]) -> None:
+    alone = crd_state(slice(None))
     assert processes[0]["crd"]["buffers"] == processes[1]["crd"]["buffers"]
     assert processes[0]["crd"]["buffers"] == pytest.approx(alone["buffers"], rel=1e-5, abs=1e-6)
     losses = processes[0]["crd"]["losses"] + processes[1]["crd"]["losses"]
     assert losses == pytest.approx(alone["losses"], rel=1e-4)
 
 
-def test_one_process_gathers_nothing() -> None:
+def test_single_process_returns_the_same_tensor() -> None:
     rows = torch.ones(2, 3)
     assert gathered(rows) is rows
 

@@ -1,4 +1,4 @@
-"""Hints give the reference codes' number, and adapters join what can be joined."""
+"""Hints match the reference code, and adapters fit the teacher's shape."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from stages.errors import RecipeError
 from stages.losses.hint import adapter, hint_loss
 
 
-def test_hint_is_the_reference_codes_number():
+def test_hint_matches_the_reference_code():
     hint = hint_loss(STUDENT_HINTS, TEACHER_HINTS)
     assert hint.item() == pytest.approx(1.954606313, rel=1e-9)
 
@@ -28,6 +28,6 @@ def test_an_adapter_gives_the_teachers_shape(student, teacher):
 
 
 @pytest.mark.parametrize(("student", "teacher"), [((4, 3, 3), (4, 8, 8)), ((4,), (4, 8, 8))])
-def test_shapes_that_cannot_be_joined_are_named(student, teacher):
+def test_error_has_both_shapes(student, teacher):
     with pytest.raises(RecipeError, match=str(list(student)).replace("[", r"\[") + ".*" + str(list(teacher))[1:-1]):
         adapter(student, teacher)

@@ -1,31 +1,31 @@
-"""KD gives the reference codes' numbers, in float64, and is safe at the edges."""
+"""KD matches the reference codes in float64, and is finite at the edges."""
 
 import pytest
 import torch
-from loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, said
+from loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
 from stages.losses.kd import KDConfig, kd_loss
 from stages.schedules import Moment, Ramp
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(4.0, 8.079470496), (1.0, 4.635971995)])
-def test_kd_is_the_reference_codes_number(temperature, expected):
+def test_kd_matches_the_reference_code(temperature, expected):
     assert kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_kd_gradient_equals_finite_differences():
+def test_kd_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: kd_loss(z, TEACHER_LOGITS, 4.0), logits)
 
 
-def test_kd_does_not_depend_on_the_batch_being_cut():
+def test_kd_of_halves_averages_to_the_whole():
     halves = (
         kd_loss(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4], 4.0) + kd_loss(STUDENT_LOGITS[4:], TEACHER_LOGITS[4:], 4.0)
     ) / 2
     assert halves.item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 4.0).item())
 
 
-def test_kd_is_zero_and_flat_where_student_and_teacher_agree():
+def test_kd_is_zero_and_flat_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
     loss = kd_loss(logits, TEACHER_LOGITS, 4.0)
     loss.backward()
@@ -43,9 +43,9 @@ def test_kd_of_saturated_logits_is_finite_in_every_precision(dtype):
     assert torch.isfinite(student.grad).all()
 
 
-def test_the_term_softens_at_the_temperature_in_force():
+def test_module_uses_the_scheduled_temperature():
     config = KDConfig(loss="kd", temperature=Ramp(start=8.0, end=2.0))
-    term = config.build({}, {}, None)
+    module = config.build({}, {}, None)
     for epoch, temperature in ((0, 8.0), (3, 5.0), (6, 2.0)):
-        loss = term(said(moment=Moment(epoch, 7))).mean()
+        loss = module(make_inputs(moment=Moment(epoch, 7))).mean()
         assert loss.item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).item(), rel=1e-12)

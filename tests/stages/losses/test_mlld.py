@@ -1,20 +1,18 @@
-"""Multi-level logit distillation gives the reference code's numbers, summed over the temperatures."""
+"""Multi-level logit distillation matches the reference code, summed over temperatures."""
 
 import pytest
 import torch
-from loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, said
+from loss_inputs import FACTS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 from pydantic import ValidationError
 
 from stages.losses import mlld
 from stages.losses.kd import kd_loss
 from stages.losses.mlld import MLLDConfig, batch_relation, class_relation, mlld_loss
-from stages.losses.said import Facts
 
-FACTS = Facts(8, 10)
 STUDENT, TEACHER = (STUDENT_LOGITS / 4).softmax(1), (TEACHER_LOGITS / 4).softmax(1)
 
 
-def test_the_relations_of_classes_and_of_samples_are_the_reference_codes_numbers():
+def test_relations_match_the_reference_code():
     assert class_relation(STUDENT, TEACHER).item() == pytest.approx(0.0125883948734, rel=1e-11)
     assert batch_relation(STUDENT, TEACHER).item() == pytest.approx(0.003392254161, rel=1e-9)
 
@@ -34,13 +32,13 @@ def test_the_relations_are_what_loops_give():
 
 
 def test_the_term_is_the_sum_over_its_temperatures():
-    loss = MLLDConfig(loss="mlld", temperature_list=(2.0, 5.0)).build({}, {}, FACTS)(said())
+    loss = MLLDConfig(loss="mlld", temperature_list=(2.0, 5.0)).build({}, {}, FACTS)(make_inputs())
     assert loss.shape == ()
     expected = mlld_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0) + mlld_loss(STUDENT_LOGITS, TEACHER_LOGITS, 5.0)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_its_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = MLLDConfig(loss="mlld")
     assert config.weight == 1
     assert config.temperatures() == (2, 3, 4, 5, 6)
@@ -61,7 +59,7 @@ def test_the_relations_go_over_the_batch_of_all_processes(monkeypatch):
     assert (loss - instance).item() == pytest.approx(0.0125883948734 + 0.003392254161, rel=1e-9)
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS[:4, :5].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: mlld_loss(z, TEACHER_LOGITS[:4, :5], 2.0), logits)
 
@@ -71,14 +69,16 @@ def test_its_gradient_equals_finite_differences():
 def test_saturated_logits_are_finite_in_every_precision(dtype, num_samples):
     ends = torch.tensor([[300.0, -300, 0], [-300, 300, 0], [300, -300, 0]])[:num_samples]
     student = ends.to(dtype, copy=True).requires_grad_()
-    loss = MLLDConfig(loss="mlld").build({}, {}, FACTS)(said(student, ends.flip(1), labels=torch.zeros(num_samples)))
+    loss = MLLDConfig(loss="mlld").build({}, {}, FACTS)(
+        make_inputs(student, ends.flip(1), labels=torch.zeros(num_samples))
+    )
     loss.backward()
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss)
     assert torch.isfinite(student.grad).all()
 
 
-def test_it_is_zero_and_flat_where_student_and_teacher_agree():
+def test_zero_and_flat_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
     loss = mlld_loss(logits, TEACHER_LOGITS, 4.0)
     loss.backward()

@@ -1,18 +1,15 @@
-"""NKD gives the reference code's number, takes the label's class at temperature 1, and is safe at the edges."""
+"""NKD matches the reference code, uses temperature 1 for the label, and is finite at the edges."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from loss_inputs import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, said
+from loss_inputs import FACTS, LABELS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
 from stages.losses.nkd import NKDConfig, nkd_loss
-from stages.losses.said import Facts
-
-FACTS = Facts(8, 10)
 
 
-def test_nkd_is_the_reference_codes_number():
+def test_nkd_matches_the_reference_code():
     loss = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 1.0, gamma=1.5)
     assert loss.item() == pytest.approx(9.330017147, rel=1e-9)
 
@@ -34,8 +31,8 @@ def test_nkd_is_what_loops_over_samples_and_classes_give(temperature, gamma):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_the_term_is_the_pure_function_sample_by_sample():
-    each = NKDConfig(loss="nkd", gamma=0.5, temperature=2.0).build({}, {}, FACTS)(said())
+def test_module_equals_the_function_per_sample():
+    each = NKDConfig(loss="nkd", gamma=0.5, temperature=2.0).build({}, {}, FACTS)(make_inputs())
     assert each.shape == (8,)
     expected = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0, gamma=0.5)
     assert each.mean().item() == pytest.approx(expected.item(), rel=1e-12)
@@ -44,36 +41,36 @@ def test_the_term_is_the_pure_function_sample_by_sample():
 
 
 class Warm:
-    """A teacher whose logits are another at each temperature, as those from a top-k store are."""
+    """A teacher whose logits depend on the temperature, like those of a top-k store."""
 
     def logits_at(self, temperature):
         return TEACHER_LOGITS * temperature
 
 
-def test_the_labels_class_is_taken_at_temperature_one_and_the_others_at_their_own():
-    term = NKDConfig(loss="nkd", temperature=2.0).build({}, {}, FACTS)
-    each = term(replace(said(), teacher=Warm()))
+def test_label_has_temperature_one_and_others_their_own():
+    module = NKDConfig(loss="nkd", temperature=2.0).build({}, {}, FACTS)
+    each = module(replace(make_inputs(), teacher=Warm()))
     target = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0, gamma=0.0)
     others = nkd_loss(STUDENT_LOGITS, 2 * TEACHER_LOGITS, LABELS, 2.0, gamma=1.5)
     others = others - nkd_loss(STUDENT_LOGITS, 2 * TEACHER_LOGITS, LABELS, 2.0, gamma=0.0)
     assert each.mean().item() == pytest.approx((target + others).item(), rel=1e-12)
 
 
-def test_its_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = NKDConfig(loss="nkd")
     assert (config.weight, config.gamma, config.temperature) == (1, 1.5, 1)
     assert NKDConfig(loss="nkd", temperature=3.0).temperatures() == (1.0, 3.0)
     assert (config.one_label, config.per_sample, config.on_logits) == (True, True, True)
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: nkd_loss(z, TEACHER_LOGITS, LABELS, 2.0, gamma=1.5), logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("label", [0, 1, 2])
-def test_saturated_logits_in_any_precision_give_what_float64_gives(dtype, label):
+def test_saturated_logits_match_float64(dtype, label):
     ends, labels = torch.tensor([[300.0, -300, 0, 150]]), torch.tensor([label])
     student = ends.to(dtype, copy=True).requires_grad_()
     loss = nkd_loss(student, ends.flip(1), labels, 1.0, gamma=1.5)
@@ -85,7 +82,7 @@ def test_saturated_logits_in_any_precision_give_what_float64_gives(dtype, label)
     assert torch.allclose(student.grad.double(), wide.grad, rtol=1e-2, atol=1e-5)
 
 
-def test_where_student_and_teacher_agree_the_other_classes_pull_no_more():
+def test_other_classes_have_no_gradient_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
     others = nkd_loss(logits, TEACHER_LOGITS, LABELS, 2.0, gamma=1.0)
     others = others - nkd_loss(logits, TEACHER_LOGITS, LABELS, 2.0, gamma=0.0)

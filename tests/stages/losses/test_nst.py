@@ -1,51 +1,49 @@
-"""Neuron selectivity transfer gives the reference code's numbers by either route, and is safe at the edges."""
+"""Neuron selectivity transfer matches the reference code both ways, and is finite at the edges."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from loss_inputs import LARGER_STUDENT_MAPS, STUDENT_MAPS, TEACHER_MAPS, THEIR_TEACHER_MAPS, drawn, said
+from loss_inputs import (
+    FACTS,
+    LARGER_STUDENT_MAPS,
+    STUDENT_MAPS,
+    TEACHER_MAPS,
+    THEIR_TEACHER_MAPS,
+    build_loss,
+    drawn,
+)
 
 from stages.errors import RecipeError
-from stages.forms import MAP, SPATIAL_GRAM, Wanted, spatial_gram, take_form
+from stages.forms import MAP, SPATIAL_GRAM, Wanted, spatial_gram
 from stages.losses.nst import NSTConfig, nst_from_channels, nst_from_gram, nst_loss, nst_per_sample
-from stages.losses.said import Facts
 
-FACTS = Facts(num_samples=8, num_classes=10)
 CONFIG = NSTConfig(loss="nst", layers=(("a", "b"),))
-
-
-def term_of(config, student, teacher):
-    """The term, and what is said, for maps by layer as a store would give them."""
-    shapes = {layer: tuple(maps.shape[1:]) for layer, maps in student.items()}
-    given = {wanted: take_form(wanted, teacher[wanted.layer]) for wanted in config.wants(shapes)}
-    term = config.build(shapes, {wanted: tuple(form.shape[1:]) for wanted, form in given.items()}, FACTS)
-    return term, said(student=student, teacher=given)
 
 
 @pytest.mark.parametrize(
     ("student", "teacher", "expected"),
     [(STUDENT_MAPS, TEACHER_MAPS, 0.08043783546), (LARGER_STUDENT_MAPS, THEIR_TEACHER_MAPS, 0.178532368581)],
 )
-def test_nst_is_the_reference_codes_number(student, teacher, expected):
+def test_nst_matches_the_reference_code(student, teacher, expected):
     assert nst_loss(student, teacher).item() == pytest.approx(expected, rel=1e-9)
 
 
 def naive(student, teacher):
     """The paper's double sums over channels, of one sample."""
-    own, theirs = [[each.flatten() / each.norm() for each in maps] for maps in (student, teacher)]
+    own, other = [[each.flatten() / each.norm() for each in maps] for maps in (student, teacher)]
 
     def mean_kernel(some, others):
         return sum((x @ y) ** 2 for x in some for y in others) / (len(some) * len(others))
 
-    return mean_kernel(theirs, theirs) + mean_kernel(own, own) - 2 * mean_kernel(own, theirs)
+    return mean_kernel(other, other) + mean_kernel(own, own) - 2 * mean_kernel(own, other)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2), (9, 2, 2)])
 def test_both_routes_give_the_double_sums_over_channels(shape):
     channels, height, width = shape
     student, teacher = drawn(2, channels, height, width, seed=1), drawn(2, 5, height, width, seed=2)
-    expected = torch.stack([naive(own, theirs) for own, theirs in zip(student, teacher, strict=True)])
+    expected = torch.stack([naive(own, other) for own, other in zip(student, teacher, strict=True)])
     for found in (
         nst_from_channels(student, teacher),
         nst_from_gram(student, spatial_gram(teacher)),
@@ -55,12 +53,12 @@ def test_both_routes_give_the_double_sums_over_channels(shape):
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 2), (9, 2, 2)])
-def test_the_gradient_equals_finite_differences(shape):
+def test_gradient_matches_finite_differences(shape):
     student, teacher = drawn(2, *shape, seed=1).requires_grad_(), drawn(2, 5, *shape[1:], seed=2)
     assert torch.autograd.gradcheck(lambda maps: nst_loss(maps, teacher), student)
 
 
-def test_the_gram_is_asked_for_of_small_maps_and_the_map_itself_of_large_ones():
+def test_small_maps_need_the_gram_and_large_ones_the_map():
     assert CONFIG.wants({"a": (16, 16, 16)}) == (Wanted("b", SPATIAL_GRAM, (16, 16)),)
     assert CONFIG.wants({"a": (16, 32, 32)}) == (Wanted("b", MAP, (32, 32)),)
 
@@ -76,25 +74,25 @@ def test_the_gram_is_asked_for_of_small_maps_and_the_map_itself_of_large_ones():
         (drawn(3, 4, 20, 20, seed=1), drawn(3, 6, 40, 40, seed=2)),
     ],
 )
-def test_the_term_gives_the_same_as_the_function_whatever_the_sizes_are(student, teacher):
-    term, exchange = term_of(CONFIG, {"a": student}, {"b": teacher})
-    per_sample = term(exchange)
+def test_module_equals_the_function_at_any_sizes(student, teacher):
+    module, inputs = build_loss(CONFIG, {"a": student}, {"b": teacher})
+    per_sample = module(inputs)
     assert per_sample.shape == (3,)
     assert per_sample.mean().item() == pytest.approx(nst_loss(student, teacher).item(), rel=1e-9)
 
 
 def test_pairs_are_summed():
     config = NSTConfig(loss="nst", layers=(("a", "b"), ("c", "d")))
-    term, exchange = term_of(
+    module, inputs = build_loss(
         config,
         {"a": STUDENT_MAPS, "c": LARGER_STUDENT_MAPS},
         {"b": TEACHER_MAPS, "d": THEIR_TEACHER_MAPS},
     )
-    assert term(exchange).mean().item() == pytest.approx(0.08043783546 + 0.178532368581, rel=1e-9)
+    assert module(inputs).mean().item() == pytest.approx(0.08043783546 + 0.178532368581, rel=1e-9)
 
 
 @pytest.mark.parametrize(("student", "teacher"), [((16, 8, 8), (32, 32)), ((16, 32, 32), (5, 32, 16)), ((64,), (4, 4))])
-def test_maps_of_another_aspect_and_what_is_no_map_are_refused_with_both_shapes(student, teacher):
+def test_mismatched_shapes_are_errors_with_both_shapes(student, teacher):
     (wanted,) = CONFIG.wants({"a": student})
     with pytest.raises(RecipeError) as refusal:
         CONFIG.build({"a": student}, {wanted: teacher}, FACTS)
@@ -132,5 +130,5 @@ def test_mixed_precision_does_not_round_the_products():
     assert alike.abs().max() < 1e-10
 
 
-def test_the_weight_is_the_reference_codes():
+def test_default_weight_matches_the_reference_code():
     assert CONFIG.weight == 50

@@ -1,38 +1,31 @@
-"""Knowledge review: the reference code's loss at several scales, and a fusion that runs from deep to shallow."""
+"""ReviewKD: the reference code's loss at several scales, and the fusion from deep to shallow."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_inputs import STUDENT_HINTS, TEACHER_HINTS, drawn, said
+from loss_inputs import FACTS, STUDENT_HINTS, TEACHER_HINTS, build_loss, drawn
 
 from stages.errors import RecipeError
 from stages.forms import Wanted
 from stages.losses.review_kd import ReviewKDConfig, hcl_loss, hcl_per_sample
-from stages.losses.said import Facts
-from stages.schedules import SETTLED, Moment
+from stages.schedules import Moment
 
-FACTS = Facts(num_samples=8, num_classes=10)
 LAYERS = (("a", "A"), ("b", "B"), ("c", "C"))
 STUDENT = {"a": drawn(4, 4, 8, 8, seed=1), "b": drawn(4, 6, 4, 4, seed=2), "c": drawn(4, 10, seed=3)}
 TEACHER = {"A": drawn(4, 5, 8, 8, seed=4), "B": drawn(4, 7, 8, 8, seed=5), "C": drawn(4, 9, seed=6)}
 
 
-def term_of(config, student=STUDENT, teacher=TEACHER, moment=SETTLED, dtype=torch.float64):
-    """The term, in training mode, and what is said."""
-    torch.manual_seed(0)
-    shapes = {layer: tuple(maps.shape[1:]) for layer, maps in student.items()}
-    given = {wanted: teacher[wanted.layer] for wanted in config.wants(shapes)}
-    term = config.build(shapes, {wanted: tuple(maps.shape[1:]) for wanted, maps in given.items()}, FACTS)
-    return term.to(dtype), said(student=student, teacher=given, moment=moment)
+def build(config, student=STUDENT, teacher=TEACHER, **options):
+    return build_loss(config, student, teacher, **options)
 
 
 def config_of(**keys):
     return ReviewKDConfig(loss="review_kd", **({"layers": LAYERS} | keys))
 
 
-def test_hcl_is_the_reference_codes_number():
+def test_hcl_matches_the_reference_code():
     assert hcl_loss(STUDENT_HINTS, TEACHER_HINTS).item() == pytest.approx(1.192819862, rel=1e-9)
 
 
@@ -45,7 +38,7 @@ def test_hcl_leaves_out_the_scales_that_a_small_map_lacks():
     assert hcl_loss(pixel, other).item() == pytest.approx(F.mse_loss(pixel, other).item(), rel=1e-12)
 
 
-def test_hcl_gradient_equals_finite_differences():
+def test_hcl_gradient_matches_finite_differences():
     student, teacher = drawn(2, 2, 5, 6, seed=1).requires_grad_(), drawn(2, 2, 5, 6, seed=2)
     assert torch.autograd.gradcheck(lambda maps: hcl_loss(maps, teacher), student)
 
@@ -58,9 +51,9 @@ def test_hcl_of_equal_maps_is_zero_and_flat():
     assert student.grad.abs().max() == 0
 
 
-def naive(term, student, teacher):
+def naive(module, student, teacher):
     """The fusion, written out for three pairs, of which the last is of vectors."""
-    a, b, c = term.fusions
+    a, b, c = module.fusions
     deepest = c.enter(student["c"][:, :, None, None])
     last = c.leave(deepest)
     middle = b.enter(student["b"])
@@ -72,36 +65,36 @@ def naive(term, student, teacher):
     first = first * shares[:, [0]] + middle * shares[:, [1]]
     reviewed = (a.leave(first), b.leave(middle), last)
     targets = (teacher["A"], teacher["B"], teacher["C"][:, :, None, None])
-    return sum(hcl_loss(own, theirs) for own, theirs in zip(reviewed, targets, strict=True))
+    return sum(hcl_loss(own, target) for own, target in zip(reviewed, targets, strict=True))
 
 
-def test_the_term_fuses_from_deep_to_shallow_and_sums_the_pairs():
-    term, exchange = term_of(config_of())
-    per_sample = term(exchange)
+def test_module_fuses_from_deep_to_shallow_and_sums_pairs():
+    module, inputs = build(config_of())
+    per_sample = module(inputs)
     assert per_sample.shape == (4,)
-    assert per_sample.mean().item() == pytest.approx(naive(term, STUDENT, TEACHER).item(), rel=1e-10)
+    assert per_sample.mean().item() == pytest.approx(naive(module, STUDENT, TEACHER).item(), rel=1e-10)
 
 
-def test_the_deepest_stage_has_no_attention_and_every_other_parameter_learns():
-    term, exchange = term_of(config_of())
-    term(exchange).mean().backward()
-    assert term.fusions[-1].attend is None
-    assert all(parameter.grad is not None for parameter in term.parameters())
-    assert all(parameter.grad.abs().sum() > 0 for parameter in term.parameters())
+def test_deepest_stage_has_no_attention_and_all_else_trains():
+    module, inputs = build(config_of())
+    module(inputs).mean().backward()
+    assert module.fusions[-1].attend is None
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
 
 
 def test_samples_do_not_mix_beyond_the_batch_norms():
-    term, exchange = term_of(config_of())
-    term.eval()
-    per_sample = term(exchange)
-    assert torch.allclose(term(exchange.rows(torch.tensor([3, 0]))), per_sample[[3, 0]])
+    module, inputs = build(config_of())
+    module.eval()
+    per_sample = module(inputs)
+    assert torch.allclose(module(inputs.rows(torch.tensor([3, 0]))), per_sample[[3, 0]])
 
 
-def test_the_fused_maps_are_as_wide_as_the_students_deepest_up_to_512():
-    term, _ = term_of(config_of())
-    assert term.fusions[0].enter[0].out_channels == 10
-    term, _ = term_of(config_of(mid_channels=3))
-    assert term.fusions[0].enter[0].out_channels == 3
+def test_fused_maps_have_the_deepest_width_up_to_512():
+    module, _ = build(config_of())
+    assert module.fusions[0].enter[0].out_channels == 10
+    module, _ = build(config_of(mid_channels=3))
+    assert module.fusions[0].enter[0].out_channels == 3
     wide = config_of(layers=(("c", "C"),)).build({"c": (600,)}, {Wanted("C"): (9,)}, FACTS)
     assert wide.fusions[0].enter[0].out_channels == 512
 
@@ -109,41 +102,41 @@ def test_the_fused_maps_are_as_wide_as_the_students_deepest_up_to_512():
 @pytest.mark.parametrize(
     ("epoch", "warmup_epochs", "share"), [(0, 20, 0.05), (9, 20, 0.5), (19, 20, 1), (100, 20, 1), (0, 0, 1)]
 )
-def test_the_loss_grows_over_the_warm_up(epoch, warmup_epochs, share):
-    term, exchange = term_of(config_of(warmup_epochs=warmup_epochs), moment=Moment(epoch, 240))
-    settled, after = term_of(config_of())
-    assert term(exchange).mean().item() == pytest.approx(share * settled(after).mean().item(), rel=1e-12)
+def test_loss_grows_over_the_warmup(epoch, warmup_epochs, share):
+    module, inputs = build(config_of(warmup_epochs=warmup_epochs), moment=Moment(epoch, 240))
+    settled, after = build(config_of())
+    assert module(inputs).mean().item() == pytest.approx(share * settled(after).mean().item(), rel=1e-12)
 
 
-def test_a_batch_of_one_embedding_is_no_fault():
+def test_batch_of_one_embedding_is_finite():
     one = {layer: features[:1] for layer, features in STUDENT.items()}
-    term, exchange = term_of(config_of(), one, {layer: features[:1] for layer, features in TEACHER.items()})
-    loss = term(exchange).mean()
+    module, inputs = build(config_of(), one, {layer: features[:1] for layer, features in TEACHER.items()})
+    loss = module(inputs).mean()
     loss.backward()
     assert torch.isfinite(loss)
-    assert all(torch.isfinite(parameter.grad).all() for parameter in term.parameters())
+    assert all(torch.isfinite(parameter.grad).all() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dead_features_give_finite_values_and_gradients(dtype):
     student = {layer: torch.zeros_like(each, dtype=dtype).requires_grad_() for layer, each in STUDENT.items()}
-    term, exchange = term_of(config_of(), student, dtype=torch.float32)
-    loss = term(exchange).mean()
+    module, inputs = build(config_of(), student, dtype=torch.float32)
+    loss = module(inputs).mean()
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(features.grad).all() for features in student.values())
 
 
-def test_half_precision_is_widened_before_the_difference_is_taken():
+def test_half_precision_is_subtracted_in_float32():
     student = torch.full((1, 1, 1, 1), 2000.0, dtype=torch.float16)
     assert hcl_per_sample(student, -student).tolist() == [4000.0**2]
 
 
-def test_tokens_are_refused_with_both_shapes():
+def test_tokens_are_errors_with_both_shapes():
     with pytest.raises(RecipeError, match=r"review_kd cannot join the student's c, .*\[5, 16\].* \[9\]"):
         config_of(layers=(("c", "C"),)).build({"c": (5, 16)}, {Wanted("C"): (9,)}, FACTS)
 
 
-def test_the_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     config = config_of()
     assert (config.weight, config.mid_channels, config.warmup_epochs) == (1, None, 20)

@@ -1,19 +1,17 @@
-"""SimKD's loss: the projected map against the teacher's, whichever is larger."""
+"""SimKD's loss compares projected maps with the teacher's, pooling the larger."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_inputs import STUDENT_HINTS, TEACHER_HINTS, drawn, said
+from loss_inputs import FACTS, STUDENT_HINTS, TEACHER_HINTS, drawn, make_inputs
 from pydantic import ValidationError
 
 from stages.errors import RecipeError
 from stages.forms import Wanted, take_form
-from stages.losses.said import Facts
-from stages.losses.simkd import SimKDConfig, simkd_loss
+from stages.losses.simkd import SimKDConfig
 
-FACTS = Facts(num_samples=8, num_classes=10)
 CONFIG = SimKDConfig(loss="simkd", layers=(("a", "b"),))
 
 
@@ -21,33 +19,31 @@ def per_sample(student, teacher):
     shape = tuple(student.shape[1:])
     (wanted,) = CONFIG.wants({"a": shape})
     given = take_form(wanted, teacher)
-    term = CONFIG.build({"a": shape}, {wanted: tuple(given.shape[1:])}, FACTS)
-    return term(said(student={"a": student}, teacher={wanted: given}))
+    module = CONFIG.build({"a": shape}, {wanted: tuple(given.shape[1:])}, FACTS)
+    return module(make_inputs(student={"a": student}, teacher={wanted: given}))
 
 
 def test_it_is_the_mean_squared_error_of_maps_of_equal_shape():
-    loss = simkd_loss(STUDENT_HINTS, TEACHER_HINTS)
-    assert loss.item() == pytest.approx(1.954606313, rel=1e-9)
-    assert per_sample(STUDENT_HINTS, TEACHER_HINTS).shape == (8,)
-    assert per_sample(STUDENT_HINTS, TEACHER_HINTS).mean().item() == pytest.approx(loss.item(), rel=1e-12)
+    losses = per_sample(STUDENT_HINTS, TEACHER_HINTS)
+    assert losses.shape == (8,)
+    assert losses.mean().item() == pytest.approx(1.954606313, rel=1e-9)
 
 
-@pytest.mark.parametrize(("mine", "theirs"), [(8, 4), (4, 8), (7, 5)])
-def test_the_larger_map_is_averaged_down(mine, theirs):
-    student, teacher = drawn(3, 6, mine, mine, seed=1), drawn(3, 6, theirs, theirs, seed=2)
-    size = min(mine, theirs)
+@pytest.mark.parametrize(("student_size", "teacher_size"), [(8, 4), (4, 8), (7, 5)])
+def test_larger_map_is_pooled(student_size, teacher_size):
+    student, teacher = drawn(3, 6, student_size, student_size, seed=1), drawn(3, 6, teacher_size, teacher_size, seed=2)
+    size = min(student_size, teacher_size)
     expected = F.mse_loss(F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size))
-    assert simkd_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-12)
     assert per_sample(student, teacher).mean().item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_the_teachers_map_is_asked_for_at_the_students_size():
+def test_teachers_map_is_required_at_the_students_size():
     assert CONFIG.wants({"a": (16, 8, 8)}) == (Wanted("b", size=(8, 8)),)
 
 
-def test_the_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     student, teacher = drawn(2, 3, 4, 4, seed=1).requires_grad_(), drawn(2, 3, 2, 2, seed=2)
-    assert torch.autograd.gradcheck(lambda maps: simkd_loss(maps, teacher), student)
+    assert torch.autograd.gradcheck(lambda maps: per_sample(maps, teacher), student)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -63,7 +59,7 @@ def test_value_and_gradient_are_finite_at_the_edges(dtype):
 
 
 @pytest.mark.parametrize("teacher", [(16, 8, 4), (32, 8, 8), (16,)])
-def test_maps_that_do_not_fit_are_refused_with_both_shapes(teacher):
+def test_mismatched_shapes_are_errors_with_both_shapes(teacher):
     (wanted,) = CONFIG.wants({"a": (16, 8, 8)})
     with pytest.raises(RecipeError) as refusal:
         CONFIG.build({"a": (16, 8, 8)}, {wanted: teacher}, FACTS)
@@ -73,10 +69,10 @@ def test_maps_that_do_not_fit_are_refused_with_both_shapes(teacher):
 
 
 @pytest.mark.parametrize("layers", [(), (("a", "b"), ("c", "d"))])
-def test_exactly_one_pair_is_taken(layers):
+def test_exactly_one_pair_is_required(layers):
     with pytest.raises(ValidationError):
         SimKDConfig(loss="simkd", layers=layers)
 
 
-def test_the_defaults_are_the_papers():
+def test_defaults_are_the_papers():
     assert (CONFIG.weight, CONFIG.factor, CONFIG.classifier) == (1, 2, ("fc", "fc"))

@@ -1,4 +1,4 @@
-"""Standardised logits give the reference code's KD, and are safe where logits do not vary."""
+"""Standardized logits match the reference code's KD, and are finite for constant logits."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from stages.losses.kd import kd_loss
 from stages.losses.standardise import Standardised, standardised
 
 
-def test_kd_of_standardised_logits_is_the_reference_codes_number():
+def test_kd_of_standardized_logits_matches_the_reference():
     loss = kd_loss(standardised(STUDENT_LOGITS), standardised(TEACHER_LOGITS), 2.0)
     assert loss.item() == pytest.approx(0.9645054502, rel=1e-9)
 
 
-def test_rows_have_mean_zero_and_deviation_one_whatever_their_scale_and_place():
+def test_rows_have_mean_zero_and_deviation_one_at_any_scale():
     logits = 50 * STUDENT_LOGITS - 1000
     rows = standardised(logits)
     assert rows.mean(1).abs().max() < 1e-12
@@ -23,7 +23,7 @@ def test_rows_have_mean_zero_and_deviation_one_whatever_their_scale_and_place():
     assert torch.allclose(rows, standardised(STUDENT_LOGITS), rtol=1e-6)
 
 
-def test_a_teachers_logits_are_standardised_and_all_else_passes_through():
+def test_only_the_teachers_logits_are_standardized():
     wanted = Wanted("layer3")
     inner = DenseOutputs(TEACHER_LOGITS, {wanted: drawn(8, 4, seed=1)})
     outputs = Standardised(inner)
@@ -34,14 +34,14 @@ def test_a_teachers_logits_are_standardised_and_all_else_passes_through():
     assert torch.equal(outputs.rows(index).features[wanted], inner.features[wanted][index])
 
 
-def test_its_gradient_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
     assert torch.autograd.gradcheck(standardised, logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 0.1, 300.1, -299.7])
-def test_rows_of_equal_logits_are_zeros_without_a_gradient_and_leave_the_others_alone(dtype, value):
+def test_constant_rows_give_zeros_without_a_gradient(dtype, value):
     logits = STUDENT_LOGITS.to(dtype).clone()
     logits[3] = value
     logits.requires_grad_()
@@ -62,7 +62,7 @@ def test_one_class_gives_zeros():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_saturated_logits_are_standardised_in_float32_at_the_least(dtype):
+def test_saturated_logits_are_standardized_in_float32(dtype):
     logits = torch.tensor([[300.0, -300.0, 0.0]], dtype=dtype, requires_grad=True)
     rows = standardised(logits)
     rows[0, 0].backward()

@@ -1,4 +1,4 @@
-"""Rows of length 1, and what becomes of rows without a direction."""
+"""L2-normalized rows, and rows of zeros."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from loss_inputs import drawn
 from stages.losses.unit_rows import unit_rows
 
 
-def test_rows_have_length_1_and_their_own_direction():
+def test_rows_have_norm_one_and_keep_their_direction():
     rows = drawn(3, 5, 4, seed=1)
     units = unit_rows(rows)
     assert units.norm(dim=-1) == pytest.approx(torch.ones(3, 5).double())
     assert torch.allclose(units * rows.norm(dim=-1, keepdim=True), rows)
 
 
-def test_a_zero_row_stays_zero_and_has_a_gradient_of_zero():
+def test_zero_row_stays_zero_with_zero_gradient():
     rows = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
     units = unit_rows(rows)
     (units * torch.tensor([1.0, 2.0])).sum().backward()

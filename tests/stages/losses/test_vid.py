@@ -1,4 +1,4 @@
-"""Variational information distillation: a Gaussian's negative log-likelihood with a variance that is learnt."""
+"""VID: a Gaussian's negative log-likelihood with a learned variance."""
 
 from __future__ import annotations
 
@@ -6,31 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_inputs import (
+    FACTS,
     LARGER_STUDENT_MAPS,
     STUDENT_MAPS,
     STUDENT_VECTORS,
     TEACHER_MAPS,
     TEACHER_VECTORS,
+    build_loss,
     drawn,
-    said,
 )
 
 from stages.errors import RecipeError
-from stages.forms import Wanted, pool_to, take_form
-from stages.losses.said import Facts
+from stages.forms import Wanted, pool_to
 from stages.losses.vid import Predictor, VIDConfig, vid_loss
 
-FACTS = Facts(num_samples=8, num_classes=10)
 CONFIG = VIDConfig(loss="vid", layers=(("a", "b"),))
-
-
-def term_of(config, student, teacher, dtype=torch.float64):
-    """The term, and what is said, for features by layer as a store would give them."""
-    torch.manual_seed(0)
-    shapes = {layer: tuple(maps.shape[1:]) for layer, maps in student.items()}
-    given = {wanted: take_form(wanted, teacher[wanted.layer]) for wanted in config.wants(shapes)}
-    term = config.build(shapes, {wanted: tuple(form.shape[1:]) for wanted, form in given.items()}, FACTS)
-    return term.to(dtype), said(student=student, teacher=given)
 
 
 def test_it_is_the_gaussian_likelihood_without_its_constant():
@@ -40,67 +30,69 @@ def test_it_is_the_gaussian_likelihood_without_its_constant():
     assert vid_loss(mean, variance, teacher).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_the_gradient_by_mean_and_variance_equals_finite_differences():
+def test_gradient_matches_finite_differences():
     mean, variance = drawn(2, 3, 2, 2, seed=1).requires_grad_(), drawn(3, seed=2).square().add(0.1).requires_grad_()
     assert torch.autograd.gradcheck(lambda m, v: vid_loss(m, v, TEACHER_MAPS[:2, :3, :2, :2]), (mean, variance))
 
 
 @pytest.mark.parametrize("init_pred_var", [0.01, 5.0, 1000.0])
-def test_the_variance_starts_where_it_is_told_to(init_pred_var):
+def test_initial_variance_is_the_configured_one(init_pred_var):
     _, variance = Predictor(3, 4, init_pred_var)(torch.zeros(1, 3, 2, 2))
     assert variance.shape == (4,)
     assert variance.tolist() == pytest.approx([init_pred_var] * 4, rel=1e-4)
 
 
-def test_the_term_is_the_likelihood_of_its_predictions_for_each_sample():
-    term, exchange = term_of(CONFIG, {"a": STUDENT_MAPS}, {"b": TEACHER_MAPS})
-    per_sample = term(exchange)
-    mean, variance = term.predictors[0](STUDENT_MAPS)
+def test_module_is_the_likelihood_of_its_predictions():
+    module, inputs = build_loss(CONFIG, {"a": STUDENT_MAPS}, {"b": TEACHER_MAPS})
+    per_sample = module(inputs)
+    mean, variance = module.predictors[0](STUDENT_MAPS)
     assert mean.shape == TEACHER_MAPS.shape
     assert per_sample.shape == (8,)
     assert per_sample.mean().item() == pytest.approx(vid_loss(mean, variance, TEACHER_MAPS).item(), rel=1e-12)
-    assert torch.allclose(term(exchange.rows(torch.tensor([6, 2]))), per_sample[[6, 2]])
+    assert torch.allclose(module(inputs.rows(torch.tensor([6, 2]))), per_sample[[6, 2]])
 
 
-def test_the_larger_map_is_averaged_down_on_either_side():
-    term, exchange = term_of(CONFIG, {"a": LARGER_STUDENT_MAPS}, {"b": TEACHER_MAPS})
-    mean, variance = term.predictors[0](pool_to(LARGER_STUDENT_MAPS, (8, 8)))
-    assert term(exchange).mean().item() == pytest.approx(vid_loss(mean, variance, TEACHER_MAPS).item(), rel=1e-12)
+def test_larger_map_is_pooled_on_either_side():
+    module, inputs = build_loss(CONFIG, {"a": LARGER_STUDENT_MAPS}, {"b": TEACHER_MAPS})
+    mean, variance = module.predictors[0](pool_to(LARGER_STUDENT_MAPS, (8, 8)))
+    assert module(inputs).mean().item() == pytest.approx(vid_loss(mean, variance, TEACHER_MAPS).item(), rel=1e-12)
     assert CONFIG.wants({"a": (16, 8, 8)}) == (Wanted("b", size=(8, 8)),)
-    term, exchange = term_of(CONFIG, {"a": TEACHER_MAPS}, {"b": LARGER_STUDENT_MAPS})
-    mean, variance = term.predictors[0](TEACHER_MAPS)
+    module, inputs = build_loss(CONFIG, {"a": TEACHER_MAPS}, {"b": LARGER_STUDENT_MAPS})
+    mean, variance = module.predictors[0](TEACHER_MAPS)
     expected = vid_loss(mean, variance, pool_to(LARGER_STUDENT_MAPS, (8, 8)))
-    assert term(exchange).mean().item() == pytest.approx(expected.item(), rel=1e-12)
+    assert module(inputs).mean().item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_vectors_are_maps_of_one_pixel():
-    term, exchange = term_of(CONFIG, {"a": STUDENT_VECTORS}, {"b": TEACHER_VECTORS})
-    as_maps, maps = term_of(CONFIG, {"a": STUDENT_VECTORS[:, :, None, None]}, {"b": TEACHER_VECTORS[:, :, None, None]})
-    as_maps.load_state_dict(term.state_dict())
-    assert term(exchange).shape == (8,)
-    assert torch.allclose(term(exchange), as_maps(maps))
+def test_vectors_equal_maps_of_one_pixel():
+    module, inputs = build_loss(CONFIG, {"a": STUDENT_VECTORS}, {"b": TEACHER_VECTORS})
+    as_maps, maps = build_loss(
+        CONFIG, {"a": STUDENT_VECTORS[:, :, None, None]}, {"b": TEACHER_VECTORS[:, :, None, None]}
+    )
+    as_maps.load_state_dict(module.state_dict())
+    assert module(inputs).shape == (8,)
+    assert torch.allclose(module(inputs), as_maps(maps))
 
 
-def test_what_predicts_learns_with_the_student_and_the_likelihood_grows():
-    term, exchange = term_of(
+def test_predictors_train_and_the_likelihood_grows():
+    module, inputs = build_loss(
         VIDConfig(loss="vid", layers=(("a", "b"), ("c", "d"))),
         {"a": STUDENT_MAPS, "c": STUDENT_VECTORS},
         {"b": TEACHER_MAPS, "d": TEACHER_VECTORS},
     )
     losses = []
     for _ in range(5):
-        loss = term(exchange).mean()
-        gradients = torch.autograd.grad(loss, list(term.parameters()))
+        loss = module(inputs).mean()
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
         assert all(gradient.abs().sum() > 0 for gradient in gradients)
         with torch.no_grad():
-            for parameter, gradient in zip(term.parameters(), gradients, strict=True):
+            for parameter, gradient in zip(module.parameters(), gradients, strict=True):
                 parameter.sub_(0.1 * gradient)
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
 
 
-def test_maps_of_another_aspect_and_tokens_are_refused_with_both_shapes():
+def test_mismatched_shapes_are_errors_with_both_shapes():
     with pytest.raises(RecipeError, match=r"vid cannot join the student's a, .*\[16, 8, 8\].* \[32, 8, 4\]"):
         CONFIG.build({"a": (16, 8, 8)}, {Wanted("b", size=(8, 8)): (32, 8, 4)}, FACTS)
     with pytest.raises(RecipeError, match=r"\[5, 16\].* \[32\]"):
@@ -111,15 +103,15 @@ def test_maps_of_another_aspect_and_tokens_are_refused_with_both_shapes():
 @pytest.mark.parametrize("edge", ["dead", "one sample"])
 def test_value_and_gradient_are_finite_at_the_edges(edge, dtype):
     student = (0 * STUDENT_MAPS if edge == "dead" else STUDENT_MAPS[:1]).to(dtype).requires_grad_()
-    term, exchange = term_of(CONFIG, {"a": student}, {"b": TEACHER_MAPS[: len(student)]}, torch.float32)
-    loss = term(exchange).mean()
+    module, inputs = build_loss(CONFIG, {"a": student}, {"b": TEACHER_MAPS[: len(student)]}, dtype=torch.float32)
+    loss = module(inputs).mean()
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(student.grad).all()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in term.parameters())
+    assert all(torch.isfinite(parameter.grad).all() for parameter in module.parameters())
 
 
-def test_a_variance_that_would_vanish_stays_above_its_floor():
+def test_variance_stays_above_its_minimum():
     predictor = Predictor(3, 4, 5.0)
     with torch.no_grad():
         predictor.log_scale.fill_(-1000)
@@ -131,5 +123,5 @@ def test_a_variance_that_would_vanish_stays_above_its_floor():
     assert torch.isfinite(predictor.log_scale.grad).all()
 
 
-def test_the_defaults_are_the_reference_codes():
+def test_defaults_match_the_reference_code():
     assert (CONFIG.weight, CONFIG.init_pred_var) == (1, 5)
