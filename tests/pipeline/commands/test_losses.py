@@ -1,4 +1,4 @@
-"""`kdpipe losses`: the list of losses, as a table and as JSON."""
+"""`kdpipe losses` lists the losses as a table and as JSON."""
 
 import json
 
@@ -13,7 +13,7 @@ NAMES += ("review_kd", "simkd", "rkd", "sp", "pkt", "cc", "crd")
 
 @pytest.fixture(scope="module")
 def listed():
-    """All losses by name, from the JSON document."""
+    """Return all losses by name, from the JSON document on stdout."""
     document = json.loads(kdpipe_here("losses", "--json").stdout)
     assert document["command"] == "losses"
     return {loss["name"]: loss for loss in document["losses"]}
@@ -23,8 +23,8 @@ def keys(loss):
     return {key["name"]: key for key in loss["keys"]}
 
 
-def words(*arguments):
-    """Return what is printed, without line breaks."""
+def text_of(*arguments):
+    """Return the printed text without line breaks."""
     ended = kdpipe_here("losses", *arguments)
     assert ended.exit_code == 0
     return " ".join(ended.stdout.split())
@@ -36,17 +36,25 @@ def test_every_loss_is_listed_with_its_paper(listed):
     assert listed["kd"]["paper"] == "Hinton et al. 2015, arXiv 1503.02531"
 
 
-def test_the_table_has_a_row_for_each_and_fits_120_columns(listed):
+def test_table_has_one_row_per_loss_and_fits_120_columns(listed):
     lines = kdpipe_here("losses").stdout.splitlines()
     first_words = [line.split()[0] for line in lines if line.startswith("  ") and line[2:].strip() and line[2] != " "]
     assert [word for word in first_words if word in listed] == list(listed)
     assert max(map(len, lines)) <= 120
 
 
-def test_the_formula_is_the_first_line_of_the_description(listed):
+def test_summary_is_the_first_line_of_the_description(listed):
     for loss in listed.values():
-        assert loss["description"].startswith(loss["minimised"])
-        assert loss["minimised"].endswith(".")
+        assert loss["description"].startswith(loss["summary"])
+        assert loss["summary"].endswith(".")
+
+
+def test_every_key_has_a_description_from_the_docstrings(listed):
+    for loss in listed.values():
+        assert all(key["text"] for key in loss["keys"])
+        assert "Attributes" not in loss["description"]
+    assert keys(listed["sp"])["layers"]["text"].endswith("usually the last maps.")
+    assert keys(listed["crd"])["samples.share"]["text"] == 'fraction of the batch that "hard" selects.'
 
 
 @pytest.mark.parametrize(
@@ -61,11 +69,11 @@ def test_the_formula_is_the_first_line_of_the_description(listed):
         ("hint", [("features", "any", False)]),
     ],
 )
-def test_required_array_of_each_loss(listed, name, stored):
+def test_required_statistics_are_listed(listed, name, stored):
     assert [(one["form"], one["of"], one["to_students_size"]) for one in listed[name]["stored"]] == stored
 
 
-def test_required_arrays_as_text(listed):
+def test_statistics_are_described_in_words(listed):
     texts = {name: listed[name]["stored"][0]["text"] for name in ("kd", "at", "nst", "pkt")}
     assert texts == {
         "kd": "logits",
@@ -75,7 +83,7 @@ def test_required_arrays_as_text(listed):
     }
 
 
-def test_per_batch_losses_and_their_limits(listed):
+def test_properties_of_losses_are_listed(listed):
     assert {name for name in NAMES if not listed[name]["per_sample"]} == {"dist", "mlld", "rkd", "sp", "pkt", "cc"}
     assert {name for name in NAMES if listed[name]["one_label"]} == {"dkd", "nkd"}
     assert [name for name in NAMES if listed[name]["whole_logits"]] == ["logit_mse"]
@@ -102,29 +110,30 @@ def test_shared_keys_are_marked(listed):
         shared = {key["name"]: key["shared_by"] for key in loss["keys"] if key["shared_by"]}
         assert {key for key, whose in shared.items() if whose == "every entry"} == every, name
         on_logits = {key for key, whose in shared.items() if whose == "losses on logits"}
-        assert on_logits == ({"standardize"} if loss["stored"][0]["form"] == "logits" else set()), name
+        assert on_logits == ({"standardise"} if loss["stored"][0]["form"] == "logits" else set()), name
 
 
-def test_one_loss_is_shown_in_full(listed):
-    text = words("dkd")
+def test_one_loss_is_printed_in_full(listed):
+    text = text_of("dkd")
     assert text.startswith("dkd: Zhao et al. 2022, arXiv 2203.08679 ")
     assert " ".join(listed["dkd"]["description"].split()) in text
-    for key in ("warmup_epochs 20 whole number >= 0", "standardize false true or false", "beta 8.0 number >= 0"):
+    for key in ("warmup_epochs 20 whole number >= 0", "standardise false true or false", "beta 8.0 number >= 0"):
         assert key in text
-    assert "not support mixed samples" in text
+    assert "not for mixed samples" in text
+    assert "beta: weight of the divergence among the other classes (NCKD)." in text
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_loss_is_shown_with_its_paper(listed, name):
-    assert words(name).startswith(f"{name}: {listed[name]['paper']} ")
+def test_printed_loss_starts_with_its_paper(listed, name):
+    assert text_of(name).startswith(f"{name}: {listed[name]['paper']} ")
 
 
-def test_shapes_are_not_taken_for_markup():
-    assert "list of [text, text], 1 or more" in words("hint")
-    assert 'classifier ["fc", "fc"] [text, text]' in words("simkd")
+def test_shapes_are_not_parsed_as_markup():
+    assert "list of [text, text], 1 or more" in text_of("hint")
+    assert 'classifier ["fc", "fc"] [text, text]' in text_of("simkd")
 
 
-def test_one_loss_is_one_document_too(listed):
+def test_one_loss_as_json(listed):
     ended = kdpipe_here("losses", "crd", "--json")
     assert json.loads(ended.stdout) == {"command": "losses", "losses": [listed["crd"]]}
 
@@ -133,14 +142,14 @@ def test_one_loss_is_one_document_too(listed):
     ("name", "hint"),
     [("dkdd", "nearest: dkd,"), ("review-kd", "nearest: review_kd,"), ("CRD", "nearest: crd,")],
 )
-def test_an_unknown_loss_is_one_sentence_with_near_names(name, hint):
+def test_unknown_loss_error_has_the_nearest_names(name, hint):
     ended = kdpipe_here("losses", name)
     assert ended.exit_code == 2
     assert ended.stdout == ""
-    assert ended.stderr.startswith(f"kdpipe: error: no loss is called {name!r}: {hint}")
+    assert ended.stderr.startswith(f"kdpipe: error: unknown loss {name!r}; {hint}")
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_name_unlike_all_others_lists_all_losses():
-    known = kdpipe_here("losses", "zzzzzz").stderr.partition("known are ")[2]
+def test_unknown_loss_error_without_near_names_lists_all():
+    known = kdpipe_here("losses", "zzzzzz").stderr.partition("available: ")[2]
     assert set(NAMES) <= set(known.rstrip(".\n").split(", "))
