@@ -28,4 +28,4 @@ def print_sensitivity(network: str, layers: Sequence[LayerSensitivity]) -> None:
         )
     console.print(table)
     console.print("KL in nats between what the float network says and what the calibrated one does, on training views.")
-    console.print(f'A layer stays float with --set compress.quantize.keep_float=["{layers[0].path}"].', markup=False)
+    console.print(f'A layer stays float with --set compress.quantize.exclude=["{layers[0].path}"].', markup=False)

@@ -42,10 +42,10 @@ def _compressed(results: dict[str, Any]) -> Iterator[str]:
     for pair in results.get("compressed", [])[:1]:  # the same for every seed
         if spared := pair.get("pruned", {}).get("spared"):
             yield f"not pruned: {_few([f'{path} ({why})' for path, why in spared.items()])}"
-    for card in results.get("artefacts", [])[:1]:
+    for card in results.get("artifacts", [])[:1]:
         if card["float_nodes"]:
             yield f"not in integers: {_few(card['float_nodes'])}"
-    for card in results.get("artefacts", []):
+    for card in results.get("artifacts", []):
         yield f"handed over: {', '.join(card['files'])}: {card['folder']}"
 
 

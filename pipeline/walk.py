@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
-from stages.artefacts import artefact_folder
+from stages.artefacts import artifact_folder
 from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
 from stages.compress import STEPS, Step, compress, compressed_root, float_job, is_done, rehearse
@@ -326,9 +326,9 @@ def walk_compress(walk: Walk, only: Step | None = None) -> dict[str, Any]:
             export_student(config, student, seed, walk.teaching, setup, name=recipe.name) for seed in student.seeds
         ]
     root = compressed_root(walk.run, config)
-    folders = [str(artefact_folder(root, card["seed"])) for card in cards]
-    artefacts = [{"folder": folder, **card} for folder, card in zip(folders, cards, strict=True)]
-    return {"compressed": compressed, "artefacts": artefacts}
+    folders = [str(artifact_folder(root, card["seed"])) for card in cards]
+    artifacts = [{"folder": folder, **card} for folder, card in zip(folders, cards, strict=True)]
+    return {"compressed": compressed, "artifacts": artifacts}
 
 
 def walk_sensitivity(walk: Walk, num_batches: int) -> tuple[str, list[LayerSensitivity]]:

@@ -42,11 +42,11 @@ class Made:
     network: Network
 
 
-def artefact_folder(root: Path, seed: int) -> Path:
-    return root / f"artefacts-seed{seed}"
+def artifact_folder(root: Path, seed: int) -> Path:
+    return root / f"artifacts-seed{seed}"
 
 
-def write_artefacts(
+def write_artifacts(
     folder: Path,
     chain: Sequence[Made],
     facts: Mapping[str, Any],
@@ -55,7 +55,7 @@ def write_artefacts(
     opset: int | None = None,
     narrow: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Any]:
-    """Write the artefacts of a chain: a float network, and behind it the quantized one where there is one; returns the
+    """Write the artifacts of a chain: a float network, and behind it the quantized one where there is one; returns the
     card. Every file is written whole or not at all, and the card last: what stood there stays until all is well.
 
     facts: what else the card says. opset: of the ONNX files; None is the exporter's own. narrow: the types in which
@@ -74,7 +74,7 @@ def write_artefacts(
             _write_network(new, made, setup, opset)
         last = chain[-1].network
         state = {name: one.to((narrow or {}).get(name, one.dtype)) for name, one in last.model.state_dict().items()}
-        save_tensors(new / "model.safetensors", state, artefact_record(last, setup))
+        save_tensors(new / "model.safetensors", state, artifact_record(last, setup))
         card = {
             **facts,
             "architecture": dict(last.architecture),
@@ -110,7 +110,7 @@ def _aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def artefact_record(network: Network, setup: Setup) -> dict[str, Any]:
+def artifact_record(network: Network, setup: Setup) -> dict[str, Any]:
     """What stands in the header of the weights: all that is needed to build the network and to feed it."""
     return {
         "architecture": dict(network.architecture),
@@ -160,9 +160,9 @@ def _require_writable(folder: Path) -> None:
     try:
         make_folders([folder])
     except OSError as error:
-        raise RunError(f"the artefacts' folder {folder} cannot be made: {error.strerror}.") from error
+        raise RunError(f"the artifacts' folder {folder} cannot be made: {error.strerror}.") from error
     if not os.access(folder, os.W_OK):
-        raise RunError(f"the artefacts' folder {folder} cannot be written to: make it writable, or take another run.")
+        raise RunError(f"the artifacts' folder {folder} cannot be written to: make it writable, or take another run.")
 
 
 def _plain(record: Mapping[str, Any]) -> dict[str, Any]:

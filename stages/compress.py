@@ -49,7 +49,7 @@ class CompressConfig:
     student: a file with the weights of a student that was trained elsewhere, in the place of the distilled ones.
     opset: of the ONNX files that are handed over; by default the exporter's own.
     latency_batch_sizes: images in the batches whose latency is reported.
-    nice: by how much this stage, which is a CPU's work for long, steps back behind others on the machine.
+    niceness: by how much this stage, which is a CPU's work for long, steps back behind others on the machine.
     """
 
     steps: tuple[Literal["prune", "quantize"], ...] = ("prune", "quantize")
@@ -64,7 +64,7 @@ class CompressConfig:
         tuple[Annotated[int, Field(ge=1, le=65536)], ...], Field(min_length=1), AfterValidator(unequal)
     ] = (1, 64)
     latency_rounds: Annotated[int, Field(ge=3, le=10**6)] = 50
-    nice: Annotated[int, Field(ge=0, le=19)] = 10
+    niceness: Annotated[int, Field(ge=0, le=19)] = 10
 
     @property
     def prunes(self) -> bool:
@@ -94,10 +94,10 @@ def compress(
     `pruned` and `int8` (or `int4`) are the chain itself; of its baselines "-unpruned" is the student quantized as it
     is, "-ptq" the same only calibrated, and "-alone" anything fine-tuned with hard labels alone.
     Each step resumes where it was stopped, and a finished one is not touched. This process steps back behind others by
-    `config.nice`, for good. Raises RunError where what it starts from is not there yet, ModelError where a network
+    `config.niceness`, for good. Raises RunError where what it starts from is not there yet, ModelError where a network
     cannot be pruned or quantized, or its file does not agree with it.
     """
-    step_back(config.nice)
+    step_back(config.niceness)
     taught = Tutor(student, seed, teaching, setup, compressed_root(setup.run, config))
     figures: dict[str, dict[str, Any]] = {}
     if config.prunes and "prune" in only:
@@ -169,8 +169,8 @@ def rehearse(config: CompressConfig, student: StudentConfig, setup: Setup) -> No
     if config.prunes:
         gradients = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
         tried = config.prune
-        if tried.of == "latency":  # there is no time to measure it now
-            tried = replace(tried, of="parameters", ratio=0.1)
+        if tried.budget == "latency":  # there is no time to measure it now
+            tried = replace(tried, budget="parameters", ratio=0.1)
         model = prune(model, example, tried, gradients=gradients).model
     if config.quantizes:
         model = prepare(model, setup.image_shape, config.quantize)
@@ -185,7 +185,7 @@ def _prune(config: CompressConfig, taught: Tutor) -> dict[str, dict[str, Any]]:
     source, pruning = student_source(config, taught), _pruning(config, taught)
     figures = {"pruned": prune_student(pruning, config.prune_train, taught, source, "pruned")}
     if config.baselines:
-        ratio = None if pruning.of == "channels" else figures["pruned"]["channel_ratio"]
+        ratio = None if pruning.budget == "channels" else figures["pruned"]["channel_ratio"]
         alone = replace(taught, teaching=None)
         figures["pruned-alone"] = prune_student(pruning, config.prune_train, alone, source, "pruned-alone", ratio=ratio)
     return figures
@@ -195,7 +195,7 @@ def _pruning(config: CompressConfig, taught: Tutor) -> PruneConfig:
     """The recipe's pruning; what the teacher's own classifier sees (SimKD) keeps its channels."""
     losses = taught.teaching.losses if taught.teaching else ()
     reused = [last_of_projector(loss) for loss in losses if isinstance(loss, SimKDConfig)]
-    return replace(config.prune, keep=(*config.prune.keep, *reused))
+    return replace(config.prune, exclude=(*config.prune.exclude, *reused))
 
 
 def _quantize(config: CompressConfig, taught: Tutor) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stages.artefacts import Made, artefact_folder, write_artefacts
+from stages.artefacts import Made, artifact_folder, write_artifacts
 from stages.compress import CompressConfig, compressed_root, float_job, float_source, student_job
 from stages.compression.cpu import cpu_name
 from stages.compression.latency import measure_latency
@@ -32,8 +32,8 @@ from store import make_folders
 def export_student(
     config: CompressConfig, student: StudentConfig, seed: int, teaching: Teaching, setup: Setup, *, name: str
 ) -> dict[str, Any]:
-    """Measure the files of a seed's networks and write its artefacts, called `name`; returns the card. Raises RunError
-    where the networks are not made yet, and what `write_artefacts` raises.
+    """Measure the files of a seed's networks and write its artifacts, called `name`; returns the card. Raises RunError
+    where the networks are not made yet, and what `write_artifacts` raises.
     """
     tutor = Tutor(student, seed, teaching, setup, compressed_root(setup.run, config))
     source = float_source(config, tutor)
@@ -41,8 +41,8 @@ def export_student(
     if config.quantizes:
         chain.append(Made(tutor.folder(config.quantize.scheme), _load_quantized(config, tutor, source)))
     latency = measure_files(config, tutor)
-    return write_artefacts(
-        artefact_folder(tutor.root, seed),
+    return write_artifacts(
+        artifact_folder(tutor.root, seed),
         chain,
         {"name": name, **_facts(config, tutor, latency)},
         setup,

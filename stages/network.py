@@ -134,5 +134,5 @@ def require_agreement(path: Path, network: Network, setup: Setup, *, whole_test:
         f"{100 * LEAST_AGREEMENT:.0f} %, with an accuracy of {100 * accuracies[0]:.2f} % against "
         f"{100 * accuracies[1]:.2f} % (logits differ by up to {found.max_logit_difference:.3g}): {where}. Do not "
         "use it: a network that is trained longer is surer of its answers, and what parts first can stay float "
-        "(compress.quantize.keep_float)."
+        "(compress.quantize.exclude)."
     )

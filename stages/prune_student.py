@@ -63,7 +63,7 @@ def prune_json(config: PruneConfig) -> dict[str, Any]:
         del record["importance_batches"]
     if config.steps == 1:
         del record["epochs_per_step"]
-    first = ("ratio", "importance", "scope", "max_ratio", "round_to", "keep")
+    first = ("ratio", "importance", "scope", "max_ratio", "round_to", "exclude")
     return {key: value for key, value in record.items() if key in first or value != plain[key]}
 
 

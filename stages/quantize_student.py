@@ -28,16 +28,16 @@ class QuantizeConfig:
 
     scheme: "int8" rounds weights and activations of all that onnxruntime computes in integers; "int4" the weights of
     linear layers alone, in blocks of block_size.
-    keep_float: module paths, layers or whole blocks, that stay float; `kdpipe sensitivity` finds which are worth it.
+    exclude: module paths, layers or whole blocks, that stay float; `kdpipe sensitivity` finds which are worth it.
     calibration_batches: batches of training views from which the first ranges of the activations are taken.
-    freeze_after: the share of the epochs after which those ranges stay as they are.
+    freeze_observers_after_epoch: the share of the epochs after which those ranges stay as they are.
     """
 
     scheme: Literal["int8", "int4"] = "int8"
     block_size: Literal[16, 32, 64, 128] = 32
-    keep_float: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     calibration_batches: Count = 8
-    freeze_after: Annotated[float, Field(ge=0, le=1)] = 0.67
+    freeze_observers_after_epoch: Annotated[float, Field(ge=0, le=1)] = 0.67
 
 
 def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
     record, plain = asdict(config), asdict(QuantizeConfig())
     if config.scheme != "int4":
         del record["block_size"]
-    first = ("calibration_batches", "freeze_after")
+    first = ("calibration_batches", "freeze_observers_after_epoch")
     return {key: value for key, value in record.items() if key in first or value != plain[key]}
 
 
@@ -53,15 +53,15 @@ def prepare(model: nn.Module, image_shape: tuple[int, int, int], config: Quantiz
     """A copy of a float network that rounds as `config` says. Raises ModelError where it cannot."""
     example = torch.zeros(2, *image_shape)
     if config.scheme == "int4":
-        return prepare_int4(model, example, block_size=config.block_size, keep_float=config.keep_float)
-    return prepare_qat(model, example, keep_float=config.keep_float)
+        return prepare_int4(model, example, block_size=config.block_size, exclude=config.exclude)
+    return prepare_qat(model, example, exclude=config.exclude)
 
 
 def quantized_record(config: QuantizeConfig) -> dict[str, Any]:
     """What the record of an architecture says of its quantization: from it `prepare` builds the same network again."""
     record: dict[str, Any] = {"quantized": config.scheme}
-    if config.keep_float:
-        record["keep_float"] = list(config.keep_float)
+    if config.exclude:
+        record["exclude"] = list(config.exclude)
     if config.scheme == "int4":
         record["block_size"] = config.block_size
     return record
@@ -73,7 +73,7 @@ def config_of(architecture: Mapping[str, Any]) -> QuantizeConfig | None:
         return None
     return QuantizeConfig(
         scheme=architecture["quantized"],
-        keep_float=tuple(architecture.get("keep_float", ())),
+        exclude=tuple(architecture.get("exclude", ())),
         block_size=architecture.get("block_size", 32),
     )
 
@@ -93,7 +93,7 @@ def quantize_student(
     network = source.load()
     prepared = prepare(network.model, tutor.setup.image_shape, config)
     rounding = Network(prepared, {**network.architecture, **quantized_record(config)}, network.normalise)
-    freeze_at = round(config.freeze_after * train.epochs)
+    freeze_at = round(config.freeze_observers_after_epoch * train.epochs)
 
     def before_epoch(model: nn.Module, epoch: int) -> None:
         if config.scheme == "int8" and epoch >= freeze_at:

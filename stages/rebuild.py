@@ -1,6 +1,6 @@
 """A network built again from a file of weights alone, without pickle or recipe: its header says what to build.
 
-network = rebuild(Path("artefacts-seed0/model.safetensors"))
+network = rebuild(Path("artifacts-seed0/model.safetensors"))
 logits = network.model(network.normalise(images))          # uint8 [B, C, H, W] to [B, num_classes]
 """
 
@@ -58,7 +58,7 @@ def rebuild(path: Path, *, trust_python: bool = False) -> Network:
 
 def _sane(architecture: Any) -> dict[str, Any]:
     """A record of ordinary sizes: a stranger's must not ask for all memory. ValueError or TypeError if it is none."""
-    if not isinstance(architecture, dict) or not isinstance(architecture.get("keep_float", []), list):
+    if not isinstance(architecture, dict) or not isinstance(architecture.get("exclude", []), list):
         raise TypeError("the architecture is no table of what to build")
     for key, most in (("num_classes", 10**6), ("in_channels", MOST), ("image_size", MOST), ("args", MOST)):
         if (largest := _largest(architecture[key])) > most:

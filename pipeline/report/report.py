@@ -63,7 +63,7 @@ class Report:
     rows: list[Row]
     won_back: list[WonBack]
     picture: str | None
-    artefacts: list[str]
+    artifacts: list[str]
     missing: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -93,9 +93,9 @@ def read_report(run: Path) -> Report:
         num_missing = len(place.jobs) - len(results)
         missing += [f"{place.name} ({num_missing} of {len(place.jobs)})"] if num_missing else []
         rows += [_row(place, results, rows, latency)] if results else []
-    artefacts = [str(path.parent) for seed in seeds for path in root.glob(f"artefacts-seed{seed}/card.json")]
+    artifacts = [str(path.parent) for seed in seeds for path in root.glob(f"artifacts-seed{seed}/card.json")]
     picture = str(root / "pareto.svg") if (root / "pareto.svg").exists() else None
-    return Report(str(run), name, latency, rows, won_back(rows), picture, artefacts, missing)
+    return Report(str(run), name, latency, rows, won_back(rows), picture, artifacts, missing)
 
 
 def _name(recipe: Mapping[str, Any]) -> str:
@@ -170,7 +170,7 @@ def print_report(report: Report) -> None:
             console.print(f"  {row.name:<18} {row.files[0]}", highlight=False, markup=False)
     if report.picture is not None:
         console.print(f"  picture            {report.picture}", highlight=False, markup=False)
-    for folder in report.artefacts:
+    for folder in report.artifacts:
         console.print(f"  handed over        {folder}", highlight=False, markup=False)
     if (Path(report.run) / "compare").is_dir():
         console.print("Ways of teaching are compared here: run `kdpipe compare` again for their table.")

@@ -112,14 +112,14 @@ def read_int4(whole: Tensor, scales: Tensor, in_features: int) -> Tensor:
 
 
 def prepare_int4(
-    model: nn.Module, example: Tensor, *, block_size: int = 32, keep_float: Sequence[str] = ()
+    model: nn.Module, example: Tensor, *, block_size: int = 32, exclude: Sequence[str] = ()
 ) -> nn.Module:
     """A copy of `model` whose linear layers round their weights to INT4 on every call; `model` stays as it is.
 
     Module paths, parameters and state_dict keys are those of `model`; forward hooks are not copied. Float stay layers
-    of fewer than `block_size` inputs, those at or in the modules that `keep_float` names, and those whose weights a
+    of fewer than `block_size` inputs, those at or in the modules that `exclude` names, and those whose weights a
     forward reads without calling them (nn.MultiheadAttention), which a run on `example` [B, C, H, W] tells. Raises
-    ModelError if `block_size` is none of 16, 32, 64, 128, 256, if the model does not run on `example`, if `keep_float`
+    ModelError if `block_size` is none of 16, 32, 64, 128, 256, if the model does not run on `example`, if `exclude`
     names what is not there or holds nothing to quantize, and if nothing is left to quantize.
     """
     if block_size not in BLOCK_SIZES:
@@ -127,10 +127,10 @@ def prepare_int4(
     copy = bare_copy(model)
     layers = {layer for layer in _called_linears(copy, example) if layer.in_features >= block_size}
     spared: set[nn.Module] = set()
-    for path in keep_float:
+    for path in exclude:
         inside = layers.intersection(module_named(copy, path).modules())
         if not inside:
-            raise ModelError(f"keep_float names {path!r}, which holds nothing that INT4 would round: leave it out.")
+            raise ModelError(f"exclude names {path!r}, which holds nothing that INT4 would round: leave it out.")
         spared |= inside
     if not layers - spared:
         raise ModelError(

@@ -17,15 +17,15 @@ QUANTIZERS = "quantizers"  # the activation quantizers' path; each is named afte
 
 
 def rounded_nodes(
-    traced: fx.GraphModule, model: nn.Module, logits: fx.Node, keep_float: Sequence[str]
+    traced: fx.GraphModule, model: nn.Module, logits: fx.Node, exclude: Sequence[str]
 ) -> list[fx.Node]:
     """The nodes whose values INT8 arithmetic gives or takes, save the logits; what stays float is marked so.
 
-    `model` is the network before it was traced, whose paths `keep_float` names; marks of an earlier call are forgotten.
+    `model` is the network before it was traced, whose paths `exclude` names; marks of an earlier call are forgotten.
     Raises ModelError for a path that is not there or holds no INT8 work.
     """
     logits = origin(traced, logits)
-    _mark_float_work(traced, model, keep_float)
+    _mark_float_work(traced, model, exclude)
     return [node for node in traced.graph.nodes if node is not logits and _wants_rounding(traced, node)]
 
 
@@ -104,15 +104,15 @@ def _call_behind(traced: fx.GraphModule, node: fx.Node, path: str) -> None:
     rounded.meta = dict(node.meta)
 
 
-def _mark_float_work(traced: fx.GraphModule, model: nn.Module, keep_float: Sequence[str]) -> None:
+def _mark_float_work(traced: fx.GraphModule, model: nn.Module, exclude: Sequence[str]) -> None:
     """Mark what stays float although INT8 could compute it.
 
-    It is the work of the modules at `keep_float`; joins (additions, products, ...) amid float work; and rectifiers of
+    It is the work of the modules at `exclude`; joins (additions, products, ...) amid float work; and rectifiers of
     float values. A functional operation belongs to the modules in whose forward it stands.
     """
     for node in traced.graph.nodes:
         stay_float(node, False)
-    kept = [node for path in keep_float for node in _int8_work_at(traced, model, path)]
+    kept = [node for path in exclude for node in _int8_work_at(traced, model, path)]
     for node in [*kept, *_joins_amid_float(traced, kept)]:
         stay_float(node)
     for node in traced.graph.nodes:
@@ -126,7 +126,7 @@ def _int8_work_at(traced: fx.GraphModule, model: nn.Module, path: str) -> list[f
     work = [node for node in traced.graph.nodes if kind_of(traced, node) == "int8" and is_float_tensor(node)]
     found = [node for node in work if any(id(module) in inside for module in _modules_around(model, node))]
     if not found:
-        raise ModelError(f"keep_float names {path!r}, which holds nothing that INT8 would compute: leave it out.")
+        raise ModelError(f"exclude names {path!r}, which holds nothing that INT8 would compute: leave it out.")
     return found
 
 

@@ -42,8 +42,8 @@ class PruneConfig:
 
     kind: "channels" removes them and makes the layers narrower; "weights" zeroes single weights of convolutions and
         linear layers; "2:4" zeroes two in every four of them along the input channels.
-    ratio: the share that is removed of what `of` counts in the unpruned student; of the weights, for the other kinds.
-    of: "channels" takes `ratio` of the prunable channels. "parameters", "macs" and "latency" take as few channels as
+    ratio: the share that is removed of what `budget` counts in the unpruned student; of the weights, for the other kinds.
+    budget: "channels" takes `ratio` of the prunable channels. "parameters", "macs" and "latency" take as few channels as
         leave at most 1 - ratio of the whole network's.
     importance: "l1" is the mean L1 norm of the weights that read or write a channel, over its group; the least go.
         "l2" is their L2 norm, "taylor" the sum of |weight * gradient|, "bn_scale" the scale of the batch norms.
@@ -53,27 +53,27 @@ class PruneConfig:
     max_ratio: the most that "global" may take of one group or layer.
     round_to: what is left is the nearest multiple of this, so that layers stay on onnxruntime's fast kernels, where 29
         channels cost half as much again as 32.
-    keep: module paths, layers or whole blocks, all of whose output channels, or weights, stay.
+    exclude: module paths, layers or whole blocks, all of whose output channels, or weights, stay.
     steps: in so many equal steps, with epochs_per_step epochs of fine-tuning between them.
     """
 
     kind: Literal["channels", "weights", "2:4"] = "channels"
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    of: Literal["channels", "parameters", "macs", "latency"] = "channels"
+    budget: Literal["channels", "parameters", "macs", "latency"] = "channels"
     importance: Literal["l1", "l2", "taylor", "bn_scale"] = "l1"
     importance_batches: Count = 8
     scope: Literal["global", "layer"] = "layer"
     max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
     round_to: Annotated[int, Field(ge=1, le=2**20)] = 8
-    keep: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     steps: Count = 1
     epochs_per_step: Count = 2
 
     def __post_init__(self) -> None:
         if self.kind == "channels":
             return
-        if self.of != "channels":
-            raise ValueError(f'of = "{self.of}" is for kind = "channels": zeroed weights make no network smaller')
+        if self.budget != "channels":
+            raise ValueError(f'budget = "{self.budget}" is for kind = "channels": zeroed weights make no network smaller')
         if self.importance not in {"l1", "l2"}:
             raise ValueError(f'importance = "{self.importance}" is for kind = "channels": weights go by magnitude')
         if self.kind == "2:4" and self.ratio != 0.5:
@@ -116,25 +116,25 @@ def prune(
         `model` is what step k - 1 made and `done` is k / n; config.ratio * done of `full` is gone then.
     ratio: the channel ratio that an earlier search found: it is used, and nothing is searched.
     gradients: of the loss, by parameter name, in the parameters' shapes, for importance "taylor".
-    latency: takes a candidate and tells its latency's share of the full network's, for of = "latency"; called at most
+    latency: takes a candidate and tells its latency's share of the full network's, for budget = "latency"; called at most
         seven times, with networks of different widths whose weights mean nothing.
 
-    Raises ModelError if a path in `keep` is unknown, a layer would be left without channels, nothing can be removed, a
+    Raises ModelError if a path in `exclude` is unknown, a layer would be left without channels, nothing can be removed, a
     goal cannot be reached, gradients or a way to measure are missing, or the pruned model does not run, as happens
     where a forward has channel numbers written in.
     """
     pruned = bare_copy(model)
     example = example.to(next(model.parameters(), example).device)
-    kept = [module_named(pruned, path) for path in config.keep]
+    kept = [module_named(pruned, path) for path in config.exclude]
     if config.kind != "channels":
         return _prune_weights(pruned, example, config, kept, config.ratio * done if ratio is None else ratio)
     whole = model if full is None else full
     with traceable(pruned):
         channels = _channels(pruned, example, config, kept, gradients=gradients, full_widths=record_widths(whole))
-        shares = Shares(config.scope, config.max_ratio, config.round_to, spare_one=config.of != "channels")
+        shares = Shares(config.scope, config.max_ratio, config.round_to, spare_one=config.budget != "channels")
         if ratio is None:
             ratio = config.ratio * done
-            if config.of != "channels":
+            if config.budget != "channels":
                 ratio = _search(model, whole, channels, shares, _Goal(config, 1 - ratio, example, latency))
         left = shares.left(channels.groups, ratio)
         with following(model, example):
@@ -148,7 +148,7 @@ def prune(
 
 @dataclass(frozen=True)
 class _Goal:
-    """At most `share` of what config.of counts in the full network."""
+    """At most `share` of what config.budget counts in the full network."""
 
     config: PruneConfig
     share: float
@@ -157,11 +157,11 @@ class _Goal:
 
     def sizer(self, full: nn.Module) -> Callable[[nn.Module], float]:
         """What tells a candidate's share of the full network."""
-        if self.config.of == "latency":
+        if self.config.budget == "latency":
             if self.latency is None:
-                raise ModelError('prune.of = "latency" needs a way to measure it, and prune() was given none.')
+                raise ModelError('prune.budget = "latency" needs a way to measure it, and prune() was given none.')
             return self.latency
-        size = count_parameters if self.config.of == "parameters" else self._macs
+        size = count_parameters if self.config.budget == "parameters" else self._macs
         whole = size(full)
         return lambda candidate: size(candidate) / whole
 
@@ -205,26 +205,26 @@ def _search(model: nn.Module, full: nn.Module, channels: Channels, shares: Share
         after = widths_after(widths, channels.groups, left)
         return 1.0 if after == full_widths else share_of_model(apply_widths(bare_copy(model), after))
 
-    of = goal.config.of
+    budget = goal.config.budget
     try:
         return find_ratio(
             lambda ratio: shares.left(channels.groups, ratio),
             share_of,
             goal.share,
             most=shares.most(channels.groups),
-            max_measured=MAX_LATENCIES if of == "latency" else None,
+            max_measured=MAX_LATENCIES if budget == "latency" else None,
         )
     except Unreachable as end:
         raise ModelError(
             f"pruning cannot leave {goal.share:.1%} of this model's {of}: with prune.round_to {shares.round_to}, "
-            f"prune.max_ratio {shares.max_ratio:g} and prune.keep {list(goal.config.keep)}, "
+            f"prune.max_ratio {shares.max_ratio:g} and prune.exclude {list(goal.config.exclude)}, "
             f"{end.share:.1%} is the least; lower prune.ratio or round_to, raise max_ratio, or keep less."
         ) from end
 
 
 def _sizing(model: nn.Module, full: nn.Module, goal: _Goal) -> tuple[nn.Module, Callable[[nn.Module], float]]:
     """What candidates are cut from, and what tells a candidate's share: shapes are enough where nothing is timed."""
-    if goal.config.of != "latency":
+    if goal.config.budget != "latency":
         try:
             return bare_copy(model).to("meta"), goal.sizer(bare_copy(full).to("meta"))
         except (ModelError, NotImplementedError):
@@ -253,7 +253,7 @@ def _prune_weights(
 def _require_it_shrank(pruned: nn.Module, full: nn.Module, config: PruneConfig) -> None:
     if record_widths(pruned) == record_widths(full):
         raise ModelError(
-            f"pruning {config.ratio:.0%} with prune.round_to {config.round_to} and prune.keep {list(config.keep)} "
+            f"pruning {config.ratio:.0%} with prune.round_to {config.round_to} and prune.exclude {list(config.exclude)} "
             "removes no channel of this model: lower round_to, or keep less."
         )
 
@@ -266,5 +266,5 @@ def _require_it_runs(pruned: nn.Module, example: Tensor) -> None:
         except Exception as fault:
             raise ModelError(
                 f"the pruned model does not run ({cause(fault)}), in {running[-1] if running else 'its forward'}: "
-                "where its forward has channel numbers written in, name the module in prune.keep."
+                "where its forward has channel numbers written in, name the module in prune.exclude."
             ) from fault

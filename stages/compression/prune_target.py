@@ -44,7 +44,7 @@ class Shares:
             if num_kept < 0.5 and not self.spare_one:
                 raise ModelError(
                     f"pruning {ratio:.0%} would leave {group.path!r} ({group.full_width * group.num_lanes} channels) "
-                    "without a channel: lower prune.ratio, or name the module in prune.keep."
+                    "without a channel: lower prune.ratio, or name the module in prune.exclude."
                 )
         return tuple(self._rounded(group, num_kept) for group, num_kept in zip(groups, left, strict=True))
 

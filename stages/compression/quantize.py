@@ -36,7 +36,7 @@ from stages.compression.op_kinds import is_float_tensor, kind_of
 from stages.errors import ModelError
 
 
-def prepare_qat(model: nn.Module, example: Tensor, keep_float: Sequence[str] = ()) -> fx.GraphModule:
+def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) -> fx.GraphModule:
     """A copy of `model` for INT8 fine-tuning, in its training mode and on its device; `model` stays as it is.
 
     `example` [B, C, H, W] is a batch of normalised images, of which only the shape counts. Rounded are: the images,
@@ -47,17 +47,17 @@ def prepare_qat(model: nn.Module, example: Tensor, keep_float: Sequence[str] = (
     ReLU6. Dropout modules work on; what a forward does by asking for self.training (torchvision's stochastic depth)
     stays as it is in eval mode.
 
-    `keep_float` names modules, layers or whole blocks, that compute in float: their weights are not rounded (batch
+    `exclude` names modules, layers or whole blocks, that compute in float: their weights are not rounded (batch
     norms are folded all the same), their outputs only where INT8 work reads them. Functional operations in a block's
     forward belong to it. The same names must be given again when the model is rebuilt.
 
     Raises ModelError if the model cannot be traced, does not run on `example`, or gives anything but one tensor; if
-    `keep_float` names what is not there or holds nothing to quantize; and if nothing is left to quantize.
+    `exclude` names what is not there or holds nothing to quantize; and if nothing is left to quantize.
     """
     if hasattr(model, QUANTIZERS):
         raise ModelError(f"the model already has a module {QUANTIZERS!r}: has it been prepared before?")
     prepared = trace_folded(model, example)
-    nodes = rounded_nodes(prepared, model, logits_of(prepared), keep_float)
+    nodes = rounded_nodes(prepared, model, logits_of(prepared), exclude)
     _round_weights(prepared)
     place_quantizers(prepared, nodes, next(model.parameters(), example).device)
     tell_input_grids(prepared)

@@ -1,7 +1,7 @@
 """Which layers INT8 hurts: each one rounded alone, and each one spared while all the others are rounded.
 
 worst = sensitivity(student, example, batches)[:2]
-prepare_qat(student, example, keep_float=[layer.path for layer in worst])
+prepare_qat(student, example, exclude=[layer.path for layer in worst])
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LayerSensitivity:
     over the power of its change when this layer alone is rounded: its weight, its output, and inputs that are rounded
     for it alone. kl_alone: what that changes in the prediction: the Kullback-Leibler divergence KL(float || rounded)
     of the softmax over the classes, in nats, mean over the images. kl_spared: by how much the divergence of the fully
-    quantized network falls if keep_float names this layer too; negative where that makes it worse.
+    quantized network falls if exclude names this layer too; negative where that makes it worse.
     num_parameters: of its weight and its bias, that of a folded batch norm included.
     """
 
@@ -62,19 +62,19 @@ def sensitivity(
     example: Tensor,
     batches: Sequence[Tensor],
     *,
-    keep_float: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     between: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerSensitivity]:
     """How much each layer suffers from INT8, the worst first: by kl_spared, then by path.
 
     `model` is the float network and stays as it is; `batches` are normalised images [B, C, H, W], for the calibration
-    and for the measurement alike. Layers in `keep_float` are float throughout and not listed. `between(done, total)` is
+    and for the measurement alike. Layers in `exclude` are float throughout and not listed. `between(done, total)` is
     called after each layer of each batch and may raise to end it. Costs two forward passes a layer. Raises ModelError
     as prepare_qat and calibrate do.
     """
-    prepared = prepare_qat(model, example, keep_float).eval()
+    prepared = prepare_qat(model, example, exclude).eval()
     calibrate(prepared, batches)
-    parts = _parts(prepared, model, example, keep_float)
+    parts = _parts(prepared, model, example, exclude)
     device = next(prepared.parameters()).device
     kl_full, done, total = 0.0, 0, len(parts) * len(batches)
     for batch in batches:
@@ -90,7 +90,7 @@ def sensitivity(
     return sorted(found, key=lambda layer: (-layer.kl_spared, layer.path))
 
 
-def _parts(prepared: fx.GraphModule, model: nn.Module, example: Tensor, keep_float: Sequence[str]) -> list[_Part]:
+def _parts(prepared: fx.GraphModule, model: nn.Module, example: Tensor, exclude: Sequence[str]) -> list[_Part]:
     """The rounding layers of a prepared model, in the order in which they are called."""
     nodes: dict[str, list[fx.Node]] = {}
     for node in prepared.graph.nodes:
@@ -100,7 +100,7 @@ def _parts(prepared: fx.GraphModule, model: nn.Module, example: Tensor, keep_flo
     parts = []
     for path, calls in nodes.items():
         layer = prepared.get_submodule(path)
-        left = {quantizer_path(node) for node in rounded_nodes(plain, model, logits_of(plain), [*keep_float, path])}
+        left = {quantizer_path(node) for node in rounded_nodes(plain, model, logits_of(plain), [*exclude, path])}
         spared = [layer, *(quantizer for where, quantizer in quantizers.items() if where not in left)]
         outputs: list[nn.Module] = [quantizer for node in calls for quantizer in quantizers_behind(prepared, node)]
         parts.append(_Part(path, spared, [*spared, *outputs], outputs or [layer]))

@@ -26,7 +26,7 @@ class Names:
             if isinstance(module, nn.MultiheadAttention)
             for inner in module.modules()
         }
-        self.own = {layer: "named in prune.keep" for module in kept for layer in module.modules()}
+        self.own = {layer: "named in prune.exclude" for module in kept for layer in module.modules()}
         self.own |= dict.fromkeys(outputs, "it writes the logits")
 
     def why(self, layer: Any) -> str | None:

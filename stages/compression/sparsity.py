@@ -32,7 +32,7 @@ def sparable_layers(
         if any(layer is output for output in outputs):
             spared[path] = "it writes the logits"
         elif id(layer) in named:
-            spared[path] = "named in prune.keep"
+            spared[path] = "named in prune.exclude"
         elif isinstance(layer, nn.Conv2d) and inputs == 1 and layer.groups > 1:
             spared[path] = "a depthwise convolution"
         elif runs_of_4 and inputs % 4:

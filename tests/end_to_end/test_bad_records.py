@@ -87,7 +87,7 @@ def test_status_tells_of_a_folder_whose_records_are_all_something_else(run):
         ("teacher/job.json", ("pipe", "[]", DEEP)),
         ("teacher/model.safetensors", ("pipe", "folder", "", "garbage" * 10, b"\x08\x08\x12\x07pytorch")),
         ("students/distilled-seed0/model.safetensors", ("zeros", "[]")),
-        ("compressed/artefacts-seed0/card.json", ("folder", "[]")),
+        ("compressed/artifacts-seed0/card.json", ("folder", "[]")),
     ],
 )
 def test_a_stage_refuses_what_an_earlier_one_did_not_leave_and_goes_on_with_the_good_file(
@@ -108,7 +108,7 @@ def test_a_stage_refuses_what_an_earlier_one_did_not_leave_and_goes_on_with_the_
 
 
 def test_a_card_that_was_tampered_with_is_written_again(recipe, run):
-    card = run / "compressed" / "artefacts-seed0" / "card.json"
+    card = run / "compressed" / "artifacts-seed0" / "card.json"
     good = card.read_bytes()
     put(card, with_value(good, ("float_nodes",), None))
     ended = answer("compress", recipe, "--run", run)

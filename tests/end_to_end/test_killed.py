@@ -15,7 +15,7 @@ def test_every_stage_killed_midway_ends_as_if_nothing_had_happened(done, recipe,
         (run / "students" / "distilled-seed0" / "checkpoint.safetensors").exists,
         (run / "compressed" / "pruned-seed0" / "checkpoint.safetensors").exists,
         (run / "compressed" / "int8-seed0" / "checkpoint.safetensors").exists,
-        (run / "compressed" / ".artefacts-seed0.partial" / "model.int8.onnx").exists,
+        (run / "compressed" / ".artifacts-seed0.partial" / "model.int8.onnx").exists,
     ]
     for ready in midway:
         process = start("run", recipe, "--run", run)

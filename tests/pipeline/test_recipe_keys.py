@@ -45,7 +45,7 @@ WRONG = {
     "object": {"zzz": 1},
 }
 
-FREE_TEXT = ("layers", "keep", "keep_float", "classifier", "classes")
+FREE_TEXT = ("layers", "exclude", "classifier", "classes")
 """Names inside a network or a data set: what is not there is refused by who looks for it, with what is there."""
 
 FREE_NUMBERS = ("mean", "std")

@@ -13,7 +13,7 @@ import torch
 from made_store import folder_bytes
 from tiny_road import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_setup
 
-from stages.artefacts import artefact_folder
+from stages.artefacts import artifact_folder
 from stages.compress import CompressConfig, compress, compressed_root
 from stages.compression.prune import PruneConfig
 from stages.errors import ModelError, RunError, StoppedEarly
@@ -33,7 +33,7 @@ from store import FingerprintMismatch
 
 FINE = dataclasses.replace(TRAIN, lr=0.01)
 CONFIG = CompressConfig(
-    nice=0,
+    niceness=0,
     baselines=False,
     prune=PruneConfig(ratio=0.5, round_to=1),
     prune_train=FINE,
@@ -90,7 +90,7 @@ def compressed(copy, run, config=CONFIG, *, watch=None, only=("prune", "quantize
 def exported(copy, run, config=CONFIG):
     setup = tiny_setup(copy)
     export_student(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", setup), setup, name="tiny")
-    return artefact_folder(compressed_root(copy, config), 0)
+    return artifact_folder(compressed_root(copy, config), 0)
 
 
 def with_prune(**changes):
@@ -119,11 +119,11 @@ def sizes(state):
     "changes",
     [
         {"steps": 2, "epochs_per_step": 1, "importance": "taylor"},
-        {"of": "parameters", "importance": "l2", "scope": "global"},
-        {"of": "latency", "ratio": 0.2},
+        {"budget": "parameters", "importance": "l2", "scope": "global"},
+        {"budget": "latency", "ratio": 0.2},
         {"kind": "weights", "ratio": 0.7, "steps": 2, "epochs_per_step": 1},
     ],
-    ids=lambda one: one.get("kind") or one.get("of") or one["importance"],
+    ids=lambda one: one.get("kind") or one.get("budget") or one["importance"],
 )
 def test_stopped_again_and_again_equals_undisturbed(run, copy, tmp_path_factory, monkeypatch, changes):
     monkeypatch.setattr(Tutor, "handed_out", False)  # without ONNX files, which take most of the time
@@ -138,7 +138,7 @@ def test_stopped_again_and_again_equals_undisturbed(run, copy, tmp_path_factory,
             pass
     else:
         pytest.fail("it never came to its end")
-    if changes.get("of") == "latency":  # measured anew, it comes out otherwise: that is why it is kept
+    if changes.get("budget") == "latency":  # measured anew, it comes out otherwise: that is why it is kept
         recorded = read_json(copy / "compressed" / "pruned-seed0" / "result.json")["channel_ratio"]
         config = with_prune(ratio=recorded)
         compressed(other, run, config, only=("prune",))
@@ -224,7 +224,7 @@ def answers(path, images):
 
 
 def test_what_is_handed_over_runs_and_is_built_again_from_its_own_record(made):
-    folder = made / "compressed" / "artefacts-seed0"
+    folder = made / "compressed" / "artifacts-seed0"
     names = {"model.onnx", "model.int8.onnx", "model.pt2", "model.int8.pt2", "model.safetensors"}
     assert {path.name for path in folder.iterdir()} == names | {"card.json", "README.md"}
     test = tiny_setup(made).test_set
@@ -243,7 +243,7 @@ def test_what_is_handed_over_runs_and_is_built_again_from_its_own_record(made):
 
 
 def test_the_card_says_where_it_comes_from_and_how_to_run_it(run, made):
-    folder = made / "compressed" / "artefacts-seed0"
+    folder = made / "compressed" / "artifacts-seed0"
     card, text = json.loads((folder / "card.json").read_text()), (folder / "README.md").read_text()
     teacher = read_json(run / "teacher" / "result.json")["identity"]["weights_sha256"]
     assert card["teachers"][0]["weights_sha256"] == teacher and teacher[:12] in text
@@ -262,8 +262,8 @@ def test_the_card_says_where_it_comes_from_and_how_to_run_it(run, made):
     assert accuracy == pytest.approx(card["networks"]["int8"]["accuracy"], abs=0.03)
 
 
-def test_artefacts_are_made_once_and_again_where_asked_otherwise(run, own):
-    folder = own / "compressed" / "artefacts-seed0"
+def test_artifacts_are_made_once_and_again_where_asked_otherwise(run, own):
+    folder = own / "compressed" / "artifacts-seed0"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     exported(own, run)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -272,8 +272,8 @@ def test_artefacts_are_made_once_and_again_where_asked_otherwise(run, own):
     assert [one.version for one in onnx.load(folder / "model.onnx").opset_import if one.domain == ""] == [20]
 
 
-def test_earlier_artefacts_stay_where_new_ones_fail(run, own, monkeypatch):
-    folder = own / "compressed" / "artefacts-seed0"
+def test_earlier_artifacts_stay_where_new_ones_fail(run, own, monkeypatch):
+    folder = own / "compressed" / "artifacts-seed0"
     before = folder_bytes(folder)
     with pytest.raises(ModelError, match="opset"):
         exported(own, run, dataclasses.replace(CONFIG, opset=7))
@@ -286,9 +286,9 @@ def test_earlier_artefacts_stay_where_new_ones_fail(run, own, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_told(run, own):
-    shutil.rmtree(own / "compressed" / "artefacts-seed0")
-    (own / "compressed" / "artefacts-seed0").write_text("in the way")
-    with pytest.raises(RunError, match="artefacts' folder .* cannot be made"):
+    shutil.rmtree(own / "compressed" / "artifacts-seed0")
+    (own / "compressed" / "artifacts-seed0").write_text("in the way")
+    with pytest.raises(RunError, match="artifacts' folder .* cannot be made"):
         exported(own, run)
 
 
@@ -323,7 +323,7 @@ def test_a_pruned_student_of_ours_is_pruned_on(run, own):
 
 
 def test_what_cannot_be_taken_for_the_student_is_refused(run, made, copy, tmp_path):
-    quantized = made / "compressed" / "artefacts-seed0" / "model.safetensors"
+    quantized = made / "compressed" / "artifacts-seed0" / "model.safetensors"
     for path, kind, sentence in (
         (quantized, ModelError, "is quantized already"),
         (tmp_path / "absent.pt", ModelError, "there is no weights file"),
@@ -356,24 +356,24 @@ def test_int4_rounds_the_linear_layers_alone(run, copy):
 
 
 def test_layers_left_float_by_name_are_float_and_said_to_be(run, copy):
-    quantize = dataclasses.replace(CONFIG.quantize, keep_float=("stage1.0",))
+    quantize = dataclasses.replace(CONFIG.quantize, exclude=("stage1.0",))
     config = dataclasses.replace(CONFIG, steps=("quantize",), quantize=quantize)
     compressed(copy, run, config)
     card = json.loads((exported(copy, run, config) / "card.json").read_text())
-    assert card["architecture"]["keep_float"] == ["stage1.0"]
+    assert card["architecture"]["exclude"] == ["stage1.0"]
     assert any("stage1" in node for node in card["float_nodes"])
 
 
 def test_a_step_beyond_its_goal_leaves_the_next_nothing_to_do(run, copy, monkeypatch):
     monkeypatch.setattr(Tutor, "handed_out", False)
-    config = with_prune(of="macs", ratio=0.2, round_to=4, steps=2, epochs_per_step=1)
+    config = with_prune(budget="macs", ratio=0.2, round_to=4, steps=2, epochs_per_step=1)
     figures = compressed(copy, run, dataclasses.replace(config, baselines=True, steps=("prune",)))
     assert figures["pruned"]["channel_ratio"] > 0
     assert sizes(weights(copy, "pruned")) == sizes(weights(copy, "pruned-alone"))
 
 
 def test_only_a_file_that_answers_as_its_network_is_handed_over(run, own):
-    folder = own / "compressed" / "artefacts-seed0"
+    folder = own / "compressed" / "artifacts-seed0"
     shutil.rmtree(folder)
     shutil.copy(run / "teacher" / "model.onnx", own / "compressed" / "pruned-seed0" / "model.onnx")
     with pytest.raises(ModelError, match=r"agrees with torch on .* test images"):
@@ -385,15 +385,15 @@ def test_only_a_file_that_answers_as_its_network_is_handed_over(run, own):
 
 
 @pytest.mark.parametrize("damage", ["model.int8.onnx", "model.safetensors", "card.json"])
-def test_damaged_artefacts_are_made_again(run, own, damage):
-    folder = own / "compressed" / "artefacts-seed0"
+def test_damaged_artifacts_are_made_again(run, own, damage):
+    folder = own / "compressed" / "artifacts-seed0"
     before = folder_bytes(folder)
     (folder / damage).write_text('{"files": [1]}')
     exported(own, run)
     assert folder_bytes(folder) == before
 
 
-def test_what_belongs_to_an_earlier_recipe_does_not_stay_among_the_artefacts(run, own):
+def test_what_belongs_to_an_earlier_recipe_does_not_stay_among_the_artifacts(run, own):
     folder = exported(own, run, dataclasses.replace(CONFIG, steps=("prune",)))
     assert {path.name for path in folder.glob("model*")} == {"model.onnx", "model.pt2", "model.safetensors"}
 
@@ -460,7 +460,7 @@ def test_a_header_that_says_nothing_sensible_is_refused(run, copy, tmp_path, arc
         {"num_classes": -1},
         {"image_size": [10**6, 10**6]},
         {"quantized": "int3"},
-        {"quantized": "int8", "keep_float": "fc"},
+        {"quantized": "int8", "exclude": "fc"},
         {"widths": [1]},
     ],
     ids=str,
@@ -475,7 +475,7 @@ def test_hostile_records_are_not_built(run, tmp_path, change):
 
 
 def test_class_names_of_strangers_are_plain_text_on_the_card(made):
-    card = json.loads((made / "compressed" / "artefacts-seed0" / "card.json").read_text())
+    card = json.loads((made / "compressed" / "artifacts-seed0" / "card.json").read_text())
     text = card_text(card | {"class_names": ["<script>alert(1)</script>", "a\nb", "```", "[x](http://y)", "\u202ezy"]})
     assert "<script>" not in text and "\u202e" not in text and "a?b" in text
     assert text.count("```") == 2 and "[x](" not in text

@@ -68,7 +68,7 @@ def trained_elsewhere(student, setup, path):
 
 def config_for(path):
     return CompressConfig(
-        nice=0,
+        niceness=0,
         baselines=False,
         student=str(path),
         prune=PruneConfig(ratio=0.5, round_to=8),

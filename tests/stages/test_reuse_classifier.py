@@ -157,7 +157,7 @@ def test_the_student_can_be_pruned_and_built_again_from_its_widths():
 
 def test_a_projector_that_is_kept_gives_maps_as_wide_as_the_teachers_after_pruning():
     model, classifier = joined()
-    pruned = prune(model, torch.zeros(1, *IMAGE_SHAPE), PruneConfig(ratio=0.5, keep=("layer3.projector.6",))).model
+    pruned = prune(model, torch.zeros(1, *IMAGE_SHAPE), PruneConfig(ratio=0.5, exclude=("layer3.projector.6",))).model
     assert pruned.layer3.projector[6].out_channels == 128
     assert pruned.layer3.projector[3].out_channels == 32
     assert torch.equal(pruned.fc.weight, classifier.weight)

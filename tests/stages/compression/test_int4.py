@@ -105,9 +105,9 @@ def test_large_linear_layers_round_and_small_or_spared_ones_stay(net):
     large = [path for path, one in net.named_modules() if isinstance(one, nn.Linear) and one.in_features >= 32]
     assert int4_layers(prepared) == large
     assert not int4_layers(net)
-    assert int4_layers(prepare_int4(net, EXAMPLE, keep_float=large[1:])) == large[:1]
+    assert int4_layers(prepare_int4(net, EXAMPLE, exclude=large[1:])) == large[:1]
     assert int4_layers(prepare_int4(mlp(), EXAMPLE, block_size=128)) == ["1.0"]
-    assert int4_layers(prepare_int4(mlp(), EXAMPLE, keep_float=["1"])) == ["2.0", "3"]
+    assert int4_layers(prepare_int4(mlp(), EXAMPLE, exclude=["1"])) == ["2.0", "3"]
     batch, _ = images(50, seed=9)
     with torch.no_grad():
         wanted, found = net(batch), prepared(batch)
@@ -193,7 +193,7 @@ def test_any_batch_size_runs(net, tmp_path):
 
 def test_weights_take_half_a_byte_and_a_scale_a_block(tmp_path):
     model = mlp(width=96)
-    prepared = prepare_int4(model, EXAMPLE, block_size=64, keep_float=["2", "3"])
+    prepared = prepare_int4(model, EXAMPLE, block_size=64, exclude=["2", "3"])
     export_onnx(model, EXAMPLE, tmp_path / "float.onnx", metadata={})
     export_onnx(prepared, EXAMPLE, tmp_path / "int4.onnx", metadata={})
     rounded = model[1][0].weight.numel()
@@ -231,9 +231,9 @@ def test_the_torch_program_holds_two_weights_a_byte_too(net, tmp_path):
     [
         ({"block_size": 20}, r"block_size = 20 .* one of \(16, 32, 64, 128, 256\)"),
         ({"block_size": 256}, "no linear layer of 256 inputs or more"),
-        ({"keep_float": ["1", "2", "3"]}, "no linear layer left"),
-        ({"keep_float": ["1.9"]}, r"no module '1\.9'; nearest: 1\.1, 1\.0"),
-        ({"keep_float": ["5"]}, "'5', which holds nothing that INT4 would round"),
+        ({"exclude": ["1", "2", "3"]}, "no linear layer left"),
+        ({"exclude": ["1.9"]}, r"no module '1\.9'; nearest: 1\.1, 1\.0"),
+        ({"exclude": ["5"]}, "'5', which holds nothing that INT4 would round"),
     ],
 )
 def test_what_cannot_be_rounded_is_told_in_a_sentence(options, sentence):

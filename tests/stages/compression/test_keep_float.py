@@ -28,8 +28,8 @@ def batches(count: int = 3):
     return [images(20, seed)[0] for seed in range(count)]
 
 
-def prepared_and_calibrated(model: nn.Module, keep_float=()):
-    prepared = prepare_qat(model, EXAMPLE, keep_float)
+def prepared_and_calibrated(model: nn.Module, exclude=()):
+    prepared = prepare_qat(model, EXAMPLE, exclude)
     calibrate(prepared, batches())
     return prepared.eval()
 
@@ -169,16 +169,16 @@ def test_a_layer_called_twice_and_a_module_with_two_paths_are_kept_under_either_
 
 
 @pytest.mark.parametrize(
-    ("keep_float", "sentence"),
+    ("exclude", "sentence"),
     [
         (["layer1.0.conv3"], r"no module 'layer1\.0\.conv3'; nearest: layer1\.0\.conv"),
         (["fc", "stem.2"], r"'stem\.2', which holds nothing that INT8 would compute"),
         (["stem", "layer1", "layer2", "fc"], "nothing left to quantize"),
     ],
 )
-def test_a_choice_that_cannot_be_is_told_in_a_sentence(keep_float, sentence):
+def test_a_choice_that_cannot_be_is_told_in_a_sentence(exclude, sentence):
     with pytest.raises(ModelError, match=sentence) as raised:
-        prepare_qat(build("residual"), EXAMPLE, keep_float)
+        prepare_qat(build("residual"), EXAMPLE, exclude)
     assert "\n" not in str(raised.value)
 
 

@@ -132,10 +132,10 @@ class Stem(nn.Module):
         return self.fc(maps.relu().mean((2, 3)))
 
 
-def stem_file(path, model, size: int = 16, keep_float=()):
+def stem_file(path, model, size: int = 16, exclude=()):
     """The INT8 file of a network over images [B, 3, size, size], the prepared network, and 50 of such images."""
     batch = torch.randn(50, 3, size, size, generator=torch.Generator().manual_seed(0))
-    prepared = prepare_qat(model, batch[:1], keep_float)
+    prepared = prepare_qat(model, batch[:1], exclude)
     calibrate(prepared, [batch])
     export_onnx(prepared, batch[:1], path, metadata={})
     return prepared.eval(), batch
@@ -160,11 +160,11 @@ def test_a_resnets_stem_is_written_over_folded_pixels_and_gives_the_very_same_lo
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "keep_float"),
+    ("model", "size", "exclude"),
     [(Stem(), 15, []), (Stem(also=True), 16, [])],
 )
-def test_other_stems_stay_as_they_are(model, size, keep_float, tmp_path):
-    prepared, batch = stem_file(tmp_path / "model.onnx", model, size, keep_float)
+def test_other_stems_stay_as_they_are(model, size, exclude, tmp_path):
+    prepared, batch = stem_file(tmp_path / "model.onnx", model, size, exclude)
     assert "SpaceToDepth" not in op_counts(tmp_path / "model.onnx")
     assert check_onnx(tmp_path / "model.onnx", prepared, batch).top1_agreement >= 0.98
 

@@ -93,7 +93,7 @@ def test_a_linear_layer_behind_a_flattened_map_loses_all_pixels_of_a_channel(bat
 
 def test_kept_modules_keep_their_outputs():
     model = build("residual")
-    widths = record_widths(pruned_of(model, PruneConfig(keep=("layer2", "layer1.0.conv1"))))
+    widths = record_widths(pruned_of(model, PruneConfig(exclude=("layer2", "layer1.0.conv1"))))
     full = record_widths(model)
     for path in ("layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0", "layer1.0.conv1"):
         assert widths[path]["out_channels"] == full[path]["out_channels"]
@@ -134,7 +134,7 @@ def test_a_global_ratio_beyond_max_ratio_is_refused():
 
 def test_an_unknown_path_to_keep_is_told_its_nearest():
     with pytest.raises(ModelError, match=r"'layer3'.*layer2"):
-        prune(build("residual"), EXAMPLE, PruneConfig(keep=("layer3",)))
+        prune(build("residual"), EXAMPLE, PruneConfig(exclude=("layer3",)))
 
 
 def test_a_rounding_that_undoes_all_pruning_is_told():
@@ -154,7 +154,7 @@ class Shuffled(nn.Module):
 
 
 def test_a_forward_with_channel_numbers_written_in_is_told():
-    with pytest.raises(ModelError, match=r"does not run .*: where its forward has .* prune\.keep"):
+    with pytest.raises(ModelError, match=r"does not run .*: where its forward has .* prune\.exclude"):
         prune(WrittenIn(), EXAMPLE, PruneConfig())
 
 
@@ -195,16 +195,16 @@ def test_the_module_where_a_pruned_model_breaks_is_named():
 
 def test_layers_that_stay_whole_are_named():
     assert prune(build("residual"), EXAMPLE, PruneConfig()).spared == {"fc": "it writes the logits"}
-    assert prune(build("depthwise"), EXAMPLE, PruneConfig(keep=("expand",))).spared == {
-        "expand.0": "named in prune.keep",
-        "depthwise.0": "its channels meet those of 'expand.0': named in prune.keep",
+    assert prune(build("depthwise"), EXAMPLE, PruneConfig(exclude=("expand",))).spared == {
+        "expand.0": "named in prune.exclude",
+        "depthwise.0": "its channels meet those of 'expand.0': named in prune.exclude",
         "classifier.2": "it writes the logits",
     }
 
 
 def test_a_model_that_can_lose_nothing_tells_why():
     with pytest.raises(ModelError, match=r"no layer .* \(stem\.0: its channels meet those of 'project\.0': named in"):
-        prune(build("depthwise"), EXAMPLE, PruneConfig(keep=("expand", "project.0")))
+        prune(build("depthwise"), EXAMPLE, PruneConfig(exclude=("expand", "project.0")))
 
 
 class Unused(Residual):
@@ -236,7 +236,7 @@ def vision_transformer() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("config", [PruneConfig(), PruneConfig(ratio=0.2, of="parameters", scope="global")])
+@pytest.mark.parametrize("config", [PruneConfig(), PruneConfig(ratio=0.2, budget="parameters", scope="global")])
 def test_a_transformer_loses_hidden_channels_of_its_mlps_alone(config):
     model, example = vision_transformer(), torch.zeros(2, 3, 16, 16)
     pruned = prune(model, example, config)
@@ -274,7 +274,7 @@ def test_an_example_of_another_shape_is_told():
         {"epochs_per_step": 0},
         {"importance_batches": 0},
         {"kind": "4:2"},
-        {"of": "bytes"},
+        {"budget": "bytes"},
         {"ratio": 0.0},
         {"ratio": 1.0},
         {"round_to": 0},
@@ -293,7 +293,7 @@ def test_settings_out_of_range_are_refused(wrong):
         ({"kind": "2:4", "ratio": 0.7}, "half of the weights"),
         ({"kind": "2:4", "steps": 2}, "in one step"),
         ({"kind": "2:4", "scope": "global"}, "in every layer"),
-        ({"kind": "weights", "of": "macs"}, "make no network smaller"),
+        ({"kind": "weights", "budget": "macs"}, "make no network smaller"),
         ({"kind": "weights", "importance": "taylor"}, "go by magnitude"),
         ({"kind": "2:4", "importance": "bn_scale"}, "go by magnitude"),
     ],

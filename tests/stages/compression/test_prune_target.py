@@ -26,7 +26,7 @@ def macs(model: nn.Module) -> int:
 @pytest.mark.parametrize(("of", "size"), [("parameters", count_parameters), ("macs", macs)])
 def test_a_goal_is_kept_and_no_more_is_taken_than_it_needs(name, scope, of, size):
     model = build(name)
-    config = PruneConfig(ratio=0.6, of=of, scope=scope, round_to=1)
+    config = PruneConfig(ratio=0.6, budget=of, scope=scope, round_to=1)
     pruned = prune(model, EXAMPLE, config)
     assert size(pruned.model) <= 0.4 * size(model)
     less = prune(model, EXAMPLE, config, ratio=pruned.ratio - 0.001).model
@@ -42,13 +42,13 @@ class Asking(Residual):
 
 def test_macs_are_counted_where_the_forward_asks_for_values():
     model = Asking()
-    pruned = prune(model, EXAMPLE, PruneConfig(ratio=0.6, of="macs", round_to=1)).model
+    pruned = prune(model, EXAMPLE, PruneConfig(ratio=0.6, budget="macs", round_to=1)).model
     assert 0.3 < macs(pruned) / macs(model) <= 0.4
 
 
 def test_a_found_ratio_prunes_the_same_again_without_a_search():
     model = build("residual")
-    config = PruneConfig(ratio=0.5, of="latency", round_to=1)
+    config = PruneConfig(ratio=0.5, budget="latency", round_to=1)
     found = prune(model, EXAMPLE, config, latency=lambda candidate: macs(candidate) / macs(model))
     again = prune(model, EXAMPLE, config, ratio=found.ratio)
     assert again.ratio == found.ratio
@@ -64,7 +64,7 @@ def test_latency_is_measured_a_few_times_and_never_twice_at_equal_widths():
         tried.append(record_widths(candidate))
         return macs(candidate) / macs(model)
 
-    pruned = prune(model, EXAMPLE, PruneConfig(ratio=0.5, of="latency", round_to=1), latency=latency).model
+    pruned = prune(model, EXAMPLE, PruneConfig(ratio=0.5, budget="latency", round_to=1), latency=latency).model
     assert 3 <= len(tried) <= MAX_LATENCIES
     assert all(one not in tried[:place] for place, one in enumerate(tried))
     assert record_widths(pruned) in tried
@@ -103,18 +103,18 @@ def test_an_unreachable_goal_tells_what_can_be_reached():
     with pytest.raises(
         ModelError, match=r"cannot leave 2\.0% of this model's parameters.* [\d.]+% is the least; lower"
     ):
-        prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.98, of="parameters"))
+        prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.98, budget="parameters"))
 
 
 def test_a_latency_goal_without_a_way_to_measure_is_told():
     with pytest.raises(ModelError, match="needs a way to measure"):
-        prune(build("residual"), EXAMPLE, PruneConfig(of="latency"))
+        prune(build("residual"), EXAMPLE, PruneConfig(budget="latency"))
 
 
 @pytest.mark.parametrize(("scope", "of"), [("layer", "channels"), ("layer", "parameters"), ("global", "macs")])
 def test_steps_end_where_one_shot_does(scope, of):
     full = build("residual")
-    config = PruneConfig(ratio=0.6, of=of, scope=scope, round_to=4, steps=3)
+    config = PruneConfig(ratio=0.6, budget=of, scope=scope, round_to=4, steps=3)
     model = full
     sizes = []
     for step in range(3):

@@ -40,9 +40,9 @@ def spoilt(model: nn.Module) -> nn.Module:
     return changed.eval()
 
 
-def divergence(model: nn.Module, keep_float=()) -> float:
+def divergence(model: nn.Module, exclude=()) -> float:
     """KL(float || INT8) over the batches, by another way than the measured one."""
-    prepared = prepare_qat(model, EXAMPLE, keep_float)
+    prepared = prepare_qat(model, EXAMPLE, exclude)
     calibrate(prepared, batches())
     everything = torch.cat(batches())
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_the_model_stays_as_it_is_and_the_answer_is_the_same_each_time(trained):
 
 def test_kept_layers_are_not_listed_and_their_gain_is_already_there(trained):
     everything = sensitivity(trained, EXAMPLE, batches())
-    rest = sensitivity(trained, EXAMPLE, batches(), keep_float=[everything[0].path])
+    rest = sensitivity(trained, EXAMPLE, batches(), exclude=[everything[0].path])
     assert {layer.path for layer in rest} == {layer.path for layer in everything[1:]}
     best = divergence(trained, [everything[0].path]) - divergence(trained, [everything[0].path, rest[0].path])
     assert rest[0].kl_spared == pytest.approx(best, rel=0.02, abs=1e-6)
