@@ -35,12 +35,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from stages.compression.cpu import cpu_features, cpu_name, num_cores
-from stages.compression.latency import Laps, measure_laps
+from stages.compression.cpu import cpu_features, cpu_name
+from stages.compression.latency import RoundTimes, measure_rounds
 from stages.compression.onnx_file import export_onnx
 from stages.compression.onnx_graph import float_nodes
 from stages.compression.prune import PruneConfig, prune
 from stages.compression.quantize import calibrate, prepare_qat
+from stages.machine.cores import num_cores
 
 TARGET, TARGET_BATCH_SIZE = 0.40, 16
 TARGETED = ("resnet18", "vgg11_bn")
@@ -59,12 +60,12 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(Path(folder), arguments)
-        laps = measure_laps(
+        times = measure_rounds(
             files, None, arguments.batch_sizes, num_rounds=arguments.rounds, num_threads=arguments.threads
         )
         names = [name.removesuffix(" fp32") for name in files if name.endswith(" fp32")]
         for batch_size in arguments.batch_sizes:
-            print_table(names, laps, batch_size)
+            print_table(names, times, batch_size)
         print("\nin float in the INT8 files:")
         for name in names:
             print(f"  {name:<22} {left_float(files[f'{name} int8'])}")
@@ -131,11 +132,11 @@ def example(image_size: int) -> Tensor:
     return torch.zeros(2, 3, image_size, image_size)
 
 
-def print_table(names: Sequence[str], laps: Laps, batch_size: int) -> None:
+def print_table(names: Sequence[str], times: RoundTimes, batch_size: int) -> None:
     heads = f"{'FP32 ms':>9} {'INT8 ms':>9} {'INT8/FP32':>10} {'90 % within':>15} {'fastest':>8}  target"
     print(f"\nbatch {batch_size:<18} {heads}")
     for name in names:
-        fp32, int8 = (laps[f"{name} {kind}"][batch_size] for kind in ("fp32", "int8"))
+        fp32, int8 = (times[f"{name} {kind}"][batch_size] for kind in ("fp32", "int8"))
         ratios = [mine / other for mine, other in zip(int8, fp32, strict=True)]
         ratio = statistics.median(ratios)
         low, high = np.percentile(ratios, (5, 95))

@@ -20,4 +20,4 @@ def student_sensitivity(config: CompressConfig, tutor: Tutor, num_batches: int) 
     images = [batch.images.cpu() for batch in islice(batches, num_batches)]
     counter = setup.watch.counter("sensitivity", "one layer after the other", "layer")
     example = torch.zeros(2, *setup.image_shape)
-    return sensitivity(network.model.cpu(), example, images, exclude=config.quantize.exclude, between=counter)
+    return sensitivity(network.model.cpu(), example, images, exclude=config.quantize.exclude, on_progress=counter)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from stages.compression.channel_groups import find_channels, traceable
-from stages.compression.importance import lay_gradients, measure_of
+from stages.compression.importance import attach_gradients, measure_of
 from stages.compression.prune import PruneConfig, prune
 from stages.compression.widths import record_widths
 from stages.errors import ModelError
@@ -50,7 +50,7 @@ def test_l2_is_the_root_of_the_mean_square_sum():
 def test_taylor_is_the_sum_of_weights_times_gradients():
     model = build("residual")
     gradients = gradients_of(model)
-    lay_gradients(model, gradients)
+    attach_gradients(model, gradients)
     conv1, conv2 = ((gradients[f"layer2.0.{name}.weight"] * model.get_parameter(f"layer2.0.{name}.weight")).abs()
                     for name in ("conv1", "conv2"))  # fmt: skip
     wanted = (conv1.sum(dim=(1, 2, 3)) + conv2.sum(dim=(0, 2, 3))) / 2
@@ -114,7 +114,7 @@ def test_the_least_important_by_taylor_go():
 
 def test_a_group_without_batch_norm_is_spared_and_named():
     pruned = prune(build("preactivation"), EXAMPLE, PruneConfig(importance="bn_scale"))
-    assert pruned.spared == {"fc": "it writes the logits"}
+    assert pruned.excluded == {"fc": "it writes the logits"}
     with pytest.raises(ModelError, match=r"stage1\.0: no batch norm in its group"):
         prune(build("plain"), EXAMPLE, PruneConfig(importance="bn_scale"))
 

@@ -13,10 +13,13 @@ import torch
 from tiny_nets import EXAMPLE, IMAGE_SHAPE, NUM_CLASSES, build, images, sgd, step
 from torch import nn
 
-from stages.compression.int4_layers import Int4Linear, int4_portable, prepare_int4, round_to_int4
-from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
+from stages.compression.int4_layers import Int4Linear, prepare_int4, quantize_int4
+from stages.compression.onnx_check import check_onnx
+from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_graph import op_counts
 from stages.compression.torch_program import export_program
 from stages.errors import ModelError
+from stages.exportable import export_form
 from stages.tensor_file import load_tensors, save_tensors
 
 NUM_PIXELS = math.prod(IMAGE_SHAPE)
@@ -70,7 +73,7 @@ def net(request):
 def test_a_block_of_weights_lies_on_sixteen_values_and_its_largest_one_is_exact():
     weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     weight[2], weight[3, 16:32] = 0, 0
-    whole, scales = round_to_int4(weight, 16)
+    whole, scales = quantize_int4(weight, 16)
     assert whole.shape == (6, 4, 16) and scales.shape == (6, 4)
     assert set(whole.unique().tolist()) == set(range(-8, 8))
     assert scales.isfinite().all() and (scales != 0).all()
@@ -89,7 +92,7 @@ def test_the_grid_is_that_of_onnxruntimes_own_quantizer():
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     config = quantizer.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, bits=4)
     packed, scales, _ = quantizer.DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight.T.contiguous().numpy())
-    portable = int4_portable(nn.Sequential(Int4Linear(_linear(weight), 32)))[0]
+    portable = export_form(nn.Sequential(Int4Linear(_linear(weight), 32)))[0]
     np.testing.assert_allclose(portable.scales.numpy(), scales.reshape(5, 2), rtol=1e-6)
     assert (portable.packed.numpy() == packed).mean() > 0.99  # but for halves, which it rounds away from zero
 
@@ -208,8 +211,8 @@ def test_the_portable_network_also_runs_in_torch_and_leaves_others_alone(net):
     prepared = prepare_int4(net, EXAMPLE)
     batch, _ = images(8)
     with torch.no_grad():
-        torch.testing.assert_close(int4_portable(prepared)(batch), prepared(batch), rtol=1e-5, atol=1e-5)
-        assert torch.equal(int4_portable(net.train())(batch), net.eval()(batch))
+        torch.testing.assert_close(export_form(prepared)(batch), prepared(batch), rtol=1e-5, atol=1e-5)
+        assert torch.equal(export_form(net.train())(batch), net.eval()(batch))
     assert int4_layers(prepared)
 
 

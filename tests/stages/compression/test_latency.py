@@ -5,9 +5,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from stages.compression import latency
-from stages.compression.cpu import cpu_features, cpu_name, num_cores
-from stages.compression.latency import WARM_UP_ROUNDS, measure_laps, measure_latency, summarise
+from stages.compression.cpu import cpu_features, cpu_name
+from stages.compression.latency import WARM_UP_ROUNDS, measure_latency, measure_rounds, summarize
 from stages.errors import ModelError, StoppedEarly
+from stages.machine.cores import num_cores
 
 CPUINFO = """processor\t: 0
 model name\t: Fast CPU 9000
@@ -52,24 +53,24 @@ def test_each_file_is_measured_at_each_batch_size(tmp_path):
 
 
 def test_the_figures_are_the_median_and_the_95th_percentile_of_the_rounds():
-    found = summarise([float(number) for number in range(101)][::-1])
+    found = summarize([float(number) for number in range(101)][::-1])
     assert (found.p50_ms, found.p95_ms) == (50.0, 95.0)
 
 
 def test_files_take_turns_in_every_round_and_warm_up_rounds_are_not_counted(tmp_path, monkeypatch):
     order = []
 
-    def lap_ms(path, session, feed):
+    def run_ms(path, session, feed):
         order.append((path.name, *next(iter(feed.values())).shape))
         return float(len(order))
 
-    monkeypatch.setattr(latency, "_lap_ms", lap_ms)
+    monkeypatch.setattr(latency, "_run_ms", run_ms)
     paths = {name: network(tmp_path, name=name) for name in ("a", "b")}
-    laps = measure_laps(paths, (3, 8, 8), (1, 4), num_rounds=3, num_threads=1)
+    times = measure_rounds(paths, (3, 8, 8), (1, 4), num_rounds=3, num_threads=1)
     turns = WARM_UP_ROUNDS + 3
     assert order == [(name, size, 3, 8, 8) for size in (1, 4) for _ in range(turns) for name in ("a", "b")]
-    assert laps["a"][1] == [float(2 * turn + 1) for turn in range(WARM_UP_ROUNDS, turns)]
-    assert [len(rounds) for sizes in laps.values() for rounds in sizes.values()] == [3] * 4
+    assert times["a"][1] == [float(2 * turn + 1) for turn in range(WARM_UP_ROUNDS, turns)]
+    assert [len(rounds) for sizes in times.values() for rounds in sizes.values()] == [3] * 4
 
 
 def test_it_can_be_ended_between_rounds(tmp_path):
@@ -97,9 +98,9 @@ def test_a_fixed_batch_size_is_measured_alone_and_no_other_is(tmp_path):
     ("made", "told"),
     [
         ({"num_inputs": 2}, "has 2 inputs (images0, images1)"),
-        ({"shape": ("batch", 10)}, "'images0' float [batch, 10]; latency is measured with images"),
+        ({"shape": ("batch", 10)}, "'images0' float [batch, 10]; only images, float32"),
         ({"kind": TensorProto.DOUBLE}, "'images0' double [batch, 3, 8, 8]"),
-        ({"shape": ("batch", 3, "height", "width")}, "leaves open how large an image is"),
+        ({"shape": ("batch", 3, "height", "width")}, "without a fixed image size"),
     ],
 )
 def test_a_file_that_takes_no_images_is_told(tmp_path, made, told):
@@ -108,7 +109,7 @@ def test_a_file_that_takes_no_images_is_told(tmp_path, made, told):
 
 def test_images_of_a_given_shape_have_to_suit_the_file(tmp_path):
     assert measure({"one": network(tmp_path, shape=("batch", 3, "height", "width"))}, (3, 5, 7))["one"][1].p50_ms > 0
-    assert "takes no images [3, 5, 7]" in refusal(network(tmp_path, name="fixed"), image_shape=(3, 5, 7))
+    assert "does not take images [3, 5, 7]" in refusal(network(tmp_path, name="fixed"), image_shape=(3, 5, 7))
 
 
 def test_what_is_no_onnx_file_is_told(tmp_path):

@@ -10,8 +10,9 @@ from onnx import numpy_helper
 from tiny_nets import EXAMPLE, build, images, sgd, step
 from torch import nn
 
-from stages.compression.onnx_check import check_onnx, where_they_part
+from stages.compression.onnx_check import check_onnx
 from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_parting import first_divergence
 from stages.compression.quantize import calibrate, prepare_qat
 from stages.errors import ModelError
 
@@ -85,7 +86,7 @@ def test_a_check_leaves_the_network_in_its_mode_and_its_hooks_in_peace(networks,
     model.fc.register_forward_hook(lambda *_: heard.append(1))
     means = [module.running_mean.clone() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     check_onnx(files["float"], model, images(10)[0])
-    where_they_part(files["float"], model, images(10)[0])
+    first_divergence(files["float"], model, images(10)[0])
     assert model.training and not model.layer1.training and not heard
     after = [module.running_mean for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert all(torch.equal(*pair) for pair in zip(means, after, strict=True))
@@ -95,7 +96,7 @@ def test_a_check_leaves_the_network_in_its_mode_and_its_hooks_in_peace(networks,
 def test_a_logit_that_is_no_number_is_not_lost(networks, damaged):
     path = damaged("float", "fc.bias", lambda values: values * np.nan)
     assert np.isnan(check_onnx(path, networks["float"], in_batches(20, 10)).max_logit_difference)
-    assert where_they_part(path, networks["float"], images(10)[0]).startswith("at the logits 100 %")
+    assert first_divergence(path, networks["float"], images(10)[0]).startswith("at the logits 100 %")
 
 
 def test_a_check_without_images_or_without_a_file_is_told(networks, files, tmp_path):
@@ -107,7 +108,7 @@ def test_a_check_without_images_or_without_a_file_is_told(networks, files, tmp_p
 
 @pytest.mark.parametrize("kind", ["float", "int8"])
 def test_a_right_file_parts_from_its_network_nowhere(networks, files, kind):
-    said = where_they_part(files[kind], networks[kind], images(30)[0])
+    said = first_divergence(files[kind], networks[kind], images(30)[0])
     assert said == "nowhere on these images" or said.startswith("at no single operation")
 
 
@@ -131,7 +132,7 @@ def with_dead_channels():
 
 def test_a_file_with_dead_channels_parts_from_its_network_nowhere(with_dead_channels, tmp_path):
     export_onnx(with_dead_channels, EXAMPLE, tmp_path / "model.onnx", metadata={})
-    said = where_they_part(tmp_path / "model.onnx", with_dead_channels, images(30)[0])
+    said = first_divergence(tmp_path / "model.onnx", with_dead_channels, images(30)[0])
     assert said == "nowhere on these images" or said.startswith("at no single operation")
     found = check_onnx(tmp_path / "model.onnx", with_dead_channels, in_batches(300, 100))
     assert found.top1_agreement >= 0.99
@@ -141,7 +142,7 @@ def test_a_file_with_dead_channels_parts_from_its_network_nowhere(with_dead_chan
 @pytest.mark.parametrize("layer", ["stem.0", "layer1.1.conv2", "layer2.0.shortcut.0"])
 def test_the_layer_of_a_float_file_whose_weight_is_wrong_is_named(networks, damaged, layer):
     path = damaged("float", f"{layer}.weight", lambda values: values * 1.1)
-    said = where_they_part(path, networks["float"], images(30)[0])
+    said = first_divergence(path, networks["float"], images(30)[0])
     assert said.startswith(f"at {layer} (Conv) ")
     assert "% of the values differ" in said and "\n" not in said
 
@@ -154,7 +155,7 @@ def test_the_layer_of_an_int8_file_whose_weight_is_wrong_is_named(networks, dama
         return weights
 
     path = damaged("int8", f"{layer}.weights.weight", one_channel)
-    said = where_they_part(path, networks["int8"], images(30)[0])
+    said = first_divergence(path, networks["int8"], images(30)[0])
     assert said.startswith(f"at {layer} (Conv) ")
     assert "quantization steps" in said and "\n" not in said
     share = float(said.partition("(Conv) ")[2].partition(" %")[0])
@@ -165,15 +166,15 @@ def test_a_rounding_of_an_int8_file_that_has_another_scale_is_named_by_what_it_r
     nodes = onnx.load(files["int8"]).graph.node
     rounding = next(node for node in nodes if node.name.startswith("layer1.0.conv2/node_quantize"))
     path = damaged("int8", rounding.input[1], lambda scale: scale * 1.2)
-    assert where_they_part(path, networks["int8"], images(30)[0]).startswith("at layer1.0.conv2 (Conv) ")
+    assert first_divergence(path, networks["int8"], images(30)[0]).startswith("at layer1.0.conv2 (Conv) ")
 
 
 def test_a_wrong_last_layer_shows_in_the_logits(networks, damaged):
     path = damaged("int8", "fc.weights.bias", lambda values: values + 5000)
-    assert where_they_part(path, networks["int8"], images(30)[0]).startswith("at the logits ")
+    assert first_divergence(path, networks["int8"], images(30)[0]).startswith("at the logits ")
 
 
 def test_a_file_of_another_network_parts_at_its_first_layer(networks, files):
     other = prepare_qat(build("residual", seed=3).eval(), EXAMPLE)
     calibrate(other, [images(20, seed)[0] for seed in range(3)])
-    assert where_they_part(files["int8"], other.eval(), images(30)[0]).startswith("at stem.0 (Conv) ")
+    assert first_divergence(files["int8"], other.eval(), images(30)[0]).startswith("at stem.0 (Conv) ")

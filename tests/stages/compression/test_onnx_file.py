@@ -15,8 +15,10 @@ from tiny_nets import EXAMPLE, NUM_CLASSES, build, images, sgd, step
 from torch import nn
 
 from stages.compression import onnx_file
-from stages.compression.onnx_check import where_they_part
-from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
+from stages.compression.onnx_check import check_onnx
+from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_graph import op_counts
+from stages.compression.onnx_parting import first_divergence
 from stages.compression.prune import PruneConfig, prune
 from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
 from stages.errors import ModelError
@@ -146,7 +148,7 @@ def test_a_resnets_stem_is_written_over_folded_pixels_and_gives_the_very_same_lo
     size = 18
     model = Stem()
     prepared, batch = stem_file(tmp_path / "folded.onnx", model, size)
-    monkeypatch.setattr(onnx_file, "quicken_stem", lambda proto: None)
+    monkeypatch.setattr(onnx_file, "fold_stem", lambda proto: None)
     stem_file(tmp_path / "plain.onnx", model, size)
     assert "SpaceToDepth" not in op_counts(tmp_path / "plain.onnx")
     counts = op_counts(tmp_path / "folded.onnx")
@@ -155,7 +157,7 @@ def test_a_resnets_stem_is_written_over_folded_pixels_and_gives_the_very_same_lo
     proto = onnx.load(tmp_path / "folded.onnx")
     onnx.checker.check_model(proto, full_check=True)
     assert any(node.name.startswith("conv/") for node in proto.graph.node if node.op_type == "SpaceToDepth")
-    said = where_they_part(tmp_path / "folded.onnx", prepared, batch)
+    said = first_divergence(tmp_path / "folded.onnx", prepared, batch)
     assert said == "nowhere on these images" or said.startswith("at no single operation")
 
 

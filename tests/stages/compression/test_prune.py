@@ -164,7 +164,7 @@ def test_channels_that_are_shuffled_on_their_way_stay(shuffle):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), shuffle, *after)
     pruned = prune(model, EXAMPLE, PruneConfig(round_to=1))
     shuffled = "its channels are shuffled, or split over more axes and joined again"
-    assert pruned.spared == {"0": shuffled, "3": "it writes the logits"}
+    assert pruned.excluded == {"0": shuffled, "3": "it writes the logits"}
     assert record_widths(pruned.model)["2"] == {"in_channels": 16, "out_channels": 4, "groups": 1}
 
 
@@ -194,8 +194,8 @@ def test_the_module_where_a_pruned_model_breaks_is_named():
 
 
 def test_layers_that_stay_whole_are_named():
-    assert prune(build("residual"), EXAMPLE, PruneConfig()).spared == {"fc": "it writes the logits"}
-    assert prune(build("depthwise"), EXAMPLE, PruneConfig(exclude=("expand",))).spared == {
+    assert prune(build("residual"), EXAMPLE, PruneConfig()).excluded == {"fc": "it writes the logits"}
+    assert prune(build("depthwise"), EXAMPLE, PruneConfig(exclude=("expand",))).excluded == {
         "expand.0": "named in prune.exclude",
         "depthwise.0": "its channels meet those of 'expand.0': named in prune.exclude",
         "classifier.2": "it writes the logits",
@@ -220,7 +220,7 @@ class Unused(Residual):
 
 def test_the_channels_of_the_image_and_layers_without_use_stay():
     pruned = prune(Unused(), EXAMPLE, PruneConfig())
-    assert pruned.spared == {
+    assert pruned.excluded == {
         "fc": "it writes the logits",
         "colour": "its channels are the image's, which 'colour' reads one by one",
         "spare": "the forward does not call it",
@@ -245,11 +245,13 @@ def test_a_transformer_loses_hidden_channels_of_its_mlps_alone(config):
     assert changed and all(".mlp." in path for path in changed)
     block = "encoder.layers.encoder_layer_0"
     layers = [path for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    assert list(pruned.spared) == [path for path in layers if not path.endswith(".mlp.0")]
-    assert pruned.spared["heads.head"] == "it writes the logits"
-    assert pruned.spared[f"{block}.self_attention.out_proj"] == f"it is part of the attention '{block}.self_attention'"
+    assert list(pruned.excluded) == [path for path in layers if not path.endswith(".mlp.0")]
+    assert pruned.excluded["heads.head"] == "it writes the logits"
+    assert (
+        pruned.excluded[f"{block}.self_attention.out_proj"] == f"it is part of the attention '{block}.self_attention'"
+    )
     for path in ("conv_proj", f"{block}.mlp.3"):
-        assert pruned.spared[path].startswith("its channels reach the ")
+        assert pruned.excluded[path].startswith("its channels reach the ")
 
 
 def test_a_pruned_transformer_trains_and_is_rebuilt_from_its_widths():

@@ -11,7 +11,7 @@ from stages.compression.channel_groups import find_channels, remove, traceable, 
 from stages.compression.complexity import count_macs
 from stages.compression.importance import measure_of
 from stages.compression.prune import PruneConfig, prune
-from stages.compression.prune_target import MAX_LATENCIES, Shares, Unreachable, find_ratio
+from stages.compression.prune_target import MAX_LATENCIES, Allocation, Unreachable, find_ratio
 from stages.compression.widths import record_widths
 from stages.errors import ModelError
 from stages.models.weights import count_parameters
@@ -74,17 +74,17 @@ def test_latency_is_measured_a_few_times_and_never_twice_at_equal_widths():
 def test_of_noisy_measurements_the_largest_that_fits_is_taken():
     shares = {(4,): 1.0, (3,): 0.45, (2,): 0.5, (1,): 0.2}  # the third was slow that once
     widths = lambda ratio: (4 - int(ratio * 3.5),)  # noqa: E731
-    ratio = find_ratio(widths, shares.__getitem__, 0.5, most=1.0)
+    ratio = find_ratio(widths, shares.__getitem__, 0.5, highest=1.0)
     assert shares[widths(ratio)] <= 0.5
 
 
 def test_nothing_is_taken_where_the_goal_is_met_already():
-    assert find_ratio(lambda ratio: (round(10 - 9 * ratio),), lambda widths: widths[0] / 20, 0.5, most=1.0) == 0
+    assert find_ratio(lambda ratio: (round(10 - 9 * ratio),), lambda widths: widths[0] / 20, 0.5, highest=1.0) == 0
 
 
 def test_a_search_ends_where_nothing_is_left_to_take():
     with pytest.raises(Unreachable):
-        find_ratio(lambda ratio: (round(10 - 5 * ratio),), lambda widths: widths[0] / 10, 0.4, most=1.0)
+        find_ratio(lambda ratio: (round(10 - 5 * ratio),), lambda widths: widths[0] / 10, 0.4, highest=1.0)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -93,9 +93,9 @@ def test_widths_are_known_before_anything_is_cut(name):
     before = record_widths(model)
     with traceable(model):
         found = find_channels(model, EXAMPLE, (), measure_of("l1"), full_widths=before, with_batch_norm=False)
-        left = Shares("layer", 0.9, 1).left(found.groups, 0.37)
-        wanted = widths_after(before, found.groups, left)
-        remove(found, left)
+        num_kept = Allocation("layer", 0.9, 1).num_kept(found.groups, 0.37)
+        wanted = widths_after(before, found.groups, num_kept)
+        remove(found, num_kept)
     assert record_widths(model) == wanted != before
 
 
@@ -107,7 +107,7 @@ def test_an_unreachable_goal_tells_what_can_be_reached():
 
 
 def test_a_latency_goal_without_a_way_to_measure_is_told():
-    with pytest.raises(ModelError, match="needs a way to measure"):
+    with pytest.raises(ModelError, match="needs the `latency` argument"):
         prune(build("residual"), EXAMPLE, PruneConfig(budget="latency"))
 
 

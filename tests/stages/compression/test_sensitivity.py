@@ -63,8 +63,8 @@ def test_what_sparing_a_layer_promises_is_what_keep_float_gives(trained):
     full = divergence(trained)
     for layer in found:
         gain = full - divergence(trained, [layer.path])
-        assert layer.kl_spared == pytest.approx(gain, rel=0.02, abs=1e-3 * full), layer.path
-    assert [layer.kl_spared for layer in found] == sorted((layer.kl_spared for layer in found), reverse=True)
+        assert layer.kl_recovered == pytest.approx(gain, rel=0.02, abs=1e-3 * full), layer.path
+    assert [layer.kl_recovered for layer in found] == sorted((layer.kl_recovered for layer in found), reverse=True)
 
 
 def test_every_layer_is_listed_once_with_its_parameters(trained):
@@ -109,12 +109,12 @@ def test_kept_layers_are_not_listed_and_their_gain_is_already_there(trained):
     rest = sensitivity(trained, EXAMPLE, batches(), exclude=[everything[0].path])
     assert {layer.path for layer in rest} == {layer.path for layer in everything[1:]}
     best = divergence(trained, [everything[0].path]) - divergence(trained, [everything[0].path, rest[0].path])
-    assert rest[0].kl_spared == pytest.approx(best, rel=0.02, abs=1e-6)
+    assert rest[0].kl_recovered == pytest.approx(best, rel=0.02, abs=1e-6)
 
 
 def test_progress_is_told_and_can_end_it(trained):
     calls = []
-    found = sensitivity(trained, EXAMPLE, batches(), between=lambda done, total: calls.append((done, total)))
+    found = sensitivity(trained, EXAMPLE, batches(), on_progress=lambda done, total: calls.append((done, total)))
     assert calls == [(done, 2 * len(found)) for done in range(1, 2 * len(found) + 1)]
 
     def stop(done, total):
@@ -122,7 +122,7 @@ def test_progress_is_told_and_can_end_it(trained):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sensitivity(trained, EXAMPLE, batches(), between=stop)
+        sensitivity(trained, EXAMPLE, batches(), on_progress=stop)
 
 
 def test_a_layer_without_noise_or_signal_gets_an_infinite_ratio():

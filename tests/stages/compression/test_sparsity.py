@@ -71,8 +71,8 @@ def test_two_of_each_four_input_channels_are_kept_at_every_place_of_the_kernel()
 
 
 def test_layers_that_stay_whole_are_named():
-    spared = prune(build("depthwise"), EXAMPLE, PruneConfig(kind="2:4", exclude=("expand",))).spared
-    assert spared == {
+    excluded = prune(build("depthwise"), EXAMPLE, PruneConfig(kind="2:4", exclude=("expand",))).excluded
+    assert excluded == {
         "stem.0": "it reads 3 channels, no multiple of 4",
         "expand.0": "named in prune.exclude",
         "depthwise.0": "a depthwise convolution",
