@@ -1,4 +1,4 @@
-"""`kdpipe bench`: how long ONNX files take on this machine's CPU, each against the first, and what CPU that is."""
+"""Run `kdpipe bench`: measure the latency of ONNX files on this machine's CPU, relative to the first."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ DEFAULT_BATCH_SIZES = (1, 64)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One file: its bytes, weights that lie beside it included, and its latency by batch size."""
+class FileResult:
+    """One file's size, external weights included, and its latency by batch size."""
 
     path: Path
     num_bytes: int
@@ -35,19 +35,19 @@ class Measured:
 
     @property
     def images_per_s(self) -> float:
-        """At the largest batch size."""
+        """Throughput at the largest batch size."""
         largest = max(self.latency)
         return 1000 * largest / self.latency[largest].p50_ms
 
-    def time_against(self, first: Measured) -> float:
-        """Its median as a share of `first`'s, at the largest batch size."""
+    def time_against(self, first: FileResult) -> float:
+        """Return its median latency relative to `first`'s, at the largest batch size."""
         return first.images_per_s / self.images_per_s
 
-    def to_json(self, first: Measured) -> dict[str, Any]:
+    def to_json(self, first: FileResult) -> dict[str, Any]:
         return {
             "path": str(self.path),
             "bytes": self.num_bytes,
-            "latency": [{"batch_size": size, **one.to_json()} for size, one in self.latency.items()],
+            "latency": [{"batch_size": size, **latency.to_json()} for size, latency in self.latency.items()],
             "images_per_s": self.images_per_s,
             "time_against_first": self.time_against(first),
         }
@@ -55,13 +55,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured, on what, with which settings."""
+    """The results, with the CPU and settings."""
 
     cpu: str
     features: list[str]
     num_threads: int
     num_rounds: int
-    files: list[Measured]
+    files: list[FileResult]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -78,28 +78,36 @@ class Bench:
 def run_bench(
     paths: Sequence[Path], batch_sizes: Sequence[int], *, num_threads: int | None, num_rounds: int, as_json: bool
 ) -> Bench:
-    """Measure the files in turn; `batch_sizes` empty means 1 and 64, `num_threads` None all cores of this process.
+    """Measure the files in turn.
 
-    Raises ModelError for a file that is missing, no ONNX network, or not one of images.
+    Args:
+        paths: ONNX files.
+        batch_sizes: Empty means 1 and 64.
+        num_threads: None means all cores of this process.
+        num_rounds: Rounds per batch size.
+        as_json: Report progress as JSON lines.
+
+    Raises:
+        ModelError: If a file is missing, not an ONNX network, or not one that takes images.
     """
     sizes = list(dict.fromkeys(batch_sizes or DEFAULT_BATCH_SIZES))
     num_threads = num_threads or num_cores()
     with _progress(len(sizes) * (num_rounds + WARM_UP_ROUNDS), as_json) as tick:
         latency = measure_latency(
-            {str(number): path for number, path in enumerate(paths)},  # one file may be named twice, to see the noise
+            {str(number): path for number, path in enumerate(paths)},  # a file may be given twice, to see the noise
             None,
             sizes,
             num_rounds=num_rounds,
             num_threads=num_threads,
             between_rounds=tick,
         )
-    files = [Measured(path, file_bytes(path), latency[str(number)]) for number, path in enumerate(paths)]
+    files = [FileResult(path, file_bytes(path), latency[str(number)]) for number, path in enumerate(paths)]
     return Bench(cpu_name(), cpu_features(), num_threads, num_rounds, files)
 
 
 @contextmanager
 def _progress(total: int, as_json: bool) -> Iterator[Callable[[], None]]:
-    """What is to be called before each round; there are `total`."""
+    """Yield a function to call before each of `total` rounds."""
     done = -1
     with reporter(as_json) as report:
 
@@ -113,14 +121,14 @@ def _progress(total: int, as_json: bool) -> Iterator[Callable[[], None]]:
 
 
 def file_bytes(path: Path) -> int:
-    """The size of an ONNX file and of the files beside it in which some exporters leave its weights."""
+    """Return the size of an ONNX file and of the external files with its weights."""
     graph = onnx.load(path, load_external_data=False).graph
-    beside = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
+    external = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in external)
 
 
 def print_bench(bench: Bench) -> None:
-    """The table for people, on stdout."""
+    """Print the table to stdout."""
     from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 120, markup=False, highlight=False)
@@ -146,7 +154,7 @@ def _table(bench: Bench) -> Table:
         table.add_row(
             printable(str(file.path)),
             f"{file.num_bytes:,}",
-            *(f"{one.p50_ms:.3f} / {one.p95_ms:.3f}" for one in file.latency.values()),
+            *(f"{latency.p50_ms:.3f} / {latency.p95_ms:.3f}" for latency in file.latency.values()),
             f"{file.images_per_s:,.0f}",
             f"{file.time_against(bench.files[0]):.3f}",
         )

@@ -40,8 +40,8 @@ def _compressed(results: dict[str, Any]) -> Iterator[str]:
         for kind, figures in pair.items():
             yield _figures(f"{kind}, number {number}", figures)
     for pair in results.get("compressed", [])[:1]:  # the same for every seed
-        if spared := pair.get("pruned", {}).get("spared"):
-            yield f"not pruned: {_few([f'{path} ({why})' for path, why in spared.items()])}"
+        if excluded := pair.get("pruned", {}).get("excluded"):
+            yield f"not pruned: {_few([f'{path} ({why})' for path, why in excluded.items()])}"
     for card in results.get("artifacts", [])[:1]:
         if card["float_nodes"]:
             yield f"not in integers: {_few(card['float_nodes'])}"

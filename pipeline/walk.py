@@ -25,7 +25,7 @@ from stages.datasets.image_set import ImageSet
 from stages.datasets.load import DataConfig, load_dataset
 from stages.errors import RecipeError
 from stages.export_student import export_student
-from stages.fine_tune import Tutor
+from stages.fine_tune import FineTuneContext
 from stages.forms import Wanted, parse_wanted
 from stages.job_folder import write_json
 from stages.lesson import Lesson
@@ -334,8 +334,8 @@ def walk_compress(walk: Walk, only: Step | None = None) -> dict[str, Any]:
 def walk_sensitivity(walk: Walk, num_batches: int) -> tuple[str, list[LayerSensitivity]]:
     """How much each layer of the first seed's float student suffers from INT8, and which network that is."""
     config, student = walk.recipe.compress, walk.recipe.student
-    tutor = Tutor(student, student.seeds[0], walk.teaching, walk.setup, compressed_root(walk.run, config))
-    return float_job(config, tutor).path.name, student_sensitivity(config, tutor, num_batches)
+    context = FineTuneContext(student, student.seeds[0], walk.teaching, walk.setup, compressed_root(walk.run, config))
+    return float_job(config, context).path.name, student_sensitivity(config, context, num_batches)
 
 
 STAGES: dict[str, Callable[[Walk], dict[str, Any]]] = {

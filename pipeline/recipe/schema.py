@@ -54,7 +54,7 @@ def explanations(kind: type) -> dict[str, str]:
     `key, key: text`, up to the next one or the paragraph's end.
     """
     names = "|".join(sorted((re.escape(field.name) for field in fields(kind)), key=len, reverse=True))
-    heads = re.compile(rf"(?:^|(?<=[.)] ))((?:{names})(?:, (?:{names}))*): ", re.MULTILINE)
+    heads = re.compile(rf"(?:^ *|(?<=[.)] ))((?:{names})(?:, (?:{names}))*): ", re.MULTILINE)
     found: dict[str, str] = {}
     for base in kind.__mro__:
         for paragraph in inspect.cleandoc(base.__dict__.get("__doc__") or "").split("\n\n"):

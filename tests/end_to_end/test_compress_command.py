@@ -67,7 +67,7 @@ def test_sensitivity_ranks_the_layers_and_writes_nothing(done, recipe):
     assert ended.exit_code == 0, ended.stderr
     layers = json.loads(ended.stdout)["layers"]
     assert {layer["path"] for layer in layers} >= {"stage1.0", "stage2.0", "fc"}
-    assert [layer["kl_spared"] for layer in layers] == sorted((layer["kl_spared"] for layer in layers), reverse=True)
+    assert [layer["kl_recovered"] for layer in layers] == sorted((layer["kl_recovered"] for layer in layers), reverse=True)
     shown = kdpipe_here("sensitivity", recipe, "--run", done[0], "--batches", "2").stdout
     assert f'compress.quantize.exclude=["{layers[0]["path"]}"]' in shown
     assert folder_bytes(done[0]) == before

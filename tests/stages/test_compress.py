@@ -18,7 +18,7 @@ from stages.compress import CompressConfig, compress, compressed_root
 from stages.compression.prune import PruneConfig
 from stages.errors import ModelError, RunError, StoppedEarly
 from stages.export_student import export_student
-from stages.fine_tune import Tutor
+from stages.fine_tune import FineTuneContext
 from stages.job_folder import read_json
 from stages.model_card import card_text
 from stages.models.build import ModelConfig
@@ -126,7 +126,7 @@ def sizes(state):
     ids=lambda one: one.get("kind") or one.get("budget") or one["importance"],
 )
 def test_stopped_again_and_again_equals_undisturbed(run, copy, tmp_path_factory, monkeypatch, changes):
-    monkeypatch.setattr(Tutor, "handed_out", False)  # without ONNX files, which take most of the time
+    monkeypatch.setattr(FineTuneContext, "exports_onnx", False)  # without ONNX files, which take most of the time
     measured = itertools.count()
     monkeypatch.setattr("stages.prune_student.latency_share", lambda full, shape: noisy_share(full, measured))
     config, other = with_prune(**changes), copied(run, tmp_path_factory.mktemp("undisturbed"))
@@ -167,7 +167,7 @@ def test_the_figures_say_what_pruning_did(made):
     assert figures["num_parameters"] < 0.6 * student["num_parameters"]
     assert figures["num_macs"] < 0.6 * student["num_macs"]
     assert figures["channel_ratio"] == 0.5
-    assert figures["spared"] == {"fc": "it writes the logits"}
+    assert figures["excluded"] == {"fc": "it writes the logits"}
     assert 0 <= figures["accuracy_before"] <= 1
 
 
@@ -192,7 +192,7 @@ def test_baselines_are_the_same_without_the_stores_and_without_pruning(run, copy
 
 @pytest.mark.parametrize("kind", ["weights", "2:4"])
 def test_zeros_stay_zero_through_both_fine_tunings(run, copy, monkeypatch, kind):
-    monkeypatch.setattr(Tutor, "handed_out", False)
+    monkeypatch.setattr(FineTuneContext, "exports_onnx", False)
     compressed(copy, run, with_prune(kind=kind))
     for network in ("pruned", "int8"):
         state = weights(copy, network)
@@ -205,7 +205,7 @@ def test_zeros_stay_zero_through_both_fine_tunings(run, copy, monkeypatch, kind)
 
 
 def test_hard_labels_alone_prune_by_their_own_gradients(run, copy, monkeypatch):
-    monkeypatch.setattr(Tutor, "handed_out", False)
+    monkeypatch.setattr(FineTuneContext, "exports_onnx", False)
     config = dataclasses.replace(with_prune(importance="taylor"), baselines=True, steps=("prune",))
     compressed(copy, run, config)
     assert sizes(weights(copy, "pruned")) == sizes(weights(copy, "pruned-alone"))
@@ -288,12 +288,12 @@ def test_earlier_artifacts_stay_where_new_ones_fail(run, own, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_told(run, own):
     shutil.rmtree(own / "compressed" / "artifacts-seed0")
     (own / "compressed" / "artifacts-seed0").write_text("in the way")
-    with pytest.raises(RunError, match="artifacts' folder .* cannot be made"):
+    with pytest.raises(RunError, match="artifacts folder .* cannot be created"):
         exported(own, run)
 
 
 def test_a_student_trained_elsewhere_is_measured_compressed_and_kept_apart(run, copy, tmp_path, monkeypatch):
-    monkeypatch.setattr(Tutor, "handed_out", False)
+    monkeypatch.setattr(FineTuneContext, "exports_onnx", False)
     state = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")[0]
     torch.save({"state_dict": {f"module.{name}": one for name, one in state.items()}}, tmp_path / "mine.pt")
     config = dataclasses.replace(CONFIG, student=str(tmp_path / "mine.pt"))
@@ -325,7 +325,7 @@ def test_a_pruned_student_of_ours_is_pruned_on(run, own):
 def test_what_cannot_be_taken_for_the_student_is_refused(run, made, copy, tmp_path):
     quantized = made / "compressed" / "artifacts-seed0" / "model.safetensors"
     for path, kind, sentence in (
-        (quantized, ModelError, "is quantized already"),
+        (quantized, ModelError, "is already quantized"),
         (tmp_path / "absent.pt", ModelError, "there is no weights file"),
         (run / "teacher" / "model.safetensors", FingerprintMismatch, "args.width: stored 8, wanted 4"),
     ):
@@ -365,7 +365,7 @@ def test_layers_left_float_by_name_are_float_and_said_to_be(run, copy):
 
 
 def test_a_step_beyond_its_goal_leaves_the_next_nothing_to_do(run, copy, monkeypatch):
-    monkeypatch.setattr(Tutor, "handed_out", False)
+    monkeypatch.setattr(FineTuneContext, "exports_onnx", False)
     config = with_prune(budget="macs", ratio=0.2, round_to=4, steps=2, epochs_per_step=1)
     figures = compressed(copy, run, dataclasses.replace(config, baselines=True, steps=("prune",)))
     assert figures["pruned"]["channel_ratio"] > 0
@@ -380,7 +380,7 @@ def test_only_a_file_that_answers_as_its_network_is_handed_over(run, own):
         exported(own, run)
     assert not list(folder.iterdir())
     (own / "compressed" / "pruned-seed0" / "model.onnx").unlink()
-    with pytest.raises(RunError, match="is gone: delete the folder"):
+    with pytest.raises(RunError, match="is missing: delete the folder"):
         exported(own, run)
 
 
@@ -430,7 +430,7 @@ def test_a_start_of_another_job_is_told(run, copy):
     folder = copy / "compressed" / "pruned-seed0"
     folder.mkdir(parents=True)
     shutil.copy(run / "teacher" / "model.safetensors", folder / "start.safetensors")
-    with pytest.raises(RunError, match="start.safetensors is not of this job, or damaged"):
+    with pytest.raises(RunError, match="start.safetensors is from another job, or damaged"):
         compressed(copy, run)
 
 
@@ -448,7 +448,7 @@ def test_a_header_that_says_nothing_sensible_is_refused(run, copy, tmp_path, arc
     tensors, record = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")
     own = record["architecture"] | architecture if isinstance(architecture, dict) else architecture
     save_tensors(tmp_path / "odd.safetensors", tensors, record | {"architecture": own})
-    with pytest.raises(ModelError, match="does not say what the network is"):
+    with pytest.raises(ModelError, match="has no valid architecture"):
         compressed(copy, run, dataclasses.replace(CONFIG, student=str(tmp_path / "odd.safetensors")))
 
 

@@ -16,7 +16,7 @@ from stages.compression.onnx_graph import float_nodes, op_counts
 from stages.compression.prune import PruneConfig
 from stages.errors import StoppedEarly
 from stages.evaluate import evaluate
-from stages.fine_tune import Tutor
+from stages.fine_tune import FineTuneContext
 from stages.job_folder import read_json
 from stages.losses.kd import KDConfig
 from stages.models.build import ModelConfig
@@ -93,7 +93,7 @@ def stopped_again_and_again(config, student, run):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_goes_the_whole_way(run, tmp_path, monkeypatch, family):
-    monkeypatch.setattr(Tutor, "handed_out", False)  # one ONNX file, below, is enough
+    monkeypatch.setattr(FineTuneContext, "exports_onnx", False)  # one ONNX file, below, is enough
     student = StudentConfig(model=FAMILIES[family], train=TRAIN, seeds=(0,))
     setup = setup_in(run)
     trained_elsewhere(student, setup, tmp_path / f"{family}.pt")
@@ -126,7 +126,7 @@ def test_a_family_goes_the_whole_way(run, tmp_path, monkeypatch, family):
     floats, counts = [str(node) for node in float_nodes(path)], op_counts(path)
     if family == "attention":
         assert any("Softmax" in node for node in floats)
-        assert any("attention" in why for why in figures["pruned"]["spared"].values())
+        assert any("attention" in why for why in figures["pruned"]["excluded"].values())
     else:
         assert floats == []
         assert counts["QLinearConv"] >= 5 and "Conv" not in counts

@@ -236,7 +236,7 @@ def test_the_torch_program_holds_two_weights_a_byte_too(net, tmp_path):
         ({"block_size": 256}, "no linear layer of 256 inputs or more"),
         ({"exclude": ["1", "2", "3"]}, "no linear layer left"),
         ({"exclude": ["1.9"]}, r"no module '1\.9'; nearest: 1\.1, 1\.0"),
-        ({"exclude": ["5"]}, "'5', which holds nothing that INT4 would round"),
+        ({"exclude": ["5"]}, "'5', which has no layer that INT4 would round"),
     ],
 )
 def test_what_cannot_be_rounded_is_told_in_a_sentence(options, sentence):

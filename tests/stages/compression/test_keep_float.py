@@ -173,7 +173,7 @@ def test_a_layer_called_twice_and_a_module_with_two_paths_are_kept_under_either_
     ("exclude", "sentence"),
     [
         (["layer1.0.conv3"], r"no module 'layer1\.0\.conv3'; nearest: layer1\.0\.conv"),
-        (["fc", "stem.2"], r"'stem\.2', which holds nothing that INT8 would compute"),
+        (["fc", "stem.2"], r"'stem\.2', which has no operation that INT8 would compute"),
         (["stem", "layer1", "layer2", "fc"], "nothing left to quantize"),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_vision_transformers_block_can_be_kept_and_its_attention_is_float_anyw
     block = "encoder.layers.encoder_layer_1"
     prepared = prepare_qat(transformer, EXAMPLE, [block])
     assert {path for path in float_layers(prepared) if "mlp" in path} == {f"{block}.mlp.0", f"{block}.mlp.3"}
-    with pytest.raises(ModelError, match="holds nothing that INT8 would compute"):
+    with pytest.raises(ModelError, match="has no operation that INT8 would compute"):
         prepare_qat(transformer, EXAMPLE, ["encoder.layers.encoder_layer_1.self_attention"])
 
 

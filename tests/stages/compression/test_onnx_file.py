@@ -279,8 +279,8 @@ def test_the_file_is_in_the_opset_that_was_asked_for_and_agrees(trained, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "opset", "sentence"),
     [
-        ("float", 17, r"ONNX opset 17 \(compress.opset\): the least that holds its operators is 18\."),
-        ("int8", 12, r"ONNX opset 12 \(compress.opset\): the least that holds its operators is 14\."),
+        ("float", 17, r"ONNX opset 17 \(compress.opset\): the oldest that has its operators is 18\."),
+        ("int8", 12, r"ONNX opset 12 \(compress.opset\): the oldest that has its operators is 14\."),
         ("float", 99, r"runs no ONNX opset above \d+, and compress.opset is 99"),
     ],
 )

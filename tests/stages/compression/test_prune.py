@@ -154,7 +154,7 @@ class Shuffled(nn.Module):
 
 
 def test_a_forward_with_channel_numbers_written_in_is_told():
-    with pytest.raises(ModelError, match=r"does not run .*: where its forward has .* prune\.exclude"):
+    with pytest.raises(ModelError, match=r"does not run .*: if its forward hard-codes .* prune\.exclude"):
         prune(WrittenIn(), EXAMPLE, PruneConfig())
 
 
@@ -189,7 +189,7 @@ def test_the_module_where_channels_get_lost_is_named(make, where):
 
 def test_the_module_where_a_pruned_model_breaks_is_named():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), WrittenIn())
-    with pytest.raises(ModelError, match=r"does not run .*, in '1' \(WrittenIn\): where its forward has"):
+    with pytest.raises(ModelError, match=r"does not run .*, in '1' \(WrittenIn\): if its forward hard-codes"):
         prune(model, EXAMPLE, PruneConfig())
 
 

@@ -333,7 +333,7 @@ class TwoHeads(Residual):
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), Deciding())), r"module '1\.1' \(Deciding\)"),
         (Deciding(), r"its forward \(Deciding\)"),
-        (TwoHeads(), "one tensor of logits"),
+        (TwoHeads(), "single tensor of logits"),
         (nn.Conv2d(7, 4, 3), r"does not run on an input of shape \[1, 3, 8, 8\]"),
     ],
 )
