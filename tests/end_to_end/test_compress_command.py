@@ -1,4 +1,4 @@
-"""`kdpipe compress` by its parts, of a student trained elsewhere, and `kdpipe sensitivity`, by the command line."""
+"""Tests of the commands `kdpipe compress` and `kdpipe sensitivity`."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ def arguments(done, recipe, run):
     return (recipe, "--run", run, "--set", f"cache.store={done[0] / 'store.zarr'}")
 
 
-def test_parts_are_done_one_by_one_and_say_what_they_lack(done, recipe, tmp_path):
+def test_single_steps_run_and_report_missing_ones(done, recipe, tmp_path):
     again = kdpipe_here("compress", recipe, "--run", done[0], "--only", "export", "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["artifacts"][0]["folder"].endswith("artifacts-seed0")
@@ -29,7 +29,7 @@ def test_parts_are_done_one_by_one_and_say_what_they_lack(done, recipe, tmp_path
     assert wrong.exit_code == 2
 
 
-def test_a_student_from_elsewhere_is_handed_over_without_touching_the_run_s_own(done, recipe, tmp_path):
+def test_external_student_does_not_touch_the_run(done, recipe, tmp_path):
     run = tmp_path / "run"
     state = load_tensors(done[0] / "students" / "distilled-seed0" / "model.safetensors")[0]
     torch.save(
@@ -52,7 +52,7 @@ def test_a_student_from_elsewhere_is_handed_over_without_touching_the_run_s_own(
     [(b"hello", "is damaged or no torch state dict"), (None, "there is no weights file")],
     ids=["text", "absent"],
 )
-def test_what_is_no_student_is_one_sentence(done, recipe, tmp_path, content, sentence):
+def test_invalid_student_file_is_a_one_line_error(done, recipe, tmp_path, content, sentence):
     if content is not None:
         (tmp_path / "mine.pt").write_bytes(content)
     ended = kdpipe_here("compress", *arguments(done, recipe, tmp_path / "run"), "--from", tmp_path / "mine.pt")
@@ -67,13 +67,15 @@ def test_sensitivity_ranks_the_layers_and_writes_nothing(done, recipe):
     assert ended.exit_code == 0, ended.stderr
     layers = json.loads(ended.stdout)["layers"]
     assert {layer["path"] for layer in layers} >= {"stage1.0", "stage2.0", "fc"}
-    assert [layer["kl_recovered"] for layer in layers] == sorted((layer["kl_recovered"] for layer in layers), reverse=True)
+    assert [layer["kl_recovered"] for layer in layers] == sorted(
+        (layer["kl_recovered"] for layer in layers), reverse=True
+    )
     shown = kdpipe_here("sensitivity", recipe, "--run", done[0], "--batches", "2").stdout
     assert f'compress.quantize.exclude=["{layers[0]["path"]}"]' in shown
     assert folder_bytes(done[0]) == before
 
 
-def test_what_cannot_be_is_refused_before_anything_is_fine_tuned(done, recipe, tmp_path):
+def test_impossible_settings_fail_before_fine_tuning(done, recipe, tmp_path):
     common = arguments(done, recipe, tmp_path / "run")
     for changes, exit_code, sentence in (
         (
@@ -93,7 +95,7 @@ def test_what_cannot_be_is_refused_before_anything_is_fine_tuned(done, recipe, t
         assert "Traceback" not in ended.stderr and not (tmp_path / "run" / "compressed").exists()
 
 
-def test_strange_names_of_folders_and_files_are_taken_as_they_are(done, recipe, tmp_path):
+def test_unusual_folder_and_file_names_work(done, recipe, tmp_path):
     run = tmp_path / "[red]run[/bold] \U0001f600"
     shutil.copy(done[0] / "students" / "distilled-seed0" / "model.safetensors", tmp_path / "\U0001f600 'x'.safetensors")
     common = (*arguments(done, recipe, run), "--set", "compress.steps=[]")
@@ -105,7 +107,7 @@ def test_strange_names_of_folders_and_files_are_taken_as_they_are(done, recipe, 
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"cpu": "x", "num_threads": 1, "batch_sizes": [1], "files": {"a": 1}}'])
-def test_a_damaged_record_of_latencies_is_one_sentence(done, recipe, tmp_path, text):
+def test_damaged_latency_record_is_a_one_line_error(done, recipe, tmp_path, text):
     run = tmp_path / "run"
     shutil.copytree(done[0], run)
     (run / "compressed" / "latency-seed0.json").write_text(text)

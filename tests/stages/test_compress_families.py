@@ -1,4 +1,4 @@
-"""Residual, depthwise, plain and attention networks go the whole way: pruned, INT8, built again, in a fused file."""
+"""Tests of compressing residual, depthwise, plain and attention networks end to end."""
 
 import dataclasses
 import shutil
@@ -52,17 +52,17 @@ def run(tmp_path_factory):
     return folder
 
 
-def trained_elsewhere(student, setup, path):
+def save_trained_student(student, setup, path):
     """The student after some steps on the images, enough to be sure of its answers."""
     network = fresh_student(student, 0, setup)
-    optimiser = torch.optim.AdamW(network.model.parameters(), lr=0.003)
+    optimizer = torch.optim.AdamW(network.model.parameters(), lr=0.003)
     torch.manual_seed(0)
     for _ in range(40):
         at = torch.randint(96, (32,))
         images, labels = network.normalise(setup.train_set.images[at]), setup.train_set.labels[at]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(network.model(images), labels).backward()
-        optimiser.step()
+        optimizer.step()
     torch.save(network.model.state_dict(), path)
 
 
@@ -80,7 +80,7 @@ def config_for(path):
     )
 
 
-def stopped_again_and_again(config, student, run):
+def compress_with_stops(config, student, run):
     for _ in range(100):
         setup = setup_in(run, Watch(should_stop=StopAfter(4)))
         teaching = open_teaching([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, setup)
@@ -92,13 +92,13 @@ def stopped_again_and_again(config, student, run):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_goes_the_whole_way(run, tmp_path, monkeypatch, family):
+def test_family_is_pruned_quantized_and_rebuilt(run, tmp_path, monkeypatch, family):
     monkeypatch.setattr(FineTuneContext, "exports_onnx", False)  # one ONNX file, below, is enough
     student = StudentConfig(model=FAMILIES[family], train=TRAIN, seeds=(0,))
     setup = setup_in(run)
-    trained_elsewhere(student, setup, tmp_path / f"{family}.pt")
+    save_trained_student(student, setup, tmp_path / f"{family}.pt")
     shutil.copy(tmp_path / f"{family}.pt", tmp_path / f"{family}-again.pt")
-    figures = stopped_again_and_again(config_for(tmp_path / f"{family}.pt"), student, run)
+    figures = compress_with_stops(config_for(tmp_path / f"{family}.pt"), student, run)
     teaching = open_teaching([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, setup)
     compress(config_for(tmp_path / f"{family}-again.pt"), student, 0, teaching, setup)
 

@@ -1,4 +1,4 @@
-"""Latency is measured of each file in turn, in the batches that were asked for, or it is said why not."""
+"""Tests of latency measurement."""
 
 import onnx
 import pytest
@@ -52,12 +52,12 @@ def test_each_file_is_measured_at_each_batch_size(tmp_path):
             assert one.to_json() == {"p50_ms": one.p50_ms, "p95_ms": one.p95_ms}
 
 
-def test_the_figures_are_the_median_and_the_95th_percentile_of_the_rounds():
+def test_summary_is_median_and_95th_percentile():
     found = summarize([float(number) for number in range(101)][::-1])
     assert (found.p50_ms, found.p95_ms) == (50.0, 95.0)
 
 
-def test_files_take_turns_in_every_round_and_warm_up_rounds_are_not_counted(tmp_path, monkeypatch):
+def test_files_take_turns_and_warm_up_is_not_counted(tmp_path, monkeypatch):
     order = []
 
     def run_ms(path, session, feed):
@@ -73,7 +73,7 @@ def test_files_take_turns_in_every_round_and_warm_up_rounds_are_not_counted(tmp_
     assert [len(rounds) for sizes in times.values() for rounds in sizes.values()] == [3] * 4
 
 
-def test_it_can_be_ended_between_rounds(tmp_path):
+def test_measurement_can_be_stopped_between_rounds(tmp_path):
     calls = []
 
     def stop():
@@ -86,16 +86,16 @@ def test_it_can_be_ended_between_rounds(tmp_path):
     assert len(calls) == 5
 
 
-def test_a_fixed_batch_size_is_measured_alone_and_no_other_is(tmp_path):
+def test_fixed_batch_size_allows_no_other(tmp_path):
     path = network(tmp_path, shape=(4, 3, 8, 8))
     assert list(measure({"one": path}, batch_sizes=[4])["one"]) == [4]
-    told = refusal(path, batch_sizes=[1, 64])
-    assert "takes batches of 4 only, not of 1, 64" in told and "fixed batch size" in told
+    message = refusal(path, batch_sizes=[1, 64])
+    assert "takes batches of 4 only, not of 1, 64" in message and "fixed batch size" in message
     assert "takes batches of 4 only" in refusal(path, batch_sizes=[4, 8])
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("made", "message"),
     [
         ({"num_inputs": 2}, "has 2 inputs (images0, images1)"),
         ({"shape": ("batch", 10)}, "'images0' float [batch, 10]; only images, float32"),
@@ -103,23 +103,23 @@ def test_a_fixed_batch_size_is_measured_alone_and_no_other_is(tmp_path):
         ({"shape": ("batch", 3, "height", "width")}, "without a fixed image size"),
     ],
 )
-def test_a_file_that_takes_no_images_is_told(tmp_path, made, told):
-    assert told in refusal(network(tmp_path, **made))
+def test_file_without_image_input_is_an_error(tmp_path, made, message):
+    assert message in refusal(network(tmp_path, **made))
 
 
-def test_images_of_a_given_shape_have_to_suit_the_file(tmp_path):
+def test_image_shape_must_match_the_file(tmp_path):
     assert measure({"one": network(tmp_path, shape=("batch", 3, "height", "width"))}, (3, 5, 7))["one"][1].p50_ms > 0
     assert "does not take images [3, 5, 7]" in refusal(network(tmp_path, name="fixed"), image_shape=(3, 5, 7))
 
 
-def test_what_is_no_onnx_file_is_told(tmp_path):
+def test_invalid_onnx_file_is_an_error(tmp_path):
     assert "there is no ONNX file at" in refusal(tmp_path / "absent.onnx")
     assert "is a folder" in refusal(tmp_path)
     (tmp_path / "text.onnx").write_text("hello")
     assert "onnxruntime cannot load" in refusal(tmp_path / "text.onnx")
 
 
-def test_no_file_is_run_where_one_is_refused(tmp_path):
+def test_no_file_runs_if_one_is_invalid(tmp_path):
     rounds = []
     paths = {"good": network(tmp_path), "bad": tmp_path / "absent.onnx"}
     with pytest.raises(ModelError):
@@ -127,7 +127,7 @@ def test_no_file_is_run_where_one_is_refused(tmp_path):
     assert not rounds
 
 
-def test_a_file_that_fails_while_it_runs_is_told(tmp_path):
+def test_failing_run_is_an_error(tmp_path):
     inputs = [helper.make_tensor_value_info("images", TensorProto.FLOAT, ("batch", 3, 8, 8))]
     shape = helper.make_node("Constant", [], ["shape"], value_ints=[5, 3])
     reshaped = helper.make_node("Reshape", ["images", "shape"], ["logits"])
@@ -138,7 +138,7 @@ def test_a_file_that_fails_while_it_runs_is_told(tmp_path):
     assert "cannot run" in refusal(path) and "[1, 3, 8, 8]" in refusal(path)
 
 
-def test_the_cpu_is_named_with_the_features_that_matter(tmp_path):
+def test_cpu_name_and_features(tmp_path):
     path = tmp_path / "cpuinfo"
     path.write_text(CPUINFO)
     assert cpu_name(path) == "Fast CPU 9000"
@@ -147,7 +147,7 @@ def test_the_cpu_is_named_with_the_features_that_matter(tmp_path):
     assert cpu_features(path) == ["asimddp", "i8mm"]
 
 
-def test_without_proc_there_is_a_name_and_no_feature(tmp_path):
+def test_cpu_without_proc_has_a_name_and_no_features(tmp_path):
     assert cpu_name(tmp_path / "absent")
     assert cpu_features(tmp_path / "absent") == []
     assert num_cores() >= 1
