@@ -46,7 +46,7 @@ CONFIG = CompressConfig(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with a teacher, its store, and a distilled student."""
+    """Create a run folder with a teacher, its store, and a distilled student."""
     folder = tmp_path_factory.mktemp("compress")
     setup = tiny_setup(folder)
     make_tiny_store(setup)
@@ -55,7 +55,7 @@ def run(tmp_path_factory):
 
 
 def copied(run, folder):
-    """The same run in a folder of its own; the store stays where it is."""
+    """Copy the run into another folder; the store stays where it is."""
     for part in ("teacher", "students", "compressed"):
         if (run / part).exists():
             shutil.copytree(run / part, folder / part)
@@ -69,7 +69,7 @@ def copy(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def made(run, tmp_path_factory):
-    """The same with a student pruned, quantized and handed over, to be looked at only."""
+    """Create a run with a student pruned, quantized and exported; read-only."""
     folder = copied(run, tmp_path_factory.mktemp("made"))
     compressed(folder, run)
     exported(folder, run)
@@ -78,7 +78,7 @@ def made(run, tmp_path_factory):
 
 @pytest.fixture
 def own(made, tmp_path):
-    """A copy of that."""
+    """Return a copy of `made`."""
     return copied(made, tmp_path)
 
 
@@ -102,7 +102,7 @@ def weights(copy, kind):
 
 
 def noisy_share(full, measured):
-    """A latency that goes by the parameters, and is not the same twice."""
+    """Return a latency measure that follows the parameters, with noise."""
     return lambda one: count_parameters(one) / count_parameters(full) * (1 + 0.05 * (next(measured) % 7))
 
 

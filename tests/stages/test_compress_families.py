@@ -36,7 +36,7 @@ FINE = dataclasses.replace(TRAIN, epochs=2, lr=0.01, checkpoint_every_s=30)  # a
 
 
 def enlarged(image_set):
-    """16 x 16 pixels in three colours."""
+    """Return images of 16 x 16 pixels in three colors."""
     images = image_set.images.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat(1, 3, 1, 1)
     return dataclasses.replace(image_set, images=images)
 
@@ -53,7 +53,7 @@ def run(tmp_path_factory):
 
 
 def save_trained_student(student, setup, path):
-    """The student after some steps on the images, enough to be sure of its answers."""
+    """Train the student for some steps, until it is confident, and save it."""
     network = fresh_student(student, 0, setup)
     optimizer = torch.optim.AdamW(network.model.parameters(), lr=0.003)
     torch.manual_seed(0)

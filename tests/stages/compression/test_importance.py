@@ -16,7 +16,7 @@ from stages.errors import ModelError
 
 
 def importances(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
-    """The importance of the channels of each group, by the layer that the group is found from."""
+    """Return the importance of each group's channels, by the layer it is found from."""
     widths = record_widths(model)
     with traceable(model):
         channels = find_channels(

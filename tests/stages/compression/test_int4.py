@@ -26,7 +26,7 @@ NUM_PIXELS = math.prod(IMAGE_SHAPE)
 
 
 def mlp(seed: int = 0, width: int = 64) -> nn.Module:
-    """Linear layers of 192, 100 and 64 inputs (the second one fills no whole blocks), and one too small to round."""
+    """Build linear layers of 192, 100 (no multiple of the block size) and 64 inputs, and one too small to round."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Flatten(),

@@ -44,7 +44,7 @@ def float_layers(prepared: nn.Module) -> set[str]:
 
 
 def exported(prepared: nn.Module, path, *, top1: float = 0.99) -> dict[str, int]:
-    """The operators of the file, once that has been found to agree with the network."""
+    """Export and check the network; return the file's operators."""
     export_onnx(prepared, EXAMPLE, path, metadata={})
     batch, _ = images(300, seed=50)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def num_float_layers(counts: dict[str, int]) -> int:
     return sum(counts.get(name, 0) for name in FLOAT_LAYERS)
 
 
-KEPT = {  # what is kept: the layers that are float then, and how many additions still are integer ones
+EXCLUDED = {  # what is excluded: the layers that are float then, and how many additions still are integer ones
     ("residual", "layer1.0.conv2"): ({"layer1.0.conv2"}, 3),
     ("residual", "layer1.0"): ({"layer1.0.conv1", "layer1.0.conv2"}, 2),
     ("residual", "fc"): ({"fc"}, 3),
@@ -70,9 +70,9 @@ KEPT = {  # what is kept: the layers that are float then, and how many additions
 }
 
 
-@pytest.mark.parametrize(("name", "path"), KEPT)
+@pytest.mark.parametrize(("name", "path"), EXCLUDED)
 def test_excluded_modules_are_float_in_network_and_file(name, path, tmp_path):
-    layers, num_integer_sums = KEPT[name, path]
+    layers, num_integer_sums = EXCLUDED[name, path]
     prepared = prepared_and_calibrated(build(name), [path])
     assert float_layers(prepared) == layers
     counts = exported(prepared, tmp_path / "model.onnx")
@@ -128,8 +128,8 @@ def test_value_also_read_by_integers_is_rounded_before_pool():
 
 def test_float_output_is_rounded_only_for_integer_readers():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(288, 5))
-    kept = prepared_and_calibrated(model, ["1", "2"])
-    assert {path.removeprefix("quantizers.") for path in quantizers_of(kept)} == {"input_1", "_0", "_2"}
+    excluded = prepared_and_calibrated(model, ["1", "2"])
+    assert {path.removeprefix("quantizers.") for path in quantizers_of(excluded)} == {"input_1", "_0", "_2"}
 
 
 def test_excluded_weights_stay_float_with_folded_norms():

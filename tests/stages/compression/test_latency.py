@@ -20,7 +20,7 @@ flags\t\t: fpu avx2
 
 
 def network(folder, *, shape=("batch", 3, 8, 8), kind=TensorProto.FLOAT, num_inputs=1, name="model.onnx"):
-    """An ONNX file that adds up its inputs."""
+    """Write an ONNX file that adds up its inputs."""
     inputs = [helper.make_tensor_value_info(f"images{number}", kind, shape) for number in range(num_inputs)]
     nodes = [helper.make_node("Sum", [one.name for one in inputs], ["logits"])]
     graph = helper.make_graph(nodes, "sum", inputs, [helper.make_tensor_value_info("logits", kind, shape)])
@@ -35,7 +35,7 @@ def measure(paths, image_shape=None, batch_sizes=(1, 4), **options):
 
 
 def refusal(path, **options):
-    """The sentence in which the file is refused."""
+    """Return the error message for a file."""
     with pytest.raises(ModelError) as raised:
         measure({"one": path}, **options)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)

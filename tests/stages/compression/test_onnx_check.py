@@ -19,7 +19,7 @@ from stages.errors import ModelError
 
 @pytest.fixture(scope="module")
 def networks():
-    """A float network and the same prepared for INT8, both in eval mode, by kind."""
+    """Return a float network and the same prepared for INT8, both in eval mode, by kind."""
     model = build("residual").eval()
     prepared = prepare_qat(model, EXAMPLE)
     calibrate(prepared, [images(20, seed)[0] for seed in range(3)])
@@ -36,7 +36,7 @@ def files(networks, tmp_path_factory):
 
 @pytest.fixture
 def damaged(files, tmp_path):
-    """damaged(kind, initializer, change): the file with the values of one initializer changed."""
+    """Return damage(kind, initializer, change), which writes a file with one initializer changed."""
 
     def damage(kind, initializer, change):
         proto = onnx.load(files[kind])
@@ -114,8 +114,10 @@ def test_correct_file_has_no_divergence(networks, files, kind):
 
 @pytest.fixture(scope="module")
 def dead_channel_network():
-    """A trained network, prepared: half the channels of its depthwise convolution read zeros alone, and its batch norm
-    divides them by a standard deviation that is next to nothing."""
+    """Return a trained and prepared network with dead channels.
+
+    Half the channels of its depthwise convolution read only zeros, and its batch norm divides them by almost zero.
+    """
     model = build("depthwise")
     optimizer = sgd(model)
     for seed in range(15):

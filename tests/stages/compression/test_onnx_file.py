@@ -29,7 +29,7 @@ FLOAT_WORK = {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Concat", "Relu", "C
 
 @pytest.fixture(scope="module")
 def trained():
-    """A float network pruned to odd widths and trained, and the same prepared for INT8 and fine-tuned."""
+    """Return a trained float network, pruned to odd widths, and the same prepared for INT8 and fine-tuned."""
     model = prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.3, round_to=1)).model
     optimizer = sgd(model)
     for seed in range(25):
@@ -121,7 +121,7 @@ def test_other_networks_are_fused_and_agree(name, tmp_path):
 
 
 class Stem(nn.Module):
-    """The convolution with which ResNets begin, and a classifier; `also` reads the images too."""
+    """The first convolution of ResNets and a classifier; `also` reads the images too."""
 
     def __init__(self, kernel_size: int = 7, also: bool = False) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Stem(nn.Module):
 
 
 def stem_file(path, model, size: int = 16, exclude=()):
-    """The INT8 file of a network over images [B, 3, size, size], the prepared network, and 50 of such images."""
+    """Write the INT8 file of a network over images [B, 3, size, size]; return the prepared network and 50 images."""
     batch = torch.randn(50, 3, size, size, generator=torch.Generator().manual_seed(0))
     prepared = prepare_qat(model, batch[:1], exclude)
     calibrate(prepared, [batch])

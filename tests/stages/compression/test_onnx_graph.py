@@ -13,7 +13,7 @@ from stages.compression.quantize import calibrate, prepare_qat
 from stages.errors import ModelError
 
 
-class Normalising(nn.Module):
+class Normalizing(nn.Module):
     """A convolution, and things for which onnxruntime has no integer kernel; for hard swish it has no kernel at all."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ def test_fused_file_has_no_float_nodes(tmp_path):
 
 def test_float_nodes_are_listed_with_their_module(tmp_path):
     torch.manual_seed(0)
-    found = {node.op_type: node for node in float_nodes(int8_file(Normalising(), tmp_path))}
+    found = {node.op_type: node for node in float_nodes(int8_file(Normalizing(), tmp_path))}
     assert found["Gelu"].module == "stem.1"
     assert str(found["Gelu"]) == "Gelu in stem.1"
     assert found["LayerNormalization"].module == "norm"

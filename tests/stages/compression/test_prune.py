@@ -144,7 +144,7 @@ def test_rounding_that_undoes_pruning_is_an_error():
         prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.2, round_to=64))
 
 
-class WrittenIn(Residual):
+class HardCoded(Residual):
     def forward(self, x):
         x = self.layer2(self.layer1(self.stem(x))).view(-1, 24, 16).mean(dim=2)
         return self.fc(x)
@@ -157,7 +157,7 @@ class Shuffled(nn.Module):
 
 def test_hard_coded_channels_are_an_error():
     with pytest.raises(ModelError, match=r"does not run .*: if its forward hard-codes .* prune\.exclude"):
-        prune(WrittenIn(), EXAMPLE, PruneConfig())
+        prune(HardCoded(), EXAMPLE, PruneConfig())
 
 
 @pytest.mark.parametrize("shuffle", [Shuffled(), nn.ChannelShuffle(2)])
@@ -190,8 +190,8 @@ def test_module_where_channel_tracking_fails_is_named(make, where):
 
 
 def test_module_where_a_pruned_model_fails_is_named():
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), WrittenIn())
-    with pytest.raises(ModelError, match=r"does not run .*, in '1' \(WrittenIn\): if its forward hard-codes"):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), HardCoded())
+    with pytest.raises(ModelError, match=r"does not run .*, in '1' \(HardCoded\): if its forward hard-codes"):
         prune(model, EXAMPLE, PruneConfig())
 
 
@@ -210,7 +210,7 @@ def test_unprunable_model_error_lists_reasons():
 
 
 class Unused(Residual):
-    """A depthwise convolution on the image itself, and a layer that no forward calls."""
+    """A network with a depthwise convolution on the image itself, and a layer that no forward calls."""
 
     def __init__(self):
         super().__init__()

@@ -33,7 +33,7 @@ def test_budget_is_met_with_the_lowest_ratio(name, scope, of, size):
     assert size(less) > 0.4 * size(model)
 
 
-class Asking(Residual):
+class ValueDependent(Residual):
     """Whose forward looks at values, so that shapes alone do not tell what it computes."""
 
     def forward(self, x):
@@ -41,7 +41,7 @@ class Asking(Residual):
 
 
 def test_macs_budget_with_value_dependent_forward():
-    model = Asking()
+    model = ValueDependent()
     pruned = prune(model, EXAMPLE, PruneConfig(ratio=0.6, budget="macs", round_to=1)).model
     assert 0.3 < macs(pruned) / macs(model) <= 0.4
 

@@ -39,7 +39,7 @@ def prepared_and_calibrated(name: str, seed: int = 0):
 
 
 def captured_at(model: nn.Module, paths: list[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What forward hooks at `paths` hear for a batch."""
+    """Return what forward hooks at `paths` get for a batch."""
     captured = {}
     for path in paths:
         module_named(model, path).register_forward_hook(

@@ -30,7 +30,7 @@ def trained():
 
 
 def damaged(model: nn.Module) -> nn.Module:
-    """`model` with a huge weight in every output channel of layer1.0.conv2, on an input channel that is always zero."""
+    """Return `model` with a huge weight in every output of layer1.0.conv2, on an input channel that is always zero."""
     changed = build("residual")
     changed.load_state_dict(model.state_dict())
     block = changed.get_submodule("layer1.0")
@@ -41,7 +41,7 @@ def damaged(model: nn.Module) -> nn.Module:
 
 
 def divergence(model: nn.Module, exclude=()) -> float:
-    """KL(float || INT8) over the batches, by another way than the measured one."""
+    """Return KL(float || INT8) over the batches, computed independently."""
     prepared = prepare_qat(model, EXAMPLE, exclude)
     calibrate(prepared, batches())
     everything = torch.cat(batches())

@@ -14,7 +14,7 @@ from stages.errors import ModelError
 
 
 def zeros_of(model: nn.Module) -> dict[str, float]:
-    """The share of zeros by layer, of those that have some."""
+    """Return the share of zeros by layer, of those that have some."""
     return {path: 1 - float(mask.float().mean()) for path, mask in masks_of(model).items()}
 
 
