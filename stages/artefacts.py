@@ -58,15 +58,8 @@ def write_artifacts(
 ) -> dict[str, Any]:
     """Write the artifacts of a chain, a float network and optionally the quantized one, and return the card.
 
-    Every file is written atomically, the card last: earlier artifacts stay until all new ones are complete.
-
-    Args:
-        folder: Where to write.
-        chain: The networks.
-        facts: Further entries of the card.
-        setup: The stage's context.
-        opset: Of the ONNX files; None is the exporter's own.
-        dtypes: Original dtypes of tensors, by name, for a network exported unchanged.
+    Every file is written atomically, the card last: earlier artifacts stay until all new ones are complete. `facts` are
+    further entries of the card, `dtypes` the original dtypes of tensors, by name, for a network exported unchanged.
 
     Raises:
         ModelError: If a network cannot be exported, or its file disagrees with it.

@@ -25,7 +25,7 @@ from stages.model_file import finished_record
 from stages.network import Network
 from stages.optim import TrainConfig
 from stages.prune_student import TrainedModel, finished_source, prune_job, prune_student
-from stages.quantize_student import QuantizeConfig, calibrated_only, prepare, quantize_student
+from stages.quantize_student import QuantizeConfig, prepare, quantize_student
 from stages.reuse_classifier import last_of_projector
 from stages.setup import Setup
 from stages.teaching import Teaching
@@ -94,14 +94,6 @@ def compress(
     pruning, "-ptq" the same only calibrated, and "-alone" anything fine-tuned with hard labels alone. Each step resumes
     where it was stopped; finished ones are left untouched. This process lowers its priority by `config.niceness` for
     good.
-
-    Args:
-        config: The recipe's section.
-        student: The recipe's student.
-        seed: The student's seed.
-        teaching: Stores and losses.
-        setup: The stage's context.
-        only: The steps to do.
 
     Raises:
         RunError: If the network it starts from does not exist yet.
@@ -230,7 +222,7 @@ def _quantize(config: CompressConfig, context: FineTuneContext) -> dict[str, dic
     figures: dict[str, dict[str, Any]] = {scheme: quantized(scheme, context, float_source(config, context))}
     if config.baselines:
         unpruned = student_source(config, context)
-        figures[f"{scheme}-ptq"] = quantized(f"{scheme}-ptq", alone, unpruned, calibrated_only(train))
+        figures[f"{scheme}-ptq"] = quantized(f"{scheme}-ptq", alone, unpruned, replace(train, epochs=0))
         if config.prunes:
             figures[f"{scheme}-unpruned"] = quantized(f"{scheme}-unpruned", context, unpruned)
             figures[f"{scheme}-unpruned-alone"] = quantized(f"{scheme}-unpruned-alone", alone, unpruned)

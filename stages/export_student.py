@@ -32,15 +32,7 @@ from store import make_folders
 def export_student(
     config: CompressConfig, student: StudentConfig, seed: int, teaching: Teaching, setup: Setup, *, name: str
 ) -> dict[str, Any]:
-    """Measure the files of a seed's networks, write its artifacts, and return the card.
-
-    Args:
-        config: The recipe's section.
-        student: The recipe's student.
-        seed: The student's seed.
-        teaching: Stores and losses.
-        setup: The stage's context.
-        name: The artifacts' name on the card.
+    """Measure the files of a seed's networks, write its artifacts, called `name`, and return the card.
 
     Raises:
         RunError: If the networks do not exist yet.

@@ -51,13 +51,7 @@ class FineTuneContext:
     def job_record(
         self, compression: Mapping[str, Any], starts_from: Mapping[str, Any], config: TrainConfig
     ) -> dict[str, Any]:
-        """Return everything that determines a fine-tuning's result.
-
-        Args:
-            compression: The settings of the pruning or quantization.
-            starts_from: The identity of the network it starts from.
-            config: The fine-tuning.
-        """
+        """Return everything that determines the result of fine-tuning the network with identity `starts_from`."""
         smoothing = self.student.label_smoothing if self.teaching is None else 0.0
         return {
             **compression,

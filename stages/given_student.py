@@ -22,14 +22,9 @@ from store import FingerprintMismatch, differences
 
 
 def load_external(path: Path, fresh: Network, class_names: Sequence[str]) -> Network:
-    """Load weights from a .safetensors file or a torch state dict into the recipe's student.
+    """Load weights from a .safetensors file or a torch state dict into the recipe's student `fresh`, in place.
 
     A file written by kdpipe records its architecture: it must be this student, pruned or not, for `class_names`.
-
-    Args:
-        path: The file.
-        fresh: The recipe's student, freshly built; it is modified.
-        class_names: The classes.
 
     Raises:
         ModelError: If the file does not fit or is quantized.

@@ -43,13 +43,10 @@ class TrainedModel:
 def finished_source(folder: JobFolder, fresh: Callable[[], Network], needed_by: str) -> TrainedModel:
     """Return the finished network in `folder`; loading it raises what `load_finished` raises.
 
-    Args:
-        folder: The job's folder.
-        fresh: Builds the unpruned network.
-        needed_by: The command that makes it.
+    `fresh` builds the unpruned network.
 
     Raises:
-        RunError: If there is none yet; the message names the command.
+        RunError: If there is none yet; the message names `needed_by`, the command that makes it.
     """
     architecture = finished_record(folder, needed_by)["architecture"]
 
@@ -89,15 +86,8 @@ def prune_student(
 ) -> dict[str, Any]:
     """Prune a student and fine-tune it, in `config.steps` steps, and return its figures.
 
-    A stopped job resumes; a finished one is left untouched.
-
-    Args:
-        config: The pruning.
-        train: The fine-tuning.
-        context: What all fine-tunings share.
-        source: The student.
-        kind: The name of its folder.
-        ratio: The channel ratio, if an earlier search found it.
+    A stopped job resumes; a finished one is left untouched. `kind` names its folder; `ratio` is the channel ratio, if
+    an earlier search found it.
 
     Raises:
         ModelError: If it cannot be pruned.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -89,15 +89,8 @@ def quantize_student(
 ) -> dict[str, Any]:
     """Quantize a finished network, fine-tune it, and return its figures; without epochs it is only calibrated.
 
-    A stopped job resumes; a finished one is left untouched.
-
-    Args:
-        config: The quantization.
-        train: The fine-tuning.
-        context: What all fine-tunings share.
-        source: The float network.
-        kind: The name of its folder.
-        sparse: Whether weights that are zero stay zero.
+    A stopped job resumes; a finished one is left untouched. `kind` names its folder. With `sparse`, zero weights stay
+    zero.
 
     Raises:
         ModelError: If it cannot be quantized.
@@ -131,8 +124,3 @@ def quantize_job(
 ) -> dict[str, Any]:
     """Return everything that determines the result."""
     return context.job_record({"quantize": quantize_json(config)}, source.identity, train)
-
-
-def calibrated_only(train: TrainConfig) -> TrainConfig:
-    """Return the training without epochs, the baseline of quantization-aware training."""
-    return replace(train, epochs=0)

@@ -43,11 +43,7 @@ def save_pruned(path: Path, checkpoint: PrunedCheckpoint) -> None:
 
 
 def load_pruned(path: Path, fresh: Network) -> PrunedCheckpoint:
-    """Load a pruned network, fine-tuned or not.
-
-    Args:
-        path: The file.
-        fresh: The unpruned network, freshly built; it is modified.
+    """Load a pruned network, fine-tuned or not, into `fresh`, the unpruned network, which is modified.
 
     Raises:
         RunError: If the file is not of this job, or is damaged.

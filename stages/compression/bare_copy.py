@@ -1,8 +1,10 @@
-"""Deep-copy a model without its hooks."""
+"""Deep-copy a model without its hooks, and preserve its training modes."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -30,3 +32,14 @@ def clone_without_hooks(model: nn.Module) -> nn.Module:
         if name in HOOK_TABLES
     }
     return copy.deepcopy(model, empty_tables)
+
+
+@contextmanager
+def preserve_modes(model: nn.Module) -> Iterator[None]:
+    """Restore the training mode of every module at the end."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

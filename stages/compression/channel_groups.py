@@ -18,6 +18,7 @@ import torch_pruning
 from torch import Tensor, nn
 
 from stages.cause import cause
+from stages.compression.bare_copy import preserve_modes
 from stages.compression.importance import mean_over_lanes
 from stages.compression.lost_channels import follow_channels
 from stages.compression.spared import WEIGHT_LAYERS, ModuleNames, exclusion_reason, is_depthwise, written
@@ -65,25 +66,19 @@ class Channels:
 @contextmanager
 def traceable(model: nn.Module) -> Iterator[None]:
     """Set eval mode and gradients for every parameter, as tracing by autograd needs; restore both at the end."""
-    modes = {module: module.training for module in model.modules()}
     requires_grad = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
-    model.eval().requires_grad_(True)
-    yield
-    for module, training in modes.items():
-        module.training = training
+    with preserve_modes(model):
+        model.eval().requires_grad_(True)
+        yield
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(requires_grad[path])
 
 
 def output_layers(model: nn.Module, example: Tensor) -> list[nn.Module]:
-    """Return the layers that write the logits: the first ones on the way back from the output.
-
-    Args:
-        model: A `traceable` network.
-        example: Images [B, C, H, W].
+    """Return the layers that write the logits of a `traceable` model: the first ones on the way back from the output.
 
     Raises:
-        ModelError: If the model does not run on `example`.
+        ModelError: If the model does not run on `example` [B, C, H, W].
     """
     layer_of: dict[Any, nn.Module] = {}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.cause import cause
-from stages.compression.bare_copy import clone_without_hooks
+from stages.compression.bare_copy import clone_without_hooks, preserve_modes
 from stages.errors import ModelError
 from stages.exportable import replace_modules
 from stages.models.module_path import module_named
@@ -148,14 +148,13 @@ def prepare_int4(model: nn.Module, example: Tensor, *, block_size: int = 32, exc
 def _called_linears(model: nn.Module, example: Tensor) -> list[nn.Linear]:
     """Return the plain linear layers that a forward of `model` calls in eval mode; the modes stay."""
     called: dict[nn.Linear, None] = {}
-    modes = {module: module.training for module in model.modules()}
     handles = [
         module.register_forward_hook(lambda layer, inputs, output: called.setdefault(layer))
-        for module in modes
+        for module in model.modules()
         if type(module) is nn.Linear and module is not model
     ]
     try:
-        with torch.no_grad():
+        with preserve_modes(model), torch.no_grad():
             model.eval()(example.to(next(model.parameters(), example).device))
     except Exception as error:
         raise ModelError(
@@ -164,6 +163,4 @@ def _called_linears(model: nn.Module, example: Tensor) -> list[nn.Linear]:
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return list(called)

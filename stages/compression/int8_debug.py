@@ -67,13 +67,8 @@ def int8_divergences(
 ) -> list[Divergence]:
     """Compare each operation's integers with torch's on `images` [B, C, H, W], in the file's order, logits last.
 
-    The connections between the operations are cut, and the network's integers are fed in.
-
-    Args:
-        proto: The INT8 file.
-        prepared: The calibrated network it was exported from.
-        images: Normalized images.
-        optimized: Run the operations fused, as onnxruntime does, or each alone and in float.
+    The connections between the operations are cut, and the network's integers are fed in. With `optimized` the
+    operations run fused, as onnxruntime does, else each alone and in float.
     """
     quantizers = quantizers_of(prepared)
     outputs = capture_outputs(prepared, list(quantizers), images)

@@ -26,15 +26,9 @@ QUANTIZERS = "quantizers"
 
 
 def rounded_nodes(traced: fx.GraphModule, model: nn.Module, logits: fx.Node, exclude: Sequence[str]) -> list[fx.Node]:
-    """Return the nodes, except the logits, whose values INT8 operations read or write; mark what stays float.
+    """Return the nodes, except `logits`, whose values INT8 operations read or write; mark what stays float.
 
-    Marks of an earlier call are reset.
-
-    Args:
-        traced: The traced network.
-        model: The network before tracing, whose paths `exclude` names.
-        logits: The node of the logits.
-        exclude: Paths of modules that stay float.
+    Marks of an earlier call are reset. `exclude` has paths of `model`, the network before tracing.
 
     Raises:
         ModelError: For a path that does not exist or has no INT8 operations.

@@ -64,22 +64,11 @@ def session_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
     return options
 
 
-def open_session(
-    path: Path, *, num_threads: int = 0, optimized_path: Path | None = None
-) -> onnxruntime.InferenceSession:
-    """Open a CPU session for an ONNX file.
-
-    Args:
-        path: The file.
-        num_threads: 0 leaves the number to onnxruntime.
-        optimized_path: Where to write the optimized graph, if anywhere.
-
-    Raises:
-        ModelError: If `path` is missing or not an ONNX network.
-    """
-    options = session_options(num_threads)
-    if optimized_path is not None:
-        options.optimized_model_filepath = str(optimized_path)
+def open_session(path: Path, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
+    """Open a CPU session for an ONNX file. Raises ModelError if `path` is missing or not an ONNX network."""
+    options = options or session_options()
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder, not an ONNX file.")
     if not path.is_file():
         raise ModelError(f"there is no ONNX file at {path}.")
     try:
@@ -91,9 +80,11 @@ def open_session(
 def optimized_graph(path: Path) -> onnx.GraphProto:
     """Return the graph that onnxruntime's CPU runs after its optimizations. Raises ModelError as `open_session`."""
     with tempfile.TemporaryDirectory() as folder:
-        optimised = Path(folder) / "optimised.onnx"
-        open_session(path, optimized_path=optimised)
-        return onnx.load(optimised).graph
+        optimized = Path(folder) / "optimized.onnx"
+        options = session_options()
+        options.optimized_model_filepath = str(optimized)
+        open_session(path, options)
+        return onnx.load(optimized).graph
 
 
 def op_counts(path: Path) -> dict[str, int]:
@@ -130,10 +121,10 @@ def module_path(node: onnx.NodeProto) -> str:
 class _OriginalNodes:
     """The nodes of a file by the optimized nodes that onnxruntime made of them."""
 
-    def __init__(self, graph: onnx.GraphProto, optimised: onnx.GraphProto) -> None:
+    def __init__(self, graph: onnx.GraphProto, optimized: onnx.GraphProto) -> None:
         self._by_name = {node.name: node for node in graph.node if node.name}
         self._by_value = {value: node for node in graph.node for value in node.output}
-        self._made_by_value = {value: node for node in optimised.node for value in node.output}
+        self._made_by_value = {value: node for node in optimized.node for value in node.output}
 
     def module_of(self, made: onnx.NodeProto) -> str:
         """Return the path of the module that an optimized node belongs to, or ""."""

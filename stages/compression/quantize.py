@@ -22,7 +22,7 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from stages.compression.bare_copy import clone_without_hooks
+from stages.compression.bare_copy import clone_without_hooks, preserve_modes
 from stages.compression.fake_quant import (
     QuantConv2d,
     QuantLinear,
@@ -84,12 +84,7 @@ def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) 
 
 
 def trace_folded(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Traced:
-    """Return the graph of a copy of `model` with its batch norms folded, nothing rounded yet.
-
-    Args:
-        model: The float network.
-        example: Images [B, C, H, W].
-        graph_class: The class of the graph module.
+    """Return the graph, of class `graph_class`, of a copy of `model` with its batch norms folded, nothing rounded.
 
     Raises:
         ModelError: As `prepare_qat`.
@@ -110,20 +105,17 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         ModelError: If the model is not prepared, or there is no batch.
     """
     quantizers = quantizers_of(model)
-    modes = {module: module.training for module in model.modules()}
     device = next(iter(quantizers.values())).low.device
     set_rounding(model, False)
     try:
-        model.eval()
-        for quantizer in quantizers.values():
-            quantizer.train()
-        with torch.no_grad():
+        with preserve_modes(model), torch.no_grad():
+            model.eval()
+            for quantizer in quantizers.values():
+                quantizer.train()
             for images in batches:
                 model(images.to(device))
     finally:
         set_rounding(model, True)
-        for module, training in modes.items():
-            module.training = training
     require_observed(quantizers)
 
 

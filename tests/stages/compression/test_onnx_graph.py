@@ -14,7 +14,7 @@ from stages.errors import ModelError
 
 
 class Normalizing(nn.Module):
-    """A convolution, and things for which onnxruntime has no integer kernel; for hard swish it has no kernel at all."""
+    """A convolution, and operations without an integer kernel in onnxruntime; hard swish has no kernel at all."""
 
     def __init__(self) -> None:
         super().__init__()

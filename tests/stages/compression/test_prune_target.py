@@ -34,7 +34,7 @@ def test_budget_is_met_with_the_lowest_ratio(name, scope, of, size):
 
 
 class ValueDependent(Residual):
-    """Whose forward looks at values, so that shapes alone do not tell what it computes."""
+    """A network whose forward reads values, so that shapes alone do not determine its MACs."""
 
     def forward(self, x):
         return super().forward(x / 2 if float(x.amax()) > 100 else x)
