@@ -78,14 +78,7 @@ class Bench:
 def run_bench(
     paths: Sequence[Path], batch_sizes: Sequence[int], *, num_threads: int | None, num_rounds: int, as_json: bool
 ) -> Bench:
-    """Measure the files in turn.
-
-    Args:
-        paths: ONNX files.
-        batch_sizes: Empty means 1 and 64.
-        num_threads: None means all cores of this process.
-        num_rounds: Rounds per batch size.
-        as_json: Report progress as JSON lines.
+    """Measure the files in turn; no `batch_sizes` means 1 and 64, no `num_threads` all cores of this process.
 
     Raises:
         ModelError: If a file is missing, not an ONNX network, or not one that takes images.

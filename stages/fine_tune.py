@@ -23,14 +23,9 @@ from stages.training import Job, train
 
 @dataclass(frozen=True)
 class FineTuneContext:
-    """The student, seed, distillation losses and folder that all fine-tunings of one compression share.
+    """The student, seed, distillation and folder that all fine-tunings of one compression share.
 
-    Attributes:
-        student: The recipe's student.
-        seed: The student's seed.
-        teaching: Stores and losses; None for the baseline trained with hard labels alone.
-        setup: The stage's context.
-        root: The folder of the compressed networks.
+    Without `teaching` (stores and losses), hard labels alone train the baseline. `root` has the compressed networks.
     """
 
     student: StudentConfig
@@ -81,9 +76,6 @@ class FineTuneJob:
 
     Attributes:
         name: Its name in progress reports.
-        network: The network.
-        folder: Its folder.
-        config: The training.
         warm_up: Called once, before the first step.
         before_epoch: Called with the model and the epoch's number.
         masks: By parameter name, false where weights stay zero.

@@ -1,6 +1,6 @@
 """Find groups of coupled channels and which can be pruned.
 
-A dependency graph tells which layers share their channels (DepGraph, Fang et al. 2023, arXiv:2301.12900, through
+A dependency graph shows which layers share their channels (DepGraph, Fang et al. 2023, arXiv:2301.12900, through
 torch-pruning): all that meet in a residual sum, a depthwise convolution and what feeds it, a convolution and its batch
 norm. Such a group is pruned as one.
 """
@@ -36,11 +36,9 @@ class ChannelGroup:
     A grouped convolution or group norm splits the channels into lanes of equal length, which all lose the same ones.
 
     Attributes:
-        path: The path of that layer.
-        layer: The layer.
+        path, layer: One of those layers.
         prune_outputs: torch-pruning's function that removes its output channels.
         importance: [num_channels / num_lanes].
-        num_lanes: The number of lanes.
         full_width: The channels of a lane in the unpruned network.
         cuts: (module path, size, its decrease if all channels were removed), as `record_widths` names the sizes.
     """
@@ -116,19 +114,11 @@ def find_channels(
     full_widths: Mapping[str, Any],
     with_batch_norm: bool,
 ) -> Channels:
-    """Find the groups of channels that can be pruned, with their importance.
+    """Find the groups of channels of a `traceable` model that can be pruned, with their importance by `measure`.
 
     Excluded are groups that contain the logits or a layer in `exclude`, those that reach a parameter or layer whose
     size is not in the record of widths (attention, positional embeddings), and, for `with_batch_norm`, those without
-    one.
-
-    Args:
-        model: A `traceable` network.
-        example: Images [B, C, H, W].
-        exclude: Modules whose outputs stay.
-        measure: Returns the importance of a torch-pruning group (`measure_of`).
-        full_widths: `record_widths` of the unpruned network.
-        with_batch_norm: Whether a group needs a batch norm.
+    one. `full_widths` are those of the unpruned network.
     """
     outputs = output_layers(model, example)
     groups = []

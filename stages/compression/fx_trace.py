@@ -56,14 +56,10 @@ class ContainerTracer(fx.Tracer):
 
 
 def trace(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Traced:
-    """Trace `model`'s forward in eval mode, keeping its module paths.
+    """Trace `model`'s forward in eval mode as a `graph_class`, keeping its module paths.
 
-    The nodes carry tensor shapes for `example` (`node.meta["tensor_meta"]`).
-
-    Args:
-        model: The network; it must not be used afterwards, since its modules become part of the graph module.
-        example: Images [B, C, H, W].
-        graph_class: The class of the graph module.
+    The nodes carry tensor shapes for `example` [B, C, H, W] (`node.meta["tensor_meta"]`). The model must not be used
+    afterwards: its modules become part of the graph module.
 
     Raises:
         ModelError: If the forward cannot be traced (the message names the module) or does not run on `example`.

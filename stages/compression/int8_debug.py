@@ -29,13 +29,7 @@ FED = "fed."
 
 @dataclass(frozen=True)
 class Rounding:
-    """A value that the file rounds.
-
-    Attributes:
-        value: Its name in the file.
-        place: The operation whose output it is.
-        quantizer: The path of the quantizer that rounds it in torch.
-    """
+    """A value that the file rounds: its name, the operation that computes it, and the path of torch's quantizer."""
 
     value: str
     place: str

@@ -93,7 +93,6 @@ class Pruned:
     """A pruned network.
 
     Attributes:
-        model: The network.
         ratio: The share of the channels, or weights, asked of the groups to reach the goal; `prune` takes it.
         excluded: The path of every convolution and linear layer left whole, in module order, with the reason.
     """

@@ -26,11 +26,7 @@ RESOLUTION = 2.0**-16
 class Allocation:
     """A distribution of a channel ratio over the groups; see PruneConfig.
 
-    Attributes:
-        scope: PruneConfig.scope.
-        max_ratio: PruneConfig.max_ratio.
-        round_to: PruneConfig.round_to.
-        keep_one: Every lane keeps at least one channel; otherwise losing all is an error.
+    With `keep_one` every lane keeps at least one channel; otherwise losing all is an error.
     """
 
     scope: Literal["global", "layer"]
@@ -99,15 +95,10 @@ def find_ratio(
     highest: float,
     max_measured: int | None = None,
 ) -> float:
-    """Find, by bisection, the lowest channel ratio whose network is at most `goal` of the full network.
+    """Find, by bisection, the lowest ratio up to `highest` whose network is at most `goal` of the full network.
 
-    Args:
-        widths_at: Returns the widths at a ratio.
-        share_of: Returns the share of the full network for some widths. It may be slow: it is called once for each
-            widths, at most `max_measured` times; and noisy: the best network found counts.
-        goal: The share to reach.
-        highest: The highest ratio to consider.
-        max_measured: The maximum number of calls of `share_of`.
+    `share_of` returns the share of the full network for some widths. It may be slow: it is called once for each widths,
+    at most `max_measured` times; and noisy: the best network found counts.
 
     Raises:
         Unreachable: If the network at `highest` exceeds `goal`.

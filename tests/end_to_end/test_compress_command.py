@@ -40,8 +40,8 @@ def test_external_student_does_not_touch_the_run(done, recipe, tmp_path):
     assert ended.exit_code == 0, ended.stderr
     assert "handed over: model.onnx, model.pt2, model.safetensors" in ended.stdout
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"teacher", "compressed-mine"}
-    held = load_tensors(run / "compressed-mine" / "artifacts-seed0" / "model.safetensors")[0]
-    assert held["fc.weight"].dtype == torch.bfloat16
+    stored = load_tensors(run / "compressed-mine" / "artifacts-seed0" / "model.safetensors")[0]
+    assert stored["fc.weight"].dtype == torch.bfloat16
     report = kdpipe_here("report", run, "--no-html")
     assert report.exit_code == 0, report.stderr
     assert "student given" in report.stdout

@@ -138,7 +138,7 @@ def test_repeatedly_stopped_equals_uninterrupted(run, copy, tmp_path_factory, mo
             pass
     else:
         pytest.fail("it never came to its end")
-    if changes.get("budget") == "latency":  # measured anew, it comes out otherwise: that is why it is kept
+    if changes.get("budget") == "latency":  # a second measurement would differ, so the first is saved
         recorded = read_json(copy / "compressed" / "pruned-seed0" / "result.json")["channel_ratio"]
         config = with_prune(ratio=recorded)
         compressed(other, run, config, only=("prune",))
@@ -310,9 +310,9 @@ def test_bf16_student_passes_through_unchanged(run, copy, tmp_path):
     torch.save(bf16, tmp_path / "narrow.pt")
     config = dataclasses.replace(CONFIG, student=str(tmp_path / "narrow.pt"), steps=())
     assert compressed(copy, run, config) == {}
-    held = load_tensors(exported(copy, run, config) / "model.safetensors")[0]
-    assert held.keys() == bf16.keys()
-    assert all(held[name].dtype == bf16[name].dtype and torch.equal(held[name], bf16[name]) for name in bf16)
+    stored = load_tensors(exported(copy, run, config) / "model.safetensors")[0]
+    assert stored.keys() == bf16.keys()
+    assert all(stored[name].dtype == bf16[name].dtype and torch.equal(stored[name], bf16[name]) for name in bf16)
 
 
 def test_pruned_external_student_is_pruned_further(run, own):

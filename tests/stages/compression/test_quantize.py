@@ -256,14 +256,14 @@ def test_weights_and_biases_match_the_file_integers(name):
     calibrate(prepared, batches())
     graph = int8_graph(prepared)
     for path, layer in rounding_layers(prepared).items():
-        held = graph.get_submodule(path).weights
+        stored = graph.get_submodule(path).weights
         weight, bias = rounded_parameters(layer)
-        assert torch.equal(weight, held()[0]), path
+        assert torch.equal(weight, stored()[0]), path
         if layer.bias is None:
             assert bias is None
             continue
-        assert held.bias.dtype == torch.int32, path
-        assert torch.equal(bias, (held.bias.double() * held.bias_scale).float()), path
+        assert stored.bias.dtype == torch.int32, path
+        assert torch.equal(bias, (stored.bias.double() * stored.bias_scale).float()), path
         assert torch.equal(rounded_parameters(layer.train())[1], bias)
     assert first.bias is None or (rounded_parameters(first)[1] - first.bias)[1].abs() > 1e-6
 
