@@ -1,18 +1,18 @@
-"""What INT8 takes of FP32's time in onnxruntime, for whole and for pruned networks. Targets: 0.40 at batch 16.
+"""Measure INT8 latency relative to FP32 in onnxruntime, for whole and pruned networks. Target: 0.40 at batch 16.
 
     uv run python benchmarks/int8_latency.py [--networks NAME ...] [--batch-sizes B ...] [--threads N] [--rounds N]
         [--image-size S] [--round-to N] [--quick]
 
-torchvision's resnet18, vgg11_bn and mobilenet_v2 with ten classes, on random images of 64x64, each as it is and with
-half the channels of every layer pruned, each in FP32 and in INT8: prepared and calibrated on random images as `kdpipe
-compress` does it, and exported by the same code. VGG ends as it does for small images, in an average over positions and
-one linear layer of 512 x 10; torchvision's own head of 120 million weights is for 224x224. Weights are random with a
-seed, and batch norms have seen random images: which numbers are multiplied does not change the time.
+torchvision's resnet18, vgg11_bn and mobilenet_v2 with ten classes, on random images of 64x64, each whole and with half
+the channels of every layer pruned, in FP32 and in INT8: prepared, calibrated on random images and exported by the code
+of `kdpipe compress`. VGG ends in global average pooling and one linear layer of 512 x 10, as for small images;
+torchvision's own head of 120 million weights is for 224x224. Weights are random with a seed, and batch norms have seen
+random images: the multiplied numbers do not change the time.
 
-All files take turns in one process, round by round. Quoted are the medians of both, the median of the ratio INT8 / FP32
-within a round, between which values nine of ten ratios lie, and the ratio of the fastest rounds. Where the last two are
-far from the third, others are at work on the machine. The targets are for a CPU with AVX512-VNNI, for ResNet and VGG;
-MobileNetV2 is reported. Below the table stands what INT8 leaves in float, by operator.
+All files take turns in one process, round by round. The table has the medians of both, the median of the ratio INT8 /
+FP32 within a round, the range of nine of ten ratios, and the ratio of the fastest rounds. If the last two are far from
+the third, the machine is busy. The targets are for a CPU with AVX512-VNNI, for ResNet and VGG; MobileNetV2 is only
+reported. Below the table are the operators that INT8 leaves in float.
 
 --quick: resnet18 alone and 5 rounds.
 """
@@ -35,12 +35,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from stages.compression.cpu import cpu_features, cpu_name, num_cores
-from stages.compression.latency import Laps, measure_laps
+from stages.compression.cpu import cpu_features, cpu_name
+from stages.compression.latency import RoundTimes, measure_rounds
 from stages.compression.onnx_file import export_onnx
 from stages.compression.onnx_graph import float_nodes
 from stages.compression.prune import PruneConfig, prune
 from stages.compression.quantize import calibrate, prepare_qat
+from stages.machine.cores import num_cores
 
 TARGET, TARGET_BATCH_SIZE = 0.40, 16
 TARGETED = ("resnet18", "vgg11_bn")
@@ -50,24 +51,24 @@ NUM_CLASSES = 10
 
 def main() -> None:
     arguments = parse()
-    print(f"CPU: {cpu_name()} ({', '.join(cpu_features()) or 'no features known'})")
+    print(f"CPU: {cpu_name()} ({', '.join(cpu_features()) or 'no known features'})")
     if "avx512_vnni" not in cpu_features():
-        print("This CPU has no AVX512-VNNI: the targets are not for it.")
+        print("This CPU has no AVX512-VNNI: the targets do not apply.")
     print(
         f"threads: {arguments.threads}, onnxruntime {onnxruntime.__version__}, images of {arguments.image_size}x"
         f"{arguments.image_size}, pruned to multiples of {arguments.round_to}, {arguments.rounds} rounds"
     )
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(Path(folder), arguments)
-        laps = measure_laps(
+        times = measure_rounds(
             files, None, arguments.batch_sizes, num_rounds=arguments.rounds, num_threads=arguments.threads
         )
         names = [name.removesuffix(" fp32") for name in files if name.endswith(" fp32")]
         for batch_size in arguments.batch_sizes:
-            print_table(names, laps, batch_size)
-        print("\nin float in the INT8 files:")
+            print_table(names, times, batch_size)
+        print("\nstill float in the INT8 files:")
         for name in names:
-            print(f"  {name:<22} {left_float(files[f'{name} int8'])}")
+            print(f"  {name:<22} {float_operators(files[f'{name} int8'])}")
 
 
 def parse() -> argparse.Namespace:
@@ -86,7 +87,7 @@ def parse() -> argparse.Namespace:
 
 
 def write_files(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
-    """The ONNX files by name: "resnet18 fp32", "resnet18 int8", "resnet18 pruned fp32", ..."""
+    """Write the ONNX files; return them by name: "resnet18 fp32", "resnet18 int8", "resnet18 pruned fp32", ..."""
     files = {}
     for name in arguments.networks:
         for variant, model in variants(name, arguments.image_size, arguments.round_to):
@@ -108,7 +109,7 @@ def variants(name: str, image_size: int, round_to: int) -> Iterator[tuple[str, n
 
 
 def network(name: str) -> nn.Module:
-    """torchvision's, with ten classes and random weights."""
+    """Build torchvision's network with ten classes and random weights."""
     torch.manual_seed(0)
     model: nn.Module = torchvision.models.get_model(name, num_classes=NUM_CLASSES)
     if isinstance(model, torchvision.models.VGG):
@@ -123,7 +124,7 @@ def quantized(model: nn.Module, image_size: int) -> nn.Module:
 
 
 def images(image_size: int, seed: int) -> Tensor:
-    """A batch of noise [32, 3, S, S]."""
+    """Return a batch of noise [32, 3, S, S]."""
     return torch.randn(32, 3, image_size, image_size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -131,27 +132,27 @@ def example(image_size: int) -> Tensor:
     return torch.zeros(2, 3, image_size, image_size)
 
 
-def print_table(names: Sequence[str], laps: Laps, batch_size: int) -> None:
+def print_table(names: Sequence[str], times: RoundTimes, batch_size: int) -> None:
     heads = f"{'FP32 ms':>9} {'INT8 ms':>9} {'INT8/FP32':>10} {'90 % within':>15} {'fastest':>8}  target"
     print(f"\nbatch {batch_size:<18} {heads}")
     for name in names:
-        fp32, int8 = (laps[f"{name} {kind}"][batch_size] for kind in ("fp32", "int8"))
-        ratios = [mine / other for mine, other in zip(int8, fp32, strict=True)]
+        fp32, int8 = (times[f"{name} {kind}"][batch_size] for kind in ("fp32", "int8"))
+        ratios = [int8_ms / fp32_ms for int8_ms, fp32_ms in zip(int8, fp32, strict=True)]
         ratio = statistics.median(ratios)
         low, high = np.percentile(ratios, (5, 95))
         print(
             f"  {name:<22} {statistics.median(fp32):9.2f} {statistics.median(int8):9.2f} {ratio:10.3f} "
-            f"{low:7.3f}-{high:<7.3f} {min(int8) / min(fp32):8.3f}  {verdict(name, batch_size, ratio)}"
+            f"{low:7.3f}-{high:<7.3f} {min(int8) / min(fp32):8.3f}  {target_met(name, batch_size, ratio)}"
         )
 
 
-def verdict(name: str, batch_size: int, ratio: float) -> str:
+def target_met(name: str, batch_size: int, ratio: float) -> str:
     if batch_size != TARGET_BATCH_SIZE or not name.startswith(TARGETED):
         return "none"
     return f"{TARGET:.2f} {'met' if ratio <= TARGET else 'missed'}"
 
 
-def left_float(path: Path) -> str:
+def float_operators(path: Path) -> str:
     counts: Mapping[str, int] = Counter(node.op_type for node in float_nodes(path))
     return ", ".join(f"{count} {op_type}" for op_type, count in sorted(counts.items())) or "nothing"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run import Run
-from stages.artefacts import artefact_folder
+from stages.artifacts import artifact_folder
 from stages.cache_plan import plan_cache, probe
 from stages.cache_teacher import cache_teacher
 from stages.compress import STEPS, Step, compress, compressed_root, float_job, is_done, rehearse
@@ -136,9 +136,9 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
             export_student(config, student, seed, run.distillation, setup, name=recipe.name) for seed in student.seeds
         ]
     root = compressed_root(run.folder, config)
-    folders = [str(artefact_folder(root, card["seed"])) for card in cards]
-    artefacts = [{"folder": folder, **card} for folder, card in zip(folders, cards, strict=True)]
-    return {"compressed": compressed, "artefacts": artefacts}
+    folders = [str(artifact_folder(root, card["seed"])) for card in cards]
+    artifacts = [{"folder": folder, **card} for folder, card in zip(folders, cards, strict=True)]
+    return {"compressed": compressed, "artifacts": artifacts}
 
 
 def run_sensitivity(run: Run, num_batches: int) -> tuple[str, list[LayerSensitivity]]:

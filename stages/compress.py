@@ -1,6 +1,4 @@
-"""Stage 3, `kdpipe compress`: prune the distilled student, take it to integers, teach it from the stores all the while,
-and hand over what came of it, beside what it is to be compared with.
-"""
+"""Stage 3, `kdpipe compress`: prune and quantize the distilled student with distillation, and its baselines."""
 
 from __future__ import annotations
 
@@ -18,16 +16,16 @@ from stages.compression.onnx_file import export_onnx
 from stages.compression.prune import PruneConfig, prune
 from stages.compression.quantize import calibrate
 from stages.config import Place, section, unequal
-from stages.fine_tune import Tutor
-from stages.given_student import load_given, measure_given
+from stages.fine_tune import FineTuneContext
+from stages.given_student import load_external, measure_external
 from stages.job_folder import JobFolder
 from stages.losses.simkd import SimKDConfig
 from stages.machine.priority import step_back
 from stages.model_file import finished_record
 from stages.network import Network
 from stages.optim import TrainConfig
-from stages.prune_student import Source, finished_source, prune_job, prune_student
-from stages.quantize_student import QuantizeConfig, calibrated_only, prepare, quantize_student
+from stages.prune_student import TrainedModel, finished_source, prune_job, prune_student
+from stages.quantize_student import QuantizeConfig, prepare, quantize_student
 from stages.reuse_classifier import last_of_projector
 from stages.setup import Setup
 from stages.teaching import Teaching
@@ -36,20 +34,21 @@ from store import FingerprintMismatch, differences
 
 Step = Literal["prune", "quantize", "export"]
 STEPS: tuple[Step, ...] = ("prune", "quantize", "export")
-"""What `kdpipe compress` does, in order."""
+"""The steps of `kdpipe compress`, in order."""
 
 
 @section
 class CompressConfig:
-    """How the distilled students are made small: pruned, then quantized, each with its own fine-tuning, and exported.
+    """Configuration of compression: prune, then quantize, each with its own fine-tuning, and export.
 
-    steps: which of the two are done, always in this order; without either a student is handed on untouched.
-    baselines: whether that is made, too, with which the result is compared: the student quantized as it is, calibrated
-        only, and every fine-tuning once more with hard labels alone.
-    student: a file with the weights of a student that was trained elsewhere, in the place of the distilled ones.
-    opset: of the ONNX files that are handed over; by default the exporter's own.
-    latency_batch_sizes: images in the batches whose latency is reported.
-    nice: by how much this stage, which is a CPU's work for long, steps back behind others on the machine.
+    Attributes:
+        steps: which of the two are done, always in this order; without either, a student is exported unchanged.
+        baselines: whether to make the baselines too: the student quantized without pruning, only calibrated, and every
+            fine-tuning repeated with hard labels alone.
+        student: a file with the weights of a student trained elsewhere, used in place of the distilled ones.
+        opset: of the exported ONNX files; by default the exporter's own.
+        latency_batch_sizes: batch sizes whose latency is reported.
+        niceness: how much this stage, long CPU work, lowers its scheduling priority.
     """
 
     steps: tuple[Literal["prune", "quantize"], ...] = ("prune", "quantize")
@@ -64,7 +63,7 @@ class CompressConfig:
         tuple[Annotated[int, Field(ge=1, le=65536)], ...], Field(min_length=1), AfterValidator(unequal)
     ] = (1, 64)
     latency_rounds: Annotated[int, Field(ge=3, le=10**6)] = 50
-    nice: Annotated[int, Field(ge=0, le=19)] = 10
+    niceness: Annotated[int, Field(ge=0, le=19)] = 10
 
     @property
     def prunes(self) -> bool:
@@ -76,7 +75,7 @@ class CompressConfig:
 
 
 def compressed_root(run: Path, config: CompressConfig) -> Path:
-    """Where a run's compressed students are: those of a given one in a folder that bears its file's name."""
+    """Return the folder of a run's compressed students; for an external student it has its file's name."""
     return run / ("compressed" if config.student is None else f"compressed-{Path(config.student).stem}")
 
 
@@ -89,89 +88,103 @@ def compress(
     *,
     only: Sequence[Step] = STEPS,
 ) -> dict[str, dict[str, Any]]:
-    """Prune and quantize the student of a seed, as `config.steps` says; returns the figures of each network made.
+    """Prune and quantize the student of a seed and return the figures of each network made.
 
-    `pruned` and `int8` (or `int4`) are the chain itself; of its baselines "-unpruned" is the student quantized as it
-    is, "-ptq" the same only calibrated, and "-alone" anything fine-tuned with hard labels alone.
-    Each step resumes where it was stopped, and a finished one is not touched. This process steps back behind others by
-    `config.nice`, for good. Raises RunError where what it starts from is not there yet, ModelError where a network
-    cannot be pruned or quantized, or its file does not agree with it.
+    `pruned` and `int8` (or `int4`) are the chain itself; of its baselines, "-unpruned" is the student quantized without
+    pruning, "-ptq" the same only calibrated, and "-alone" anything fine-tuned with hard labels alone. Each step resumes
+    where it was stopped; finished ones are left untouched. This process lowers its priority by `config.niceness` for
+    good.
+
+    Raises:
+        RunError: If the network it starts from does not exist yet.
+        ModelError: If a network cannot be pruned or quantized, or its file disagrees with it.
     """
-    step_back(config.nice)
-    taught = Tutor(student, seed, teaching, setup, compressed_root(setup.run, config))
+    step_back(config.niceness)
+    context = FineTuneContext(student, seed, teaching, setup, compressed_root(setup.run, config))
     figures: dict[str, dict[str, Any]] = {}
     if config.prunes and "prune" in only:
-        figures |= _prune(config, taught)
+        figures |= _prune(config, context)
     if config.quantizes and "quantize" in only:
-        figures |= _quantize(config, taught)
+        figures |= _quantize(config, context)
     return figures
 
 
-def student_source(config: CompressConfig, tutor: Tutor) -> Source:
-    """The student that is compressed. Raises RunError where it is not trained yet, and what `load_given` raises."""
-    fresh = _fresh(tutor)
+def student_source(config: CompressConfig, context: FineTuneContext) -> TrainedModel:
+    """Return the student to compress.
+
+    Raises:
+        RunError: If it is not trained yet.
+        FingerprintMismatch: If another recipe trained it.
+        ModelError: As `load_external`.
+    """
+    fresh = _fresh(context)
     if config.student is None:
-        folder, needed_by = student_folder(tutor.setup.run, DISTILLED, tutor.seed), "kdpipe train-student"
+        folder, needed_by = student_folder(context.setup.run, DISTILLED, context.seed), "kdpipe train-student"
         stored = dict(finished_record(folder, needed_by)["architecture"])
         stored.pop("reused_classifier", None)
-        wanted = json.loads(json.dumps(tutor.setup.architecture(tutor.student.model)))
-        if found := differences(stored, wanted, "architecture"):
+        expected = json.loads(json.dumps(context.setup.architecture(context.student.model)))
+        if found := differences(stored, expected, "architecture"):
             advice = "Use the recipe that trained it, or another run folder (--run)."
             raise FingerprintMismatch(f"the student in {folder.path}", found, advice)
         return finished_source(folder, fresh, needed_by)
     path = Path(config.student).expanduser()
-    class_names = tutor.setup.test_set.class_names
-    figures = measure_given(tutor, load_given(path, fresh(), class_names))
-    return Source(figures["identity"], lambda: load_given(path, fresh(), class_names))
+    class_names = context.setup.test_set.class_names
+    figures = measure_external(context, load_external(path, fresh(), class_names))
+    return TrainedModel(figures["identity"], lambda: load_external(path, fresh(), class_names))
 
 
-def student_job(config: CompressConfig, tutor: Tutor) -> JobFolder:
-    """The folder with that student's figures and files."""
+def student_job(config: CompressConfig, context: FineTuneContext) -> JobFolder:
+    """Return the folder with that student's figures and files."""
     if config.student is None:
-        return student_folder(tutor.setup.run, DISTILLED, tutor.seed)
-    return JobFolder(tutor.root / "given")
+        return student_folder(context.setup.run, DISTILLED, context.seed)
+    return JobFolder(context.root / "given")
 
 
-def float_source(config: CompressConfig, tutor: Tutor, kind: str = "pruned") -> Source:
-    """The float network of the chain: the pruned student, or the student where nothing is pruned. Raises RunError where
-    it is not there yet, FingerprintMismatch where it was pruned otherwise than `config` says.
+def float_source(config: CompressConfig, context: FineTuneContext, kind: str = "pruned") -> TrainedModel:
+    """Return the float network of the chain: the pruned student, or the student if nothing is pruned.
+
+    Raises:
+        RunError: If it does not exist yet.
+        FingerprintMismatch: If it was pruned with other settings than `config`.
     """
     if not config.prunes:
-        return student_source(config, tutor)
-    folder = tutor.folder(kind)
-    found = finished_source(folder, _fresh(tutor), "kdpipe compress --only prune")
+        return student_source(config, context)
+    folder = context.folder(kind)
+    found = finished_source(folder, _fresh(context), "kdpipe compress --only prune")
     if kind == "pruned":
-        job = prune_job(_pruning(config, tutor), config.prune_train, tutor, student_source(config, tutor))
+        job = prune_job(_pruning(config, context), config.prune_train, context, student_source(config, context))
         folder.begin(job)
     return found
 
 
-def float_job(config: CompressConfig, tutor: Tutor) -> JobFolder:
-    """The folder of that float network."""
-    return tutor.folder("pruned") if config.prunes else student_job(config, tutor)
+def float_job(config: CompressConfig, context: FineTuneContext) -> JobFolder:
+    """Return the folder of that float network."""
+    return context.folder("pruned") if config.prunes else student_job(config, context)
 
 
 def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
-    """Whether the chains of all seeds are finished: then nothing needs to be tried before."""
+    """Return whether the chains of all seeds are finished, so that no dry run is needed."""
     root = compressed_root(run, config)
     kinds = ["pruned"] * config.prunes + [config.quantize.scheme] * config.quantizes
     return all(JobFolder(root / f"{kind}-seed{seed}").result() is not None for kind in kinds for seed in student.seeds)
 
 
 def rehearse(config: CompressConfig, student: StudentConfig, setup: Setup) -> None:
-    """Prune and prepare an untrained student, and export it where an opset is asked for: what cannot be compressed is
-    refused before anything is trained.
+    """Prune, prepare and (if an opset is set) export an untrained student, to fail before any training.
+
+    Raises:
+        ModelError: If the student cannot be compressed.
     """
     network = fresh_student(student, student.seeds[0], setup)
     if config.student is not None:
-        network = load_given(Path(config.student).expanduser(), network, setup.test_set.class_names)
+        network = load_external(Path(config.student).expanduser(), network, setup.test_set.class_names)
     model, example = network.model, torch.zeros(2, *setup.image_shape)
     if config.prunes:
         gradients = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
-        tried = config.prune
-        if tried.of == "latency":  # there is no time to measure it now
-            tried = replace(tried, of="parameters", ratio=0.1)
-        model = prune(model, example, tried, gradients=gradients).model
+        pruning = config.prune
+        if pruning.budget == "latency":  # measuring would take too long here
+            pruning = replace(pruning, budget="parameters", ratio=0.1)
+        model = prune(model, example, pruning, gradients=gradients).model
     if config.quantizes:
         model = prepare(model, setup.image_shape, config.quantize)
         if config.quantize.scheme == "int8":
@@ -181,44 +194,44 @@ def rehearse(config: CompressConfig, student: StudentConfig, setup: Setup) -> No
             export_onnx(model, example, Path(folder) / "model.onnx", metadata={}, opset=config.opset)
 
 
-def _prune(config: CompressConfig, taught: Tutor) -> dict[str, dict[str, Any]]:
-    source, pruning = student_source(config, taught), _pruning(config, taught)
-    figures = {"pruned": prune_student(pruning, config.prune_train, taught, source, "pruned")}
+def _prune(config: CompressConfig, context: FineTuneContext) -> dict[str, dict[str, Any]]:
+    source, pruning = student_source(config, context), _pruning(config, context)
+    figures = {"pruned": prune_student(pruning, config.prune_train, context, source, "pruned")}
     if config.baselines:
-        ratio = None if pruning.of == "channels" else figures["pruned"]["channel_ratio"]
-        alone = replace(taught, teaching=None)
+        ratio = None if pruning.budget == "channels" else figures["pruned"]["channel_ratio"]
+        alone = replace(context, teaching=None)
         figures["pruned-alone"] = prune_student(pruning, config.prune_train, alone, source, "pruned-alone", ratio=ratio)
     return figures
 
 
-def _pruning(config: CompressConfig, taught: Tutor) -> PruneConfig:
-    """The recipe's pruning; what the teacher's own classifier sees (SimKD) keeps its channels."""
-    losses = taught.teaching.losses if taught.teaching else ()
+def _pruning(config: CompressConfig, context: FineTuneContext) -> PruneConfig:
+    """Return the recipe's pruning, excluding the channels that the reused classifier (SimKD) reads."""
+    losses = context.teaching.losses if context.teaching else ()
     reused = [last_of_projector(loss) for loss in losses if isinstance(loss, SimKDConfig)]
-    return replace(config.prune, keep=(*config.prune.keep, *reused))
+    return replace(config.prune, exclude=(*config.prune.exclude, *reused))
 
 
-def _quantize(config: CompressConfig, taught: Tutor) -> dict[str, dict[str, Any]]:
+def _quantize(config: CompressConfig, context: FineTuneContext) -> dict[str, dict[str, Any]]:
     scheme, train = config.quantize.scheme, config.quantize_train
-    alone = replace(taught, teaching=None)
+    alone = replace(context, teaching=None)
 
-    def quantized(kind: str, tutor: Tutor, source: Source, train: TrainConfig = train) -> dict[str, Any]:
+    def quantized(kind: str, of: FineTuneContext, source: TrainedModel, train: TrainConfig = train) -> dict[str, Any]:
         sparse = config.prunes and config.prune.kind != "channels" and kind in (scheme, f"{scheme}-alone")
-        return quantize_student(config.quantize, train, tutor, source, kind, sparse=sparse)
+        return quantize_student(config.quantize, train, of, source, kind, sparse=sparse)
 
-    figures: dict[str, dict[str, Any]] = {scheme: quantized(scheme, taught, float_source(config, taught))}
+    figures: dict[str, dict[str, Any]] = {scheme: quantized(scheme, context, float_source(config, context))}
     if config.baselines:
-        unpruned = student_source(config, taught)
-        figures[f"{scheme}-ptq"] = quantized(f"{scheme}-ptq", alone, unpruned, calibrated_only(train))
+        unpruned = student_source(config, context)
+        figures[f"{scheme}-ptq"] = quantized(f"{scheme}-ptq", alone, unpruned, replace(train, epochs=0))
         if config.prunes:
-            figures[f"{scheme}-unpruned"] = quantized(f"{scheme}-unpruned", taught, unpruned)
+            figures[f"{scheme}-unpruned"] = quantized(f"{scheme}-unpruned", context, unpruned)
             figures[f"{scheme}-unpruned-alone"] = quantized(f"{scheme}-unpruned-alone", alone, unpruned)
-        source = float_source(config, taught, "pruned-alone")
+        source = float_source(config, context, "pruned-alone")
         figures[f"{scheme}-alone"] = quantized(f"{scheme}-alone", alone, source)
     return figures
 
 
-def _fresh(tutor: Tutor) -> Callable[[], Network]:
-    """Builds the untrained student, with what losses make part of it."""
-    losses = tutor.teaching.losses if tutor.teaching else ()
-    return lambda: fresh_student(tutor.student, tutor.seed, tutor.setup, losses)
+def _fresh(context: FineTuneContext) -> Callable[[], Network]:
+    """Return a function that builds the untrained student, with the modules that losses add to it."""
+    losses = context.teaching.losses if context.teaching else ()
+    return lambda: fresh_student(context.student, context.seed, context.setup, losses)

@@ -1,4 +1,4 @@
-"""The last part of `kdpipe compress`: how fast the files are, and the folder that is handed over."""
+"""Finish `kdpipe compress`: measure the files' latency and write the artifacts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from stages.artefacts import Made, artefact_folder, write_artefacts
+from stages.artefacts import ArtifactStage, artifact_folder, write_artifacts
 from stages.compress import CompressConfig, compressed_root, float_job, float_source, student_job
 from stages.compression.cpu import cpu_name
 from stages.compression.latency import measure_latency
 from stages.compression.onnx_graph import float_nodes
-from stages.fine_tune import Tutor
-from stages.given_student import narrow_types
+from stages.fine_tune import FineTuneContext
+from stages.given_student import low_precision_dtypes
 from stages.job_folder import JobFolder, read_json, write_json
 from stages.latency_record import Latencies, latency_path, read_latencies
 from stages.network import Network
-from stages.prune_student import Source, finished_source
+from stages.prune_student import TrainedModel, finished_source
 from stages.quantize_student import prepare, quantize_job, quantized_record
 from stages.setup import Setup
 from stages.teaching import Teaching
@@ -32,40 +32,47 @@ from store import make_folders
 def export_student(
     config: CompressConfig, student: StudentConfig, seed: int, teaching: Teaching, setup: Setup, *, name: str
 ) -> dict[str, Any]:
-    """Measure the files of a seed's networks and write its artefacts, called `name`; returns the card. Raises RunError
-    where the networks are not made yet, and what `write_artefacts` raises.
+    """Measure the files of a seed's networks, write its artifacts, called `name`, and return the card.
+
+    Raises:
+        RunError: If the networks do not exist yet.
+        ModelError: As `write_artifacts`.
     """
-    tutor = Tutor(student, seed, teaching, setup, compressed_root(setup.run, config))
-    source = float_source(config, tutor)
-    chain = [Made(float_job(config, tutor), source.load())]
+    context = FineTuneContext(student, seed, teaching, setup, compressed_root(setup.run, config))
+    source = float_source(config, context)
+    chain = [ArtifactStage(float_job(config, context), source.load())]
     if config.quantizes:
-        chain.append(Made(tutor.folder(config.quantize.scheme), _load_quantized(config, tutor, source)))
-    latency = measure_files(config, tutor)
-    return write_artefacts(
-        artefact_folder(tutor.root, seed),
+        chain.append(ArtifactStage(context.folder(config.quantize.scheme), _load_quantized(config, context, source)))
+    latency = measure_files(config, context)
+    return write_artifacts(
+        artifact_folder(context.root, seed),
         chain,
-        {"name": name, **_facts(config, tutor, latency)},
+        {"name": name, **_facts(config, context, latency)},
         setup,
         opset=config.opset,
-        narrow=narrow_types(Path(config.student).expanduser()) if config.student and not config.steps else None,
+        dtypes=low_precision_dtypes(Path(config.student).expanduser()) if config.student and not config.steps else None,
     )
 
 
-def measure_files(config: CompressConfig, tutor: Tutor) -> Latencies:
-    """How long onnxruntime takes for a batch, teacher to INT8 student, in turn in one process: measured once for the
-    same files, on the same number of threads. Raises RunError where the record of that is damaged.
+def measure_files(config: CompressConfig, context: FineTuneContext) -> Latencies:
+    """Measure onnxruntime's time per batch, teacher to INT8 student, in turn in one process.
+
+    The result is recorded and reused for the same files and number of threads. Raises RunError if the record is
+    damaged.
     """
-    setup, record = tutor.setup, latency_path(tutor.root, tutor.seed)
-    present = {name: folder.onnx for name, folder in _timed(config, tutor).items() if folder.onnx.is_file()}
+    setup, record = context.setup, latency_path(context.root, context.seed)
+    present = {
+        name: folder.onnx for name, folder in _measured_folders(config, context).items() if folder.onnx.is_file()
+    }
     measured_on: dict[str, Any] = {
         "batch_sizes": list(config.latency_batch_sizes),
         "num_rounds": config.latency_rounds,
         "num_threads": torch.get_num_threads(),
         "files_sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in present.items()},
     }
-    kept, held = read_latencies(record), read_json(record) or {}
-    if kept is not None and {key: held.get(key) for key in measured_on} == measured_on:
-        return kept
+    recorded, previous = read_latencies(record), read_json(record) or {}
+    if recorded is not None and {key: previous.get(key) for key in measured_on} == measured_on:
+        return recorded
     found = measure_latency(
         present,
         setup.image_shape,
@@ -74,56 +81,58 @@ def measure_files(config: CompressConfig, tutor: Tutor) -> Latencies:
         num_threads=torch.get_num_threads(),
         between_rounds=setup.watch.check,
     )
-    files = {name: {str(size): one.to_json() for size, one in by_size.items()} for name, by_size in found.items()}
-    make_folders([record.parent])  # where nothing was compressed, nothing has made it yet
+    files = {
+        name: {str(size): latency.to_json() for size, latency in by_size.items()} for name, by_size in found.items()
+    }
+    make_folders([record.parent])  # absent if nothing was compressed
     write_json(record, measured_on | {"cpu": cpu_name(), "files": files})
     return Latencies(cpu_name(), measured_on["num_threads"], measured_on["batch_sizes"], files)
 
 
-def _timed(config: CompressConfig, tutor: Tutor) -> dict[str, JobFolder]:
-    """The networks whose files are timed. What only differs in how it was fine-tuned takes the same time."""
-    run, seed, scheme = tutor.setup.run, tutor.seed, config.quantize.scheme
+def _measured_folders(config: CompressConfig, context: FineTuneContext) -> dict[str, JobFolder]:
+    """Return the networks to measure. Those that differ only in their fine-tuning take the same time."""
+    run, seed, scheme = context.setup.run, context.seed, config.quantize.scheme
     alone, distilled = (student_folder(run, kind, seed) for kind in (ALONE, DISTILLED))
     sizes = [(folder.result() or {}).get("num_parameters") for folder in (alone, distilled)]
-    folders = {"teacher": JobFolder(run / "teacher"), "student": student_job(config, tutor)}
+    folders = {"teacher": JobFolder(run / "teacher"), "student": student_job(config, context)}
     if config.student is None and sizes[0] != sizes[1]:  # SimKD's student has a projector
         folders["alone"] = alone
     if config.prunes:
-        folders["pruned"] = tutor.folder("pruned")
+        folders["pruned"] = context.folder("pruned")
     if config.quantizes:
-        folders |= {kind: tutor.folder(kind) for kind in (scheme, f"{scheme}-unpruned")}
+        folders |= {kind: context.folder(kind) for kind in (scheme, f"{scheme}-unpruned")}
     return folders
 
 
-def _load_quantized(config: CompressConfig, tutor: Tutor, source: Source) -> Network:
-    """The finished quantized network."""
+def _load_quantized(config: CompressConfig, context: FineTuneContext, source: TrainedModel) -> Network:
+    """Load the finished quantized network."""
 
     def fresh() -> Network:
         network = source.load()
-        prepared = prepare(network.model, tutor.setup.image_shape, config.quantize)
+        prepared = prepare(network.model, context.setup.image_shape, config.quantize)
         architecture = {**network.architecture, **quantized_record(config.quantize)}
         return Network(prepared, architecture, network.normalise)
 
-    folder = tutor.folder(config.quantize.scheme)
-    if folder.result() is not None:  # made from this very network?
-        folder.begin(quantize_job(config.quantize, config.quantize_train, tutor, source))
+    folder = context.folder(config.quantize.scheme)
+    if folder.result() is not None:  # was it made from this network?
+        folder.begin(quantize_job(config.quantize, config.quantize_train, context, source))
     return finished_source(folder, fresh, "kdpipe compress --only quantize").load()
 
 
-def _facts(config: CompressConfig, tutor: Tutor, latency: Latencies) -> dict[str, Any]:
-    """What the card says beside the files: where the student comes from, and the figures of all that led to it."""
-    jobs = {"teacher": JobFolder(tutor.setup.run / "teacher"), "student": student_job(config, tutor)}
+def _facts(config: CompressConfig, context: FineTuneContext, latency: Latencies) -> dict[str, Any]:
+    """Return the card's entries on origin and figures."""
+    jobs = {"teacher": JobFolder(context.setup.run / "teacher"), "student": student_job(config, context)}
     if config.prunes:
-        jobs["pruned"] = tutor.folder("pruned")
+        jobs["pruned"] = context.folder("pruned")
     if config.quantizes:
-        jobs[config.quantize.scheme] = tutor.folder(config.quantize.scheme)
+        jobs[config.quantize.scheme] = context.folder(config.quantize.scheme)
     results = {name: result for name, folder in jobs.items() if (result := folder.result()) is not None}
     last = jobs[list(jobs)[-1]]
-    stores = tutor.teaching.stores if tutor.teaching else ()
+    stores = context.teaching.stores if context.teaching else ()
     return {
         "kdpipe": version("kdpipe"),
-        "seed": tutor.seed,
-        "data": {"name": tutor.setup.test_set.name, "num_test_samples": tutor.setup.test_set.num_samples},
+        "seed": context.seed,
+        "data": {"name": context.setup.test_set.name, "num_test_samples": context.setup.test_set.num_samples},
         "teachers": [
             {
                 "model": store.manifest.identity.teacher["architecture"]["model"],
@@ -135,7 +144,7 @@ def _facts(config: CompressConfig, tutor: Tutor, latency: Latencies) -> dict[str
         ],
         "weights_sha256": results[list(results)[-1]]["identity"]["weights_sha256"],
         "networks": {name: _figures(result) for name, result in results.items()},
-        "spared": results.get("pruned", {}).get("spared", {}),
+        "excluded": results.get("pruned", {}).get("excluded", {}),
         "float_nodes": [str(node) for node in float_nodes(last.onnx)] if config.quantizes else [],
         "latency": asdict(latency),
     }

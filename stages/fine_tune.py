@@ -1,4 +1,4 @@
-"""The fine-tuning of a compressed student: the one training loop, from where the compression left the network."""
+"""Fine-tune a compressed student with the shared training loop."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from stages.training import Job, train
 
 
 @dataclass(frozen=True)
-class Tutor:
-    """Who teaches a student while it is compressed: the stores, or nobody but the hard labels.
+class FineTuneContext:
+    """The student, seed, distillation and folder that all fine-tunings of one compression share.
 
-    root: the folder in which its networks are. teaching: None for hard labels alone, as what distillation is compared
-    with has it.
+    Without `teaching` (stores and losses), hard labels alone train the baseline. `root` has the compressed networks.
     """
 
     student: StudentConfig
@@ -36,19 +35,21 @@ class Tutor:
     root: Path
 
     @property
-    def handed_out(self) -> bool:
-        """Whether its networks are for use, as ONNX files: what hard labels alone made is there to be compared with."""
+    def exports_onnx(self) -> bool:
+        """Whether its networks are exported to ONNX; those of the hard-label baseline are not."""
         return self.teaching is not None
 
     def folder(self, kind: str) -> JobFolder:
-        """Where this seed's network of a kind is, such as `pruned`."""
+        """Return the folder of this seed's network of a kind, such as `pruned`."""
         return JobFolder(self.root / f"{kind}-seed{self.seed}")
 
-    def made_from(self, how: Mapping[str, Any], starts_from: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
-        """What decides a fine-tuning's result: how it is compressed, where it starts, and all that it is taught."""
+    def job_record(
+        self, compression: Mapping[str, Any], starts_from: Mapping[str, Any], config: TrainConfig
+    ) -> dict[str, Any]:
+        """Return everything that determines the result of fine-tuning the network with identity `starts_from`."""
         smoothing = self.student.label_smoothing if self.teaching is None else 0.0
         return {
-            **how,
+            **compression,
             "starts_from": starts_from,
             "train": deciding(config),
             "seed": self.seed,
@@ -59,9 +60,10 @@ class Tutor:
             "teaching": self.teaching.to_json() if self.teaching else None,
         }
 
-    def lesson(self, network: Network) -> Lesson:
-        """What a network learns from: the adapters of losses on features meet its widths as they are, and ramps have
-        ended. Raises what `build_lesson` raises.
+    def task(self, network: Network) -> Lesson:
+        """Build a network's training task: adapters fit its current widths, and schedules are at their end.
+
+        Raises what `build_lesson` raises.
         """
         teaching = self.teaching.main if self.teaching else None
         smoothing = self.student.label_smoothing
@@ -69,42 +71,46 @@ class Tutor:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One fine-tuning: of which network, where, and what is done to the network beside the optimiser's steps.
+class FineTuneJob:
+    """One fine-tuning.
 
-    warm_up: called once, before the first step. before_epoch: called with the epoch's number. masks: by parameter name,
-    the weights that stay zero where they are False.
+    Attributes:
+        name: Its name in progress reports.
+        warm_up: Called once, before the first step.
+        before_epoch: Called with the model and the epoch's number.
+        masks: By parameter name, false where weights stay zero.
     """
 
     name: str
     network: Network
     folder: JobFolder
     config: TrainConfig
-    warm_up: Callable[[nn.Module, Lesson], None] = lambda model, lesson: None
+    warm_up: Callable[[nn.Module, Lesson], None] = lambda model, task: None
     before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def fine_tune(piece: Piece, tutor: Tutor) -> list[dict[str, Any]]:
-    """Train a piece, from its checkpoint if there is one; returns the metrics of each epoch. Raises what `train` raises
-    and what `Tutor.lesson` raises.
+def fine_tune(job: FineTuneJob, context: FineTuneContext) -> list[dict[str, Any]]:
+    """Train a network, from its checkpoint if there is one, and return the metrics of each epoch.
+
+    Raises what `train` and `FineTuneContext.task` raise.
     """
-    setup, model = tutor.setup, piece.network.model.to(tutor.setup.device)
-    lesson = tutor.lesson(piece.network)
-    if not piece.folder.checkpoint.exists():
-        piece.warm_up(model, lesson)
-    masks = {name: mask.to(setup.device) for name, mask in piece.masks.items()}
-    job = Job(
+    setup, model = context.setup, job.network.model.to(context.setup.device)
+    task = context.task(job.network)
+    if not job.folder.checkpoint.exists():
+        job.warm_up(model, task)
+    masks = {name: mask.to(setup.device) for name, mask in job.masks.items()}
+    training = Job(
         "compress",
-        piece.name,
+        job.name,
         model,
-        lesson,
-        setup.test(piece.network.normalise),
-        piece.config,
-        tutor.seed,
-        piece.folder,
-        student_layers(tutor.teaching.main.losses) if tutor.teaching else (),
-        piece.before_epoch,
+        task,
+        setup.test(job.network.normalise),
+        job.config,
+        context.seed,
+        job.folder,
+        student_layers(context.teaching.main.losses) if context.teaching else (),
+        job.before_epoch,
         after_step=lambda trained: apply_masks(trained, masks),
     )
-    return train(job, setup.device, setup.watch)
+    return train(training, setup.device, setup.watch)

@@ -1,4 +1,4 @@
-"""A student that was trained elsewhere, taken from its file: measured like any other, and then compressed."""
+"""Load a student trained elsewhere from its weights file, and measure it like any other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import ModelError
-from stages.fine_tune import Tutor
+from stages.fine_tune import FineTuneContext
 from stages.job_folder import JobFolder
 from stages.models.weights import load_weights, read_weights
 from stages.network import Network, finish
@@ -21,50 +21,55 @@ from stages.tensor_file import RECORD
 from store import FingerprintMismatch, differences
 
 
-def load_given(path: Path, fresh: Network, class_names: Sequence[str]) -> Network:
-    """The student of the recipe, `fresh` and used up, with the weights in a .safetensors file or a torch state dict.
+def load_external(path: Path, fresh: Network, class_names: Sequence[str]) -> Network:
+    """Load weights from a .safetensors file or a torch state dict into the recipe's student `fresh`, in place.
 
-    A file of kdpipe's own says what it is: it must be this student, pruned or not, for `class_names`. Raises ModelError
-    where the file does not fit or is quantized, FingerprintMismatch where it says that it is another network.
+    A file written by kdpipe records its architecture: it must be this student, pruned or not, for `class_names`.
+
+    Raises:
+        ModelError: If the file does not fit or is quantized.
+        FingerprintMismatch: If it records another network.
     """
-    record = _record(path)
+    record = _header(path)
     architecture = record.get("architecture", fresh.architecture)
     if not isinstance(architecture, Mapping) or not isinstance(architecture.get("widths", {}), Mapping):
-        raise ModelError(f"the record in {path} does not say what the network is: it is damaged.")
+        raise ModelError(f"the record in {path} is damaged: it has no valid architecture.")
     architecture = dict(architecture)
     if "quantized" in architecture:
         raise ModelError(
-            f"{path} is quantized already ({architecture['quantized']}): give the float student that it was made from."
+            f"{path} is already quantized ({architecture['quantized']}): pass the float student it was made from."
         )
     widths = architecture.pop("widths", None)
-    wanted = {"architecture": dict(fresh.architecture), "class_names": list(class_names)}
+    expected = {"architecture": dict(fresh.architecture), "class_names": list(class_names)}
     stored = {"architecture": architecture, "class_names": record.get("class_names", list(class_names))}
-    if found := differences(stored, json.loads(json.dumps(wanted))):
-        raise FingerprintMismatch(f"the student in {path}", found, "Give the recipe that student, or another file.")
+    if found := differences(stored, json.loads(json.dumps(expected))):
+        raise FingerprintMismatch(
+            f"the student in {path}", found, "Set student.model to that network, or pass another file."
+        )
     network = with_widths(fresh, widths)
     load_weights(network.model, path)
     return network
 
 
-def measure_given(tutor: Tutor, network: Network) -> dict[str, Any]:
-    """Measure the given student and leave its ONNX file, once; returns its figures."""
-    folder = JobFolder(tutor.root / "given")
-    made_from = {"starts_from": network.identity, "test": tutor.setup.test_identity()}
-    folder.begin(made_from)
+def measure_external(context: FineTuneContext, network: Network) -> dict[str, Any]:
+    """Measure the external student and export its ONNX file, once, and return its figures."""
+    folder = JobFolder(context.root / "given")
+    record = {"starts_from": network.identity, "test": context.setup.test_identity()}
+    folder.begin(record)
     if (done := folder.result()) is not None:
         return done
-    network.model.to(tutor.setup.device)
-    return finish(folder, network, [], tutor.setup, with_onnx=tutor.handed_out)
+    network.model.to(context.setup.device)
+    return finish(folder, network, [], context.setup, with_onnx=context.exports_onnx)
 
 
-def narrow_types(path: Path) -> dict[str, torch.dtype]:
-    """The types of a file's tensors that are narrower than float32, by name: a BF16 student is handed on as one."""
-    stored = {name: one for name, one in read_weights(path).items() if isinstance(one, Tensor)}
-    return {name: one.dtype for name, one in stored.items() if one.is_floating_point() and one.itemsize < 4}
+def low_precision_dtypes(path: Path) -> dict[str, torch.dtype]:
+    """Return the dtypes narrower than float32 of a file's tensors, by name: a BF16 student stays BF16."""
+    stored = {name: tensor for name, tensor in read_weights(path).items() if isinstance(tensor, Tensor)}
+    return {name: tensor.dtype for name, tensor in stored.items() if tensor.is_floating_point() and tensor.itemsize < 4}
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """What a file of kdpipe's says of itself; nothing for any other, of which `load_weights` says what is amiss."""
+def _header(path: Path) -> dict[str, Any]:
+    """Return the record in a file of kdpipe; empty for any other, whose faults `load_weights` reports."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             found = json.loads((file.metadata() or {}).get(RECORD, "{}"))

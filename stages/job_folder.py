@@ -34,7 +34,7 @@ FIGURES: dict[str, tuple[type, ...]] = {
 }
 """What a finished job says of itself, at the least."""
 
-MORE_FIGURES: dict[str, tuple[type, ...]] = {"num_macs": (int, type(None)), "spared": (dict,), "examined": (dict,)}
+MORE_FIGURES: dict[str, tuple[type, ...]] = {"num_macs": (int, type(None)), "excluded": (dict,), "examined": (dict,)}
 """What some also say."""
 
 SHARES = ("accuracy", "best_accuracy", "onnx_agreement")

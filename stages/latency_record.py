@@ -1,4 +1,4 @@
-"""What the files of a seed take in onnxruntime, as it is kept beside the compressed students."""
+"""Read the recorded latencies of a seed's files in onnxruntime."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from stages.errors import RunError
 from stages.job_folder import read_json
 
-Times = dict[str, dict[str, float]]
-"""By batch size, as text: the median and the 95th percentile of a batch, p50_ms and p95_ms."""
+LatencyByBatch = dict[str, dict[str, float]]
+"""By batch size, as text: a batch's median and 95th percentile, p50_ms and p95_ms."""
 
 
 @dataclass(frozen=True)
 class Latencies:
-    """The times of each kind of network, on a CPU and so many of its threads."""
+    """Latencies of each kind of network, on a CPU with a number of threads."""
 
     cpu: str
     num_threads: int
     batch_sizes: list[int]
-    files: Mapping[str, Times]
+    files: Mapping[str, LatencyByBatch]
 
-    def of(self, kind: str, timed_as: str) -> Times | None:
-        """A network's own, or else those of the kind that takes the same."""
+    def of(self, kind: str, timed_as: str) -> LatencyByBatch | None:
+        """Return a network's own latencies, or else those of the equivalent kind."""
         return self.files.get(kind, self.files.get(timed_as))
 
 
@@ -34,7 +34,7 @@ def latency_path(root: Path, seed: int) -> Path:
 
 
 def read_latencies(path: Path) -> Latencies | None:
-    """What is kept there; None where nothing is. Raises RunError where it is damaged."""
+    """Return the recorded latencies, or None. Raises RunError if the file is damaged."""
     record = read_json(path)
     if record is None:
         return None
@@ -47,5 +47,7 @@ def read_latencies(path: Path) -> Latencies | None:
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise RunError(f"{path} is damaged ({error!r}): delete it, and run `kdpipe compress` again.") from error
     if not whole:
-        raise RunError(f"{path} is damaged (a time is no number): delete it, and run `kdpipe compress` again.")
+        raise RunError(
+            f"{path} is damaged (a time is not a positive number): delete it, and run `kdpipe compress` again."
+        )
     return found

@@ -1,4 +1,4 @@
-"""The card of a compressed student as people read it: Markdown, made from card.json alone."""
+"""Format the model card of a compressed student as Markdown, from card.json alone."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ logits = session.run(["logits"], {{"images": (images / np.float32(255) - mean) /
 
 
 def card_text(card: Mapping[str, Any]) -> str:
-    """The Markdown of a card."""
+    """Return the Markdown of a card."""
     return "\n".join(_lines(card)) + "\n"
 
 
 def _lines(card: Mapping[str, Any]) -> Iterator[str]:
     architecture, shown = card["architecture"], card["input"]["shape"]
-    yield f"# {_plain(card['name'])}: {_plain(architecture['model'])}, {_state(card)}"
+    yield f"# {_escape(card['name'])}: {_escape(architecture['model'])}, {_state(card)}"
     yield ""
     yield (
-        f"Made by kdpipe {card['kdpipe']}. It sorts images of {shown[1]} x {shown[2]} x {shown[3]} (channels, height, "
-        f"width) into {len(card['class_names'])} classes: {_few(card['class_names'])}."
+        f"Made by kdpipe {card['kdpipe']}. It classifies images of {shown[1]} x {shown[2]} x {shown[3]} (channels, "
+        f"height, width) into {len(card['class_names'])} classes: {_shortened(card['class_names'])}."
     )
     yield ""
     yield from _origin(card)
@@ -39,8 +39,8 @@ def _lines(card: Mapping[str, Any]) -> Iterator[str]:
     yield "```"
     yield ""
     yield (
-        "Any batch size runs, 1 included. `class_names`, `normalisation` and `image_shape` stand in the file's "
-        "metadata. Images are cropped and resized to that size before, as the recipe's data section says."
+        "Any batch size runs, 1 included. `class_names`, `normalisation` and `image_shape` are in the file's "
+        "metadata. Crop and resize images to that size first, as in the recipe's data section."
     )
     yield ""
     yield from _files(card)
@@ -51,21 +51,21 @@ def _state(card: Mapping[str, Any]) -> str:
     words = ["pruned"] if "pruned" in card["networks"] else []
     if scheme := architecture.get("quantized"):
         words.append(scheme.upper())
-    return " and ".join(words) or "untouched"
+    return " and ".join(words) or "unchanged"
 
 
 def _origin(card: Mapping[str, Any]) -> Iterator[str]:
-    yield f"- Data: {_plain(card['data']['name'])}; seed {card['seed']}."
+    yield f"- Data: {_escape(card['data']['name'])}; seed {card['seed']}."
     for teacher in card["teachers"]:
         yield (
-            f"- Teacher: {_plain(teacher['model'])}, weights {teacher['weights_sha256'][:12]}, from the store with the "
+            f"- Teacher: {_escape(teacher['model'])}, weights {teacher['weights_sha256'][:12]}, from the store with "
             f"fingerprint {teacher['fingerprint'][:12]} ({teacher['num_views']} views)."
         )
     yield f"- Weights of this student: {card['weights_sha256'][:12]} (sha256, the first 12 digits)."
-    if spared := card.get("spared"):
-        yield f"- Not pruned: {_few([f'{path} ({why})' for path, why in spared.items()])}."
+    if excluded := card.get("excluded"):
+        yield f"- Not pruned: {_shortened([f'{path} ({why})' for path, why in excluded.items()])}."
     if floats := card.get("float_nodes"):
-        yield f"- Not in integers: {_few(floats)}."
+        yield f"- Not in integers: {_shortened(floats)}."
 
 
 def _table(card: Mapping[str, Any]) -> Iterator[str]:
@@ -97,7 +97,7 @@ def _files(card: Mapping[str, Any]) -> Iterator[str]:
 
 def _purpose(name: str) -> str:
     if name.endswith(".safetensors"):
-        return "The weights; `stages.rebuild.rebuild(path)` builds the network from the record in its header."
+        return "The weights; `stages.rebuild.rebuild(path)` builds the network from its header."
     if name.endswith(".pt2"):
         return "`torch.export.load(path).module()`" + (
             ", after `import torch.ao.quantization.fx._decomposed`." if "int8" in name else "."
@@ -113,12 +113,12 @@ def _count(number: int | None) -> str:
     return "-" if number is None else f"{number:,}"
 
 
-def _plain(text: str) -> str:
-    """A name as Markdown shows it: class names come from folders and files of strangers."""
+def _escape(text: str) -> str:
+    """Escape a name for Markdown: class names are untrusted input."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text[:80])
     return re.sub(r"([\\`*_{}\[\]<>#|~!])", r"\\\1", shown)
 
 
-def _few(names: list[str]) -> str:
-    names = [_plain(name) for name in names]
+def _shortened(names: list[str]) -> str:
+    names = [_escape(name) for name in names]
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from stages.compression.complexity import count_macs
-from stages.compression.onnx_check import check_onnx, where_they_part
+from stages.compression.onnx_check import check_onnx
 from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_parting import first_divergence
 from stages.errors import ModelError
 from stages.examine import examine
 from stages.job_folder import JobFolder
@@ -128,11 +129,11 @@ def require_agreement(path: Path, network: Network, setup: Setup, *, whole_test:
     most_apart = max(MOST_APART, 2 / found.num_samples)  # two images of a small test set are more than that
     if found.top1_agreement >= LEAST_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= most_apart:
         return found.top1_agreement
-    where = where_they_part(path, network.model, test.images(PARTING_IMAGES).cpu())
+    where = first_divergence(path, network.model, test.images(PARTING_IMAGES).cpu())
     raise ModelError(
         f"{path} agrees with torch on {100 * found.top1_agreement:.2f} % of {found.num_samples} test images, wanted "
         f"{100 * LEAST_AGREEMENT:.0f} %, with an accuracy of {100 * accuracies[0]:.2f} % against "
         f"{100 * accuracies[1]:.2f} % (logits differ by up to {found.max_logit_difference:.3g}): {where}. Do not "
         "use it: a network that is trained longer is surer of its answers, and what parts first can stay float "
-        "(compress.quantize.keep_float)."
+        "(compress.quantize.exclude)."
     )

@@ -1,6 +1,6 @@
-"""A network built again from a file of weights alone, without pickle or recipe: its header says what to build.
+"""Rebuild a network from a weights file alone, without pickle or recipe.
 
-network = rebuild(Path("artefacts-seed0/model.safetensors"))
+network = rebuild(Path("artifacts-seed0/model.safetensors"))
 logits = network.model(network.normalise(images))          # uint8 [B, C, H, W] to [B, num_classes]
 """
 
@@ -26,20 +26,26 @@ from stages.start_file import with_widths
 from stages.tensor_file import load_tensors
 from store import KdpipeError
 
-MOST = 8192
-"""No width, argument or side of an image in a record may be larger."""
+MAX_SIZE = 8192
+"""The largest width, argument or image side accepted in a record."""
 
 
 def rebuild(path: Path, *, trust_python: bool = False) -> Network:
-    """The network in a `model.safetensors` of kdpipe's, in eval mode, on the CPU: pruned or not, in float or rounding
-    as its integer file does.
+    """Build the network of a `model.safetensors` of kdpipe, in eval mode, on the CPU.
 
-    trust_python: whether a network that is a user's own function (`python:module:factory`) may be built, which runs the
-    code of a module that the file names. Raises ModelError where the file is none of kdpipe's, or does not fit itself.
+    It is pruned or not, in float or rounding as its integer file does.
+
+    Args:
+        path: The file.
+        trust_python: Whether to build a user's own network (`python:module:factory`), which runs code from a module
+            that the file names.
+
+    Raises:
+        ModelError: If the file is not from kdpipe, or is inconsistent.
     """
     tensors, record = load_tensors(path)
     try:
-        architecture = _sane(record["architecture"])
+        architecture = _checked(record["architecture"])
         plain = {key: value for key, value in architecture.items() if key != "widths"}
         model = _build(architecture, tensors, trust_python=trust_python)
         fresh = Network(model, plain, Normalisation.from_json(record))
@@ -48,7 +54,7 @@ def rebuild(path: Path, *, trust_python: bool = False) -> Network:
             rounding = prepare(network.model, image_shape_of(architecture), config)
             network = Network(rounding, architecture, network.normalise)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
-        raise ModelError(f"the record in {path} does not say what to build ({cause(error)}): it is damaged.") from error
+        raise ModelError(f"the record in {path} is damaged: it describes no valid network ({cause(error)}).") from error
     except KdpipeError as error:
         raise ModelError(f"the network in {path} cannot be built: {error}") from error
     load_entries(network.model, tensors, str(path))
@@ -56,27 +62,27 @@ def rebuild(path: Path, *, trust_python: bool = False) -> Network:
     return network
 
 
-def _sane(architecture: Any) -> dict[str, Any]:
-    """A record of ordinary sizes: a stranger's must not ask for all memory. ValueError or TypeError if it is none."""
-    if not isinstance(architecture, dict) or not isinstance(architecture.get("keep_float", []), list):
-        raise TypeError("the architecture is no table of what to build")
-    for key, most in (("num_classes", 10**6), ("in_channels", MOST), ("image_size", MOST), ("args", MOST)):
-        if (largest := _largest(architecture[key])) > most:
-            raise ValueError(f"{key} holds {largest}, more than {most}")
-    if (reused := architecture.get("reused_classifier")) and _largest(reused) > MOST:
+def _checked(architecture: Any) -> dict[str, Any]:
+    """Reject records that would allocate unbounded memory. Raises ValueError or TypeError."""
+    if not isinstance(architecture, dict) or not isinstance(architecture.get("exclude", []), list):
+        raise TypeError("the architecture is not a table")
+    for key, limit in (("num_classes", 10**6), ("in_channels", MAX_SIZE), ("image_size", MAX_SIZE), ("args", MAX_SIZE)):
+        if (largest := _largest(architecture[key])) > limit:
+            raise ValueError(f"{key} has {largest}, more than {limit}")
+    if (reused := architecture.get("reused_classifier")) and _largest(reused) > MAX_SIZE:
         raise ValueError("the reused classifier is too wide")
     return architecture
 
 
 def _largest(value: Any) -> float:
-    """The largest number in a JSON value."""
+    """Return the largest number in a JSON value."""
     if isinstance(value, dict | list):
         return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
     return abs(value) if isinstance(value, int | float) else 0
 
 
 def image_shape_of(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a recorded network takes."""
+    """Return (C, H, W) of a recorded network's images."""
     height, width = architecture["image_size"]
     return int(architecture["in_channels"]), int(height), int(width)
 
@@ -85,7 +91,7 @@ def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, tr
     name = str(architecture["model"])
     if name.startswith(PYTHON) and not trust_python:
         raise ModelError(
-            f"it is {name!r}, code that the file only names: pass trust_python=True if you know that code."
+            f"its model is {name!r}, code outside the file: pass trust_python=True if you trust that code."
         )
     channels, height, width = image_shape_of(architecture)
     model = build_model(
@@ -96,9 +102,11 @@ def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, tr
         seed=0,
     )
     if reused := architecture.get("reused_classifier"):
-        pair = (reused["layer"], "")
         config = SimKDConfig(
-            loss="simkd", layers=(pair,), classifier=(reused["classifier"], ""), factor=reused["factor"]
+            loss="simkd",
+            layers=((reused["layer"], ""),),
+            classifier=(reused["classifier"], ""),
+            factor=reused["factor"],
         )
         with_projector(
             model,

@@ -1,4 +1,4 @@
-"""Which layers of a student suffer from INT8: `kdpipe sensitivity`, on views that it is trained with."""
+"""Measure INT8 sensitivity of a student's layers on training views (`kdpipe sensitivity`)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import torch
 
 from stages.compress import CompressConfig, float_source
 from stages.compression.sensitivity import LayerSensitivity, sensitivity
-from stages.fine_tune import Tutor
+from stages.fine_tune import FineTuneContext
 
 
-def student_sensitivity(config: CompressConfig, tutor: Tutor, num_batches: int) -> list[LayerSensitivity]:
-    """The layers of the float student, pruned where the recipe prunes, the worst first. Raises RunError where it is not
-    there yet.
+def student_sensitivity(config: CompressConfig, context: FineTuneContext, num_batches: int) -> list[LayerSensitivity]:
+    """Return the layers of the float student (pruned if the recipe prunes), the worst first.
+
+    Raises:
+        RunError: If that student does not exist yet.
     """
-    network, setup = float_source(config, tutor).load(), tutor.setup
-    batches = tutor.lesson(network).stream(tutor.seed, config.quantize_train.batch_size, epoch=0, step=0, epochs=1)
+    network, setup = float_source(config, context).load(), context.setup
+    batches = context.task(network).stream(context.seed, config.quantize_train.batch_size, epoch=0, step=0, epochs=1)
     images = [batch.images.cpu() for batch in islice(batches, num_batches)]
-    counter = setup.watch.counter("sensitivity", "one layer after the other", "layer")
+    counter = setup.watch.counter("sensitivity", "layer by layer", "layer")
     example = torch.zeros(2, *setup.image_shape)
-    return sensitivity(network.model.cpu(), example, images, keep_float=config.quantize.keep_float, between=counter)
+    return sensitivity(network.model.cpu(), example, images, exclude=config.quantize.exclude, on_progress=counter)

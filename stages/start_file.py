@@ -1,6 +1,6 @@
-"""A network as a compression left it, before its fine-tuning: kept, so that a killed job starts from the same one.
+"""Save a pruned network before its fine-tuning, so that a killed job resumes from the same one.
 
-What was measured on the way (a latency, on a GPU also a gradient) would come out otherwise the second time.
+What pruning measures (a latency, on a GPU also a gradient) would differ the second time.
 """
 
 from __future__ import annotations
@@ -20,42 +20,47 @@ from stages.tensor_file import load_tensors
 
 
 @dataclass(frozen=True)
-class Start:
-    """A network that is about to be fine-tuned, and what is known of how it came about, as JSON."""
+class PrunedCheckpoint:
+    """A pruned network before its fine-tuning, and facts about the pruning, as JSON."""
 
     network: Network
     facts: Mapping[str, Any]
 
     @property
     def record(self) -> dict[str, Any]:
-        """What stands in the header of its file."""
+        """The record in the file's header."""
         return {"architecture": dict(self.network.architecture), "facts": dict(self.facts)}
 
 
-def start_path(folder: JobFolder) -> Path:
+def pruned_path(folder: JobFolder) -> Path:
+    """Return the path of a job's pruned network."""
     return folder.path / "start.safetensors"
 
 
-def save_start(path: Path, start: Start) -> None:
-    """Keep it, whole or not at all."""
-    save_model(path, start.network.model, start.record)
+def save_pruned(path: Path, checkpoint: PrunedCheckpoint) -> None:
+    """Write it atomically."""
+    save_model(path, checkpoint.network.model, checkpoint.record)
 
 
-def load_start(path: Path, fresh: Network) -> Start:
-    """The one that was kept, or that a fine-tuning made of it; `fresh` is the unpruned network, built anew, and is used
-    up. Raises RunError for a file that is something else.
+def load_pruned(path: Path, fresh: Network) -> PrunedCheckpoint:
+    """Load a pruned network, fine-tuned or not, into `fresh`, the unpruned network, which is modified.
+
+    Raises:
+        RunError: If the file is not of this job, or is damaged.
     """
     tensors, record = load_tensors(path)
     try:
         network = with_widths(fresh, record["architecture"].get("widths"))
         network.model.load_state_dict(tensors)
-        return Start(network, {"channel_ratio": float(record["facts"]["channel_ratio"]), **record["facts"]})
+        return PrunedCheckpoint(network, {"channel_ratio": float(record["facts"]["channel_ratio"]), **record["facts"]})
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
-        raise RunError(f"{path} is not of this job, or damaged ({cause(error)}): delete it, and run again.") from error
+        raise RunError(
+            f"{path} is from another job, or damaged ({cause(error)}): delete it, and run the command again."
+        ) from error
 
 
 def with_widths(fresh: Network, widths: Mapping[str, Any] | None) -> Network:
-    """A network, used up, cut to recorded widths; as it is where there are none, or where it has them already."""
+    """Return a network cut to recorded widths, in place; unchanged if there are none, or it has them already."""
     if widths is None or widths == fresh.architecture.get("widths"):
         return fresh
     architecture = {**fresh.architecture, "widths": dict(widths)}

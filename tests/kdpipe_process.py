@@ -44,7 +44,7 @@ weight = 0.5
 
 [compress]
 baselines = false
-nice = 0
+niceness = 0
 prune = { ratio = 0.25, round_to = 1 }
 prune_train = { epochs = 4, batch_size = 32, lr = 0.02, checkpoint_every_s = 0 }
 quantize_train = { epochs = 4, batch_size = 32, lr = 0.002, checkpoint_every_s = 0 }

@@ -1,4 +1,4 @@
-"""torchvision's networks and one of our own, small enough for tests, as a user's: `python:tiny_families:vit`."""
+"""Small user networks for tests, as in `python:tiny_families:vit`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def vit(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
-    """A vision transformer: two layers of two heads over patches of 4 x 4 pixels."""
+    """Build a vision transformer: two layers of two heads over patches of 4 x 4 pixels."""
     from torchvision.models import VisionTransformer
 
     assert in_channels == 3
@@ -24,14 +24,14 @@ def vit(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.M
 
 
 def mobilenet(num_classes: int) -> nn.Module:
-    """MobileNetV2 with three inverted residual blocks, one of them with a shortcut."""
+    """Build MobileNetV2 with three inverted residual blocks, one of them with a shortcut."""
     from torchvision.models import MobileNetV2
 
     return MobileNetV2(num_classes, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])
 
 
 def vgg8(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
-    """The vgg8 of the recipes, a quarter as wide."""
+    """Build the vgg8 of the recipes, a quarter as wide."""
     from stages.models import vgg
 
     with mock.patch.object(vgg, "WIDTHS", [width // 4 for width in vgg.WIDTHS]):

@@ -1,4 +1,4 @@
-"""Networks of a few thousand parameters, one for each thing that pruning and INT8 must cope with, and their images."""
+"""Networks of a few thousand parameters for pruning and INT8 tests, and their images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLE = torch.zeros(1, *IMAGE_SHAPE)
 
 
 class ResidualBlock(nn.Module):
-    """conv-BN-ReLU-conv-BN, added in place to the input, ReLU; one ReLU module serves both places."""
+    """A block of conv-BN-ReLU-conv-BN, added in place to the input, then ReLU; one ReLU module is called twice."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Residual(nn.Module):
 
 
 class Depthwise(nn.Module):
-    """An inverted residual with ReLU6, and an adaptive pool."""
+    """A network with an inverted residual with ReLU6, and an adaptive pool."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Depthwise(nn.Module):
 
 
 class Preactivation(nn.Module):
-    """BN and ReLU before the convolutions, as wide resnets have them: a BN that no convolution can absorb."""
+    """A network with BN and ReLU before the convolutions, like wide resnets: no convolution can absorb the BN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Preactivation(nn.Module):
 
 
 class Branching(nn.Module):
-    """A map that is pooled, split, shuffled and joined again, as shufflenets and densenets do."""
+    """A network whose map is pooled, split, shuffled and joined, as in shufflenets and densenets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Branching(nn.Module):
 
 
 def plain() -> nn.Module:
-    """Convolutions without batch norm, max pools, and a first linear layer that sees the map flattened."""
+    """Build convolutions without batch norm, max pools, and a linear layer that reads the flattened map."""
     return nn.Sequential(
         OrderedDict(
             stage1=nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -133,7 +133,7 @@ CONTAINERS = {
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """The network, freshly initialised, its running statistics and scales moved off their starting values."""
+    """Build a freshly initialized network with running statistics and scales moved off their initial values."""
     torch.manual_seed(seed)
     model = (NETS | UNPRUNABLE)[name]()
     for module in model.modules():
@@ -146,7 +146,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def images(num_samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Noisy copies of one pattern a class, [N, 3, 8, 8], and their classes [N]."""
+    """Return noisy copies of one pattern per class, [N, 3, 8, 8], and their classes [N]."""
     generator = torch.Generator().manual_seed(99)
     patterns = torch.randn(NUM_CLASSES, *IMAGE_SHAPE, generator=generator)
     generator.manual_seed(seed)
@@ -154,14 +154,14 @@ def images(num_samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return patterns[labels] + 0.7 * torch.randn(num_samples, *IMAGE_SHAPE, generator=generator), labels
 
 
-def step(model: nn.Module, optimiser: torch.optim.Optimizer, seed: int) -> None:
-    """One training step on a batch of `images`."""
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Run one training step on a batch of `images`."""
     torch.manual_seed(seed)  # dropout
     model.train()
     batch, labels = images(20, seed)
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     F.cross_entropy(model(batch), labels).backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:

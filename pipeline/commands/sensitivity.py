@@ -18,11 +18,11 @@ def print_sensitivity(network: str, layers: Sequence[LayerSensitivity]) -> None:
         table.add_row(
             layer.path,
             f"{layer.num_parameters:,}",
-            f"{layer.kl_spared:.2e}",
+            f"{layer.kl_recovered:.2e}",
             f"{layer.kl_alone:.2e}",
             f"{layer.sqnr_db:.1f}",
         )
     out = console()
     out.print(table)
     out.print("KL in nats between the outputs of the float and the calibrated network, on training views.")
-    out.print(f'To keep a layer float: --set compress.quantize.keep_float=["{layers[0].path}"].')
+    out.print(f'To keep a layer float: --set compress.quantize.exclude=["{layers[0].path}"].')

@@ -40,12 +40,12 @@ def _compressed(results: dict[str, Any]) -> Iterator[str]:
         for kind, figures in pair.items():
             yield _figures(f"{kind}, number {number}", figures)
     for pair in results.get("compressed", [])[:1]:  # the same for every seed
-        if spared := pair.get("pruned", {}).get("spared"):
-            yield f"not pruned: {_first_five([f'{path} ({reason})' for path, reason in spared.items()])}"
-    for card in results.get("artefacts", [])[:1]:
+        if excluded := pair.get("pruned", {}).get("excluded"):
+            yield f"not pruned: {_first_five([f'{path} ({reason})' for path, reason in excluded.items()])}"
+    for card in results.get("artifacts", [])[:1]:
         if card["float_nodes"]:
             yield f"not quantized: {_first_five(card['float_nodes'])}"
-    for card in results.get("artefacts", []):
+    for card in results.get("artifacts", []):
         yield f"exported: {', '.join(card['files'])}: {card['folder']}"
 
 

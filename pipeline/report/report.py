@@ -47,7 +47,7 @@ def read_report(run: Path) -> Report:
         num_missing = len(place.jobs) - len(results)
         missing += [f"{place.name} ({num_missing} of {len(place.jobs)})"] if num_missing else []
         rows += [_row(place, results, rows, latency)] if results else []
-    artifacts = [str(path.parent) for seed in seeds for path in root.glob(f"artefacts-seed{seed}/card.json")]
+    artifacts = [str(path.parent) for seed in seeds for path in root.glob(f"artifacts-seed{seed}/card.json")]
     pareto = str(root / "pareto.svg") if (root / "pareto.svg").exists() else None
     return Report(str(run), name, latency, rows, recovered_accuracy(rows), pareto, artifacts, missing)
 

@@ -1,13 +1,15 @@
-"""A copy of a model that nobody listens to: same weights, same modules, none of the hooks."""
+"""Deep-copy a model without its hooks, and preserve its training modes."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-LISTENERS = (
+HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -16,17 +18,28 @@ LISTENERS = (
 )
 
 
-def bare_copy(model: nn.Module) -> nn.Module:
-    """A deep copy without forward and backward hooks.
+def clone_without_hooks(model: nn.Module) -> nn.Module:
+    """Return a deep copy without forward and backward hooks.
 
-    A hook is somebody's ear at the original model (feature distillation): a copy that is traced or exported must not
-    talk into it. Pre-hooks stay, since weight normalisation computes its weights in one.
+    Hooks (of feature distillation) belong to the original: tracing or exporting the copy must not trigger them. Pre-
+    hooks stay, since weight normalization computes its weights in one.
     """
-    # deepcopy looks into its memo first: for each table of hooks it finds an empty one, and never copies a listener.
-    silent: dict[int, Any] = {
+    # deepcopy consults its memo first: it finds an empty table for each table of hooks, and never copies a hook.
+    empty_tables: dict[int, Any] = {
         id(table): type(table)()
         for module in model.modules()
         for name, table in vars(module).items()
-        if name in LISTENERS
+        if name in HOOK_TABLES
     }
-    return copy.deepcopy(model, silent)
+    return copy.deepcopy(model, empty_tables)
+
+
+@contextmanager
+def preserve_modes(model: nn.Module) -> Iterator[None]:
+    """Restore the training mode of every module at the end."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

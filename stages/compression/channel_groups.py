@@ -1,6 +1,6 @@
-"""Which channels stand and fall together, and which of them may go.
+"""Find groups of coupled channels and which can be pruned.
 
-A dependency graph says which layers share their channels (DepGraph, Fang et al. 2023, arXiv:2301.12900, through
+A dependency graph shows which layers share their channels (DepGraph, Fang et al. 2023, arXiv:2301.12900, through
 torch-pruning): all that meet in a residual sum, a depthwise convolution and what feeds it, a convolution and its batch
 norm. Such a group is pruned as one.
 """
@@ -18,24 +18,29 @@ import torch_pruning
 from torch import Tensor, nn
 
 from stages.cause import cause
+from stages.compression.bare_copy import preserve_modes
 from stages.compression.importance import mean_over_lanes
-from stages.compression.lost_channels import following
-from stages.compression.spared import WEIGHT_LAYERS, Names, is_depthwise, why_spared, written
+from stages.compression.lost_channels import follow_channels
+from stages.compression.spared import WEIGHT_LAYERS, ModuleNames, exclusion_reason, is_depthwise, written
 from stages.compression.widths import SIZES
 from stages.errors import ModelError
 
-NO_END = 16
-"""Following channels is given up where they become this many times those of the widest layer, as in Swin's windows."""
+MAX_GROWTH = 16
+"""Tracing stops if a group has this many times the channels of the widest layer, as in Swin's windows."""
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that stand and fall together across layers, found from one of the layers that write them.
+    """Coupled channels of several layers, found from one of the layers that write them.
 
-    importance: [num_channels / num_lanes]. A grouped convolution or group norm splits the channels into lanes of equal
-    length, which all lose the same ones.
-    full_width: the channels of a lane in the unpruned network.
-    cuts: (module path, size, by how much it shrinks if all channels went), as `record_widths` names the sizes.
+    A grouped convolution or group norm splits the channels into lanes of equal length, which all lose the same ones.
+
+    Attributes:
+        path, layer: One of those layers.
+        prune_outputs: torch-pruning's function that removes its output channels.
+        importance: [num_channels / num_lanes].
+        full_width: The channels of a lane in the unpruned network.
+        cuts: (module path, size, its decrease if all channels were removed), as `record_widths` names the sizes.
     """
 
     path: str
@@ -49,149 +54,153 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Channels:
-    """A network's groups, the graph that they were found in, and the layers all of whose outputs stay, with why."""
+    """A network's prunable groups, their graph, and the layers all of whose outputs stay, with the reason."""
 
     graph: torch_pruning.DependencyGraph
     groups: Sequence[ChannelGroup]
-    spared: Mapping[str, str]
+    excluded: Mapping[str, str]
 
 
 @contextmanager
 def traceable(model: nn.Module) -> Iterator[None]:
-    """Eval mode and gradients for every parameter, as tracing by autograd needs them; undone at the end."""
-    modes = {module: module.training for module in model.modules()}
-    learning = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
-    model.eval().requires_grad_(True)
-    yield
-    for module, training in modes.items():
-        module.training = training
+    """Set eval mode and gradients for every parameter, as tracing by autograd needs; restore both at the end."""
+    requires_grad = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
+    with preserve_modes(model):
+        model.eval().requires_grad_(True)
+        yield
     for path, parameter in model.named_parameters():
-        parameter.requires_grad_(learning[path])
+        parameter.requires_grad_(requires_grad[path])
 
 
 def output_layers(model: nn.Module, example: Tensor) -> list[nn.Module]:
-    """The layers that write the logits: the first ones met on the way back from the output; `model` is `traceable`.
+    """Return the layers that write the logits of a `traceable` model: the first ones on the way back from the output.
 
-    Raises ModelError if the model does not run on `example`.
+    Raises:
+        ModelError: If the model does not run on `example` [B, C, H, W].
     """
     layer_of: dict[Any, nn.Module] = {}
 
-    def remember(layer: nn.Module, _: Any, output: Tensor) -> None:
+    def record(layer: nn.Module, _: Any, output: Tensor) -> None:
         layer_of[output.grad_fn] = layer
 
-    hooks = [layer.register_forward_hook(remember) for layer in model.modules() if isinstance(layer, WEIGHT_LAYERS)]
+    hooks = [layer.register_forward_hook(record) for layer in model.modules() if isinstance(layer, WEIGHT_LAYERS)]
     try:
         with torch.enable_grad():
-            ahead = [model(example).grad_fn]
-    except Exception as fault:
+            pending = [model(example).grad_fn]
+    except Exception as error:
         raise ModelError(
-            f"the model does not run on an input of shape {list(example.shape)}: {cause(fault)}"
-        ) from fault
+            f"the model does not run on an input of shape {list(example.shape)}: {cause(error)}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
     found, seen = [], set()
-    while ahead:
-        node = ahead.pop()
+    while pending:
+        node = pending.pop()
         if node in layer_of:
             found.append(layer_of[node])
         elif node is not None and node not in seen:
             seen.add(node)
-            ahead += [before for before, _ in node.next_functions]
+            pending += [previous for previous, _ in node.next_functions]
     return found
 
 
 def find_channels(
     model: nn.Module,
     example: Tensor,
-    kept: Sequence[nn.Module],
+    exclude: Sequence[nn.Module],
     measure: Callable[[Any], Tensor],
     *,
     full_widths: Mapping[str, Any],
     with_batch_norm: bool,
 ) -> Channels:
-    """The groups of channels that may be pruned, with their importance by `measure`; `model` is `traceable`.
+    """Find the groups of channels of a `traceable` model that can be pruned, with their importance by `measure`.
 
-    Spared are groups that the logits or a layer in `kept` are among, those that reach a parameter or layer whose size
-    no record of widths holds (attention, positional embeddings), and, for `with_batch_norm`, those without one.
+    Excluded are groups that contain the logits or a layer in `exclude`, those that reach a parameter or layer whose
+    size is not in the record of widths (attention, positional embeddings), and, for `with_batch_norm`, those without
+    one. `full_widths` are those of the unpruned network.
     """
     outputs = output_layers(model, example)
     groups = []
-    spared: dict[nn.Module, str] = {}
-    with following(model, example):
-        # In a list: a bare tensor would be spread over its first axis, and images offered one by one.
+    excluded: dict[nn.Module, str] = {}
+    with follow_channels(model, example):
+        # In a list: a bare tensor would be unpacked along its first axis.
         graph = torch_pruning.DependencyGraph().build_dependency(model, [example], verbose=False)
-        names = Names(model, outputs, kept)
+        names = ModuleNames(model, outputs, exclude)
         for found in _all_groups(graph):
-            reason = why_spared(found, names, with_batch_norm=with_batch_norm)
+            reason = exclusion_reason(found, names, with_batch_norm=with_batch_norm)
             if reason is None:
                 groups.append(_group(found, names, measure, full_widths))
             else:
-                spared |= {layer: names.why(layer) or reason for layer in written(found, WEIGHT_LAYERS)}
-        spared |= {layer: names.why_outside(layer) for layer in names.layers_outside(graph)}
-    in_order = {path: spared[module] for module, path in names.paths.items() if module in spared}
+                excluded |= {layer: names.reason_for(layer) or reason for layer in written(found, WEIGHT_LAYERS)}
+        excluded |= {layer: names.reason_outside(layer) for layer in names.layers_outside(graph)}
+    in_order = {path: excluded[module] for module, path in names.paths.items() if module in excluded}
     return Channels(graph, groups, in_order)
 
 
-def remove(channels: Channels, left: Sequence[int]) -> None:
-    """Cut all but the `left` most important channels of each lane out of every layer of each group."""
-    for group, num_kept in zip(channels.groups, left, strict=True):
+def remove(channels: Channels, kept: Sequence[int]) -> None:
+    """Remove all but the `kept` most important channels of each lane from every layer of each group."""
+    for group, num_kept in zip(channels.groups, kept, strict=True):
         width = len(group.importance)
-        least = group.importance.argsort(stable=True)[: width - num_kept].tolist()
-        gone = [lane * width + index for lane in range(group.num_lanes) for index in least]
-        if gone:
-            channels.graph.get_pruning_group(group.layer, group.prune_outputs, gone).prune()
+        lowest = group.importance.argsort(stable=True)[: width - num_kept].tolist()
+        removed = [lane * width + index for lane in range(group.num_lanes) for index in lowest]
+        if removed:
+            channels.graph.get_pruning_group(group.layer, group.prune_outputs, removed).prune()
 
 
-def widths_after(widths: Mapping[str, Any], groups: Sequence[ChannelGroup], left: Sequence[int]) -> dict[str, Any]:
-    """What `record_widths` tells after `remove`, from what it tells before."""
+def widths_after(widths: Mapping[str, Any], groups: Sequence[ChannelGroup], kept: Sequence[int]) -> dict[str, Any]:
+    """Return the `record_widths` of the network after `remove`, given that before."""
     after = {path: dict(sizes) for path, sizes in widths.items()}
-    for group, num_kept in zip(groups, left, strict=True):
+    for group, num_kept in zip(groups, kept, strict=True):
         width = len(group.importance)
         for path, size, share in group.cuts:
             less = share * (width - num_kept) // width
-            held = after[path][size]
-            after[path][size] = [*held[:-1], held[-1] - less] if isinstance(held, list) else held - less
+            before = after[path][size]
+            after[path][size] = [*before[:-1], before[-1] - less] if isinstance(before, list) else before - less
     return after
 
 
-class _Bounded(list[Any]):
-    """A link's index mappings, and behind them one that refuses more than `most` indices and else passes them on."""
+class _BoundedMappings(list[Any]):
+    """A link's index mappings, followed by a check that there are at most `limit` indices."""
 
-    def __init__(self, mappings: Sequence[Any], most: int) -> None:
+    def __init__(self, mappings: Sequence[Any], limit: int) -> None:
         super().__init__(mappings)
-        self.most = most
+        self.limit = limit
 
     def __iter__(self) -> Iterator[Any]:
         yield from super().__iter__()
         yield self._checked
 
     def _checked(self, indices: Sequence[Any]) -> Sequence[Any]:
-        if len(indices) > self.most:
-            raise RuntimeError("following them comes to no end")
+        if len(indices) > self.limit:
+            raise RuntimeError("their number keeps growing")
         return indices
 
 
 def _all_groups(graph: torch_pruning.DependencyGraph) -> Iterator[Any]:
-    """Every group that a layer writes, once, with all its channels."""
+    """Yield every group that a layer writes, once, with all its channels."""
     widest = max(
         (max(layer.weight.shape[:2]) for layer in graph.module2node if isinstance(layer, WEIGHT_LAYERS)), default=1
     )
     for node in graph.module2node.values():
         for link in node.dependencies:
-            link.index_mapping = _Bounded(link.index_mapping, NO_END * widest)
+            link.index_mapping = _BoundedMappings(link.index_mapping, MAX_GROWTH * widest)
     seen: set[int] = set()
     for layer in list(graph.module2node):
         if isinstance(layer, WEIGHT_LAYERS) and id(layer) not in seen:
             pruner = graph.get_pruner_of_module(layer)
             channels = list(range(pruner.get_out_channels(layer)))
             found = graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
-            seen.update(id(one.target.module) for one, _ in found if graph.is_out_channel_pruning_fn(one.handler))
+            seen.update(
+                id(member.target.module) for member, _ in found if graph.is_out_channel_pruning_fn(member.handler)
+            )
             yield found
 
 
-def _group(found: Any, names: Names, measure: Callable[[Any], Tensor], full_widths: Mapping[str, Any]) -> ChannelGroup:
-    num_lanes = math.lcm(*(_num_lanes(one.target.module) for one, _ in found))
+def _group(
+    found: Any, names: ModuleNames, measure: Callable[[Any], Tensor], full_widths: Mapping[str, Any]
+) -> ChannelGroup:
+    num_lanes = math.lcm(*(_num_lanes(member.target.module) for member, _ in found))
     root = found[0].dep
     path = names.paths[root.target.module]
     full = full_widths[path]
@@ -203,15 +212,15 @@ def _group(found: Any, names: Names, measure: Callable[[Any], Tensor], full_widt
         num_lanes=num_lanes,
         full_width=full.get("out_channels", full.get("out_features")) // num_lanes,
         cuts=tuple(
-            (names.paths[one.target.module], size, len(indices))
-            for one, indices in found
-            for size in _sizes_cut(found, one)
+            (names.paths[member.target.module], size, len(indices))
+            for member, indices in found
+            for size in _sizes_cut(found, member)
         ),
     )
 
 
 def _sizes_cut(found: Any, dependency: Any) -> tuple[str, ...]:
-    """The sizes that a member of a group loses channels of, by the names of a record of widths."""
+    """Return the sizes of a group member that lose channels, by their names in a record of widths."""
     layer = dependency.target.module
     kind = next((kind for kind in SIZES if isinstance(layer, kind)), None)
     if kind is None or (isinstance(layer, nn.PReLU) and layer.num_parameters == 1):

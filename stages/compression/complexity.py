@@ -1,4 +1,4 @@
-"""How big a network is and how much it computes: parameters, and multiply-accumulates for one image."""
+"""Count a network's multiply-accumulates for one image."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stages.cause import cause
-from stages.compression.bare_copy import bare_copy
+from stages.compression.bare_copy import clone_without_hooks
 from stages.errors import ModelError
 
 
 def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image [C, H, W] in eval mode: convolutions, linear layers, and attention's products.
+    """Count the multiply-accumulates of one image [C, H, W]: convolutions, linear layers, attention products.
 
-    Biases, norms, activations, pools and fake quantization count nothing, and a weight that is zero counts like any
-    other. The model stays as it is and its hooks are not called. Raises ModelError if it does not run on such an image.
+    Biases, norms, activations, pools and fake quantization count nothing, and zero weights count like any other. The
+    model runs in eval mode, stays unchanged, and its hooks are not called.
+
+    Raises:
+        ModelError: If the model does not run on such an image.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # brings triton with it
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
-    copy = bare_copy(model).eval()
+    copy = clone_without_hooks(model).eval()
     parameter = next(copy.parameters(), torch.zeros(()))
     image = torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype)
     try:
-        with torch.no_grad(), _attention_in_products(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), _unfused_attention(), FlopCounterMode(display=False) as counter:
             copy(image)
-    except Exception as fault:
-        raise ModelError(f"the model does not run on an image of shape {list(image_shape)}: {cause(fault)}") from fault
-    return int(counter.get_total_flops()) // 2  # a multiplication and an addition are two
+    except Exception as error:
+        raise ModelError(f"the model does not run on an image of shape {list(image_shape)}: {cause(error)}") from error
+    return int(counter.get_total_flops()) // 2  # two operations per MAC
 
 
 @contextmanager
-def _attention_in_products() -> Iterator[None]:
-    """Attention as single matrix products: its fused kernels are unknown to the counter on some devices."""
+def _unfused_attention() -> Iterator[None]:
+    """Run attention as separate matrix products: on some devices the counter does not know its fused kernels."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""Batch normalisation made part of the convolutions: what is multiplied at inference is what must be quantized."""
+"""Fold batch norms into the preceding convolutions and linear layers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from stages.compression.fx_trace import Probe, module_of
 
 
 def fold_batchnorms(traced: fx.GraphModule) -> None:
-    """Fold each batch norm, with its running statistics, into the convolution or linear layer that it alone follows.
+    """Fold each batch norm, with its running statistics, into the convolution or linear layer that only it reads.
 
-    The batch norm's path keeps an identity, so hooks there hear what they heard before; a hook on the layer itself
-    hears the normalised values from now on. A batch norm over maps [B, C, H, W] that follows something else
-    (pre-activation nets) becomes a depthwise 1x1 convolution: one weight a channel, which INT8 holds without any error.
+    The batch norm's path keeps an identity, so hooks there see the same values; a hook on the layer itself sees
+    normalized values from now on. A batch norm over maps [B, C, H, W] that follows anything else (pre-activation
+    networks) becomes a depthwise 1x1 convolution: one weight per channel, which INT8 represents exactly.
     """
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
     for node in traced.graph.nodes:
         norm = module_of(traced, node)
         if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None:
             continue
-        source = _sole_source(traced, node)
+        source = _source_read_once(traced, node)
         layer = module_of(traced, source)
         is_called_once = calls[node.target] == 1 and calls[source.target] == 1
         has_channels_second = len(node.meta["tensor_meta"].shape) in (2, 4)  # else a linear layer writes the last axis
@@ -33,8 +33,8 @@ def fold_batchnorms(traced: fx.GraphModule) -> None:
             traced.set_submodule(str(node.target), _as_depthwise(norm))
 
 
-def _sole_source(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """What feeds `node` and nothing else, seen through probes and identities; `node` itself if nothing does."""
+def _source_read_once(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Return the node that feeds only `node`, looking through probes and identities; else `node` itself."""
     source = node.args[0]
     while isinstance(source, fx.Node) and len(source.users) == 1:
         if not isinstance(module_of(traced, source), Probe | nn.Identity):
@@ -44,7 +44,7 @@ def _sole_source(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 
 def _fold(layer: nn.Module | None, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:
-    """Fold `norm` into `layer` if that is a plain convolution or linear layer; says whether it did."""
+    """Fold `norm` into `layer` if that is a plain convolution or linear layer; return whether it was."""
     assert norm.running_mean is not None and norm.running_var is not None
     statistics = (norm.running_mean, norm.running_var, norm.eps)
     scale = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
@@ -60,7 +60,7 @@ def _fold(layer: nn.Module | None, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> boo
 
 
 def _as_depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """The 1x1 convolution, one channel at a time, that does what `norm` does in eval mode."""
+    """Return the depthwise 1x1 convolution that computes what `norm` does in eval mode."""
     conv = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features, bias=False)
     nn.init.ones_(conv.weight)
     _fold(conv.to(norm.running_mean), norm)

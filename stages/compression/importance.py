@@ -1,4 +1,4 @@
-"""How much each channel of a group matters: the score by which pruning decides which ones go."""
+"""Importance of channels: the score by which pruning decides which ones to remove."""
 
 from __future__ import annotations
 
@@ -17,62 +17,64 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def measure_of(kind: Importance) -> Callable[[Any], Tensor]:
-    """What tells the importance [num_channels] of a torch-pruning group; all are >= 0, and only their order within a
-    group and their ratios count.
+    """Return the function that computes the importance [num_channels] of a torch-pruning group.
 
-    A layer's weights that write a channel (its filter) and those that read it are one entry each, a batch norm's scale
-    is one, and the mean over a group's entries is its importance (DepGraph, Fang et al. 2023, arXiv:2301.12900,
-    section 3.2, without learnt sparsity). Depthwise weights, biases and running statistics are no entries.
+    All are >= 0, and only their order within a group and their ratios count. A layer's weights that write a channel
+    (its filter) and those that read it are one entry each, a batch norm's scale is one, and the mean over a group's
+    entries is its importance (DepGraph, Fang et al. 2023, arXiv:2301.12900, section 3.2, without learned sparsity).
+    Depthwise weights, biases and running statistics are no entries.
 
     "l1": an entry is the sum of |w|; batch norms' scales count.
     "l2": an entry is the sum of w^2, and the root of the mean is taken, the group's L2 norm up to a factor.
     "taylor": an entry is the sum of |w * dL/dw| over the weights of convolutions, linear layers and layer norms
         (first order, after Molchanov et al. 2019, arXiv:1906.10771, whose squares are magnitudes here); the gradients
-        stand in `.grad` (`lay_gradients`).
+        are in `.grad` (`attach_gradients`).
     "bn_scale": an entry is |gamma| of a batch norm, and nothing else counts (network slimming, Liu et al. 2017,
         arXiv:1708.06519). The group must have one (`batch_norms_of`).
     """
     importance = torch_pruning.importance
     if kind == "taylor":
-        return _in_doubles(importance.GroupTaylorImportance(normalizer=None))
+        return _as_float64(importance.GroupTaylorImportance(normalizer=None))
     if kind == "bn_scale":
-        return _in_doubles(_without_padding(importance.BNScaleImportance(normalizer=None)))
-    measure = _in_doubles(importance.GroupMagnitudeImportance(p=1 if kind == "l1" else 2, normalizer=None))
+        return _as_float64(_without_padding(importance.BNScaleImportance(normalizer=None)))
+    measure = _as_float64(importance.GroupMagnitudeImportance(p=1 if kind == "l1" else 2, normalizer=None))
     return measure if kind == "l1" else _root(measure)
 
 
 def mean_over_lanes(scores: Tensor, num_lanes: int) -> Tensor:
-    """Scores [num_channels] -> [num_channels / num_lanes]: the channels at one place of every lane go together."""
+    """Average scores [num_channels] -> [num_channels / num_lanes]: lanes lose the same channels."""
     return scores.view(num_lanes, -1).mean(dim=0)
 
 
-def lay_gradients(model: nn.Module, gradients: Mapping[str, Tensor] | None) -> None:
-    """Put `gradients`, by parameter name, where "taylor" looks for them; a parameter without one (a frozen layer) has
-    zeros. Raises ModelError if there are none at all, or one has another shape than its parameter.
+def attach_gradients(model: nn.Module, gradients: Mapping[str, Tensor] | None) -> None:
+    """Set `.grad`, which "taylor" reads, by parameter name; a parameter without one (frozen) gets zeros.
+
+    Raises:
+        ModelError: If there are none at all, or one has another shape than its parameter.
     """
     if not gradients:
-        raise ModelError('prune.importance = "taylor" needs the gradients of the loss, and prune() was given none.')
+        raise ModelError('prune.importance = "taylor" needs the gradients of the loss, which prune() did not get.')
     for path, parameter in model.named_parameters():
         gradient = gradients.get(path)
         if gradient is not None and gradient.shape != parameter.shape:
             raise ModelError(
                 f"the gradient of {path!r} has the shape {list(gradient.shape)}, its parameter "
-                f"{list(parameter.shape)}: gradients must come from the very network that is pruned."
+                f"{list(parameter.shape)}: gradients must come from the network being pruned."
             )
         parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.detach().to(parameter)
 
 
-def take_gradients_away(model: nn.Module) -> None:
+def detach_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.grad = None
 
 
 def batch_norms_of(members: Sequence[Any]) -> list[nn.Module]:
-    """The batch norms with a scale among the members of a group."""
+    """Return the affine batch norms among the members of a group."""
     return [member for member in members if isinstance(member, BATCH_NORMS) and member.affine]
 
 
-def _in_doubles(measure: Any) -> Callable[[Any], Tensor]:
+def _as_float64(measure: Any) -> Callable[[Any], Tensor]:
     def scores(group: Any) -> Tensor:
         found: Tensor = measure(group).detach().cpu().double()
         return found
@@ -85,8 +87,10 @@ def _root(measure: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
 
 
 def _without_padding(measure: Any) -> Callable[[Any], Tensor]:
-    """torch-pruning makes the result as long as the first batch norm that it meets, which sees a flattened map's pixels
-    where it comes behind one: the channels' scores stand in front."""
+    """Drop padding: torch-pruning's result is as long as the first batch norm that it meets.
+
+    After a flattened map, that one covers pixels; the channels' scores come first.
+    """
 
     def scores(group: Any) -> Tensor:
         found: Tensor = measure(group)[: len(group[0].idxs)]

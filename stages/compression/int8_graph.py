@@ -1,7 +1,7 @@
-"""A prepared model turned into the graph of its ONNX file: quantize and dequantize around every operation (QDQ).
+"""Convert a prepared model to the graph of its ONNX file: quantize and dequantize around every operation (QDQ).
 
-onnxruntime's CPU kernels fuse an operation with the Q and DQ around it, and only there: an addition or a pool left bare
-runs in float and makes the file slower than the float one.
+onnxruntime's CPU kernels fuse an operation only with Q and DQ around it: an addition or a pool without them runs in
+float and makes the file slower than the float one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from stages.compression.bare_copy import bare_copy
+from stages.compression.bare_copy import clone_without_hooks
 from stages.compression.fake_quant import (
     ActivationQuantizer,
     QuantConv2d,
@@ -22,17 +22,20 @@ from stages.compression.fake_quant import (
 )
 from stages.compression.fx_trace import module_of
 from stages.compression.int8_layers import FloatLayer, QuantizeDequantize, int8_layer
-from stages.compression.int8_places import grid_of, quantizers_behind
+from stages.compression.int8_places import grid_of, quantizers_after
 from stages.compression.op_kinds import is_float_tensor, is_max_pool, kind_of, origin, pool_window
 
 
 def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
-    """The QDQ form of a calibrated prepared model, on the CPU, in eval mode; `prepared` stays as it is.
+    """Return the QDQ form of a calibrated prepared model, on the CPU, in eval mode; `prepared` stays unchanged.
 
-    Values that are only moved (max-pool, flatten, ...) keep their scale. Raises ModelError if it was never calibrated.
+    Values that are only moved (max-pool, flatten, ...) keep their scale.
+
+    Raises:
+        ModelError: If the model was never calibrated.
     """
     require_observed(quantizers_of(prepared))
-    copy = bare_copy(prepared).cpu().eval()
+    copy = clone_without_hooks(prepared).cpu().eval()
     assert isinstance(copy, fx.GraphModule)
     for rewrite in (_requantize_after_move, _average_by_window):
         for node in list(copy.graph.nodes):
@@ -48,7 +51,7 @@ def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
 
 
 def _requantize_after_move(copy: fx.GraphModule, node: fx.Node) -> None:
-    """Let moved values pass their own quantizer once more: that changes none of them, but integers are moved then."""
+    """Quantize moved values once more: that changes none of them, but lets integers be moved."""
     if kind_of(copy, node) == "move" and is_float_tensor(node) and grid_of(copy, node) is not None:
         with copy.graph.inserting_after(node):
             again = copy.graph.call_module(str(origin(copy, node).target), (node,))
@@ -57,11 +60,11 @@ def _requantize_after_move(copy: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _average_by_window(copy: fx.GraphModule, node: fx.Node) -> None:
-    """Write a mean over maps as an average pool, flattened if need be: only that has an integer kernel."""
+    """Rewrite a mean over maps as an average pool, flattened if needed: only that has an integer kernel."""
     window = pool_window(copy, node)
     if window is None:
         return
-    reader = _quantizer_behind(copy, node)
+    reader = _sole_quantizer_after(copy, node)
     with copy.graph.inserting_before(node):
         averaged = copy.graph.call_function(F.avg_pool2d, (node.args[0], window))
         if len(node.meta["tensor_meta"].shape) == 2:
@@ -72,7 +75,7 @@ def _average_by_window(copy: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _replace_layers(copy: fx.GraphModule) -> None:
-    """Give every rounding layer its integers."""
+    """Replace every rounding layer by its integer version."""
     for node in copy.graph.nodes:
         layer = module_of(copy, node)
         if isinstance(layer, QuantConv2d | QuantLinear):
@@ -80,20 +83,20 @@ def _replace_layers(copy: fx.GraphModule) -> None:
 
 
 def _shield_float_layers(copy: fx.GraphModule) -> None:
-    """Keep onnxruntime's hands off the weights of float layers between two grids: it would round them itself."""
+    """Prevent onnxruntime from quantizing float layers between two grids."""
     for node in copy.graph.nodes:
         layer = module_of(copy, node)
         if type(layer) not in (nn.Conv2d, nn.Linear) or grid_of(copy, node.args[0]) is None:
             continue
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        if quantizers_behind(copy, node):
+        if quantizers_after(copy, node):
             copy.set_submodule(str(node.target), FloatLayer(layer))
 
 
 def _shield_float_pools(copy: fx.GraphModule) -> None:
-    """Keep onnxruntime from moving the rounding of what a float max pool gives to before the pool (QDQPropagation).
+    """Prevent onnxruntime from moving a rounding from behind a float max pool to before it (QDQPropagation).
 
-    A subtraction in between prevents that: of a zero for each channel, since that of a single one would be removed.
+    A subtraction in between does: of a zero per channel, since a scalar zero would be optimized away.
     """
     for node in list(copy.graph.nodes):
         if not _rounds(copy, node):
@@ -107,11 +110,11 @@ def _shield_float_pools(copy: fx.GraphModule) -> None:
 
 
 def _rounds(copy: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is a quantizer's call."""
+    """Return whether a node calls a quantizer."""
     return isinstance(module_of(copy, node), ActivationQuantizer)
 
 
-def _quantizer_behind(copy: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The quantizer's call that alone reads `node`, or None."""
+def _sole_quantizer_after(copy: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Return the quantizer call that is the only reader of `node`, or None."""
     reader = next(iter(node.users), node)
     return reader if len(node.users) == 1 and _rounds(copy, reader) else None

@@ -1,10 +1,10 @@
-"""The layers of an INT8 file: integers, and the scales by which they are read as float."""
+"""Layers of an INT8 file: integer weights with their scales."""
 
 from __future__ import annotations
 
 import torch
 
-# This import registers torch.ops.quantized_decomposed, which torch's exporter writes as (De)QuantizeLinear.
+# Registers torch.ops.quantized_decomposed, which torch's exporter writes as (De)QuantizeLinear.
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,14 +16,14 @@ from stages.compression.fake_quant import (
     QuantConv2d,
     QuantLinear,
     input_scale_of,
+    integer_bias,
     round_weight,
-    weight_and_bias_steps,
-    whole_bias,
+    weight_and_bias_scales,
 )
 
 
 class QuantizeDequantize(nn.Module):
-    """To unsigned 8-bit and back, for a tensor of any shape."""
+    """A conversion to unsigned 8-bit and back, for a tensor of any shape."""
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
@@ -37,9 +37,9 @@ class QuantizeDequantize(nn.Module):
 
 
 class Int8Weights(nn.Module):
-    """The int8 weight [O, ...] and the int32 bias [O] of a layer, kept as integers and read as float.
+    """The int8 weight [O, ...] and the int32 bias [O] of a layer, stored as integers and dequantized on each call.
 
-    `input_scale` [] is the step of the layer's inputs; without one, the bias stays float.
+    `input_scale` [] is the quantization step of the layer's inputs; without one, the bias stays float.
     """
 
     weight: Tensor
@@ -50,9 +50,9 @@ class Int8Weights(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> None:
         super().__init__()
-        scale, bias_scale = weight_and_bias_steps(weight, bias, input_scale)
+        scale, bias_scale = weight_and_bias_scales(weight, bias, input_scale)
         if bias is not None and bias_scale is not None:
-            bias = whole_bias(bias, bias_scale).to(torch.int32)
+            bias = integer_bias(bias, bias_scale).to(torch.int32)
         steps = scale.view(-1, *[1] * (weight.dim() - 1))
         self.register_buffer("weight", torch.round(round_weight(weight, scale) / steps).to(torch.int8))
         self.register_buffer("scale", scale)
@@ -61,15 +61,15 @@ class Int8Weights(nn.Module):
         self.register_buffer("bias_scale", bias_scale)
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
-        read = torch.ops.quantized_decomposed.dequantize_per_channel
-        weight = read(self.weight, self.scale, self.zero, 0, -WEIGHT_MAX, WEIGHT_MAX, torch.int8)
+        dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
+        weight = dequantize(self.weight, self.scale, self.zero, 0, -WEIGHT_MAX, WEIGHT_MAX, torch.int8)
         if self.bias is None or self.bias_scale is None:
             return weight, self.bias
-        return weight, read(self.bias, self.bias_scale, self.zero, 0, -(2**31), 2**31 - 1, torch.int32)
+        return weight, dequantize(self.bias, self.bias_scale, self.zero, 0, -(2**31), 2**31 - 1, torch.int32)
 
 
 def int8_layer(layer: QuantConv2d | QuantLinear) -> nn.Module:
-    """The layer over integers that computes what a rounding `layer` computes."""
+    """Return the integer layer that computes what a rounding `layer` computes."""
     with torch.no_grad():
         weights = Int8Weights(layer.weight, layer.bias, input_scale_of(layer))
     return Int8Conv2d(layer, weights) if isinstance(layer, QuantConv2d) else Int8Linear(weights)
@@ -78,8 +78,8 @@ def int8_layer(layer: QuantConv2d | QuantLinear) -> nn.Module:
 class FloatLayer(nn.Module):
     """A convolution or linear layer that stays float between two grids, its bias subtracted as a negative one.
 
-    onnxruntime rounds the weights of any float layer that it finds right between DequantizeLinear and QuantizeLinear
-    (its WeightBiasQuantization). A subtraction in between prevents that; an addition would be fused into the layer.
+    onnxruntime rounds the weights of any float layer between DequantizeLinear and QuantizeLinear (its
+    WeightBiasQuantization). A subtraction in between prevents that; an addition would be fused into the layer.
     """
 
     shift: Tensor
@@ -97,7 +97,7 @@ class FloatLayer(nn.Module):
 
 
 class Int8Conv2d(nn.Module):
-    """A convolution over int8 weights; stride, padding and the like are those of `conv`."""
+    """A convolution over int8 weights, with the stride, padding etc. of `conv`."""
 
     def __init__(self, conv: QuantConv2d, weights: Int8Weights) -> None:
         super().__init__()

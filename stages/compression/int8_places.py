@@ -1,4 +1,4 @@
-"""Where a traced network computes in INT8 and where in float, and which of its values are rounded for that."""
+"""Decide where a traced network computes in INT8 and where in float, and place the activation quantizers."""
 
 from __future__ import annotations
 
@@ -9,65 +9,74 @@ from torch import fx, nn
 
 from stages.compression.fake_quant import ActivationQuantizer, QuantConv2d, QuantLinear
 from stages.compression.fx_trace import module_of
-from stages.compression.op_kinds import Kind, could_be, is_float_tensor, is_max_pool, kind_of, origin, stay_float
+from stages.compression.op_kinds import (
+    Kind,
+    is_float_tensor,
+    is_max_pool,
+    kind_of,
+    mark_float,
+    origin,
+    unmarked_kind_of,
+)
 from stages.errors import ModelError
 from stages.models.module_path import module_named
 
-QUANTIZERS = "quantizers"  # the activation quantizers' path; each is named after the node whose output it rounds
+QUANTIZERS = "quantizers"
+"""The path of the activation quantizers; each is named after the node whose output it rounds."""
 
 
-def rounded_nodes(
-    traced: fx.GraphModule, model: nn.Module, logits: fx.Node, keep_float: Sequence[str]
-) -> list[fx.Node]:
-    """The nodes whose values INT8 arithmetic gives or takes, save the logits; what stays float is marked so.
+def rounded_nodes(traced: fx.GraphModule, model: nn.Module, logits: fx.Node, exclude: Sequence[str]) -> list[fx.Node]:
+    """Return the nodes, except `logits`, whose values INT8 operations read or write; mark what stays float.
 
-    `model` is the network before it was traced, whose paths `keep_float` names; marks of an earlier call are forgotten.
-    Raises ModelError for a path that is not there or holds no INT8 work.
+    Marks of an earlier call are reset. `exclude` has paths of `model`, the network before tracing.
+
+    Raises:
+        ModelError: For a path that does not exist or has no INT8 operations.
     """
     logits = origin(traced, logits)
-    _mark_float_work(traced, model, keep_float)
-    return [node for node in traced.graph.nodes if node is not logits and _wants_rounding(traced, node)]
+    _mark_float_work(traced, model, exclude)
+    return [node for node in traced.graph.nodes if node is not logits and _needs_rounding(traced, node)]
 
 
 def quantizer_path(node: fx.Node) -> str:
-    """Where the quantizer stands that rounds the values of a node."""
+    """Return the path of the quantizer that rounds the values of a node."""
     return f"{QUANTIZERS}.{node.name}"
 
 
 def place_quantizers(traced: fx.GraphModule, nodes: Sequence[fx.Node], device: torch.device) -> None:
-    """Put an activation quantizer behind each of `nodes`, or behind the max pools that alone read its float work.
+    """Insert an activation quantizer after each of `nodes`, or after the max pools that alone read its float values.
 
     It is named after the node in either case. A maximum is the same before and after rounding.
     """
     traced.add_submodule(QUANTIZERS, nn.Module())
     for node in nodes:
         traced.add_submodule(quantizer_path(node), ActivationQuantizer().to(device))
-        _call_behind(traced, _behind_max_pools(traced, node), quantizer_path(node))
+        _insert_after(traced, _after_max_pools(traced, node), quantizer_path(node))
 
 
-def quantizers_behind(prepared: fx.GraphModule, node: fx.Node) -> list[ActivationQuantizer]:
-    """The quantizers in a prepared model that round what `node` gives, after any rectifier and moves."""
+def quantizers_after(prepared: fx.GraphModule, node: fx.Node) -> list[ActivationQuantizer]:
+    """Return the quantizers of a prepared model that round the output of `node`, after any rectifier and moves."""
     found: list[ActivationQuantizer] = []
     for user in node.users:
         module = module_of(prepared, user)
         if isinstance(module, ActivationQuantizer):
             found.append(module)
-        elif could_be(prepared, user) in ("same", "move", "rectifier"):
-            found += quantizers_behind(prepared, user)
+        elif unmarked_kind_of(prepared, user) in ("same", "move", "rectifier"):
+            found += quantizers_after(prepared, user)
     return found
 
 
 def grid_of(prepared: fx.GraphModule, node: fx.Node) -> ActivationQuantizer | None:
-    """The quantizer on whose grid the values of `node` lie, or None if they are plain floats."""
+    """Return the quantizer on whose grid the values of `node` are, or None if they are plain floats."""
     module = module_of(prepared, origin(prepared, node))
     return module if isinstance(module, ActivationQuantizer) else None
 
 
-def tell_input_grids(prepared: fx.GraphModule) -> None:
-    """Tell each rounding layer the quantizer of its inputs, in whose steps the file counts its bias.
+def set_input_grids(prepared: fx.GraphModule) -> None:
+    """Set on each rounding layer the quantizer of its inputs, which determines the scale of its bias.
 
-    None if its calls read different grids, or plain floats. A linear layer over more axes than [B, F] is a product and
-    an addition in ONNX, and the addition stays float: it gets none either.
+    None if its calls read different grids, or plain floats; also for a linear layer over more axes than [B, F], which
+    is a product and a float addition in ONNX.
     """
     grids: dict[QuantConv2d | QuantLinear, set[ActivationQuantizer | None]] = {}
     for node in prepared.graph.nodes:
@@ -80,11 +89,11 @@ def tell_input_grids(prepared: fx.GraphModule) -> None:
         layer.input_grid = None if grid is None else (grid,)
 
 
-def _behind_max_pools(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The last of the max pools that alone read the float work of `node`; `node` itself if there is none.
+def _after_max_pools(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Return the last of the max pools that alone read the float values of `node`; `node` itself if there is none.
 
-    onnxruntime has a fast pool for the integers that an integer kernel gives, and a slow one for those behind a
-    QuantizeLinear, which keeps the float kernels' layout (it was 60 times slower on ResNet-18's stem).
+    onnxruntime has a fast pool for the output of an integer kernel, and a slow one after a QuantizeLinear, which keeps
+    the float kernels' layout (60 times slower on ResNet-18's stem).
     """
     place = reader = node
     while kind_of(traced, node) == "float" and len(reader.users) == 1:
@@ -96,90 +105,90 @@ def _behind_max_pools(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
     return place
 
 
-def _call_behind(traced: fx.GraphModule, node: fx.Node, path: str) -> None:
-    """Have the module at `path` read `node`, and everybody else what that gives."""
+def _insert_after(traced: fx.GraphModule, node: fx.Node, path: str) -> None:
+    """Insert a call of the module at `path` after `node`, and redirect all readers to it."""
     with traced.graph.inserting_after(node):
         rounded = traced.graph.call_module(path, (node,))
     node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
     rounded.meta = dict(node.meta)
 
 
-def _mark_float_work(traced: fx.GraphModule, model: nn.Module, keep_float: Sequence[str]) -> None:
+def _mark_float_work(traced: fx.GraphModule, model: nn.Module, exclude: Sequence[str]) -> None:
     """Mark what stays float although INT8 could compute it.
 
-    It is the work of the modules at `keep_float`; joins (additions, products, ...) amid float work; and rectifiers of
-    float values. A functional operation belongs to the modules in whose forward it stands.
+    That is the operations of the modules at `exclude`; joins (additions, products, ...) between float operations; and
+    rectifiers of float values. A functional operation belongs to the modules in whose forward it is.
     """
     for node in traced.graph.nodes:
-        stay_float(node, False)
-    kept = [node for path in keep_float for node in _int8_work_at(traced, model, path)]
-    for node in [*kept, *_joins_amid_float(traced, kept)]:
-        stay_float(node)
+        mark_float(node, False)
+    excluded = [node for path in exclude for node in _int8_nodes_in(traced, model, path)]
+    for node in [*excluded, *_joins_in_float(traced, excluded)]:
+        mark_float(node)
     for node in traced.graph.nodes:
-        if kind_of(traced, node) == "rectifier" and _is_float_work(traced, node.args[0]):
-            stay_float(node)
+        if kind_of(traced, node) == "rectifier" and _from_float(traced, node.args[0]):
+            mark_float(node)
 
 
-def _int8_work_at(traced: fx.GraphModule, model: nn.Module, path: str) -> list[fx.Node]:
-    """The INT8 nodes inside the module of `model` at `path`; ModelError if there are none."""
+def _int8_nodes_in(traced: fx.GraphModule, model: nn.Module, path: str) -> list[fx.Node]:
+    """Return the INT8 nodes inside the module of `model` at `path`. Raises ModelError if there are none."""
     inside = {id(module) for module in module_named(model, path).modules()}
-    work = [node for node in traced.graph.nodes if kind_of(traced, node) == "int8" and is_float_tensor(node)]
-    found = [node for node in work if any(id(module) in inside for module in _modules_around(model, node))]
+    int8_nodes = [node for node in traced.graph.nodes if kind_of(traced, node) == "int8" and is_float_tensor(node)]
+    found = [node for node in int8_nodes if any(id(module) in inside for module in _modules_around(model, node))]
     if not found:
-        raise ModelError(f"keep_float names {path!r}, which holds nothing that INT8 would compute: leave it out.")
+        raise ModelError(f"quantize.exclude names {path!r}, which has no operation that INT8 would compute: remove it.")
     return found
 
 
 def _modules_around(model: nn.Module, node: fx.Node) -> Iterator[nn.Module]:
-    """The modules in whose forward a node stands, and the one that it calls."""
+    """Yield the modules in whose forward a node is, and the one that it calls."""
     for path, _ in node.meta.get("nn_module_stack", {}).values():
         yield model.get_submodule(path)
     if node.op == "call_module":
         yield model.get_submodule(str(node.target))
 
 
-def _joins_amid_float(traced: fx.GraphModule, kept: Sequence[fx.Node]) -> list[fx.Node]:
-    """The joins that read a float value and are read by float work alone.
+def _joins_in_float(traced: fx.GraphModule, excluded: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return the joins that read a float value and are read only by float operations.
 
-    In integers they would cost a rounding before and after, and would round what no integer kernel reads: a
-    transformer's residual stream.
+    In integers they would cost a rounding before and after, for values that no integer kernel reads: a transformer's
+    residual stream.
     """
-    joins = [node for node in traced.graph.nodes if _is_join(traced, node) and node not in kept]
-    floats = {*kept, *joins}  # all that may stay float: what has reason not to is struck out until no more has
-    while struck := [node for node in joins if node in floats and not _is_amid(traced, node, floats)]:
-        floats.difference_update(struck)
+    joins = [node for node in traced.graph.nodes if _is_join(traced, node) and node not in excluded]
+    floats = {*excluded, *joins}  # candidates; those with a reason not to stay float are removed until none is left
+    while removed := [node for node in joins if node in floats and not _is_in_float(traced, node, floats)]:
+        floats.difference_update(removed)
     return [node for node in joins if node in floats]
 
 
 def _is_join(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is INT8 work without weights."""
+    """Return whether a node is an INT8 operation without weights."""
     is_layer = isinstance(module_of(traced, node), nn.Conv2d | nn.Linear)
     return kind_of(traced, node) == "int8" and is_float_tensor(node) and not is_layer
 
 
-def _is_amid(traced: fx.GraphModule, node: fx.Node, floats: set[fx.Node]) -> bool:
-    """Whether a node reads a value of float work, and is read by float work alone."""
+def _is_in_float(traced: fx.GraphModule, node: fx.Node, floats: set[fx.Node]) -> bool:
+    """Return whether a node reads a value of a float operation and is read only by float operations."""
     sources = [source for source in node.all_input_nodes if is_float_tensor(source)]
     readers = _readers(traced, node, ("same", "move", "rectifier"))
-    return any(_is_float_work(traced, source, floats) for source in sources) and all(
+    return any(_from_float(traced, source, floats) for source in sources) and all(
         kind_of(traced, reader) == "float" or reader in floats for reader in readers
     )
 
 
-def _is_float_work(traced: fx.GraphModule, node: fx.Node, floats: Collection[fx.Node] = ()) -> bool:
-    """Whether float work, or a node of `floats`, gave the value of `node`, before any moves and rectifiers."""
+def _from_float(traced: fx.GraphModule, node: fx.Node, floats: Collection[fx.Node] = ()) -> bool:
+    """Return whether a float operation, or a node of `floats`, produced `node`, before any moves and rectifiers."""
     source = origin(traced, node, through=("same", "move", "rectifier"))
     return kind_of(traced, source) == "float" or source in floats
 
 
-def _wants_rounding(traced: fx.GraphModule, node: fx.Node) -> bool:
+def _needs_rounding(traced: fx.GraphModule, node: fx.Node) -> bool:
     kind = kind_of(traced, node)
     if kind in ("same", "move") or not is_float_tensor(node):
         return False
     nearest = _readers(traced, node, ("same",))
     if kind == "int8" and len(nearest) == 1 and kind_of(traced, nearest[0]) == "rectifier":
         return False  # the rectifier's output is rounded instead
-    # The integer kernels of convolutions and joins write integers alone; that of linear layers can write float.
+    # Integer kernels of convolutions and joins write only integers; that of linear layers can write float.
     if kind == "rectifier" or (kind == "int8" and not isinstance(module_of(traced, node), nn.Linear)):
         return True
     readers = _readers(traced, node, ("same", "move"))
@@ -187,7 +196,7 @@ def _wants_rounding(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _readers(traced: fx.GraphModule, node: fx.Node, through: tuple[Kind, ...]) -> list[fx.Node]:
-    """The nodes that read `node`'s values, looking through nodes of the given kinds."""
+    """Return the nodes that read `node`'s values, looking through nodes of the given kinds."""
     found: list[fx.Node] = []
     for user in node.users:
         found += _readers(traced, user, through) if kind_of(traced, user) in through else [user]

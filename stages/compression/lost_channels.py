@@ -1,4 +1,4 @@
-"""Where torch-pruning loses a network's channels on the way: the module in which they are shuffled or reshaped."""
+"""Locate the module where channel tracking fails: channels are shuffled or reshaped there."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.cause import cause
-from stages.compression.bare_copy import bare_copy
+from stages.compression.bare_copy import clone_without_hooks
 from stages.errors import ModelError
 
 
 @contextmanager
-def following(model: nn.Module, example: Tensor) -> Iterator[None]:
-    """Where torch-pruning fails at what is done inside, a ModelError says so, and where the channels get lost."""
+def follow_channels(model: nn.Module, example: Tensor) -> Iterator[None]:
+    """Convert failures of torch-pruning inside the context to a ModelError that names the module."""
     with torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch-pruning tells of parameters outside layers; they are left alone
+        warnings.simplefilter("ignore")  # about parameters outside layers, which stay unpruned
         try:
             yield
         except ModelError:
             raise
-        except Exception as fault:
+        except Exception as error:
             where = _reshaping_module(model, example)
             raise ModelError(
-                f"this model cannot be pruned: torch-pruning cannot follow its channels ({cause(fault)}), as "
-                f"where they are shuffled or reshaped{f', here in {where}' if where else ''}; "
+                f"this model cannot be pruned: torch-pruning cannot follow its channels ({cause(error)}), "
+                f"which are shuffled or reshaped{f', here in {where}' if where else ''}; "
                 "set compress.steps = ['quantize'], or prune.kind = 'weights'."
-            ) from fault
+            ) from error
 
 
 @contextmanager
-def entered(model: nn.Module) -> Iterator[list[str]]:
-    """The paths of the modules that are running, the innermost last: after a fault, where it happened."""
+def trace_scope(model: nn.Module) -> Iterator[list[str]]:
+    """Record the paths of the running modules, the innermost last: after an error, its place."""
     running: list[str] = []
     hooks = []
     for path, module in model.named_modules():
@@ -51,7 +51,7 @@ def entered(model: nn.Module) -> Iterator[list[str]]:
 
 
 class _Reshapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes in which module a map [B, C, H, W] was first given more axes, or shuffled."""
+    """A mode that records the first module in which a map [B, C, H, W] got more axes, or was shuffled."""
 
     def __init__(self, running: Sequence[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -68,11 +68,11 @@ class _Reshapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _reshaping_module(model: nn.Module, example: Tensor) -> str | None:
-    copy = bare_copy(model).eval()
+    copy = clone_without_hooks(model).eval()
     try:
-        with torch.no_grad(), entered(copy) as running, _Reshapes(running) as reshapes:
+        with torch.no_grad(), trace_scope(copy) as running, _Reshapes(running) as reshapes:
             copy(example)
     except Exception:
-        return None  # half pruned, it may not run any more
+        return None  # a half-pruned model may not run
     first: str | None = reshapes.first
     return first

@@ -1,4 +1,4 @@
-"""Whether an ONNX file answers as its network does, on as many images as there are."""
+"""Compare an ONNX file's predictions with its network's, on any number of images."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stages.compression.bare_copy import bare_copy
+from stages.compression.bare_copy import clone_without_hooks
 from stages.compression.onnx_graph import INPUT, OUTPUT, open_session
-from stages.compression.onnx_parting import where_they_part
-
-__all__ = ["OnnxAgreement", "check_onnx", "where_they_part"]
 
 
 @dataclass(frozen=True)
 class OnnxAgreement:
-    """How far a file and its network agree on `num_samples` images.
+    """How closely a file and its network agree on `num_samples` images.
 
-    top1_agreement: the share of images with the same top-1 class. max_logit_difference: the largest one of any logit;
-    NaN if either gives one. accuracy, torch_accuracy: the file's and the network's share of right answers among the
-    images that came with a label; None if none did.
+    Attributes:
+        top1_agreement: The share of images with the same top-1 class.
+        max_logit_difference: The largest difference of any logit; NaN if either has one.
+        accuracy: The file's accuracy on the labeled images; None if there are none.
+        torch_accuracy: The network's, likewise.
     """
 
     num_samples: int
@@ -36,16 +35,24 @@ class OnnxAgreement:
 def check_onnx(
     path: Path, model: nn.Module, batches: Tensor | Iterable[tuple[Tensor, Tensor | None]], batch_size: int = 250
 ) -> OnnxAgreement:
-    """Run the file at `path` on the CPU and `model`, in eval mode, where it is, over the same images.
+    """Run a file on the CPU and `model`, in eval mode on its own device, over the same images.
 
-    batches: normalised images [B, C, H, W] with their labels [B] or None, on any device, as many as there are: each
-    batch is forgotten before the next one is asked for. Images alone [N, C, H, W] are cut into batches of `batch_size`.
-    The model stays as it is. An INT8 file may differ from the prepared model by a few quantization steps, where a value
-    lies halfway between two. Raises ModelError if there is no ONNX network at `path`, ValueError without any image.
+    The model stays unchanged. An INT8 file may differ from the prepared model by a few quantization steps at near-ties.
+
+    Args:
+        path: The ONNX file.
+        model: The network it was exported from.
+        batches: Normalized images [B, C, H, W] with labels [B] or None, on any device, consumed one batch at a time;
+            or images alone [N, C, H, W].
+        batch_size: The batch size for images alone.
+
+    Raises:
+        ModelError: If there is no ONNX network at `path`.
+        ValueError: If there are no images.
     """
     session = open_session(path)
-    reference = bare_copy(model).eval()
-    device = next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    reference = clone_without_hooks(model).eval()
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     sums = _Sums()
     with torch.no_grad(), _exact_products():
         for images, labels in _with_labels(batches, batch_size):
@@ -64,7 +71,7 @@ def _with_labels(
 
 @contextlib.contextmanager
 def _exact_products() -> Iterator[None]:
-    """Float32 products in full on a GPU too: an INT8 grid does not survive TF32, the default of its convolutions."""
+    """Disable TF32: an INT8 grid does not survive it, and it is the default of CUDA's convolutions."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -75,37 +82,36 @@ def _exact_products() -> Iterator[None]:
 
 @dataclass
 class _Sums:
-    """What a check has counted so far."""
+    """The counts of a check."""
 
     num_samples: int = 0
     num_agreeing: int = 0
-    num_labelled: int = 0
+    num_labeled: int = 0
     num_correct: int = 0
     num_torch_correct: int = 0
     difference: Tensor | None = None
 
     def add(self, found: Tensor, expected: Tensor, labels: Tensor | None) -> None:
         """Count a batch: logits of the file and of the network [B, num_classes], labels [B]."""
-        answers, torch_answers = found.argmax(dim=1), expected.argmax(dim=1)
+        predictions, torch_predictions = found.argmax(dim=1), expected.argmax(dim=1)
         self.num_samples += len(found)
-        self.num_agreeing += int((answers == torch_answers).sum())
+        self.num_agreeing += int((predictions == torch_predictions).sum())
         largest = (found - expected).abs().max()
-        # torch's max, unlike Python's, lets a NaN through
+        # torch's max, unlike Python's, propagates NaN
         self.difference = largest if self.difference is None else torch.maximum(self.difference, largest)
         if labels is not None:
             labels = labels.cpu()
-            self.num_labelled += len(labels)
-            self.num_correct += int((answers == labels).sum())
-            self.num_torch_correct += int((torch_answers == labels).sum())
+            self.num_labeled += len(labels)
+            self.num_correct += int((predictions == labels).sum())
+            self.num_torch_correct += int((torch_predictions == labels).sum())
 
     def agreement(self) -> OnnxAgreement:
         if self.difference is None:
             raise ValueError("an ONNX file cannot be checked without images.")
-        labelled = self.num_labelled
         return OnnxAgreement(
             num_samples=self.num_samples,
             top1_agreement=self.num_agreeing / self.num_samples,
             max_logit_difference=float(self.difference),
-            accuracy=self.num_correct / labelled if labelled else None,
-            torch_accuracy=self.num_torch_correct / labelled if labelled else None,
+            accuracy=self.num_correct / self.num_labeled if self.num_labeled else None,
+            torch_accuracy=self.num_torch_correct / self.num_labeled if self.num_labeled else None,
         )

@@ -1,4 +1,4 @@
-"""Which opsets of ONNX a network can be written in: torch's exporter knows the newer, onnx converts to older."""
+"""ONNX opsets: torch's exporter writes recent ones, onnx converts to older ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from stages.compression.onnx_graph import INPUT, OUTPUT, session_options
 from stages.errors import ModelError
 
 EXPORTED_OPSET = 18
-"""The oldest opset in which torch's exporter writes; a file in an older one is converted, where that can be."""
+"""The oldest opset that torch's exporter writes; older ones are converted from it where possible."""
 
 
-def brought_back(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """The network in an opset older than the exporter's. ModelError, with the least one that works, if not in this.
+def downgrade_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Convert a model to an opset older than the exporter's.
 
-    The exporter would do this too, but hand out its own opset where it fails, and without a word.
+    The exporter would try this too, but silently keeps its own opset if it fails.
+
+    Raises:
+        ModelError: If the operators need a newer opset; the message names the oldest that works.
     """
     for candidate in range(max(opset, 1), EXPORTED_OPSET):
         with contextlib.suppress(Exception):  # the converter's errors have no base class of their own
@@ -30,13 +33,13 @@ def brought_back(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     else:
         candidate = EXPORTED_OPSET
     raise ModelError(
-        f"the model cannot be written with ONNX opset {opset} (compress.opset): the least that holds its operators is "
+        f"the model cannot be written with ONNX opset {opset} (compress.opset): the oldest that has its operators is "
         f"{candidate}."
     )
 
 
 def require_known_opset(opset: int) -> None:
-    """ModelError if onnxruntime does not know an opset, with the newest one that it knows."""
+    """Raise ModelError, naming the newest opset that onnxruntime supports, if `opset` is newer."""
     images, logits = (
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in (INPUT, OUTPUT)
     )
@@ -47,7 +50,7 @@ def require_known_opset(opset: int) -> None:
     if opset > newest:
         raise ModelError(
             f"onnxruntime {onnxruntime.__version__} runs no ONNX opset above {newest}, and compress.opset is {opset}: "
-            "take an older one, or leave the choice to torch's exporter."
+            "choose an older one, or leave compress.opset out."
         )
 
 

@@ -1,4 +1,4 @@
-"""What the nodes of a torch.fx graph mean to INT8: arithmetic on integers, a mere move of values, or float work."""
+"""Classify the nodes of a torch.fx graph for INT8: integer arithmetic, moves of values, or float operations."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from stages.compression.fx_trace import Probe, module_of
 
 Kind = Literal["int8", "rectifier", "same", "move", "float"]
-STAYS_FLOAT = "stays_float"  # the mark in a node's meta
+STAYS_FLOAT = "stays_float"
+"""The key of the mark in a node's meta."""
 
-# Each function or method stands beside the module that does the same; methods go by name.
+# Functions and methods are listed with the equivalent modules; methods by name.
 INT8_MODULES: tuple[type, ...] = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 INT8_FUNCTIONS: set[Any] = {
     *(operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul, torch.cat, torch.concat),
@@ -37,33 +38,24 @@ MOVE_FUNCTIONS: set[Any] = {
     *(F.max_pool2d, torch.chunk, torch.split, operator.getitem, F.channel_shuffle, F.pixel_shuffle),
 }
 MOVE_METHODS: set[Any] = {
-    "flatten",
-    "reshape",
-    "view",
-    "permute",
-    "transpose",
-    "squeeze",
-    "unsqueeze",
-    "chunk",
-    "split",
-    "expand",
+    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "expand")
 }
 
 
 def kind_of(traced: fx.GraphModule, node: fx.Node) -> Kind:
-    """How a node treats its first input:
+    """Classify a node by how it treats its first input.
 
-    - int8: computes, and onnxruntime has an integer kernel for it; its output gets a range of its own.
-    - rectifier: cuts off the negative values; an int8 producer that feeds it alone does so for free.
-    - same: hands the very values on (in eval mode).
-    - move: hands values on in another order, or some of them; they keep their range.
-    - float: everything else, and what was told to stay so (`stay_float`).
+    - int8: computes, and onnxruntime has an integer kernel for it; its output gets its own range.
+    - rectifier: cuts off the negative values; an int8 producer that only feeds it does so at no cost.
+    - same: returns the very values (in eval mode).
+    - move: returns the values in another order, or some of them; they keep their range.
+    - float: everything else, and what `mark_float` marked.
     """
-    return "float" if node.meta.get(STAYS_FLOAT) else could_be(traced, node)
+    return "float" if node.meta.get(STAYS_FLOAT) else unmarked_kind_of(traced, node)
 
 
-def could_be(traced: fx.GraphModule, node: fx.Node) -> Kind:
-    """What `kind_of` a node would be if it had not been told to stay float."""
+def unmarked_kind_of(traced: fx.GraphModule, node: fx.Node) -> Kind:
+    """Classify a node, ignoring marks of `mark_float`."""
     tables: tuple[tuple[Kind, tuple[type, ...], set[Any], set[Any]], ...] = (
         ("int8", INT8_MODULES, INT8_FUNCTIONS, INT8_METHODS),
         ("rectifier", RECTIFIER_MODULES, RECTIFIER_FUNCTIONS, RECTIFIER_METHODS),
@@ -82,30 +74,30 @@ def could_be(traced: fx.GraphModule, node: fx.Node) -> Kind:
 
 
 def is_float_tensor(node: fx.Node) -> bool:
-    """Whether a node of a traced model gives one floating-point tensor (and not a size, or a tuple)."""
+    """Return whether a node of a traced model returns one floating-point tensor (not a size or a tuple)."""
     meta = node.meta.get("tensor_meta")
     return isinstance(meta, TensorMetadata) and meta.dtype.is_floating_point
 
 
-def stay_float(node: fx.Node, stays: bool = True) -> None:
-    """Have `kind_of` call a node float whatever it does, or again what it is."""
+def mark_float(node: fx.Node, stays: bool = True) -> None:
+    """Mark a node so that `kind_of` returns float for it, or remove the mark."""
     node.meta[STAYS_FLOAT] = stays
 
 
 def origin(traced: fx.GraphModule, node: fx.Node, *, through: tuple[Kind, ...] = ("same", "move")) -> fx.Node:
-    """The node whose values `node` gives: itself, or what lies before the moves that lead to it."""
+    """Return the node that produced the values of `node`, looking back through moves."""
     while kind_of(traced, node) in through and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
 def is_max_pool(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node gives the maxima of windows of maps [B, C, H, W]."""
+    """Return whether a node is a max pool over maps [B, C, H, W]."""
     return isinstance(module_of(traced, node), nn.MaxPool2d) or node.target in (F.max_pool2d, torch.max_pool2d)
 
 
 def pool_window(traced: fx.GraphModule, node: fx.Node) -> tuple[int, int] | None:
-    """The height and width over which a node averages maps [B, C, H, W], if it does so in equal windows; else None.
+    """Return the height and width of the equal windows over which a node averages maps [B, C, H, W], or None.
 
     Covers the mean over both axes and adaptive pooling to a size that divides the map's.
     """

@@ -1,4 +1,4 @@
-"""How many channels of each group stay: from a share of the channels, or from a goal for the whole network."""
+"""Decide how many channels of each group stay: for a share of the channels, or a budget of the whole network."""
 
 from __future__ import annotations
 
@@ -10,46 +10,49 @@ from typing import Literal
 import torch
 
 from stages.compression.channel_groups import ChannelGroup
-from stages.compression.rank import least_of_all
+from stages.compression.rank import global_lowest
 from stages.errors import ModelError
 
 Widths = tuple[int, ...]
 
 MAX_LATENCIES = 7
-"""Networks whose latency a search measures at most."""
+"""The maximum number of networks whose latency a search measures."""
 
 RESOLUTION = 2.0**-16
-"""Channel ratios closer than this are one."""
+"""Channel ratios closer than this count as equal."""
 
 
 @dataclass(frozen=True)
-class Shares:
-    """How a channel ratio is dealt out to the groups; see PruneConfig. `spare_one`: no lane loses its last channel,
-    where otherwise that is an error."""
+class Allocation:
+    """A distribution of a channel ratio over the groups; see PruneConfig.
+
+    With `keep_one` every lane keeps at least one channel; otherwise losing all is an error.
+    """
 
     scope: Literal["global", "layer"]
     max_ratio: float
     round_to: int
-    spare_one: bool = False
+    keep_one: bool = False
 
-    def left(self, groups: Sequence[ChannelGroup], ratio: float) -> Widths:
-        """How many channels of each lane stay, group by group, when `ratio` of the unpruned ones is gone.
+    def num_kept(self, groups: Sequence[ChannelGroup], ratio: float) -> Widths:
+        """Return how many channels of each lane stay, by group, when `ratio` of the unpruned ones is removed.
 
-        Raises ModelError if a group would be left without channels, or `max_ratio` forbids the ratio.
+        Raises:
+            ModelError: If a group would lose all channels, or `max_ratio` forbids the ratio.
         """
-        left: Sequence[float] = [group.full_width * (1 - ratio) for group in groups]
+        kept: Sequence[float] = [group.full_width * (1 - ratio) for group in groups]
         if self.scope == "global":
-            left = self._left_by_rank(groups, ratio)
-        for group, num_kept in zip(groups, left, strict=True):
-            if num_kept < 0.5 and not self.spare_one:
+            kept = self._num_kept_by_rank(groups, ratio)
+        for group, num_kept in zip(groups, kept, strict=True):
+            if num_kept < 0.5 and not self.keep_one:
                 raise ModelError(
                     f"pruning {ratio:.0%} would leave {group.path!r} ({group.full_width * group.num_lanes} channels) "
-                    "without a channel: lower prune.ratio, or name the module in prune.keep."
+                    "without a channel: lower prune.ratio, or add the module to prune.exclude."
                 )
-        return tuple(self._rounded(group, num_kept) for group, num_kept in zip(groups, left, strict=True))
+        return tuple(self._rounded(group, num_kept) for group, num_kept in zip(groups, kept, strict=True))
 
-    def most(self, groups: Sequence[ChannelGroup]) -> float:
-        """The highest ratio that `left` takes with `spare_one`."""
+    def highest_ratio(self, groups: Sequence[ChannelGroup]) -> float:
+        """Return the highest ratio that `num_kept` accepts with `keep_one`."""
         full = sum(group.full_width for group in groups)
         return 1 - sum(self._num_safe(group) for group in groups) / full if self.scope == "global" else 1.0
 
@@ -59,22 +62,22 @@ class Shares:
         return min(len(group.importance), rounded)
 
     def _num_safe(self, group: ChannelGroup) -> int:
-        safe = math.ceil(round(group.full_width * (1 - self.max_ratio), 6))  # 10 * (1 - 0.9) is a bit more than 1
-        return max(1, safe) if self.spare_one else safe
+        safe = math.ceil(round(group.full_width * (1 - self.max_ratio), 6))  # 10 * (1 - 0.9) is slightly more than 1
+        return max(1, safe) if self.keep_one else safe
 
-    def _left_by_rank(self, groups: Sequence[ChannelGroup], ratio: float) -> list[int]:
-        """How many channels of each group stay when the least important of all go, and none loses over max_ratio."""
+    def _num_kept_by_rank(self, groups: Sequence[ChannelGroup], ratio: float) -> list[int]:
+        """Return how many channels stay when the globally lowest go and no group loses more than max_ratio."""
         tiny = torch.finfo(torch.float64).tiny
         scores = [group.importance / group.importance.mean().clamp(min=tiny) for group in groups]
         full, now = sum(group.full_width for group in groups), sum(map(len, scores))
         num_removed = max(0, round(full * ratio) - (full - now))
-        gone = least_of_all(scores, [self._num_safe(group) for group in groups], num_removed)
-        if gone is None:
+        removed = global_lowest(scores, [self._num_safe(group) for group in groups], num_removed)
+        if removed is None:
             raise ModelError(
                 f"pruning {ratio:.0%} of all channels is impossible while prune.max_ratio lets no layer lose more "
                 f"than {self.max_ratio:.0%}: lower prune.ratio, or raise prune.max_ratio."
             )
-        return [len(score) - less for score, less in zip(scores, gone, strict=True)]
+        return [len(score) - less for score, less in zip(scores, removed, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,16 @@ def find_ratio(
     share_of: Callable[[Widths], float],
     goal: float,
     *,
-    most: float,
+    highest: float,
     max_measured: int | None = None,
 ) -> float:
-    """The least channel ratio up to `most` whose network has at most `goal` of the full network, by bisection.
+    """Find, by bisection, the lowest ratio up to `highest` whose network is at most `goal` of the full network.
 
-    `share_of` tells what a network with these widths has of the full one; it is called once for each widths met, at
-    most `max_measured` times, so that it may be slow, and the best network met counts, so that it may be noisy.
-    Raises Unreachable if the network at `most` has more than `goal`.
+    `share_of` returns the share of the full network for some widths. It may be slow: it is called once for each widths,
+    at most `max_measured` times; and noisy: the best network found counts.
+
+    Raises:
+        Unreachable: If the network at `highest` exceeds `goal`.
     """
     shares: dict[Widths, float] = {}
     ratios: dict[Widths, float] = {}
@@ -108,9 +113,9 @@ def find_ratio(
         ratios[widths] = min(ratio, ratios.get(widths, ratio))
         return shares[widths] <= goal
 
-    if not reaches(most):
-        raise Unreachable(shares[widths_at(most)])
-    low, high = 0.0, most
+    if not reaches(highest):
+        raise Unreachable(shares[widths_at(highest)])
+    low, high = 0.0, highest
     if reaches(low):
         return low
     while high - low > RESOLUTION and widths_at(low) != widths_at(high):

@@ -1,4 +1,4 @@
-"""The first convolution of a ResNet's INT8 file, written as onnxruntime runs it fast; the numbers stay the same."""
+"""Rewrite the first convolution of a ResNet's INT8 file to run fast in onnxruntime, with the same results."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from onnx import numpy_helper
 from stages.compression.onnx_graph import INPUT
 
 STEM = {"kernel_shape": [7, 7], "strides": [2, 2], "pads": [3, 3, 3, 3], "dilations": [1, 1], "group": 1}
-"""The convolution with which ResNets begin."""
+"""The first convolution of ResNets."""
 
 
-def quicken_stem(proto: onnx.ModelProto) -> None:
-    """Write a STEM over INT8 images [B, C, H, W], C at most 4, as a 4x4 convolution over [B, 4C, H/2, W/2].
+def fold_stem(proto: onnx.ModelProto) -> None:
+    """Rewrite a STEM over INT8 images [B, C, H, W], C at most 4, as a 4x4 convolution over [B, 4C, H/2, W/2].
 
     Each square of four pixels becomes one pixel of four times the channels, and the weight an 8x8 one with zeros at its
-    top and left: the very same integer sums. onnxruntime gathers what a kernel covers pixel by pixel, and three bytes
-    at a time are slow: the stem of a ResNet-18 took 0.6 to 0.7 of its time like this (64 pixels, one x86 core).
+    top and left: the very same integer sums. onnxruntime gathers a kernel's input pixel by pixel, which is slow at
+    three bytes each: the rewritten stem of a ResNet-18 took 0.6 to 0.7 of the time (64 pixels, one x86 core).
     """
     graph = proto.graph
     producers = {value: node for node in graph.node for value in node.output}
     num_readers = Counter(value for node in graph.node for value in node.input)
     for conv in [node for node in graph.node if node.op_type == "Conv"]:
-        attributes = {each.name: onnx.helper.get_attribute_value(each) for each in conv.attribute}
+        attributes = {item.name: onnx.helper.get_attribute_value(item) for item in conv.attribute}
         read, weight = (producers.get(value) for value in conv.input[:2])
         rounding = producers.get(read.input[0]) if read else None
         if not (read and weight and rounding and all(attributes.get(name) == value for name, value in STEM.items())):
@@ -39,8 +39,8 @@ def quicken_stem(proto: onnx.ModelProto) -> None:
 
 
 def _fold_pixels(graph: onnx.GraphProto, conv: onnx.NodeProto, read: onnx.NodeProto, weight: onnx.NodeProto) -> None:
-    """Do it to one convolution, whose inputs the nodes `read` and `weight` dequantize."""
-    tensor = next((each for each in graph.initializer if each.name == weight.input[0]), None)
+    """Rewrite one convolution, whose inputs the nodes `read` and `weight` dequantize."""
+    tensor = next((item for item in graph.initializer if item.name == weight.input[0]), None)
     if tensor is None or tensor.data_type != onnx.TensorProto.INT8:
         return
     values = np.pad(numpy_helper.to_array(tensor), ((0, 0), (0, 0), (1, 0), (1, 0)))
@@ -61,6 +61,6 @@ def _fold_pixels(graph: onnx.GraphProto, conv: onnx.NodeProto, read: onnx.NodePr
         if attribute.name in changes:
             attribute.ints[:] = changes[attribute.name]
     stale = {read.output[0], weight.output[0], tensor.name}
-    kept = [each for each in graph.value_info if each.name not in stale]
+    kept = [value for value in graph.value_info if value.name not in stale]
     del graph.value_info[:]
     graph.value_info.extend(kept)

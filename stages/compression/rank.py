@@ -1,4 +1,4 @@
-"""The least important of all, wherever they are: how many of them each layer or group has."""
+"""Rank values globally by importance."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 
-def least_of_all(scores: Sequence[Tensor], num_safe: Sequence[int], num_gone: int) -> list[int] | None:
-    """How many of each of `scores` [N_i] are among the `num_gone` smallest of all, its own `num_safe` largest aside.
+def global_lowest(scores: Sequence[Tensor], num_safe: Sequence[int], num_removed: int) -> list[int] | None:
+    """Count how many of each of `scores` [N_i] are among the `num_removed` lowest of all.
 
-    None where so many cannot go. Of equal scores the first ones go.
+    The `num_safe` largest of each are protected. Of equal scores the first ones go. Returns None if so many cannot go.
     """
     if not scores:
-        return None if num_gone > 0 else []
-    open_ones = [score.clone() for score in scores]
-    for score, safe in zip(open_ones, num_safe, strict=True):
-        score[score.argsort(descending=True, stable=True)[:safe]] = torch.inf
-    ranked = torch.cat(open_ones)
-    if num_gone > int(ranked.isfinite().sum()):
+        return None if num_removed > 0 else []
+    candidates = [score.clone() for score in scores]
+    for score, num_protected in zip(candidates, num_safe, strict=True):
+        score[score.argsort(descending=True, stable=True)[:num_protected]] = torch.inf
+    ranked = torch.cat(candidates)
+    if num_removed > int(ranked.isfinite().sum()):
         return None
-    gone = torch.zeros(len(ranked), dtype=torch.bool)
-    gone[ranked.argsort(stable=True)[:num_gone]] = True
-    return [int(part.sum()) for part in torch.split(gone, [len(score) for score in scores])]
+    removed = torch.zeros(len(ranked), dtype=torch.bool)
+    removed[ranked.argsort(stable=True)[:num_removed]] = True
+    return [int(part.sum()) for part in torch.split(removed, [len(score) for score in scores])]

@@ -1,7 +1,7 @@
-"""Which layers INT8 hurts: each one rounded alone, and each one spared while all the others are rounded.
+"""Measure which layers INT8 affects most: each rounded alone, and each left float while all others are rounded.
 
 worst = sensitivity(student, example, batches)[:2]
-prepare_qat(student, example, keep_float=[layer.path for layer in worst])
+prepare_qat(student, example, exclude=[layer.path for layer in worst])
 """
 
 from __future__ import annotations
@@ -16,44 +16,48 @@ from torch import Tensor, fx, nn
 
 from stages.compression.fake_quant import QuantConv2d, QuantLinear, quantizers_of, set_rounding
 from stages.compression.fx_trace import module_of
-from stages.compression.int8_places import quantizer_path, quantizers_behind, rounded_nodes
+from stages.compression.int8_places import quantizer_path, quantizers_after, rounded_nodes
 from stages.compression.quantize import calibrate, logits_of, prepare_qat, trace_folded
 
-Heard = dict[nn.Module, list[Tensor]]  # what modules gave, call by call
+Outputs = dict[nn.Module, list[Tensor]]
+"""Outputs of modules, call by call."""
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What INT8 does to one convolution or linear layer, measured on the calibration images.
+    """The effect of INT8 on one convolution or linear layer, measured on the calibration images.
 
-    sqnr_db: 10 log10 of the power of what the layer gives in the float network, after the rectifier where one follows,
-    over the power of its change when this layer alone is rounded: its weight, its output, and inputs that are rounded
-    for it alone. kl_alone: what that changes in the prediction: the Kullback-Leibler divergence KL(float || rounded)
-    of the softmax over the classes, in nats, mean over the images. kl_spared: by how much the divergence of the fully
-    quantized network falls if keep_float names this layer too; negative where that makes it worse.
-    num_parameters: of its weight and its bias, that of a folded batch norm included.
+    Attributes:
+        path: The layer's path.
+        sqnr_db: 10 log10 of the power of the layer's output in the float network, after a following rectifier, over the
+            power of its change when only this layer is rounded: its weight, its output, and inputs that are
+            rounded for it alone.
+        kl_alone: KL(float || rounded) of the softmax over the classes when only this layer is rounded, in nats, mean
+            over the images.
+        kl_recovered: The decrease of the fully quantized network's divergence if quantize.exclude names this layer too;
+            negative where that makes it worse.
+        num_parameters: Of its weight and its bias, that of a folded batch norm included.
     """
 
     path: str
     sqnr_db: float
     kl_alone: float
-    kl_spared: float
+    kl_recovered: float
     num_parameters: int
 
 
 @dataclass
-class _Part:
-    """A layer, the modules that switch to float when it is spared, those that round when it alone does, and where its
-    output is heard. The rest are sums over the images: powers, and divergences in nats."""
+class _Layer:
+    """A layer, the modules that switch to float or round for its measurements, and sums over the images."""
 
     path: str
-    spared: list[nn.Module]
-    alone: list[nn.Module]
-    heard_at: list[nn.Module]
+    to_float: list[nn.Module]
+    to_round: list[nn.Module]
+    measured_at: list[nn.Module]
     signal: float = 0
     noise: float = 0
     kl_alone: float = 0
-    kl_spared: float = 0
+    kl_recovered: float = 0
 
 
 @torch.no_grad()
@@ -62,107 +66,112 @@ def sensitivity(
     example: Tensor,
     batches: Sequence[Tensor],
     *,
-    keep_float: Sequence[str] = (),
-    between: Callable[[int, int], None] = lambda done, total: None,
+    exclude: Sequence[str] = (),
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerSensitivity]:
-    """How much each layer suffers from INT8, the worst first: by kl_spared, then by path.
+    """Measure how much INT8 affects each layer; the worst first, by kl_recovered, then by path.
 
-    `model` is the float network and stays as it is; `batches` are normalised images [B, C, H, W], for the calibration
-    and for the measurement alike. Layers in `keep_float` are float throughout and not listed. `between(done, total)` is
-    called after each layer of each batch and may raise to end it. Costs two forward passes a layer. Raises ModelError
-    as prepare_qat and calibrate do.
+    It takes two forward passes per layer and batch.
+
+    Args:
+        model: The float network; it stays unchanged.
+        example: Images [B, C, H, W].
+        batches: Normalized images [B, C, H, W], for calibration and measurement.
+        exclude: Paths of layers that stay float and are not listed.
+        on_progress: Called with (done, total) after each layer of each batch; may raise to stop.
+
+    Raises:
+        ModelError: As `prepare_qat` and `calibrate`.
     """
-    prepared = prepare_qat(model, example, keep_float).eval()
+    prepared = prepare_qat(model, example, exclude).eval()
     calibrate(prepared, batches)
-    parts = _parts(prepared, model, example, keep_float)
+    layers = _layers(prepared, model, example, exclude)
     device = next(prepared.parameters()).device
-    kl_full, done, total = 0.0, 0, len(parts) * len(batches)
+    kl_full, done, total = 0.0, 0, len(layers) * len(batches)
     for batch in batches:
         images = batch.to(device)
-        clean, reference = _float_run(prepared, parts, images)
+        clean, reference = _float_run(prepared, layers, images)
         kl_full += _divergence(reference, prepared(images))
-        for part in parts:
-            _measure(prepared, part, images, clean, reference)
+        for layer in layers:
+            _measure(prepared, layer, images, clean, reference)
             done += 1
-            between(done, total)
+            on_progress(done, total)
     num_images = sum(len(batch) for batch in batches)
-    found = [_judged(prepared, part, kl_full, num_images) for part in parts]
-    return sorted(found, key=lambda layer: (-layer.kl_spared, layer.path))
+    found = [_summarize(prepared, layer, kl_full, num_images) for layer in layers]
+    return sorted(found, key=lambda result: (-result.kl_recovered, result.path))
 
 
-def _parts(prepared: fx.GraphModule, model: nn.Module, example: Tensor, keep_float: Sequence[str]) -> list[_Part]:
-    """The rounding layers of a prepared model, in the order in which they are called."""
+def _layers(prepared: fx.GraphModule, model: nn.Module, example: Tensor, exclude: Sequence[str]) -> list[_Layer]:
+    """Return the rounding layers of a prepared model, in call order."""
     nodes: dict[str, list[fx.Node]] = {}
     for node in prepared.graph.nodes:
         if isinstance(module_of(prepared, node), QuantConv2d | QuantLinear):
             nodes.setdefault(str(node.target), []).append(node)
-    plain, quantizers = trace_folded(model, example), quantizers_of(prepared)
-    parts = []
+    plain, quantizers = trace_folded(model, example, fx.GraphModule), quantizers_of(prepared)
+    layers = []
     for path, calls in nodes.items():
-        layer = prepared.get_submodule(path)
-        left = {quantizer_path(node) for node in rounded_nodes(plain, model, logits_of(plain), [*keep_float, path])}
-        spared = [layer, *(quantizer for where, quantizer in quantizers.items() if where not in left)]
-        outputs: list[nn.Module] = [quantizer for node in calls for quantizer in quantizers_behind(prepared, node)]
-        parts.append(_Part(path, spared, [*spared, *outputs], outputs or [layer]))
-    return parts
+        module = prepared.get_submodule(path)
+        remaining = {quantizer_path(node) for node in rounded_nodes(plain, model, logits_of(plain), [*exclude, path])}
+        to_float = [module, *(quantizer for place, quantizer in quantizers.items() if place not in remaining)]
+        outputs: list[nn.Module] = [quantizer for node in calls for quantizer in quantizers_after(prepared, node)]
+        layers.append(_Layer(path, to_float, [*to_float, *outputs], outputs or [module]))
+    return layers
 
 
-def _float_run(prepared: nn.Module, parts: Sequence[_Part], images: Tensor) -> tuple[Heard, Tensor]:
-    """What the parts and the whole network give without any rounding."""
+def _float_run(prepared: nn.Module, layers: Sequence[_Layer], images: Tensor) -> tuple[Outputs, Tensor]:
+    """Return the outputs of the layers and the logits without any rounding."""
     set_rounding(prepared, False)
-    with _hear([module for part in parts for module in part.heard_at]) as clean:
+    with _capture([module for layer in layers for module in layer.measured_at]) as clean:
         reference = prepared(images)
     set_rounding(prepared, True)
     return clean, reference
 
 
-def _measure(prepared: nn.Module, part: _Part, images: Tensor, clean: Heard, reference: Tensor) -> None:
-    """Add a batch to the part's sums: once it alone rounds, once all the others do."""
+def _measure(prepared: nn.Module, layer: _Layer, images: Tensor, clean: Outputs, reference: Tensor) -> None:
+    """Add a batch to the layer's sums: once with only it rounded, once with all others rounded."""
     set_rounding(prepared, False)
-    _switch(part.alone, True)
-    with _hear(part.heard_at) as rounded:
-        part.kl_alone += _divergence(reference, prepared(images))
-    for module in part.heard_at:
-        for wanted, found in zip(clean[module], rounded[module], strict=True):
-            part.signal += float(wanted.double().square().sum())
-            part.noise += float((found.double() - wanted.double()).square().sum())
+    for module in layer.to_round:
+        set_rounding(module, True)
+    with _capture(layer.measured_at) as rounded:
+        layer.kl_alone += _divergence(reference, prepared(images))
+    for module in layer.measured_at:
+        for expected, found in zip(clean[module], rounded[module], strict=True):
+            layer.signal += float(expected.double().square().sum())
+            layer.noise += float((found.double() - expected.double()).square().sum())
     set_rounding(prepared, True)
-    _switch(part.spared, False)
-    part.kl_spared += _divergence(reference, prepared(images))
+    for module in layer.to_float:
+        set_rounding(module, False)
+    layer.kl_recovered += _divergence(reference, prepared(images))
     set_rounding(prepared, True)
 
 
-def _judged(prepared: nn.Module, part: _Part, kl_full: float, num_images: int) -> LayerSensitivity:
-    ratio = part.signal / part.noise if part.noise else math.inf
+def _summarize(prepared: nn.Module, layer: _Layer, kl_full: float, num_images: int) -> LayerSensitivity:
+    ratio = layer.signal / layer.noise if layer.noise else math.inf
     return LayerSensitivity(
-        path=part.path,
+        path=layer.path,
         sqnr_db=10 * math.log10(ratio) if ratio else -math.inf,
-        kl_alone=part.kl_alone / num_images,
-        kl_spared=(kl_full - part.kl_spared) / num_images,
-        num_parameters=sum(parameter.numel() for parameter in prepared.get_submodule(part.path).parameters()),
+        kl_alone=layer.kl_alone / num_images,
+        kl_recovered=(kl_full - layer.kl_recovered) / num_images,
+        num_parameters=sum(parameter.numel() for parameter in prepared.get_submodule(layer.path).parameters()),
     )
 
 
-def _switch(modules: Collection[nn.Module], on: bool) -> None:
-    for module in modules:
-        set_rounding(module, on)
-
-
 @contextlib.contextmanager
-def _hear(modules: Collection[nn.Module]) -> Iterator[Heard]:
-    """What each module gives, call by call, while the context lasts."""
-    heard: Heard = {module: [] for module in modules}
+def _capture(modules: Collection[nn.Module]) -> Iterator[Outputs]:
+    """Record each module's outputs, call by call, inside the context."""
+    outputs: Outputs = {module: [] for module in modules}
     handles = [
-        module.register_forward_hook(lambda module, inputs, output: heard[module].append(output)) for module in heard
+        module.register_forward_hook(lambda module, inputs, output: outputs[module].append(output))
+        for module in outputs
     ]
     try:
-        yield heard
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _divergence(reference: Tensor, found: Tensor) -> float:
-    """KL(reference || found) of the softmax of logits [B, num_classes], in nats, summed over the images."""
-    wanted, given = (logits.double().log_softmax(dim=1) for logits in (reference, found))
-    return float((wanted.exp() * (wanted - given)).sum())
+    """Return KL(reference || found) of the softmax of logits [B, num_classes], in nats, summed over the images."""
+    expected, given = (logits.double().log_softmax(dim=1) for logits in (reference, found))
+    return float((expected.exp() * (expected - given)).sum())

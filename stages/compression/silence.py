@@ -1,4 +1,4 @@
-"""torch's exporters at work without a word: what they have to say to a user, an error's one sentence says."""
+"""Suppress the output of torch's exporters; errors carry what matters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keep progress, warnings and log lines off the terminal, as long as this lasts."""
+def quiet() -> Iterator[None]:
+    """Suppress progress output, warnings and log lines."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

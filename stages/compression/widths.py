@@ -1,7 +1,7 @@
-"""The widths of a network's layers, as JSON: with them, a pruned network is built again from its architecture alone.
+"""Record a network's layer widths as JSON, to rebuild a pruned network from its architecture.
 
-widths = record_widths(pruned)                          # beside the weights
-model = apply_widths(build_unpruned_model(), widths)    # in another process, years later
+widths = record_widths(pruned)                          # stored with the weights
+model = apply_widths(build_unpruned_model(), widths)    # in another process
 model.load_state_dict(weights)                          # strict
 """
 
@@ -15,7 +15,6 @@ from torch import nn
 
 from stages.errors import ModelError
 
-# The sizes that pruning changes, by layer type, and how a parameter or buffer of the layer depends on them.
 SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv1d: ("in_channels", "out_channels", "groups"),
     nn.Conv2d: ("in_channels", "out_channels", "groups"),
@@ -28,19 +27,25 @@ SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LayerNorm: ("normalized_shape",),
     nn.PReLU: ("num_parameters",),
 }
+"""The sizes that pruning changes, by layer type."""
 
 
 def record_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The sizes of every layer by module path: {"fc": {"in_features": 24, "out_features": 10}, ...}; plain JSON."""
+    """Return the sizes of every layer by module path, as plain JSON.
+
+    For example, {"fc": {"in_features": 24, "out_features": 10}, ...}.
+    """
     return {path: _sizes_of(layer) for path, layer in _layers(model).items()}
 
 
 def apply_widths(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
     """Cut the layers of a freshly built, unpruned `model` down to recorded `widths`, in place, and return it.
 
-    Which channels are left is told by the state_dict that is loaded next; until then they are the first ones. Raises
-    ModelError, before anything is changed, if the record does not fit the architecture: other modules, no whole
-    numbers, or sizes beyond the unpruned ones (so a hostile record cannot ask for memory).
+    The state_dict loaded next determines which channels these are; until then they are the first ones.
+
+    Raises:
+        ModelError: Before anything is changed, if the record does not fit the architecture: other modules, no whole
+            numbers, or sizes beyond the unpruned ones (so a hostile record cannot demand memory).
     """
     layers = _layers(model)
     _check_paths(widths, layers)
@@ -52,7 +57,7 @@ def apply_widths(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
 
 
 def has_sizes(module: object) -> bool:
-    """Whether a record of widths covers this module, so that it can be pruned."""
+    """Return whether a record of widths covers this module, so that it can be pruned."""
     return isinstance(module, tuple(SIZES))
 
 
@@ -62,10 +67,10 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _sizes_of(layer: nn.Module) -> dict[str, Any]:
     names = next(names for kind, names in SIZES.items() if isinstance(layer, kind))
-    return {name: _plain(getattr(layer, name)) for name in names}
+    return {name: _as_json(getattr(layer, name)) for name in names}
 
 
-def _plain(size: Any) -> Any:
+def _as_json(size: Any) -> Any:
     return list(size) if isinstance(size, tuple) else size
 
 
@@ -77,7 +82,7 @@ def _check_paths(widths: Any, layers: Mapping[str, nn.Module]) -> None:
             nearest = difflib.get_close_matches(str(path), layers, n=1)
             hint = f"; the nearest one is {nearest[0]!r}" if nearest else ""
             raise ModelError(
-                f"the record of widths names {str(path)[:80]!r}, which is no layer of this architecture{hint}."
+                f"the record of widths names {str(path)[:80]!r}, but this architecture has no such layer{hint}."
             )
     for path in layers:
         if path not in widths:
@@ -85,16 +90,18 @@ def _check_paths(widths: Any, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _check_sizes(path: str, full: dict[str, Any], found: Any) -> None:
-    """ModelError unless `found` has the very keys of `full`, with whole numbers from 1 up to the ones there."""
+    """Raise ModelError unless `found` has exactly the keys of `full`, with whole numbers from 1 up to its own."""
     if not isinstance(found, Mapping) or set(found) != set(full):
         raise ModelError(f"the record of widths must give {', '.join(full)} of {path!r}, and nothing else.")
     for name, size in full.items():
         limits = size if isinstance(size, list) else [size]
         values = found[name] if isinstance(size, list) else [found[name]]
         fits = isinstance(values, list) and len(values) == len(limits)
-        if not fits or not all(type(one) is int and 1 <= one <= most for one, most in zip(values, limits, strict=True)):
+        if not fits or not all(
+            type(value) is int and 1 <= value <= most for value, most in zip(values, limits, strict=True)
+        ):
             raise ModelError(
-                f"the record of widths gives {path!r} {name} = {str(found[name])[:40]}; wanted are whole numbers, "
+                f"the record of widths gives {path!r} {name} = {str(found[name])[:40]}; expected whole numbers, "
                 f"at least 1 and at most {size}."
             )
     groups = found.get("groups", found.get("num_groups", 1))
@@ -103,7 +110,7 @@ def _check_sizes(path: str, full: dict[str, Any], found: Any) -> None:
 
 
 def _resize(layer: nn.Module, sizes: Mapping[str, Any]) -> None:
-    """Set the sizes and cut each parameter and buffer to the shape that follows from them."""
+    """Set the sizes and cut each parameter and buffer accordingly."""
     for name, size in sizes.items():
         setattr(layer, name, tuple(size) if isinstance(size, list) else size)
     for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
@@ -114,7 +121,7 @@ def _resize(layer: nn.Module, sizes: Mapping[str, Any]) -> None:
 
 
 def _leading_shape(layer: nn.Module, name: str) -> tuple[int, ...]:
-    """The lengths of the axes of a layer's tensor that depend on its sizes: they come first."""
+    """Return the lengths of the leading axes of a layer's tensor, which depend on its sizes."""
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return (layer.out_channels, layer.in_channels // layer.groups) if name == "weight" else (layer.out_channels,)
     if isinstance(layer, nn.Linear):

@@ -176,8 +176,8 @@ def test_a_payload_in_weights_does_not_run(recipe, run, tmp_path, command, name)
     [
         ("{}", lambda state: changed(state, "fc.bias", lambda one: one * torch.inf), "fc.bias holds NaN or infinity"),
         ("{}", lambda state: {"x": torch.ones(1)}, "unexpected x"),
-        ('{"architecture": null}', dict, "does not say what the network is"),
-        ('{"architecture": {"quantized": "\\u001b[31m"}}', dict, "is quantized already"),
+        ('{"architecture": null}', dict, "has no valid architecture"),
+        ('{"architecture": {"quantized": "\\u001b[31m"}}', dict, "is already quantized"),
         ("[" * 10**5, lambda state: {}, "missing"),
     ],
 )

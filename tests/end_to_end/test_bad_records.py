@@ -85,7 +85,7 @@ def test_status_of_a_folder_with_damaged_records(run):
         ("teacher/job.json", ("pipe", "[]", DEEP)),
         ("teacher/model.safetensors", ("pipe", "folder", "", "garbage" * 10, b"\x08\x08\x12\x07pytorch")),
         ("students/distilled-seed0/model.safetensors", ("zeros", "[]")),
-        ("compressed/artefacts-seed0/card.json", ("folder", "[]")),
+        ("compressed/artifacts-seed0/card.json", ("folder", "[]")),
     ],
 )
 def test_a_stage_refuses_a_replaced_input_file(recipe, run, name, substitutes):
@@ -103,8 +103,8 @@ def test_a_stage_refuses_a_replaced_input_file(recipe, run, name, substitutes):
     assert not list(run.rglob("*.partial"))
 
 
-def test_a_modified_card_is_written_again(recipe, run):
-    card = run / "compressed" / "artefacts-seed0" / "card.json"
+def test_a_card_that_was_tampered_with_is_written_again(recipe, run):
+    card = run / "compressed" / "artifacts-seed0" / "card.json"
     good = card.read_bytes()
     put(card, with_value(good, ("float_nodes",), None))
     ended = answer("compress", recipe, "--run", run)

@@ -20,7 +20,7 @@ def arguments(done, recipe, run):
 def test_single_steps_run_in_order_and_report_what_is_missing(done, recipe, tmp_path):
     again = kdpipe_here("compress", recipe, "--run", done[0], "--only", "export", "--json")
     assert again.exit_code == 0, again.stderr
-    assert json.loads(again.stdout)["artefacts"][0]["folder"].endswith("artefacts-seed0")
+    assert json.loads(again.stdout)["artifacts"][0]["folder"].endswith("artifacts-seed0")
     assert "not pruned: fc (it writes the logits)" in kdpipe_here("compress", recipe, "--run", done[0]).stdout
     early = kdpipe_here("compress", *arguments(done, recipe, tmp_path / "run"), "--only", "quantize")
     assert early.exit_code == 1
@@ -40,7 +40,7 @@ def test_an_external_student_leaves_the_runs_own_alone(done, recipe, tmp_path):
     assert ended.exit_code == 0, ended.stderr
     assert "exported: model.onnx, model.pt2, model.safetensors" in ended.stdout
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"teacher", "compressed-mine"}
-    held = load_tensors(run / "compressed-mine" / "artefacts-seed0" / "model.safetensors")[0]
+    held = load_tensors(run / "compressed-mine" / "artifacts-seed0" / "model.safetensors")[0]
     assert held["fc.weight"].dtype == torch.bfloat16
     report = kdpipe_here("report", run, "--no-html")
     assert report.exit_code == 0, report.stderr
@@ -67,9 +67,9 @@ def test_sensitivity_ranks_the_layers_and_writes_nothing(done, recipe):
     assert ended.exit_code == 0, ended.stderr
     layers = json.loads(ended.stdout)["layers"]
     assert {layer["path"] for layer in layers} >= {"stage1.0", "stage2.0", "fc"}
-    assert [layer["kl_spared"] for layer in layers] == sorted((layer["kl_spared"] for layer in layers), reverse=True)
+    assert [layer["kl_recovered"] for layer in layers] == sorted((layer["kl_recovered"] for layer in layers), reverse=True)
     shown = kdpipe_here("sensitivity", recipe, "--run", done[0], "--batches", "2").stdout
-    assert f'compress.quantize.keep_float=["{layers[0]["path"]}"]' in shown
+    assert f'compress.quantize.exclude=["{layers[0]["path"]}"]' in shown
     assert folder_bytes(done[0]) == before
 
 
@@ -82,7 +82,7 @@ def test_invalid_settings_are_refused_before_fine_tuning(done, recipe, tmp_path)
             "compress.steps is ['quantize']",
         ),
         (("--set", "distill=[]"), 2, "has no [[distill]]"),
-        (("--set", "compress.quantize.keep_float=['nosuch']"), 1, "has no module 'nosuch'"),
+        (("--set", "compress.quantize.exclude=['nosuch']"), 1, "has no module 'nosuch'"),
         (("--set", "compress.opset=99"), 1, "compress.opset is 99"),
         (("--set", "compress.opset=13"), 1, "compress.opset"),
         (("--set", "compress.latency_batch_sizes=[1000000000000]"), 2, "latency_batch_sizes"),

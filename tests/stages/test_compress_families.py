@@ -1,4 +1,4 @@
-"""Residual, depthwise, plain and attention networks go the whole way: pruned, INT8, built again, in a fused file."""
+"""Tests of compressing residual, depthwise, plain and attention networks end to end."""
 
 import dataclasses
 import shutil
@@ -16,7 +16,7 @@ from stages.compression.onnx_graph import float_nodes, op_counts
 from stages.compression.prune import PruneConfig
 from stages.errors import StoppedEarly
 from stages.evaluate import evaluate
-from stages.fine_tune import Tutor
+from stages.fine_tune import FineTuneContext
 from stages.job_folder import read_json
 from stages.losses.kd import KDConfig
 from stages.models.build import ModelConfig
@@ -36,7 +36,7 @@ FINE = dataclasses.replace(TRAIN, epochs=2, lr=0.01, checkpoint_every_s=30)  # a
 
 
 def enlarged(image_set):
-    """16 x 16 pixels in three colours."""
+    """Return images of 16 x 16 pixels in three colors."""
     images = image_set.images.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat(1, 3, 1, 1)
     return dataclasses.replace(image_set, images=images)
 
@@ -52,23 +52,23 @@ def run(tmp_path_factory):
     return folder
 
 
-def trained_elsewhere(student, setup, path):
-    """The student after some steps on the images, enough to be sure of its answers."""
+def save_trained_student(student, setup, path):
+    """Train the student for some steps, until it is confident, and save it."""
     network = fresh_student(student, 0, setup)
-    optimiser = torch.optim.AdamW(network.model.parameters(), lr=0.003)
+    optimizer = torch.optim.AdamW(network.model.parameters(), lr=0.003)
     torch.manual_seed(0)
     for _ in range(40):
         at = torch.randint(96, (32,))
         images, labels = network.normalise(setup.train_set.images[at]), setup.train_set.labels[at]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(network.model(images), labels).backward()
-        optimiser.step()
+        optimizer.step()
     torch.save(network.model.state_dict(), path)
 
 
 def config_for(path):
     return CompressConfig(
-        nice=0,
+        niceness=0,
         baselines=False,
         student=str(path),
         prune=PruneConfig(ratio=0.5, round_to=8),
@@ -80,7 +80,7 @@ def config_for(path):
     )
 
 
-def stopped_again_and_again(config, student, run):
+def compress_with_stops(config, student, run):
     for _ in range(100):
         setup = setup_in(run, Watch(should_stop=StopAfter(4)))
         teaching = open_teaching([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, setup)
@@ -92,13 +92,13 @@ def stopped_again_and_again(config, student, run):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_goes_the_whole_way(run, tmp_path, monkeypatch, family):
-    monkeypatch.setattr(Tutor, "handed_out", False)  # one ONNX file, below, is enough
+def test_family_is_pruned_quantized_and_rebuilt(run, tmp_path, monkeypatch, family):
+    monkeypatch.setattr(FineTuneContext, "exports_onnx", False)  # one ONNX file, below, is enough
     student = StudentConfig(model=FAMILIES[family], train=TRAIN, seeds=(0,))
     setup = setup_in(run)
-    trained_elsewhere(student, setup, tmp_path / f"{family}.pt")
+    save_trained_student(student, setup, tmp_path / f"{family}.pt")
     shutil.copy(tmp_path / f"{family}.pt", tmp_path / f"{family}-again.pt")
-    figures = stopped_again_and_again(config_for(tmp_path / f"{family}.pt"), student, run)
+    figures = compress_with_stops(config_for(tmp_path / f"{family}.pt"), student, run)
     teaching = open_teaching([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, setup)
     compress(config_for(tmp_path / f"{family}-again.pt"), student, 0, teaching, setup)
 
@@ -126,7 +126,7 @@ def test_a_family_goes_the_whole_way(run, tmp_path, monkeypatch, family):
     floats, counts = [str(node) for node in float_nodes(path)], op_counts(path)
     if family == "attention":
         assert any("Softmax" in node for node in floats)
-        assert any("attention" in why for why in figures["pruned"]["spared"].values())
+        assert any("attention" in why for why in figures["pruned"]["excluded"].values())
     else:
         assert floats == []
         assert counts["QLinearConv"] >= 5 and "Conv" not in counts

@@ -157,7 +157,7 @@ def test_student_can_be_pruned_and_rebuilt_from_its_widths():
 
 def test_excluded_projector_keeps_its_width_when_pruned():
     model, classifier = joined()
-    pruned = prune(model, torch.zeros(1, *IMAGE_SHAPE), PruneConfig(ratio=0.5, keep=("layer3.projector.6",))).model
+    pruned = prune(model, torch.zeros(1, *IMAGE_SHAPE), PruneConfig(ratio=0.5, exclude=("layer3.projector.6",))).model
     assert pruned.layer3.projector[6].out_channels == 128
     assert pruned.layer3.projector[3].out_channels == 32
     assert torch.equal(pruned.fc.weight, classifier.weight)

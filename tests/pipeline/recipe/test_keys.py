@@ -47,8 +47,8 @@ WRONG = {
     "object": {"zzz": 1},
 }
 
-FREE_TEXT = ("layers", "keep", "keep_float", "classifier", "classes")
-"""Names inside a network or a data set, which are checked only where they are looked up."""
+FREE_TEXT = ("layers", "exclude", "classifier", "classes")
+"""Names inside a network or a data set: what is not there is refused by who looks for it, with what is there."""
 
 FREE_NUMBERS = ("mean", "std")
 """Only have to be finite."""

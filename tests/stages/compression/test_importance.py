@@ -1,4 +1,4 @@
-"""Each importance ranks channels by what its name says, against sums by hand."""
+"""Tests of channel importance against formulas."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from stages.compression.channel_groups import find_channels, traceable
-from stages.compression.importance import lay_gradients, measure_of
+from stages.compression.importance import attach_gradients, measure_of
 from stages.compression.prune import PruneConfig, prune
 from stages.compression.widths import record_widths
 from stages.errors import ModelError
 
 
 def importances(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
-    """The importance of the channels of each group, by the layer that the group is found from."""
+    """Return the importance of each group's channels, by the layer it is found from."""
     widths = record_widths(model)
     with traceable(model):
         channels = find_channels(
@@ -31,33 +31,33 @@ def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
 
 
-def test_l1_is_the_mean_over_the_filter_the_scale_and_the_weights_that_read_it():
+def test_l1_averages_filter_scale_and_reading_weights():
     model = build("residual").requires_grad_(False)
     block = model.layer2[0]
     written, read = block.conv1.weight.abs().sum(dim=(1, 2, 3)), block.conv2.weight.abs().sum(dim=(0, 2, 3))
-    wanted = (written + read + block.bn1.weight.abs()) / 3
-    torch.testing.assert_close(importances(model, "l1")["layer2.0.conv1"], wanted)
+    expected = (written + read + block.bn1.weight.abs()) / 3
+    torch.testing.assert_close(importances(model, "l1")["layer2.0.conv1"], expected)
 
 
-def test_l2_is_the_root_of_the_mean_square_sum():
+def test_l2_is_the_root_mean_square_sum():
     model = build("residual").requires_grad_(False)
     block = model.layer2[0]
     written, read = block.conv1.weight.square().sum(dim=(1, 2, 3)), block.conv2.weight.square().sum(dim=(0, 2, 3))
-    wanted = ((written + read + block.bn1.weight.square()) / 3).sqrt()
-    torch.testing.assert_close(importances(model, "l2")["layer2.0.conv1"], wanted)
+    expected = ((written + read + block.bn1.weight.square()) / 3).sqrt()
+    torch.testing.assert_close(importances(model, "l2")["layer2.0.conv1"], expected)
 
 
-def test_taylor_is_the_sum_of_weights_times_gradients():
+def test_taylor_sums_weights_times_gradients():
     model = build("residual")
     gradients = gradients_of(model)
-    lay_gradients(model, gradients)
+    attach_gradients(model, gradients)
     conv1, conv2 = ((gradients[f"layer2.0.{name}.weight"] * model.get_parameter(f"layer2.0.{name}.weight")).abs()
                     for name in ("conv1", "conv2"))  # fmt: skip
-    wanted = (conv1.sum(dim=(1, 2, 3)) + conv2.sum(dim=(0, 2, 3))) / 2
-    torch.testing.assert_close(importances(model, "taylor")["layer2.0.conv1"], wanted.detach())
+    expected = (conv1.sum(dim=(1, 2, 3)) + conv2.sum(dim=(0, 2, 3))) / 2
+    torch.testing.assert_close(importances(model, "taylor")["layer2.0.conv1"], expected.detach())
 
 
-def test_bn_scale_is_the_mean_scale_of_all_batch_norms_of_a_group():
+def test_bn_scale_averages_batch_norms_of_a_group():
     model = build("residual").requires_grad_(False)
     with torch.no_grad():
         model.stem[1].weight.neg_()
@@ -67,10 +67,10 @@ def test_bn_scale_is_the_mean_scale_of_all_batch_norms_of_a_group():
     torch.testing.assert_close(found["layer2.0.conv1"], model.layer2[0].bn1.weight)
 
 
-def test_bn_scale_of_a_depthwise_group_takes_both_norms():
+def test_bn_scale_of_depthwise_group_uses_both_norms():
     model = build("depthwise").requires_grad_(False)
-    (wanted,) = [one for one in importances(model, "bn_scale").values() if len(one) == 32]
-    torch.testing.assert_close(wanted, (model.expand[1].weight + model.depthwise[1].weight) / 2)
+    (expected,) = [one for one in importances(model, "bn_scale").values() if len(one) == 32]
+    torch.testing.assert_close(expected, (model.expand[1].weight + model.depthwise[1].weight) / 2)
 
 
 class FlatNorm(nn.Module):
@@ -84,23 +84,23 @@ class FlatNorm(nn.Module):
         return self.fc(self.norm(self.conv(x).flatten(1)))
 
 
-def test_bn_scale_behind_a_flattened_map_sums_over_a_channels_pixels():
+def test_bn_scale_after_flatten_sums_over_pixels():
     model = FlatNorm().requires_grad_(False)
     nn.init.uniform_(model.norm.weight, 0.5, 1.5)
     found = importances(model, "bn_scale")["conv"]
     torch.testing.assert_close(found, model.norm.weight.view(8, 4).sum(dim=1))
 
 
-def test_the_lanes_of_a_grouped_convolution_share_one_score():
+def test_lanes_of_grouped_conv_share_one_score():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(8, 5)
     ).requires_grad_(False)
     first, grouped = model[0].weight.abs().flatten(1).sum(dim=1), model[1].weight.abs().flatten(1).sum(dim=0)
-    wanted = (first.view(2, 4).mean(dim=0) + grouped) / 2
-    torch.testing.assert_close(importances(model, "l1")["0"], wanted)
+    expected = (first.view(2, 4).mean(dim=0) + grouped) / 2
+    torch.testing.assert_close(importances(model, "l1")["0"], expected)
 
 
-def test_the_least_important_by_taylor_go():
+def test_taylor_removes_the_least_important():
     model = build("plain").eval()
     gradients = {path: torch.zeros_like(parameter) for path, parameter in model.named_parameters()}
     strong = [2, 3, 7, 11]
@@ -112,19 +112,19 @@ def test_the_least_important_by_taylor_go():
     assert all(parameter.grad is None for parameter in [*model.parameters(), *pruned.parameters()])
 
 
-def test_a_group_without_batch_norm_is_spared_and_named():
+def test_group_without_batch_norm_is_excluded():
     pruned = prune(build("preactivation"), EXAMPLE, PruneConfig(importance="bn_scale"))
-    assert pruned.spared == {"fc": "it writes the logits"}
+    assert pruned.excluded == {"fc": "it writes the logits"}
     with pytest.raises(ModelError, match=r"stage1\.0: no batch norm in its group"):
         prune(build("plain"), EXAMPLE, PruneConfig(importance="bn_scale"))
 
 
-def test_taylor_without_gradients_is_told():
+def test_taylor_without_gradients_is_an_error():
     with pytest.raises(ModelError, match=r"needs the gradients"):
         prune(build("plain"), EXAMPLE, PruneConfig(importance="taylor"))
 
 
-def test_gradients_of_another_network_are_told():
+def test_gradients_of_another_network_are_an_error():
     model = build("plain")
     with pytest.raises(ModelError, match=r"gradient of 'fc\.weight' has the shape \[3\]"):
         prune(model, EXAMPLE, PruneConfig(importance="taylor"), gradients={"fc.weight": torch.zeros(3)})

@@ -1,4 +1,4 @@
-"""INT4 linear layers: the network rounds as its file does, the file is an eighth, and onnxruntime runs it as INT4."""
+"""Tests of INT4 linear layers: rounding, file size, and agreement with onnxruntime."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ import torch
 from tiny_nets import EXAMPLE, IMAGE_SHAPE, NUM_CLASSES, build, images, sgd, step
 from torch import nn
 
-from stages.compression.int4_layers import Int4Linear, int4_portable, prepare_int4, round_to_int4
-from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
+from stages.compression.int4_layers import Int4Linear, prepare_int4, quantize_int4
+from stages.compression.onnx_check import check_onnx
+from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_graph import op_counts
 from stages.compression.torch_program import export_program
 from stages.errors import ModelError
+from stages.exportable import export_form
 from stages.tensor_file import load_tensors, save_tensors
 
 NUM_PIXELS = math.prod(IMAGE_SHAPE)
 
 
 def mlp(seed: int = 0, width: int = 64) -> nn.Module:
-    """Linear layers of 192, 100 and 64 inputs (the second one fills no whole blocks), and one too small to round."""
+    """Build linear layers of 192, 100 (no multiple of the block size) and 64 inputs, and one too small to round."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Flatten(),
@@ -51,9 +54,9 @@ class Tokens(nn.Module):
 
 
 def trained(model: nn.Module, num_steps: int = 15) -> nn.Module:
-    optimiser = sgd(model)
+    optimizer = sgd(model)
     for seed in range(num_steps):
-        step(model, optimiser, seed)
+        step(model, optimizer, seed)
     return model.eval()
 
 
@@ -67,10 +70,10 @@ def net(request):
     return trained(mlp() if request.param == "mlp" else Tokens())
 
 
-def test_a_block_of_weights_lies_on_sixteen_values_and_its_largest_one_is_exact():
+def test_block_has_sixteen_values_and_exact_largest():
     weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     weight[2], weight[3, 16:32] = 0, 0
-    whole, scales = round_to_int4(weight, 16)
+    whole, scales = quantize_int4(weight, 16)
     assert whole.shape == (6, 4, 16) and scales.shape == (6, 4)
     assert set(whole.unique().tolist()) == set(range(-8, 8))
     assert scales.isfinite().all() and (scales != 0).all()
@@ -84,12 +87,12 @@ def test_a_block_of_weights_lies_on_sixteen_values_and_its_largest_one_is_exact(
         assert ((found - block).abs() <= step + 1e-6).all()  # one step where the other end is clipped, else half a one
 
 
-def test_the_grid_is_that_of_onnxruntimes_own_quantizer():
+def test_grid_matches_onnxruntime_quantizer():
     quantizer = pytest.importorskip("onnxruntime.quantization.matmul_nbits_quantizer")
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     config = quantizer.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, bits=4)
     packed, scales, _ = quantizer.DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight.T.contiguous().numpy())
-    portable = int4_portable(nn.Sequential(Int4Linear(_linear(weight), 32)))[0]
+    portable = export_form(nn.Sequential(Int4Linear(_linear(weight), 32)))[0]
     np.testing.assert_allclose(portable.scales.numpy(), scales.reshape(5, 2), rtol=1e-6)
     assert (portable.packed.numpy() == packed).mean() > 0.99  # but for halves, which it rounds away from zero
 
@@ -100,31 +103,31 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
     return layer
 
 
-def test_large_linear_layers_round_and_small_or_spared_ones_stay(net):
+def test_only_large_included_linears_are_rounded(net):
     prepared = prepare_int4(net, EXAMPLE)
     large = [path for path, one in net.named_modules() if isinstance(one, nn.Linear) and one.in_features >= 32]
     assert int4_layers(prepared) == large
     assert not int4_layers(net)
-    assert int4_layers(prepare_int4(net, EXAMPLE, keep_float=large[1:])) == large[:1]
+    assert int4_layers(prepare_int4(net, EXAMPLE, exclude=large[1:])) == large[:1]
     assert int4_layers(prepare_int4(mlp(), EXAMPLE, block_size=128)) == ["1.0"]
-    assert int4_layers(prepare_int4(mlp(), EXAMPLE, keep_float=["1"])) == ["2.0", "3"]
+    assert int4_layers(prepare_int4(mlp(), EXAMPLE, exclude=["1"])) == ["2.0", "3"]
     batch, _ = images(50, seed=9)
     with torch.no_grad():
-        wanted, found = net(batch), prepared(batch)
-    assert 0 < (found - wanted).norm() / wanted.norm() < 0.2
+        expected, found = net(batch), prepared(batch)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.2
 
 
-def test_state_paths_hooks_and_modes_are_those_of_the_float_network(tmp_path):
+def test_state_paths_hooks_and_modes_match_float_network(tmp_path):
     model = mlp().train()
     model[2].eval()
-    heard = []
-    model[3].register_forward_hook(lambda *_: heard.append("float"))
+    captured = []
+    model[3].register_forward_hook(lambda *_: captured.append("float"))
     prepared = prepare_int4(model, EXAMPLE)
-    assert not heard
+    assert not captured
     assert [one.training for one in prepared.modules()] == [one.training for one in model.modules()]
-    prepared[3].register_forward_hook(lambda module, inputs, output: heard.append(output.shape))
+    prepared[3].register_forward_hook(lambda module, inputs, output: captured.append(output.shape))
     prepared(images(4)[0])
-    assert heard == [(4, 24)]
+    assert captured == [(4, 24)]
     save_tensors(tmp_path / "state", prepared.state_dict(), {})
     again = prepare_int4(mlp(seed=4), EXAMPLE)
     again.load_state_dict(load_tensors(tmp_path / "state")[0], strict=True)
@@ -133,7 +136,7 @@ def test_state_paths_hooks_and_modes_are_those_of_the_float_network(tmp_path):
     assert {path for path, _ in prepared.named_modules()} == {path for path, _ in model.named_modules()}
 
 
-def test_fine_tuning_wins_back_what_rounding_lost():
+def test_fine_tuning_recovers_rounding_loss():
     model = trained(mlp())
     prepared = prepare_int4(model, EXAMPLE, block_size=128)
     batch, labels = images(200, seed=9)
@@ -143,16 +146,16 @@ def test_fine_tuning_wins_back_what_rounding_lost():
             return float(nn.functional.cross_entropy(one.eval()(batch), labels))
 
     before, weights = loss(prepared), copy.deepcopy(prepared.state_dict())
-    optimiser = sgd(prepared, lr=0.01)
+    optimizer = sgd(prepared, lr=0.01)
     for seed in range(10):
-        step(prepared, optimiser, seed)
+        step(prepared, optimizer, seed)
     assert loss(prepared) < before
     assert all(
         not torch.equal(weights[f"{path}.weight"], prepared.state_dict()[f"{path}.weight"]) for path in ("1.0", "3")
     )
 
 
-def test_a_shared_layer_stays_shared_and_a_layer_that_is_never_called_stays_float():
+def test_shared_layer_stays_shared_uncalled_stays_float():
     class Sharing(nn.Module):
         def __init__(self):
             super().__init__()
@@ -169,7 +172,7 @@ def test_a_shared_layer_stays_shared_and_a_layer_that_is_never_called_stays_floa
     assert type(prepared.only_read) is nn.Linear
 
 
-def test_onnxruntime_runs_the_file_as_int4_and_agrees(net, tmp_path):
+def test_onnxruntime_runs_int4_and_agrees(net, tmp_path):
     prepared = prepare_int4(net, EXAMPLE)
     export_onnx(prepared, EXAMPLE, tmp_path / "int4.onnx", metadata={})
     counts = op_counts(tmp_path / "int4.onnx")
@@ -191,9 +194,9 @@ def test_any_batch_size_runs(net, tmp_path):
     np.testing.assert_allclose(np.concatenate(alone), together, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_take_half_a_byte_and_a_scale_a_block(tmp_path):
+def test_weights_take_half_a_byte_plus_block_scales(tmp_path):
     model = mlp(width=96)
-    prepared = prepare_int4(model, EXAMPLE, block_size=64, keep_float=["2", "3"])
+    prepared = prepare_int4(model, EXAMPLE, block_size=64, exclude=["2", "3"])
     export_onnx(model, EXAMPLE, tmp_path / "float.onnx", metadata={})
     export_onnx(prepared, EXAMPLE, tmp_path / "int4.onnx", metadata={})
     rounded = model[1][0].weight.numel()
@@ -204,16 +207,16 @@ def test_weights_take_half_a_byte_and_a_scale_a_block(tmp_path):
     assert saved > 0.8 * 4 * rounded
 
 
-def test_the_portable_network_also_runs_in_torch_and_leaves_others_alone(net):
+def test_export_form_runs_in_torch(net):
     prepared = prepare_int4(net, EXAMPLE)
     batch, _ = images(8)
     with torch.no_grad():
-        torch.testing.assert_close(int4_portable(prepared)(batch), prepared(batch), rtol=1e-5, atol=1e-5)
-        assert torch.equal(int4_portable(net.train())(batch), net.eval()(batch))
+        torch.testing.assert_close(export_form(prepared)(batch), prepared(batch), rtol=1e-5, atol=1e-5)
+        assert torch.equal(export_form(net.train())(batch), net.eval()(batch))
     assert int4_layers(prepared)
 
 
-def test_the_torch_program_holds_two_weights_a_byte_too(net, tmp_path):
+def test_torch_program_packs_two_weights_per_byte(net, tmp_path):
     prepared = prepare_int4(net, EXAMPLE)
     export_program(prepared, EXAMPLE, tmp_path / "int4.pt2")
     program = torch.export.load(tmp_path / "int4.pt2")
@@ -231,23 +234,23 @@ def test_the_torch_program_holds_two_weights_a_byte_too(net, tmp_path):
     [
         ({"block_size": 20}, r"block_size = 20 .* one of \(16, 32, 64, 128, 256\)"),
         ({"block_size": 256}, "no linear layer of 256 inputs or more"),
-        ({"keep_float": ["1", "2", "3"]}, "no linear layer left"),
-        ({"keep_float": ["1.9"]}, r"no module '1\.9'; nearest: 1\.1, 1\.0"),
-        ({"keep_float": ["5"]}, "'5', which holds nothing that INT4 would round"),
+        ({"exclude": ["1", "2", "3"]}, "no linear layer left"),
+        ({"exclude": ["1.9"]}, r"no module '1\.9'; nearest: 1\.1, 1\.0"),
+        ({"exclude": ["5"]}, "'5', which has no layer that INT4 would round"),
     ],
 )
-def test_what_cannot_be_rounded_is_told_in_a_sentence(options, sentence):
+def test_invalid_int4_requests_are_errors(options, sentence):
     with pytest.raises(ModelError, match=sentence) as raised:
         prepare_int4(mlp(), EXAMPLE, **options)
     assert "\n" not in str(raised.value)
 
 
-def test_a_wrong_input_shape_is_told():
+def test_wrong_input_shape_is_an_error():
     with pytest.raises(ModelError, match=r"does not run on an input of shape \[1, 3, 9, 9\]"):
         prepare_int4(mlp(), torch.zeros(1, 3, 9, 9))
 
 
-def test_a_convolutional_network_keeps_its_convolutions_in_float(tmp_path):
+def test_convolutions_stay_float_in_int4(tmp_path):
     prepared = prepare_int4(build("plain"), EXAMPLE)
     assert int4_layers(prepared) == ["hidden.0", "fc"]
     export_onnx(prepared, EXAMPLE, tmp_path / "int4.onnx", metadata={})

@@ -1,4 +1,4 @@
-"""Layers and blocks that are kept in float are float in the network and in the file, and only they are."""
+"""Tests of excluded layers: exactly they are float, in the network and in the file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from stages.compression.fake_quant import (
     set_rounding,
     weight_scale,
 )
-from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
-from stages.compression.onnx_graph import optimised_graph
+from stages.compression.onnx_check import check_onnx
+from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_graph import op_counts, optimized_graph
 from stages.compression.quantize import calibrate, prepare_qat
 from stages.errors import ModelError
 
@@ -28,8 +29,8 @@ def batches(count: int = 3):
     return [images(20, seed)[0] for seed in range(count)]
 
 
-def prepared_and_calibrated(model: nn.Module, keep_float=()):
-    prepared = prepare_qat(model, EXAMPLE, keep_float)
+def prepared_and_calibrated(model: nn.Module, exclude=()):
+    prepared = prepare_qat(model, EXAMPLE, exclude)
     calibrate(prepared, batches())
     return prepared.eval()
 
@@ -43,7 +44,7 @@ def float_layers(prepared: nn.Module) -> set[str]:
 
 
 def exported(prepared: nn.Module, path, *, top1: float = 0.99) -> dict[str, int]:
-    """The operators of the file, once that has been found to agree with the network."""
+    """Export and check the network; return the file's operators."""
     export_onnx(prepared, EXAMPLE, path, metadata={})
     batch, _ = images(300, seed=50)
     with torch.no_grad():
@@ -58,7 +59,7 @@ def num_float_layers(counts: dict[str, int]) -> int:
     return sum(counts.get(name, 0) for name in FLOAT_LAYERS)
 
 
-KEPT = {  # what is kept: the layers that are float then, and how many additions still are integer ones
+EXCLUDED = {  # what is excluded: the layers that are float then, and how many additions still are integer ones
     ("residual", "layer1.0.conv2"): ({"layer1.0.conv2"}, 3),
     ("residual", "layer1.0"): ({"layer1.0.conv1", "layer1.0.conv2"}, 2),
     ("residual", "fc"): ({"fc"}, 3),
@@ -69,9 +70,9 @@ KEPT = {  # what is kept: the layers that are float then, and how many additions
 }
 
 
-@pytest.mark.parametrize(("name", "path"), KEPT)
-def test_exactly_what_is_named_is_float_in_the_network_and_in_the_file(name, path, tmp_path):
-    layers, num_integer_sums = KEPT[name, path]
+@pytest.mark.parametrize(("name", "path"), EXCLUDED)
+def test_excluded_modules_are_float_in_network_and_file(name, path, tmp_path):
+    layers, num_integer_sums = EXCLUDED[name, path]
     prepared = prepared_and_calibrated(build(name), [path])
     assert float_layers(prepared) == layers
     counts = exported(prepared, tmp_path / "model.onnx")
@@ -90,24 +91,24 @@ def test_exactly_what_is_named_is_float_in_the_network_and_in_the_file(name, pat
         ("branching", "stem", ["MaxPool"]),
     ],
 )
-def test_a_max_pool_behind_float_work_is_float_and_its_maxima_are_rounded(name, path, pools, tmp_path):
+def test_max_pool_after_float_layer_is_float_then_rounded(name, path, pools, tmp_path):
     prepared = prepared_and_calibrated(build(name), [path])
     counts = exported(prepared, tmp_path / "model.onnx")
     assert num_float_layers(counts) == 1
-    graph = optimised_graph(tmp_path / "model.onnx")
+    graph = optimized_graph(tmp_path / "model.onnx")
     producers = {value: node.op_type for node in graph.node for value in node.output}
     found = [(node.op_type, producers[node.input[0]]) for node in graph.node if "MaxPool" in node.op_type]
     assert [pool for pool, _ in found] == pools
     assert "QuantizeLinear" not in {before for _, before in found}
 
 
-def test_a_value_that_is_rounded_behind_its_max_pool_keeps_its_name_in_the_state():
+def test_quantizer_after_max_pool_keeps_its_state_name():
     state = prepare_qat(build("plain"), EXAMPLE).state_dict()
     assert list(prepare_qat(build("plain"), EXAMPLE, ["stage2"]).state_dict()) == list(state)
     assert "quantizers.stage2_1.high" in state  # of the ReLU
 
 
-def test_a_value_that_integers_read_beside_the_max_pool_is_rounded_before_it():
+def test_value_also_read_by_integers_is_rounded_before_pool():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
@@ -125,13 +126,13 @@ def test_a_value_that_integers_read_beside_the_max_pool_is_rounded_before_it():
     assert torch.equal(*read) and len(read[0].unique()) <= 256
 
 
-def test_a_float_output_is_rounded_only_where_integers_read_it():
+def test_float_output_is_rounded_only_for_integer_readers():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(288, 5))
-    kept = prepared_and_calibrated(model, ["1", "2"])
-    assert {path.removeprefix("quantizers.") for path in quantizers_of(kept)} == {"input_1", "_0", "_2"}
+    excluded = prepared_and_calibrated(model, ["1", "2"])
+    assert {path.removeprefix("quantizers.") for path in quantizers_of(excluded)} == {"input_1", "_0", "_2"}
 
 
-def test_kept_weights_are_not_rounded_but_their_batch_norms_are_folded():
+def test_excluded_weights_stay_float_with_folded_norms():
     model = build("residual").eval()
     prepared = prepared_and_calibrated(model, ["layer1.0.conv1"])
     layer = prepared.get_submodule("layer1.0.conv1")
@@ -142,7 +143,7 @@ def test_kept_weights_are_not_rounded_but_their_batch_norms_are_folded():
     torch.testing.assert_close(prepared(batch), model(batch), rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_kept_learns_and_is_restored_with_the_same_names():
+def test_excluded_layers_train_and_reload():
     prepared = prepared_and_calibrated(build("residual"), ["layer1.0", "fc"])
     step(prepared, sgd(prepared), seed=1)
     assert all(parameter.grad is not None for parameter in prepared.parameters())
@@ -153,7 +154,7 @@ def test_what_is_kept_learns_and_is_restored_with_the_same_names():
     assert {path for path, _ in build("residual").named_modules()} <= {path for path, _ in prepared.named_modules()}
 
 
-def test_a_layer_called_twice_and_a_module_with_two_paths_are_kept_under_either_name():
+def test_shared_module_is_excluded_under_either_path():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -169,16 +170,16 @@ def test_a_layer_called_twice_and_a_module_with_two_paths_are_kept_under_either_
 
 
 @pytest.mark.parametrize(
-    ("keep_float", "sentence"),
+    ("exclude", "sentence"),
     [
         (["layer1.0.conv3"], r"no module 'layer1\.0\.conv3'; nearest: layer1\.0\.conv"),
-        (["fc", "stem.2"], r"'stem\.2', which holds nothing that INT8 would compute"),
+        (["fc", "stem.2"], r"'stem\.2', which has no operation that INT8 would compute"),
         (["stem", "layer1", "layer2", "fc"], "nothing left to quantize"),
     ],
 )
-def test_a_choice_that_cannot_be_is_told_in_a_sentence(keep_float, sentence):
+def test_invalid_exclusions_are_errors(exclude, sentence):
     with pytest.raises(ModelError, match=sentence) as raised:
-        prepare_qat(build("residual"), EXAMPLE, keep_float)
+        prepare_qat(build("residual"), EXAMPLE, exclude)
     assert "\n" not in str(raised.value)
 
 
@@ -186,13 +187,13 @@ def test_a_choice_that_cannot_be_is_told_in_a_sentence(keep_float, sentence):
 def transformer():
     torch.manual_seed(0)
     model = vit(NUM_CLASSES, *IMAGE_SHAPE[:1], IMAGE_SHAPE[1:])
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for seed in range(30):
-        step(model, optimiser, seed)
+        step(model, optimizer, seed)
     return model.eval()
 
 
-def test_a_vision_transformer_has_integer_mlps_and_float_attention(transformer, tmp_path):
+def test_vit_has_integer_mlps_and_float_attention(transformer, tmp_path):
     prepared = prepared_and_calibrated(transformer)
     rounding = {path for path, one in prepared.named_modules() if isinstance(one, QuantConv2d | QuantLinear)}
     mlps = {f"encoder.layers.encoder_layer_{block}.mlp.{layer}" for block in (0, 1) for layer in (0, 3)}
@@ -206,15 +207,15 @@ def test_a_vision_transformer_has_integer_mlps_and_float_attention(transformer, 
     assert counts["MatMul"] + counts["FusedMatMul"] + counts["Gemm"] == 2 * 4  # in and out projection, two products
 
 
-def test_a_vision_transformers_block_can_be_kept_and_its_attention_is_float_anyway(transformer):
+def test_vit_block_can_be_excluded(transformer):
     block = "encoder.layers.encoder_layer_1"
     prepared = prepare_qat(transformer, EXAMPLE, [block])
     assert {path for path in float_layers(prepared) if "mlp" in path} == {f"{block}.mlp.0", f"{block}.mlp.3"}
-    with pytest.raises(ModelError, match="holds nothing that INT8 would compute"):
+    with pytest.raises(ModelError, match="has no operation that INT8 would compute"):
         prepare_qat(transformer, EXAMPLE, ["encoder.layers.encoder_layer_1.self_attention"])
 
 
-def test_zero_weights_stay_zero_through_folding_and_rounding():
+def test_zero_weights_survive_folding_and_rounding():
     model, masks = build("residual"), {}
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):

@@ -1,4 +1,4 @@
-"""A file is held against its network on as many images as there are, and the place where they part is named."""
+"""Tests of comparing a file with its network, and of locating the first divergence."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from onnx import numpy_helper
 from tiny_nets import EXAMPLE, build, images, sgd, step
 from torch import nn
 
-from stages.compression.onnx_check import check_onnx, where_they_part
+from stages.compression.onnx_check import check_onnx
 from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_parting import first_divergence
 from stages.compression.quantize import calibrate, prepare_qat
 from stages.errors import ModelError
 
 
 @pytest.fixture(scope="module")
 def networks():
-    """A float network and the same prepared for INT8, both in eval mode, by kind."""
+    """Return a float network and the same prepared for INT8, both in eval mode, by kind."""
     model = build("residual").eval()
     prepared = prepare_qat(model, EXAMPLE)
     calibrate(prepared, [images(20, seed)[0] for seed in range(3)])
@@ -35,7 +36,7 @@ def files(networks, tmp_path_factory):
 
 @pytest.fixture
 def damaged(files, tmp_path):
-    """damaged(kind, initializer, change): the file with the values of one initializer changed."""
+    """Return damage(kind, initializer, change), which writes a file with one initializer changed."""
 
     def damage(kind, initializer, change):
         proto = onnx.load(files[kind])
@@ -54,7 +55,7 @@ def in_batches(num_samples, size):
     return zip(batch.split(size), labels.split(size), strict=True)
 
 
-def test_a_test_set_is_checked_batch_by_batch_and_both_accuracies_are_told(networks, files):
+def test_check_runs_batch_by_batch_with_both_accuracies(networks, files):
     whole, labels = images(70, seed=50)
     found = check_onnx(files["float"], networks["float"], in_batches(70, 30))
     with torch.no_grad():
@@ -69,7 +70,7 @@ def test_images_without_labels_give_no_accuracy(networks, files):
     assert (found.num_samples, found.accuracy, found.torch_accuracy) == (10, None, None)
 
 
-def test_a_wrong_file_has_an_accuracy_of_its_own(files):
+def test_wrong_file_has_its_own_accuracy(files):
     other = build("residual", seed=3).eval()
     batch, _ = images(200, seed=50)
     with torch.no_grad():
@@ -79,26 +80,26 @@ def test_a_wrong_file_has_an_accuracy_of_its_own(files):
     assert found.accuracy == found.top1_agreement < 0.9
 
 
-def test_a_check_leaves_the_network_in_its_mode_and_its_hooks_in_peace(networks, files):
-    model, heard = build("residual").train(), []
+def test_check_leaves_mode_and_hooks_unchanged(networks, files):
+    model, captured = build("residual").train(), []
     model.layer1.eval()
-    model.fc.register_forward_hook(lambda *_: heard.append(1))
+    model.fc.register_forward_hook(lambda *_: captured.append(1))
     means = [module.running_mean.clone() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     check_onnx(files["float"], model, images(10)[0])
-    where_they_part(files["float"], model, images(10)[0])
-    assert model.training and not model.layer1.training and not heard
+    first_divergence(files["float"], model, images(10)[0])
+    assert model.training and not model.layer1.training and not captured
     after = [module.running_mean for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert all(torch.equal(*pair) for pair in zip(means, after, strict=True))
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_a_logit_that_is_no_number_is_not_lost(networks, damaged):
+def test_nan_logits_are_reported(networks, damaged):
     path = damaged("float", "fc.bias", lambda values: values * np.nan)
     assert np.isnan(check_onnx(path, networks["float"], in_batches(20, 10)).max_logit_difference)
-    assert where_they_part(path, networks["float"], images(10)[0]).startswith("at the logits 100 %")
+    assert first_divergence(path, networks["float"], images(10)[0]).startswith("at the logits 100 %")
 
 
-def test_a_check_without_images_or_without_a_file_is_told(networks, files, tmp_path):
+def test_check_without_images_or_file_is_an_error(networks, files, tmp_path):
     with pytest.raises(ValueError, match="without images"):
         check_onnx(files["float"], networks["float"], [])
     with pytest.raises(ModelError, match="no ONNX file"):
@@ -106,19 +107,21 @@ def test_a_check_without_images_or_without_a_file_is_told(networks, files, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])
-def test_a_right_file_parts_from_its_network_nowhere(networks, files, kind):
-    said = where_they_part(files[kind], networks[kind], images(30)[0])
-    assert said == "nowhere on these images" or said.startswith("at no single operation")
+def test_correct_file_has_no_divergence(networks, files, kind):
+    clause = first_divergence(files[kind], networks[kind], images(30)[0])
+    assert clause == "nowhere on these images" or clause.startswith("at no single operation")
 
 
 @pytest.fixture(scope="module")
-def with_dead_channels():
-    """A trained network, prepared: half the channels of its depthwise convolution read zeros alone, and its batch norm
-    divides them by a standard deviation that is next to nothing."""
+def dead_channel_network():
+    """Return a trained and prepared network with dead channels.
+
+    Half the channels of its depthwise convolution read only zeros, and its batch norm divides them by almost zero.
+    """
     model = build("depthwise")
-    optimiser = sgd(model)
+    optimizer = sgd(model)
     for seed in range(15):
-        step(model, optimiser, seed)
+        step(model, optimizer, seed)
     with torch.no_grad():
         model.expand[1].weight[:16], model.expand[1].bias[:16] = 0, -1
         model.depthwise[0].weight[:16] *= 10
@@ -129,51 +132,51 @@ def with_dead_channels():
     return prepared.eval()
 
 
-def test_a_file_with_dead_channels_parts_from_its_network_nowhere(with_dead_channels, tmp_path):
-    export_onnx(with_dead_channels, EXAMPLE, tmp_path / "model.onnx", metadata={})
-    said = where_they_part(tmp_path / "model.onnx", with_dead_channels, images(30)[0])
-    assert said == "nowhere on these images" or said.startswith("at no single operation")
-    found = check_onnx(tmp_path / "model.onnx", with_dead_channels, in_batches(300, 100))
+def test_file_with_dead_channels_has_no_divergence(dead_channel_network, tmp_path):
+    export_onnx(dead_channel_network, EXAMPLE, tmp_path / "model.onnx", metadata={})
+    clause = first_divergence(tmp_path / "model.onnx", dead_channel_network, images(30)[0])
+    assert clause == "nowhere on these images" or clause.startswith("at no single operation")
+    found = check_onnx(tmp_path / "model.onnx", dead_channel_network, in_batches(300, 100))
     assert found.top1_agreement >= 0.99
     assert found.accuracy == pytest.approx(found.torch_accuracy, abs=0.01)
 
 
 @pytest.mark.parametrize("layer", ["stem.0", "layer1.1.conv2", "layer2.0.shortcut.0"])
-def test_the_layer_of_a_float_file_whose_weight_is_wrong_is_named(networks, damaged, layer):
+def test_wrong_float_weight_is_located(networks, damaged, layer):
     path = damaged("float", f"{layer}.weight", lambda values: values * 1.1)
-    said = where_they_part(path, networks["float"], images(30)[0])
-    assert said.startswith(f"at {layer} (Conv) ")
-    assert "% of the values differ" in said and "\n" not in said
+    clause = first_divergence(path, networks["float"], images(30)[0])
+    assert clause.startswith(f"at {layer} (Conv) ")
+    assert "% of the values differ" in clause and "\n" not in clause
 
 
 @pytest.mark.parametrize("layer", ["stem.0", "layer1.1.conv2", "layer2.0.shortcut.0"])
-def test_the_layer_of_an_int8_file_whose_weight_is_wrong_is_named(networks, damaged, layer):
+def test_wrong_int8_weight_is_located(networks, damaged, layer):
     def one_channel(weights):
         weights = weights.copy()
         weights[5] = -weights[5]
         return weights
 
     path = damaged("int8", f"{layer}.weights.weight", one_channel)
-    said = where_they_part(path, networks["int8"], images(30)[0])
-    assert said.startswith(f"at {layer} (Conv) ")
-    assert "quantization steps" in said and "\n" not in said
-    share = float(said.partition("(Conv) ")[2].partition(" %")[0])
+    clause = first_divergence(path, networks["int8"], images(30)[0])
+    assert clause.startswith(f"at {layer} (Conv) ")
+    assert "quantization steps" in clause and "\n" not in clause
+    share = float(clause.partition("(Conv) ")[2].partition(" %")[0])
     assert 0 < share <= 100 / 16  # one channel of 16 or 24, and not what that does to everything behind it
 
 
-def test_a_rounding_of_an_int8_file_that_has_another_scale_is_named_by_what_it_rounds(networks, files, damaged):
+def test_wrong_activation_scale_is_located(networks, files, damaged):
     nodes = onnx.load(files["int8"]).graph.node
     rounding = next(node for node in nodes if node.name.startswith("layer1.0.conv2/node_quantize"))
     path = damaged("int8", rounding.input[1], lambda scale: scale * 1.2)
-    assert where_they_part(path, networks["int8"], images(30)[0]).startswith("at layer1.0.conv2 (Conv) ")
+    assert first_divergence(path, networks["int8"], images(30)[0]).startswith("at layer1.0.conv2 (Conv) ")
 
 
-def test_a_wrong_last_layer_shows_in_the_logits(networks, damaged):
+def test_wrong_last_layer_diverges_at_the_logits(networks, damaged):
     path = damaged("int8", "fc.weights.bias", lambda values: values + 5000)
-    assert where_they_part(path, networks["int8"], images(30)[0]).startswith("at the logits ")
+    assert first_divergence(path, networks["int8"], images(30)[0]).startswith("at the logits ")
 
 
-def test_a_file_of_another_network_parts_at_its_first_layer(networks, files):
+def test_file_of_another_network_diverges_at_first_layer(networks, files):
     other = prepare_qat(build("residual", seed=3).eval(), EXAMPLE)
     calibrate(other, [images(20, seed)[0] for seed in range(3)])
-    assert where_they_part(files["int8"], other.eval(), images(30)[0]).startswith("at stem.0 (Conv) ")
+    assert first_divergence(files["int8"], other.eval(), images(30)[0]).startswith("at stem.0 (Conv) ")

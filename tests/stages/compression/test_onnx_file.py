@@ -1,4 +1,4 @@
-"""The ONNX file says what the network says, in integers where it was prepared for that, and nothing of this machine."""
+"""Tests of the ONNX export: agreement, integers, determinism, no local paths."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from tiny_nets import EXAMPLE, NUM_CLASSES, build, images, sgd, step
 from torch import nn
 
 from stages.compression import onnx_file
-from stages.compression.onnx_check import where_they_part
-from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
+from stages.compression.onnx_check import check_onnx
+from stages.compression.onnx_file import export_onnx
+from stages.compression.onnx_graph import op_counts
+from stages.compression.onnx_parting import first_divergence
 from stages.compression.prune import PruneConfig, prune
 from stages.compression.quantize import calibrate, freeze_observers, prepare_qat
 from stages.errors import ModelError
@@ -27,16 +29,16 @@ FLOAT_WORK = {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Concat", "Relu", "C
 
 @pytest.fixture(scope="module")
 def trained():
-    """A float network pruned to odd widths and trained, and the same prepared for INT8 and fine-tuned."""
+    """Return a trained float network, pruned to odd widths, and the same prepared for INT8 and fine-tuned."""
     model = prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.3, round_to=1)).model
-    optimiser = sgd(model)
+    optimizer = sgd(model)
     for seed in range(25):
-        step(model, optimiser, seed)
+        step(model, optimizer, seed)
     prepared = prepare_qat(model.eval(), EXAMPLE)
     calibrate(prepared, [images(20, seed)[0] for seed in range(3)])
-    optimiser = sgd(prepared, lr=0.005)
+    optimizer = sgd(prepared, lr=0.005)
     for seed in range(3):
-        step(prepared, optimiser, seed)
+        step(prepared, optimizer, seed)
     freeze_observers(prepared)
     return model, prepared
 
@@ -60,14 +62,14 @@ def layers_of(model: nn.Module) -> tuple[int, int]:
     return sum(nn.Conv2d in kind for kind in kinds), sum(nn.Linear in kind for kind in kinds)
 
 
-def test_the_float_file_agrees_with_the_network(trained, files):
+def test_float_file_agrees_with_network(trained, files):
     agreement = check_onnx(files["float"], trained[0], images(300, seed=50)[0], batch_size=64)
     assert agreement.num_samples == 300
     assert agreement.top1_agreement == 1
     assert agreement.max_logit_difference < 1e-4
 
 
-def test_the_int8_file_agrees_with_the_rounding_network(trained, files):
+def test_int8_file_agrees_with_prepared_network(trained, files):
     prepared = trained[1]
     batch, labels = images(300, seed=50)
     agreement = check_onnx(files["int8"], prepared, batch, batch_size=64)
@@ -78,13 +80,13 @@ def test_the_int8_file_agrees_with_the_rounding_network(trained, files):
     assert agreement.max_logit_difference < 0.05 * logits.std()
 
 
-def test_the_check_tells_a_file_of_another_network(files):
+def test_check_detects_file_of_another_network(files):
     agreement = check_onnx(files["float"], build("residual", seed=3), images(100)[0], batch_size=100)
     assert agreement.top1_agreement < 0.9
     assert agreement.max_logit_difference > 0.1
 
 
-def test_the_int8_graph_is_fused_throughout(trained, files):
+def test_int8_graph_is_fully_fused(trained, files):
     num_convs, num_linears = layers_of(trained[1])
     counts = op_counts(files["int8"])
     assert counts["QLinearConv"] == num_convs
@@ -95,7 +97,7 @@ def test_the_int8_graph_is_fused_throughout(trained, files):
 
 
 @pytest.mark.parametrize("name", ["depthwise", "preactivation", "plain"])
-def test_other_networks_are_fused_and_agree_too(name, tmp_path):
+def test_other_networks_are_fused_and_agree(name, tmp_path):
     prepared = prepare_qat(build(name), EXAMPLE)
     if name == "plain":
         with torch.no_grad():  # dead channels, and one whose bias would overflow int32 beside its weights
@@ -119,7 +121,7 @@ def test_other_networks_are_fused_and_agree_too(name, tmp_path):
 
 
 class Stem(nn.Module):
-    """The convolution with which ResNets begin, and a classifier; `also` reads the images too."""
+    """The first convolution of ResNets and a classifier; `also` reads the images too."""
 
     def __init__(self, kernel_size: int = 7, also: bool = False) -> None:
         super().__init__()
@@ -132,21 +134,21 @@ class Stem(nn.Module):
         return self.fc(maps.relu().mean((2, 3)))
 
 
-def stem_file(path, model, size: int = 16, keep_float=()):
-    """The INT8 file of a network over images [B, 3, size, size], the prepared network, and 50 of such images."""
+def stem_file(path, model, size: int = 16, exclude=()):
+    """Write the INT8 file of a network over images [B, 3, size, size]; return the prepared network and 50 images."""
     batch = torch.randn(50, 3, size, size, generator=torch.Generator().manual_seed(0))
-    prepared = prepare_qat(model, batch[:1], keep_float)
+    prepared = prepare_qat(model, batch[:1], exclude)
     calibrate(prepared, [batch])
     export_onnx(prepared, batch[:1], path, metadata={})
     return prepared.eval(), batch
 
 
-def test_a_resnets_stem_is_written_over_folded_pixels_and_gives_the_very_same_logits(tmp_path, monkeypatch):
+def test_resnet_stem_is_folded_with_identical_logits(tmp_path, monkeypatch):
     torch.manual_seed(0)
     size = 18
     model = Stem()
     prepared, batch = stem_file(tmp_path / "folded.onnx", model, size)
-    monkeypatch.setattr(onnx_file, "quicken_stem", lambda proto: None)
+    monkeypatch.setattr(onnx_file, "fold_stem", lambda proto: None)
     stem_file(tmp_path / "plain.onnx", model, size)
     assert "SpaceToDepth" not in op_counts(tmp_path / "plain.onnx")
     counts = op_counts(tmp_path / "folded.onnx")
@@ -155,22 +157,22 @@ def test_a_resnets_stem_is_written_over_folded_pixels_and_gives_the_very_same_lo
     proto = onnx.load(tmp_path / "folded.onnx")
     onnx.checker.check_model(proto, full_check=True)
     assert any(node.name.startswith("conv/") for node in proto.graph.node if node.op_type == "SpaceToDepth")
-    said = where_they_part(tmp_path / "folded.onnx", prepared, batch)
-    assert said == "nowhere on these images" or said.startswith("at no single operation")
+    clause = first_divergence(tmp_path / "folded.onnx", prepared, batch)
+    assert clause == "nowhere on these images" or clause.startswith("at no single operation")
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "keep_float"),
+    ("model", "size", "exclude"),
     [(Stem(), 15, []), (Stem(also=True), 16, [])],
 )
-def test_other_stems_stay_as_they_are(model, size, keep_float, tmp_path):
-    prepared, batch = stem_file(tmp_path / "model.onnx", model, size, keep_float)
+def test_other_stems_are_not_folded(model, size, exclude, tmp_path):
+    prepared, batch = stem_file(tmp_path / "model.onnx", model, size, exclude)
     assert "SpaceToDepth" not in op_counts(tmp_path / "model.onnx")
     assert check_onnx(tmp_path / "model.onnx", prepared, batch).top1_agreement >= 0.98
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])
-def test_any_batch_size_runs_and_gives_each_image_the_same_logits(files, kind):
+def test_logits_do_not_depend_on_batch_size(files, kind):
     batch, _ = images(7)
     together = run(files[kind], batch)
     assert together.shape == (7, NUM_CLASSES)
@@ -178,7 +180,7 @@ def test_any_batch_size_runs_and_gives_each_image_the_same_logits(files, kind):
     np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_are_stored_as_int8_and_biases_as_int32(trained, files):
+def test_weights_are_int8_and_biases_int32(trained, files):
     proto = onnx.load(files["int8"])
     sizes = {onnx.TensorProto.INT8: 0, onnx.TensorProto.INT32: 0, onnx.TensorProto.FLOAT: 0}
     for tensor in proto.graph.initializer:
@@ -192,7 +194,7 @@ def test_weights_are_stored_as_int8_and_biases_as_int32(trained, files):
     assert not any(node.op_type == "QuantizeLinear" and "weight" in node.input[0] for node in proto.graph.node)
 
 
-def test_a_file_says_what_goes_in_and_out_and_carries_its_metadata(files):
+def test_file_has_inputs_outputs_and_metadata(files):
     session = onnxruntime.InferenceSession(str(files["int8"]), providers=["CPUExecutionProvider"])
     assert [(each.name, each.shape[1:]) for each in session.get_inputs()] == [("images", [3, 8, 8])]
     assert [(each.name, each.shape[1:]) for each in session.get_outputs()] == [("logits", [NUM_CLASSES])]
@@ -200,7 +202,7 @@ def test_a_file_says_what_goes_in_and_out_and_carries_its_metadata(files):
     assert session.get_modelmeta().custom_metadata_map == METADATA
 
 
-def test_equal_networks_give_equal_bytes_without_a_trace_of_this_machine(trained, files, tmp_path):
+def test_equal_networks_give_equal_bytes_without_local_paths(trained, files, tmp_path):
     again = tmp_path / "elsewhere.onnx"
     export_onnx(trained[1], torch.ones(4, 3, 8, 8), again, metadata=METADATA)
     content = again.read_bytes()
@@ -209,20 +211,20 @@ def test_equal_networks_give_equal_bytes_without_a_trace_of_this_machine(trained
         assert trace not in content
 
 
-def test_an_export_is_silent_and_leaves_the_network_alone(tmp_path, capfd, caplog):
+def test_export_is_silent_and_leaves_network_unchanged(tmp_path, capfd, caplog):
     model = build("plain").train()
     model.stage1.eval()
-    heard = []
-    model.fc.register_forward_hook(lambda *_: heard.append(1))
+    captured = []
+    model.fc.register_forward_hook(lambda *_: captured.append(1))
     export_onnx(model, EXAMPLE, tmp_path / "model.onnx", metadata={})
     assert capfd.readouterr() == ("", "")
     assert not [record for record in caplog.records if record.levelno >= logging.INFO]
-    assert not heard
+    assert not captured
     assert model.training and not model.stage1.training
     assert logging.root.manager.disable == logging.NOTSET
 
 
-def test_a_network_that_was_never_calibrated_is_not_exported(tmp_path):
+def test_uncalibrated_network_is_not_exported(tmp_path):
     with pytest.raises(ModelError, match="calibrate the model first"):
         export_onnx(prepare_qat(build("plain"), EXAMPLE), EXAMPLE, tmp_path / "model.onnx", metadata={})
     assert not list(tmp_path.iterdir())
@@ -241,7 +243,7 @@ class Deciding(nn.Module):
 @pytest.mark.parametrize(
     ("model", "sentence"), [(BatchOfTwo(), "batch size"), (Deciding(), r"for inputs \[batch, 3, 8, 8\]: \w+")]
 )
-def test_a_network_that_cannot_be_exported_leaves_the_earlier_file(model, sentence, tmp_path):
+def test_failed_export_keeps_the_earlier_file(model, sentence, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"earlier")
     with pytest.raises(ModelError, match=rf"cannot be exported to ONNX.*{sentence}") as raised:
@@ -250,12 +252,12 @@ def test_a_network_that_cannot_be_exported_leaves_the_earlier_file(model, senten
     assert path.read_bytes() == b"earlier"
 
 
-def test_a_folder_that_is_not_there_is_told(trained, tmp_path):
+def test_missing_folder_is_an_error(trained, tmp_path):
     with pytest.raises(ModelError, match=r"cannot be written: No such file"):
         export_onnx(nn.Flatten(), EXAMPLE, tmp_path / "absent" / "model.onnx", metadata={})
 
 
-def test_what_is_no_onnx_file_is_told(tmp_path):
+def test_invalid_onnx_file_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="no ONNX file at"):
         op_counts(tmp_path / "absent.onnx")
     (tmp_path / "text.onnx").write_text("hello")
@@ -264,7 +266,7 @@ def test_what_is_no_onnx_file_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "opset"), [("float", 21), ("int8", 14)])
-def test_the_file_is_in_the_opset_that_was_asked_for_and_agrees(trained, tmp_path, kind, opset):
+def test_file_has_requested_opset_and_agrees(trained, tmp_path, kind, opset):
     model, path = trained[kind == "int8"].eval(), tmp_path / "model.onnx"
     export_onnx(model, EXAMPLE, path, metadata=METADATA, opset=opset)
     assert [(each.domain, each.version) for each in onnx.load(path).opset_import] == [("", opset)]
@@ -277,12 +279,12 @@ def test_the_file_is_in_the_opset_that_was_asked_for_and_agrees(trained, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "opset", "sentence"),
     [
-        ("float", 17, r"ONNX opset 17 \(compress.opset\): the least that holds its operators is 18\."),
-        ("int8", 12, r"ONNX opset 12 \(compress.opset\): the least that holds its operators is 14\."),
+        ("float", 17, r"ONNX opset 17 \(compress.opset\): the oldest that has its operators is 18\."),
+        ("int8", 12, r"ONNX opset 12 \(compress.opset\): the oldest that has its operators is 14\."),
         ("float", 99, r"runs no ONNX opset above \d+, and compress.opset is 99"),
     ],
 )
-def test_an_opset_that_cannot_be_had_is_told_with_one_that_can(trained, tmp_path, kind, opset, sentence):
+def test_impossible_opset_error_names_a_possible_one(trained, tmp_path, kind, opset, sentence):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"earlier")
     with pytest.raises(ModelError, match=sentence):
@@ -290,7 +292,7 @@ def test_an_opset_that_cannot_be_had_is_told_with_one_that_can(trained, tmp_path
     assert path.read_bytes() == b"earlier"
 
 
-def test_a_folder_that_cannot_be_written_is_told_and_the_earlier_file_stays(tmp_path, monkeypatch):
+def test_unwritable_folder_is_an_error_and_keeps_the_file(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"earlier")
     with pytest.raises(ModelError, match=rf"{path / 'model.onnx'} cannot be written: Not a directory\."):
@@ -305,7 +307,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_the_earlier_file_stays(tmp_
     assert path.read_bytes() == b"earlier"
 
 
-def test_the_names_of_the_nodes_tell_their_modules(files):
+def test_node_names_begin_with_module_paths(files):
     by_weight = {
         name.removesuffix(".weight"): node.name
         for node in onnx.load(files["float"]).graph.node

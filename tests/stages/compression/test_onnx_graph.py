@@ -1,4 +1,4 @@
-"""What onnxruntime does not run on integers is named, and nothing else is."""
+"""Tests of listing what onnxruntime does not run on integers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stages.compression.quantize import calibrate, prepare_qat
 from stages.errors import ModelError
 
 
-class Normalising(nn.Module):
-    """A convolution, and things for which onnxruntime has no integer kernel; for hard swish it has no kernel at all."""
+class Normalizing(nn.Module):
+    """A convolution, and operations without an integer kernel in onnxruntime; hard swish has no kernel at all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,15 +35,15 @@ def int8_file(model, folder):
     return folder / "int8.onnx"
 
 
-def test_a_fused_file_computes_nothing_in_float(tmp_path):
+def test_fused_file_has_no_float_nodes(tmp_path):
     path = int8_file(build("branching"), tmp_path)
     assert float_nodes(path) == []
     assert {"QLinearConv", "QGemm"} <= op_counts(path).keys()
 
 
-def test_what_stays_float_is_named_with_its_module(tmp_path):
+def test_float_nodes_are_listed_with_their_module(tmp_path):
     torch.manual_seed(0)
-    found = {node.op_type: node for node in float_nodes(int8_file(Normalising(), tmp_path))}
+    found = {node.op_type: node for node in float_nodes(int8_file(Normalizing(), tmp_path))}
     assert found["Gelu"].module == "stem.1"
     assert str(found["Gelu"]) == "Gelu in stem.1"
     assert found["LayerNormalization"].module == "norm"
@@ -53,13 +53,13 @@ def test_what_stays_float_is_named_with_its_module(tmp_path):
     assert not {"QLinearConv", "QGemm", "Reshape", "QuantizeLinear", "DequantizeLinear"} & found.keys()
 
 
-def test_every_layer_of_a_float_file_is_float(tmp_path):
+def test_all_layers_of_a_float_file_are_float(tmp_path):
     export_onnx(build("plain").eval(), EXAMPLE, tmp_path / "model.onnx", metadata={})
     found = float_nodes(tmp_path / "model.onnx")
     layers = [node for node in found if node.op_type in {"Conv", "FusedConv", "Gemm", "FusedGemm"}]
     assert [(node.module or node.behind).partition(".")[0] for node in layers] == ["stage1", "stage2", "hidden", "fc"]
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path):
+def test_missing_file_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="no ONNX file at"):
         float_nodes(tmp_path / "absent.onnx")

@@ -1,4 +1,4 @@
-"""Pruning takes whole channels, the least important first, and leaves a network that runs, trains, keeps its paths."""
+"""Tests of structured pruning: which channels go, and that the network still runs, trains, keeps its paths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def num_parameters(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_pruned_network_is_smaller_and_still_trains(name, scope):
+def test_pruned_network_is_smaller_and_trains(name, scope):
     model = build(name)
     pruned = pruned_of(model, PruneConfig(ratio=0.5, scope=scope, round_to=1))
     assert num_parameters(pruned) < 0.55 * num_parameters(model)
@@ -37,13 +37,15 @@ def test_a_pruned_network_is_smaller_and_still_trains(name, scope):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_the_original_stays_as_it_is(name):
+def test_original_stays_unchanged(name):
     model = build(name).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    heard = []
-    model.get_submodule("fc" if name != "depthwise" else "classifier").register_forward_hook(lambda *_: heard.append(1))
+    captured = []
+    model.get_submodule("fc" if name != "depthwise" else "classifier").register_forward_hook(
+        lambda *_: captured.append(1)
+    )
     prune(model, EXAMPLE, PruneConfig())
-    assert not heard
+    assert not captured
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -58,7 +60,7 @@ def test_modes_and_frozen_parameters_are_kept():
     assert frozen == ["stem.0.weight"]
 
 
-def test_layers_that_meet_in_a_residual_sum_lose_the_same_channels():
+def test_residual_sum_layers_lose_the_same_channels():
     pruned = pruned_of(build("residual"), PruneConfig(ratio=0.37, round_to=1))
     widths = record_widths(pruned)
     stream = {widths[path]["out_channels"] for path in ("stem.0", "layer1.0.conv2", "layer1.1.conv2")}
@@ -68,12 +70,12 @@ def test_layers_that_meet_in_a_residual_sum_lose_the_same_channels():
     assert widths["fc"] == {"in_features": 15, "out_features": NUM_CLASSES}
 
 
-def test_a_depthwise_convolution_follows_its_input():
+def test_depthwise_conv_follows_its_input():
     widths = record_widths(pruned_of(build("depthwise"), PruneConfig(ratio=0.4, round_to=1)))
     assert widths["depthwise.0"] == {"in_channels": 19, "out_channels": 19, "groups": 19}
 
 
-def test_the_least_important_channels_go():
+def test_least_important_channels_are_removed():
     model = build("plain")
     strong = [1, 4, 5, 9]
     with torch.no_grad():
@@ -85,15 +87,15 @@ def test_the_least_important_channels_go():
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_linear_layer_behind_a_flattened_map_loses_all_pixels_of_a_channel(batch_size):
+def test_linear_after_flatten_loses_all_pixels_of_a_channel(batch_size):
     model = build("plain")
     pruned = prune(model, torch.zeros(batch_size, *IMAGE_SHAPE), PruneConfig(ratio=0.5, round_to=1)).model
     assert record_widths(pruned)["hidden.0"] == {"in_features": 12 * 4, "out_features": 16}
 
 
-def test_kept_modules_keep_their_outputs():
+def test_excluded_modules_keep_their_outputs():
     model = build("residual")
-    widths = record_widths(pruned_of(model, PruneConfig(keep=("layer2", "layer1.0.conv1"))))
+    widths = record_widths(pruned_of(model, PruneConfig(exclude=("layer2", "layer1.0.conv1"))))
     full = record_widths(model)
     for path in ("layer2.0.conv1", "layer2.0.conv2", "layer2.0.shortcut.0", "layer1.0.conv1"):
         assert widths[path]["out_channels"] == full[path]["out_channels"]
@@ -105,7 +107,7 @@ def test_widths_are_rounded_to_the_nearest_multiple():
     assert {widths[path]["out_channels"] for path in ("stem.0", "layer2.0.conv1")} == {8, 16}  # of 9.6 and 14.4
 
 
-def test_global_scope_takes_the_share_wherever_it_hurts_least_but_spares_every_layer_some():
+def test_global_scope_respects_max_ratio():
     model = build("plain")
     with torch.no_grad():  # all of stage2 is unimportant but for a few channels
         model.stage2[0].weight[3:] *= 1e-3
@@ -122,27 +124,27 @@ def test_equal_inputs_give_equal_weights():
     assert all(torch.equal(*pair) for pair in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_a_ratio_that_leaves_nothing_names_the_layer():
+def test_ratio_that_empties_a_layer_names_it():
     with pytest.raises(ModelError, match=r"'layer2\.\S+' \(24 channels\) without a channel: lower prune\.ratio"):
         prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.98))
 
 
-def test_a_global_ratio_beyond_max_ratio_is_refused():
+def test_global_ratio_beyond_max_ratio_is_an_error():
     with pytest.raises(ModelError, match=r"pruning 95% .* prune\.max_ratio"):
         prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.95, scope="global"))
 
 
-def test_an_unknown_path_to_keep_is_told_its_nearest():
+def test_unknown_excluded_path_suggests_the_nearest():
     with pytest.raises(ModelError, match=r"'layer3'.*layer2"):
-        prune(build("residual"), EXAMPLE, PruneConfig(keep=("layer3",)))
+        prune(build("residual"), EXAMPLE, PruneConfig(exclude=("layer3",)))
 
 
-def test_a_rounding_that_undoes_all_pruning_is_told():
+def test_rounding_that_undoes_pruning_is_an_error():
     with pytest.raises(ModelError, match=r"removes no channel .* lower round_to"):
         prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.2, round_to=64))
 
 
-class WrittenIn(Residual):
+class HardCoded(Residual):
     def forward(self, x):
         x = self.layer2(self.layer1(self.stem(x))).view(-1, 24, 16).mean(dim=2)
         return self.fc(x)
@@ -153,18 +155,18 @@ class Shuffled(nn.Module):
         return x.view(x.size(0), 2, -1, 8, 8).transpose(1, 2).reshape(x.size(0), -1, 8, 8)
 
 
-def test_a_forward_with_channel_numbers_written_in_is_told():
-    with pytest.raises(ModelError, match=r"does not run .*: where its forward has .* prune\.keep"):
-        prune(WrittenIn(), EXAMPLE, PruneConfig())
+def test_hard_coded_channels_are_an_error():
+    with pytest.raises(ModelError, match=r"does not run .*: if its forward hard-codes .* prune\.exclude"):
+        prune(HardCoded(), EXAMPLE, PruneConfig())
 
 
 @pytest.mark.parametrize("shuffle", [Shuffled(), nn.ChannelShuffle(2)])
-def test_channels_that_are_shuffled_on_their_way_stay(shuffle):
+def test_shuffled_channels_stay(shuffle):
     after = [nn.Conv2d(16, 8, 3), nn.Conv2d(8, NUM_CLASSES, 6), nn.Flatten()]
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), shuffle, *after)
     pruned = prune(model, EXAMPLE, PruneConfig(round_to=1))
     shuffled = "its channels are shuffled, or split over more axes and joined again"
-    assert pruned.spared == {"0": shuffled, "3": "it writes the logits"}
+    assert pruned.excluded == {"0": shuffled, "3": "it writes the logits"}
     assert record_widths(pruned.model)["2"] == {"in_channels": 16, "out_channels": 4, "groups": 1}
 
 
@@ -182,47 +184,47 @@ def swin() -> nn.Module:
     ("make", "where"),
     [(shufflenet, "'layer1.0.shuffle' (ChannelShuffle)"), (swin, "'features.1.0.attn' (ShiftedWindowAttention)")],
 )
-def test_the_module_where_channels_get_lost_is_named(make, where):
+def test_module_where_channel_tracking_fails_is_named(make, where):
     with pytest.raises(ModelError, match=rf"cannot follow its channels.*, here in {re.escape(where)}; .* prune\.kind"):
         prune(make(), torch.zeros(1, 3, 32, 32), PruneConfig())
 
 
-def test_the_module_where_a_pruned_model_breaks_is_named():
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), WrittenIn())
-    with pytest.raises(ModelError, match=r"does not run .*, in '1' \(WrittenIn\): where its forward has"):
+def test_module_where_a_pruned_model_fails_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), HardCoded())
+    with pytest.raises(ModelError, match=r"does not run .*, in '1' \(HardCoded\): if its forward hard-codes"):
         prune(model, EXAMPLE, PruneConfig())
 
 
-def test_layers_that_stay_whole_are_named():
-    assert prune(build("residual"), EXAMPLE, PruneConfig()).spared == {"fc": "it writes the logits"}
-    assert prune(build("depthwise"), EXAMPLE, PruneConfig(keep=("expand",))).spared == {
-        "expand.0": "named in prune.keep",
-        "depthwise.0": "its channels meet those of 'expand.0': named in prune.keep",
+def test_excluded_layers_are_listed():
+    assert prune(build("residual"), EXAMPLE, PruneConfig()).excluded == {"fc": "it writes the logits"}
+    assert prune(build("depthwise"), EXAMPLE, PruneConfig(exclude=("expand",))).excluded == {
+        "expand.0": "named in prune.exclude",
+        "depthwise.0": "its channels meet those of 'expand.0': named in prune.exclude",
         "classifier.2": "it writes the logits",
     }
 
 
-def test_a_model_that_can_lose_nothing_tells_why():
+def test_unprunable_model_error_lists_reasons():
     with pytest.raises(ModelError, match=r"no layer .* \(stem\.0: its channels meet those of 'project\.0': named in"):
-        prune(build("depthwise"), EXAMPLE, PruneConfig(keep=("expand", "project.0")))
+        prune(build("depthwise"), EXAMPLE, PruneConfig(exclude=("expand", "project.0")))
 
 
 class Unused(Residual):
-    """A depthwise convolution on the image itself, and a layer that no forward calls."""
+    """A network with a depthwise convolution on the image itself, and a layer that no forward calls."""
 
     def __init__(self):
         super().__init__()
-        self.colour, self.spare = nn.Conv2d(3, 3, 1, groups=3), nn.Linear(4, 4)
+        self.color, self.spare = nn.Conv2d(3, 3, 1, groups=3), nn.Linear(4, 4)
 
     def forward(self, x):
-        return super().forward(self.colour(x))
+        return super().forward(self.color(x))
 
 
-def test_the_channels_of_the_image_and_layers_without_use_stay():
+def test_image_channels_and_unused_layers_stay():
     pruned = prune(Unused(), EXAMPLE, PruneConfig())
-    assert pruned.spared == {
+    assert pruned.excluded == {
         "fc": "it writes the logits",
-        "colour": "its channels are the image's, which 'colour' reads one by one",
+        "color": "its channels are the image's, which 'color' reads one by one",
         "spare": "the forward does not call it",
     }
 
@@ -236,8 +238,8 @@ def vision_transformer() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("config", [PruneConfig(), PruneConfig(ratio=0.2, of="parameters", scope="global")])
-def test_a_transformer_loses_hidden_channels_of_its_mlps_alone(config):
+@pytest.mark.parametrize("config", [PruneConfig(), PruneConfig(ratio=0.2, budget="parameters", scope="global")])
+def test_transformer_loses_only_mlp_hidden_channels(config):
     model, example = vision_transformer(), torch.zeros(2, 3, 16, 16)
     pruned = prune(model, example, config)
     full, widths = record_widths(model), record_widths(pruned.model)
@@ -245,24 +247,26 @@ def test_a_transformer_loses_hidden_channels_of_its_mlps_alone(config):
     assert changed and all(".mlp." in path for path in changed)
     block = "encoder.layers.encoder_layer_0"
     layers = [path for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    assert list(pruned.spared) == [path for path in layers if not path.endswith(".mlp.0")]
-    assert pruned.spared["heads.head"] == "it writes the logits"
-    assert pruned.spared[f"{block}.self_attention.out_proj"] == f"it is part of the attention '{block}.self_attention'"
+    assert list(pruned.excluded) == [path for path in layers if not path.endswith(".mlp.0")]
+    assert pruned.excluded["heads.head"] == "it writes the logits"
+    assert (
+        pruned.excluded[f"{block}.self_attention.out_proj"] == f"it is part of the attention '{block}.self_attention'"
+    )
     for path in ("conv_proj", f"{block}.mlp.3"):
-        assert pruned.spared[path].startswith("its channels reach the ")
+        assert pruned.excluded[path].startswith("its channels reach the ")
 
 
-def test_a_pruned_transformer_trains_and_is_rebuilt_from_its_widths():
+def test_pruned_transformer_trains_and_is_rebuilt():
     model = prune(vision_transformer(), torch.zeros(1, 3, 16, 16), PruneConfig()).model
-    pictures = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    model.train()(pictures).sum().backward()
+    batch = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model.train()(batch).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     again = apply_widths(vision_transformer(), record_widths(model))
     again.load_state_dict(model.state_dict())
-    assert torch.equal(again.eval()(pictures), model.eval()(pictures))
+    assert torch.equal(again.eval()(batch), model.eval()(batch))
 
 
-def test_an_example_of_another_shape_is_told():
+def test_wrong_example_shape_is_an_error():
     with pytest.raises(ModelError, match=r"does not run on an input of shape \[1, 4, 8, 8\]"):
         prune(build("residual"), torch.zeros(1, 4, 8, 8), PruneConfig())
 
@@ -274,7 +278,7 @@ def test_an_example_of_another_shape_is_told():
         {"epochs_per_step": 0},
         {"importance_batches": 0},
         {"kind": "4:2"},
-        {"of": "bytes"},
+        {"budget": "bytes"},
         {"ratio": 0.0},
         {"ratio": 1.0},
         {"round_to": 0},
@@ -282,22 +286,22 @@ def test_an_example_of_another_shape_is_told():
         {"scope": "net"},
     ],
 )
-def test_settings_out_of_range_are_refused(wrong):
+def test_settings_out_of_range_are_errors(wrong):
     with pytest.raises(ValidationError):
         PruneConfig(**wrong)
 
 
 @pytest.mark.parametrize(
-    ("nonsense", "told"),
+    ("settings", "message"),
     [
         ({"kind": "2:4", "ratio": 0.7}, "half of the weights"),
         ({"kind": "2:4", "steps": 2}, "in one step"),
         ({"kind": "2:4", "scope": "global"}, "in every layer"),
-        ({"kind": "weights", "of": "macs"}, "make no network smaller"),
+        ({"kind": "weights", "budget": "macs"}, "make no network smaller"),
         ({"kind": "weights", "importance": "taylor"}, "go by magnitude"),
         ({"kind": "2:4", "importance": "bn_scale"}, "go by magnitude"),
     ],
 )
-def test_choices_that_contradict_each_other_are_refused(nonsense, told):
-    with pytest.raises(ValidationError, match=told):
-        PruneConfig(**nonsense)
+def test_contradictory_settings_are_errors(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        PruneConfig(**settings)

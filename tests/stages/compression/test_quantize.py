@@ -1,4 +1,4 @@
-"""A prepared network computes on INT8 grids, and is otherwise the network that it was: paths, hooks, state, modes."""
+"""Tests of networks prepared for INT8: grids, paths, hooks, state, modes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from tiny_nets import CONTAINERS, EXAMPLE, NETS, NUM_CLASSES, UNPRUNABLE, Residual, build, images, sgd, step
-from torch import nn
+from torch import fx, nn
 
-from stages.compression.bare_copy import bare_copy
+from stages.compression.bare_copy import clone_without_hooks
 from stages.compression.fake_quant import (
     ActivationQuantizer,
     QuantConv2d,
@@ -38,28 +38,28 @@ def prepared_and_calibrated(name: str, seed: int = 0):
     return prepared
 
 
-def heard_at(model: nn.Module, paths: list[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What forward hooks at `paths` hear for a batch."""
-    heard = {}
+def captured_at(model: nn.Module, paths: list[str], batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what forward hooks at `paths` get for a batch."""
+    captured = {}
     for path in paths:
         module_named(model, path).register_forward_hook(
-            lambda module, inputs, output, path=path: heard.__setitem__(path, output.detach().clone())
+            lambda module, inputs, output, path=path: captured.__setitem__(path, output.detach().clone())
         )
     with torch.no_grad():
         model(batch)
-    return heard
+    return captured
 
 
 def rounding_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
     return {path: one for path, one in model.named_modules() if isinstance(one, QuantConv2d | QuantLinear)}
 
 
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("name", [*NETS, *UNPRUNABLE])
-def test_without_rounding_it_computes_what_the_float_network_computes(name):
+def test_without_rounding_it_equals_the_float_network(name):
     model = build(name).eval()
     prepared = prepare_qat(model, EXAMPLE)
     set_rounding(prepared, False)
@@ -68,7 +68,7 @@ def test_without_rounding_it_computes_what_the_float_network_computes(name):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_with_rounding_it_stays_near(name):
+def test_with_rounding_it_stays_close(name):
     model, prepared = build(name).eval(), prepared_and_calibrated(name).eval()
     batch, _ = images(50, seed=7)
     with torch.no_grad():
@@ -76,49 +76,49 @@ def test_with_rounding_it_stays_near(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NETS if CONTAINERS[name]])
-def test_hooks_on_blocks_and_stages_hear_the_outputs_of_those(name):
+def test_hooks_on_blocks_get_their_outputs(name):
     batch, _ = images(20, seed=7)
     model, prepared = build(name).eval(), prepared_and_calibrated(name).eval()
-    wanted, found = (heard_at(one, CONTAINERS[name], batch) for one in (model, prepared))
+    expected, found = (captured_at(one, CONTAINERS[name], batch) for one in (model, prepared))
     for path in CONTAINERS[name]:
-        assert relative_error(found[path], wanted[path]) < 0.05, path
+        assert relative_error(found[path], expected[path]) < 0.05, path
 
 
-def test_hooks_on_single_layers_hear_them_too():
+def test_hooks_on_layers_get_their_outputs():
     batch, _ = images(20, seed=7)
     paths = ["layer1.0.bn1", "layer1.0.relu", "layer2.0.shortcut.1", "stem.2", "fc"]
     model, prepared = build("residual").eval(), prepared_and_calibrated("residual").eval()
-    wanted, found = (heard_at(one, paths, batch) for one in (model, prepared))
+    expected, found = (captured_at(one, paths, batch) for one in (model, prepared))
     for path in paths:
-        assert relative_error(found[path], wanted[path]) < 0.05, path
+        assert relative_error(found[path], expected[path]) < 0.05, path
 
 
-def test_a_hook_on_a_stage_lets_gradients_through():
+def test_gradients_flow_through_hooked_outputs():
     prepared = prepared_and_calibrated("residual").train()
-    heard = []
-    prepared.get_submodule("layer1").register_forward_hook(lambda module, inputs, output: heard.append(output))
+    captured = []
+    prepared.get_submodule("layer1").register_forward_hook(lambda module, inputs, output: captured.append(output))
     prepared(images(4)[0])
-    heard[0].square().mean().backward()
+    captured[0].square().mean().backward()
     assert prepared.get_submodule("layer1.0.conv1").weight.grad.abs().sum() > 0
     assert prepared.get_submodule("layer2.0.conv1").weight.grad is None
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_the_original_stays_and_its_hooks_stay_with_it(name):
+def test_original_and_its_hooks_stay_unchanged(name):
     model = build(name).train()
-    heard = []
+    captured = []
     for module in model.modules():
-        module.register_forward_hook(lambda *_: heard.append(1))
+        module.register_forward_hook(lambda *_: captured.append(1))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     prepared = prepare_qat(model, EXAMPLE)
     prepared(images(3)[0])
-    assert not heard
+    assert not captured
     assert model.training and prepared.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_every_path_of_the_original_is_there_and_every_parameter_learns(name):
+def test_all_paths_exist_and_all_parameters_learn(name):
     model = build(name)
     prepared = prepare_qat(model, EXAMPLE)
     assert {path for path, _ in model.named_modules()} <= {path for path, _ in prepared.named_modules()}
@@ -128,7 +128,7 @@ def test_every_path_of_the_original_is_there_and_every_parameter_learns(name):
 
 
 @pytest.mark.parametrize("name", [*NETS, *UNPRUNABLE])
-def test_all_arithmetic_reads_and_writes_grids_and_the_logits_are_float(name):
+def test_layers_read_grids_and_logits_are_float(name):
     prepared = prepared_and_calibrated(name).eval()
     layers = [module for module in prepared.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert layers and all(isinstance(layer, QuantConv2d | QuantLinear) for layer in layers)
@@ -153,26 +153,26 @@ def test_dropout_and_modes_follow_train_and_eval():
         assert not torch.equal(prepared.train()(batch), prepared(batch))
 
 
-def test_training_goes_on_bit_for_bit_from_a_saved_state(tmp_path):
+def test_training_resumes_bit_for_bit_from_state(tmp_path):
     first = prepared_and_calibrated("residual")
-    optimiser = sgd(first)
+    optimizer = sgd(first)
     for seed in range(2):
-        step(first, optimiser, seed)
+        step(first, optimizer, seed)
     save_tensors(tmp_path / "state", first.state_dict(), {})
-    state = copy.deepcopy(optimiser.state_dict())
-    step(first, optimiser, seed=2)
+    state = copy.deepcopy(optimizer.state_dict())
+    step(first, optimizer, seed=2)
 
     second = prepare_qat(build("residual", seed=5), EXAMPLE)  # other weights: all that counts must be in the state
     second.load_state_dict(load_tensors(tmp_path / "state")[0], strict=True)
-    optimiser = sgd(second)
-    optimiser.load_state_dict(state)
-    step(second, optimiser, seed=2)
-    wanted, found = first.state_dict(), second.state_dict()
-    assert wanted.keys() == found.keys()
-    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    optimizer = sgd(second)
+    optimizer.load_state_dict(state)
+    step(second, optimizer, seed=2)
+    expected, found = first.state_dict(), second.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_frozen_ranges_stay_and_stay_frozen_after_a_reload():
+def test_frozen_ranges_survive_a_reload():
     prepared = prepared_and_calibrated("residual")
     step(prepared, sgd(prepared), seed=1)
     freeze_observers(prepared)
@@ -183,7 +183,7 @@ def test_frozen_ranges_stay_and_stay_frozen_after_a_reload():
     assert {path: (float(q.low), float(q.high)) for path, q in quantizers_of(reloaded).items()} == ranges
 
 
-def test_training_moves_the_ranges_until_they_are_frozen():
+def test_training_moves_ranges_until_frozen():
     prepared = prepared_and_calibrated("residual").train()
     quantizer = next(iter(quantizers_of(prepared).values()))
     before = float(quantizer.high)
@@ -193,7 +193,7 @@ def test_training_moves_the_ranges_until_they_are_frozen():
     assert before < moved == float(quantizer.high)
 
 
-def test_calibration_takes_the_mean_of_the_batches_and_always_zero():
+def test_calibration_averages_batches_and_includes_zero():
     quantizer = ActivationQuantizer()
     model = nn.Sequential(quantizer).eval()
     calibrate(model, [torch.tensor([1.0, 4.0]), torch.tensor([-2.0, 6.0]), torch.tensor([2.0, 2.0])])
@@ -202,7 +202,7 @@ def test_calibration_takes_the_mean_of_the_batches_and_always_zero():
     assert not model.training and not quantizer.training
 
 
-def test_calibration_sees_no_dropout_and_leaves_the_mode():
+def test_calibration_disables_dropout_and_keeps_modes():
     ranges = []
     for seed in range(2):
         prepared = prepare_qat(build("plain").train(), EXAMPLE)
@@ -213,7 +213,7 @@ def test_calibration_sees_no_dropout_and_leaves_the_mode():
     assert ranges[0] == ranges[1]
 
 
-def test_zero_is_exact_and_what_lies_outside_is_clipped_and_has_no_gradient():
+def test_zero_is_exact_and_clipped_values_have_no_gradient():
     quantizer = ActivationQuantizer()
     calibrate(nn.Sequential(quantizer), [torch.tensor([-1.0, 3.0])])
     x = torch.tensor([-5.0, -0.7, 0.0, 2.0, 9.0], requires_grad=True)
@@ -224,7 +224,7 @@ def test_zero_is_exact_and_what_lies_outside_is_clipped_and_has_no_gradient():
     assert x.grad.tolist() == [0, 1, 1, 1, 0]
 
 
-def test_a_quantizer_that_has_seen_nothing_says_nan():
+def test_uncalibrated_quantizer_returns_nan():
     prepared = prepare_qat(build("plain"), EXAMPLE).eval()
     assert prepared(images(2)[0]).isnan().all()
     with pytest.raises(ModelError, match=r"'quantizers\.\w+' has seen no batch yet"):
@@ -233,7 +233,7 @@ def test_a_quantizer_that_has_seen_nothing_says_nan():
         calibrate(prepared, [])
 
 
-def test_a_dead_channel_is_finite_and_its_gradients_too():
+def test_dead_channels_and_their_gradients_are_finite():
     model = build("plain")
     with torch.no_grad():
         model.stage1[0].weight[3] = 0
@@ -246,7 +246,7 @@ def test_a_dead_channel_is_finite_and_its_gradients_too():
 
 
 @pytest.mark.parametrize("name", [*NETS, *UNPRUNABLE])
-def test_weights_and_biases_are_rounded_to_the_integers_of_the_file(name):
+def test_weights_and_biases_match_the_file_integers(name):
     prepared = prepare_qat(build(name), EXAMPLE)
     first, *_, last = rounding_layers(prepared).values()
     with torch.no_grad():
@@ -256,25 +256,25 @@ def test_weights_and_biases_are_rounded_to_the_integers_of_the_file(name):
     calibrate(prepared, batches())
     graph = int8_graph(prepared)
     for path, layer in rounding_layers(prepared).items():
-        held = graph.get_submodule(path).weights
+        stored = graph.get_submodule(path).weights
         weight, bias = rounded_parameters(layer)
-        assert torch.equal(weight, held()[0]), path
+        assert torch.equal(weight, stored()[0]), path
         if layer.bias is None:
             assert bias is None
             continue
-        assert held.bias.dtype == torch.int32, path
-        assert torch.equal(bias, (held.bias.double() * held.bias_scale).float()), path
+        assert stored.bias.dtype == torch.int32, path
+        assert torch.equal(bias, (stored.bias.double() * stored.bias_scale).float()), path
         assert torch.equal(rounded_parameters(layer.train())[1], bias)
     assert first.bias is None or (rounded_parameters(first)[1] - first.bias)[1].abs() > 1e-6
 
 
-def test_a_rounded_bias_learns_as_if_it_were_not_rounded():
+def test_rounded_bias_has_the_float_gradient():
     layer = rounding_layers(prepared_and_calibrated("plain"))["stage1.0"]
     layer(images(4)[0]).sum().backward()
     torch.testing.assert_close(layer.bias.grad, torch.full((16,), 4.0 * 8 * 8))
 
 
-def test_a_bias_follows_the_range_of_its_inputs_and_knows_none_before_there_is_one():
+def test_bias_scale_follows_the_input_range():
     prepared = prepare_qat(build("plain"), EXAMPLE).eval()
     layer = rounding_layers(prepared)["stage1.0"]
     assert rounded_parameters(layer)[1].isnan().all()
@@ -285,14 +285,14 @@ def test_a_bias_follows_the_range_of_its_inputs_and_knows_none_before_there_is_o
     assert rounded_parameters(layer)[1] is layer.bias
 
 
-def test_the_ranges_that_layers_read_add_no_key_and_no_path():
+def test_input_grids_add_no_state_keys():
     state = prepare_qat(build("residual"), EXAMPLE).state_dict()
-    folded = trace_folded(build("residual"), EXAMPLE).state_dict()
+    folded = trace_folded(build("residual"), EXAMPLE, fx.GraphModule).state_dict()
     assert [key for key in state if not key.startswith("quantizers.")] == list(folded)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, bare_copy])
-def test_a_copy_reads_its_own_ranges(copied):
+@pytest.mark.parametrize("copied", [copy.deepcopy, clone_without_hooks])
+def test_copy_uses_its_own_ranges(copied):
     prepared = prepared_and_calibrated("residual").eval()
     batch, _ = images(4)
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_a_copy_reads_its_own_ranges(copied):
     assert all(input_scale_of(layer).device.type == "meta" for layer in rounding_layers(moved).values())
 
 
-def test_the_grids_do_not_go_down_to_bfloat16():
+def test_grids_stay_float32_under_autocast():
     prepared = prepared_and_calibrated("plain").eval()
     batch, _ = images(4)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -333,27 +333,27 @@ class TwoHeads(Residual):
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), Deciding())), r"module '1\.1' \(Deciding\)"),
         (Deciding(), r"its forward \(Deciding\)"),
-        (TwoHeads(), "one tensor of logits"),
+        (TwoHeads(), "single tensor of logits"),
         (nn.Conv2d(7, 4, 3), r"does not run on an input of shape \[1, 3, 8, 8\]"),
     ],
 )
-def test_what_cannot_be_quantized_is_told_in_a_sentence(model, sentence):
+def test_unquantizable_models_are_errors(model, sentence):
     with pytest.raises(ModelError, match=sentence) as raised:
         prepare_qat(model, EXAMPLE)
     assert "\n" not in str(raised.value)
 
 
-def test_a_prepared_network_is_not_prepared_again():
+def test_preparing_twice_is_an_error():
     with pytest.raises(ModelError, match="prepared before"):
         prepare_qat(prepare_qat(build("plain"), EXAMPLE), EXAMPLE)
 
 
-def test_a_float_network_has_nothing_to_calibrate():
+def test_calibrating_a_float_network_is_an_error():
     with pytest.raises(ModelError, match="prepare_qat first"):
         calibrate(build("plain"), batches())
 
 
-def test_a_layer_called_twice_keeps_its_weights_and_its_batch_norms_apart():
+def test_layer_called_twice_is_not_folded():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()

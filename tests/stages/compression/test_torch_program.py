@@ -1,4 +1,4 @@
-"""The torch program says what the network says, for any batch, without pickle and without a trace of this machine."""
+"""Tests of the torch.export program: same logits, no pickle, no local paths."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def loaded(path):
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])
-def test_a_program_loaded_back_gives_the_same_logits_for_one_image_and_for_seven(networks, files, kind):
+def test_loaded_program_gives_the_same_logits(networks, files, kind):
     program = loaded(files[kind])
     model = int8_graph(networks[kind]) if kind == "int8" else networks[kind]
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_a_program_loaded_back_gives_the_same_logits_for_one_image_and_for_seven
             torch.testing.assert_close(program(batch), model(batch))
 
 
-def test_the_int8_program_agrees_with_the_prepared_network_and_holds_integers(networks, files):
+def test_int8_program_agrees_and_stores_integers(networks, files):
     program, batch = loaded(files["int8"]), images(200, seed=50)[0]
     with torch.no_grad():
         agreeing = program(batch).argmax(dim=1) == networks["int8"](batch).argmax(dim=1)
@@ -65,7 +65,7 @@ def test_the_int8_program_agrees_with_the_prepared_network_and_holds_integers(ne
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])
-def test_a_program_holds_no_pickle_and_no_trace_of_this_machine(files, kind):
+def test_program_has_no_pickle_and_no_local_paths(files, kind):
     with zipfile.ZipFile(files[kind]) as archive:
         contents = {entry.filename: archive.read(entry) for entry in archive.infolist()}
     config = json.loads(contents["archive/data/weights/model_weights_config.json"])["config"]
@@ -83,12 +83,12 @@ def test_equal_networks_give_equal_bytes(files, tmp_path):
     assert again.training
 
 
-def test_an_export_says_nothing_and_leaves_the_network_alone(tmp_path, capfd):
-    model, heard = build("plain").train(), []
-    model.fc.register_forward_hook(lambda *_: heard.append(1))
+def test_export_is_silent_and_leaves_network_unchanged(tmp_path, capfd):
+    model, captured = build("plain").train(), []
+    model.fc.register_forward_hook(lambda *_: captured.append(1))
     export_program(model, EXAMPLE, tmp_path / "model.pt2")
     assert capfd.readouterr() == ("", "")
-    assert model.training and not heard
+    assert model.training and not captured
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -102,8 +102,8 @@ class Deciding(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-@pytest.mark.parametrize(("model", "sentence"), [(BatchOfTwo(), "batch size written in"), (Deciding(), r"\w+: .+")])
-def test_a_network_that_cannot_be_exported_leaves_the_earlier_file(model, sentence, tmp_path, capfd):
+@pytest.mark.parametrize(("model", "sentence"), [(BatchOfTwo(), "hard-codes the batch size"), (Deciding(), r"\w+: .+")])
+def test_failed_export_keeps_the_earlier_file(model, sentence, tmp_path, capfd):
     path = tmp_path / "model.pt2"
     path.write_bytes(b"earlier")
     with pytest.raises(ModelError, match=rf"as a torch program for inputs \[batch, 3, 8, 8\]: .*{sentence}") as raised:
@@ -113,7 +113,7 @@ def test_a_network_that_cannot_be_exported_leaves_the_earlier_file(model, senten
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_unwritable_folder_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"earlier")
     with pytest.raises(ModelError, match=r"file/model.pt2 cannot be written: Not a directory\."):
         export_program(nn.Flatten(), EXAMPLE, tmp_path / "file" / "model.pt2")

@@ -1,4 +1,4 @@
-"""A pruned network comes back, bit for bit, from its architecture, its widths as JSON and its weights."""
+"""Tests of rebuilding pruned networks from recorded widths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stages.errors import ModelError
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_pruned_network_is_rebuilt_bit_for_bit(name):
+def test_pruned_network_is_rebuilt_bit_for_bit(name):
     pruned = prune(build(name), EXAMPLE, PruneConfig(ratio=0.37, round_to=1)).model.eval()
     widths = json.loads(json.dumps(record_widths(pruned)))
     rebuilt = apply_widths(build(name, seed=1), widths).eval()
@@ -25,7 +25,7 @@ def test_a_pruned_network_is_rebuilt_bit_for_bit(name):
     assert record_widths(rebuilt) == widths
 
 
-def test_every_kind_of_layer_is_rebuilt():
+def test_every_layer_type_is_rebuilt():
     def network(width: int) -> nn.Module:
         return nn.Sequential(
             nn.Conv2d(3, width, 3, groups=1),
@@ -85,7 +85,7 @@ def without(path):
         ({**record_widths(build("residual")), "fc": {"in_features": 24}}, "out_features"),
     ],
 )
-def test_a_record_that_does_not_fit_is_refused_in_a_sentence_and_changes_nothing(widths, sentence):
+def test_mismatched_record_is_an_error_and_changes_nothing(widths, sentence):
     model = build("residual")
     before = record_widths(model)
     with pytest.raises(ModelError, match=r"record of widths") as raised:

@@ -64,5 +64,5 @@ def test_compressing_steps_back_by_what_the_recipe_says(monkeypatch: pytest.Monk
     asked: list[int] = []
     monkeypatch.setattr(compress_room, "step_back", asked.append)  # not this process, which has other tests to run
     with pytest.raises(RunError):  # there is no student: it had not come to that yet
-        compress_room.compress(CompressConfig(nice=13), STUDENT, 0, Teaching((), {}, (), 1.0), tiny_setup(tmp_path))
+        compress_room.compress(CompressConfig(niceness=13), STUDENT, 0, Teaching((), {}, (), 1.0), tiny_setup(tmp_path))
     assert asked == [13]
