@@ -17,7 +17,7 @@ from store import FingerprintMismatch, Samples, read_samples, read_store_manifes
 
 
 def population_of(path: Path) -> Samples:
-    """Read the samples that the store at `path` was created with, by ascending id. Raises StoreError if it is damaged."""
+    """Read the samples that the store at `path` was created with, by ascending id."""
     manifest = read_store_manifest(path)
     samples = read_samples(path, manifest.geometry, manifest.identity.data)
     return samples.take(np.argsort(samples.ids[: manifest.geometry.segments[0]]))
@@ -52,9 +52,12 @@ def _check_unchanged(pool: Samples, found: ImageSet, path: Path) -> None:
     for what, stored, found_values in columns:
         differ = np.flatnonzero(stored != found_values)
         if len(differ):
-            pairs = [(f"{what} of partner {pool.ids[index]}", int(stored[index]), int(found_values[index])) for index in differ[:3]]
+            pairs = [
+                (f"{what} of partner {pool.ids[index]}", int(stored[index]), int(found_values[index]))
+                for index in differ[:3]
+            ]
             advice = (
-                f"In all, {len(differ)} of the {len(stored)} partners differ: use the data set that the teacher saw, or "
-                "cache again into another store."
+                f"In all, {len(differ)} of the {len(stored)} partners differ: use the data set that the teacher saw, "
+                "or cache again into another store."
             )
             raise FingerprintMismatch(f"the store {path}", pairs, advice)

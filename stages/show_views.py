@@ -66,7 +66,9 @@ def _partners(setup: Setup, batch: Seen) -> list[tuple[str, float] | None]:
     return found
 
 
-def _top(setup: Setup, store: TargetStore, indices: Tensor, views: Sequence[int]) -> list[list[list[tuple[str, float]]]]:
+def _top(
+    setup: Setup, store: TargetStore, indices: Tensor, views: Sequence[int]
+) -> list[list[list[tuple[str, float]]]]:
     shown = setup.train_set.take(indices)
     targets = Targets([join(store, shown, ())], torch.device("cpu"), ReadConfig(memory_bytes=0))
     found: list[list[list[tuple[str, float]]]] = [[] for _ in indices]

@@ -52,7 +52,7 @@ def pictures_of(image_set, views, num_workers, **changes):
 
 
 def mixture_of(image_set, views, positions, view, partners=None):
-    return renderer_of(image_set, views, partners).mixture(image_set.sample_ids[positions], view)
+    return renderer_of(image_set, views, partners).sample_mix(image_set.sample_ids[positions], view)
 
 
 def alone(image_set, views, at, view, partners=None):
@@ -61,13 +61,15 @@ def alone(image_set, views, at, view, partners=None):
 
     def view_of(source, position):
         sample_id = source.sample_ids[position : position + 1]
-        return renderer.batch(renderer.picture(source.read(position), int(sample_id), view)[None], sample_id, view)
+        return renderer.render_batch(
+            renderer.render_one(source.read(position), int(sample_id), view)[None], sample_id, view
+        )
 
     picture = view_of(image_set, at)
-    mixture = renderer.mixture(image_set.sample_ids[at : at + 1], view)
+    mixture = renderer.sample_mix(image_set.sample_ids[at : at + 1], view)
     if mixture is None or not mixture.mixed.any():
         return picture[0]
-    partner = others.sample_ids.tolist().index(int(mixture.partners[0]))
+    partner = others.sample_ids.tolist().index(int(mixture.partner_ids[0]))
     return mix(picture, view_of(others, partner), mixture)[0]
 
 
@@ -88,7 +90,7 @@ def check_labels(image_set, positions, view, batch):
     mixture = mixture_of(image_set, MIXED_CROPS, positions, view)
     label_of = dict(zip(image_set.sample_ids.tolist(), image_set.labels.tolist(), strict=True))
     assert torch.equal(batch.hard.labels, image_set.labels[positions])
-    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
+    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
     assert torch.equal(batch.hard.own_share, mixture.own_share)
     assert 0 < mixture.mixed.sum() < len(positions), "some are mixed and some are not"
     logits = torch.randn(len(positions), 4, generator=torch.Generator().manual_seed(0))

@@ -70,9 +70,7 @@ def decode_image(path: Path, spec: DecodeSpec) -> Pixels:
     except Exception as error:  # a damaged file can make a decoder raise anything
         raise _failure(path, error) from error
     if upright.mode.startswith(("I", "F")):
-        raise UnreadableImage(
-            f"{path} has more than 8 bits per channel (mode {upright.mode}): convert it to 8 bits."
-        )
+        raise UnreadableImage(f"{path} has more than 8 bits per channel (mode {upright.mode}): convert it to 8 bits.")
     image = upright.convert("L" if spec.channels == 1 else "RGB")
     return _channels_first(image if spec.size is None else crop_and_resize(image, spec.size, spec.crop))
 

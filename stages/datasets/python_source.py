@@ -65,6 +65,8 @@ def _takes_root(function: Callable[..., Any]) -> bool:
 
 
 def _class_names(name: str, class_names: Any) -> tuple[str, ...]:
-    if not isinstance(class_names, tuple | list | np.ndarray) or not all(isinstance(entry, str) for entry in class_names):
+    if not isinstance(class_names, tuple | list | np.ndarray) or not all(
+        isinstance(entry, str) for entry in class_names
+    ):
         raise DataError(f"data set {name}: class_names must be strings, found {class_names!r}.")
     return tuple(str(entry) for entry in class_names)

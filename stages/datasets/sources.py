@@ -32,7 +32,9 @@ def list_source(config: DataConfig, split: Split, size: int | None) -> Listing:
     if colon and argument and kind == "imagefolder":
         return list_image_folder(_path(argument, below=root), split, _decode_spec(config, split, size))
     if config.test_crop != 1:
-        raise RecipeError(f"data.test_crop applies only to imagefolder:PATH, but data.name is {config.name!r}: remove it.")
+        raise RecipeError(
+            f"data.test_crop applies only to imagefolder:PATH, but data.name is {config.name!r}: remove it."
+        )
     if config.name == "digits":
         return list_digits()
     if config.name in TORCHVISION_NAMES:

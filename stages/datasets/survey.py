@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.datasets.dropped import DroppedImage, DropList, OnUnreadable
+from stages.datasets.dropped import DropList, DroppedImage, OnUnreadable
 from stages.datasets.image_files import ImageFileList, ImageFiles, pixel_checksum
 from stages.datasets.image_index import CHUNK, NO_STAMP, ScanState, Stamp, is_settled, scan_threads, stamp
 from stages.datasets.pixels import PixelCache, Pixels, UnreadableImage, decode_image, quiet_pillow

@@ -31,7 +31,11 @@ class Boxes(NamedTuple):
 
 
 def random_boxes(
-    rng: CounterRNG, size: tuple[int, int], max_size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+    rng: CounterRNG,
+    size: tuple[int, int],
+    max_size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
 ) -> Boxes:
     """Draw boxes in images of `size` (H, W), with area fraction and width over height within `scale` and `ratio`.
 
@@ -46,7 +50,9 @@ def random_boxes(
         fits = (tried >= 1).all(0) & (tried <= torch.tensor(max_size)[:, None]).all(0)
         heights[waiting[fits]], widths[waiting[fits]] = tried[:, fits]
         waiting = waiting[~fits]
-    return Boxes(integers_up_to(rng, size[0] - heights, _TOP), integers_up_to(rng, size[1] - widths, _LEFT), heights, widths)
+    return Boxes(
+        integers_up_to(rng, size[0] - heights, _TOP), integers_up_to(rng, size[1] - widths, _LEFT), heights, widths
+    )
 
 
 def integers_up_to(rng: CounterRNG, maxima: Tensor, parameter: int) -> Tensor:
@@ -54,7 +60,9 @@ def integers_up_to(rng: CounterRNG, maxima: Tensor, parameter: int) -> Tensor:
     return (rng.integers(2**31, parameter) * (maxima + 1)) >> 31
 
 
-def _sides(rng: CounterRNG, image_area: int, scale: tuple[float, float], ratio: tuple[float, float], first: int) -> Tensor:
+def _sides(
+    rng: CounterRNG, image_area: int, scale: tuple[float, float], ratio: tuple[float, float], first: int
+) -> Tensor:
     """Draw height and width of a box, int64 [2, B], which may exceed the image or be 0."""
     areas = image_area * rng.uniform(*scale, first + _AREA)
     ratios = _ratios(*ratio)[rng.integers(_NUM_SHAPES, first + _SHAPE)]

@@ -139,7 +139,7 @@ def _check_names(kind: Any, arguments: Mapping[str, Any], where: str) -> None:
 
 
 def _convert(key: str, value: Any, what: str, where: str) -> Any:
-    """Convert a recipe's value for torchvision: nested tables to transforms, lists to tuples, some strings to objects."""
+    """Convert a recipe's value for torchvision: nested tables to transforms, lists to tuples, names to objects."""
     if key == "transforms":
         return _build_all(value, f"{where}.transforms")
     if isinstance(value, list):

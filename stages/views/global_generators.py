@@ -1,7 +1,7 @@
 """Seed and restore the global random generators of torch, numpy and `random`, which transforms draw from.
 
-Seeding all three takes about 7 us, saving and restoring them 35 us, mostly for numpy's state: a caller that renders many
-samples in a row should save them once around all.
+Seeding all three takes about 7 us, saving and restoring them 35 us, mostly for numpy's state: a caller that renders
+many samples in a row should save them once around all.
 """
 
 from __future__ import annotations

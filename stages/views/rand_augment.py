@@ -138,9 +138,7 @@ _COLORS = ("Brightness", "Color", "Contrast", "Sharpness")
 _SIGNED = {*_SHEARS, *_MOVES, "Rotate", *_COLORS}
 
 _COMMON = {"Solarize": 255.0, "AutoContrast": 0.0, "Equalize": 0.0}
-_RAND_AUGMENT = (
-    {"Rotate": 30.0, "Posterize": 4.0} | dict.fromkeys(_SHEARS, 0.3) | dict.fromkeys(_COLORS, 0.9) | _COMMON
-)
+_RAND_AUGMENT = {"Rotate": 30.0, "Posterize": 4.0} | dict.fromkeys(_SHEARS, 0.3) | dict.fromkeys(_COLORS, 0.9) | _COMMON
 _TRIVIAL_AUGMENT_WIDE = (
     {"Rotate": 135.0, "Posterize": 6.0}
     | dict.fromkeys((*_SHEARS, *_COLORS), 0.99)

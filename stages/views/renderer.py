@@ -171,7 +171,7 @@ class Renderer:
         except RecipeError as error:
             if self.size is None:
                 raise RecipeError(
-                    f"{error} The images have different sizes, so this was tried on patterns of 64 x 64 pixels and more."
+                    f"{error} The images differ in size, so this was tried on patterns of 64 x 64 pixels and more."
                 ) from error
             return self._render_probes(self._probes)
 
@@ -185,7 +185,7 @@ class Renderer:
             if tuple(view.shape) != first:
                 raise RecipeError(
                     f"all views must have the same size: [views] gives {first} (C, H, W) for one image and "
-                    f"{tuple(view.shape)} for one of {probe.shape}: end the operations with a Resize or a crop to a size."
+                    f"{tuple(view.shape)} for one of {probe.shape}: end the operations with a Resize or a crop."
                 )
         return views
 

@@ -85,5 +85,5 @@ def _rows(images: Tensor, indices: Tensor) -> Tensor:
 
 
 def _blend(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """Return ((1 - w) * first + w * second) * 2^_BITS of int32 tensors; weights are w * 2^_BITS. Overwrites `second`."""
+    """Return ((1 - w) * first + w * second) * 2^_BITS, int32, for weights w * 2^_BITS; overwrites `second`."""
     return second.sub_(first).mul_(weights).add_(first, alpha=1 << _BITS)

@@ -52,7 +52,7 @@ def _histograms(levels: Tensor) -> Tensor:
 
 
 def _equalizing_tables(counts: Tensor, highest: Tensor, num_pixels: int) -> Tensor:
-    """Return the new level for each old one, uint8 [R, 256], from counts int64 [R, 256] and the highest level [R, 1]."""
+    """Return the new level of each old one, uint8 [R, 256]: counts int64 [R, 256], highest level uint8 [R, 1]."""
     step = (num_pixels - counts.gather(1, highest.long())) // 255
     below = counts.cumsum(1) - counts
     # float64 division and floor are exact for integers of this size, and faster

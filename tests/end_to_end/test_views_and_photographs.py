@@ -1,4 +1,4 @@
-"""Photographs of unequal sizes, decoded by workers, mixed, taught by the store: the whole of it by the command line."""
+"""ImageFileList of unequal sizes, decoded by workers, mixed, taught by the store: the whole of it by the command line."""
 
 import json
 import os
@@ -33,7 +33,7 @@ RECIPE = """
 name = "photographs"
 device = "cpu"
 num_threads = 1
-data = { name = "imagefolder:FOLDER", held_bytes = 0, num_workers = 0 }
+data = { name = "imagefolder:FOLDER", cache_bytes = 0, num_workers = 0 }
 cache = { batch_size = 20, shard_bytes = 4096 }
 
 [views]

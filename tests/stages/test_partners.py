@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 from made_store import folder_bytes
+from stages.partner_ids import find_partners, population_of
 from tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
 
 from stages.cache_teacher import cache_teacher
 from stages.errors import DataError
 from stages.features import Outputs
-from stages.partners import find_partners, population_of
 from stages.train_student import build_lesson, fresh_student, open_teaching
 from stages.train_teacher import load_teacher
-from stages.views.draw import Draw
-from stages.views.mix import MixConfig, draw_mixture
+from stages.views.draw import CounterRNG
+from stages.views.mix import MixConfig, sample_mix
 from stages.views.renderer import Renderer
 from stages.views.tensor_engine import MIX_STREAM
 from store import FingerprintMismatch, open_store, read_store_manifest
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
 
 def mixtures(ids, view, population):
     """With whom each sample is mixed, and how."""
-    return draw_mixture(MIX, Draw(MIXED.seed, view, ids, MIX_STREAM), torch.sort(population).values, (8, 8))
+    return sample_mix(MIX, CounterRNG(MIXED.seed, view, ids, MIX_STREAM), torch.sort(population).values, (8, 8))
 
 
 def pictures(ids, view, population):
@@ -50,8 +50,8 @@ def pictures(ids, view, population):
     mixture, plain = mixtures(ids, view, population), Renderer(VIEWS, 1, (8, 8))
     image_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.images, strict=True))
     mixed = []
-    for at, ids_of_two in enumerate(zip(ids.tolist(), mixture.partners.tolist(), strict=True)):
-        own, partner = (plain.batch(image_of[one][None], torch.tensor([one]), view)[0].long() for one in ids_of_two)
+    for at, ids_of_two in enumerate(zip(ids.tolist(), mixture.partner_ids.tolist(), strict=True)):
+        own, partner = (plain.render_batch(image_of[one][None], torch.tensor([one]), view)[0].long() for one in ids_of_two)
         weight = int(mixture.weights[at])
         picture = (own * weight + partner * (2**16 - weight) + 2**15) // 2**16
         top, left, height, width = (int(side[at]) for side in mixture.boxes)
@@ -76,7 +76,7 @@ def test_what_is_stored_was_said_about_the_mixture(run, view):
     stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
     exact = said(teacher, pictures(ids, view, ids))
     np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=2e-3)
-    unmixed = said(teacher, Renderer(VIEWS, 1, (8, 8)).batch(WHOLE.images, ids, view))
+    unmixed = said(teacher, Renderer(VIEWS, 1, (8, 8)).render_batch(WHOLE.images, ids, view))
     assert (np.abs(unmixed - exact).max(1) > 0.01).mean() > 0.5, "else the test would see nothing"
 
 
@@ -90,7 +90,7 @@ def test_the_student_sees_that_mixture_to_the_bit_with_both_labels(run):
         mixture = mixtures(ids, view, WHOLE.sample_ids)
         assert torch.equal(batch.images, network.normalise(pictures(ids, view, WHOLE.sample_ids)))
         assert batch.hard.labels.tolist() == [label_of[one] for one in ids.tolist()]
-        assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
+        assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
         assert torch.equal(batch.hard.own_share, mixture.own_share)
         stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
         assert torch.equal(batch.teachers[0].logits, torch.from_numpy(stored).float())
@@ -126,8 +126,8 @@ def test_a_grown_store_keeps_the_partners_that_it_began_with(run, tmp_path):
         np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=2e-3)
     new = WHOLE.sample_ids[80:]
     mixture = mixtures(new, 0, FIRST.sample_ids)
-    assert set(mixture.partners[mixture.mixed].tolist()) <= set(FIRST.sample_ids.tolist())
-    assert set(mixtures(new, 0, WHOLE.sample_ids).partners.tolist()) & set(new.tolist()), "it matters who may be drawn"
+    assert set(mixture.partner_ids[mixture.mixed].tolist()) <= set(FIRST.sample_ids.tolist())
+    assert set(mixtures(new, 0, WHOLE.sample_ids).partner_ids.tolist()) & set(new.tolist()), "it matters who may be drawn"
 
 
 def test_growing_with_other_partners_is_refused(run):
@@ -157,7 +157,7 @@ def test_a_student_on_a_part_of_the_data_set_sees_the_same_mixtures(run, part):
     assert torch.equal(batch.images, network.normalise(pictures(ids, 2, WHOLE.sample_ids)))
     mixture = mixtures(ids, 2, WHOLE.sample_ids)
     label_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.labels.tolist(), strict=True))
-    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
+    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
 
 
 def test_a_student_on_a_part_that_would_draw_other_partners_is_refused(run):

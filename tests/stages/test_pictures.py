@@ -86,7 +86,7 @@ def test_images_of_unequal_size_as_they_are_make_no_batch_and_two_are_named(uneq
 def test_partners_may_come_from_a_larger_data_set(equal):
     part, at = equal.take(torch.tensor([20, 3, 11, 8])), torch.tensor([2, 0, 3, 1])
     truth = expected(part, MIXED_CROPS, at, 1, equal)
-    outside = set(mixture_of(part, MIXED_CROPS, at, 1, equal).partners.tolist()) - set(part.sample_ids.tolist())
+    outside = set(mixture_of(part, MIXED_CROPS, at, 1, equal).partner_ids.tolist()) - set(part.sample_ids.tolist())
     assert outside, "else the test would see nothing"
     for own, partners in itertools.product((part, held(part)), (equal, held(equal))):
         pictures = pictures_of(own, MIXED_CROPS, 0, partners=partners)

@@ -48,7 +48,7 @@ def test_the_pictures_are_the_views_of_samples_that_the_store_knows(run):
         image, ids = WHOLE.images[position[one]][None], torch.tensor([one])
         assert shown.labels[row] == "abcd"[WHOLE.labels[position[one]]]
         for view in range(2):
-            assert torch.equal(shown.images[row, view], Renderer(VIEWS, 1, (8, 8)).batch(image, ids, view)[0])
+            assert torch.equal(shown.images[row, view], Renderer(VIEWS, 1, (8, 8)).render_batch(image, ids, view)[0])
 
 
 def test_under_each_stand_the_likeliest_classes_of_the_stored_logits(run):

@@ -47,7 +47,7 @@ DAMAGE = {
 def without(image_set, views, positions, view, bad):
     """Which of `positions` are left where the images at the positions `bad` cannot be read."""
     ids, mixture = image_set.sample_ids[positions], mixture_of(image_set, views, positions, view)
-    partners = ids if mixture is None else mixture.partners
+    partners = ids if mixture is None else mixture.partner_ids
     bad_ids = image_set.sample_ids[torch.tensor(bad)]
     return positions[~torch.isin(ids, bad_ids) & ~torch.isin(partners, bad_ids)]
 

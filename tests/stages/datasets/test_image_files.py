@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from stages.datasets import pixels
-from stages.datasets.image_files import ImageFiles
+from stages.datasets.image_files import ImageFiles, PackedPaths
 from stages.datasets.image_set import ImageSet, normalisation, pixel_checksums, unequal_sizes_message
 from stages.datasets.load import DataConfig, load_dataset
-from stages.datasets.paths import Paths
 from stages.errors import DataError
 
 
@@ -49,7 +48,7 @@ def _files(image_set: ImageSet) -> ImageFiles:
 
 def test_unequal_photographs_are_read_one_by_one_as_they_are(pets: Path) -> None:
     train = _load(pets)
-    assert not train.held
+    assert not train.in_memory
     assert (train.num_samples, train.in_channels, train.image_size) == (4, 3, None)
     assert _files(train).shapes.tolist() == [[6, 8], [6, 8], [7, 5], [7, 5]]
     for at, path in enumerate(_files(train).paths):
@@ -66,8 +65,8 @@ def test_photographs_in_files_are_normalised_as_imagenet(
 
 
 def test_where_pixels_live_does_not_change_what_they_are(pets: Path) -> None:
-    held, files = (_load(pets, image_size=4, held_bytes=most) for most in (4 * 3 * 4 * 4, 4 * 3 * 4 * 4 - 1))
-    assert (held.held, files.held) == (True, False)
+    held, files = (_load(pets, image_size=4, cache_bytes=most) for most in (4 * 3 * 4 * 4, 4 * 3 * 4 * 4 - 1))
+    assert (held.in_memory, files.in_memory) == (True, False)
     assert files.image_size == held.image_size == (4, 4)
     assert np.array_equal(pixel_checksums(files), pixel_checksums(held))
     assert pixel_checksums(files).dtype == np.uint32
@@ -82,11 +81,11 @@ def test_reading_a_held_image_hands_out_a_copy(pets: Path) -> None:
     assert np.array_equal(held.read(0), before) and before.any()
 
 
-@pytest.mark.parametrize("held_bytes", [0, 2**20], ids=["files", "held"])
-def test_taking_rows_takes_everything_of_them(pets: Path, held_bytes: int) -> None:
-    train = _load(pets, image_size=4, held_bytes=held_bytes)
+@pytest.mark.parametrize("cache_bytes", [0, 2**20], ids=["files", "held"])
+def test_taking_rows_takes_everything_of_them(pets: Path, cache_bytes: int) -> None:
+    train = _load(pets, image_size=4, cache_bytes=cache_bytes)
     taken = train.take(torch.tensor([3, 0]))
-    assert (taken.num_samples, taken.num_classes, taken.held) == (2, 2, train.held)
+    assert (taken.num_samples, taken.num_classes, taken.in_memory) == (2, 2, train.in_memory)
     assert taken.labels.tolist() == [1, 0]
     assert taken.sample_ids.tolist() == train.sample_ids[[3, 0]].tolist()
     assert pixel_checksums(taken).tolist() == pixel_checksums(train)[[3, 0]].tolist()
@@ -195,10 +194,10 @@ def test_workers_inherit_arrays_rather_than_a_million_objects(pets: Path) -> Non
 
 def test_paths_come_back_as_they_went_in() -> None:
     names = ["/a/b.png", "/a/é.png", os.fsdecode(b"/a/not utf-8 \xff.png"), "/c"]
-    paths = Paths.of(names)
+    paths = PackedPaths.pack(names)
     assert [str(path) for path in paths] == names
     assert [str(path) for path in paths.take(np.array([3, 1, 1]))] == ["/c", "/a/é.png", "/a/é.png"]
-    assert len(paths) == 4 and len(Paths.of([])) == 0
+    assert len(paths) == 4 and len(PackedPaths.pack([])) == 0
     for outside in (-1, 4):
         with pytest.raises(IndexError):
             _ = paths[outside]

@@ -227,7 +227,7 @@ def test_the_middle_of_test_photographs_alone_is_taken(tmp_path: Path) -> None:
     resized = Image.open(tmp_path / "pets" / "test" / "cat" / "a.png").resize((24, 16), Image.Resampling.BILINEAR)
     usual = np.asarray(resized).transpose(2, 0, 1)[:, 1:15, 5:19]
     assert np.array_equal(middle.images[0].numpy(), usual)
-    in_files = _load(tmp_path / "pets", "test", image_size=14, test_crop=0.875, held_bytes=0)
+    in_files = _load(tmp_path / "pets", "test", image_size=14, test_crop=0.875, cache_bytes=0)
     assert np.array_equal(in_files.read(0), usual)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.datasets import memory
 from stages.datasets.image_set import digest
 from stages.datasets.load import DataConfig, load_dataset
 from stages.datasets.split import Split
@@ -130,8 +129,8 @@ def test_a_test_crop_is_for_photographs(toy: dict[str, Any]) -> None:
 
 
 def test_arrays_are_held_whatever_they_take(toy: dict[str, Any]) -> None:
-    train = load_dataset(DataConfig(**toy, held_bytes=0), "train")
-    assert train.held and train.dropped == ()
+    train = load_dataset(DataConfig(**toy, cache_bytes=0), "train")
+    assert train.in_memory and train.dropped == ()
     assert np.array_equal(train.read(3), train.images[3].numpy())
 
 
@@ -196,7 +195,7 @@ def test_images_that_cannot_fit_the_machine_are_refused_beforehand(
         {"test_crop": 0.0},
         {"test_crop": 1.1},
         {"classes": ()},
-        {"held_bytes": -1},
+        {"cache_bytes": -1},
         {"unreadable": "ignore"},
         {"num_workers": -1},
     ],

@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.views import affine as geometry
 from stages.views import rows
 from stages.views.affine import RandomAffine, affine, inverse_matrices
-from stages.views.draw import Draw
+from stages.views.draw import CounterRNG
 
 EVERYTHING = RandomAffine(
     name="RandomAffine", degrees=30.0, translate=(0.2, 0.1), scale=(0.7, 1.4), shear=(-10.0, 10.0, -5.0, 5.0), fill=9
@@ -30,8 +30,8 @@ def pictures(batch: int, channels: int, height: int, width: int) -> Tensor:
     return noise.to(torch.uint8)
 
 
-def draw(batch: int, view: int = 0) -> Draw:
-    return Draw(seed=5, view=view, sample_ids=torch.arange(batch))
+def draw(batch: int, view: int = 0) -> CounterRNG:
+    return CounterRNG(seed=5, view=view, sample_ids=torch.arange(batch))
 
 
 def spread(low: float, high: float) -> Tensor:

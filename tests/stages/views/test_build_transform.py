@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from stages.errors import RecipeError
 from stages.views.build_transform import build_transform
 from stages.views.config import ViewsConfig
-from stages.views.transforms_engine import apply, describe, require_pure
+from stages.views.transforms_engine import apply_transform, check_deterministic, transform_identity
 
 RGB = np.random.default_rng(0).integers(0, 256, (3, 32, 28), dtype=np.uint8)
 GREY = RGB[:1]
@@ -121,7 +121,7 @@ def test_a_table_becomes_the_transform_of_its_name(table: dict[str, Any]) -> Non
     transform = build_transform([table])
     assert isinstance(transform, v2.Compose)
     assert type(transform.transforms[0]) is getattr(v2, table["name"])
-    require_pure(transform, RGB)
+    check_deterministic(transform, RGB)
 
 
 @pytest.mark.parametrize("pixels", [RGB, GREY])
@@ -145,7 +145,7 @@ def test_a_table_does_what_the_constructor_does(pixels: Any) -> None:
         ]
     )
     for sample in range(8):
-        assert torch.equal(apply(built, pixels, sample, 0, 0), apply(written, pixels, sample, 0, 0))
+        assert torch.equal(apply_transform(built, pixels, sample, 0, 0), apply_transform(written, pixels, sample, 0, 0))
 
 
 def test_lists_become_the_tuples_that_torchvision_documents() -> None:
@@ -154,7 +154,7 @@ def test_lists_become_the_tuples_that_torchvision_documents() -> None:
 
 
 def test_no_operations_are_the_identity() -> None:
-    assert np.array_equal(apply(build_transform([]), RGB, 0, 0, 0).numpy(), RGB)
+    assert np.array_equal(apply_transform(build_transform([]), RGB, 0, 0, 0).numpy(), RGB)
 
 
 @pytest.mark.parametrize(
@@ -207,13 +207,15 @@ def test_a_wrong_table_is_refused_in_one_sentence(table: Any, said: str) -> None
 
 
 def test_a_module_is_the_transform_itself(own: Path) -> None:
-    assert apply(build_transform([], "python:own_views:pipeline"), RGB, 0, 0, 0).shape == (3, 16, 16)
+    assert apply_transform(build_transform([], "python:own_views:pipeline"), RGB, 0, 0, 0).shape == (3, 16, 16)
 
 
 def test_a_function_is_called_for_the_transform(own: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert np.array_equal(apply(build_transform([], "python:own_views:make"), RGB, 0, 0, 0).numpy(), RGB[:, ::-1])
+    assert np.array_equal(
+        apply_transform(build_transform([], "python:own_views:make"), RGB, 0, 0, 0).numpy(), RGB[:, ::-1]
+    )
     inverts = build_transform((), "python:own_views:Inverts")
-    assert np.array_equal(apply(inverts, RGB, 0, 0, 0).numpy(), 255 - RGB)
+    assert np.array_equal(apply_transform(inverts, RGB, 0, 0, 0).numpy(), 255 - RGB)
     assert capfd.readouterr().out == ""
 
 
@@ -223,7 +225,7 @@ def test_what_a_function_draws_while_it_builds_is_always_the_same(own: Path) -> 
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        views.append(apply(build_transform([], "python:own_views:make_drawn"), RGB, 0, 0, 0))
+        views.append(apply_transform(build_transform([], "python:own_views:make_drawn"), RGB, 0, 0, 0))
     assert torch.equal(views[0], views[1])
     assert torch.equal(views[0], views[2])
 
@@ -256,17 +258,17 @@ def test_operations_and_a_reference_exclude_each_other(own: Path) -> None:
 
 def test_a_reference_describes_itself_with_a_digest_of_its_file(own: Path) -> None:
     config = ViewsConfig(engine="transforms", transform="python:own_views:make")
-    described = describe(config)
+    described = transform_identity(config)
     assert described["transform"] == "python:own_views:make"
     assert described["transform_source_sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
     own.write_text(own.read_text() + "# edited\n")
-    assert describe(config) != described
+    assert transform_identity(config) != described
 
 
 def test_a_reference_without_a_file_is_not_described(own: Path) -> None:
     with refuses("later edits of sys could not be noticed, since it has no file"):
-        describe(ViewsConfig(engine="transforms", transform="python:sys:exc_info"))
+        transform_identity(ViewsConfig(engine="transforms", transform="python:sys:exc_info"))
     build_transform([], "python:own_views:make")
     own.unlink()
     with refuses("later edits of own_views could not be noticed, since its file"):
-        describe(ViewsConfig(engine="transforms", transform="python:own_views:make"))
+        transform_identity(ViewsConfig(engine="transforms", transform="python:own_views:make"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.views import colour, rows
 from stages.views.colour import ColorJitter, RandomGrayscale
-from stages.views.draw import Draw
+from stages.views.draw import CounterRNG
 
 JITTER = ColorJitter(name="ColorJitter", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 
@@ -26,8 +26,8 @@ def pictures(batch: int, channels: int, height: int, width: int) -> Tensor:
     return noise.to(torch.uint8)
 
 
-def draw(batch: int, view: int = 0) -> Draw:
-    return Draw(seed=5, view=view, sample_ids=torch.arange(batch))
+def draw(batch: int, view: int = 0) -> CounterRNG:
+    return CounterRNG(seed=5, view=view, sample_ids=torch.arange(batch))
 
 
 def difference(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from stages.views import rand_augment, rows
-from stages.views.draw import Draw
+from stages.views.draw import CounterRNG
 from stages.views.rand_augment import RandAugment, TrivialAugmentWide
 
 RAND, TRIVIAL = RandAugment(name="RandAugment"), TrivialAugmentWide(name="TrivialAugmentWide")
@@ -26,12 +26,12 @@ def pictures(batch: int, channels: int, height: int, width: int) -> Tensor:
     return noise.to(torch.uint8)
 
 
-def draw(batch: int, view: int = 0) -> Draw:
-    return Draw(seed=5, view=view, sample_ids=torch.arange(batch))
+def draw(batch: int, view: int = 0) -> CounterRNG:
+    return CounterRNG(seed=5, view=view, sample_ids=torch.arange(batch))
 
 
 @dataclass(frozen=True)
-class Chosen(Draw):
+class Chosen(CounterRNG):
     """The same operation, sign and bin for every sample."""
 
     operation: int = 0

@@ -74,8 +74,8 @@ def test_the_identity_holds_a_digest_of_rendered_pictures_for_each_view(views, s
     for view in range(3):
         pictures = []
         for number, pattern in enumerate(patterns(sizes)):
-            drawn = made.picture(pattern, number, view)
-            pictures.append(made.batch(drawn[None], torch.tensor([number]), view))
+            drawn = made.render_one(pattern, number, view)
+            pictures.append(made.render_batch(drawn[None], torch.tensor([number]), view))
         digests.append(hashlib.sha256(torch.cat(pictures).numpy().tobytes()).hexdigest())
     assert made.identity["probes_sha256"] == digests
     assert len(set(digests)) == 3
@@ -284,8 +284,8 @@ def test_the_shape_of_a_view_is_that_of_what_is_rendered(views, size, shape):
     assert made.shape == shape
     assert made.identity["image_shape"] == list(shape)
     pixels = torch.full((2, 3, *(size or (50, 70))), 9, dtype=torch.uint8)
-    drawn = torch.stack([made.picture(one.numpy(), 5, 1) for one in pixels])
-    assert made.batch(drawn, torch.tensor([5, 6]), 1).shape[1:] == shape
+    drawn = torch.stack([made.render_one(one.numpy(), 5, 1) for one in pixels])
+    assert made.render_batch(drawn, torch.tensor([5, 6]), 1).shape[1:] == shape
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def photographs(folder, **sizes):
         (folder / split / "a").mkdir(parents=True)
         for name, size in sizes.items():
             Image.new("L", size, 80).save(folder / split / "a" / f"{name}.png")
-    return load_dataset(DataConfig(name=f"imagefolder:{folder}", held_bytes=0), "train")
+    return load_dataset(DataConfig(name=f"imagefolder:{folder}", cache_bytes=0), "train")
 
 
 def test_the_tensor_engine_refuses_images_of_unequal_size_and_names_two(tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import RecipeError
-from stages.views.draw import Draw
+from stages.views.draw import CounterRNG
 from stages.views.tensor_engine import parse_operations
 
 IMAGES = torch.randint(1, 256, (40, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -28,7 +28,7 @@ EVERYTHING = (
 
 
 def render(images, ids, view, *operations, seed=5):
-    return parse_operations(operations)(images, Draw(seed, view, ids))
+    return parse_operations(operations)(images, CounterRNG(seed, view, ids))
 
 
 @settings(deadline=None, max_examples=30)

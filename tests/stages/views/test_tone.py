@@ -43,7 +43,7 @@ def test_solarize(shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["autocontrast", "equalize", "invert"])
+@pytest.mark.parametrize("name", ["autocontrast", "equalize"])
 def test_without_parameters(name: str, shape: tuple[int, int, int, int]) -> None:
     images = pictures(*shape)
 
@@ -89,7 +89,7 @@ def test_sharpness_of_one_changes_nothing_and_leaves_its_input_alone() -> None:
 
     assert tone.adjust_sharpness(images, torch.ones(4, dtype=torch.float64)).equal(before)
     tone.adjust_sharpness(images, torch.zeros(4, dtype=torch.float64))
-    for function in (tone.autocontrast, tone.equalize, tone.invert):
+    for function in (tone.autocontrast, tone.equalize):
         function(images)
     assert images.equal(before)
 
@@ -98,7 +98,7 @@ def test_a_sub_batch_gives_the_same_pixels() -> None:
     images, factors = pictures(18, 3, 12, 12), torch.linspace(0, 2, 18, dtype=torch.float64)
     order = torch.tensor([7, 2, 11])
 
-    for function in (tone.autocontrast, tone.equalize, tone.invert):
+    for function in (tone.autocontrast, tone.equalize):
         assert function(images[order]).equal(function(images)[order])
     assert tone.adjust_sharpness(images[order], factors[order]).equal(tone.adjust_sharpness(images, factors)[order])
 
@@ -111,7 +111,6 @@ def test_known_pixels() -> None:
 
     assert middle(tone.posterize(image, torch.tensor([2]))) == 192
     assert middle(tone.solarize(image, torch.tensor([199.5], dtype=torch.float64))) == 55
-    assert middle(tone.invert(image)) == 55
     assert tone.autocontrast(image).flatten().tolist() == [0, 13, 26, 40, 255, 67, 80, 93, 107]
     # 9 neighbours of sum 600, the middle four times more: 1400 / 13 is 108 rounded, half-way to 200 is 154
     assert middle(tone.adjust_sharpness(image, torch.tensor([0.5], dtype=torch.float64))) == 154
