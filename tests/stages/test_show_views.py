@@ -183,5 +183,5 @@ def test_who_is_mixed_in_is_written_under_a_picture(tmp_path):
 
 
 def test_a_picture_must_be_named_a_png(tmp_path):
-    with pytest.raises(RecipeError, match="end its name with .png"):
+    with pytest.raises(RecipeError, match="use a name that ends in .png"):
         draw_grid(by_hand((1, 8, 8), ["cat"], [[[]]]), tmp_path / "grid.jpg")

@@ -40,7 +40,7 @@ def edited(path):
 DAMAGE = {
     "cannot be decoded": damaged,
     "cannot be read (No such file or directory)": os.unlink,
-    "has other pixels than when the data set was first read": edited,
+    "changed since the data set was first read": edited,
 }
 
 
@@ -154,7 +154,7 @@ def test_a_fault_that_is_not_the_images_own_drops_no_sample(tmp_path, monkeypatc
     told = []
     pictures = pictures_of(image_set, CROPS, 0, on_failure=told.append)
     monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(DataError, match="not the file's fault"):
+    with pytest.raises(DataError, match="ran out of memory or file handles"):
         pictures.one(Request(torch.arange(6), 0), whole=False)
     assert not told
 
@@ -177,7 +177,7 @@ def made():
 """
 
 FAULTS = {
-    RAISES: r"the transforms fail on sample \d+ \(.*two.*\)",
+    RAISES: r"the transforms failed on sample \d+ \(.*two.*\)",
     GIVES_UNEQUAL_SIZES: r"\[views\] makes \(3, 12, 10\) .*sample \d+, .* and \(3, 32, 32\) of others",
 }
 

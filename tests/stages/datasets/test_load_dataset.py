@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from stages.datasets import pixels
 from stages.datasets.image_set import digest
 from stages.datasets.load import DataConfig, load_dataset
 from stages.datasets.split import Split
@@ -61,7 +62,7 @@ def test_num_train_keeps_a_stratified_part_of_the_training_split_alone(toy: dict
 
 
 def test_num_train_beyond_the_split_is_refused(toy: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="subset of 33 samples was asked for, but the split has 32"):
+    with pytest.raises(DataError, match="subset of 33 samples: the split has 32"):
         load_dataset(DataConfig(**toy, num_train=33), "train")
 
 
@@ -98,7 +99,7 @@ def test_classes_keep_their_samples_and_nothing_else_changes(toy: dict[str, Any]
 def test_num_train_counts_what_the_classes_leave(toy: dict[str, Any]) -> None:
     part = load_dataset(DataConfig(**toy, classes=("3", "1"), num_train=8), "train")
     assert torch.bincount(part.labels).tolist() == [0, 4, 0, 4]
-    with pytest.raises(DataError, match="subset of 17 samples was asked for, but the split has 16"):
+    with pytest.raises(DataError, match="subset of 17 samples: the split has 16"):
         load_dataset(DataConfig(**toy, classes=("3", "1"), num_train=17), "train")
 
 
@@ -118,13 +119,13 @@ def test_classes_without_a_sample_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "pets.npz", images=images, labels=labels)
     config = DataConfig(name=f"npz:{tmp_path / 'pets.npz'}", classes=("1", "2"))
     assert load_dataset(config, "train").labels.tolist() == [2]
-    with pytest.raises(DataError, match=r"pets.npz \(test\) has no sample of the classes in data.classes"):
+    with pytest.raises(DataError, match=r"pets.npz \(test\) has no samples of the classes in data.classes"):
         load_dataset(config, "test")
 
 
 def test_a_test_crop_is_for_photographs(toy: dict[str, Any]) -> None:
     for config in (DataConfig(test_crop=0.875), DataConfig(**toy, image_size=4, test_crop=0.875)):
-        with pytest.raises(RecipeError, match="data.test_crop is for imagefolder:PATH alone"):
+        with pytest.raises(RecipeError, match="data.test_crop applies only to imagefolder:PATH"):
             load_dataset(config, "test")
 
 
@@ -143,7 +144,7 @@ def test_arrays_are_held_whatever_they_take(toy: dict[str, Any]) -> None:
         ("image_folder:/data/pets", "Did you mean imagefolder:PATH?"),
         ("npz", "Did you mean npz:PATH?"),
         ("imagefolder:", "Did you mean imagefolder:PATH?"),
-        ("completely different", "Known are digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH"),
+        ("completely different", "Known names: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_ones(name: str, suggestion: str) -> None:
@@ -154,7 +155,7 @@ def test_an_unknown_name_gets_the_nearest_ones(name: str, suggestion: str) -> No
 
 
 def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(DataError, match="no split 'val': wanted 'train' or 'test'"):
+    with pytest.raises(DataError, match="unknown split 'val': expected 'train' or 'test'"):
         load_dataset(DataConfig(), "val")  # type: ignore[arg-type]
 
 
@@ -170,14 +171,14 @@ def test_a_tilde_is_expanded_and_never_reaches_provenance(
 
 
 def test_the_home_of_nobody_is_one_sentence() -> None:
-    with pytest.raises(DataError, match="no home folder to start from"):
+    with pytest.raises(DataError, match="no such home folder"):
         load_dataset(DataConfig(name="npz:~no-such-user-here/toy.npz"), "train")
 
 
 def test_images_that_cannot_fit_the_machine_are_refused_beforehand(
     toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_installed_bytes", lambda: 2**20)
+    monkeypatch.setattr(pixels.os, "sysconf", lambda name: 2**10)
     with pytest.raises(DataError, match=r"data set npz:toy.npz needs 0\.\d GiB of memory.*data.image_size"):
         load_dataset(DataConfig(**toy, image_size=1000), "train")
 

@@ -114,7 +114,7 @@ HOSTILE = {
     "a shape below zero": (_zip(images=_claimed((-1, -4), content=b"1234"), labels=_npy(LABELS)), "cannot be read"),
     "endless empty strings": (
         _zip(images=_npy(IMAGES), labels=_npy(LABELS), classes=_claimed((10**15,), "<U0")),
-        "wanted numbers or strings, found <U0",
+        "expected numbers or strings, found <U0",
     ),
     "a header without end": (
         _zip(images=_claimed((1,) * 9000), labels=_npy(LABELS)),

@@ -165,36 +165,36 @@ def test_no_operations_are_the_identity() -> None:
         ({"name": "Transform"}, "no transform 'Transform'"),
         ({"name": "InterpolationMode", "value": "bilinear"}, "no transform 'InterpolationMode'"),
         ({"name": "functional"}, "no transform 'functional'"),
-        ({"size": 3}, "wanted a table such as { name = 'RandomCrop', size = 32 }, found {'size': 3}"),
-        ({"name": 3}, "wanted a table such as"),
-        ("RandomCrop", "wanted a table such as { name = 'RandomCrop', size = 32 }, found 'RandomCrop'"),
-        ({"name": "MixUp"}, "MixUp mixes samples: that belongs to [views.mix]."),
-        ({"name": "CutMix", "alpha": 1.0}, "CutMix mixes samples: that belongs to [views.mix]."),
+        ({"size": 3}, "expected a table such as { name = 'RandomCrop', size = 32 }, found {'size': 3}"),
+        ({"name": 3}, "expected a table such as"),
+        ("RandomCrop", "expected a table such as { name = 'RandomCrop', size = 32 }, found 'RandomCrop'"),
+        ({"name": "MixUp"}, "MixUp mixes samples: use [views.mix]."),
+        ({"name": "CutMix", "alpha": 1.0}, "CutMix mixes samples: use [views.mix]."),
         ({"name": "Normalize", "mean": [0.5], "std": [0.5]}, "Normalize belongs to teacher.mean/std and student.mean"),
-        ({"name": "SanitizeBoundingBoxes"}, "works on bounding boxes or key points, and here are only images"),
+        ({"name": "SanitizeBoundingBoxes"}, "works on bounding boxes or key points, not on images"),
         ({"name": "UniformTemporalSubsample", "num_samples": 2}, "works on videos"),
-        ({"name": "TenCrop", "size": 3}, "makes several images of one"),
+        ({"name": "TenCrop", "size": 3}, "returns several images"),
         ({"name": "Lambda", "lambd": "x"}, "views.transform = 'python:MODULE:FUNCTION'"),
         ({"name": "RandomCrop", "sise": 3}, "RandomCrop has no argument 'sise'; did you mean 'size'?"),
-        ({"name": "RandomHorizontalFlip", "zzz": 3}, "RandomHorizontalFlip has no argument 'zzz'; known here: p."),
-        ({"name": "ToImage", "zzz": 3}, "ToImage has no argument 'zzz'; known here: none."),
-        ({"name": "RandomCrop", "padding": 3}, "RandomCrop needs 'size': give it a value."),
+        ({"name": "RandomHorizontalFlip", "zzz": 3}, "RandomHorizontalFlip has no argument 'zzz'; its arguments: p."),
+        ({"name": "ToImage", "zzz": 3}, "ToImage has no argument 'zzz'; its arguments: none."),
+        ({"name": "RandomCrop", "padding": 3}, "RandomCrop requires 'size'."),
         (
             {"name": "RandomHorizontalFlip", "p": 2.0},
-            "RandomHorizontalFlip cannot be made of {'p': 2.0} (ValueError: `p`",
+            "RandomHorizontalFlip cannot be built from {'p': 2.0} (ValueError: `p`",
         ),
-        ({"name": "RandomCrop", "size": "big"}, "RandomCrop cannot be made of {'size': 'big'} (ValueError"),
+        ({"name": "RandomCrop", "size": "big"}, "RandomCrop cannot be built from {'size': 'big'} (ValueError"),
         (
             {"name": "Resize", "size": 3, "interpolation": "bilinaer"},
             "Resize has no interpolation 'bilinaer'; did you mean 'bilinear'?",
         ),
-        ({"name": "AutoAugment", "policy": "mnist"}, "has no policy 'mnist'; it knows imagenet, cifar10, svhn."),
+        ({"name": "AutoAugment", "policy": "mnist"}, "has no policy 'mnist'; available: imagenet, cifar10, svhn."),
         ({"name": "ToDtype", "dtype": "int9"}, "ToDtype has no dtype 'int9'"),
-        ({"name": "RandomApply", "transforms": []}, "cannot be made of {'transforms': []} (ValueError"),
-        ({"name": "RandomApply", "transforms": "RandomCrop"}, "views.operations.1.transforms: wanted a list of tables"),
+        ({"name": "RandomApply", "transforms": []}, "cannot be built from {'transforms': []} (ValueError"),
+        ({"name": "RandomApply", "transforms": "RandomCrop"}, "views.operations.1.transforms: expected a list of tables"),
         (
             {"name": "RandomApply", "transforms": [{"name": "ToImage"}, {"name": "RandomCrop"}]},
-            "views.operations.1.transforms.1: RandomCrop needs 'size'",
+            "views.operations.1.transforms.1: RandomCrop requires 'size'",
         ),
         ({"name": "RandomOrder", "transforms": [{"name": "MixUp"}]}, "views.operations.1.transforms.0: MixUp mixes"),
     ],
@@ -241,7 +241,7 @@ def test_what_a_function_draws_while_it_builds_is_always_the_same(own: Path) -> 
         ("python:own_views:constant", "own_views has no function constant"),
         ("python:own_views:takes", "missing 1 required positional argument: 'image'); it is called once, without"),
         ("python:own_views:broken", "the function failed (KeyError: 'lost\\nand gone')"),
-        ("python:own_views:gives_nothing", "the function returned NoneType, wanted a pipeline"),
+        ("python:own_views:gives_nothing", "the function returned NoneType, expected a pipeline"),
     ],
 )
 def test_a_wrong_reference_is_refused_in_one_sentence(own: Path, reference: str, said: str) -> None:
@@ -252,7 +252,7 @@ def test_a_wrong_reference_is_refused_in_one_sentence(own: Path, reference: str,
 
 
 def test_operations_and_a_reference_exclude_each_other(own: Path) -> None:
-    with refuses("leave one of them out"):
+    with refuses("remove one of them"):
         build_transform([{"name": "ToImage"}], "python:own_views:pipeline")
 
 

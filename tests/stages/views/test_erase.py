@@ -134,7 +134,7 @@ def test_odd_squares_keep_their_size():
 
 def test_a_square_that_could_cover_everything_is_refused():
     assert cutout(22).output_size((19, 23)) == (19, 23)
-    with pytest.raises(RecipeError, match=r"size = 23 could paint over all of an image of 19 x 23: keep it below 23"):
+    with pytest.raises(RecipeError, match=r"size = 23 could cover all of an image of 19 x 23: keep it below 23"):
         cutout(23).output_size((19, 23))
 
 
@@ -168,7 +168,7 @@ def test_rows_are_replaced():
 @pytest.mark.parametrize("value", [256, (1, 2), (1, 2, -1), "noise", 0.5])
 def test_a_value_out_of_range_is_refused(value):
     with pytest.raises(
-        ValidationError, match=r"1 validation error(.|\n)*wanted is a level from 0 to 255, \[red, green"
+        ValidationError, match=r"1 validation error(.|\n)*expected a level from 0 to 255, \[red, green"
     ):
         erasing(value=value)
 

@@ -38,10 +38,10 @@ class Chosen(CounterRNG):
     negative: bool = False
     bin: int = 0
 
-    def below(self, bound: int, parameter: int) -> Tensor:
+    def integers(self, bound: int, parameter: int) -> Tensor:
         return torch.full((len(self.sample_ids),), self.operation if parameter == 0 else self.bin)
 
-    def chance(self, probability: float, parameter: int) -> Tensor:
+    def bernoulli(self, probability: float, parameter: int) -> Tensor:
         return torch.full((len(self.sample_ids),), self.negative)
 
 

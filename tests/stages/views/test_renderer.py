@@ -298,7 +298,7 @@ def test_the_shape_of_a_view_is_that_of_what_is_rendered(views, size, shape):
     ids=["as they are", "the shorter side", "another size each time"],
 )
 def test_views_of_unequal_size_are_refused(operations, size):
-    with pytest.raises(RecipeError, match=r"must all be of one size: .*end the operations with a Resize or a crop"):
+    with pytest.raises(RecipeError, match=r"all views must have the same size: .*end the operations with a Resize or a crop"):
         _ = renderer(with_views(TRANSFORMS, operations=operations), size).shape
 
 
@@ -346,7 +346,7 @@ def test_a_part_of_the_images_that_happens_to_be_of_one_size_has_the_same_views(
     ("changes", "sentence"),
     [
         ({"transform": "python:a:b"}, "needs views.engine = 'transforms'"),
-        ({"transform": "python:a:b", "engine": "transforms", "operations": (FLIP,)}, "instead of views.operations"),
+        ({"transform": "python:a:b", "engine": "transforms", "operations": (FLIP,)}, "replaces views.operations"),
         ({"mix": MIXED.mix, "replay": False}, r"\[views.mix\] needs views.replay = true"),
         ({"operations": ({"name": "RandomHorizontalFlop"},)}, "did you mean 'RandomHorizontalFlip'"),
     ],

@@ -109,13 +109,13 @@ def test_the_images_themselves_stay_as_they_are(operation):
     ("operation", "sentence"),
     [
         ({"name": "RandomCorp"}, "has no operation 'RandomCorp'.*did you mean 'RandomCrop'"),
-        ({"name": "Pad"}, "views.engine = 'transforms' runs any"),
+        ({"name": "Pad"}, "views.engine = 'transforms' supports all"),
         ({"padding": 2}, "has no operation None"),
         ({"name": "RandomCrop", "pading": 2}, "RandomCrop has no argument 'pading'; did you mean 'padding'"),
         ({"name": "RandomCrop", "padding": -1}, "RandomCrop: padding = -1: input should be greater"),
         ({"name": "RandomCrop", "padding": "2"}, "RandomCrop: padding = 2: input should be a valid integer"),
         ({"name": "RandomHorizontalFlip", "p": 1.5}, "p = 1.5"),
-        ({"name": "Cutout"}, "Cutout needs 'size'"),
+        ({"name": "Cutout"}, "Cutout requires 'size'"),
     ],
 )
 def test_a_wrong_operation_is_refused_by_number_and_name(operation, sentence):
