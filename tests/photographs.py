@@ -1,4 +1,4 @@
-"""ImageFileList in files, small enough for tests: noise in PNG, whose pixels are known before they are written."""
+"""Photographs in files, small enough for tests: noise in PNG, whose pixels are known before they are written."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def renderer_of(image_set, views, partners=None):
 
 
 def pictures_of(image_set, views, num_workers, **changes):
-    renderer = renderer_of(image_set, views, changes.get("partners"))
+    renderer = renderer_of(image_set, views, changes.get("mix_partners"))
     return Pictures(image_set, CPU, renderer, num_workers=num_workers, **changes)
 
 

@@ -1,4 +1,4 @@
-"""ImageFileList of unequal sizes, decoded by workers, mixed, taught by the store: the whole of it by the command line."""
+"""Photographs of unequal sizes, decoded by workers, mixed, taught by the store: the whole of it by the command line."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def done(place):
     return run, said
 
 
-def test_the_road_goes_through_and_the_store_holds_what_the_teacher_says(place, done):
+def test_pipeline_runs_and_the_store_has_the_teacher_logits(place, done):
     run, said = done
     cached = json.loads(said["cache-teacher"].stdout)["store"]
     assert (cached["num_samples"], cached["num_views"], cached["num_units_missing"]) == (48, 12, 0)
@@ -136,7 +136,7 @@ def test_views_are_drawn_with_the_stores_words(place, done):
     assert folder_bytes(run) == before
 
 
-def test_a_student_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(place, done):
+def test_student_resumes_identically_after_a_signal(place, done):
     run, recipe = place / "stopped", recipe_of(place)
     shutil.copytree(done[0], run, ignore=shutil.ignore_patterns("distilled-*"))
     checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
@@ -153,7 +153,7 @@ def test_a_student_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(place,
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_cache_teacher_stopped_by_a_signal_ends_with_the_same_bytes(place, done):
+def test_cache_teacher_resumes_to_the_same_bytes(place, done):
     run, recipe = place / "half", recipe_of(place)
     shutil.copytree(done[0] / "teacher", run / "teacher")
     markers = run / "store.zarr" / "markers"
@@ -185,7 +185,7 @@ def stopped_here(ready, *arguments):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_student_of_one_class_sees_the_mixtures_of_all_and_one_view_is_warned_of(place, done):
+def test_student_of_one_class_gets_all_mixtures_and_a_warning(place, done):
     changes = {
         "data.classes": '["cat"]',
         "views.num_views": "1",
@@ -202,7 +202,7 @@ def test_a_student_of_one_class_sees_the_mixtures_of_all_and_one_view_is_warned_
     assert "views.seed: stored 0, wanted 3" in refused.stderr
 
 
-def test_a_corrupt_image_stops_the_job_or_is_dropped_as_the_recipe_says(place):
+def test_corrupt_image_stops_the_job_or_is_dropped(place):
     shutil.copytree(place / "images", place / "corrupt")
     broken = place / "corrupt" / "train" / "cow" / "7.jpg"
     broken.write_bytes(broken.read_bytes()[:200])

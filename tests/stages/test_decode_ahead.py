@@ -75,18 +75,18 @@ def test_a_stream_that_was_left_does_not_disturb_the_next(equal, truth, num_work
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stream_that_is_taken_up_after_another_is_refused_rather_than_given_its_pictures(equal, truth, num_workers):
+def test_older_stream_of_a_pool_cannot_continue(equal, truth, num_workers):
     pictures = pictures_of(equal, num_workers)
     older = pictures.stream(requests(0))
     next(older)
     newer = pictures.stream(requests(1))
     assert torch.equal(next(newer).images, truth[1][0])
-    with pytest.raises(RuntimeError, match="another one of the same pool has begun"):
+    with pytest.raises(RuntimeError, match="another stream of the same pool was started"):
         next(older)
     assert same(newer, truth[1][1:])
 
 
-def test_what_goes_wrong_while_requests_are_made_arrives_as_it_is(equal, truth):
+def test_errors_in_the_request_iterator_propagate(equal, truth):
     def failing():
         yield from requests(0)[:9]
         raise ConnectionResetError("the caller's own")
@@ -169,7 +169,7 @@ def processes(tmp_path):
     process.wait()
 
 
-def test_workers_and_their_process_end_together_however_either_ends(tmp_path, processes):
+def test_workers_and_parent_end_together(tmp_path, processes):
     folder = tmp_path / "is_killed"
     assert wait_for((folder / "workers").exists)
     workers = [int(pid) for pid in (folder / "workers").read_text().split()]

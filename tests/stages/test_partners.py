@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from made_store import folder_bytes
-from stages.partner_ids import find_partners, population_of
+from stages.partners import find_partners, population_of
 from tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
 
 from stages.cache_teacher import cache_teacher
@@ -80,7 +80,7 @@ def test_what_is_stored_was_said_about_the_mixture(run, view):
     assert (np.abs(unmixed - exact).max(1) > 0.01).mean() > 0.5, "else the test would see nothing"
 
 
-def test_the_student_sees_that_mixture_to_the_bit_with_both_labels(run):
+def test_student_gets_the_stored_mixture_and_both_labels(run):
     setup = mixed_setup(run)
     network, lesson = lesson_of(run / "store.zarr", setup)
     label_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.labels.tolist(), strict=True))
@@ -107,7 +107,7 @@ def test_the_hard_labels_of_a_mixture_count_by_their_shares(run):
     assert float(lesson.losses(outputs, batch)["hard_labels"]) == pytest.approx(0.1 * total / 50, rel=1e-5)
 
 
-def test_a_grown_store_keeps_the_partners_that_it_began_with(run, tmp_path):
+def test_extended_store_keeps_its_partners(run, tmp_path):
     path = tmp_path / "grown.zarr"
     few = mixed_setup(run, FIRST)
     cache_teacher(CACHE, path, load_teacher(TEACHER, 0, few), LAYERS, few)
@@ -146,7 +146,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_a_student_on_a_part_of_the_data_set_sees_the_same_mixtures(run, part):
+def test_student_on_a_subset_gets_the_same_mixtures(run, part):
     path = run / "store.zarr"
     partners = find_partners(population_of(path), WHOLE, path)
     setup = mixed_setup(run, part, partners=partners)
@@ -160,13 +160,13 @@ def test_a_student_on_a_part_of_the_data_set_sees_the_same_mixtures(run, part):
     assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
 
 
-def test_a_student_on_a_part_that_would_draw_other_partners_is_refused(run):
+def test_student_with_another_partner_pool_is_rejected(run):
     setup = mixed_setup(run, FEW)
     with pytest.raises(FingerprintMismatch, match=r"views\.mix\.num_partners: stored 120, wanted 8"):
         open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, setup)
 
 
-def test_partners_are_found_by_id_whatever_the_order_of_the_data_set(run):
+def test_partners_are_found_by_id_in_any_order(run):
     path = run / "first.zarr"
     found = find_partners(population_of(path), PARTS["reordered"], path)
     assert found.sample_ids.tolist() == sorted(FIRST.sample_ids.tolist())
@@ -175,17 +175,17 @@ def test_partners_are_found_by_id_whatever_the_order_of_the_data_set(run):
 
 
 @pytest.mark.parametrize("absent", [[0], [7, 8, 9, 10], range(80)])
-def test_a_data_set_that_lacks_partners_is_refused_by_number_and_ids(run, absent):
+def test_missing_partners_are_reported_by_count_and_ids(run, absent):
     path = run / "first.zarr"
     left = WHOLE.take(torch.tensor([at for at in range(120) if at not in absent]))
     named = sorted(FIRST.sample_ids[list(absent)].tolist())[:3]
     with pytest.raises(DataError) as raised:
         find_partners(population_of(path), left, path)
-    assert f"lacks: {len(absent)} of 80, such as {named}: bring back the images" in str(raised.value)
+    assert f"lacks: {len(absent)} of 80, such as {named}: restore the images" in str(raised.value)
 
 
 @pytest.mark.parametrize("change", ["label", "pixel checksum"])
-def test_a_partner_that_is_not_what_the_teacher_saw_is_refused_by_its_id(run, change):
+def test_changed_partner_is_rejected_by_its_id(run, change):
     """It stands in other samples' pictures, and the student may have none of its own to notice by."""
     path, at = run / "first.zarr", 3
     if change == "label":

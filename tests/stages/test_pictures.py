@@ -46,7 +46,7 @@ def splits():
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_pictures_are_the_same_wherever_they_are_made_and_however_batches_are_split(equal, unequal, name):
+def test_images_do_not_depend_on_workers_or_batch_size(equal, unequal, name):
     views = VIEWS[name]
     image_set = equal if views.engine == "tensor" else unequal
     truth = {view: expected(image_set, views, torch.arange(NUM_SAMPLES), view) for view in (0, 2, -1)}
@@ -62,7 +62,7 @@ def test_pictures_are_the_same_wherever_they_are_made_and_however_batches_are_sp
             assert torch.equal(got.images, truth[asked.view][asked.positions])
 
 
-def test_any_transforms_of_held_images_are_workers_business_and_the_same(equal):
+def test_transforms_of_images_in_memory_run_in_workers(equal):
     at = shuffled(0)
     seen = pictures_of(held(equal), MIXED_ANY, 2).one(Request(at, 1))
     assert torch.equal(seen.images, expected(equal, MIXED_ANY, at, 1))
@@ -78,8 +78,8 @@ def test_images_are_shown_as_they_are_where_no_view_is_asked_for(equal, num_work
         assert seen.mixture is None
 
 
-def test_images_of_unequal_size_as_they_are_make_no_batch_and_two_are_named(unequal):
-    with pytest.raises(DataError, match=r"unequal size: .*0\.png is 10 x 12, .*1\.png is 14 x 9: set data\.image_size"):
+def test_original_images_of_different_sizes_are_rejected(unequal):
+    with pytest.raises(DataError, match=r"have different sizes: .*0\.png is 10 x 12, .*1\.png is 14 x 9: set data\.image_size"):
         Pictures(unequal, CPU, num_workers=0).one(Request(torch.arange(4)))
 
 
@@ -89,9 +89,9 @@ def test_partners_may_come_from_a_larger_data_set(equal):
     outside = set(mixture_of(part, MIXED_CROPS, at, 1, equal).partner_ids.tolist()) - set(part.sample_ids.tolist())
     assert outside, "else the test would see nothing"
     for own, partners in itertools.product((part, held(part)), (equal, held(equal))):
-        pictures = pictures_of(own, MIXED_CROPS, 0, partners=partners)
+        pictures = pictures_of(own, MIXED_CROPS, 0, mix_partners=partners)
         assert torch.equal(pictures.one(Request(at, 1)).images, truth)
-        assert pictures.labels_of(equal.sample_ids[at]).tolist() == equal.labels[at].tolist()
+        assert pictures.partner_labels(equal.sample_ids[at]).tolist() == equal.labels[at].tolist()
 
 
 @pytest.mark.parametrize(("num_workers", "started"), [(0, 0), (2, 2), (None, len(os.sched_getaffinity(0)))])
@@ -117,7 +117,7 @@ def same(left, right):
 
 
 @pytest.mark.parametrize("fresh_views", [False, True])
-def test_a_lesson_that_begins_in_the_middle_goes_on_with_the_very_batches(equal, fresh_views):
+def test_task_resumed_mid_epoch_yields_the_same_batches(equal, fresh_views):
     ahead = lesson_of(pictures_of(equal, MIXED_CROPS, 2), fresh_views=fresh_views)
     here = lesson_of(pictures_of(held(equal), MIXED_CROPS, 0), fresh_views=fresh_views)
     undisturbed = list(here.stream(3, 8, epoch=0, step=0, epochs=3))
@@ -132,7 +132,7 @@ def test_a_lesson_that_begins_in_the_middle_goes_on_with_the_very_batches(equal,
         assert same(next(left), wanted[0])
 
 
-def test_epochs_show_the_views_that_stores_hold_or_else_fresh_ones(equal):
+def test_epochs_use_stored_or_fresh_views(equal):
     pictures = pictures_of(held(equal), CROPS, 0)
     for fresh_views, views in ((False, (0, 1, 0, 1)), (True, (-1, -2, -3, -4))):
         lesson = lesson_of(pictures, fresh_views=fresh_views)
@@ -155,7 +155,7 @@ class AskedTargets:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_targets_are_those_of_the_pictures_though_these_are_asked_for_ahead(equal, num_workers):
+def test_targets_match_images_that_are_loaded_ahead(equal, num_workers):
     lesson = lesson_of(pictures_of(equal, CROPS, num_workers), targets=AskedTargets())
     batches = lesson.stream(3, 8, epoch=1, step=2, epochs=4)
     asked = [(1, 2), *((epoch, step) for epoch in (2, 3) for step in range(3))]

@@ -54,7 +54,7 @@ def without(image_set, views, positions, view, bad):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("name", VIEWS)
-def test_what_cannot_be_read_is_told_of_and_all_else_stays_as_it_was(tmp_path, name, num_workers):
+def test_unreadable_images_are_reported_and_dropped(tmp_path, name, num_workers):
     views = VIEWS[name]
     image_set = photographs(tmp_path, NUM_SAMPLES, EQUAL if views.engine == "tensor" else UNEQUAL)
     requests = [Request(at, view) for view in (0, 1) for at in torch.split(shuffled(view), 13)]
@@ -77,7 +77,7 @@ def test_what_cannot_be_read_is_told_of_and_all_else_stays_as_it_was(tmp_path, n
     for at, damage in bad.items():
         sentence = f"sample {image_set.sample_ids[at]}: {path_of(image_set, at)} {damage}"
         assert sum(one.startswith(sentence) for one in told) >= 2, "in each of two views"
-    assert len({one.partition(":")[0] for one in told}) == len(bad), "of others nothing is told"
+    assert len({one.partition(":")[0] for one in told}) == len(bad), "for others nothing is told"
     assert not any("\n" in one for one in told)
 
 
@@ -116,7 +116,7 @@ def test_where_all_must_be_had_one_that_cannot_be_read_stops_it(tmp_path, num_wo
     assert len(told) == 1
 
 
-def test_what_on_failure_raises_ends_the_stream_and_the_pool_serves_the_next(tmp_path):
+def test_on_failure_may_raise_and_the_pool_stays_usable(tmp_path):
     class Enough(Exception):
         pass
 
@@ -140,7 +140,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_an_error(tmp_path, num_workers)
     told = []
     pictures = pictures_of(image_set, CROPS, num_workers, on_failure=told.append)
     with pytest.raises(
-        DataError, match="^not one of the 2 images of a batch of photographs can be read, sample [0-9]+ among them: "
+        DataError, match="^none of the 2 images of a batch of photographs can be read, including sample [0-9]+: "
     ):
         list(pictures.stream([Request(torch.arange(0, 2), 0), Request(torch.arange(2, 4), 0)]))
     assert len(told) == 2
@@ -178,7 +178,7 @@ def made():
 
 FAULTS = {
     RAISES: r"the transforms failed on sample \d+ \(.*two.*\)",
-    GIVES_UNEQUAL_SIZES: r"\[views\] makes \(3, 12, 10\) .*sample \d+, .* and \(3, 32, 32\) of others",
+    GIVES_UNEQUAL_SIZES: r"\[views\] gives \(3, 12, 10\) .*sample \d+, .* and \(3, 32, 32\) for others",
 }
 
 

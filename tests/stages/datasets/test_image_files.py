@@ -152,7 +152,7 @@ def test_a_damaged_image_is_named(pets: Path) -> None:
         (MemoryError(), r"a\.png cannot be read now .* ran out of memory or file handles"),
     ],
 )
-def test_what_the_system_refuses_is_said(
+def test_system_errors_are_reported(
     pets: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
     train = _load(pets)

@@ -117,7 +117,7 @@ def test_normalisation_is_the_mean_and_std_of_each_channel(seed: int, channels: 
     assert std == pytest.approx(scaled.std(axis=(0, 2, 3)), abs=5.1e-5)
 
 
-def test_normalisation_of_constant_images_does_not_divide_by_zero() -> None:
+def test_normalization_of_constant_images_is_finite() -> None:
     mean, std = normalisation(_image_set(images=torch.full((3, 1, 2, 2), 255, dtype=torch.uint8)))
     assert mean == (1.0,)
     assert std == (round(STD_FLOOR, 4),)

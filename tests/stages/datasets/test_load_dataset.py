@@ -52,7 +52,7 @@ def test_test_share_decides_the_size_of_the_test_split() -> None:
     assert load_dataset(DataConfig(test_share=0.5), "test").num_samples == pytest.approx(1797 / 2, abs=10)
 
 
-def test_num_train_keeps_a_stratified_part_of_the_training_split_alone(toy: dict[str, Any]) -> None:
+def test_num_train_subsets_only_the_training_split(toy: dict[str, Any]) -> None:
     full, part = (load_dataset(DataConfig(**toy, num_train=count), "train") for count in (None, 8))
     assert torch.bincount(part.labels).tolist() == [2, 2, 2, 2]
     rows = [full.sample_ids.tolist().index(each) for each in part.sample_ids.tolist()]
@@ -175,7 +175,7 @@ def test_the_home_of_nobody_is_one_sentence() -> None:
         load_dataset(DataConfig(name="npz:~no-such-user-here/toy.npz"), "train")
 
 
-def test_images_that_cannot_fit_the_machine_are_refused_beforehand(
+def test_images_larger_than_memory_are_rejected(
     toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pixels.os, "sysconf", lambda name: 2**10)

@@ -157,7 +157,7 @@ def test_no_object_is_ever_unpickled(tmp_path: Path, key: str) -> None:
 
 
 @given(st.data())
-def test_whatever_bytes_are_damaged_nothing_but_a_data_error_escapes(data: st.DataObject) -> None:
+def test_damaged_bytes_raise_only_data_error(data: st.DataObject) -> None:
     content = bytearray(_npz(images=IMAGES[:6, :2, :2], labels=LABELS[:6]))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -151,7 +151,7 @@ def test_a_file_that_changed_a_moment_ago_is_not_remembered(pets: Path, monkeypa
     assert len(decoded) == 4
 
 
-def test_a_file_that_changes_while_it_is_decoded_is_not_remembered(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_changed_while_decoding_is_not_cached(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = survey.decode_image
     changed: list[str] = []
 

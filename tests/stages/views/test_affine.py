@@ -70,7 +70,7 @@ def test_affine_is_torchvisions(shape: tuple[int, int, int, int], center: tuple[
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shears_moves_and_rotations_are_those_of_torchvisions_rand_augment(shape: tuple[int, int, int, int]) -> None:
+def test_geometry_matches_torchvision_rand_augment(shape: tuple[int, int, int, int]) -> None:
     images, slopes, pixels, degrees = pictures(*shape), spread(-0.9, 0.9), spread(-9, 9).round(), spread(-130, 130)
 
     def theirs(center: list[float] | None, moves: list[list[float]], shears: list[list[float]]) -> Tensor:

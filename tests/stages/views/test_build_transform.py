@@ -219,7 +219,7 @@ def test_a_function_is_called_for_the_transform(own: Path, capfd: pytest.Capture
     assert capfd.readouterr().out == ""
 
 
-def test_what_a_function_draws_while_it_builds_is_always_the_same(own: Path) -> None:
+def test_numbers_drawn_while_building_are_fixed(own: Path) -> None:
     views = []
     for seed in range(3):
         random.seed(seed)

@@ -45,7 +45,7 @@ def test_a_view_depends_on_its_sample_alone(operation, threads):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_another_view_is_another_picture_and_the_images_are_left_alone(operation):
+def test_views_differ_and_inputs_are_unchanged(operation):
     images = IMAGES.clone()
     first, second = (operation(images, CounterRNG(1, view, IDS)) for view in (0, 1))
     assert not torch.equal(first, second)
@@ -97,7 +97,7 @@ def test_noise_erases_the_same_boxes_with_every_level_alike():
     assert levels.var().item() == pytest.approx((256**2 - 1) / 12, rel=0.01)
 
 
-def test_noise_is_unlike_from_pixel_to_pixel_and_sample_to_sample():
+def test_noise_differs_between_pixels_and_samples():
     bytes_ = noise(torch.arange(500), (3, 9, 7)).double() - 127.5
     for one, other in [(bytes_[1:], bytes_[:-1]), (bytes_[..., 1:], bytes_[..., :-1]), (bytes_[:, 1:], bytes_[:, :-1])]:
         assert abs((one * other).mean().item()) / 5461 < 0.02

@@ -117,7 +117,7 @@ def test_cutmix_keeps_the_share_of_its_own_pixels_exactly():
     assert kept.max() == 19 * 23
 
 
-def test_cutmix_boxes_before_the_border_cuts_them_have_the_shape_of_the_picture():
+def test_unclipped_cutmix_boxes_have_the_image_aspect():
     """Sides are those of the picture times sqrt(1 - lambda), to an even number of pixels: as the paper's code."""
     mixture = sample_mix(CUTMIX, MANY, POPULATION, (200, 100))
     tops, lefts, heights, widths = mixture.boxes

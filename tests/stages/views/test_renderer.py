@@ -68,7 +68,7 @@ def with_views(views, **changes):
     ],
     ids=["tensor", "transforms, as large as they are", "transforms, one size of any"],
 )
-def test_the_identity_holds_a_digest_of_rendered_pictures_for_each_view(views, sizes):
+def test_identity_has_a_digest_of_rendered_probes_per_view(views, sizes):
     """Each picture here rendered by itself, by what a student's batches go through."""
     made, digests = renderer(views), []
     for view in range(3):
@@ -302,7 +302,7 @@ def test_views_of_unequal_size_are_refused(operations, size):
         _ = renderer(with_views(TRANSFORMS, operations=operations), size).shape
 
 
-def test_a_crop_that_small_photographs_are_too_small_for_is_refused():
+def test_crop_larger_than_small_images_is_rejected():
     views = with_views(TRANSFORMS, operations=({"name": "RandomCrop", "size": 128},))
     with pytest.raises(RecipeError, match=r"crop size .*larger than .*tried on patterns of 64 x 64 pixels and more"):
         _ = renderer(views, None).shape
@@ -327,14 +327,14 @@ def photographs(folder, **sizes):
     return load_dataset(DataConfig(name=f"imagefolder:{folder}", cache_bytes=0), "train")
 
 
-def test_the_tensor_engine_refuses_images_of_unequal_size_and_names_two(tmp_path):
+def test_tensor_engine_rejects_images_of_different_sizes(tmp_path):
     train_set = photographs(tmp_path / "set", one=(12, 10), two=(12, 10), three=(10, 12))
     with pytest.raises(RecipeError, match=r"one\.png is 12 x 10, .*three\.png is 10 x 12: set data\.image_size"):
         _ = tiny_setup(tmp_path, train_set=train_set, views=TENSOR).renderer
     assert tiny_setup(tmp_path, train_set=train_set, views=TRANSFORMS).renderer.shape == (3, 20, 24)
 
 
-def test_a_part_of_the_images_that_happens_to_be_of_one_size_has_the_same_views(tmp_path):
+def test_subset_of_one_size_has_the_same_views(tmp_path):
     train_set = photographs(tmp_path / "set", one=(12, 10), two=(12, 10), three=(10, 12))
     part = train_set.take(torch.tensor([0, 2]))
     assert (train_set.image_size, part.image_size) == (None, (10, 12))
@@ -351,7 +351,7 @@ def test_a_part_of_the_images_that_happens_to_be_of_one_size_has_the_same_views(
         ({"operations": ({"name": "RandomHorizontalFlop"},)}, "did you mean 'RandomHorizontalFlip'"),
     ],
 )
-def test_a_recipe_that_cannot_be_is_refused_before_any_image_is_seen(changes, sentence):
+def test_invalid_views_are_rejected_without_images(changes, sentence):
     with pytest.raises(RecipeError, match=sentence):
         check_views(ViewsConfig(**changes))
 

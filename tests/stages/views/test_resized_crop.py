@@ -50,7 +50,7 @@ def test_batches_larger_than_a_slice_are_the_same_pictures():
     assert all(torch.equal(crop()(images[b : b + 1], CounterRNG(1, 2, IDS[b : b + 1]))[0], whole[b]) for b in range(5))
 
 
-def test_another_view_is_another_crop_and_the_images_are_left_alone():
+def test_crops_differ_and_inputs_are_unchanged():
     images = IMAGES.clone()
     first, second = (crop()(images, CounterRNG(1, view, IDS)) for view in (0, 1))
     assert not torch.equal(first, second)

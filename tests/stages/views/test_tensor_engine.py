@@ -99,7 +99,7 @@ def test_no_operation_gives_the_images():
 
 
 @pytest.mark.parametrize("operation", EVERYTHING)
-def test_the_images_themselves_stay_as_they_are(operation):
+def test_inputs_are_unchanged(operation):
     before = IMAGES.clone()
     render(IMAGES, IDS, 0, operation)
     assert torch.equal(IMAGES, before)

@@ -83,7 +83,7 @@ def test_every_sum_of_a_neighbourhood_is_divided_exactly() -> None:
     assert (((sums + 6) * 5042) >> 16).equal(torch.round(sums / 13.0).int())
 
 
-def test_sharpness_of_one_changes_nothing_and_leaves_its_input_alone() -> None:
+def test_sharpness_of_one_is_the_identity() -> None:
     images = pictures(4, 3, 8, 8)
     before = images.clone()
 

@@ -126,7 +126,7 @@ def test_the_global_generators_are_left_as_they_were(transform: Callable[[Any], 
     assert states() == before
 
 
-def test_the_global_generators_are_left_as_they_were_by_a_transform_that_fails() -> None:
+def test_failing_transform_restores_global_rng_state() -> None:
     def fails(image: Any) -> Any:
         by_torch(by_random(image))
         np.random.rand()
@@ -140,7 +140,7 @@ def test_the_global_generators_are_left_as_they_were_by_a_transform_that_fails()
     assert np.random.get_bit_generator() is words
 
 
-def test_a_generator_that_a_transform_swaps_does_not_reach_the_next_sample() -> None:
+def test_swapped_generator_does_not_affect_the_next_sample() -> None:
     def swaps(image: Any) -> Any:
         drawn = by_numpy(image)
         np.random.set_bit_generator(np.random.PCG64())
@@ -178,7 +178,7 @@ def test_pixels_come_through_untouched(pixels: Any) -> None:
     assert np.array_equal(pixels, before)
 
 
-def test_a_view_is_a_plain_tensor_even_where_torchvision_is_told_to_keep_its_own_kind() -> None:
+def test_view_is_a_plain_tensor_with_torchvision_return_types() -> None:
     with tv_tensors.set_return_type("TVTensor"):
         assert type(apply_transform(v2.ToImage(), RGB, 0, 0, 0)) is torch.Tensor
 
@@ -226,7 +226,7 @@ def test_floats_are_rounded_half_up() -> None:
         (None, "something of type NoneType"),
     ],
 )
-def test_what_is_no_view_is_refused_in_one_sentence(returned: Any, said: str) -> None:
+def test_invalid_transform_results_are_rejected(returned: Any, said: str) -> None:
     with refuses(said) as refused:
         apply_transform(lambda image: returned, RGB, 41, 0, 0)
     assert "for sample 41" in str(refused.value)
@@ -274,7 +274,7 @@ def _takes_turns() -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize("transform", [_own_numpy, _own_torch(), _remembers(), _takes_turns()])
-def test_what_is_drawn_from_elsewhere_is_refused(transform: Callable[[Any], Any]) -> None:
+def test_private_random_generators_are_rejected(transform: Callable[[Any], Any]) -> None:
     with refuses("the transforms are not deterministic"):
         check_deterministic(transform, RGB)
 
@@ -304,7 +304,7 @@ def test_what_a_transform_prints_goes_to_stderr(capsys):
     assert "looking at (5, 4)" in printed.err
 
 
-def test_a_transform_that_would_leave_is_a_sentence():
+def test_system_exit_in_a_transform_is_an_error():
     def leaver(image):
         raise SystemExit(5)
 
