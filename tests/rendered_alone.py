@@ -1,4 +1,4 @@
-"""What pictures are to be, made one by one from raw images, and the lessons that show them."""
+"""What images are to be, made one by one from raw images, and the lessons that show them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def renderer_of(image_set, views, partners=None):
     return built(name, image_set.image_size, tuple(population))
 
 
-def pictures_of(image_set, views, num_workers, **changes):
+def loader_of(image_set, views, num_workers, **changes):
     renderer = renderer_of(image_set, views, changes.get("mix_partners"))
     return Pictures(image_set, CPU, renderer, num_workers=num_workers, **changes)
 
@@ -56,7 +56,7 @@ def mixture_of(image_set, views, positions, view, partners=None):
 
 
 def alone(image_set, views, at, view, partners=None):
-    """The picture of one sample, made from raw images and by itself; its partner is in the same view of its own."""
+    """The image of one sample, made from raw images and by itself; its partner is in the same view of its own."""
     renderer, others = renderer_of(image_set, views, partners), partners or image_set
 
     def view_of(source, position):
@@ -81,8 +81,8 @@ def shuffled(seed, num_samples=NUM_SAMPLES):
     return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
 
 
-def lesson_of(pictures, **changes):
-    return Lesson(pictures, num_views=2, normalise=SCALING, **changes)
+def lesson_of(loader, **changes):
+    return Lesson(loader, num_views=2, normalise=SCALING, **changes)
 
 
 def check_labels(image_set, positions, view, batch):
@@ -98,6 +98,6 @@ def check_labels(image_set, positions, view, batch):
     own, partners = -log_p[rows, batch.hard.labels], -log_p[rows, batch.hard.partner_labels]
     share = mixture.own_share.double()
     by_hand = (share * own + (1 - share) * partners).mean()
-    said = lesson_of(None, hard_label_weight=0.5).losses(Outputs(logits, {}), batch)
-    assert list(said) == ["hard_labels"]
-    assert float(said["hard_labels"]) == pytest.approx(0.5 * float(by_hand), rel=1e-5)
+    message = lesson_of(None, hard_label_weight=0.5).losses(Outputs(logits, {}), batch)
+    assert list(message) == ["hard_labels"]
+    assert float(message["hard_labels"]) == pytest.approx(0.5 * float(by_hand), rel=1e-5)

@@ -99,20 +99,20 @@ def recipe_of(place, images="images"):
 def done(place):
     """A run that nothing disturbed, and what its commands said."""
     recipe, run = recipe_of(place), place / "undisturbed"
-    said = {}
+    message = {}
     for command in ("train-teacher", "cache-teacher", "train-student"):
-        said[command] = kdpipe_here(command, recipe, "--run", run, "--json")
-        assert said[command].exit_code == 0, said[command].stderr
-    return run, said
+        message[command] = kdpipe_here(command, recipe, "--run", run, "--json")
+        assert message[command].exit_code == 0, message[command].stderr
+    return run, message
 
 
 def test_pipeline_runs_and_the_store_has_the_teacher_logits(place, done):
-    run, said = done
-    cached = json.loads(said["cache-teacher"].stdout)["store"]
+    run, message = done
+    cached = json.loads(message["cache-teacher"].stdout)["store"]
     assert (cached["num_samples"], cached["num_views"], cached["num_units_missing"]) == (48, 12, 0)
-    students = json.loads(said["train-student"].stdout)["students"]
+    students = json.loads(message["train-student"].stdout)["students"]
     assert [len(students[kind]) for kind in ("alone", "distilled")] == [1, 1]
-    assert "Beyer" not in said["train-student"].stderr, "twelve replayed views are nothing to warn of"
+    assert "Beyer" not in message["train-student"].stderr, "twelve replayed views are nothing to warn of"
     asked = ("--recompute", 48, "--recipe", recipe_of(place), "--run", run)
     verified = kdpipe_here("store", "verify", run / "store.zarr", *asked)
     assert verified.exit_code == 0, verified.output
@@ -197,9 +197,9 @@ def test_student_of_one_class_gets_all_mixtures_and_a_warning(place, done):
     assert ended.exit_code == 0, ended.stderr
     assert "kdpipe: warning: views.num_views = 1: the student sees each image in one and the same view" in ended.stderr
     assert "3.0 in 1,200" in ended.stderr
-    refused = kdpipe_here("train-student", recipe_of(place), "--run", place / "cats", *overrides, "--set=views.seed=3")
-    assert refused.exit_code == 12
-    assert "views.seed: stored 0, wanted 3" in refused.stderr
+    raised = kdpipe_here("train-student", recipe_of(place), "--run", place / "cats", *overrides, "--set=views.seed=3")
+    assert raised.exit_code == 12
+    assert "views.seed: stored 0, wanted 3" in raised.stderr
 
 
 def test_corrupt_image_stops_the_job_or_is_dropped(place):

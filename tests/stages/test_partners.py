@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from made_store import folder_bytes
-from stages.partners import find_partners, population_of
 from tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
 
 from stages.cache_teacher import cache_teacher
 from stages.errors import DataError
 from stages.features import Outputs
+from stages.partners import find_partners, population_of
 from stages.train_student import build_lesson, fresh_student, open_teaching
 from stages.train_teacher import load_teacher
 from stages.views.draw import CounterRNG
@@ -46,12 +46,14 @@ def mixtures(ids, view, population):
 
 
 def pictures(ids, view, population):
-    """The mixed pictures of samples, uint8 [B, 1, 8, 8], each made by itself, pixel by pixel, from raw images."""
+    """The mixed images of samples, uint8 [B, 1, 8, 8], each made by itself, pixel by pixel, from raw images."""
     mixture, plain = mixtures(ids, view, population), Renderer(VIEWS, 1, (8, 8))
     image_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.images, strict=True))
     mixed = []
     for at, ids_of_two in enumerate(zip(ids.tolist(), mixture.partner_ids.tolist(), strict=True)):
-        own, partner = (plain.render_batch(image_of[one][None], torch.tensor([one]), view)[0].long() for one in ids_of_two)
+        own, partner = (
+            plain.render_batch(image_of[one][None], torch.tensor([one]), view)[0].long() for one in ids_of_two
+        )
         weight = int(mixture.weights[at])
         picture = (own * weight + partner * (2**16 - weight) + 2**15) // 2**16
         top, left, height, width = (int(side[at]) for side in mixture.boxes)
@@ -60,7 +62,7 @@ def pictures(ids, view, population):
     return torch.stack(mixed)
 
 
-def said(teacher, images):
+def message(teacher, images):
     with torch.no_grad():
         return teacher.model(teacher.normalise(images)).numpy()
 
@@ -74,9 +76,9 @@ def lesson_of(path, setup):
 def test_what_is_stored_was_said_about_the_mixture(run, view):
     teacher, ids = load_teacher(TEACHER, 0, mixed_setup(run)), WHOLE.sample_ids
     stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
-    exact = said(teacher, pictures(ids, view, ids))
+    exact = message(teacher, pictures(ids, view, ids))
     np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=2e-3)
-    unmixed = said(teacher, Renderer(VIEWS, 1, (8, 8)).render_batch(WHOLE.images, ids, view))
+    unmixed = message(teacher, Renderer(VIEWS, 1, (8, 8)).render_batch(WHOLE.images, ids, view))
     assert (np.abs(unmixed - exact).max(1) > 0.01).mean() > 0.5, "else the test would see nothing"
 
 
@@ -122,12 +124,14 @@ def test_extended_store_keeps_its_partners(run, tmp_path):
     assert np.array_equal(population_of(path).ids, torch.sort(FIRST.sample_ids).values)
     for view in range(VIEWS.num_views):
         stored = open_store(path).gather("logits", view, WHOLE.sample_ids.numpy())
-        exact = said(teacher, pictures(WHOLE.sample_ids, view, FIRST.sample_ids))
+        exact = message(teacher, pictures(WHOLE.sample_ids, view, FIRST.sample_ids))
         np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=2e-3)
     new = WHOLE.sample_ids[80:]
     mixture = mixtures(new, 0, FIRST.sample_ids)
     assert set(mixture.partner_ids[mixture.mixed].tolist()) <= set(FIRST.sample_ids.tolist())
-    assert set(mixtures(new, 0, WHOLE.sample_ids).partner_ids.tolist()) & set(new.tolist()), "it matters who may be drawn"
+    assert set(mixtures(new, 0, WHOLE.sample_ids).partner_ids.tolist()) & set(new.tolist()), (
+        "it matters who may be drawn"
+    )
 
 
 def test_growing_with_other_partners_is_refused(run):
@@ -186,7 +190,7 @@ def test_missing_partners_are_reported_by_count_and_ids(run, absent):
 
 @pytest.mark.parametrize("change", ["label", "pixel checksum"])
 def test_changed_partner_is_rejected_by_its_id(run, change):
-    """It stands in other samples' pictures, and the student may have none of its own to notice by."""
+    """It stands in other samples' images, and the student may have none of its own to notice by."""
     path, at = run / "first.zarr", 3
     if change == "label":
         other = dataclasses.replace(WHOLE, labels=(WHOLE.labels + (torch.arange(120) == at)) % 4)

@@ -1,4 +1,4 @@
-"""`kdpipe views`: the pictures are the views, the words under them are what the store says."""
+"""`kdpipe views`: the images are the views, the words under them are what the store says."""
 
 import dataclasses
 import json

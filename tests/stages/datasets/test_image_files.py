@@ -98,10 +98,10 @@ def test_taking_equal_ones_of_unequal_images_gives_them_a_size(pets: Path) -> No
 
 def test_two_images_of_unequal_size_are_named(pets: Path) -> None:
     train = _load(pets)
-    said = unequal_sizes_message(train)
-    assert f"{pets / 'train' / 'cat' / 'a.png'} is 8 x 6" in said
-    assert f"{pets / 'train' / 'dog' / 'c.png'} is 5 x 7" in said
-    assert "data.image_size" in said
+    message = unequal_sizes_message(train)
+    assert f"{pets / 'train' / 'cat' / 'a.png'} is 8 x 6" in message
+    assert f"{pets / 'train' / 'dog' / 'c.png'} is 5 x 7" in message
+    assert "data.image_size" in message
     with pytest.raises(ValueError, match="have the same size"):
         unequal_sizes_message(train.take(torch.tensor([0, 1])))
 
@@ -145,7 +145,7 @@ def test_a_damaged_image_is_named(pets: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (PermissionError(13, "Permission denied"), r"a\.png cannot be read \(Permission denied\)"),
         (OSError(24, "Too many open files"), r"a\.png cannot be read now .* ran out of memory or file handles"),
@@ -153,7 +153,7 @@ def test_a_damaged_image_is_named(pets: Path) -> None:
     ],
 )
 def test_system_errors_are_reported(
-    pets: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+    pets: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     train = _load(pets)
 
@@ -161,7 +161,7 @@ def test_system_errors_are_reported(
         raise error
 
     monkeypatch.setattr(pixels.Image, "open", refuse)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         train.read(0)
 
 

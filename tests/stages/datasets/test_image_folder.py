@@ -145,10 +145,10 @@ def test_a_size_makes_unequal_images_equal(pets: Path) -> None:
 
 
 def test_grey_is_given_where_asked_for(pets: Path) -> None:
-    rgb, grey = _load(pets), _load(pets, channels=1)
-    assert grey.images.shape == (5, 1, 6, 8)
+    rgb, gray = _load(pets), _load(pets, channels=1)
+    assert gray.images.shape == (5, 1, 6, 8)
     expected = Image.fromarray(rgb.images[0].permute(1, 2, 0).numpy()).convert("L")
-    assert np.array_equal(grey.images[0, 0].numpy(), np.asarray(expected))
+    assert np.array_equal(gray.images[0, 0].numpy(), np.asarray(expected))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK"])
@@ -238,10 +238,10 @@ def test_a_test_crop_needs_a_size(pets: Path) -> None:
 
 
 def test_a_missing_folder_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         load_dataset(DataConfig(name="imagefolder:nowhere", root=str(tmp_path)), "train")
-    assert f"no folder {tmp_path / 'nowhere'}" in str(refused.value)
-    assert "data.root" in str(refused.value)
+    assert f"no folder {tmp_path / 'nowhere'}" in str(raised.value)
+    assert "data.root" in str(raised.value)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -257,7 +257,9 @@ def test_a_class_without_images_is_refused(pets: Path) -> None:
 
 def test_a_class_that_train_lacks_is_refused(pets: Path) -> None:
     _write(pets / "val" / "emu" / "a.png")
-    with pytest.raises(DataError, match="class folder 'emu', which is missing from the train split: its classes are cat, dog"):
+    with pytest.raises(
+        DataError, match="class folder 'emu', which is missing from the train split: its classes are cat, dog"
+    ):
         _load(pets, "test")
 
 

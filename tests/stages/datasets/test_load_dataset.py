@@ -33,7 +33,7 @@ def test_digits_come_as_grey_bytes_with_a_fixed_split() -> None:
 
 
 def test_the_digits_split_never_changes() -> None:
-    # A store made from the digits years ago must still be recognised.
+    # A store made from the digits years ago must still be recognized.
     shas = [digest(load_dataset(DataConfig(), split))["ids_and_labels_sha256"][:16] for split in ("train", "test")]
     assert shas == ["ed71d68378d2f3a8", "7802f3433e07e846"]
 
@@ -148,10 +148,10 @@ def test_arrays_are_held_whatever_they_take(toy: dict[str, Any]) -> None:
     ],
 )
 def test_an_unknown_name_gets_the_nearest_ones(name: str, suggestion: str) -> None:
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         load_dataset(DataConfig(name=name), "train")
-    assert suggestion in str(refused.value)
-    assert f"data.name={name!r}" in str(refused.value)
+    assert suggestion in str(raised.value)
+    assert f"data.name={name!r}" in str(raised.value)
 
 
 def test_an_unknown_split_is_refused() -> None:
@@ -175,9 +175,7 @@ def test_the_home_of_nobody_is_one_sentence() -> None:
         load_dataset(DataConfig(name="npz:~no-such-user-here/toy.npz"), "train")
 
 
-def test_images_larger_than_memory_are_rejected(
-    toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_larger_than_memory_are_rejected(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixels.os, "sysconf", lambda name: 2**10)
     with pytest.raises(DataError, match=r"data set npz:toy.npz needs 0\.\d GiB of memory.*data.image_size"):
         load_dataset(DataConfig(**toy, image_size=1000), "train")

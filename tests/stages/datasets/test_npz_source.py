@@ -127,14 +127,14 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), HOSTILE.values(), ids=HOSTILE)
-def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes, said: str) -> None:
+@pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "toy.npz").write_bytes(content)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         _load(tmp_path / "toy.npz")
-    assert said in str(refused.value)
-    assert "toy.npz" in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert message in str(raised.value)
+    assert "toy.npz" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 class _Trap:
@@ -165,15 +165,15 @@ def test_damaged_bytes_raise_only_data_error(data: st.DataObject) -> None:
         (Path(folder) / "toy.npz").write_bytes(content)
         try:
             loaded = _load(Path(folder) / "toy.npz")
-        except DataError as refused:
-            assert "toy.npz" in str(refused)
+        except DataError as raised:
+            assert "toy.npz" in str(raised)
         else:
             assert loaded.num_samples == 3
 
 
 def test_a_missing_split_says_what_is_wanted(tmp_path: Path) -> None:
     np.savez(tmp_path / "train.npz", images=IMAGES, labels=LABELS)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         _load(tmp_path, "test")
-    assert f"no file {tmp_path / 'test.npz'}" in str(refused.value)
-    assert "data.root" in str(refused.value)
+    assert f"no file {tmp_path / 'test.npz'}" in str(raised.value)
+    assert "data.root" in str(raised.value)

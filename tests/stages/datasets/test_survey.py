@@ -207,12 +207,12 @@ def test_whatever_happens_to_files_the_index_never_lies(acts: list[tuple[str, in
 
 def test_progress_is_told_up_to_the_end(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "REPORT_EVERY_S", 0.0)
-    told: list[tuple[int, int]] = []
-    _load(pets, on_image=lambda done, total: told.append((done, total)))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)]
-    told.clear()
-    _load(pets, on_image=lambda done, total: told.append((done, total)))
-    assert told == [(4, 4)]
+    messages: list[tuple[int, int]] = []
+    _load(pets, on_image=lambda done, total: messages.append((done, total)))
+    assert messages == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)]
+    messages.clear()
+    _load(pets, on_image=lambda done, total: messages.append((done, total)))
+    assert messages == [(4, 4)]
 
 
 def test_a_job_that_is_broken_off_goes_on_where_it_was(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,13 +281,13 @@ def _damage(folder: Path, *names: str) -> None:
 @pytest.mark.parametrize("keys", KEYS, ids=["files", "held", "held and resized"])
 def test_images_that_cannot_be_read_stop_the_job(pets: Path, keys: dict[str, Any]) -> None:
     _damage(pets, "dog/2.bmp")
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         _load(pets, **keys), _load(pets, "test", **keys)
-    said = str(refused.value)
-    assert said.startswith(
+    message = str(raised.value)
+    assert message.startswith(
         f"sample {sample_id('dog/2.bmp')} cannot be read: {pets / 'dog' / '2.bmp'} cannot be decoded"
     )
-    assert "data.unreadable = 'drop'" in said
+    assert "data.unreadable = 'drop'" in message
 
 
 @pytest.mark.parametrize("keys", KEYS, ids=["files", "held", "held and resized"])

@@ -19,7 +19,7 @@ from stages.views.config import ViewsConfig
 from stages.views.transforms_engine import apply_transform, check_deterministic, transform_identity
 
 RGB = np.random.default_rng(0).integers(0, 256, (3, 32, 28), dtype=np.uint8)
-GREY = RGB[:1]
+GRAY = RGB[:1]
 
 TABLES: list[dict[str, Any]] = [
     {"name": "AugMix", "severity": 3, "fill": [1, 2, 3]},
@@ -124,7 +124,7 @@ def test_a_table_becomes_the_transform_of_its_name(table: dict[str, Any]) -> Non
     check_deterministic(transform, RGB)
 
 
-@pytest.mark.parametrize("pixels", [RGB, GREY])
+@pytest.mark.parametrize("pixels", [RGB, GRAY])
 def test_a_table_does_what_the_constructor_does(pixels: Any) -> None:
     built = build_transform(
         [
@@ -158,7 +158,7 @@ def test_no_operations_are_the_identity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "message"),
     [
         ({"name": "RandomCrob", "size": 3}, "no transform 'RandomCrob'; did you mean 'RandomCrop'?"),
         ({"name": "zzzzzzzz"}, "no transform 'zzzzzzzz'; see its documentation"),
@@ -191,7 +191,10 @@ def test_no_operations_are_the_identity() -> None:
         ({"name": "AutoAugment", "policy": "mnist"}, "has no policy 'mnist'; available: imagenet, cifar10, svhn."),
         ({"name": "ToDtype", "dtype": "int9"}, "ToDtype has no dtype 'int9'"),
         ({"name": "RandomApply", "transforms": []}, "cannot be built from {'transforms': []} (ValueError"),
-        ({"name": "RandomApply", "transforms": "RandomCrop"}, "views.operations.1.transforms: expected a list of tables"),
+        (
+            {"name": "RandomApply", "transforms": "RandomCrop"},
+            "views.operations.1.transforms: expected a list of tables",
+        ),
         (
             {"name": "RandomApply", "transforms": [{"name": "ToImage"}, {"name": "RandomCrop"}]},
             "views.operations.1.transforms.1: RandomCrop requires 'size'",
@@ -199,11 +202,11 @@ def test_no_operations_are_the_identity() -> None:
         ({"name": "RandomOrder", "transforms": [{"name": "MixUp"}]}, "views.operations.1.transforms.0: MixUp mixes"),
     ],
 )
-def test_a_wrong_table_is_refused_in_one_sentence(table: Any, said: str) -> None:
-    with refuses(said) as refused:
+def test_a_wrong_table_is_refused_in_one_sentence(table: Any, message: str) -> None:
+    with refuses(message) as raised:
         build_transform([{"name": "ToImage"}, table])
-    assert str(refused.value).startswith("views.operations.1")
-    assert "\n" not in str(refused.value)
+    assert str(raised.value).startswith("views.operations.1")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_module_is_the_transform_itself(own: Path) -> None:
@@ -231,7 +234,7 @@ def test_numbers_drawn_while_building_are_fixed(own: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("reference", "message"),
     [
         ("python:own_views", "must read python:package.module:function."),
         ("own_views:make", "must read python:package.module:function."),
@@ -244,11 +247,11 @@ def test_numbers_drawn_while_building_are_fixed(own: Path) -> None:
         ("python:own_views:gives_nothing", "the function returned NoneType, expected a pipeline"),
     ],
 )
-def test_a_wrong_reference_is_refused_in_one_sentence(own: Path, reference: str, said: str) -> None:
-    with refuses(said) as refused:
+def test_a_wrong_reference_is_refused_in_one_sentence(own: Path, reference: str, message: str) -> None:
+    with refuses(message) as raised:
         build_transform([], reference)
-    assert str(refused.value).startswith(f"views.transform={reference!r}")
-    assert "\n" not in str(refused.value)
+    assert str(raised.value).startswith(f"views.transform={reference!r}")
+    assert "\n" not in str(raised.value)
 
 
 def test_operations_and_a_reference_exclude_each_other(own: Path) -> None:

@@ -167,9 +167,7 @@ def test_rows_are_replaced():
 
 @pytest.mark.parametrize("value", [256, (1, 2), (1, 2, -1), "noise", 0.5])
 def test_a_value_out_of_range_is_refused(value):
-    with pytest.raises(
-        ValidationError, match=r"1 validation error(.|\n)*expected a level from 0 to 255, \[red, green"
-    ):
+    with pytest.raises(ValidationError, match=r"1 validation error(.|\n)*expected a level from 0 to 255, \[red, green"):
         erasing(value=value)
 
 

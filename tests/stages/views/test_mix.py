@@ -109,16 +109,19 @@ def test_mixup_weighs_both_pictures():
 
 
 def test_cutmix_keeps_the_share_of_its_own_pixels_exactly():
-    own, theirs = torch.zeros(2000, 1, 19, 23, dtype=torch.uint8), torch.ones(2000, 1, 19, 23, dtype=torch.uint8)
+    own, reference_result = (
+        torch.zeros(2000, 1, 19, 23, dtype=torch.uint8),
+        torch.ones(2000, 1, 19, 23, dtype=torch.uint8),
+    )
     mixture = sample_mix(CUTMIX, MANY.at(torch.arange(2000)), POPULATION, SIZE)
-    kept = (mix(own, theirs, mixture) == 0).flatten(1).sum(1)
+    kept = (mix(own, reference_result, mixture) == 0).flatten(1).sum(1)
     assert torch.equal(mixture.own_share, (kept.double() / (19 * 23)).float())
     assert kept.min() < 100
     assert kept.max() == 19 * 23
 
 
 def test_unclipped_cutmix_boxes_have_the_image_aspect():
-    """Sides are those of the picture times sqrt(1 - lambda), to an even number of pixels: as the paper's code."""
+    """Sides are those of the image times sqrt(1 - lambda), to an even number of pixels: as the paper's code."""
     mixture = sample_mix(CUTMIX, MANY, POPULATION, (200, 100))
     tops, lefts, heights, widths = mixture.boxes
     inner = (tops > 0) & (lefts > 0) & (tops + heights < 200) & (lefts + widths < 100) & (heights > 0)
@@ -129,7 +132,7 @@ def test_unclipped_cutmix_boxes_have_the_image_aspect():
 
 def test_cutmix_boxes_take_the_area_that_lambda_leaves_them():
     mixture = sample_mix(CUTMIX, MANY, POPULATION, (1000, 1000))
-    # at alpha = 1 the share 1 - lambda = s^2 is uniform; of a side s, centred anywhere, the border leaves s - s^2 / 4
+    # at alpha = 1 the share 1 - lambda = s^2 is uniform; of a side s, centerd anywhere, the border leaves s - s^2 / 4
     # on average, in each direction for itself: E[(s - s^2/4)^2] = E[s^2] - E[s^3] / 2 + E[s^4] / 16
     expected = 1 / 2 - (2 / 5) / 2 + (1 / 3) / 16
     assert (1 - mixture.own_share).double().mean().item() == pytest.approx(expected, abs=0.005)

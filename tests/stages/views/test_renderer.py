@@ -1,4 +1,4 @@
-"""A store is replayed or refused: its identity holds digests of pictures, so that no other pixels pass for its own."""
+"""A store is replayed or refused: its identity holds digests of images, so that no other pixels pass for its own."""
 
 import dataclasses
 import hashlib
@@ -69,14 +69,14 @@ def with_views(views, **changes):
     ids=["tensor", "transforms, as large as they are", "transforms, one size of any"],
 )
 def test_identity_has_a_digest_of_rendered_probes_per_view(views, sizes):
-    """Each picture here rendered by itself, by what a student's batches go through."""
+    """Each image here rendered by itself, by what a student's batches go through."""
     made, digests = renderer(views), []
     for view in range(3):
-        pictures = []
+        random_images = []
         for number, pattern in enumerate(patterns(sizes)):
             drawn = made.render_one(pattern, number, view)
-            pictures.append(made.render_batch(drawn[None], torch.tensor([number]), view))
-        digests.append(hashlib.sha256(torch.cat(pictures).numpy().tobytes()).hexdigest())
+            random_images.append(made.render_batch(drawn[None], torch.tensor([number]), view))
+        digests.append(hashlib.sha256(torch.cat(random_images).numpy().tobytes()).hexdigest())
     assert made.identity["probes_sha256"] == digests
     assert len(set(digests)) == 3
 
@@ -298,7 +298,9 @@ def test_the_shape_of_a_view_is_that_of_what_is_rendered(views, size, shape):
     ids=["as they are", "the shorter side", "another size each time"],
 )
 def test_views_of_unequal_size_are_refused(operations, size):
-    with pytest.raises(RecipeError, match=r"all views must have the same size: .*end the operations with a Resize or a crop"):
+    with pytest.raises(
+        RecipeError, match=r"all views must have the same size: .*end the operations with a Resize or a crop"
+    ):
         _ = renderer(with_views(TRANSFORMS, operations=operations), size).shape
 
 
@@ -319,7 +321,7 @@ def test_operations_that_do_not_fit_the_images_are_refused():
 
 
 def photographs(folder, **sizes):
-    """An image folder: one grey picture of (W, H) for each name, class `a` and its test split alike."""
+    """An image folder: one gray image of (W, H) for each name, class `a` and its test split alike."""
     for split in ("train", "test"):
         (folder / split / "a").mkdir(parents=True)
         for name, size in sizes.items():

@@ -69,9 +69,11 @@ def test_resampling_is_torchs_bilinear_within_a_grey_level(size, out, seed, data
     top, left = data.draw(st.integers(0, size[0] - height)), data.draw(st.integers(0, size[1] - width))
     ours = resample(images, boxes_of(top, left, height, width, batch=2), out)
     box = images[:, :, top : top + height, left : left + width].double()
-    theirs = F.interpolate(box, size=out, mode="bilinear", align_corners=False, antialias=False)
-    assert ours.shape == theirs.shape
-    assert ((ours.double() - theirs).abs() <= 0.75).all()  # half a level of rounding, and what weights of 11 bits cost
+    reference_result = F.interpolate(box, size=out, mode="bilinear", align_corners=False, antialias=False)
+    assert ours.shape == reference_result.shape
+    assert (
+        (ours.double() - reference_result).abs() <= 0.75
+    ).all()  # half a level of rounding, and what weights of 11 bits cost
 
 
 def test_whole_boxes_at_their_own_size_are_copied():
@@ -106,10 +108,10 @@ def test_boxes_have_the_areas_and_shapes_asked_for():
 
 
 def test_boxes_are_distributed_as_torchvisions():
-    """With the retries that pictures this wide need: areas and heights have the same quantiles."""
+    """With the retries that images this wide need: areas and heights have the same quantiles."""
     torch.manual_seed(0)
-    theirs = v2.RandomResizedCrop(8)
-    params = [theirs.make_params([torch.empty(1, 50, 90)]) for _ in range(4000)]
+    reference_result = v2.RandomResizedCrop(8)
+    params = [reference_result.make_params([torch.empty(1, 50, 90)]) for _ in range(4000)]
     heights, widths = (torch.tensor([box[side] for box in params]).double() for side in ("height", "width"))
     boxes = random_boxes(MANY, (50, 90), (50, 90), (0.08, 1.0), (3 / 4, 4 / 3))
     found = boxes.heights > 0

@@ -1,4 +1,4 @@
-"""A view is a pure function of (seed, sample id, view): batch, order and neighbours change nothing."""
+"""A view is a pure function of (seed, sample id, view): batch, order and neighbors change nothing."""
 
 import pytest
 import torch

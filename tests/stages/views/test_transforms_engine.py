@@ -22,7 +22,7 @@ from stages.views.global_generators import preserve_rng_state, seed_global_rngs
 from stages.views.transforms_engine import apply_transform, build_transform, check_deterministic, transform_identity
 
 RGB = np.random.default_rng(0).integers(0, 256, (3, 24, 20), dtype=np.uint8)
-GREY = RGB[:1]
+GRAY = RGB[:1]
 
 USUAL = build_transform(
     [
@@ -87,8 +87,8 @@ def test_seeds_samples_and_views_all_have_their_own_pictures(transform: Callable
 
 def test_a_child_process_makes_the_same_pictures() -> None:
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        theirs = pool.apply(_digests)
-    assert theirs == _digests()
+        reference_result = pool.apply(_digests)
+    assert reference_result == _digests()
 
 
 def _digests() -> list[bytes]:
@@ -159,7 +159,7 @@ def test_a_row_of_samples_within_one_block_is_the_same() -> None:
     assert all(torch.equal(one, other) for one, other in zip(alone, row, strict=True))
 
 
-@pytest.mark.parametrize("pixels", [RGB, GREY, RGB[:, :1, :1], np.ascontiguousarray(RGB[::-1, ::2])[:, :, ::3]])
+@pytest.mark.parametrize("pixels", [RGB, GRAY, RGB[:, :1, :1], np.ascontiguousarray(RGB[::-1, ::2])[:, :, ::3]])
 def test_pixels_come_through_untouched(pixels: Any) -> None:
     before = pixels.copy()
     for transform in (
@@ -191,7 +191,7 @@ def test_a_transform_gets_a_picture_of_its_own() -> None:
         image.paste(image.getpixel((0, 0)), (0, 0, *image.size))
         return image
 
-    for pixels in (RGB, GREY):
+    for pixels in (RGB, GRAY):
         before = pixels.copy()
         assert len(apply_transform(paints, pixels, 0, 0, 0).unique()) <= len(pixels)
         assert np.array_equal(pixels, before)
@@ -201,12 +201,12 @@ def test_a_transform_gets_a_picture_of_its_own() -> None:
 @pytest.mark.filterwarnings("error")
 def test_floats_are_rounded_half_up() -> None:
     levels = torch.tensor([0.0, 0.49 / 255, 0.5 / 255, 1.5 / 255, 254.49 / 255, 254.5 / 255, 1.0], dtype=torch.float64)
-    made = apply_transform(lambda image: levels.view(1, 1, -1).requires_grad_(), GREY, 0, 0, 0)
+    made = apply_transform(lambda image: levels.view(1, 1, -1).requires_grad_(), GRAY, 0, 0, 0)
     assert made.flatten().tolist() == [0, 0, 1, 2, 254, 255, 255]
 
 
 @pytest.mark.parametrize(
-    ("returned", "said"),
+    ("returned", "message"),
     [
         (Image.new("L", (4, 4)), "an image of mode 'L', expected 'RGB'"),
         (Image.new("RGBA", (4, 4)), "an image of mode 'RGBA', expected 'RGB'"),
@@ -216,7 +216,10 @@ def test_floats_are_rounded_half_up() -> None:
         (tv_tensors.Image(torch.zeros(1, 3, 4, 4)), "return [1, 3, 4, 4], expected [3, height, width]"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), "a tensor of torch.int64, expected uint8"),
         (torch.full((3, 4, 4), -2.0), "from -2 to -2, expected uint8, or floats in [0, 1]"),
-        (torch.full((3, 4, 4), 1.01), "leave Normalize to teacher.mean/std and student.mean/std: views are not normalized"),
+        (
+            torch.full((3, 4, 4), 1.01),
+            "leave Normalize to teacher.mean/std and student.mean/std: views are not normalized",
+        ),
         (torch.full((3, 4, 4), float("nan")), "from nan to nan"),
         (np.zeros((4, 4, 3)), "a numpy array of float64 [4, 4, 3], expected uint8 [height, width, channels]"),
         (np.zeros((2, 4, 4, 3), np.uint8), "a numpy array of uint8 [2, 4, 4, 3]"),
@@ -226,11 +229,11 @@ def test_floats_are_rounded_half_up() -> None:
         (None, "something of type NoneType"),
     ],
 )
-def test_invalid_transform_results_are_rejected(returned: Any, said: str) -> None:
-    with refuses(said) as refused:
+def test_invalid_transform_results_are_rejected(returned: Any, message: str) -> None:
+    with refuses(message) as raised:
         apply_transform(lambda image: returned, RGB, 41, 0, 0)
-    assert "for sample 41" in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert "for sample 41" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_normalize_is_refused() -> None:

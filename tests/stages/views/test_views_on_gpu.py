@@ -1,4 +1,4 @@
-"""On CUDA: the same parameters, and pixels within a grey level of the CPU's. Runs where there is a GPU."""
+"""On CUDA: the same parameters, and pixels within a gray level of the CPU's. Runs where there is a GPU."""
 
 import pytest
 import torch
