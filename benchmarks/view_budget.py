@@ -1,10 +1,10 @@
-"""What stored views buy: the test accuracy of a student for 1, 2, 4, 8, 16 views and one an epoch, and their disk.
+"""Measure test accuracy and disk use for 1, 2, 4, 8, 16 cached views and one per epoch.
 
     uv run python benchmarks/view_budget.py [--runs DIR] [--set KEY=VALUE ...]
 
-One store of recipes/fashion.toml, with a view for each of the student's epochs; then, by the command line like any
-user, students from its first V views, and students whose pictures are fresh every epoch while their targets are of one
-view. Beside each the student alone, which sees the same pictures. It can be killed and run again.
+One store of recipes/fashion.toml, with a view for each of the student's epochs; then, by the command line,
+students from its first V views, and students with fresh augmentation every epoch and targets of one view; each with and
+without a teacher on the same views. A killed run resumes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "fashion.toml"
 
 NUM_EPOCHS = 48
 
-FRESH = "targets of 1 view, pictures fresh"
+FRESH = "targets of 1 view, fresh augmentation"
 
 ROWS: dict[str, dict[str, Any]] = {
     **{f"{count} view{'s' if count > 1 else ''}": {"views.num_views": count} for count in (1, 2, 4, 8, 16)},
-    f"{NUM_EPOCHS}: one an epoch": {"views.num_views": NUM_EPOCHS},
+    f"{NUM_EPOCHS}: one per epoch": {"views.num_views": NUM_EPOCHS},
     FRESH: {"views.num_views": 1, "views.replay": False},
 }
 
@@ -43,7 +43,7 @@ def main() -> None:
         kdpipe(command, runs / "store", [*overrides, f"views.num_views={NUM_EPOCHS}"])
     place = runs / "store" / "store.zarr"
     store = open_store(place)
-    print("| views stored | disk, bytes a sample | student alone % | student distilled % |")
+    print("| views stored | disk, bytes per sample | student without teacher % | student distilled % |")
     print("|---|---|---|---|")
     for number, (row, changes) in enumerate(ROWS.items()):
         settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
@@ -73,7 +73,7 @@ def kdpipe(command: str, run: Path, overrides: list[str]) -> None:
 
 def accuracy(run: Path, kind: str) -> str:
     found = [read_json(path) for path in sorted((run / "students").glob(f"{kind}-seed*/result.json"))]
-    percents = [100 * one["accuracy"] for one in found]
+    percents = [100 * result["accuracy"] for result in found]
     return f"{statistics.mean(percents):.2f} ± {statistics.stdev(percents):.2f}"
 
 

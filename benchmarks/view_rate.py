@@ -1,10 +1,10 @@
-"""Images a second: kdpipe's tensor engine against torchvision's v2 transforms, one by one, in a DataLoader.
+"""Compare images/s of kdpipe's tensor engine and torchvision's v2 transforms in a DataLoader.
 
     uv run python benchmarks/view_rate.py [--rounds N]
 
-Random crop with padding 4 and flip of 32x32 RGB images, in batches of 256. The rival is the field's usual loop: a
-DataLoader with two worker processes that persist, each sample through v2.RandomCrop and v2.RandomHorizontalFlip. Both
-end with a batch of uint8 images in the main process; they take turns in one process, and quoted are medians.
+Random crop with padding 4 and flip of 32x32 RGB images, in batches of 256. The baseline is the usual loop: a
+DataLoader with two persistent worker processes, v2.RandomCrop and v2.RandomHorizontalFlip for each sample. Both end
+with a batch of uint8 images in the main process; they alternate in one process, and medians are printed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPERATIONS = ({"name": "RandomCrop", "padding": 4}, {"name": "RandomHorizontalFl
 
 
 class OneByOne(Dataset[Tensor]):
-    """Torchvision's transforms on one image after the other."""
+    """A data set that applies torchvision's transforms to each image."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -52,31 +52,31 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     keep_freed_memory()  # as the command line does
     images = torch.randint(256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8)
-    ours, theirs = tensor_engine(images), one_by_one(images)
-    rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+    ours, baseline = tensor_engine(images), one_by_one(images)
+    rates: dict[str, list[float]] = {"ours": [], "baseline": []}
     for number in range(rounds + 1):
-        for name, epoch in (("ours", ours), ("theirs", theirs)):
+        for name, epoch in (("ours", ours), ("baseline", baseline)):
             found = rate(epoch)
-            if number:  # the first round warms up: workers start, memory is taken
+            if number:  # the first round warms up workers and memory
                 rates[name].append(found)
-    ratios = [mine / other for mine, other in zip(rates["ours"], rates["theirs"], strict=True)]
+    ratios = [own / other for own, other in zip(rates["ours"], rates["baseline"], strict=True)]
     print(f"crop and flip at 32x32, batches of {BATCH_SIZE}, {torch.get_num_threads()} CPU threads")
     print(f"  tensor engine                        {statistics.median(rates['ours']):11,.0f} images/s")
-    print(f"  torchvision v2, {NUM_WORKERS} DataLoader workers  {statistics.median(rates['theirs']):11,.0f} images/s")
+    print(f"  torchvision v2, {NUM_WORKERS} DataLoader workers  {statistics.median(rates['baseline']):11,.0f} images/s")
     print(f"  ratio {statistics.median(ratios):.1f}")
 
 
 def tensor_engine(images: Tensor) -> Callable[[], Iterator[Tensor]]:
     labels, ids = torch.zeros(len(images), dtype=torch.int64), torch.arange(len(images))
     image_set = ImageSet("random", "train", images, labels, ids, ("0",))
-    pictures = Pictures(image_set, torch.device("cpu"), Renderer(ViewsConfig(operations=OPERATIONS), 3, (32, 32)))
+    loader = Pictures(image_set, torch.device("cpu"), Renderer(ViewsConfig(operations=OPERATIONS), 3, (32, 32)))
     view = 0
 
     def epoch() -> Iterator[Tensor]:
         nonlocal view
         view += 1
-        requests = (Request(at, view) for at in torch.randperm(len(images)).split(BATCH_SIZE))
-        return map(attrgetter("images"), pictures.stream(requests))
+        requests = (Request(indices, view) for indices in torch.randperm(len(images)).split(BATCH_SIZE))
+        return map(attrgetter("images"), loader.stream(requests))
 
     return epoch
 
@@ -93,7 +93,7 @@ def rate(epoch: Callable[[], Iterator[Tensor]]) -> float:
     num_images = 0
     for batch in epoch():
         num_images += len(batch)
-        del batch  # a batch that is done with gives its memory to the next
+        del batch  # frees its memory for the next batch
     return num_images / (time.perf_counter() - started)
 
 

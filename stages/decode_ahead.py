@@ -1,7 +1,6 @@
-"""Worker processes that decode and render the pictures of coming batches while the student is busy with this one.
+"""Decode and render the images of coming batches in worker processes.
 
-Workers ignore the signals that are meant for the job, which finishes its step with their help; they die with it, even
-when it is killed.
+Workers ignore the job's signals, since the job needs them to finish its step; they die with it, even if it is killed.
 """
 
 from __future__ import annotations
@@ -25,19 +24,24 @@ from torch.utils.data import DataLoader, Dataset
 from stages.datasets.image_set import ImageSet
 from stages.datasets.pixels import UnreadableImage
 from stages.errors import DataError, RecipeError
-from stages.views.global_generators import generators_kept
+from stages.views.global_generators import preserve_rng_state
 from stages.views.renderer import Renderer
 
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 PR_SET_PDEATHSIG = 1
-"""From Linux's <sys/prctl.h>."""
+"""From Linux <sys/prctl.h>."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What a worker is to render: samples of the data set at `positions`, int64 [B], in `view` (None: as they are),
-    and, for those of them at `rows`, int64 [M], their partners, which stand at `partners`, int64 [M].
+class WorkerTask:
+    """The images that a worker renders for a batch.
+
+    Attributes:
+        view: The view; None means the original images.
+        positions: Positions of the samples in the data set, int64 [B].
+        rows: Rows of the batch that have a partner, int64 [M].
+        partners: Positions of these partners in their data set, int64 [M].
     """
 
     view: int | None
@@ -48,9 +52,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no picture of a sample. `kind` is "image" where that is the image file's own fault, else "data" or
-    "recipe": whose fault it is.
-    """
+    """The reason why a sample has no image; `kind` is "image" for a fault of the file, else "data" or "recipe"."""
 
     sample_id: int
     why: str
@@ -58,9 +60,13 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Pictures uint8 [K + L, C, H, W]: of the rows `kept`, int64 [K], of what was asked, then of the partners of those
-    among them that have one.
+class WorkerResult:
+    """The rendered images of a batch.
+
+    Attributes:
+        images: uint8 [K + L, C, H, W]: of the rows `kept`, then of the partners of those rows that have one.
+        kept: Readable rows of the task, int64 [K].
+        failures: The failures of the other rows.
     """
 
     images: Tensor
@@ -68,54 +74,56 @@ class Answer:
     failures: tuple[Failure, ...]
 
 
-class DecodeAhead:
-    """A pool of worker processes, started at the first stream and kept for the next ones."""
+class PrefetchPool:
+    """A pool of worker processes, started at the first stream and kept for later ones."""
 
     def __init__(
         self,
         image_set: ImageSet,
-        partners: ImageSet | None,
+        mix_partners: ImageSet | None,
         renderer: Renderer | None,
         num_workers: int,
         pin_memory: bool,
     ) -> None:
-        self._asks = _Asks()
+        self._tasks = _Tasks()
         if renderer is not None:
-            _ = renderer.shape  # built, and refused if it must be, before any worker starts
+            _ = renderer.shape  # raises for invalid views before any worker starts
         self._loader: DataLoader[Any] = DataLoader(
-            _Work(image_set, partners or image_set, renderer),
+            _TaskDataset(image_set, mix_partners or image_set, renderer),
             batch_size=None,
-            sampler=self._asks,
+            sampler=self._tasks,
             num_workers=num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             pin_memory=pin_memory,
-            worker_init_fn=_start,
+            worker_init_fn=_init_worker,
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             persistent_workers=num_workers > 0,
-            generator=torch.Generator(),  # its own: the job's random numbers are left alone
+            generator=torch.Generator(),  # private: the job's random numbers must not change
         )
         atexit.register(weakref.finalize(self, _end_workers, self._loader))
 
-    def stream(self, asks: Iterable[Ask]) -> Iterator[Answer]:
-        """The answers in the order of the asks, some of which are drawn ahead. Only one stream at a time: where another
-        has begun, an older one raises RuntimeError, as does each where a worker was killed.
-        """
-        self._asks.current = asks
-        try:
-            for images, kept, failures in self._answers():
-                yield Answer(images, kept, tuple(Failure(*failure) for failure in failures))
-                if self._asks.current is not asks:
-                    raise RuntimeError("a stream of pictures cannot go on: another one of the same pool has begun.")
-        finally:
-            if self._asks.current is asks:
-                self._asks.current = ()  # what it is asked for may hold on to this pool, and its workers with it
+    def stream(self, tasks: Iterable[WorkerTask]) -> Iterator[WorkerResult]:
+        """Yield the results in the order of the tasks, which are drawn ahead.
 
-    def _answers(self) -> Iterator[Any]:
+        Raises:
+            RuntimeError: Another stream of this pool was started meanwhile, or a worker was killed.
+        """
+        self._tasks.current = tasks
         try:
-            with _signals_held_back():
-                answers = iter(self._loader)
-            yield from answers
-        except (EOFError, OSError) as error:  # of a worker that is dying, before torch sees that it is dead
+            for images, kept, failures in self._results():
+                yield WorkerResult(images, kept, tuple(Failure(*failure) for failure in failures))
+                if self._tasks.current is not tasks:
+                    raise RuntimeError("this stream cannot continue: another stream of the same pool was started.")
+        finally:
+            if self._tasks.current is tasks:
+                self._tasks.current = ()  # the tasks may reference this pool and so keep its workers alive
+
+    def _results(self) -> Iterator[Any]:
+        try:
+            with _signals_blocked():
+                results = iter(self._loader)
+            yield from results
+        except (EOFError, OSError) as error:  # from a dying worker, before torch notices
             dead = _first_dead(_workers(self._loader))
             if not dead:
                 raise
@@ -123,8 +131,8 @@ class DecodeAhead:
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """While workers are started: one must not be ended by what the job is asked to do, before it ignores that."""
+def _signals_blocked() -> Iterator[None]:
+    """Block signals while workers start: the job's signals must not end one before it ignores them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -136,70 +144,71 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _workers(loader: DataLoader[Any]) -> list[Any]:
-    """Its processes: none before the first stream."""
+    """Return the worker processes; none before the first stream."""
     return getattr(loader._iterator, "_workers", [])
 
 
 def _first_dead(workers: list[Any]) -> list[int]:
-    """The pids of the first to die within a second."""
+    """Return the pids of the first workers to die within a second."""
     pids = {worker.sentinel: worker.pid for worker in workers}
-    return [pids[one] for one in wait(list(pids), timeout=1)]
+    return [pids[sentinel] for sentinel in wait(list(pids), timeout=1)]
 
 
 def _end_workers(loader: DataLoader[Any]) -> None:
-    """Where Python itself ends workers, it waits for ever: they ignore its SIGTERM."""
+    """End the workers: Python itself would wait for ever, since they ignore its SIGTERM."""
     if workers := _workers(loader):
         iterator: Any = loader._iterator
-        with suppress(RuntimeError):  # if one was killed, torch has said so before
-            iterator._shutdown_workers()  # which waits some seconds for each
+        with suppress(RuntimeError):  # a worker was killed, which torch has reported
+            iterator._shutdown_workers()  # waits some seconds for each
         for worker in workers:
-            if worker.is_alive():  # it hangs in reading a file
+            if worker.is_alive():  # hangs reading a file
                 worker.kill()
 
 
-class _Asks:
-    """A sampler whose samples are set anew for each stream."""
+class _Tasks:
+    """A sampler over the tasks of the current stream."""
 
-    current: Iterable[Ask] = ()
+    current: Iterable[WorkerTask] = ()
 
-    def __iter__(self) -> Iterator[Ask]:
+    def __iter__(self) -> Iterator[WorkerTask]:
         return iter(self.current)
 
 
-class _Work(Dataset[Any]):
-    """What a worker does. It answers in plain tuples, of which a loader can pin the tensors."""
+class _TaskDataset(Dataset[Any]):
+    """Renders tasks in a worker. Returns plain tuples, whose tensors a loader can pin."""
 
-    def __init__(self, image_set: ImageSet, partners: ImageSet, renderer: Renderer | None) -> None:
-        self._image_set, self._partners, self._renderer = image_set, partners, renderer
+    def __init__(self, image_set: ImageSet, mix_partners: ImageSet, renderer: Renderer | None) -> None:
+        self._image_set, self._mix_partners, self._renderer = image_set, mix_partners, renderer
 
-    def __getitem__(self, ask: Ask) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
-        with generators_kept():  # once a batch: rendering seeds them for each picture
-            return self._answer(ask)
+    def __getitem__(self, task: WorkerTask) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
+        with preserve_rng_state():  # once a batch: rendering seeds them for each image
+            return self._render_task(task)
 
-    def _answer(self, ask: Ask) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
+    def _render_task(self, task: WorkerTask) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
         failures: list[tuple[int, str, str]] = []
-        own = [self._render(self._image_set, at, ask.view, failures) for at in ask.positions.tolist()]
+        own = [self._render(self._image_set, index, task.view, failures) for index in task.positions.tolist()]
         partners: dict[int, Tensor | None] = {}
-        if ask.rows is not None and ask.partners is not None:
-            for row, at in zip(ask.rows.tolist(), ask.partners.tolist(), strict=True):
-                partners[row] = self._render(self._partners, at, ask.view, failures)
+        if task.rows is not None and task.partners is not None:
+            for row, index in zip(task.rows.tolist(), task.partners.tolist(), strict=True):
+                partners[row] = self._render(self._mix_partners, index, task.view, failures)
         kept = [row for row, image in enumerate(own) if image is not None and partners.get(row, image) is not None]
         images = [own[row] for row in kept] + [partners[row] for row in kept if row in partners]
         stacked = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)  # type: ignore[arg-type]
         return stacked, torch.tensor(kept, dtype=torch.int64), failures
 
     def _render(
-        self, image_set: ImageSet, at: int, view: int | None, failures: list[tuple[int, str, str]]
+        self, image_set: ImageSet, index: int, view: int | None, failures: list[tuple[int, str, str]]
     ) -> Tensor | None:
-        """One picture; None, with its failure noted, where that cannot be had: errors must not cross processes as
-        exceptions, which would arrive as tracebacks.
+        """Render one image; on an error return None and record the failure.
+
+        Exceptions must not cross processes: they would arrive as tracebacks.
         """
-        sample_id = int(image_set.sample_ids[at])
+        sample_id = int(image_set.sample_ids[index])
         try:
-            pixels = image_set.read(at)
+            pixels = image_set.read(index)
             if self._renderer is None or view is None:
                 return torch.from_numpy(pixels)
-            return self._renderer.picture(pixels, sample_id, view)
+            return self._renderer.render_one(pixels, sample_id, view)
         except UnreadableImage as error:
             failures.append((sample_id, str(error), "image"))
         except DataError as error:
@@ -209,16 +218,16 @@ class _Work(Dataset[Any]):
         return None
 
 
-def _as_it_is(answer: Any) -> Any:
-    return answer
+def _identity(result: Any) -> Any:
+    return result
 
 
-def _start(number: int) -> None:
-    """A worker's first act: leave signals to the job, and die with it."""
-    for one in IGNORED:
-        signal.signal(one, signal.SIG_IGN)
+def _init_worker(number: int) -> None:
+    """Ignore the job's signals, and die with it."""
+    for ignored in IGNORED:
+        signal.signal(ignored, signal.SIG_IGN)
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died in between
+        if os.getppid() != parent:  # the parent died in between
             os._exit(1)

@@ -1,4 +1,4 @@
-"""The labels of a batch of pictures, and the cross entropy with them: a mixed sample has two, each by its share."""
+"""Labels of a batch and their cross-entropy; a mixed sample has two labels, weighted by their shares."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from stages.pictures import Pictures, Seen
 
 @dataclass(frozen=True)
 class HardLabels:
-    """labels int64 [B]; where samples are mixed, also those of their partners, int64 [B], and the share of their own,
-    float32 [B].
+    """The labels of a batch.
+
+    Attributes:
+        labels: int64 [B].
+        partner_labels: Labels of the mix partners, int64 [B]; None without mixing.
+        own_share: Weight of the own labels, float32 [B]; None without mixing.
     """
 
     labels: Tensor
@@ -21,12 +25,13 @@ class HardLabels:
     own_share: Tensor | None = None
 
     def rows(self, index: Tensor) -> HardLabels:
-        """The same of some of the samples, int64 [n]."""
-        given = (self.labels, self.partner_labels, self.own_share)
-        return HardLabels(*(None if one is None else one[index] for one in given))  # type: ignore[arg-type]
+        """Return the labels of some samples, int64 [n]."""
+        if self.partner_labels is None or self.own_share is None:
+            return HardLabels(self.labels[index])
+        return HardLabels(self.labels[index], self.partner_labels[index], self.own_share[index])
 
     def cross_entropy(self, logits: Tensor, smoothing: float = 0.0) -> Tensor:
-        """The cross entropy of logits [B, num_classes] with the labels smoothed by `smoothing`: [B]."""
+        """Return the cross-entropy of logits [B, num_classes] with the labels, smoothed by `smoothing`: [B]."""
         own = F.cross_entropy(logits.float(), self.labels, reduction="none", label_smoothing=smoothing)
         if self.partner_labels is None or self.own_share is None:
             return own
@@ -34,16 +39,16 @@ class HardLabels:
         return self.own_share * own + (1 - self.own_share) * partners
 
 
-def labels_of(pictures: Pictures, seen: Seen) -> HardLabels:
-    """The labels of pictures, on the device where these are."""
-    device = seen.images.device
-    labels = pictures.image_set.labels[seen.positions]
-    if seen.mixture is None:
+def labels_of(loader: Pictures, batch: Seen) -> HardLabels:
+    """Return the labels of a batch, on its device."""
+    device = batch.images.device
+    labels = loader.image_set.labels[batch.positions]
+    if batch.mixture is None:
         return HardLabels(labels.to(device, non_blocking=True))
-    mixed, partners = seen.mixture.mixed, labels.clone()
-    partners[mixed] = pictures.labels_of(seen.mixture.partners[mixed])
+    mixed, partners = batch.mixture.mixed, labels.clone()
+    partners[mixed] = loader.partner_labels(batch.mixture.partner_ids[mixed])
     return HardLabels(
         labels.to(device, non_blocking=True),
         partners.to(device, non_blocking=True),
-        seen.mixture.own_share.to(device, non_blocking=True),
+        batch.mixture.own_share.to(device, non_blocking=True),
     )

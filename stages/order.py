@@ -1,7 +1,4 @@
-"""Which samples make up a batch, and what a step draws: pure functions of (seed, epoch, step).
-
-A killed job resumes at the very batch where it stopped because nothing here has a state.
-"""
+"""Sample order, batches and seeds, as stateless functions of (seed, epoch, step), so that a killed job can resume."""
 
 from __future__ import annotations
 
@@ -12,23 +9,28 @@ from torch import Tensor
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
-    """A seed in [0, 2^63) for one purpose, from the recipe's seed and what tells the purpose from others."""
+    """Derive a seed in [0, 2^63) for one purpose, which `parts` identify, from the recipe's seed."""
     text = "/".join(str(part) for part in (seed, *parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
-    """A permutation of the samples, int64 [N]."""
+    """Return a permutation of the samples, int64 [N]."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     return torch.randperm(num_samples, generator=generator)
 
 
 def slab_order(seed: int, epoch: int, slabs: Tensor, window: int) -> Tensor:
-    """A permutation of the samples, int64 [N], that asks for one slab of a store after the other.
+    """Return a permutation of the samples, int64 [N], that reads each slab (shard) of a store once per epoch.
 
-    slabs: int64 [N], the shard in which each sample's targets lie. The slabs are shuffled, and `window` of them at a
-    time are mixed; because a store's rows stand in an order that looks random, this mixes much like a full shuffle
-    while each slab is read once an epoch.
+    The slabs are shuffled, and `window` of them at a time are mixed; since a store's rows are in pseudo-random order,
+    this mixes almost like a full shuffle.
+
+    Args:
+        seed: The recipe's seed.
+        epoch: Number of the epoch.
+        slabs: The shard that stores each sample's targets, int64 [N].
+        window: Number of slabs mixed at a time.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "slabs", epoch))
     present = torch.unique(slabs)
@@ -39,10 +41,10 @@ def slab_order(seed: int, epoch: int, slabs: Tensor, window: int) -> Tensor:
 
 
 def num_steps(num_samples: int, batch_size: int) -> int:
-    """Batches in an epoch. All are full: the few samples left over sit out, others each epoch."""
+    """Return the number of batches per epoch. All are full; the rest of the samples differs in each epoch."""
     return max(1, num_samples // batch_size)
 
 
 def batch_indices(order: Tensor, step: int, batch_size: int) -> Tensor:
-    """The samples of batch number `step`, int64 [B]: B is `batch_size`, or all there are where they are fewer."""
+    """Return the samples of batch number `step`, int64 [B]: B is `batch_size`, or all samples if they are fewer."""
     return order[step * batch_size : (step + 1) * batch_size]

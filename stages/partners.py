@@ -1,7 +1,7 @@
-"""With whom MixUp and CutMix mix: the samples with which a store began.
+"""Load the partners of MixUp and CutMix: the samples that a store was created with.
 
-Partners are part of the pictures that the teacher saw. They come from a fixed population of samples, so that a store
-that grows keeps the pictures that it has, and a student on a part of the data set sees the same mixtures.
+Partners come from a fixed pool of samples, so that extending a store keeps its views, and a student on part of the data
+set sees the same mixtures.
 """
 
 from __future__ import annotations
@@ -17,43 +17,47 @@ from store import FingerprintMismatch, Samples, read_samples, read_store_manifes
 
 
 def population_of(path: Path) -> Samples:
-    """The samples with which the store at `path` began, by ascending id. Raises StoreError where it is damaged."""
+    """Read the samples that the store at `path` was created with, by ascending id."""
     manifest = read_store_manifest(path)
     samples = read_samples(path, manifest.layout, manifest.identity.data)
     return samples.take(np.argsort(samples.ids[: manifest.layout.segments[0]]))
 
 
-def find_partners(population: Samples, image_set: ImageSet, path: Path) -> ImageSet:
-    """The samples of `population`, with which the store at `path` began, found in `image_set` by their ids.
+def find_partners(pool: Samples, image_set: ImageSet, path: Path) -> ImageSet:
+    """Find the samples of `pool`, the partner pool of the store at `path`, in `image_set` by their ids.
 
-    Raises DataError for samples that the data set lacks, FingerprintMismatch for those whose label or pixels are not
-    those that the teacher saw: they are in other samples' pictures.
+    Raises:
+        DataError: The data set lacks some of the samples.
+        FingerprintMismatch: The label or pixels of a sample differ from those that the teacher saw.
     """
     ids, order = torch.sort(image_set.sample_ids)
-    wanted = torch.from_numpy(population.ids)
-    at = torch.searchsorted(ids, wanted).clamp(max=len(ids) - 1)
-    absent = wanted[ids[at] != wanted]
+    required = torch.from_numpy(pool.ids)
+    indices = torch.searchsorted(ids, required).clamp(max=len(ids) - 1)
+    absent = required[ids[indices] != required]
     if len(absent):
         raise DataError(
-            f"{path} mixes pictures with those of samples that data set {image_set.name} lacks: {len(absent)} of "
-            f"{len(wanted)}, such as {absent[:3].tolist()}: bring back the images, or cache without [views.mix]."
+            f"{path} mixes images with samples that data set {image_set.name} lacks: {len(absent)} of "
+            f"{len(required)}, such as {absent[:3].tolist()}: restore the images, or cache without [views.mix]."
         )
-    found = image_set.take(order[at])
-    _require_the_same(population, found, path)
+    found = image_set.take(order[indices])
+    _check_unchanged(pool, found, path)
     return found
 
 
-def _require_the_same(population: Samples, found: ImageSet, path: Path) -> None:
+def _check_unchanged(pool: Samples, found: ImageSet, path: Path) -> None:
     columns = (
-        ("label", population.labels, found.labels.numpy()),
-        ("pixel checksum", population.pixels_crc32c, pixel_checksums(found)),
+        ("label", pool.labels, found.labels.numpy()),
+        ("pixel checksum", pool.pixels_crc32c, pixel_checksums(found)),
     )
-    for what, stored, wanted in columns:
-        differ = np.flatnonzero(stored != wanted)
+    for what, stored, found_values in columns:
+        differ = np.flatnonzero(stored != found_values)
         if len(differ):
-            pairs = [(f"{what} of partner {population.ids[at]}", int(stored[at]), int(wanted[at])) for at in differ[:3]]
+            pairs = [
+                (f"{what} of partner {pool.ids[index]}", int(stored[index]), int(found_values[index]))
+                for index in differ[:3]
+            ]
             advice = (
-                f"In all, {len(differ)} of the {len(stored)} samples that are mixed into others differ: use the data "
-                "set that the teacher saw, or cache again into another store."
+                f"In all, {len(differ)} of the {len(stored)} partners differ: use the data set that the teacher saw, "
+                "or cache again into another store."
             )
             raise FingerprintMismatch(f"the store {path}", pairs, advice)

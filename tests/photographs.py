@@ -10,10 +10,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from stages.datasets.image_files import ImageFiles, pixel_checksum
+from stages.datasets.image_files import ImageFiles, PackedPaths, pixel_checksum
 from stages.datasets.image_set import ImageSet
-from stages.datasets.paths import Paths
-from stages.datasets.pixels import Form
+from stages.datasets.pixels import DecodeSpec
 
 EQUAL = ((12, 10),)
 UNEQUAL = ((12, 10), (9, 14), (16, 16))
@@ -36,8 +35,8 @@ def photographs(folder: Path, num_samples: int, sizes: tuple[tuple[int, int], ..
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
     generator = torch.Generator().manual_seed(seed)
     files = ImageFiles(
-        Paths.of(paths),
-        Form(channels=3),
+        PackedPaths.pack(paths),
+        DecodeSpec(channels=3),
         np.array([pixel_checksum(image) for image in images], dtype=np.uint32),
         np.array([image.shape[1:] for image in images], dtype=np.int32),
     )

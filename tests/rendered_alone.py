@@ -1,4 +1,4 @@
-"""What pictures are to be, made one by one from raw images, and the lessons that show them."""
+"""What images are to be, made one by one from raw images, and the lessons that show them."""
 
 from __future__ import annotations
 
@@ -46,28 +46,30 @@ def renderer_of(image_set, views, partners=None):
     return built(name, image_set.image_size, tuple(population))
 
 
-def pictures_of(image_set, views, num_workers, **changes):
-    renderer = renderer_of(image_set, views, changes.get("partners"))
+def loader_of(image_set, views, num_workers, **changes):
+    renderer = renderer_of(image_set, views, changes.get("mix_partners"))
     return Pictures(image_set, CPU, renderer, num_workers=num_workers, **changes)
 
 
 def mixture_of(image_set, views, positions, view, partners=None):
-    return renderer_of(image_set, views, partners).mixture(image_set.sample_ids[positions], view)
+    return renderer_of(image_set, views, partners).sample_mix(image_set.sample_ids[positions], view)
 
 
 def alone(image_set, views, at, view, partners=None):
-    """The picture of one sample, made from raw images and by itself; its partner is in the same view of its own."""
+    """The image of one sample, made from raw images and by itself; its partner is in the same view of its own."""
     renderer, others = renderer_of(image_set, views, partners), partners or image_set
 
     def view_of(source, position):
         sample_id = source.sample_ids[position : position + 1]
-        return renderer.batch(renderer.picture(source.read(position), int(sample_id), view)[None], sample_id, view)
+        return renderer.render_batch(
+            renderer.render_one(source.read(position), int(sample_id), view)[None], sample_id, view
+        )
 
     picture = view_of(image_set, at)
-    mixture = renderer.mixture(image_set.sample_ids[at : at + 1], view)
+    mixture = renderer.sample_mix(image_set.sample_ids[at : at + 1], view)
     if mixture is None or not mixture.mixed.any():
         return picture[0]
-    partner = others.sample_ids.tolist().index(int(mixture.partners[0]))
+    partner = others.sample_ids.tolist().index(int(mixture.partner_ids[0]))
     return mix(picture, view_of(others, partner), mixture)[0]
 
 
@@ -79,8 +81,8 @@ def shuffled(seed, num_samples=NUM_SAMPLES):
     return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
 
 
-def lesson_of(pictures, **changes):
-    return Lesson(pictures, num_views=2, normalise=SCALING, **changes)
+def lesson_of(loader, **changes):
+    return Lesson(loader, num_views=2, normalise=SCALING, **changes)
 
 
 def check_labels(image_set, positions, view, batch):
@@ -88,7 +90,7 @@ def check_labels(image_set, positions, view, batch):
     mixture = mixture_of(image_set, MIXED_CROPS, positions, view)
     label_of = dict(zip(image_set.sample_ids.tolist(), image_set.labels.tolist(), strict=True))
     assert torch.equal(batch.hard.labels, image_set.labels[positions])
-    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
+    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
     assert torch.equal(batch.hard.own_share, mixture.own_share)
     assert 0 < mixture.mixed.sum() < len(positions), "some are mixed and some are not"
     logits = torch.randn(len(positions), 4, generator=torch.Generator().manual_seed(0))
@@ -96,6 +98,6 @@ def check_labels(image_set, positions, view, batch):
     own, partners = -log_p[rows, batch.hard.labels], -log_p[rows, batch.hard.partner_labels]
     share = mixture.own_share.double()
     by_hand = (share * own + (1 - share) * partners).mean()
-    said = lesson_of(None, hard_label_weight=0.5).losses(Outputs(logits, {}), batch)
-    assert list(said) == ["hard_labels"]
-    assert float(said["hard_labels"]) == pytest.approx(0.5 * float(by_hand), rel=1e-5)
+    message = lesson_of(None, hard_label_weight=0.5).losses(Outputs(logits, {}), batch)
+    assert list(message) == ["hard_labels"]
+    assert float(message["hard_labels"]) == pytest.approx(0.5 * float(by_hand), rel=1e-5)

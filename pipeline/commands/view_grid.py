@@ -1,4 +1,4 @@
-"""`kdpipe views`: samples by views in one picture, the teacher's likeliest classes under each."""
+"""Draw the image of `kdpipe views`: a grid of samples by views with the teacher's top classes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from stages.show_views import NUM_TOP, ShownViews
 from store import write_atomically
 
 CELL, GAP, LINE, MARGIN = 128, 8, 12, 96
-"""Pixels: the side of a picture, the room between two, a line of text, the column of labels."""
+"""Pixels: side of an image, gap between images, height of a text line, width of the label column."""
 
-MOST_LETTERS = 22
+MAX_LETTERS = 22
 
 
 def draw_grid(shown: ShownViews, path: Path) -> None:
-    """Write the grid to `path`, a row a sample, a column a view. Raises RecipeError for a name that is no PNG's, and
-    OSError where it cannot be written.
+    """Write the grid to `path`: one row for each sample, one column for each view.
+
+    Raises:
+        RecipeError: `path` does not end in .png.
+        OSError: The file cannot be written.
     """
     if path.suffix.lower() != ".png":
-        raise RecipeError(f"--save {path}: the picture is a PNG; end its name with .png.")
+        raise RecipeError(f"--save {path}: only PNG is supported; use a name that ends in .png.")
     num_samples, num_views = shown.images.shape[:2]
     height = CELL + (NUM_TOP + 1) * LINE + GAP
     canvas = Image.new("RGB", (MARGIN + num_views * (CELL + GAP), 2 * LINE + num_samples * height), "white")
@@ -40,28 +43,28 @@ def draw_grid(shown: ShownViews, path: Path) -> None:
             left = MARGIN + view * (CELL + GAP)
             canvas.paste(_cell(shown.images[row, view]), (left, top))
             if (partner := shown.partners[row][view]) is not None:
-                text = f"with {100 * partner[1]:.0f} % {_short(partner[0], MOST_LETTERS - 11)}"
+                text = f"with {100 * partner[1]:.0f} % {_short(partner[0], MAX_LETTERS - 11)}"
                 draw.text((left, top + CELL + NUM_TOP * LINE), text, "grey", font)
             for line, (name, share) in enumerate(shown.top[row][view]):
-                colour = "green" if name == shown.labels[row] else "black"
-                text = f"{_short(name, MOST_LETTERS - 6)} {100 * share:.0f} %"
-                draw.text((left, top + CELL + line * LINE), text, colour, font)
-    picture = BytesIO()
-    canvas.save(picture, format="PNG")
-    write_atomically(path, picture.getvalue())
+                color = "green" if name == shown.labels[row] else "black"
+                text = f"{_short(name, MAX_LETTERS - 6)} {100 * share:.0f} %"
+                draw.text((left, top + CELL + line * LINE), text, color, font)
+    file = BytesIO()
+    canvas.save(file, format="PNG")
+    write_atomically(path, file.getvalue())
 
 
 def _cell(image: Tensor) -> Image.Image:
-    """One picture, uint8 [C, H, W], as large as a cell allows; of small ones each pixel is to be seen."""
+    """Scale an image, uint8 [C, H, W], to fit a cell; small ones by a whole factor, so that pixels are visible."""
     pixels = np.ascontiguousarray(image.numpy().transpose(1, 2, 0))
     drawn = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).convert("RGB")
     longest = max(drawn.size)
-    pixels_show = longest <= CELL // 3
-    factor = CELL // longest if pixels_show else CELL / longest
+    is_small = longest <= CELL // 3
+    factor = CELL // longest if is_small else CELL / longest
     width, height = (max(1, round(side * factor)) for side in drawn.size)
-    return drawn.resize((width, height), Image.Resampling.NEAREST if pixels_show else Image.Resampling.BILINEAR)
+    return drawn.resize((width, height), Image.Resampling.NEAREST if is_small else Image.Resampling.BILINEAR)
 
 
-def _short(text: str, most: int) -> str:
+def _short(text: str, max_letters: int) -> str:
     text = printable(text)
-    return text if len(text) <= most else f"{text[: most - 1]}."
+    return text if len(text) <= max_letters else f"{text[: max_letters - 1]}."

@@ -1,4 +1,4 @@
-"""Images that cannot be read: each stops the job, or is dropped from the data set and listed; never silently."""
+"""Policy for unreadable images: stop the job, or drop and report the sample."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ OnUnreadable = Literal["stop", "drop"]
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """An image that is left out of its data set, and why."""
+class DroppedImage:
+    """An image left out of its data set, and the reason."""
 
     path: Path
     sample_id: int
@@ -21,22 +21,32 @@ class Dropped:
 
 
 class DropList:
-    """What was dropped of the `num_images` of the data set `name`, in the order in which it was found."""
+    """The images dropped from a data set, in the order found.
+
+    Args:
+        name: Name of the data set, for messages.
+        num_images: Number of images before any is dropped.
+        on_unreadable: "stop" or "drop".
+    """
 
     def __init__(self, name: str, num_images: int, on_unreadable: OnUnreadable) -> None:
         self._name, self._num_images, self._on_unreadable = name, num_images, on_unreadable
-        self.dropped: list[Dropped] = []
+        self.dropped: list[DroppedImage] = []
 
-    def add(self, dropped: Dropped) -> None:
-        """DataError if images that cannot be read stop the job, or if they are more than half of all."""
+    def add(self, image: DroppedImage) -> None:
+        """Record an unreadable image.
+
+        Raises:
+            DataError: Unreadable images stop the job, or more than half of all images are unreadable.
+        """
         if self._on_unreadable == "stop":
             raise DataError(
-                f"sample {dropped.sample_id} cannot be read: {dropped.why} (data.unreadable = 'drop' leaves such "
-                "samples out)"
+                f"sample {image.sample_id} cannot be read: {image.why} (data.unreadable = 'drop' leaves such samples "
+                "out)"
             )
-        self.dropped.append(dropped)
+        self.dropped.append(image)
         if 2 * len(self.dropped) > self._num_images:
             raise DataError(
                 f"data set {self._name}: more than half of its {self._num_images} images cannot be read, the first: "
-                f"{self.dropped[0].why} Is the disk still there?"
+                f"{self.dropped[0].why} Is the disk still mounted?"
             )

@@ -1,4 +1,4 @@
-"""`imagefolder:PATH`: a folder of photographs, one folder a class, with or without folders for the splits.
+"""`imagefolder:PATH`: one folder of images for each class, with or without split folders.
 
 PATH/train/<class>/... and PATH/test/<class>/... (or val/, if there is no test/); or PATH/<class>/..., to be split.
 """
@@ -14,11 +14,10 @@ from typing import NoReturn, TypeVar
 
 import numpy as np
 
+from stages.datasets.image_files import ImageFileList, PackedPaths
 from stages.datasets.listing import Listing
-from stages.datasets.paths import Paths
-from stages.datasets.photographs import Photographs
-from stages.datasets.pixels import Form
-from stages.datasets.split import Rows, Split
+from stages.datasets.pixels import DecodeSpec
+from stages.datasets.split import Indices, Split
 from stages.errors import DataError
 
 T = TypeVar("T")
@@ -26,18 +25,20 @@ T = TypeVar("T")
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
-def list_image_folder(path: Path, split: Split, form: Form) -> Listing:
-    """List the images of one split, in the order of their paths; they are to be decoded to `form`.
+def list_image_folder(path: Path, split: Split, spec: DecodeSpec) -> Listing:
+    """List the images of one split, sorted by path, to be decoded to `spec`.
 
-    A sample's id is a hash of its path below the split's folder, its class that path's first folder; classes are
-    the train split's. Names that start with a dot, and files without an image's SUFFIXES, are passed over.
-    DataError if a folder is missing or empty, a test class is unknown to train, or two samples get one id.
+    A sample's id is a hash of its path below the split's folder; its class is that path's first folder. The train
+    split defines the classes. Names that start with a dot and files without an image suffix are skipped.
+
+    Raises:
+        DataError: A folder is missing or empty, a test class is not in train, or two samples have the same id.
     """
     name = f"imagefolder:{path.name}"
     try:
-        whole = not any(_subfolders(path / part) for part in ("train", "test", "val"))
-        class_names = _class_names(path if whole else path / "train")
-        split_folder = path if whole else _split_folder(path, split)
+        unsplit = not any(_subfolders(path / part) for part in ("train", "test", "val"))
+        class_names = _class_names(path if unsplit else path / "train")
+        split_folder = path if unsplit else _split_folder(path, split)
         files = _image_files(split_folder, class_names)
     except OSError as error:
         raise DataError(f"data set {name}: cannot list {error.filename}: {error.strerror}.") from error
@@ -49,34 +50,34 @@ def list_image_folder(path: Path, split: Split, form: Form) -> Listing:
         labels=np.array(labels, dtype=np.int64),
         sample_ids=sample_ids,
         class_names=class_names,
-        images=Photographs(name, split_folder, Paths.of(files.values()), sample_ids, form),
-        whole=whole,
+        images=ImageFileList(name, split_folder, PackedPaths.pack(files.values()), sample_ids, spec),
+        unsplit=unsplit,
     )
 
 
 def sample_id(key: str) -> int:
-    """The first 63 bits of blake2b over the path below the split's folder, with forward slashes."""
+    """Return the first 63 bits of blake2b over the path below the split's folder, with forward slashes."""
     digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def _subfolders(folder: Path) -> dict[str, Path]:
-    """The folders in it by name, sorted; none if there is no such folder."""
+    """Return the subfolders by name, sorted; empty if `folder` does not exist."""
     if not folder.is_dir():
         return {}
-    found = _by_spelling((entry.name, entry) for entry in folder.iterdir() if entry.is_dir())
+    found = _by_nfc_name((entry.name, entry) for entry in folder.iterdir() if entry.is_dir())
     return {name: entry for name, entry in found.items() if not name.startswith(".")}
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise DataError(
-            f"no folder {folder.absolute()}: imagefolder:PATH is looked for below data.root unless it is absolute, "
-            "and needs PATH/train/<class>/ and PATH/test/<class>/, or PATH/<class>/."
+            f"no folder {folder.absolute()}: imagefolder:PATH is relative to data.root unless absolute, and needs "
+            "PATH/train/<class>/ and PATH/test/<class>/, or PATH/<class>/."
         )
     class_names = tuple(_subfolders(folder))
     if not class_names:
-        raise DataError(f"{folder.absolute()} has no class folders: wanted <class>/<image> in it.")
+        raise DataError(f"{folder.absolute()} has no class folders: expected <class>/<image> in it.")
     return class_names
 
 
@@ -87,16 +88,16 @@ def _split_folder(path: Path, split: Split) -> Path:
             return path / candidate
     raise DataError(
         f"{path.absolute()} has a train folder, but neither test/<class>/ nor val/<class>/: add one, "
-        "or name the train folder itself to have it split by data.test_share."
+        "or use the train folder itself as PATH to split it by data.test_share."
     )
 
 
 def _image_files(folder: Path, class_names: tuple[str, ...]) -> dict[str, str]:
-    """Image files by their key, the path below `folder` with forward slashes, sorted by it."""
+    """Return the image files keyed and sorted by their path below `folder`, with forward slashes."""
     classes = _subfolders(folder)
     if unknown := [name for name in classes if name not in class_names]:
         raise DataError(
-            f"{folder.absolute()} has the class folder {unknown[0]!r}, which the train split lacks: "
+            f"{folder.absolute()} has the class folder {unknown[0]!r}, which is missing from the train split: "
             f"its classes are {_few(class_names)}."
         )
     files: list[tuple[str, str]] = []
@@ -105,7 +106,7 @@ def _image_files(folder: Path, class_names: tuple[str, ...]) -> dict[str, str]:
         if not found:
             raise DataError(f"{class_folder.absolute()} has no images ({_few(sorted(SUFFIXES), 9)}).")
         files += found
-    return _by_spelling(files)
+    return _by_nfc_name(files)
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -117,7 +118,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _key(path: str, folder: Path) -> str:
-    """The path below `folder`, with forward slashes."""
+    """Return the path below `folder`, with forward slashes."""
     return path[len(str(folder)) + 1 :].replace(os.sep, "/")
 
 
@@ -125,17 +126,17 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _by_spelling(named: Iterable[tuple[str, T]]) -> dict[str, T]:
-    """Paths by their composed (NFC) name, sorted: macOS hands out decomposed ones, and ids must not depend on it."""
+def _by_nfc_name(named: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Key paths by their NFC name, sorted: macOS returns decomposed names, and ids must not depend on that."""
     paths: dict[str, T] = {}
     for name, path in named:
         twin = paths.setdefault(unicodedata.normalize("NFC", name), path)
         if twin != path:
-            raise DataError(f"{twin} and {path} differ only in how Unicode spells them: rename one.")
+            raise DataError(f"{twin} and {path} differ only in Unicode normalization: rename one.")
     return dict(sorted(paths.items()))
 
 
-def _sample_ids(keys: list[str]) -> Rows:
+def _sample_ids(keys: list[str]) -> Indices:
     key_of: dict[int, str] = {}
     for key in keys:
         twin = key_of.setdefault(sample_id(key), key)

@@ -1,4 +1,4 @@
-"""What a source knows of its samples before a pixel is decoded, and how arrays of any origin become such a listing."""
+"""List the samples of a source before any pixel is decoded."""
 
 from __future__ import annotations
 
@@ -10,29 +10,32 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from stages.datasets.photographs import Photographs
+from stages.datasets.image_files import ImageFileList
 from stages.datasets.pixels import Pixels
-from stages.datasets.split import Rows
+from stages.datasets.split import Indices
 from stages.errors import DataError
 
 MAX_NUMBERED_CLASSES = 1_000_000
-"""Without class names the largest label says how many classes there are: beyond this it is surely a mistake."""
+"""Limit for the number of classes inferred from the largest label, against typos."""
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """The samples of one split, or (`whole`) of a set that has no split of its own.
+    """The samples of one split, or of a whole set without splits (`unsplit`).
 
-    `labels` and `sample_ids` are int64 [N]; `images` are files [N], or a function that takes positions int64 [M] and
-    gives their pixels, uint8 [M, C, H, W].
+    Attributes:
+        labels: int64 [N].
+        sample_ids: int64 [N].
+        images: Files [N], or a function from indices int64 [M] to pixels uint8 [M, C, H, W].
+        unsplit: Whether the set has no test split.
     """
 
     name: str
     labels: npt.NDArray[np.int64]
     sample_ids: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
-    images: Photographs | Callable[[Rows], Pixels]
-    whole: bool = False
+    images: ImageFileList | Callable[[Indices], Pixels]
+    unsplit: bool = False
 
 
 def list_arrays(
@@ -42,12 +45,20 @@ def list_arrays(
     sample_ids: Any = None,
     *,
     class_names: tuple[str, ...] | None = None,
-    whole: bool = False,
+    unsplit: bool = False,
 ) -> Listing:
-    """List images that are already in memory: uint8 [N, H, W] or [N, H, W, C], labels and ids integer [N].
+    """List images that are already in memory, as numpy arrays or torch tensors.
 
-    Arrays may be numpy's or torch's. Ids default to the positions, class names to the numbers of the labels.
-    DataError if anything has another type or shape.
+    Args:
+        name: Name of the data set, for messages.
+        images: uint8 [N, H, W] or [N, H, W, C].
+        labels: Integer [N].
+        sample_ids: Integer [N]; defaults to the positions.
+        class_names: Defaults to "0", "1", ... up to the largest label.
+        unsplit: Whether the set has no test split.
+
+    Raises:
+        DataError: An array has another type or shape.
     """
     pixels = _pixels(name, images)
     label_column = integer_column(name, "labels", labels, len(pixels))
@@ -57,13 +68,13 @@ def list_arrays(
         labels=label_column,
         sample_ids=integer_column(name, "ids", id_column, len(pixels)),
         class_names=numbered_classes(name, label_column) if class_names is None else class_names,
-        images=lambda rows: np.ascontiguousarray(pixels[rows]),
-        whole=whole,
+        images=lambda indices: np.ascontiguousarray(pixels[indices]),
+        unsplit=unsplit,
     )
 
 
 def numbered_classes(name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
-    """The class names "0", "1", ... up to the largest label."""
+    """Return the class names "0", "1", ... up to the largest label."""
     largest = int(labels.max())
     if largest >= MAX_NUMBERED_CLASSES:
         raise DataError(f"data set {name}: the label {largest} is too large: labels must be 0, 1, ... C - 1.")
@@ -71,16 +82,16 @@ def numbered_classes(name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...
 
 
 def integer_column(name: str, what: str, values: Any, num_samples: int | None = None) -> npt.NDArray[np.int64]:
-    """Check that `values` are integers [N], one for each image, and give them as int64."""
+    """Check that `values` are integers [N], one for each image, and return them as int64."""
     column = _array(name, what, values)
-    wanted = "N" if num_samples is None else num_samples
+    expected = "N" if num_samples is None else num_samples
     if column.dtype.kind not in "iu" or column.ndim != 1 or num_samples not in (None, len(column)):
         raise DataError(
-            f"data set {name}: {what} must be integers [{wanted}], one for each image, "
+            f"data set {name}: {what} must be integers [{expected}], one for each image, "
             f"found {column.dtype} {list(column.shape)}."
         )
     if not len(column):
-        raise DataError(f"data set {name} has no sample: wanted at least one.")
+        raise DataError(f"data set {name} has no samples: at least one is required.")
     if column.dtype.kind == "u" and int(column.max()) > np.iinfo(np.int64).max:
         raise DataError(f"data set {name}: {what} must fit int64, found {int(column.max())}.")
     return column.astype(np.int64)

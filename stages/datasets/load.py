@@ -1,4 +1,4 @@
-"""The one way to a data set: by the recipe's `data` section."""
+"""Load a data set as configured by the recipe's `data` section."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from stages.datasets.config import DataConfig
+from stages.datasets.image_files import ImageFileList
 from stages.datasets.image_set import ImageSet
 from stages.datasets.listing import Listing
-from stages.datasets.photographs import Photographs
 from stages.datasets.pixels import with_channels, with_size
 from stages.datasets.sources import list_source
-from stages.datasets.split import Rows, Split, stratified_split, stratified_subset
-from stages.datasets.survey import OnImage, Surveyed, survey
+from stages.datasets.split import Indices, Split, stratified_split, stratified_subset
+from stages.datasets.survey import OnImage, ScanResult, scan_images
 from stages.errors import DataError, RecipeError
 
 __all__ = ["DataConfig", "load_dataset"]
@@ -26,64 +26,74 @@ def load_dataset(
     split: Split,
     *,
     size: int | None = None,
-    only: Rows | None = None,
+    only: Indices | None = None,
     on_image: OnImage | None = None,
 ) -> ImageSet:
-    """Load one split of the data set that `config` names: uint8 [N, C, H, W] in memory, or files.
+    """Load one split of a data set: uint8 [N, C, H, W] in memory, or files.
 
-    Images of a folder become files if they take more than `config.held_bytes`, or are of unequal size; all else is
-    held. `size` stands in for `config.image_size`; `only` are the ids of the samples wanted, where not all are. While
-    files are looked at, `on_image` is told (done, all) now and then; what it raises breaks off, and little of what was
-    seen is lost. A sample keeps its id whatever `classes`, `num_train`, `channels` and sizes say.
-    DataError if the name is unknown, or the data is missing, damaged, or not as it must be; RecipeError if `config`
-    names unknown classes, or asks for a crop that cannot be.
+    Images of a folder stay files if they take more than `config.cache_bytes` or differ in size; everything else is in
+    memory. Sample ids do not depend on `classes`, `num_train`, `channels` or sizes.
+
+    Args:
+        config: The data set.
+        split: "train" or "test".
+        size: Replaces `config.image_size`.
+        only: Ids of the samples to load; None loads all.
+        on_image: Called with (done, total) from time to time while files are scanned; may raise to abort, which keeps
+            most of the scan.
+
+    Raises:
+        DataError: The name is unknown, or the data is missing, damaged or invalid.
+        RecipeError: `config` names unknown classes or an impossible crop.
     """
     if split not in get_args(Split):
-        raise DataError(f"no split {split!r}: wanted 'train' or 'test'.")
+        raise DataError(f"unknown split {split!r}: expected 'train' or 'test'.")
     size = config.image_size if size is None else size
     listing = list_source(config, split, size)
-    rows = _rows(listing, config, split)
+    indices = _select(listing, config, split)
     if only is not None:
-        rows = rows[np.isin(listing.sample_ids[rows], only)]
-    found = _images(listing, rows, config, size, on_image)
-    rows = rows[found.kept]
+        indices = indices[np.isin(listing.sample_ids[indices], only)]
+    found = _load_images(listing, indices, config, size, on_image)
+    indices = indices[found.kept]
     return ImageSet(
         name=listing.name,
         split=split,
         images=torch.from_numpy(found.images) if isinstance(found.images, np.ndarray) else found.images,
-        labels=torch.from_numpy(listing.labels[rows]),
-        sample_ids=torch.from_numpy(listing.sample_ids[rows]),
+        labels=torch.from_numpy(listing.labels[indices]),
+        sample_ids=torch.from_numpy(listing.sample_ids[indices]),
         class_names=listing.class_names,
         dropped=found.dropped,
     )
 
 
-def _images(listing: Listing, rows: Rows, config: DataConfig, size: int | None, on_image: OnImage | None) -> Surveyed:
-    if isinstance(listing.images, Photographs):
-        return survey(
+def _load_images(
+    listing: Listing, indices: Indices, config: DataConfig, size: int | None, on_image: OnImage | None
+) -> ScanResult:
+    if isinstance(listing.images, ImageFileList):
+        return scan_images(
             listing.images,
-            rows,
-            held_bytes=config.held_bytes,
+            indices,
+            cache_bytes=config.cache_bytes,
             on_unreadable=config.unreadable,
             on_image=on_image,
         )
-    pixels = with_size(with_channels(listing.images(rows), config.channels), size, f"data set {listing.name}")
-    return Surveyed(pixels, np.arange(len(rows)), ())
+    pixels = with_size(with_channels(listing.images(indices), config.channels), size, f"data set {listing.name}")
+    return ScanResult(pixels, np.arange(len(indices)), ())
 
 
-def _rows(listing: Listing, config: DataConfig, split: Split) -> Rows:
-    """Positions in the listing, ascending: the split's, of those the classes', of those `num_train` if asked for."""
-    rows = np.arange(len(listing.labels))
-    if listing.whole:
+def _select(listing: Listing, config: DataConfig, split: Split) -> Indices:
+    """Return the listing's indices, ascending, selected by split, then classes, then `num_train`."""
+    indices = np.arange(len(listing.labels))
+    if listing.unsplit:
         train, test = stratified_split(listing.labels, config.test_share)
-        rows = train if split == "train" else test
+        indices = train if split == "train" else test
     if config.classes is not None:
-        rows = rows[np.isin(listing.labels[rows], _labels_of(config.classes, listing))]
-        if not len(rows):
-            raise DataError(f"data set {listing.name} ({split}) has no sample of the classes in data.classes.")
+        indices = indices[np.isin(listing.labels[indices], _labels_of(config.classes, listing))]
+        if not len(indices):
+            raise DataError(f"data set {listing.name} ({split}) has no samples of the classes in data.classes.")
     if split == "train" and config.num_train is not None:
-        rows = rows[stratified_subset(listing.labels[rows], config.num_train)]
-    return rows
+        indices = indices[stratified_subset(listing.labels[indices], config.num_train)]
+    return indices
 
 
 def _labels_of(classes: tuple[str, ...], listing: Listing) -> list[int]:

@@ -1,6 +1,6 @@
-"""`npz:PATH`: a folder with train.npz and test.npz, or one .npz file to be split. Safe to open: nothing is unpickled.
+"""`npz:PATH`: a folder with train.npz and test.npz, or one .npz file to split. Nothing is unpickled.
 
-Each holds `images` uint8 [N, H, W] or [N, H, W, C] and `labels` integer [N]; `ids` integer [N] and `classes`, the
+Each file holds `images` uint8 [N, H, W] or [N, H, W, C] and `labels` integer [N]; `ids` integer [N] and `classes`, the
 class names [num_classes], are optional.
 """
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from stages.cause import cause
 from stages.datasets.listing import Listing, integer_column, list_arrays, numbered_classes
-from stages.datasets.memory import check_fits_memory
+from stages.datasets.pixels import check_fits_memory
 from stages.datasets.split import Split
 from stages.errors import DataError
 
@@ -24,20 +24,21 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def list_npz(path: Path, split: Split) -> Listing:
-    """List one split of the folder `path`, or the whole of the file `path`; classes are the train split's.
+    """List one split of the folder `path`, or all of the file `path`; the train split defines the classes.
 
-    DataError, naming file and array, if one is missing, damaged, of a wrong type or shape, or holds objects.
+    Raises:
+        DataError: A file or array is missing, damaged, of a wrong type or shape, or holds objects.
     """
     name = f"npz:{path.name}"
-    whole = not path.is_dir()
-    file = path if whole else path / f"{split}.npz"
-    arrays = read_npz(file, wanted=("images", "labels"), optional=("ids", "classes"))
-    if whole or split == "train":
+    unsplit = not path.is_dir()
+    file = path if unsplit else path / f"{split}.npz"
+    arrays = read_npz(file, required=("images", "labels"), optional=("ids", "classes"))
+    if unsplit or split == "train":
         class_names = _class_names(name, arrays)
     else:
-        class_names = _class_names(name, read_npz(path / "train.npz", wanted=("labels",), optional=("classes",)))
+        class_names = _class_names(name, read_npz(path / "train.npz", required=("labels",), optional=("classes",)))
     return list_arrays(
-        name, arrays["images"], arrays["labels"], arrays.get("ids"), class_names=class_names, whole=whole
+        name, arrays["images"], arrays["labels"], arrays.get("ids"), class_names=class_names, unsplit=unsplit
     )
 
 
@@ -52,44 +53,45 @@ def _class_names(name: str, arrays: Arrays) -> tuple[str, ...]:
     return tuple(str(class_name) for class_name in classes)
 
 
-def read_npz(path: Path, *, wanted: tuple[str, ...], optional: tuple[str, ...] = ()) -> Arrays:
-    """The arrays `wanted`, and of the `optional` ones those that are there; nothing is unpickled.
+def read_npz(path: Path, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Arrays:
+    """Read the `required` arrays and those `optional` ones that exist; nothing is unpickled.
 
-    DataError, naming file and array, if one is missing, damaged, or holds anything but numbers and strings.
+    Raises:
+        DataError: A file or array is missing, damaged, or holds anything but numbers and strings.
     """
     if not path.is_file():
         raise DataError(
-            f"no file {path.absolute()}: npz:PATH is looked for below data.root unless it is absolute, and is "
+            f"no file {path.absolute()}: npz:PATH is relative to data.root unless absolute, and is "
             "a folder with train.npz and test.npz, or one .npz file."
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            return {key: _member(archive, key) for key in _present(archive, wanted, optional)}
+            return {key: _member(archive, key) for key in _present(archive, required, optional)}
     except DataError:
         raise
-    except Exception as error:  # a damaged or hostile zip raises whatever its first wrong byte leads to
-        raise DataError(f"{path} cannot be read as .npz ({cause(error)}): write it again with numpy.savez.") from error
+    except Exception as error:  # a damaged or hostile zip can raise anything
+        raise DataError(f"{path} cannot be read as .npz ({cause(error)}): recreate it with numpy.savez.") from error
 
 
-def _present(archive: zipfile.ZipFile, wanted: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:
+def _present(archive: zipfile.ZipFile, required: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:
     found = sorted(name.removesuffix(".npy") for name in archive.namelist())
-    if missing := [key for key in wanted if key not in found]:
+    if missing := [key for key in required if key not in found]:
         raise DataError(f"{archive.filename} has no array {missing[0]!r}: found {', '.join(found) or 'none'}.")
-    return [key for key in (*wanted, *optional) if key in found]
+    return [key for key in (*required, *optional) if key in found]
 
 
 def _member(archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any]:
-    """Read one array, once its header agrees with the bytes that follow: an absurd shape must not reserve memory."""
+    """Read one array after checking its header against its byte count: an absurd shape must not reserve memory."""
     info = archive.getinfo(f"{key}.npy")
     with archive.open(info) as file:
         shape, dtype = _header(file)
         where = f"{archive.filename}, array {key!r}"
         if dtype.kind not in "iuUfb" or not dtype.itemsize:
-            raise DataError(f"{where}: wanted numbers or strings, found {dtype}: objects are never unpickled.")
-        stored_bytes, wanted_bytes = info.file_size - file.tell(), math.prod(shape) * dtype.itemsize
-        if stored_bytes != wanted_bytes:
+            raise DataError(f"{where}: expected numbers or strings, found {dtype}: objects are never unpickled.")
+        stored_bytes, expected_bytes = info.file_size - file.tell(), math.prod(shape) * dtype.itemsize
+        if stored_bytes != expected_bytes:
             raise DataError(
-                f"{where}: {dtype} {list(shape)} takes {wanted_bytes} bytes, but {stored_bytes} are stored."
+                f"{where}: {dtype} {list(shape)} takes {expected_bytes} bytes, but {stored_bytes} are stored."
             )
         check_fits_memory(stored_bytes, where)
         file.seek(0)

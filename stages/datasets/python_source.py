@@ -1,7 +1,7 @@
-"""`python:package.module:function`: a data set that the user's own function hands over.
+"""`python:package.module:function`: a data set returned by a user function.
 
 The function is called as function(split), or function(split, root=...) if it has a parameter `root`, and returns
-(images, labels), (images, labels, ids) or (images, labels, ids, class_names), as `list_arrays` takes them.
+(images, labels), (images, labels, ids) or (images, labels, ids, class_names), as accepted by `list_arrays`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from store.errors import KdpipeError
 def list_python(reference: str, split: Split, *, root: Path) -> Listing:
     """List what the function `reference` ("package.module:function") returns for `split`.
 
-    A test split without class names has those of the train split, for which the function is called once more.
-    DataError if there is no such function, if it raises, or if what it returns has the wrong form.
+    A test split without class names gets those of the train split, for which the function is called once more.
+
+    Raises:
+        DataError: The function does not exist, raises, or returns something else.
     """
     name = f"{PREFIX}{reference}"
     with users_code():
@@ -42,7 +44,7 @@ def _call(name: str, function: Callable[..., Any], split: Split, root: Path) -> 
         returned = function(split, root=str(root)) if _takes_root(function) else function(split)
     except KdpipeError:
         raise
-    except (Exception, SystemExit) as error:  # it is the user's own code
+    except (Exception, SystemExit) as error:  # user code
         raise DataError(f"data set {name}: the function failed on {split!r} ({cause(error)}).") from error
     if not isinstance(returned, tuple | list) or not 2 <= len(returned) <= 4:
         raise DataError(
@@ -63,6 +65,8 @@ def _takes_root(function: Callable[..., Any]) -> bool:
 
 
 def _class_names(name: str, class_names: Any) -> tuple[str, ...]:
-    if not isinstance(class_names, tuple | list | np.ndarray) or not all(isinstance(each, str) for each in class_names):
+    if not isinstance(class_names, tuple | list | np.ndarray) or not all(
+        isinstance(entry, str) for entry in class_names
+    ):
         raise DataError(f"data set {name}: class_names must be strings, found {class_names!r}.")
-    return tuple(str(each) for each in class_names)
+    return tuple(str(entry) for entry in class_names)

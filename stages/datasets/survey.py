@@ -1,6 +1,6 @@
-"""One look at every image of a folder: into memory if they may be held there, else for its checksum and shape alone.
+"""Scan the images of a folder: decode each once, into memory if all fit, else for its checksum and shape.
 
-What is learnt of files that are not held is kept in an index (`image_index.py`), so that the next job need not look.
+Results for files that are not kept in memory are cached (`image_index.py`), so that the next job need not decode them.
 """
 
 from __future__ import annotations
@@ -12,70 +12,72 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.datasets.dropped import DropList, Dropped, OnUnreadable
-from stages.datasets.held_pixels import HeldPixels
-from stages.datasets.image_files import ImageFiles, pixel_checksum
-from stages.datasets.image_index import NO_STAMP, Stamp, is_settled, stamp
-from stages.datasets.photographs import Photographs
-from stages.datasets.pixels import Pixels, UnreadableImage, decode_image, quiet_pillow
-from stages.datasets.split import Rows
-from stages.datasets.survey_notes import SurveyNotes
-from stages.datasets.threads import CHUNK, threads
+from stages.datasets.dropped import DropList, DroppedImage, OnUnreadable
+from stages.datasets.image_files import ImageFileList, ImageFiles, pixel_checksum
+from stages.datasets.image_index import CHUNK, NO_STAMP, ScanState, Stamp, is_settled, scan_threads, stamp
+from stages.datasets.pixels import PixelCache, Pixels, UnreadableImage, decode_image, quiet_pillow
+from stages.datasets.split import Indices
 
 OnImage = Callable[[int, int], None]
 
-TELL_EVERY_S = 0.2
+REPORT_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, eq=False)
-class Surveyed:
-    """The images at positions `kept` [M], ascending, of those asked for: pixels uint8 [M, C, H, W], or files [M]."""
+class ScanResult:
+    """The readable images at `kept`, ascending int64 [M]: pixels uint8 [M, C, H, W], or files [M]."""
 
     images: Pixels | ImageFiles
-    kept: Rows
-    dropped: tuple[Dropped, ...]
+    kept: Indices
+    dropped: tuple[DroppedImage, ...]
 
 
-def survey(
-    photographs: Photographs,
-    rows: Rows,
+def scan_images(
+    files: ImageFileList,
+    indices: Indices,
     *,
-    held_bytes: int,
+    cache_bytes: int,
     on_unreadable: OnUnreadable = "stop",
     on_image: OnImage | None = None,
-) -> Surveyed:
-    """Look at the `photographs` at `rows`, int64 [N], in threads that change no bit of what is found.
+) -> ScanResult:
+    """Scan the files at `indices`, int64 [N], in threads; the number of threads does not change the result.
 
-    They are held if they are all of one size and take no more than `held_bytes`. `on_image` is told (done, N) now and
-    then, and may raise to break off. DataError, naming path and sample id, for an image that cannot be read if
-    `on_unreadable` is "stop", and in any case if those are more than half.
+    Args:
+        files: All files of the split.
+        indices: The files to scan.
+        cache_bytes: Keep the pixels in memory if all images have one size and take no more than this.
+        on_unreadable: "stop" or "drop".
+        on_image: Called with (done, N) from time to time; may raise to abort.
+
+    Raises:
+        DataError: An image cannot be read and `on_unreadable` is "stop", or more than half cannot be read.
     """
-    chosen = photographs.take(rows)
-    held = HeldPixels(len(chosen), held_bytes, f"data set {photographs.name}")
-    notes = SurveyNotes(photographs, chosen, held)
-    drops = DropList(photographs.name, len(chosen), on_unreadable)
+    chosen = files.take(indices)
+    pixel_cache = PixelCache(len(chosen), cache_bytes, f"data set {files.name}")
+    state = ScanState(files, chosen, pixel_cache)
+    drops = DropList(files.name, len(chosen), on_unreadable)
     try:
-        with closing(_looks(chosen, held, notes, on_image or (lambda done, total: None))) as looks:
-            for at, look in looks:
-                if look.why is None:
-                    notes.add(at, look.stamp, look.checksum, look.shape)
+        with closing(_scan(chosen, pixel_cache, state, on_image or (lambda done, total: None))) as scanned:
+            for index, image in scanned:
+                if image.why is None:
+                    state.add(index, image.stamp, image.checksum, image.shape)
                 else:
-                    notes.forget(at)
-                    drops.add(Dropped(chosen.paths[at], int(chosen.sample_ids[at]), look.why))
+                    state.discard(index)
+                    drops.add(DroppedImage(chosen.paths[index], int(chosen.sample_ids[index]), image.why))
     finally:
-        if not held.wanted:
-            notes.save()
-    kept = np.flatnonzero(notes.seen)
-    if held.wanted:
-        return Surveyed(held.taken(kept), kept, tuple(drops.dropped))
-    left = chosen.take(kept) if drops.dropped else chosen
-    files = ImageFiles(left.paths, left.form, notes.checksums[kept], notes.shapes[kept])
-    return Surveyed(files, kept, tuple(drops.dropped))
+        if not pixel_cache.active:
+            state.save()
+    kept = np.flatnonzero(state.seen)
+    if pixel_cache.active:
+        return ScanResult(pixel_cache.take(kept), kept, tuple(drops.dropped))
+    readable = chosen.take(kept) if drops.dropped else chosen
+    images = ImageFiles(readable.paths, readable.spec, state.checksums[kept], state.shapes[kept])
+    return ScanResult(images, kept, tuple(drops.dropped))
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What one image turned out to be, or `why` it cannot be read."""
+class _Scanned:
+    """The result for one image, or `why` it cannot be read."""
 
     stamp: Stamp = NO_STAMP
     checksum: int = 0
@@ -83,34 +85,34 @@ class _Look:
     why: str | None = None
 
 
-def _looks(
-    chosen: Photographs, held: HeldPixels, notes: SurveyNotes, on_image: OnImage
-) -> Generator[tuple[int, _Look], None, None]:
-    """(position, look) of all images if they are to be held, else of those that are not known yet; ascending."""
-    told_at = time.monotonic()
-    with quiet_pillow(), threads() as pool:
+def _scan(
+    chosen: ImageFileList, pixel_cache: PixelCache, state: ScanState, on_image: OnImage
+) -> Generator[tuple[int, _Scanned], None, None]:
+    """Scan all images while `pixel_cache` is active, else only the unknown ones; yield (index, result), ascending."""
+    reported_at = time.monotonic()
+    with quiet_pillow(), scan_threads() as pool:
         for start in range(0, len(chosen), CHUNK):
             chunk = np.arange(start, min(start + CHUNK, len(chosen)))
-            todo = (chunk if held.wanted else chunk[~notes.seen[chunk]]).tolist()
-            for at, look in zip(todo, pool.map(lambda at: _look(chosen, held, at), todo), strict=True):
-                yield at, look
-                if time.monotonic() - told_at >= TELL_EVERY_S:
-                    on_image(at + 1, len(chosen))
-                    told_at = time.monotonic()
-            if not held.wanted:
-                notes.save_now_and_then()
+            todo = (chunk if pixel_cache.active else chunk[~state.seen[chunk]]).tolist()
+            results = pool.map(lambda index: _scan_one(chosen, pixel_cache, index), todo)
+            for index, image in zip(todo, results, strict=True):
+                yield index, image
+                if time.monotonic() - reported_at >= REPORT_EVERY_S:
+                    on_image(index + 1, len(chosen))
+                    reported_at = time.monotonic()
+            if not pixel_cache.active:
+                state.save_periodically()
     on_image(len(chosen), len(chosen))
 
 
-def _look(chosen: Photographs, held: HeldPixels, at: int) -> _Look:
-    """Decode the image at `at`, once: it is offered to `held`, and what is left of it is small."""
-    path = chosen.paths[at]
-    now_ns, before = time.time_ns(), stamp(path)  # before: if the file changes meanwhile, its new stamp is not this one
+def _scan_one(chosen: ImageFileList, pixel_cache: PixelCache, index: int) -> _Scanned:
+    path = chosen.paths[index]
+    now_ns, before = time.time_ns(), stamp(path)  # before decoding: a change meanwhile gives the file another stamp
     try:
-        image = decode_image(path, chosen.form)
+        image = decode_image(path, chosen.spec)
     except UnreadableImage as error:
-        return _Look(why=str(error))
-    held.offer(at, image)
-    return _Look(
+        return _Scanned(why=str(error))
+    pixel_cache.put(index, image)
+    return _Scanned(
         before if is_settled(before, now_ns) else NO_STAMP, pixel_checksum(image), (image.shape[1], image.shape[2])
     )

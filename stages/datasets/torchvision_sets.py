@@ -1,6 +1,6 @@
-"""The data sets that torchvision reads and downloads: MNIST, FashionMNIST, CIFAR10, CIFAR100.
+"""Named data sets: torchvision's MNIST, FashionMNIST, CIFAR10 and CIFAR100, and scikit-learn's digits.
 
-CIFAR's published files are pickles: torchvision opens them only if their md5 is the published one.
+CIFAR's published files are pickles: torchvision opens them only if their md5 matches the published one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,28 @@ from stages.errors import DataError
 NAMES = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
 
 
-def list_torchvision(name: str, split: Split, *, root: Path, download: bool) -> Listing:
-    """One published split of the set `name`, from the folder `root`; ids are the positions in that split.
+def list_digits() -> Listing:
+    """List scikit-learn's digits: 1,797 gray images of 8 x 8, ids in its order; levels 0..16 become 0..255.
 
-    What cannot be read is downloaded if `download`. DataError, naming the folder, if that does not help either.
+    Source: UCI ML "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998), its test part.
+    """
+    from sklearn.datasets import load_digits  # lazy: takes half a second
+
+    digits = load_digits()
+    levels = digits.images.astype(np.int64)
+    images = ((levels * 255 + 8) // 16).astype(np.uint8)
+    return list_arrays("digits", images, digits.target.astype(np.int64), unsplit=True)
+
+
+def list_torchvision(name: str, split: Split, *, root: Path, download: bool) -> Listing:
+    """List one published split of the set `name` in the folder `root`; ids are the positions in that split.
+
+    Raises:
+        DataError: The files cannot be read, nor downloaded if `download` is set.
     """
     try:
         published = _open(name, split, root)
-    except Exception as error:  # torchvision raises whatever the first wrong byte leads to
+    except Exception as error:  # torchvision can raise anything on damaged files
         if not download:
             raise DataError(
                 f"{name} cannot be read from {root.absolute() / _folder(name)} ({cause(error)}): "
@@ -51,15 +65,15 @@ def _download_and_open(name: str, split: Split, root: Path) -> Any:
     except Exception as error:
         raise DataError(
             f"{name} is not in {root.absolute() / _folder(name)} and cannot be downloaded ({cause(error)}): "
-            "check the network and the disk and try again, or bring the files there by hand and set "
-            "data.download=false (data.root says where they are looked for)."
+            "check the network and the disk and try again, or copy the files there and set "
+            "data.download=false (data.root is the folder that holds them)."
         ) from error
 
 
 def _download(name: str, root: Path) -> None:
-    """Download into a folder of our own, then move each finished file to its place.
+    """Download into a temporary folder, then move each finished file to its place.
 
-    So a killed download leaves nothing half done under a final name, and two jobs at once cannot mix their bytes.
+    A killed download so leaves no partial file under a final name, and concurrent jobs cannot mix their bytes.
     """
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root, ignore_cleanup_errors=True) as scratch:
@@ -73,11 +87,11 @@ def _download(name: str, root: Path) -> None:
 
 
 def _folder(name: str) -> str:
-    """Where torchvision looks for the files, under its root."""
+    """Return the folder below its root that torchvision reads."""
     return getattr(_class(name), "base_folder", f"{name}/raw")
 
 
 def _class(name: str) -> Any:
-    from torchvision import datasets  # it takes longer to import than torch itself: only its users pay
+    from torchvision import datasets  # lazy: slower to import than torch itself
 
     return getattr(datasets, name)

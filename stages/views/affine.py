@@ -1,4 +1,4 @@
-"""RandomAffine, and the geometry that RandAugment needs: images rotated, moved, scaled and sheared.
+"""RandomAffine and the geometric operations of RandAugment: rotate, translate, scale and shear.
 
 Matrices are computed in float64 on the CPU, coordinates in fixed point: the same pixels on every device.
 """
@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import Tensor
 
 from stages.config import section
-from stages.views.arguments import Ascending, Level
+from stages.views.arguments import Ascending, KeepsSize, Level
 from stages.views.colour import FRACTION_BITS, ONE
-from stages.views.draw import Draw
-from stages.views.rows import on_rows
+from stages.views.draw import CounterRNG
+from stages.views.rows import apply_to_rows
 
 _ANGLE, _RIGHT, _DOWN, _SCALE, _SHEAR_X, _SHEAR_Y = range(6)
 
@@ -34,16 +34,19 @@ _ShearRanges = Annotated[tuple[_Shear, _Shear, _Shear, _Shear], Ascending]
 
 
 @section
-class RandomAffine:
-    """Rotate, move, scale and shear by random amounts, and take the nearest pixel, or `fill` outside the image.
+class RandomAffine(KeepsSize):
+    """Rotate, translate, scale and shear by random amounts, with nearest interpolation.
 
-    degrees: rotation in [-degrees, degrees), or [low, high].
-    translate: [a, b] moves by at most a widths to either side and b heights up or down, in whole pixels.
-    scale: [low, high].
-    shear: degrees along x in [-shear, shear); or [low, high]; or [low x, high x, low y, high y].
-    center: the point [x, y] that stays, in pixels from the upper left corner; the middle when left out.
-    torchvision's, with "nearest" as the only interpolation and one fill for all channels. Angles are at most 360
-    degrees, shears 89, scales 0.01 to 100. What lies half-way between two pixels may come from the other one.
+    Same as torchvision's, with one fill for all channels. Angles are at most 360 degrees, shears 89, scales 0.01 to
+    100. Points halfway between two pixels may come from the other one.
+
+    Attributes:
+        degrees: Rotation in [-degrees, degrees), or [low, high].
+        translate: [a, b] moves by at most a widths to either side and b heights up or down, in whole pixels.
+        scale: [low, high].
+        shear: Degrees along x in [-shear, shear); or [low, high]; or [low x, high x, low y, high y].
+        fill: Gray level outside the image.
+        center: Fixed point [x, y] in pixels from the upper left corner; default is the image's center.
     """
 
     name: Literal["RandomAffine"]
@@ -55,31 +58,28 @@ class RandomAffine:
     fill: Level = 0
     center: tuple[float, float] | None = None
 
-    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        return size
+    def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
+        """Transform uint8 [B, C, H, W]."""
+        changed = images.clone()
+        matrices = self._matrices(rng, (images.shape[2], images.shape[3]))
+        apply_to_rows(changed, torch.arange(len(images)), lambda part, to: affine(part, to, self.fill), matrices)
+        return changed
 
-    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """uint8 [B, C, H, W] to uint8 [B, C, H, W]."""
-        moved = images.clone()
-        matrices = self._matrices(draw, (images.shape[2], images.shape[3]))
-        on_rows(moved, torch.arange(len(images)), lambda some, to: affine(some, to, self.fill), matrices)
-        return moved
-
-    def _matrices(self, draw: Draw, size: tuple[int, int]) -> Tensor:
-        """float64 [B, 2, 3], see inverse_matrices."""
+    def _matrices(self, rng: CounterRNG, size: tuple[int, int]) -> Tensor:
+        """Draw matrices float64 [B, 2, 3], see inverse_matrices."""
         height, width = size
         right, down = (share * side for share, side in zip(self.translate or (0.0, 0.0), (width, height), strict=True))
         along_x, along_y = self._shears()
         return inverse_matrices(
-            angle=draw.uniform(*_around_zero(self.degrees), _ANGLE),
-            translate=torch.stack([draw.uniform(-right, right, _RIGHT), draw.uniform(-down, down, _DOWN)], 1).round(),
-            scale=draw.uniform(*(self.scale or (1.0, 1.0)), _SCALE),
-            shear=torch.stack([draw.uniform(*along_x, _SHEAR_X), draw.uniform(*along_y, _SHEAR_Y)], 1),
+            angle=rng.uniform(*_around_zero(self.degrees), _ANGLE),
+            translate=torch.stack([rng.uniform(-right, right, _RIGHT), rng.uniform(-down, down, _DOWN)], 1).round(),
+            scale=rng.uniform(*(self.scale or (1.0, 1.0)), _SCALE),
+            shear=torch.stack([rng.uniform(*along_x, _SHEAR_X), rng.uniform(*along_y, _SHEAR_Y)], 1),
             center=(self.center[0] - width / 2, self.center[1] - height / 2) if self.center else (0.0, 0.0),
         )
 
     def _shears(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """The ranges along x and along y."""
+        """Return the ranges along x and along y."""
         if isinstance(self.shear, tuple) and len(self.shear) == 4:
             return self.shear[:2], self.shear[2:]
         return _around_zero(self.shear or 0.0), (0.0, 0.0)
@@ -90,13 +90,17 @@ def _around_zero(amount: float | tuple[float, float]) -> tuple[float, float]:
 
 
 def affine(images: Tensor, matrices: Tensor, fill: int = 0) -> Tensor:
-    """Each pixel from where its image's matrix sends it, rounded to the nearest; `fill` outside the image.
+    """Take each pixel from where its image's matrix maps it, rounded to the nearest; `fill` outside the image.
 
-    images uint8 [B, C, H, W] to uint8 [B, C, H, W]; matrices float64 [B, 2, 3], see inverse_matrices. Coordinates are
-    sums of a part for the column and one for the row, each rounded to 2^-16 pixels and cut off at 16,384 pixels.
+    Coordinates are sums of a column part and a row part, each rounded to 2^-16 pixels and clipped at 16,384 pixels.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        matrices: float64 [B, 2, 3], see inverse_matrices.
+        fill: A gray level.
     """
     batch, channels, height, width = images.shape
-    padded = F.pad(images, [1] * 4, value=fill)  # a frame that catches all that lies outside
+    padded = F.pad(images, [1] * 4, value=fill)  # a frame for all coordinates outside the image
     across = np.arange(width) + 0.5 - width / 2
     down = np.arange(height) + 0.5 - height / 2
     to = matrices.numpy()[:, :, :, None]
@@ -109,7 +113,7 @@ def affine(images: Tensor, matrices: Tensor, fill: int = 0) -> Tensor:
 def _coordinates(
     of_column: NDArray[np.float64], of_row: NDArray[np.float64], length: int, device: torch.device
 ) -> Tensor:
-    """Pixel numbers in the padded image, int32 [B, H, W], from their parts [B, W] and [B, H] in pixels."""
+    """Return indices into the padded image, int32 [B, H, W], from their parts [B, W] and [B, H] in pixels."""
     limit = 2**30 - 1
     parts = [
         torch.from_numpy(np.rint(part * ONE).clip(-limit, limit).astype(np.int32)).to(device, non_blocking=True)
@@ -126,63 +130,69 @@ def inverse_matrices(
     shear: Tensor | None = None,
     center: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """Where each pixel comes from: matrices float64 [B, 2, 3] for (x, y, 1) in pixels from the middle of the image.
+    """Return matrices float64 [B, 2, 3] from output to input (x, y, 1), in pixels from the image center.
 
-    angle: degrees clockwise, float64 [B]. translate: pixels right and down, [B, 2]. scale: [B]. shear: degrees along x
-    and y, [B, 2]. center: (x, y), the point that stays. torchvision's conventions, except where center is counted from.
+    torchvision's conventions, except for the origin of `center`.
+
+    Args:
+        angle: Degrees clockwise, float64 [B].
+        translate: Pixels right and down, float64 [B, 2].
+        scale: float64 [B].
+        shear: Degrees along x and y, float64 [B, 2].
+        center: Fixed point (x, y) from the image center.
     """
     pixels = np.zeros((len(angle), 2)) if translate is None else translate.numpy()
     size = np.ones(len(angle)) if scale is None else scale.numpy()
     turn = np.radians(angle.numpy())
     slant_x, slant_y = np.zeros((2, len(angle))) if shear is None else np.radians(shear.numpy().T)
-    tan_x, cos_y = _each(math.tan, slant_x), _each(math.cos, slant_y)
-    a, c = _each(math.cos, turn - slant_y) / cos_y, _each(math.sin, turn - slant_y) / cos_y
-    b, d = -(a * tan_x + _each(math.sin, turn)), _each(math.cos, turn) - c * tan_x
+    tan_x, cos_y = _map(math.tan, slant_x), _map(math.cos, slant_y)
+    a, c = _map(math.cos, turn - slant_y) / cos_y, _map(math.sin, turn - slant_y) / cos_y
+    b, d = -(a * tan_x + _map(math.sin, turn)), _map(math.cos, turn) - c * tan_x
     inverse = np.stack([d, -b, -c, a], 1).reshape(-1, 2, 2) / size[:, None, None]
     x, y = center[0] + pixels[:, 0, None], center[1] + pixels[:, 1, None]
     offset = np.asarray(center) - inverse[:, :, 0] * x - inverse[:, :, 1] * y
     return torch.from_numpy(np.concatenate([inverse, offset[:, :, None]], 2))
 
 
-def _each(function: Callable[[float], float], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    # numpy's own sines may differ in the last bit between the vectorised body of an array and its tail
+def _map(function: Callable[[float], float], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    # numpy's sines may differ in the last bit between the vectorized body of an array and its tail
     return np.array([function(value) for value in values.tolist()])
 
 
 def rotate(images: Tensor, degrees: Tensor, fill: int = 0) -> Tensor:
-    """Rotate counter-clockwise about the middle: degrees float64 [B]."""
+    """Rotate counterclockwise around the center by `degrees`, float64 [B]."""
     return affine(images, inverse_matrices(angle=-degrees), fill)
 
 
 def translate_x(images: Tensor, pixels: Tensor, fill: int = 0) -> Tensor:
-    """Move to the right: pixels float64 [B]."""
-    matrices = _unmoved(len(pixels))
+    """Move to the right by `pixels`, float64 [B]."""
+    matrices = _identity_matrices(len(pixels))
     matrices[:, 0, 2] = -pixels
     return affine(images, matrices, fill)
 
 
 def translate_y(images: Tensor, pixels: Tensor, fill: int = 0) -> Tensor:
-    """Move down: pixels float64 [B]."""
-    matrices = _unmoved(len(pixels))
+    """Move down by `pixels`, float64 [B]."""
+    matrices = _identity_matrices(len(pixels))
     matrices[:, 1, 2] = -pixels
     return affine(images, matrices, fill)
 
 
 def shear_x(images: Tensor, slopes: Tensor, fill: int = 0) -> Tensor:
-    """Move what is y below the upper edge to the left by slope * y: slopes float64 [B]."""
-    matrices = _unmoved(len(slopes))
+    """Move points y below the upper edge to the left by slope * y; slopes float64 [B]."""
+    matrices = _identity_matrices(len(slopes))
     matrices[:, 0, 1] = slopes
     matrices[:, 0, 2] = slopes * (images.shape[2] / 2)
     return affine(images, matrices, fill)
 
 
 def shear_y(images: Tensor, slopes: Tensor, fill: int = 0) -> Tensor:
-    """Move what is x right of the left edge up by slope * x: slopes float64 [B]."""
-    matrices = _unmoved(len(slopes))
+    """Move points x right of the left edge up by slope * x; slopes float64 [B]."""
+    matrices = _identity_matrices(len(slopes))
     matrices[:, 1, 0] = slopes
     matrices[:, 1, 2] = slopes * (images.shape[3] / 2)
     return affine(images, matrices, fill)
 
 
-def _unmoved(batch: int) -> Tensor:
+def _identity_matrices(batch: int) -> Tensor:
     return torch.eye(2, 3, dtype=torch.float64).repeat(batch, 1, 1)

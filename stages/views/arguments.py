@@ -1,4 +1,4 @@
-"""What several operations take as arguments, and how their recipes are refused."""
+"""Argument types and behavior that several operations share."""
 
 from __future__ import annotations
 
@@ -14,41 +14,49 @@ def _ascending(bounds: tuple[float, ...]) -> tuple[float, ...]:
     return bounds
 
 
-def or_say(wanted: str) -> WrapValidator:
-    """Refuse with one sentence what is no member of a union: pydantic has one for each member."""
+def with_message(expected: str) -> WrapValidator:
+    """Return a validator that rejects values outside a union in one message: pydantic has one for each member."""
 
     def validated(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
         try:
-            return inner(tuple(value) if isinstance(value, list) else value)  # recipes have lists, for want of tuples
+            return inner(tuple(value) if isinstance(value, list) else value)  # TOML has lists, not tuples
         except ValidationError as error:
-            raise ValueError(f"wanted is {wanted}") from error
+            raise ValueError(f"expected {expected}") from error
 
     return WrapValidator(validated)
 
 
 Ascending = AfterValidator(_ascending)
-"""Of pairs, low end first, one or more in a row."""
+"""One or more pairs in a row, each with its low end first."""
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 Level = Annotated[int, Field(ge=0, le=255)]
-"""A grey level."""
+"""A gray level."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 AreaRange = Annotated[tuple[Share, Share], Ascending]
-"""The least and the largest area of a box, as shares of the picture's."""
+"""Minimum and maximum area of a box, as fractions of the image's."""
 
 Ratio = Annotated[float, Field(ge=1e-3, le=1e3)]
 RatioRange = Annotated[tuple[Ratio, Ratio], Ascending]
 
 Side = Annotated[int, Field(ge=1, le=2**14)]
 
-Size = Annotated[Side | tuple[Side, Side] | None, or_say("one side or [height, width], 1 to 16384")]
-"""Of a picture: one side, (H, W), or none for that of the picture before."""
+Size = Annotated[Side | tuple[Side, Side] | None, with_message("one side or [height, width], 1 to 16384")]
+"""An image size: one side, (H, W), or None for the input's."""
 
 
 def side_lengths(size: int | tuple[int, int] | None, before: tuple[int, int]) -> tuple[int, int]:
-    """(H, W) of a `Size`, for pictures that were of (H, W) `before`."""
+    """Return (H, W) of a `Size`, for images of (H, W) `before`."""
     if size is None:
         return before
     return (size, size) if isinstance(size, int) else size
+
+
+class KeepsSize:
+    """An operation whose output has the size of its input."""
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return (H, W), unchanged."""
+        return size

@@ -1,4 +1,4 @@
-"""Pipelines of torchvision.transforms.v2, from a recipe's tables or from a function of the user's own."""
+"""Build pipelines of torchvision.transforms.v2 from a recipe's tables or a user function."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torchvision.transforms import v2
 from stages.cause import cause
 from stages.errors import RecipeError
 from stages.python_reference import find_callable, users_code
-from stages.views.global_generators import generators_kept, seed_generators
+from stages.views.global_generators import preserve_rng_state, seed_global_rngs
 
 Transform: TypeAlias = Callable[[Any], Any]
 
-_BOXES = "works on bounding boxes or key points, and here are only images"
-_SEVERAL = "makes several images of one, and a view is one image"
-_NOT_IN_A_TABLE = "takes what a recipe cannot hold: give the pipeline as views.transform = 'python:MODULE:FUNCTION'"
-_REFUSED = {
-    "MixUp": "mixes samples: that belongs to [views.mix]",
-    "CutMix": "mixes samples: that belongs to [views.mix]",
-    "Normalize": "belongs to teacher.mean/std and student.mean/std: a view comes before each model's own normalisation",
+_BOXES = "works on bounding boxes or key points, not on images"
+_SEVERAL = "returns several images, and a view is one image"
+_NOT_IN_A_TABLE = "takes arguments that a recipe cannot hold: use views.transform = 'python:MODULE:FUNCTION'"
+_REJECTED = {
+    "MixUp": "mixes samples: use [views.mix]",
+    "CutMix": "mixes samples: use [views.mix]",
+    "Normalize": "belongs to teacher.mean/std and student.mean/std: views are not normalized",
     "ClampBoundingBoxes": _BOXES,
     "ClampKeyPoints": _BOXES,
     "ConvertBoundingBoxFormat": _BOXES,
@@ -33,54 +33,54 @@ _REFUSED = {
     "SanitizeBoundingBoxes": _BOXES,
     "SanitizeKeyPoints": _BOXES,
     "SetClampingMode": _BOXES,
-    "UniformTemporalSubsample": "works on videos, and here are only images",
+    "UniformTemporalSubsample": "works on videos, not on images",
     "FiveCrop": _SEVERAL,
     "TenCrop": _SEVERAL,
     "Lambda": _NOT_IN_A_TABLE,
     "LinearTransformation": _NOT_IN_A_TABLE,
 }
-"""Classes of torchvision.transforms.v2 that no recipe can use, and why."""
+"""Classes of torchvision.transforms.v2 that no recipe can use, and the reason."""
 
 _DTYPES = ("uint8", "float16", "bfloat16", "float32", "float64")
 
-_WORDS: dict[str, dict[str, Any]] = {
+_ENUMS: dict[str, dict[str, Any]] = {
     "interpolation": {mode.value: mode for mode in v2.InterpolationMode},
     "policy": {policy.value: policy for policy in v2.AutoAugmentPolicy},
     "dtype": {name: getattr(torch, name) for name in _DTYPES},
 }
-"""Arguments that are objects in Python and words in a recipe."""
+"""Arguments that are objects in Python and strings in a recipe."""
 
 
 def build_transform(operations: Sequence[Mapping[str, Any]], reference: str | None = None) -> Transform:
-    """The pipeline that `views.operations`, or else `views.transform`, a "python:..." reference, asks for.
+    """Build the pipeline of `views.operations`, or of `views.transform`, a "python:..." reference.
 
-    Raises RecipeError, naming what is wrong and where. What comes back is for `apply` of the transforms engine.
+    The result is for `apply_transform` of the transforms engine. Raises RecipeError for invalid tables or references.
     """
     if reference is None:
         pipeline: Transform = v2.Compose(_build_all(operations, "views.operations")) if operations else v2.Identity()
         return pipeline
     if operations:
-        raise RecipeError("views.operations and views.transform both give a pipeline: leave one of them out.")
+        raise RecipeError("views.operations and views.transform both define a pipeline: remove one of them.")
     return _from_reference(reference)
 
 
 def _from_reference(reference: str) -> Transform:
     key = f"views.transform={reference!r}"
-    with users_code(), generators_kept():
-        seed_generators(0, sample_id=0, view=0)  # what a pipeline draws while it is made is the same in every process
+    with users_code(), preserve_rng_state():
+        seed_global_rngs(0, sample_id=0, view=0)  # numbers drawn while building are the same in every process
         found = find_callable(reference, "views.transform", RecipeError)
         if isinstance(found, nn.Module):
             return found
         try:
             transform = found()
-        except Exception as error:  # it is the user's own code
+        except Exception as error:  # user code
             raise RecipeError(
                 f"{key}: the function failed ({cause(error)}); it is called once, without arguments, and must return "
                 "the pipeline."
             ) from error
     if not callable(transform):
         raise RecipeError(
-            f"{key}: the function returned {type(transform).__name__}, wanted a pipeline, such as "
+            f"{key}: the function returned {type(transform).__name__}, expected a pipeline, such as "
             "torchvision.transforms.v2.Compose([...])."
         )
     return transform  # type: ignore[no-any-return]
@@ -88,41 +88,41 @@ def _from_reference(reference: str) -> Transform:
 
 def _build_all(tables: Any, where: str) -> list[Transform]:
     if not isinstance(tables, Sequence) or isinstance(tables, str):
-        raise RecipeError(f"{where}: wanted a list of tables such as [{{ name = 'RandomCrop', size = 32 }}].")
+        raise RecipeError(f"{where}: expected a list of tables such as [{{ name = 'RandomCrop', size = 32 }}].")
     return [_build(table, f"{where}.{number}") for number, table in enumerate(tables)]
 
 
 def _build(table: Any, where: str) -> Transform:
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-        raise RecipeError(f"{where}: wanted a table such as {{ name = 'RandomCrop', size = 32 }}, found {table!r}.")
+        raise RecipeError(f"{where}: expected a table such as {{ name = 'RandomCrop', size = 32 }}, found {table!r}.")
     name = table["name"]
     kind = _kind(name, where)
     arguments = {key: value for key, value in table.items() if key != "name"}
     _check_names(kind, arguments, where)
-    turned = {key: _turn(key, value, f"{where}: {name}", where) for key, value in arguments.items()}
+    converted = {key: _convert(key, value, f"{where}: {name}", where) for key, value in arguments.items()}
     try:
-        return kind(**turned)  # type: ignore[no-any-return]
-    except Exception as error:  # torchvision checks by many kinds of them, some by none
-        raise RecipeError(f"{where}: {name} cannot be made of {arguments} ({cause(error)}).") from error
+        return kind(**converted)  # type: ignore[no-any-return]
+    except Exception as error:  # torchvision raises many types
+        raise RecipeError(f"{where}: {name} cannot be built from {arguments} ({cause(error)}).") from error
 
 
 def _kind(name: str, where: str) -> Any:
-    if name in _REFUSED:
-        raise RecipeError(f"{where}: {name} {_REFUSED[name]}.")
-    if name not in _kinds():
-        near = get_close_matches(name, _kinds(), 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "see its documentation for what there is."
+    if name in _REJECTED:
+        raise RecipeError(f"{where}: {name} {_REJECTED[name]}.")
+    if name not in _transforms():
+        near = get_close_matches(name, _transforms(), 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "see its documentation."
         raise RecipeError(f"{where}: torchvision.transforms.v2 has no transform {name!r}; {hint}")
-    return _kinds()[name]
+    return _transforms()[name]
 
 
 @cache
-def _kinds() -> dict[str, Any]:
+def _transforms() -> dict[str, Any]:
     public = {name: kind for name, kind in vars(v2).items() if inspect.isclass(kind) and not name.startswith("_")}
     return {
         name: kind
         for name, kind in public.items()
-        if issubclass(kind, v2.Transform) and kind is not v2.Transform and name not in _REFUSED
+        if issubclass(kind, v2.Transform) and kind is not v2.Transform and name not in _REJECTED
     }
 
 
@@ -131,24 +131,24 @@ def _check_names(kind: Any, arguments: Mapping[str, Any], where: str) -> None:
     for key in arguments:
         if key not in known:
             near = get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known) or 'none'}."
+            hint = f"did you mean {near[0]!r}?" if near else f"its arguments: {', '.join(known) or 'none'}."
             raise RecipeError(f"{where}: {kind.__name__} has no argument {key!r}; {hint}")
     for key, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and key not in arguments:
-            raise RecipeError(f"{where}: {kind.__name__} needs {key!r}: give it a value.")
+            raise RecipeError(f"{where}: {kind.__name__} requires {key!r}.")
 
 
-def _turn(key: str, value: Any, what: str, where: str) -> Any:
-    """A recipe's value as torchvision takes it: nested tables become transforms, lists tuples, some words objects."""
+def _convert(key: str, value: Any, what: str, where: str) -> Any:
+    """Convert a recipe's value for torchvision: nested tables to transforms, lists to tuples, names to objects."""
     if key == "transforms":
         return _build_all(value, f"{where}.transforms")
     if isinstance(value, list):
         return tuple(value)
-    words = _WORDS.get(key)
-    if words is None or not isinstance(value, str):
+    choices = _ENUMS.get(key)
+    if choices is None or not isinstance(value, str):
         return value
-    if value not in words:
-        near = get_close_matches(value, words, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(words)}."
+    if value not in choices:
+        near = get_close_matches(value, choices, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"available: {', '.join(choices)}."
         raise RecipeError(f"{what} has no {key} {value!r}; {hint}")
-    return words[value]
+    return choices[value]

@@ -12,15 +12,17 @@ from stages.views.mix import MixConfig
 
 @section
 class ViewsConfig:
-    """Which views there are, and how they are made.
+    """Configuration of the augmented views.
 
-    num_views: V, how many of each sample are cached; epoch e of a student uses view e mod V.
-    engine: "tensor" augments whole batches of equally large images on the device; "transforms" runs any pipeline of
-    torchvision.transforms.v2, image by image, in worker processes.
-    operations: what is done to an image, one after the other, by torchvision's names and arguments.
-    transform: instead of operations, "python:MODULE:FUNCTION", which gives the pipeline (engine "transforms").
-    mix: MixUp and CutMix, after all operations.
-    replay: whether a student sees the very pictures that its targets are about; otherwise it sees new ones each epoch.
+    Attributes:
+        num_views: Number V of cached views for each sample; epoch e of a student uses view e mod V.
+        seed: Seed of all random numbers of the views.
+        engine: "tensor" augments whole batches of equally sized images on the device; "transforms" runs any pipeline
+            of torchvision.transforms.v2, image by image, in worker processes.
+        operations: Operations applied in sequence, with torchvision's names and arguments.
+        transform: Instead of operations, "python:MODULE:FUNCTION" that returns the pipeline (engine "transforms").
+        mix: MixUp and CutMix, after all operations.
+        replay: Whether a student sees the same views that its targets were computed on; otherwise new ones each epoch.
     """
 
     num_views: Annotated[int, Field(ge=1, le=100_000)] = 4

@@ -1,8 +1,7 @@
-"""The three global generators that transforms draw from, torch's, numpy's and random's: seeded for one view of one
-sample, and put back.
+"""Seed and restore the global random generators of torch, numpy and `random`, which transforms draw from.
 
-Seeding all three costs some 7 us, keeping and putting them back some 35, most of it for numpy's state: whoever renders
-many samples in a row keeps them once, around the whole row.
+Seeding all three takes about 7 us, saving and restoring them 35 us, mostly for numpy's state: a caller that renders
+many samples in a row should save them once around all.
 """
 
 from __future__ import annotations
@@ -15,48 +14,47 @@ import numpy as np
 import torch
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
-from stages.views.draw import mix_integer
+from stages.views.draw import mix_integers
 
 _STREAM = 10 << 8
-"""Tells these numbers from those of the tensor engine's operations: never change it, or stores replay others."""
+"""Separates these numbers from those of the tensor engine: never change it, or stores replay different views."""
 
 _WORD = 2**64
 
 _numpy_words = np.random.MT19937(0)
-"""Lent to numpy's global generator, whose own is left alone meanwhile: to swap the two is cheaper than to copy."""
+"""Swapped into numpy's global generator, whose own is set aside meanwhile: cheaper than copying its state."""
 
-_kept = False
+_preserved = False
 
 
 @contextlib.contextmanager
-def generators_kept() -> Iterator[None]:
-    """Put the generators back, at the end, to the states that they have now. Within another such block: do nothing.
+def preserve_rng_state() -> Iterator[None]:
+    """Restore the global generators' present states at the end; a nested block does nothing.
 
-    Only torch's CPU generator is touched. They are the process's: not for two threads at once.
+    Only torch's CPU generator is restored. The generators belong to the process: do not use two threads at once.
     """
-    global _kept  # noqa: PLW0603 - as global as the generators
-    if _kept:
+    global _preserved  # noqa: PLW0603 - as global as the generators
+    if _preserved:
         yield
         return
-    python, torchs = random.getstate(), torch.default_generator.get_state()
-    numpys, numpy_words = np.random.get_state(legacy=False), get_bit_generator()
-    _kept = True
+    python_state, torch_state = random.getstate(), torch.default_generator.get_state()
+    numpy_state, numpy_words = np.random.get_state(legacy=False), get_bit_generator()
+    _preserved = True
     try:
         yield
     finally:
-        _kept = False
-        random.setstate(python)
-        torch.default_generator.set_state(torchs)
+        _preserved = False
+        random.setstate(python_state)
+        torch.default_generator.set_state(torch_state)
         set_bit_generator(numpy_words)
-        if numpys["has_gauss"]:  # the second normal number of a pair, which swapping drops
-            np.random.set_state(numpys)
+        if numpy_state["has_gauss"]:  # the second normal number of a pair, which swapping loses
+            np.random.set_state(numpy_state)
 
 
-def seed_generators(seed: int, sample_id: int, view: int) -> None:
-    """Seed the generators by a hash of any three integers. To be called within `generators_kept`."""
-    key = mix_integer(mix_integer(mix_integer(seed) + view) + _STREAM)
-    word = mix_integer(key ^ (sample_id % _WORD))
-    torch.default_generator.manual_seed(word)  # of which it takes the lower half
-    set_bit_generator(_numpy_words)  # again, for a transform may have swapped it
+def seed_global_rngs(seed: int, sample_id: int, view: int) -> None:
+    """Seed the generators by a hash of any three integers. Call it within `preserve_rng_state`."""
+    word = mix_integers(mix_integers(seed, view, _STREAM) ^ (sample_id % _WORD))
+    torch.default_generator.manual_seed(word)  # which uses the lower half
+    set_bit_generator(_numpy_words)  # again, since a transform may have swapped it
     np.random.seed(word >> 32)
     random.seed(word)

@@ -1,4 +1,4 @@
-"""RandAugment and TrivialAugmentWide: operations drawn for each image from torchvision's space of fourteen."""
+"""RandAugment and TrivialAugmentWide: draw from torchvision's fourteen operations for each image."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from torch import Tensor
 
 from stages.config import section
 from stages.views.affine import rotate, shear_x, shear_y, translate_x, translate_y
-from stages.views.arguments import Level
+from stages.views.arguments import KeepsSize, Level
 from stages.views.colour import adjust_brightness, adjust_contrast, adjust_saturation
-from stages.views.draw import Draw
-from stages.views.rows import on_rows
+from stages.views.draw import CounterRNG
+from stages.views.rows import apply_to_rows
 from stages.views.tone import adjust_sharpness, autocontrast, equalize, posterize, solarize
 
 _OPERATION, _SIGN, _BIN, _NUM_PARAMETERS = 0, 1, 2, 3
-"""The parameters of one step; the next step's follow. A stream has 256 numbers: enough for 64 steps."""
+"""The parameters of one step, followed by the next step's. A stream has 256 numbers: enough for 64 steps."""
 
 NumBins = Annotated[int, Field(ge=2, le=1000)]
 
 
 @section
-class RandAugment:
-    """Change each image by `num_ops` operations one after the other, each drawn from fourteen, the identity among them.
+class RandAugment(KeepsSize):
+    """Apply `num_ops` operations in sequence, each drawn from fourteen, including the identity.
 
-    num_ops: at most 64. magnitude: how strong, from 0 to num_magnitude_bins - 1; nine of them draw its sign too.
-    fill: what comes in from outside of the image where one is rotated, moved or sheared.
-    torchvision's, with "nearest" as the only interpolation and one fill for all channels. Geometry: see RandomAffine.
+    Same as torchvision's, with nearest interpolation and one fill for all channels. Geometry: see RandomAffine.
     Cubuk et al. 2020, "RandAugment: practical automated data augmentation with a reduced search space" (1909.13719).
+
+    Attributes:
+        num_ops: At most 64.
+        magnitude: Strength from 0 to num_magnitude_bins - 1; nine of the operations draw its sign too.
+        fill: Gray level outside the image.
     """
 
     name: Literal["RandAugment"]
@@ -46,33 +49,33 @@ class RandAugment:
     def _magnitude_has_a_bin(self) -> RandAugment:
         if self.magnitude >= self.num_magnitude_bins:
             raise ValueError(
-                f"magnitude = {self.magnitude}, but num_magnitude_bins = {self.num_magnitude_bins} end at "
-                f"{self.num_magnitude_bins - 1}: lower the one or raise the other"
+                f"magnitude = {self.magnitude} must be below num_magnitude_bins = {self.num_magnitude_bins}: lower the "
+                "one or raise the other"
             )
         return self
 
-    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        return size
-
-    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """uint8 [B, C, H, W] to uint8 [B, C, H, W]."""
+    def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
+        """Augment uint8 [B, C, H, W]."""
         changed = images.clone()
         height, width = images.shape[2:]
         largest = _RAND_AUGMENT | {"TranslateX": 150 / 331 * width, "TranslateY": 150 / 331 * height}
         strengths = _Strengths(torch.full((len(images),), self.magnitude), self.num_magnitude_bins - 1, largest)
         for step in range(self.num_ops):
-            _change(changed, draw, step * _NUM_PARAMETERS, strengths, self.fill)
+            _change(changed, rng, step * _NUM_PARAMETERS, strengths, self.fill)
         return changed
 
 
 @section
-class TrivialAugmentWide:
-    """Change each image by one operation, drawn from fourteen, as strongly as is drawn too.
+class TrivialAugmentWide(KeepsSize):
+    """Apply one operation, drawn from fourteen, with a drawn strength.
 
-    num_magnitude_bins: how many strengths there are. fill: what comes in from outside of the image.
-    torchvision's, with "nearest" as the only interpolation and one fill for all channels. Geometry: see RandomAffine.
-    Magnitudes are exact: bin 15 of 31 moves by 16 pixels, where torchvision's float32 may cut 15.99 down to 15.
+    Same as torchvision's, with nearest interpolation and one fill for all channels. Geometry: see RandomAffine.
+    Magnitudes are exact: bin 15 of 31 moves by 16 pixels, where torchvision's float32 may truncate 15.99 to 15.
     Müller and Hutter 2021, "TrivialAugment: tuning-free yet state-of-the-art data augmentation" (2103.10158).
+
+    Attributes:
+        num_magnitude_bins: Number of strengths.
+        fill: Gray level outside the image.
     """
 
     name: Literal["TrivialAugmentWide"]
@@ -80,39 +83,36 @@ class TrivialAugmentWide:
     interpolation: Literal["nearest"] = "nearest"
     fill: Level = 0
 
-    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        return size
-
-    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """uint8 [B, C, H, W] to uint8 [B, C, H, W]."""
+    def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
+        """Augment uint8 [B, C, H, W]."""
         changed = images.clone()
-        bins = draw.below(self.num_magnitude_bins, _BIN)
-        _change(changed, draw, 0, _Strengths(bins, self.num_magnitude_bins - 1, _TRIVIAL_AUGMENT_WIDE), self.fill)
+        bins = rng.integers(self.num_magnitude_bins, _BIN)
+        _change(changed, rng, 0, _Strengths(bins, self.num_magnitude_bins - 1, _TRIVIAL_AUGMENT_WIDE), self.fill)
         return changed
 
 
 @dataclass(frozen=True)
 class _Strengths:
-    """How strongly to change each image: bin bins[b], int64 [B], of 0 ... `last`; `last` is the `largest` magnitude."""
+    """Strength for each image: bins int64 [B], of 0 ... `last`; bin `last` is the `largest` magnitude."""
 
     bins: Tensor
     last: int
     largest: Mapping[str, float]
 
-    def of(self, operation: str, rows: Tensor) -> Tensor:
-        """Magnitudes float64 [R], without a sign."""
+    def magnitudes(self, operation: str, rows: Tensor) -> Tensor:
+        """Return unsigned magnitudes, float64 [R]."""
         return self.largest[operation] * self.bins[rows].double() / self.last
 
 
-def _change(images: Tensor, draw: Draw, first: int, strengths: _Strengths, fill: int) -> None:
-    """One step, in place: an operation for each image, called once for all that drew it; `first` numbers parameters."""
-    chosen = draw.below(len(_OPERATIONS), first + _OPERATION)
-    signs = 1.0 - 2.0 * draw.chance(0.5, first + _SIGN).double()
+def _change(images: Tensor, rng: CounterRNG, first: int, strengths: _Strengths, fill: int) -> None:
+    """Apply one step in place: each operation once, to all images that drew it; `first` is the first parameter."""
+    chosen = rng.integers(len(_OPERATIONS), first + _OPERATION)
+    signs = 1.0 - 2.0 * rng.bernoulli(0.5, first + _SIGN).double()
     for number, (name, function) in enumerate(_OPERATIONS.items()):
         rows = (chosen == number).nonzero()[:, 0]
         if function is not None and len(rows):
-            magnitudes = strengths.of(name, rows) * (signs[rows] if name in _SIGNED else 1.0)
-            on_rows(images, rows, partial(function, fill), magnitudes)
+            magnitudes = strengths.magnitudes(name, rows) * (signs[rows] if name in _SIGNED else 1.0)
+            apply_to_rows(images, rows, partial(function, fill), magnitudes)
 
 
 _OPERATIONS: dict[str, Callable[[int, Tensor, Tensor], Tensor] | None] = {
@@ -131,21 +131,19 @@ _OPERATIONS: dict[str, Callable[[int, Tensor, Tensor], Tensor] | None] = {
     "AutoContrast": lambda _, images, __: autocontrast(images),
     "Equalize": lambda _, images, __: equalize(images),
 }
-"""(fill, images, magnitudes float64 [B]) to images, in torchvision's order: a drawn number is a place in it."""
+"""Functions of (fill, images, magnitudes float64 [B]) in torchvision's order, indexed by the drawn number."""
 
 _SHEARS, _MOVES = ("ShearX", "ShearY"), ("TranslateX", "TranslateY")
-_COLOURS = ("Brightness", "Color", "Contrast", "Sharpness")
-_SIGNED = {*_SHEARS, *_MOVES, "Rotate", *_COLOURS}
+_COLORS = ("Brightness", "Color", "Contrast", "Sharpness")
+_SIGNED = {*_SHEARS, *_MOVES, "Rotate", *_COLORS}
 
 _COMMON = {"Solarize": 255.0, "AutoContrast": 0.0, "Equalize": 0.0}
-_RAND_AUGMENT = (
-    {"Rotate": 30.0, "Posterize": 4.0} | dict.fromkeys(_SHEARS, 0.3) | dict.fromkeys(_COLOURS, 0.9) | _COMMON
-)
+_RAND_AUGMENT = {"Rotate": 30.0, "Posterize": 4.0} | dict.fromkeys(_SHEARS, 0.3) | dict.fromkeys(_COLORS, 0.9) | _COMMON
 _TRIVIAL_AUGMENT_WIDE = (
     {"Rotate": 135.0, "Posterize": 6.0}
-    | dict.fromkeys((*_SHEARS, *_COLOURS), 0.99)
+    | dict.fromkeys((*_SHEARS, *_COLORS), 0.99)
     | dict.fromkeys(_MOVES, 32.0)
     | _COMMON
 )
-"""The largest magnitudes: degrees, bits lost, slopes, pixels, factors beyond 1, levels inverted. RandAugment's moves
-depend on the size of the image."""
+"""The largest magnitudes: degrees, bits lost, slopes, pixels, factors above 1, levels inverted. RandAugment's
+translations depend on the size of the image."""

@@ -1,4 +1,4 @@
-"""A recipe's views made ready for a data set's images: what renders them, and how a store recognises them again."""
+"""Render a recipe's views of a data set's images, and identify them for a store."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from stages.errors import RecipeError
 from stages.views.config import ViewsConfig
-from stages.views.draw import Draw
-from stages.views.mix import Mixture, draw_mixture, mix
+from stages.views.draw import CounterRNG
+from stages.views.mix import MixAssignment, mix, sample_mix
 from stages.views.tensor_engine import MIX_STREAM, TensorEngine, parse_operations
 
 Pixels = NDArray[np.uint8]
@@ -25,16 +25,16 @@ Pixels = NDArray[np.uint8]
 NUM_PROBES, NUM_PROBE_VIEWS = 8, 3
 
 UNEQUAL_PROBES = ((240, 320), (320, 240), (375, 500), (256, 256), (96, 160), (500, 333), (64, 64), (333, 500))
-"""(H, W) of the probes where the operations make one size of any."""
+"""(H, W) of the probes if the operations give any image the same size."""
 
 
 def check_views(config: ViewsConfig) -> None:
-    """Raise RecipeError for what can be told of a recipe's views before any image is seen."""
+    """Raise RecipeError for invalid views, as far as can be checked without images."""
     if config.transform and (config.engine == "tensor" or config.operations):
-        raise RecipeError("views.transform is instead of views.operations, and needs views.engine = 'transforms'.")
+        raise RecipeError("views.transform replaces views.operations, and needs views.engine = 'transforms'.")
     if config.mix and not config.replay:
         raise RecipeError(
-            "[views.mix] needs views.replay = true: what the teacher said about one mixture is wrong for another."
+            "[views.mix] needs views.replay = true: the teacher's outputs for one mixture are wrong for another."
         )
     if config.engine == "tensor":
         parse_operations(config.operations)
@@ -42,68 +42,77 @@ def check_views(config: ViewsConfig) -> None:
 
 @dataclass(frozen=True)
 class Renderer:
-    """Renders the views of images with `channels` channels of `size` (H, W), or None where they are of unequal size.
+    """Renders the views of images.
 
-    population: int64 [P], ascending: the sample ids from which partners of MixUp and CutMix come.
+    Attributes:
+        config: The views.
+        channels: Channels of the images.
+        size: (H, W) of the images; None if their sizes differ.
+        partner_pool: Sample ids that MixUp and CutMix draw partners from, int64 [P], ascending.
     """
 
     config: ViewsConfig
     channels: int
     size: tuple[int, int] | None
-    population: Tensor | None = None
+    partner_pool: Tensor | None = None
 
     @property
     def in_workers(self) -> bool:
-        """Whether images are rendered one by one, which is worker processes' work."""
+        """Whether images are rendered one by one, in worker processes."""
         return self.config.engine == "transforms"
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a view. Raises RecipeError where views are not all of one size, or cannot be rendered."""
+        """(C, H, W) of a view. Raises RecipeError if sizes differ between views, or they cannot be rendered."""
         if not self.in_workers:
             assert self.size is not None, "Setup.renderer refuses images of unequal size for the tensor engine"
             return (self.channels, *self._tensor_engine.output_size(self.size))
         return (self.channels, *self._probe_views[0][0].shape[1:])
 
-    def picture(self, pixels: Pixels, sample_id: int, view: int) -> Tensor:
-        """What a worker does: the view of one image, uint8 [C, H, W] to uint8 [C, H', W']. Raises RecipeError where the
-        transforms fail, or give it another size than the probes.
+    def render_one(self, pixels: Pixels, sample_id: int, view: int) -> Tensor:
+        """Do a worker's part: transform one image, uint8 [C, H, W] to uint8 [C, H', W'].
+
+        Raises:
+            RecipeError: The transforms fail, or give another size than for the probes.
         """
         if not self.in_workers:
             return torch.from_numpy(pixels)
         rendered = self._apply(pixels, sample_id, view)
         if tuple(rendered.shape) != self.shape:
             raise RecipeError(
-                f"[views] makes {tuple(rendered.shape)} (C, H, W) of sample {sample_id}, of {pixels.shape}, and "
-                f"{self.shape} of others: end the operations with a Resize or a crop to a size."
+                f"[views] gives {tuple(rendered.shape)} (C, H, W) for sample {sample_id}, of {pixels.shape}, and "
+                f"{self.shape} for others: end the operations with a Resize or a crop to a size."
             )
         return rendered
 
-    def batch(self, images: Tensor, sample_ids: Tensor, view: int) -> Tensor:
-        """What the main process does, before mixing: uint8 [B, C, H, W], ids int64 [B] on the CPU, to uint8 [B, C, H',
-        W']. `view` may be any integer: stores hold the views 0 to V - 1; the teacher's own training uses those below
-        zero.
+    def render_batch(self, images: Tensor, sample_ids: Tensor, view: int) -> Tensor:
+        """Do the main process's part before mixing: uint8 [B, C, H, W] to uint8 [B, C, H', W'].
+
+        Args:
+            images: uint8 [B, C, H, W].
+            sample_ids: int64 [B], on the CPU.
+            view: Any integer: stores hold views 0 to V - 1, the teacher's own training uses negative ones.
         """
-        return images if self.in_workers else self._tensor_engine(images, Draw(self.config.seed, view, sample_ids))
+        return images if self.in_workers else self._tensor_engine(images, self._rng(sample_ids, view))
 
-    def pick(self, images: Tensor, rows: Tensor, sample_ids: Tensor, view: int) -> Tensor:
-        """`batch` for the images at `rows`, int64 [B] on the CPU, of the uint8 [N, C, H, W] that are held."""
-        return self._tensor_engine.pick(images, rows, Draw(self.config.seed, view, sample_ids))
+    def render_rows(self, images: Tensor, rows: Tensor, sample_ids: Tensor, view: int) -> Tensor:
+        """Render the images at `rows`, int64 [B] on the CPU, of uint8 [N, C, H, W] like `render_batch`."""
+        return self._tensor_engine.render_rows(images, rows, self._rng(sample_ids, view))
 
-    def mixture(self, sample_ids: Tensor, view: int) -> Mixture | None:
-        """With whom and how the samples of a batch, int64 [B] on the CPU, are mixed; None where nothing is."""
-        if self.config.mix is None or self.population is None:
+    def sample_mix(self, sample_ids: Tensor, view: int) -> MixAssignment | None:
+        """Draw the mix of a batch, sample ids int64 [B] on the CPU; None if views are not mixed."""
+        if self.config.mix is None or self.partner_pool is None:
             return None
-        draw = Draw(self.config.seed, view, sample_ids, MIX_STREAM)
-        return draw_mixture(self.config.mix, draw, self.population, self.shape[1:])
+        rng = self._rng(sample_ids, view, MIX_STREAM)
+        return sample_mix(self.config.mix, rng, self.partner_pool, self.shape[1:])
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What decides the pixels of every view, as JSON, with digests of probe views.
+        """Everything that determines the pixels of the views, as JSON, with digests of probe views.
 
-        V is left out: a store with more views of the same recipe holds the same pictures. The probes are a fixed
-        pattern, not samples of the data set, so that a student on a part of the data set can render them too; that the
-        samples themselves are the same is checked by their pixel checksums.
+        V is not included: more views of the same recipe do not change the first ones. The probes are a fixed pattern,
+        not samples, so that a student on part of the data set can render them too; the samples themselves are compared
+        by pixel checksums.
         """
         return {
             **self._engine_identity(),
@@ -113,6 +122,9 @@ class Renderer:
             "probes_sha256": [self._probe_digest(view) for view in range(NUM_PROBE_VIEWS)],
         }
 
+    def _rng(self, sample_ids: Tensor, view: int, stream: int = 0) -> CounterRNG:
+        return CounterRNG(self.config.seed, view, sample_ids, stream)
+
     @cached_property
     def _tensor_engine(self) -> TensorEngine:
         return parse_operations(self.config.operations)
@@ -120,51 +132,51 @@ class Renderer:
     def _engine_identity(self) -> dict[str, Any]:
         if not self.in_workers:
             return self._tensor_engine.to_json()
-        from stages.views.transforms_engine import describe
+        from stages.views.transforms_engine import transform_identity
 
-        return describe(self.config)
+        return transform_identity(self.config)
 
     def _apply(self, pixels: Pixels, sample_id: int, view: int) -> Tensor:
-        from stages.views.transforms_engine import apply
+        from stages.views.transforms_engine import apply_transform
 
-        return apply(self._transform, pixels, sample_id, view, self.config.seed)
+        return apply_transform(self._transform, pixels, sample_id, view, self.config.seed)
 
     @cached_property
     def _transform(self) -> Callable[[Any], Any]:
-        # torchvision takes as long to import as torch itself: only its users pay
-        from stages.views.transforms_engine import build_transform, require_pure
+        # lazy: torchvision takes as long to import as torch itself
+        from stages.views.transforms_engine import build_transform, check_deterministic
 
         transform = build_transform(self.config.operations, self.config.transform)
-        require_pure(transform, self._probes[0])
+        check_deterministic(transform, self._probes[0])
         return transform
 
     @cached_property
     def _probes(self) -> list[Pixels]:
-        """Patterns as large as the data set's images."""
+        """Patterns of the size of the data set's images."""
         return _patterns(self.channels, UNEQUAL_PROBES if self.size is None else (self.size,) * NUM_PROBES)
 
     @cached_property
     def _probe_views(self) -> list[list[Tensor]]:
-        """Each probe in its first views, [view][probe], before mixing, all of one size.
+        """The first views of each probe, [view][probe], before mixing, all of one size.
 
-        Where operations make one size of any, the probes are of any: that a part of a data set happens to be of one
-        size makes no other views of it.
+        If the operations accept any size, the probes have different sizes: the identity must not change when a part of
+        the data set happens to have one size.
         """
         if not self.in_workers:
-            assert self.size is not None, "self.shape has seen to it"
+            assert self.size is not None, "checked by self.shape"
             images, ids = torch.from_numpy(np.stack(self._probes)), torch.arange(NUM_PROBES)
-            return [list(self.batch(images, ids, view)) for view in range(NUM_PROBE_VIEWS)]
+            return [list(self.render_batch(images, ids, view)) for view in range(NUM_PROBE_VIEWS)]
         try:
-            return self._rendered(_patterns(self.channels, UNEQUAL_PROBES))
+            return self._render_probes(_patterns(self.channels, UNEQUAL_PROBES))
         except RecipeError as error:
             if self.size is None:
                 raise RecipeError(
-                    f"{error} Images are of unequal size, so this was tried on patterns of 64 x 64 pixels and more."
+                    f"{error} The images differ in size, so this was tried on patterns of 64 x 64 pixels and more."
                 ) from error
-            return self._rendered(self._probes)
+            return self._render_probes(self._probes)
 
-    def _rendered(self, probes: Sequence[Pixels]) -> list[list[Tensor]]:
-        """What workers make of the probes, [view][probe]. Raises RecipeError where that is not of one size."""
+    def _render_probes(self, probes: Sequence[Pixels]) -> list[list[Tensor]]:
+        """Render the probes one by one, [view][probe]. Raises RecipeError if their sizes differ."""
         views = [
             [self._apply(probe, number, view) for number, probe in enumerate(probes)] for view in range(NUM_PROBE_VIEWS)
         ]
@@ -172,30 +184,28 @@ class Renderer:
         for probe, view in zip([*probes] * NUM_PROBE_VIEWS, chain(*views), strict=True):
             if tuple(view.shape) != first:
                 raise RecipeError(
-                    f"the views of one recipe must all be of one size: [views] makes {first} (C, H, W) of one image "
-                    f"and {tuple(view.shape)} of one of {probe.shape}: end the operations with a Resize or a crop to "
-                    "a size."
+                    f"all views must have the same size: [views] gives {first} (C, H, W) for one image and "
+                    f"{tuple(view.shape)} for one of {probe.shape}: end the operations with a Resize or a crop."
                 )
         return views
 
     def _probe_digest(self, view: int) -> str:
-        assert len({tuple(one.shape) for one in self._probe_views[view]}) == 1, "self.shape has seen to it"
+        assert len({tuple(probe.shape) for probe in self._probe_views[view]}) == 1, "checked by self.shape"
         images, ids = torch.stack(self._probe_views[view]), torch.arange(NUM_PROBES)
         if self.config.mix is not None:
-            draw = Draw(self.config.seed, view, ids, MIX_STREAM)
-            mixture = draw_mixture(self.config.mix, draw, ids, self.shape[1:])
-            images = mix(images, images[mixture.partners], mixture)
+            mixture = sample_mix(self.config.mix, self._rng(ids, view, MIX_STREAM), ids, self.shape[1:])
+            images = mix(images, images[mixture.partner_ids], mixture)
         return hashlib.sha256(images.numpy().tobytes()).hexdigest()
 
     def _mix_identity(self) -> dict[str, Any] | None:
-        if self.config.mix is None or self.population is None:
+        if self.config.mix is None or self.partner_pool is None:
             return None
-        partners = hashlib.sha256(self.population.numpy().astype("<i8").tobytes()).hexdigest()
-        return {**asdict(self.config.mix), "num_partners": len(self.population), "partner_ids_sha256": partners}
+        partners = hashlib.sha256(self.partner_pool.numpy().astype("<i8").tobytes()).hexdigest()
+        return {**asdict(self.config.mix), "num_partners": len(self.partner_pool), "partner_ids_sha256": partners}
 
 
 def _patterns(channels: int, sizes: Iterable[tuple[int, int]]) -> list[Pixels]:
-    """Images of a fixed pattern: uint8 [C, H, W] for each (H, W)."""
+    """Return images of a fixed pattern: uint8 [C, H, W] for each (H, W)."""
     patterns, start = [], 0
     for height, width in sizes:
         cells = channels * height * width

@@ -1,4 +1,4 @@
-"""Work on some images of a batch, the others left as they are."""
+"""Apply operations to some images of a batch."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 1 << 20
-"""So large that calls cost little, so small that what they allocate is reused and mostly stays in the cache."""
+"""Large enough that calls cost little, small enough that temporaries are reused and mostly stay in the cache."""
 
 
-def on_rows(images: Tensor, rows: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
-    """Replace images[rows] by operation(images[rows], *parameters), in place; on the CPU block by block.
+def apply_to_rows(images: Tensor, rows: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
+    """Replace images[rows] by operation(images[rows], *parameters), in place; block by block on the CPU.
 
-    rows: int64 [R], on the CPU. parameters: [R, ...], a row for each image.
+    Args:
+        images: uint8 [B, C, H, W].
+        rows: int64 [R], on the CPU.
+        operation: Maps images and parameters of some rows to images.
+        parameters: [R, ...], one row for each image.
     """
     block = max(1, _BLOCK_BYTES // images.shape[1:].numel()) if images.device.type == "cpu" else max(1, len(rows))
     for start in range(0, len(rows), block):
         part = slice(start, start + block)
-        at = rows[part].to(images.device, non_blocking=True)
-        _put(images, at, operation(images.index_select(0, at), *(values[part] for values in parameters)))
+        indices = rows[part].to(images.device, non_blocking=True)
+        changed = operation(images.index_select(0, indices), *(values[part] for values in parameters))
+        if images.device.type == "cpu":
+            images.numpy()[indices.numpy()] = changed.numpy()  # whole images at once, many times faster than torch
+        else:
+            images.index_copy_(0, indices, changed)
 
 
-def _put(images: Tensor, at: Tensor, changed: Tensor) -> None:
-    if images.device.type == "cpu":
-        images.numpy()[at.numpy()] = changed.numpy()  # whole images at once; torch's copy takes many times as long
-    else:
-        images.index_copy_(0, at, changed)
-
-
-def replaced(images: Tensor, rows: Tensor, others: Tensor) -> Tensor:
-    """Images [B, C, H, W] with the others, uint8 [n, C, H, W], in place of the `rows`, int64 [n], on the CPU."""
-    at = torch.arange(len(images))
-    at[rows] = torch.arange(len(images), len(images) + len(rows))
-    # as index_copy, which takes ten times as long for bytes
-    return torch.cat([images, others]).index_select(0, at.to(images.device, non_blocking=True))
+def replace_rows(images: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+    """Return images [B, C, H, W] with `others`, uint8 [n, C, H, W], in place of `rows`, int64 [n] on the CPU."""
+    indices = torch.arange(len(images))
+    indices[rows] = torch.arange(len(images), len(images) + len(rows))
+    # same as index_copy, which is ten times slower for bytes
+    return torch.cat([images, others]).index_select(0, indices.to(images.device, non_blocking=True))

@@ -1,6 +1,6 @@
-"""The tensor engine: augments whole batches of uint8 images where they lie; its operations, and how recipes name them.
+"""The tensor engine: augment whole batches of uint8 images on their device.
 
-Small images need no worker processes and no Python for each: a view of a batch is a few dozen tensor operations.
+Small images need no worker processes and no Python per sample: a view of a batch is a few dozen tensor operations.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from stages.errors import RecipeError
 from stages.views.affine import RandomAffine
 from stages.views.colour import ColorJitter, RandomGrayscale
 from stages.views.crop import RandomCrop
-from stages.views.draw import Draw
+from stages.views.draw import CounterRNG
 from stages.views.erase import Cutout, RandomErasing
 from stages.views.flip import RandomHorizontalFlip, RandomVerticalFlip
 from stages.views.rand_augment import RandAugment, TrivialAugmentWide
 from stages.views.resized_crop import RandomResizedCrop
 
 ENGINE_VERSION = 2
-"""Raised whenever the same parameters would give other pixels: stores of an older engine are then refused."""
+"""Increase it whenever the same parameters would give other pixels: stores of an older engine are then rejected."""
 
 
 class Operation(Protocol):
-    """One step of a view: a recipe section with a name, and what it does."""
+    """One step of a view: a recipe section with a name."""
 
     name: Any
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) of what comes out, for images of (H, W). Raises RecipeError where they cannot be worked on."""
+        """Return (H, W) of the output for images of (H, W). Raises RecipeError if they are not supported."""
 
-    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """uint8 [B, C, H, W] to uint8 [B, C, H', W'], by the samples' own random numbers."""
+    def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
+        """Transform uint8 [B, C, H, W] to uint8 [B, C, H', W'], by the samples' own random numbers."""
 
 
 _STREAMS: dict[Any, int] = {
@@ -54,48 +54,48 @@ _STREAMS: dict[Any, int] = {
     RandAugment: 7 << 8,
     TrivialAugmentWide: 8 << 8,
 }
-"""The streams of random numbers that operations take: never change one, or stores replay other pictures."""
+"""The random streams of the operations: never change one, or stores replay different views."""
 
 _NEXT_OCCURRENCE = 1 << 16
-"""A second operation of the same name draws from streams so much further on."""
+"""Offset between the streams of operations of the same name."""
 
 MIX_STREAM = 9 << 8
 
-_KINDS = {str(get_args(get_type_hints(kind)["name"])[0]): kind for kind in _STREAMS}
+_OPERATIONS = {str(get_args(get_type_hints(kind)["name"])[0]): kind for kind in _STREAMS}
 
 
 @dataclass(frozen=True)
 class TensorEngine:
-    """Operations in their order, each with its stream."""
+    """A sequence of operations, each with its stream."""
 
     operations: tuple[tuple[Operation, int], ...]
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) of a view of images of (H, W). Raises RecipeError where an operation cannot work on them."""
+        """Return (H, W) of a view of images of (H, W). Raises RecipeError if an operation does not support them."""
         for operation, _ in self.operations:
             size = operation.output_size(size)
         return size
 
-    def __call__(self, images: Tensor, draw: Draw, *, own: bool = False) -> Tensor:
-        """The views of a batch: uint8 [B, C, H, W] to uint8 [B, C, H', W']. `own`: the batch may be overwritten."""
-        given = images.untyped_storage().data_ptr()
+    def __call__(self, images: Tensor, rng: CounterRNG, *, in_place: bool = False) -> Tensor:
+        """Render a batch: uint8 [B, C, H, W] to uint8 [B, C, H', W']. `in_place` allows overwriting `images`."""
+        source = images.untyped_storage().data_ptr()
         for operation, stream in self.operations:
-            # What an operation before has made may be overwritten, which some operations can: a copy less.
-            own = own or images.untyped_storage().data_ptr() != given
-            apply = getattr(operation, "overwrite", operation) if own else operation
-            images = apply(images, draw.of(stream))
+            # the output of an earlier operation may be overwritten, which saves a copy
+            in_place = in_place or images.untyped_storage().data_ptr() != source
+            apply = getattr(operation, "overwrite", operation) if in_place else operation
+            images = apply(images, rng.fork(stream))
         return images
 
-    def pick(self, images: Tensor, rows: Tensor, draw: Draw) -> Tensor:
-        """The views of the images at `rows`, int64 [B] on the CPU, of uint8 [N, C, H, W], wherever those lie."""
+    def render_rows(self, images: Tensor, rows: Tensor, rng: CounterRNG) -> Tensor:
+        """Render the images at `rows`, int64 [B] on the CPU, of uint8 [N, C, H, W] on any device."""
         first = self.operations[0] if self.operations else None
         if first is None or not isinstance(first[0], RandomCrop):
-            return self(images.index_select(0, rows.to(images.device, non_blocking=True)), draw)
+            return self(images.index_select(0, rows.to(images.device, non_blocking=True)), rng)
         rest = TensorEngine(self.operations[1:])
-        return rest(first[0].pick(images, rows, draw.of(first[1])), draw, own=True)
+        return rest(first[0].crop_rows(images, rows, rng.fork(first[1])), rng, in_place=True)
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the pixels."""
+        """Return everything that determines the pixels, as JSON."""
         return {
             "engine": "tensor",
             "engine_version": ENGINE_VERSION,
@@ -104,7 +104,7 @@ class TensorEngine:
 
 
 def parse_operations(tables: Sequence[Mapping[str, Any]]) -> TensorEngine:
-    """The engine that a recipe's `views.operations` ask for. Raises RecipeError, naming what is wrong and where."""
+    """Build the engine for a recipe's `views.operations`. Raises RecipeError for an invalid operation."""
     seen: Counter[str] = Counter()
     operations = []
     for number, table in enumerate(tables):
@@ -117,30 +117,30 @@ def parse_operations(tables: Sequence[Mapping[str, Any]]) -> TensorEngine:
 
 def _parse(table: Mapping[str, Any], where: str) -> Operation:
     name = table.get("name")
-    kind = _KINDS.get(str(name))
+    kind = _OPERATIONS.get(str(name))
     if kind is None:
-        near = get_close_matches(str(name), _KINDS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(_KINDS)}."
+        near = get_close_matches(str(name), _OPERATIONS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"available: {', '.join(_OPERATIONS)}."
         raise RecipeError(
-            f"{where}: the tensor engine has no operation {name!r} (views.engine = 'transforms' runs any of "
-            f"torchvision's); {hint}"
+            f"{where}: the tensor engine has no operation {name!r} (views.engine = 'transforms' supports all "
+            f"of torchvision's); {hint}"
         )
     try:
         operation: Operation = TypeAdapter(kind).validate_json(json.dumps(table, default=str))
     except ValidationError as error:
-        raise RecipeError(_sentence(where, kind, error)) from error
+        raise RecipeError(_error_message(where, kind, error)) from error
     return operation
 
 
-def _sentence(where: str, kind: Any, error: ValidationError) -> str:
+def _error_message(where: str, kind: Any, error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "unexpected_keyword_argument":
         known = [field.name for field in fields(kind)]
         near = get_close_matches(key, known, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
+        hint = f"did you mean {near[0]!r}?" if near else f"its arguments: {', '.join(known)}."
         return f"{where}: {kind.__name__} has no argument {key!r}; {hint}"
     if first["type"] in ("missing", "missing_argument"):
-        return f"{where}: {kind.__name__} needs {key!r}: give it a value."
+        return f"{where}: {kind.__name__} requires {key!r}."
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {kind.__name__}: {key} = {str(first['input'])[:80]}: {message[0].lower()}{message[1:]}."

@@ -1,6 +1,6 @@
-"""Tone: functions of a batch that change grey levels one by one, or by their neighbours, as torchvision's do.
+"""Tone operations as in torchvision: posterize, solarize, autocontrast, equalize, sharpness.
 
-Parameters are [B], on the CPU; images uint8 [B, C, H, W], the result too. RandAugment draws among them.
+Images and results are uint8 [B, C, H, W], parameters [B] on the CPU. RandAugment uses them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from stages.views.colour import blend
 
 _THIRTEENTH, _THIRTEENTH_BITS = 5042, 16
-"""x * 5042 >> 16 is x // 13 for every x up to 6,553: integer division takes many times as long."""
+"""x * 5042 >> 16 is x // 13 for every x up to 6,553: integer division is many times slower."""
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
@@ -23,19 +23,14 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
     """Invert the pixels at or above `thresholds`, float64 [B] from 0 to 255."""
     least = thresholds.ceil().to(torch.uint8).to(images.device, non_blocking=True)[:, None, None, None]
-    # 0 or 255 from a comparison: torch.where would choose byte by byte, which takes many times as long
+    # 0 or 255 from a comparison: torch.where selects byte by byte, which is many times slower
     return images ^ (images >= least).view(torch.uint8).neg_()
 
 
-def invert(images: Tensor) -> Tensor:
-    """255 less every pixel."""
-    return ~images
-
-
 def autocontrast(images: Tensor) -> Tensor:
-    """Stretch the levels of every channel to 0 ... 255; a channel of one level stays as it is."""
+    """Stretch the levels of every channel to 0 ... 255; a channel of one level is unchanged."""
     low, high = (extreme.float() for extreme in (images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)))
-    # float32, step by step as torchvision, whose rounding integers would not reproduce; IEEE fixes each step's bits
+    # float32, step by step as in torchvision, to reproduce its rounding; IEEE fixes the bits of each step
     flat = high == low
     scale = torch.where(flat, 1.0, (high - low) * (1.0 / 255.0))
     low = torch.where(flat, 0.0, low)
@@ -43,7 +38,7 @@ def autocontrast(images: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Make the levels of every channel about equally frequent; PIL's rule, which torchvision follows."""
+    """Equalize the histogram of every channel, by the rule of PIL and torchvision."""
     batch, channels, height, width = images.shape
     levels = images.reshape(batch * channels, -1)
     tables = _equalizing_tables(_histograms(levels), levels.amax(1, keepdim=True), height * width)
@@ -51,26 +46,26 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def _histograms(levels: Tensor) -> Tensor:
-    """How often each level is there: uint8 [R, L] to int64 [R, 256]."""
+    """Count each level: uint8 [R, L] to int64 [R, 256]."""
     starts = torch.arange(0, 256 * len(levels), 256, dtype=torch.int32, device=levels.device)
     return torch.bincount((levels + starts[:, None]).ravel(), minlength=256 * len(levels)).reshape(-1, 256)
 
 
 def _equalizing_tables(counts: Tensor, highest: Tensor, num_pixels: int) -> Tensor:
-    """The new level for each old one: counts int64 [R, 256] and the highest level uint8 [R, 1] to uint8 [R, 256]."""
+    """Return the new level of each old one, uint8 [R, 256]: counts int64 [R, 256], highest level uint8 [R, 1]."""
     step = (num_pixels - counts.gather(1, highest.long())) // 255
     below = counts.cumsum(1) - counts
-    # float64 divides integers of this size and rounds down exactly, in less time than integers take
+    # float64 division and floor are exact for integers of this size, and faster
     table = ((below + step // 2).double() / step.clamp(min=1)).floor_().clamp_(max=255)
     unchanged = torch.arange(256, device=counts.device)
     return torch.where(step == 0, unchanged, table).to(torch.uint8)
 
 
 def adjust_sharpness(images: Tensor, factors: Tensor) -> Tensor:
-    """images * factor + blurred images * (1 - factor); factors float64 [B], 0 to 64.
+    """Return images * factor + blurred images * (1 - factor); factors float64 [B], 0 to 64.
 
-    Blurred with 3 x 3 weights of 1/13, the middle 5/13; pixels at the border, and images of fewer than three rows or
-    columns, stay as they are.
+    Blurred with 3 x 3 weights of 1/13, the middle 5/13; border pixels, and images of fewer than three rows or columns,
+    are unchanged.
     """
     if min(images.shape[2:]) <= 2:
         return images

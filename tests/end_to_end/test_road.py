@@ -73,7 +73,7 @@ def test_the_store_has_the_teachers_logits(done):
     renderer = Renderer(ViewsConfig(operations=({"name": "RandomCrop", "padding": 1},)), 1, (8, 8))
     for view in (0, 29):
         images, ids = train_set.images[rows], train_set.sample_ids[rows]
-        shown = renderer.batch(images, ids, view)
+        shown = renderer.render_batch(images, ids, view)
         images = (shown.float() / 255 - scale["mean"][0]) / scale["std"][0]
         logits = session.run(["logits"], {"images": images.numpy()})[0]
         np.testing.assert_allclose(group["logits"][view], logits, rtol=2e-3, atol=5e-3)

@@ -33,7 +33,7 @@ RECIPE = """
 name = "photographs"
 device = "cpu"
 num_threads = 1
-data = { name = "imagefolder:FOLDER", held_bytes = 0, num_workers = 0 }
+data = { name = "imagefolder:FOLDER", cache_bytes = 0, num_workers = 0 }
 cache = { batch_size = 20, shard_bytes = 4096 }
 
 [views]
@@ -99,20 +99,20 @@ def recipe_of(place, images="images"):
 def done(place):
     """An uninterrupted run, and the output of its commands."""
     recipe, run = recipe_of(place), place / "undisturbed"
-    said = {}
+    message = {}
     for command in ("train-teacher", "cache-teacher", "train-student"):
-        said[command] = kdpipe_here(command, recipe, "--run", run, "--json")
-        assert said[command].exit_code == 0, said[command].stderr
-    return run, said
+        message[command] = kdpipe_here(command, recipe, "--run", run, "--json")
+        assert message[command].exit_code == 0, message[command].stderr
+    return run, message
 
 
-def test_run_on_photos_and_the_store_has_the_teachers_logits(place, done):
-    run, said = done
-    cached = json.loads(said["cache-teacher"].stdout)["store"]
+def test_pipeline_runs_and_the_store_has_the_teacher_logits(place, done):
+    run, message = done
+    cached = json.loads(message["cache-teacher"].stdout)["store"]
     assert (cached["num_samples"], cached["num_views"], cached["num_units_missing"]) == (48, 12, 0)
-    students = json.loads(said["train-student"].stdout)["students"]
+    students = json.loads(message["train-student"].stdout)["students"]
     assert [len(students[kind]) for kind in ("alone", "distilled")] == [1, 1]
-    assert "Beyer" not in said["train-student"].stderr, "twelve replayed views are nothing to warn of"
+    assert "Beyer" not in message["train-student"].stderr, "twelve replayed views are nothing to warn of"
     asked = ("--recompute", 48, "--recipe", recipe_of(place), "--run", run)
     verified = kdpipe_here("store", "verify", run / "store.zarr", *asked)
     assert verified.exit_code == 0, verified.output
@@ -136,7 +136,7 @@ def test_views_are_drawn_with_the_stored_predictions(place, done):
     assert folder_bytes(run) == before
 
 
-def test_a_stopped_student_resumes_bit_for_bit(place, done):
+def test_student_resumes_identically_after_a_signal(place, done):
     run, recipe = place / "stopped", recipe_of(place)
     shutil.copytree(done[0], run, ignore=shutil.ignore_patterns("distilled-*"))
     checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
@@ -153,7 +153,7 @@ def test_a_stopped_student_resumes_bit_for_bit(place, done):
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_stopped_cache_teacher_ends_with_the_same_bytes(place, done):
+def test_cache_teacher_resumes_to_the_same_bytes(place, done):
     run, recipe = place / "half", recipe_of(place)
     shutil.copytree(done[0] / "teacher", run / "teacher")
     markers = run / "store.zarr" / "markers"
@@ -185,7 +185,7 @@ def stopped_here(ready, *arguments):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_one_class_sees_mixes_of_all_and_one_view_warns(place, done):
+def test_student_of_one_class_gets_all_mixtures_and_a_warning(place, done):
     changes = {
         "data.classes": '["cat"]',
         "views.num_views": "1",
@@ -197,12 +197,12 @@ def test_one_class_sees_mixes_of_all_and_one_view_warns(place, done):
     assert ended.exit_code == 0, ended.stderr
     assert "kdpipe: warning: views.num_views = 1: the student sees each image in one and the same view" in ended.stderr
     assert "3.0 in 1,200" in ended.stderr
-    refused = kdpipe_here("train-student", recipe_of(place), "--run", place / "cats", *overrides, "--set=views.seed=3")
-    assert refused.exit_code == 12
-    assert "views.seed: stored 0, wanted 3" in refused.stderr
+    raised = kdpipe_here("train-student", recipe_of(place), "--run", place / "cats", *overrides, "--set=views.seed=3")
+    assert raised.exit_code == 12
+    assert "views.seed: stored 0, wanted 3" in raised.stderr
 
 
-def test_a_corrupt_image_stops_the_job_or_is_dropped(place):
+def test_corrupt_image_stops_the_job_or_is_dropped(place):
     shutil.copytree(place / "images", place / "corrupt")
     broken = place / "corrupt" / "train" / "cow" / "7.jpg"
     broken.write_bytes(broken.read_bytes()[:200])

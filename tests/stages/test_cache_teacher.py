@@ -59,7 +59,7 @@ def test_stored_equals_recomputed_through_plain_zarr(run):
     order = row_order(train_set.sample_ids.numpy(), VIEWS.seed)
     renderer = Renderer(VIEWS, 1, (8, 8))
     for view in range(VIEWS.num_views):
-        images = renderer.batch(train_set.images[order], train_set.sample_ids[order], view)
+        images = renderer.render_batch(train_set.images[order], train_set.sample_ids[order], view)
         with torch.no_grad(), tapped(teacher.model, ["stage2"]) as tap:
             said = tap(teacher.normalise(images))
         np.testing.assert_allclose(group["logits"][view], said.logits.numpy(), rtol=2e-3, atol=2e-3)

@@ -34,7 +34,7 @@ def equal(tmp_path_factory):
     return photographs(tmp_path_factory.mktemp("equal"), NUM_SAMPLES)
 
 
-def pictures_of(image_set, num_workers, views=CROPS):
+def loader_of(image_set, num_workers, views=CROPS):
     renderer = Renderer(views, 3, image_set.image_size, torch.sort(image_set.sample_ids).values)
     return Pictures(image_set, torch.device("cpu"), renderer, num_workers=num_workers)
 
@@ -50,9 +50,9 @@ def same(stream, images):
 
 @pytest.fixture(scope="module")
 def truth(equal):
-    """The pictures of each view's requests, from images that are held."""
-    pictures = pictures_of(held(equal), 0)
-    return [[seen.images for seen in pictures.stream(requests(view))] for view in range(3)]
+    """The images of each view's requests, from images that are held."""
+    loader = loader_of(held(equal), 0)
+    return [[seen.images for seen in loader.stream(requests(view))] for view in range(3)]
 
 
 def started_since(before):
@@ -61,40 +61,40 @@ def started_since(before):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stream_that_was_left_does_not_disturb_the_next(equal, truth, num_workers):
-    pictures = pictures_of(equal, num_workers)
-    left = pictures.stream(requests(0))
+    loader = loader_of(equal, num_workers)
+    left = loader.stream(requests(0))
     assert torch.equal(next(left).images, truth[0][0])
-    stream = pictures.stream(requests(1))
+    stream = loader.stream(requests(1))
     assert torch.equal(next(stream).images, truth[1][0])
     left.close()  # late
     assert same(stream, truth[1][1:])
-    left = pictures.stream(requests(2))
+    left = loader.stream(requests(2))
     assert torch.equal(next(left).images, truth[2][0])
     del left
-    assert same(pictures.stream(requests(0)), truth[0])
+    assert same(loader.stream(requests(0)), truth[0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stream_that_is_taken_up_after_another_is_refused_rather_than_given_its_pictures(equal, truth, num_workers):
-    pictures = pictures_of(equal, num_workers)
-    older = pictures.stream(requests(0))
+def test_older_stream_of_a_pool_cannot_continue(equal, truth, num_workers):
+    loader = loader_of(equal, num_workers)
+    older = loader.stream(requests(0))
     next(older)
-    newer = pictures.stream(requests(1))
+    newer = loader.stream(requests(1))
     assert torch.equal(next(newer).images, truth[1][0])
-    with pytest.raises(RuntimeError, match="another one of the same pool has begun"):
+    with pytest.raises(RuntimeError, match="another stream of the same pool was started"):
         next(older)
     assert same(newer, truth[1][1:])
 
 
-def test_what_goes_wrong_while_requests_are_made_arrives_as_it_is(equal, truth):
+def test_errors_in_the_request_iterator_propagate(equal, truth):
     def failing():
         yield from requests(0)[:9]
         raise ConnectionResetError("the caller's own")
 
-    pictures = pictures_of(equal, 2)
+    loader = loader_of(equal, 2)
     with pytest.raises(ConnectionResetError, match="the caller's own"):
-        list(pictures.stream(failing()))
-    assert same(pictures.stream(requests(1)), truth[1])
+        list(loader.stream(failing()))
+    assert same(loader.stream(requests(1)), truth[1])
 
 
 def states():
@@ -109,19 +109,19 @@ def test_the_random_numbers_of_the_job_are_left_alone(equal, num_workers):
     np.random.normal()  # which keeps a second number
     torch.manual_seed(3)
     before = states()
-    pictures = pictures_of(equal, num_workers, JITTER)
-    first = [seen.images for seen in pictures.stream(requests(0)) if states() == before]
+    loader = loader_of(equal, num_workers, JITTER)
+    first = [seen.images for seen in loader.stream(requests(0)) if states() == before]
     assert len(first) == 20, "after each batch, they are as they were"
-    next(pictures.stream(requests(1)))
+    next(loader.stream(requests(1)))
     assert states() == before
     torch.manual_seed(4)
-    assert same(pictures.stream(requests(0)), first), "nor do they matter"
+    assert same(loader.stream(requests(0)), first), "nor do they matter"
 
 
 def test_workers_go_on_under_signals_that_ask_the_job_to_stop(equal, truth):
     before = set(multiprocessing.active_children())
-    pictures = pictures_of(equal, 2)
-    stream = pictures.stream(requests(0))
+    loader = loader_of(equal, 2)
+    stream = loader.stream(requests(0))
     assert torch.equal(next(stream).images, truth[0][0])
     workers = started_since(before)
     assert len(workers) == 2
@@ -129,7 +129,7 @@ def test_workers_go_on_under_signals_that_ask_the_job_to_stop(equal, truth):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             os.kill(worker.pid, number)
     assert same(stream, truth[0][1:])
-    assert same(pictures.stream(requests(1)), truth[1])
+    assert same(loader.stream(requests(1)), truth[1])
     assert started_since(before) == workers, "the very same ones"
 
 
@@ -169,7 +169,7 @@ def processes(tmp_path):
     process.wait()
 
 
-def test_workers_and_their_process_end_together_however_either_ends(tmp_path, processes):
+def test_workers_and_parent_end_together(tmp_path, processes):
     folder = tmp_path / "is_killed"
     assert wait_for((folder / "workers").exists)
     workers = [int(pid) for pid in (folder / "workers").read_text().split()]
@@ -178,8 +178,8 @@ def test_workers_and_their_process_end_together_however_either_ends(tmp_path, pr
     os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
     assert wait_for(lambda: not any(is_running(pid) for pid in workers), most_s=15), "though one of them hangs"
 
-    said, _ = processes.communicate(timeout=60)
-    lines = said.splitlines()
+    message, _ = processes.communicate(timeout=60)
+    lines = message.splitlines()
     for name, status in ENDED.items():
         assert f"{name} ended with {status}" in lines
     for name in ("loses_a_worker", "loses_a_worker_as_it_hands_over"):
@@ -188,4 +188,4 @@ def test_workers_and_their_process_end_together_however_either_ends(tmp_path, pr
     # A thread of multiprocessing's, in a worker whose peer is killed as it hands over, may say so in its own way.
     its_own = (" ", "Traceback (most recent call last)", "ConnectionResetError", "BrokenPipeError", "EOFError")
     ours = [line for line in lines if line and not line.startswith(its_own)]
-    assert len(ours) == len(ENDED) + 3, f"and nothing else is said: {said}"
+    assert len(ours) == len(ENDED) + 3, f"unexpected output: {message}"

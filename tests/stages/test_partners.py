@@ -14,8 +14,8 @@ from stages.features import Outputs
 from stages.partners import find_partners, population_of
 from stages.train_student import build_lesson, fresh_student, open_teaching
 from stages.train_teacher import load_teacher
-from stages.views.draw import Draw
-from stages.views.mix import MixConfig, draw_mixture
+from stages.views.draw import CounterRNG
+from stages.views.mix import MixConfig, sample_mix
 from stages.views.renderer import Renderer
 from stages.views.tensor_engine import MIX_STREAM
 from store import FingerprintMismatch, open_store, read_store_manifest
@@ -42,16 +42,18 @@ def run(tmp_path_factory):
 
 def mixtures(ids, view, population):
     """With whom each sample is mixed, and how."""
-    return draw_mixture(MIX, Draw(MIXED.seed, view, ids, MIX_STREAM), torch.sort(population).values, (8, 8))
+    return sample_mix(MIX, CounterRNG(MIXED.seed, view, ids, MIX_STREAM), torch.sort(population).values, (8, 8))
 
 
 def pictures(ids, view, population):
-    """The mixed pictures of samples, uint8 [B, 1, 8, 8], each made by itself, pixel by pixel, from raw images."""
+    """The mixed images of samples, uint8 [B, 1, 8, 8], each made by itself, pixel by pixel, from raw images."""
     mixture, plain = mixtures(ids, view, population), Renderer(VIEWS, 1, (8, 8))
     image_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.images, strict=True))
     mixed = []
-    for at, ids_of_two in enumerate(zip(ids.tolist(), mixture.partners.tolist(), strict=True)):
-        own, partner = (plain.batch(image_of[one][None], torch.tensor([one]), view)[0].long() for one in ids_of_two)
+    for at, ids_of_two in enumerate(zip(ids.tolist(), mixture.partner_ids.tolist(), strict=True)):
+        own, partner = (
+            plain.render_batch(image_of[one][None], torch.tensor([one]), view)[0].long() for one in ids_of_two
+        )
         weight = int(mixture.weights[at])
         picture = (own * weight + partner * (2**16 - weight) + 2**15) // 2**16
         top, left, height, width = (int(side[at]) for side in mixture.boxes)
@@ -60,7 +62,7 @@ def pictures(ids, view, population):
     return torch.stack(mixed)
 
 
-def said(teacher, images):
+def message(teacher, images):
     with torch.no_grad():
         return teacher.model(teacher.normalise(images)).numpy()
 
@@ -74,13 +76,13 @@ def lesson_of(path, setup):
 def test_what_is_stored_was_said_about_the_mixture(run, view):
     teacher, ids = load_teacher(TEACHER, 0, mixed_setup(run)), WHOLE.sample_ids
     stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
-    exact = said(teacher, pictures(ids, view, ids))
+    exact = message(teacher, pictures(ids, view, ids))
     np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=2e-3)
-    unmixed = said(teacher, Renderer(VIEWS, 1, (8, 8)).batch(WHOLE.images, ids, view))
+    unmixed = message(teacher, Renderer(VIEWS, 1, (8, 8)).render_batch(WHOLE.images, ids, view))
     assert (np.abs(unmixed - exact).max(1) > 0.01).mean() > 0.5, "else the test would see nothing"
 
 
-def test_the_student_sees_that_mixture_to_the_bit_with_both_labels(run):
+def test_student_gets_the_stored_mixture_and_both_labels(run):
     setup = mixed_setup(run)
     network, lesson = lesson_of(run / "store.zarr", setup)
     label_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.labels.tolist(), strict=True))
@@ -90,7 +92,7 @@ def test_the_student_sees_that_mixture_to_the_bit_with_both_labels(run):
         mixture = mixtures(ids, view, WHOLE.sample_ids)
         assert torch.equal(batch.images, network.normalise(pictures(ids, view, WHOLE.sample_ids)))
         assert batch.hard.labels.tolist() == [label_of[one] for one in ids.tolist()]
-        assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
+        assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
         assert torch.equal(batch.hard.own_share, mixture.own_share)
         stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
         assert torch.equal(batch.teachers[0].logits, torch.from_numpy(stored).float())
@@ -107,7 +109,7 @@ def test_the_hard_labels_of_a_mixture_count_by_their_shares(run):
     assert float(lesson.losses(outputs, batch)["hard_labels"]) == pytest.approx(0.1 * total / 50, rel=1e-5)
 
 
-def test_a_grown_store_keeps_the_partners_that_it_began_with(run, tmp_path):
+def test_extended_store_keeps_its_partners(run, tmp_path):
     path = tmp_path / "grown.zarr"
     few = mixed_setup(run, FIRST)
     cache_teacher(CACHE, path, load_teacher(TEACHER, 0, few), LAYERS, few)
@@ -122,12 +124,14 @@ def test_a_grown_store_keeps_the_partners_that_it_began_with(run, tmp_path):
     assert np.array_equal(population_of(path).ids, torch.sort(FIRST.sample_ids).values)
     for view in range(VIEWS.num_views):
         stored = open_store(path).gather("logits", view, WHOLE.sample_ids.numpy())
-        exact = said(teacher, pictures(WHOLE.sample_ids, view, FIRST.sample_ids))
+        exact = message(teacher, pictures(WHOLE.sample_ids, view, FIRST.sample_ids))
         np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=2e-3)
     new = WHOLE.sample_ids[80:]
     mixture = mixtures(new, 0, FIRST.sample_ids)
-    assert set(mixture.partners[mixture.mixed].tolist()) <= set(FIRST.sample_ids.tolist())
-    assert set(mixtures(new, 0, WHOLE.sample_ids).partners.tolist()) & set(new.tolist()), "it matters who may be drawn"
+    assert set(mixture.partner_ids[mixture.mixed].tolist()) <= set(FIRST.sample_ids.tolist())
+    assert set(mixtures(new, 0, WHOLE.sample_ids).partner_ids.tolist()) & set(new.tolist()), (
+        "it matters who may be drawn"
+    )
 
 
 def test_growing_with_other_partners_is_refused(run):
@@ -146,7 +150,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_a_student_on_a_part_of_the_data_set_sees_the_same_mixtures(run, part):
+def test_student_on_a_subset_gets_the_same_mixtures(run, part):
     path = run / "store.zarr"
     partners = find_partners(population_of(path), WHOLE, path)
     setup = mixed_setup(run, part, partners=partners)
@@ -157,16 +161,16 @@ def test_a_student_on_a_part_of_the_data_set_sees_the_same_mixtures(run, part):
     assert torch.equal(batch.images, network.normalise(pictures(ids, 2, WHOLE.sample_ids)))
     mixture = mixtures(ids, 2, WHOLE.sample_ids)
     label_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.labels.tolist(), strict=True))
-    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partners.tolist()]
+    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
 
 
-def test_a_student_on_a_part_that_would_draw_other_partners_is_refused(run):
+def test_student_with_another_partner_pool_is_rejected(run):
     setup = mixed_setup(run, FEW)
     with pytest.raises(FingerprintMismatch, match=r"views\.mix\.num_partners: stored 120, wanted 8"):
         open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, setup)
 
 
-def test_partners_are_found_by_id_whatever_the_order_of_the_data_set(run):
+def test_partners_are_found_by_id_in_any_order(run):
     path = run / "first.zarr"
     found = find_partners(population_of(path), PARTS["reordered"], path)
     assert found.sample_ids.tolist() == sorted(FIRST.sample_ids.tolist())
@@ -175,18 +179,18 @@ def test_partners_are_found_by_id_whatever_the_order_of_the_data_set(run):
 
 
 @pytest.mark.parametrize("absent", [[0], [7, 8, 9, 10], range(80)])
-def test_a_data_set_that_lacks_partners_is_refused_by_number_and_ids(run, absent):
+def test_missing_partners_are_reported_by_count_and_ids(run, absent):
     path = run / "first.zarr"
     left = WHOLE.take(torch.tensor([at for at in range(120) if at not in absent]))
     named = sorted(FIRST.sample_ids[list(absent)].tolist())[:3]
     with pytest.raises(DataError) as raised:
         find_partners(population_of(path), left, path)
-    assert f"lacks: {len(absent)} of 80, such as {named}: bring back the images" in str(raised.value)
+    assert f"lacks: {len(absent)} of 80, such as {named}: restore the images" in str(raised.value)
 
 
 @pytest.mark.parametrize("change", ["label", "pixel checksum"])
-def test_a_partner_that_is_not_what_the_teacher_saw_is_refused_by_its_id(run, change):
-    """It stands in other samples' pictures, and the student may have none of its own to notice by."""
+def test_changed_partner_is_rejected_by_its_id(run, change):
+    """It stands in other samples' images, and the student may have none of its own to notice by."""
     path, at = run / "first.zarr", 3
     if change == "label":
         other = dataclasses.replace(WHOLE, labels=(WHOLE.labels + (torch.arange(120) == at)) % 4)

@@ -281,8 +281,8 @@ def by_hand(setup, teacher, positions, view):
             outputs = tap(((pixels - mean) / std)[None])
         share, partner = 1.0, sample_id
         if seen.mixture is not None:
-            share, partner = float(seen.mixture.own_share[number]), int(seen.mixture.partners[number])
-        logs = outputs.logits[0].log_softmax(0)
+            share, partner = float(seen.mixture.own_share[number]), int(seen.mixture.partner_ids[number])
+        logs = said.logits[0].log_softmax(0)
         cross_entropy = -share * logs[labels[sample_id]] - (1 - share) * logs[labels[partner]]
         (gradient,) = torch.autograd.grad(cross_entropy, pixels)
         averaged = outputs.features["stage1"][0].detach().reshape(8, 4, 2, 4, 2).mean((2, 4))
@@ -316,7 +316,7 @@ def test_mixed_images_use_both_labels(cached):
     if setup.views.mix is not None:
         labels = dict(zip(COLOURS.sample_ids.tolist(), COLOURS.labels.tolist(), strict=True))
         own = COLOURS.labels[torch.arange(0, 40, 3)].tolist()
-        assert sum(labels[one] != label for one, label in zip(mixture.partners.tolist(), own, strict=True)) > 3
+        assert sum(labels[one] != mine for one, mine in zip(mixture.partner_ids.tolist(), own, strict=True)) > 3
     else:
         assert mixture is None
 

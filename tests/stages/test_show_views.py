@@ -1,4 +1,4 @@
-"""`kdpipe views`: the pictures are the views, the words under them are what the store says."""
+"""`kdpipe views`: the images are the views, the words under them are what the store says."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def softmax(logits):
     return powers / powers.sum()
 
 
-def test_the_pictures_are_the_views_of_samples_that_the_store_knows(run):
+def test_preview_shows_views_of_stored_samples(run):
     shown = show_views(tiny_setup(run, train_set=WHOLE), open_store(run / "store.zarr"), 5, 2)
     assert shown.images.shape == (5, 2, 1, 8, 8)
     assert set(shown.sample_ids) <= set(STORED.sample_ids.tolist())
@@ -48,10 +48,10 @@ def test_the_pictures_are_the_views_of_samples_that_the_store_knows(run):
         image, ids = WHOLE.images[position[one]][None], torch.tensor([one])
         assert shown.labels[row] == "abcd"[WHOLE.labels[position[one]]]
         for view in range(2):
-            assert torch.equal(shown.images[row, view], Renderer(VIEWS, 1, (8, 8)).batch(image, ids, view)[0])
+            assert torch.equal(shown.images[row, view], Renderer(VIEWS, 1, (8, 8)).render_batch(image, ids, view)[0])
 
 
-def test_under_each_stand_the_likeliest_classes_of_the_stored_logits(run):
+def test_preview_shows_top_classes_of_stored_logits(run):
     store = open_store(run / "store.zarr")
     shown = show_views(tiny_setup(run, train_set=WHOLE), store, 20, 3)
     for row, one in enumerate(shown.sample_ids):
@@ -62,7 +62,7 @@ def test_under_each_stand_the_likeliest_classes_of_the_stored_logits(run):
             assert [share for _, share in shown.top[row][view]] == pytest.approx(shares[best].tolist(), rel=1e-5)
 
 
-def test_of_top_k_logits_the_kept_ones_are_right_and_the_rest_share_what_is_left(run):
+def test_preview_of_top_k_logits_spreads_the_rest(run):
     setup = tiny_setup(run, train_set=WHOLE)
     dense, top = (open_store(run / name) for name in ("store.zarr", "top.zarr"))
     shown = show_views(setup, top, 20, 3)
@@ -96,7 +96,7 @@ def drawn(shown, path):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
-def test_a_row_a_sample_a_column_a_view_small_ones_enlarged_pixel_by_pixel(tmp_path, shape):
+def test_grid_has_samples_as_rows_and_views_as_columns(tmp_path, shape):
     shown = by_hand(shape, ["cat", "dog"], [[[]] * 3] * 2)
     pixels = drawn(shown, tmp_path / "grid.png")
     assert pixels.shape == (24 + 2 * 184, 96 + 3 * 136, 3)
@@ -114,7 +114,7 @@ def test_a_row_a_sample_a_column_a_view_small_ones_enlarged_pixel_by_pixel(tmp_p
     ("size", "cell"),
     [((300, 150), (128, 64)), ((131, 400), (42, 128)), ((1, 999), (1, 128)), ((64, 48), (128, 96))],
 )
-def test_larger_pictures_fill_their_cell_in_their_proportions(tmp_path, size, cell):
+def test_larger_images_fill_their_cell(tmp_path, size, cell):
     pixels = drawn(by_hand((3, *size), ["cat"], [[[]]]), tmp_path / "grid.png")
     inked = (pixels[24:, 96:] != WHITE).any(2)
     assert (int(inked.any(1).sum()), int(inked.any(0).sum())) == cell
@@ -139,7 +139,7 @@ def test_names_of_any_letters_and_length_are_drawn(tmp_path):
     drawn(by_hand((1, 8, 8), [name], [[[(name, 1.0)]]]), tmp_path / "grid.png")
 
 
-def test_the_command_draws_before_while_and_after_the_store_is_filled(tmp_path):
+def test_command_draws_at_every_stage_of_the_store(tmp_path):
     recipe, run, picture = tmp_path / "tiny.toml", tmp_path / "run", tmp_path / "some.png"
     recipe.write_text(RECIPE)
     small = [f"--set={change}" for change in ("data.num_train=60", "views.num_views=2", "teacher.train.epochs=1")]
@@ -174,7 +174,7 @@ def test_the_command_draws_before_while_and_after_the_store_is_filled(tmp_path):
     assert f"there is no folder {tmp_path / 'nowhere'}" in lost.stderr
 
 
-def test_who_is_mixed_in_is_written_under_a_picture(tmp_path):
+def test_mix_partner_is_written_below_the_image(tmp_path):
     shown = by_hand((1, 8, 8), ["cat"], [[[], []]])
     pixels = drawn(dataclasses.replace(shown, partners=[[None, ("dog", 0.3)]]), tmp_path / "grid.png")
     line = pixels[24 + 128 + 36 : 24 + 128 + 48]
@@ -183,5 +183,5 @@ def test_who_is_mixed_in_is_written_under_a_picture(tmp_path):
 
 
 def test_a_picture_must_be_named_a_png(tmp_path):
-    with pytest.raises(RecipeError, match="end its name with .png"):
+    with pytest.raises(RecipeError, match="use a name that ends in .png"):
         draw_grid(by_hand((1, 8, 8), ["cat"], [[[]]]), tmp_path / "grid.jpg")

@@ -180,6 +180,6 @@ def test_student_sees_the_view_of_its_targets(run):
         at = lesson.order(5, epoch)[:20]
         ids = setup.train_set.sample_ids[at].numpy()
         batch = next(lesson.stream(5, 20, epoch=epoch, step=0, epochs=epoch + 1))
-        shown = renderer.batch(setup.train_set.images[at], setup.train_set.sample_ids[at], view)
+        shown = renderer.render_batch(setup.train_set.images[at], setup.train_set.sample_ids[at], view)
         assert torch.equal(batch.images, network.normalise(shown))
         assert torch.equal(batch.teachers[0].logits, torch.from_numpy(store.gather("logits", view, ids)).float())

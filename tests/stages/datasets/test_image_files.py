@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from stages.datasets import pixels
-from stages.datasets.image_files import ImageFiles
+from stages.datasets.image_files import ImageFiles, PackedPaths
 from stages.datasets.image_set import ImageSet, normalisation, pixel_checksums, unequal_sizes_message
 from stages.datasets.load import DataConfig, load_dataset
-from stages.datasets.paths import Paths
 from stages.errors import DataError
 
 
@@ -49,7 +48,7 @@ def _files(image_set: ImageSet) -> ImageFiles:
 
 def test_unequal_photographs_are_read_one_by_one_as_they_are(pets: Path) -> None:
     train = _load(pets)
-    assert not train.held
+    assert not train.in_memory
     assert (train.num_samples, train.in_channels, train.image_size) == (4, 3, None)
     assert _files(train).shapes.tolist() == [[6, 8], [6, 8], [7, 5], [7, 5]]
     for at, path in enumerate(_files(train).paths):
@@ -66,8 +65,8 @@ def test_photographs_in_files_are_normalised_as_imagenet(
 
 
 def test_where_pixels_live_does_not_change_what_they_are(pets: Path) -> None:
-    held, files = (_load(pets, image_size=4, held_bytes=most) for most in (4 * 3 * 4 * 4, 4 * 3 * 4 * 4 - 1))
-    assert (held.held, files.held) == (True, False)
+    held, files = (_load(pets, image_size=4, cache_bytes=most) for most in (4 * 3 * 4 * 4, 4 * 3 * 4 * 4 - 1))
+    assert (held.in_memory, files.in_memory) == (True, False)
     assert files.image_size == held.image_size == (4, 4)
     assert np.array_equal(pixel_checksums(files), pixel_checksums(held))
     assert pixel_checksums(files).dtype == np.uint32
@@ -82,11 +81,11 @@ def test_reading_a_held_image_hands_out_a_copy(pets: Path) -> None:
     assert np.array_equal(held.read(0), before) and before.any()
 
 
-@pytest.mark.parametrize("held_bytes", [0, 2**20], ids=["files", "held"])
-def test_taking_rows_takes_everything_of_them(pets: Path, held_bytes: int) -> None:
-    train = _load(pets, image_size=4, held_bytes=held_bytes)
+@pytest.mark.parametrize("cache_bytes", [0, 2**20], ids=["files", "held"])
+def test_taking_rows_takes_everything_of_them(pets: Path, cache_bytes: int) -> None:
+    train = _load(pets, image_size=4, cache_bytes=cache_bytes)
     taken = train.take(torch.tensor([3, 0]))
-    assert (taken.num_samples, taken.num_classes, taken.held) == (2, 2, train.held)
+    assert (taken.num_samples, taken.num_classes, taken.in_memory) == (2, 2, train.in_memory)
     assert taken.labels.tolist() == [1, 0]
     assert taken.sample_ids.tolist() == train.sample_ids[[3, 0]].tolist()
     assert pixel_checksums(taken).tolist() == pixel_checksums(train)[[3, 0]].tolist()
@@ -99,18 +98,18 @@ def test_taking_equal_ones_of_unequal_images_gives_them_a_size(pets: Path) -> No
 
 def test_two_images_of_unequal_size_are_named(pets: Path) -> None:
     train = _load(pets)
-    said = unequal_sizes_message(train)
-    assert f"{pets / 'train' / 'cat' / 'a.png'} is 8 x 6" in said
-    assert f"{pets / 'train' / 'dog' / 'c.png'} is 5 x 7" in said
-    assert "data.image_size" in said
-    with pytest.raises(ValueError, match="one size"):
+    message = unequal_sizes_message(train)
+    assert f"{pets / 'train' / 'cat' / 'a.png'} is 8 x 6" in message
+    assert f"{pets / 'train' / 'dog' / 'c.png'} is 5 x 7" in message
+    assert "data.image_size" in message
+    with pytest.raises(ValueError, match="have the same size"):
         unequal_sizes_message(train.take(torch.tensor([0, 1])))
 
 
 def test_an_image_edited_since_is_refused(pets: Path) -> None:
     train, edited = _load(pets), pets / "train" / "dog" / "c.png"
     _write(edited, seed=99, width=5, height=7)
-    with pytest.raises(DataError, match=r"dog/c\.png has other pixels than when the data set was first read"):
+    with pytest.raises(DataError, match=r"dog/c\.png changed since the data set was first read"):
         train.read(2)
     train.read(3)
 
@@ -120,7 +119,7 @@ def test_an_image_of_the_same_bytes_in_another_shape_is_refused(pets: Path) -> N
     Image.new("RGB", (8, 6)).save(path)
     train = _load(pets)
     Image.new("RGB", (6, 8)).save(path)
-    with pytest.raises(DataError, match="has other pixels"):
+    with pytest.raises(DataError, match="changed since the data set"):
         train.read(0)
 
 
@@ -146,15 +145,15 @@ def test_a_damaged_image_is_named(pets: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (PermissionError(13, "Permission denied"), r"a\.png cannot be read \(Permission denied\)"),
-        (OSError(24, "Too many open files"), r"a\.png cannot be read now .* not the file's fault"),
-        (MemoryError(), r"a\.png cannot be read now .* not the file's fault"),
+        (OSError(24, "Too many open files"), r"a\.png cannot be read now .* ran out of memory or file handles"),
+        (MemoryError(), r"a\.png cannot be read now .* ran out of memory or file handles"),
     ],
 )
-def test_what_the_system_refuses_is_said(
-    pets: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+def test_system_errors_are_reported(
+    pets: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     train = _load(pets)
 
@@ -162,7 +161,7 @@ def test_what_the_system_refuses_is_said(
         raise error
 
     monkeypatch.setattr(pixels.Image, "open", refuse)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         train.read(0)
 
 
@@ -175,7 +174,7 @@ def test_a_fault_of_the_machine_drops_no_sample(pets: Path, monkeypatch: pytest.
         return opened(path, **keys)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pixels.Image, "open", refuse)
-    with pytest.raises(DataError, match="not the file's fault"):
+    with pytest.raises(DataError, match="ran out of memory or file handles"):
         _load(pets, unreadable="drop")
 
 
@@ -189,16 +188,16 @@ def test_workers_inherit_arrays_rather_than_a_million_objects(pets: Path) -> Non
     files = _files(_load(pets))
     kept = [files.paths.text, files.paths.ends, files.checksums, files.shapes]
     assert all(isinstance(each, np.ndarray) and each.dtype != object for each in kept)
-    assert set(vars(files)) - {"common_shape"} == {"paths", "form", "checksums", "shapes"}
+    assert set(vars(files)) - {"common_shape"} == {"paths", "spec", "checksums", "shapes"}
     assert set(vars(files.paths)) == {"text", "ends"}
 
 
 def test_paths_come_back_as_they_went_in() -> None:
     names = ["/a/b.png", "/a/é.png", os.fsdecode(b"/a/not utf-8 \xff.png"), "/c"]
-    paths = Paths.of(names)
+    paths = PackedPaths.pack(names)
     assert [str(path) for path in paths] == names
     assert [str(path) for path in paths.take(np.array([3, 1, 1]))] == ["/c", "/a/é.png", "/a/é.png"]
-    assert len(paths) == 4 and len(Paths.of([])) == 0
+    assert len(paths) == 4 and len(PackedPaths.pack([])) == 0
     for outside in (-1, 4):
         with pytest.raises(IndexError):
             _ = paths[outside]

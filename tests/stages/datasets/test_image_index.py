@@ -12,23 +12,23 @@ from stages.datasets import image_index
 from stages.datasets.image_index import (
     NO_STAMP,
     RACY_NS,
-    ImageIndex,
+    ScanCache,
     Stamp,
-    empty_index,
-    index_path,
+    cache_path,
+    empty_cache,
     is_settled,
-    read_index,
+    read_cache,
     stamp,
-    write_index,
+    write_cache,
 )
-from stages.datasets.pixels import Form
+from stages.datasets.pixels import DecodeSpec
 
-FORM = Form(3, 8)
+FORM = DecodeSpec(3, 8)
 
 
-def _index(stamps: dict[int, Stamp], checksum: int = 7) -> ImageIndex:
+def _index(stamps: dict[int, Stamp], checksum: int = 7) -> ScanCache:
     ids = np.array(sorted(stamps), dtype=np.int64)
-    return ImageIndex(
+    return ScanCache(
         ids,
         np.array([stamps[each] for each in ids.tolist()], dtype=np.int64).reshape(-1, 3),
         np.full(len(ids), checksum, dtype=np.uint32),
@@ -36,7 +36,7 @@ def _index(stamps: dict[int, Stamp], checksum: int = 7) -> ImageIndex:
     )
 
 
-def _same(one: ImageIndex, other: ImageIndex) -> bool:
+def _same(one: ScanCache, other: ScanCache) -> bool:
     return all(np.array_equal(getattr(one, key), getattr(other, key)) for key in vars(one))
 
 
@@ -123,20 +123,20 @@ def test_a_file_that_changed_just_now_is_not_trusted(at: int) -> None:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     index, path = _index({3: (1, 2, 3), 2**62: (4, 5, 6)}), tmp_path / "deep" / "er" / "a.npz"
-    write_index(path, index)
-    assert _same(read_index(path), index)
+    write_cache(path, index)
+    assert _same(read_cache(path), index)
     assert [each.name for each in path.parent.iterdir()] == ["a.npz"]
 
 
 def test_an_index_that_is_not_there_is_empty(tmp_path: Path) -> None:
     for path in (None, tmp_path / "none.npz", tmp_path, tmp_path / "none" / "none.npz"):
-        assert len(read_index(path)) == 0
+        assert len(read_cache(path)) == 0
 
 
 def test_an_index_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    write_index(tmp_path / "file" / "a.npz", _index({1: (1, 1, 1)}))
-    write_index(None, _index({1: (1, 1, 1)}))
+    write_cache(tmp_path / "file" / "a.npz", _index({1: (1, 1, 1)}))
+    write_cache(None, _index({1: (1, 1, 1)}))
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
@@ -147,21 +147,21 @@ def test_an_index_of_another_version_or_decoder_is_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, value: Any
 ) -> None:
     path = tmp_path / "a.npz"
-    write_index(path, _index({1: (1, 1, 1)}))
-    assert len(read_index(path)) == 1
+    write_cache(path, _index({1: (1, 1, 1)}))
+    assert len(read_cache(path)) == 1
     monkeypatch.setattr(where, name, value)
-    assert len(read_index(path)) == 0
+    assert len(read_cache(path)) == 0
 
 
 def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     index = _index({each: (each, 2, 3) for each in range(5)})
-    write_index(path, index)
+    write_cache(path, index)
     whole = path.read_bytes()
     for at in range(0, len(whole), 7):
         for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]):
             path.write_bytes(damaged)
-            found = read_index(path)
+            found = read_cache(path)
             assert len(found) == 0 or _same(found, index)
 
 
@@ -181,25 +181,25 @@ def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
 )
 def test_a_file_of_the_wrong_form_is_done_without(tmp_path: Path, changes: dict[str, Any]) -> None:
     path, index = tmp_path / "a.npz", _index({1: (1, 1, 1), 4: (1, 1, 1)})
-    write_index(path, index)
+    write_cache(path, index)
     made_by = np.load(path)["made_by"]
     for arrays, wanted in ((vars(index), 2), (vars(index) | changes, 0)):
         np.savez(path, **{"made_by": made_by} | arrays)
-        assert len(read_index(path)) == wanted
+        assert len(read_cache(path)) == wanted
 
 
 def test_each_folder_and_form_has_an_index_of_its_own(tmp_path: Path) -> None:
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
-    forms = [FORM, Form(1, 8), Form(3, None), Form(3, 8, 0.875)]
+    forms = [FORM, DecodeSpec(1, 8), DecodeSpec(3, None), DecodeSpec(3, 8, 0.875)]
     folders = [tmp_path / "a", tmp_path / "b"]
-    paths = {index_path(folder, form, environ) for folder in folders for form in forms}
+    paths = {cache_path(folder, form, environ) for folder in folders for form in forms}
     assert len(paths) == 8
     assert {path.parent for path in paths if path} == {tmp_path / "kdpipe" / "images"}
 
 
 def test_the_cache_is_below_home_where_xdg_names_none() -> None:
     for environ in ({"HOME": "/home/me"}, {"HOME": "/home/me", "XDG_CACHE_HOME": "relative"}):
-        path = index_path(Path("/data"), FORM, environ)
+        path = cache_path(Path("/data"), FORM, environ)
         assert path is not None and path.parent == Path("/home/me/.cache/kdpipe/images")
 
 
@@ -208,11 +208,11 @@ def test_a_user_without_a_home_has_no_index(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("no home")
 
     monkeypatch.setattr(Path, "home", nobody)
-    assert index_path(Path("/data"), FORM, {}) is None
+    assert cache_path(Path("/data"), FORM, {}) is None
 
 
 def test_an_empty_index_knows_nothing() -> None:
-    assert empty_index().find(np.array([1, 2]), np.ones((2, 3), dtype=np.int64)).tolist() == [-1, -1]
+    assert empty_cache().find(np.array([1, 2]), np.ones((2, 3), dtype=np.int64)).tolist() == [-1, -1]
     index = _index({1: (1, 1, 1)})
-    assert _same(empty_index().updated(index), index)
-    assert _same(index.updated(empty_index()), index)
+    assert _same(empty_cache().updated(index), index)
+    assert _same(index.updated(empty_cache()), index)

@@ -42,7 +42,7 @@ def test_a_set_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"images": torch.zeros(3, 3, 2, 4)}, "uint8 [N, C, H, W] with C 1 or 3, found torch.float32 [3, 3, 2, 4]"),
         ({"images": torch.zeros(3, 2, 4, dtype=torch.uint8)}, "found torch.uint8 [3, 2, 4]"),
@@ -58,10 +58,10 @@ def test_a_set_cannot_be_changed() -> None:
         ({"sample_ids": torch.tensor([5, 9, 5])}, "positions 0 and 2 have the same id 5"),
     ],
 )
-def test_a_wrong_set_is_refused_in_one_sentence(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=re.escape(said)) as refused:
+def test_a_wrong_set_is_refused_in_one_sentence(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)) as raised:
         _image_set(**changes)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_the_digest_is_json_and_the_same_on_every_machine() -> None:
@@ -117,7 +117,7 @@ def test_normalisation_is_the_mean_and_std_of_each_channel(seed: int, channels: 
     assert std == pytest.approx(scaled.std(axis=(0, 2, 3)), abs=5.1e-5)
 
 
-def test_normalisation_of_constant_images_does_not_divide_by_zero() -> None:
+def test_normalization_of_constant_images_is_finite() -> None:
     mean, std = normalisation(_image_set(images=torch.full((3, 1, 2, 2), 255, dtype=torch.uint8)))
     assert mean == (1.0,)
     assert std == (round(STD_FLOOR, 4),)

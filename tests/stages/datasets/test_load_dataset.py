@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.datasets import memory
+from stages.datasets import pixels
 from stages.datasets.image_set import digest
 from stages.datasets.load import DataConfig, load_dataset
 from stages.datasets.split import Split
@@ -33,7 +33,7 @@ def test_digits_come_as_grey_bytes_with_a_fixed_split() -> None:
 
 
 def test_the_digits_split_never_changes() -> None:
-    # A store made from the digits years ago must still be recognised.
+    # A store made from the digits years ago must still be recognized.
     shas = [digest(load_dataset(DataConfig(), split))["ids_and_labels_sha256"][:16] for split in ("train", "test")]
     assert shas == ["ed71d68378d2f3a8", "7802f3433e07e846"]
 
@@ -52,7 +52,7 @@ def test_test_share_decides_the_size_of_the_test_split() -> None:
     assert load_dataset(DataConfig(test_share=0.5), "test").num_samples == pytest.approx(1797 / 2, abs=10)
 
 
-def test_num_train_keeps_a_stratified_part_of_the_training_split_alone(toy: dict[str, Any]) -> None:
+def test_num_train_subsets_only_the_training_split(toy: dict[str, Any]) -> None:
     full, part = (load_dataset(DataConfig(**toy, num_train=count), "train") for count in (None, 8))
     assert torch.bincount(part.labels).tolist() == [2, 2, 2, 2]
     rows = [full.sample_ids.tolist().index(each) for each in part.sample_ids.tolist()]
@@ -62,7 +62,7 @@ def test_num_train_keeps_a_stratified_part_of_the_training_split_alone(toy: dict
 
 
 def test_num_train_beyond_the_split_is_refused(toy: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="subset of 33 samples was asked for, but the split has 32"):
+    with pytest.raises(DataError, match="subset of 33 samples: the split has 32"):
         load_dataset(DataConfig(**toy, num_train=33), "train")
 
 
@@ -99,7 +99,7 @@ def test_classes_keep_their_samples_and_nothing_else_changes(toy: dict[str, Any]
 def test_num_train_counts_what_the_classes_leave(toy: dict[str, Any]) -> None:
     part = load_dataset(DataConfig(**toy, classes=("3", "1"), num_train=8), "train")
     assert torch.bincount(part.labels).tolist() == [0, 4, 0, 4]
-    with pytest.raises(DataError, match="subset of 17 samples was asked for, but the split has 16"):
+    with pytest.raises(DataError, match="subset of 17 samples: the split has 16"):
         load_dataset(DataConfig(**toy, classes=("3", "1"), num_train=17), "train")
 
 
@@ -119,19 +119,19 @@ def test_classes_without_a_sample_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "pets.npz", images=images, labels=labels)
     config = DataConfig(name=f"npz:{tmp_path / 'pets.npz'}", classes=("1", "2"))
     assert load_dataset(config, "train").labels.tolist() == [2]
-    with pytest.raises(DataError, match=r"pets.npz \(test\) has no sample of the classes in data.classes"):
+    with pytest.raises(DataError, match=r"pets.npz \(test\) has no samples of the classes in data.classes"):
         load_dataset(config, "test")
 
 
 def test_a_test_crop_is_for_photographs(toy: dict[str, Any]) -> None:
     for config in (DataConfig(test_crop=0.875), DataConfig(**toy, image_size=4, test_crop=0.875)):
-        with pytest.raises(RecipeError, match="data.test_crop is for imagefolder:PATH alone"):
+        with pytest.raises(RecipeError, match="data.test_crop applies only to imagefolder:PATH"):
             load_dataset(config, "test")
 
 
 def test_arrays_are_held_whatever_they_take(toy: dict[str, Any]) -> None:
-    train = load_dataset(DataConfig(**toy, held_bytes=0), "train")
-    assert train.held and train.dropped == ()
+    train = load_dataset(DataConfig(**toy, cache_bytes=0), "train")
+    assert train.in_memory and train.dropped == ()
     assert np.array_equal(train.read(3), train.images[3].numpy())
 
 
@@ -144,18 +144,18 @@ def test_arrays_are_held_whatever_they_take(toy: dict[str, Any]) -> None:
         ("image_folder:/data/pets", "Did you mean imagefolder:PATH?"),
         ("npz", "Did you mean npz:PATH?"),
         ("imagefolder:", "Did you mean imagefolder:PATH?"),
-        ("completely different", "Known are digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH"),
+        ("completely different", "Known names: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_ones(name: str, suggestion: str) -> None:
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         load_dataset(DataConfig(name=name), "train")
-    assert suggestion in str(refused.value)
-    assert f"data.name={name!r}" in str(refused.value)
+    assert suggestion in str(raised.value)
+    assert f"data.name={name!r}" in str(raised.value)
 
 
 def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(DataError, match="no split 'val': wanted 'train' or 'test'"):
+    with pytest.raises(DataError, match="unknown split 'val': expected 'train' or 'test'"):
         load_dataset(DataConfig(), "val")  # type: ignore[arg-type]
 
 
@@ -171,14 +171,12 @@ def test_a_tilde_is_expanded_and_never_reaches_provenance(
 
 
 def test_the_home_of_nobody_is_one_sentence() -> None:
-    with pytest.raises(DataError, match="no home folder to start from"):
+    with pytest.raises(DataError, match="no such home folder"):
         load_dataset(DataConfig(name="npz:~no-such-user-here/toy.npz"), "train")
 
 
-def test_images_that_cannot_fit_the_machine_are_refused_beforehand(
-    toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "_installed_bytes", lambda: 2**20)
+def test_images_larger_than_memory_are_rejected(toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels.os, "sysconf", lambda name: 2**10)
     with pytest.raises(DataError, match=r"data set npz:toy.npz needs 0\.\d GiB of memory.*data.image_size"):
         load_dataset(DataConfig(**toy, image_size=1000), "train")
 
@@ -196,7 +194,7 @@ def test_images_that_cannot_fit_the_machine_are_refused_beforehand(
         {"test_crop": 0.0},
         {"test_crop": 1.1},
         {"classes": ()},
-        {"held_bytes": -1},
+        {"cache_bytes": -1},
         {"unreadable": "ignore"},
         {"num_workers": -1},
     ],

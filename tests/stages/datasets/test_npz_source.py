@@ -114,7 +114,7 @@ HOSTILE = {
     "a shape below zero": (_zip(images=_claimed((-1, -4), content=b"1234"), labels=_npy(LABELS)), "cannot be read"),
     "endless empty strings": (
         _zip(images=_npy(IMAGES), labels=_npy(LABELS), classes=_claimed((10**15,), "<U0")),
-        "wanted numbers or strings, found <U0",
+        "expected numbers or strings, found <U0",
     ),
     "a header without end": (
         _zip(images=_claimed((1,) * 9000), labels=_npy(LABELS)),
@@ -127,14 +127,14 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), HOSTILE.values(), ids=HOSTILE)
-def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes, said: str) -> None:
+@pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "toy.npz").write_bytes(content)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         _load(tmp_path / "toy.npz")
-    assert said in str(refused.value)
-    assert "toy.npz" in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert message in str(raised.value)
+    assert "toy.npz" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 class _Trap:
@@ -157,7 +157,7 @@ def test_no_object_is_ever_unpickled(tmp_path: Path, key: str) -> None:
 
 
 @given(st.data())
-def test_whatever_bytes_are_damaged_nothing_but_a_data_error_escapes(data: st.DataObject) -> None:
+def test_damaged_bytes_raise_only_data_error(data: st.DataObject) -> None:
     content = bytearray(_npz(images=IMAGES[:6, :2, :2], labels=LABELS[:6]))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -165,15 +165,15 @@ def test_whatever_bytes_are_damaged_nothing_but_a_data_error_escapes(data: st.Da
         (Path(folder) / "toy.npz").write_bytes(content)
         try:
             loaded = _load(Path(folder) / "toy.npz")
-        except DataError as refused:
-            assert "toy.npz" in str(refused)
+        except DataError as raised:
+            assert "toy.npz" in str(raised)
         else:
             assert loaded.num_samples == 3
 
 
 def test_a_missing_split_says_what_is_wanted(tmp_path: Path) -> None:
     np.savez(tmp_path / "train.npz", images=IMAGES, labels=LABELS)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         _load(tmp_path, "test")
-    assert f"no file {tmp_path / 'test.npz'}" in str(refused.value)
-    assert "data.root" in str(refused.value)
+    assert f"no file {tmp_path / 'test.npz'}" in str(raised.value)
+    assert "data.root" in str(raised.value)

@@ -17,10 +17,10 @@ def test_grey_from_rgb_is_pillows_to_the_bit(seed: int) -> None:
 
 
 def test_rgb_from_grey_repeats_it() -> None:
-    grey = np.arange(24, dtype=np.uint8).reshape(2, 1, 3, 4)
-    rgb = with_channels(grey, 3)
+    gray = np.arange(24, dtype=np.uint8).reshape(2, 1, 3, 4)
+    rgb = with_channels(gray, 3)
     assert rgb.shape == (2, 3, 3, 4)
-    assert all(np.array_equal(rgb[:, at], grey[:, 0]) for at in range(3))
+    assert all(np.array_equal(rgb[:, at], gray[:, 0]) for at in range(3))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -98,7 +98,7 @@ def test_the_search_path_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "message"),
     [
         ("toys", "must read python:package.module:function"),
         ("toys:", "must read python:package.module:function"),
@@ -113,8 +113,8 @@ def test_the_search_path_is_left_as_it_was(tmp_path: Path) -> None:
         ("toys:equal_ids", "have the same id 0"),
     ],
 )
-def test_a_wrong_function_is_refused_in_one_sentence(function: str, said: str) -> None:
-    with pytest.raises(DataError) as refused:
+def test_a_wrong_function_is_refused_in_one_sentence(function: str, message: str) -> None:
+    with pytest.raises(DataError) as raised:
         _load(function)
-    assert said in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -92,11 +92,11 @@ def test_classes_of_one_leave_no_test_split() -> None:
 
 @pytest.mark.parametrize("count", [0, 5])
 def test_a_subset_larger_than_the_split_is_refused(count: int) -> None:
-    with pytest.raises(DataError, match=f"{count} samples was asked for, but the split has 4"):
+    with pytest.raises(DataError, match=f"a subset of {count} samples: the split has 4"):
         stratified_subset([0, 0, 1, 1], count)
 
 
 @pytest.mark.parametrize("labels", [np.zeros(0, dtype=np.int64), np.zeros((2, 2), dtype=np.int64)])
 def test_labels_are_one_row(labels: np.ndarray) -> None:
-    with pytest.raises(DataError, match="one row of at least one label"):
+    with pytest.raises(DataError, match="must be one-dimensional and not empty"):
         stratified_split(labels, 0.2)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages.datasets import image_index, survey, survey_notes
+from stages.datasets import image_index, survey
 from stages.datasets.image_folder import sample_id
 from stages.datasets.image_set import ImageSet, digest, pixel_checksums, unequal_sizes_message
 from stages.datasets.load import DataConfig, load_dataset
@@ -73,7 +73,7 @@ def decoding() -> Iterator[list[str]]:
 
 
 def _load(path: Path, split: str = "train", on_image: Any = None, **keys: Any) -> ImageSet:
-    config = DataConfig(name=f"imagefolder:{path}", **{"held_bytes": 0} | keys)
+    config = DataConfig(name=f"imagefolder:{path}", **{"cache_bytes": 0} | keys)
     return load_dataset(config, split, on_image=on_image)  # type: ignore[arg-type]
 
 
@@ -106,12 +106,12 @@ def test_another_form_is_looked_at_anew(pets: Path) -> None:
         with decoding() as decoded:
             form = _load(pets, **keys)
         assert len(decoded) == 4
-        assert np.array_equal(pixel_checksums(form), pixel_checksums(_load(pets, **keys, held_bytes=2**20)))
+        assert np.array_equal(pixel_checksums(form), pixel_checksums(_load(pets, **keys, cache_bytes=2**20)))
 
 
 def test_what_is_held_needs_no_index(pets: Path, cache: Path) -> None:
     for size in (None, 2):
-        assert _load(pets, image_size=size, held_bytes=2**20).held
+        assert _load(pets, image_size=size, cache_bytes=2**20).in_memory
     assert not cache.exists()
 
 
@@ -120,13 +120,13 @@ def test_the_recipe_decides_what_is_held(pets: Path, extra: int) -> None:
     for size, pixels in ((None, 12), (2, 4)):
         num_bytes = 4 * 3 * pixels
         for _ in range(2):  # with an index and without
-            assert _load(pets, image_size=size, held_bytes=num_bytes - extra).held == (extra == 0)
+            assert _load(pets, image_size=size, cache_bytes=num_bytes - extra).in_memory == (extra == 0)
 
 
 def test_an_index_that_is_not_needed_changes_nothing(pets: Path) -> None:
     files = _load(pets)
-    held = _load(pets, held_bytes=2**20)
-    assert held.held
+    held = _load(pets, cache_bytes=2**20)
+    assert held.in_memory
     assert np.array_equal(pixel_checksums(held), pixel_checksums(files))
     assert np.array_equal(held.read(2), files.read(2))
 
@@ -134,11 +134,11 @@ def test_an_index_that_is_not_needed_changes_nothing(pets: Path) -> None:
 def test_unequal_images_are_decoded_once_and_then_never(pets: Path) -> None:
     CLOCK.write(pets / "cat" / "odd.bmp", 9, size=(5, 5))
     with decoding() as decoded:
-        first = _load(pets, held_bytes=2**20, test_share=0.1)
-    assert not first.held and first.image_size is None
+        first = _load(pets, cache_bytes=2**20, test_share=0.1)
+    assert not first.in_memory and first.image_size is None
     assert "odd.bmp" in decoded and len(decoded) == len(set(decoded)) == first.num_samples
     with decoding() as decoded:
-        second = _load(pets, held_bytes=2**20, test_share=0.1)
+        second = _load(pets, cache_bytes=2**20, test_share=0.1)
     assert decoded == []
     assert unequal_sizes_message(second) == unequal_sizes_message(first)
 
@@ -151,7 +151,7 @@ def test_a_file_that_changed_a_moment_ago_is_not_remembered(pets: Path, monkeypa
     assert len(decoded) == 4
 
 
-def test_a_file_that_changes_while_it_is_decoded_is_not_remembered(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_changed_while_decoding_is_not_cached(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = survey.decode_image
     changed: list[str] = []
 
@@ -191,7 +191,7 @@ def test_whatever_happens_to_files_the_index_never_lies(acts: list[tuple[str, in
                 with decoding() as decoded:
                     files = _load(folder)
                 assert set(decoded) == {name for name in changed if (path.parent / name).exists()}
-                held = _load(folder, held_bytes=2**20)
+                held = _load(folder, cache_bytes=2**20)
                 assert digest(files) == digest(held)
                 assert np.array_equal(pixel_checksums(files), pixel_checksums(held))
                 changed = set()
@@ -206,17 +206,17 @@ def test_whatever_happens_to_files_the_index_never_lies(acts: list[tuple[str, in
 
 
 def test_progress_is_told_up_to_the_end(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "TELL_EVERY_S", 0.0)
-    told: list[tuple[int, int]] = []
-    _load(pets, on_image=lambda done, total: told.append((done, total)))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)]
-    told.clear()
-    _load(pets, on_image=lambda done, total: told.append((done, total)))
-    assert told == [(4, 4)]
+    monkeypatch.setattr(survey, "REPORT_EVERY_S", 0.0)
+    messages: list[tuple[int, int]] = []
+    _load(pets, on_image=lambda done, total: messages.append((done, total)))
+    assert messages == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)]
+    messages.clear()
+    _load(pets, on_image=lambda done, total: messages.append((done, total)))
+    assert messages == [(4, 4)]
 
 
 def test_a_job_that_is_broken_off_goes_on_where_it_was(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(survey, "REPORT_EVERY_S", 0.0)
 
     class Stop(Exception):
         pass
@@ -234,10 +234,10 @@ def test_a_job_that_is_broken_off_goes_on_where_it_was(pets: Path, monkeypatch: 
 
 def test_what_was_seen_is_saved_now_and_then(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "CHUNK", 1)
-    monkeypatch.setattr(survey_notes, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(image_index, "SAVE_EVERY_S", 0.0)
     saved: list[int] = []
-    real = survey_notes.write_index
-    monkeypatch.setattr(survey_notes, "write_index", lambda path, index: saved.append(len(index)) or real(path, index))
+    real = image_index.write_cache
+    monkeypatch.setattr(image_index, "write_cache", lambda path, index: saved.append(len(index)) or real(path, index))
     _load(pets)
     assert saved == [1, 2, 3, 4]
 
@@ -261,16 +261,16 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(pets: Path, monkeypatch
 def test_images_deleted_from_the_folder_leave_the_index_too(pets: Path, cache: Path) -> None:
     _load(pets), _load(pets, "test")
     (file,) = cache.iterdir()
-    assert len(image_index.read_index(file)) == 6
+    assert len(image_index.read_cache(file)) == 6
     (pets / "cat" / "1.bmp").unlink()
     CLOCK.write(pets / "cat" / "3.bmp", 77)
     _load(pets), _load(pets, "test")
-    ids = image_index.read_index(file).ids.tolist()
+    ids = image_index.read_cache(file).ids.tolist()
     assert sorted(ids) == sorted(sample_id(path.relative_to(pets).as_posix()) for path in pets.rglob("*.bmp"))
     assert len(ids) == 5
 
 
-KEYS = [{}, {"held_bytes": 2**20}, {"held_bytes": 2**20, "image_size": 2}]
+KEYS = [{}, {"cache_bytes": 2**20}, {"cache_bytes": 2**20, "image_size": 2}]
 
 
 def _damage(folder: Path, *names: str) -> None:
@@ -281,13 +281,13 @@ def _damage(folder: Path, *names: str) -> None:
 @pytest.mark.parametrize("keys", KEYS, ids=["files", "held", "held and resized"])
 def test_images_that_cannot_be_read_stop_the_job(pets: Path, keys: dict[str, Any]) -> None:
     _damage(pets, "dog/2.bmp")
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         _load(pets, **keys), _load(pets, "test", **keys)
-    said = str(refused.value)
-    assert said.startswith(
+    message = str(raised.value)
+    assert message.startswith(
         f"sample {sample_id('dog/2.bmp')} cannot be read: {pets / 'dog' / '2.bmp'} cannot be decoded"
     )
-    assert "data.unreadable = 'drop'" in said
+    assert "data.unreadable = 'drop'" in message
 
 
 @pytest.mark.parametrize("keys", KEYS, ids=["files", "held", "held and resized"])
@@ -323,7 +323,7 @@ def test_an_image_that_was_read_once_and_no_more_is_dropped_too(pets: Path, monk
         return real(path, form)
 
     monkeypatch.setattr(survey, "decode_image", decode)
-    held = _load(pets, held_bytes=2**20, unreadable="drop")
+    held = _load(pets, cache_bytes=2**20, unreadable="drop")
     assert held.sample_ids.tolist() == files.sample_ids[[0, 2, 3]].tolist()
     assert [each.sample_id for each in held.dropped] == [files.sample_ids[1]]
     assert np.array_equal(pixel_checksums(held), pixel_checksums(files)[[0, 2, 3]])

@@ -110,12 +110,12 @@ def test_a_pickle_that_is_not_the_published_one_is_never_opened(tmp_path: Path) 
     [("MNIST", "MNIST/raw"), ("FashionMNIST", "FashionMNIST/raw"), ("CIFAR100", "cifar-100-python")],
 )
 def test_missing_files_say_where_they_were_looked_for(tmp_path: Path, name: str, folder: str) -> None:
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         load_dataset(_config(tmp_path, name), "train")
-    said = str(refused.value)
-    assert str(tmp_path / folder) in said
-    assert "data.root" in said and "data.download=true" in said
-    assert "\n" not in said
+    message = str(raised.value)
+    assert str(tmp_path / folder) in message
+    assert "data.root" in message and "data.download=true" in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("keep", [0, 3, 10, 1000])
@@ -123,9 +123,9 @@ def test_a_truncated_file_is_one_sentence(tmp_path: Path, keep: int) -> None:
     _write_mnist(tmp_path)
     file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(DataError, match="cannot be read") as refused:
+    with pytest.raises(DataError, match="cannot be read") as raised:
         load_dataset(_config(tmp_path), "train")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_more_labels_than_images_are_refused(tmp_path: Path) -> None:
@@ -172,12 +172,12 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path: Path, mo
         raise URLError("no\nnetwork")
 
     monkeypatch.setattr(datasets.cifar, "download_and_extract_archive", offline)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as raised:
         load_dataset(_config(tmp_path, "CIFAR10", download=True), "train")
-    said = str(refused.value)
-    assert str(tmp_path / "cifar-10-batches-py") in said
-    assert "no network" in said and "data.root" in said and "data.download=false" in said
-    assert "\n" not in said
+    message = str(raised.value)
+    assert str(tmp_path / "cifar-10-batches-py") in message
+    assert "no network" in message and "data.root" in message and "data.download=false" in message
+    assert "\n" not in message
     assert list(tmp_path.iterdir()) == []
 
 

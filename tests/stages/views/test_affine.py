@@ -1,4 +1,4 @@
-"""Geometry: torchvision's conventions of centre and sign, pixel by pixel, and the ranges a recipe asks for."""
+"""Geometry: torchvision's conventions of center and sign, pixel by pixel, and the ranges a recipe asks for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.views import affine as geometry
 from stages.views import rows
 from stages.views.affine import RandomAffine, affine, inverse_matrices
-from stages.views.draw import Draw
+from stages.views.draw import CounterRNG
 
 EVERYTHING = RandomAffine(
     name="RandomAffine", degrees=30.0, translate=(0.2, 0.1), scale=(0.7, 1.4), shear=(-10.0, 10.0, -5.0, 5.0), fill=9
@@ -25,28 +25,28 @@ EVERYTHING = RandomAffine(
 SHAPES = [(16, 3, 32, 32), (16, 1, 21, 34), (16, 3, 45, 20), (16, 3, 1, 1)]
 
 
-def pictures(batch: int, channels: int, height: int, width: int) -> Tensor:
+def random_images(batch: int, channels: int, height: int, width: int) -> Tensor:
     noise = torch.randint(0, 256, (batch, channels, height, width), generator=torch.Generator().manual_seed(3))
     return noise.to(torch.uint8)
 
 
-def draw(batch: int, view: int = 0) -> Draw:
-    return Draw(seed=5, view=view, sample_ids=torch.arange(batch))
+def draw(batch: int, view: int = 0) -> CounterRNG:
+    return CounterRNG(seed=5, view=view, sample_ids=torch.arange(batch))
 
 
 def spread(low: float, high: float) -> Tensor:
-    """16 numbers that are no round ones: where pixels are exactly half-way between two, torchvision may differ."""
+    """16 numbers that are no round ones: where pixels are exactly halfway between two, torchvision may differ."""
     return torch.linspace(low, high, 16, dtype=torch.float64) + math.pi / 1000
 
 
-def share_equal(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours == theirs).double().mean())
+def share_equal(ours: Tensor, reference_result: Tensor) -> float:
+    return float((ours == reference_result).double().mean())
 
 
 @pytest.mark.parametrize("center", [None, (3.0, 5.5)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_affine_is_torchvisions(shape: tuple[int, int, int, int], center: tuple[float, float] | None) -> None:
-    images, angles, scales = pictures(*shape), spread(-180, 180), spread(0.5, 2)
+    images, angles, scales = random_images(*shape), spread(-180, 180), spread(0.5, 2)
     moves = torch.stack([spread(-9, 9).round(), spread(5, -5).round()], 1)
     shears = torch.stack([spread(-30, 40), spread(20, -10)], 1)
     height, width = shape[2:]
@@ -70,10 +70,10 @@ def test_affine_is_torchvisions(shape: tuple[int, int, int, int], center: tuple[
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shears_moves_and_rotations_are_those_of_torchvisions_rand_augment(shape: tuple[int, int, int, int]) -> None:
-    images, slopes, pixels, degrees = pictures(*shape), spread(-0.9, 0.9), spread(-9, 9).round(), spread(-130, 130)
+def test_geometry_matches_torchvision_rand_augment(shape: tuple[int, int, int, int]) -> None:
+    images, slopes, pixels, degrees = random_images(*shape), spread(-0.9, 0.9), spread(-9, 9).round(), spread(-130, 130)
 
-    def theirs(center: list[float] | None, moves: list[list[float]], shears: list[list[float]]) -> Tensor:
+    def reference_result(center: list[float] | None, moves: list[list[float]], shears: list[list[float]]) -> Tensor:
         asked = zip(images, moves, shears, strict=True)
         return torch.stack([reference.affine(i, 0.0, m, 1.0, s, fill=7, center=center) for i, m, s in asked])
 
@@ -81,10 +81,10 @@ def test_shears_moves_and_rotations_are_those_of_torchvisions_rand_augment(shape
     angles = [math.degrees(math.atan(slope)) for slope in slopes.tolist()]
     turned = [reference.rotate(i, d, fill=7) for i, d in zip(images, degrees.tolist(), strict=True)]
     for ours, wanted in [
-        (geometry.shear_x(images, slopes, 7), theirs(corner, still, [[angle, 0.0] for angle in angles])),
-        (geometry.shear_y(images, slopes, 7), theirs(corner, still, [[0.0, angle] for angle in angles])),
-        (geometry.translate_x(images, pixels, 7), theirs(None, [[p, 0.0] for p in pixels.tolist()], still)),
-        (geometry.translate_y(images, pixels, 7), theirs(None, [[0.0, p] for p in pixels.tolist()], still)),
+        (geometry.shear_x(images, slopes, 7), reference_result(corner, still, [[angle, 0.0] for angle in angles])),
+        (geometry.shear_y(images, slopes, 7), reference_result(corner, still, [[0.0, angle] for angle in angles])),
+        (geometry.translate_x(images, pixels, 7), reference_result(None, [[p, 0.0] for p in pixels.tolist()], still)),
+        (geometry.translate_y(images, pixels, 7), reference_result(None, [[0.0, p] for p in pixels.tolist()], still)),
         (geometry.rotate(images, degrees, 7), torch.stack(turned)),
     ]:
         assert share_equal(ours, wanted) >= 0.999
@@ -93,7 +93,7 @@ def test_shears_moves_and_rotations_are_those_of_torchvisions_rand_augment(shape
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(-50, 50), st.integers(-50, 50))
 def test_whole_pixels_move_exactly(height: int, width: int, right: int, down: int) -> None:
-    image = pictures(1, 3, height, width)
+    image = random_images(1, 3, height, width)
     moves = torch.tensor([[right, down]], dtype=torch.float64)
 
     moved = affine(image, inverse_matrices(angle=torch.zeros(1, dtype=torch.float64), translate=moves), fill=9)
@@ -103,7 +103,7 @@ def test_whole_pixels_move_exactly(height: int, width: int, right: int, down: in
 
 
 def test_quarter_turns_are_exact() -> None:
-    images = pictures(5, 3, 13, 13)
+    images = random_images(5, 3, 13, 13)
     angles = torch.tensor([0.0, 90.0, 180.0, 270.0, -90.0], dtype=torch.float64)
 
     turned = geometry.rotate(images, angles, fill=9)
@@ -132,7 +132,7 @@ def test_known_pixels() -> None:
 
 
 def test_a_corner_far_outside_is_filled() -> None:
-    image = pictures(1, 1, 4, 4)
+    image = random_images(1, 1, 4, 4)
     far = inverse_matrices(
         angle=torch.zeros(1, dtype=torch.float64), translate=torch.full((1, 2), 1e9, dtype=torch.float64)
     )
@@ -142,7 +142,7 @@ def test_a_corner_far_outside_is_filled() -> None:
 
 @pytest.mark.parametrize("shape", [(37, 3, 8, 8), (37, 1, 8, 8), (37, 3, 1, 1), (37, 3, 5, 9)])
 def test_a_view_depends_on_its_sample_alone(shape: tuple[int, int, int, int]) -> None:
-    images = pictures(*shape)
+    images = random_images(*shape)
     before = images.clone()
     together = EVERYTHING(images, draw(37))
     order = torch.randperm(37, generator=torch.Generator().manual_seed(1))[:11]
@@ -156,7 +156,7 @@ def test_a_view_depends_on_its_sample_alone(shape: tuple[int, int, int, int]) ->
 
 
 def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = pictures(64, 3, 24, 24)
+    images = random_images(64, 3, 24, 24)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -202,7 +202,7 @@ def test_parameters_fill_their_ranges() -> None:
 
 
 def test_nothing_asked_is_the_identity() -> None:
-    images = pictures(9, 3, 6, 7)
+    images = random_images(9, 3, 6, 7)
 
     assert RandomAffine(name="RandomAffine", degrees=0.0, fill=9)(images, draw(9)).equal(images)
     assert EVERYTHING(images[:0], draw(0)).shape == (0, 3, 6, 7)

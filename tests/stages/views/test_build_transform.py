@@ -16,10 +16,10 @@ from torchvision.transforms import v2
 from stages.errors import RecipeError
 from stages.views.build_transform import build_transform
 from stages.views.config import ViewsConfig
-from stages.views.transforms_engine import apply, describe, require_pure
+from stages.views.transforms_engine import apply_transform, check_deterministic, transform_identity
 
 RGB = np.random.default_rng(0).integers(0, 256, (3, 32, 28), dtype=np.uint8)
-GREY = RGB[:1]
+GRAY = RGB[:1]
 
 TABLES: list[dict[str, Any]] = [
     {"name": "AugMix", "severity": 3, "fill": [1, 2, 3]},
@@ -121,10 +121,10 @@ def test_a_table_becomes_the_transform_of_its_name(table: dict[str, Any]) -> Non
     transform = build_transform([table])
     assert isinstance(transform, v2.Compose)
     assert type(transform.transforms[0]) is getattr(v2, table["name"])
-    require_pure(transform, RGB)
+    check_deterministic(transform, RGB)
 
 
-@pytest.mark.parametrize("pixels", [RGB, GREY])
+@pytest.mark.parametrize("pixels", [RGB, GRAY])
 def test_a_table_does_what_the_constructor_does(pixels: Any) -> None:
     built = build_transform(
         [
@@ -145,7 +145,7 @@ def test_a_table_does_what_the_constructor_does(pixels: Any) -> None:
         ]
     )
     for sample in range(8):
-        assert torch.equal(apply(built, pixels, sample, 0, 0), apply(written, pixels, sample, 0, 0))
+        assert torch.equal(apply_transform(built, pixels, sample, 0, 0), apply_transform(written, pixels, sample, 0, 0))
 
 
 def test_lists_become_the_tuples_that_torchvision_documents() -> None:
@@ -154,82 +154,87 @@ def test_lists_become_the_tuples_that_torchvision_documents() -> None:
 
 
 def test_no_operations_are_the_identity() -> None:
-    assert np.array_equal(apply(build_transform([]), RGB, 0, 0, 0).numpy(), RGB)
+    assert np.array_equal(apply_transform(build_transform([]), RGB, 0, 0, 0).numpy(), RGB)
 
 
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "message"),
     [
         ({"name": "RandomCrob", "size": 3}, "no transform 'RandomCrob'; did you mean 'RandomCrop'?"),
         ({"name": "zzzzzzzz"}, "no transform 'zzzzzzzz'; see its documentation"),
         ({"name": "Transform"}, "no transform 'Transform'"),
         ({"name": "InterpolationMode", "value": "bilinear"}, "no transform 'InterpolationMode'"),
         ({"name": "functional"}, "no transform 'functional'"),
-        ({"size": 3}, "wanted a table such as { name = 'RandomCrop', size = 32 }, found {'size': 3}"),
-        ({"name": 3}, "wanted a table such as"),
-        ("RandomCrop", "wanted a table such as { name = 'RandomCrop', size = 32 }, found 'RandomCrop'"),
-        ({"name": "MixUp"}, "MixUp mixes samples: that belongs to [views.mix]."),
-        ({"name": "CutMix", "alpha": 1.0}, "CutMix mixes samples: that belongs to [views.mix]."),
+        ({"size": 3}, "expected a table such as { name = 'RandomCrop', size = 32 }, found {'size': 3}"),
+        ({"name": 3}, "expected a table such as"),
+        ("RandomCrop", "expected a table such as { name = 'RandomCrop', size = 32 }, found 'RandomCrop'"),
+        ({"name": "MixUp"}, "MixUp mixes samples: use [views.mix]."),
+        ({"name": "CutMix", "alpha": 1.0}, "CutMix mixes samples: use [views.mix]."),
         ({"name": "Normalize", "mean": [0.5], "std": [0.5]}, "Normalize belongs to teacher.mean/std and student.mean"),
-        ({"name": "SanitizeBoundingBoxes"}, "works on bounding boxes or key points, and here are only images"),
+        ({"name": "SanitizeBoundingBoxes"}, "works on bounding boxes or key points, not on images"),
         ({"name": "UniformTemporalSubsample", "num_samples": 2}, "works on videos"),
-        ({"name": "TenCrop", "size": 3}, "makes several images of one"),
+        ({"name": "TenCrop", "size": 3}, "returns several images"),
         ({"name": "Lambda", "lambd": "x"}, "views.transform = 'python:MODULE:FUNCTION'"),
         ({"name": "RandomCrop", "sise": 3}, "RandomCrop has no argument 'sise'; did you mean 'size'?"),
-        ({"name": "RandomHorizontalFlip", "zzz": 3}, "RandomHorizontalFlip has no argument 'zzz'; known here: p."),
-        ({"name": "ToImage", "zzz": 3}, "ToImage has no argument 'zzz'; known here: none."),
-        ({"name": "RandomCrop", "padding": 3}, "RandomCrop needs 'size': give it a value."),
+        ({"name": "RandomHorizontalFlip", "zzz": 3}, "RandomHorizontalFlip has no argument 'zzz'; its arguments: p."),
+        ({"name": "ToImage", "zzz": 3}, "ToImage has no argument 'zzz'; its arguments: none."),
+        ({"name": "RandomCrop", "padding": 3}, "RandomCrop requires 'size'."),
         (
             {"name": "RandomHorizontalFlip", "p": 2.0},
-            "RandomHorizontalFlip cannot be made of {'p': 2.0} (ValueError: `p`",
+            "RandomHorizontalFlip cannot be built from {'p': 2.0} (ValueError: `p`",
         ),
-        ({"name": "RandomCrop", "size": "big"}, "RandomCrop cannot be made of {'size': 'big'} (ValueError"),
+        ({"name": "RandomCrop", "size": "big"}, "RandomCrop cannot be built from {'size': 'big'} (ValueError"),
         (
             {"name": "Resize", "size": 3, "interpolation": "bilinaer"},
             "Resize has no interpolation 'bilinaer'; did you mean 'bilinear'?",
         ),
-        ({"name": "AutoAugment", "policy": "mnist"}, "has no policy 'mnist'; it knows imagenet, cifar10, svhn."),
+        ({"name": "AutoAugment", "policy": "mnist"}, "has no policy 'mnist'; available: imagenet, cifar10, svhn."),
         ({"name": "ToDtype", "dtype": "int9"}, "ToDtype has no dtype 'int9'"),
-        ({"name": "RandomApply", "transforms": []}, "cannot be made of {'transforms': []} (ValueError"),
-        ({"name": "RandomApply", "transforms": "RandomCrop"}, "views.operations.1.transforms: wanted a list of tables"),
+        ({"name": "RandomApply", "transforms": []}, "cannot be built from {'transforms': []} (ValueError"),
+        (
+            {"name": "RandomApply", "transforms": "RandomCrop"},
+            "views.operations.1.transforms: expected a list of tables",
+        ),
         (
             {"name": "RandomApply", "transforms": [{"name": "ToImage"}, {"name": "RandomCrop"}]},
-            "views.operations.1.transforms.1: RandomCrop needs 'size'",
+            "views.operations.1.transforms.1: RandomCrop requires 'size'",
         ),
         ({"name": "RandomOrder", "transforms": [{"name": "MixUp"}]}, "views.operations.1.transforms.0: MixUp mixes"),
     ],
 )
-def test_a_wrong_table_is_refused_in_one_sentence(table: Any, said: str) -> None:
-    with refuses(said) as refused:
+def test_a_wrong_table_is_refused_in_one_sentence(table: Any, message: str) -> None:
+    with refuses(message) as raised:
         build_transform([{"name": "ToImage"}, table])
-    assert str(refused.value).startswith("views.operations.1")
-    assert "\n" not in str(refused.value)
+    assert str(raised.value).startswith("views.operations.1")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_module_is_the_transform_itself(own: Path) -> None:
-    assert apply(build_transform([], "python:own_views:pipeline"), RGB, 0, 0, 0).shape == (3, 16, 16)
+    assert apply_transform(build_transform([], "python:own_views:pipeline"), RGB, 0, 0, 0).shape == (3, 16, 16)
 
 
 def test_a_function_is_called_for_the_transform(own: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert np.array_equal(apply(build_transform([], "python:own_views:make"), RGB, 0, 0, 0).numpy(), RGB[:, ::-1])
+    assert np.array_equal(
+        apply_transform(build_transform([], "python:own_views:make"), RGB, 0, 0, 0).numpy(), RGB[:, ::-1]
+    )
     inverts = build_transform((), "python:own_views:Inverts")
-    assert np.array_equal(apply(inverts, RGB, 0, 0, 0).numpy(), 255 - RGB)
+    assert np.array_equal(apply_transform(inverts, RGB, 0, 0, 0).numpy(), 255 - RGB)
     assert capfd.readouterr().out == ""
 
 
-def test_what_a_function_draws_while_it_builds_is_always_the_same(own: Path) -> None:
+def test_numbers_drawn_while_building_are_fixed(own: Path) -> None:
     views = []
     for seed in range(3):
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        views.append(apply(build_transform([], "python:own_views:make_drawn"), RGB, 0, 0, 0))
+        views.append(apply_transform(build_transform([], "python:own_views:make_drawn"), RGB, 0, 0, 0))
     assert torch.equal(views[0], views[1])
     assert torch.equal(views[0], views[2])
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("reference", "message"),
     [
         ("python:own_views", "must read python:package.module:function."),
         ("own_views:make", "must read python:package.module:function."),
@@ -239,34 +244,34 @@ def test_what_a_function_draws_while_it_builds_is_always_the_same(own: Path) -> 
         ("python:own_views:constant", "own_views has no function constant"),
         ("python:own_views:takes", "missing 1 required positional argument: 'image'); it is called once, without"),
         ("python:own_views:broken", "the function failed (KeyError: 'lost\\nand gone')"),
-        ("python:own_views:gives_nothing", "the function returned NoneType, wanted a pipeline"),
+        ("python:own_views:gives_nothing", "the function returned NoneType, expected a pipeline"),
     ],
 )
-def test_a_wrong_reference_is_refused_in_one_sentence(own: Path, reference: str, said: str) -> None:
-    with refuses(said) as refused:
+def test_a_wrong_reference_is_refused_in_one_sentence(own: Path, reference: str, message: str) -> None:
+    with refuses(message) as raised:
         build_transform([], reference)
-    assert str(refused.value).startswith(f"views.transform={reference!r}")
-    assert "\n" not in str(refused.value)
+    assert str(raised.value).startswith(f"views.transform={reference!r}")
+    assert "\n" not in str(raised.value)
 
 
 def test_operations_and_a_reference_exclude_each_other(own: Path) -> None:
-    with refuses("leave one of them out"):
+    with refuses("remove one of them"):
         build_transform([{"name": "ToImage"}], "python:own_views:pipeline")
 
 
 def test_a_reference_describes_itself_with_a_digest_of_its_file(own: Path) -> None:
     config = ViewsConfig(engine="transforms", transform="python:own_views:make")
-    described = describe(config)
+    described = transform_identity(config)
     assert described["transform"] == "python:own_views:make"
     assert described["transform_source_sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
     own.write_text(own.read_text() + "# edited\n")
-    assert describe(config) != described
+    assert transform_identity(config) != described
 
 
 def test_a_reference_without_a_file_is_not_described(own: Path) -> None:
     with refuses("later edits of sys could not be noticed, since it has no file"):
-        describe(ViewsConfig(engine="transforms", transform="python:sys:exc_info"))
+        transform_identity(ViewsConfig(engine="transforms", transform="python:sys:exc_info"))
     build_transform([], "python:own_views:make")
     own.unlink()
     with refuses("later edits of own_views could not be noticed, since its file"):
-        describe(ViewsConfig(engine="transforms", transform="python:own_views:make"))
+        transform_identity(ViewsConfig(engine="transforms", transform="python:own_views:make"))

@@ -1,4 +1,4 @@
-"""Colour: torchvision's numbers within a grey level, the same pixels in any batch, and the ranges a recipe asks for."""
+"""Color: torchvision's numbers within a gray level, the same pixels in any batch, and the ranges a recipe asks for."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch import Tensor
 
 from stages.views import colour, rows
 from stages.views.colour import ColorJitter, RandomGrayscale
-from stages.views.draw import Draw
+from stages.views.draw import CounterRNG
 
 JITTER = ColorJitter(name="ColorJitter", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 
 
-def pictures(batch: int, channels: int, height: int, width: int) -> Tensor:
-    """Noise, and a picture of one colour."""
+def random_images(batch: int, channels: int, height: int, width: int) -> Tensor:
+    """Noise, and a image of one color."""
     noise = torch.randint(0, 256, (batch, channels, height, width), generator=torch.Generator().manual_seed(3))
     noise[0] = noise[0, :, :1, :1]
     return noise.to(torch.uint8)
 
 
-def draw(batch: int, view: int = 0) -> Draw:
-    return Draw(seed=5, view=view, sample_ids=torch.arange(batch))
+def draw(batch: int, view: int = 0) -> CounterRNG:
+    return CounterRNG(seed=5, view=view, sample_ids=torch.arange(batch))
 
 
-def difference(ours: Tensor, theirs: Tensor) -> Tensor:
-    return (ours.int() - theirs.int()).abs()
+def difference(ours: Tensor, expected_function: Tensor) -> Tensor:
+    return (ours.int() - expected_function.int()).abs()
 
 
 @pytest.mark.parametrize("shape", [(20, 3, 16, 16), (20, 1, 9, 5), (20, 3, 1, 1), (20, 3, 7, 12)])
 @pytest.mark.parametrize(
-    ("ours", "theirs", "low", "high"),
+    ("ours", "expected_function", "low", "high"),
     [
         (colour.adjust_brightness, reference.adjust_brightness, 0.0, 3.0),
         (colour.adjust_contrast, reference.adjust_contrast, 0.0, 3.0),
@@ -46,24 +46,26 @@ def difference(ours: Tensor, theirs: Tensor) -> Tensor:
 )
 def test_adjustments_are_torchvisions_within_one_grey_level(
     ours: Callable[[Tensor, Tensor], Tensor],
-    theirs: Callable[[Tensor, float], Tensor],
+    expected_function: Callable[[Tensor, float], Tensor],
     low: float,
     high: float,
     shape: tuple[int, int, int, int],
 ) -> None:
-    images = pictures(*shape)
+    images = random_images(*shape)
     factors = torch.linspace(low, high, len(images), dtype=torch.float64)
 
-    wanted = torch.stack([theirs(image, factor) for image, factor in zip(images, factors.tolist(), strict=True)])
+    wanted = torch.stack(
+        [expected_function(image, factor) for image, factor in zip(images, factors.tolist(), strict=True)]
+    )
 
     off = difference(ours(images, factors), wanted)
-    # a factor of 3 turns one level in the grey that is blended in into two, at the few pixels where greys differ
+    # a factor of 3 turns one level in the gray that is blended in into two, at the few pixels where greys differ
     assert off.max() <= (2 if ours is colour.adjust_saturation else 1)
     assert (off <= 1).float().mean() > 0.999
 
 
 def test_grey_is_torchvisions() -> None:
-    images = pictures(20, 3, 16, 16)
+    images = random_images(20, 3, 16, 16)
 
     off = difference(colour.rgb_to_grayscale(images), reference.rgb_to_grayscale(images, num_output_channels=3))
 
@@ -73,7 +75,7 @@ def test_grey_is_torchvisions() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_neutral_factors_change_nothing(channels: int) -> None:
-    images = pictures(4, channels, 8, 8)
+    images = random_images(4, channels, 8, 8)
     ones, zeros = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
 
     for adjust in (colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation):
@@ -83,7 +85,7 @@ def test_neutral_factors_change_nothing(channels: int) -> None:
 
 
 def test_a_third_of_the_circle_moves_every_channel_one_on() -> None:
-    images = pictures(4, 3, 8, 8)
+    images = random_images(4, 3, 8, 8)
 
     assert colour.adjust_hue(images, torch.full((4,), 1 / 3, dtype=torch.float64)).equal(images.roll(1, 1))
     assert colour.adjust_hue(images, torch.full((4,), -1 / 3, dtype=torch.float64)).equal(images.roll(-1, 1))
@@ -104,12 +106,12 @@ def test_known_pixels() -> None:
 
 
 def test_the_largest_factors_do_not_overflow() -> None:
-    images = pictures(4, 3, 8, 8)
+    images = random_images(4, 3, 8, 8)
 
     for adjust in (colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation):
         changed = adjust(images, torch.full((4,), 64.0, dtype=torch.float64))
         wanted = torch.stack([getattr(reference, adjust.__name__)(image, 64.0) for image in images])
-        # one level of grey counts 63 times: the bulk is at 0 or 255 and must be there
+        # one level of gray counts 63 times: the bulk is at 0 or 255 and must be there
         assert ((wanted > 128) == (changed > 128)).float().mean() > 0.9
 
 
@@ -118,7 +120,7 @@ def test_the_largest_factors_do_not_overflow() -> None:
 def test_a_view_depends_on_its_sample_alone(
     operation: ColorJitter | RandomGrayscale, shape: tuple[int, int, int, int]
 ) -> None:
-    images = pictures(*shape)
+    images = random_images(*shape)
     before = images.clone()
     together = operation(images, draw(37))
     order = torch.randperm(37, generator=torch.Generator().manual_seed(1))[:11]
@@ -133,7 +135,7 @@ def test_a_view_depends_on_its_sample_alone(
 
 
 def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = pictures(64, 3, 24, 24)
+    images = random_images(64, 3, 24, 24)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -163,7 +165,7 @@ def test_brightness_is_spread_over_its_range() -> None:
 
 
 def test_every_order_is_drawn() -> None:
-    images = pictures(2, 3, 4, 4)[1:].expand(3000, 3, 4, 4)
+    images = random_images(2, 3, 4, 4)[1:].expand(3000, 3, 4, 4)
     fixed = ColorJitter(name="ColorJitter", brightness=(2.0, 2.0), contrast=(0.3, 0.3), saturation=(2.5, 2.5))
 
     results, counts = fixed(images, draw(3000)).flatten(1).unique(dim=0, return_counts=True)
@@ -174,7 +176,7 @@ def test_every_order_is_drawn() -> None:
 
 
 def test_grey_comes_as_often_as_asked() -> None:
-    images = pictures(1, 3, 4, 4).clone()
+    images = random_images(1, 3, 4, 4).clone()
     images[0, 0, 0, 0], images[0, 1, 0, 0] = 250, 3
     many = images.expand(4000, 3, 4, 4)
 
@@ -186,7 +188,7 @@ def test_grey_comes_as_often_as_asked() -> None:
 
 
 def test_nothing_asked_is_the_identity() -> None:
-    images = pictures(9, 3, 6, 6)
+    images = random_images(9, 3, 6, 6)
 
     assert ColorJitter(name="ColorJitter")(images, draw(9)).equal(images)
 

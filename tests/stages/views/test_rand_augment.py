@@ -14,38 +14,38 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from stages.views import rand_augment, rows
-from stages.views.draw import Draw
+from stages.views.draw import CounterRNG
 from stages.views.rand_augment import RandAugment, TrivialAugmentWide
 
 RAND, TRIVIAL = RandAugment(name="RandAugment"), TrivialAugmentWide(name="TrivialAugmentWide")
 NAMES = list(reference.RandAugment._AUGMENTATION_SPACE)
 
 
-def pictures(batch: int, channels: int, height: int, width: int) -> Tensor:
+def random_images(batch: int, channels: int, height: int, width: int) -> Tensor:
     noise = torch.randint(0, 256, (batch, channels, height, width), generator=torch.Generator().manual_seed(3))
     return noise.to(torch.uint8)
 
 
-def draw(batch: int, view: int = 0) -> Draw:
-    return Draw(seed=5, view=view, sample_ids=torch.arange(batch))
+def draw(batch: int, view: int = 0) -> CounterRNG:
+    return CounterRNG(seed=5, view=view, sample_ids=torch.arange(batch))
 
 
 @dataclass(frozen=True)
-class Chosen(Draw):
+class Chosen(CounterRNG):
     """The same operation, sign and bin for every sample."""
 
     operation: int = 0
     negative: bool = False
     bin: int = 0
 
-    def below(self, bound: int, parameter: int) -> Tensor:
+    def integers(self, bound: int, parameter: int) -> Tensor:
         return torch.full((len(self.sample_ids),), self.operation if parameter == 0 else self.bin)
 
-    def chance(self, probability: float, parameter: int) -> Tensor:
+    def bernoulli(self, probability: float, parameter: int) -> Tensor:
         return torch.full((len(self.sample_ids),), self.negative)
 
 
-def theirs(transform: Any, images: Tensor, name: str, at: int, num_bins: int, negative: bool) -> Tensor:
+def reference_result(transform: Any, images: Tensor, name: str, at: int, num_bins: int, negative: bool) -> Tensor:
     """What torchvision makes of it, by its own table of magnitudes."""
     magnitudes, signed = transform._AUGMENTATION_SPACE[name]
     of_bins = magnitudes(num_bins, *images.shape[2:])
@@ -58,15 +58,15 @@ def theirs(transform: Any, images: Tensor, name: str, at: int, num_bins: int, ne
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_operation_is_torchvisions(name: str, negative: bool, size: tuple[int, int]) -> None:
-    images = pictures(4, 3, *size)
+    images = random_images(4, 3, *size)
     for at in (0, 4, 9, 17, 30):
         same = Chosen(0, 0, torch.arange(4), operation=NAMES.index(name), negative=negative, bin=at)
         rand = RandAugment(name="RandAugment", num_ops=1, magnitude=at, fill=7)
         trivial = TrivialAugmentWide(name="TrivialAugmentWide", fill=7)
         for ours, transform in [(rand, reference.RandAugment()), (trivial, reference.TrivialAugmentWide())]:
             changed = ours(images, same)
-            off = (changed.int() - theirs(transform, images, name, at, 31, negative).int()).abs()
-            # a slope of 0.04 puts whole rows half-way between two pixels, where torchvision goes by rounding errors
+            off = (changed.int() - reference_result(transform, images, name, at, 31, negative).int()).abs()
+            # a slope of 0.04 puts whole rows halfway between two pixels, where torchvision goes by rounding errors
             assert (off <= 1).double().mean() >= (0.95 if name in ("ShearX", "ShearY") else 0.999), at
 
 
@@ -82,7 +82,7 @@ def test_the_space_is_torchvisions() -> None:
 def test_a_view_depends_on_its_sample_alone(
     operation: RandAugment | TrivialAugmentWide, shape: tuple[int, int, int, int]
 ) -> None:
-    images = pictures(*shape)
+    images = random_images(*shape)
     before = images.clone()
     together = operation(images, draw(60))
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:31]
@@ -100,7 +100,7 @@ def test_a_view_depends_on_its_sample_alone(
 def test_threads_and_blocks_change_nothing(
     operation: RandAugment | TrivialAugmentWide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = pictures(64, 3, 24, 24)
+    images = random_images(64, 3, 24, 24)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -140,7 +140,7 @@ def test_trivial_augment_draws_every_strength() -> None:
 
 
 def test_no_operations_is_the_identity() -> None:
-    images = pictures(9, 3, 6, 6)
+    images = random_images(9, 3, 6, 6)
 
     assert RandAugment(name="RandAugment", num_ops=0)(images, draw(9)).equal(images)
     assert RAND(images[:0], draw(0)).shape == (0, 3, 6, 6)

@@ -1,4 +1,4 @@
-"""A store is replayed or refused: its identity holds digests of pictures, so that no other pixels pass for its own."""
+"""A store is replayed or refused: its identity holds digests of images, so that no other pixels pass for its own."""
 
 import dataclasses
 import hashlib
@@ -68,15 +68,15 @@ def with_views(views, **changes):
     ],
     ids=["tensor", "transforms, as large as they are", "transforms, one size of any"],
 )
-def test_the_identity_holds_a_digest_of_rendered_pictures_for_each_view(views, sizes):
-    """Each picture here rendered by itself, by what a student's batches go through."""
+def test_identity_has_a_digest_of_rendered_probes_per_view(views, sizes):
+    """Each image here rendered by itself, by what a student's batches go through."""
     made, digests = renderer(views), []
     for view in range(3):
-        pictures = []
+        random_images = []
         for number, pattern in enumerate(patterns(sizes)):
-            drawn = made.picture(pattern, number, view)
-            pictures.append(made.batch(drawn[None], torch.tensor([number]), view))
-        digests.append(hashlib.sha256(torch.cat(pictures).numpy().tobytes()).hexdigest())
+            drawn = made.render_one(pattern, number, view)
+            random_images.append(made.render_batch(drawn[None], torch.tensor([number]), view))
+        digests.append(hashlib.sha256(torch.cat(random_images).numpy().tobytes()).hexdigest())
     assert made.identity["probes_sha256"] == digests
     assert len(set(digests)) == 3
 
@@ -284,8 +284,8 @@ def test_the_shape_of_a_view_is_that_of_what_is_rendered(views, size, shape):
     assert made.shape == shape
     assert made.identity["image_shape"] == list(shape)
     pixels = torch.full((2, 3, *(size or (50, 70))), 9, dtype=torch.uint8)
-    drawn = torch.stack([made.picture(one.numpy(), 5, 1) for one in pixels])
-    assert made.batch(drawn, torch.tensor([5, 6]), 1).shape[1:] == shape
+    drawn = torch.stack([made.render_one(one.numpy(), 5, 1) for one in pixels])
+    assert made.render_batch(drawn, torch.tensor([5, 6]), 1).shape[1:] == shape
 
 
 @pytest.mark.parametrize(
@@ -298,11 +298,13 @@ def test_the_shape_of_a_view_is_that_of_what_is_rendered(views, size, shape):
     ids=["as they are", "the shorter side", "another size each time"],
 )
 def test_views_of_unequal_size_are_refused(operations, size):
-    with pytest.raises(RecipeError, match=r"must all be of one size: .*end the operations with a Resize or a crop"):
+    with pytest.raises(
+        RecipeError, match=r"all views must have the same size: .*end the operations with a Resize or a crop"
+    ):
         _ = renderer(with_views(TRANSFORMS, operations=operations), size).shape
 
 
-def test_a_crop_that_small_photographs_are_too_small_for_is_refused():
+def test_crop_larger_than_small_images_is_rejected():
     views = with_views(TRANSFORMS, operations=({"name": "RandomCrop", "size": 128},))
     with pytest.raises(RecipeError, match=r"crop size .*larger than .*tried on patterns of 64 x 64 pixels and more"):
         _ = renderer(views, None).shape
@@ -319,22 +321,22 @@ def test_operations_that_do_not_fit_the_images_are_refused():
 
 
 def photographs(folder, **sizes):
-    """An image folder: one grey picture of (W, H) for each name, class `a` and its test split alike."""
+    """An image folder: one gray image of (W, H) for each name, class `a` and its test split alike."""
     for split in ("train", "test"):
         (folder / split / "a").mkdir(parents=True)
         for name, size in sizes.items():
             Image.new("L", size, 80).save(folder / split / "a" / f"{name}.png")
-    return load_dataset(DataConfig(name=f"imagefolder:{folder}", held_bytes=0), "train")
+    return load_dataset(DataConfig(name=f"imagefolder:{folder}", cache_bytes=0), "train")
 
 
-def test_the_tensor_engine_refuses_images_of_unequal_size_and_names_two(tmp_path):
+def test_tensor_engine_rejects_images_of_different_sizes(tmp_path):
     train_set = photographs(tmp_path / "set", one=(12, 10), two=(12, 10), three=(10, 12))
     with pytest.raises(RecipeError, match=r"one\.png is 12 x 10, .*three\.png is 10 x 12: set data\.image_size"):
         _ = tiny_setup(tmp_path, train_set=train_set, views=TENSOR).renderer
     assert tiny_setup(tmp_path, train_set=train_set, views=TRANSFORMS).renderer.shape == (3, 20, 24)
 
 
-def test_a_part_of_the_images_that_happens_to_be_of_one_size_has_the_same_views(tmp_path):
+def test_subset_of_one_size_has_the_same_views(tmp_path):
     train_set = photographs(tmp_path / "set", one=(12, 10), two=(12, 10), three=(10, 12))
     part = train_set.take(torch.tensor([0, 2]))
     assert (train_set.image_size, part.image_size) == (None, (10, 12))
@@ -346,12 +348,12 @@ def test_a_part_of_the_images_that_happens_to_be_of_one_size_has_the_same_views(
     ("changes", "sentence"),
     [
         ({"transform": "python:a:b"}, "needs views.engine = 'transforms'"),
-        ({"transform": "python:a:b", "engine": "transforms", "operations": (FLIP,)}, "instead of views.operations"),
+        ({"transform": "python:a:b", "engine": "transforms", "operations": (FLIP,)}, "replaces views.operations"),
         ({"mix": MIXED.mix, "replay": False}, r"\[views.mix\] needs views.replay = true"),
         ({"operations": ({"name": "RandomHorizontalFlop"},)}, "did you mean 'RandomHorizontalFlip'"),
     ],
 )
-def test_a_recipe_that_cannot_be_is_refused_before_any_image_is_seen(changes, sentence):
+def test_invalid_views_are_rejected_without_images(changes, sentence):
     with pytest.raises(RecipeError, match=sentence):
         check_views(ViewsConfig(**changes))
 

@@ -13,13 +13,13 @@ from torchvision.transforms import v2
 
 from stages.errors import RecipeError
 from stages.views.boxes import Boxes, random_boxes
-from stages.views.draw import Draw
+from stages.views.draw import CounterRNG
 from stages.views.resample import resample
 from stages.views.resized_crop import RandomResizedCrop
 
 IDS = torch.arange(40) * 977
 IMAGES = torch.randint(0, 256, (40, 3, 19, 23), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-MANY = Draw(seed=3, view=1, sample_ids=torch.arange(50_000))
+MANY = CounterRNG(seed=3, view=1, sample_ids=torch.arange(50_000))
 
 
 def crop(**arguments):
@@ -34,25 +34,25 @@ def boxes_of(*box, batch):
 @pytest.mark.parametrize("size", [None, 32, (17, 40)])
 def test_a_view_depends_on_its_sample_alone(size, threads):
     before = torch.get_num_threads()
-    whole = crop(size=size)(IMAGES, Draw(1, 2, IDS))
+    whole = crop(size=size)(IMAGES, CounterRNG(1, 2, IDS))
     torch.set_num_threads(threads)
     try:
         some = torch.tensor([31, 4, 4, 17])
-        assert torch.equal(crop(size=size)(IMAGES[some], Draw(1, 2, IDS[some])), whole[some])
-        assert torch.equal(crop(size=size)(IMAGES[39:], Draw(1, 2, IDS[39:])), whole[39:])
+        assert torch.equal(crop(size=size)(IMAGES[some], CounterRNG(1, 2, IDS[some])), whole[some])
+        assert torch.equal(crop(size=size)(IMAGES[39:], CounterRNG(1, 2, IDS[39:])), whole[39:])
     finally:
         torch.set_num_threads(before)
 
 
 def test_batches_larger_than_a_slice_are_the_same_pictures():
     images = torch.randint(0, 256, (5, 3, 200, 230), dtype=torch.uint8)
-    whole = crop()(images, Draw(1, 2, IDS[:5]))
-    assert all(torch.equal(crop()(images[b : b + 1], Draw(1, 2, IDS[b : b + 1]))[0], whole[b]) for b in range(5))
+    whole = crop()(images, CounterRNG(1, 2, IDS[:5]))
+    assert all(torch.equal(crop()(images[b : b + 1], CounterRNG(1, 2, IDS[b : b + 1]))[0], whole[b]) for b in range(5))
 
 
-def test_another_view_is_another_crop_and_the_images_are_left_alone():
+def test_crops_differ_and_inputs_are_unchanged():
     images = IMAGES.clone()
-    first, second = (crop()(images, Draw(1, view, IDS)) for view in (0, 1))
+    first, second = (crop()(images, CounterRNG(1, view, IDS)) for view in (0, 1))
     assert not torch.equal(first, second)
     assert torch.equal(images, IMAGES)
 
@@ -69,9 +69,11 @@ def test_resampling_is_torchs_bilinear_within_a_grey_level(size, out, seed, data
     top, left = data.draw(st.integers(0, size[0] - height)), data.draw(st.integers(0, size[1] - width))
     ours = resample(images, boxes_of(top, left, height, width, batch=2), out)
     box = images[:, :, top : top + height, left : left + width].double()
-    theirs = F.interpolate(box, size=out, mode="bilinear", align_corners=False, antialias=False)
-    assert ours.shape == theirs.shape
-    assert ((ours.double() - theirs).abs() <= 0.75).all()  # half a level of rounding, and what weights of 11 bits cost
+    reference_result = F.interpolate(box, size=out, mode="bilinear", align_corners=False, antialias=False)
+    assert ours.shape == reference_result.shape
+    assert (
+        (ours.double() - reference_result).abs() <= 0.75
+    ).all()  # half a level of rounding, and what weights of 11 bits cost
 
 
 def test_whole_boxes_at_their_own_size_are_copied():
@@ -88,7 +90,7 @@ def test_half_a_level_is_rounded_up():
 @pytest.mark.parametrize("level", [0, 1, 254, 255])
 def test_plain_pictures_stay_plain(level):
     images = torch.full((40, 1, 19, 23), level, dtype=torch.uint8)
-    assert (crop(size=31)(images, Draw(0, 0, IDS)) == level).all()
+    assert (crop(size=31)(images, CounterRNG(0, 0, IDS)) == level).all()
 
 
 def test_boxes_have_the_areas_and_shapes_asked_for():
@@ -106,10 +108,10 @@ def test_boxes_have_the_areas_and_shapes_asked_for():
 
 
 def test_boxes_are_distributed_as_torchvisions():
-    """With the retries that pictures this wide need: areas and heights have the same quantiles."""
+    """With the retries that images this wide need: areas and heights have the same quantiles."""
     torch.manual_seed(0)
-    theirs = v2.RandomResizedCrop(8)
-    params = [theirs.make_params([torch.empty(1, 50, 90)]) for _ in range(4000)]
+    reference_result = v2.RandomResizedCrop(8)
+    params = [reference_result.make_params([torch.empty(1, 50, 90)]) for _ in range(4000)]
     heights, widths = (torch.tensor([box[side] for box in params]).double() for side in ("height", "width"))
     boxes = random_boxes(MANY, (50, 90), (50, 90), (0.08, 1.0), (3 / 4, 4 / 3))
     found = boxes.heights > 0
@@ -136,25 +138,25 @@ def test_boxes_lie_anywhere_within_the_picture():
 def test_a_box_that_fits_in_no_try_is_the_central_crop():
     """As torchvision: the largest box of a shape within bounds, in the middle."""
     wide = torch.arange(100, dtype=torch.uint8).expand(1, 1, 10, 100).contiguous()
-    view = crop(size=(10, 20), scale=(1.0, 1.0), ratio=(2.0, 2.0))(wide, Draw(0, 0, torch.tensor([5])))
+    view = crop(size=(10, 20), scale=(1.0, 1.0), ratio=(2.0, 2.0))(wide, CounterRNG(0, 0, torch.tensor([5])))
     assert torch.equal(view, wide[..., 40:60])
     tall = wide.transpose(2, 3).contiguous()
-    view = crop(size=(20, 10), scale=(1.0, 1.0), ratio=(0.5, 0.5))(tall, Draw(0, 0, torch.tensor([5])))
+    view = crop(size=(20, 10), scale=(1.0, 1.0), ratio=(0.5, 0.5))(tall, CounterRNG(0, 0, torch.tensor([5])))
     assert torch.equal(view, tall[..., 40:60, :])
 
 
 def test_the_whole_picture_where_nothing_else_is_asked_for():
     square = IMAGES[:, :, :, :19]
-    assert torch.equal(crop(scale=(1.0, 1.0), ratio=(1.0, 1.0))(square, Draw(0, 0, IDS)), square)
+    assert torch.equal(crop(scale=(1.0, 1.0), ratio=(1.0, 1.0))(square, CounterRNG(0, 0, IDS)), square)
 
 
 def test_pictures_of_a_pixel():
     pixels = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
-    assert torch.equal(crop(size=2)(pixels, Draw(0, 0, IDS)), pixels.expand(40, 1, 2, 2))
+    assert torch.equal(crop(size=2)(pixels, CounterRNG(0, 0, IDS)), pixels.expand(40, 1, 2, 2))
 
 
 def test_an_empty_batch():
-    assert crop(size=8)(IMAGES[:0], Draw(0, 0, IDS[:0])).shape == (0, 3, 8, 8)
+    assert crop(size=8)(IMAGES[:0], CounterRNG(0, 0, IDS[:0])).shape == (0, 3, 8, 8)
 
 
 def test_the_size_of_views():
@@ -180,7 +182,7 @@ def test_known_pixels_stay_known():
     """Stores of years ago hold what the teacher said about exactly these pixels."""
     pattern = (torch.arange(2 * 36) * 7 % 256).to(torch.uint8).reshape(2, 1, 6, 6)
     ids = torch.tensor([17, 2**62])
-    view = crop(size=(3, 4))(pattern, Draw(9, 2, ids))
+    view = crop(size=(3, 4))(pattern, CounterRNG(9, 2, ids))
     assert view[:, 0].tolist() == KNOWN
 
 

@@ -1,4 +1,4 @@
-"""A view is a pure function of (seed, sample id, view): batch, order and neighbours change nothing."""
+"""A view is a pure function of (seed, sample id, view): batch, order and neighbors change nothing."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import RecipeError
-from stages.views.draw import Draw
+from stages.views.draw import CounterRNG
 from stages.views.tensor_engine import parse_operations
 
 IMAGES = torch.randint(1, 256, (40, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -28,7 +28,7 @@ EVERYTHING = (
 
 
 def render(images, ids, view, *operations, seed=5):
-    return parse_operations(operations)(images, Draw(seed, view, ids))
+    return parse_operations(operations)(images, CounterRNG(seed, view, ids))
 
 
 @settings(deadline=None, max_examples=30)
@@ -99,7 +99,7 @@ def test_no_operation_gives_the_images():
 
 
 @pytest.mark.parametrize("operation", EVERYTHING)
-def test_the_images_themselves_stay_as_they_are(operation):
+def test_inputs_are_unchanged(operation):
     before = IMAGES.clone()
     render(IMAGES, IDS, 0, operation)
     assert torch.equal(IMAGES, before)
@@ -109,13 +109,13 @@ def test_the_images_themselves_stay_as_they_are(operation):
     ("operation", "sentence"),
     [
         ({"name": "RandomCorp"}, "has no operation 'RandomCorp'.*did you mean 'RandomCrop'"),
-        ({"name": "Pad"}, "views.engine = 'transforms' runs any"),
+        ({"name": "Pad"}, "views.engine = 'transforms' supports all"),
         ({"padding": 2}, "has no operation None"),
         ({"name": "RandomCrop", "pading": 2}, "RandomCrop has no argument 'pading'; did you mean 'padding'"),
         ({"name": "RandomCrop", "padding": -1}, "RandomCrop: padding = -1: input should be greater"),
         ({"name": "RandomCrop", "padding": "2"}, "RandomCrop: padding = 2: input should be a valid integer"),
         ({"name": "RandomHorizontalFlip", "p": 1.5}, "p = 1.5"),
-        ({"name": "Cutout"}, "Cutout needs 'size'"),
+        ({"name": "Cutout"}, "Cutout requires 'size'"),
     ],
 )
 def test_a_wrong_operation_is_refused_by_number_and_name(operation, sentence):

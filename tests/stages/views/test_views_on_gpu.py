@@ -1,10 +1,10 @@
-"""On CUDA: the same parameters, and pixels within a grey level of the CPU's. Runs where there is a GPU."""
+"""On CUDA: the same parameters, and pixels within a gray level of the CPU's. Runs where there is a GPU."""
 
 import pytest
 import torch
 
-from stages.views.draw import Draw
-from stages.views.mix import MixConfig, draw_mixture, mix
+from stages.views.draw import CounterRNG
+from stages.views.mix import MixConfig, mix, sample_mix
 from stages.views.tensor_engine import parse_operations
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -32,12 +32,12 @@ def differ_by(one, other):
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation["name"])
 def test_an_operation_gives_the_same_pixels_within_a_grey_level(operation, channels):
     images = torch.randint(256, (64, channels, 33, 29), dtype=torch.uint8)
-    engine, draw = parse_operations([operation]), Draw(1, 2, torch.arange(64))
+    engine, draw = parse_operations([operation]), CounterRNG(1, 2, torch.arange(64))
     assert differ_by(engine(images, draw), engine(images.cuda(), draw)) <= 1
 
 
 @pytest.mark.parametrize("config", [MixConfig(mixup_alpha=0.4), MixConfig(cutmix_alpha=1.0)])
 def test_mixtures_are_the_same(config):
     images, partners = torch.randint(256, (2, 64, 3, 33, 29), dtype=torch.uint8).unbind()
-    mixture = draw_mixture(config, Draw(1, 2, torch.arange(64)), torch.arange(64), (33, 29))
+    mixture = sample_mix(config, CounterRNG(1, 2, torch.arange(64)), torch.arange(64), (33, 29))
     assert differ_by(mix(images, partners, mixture), mix(images.cuda(), partners.cuda(), mixture)) == 0
