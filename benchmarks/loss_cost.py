@@ -92,7 +92,7 @@ class Student:
     def __init__(self, batch_size: int) -> None:
         config = ModelConfig(name="resnet8x4")
         self.model = build_model(config, num_classes=NUM_CLASSES, in_channels=3, image_size=(32, 32), seed=0)
-        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         self.images = torch.randn(batch_size, 3, 32, 32)
         self.labels = torch.randint(NUM_CLASSES, (batch_size,))
 
@@ -110,9 +110,9 @@ class Student:
         self._descend(cross_entropy.mean() + loss(said).mean())
 
     def _descend(self, loss: Tensor) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimiser.step()
+        self.optimizer.step()
 
 
 def cases(name: str, kind: type[Entry], student: Student) -> Iterator[Case]:
@@ -136,7 +136,7 @@ def through_the_network(config: Entry, student: Student) -> Case:
     delivered = {one: tuple(feature.shape[1:]) for one, feature in features.items()}
     loss = config.build({}, delivered, Facts(NUM_SAMPLES, NUM_CLASSES))
     work = partial(student.step_with, loss, DenseOutputs(torch.empty(0), features))
-    return Case(config.loss, "network", student.optimiser.zero_grad, work, [], replaces=True)
+    return Case(config.loss, "network", student.optimizer.zero_grad, work, [], replaces=True)
 
 
 def on_features(config: Entry, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:

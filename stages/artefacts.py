@@ -114,7 +114,7 @@ def artefact_record(network: Network, setup: Setup) -> dict[str, Any]:
     """What stands in the header of the weights: all that is needed to build the network and to feed it."""
     return {
         "architecture": dict(network.architecture),
-        "normalisation": network.normalise.to_json(),
+        "normalization": network.normalise.to_json(),
         "class_names": list(setup.test_set.class_names),
     }
 

@@ -1,4 +1,4 @@
-"""All the state of a training job in one file, and back: weights, optimiser, loss scale, position, history."""
+"""All the state of a training job in one file, and back: weights, optimizer, loss scale, position, history."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from stages.tensor_file import load_tensors, save_tensors
 
 @dataclass(frozen=True)
 class Machinery:
-    """What training changes: the student with the losses' adapters, the optimiser, and the loss scale of float16."""
+    """What training changes: the student with the losses' adapters, the optimizer, and the loss scale of float16."""
 
     modules: nn.Module
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
 
@@ -39,11 +39,11 @@ class State:
 
 def save(path: Path, machinery: Machinery, state: State) -> None:
     """Write the checkpoint, whole or not at all."""
-    packed = machinery.optimiser.state_dict()
+    packed = machinery.optimizer.state_dict()
     tensors = {f"modules/{name}": tensor for name, tensor in machinery.modules.state_dict().items()}
     tensors |= {f"sums/{name}": total for name, total in state.sums.items()}
     for index, slots in packed["state"].items():
-        tensors |= {f"optimiser/{index}/{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
+        tensors |= {f"optimizer/{index}/{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
     record = {
         "epoch": state.epoch,
         "step": state.step,
@@ -60,8 +60,8 @@ def restore(path: Path, machinery: Machinery, state: State) -> None:
     try:
         machinery.modules.load_state_dict(_below(tensors, "modules/"))
         # Its groups are as they were made: what changes in them, the learning rate, is set before every step.
-        groups = machinery.optimiser.state_dict()["param_groups"]
-        machinery.optimiser.load_state_dict({"state": _slots(tensors, machinery.optimiser), "param_groups": groups})
+        groups = machinery.optimizer.state_dict()["param_groups"]
+        machinery.optimizer.load_state_dict({"state": _slots(tensors, machinery.optimizer), "param_groups": groups})
         machinery.scaler.load_state_dict(record["scaler"])
         state.epoch, state.step, state.history = _position(record)
         state.parts = max(1, int(record.get("parts", 1)))  # of an older version: whole batches
@@ -71,11 +71,11 @@ def restore(path: Path, machinery: Machinery, state: State) -> None:
         raise RunError(f"{path} does not fit this job ({cause(error)}): delete it to start the job afresh.") from error
 
 
-def _slots(tensors: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """What the optimiser keeps of each parameter, by its number. ValueError where it is of other parameters."""
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+def _slots(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What the optimizer keeps of each parameter, by its number. ValueError where it is of other parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
-    for key, value in _below(tensors, "optimiser/").items():
+    for key, value in _below(tensors, "optimizer/").items():
         index, slot = key.split("/", 1)
         if not index.isdecimal() or value.shape not in (torch.Size(), parameters[int(index)].shape):
             raise ValueError(f"{key} is of another network")

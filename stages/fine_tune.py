@@ -70,7 +70,7 @@ class Tutor:
 
 @dataclass(frozen=True)
 class Piece:
-    """One fine-tuning: of which network, where, and what is done to the network beside the optimiser's steps.
+    """One fine-tuning: of which network, where, and what is done to the network beside the optimizer's steps.
 
     warm_up: called once, before the first step. before_epoch: called with the epoch's number. masks: by parameter name,
     the weights that stay zero where they are False.

@@ -52,7 +52,7 @@ class Normalisation:
     def from_json(record: Mapping[str, Any]) -> Normalisation:
         """The scaling in the record that is kept with a network's weights. Raises RunError where there is none."""
         try:
-            held = record["normalisation"]
+            held = record["normalization"]
             mean, std = (tuple(map(float, held[name])) for name in ("mean", "std"))
         except (KeyError, TypeError, ValueError) as error:
             raise RunError("a network's weights lack the record of how it scales its input: train it again.") from error

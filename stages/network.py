@@ -49,7 +49,7 @@ class Network:
         return {
             "architecture": dict(self.architecture),
             "weights_sha256": weights_sha256(self.model),
-            "normalisation": self.normalise.to_json(),
+            "normalization": self.normalise.to_json(),
         }
 
 
@@ -81,7 +81,7 @@ def _finish(
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
     examined = examine(network.model, setup.test(network.normalise), setup.device)
-    record = {"architecture": dict(network.architecture), "normalisation": network.normalise.to_json()}
+    record = {"architecture": dict(network.architecture), "normalization": network.normalise.to_json()}
     save_model(folder.model, network.model, record)
     agreement = None
     if with_onnx:
@@ -111,7 +111,7 @@ def _finish(
 def onnx_metadata(network: Network, setup: Setup) -> dict[str, str]:
     """What travels in an ONNX file: how to scale the images, their shape (C, H, W), and what the classes are called."""
     return {
-        "normalisation": canonical_json(network.normalise.to_json()),
+        "normalization": canonical_json(network.normalise.to_json()),
         "image_shape": canonical_json(list(setup.image_shape)),
         "class_names": canonical_json(list(setup.test_set.class_names)),
     }

@@ -1,4 +1,4 @@
-"""One step of the training loop: a batch forward and back, and the optimiser's step.
+"""One step of the training loop: a batch forward and back, and the optimizer's step.
 
 Where memory is short the batch goes through in parts, whose gradients are added up: for a network without batch norm,
 and losses that are means over samples, that is the gradient of the whole batch. A step that ran out of memory leaves no
@@ -38,15 +38,15 @@ class Stepper:
     def __init__(self, job: Job, student: Tap, machinery: Machinery, state: State, watch: Watch) -> None:
         self._job, self._student, self._machinery, self._state, self._watch = job, student, machinery, state, watch
         self._buffers = _Buffers(machinery.modules)
-        groups = machinery.optimiser.param_groups
+        groups = machinery.optimizer.param_groups
         self._parameters = [one for group in groups for one in group["params"] if one.requires_grad]
 
     def step(self, batch: Batch) -> None:
-        """One batch forward and back, and one step of the optimiser. Adds the losses to the state's sums."""
+        """One batch forward and back, and one step of the optimizer. Adds the losses to the state's sums."""
         losses = self._in_parts_that_fit(batch)
         if self._job.processes.count > 1:
             losses = _averaged(self._parameters, losses, self._job.processes)
-        self._machinery.scaler.step(self._machinery.optimiser)
+        self._machinery.scaler.step(self._machinery.optimizer)
         self._machinery.scaler.update()
         self._job.after_step(self._job.model)
         sums = self._state.sums
@@ -70,7 +70,7 @@ class Stepper:
                 break
             # Here the error is gone, and with it the tensors of the failed attempt.
             self._buffers.take_back()
-            self._machinery.optimiser.zero_grad(set_to_none=True)
+            self._machinery.optimizer.zero_grad(set_to_none=True)
             state.parts = min(2 * state.parts, len(batch.images))
             gc.collect()
             if batch.images.is_cuda:
@@ -83,7 +83,7 @@ class Stepper:
         job, machinery, state = self._job, self._machinery, self._state
         own = (job.processes.rank,) if job.processes.rank else ()  # each its own dropout; the first as one alone
         _seed(derive_seed(job.seed, "step", state.epoch, state.step, *own), batch.images.device)
-        machinery.optimiser.zero_grad(set_to_none=True)
+        machinery.optimizer.zero_grad(set_to_none=True)
         if state.parts == 1:
             return self._back(batch)
         # One process's parts may be more than there are rows, where several go on with its job.

@@ -112,9 +112,9 @@ def teacher_identity(config: TeacherConfig, setup: Setup) -> dict[str, Any]:
     figures, its weights. Without figures in the run folder, `weights_sha256` is left out."""
     result = teacher_folder(setup.run).result()
     normalise = model_normalisation(setup.train_set, config.model.weights, config.mean, config.std)
-    identity = {"architecture": setup.architecture(config.model), "normalisation": normalise.to_json()}
+    identity = {"architecture": setup.architecture(config.model), "normalization": normalise.to_json()}
     if result and config.mean is None:
-        identity["normalisation"] = result["identity"].get("normalisation")
+        identity["normalization"] = result["identity"].get("normalization")
     return {**identity, "weights_sha256": result["identity"]["weights_sha256"]} if result else identity
 
 

@@ -1,7 +1,7 @@
 """The training loop: teachers, students, pruned and quantized networks all go through this one.
 
 It can be killed at any step. What has no state (order, views, learning rate, dropout: functions of seed, epoch and
-step) needs no saving; what has one (weights, optimiser, sums of the epoch's losses, history) is in the checkpoint.
+step) needs no saving; what has one (weights, optimizer, sums of the epoch's losses, history) is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stages.features import tapped
 from stages.global_batch_norm import batch_norm_over_processes
 from stages.job_folder import JobFolder
 from stages.lesson import Batch, Lesson
-from stages.optim import TrainConfig, build_optimiser, learning_rate, set_learning_rate
+from stages.optim import TrainConfig, build_optimizer, learning_rate, set_learning_rate
 from stages.order import num_steps
 from stages.processes import ONE, Processes
 from stages.step import Stepper, narrow_type
@@ -79,7 +79,7 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
             stepper = Stepper(job, student, machinery, state, watch)
             while state.step < steps:
                 rate = learning_rate(job.config, state.epoch * steps + state.step, steps)
-                set_learning_rate(machinery.optimiser, rate)
+                set_learning_rate(machinery.optimizer, rate)
                 stepper.step(next(batches))
                 state.step += 1
                 due = time.monotonic() - saved_at >= job.config.checkpoint_every_s
@@ -143,9 +143,9 @@ def _set_up(job: Job, device: torch.device) -> Machinery:
     job.processes.use(device)
     distillation = job.lesson.distillation or nn.Module()
     modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
-    optimiser = build_optimiser(job.config, modules.parameters())
+    optimizer = build_optimizer(job.config, modules.parameters())
     narrow = narrow_type(job.config, device)
-    return Machinery(modules, optimiser, torch.amp.GradScaler(device.type, enabled=narrow is torch.float16))
+    return Machinery(modules, optimizer, torch.amp.GradScaler(device.type, enabled=narrow is torch.float16))
 
 
 def _end_epoch(job: Job, state: State, steps: int, device: torch.device, wall_s: float) -> None:

@@ -154,14 +154,14 @@ def images(num_samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return patterns[labels] + 0.7 * torch.randn(num_samples, *IMAGE_SHAPE, generator=generator), labels
 
 
-def step(model: nn.Module, optimiser: torch.optim.Optimizer, seed: int) -> None:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     """One training step on a batch of `images`."""
     torch.manual_seed(seed)  # dropout
     model.train()
     batch, labels = images(20, seed)
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     F.cross_entropy(model(batch), labels).backward()
-    optimiser.step()
+    optimizer.step()
 
 
 def sgd(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:

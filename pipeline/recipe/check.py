@@ -101,8 +101,8 @@ def _idle_in_training(where: str, train: TrainConfig) -> Iterator[str]:
         yield f"{where}.milestones: {late[0]} is not reached in {train.epochs} epochs."
     if train.warmup_epochs >= train.epochs > 0:
         yield f"{where}.warmup_epochs = {train.warmup_epochs:g}: the {train.epochs} epochs are all warm-up."
-    if train.nesterov and (train.optimiser != "sgd" or train.momentum == 0):
-        yield f"{where}.nesterov is for optimiser = 'sgd' with momentum."
+    if train.nesterov and (train.optimizer != "sgd" or train.momentum == 0):
+        yield f"{where}.nesterov is for optimizer = 'sgd' with momentum."
 
 
 def _absent_files(recipe: Recipe) -> Iterator[str]:

@@ -59,16 +59,16 @@ def session_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
 
 
 def open_session(
-    path: Path, *, num_threads: int = 0, optimised_path: Path | None = None
+    path: Path, *, num_threads: int = 0, optimized_path: Path | None = None
 ) -> onnxruntime.InferenceSession:
     """onnxruntime's CPU session over an ONNX file; `num_threads` 0 leaves the number to it.
 
-    With `optimised_path`, the graph that it really runs is written there. Raises ModelError if `path` is missing or
+    With `optimized_path`, the graph that it really runs is written there. Raises ModelError if `path` is missing or
     is no ONNX network.
     """
     options = session_options(num_threads)
-    if optimised_path is not None:
-        options.optimized_model_filepath = str(optimised_path)
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
     if not path.is_file():
         raise ModelError(f"there is no ONNX file at {path}.")
     try:
@@ -77,17 +77,17 @@ def open_session(
         raise ModelError(f"onnxruntime cannot load {path}: {cause(fault)}") from fault
 
 
-def optimised_graph(path: Path) -> onnx.GraphProto:
-    """The graph of an ONNX file as onnxruntime's CPU runs it, after its optimisations. ModelError as `open_session`."""
+def optimized_graph(path: Path) -> onnx.GraphProto:
+    """The graph of an ONNX file as onnxruntime's CPU runs it, after its optimizations. ModelError as `open_session`."""
     with tempfile.TemporaryDirectory() as folder:
-        optimised = Path(folder) / "optimised.onnx"
-        open_session(path, optimised_path=optimised)
-        return onnx.load(optimised).graph
+        optimized = Path(folder) / "optimized.onnx"
+        open_session(path, optimized_path=optimized)
+        return onnx.load(optimized).graph
 
 
 def op_counts(path: Path) -> dict[str, int]:
-    """How often each operator stands in the graph that onnxruntime's CPU runs after its optimisations, by name."""
-    counts = Counter(node.op_type for node in optimised_graph(path).node)
+    """How often each operator stands in the graph that onnxruntime's CPU runs after its optimizations, by name."""
+    counts = Counter(node.op_type for node in optimized_graph(path).node)
     return dict(sorted(counts.items()))
 
 
@@ -98,7 +98,7 @@ def float_nodes(path: Path) -> list[FloatNode]:
     The images' rounding, and the step from integers to float logits, are no such operations; nor are views. What moves
     float values in memory (transposing, joining) is one. ModelError as `open_session`.
     """
-    graph = optimised_graph(path)
+    graph = optimized_graph(path)
     origins = _Origins(onnx.load(path).graph, graph)
     floating = {each.name for each in graph.initializer if each.data_type in FLOATS}
     floating |= {each.name for each in graph.input if each.type.tensor_type.elem_type in FLOATS}
@@ -120,10 +120,10 @@ def module_path(node: onnx.NodeProto) -> str:
 class _Origins:
     """The nodes of a file, found again from those that onnxruntime has made of them."""
 
-    def __init__(self, graph: onnx.GraphProto, optimised: onnx.GraphProto) -> None:
+    def __init__(self, graph: onnx.GraphProto, optimized: onnx.GraphProto) -> None:
         self._by_name = {node.name: node for node in graph.node if node.name}
         self._by_value = {value: node for node in graph.node for value in node.output}
-        self._made_by_value = {value: node for node in optimised.node for value in node.output}
+        self._made_by_value = {value: node for node in optimized.node for value in node.output}
 
     def module_of(self, made: onnx.NodeProto) -> str:
         """The path of the module of which a node is part, or ""."""

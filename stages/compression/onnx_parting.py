@@ -68,7 +68,7 @@ def where_they_part(path: Path, model: nn.Module, images: Tensor) -> str:
     if not (quantized and isinstance(reference, fx.GraphModule)):
         first = next((each for each in float_partings(proto, reference, images) if each.share), None)
         return str(first) if first else "nowhere on these images"
-    plain, fused = (int8_partings(proto, reference, images, optimised=each) for each in (False, True))
+    plain, fused = (int8_partings(proto, reference, images, optimized=each) for each in (False, True))
     for partings, remark in ((plain, ""), (fused, ", and only where onnxruntime fuses the operations")):
         for each in partings:
             if each.share:
@@ -86,24 +86,24 @@ def where_they_part(path: Path, model: nn.Module, images: Tensor) -> str:
 
 
 def int8_partings(
-    proto: onnx.ModelProto, prepared: fx.GraphModule, images: Tensor, *, optimised: bool
+    proto: onnx.ModelProto, prepared: fx.GraphModule, images: Tensor, *, optimized: bool
 ) -> list[Parting]:
     """How far each operation of the file is from torch's on `images` [B, C, H, W], in the file's order, logits last.
 
     Every operation is given torch's integers: the wires between the operations are cut, and what the network has there
-    is fed in. `optimised`: as onnxruntime fuses the operations, or each for itself and in float.
+    is fed in. `optimized`: as onnxruntime fuses the operations, or each for itself and in float.
     """
     quantizers = quantizers_of(prepared)
     outputs = _hear(prepared, list(quantizers), images)
     roundings = _roundings(proto, prepared)
-    whole = _run(_tapped(proto, roundings), {INPUT: images}, optimised=optimised)
+    whole = _run(_tapped(proto, roundings), {INPUT: images}, optimized=optimized)
     fed = {}
     for each in roundings:
         scale, zero_point = quantizers[each.quantizer].scale_and_zero_point()
         integers = torch.round(outputs[each.quantizer] / scale) + zero_point
         fed[each.value] = integers.to(torch.uint8).reshape(whole[each.value].shape)
     feeds = {INPUT: images} | {FED + name: integers for name, integers in fed.items()}
-    found = _run(_cut(_tapped(proto, roundings), fed), feeds, optimised=optimised)
+    found = _run(_cut(_tapped(proto, roundings), fed), feeds, optimized=optimized)
     partings = [_steps_apart(each.place, found[each.value].int() - fed[each.value].int()) for each in roundings]
     return [*partings, _apart("the logits", found[OUTPUT], outputs[""])]
 
@@ -170,10 +170,10 @@ def _cut(proto: onnx.ModelProto, fed: Mapping[str, Tensor]) -> onnx.ModelProto:
     return proto
 
 
-def _run(proto: onnx.ModelProto, feeds: Mapping[str, Tensor], *, optimised: bool = True) -> dict[str, Tensor]:
+def _run(proto: onnx.ModelProto, feeds: Mapping[str, Tensor], *, optimized: bool = True) -> dict[str, Tensor]:
     """Every output of an ONNX network by name, from onnxruntime's CPU."""
     options = session_options()
-    if not optimised:
+    if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [each.name for each in proto.graph.output]

@@ -88,7 +88,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Zero again, in place, what `masks` zero: for after every step of the optimiser. Masks lie on the model's device.
+    """Zero again, in place, what `masks` zero: for after every step of the optimizer. Masks lie on the model's device.
 
     Raises ModelError if the model lacks a parameter that has a mask.
     """

@@ -189,9 +189,9 @@ CHECKPOINTS = {
     "record": lambda *_: [1],
     "no record": lambda *_: {"a": 1},
     "weights": lambda tensors, _: tensors.update({"modules/student.fc.bias": torch.ones(3)}),
-    "momentum": lambda tensors, _: tensors.update({"optimiser/0/momentum_buffer": torch.ones(3)}),
-    "another parameter": lambda tensors, _: tensors.update({"optimiser/99/momentum_buffer": torch.ones(3)}),
-    "no parameter": lambda tensors, _: tensors.update({f"optimiser/{ESCAPE}/x": torch.ones(3)}),
+    "momentum": lambda tensors, _: tensors.update({"optimizer/0/momentum_buffer": torch.ones(3)}),
+    "another parameter": lambda tensors, _: tensors.update({"optimizer/99/momentum_buffer": torch.ones(3)}),
+    "no parameter": lambda tensors, _: tensors.update({f"optimizer/{ESCAPE}/x": torch.ones(3)}),
 }
 
 

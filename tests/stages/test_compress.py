@@ -339,7 +339,7 @@ def test_what_cannot_be_taken_for_the_student_is_refused(run, made, copy, tmp_pa
 
 def test_a_file_that_names_foreign_code_is_not_built_unasked(tmp_path):
     architecture = {"model": "python:os:system", "args": {}, "num_classes": 2, "in_channels": 1, "image_size": [8, 8]}
-    record = {"architecture": architecture, "normalisation": {"mean": [0.0], "std": [1.0]}}
+    record = {"architecture": architecture, "normalization": {"mean": [0.0], "std": [1.0]}}
     save_tensors(tmp_path / "model.safetensors", {"weight": torch.zeros(1)}, record)
     with pytest.raises(ModelError, match="pass trust_python=True"):
         rebuild(tmp_path / "model.safetensors")

@@ -55,14 +55,14 @@ def run(tmp_path_factory):
 def trained_elsewhere(student, setup, path):
     """The student after some steps on the images, enough to be sure of its answers."""
     network = fresh_student(student, 0, setup)
-    optimiser = torch.optim.AdamW(network.model.parameters(), lr=0.003)
+    optimizer = torch.optim.AdamW(network.model.parameters(), lr=0.003)
     torch.manual_seed(0)
     for _ in range(40):
         at = torch.randint(96, (32,))
         images, labels = network.normalise(setup.train_set.images[at]), setup.train_set.labels[at]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(network.model(images), labels).backward()
-        optimiser.step()
+        optimizer.step()
     torch.save(network.model.state_dict(), path)
 
 

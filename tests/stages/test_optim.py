@@ -1,10 +1,10 @@
-"""The learning rate is a pure function of the step; the optimisers are what their names say."""
+"""The learning rate is a pure function of the step; the optimizers are what their names say."""
 
 import pytest
 import torch
 from torch import nn
 
-from stages.optim import TrainConfig, build_optimiser, learning_rate
+from stages.optim import TrainConfig, build_optimizer, learning_rate
 from stages.order import batch_indices, derive_seed, epoch_order, num_steps
 
 
@@ -25,12 +25,12 @@ def test_steps_fall_at_their_milestones():
     assert rates == pytest.approx([1.0] * 12 + [0.1] * 9 + [0.01] * 9)
 
 
-def test_optimisers_are_what_their_names_say():
+def test_optimizers_are_what_their_names_say():
     weights = [nn.Parameter(torch.ones(1))]
-    sgd = build_optimiser(TrainConfig(momentum=0.8, nesterov=True, weight_decay=0.1), weights)
+    sgd = build_optimizer(TrainConfig(momentum=0.8, nesterov=True, weight_decay=0.1), weights)
     assert isinstance(sgd, torch.optim.SGD)
     assert (sgd.defaults["momentum"], sgd.defaults["nesterov"], sgd.defaults["weight_decay"]) == (0.8, True, 0.1)
-    assert isinstance(build_optimiser(TrainConfig(optimiser="adamw"), weights), torch.optim.AdamW)
+    assert isinstance(build_optimizer(TrainConfig(optimizer="adamw"), weights), torch.optim.AdamW)
 
 
 def test_an_epoch_shows_every_sample_at_most_once_in_full_batches():

@@ -18,7 +18,7 @@ from stages.training import Job, _set_up, train
 from stages.watch import WARNING, Watch
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(epochs=2, batch_size=32, optimiser="adamw", lr=0.01, checkpoint_every_s=0)
+CONFIG = TrainConfig(epochs=2, batch_size=32, optimizer="adamw", lr=0.01, checkpoint_every_s=0)
 
 
 class Hungry(nn.Module):

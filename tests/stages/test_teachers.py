@@ -332,7 +332,7 @@ def test_learnable_weights_are_trained_resumed_and_no_part_of_the_student(run, t
     scores = tensors["modules/distillation.combination.scores"]
     assert scores.shape == (2,)
     assert scores[0] != scores[1]
-    assert any(key.startswith("optimiser/") and one.shape == (2,) for key, one in tensors.items())
+    assert any(key.startswith("optimizer/") and one.shape == (2,) for key, one in tensors.items())
     taught_in(tmp_path / "stopped", run, student)
     taught_in(tmp_path / "whole", run, student)
     assert folder.model.read_bytes() == student_folder(tmp_path / "whole", DISTILLED, 0).model.read_bytes()

@@ -31,9 +31,9 @@ def metrics_of(folder: JobFolder):
     return [{key: value for key, value in line.items() if key != "wall_s"} for line in lines]
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_stopped_at_every_step_and_resumed_equals_undisturbed(run, tmp_path, optimiser):
-    config = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, optimiser=optimiser, lr=0.01, momentum=0.9))
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_stopped_at_every_step_and_resumed_equals_undisturbed(run, tmp_path, optimizer):
+    config = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, optimizer=optimizer, lr=0.01, momentum=0.9))
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     setup = tiny_setup(whole)
     train_student(config, 0, open_tiny_teaching(run / "store.zarr", setup), setup)

@@ -51,9 +51,9 @@ class Tokens(nn.Module):
 
 
 def trained(model: nn.Module, num_steps: int = 15) -> nn.Module:
-    optimiser = sgd(model)
+    optimizer = sgd(model)
     for seed in range(num_steps):
-        step(model, optimiser, seed)
+        step(model, optimizer, seed)
     return model.eval()
 
 
@@ -143,9 +143,9 @@ def test_fine_tuning_wins_back_what_rounding_lost():
             return float(nn.functional.cross_entropy(one.eval()(batch), labels))
 
     before, weights = loss(prepared), copy.deepcopy(prepared.state_dict())
-    optimiser = sgd(prepared, lr=0.01)
+    optimizer = sgd(prepared, lr=0.01)
     for seed in range(10):
-        step(prepared, optimiser, seed)
+        step(prepared, optimizer, seed)
     assert loss(prepared) < before
     assert all(
         not torch.equal(weights[f"{path}.weight"], prepared.state_dict()[f"{path}.weight"]) for path in ("1.0", "3")

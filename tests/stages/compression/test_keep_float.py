@@ -17,7 +17,7 @@ from stages.compression.fake_quant import (
     weight_scale,
 )
 from stages.compression.onnx_file import check_onnx, export_onnx, op_counts
-from stages.compression.onnx_graph import optimised_graph
+from stages.compression.onnx_graph import optimized_graph
 from stages.compression.quantize import calibrate, prepare_qat
 from stages.errors import ModelError
 
@@ -94,7 +94,7 @@ def test_a_max_pool_behind_float_work_is_float_and_its_maxima_are_rounded(name, 
     prepared = prepared_and_calibrated(build(name), [path])
     counts = exported(prepared, tmp_path / "model.onnx")
     assert num_float_layers(counts) == 1
-    graph = optimised_graph(tmp_path / "model.onnx")
+    graph = optimized_graph(tmp_path / "model.onnx")
     producers = {value: node.op_type for node in graph.node for value in node.output}
     found = [(node.op_type, producers[node.input[0]]) for node in graph.node if "MaxPool" in node.op_type]
     assert [pool for pool, _ in found] == pools
@@ -186,9 +186,9 @@ def test_a_choice_that_cannot_be_is_told_in_a_sentence(keep_float, sentence):
 def transformer():
     torch.manual_seed(0)
     model = vit(NUM_CLASSES, *IMAGE_SHAPE[:1], IMAGE_SHAPE[1:])
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for seed in range(30):
-        step(model, optimiser, seed)
+        step(model, optimizer, seed)
     return model.eval()
 
 

@@ -116,9 +116,9 @@ def with_dead_channels():
     """A trained network, prepared: half the channels of its depthwise convolution read zeros alone, and its batch norm
     divides them by a standard deviation that is next to nothing."""
     model = build("depthwise")
-    optimiser = sgd(model)
+    optimizer = sgd(model)
     for seed in range(15):
-        step(model, optimiser, seed)
+        step(model, optimizer, seed)
     with torch.no_grad():
         model.expand[1].weight[:16], model.expand[1].bias[:16] = 0, -1
         model.depthwise[0].weight[:16] *= 10

@@ -29,14 +29,14 @@ FLOAT_WORK = {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Concat", "Relu", "C
 def trained():
     """A float network pruned to odd widths and trained, and the same prepared for INT8 and fine-tuned."""
     model = prune(build("residual"), EXAMPLE, PruneConfig(ratio=0.3, round_to=1)).model
-    optimiser = sgd(model)
+    optimizer = sgd(model)
     for seed in range(25):
-        step(model, optimiser, seed)
+        step(model, optimizer, seed)
     prepared = prepare_qat(model.eval(), EXAMPLE)
     calibrate(prepared, [images(20, seed)[0] for seed in range(3)])
-    optimiser = sgd(prepared, lr=0.005)
+    optimizer = sgd(prepared, lr=0.005)
     for seed in range(3):
-        step(prepared, optimiser, seed)
+        step(prepared, optimizer, seed)
     freeze_observers(prepared)
     return model, prepared
 

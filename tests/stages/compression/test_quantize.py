@@ -155,18 +155,18 @@ def test_dropout_and_modes_follow_train_and_eval():
 
 def test_training_goes_on_bit_for_bit_from_a_saved_state(tmp_path):
     first = prepared_and_calibrated("residual")
-    optimiser = sgd(first)
+    optimizer = sgd(first)
     for seed in range(2):
-        step(first, optimiser, seed)
+        step(first, optimizer, seed)
     save_tensors(tmp_path / "state", first.state_dict(), {})
-    state = copy.deepcopy(optimiser.state_dict())
-    step(first, optimiser, seed=2)
+    state = copy.deepcopy(optimizer.state_dict())
+    step(first, optimizer, seed=2)
 
     second = prepare_qat(build("residual", seed=5), EXAMPLE)  # other weights: all that counts must be in the state
     second.load_state_dict(load_tensors(tmp_path / "state")[0], strict=True)
-    optimiser = sgd(second)
-    optimiser.load_state_dict(state)
-    step(second, optimiser, seed=2)
+    optimizer = sgd(second)
+    optimizer.load_state_dict(state)
+    step(second, optimizer, seed=2)
     wanted, found = first.state_dict(), second.state_dict()
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)

@@ -23,9 +23,9 @@ def batches(count: int = 2):
 @pytest.fixture(scope="module")
 def trained():
     model = build("residual")
-    optimiser = sgd(model)
+    optimizer = sgd(model)
     for seed in range(15):
-        step(model, optimiser, seed)
+        step(model, optimizer, seed)
     return model.eval()
 
 

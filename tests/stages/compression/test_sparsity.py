@@ -94,12 +94,12 @@ def test_in_steps_the_zeros_grow_to_the_same_share():
 
 def test_masks_keep_the_zeros_through_training():
     model = prune(build("residual"), EXAMPLE, PruneConfig(kind="weights")).model
-    masks, optimiser = masks_of(model), sgd(model)
+    masks, optimizer = masks_of(model), sgd(model)
     for seed in range(2):
-        step(model, optimiser, seed)
+        step(model, optimizer, seed)
         apply_masks(model, masks)
     assert all(torch.equal(mask, masks[path]) for path, mask in masks_of(model).items())
-    step(model, optimiser, seed=2)
+    step(model, optimizer, seed=2)
     assert not masks_of(model)  # without masks, all of them learn
 
 

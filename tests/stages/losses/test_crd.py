@@ -207,16 +207,16 @@ def test_the_loss_falls_as_a_student_learns_and_it_finds_the_teachers_samples(me
     torch.manual_seed(0)
     term = config.build({"a": (5,)}, {POOLED: (6,)}, Facts(40, 40)).double()
     model = torch.nn.Linear(6, 5).double()
-    optimiser = torch.optim.Adam([*model.parameters(), *term.parameters()], lr=0.01)
+    optimizer = torch.optim.Adam([*model.parameters(), *term.parameters()], lr=0.01)
     everyone = torch.arange(40)
     others = Others({POOLED: teacher}, everyone, everyone)
     losses = []
     for _ in range(120):
         about = said(labels=everyone, student={"a": model(seen)}, teacher={POOLED: teacher})
         loss = term(replace(about, ranks=everyone, others=others)).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     layer = term.layers[0]
