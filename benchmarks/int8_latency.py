@@ -35,7 +35,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from stages.compression.cpu import cpu_features, cpu_name, num_cores
+from stages.machine.cores import cpu_features, cpu_name, num_cores
 from stages.compression.latency import Laps, measure_laps
 from stages.compression.onnx_file import export_onnx
 from stages.compression.onnx_graph import float_nodes

@@ -14,8 +14,8 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from pipeline.command import printable
 from pipeline.progress import reporter
-from stages.compression.cpu import cpu_features, cpu_name, num_cores
 from stages.compression.latency import WARM_UP_ROUNDS, Latency, measure_latency
+from stages.machine.cores import cpu_features, cpu_name, num_cores
 from stages.watch import Event
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.events import exit_code_of, json_text, utc_now
 from pipeline.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY
-from pipeline.installed import commit, versions
+from stages.machine.versions import commit, versions
 from store.durable import write_atomically
 from store.errors import KdpipeError
 from store.lock import JOB_ID_VARIABLES, exclusive

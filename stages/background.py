@@ -1,6 +1,6 @@
-"""Work behind the main thread's back, in order and bounded: the teacher need not wait for the disk while there is room.
+"""A bounded background thread that runs tasks in order, so that the teacher does not wait for the disk.
 
-`queue.Queue` cannot wake a full `put` when the worker fails; one condition over a deque can.
+`queue.Queue` cannot wake a blocked `put` when the worker fails; one condition over a deque can.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Generic, Self, TypeVar
 T = TypeVar("T")
 
 
-class Background(Generic[T]):
-    """A context manager with one thread that calls `work` on each item, in the order of `put`.
+class BackgroundWorker(Generic[T]):
+    """A context manager with one thread that calls `work` on each item, in the order of `submit`.
 
-    num_waiting: how many items may wait, at least 1. With the one in work, num_waiting + 1 are held at most.
-    discard: called once, from either thread, for each item that will not be worked on, so that what it holds is let
-    go. An item in whose work an error arises is not discarded: `work` lets go of it itself. It must not raise.
+    After the first error in `work` no more items are processed; `submit`, and the end of the block, raise that error.
+    If the block itself raises, waiting items are discarded, and the current item is finished before the block is left.
+    The block's own error is never replaced; an error of the worker is added to it as a note.
 
-    After the first error in `work` nothing more is worked on; `put` raises that error, and so does the block's end.
-    When the block itself raises, what still waits is discarded, and the item under way is finished before the block
-    is left. The block's own error is never replaced; an error of the worker is then added to it as a note.
+    Args:
+        work: Processes an item. If it raises, it must release the item's resources itself.
+        num_waiting: The number of items that may wait, at least 1; num_waiting + 1 exist at most.
+        discard: Called once, from either thread, for each item that will not be processed, to release its resources.
+            It must not raise.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class Background(Generic[T]):
         self._discard = discard
         self._num_waiting = num_waiting
         self._waiting: deque[T] = deque()
-        self._changed = threading.Condition()  # guards, and tells of changes in, all that follows
+        self._changed = threading.Condition()  # guards the following attributes
         self._error: BaseException | None = None
         self._closed = False
         self._ended = False
@@ -44,8 +46,8 @@ class Background(Generic[T]):
         threading.Thread(target=self._run, name="background", daemon=False).start()
         return self
 
-    def put(self, item: T) -> None:
-        """Hand over an item; waits only while the queue is full. Discards it and raises the worker's error, if any."""
+    def submit(self, item: T) -> None:
+        """Queue an item, waiting while the queue is full; discards it and raises the worker's error, if any."""
         accepted = False
         try:
             with self._changed:
@@ -53,7 +55,7 @@ class Background(Generic[T]):
                 if self._error is not None:
                     raise self._error
                 if self._closed:
-                    raise RuntimeError("put after the end of the `with` block: nobody would work on it")
+                    raise RuntimeError("submit after the end of the `with` block")
                 accepted = True
                 self._waiting.append(item)
                 self._changed.notify_all()
@@ -68,7 +70,7 @@ class Background(Generic[T]):
             self._discard_waiting()
         try:
             self._wait_for_end()
-        except BaseException:  # interrupted in waiting for the queue: wait for the item under way alone
+        except BaseException:  # interrupted: wait only for the current item
             self._discard_waiting()
             self._wait_for_end()
             raise
@@ -79,7 +81,7 @@ class Background(Generic[T]):
         error.add_note(f"The background worker had failed too: {self._error!r}")
 
     def _wait_for_end(self) -> None:
-        # Not Thread.join: in Python 3.11, once interrupted, it takes the thread for finished.
+        # Not Thread.join: in Python 3.11, once interrupted, it considers the thread finished.
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -88,8 +90,8 @@ class Background(Generic[T]):
     def _run(self) -> None:
         try:
             while taken := self._take():
-                self._work(taken.pop())  # no name for the item: it would live on while the next one is taken
-        except BaseException as error:  # whatever it is, it belongs to the main thread
+                self._work(taken.pop())  # without a name, which would keep the item alive while waiting for the next
+        except BaseException as error:  # raised in the main thread
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
@@ -100,7 +102,7 @@ class Background(Generic[T]):
                 self._changed.notify_all()
 
     def _take(self) -> list[T]:
-        """The next item, alone in a list; an empty one after the last."""
+        """Return the next item in a list of one, or an empty list after the last."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             taken = [self._waiting.popleft()] if self._waiting else []

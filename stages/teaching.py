@@ -16,10 +16,10 @@ from stages.losses.fitnet import FitNetConfig
 from stages.losses.said import TeacherShapes
 from stages.losses.selection import Selection
 from stages.losses.terms import wanted_of
+from stages.machine.versions import library_versions
 from stages.schedules import Amount, Ramp, extremes
 from stages.serving import arrays_read
 from stages.setup import Setup, deciding
-from stages.store_plan import library_versions
 from stages.targets import ReadConfig, Targets, slab_window
 from stages.teachers import TeachersConfig, check_teachers
 from stages.views.config import ViewsConfig

@@ -17,12 +17,11 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from stages.cause import cause
 from stages.compression.importance import mean_over_lanes
 from stages.compression.lost_channels import following
 from stages.compression.spared import WEIGHT_LAYERS, Names, is_depthwise, why_spared, written
 from stages.compression.widths import SIZES
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 
 NO_END = 16
 """Following channels is given up where they become this many times those of the widest layer, as in Swin's windows."""

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stages.cause import cause
 from stages.compression.bare_copy import bare_copy
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 
 
 def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.cause import cause
 from stages.compression.bare_copy import bare_copy
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 from stages.models.module_path import module_named
 
 BITS = 4

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from stages.cause import cause
 from stages.compression.onnx_graph import session_options
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 
 WARM_UP_ROUNDS = 3
 

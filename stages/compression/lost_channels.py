@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.cause import cause
 from stages.compression.bare_copy import bare_copy
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from stages.cause import cause
 from stages.compression.fake_quant import ActivationQuantizer
 from stages.compression.int4_layers import int4_portable
 from stages.compression.int8_graph import int8_graph
@@ -19,7 +18,7 @@ from stages.compression.onnx_graph import INPUT, OUTPUT, PATH_END, op_counts, op
 from stages.compression.onnx_opset import EXPORTED_OPSET, brought_back, require_known_opset
 from stages.compression.quick_stem import quicken_stem
 from stages.compression.silence import silence
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 from store.durable import write_atomically
 
 __all__ = ["INPUT", "OUTPUT", "OnnxAgreement", "check_onnx", "export_onnx", "op_counts", "open_session"]

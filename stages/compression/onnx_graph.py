@@ -12,8 +12,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
-from stages.cause import cause
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 
 INPUT, OUTPUT = "images", "logits"
 QUIET = 3  # onnxruntime's log level for errors

@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stages.cause import cause
 from stages.compression.bare_copy import bare_copy
 from stages.compression.channel_groups import (
     Channels,
@@ -31,7 +30,7 @@ from stages.compression.prune_target import MAX_LATENCIES, Shares, Unreachable, 
 from stages.compression.sparsity import masks_of, sparable_layers, zero_smallest, zero_two_of_four
 from stages.compression.widths import apply_widths, record_widths
 from stages.config import Count, section
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 from stages.models.module_path import module_named
 from stages.models.weights import count_parameters
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from stages.cause import cause
 from stages.compression.fake_quant import ActivationQuantizer
 from stages.compression.int4_layers import int4_portable
 from stages.compression.int8_graph import int8_graph
 from stages.compression.silence import silence
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 from store.durable import write_atomically
 
 KEPT = {"val", "tensor_meta", "nn_module_stack"}

@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from stages.cause import cause
 from stages.datasets.memory import check_fits_memory
-from stages.errors import DataError
+from stages.errors import DataError, cause
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -8,7 +8,7 @@ from kdpipe_process import kdpipe_here
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.bench import file_bytes
-from stages.compression.cpu import cpu_name, num_cores
+from stages.machine.cores import cpu_name, num_cores
 
 
 def network(*, num_inputs=1, batch="batch", weights=None):

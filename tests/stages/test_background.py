@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from stages.background import Background
+from stages.background import BackgroundWorker
 
 SAFETY_S = 30
 
@@ -31,7 +31,7 @@ class Held:
         self.done.append(item)
 
     def background(self, num_waiting=2):
-        return Background(self.work, num_waiting, self.discarded.append)
+        return BackgroundWorker(self.work, num_waiting, self.discarded.append)
 
 
 def call_in_thread(function, *arguments):
@@ -61,9 +61,9 @@ def test_items_are_worked_on_in_order_by_one_other_thread_and_all_at_the_end():
         done.append(item)
         threads.add(threading.current_thread())
 
-    with Background(work, 2) as background:
+    with BackgroundWorker(work, 2) as background:
         for item in range(100):
-            background.put(item)
+            background.submit(item)
     assert done == list(range(100))
     assert len(threads) == 1
     assert threading.main_thread() not in threads
@@ -74,11 +74,11 @@ def test_items_are_worked_on_in_order_by_one_other_thread_and_all_at_the_end():
 def test_put_waits_only_when_the_queue_is_full(num_waiting):
     held = Held()
     with held.background(num_waiting) as background:
-        background.put("in work")
+        background.submit("in work")
         assert held.begun.wait(SAFETY_S)
         for item in range(num_waiting):
-            background.put(item)  # would hang here if these did not fit
-        thread, raised = call_in_thread(background.put, "one too many")
+            background.submit(item)  # would hang here if these did not fit
+        thread, raised = call_in_thread(background.submit, "one too many")
         thread.join(0.05)  # gives a queue without bound the time to show it
         assert thread.is_alive()
         held.go_on.set()
@@ -97,9 +97,9 @@ def test_no_more_than_the_bound_is_ever_outstanding():
             outstanding += change
             most = max(most, outstanding)
 
-    with Background(lambda item: count(-1), 3) as background:
+    with BackgroundWorker(lambda item: count(-1), 3) as background:
         for item in range(500):
-            background.put(item)
+            background.submit(item)
             count(+1)
     assert outstanding == 0
     assert most <= 3 + 1
@@ -109,10 +109,10 @@ def test_put_raises_the_workers_own_error_and_discards_what_it_refuses():
     held = Held(fails_at="bad")
     held.go_on.set()
     with pytest.raises(DiskFullError) as caught, held.background() as background:
-        background.put("good")
-        background.put("bad")
+        background.submit("good")
+        background.submit("bad")
         for item in range(1000):
-            background.put(item)
+            background.submit(item)
     assert caught.traceback[-1].name == "work"
     assert held.done == ["good"]
     assert held.discarded == list(range(len(held.discarded)))
@@ -123,7 +123,7 @@ def test_the_blocks_end_raises_the_workers_error_and_what_waited_is_discarded():
     held = Held(fails_at="bad")
     with pytest.raises(DiskFullError, match="bad"), held.background() as background:
         for item in ("bad", "second", "third"):
-            background.put(item)
+            background.submit(item)
         held.go_on.set()
     assert held.done == []
     assert held.discarded == ["second", "third"]
@@ -132,10 +132,10 @@ def test_the_blocks_end_raises_the_workers_error_and_what_waited_is_discarded():
 def test_a_put_that_waits_for_room_is_woken_by_the_workers_error():
     held = Held(fails_at="bad")
     with pytest.raises(DiskFullError), held.background(1) as background:
-        background.put("bad")
+        background.submit("bad")
         assert held.begun.wait(SAFETY_S)
-        background.put("second")
-        thread, raised = call_in_thread(background.put, "third")
+        background.submit("second")
+        thread, raised = call_in_thread(background.submit, "third")
         thread.join(0.05)
         assert thread.is_alive()
         held.go_on.set()
@@ -148,7 +148,7 @@ def test_an_error_in_the_block_drops_what_waits_and_finishes_the_item_under_way(
     held = Held()
     with pytest.raises(KeyError, match="the block's own"), held.background() as background:
         for item in ("under way", "second", "third"):
-            background.put(item)
+            background.submit(item)
             assert held.begun.wait(SAFETY_S)
         threading.Timer(0.05, held.go_on.set).start()
         raise KeyError("the block's own")
@@ -159,7 +159,7 @@ def test_an_error_in_the_block_drops_what_waits_and_finishes_the_item_under_way(
 def test_the_blocks_error_is_not_masked_by_the_workers():
     held = Held(fails_at="bad")
     with pytest.raises(KeyError) as caught, held.background() as background:
-        background.put("bad")
+        background.submit("bad")
         assert held.begun.wait(SAFETY_S)
         held.go_on.set()
         raise KeyError("the block's own")
@@ -171,10 +171,10 @@ def test_an_item_that_is_done_is_not_kept_in_memory():
         pass
 
     freed = threading.Event()
-    with Background(lambda item: None, 1) as background:
+    with BackgroundWorker(lambda item: None, 1) as background:
         unit = Unit()
         weakref.finalize(unit, freed.set)
-        background.put(unit)
+        background.submit(unit)
         del unit
         assert freed.wait(SAFETY_S)
 
@@ -183,19 +183,19 @@ def test_nothing_can_be_put_after_the_end():
     held = Held()
     with held.background() as background:
         pass
-    with pytest.raises(RuntimeError, match="put after the end"):
-        background.put("late")
+    with pytest.raises(RuntimeError, match="submit after the end"):
+        background.submit("late")
     assert held.discarded == ["late"]
 
 
 def test_at_least_one_item_may_wait():
     with pytest.raises(ValueError, match="num_waiting must be at least 1, not 0"):
-        Background(print, 0)
+        BackgroundWorker(print, 0)
 
 
 INTERRUPTED = """
 import signal, sys, threading, time
-from stages.background import Background
+from stages.background import BackgroundWorker
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 go_on, done, discarded = threading.Event(), [], []
@@ -214,20 +214,20 @@ def interrupt():
     go_on.set()
 
 try:
-    with Background(work, 1, discarded.append) as background:
-        background.put("first")
+    with BackgroundWorker(work, 1, discarded.append) as background:
+        background.submit("first")
         while background._waiting:
             time.sleep(0.01)
-        background.put("second")
+        background.submit("second")
         threading.Thread(target=interrupt).start()
-        if sys.argv[1] == "put":
-            background.put("third")
+        if sys.argv[1] == "submit":
+            background.submit("third")
 except KeyboardInterrupt:
     print("interrupted:", done, discarded)
 """
 
 
-@pytest.mark.parametrize(("where", "discarded"), [("put", ["third", "second"]), ("end", ["second"])])
+@pytest.mark.parametrize(("where", "discarded"), [("submit", ["third", "second"]), ("end", ["second"])])
 def test_an_interrupt_lets_the_item_under_way_finish_and_drops_the_rest(where, discarded):
     ran = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, where], capture_output=True, text=True, timeout=SAFETY_S, check=True

@@ -219,7 +219,7 @@ def test_a_top_k_store_says_what_the_dense_one_says(run, tmp_path):
         kept = wanted.topk(2).indices
         assert (found.gather(1, kept) - wanted.gather(1, kept)).abs().max() < 2e-3
     assert set(top.fidelity["logits"]["kl"]) == {"1", "2", "4", "8", "20"}
-    with pytest.raises(RecipeError, match="cache.top_k = 4 of 4 classes keeps them all"):
+    with pytest.raises(RecipeError, match="cache.top_k = 4 keeps all of 4 classes"):
         cache_teacher(dataclasses.replace(CACHE, top_k=4), tmp_path / "all.zarr", teacher, [], setup)
 
 

@@ -277,7 +277,7 @@ def test_earlier_artefacts_stay_where_new_ones_fail(run, own, monkeypatch):
     before = folder_bytes(folder)
     with pytest.raises(ModelError, match="opset"):
         exported(own, run, dataclasses.replace(CONFIG, opset=7))
-    monkeypatch.setattr("stages.network.LEAST_AGREEMENT", 1.1)
+    monkeypatch.setattr("stages.network.MIN_AGREEMENT", 1.1)
     monkeypatch.setattr("stages.network.CHECKED_IMAGES", 5)  # of a step's own file; what is handed over sees all 80
     with pytest.raises(ModelError, match=r"agrees with torch on .* % of 80 test images, wanted 110 %"):
         exported(own, run, dataclasses.replace(CONFIG, opset=20))
@@ -380,7 +380,7 @@ def test_only_a_file_that_answers_as_its_network_is_handed_over(run, own):
         exported(own, run)
     assert not list(folder.iterdir())
     (own / "compressed" / "pruned-seed0" / "model.onnx").unlink()
-    with pytest.raises(RunError, match="is gone: delete the folder"):
+    with pytest.raises(RunError, match="is missing: delete the folder"):
         exported(own, run)
 
 

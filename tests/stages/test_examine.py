@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from stages.datasets.image_set import ImageSet
 from stages.evaluate import Evaluation, evaluate
-from stages.examine import examine
+from stages.examine import evaluate_in_depth
 from stages.job_folder import JobFolder
 from stages.lesson import Normalisation
 from stages.network import Network, finish
@@ -35,7 +35,7 @@ class SaysByHeart(nn.Module):
 
 def shown(logits, labels, teacher=None, num_classes=None):
     """A model that gives `logits` for the samples of a test set with `labels`, examined."""
-    return examine(*asked(logits, labels, teacher, num_classes), CPU)
+    return evaluate_in_depth(*asked(logits, labels, teacher, num_classes), CPU)
 
 
 def asked(logits, labels, teacher=None, num_classes=None):
@@ -81,7 +81,7 @@ def test_the_confusions_are_the_wrong_answers_by_label_and_answer(monkeypatch):
     said = torch.eye(3)[[0, 1, 1, 2, 0, 0]]
     labels = [0, 0, 0, 1, 1, 2]
     assert shown(said, labels).confusions == [[0, 1, 2], [1, 0, 1], [1, 2, 1], [2, 0, 1]]
-    monkeypatch.setattr("stages.examine.MOST_CONFUSIONS", 2)
+    monkeypatch.setattr("stages.examine.MAX_CONFUSIONS", 2)
     assert shown(said, labels).confusions == [[0, 1, 2], [1, 0, 1]]  # the most frequent, then the first
 
 
@@ -160,14 +160,18 @@ def test_a_network_that_answers_nan_looks_neither_calibrated_nor_taught():
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_in_its_mode(training):
     model, test = asked(torch.eye(3), [0, 1, 2])
-    examine(model.train(training), test, CPU)
+    evaluate_in_depth(model.train(training), test, CPU)
     assert model.training is training
 
 
 def test_twice_examined_is_the_same_and_what_evaluate_measures():
     logits, labels, teacher = random_case()
     model, test = asked(logits, labels.tolist(), teacher)
-    one, other, measured = examine(model, test, CPU), examine(model, test, CPU), evaluate(model, test, CPU)
+    one, other, measured = (
+        evaluate_in_depth(model, test, CPU),
+        evaluate_in_depth(model, test, CPU),
+        evaluate(model, test, CPU),
+    )
     assert one == other
     assert (one.top1, one.cross_entropy) == (measured.accuracy, measured.cross_entropy)
 
@@ -179,5 +183,5 @@ def test_a_finished_job_keeps_its_figures_and_what_the_examination_found(tmp_pat
     result = finish(folder, network, [], setup)
     assert folder.result() == json.loads(json.dumps(result)) == result
     assert result["accuracy"] == result["best_accuracy"] == result["examined"]["top1"]
-    assert result["examined"] == examine(network.model, setup.test(normalise), CPU).to_json()
+    assert result["examined"] == evaluate_in_depth(network.model, setup.test(normalise), CPU).to_json()
     assert sum(one["num_samples"] for one in result["examined"]["per_class"]) == setup.test_set.num_samples

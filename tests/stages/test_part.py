@@ -106,7 +106,7 @@ def test_broken_values_are_named(environ, named):
 
 @pytest.mark.parametrize("task_id", [1, 3, 7])
 def test_an_irregular_array_is_refused_by_each_of_its_elements(task_id):
-    with pytest.raises(RecipeError, match="submit an even array, such as --array=0-7, or give each its --part"):
+    with pytest.raises(RecipeError, match="submit a regular array, such as --array=0-7, or give each its --part"):
         part_from_environment(array(task_id, 1, 7, 1, 3))
 
 

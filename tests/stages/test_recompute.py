@@ -109,5 +109,5 @@ def test_the_seed_decides_which_samples_are_asked(run, teacher):
 def test_another_data_set_is_refused(run, teacher):
     setup = tiny_setup(run, train_set=squares(40, 9))
     assert not np.isin(open_store(run / "store.zarr").samples.ids, setup.train_set.sample_ids.numpy()).all()
-    with pytest.raises(StoreError, match="holds samples that this recipe's data set lacks"):
+    with pytest.raises(StoreError, match="has samples that are not in this recipe's data set"):
         recompute(run / "store.zarr", teacher, setup, 50, 0)

@@ -7,13 +7,12 @@ import torch
 from tiny_road import StopAfter, squares, tiny_setup
 from torch import nn
 
-from stages.checkpoint import State, save
+from stages.checkpoint import Progress, save_checkpoint
 from stages.errors import StoppedEarly
 from stages.job_folder import JobFolder
 from stages.lesson import Lesson, Normalisation
 from stages.losses.contrast import Memory
 from stages.optim import TrainConfig
-from stages.tensor_file import load_tensors
 from stages.training import Job, _set_up, train
 from stages.watch import WARNING, Watch
 
@@ -67,8 +66,8 @@ def test_a_student_taught_in_parts_is_that_of_whole_batches(tmp_path):
     assert all(torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-5) for name in whole)
     assert whole_losses == pytest.approx(part_losses, rel=1e-5)
     assert warnings == [
-        "out of memory with batches of 32: going on in parts of 8 whose gradients are added up; the effective batch "
-        "stays 32."
+        "out of memory with batches of 32: continuing with micro-batches of 8 whose gradients are accumulated; the "
+        "effective batch size stays 32."
     ]
 
 
@@ -76,7 +75,7 @@ def test_an_attempt_that_failed_leaves_no_trace(tmp_path):
     """Neither in batch norm's memory nor in what dropout draws: it is as if the parts had been known before."""
     tries, knows = (network(8, nn.BatchNorm1d(16), nn.Dropout(0.5)) for _ in range(2))
     job = job_of(tmp_path / "knows", knows)
-    save(job.folder.checkpoint, _set_up(job, CPU), State(parts=4))
+    save_checkpoint(job.folder.checkpoint, _set_up(job, CPU), Progress(micro_batches=4))
     assert_equal(trained(tmp_path / "knows", knows)[0], trained(tmp_path / "tries", tries)[0])
     assert (tries[5].num_refused, knows[5].num_refused) == (2, 0)
 
@@ -86,7 +85,7 @@ def test_batch_norm_that_sees_parts_is_told_of(tmp_path):
     watch = Watch(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
     trained(tmp_path / "run", network(16, nn.BatchNorm1d(16)), watch)
     assert len(warnings) == 1
-    assert warnings[0].endswith("stays 32; what goes by the batch (batch norm) now goes by the part.")
+    assert warnings[0].endswith("stays 32; computed per micro-batch: batch norm.")
 
 
 def test_a_job_resumed_in_parts_equals_an_undisturbed_one_bit_for_bit(tmp_path):
@@ -109,16 +108,6 @@ def test_what_parts_do_not_mend_is_raised(tmp_path, most, error):
         trained(tmp_path / "run", network(most, error=error))
 
 
-def test_a_checkpoint_without_parts_is_one_of_whole_batches(tmp_path):
-    """As all were before there were parts."""
-    model = network(32)
-    with pytest.raises(StoppedEarly):
-        trained(tmp_path / "run", model, Watch(should_stop=StopAfter(2)))
-    job = job_of(tmp_path / "run", model)
-    _, record = load_tensors(job.folder.checkpoint)
-    assert record["parts"] == 1
-
-
 def test_a_memory_takes_back_what_a_step_put_into_it():
     torch.manual_seed(0)
     memory = Memory(10, 4, momentum=0.5)
@@ -137,9 +126,9 @@ def test_mixed_samples_and_targets_go_with_their_part(tmp_path):
     lesson = Lesson(setup.pictures, 2, Normalisation((0.5,), (0.5,)))
     batch = next(lesson.stream(0, 10, epoch=0, step=0, epochs=1))
     batch = dataclasses.replace(batch, known=[torch.arange(10) % 2 == 0, None])
-    parts = list(batch.parts(3))
+    parts = list(batch.split(3))
     assert [len(part.images) for part in parts] == [4, 3, 3]
     assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
     assert torch.equal(torch.cat([part.hard.labels for part in parts]), batch.hard.labels)
     assert torch.equal(torch.cat([part.known[0] for part in parts]), batch.known[0])
-    assert next(iter(batch.parts(1))) is batch
+    assert next(iter(batch.split(1))) is batch

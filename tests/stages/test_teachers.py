@@ -22,7 +22,7 @@ from stages.schedules import SETTLED
 from stages.teachers import Combination, TeachersConfig, check_teachers
 from stages.tensor_file import load_tensors
 from stages.top_k import TopKOutputs
-from stages.train_student import DISTILLED, Seat, open_teaching, student_folder, train_student
+from stages.train_student import DISTILLED, StudentRun, open_teaching, student_folder, train_student
 from stages.train_teacher import untrained_teacher
 from stages.watch import Watch
 from store import StoreError, TopK, encode_topk
@@ -319,8 +319,8 @@ def student_of(**teachers):
 def taught_in(folder, run, student, watch=None):
     setup = tiny_setup(folder, watch, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
     teaching = open_teaching(stores(run), [kd()], student, {}, setup)
-    seat = Seat(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
-    return train_student(student, 0, teaching, setup, seat=seat)
+    run = StudentRun(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
+    return train_student(student, 0, teaching, setup, run=run)
 
 
 def test_learnable_weights_are_trained_resumed_and_no_part_of_the_student(run, tmp_path):

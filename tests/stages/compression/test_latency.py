@@ -5,9 +5,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from stages.compression import latency
-from stages.compression.cpu import cpu_features, cpu_name, num_cores
 from stages.compression.latency import WARM_UP_ROUNDS, measure_laps, measure_latency, summarise
 from stages.errors import ModelError, StoppedEarly
+from stages.machine.cores import cpu_features, cpu_name, num_cores
 
 CPUINFO = """processor\t: 0
 model name\t: Fast CPU 9000

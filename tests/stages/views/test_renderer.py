@@ -18,8 +18,8 @@ from stages import store_plan
 from stages.cache_teacher import cache_teacher
 from stages.datasets.load import DataConfig, load_dataset
 from stages.errors import RecipeError
+from stages.machine.versions import library_versions
 from stages.recompute import recompute
-from stages.store_plan import library_versions
 from stages.train_student import open_teaching, view_warning
 from stages.train_teacher import load_teacher
 from stages.views import renderer as renderer_room
