@@ -1,4 +1,4 @@
-"""The learning rate is a pure function of the step; the optimizers are what their names say."""
+"""Tests of learning rates, optimizers and the order of samples."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from stages.optim import TrainConfig, build_optimizer, learning_rate
 from stages.order import batch_indices, derive_seed, epoch_order, num_steps
 
 
-def test_a_cosine_warms_up_and_ends_near_zero():
+def test_cosine_warms_up_and_ends_near_zero():
     config = TrainConfig(epochs=10, lr=0.4, warmup_epochs=2)
     rates = [learning_rate(config, step, 5) for step in range(50)]
     assert rates[0] == pytest.approx(0.04)
@@ -19,13 +19,13 @@ def test_a_cosine_warms_up_and_ends_near_zero():
     assert 0 < rates[-1] < 0.01
 
 
-def test_steps_fall_at_their_milestones():
+def test_step_schedule_falls_at_milestones():
     config = TrainConfig(epochs=10, lr=1.0, schedule="step", milestones=(4, 7), gamma=0.1)
     rates = [learning_rate(config, step, 3) for step in range(30)]
     assert rates == pytest.approx([1.0] * 12 + [0.1] * 9 + [0.01] * 9)
 
 
-def test_optimizers_are_what_their_names_say():
+def test_optimizers_match_their_names():
     weights = [nn.Parameter(torch.ones(1))]
     sgd = build_optimizer(TrainConfig(momentum=0.8, nesterov=True, weight_decay=0.1), weights)
     assert isinstance(sgd, torch.optim.SGD)
@@ -33,7 +33,7 @@ def test_optimizers_are_what_their_names_say():
     assert isinstance(build_optimizer(TrainConfig(optimizer="adamw"), weights), torch.optim.AdamW)
 
 
-def test_an_epoch_shows_every_sample_at_most_once_in_full_batches():
+def test_epoch_has_full_batches_of_distinct_samples():
     order = epoch_order(3, 4, 103)
     batches = [batch_indices(order, step, 10) for step in range(num_steps(103, 10))]
     assert [len(batch) for batch in batches] == [10] * 10

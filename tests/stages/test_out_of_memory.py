@@ -1,4 +1,4 @@
-"""Networks that do not fit into memory with a whole batch are asked in parts, and say the same."""
+"""Tests of inference in chunks after memory ran out."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def limited(most: int) -> tuple[Callable[[slice], list[int]], list[int]]:
     return run, sizes
 
 
-def test_every_row_is_asked_once_in_order_and_what_was_learned_holds_for_the_next_batch() -> None:
+def test_chunks_cover_rows_in_order_and_size_is_remembered() -> None:
     model, said = nn.Identity(), list[str]()
     run, sizes = limited(7)
     assert [row for rows in run_in_chunks(model, 23, run, said.append) for row in rows] == list(range(23))
@@ -88,13 +88,13 @@ def test_every_row_is_asked_once_in_order_and_what_was_learned_holds_for_the_nex
     assert said == ["out of memory with batches of 23: continuing with 6."]
 
 
-def test_a_batch_that_fits_stays_whole() -> None:
+def test_batch_that_fits_is_not_divided() -> None:
     run, sizes = limited(23)
     assert [row for rows in run_in_chunks(nn.Identity(), 23, run) for row in rows] == list(range(23))
     assert sizes == [23]
 
 
-def test_memory_may_run_short_again_later() -> None:
+def test_chunks_can_shrink_again_later() -> None:
     most, model, said = [8], nn.Identity(), list[str]()
 
     def run(rows: slice) -> int:
@@ -110,7 +110,7 @@ def test_memory_may_run_short_again_later() -> None:
     ]
 
 
-def test_what_does_not_fit_at_all_and_what_is_another_fault_is_raised() -> None:
+def test_single_row_out_of_memory_and_other_errors_are_raised() -> None:
     with pytest.raises(MemoryError):
         list(run_in_chunks(nn.Identity(), 5, limited(0)[0]))
 
@@ -121,7 +121,7 @@ def test_what_does_not_fit_at_all_and_what_is_another_fault_is_raised() -> None:
         list(run_in_chunks(nn.Identity(), 5, broken))
 
 
-def test_what_a_failed_attempt_had_computed_is_freed_before_the_next() -> None:
+def test_failed_attempt_is_freed_before_the_next() -> None:
     left: list[weakref.ref[Tensor]] = []
 
     def run(rows: slice) -> int:
@@ -136,7 +136,7 @@ def test_what_a_failed_attempt_had_computed_is_freed_before_the_next() -> None:
     assert len(left) == 6
 
 
-def test_an_evaluation_goes_on_in_smaller_batches_and_says_so_once(setup: Setup, warnings: list[str]) -> None:
+def test_evaluation_continues_in_chunks_and_warns_once(setup: Setup, warnings: list[str]) -> None:
     network = load_teacher(TEACHER, 0, setup)
     test, device = setup.test(network.normalise), setup.device
     (whole,) = predict(network.model, test, device)
@@ -149,9 +149,7 @@ def test_an_evaluation_goes_on_in_smaller_batches_and_says_so_once(setup: Setup,
     assert warnings == ["out of memory with batches of 80: continuing with 20."]
 
 
-def test_a_store_is_filled_in_smaller_batches_with_the_same_rows(
-    setup: Setup, warnings: list[str], tmp_path: Path
-) -> None:
+def test_store_is_filled_in_chunks_with_the_same_rows(setup: Setup, warnings: list[str], tmp_path: Path) -> None:
     whole, halved = tmp_path / "whole.zarr", tmp_path / "halved.zarr"
     cache_teacher(CACHE, whole, load_teacher(TEACHER, 0, setup), EVERYTHING, setup)
     teacher = load_teacher(TEACHER, 0, setup)
@@ -167,9 +165,7 @@ def test_a_store_is_filled_in_smaller_batches_with_the_same_rows(
             np.testing.assert_allclose(one.read_view(name, view), other.read_view(name, view), rtol=2e-3, atol=2e-3)
 
 
-def test_a_teacher_that_fits_no_single_image_stops_the_job_and_leaves_the_store_to_be_filled(
-    setup: Setup, tmp_path: Path
-) -> None:
+def test_teacher_too_large_for_one_image_stops_the_job(setup: Setup, tmp_path: Path) -> None:
     teacher = load_teacher(TEACHER, 0, setup)
     path = tmp_path / "other.zarr"
     small_memory(teacher.model, 0)
@@ -179,7 +175,7 @@ def test_a_teacher_that_fits_no_single_image_stops_the_job_and_leaves_the_store_
     assert folder_bytes(path) == folder_bytes(setup.run / "store.zarr")
 
 
-def test_what_a_teacher_says_in_parts_is_put_together(setup: Setup) -> None:
+def test_chunks_of_teacher_outputs_are_concatenated(setup: Setup) -> None:
     teacher = load_teacher(TEACHER, 0, setup)
     seen = setup.pictures.one(Request(torch.arange(40), 0))
     hard = labels_of(setup.pictures, seen)
@@ -204,5 +200,5 @@ def test_what_a_teacher_says_in_parts_is_put_together(setup: Setup) -> None:
         (ValueError("out of memory"), False),
     ],
 )
-def test_memory_that_ran_out_is_told_from_other_faults(error: Exception, memory_ran_out: bool) -> None:
+def test_out_of_memory_errors_are_recognized(error: Exception, memory_ran_out: bool) -> None:
     assert is_out_of_memory(error) is memory_ran_out

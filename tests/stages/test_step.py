@@ -1,4 +1,4 @@
-"""Out of memory in a step: the batch goes through in parts, to the same student; a failed attempt leaves no trace."""
+"""Tests of training steps in micro-batches after memory ran out."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def assert_equal(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_student_taught_in_parts_is_that_of_whole_batches(tmp_path):
+def test_micro_batches_train_the_same_student(tmp_path):
     warnings = []
     whole, whole_losses = trained(tmp_path / "whole", network(32))
     watch = Watch(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
@@ -71,7 +71,7 @@ def test_a_student_taught_in_parts_is_that_of_whole_batches(tmp_path):
     ]
 
 
-def test_an_attempt_that_failed_leaves_no_trace(tmp_path):
+def test_failed_attempt_leaves_no_trace(tmp_path):
     """Neither in batch norm's memory nor in what dropout draws: it is as if the parts had been known before."""
     tries, knows = (network(8, nn.BatchNorm1d(16), nn.Dropout(0.5)) for _ in range(2))
     job = job_of(tmp_path / "knows", knows)
@@ -80,7 +80,7 @@ def test_an_attempt_that_failed_leaves_no_trace(tmp_path):
     assert (tries[5].num_refused, knows[5].num_refused) == (2, 0)
 
 
-def test_batch_norm_that_sees_parts_is_told_of(tmp_path):
+def test_warning_names_batch_norm(tmp_path):
     warnings = []
     watch = Watch(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
     trained(tmp_path / "run", network(16, nn.BatchNorm1d(16)), watch)
@@ -88,7 +88,7 @@ def test_batch_norm_that_sees_parts_is_told_of(tmp_path):
     assert warnings[0].endswith("stays 32; computed per micro-batch: batch norm.")
 
 
-def test_a_job_resumed_in_parts_equals_an_undisturbed_one_bit_for_bit(tmp_path):
+def test_job_resumed_with_micro_batches_is_bit_identical(tmp_path):
     whole, stopped, resumed = (network(16, nn.BatchNorm1d(16), nn.Dropout(0.5)) for _ in range(3))
     undisturbed, _ = trained(tmp_path / "undisturbed", whole)
     with pytest.raises(StoppedEarly):
@@ -98,17 +98,17 @@ def test_a_job_resumed_in_parts_equals_an_undisturbed_one_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
-def test_a_cpu_without_memory_is_one_too(tmp_path, error):
+def test_cpu_out_of_memory_is_handled(tmp_path, error):
     trained(tmp_path / "run", network(16, error=error))
 
 
 @pytest.mark.parametrize(("most", "error"), [(0, MemoryError("no")), (16, RuntimeError("mat1 and mat2 do not fit"))])
-def test_what_parts_do_not_mend_is_raised(tmp_path, most, error):
+def test_errors_that_micro_batches_do_not_fix_are_raised(tmp_path, most, error):
     with pytest.raises(type(error), match=str(error)):
         trained(tmp_path / "run", network(most, error=error))
 
 
-def test_a_memory_takes_back_what_a_step_put_into_it():
+def test_contrastive_memory_is_restored():
     torch.manual_seed(0)
     memory = Memory(10, 4, momentum=0.5)
     memory.remember(torch.tensor([1, 2]), torch.randn(2, 4))
@@ -121,7 +121,7 @@ def test_a_memory_takes_back_what_a_step_put_into_it():
     assert torch.equal(memory.rows, before)
 
 
-def test_mixed_samples_and_targets_go_with_their_part(tmp_path):
+def test_targets_are_split_with_their_samples(tmp_path):
     setup = tiny_setup(tmp_path, train_set=squares(20, 0))
     lesson = Lesson(setup.pictures, 2, Normalisation((0.5,), (0.5,)))
     batch = next(lesson.stream(0, 10, epoch=0, step=0, epochs=1))

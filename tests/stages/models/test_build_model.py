@@ -91,7 +91,7 @@ def test_the_global_generator_neither_decides_nor_moves(name: str) -> None:
     assert weights_sha256(build(name)) == first
 
 
-def test_a_network_comes_in_training_mode_with_untouched_statistics() -> None:
+def test_network_is_in_training_mode_with_initial_statistics() -> None:
     model = build("resnet20")
     assert all(module.training for module in model.modules())
     assert not model.state_dict()["bn1.running_mean"].any()

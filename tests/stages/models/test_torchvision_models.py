@@ -151,7 +151,9 @@ def test_published_weights_do_not_fit_other_arguments(hub: Path) -> None:
 
 
 def test_published_weights_out_of_reach(hub: Path) -> None:
-    with pytest.raises(ModelError, match=r"weights of resnet18 cannot be downloaded from https://.*no network.*\$TORCH_HOME"):
+    with pytest.raises(
+        ModelError, match=r"weights of resnet18 cannot be downloaded from https://.*no network.*\$TORCH_HOME"
+    ):
         build("resnet18", weights="published")
 
 
