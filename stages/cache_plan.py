@@ -28,16 +28,8 @@ def plan_cache(
 ) -> dict[str, Any]:
     """Return what the store has, what is missing, and its size on disk, without writing anything.
 
-    Args:
-        config: What is stored and how.
-        path: The store.
-        teacher: The teacher.
-        layers: The features to store.
-        setup: The stage context.
-        trained: Whether `teacher` is trained; an untrained one is taken for the teacher of an existing store.
-
-    Raises:
-        FingerprintMismatch: The store at `path` was made from other inputs.
+    If the teacher is not `trained` yet, it is taken for the teacher of an existing store. Raises FingerprintMismatch if
+    the store at `path` was made from other inputs.
     """
     samples = samples_in_row_order(setup)
     manifest = plan_store(config, teacher, layers, samples, setup)

@@ -75,16 +75,7 @@ def cache_teacher(
     unit finishes the store. A rerun after a kill computes only units without a marker, and the store ends with the same
     bytes as an undisturbed run. A store that lacks views, samples or layers is extended in place.
 
-    Args:
-        config: What is stored and how.
-        path: The store.
-        teacher: The trained teacher, in eval mode on the device.
-        layers: The features to store beside the logits.
-        setup: The stage context.
-        part: The share of the units that this process computes.
-
-    Returns:
-        The store's figures.
+    Returns the store's figures.
 
     Raises:
         FingerprintMismatch: The store at `path` was made from other inputs.

@@ -27,8 +27,7 @@ class Progress:
     """The position of a job.
 
     Attributes:
-        epoch: The current epoch, from 0.
-        step: The next step in it.
+        step: The next step in the epoch.
         sums: The sums of this epoch's losses.
         history: The metrics of the finished epochs.
         micro_batches: The number of micro-batches per batch, more than 1 after memory ran out.

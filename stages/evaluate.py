@@ -23,8 +23,6 @@ class Evaluation:
     """A test set, the model's input scaling, and the teacher's logits.
 
     Attributes:
-        pictures: The test images.
-        normalise: The model's input scaling.
         teacher_logits: float32 [num_samples, C], in the order of the test set; rows of NaN for samples without teacher
             logits; None without a teacher.
         warn: Receives a sentence about batches that did not fit into memory.

@@ -94,8 +94,6 @@ class _MetricAccumulator:
     """Running counts of all metrics but accuracy and cross entropy.
 
     Attributes:
-        num_samples: The size of the test set.
-        num_classes: The number of classes.
         confidences: The largest softmax of the first `num_seen` samples, float64. Allocated at once: small tensors
             between large temporary ones would fragment memory.
         correct: Whether it is the label's, int64.

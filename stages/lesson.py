@@ -78,10 +78,7 @@ class Batch:
 
     Attributes:
         images: Normalized images, float32 [B, C, H, W].
-        hard: The labels.
         ranks: Each sample's rank among all ids, int64 [B].
-        moment: The training progress, for schedules.
-        teachers: The targets of each store.
         known: For each store, a mask of samples with targets, bool [B] on the CPU; None where it has all.
         others: By loss, the negatives of a contrastive loss.
     """
@@ -122,15 +119,9 @@ class Lesson:
     """A training task: a data set's images in their views, labels, targets and losses.
 
     Attributes:
-        pictures: The image loader.
-        num_views: The number of views.
-        normalise: The model's input scaling.
-        targets: The targets of the stores.
         fresh_views: Whether every epoch has views that no store holds. The teacher is trained on them, so that it is
             not fitted to the views of which its outputs are cached.
-        distillation: The losses.
         hard_label_weight: The weight of the cross entropy with the labels.
-        label_smoothing: The smoothing of the labels.
         settled: Whether all schedules have ended, as in fine-tuning.
         hints_only: Whether the student runs only up to its hint layers, with no loss but those on its features.
     """

@@ -34,15 +34,8 @@ def load_finished(
 ) -> dict[str, Any]:
     """Load a finished job's weights into `model` and return the record stored with them.
 
-    Args:
-        folder: The job's folder.
-        model: The network, changed in place.
-        architecture: The architecture that the file must hold.
-        needed_by: The command that makes the network, for messages.
-
-    Raises:
-        RunError: The job is not finished.
-        FingerprintMismatch: The file holds another architecture, or other weights than the job's results name.
+    Raises RunError, naming the command `needed_by`, if the job is not finished; FingerprintMismatch if the file holds
+    another architecture than `architecture`, or other weights than the job's results name.
     """
     record = finished_record(folder, needed_by)
     advice = f"Use the recipe that trained it, or delete the folder {folder.path} to train it again."

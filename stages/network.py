@@ -66,16 +66,8 @@ def finish(
 
     Of several processes the first does so, and all return its results.
 
-    Args:
-        folder: The job's folder.
-        network: The trained network.
-        history: The metrics of its epochs.
-        setup: The stage context.
-        with_onnx: Whether to export an ONNX file.
-        more: Further results to include.
-
-    Raises:
-        ModelError: The network cannot be exported, or its file disagrees with it on the first test images.
+    `history` holds the metrics of its epochs, `more` further results to include. Raises ModelError if the network cannot
+    be exported, or its file disagrees with it on the first test images.
     """
     network.model.eval()
     return setup.processes.once(lambda: _finish(folder, network, history, setup, with_onnx=with_onnx, more=more or {}))
@@ -130,15 +122,8 @@ def onnx_metadata(network: Network, setup: Setup) -> dict[str, str]:
 def require_agreement(path: Path, network: Network, setup: Setup, *, whole_test: bool = False) -> float:
     """Return the share of test images on which the ONNX file at `path` gives the network's top-1 class.
 
-    Args:
-        path: The ONNX file, run by onnxruntime.
-        network: The network.
-        setup: The stage context.
-        whole_test: Whether to use the whole test set, not only its first images.
-
-    Raises:
-        ModelError: The share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP; the
-            message names the first layer that diverges.
+    Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
+    share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
     """
     test = setup.test(network.normalise)
     found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))

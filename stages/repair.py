@@ -31,13 +31,9 @@ def repair(
     the markers agree with it. Samples are restored from the recipe's data set if they are the same. Only damaged arrays
     are recomputed: what was missing stays missing. Open readers are not disturbed. Rerunning finishes a killed repair.
 
-    Returns:
-        The faults found, those left, and the number of units computed.
-
-    Raises:
-        FingerprintMismatch: The recipe's teacher, views or data set are not the store's; nothing was changed.
-        StoreError: The store cannot be repaired.
-        LockedError: Another job is computing a damaged unit.
+    Returns the faults found, those left, and the number of units computed. Raises FingerprintMismatch, before any change,
+    if the recipe's teacher, views or data set are not the store's; StoreError if it cannot be repaired; LockedError if
+    another job is computing a damaged unit.
     """
     manifest = _manifest(config, path, teacher, layers, setup)
     found = verify_store(path, setup.watch.counter("repair", "check", "unit"), manifest=manifest)

@@ -101,17 +101,8 @@ def reuse_classifier(
 ) -> nn.Module:
     """Add to `student`, in place, a projector initialized with `seed`, and a frozen copy of the teacher's classifier.
 
-    Args:
-        student: The student.
-        config: The loss.
-        image_shape: (C, H, W).
-        classifier: The teacher's classifier.
-        seed: The seed of the projector.
-
-    Raises:
-        ModelError: A path is unknown.
-        RecipeError: The student's layer does not output maps, or the student does not run with these modules; it is
-            then unchanged.
+    image_shape: (C, H, W). Raises ModelError for an unknown path, and RecipeError if the student's layer does not output
+    maps, or the student does not run with these modules; it is then unchanged.
     """
     with_projector(
         student,

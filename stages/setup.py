@@ -32,11 +32,6 @@ class Setup:
 
     Attributes:
         run: The run folder, through which stages exchange files.
-        train_set: The training images.
-        test_set: The test images.
-        views: The views.
-        device: The device.
-        watch: The reporter and stop flag.
         partners: The images that MixUp and CutMix take partners from; by default the training images.
         num_workers: As in the recipe's `data` section.
         unreadable: As in the recipe's `data` section.

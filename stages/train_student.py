@@ -129,13 +129,8 @@ def build_lesson(
 ) -> Lesson:
     """Build the training task of `network`.
 
-    Args:
-        network: The network to train.
-        teaching: The distillation; None for hard labels alone.
-        seed: The seed of the losses' adapters.
-        setup: The stage context.
-        label_smoothing: The label smoothing of a student alone; `teaching` has its own.
-        settled: Whether all schedules have ended, as in fine-tuning.
+    Without `teaching` it has hard labels only, smoothed by `label_smoothing`. `seed` initializes the losses' adapters;
+    `settled` means that all schedules have ended, as in fine-tuning.
     """
     views = setup.views
     lesson = Lesson(setup.pictures, views.num_views, network.normalise, fresh_views=not views.replay)
@@ -176,14 +171,8 @@ def train_student(
 ) -> dict[str, Any]:
     """Train one student, distilled by `teaching` or alone if that is None, and return its results.
 
-    Training resumes where it was stopped; a finished student is not trained again.
-
-    Args:
-        config: The student.
-        seed: The seed.
-        teaching: The distillation, or None.
-        setup: The stage context.
-        run: The folder and name; by default a folder of the run.
+    Training resumes where it was stopped; a finished student is not trained again. `run` defaults to a folder of
+    setup.run.
     """
     if run is None:
         kind = ALONE if teaching is None else DISTILLED

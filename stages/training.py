@@ -33,14 +33,7 @@ class Job:
     """A network to train.
 
     Attributes:
-        stage: The stage's name in progress events.
-        name: The job's name in progress events.
-        model: The network.
-        lesson: The training task.
         test: The evaluation; None where only hints are trained and the network does not run to its end.
-        config: Epochs, optimizer and schedule.
-        seed: Seed of order and dropout.
-        folder: The job's folder.
         student_layers: The modules of the model whose features are extracted.
         on_epoch: Called with model and epoch number before each epoch; it may change only the model's state.
         after_step: Called with the model after each step; it may change only the model's state.
@@ -67,13 +60,8 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
     The final checkpoint is kept until the network is finalized, which takes time and may be interrupted. Several
     processes stop, and save, at the same step, and end with the same weights.
 
-    Returns:
-        The metrics of each epoch.
-
-    Raises:
-        StoppedEarly: The stop flag was set; everything is saved.
-        NotFiniteError: The loss is NaN or infinite.
-        RecipeError: The processes cannot share a batch equally.
+    Returns the metrics of each epoch. Raises StoppedEarly, with everything saved, when the stop flag is set;
+    NotFiniteError if the loss is NaN or infinite; RecipeError if the processes cannot share a batch equally.
     """
     processes = job.processes
     processes.require_shares(job.config.batch_size, job.lesson.num_samples)

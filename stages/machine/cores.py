@@ -49,11 +49,8 @@ def num_threads(environ: Mapping[str, str]) -> int:
 def cores_left(environ: Mapping[str, str], root: Path = Path("/")) -> int:
     """Return the minimum of the affinity mask and the control groups' quotas, rounded up.
 
-    LOCAL_WORLD_SIZE processes of torchrun share the cores; SLURM_CPUS_PER_TASK is the share of each task of srun.
-
-    Args:
-        environ: The environment variables.
-        root: The folder below which /proc and /sys are read.
+    LOCAL_WORLD_SIZE processes of torchrun share the cores; SLURM_CPUS_PER_TASK is the share of each task of srun. /proc
+    and /sys are read below `root`.
     """
     quota = min(_quotas(root), default=math.inf)
     processes = _number(environ, "LOCAL_WORLD_SIZE")

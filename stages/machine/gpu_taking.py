@@ -19,12 +19,7 @@ ADVICE = "wait for it, name another GPU with CUDA_VISIBLE_DEVICES, or share it w
 class GpuSelector:
     """The selection of one of `gpus` under the variables in `environ`.
 
-    Attributes:
-        gpus: All GPUs of the machine.
-        environ: The environment variables; `select` sets CUDA's.
-        share: Whether a GPU in use is selected all the same, with a warning.
-        warn: Receives each warning, a sentence.
-        claims: The folder of the claims.
+    With `share` a GPU in use is selected all the same, with a warning. `claims` is the folder of the claims.
     """
 
     gpus: Sequence[Gpu]

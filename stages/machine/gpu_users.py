@@ -19,9 +19,7 @@ process that has only just started may be overlooked.
 def gpu_user(gpu: Gpu, launched: bool) -> str | None:
     """Describe who else uses a GPU; None where it is idle.
 
-    Args:
-        gpu: The GPU.
-        launched: Whether torchrun or srun started this process: processes that it started too are the same job.
+    If this process was `launched` by torchrun or srun, other processes of the launcher are the same job.
     """
     others = [process for process in gpu.processes if is_foreign(process.pid, launched)]
     if others:

@@ -42,12 +42,8 @@ class Gpu:
     Attributes:
         index: nvidia-smi's number of it, or of the GPU that it is an instance of.
         uuid: Its name in CUDA_VISIBLE_DEVICES.
-        name: The model.
         free_bytes: Free memory; where the driver does not report memory, all sizes are 0.
-        total_bytes: All memory.
-        processes: The processes that compute on it.
         unseen_bytes: Memory in use by no known process.
-        driver_version: The driver's version, "" where unknown.
         compute_capability: Such as "9.0", "" where unknown.
     """
 

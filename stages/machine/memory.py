@@ -80,14 +80,8 @@ def run_in_chunks(
     A chunk that does not fit is halved, and `model` is run on no more rows than that from then on. Use it only for work
     on independent rows, such as a network in eval mode: results then differ from those of the whole by rounding.
 
-    Args:
-        model: The network whose largest chunk is remembered.
-        num_rows: The rows of the batch.
-        run: The work on a slice of the rows.
-        warn: Receives a sentence each time that the chunks become smaller.
-
-    Raises:
-        RuntimeError: Not even one row fits, or `run` raised another error.
+    `warn` receives a sentence each time that the chunks become smaller. Raises the out-of-memory error if not even one
+    row fits, and other errors of `run`.
     """
     start, tried = 0, min(num_rows, _sizes.get(model, num_rows))
     size = tried
