@@ -66,8 +66,8 @@ def finish(
 
     Of several processes the first does so, and all return its results.
 
-    `history` holds the metrics of its epochs, `more` further results to include. Raises ModelError if the network cannot
-    be exported, or its file disagrees with it on the first test images.
+    `history` holds the metrics of its epochs, `more` further results. Raises ModelError if the export fails, or
+    its file disagrees with it on the first test images.
     """
     network.model.eval()
     return setup.processes.once(lambda: _finish(folder, network, history, setup, with_onnx=with_onnx, more=more or {}))

@@ -31,8 +31,8 @@ def repair(
     the markers agree with it. Samples are restored from the recipe's data set if they are the same. Only damaged arrays
     are recomputed: what was missing stays missing. Open readers are not disturbed. Rerunning finishes a killed repair.
 
-    Returns the faults found, those left, and the number of units computed. Raises FingerprintMismatch, before any change,
-    if the recipe's teacher, views or data set are not the store's; StoreError if it cannot be repaired; LockedError if
+    Returns the faults found, those left, and the number of units computed. Raises FingerprintMismatch, at once, if
+    the recipe's teacher, views or data set are not the store's; StoreError if it cannot be repaired; LockedError if
     another job is computing a damaged unit.
     """
     manifest = _manifest(config, path, teacher, layers, setup)

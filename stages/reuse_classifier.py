@@ -101,7 +101,7 @@ def reuse_classifier(
 ) -> nn.Module:
     """Add to `student`, in place, a projector initialized with `seed`, and a frozen copy of the teacher's classifier.
 
-    image_shape: (C, H, W). Raises ModelError for an unknown path, and RecipeError if the student's layer does not output
+    image_shape: (C, H, W). Raises ModelError for an unknown path, RecipeError if the student's layer does not output
     maps, or the student does not run with these modules; it is then unchanged.
     """
     with_projector(

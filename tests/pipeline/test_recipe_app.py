@@ -97,7 +97,7 @@ def test_check_tries_networks_layers_and_losses_without_the_data():
         (["student.model.name=torchvision:resnet18"], "student: torchvision"),
         (["teacher.train={}", "student.model.weights=published"], "student: there are no published weights of cnn"),
         (["views.operations=[{ name = 'Cutout', size = 8 }]"], "could paint over all of an image of 8 x 8"),
-        (["student.mean=[0.5]"], "student: a model's mean and std are given together"),
+        (["student.mean=[0.5]"], "student: a model's mean and std must be given together"),
         (["student.teachers.temperatures=[1.0, 2.0]"], "student.teachers.temperatures has 2 entries"),
         (["data.test_crop=0.5"], "data.test_crop is for imagefolder:PATH alone"),
         (["student.model.args.width=10000000000"], "args.width is more than 65,536"),

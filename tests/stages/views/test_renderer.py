@@ -359,10 +359,10 @@ def test_a_recipe_that_cannot_be_is_refused_before_any_image_is_seen(changes, se
 @pytest.mark.parametrize(
     ("views", "warned"),
     [
-        (with_views(TENSOR, num_views=1), "one and the same view in every epoch"),
-        (with_views(MIXED, num_views=1), "one and the same view in every epoch"),
-        (with_views(STORED["python"], num_views=1), "one and the same view in every epoch"),
-        (with_views(TENSOR, num_views=8, replay=False), "other pictures than those that its targets are about"),
+        (with_views(TENSOR, num_views=1), "the same view of each image in every epoch"),
+        (with_views(MIXED, num_views=1), "the same view of each image in every epoch"),
+        (with_views(STORED["python"], num_views=1), "the same view of each image in every epoch"),
+        (with_views(TENSOR, num_views=8, replay=False), "other views than those of its targets"),
         (with_views(TENSOR, num_views=2), None),
         (ViewsConfig(num_views=1), None),
         (ViewsConfig(num_views=4, replay=False), None),
