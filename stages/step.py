@@ -36,7 +36,7 @@ class TrainStep:
     """The steps of a job's epoch. It keeps copies of the buffers, for steps that have to be repeated."""
 
     def __init__(self, job: Job, student: Tap, state: TrainState, progress: Progress, watch: Watch) -> None:
-        self._job, self._student, self._state, self._progress, self._watch = job, student, state, progress, watch
+        self._job, self._student, self.state, self.progress, self._watch = job, student, state, progress, watch
         self._buffers = _Buffers(state.modules)
         groups = state.optimizer.param_groups
         self._parameters = [one for group in groups for one in group["params"] if one.requires_grad]
@@ -46,10 +46,10 @@ class TrainStep:
         losses = self._losses_in_memory(batch)
         if self._job.processes.count > 1:
             losses = _averaged(self._parameters, losses, self._job.processes)
-        self._state.scaler.step(self._state.optimizer)
-        self._state.scaler.update()
+        self.state.scaler.step(self.state.optimizer)
+        self.state.scaler.update()
         self._job.after_step(self._job.model)
-        sums = self._progress.sums
+        sums = self.progress.sums
         for name, loss in losses.items():
             sums[name] = sums.get(name, torch.zeros((), device=loss.device)) + loss
 
@@ -58,7 +58,7 @@ class TrainStep:
 
         Several processes do not retry: all would have to do so together, while some wait for others.
         """
-        progress, before = self._progress, self._progress.micro_batches
+        progress, before = self.progress, self.progress.micro_batches
         retries = self._job.processes.count == 1
         self._buffers.begin_step(copied=retries)
         while True:
@@ -71,7 +71,7 @@ class TrainStep:
                 break
             # Outside of `except`: the error, and with it the tensors of the failed attempt, are freed here.
             self._buffers.restore()
-            self._state.optimizer.zero_grad(set_to_none=True)
+            self.state.optimizer.zero_grad(set_to_none=True)
             progress.micro_batches = min(2 * progress.micro_batches, len(batch.images))
             gc.collect()
             if batch.images.is_cuda:
@@ -82,7 +82,7 @@ class TrainStep:
         return losses
 
     def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
-        job, state, progress = self._job, self._state, self._progress
+        job, state, progress = self._job, self.state, self.progress
         own = (job.processes.rank,) if job.processes.rank else ()  # each rank its own dropout; rank 0 as a single one
         _seed(derive_seed(job.seed, "step", progress.epoch, progress.step, *own), batch.images.device)
         state.optimizer.zero_grad(set_to_none=True)
@@ -113,7 +113,7 @@ class TrainStep:
         values = torch.stack(list(losses.values()))
         if share != 1:
             values = share * values
-        self._state.scaler.scale(values.sum()).backward()  # type: ignore[no-untyped-call]
+        self.state.scaler.scale(values.sum()).backward()  # type: ignore[no-untyped-call]
         return dict(zip(losses, values.detach().unbind(), strict=True))
 
 

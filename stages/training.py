@@ -81,19 +81,7 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
             job.on_epoch(job.model, progress.epoch)
             state.modules.train()
             train_step = TrainStep(job, student, state, progress, watch)
-            while progress.step < steps:
-                rate = learning_rate(job.config, progress.epoch * steps + progress.step, steps)
-                set_learning_rate(state.optimizer, rate)
-                train_step.step(next(batches))
-                progress.step += 1
-                due = time.monotonic() - last_save >= job.config.checkpoint_every_s
-                stop, due = processes.agree(watch.should_stop(), due)
-                if due or stop:
-                    processes.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
-                    last_save = time.monotonic()
-                if stop:
-                    raise StoppedEarly
-                watch.report(_event(job, progress, steps))
+            last_save = _run_steps(job, train_step, batches, steps, watch, last_save)
             try:
                 _end_epoch(job, progress, steps, device, time.monotonic() - started)
             except StoppedEarly:  # during evaluation: all steps of the epoch, and its sums, are complete
@@ -103,6 +91,27 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
                 processes.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
             watch.report(_event(job, progress, steps, progress.history[-1]))
     return progress.history
+
+
+def _run_steps(
+    job: Job, train_step: TrainStep, batches: Iterator[Batch], steps: int, watch: Watch, last_save: float
+) -> float:
+    """Run the rest of an epoch's steps, saving at intervals; returns the time of the last save."""
+    state, progress, processes = train_step.state, train_step.progress, job.processes
+    while progress.step < steps:
+        rate = learning_rate(job.config, progress.epoch * steps + progress.step, steps)
+        set_learning_rate(state.optimizer, rate)
+        train_step.step(next(batches))
+        progress.step += 1
+        due = time.monotonic() - last_save >= job.config.checkpoint_every_s
+        stop, due = processes.agree(watch.should_stop(), due)
+        if due or stop:
+            processes.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
+            last_save = time.monotonic()
+        if stop:
+            raise StoppedEarly
+        watch.report(_event(job, progress, steps))
+    return last_save
 
 
 def _require_position(job: Job, progress: Progress, steps: int) -> None:

@@ -103,7 +103,9 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
     if _is_zip_bomb(path):
-        raise ModelError(f"{path} is compressed, which torch's own files never are: save it again with torch.save.")
+        raise ModelError(
+            f"{path} is compressed or has overlapping members, unlike torch's own files: save it again with torch.save."
+        )
     try:
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, weights_only=True, map_location="cpu")

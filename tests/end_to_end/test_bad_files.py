@@ -141,7 +141,7 @@ def test_weights_that_are_none_are_refused_before_any_training(recipe, tmp_path,
 
 
 TORCH = {
-    "compressed": (lambda _, path: packed({"fc.bias": torch.zeros(10**6)}, path), "is compressed, which torch's own files never are"),
+    "compressed": (lambda _, path: packed({"fc.bias": torch.zeros(10**6)}, path), "is compressed or has"),
     "sparse": (lambda one, path: torch.save({k: v.to_sparse() for k, v in one.items()}, path), "a sparse tensor"),
     "without data": (lambda one, path: torch.save({k: v.to("meta") for k, v in one.items()}, path), "a meta tensor"),
     "complex": (
