@@ -81,7 +81,7 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
             job.on_epoch(job.model, progress.epoch)
             state.modules.train()
             train_step = TrainStep(job, student, state, progress, watch)
-            last_save = _run_steps(job, train_step, batches, steps, watch, last_save)
+            last_save = _run_steps(job, train_step, batches, watch, last_save)
             try:
                 _end_epoch(job, progress, steps, device, time.monotonic() - started)
             except StoppedEarly:  # during evaluation: all steps of the epoch, and its sums, are complete
@@ -93,11 +93,9 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
     return progress.history
 
 
-def _run_steps(
-    job: Job, train_step: TrainStep, batches: Iterator[Batch], steps: int, watch: Watch, last_save: float
-) -> float:
+def _run_steps(job: Job, train_step: TrainStep, batches: Iterator[Batch], watch: Watch, last_save: float) -> float:
     """Run the rest of an epoch's steps, saving at intervals; returns the time of the last save."""
-    state, progress, processes = train_step.state, train_step.progress, job.processes
+    state, progress, processes, steps = train_step.state, train_step.progress, job.processes, num_steps_of(job)
     while progress.step < steps:
         rate = learning_rate(job.config, progress.epoch * steps + progress.step, steps)
         set_learning_rate(state.optimizer, rate)
