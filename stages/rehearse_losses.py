@@ -1,4 +1,4 @@
-"""Preflight check of losses: build them for student and teacher before anything is trained or cached."""
+"""Losses tried on networks before anything is trained or cached: what cannot be taught is refused at once."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from stages.train_student import StudentConfig, fresh_student
 def rehearse_losses(
     losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, setup: Setup, *, where: str = "distill"
 ) -> None:
-    """Raise RecipeError, naming the entry of `where` and the network, for losses that do not fit student and teacher.
-
-    Neither network needs to be trained.
+    """Raise RecipeError, naming the entry of `where` and whose layer it is, for losses by which student and teacher,
+    trained or not, cannot be joined.
     """
     num_stores = max(1, len(student.stores))
     check_teachers(student.teachers, num_stores)
@@ -38,14 +37,14 @@ def rehearse_losses(
             shapes = feature_shapes(model, loss.student_layers(), setup.image_shape)
         except ModelError as error:
             raise RecipeError(f"{entry}, the student: {error}") from error
-        except RecipeError as error:  # a projector that does not fit
+        except RecipeError as error:  # a projector that fits nowhere
             raise RecipeError(f"{entry}: {error}") from error
-        if (loss.store or 0) == 0:  # other teachers are not available here
+        if (loss.store or 0) == 0:  # else it is another teacher's, which is not here
             _build(loss, shapes, teacher, setup, entry=entry)
 
 
 def _student(losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, setup: Setup) -> nn.Module:
-    """Build the untrained student, with the modules that `losses` add to it."""
+    """The untrained student with what any of `losses` makes part of it."""
     model = fresh_student(student, student.seeds[0], setup).model
     for loss in losses:
         if isinstance(loss, SimKDConfig) and loss.teacher is None:
@@ -58,8 +57,8 @@ def _student(losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module
 def _build(loss: Entry, shapes: Shapes, teacher: nn.Module, setup: Setup, *, entry: str) -> None:
     wanted = loss.wants(shapes)
     try:
-        sources = source_shapes(teacher, wanted, setup.image_shape)
-        stored = {one: form_shape(one.fitted(sources[one.source]), sources[one.source]) for one in wanted}
+        given = source_shapes(teacher, wanted, setup.image_shape)
+        stored = {one: form_shape(one.fitted(given[one.source]), given[one.source]) for one in wanted}
     except ModelError as error:
         raise RecipeError(f"{entry}, the teacher: {error}") from error
     try:

@@ -1,8 +1,8 @@
-"""SimKD's student: a projector to the teacher's channels after its last map, and the teacher's classifier.
+"""SimKD's student: after its last map a projector to the teacher's channels, and then the teacher's own classifier.
 
 Chen et al. 2022 (arXiv 2203.14001). The module at the pair's student path becomes a sequence of itself, as `body`, and
-the projector, as `projector`, so that a hook at that path gets the projected map; paths inside it, such as `layer3.0`,
-become `layer3.body.0`.
+the projector, as `projector`, so that whoever hooks that path gets the projected map; paths inside it, such as
+`layer3.0`, are `layer3.body.0` from then on.
 
 student = reuse_classifier(student, config, image_shape, linear_of(teacher, config.classifier[1]), seed=0)
 # in another process, years later
@@ -36,10 +36,8 @@ ImageShape = tuple[int, int, int]
 def with_teachers_classifier(
     network: Network, config: SimKDConfig, run: Path, image_shape: ImageShape, seed: int
 ) -> Network:
-    """Add a projector and the teacher's classifier to `network`, in place, and to its architecture record.
-
-    The teacher's weights are those that the recipe names, or those in the folder `run`. Raises the same as
-    `reuse_classifier`.
+    """`network`, in place, with a projector and the classifier of the teacher whose weights the recipe names, or whose
+    they are in the folder `run`; the record of its architecture says so. Raises what `reuse_classifier` raises.
     """
     classifier = stored_linear(teacher_file(config, run), config.classifier[1])
     reuse_classifier(network.model, config, image_shape, classifier, seed=seed)
@@ -53,25 +51,25 @@ def with_teachers_classifier(
 
 
 def teacher_file(config: SimKDConfig, run: Path) -> Path:
-    """Return the weights file of the teacher whose classifier is reused; raises RecipeError if it does not exist."""
+    """Where the weights of the teacher are whose classifier is reused. Raises RecipeError where there is no file."""
     path = Path(config.teacher) if config.teacher else run / "teacher" / "model.safetensors"
     if not path.exists():
         raise RecipeError(
-            f"simkd reuses the teacher's classifier, but there is no file {path}: set simkd.teacher to one."
+            f"simkd reuses the teacher's classifier, and there is no file {path}: name it as its teacher."
         )
     return path
 
 
 def require_teacher(config: SimKDConfig, run: Path, teacher: Mapping[str, Any], store: Path) -> None:
-    """Raise FingerprintMismatch unless the weights file is of the teacher that filled `store`."""
-    digest = state_sha256(load_tensors(teacher_file(config, run))[0])
-    if found := differences(teacher.get("weights_sha256"), digest, "weights_sha256"):
-        advice = f"{store} was filled by another teacher: set simkd.teacher to that teacher's weights file."
+    """Raise FingerprintMismatch unless the file's weights are those of the teacher that filled `store`."""
+    held = state_sha256(load_tensors(teacher_file(config, run))[0])
+    if found := differences(teacher.get("weights_sha256"), held, "weights_sha256"):
+        advice = f"{store} was filled by another teacher: name that one's file as simkd's teacher."
         raise FingerprintMismatch(f"the teacher in {teacher_file(config, run)}", found, advice)
 
 
 def stored_linear(path: Path, layer: str) -> nn.Linear:
-    """Load the linear layer called `layer` from a weights file; raises RecipeError if there is none."""
+    """The linear layer called `layer` in a file of weights. Raises RecipeError where there is none."""
     tensors, _ = load_tensors(path)
     weight, bias = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}.bias")
     if weight is None or weight.dim() != 2:
@@ -86,23 +84,23 @@ def stored_linear(path: Path, layer: str) -> nn.Linear:
 
 
 def linear_of(teacher: nn.Module, path: str) -> nn.Linear:
-    """Return the teacher's classifier; raises ModelError for an unknown path, RecipeError if it is not linear."""
+    """The teacher's classifier. Raises ModelError for an unknown path, RecipeError where no linear layer is there."""
     classifier = module_named(teacher, path)
     if isinstance(classifier, nn.Linear):
         return classifier
     raise RecipeError(
-        f"simkd.classifier names the teacher's {path}, a {type(classifier).__name__}: only a linear layer "
-        "on the averaged last map can be reused."
+        f"simkd.classifier names the teacher's {path}, a {type(classifier).__name__}: only a linear layer, "
+        "that sees the last map averaged, can be reused."
     )
 
 
 def reuse_classifier(
     student: nn.Module, config: SimKDConfig, image_shape: ImageShape, classifier: nn.Linear, *, seed: int
 ) -> nn.Module:
-    """Add to `student`, in place, a projector initialized with `seed`, and a frozen copy of the teacher's classifier.
+    """Give `student`, in place, a projector, initialised from `seed`, and the teacher's classifier, copied and frozen.
 
-    image_shape: (C, H, W). Raises ModelError for an unknown path, RecipeError if the student's layer does not output
-    maps, or the student does not run with these modules; it is then unchanged.
+    image_shape: (C, H, W). Raises ModelError for an unknown path, and RecipeError where the student's layer gives no
+    maps, or the student does not run with these parts; it is then as it was.
     """
     with_projector(
         student,
@@ -127,9 +125,9 @@ def with_projector(
     bias: bool = True,
     seed: int = 0,
 ) -> nn.Module:
-    """Add the same modules without the teacher's weights, which are loaded afterwards; `student` is changed in place.
+    """The same modules without the teacher's weights, for weights that are loaded next; `student` is changed in place.
 
-    num_features, num_classes and bias are those of the teacher's classifier. Raises the same as `reuse_classifier`.
+    num_features, num_classes, bias: of the teacher's classifier. Raises like `reuse_classifier`.
     """
     layer, path = config.layers[0][0], config.classifier[0]
     body, old = module_named(student, layer), module_named(student, path)
@@ -144,7 +142,7 @@ def with_projector(
     _replace(student, layer, nn.Sequential(parts))
     try:
         _require_logits(student, image_shape, num_classes)
-    except Exception as error:  # networks may raise anything on a misfit
+    except Exception as error:  # networks fail on a misfit in any way they like
         _replace(student, layer, body)
         _replace(student, path, old)
         raise RecipeError(
@@ -155,14 +153,13 @@ def with_projector(
 
 
 def last_of_projector(config: SimKDConfig) -> str:
-    """Return the path of the projector's last convolution, whose channels are the classifier's input."""
+    """The path of the projector's last convolution, whose channels the teacher's classifier sees."""
     return f"{config.layers[0][0]}.projector.6"
 
 
 def projector(channels: int, num_features: int, factor: int) -> nn.Sequential:
-    """Build the projector from [B, channels, H, W] to [B, num_features, H, W].
-
-    It has 1x1, 3x3 and 1x1 convolutions, each with BN and ReLU, with num_features / factor channels in between.
+    """[B, channels, H, W] to [B, num_features, H, W]: 1x1, 3x3 and 1x1 convolutions, each with BN and ReLU, the middle
+    one `factor` times narrower than the result.
     """
     middle = max(1, num_features // factor)
     widths = (channels, middle, middle, num_features)
@@ -188,7 +185,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _require_logits(student: nn.Module, image_shape: ImageShape, num_classes: int) -> None:
-    """Run two black images; raises ModelError if the output is not logits, and what the network raises."""
+    """Run two black images. Raises ModelError where the result is not logits; and what the network itself raises."""
     was_training = student.training
     student.eval()
     try:

@@ -1,6 +1,6 @@
-"""Teacher logits on the test images, in a store beside the training store.
+"""What teachers say of the test images, in a store of its own beside the training store.
 
-They measure agreement of students with the teacher, and the accuracy of each of several teachers.
+It tells whether teaching worked, and what each of several teachers is worth.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from store.verify import Verdict
 
 
 def test_place(place: Path | str) -> Path | str:
-    """Return the path of the test store: `store.test.zarr` beside `store.zarr`."""
+    """Where what the teacher says of the test images lies: `store.test.zarr` beside `store.zarr`."""
     folder, slash, name = str(place).rstrip("/").rpartition("/")
     stem, dot, suffix = name.rpartition(".")
     beside = f"{folder}{slash}{stem}.test.{suffix}" if dot and stem else f"{folder}{slash}{name}.test"
@@ -39,42 +39,40 @@ def test_place(place: Path | str) -> Path | str:
 
 
 def test_setup(setup: Setup) -> Setup:
-    """Return a context whose training images are the test images, without augmentation."""
+    """The same with the test images, as they are, in the place of the training images in their views."""
     return replace(setup, train_set=setup.test_set, views=ViewsConfig(num_views=1), partners=None)
 
 
 def cache_test(
     config: CacheConfig, path: Path, teacher: Network, setup: Setup, *, part: Part = WHOLE
 ) -> dict[str, Any]:
-    """Fill `part` of the test store beside the store at `path` with the logits of every test image.
-
-    Returns and raises the same as `cache_teacher`.
+    """Fill `part` of the test store beside the store at `path`: the logits of every test image. Returns its figures,
+    and raises what `cache_teacher` does.
     """
-    test_path = Path(test_place(path))
-    return cache_teacher(replace(config, top_k=None), test_path, teacher, [], test_setup(setup), part=part)
+    place = Path(test_place(path))
+    return cache_teacher(replace(config, top_k=None), place, teacher, [], test_setup(setup), part=part)
 
 
 def repair_test(config: CacheConfig, path: Path, teacher: Network, setup: Setup) -> tuple[Verdict, Verdict, int]:
-    """Repair the test store at `path`; returns and raises the same as `repair`."""
+    """Put the test store at `path` right; returns and raises what `repair` does."""
     return repair(replace(config, top_k=None), path, teacher, [], test_setup(setup))
 
 
 def teacher_logits(places: Sequence[Path | str], config: TeachersConfig, setup: Setup) -> Tensor | None:
-    """Return the combined logits of the stores' teachers on the test images, float32 [N, C], in the test set's order.
-
-    Rows of images without targets are NaN. Returns None if a store has no finished test store beside it.
+    """What the teachers of the stores at `places` say together of the test images: float32 [N, C], in the test set's
+    order, rows of NaN for images of which none knows; None where a store has no finished test store beside it.
     """
     sources = _sources(places, config, setup)
     if sources is None:
         return None
-    # Learned weights belong to a student; weights by confidence use the labels, which a test must not.
+    # Learnt shares are a student's own; those by confidence go by labels, with which one does not answer a test.
     own = replace(config, weights="equal") if config.weights in ("learnable", "confidence") else config
     accuracies = _accuracies(sources, setup) if config.weights == "accuracy" else None
-    indices, labels = torch.arange(setup.test_set.num_samples), setup.test_set.labels
+    at, labels = torch.arange(setup.test_set.num_samples), setup.test_set.labels
     targets = Targets(sources, torch.device("cpu"))
-    known = targets.known(indices)
-    combined = Combination(own, len(sources), accuracies)(targets.batch(0, indices), known, labels)
-    logits: Tensor = combined.logits_at(1.0).float()
+    known = targets.known(at)
+    together = Combination(own, len(sources), accuracies)(targets.batch(0, at), known, labels)
+    logits: Tensor = together.logits_at(1.0).float()
     masks = [mask for mask in known if mask is not None]
     if len(masks) == len(known):
         logits[~torch.stack(masks).any(0)] = float("nan")
@@ -82,40 +80,40 @@ def teacher_logits(places: Sequence[Path | str], config: TeachersConfig, setup: 
 
 
 def test_accuracies(places: Sequence[Path | str], config: TeachersConfig, setup: Setup) -> list[float]:
-    """Return each teacher's accuracy on the test images; raises RecipeError if a test store is absent."""
+    """Each teacher's share of right answers on the test images. Raises RecipeError where a test store is absent."""
     sources = _sources(places, config, setup)
     if sources is None:
         raise RecipeError(
-            "student.teachers.weights = 'accuracy' needs each teacher's accuracy on these test images, but not every "
-            "store has a test store (store.test.zarr) of the same images beside it: run `kdpipe cache-teacher` again "
-            "where the stores were made, or give the weights as numbers."
+            "student.teachers.weights = 'accuracy' needs to know how good each teacher is on these test images, and "
+            "not every store has its test store (store.test.zarr) beside it, or one of the same images: run `kdpipe "
+            "cache-teacher` again where the stores were made, or give the weights as numbers."
         )
     return _accuracies(sources, setup)
 
 
 def _sources(places: Sequence[Path | str], config: TeachersConfig, setup: Setup) -> list[Source] | None:
-    """Return the test stores joined to the test images; None, with a warning, if one is not available."""
+    """The test stores, joined to the test images; None, and people are told why, where one is not to be had."""
     try:
         return [_source(place, config.class_map(number), setup) for number, place in enumerate(places)]
     except (StoreError, FingerprintMismatch) as error:
-        setup.watch.warn("test", f"teacher logits on the test images are not available: {error}")
+        setup.watch.warn("test", f"what the teacher says of the test images is not known: {error}")
         return None
 
 
 def _source(place: Path | str, classes: ClassMapConfig, setup: Setup) -> Source:
     path = on_this_machine(test_place(place), setup.watch)
     store = open_for(test_setup(setup), path, {})
-    teacher = read_store_manifest(on_this_machine(place, setup.watch)).identity.teacher
-    if store.manifest.identity.teacher != teacher:
+    beside = read_store_manifest(on_this_machine(place, setup.watch)).identity.teacher
+    if store.manifest.identity.teacher != beside:
         raise StoreError(f"{path} is of another teacher than {place}: delete it, and run `kdpipe cache-teacher`.")
     return join(store, setup.test_set, (), "hard-labels", classes)
 
 
 def _accuracies(sources: Sequence[Source], setup: Setup) -> list[float]:
     targets = Targets(sources, torch.device("cpu"))
-    indices, labels = torch.arange(setup.test_set.num_samples), setup.test_set.labels
-    accuracies = []
-    for outputs, known in zip(targets.batch(0, indices), targets.known(indices), strict=True):
-        correct = outputs.logits_at(1.0).argmax(1) == labels
-        accuracies.append(float((correct if known is None else correct[known]).float().mean()))
-    return accuracies
+    at, labels = torch.arange(setup.test_set.num_samples), setup.test_set.labels
+    shares = []
+    for said, known in zip(targets.batch(0, at), targets.known(at), strict=True):
+        right = said.logits_at(1.0).argmax(1) == labels
+        shares.append(float((right if known is None else right[known]).float().mean()))
+    return shares

@@ -159,6 +159,6 @@ def test_where_the_teachers_words_on_the_test_images_are_gone_people_are_told(co
     shutil.rmtree(run / "students")
     ended = kdpipe_here("train-student", recipe, "--run", run, *SHORT)
     assert ended.exit_code == 0, ended.stderr
-    assert "teacher logits on the test images are not available" in ended.stderr
+    assert "what the teacher says of the test images is not known" in ended.stderr
     result = json.loads((run / "students/distilled-seed0/result.json").read_text())
     assert result["examined"]["agreement"] is None

@@ -45,7 +45,7 @@ def joined(student="resnet8", config=CONFIG, teacher="wrn_16_2", seed=0):
         ("mobilenet_v2", "conv2.2", "classifier.0"),
     ],
 )
-def test_logits_are_teachers_classifier_on_projected_map(student, layer, path):
+def test_the_logits_are_the_teachers_classifier_on_the_averaged_projected_map(student, layer, path):
     config = SimKDConfig(loss="simkd", layers=((layer, "layer3"),), classifier=(path, "fc"))
     model, classifier = joined(student, config)
     model.eval()
@@ -56,7 +56,7 @@ def test_logits_are_teachers_classifier_on_projected_map(student, layer, path):
     assert torch.allclose(outputs.logits, classifier(projected.mean((2, 3))), atol=1e-5)
 
 
-def test_teachers_classifier_is_a_frozen_copy():
+def test_the_teachers_classifier_is_copied_and_no_gradient_reaches_it():
     model, classifier = joined()
     F.cross_entropy(model(images()), torch.arange(4)).backward()
     assert torch.equal(model.fc.weight, classifier.weight)
@@ -78,7 +78,7 @@ def test_the_projector_has_the_papers_widths():
     ]
 
 
-def test_projector_depends_on_seed_only():
+def test_equal_seeds_give_equal_projectors_and_torchs_own_generator_is_left_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     first, again, other = (joined(seed=seed)[0].layer3.projector[0].weight for seed in (1, 1, 2))
@@ -132,7 +132,7 @@ def test_a_layer_that_gives_no_map_is_refused():
 
 
 @pytest.mark.parametrize("layer", ["layer2", "layer3.0.bn2"])
-def test_student_is_unchanged_if_projector_does_not_fit(layer):
+def test_a_student_that_does_not_run_with_the_projector_is_refused_and_stays_as_it_was(layer):
     student = network("resnet8")
     before = {name: value.clone() for name, value in student.state_dict().items()}
     config = SimKDConfig(loss="simkd", layers=((layer, "layer3"),))
@@ -143,7 +143,7 @@ def test_student_is_unchanged_if_projector_does_not_fit(layer):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_pruned_student_is_rebuilt_from_its_widths():
+def test_the_student_can_be_pruned_and_built_again_from_its_widths():
     model, _ = joined()
     example = torch.zeros(1, *IMAGE_SHAPE)
     pruned = prune(model, example, PruneConfig(ratio=0.5)).model
@@ -155,7 +155,7 @@ def test_pruned_student_is_rebuilt_from_its_widths():
     assert not again.fc.weight.requires_grad
 
 
-def test_excluded_projector_keeps_the_teachers_width():
+def test_a_projector_that_is_kept_gives_maps_as_wide_as_the_teachers_after_pruning():
     model, classifier = joined()
     pruned = prune(model, torch.zeros(1, *IMAGE_SHAPE), PruneConfig(ratio=0.5, keep=("layer3.projector.6",))).model
     assert pruned.layer3.projector[6].out_channels == 128
