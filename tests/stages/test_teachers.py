@@ -319,8 +319,8 @@ def student_of(**teachers):
 def taught_in(folder, run, student, watch=None):
     setup = tiny_setup(folder, watch, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
     teaching = open_teaching(stores(run), [kd()], student, {}, setup)
-    run = StudentRun(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
-    return train_student(student, 0, teaching, setup, run=run)
+    seat = StudentRun(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
+    return train_student(student, 0, teaching, setup, run=seat)
 
 
 def test_learnable_weights_are_trained_resumed_and_no_part_of_the_student(run, tmp_path):

@@ -61,9 +61,9 @@ def run(tmp_path_factory):
 def taught(run, losses, folder, *, watch=None, config=TAUGHT, stores=("store.zarr",)):
     setup = tiny_setup(run, watch, train_set=TRAIN_SET)
     teaching = open_teaching([run / name for name in stores], losses, config, {}, setup)
-    run = StudentRun(JobFolder(folder), "a student", with_onnx=False)
-    train_student(config, 0, teaching, setup, run=run)
-    return run.folder
+    seat = StudentRun(JobFolder(folder), "a student", with_onnx=False)
+    train_student(config, 0, teaching, setup, run=seat)
+    return seat.folder
 
 
 @pytest.mark.parametrize("loss", ENTRIES, ids=lambda one: one.loss)
@@ -114,7 +114,7 @@ def test_stopped_again_and_again_equals_undisturbed(run, tmp_path, name):
     assert not list(stopped.path.rglob("checkpoint*"))
 
 
-def test_hint_stage_trains_only_up_to_its_layer(run, tmp_path):
+def test_a_hint_stage_trains_the_student_up_to_its_layer_and_nothing_behind_it(run, tmp_path):
     loss = FitNetConfig(loss="fitnet", layers=(("stage1", "stage2"),), stage_epochs=1)
     with pytest.raises(StoppedEarly):  # in the student's own training, which comes after 3 steps
         taught(run, (loss, KDConfig(loss="kd")), tmp_path / "student", watch=Watch(should_stop=StopAfter(5)))
@@ -139,7 +139,7 @@ def test_learnable_shares_learn_and_are_not_in_the_student(run, tmp_path):
     assert not any("scores" in name for name in load_tensors(undisturbed.model)[0])
 
 
-def test_adapters_are_trained_and_checkpointed(run, tmp_path):
+def test_adapters_train_with_the_student_and_are_in_its_checkpoints(run, tmp_path):
     hint = next(one for one in ENTRIES if one.loss == "hint")
     for steps in (1, 4):
         with pytest.raises(StoppedEarly):
@@ -157,7 +157,7 @@ def test_a_network_with_attention_learns_from_gradients_too(run, tmp_path):
     assert (json.loads(folder.metrics.read_text().splitlines()[-1])["losses"]["at_gradient_0"]) > 0
 
 
-def test_missing_arrays_error_names_the_command(run, tmp_path):
+def test_what_a_store_lacks_is_told_with_the_command_that_adds_it(run, tmp_path):
     at = next(one for one in ENTRIES if one.loss == "at")
     lacking = dataclasses.replace(at, layers=(("stage1", "pool1"),))
     with pytest.raises(
