@@ -14,7 +14,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.errors import RunError
 from store import FingerprintMismatch, differences, make_folders, sweep_partial, write_atomically
@@ -23,23 +25,30 @@ from store.plain_file import read_plain
 MAX_JSON_BYTES = 2**26
 """The largest JSON file that is read: results for 1,000 classes take less than a hundredth of that."""
 
-REQUIRED: dict[str, tuple[type, ...]] = {
-    "accuracy": (int, float),
-    "best_accuracy": (int, float),
-    "num_parameters": (int,),
-    "onnx_bytes": (int, type(None)),
-    "onnx_agreement": (int, float, type(None)),
-    "identity": (dict,),
-    "wall_s": (int, float),
-}
-"""The keys of every finished job's results, with their types."""
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0, lt=2**60)]
+Count = Annotated[int, Field(ge=0, lt=2**60)]
 
-OPTIONAL: dict[str, tuple[type, ...]] = {"num_macs": (int, type(None)), "spared": (dict,), "examined": (dict,)}
-"""The keys that only some results have."""
 
-FRACTIONS = ("accuracy", "best_accuracy", "onnx_agreement")
-AMOUNTS = ("num_parameters", "onnx_bytes", "wall_s")
-MAX_AMOUNT = 2**60
+class _Identity(BaseModel):
+    weights_sha256: str
+
+
+class _Result(BaseModel):
+    """The keys of result.json that later steps use; others are not checked."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    accuracy: Fraction
+    best_accuracy: Fraction
+    num_parameters: Count
+    onnx_bytes: Count | None
+    onnx_agreement: Fraction | None
+    identity: _Identity
+    wall_s: Amount
+    num_macs: int | None = None
+    excluded: dict[str, Any] = {}
+    examined: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -103,14 +112,17 @@ class JobFolder:
 
 def _faults(record: Mapping[str, Any]) -> list[str]:
     """List what is wrong with a job's results."""
-    missing = [f"{name} is missing" for name in REQUIRED if name not in record]
-    types = {**REQUIRED, **OPTIONAL}
-    wrong = [name for name in record if name in types and not isinstance(record[name], types[name])]
-    if not missing and not wrong:  # types are right: check the values
-        wrong = [name for name in FRACTIONS if record[name] is not None and not 0 <= record[name] <= 1]
-        wrong += [name for name in AMOUNTS if record[name] is not None and not 0 <= record[name] < MAX_AMOUNT]
-        wrong += [] if isinstance(record["identity"].get("weights_sha256"), str) else ["identity"]
-    return missing + [f"{name} = {str(record[name])[:40]!r}" for name in wrong]
+    try:
+        _Result.model_validate(record)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)
+        return [
+            f"{fault['loc'][0]} is missing"
+            if fault["type"] == "missing" and len(fault["loc"]) == 1
+            else f"{fault['loc'][0]} = {str(record[str(fault['loc'][0])])[:40]!r}"
+            for fault in faults
+        ]
+    return []
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -198,10 +198,11 @@ import signal, sys, threading, time
 from stages.background import BackgroundWorker
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
-go_on, done, discarded = threading.Event(), [], []
+begun, go_on, done, discarded = threading.Event(), threading.Event(), [], []
 main = threading.main_thread().ident
 
 def work(item):
+    begun.set()
     assert go_on.wait(30)
     done.append(item)
 
@@ -216,8 +217,7 @@ def interrupt():
 try:
     with BackgroundWorker(work, 1, discarded.append) as background:
         background.submit("first")
-        while background._waiting:
-            time.sleep(0.01)
+        begun.wait()
         background.submit("second")
         threading.Thread(target=interrupt).start()
         if sys.argv[1] == "submit":
