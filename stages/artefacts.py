@@ -119,7 +119,7 @@ def artifact_record(network: Network, setup: Setup) -> dict[str, Any]:
     """Return the record in the header of the weights: all that is needed to build the network and scale its input."""
     return {
         "architecture": dict(network.architecture),
-        "normalisation": network.normalise.to_json(),
+        "normalization": network.normalise.to_json(),
         "class_names": list(setup.test_set.class_names),
     }
 

@@ -1,4 +1,4 @@
-"""What `cache-teacher` would do, in figures, before a second of the teacher's time is spent: `kdpipe plan`."""
+"""Estimate of the size and time of `cache-teacher`, for `kdpipe plan`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from stages.network import Network
 from stages.pictures import Request
 from stages.setup import Setup
 from stages.store_plan import CacheConfig, free_bytes, plan_store, samples_in_row_order
-from stages.teacher_rows import speak, tapped_layers
+from stages.teacher_rows import hooked_layers, iter_teacher_outputs
 from store import Manifest, Unit, missing_arrays, plan_growth, read_store_manifest, store_bytes
 
 NUM_PROBES = 4
-"""Batches of which the teacher's speed is taken; the first one warms up and does not count."""
+"""Batches of which the teacher's speed is measured; the first one is a warm-up."""
 
 
 def plan_cache(
     config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup, *, trained: bool
 ) -> dict[str, Any]:
-    """What is there, what is missing, and what that takes on disk.
+    """Return what the store has, what is missing, and its size on disk, without writing anything.
 
-    trained: whether `teacher` has its weights; one that has none yet passes for the one whose words are stored.
-    Nothing is written. Raises FingerprintMismatch if the store at `path` is another one.
+    If the teacher is not `trained` yet, it is taken for the teacher of an existing store. Raises FingerprintMismatch if
+    the store at `path` was made from other inputs.
     """
     samples = samples_in_row_order(setup)
     manifest = plan_store(config, teacher, layers, samples, setup)
@@ -38,9 +38,8 @@ def plan_cache(
         if not trained:
             manifest = replace(manifest, identity=replace(manifest.identity, teacher=stored.identity.teacher))
         manifest, _ = plan_growth(path, stored, manifest, samples)
-    units = manifest.layout.units()
-    lacking = {unit: missing_arrays(path, manifest, unit) for unit in units}
-    missing = {unit: names for unit, names in lacking.items() if names}
+    units = manifest.geometry.units()
+    missing = {unit: names for unit in units if (names := missing_arrays(path, manifest, unit))}
     missing_bytes = sum(store_bytes(manifest, [unit], names) for unit, names in missing.items())
     return {
         "store": str(path),
@@ -74,16 +73,16 @@ def _array(
 def probe(
     config: CacheConfig, teacher: Network, layers: Sequence[Wanted], setup: Setup, num_images: int
 ) -> dict[str, float]:
-    """The teacher's rate on a few batches, views rendered and outputs brought back, and what that makes in all."""
+    """Measure the teacher's rate on a few batches, rendering and copying included, and extrapolate the total time."""
     num_probed = min(setup.train_set.num_samples, NUM_PROBES * config.batch_size)
     batch_size = min(config.batch_size, -(-num_probed // 2))
-    walls_s = []
-    with tapped(teacher.model, tapped_layers(layers)) as tap:
+    times_s = []
+    with tapped(teacher.model, hooked_layers(layers)) as tap:
         for start in range(0, num_probed - batch_size + 1, batch_size):
             started = time.perf_counter()
             request = Request(torch.arange(start, start + batch_size), 0)
-            for _, outputs in speak(tap, teacher, [request], setup, layers):
+            for _, outputs in iter_teacher_outputs(tap, teacher, [request], setup, layers):
                 outputs.logits.float().cpu()
-            walls_s.append(time.perf_counter() - started)
-    rate = batch_size / max(1e-9, min(walls_s[1:] or walls_s))
+            times_s.append(time.perf_counter() - started)
+    rate = batch_size / max(1e-9, min(times_s[1:] or times_s))
     return {"images_per_s": round(rate, 1), "wall_s": round(num_images / rate, 1)}

@@ -1,4 +1,4 @@
-"""Stage 1, `kdpipe cache-teacher`: run the teacher once over every view and keep what it says in a target store."""
+"""Stage 1, `kdpipe cache-teacher`: run the teacher over every view and cache its outputs in a target store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.background import Background
+from stages.background import BackgroundWorker
 from stages.errors import RunError, StoppedEarly
 from stages.features import Tap, tapped
 from stages.forms import Wanted
@@ -21,7 +21,7 @@ from stages.part import WHOLE, Part
 from stages.pictures import Request
 from stages.setup import Setup
 from stages.store_plan import CacheConfig, layers_of, missing_bytes, plan_store, require_room, samples_in_row_order
-from stages.teacher_rows import UnitRows, collect, speak, tapped_layers
+from stages.teacher_rows import UnitOutputs, collect_unit, hooked_layers, iter_teacher_outputs
 from stages.watch import Event
 from store import (
     Claim,
@@ -42,21 +42,21 @@ from store import (
 )
 
 NUM_WAITING = 2
-"""Units that may wait for the disk, beside the one that is being written and the one that the teacher speaks on."""
+"""Units that may wait for the disk, besides the one that is being written and the one that is being computed."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """A unit that this process has claimed, with the arrays that it lacks."""
+class UnitTask:
+    """A unit that this process has claimed, and its missing arrays."""
 
     unit: Unit
-    lacking: tuple[str, ...]
-    held: Claim
+    missing: tuple[str, ...]
+    claim: Claim
 
 
 @dataclass(frozen=True)
-class Filling:
-    """A store that is being filled, and what it is filled from. `positions` int64 [N]: the data set's, row by row."""
+class CacheJob:
+    """A store to fill and its inputs; `positions` int64 [N] are the rows' positions in the data set, -1 for none."""
 
     config: CacheConfig
     path: Path
@@ -69,15 +69,20 @@ class Filling:
 def cache_teacher(
     config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup, *, part: Part = WHOLE
 ) -> dict[str, Any]:
-    """Fill `part` of the store at `path` with the teacher's logits and what `layers` give, for every view.
+    """Fill `part` of the store at `path` with the teacher's logits and features, for every view.
 
-    Several processes may do so at once: each claims the units that it computes, and whoever completes the last one
-    finishes the store. A killed job's successor computes only what no marker says is done, and the store ends with
-    the very bytes of an undisturbed run. A store that lacks views, samples or layers is extended in place.
+    Several processes may do so at once: each claims the units that it computes, and the one that completes the last
+    unit finishes the store. A rerun after a kill computes only units without a marker, and the store ends with the same
+    bytes as an undisturbed run. A store that lacks views, samples or layers is extended in place.
 
-    Returns the store's figures. Raises FingerprintMismatch if the store at `path` is another one, NotFiniteError
-    naming the samples whose outputs are not finite, RunError if the disk is too small, LockedError naming who is at
-    the units that are left, StoppedEarly, with all computed units committed, when the stop flag is set.
+    Returns the store's figures.
+
+    Raises:
+        FingerprintMismatch: The store at `path` was made from other inputs.
+        NotFiniteError: Outputs are not finite; the message names the samples.
+        RunError: The disk is too small.
+        LockedError: Another job computes the remaining units; the message names it.
+        StoppedEarly: The stop flag was set; all computed units are committed.
     """
     samples = samples_in_row_order(setup)
     wanted = plan_store(config, teacher, layers, samples, setup)
@@ -93,12 +98,12 @@ def cache_teacher(
 def complete_units(
     config: CacheConfig, path: Path, manifest: Manifest, units: Sequence[Unit], *, teacher: Network, setup: Setup
 ) -> dict[str, Any]:
-    """Compute what `units` of the store at `path`, whose manifest this is, still lack, and finish it if it is whole.
+    """Compute the missing arrays of `units` of the store at `path`, and finish the store if it is then complete.
 
-    The teacher, the views and the data set must be the store's own. Returns and raises what `cache_teacher` does.
+    Teacher, views and data set must be the store's own. Returns and raises the same as `cache_teacher`.
     """
-    filling = Filling(config, path, manifest, teacher, _positions(path, manifest, setup), setup)
-    num_computed = _fill(filling, units)
+    job = CacheJob(config, path, manifest, teacher, _positions(path, manifest, setup), setup)
+    num_computed = _fill(job, units)
     finish_store(path)
     missing = missing_units(path, manifest)
     _require_none_left(path, set(missing) & set(units))
@@ -116,38 +121,38 @@ def complete_units(
 
 
 def _fidelity(path: Path) -> dict[str, Any]:
-    """What the encoding of a finished store lost, by array."""
+    """Return the encoding errors of a finished store, by array."""
     finished = read_store_manifest(path).finished
     return dict(finished.fidelity) if finished else {}
 
 
-def _fill(filling: Filling, units: Sequence[Unit]) -> int:
-    """Compute and commit those of `units` that are missing and that nobody else is at; returns how many those were."""
-    path, manifest, watch = filling.path, filling.manifest, filling.setup.watch
+def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
+    """Compute and commit the missing units that no other job has claimed; returns their number."""
+    path, manifest, watch = job.path, job.manifest, job.setup.watch
     num_done = sum(not missing_arrays(path, manifest, unit) for unit in units)
     num_computed, wanted = 0, layers_of(manifest)
 
-    def commit(computed: tuple[Task, UnitRows]) -> None:
+    def commit(computed: tuple[UnitTask, UnitOutputs]) -> None:
         nonlocal num_computed
-        task, said = computed
+        task, outputs = computed
         try:
-            arrays, lost = said.encode(manifest, task.lacking)
-            metrics = {"unit_bytes": write_unit(path, manifest, task.unit, arrays, lost)}
+            arrays, fidelity = outputs.encode(manifest, task.missing)
+            metrics = {"unit_bytes": write_unit(path, manifest, task.unit, arrays, fidelity)}
         finally:
-            task.held.release()
+            task.claim.release()
         num_computed += 1
         watch.report(Event("cache-teacher", path.name, num_done + num_computed, len(units), "unit", metrics))
 
     with (
         torch.no_grad(),
-        tapped(filling.teacher.model, tapped_layers(wanted)) as tap,
-        Background(commit, NUM_WAITING, lambda computed: computed[0].held.release()) as writer,
+        tapped(job.teacher.model, hooked_layers(wanted)) as tap,
+        BackgroundWorker(commit, NUM_WAITING, lambda computed: computed[0].claim.release()) as writer,
     ):
         try:
             for task in _claimed(path, manifest, units):
-                writer.put((task, _listen(filling, tap, task, wanted)))
+                writer.submit((task, _compute(job, tap, task, wanted)))
         except StoppedEarly:
-            stopped = True  # what is computed is still written
+            stopped = True  # computed units are still written
         else:
             stopped = False
     if stopped:
@@ -155,59 +160,59 @@ def _fill(filling: Filling, units: Sequence[Unit]) -> int:
     return num_computed
 
 
-def _claimed(path: Path, manifest: Manifest, units: Sequence[Unit]) -> Iterator[Task]:
-    """Claim one missing unit after the other, leaving alone those that another job is at."""
+def _claimed(path: Path, manifest: Manifest, units: Sequence[Unit]) -> Iterator[UnitTask]:
+    """Claim one missing unit after the other, skipping those of other jobs."""
     for unit in units:
         if not missing_arrays(path, manifest, unit):
             continue
-        held = claim(path, unit.key)
-        if isinstance(held, Claim):
+        claimed = claim(path, unit.key)
+        if isinstance(claimed, Claim):
             sweep_unit(path, manifest, unit)
-            lacking = missing_arrays(path, manifest, unit)  # again: it may have been completed in between
-            if lacking:
-                yield Task(unit, lacking, held)
+            missing = missing_arrays(path, manifest, unit)  # again: it may have been completed in between
+            if missing:
+                yield UnitTask(unit, missing, claimed)
             else:
-                held.release()
+                claimed.release()
 
 
-def _listen(filling: Filling, tap: Tap, task: Task, wanted: Sequence[Wanted]) -> UnitRows:
-    """What the teacher says on a task's unit. Raises StoppedEarly between batches when the stop flag is set."""
-    unit, setup = task.unit, filling.setup
+def _compute(job: CacheJob, tap: Tap, task: UnitTask, wanted: Sequence[Wanted]) -> UnitOutputs:
+    """Return the teacher's outputs on a unit; raises StoppedEarly between batches when the stop flag is set."""
+    unit, setup = task.unit, job.setup
     try:
-        positions = filling.positions[unit.start : unit.stop]
-        _require_known(filling.path, unit, positions)
+        positions = job.positions[unit.start : unit.stop]
+        _require_known(job.path, unit, positions)
         # Batches begin with the unit, so that its bytes are the same in every job.
-        requests = [Request(at, unit.view) for at in torch.split(positions, filling.config.batch_size)]
-        lacking = [one for one in wanted if one.array in task.lacking]
-        batches = speak(tap, filling.teacher, requests, setup, lacking)
-        return collect(batches, filling.manifest, unit, lacking)
+        requests = [Request(rows, unit.view) for rows in torch.split(positions, job.config.batch_size)]
+        missing = [one for one in wanted if one.array in task.missing]
+        batches = iter_teacher_outputs(tap, job.teacher, requests, setup, missing)
+        return collect_unit(batches, job.manifest, unit, missing)
     except BaseException:
-        task.held.release()
+        task.claim.release()
         raise
 
 
 def _require_known(path: Path, unit: Unit, positions: Tensor) -> None:
     if (positions < 0).any():
         raise RunError(
-            f"{unit} of {path} holds samples that this recipe's data set lacks: complete the store with the recipe "
+            f"{unit} of {path} has samples that are not in this recipe's data set: complete the store with the recipe "
             "that began to extend it."
         )
 
 
 def _positions(path: Path, manifest: Manifest, setup: Setup) -> Tensor:
-    """Where the sample of each row stands in the data set, int64 [N]; -1 for rows without one, or one it lacks."""
-    held = read_samples(path, manifest.layout, manifest.identity.data)
-    positions = np.full(manifest.layout.num_rows, -1, np.int64)
-    positions[manifest.layout.sample_rows()] = setup.samples.positions_of(held.ids)
+    """Return the position of each row's sample in the data set, int64 [N]; -1 for padding and for unknown samples."""
+    stored = read_samples(path, manifest.geometry, manifest.identity.data)
+    positions = np.full(manifest.geometry.num_rows, -1, np.int64)
+    positions[manifest.geometry.sample_rows()] = setup.samples.positions_of(stored.ids)
     return torch.from_numpy(positions)
 
 
 def _require_none_left(path: Path, left: AbstractSet[Unit]) -> None:
-    """Raise LockedError, naming who is at them, if units of this process's part are another job's."""
+    """Raise LockedError, naming the other job, if it has claimed units of this process's part."""
     if left:
         first = min(left)
-        at_it = holder(path, first.key) or "another job until a moment ago"
+        owner = holder(path, first.key) or "another job, until just now"
         raise LockedError(
-            f"{len(left)} units of {path} are not done yet: {first} is being computed by {at_it}. All others of "
-            "this job's are committed; run the same command again when that job is through."
+            f"{len(left)} units of {path} are not done yet: {first} is being computed by {owner}. All other units of "
+            "this job are committed; run the same command again when that job has ended."
         )

@@ -1,4 +1,4 @@
-"""All the state of a training job in one file, and back: weights, optimiser, loss scale, position, history."""
+"""Checkpoints: all state of a training job in one file."""
 
 from __future__ import annotations
 
@@ -9,93 +9,96 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.cause import cause
-from stages.errors import RunError
+from stages.errors import RunError, cause
 from stages.tensor_file import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
-class Machinery:
-    """What training changes: the student with the losses' adapters, the optimiser, and the loss scale of float16."""
+class TrainState:
+    """The objects that training changes: the student with the losses' adapters, the optimizer, the loss scaler."""
 
     modules: nn.Module
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
 
 @dataclass
-class State:
-    """Where a job is: the next step to take, the sums of this epoch's losses, the metrics of the epochs before.
+class Progress:
+    """The position of a job.
 
-    parts: into how many a batch is divided, whose gradients are added up, since memory was short.
+    Attributes:
+        step: The next step in the epoch.
+        sums: The sums of this epoch's losses.
+        history: The metrics of the finished epochs.
+        micro_batches: The number of micro-batches per batch, more than 1 after memory ran out.
     """
 
     epoch: int = 0
     step: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-    parts: int = 1
+    micro_batches: int = 1
 
 
-def save(path: Path, machinery: Machinery, state: State) -> None:
-    """Write the checkpoint, whole or not at all."""
-    packed = machinery.optimiser.state_dict()
-    tensors = {f"modules/{name}": tensor for name, tensor in machinery.modules.state_dict().items()}
-    tensors |= {f"sums/{name}": total for name, total in state.sums.items()}
+def save_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
+    """Write a checkpoint atomically."""
+    packed = state.optimizer.state_dict()
+    tensors = {f"modules/{name}": tensor for name, tensor in state.modules.state_dict().items()}
+    tensors |= {f"sums/{name}": total for name, total in progress.sums.items()}
     for index, slots in packed["state"].items():
-        tensors |= {f"optimiser/{index}/{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
+        tensors |= {f"optimizer/{index}/{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
     record = {
-        "epoch": state.epoch,
-        "step": state.step,
-        "history": state.history,
-        "parts": state.parts,
-        "scaler": machinery.scaler.state_dict(),
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "history": progress.history,
+        "micro_batches": progress.micro_batches,
+        "scaler": state.scaler.state_dict(),
     }
     save_tensors(path, tensors, record)
 
 
-def restore(path: Path, machinery: Machinery, state: State) -> None:
-    """Put a checkpoint back into what `save` was given. Raises RunError where it does not fit."""
+def load_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
+    """Load a checkpoint into `state` and `progress`; raises RunError if it does not fit the job."""
     tensors, record = load_tensors(path)
     try:
-        machinery.modules.load_state_dict(_below(tensors, "modules/"))
-        # Its groups are as they were made: what changes in them, the learning rate, is set before every step.
-        groups = machinery.optimiser.state_dict()["param_groups"]
-        machinery.optimiser.load_state_dict({"state": _slots(tensors, machinery.optimiser), "param_groups": groups})
-        machinery.scaler.load_state_dict(record["scaler"])
-        state.epoch, state.step, state.history = _position(record)
-        state.parts = max(1, int(record.get("parts", 1)))  # of an older version: whole batches
-        device = next(machinery.modules.parameters()).device
-        state.sums = {name: total.to(device) for name, total in _below(tensors, "sums/").items()}
+        state.modules.load_state_dict(_with_prefix(tensors, "modules/"))
+        # The only group setting that changes, the learning rate, is set before every step.
+        groups = state.optimizer.state_dict()["param_groups"]
+        state.optimizer.load_state_dict({"state": _slots(tensors, state.optimizer), "param_groups": groups})
+        state.scaler.load_state_dict(record["scaler"])
+        progress.epoch, progress.step, progress.history = _position(record)
+        progress.micro_batches = max(1, int(record["micro_batches"]))
+        device = next(state.modules.parameters()).device
+        progress.sums = {name: total.to(device) for name, total in _with_prefix(tensors, "sums/").items()}
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise RunError(f"{path} does not fit this job ({cause(error)}): delete it to start the job afresh.") from error
+        raise RunError(f"{path} does not fit this job ({cause(error)}): delete it to restart the job.") from error
 
 
-def _slots(tensors: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """What the optimiser keeps of each parameter, by its number. ValueError where it is of other parameters."""
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+def _slots(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """Return the optimizer's state by parameter number; raises ValueError if it belongs to other parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
-    for key, value in _below(tensors, "optimiser/").items():
+    for key, value in _with_prefix(tensors, "optimizer/").items():
         index, slot = key.split("/", 1)
         if not index.isdecimal() or value.shape not in (torch.Size(), parameters[int(index)].shape):
-            raise ValueError(f"{key} is of another network")
+            raise ValueError(f"{key} belongs to another network")
         slots.setdefault(int(index), {})[slot] = value
     return slots
 
 
 def _position(record: dict[str, Any]) -> tuple[int, int, list[dict[str, Any]]]:
-    """Epoch, step and history, if they can be a job's: each epoch that is done has left a line."""
+    """Return epoch, step and history; raises ValueError unless each finished epoch has a line."""
     epoch, step, history = record["epoch"], record["step"], record["history"]
-    whole = isinstance(history, list) and all(isinstance(line, dict) and _is_sound(line) for line in history)
-    if not whole or type(epoch) is not int or epoch != len(history) or type(step) is not int or step < 0:
-        raise ValueError(f"epoch {str(epoch)[:20]}, step {str(step)[:20]} is no place where a job can be")
+    is_valid = isinstance(history, list) and all(isinstance(line, dict) and _is_valid(line) for line in history)
+    if not is_valid or type(epoch) is not int or epoch != len(history) or type(step) is not int or step < 0:
+        raise ValueError(f"epoch {str(epoch)[:20]}, step {str(step)[:20]} is not a valid position")
     return epoch, step, history
 
 
-def _is_sound(line: dict[str, Any]) -> bool:
-    """Whether an epoch's line has the numbers that others reckon with; the accuracy of a job that has a test set."""
+def _is_valid(line: dict[str, Any]) -> bool:
+    """Return whether an epoch's line has the numbers that are used later; jobs without a test set have no accuracy."""
     return "wall_s" in line and all(isinstance(line.get(key, 0.0), float | int) for key in ("wall_s", "accuracy"))
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

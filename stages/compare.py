@@ -1,4 +1,4 @@
-"""The same student taught in several ways from the same stores, and what a step of each costs: `kdpipe compare`."""
+"""`kdpipe compare`: train the same student in several variants from the same stores, and measure the cost of a step."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from stages.optim import TrainConfig
 from stages.schedules import Amount
 from stages.setup import Setup
 from stages.teaching import Teaching
-from stages.train_student import Seat, StudentConfig, build_lesson, fresh_student, train_student
-from stages.training import Job, step_walls
+from stages.train_student import StudentConfig, StudentRun, build_lesson, fresh_student, train_student
+from stages.training import Job, time_steps
 from stages.watch import Event
 from store.format.identity import sha256_of
 
 NUM_STEPS = 8
-"""Steps of which a turn consists when costs are measured."""
+"""Steps of each variant in a turn when costs are measured."""
 
 NUM_TURNS = 5
 
-
 ALONE = "alone"
-"""The student without a teacher, with which all others are compared."""
+"""The student without a teacher, the baseline of all variants."""
 
 COST = "cost.json"
 
 
 def _free(name: str) -> str:
     if name in (ALONE, "teacher", COST):
-        raise ValueError(f"{name!r} is taken: give the way another name")
+        raise ValueError(f"{name!r} is reserved: choose another name")
     return name
 
 
@@ -45,7 +44,7 @@ WayName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"), AfterV
 
 @section
 class CompareEntry:
-    """One way of teaching: the losses, and what it has otherwise than `student`. Without losses there is no teacher."""
+    """Configuration of a variant: its losses and overrides of `student`. Without losses there is no teacher."""
 
     distill: tuple[LossConfig, ...] = ()
     hard_label_weight: Amount | None = None
@@ -53,12 +52,12 @@ class CompareEntry:
 
     def __post_init__(self) -> None:
         if self.hard_label_weight is not None and not self.distill:
-            raise ValueError("hard_label_weight is beside losses, and there are none: leave it out, or give distill")
+            raise ValueError("hard_label_weight needs losses beside it: leave it out, or set distill")
 
 
 @dataclass(frozen=True)
 class Way:
-    """An entry under its name, with the student's section as it has it; no teaching where it has no losses."""
+    """A named variant with its student configuration; `teaching` is None without losses."""
 
     name: str
     student: StudentConfig
@@ -66,7 +65,7 @@ class Way:
 
     @property
     def digest(self) -> str:
-        """Of what decides what a step of it costs."""
+        """The digest of everything that can change the cost of a step."""
         teaching = self.teaching.to_json() if self.teaching else None
         return sha256_of({"student": asdict(self.student), "teaching": teaching})
 
@@ -76,62 +75,64 @@ class Way:
 
 
 def student_of(entry: CompareEntry, student: StudentConfig) -> StudentConfig:
-    """The student's section as an entry has it."""
+    """Return the student's configuration with the overrides of an entry."""
     if entry.hard_label_weight is not None:
         student = replace(student, hard_label_weight=entry.hard_label_weight)
     return student if entry.label_smoothing is None else replace(student, label_smoothing=entry.label_smoothing)
 
 
 def train_way(way: Way, seed: int, setup: Setup) -> dict[str, Any]:
-    """The figures of one student; it is trained if it is not yet."""
+    """Train one student, unless it is finished, and return its results."""
     folder = JobFolder(setup.run / "compare" / way.name / f"seed{seed}")
-    seat = Seat(folder, f"{way.name}, seed {seed}", with_onnx=False)
-    return train_student(way.student, seed, way.teaching, setup, seat=seat)
+    run = StudentRun(folder, f"{way.name}, seed {seed}", with_onnx=False)
+    return train_student(way.student, seed, way.teaching, setup, run=run)
 
 
 def measure_costs(ways: Sequence[Way], setup: Setup) -> dict[str, dict[str, float]]:
-    """Milliseconds of a training step of each way, and their ratio to those of the first: medians over turns that all
-    ways take one after the other, so that what else the machine does hits them alike. Measured once for a run folder.
+    """Measure the milliseconds of a training step of each variant, and their ratio to the first variant's.
+
+    Both are medians over turns; in each turn all variants run one after the other, so that other load on the machine
+    affects them equally. The result is saved in the run folder and reused.
     """
     record = setup.run / "compare" / COST
     made_from = {way.name: way.digest for way in ways}
     processes = setup.processes
-    held = processes.once(lambda: read_json(record) or {})
-    known: Any = held.get("costs")
-    if held.get("made_from") == made_from and _are_costs(known, made_from):
-        return dict(known)
+    saved = processes.once(lambda: read_json(record) or {})
+    costs: Any = saved.get("costs")
+    if saved.get("made_from") == made_from and _are_costs(costs, made_from):
+        return dict(costs)
     jobs = [_job(way, setup) for way in ways]
-    walls: dict[str, list[float]] = {way.name: [] for way in ways}
+    times: dict[str, list[float]] = {way.name: [] for way in ways}
     for turn in range(NUM_TURNS + 1):
         for number, (way, job) in enumerate(zip(ways, jobs, strict=True)):
             processes.check(setup.watch)
-            taken_s = step_walls(job, setup.device, NUM_STEPS)
-            if turn:  # the first one warms up
-                walls[way.name].append(statistics.median(taken_s))
+            turn_s = time_steps(job, setup.device, NUM_STEPS)
+            if turn:  # the first one is a warm-up
+                times[way.name].append(statistics.median(turn_s))
             done = turn * len(ways) + number + 1
             setup.watch.report(Event("compare", "cost of a step", done, (NUM_TURNS + 1) * len(ways), "turn"))
-    walls = processes.share(walls)
-    first = walls[ways[0].name]
+    times = processes.share(times)
+    first = times[ways[0].name]
     costs = {
         name: {
             "step_ms": round(1000 * statistics.median(own), 3),
             "ratio": round(statistics.median([one / base for one, base in zip(own, first, strict=True)]), 3),
         }
-        for name, own in walls.items()
+        for name, own in times.items()
     }
     processes.once(lambda: write_json(record, {"made_from": made_from, "costs": costs}))
     return costs
 
 
 def _are_costs(costs: Any, ways: Iterable[str]) -> bool:
-    """Whether a record has what was measured of each way; what is damaged is measured again."""
+    """Return whether a saved record has valid costs of each variant; damaged ones are measured again."""
     if not isinstance(costs, dict) or not all(isinstance(costs.get(name), dict) for name in ways):
         return False
     return all(isinstance(costs[name].get(key), float | int) for name in ways for key in ("step_ms", "ratio"))
 
 
 def _job(way: Way, setup: Setup) -> Job:
-    """A job of the way's, as far as steps need one."""
+    """Build the job of a variant, only for running steps."""
     seed = way.student.seeds[0]
     network = fresh_student(way.student, seed, setup, way.losses)
     teaching = way.teaching.main if way.teaching else None

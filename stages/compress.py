@@ -20,7 +20,7 @@ from stages.fine_tune import FineTuneContext
 from stages.given_student import load_external, measure_external
 from stages.job_folder import JobFolder
 from stages.losses.simkd import SimKDConfig
-from stages.machine.priority import step_back
+from stages.machine.cores import step_back
 from stages.model_file import finished_record
 from stages.network import Network
 from stages.optim import TrainConfig

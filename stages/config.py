@@ -1,4 +1,4 @@
-"""How every recipe section is declared: a frozen dataclass beside its owner, strictly checked by pydantic."""
+"""Declaration of recipe sections: frozen dataclasses, strictly validated by pydantic."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ def section(cls: type[T]) -> type[T]:
 
 def _without_control(text: str) -> str:
     if any(unicodedata.category(letter) == "Cc" for letter in text):
-        raise ValueError("it has a control character, which no name or path needs")
+        raise ValueError("it has a control character")
     return text
 
 
 Place = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_control)]
-"""A name, a path or a URL. A NUL in one would end as a ValueError of whoever opens it."""
+"""A name, a path or a URL. NUL bytes are rejected here; open() would raise ValueError later."""
 
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 Count = Annotated[int, Field(ge=1, le=10**6)]
-"""Of batches, epochs or steps: more than a million of them is a slip of the pen."""
+"""A number of batches, epochs or steps; values above 1,000,000 are rejected as typos."""
 
 
 def at_most(limit: float) -> AfterValidator:
-    """A validator of numbers that have no limit but reason: ValueError for what is a slip of the pen.
+    """Return a validator that rejects numbers above `limit` as typos.
 
-    Unlike Field(le=limit) it does not stand among what `kdpipe losses` says of a key.
+    Unlike Field(le=limit) it is not listed by `kdpipe losses`.
     """
 
     def check(number: N) -> N:
         if number > limit:
-            raise ValueError(f"more than {limit:,g} is a slip of the pen")
+            raise ValueError(f"values above {limit:,g} are rejected as typos")
         return number
 
     return AfterValidator(check)
 
 
 def unequal(values: V) -> V:
-    """A validator of lists: ValueError where something stands there twice."""
+    """Validate that a list has no duplicates; raises ValueError otherwise."""
     if len(set(values)) < len(values):
-        raise ValueError("each may stand there once")
+        raise ValueError("it has duplicates")
     return values

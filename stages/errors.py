@@ -1,6 +1,8 @@
-"""The faults of a stage that a user can mend, and the one that is no fault: being asked to stop."""
+"""Errors that a user can fix, and the exception for an early stop."""
 
 from __future__ import annotations
+
+import textwrap
 
 from store.errors import KdpipeError
 
@@ -10,11 +12,11 @@ class RecipeError(KdpipeError):
 
 
 class RunError(KdpipeError):
-    """A run folder is damaged, or an earlier stage has not left in it what this one needs."""
+    """A run folder is damaged, or lacks the results of an earlier stage."""
 
 
 class DataError(KdpipeError):
-    """The data set is missing, empty, damaged, or not what the recipe says."""
+    """The data set is missing, empty, damaged, or does not match the recipe."""
 
 
 class ModelError(KdpipeError):
@@ -30,8 +32,13 @@ class UnknownDataError(DataError, RecipeError):
 
 
 class NotFiniteError(KdpipeError):
-    """A network gave NaN or infinity: nothing good can come of going on."""
+    """A network returned NaN or infinity."""
 
 
-class StoppedEarly(BaseException):  # not an error, nor to be taken for one: the same command goes on with the work
-    """The job was asked to stop, and everything done so far is saved. Its text says why, as in "at SIGTERM"."""
+class StoppedEarly(BaseException):  # not an error: rerunning the command continues the work
+    """The job was asked to stop and its progress is saved; the text is the reason, as in "at SIGTERM"."""
+
+
+def cause(error: BaseException) -> str:
+    """Return another library's error, type and text, as one line of at most 300 characters."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", width=300, placeholder=" ...")

@@ -13,13 +13,13 @@ import torch
 
 from stages.artefacts import ArtifactStage, artifact_folder, write_artifacts
 from stages.compress import CompressConfig, compressed_root, float_job, float_source, student_job
-from stages.compression.cpu import cpu_name
 from stages.compression.latency import measure_latency
 from stages.compression.onnx_graph import float_nodes
 from stages.fine_tune import FineTuneContext
 from stages.given_student import low_precision_dtypes
 from stages.job_folder import JobFolder, read_json, write_json
 from stages.latency_record import Latencies, latency_path, read_latencies
+from stages.machine.cores import cpu_name
 from stages.network import Network
 from stages.prune_student import TrainedModel, finished_source
 from stages.quantize_student import prepare, quantize_job, quantized_record

@@ -1,8 +1,7 @@
-"""Batch norm over the batch of all data-parallel processes, so that they train what one process with all of it would.
+"""Batch norm over the batches of all data-parallel processes, as one process with the whole batch computes it.
 
-torch's own SyncBatchNorm does not run on a CPU, has no second derivative, and is another class, by which compression
-would not know a network again. Here the modules stay what they are: for the time of a training, their forward is
-another one.
+torch's SyncBatchNorm does not run on a CPU, has no second derivative, and is another class, which compression does not
+recognize. Here the modules stay as they are, and only their forward is replaced during training.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ Forward = Callable[[Tensor], Tensor]
 
 @contextmanager
 def batch_norm_over_processes(modules: nn.Module) -> Iterator[None]:
-    """While the block runs, batch norms among `modules` that are in training mode take mean and variance over the
-    batches of all processes, and keep running statistics of these. Nothing is changed where there is one process.
+    """Synchronize the batch norms in `modules` within the block; with one process nothing changes.
+
+    In training mode they use, and track, mean and variance over the batches of all processes.
     """
     norms = [module for module in modules.modules() if isinstance(module, _BatchNorm)] if num_processes() > 1 else []
     for norm in norms:
@@ -36,16 +36,16 @@ def batch_norm_over_processes(modules: nn.Module) -> Iterator[None]:
             del norm.forward
 
 
-def _forward(norm: _BatchNorm, alone: Forward, maps: Tensor) -> Tensor:
-    """maps [B, C, ...] to the same shape and type."""
+def _forward(norm: _BatchNorm, local: Forward, maps: Tensor) -> Tensor:
+    """Normalize maps [B, C, ...], keeping shape and type."""
     if not norm.training:
-        return alone(maps)
+        return local(maps)
     wide = widened(maps)
     count, mean, variance = global_moments(wide)
-    # With two values here there is no need to look, for which the device would have to be waited.
+    # The count is read, which waits for the device, only if there are not two values here.
     if maps.numel() < 2 * maps.shape[1] and count < 2:
-        return alone(maps)  # which refuses it, or has its own way
-    _remember(norm, count, mean.detach(), variance.detach())
+        return local(maps)  # raises, or handles it in its own way
+    _update_running(norm, count, mean.detach(), variance.detach())
     shape = [1, -1] + [1] * (maps.dim() - 2)
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -57,15 +57,16 @@ def _forward(norm: _BatchNorm, alone: Forward, maps: Tensor) -> Tensor:
 
 
 def global_moments(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How many values each channel has in the batches [B, C, ...] of all processes, a scalar, their mean [C], and their
-    variance [C], divided by that number. No sums of squares are subtracted from each other: Chan et al. 1979.
+    """Return the number of values per channel over all processes, a scalar, their mean [C] and biased variance [C].
+
+    maps: [B, C, ...]. No sums of squares are subtracted from each other (Chan et al. 1979).
     """
     values = maps.transpose(0, 1).flatten(1)
     num_here = values.shape[1]
     if num_here:
         variance, mean = torch.var_mean(values, 1, correction=0)
     else:
-        variance = mean = values.sum(1)  # zeros, and part of the graph as in the other processes
+        variance = mean = values.sum(1)  # zeros that are part of the graph, as in the other processes
     own = torch.cat([mean, variance, mean.new_full((1,), num_here)])
     means, variances, nums = torch.split(one_row_of_each(own), [len(mean), len(mean), 1], 1)
     nums = nums.detach()
@@ -75,15 +76,15 @@ def global_moments(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return count, overall, (shares * (variances + (means - overall).square())).sum(0)
 
 
-def _remember(norm: _BatchNorm, count: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Move the running statistics as torch does: their variance is divided by count - 1."""
+def _update_running(norm: _BatchNorm, count: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """Update the running statistics as torch does, with the unbiased variance."""
     if norm.running_mean is None or norm.running_var is None:
         return
-    share = norm.momentum
+    momentum = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-        if share is None:
-            share = 1 / float(norm.num_batches_tracked)
-    share = 0.0 if share is None else share
-    norm.running_mean.lerp_(mean.to(norm.running_mean), share)
-    norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var), share)
+        if momentum is None:
+            momentum = 1 / float(norm.num_batches_tracked)
+    momentum = 0.0 if momentum is None else momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
+    norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var), momentum)

@@ -1,11 +1,11 @@
-"""One training job's folder: what it was made from, where it stands, what came out.
+"""The folder of a training job.
 
-job.json                what decides its result: a rerun with other inputs is refused, pair by pair
-checkpoint.safetensors  all state, while the job is under way
+job.json                the inputs that determine the result; a rerun with others is an error
+checkpoint.safetensors  all state, while the job is running
 metrics.jsonl           one line an epoch
 model.safetensors       the trained network
-model.onnx              the same for onnxruntime
-result.json             the figures; its presence means done
+model.onnx              the network for onnxruntime
+result.json             the results; its presence means that the job is finished
 """
 
 from __future__ import annotations
@@ -14,37 +14,46 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.errors import RunError
 from store import FingerprintMismatch, differences, make_folders, sweep_partial, write_atomically
 from store.fs.safe_read import read_regular_file
 
-MOST_JSON_BYTES = 2**26
-"""Of a record: the figures of a network of 1,000 classes take less than a hundredth of that."""
+MAX_JSON_BYTES = 2**26
+"""The largest JSON file that is read: results for 1,000 classes take less than a hundredth of that."""
 
-FIGURES: dict[str, tuple[type, ...]] = {
-    "accuracy": (int, float),
-    "best_accuracy": (int, float),
-    "num_parameters": (int,),
-    "onnx_bytes": (int, type(None)),
-    "onnx_agreement": (int, float, type(None)),
-    "identity": (dict,),
-    "wall_s": (int, float),
-}
-"""What a finished job says of itself, at the least."""
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0, lt=2**60)]
+Count = Annotated[int, Field(ge=0, lt=2**60)]
 
-MORE_FIGURES: dict[str, tuple[type, ...]] = {"num_macs": (int, type(None)), "excluded": (dict,), "examined": (dict,)}
-"""What some also say."""
 
-SHARES = ("accuracy", "best_accuracy", "onnx_agreement")
-AMOUNTS = ("num_parameters", "onnx_bytes", "wall_s")
-MOST_AMOUNT = 2**60
+class _Identity(BaseModel):
+    weights_sha256: str
+
+
+class _Result(BaseModel):
+    """The keys of result.json that later steps use; others are not checked."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    accuracy: Fraction
+    best_accuracy: Fraction
+    num_parameters: Count
+    onnx_bytes: Count | None
+    onnx_agreement: Fraction | None
+    identity: _Identity
+    wall_s: Amount
+    num_macs: int | None = None
+    excluded: dict[str, Any] = {}
+    examined: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class JobFolder:
-    """A folder that a job owns."""
+    """The folder of a job."""
 
     path: Path
 
@@ -65,9 +74,9 @@ class JobFolder:
         return self.path / "metrics.jsonl"
 
     def begin(self, made_from: Mapping[str, Any]) -> None:
-        """Claim the folder for a job that is decided by `made_from`, a JSON object.
+        """Claim the folder for a job whose result is determined by `made_from`, a JSON object.
 
-        Raises FingerprintMismatch if it holds a job that was made from something else.
+        Raises FingerprintMismatch if it holds a job with other inputs.
         """
         make_folders([self.path])
         sweep_partial(self.path)
@@ -78,58 +87,59 @@ class JobFolder:
             return
         found = differences(stored, wanted)
         if found:
-            advice = "Give this recipe another run folder (--run), or delete that folder to start it afresh."
+            advice = "Give this recipe another run folder (--run), or delete that folder to restart the job."
             raise FingerprintMismatch(f"the job in {self.path}", found, advice)
 
     def result(self) -> dict[str, Any] | None:
-        """The figures of a finished job; None while it is not. Raises RunError where they are not a job's figures."""
+        """Return the results of a finished job, None before; raises RunError if they are invalid."""
         record = read_json(self.path / "result.json")
         if record is not None and (faults := _faults(record)):
             raise RunError(
-                f"{self.path / 'result.json'} is damaged or another kdpipe's ({', '.join(faults)}): delete the folder "
-                f"{self.path}, and run again."
+                f"{self.path / 'result.json'} is damaged or of another version of kdpipe ({', '.join(faults)}): delete "
+                f"the folder {self.path}, and run again."
             )
         return record
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Publish the figures. The checkpoint has done its duty and goes."""
+        """Publish the results and delete the checkpoint."""
         write_json(self.path / "result.json", result)
         self.checkpoint.unlink(missing_ok=True)
 
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Make metrics.jsonl hold exactly `lines`: a resumed job leaves no line twice."""
+        """Write metrics.jsonl with exactly `lines`, so that a resumed job repeats none."""
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _faults(record: Mapping[str, Any]) -> list[str]:
-    """What is amiss with a job's figures."""
-    lacking = [f"it lacks {name}" for name in FIGURES if name not in record]
-    kinds = {**FIGURES, **MORE_FIGURES}
-    wrong = [name for name in record if name in kinds and not isinstance(record[name], kinds[name])]
-    if not lacking and not wrong:  # each of its kind: now what they say
-        wrong = [name for name in SHARES if record[name] is not None and not 0 <= record[name] <= 1]
-        wrong += [name for name in AMOUNTS if record[name] is not None and not 0 <= record[name] < MOST_AMOUNT]
-        wrong += [] if isinstance(record["identity"].get("weights_sha256"), str) else ["identity"]
-    return lacking + [f"{name} = {str(record[name])[:40]!r}" for name in wrong]
+    """List what is wrong with a job's results."""
+    try:
+        _Result.model_validate(record)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)
+        return [
+            f"{fault['loc'][0]} is missing"
+            if fault["type"] == "missing" and len(fault["loc"]) == 1
+            else f"{fault['loc'][0]} = {str(record[str(fault['loc'][0])])[:40]!r}"
+            for fault in faults
+        ]
+    return []
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a plain file; None where there is nothing. Raises RunError where it is damaged, or too large
-    to be of ours.
-    """
+    """Read a JSON object from a file, None if it does not exist; raises RunError if it is damaged or too large."""
     try:
-        raw = read_regular_file(path, MOST_JSON_BYTES)
-        record = json.loads(raw) if len(raw) <= MOST_JSON_BYTES else "too large"
+        raw = read_plain(path, MAX_JSON_BYTES)
+        record = json.loads(raw) if len(raw) <= MAX_JSON_BYTES else "too large"
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
         why = (isinstance(error, OSError) and error.strerror) or error
         raise RunError(f"{path} cannot be read ({why}): delete it, or use another run folder.") from error
     if not isinstance(record, dict):
-        raise RunError(f"{path} cannot be read (no JSON object): delete it, or use another run folder.")
+        raise RunError(f"{path} cannot be read (not a JSON object): delete it, or use another run folder.")
     return record
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented for people, whole or not at all."""
+    """Write a JSON object, indented, atomically."""
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())

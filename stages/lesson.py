@@ -1,4 +1,4 @@
-"""What a network is taught from: images in their views, hard labels, and, for a student, what stores say about them."""
+"""The training task: images in their views, hard labels and, for a student, the targets of stores."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from stages.targets import Targets
 
 @dataclass(frozen=True)
 class Normalisation:
-    """A model's own scaling of its input: (pixel / 255 - mean) / std for each channel. Views come before it."""
+    """A model's scaling of its input: (pixel / 255 - mean) / std for each channel, applied after the views."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] to float32 [B, C, H, W]."""
+        """Scale images uint8 [B, C, H, W] to float32 [B, C, H, W]."""
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return images.float().div_(255).sub_(mean).div_(std)
 
     def gradient_by_pixels(self, gradient: Tensor) -> Tensor:
-        """A gradient by the normalised input, [B, C, H, W], as one by the pixels in [0, 1]: the ground that models of
-        different scalings share.
+        """Convert a gradient by the normalized input, [B, C, H, W], to one by pixels in [0, 1].
+
+        It is then comparable between models of different scalings.
         """
         return gradient / torch.tensor(self.std, device=gradient.device, dtype=gradient.dtype).view(-1, 1, 1)
 
@@ -50,20 +51,20 @@ class Normalisation:
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Normalisation:
-        """The scaling in the record that is kept with a network's weights. Raises RunError where there is none."""
+        """Read the scaling from the record in a network's weights file; raises RunError if it is absent or invalid."""
         try:
-            held = record["normalisation"]
-            mean, std = (tuple(map(float, held[name])) for name in ("mean", "std"))
+            scaling = record["normalization"]
+            mean, std = (tuple(map(float, scaling[name])) for name in ("mean", "std"))
         except (KeyError, TypeError, ValueError) as error:
-            raise RunError("a network's weights lack the record of how it scales its input: train it again.") from error
+            raise RunError("the network's weights file has no input normalization: train it again.") from error
         if not all(map(math.isfinite, (*mean, *std))) or min(std, default=0) <= 0:
-            raise RunError(f"a network's record scales its input by mean {mean} and std {std}: train it again.")
+            raise RunError(f"the network's normalization is invalid, mean {mean} and std {std}: train it again.")
         return Normalisation(mean, std)
 
 
 @dataclass(frozen=True)
-class Place:
-    """A step of a training: its seed, its epoch of `epochs`, and the step in it, counted from 0."""
+class StepPosition:
+    """A step of a training: its seed, epoch of `epochs`, and step in the epoch, from 0."""
 
     seed: int
     epoch: int
@@ -73,10 +74,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images float32 [B, C, H, W], normalised; their labels; what each store says of them.
+    """A batch of images with labels and targets.
 
-    known: for each store, which samples it has targets for, bool [B] on the CPU; None where it has all.
-    ranks: each sample's place among all ids, int64 [B]. others: by loss, the samples that it contrasts these with.
+    Attributes:
+        images: Normalized images, float32 [B, C, H, W].
+        ranks: Each sample's rank among all ids, int64 [B].
+        known: For each store, a mask of samples with targets, bool [B] on the CPU; None where it has all.
+        others: By loss, the negatives of a contrastive loss.
     """
 
     images: Tensor
@@ -89,35 +93,37 @@ class Batch:
 
     @property
     def has_targets(self) -> Tensor | None:
-        """Which samples any store has targets for, bool [B] on the CPU; None for all of them."""
+        """Mask of samples for which any store has targets, bool [B] on the CPU; None for all of them."""
         masks = [mask for mask in self.known if mask is not None]
         return torch.stack(masks).any(0) if masks and len(masks) == len(self.known) else None
 
-    def parts(self, count: int) -> Iterator[Batch]:
-        """The same in `count` batches, of sizes as equal as may be, the samples in their order."""
+    def split(self, count: int) -> Iterator[Batch]:
+        """Yield `count` micro-batches of nearly equal size, in order."""
         if count == 1:
             yield self
             return
-        for at in torch.tensor_split(torch.arange(len(self.images)), count):
-            here = at.to(self.images.device, non_blocking=True)
+        for indices in torch.tensor_split(torch.arange(len(self.images)), count):
+            here = indices.to(self.images.device, non_blocking=True)
             yield replace(
                 self,
                 images=self.images.detach()[here],
                 hard=self.hard.rows(here),
                 ranks=self.ranks[here],
                 teachers=[teacher.rows(here) for teacher in self.teachers],
-                known=[None if mask is None else mask[at] for mask in self.known],
+                known=[None if mask is None else mask[indices] for mask in self.known],
             )
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """The pictures of a data set in their views, and the targets that go with them.
+    """A training task: a data set's images in their views, labels, targets and losses.
 
-    fresh_views: every epoch has views that no store holds. The teacher's own training uses them, so that what it says
-    later is about pictures to which it was not fitted. hard_label_weight: of the cross entropy with the labels, which
-    are smoothed by label_smoothing. settled: fine-tuning, for which all ramps have ended. hints_only: the student does
-    not run to its end, and nothing but the losses on its features counts.
+    Attributes:
+        fresh_views: Whether every epoch has views that no store holds. The teacher is trained on them, so that it is
+            not fitted to the views of which its outputs are cached.
+        hard_label_weight: The weight of the cross entropy with the labels.
+        settled: Whether all schedules have ended, as in fine-tuning.
+        hints_only: Whether the student runs only up to its hint layers, with no loss but those on its features.
     """
 
     pictures: Pictures
@@ -137,19 +143,19 @@ class Lesson:
 
     @cached_property
     def ranks(self) -> Tensor:
-        """Each sample's place among all ids, int64 [N]."""
+        """Each sample's rank among all ids, int64 [N]."""
         return torch.argsort(torch.argsort(self.pictures.image_set.sample_ids))
 
     @property
     def needs_input_gradient(self) -> bool:
-        """Whether a loss looks at the gradient by the pixels."""
+        """Whether a loss uses the gradient by the pixels."""
         configs = self.distillation.configs.values() if self.distillation else ()
         return any(config.input_gradient for config in configs)
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        """The samples of an epoch in the order in which they are seen, int64 [N]: a function of (seed, epoch).
+        """Return the order of an epoch's samples, int64 [N], a function of (seed, epoch).
 
-        It goes by sample id: the same samples in another order are the same data set, and give the same student.
+        It depends on sample ids, not positions: reordering the data set gives the same student.
         """
         by_id = torch.argsort(self.pictures.image_set.sample_ids)
         if self.targets is not None and self.targets.slabs is not None:
@@ -159,29 +165,29 @@ class Lesson:
     def stream(
         self, seed: int, batch_size: int, *, epoch: int, step: int, epochs: int, processes: Processes = ONE
     ) -> Iterator[Batch]:
-        """This process's rows of the batches from step `step` of epoch `epoch` to the end of the last: a pure function
-        of its arguments, so that a killed job goes on at the very batch where it stopped. All processes' rows together
-        are the batches of one process.
+        """Yield this process's rows of the batches from step `step` of epoch `epoch` to the end of epoch `epochs` - 1.
+
+        It is a pure function of its arguments, so that a killed job resumes at the batch where it stopped. The rows of
+        all processes together are the batches of a single process.
         """
         steps = num_steps(self.num_samples, batch_size)
-        asked: deque[Place] = deque()  # pictures are asked for some batches ahead
+        positions: deque[StepPosition] = deque()  # images are requested some batches ahead
 
         def requests() -> Iterator[Request]:
             for number in range(epoch, epochs):
                 order = self.order(seed, number)
                 for at in range(step if number == epoch else 0, steps):
-                    asked.append(Place(seed, number, at, epochs))
+                    positions.append(StepPosition(seed, number, at, epochs))
                     yield Request(processes.rows(batch_indices(order, at, batch_size)), self._view(number))
 
         for seen in self.pictures.stream(requests()):
-            yield self._batch(asked.popleft(), seen)
+            yield self._batch(positions.popleft(), seen)
 
     def losses(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The weighted losses by name, this process's parts of them; the mean of the parts over the processes is the
-        loss of the global batch, and the sum of the losses is what is minimised.
+        """Return the weighted losses by name, this process's share of them; their sum is minimized.
 
-        Samples of which no store knows learn from their hard labels alone, at full weight. Where a loss looks at the
-        input's gradient, batch.images must require one.
+        The mean over the processes is the loss of the global batch. Samples without targets learn from their hard
+        labels only, at full weight. If a loss uses the input's gradient, batch.images must require one.
         """
         num_samples = total(len(batch.hard.labels))
         if self.hints_only and self.distillation is not None:
@@ -215,7 +221,7 @@ class Lesson:
         )
 
     def _input_gradient(self, student: Outputs, batch: Batch) -> Tensor:
-        """The gradient of the cross entropy, labels not smoothed, by the pixels, [B, C, H, W], part of the graph."""
+        """Return the gradient of the unsmoothed cross entropy by the pixels, [B, C, H, W], part of the graph."""
         cross_entropy = batch.hard.cross_entropy(student.logits).sum()
         (gradient,) = torch.autograd.grad(cross_entropy, batch.images, create_graph=True)
         return self.normalise.gradient_by_pixels(gradient)
@@ -223,38 +229,38 @@ class Lesson:
     def _view(self, epoch: int) -> int:
         return -1 - epoch if self.fresh_views else epoch % self.num_views
 
-    def _batch(self, place: Place, seen: Seen) -> Batch:
-        at, view = seen.positions, place.epoch % self.num_views
+    def _batch(self, position: StepPosition, seen: Seen) -> Batch:
+        indices, view = seen.positions, position.epoch % self.num_views
         return Batch(
             images=self.normalise(seen.images),
             hard=labels_of(self.pictures, seen),
-            ranks=self.ranks[at].to(seen.images.device, non_blocking=True),
-            moment=SETTLED if self.settled else Moment(place.epoch, place.epochs),
-            teachers=self.targets.batch(view, at) if self.targets else (),
-            known=self.targets.known(at) if self.targets else (),
-            others=self._others(place, view),
+            ranks=self.ranks[indices].to(seen.images.device, non_blocking=True),
+            moment=SETTLED if self.settled else Moment(position.epoch, position.epochs),
+            teachers=self.targets.batch(view, indices) if self.targets else (),
+            known=self.targets.known(indices) if self.targets else (),
+            others=self._others(position, view),
         )
 
-    def _others(self, place: Place, view: int) -> dict[str, Others]:
-        """For each loss that contrasts, the samples that it does so with: a function of (seed, epoch, step)."""
+    def _others(self, position: StepPosition, view: int) -> dict[str, Others]:
+        """Return the negatives of each contrastive loss, a function of (seed, epoch, step)."""
         if self.targets is None or self.distillation is None:
             return {}
         return {
-            name: self._drawn(name, config, place, view)
+            name: self._sample_others(name, config, position, view)
             for name, config in self.distillation.configs.items()
             if config.num_others
         }
 
-    def _drawn(self, name: str, config: Entry, place: Place, view: int) -> Others:
+    def _sample_others(self, name: str, config: Entry, position: StepPosition, view: int) -> Others:
         assert self.targets is not None
-        seed = derive_seed(place.seed, "others", name, place.epoch, place.step)
+        seed = derive_seed(position.seed, "others", name, position.epoch, position.step)
         generator = torch.Generator().manual_seed(seed)
         store = config.store or 0
-        held = self.targets.positions(store)
-        at = held[torch.randint(len(held), (config.num_others,), generator=generator)]
+        candidates = self.targets.positions(store)
+        chosen = candidates[torch.randint(len(candidates), (config.num_others,), generator=generator)]
         device = self.pictures.device
         return Others(
-            self.targets.features(store, view, at, config.wanted_of_others),
-            self.pictures.image_set.labels[at].to(device, non_blocking=True),
-            self.ranks[at].to(device, non_blocking=True),
+            self.targets.features(store, view, chosen, config.wanted_of_others),
+            self.pictures.image_set.labels[chosen].to(device, non_blocking=True),
+            self.ranks[chosen].to(device, non_blocking=True),
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 SNIPPET = """import json, numpy as np, onnxruntime
 session = onnxruntime.InferenceSession("{file}")
-scale = json.loads(session.get_modelmeta().custom_metadata_map["normalisation"])
+scale = json.loads(session.get_modelmeta().custom_metadata_map["normalization"])
 mean, std = (np.array(scale[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
 logits = session.run(["logits"], {{"images": (images / np.float32(255) - mean) / std}})[0]  # images: uint8 {shape}"""
 

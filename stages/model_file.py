@@ -1,5 +1,4 @@
-"""A trained network on disk: its weights, with a record of what they are. No module is pickled: the recipe says what
-to build, the file says what to put into it."""
+"""Saved networks: weights with a JSON record. No module is pickled: the record describes the network to build."""
 
 from __future__ import annotations
 
@@ -17,29 +16,29 @@ from store import FingerprintMismatch, differences
 
 
 def save_model(path: Path, model: nn.Module, record: Mapping[str, Any]) -> None:
-    """Write the network's state with `record`, whose `architecture` says what to build to put it back."""
+    """Write the network's state with `record`, whose `architecture` describes the network to build."""
     save_tensors(path, model.state_dict(), record)
 
 
 def finished_record(folder: JobFolder, needed_by: str) -> dict[str, Any]:
-    """The record of a finished job's network. Raises RunError, naming the stage that makes it, if there is none."""
+    """Return the record of a finished job's network; raises RunError, naming the command to run, if there is none."""
     if folder.result() is None:
         raise RunError(f"there is no finished network in {folder.path}: run `{needed_by}` first.")
     if not folder.model.exists():
-        raise RunError(f"{folder.model} is gone: delete the folder {folder.path}, and run `{needed_by}` again.")
+        raise RunError(f"{folder.model} is missing: delete the folder {folder.path}, and run `{needed_by}` again.")
     return load_tensors(folder.model)[1]
 
 
 def load_finished(
     folder: JobFolder, model: nn.Module, architecture: Mapping[str, Any], needed_by: str
 ) -> dict[str, Any]:
-    """Put a finished job's weights into `model`; returns the record that was kept with them.
+    """Load a finished job's weights into `model` and return the record stored with them.
 
-    Raises RunError where the job is not finished; FingerprintMismatch where the file holds another architecture than
-    wanted, or other weights than the job finished with.
+    Raises RunError, naming the command `needed_by`, if the job is not finished; FingerprintMismatch if the file holds
+    another architecture than `architecture`, or other weights than the job's results name.
     """
     record = finished_record(folder, needed_by)
-    advice = f"Use the recipe that trained it, or delete the folder {folder.path} to train it afresh."
+    advice = f"Use the recipe that trained it, or delete the folder {folder.path} to train it again."
     if found := differences(record.get("architecture"), dict(architecture)):
         raise FingerprintMismatch(f"the network {folder.model}", found, advice)
     try:

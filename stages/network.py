@@ -1,4 +1,4 @@
-"""A network with what belongs to it, and what every finished training job leaves of it in its folder."""
+"""A network with its metadata, and the results that every finished training job writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stages.compression.onnx_check import check_onnx
 from stages.compression.onnx_file import export_onnx
 from stages.compression.onnx_parting import first_divergence
 from stages.errors import ModelError
-from stages.examine import examine
+from stages.examine import evaluate_in_depth
 from stages.job_folder import JobFolder
 from stages.lesson import Normalisation
 from stages.model_file import save_model
@@ -24,21 +24,21 @@ from stages.setup import Setup
 from store import canonical_json
 
 CHECKED_IMAGES = 1000
-"""Test images on which an exported file must agree with torch."""
+"""Test images on which an exported file is compared with torch."""
 
-LEAST_AGREEMENT = 0.99
-"""A file whose top-1 answers agree with torch's less often than this is not handed out."""
+MIN_AGREEMENT = 0.99
+"""The lowest top-1 agreement with torch with which an ONNX file is accepted."""
 
-MOST_APART = 0.001
-"""Nor is one whose accuracy is further than this, and than two images, from torch's."""
+MAX_ACCURACY_GAP = 0.001
+"""The largest difference of accuracy from torch's, or two images if that is more, with which it is accepted."""
 
-PARTING_IMAGES = 32
-"""Images on which it is looked for where they part."""
+DEBUG_IMAGES = 32
+"""Images on which the first divergence from torch is located."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network, the record from which it can be built again, and how its input is scaled."""
+    """A network, the record from which it can be rebuilt, and its input scaling."""
 
     model: nn.Module
     architecture: Mapping[str, Any]
@@ -46,11 +46,11 @@ class Network:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes it this network: architecture, all its weights, and how its input is scaled."""
+        """The network's identity: architecture, digest of the weights, and input scaling."""
         return {
             "architecture": dict(self.architecture),
             "weights_sha256": weights_sha256(self.model),
-            "normalisation": self.normalise.to_json(),
+            "normalization": self.normalise.to_json(),
         }
 
 
@@ -63,10 +63,12 @@ def finish(
     with_onnx: bool = True,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure a trained network, leave its weights, ONNX file and figures in `folder`, and return the figures.
+    """Evaluate a trained network and write its weights, ONNX file and results; returns the results.
 
-    Of several processes the first does so, and all return its figures. more: what else these say. Raises ModelError
-    where the network cannot be exported, or its file does not answer as it does, on the first test images.
+    Of several processes the first does so, and all return its results.
+
+    `history` holds the metrics of its epochs, `more` further results. Raises ModelError if the export fails, or
+    its file disagrees with it on the first test images.
     """
     network.model.eval()
     return setup.processes.once(lambda: _finish(folder, network, history, setup, with_onnx=with_onnx, more=more or {}))
@@ -81,18 +83,18 @@ def _finish(
     with_onnx: bool,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    examined = examine(network.model, setup.test(network.normalise), setup.device)
-    record = {"architecture": dict(network.architecture), "normalisation": network.normalise.to_json()}
+    report = evaluate_in_depth(network.model, setup.test(network.normalise), setup.device)
+    record = {"architecture": dict(network.architecture), "normalization": network.normalise.to_json()}
     save_model(folder.model, network.model, record)
     agreement = None
     if with_onnx:
         example = torch.zeros(2, *setup.image_shape, device=setup.device)
         export_onnx(network.model, example, folder.onnx, metadata=onnx_metadata(network, setup))
         agreement = require_agreement(folder.onnx, network, setup)
-    best = max(history, key=lambda line: line["accuracy"], default={"accuracy": examined.top1, "epoch": None})
+    best = max(history, key=lambda line: line["accuracy"], default={"accuracy": report.top1, "epoch": None})
     result = {
-        "accuracy": examined.top1,
-        "cross_entropy": examined.cross_entropy,
+        "accuracy": report.top1,
+        "cross_entropy": report.cross_entropy,
         "best_accuracy": best["accuracy"],
         "best_epoch": best["epoch"],
         "num_epochs": len(history),
@@ -102,7 +104,7 @@ def _finish(
         "onnx_agreement": agreement,
         "onnx_bytes": folder.onnx.stat().st_size if with_onnx else None,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
-        "examined": examined.to_json(),
+        "examined": report.to_json(),
         **more,
     }
     folder.finish(result)
@@ -110,30 +112,31 @@ def _finish(
 
 
 def onnx_metadata(network: Network, setup: Setup) -> dict[str, str]:
-    """What travels in an ONNX file: how to scale the images, their shape (C, H, W), and what the classes are called."""
+    """Return the metadata of an ONNX file: normalization, image shape (C, H, W) and class names."""
     return {
-        "normalisation": canonical_json(network.normalise.to_json()),
+        "normalization": canonical_json(network.normalise.to_json()),
         "image_shape": canonical_json(list(setup.image_shape)),
         "class_names": canonical_json(list(setup.test_set.class_names)),
     }
 
 
 def require_agreement(path: Path, network: Network, setup: Setup, *, whole_test: bool = False) -> float:
-    """The share of test images, all or the first of them, on which the file at `path`, run by onnxruntime, gives the
-    network's top-1 answer. Raises ModelError, saying where the two part, where it is below LEAST_AGREEMENT, or their
-    accuracies lie more than MOST_APART from each other.
+    """Return the share of test images on which the ONNX file at `path` gives the network's top-1 class.
+
+    Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
+    share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
     """
     test = setup.test(network.normalise)
     found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))
     accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
-    most_apart = max(MOST_APART, 2 / found.num_samples)  # two images of a small test set are more than that
-    if found.top1_agreement >= LEAST_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= most_apart:
+    max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
+    if found.top1_agreement >= MIN_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= max_gap:
         return found.top1_agreement
-    where = first_divergence(path, network.model, test.images(PARTING_IMAGES).cpu())
+    where = where_they_part(path, network.model, test.images(DEBUG_IMAGES).cpu())
     raise ModelError(
         f"{path} agrees with torch on {100 * found.top1_agreement:.2f} % of {found.num_samples} test images, wanted "
-        f"{100 * LEAST_AGREEMENT:.0f} %, with an accuracy of {100 * accuracies[0]:.2f} % against "
+        f"{100 * MIN_AGREEMENT:.0f} %, with an accuracy of {100 * accuracies[0]:.2f} % against "
         f"{100 * accuracies[1]:.2f} % (logits differ by up to {found.max_logit_difference:.3g}): {where}. Do not "
-        "use it: a network that is trained longer is surer of its answers, and what parts first can stay float "
-        "(compress.quantize.exclude)."
+        "use it: train the network longer, or keep the first diverging layers in float "
+        "(compress.quantize.keep_float)."
     )

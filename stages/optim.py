@@ -1,4 +1,4 @@
-"""Optimisers, and the learning rate as a pure function of the step: no scheduler has a state that could be lost."""
+"""Optimizers, and the learning rate as a pure function of the step, so that schedules have no state to save."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ from stages.config import Count, section
 
 @section
 class TrainConfig:
-    """How a network is trained: epochs, batches, optimiser and schedule.
+    """Configuration of training: epochs, batches, optimizer and schedule.
 
-    epochs: how often every sample is seen.
-    batch_size: samples in a step; batches are full, the few samples left over sit out, others each epoch.
-    lr: the highest learning rate. warmup_epochs: over these it rises linearly to that.
-    momentum: of SGD. nesterov: whether it looks ahead.
-    weight_decay: how much weights shrink, in units of the learning rate.
-    schedule: "cosine" goes to zero; "step" multiplies by gamma at the milestones.
-    milestones: the epochs at which a step schedule multiplies the rate by gamma.
-    precision: auto is mixed precision (bfloat16, else float16) on CUDA and float32 elsewhere.
-    checkpoint_every_s: seconds between checkpoints; it changes what a kill can cost, never the result.
+    Attributes:
+        epochs: Passes over the training set.
+        batch_size: Samples per step; batches are full, and the few samples left over differ from epoch to epoch.
+        optimizer: "sgd" or "adamw".
+        lr: The highest learning rate.
+        momentum: Momentum of SGD.
+        nesterov: Whether SGD uses Nesterov momentum.
+        weight_decay: The weight decay, in units of the learning rate.
+        schedule: "cosine" decays to zero; "step" multiplies by gamma at the milestones.
+        warmup_epochs: Epochs over which the rate rises linearly to lr.
+        milestones: The epochs at which a step schedule multiplies the rate by gamma.
+        gamma: The factor of a step schedule.
+        precision: "auto" is mixed precision (bfloat16, else float16) on CUDA and float32 elsewhere.
+        checkpoint_every_s: Seconds between checkpoints; it never changes the result.
     """
 
     epochs: Annotated[int, Field(ge=0, le=10**6)] = 20
     batch_size: Count = 128
-    optimiser: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0, le=1e6)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
@@ -43,9 +48,9 @@ class TrainConfig:
     checkpoint_every_s: Annotated[float, Field(ge=0, le=1e9)] = 30.0
 
 
-def build_optimiser(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser of `config` over `parameters`: the student's, and those of the losses' adapters."""
-    if config.optimiser == "adamw":
+def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimizer over the parameters of the student and of the losses' adapters."""
+    if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(
         parameters,
@@ -57,7 +62,7 @@ def build_optimiser(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """The rate for optimiser step number `step`, from 0: a linear warm-up, then a cosine to zero or steps down."""
+    """Return the learning rate of optimizer step `step`, from 0: linear warm-up, then cosine to zero or steps down."""
     epoch = step / steps_per_epoch
     if epoch < config.warmup_epochs:
         return config.lr * (step + 1) / max(1.0, config.warmup_epochs * steps_per_epoch)
@@ -67,6 +72,7 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimiser.param_groups:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,4 +1,4 @@
-"""Which share of a store's units this process computes, by option, torchrun or Slurm. Parts count from 0."""
+"""Shares of a store's units, assigned by --part, torchrun or Slurm, and counted from 0."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part:
-    """Part `index` of `count`, 0 <= index < count; `origin` says in words where that was read."""
+    """Part `index` of `count`, 0 <= index < count; `origin` names the option or variables that set it."""
 
     index: int
     count: int
     origin: str
 
     def of(self, items: Sequence[T]) -> list[T]:
-        """Every `count`-th of `items` from `index` on: together the parts have each item once.
+        """Return every `count`-th of `items` from `index` on: together the parts cover each item once.
 
-        That holds only if all are handed the same items: every unit of a store, not those that are missing by now.
+        All parts must be given the same items: all units of a store, not only the missing ones.
         """
         return list(items[self.index :: self.count])
 
@@ -35,7 +35,7 @@ WHOLE = Part(0, 1, "the default, as there is no job array or launcher")
 
 
 def parse_part(text: str) -> Part:
-    """The part that `--part` names as i/n. Raises RecipeError for anything else."""
+    """Parse `--part`, i/n; raises RecipeError if it is malformed."""
     numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     index, count = (int(number) for number in numbers.groups()) if numbers else (0, 0)
     if index >= count:
@@ -44,11 +44,11 @@ def parse_part(text: str) -> Part:
 
 
 def part_from_environment(environ: Mapping[str, str]) -> Part:
-    """The part that a launcher gives this process; all of it where there is none.
+    """Return the part that a launcher assigns to this process; all of it without a launcher.
 
-    An element of a Slurm job array has that element's part; the processes that torchrun or srun starts in it share
-    it among them. torchrun counts before srun, which may have started it once a node. Raises RecipeError, naming the
-    variable, for values that do not fit together.
+    An element of a Slurm job array has that element's part, which the processes of torchrun or srun in it share.
+    torchrun takes precedence over srun, which may have started it once a node. Raises RecipeError, naming the variable,
+    for invalid values.
     """
     array, processes = _slurm_array(environ), _torchrun(environ) or _srun(environ)
     if array and processes:
@@ -58,9 +58,9 @@ def part_from_environment(environ: Mapping[str, str]) -> Part:
 
 
 def local_rank(environ: Mapping[str, str]) -> int | None:
-    """This process's number among its job's on this machine, as torchrun or Slurm gives it, to choose a device by.
+    """Return this process's number on this machine, from torchrun or Slurm, for choosing a device.
 
-    It may exceed the devices in sight: Slurm can show each task only its own. Raises RecipeError for a broken value.
+    It may exceed the number of visible devices: Slurm can show each task only its own. Raises RecipeError if invalid.
     """
     return next((_number(environ, name) for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environ), None)
 
@@ -84,26 +84,26 @@ def _ranked(environ: Mapping[str, str], rank_name: str, count_name: str) -> Part
 
 
 def _slurm_array(environ: Mapping[str, str]) -> Part | None:
-    """The element's place in its array: `--array=10-16:2` has ids 10, 12, 14, 16, places 0 to 3."""
+    """Return the element's index in its array: `--array=10-16:2` has ids 10, 12, 14, 16 and indices 0 to 3."""
     if "SLURM_ARRAY_TASK_ID" not in environ:
         return None
     names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
     task_id, first, step, count = (_number(environ, name) for name in names)
-    place, off = divmod(task_id - first, max(step, 1))
-    # An irregular list, such as --array=1,3,7, cannot be told from these: an id off the grid or beyond it betrays it.
+    index, offset = divmod(task_id - first, max(step, 1))
+    # An irregular list, such as --array=1,3,7, is detected by ids off the grid or beyond it.
     last = _number(environ, "SLURM_ARRAY_TASK_MAX") if "SLURM_ARRAY_TASK_MAX" in environ else None
-    if off or not 0 <= place < count or last not in {None, first + max(step, 1) * (count - 1)}:
+    if offset or not 0 <= index < count or last not in {None, first + max(step, 1) * (count - 1)}:
         raise RecipeError(
-            f"SLURM_ARRAY_TASK_ID is {task_id}, in an array of {count} from {first} in steps of {step}, which do not "
-            "fit together: submit an even array, such as --array=0-7, or give each its --part"
+            f"SLURM_ARRAY_TASK_ID is {task_id}, in an array of {count} from {first} in steps of {step}, which is "
+            "inconsistent: submit a regular array, such as --array=0-7, or give each its --part"
         )
-    return Part(place, count, names[0])
+    return Part(index, count, names[0])
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
     text = environ.get(name)
     if text is None:
-        raise RecipeError(f"{name} is not set, but others of its family are: mend the job script, or give --part")
+        raise RecipeError(f"{name} is not set, but related variables are: fix the job script, or give --part")
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise RecipeError(f"{name} must be a number from 0 on, not {text!r}: mend the job script, or give --part")
+        raise RecipeError(f"{name} must be a number from 0 on, not {text!r}: fix the job script, or give --part")
     return int(text)

@@ -1,4 +1,4 @@
-"""`python:package.module:function`: code of the user's own, found on sys.path and in the current folder."""
+"""References to user code, `python:package.module:function`, found on sys.path and in the current folder."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stages.cause import cause
+from stages.errors import cause
 from store.errors import KdpipeError
 
 PREFIX = "python:"
 
 
+def is_user_reference(name: str) -> bool:
+    """Return whether a name in a recipe refers to user code."""
+    return name.startswith(PREFIX)
+
+
 @contextlib.contextmanager
 def users_code() -> Iterator[None]:
-    """Within it, modules are also looked for in the current folder, and what is printed goes to stderr: stdout is for
-    results only.
-    """
+    """Also look for modules in the current folder, and send prints to stderr: stdout is for results only."""
     before, sys.path = sys.path, [*sys.path, str(Path.cwd())]
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -32,11 +35,15 @@ def users_code() -> Iterator[None]:
 
 
 def find_callable(reference: str, key: str, error: type[KdpipeError]) -> Callable[..., Any]:
-    """What `reference`, "python:package.module:function", stands for; `key` is where the recipe says it.
+    """Import and return the function that `reference`, "python:package.module:function", names.
 
-    Raises `error` if it is not of that form, its module cannot be imported, or has nothing of that name to call.
+    Args:
+        reference: The reference.
+        key: The recipe key that holds it, for messages.
+        error: The class of the error to raise if the reference is malformed, its module cannot be imported, or has no
+            such function.
     """
-    module_name, function_name = _parts(reference, key, error)
+    module_name, function_name = _split(reference, key, error)
     module = _import(module_name, reference, key, error)
     function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
@@ -47,11 +54,11 @@ def find_callable(reference: str, key: str, error: type[KdpipeError]) -> Callabl
 
 
 def source_sha256(reference: str, key: str, error: type[KdpipeError]) -> str:
-    """Sha256 over the file of the module that `reference` names, to tell later that it has been edited.
+    """Return the sha256 of the file of the module that `reference` names, to detect later edits.
 
-    What that module imports is not looked at. Raises `error` as `find_callable` does, and if there is no such file.
+    Modules that it imports are not included. Raises `error` as `find_callable` does, and if there is no such file.
     """
-    module_name, _ = _parts(reference, key, error)
+    module_name, _ = _split(reference, key, error)
     file = getattr(_import(module_name, reference, key, error), "__file__", None)
     try:
         return hashlib.sha256(Path(file or "").read_bytes()).hexdigest()
@@ -63,9 +70,9 @@ def source_sha256(reference: str, key: str, error: type[KdpipeError]) -> str:
         ) from caught
 
 
-def _parts(reference: str, key: str, error: type[KdpipeError]) -> tuple[str, str]:
+def _split(reference: str, key: str, error: type[KdpipeError]) -> tuple[str, str]:
     module_name, _, function_name = reference.removeprefix(PREFIX).partition(":")
-    if not reference.startswith(PREFIX) or not module_name or not function_name:
+    if not is_user_reference(reference) or not module_name or not function_name:
         raise error(f"{key}={reference!r} must read python:package.module:function.")
     return module_name, function_name
 

@@ -12,14 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.cause import cause
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 from stages.lesson import Normalisation
 from stages.losses.simkd import SimKDConfig
 from stages.models.build import ModelConfig, build_model
-from stages.models.factory import PREFIX as PYTHON
 from stages.models.weights import load_entries
 from stages.network import Network
+from stages.python_reference import is_user_reference
 from stages.quantize_student import config_of, prepare
 from stages.reuse_classifier import with_projector
 from stages.start_file import with_widths
@@ -89,7 +88,7 @@ def image_shape_of(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, trust_python: bool) -> nn.Module:
     name = str(architecture["model"])
-    if name.startswith(PYTHON) and not trust_python:
+    if is_user_reference(name) and not trust_python:
         raise ModelError(
             f"its model is {name!r}, code outside the file: pass trust_python=True if you trust that code."
         )

@@ -1,4 +1,4 @@
-"""`kdpipe store verify --recompute`: does the teacher say what the store holds? Some samples are asked."""
+"""`kdpipe store verify --recompute`: compare stored rows of some samples with the teacher's outputs."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from numpy.typing import NDArray
 from stages.features import tapped
 from stages.forms import take_form
 from stages.hard_labels import labels_of
+from stages.machine.versions import library_versions
 from stages.network import Network
 from stages.pictures import Request
 from stages.setup import Setup
-from stages.store_plan import layers_of, library_versions
-from stages.teacher_rows import listen, tapped_layers
+from stages.store_plan import layers_of
+from stages.teacher_rows import hooked_layers, teacher_forward
 from store import StoreError, TargetStore, open_store
 from store.format.manifest import require, version_note
 from store.format.topk import INDICES, TAIL, VALUES, encode_topk
 
 TOLERANCE = 1e-2
-"""How far a number may be from the teacher's, as a part of the largest in its row. Rounding to float16 takes 5e-4 of
-that, another batch size or device up to about 1e-3; another teacher's numbers differ by the whole of it."""
+"""The tolerated difference from the teacher, relative to the largest number in the row.
+
+Rounding to float16 takes 5e-4, another batch size or device up to about 1e-3; another teacher differs by about 1.
+"""
 
 SMALLEST = 2.0**-24
-"""The smallest step of float16: numbers in rows of nothing else are right to this."""
+"""The smallest step of float16, the tolerance in rows of tiny numbers."""
 
 MASS_TOLERANCE = 1e-2
-"""How far the mass of the logits that were not kept may be from the teacher's."""
+"""The tolerated difference of the mass of the logits outside of the top k."""
 
 BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Differing:
-    """A sample whose stored row is not what the teacher says: `error` is the largest difference in the row, as a part
-    of what is tolerated."""
+class Mismatch:
+    """A stored row that differs from the teacher's; `error` is the largest difference relative to the tolerance."""
 
     sample_id: int
     view: int
@@ -49,10 +51,10 @@ class Differing:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """`num_rows` samples, each in one view, were asked for; `largest_error` is as in `Differing`, over all."""
+    """The result of comparing `num_rows` rows; `largest_error` is over all, as in `Mismatch`."""
 
     num_rows: int
-    differing: tuple[Differing, ...]
+    differing: tuple[Mismatch, ...]
     largest_error: float
 
     def to_json(self) -> dict[str, Any]:
@@ -60,19 +62,19 @@ class Recomputed:
 
 
 def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: int) -> Recomputed:
-    """Compare `num_rows` samples of the store at `path`, each in one view, both chosen by `seed`, with the teacher.
+    """Compare `num_rows` samples of the store at `path`, each in one view, both drawn with `seed`, with the teacher.
 
-    Raises FingerprintMismatch where store and recipe do not even claim to have the same teacher and views, StoreError
-    where the store is not finished, or none of its samples are in the recipe's data set.
+    Raises FingerprintMismatch if the store names another teacher or other views, StoreError if it is not finished, or
+    has samples that are not in the recipe's data set.
     """
     store = open_store(path)
-    advice = "Give the recipe and the run folder by which the store was made."
-    advice += version_note(store.manifest.versions, library_versions())
+    advice = "Give the recipe and the run folder with which the store was made."
+    advice += made_with(store.manifest.versions, library_versions())
     require(store.manifest, {"teacher": teacher.identity, "views": setup.view_identity()}, f"the store {path}", advice)
     rng = np.random.default_rng(seed)
     ids = rng.choice(store.samples.ids, min(num_rows, store.num_samples), replace=False)
     views = rng.integers(store.num_views, size=len(ids))
-    differing: list[Differing] = []
+    differing: list[Mismatch] = []
     largest = 0.0
     for view in np.unique(views):
         chosen = np.sort(ids[views == view])
@@ -83,7 +85,7 @@ def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: i
                 largest = max(largest, float(errors.max()))
                 bad = errors > 1.0
                 differing += [
-                    Differing(int(one), int(view), name, float(error))
+                    Mismatch(int(one), int(view), name, float(error))
                     for one, error in zip(batch[bad], errors[bad], strict=True)
                 ]
     return Recomputed(len(ids), tuple(sorted(differing, key=lambda one: (one.sample_id, one.array))), largest)
@@ -93,60 +95,62 @@ def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: i
 def _errors(
     store: TargetStore, teacher: Network, setup: Setup, view: int, ids: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:
-    """By array, how far the rows of samples [n] are from the teacher's, [n]; 1 is just tolerated."""
+    """Return the errors of the rows of samples [n] by array, [n]; 1 is just tolerated."""
     wanted = [one for one in layers_of(store.manifest) if one.array in {spec.name for spec in store.arrays}]
-    at = torch.from_numpy(_positions(store, setup, ids))
-    seen = setup.pictures.one(Request(at, view))
-    with tapped(teacher.model, tapped_layers(wanted)) as tap:
-        said = listen(tap, teacher, seen, wanted, labels_of(setup.pictures, seen))
-    exact = {one.array: take_form(one, said.features[one.source]).float().cpu().numpy() for one in wanted}
+    positions = torch.from_numpy(_positions(store, setup, ids))
+    seen = setup.pictures.one(Request(positions, view))
+    with tapped(teacher.model, hooked_layers(wanted)) as tap:
+        outputs = teacher_forward(tap, teacher, seen, wanted, labels_of(setup.pictures, seen))
+    exact = {one.array: take_form(one, outputs.features[one.source]).float().cpu().numpy() for one in wanted}
     stored = {spec.name: store.gather(spec.name, view, ids) for spec in store.arrays}
     errors = {name: _row_errors(values, stored[name], _tolerance(store, name)) for name, values in exact.items()}
-    return errors | _logit_errors(store, said.logits.float().cpu().numpy(), stored)
+    return errors | _logit_errors(store, outputs.logits.float().cpu().numpy(), stored)
 
 
 def _positions(store: TargetStore, setup: Setup, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where samples stand in the recipe's data set. Raises StoreError for those that it lacks."""
-    at = setup.samples.positions_of(ids)
-    if (at < 0).any():
+    """Return the samples' positions in the recipe's data set; raises StoreError for unknown samples."""
+    positions = setup.samples.positions_of(ids)
+    if (positions < 0).any():
         raise StoreError(
-            f"{store.path} holds samples that this recipe's data set lacks, such as {ids[at < 0][:3].tolist()}: give "
-            "the recipe by which it was made."
+            f"{store.path} has samples that are not in this recipe's data set, such as "
+            f"{ids[positions < 0][:3].tolist()}: give the recipe with which it was made."
         )
-    return at
+    return positions
 
 
 def _tolerance(store: TargetStore, name: str) -> float:
-    """TOLERANCE, and what rounding an archive's mantissas may have taken."""
+    """Return TOLERANCE plus the error of rounding an archive's mantissas."""
     bits = store.manifest.rounded.get(name)
     return TOLERANCE + (0.0 if bits is None else 2.0**-bits)
 
 
 def _row_errors(exact: NDArray[Any], stored: NDArray[Any], tolerance: float) -> NDArray[np.float64]:
-    """The largest difference in each row [n, ...], as a part of what is tolerated there: [n]."""
-    wanted = exact.reshape(len(exact), -1).astype(np.float64)
-    held = stored.reshape(len(stored), -1).astype(np.float64)
-    allowed = tolerance * np.abs(wanted).max(axis=1) + SMALLEST
-    return np.asarray(np.abs(held - wanted).max(axis=1) / allowed)
+    """Return the largest difference in each row [n, ...], relative to the tolerance: [n]."""
+    expected = exact.reshape(len(exact), -1).astype(np.float64)
+    found = stored.reshape(len(stored), -1).astype(np.float64)
+    allowed = tolerance * np.abs(expected).max(axis=1) + SMALLEST
+    return np.asarray(np.abs(found - expected).max(axis=1) / allowed)
 
 
 def _logit_errors(
     store: TargetStore, logits: NDArray[np.float32], stored: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[np.float64]]:
-    """The same for logits [n, C]. Of top-k logits, those at the stored classes are compared, and how much mass the rest
-    has; a class that was kept must be one of the largest."""
-    form = store.manifest.top_k
-    if form is None:
+    """Return the errors of logits [n, C].
+
+    Of top-k logits the stored classes and the mass of the rest are compared; a stored class must be one of the largest.
+    """
+    top_k = store.manifest.top_k
+    if top_k is None:
         return {"logits": _row_errors(logits, stored["logits"], _tolerance(store, "logits"))}
-    classes = np.minimum(stored[INDICES].astype(np.intp), form.num_classes - 1)
+    classes = np.minimum(stored[INDICES].astype(np.intp), top_k.num_classes - 1)
     kept = np.take_along_axis(logits, classes, axis=1)
     tolerance = _tolerance(store, VALUES)
     allowed = tolerance * np.abs(logits).max(axis=1) + SMALLEST
-    least = np.sort(logits, axis=1)[:, -form.k]
-    ours = encode_topk(logits, form, "float32")[TAIL]
-    masses = [1.0 / (1.0 + np.exp(-tail.astype(np.float64))) for tail in (ours, stored[TAIL])]
+    threshold = np.sort(logits, axis=1)[:, -top_k.k]
+    tails = encode_topk(logits, top_k, "float32")[TAIL]
+    masses = [1.0 / (1.0 + np.exp(-tail.astype(np.float64))) for tail in (tails, stored[TAIL])]
     return {
         VALUES: np.abs(stored[VALUES].astype(np.float64) - kept).max(axis=1) / allowed,
-        INDICES: np.maximum(least - kept.min(axis=1), 0.0).astype(np.float64) / allowed,
+        INDICES: np.maximum(threshold - kept.min(axis=1), 0.0).astype(np.float64) / allowed,
         TAIL: np.abs(masses[0] - masses[1]).max(axis=1) / MASS_TOLERANCE,
     }

@@ -1,4 +1,4 @@
-"""`kdpipe store repair`: check a store, and compute again exactly what is damaged."""
+"""`kdpipe store repair`: check a store and recompute exactly what is damaged."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from store.write.extend import require_same_origin
 
 def repair(
     config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup
-) -> tuple[VerifyReport, VerifyReport, int]:
-    """Put the store at `path` right; returns what was found, what is left, and the number of units computed.
+) -> tuple[Verdict, Verdict, int]:
+    """Repair the store at `path`.
 
-    Metadata are written anew from the manifest, and a lost manifest from what the recipe plans (`layers` are the
-    recipe's), if the markers bear that out. Samples come from the recipe's data set, if they are the ones. Damaged
-    arrays of a unit are computed anew, and nothing else is: what was missing stays missing. Readers that opened the
-    store before keep what they have. A killed repair is finished by the next one.
+    Metadata are rewritten from the manifest, and a lost manifest from the recipe's plan (`layers` are the recipe's) if
+    the markers agree with it. Samples are restored from the recipe's data set if they are the same. Only damaged arrays
+    are recomputed: what was missing stays missing. Open readers are not disturbed. Rerunning finishes a killed repair.
 
-    Raises FingerprintMismatch, before anything is changed, where the recipe's teacher, views or data set are not the
-    store's; StoreError where the store cannot be repaired; LockedError where a job is at a damaged unit.
+    Returns the faults found, those left, and the number of units computed. Raises FingerprintMismatch, at once, if
+    the recipe's teacher, views or data set are not the store's; StoreError if it cannot be repaired; LockedError if
+    another job is computing a damaged unit.
     """
     manifest = _manifest(config, path, teacher, layers, setup)
     found = verify_store(path, setup.watch.counter("repair", "check", "unit"), manifest=manifest)
     if not found.damaged:
         return found, found, 0
     _require_own(config, path, manifest, teacher, setup)
-    with exclusive_store(path):
-        with suppress(StoreError):  # a manifest that is lost stays what the recipe plans
-            manifest = read_store_manifest(path)  # again: another job may have extended the store since
+    with alone(path):
+        with suppress(StoreError):  # a lost manifest stays the recipe's plan
+            manifest = read_store_manifest(path)  # again: another job may have extended the store meanwhile
         replace_metadata(path, manifest)
         if any(fault.key.startswith(f"{SAMPLES}/") or fault.key == SAMPLES for fault in found.damaged):
             restore_samples(path, manifest, setup.samples)
@@ -53,7 +53,7 @@ def repair(
 
 
 def _manifest(config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup) -> Manifest:
-    """The store's manifest; where it is damaged, what the recipe plans."""
+    """Return the store's manifest, or the recipe's plan if it is damaged."""
     try:
         return read_store_manifest(path)
     except StoreError:
@@ -63,11 +63,11 @@ def _manifest(config: CacheConfig, path: Path, teacher: Network, layers: Sequenc
 
 
 def _require_own(config: CacheConfig, path: Path, manifest: Manifest, teacher: Network, setup: Setup) -> None:
-    """Raise unless this teacher, these views and this data set gave the numbers in the store."""
+    """Raise unless the store was computed with this teacher, these views and this data set."""
     if manifest.rounded:
         raise RunError(
-            f"{path} was made by `kdpipe store transcode`, which rounded {', '.join(manifest.rounded)}: the teacher "
-            "cannot give these numbers again. Transcode the store from which it was made once more."
+            f"{path} was made by `kdpipe store transcode`, which rounded {', '.join(manifest.rounded)}: rounded "
+            "numbers cannot be recomputed. Transcode the original store again."
         )
     planned = plan_store(config, teacher, layers_of(manifest), samples_in_row_order(setup), setup)
     require_same_origin(path, manifest, replace(planned, codec=manifest.codec))

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.cause import cause
-from stages.errors import ModelError, RecipeError
+from stages.errors import ModelError, RecipeError, cause
 from stages.features import feature_shapes
 from stages.losses.simkd import SimKDConfig
 from stages.models.module_path import module_named

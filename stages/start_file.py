@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.cause import cause
 from stages.compression.widths import apply_widths
-from stages.errors import ModelError, RunError
+from stages.errors import ModelError, RunError, cause
 from stages.job_folder import JobFolder
 from stages.model_file import save_model
 from stages.network import Network

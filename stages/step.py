@@ -1,8 +1,8 @@
-"""One step of the training loop: a batch forward and back, and the optimiser's step.
+"""One training step: forward and backward pass of a batch, and the optimizer's step.
 
-Where memory is short the batch goes through in parts, whose gradients are added up: for a network without batch norm,
-and losses that are means over samples, that is the gradient of the whole batch. A step that ran out of memory leaves no
-trace: buffers are as they were, and the random numbers are drawn anew.
+Where memory is short the batch is divided into micro-batches whose gradients are accumulated: without batch norm, and
+for losses that are means over samples, the sum is the gradient of the whole batch. A step that ran out of memory leaves
+no trace: buffers are restored, and the same random numbers are drawn again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stages.checkpoint import Machinery, State
+from stages.checkpoint import Progress, TrainState
 from stages.features import Tap
 from stages.lesson import Batch, Lesson
 from stages.losses.contrast import Memory
@@ -32,128 +32,127 @@ if TYPE_CHECKING:
     from stages.training import Job
 
 
-class Stepper:
-    """Takes the steps of a job's epoch. It keeps copies of the buffers, for steps that have to be tried again."""
+class TrainStep:
+    """The steps of a job's epoch. It keeps copies of the buffers, for steps that have to be repeated."""
 
-    def __init__(self, job: Job, student: Tap, machinery: Machinery, state: State, watch: Watch) -> None:
-        self._job, self._student, self._machinery, self._state, self._watch = job, student, machinery, state, watch
-        self._buffers = _Buffers(machinery.modules)
-        groups = machinery.optimiser.param_groups
+    def __init__(self, job: Job, student: Tap, state: TrainState, progress: Progress, watch: Watch) -> None:
+        self._job, self._student, self.state, self.progress, self._watch = job, student, state, progress, watch
+        self._buffers = _Buffers(state.modules)
+        groups = state.optimizer.param_groups
         self._parameters = [one for group in groups for one in group["params"] if one.requires_grad]
 
     def step(self, batch: Batch) -> None:
-        """One batch forward and back, and one step of the optimiser. Adds the losses to the state's sums."""
-        losses = self._in_parts_that_fit(batch)
+        """Run one batch forward and backward, step the optimizer, and add the losses to the epoch's sums."""
+        losses = self._losses_in_memory(batch)
         if self._job.processes.count > 1:
             losses = _averaged(self._parameters, losses, self._job.processes)
-        self._machinery.scaler.step(self._machinery.optimiser)
-        self._machinery.scaler.update()
+        self.state.scaler.step(self.state.optimizer)
+        self.state.scaler.update()
         self._job.after_step(self._job.model)
-        sums = self._state.sums
+        sums = self.progress.sums
         for name, loss in losses.items():
             sums[name] = sums.get(name, torch.zeros((), device=loss.device)) + loss
 
-    def _in_parts_that_fit(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses of the batch, whose gradients are at the parameters; in twice as many parts each time that memory
-        runs out. Several processes would have to fall back together, while some wait for others: they do not.
+    def _losses_in_memory(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses of the batch, gradients set, with twice as many micro-batches each time memory runs out.
+
+        Several processes do not retry: all would have to do so together, while some wait for others.
         """
-        state, before = self._state, self._state.parts
+        progress, before = self.progress, self.progress.micro_batches
         retries = self._job.processes.count == 1
         self._buffers.begin_step(copied=retries)
         while True:
             try:
-                losses = self._forward_and_back(batch)
+                losses = self._forward_backward(batch)
             except (MemoryError, RuntimeError) as error:
-                if not (retries and is_out_of_memory(error) and state.parts < len(batch.images)):
+                if not (retries and is_out_of_memory(error) and progress.micro_batches < len(batch.images)):
                     raise
             else:
                 break
-            # Here the error is gone, and with it the tensors of the failed attempt.
-            self._buffers.take_back()
-            self._machinery.optimiser.zero_grad(set_to_none=True)
-            state.parts = min(2 * state.parts, len(batch.images))
+            # Outside of `except`: the error, and with it the tensors of the failed attempt, are freed here.
+            self._buffers.restore()
+            self.state.optimizer.zero_grad(set_to_none=True)
+            progress.micro_batches = min(2 * progress.micro_batches, len(batch.images))
             gc.collect()
             if batch.images.is_cuda:
                 torch.cuda.empty_cache()
-        if state.parts > before:
-            self._watch.warn(self._job.stage, parts_sentence(self._job.model, self._job.lesson, batch, state.parts))
+        if progress.micro_batches > before:
+            warning = micro_batch_warning(self._job.model, self._job.lesson, batch, progress.micro_batches)
+            self._watch.warn(self._job.stage, warning)
         return losses
 
-    def _forward_and_back(self, batch: Batch) -> dict[str, Tensor]:
-        job, machinery, state = self._job, self._machinery, self._state
-        own = (job.processes.rank,) if job.processes.rank else ()  # each its own dropout; the first as one alone
-        _seed(derive_seed(job.seed, "step", state.epoch, state.step, *own), batch.images.device)
-        machinery.optimiser.zero_grad(set_to_none=True)
-        if state.parts == 1:
-            return self._back(batch)
-        # One process's parts may be more than there are rows, where several go on with its job.
-        parts = min(state.parts, job.config.batch_size // job.processes.count)
+    def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
+        job, state, progress = self._job, self.state, self.progress
+        own = (job.processes.rank,) if job.processes.rank else ()  # each rank its own dropout; rank 0 as a single one
+        _seed(derive_seed(job.seed, "step", progress.epoch, progress.step, *own), batch.images.device)
+        state.optimizer.zero_grad(set_to_none=True)
+        if progress.micro_batches == 1:
+            return self._backward(batch)
+        # After one process's job is continued by several, there may be more micro-batches than rows.
+        count = min(progress.micro_batches, job.config.batch_size // job.processes.count)
         whole, sums = total(len(batch.images)), dict[str, Tensor]()
-        for part in batch.parts(parts):
-            num_samples = total(len(part.images))
-            if num_samples == 0:  # of a batch that lacks pictures which cannot be read
+        for micro_batch in batch.split(count):
+            num_samples = total(len(micro_batch.images))
+            if num_samples == 0:  # of a batch that lacks unreadable images
                 continue
-            for name, loss in self._back(part, num_samples / whole).items():
+            for name, loss in self._backward(micro_batch, num_samples / whole).items():
                 sums[name] = sums[name] + loss if name in sums else loss
         return sums
 
-    def _back(self, batch: Batch, share: float = 1.0) -> dict[str, Tensor]:
-        """Forward and back for a batch, or a part that is `share` of one; returns the losses."""
+    def _backward(self, batch: Batch, share: float = 1.0) -> dict[str, Tensor]:
+        """Run a batch, or a micro-batch that is `share` of one, forward and backward; returns the losses."""
         job, device = self._job, batch.images.device
-        narrow = narrow_type(job.config, device)
-        twice = job.lesson.needs_input_gradient
-        if twice:
+        dtype = autocast_dtype(job.config, device)
+        differentiates_input = job.lesson.needs_input_gradient
+        if differentiates_input:
             batch.images.requires_grad_()
         # Fused attention has no second derivative.
-        kernels = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
-        with kernels, torch.autocast(device.type, dtype=narrow, enabled=narrow is not None):
+        kernels = sdpa_kernel(SDPBackend.MATH) if differentiates_input else nullcontext()
+        with kernels, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             losses = job.lesson.losses(self._student(batch.images), batch)
         values = torch.stack(list(losses.values()))
         if share != 1:
             values = share * values
-        self._machinery.scaler.scale(values.sum()).backward()  # type: ignore[no-untyped-call]
+        self.state.scaler.scale(values.sum()).backward()  # type: ignore[no-untyped-call]
         return dict(zip(losses, values.detach().unbind(), strict=True))
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """What `torch.manual_seed` does; on a CPU without its search for other devices, which takes longer than a small
-    network's forward pass.
-    """
+    """Seed as `torch.manual_seed` does; on a CPU without its slow search for other devices."""
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
 
 
-def narrow_type(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The narrow type of mixed precision; None where everything runs in float32."""
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Return the low-precision type of mixed precision; None where everything runs in float32."""
     if config.precision == "float32" or device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def parts_sentence(model: nn.Module, lesson: Lesson, batch: Batch, parts: int) -> str:
-    """What to tell people of batches that go through in parts."""
+def micro_batch_warning(model: nn.Module, lesson: Lesson, batch: Batch, micro_batches: int) -> str:
+    """Return the warning for batches that are divided, naming what now depends on the micro-batch."""
     num_samples = len(batch.images)
-    what = "GPU memory" if batch.images.is_cuda else "memory"
-    said = (
-        f"out of {what} with batches of {num_samples}: going on in parts of {-(-num_samples // parts)} whose gradients "
-        f"are added up; the effective batch stays {num_samples}"
+    memory = "GPU memory" if batch.images.is_cuda else "memory"
+    warning = (
+        f"out of {memory} with batches of {num_samples}: continuing with micro-batches of "
+        f"{-(-num_samples // micro_batches)} whose gradients are accumulated; the effective batch size stays "
+        f"{num_samples}"
     )
     configs = lesson.distillation.configs if lesson.distillation else {}
-    seen = [name for name, one in configs.items() if not one.per_sample or one.samples.judges]
+    affected = [name for name, config in configs.items() if not config.per_sample or config.samples.judges]
     modules: list[nn.Module] = [model] + ([lesson.distillation] if lesson.distillation else [])
     if any(isinstance(module, _BatchNorm) for one in modules for module in one.modules()):
-        seen.append("batch norm")
-    return f"{said}; what goes by the batch ({', '.join(seen)}) now goes by the part." if seen else f"{said}."
+        affected.append("batch norm")
+    return f"{warning}; computed per micro-batch: {', '.join(affected)}." if affected else f"{warning}."
 
 
 def _averaged(parameters: Sequence[nn.Parameter], losses: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """Make the gradients their means over the processes, and return the losses' means. A parameter that took part in
-    one process takes part in all.
-    """
-    took_part = processes.any_of([one.grad is not None for one in parameters])
-    shared = [one for one, takes_part in zip(parameters, took_part, strict=True) if takes_part]
+    """Average gradients and losses over the processes; a parameter used in one process counts as used in all."""
+    was_used = processes.any_of([one.grad is not None for one in parameters])
+    shared = [one for one, used in zip(parameters, was_used, strict=True) if used]
     for one in shared:
         if one.grad is None:
             one.grad = torch.zeros_like(one)
@@ -163,14 +162,14 @@ def _averaged(parameters: Sequence[nn.Parameter], losses: dict[str, Tensor], pro
 
 
 class _Buffers:
-    """The buffers of a network and of its losses as they were before a step; large memories keep what they lost."""
+    """Copies of the buffers of a network and its losses before a step; contrastive memories keep only what changed."""
 
     def __init__(self, modules: nn.Module) -> None:
         self._memories = [module for module in modules.modules() if isinstance(module, Memory)]
-        kept = {id(memory.rows) for memory in self._memories}
-        held = [buffer for buffer in modules.buffers() if id(buffer) not in kept]
-        kinds = dict.fromkeys((buffer.dtype, buffer.device) for buffer in held)
-        self._groups = [[one for one in held if (one.dtype, one.device) == kind] for kind in kinds]
+        in_memories = {id(memory.rows) for memory in self._memories}
+        buffers = [buffer for buffer in modules.buffers() if id(buffer) not in in_memories]
+        kinds = dict.fromkeys((buffer.dtype, buffer.device) for buffer in buffers)
+        self._groups = [[one for one in buffers if (one.dtype, one.device) == kind] for kind in kinds]
         self._copies: list[list[Tensor]] = []
         self._sizes: list[torch.Size] = []
 
@@ -180,20 +179,20 @@ class _Buffers:
         if not copied:
             return
         sizes = [one.shape for group in self._groups for one in group]
-        if sizes != self._sizes:  # observers of ranges grow theirs
+        if sizes != self._sizes:  # range observers resize theirs
             self._copies, self._sizes = [[one.clone() for one in group] for group in self._groups], sizes
             return
         for copies, group in zip(self._copies, self._groups, strict=True):
             torch._foreach_copy_(copies, group)
 
-    def take_back(self) -> None:
+    def restore(self) -> None:
         for memory in self._memories:
             memory.take_back()
         for copies, group in zip(self._copies, self._groups, strict=True):
-            _put_back(copies, group)
+            _copy_back(copies, group)
 
 
 @torch.no_grad()
-def _put_back(copies: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
+def _copy_back(copies: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
     for copy, buffer in zip(copies, buffers, strict=True):
         buffer.resize_(copy.shape).copy_(copy)

@@ -1,10 +1,9 @@
-"""What a store will be, before a second of the teacher's time is spent: arrays, units, bytes, the disk's room."""
+"""Plan of a store before the teacher runs: arrays, units, bytes and disk space."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +14,7 @@ from stages.config import Count, Place, section
 from stages.errors import RecipeError, RunError
 from stages.features import feature_shapes
 from stages.forms import INPUT_GRADIENT, Shape, Wanted, form_shape, parse_kind
+from stages.machine.versions import library_versions
 from stages.network import Network
 from stages.setup import Setup
 from store import (
@@ -41,20 +41,23 @@ Temperature = Annotated[float, Field(ge=0.1, le=100)]
 
 def _ascending(temperatures: tuple[float, float]) -> tuple[float, float]:
     if temperatures[0] > temperatures[1]:
-        raise ValueError("the lowest temperature comes first")
+        raise ValueError("the lowest temperature must come first")
     return temperatures
 
 
 @section
 class CacheConfig:
-    """What is stored and how.
+    """Configuration of the target store.
 
-    layers: modules of the teacher of which something is kept, beside the maps that the recipe's losses ask for:
-    `layer3` keeps its map, `layer3:pooled`, `layer3:attention` and `layer3:gram` a statistic of it.
-    top_k: keep only the largest logits of a row, with the mass of the rest at any temperature within `temperatures`,
-    lowest and highest: a narrow range takes fewer bytes.
-    store: the store's folder; by default `store.zarr` in the run folder.
-    shard_bytes: about how large the widest array's shard files are.
+    Attributes:
+        layers: Modules of the teacher to store beside the features that the losses require: `layer3` stores its map,
+            `layer3:pooled`, `layer3:attention` and `layer3:gram` a statistic of it.
+        dtype: The type of logits and features.
+        top_k: Store only the largest logits of a row, and the mass of the rest at any temperature in `temperatures`.
+        temperatures: The lowest and highest temperature; a narrow range takes fewer bytes.
+        store: The store's folder; by default `store.zarr` in the run folder.
+        batch_size: Images per teacher batch.
+        shard_bytes: The approximate size of the widest array's shard files.
     """
 
     layers: tuple[str, ...] = ()
@@ -67,15 +70,16 @@ class CacheConfig:
 
 
 def samples_in_row_order(setup: Setup) -> Samples:
-    """The training samples as a store's rows have them: in an order that looks random, so that slabs mix."""
+    """Return the training samples in the order of the store's rows: pseudo-random, so that slabs mix classes."""
     return setup.samples.take(row_order(setup.samples.ids, setup.views.seed))
 
 
 def plan_store(
     config: CacheConfig, teacher: Network, layers: Sequence[Wanted], samples: Samples, setup: Setup
 ) -> Manifest:
-    """What the store will be. Raises ModelError, listing the nearest paths, for a layer that the teacher lacks,
-    RecipeError for a top_k that is no less than the number of classes.
+    """Return the manifest of the store to make.
+
+    Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes.
     """
     top_k = _top_k(config, setup)
     logits = top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (setup.train_set.num_classes,), config.dtype),)
@@ -94,32 +98,26 @@ def plan_store(
     )
 
 
-def library_versions() -> dict[str, str]:
-    """Of what a store's numbers may depend on without anybody's having said so."""
-    names = ("kdpipe", "numpy", "pillow", "torch", "torchvision", "zarr")
-    return {name: version(name) for name in names}
-
-
 def layers_of(manifest: Manifest) -> list[Wanted]:
-    """What of which layers a store holds."""
+    """Return the features that a store holds."""
     parts = [spec.name.partition("/") for spec in manifest.arrays]
     return [wanted for kind, _, layer in parts if (wanted := parse_kind(layer, kind)) is not None]
 
 
 def form_shapes(model: nn.Module, layers: Sequence[Wanted], image_shape: tuple[int, int, int]) -> dict[Wanted, Shape]:
-    """The shape of one sample in each wanted form, for images (C, H, W)."""
+    """Return the shape of one sample of each wanted feature, for images (C, H, W)."""
     shapes = source_shapes(model, layers, image_shape)
     return {one: form_shape(one, shapes[one.source]) for one in layers}
 
 
 def source_shapes(model: nn.Module, layers: Sequence[Wanted], image_shape: tuple[int, int, int]) -> dict[str, Shape]:
-    """The shape of what each of the wanted is made of, by its `source`, without the batch axis."""
+    """Return the shape of each wanted feature's source, by its `source`, without the batch axis."""
     tapped = [one.layer for one in layers if one.source == one.layer]
     return {**feature_shapes(model, tapped, image_shape), INPUT_GRADIENT: image_shape}
 
 
 def missing_bytes(path: Path, wanted: Manifest, samples: Samples) -> int:
-    """Bytes that the store at `path` still needs to hold all that is wanted. Raises what `plan_growth` raises."""
+    """Return the bytes that the store at `path` still needs. Raises the same as `plan_growth`."""
     if not path.exists():
         return store_bytes(wanted, wanted.layout.units())
     grown, _ = plan_growth(path, read_store_manifest(path), wanted, samples)
@@ -127,12 +125,12 @@ def missing_bytes(path: Path, wanted: Manifest, samples: Samples) -> int:
 
 
 def free_bytes(path: Path) -> int:
-    """What is free on the disk on which `path` is or will be."""
+    """Return the free bytes of the disk of `path`, which need not exist yet."""
     return shutil.disk_usage(next(one for one in (path, *path.absolute().parents) if one.exists())).free
 
 
 def require_room(path: Path, needed: int) -> None:
-    """Raise RunError before any work is spent if the store at `path` needs more bytes than its disk has free."""
+    """Raise RunError if the store at `path` needs more bytes than its disk has free."""
     free = free_bytes(path)
     if needed > free:
         raise RunError(
@@ -147,6 +145,6 @@ def _top_k(config: CacheConfig, setup: Setup) -> TopK | None:
     num_classes = setup.train_set.num_classes
     if config.top_k >= num_classes:
         raise RecipeError(
-            f"cache.top_k = {config.top_k} of {num_classes} classes keeps them all: leave it out, or keep fewer."
+            f"cache.top_k = {config.top_k} keeps all of {num_classes} classes: leave it out, or keep fewer."
         )
     return TopK(num_classes, config.top_k, default_temperatures(*config.temperatures))

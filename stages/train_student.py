@@ -1,4 +1,4 @@
-"""Stage 2, `kdpipe train-student`: a student taught by hard labels alone, and the same one taught from stores."""
+"""Stage 2, `kdpipe train-student`: train students on hard labels alone, and distilled from stores."""
 
 from __future__ import annotations
 
@@ -42,13 +42,21 @@ ALONE, DISTILLED = "alone", "distilled"
 
 @section
 class StudentConfig:
-    """The student, and how it is trained: once for each seed, alone and distilled, all else being equal.
+    """Configuration of the student and its training: once for each seed, alone and distilled, all else equal.
 
-    hard_label_weight: the weight of the cross entropy with the labels beside the distillation losses.
-    label_smoothing: the share of each label that goes to all classes alike; of the student alone too.
-    stores: the target stores to learn from; none means the one that this recipe's `cache-teacher` fills. Several are
-    several teachers, as `teachers` says; a loss on features says which store it means.
-    missing_targets: what samples are for which a store has no targets: an "error", or taught by their "hard-labels" alone.
+    Attributes:
+        model: The network.
+        train: Epochs, optimizer and schedule.
+        seeds: The seeds; each gives a student alone and a distilled one.
+        hard_label_weight: The weight of the cross entropy with the labels beside the distillation losses.
+        label_smoothing: The share of each label that is spread over all classes; also for the student alone.
+        stores: The target stores; by default the one that this recipe's `cache-teacher` fills. Several stores are
+            several teachers, combined by `teachers`; a loss on features names its store.
+        teachers: How several teachers are combined.
+        missing: Samples without targets are an "error", or are trained on "hard-labels" only.
+        read: How targets are loaded.
+        mean: The input's mean for each channel; by default that of the training images.
+        std: The input's standard deviation for each channel.
     """
 
     model: ModelConfig
@@ -65,27 +73,28 @@ class StudentConfig:
 
 
 def view_warning(views: ViewsConfig) -> str | None:
-    """What to tell people whose student's labels will not go far: a sentence, or None."""
+    """Return a warning for views that limit the accuracy of distillation, or None."""
     if not views.augments or (views.replay and views.num_views > 1):
         return None
-    what = (
-        "views.replay = false: the student sees other pictures than those that its targets are about."
+    reason = (
+        "views.replay = false: the student sees other views than those of its targets."
         if not views.replay
-        else "views.num_views = 1: the student sees each image in one and the same view in every epoch."
+        else "views.num_views = 1: the student sees the same view of each image in every epoch."
     )
     return (
-        f"{what} Against many consistent views, one fixed view cost a ResNet-50 on ImageNet-1k 1.2 points in 30 "
+        f"{reason} Against many consistent views, one fixed view cost a ResNet-50 on ImageNet-1k 1.2 points in 30 "
         "epochs, 2.3 in 300, 3.0 in 1,200 and 4.8 in 9,600 (Beyer et al. 2022); docs/views.md has figures for small "
         "students."
     )
 
 
 def student_folder(run: Path, kind: str, seed: int) -> JobFolder:
+    """Return the folder of a student, ALONE or DISTILLED, of a run."""
     return JobFolder(run / "students" / f"{kind}-seed{seed}")
 
 
 def student_shapes(config: StudentConfig, losses: Sequence[Entry], setup: Setup) -> Shapes:
-    """The shapes of what `losses` hook in the student. Raises ModelError, listing the nearest, for a wrong path."""
+    """Return the shapes of the student's features for `losses`; raises ModelError for unknown paths."""
     model = fresh_student(config, config.seeds[0], setup).model
     return feature_shapes(model, student_layers(losses), setup.image_shape)
 
@@ -97,7 +106,7 @@ def open_teaching(
     identity: Mapping[str, Any],
     setup: Setup,
 ) -> Teaching:
-    """The stores that `losses` teach the student from, opened and checked. Raises what `open_stores` raises."""
+    """Open and check the stores for `losses`. Raises the same as `open_stores`."""
     shapes = student_shapes(student, losses, setup)
     teaching = open_stores(places, losses, student, identity, setup, shapes=shapes)
     if student.teachers.weights == "accuracy":
@@ -118,9 +127,10 @@ def build_lesson(
     label_smoothing: float = 0.0,
     settled: bool = False,
 ) -> Lesson:
-    """What `network` is to learn from: hard labels alone where `teaching` is None, else also what the stores say.
+    """Build the training task of `network`.
 
-    label_smoothing: of the student alone; a teaching has its own. settled: fine-tuning, for which ramps have ended.
+    Without `teaching` it has hard labels only, smoothed by `label_smoothing`. `seed` initializes the losses' adapters;
+    `settled` means that all schedules have ended, as in fine-tuning.
     """
     views = setup.views
     lesson = Lesson(setup.pictures, views.num_views, network.normalise, fresh_views=not views.replay)
@@ -148,8 +158,8 @@ def build_lesson(
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Where a student is trained, under which name, and whether an ONNX file is made of it."""
+class StudentRun:
+    """The folder and name of a student's training, and whether to export an ONNX file."""
 
     folder: JobFolder
     name: str
@@ -157,18 +167,18 @@ class Seat:
 
 
 def train_student(
-    config: StudentConfig, seed: int, teaching: Teaching | None, setup: Setup, *, seat: Seat | None = None
+    config: StudentConfig, seed: int, teaching: Teaching | None, setup: Setup, *, run: StudentRun | None = None
 ) -> dict[str, Any]:
-    """Train one student, distilled by `teaching` or alone where that is None, and leave it in the run folder, or where
-    `seat` says.
+    """Train one student, distilled by `teaching` or alone if that is None, and return its results.
 
-    Resumes where it was stopped; a finished one is not touched. Returns its figures.
+    Training resumes where it was stopped; a finished student is not trained again. `run` defaults to a folder of
+    setup.run.
     """
-    if seat is None:
+    if run is None:
         kind = ALONE if teaching is None else DISTILLED
-        seat = Seat(student_folder(setup.run, kind, seed), f"{kind} student, seed {seed}")
+        run = StudentRun(student_folder(setup.run, kind, seed), f"{kind} student, seed {seed}")
     setup.processes.require_shares(config.train.batch_size, setup.train_set.num_samples)
-    folder = seat.folder
+    folder = run.folder
     network = fresh_student(config, seed, setup, teaching.losses if teaching else ())
 
     def begin() -> dict[str, Any] | None:
@@ -178,14 +188,14 @@ def train_student(
     if (done := setup.processes.once(begin)) is not None:
         return done
     if teaching is not None:
-        _hint_stages(config, seed, teaching, setup, network, seat=seat)
+        _hint_stages(config, seed, teaching, setup, network, run=run)
         teaching = teaching.main
     lesson = build_lesson(network, teaching, seed, setup, label_smoothing=config.label_smoothing)
     layers = student_layers(teaching.losses) if teaching else ()
     test = setup.test(network.normalise)
     job = Job(
         "train-student",
-        seat.name,
+        run.name,
         network.model,
         lesson,
         test,
@@ -195,13 +205,13 @@ def train_student(
         layers,
         processes=setup.processes,
     )
-    return finish(folder, network, train(job, setup.device, setup.watch), setup, with_onnx=seat.with_onnx)
+    return finish(folder, network, train(job, setup.device, setup.watch), setup, with_onnx=run.with_onnx)
 
 
 def _made_from(
     config: StudentConfig, seed: int, teaching: Teaching | None, network: Network, setup: Setup
 ) -> dict[str, Any]:
-    """What decides a student."""
+    """Return the inputs that determine a student."""
     return {
         "starts_from": network.identity,
         "train": deciding(config.train),
@@ -209,28 +219,30 @@ def _made_from(
         "data": setup.data_identity(),
         "test": setup.test_identity(),
         "views": setup.shown_views(),
-        **({"label_smoothing": config.label_smoothing} if config.label_smoothing else {}),
+        "label_smoothing": config.label_smoothing,
         "teaching": teaching.to_json() if teaching else None,
     }
 
 
 def _hint_stages(
-    config: StudentConfig, seed: int, teaching: Teaching, setup: Setup, network: Network, *, seat: Seat
+    config: StudentConfig, seed: int, teaching: Teaching, setup: Setup, network: Network, *, run: StudentRun
 ) -> None:
-    """What comes before the student's own training where a loss is `fitnet`: each hint alone, one after the other, with
-    only the modules up to the hint layer, at a constant learning rate. Each ends in a file, from which the next begins.
+    """Run the hint stages of `fitnet` losses, before the student's own training.
+
+    Each hint is trained alone, with only the modules up to its layer, at a constant learning rate. Each stage writes a
+    file from which the next one starts.
     """
     processes = setup.processes
-    if processes.once(seat.folder.checkpoint.exists):
-        return  # its own training is under way
+    if processes.once(run.folder.checkpoint.exists):
+        return  # the student's own training has begun
     stages = [stage for loss in teaching.losses if isinstance(loss, FitNetConfig) for stage in loss.stages()]
     for number, stage in enumerate(stages, 1):
-        own = JobFolder(seat.folder.path / f"hint{number}")
+        own = JobFolder(run.folder.path / f"hint{number}")
         if not processes.once(partial(_has_model, own)):
             lesson = build_lesson(network, teaching.of([stage]), derive_seed(seed, "hint", number), setup)
             job = Job(
                 "train-student",
-                f"{seat.name}, hint {number} of {len(stages)}",
+                f"{run.name}, hint {number} of {len(stages)}",
                 network.model,
                 replace(lesson, hints_only=True),
                 None,
@@ -249,13 +261,13 @@ def _hint_stages(
 
 
 def _has_model(folder: JobFolder) -> bool:
-    """Whether a job's network is there; its folder is in any case."""
+    """Create a job's folder and return whether its network exists."""
     make_folders([folder.path])
     return folder.model.exists()
 
 
 def fresh_student(config: StudentConfig, seed: int, setup: Setup, losses: Sequence[Entry] = ()) -> Network:
-    """The untrained student of a seed, with what `losses` make part of it."""
+    """Build the untrained student of a seed, with the modules that `losses` add to it."""
     normalise = model_normalisation(setup.train_set, config.model.weights, config.mean, config.std)
     network = Network(setup.build(config.model, seed), setup.architecture(config.model), normalise)
     for loss in losses:

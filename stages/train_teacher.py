@@ -1,4 +1,4 @@
-"""Stage 0, `kdpipe train-teacher`: train a teacher, or take a trained one, and leave it where stage 1 finds it."""
+"""Stage 0, `kdpipe train-teacher`: train a teacher, or use a trained one, for stage 1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from store import FingerprintMismatch, differences
 
 @section
 class TeacherConfig:
-    """The teacher: a network, and how to train it. Without `train`, `model.weights` are taken as they are."""
+    """Configuration of the teacher and its training. Without `train`, `model.weights` are used as they are."""
 
     model: ModelConfig
     train: TrainConfig | None = None
@@ -31,14 +31,15 @@ class TeacherConfig:
 
 
 def teacher_folder(run: Path) -> JobFolder:
+    """Return the folder of a run's teacher."""
     return JobFolder(run / "teacher")
 
 
 def train_teacher(config: TeacherConfig, seed: int, setup: Setup) -> dict[str, Any]:
-    """Leave a teacher in the run folder, with its ONNX file and figures; returns the figures.
+    """Train a teacher, or load its weights, write it to the run folder with its ONNX file, and return its results.
 
-    The training resumes where it was stopped, and a finished one is not touched. Raises RecipeError where the recipe
-    gives neither weights nor training, and what building and training raise.
+    Training resumes where it was stopped; a finished teacher is not trained again. Raises RecipeError if the recipe has
+    neither weights nor training, and the same as building and training.
     """
     if config.train is None and config.model.weights is None:
         raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
@@ -48,14 +49,14 @@ def train_teacher(config: TeacherConfig, seed: int, setup: Setup) -> dict[str, A
     teacher = _fresh(config, seed, setup)
 
     def begin() -> dict[str, Any] | None:
-        plan = {"train": deciding(config.train) if config.train else None, "views": setup.view_identity()}
         folder.begin(
             {
                 "starts_from": teacher.identity,
                 "data": setup.data_identity(),
                 "test": setup.test_identity(),
                 "seed": seed,
-                **plan,
+                "train": deciding(config.train) if config.train else None,
+                "views": setup.view_identity(),
             }
         )
         return folder.result()
@@ -73,10 +74,9 @@ def train_teacher(config: TeacherConfig, seed: int, setup: Setup) -> dict[str, A
 
 
 def load_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:
-    """The finished teacher of a run folder, in eval mode on the device. Raises RunError if it is not finished.
+    """Load the finished teacher of a run folder, in eval mode on the device; raises RunError if it is not finished.
 
-    Where the recipe does not say how it scales its input, that is as it was when it was trained, whatever samples have
-    come to the data set since.
+    Without a mean in the recipe, its input scaling is that of its training, even if the data set has grown since.
     """
     folder = teacher_folder(setup.run)
     teacher = _fresh(config, seed, setup)
@@ -86,8 +86,9 @@ def load_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:
 
 
 def require_same_training(config: TeacherConfig, seed: int, setup: Setup) -> None:
-    """Raise FingerprintMismatch where the teacher in the run folder comes of another seed, or was trained otherwise,
-    than the recipe says: its weights alone do not tell.
+    """Raise FingerprintMismatch if the run folder's teacher has another seed or training configuration than the recipe.
+
+    The store's record of its weights does not show that.
     """
     folder = teacher_folder(setup.run).path
     stored = read_json(folder / "job.json")
@@ -96,25 +97,27 @@ def require_same_training(config: TeacherConfig, seed: int, setup: Setup) -> Non
     wanted = {"seed": seed, "train": deciding(config.train) if config.train else None}
     found = differences({key: stored.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
     if found:
-        advice = "Go back to the recipe that made it, or give this one another run folder (--run)."
+        advice = "Use the recipe that trained it, or give this one another run folder (--run)."
         raise FingerprintMismatch(f"the teacher in {folder}", found, advice)
 
 
 def untrained_teacher(config: TeacherConfig, seed: int, setup: Setup) -> Network:
-    """The teacher before its training, in eval mode on the device: its shapes and its speed are known already."""
+    """Build the teacher without training, in eval mode on the device, for its shapes and speed."""
     teacher = _fresh(config, seed, setup)
     teacher.model.eval().to(setup.device)
     return teacher
 
 
 def teacher_identity(config: TeacherConfig, setup: Setup) -> dict[str, Any]:
-    """What identifies the recipe's teacher, without building it: its architecture, its scaling, and, from its
-    figures, its weights. Without figures in the run folder, `weights_sha256` is left out."""
+    """Return the identity of the recipe's teacher without building it.
+
+    `weights_sha256` comes from its results, and is left out if the run folder has none.
+    """
     result = teacher_folder(setup.run).result()
     normalise = model_normalisation(setup.train_set, config.model.weights, config.mean, config.std)
-    identity = {"architecture": setup.architecture(config.model), "normalisation": normalise.to_json()}
+    identity = {"architecture": setup.architecture(config.model), "normalization": normalise.to_json()}
     if result and config.mean is None:
-        identity["normalisation"] = result["identity"].get("normalisation")
+        identity["normalization"] = result["identity"].get("normalization")
     return {**identity, "weights_sha256": result["identity"]["weights_sha256"]} if result else identity
 
 

@@ -1,7 +1,7 @@
-"""The training loop: teachers, students, pruned and quantized networks all go through this one.
+"""The training loop of all networks: teachers, students, pruned and quantized ones.
 
-It can be killed at any step. What has no state (order, views, learning rate, dropout: functions of seed, epoch and
-step) needs no saving; what has one (weights, optimiser, sums of the epoch's losses, history) is in the checkpoint.
+It can be killed at any step. Order, views, learning rate and dropout are functions of seed, epoch and step; everything
+else (weights, optimizer, sums of the epoch's losses, history) is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,27 +14,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.checkpoint import Machinery, State, restore, save
+from stages.checkpoint import Progress, TrainState, load_checkpoint, save_checkpoint
 from stages.errors import NotFiniteError, RunError, StoppedEarly
 from stages.evaluate import Evaluation, evaluate
 from stages.features import tapped
 from stages.global_batch_norm import batch_norm_over_processes
 from stages.job_folder import JobFolder
 from stages.lesson import Batch, Lesson
-from stages.optim import TrainConfig, build_optimiser, learning_rate, set_learning_rate
+from stages.optim import TrainConfig, build_optimizer, learning_rate, set_learning_rate
 from stages.order import num_steps
 from stages.processes import ONE, Processes
-from stages.step import Stepper, narrow_type
+from stages.step import TrainStep, autocast_dtype
 from stages.watch import Event, Watch
 
 
 @dataclass(frozen=True)
 class Job:
-    """One network to train: on what, how, where, and under which name it reports.
+    """A network to train.
 
-    test: None where there is nothing to measure, as the network does not run to its end: `hints_only` in the lesson.
-    `on_epoch` is called with the model and the epoch's number before each epoch, `after_step` with the model after each
-    step; whatever they change must be part of the model's state. processes: who share each batch.
+    Attributes:
+        test: The evaluation; None where only hints are trained and the network does not run to its end.
+        student_layers: The modules of the model whose features are extracted.
+        on_epoch: Called with model and epoch number before each epoch; it may change only the model's state.
+        after_step: Called with the model after each step; it may change only the model's state.
+        processes: The processes that share each batch.
     """
 
     stage: str
@@ -52,122 +55,133 @@ class Job:
 
 
 def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
-    """Train `job.model` in place, from its checkpoint if there is one; returns the metrics of each epoch.
+    """Train `job.model` in place, resuming from its checkpoint if there is one.
 
-    The checkpoint of the end is left to whoever makes something of the network, which takes time and may be stopped.
-    Several processes stop, and save, at the same step, and end with the same weights. Raises StoppedEarly, everything
-    saved, when the stop flag is set; NotFiniteError when the loss is NaN or infinite; RecipeError where the processes
-    cannot share a batch.
+    The final checkpoint is kept until the network is finalized, which takes time and may be interrupted. Several
+    processes stop, and save, at the same step, and end with the same weights.
+
+    Returns the metrics of each epoch. Raises StoppedEarly, with everything saved, when the stop flag is set;
+    NotFiniteError if the loss is NaN or infinite; RecipeError if the processes cannot share a batch equally.
     """
     processes = job.processes
     processes.require_shares(job.config.batch_size, job.lesson.num_samples)
-    machinery, state = _set_up(job, device), State()
+    state, progress = _set_up(job, device), Progress()
     steps = num_steps_of(job)
     if processes.share(job.folder.checkpoint.exists()):
-        restore(job.folder.checkpoint, machinery, state)
-        _require_place(job, state, steps)
-    saved_at = time.monotonic()
-    batches = _stream(job, state, job.config.epochs)
+        load_checkpoint(job.folder.checkpoint, state, progress)
+        _require_position(job, progress, steps)
+    batches = _stream(job, progress, job.config.epochs)
     with (
-        batch_norm_over_processes(machinery.modules),
+        batch_norm_over_processes(state.modules),
         tapped(job.model, job.student_layers, no_further=job.lesson.hints_only) as student,
     ):
-        while state.epoch < job.config.epochs:
+        last_save = time.monotonic()
+        while progress.epoch < job.config.epochs:
             started = time.monotonic()
-            job.on_epoch(job.model, state.epoch)
-            machinery.modules.train()
-            stepper = Stepper(job, student, machinery, state, watch)
-            while state.step < steps:
-                rate = learning_rate(job.config, state.epoch * steps + state.step, steps)
-                set_learning_rate(machinery.optimiser, rate)
-                stepper.step(next(batches))
-                state.step += 1
-                due = time.monotonic() - saved_at >= job.config.checkpoint_every_s
-                stop, due = processes.agree(watch.should_stop(), due)
-                if due or stop:
-                    processes.once(lambda: save(job.folder.checkpoint, machinery, state))
-                    saved_at = time.monotonic()
-                if stop:
-                    raise StoppedEarly
-                watch.report(_event(job, state, steps))
+            job.on_epoch(job.model, progress.epoch)
+            state.modules.train()
+            train_step = TrainStep(job, student, state, progress, watch)
+            last_save = _run_steps(job, train_step, batches, watch, last_save)
             try:
-                _end_epoch(job, state, steps, device, time.monotonic() - started)
-            except StoppedEarly:  # in the midst of the test set: all steps of the epoch are done, and its sums there
-                save(job.folder.checkpoint, machinery, state)
+                _end_epoch(job, progress, steps, device, time.monotonic() - started)
+            except StoppedEarly:  # during evaluation: all steps of the epoch, and its sums, are complete
+                save_checkpoint(job.folder.checkpoint, state, progress)
                 raise
-            if state.epoch == job.config.epochs:
-                processes.once(lambda: save(job.folder.checkpoint, machinery, state))
-            watch.report(_event(job, state, steps, state.history[-1]))
-    return state.history
+            if progress.epoch == job.config.epochs:
+                processes.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
+            watch.report(_event(job, progress, steps, progress.history[-1]))
+    return progress.history
 
 
-def _require_place(job: Job, state: State, steps: int) -> None:
-    """Raise RunError for a checkpoint that says that the job is where it cannot be."""
-    within = state.epoch <= job.config.epochs and state.step <= steps
-    if not within or (job.test and any("accuracy" not in line for line in state.history)):
+def _run_steps(job: Job, train_step: TrainStep, batches: Iterator[Batch], watch: Watch, last_save: float) -> float:
+    """Run the rest of an epoch's steps, saving at intervals; returns the time of the last save."""
+    state, progress, processes, steps = train_step.state, train_step.progress, job.processes, num_steps_of(job)
+    while progress.step < steps:
+        rate = learning_rate(job.config, progress.epoch * steps + progress.step, steps)
+        set_learning_rate(state.optimizer, rate)
+        train_step.step(next(batches))
+        progress.step += 1
+        due = time.monotonic() - last_save >= job.config.checkpoint_every_s
+        stop, due = processes.agree(watch.should_stop(), due)
+        if due or stop:
+            processes.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
+            last_save = time.monotonic()
+        if stop:
+            raise StoppedEarly
+        watch.report(_event(job, progress, steps))
+    return last_save
+
+
+def _require_position(job: Job, progress: Progress, steps: int) -> None:
+    """Raise RunError for a checkpoint at a position that the job does not have."""
+    within = progress.epoch <= job.config.epochs and progress.step <= steps
+    if not within or (job.test and any("accuracy" not in line for line in progress.history)):
         raise RunError(
-            f"{job.folder.checkpoint} does not fit this job (epoch {state.epoch}, step {state.step} of {steps}): "
-            "delete it to start the job afresh."
+            f"{job.folder.checkpoint} does not fit this job (epoch {progress.epoch}, step {progress.step} of {steps}): "
+            "delete it to restart the job."
         )
 
 
-def step_walls(job: Job, device: torch.device, num_steps: int) -> list[float]:
-    """The seconds that each of a job's first steps takes, targets and pictures read included. Nothing is saved."""
-    machinery, state = _set_up(job, device), State()
-    batches = _stream(job, state, 1 + num_steps // num_steps_of(job))
-    walls = []
-    with batch_norm_over_processes(machinery.modules), tapped(job.model, job.student_layers) as student:
-        machinery.modules.train()
-        stepper = Stepper(job, student, machinery, state, Watch())
+def time_steps(job: Job, device: torch.device, num_steps: int) -> list[float]:
+    """Return the seconds of each of a job's first steps, including reading of targets and images. Nothing is saved."""
+    state, progress = _set_up(job, device), Progress()
+    batches = _stream(job, progress, 1 + num_steps // num_steps_of(job))
+    times = []
+    with batch_norm_over_processes(state.modules), tapped(job.model, job.student_layers) as student:
+        state.modules.train()
+        train_step = TrainStep(job, student, state, progress, Watch())
         for _ in range(num_steps):
             started = time.perf_counter()
-            stepper.step(next(batches))
+            train_step.step(next(batches))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            walls.append(time.perf_counter() - started)
-    return walls
+            times.append(time.perf_counter() - started)
+    return times
 
 
-def _stream(job: Job, state: State, epochs: int) -> Iterator[Batch]:
-    """The batches from where the job stands."""
+def _stream(job: Job, progress: Progress, epochs: int) -> Iterator[Batch]:
+    """Yield the batches from the job's position on."""
     size, processes = job.config.batch_size, job.processes
-    return job.lesson.stream(job.seed, size, epoch=state.epoch, step=state.step, epochs=epochs, processes=processes)
+    return job.lesson.stream(
+        job.seed, size, epoch=progress.epoch, step=progress.step, epochs=epochs, processes=processes
+    )
 
 
 def num_steps_of(job: Job) -> int:
-    """The steps of one of its epochs."""
+    """Return the number of steps of an epoch."""
     return num_steps(job.lesson.num_samples, job.config.batch_size)
 
 
-def _set_up(job: Job, device: torch.device) -> Machinery:
+def _set_up(job: Job, device: torch.device) -> TrainState:
     job.processes.use(device)
     distillation = job.lesson.distillation or nn.Module()
     modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
-    optimiser = build_optimiser(job.config, modules.parameters())
-    narrow = narrow_type(job.config, device)
-    return Machinery(modules, optimiser, torch.amp.GradScaler(device.type, enabled=narrow is torch.float16))
+    optimizer = build_optimizer(job.config, modules.parameters())
+    dtype = autocast_dtype(job.config, device)
+    return TrainState(modules, optimizer, torch.amp.GradScaler(device.type, enabled=dtype is torch.float16))
 
 
-def _end_epoch(job: Job, state: State, steps: int, device: torch.device, wall_s: float) -> None:
-    """Evaluate, write the epoch's line down, and stand at the start of the next."""
-    losses = {name: float(total) / steps for name, total in state.sums.items()}
+def _end_epoch(job: Job, progress: Progress, steps: int, device: torch.device, wall_s: float) -> None:
+    """Evaluate, write the epoch's metrics, and move to the start of the next epoch."""
+    losses = {name: float(total) / steps for name, total in progress.sums.items()}
     if not all(abs(loss) < float("inf") for loss in losses.values()):
         raise NotFiniteError(
-            f"the loss of {job.name} became {losses} in epoch {state.epoch}: lower lr, or lengthen warmup_epochs."
+            f"the loss of {job.name} diverged in epoch {progress.epoch} ({losses}): try a lower lr or more "
+            "warmup_epochs."
         )
 
-    def close() -> dict[str, Any]:
-        measured = evaluate(job.model, job.test, device).to_json() if job.test else {}
-        rate = learning_rate(job.config, state.epoch * steps + steps - 1, steps)
-        line = {"epoch": state.epoch, **measured, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3)}
-        job.folder.write_metrics([*state.history, line])
+    def evaluate_and_write() -> dict[str, Any]:
+        result = evaluate(job.model, job.test, device).to_json() if job.test else {}
+        rate = learning_rate(job.config, progress.epoch * steps + steps - 1, steps)
+        line = {"epoch": progress.epoch, **result, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3)}
+        job.folder.write_metrics([*progress.history, line])
         return line
 
-    state.history.append(job.processes.once(close))
-    state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
+    progress.history.append(job.processes.once(evaluate_and_write))
+    progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
 
 
-def _event(job: Job, state: State, steps: int, line: dict[str, Any] | None = None) -> Event:
-    """Where the job is; with the figures of an epoch where one has ended."""
-    done = state.epoch * steps + state.step
+def _event(job: Job, progress: Progress, steps: int, line: dict[str, Any] | None = None) -> Event:
+    """Return the job's position as an event, with the metrics of an epoch at its end."""
+    done = progress.epoch * steps + progress.step
     return Event(job.stage, job.name, done, job.config.epochs * steps, "step", line or {})

@@ -1,6 +1,6 @@
-"""What a stage is handed to be seen and stopped by: a reporter for events, and a flag that says to stop.
+"""Progress reporting and cooperative stopping.
 
-Stages know nothing of terminals and signals: `pipeline` draws the events and sets the flag.
+Stages do not depend on terminals and signals: `pipeline` shows the events and sets the stop flag.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 from stages.errors import StoppedEarly
 
 WARNING = "warning"
-"""The unit of an event that is a sentence for people: its `job`."""
+"""The unit of an event that is a warning; its `job` is the text."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Where a stage is: `step` of `total` `unit`s of `job` are done. `metrics` carries figures by name."""
+    """Progress of a stage: `step` of `total` `unit`s of `job` are done; `metrics` are figures by name."""
 
     stage: str
     job: str
@@ -39,12 +39,12 @@ class Watch:
         if self.should_stop():
             raise StoppedEarly
 
-    def warn(self, stage: str, sentence: str) -> None:
-        """Tell people something that is no error and that they should know."""
-        self.report(Event(stage, sentence, 1, 1, WARNING))
+    def warn(self, stage: str, message: str) -> None:
+        """Report a warning."""
+        self.report(Event(stage, message, 1, 1, WARNING))
 
     def counter(self, stage: str, job: str, unit: str) -> Callable[[int, int], None]:
-        """What a loop calls with (done, total) after each `unit`, to be seen and stopped."""
+        """Return a callback for loops: given (done, total) after each `unit`, it reports and checks the stop flag."""
 
         def count(done: int, total: int) -> None:
             self.report(Event(stage, job, done, total, unit))

@@ -1,7 +1,7 @@
-"""What torch's ONNX exporter compiles anew for each export, its operators as ONNX functions, once for a whole process.
+"""Caching of the operators that torch's ONNX exporter compiles for each export.
 
-That takes almost half of the time of exporting a small network, and always comes to the same: a process of its own,
-which compiles them itself, writes the very same bytes (tests/end_to_end/test_killed.py compares them).
+That takes almost half of the time of exporting a small network, and the result is always the same: a new process, which
+compiles them itself, writes the same bytes (tests/end_to_end/test_killed.py compares them).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import functools
 
 
 def keep_one_registry(*, compiled: bool = False) -> None:
-    """Compile them for the first export alone, or, with `compiled`, at once: for what is forked from this process.
+    """Compile the operators only for the first export, or at once with `compiled`, for processes forked from this one.
 
-    Another version of torch may have them elsewhere: its exports take their time then, and nothing else changes.
+    With another version of torch, which may have moved them, exports are slower, and nothing else changes.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from torch.onnx._constants import ONNX_DEFAULT_OPSET

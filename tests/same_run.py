@@ -1,4 +1,4 @@
-"""Whether a run that was disturbed left the very bytes of one that was not."""
+"""Comparison of the files of a disturbed run with those of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ COMPARED = ("teacher/model", "students/*/model", "compressed/*/model", "compress
 
 
 def unlike(run: Path, undisturbed: Path) -> list[str]:
-    """The networks, files handed over, and store files of a run that are not the other's, bit for bit; and those that
-    only one of them has.
-    """
+    """Return networks, artifacts and store files that differ between two runs, or that only one of them has."""
     found, wanted = _files(run), _files(undisturbed)
     return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
 

@@ -1,4 +1,4 @@
-"""A road small enough for tests: images of coloured squares, networks of a few hundred parameters."""
+"""A small pipeline for tests: images of bright squares, networks of a few hundred parameters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LAYERS = [Wanted("stage2")]
 
 
 def squares(num_samples: int, seed: int, split: str = "train") -> ImageSet:
-    """Noise with a bright square whose corner is the label: 4 classes, 8x8, grey."""
+    """Noise with a bright square whose corner is the label: 4 classes, 8x8, gray."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(4, (num_samples,), generator=generator)
     images = torch.randint(120, (num_samples, 1, 8, 8), dtype=torch.uint8, generator=generator)
@@ -50,9 +50,9 @@ def squares(num_samples: int, seed: int, split: str = "train") -> ImageSet:
 
 def subset(image_set: ImageSet, num_samples: int) -> ImageSet:
     """The first samples of a data set."""
-    at = slice(num_samples)
+    rows = slice(num_samples)
     return dataclasses.replace(
-        image_set, images=image_set.images[at], labels=image_set.labels[at], sample_ids=image_set.sample_ids[at]
+        image_set, images=image_set.images[rows], labels=image_set.labels[rows], sample_ids=image_set.sample_ids[rows]
     )
 
 
@@ -63,23 +63,26 @@ def tiny_setup(run: Path, watch: Watch | None = None, **changes: Any) -> Setup:
 
 def make_tiny_store(setup: Setup, name: str = "store.zarr", teacher: TeacherConfig = TEACHER, seed: int = 0) -> Path:
     """Train the tiny teacher and cache it; returns the store's path."""
-    if (setup.data_identity(), setup.test_identity(), setup.views) == _usual_road() and (teacher, seed) == (TEACHER, 0):
-        shutil.copytree(_usual_teacher(), setup.run / "teacher", dirs_exist_ok=True)
-    train_teacher(teacher, seed, setup)  # which takes that one as finished, once it has seen that it is the very same
+    if (setup.data_identity(), setup.test_identity(), setup.views) == _default_inputs() and (teacher, seed) == (
+        TEACHER,
+        0,
+    ):
+        shutil.copytree(_default_teacher(), setup.run / "teacher", dirs_exist_ok=True)
+    train_teacher(teacher, seed, setup)  # reuses the copied teacher if it is the same
     path = setup.run / name
     cache_teacher(CACHE, path, load_teacher(teacher, seed, setup), LAYERS, setup)
     return path
 
 
 @functools.cache
-def _usual_road() -> tuple[Any, ...]:
+def _default_inputs() -> tuple[Any, ...]:
     setup = tiny_setup(Path())
     return setup.data_identity(), setup.test_identity(), setup.views
 
 
 @functools.cache
-def _usual_teacher() -> Path:
-    """The folder of the teacher that most tests want: trained and exported once in a process."""
+def _default_teacher() -> Path:
+    """Train the teacher that most tests use, once per process, and return its folder."""
     run = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, run)
     train_teacher(TEACHER, 0, tiny_setup(run))
@@ -91,7 +94,7 @@ def open_tiny_teaching(path: Path, setup: Setup) -> Teaching:
 
 
 class StopAfter:
-    """A stop flag that is set at the n-th time of asking."""
+    """A stop flag that is set at the n-th call."""
 
     def __init__(self, count: int) -> None:
         self.left = count

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands import env_machine
-from pipeline.installed import NAME, commit, versions
-from pipeline.terminal.output import printable
+from pipeline.command import printable
+from pipeline.env_machine import disks, gpus, memory
+from stages.machine.versions import NAME, commit, versions
 
 VARIABLES = re.compile(
     "CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_LAUNCH_BLOCKING|CUBLAS_WORKSPACE_CONFIG|NVIDIA_VISIBLE_DEVICES"
@@ -81,9 +81,9 @@ def _lines(env: dict[str, Any]) -> list[tuple[str, str]]:
             + (f", limit {_gib(limit)}" if limit else ""),
         ),
         ("torch", f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, cuDNN {torch['cudnn'] or 'none'}"),
-        *[("gpu", ", ".join(gpu.values())) for gpu in env["gpus"]],
+        *[("gpu", ", ".join(filter(None, gpu.values()))) for gpu in env["gpus"]],
     ]
-    lines += [("gpu", "none found")] if not env["gpus"] else []
+    lines += [("gpu", "none found by NVML")] if not env["gpus"] else []
     lines += [("packages", ", ".join(f"{name} {version or 'absent'}" for name, version in env["packages"].items()))]
     lines += [("variable", f"{name}={value}") for name, value in env["variables"].items()]
     return lines + [("disk", _disk(disk)) for disk in env["disks"]]
@@ -113,16 +113,10 @@ def _system() -> dict[str, str]:
 
 
 def _cpu() -> dict[str, Any]:
-    model = ""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        model = found.group(1) if found else ""
-    except (OSError, UnicodeDecodeError):
-        pass
-    from stages.machine.cores import num_cores
+    from stages.machine.cores import cpu_name, num_cores
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"model": model or platform.processor(), "online": os.cpu_count(), "allowed": allowed, "used": num_cores()}
+    return {"model": cpu_name(), "online": os.cpu_count(), "allowed": allowed, "used": num_cores()}
 
 
 def _torch() -> dict[str, str | None]:

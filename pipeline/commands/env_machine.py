@@ -1,4 +1,4 @@
-"""What `kdpipe env` says of the machine: memory, GPUs by nvidia-smi, file systems and whether their locks work."""
+"""Facts about the machine for `kdpipe env`: memory, GPUs, file systems and whether their locks work."""
 
 from __future__ import annotations
 
@@ -6,82 +6,57 @@ import fcntl
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-GPU_FIELDS = ("index", "name", "memory.total", "driver_version", "compute_cap")
-NVIDIA_SMI_S = 20.0
-
 
 def memory() -> dict[str, int | None]:
-    """Bytes of this machine's memory, in all and free, and the limit that a cgroup sets; None where unknown."""
-    fields: dict[str, int] = {}
-    with suppress(OSError, UnicodeDecodeError):
-        found = re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        fields = {name: 1024 * int(number) for name, number in found}
-    return {
-        "total_bytes": fields.get("MemTotal"),
-        "available_bytes": fields.get("MemAvailable"),
-        "limit_bytes": _memory_limit(fields.get("MemTotal")),
-    }
+    """Return bytes of this machine's memory, installed and available, and the limit of its control groups, if any."""
+    from stages.machine.memory import available_bytes, installed_bytes, limit_bytes
 
-
-def _memory_limit(total: int | None) -> int | None:
-    """The least that this process's cgroups (version 2) allow it, where that is less than there is."""
-    limits = []
-    with suppress(OSError, UnicodeDecodeError):
-        group = next(
-            (line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"), "/"
-        )
-        own = Path("/sys/fs/cgroup") / group.strip().lstrip("/")
-        for folder in (own, *own.parents):
-            with suppress(OSError, ValueError):
-                limits.append(int((folder / "memory.max").read_text()))
-    least = min(limits, default=None)
-    return least if least is not None and (total is None or least < total) else None
+    return {"total_bytes": installed_bytes(), "available_bytes": available_bytes(), "limit_bytes": limit_bytes()}
 
 
 def gpus() -> list[dict[str, str]]:
-    """Index, name, memory, driver and compute capability of each GPU, in the words of nvidia-smi; none without it."""
-    try:
-        said = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=NVIDIA_SMI_S,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return []
-    rows = [[field.strip() for field in line.split(",")] for line in said.stdout.splitlines()]
-    return [dict(zip(GPU_FIELDS, row, strict=True)) for row in rows if len(row) == len(GPU_FIELDS)]
+    """Return index, name, memory, driver and compute capability of each GPU; none without NVML."""
+    from stages.machine.gpus import gib, list_gpus
+
+    return [
+        {
+            "index": str(gpu.index),
+            "name": gpu.name,
+            "memory.total": f"{gib(gpu.total_bytes)} GiB",
+            "driver_version": gpu.driver_version,
+            "compute_cap": gpu.compute_capability,
+        }
+        for gpu in list_gpus() or ()
+    ]
 
 
 def disks() -> list[dict[str, Any]]:
-    """The folders that kdpipe writes to from here: what each is, its file system's type, room, and whether locks work
-    (None where it cannot be written).
+    """Return the folders that kdpipe writes to: role, path, type of file system, free bytes, and whether locks work.
+
+    has_locks is None where the folder is not writable.
     """
     found = [("current folder", Path.cwd())]
-    with suppress(Exception):  # what is wrong with the staging area is said by what uses it
-        from store.remote.staging_cache import default_staging_cache
+    with suppress(Exception):  # errors of the staging area are reported where it is used
+        from store.staging_area import default_area
 
         found.append(("staging area", default_staging_cache(os.environ).folder))
     found.append(("temporary files", Path(tempfile.gettempdir())))
-    return [_disk(what, path) for what, path in found]
+    return [_disk(role, path) for role, path in found]
 
 
-def _disk(what: str, path: Path) -> dict[str, Any]:
+def _disk(role: str, path: Path) -> dict[str, Any]:
     there = next((one for one in (path, *path.parents) if one.is_dir()), Path("/"))
     try:
         free: int | None = shutil.disk_usage(there).free
     except OSError:
         free = None
     return {
-        "what": what,
+        "what": role,
         "path": str(path),
         "type": file_system(there),
         "free_bytes": free,
@@ -90,7 +65,7 @@ def _disk(what: str, path: Path) -> dict[str, Any]:
 
 
 def has_locks(folder: Path) -> bool | None:
-    """Whether flock works in a folder: tried on a file that has no name. None where the folder cannot be written."""
+    """Return whether flock works in a folder, tried on an unnamed file; None where the folder is not writable."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             try:
@@ -103,7 +78,7 @@ def has_locks(folder: Path) -> bool | None:
 
 
 def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """The type of the file system on which a path lies, as in ext4, nfs4, overlay."""
+    """Return the type of a path's file system, as in ext4, nfs4, overlay."""
     wanted, found = path.resolve(), [(0, "unknown")]
     with suppress(OSError, UnicodeDecodeError):
         for line in mounts.read_text().splitlines():

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from stages.cause import cause
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 
 Traced = TypeVar("Traced", bound=fx.GraphModule)
 

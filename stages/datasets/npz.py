@@ -14,11 +14,10 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from stages.cause import cause
 from stages.datasets.listing import Listing, integer_column, list_arrays, numbered_classes
 from stages.datasets.pixels import check_fits_memory
 from stages.datasets.split import Split
-from stages.errors import DataError
+from stages.errors import DataError, cause
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from stages.cause import cause
 from stages.datasets.listing import Listing, integer_column, list_arrays, numbered_classes
 from stages.datasets.split import Split
-from stages.errors import DataError
+from stages.errors import DataError, cause
 from stages.python_reference import PREFIX, find_callable, users_code
 from store.errors import KdpipeError
 

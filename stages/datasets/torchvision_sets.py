@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from stages.cause import cause
 from stages.datasets.listing import Listing, list_arrays
 from stages.datasets.split import Split
-from stages.errors import DataError
+from stages.errors import DataError, cause
 
 NAMES = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")
 

@@ -1,1 +1,1 @@
-"""How a process takes its place on a machine that others use, too: a GPU, cores, priority, memory."""
+"""Machine resources that a process shares with others: GPUs, CPU cores, priority, memory."""

@@ -1,59 +1,118 @@
-"""How many CPU cores this process may use: those that its affinity mask leaves it, within its control group's quota.
+"""CPU cores that this process may use, its priority, and the CPU's name and features.
 
-A container that may use two cores of a hundred sees all hundred: as many threads would mostly wait for each other.
+Cores are bounded by the affinity mask and by the quotas of control groups, which psutil does not read: a container that
+may use two cores of a hundred sees all hundred, and as many threads would mostly wait for each other.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-CPU_FOLDERS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
-"""What the cpu controller's folder is called under /sys/fs/cgroup (cgroup v1)."""
+import psutil
+
+CPU_CONTROLLER_DIRS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
+"""Names of the cpu controller's folder under /sys/fs/cgroup (cgroup v1)."""
+
+CPUINFO = Path("/proc/cpuinfo")
+
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+"""Linux's names of the instruction sets that decide how fast INT8 runs in onnxruntime.
+
+Dot products of bytes are in avx512_vnni, avx_vnni, amx_int8 and, on ARM, in asimddp and i8mm; without one of them INT8
+gains little.
+"""
 
 
 @cache
 def num_cores() -> int:
-    """The cores of this process, 1 or more: counted once. Each of several processes that torchrun or srun started on
-    this machine has its share of them, as `cores_left` says.
-    """
+    """Return the number of cores of this process, 1 or more, counted once; see `cores_left`."""
     return cores_left(os.environ)
 
 
 def num_threads(environ: Mapping[str, str]) -> int:
-    """CPU threads of each operation where the recipe does not say: OMP_NUM_THREADS, else this process's cores.
+    """Return the CPU threads of each operation where the recipe sets none: OMP_NUM_THREADS, else the process's cores.
 
-    torchrun sets OMP_NUM_THREADS to 1 of itself where nobody has set it; that is nobody's wish.
+    torchrun sets OMP_NUM_THREADS to 1 where it is unset; that default is ignored.
     """
-    wished = re.match(r"\s*([1-9][0-9]{0,3})\s*(,|$)", environ.get("OMP_NUM_THREADS", ""))
-    by_torchrun = "TORCHELASTIC_RUN_ID" in environ and wished is not None and wished[1] == "1"
-    return int(wished[1]) if wished and not by_torchrun else num_cores()
+    setting = re.match(r"\s*([1-9][0-9]{0,3})\s*(,|$)", environ.get("OMP_NUM_THREADS", ""))
+    by_torchrun = "TORCHELASTIC_RUN_ID" in environ and setting is not None and setting[1] == "1"
+    return int(setting[1]) if setting and not by_torchrun else num_cores()
 
 
 def cores_left(environ: Mapping[str, str], root: Path = Path("/")) -> int:
-    """The least of the affinity mask and the quotas of the control groups that this process is in, rounded up.
+    """Return the minimum of the affinity mask and the control groups' quotas, rounded up.
 
-    LOCAL_WORLD_SIZE processes that torchrun started share what it may use, SLURM_CPUS_PER_TASK is the share of each
-    that srun started. root: the folder below which /proc and /sys are read.
+    LOCAL_WORLD_SIZE processes of torchrun share the cores; SLURM_CPUS_PER_TASK is the share of each task of srun. /proc
+    and /sys are read below `root`.
     """
     quota = min(_quotas(root), default=math.inf)
     processes = _number(environ, "LOCAL_WORLD_SIZE")
     cores = min(_affinity(0), quota)
     if processes > 1:
-        # One that is bound to cores of its own has a narrower mask than torchrun, and its share already.
+        # A process that is bound to cores of its own has a narrower mask than torchrun, and its share already.
         cores = min(cores, _affinity(os.getppid()) // processes, quota / processes)
     elif "SLURM_STEP_NUM_TASKS" in environ and (share := _number(environ, "SLURM_CPUS_PER_TASK")):
         cores = min(cores, share)
     return max(1, math.ceil(cores))
 
 
+def step_back(nice: int) -> None:
+    """Raise the nice value of every thread of this process to at least `nice`, 0 (no change) to 19. Never fails.
+
+    Threads and processes that are started later inherit it; lowering it again takes privileges. Where the kernel groups
+    processes by session (autogroup), the value only counts within the session, and across control groups only their
+    weights do.
+    """
+    if nice <= 0:
+        return
+    # On Linux each thread has a nice value of its own; elsewhere 0 stands for the process.
+    for thread in [thread.id for thread in psutil.Process().threads()] if psutil.LINUX else [0]:
+        with suppress(OSError):  # the thread has ended
+            if os.getpriority(os.PRIO_PROCESS, thread) < nice:
+                os.setpriority(os.PRIO_PROCESS, thread, nice)
+
+
+def cpu_name(cpuinfo: Path = CPUINFO) -> str:
+    """Return the CPU's model name, or at least the machine's architecture."""
+    name = next(_cpuinfo_values(cpuinfo, "model name"), "")
+    return name or platform.processor() or platform.machine() or "unknown CPU"
+
+
+def cpu_features(cpuinfo: Path = CPUINFO) -> list[str]:
+    """Return those of `FEATURES` that the first core has; none where there is no /proc/cpuinfo."""
+    flags = [*_cpuinfo_values(cpuinfo, "flags"), *_cpuinfo_values(cpuinfo, "Features")]
+    present = flags[0].split() if flags else []
+    return [feature for feature in FEATURES if feature in present]
+
+
+def cgroups(root: Path = Path("/")) -> Iterator[tuple[str, str]]:
+    """Yield the controllers and the path of each control group of this process; version 2 has one, without names."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, colon, group = rest.partition(":")
+        if colon:
+            yield controllers, group
+
+
+def cgroup_dirs(mount: Path, group: str) -> Iterator[Path]:
+    """Yield the folder of a control group and those above it.
+
+    In a container the path may be the one outside of it: then only the mount's own folder exists, the container's.
+    """
+    parts = [part for part in PurePosixPath(group).parts if part not in {"/", ".."}]
+    for length in range(len(parts), -1, -1):
+        yield mount.joinpath(*parts[:length])
+
+
 def _affinity(pid: int) -> int:
-    """How many cores the affinity mask of a process leaves it; 0 is this one."""
+    """Return the number of cores in the affinity mask of a process; 0 is this one."""
     with suppress(OSError, AttributeError):  # the process has ended; not every system has masks
         return len(os.sched_getaffinity(pid))
     return os.cpu_count() or 1
@@ -65,44 +124,31 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The CPU quotas, in cores, of the groups that this process is in, and of those that these are in."""
-    for controllers, group in _groups(root):
-        mount = root / "sys/fs/cgroup"
+    """Yield the CPU quotas, in cores, of this process's control groups and of their ancestors."""
+    mount = root / "sys/fs/cgroup"
+    for controllers, group in cgroups(root):
         if controllers == "":
-            for folder in _upwards(mount, group):
-                yield from _quota(_words(folder / "cpu.max"))
+            for folder in cgroup_dirs(mount, group):
+                yield from _quota(_text(folder / "cpu.max").split())
         elif "cpu" in controllers.split(","):
-            for name in dict.fromkeys((controllers, *CPU_FOLDERS)):
-                for folder in _upwards(mount / name, group):
-                    yield from _quota(_words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us"))
-
-
-def _groups(root: Path) -> Iterator[tuple[str, str]]:
-    """The controllers and the path of each group, as /proc/self/cgroup has them; version 2 has one, and no names."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, colon, group = rest.partition(":")
-        if colon:
-            yield controllers, group
-
-
-def _upwards(mount: Path, group: str) -> Iterator[Path]:
-    """The folder of a group and those above it. In a container the path may be that outside: then only the mount's own
-    folder is there, and it is the container's.
-    """
-    parts = [part for part in PurePosixPath(group).parts if part not in {"/", ".."}]
-    for length in range(len(parts), -1, -1):
-        yield mount.joinpath(*parts[:length])
+            for name in dict.fromkeys((controllers, *CPU_CONTROLLER_DIRS)):
+                for folder in cgroup_dirs(mount / name, group):
+                    quota, period = (_text(folder / f"cpu.cfs_{key}_us") for key in ("quota", "period"))
+                    yield from _quota(quota.split() + period.split())
 
 
 def _quota(words: list[str]) -> Iterator[float]:
-    """Cores from a quota and its period, in microseconds; nothing where there is no limit: "max", or -1."""
+    """Yield cores from a quota and its period, in microseconds; nothing where there is no limit: "max", or -1."""
     if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[0]) and int(words[1]):
         yield int(words[0]) / int(words[1])
 
 
-def _words(path: Path) -> list[str]:
-    return _text(path).split()
+def _cpuinfo_values(cpuinfo: Path, key: str) -> Iterator[str]:
+    """Yield the value of `key` for each core."""
+    for line in _text(cpuinfo).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            yield value.strip()
 
 
 def _text(path: Path) -> str:

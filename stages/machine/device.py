@@ -1,4 +1,4 @@
-"""Which device this process computes on, chosen before torch touches a GPU: one GPU, the freest, and nobody else's."""
+"""Device selection, before torch touches a GPU: one GPU, the freest that is not in use."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 
 from stages.errors import RecipeError
 from stages.machine.gpu_claims import CLAIMS
-from stages.machine.gpu_taking import GpuTaking
-from stages.machine.gpus import list_gpus
-from stages.machine.visible_gpus import number_in
+from stages.machine.gpu_taking import GpuSelector
+from stages.machine.gpus import device_index, list_gpus
 from stages.part import local_rank
 
 _taken: dict[str, torch.device] = {}
-"""What this process has taken, by the recipe's name for it."""
+"""The devices of this process, by the recipe's name for them."""
 
 
 def take_device(
@@ -28,52 +27,61 @@ def take_device(
     warn: Callable[[str], None],
     claims: Path = CLAIMS,
 ) -> torch.device:
-    """The device that a recipe's `device` names, made this process's own where it is a GPU. Nothing happens for cpu.
+    """Return the device that a recipe's `device` names, reserved for this process where it is a GPU.
 
-    auto and cuda take the freest GPU, which CUDA_VISIBLE_DEVICES is then set to, or, where that is set, the first
-    one that it leaves; several processes that torchrun or srun started each take another one. CUDA_DEVICE_ORDER is set
-    to PCI_BUS_ID where it is not set, so that numbers are nvidia-smi's. CUDA reads both once, at the first question
-    (torch.cuda.is_available is one, a process group for GPUs too): this must come before. Again, it gives the same.
+    auto and cuda select the freest GPU, to which CUDA_VISIBLE_DEVICES is then set, or, where that is set, the first of
+    its GPUs; each of several processes of torchrun or srun selects another one. CUDA_DEVICE_ORDER is set to PCI_BUS_ID
+    where it is unset, so that numbers are nvidia-smi's. CUDA reads both variables once, at the first call
+    (torch.cuda.is_available, or a process group for GPUs): call this before. Repeated calls return the same device.
 
-    share: whether a GPU that others use is taken all the same, with a warning. memory_fraction: how much of its memory
-    torch may take, in (0, 1]. warn is told, in a sentence, of what people should know. claims: where `claim_gpu` keeps
-    them. Raises LockedError, naming the user, where a GPU is in use, RecipeError where the recipe's is absent.
+    Args:
+        name: The recipe's device: auto, cpu, cuda or cuda:N.
+        share: Whether a GPU in use is selected all the same, with a warning.
+        memory_fraction: The part of the GPU's memory that torch may use, in (0, 1].
+        warn: Receives each warning, a sentence.
+        claims: The folder of the claims on GPUs.
+
+    Raises:
+        LockedError: The GPU is in use; the message names the user.
+        RecipeError: There is no such device.
     """
     if name not in _taken:
-        _taken[name] = _take(name, GpuTaking((), os.environ, share=share, warn=warn, claims=claims), memory_fraction)
+        _taken[name] = _take(name, GpuSelector((), os.environ, share=share, warn=warn, claims=claims), memory_fraction)
     return _taken[name]
 
 
-def _take(name: str, taking: GpuTaking, memory_fraction: float | None) -> torch.device:
-    asked = name != "cpu" and _may_choose()
-    if asked:
-        taking = replace(taking, gpus=list_gpus() or ())
-        taking.take(name)
+def _take(name: str, selector: GpuSelector, memory_fraction: float | None) -> torch.device:
+    wants_gpu = name != "cpu" and _may_choose()
+    if wants_gpu:
+        selector = replace(selector, gpus=list_gpus() or ())
+        selector.select(name)
     device = choose_device(name)
     if device.type == "cpu":
-        taking.undo()
+        selector.undo()
         return device
-    if asked and not taking.gpus:
-        taking.warn("the driver's library NVML does not answer: whether other processes use the GPU cannot be seen.")
+    if wants_gpu and not selector.gpus:
+        selector.warn("NVML, the driver's library, is not available: cannot check whether other processes use the GPU.")
     if device.index:
-        torch.cuda.set_device(device)  # what names no device, such as pinned memory, would open the first GPU too
+        torch.cuda.set_device(device)  # else pinned memory, which names no device, would open the first GPU too
     if memory_fraction is not None:
         torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
     return device
 
 
 def _may_choose() -> bool:
-    """Whether this torch can use GPUs, and has not begun to: what it sees of them cannot change any more then."""
+    """Return whether torch is built for GPUs and not initialized yet: afterwards its visible GPUs are fixed."""
     return bool(torch.backends.cuda.is_built()) and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
 def choose_device(name: str) -> torch.device:
-    """auto and cuda are the first GPU that CUDA_VISIBLE_DEVICES leaves, auto the CPU where there is none; of several
-    processes that a launcher starts on a machine, each takes the next GPU. Raises RecipeError for an absent one.
+    """Return the device of that name among those that torch sees; raises RecipeError where it is absent.
+
+    auto and cuda are the first visible GPU, auto the CPU where there is none; each of several processes that a launcher
+    starts on a machine gets the next GPU.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    count, wanted = torch.cuda.device_count(), number_in(name)
+    count, wanted = torch.cuda.device_count(), device_index(name)
     if (wanted or 0) >= count:
         raise RecipeError(
             f"the recipe's device is {name!r}, and torch sees {count} GPUs: set device = 'auto', or one that is there."

@@ -1,8 +1,8 @@
-"""Claims on GPUs. Two jobs that start at once both see the same idle GPU, as neither has touched it: one gets it.
+"""Claims on GPUs: of two jobs that start at once and see the same idle GPU, one gets it.
 
-A claim is a locked file in a folder that all users of the machine share. It lasts until its process ends, however that
-ends, and is seen by kdpipe alone. Where it cannot be had for want of a file or of locks, there simply is none: then
-only what the driver says of a GPU's users stands between two jobs.
+A claim is a locked file in a folder that all users of the machine share. It lasts until its process ends, and only
+kdpipe looks at it. Where files or locks are unavailable there is no claim: then only the driver's list of a GPU's
+processes keeps two jobs apart.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from pathlib import Path
 from store.fs.lock import JOB_ID_VARIABLES, RECORD_BYTES, Holder, read_holder, release
 
 CLAIMS = Path("/tmp")
-"""Not $TMPDIR, which is each user's own, or each job's, on many machines."""
+"""Not $TMPDIR, which is a folder per user or per job on many machines."""
 
-NUM_LOOKS, LOOK_S = 5, 0.05
-"""How often, and how far apart, a claim's record is looked at that its holder has not written yet."""
+NUM_READS, READ_INTERVAL_S = 5, 0.05
+"""Number of attempts to read a claim's record that its holder has not written yet, and the time between them."""
 
 _held: dict[Path, int] = {}
-"""Descriptors of the claims that this process holds, by file."""
+"""Descriptors of this process's claims, by file."""
 
 
 @dataclass(frozen=True)
 class Claimant:
-    """Who has claimed a GPU; `is_sibling` where that is another process of this very job."""
+    """The holder of a claim on a GPU; `is_sibling` where it is another process of the same job."""
 
     holder: Holder
     is_sibling: bool
 
 
 def launcher(environ: Mapping[str, str]) -> str | None:
-    """What the processes have in common that torchrun, or srun, started together; None where neither did."""
+    """Return a name that the processes started together by torchrun, or srun, share; None without a launcher."""
     if "LOCAL_RANK" in environ:
         return f"torchrun {environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
     if "SLURM_STEP_NUM_TASKS" in environ:  # only srun sets it
@@ -48,9 +48,9 @@ def launcher(environ: Mapping[str, str]) -> str | None:
 
 
 def claim_gpu(uuid: str, environ: Mapping[str, str], folder: Path = CLAIMS) -> Claimant | None:
-    """Claim a GPU for as long as this process lives; returns who has it already, None where nobody has. Never waits.
+    """Claim a GPU for the life of this process, without waiting; returns its holder where there is one already.
 
-    A second claim of the same process finds the first one.
+    A second claim by the same process succeeds.
     """
     path = _path(uuid, folder)
     if path in _held:
@@ -75,7 +75,7 @@ def claim_gpu(uuid: str, environ: Mapping[str, str], folder: Path = CLAIMS) -> C
 
 
 def release_gpu(uuid: str, folder: Path = CLAIMS) -> None:
-    """Give up this process's claim on a GPU, if it has one. The file stays: another may be about to lock it."""
+    """Release this process's claim on a GPU, if any. The file stays: another process may be about to lock it."""
     descriptor = _held.pop(_path(uuid, folder), None)
     if descriptor is not None:
         release(descriptor)
@@ -86,14 +86,16 @@ def _path(uuid: str, folder: Path) -> Path:
 
 
 def _open(path: Path) -> int:
-    """Open the lock file, made if absent. Linux refuses O_CREAT on another user's file in a folder like /tmp
-    (fs.protected_regular), and a file that others may not write to can still be locked.
+    """Open the lock file, creating it if absent.
+
+    Linux refuses O_CREAT on another user's file in a folder like /tmp (fs.protected_regular), and a read-only file can
+    still be locked.
     """
     flags = os.O_NOFOLLOW | os.O_NONBLOCK
     with suppress(FileExistsError):
         descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         with suppress(OSError):
-            os.fchmod(descriptor, 0o666)  # the umask took others' permission to write
+            os.fchmod(descriptor, 0o666)  # undoes the umask: other users must be able to write
         return descriptor
     try:
         return os.open(path, flags | os.O_RDWR)
@@ -105,19 +107,19 @@ def _write_record(descriptor: int, environ: Mapping[str, str]) -> None:
     job_id = next((environ[name] for name in JOB_ID_VARIABLES if environ.get(name)), None)
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        return  # in a folder where everybody may write, somebody made it something else's second name
+        return  # another user made it a hard link to some other file
     record = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": job_id, "since": time.time()}
-    os.ftruncate(descriptor, 0)  # first: whoever looks now reads nothing, and never a dead holder's name
+    os.ftruncate(descriptor, 0)  # first: a reader sees an empty record, never a dead holder's
     os.pwrite(descriptor, json.dumps(record | {"launcher": launcher(environ)}).encode(), 0)
 
 
 def _claimant(descriptor: int, environ: Mapping[str, str]) -> Claimant:
-    """Who holds a locked file, by its record."""
-    for _ in range(NUM_LOOKS):
+    """Return the holder of a locked file, from its record."""
+    for _ in range(NUM_READS):
         holder = read_holder(descriptor)
         if holder.pid:
             break
-        time.sleep(LOOK_S)
+        time.sleep(READ_INTERVAL_S)
     own = launcher(environ)
     return Claimant(holder, own is not None and _launcher_in(descriptor) == own)
 

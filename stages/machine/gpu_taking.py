@@ -1,4 +1,4 @@
-"""Taking a GPU: the freest that nobody uses, or the one that is named; by a claim, so that two jobs take two."""
+"""GPU selection: the idle GPU with the most free memory, or the named one, reserved by a claim."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.machine.gpu_claims import CLAIMS, Claimant, claim_gpu, launcher, release_gpu
-from stages.machine.gpu_users import user_of
-from stages.machine.gpus import Gpu
-from stages.machine.visible_gpus import ORDER, VISIBLE, number_in, visible_gpus
+from stages.machine.gpu_users import gpu_user
+from stages.machine.gpus import ORDER, VISIBLE, Gpu, device_index, visible_gpus
 from stages.part import local_rank
 from store import LockedError
 
@@ -17,8 +16,11 @@ ADVICE = "wait for it, name another GPU with CUDA_VISIBLE_DEVICES, or share it w
 
 
 @dataclass(frozen=True)
-class GpuTaking:
-    """The choice of a GPU among `gpus`, by what `environ` says; `claims` is the folder of the claims on them."""
+class GpuSelector:
+    """The selection of one of `gpus` under the variables in `environ`.
+
+    With `share` a GPU in use is selected all the same, with a warning. `claims` is the folder of the claims.
+    """
 
     gpus: Sequence[Gpu]
     environ: MutableMapping[str, str]
@@ -26,25 +28,25 @@ class GpuTaking:
     warn: Callable[[str], None]
     claims: Path = CLAIMS
 
-    def take(self, name: str) -> None:
-        """Claim the GPU that `choose_device` will give for `name`, and see to it that it does. Raises LockedError."""
+    def select(self, name: str) -> None:
+        """Claim the GPU that `choose_device` will return for `name`. Raises LockedError where it is in use."""
         if not self.gpus:
             return
         self.environ.setdefault(ORDER, "PCI_BUS_ID")
-        number = number_in(name)
+        number = device_index(name)
         if VISIBLE not in self.environ and number is None:
             self.environ[VISIBLE] = self._freest().uuid
             return
-        seen = visible_gpus(self.gpus, self.environ)
-        place = self._rank % max(1, len(seen)) if number is None else number
-        if place < len(seen) and (gpu := seen[place]) is not None:
-            self._take_this(gpu)
+        visible = visible_gpus(self.gpus, self.environ)
+        position = self._rank % max(1, len(visible)) if number is None else number
+        if position < len(visible) and (gpu := visible[position]) is not None:
+            self._reserve(gpu)
 
     def undo(self) -> None:
-        """Give up GPUs that are there and that torch cannot use."""
-        seen = visible_gpus(self.gpus, self.environ)
-        if seen:
-            self.warn(f"torch can use none of {len(seen)} GPUs, perhaps for want of a newer driver: on the CPU, then.")
+        """Release all claims, for GPUs that torch cannot use."""
+        visible = visible_gpus(self.gpus, self.environ)
+        if visible:
+            self.warn(f"torch can use none of {len(visible)} GPUs (is the driver too old?): running on the CPU.")
         for gpu in self.gpus:
             release_gpu(gpu.uuid, self.claims)
 
@@ -52,33 +54,34 @@ class GpuTaking:
     def _rank(self) -> int:
         return local_rank(self.environ) or 0
 
-    def _user_of(self, gpu: Gpu) -> str | None:
-        return user_of(gpu, launcher(self.environ) is not None)
+    def _user(self, gpu: Gpu) -> str | None:
+        return gpu_user(gpu, launcher(self.environ) is not None)
 
     def _claim(self, gpu: Gpu) -> Claimant | None:
         return claim_gpu(gpu.uuid, self.environ, self.claims)
 
-    def _take_this(self, gpu: Gpu) -> None:
+    def _reserve(self, gpu: Gpu) -> None:
         claimant = self._claim(gpu)
         if claimant is not None and claimant.is_sibling:
             return
-        # The driver's word first: it knows what a process takes of the GPU.
-        user = self._user_of(gpu) or (None if claimant is None else str(claimant.holder))
+        # The driver's answer comes first: it includes how much memory a process uses.
+        user = self._user(gpu) or (None if claimant is None else str(claimant.holder))
         if user is None:
             return
         if not self.share:
             release_gpu(gpu.uuid, self.claims)
             raise LockedError(f"{gpu} is in use by {user}: {ADVICE}")
-        self._say_shared(gpu, user)
+        self._warn_shared(gpu, user)
 
     def _freest(self) -> Gpu:
-        """The idle GPU with the most free memory that nobody has claimed, now claimed; else a sibling's; else, where
-        that is wanted, one that others use.
+        """Claim and return the idle, unclaimed GPU with the most free memory.
+
+        Else return one that a process of the same job has claimed; else, with `share`, one in use.
         """
-        users = {gpu.uuid: self._user_of(gpu) for gpu in self.gpus}
+        users = {gpu.uuid: self._user(gpu) for gpu in self.gpus}
         ranked = sorted(self.gpus, key=_by_free_memory)
         idle, busy = ([gpu for gpu in ranked if (users[gpu.uuid] is None) is is_idle] for is_idle in (True, False))
-        # Each process of a job begins with another one: without claims, too, they rarely meet.
+        # Each process of a job begins with another GPU: without claims, too, two rarely select the same.
         first = self._rank % max(1, len(idle))
         siblings: list[Gpu] = []
         for gpu in [*idle[first:], *idle[:first], *busy]:
@@ -92,7 +95,7 @@ class GpuTaking:
             else:
                 users[gpu.uuid] = users[gpu.uuid] or str(claimant.holder)
         if siblings:
-            return sorted(siblings, key=_by_index)[self._rank % len(siblings)]
+            return sorted(siblings, key=lambda gpu: (gpu.index, gpu.uuid))[self._rank % len(siblings)]
         best = next(gpu for gpu in [*idle, *busy])
         return self._shared(best, str(users[best.uuid]))
 
@@ -100,17 +103,13 @@ class GpuTaking:
         if not self.share:
             others = f"all {len(self.gpus)} GPUs are in use; the freest, " if len(self.gpus) > 1 else ""
             raise LockedError(f"{others}{gpu} is in use by {user}: {ADVICE}")
-        self._claim(gpu)  # for when its user is gone
-        self._say_shared(gpu, user)
+        self._claim(gpu)  # for the time after its user has ended
+        self._warn_shared(gpu, user)
         return gpu
 
-    def _say_shared(self, gpu: Gpu, user: str) -> None:
-        self.warn(f"{gpu} is shared with {user}: both are slower for it, and may run out of its memory.")
+    def _warn_shared(self, gpu: Gpu, user: str) -> None:
+        self.warn(f"{gpu} is shared with {user}: both run slower, and may run out of GPU memory.")
 
 
 def _by_free_memory(gpu: Gpu) -> tuple[int, int]:
     return -gpu.free_bytes, gpu.index
-
-
-def _by_index(gpu: Gpu) -> tuple[int, str]:
-    return gpu.index, gpu.uuid

@@ -1,64 +1,57 @@
-"""Who uses a GPU beside this job: its own processes, those that started it, and those that share its launcher do not
-count.
-"""
+"""Other users of a GPU: processes that are not part of this job."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+import psutil
 
 from stages.machine.gpus import Gpu, gib
 
 UNSEEN_BYTES = 2**30
-"""So much memory in use, of which no process is known, means one that this process may not see, as in a container.
+"""More memory in use than this, without a known process, means one that is not visible, as in a container.
 
-An idle GPU has next to nothing in use, a desktop some hundred MiB; a CUDA context alone takes 300 to 600 MiB, so that
-somebody who has only just begun may be overlooked.
+An idle GPU has next to nothing in use, a desktop some hundred MiB; a CUDA context alone takes 300 to 600 MiB, so that a
+process that has only just started may be overlooked.
 """
 
-PROC = Path("/proc")
 
+def gpu_user(gpu: Gpu, launched: bool) -> str | None:
+    """Describe who else uses a GPU; None where it is idle.
 
-def user_of(gpu: Gpu, launched: bool, proc: Path = PROC) -> str | None:
-    """Who else uses a GPU, in words; None where nobody does. launched: whether torchrun or srun started this process:
-    then what these started beside it is the same job.
+    If this process was `launched` by torchrun or srun, other processes of the launcher are the same job.
     """
-    others = [process for process in gpu.processes if is_another(process.pid, launched, proc)]
+    others = [process for process in gpu.processes if is_foreign(process.pid, launched)]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         return f"{others[0]}{more}"
     if not gpu.processes and gpu.unseen_bytes > UNSEEN_BYTES:
-        return f"a process that cannot be seen from here ({gib(gpu.unseen_bytes)} GiB of its memory are taken)"
+        return f"a process that is not visible from here ({gib(gpu.unseen_bytes)} GiB of its memory are in use)"
     return None
 
 
-def is_another(pid: int, launched: bool, proc: Path = PROC) -> bool:
-    """Whether a process is no part of this job. One that has ended and waits to be reaped is nobody; one of which
-    nothing is known, as outside of a container, is another.
+def is_foreign(pid: int, launched: bool) -> bool:
+    """Return whether a process is not part of this job.
+
+    Ancestors and descendants of this process are part of it, zombies are ignored; a process of which nothing is known,
+    such as one outside of a container, is foreign.
     """
-    own = os.getpid()
-    above = _line(own, proc)
-    family = {own, *above[1:2]} if launched else {own}
-    return not (_is_dead(pid, proc) or pid in above or family & set(_line(pid, proc)))
+    ancestors = _lineage(os.getpid())[1:]
+    family = {os.getpid(), *ancestors[:1]} if launched else {os.getpid()}
+    return not (_is_dead(pid) or pid in ancestors or family & set(_lineage(pid)))
 
 
-def _line(pid: int, proc: Path) -> list[int]:
-    """A process and those that it descends from, but for the first of all, from which everybody does."""
-    line: list[int] = []
-    while pid > 1 and pid not in line:
-        line.append(pid)
-        pid = int((_stat(pid, proc) or ["", "0"])[1])
-    return line
-
-
-def _is_dead(pid: int, proc: Path) -> bool:
-    return (_stat(pid, proc) or [""])[0] in {"Z", "X"}
-
-
-def _stat(pid: int, proc: Path) -> list[str] | None:
-    """A process's state, its parent, and what else Linux says behind its name; None where there is none."""
+def _lineage(pid: int) -> list[int]:
+    """Return a process and its ancestors, without process 1, from which all descend."""
     try:
-        text = (proc / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
-        return None
-    return text.rpartition(")")[2].split()  # names may hold brackets and spaces
+        ancestors = [process.pid for process in psutil.Process(pid).parents()]
+    except psutil.Error:
+        ancestors = []
+    return [one for one in (pid, *ancestors) if one > 1]
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
+    except psutil.Error:
+        return False

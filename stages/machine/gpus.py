@@ -1,26 +1,28 @@
-"""What the driver's own library, NVML, says of the machine's GPUs: how much of their memory is free, and who uses it.
+"""GPUs of this machine as the driver's library, NVML, lists them, and those that CUDA_VISIBLE_DEVICES names.
 
-Asking starts no CUDA context: it is done before torch touches a GPU, so that this process is not among its users yet.
+NVML starts no CUDA context: it is asked before torch touches a GPU, so that this process is not among its users yet.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 MPS_SERVER = "nvidia-cuda-mps-server"
-"""A daemon through which processes share a GPU on purpose: it is nobody's job."""
+"""A daemon through which processes share a GPU on purpose: it counts as no user."""
+
+VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A process that computes on a GPU; name and used_bytes are None where the driver does not tell them.
+    """A process that computes on a GPU; name and used_bytes are None where the driver does not report them.
 
-    In a container the driver may give the number that the process has outside, or none of the processes there.
+    In a container the driver may report the process's number outside of it, or no process at all.
     """
 
     pid: int
@@ -35,10 +37,14 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, or one part of a GPU that is divided (MIG): `index` is the number that nvidia-smi has for it, or for the
-    GPU of which it is a part; `uuid` is what CUDA_VISIBLE_DEVICES takes.
+    """A GPU, or one instance of a divided GPU (MIG).
 
-    unseen_bytes: memory in use of which no process is known. Where the driver does not tell its memory, all are 0.
+    Attributes:
+        index: nvidia-smi's number of it, or of the GPU that it is an instance of.
+        uuid: Its name in CUDA_VISIBLE_DEVICES.
+        free_bytes: Free memory; where the driver does not report memory, all sizes are 0.
+        unseen_bytes: Memory in use by no known process.
+        compute_capability: Such as "9.0", "" where unknown.
     """
 
     index: int
@@ -48,30 +54,32 @@ class Gpu:
     total_bytes: int = 0
     processes: tuple[GpuProcess, ...] = ()
     unseen_bytes: int = 0
+    driver_version: str = ""
+    compute_capability: str = ""
 
     @property
-    def is_part(self) -> bool:
+    def is_instance(self) -> bool:
         return self.uuid.startswith("MIG-")
 
     def __str__(self) -> str:
-        return f"GPU {self.index} ({self.name}{', ' + self.uuid if self.is_part else ''})"
+        return f"GPU {self.index} ({self.name}{', ' + self.uuid if self.is_instance else ''})"
 
 
 def gib(num_bytes: int) -> str:
-    """Bytes in GiB, for people."""
+    """Format bytes in GiB."""
     return f"{num_bytes / 2**30:.1f}"
 
 
 def list_gpus() -> tuple[Gpu, ...] | None:
-    """The GPUs that this process may use, in nvidia-smi's order; None where NVML is absent or does not answer.
+    """List the GPUs that this process may use, in nvidia-smi's order; None where NVML is absent or fails.
 
-    A GPU that does not even say its UUID, as one that is lost or another job's alone, is left out.
+    A GPU that does not even report its UUID, such as one that is lost or reserved for another job, is left out.
     """
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no package, no library, no driver, no permission: whatever it is, it is NVML that is missing
+    except Exception:  # no package, no library, no driver, no permission: in any case NVML cannot be used
         return None
     try:
         return tuple(_read_all(pynvml))
@@ -82,72 +90,113 @@ def list_gpus() -> tuple[Gpu, ...] | None:
             pynvml.nvmlShutdown()
 
 
+def visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> list[Gpu | None]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; all where it is unset.
+
+    Entries are numbers, UUIDs and their beginnings (CUDA programming guide, environment variables). None stands for an
+    ambiguous one. As for CUDA, the list ends at the first entry that names nothing.
+    """
+    if VISIBLE not in environ:
+        return [gpu if _numbers_are_certain(gpus, environ) else None for gpu in gpus]
+    visible: list[Gpu | None] = []
+    for entry in environ[VISIBLE].split(","):
+        named = _named(entry.strip(), gpus, environ)
+        if not named:
+            break
+        visible.append(named[0] if len(named) == 1 else None)
+    return visible
+
+
+def device_index(name: str) -> int | None:
+    """Return the number in a recipe's device such as cuda:1, among the visible GPUs; None where it has none."""
+    _, _, number = name.partition(":")
+    return int(number) if number else None
+
+
+def _named(entry: str, gpus: Sequence[Gpu], environ: Mapping[str, str]) -> Sequence[Gpu | None]:
+    """Return the GPUs that an entry of CUDA_VISIBLE_DEVICES may mean."""
+    if not entry.isdecimal():
+        matching = [gpu for gpu in gpus if gpu.uuid.startswith(entry)] if entry.startswith(("GPU-", "MIG-")) else []
+        # An instance can also be named by its GPU and two numbers, MIG-GPU-.../1/0: that form is not resolved.
+        return matching or ([None] if entry.startswith("MIG-") else [])
+    found = [gpu for gpu in gpus if gpu.index == int(entry)]
+    return list(gpus) if found and not _numbers_are_certain(gpus, environ) else found
+
+
+def _numbers_are_certain(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> bool:
+    """Return whether CUDA numbers GPUs as nvidia-smi does: by default it puts the fastest first."""
+    return environ.get(ORDER) == "PCI_BUS_ID" or len({gpu.name for gpu in gpus}) == 1
+
+
 def _read_all(nvml: Any) -> Iterator[Gpu]:
     for index in range(nvml.nvmlDeviceGetCount()):
-        handle = _told(nvml.nvmlDeviceGetHandleByIndex, index)
+        handle = _query(nvml.nvmlDeviceGetHandleByIndex, index)
         if handle is None:
             continue
-        for part in _parts(nvml, handle):
-            gpu = _read(nvml, index, part)
+        for instance in _instances(nvml, handle):
+            gpu = _read(nvml, index, instance, handle)
             if gpu is not None:
                 yield gpu
 
 
-def _parts(nvml: Any, handle: Any) -> list[Any]:
-    """The GPU itself, or the parts into which it is divided: then nothing runs on the whole of it."""
-    mode = _told(nvml.nvmlDeviceGetMigMode, handle)
+def _instances(nvml: Any, handle: Any) -> list[Any]:
+    """Return the GPU itself, or the instances into which it is divided: then nothing runs on the whole of it."""
+    mode = _query(nvml.nvmlDeviceGetMigMode, handle)
     if mode is None or not mode[0]:
         return [handle]
-    most = _told(nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0
-    parts = [_told(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place) for place in range(most)]
-    return [part for part in parts if part is not None]
+    count = _query(nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0
+    instances = [_query(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number) for number in range(count)]
+    return [instance for instance in instances if instance is not None]
 
 
-def _read(nvml: Any, index: int, handle: Any) -> Gpu | None:
-    uuid = _told(nvml.nvmlDeviceGetUUID, handle)
+def _read(nvml: Any, index: int, handle: Any, parent: Any) -> Gpu | None:
+    uuid = _query(nvml.nvmlDeviceGetUUID, handle)
     if uuid is None:
         return None
     free, total, used = _memory(nvml, handle)
     computing = _processes(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle)
     drawing = _processes(nvml, nvml.nvmlDeviceGetGraphicsRunningProcesses, handle)
     known = {process.pid: process.used_bytes for process in (*drawing, *computing)}
-    in_the_dark = any(size is None for size in known.values())
+    has_unknown_sizes = any(size is None for size in known.values())
+    capability = _query(getattr(nvml, "nvmlDeviceGetCudaComputeCapability", None), parent) or ()
     return Gpu(
         index=index,
         uuid=_text(uuid),
-        name=_text(_told(nvml.nvmlDeviceGetName, handle) or "unnamed"),
+        name=_text(_query(nvml.nvmlDeviceGetName, handle) or "unnamed"),
         free_bytes=free,
         total_bytes=total,
         processes=tuple(one for one in computing if PurePath(one.name or "").name != MPS_SERVER),
-        unseen_bytes=0 if in_the_dark else max(0, used - sum(size or 0 for size in known.values())),
+        unseen_bytes=0 if has_unknown_sizes else max(0, used - sum(size or 0 for size in known.values())),
+        driver_version=_text(_query(getattr(nvml, "nvmlSystemGetDriverVersion", None)) or ""),
+        compute_capability=".".join(map(str, capability)),
     )
 
 
 def _memory(nvml: Any, handle: Any) -> tuple[int, int, int]:
-    """Free, total and used bytes. The second version of the call does not count what the driver keeps for itself."""
-    info = _told(nvml.nvmlDeviceGetMemoryInfo, handle, getattr(nvml, "nvmlMemory_v2", None))
-    info = info or _told(nvml.nvmlDeviceGetMemoryInfo, handle)
+    """Return free, total and used bytes; the call's second version leaves out what the driver reserves."""
+    info = _query(nvml.nvmlDeviceGetMemoryInfo, handle, getattr(nvml, "nvmlMemory_v2", None))
+    info = info or _query(nvml.nvmlDeviceGetMemoryInfo, handle)
     return (0, 0, 0) if info is None else (int(info.free), int(info.total), int(info.used))
 
 
 def _processes(nvml: Any, listing: Callable[..., Any], handle: Any) -> list[GpuProcess]:
-    found = _told(listing, handle) or []
+    found = _query(listing, handle) or []
     return [GpuProcess(one.pid, _process_name(nvml, one.pid), one.usedGpuMemory) for one in found]
 
 
 def _process_name(nvml: Any, pid: int) -> str | None:
-    name = _told(nvml.nvmlSystemGetProcessName, pid)
+    name = _query(nvml.nvmlSystemGetProcessName, pid)
     return textwrap.shorten(_text(name), 60, placeholder="...") if name else None
 
 
 def _text(value: str | bytes) -> str:
-    """Older versions of NVML's Python bindings give bytes."""
+    """Decode text: older versions of NVML's Python bindings return bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _told(ask: Callable[..., Any], *arguments: Any) -> Any:
-    """What NVML answers; None where it refuses, knows nothing, or its library is older than its bindings."""
+def _query(call: Callable[..., Any] | None, *arguments: Any) -> Any:
+    """Return NVML's answer; None where it fails, or its library is older than its bindings."""
     try:
-        return ask(*arguments)
+        return call(*arguments) if call else None
     except Exception:  # its errors have several bases, and undecodable names are UnicodeDecodeError
         return None

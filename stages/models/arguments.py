@@ -1,4 +1,4 @@
-"""How a network's own arguments reach it: checked against its signature before it is called."""
+"""Arguments of a network, checked against its signature before it is called."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from stages.errors import UnknownModelError
 
-MOST = 2**16
-"""Of channels, units or stages."""
+MAX_SIZE = 2**16
+"""The largest number of channels, units or stages."""
 
 BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -17,9 +17,9 @@ BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD
 def call_with_args(
     network: str, factory: Callable[..., Any], offered: Mapping[str, Any], args: Mapping[str, Any]
 ) -> Any:
-    """Call `factory` with those of `offered` that its signature takes, and with all of `args`.
+    """Call `factory` with those of `offered` that its signature accepts, and with all of `args`.
 
-    Raises UnknownModelError, naming what `network` accepts, for an argument that it does not, and for one left out.
+    Raises UnknownModelError for an unknown argument, naming the accepted ones, and for a missing one.
     """
     parameters = inspect.signature(factory).parameters
     named = {name for name, parameter in parameters.items() if parameter.kind in BY_KEYWORD}
@@ -35,7 +35,7 @@ def call_with_args(
 def refuse_unknown_args(
     network: str, args: Mapping[str, Any], accepted: set[str] | None, offered: Collection[str]
 ) -> None:
-    """Raise UnknownModelError for the first of `args` that kdpipe sets itself or `accepted` lacks (None: has all)."""
+    """Raise UnknownModelError for the first of `args` that kdpipe sets itself or is not accepted (None: all are)."""
     for name in args:
         if name in offered:
             raise UnknownModelError(f"{network}: args.{name} is set by kdpipe itself; leave it out.")
@@ -45,9 +45,9 @@ def refuse_unknown_args(
 
 
 def at_least_one(network: str, name: str, value: Any) -> int:
-    """`value`, if it is a whole number of 1 or more; else UnknownModelError."""
+    """Return `value` if it is an integer of 1 or more; else raise UnknownModelError."""
     if type(value) is not int or value < 1:
-        raise UnknownModelError(f"{network}: args.{name} must be a whole number of 1 or more, found {value!r}.")
-    if value > MOST:
-        raise UnknownModelError(f"{network}: args.{name} is more than {MOST:,}: no network is that large.")
+        raise UnknownModelError(f"{network}: args.{name} must be an integer of 1 or more, found {value!r}.")
+    if value > MAX_SIZE:
+        raise UnknownModelError(f"{network}: args.{name} is more than {MAX_SIZE:,}: no network is that large.")
     return value

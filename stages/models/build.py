@@ -1,4 +1,4 @@
-"""From a recipe's [model] section to a network: by name, with seeded starting weights, checked against the data."""
+"""Building the network of a recipe's [model] section, with seeded weights, checked against the data."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.cause import cause
 from stages.config import Place, section
-from stages.errors import ModelError, UnknownModelError
-from stages.models.factory import PREFIX as PYTHON
+from stages.errors import ModelError, UnknownModelError, cause
 from stages.models.factory import build_from_factory
 from stages.models.small_images import SMALL_IMAGE_NETWORKS, build_small_image_network
 from stages.models.torchvision_models import build_classifier, classifier_names, refuse, refused_names
 from stages.models.weights import load_weights
+from stages.python_reference import is_user_reference
 
 TORCHVISION = "torchvision:"
 PUBLISHED = "published"
@@ -27,12 +26,13 @@ PUBLISHED = "published"
 
 @section
 class ModelConfig:
-    """Which network, and what it starts from.
+    """Configuration of a network and its initial weights.
 
-    name: one of `list_models()`, `torchvision:NAME` for torchvision's network where the plain name is a small-image
-    one's, or `python:package.module:factory`.
-    args: the network's own arguments, such as a width.
-    weights: None (fresh), "published" (torchvision's), or the path of a .safetensors file or torch state dict.
+    Attributes:
+        name: One of `list_models()`, `torchvision:NAME` where the plain name is a small-image network's, or
+            `python:package.module:factory`.
+        args: The network's own arguments, such as a width.
+        weights: None (random), "published" (torchvision's), or the path of a .safetensors file or torch state dict.
     """
 
     name: Place
@@ -43,12 +43,12 @@ class ModelConfig:
 def build_model(
     config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int], seed: int
 ) -> nn.Module:
-    """The network on the CPU, in training mode: images [B, in_channels, *image_size] -> logits [B, num_classes].
+    """Build the network on the CPU, in training mode: images [B, in_channels, *image_size] -> logits [B, num_classes].
 
-    Equal seeds give equal weights, and torch's global generators are left as they were. Raises ModelError for an
-    unknown name, arguments that the network does not take, images that do not fit it, or weights that cannot be loaded.
+    Equal seeds give equal weights, and torch's global generators are left unchanged. Raises ModelError for an unknown
+    name, unknown arguments, images that do not fit the network, or weights that cannot be loaded.
     """
-    # On the CPU alone: torch.manual_seed would also reset the generators of every GPU.
+    # On the CPU only: torch.manual_seed would also reset the generators of every GPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = _construct(config, num_classes, in_channels, image_size)
@@ -61,7 +61,7 @@ def build_model(
 def architecture(
     config: ModelConfig, num_classes: int, in_channels: int, image_size: tuple[int, int]
 ) -> dict[str, Any]:
-    """What the network is, apart from its weights, as JSON; a small-image network's default args are written out."""
+    """Return the network's description without weights, as JSON; defaults of small-image networks are included."""
     args = _default_args(config.name) | config.args
     try:
         args = json.loads(json.dumps(args, allow_nan=False))
@@ -79,7 +79,7 @@ def architecture(
 
 
 def list_models() -> list[str]:
-    """Every name that ModelConfig takes but the user's own factories: small-image networks, then torchvision's."""
+    """List the names that ModelConfig accepts, except user factories: small-image networks, then torchvision's."""
     plain = sorted(SMALL_IMAGE_NETWORKS)
     return plain + [TORCHVISION + name if name in SMALL_IMAGE_NETWORKS else name for name in classifier_names()]
 
@@ -92,7 +92,7 @@ def _construct(config: ModelConfig, num_classes: int, in_channels: int, image_si
         return build_classifier(
             name, config.args, num_classes=num_classes, in_channels=in_channels, published=published
         )
-    is_own = config.name.startswith(PYTHON)
+    is_own = is_user_reference(config.name)
     if not is_small and not is_own:
         raise refuse(name) if name in refused_names() else _unknown(config.name)
     if config.weights == PUBLISHED:
@@ -120,13 +120,13 @@ def _default_args(name: str) -> dict[str, Any]:
 
 
 def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple[int, int, int]) -> None:
-    """Run two black images through the network, so that a misfit is told before any data is read."""
+    """Run two black images through the network, to find a misfit before any data is read."""
     images = " x ".join(str(side) for side in image_shape)
     model.eval()
     try:
         with torch.no_grad():
             logits = model(torch.zeros(2, *image_shape))
-    except Exception as error:  # networks fail on a misfit in any way they like
+    except Exception as error:  # networks may raise anything on a misfit
         raise ModelError(f"{name} cannot take images of {images} ({cause(error)}).") from error
     model.train()
     if not isinstance(logits, Tensor):
@@ -141,4 +141,4 @@ def _path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ModelError(f"weights = {text!r} has no home folder to start from: write the whole path.") from error
+        raise ModelError(f"weights = {text!r}: there is no home folder, give the absolute path.") from error

@@ -1,4 +1,4 @@
-"""A plain convolutional network for the smallest images: digits of 8x8, MNIST and Fashion-MNIST of 28x28."""
+"""Plain convolutional networks for the smallest images: digits of 8x8, MNIST and Fashion-MNIST of 28x28."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from stages.errors import ModelError
 from stages.models.arguments import at_least_one
-from stages.models.he_init import he_initialise
+from stages.models.he_init import he_initialize
 
 
 def cnn(
@@ -20,11 +20,11 @@ def cnn(
     num_stages: int = 2,
     convs_per_stage: int = 2,
 ) -> nn.Sequential:
-    """Stages of conv-BN-ReLU, each halved by a max pool: images [B, in_channels, H, W] -> logits [B, num_classes].
+    """Build stages of conv-BN-ReLU, each with a max pool: images [B, in_channels, H, W] -> logits [B, num_classes].
 
     `stage1` gives [B, width, H, W], `stage2` [B, 2 width, H/2, W/2] and so on, *after* the ReLU and before the pool.
-    The last map is flattened, not averaged: in aligned images, where a thing stands says much. Raises ModelError for a
-    bad argument, or for images that the pools would shrink to nothing.
+    The last map is flattened, not averaged: in aligned images position is informative. Raises ModelError for a bad
+    argument, or for images that the pools would shrink to nothing.
     """
     layers = _stages("cnn", in_channels, image_size, width, num_stages=num_stages, convs_per_stage=convs_per_stage)
     height, wide = image_size
@@ -41,8 +41,9 @@ def cnn_average(
     num_stages: int = 2,
     convs_per_stage: int = 2,
 ) -> nn.Sequential:
-    """The same with the last map averaged, not flattened, as larger networks do: its classifier sees one number a
-    channel, and another network's may take its place (SimKD). Raises what `cnn` raises.
+    """Build `cnn` with the last map averaged, not flattened, as in larger networks.
+
+    Its classifier sees one number a channel, so that another network's can replace it (SimKD).
     """
     layers = _stages(
         "cnn_average", in_channels, image_size, width, num_stages=num_stages, convs_per_stage=convs_per_stage
@@ -76,7 +77,7 @@ def _with_head(layers: OrderedDict[str, nn.Module], num_features: int, num_class
     layers["flatten"] = nn.Flatten()
     layers["fc"] = nn.Linear(num_features, num_classes)
     model = nn.Sequential(layers)
-    he_initialise(model)
+    he_initialize(model)
     return model
 
 

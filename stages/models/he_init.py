@@ -1,14 +1,14 @@
-"""Starting weights as the field's small-image networks have them (He et al. 2015, "Delving Deep into Rectifiers")."""
+"""Initial weights of small-image networks (He et al. 2015, "Delving Deep into Rectifiers")."""
 
 from __future__ import annotations
 
 from torch import nn
 
 
-def he_initialise(model: nn.Module, *, linear_std: float | None = None) -> None:
+def he_initialize(model: nn.Module, *, linear_std: float | None = None) -> None:
     """Draw every convolution from N(0, 2 / fan_out) with zero bias; with `linear_std`, linears from N(0, linear_std²).
 
-    Batch norms keep torch's own start (weight 1, bias 0), and so do linears without `linear_std`.
+    Batch norms keep torch's default (weight 1, bias 0), and so do linears without `linear_std`.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

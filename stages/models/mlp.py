@@ -12,10 +12,10 @@ from stages.models.arguments import at_least_one
 
 
 def mlp(*, num_classes: int, in_channels: int, image_size: tuple[int, int], hidden: Any = (64,)) -> nn.Sequential:
-    """Flattened images through fully connected layers: [B, in_channels, H, W] -> logits [B, num_classes].
+    """Build fully connected layers on flattened images: [B, in_channels, H, W] -> logits [B, num_classes].
 
-    `layer1` gives [B, hidden[0]], `layer2` [B, hidden[1]] and so on, *after* the ReLU; an empty `hidden` leaves softmax
-    regression. Raises ModelError where `hidden` is no list of widths.
+    `layer1` gives [B, hidden[0]], `layer2` [B, hidden[1]] and so on, *after* the ReLU; an empty `hidden` is softmax
+    regression. Raises ModelError unless `hidden` is a list of widths.
     """
     if not isinstance(hidden, list | tuple):
         raise ModelError(f"mlp: args.hidden must be a list of widths such as [64], found {hidden!r}.")

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from stages.models.he_init import he_initialise
+from stages.models.he_init import he_initialize
 
 WIDTH = 0.5
 LAST_WIDTH = 1280
@@ -23,7 +23,7 @@ BLOCKS = (
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter each channel, narrow: [B, C_in, H, W] -> [B, C_out, H / stride, W / stride], no ReLU at the end."""
+    """An inverted residual: [B, C_in, H, W] -> [B, C_out, H / stride, W / stride], without a ReLU at the end."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenet_v2(*, num_classes: int, in_channels: int) -> nn.Sequential:
-    """MobileNetV2 at half width: images [B, in_channels, H, W] -> logits [B, num_classes].
+    """Build MobileNetV2 at half width: images [B, in_channels, H, W] -> logits [B, num_classes].
 
     `conv1` gives [B, 16, H/2, W/2] after its ReLU; `blocks.0` to `blocks.6` give linear (signed) maps, as in the
     original, of 8, 12, 16, 32, 48, 80 and 160 channels at strides 2, 2, 4, 8, 8, 16 and 16; `conv2` gives
@@ -67,7 +67,7 @@ def mobilenet_v2(*, num_classes: int, in_channels: int) -> nn.Sequential:
             classifier=nn.Sequential(nn.Linear(LAST_WIDTH, num_classes)),
         )
     )
-    he_initialise(model, linear_std=0.01)
+    he_initialize(model, linear_std=0.01)
     return model
 
 

@@ -10,7 +10,7 @@ from stages.errors import ModelError
 
 
 def module_named(model: nn.Module, path: str) -> nn.Module:
-    """The submodule of `model` at `path`. Raises ModelError, with the nearest paths, where there is none."""
+    """Return the submodule of `model` at `path`; raises ModelError, with the nearest paths, if there is none."""
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     del modules[""]  # the model itself: its output is the logits, which need no hook
     if path in modules:

@@ -6,14 +6,14 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from stages.models.he_init import he_initialise
+from stages.models.he_init import he_initialize
 
 NARROW = (16, 16, 32, 64)
 TIMES_4 = (32, 64, 128, 256)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: [B, C_in, H, W] -> [B, C_out, H / stride, W / stride], after the ReLU."""
+    """Two 3x3 convolutions with a shortcut: [B, C_in, H, W] -> [B, C_out, H / stride, W / stride], after the ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -37,11 +37,11 @@ class BasicBlock(nn.Module):
 
 
 def resnet(depth: int, widths: tuple[int, int, int, int], /, *, num_classes: int, in_channels: int) -> nn.Sequential:
-    """A residual network of `depth` = 6n + 2 layers: images [B, in_channels, H, W] -> logits [B, num_classes].
+    """Build a residual network of `depth` = 6n + 2 layers: images [B, in_channels, H, W] -> logits [B, num_classes].
 
     `widths` are the channels of the stem and of the three stages. `layer1` [B, widths[1], H, W], `layer2`
     [B, widths[2], H/2, W/2] and `layer3` [B, widths[3], H/4, W/4] give their last block's output *after* its ReLU, as
-    in the field's reference code.
+    in RepDistiller and mdistiller.
     """
     blocks = (depth - 2) // 6
     stem, *stages = widths
@@ -58,7 +58,7 @@ def resnet(depth: int, widths: tuple[int, int, int, int], /, *, num_classes: int
             fc=nn.Linear(stages[2], num_classes),
         )
     )
-    he_initialise(model)
+    he_initialize(model)
     return model
 
 

@@ -13,7 +13,7 @@ STAGES = ((240, 4), (480, 8), (960, 4))  # output channels, units
 
 
 class Unit(nn.Module):
-    """Grouped 1x1, depthwise 3x3, grouped 1x1 beside a shortcut: [B, C_in, H, W] -> [B, C_out, H / stride, W / stride].
+    """Grouped 1x1, depthwise 3x3, grouped 1x1 with a shortcut: [B, C_in, H, W] -> [B, C_out, H / stride, W / stride].
 
     With stride 2 the averaged input is concatenated, so the branch makes C_out - C_in channels. The output is after
     the ReLU.
@@ -45,7 +45,7 @@ class Unit(nn.Module):
 
 
 def shufflenet_v1(*, num_classes: int, in_channels: int) -> nn.Sequential:
-    """ShuffleNet with 3 groups: images [B, in_channels, H, W] -> logits [B, num_classes].
+    """Build ShuffleNet with 3 groups: images [B, in_channels, H, W] -> logits [B, num_classes].
 
     `layer1` [B, 240, H/2, W/2], `layer2` [B, 480, H/4, W/4] and `layer3` [B, 960, H/8, W/8] give maps *after* the ReLU.
     torch-pruning cannot follow the shuffle between grouped convolutions: this network cannot be pruned.

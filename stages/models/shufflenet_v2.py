@@ -13,7 +13,7 @@ LAST_WIDTH = 1024
 
 
 class KeepUnit(nn.Module):
-    """Half of the channels pass, half are filtered, then both are shuffled: [B, C, H, W] -> [B, C, H, W]."""
+    """A unit that filters half of the channels and shuffles all: [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class KeepUnit(nn.Module):
 
 
 class DownUnit(nn.Module):
-    """Two branches halve the map and are shuffled together: [B, C_in, H, W] -> [B, C_out, H/2, W/2]."""
+    """A unit of two branches that halve the map and are shuffled together: [B, C_in, H, W] -> [B, C_out, H/2, W/2]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class DownUnit(nn.Module):
 
 
 def shufflenet_v2(*, num_classes: int, in_channels: int) -> nn.Sequential:
-    """ShuffleNetV2 at width 1: images [B, in_channels, H, W] -> logits [B, num_classes].
+    """Build ShuffleNetV2 at width 1: images [B, in_channels, H, W] -> logits [B, num_classes].
 
     `layer1` [B, 116, H/2, W/2], `layer2` [B, 232, H/4, W/4] and `layer3` [B, 464, H/8, W/8] give maps *after* the ReLU
     and the shuffle; `relu2` gives the last map [B, 1024, H/8, W/8]. torch-pruning cannot follow the split and the

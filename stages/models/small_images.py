@@ -1,6 +1,6 @@
-"""The networks for small images under the names that the field's CIFAR-100 tables give them.
+"""Registry of networks for small images, under their names in CIFAR-100 distillation tables.
 
-Parameters, maps and starting weights are those of the tables' reference code (RepDistiller, mdistiller), and
+Parameters, maps and initial weights are those of the tables' reference code (RepDistiller, mdistiller), and
 `load_weights` reads its state dicts as they are.
 """
 
@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from stages.cause import cause
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 from stages.models.arguments import call_with_args
 from stages.models.cnn import cnn, cnn_average
 from stages.models.mlp import mlp
@@ -28,7 +27,7 @@ from stages.models.wide_resnet import wide_resnet
 
 @dataclass(frozen=True)
 class SmallImageNetwork:
-    """A builder, called by keyword, and the smallest image side whose last map still has one pixel for every stride."""
+    """A builder, called by keyword, and the smallest image side that its strides leave one pixel of."""
 
     build: Callable[..., nn.Module]
     min_side: int = 1
@@ -62,9 +61,9 @@ SMALL_IMAGE_NETWORKS: Mapping[str, SmallImageNetwork] = {
 def build_small_image_network(
     name: str, args: Mapping[str, Any], *, num_classes: int, in_channels: int, image_size: tuple[int, int]
 ) -> nn.Module:
-    """The network called `name` in SMALL_IMAGE_NETWORKS, freshly initialised from torch's current generator.
+    """Build the network called `name` in SMALL_IMAGE_NETWORKS, initialized from torch's current generator.
 
-    Raises ModelError for arguments that it does not take, or images too small for its strides.
+    Raises ModelError for unknown arguments, or images too small for its strides.
     """
     network = SMALL_IMAGE_NETWORKS[name]
     if min(image_size) < network.min_side:

@@ -1,6 +1,6 @@
 """torchvision's image classifiers by name, with fresh or published weights.
 
-torchvision takes longer to import than torch itself: only those who ask for it pay for it.
+torchvision takes longer to import than torch itself, so it is imported only when needed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.cause import cause
-from stages.errors import ModelError
+from stages.errors import ModelError, cause
 from stages.models.arguments import refuse_unknown_args
 from stages.models.module_path import module_named
 from stages.models.weights import load_entries
 
 CHANNELS = 3
-# What a family's builders take themselves, out of their **kwargs.
+# Arguments that a family's builders take out of their **kwargs.
 BUILDER_ARGS = {
     "efficientnet_": {"dropout"},
     "vit_": {"image_size"},
@@ -31,7 +30,7 @@ WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
 
 @cache
 def classifier_names() -> tuple[str, ...]:
-    """The names of torchvision's image classifiers with one head, sorted."""
+    """Return the names of torchvision's image classifiers with one head, sorted."""
     from torchvision import models
 
     # Detection, segmentation, video and quantized networks live in sub-packages of their own.
@@ -40,7 +39,7 @@ def classifier_names() -> tuple[str, ...]:
 
 @cache
 def refused_names() -> frozenset[str]:
-    """The names of torchvision's other networks: known, but of no use here."""
+    """Return the names of torchvision's other networks, which are not supported."""
     from torchvision import models
 
     return frozenset(models.list_models()) - set(classifier_names())
@@ -49,11 +48,10 @@ def refused_names() -> frozenset[str]:
 def build_classifier(
     name: str, args: Mapping[str, Any], *, num_classes: int, in_channels: int, published: bool
 ) -> nn.Module:
-    """torchvision's classifier `name`: images [B, 3, H, W] -> logits [B, num_classes].
+    """Build torchvision's classifier `name`: images [B, 3, H, W] -> logits [B, num_classes].
 
-    With `published` it carries torchvision's default weights, and where these tell another number of classes apart, a
-    fresh head. Raises ModelError for another number of channels, arguments that it does not take, or weights that
-    cannot be had.
+    With `published` it has torchvision's default weights, and a new head where their number of classes differs. Raises
+    ModelError for another number of channels, unknown arguments, or weights that cannot be downloaded.
     """
     if in_channels != CHANNELS:
         raise ModelError(
@@ -73,10 +71,10 @@ def build_classifier(
 
 
 def refuse(name: str) -> ModelError:
-    """The error for a network of `refused_names`."""
+    """Return the error for a network of `refused_names`."""
     if name in WITH_AUXILIARY_HEADS:
-        return ModelError(f"{name} has auxiliary heads, and kdpipe distils one set of logits: take another network.")
-    return ModelError(f"{name} is a network of torchvision, but no plain image classifier: take one that is.")
+        return ModelError(f"{name} has auxiliary heads, and kdpipe distills one set of logits: choose another network.")
+    return ModelError(f"{name} is a network of torchvision, but not a plain image classifier: choose one that is.")
 
 
 def _construct(name: str, args: Mapping[str, Any], num_classes: int) -> nn.Module:
@@ -93,7 +91,7 @@ def _construct(name: str, args: Mapping[str, Any], num_classes: int) -> nn.Modul
 
 
 def _accepted_args(name: str, builder: Callable[..., nn.Module]) -> set[str]:
-    """What the builder hands on to its class: the parameters with a default, since it sets the others itself."""
+    """Return the arguments that the builder passes to its class: those with a default; it sets the others itself."""
     network = inspect.signature(builder, eval_str=True).return_annotation
     parameters = inspect.signature(network).parameters.values()
     by_class = {each.name for each in parameters if each.default is not inspect.Parameter.empty}
@@ -107,14 +105,14 @@ def _download(name: str, weights: Any) -> Mapping[str, Tensor]:
         )
     except Exception as error:  # a download fails in many ways: no network, no disk, a broken cache
         raise ModelError(
-            f"the published weights of {name} cannot be had from {weights.url} ({cause(error)}): "
+            f"the published weights of {name} cannot be downloaded from {weights.url} ({cause(error)}): "
             "download them elsewhere and put them into $TORCH_HOME/hub/checkpoints."
         ) from error
     return entries
 
 
 def _replace_head(model: nn.Module, published_classes: int, num_classes: int) -> None:
-    """Put a fresh layer of `num_classes` in place of the last one of `published_classes`, a linear or a convolution."""
+    """Replace the last layer of `published_classes`, a linear or a convolution, by a new one of `num_classes`."""
     path, head = [(path, module) for path, module in model.named_modules() if _width(module) == published_classes][-1]
     parent, _, name = path.rpartition(".")
     bias = head.bias is not None

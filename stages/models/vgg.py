@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from stages.models.he_init import he_initialise
+from stages.models.he_init import he_initialize
 
 WIDTHS = (64, 128, 256, 512, 512)
 
@@ -19,10 +19,10 @@ def vgg(
     in_channels: int,
     image_size: tuple[int, int],
 ) -> nn.Sequential:
-    """VGG with `convs` convolutions in its five blocks: images [B, in_channels, H, W] -> logits [B, num_classes].
+    """Build VGG with `convs` convolutions in its five blocks: images [B, in_channels, H, W] -> logits [B, num_classes].
 
     `block0` [B, 64, H, W], `block1` [B, 128, H/2, W/2], `block2` [B, 256, H/4, W/4], `block3` and `block4`
-    [B, 512, H/8, W/8] give maps *after* the ReLU and before the pool. As in the field's reference code, images of 64
+    [B, 512, H/8, W/8] give maps *after* the ReLU and before the pool. As in RepDistiller and mdistiller, images of 64
     pixels or more are pooled once more, between `block3` and `block4`, and the last map is averaged to one pixel.
     """
     num_pools = 4 if min(image_size) >= 64 else 3
@@ -37,7 +37,7 @@ def vgg(
     layers["flatten"] = nn.Flatten()
     layers["classifier"] = nn.Linear(channels, num_classes)
     model = nn.Sequential(layers)
-    he_initialise(model, linear_std=0.01)
+    he_initialize(model, linear_std=0.01)
     return model
 
 

@@ -1,4 +1,4 @@
-"""A network's weights: read from a file that need not be trusted, counted, and given a digest."""
+"""Weights of a network: loading them from untrusted files, counting and hashing them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.cause import cause
-from stages.errors import ModelError
-from stages.models.misfits import misfits, no_numbers
+from stages.errors import ModelError, cause
 
 NESTED_UNDER = ("state_dict", "model", "model_state_dict")
 
-# What other code calls an entry, and what it is called here.
+MAX_NAMED = 3
+
+MAX_NAME_LENGTH = 80
+"""Letters of a name in an untrusted file that are shown."""
+
+STATISTICS = ("running_mean", "running_var")
+
+# Names of entries in other code, and the names here.
 RENAMED = (
     (re.compile(r"^(?:(?:module|_orig_mod)\.)+"), ""),  # DistributedDataParallel, torch.compile
     (re.compile(r"^block(\d)\.layer\.(\d+)\.convShortcut\."), r"layer\1.\2.shortcut."),  # RepDistiller's wide resnets
@@ -37,45 +42,46 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Fill `model` in place from a .safetensors file or a torch state dict.
 
     A torch file may hold the state dict itself or under one of NESTED_UNDER; names may carry the prefixes of
-    DistributedDataParallel and torch.compile. Only tensors are read, never pickled objects. Raises ModelError where the
-    file is missing, damaged or unsafe, or its entries are not the model's.
+    DistributedDataParallel and torch.compile. Only tensors are read, never pickled objects. Raises ModelError if the
+    file is missing, damaged or unsafe, or its entries do not fit the model.
     """
     load_entries(model, read_weights(path), str(path))
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """The entries of such a file, as they are stored. Raises ModelError where it is missing, damaged or unsafe."""
+    """Return the entries of a weights file; raises ModelError if it is missing, damaged or unsafe."""
     if not path.is_file():
         raise ModelError(f"there is no weights file {path}.")
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def load_entries(model: nn.Module, entries: Mapping[str, Any], source: str) -> None:
-    """Fill `model` in place from the state dict `entries`, read from `source`. Raises ModelError if they do not fit, or
-    are no weights of a trained network: no answer comes of NaN, infinity, or a variance below zero.
+    """Fill `model` in place from the state dict `entries`, read from `source`.
+
+    Raises ModelError if they do not fit, or hold NaN, infinity, or a variance below zero; nothing is loaded then.
     """
     wanted = model.state_dict()
     stored = {key if key in wanted else _renamed(key): value for key, value in entries.items()}
     for key in wanted:
         if key.endswith("num_batches_tracked"):  # absent before torch 0.4.1; counts steps and decides no output
             stored.setdefault(key, wanted[key])
-    if faults := misfits(stored, wanted):
+    if faults := _misfits(stored, wanted):
         raise ModelError(
             f"{source} cannot be loaded into the model: {'; '.join(faults)}. "
             "Check the model's name, args and number of classes."
         )
-    if fault := no_numbers(stored, model):
+    if fault := _invalid_values(stored, model):
         raise ModelError(f"{source}: {fault}; give weights of a trained network.")
     model.load_state_dict(stored)
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """The digest of a network's state dict."""
+    """Return the digest of a network's state dict."""
     return state_sha256(model.state_dict())
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """Hex sha256 over the sorted entries of a state dict: name, dtype, shape, little-endian bytes of each."""
+    """Return the hex sha256 over the sorted entries of a state dict: name, dtype, shape, little-endian bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -84,7 +90,7 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of trainable and frozen parameters; buffers such as running means are not counted."""
+    """Return the number of trainable and frozen parameters, without buffers such as running means."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -96,10 +102,12 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
-    if _unpacks_to_more(path):
-        raise ModelError(f"{path} unpacks to more than it holds, as torch's own files never do: save it again.")
+    if _is_zip_bomb(path):
+        raise ModelError(
+            f"{path} is compressed or has overlapping members, unlike torch's own files: save it again with torch.save."
+        )
     try:
-        with warnings.catch_warnings(action="ignore"):  # of torch, to who wrote the file
+        with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ModelError(_unsafe(path, str(error))) from error
@@ -113,13 +121,13 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _unpacks_to_more(path: Path) -> bool:
-    """Whether a file is a zip whose members are compressed, or share bytes: a small one may fill the memory."""
+def _is_zip_bomb(path: Path) -> bool:
+    """Return whether a zip file has compressed or overlapping members: a small one could fill the memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             return sum(member.file_size for member in archive.infolist()) > path.stat().st_size
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return False  # no zip: an older torch's file, or one of which torch says what is amiss
+        return False  # not a zip: an older torch's file, or torch will report the damage
 
 
 def _unsafe(path: Path, why: str) -> str:
@@ -142,3 +150,63 @@ def _little_endian_bytes(tensor: Tensor) -> bytes:
     if sys.byteorder == "big":
         raw = raw.reshape(-1, tensor.element_size()).flip(1)
     return raw.numpy().tobytes()
+
+
+def _misfits(stored: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> list[str]:
+    """List missing and unexpected entries and wrong shapes or types, the first few of each; empty where all fit."""
+    here = {key: stored[key] for key in wanted if key in stored}
+    reshaped = [
+        f"{key} is stored as {_shape(value)}, wanted {list(wanted[key].shape)}"
+        for key, value in here.items()
+        if _shape(value) != list(wanted[key].shape)
+    ]
+    retyped = [f"{key} is stored as {kind}" for key, value in here.items() if (kind := _wrong_type(value, wanted[key]))]
+    return [
+        *_first_few("missing ", [key for key in wanted if key not in stored]),
+        *_first_few("unexpected ", [key[:MAX_NAME_LENGTH] for key in stored if key not in wanted]),
+        *_first_few("", reshaped),
+        *_first_few("", [] if reshaped else retyped),
+    ]
+
+
+def _invalid_values(stored: Mapping[str, Tensor], model: nn.Module) -> str | None:
+    """Describe the first parameter or batch-norm statistic that is invalid; None where there is none.
+
+    Other buffers may hold infinity: masks do.
+    """
+    wanted = dict(model.named_parameters())
+    wanted |= {key: one for key, one in model.state_dict().items() if key.endswith(STATISTICS)}
+    for name, own in wanted.items():
+        tensor = stored[name].to(own.dtype)
+        if not bool(tensor.isfinite().all()):
+            return f"{name} holds NaN or infinity"
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            return f"{name} holds a variance below zero"
+    return None
+
+
+def _shape(value: Any) -> list[int] | str:
+    return list(value.shape) if isinstance(value, Tensor) else "no tensor"
+
+
+def _wrong_type(value: Any, wanted: Tensor) -> str | None:
+    """Describe why a tensor cannot be converted to `wanted` without loss; None where it can."""
+    if not isinstance(value, Tensor):
+        return None  # reported as a wrong shape
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        kind = "meta" if value.is_meta else "quantized" if value.is_quantized else "sparse"
+        return f"a {kind} tensor, wanted numbers"
+    if value.is_complex() or (wanted.is_floating_point() and not value.is_floating_point()):
+        return f"{_dtype_name(value)}, wanted {_dtype_name(wanted)}"
+    return None
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _first_few(kind: str, entries: list[str]) -> list[str]:
+    if not entries:
+        return []
+    more = f" and {len(entries) - MAX_NAMED} more" if len(entries) > MAX_NAMED else ""
+    return [f"{kind}{', '.join(entries[:MAX_NAMED])}{more}"]

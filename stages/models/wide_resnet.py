@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from stages.models.he_init import he_initialise
+from stages.models.he_init import he_initialize
 
 
 class PreActBlock(nn.Module):
@@ -36,7 +36,7 @@ class PreActBlock(nn.Module):
 
 
 def wide_resnet(depth: int, widen: int, /, *, num_classes: int, in_channels: int) -> nn.Sequential:
-    """A wide residual network of `depth` = 6n + 4 layers: images [B, in_channels, H, W] -> logits [B, num_classes].
+    """Build a wide resnet of `depth` = 6n + 4 layers: images [B, in_channels, H, W] -> logits [B, num_classes].
 
     `layer1` [B, 16 widen, H, W], `layer2` [B, 32 widen, H/2, W/2] and `layer3` [B, 64 widen, H/4, W/4] (`block1` to
     `block3` in the reference code) give bare sums, *before* the batch norm and ReLU that follow, as in the original;
@@ -59,7 +59,7 @@ def wide_resnet(depth: int, widen: int, /, *, num_classes: int, in_channels: int
             fc=classifier,
         )
     )
-    he_initialise(model)
+    he_initialize(model)
     return model
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from stages.cause import cause
-from stages.errors import RecipeError
+from stages.errors import RecipeError, cause
 from stages.python_reference import find_callable, users_code
 from stages.views.global_generators import preserve_rng_state, seed_global_rngs
 

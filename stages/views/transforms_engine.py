@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from stages.cause import cause
-from stages.errors import RecipeError
+from stages.errors import RecipeError, cause
 from stages.python_reference import source_sha256
 from stages.views.build_transform import Transform, build_transform
 from stages.views.config import ViewsConfig

@@ -155,13 +155,13 @@ def stopped(recipe, tmp_path_factory):
     run, saved = tmp_path_factory.mktemp("stopped") / "run", []
 
     def save(*what):
-        checkpoint.save(*what)
+        checkpoint.save_checkpoint(*what)
         saved.append(what)
         if len(saved) == 9:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("stages.training.save", save)
+        patched.setattr("stages.training.save_checkpoint", save)
         assert answer("train-teacher", recipe, "--run", run).exit_code == 130
     return run
 
@@ -181,13 +181,13 @@ CHECKPOINTS = {
     "later step": lambda _, record: record.update(step=10**9),
     "history": lambda _, record: record.update(history=[{"accuracy": "x"}], epoch=1),
     "no accuracy": lambda _, record: record.update(history=[{"wall_s": 1.0}], epoch=1),
-    "parts": lambda _, record: record.update(parts="x"),
+    "micro_batches": lambda _, record: record.update(micro_batches="x"),
     "record": lambda *_: [1],
     "no record": lambda *_: {"a": 1},
     "weights": lambda tensors, _: tensors.update({"modules/student.fc.bias": torch.ones(3)}),
-    "momentum": lambda tensors, _: tensors.update({"optimiser/0/momentum_buffer": torch.ones(3)}),
-    "another parameter": lambda tensors, _: tensors.update({"optimiser/99/momentum_buffer": torch.ones(3)}),
-    "no parameter": lambda tensors, _: tensors.update({f"optimiser/{ESCAPE}/x": torch.ones(3)}),
+    "momentum": lambda tensors, _: tensors.update({"optimizer/0/momentum_buffer": torch.ones(3)}),
+    "another parameter": lambda tensors, _: tensors.update({"optimizer/99/momentum_buffer": torch.ones(3)}),
+    "no parameter": lambda tensors, _: tensors.update({f"optimizer/{ESCAPE}/x": torch.ones(3)}),
 }
 
 

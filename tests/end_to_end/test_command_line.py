@@ -37,7 +37,7 @@ def test_help_lists_commands_and_imports_nothing_heavy():
         (["compress", "RECIPE"], 1, "kdpipe"),
         (["report", "none"], 1, "not a run folder"),
         (["store", "info", "none.zarr"], 1, "no store at none.zarr"),
-        (["run", "RECIPE", "--set", "student.seeds=[0, 0]"], 2, "each may stand there once"),
+        (["run", "RECIPE", "--set", "student.seeds=[0, 0]"], 2, "it has duplicates"),
         (["run", "RECIPE", "--set", "views.operations.0.padding=8"], 2, "could crop images of 8 x 8 to nothing"),
         (["run", "RECIPE", "--set", "device=cuda:99"], 2, "device"),
         (["run", "RECIPE", "--set", "distill.1.layer=1"], 2, "unknown key 'distill.1.layer'"),

@@ -48,7 +48,7 @@ def test_exported_files_agree_with_torch(done):
     test_set = load_dataset(DataConfig(name="digits", num_train=200), "test")
     for folder in ("teacher", "students/distilled-seed0", "compressed/pruned-seed0", "compressed/int8-seed0"):
         session = onnxruntime.InferenceSession(run / folder / "model.onnx")
-        scale = json.loads(session.get_modelmeta().custom_metadata_map["normalisation"])
+        scale = json.loads(session.get_modelmeta().custom_metadata_map["normalization"])
         images = (test_set.images.float() / 255 - scale["mean"][0]) / scale["std"][0]
         logits = session.run(["logits"], {"images": images.numpy()})[0]
         accuracy = float((logits.argmax(1) == test_set.labels.numpy()).mean())
@@ -65,7 +65,7 @@ def test_the_store_has_the_teachers_logits(done):
     run, _ = done
     train_set = load_dataset(DataConfig(name="digits", num_train=200), "train")
     session = onnxruntime.InferenceSession(run / "teacher" / "model.onnx")
-    scale = json.loads(session.get_modelmeta().custom_metadata_map["normalisation"])
+    scale = json.loads(session.get_modelmeta().custom_metadata_map["normalization"])
     group = zarr.open_group(run / "store.zarr", mode="r")
     positions = {int(sample_id): position for position, sample_id in enumerate(train_set.sample_ids)}
     rows = [positions[int(sample_id)] for sample_id in group["samples/ids"][:]]

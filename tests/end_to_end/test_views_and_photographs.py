@@ -195,7 +195,7 @@ def test_student_of_one_class_gets_all_mixtures_and_a_warning(place, done):
     overrides = [f"--set={key}={value}" for key, value in changes.items()]
     ended = kdpipe_here("train-student", recipe_of(place), "--run", place / "cats", *overrides)
     assert ended.exit_code == 0, ended.stderr
-    assert "kdpipe: warning: views.num_views = 1: the student sees each image in one and the same view" in ended.stderr
+    assert "kdpipe: warning: views.num_views = 1: the student sees the same view of each image" in ended.stderr
     assert "3.0 in 1,200" in ended.stderr
     raised = kdpipe_here("train-student", recipe_of(place), "--run", place / "cats", *overrides, "--set=views.seed=3")
     assert raised.exit_code == 12

@@ -1,4 +1,4 @@
-"""Work in the background is in order, bounded, and loses neither an item nor an error; nothing hangs."""
+"""Tests of the background worker: order, bound, errors and interrupts."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from stages.background import Background
+from stages.background import BackgroundWorker
 
 SAFETY_S = 30
 
@@ -16,8 +16,8 @@ class DiskFullError(Exception):
     pass
 
 
-class Held:
-    """Work that begins each item in its time and goes on only when it is told to."""
+class PausedWork:
+    """Work that starts each item but finishes it only after `go_on` is set."""
 
     def __init__(self, fails_at=None):
         self.begun, self.go_on = threading.Event(), threading.Event()
@@ -31,11 +31,11 @@ class Held:
         self.done.append(item)
 
     def background(self, num_waiting=2):
-        return Background(self.work, num_waiting, self.discarded.append)
+        return BackgroundWorker(self.work, num_waiting, self.discarded.append)
 
 
 def call_in_thread(function, *arguments):
-    """Starts the call; returns its thread, and a list that gets the error it raises."""
+    """Start the call; returns its thread, and a list that receives its error."""
     raised = []
 
     def call():
@@ -54,16 +54,16 @@ def ended(thread):
     return not thread.is_alive()
 
 
-def test_items_are_worked_on_in_order_by_one_other_thread_and_all_at_the_end():
+def test_one_other_thread_processes_all_items_in_order():
     done, threads = [], set()
 
     def work(item):
         done.append(item)
         threads.add(threading.current_thread())
 
-    with Background(work, 2) as background:
+    with BackgroundWorker(work, 2) as background:
         for item in range(100):
-            background.put(item)
+            background.submit(item)
     assert done == list(range(100))
     assert len(threads) == 1
     assert threading.main_thread() not in threads
@@ -71,24 +71,24 @@ def test_items_are_worked_on_in_order_by_one_other_thread_and_all_at_the_end():
 
 
 @pytest.mark.parametrize("num_waiting", [1, 3])
-def test_put_waits_only_when_the_queue_is_full(num_waiting):
-    held = Held()
-    with held.background(num_waiting) as background:
-        background.put("in work")
-        assert held.begun.wait(SAFETY_S)
+def test_submit_waits_only_when_the_queue_is_full(num_waiting):
+    paused = PausedWork()
+    with paused.background(num_waiting) as background:
+        background.submit("in work")
+        assert paused.begun.wait(SAFETY_S)
         for item in range(num_waiting):
-            background.put(item)  # would hang here if these did not fit
-        thread, raised = call_in_thread(background.put, "one too many")
+            background.submit(item)  # would hang here if these did not fit
+        thread, raised = call_in_thread(background.submit, "one too many")
         thread.join(0.05)  # gives a queue without bound the time to show it
         assert thread.is_alive()
-        held.go_on.set()
+        paused.go_on.set()
         assert ended(thread)
     assert raised == []
-    assert held.done == ["in work", *range(num_waiting), "one too many"]
-    assert held.discarded == []
+    assert paused.done == ["in work", *range(num_waiting), "one too many"]
+    assert paused.discarded == []
 
 
-def test_no_more_than_the_bound_is_ever_outstanding():
+def test_number_of_outstanding_items_is_bounded():
     lock, outstanding, most = threading.Lock(), 0, 0
 
     def count(change):
@@ -97,111 +97,112 @@ def test_no_more_than_the_bound_is_ever_outstanding():
             outstanding += change
             most = max(most, outstanding)
 
-    with Background(lambda item: count(-1), 3) as background:
+    with BackgroundWorker(lambda item: count(-1), 3) as background:
         for item in range(500):
-            background.put(item)
+            background.submit(item)
             count(+1)
     assert outstanding == 0
     assert most <= 3 + 1
 
 
-def test_put_raises_the_workers_own_error_and_discards_what_it_refuses():
-    held = Held(fails_at="bad")
-    held.go_on.set()
-    with pytest.raises(DiskFullError) as caught, held.background() as background:
-        background.put("good")
-        background.put("bad")
+def test_submit_raises_worker_error_and_discards_item():
+    paused = PausedWork(fails_at="bad")
+    paused.go_on.set()
+    with pytest.raises(DiskFullError) as caught, paused.background() as background:
+        background.submit("good")
+        background.submit("bad")
         for item in range(1000):
-            background.put(item)
+            background.submit(item)
     assert caught.traceback[-1].name == "work"
-    assert held.done == ["good"]
-    assert held.discarded == list(range(len(held.discarded)))
-    assert len(held.discarded) > 0
+    assert paused.done == ["good"]
+    assert paused.discarded == list(range(len(paused.discarded)))
+    assert len(paused.discarded) > 0
 
 
-def test_the_blocks_end_raises_the_workers_error_and_what_waited_is_discarded():
-    held = Held(fails_at="bad")
-    with pytest.raises(DiskFullError, match="bad"), held.background() as background:
+def test_block_end_raises_worker_error_and_discards_waiting():
+    paused = PausedWork(fails_at="bad")
+    with pytest.raises(DiskFullError, match="bad"), paused.background() as background:
         for item in ("bad", "second", "third"):
-            background.put(item)
-        held.go_on.set()
-    assert held.done == []
-    assert held.discarded == ["second", "third"]
+            background.submit(item)
+        paused.go_on.set()
+    assert paused.done == []
+    assert paused.discarded == ["second", "third"]
 
 
-def test_a_put_that_waits_for_room_is_woken_by_the_workers_error():
-    held = Held(fails_at="bad")
-    with pytest.raises(DiskFullError), held.background(1) as background:
-        background.put("bad")
-        assert held.begun.wait(SAFETY_S)
-        background.put("second")
-        thread, raised = call_in_thread(background.put, "third")
+def test_waiting_submit_is_woken_by_worker_error():
+    paused = PausedWork(fails_at="bad")
+    with pytest.raises(DiskFullError), paused.background(1) as background:
+        background.submit("bad")
+        assert paused.begun.wait(SAFETY_S)
+        background.submit("second")
+        thread, raised = call_in_thread(background.submit, "third")
         thread.join(0.05)
         assert thread.is_alive()
-        held.go_on.set()
+        paused.go_on.set()
         assert ended(thread)
         assert [type(error) for error in raised] == [DiskFullError]
-    assert sorted(held.discarded) == ["second", "third"]
+    assert sorted(paused.discarded) == ["second", "third"]
 
 
-def test_an_error_in_the_block_drops_what_waits_and_finishes_the_item_under_way():
-    held = Held()
-    with pytest.raises(KeyError, match="the block's own"), held.background() as background:
+def test_block_error_discards_waiting_and_finishes_current():
+    paused = PausedWork()
+    with pytest.raises(KeyError, match="the block's own"), paused.background() as background:
         for item in ("under way", "second", "third"):
-            background.put(item)
-            assert held.begun.wait(SAFETY_S)
-        threading.Timer(0.05, held.go_on.set).start()
+            background.submit(item)
+            assert paused.begun.wait(SAFETY_S)
+        threading.Timer(0.05, paused.go_on.set).start()
         raise KeyError("the block's own")
-    assert held.done == ["under way"]
-    assert held.discarded == ["second", "third"]
+    assert paused.done == ["under way"]
+    assert paused.discarded == ["second", "third"]
 
 
-def test_the_blocks_error_is_not_masked_by_the_workers():
-    held = Held(fails_at="bad")
-    with pytest.raises(KeyError) as caught, held.background() as background:
-        background.put("bad")
-        assert held.begun.wait(SAFETY_S)
-        held.go_on.set()
+def test_block_error_is_not_masked_by_worker_error():
+    paused = PausedWork(fails_at="bad")
+    with pytest.raises(KeyError) as caught, paused.background() as background:
+        background.submit("bad")
+        assert paused.begun.wait(SAFETY_S)
+        paused.go_on.set()
         raise KeyError("the block's own")
     assert caught.value.__notes__ == ["The background worker had failed too: DiskFullError('bad')"]
 
 
-def test_an_item_that_is_done_is_not_kept_in_memory():
+def test_processed_item_is_freed():
     class Unit:
         pass
 
     freed = threading.Event()
-    with Background(lambda item: None, 1) as background:
+    with BackgroundWorker(lambda item: None, 1) as background:
         unit = Unit()
         weakref.finalize(unit, freed.set)
-        background.put(unit)
+        background.submit(unit)
         del unit
         assert freed.wait(SAFETY_S)
 
 
-def test_nothing_can_be_put_after_the_end():
-    held = Held()
-    with held.background() as background:
+def test_submit_after_the_end_is_an_error():
+    paused = PausedWork()
+    with paused.background() as background:
         pass
-    with pytest.raises(RuntimeError, match="put after the end"):
-        background.put("late")
-    assert held.discarded == ["late"]
+    with pytest.raises(RuntimeError, match="submit after the end"):
+        background.submit("late")
+    assert paused.discarded == ["late"]
 
 
-def test_at_least_one_item_may_wait():
+def test_num_waiting_must_be_at_least_one():
     with pytest.raises(ValueError, match="num_waiting must be at least 1, not 0"):
-        Background(print, 0)
+        BackgroundWorker(print, 0)
 
 
 INTERRUPTED = """
 import signal, sys, threading, time
-from stages.background import Background
+from stages.background import BackgroundWorker
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
-go_on, done, discarded = threading.Event(), [], []
+begun, go_on, done, discarded = threading.Event(), threading.Event(), [], []
 main = threading.main_thread().ident
 
 def work(item):
+    begun.set()
     assert go_on.wait(30)
     done.append(item)
 
@@ -214,21 +215,20 @@ def interrupt():
     go_on.set()
 
 try:
-    with Background(work, 1, discarded.append) as background:
-        background.put("first")
-        while background._waiting:
-            time.sleep(0.01)
-        background.put("second")
+    with BackgroundWorker(work, 1, discarded.append) as background:
+        background.submit("first")
+        begun.wait()
+        background.submit("second")
         threading.Thread(target=interrupt).start()
-        if sys.argv[1] == "put":
-            background.put("third")
+        if sys.argv[1] == "submit":
+            background.submit("third")
 except KeyboardInterrupt:
     print("interrupted:", done, discarded)
 """
 
 
-@pytest.mark.parametrize(("where", "discarded"), [("put", ["third", "second"]), ("end", ["second"])])
-def test_an_interrupt_lets_the_item_under_way_finish_and_drops_the_rest(where, discarded):
+@pytest.mark.parametrize(("where", "discarded"), [("submit", ["third", "second"]), ("end", ["second"])])
+def test_interrupt_finishes_current_item_and_discards_rest(where, discarded):
     ran = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, where], capture_output=True, text=True, timeout=SAFETY_S, check=True
     )

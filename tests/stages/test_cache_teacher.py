@@ -1,4 +1,4 @@
-"""What is stored is what the teacher says: recomputed, by plain zarr, after any interruption."""
+"""Tests of caching a teacher: stored numbers, interruptions, extensions, errors."""
 
 import dataclasses
 import errno
@@ -92,7 +92,7 @@ def test_the_batch_size_is_not_part_of_the_store(run, tmp_path):
     np.testing.assert_allclose(one.read_view("logits", 1), other.read_view("logits", 1), rtol=2e-3, atol=2e-3)
 
 
-def test_another_view_recipe_data_set_or_teacher_is_refused_pair_by_pair(run, tmp_path):
+def test_other_views_data_or_teacher_is_an_error(run, tmp_path):
     teacher, setup = teacher_of(run)
     with pytest.raises(FingerprintMismatch, match=r"views.operations: stored .*RandomHorizontalFlip.*, wanted "):
         changed = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
@@ -142,7 +142,7 @@ def test_too_little_disk_is_refused_before_anything_is_computed(run, tmp_path, m
     assert not (tmp_path / "full.zarr").exists()
 
 
-def test_parts_make_up_the_whole_and_the_last_one_finishes_it(run, tmp_path):
+def test_last_part_finishes_the_store(run, tmp_path):
     path = tmp_path / "parts.zarr"
     teacher, setup = teacher_of(run)
     results = [cache_teacher(CACHE, path, teacher, LAYERS, setup, part=Part(i, 3, "--part")) for i in (2, 0, 1)]
@@ -151,7 +151,7 @@ def test_parts_make_up_the_whole_and_the_last_one_finishes_it(run, tmp_path):
     assert folder_bytes(path) == folder_bytes(run / "store.zarr")
 
 
-def test_a_unit_that_another_job_is_at_is_left_alone_and_named(run, tmp_path):
+def test_unit_claimed_by_another_job_is_skipped_and_named(run, tmp_path):
     path = tmp_path / "shared.zarr"
     teacher, setup = teacher_of(run)
     cache_teacher(CACHE, path, teacher, LAYERS, setup, part=Part(0, NUM_UNITS, "--part"))
@@ -165,7 +165,7 @@ def test_a_unit_that_another_job_is_at_is_left_alone_and_named(run, tmp_path):
     assert folder_bytes(path) == folder_bytes(run / "store.zarr")
 
 
-def test_more_views_samples_and_layers_are_added_and_nothing_is_rewritten(run, tmp_path):
+def test_extension_adds_data_without_rewriting(run, tmp_path):
     path = tmp_path / "grown.zarr"
     teacher, setup = teacher_of(run)
     few = dataclasses.replace(
@@ -189,7 +189,7 @@ def test_more_views_samples_and_layers_are_added_and_nothing_is_rewritten(run, t
     assert cache_teacher(CACHE, path, teacher, [], few)["num_units_computed"] == 0  # it wants less than is there
 
 
-def test_statistics_of_maps_are_what_their_formulas_say(run, tmp_path):
+def test_statistics_of_maps_match_their_formulas(run, tmp_path):
     teacher, setup = teacher_of(run)
     forms = [Wanted("stage2", form) for form in ("features", "pooled", "attention", "gram")]
     cache_teacher(dataclasses.replace(CACHE, dtype="float32"), tmp_path / "forms.zarr", teacher, forms, setup)
@@ -206,7 +206,7 @@ def test_statistics_of_maps_are_what_their_formulas_say(run, tmp_path):
     assert store.layers == ("stage2",)
 
 
-def test_a_top_k_store_says_what_the_dense_one_says(run, tmp_path):
+def test_top_k_store_matches_the_dense_one(run, tmp_path):
     teacher, setup = teacher_of(run)
     result = cache_teacher(dataclasses.replace(CACHE, top_k=2), tmp_path / "top.zarr", teacher, [], setup)
     assert list(result["arrays"]) == ["logits/values", "logits/indices", "logits/tail"]
@@ -220,11 +220,11 @@ def test_a_top_k_store_says_what_the_dense_one_says(run, tmp_path):
         kept = wanted.topk(2).indices
         assert (found.gather(1, kept) - wanted.gather(1, kept)).abs().max() < 2e-3
     assert set(top.fidelity["logits"]["kl"]) == {"1", "2", "4", "8", "20"}
-    with pytest.raises(RecipeError, match="cache.top_k = 4 of 4 classes keeps them all"):
+    with pytest.raises(RecipeError, match="cache.top_k = 4 keeps all of 4 classes"):
         cache_teacher(dataclasses.replace(CACHE, top_k=4), tmp_path / "all.zarr", teacher, [], setup)
 
 
-def test_a_store_says_what_its_encoding_lost(run):
+def test_store_records_encoding_errors(run):
     lost = open_store(run / "store.zarr").fidelity
     assert lost["logits"]["num_rows"] == 300 * VIEWS.num_views
     assert 0 < lost["logits"]["largest_error"] < 1e-2
@@ -232,7 +232,7 @@ def test_a_store_says_what_its_encoding_lost(run):
     assert 0 < lost["features/stage2"]["relative_rms"] < 1e-3
 
 
-def test_a_disk_that_refuses_stops_the_job_and_the_rerun_goes_on(run, tmp_path, monkeypatch):
+def test_full_disk_stops_the_job_and_a_rerun_continues(run, tmp_path, monkeypatch):
     path, real, left = tmp_path / "refused.zarr", writer.write_atomically, [5]
     teacher, setup = teacher_of(run)
 
@@ -250,7 +250,7 @@ def test_a_disk_that_refuses_stops_the_job_and_the_rerun_goes_on(run, tmp_path, 
     assert folder_bytes(path) == folder_bytes(run / "store.zarr")
 
 
-def test_a_plan_tells_what_is_missing_without_writing(run, tmp_path):
+def test_plan_lists_missing_units_without_writing(run, tmp_path):
     teacher, setup = teacher_of(run)
     plan = plan_cache(CACHE, tmp_path / "none.zarr", teacher, LAYERS, setup, trained=True)
     assert (plan["num_units"], plan["num_units_missing"]) == (NUM_UNITS, NUM_UNITS)

@@ -277,7 +277,7 @@ def test_earlier_artifacts_survive_a_failed_export(run, own, monkeypatch):
     before = folder_bytes(folder)
     with pytest.raises(ModelError, match="opset"):
         exported(own, run, dataclasses.replace(CONFIG, opset=7))
-    monkeypatch.setattr("stages.network.LEAST_AGREEMENT", 1.1)
+    monkeypatch.setattr("stages.network.MIN_AGREEMENT", 1.1)
     monkeypatch.setattr("stages.network.CHECKED_IMAGES", 5)  # of a step's own file; what is handed over sees all 80
     with pytest.raises(ModelError, match=r"agrees with torch on .* % of 80 test images, wanted 110 %"):
         exported(own, run, dataclasses.replace(CONFIG, opset=20))
@@ -339,7 +339,7 @@ def test_files_of_other_networks_are_refused(run, made, copy, tmp_path):
 
 def test_python_model_needs_trust_python(tmp_path):
     architecture = {"model": "python:os:system", "args": {}, "num_classes": 2, "in_channels": 1, "image_size": [8, 8]}
-    record = {"architecture": architecture, "normalisation": {"mean": [0.0], "std": [1.0]}}
+    record = {"architecture": architecture, "normalization": {"mean": [0.0], "std": [1.0]}}
     save_tensors(tmp_path / "model.safetensors", {"weight": torch.zeros(1)}, record)
     with pytest.raises(ModelError, match="pass trust_python=True"):
         rebuild(tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The last look at a network: figures computed by hand, those of torchmetrics' own many-class functions, gaps."""
+"""Tests of in-depth evaluation against hand-computed values and torchmetrics."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from stages.datasets.image_set import ImageSet
 from stages.evaluate import Evaluation, evaluate
-from stages.examine import examine
+from stages.examine import evaluate_in_depth
 from stages.job_folder import JobFolder
 from stages.lesson import Normalisation
 from stages.network import Network, finish
@@ -20,8 +20,8 @@ from stages.pictures import Pictures
 CPU = torch.device("cpu")
 
 
-class SaysByHeart(nn.Module):
-    """Answers the image that says n, in 256 * its first pixel + its second, with row n of a table [N, C]."""
+class TableModel(nn.Module):
+    """A model that maps an image to row 256 * first pixel + second pixel of a table [N, C]."""
 
     def __init__(self, table):
         super().__init__()
@@ -34,8 +34,8 @@ class SaysByHeart(nn.Module):
 
 
 def shown(logits, labels, teacher=None, num_classes=None):
-    """A model that gives `logits` for the samples of a test set with `labels`, examined."""
-    return examine(*asked(logits, labels, teacher, num_classes), CPU)
+    """Return the report of a model that gives `logits` on a test set with `labels`."""
+    return evaluate_in_depth(*asked(logits, labels, teacher, num_classes), CPU)
 
 
 def asked(logits, labels, teacher=None, num_classes=None):
@@ -43,10 +43,10 @@ def asked(logits, labels, teacher=None, num_classes=None):
     images = torch.stack([at // 256, at % 256], 1).to(torch.uint8).view(-1, 1, 1, 2)
     names = tuple(f"class {number}" for number in range(num_classes or logits.shape[1]))
     image_set = ImageSet("numbers", "test", images, torch.tensor(labels), at, names)
-    return SaysByHeart(logits), Evaluation(Pictures(image_set, CPU), Normalisation((0.0,), (1.0,)), teacher)
+    return TableModel(logits), Evaluation(Pictures(image_set, CPU), Normalisation((0.0,), (1.0,)), teacher)
 
 
-def test_the_figures_are_those_computed_by_hand():
+def test_metrics_match_hand_computed_values():
     said = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
     teacher = torch.tensor([[0.5, 0.4], [0.2, 0.8], [0.4, 0.6], [0.1, 0.9]])
     teacher = teacher / teacher.sum(1, keepdim=True)
@@ -61,7 +61,7 @@ def test_the_figures_are_those_computed_by_hand():
     assert [(one.accuracy, one.num_samples) for one in found.per_class] == [(1.0, 1), (2 / 3, 3)]
 
 
-def test_the_bins_are_those_counted_one_by_one_and_give_the_calibration_error():
+def test_bins_match_counts_and_calibration_error():
     logits, labels, _ = random_case()
     found = shown(logits, labels.tolist())
     sure, said = logits.double().softmax(1).max(1)
@@ -77,26 +77,26 @@ def test_the_bins_are_those_counted_one_by_one_and_give_the_calibration_error():
     assert found.ece == pytest.approx(sum(gaps) / 700)
 
 
-def test_the_confusions_are_the_wrong_answers_by_label_and_answer(monkeypatch):
+def test_confusions_are_counts_of_wrong_predictions(monkeypatch):
     said = torch.eye(3)[[0, 1, 1, 2, 0, 0]]
     labels = [0, 0, 0, 1, 1, 2]
     assert shown(said, labels).confusions == [[0, 1, 2], [1, 0, 1], [1, 2, 1], [2, 0, 1]]
-    monkeypatch.setattr("stages.examine.MOST_CONFUSIONS", 2)
+    monkeypatch.setattr("stages.examine.MAX_CONFUSIONS", 2)
     assert shown(said, labels).confusions == [[0, 1, 2], [1, 0, 1]]  # the most frequent, then the first
 
 
-def test_top_5_counts_the_labels_among_the_five_largest_and_needs_six_classes():
+def test_top5_accuracy_needs_six_classes():
     falling = -torch.arange(6.0).repeat(3, 1)
     assert shown(falling, [0, 4, 5]).top5 == 2 / 3
     assert shown(falling[:, :5], [0, 4, 3]).top5 is None
 
 
-def test_a_class_without_test_samples_has_no_accuracy():
+def test_class_without_samples_has_no_accuracy():
     found = shown(torch.eye(3)[[0, 2]], [0, 0])
     assert [(one.accuracy, one.num_samples) for one in found.per_class] == [(0.5, 2), (None, 0), (None, 0)]
 
 
-def test_a_confidence_of_one_is_in_the_last_of_fifteen_bins():
+def test_confidence_of_one_is_in_the_last_bin():
     """0.97 and right, 1 and wrong: apart they would err by (0.03 + 1) / 2, in one bin they err by less."""
     said = torch.tensor([[math.log(0.97), math.log(0.03)], [200.0, 0.0]])
     assert shown(said, [0, 1]).ece == pytest.approx(abs(0.5 - 1.97 / 2))
@@ -109,7 +109,7 @@ def random_case(num_samples=700, num_classes=12):
     return logits, torch.randint(num_classes - 1, (num_samples,), generator=generator), teacher
 
 
-def test_batch_by_batch_the_figures_are_those_of_the_whole():
+def test_metrics_over_batches_equal_those_of_the_whole():
     """700 samples are two batches; the last class has none."""
     logits, labels, teacher = random_case()
     found = shown(logits, labels.tolist(), teacher)
@@ -123,7 +123,7 @@ def test_batch_by_batch_the_figures_are_those_of_the_whole():
     assert found.agreement == pytest.approx(float((logits.argmax(1) == teacher.argmax(1)).float().mean()))
 
 
-def test_samples_that_the_teacher_was_not_asked_of_are_left_out_of_the_comparison_only():
+def test_samples_without_teacher_logits_are_not_compared():
     logits, labels, teacher = random_case(num_samples=40)
     some = teacher.clone()
     some[::3] = float("nan")
@@ -135,14 +135,14 @@ def test_samples_that_the_teacher_was_not_asked_of_are_left_out_of_the_compariso
 
 
 @pytest.mark.parametrize("teacher", [None, torch.full((40, 12), float("nan"))])
-def test_without_a_teacher_there_is_nothing_to_agree_with(teacher):
+def test_without_teacher_there_is_no_agreement(teacher):
     logits, labels, _ = random_case(num_samples=40)
     found = shown(logits, labels.tolist(), teacher)
     assert found.agreement is None
     assert found.teacher_kl is None
 
 
-def test_a_network_is_no_nats_from_itself():
+def test_kl_of_a_network_to_itself_is_zero():
     """Not below zero either: of some of these sixteen networks, rounding alone makes the sum negative."""
     for logits in torch.randn(16, 1, 3, generator=torch.Generator().manual_seed(0)):
         found = shown(logits, [0], logits)
@@ -150,7 +150,7 @@ def test_a_network_is_no_nats_from_itself():
         assert 0 <= found.teacher_kl < 1e-12
 
 
-def test_a_network_that_answers_nan_looks_neither_calibrated_nor_taught():
+def test_metrics_of_nan_logits_are_nan():
     logits, labels, teacher = random_case(num_samples=40)
     found = shown(logits * float("nan"), labels.tolist(), teacher)
     assert all(math.isnan(figure) for figure in (found.cross_entropy, found.ece, found.teacher_kl))
@@ -158,26 +158,30 @@ def test_a_network_that_answers_nan_looks_neither_calibrated_nor_taught():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_in_its_mode(training):
+def test_training_mode_is_restored(training):
     model, test = asked(torch.eye(3), [0, 1, 2])
-    examine(model.train(training), test, CPU)
+    evaluate_in_depth(model.train(training), test, CPU)
     assert model.training is training
 
 
-def test_twice_examined_is_the_same_and_what_evaluate_measures():
+def test_report_is_reproducible_and_equals_evaluate():
     logits, labels, teacher = random_case()
     model, test = asked(logits, labels.tolist(), teacher)
-    one, other, measured = examine(model, test, CPU), examine(model, test, CPU), evaluate(model, test, CPU)
+    one, other, measured = (
+        evaluate_in_depth(model, test, CPU),
+        evaluate_in_depth(model, test, CPU),
+        evaluate(model, test, CPU),
+    )
     assert one == other
     assert (one.top1, one.cross_entropy) == (measured.accuracy, measured.cross_entropy)
 
 
-def test_a_finished_job_keeps_its_figures_and_what_the_examination_found(tmp_path):
+def test_finished_job_saves_the_report(tmp_path):
     setup, folder = tiny_setup(tmp_path), JobFolder(tmp_path)
     normalise = Normalisation((0.4,), (0.2,))
     network = Network(setup.build(STUDENT.model, 0), setup.architecture(STUDENT.model), normalise)
     result = finish(folder, network, [], setup)
     assert folder.result() == json.loads(json.dumps(result)) == result
     assert result["accuracy"] == result["best_accuracy"] == result["examined"]["top1"]
-    assert result["examined"] == examine(network.model, setup.test(normalise), CPU).to_json()
+    assert result["examined"] == evaluate_in_depth(network.model, setup.test(normalise), CPU).to_json()
     assert sum(one["num_samples"] for one in result["examined"]["per_class"]) == setup.test_set.num_samples

@@ -1,14 +1,14 @@
-"""The learning rate is a pure function of the step; the optimisers are what their names say."""
+"""Tests of learning rates, optimizers and the order of samples."""
 
 import pytest
 import torch
 from torch import nn
 
-from stages.optim import TrainConfig, build_optimiser, learning_rate
+from stages.optim import TrainConfig, build_optimizer, learning_rate
 from stages.order import batch_indices, derive_seed, epoch_order, num_steps
 
 
-def test_a_cosine_warms_up_and_ends_near_zero():
+def test_cosine_warms_up_and_ends_near_zero():
     config = TrainConfig(epochs=10, lr=0.4, warmup_epochs=2)
     rates = [learning_rate(config, step, 5) for step in range(50)]
     assert rates[0] == pytest.approx(0.04)
@@ -19,21 +19,21 @@ def test_a_cosine_warms_up_and_ends_near_zero():
     assert 0 < rates[-1] < 0.01
 
 
-def test_steps_fall_at_their_milestones():
+def test_step_schedule_falls_at_milestones():
     config = TrainConfig(epochs=10, lr=1.0, schedule="step", milestones=(4, 7), gamma=0.1)
     rates = [learning_rate(config, step, 3) for step in range(30)]
     assert rates == pytest.approx([1.0] * 12 + [0.1] * 9 + [0.01] * 9)
 
 
-def test_optimisers_are_what_their_names_say():
+def test_optimizers_match_their_names():
     weights = [nn.Parameter(torch.ones(1))]
-    sgd = build_optimiser(TrainConfig(momentum=0.8, nesterov=True, weight_decay=0.1), weights)
+    sgd = build_optimizer(TrainConfig(momentum=0.8, nesterov=True, weight_decay=0.1), weights)
     assert isinstance(sgd, torch.optim.SGD)
     assert (sgd.defaults["momentum"], sgd.defaults["nesterov"], sgd.defaults["weight_decay"]) == (0.8, True, 0.1)
-    assert isinstance(build_optimiser(TrainConfig(optimiser="adamw"), weights), torch.optim.AdamW)
+    assert isinstance(build_optimizer(TrainConfig(optimizer="adamw"), weights), torch.optim.AdamW)
 
 
-def test_an_epoch_shows_every_sample_at_most_once_in_full_batches():
+def test_epoch_has_full_batches_of_distinct_samples():
     order = epoch_order(3, 4, 103)
     batches = [batch_indices(order, step, 10) for step in range(num_steps(103, 10))]
     assert [len(batch) for batch in batches] == [10] * 10

@@ -1,4 +1,4 @@
-"""Networks that do not fit into memory with a whole batch are asked in parts, and say the same."""
+"""Tests of inference in chunks after memory ran out."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from tiny_road import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_setup
 from torch import Tensor, nn
 
 from stages.cache_teacher import cache_teacher
-from stages.evaluate import answers_of
+from stages.evaluate import predict
 from stages.features import tapped
 from stages.forms import INPUT, INPUT_GRADIENT, Wanted
-from stages.halving import in_parts
 from stages.hard_labels import labels_of
-from stages.machine.memory import is_out_of_memory
+from stages.machine.memory import is_out_of_memory, run_in_chunks
 from stages.pictures import Request
 from stages.setup import Setup
-from stages.teacher_rows import listen
+from stages.teacher_rows import teacher_forward
 from stages.train_teacher import load_teacher
 from stages.watch import WARNING, Event, Watch
 from store import open_store
@@ -78,24 +77,24 @@ def limited(most: int) -> tuple[Callable[[slice], list[int]], list[int]]:
     return run, sizes
 
 
-def test_every_row_is_asked_once_in_order_and_what_was_learned_holds_for_the_next_batch() -> None:
+def test_chunks_cover_rows_in_order_and_size_is_remembered() -> None:
     model, said = nn.Identity(), list[str]()
     run, sizes = limited(7)
-    assert [row for rows in in_parts(model, 23, run, said.append) for row in rows] == list(range(23))
+    assert [row for rows in run_in_chunks(model, 23, run, said.append) for row in rows] == list(range(23))
     assert sizes == [23, 12, 6, 6, 6, 5]
     sizes.clear()
-    assert [row for rows in in_parts(model, 10, run, said.append) for row in rows] == list(range(10))
+    assert [row for rows in run_in_chunks(model, 10, run, said.append) for row in rows] == list(range(10))
     assert sizes == [6, 4]
-    assert said == ["out of memory with batches of 23: going on with 6."]
+    assert said == ["out of memory with batches of 23: continuing with 6."]
 
 
-def test_a_batch_that_fits_stays_whole() -> None:
+def test_batch_that_fits_is_not_divided() -> None:
     run, sizes = limited(23)
-    assert [row for rows in in_parts(nn.Identity(), 23, run) for row in rows] == list(range(23))
+    assert [row for rows in run_in_chunks(nn.Identity(), 23, run) for row in rows] == list(range(23))
     assert sizes == [23]
 
 
-def test_memory_may_run_short_again_later() -> None:
+def test_chunks_can_shrink_again_later() -> None:
     most, model, said = [8], nn.Identity(), list[str]()
 
     def run(rows: slice) -> int:
@@ -105,24 +104,24 @@ def test_memory_may_run_short_again_later() -> None:
         most[0] = 4 if rows.start else 8
         return size
 
-    assert list(in_parts(model, 24, run, said.append)) == [6, 6, 3, 3, 3, 3]
+    assert list(run_in_chunks(model, 24, run, said.append)) == [6, 6, 3, 3, 3, 3]
     assert said == [
-        f"out of memory with batches of {before}: going on with {size}." for before, size in ((24, 6), (6, 3))
+        f"out of memory with batches of {before}: continuing with {size}." for before, size in ((24, 6), (6, 3))
     ]
 
 
-def test_what_does_not_fit_at_all_and_what_is_another_fault_is_raised() -> None:
+def test_single_row_out_of_memory_and_other_errors_are_raised() -> None:
     with pytest.raises(MemoryError):
-        list(in_parts(nn.Identity(), 5, limited(0)[0]))
+        list(run_in_chunks(nn.Identity(), 5, limited(0)[0]))
 
     def broken(rows: slice) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
-        list(in_parts(nn.Identity(), 5, broken))
+        list(run_in_chunks(nn.Identity(), 5, broken))
 
 
-def test_what_a_failed_attempt_had_computed_is_freed_before_the_next() -> None:
+def test_failed_attempt_is_freed_before_the_next() -> None:
     left: list[weakref.ref[Tensor]] = []
 
     def run(rows: slice) -> int:
@@ -133,26 +132,24 @@ def test_what_a_failed_attempt_had_computed_is_freed_before_the_next() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return len(activations)
 
-    assert sum(in_parts(nn.Identity(), 8, run)) == 8
+    assert sum(run_in_chunks(nn.Identity(), 8, run)) == 8
     assert len(left) == 6
 
 
-def test_an_evaluation_goes_on_in_smaller_batches_and_says_so_once(setup: Setup, warnings: list[str]) -> None:
+def test_evaluation_continues_in_chunks_and_warns_once(setup: Setup, warnings: list[str]) -> None:
     network = load_teacher(TEACHER, 0, setup)
     test, device = setup.test(network.normalise), setup.device
-    (whole,) = answers_of(network.model, test, device)
+    (whole,) = predict(network.model, test, device)
     asked = small_memory(network.model, 30)
     for _ in range(2):
-        (answers,) = answers_of(network.model, test, device)
+        (answers,) = predict(network.model, test, device)
         assert torch.equal(answers.labels, whole.labels)
         torch.testing.assert_close(answers.logits, whole.logits)
     assert asked == [80, 40, *[20] * 8]
-    assert warnings == ["out of memory with batches of 80: going on with 20."]
+    assert warnings == ["out of memory with batches of 80: continuing with 20."]
 
 
-def test_a_store_is_filled_in_smaller_batches_with_the_same_rows(
-    setup: Setup, warnings: list[str], tmp_path: Path
-) -> None:
+def test_store_is_filled_in_chunks_with_the_same_rows(setup: Setup, warnings: list[str], tmp_path: Path) -> None:
     whole, halved = tmp_path / "whole.zarr", tmp_path / "halved.zarr"
     cache_teacher(CACHE, whole, load_teacher(TEACHER, 0, setup), EVERYTHING, setup)
     teacher = load_teacher(TEACHER, 0, setup)
@@ -160,7 +157,7 @@ def test_a_store_is_filled_in_smaller_batches_with_the_same_rows(
     cache_teacher(CACHE, halved, teacher, EVERYTHING, setup)
     assert asked.count(50) == 1
     assert set(asked) == {2, 50, 25}  # two show the layers' shapes
-    assert warnings == ["out of memory with batches of 50: going on with 25."]
+    assert warnings == ["out of memory with batches of 50: continuing with 25."]
     one, other = open_store(whole), open_store(halved)
     assert one.manifest.identity.fingerprint == other.manifest.identity.fingerprint
     for name in ("logits", *(wanted.array for wanted in EVERYTHING)):
@@ -168,9 +165,7 @@ def test_a_store_is_filled_in_smaller_batches_with_the_same_rows(
             np.testing.assert_allclose(one.read_view(name, view), other.read_view(name, view), rtol=2e-3, atol=2e-3)
 
 
-def test_a_teacher_that_fits_no_single_image_stops_the_job_and_leaves_the_store_to_be_filled(
-    setup: Setup, tmp_path: Path
-) -> None:
+def test_teacher_too_large_for_one_image_stops_the_job(setup: Setup, tmp_path: Path) -> None:
     teacher = load_teacher(TEACHER, 0, setup)
     path = tmp_path / "other.zarr"
     small_memory(teacher.model, 0)
@@ -180,14 +175,14 @@ def test_a_teacher_that_fits_no_single_image_stops_the_job_and_leaves_the_store_
     assert folder_bytes(path) == folder_bytes(setup.run / "store.zarr")
 
 
-def test_what_a_teacher_says_in_parts_is_put_together(setup: Setup) -> None:
+def test_chunks_of_teacher_outputs_are_concatenated(setup: Setup) -> None:
     teacher = load_teacher(TEACHER, 0, setup)
     seen = setup.pictures.one(Request(torch.arange(40), 0))
     hard = labels_of(setup.pictures, seen)
     with tapped(teacher.model, ["stage2"]) as tap, torch.no_grad():
-        whole = listen(tap, teacher, seen, EVERYTHING, hard)
+        whole = teacher_forward(tap, teacher, seen, EVERYTHING, hard)
         small_memory(teacher.model, 7)
-        parts = listen(tap, teacher, seen, EVERYTHING, hard)
+        parts = teacher_forward(tap, teacher, seen, EVERYTHING, hard)
     torch.testing.assert_close(parts.logits, whole.logits)
     assert set(parts.features) == set(whole.features) == {"stage2", INPUT_GRADIENT}
     for layer, feature in whole.features.items():
@@ -205,5 +200,5 @@ def test_what_a_teacher_says_in_parts_is_put_together(setup: Setup) -> None:
         (ValueError("out of memory"), False),
     ],
 )
-def test_memory_that_ran_out_is_told_from_other_faults(error: Exception, memory_ran_out: bool) -> None:
+def test_out_of_memory_errors_are_recognized(error: Exception, memory_ran_out: bool) -> None:
     assert is_out_of_memory(error) is memory_ran_out

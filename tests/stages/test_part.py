@@ -1,4 +1,4 @@
-"""Every unit belongs to exactly one process, however the processes were launched."""
+"""Tests of shares of units for all launchers."""
 
 import pytest
 
@@ -26,13 +26,13 @@ def place(environ):
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 20])
-def test_the_parts_have_each_item_once(count):
+def test_parts_cover_each_item_once(count):
     parts = [parse_part(f"{index}/{count}").of(range(10)) for index in range(count)]
     assert sorted(item for part in parts for item in part) == list(range(10))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_a_part_says_where_it_was_read():
+def test_part_names_its_origin():
     assert parse_part("1/4") == Part(1, 4, "--part")
     assert str(part_from_environment(array(1, 0, 3, 1, 4))) == "part 1 of 4 (counted from 0, from SLURM_ARRAY_TASK_ID)"
     assert part_from_environment(torchrun(0, 2)).origin == "RANK and WORLD_SIZE"
@@ -42,13 +42,13 @@ def test_a_part_says_where_it_was_read():
 
 
 @pytest.mark.parametrize("text", ["4/4", "0/0", "-1/4", "1", "1/", "a/b", "", " 0/4", "0/4\n", "1/2/3", "1.0/2", "١/٤"])
-def test_what_is_no_part_is_refused(text):
+def test_malformed_part_is_an_error(text):
     with pytest.raises(RecipeError) as caught:
         parse_part(text)
     assert str(caught.value) == (f"--part takes i/n with 0 <= i < n, such as 0/4, not {text!r}: parts count from 0")
 
 
-def test_without_a_launcher_a_process_computes_everything():
+def test_without_launcher_a_process_computes_all():
     assert place({}) == (0, 1)
 
 
@@ -61,22 +61,22 @@ def test_without_a_launcher_a_process_computes_everything():
         (array(5, 5, 5, 1, 1), (0, 1)),
     ],
 )
-def test_an_array_element_has_its_place_in_the_array(environ, expected):
+def test_array_element_has_its_index(environ, expected):
     assert place(environ) == expected
 
 
-def test_a_batch_script_that_runs_once_is_one_process_whatever_its_tasks():
+def test_batch_script_is_one_process_whatever_its_tasks():
     batch = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     assert place(batch) == (0, 1)
     assert place({**batch, **array(2, 0, 3, 1, 4)}) == (2, 4)
 
 
-def test_torchrun_counts_before_the_srun_that_started_it():
+def test_torchrun_takes_precedence_over_srun():
     assert place({**srun(1, 2), **torchrun(11, 16)}) == (11, 16)
 
 
 @pytest.mark.parametrize("launcher", [srun, torchrun])
-def test_processes_share_their_array_elements_part(launcher):
+def test_processes_share_the_part_of_their_array_element(launcher):
     places = [place({**array(task_id, 1, 3, 1, 3), **launcher(rank, 2)}) for task_id in (1, 2, 3) for rank in (0, 1)]
     assert places == [(index, 6) for index in range(6)]
 
@@ -99,18 +99,18 @@ def test_processes_share_their_array_elements_part(launcher):
         (array(11, 10, 16, 2, 4), "^SLURM_ARRAY_TASK_ID is 11"),
     ],
 )
-def test_broken_values_are_named(environ, named):
+def test_invalid_variables_are_named(environ, named):
     with pytest.raises(RecipeError, match=named):
         part_from_environment(environ)
 
 
 @pytest.mark.parametrize("task_id", [1, 3, 7])
-def test_an_irregular_array_is_refused_by_each_of_its_elements(task_id):
-    with pytest.raises(RecipeError, match="submit an even array, such as --array=0-7, or give each its --part"):
+def test_irregular_array_is_an_error_in_each_element(task_id):
+    with pytest.raises(RecipeError, match="submit a regular array, such as --array=0-7, or give each its --part"):
         part_from_environment(array(task_id, 1, 7, 1, 3))
 
 
-def test_the_local_rank_is_torchruns_before_slurms():
+def test_local_rank_prefers_torchrun():
     assert local_rank({}) is None
     assert local_rank({"SLURM_LOCALID": "3"}) == 3
     assert local_rank({"SLURM_LOCALID": "0", "LOCAL_RANK": "2"}) == 2

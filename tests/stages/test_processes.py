@@ -241,7 +241,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_a_stop_flag_counts_of_any_process_and_the_clock_of_the_first(both: list[dict[str, Any]]) -> None:
+def test_any_process_can_stop_and_the_first_ones_clock_counts(both: list[dict[str, Any]]) -> None:
     assert [one["talked"]["agreed"] for one in both] == [[[True, True], [False, False]]] * 2
 
 
@@ -251,7 +251,7 @@ def test_what_the_first_says_all_know(both: list[dict[str, Any]]) -> None:
     assert first["once"] == second["once"]
 
 
-def test_an_error_of_the_first_is_raised_in_all_with_its_kind_and_sentence(both: list[dict[str, Any]]) -> None:
+def test_error_of_the_first_process_is_raised_in_all(both: list[dict[str, Any]]) -> None:
     assert [one["talked"]["said"] for one in both] == [
         "the job was made from other inputs - lr: stored 1, wanted 2. Do this."
     ] * 2
@@ -268,7 +268,7 @@ def test_means_and_shares_are_those_of_all(both: list[dict[str, Any]]) -> None:
     assert [one["talked"]["rows"] for one in both] == [[0, 1, 2], [3, 4]]
 
 
-def test_batch_norm_over_processes_is_torchs_over_the_whole_batch(both: list[dict[str, Any]]) -> None:
+def test_batch_norm_over_processes_equals_whole_batch(both: list[dict[str, Any]]) -> None:
     whole, first, second = normed(slice(None)), both[0]["normed"], both[1]["normed"]
     for name in ("made", "first", "second"):
         assert first[name] + second[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4), name
@@ -294,7 +294,7 @@ def test_all_end_with_the_same_weights_to_the_bit(both: list[dict[str, Any]]) ->
         assert both[0][name][0] == both[1][name][0]
 
 
-def test_pictures_that_cannot_be_read_leave_the_others_their_weight(both: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_unreadable_images_keep_the_weight_of_others(both: list[dict[str, Any]], tmp_path: Path) -> None:
     """Then the processes have unequally many."""
     assert both[0]["trained"][1] == pytest.approx(trained(ONE, tmp_path)[1], rel=1e-4, abs=1e-5)
 

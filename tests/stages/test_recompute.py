@@ -1,4 +1,4 @@
-"""Recomputing finds out numbers that no checksum can: rows that another teacher gave, in a store of this one's name."""
+"""Tests of comparing stored rows with the teacher: forged rows are detected despite valid checksums."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def forge(path, array, change):
 
 
 @pytest.mark.parametrize("config", [CACHE, TOP_K], ids=["dense", "top-k"])
-def test_what_the_teacher_said_is_what_it_says(run, teacher, tmp_path, config):
+def test_recomputed_rows_match_the_store(run, teacher, tmp_path, config):
     setup = tiny_setup(run)
     cache_teacher(config, tmp_path / "a.zarr", teacher, LAYERS, setup)
     compared = recompute(tmp_path / "a.zarr", teacher, setup, 10_000, 0)
@@ -52,7 +52,7 @@ def test_what_the_teacher_said_is_what_it_says(run, teacher, tmp_path, config):
     assert 0 < compared.largest_error < 0.3, "the tolerance should be well above what rounding takes"
 
 
-def test_another_teachers_rows_are_found_out(run, teacher, tmp_path):
+def test_rows_of_another_teacher_are_detected(run, teacher, tmp_path):
     setup, path = tiny_setup(run), tmp_path / "a.zarr"
     cache_teacher(CACHE, path, teacher, LAYERS, setup)
     other = load_teacher(TEACHER, 0, setup)
@@ -74,7 +74,7 @@ def test_another_teachers_rows_are_found_out(run, teacher, tmp_path):
 
 
 @pytest.mark.parametrize("array", ["logits", "features/stage2"])
-def test_a_single_forged_row_is_named(run, teacher, tmp_path, array):
+def test_single_forged_row_is_named(run, teacher, tmp_path, array):
     setup, path = tiny_setup(run), tmp_path / "a.zarr"
     cache_teacher(CACHE, path, teacher, LAYERS, setup)
 
@@ -91,7 +91,7 @@ def test_a_single_forged_row_is_named(run, teacher, tmp_path, array):
 
 
 @pytest.mark.parametrize("array", ["logits/values", "logits/indices", "logits/tail"])
-def test_forged_top_k_logits_are_found(run, teacher, tmp_path, array):
+def test_forged_top_k_logits_are_detected(run, teacher, tmp_path, array):
     setup, path = tiny_setup(run), tmp_path / "a.zarr"
     cache_teacher(TOP_K, path, teacher, LAYERS, setup)
     forge(path, array, lambda rows: rows + 1 if array != "logits/indices" else 3 - rows)
@@ -100,14 +100,14 @@ def test_forged_top_k_logits_are_found(run, teacher, tmp_path, array):
     assert {one.view for one in differing} == {1}
 
 
-def test_the_seed_decides_which_samples_are_asked(run, teacher):
+def test_seed_determines_the_compared_samples(run, teacher):
     setup, path = tiny_setup(run), run / "store.zarr"
     assert recompute(path, teacher, setup, 9, 3) == recompute(path, teacher, setup, 9, 3)
     assert recompute(path, teacher, setup, 9, 3).largest_error != recompute(path, teacher, setup, 9, 4).largest_error
 
 
-def test_another_data_set_is_refused(run, teacher):
+def test_another_data_set_is_an_error(run, teacher):
     setup = tiny_setup(run, train_set=squares(40, 9))
     assert not np.isin(open_store(run / "store.zarr").samples.ids, setup.train_set.sample_ids.numpy()).all()
-    with pytest.raises(StoreError, match="holds samples that this recipe's data set lacks"):
+    with pytest.raises(StoreError, match="has samples that are not in this recipe's data set"):
         recompute(run / "store.zarr", teacher, setup, 50, 0)

@@ -62,19 +62,19 @@ def flip(file, at, bit=2):
     file.write_bytes(raw)
 
 
-def mend(run, path, config=CACHE, layers=LAYERS, **changes):
+def repaired(run, path, config=CACHE, layers=LAYERS, **changes):
     setup = tiny_setup(run, **changes)
     return repair(config, path, load_teacher(TEACHER, 0, setup), layers, setup)
 
 
 def test_a_whole_store_is_left_alone(run, path, intact):
     stamps = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
-    found, left, num_computed = mend(run, path)
+    found, left, num_computed = repaired(run, path)
     assert (found.damaged, left.damaged, num_computed) == ((), (), 0)
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == stamps
 
 
-def test_the_very_bytes_come_back_and_only_damaged_units_are_computed(run, path):
+def test_repair_restores_bytes_computing_only_damaged_units(run, path):
     setup = tiny_setup(run, views=dataclasses.replace(VIEWS, num_views=7))
     cache_teacher(CACHE, path, load_teacher(TEACHER, 0, setup), LAYERS, setup)
     intact = folder_bytes(path)
@@ -95,7 +95,7 @@ def test_the_very_bytes_come_back_and_only_damaged_units_are_computed(run, path)
     flip(path / "logits" / "zarr.json", 30)
     (path / "features" / "zarr.json").unlink()
     flip(path / "samples" / "labels" / "c" / "0", 17)
-    found, left, num_computed = mend(run, path)
+    found, left, num_computed = repaired(run, path)
     assert len(found.damaged) == 8
     assert left.damaged == left.missing == ()
     assert num_computed == 5
@@ -107,7 +107,7 @@ def test_the_very_bytes_come_back_and_only_damaged_units_are_computed(run, path)
 def test_samples_come_back_from_the_data_set(run, path, intact, name):
     for damage in (lambda file: flip(file, 40), lambda file: file.unlink(), lambda file: flip(file, 8 * 700)):
         damage(path / "samples" / name / "c" / "0")
-        found, left, num_computed = mend(run, path)
+        found, left, num_computed = repaired(run, path)
         assert found.damaged
         assert not left.damaged
         assert num_computed == 0
@@ -116,11 +116,11 @@ def test_samples_come_back_from_the_data_set(run, path, intact, name):
 
 def test_all_samples_may_be_lost(run, path, intact):
     shutil.rmtree(path / "samples")
-    assert not mend(run, path)[1].damaged
+    assert not repaired(run, path)[1].damaged
     assert folder_bytes(path) == intact
 
 
-def test_samples_of_an_extension_stand_in_an_order_of_their_own(run, tmp_path):
+def test_samples_of_an_extension_are_restored(run, tmp_path):
     setup, path = tiny_setup(run), tmp_path / "grown.zarr"
     teacher = load_teacher(TEACHER, 0, setup)
     part = dataclasses.replace(
@@ -134,20 +134,20 @@ def test_samples_of_an_extension_stand_in_an_order_of_their_own(run, tmp_path):
     row = int(read_store_manifest(path).layout.sample_rows()[-1])
     ids = path / "samples" / "ids" / "c" / "0"
     flip(ids, 8 * row)
-    assert not mend(run, path)[1].damaged
+    assert not repaired(run, path)[1].damaged
     assert folder_bytes(path) == before
     flip(ids, 8 * row)
     flip(ids, 8)
-    with pytest.raises(StoreError, match="does not determine them"):
-        mend(run, path)
+    with pytest.raises(StoreError, match="does not tell which were there"):
+        repaired(run, path)
 
 
 def test_another_data_set_cannot_give_the_samples(run, path):
     flip(path / "samples" / "labels" / "c" / "0", 17)
     with pytest.raises(FingerprintMismatch, match="split"):
-        mend(run, path, train_set=squares(300, 0, "other"))
+        repaired(run, path, train_set=squares(300, 0, "other"))
     with pytest.raises(StoreError, match="not the one that it was made from"):
-        mend(run, path, train_set=dataclasses.replace(squares(300, 0), labels=squares(300, 0).labels.flip(0)))
+        repaired(run, path, train_set=dataclasses.replace(squares(300, 0), labels=squares(300, 0).labels.flip(0)))
 
 
 def test_another_teacher_is_refused_before_anything_changes(run, path):
@@ -163,11 +163,11 @@ def test_another_teacher_is_refused_before_anything_changes(run, path):
 
 
 @pytest.mark.parametrize("damage", [lambda file: flip(file, 300), lambda file: file.unlink()], ids=["flipped", "gone"])
-def test_a_lost_manifest_is_what_the_recipe_plans_if_the_markers_say_so(run, path, intact, damage):
+def test_lost_manifest_is_rebuilt_if_markers_agree(run, path, intact, damage):
     damage(path / "zarr.json")
     manifest = read_store_manifest(run / "store.zarr")
-    flip(shard_path(path, manifest.arrays[0], manifest.layout.units()[0]), 40)
-    found, left, num_computed = mend(run, path)
+    flip(shard_path(path, manifest.arrays[0], manifest.geometry.units()[0]), 40)
+    found, left, num_computed = repaired(run, path)
     assert "zarr.json" in [fault.key for fault in found.damaged]
     assert not left.damaged
     assert num_computed == 1
@@ -179,31 +179,31 @@ def test_a_lost_manifest_is_not_guessed(run, path):
     before = folder_bytes(path)
     for changes in ({"train_set": squares(300, 5)}, {"views": dataclasses.replace(VIEWS, seed=8)}):
         with pytest.raises(StoreError, match="was not written for what this recipe plans"):
-            mend(run, path, **changes)
+            repaired(run, path, **changes)
     with pytest.raises(StoreError, match="was not written for what this recipe plans"):
-        mend(run, path, config=dataclasses.replace(CACHE, dtype="float32"))
+        repaired(run, path, config=dataclasses.replace(CACHE, dtype="float32"))
     with pytest.raises(StoreError, match="was not written for what this recipe plans"):
-        mend(run, path, layers=[])
+        repaired(run, path, layers=[])
     shutil.rmtree(path / "markers" / "c")
     with pytest.raises(StoreError, match="neither a manifest nor a marker"):
-        mend(run, path)
+        repaired(run, path)
     assert {key: raw for key, raw in before.items() if not key.startswith("markers/c")} == folder_bytes(path)
 
 
-def test_the_store_of_another_schema_is_not_taken_for_a_damaged_one(run, path, intact):
+def test_store_of_another_schema_is_not_repaired(run, path, intact):
     file = path / "zarr.json"
     record = json.loads(file.read_text())
     record["attributes"]["kdpipe"]["schema_version"] = 4
     file.write_text(json.dumps(record))
-    assert not mend(run, path)[1].damaged, "here the version alone was damaged"
+    assert not repaired(run, path)[1].damaged, "here the version alone was damaged"
     assert folder_bytes(path) == intact
     record["attributes"]["kdpipe"]["more"] = "of a later kdpipe"
     file.write_text(json.dumps(record))
-    with pytest.raises(StoreError, match="schema 4: only the kdpipe that wrote it"):
-        mend(run, path)
+    with pytest.raises(StoreError, match="schema 3: only the kdpipe that wrote it"):
+        repaired(run, path)
 
 
-def test_a_store_that_is_extended_while_it_is_checked_stays_extended(run, path, monkeypatch):
+def test_extension_during_the_check_is_kept(run, path, monkeypatch):
     manifest = read_store_manifest(path)
     samples = read_samples(path, manifest.layout, manifest.identity.data)
     grown = dataclasses.replace(manifest, layout=dataclasses.replace(manifest.layout, num_views=4))
@@ -216,17 +216,17 @@ def test_a_store_that_is_extended_while_it_is_checked_stays_extended(run, path, 
         return verdict
 
     monkeypatch.setattr(stages.repair, "verify_store", verify_and_grow)
-    _, left, _ = mend(run, path)
+    _, left, _ = repaired(run, path)
     assert not left.damaged
     assert read_store_manifest(path).layout.num_views == 4
 
 
 def test_what_was_missing_before_stays_missing(run, path):
     manifest = read_store_manifest(path)
-    grown = dataclasses.replace(manifest, layout=dataclasses.replace(manifest.layout, num_views=5))
-    ensure_store(path, grown, read_samples(path, manifest.layout, manifest.identity.data))
-    flip(marker_path(path, manifest.layout.units()[2]), 50)
-    _, left, num_computed = mend(run, path)
+    grown = dataclasses.replace(manifest, geometry=dataclasses.replace(manifest.geometry, num_views=5))
+    ensure_store(path, grown, read_samples(path, manifest.geometry, manifest.identity.data))
+    flip(marker_path(path, manifest.geometry.units()[2]), 50)
+    _, left, num_computed = repaired(run, path)
     assert num_computed == 1
     assert not left.damaged
     assert {unit.view for unit, _ in left.missing} == {3, 4}
@@ -240,7 +240,7 @@ def test_readers_that_opened_before_keep_working(run, path):
     unit = manifest.layout.units()[0]
     shard_path(path, manifest.arrays[0], unit).unlink()
     marker_path(path, unit).unlink()
-    mend(run, path)
+    repaired(run, path)
     assert np.array_equal(store.array("logits"), before)
     assert np.array_equal(store.read_view("logits", 0), before[0])
 
@@ -251,20 +251,20 @@ def test_a_stopped_repair_is_finished_by_the_next(run, path, intact):
         flip(shard_path(path, manifest.arrays[1], unit), 9)
     num_units = len(manifest.layout.units())
     with pytest.raises(StoppedEarly):
-        mend(run, path, watch=Watch(should_stop=StopAfter(num_units + 3)))
+        repaired(run, path, watch=Watch(should_stop=StopAfter(num_units + 3)))
     assert 0 < len(missing_units(path, manifest)) <= num_units
-    assert not mend(run, path)[1].damaged
+    assert not repaired(run, path)[1].damaged
     assert folder_bytes(path) == intact
 
 
-def test_a_unit_that_somebody_is_at_is_not_taken_from_them(run, path):
-    unit = read_store_manifest(path).layout.units()[0]
+def test_claimed_unit_is_not_repaired(run, path):
+    unit = read_store_manifest(path).geometry.units()[0]
     flip(marker_path(path, unit), 50)
     at_it = claim(path, unit.key)
     with pytest.raises(LockedError, match="is being computed by process"):
-        mend(run, path)
+        repaired(run, path)
     at_it.release()
-    assert not mend(run, path)[1].damaged
+    assert not repaired(run, path)[1].damaged
 
 
 def packed(run, path, **changes):
@@ -282,11 +282,11 @@ def test_an_archive_is_repaired_too_unless_it_was_rounded(run, tmp_path):
     path = tmp_path / "packed.zarr"
     manifest = packed(run, path)
     before = folder_bytes(path)
-    shard_path(path, manifest.arrays[0], manifest.layout.units()[1]).unlink()
-    assert mend(run, path)[2] == 1
+    shard_path(path, manifest.arrays[0], manifest.geometry.units()[1]).unlink()
+    assert repaired(run, path)[2] == 1
     assert folder_bytes(path) == before
     replace_metadata(path, dataclasses.replace(read_store_manifest(path), rounded={"logits": 6}))
     shard_path(path, manifest.arrays[0], manifest.layout.units()[1]).unlink()
     with pytest.raises(RunError, match="rounded logits"):
-        mend(run, path)
+        repaired(run, path)
     assert verify_store(path).damaged

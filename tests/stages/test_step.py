@@ -1,4 +1,4 @@
-"""Out of memory in a step: the batch goes through in parts, to the same student; a failed attempt leaves no trace."""
+"""Tests of training steps in micro-batches after memory ran out."""
 
 import dataclasses
 
@@ -7,18 +7,17 @@ import torch
 from tiny_road import StopAfter, squares, tiny_setup
 from torch import nn
 
-from stages.checkpoint import State, save
+from stages.checkpoint import Progress, save_checkpoint
 from stages.errors import StoppedEarly
 from stages.job_folder import JobFolder
 from stages.lesson import Lesson, Normalisation
 from stages.losses.contrast import Memory
 from stages.optim import TrainConfig
-from stages.tensor_file import load_tensors
 from stages.training import Job, _set_up, train
 from stages.watch import WARNING, Watch
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(epochs=2, batch_size=32, optimiser="adamw", lr=0.01, checkpoint_every_s=0)
+CONFIG = TrainConfig(epochs=2, batch_size=32, optimizer="adamw", lr=0.01, checkpoint_every_s=0)
 
 
 class Hungry(nn.Module):
@@ -59,7 +58,7 @@ def assert_equal(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_student_taught_in_parts_is_that_of_whole_batches(tmp_path):
+def test_micro_batches_train_the_same_student(tmp_path):
     warnings = []
     whole, whole_losses = trained(tmp_path / "whole", network(32))
     watch = Watch(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
@@ -67,29 +66,29 @@ def test_a_student_taught_in_parts_is_that_of_whole_batches(tmp_path):
     assert all(torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-5) for name in whole)
     assert whole_losses == pytest.approx(part_losses, rel=1e-5)
     assert warnings == [
-        "out of memory with batches of 32: going on in parts of 8 whose gradients are added up; the effective batch "
-        "stays 32."
+        "out of memory with batches of 32: continuing with micro-batches of 8 whose gradients are accumulated; the "
+        "effective batch size stays 32."
     ]
 
 
-def test_an_attempt_that_failed_leaves_no_trace(tmp_path):
+def test_failed_attempt_leaves_no_trace(tmp_path):
     """Neither in batch norm's memory nor in what dropout draws: it is as if the parts had been known before."""
     tries, knows = (network(8, nn.BatchNorm1d(16), nn.Dropout(0.5)) for _ in range(2))
     job = job_of(tmp_path / "knows", knows)
-    save(job.folder.checkpoint, _set_up(job, CPU), State(parts=4))
+    save_checkpoint(job.folder.checkpoint, _set_up(job, CPU), Progress(micro_batches=4))
     assert_equal(trained(tmp_path / "knows", knows)[0], trained(tmp_path / "tries", tries)[0])
     assert (tries[5].num_refused, knows[5].num_refused) == (2, 0)
 
 
-def test_batch_norm_that_sees_parts_is_told_of(tmp_path):
+def test_warning_names_batch_norm(tmp_path):
     warnings = []
     watch = Watch(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
     trained(tmp_path / "run", network(16, nn.BatchNorm1d(16)), watch)
     assert len(warnings) == 1
-    assert warnings[0].endswith("stays 32; what goes by the batch (batch norm) now goes by the part.")
+    assert warnings[0].endswith("stays 32; computed per micro-batch: batch norm.")
 
 
-def test_a_job_resumed_in_parts_equals_an_undisturbed_one_bit_for_bit(tmp_path):
+def test_job_resumed_with_micro_batches_is_bit_identical(tmp_path):
     whole, stopped, resumed = (network(16, nn.BatchNorm1d(16), nn.Dropout(0.5)) for _ in range(3))
     undisturbed, _ = trained(tmp_path / "undisturbed", whole)
     with pytest.raises(StoppedEarly):
@@ -99,27 +98,17 @@ def test_a_job_resumed_in_parts_equals_an_undisturbed_one_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
-def test_a_cpu_without_memory_is_one_too(tmp_path, error):
+def test_cpu_out_of_memory_is_handled(tmp_path, error):
     trained(tmp_path / "run", network(16, error=error))
 
 
 @pytest.mark.parametrize(("most", "error"), [(0, MemoryError("no")), (16, RuntimeError("mat1 and mat2 do not fit"))])
-def test_what_parts_do_not_mend_is_raised(tmp_path, most, error):
+def test_errors_that_micro_batches_do_not_fix_are_raised(tmp_path, most, error):
     with pytest.raises(type(error), match=str(error)):
         trained(tmp_path / "run", network(most, error=error))
 
 
-def test_a_checkpoint_without_parts_is_one_of_whole_batches(tmp_path):
-    """As all were before there were parts."""
-    model = network(32)
-    with pytest.raises(StoppedEarly):
-        trained(tmp_path / "run", model, Watch(should_stop=StopAfter(2)))
-    job = job_of(tmp_path / "run", model)
-    _, record = load_tensors(job.folder.checkpoint)
-    assert record["parts"] == 1
-
-
-def test_a_memory_takes_back_what_a_step_put_into_it():
+def test_contrastive_memory_is_restored():
     torch.manual_seed(0)
     memory = Memory(10, 4, momentum=0.5)
     memory.remember(torch.tensor([1, 2]), torch.randn(2, 4))
@@ -132,14 +121,14 @@ def test_a_memory_takes_back_what_a_step_put_into_it():
     assert torch.equal(memory.rows, before)
 
 
-def test_mixed_samples_and_targets_go_with_their_part(tmp_path):
+def test_targets_are_split_with_their_samples(tmp_path):
     setup = tiny_setup(tmp_path, train_set=squares(20, 0))
     lesson = Lesson(setup.pictures, 2, Normalisation((0.5,), (0.5,)))
     batch = next(lesson.stream(0, 10, epoch=0, step=0, epochs=1))
     batch = dataclasses.replace(batch, known=[torch.arange(10) % 2 == 0, None])
-    parts = list(batch.parts(3))
+    parts = list(batch.split(3))
     assert [len(part.images) for part in parts] == [4, 3, 3]
     assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
     assert torch.equal(torch.cat([part.hard.labels for part in parts]), batch.hard.labels)
     assert torch.equal(torch.cat([part.known[0] for part in parts]), batch.known[0])
-    assert next(iter(batch.parts(1))) is batch
+    assert next(iter(batch.split(1))) is batch

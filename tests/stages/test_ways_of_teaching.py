@@ -20,7 +20,7 @@ from stages.serving import smallest
 from stages.store_plan import source_shapes
 from stages.teachers import TeachersConfig
 from stages.tensor_file import load_tensors
-from stages.train_student import Seat, fresh_student, open_teaching, student_shapes, train_student
+from stages.train_student import StudentRun, fresh_student, open_teaching, student_shapes, train_student
 from stages.train_teacher import load_teacher, train_teacher, untrained_teacher
 from stages.watch import Watch
 from store import StoreError
@@ -61,8 +61,8 @@ def run(tmp_path_factory):
 def train(run, losses, folder, *, watch=None, config=STUDENT_CONFIG, stores=("store.zarr",)):
     setup = tiny_setup(run, watch, train_set=TRAIN_SET)
     teaching = open_teaching([run / name for name in stores], losses, config, {}, setup)
-    seat = Seat(JobFolder(folder), "a student", with_onnx=False)
-    train_student(config, 0, teaching, setup, seat=seat)
+    seat = StudentRun(JobFolder(folder), "a student", with_onnx=False)
+    train_student(config, 0, teaching, setup, run=seat)
     return seat.folder
 
 

@@ -1,15 +1,16 @@
 """`kdpipe env`: has what a bug report needs, and nothing private."""
 
 import json
-import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from pipeline.commands import env_machine
-from pipeline.commands.env import print_env, private, read_env
-from pipeline.commands.env_machine import file_system, gpus, has_locks
+from pipeline import env_machine
+from pipeline.env import print_env, private, read_env
+from pipeline.env_machine import file_system, gpus, has_locks
+from stages.machine import gpus as nvml
+from stages.machine.gpus import Gpu
 
 
 def test_it_has_what_a_bug_report_needs(capsys):
@@ -72,24 +73,11 @@ def test_private_parts_of_paths_and_urls_are_removed(monkeypatch, text, shown):
     assert private(text) == shown
 
 
-def test_gpus_come_from_nvidia_smi(tmp_path, monkeypatch):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho '0, NVIDIA H200, 143771 MiB, 570.86, 9.0'\necho 'a line of some other kind'\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert [(gpu["name"], gpu["driver_version"]) for gpu in gpus()] == [("NVIDIA H200", "570.86")]
-    fake.write_text("#!/bin/sh\nexit 9\n")
-    assert gpus() == []
-
-
-def test_unknown_machine_facts_are_none(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(
-        env_machine, "Path", lambda *parts: Path(tmp_path / "nowhere", *[part.lstrip("/") for part in parts])
-    )
-    monkeypatch.setattr(env_machine, "disks", list)
-    found = env_machine.memory()
-    assert found == {"total_bytes": None, "available_bytes": None, "limit_bytes": None}
+def test_gpus_are_listed_by_nvml(monkeypatch):
+    found = Gpu(0, "GPU-a", "NVIDIA H200", total_bytes=140 * 2**30, driver_version="570.86", compute_capability="9.0")
+    monkeypatch.setattr(nvml, "list_gpus", lambda: (found,))
+    assert [", ".join(gpu.values()) for gpu in gpus()] == ["0, NVIDIA H200, 140.0 GiB, 570.86, 9.0"]
+    monkeypatch.setattr(nvml, "list_gpus", lambda: None)
     assert gpus() == []
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import installed
-from pipeline.session import run_record
-from pipeline.session.run_record import session
+from pipeline import provenance
+from pipeline.provenance import session
 from stages.errors import StoppedEarly
+from stages.machine import versions
 from store.errors import FingerprintMismatch
 
 RECIPE = {"name": "made", "seed": 5, "views": {"seed": 6}, "student": {"seeds": [0, 1]}}
@@ -61,7 +61,7 @@ def test_a_killed_session_has_no_end(tmp_path):
         "import os, signal, sys; from pathlib import Path; from pipeline.session.run_record import session\n"
         "with session(Path(sys.argv[1]), 'run', {}, argv=[]): os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    subprocess.run([sys.executable, "-c", look, str(tmp_path)], cwd=Path(installed.__file__).parent.parent, check=False)
+    subprocess.run([sys.executable, "-c", look, str(tmp_path)], cwd=Path(versions.__file__).parents[2], check=False)
     with begin(tmp_path):
         pass
     first, second = run_json(tmp_path)["sessions"]
@@ -128,19 +128,19 @@ def test_a_write_error_is_one_warning_and_ends_no_job(tmp_path, monkeypatch, cap
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_the_commit_is_that_of_kdpipes_checkout(tmp_path, monkeypatch):
-    installed.commit.cache_clear()
-    monkeypatch.setattr(installed, "__file__", str(tmp_path / "pipeline" / "installed.py"))
-    assert installed.commit() == (None, None)  # not a checkout, whatever repository is around it
+def test_the_commit_is_that_of_kdpipes_own_checkout(tmp_path, monkeypatch):
+    versions.commit.cache_clear()
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "stages" / "machine" / "versions.py"))
+    assert versions.commit() == (None, None)  # no checkout, whatever repository this process stands in
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run([*git, "init", "-q"], check=True)
     (tmp_path / "a").write_text("1")
     subprocess.run([*git, "add", "a"], check=True)
     subprocess.run([*git, "commit", "-qm", "a"], check=True)
-    installed.commit.cache_clear()
-    head, dirty = installed.commit()
+    versions.commit.cache_clear()
+    head, dirty = versions.commit()
     assert (len(head), dirty) == (40, False)
     (tmp_path / "a").write_text("2")
-    installed.commit.cache_clear()
-    assert installed.commit() == (head, True)
-    installed.commit.cache_clear()
+    versions.commit.cache_clear()
+    assert versions.commit() == (head, True)
+    versions.commit.cache_clear()

@@ -16,7 +16,7 @@ from stages.compression.quantize import calibrate, prepare_qat
 from stages.compression.torch_program import export_program
 from stages.errors import ModelError
 
-METADATA = {"normalisation": '{"mean":[0.5]}', "class_names": '["cat"]'}
+METADATA = {"normalization": '{"mean":[0.5]}', "class_names": '["cat"]'}
 
 
 def prepared_network():

@@ -1,4 +1,4 @@
-"""How many cores a process counts as its own."""
+"""Tests of the number of cores of a process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ Machine = Callable[..., Path]
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A machine whose affinity mask leaves `cores`, and `launcher_cores` to whoever started this process; `groups` is
-    /proc/self/cgroup, `files` what stands under /sys/fs/cgroup.
+    """Make a fake machine.
+
+    Its affinity masks are `cores` and, for the launcher, `launcher_cores`; `groups` is /proc/self/cgroup, `files` are
+    below /sys/fs/cgroup.
     """
 
     def make(cores: int = 64, launcher_cores: int = 64, groups: str = "", files: dict[str, str] | None = None) -> Path:
@@ -38,7 +40,7 @@ def test_without_quotas_the_affinity_mask_decides(machine: Machine) -> None:
     assert cores_left({}, machine(cores=6)) == 6
 
 
-def test_a_machine_without_proc_and_cgroups_has_what_the_mask_leaves(tmp_path: Path) -> None:
+def test_without_proc_the_affinity_mask_decides(tmp_path: Path) -> None:
     assert cores_left({}, tmp_path) == len(os.sched_getaffinity(0))
 
 
@@ -46,11 +48,11 @@ def test_a_machine_without_proc_and_cgroups_has_what_the_mask_leaves(tmp_path: P
     ("quota", "cores"),
     [("200000 100000\n", 2), ("150000 100000", 2), ("50000 100000", 1), ("6400000 50000", 64), ("max 100000", 64)],
 )
-def test_a_containers_quota_bounds_the_cores(machine: Machine, quota: str, cores: int) -> None:
+def test_quota_bounds_the_cores(machine: Machine, quota: str, cores: int) -> None:
     assert cores_left({}, machine(groups="0::/\n", files={"cpu.max": quota})) == cores
 
 
-def test_the_smallest_quota_on_the_way_up_counts(machine: Machine) -> None:
+def test_smallest_quota_of_all_ancestors_counts(machine: Machine) -> None:
     files = {
         "cpu.max": "max 100000",
         "slurm/cpu.max": "1600000 100000",
@@ -61,11 +63,11 @@ def test_the_smallest_quota_on_the_way_up_counts(machine: Machine) -> None:
     assert cores_left({}, machine(groups="0::/slurm/job_7/step_0\n", files=files)) == 3
 
 
-def test_a_path_from_outside_of_the_container_leads_to_the_containers_own_group(machine: Machine) -> None:
+def test_cgroup_path_from_outside_means_the_containers(machine: Machine) -> None:
     assert cores_left({}, machine(groups="0::/../docker/abc\n", files={"cpu.max": "400000 100000"})) == 4
 
 
-def test_quotas_of_version_one_are_read(machine: Machine) -> None:
+def test_quotas_of_cgroup_v1_are_read(machine: Machine) -> None:
     groups = "11:memory:/other\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n0::/system.slice\n"
     files = {
         "cpu,cpuacct/cpu.cfs_quota_us": "-1",
@@ -79,25 +81,25 @@ def test_quotas_of_version_one_are_read(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("odd", ["", "max", "x y", "0 0", "100000 0", "-1 100000", "1 2 3", "\x00\xff"])
-def test_odd_files_bound_nothing(machine: Machine, odd: str) -> None:
+def test_malformed_quota_files_are_ignored(machine: Machine, odd: str) -> None:
     groups = f"0::/a\nnonsense\n:\n4:cpu\n5:cpu:/a\n{odd}\n"
     files = {"cpu.max": odd, "a/cpu.max": odd, "cpu/a/cpu.cfs_quota_us": odd, "cpu/a/cpu.cfs_period_us": odd}
     assert cores_left({}, machine(groups=groups, files=files)) == 64
 
 
 @pytest.mark.parametrize(("own", "launchers", "cores"), [(64, 64, 16), (16, 64, 16), (4, 64, 4), (8, 8, 2), (2, 2, 1)])
-def test_processes_of_torchrun_share_what_it_has(machine: Machine, own: int, launchers: int, cores: int) -> None:
+def test_torchrun_processes_share_its_cores(machine: Machine, own: int, launchers: int, cores: int) -> None:
     root = machine(cores=own, launcher_cores=launchers)
     assert cores_left({"LOCAL_WORLD_SIZE": "4"}, root) == cores
     assert cores_left({"LOCAL_WORLD_SIZE": "1"}, root) == cores_left({"LOCAL_WORLD_SIZE": "?"}, root) == own
 
 
-def test_processes_of_torchrun_share_a_quota(machine: Machine) -> None:
+def test_torchrun_processes_share_a_quota(machine: Machine) -> None:
     root = machine(groups="0::/\n", files={"cpu.max": "800000 100000"})
     assert cores_left({"LOCAL_WORLD_SIZE": "4"}, root) == 2
 
 
-def test_a_task_of_srun_keeps_to_its_share(machine: Machine) -> None:
+def test_srun_task_keeps_to_its_share(machine: Machine) -> None:
     root = machine(cores=32)
     assert cores_left({"SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_PER_TASK": "8"}, root) == 8
     assert cores_left({"SLURM_STEP_NUM_TASKS": "4"}, root) == 32
@@ -117,7 +119,7 @@ def test_a_task_of_srun_keeps_to_its_share(machine: Machine) -> None:
         ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "none"}, 2),
     ],
 )
-def test_a_wish_for_threads_counts_unless_it_is_torchruns_default(
+def test_omp_num_threads_counts_unless_it_is_torchruns(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], threads: int
 ) -> None:
     monkeypatch.setattr(cores_room, "num_cores", lambda: 7)

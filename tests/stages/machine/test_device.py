@@ -1,4 +1,4 @@
-"""GPU manners: which GPU a job takes, whose it leaves alone, and what it says then. No GPU is needed."""
+"""Tests of GPU selection on fake GPUs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from stages.errors import RecipeError
 from stages.machine import device as device_room
 from stages.machine.device import take_device
 from stages.machine.gpu_claims import claim_gpu, launcher, release_gpu
-from stages.machine.gpu_taking import GpuTaking
-from stages.machine.gpus import Gpu, GpuProcess
-from stages.machine.visible_gpus import visible_gpus
+from stages.machine.gpu_taking import GpuSelector
+from stages.machine.gpus import Gpu, GpuProcess, visible_gpus
 from store import LockedError
 
-STRANGER = GpuProcess(999_999_999, "python", 3 * 2**30)
+FOREIGN = GpuProcess(999_999_999, "python", 3 * 2**30)
 GIB = 2**30
 FIRST, SECOND, THIRD = (
     Gpu(index, f"GPU-{letter * 8}-0000", "NVIDIA Test", free_bytes=free * GIB, total_bytes=40 * GIB)
@@ -31,20 +30,20 @@ TORCHRUN = {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400
 
 
 def used(gpu: Gpu, *processes: GpuProcess) -> Gpu:
-    return Gpu(gpu.index, gpu.uuid, gpu.name, gpu.free_bytes, gpu.total_bytes, processes or (STRANGER,))
+    return Gpu(gpu.index, gpu.uuid, gpu.name, gpu.free_bytes, gpu.total_bytes, processes or (FOREIGN,))
 
 
 class Job:
-    """A job that is to take a GPU: what it did to its environment, and of what it warned."""
+    """A job that selects a GPU, with its environment and warnings."""
 
     def __init__(self, claims: Path) -> None:
         self.claims, self.environ, self.warnings = claims, dict[str, str](), list[str]()
 
     def take(self, *gpus: Gpu, name: str = "auto", share: bool = False, **environ: str) -> str | None:
-        """The GPU that CUDA_VISIBLE_DEVICES names afterwards."""
+        """Return CUDA_VISIBLE_DEVICES after the selection."""
         self.environ = dict(environ)
         try:
-            GpuTaking(gpus, self.environ, share=share, warn=self.warnings.append, claims=self.claims).take(name)
+            GpuSelector(gpus, self.environ, share=share, warn=self.warnings.append, claims=self.claims).select(name)
             return self.environ.get("CUDA_VISIBLE_DEVICES")
         finally:
             for gpu in gpus:
@@ -58,7 +57,7 @@ def job(tmp_path: Path) -> Job:
 
 @pytest.fixture
 def claimed_elsewhere(tmp_path: Path) -> Iterator[Callable[..., int]]:
-    """Starts a process that claims GPUs and holds them until the test's end; gives its number."""
+    """Start a process that claims GPUs until the test's end; returns its pid."""
     script = (
         "import os, sys; from pathlib import Path; from stages.machine.gpu_claims import claim_gpu\n"
         "assert all(claim_gpu(uuid, os.environ, Path(sys.argv[1])) is None for uuid in sys.argv[2:])\n"
@@ -81,19 +80,19 @@ def claimed_elsewhere(tmp_path: Path) -> Iterator[Callable[..., int]]:
         process.communicate()
 
 
-def test_the_gpu_with_the_most_free_memory_is_taken(job: Job) -> None:
+def test_gpu_with_most_free_memory_is_selected(job: Job) -> None:
     assert job.take(FIRST, SECOND, THIRD) == SECOND.uuid
     assert job.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert job.warnings == []
 
 
-def test_a_gpu_that_another_process_uses_is_left_alone_however_free_it_is(job: Job) -> None:
+def test_gpu_in_use_is_not_selected(job: Job) -> None:
     assert job.take(FIRST, used(SECOND), THIRD) == FIRST.uuid
 
 
-def test_where_every_gpu_is_in_use_the_job_is_refused_in_the_name_of_the_freests_user(job: Job) -> None:
+def test_all_gpus_in_use_is_an_error_naming_the_user(job: Job) -> None:
     with pytest.raises(LockedError) as refused:
-        job.take(used(FIRST), used(SECOND, GpuProcess(999_999_998), STRANGER))
+        job.take(used(FIRST), used(SECOND, GpuProcess(999_999_998), FOREIGN))
     assert str(refused.value) == (
         "all 2 GPUs are in use; the freest, GPU 1 (NVIDIA Test) is in use by process 999999998 and 1 more: wait for "
         "it, name another GPU with CUDA_VISIBLE_DEVICES, or share it with --share."
@@ -101,23 +100,23 @@ def test_where_every_gpu_is_in_use_the_job_is_refused_in_the_name_of_the_freests
     assert "CUDA_VISIBLE_DEVICES" not in job.environ
 
 
-def test_sharing_takes_the_freest_gpu_in_use_and_says_with_whom(job: Job) -> None:
+def test_sharing_selects_freest_gpu_in_use_and_warns(job: Job) -> None:
     assert job.take(used(FIRST), used(SECOND), share=True) == SECOND.uuid
     assert len(job.warnings) == 1
     assert "GPU 1 (NVIDIA Test) is shared with process 999999999 (python, 3.0 GiB)" in job.warnings[0]
 
 
-def test_sharing_still_prefers_an_idle_gpu(job: Job) -> None:
+def test_sharing_prefers_an_idle_gpu(job: Job) -> None:
     assert job.take(FIRST, used(SECOND), share=True) == FIRST.uuid
     assert job.warnings == []
 
 
-def test_what_the_person_or_slurm_names_is_taken_and_stays_named(job: Job) -> None:
+def test_visible_devices_of_user_or_slurm_are_kept(job: Job) -> None:
     assert job.take(used(FIRST), used(SECOND), THIRD, CUDA_VISIBLE_DEVICES="2,1") == "2,1"
 
 
 @pytest.mark.parametrize("named", ["0", "0,1", "GPU-aaaa", "GPU-aaaaaaaa-0000,GPU-bbbb"])
-def test_a_named_gpu_in_use_is_refused_too(job: Job, named: str) -> None:
+def test_named_gpu_in_use_is_an_error(job: Job, named: str) -> None:
     with pytest.raises(LockedError, match=r"^GPU 0 \(NVIDIA Test\) is in use by process 999999999 \(python, 3.0 GiB\)"):
         job.take(used(FIRST), SECOND, CUDA_VISIBLE_DEVICES=named)
     assert job.take(used(FIRST), SECOND, share=True, CUDA_VISIBLE_DEVICES=named) == named
@@ -125,18 +124,18 @@ def test_a_named_gpu_in_use_is_refused_too(job: Job, named: str) -> None:
 
 
 @pytest.mark.parametrize("named", ["", "-1", "NoDevFiles", "7", "GPU-zzzz", "MIG-GPU-aaaa/1/0"])
-def test_a_name_that_is_no_gpus_here_is_left_to_torch(job: Job, named: str) -> None:
+def test_unknown_visible_devices_are_left_to_torch(job: Job, named: str) -> None:
     assert job.take(used(FIRST), used(SECOND), CUDA_VISIBLE_DEVICES=named) == named
 
 
-def test_a_recipes_number_counts_among_the_visible_gpus(job: Job) -> None:
+def test_device_number_counts_among_visible_gpus(job: Job) -> None:
     assert job.take(used(FIRST), SECOND, name="cuda:1") is None
     with pytest.raises(LockedError, match="GPU 0"):
         job.take(used(FIRST), SECOND, name="cuda:1", CUDA_VISIBLE_DEVICES="1,0")
     assert job.take(used(FIRST), name="cuda:5") is None
 
 
-def test_numbers_in_cudas_own_order_are_certain_only_where_all_gpus_are_alike() -> None:
+def test_cuda_order_is_certain_only_for_equal_gpus() -> None:
     other = Gpu(1, "GPU-dddd", "NVIDIA Other")
     environ = {"CUDA_VISIBLE_DEVICES": "1,0", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
     assert visible_gpus([FIRST, SECOND], environ) == [SECOND, FIRST]
@@ -144,7 +143,7 @@ def test_numbers_in_cudas_own_order_are_certain_only_where_all_gpus_are_alike() 
     assert visible_gpus([FIRST, other], environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) == [other, FIRST]
 
 
-def test_a_part_of_a_divided_gpu_is_taken_and_named_by_its_own_uuid(job: Job) -> None:
+def test_mig_instance_is_selected_by_its_uuid(job: Job) -> None:
     part, other = (Gpu(0, f"MIG-{letter * 8}", "NVIDIA Test MIG 1g.10gb", free_bytes=9 * GIB) for letter in "ef")
     assert job.take(used(part), other) == other.uuid
     with pytest.raises(LockedError, match=r"GPU 0 \(NVIDIA Test MIG 1g.10gb, MIG-eeeeeeee\)"):
@@ -152,7 +151,7 @@ def test_a_part_of_a_divided_gpu_is_taken_and_named_by_its_own_uuid(job: Job) ->
     assert job.take(used(part), other, CUDA_VISIBLE_DEVICES="MIG-ffffffff") == "MIG-ffffffff"
 
 
-def test_two_jobs_that_start_at_once_take_different_gpus(
+def test_jobs_starting_at_once_select_different_gpus(
     job: Job, claimed_elsewhere: Callable[..., int], tmp_path: Path
 ) -> None:
     pid = claimed_elsewhere(SECOND)
@@ -166,7 +165,7 @@ def test_two_jobs_that_start_at_once_take_different_gpus(
     assert [path.name for path in tmp_path.iterdir() if SECOND.uuid in path.name] == [f"kdpipe-{SECOND.uuid}.lock"]
 
 
-def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
+def test_claim_ends_with_its_process(tmp_path: Path) -> None:
     script = "import os, sys; from pathlib import Path; from stages.machine.gpu_claims import claim_gpu\n"
     script += "print(claim_gpu(sys.argv[2], os.environ, Path(sys.argv[1])))"
     command = [sys.executable, "-c", script, str(tmp_path), FIRST.uuid]
@@ -179,11 +178,11 @@ def test_a_claim_ends_with_its_process(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "None"
     assert claim_gpu(FIRST.uuid, {}, tmp_path) is None
-    assert claim_gpu(FIRST.uuid, {}, tmp_path) is None  # its own is no obstacle
+    assert claim_gpu(FIRST.uuid, {}, tmp_path) is None  # a second claim of the same process
     release_gpu(FIRST.uuid, tmp_path)
 
 
-def test_a_claim_that_cannot_be_had_stops_nobody(tmp_path: Path) -> None:
+def test_unavailable_claim_is_no_error(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     assert claim_gpu(FIRST.uuid, {}, absent) is None
     elsewhere = tmp_path / "elsewhere"
@@ -196,7 +195,7 @@ def test_a_claim_that_cannot_be_had_stops_nobody(tmp_path: Path) -> None:
     assert elsewhere.read_text() == "kept"
 
 
-def test_every_user_of_the_machine_may_lock_a_claims_file(tmp_path: Path) -> None:
+def test_claim_file_is_writable_by_all_users(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
         claim_gpu(FIRST.uuid, {}, tmp_path)
@@ -206,9 +205,7 @@ def test_every_user_of_the_machine_may_lock_a_claims_file(tmp_path: Path) -> Non
     assert (tmp_path / f"kdpipe-{FIRST.uuid}.lock").stat().st_mode & 0o777 == 0o666
 
 
-def test_processes_of_one_job_take_one_gpu_each_and_share_what_there_is(
-    job: Job, claimed_elsewhere: Callable[..., int]
-) -> None:
+def test_processes_of_one_job_spread_over_gpus(job: Job, claimed_elsewhere: Callable[..., int]) -> None:
     first_rank, second_rank = TORCHRUN, {**TORCHRUN, "LOCAL_RANK": "1"}
     pid = claimed_elsewhere(SECOND, **first_rank)
     sibling = GpuProcess(999_999_997)  # as in a container: a number that leads to no process
@@ -220,19 +217,19 @@ def test_processes_of_one_job_take_one_gpu_each_and_share_what_there_is(
         job.take(SECOND, **{**second_rank, "MASTER_PORT": "29500"})
 
 
-def test_ranks_begin_with_different_gpus_even_without_claims(tmp_path: Path) -> None:
+def test_ranks_select_different_gpus_without_claims(tmp_path: Path) -> None:
     job = Job(tmp_path / "absent")
     taken = [job.take(FIRST, SECOND, THIRD, **{**TORCHRUN, "LOCAL_RANK": str(rank)}) for rank in range(3)]
     assert taken == [SECOND.uuid, FIRST.uuid, THIRD.uuid]
     assert job.take(FIRST, SECOND, THIRD, **{**TORCHRUN, "LOCAL_RANK": "4"}, CUDA_VISIBLE_DEVICES="0,1,2") == "0,1,2"
 
 
-def test_ranks_count_through_the_visible_gpus(job: Job) -> None:
+def test_ranks_cycle_through_visible_gpus(job: Job) -> None:
     with pytest.raises(LockedError, match="GPU 1"):
         job.take(FIRST, used(SECOND), CUDA_VISIBLE_DEVICES="0,1", **{**TORCHRUN, "LOCAL_RANK": "3"})
 
 
-def test_processes_belong_together_by_their_launcher() -> None:
+def test_launcher_identifies_processes_of_one_job() -> None:
     assert launcher({}) is None
     assert launcher({"SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}) is None  # a batch script's variables are no srun's
     assert launcher(TORCHRUN) == launcher({**TORCHRUN, "LOCAL_RANK": "3"}) != launcher({**TORCHRUN, "MASTER_PORT": "1"})
@@ -241,7 +238,7 @@ def test_processes_belong_together_by_their_launcher() -> None:
 
 
 class FakeCuda:
-    """Stands for a torch that sees `count` GPUs."""
+    """A fake torch that sees `count` GPUs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, claims: Path, count: int, *gpus: Gpu) -> None:
         self.claims = claims
@@ -261,17 +258,17 @@ class FakeCuda:
         monkeypatch.setattr(device_room.torch.backends.cuda, "is_built", lambda: True)
         monkeypatch.setattr(device_room, "list_gpus", lambda: gpus or None)
         for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "SLURM_LOCALID"):
-            monkeypatch.setenv(name, "")  # noted down as absent or not, and put back in the end
+            monkeypatch.setenv(name, "")  # restored at the end
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
     def take(self, name: str, **options: Any) -> str:
-        """The device that a new process would take."""
+        """Return the device that a new process would select."""
         self.taken.clear()
         return str(take_device(name, warn=self.warnings.append, claims=self.claims, **options))
 
 
-def test_a_machine_without_gpus_computes_on_its_cpu_in_silence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_machine_without_gpus_uses_cpu_without_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cuda = FakeCuda(monkeypatch, tmp_path, 0)
     assert cuda.take("auto", memory_fraction=0.5) == "cpu"
     assert cuda.warnings == cuda.fractions == []
@@ -279,7 +276,7 @@ def test_a_machine_without_gpus_computes_on_its_cpu_in_silence(monkeypatch: pyte
         cuda.take("cuda")
 
 
-def test_the_cpu_is_had_without_asking_for_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cpu_is_selected_without_querying_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cuda = FakeCuda(monkeypatch, tmp_path, 2, used(FIRST))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert cuda.take("cpu") == "cpu"
@@ -288,18 +285,16 @@ def test_the_cpu_is_had_without_asking_for_gpus(monkeypatch: pytest.MonkeyPatch,
         cuda.take("auto")
 
 
-def test_without_nvml_torchs_own_order_holds_and_a_warning_says_what_cannot_be_seen(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_nvml_torchs_order_is_used_with_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cuda = FakeCuda(monkeypatch, tmp_path, 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert cuda.take("auto") == cuda.take("cuda") == "cuda:1"
     assert cuda.current == ["cuda:1", "cuda:1"]
-    assert all("NVML does not answer" in warning for warning in cuda.warnings)
+    assert all("NVML, the driver's library, is not available" in warning for warning in cuda.warnings)
     assert len(cuda.warnings) == 2
 
 
-def test_the_memory_fraction_is_of_the_gpu_that_was_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_fraction_applies_to_the_selected_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cuda = FakeCuda(monkeypatch, tmp_path, 2, FIRST, SECOND)
     assert cuda.take("cuda:1", memory_fraction=0.5) == "cuda:1"
     assert cuda.fractions == [(0.5, "cuda:1")]
@@ -310,16 +305,16 @@ def test_the_memory_fraction_is_of_the_gpu_that_was_taken(monkeypatch: pytest.Mo
     release_gpu(SECOND.uuid, tmp_path)
 
 
-def test_a_process_takes_its_device_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_device_is_selected_once_per_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cuda = FakeCuda(monkeypatch, tmp_path, 2, FIRST, used(SECOND))
     assert cuda.take("auto") == "cuda:0"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == FIRST.uuid
-    monkeypatch.setattr(device_room, "list_gpus", lambda: (used(FIRST), used(SECOND)))  # now it is itself a user
+    monkeypatch.setattr(device_room, "list_gpus", lambda: (used(FIRST), used(SECOND)))  # now this process uses it
     assert str(take_device("auto", warn=cuda.warnings.append, claims=tmp_path)) == "cuda:0"
     release_gpu(FIRST.uuid, tmp_path)
 
 
-def test_gpus_that_torch_cannot_use_are_said_to_be_there_and_let_go(
+def test_gpus_unusable_by_torch_are_released_with_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, claimed_elsewhere: Callable[..., int]
 ) -> None:
     cuda = FakeCuda(monkeypatch, tmp_path, 0, FIRST)
@@ -329,4 +324,4 @@ def test_gpus_that_torch_cannot_use_are_said_to_be_there_and_let_go(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert cuda.take("auto") == "cpu"
     assert "torch can use none of 1 GPUs" in cuda.warnings[0]
-    assert claimed_elsewhere(FIRST)  # whom a claim would have refused
+    assert claimed_elsewhere(FIRST)  # a remaining claim would refuse it

@@ -1,4 +1,4 @@
-"""What NVML says of GPUs, and which of their users count as others. No GPU is needed."""
+"""Tests of listing GPUs and their users with a fake NVML."""
 # ruff: noqa: N802, N815  the names are NVML's
 
 from __future__ import annotations
@@ -6,36 +6,57 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
+import psutil
 import pytest
 
-from stages.machine.gpu_users import is_another, user_of
+from stages.machine.gpu_users import gpu_user, is_foreign
 from stages.machine.gpus import Gpu, GpuProcess, list_gpus
 
 GIB = 2**30
 
 
-def test_a_jobs_own_processes_are_no_others(tmp_path: Path) -> None:
+class FakeProcess:
+    """A psutil.Process in a made-up tree: pid -> (status, parent)."""
+
+    tree: ClassVar[dict[int, tuple[str, int]]] = {}
+
+    def __init__(self, pid: int) -> None:
+        if pid not in self.tree:
+            raise psutil.NoSuchProcess(pid)
+        self.pid = pid
+
+    def status(self) -> str:
+        return self.tree[self.pid][0]
+
+    def parents(self) -> list[SimpleNamespace]:
+        ancestors, pid = [], self.pid
+        while pid in self.tree:
+            pid = self.tree[pid][1]
+            ancestors.append(SimpleNamespace(pid=pid))
+        return ancestors
+
+
+def test_processes_of_the_same_job_are_not_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     own, parent, worker, sibling, zombie = os.getpid(), 3_000_001, 3_000_002, 3_000_003, 3_000_004
-    family = {own: ("S", parent), parent: ("S", 1), worker: ("S", own), sibling: ("R", parent), zombie: ("Z", 1)}
-    for pid, (state, above) in family.items():
-        (tmp_path / str(pid)).mkdir()
-        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a (b) c) {state} {above} 5 5 0")
-    assert not any(is_another(pid, False, tmp_path) for pid in (own, parent, worker, zombie))
-    assert is_another(sibling, False, tmp_path)  # what a shell started beside it
-    assert not is_another(sibling, True, tmp_path)  # what torchrun did
-    assert is_another(999_999_999, True, tmp_path)
+    tree = {own: parent, parent: 1, worker: own, sibling: parent, zombie: 1}
+    statuses = {pid: (psutil.STATUS_RUNNING, above) for pid, above in tree.items()}
+    monkeypatch.setattr(FakeProcess, "tree", statuses | {zombie: (psutil.STATUS_ZOMBIE, 1)})
+    monkeypatch.setattr(psutil, "Process", FakeProcess)
+    assert not any(is_foreign(pid, False) for pid in (own, parent, worker, zombie))
+    assert is_foreign(sibling, False)  # a shell started it too
+    assert not is_foreign(sibling, True)  # torchrun started it too
+    assert is_foreign(999_999_999, True)
 
 
-def test_much_memory_that_nobody_seems_to_use_is_somebodys() -> None:
+def test_memory_without_known_process_counts_as_in_use() -> None:
     hidden = Gpu(0, "GPU-a", "NVIDIA Test", unseen_bytes=5 * GIB)
-    assert user_of(hidden, False) == "a process that cannot be seen from here (5.0 GiB of its memory are taken)"
-    assert user_of(Gpu(0, "GPU-a", "NVIDIA Test", unseen_bytes=600 * 2**20), False) is None
+    assert gpu_user(hidden, False) == "a process that is not visible from here (5.0 GiB of its memory are in use)"
+    assert gpu_user(Gpu(0, "GPU-a", "NVIDIA Test", unseen_bytes=600 * 2**20), False) is None
     own = Gpu(0, "GPU-a", "NVIDIA Test", processes=(GpuProcess(os.getpid()),), unseen_bytes=5 * GIB)
-    assert user_of(own, False) is None
+    assert gpu_user(own, False) is None
 
 
 def refuse(*arguments: Any) -> Any:
@@ -43,7 +64,7 @@ def refuse(*arguments: Any) -> Any:
 
 
 class FakeNvml:
-    """NVML's Python bindings, on made-up GPUs: a dictionary of facts a handle; an absent fact is an NVMLError."""
+    """Fake NVML bindings: a handle is a dictionary of facts; an absent fact raises NVMLError."""
 
     class NVMLError(Exception):
         pass
@@ -104,7 +125,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeNvml]:
     return install
 
 
-def test_what_nvml_says_is_read(nvml: Callable[..., FakeNvml]) -> None:
+def test_gpu_is_read_from_nvml(nvml: Callable[..., FakeNvml]) -> None:
     fake = nvml(
         {
             "uuid": "GPU-a",
@@ -123,7 +144,7 @@ def test_what_nvml_says_is_read(nvml: Callable[..., FakeNvml]) -> None:
     assert fake.num_shutdowns == 1
 
 
-def test_older_bindings_answers_in_bytes_and_with_gaps_are_read(nvml: Callable[..., FakeNvml]) -> None:
+def test_bytes_and_missing_answers_of_nvml_are_read(nvml: Callable[..., FakeNvml]) -> None:
     nvml(
         {},
         {"uuid": b"GPU-b", "name": b"NVIDIA B", "memory_with_reserved": (1, 3, 2), "computing": [(11, None)]},
@@ -137,19 +158,19 @@ def test_older_bindings_answers_in_bytes_and_with_gaps_are_read(nvml: Callable[.
     assert (third.index, third.free_bytes, third.processes) == (2, 0, ())
 
 
-def test_the_server_through_which_processes_share_a_gpu_is_nobodys_job(nvml: Callable[..., FakeNvml]) -> None:
+def test_mps_server_is_not_a_user(nvml: Callable[..., FakeNvml]) -> None:
     handle = {"uuid": "GPU-a", "memory": (0, 2 * GIB, 2 * GIB), "computing": [(11, 2 * GIB)]}
     nvml(handle, names={11: "/usr/bin/nvidia-cuda-mps-server"})
     (gpu,) = list_gpus() or ()
-    assert user_of(gpu, False) is None
+    assert gpu_user(gpu, False) is None
 
 
-def test_a_divided_gpu_is_listed_by_its_parts(nvml: Callable[..., FakeNvml]) -> None:
+def test_divided_gpu_is_listed_by_its_instances(nvml: Callable[..., FakeNvml]) -> None:
     nvml({"uuid": "GPU-a", "parts": [{"uuid": "MIG-a"}, {"uuid": "MIG-b"}]}, {"uuid": "GPU-b", "name": "NVIDIA B"})
     assert [(gpu.index, gpu.uuid) for gpu in list_gpus() or ()] == [(0, "MIG-a"), (0, "MIG-b"), (1, "GPU-b")]
 
 
-def test_without_nvml_nothing_is_listed(monkeypatch: pytest.MonkeyPatch, nvml: Callable[..., FakeNvml]) -> None:
+def test_no_gpus_are_listed_without_nvml(monkeypatch: pytest.MonkeyPatch, nvml: Callable[..., FakeNvml]) -> None:
     fake = nvml({"uuid": "GPU-a"})
     monkeypatch.setattr(fake, "nvmlInit", refuse, raising=False)
     assert list_gpus() is None

@@ -1,4 +1,4 @@
-"""Stepping back, in processes of their own: there is no way back."""
+"""Tests of raising the nice value, in subprocesses since it cannot be lowered again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stages.teaching import Teaching
 
 SCRIPT = """
 import json, os, subprocess, sys, threading
-from stages.machine.priority import step_back
+from stages.machine.cores import step_back
 
 done = threading.Event()
 older = threading.Thread(target=done.wait); older.start()
@@ -36,8 +36,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have pr
 
 
 def stepped_back(nice: int, *, older: int = 0, outer: int = 0) -> dict[str, int]:
-    """The nice values of threads, and of a child, after a process has stepped back by `nice` that began with `outer`
-    and had a thread with `older`: all above what this process has, and its children begin with.
+    """Return nice values, relative to this process, of the threads and a child of a process after `step_back(nice)`.
+
+    The process starts with nice value `outer` and has a thread with `older`.
     """
     base = os.nice(0)
     numbers = [str(base + nice if nice else 0), str(base + max(older, outer))]
@@ -47,20 +48,20 @@ def stepped_back(nice: int, *, older: int = 0, outer: int = 0) -> dict[str, int]
     return {name: value - base for name, value in json.loads(done.stdout).items()}
 
 
-def test_every_thread_steps_back_and_what_is_started_later_too() -> None:
+def test_all_threads_and_later_children_are_niced() -> None:
     assert stepped_back(4) == {"main": 4, "older": 4, "newer": 4, "child": 4}
 
 
-def test_who_is_further_back_stays_there() -> None:
+def test_higher_nice_values_are_kept() -> None:
     assert stepped_back(4, older=6) == {"main": 4, "older": 6, "newer": 4, "child": 4}
     assert stepped_back(4, outer=8) == {"main": 8, "older": 8, "newer": 8, "child": 8}
 
 
-def test_zero_changes_nothing() -> None:
+def test_nice_of_zero_changes_nothing() -> None:
     assert stepped_back(0) == {"main": 0, "older": 0, "newer": 0, "child": 0}
 
 
-def test_compressing_steps_back_by_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compress_uses_nice_of_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[int] = []
     monkeypatch.setattr(compress_room, "step_back", asked.append)  # not this process, which has other tests to run
     with pytest.raises(RunError):  # there is no student: it had not come to that yet

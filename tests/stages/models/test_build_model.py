@@ -91,7 +91,7 @@ def test_the_global_generator_neither_decides_nor_moves(name: str) -> None:
     assert weights_sha256(build(name)) == first
 
 
-def test_a_network_comes_in_training_mode_with_untouched_statistics() -> None:
+def test_network_is_in_training_mode_with_initial_statistics() -> None:
     model = build("resnet20")
     assert all(module.training for module in model.modules())
     assert not model.state_dict()["bn1.running_mean"].any()
@@ -145,12 +145,12 @@ def test_an_unknown_name_gets_the_nearest_ones(name: str, nearest: str) -> None:
     [
         ("resnet20", {"width": 3}, "resnet20 has no argument 'width': it takes none."),
         ("cnn", {"widht": 3}, "cnn has no argument 'widht': it takes convs_per_stage, num_stages, width."),
-        ("cnn", {"width": 0}, "cnn: args.width must be a whole number of 1 or more, found 0."),
-        ("cnn", {"width": 8.0}, "cnn: args.width must be a whole number of 1 or more, found 8.0."),
-        ("cnn", {"num_stages": True}, "cnn: args.num_stages must be a whole number of 1 or more, found True."),
+        ("cnn", {"width": 0}, "cnn: args.width must be an integer of 1 or more, found 0."),
+        ("cnn", {"width": 8.0}, "cnn: args.width must be an integer of 1 or more, found 8.0."),
+        ("cnn", {"num_stages": True}, "cnn: args.num_stages must be an integer of 1 or more, found True."),
         ("cnn", {"image_size": 4}, "cnn: args.image_size is set by kdpipe itself"),
         ("mlp", {"hidden": 64}, "mlp: args.hidden must be a list of widths such as [64], found 64."),
-        ("mlp", {"hidden": [8, -1]}, "mlp: args.hidden[1] must be a whole number of 1 or more, found -1."),
+        ("mlp", {"hidden": [8, -1]}, "mlp: args.hidden[1] must be an integer of 1 or more, found -1."),
     ],
 )
 def test_wrong_arguments(name: str, args: dict[str, Any], sentence: str) -> None:
@@ -193,10 +193,10 @@ def test_a_factory_gets_the_keywords_it_takes(own: str) -> None:
         (":broken", {}, ":broken failed (KeyError: 'oh\\nno')."),
         (":Pair", {}, ":Pair returns tuple, wanted a tensor of logits [B, 10]."),
         (":too_wide", {}, ":too_wide makes [2, 11] of two images of 3 x 32 x 32, wanted logits [2, 10]."),
-        (":Nett", {}, "has no 'Nett'."),
-        (":constant", {}, "has an uncallable 'constant'."),
-        ("", {}, "names no factory: write python:package.module:factory."),
-        (".deeper:Net", {}, "importing own_networks.deeper failed (ModuleNotFoundError"),
+        (":Nett", {}, "own_networks has no function Nett"),
+        (":constant", {}, "own_networks has no function constant"),
+        ("", {}, "must read python:package.module:function."),
+        (".deeper:Net", {}, "the module own_networks.deeper cannot be imported (ModuleNotFoundError"),
     ],
 )
 def test_faulty_factories(own: str, factory: str, args: dict[str, Any], sentence: str) -> None:
@@ -205,9 +205,9 @@ def test_faulty_factories(own: str, factory: str, args: dict[str, Any], sentence
 
 
 def test_modules_without_the_factory(own: str) -> None:
-    with says("importing own_broken failed (ZeroDivisionError: division by zero)"):
+    with says("the module own_broken cannot be imported (ZeroDivisionError: division by zero)"):
         build("python:own_broken:Net")
-    with says("python:sys:Net: sys (built in) has no 'Net'."):
+    with says("model.name='python:sys:Net': sys has no function Net"):
         build("python:sys:Net")
 
 

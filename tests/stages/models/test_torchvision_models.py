@@ -79,10 +79,10 @@ def test_every_listed_classifier_tells_its_arguments() -> None:
     [
         ("googlenet", "googlenet has auxiliary heads"),
         ("torchvision:inception_v3", "inception_v3 has auxiliary heads"),
-        ("fasterrcnn_resnet50_fpn", "no plain image classifier"),
-        ("deeplabv3_resnet50", "no plain image classifier"),
-        ("r3d_18", "no plain image classifier"),
-        ("quantized_resnet18", "no plain image classifier"),
+        ("fasterrcnn_resnet50_fpn", "not a plain image classifier"),
+        ("deeplabv3_resnet50", "not a plain image classifier"),
+        ("r3d_18", "not a plain image classifier"),
+        ("quantized_resnet18", "not a plain image classifier"),
         ("alexnet", "alexnet cannot take images of 3 x 32 x 32 (RuntimeError: "),
         ("vit_b_32", "vit_b_32 cannot take images of 3 x 32 x 32 (AssertionError: "),
     ],
@@ -151,7 +151,9 @@ def test_published_weights_do_not_fit_other_arguments(hub: Path) -> None:
 
 
 def test_published_weights_out_of_reach(hub: Path) -> None:
-    with pytest.raises(ModelError, match=r"weights of resnet18 cannot be had from https://.*no network.*\$TORCH_HOME"):
+    with pytest.raises(
+        ModelError, match=r"weights of resnet18 cannot be downloaded from https://.*no network.*\$TORCH_HOME"
+    ):
         build("resnet18", weights="published")
 
 

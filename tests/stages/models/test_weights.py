@@ -1,4 +1,4 @@
-"""Weights travel through files that need not be trusted, and their digest says whether they are the same."""
+"""Tests of loading untrusted weights files and of digests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stages.models.weights import count_parameters, load_weights, weights_sha256
 
 
 class Touch:
-    """Unpickled, it makes a file: a stand-in for what a stranger might do."""
+    """An object that creates a file when unpickled, as a malicious pickle might."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -193,7 +193,7 @@ def test_the_digest_sees_one_changed_number(entry: str) -> None:
     assert weights_sha256(model) != before
 
 
-def test_the_digest_sees_types_shapes_and_layouts_for_what_they_are() -> None:
+def test_digest_depends_on_types_and_shapes_not_layouts() -> None:
     model = network()
     assert weights_sha256(network().to(memory_format=torch.channels_last)) == weights_sha256(model)
     assert len({weights_sha256(network().to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16)}) == 3
@@ -203,7 +203,7 @@ def test_the_digest_sees_types_shapes_and_layouts_for_what_they_are() -> None:
     assert weights_sha256(wide) != weights_sha256(tall)
 
 
-def test_count_parameters_leaves_buffers_out_and_shared_ones_once() -> None:
+def test_count_parameters_skips_buffers_and_duplicates() -> None:
     linear = nn.Linear(2, 3)
     model = nn.Sequential(linear, nn.BatchNorm1d(3), linear)
     linear.weight.requires_grad_(False)

@@ -18,8 +18,8 @@ from stages import store_plan
 from stages.cache_teacher import cache_teacher
 from stages.datasets.load import DataConfig, load_dataset
 from stages.errors import RecipeError
+from stages.machine.versions import library_versions
 from stages.recompute import recompute
-from stages.store_plan import library_versions
 from stages.train_student import open_teaching, view_warning
 from stages.train_teacher import load_teacher
 from stages.views import renderer as renderer_room
@@ -361,10 +361,10 @@ def test_invalid_views_are_rejected_without_images(changes, sentence):
 @pytest.mark.parametrize(
     ("views", "warned"),
     [
-        (with_views(TENSOR, num_views=1), "one and the same view in every epoch"),
-        (with_views(MIXED, num_views=1), "one and the same view in every epoch"),
-        (with_views(STORED["python"], num_views=1), "one and the same view in every epoch"),
-        (with_views(TENSOR, num_views=8, replay=False), "other pictures than those that its targets are about"),
+        (with_views(TENSOR, num_views=1), "the same view of each image in every epoch"),
+        (with_views(MIXED, num_views=1), "the same view of each image in every epoch"),
+        (with_views(STORED["python"], num_views=1), "the same view of each image in every epoch"),
+        (with_views(TENSOR, num_views=8, replay=False), "other views than those of its targets"),
         (with_views(TENSOR, num_views=2), None),
         (ViewsConfig(num_views=1), None),
         (ViewsConfig(num_views=4, replay=False), None),

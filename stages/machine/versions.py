@@ -1,4 +1,4 @@
-"""Which kdpipe this is: its version and commit, and the versions of what it stands on. Nothing is imported to know."""
+"""Versions of kdpipe and its dependencies, and its commit, read without importing any of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ GIT_S = 5.0
 
 
 def versions() -> dict[str, str | None]:
-    """kdpipe's version and those of the packages that it needs, by name; None where one is not installed."""
+    """Return the versions of kdpipe and its dependencies by name; None where one is not installed."""
     try:
         wanted = requires(NAME) or []
     except PackageNotFoundError:  # run from a folder of sources
         wanted = []
     names = [found.group() for one in wanted if (found := re.match(r"[A-Za-z0-9._-]+", one))]
     return {name: _version(name) for name in dict.fromkeys([NAME, *names])}
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that can change a store's numbers without a change to the recipe."""
+    names = ("kdpipe", "numpy", "pillow", "torch", "torchvision", "zarr")
+    return {name: version(name) for name in names}
 
 
 def _version(name: str) -> str | None:
@@ -32,12 +38,12 @@ def _version(name: str) -> str | None:
 
 @cache
 def commit() -> tuple[str | None, bool | None]:
-    """The commit of the checkout that kdpipe runs from, and whether tracked files differ from it.
+    """Return the commit of the checkout that kdpipe runs from, and whether tracked files differ from it.
 
-    (None, None) where it was installed as a package, or git is absent: the folder it lies in may be in somebody else's
-    repository.
+    Returns (None, None) where it was installed as a package, or git is absent: the folder that it is installed in may
+    belong to another repository.
     """
-    root = Path(__file__).parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None, None
     head = _git(root, "rev-parse", "HEAD")
@@ -48,11 +54,11 @@ def commit() -> tuple[str | None, bool | None]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git says; None where it cannot. It writes nothing, not even its index."""
+    """Return git's output; None where it fails. git writes nothing, not even its index."""
     # A hook of git may have set GIT_DIR: this is about kdpipe's own checkout.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        said = subprocess.run(
+        done = subprocess.run(
             ["git", "-C", str(root), *arguments],
             capture_output=True,
             text=True,
@@ -63,4 +69,4 @@ def _git(root: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return said.stdout.strip()
+    return done.stdout.strip()
