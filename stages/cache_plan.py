@@ -38,7 +38,7 @@ def plan_cache(
         if not trained:
             manifest = replace(manifest, identity=replace(manifest.identity, teacher=stored.identity.teacher))
         manifest, _ = plan_growth(path, stored, manifest, samples)
-    units = manifest.geometry.units()
+    units = manifest.layout.units()
     missing = {unit: names for unit in units if (names := missing_arrays(path, manifest, unit))}
     missing_bytes = sum(store_bytes(manifest, [unit], names) for unit, names in missing.items())
     return {

@@ -201,9 +201,9 @@ def _require_known(path: Path, unit: Unit, positions: Tensor) -> None:
 
 def _positions(path: Path, manifest: Manifest, setup: Setup) -> Tensor:
     """Return the position of each row's sample in the data set, int64 [N]; -1 for padding and for unknown samples."""
-    stored = read_samples(path, manifest.geometry, manifest.identity.data)
-    positions = np.full(manifest.geometry.num_rows, -1, np.int64)
-    positions[manifest.geometry.sample_rows()] = setup.samples.positions_of(stored.ids)
+    stored = read_samples(path, manifest.layout, manifest.identity.data)
+    positions = np.full(manifest.layout.num_rows, -1, np.int64)
+    positions[manifest.layout.sample_rows()] = setup.samples.positions_of(stored.ids)
     return torch.from_numpy(positions)
 
 

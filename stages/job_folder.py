@@ -128,7 +128,7 @@ def _faults(record: Mapping[str, Any]) -> list[str]:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON object from a file, None if it does not exist; raises RunError if it is damaged or too large."""
     try:
-        raw = read_plain(path, MAX_JSON_BYTES)
+        raw = read_regular_file(path, MAX_JSON_BYTES)
         record = json.loads(raw) if len(raw) <= MAX_JSON_BYTES else "too large"
     except (FileNotFoundError, NotADirectoryError):
         return None

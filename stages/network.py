@@ -132,7 +132,7 @@ def require_agreement(path: Path, network: Network, setup: Setup, *, whole_test:
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
     if found.top1_agreement >= MIN_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= max_gap:
         return found.top1_agreement
-    where = where_they_part(path, network.model, test.images(DEBUG_IMAGES).cpu())
+    where = first_divergence(path, network.model, test.images(DEBUG_IMAGES).cpu())
     raise ModelError(
         f"{path} agrees with torch on {100 * found.top1_agreement:.2f} % of {found.num_samples} test images, wanted "
         f"{100 * MIN_AGREEMENT:.0f} %, with an accuracy of {100 * accuracies[0]:.2f} % against "

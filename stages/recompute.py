@@ -69,7 +69,7 @@ def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: i
     """
     store = open_store(path)
     advice = "Give the recipe and the run folder with which the store was made."
-    advice += made_with(store.manifest.versions, library_versions())
+    advice += version_note(store.manifest.versions, library_versions())
     require(store.manifest, {"teacher": teacher.identity, "views": setup.view_identity()}, f"the store {path}", advice)
     rng = np.random.default_rng(seed)
     ids = rng.choice(store.samples.ids, min(num_rows, store.num_samples), replace=False)

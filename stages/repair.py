@@ -24,7 +24,7 @@ from store.write.extend import require_same_origin
 
 def repair(
     config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup
-) -> tuple[Verdict, Verdict, int]:
+) -> tuple[VerifyReport, VerifyReport, int]:
     """Repair the store at `path`.
 
     Metadata are rewritten from the manifest, and a lost manifest from the recipe's plan (`layers` are the recipe's) if
@@ -40,7 +40,7 @@ def repair(
     if not found.damaged:
         return found, found, 0
     _require_own(config, path, manifest, teacher, setup)
-    with alone(path):
+    with exclusive_store(path):
         with suppress(StoreError):  # a lost manifest stays the recipe's plan
             manifest = read_store_manifest(path)  # again: another job may have extended the store meanwhile
         replace_metadata(path, manifest)

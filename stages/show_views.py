@@ -70,7 +70,7 @@ def _top(
     setup: Setup, store: TargetStore, indices: Tensor, views: Sequence[int]
 ) -> list[list[list[tuple[str, float]]]]:
     shown = setup.train_set.take(indices)
-    targets = Targets([join(store, shown, ())], torch.device("cpu"), ReadConfig(memory_bytes=0))
+    targets = Targets([join(store, shown, ())], torch.device("cpu"), TargetLoadingConfig(memory_bytes=0))
     found: list[list[list[tuple[str, float]]]] = [[] for _ in indices]
     for view in views:
         probabilities = targets.batch(view, torch.arange(len(indices)))[0].logits_at(1.0).softmax(1)

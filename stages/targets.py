@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 @section
-class ReadConfig:
+class TargetLoadingConfig:
     """Configuration of where targets reside during training, by their size: all views of the required arrays.
 
     Beyond all limits targets are streamed: an epoch reads shard after shard, each once, within memory_bytes. Only
@@ -148,7 +148,7 @@ def _readable(rows: Tensor) -> Tensor:
     return rows if (rows >= 0).all() else torch.where(rows >= 0, rows, rows.max().clamp(min=0))
 
 
-def slab_window(wanted: Sequence[tuple[TargetStore, Sequence[str]]], config: ReadConfig) -> int | None:
+def slab_window(wanted: Sequence[tuple[TargetStore, Sequence[str]]], config: TargetLoadingConfig) -> int | None:
     """Return the number of shards that are mixed at a time if stores are streamed; None if they are not.
 
     Half of memory_bytes is for a window, the other half for the next one, which a batch may reach into.
@@ -167,7 +167,7 @@ def _num_bytes(wanted: Sequence[tuple[TargetStore, Sequence[str]]]) -> int:
     )
 
 
-def _residence(num_bytes: int, device: torch.device, config: ReadConfig) -> str:
+def _residence(num_bytes: int, device: torch.device, config: TargetLoadingConfig) -> str:
     """Return where targets that are not streamed reside: in RAM if the GPU has no room, with the same results."""
     if device.type == "cuda" and num_bytes <= min(config.device_bytes, torch.cuda.mem_get_info(device)[0] // 2):
         return "device"

@@ -54,7 +54,7 @@ def cache_test(
     return cache_teacher(replace(config, top_k=None), place, teacher, [], test_setup(setup), part=part)
 
 
-def repair_test(config: CacheConfig, path: Path, teacher: Network, setup: Setup) -> tuple[Verdict, Verdict, int]:
+def repair_test(config: CacheConfig, path: Path, teacher: Network, setup: Setup) -> tuple[VerifyReport, VerifyReport, int]:
     """Repair the test store at `path`. Returns and raises like `repair`."""
     return repair(replace(config, top_k=None), path, teacher, [], test_setup(setup))
 

@@ -245,7 +245,7 @@ def open_for(setup: Setup, path: Path, identity: Mapping[str, Any]) -> TargetSto
         identity: What its manifest must contain, besides the views.
     """
     advice = "Cache with this recipe into another run folder or store, or return to the recipe that made it."
-    advice += made_with(read_store_manifest(path).versions, library_versions())
+    advice += version_note(read_store_manifest(path).versions, library_versions())
     return open_store(path, {**identity, "views": setup.view_identity()}, advice)
 
 

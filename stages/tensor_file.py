@@ -29,7 +29,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str,
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of `save_tensors`; raises ModelError if it is absent, damaged, or another kind of file."""
     try:
-        os.close(open_plain(path))  # raises for a pipe, which would block
+        os.close(open_regular_file(path))  # raises for a pipe, which would block
         with safetensors.safe_open(path, "pt") as file:
             record = _require_object(json.loads((file.metadata() or {})[RECORD]))
             return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118 - not a dict

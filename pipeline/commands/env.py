@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import printable
-from pipeline.env_machine import disks, gpus, memory
+from pipeline.commands import env_machine
+from pipeline.terminal.output import printable
 from stages.machine.versions import NAME, commit, versions
 
 VARIABLES = re.compile(

@@ -42,7 +42,7 @@ def disks() -> list[dict[str, Any]]:
     """
     found = [("current folder", Path.cwd())]
     with suppress(Exception):  # errors of the staging area are reported where it is used
-        from store.staging_area import default_area
+        from store.staging_area import default_staging_cache
 
         found.append(("staging area", default_staging_cache(os.environ).folder))
     found.append(("temporary files", Path(tempfile.gettempdir())))

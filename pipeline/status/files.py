@@ -25,7 +25,7 @@ MAX_MEASURED_DEPTH = 12
 def read_json_or_none(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
     """Return the JSON object in a regular file; None if there is none, or it is too large."""
     try:
-        raw = read_plain(path, max_bytes)
+        raw = read_regular_file(path, max_bytes)
         record = json.loads(raw) if len(raw) <= max_bytes else None
     except (OSError, ValueError, RecursionError):
         return None

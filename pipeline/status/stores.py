@@ -11,16 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.status.files import Budget, Measure, measure, number, read_json_or_none, text
-from store.claims import holder
 from store.errors import KdpipeError
-from store.format.schema import ATTRIBUTE, MARKERS, SCHEMA_VERSION
+from store.format.schema import ATTRIBUTE, MARKERS, SAMPLES, SCHEMA_VERSION
 from store.fs.safe_read import read_regular_file
 from store.write.claims import holder
-
-SCHEMA_VERSION = 2
-ATTRIBUTE = "kdpipe"
-MARKERS = "markers"
-SAMPLES = "samples"
 
 MAX_COUNTED = 20_000
 """Markers of a store with more units are not counted if its manifest says that they are finished."""
@@ -147,7 +141,7 @@ def _numbered(folder: Path, count: int) -> list[str]:
 
 def _lists_all(marker: Path, names: set[str]) -> bool:
     try:
-        files = json.loads(read_plain(marker, MAX_MARKER_BYTES))["files"]
+        files = json.loads(read_regular_file(marker, MAX_MARKER_BYTES))["files"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
     return isinstance(files, dict) and names <= set(files)

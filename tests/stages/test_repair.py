@@ -138,7 +138,7 @@ def test_samples_of_an_extension_are_restored(run, tmp_path):
     assert folder_bytes(path) == before
     flip(ids, 8 * row)
     flip(ids, 8)
-    with pytest.raises(StoreError, match="does not tell which were there"):
+    with pytest.raises(StoreError, match="does not determine them"):
         repaired(run, path)
 
 
@@ -166,7 +166,7 @@ def test_another_teacher_is_refused_before_anything_changes(run, path):
 def test_lost_manifest_is_rebuilt_if_markers_agree(run, path, intact, damage):
     damage(path / "zarr.json")
     manifest = read_store_manifest(run / "store.zarr")
-    flip(shard_path(path, manifest.arrays[0], manifest.geometry.units()[0]), 40)
+    flip(shard_path(path, manifest.arrays[0], manifest.layout.units()[0]), 40)
     found, left, num_computed = repaired(run, path)
     assert "zarr.json" in [fault.key for fault in found.damaged]
     assert not left.damaged
@@ -199,7 +199,7 @@ def test_store_of_another_schema_is_not_repaired(run, path, intact):
     assert folder_bytes(path) == intact
     record["attributes"]["kdpipe"]["more"] = "of a later kdpipe"
     file.write_text(json.dumps(record))
-    with pytest.raises(StoreError, match="schema 3: only the kdpipe that wrote it"):
+    with pytest.raises(StoreError, match="schema 4: only the kdpipe that wrote it"):
         repaired(run, path)
 
 
@@ -223,9 +223,9 @@ def test_extension_during_the_check_is_kept(run, path, monkeypatch):
 
 def test_what_was_missing_before_stays_missing(run, path):
     manifest = read_store_manifest(path)
-    grown = dataclasses.replace(manifest, geometry=dataclasses.replace(manifest.geometry, num_views=5))
-    ensure_store(path, grown, read_samples(path, manifest.geometry, manifest.identity.data))
-    flip(marker_path(path, manifest.geometry.units()[2]), 50)
+    grown = dataclasses.replace(manifest, layout=dataclasses.replace(manifest.layout, num_views=5))
+    ensure_store(path, grown, read_samples(path, manifest.layout, manifest.identity.data))
+    flip(marker_path(path, manifest.layout.units()[2]), 50)
     _, left, num_computed = repaired(run, path)
     assert num_computed == 1
     assert not left.damaged
@@ -258,7 +258,7 @@ def test_a_stopped_repair_is_finished_by_the_next(run, path, intact):
 
 
 def test_claimed_unit_is_not_repaired(run, path):
-    unit = read_store_manifest(path).geometry.units()[0]
+    unit = read_store_manifest(path).layout.units()[0]
     flip(marker_path(path, unit), 50)
     at_it = claim(path, unit.key)
     with pytest.raises(LockedError, match="is being computed by process"):
@@ -282,7 +282,7 @@ def test_an_archive_is_repaired_too_unless_it_was_rounded(run, tmp_path):
     path = tmp_path / "packed.zarr"
     manifest = packed(run, path)
     before = folder_bytes(path)
-    shard_path(path, manifest.arrays[0], manifest.geometry.units()[1]).unlink()
+    shard_path(path, manifest.arrays[0], manifest.layout.units()[1]).unlink()
     assert repaired(run, path)[2] == 1
     assert folder_bytes(path) == before
     replace_metadata(path, dataclasses.replace(read_store_manifest(path), rounded={"logits": 6}))

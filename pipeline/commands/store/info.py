@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.terminal.output import printable
-from store import Manifest, StoreError, Unit, holder, missing_arrays, read_store_manifest, store_bytes
-from store.markers import Marker, read_marker
+from store import Manifest, holder, read_store_manifest, store_bytes
+from store.format.unit_state import store_state
 
 MAX_LISTED = 5
 """Missing units that are printed; the JSON document lists all."""
@@ -27,26 +27,20 @@ def read_store_info(path: Path) -> dict[str, Any]:
         StoreError: If there is no store.
     """
     manifest = read_store_manifest(path)
-    units, missing, num_bytes = manifest.geometry.units(), [], 0
-    for unit in units:
-        lacking = missing_arrays(path, manifest, unit)
-        if lacking:
-            missing.append(unit)
-        files = _committed(path, manifest, unit).files
-        num_bytes += sum(file["bytes"] for name, file in files.items() if name not in lacking)
+    state, units = store_state(path, manifest), manifest.layout.units()
     return {
         "path": str(path),
         **manifest.to_json(),
         "num_samples": manifest.layout.num_samples,
         "profile": manifest.profile,
-        "num_units": len(units),
-        "num_units_done": len(units) - len(missing),
-        "missing_units": [str(unit) for unit in missing],
-        "at_work": {str(unit): str(worker) for unit in missing if (worker := holder(path, unit.key))},
+        "num_units": state.num_units,
+        "num_units_done": state.num_units - len(state.missing),
+        "missing_units": [str(unit) for unit in state.missing],
+        "at_work": {str(unit): str(worker) for unit in state.missing if (worker := holder(path, unit.key))},
         "being_added": _being_added(manifest),
         "store_bytes": store_bytes(manifest, units),
-        "view_bytes": store_bytes(manifest, manifest.geometry.units([0])),
-        "disk_bytes": num_bytes,
+        "view_bytes": store_bytes(manifest, manifest.layout.units([0])),
+        "disk_bytes": state.num_bytes,
     }
 
 
@@ -58,12 +52,12 @@ def print_store_info(info: dict[str, Any]) -> None:
 
 def _being_added(manifest: Manifest) -> dict[str, Any] | None:
     """Return what the first filling or an extension adds to what readers see; None if all is finished."""
-    geometry, finished = manifest.geometry, manifest.finished
+    layout, finished = manifest.layout, manifest.finished
     num_views, num_segments = (finished.num_views, finished.num_segments) if finished else (0, 0)
     finished_arrays = finished.arrays if finished else ()
     added = {
-        "num_views": geometry.num_views - num_views,
-        "num_samples": sum(geometry.segments[num_segments:]),
+        "num_views": layout.num_views - num_views,
+        "num_samples": sum(layout.segments[num_segments:]),
         "arrays": [spec.name for spec in manifest.arrays if spec.name not in finished_arrays],
     }
     return added if any(added.values()) else None

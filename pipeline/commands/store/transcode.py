@@ -50,7 +50,7 @@ def parse_temperatures(span: tuple[float, float] | None) -> tuple[float, ...] | 
     return default_temperatures(*span)
 
 
-def run_transcode(source: str, target: Path, change: Change, as_json: bool) -> dict[str, Any]:
+def run_transcode(source: str, target: Path, options: TranscodeOptions, as_json: bool) -> dict[str, Any]:
     """Transcode with progress and signals, after staging a URL; return sizes and encoding errors.
 
     Raises:
@@ -61,8 +61,8 @@ def run_transcode(source: str, target: Path, change: Change, as_json: bool) -> d
         def on_unit(done: int, total: int) -> None:
             report(Event("store transcode", str(target), done, total, "unit"))
 
-        path = stage(source, default_area(os.environ)) if is_url(source) else Path(source)
-        figures = transcode(path, target, change, on_unit, should_stop)
+        path = stage(source, default_staging_cache(os.environ)) if is_url(source) else Path(source)
+        figures = transcode(path, target, options, on_unit, should_stop)
         if not figures["complete"]:
             raise StoppedEarly
     return figures

@@ -14,7 +14,7 @@ from pipeline.terminal.exit_codes import DONE_IN_PART, FAILED
 from pipeline.terminal.output import printable
 from pipeline.terminal.progress import reporter
 from stages.watch import Watch
-from store.verify import Verdict, verify_store
+from store.verify import VerifyReport, verify_store
 
 if TYPE_CHECKING:
     from pipeline.run import Run
@@ -28,7 +28,7 @@ def require_recipe(recipe: Path, overrides: Sequence[str]) -> None:
     load_recipe(recipe, overrides, os.environ)
 
 
-def verify(path: Path, as_json: bool) -> Verdict:
+def verify(path: Path, as_json: bool) -> VerifyReport:
     """Check the store at `path`, with signals and progress."""
     with handle_signals() as should_stop, reporter(as_json) as report:
         return verify_store(path, Watch(report, should_stop).counter("verify", "check", "unit"))
@@ -45,7 +45,7 @@ def recheck(path: Path, run: Run, num_rows: int, seed: int) -> Recomputed:
     return recompute(path, teacher, test_setup(run.setup) if is_test_store else run.setup, num_rows, seed)
 
 
-def repair(run: Run) -> dict[Path, tuple[Verdict, Verdict, int]]:
+def repair(run: Run) -> dict[Path, tuple[VerifyReport, VerifyReport, int]]:
     """Repair the recipe's stores, of the training and the test images.
 
     Returns:
@@ -63,7 +63,7 @@ def repair(run: Run) -> dict[Path, tuple[Verdict, Verdict, int]]:
     return repaired
 
 
-def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = None) -> None:
+def print_verdict(path: Path, verdict: VerifyReport, recomputed: Recomputed | None = None) -> None:
     """Print every fault, one a line, and a summary to stdout."""
     lines = [f"damaged      {fault}" for fault in verdict.damaged]
     lines += [f"missing      {unit}: {', '.join(names)}" for unit, names in verdict.missing]
@@ -84,7 +84,7 @@ def print_verdict(path: Path, verdict: Verdict, recomputed: Recomputed | None = 
     print("\n".join(map(printable, lines)))  # noqa: T201
 
 
-def repair_json(repaired: dict[Path, tuple[Verdict, Verdict, int]]) -> dict[str, Any]:
+def repair_json(repaired: dict[Path, tuple[VerifyReport, VerifyReport, int]]) -> dict[str, Any]:
     """Return the results for the training store, and under `test_store` for that of the test images, if any."""
     documents = [
         {
@@ -98,7 +98,7 @@ def repair_json(repaired: dict[Path, tuple[Verdict, Verdict, int]]) -> dict[str,
     return documents[0] | ({"test_store": documents[1]} if len(documents) > 1 else {})
 
 
-def print_repair(path: Path, found: Verdict, left: Verdict, num_computed: int) -> None:
+def print_repair(path: Path, found: VerifyReport, left: VerifyReport, num_computed: int) -> None:
     """Print the faults found, and the verdict after the repair, to stdout."""
     for fault in found.damaged:
         print(printable(f"found        {fault}"))  # noqa: T201
@@ -106,7 +106,7 @@ def print_repair(path: Path, found: Verdict, left: Verdict, num_computed: int) -
     print_verdict(path, left)
 
 
-def exit_for(verdict: Verdict, recomputed: Recomputed | None = None) -> None:
+def exit_for(verdict: VerifyReport, recomputed: Recomputed | None = None) -> None:
     """Exit with status 1 if anything is damaged or differs, 3 if units are missing; else return."""
     if verdict.damaged or (recomputed is not None and recomputed.differing):
         raise typer.Exit(FAILED)
@@ -114,7 +114,7 @@ def exit_for(verdict: Verdict, recomputed: Recomputed | None = None) -> None:
         raise typer.Exit(DONE_IN_PART)
 
 
-def _conclusion(verdict: Verdict) -> str:
+def _conclusion(verdict: VerifyReport) -> str:
     if verdict.damaged:
         return f"{_num_faults(verdict)}: run `kdpipe store repair RECIPE`"
     if verdict.missing:
@@ -122,5 +122,5 @@ def _conclusion(verdict: Verdict) -> str:
     return "no faults found"
 
 
-def _num_faults(verdict: Verdict) -> str:
+def _num_faults(verdict: VerifyReport) -> str:
     return "1 fault" if len(verdict.damaged) == 1 else f"{len(verdict.damaged)} faults"

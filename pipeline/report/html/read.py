@@ -121,7 +121,7 @@ def _network(place: Place) -> Network:
 def _epochs(path: Path) -> Iterator[Epoch | None]:
     """Yield the lines of a metrics.jsonl; None for a damaged one."""
     try:
-        raw = read_plain(path, MAX_METRICS_BYTES)
+        raw = read_regular_file(path, MAX_METRICS_BYTES)
     except OSError:
         return
     text = raw[:MAX_METRICS_BYTES].decode(errors="replace")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import env_machine
-from pipeline.env import print_env, private, read_env
-from pipeline.env_machine import file_system, gpus, has_locks
+from pipeline.commands import env_machine
+from pipeline.commands.env import print_env, private, read_env
+from pipeline.commands.env_machine import file_system, gpus, has_locks
 from stages.machine import gpus as nvml
 from stages.machine.gpus import Gpu
 

@@ -192,9 +192,9 @@ def test_ls_lists_broken_stores_with_their_fault(tmp_path):
 
 
 def test_info_shows_progress_and_who_computes(made):
-    geometry = dataclasses.replace(made.manifest.geometry, num_views=4)
-    ensure_store(made.path, dataclasses.replace(made.manifest, geometry=geometry), made.samples)
-    units = geometry.units()
+    layout = dataclasses.replace(made.manifest.layout, num_views=4)
+    ensure_store(made.path, dataclasses.replace(made.manifest, layout=layout), made.samples)
+    units = layout.units()
     worker = claim(made.path, units[-1].key)
     result = document("info", made.path)
     assert result["being_added"] == {"num_views": 2, "num_samples": 0, "arrays": []}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import provenance
-from pipeline.provenance import session
+from pipeline.session import run_record
+from pipeline.session.run_record import session
 from stages.errors import StoppedEarly
 from stages.machine import versions
 from store.errors import FingerprintMismatch

@@ -1,4 +1,4 @@
-"""Geometry: torchvision's conventions of center and sign, pixel by pixel, and the ranges a recipe asks for."""
+"""StoreLayout: torchvision's conventions of center and sign, pixel by pixel, and the ranges a recipe asks for."""
 
 from __future__ import annotations
 
