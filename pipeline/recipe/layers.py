@@ -18,7 +18,7 @@ MOST_BYTES = 2**22
 """Of a recipe's file; what is larger, or has no end, is something else."""
 
 RESERVED = {
-    "KDPIPE_CACHE": "the folder to which stores are staged (store.remote.staging_cache); the recipe's section of that name is "
+    "KDPIPE_CACHE": "the folder to which stores are staged (store.remote); the recipe's section of that name is "
     "KDPIPE_CACHE__STORE and so on",
     "KDPIPE_CACHE_BYTES": "how much may lie there",
 }
