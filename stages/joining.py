@@ -94,7 +94,7 @@ def _require_may_be_missing(store: TargetStore, absent: NDArray[np.int64], num_s
     if missing == "error":
         raise StoreError(
             f"{some}: cache them with `kdpipe cache-teacher`, remove them from the data set, or train on their labels "
-            "alone with student.missing = 'hard-labels'."
+            "alone with student.missing_targets = 'hard-labels'."
         )
 
 

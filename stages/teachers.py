@@ -25,7 +25,7 @@ class TeachersConfig:
     """Configuration of how the logits of several stores become one target; lists are in the order of `student.stores`.
 
     Attributes:
-        combine: the mean of "logits" or of "probabilities".
+        ensemble: the mean of "logits" or of "probabilities".
         weights: "equal"; one number per teacher; by the teacher's "accuracy" on the test images; by its "confidence" in
             each sample's label; or "learnable", trained with the student.
         temperatures: one per teacher, instead of the loss's.
@@ -156,7 +156,7 @@ class Together:
         own = self.config.temperatures or (temperature,) * len(self.teachers)
         logits = [teacher.logits_at(t) * (temperature / t) for teacher, t in zip(self.teachers, own, strict=True)]
         weights = self.weights.to(logits[0].device)
-        if self.config.combine == "logits":
+        if self.config.ensemble == "logits":
             return torch.stack([weights[:, [number]] * values for number, values in enumerate(logits)]).sum(0)
         logs = [F.log_softmax(values / temperature, 1) for values in logits]
         floor = torch.finfo(weights.dtype).tiny

@@ -105,7 +105,7 @@ class Teaching:
 
 def _loss_json(loss: Entry) -> dict[str, Any]:
     """Return what decides a loss, without common keys at their defaults."""
-    defaults = {"store": None, "samples": asdict(Selection()), "standardise": False}
+    defaults = {"store": None, "samples": asdict(Selection()), "standardize": False}
     record = {key: value for key, value in deciding(loss).items() if key not in defaults or value != defaults[key]}
     return record | {"store": loss.store or 0} if loss.loss == "hint" else record
 
@@ -131,8 +131,8 @@ def check_losses(losses: Sequence[Entry], views: ViewsConfig, teachers: Teachers
         entry = f"{where}.{number} ({loss.loss})"
         if loss.samples.weighting != "equal" and not loss.per_sample:
             raise RecipeError(
-                f"{entry}: samples.weigh = {loss.samples.weigh!r} needs a per-sample loss, and this one compares "
-                "samples with each other: select samples with samples.only instead."
+                f"{entry}: samples.weighting = {loss.samples.weighting!r} needs a per-sample loss, and this one compares "
+                "samples with each other: select samples with samples.filter instead."
             )
         if views.mix is not None and (loss.one_label or loss.samples.goes_by_label):
             what = entry if loss.one_label else f"{entry} with samples selected or weighted by their label"
@@ -209,7 +209,7 @@ def check_together(teaching: Teaching, sources: Sequence[Source], targets: Targe
     if partial and together and len(sources) > 1 and teaching.teachers.ensemble == "logits":
         raise RecipeError(
             f"the teacher of {sources[partial[0]].store.path} lacks some of the student's classes, and logits of "
-            "different classes cannot be averaged: set student.teachers.combine = 'probabilities'."
+            "different classes cannot be averaged: set student.teachers.ensemble = 'probabilities'."
         )
     for number, loss in enumerate(teaching.losses):
         whole = loss.whole_logits or (isinstance(loss, Response) and loss.standardize)
@@ -222,17 +222,17 @@ def check_together(teaching: Teaching, sources: Sequence[Source], targets: Targe
         if loss.whole_logits and loss.store is None and softened:
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) needs raw logits, which student.teachers does not keep (temperatures, "
-                "or combine = 'probabilities'): select one teacher with distill.store."
+                "or ensemble = 'probabilities'): select one teacher with distill.store."
             )
         if loss.wanted_of_others and targets.residence == "streamed":
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) reads samples from the whole store at every step, but the targets are "
-                "streamed: raise student.read.memory_bytes or mapped_bytes, or set memory = 'bank'."
+                "streamed: raise student.target_loading.memory_bytes or mapped_bytes, or set memory = 'bank'."
             )
     if targets.num_unknown and teaching.missing == "error":
         raise StoreError(
             f"{targets.num_unknown} of the samples are in no store, or of classes that no teacher has: remove them "
-            "from the data set (data.classes), or train on their labels alone with student.missing = 'hard-labels'."
+            "from the data set (data.classes), or train on their labels alone with student.missing_targets = 'hard-labels'."
         )
 
 

@@ -107,7 +107,7 @@ class Response(Entry):
     """Configuration of a loss on logits.
 
     Attributes:
-        standardise: normalize the logits of student and teacher to mean 0 and standard deviation 1 over the classes
+        standardize: normalize the logits of student and teacher to mean 0 and standard deviation 1 over the classes
             first (Sun et al. 2024, arXiv 2403.01427).
     """
 

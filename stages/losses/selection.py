@@ -34,12 +34,12 @@ class Selection:
     @property
     def judges(self) -> bool:
         """Return whether the teacher's probabilities are used."""
-        return self.only != "all" or self.weigh != "equal"
+        return self.filter != "all" or self.weighting != "equal"
 
     @property
     def goes_by_label(self) -> bool:
         """Return whether each sample's single label is used."""
-        return self.only != "all" or self.weigh == "correctness"
+        return self.filter != "all" or self.weighting == "correctness"
 
 
 def select_samples(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
@@ -54,7 +54,7 @@ def select_samples(config: Selection, teacher: TeacherOutputs, labels: Tensor) -
         return (logits.argmax(1) == labels).nonzero()[:, 0]
     log_probabilities = F.log_softmax(logits, 1).gather(1, labels[:, None])[:, 0]
     all_rows, start = gathered_from(log_probabilities)
-    num_hard = max(1, math.ceil(round(config.share * len(all_rows), 6)))  # 0.07 * 100 is above 7
+    num_hard = max(1, math.ceil(round(config.fraction * len(all_rows), 6)))  # 0.07 * 100 is above 7
     hard = torch.argsort(all_rows, stable=True)[:num_hard].sort().values
     stop = start + len(labels)
     return hard if len(all_rows) == len(labels) else hard[(hard >= start) & (hard < stop)] - start
@@ -62,7 +62,7 @@ def select_samples(config: Selection, teacher: TeacherOutputs, labels: Tensor) -
 
 def compute_sample_weights(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
     """Return the samples' weights, float32 [B], of mean 1 over all processes; None if all are equal."""
-    if config.weigh == "equal":
+    if config.weighting == "equal":
         return None
     log_probabilities = F.log_softmax(teacher.logits_at(1.0), 1)
     entropy = -(log_probabilities.exp() * log_probabilities).sum(1) / math.log(max(2, log_probabilities.shape[1]))
@@ -70,5 +70,5 @@ def compute_sample_weights(config: Selection, teacher: TeacherOutputs, labels: T
         "entropy": entropy,
         "certainty": 1 - entropy,
         "correctness": log_probabilities.gather(1, labels[:, None])[:, 0].exp(),
-    }[config.weigh].clamp_min(0)
+    }[config.weighting].clamp_min(0)
     return raw / gathered(raw).mean().clamp_min(torch.finfo(raw.dtype).tiny)

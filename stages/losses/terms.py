@@ -167,7 +167,7 @@ class Term(nn.Module):
         return torch.stack(partial).any(0).nonzero()[:, 0]
 
     def _normalize_logits(self, inputs: Said) -> Said:
-        if not isinstance(self.config, Response) or not self.config.standardise:
+        if not isinstance(self.config, Response) or not self.config.standardize:
             return inputs
         student = Outputs(standardised(inputs.student.logits), inputs.student.features)
         return replace(inputs, student=student, teacher=Standardised(inputs.teacher))

@@ -141,7 +141,7 @@ NAMED = [f"{number}-{loss.loss}" for number, loss in enumerate(LOSSES)]
 @pytest.mark.parametrize("ensemble", ["alone", "logits", "probabilities"])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMED)
-def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, combine):
+def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, ensemble):
     """Teachers have only a and b, or a, of four classes; the student may be very confident in another one."""
     single = ClassMap(torch.tensor([0, -1, -1]).numpy(), 4)
     teachers = [
@@ -280,7 +280,7 @@ def test_teachers_of_parts_of_the_classes_combine(run):
 
 
 def test_logits_of_different_classes_cannot_be_averaged(run):
-    with pytest.raises(RecipeError, match=r"ab\.zarr lacks some .* set student\.teachers\.combine = 'probabil"):
+    with pytest.raises(RecipeError, match=r"ab\.zarr lacks some .* set student\.teachers\.ensemble = 'probabil"):
         lesson_of(run, ["same", "ab"], ("same", "names"))
     lesson_of(run, ["same", "fine"], ("same", FINE_TABLE))  # this teacher has all classes
 
@@ -290,7 +290,7 @@ def test_logits_of_different_classes_cannot_be_averaged(run):
 )
 def test_losses_on_all_logits_need_a_teacher_of_all_classes(run, loss):
     sentence = rf"distill\.0 \({loss.loss}\) needs the logits of all classes, and a teacher lacks some"
-    of_all = {"combine": "probabilities", "missing": "hard-labels"}
+    of_all = {"ensemble": "probabilities", "missing": "hard-labels"}
     with pytest.raises(RecipeError, match=sentence):
         lesson_of(run, ["ab"], ("names",), [loss], **of_all)
     for store in (None, 1):

@@ -282,7 +282,7 @@ def by_hand(setup, teacher, positions, view):
         share, partner = 1.0, sample_id
         if seen.mixture is not None:
             share, partner = float(seen.mixture.own_share[number]), int(seen.mixture.partner_ids[number])
-        logs = said.logits[0].log_softmax(0)
+        logs = outputs.logits[0].log_softmax(0)
         cross_entropy = -share * logs[labels[sample_id]] - (1 - share) * logs[labels[partner]]
         (gradient,) = torch.autograd.grad(cross_entropy, pixels)
         averaged = outputs.features["stage1"][0].detach().reshape(8, 4, 2, 4, 2).mean((2, 4))

@@ -60,17 +60,17 @@ def rows_of(*shares):
 @pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 5.0), (0.3, 0.0, 0.1)])
-def test_target_is_the_weighted_mean_of_the_teachers(combine, temperature, weights):
-    found = target_probabilities(together(combine=combine, weights=weights), temperature)
+def test_target_is_the_weighted_mean_of_the_teachers(ensemble, temperature, weights):
+    found = target_probabilities(together(ensemble=ensemble, weights=weights), temperature)
     shares = rows_of(1, 1, 1) if weights == "equal" else rows_of(*weights)
     torch.testing.assert_close(found, by_hand(shares, (temperature,) * 3, ensemble), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_teachers_can_have_their_own_temperatures(combine, temperature):
-    found = target_probabilities(together(combine=combine, temperatures=(1.0, 2.0, 8.0)), temperature)
-    expected = by_hand(rows_of(1, 1, 1), (1.0, 2.0, 8.0), combine)
+def test_teachers_can_have_their_own_temperatures(ensemble, temperature):
+    found = target_probabilities(together(ensemble=ensemble, temperatures=(1.0, 2.0, 8.0)), temperature)
+    expected = by_hand(rows_of(1, 1, 1), (1.0, 2.0, 8.0), ensemble)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
@@ -136,7 +136,7 @@ def test_sample_known_to_one_teacher_ignores_its_confidence():
 
 @pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 5.0), "confidence", "learnable"])
-def test_teacher_has_no_weight_on_samples_without_targets(combine, weights):
+def test_teacher_has_no_weight_on_samples_without_targets(ensemble, weights):
     garbage = DenseOutputs(torch.where(SOME[:, None], LOGITS[1], drawn(8, 10, seed=9) * 1e4), {})
     found = together(teachers=[TEACHERS[0], garbage, TEACHERS[2]], known=[None, SOME, None], **config(ensemble, weights))
     whole = together(**config(ensemble, weights))
@@ -153,16 +153,16 @@ def config(ensemble, weights):
     return {"ensemble": ensemble, "weights": weights}
 
 
-@pytest.mark.parametrize("combine", COMBINE)
-def test_sample_known_only_to_a_zero_weight_teacher(combine):
-    outputs = together(teachers=TEACHERS[:2], known=[SOME, None], weights=(1.0, 0.0), combine=combine)
+@pytest.mark.parametrize("ensemble", COMBINE)
+def test_sample_known_only_to_a_zero_weight_teacher(ensemble):
+    outputs = together(teachers=TEACHERS[:2], known=[SOME, None], weights=(1.0, 0.0), ensemble=ensemble)
     expected = torch.where(SOME[:, None], LOGITS[0].softmax(1), LOGITS[1].softmax(1))
     torch.testing.assert_close(target_probabilities(outputs, 1.0), expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("weights", ["equal", "confidence", "learnable", (0.0, 1.0, 0.0)])
-def test_sample_without_any_target_causes_no_nan(combine, weights):
+def test_sample_without_any_target_causes_no_nan(ensemble, weights):
     known = [SOME, SOME, NOBODY]
     combination = Combination(TeachersConfig(ensemble=ensemble, weights=weights), 3)
     student = STUDENT_LOGITS.clone().requires_grad_()
@@ -206,22 +206,22 @@ def test_single_teacher_can_have_its_own_temperature():
     assert distilled(combination, kd())(outputs)["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("combine", COMBINE)
-def test_top_k_teachers_combine_at_their_own_temperatures(combine):
+@pytest.mark.parametrize("ensemble", COMBINE)
+def test_top_k_teachers_combine_at_their_own_temperatures(ensemble):
     """Between the grid's temperatures only the mass of the rest is approximate; on them it is exact."""
     form = TopK(10, 4, (1.0, 2.0, 4.0))
     packed = encode_topk(LOGITS[1].float().numpy(), form, "float32")
     arrays = [torch.from_numpy(packed[f"logits/{name}"].astype(kind)) for name, kind in PACKED.items()]
     packed_teacher = TopKOutputs(form, *arrays, {})
     outputs = together(
-        teachers=[TEACHERS[0], packed_teacher], known=[None, None], temperatures=(1.0, 4.0), combine=combine
+        teachers=[TEACHERS[0], packed_teacher], known=[None, None], temperatures=(1.0, 4.0), ensemble=ensemble
     )
     soft = (LOGITS[1] / 4).softmax(1)
     kept = soft >= soft.sort(1).values[:, [-4]]
     rest = torch.where(kept, 0, soft).sum(1, keepdim=True) / 6
     spread = torch.where(kept, soft, rest)
     own = LOGITS[0].softmax(1)
-    expected = (own + spread) / 2 if combine == "probabilities" else ((own.log() + spread.log()) / 2).softmax(1)
+    expected = (own + spread) / 2 if ensemble == "probabilities" else ((own.log() + spread.log()) / 2).softmax(1)
     torch.testing.assert_close(target_probabilities(outputs, 7.0), expected, rtol=5e-3, atol=1e-5)
     with pytest.raises(StoreError, match="temperature"):
         together(teachers=[TEACHERS[0], packed_teacher], known=[None, None]).logits_at(7.0)
@@ -254,8 +254,8 @@ def test_fixed_weights_have_no_parameters_and_no_gradient(weights):
 @pytest.mark.parametrize(
     ("ensemble", "weights"), list(itertools.product(COMBINE, ["equal", "confidence", (1.0, 2.0, 3.0)]))
 )
-def test_rows_of_combined_outputs(combine, weights):
-    outputs = together([None, SOME, None], combine=combine, weights=weights)
+def test_rows_of_combined_outputs(ensemble, weights):
+    outputs = together([None, SOME, None], ensemble=ensemble, weights=weights)
     at = torch.tensor([6, 1, 1])
     assert torch.equal(outputs.rows(at).logits_at(3.0), outputs.logits_at(3.0)[at])
 

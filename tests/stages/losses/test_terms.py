@@ -98,7 +98,7 @@ def test_samples_without_targets_do_not_count():
 def test_hard_samples_have_the_lowest_label_probability():
     given = TEACHER_LOGITS.softmax(1)[torch.arange(8), LABELS]
     hard = given.argsort()[:3]
-    losses = distillation(kd(samples=Selection(only="hard", share=0.3)))(make_batch(TEACHER_LOGITS))
+    losses = distillation(kd(samples=Selection(filter="hard", fraction=0.3)))(make_batch(TEACHER_LOGITS))
     expected = kd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].sum() / 8
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
 
@@ -108,20 +108,20 @@ def test_correct_samples_are_those_the_teacher_gets_right():
     teacher[torch.arange(3), LABELS[:3]] = 30.0
     right = teacher.argmax(1) == LABELS
     assert 3 <= right.sum() < 8
-    losses = distillation(kd(samples=Selection(only="correct")))(make_batch(teacher))
+    losses = distillation(kd(samples=Selection(filter="correct")))(make_batch(teacher))
     expected = kd_per_sample(STUDENT_LOGITS, teacher, 2.0)[right].sum() / 8
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
     wrong = torch.full((8, 10), 0.0).scatter(1, (LABELS[:, None] + 1) % 10, 9.0)
-    assert float(distillation(kd(samples=Selection(only="correct")))(make_batch(wrong))["kd_0"]) == 0
+    assert float(distillation(kd(samples=Selection(filter="correct")))(make_batch(wrong))["kd_0"]) == 0
 
 
-@pytest.mark.parametrize("weigh", ["entropy", "certainty", "correctness"])
-def test_samples_are_weighted_by_the_teachers_predictions(weigh):
+@pytest.mark.parametrize("weighting", ["entropy", "certainty", "correctness"])
+def test_samples_are_weighted_by_the_teachers_predictions(weighting):
     given = TEACHER_LOGITS.softmax(1)
     entropy = -(given * given.log()).sum(1) / torch.tensor(10.0).log()
     raw = {"entropy": entropy, "certainty": 1 - entropy, "correctness": given[torch.arange(8), LABELS]}[weighting]
     expected = (raw / raw.mean() * kd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)).mean()
-    losses = distillation(kd(samples=Selection(weigh=weigh)))(make_batch(TEACHER_LOGITS))
+    losses = distillation(kd(samples=Selection(weighting=weighting)))(make_batch(TEACHER_LOGITS))
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -137,7 +137,7 @@ def test_standardized_logits_compose_with_a_loss():
     def standard(z):
         return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
 
-    losses = distillation(kd(standardise=True))(make_batch(TEACHER_LOGITS))
+    losses = distillation(kd(standardize=True))(make_batch(TEACHER_LOGITS))
     expected = kd_loss(standard(STUDENT_LOGITS), standard(TEACHER_LOGITS), 2.0)
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
 
