@@ -24,19 +24,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import torch
 
-from stages.cache_teacher import cache_teacher
-from stages.datasets.image_set import ImageSet
-from stages.forms import Wanted
-from stages.lesson import Normalisation
-from stages.machine.device import choose_device
-from stages.machine.memory import keep_freed_memory
-from stages.models.build import ModelConfig
-from stages.network import Network
-from stages.pictures import Request
-from stages.setup import Setup
-from stages.store_plan import CacheConfig
-from stages.views.config import ViewsConfig
-from stages.watch import Watch
+from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.stages.cache_teacher.plan import CacheConfig
+from kdpipe.stages.context import Setup
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.loader.image_loader import Request
+from kdpipe.stages.models.build import ModelConfig
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.gpu.device import choose_device
+from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.views.config import ViewsConfig
 
 CONFIG = CacheConfig(shard_bytes=8 * 2**20)
 """Shards of an eighth of the default size: a round has as many units as a real job, and more files per byte."""

@@ -27,11 +27,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from made_store import folder_bytes
-from many_stores import LOGITS, Form, Wish, first_difference, grow, work
+from support.made_store import folder_bytes
+from support.many_stores import LOGITS, Form, Wish, first_difference, grow, work
 
-from store import Codec, KdpipeError, open_store
-from store.check.verify import verify_store
+from kdpipe.store import Codec, KdpipeError, open_store
+from kdpipe.store.check.verify import verify_store
 
 FORMS = [
     replace(form, codec=codec) for form in LOGITS.values() for codec in (None, Codec("zstd", 3), Codec("blosc", 3))

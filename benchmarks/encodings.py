@@ -23,8 +23,8 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from store.format.encoding_error import TEMPERATURES, row_kl
-from store.format.topk import INDICES, TAIL, VALUES, TopK, default_temperatures, dense_logits, encode_topk
+from kdpipe.store.format.encoding_error import TEMPERATURES, row_kl
+from kdpipe.store.format.topk import INDICES, TAIL, VALUES, TopK, default_temperatures, dense_logits, encode_topk
 
 Logits = NDArray[np.float32]
 

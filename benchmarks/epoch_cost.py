@@ -25,30 +25,37 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stages.cache_teacher import CacheConfig, cache_teacher
-from stages.datasets.image_set import ImageSet
-from stages.datasets.load import DataConfig, load_dataset
-from stages.features import DenseOutputs, TeacherOutputs, tapped
-from stages.forms import Wanted
-from stages.job_folder import JobFolder
-from stages.lesson import Batch, Lesson, Normalisation, Place
-from stages.losses.at import ATConfig
-from stages.losses.hint import HintConfig
-from stages.losses.kd import KDConfig
-from stages.losses.terms import student_layers, wanted_of
-from stages.machine.device import choose_device
-from stages.machine.memory import keep_freed_memory
-from stages.models.build import ModelConfig
-from stages.network import Network
-from stages.optim import TrainConfig
-from stages.pictures import Seen
-from stages.serving import smallest
-from stages.setup import Setup
-from stages.store_plan import source_shapes
-from stages.train_student import StudentConfig, build_lesson, open_teaching, student_shapes
-from stages.training import Job, train
-from stages.views.config import ViewsConfig
-from stages.watch import Watch
+from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.stages.cache_teacher.plan import CacheConfig
+from kdpipe.stages.config import Place
+from kdpipe.stages.context import Setup
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.load import load_dataset
+from kdpipe.stages.data.loader.image_loader import Seen
+from kdpipe.stages.distillation.student_config import StudentConfig
+from kdpipe.stages.distillation.task_builder import build_lesson, student_shapes
+from kdpipe.stages.losses.distillation import student_layers, wanted_of
+from kdpipe.stages.losses.features.at import ATConfig
+from kdpipe.stages.losses.features.hint import HintConfig
+from kdpipe.stages.losses.logits.kd import KDConfig
+from kdpipe.stages.models.build import ModelConfig
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.hooks import tapped
+from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.gpu.device import choose_device
+from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.targets.feature_spec import Wanted, source_shapes
+from kdpipe.stages.targets.outputs import DenseOutputs, TeacherOutputs
+from kdpipe.stages.targets.resolve import smallest
+from kdpipe.stages.train_student.student import open_teaching
+from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.loop import train
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.step import Job
+from kdpipe.stages.training.task import Batch, Lesson
+from kdpipe.stages.views.config import ViewsConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import torch
 
-from stages.machine.memory import keep_freed_memory
-from stages.models.build import ModelConfig, build_model
+from kdpipe.stages.models.build import ModelConfig, build_model
+from kdpipe.stages.runtime.memory import keep_freed_memory
 
 TEACHERS = {
     "resnet32x4": (ModelConfig(name="resnet32x4"), 3, (32, 32), 100),

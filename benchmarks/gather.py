@@ -29,7 +29,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from store import (
+from kdpipe.store import (
     ArraySpec,
     Identity,
     Manifest,

@@ -35,13 +35,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from stages.compression.cpu import cpu_features, cpu_name
-from stages.compression.latency import RoundTimes, measure_rounds
-from stages.compression.onnx_file import export_onnx
-from stages.compression.onnx_graph import float_nodes
-from stages.compression.prune import PruneConfig, prune
-from stages.compression.quantize import calibrate, prepare_qat
-from stages.machine.cores import num_cores
+from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.quantization.qat import calibrate, prepare_qat
+from kdpipe.stages.evaluation.latency import RoundTimes, measure_rounds
+from kdpipe.stages.export.onnx_export import export_onnx
+from kdpipe.stages.export.onnx_session import float_nodes
+from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
 
 TARGET, TARGET_BATCH_SIZE = 0.40, 16
 TARGETED = ("resnet18", "vgg11_bn")

@@ -34,14 +34,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.features import DenseOutputs, Outputs
-from stages.forms import POOLED, Shape, Wanted, take_form
-from stages.losses.entry import Entry
-from stages.losses.said import Facts, Others, Said
-from stages.losses.terms import LOSSES
-from stages.machine.memory import keep_freed_memory
-from stages.models.build import ModelConfig, build_model
-from stages.schedules import Moment
+from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.inputs import Facts, Others, Said
+from kdpipe.stages.losses.registry import LOSSES
+from kdpipe.stages.losses.schedules import Moment
+from kdpipe.stages.models.build import ModelConfig, build_model
+from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.targets.feature_spec import POOLED, Shape, Wanted, take_form
+from kdpipe.stages.targets.outputs import DenseOutputs
 
 NUM_CLASSES, NUM_SAMPLES, VECTOR = 100, 50_000, (256,)
 MAPS = ((64, 8, 8), (256, 8, 8))

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-KDPIPE = [sys.executable, "-c", "from pipeline.main import main; main()"]
+KDPIPE = [sys.executable, "-c", "from kdpipe.pipeline.main import main; main()"]
 
 LOOP = """
 while true; do

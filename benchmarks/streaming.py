@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages.joining import Source
-from stages.order import epoch_order, slab_order
-from stages.targets import TargetLoadingConfig, Targets
-from store import (
+from kdpipe.stages.data.loader.sampling import epoch_order, slab_order
+from kdpipe.stages.targets.join import Source
+from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
+from kdpipe.store import (
     ArraySpec,
     Identity,
     Manifest,

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stages.job_folder import read_json
-from store import open_store, store_bytes
+from kdpipe.stages.training.job_dir import read_json
+from kdpipe.store import open_store, store_bytes
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "fashion.toml"
 
@@ -61,7 +61,7 @@ def kdpipe(command: str, run: Path, overrides: list[str]) -> None:
     arguments = [
         sys.executable,
         "-c",
-        "from pipeline.main import main; main()",
+        "from kdpipe.pipeline.main import main; main()",
         command,
         str(RECIPE),
         "--run",

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from stages.datasets.image_set import ImageSet
-from stages.machine.memory import keep_freed_memory
-from stages.pictures import Pictures, Request
-from stages.views.config import ViewsConfig
-from stages.views.renderer import Renderer
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.loader.image_loader import Pictures, Request
+from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.renderer import Renderer
 
 NUM_IMAGES, BATCH_SIZE, NUM_WORKERS = 50_000, 256, 2
 

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pipeline.session.guard import guarded
-from pipeline.session.options import CommonOptions, JobOptions
-from pipeline.session.signals import handle_signals
-from pipeline.terminal.output import print_json, print_warning
+from kdpipe.pipeline.session.guard import guarded
+from kdpipe.pipeline.session.options import CommonOptions, JobOptions
+from kdpipe.pipeline.session.signals import handle_signals
+from kdpipe.pipeline.terminal.output import print_json, print_warning
 
 if TYPE_CHECKING:
-    from pipeline.recipe.load import Recipe
-    from pipeline.run import Run
-    from stages.compress import Step
-    from stages.part import Part
-    from stages.processes import Processes
-    from stages.watch import Event
+    from kdpipe.pipeline.recipe.load import Recipe
+    from kdpipe.pipeline.run import Run
+    from kdpipe.stages.compress.compress import Step
+    from kdpipe.stages.runtime.distributed import Processes
+    from kdpipe.stages.runtime.events import Event
+    from kdpipe.stages.runtime.launcher import Part
 
 DISTRIBUTED = ("train-teacher", "train-student", "compare")
 """Commands whose processes train on shares of one batch."""
@@ -32,7 +32,7 @@ DISTRIBUTED = ("train-teacher", "train-student", "compare")
 
 def _load(recipe: Path, options: CommonOptions) -> tuple[Recipe, Path]:
     """Return the resolved recipe and its run folder."""
-    from pipeline.recipe.load import load_recipe
+    from kdpipe.pipeline.recipe.load import load_recipe
 
     sys.path.append(str(Path.cwd()))  # for `python:module:name` in a recipe
     loaded = load_recipe(recipe, options.set_ or (), os.environ)
@@ -43,9 +43,9 @@ def _load(recipe: Path, options: CommonOptions) -> tuple[Recipe, Path]:
 def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
     """Yield the run of a recipe for work that only reads its run folder: with signals and progress, without a lock."""
     with handle_signals(options.max_duration) as should_stop:
-        from pipeline.run import Run
-        from pipeline.terminal.progress import reporter
-        from stages.watch import Watch
+        from kdpipe.pipeline.run import Run
+        from kdpipe.pipeline.terminal.progress import reporter
+        from kdpipe.stages.runtime.events import Watch
 
         loaded, folder = _load(recipe, options)
         with reporter(options.as_json) as report:
@@ -75,10 +75,10 @@ def run_job(
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
     with guarded(), handle_signals(options.max_duration) as should_stop:
-        from pipeline.run import Run
-        from stages.machine.device import take_device
-        from stages.watch import Watch
-        from store import exclusive, shared
+        from kdpipe.pipeline.run import Run
+        from kdpipe.stages.runtime.events import Watch
+        from kdpipe.stages.runtime.gpu.device import take_device
+        from kdpipe.store import exclusive, shared
 
         loaded, folder = _load(recipe, options)
         work, own_part = _work(command, count, only), _part(part) if command == "cache-teacher" else None
@@ -105,10 +105,10 @@ def run_job(
 @contextmanager
 def _recorded(run: Run, command: str) -> Iterator[Run]:
     """Yield the run with an event log and a session record in its folder."""
-    from pipeline.recipe.load import recipe_json
-    from pipeline.session.event_log import event_log
-    from pipeline.session.fingerprints import fingerprints
-    from pipeline.session.run_record import session
+    from kdpipe.pipeline.recipe.load import recipe_json
+    from kdpipe.pipeline.session.event_log import event_log
+    from kdpipe.pipeline.session.fingerprints import fingerprints
+    from kdpipe.pipeline.session.run_record import session
 
     rank = run.processes.rank if run.processes.count > 1 else None
     with event_log(run.folder, command, rank=rank) as log:
@@ -127,9 +127,9 @@ def _recorded(run: Run, command: str) -> Iterator[Run]:
 @contextmanager
 def _with_progress(run: Run, options: JobOptions) -> Iterator[Run]:
     """Yield the run with progress on stderr, and TensorBoard scalars if requested."""
-    from pipeline.session.tensorboard import scalars
-    from pipeline.terminal.progress import reporter
-    from pipeline.terminal.reporter import to_all
+    from kdpipe.pipeline.session.tensorboard import scalars
+    from kdpipe.pipeline.terminal.progress import reporter
+    from kdpipe.pipeline.terminal.reporter import to_all
 
     if not run.processes.first:
         yield replace(run, watch=replace(run.watch, report=to_all(_print_data_warning, run.watch.report)))
@@ -145,7 +145,7 @@ def _process_group(command: str, should_stop: Callable[[], bool]) -> Iterator[Pr
 
     In `cache-teacher` each computes its own part of the store; commands for one process refuse several.
     """
-    from stages.processes import ONE, joined, require_one
+    from kdpipe.stages.runtime.distributed import ONE, joined, require_one
 
     if command in DISTRIBUTED:
         with joined(os.environ, should_stop) as processes:
@@ -162,16 +162,16 @@ def _lock(locks: ExitStack, context: Any) -> None:
 
 def _print_data_warning(event: Event) -> None:
     """Print the warnings about images that only this process, not the first, sees."""
-    from stages.watch import WARNING
+    from kdpipe.stages.runtime.events import WARNING
 
     if event.unit == WARNING and event.stage == "data":
         print_warning(event.job)
 
 
 def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[str, Any]]:
-    from pipeline.commands.compare import run_compare
-    from pipeline.commands.generations import run_generations
-    from pipeline.steps import STAGES, run_all, run_compress
+    from kdpipe.pipeline.commands.compare import run_compare
+    from kdpipe.pipeline.commands.generations import run_generations
+    from kdpipe.pipeline.steps import STAGES, run_all, run_compress
 
     functions: dict[str, Callable[[Run], dict[str, Any]]] = {
         **STAGES,
@@ -185,12 +185,12 @@ def _work(command: str, count: int, only: Step | None) -> Callable[[Run], dict[s
 
 def _print_results(command: str, run: Run, results: dict[str, Any], as_json: bool) -> int:
     """Print the results to stdout; return the exit status."""
-    from pipeline.commands.compare import print_compare
-    from pipeline.commands.generations import print_generations
-    from pipeline.commands.summary import print_summary
-    from pipeline.report.command import tell_report
-    from pipeline.report.compressed import draw_trade
-    from pipeline.terminal.exit_codes import DONE
+    from kdpipe.pipeline.commands.compare import print_compare
+    from kdpipe.pipeline.commands.generations import print_generations
+    from kdpipe.pipeline.commands.summary import print_summary
+    from kdpipe.pipeline.report.command import tell_report
+    from kdpipe.pipeline.report.tradeoff import draw_trade
+    from kdpipe.pipeline.terminal.exit_codes import DONE
 
     if command in ("run", "compress"):
         draw_trade(run.folder)
@@ -208,6 +208,6 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
 
 
 def _part(text: str | None) -> Part:
-    from stages.part import parse_part, part_from_environment
+    from kdpipe.stages.runtime.launcher import parse_part, part_from_environment
 
     return parse_part(text) if text is not None else part_from_environment(os.environ)

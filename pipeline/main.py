@@ -12,21 +12,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.job import open_run, run_job
-from pipeline.recipe_app import recipe_app
-from pipeline.session.guard import guarded
-from pipeline.session.options import (
-    AsJson,
-    CommonOptions,
-    JobOptions,
-    Quiet,
-    RecipePath,
-    Verbose,
-    with_options,
-)
-from pipeline.session.paths import output_path, require_file, require_writable
-from pipeline.store_app import store_app
-from pipeline.terminal.output import Verbosity, print_info, print_json, print_line, printable, set_verbosity
+from kdpipe.pipeline.job import open_run, run_job
+from kdpipe.pipeline.recipe_app import recipe_app
+from kdpipe.pipeline.session.guard import guarded
+from kdpipe.pipeline.session.options import AsJson, CommonOptions, JobOptions, Quiet, RecipePath, Verbose, with_options
+from kdpipe.pipeline.session.paths import output_path, require_file, require_writable
+from kdpipe.pipeline.store_app import store_app
+from kdpipe.pipeline.terminal.output import Verbosity, print_info, print_json, print_line, printable, set_verbosity
 
 EXIT_CODES = (
     "Exit status: 0 done; 1 failed; 2 usage or recipe; 3 done in part; 11 locked by another job; "
@@ -46,7 +38,7 @@ app = typer.Typer(
 
 def _print_version(is_set: bool) -> None:
     if is_set:
-        from pipeline.installed import NAME, commit, versions
+        from kdpipe.stages.runtime.versions import NAME, commit, versions
 
         head, dirty = commit()
         source = f" (commit {head[:12]}{', modified' if dirty else ''})" if head else ""
@@ -73,8 +65,8 @@ app.add_typer(store_app, name="store")
 def _check_part(text: str | None) -> str | None:
     """Refuse an invalid --part before the run folder is touched."""
     if text is not None:
-        from stages.errors import RecipeError
-        from stages.part import parse_part
+        from kdpipe.stages.errors import RecipeError
+        from kdpipe.stages.runtime.launcher import parse_part
 
         try:
             parse_part(text[:40])
@@ -155,8 +147,8 @@ def views(
     with guarded():
         require_writable(save, "--save", ".png")
     with guarded(), open_run(recipe, options) as run:
-        from pipeline.commands.view_grid import draw_grid
-        from pipeline.steps import run_views
+        from kdpipe.pipeline.commands.view_grid import draw_grid
+        from kdpipe.pipeline.steps import run_views
 
         shown, store = run_views(run, num_samples, num_views)
         draw_grid(shown, save)
@@ -214,8 +206,8 @@ def sensitivity(
 ) -> None:
     """Measure how much each layer suffers from INT8. One layer float, and one layer INT8, at a time; writes nothing."""
     with guarded(), open_run(recipe, options) as run:
-        from pipeline.commands.sensitivity import print_sensitivity
-        from pipeline.steps import run_sensitivity
+        from kdpipe.pipeline.commands.sensitivity import print_sensitivity
+        from kdpipe.pipeline.steps import run_sensitivity
 
         network, layers = run_sensitivity(run, num_batches)
         document = {"command": "sensitivity", "network": network, "layers": [asdict(layer) for layer in layers]}
@@ -260,7 +252,7 @@ def report(
     if html is not None and no_html:
         raise typer.BadParameter("--html and --no-html exclude each other.")
     with guarded():
-        from pipeline.report.command import page_place, tell_report, write_report
+        from kdpipe.pipeline.report.command import page_place, tell_report, write_report
 
         page = page_place(runs, html) if html is not None or not (no_html or as_json) else None
         code = tell_report(runs, as_json)
@@ -277,8 +269,8 @@ def status(
 ) -> None:
     """List all runs and stores below a folder. State, progress, rate, last activity, size and results."""
     with guarded():
-        from pipeline.status.scan import read_status
-        from pipeline.status.table import print_status
+        from kdpipe.pipeline.status.scan import read_status
+        from kdpipe.pipeline.status.table import print_status
 
         found = read_status(folder)
         _print(as_json, found.to_json(), lambda: print_status(found))
@@ -288,7 +280,7 @@ def status(
 def env(as_json: AsJson = False) -> None:
     """Print information for bug reports. Versions, machine, GPUs and limits; no host or user names."""
     with guarded():
-        from pipeline.commands.env import print_env, read_env
+        from kdpipe.pipeline.commands.env import print_env, read_env
 
         found = read_env()
         _print(as_json, {"command": "env", **found}, lambda: print_env(found))
@@ -301,8 +293,8 @@ def losses(
 ) -> None:
     """List the losses. Formula, paper and keys of each, and the teacher outputs that it requires."""
     with guarded():
-        from pipeline.commands.losses import print_loss, print_losses
-        from stages.list_losses import find_loss, list_losses
+        from kdpipe.pipeline.commands.losses import print_loss, print_losses
+        from kdpipe.stages.losses.describe import find_loss, list_losses
 
         listed = list_losses() if name is None else [find_loss(name)]
         document = {"command": "losses", "losses": [loss.to_json() for loss in listed]}
@@ -325,7 +317,7 @@ def bench(
 ) -> None:
     """Measure the latency of ONNX files on this CPU. In onnxruntime, alternating in one process; writes nothing."""
     with guarded():
-        from pipeline.commands.bench import print_bench, run_bench
+        from kdpipe.pipeline.commands.bench import print_bench, run_bench
 
         measured = run_bench(models, batch_size or (), num_threads=threads, num_rounds=rounds, as_json=as_json)
         _print(as_json, measured.to_json(), lambda: print_bench(measured))
@@ -334,10 +326,10 @@ def bench(
 def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
     """Print what `cache-teacher` would do; fail if the disk is too small, as it would."""
     with guarded(), open_run(recipe, options) as run:
-        from pipeline.commands.plan import print_plan, settings_json
-        from pipeline.recipe.load import load_recipe_with_origins
-        from pipeline.steps import run_plan
-        from stages.store_plan import require_room
+        from kdpipe.pipeline.commands.plan import print_plan, settings_json
+        from kdpipe.pipeline.recipe.load import load_recipe_with_origins
+        from kdpipe.pipeline.steps import run_plan
+        from kdpipe.stages.cache_teacher.plan import require_room
 
         _, settings = load_recipe_with_origins(recipe, options.set_ or (), os.environ)
         planned = run_plan(run, with_probe)
@@ -348,7 +340,7 @@ def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
 
 def _builtin_recipe(name: str) -> Path:
     """Return a recipe that comes with kdpipe: inside the package if installed, beside it in a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent  # in a checkout, kdpipe/pipeline is a link
     return next(path for path in (here / "recipes" / name, here.parent / "recipes" / name) if path.exists())
 
 

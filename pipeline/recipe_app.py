@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.session.guard import guarded
-from pipeline.session.options import AsJson, SetOption
-from pipeline.terminal.output import print_json, print_line, printable
+from kdpipe.pipeline.session.guard import guarded
+from kdpipe.pipeline.session.options import AsJson, SetOption
+from kdpipe.pipeline.terminal.output import print_json, print_line, printable
 
 recipe_app = typer.Typer(help="Write and check recipes, and print their JSON Schema.", no_args_is_help=True)
 
@@ -40,7 +40,7 @@ def recipe_new(
     """Write a recipe interactively. Enter accepts the default in brackets; options answer questions in advance."""
     answers = {key: value for key, value in locals().items() if key not in ("file", "loss", "yes")}
     with guarded(), _abortable():
-        from pipeline.recipe.new import new_recipe
+        from kdpipe.pipeline.recipe.new import new_recipe
 
         path = new_recipe(file, answers | {"losses": ",".join(loss) if loss else None}, yes=yes)
     print(printable(f"wrote {path}; next: kdpipe run {shlex.quote(str(path))}"))  # noqa: T201
@@ -49,8 +49,8 @@ def recipe_new(
 @contextmanager
 def _abortable() -> Iterator[None]:
     """Exit with status 130 at Ctrl-C, and 1 at Ctrl-D, with a sentence."""
-    from pipeline.terminal.exit_codes import FAILED, INTERRUPTED
-    from stages.errors import StoppedEarly
+    from kdpipe.pipeline.terminal.exit_codes import FAILED, INTERRUPTED
+    from kdpipe.stages.errors import StoppedEarly
 
     try:
         yield
@@ -70,8 +70,8 @@ def recipe_check(
 ) -> None:
     """Report all errors in recipes. Keys, values, models, layers, losses and compression; needs no data and no GPU."""
     with guarded():
-        from pipeline.recipe.check import check_recipe, print_checked
-        from pipeline.terminal.exit_codes import USAGE
+        from kdpipe.pipeline.recipe.check import check_recipe, print_checked
+        from kdpipe.pipeline.terminal.exit_codes import USAGE
 
         sys.path.append(str(Path.cwd()))  # for `python:module:name` in a recipe
         checked = []
@@ -91,6 +91,6 @@ def recipe_schema() -> None:
     with guarded():
         import json
 
-        from pipeline.recipe.schema import recipe_json_schema
+        from kdpipe.pipeline.recipe.schema import recipe_json_schema
 
         print(json.dumps(recipe_json_schema(), indent=2, ensure_ascii=False))  # noqa: T201

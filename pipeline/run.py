@@ -15,31 +15,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
-from stages.datasets.image_set import ImageSet
-from stages.datasets.load import DataConfig, load_dataset
-from stages.errors import RecipeError
-from stages.forms import Wanted, parse_wanted
-from stages.job_folder import write_json
-from stages.losses.entry import Entry
-from stages.losses.terms import wanted_of
-from stages.machine.cores import num_threads
-from stages.machine.device import take_device
-from stages.machine.memory import keep_freed_memory
-from stages.network import Network
-from stages.part import WHOLE, Part
-from stages.partners import find_partners, population_of
-from stages.processes import ONE, Processes
-from stages.rehearse_losses import rehearse_losses
-from stages.serving import smallest
-from stages.setup import Setup, require_fitting_test_images, test_size
-from stages.store_plan import source_shapes
-from stages.teacher_on_test import teacher_logits
-from stages.teaching import Teaching, on_this_machine
-from stages.train_student import StudentConfig, open_teaching, student_shapes
-from stages.train_teacher import require_same_training, teacher_identity, untrained_teacher
-from stages.watch import Watch
-from store import StoreError, is_url, make_folders, read_store_manifest
+from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
+from kdpipe.stages.context import Setup, require_fitting_test_images, test_size
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.load import load_dataset
+from kdpipe.stages.data.loader.mix_partners import find_partners, population_of
+from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.distillation.student_config import StudentConfig
+from kdpipe.stages.distillation.task_builder import student_shapes
+from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.distillation import wanted_of
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.runtime.cpu import num_threads
+from kdpipe.stages.runtime.distributed import ONE, Processes
+from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.gpu.device import take_device
+from kdpipe.stages.runtime.launcher import WHOLE, Part
+from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.targets.feature_spec import Wanted, parse_wanted, source_shapes
+from kdpipe.stages.targets.open import on_this_machine
+from kdpipe.stages.targets.resolve import smallest
+from kdpipe.stages.train_student.preflight import rehearse_losses
+from kdpipe.stages.train_student.student import open_teaching
+from kdpipe.stages.train_teacher import require_same_training, teacher_identity, untrained_teacher
+from kdpipe.stages.training.job_dir import write_json
+from kdpipe.store import StoreError, is_url, make_folders, read_store_manifest
 
 
 @dataclass(frozen=True)

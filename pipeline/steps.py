@@ -7,33 +7,43 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.run import Run
-from stages.artifacts import artifact_folder
-from stages.cache_plan import plan_cache, probe
-from stages.cache_teacher import cache_teacher
-from stages.compress import STEPS, Step, compress, compressed_root, float_job, is_done, rehearse
-from stages.compression.sensitivity import LayerSensitivity
-from stages.errors import RecipeError
-from stages.export_student import export_student
-from stages.fine_tune import Tutor
-from stages.lesson import Lesson
-from stages.network import Network
-from stages.sensitivity import student_sensitivity
-from stages.show_views import ShownViews, show_views
-from stages.teacher_on_test import cache_test, test_place, test_setup
-from stages.teaching import Teaching, on_this_machine, open_for
-from stages.train_student import (
-    ALONE,
-    DISTILLED,
-    StudentConfig,
-    build_lesson,
-    fresh_student,
-    train_student,
-    view_warning,
+from kdpipe.pipeline.run import Run
+from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
+from kdpipe.stages.cache_teacher.preview import ShownViews, show_views
+from kdpipe.stages.cache_teacher.test_targets import cache_test
+from kdpipe.stages.compress.artifacts.export_student import export_student
+from kdpipe.stages.compress.artifacts.write import artifact_folder
+from kdpipe.stages.compress.compress import (
+    STEPS,
+    Step,
+    compress,
+    compressed_root,
+    float_job,
+    is_done,
+    rehearse,
+    student_sensitivity,
 )
-from stages.train_teacher import load_teacher, require_same_training, teacher_folder, train_teacher, untrained_teacher
-from stages.watch import Event
-from store import is_url, read_store_manifest
+from kdpipe.stages.compress.fine_tune import FineTuneContext
+from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity
+from kdpipe.stages.context import test_setup
+from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, view_warning
+from kdpipe.stages.distillation.task_builder import build_lesson, fresh_student
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.runtime.events import Event
+from kdpipe.stages.targets.open import on_this_machine, open_with_views, test_place
+from kdpipe.stages.train_student.student import train_student
+from kdpipe.stages.train_teacher import (
+    load_teacher,
+    require_same_training,
+    teacher_folder,
+    train_teacher,
+    untrained_teacher,
+)
+from kdpipe.stages.training.task import Lesson
+from kdpipe.store import is_url, read_store_manifest
 
 
 def run_train_teacher(run: Run) -> dict[str, Any]:
@@ -79,7 +89,7 @@ def run_views(run: Run, num_samples: int, num_views: int) -> tuple[ShownViews, s
     place = run.stores[0]
     if not is_url(place) and (not Path(place).exists() or read_store_manifest(Path(place)).finished is None):
         return show_views(run.setup, None, num_samples, num_views), None
-    store = open_for(run.setup, on_this_machine(place, run.watch), {})
+    store = open_with_views(on_this_machine(place, run.watch), run.setup.view_identity(), {})
     return show_views(run.setup, store, num_samples, num_views), str(place)
 
 
@@ -144,7 +154,7 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
 def run_sensitivity(run: Run, num_batches: int) -> tuple[str, list[LayerSensitivity]]:
     """Return the INT8 sensitivity of each layer of the first seed's float student, and that student's name."""
     config, student = run.recipe.compress, run.recipe.student
-    tutor = Tutor(student, student.seeds[0], run.distillation, run.setup, compressed_root(run.folder, config))
+    tutor = FineTuneContext(student, student.seeds[0], run.distillation, run.setup, compressed_root(run.folder, config))
     return float_job(config, tutor).path.name, student_sensitivity(config, tutor, num_batches)
 
 

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from pipeline.job import open_run
-from pipeline.session.guard import guarded
-from pipeline.session.options import AsJson, CommonOptions, RecipePath, RunDir, SetOption, with_options
-from pipeline.session.paths import output_path
-from pipeline.terminal.output import print_json, printable
+from kdpipe.pipeline.job import open_run
+from kdpipe.pipeline.session.guard import guarded
+from kdpipe.pipeline.session.options import AsJson, CommonOptions, RecipePath, RunDir, SetOption, with_options
+from kdpipe.pipeline.session.paths import output_path
+from kdpipe.pipeline.terminal.output import print_json, printable
+from kdpipe.store.write.transcode_options import TranscodeOptions
 
 store_app = typer.Typer(help="Inspect, verify and repair target stores.", no_args_is_help=True)
 
@@ -29,7 +30,7 @@ Keep = Annotated[int, typer.Option("--keep", metavar="N", help="Number of views 
 def store_info(path: StorePath, as_json: AsJson = False) -> None:
     """Describe a store. Teacher, data, views, arrays, missing units, running jobs and encoding error."""
     with guarded():
-        from pipeline.commands.store.info import print_store_info, read_store_info
+        from kdpipe.pipeline.commands.store.info import print_store_info, read_store_info
 
         info = read_store_info(path)
         if as_json:
@@ -44,7 +45,7 @@ def store_ls(
 ) -> None:
     """List the stores below a folder, one a line. A broken one with its fault."""
     with guarded():
-        from pipeline.commands.store.ls import list_stores, print_stores
+        from kdpipe.pipeline.commands.store.ls import list_stores, print_stores
 
         stores = list_stores(folder)
         if as_json:
@@ -70,7 +71,7 @@ def store_verify(
     if recompute is None and (set_ or run or seed):
         raise typer.BadParameter("--set, --run and --seed need --recompute K.")
     with guarded():
-        from pipeline.commands.store import verify
+        from kdpipe.pipeline.commands.store import verify
 
         if recipe is not None:
             verify.require_recipe(recipe, set_ or ())  # first: checking every byte may take hours
@@ -91,7 +92,7 @@ def store_verify(
 def store_repair(recipe: RecipePath, options: CommonOptions) -> None:
     """Recompute the damaged units of the recipe's store. Verifies it before and after."""
     with guarded():
-        from pipeline.commands.store import verify
+        from kdpipe.pipeline.commands.store import verify
 
         with open_run(recipe, options) as run:
             repaired = verify.repair(run)
@@ -108,7 +109,7 @@ def store_repair(recipe: RecipePath, options: CommonOptions) -> None:
 def store_rm_views(path: StorePath, keep: Keep, as_json: AsJson = False) -> None:
     """Keep the first N views of a store and delete the others. More can be cached again later."""
     with guarded():
-        from store.write.drop_views import drop_views
+        from kdpipe.store.write.drop_views import drop_views
 
         removed = drop_views(path, keep)
         if as_json:
@@ -149,8 +150,12 @@ def store_transcode(
     if logits_only and arrays:
         raise typer.BadParameter("--logits-only and --array exclude each other.")
     with guarded():
-        from pipeline.commands.store.transcode import parse_codec, parse_temperatures, print_transcoded, run_transcode
-        from store import Change
+        from kdpipe.pipeline.commands.store.transcode import (
+            parse_codec,
+            parse_temperatures,
+            print_transcoded,
+            run_transcode,
+        )
 
         change = TranscodeOptions(
             top_k=top_k,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Annotated, TypeVar, dataclass_transform
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 T = TypeVar("T")
+
+
 N = TypeVar("N", int, float)
+
+
 V = TypeVar("V", bound=tuple[object, ...])
+
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -30,9 +37,12 @@ def _without_control(text: str) -> str:
 Place = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_control)]
 """A name, a path or a URL. NUL bytes are rejected here; open() would raise ValueError later."""
 
+
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
 
 Count = Annotated[int, Field(ge=1, le=10**6)]
 """A number of batches, epochs or steps; values above 1,000,000 are rejected as typos."""
@@ -57,3 +67,8 @@ def unequal(values: V) -> V:
     if len(set(values)) < len(values):
         raise ValueError("it has duplicates")
     return values
+
+
+def deciding(config: Any) -> Mapping[str, Any]:
+    """Return a config section as JSON, without the keys that cannot change a result."""
+    return {key: value for key, value in asdict(config).items() if key != "checkpoint_every_s"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from store.errors import KdpipeError
+from kdpipe.store.errors import KdpipeError
 
 
 class RecipeError(KdpipeError):

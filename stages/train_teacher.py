@@ -7,17 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stages.config import section
-from stages.errors import RecipeError
-from stages.job_folder import JobFolder, read_json
-from stages.lesson import Lesson, Normalisation
-from stages.model_file import load_finished
-from stages.models.build import ModelConfig
-from stages.network import Network, finish
-from stages.optim import TrainConfig
-from stages.setup import Setup, deciding, model_normalisation
-from stages.training import Job, train
-from store import FingerprintMismatch, differences
+from kdpipe.stages.config import deciding, section
+from kdpipe.stages.context import Setup, model_normalisation
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.models.build import ModelConfig
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.training.finalize import finish
+from kdpipe.stages.training.job_dir import JobFolder, read_json
+from kdpipe.stages.training.loop import train
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.saved_model import load_finished
+from kdpipe.stages.training.step import Job
+from kdpipe.stages.training.task import Lesson
+from kdpipe.store import FingerprintMismatch, differences
 
 
 @section

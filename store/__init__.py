@@ -9,29 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from store.errors import FingerprintMismatch, KdpipeError, StoreError, differences
-    from store.format.codec import Codec
-    from store.format.encoding_error import measure_dense, measure_features, measure_topk
-    from store.format.identity import Identity, canonical_json
-    from store.format.layout import ArraySpec, StoreLayout, Unit, rows_per_unit
-    from store.format.manifest import Manifest, version_note
-    from store.format.samples import Samples, ids_and_labels_sha256, read_samples, row_order, splitmix64
-    from store.format.topk import TopK, default_temperatures, encode_topk, interpolation
-    from store.format.unit_state import missing_arrays, missing_units, store_bytes
-    from store.format.zarr_metadata import read_store_manifest
-    from store.fs.atomic_write import fsync_path, make_folders, sweep_partial, write_atomically
-    from store.fs.lock import Holder, LockedError, exclusive, shared
-    from store.fs.safe_read import read_json
-    from store.read.open_store import open_store
-    from store.read.target_store import TargetStore
-    from store.remote.object_store import is_url
-    from store.remote.staging import needs_staging, stage
-    from store.remote.staging_cache import StagingCache, default_staging_cache
-    from store.write.claims import Claim, claim, holder
-    from store.write.extend import ensure_store, plan_growth
-    from store.write.transcode import transcode
-    from store.write.transcode_options import TranscodeOptions
-    from store.write.writer import create_store, finish_store, sweep_unit, write_unit
+    from kdpipe.store.errors import FingerprintMismatch, KdpipeError, StoreError, differences
+    from kdpipe.store.format.codec import Codec
+    from kdpipe.store.format.encoding_error import measure_dense, measure_features, measure_topk
+    from kdpipe.store.format.identity import Identity, canonical_json
+    from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit, rows_per_unit
+    from kdpipe.store.format.manifest import Manifest, version_note
+    from kdpipe.store.format.samples import Samples, ids_and_labels_sha256, read_samples, row_order, splitmix64
+    from kdpipe.store.format.topk import TopK, default_temperatures, encode_topk, interpolation
+    from kdpipe.store.format.unit_state import missing_arrays, missing_units, store_bytes
+    from kdpipe.store.format.zarr_metadata import read_store_manifest
+    from kdpipe.store.fs.atomic_write import fsync_path, make_folders, sweep_partial, write_atomically
+    from kdpipe.store.fs.lock import Holder, LockedError, exclusive, shared
+    from kdpipe.store.fs.safe_read import read_json
+    from kdpipe.store.read.open_store import open_store
+    from kdpipe.store.read.target_store import TargetStore
+    from kdpipe.store.remote.object_store import is_url
+    from kdpipe.store.remote.staging import needs_staging, stage
+    from kdpipe.store.remote.staging_cache import StagingCache, default_staging_cache
+    from kdpipe.store.write.claims import Claim, claim, holder
+    from kdpipe.store.write.extend import ensure_store, plan_growth
+    from kdpipe.store.write.transcode import transcode
+    from kdpipe.store.write.transcode_options import TranscodeOptions
+    from kdpipe.store.write.writer import create_store, finish_store, sweep_unit, write_unit
 
 _MODULES = {
     "errors": "FingerprintMismatch KdpipeError StoreError differences",

@@ -14,8 +14,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
-from made_store import MadeStore, make_store
-from one_registry import keep_one_registry
+from support.made_store import MadeStore, make_store
+from support.one_registry import keep_one_registry
 
 IN_MEMORY = Path("/dev/shm")
 FREE_BYTES = 4 << 30
@@ -37,7 +37,7 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
-        if "stages.compression.onnx_file" in sys.modules:
+        if "kdpipe.stages.export.onnx_export" in sys.modules:
             keep_one_registry()
 
 

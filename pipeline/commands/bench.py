@@ -12,12 +12,11 @@ import onnx
 import onnxruntime
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from pipeline.terminal.output import console, new_table, printable
-from pipeline.terminal.progress import reporter
-from stages.compression.cpu import cpu_features, cpu_name
-from stages.machine.cores import num_cores
-from stages.compression.latency import WARM_UP_ROUNDS, Latency, measure_latency
-from stages.watch import Event
+from kdpipe.pipeline.terminal.output import console, new_table, printable
+from kdpipe.pipeline.terminal.progress import reporter
+from kdpipe.stages.evaluation.latency import WARM_UP_ROUNDS, Latency, measure_latency
+from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
+from kdpipe.stages.runtime.events import Event
 
 if TYPE_CHECKING:
     from rich.table import Table

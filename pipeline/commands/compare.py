@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline.run import Run
-from pipeline.steps import run_cache_teacher, run_train_teacher, try_distillation
-from pipeline.terminal.output import console, new_table
-from stages.compare import ALONE, Way, measure_costs, student_of, train_way
-from stages.errors import NotFiniteError, RecipeError
-from stages.train_student import train_student, view_warning
+from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, try_distillation
+from kdpipe.pipeline.terminal.output import console, new_table
+from kdpipe.stages.distillation.student_config import view_warning
+from kdpipe.stages.errors import NotFiniteError, RecipeError
+from kdpipe.stages.train_student.compare import ALONE, Way, measure_costs, student_of, train_way
+from kdpipe.stages.train_student.student import train_student
 
 
 def run_compare(run: Run) -> dict[str, Any]:

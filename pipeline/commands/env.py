@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands import env_machine
-from pipeline.terminal.output import printable
-from stages.machine.versions import NAME, commit, versions
+from kdpipe.pipeline.commands import env_machine
+from kdpipe.pipeline.terminal.output import printable
+from kdpipe.stages.runtime.versions import NAME, commit, versions
 
 VARIABLES = re.compile(
     "CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_LAUNCH_BLOCKING|CUBLAS_WORKSPACE_CONFIG|NVIDIA_VISIBLE_DEVICES"
@@ -113,7 +113,7 @@ def _system() -> dict[str, str]:
 
 
 def _cpu() -> dict[str, Any]:
-    from stages.machine.cores import cpu_name, num_cores
+    from kdpipe.stages.runtime.cpu import cpu_name, num_cores
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"model": cpu_name(), "online": os.cpu_count(), "allowed": allowed, "used": num_cores()}

@@ -14,14 +14,14 @@ from typing import Any
 
 def memory() -> dict[str, int | None]:
     """Return bytes of this machine's memory, installed and available, and the limit of its control groups, if any."""
-    from stages.machine.memory import available_bytes, installed_bytes, limit_bytes
+    from kdpipe.stages.runtime.memory import available_bytes, installed_bytes, limit_bytes
 
     return {"total_bytes": installed_bytes(), "available_bytes": available_bytes(), "limit_bytes": limit_bytes()}
 
 
 def gpus() -> list[dict[str, str]]:
     """Return index, name, memory, driver and compute capability of each GPU; none without NVML."""
-    from stages.machine.gpus import gib, list_gpus
+    from kdpipe.stages.runtime.gpu.nvml import gib, list_gpus
 
     return [
         {
@@ -42,7 +42,7 @@ def disks() -> list[dict[str, Any]]:
     """
     found = [("current folder", Path.cwd())]
     with suppress(Exception):  # errors of the staging area are reported where it is used
-        from store.staging_area import default_staging_cache
+        from kdpipe.store.remote.staging_cache import default_staging_cache
 
         found.append(("staging area", default_staging_cache(os.environ).folder))
     found.append(("temporary files", Path(tempfile.gettempdir())))

@@ -12,16 +12,18 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from pipeline.recipe.load import Recipe
-from pipeline.run import Run
-from pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, try_distillation
-from pipeline.terminal.output import console, new_table
-from stages.errors import RecipeError
-from stages.losses.simkd import SimKDConfig
-from stages.models.build import ModelConfig
-from stages.rehearse_losses import rehearse_losses
-from stages.train_student import DISTILLED, fresh_student, student_folder, train_student
-from stages.train_teacher import TeacherConfig
+from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, try_distillation
+from kdpipe.pipeline.terminal.output import console, new_table
+from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
+from kdpipe.stages.distillation.task_builder import fresh_student
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.models.build import ModelConfig
+from kdpipe.stages.train_student.preflight import rehearse_losses
+from kdpipe.stages.train_student.student import train_student
+from kdpipe.stages.train_teacher import TeacherConfig
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from stages.list_losses import EVERY_ENTRY, ON_LOGITS, Key, Loss, attributes_of, description_of, format_default
-from stages.schedules import Ramp
+from kdpipe.stages.losses.describe import (
+    EVERY_ENTRY,
+    ON_LOGITS,
+    Key,
+    Loss,
+    attributes_of,
+    description_of,
+    format_default,
+)
+from kdpipe.stages.losses.schedules import Ramp
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.terminal.output import console, new_table
-from stages.compression.sensitivity import LayerSensitivity
+from kdpipe.pipeline.terminal.output import console, new_table
+from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity
 
 
 def print_sensitivity(network: str, layers: Sequence[LayerSensitivity]) -> None:

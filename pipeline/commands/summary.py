@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.store.info import describe_encoding_error
-from pipeline.terminal.output import printable
+from kdpipe.pipeline.commands.store.info import describe_encoding_error
+from kdpipe.pipeline.terminal.output import printable
 
 
 def print_summary(command: str, run: Path, results: dict[str, Any]) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipeline.terminal.output import printable
-from stages.errors import RecipeError
-from stages.show_views import NUM_TOP, ShownViews
-from store import write_atomically
+from kdpipe.pipeline.terminal.output import printable
+from kdpipe.stages.cache_teacher.preview import NUM_TOP, ShownViews
+from kdpipe.stages.errors import RecipeError
+from kdpipe.store import write_atomically
 
 CELL, GAP, LINE, MARGIN = 128, 8, 12, 96
 """Pixels: side of an image, gap between images, height of a text line, width of the label column."""

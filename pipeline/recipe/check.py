@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe.dry_build import dry_build
-from pipeline.recipe.load import Recipe, validate
-from pipeline.recipe.messages import one_line
-from pipeline.recipe.overrides import read_with_overrides
-from stages.errors import RecipeError
-from stages.models.build import PUBLISHED
-from stages.optim import TrainConfig
-from store import is_url
+from kdpipe.pipeline.recipe.dry_build import dry_build
+from kdpipe.pipeline.recipe.load import Recipe, validate
+from kdpipe.pipeline.recipe.messages import one_line
+from kdpipe.pipeline.recipe.overrides import read_with_overrides
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.models.build import PUBLISHED
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.store import is_url
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _idle_in_training(where: str, train: TrainConfig) -> Iterator[str]:
         yield f"{where}.milestones: {late[0]} is not reached in {train.epochs} epochs."
     if train.warmup_epochs >= train.epochs > 0:
         yield f"{where}.warmup_epochs = {train.warmup_epochs:g}: all {train.epochs} epochs are warm-up."
-    if train.nesterov and (train.optimiser != "sgd" or train.momentum == 0):
+    if train.nesterov and (train.optimizer != "sgd" or train.momentum == 0):
         yield f"{where}.nesterov needs optimizer = 'sgd' with momentum."
 
 

@@ -9,22 +9,22 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.recipe.load import Recipe, all_losses, fault_of, faults_of_each
-from stages.compress import rehearse
-from stages.datasets.image_set import ImageSet
-from stages.datasets.sources import KNOWN_NAMES, list_source
-from stages.errors import DataError, ModelError, RecipeError, UnknownModelError
-from stages.forms import parse_wanted
-from stages.losses.entry import Entry
-from stages.models.build import PUBLISHED, build_model
-from stages.models.small_images import SMALL_IMAGE_NETWORKS
-from stages.network import Network
-from stages.rehearse_losses import rehearse_losses
-from stages.setup import Setup
-from stages.store_plan import source_shapes
-from stages.train_student import StudentConfig, fresh_student
-from stages.train_teacher import TeacherConfig, untrained_teacher
-from stages.watch import Watch
+from kdpipe.pipeline.recipe.load import Recipe, all_losses, fault_of, faults_of_each
+from kdpipe.stages.compress.compress import rehearse
+from kdpipe.stages.context import Setup
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.sources.registry import KNOWN_NAMES, list_source
+from kdpipe.stages.distillation.student_config import StudentConfig
+from kdpipe.stages.distillation.task_builder import fresh_student
+from kdpipe.stages.errors import DataError, ModelError, RecipeError, UnknownModelError
+from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.models.build import PUBLISHED, build_model
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
+from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.targets.feature_spec import parse_wanted, source_shapes
+from kdpipe.stages.train_student.preflight import rehearse_losses
+from kdpipe.stages.train_teacher import TeacherConfig, untrained_teacher
 
 Config = TypeVar("Config", TeacherConfig, StudentConfig)
 

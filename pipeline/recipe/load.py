@@ -11,23 +11,23 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.recipe.messages import fault_messages, first_and_more, one_line
-from pipeline.recipe.origins import Settings, settings_of
-from pipeline.recipe.overrides import Overrides, read_with_overrides
-from stages.compare import CompareEntry, WayName
-from stages.compress import CompressConfig
-from stages.config import Seed, section
-from stages.datasets.load import DataConfig
-from stages.errors import ModelError, RecipeError, RunError
-from stages.job_folder import read_json
-from stages.losses.entry import Entry
-from stages.losses.terms import LossConfig
-from stages.store_plan import CacheConfig
-from stages.teaching import check_losses
-from stages.train_student import StudentConfig
-from stages.train_teacher import TeacherConfig
-from stages.views.config import ViewsConfig
-from stages.views.renderer import check_views
+from kdpipe.pipeline.recipe.messages import fault_messages, first_and_more, one_line
+from kdpipe.pipeline.recipe.origins import Settings, settings_of
+from kdpipe.pipeline.recipe.overrides import Overrides, read_with_overrides
+from kdpipe.stages.cache_teacher.plan import CacheConfig
+from kdpipe.stages.compress.compress import CompressConfig
+from kdpipe.stages.config import Seed, section
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.distillation.compatibility import check_losses
+from kdpipe.stages.distillation.student_config import StudentConfig
+from kdpipe.stages.errors import ModelError, RecipeError, RunError
+from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.registry import LossConfig
+from kdpipe.stages.train_student.compare import CompareEntry, WayName
+from kdpipe.stages.train_teacher import TeacherConfig
+from kdpipe.stages.training.job_dir import read_json
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.renderer import check_views
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from stages.losses.terms import LOSSES
+from kdpipe.stages.losses.registry import LOSSES
 
 Keys = tuple[str, ...]
 """The path of a value in a recipe; entries of a list have numbers for keys."""

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import say
-from pipeline.recipe.dry_build import dry_build
-from pipeline.recipe.load import validate
-from pipeline.recipe.messages import first_and_more
-from pipeline.recipe.overrides import Overrides
-from pipeline.recipe.questions import QUESTIONS, Question
-from pipeline.recipe.template import Answers, recipe_text
-from stages.errors import RecipeError
-from store.fs.atomic_write import write_atomically
+from kdpipe.pipeline.recipe.dry_build import dry_build
+from kdpipe.pipeline.recipe.load import validate
+from kdpipe.pipeline.recipe.messages import first_and_more
+from kdpipe.pipeline.recipe.overrides import Overrides
+from kdpipe.pipeline.recipe.questions import QUESTIONS, Question
+from kdpipe.pipeline.recipe.template import Answers, recipe_text
+from kdpipe.pipeline.terminal.output import print_line
+from kdpipe.stages.errors import RecipeError
+from kdpipe.store.fs.atomic_write import write_atomically
 
 
 def new_recipe(file: Path | None, options: Mapping[str, str | None], *, yes: bool) -> Path:
@@ -95,7 +95,7 @@ def _ask(question: Question, default: str | None, answers: Answers) -> Any:
         try:
             return question.parse(text, answers)
         except RecipeError as error:
-            say(str(error))
+            print_line(str(error))
 
 
 def _require_valid(path: Path, text: str) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.recipe.messages import Keys
-from pipeline.recipe.overrides import Overrides
+from kdpipe.pipeline.recipe.messages import Keys
+from kdpipe.pipeline.recipe.overrides import Overrides
 
 DEFAULT = "default"
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe.messages import Keys, one_line
-from stages.errors import RecipeError
+from kdpipe.pipeline.recipe.messages import Keys, one_line
+from kdpipe.stages.errors import RecipeError
 
 PREFIX = "KDPIPE_"
 

@@ -11,14 +11,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.recipe.defaults import defaults_for
-from pipeline.recipe.dry_build import KINDS, NUM_CLASSES, SHAPES
-from pipeline.recipe.template import FEATURE_LOSSES, OFFERED_LOSSES, TRAINED_HERE, Answers
-from stages.config import Place
-from stages.datasets.sources import KNOWN_NAMES
-from stages.errors import ModelError, RecipeError
-from stages.models.build import PUBLISHED, TORCHVISION, ModelConfig, build_model, list_models
-from stages.models.small_images import SMALL_IMAGE_NETWORKS
+from kdpipe.pipeline.recipe.defaults import defaults_for
+from kdpipe.pipeline.recipe.dry_build import KINDS, NUM_CLASSES, SHAPES
+from kdpipe.pipeline.recipe.template import FEATURE_LOSSES, OFFERED_LOSSES, TRAINED_HERE, Answers
+from kdpipe.stages.config import Place
+from kdpipe.stages.data.sources.registry import KNOWN_NAMES
+from kdpipe.stages.errors import ModelError, RecipeError
+from kdpipe.stages.models.build import PUBLISHED, TORCHVISION, ModelConfig, build_model, list_models
+from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 
 Parser = Callable[[str, Answers], Any]
 """Returns the value of an answer, given the answers before it, or raises RecipeError."""

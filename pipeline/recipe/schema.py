@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
-from pipeline.recipe.load import Recipe
-from stages.losses.terms import LOSSES
+from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.stages.losses.registry import LOSSES
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

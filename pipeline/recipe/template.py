@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.recipe.defaults import DIGITS, GRAY, DatasetDefaults, defaults_for
-from pipeline.recipe.dry_build import SHAPES
-from stages.list_losses import find_loss
-from stages.models.small_images import SMALL_IMAGE_NETWORKS
+from kdpipe.pipeline.recipe.defaults import DIGITS, GRAY, DatasetDefaults, defaults_for
+from kdpipe.pipeline.recipe.dry_build import SHAPES
+from kdpipe.stages.losses.describe import find_loss
+from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 
 TRAINED_HERE = "train"
 """The answer for a teacher that is trained by the recipe."""

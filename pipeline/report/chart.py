@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from pipeline.command import printable
+from kdpipe.pipeline.terminal.output import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.command import print_json, say
-from pipeline.exit_codes import DONE, DONE_IN_PART
-from pipeline.places import require_place
-from pipeline.report.report import print_report, read_report
+from kdpipe.pipeline.report.report import print_report, read_report
+from kdpipe.pipeline.session.paths import require_writable
+from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART
+from kdpipe.pipeline.terminal.output import print_info, print_json
 
 
 def tell_report(runs: Sequence[Path], as_json: bool) -> int:
@@ -35,12 +35,12 @@ def page_place(runs: Sequence[Path], file: Path | None) -> Path:
     """
     place = file or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     if file is not None or place.parent.is_dir():
-        require_place(place, "--html")
+        require_writable(place, "--html")
     return place
 
 
 def write_report(runs: Sequence[Path], file: Path) -> None:
     """Write the HTML page of the runs to `file`."""
-    from pipeline.report.html.write import write_page
+    from kdpipe.pipeline.report.html.write import write_page
 
-    write_page(runs, file, say)
+    write_page(runs, file, print_info)

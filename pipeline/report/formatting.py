@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.command import printable
+from kdpipe.pipeline.terminal.output import printable
 
 
 def mean_std(mean: float | None, std: float | None = None, *, digits: int = 2, signed: bool = False) -> str:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from pipeline.report.chart import add_axes, color, drawing, log_axis, new_figure, spread, svg
-from pipeline.report.formatting import bytes_text, shortened
-from store.durable import write_atomically
+from kdpipe.pipeline.report.chart import add_axes, color, drawing, log_axis, new_figure, spread, svg
+from kdpipe.pipeline.report.formatting import bytes_text, shortened
+from kdpipe.store.fs.atomic_write import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

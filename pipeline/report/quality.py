@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline.report.rows import ClassRow, QualityMetrics
-from stages.errors import RunError
+from kdpipe.pipeline.report.rows import ClassRow, QualityMetrics
+from kdpipe.stages.errors import RunError
 
 
 def read_quality(results: Mapping[Path, Mapping[str, Any]]) -> QualityMetrics:

@@ -7,14 +7,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pipeline.command import printable
-from pipeline.report.networks import Place, compressed_folder, places_of
-from pipeline.report.quality import mean_and_std, read_quality
-from pipeline.report.rows import Report, Row, recovered_accuracy
-from pipeline.report.tables import Table, report_tables
-from stages.errors import RunError
-from stages.job_folder import JobFolder, read_json
-from stages.latency_record import Latencies, latency_path, read_latencies
+from kdpipe.pipeline.report.networks import Place, compressed_folder, places_of
+from kdpipe.pipeline.report.quality import mean_and_std, read_quality
+from kdpipe.pipeline.report.rows import Report, Row, recovered_accuracy
+from kdpipe.pipeline.report.tables import Table, report_tables
+from kdpipe.pipeline.terminal.output import printable
+from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
+from kdpipe.stages.errors import RunError
+from kdpipe.stages.training.job_dir import JobFolder, read_json
 
 MAX_NAME = 200
 """Letters of a recipe's name that are shown."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stages.latency_record import Latencies
+from kdpipe.stages.compress.artifacts.latency_record import Latencies
 
 MIN_LOSS = 0.1
 """Percentage points of accuracy; no recovered share is given where fine-tuning with hard labels lost less."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.command import printable
-from pipeline.report.formatting import integer, kib, mean_std, share, size_ratio
-from pipeline.report.rows import Report, Row
+from kdpipe.pipeline.report.formatting import integer, kib, mean_std, share, size_ratio
+from kdpipe.pipeline.report.rows import Report, Row
+from kdpipe.pipeline.terminal.output import printable
 
 MAX_CLASS_NAME = 20
 """Letters of a class name in a table; --json has the whole name."""

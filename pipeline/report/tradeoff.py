@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.networks import compressed_folder
-from pipeline.report.report import read_report
-from pipeline.report.rows import Report
-from stages.job_folder import read_json
+from kdpipe.pipeline.report.networks import compressed_folder
+from kdpipe.pipeline.report.report import read_report
+from kdpipe.pipeline.report.rows import Report
+from kdpipe.stages.training.job_dir import read_json
 
 if TYPE_CHECKING:
-    from pipeline.report.pareto_svg import Point
+    from kdpipe.pipeline.report.pareto_svg import Point
 
 
 def draw_trade(run: Path) -> None:
@@ -21,14 +21,14 @@ def draw_trade(run: Path) -> None:
     root = compressed_folder(recipe, run)
     if report.latency is None or not root.is_dir():
         return
-    from pipeline.report.pareto_svg import write_pareto
+    from kdpipe.pipeline.report.pareto_svg import write_pareto
 
     write_pareto(trade_points(report), root / "pareto.svg", title=trade_title(report))
 
 
 def trade_points(report: Report) -> list[Point]:
     """Return the networks that have a file, without the hard-label baselines."""
-    from pipeline.report.pareto_svg import Point
+    from kdpipe.pipeline.report.pareto_svg import Point
 
     largest = str(report.latency.batch_sizes[-1]) if report.latency else ""
     return [

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.terminal.exit_codes import process_exit_code
-from pipeline.terminal.output import print_warning
-from pipeline.terminal.reporter import Throttle, json_text, utc_now
-from stages.watch import WARNING, Event
-from store.lock import JOB_ID_VARIABLES
+from kdpipe.pipeline.terminal.exit_codes import process_exit_code
+from kdpipe.pipeline.terminal.output import print_warning
+from kdpipe.pipeline.terminal.reporter import Throttle, json_text, utc_now
+from kdpipe.stages.runtime.events import WARNING, Event
+from kdpipe.store.fs.lock import JOB_ID_VARIABLES
 
 EVENTS = "events.jsonl"
 EVERY_S = 10.0

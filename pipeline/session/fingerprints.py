@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.run import Run
-from stages.job_folder import JobFolder, read_json
-from store import KdpipeError, is_url, read_store_manifest
+from kdpipe.pipeline.run import Run
+from kdpipe.stages.training.job_dir import JobFolder, read_json
+from kdpipe.store import KdpipeError, is_url, read_store_manifest
 
 
 def fingerprints(run: Run) -> dict[str, str]:

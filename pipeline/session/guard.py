@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import typer
 
-from pipeline.session.signals import exit_on_signal
-from pipeline.terminal.output import Verbosity, print_line, verbosity
+from kdpipe.pipeline.session.signals import exit_on_signal
+from kdpipe.pipeline.terminal.output import Verbosity, print_line, verbosity
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def guarded() -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except BaseException as error:
-        from pipeline.terminal.exit_codes import exit_code
+        from kdpipe.pipeline.terminal.exit_codes import exit_code
 
         sentence = _sentence(error)
         if sentence is None:
@@ -38,9 +38,9 @@ def guarded() -> Iterator[None]:
 
 def _sentence(error: BaseException) -> str | None:  # noqa: PLR0911
     """Return what to tell the user; None for an error that is a bug."""
-    from stages.errors import StoppedEarly
-    from stages.machine.memory import is_out_of_memory
-    from store import KdpipeError
+    from kdpipe.stages.errors import StoppedEarly
+    from kdpipe.stages.runtime.memory import is_out_of_memory
+    from kdpipe.store import KdpipeError
 
     match error:
         case StoppedEarly():

@@ -11,9 +11,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from pipeline.session.paths import output_path
-from pipeline.session.signals import parse_duration
-from pipeline.terminal.output import Verbosity, set_verbosity, verbosity
+from kdpipe.pipeline.session.paths import output_path
+from kdpipe.pipeline.session.signals import parse_duration
+from kdpipe.pipeline.terminal.output import Verbosity, set_verbosity, verbosity
 
 
 def _duration(text: str) -> float:

@@ -39,7 +39,7 @@ def require_writable(file: Path, option: str, suffix: str = "") -> None:
         RunError: If a folder, a device or a pipe is there, or the parent folder does not exist.
         RecipeError: If the name does not end in `suffix`.
     """
-    from stages.errors import RecipeError, RunError
+    from kdpipe.stages.errors import RecipeError, RunError
 
     mode = _mode(file, option)
     if mode is not None and not stat.S_ISREG(mode):
@@ -52,7 +52,7 @@ def require_writable(file: Path, option: str, suffix: str = "") -> None:
 
 def require_file(file: Path, option: str, what: str) -> None:
     """Raise RunError unless `file` is a regular file. `what` is the kind of file expected, for the message."""
-    from stages.errors import RunError
+    from kdpipe.stages.errors import RunError
 
     mode = _mode(file, option)
     if mode is None or not stat.S_ISREG(mode):
@@ -61,7 +61,7 @@ def require_file(file: Path, option: str, what: str) -> None:
 
 
 def _mode(file: Path, option: str) -> int | None:
-    from stages.errors import RunError
+    from kdpipe.stages.errors import RunError
 
     try:
         return file.stat().st_mode

@@ -19,15 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.installed import commit, versions
-from pipeline.session.event_log import job_id
-from pipeline.status.files import read_json_or_none
-from pipeline.terminal.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY, process_exit_code
-from pipeline.terminal.output import print_debug, print_warning
-from pipeline.terminal.reporter import json_text, utc_now
-from store.durable import write_atomically
-from store.errors import KdpipeError
-from store.lock import exclusive
+from kdpipe.pipeline.session.event_log import job_id
+from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY, process_exit_code
+from kdpipe.pipeline.terminal.output import print_debug, print_warning
+from kdpipe.pipeline.terminal.reporter import json_text, utc_now
+from kdpipe.stages.runtime.versions import commit, versions
+from kdpipe.store.errors import KdpipeError
+from kdpipe.store.fs.atomic_write import write_atomically
+from kdpipe.store.fs.lock import exclusive
+from kdpipe.store.fs.safe_read import read_json_or_none
 
 RUN = "run.json"
 LOCK = ".run.json.lock"

@@ -70,7 +70,7 @@ def handle_signals(max_duration_s: float | None = None) -> Iterator[StopFlag]:
         StoppedEarly: With the reason, if one leaves the block.
         KeyboardInterrupt: At a second SIGINT.
     """
-    from stages.errors import StoppedEarly
+    from kdpipe.stages.errors import StoppedEarly
 
     stop, num_interrupts = StopFlag(max_duration_s), 0
 
@@ -93,7 +93,7 @@ def exit_on_signal() -> Iterator[None]:
     """Raise StoppedEarly at a signal within the block: for commands that have nothing to save."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        from stages.errors import StoppedEarly
+        from kdpipe.stages.errors import StoppedEarly
 
         raise StoppedEarly(f"at {signal.Signals(number).name}")
 

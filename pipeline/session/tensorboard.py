@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pipeline.terminal.output import print_warning
-from pipeline.terminal.reporter import Reporter
-from stages.watch import Event
+from kdpipe.pipeline.terminal.output import print_warning
+from kdpipe.pipeline.terminal.reporter import Reporter
+from kdpipe.stages.runtime.events import Event
 
 FOLDER = "tensorboard"
 TAGS = {"accuracy": "test/accuracy", "cross_entropy": "test/cross_entropy", "lr": "lr", "wall_s": "epoch_wall_s"}

@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from pipeline.session.signals import SIGNALS
-from pipeline.terminal.exit_codes import STOPPED_EARLY, USAGE
-from pipeline.terminal.output import print_line
+from kdpipe.pipeline.session.signals import SIGNALS
+from kdpipe.pipeline.terminal.exit_codes import STOPPED_EARLY, USAGE
+from kdpipe.pipeline.terminal.output import print_line
 
 UNUSED_SIGNAL = "SIGWINCH"
 """A signal that no batch job gets, to turn off torchrun's own signal handling."""

@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.session.event_log import EVENTS
-from pipeline.status.files import number, read_tail, text
+from kdpipe.pipeline.session.event_log import EVENTS
+from kdpipe.pipeline.status.files import number, read_tail, text
 
 TAIL_BYTES = 64 * 1024
 RATE_WINDOW_S = 600.0

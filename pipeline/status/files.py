@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,24 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.terminal.output import printable
-from store.errors import KdpipeError
-from store.fs.lock import Holder, read_holder, try_lock
-from store.fs.safe_read import open_regular_file, read_regular_file
+from kdpipe.pipeline.terminal.output import printable
+from kdpipe.store.errors import KdpipeError
+from kdpipe.store.fs.lock import Holder, read_holder, try_lock
+from kdpipe.store.fs.safe_read import open_regular_file
 
-MAX_JSON_BYTES = 2 * 2**20
 MAX_TEXT = 200
 MAX_MEASURED_DEPTH = 12
-
-
-def read_json_or_none(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
-    """Return the JSON object in a regular file; None if there is none, or it is too large."""
-    try:
-        raw = read_regular_file(path, max_bytes)
-        record = json.loads(raw) if len(raw) <= max_bytes else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def read_tail(path: Path, num_bytes: int) -> list[bytes]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pipeline.report.networks import Place, places_of
-from pipeline.status.events import RunProgress, progress_of, read_events
-from pipeline.status.files import Budget, Measure, fraction, lock_holder, number, read_json_or_none, text
-from pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
+from kdpipe.pipeline.report.networks import Place, places_of
+from kdpipe.pipeline.status.events import RunProgress, progress_of, read_events
+from kdpipe.pipeline.status.files import Budget, Measure, fraction, lock_holder, number, text
+from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
+from kdpipe.store.fs.safe_read import read_json_or_none
 
 LOCK = ".kdpipe.lock"
 RECIPE = "recipe.json"

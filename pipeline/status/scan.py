@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.status.files import Budget, Measure, is_folder, locked
-from pipeline.status.runs import is_run, run_status
-from pipeline.status.stores import manifest_of, store_status
-from pipeline.status.table import Status
-from stages.errors import RunError
+from kdpipe.pipeline.status.files import Budget, Measure, is_folder, locked
+from kdpipe.pipeline.status.runs import is_run, run_status
+from kdpipe.pipeline.status.stores import manifest_of, store_status
+from kdpipe.pipeline.status.table import Status
+from kdpipe.stages.errors import RunError
 
 MAX_DEPTH = 8
 MAX_ENTRIES = 100_000

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.status.files import Budget, Measure, measure, number, read_json_or_none, text
-from store.errors import KdpipeError
-from store.format.schema import ATTRIBUTE, MARKERS, SAMPLES, SCHEMA_VERSION
-from store.fs.safe_read import read_regular_file
-from store.write.claims import holder
+from kdpipe.pipeline.status.files import Budget, Measure, measure, number, text
+from kdpipe.store.errors import KdpipeError
+from kdpipe.store.format.schema import ATTRIBUTE, MARKERS, SAMPLES, SCHEMA_VERSION
+from kdpipe.store.fs.safe_read import read_json_or_none, read_regular_file
+from kdpipe.store.write.claims import holder
 
 MAX_COUNTED = 20_000
 """Markers of a store with more units are not counted if its manifest says that they are finished."""

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.status.runs import RunStatus
-from pipeline.status.stores import StoreStatus
-from pipeline.terminal.output import console, new_table, printable
-from pipeline.terminal.rate import duration_text, rate_text
+from kdpipe.pipeline.status.runs import RunStatus
+from kdpipe.pipeline.status.stores import StoreStatus
+from kdpipe.pipeline.terminal.output import console, new_table, printable
+from kdpipe.pipeline.terminal.rate import duration_text, rate_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stages.errors import RecipeError, StoppedEarly
-from store import FingerprintMismatch, KdpipeError, LockedError
+from kdpipe.stages.errors import RecipeError, StoppedEarly
+from kdpipe.store import FingerprintMismatch, KdpipeError, LockedError
 
 DONE = 0
 FAILED = 1

@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pipeline.terminal.output import Verbosity, console, printable, verbosity
-from pipeline.terminal.rate import Rate, RateTracker, count_text, duration_text, rate_text
-from pipeline.terminal.reporter import Reporter, Throttle, is_last, json_text, utc_now
-from stages.watch import WARNING, Event
+from kdpipe.pipeline.terminal.output import Verbosity, console, printable, verbosity
+from kdpipe.pipeline.terminal.rate import Rate, RateTracker, count_text, duration_text, rate_text
+from kdpipe.pipeline.terminal.reporter import Reporter, Throttle, is_last, json_text, utc_now
+from kdpipe.stages.runtime.events import WARNING, Event
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,8 +6,8 @@ import math
 import time
 from dataclasses import dataclass
 
-from pipeline.terminal.reporter import is_last
-from stages.watch import Event
+from kdpipe.pipeline.terminal.reporter import is_last
+from kdpipe.stages.runtime.events import Event
 
 SMOOTHING_S = 30.0
 """Time constant of the exponential average of the rate."""

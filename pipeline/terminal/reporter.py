@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from stages.watch import WARNING, Event
+from kdpipe.stages.runtime.events import WARNING, Event
 
 Reporter = Callable[[Event], None]
 

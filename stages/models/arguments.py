@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from stages.errors import UnknownModelError
+from kdpipe.stages.errors import UnknownModelError
 
 MAX_SIZE = 2**16
 """The largest number of channels, units or stages."""

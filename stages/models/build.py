@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.config import Place, section
-from stages.errors import ModelError, UnknownModelError, cause
-from stages.models.factory import build_from_factory
-from stages.models.small_images import SMALL_IMAGE_NETWORKS, build_small_image_network
-from stages.models.torchvision_models import build_classifier, classifier_names, refuse, refused_names
-from stages.models.weights import load_weights
-from stages.python_reference import is_user_reference
+from kdpipe.stages.config import Place, section
+from kdpipe.stages.errors import ModelError, UnknownModelError, cause
+from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
+from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refuse, refused_names
+from kdpipe.stages.models.user_factory import build_from_factory
+from kdpipe.stages.models.weights import load_weights
+from kdpipe.stages.runtime.user_code import is_user_reference
 
 TORCHVISION = "torchvision:"
 PUBLISHED = "published"

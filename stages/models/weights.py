@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.errors import ModelError, cause
+from kdpipe.stages.errors import ModelError, cause
 
 NESTED_UNDER = ("state_dict", "model", "model_state_dict")
 

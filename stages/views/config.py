@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from stages.config import section
-from stages.views.mix import MixConfig
+from kdpipe.stages.config import section
+from kdpipe.stages.views.mix import MixConfig
 
 
 @section

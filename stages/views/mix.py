@@ -11,12 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stages.config import section
-from stages.views.arguments import Probability
-from stages.views.boxes import Boxes, boxes_around, paste
-from stages.views.draw import CounterRNG
-from stages.views.resample import slices
-from stages.views.rows import replace_rows
+from kdpipe.stages.config import section
+from kdpipe.stages.views.ops.boxes import Boxes, boxes_around, paste
+from kdpipe.stages.views.ops.fields import Probability
+from kdpipe.stages.views.ops.resample import slices
+from kdpipe.stages.views.ops.rows import replace_rows
+from kdpipe.stages.views.rng import CounterRNG
 
 _MIXED, _METHOD, _PARTNER, _SHARE, _ROW, _COLUMN = range(6)
 

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.errors import RecipeError
-from stages.views.config import ViewsConfig
-from stages.views.draw import CounterRNG
-from stages.views.mix import MixAssignment, mix, sample_mix
-from stages.views.tensor_engine import MIX_STREAM, TensorEngine, parse_operations
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.mix import MixAssignment, mix, sample_mix
+from kdpipe.stages.views.rng import CounterRNG
+from kdpipe.stages.views.tensor_engine import MIX_STREAM, TensorEngine, parse_operations
 
 Pixels = NDArray[np.uint8]
 
@@ -132,19 +132,20 @@ class Renderer:
     def _engine_identity(self) -> dict[str, Any]:
         if not self.in_workers:
             return self._tensor_engine.to_json()
-        from stages.views.transforms_engine import transform_identity
+        from kdpipe.stages.views.transforms_engine import transform_identity
 
         return transform_identity(self.config)
 
     def _apply(self, pixels: Pixels, sample_id: int, view: int) -> Tensor:
-        from stages.views.transforms_engine import apply_transform
+        from kdpipe.stages.views.transforms_engine import apply_transform
 
         return apply_transform(self._transform, pixels, sample_id, view, self.config.seed)
 
     @cached_property
     def _transform(self) -> Callable[[Any], Any]:
         # lazy: torchvision takes as long to import as torch itself
-        from stages.views.transforms_engine import build_transform, check_deterministic
+        from kdpipe.stages.views.torchvision_pipeline import build_transform
+        from kdpipe.stages.views.transforms_engine import check_deterministic
 
         transform = build_transform(self.config.operations, self.config.transform)
         check_deterministic(transform, self._probes[0])

@@ -15,15 +15,15 @@ from typing import Any, Protocol, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from stages.errors import RecipeError
-from stages.views.affine import RandomAffine
-from stages.views.colour import ColorJitter, RandomGrayscale
-from stages.views.crop import RandomCrop
-from stages.views.draw import CounterRNG
-from stages.views.erase import Cutout, RandomErasing
-from stages.views.flip import RandomHorizontalFlip, RandomVerticalFlip
-from stages.views.rand_augment import RandAugment, TrivialAugmentWide
-from stages.views.resized_crop import RandomResizedCrop
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.views.ops.affine import RandomAffine
+from kdpipe.stages.views.ops.color import ColorJitter, RandomGrayscale
+from kdpipe.stages.views.ops.crop import RandomCrop
+from kdpipe.stages.views.ops.erase import Cutout, RandomErasing
+from kdpipe.stages.views.ops.flip import RandomHorizontalFlip, RandomVerticalFlip
+from kdpipe.stages.views.ops.rand_augment import RandAugment, TrivialAugmentWide
+from kdpipe.stages.views.ops.resized_crop import RandomResizedCrop
+from kdpipe.stages.views.rng import CounterRNG
 
 ENGINE_VERSION = 2
 """Increase it whenever the same parameters would give other pixels: stores of an older engine are then rejected."""

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from stages.errors import RecipeError, cause
-from stages.python_reference import source_sha256
-from stages.views.build_transform import Transform, build_transform
-from stages.views.config import ViewsConfig
-from stages.views.global_generators import preserve_rng_state, seed_global_rngs
+from kdpipe.stages.errors import RecipeError, cause
+from kdpipe.stages.runtime.user_code import source_sha256
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.global_rng import preserve_rng_state, seed_global_rngs
+from kdpipe.stages.views.torchvision_pipeline import Transform, build_transform
 
 __all__ = ["apply_transform", "build_transform", "check_deterministic", "transform_identity"]
 

@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from store.format.layout import Unit
-from store.format.manifest import Manifest
-from store.format.markers import marker_key
-from store.format.samples import CHUNK_ROWS, COLUMNS
-from store.format.schema import SAMPLES
-from store.format.shard import shard_key
-from store.format.zarr_metadata import metadata_bytes
+from kdpipe.store.format.layout import Unit
+from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.markers import marker_key
+from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS
+from kdpipe.store.format.schema import SAMPLES
+from kdpipe.store.format.shard import shard_key
+from kdpipe.store.format.zarr_metadata import metadata_bytes
 
 
 def orphaned_files(path: Path, manifest: Manifest) -> tuple[str, ...]:

@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.check.verify import Fault
-from store.errors import StoreError
-from store.format.identity import sha256_of
-from store.format.layout import StoreLayout, Unit
-from store.format.manifest import Manifest
-from store.format.markers import Marker, checked_record, read_marker, remove_marker, write_marker
-from store.format.samples import CHUNK_ROWS, COLUMNS, Samples, read_column, row_order, sample_chunks
-from store.format.schema import ATTRIBUTE, MARKER_BYTES, MARKERS, MAX_UNITS, METADATA_BYTES, SCHEMA_VERSION
-from store.format.shard import shard_shape
-from store.fs.atomic_write import make_folders, write_atomically
-from store.fs.lock import Holder
-from store.fs.safe_read import read_json, read_regular_file
-from store.write.claims import claimed
+from kdpipe.store.check.verify import Fault
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.identity import sha256_of
+from kdpipe.store.format.layout import StoreLayout, Unit
+from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.markers import Marker, checked_record, read_marker, remove_marker, write_marker
+from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS, Samples, read_column, row_order, sample_chunks
+from kdpipe.store.format.schema import ATTRIBUTE, MARKER_BYTES, MARKERS, MAX_UNITS, METADATA_BYTES, SCHEMA_VERSION
+from kdpipe.store.format.shard import shard_shape
+from kdpipe.store.fs.atomic_write import make_folders, write_atomically
+from kdpipe.store.fs.lock import Holder
+from kdpipe.store.fs.safe_read import read_json, read_regular_file
+from kdpipe.store.write.claims import claimed
 
 HOPELESS = "cannot be repaired: delete it, and cache again"
 

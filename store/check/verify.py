@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.check.orphans import orphaned_files
-from store.errors import KdpipeError, StoreError, differences
-from store.format.layout import ArraySpec, Unit
-from store.format.manifest import Manifest
-from store.format.markers import Marker, marker_key, read_marker
-from store.format.samples import CHUNK_ROWS, COLUMNS, Samples, column_dtype, column_keys
-from store.format.schema import MARKERS, METADATA_BYTES, SAMPLES
-from store.format.shard import decode_shard, is_committed, shard_key, shard_path, shard_shape
-from store.format.zarr_metadata import metadata_bytes, read_store_manifest
-from store.fs.safe_read import read_regular_file
-from store.write.claims import exclusive_store
+from kdpipe.store.check.orphans import orphaned_files
+from kdpipe.store.errors import KdpipeError, StoreError, differences
+from kdpipe.store.format.layout import ArraySpec, Unit
+from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.markers import Marker, marker_key, read_marker
+from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS, Samples, column_dtype, column_keys
+from kdpipe.store.format.schema import MARKERS, METADATA_BYTES, SAMPLES
+from kdpipe.store.format.shard import decode_shard, is_committed, shard_key, shard_path, shard_shape
+from kdpipe.store.format.zarr_metadata import metadata_bytes, read_store_manifest
+from kdpipe.store.fs.safe_read import read_regular_file
+from kdpipe.store.write.claims import exclusive_store
 
 MAX_NAMED = 100
 """Maximum number of damaged chunks listed per sample array: an untrusted manifest may claim any number."""

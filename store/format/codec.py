@@ -13,7 +13,7 @@ from typing import Any
 import google_crc32c
 from numcodecs import Blosc, Zstd
 
-from store.errors import StoreError
+from kdpipe.store.errors import StoreError
 
 CODECS = ("zstd", "blosc")
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from store.errors import FingerprintMismatch, StoreError, differences
-from store.format.codec import Codec, codec_from_json
-from store.format.identity import Identity, sha256_of
-from store.format.layout import DTYPES, ArraySpec, StoreLayout
-from store.format.schema import ATTRIBUTE, MAX_COUNT, MAX_SHARD_BYTES, MAX_UNITS, SCHEMA_VERSION
-from store.format.topk import TAIL, TopK
+from kdpipe.store.errors import FingerprintMismatch, StoreError, differences
+from kdpipe.store.format.codec import Codec, codec_from_json
+from kdpipe.store.format.identity import Identity, sha256_of
+from kdpipe.store.format.layout import DTYPES, ArraySpec, StoreLayout
+from kdpipe.store.format.schema import ATTRIBUTE, MAX_COUNT, MAX_SHARD_BYTES, MAX_UNITS, SCHEMA_VERSION
+from kdpipe.store.format.topk import TAIL, TopK
 
 STATISTICS = ("features", "pooled", "attention", "gram", "spatial_gram", "input_gradient")
 """Groups of a layer's arrays: its feature map, or a statistic of it; with `-HxW` where it was pooled first."""

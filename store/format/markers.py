@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from store.errors import StoreError
-from store.format.identity import canonical_json
-from store.format.layout import Unit
-from store.format.manifest import Manifest
-from store.format.schema import MARKER_BYTES, MARKERS
-from store.format.shard import crc32c
-from store.fs.atomic_write import fsync_path, write_atomically
-from store.fs.safe_read import read_regular_file
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.identity import canonical_json
+from kdpipe.store.format.layout import Unit
+from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.schema import MARKER_BYTES, MARKERS
+from kdpipe.store.format.shard import crc32c
+from kdpipe.store.fs.atomic_write import fsync_path, write_atomically
+from kdpipe.store.fs.safe_read import read_regular_file
 
 CHECKSUM = "crc32c"
 """Key of a marker's own checksum, over its canonical text without this key."""

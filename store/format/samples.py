@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import StoreError, translate_os_errors
-from store.format.layout import StoreLayout
-from store.format.schema import SAMPLES
-from store.fs.safe_read import read_regular_file
+from kdpipe.store.errors import StoreError, translate_os_errors
+from kdpipe.store.format.layout import StoreLayout
+from kdpipe.store.format.schema import SAMPLES
+from kdpipe.store.fs.safe_read import read_regular_file
 
 CHUNK_ROWS = 8192
 

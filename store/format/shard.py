@@ -15,9 +15,9 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import StoreError
-from store.format.codec import Codec
-from store.format.layout import ArraySpec, Unit, rows_per_chunk
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.codec import Codec
+from kdpipe.store.format.layout import ArraySpec, Unit, rows_per_chunk
 
 ABSENT = 2**64 - 1
 """Index entry of an absent inner chunk: Zarr reads it as the fill value."""

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import StoreError
-from store.format.layout import ArraySpec
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.layout import ArraySpec
 
 VALUES, INDICES, TAIL = "logits/values", "logits/indices", "logits/tail"
 """Arrays that replace `logits`."""

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.errors import StoreError
-from store.format.layout import ArraySpec, Unit
-from store.format.manifest import Manifest
-from store.format.markers import Marker, read_marker
-from store.format.shard import shard_path, shard_shape
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.layout import ArraySpec, Unit
+from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.markers import Marker, read_marker
+from kdpipe.store.format.shard import shard_path, shard_shape
 
 
 @dataclass(frozen=True)

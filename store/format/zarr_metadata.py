@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from store.errors import StoreError, differences, translate_os_errors
-from store.format.layout import ArraySpec, rows_per_chunk
-from store.format.manifest import Manifest, read_manifest
-from store.format.samples import CHUNK_ROWS, COLUMNS, Samples, sample_chunks
-from store.format.schema import ATTRIBUTE, MARKER_BYTES, MARKERS, METADATA_BYTES, SAMPLES
-from store.fs.atomic_write import fsync_path, make_folders, sweep_partial, write_atomically
-from store.fs.safe_read import read_regular_file
+from kdpipe.store.errors import StoreError, differences, translate_os_errors
+from kdpipe.store.format.layout import ArraySpec, rows_per_chunk
+from kdpipe.store.format.manifest import Manifest, read_manifest
+from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS, Samples, sample_chunks
+from kdpipe.store.format.schema import ATTRIBUTE, MARKER_BYTES, MARKERS, METADATA_BYTES, SAMPLES
+from kdpipe.store.fs.atomic_write import fsync_path, make_folders, sweep_partial, write_atomically
+from kdpipe.store.fs.safe_read import read_regular_file
 
 LITTLE_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 

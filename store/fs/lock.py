@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.errors import KdpipeError, translate_os_errors
-from store.fs.atomic_write import make_folders
+from kdpipe.store.errors import KdpipeError, translate_os_errors
+from kdpipe.store.fs.atomic_write import make_folders
 
 JOB_ID_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 

@@ -9,7 +9,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from store.errors import KdpipeError
+from kdpipe.store.errors import KdpipeError
+
+MAX_JSON_BYTES = 2 * 2**20
 
 
 def open_regular_file(file: Path, root: Path | None = None) -> int:
@@ -49,12 +51,12 @@ def read_json(
         root: If given, links that lead out of this folder are refused.
 
     Raises:
-        FileNotFoundError: There is no file.
+        FileNotFoundError, NotADirectoryError: There is no file.
         error_type: The file cannot be read, is too large, or is not a JSON object.
     """
     try:
         raw = read_regular_file(path, max_bytes, root)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise error_type(f"{path} cannot be read ({error.strerror}).") from error
@@ -74,3 +76,11 @@ def _is_within(file: Path, root: Path) -> bool:
         return file.resolve().is_relative_to(root.resolve())
     except RuntimeError:  # a loop of links
         return False
+
+
+def read_json_or_none(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+    """Return the JSON object in the file `path`; None if there is none, it is damaged, or it is too large."""
+    try:
+        return read_json(path, max_bytes)
+    except (OSError, KdpipeError):
+        return None

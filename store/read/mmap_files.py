@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import StoreError
+from kdpipe.store.errors import StoreError
 
 MAP_FIXED = 0x10
 """From Linux's <sys/mman.h>: map at exactly this address, replacing existing maps."""

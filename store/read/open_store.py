@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from store.errors import StoreError
-from store.format.layout import ArraySpec, Unit
-from store.format.manifest import Manifest, require
-from store.format.markers import Marker, read_marker
-from store.format.samples import read_samples
-from store.format.shard import check_index, shard_path, shard_shape
-from store.format.zarr_metadata import check_arrays, read_store_manifest
-from store.fs.safe_read import open_regular_file
-from store.read.target_store import TargetStore, damaged, finished_part, visible_layout
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.layout import ArraySpec, Unit
+from kdpipe.store.format.manifest import Manifest, require
+from kdpipe.store.format.markers import Marker, read_marker
+from kdpipe.store.format.samples import read_samples
+from kdpipe.store.format.shard import check_index, shard_path, shard_shape
+from kdpipe.store.format.zarr_metadata import check_arrays, read_store_manifest
+from kdpipe.store.fs.safe_read import open_regular_file
+from kdpipe.store.read.target_store import TargetStore, damaged, finished_part, visible_layout
 
 
 def open_store(path: Path, wanted: Mapping[str, Any] | None = None, advice: str = "") -> TargetStore:

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import StoreError
-from store.format.layout import ArraySpec, StoreLayout, Unit
-from store.format.manifest import Finished, Manifest
-from store.format.markers import Marker
-from store.format.samples import Samples
-from store.format.shard import decode_shard, is_committed, shard_path, shard_shape
-from store.format.unit_state import missing_units
-from store.fs.safe_read import read_regular_file
-from store.read.mmap_files import FileRegion, MappingUnsupported, map_files
-from store.read.row_index import RowIndex
-from store.read.unit_cache import CACHE_BYTES, UnitCache
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit
+from kdpipe.store.format.manifest import Finished, Manifest
+from kdpipe.store.format.markers import Marker
+from kdpipe.store.format.samples import Samples
+from kdpipe.store.format.shard import decode_shard, is_committed, shard_path, shard_shape
+from kdpipe.store.format.unit_state import missing_units
+from kdpipe.store.fs.safe_read import read_regular_file
+from kdpipe.store.read.mmap_files import FileRegion, MappingUnsupported, map_files
+from kdpipe.store.read.row_index import RowIndex
+from kdpipe.store.read.unit_cache import CACHE_BYTES, UnitCache
 
 
 @dataclass(frozen=True)

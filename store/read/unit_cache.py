@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from store.format.layout import Unit
+from kdpipe.store.format.layout import Unit
 
 CACHE_BYTES = 2**30
 """Default limit of a store's cache, all arrays together."""

@@ -27,8 +27,8 @@ from urllib.error import HTTPError
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import Request, urlopen
 
-from store.errors import StoreError
-from store.format.schema import METADATA_BYTES
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.schema import METADATA_BYTES
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

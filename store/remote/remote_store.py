@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import StoreError
-from store.format.identity import Identity
-from store.format.layout import StoreLayout, Unit
-from store.format.manifest import Finished, Manifest, read_manifest
-from store.format.markers import Marker, marker_key, parse_marker
-from store.format.samples import ReadKey, Samples, samples_from
-from store.format.schema import ATTRIBUTE, MARKER_BYTES, METADATA_BYTES
-from store.format.shard import ShardShape, decode_shard, is_committed, shard_key, shard_shape
-from store.format.zarr_metadata import parse_group, read_store_manifest
-from store.fs.safe_read import read_regular_file
-from store.remote.object_store import is_url, open_remote
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.identity import Identity
+from kdpipe.store.format.layout import StoreLayout, Unit
+from kdpipe.store.format.manifest import Finished, Manifest, read_manifest
+from kdpipe.store.format.markers import Marker, marker_key, parse_marker
+from kdpipe.store.format.samples import ReadKey, Samples, samples_from
+from kdpipe.store.format.schema import ATTRIBUTE, MARKER_BYTES, METADATA_BYTES
+from kdpipe.store.format.shard import ShardShape, decode_shard, is_committed, shard_key, shard_shape
+from kdpipe.store.format.zarr_metadata import parse_group, read_store_manifest
+from kdpipe.store.fs.safe_read import read_regular_file
+from kdpipe.store.remote.object_store import is_url, open_remote
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,23 @@ from pathlib import Path
 
 import numpy as np
 
-from store.errors import StoreError, translate_os_errors
-from store.format.identity import sha256_of
-from store.format.layout import StoreLayout, Unit
-from store.format.manifest import Manifest
-from store.format.unit_state import missing_arrays
-from store.format.zarr_metadata import read_store_manifest
-from store.fs.atomic_write import sweep_partial
-from store.fs.lock import exclusive
-from store.remote.object_store import is_url
-from store.remote.remote_store import (
+from kdpipe.store.errors import StoreError, translate_os_errors
+from kdpipe.store.format.identity import sha256_of
+from kdpipe.store.format.layout import StoreLayout, Unit
+from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.unit_state import missing_arrays
+from kdpipe.store.format.zarr_metadata import read_store_manifest
+from kdpipe.store.fs.atomic_write import sweep_partial
+from kdpipe.store.fs.lock import exclusive
+from kdpipe.store.remote.object_store import is_url
+from kdpipe.store.remote.remote_store import (
     RemoteStore,
     open_remote_store,
     read_remote_samples,
     read_remote_unit,
     unpacked_manifest,
 )
-from store.remote.staging_cache import (
+from kdpipe.store.remote.staging_cache import (
     COPY,
     ENTRY,
     STAGING,
@@ -43,8 +43,8 @@ from store.remote.staging_cache import (
     make_room,
     using,
 )
-from store.write.extend import ensure_store
-from store.write.writer import finish_store, write_unit
+from kdpipe.store.write.extend import ensure_store
+from kdpipe.store.write.writer import finish_store, write_unit
 
 __all__ = ["StagingCache", "default_staging_cache", "needs_staging", "stage"]
 

@@ -18,14 +18,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.errors import StoreError
-from store.format.manifest import Manifest
-from store.format.samples import CHUNK_ROWS, COLUMNS, column_dtype
-from store.format.schema import MARKER_BYTES
-from store.format.unit_state import store_bytes
-from store.format.zarr_metadata import read_store_manifest
-from store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path
-from store.fs.lock import Holder, acquire, exclusive, is_file_at, release
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS, column_dtype
+from kdpipe.store.format.schema import MARKER_BYTES
+from kdpipe.store.format.unit_state import store_bytes
+from kdpipe.store.format.zarr_metadata import read_store_manifest
+from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path
+from kdpipe.store.fs.lock import Holder, acquire, exclusive, is_file_at, release
 
 DEFAULT_MAX_BYTES = 200 * 2**30
 

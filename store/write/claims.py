@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from store.fs.lock import (
+from kdpipe.store.fs.lock import (
     Holder,
     LockedError,
     acquire,

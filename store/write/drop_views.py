@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from store.errors import StoreError, translate_os_errors
-from store.format.manifest import Manifest
-from store.format.schema import MARKERS
-from store.format.zarr_metadata import read_store_manifest, replace_metadata
-from store.fs.atomic_write import fsync_path
-from store.fs.lock import LockedError
-from store.write.claims import exclusive_store, holder
+from kdpipe.store.errors import StoreError, translate_os_errors
+from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.schema import MARKERS
+from kdpipe.store.format.zarr_metadata import read_store_manifest, replace_metadata
+from kdpipe.store.fs.atomic_write import fsync_path
+from kdpipe.store.fs.lock import LockedError
+from kdpipe.store.write.claims import exclusive_store, holder
 
 
 def drop_views(path: Path, keep: int) -> dict[str, Any]:

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from store.errors import FingerprintMismatch, differences
-from store.format.identity import Identity
-from store.format.layout import StoreLayout
-from store.format.manifest import Manifest, version_note
-from store.format.samples import Samples, read_samples, sample_chunks
-from store.format.zarr_metadata import read_store_manifest, replace_metadata
-from store.fs.atomic_write import make_folders, sweep_partial, write_atomically
-from store.write.claims import exclusive_store
-from store.write.writer import create_store, write_errors
+from kdpipe.store.errors import FingerprintMismatch, differences
+from kdpipe.store.format.identity import Identity
+from kdpipe.store.format.layout import StoreLayout
+from kdpipe.store.format.manifest import Manifest, version_note
+from kdpipe.store.format.samples import Samples, read_samples, sample_chunks
+from kdpipe.store.format.zarr_metadata import read_store_manifest, replace_metadata
+from kdpipe.store.fs.atomic_write import make_folders, sweep_partial, write_atomically
+from kdpipe.store.write.claims import exclusive_store
+from kdpipe.store.write.writer import create_store, write_errors
 
 ADVICE = "Give this recipe another run folder or cache.store, or delete the store to cache again."
 

@@ -21,20 +21,20 @@ import numpy as np
 from numcodecs import BitRound
 from numpy.typing import NDArray
 
-from store.errors import FingerprintMismatch, StoreError
-from store.format.encoding_error import measure_dense, measure_features, measure_topk, merge
-from store.format.layout import ArraySpec, StoreLayout, Unit
-from store.format.manifest import Manifest
-from store.format.samples import Samples, read_samples
-from store.format.topk import encode_topk
-from store.format.unit_state import committed, missing_arrays
-from store.format.zarr_metadata import read_store_manifest
-from store.read.open_store import open_store
-from store.read.target_store import TargetStore
-from store.write.claims import claimed
-from store.write.extend import ensure_store
-from store.write.transcode_options import MANTISSA_BITS, TranscodeOptions, logical_array, transcoded_manifest
-from store.write.writer import finish_store, sweep_unit, write_unit
+from kdpipe.store.errors import FingerprintMismatch, StoreError
+from kdpipe.store.format.encoding_error import measure_dense, measure_features, measure_topk, merge
+from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit
+from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.samples import Samples, read_samples
+from kdpipe.store.format.topk import encode_topk
+from kdpipe.store.format.unit_state import committed, missing_arrays
+from kdpipe.store.format.zarr_metadata import read_store_manifest
+from kdpipe.store.read.open_store import open_store
+from kdpipe.store.read.target_store import TargetStore
+from kdpipe.store.write.claims import claimed
+from kdpipe.store.write.extend import ensure_store
+from kdpipe.store.write.transcode_options import MANTISSA_BITS, TranscodeOptions, logical_array, transcoded_manifest
+from kdpipe.store.write.writer import finish_store, sweep_unit, write_unit
 
 
 def transcode(

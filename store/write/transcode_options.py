@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from store.errors import StoreError
-from store.format.codec import Codec
-from store.format.identity import Identity
-from store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
-from store.format.manifest import Manifest
-from store.format.topk import TAIL, VALUES, TopK, default_temperatures
-from store.read.target_store import TargetStore
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.codec import Codec
+from kdpipe.store.format.identity import Identity
+from kdpipe.store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
+from kdpipe.store.format.manifest import Manifest
+from kdpipe.store.format.topk import TAIL, VALUES, TopK, default_temperatures
+from kdpipe.store.read.target_store import TargetStore
 
 MANTISSA_BITS = {"float16": 10, "float32": 23}
 

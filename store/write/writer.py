@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.errors import StoreError, translate_os_errors
-from store.format.encoding_error import merge, summarize_features, summarize_logits
-from store.format.layout import ArraySpec, Unit
-from store.format.manifest import Finished, Manifest
-from store.format.markers import Marker, marker_path, write_marker
-from store.format.samples import Samples
-from store.format.schema import MARKER_BYTES
-from store.format.shard import crc32c, encode_shard, shard_path, shard_shape
-from store.format.unit_state import committed, missing_arrays
-from store.format.zarr_metadata import create_group, read_store_manifest, replace_metadata
-from store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path, make_folders, sweep_partial, write_atomically
-from store.write.claims import exclusive_store
+from kdpipe.store.errors import StoreError, translate_os_errors
+from kdpipe.store.format.encoding_error import merge, summarize_features, summarize_logits
+from kdpipe.store.format.layout import ArraySpec, Unit
+from kdpipe.store.format.manifest import Finished, Manifest
+from kdpipe.store.format.markers import Marker, marker_path, write_marker
+from kdpipe.store.format.samples import Samples
+from kdpipe.store.format.schema import MARKER_BYTES
+from kdpipe.store.format.shard import crc32c, encode_shard, shard_path, shard_shape
+from kdpipe.store.format.unit_state import committed, missing_arrays
+from kdpipe.store.format.zarr_metadata import create_group, read_store_manifest, replace_metadata
+from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path, make_folders, sweep_partial, write_atomically
+from kdpipe.store.write.claims import exclusive_store
 
 REASONS = {
     errno.ENOSPC: "the disk is full",

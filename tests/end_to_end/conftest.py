@@ -4,7 +4,7 @@ import fcntl
 import os
 
 import pytest
-from kdpipe_process import RECIPE, kdpipe_afresh
+from support.kdpipe_process import RECIPE, kdpipe_afresh
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_files import ESCAPE, PLACES, Touch, answer, put, refused
 from safetensors.torch import load_file, save
+from support.bad_files import ESCAPE, PLACES, Touch, answer, put, refused
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import subprocess
 
 import pytest
 import typer
-from kdpipe_process import COMMAND, RECIPE, environment, kdpipe_here
-from made_store import make_store
+from support.kdpipe_process import COMMAND, RECIPE, environment, kdpipe_here
+from support.made_store import make_store
 
-from pipeline.main import app
-from pipeline.recipe.load import load_recipe, recipe_json
+from kdpipe.pipeline.main import app
+from kdpipe.pipeline.recipe.load import load_recipe, recipe_json
 
 ESCAPE = "a\n\x1b[31mred\x07"
 LONG = "x" * 5000
@@ -304,7 +304,7 @@ def test_a_page_never_replaces_a_device(place, tmp_path, name):
 
 
 def test_a_wrong_recipe_is_reported_before_reading_the_store(place, monkeypatch):
-    verify = "pipeline.commands.store.verify.verify_store"
+    verify = "kdpipe.store.check.verify.verify_store"
     monkeypatch.setattr(verify, lambda *arguments: pytest.fail("the store was read first"))
     require_refused(kdpipe_here("store", "verify", "a.zarr", "--recipe", "absent", "--recompute", "1"), "verify")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_files import DEEP, ESCAPE, NO_RECORDS, PLACES, answer, put, refused, with_value
 from safetensors import safe_open
 from safetensors.torch import save
+from support.bad_files import DEEP, ESCAPE, NO_RECORDS, PLACES, answer, put, refused, with_value
 
-from stages import checkpoint
+from kdpipe.stages.training import checkpoint
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def stopped(recipe, tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("stages.training.save_checkpoint", save)
+        patched.setattr("kdpipe.stages.training.checkpoint.save_checkpoint", save)
         assert answer("train-teacher", recipe, "--run", run).exit_code == 130
     return run
 

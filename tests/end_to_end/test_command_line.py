@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from kdpipe_process import environment, kdpipe, kdpipe_afresh, kdpipe_here
+from support.kdpipe_process import environment, kdpipe, kdpipe_afresh, kdpipe_here
 
 
 def test_help_lists_commands_and_imports_nothing_heavy():

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from kdpipe_process import RECIPE, kdpipe_here
+from support.kdpipe_process import RECIPE, kdpipe_here
 
 VARIANTS = """
 [compare.label-smoothing]

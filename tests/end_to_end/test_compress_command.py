@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from kdpipe_process import kdpipe_here
-from made_store import folder_bytes
+from support.kdpipe_process import kdpipe_here
+from support.made_store import folder_bytes
 
-from stages.tensor_file import load_tensors
+from kdpipe.stages.models.safetensors_io import load_tensors
 
 
 def arguments(done, recipe, run):
@@ -67,7 +67,9 @@ def test_sensitivity_ranks_the_layers_and_writes_nothing(done, recipe):
     assert ended.exit_code == 0, ended.stderr
     layers = json.loads(ended.stdout)["layers"]
     assert {layer["path"] for layer in layers} >= {"stage1.0", "stage2.0", "fc"}
-    assert [layer["kl_recovered"] for layer in layers] == sorted((layer["kl_recovered"] for layer in layers), reverse=True)
+    assert [layer["kl_recovered"] for layer in layers] == sorted(
+        (layer["kl_recovered"] for layer in layers), reverse=True
+    )
     shown = kdpipe_here("sensitivity", recipe, "--run", done[0], "--batches", "2").stdout
     assert f'compress.quantize.exclude=["{layers[0]["path"]}"]' in shown
     assert folder_bytes(done[0]) == before

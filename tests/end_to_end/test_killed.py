@@ -2,8 +2,8 @@
 
 import signal
 
-from kdpipe_process import kdpipe, kdpipe_here, signal_when, start
-from same_run import unlike
+from support.kdpipe_process import kdpipe, kdpipe_here, signal_when, start
+from support.same_run import unlike
 
 
 def test_a_killed_run_ends_with_the_same_files(done, recipe, tmp_path):

@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 import torch
 import zarr
-from kdpipe_process import kdpipe, kdpipe_here
-from made_store import folder_bytes
+from support.kdpipe_process import kdpipe, kdpipe_here
+from support.made_store import folder_bytes
 
 
 def test_a_run_ends_with_a_table_and_its_files(done):
@@ -42,7 +42,8 @@ def test_the_plot_shows_every_network_with_a_file(done):
 
 def test_exported_files_agree_with_torch(done):
     """onnxruntime reaches the reported accuracy with the INT8 file on the test set."""
-    from stages.datasets.load import DataConfig, load_dataset
+    from kdpipe.stages.data.config import DataConfig
+    from kdpipe.stages.data.load import load_dataset
 
     run, _ = done
     test_set = load_dataset(DataConfig(name="digits", num_train=200), "test")
@@ -58,9 +59,10 @@ def test_exported_files_agree_with_torch(done):
 
 def test_the_store_has_the_teachers_logits(done):
     """Recompute the logits with onnxruntime, without the store's reader or the stage."""
-    from stages.datasets.load import DataConfig, load_dataset
-    from stages.views.config import ViewsConfig
-    from stages.views.renderer import Renderer
+    from kdpipe.stages.data.config import DataConfig
+    from kdpipe.stages.data.load import load_dataset
+    from kdpipe.stages.views.config import ViewsConfig
+    from kdpipe.stages.views.renderer import Renderer
 
     run, _ = done
     train_set = load_dataset(DataConfig(name="digits", num_train=200), "train")

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from kdpipe_process import environment, kdpipe, signal_when
-from warm_process import WarmProcess
+from support.kdpipe_process import environment, kdpipe, signal_when
+from support.warm_process import WarmProcess
 
-from stages.tensor_file import load_tensors
+from kdpipe.stages.models.safetensors_io import load_tensors
 
 RECIPE = """
 # Command: kdpipe train-student several.toml. Hardware: any. Time: seconds. Expect: an alone and a distilled student.

@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from kdpipe_process import kdpipe, signal_when, start
-from same_run import unlike
+from support.kdpipe_process import kdpipe, signal_when, start
+from support.same_run import unlike
 
 ROAD = (
     ("train-teacher", signal.SIGTERM, "teacher/checkpoint.safetensors"),

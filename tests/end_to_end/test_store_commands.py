@@ -5,11 +5,11 @@ import os
 import signal
 
 import pytest
-from kdpipe_process import kdpipe_here, signal_when, start
-from made_store import folder_bytes
-from s3_server import s3_environment, s3_server, upload_folder
+from support.kdpipe_process import kdpipe_here, signal_when, start
+from support.made_store import folder_bytes
+from support.s3_server import s3_environment, s3_server, upload_folder
 
-from store import claim, open_store
+from kdpipe.store import claim, open_store
 
 SMALL = ["--set", "cache.shard_bytes=4096", "--set", "cache.batch_size=8"]
 

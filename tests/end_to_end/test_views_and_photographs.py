@@ -10,12 +10,12 @@ import time
 
 import numpy as np
 import pytest
-from kdpipe_process import kdpipe_here, signal_when, start_afresh
-from made_store import folder_bytes
 from PIL import Image
+from support.kdpipe_process import kdpipe_here, signal_when, start_afresh
+from support.made_store import folder_bytes
 
-from stages.datasets.image_folder import sample_id
-from store import open_store
+from kdpipe.stages.data.sources.image_folder import sample_id
+from kdpipe.store import open_store
 
 FACTORY = """
 from torch import nn

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.paths import ROOT
 from typer.testing import CliRunner
 
-from pipeline.recipe import new as recipe_new
-from pipeline.recipe.habits import HABITS
-from pipeline.recipe.load import load_recipe
-from pipeline.recipe.text import OFFERED_LOSSES, toml_value
-from pipeline.recipe_app import recipe_app
+from kdpipe.pipeline.recipe import new as recipe_new
+from kdpipe.pipeline.recipe.defaults import DEFAULTS
+from kdpipe.pipeline.recipe.load import load_recipe
+from kdpipe.pipeline.recipe.template import OFFERED_LOSSES, toml_value
+from kdpipe.pipeline.recipe_app import recipe_app
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = ROOT / "recipes"
 
 BAD = """name = "bad"
 seed = -1

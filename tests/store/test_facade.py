@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-import store
+from kdpipe import store
 
 
 def test_public_names_resolve_and_are_listed():
@@ -20,17 +20,17 @@ def test_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = store.nothing
     with pytest.raises(ImportError, match="nothing"):
-        from store import nothing  # noqa: F401
+        from kdpipe.store import nothing  # noqa: F401
 
 
 @pytest.mark.parametrize(
     "imports",
     [
-        "from store import exclusive, read_json, KdpipeError, LockedError",
-        "from store.format.schema import ATTRIBUTE, MARKERS, SCHEMA_VERSION",
+        "from kdpipe.store import exclusive, read_json, KdpipeError, LockedError",
+        "from kdpipe.store.format.schema import ATTRIBUTE, MARKERS, SCHEMA_VERSION",
     ],
 )
 def test_locks_errors_and_schema_import_without_numpy(imports):
     script = f"import sys; {imports}; sys.exit('numpy' in sys.modules)"
-    root = Path(store.__file__).parent.parent
+    root = ROOT
     assert subprocess.run([sys.executable, "-c", script], cwd=root, check=False).returncode == 0

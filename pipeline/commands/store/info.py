@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.terminal.output import printable
-from store import Manifest, holder, read_store_manifest, store_bytes
-from store.format.unit_state import store_state
+from kdpipe.pipeline.terminal.output import printable
+from kdpipe.store import Manifest, holder, read_store_manifest, store_bytes
+from kdpipe.store.format.unit_state import store_state
 
 MAX_LISTED = 5
 """Missing units that are printed; the JSON document lists all."""

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.store.info import model_name, read_store_info
-from pipeline.terminal.output import printable
-from store import KdpipeError, StoreError, read_store_manifest
-from store.markers import MARKERS
-from store.samples import SAMPLES
+from kdpipe.pipeline.commands.store.info import model_name, read_store_info
+from kdpipe.pipeline.terminal.output import printable
+from kdpipe.store import KdpipeError, StoreError, read_store_manifest
+from kdpipe.store.format.schema import MARKERS, SAMPLES
 
 MAX_DEPTH = 8
 

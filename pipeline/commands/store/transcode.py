@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.store.info import describe_encoding_error
-from pipeline.session.signals import handle_signals
-from pipeline.terminal.output import printable
-from pipeline.terminal.progress import reporter
-from stages.errors import RecipeError, StoppedEarly
-from stages.watch import Event
-from store import Codec, TranscodeOptions, default_staging_cache, default_temperatures, is_url, stage, transcode
-from store.format.topk import MAX_TEMPERATURE, MIN_TEMPERATURE
+from kdpipe.pipeline.commands.store.info import describe_encoding_error
+from kdpipe.pipeline.session.signals import handle_signals
+from kdpipe.pipeline.terminal.output import printable
+from kdpipe.pipeline.terminal.progress import reporter
+from kdpipe.stages.errors import RecipeError, StoppedEarly
+from kdpipe.stages.runtime.events import Event
+from kdpipe.store import Codec, TranscodeOptions, default_staging_cache, default_temperatures, is_url, stage, transcode
+from kdpipe.store.format.topk import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 def parse_codec(archive: str | None, level: int | None) -> Any:

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pipeline.session.signals import handle_signals
-from pipeline.terminal.exit_codes import DONE_IN_PART, FAILED
-from pipeline.terminal.output import printable
-from pipeline.terminal.progress import reporter
-from stages.watch import Watch
-from store.verify import VerifyReport, verify_store
+from kdpipe.pipeline.session.signals import handle_signals
+from kdpipe.pipeline.terminal.exit_codes import DONE_IN_PART, FAILED
+from kdpipe.pipeline.terminal.output import printable
+from kdpipe.pipeline.terminal.progress import reporter
+from kdpipe.stages.runtime.events import Watch
+from kdpipe.store.check.verify import VerifyReport, verify_store
 
 if TYPE_CHECKING:
-    from pipeline.run import Run
-    from stages.recompute import Recomputed
+    from kdpipe.pipeline.run import Run
+    from kdpipe.stages.cache_teacher.recheck import Recomputed
 
 
 def require_recipe(recipe: Path, overrides: Sequence[str]) -> None:
     """Raise RecipeError if the recipe is invalid."""
-    from pipeline.recipe.load import load_recipe
+    from kdpipe.pipeline.recipe.load import load_recipe
 
     load_recipe(recipe, overrides, os.environ)
 
@@ -36,9 +36,10 @@ def verify(path: Path, as_json: bool) -> VerifyReport:
 
 def recheck(path: Path, run: Run, num_rows: int, seed: int) -> Recomputed:
     """Recompute some samples of a store, or of its test store, with the recipe's teacher, and compare."""
-    from stages.recompute import recompute
-    from stages.teacher_on_test import test_place, test_setup
-    from stages.train_teacher import load_teacher
+    from kdpipe.stages.cache_teacher.recheck import recompute
+    from kdpipe.stages.context import test_setup
+    from kdpipe.stages.targets.open import test_place
+    from kdpipe.stages.train_teacher import load_teacher
 
     teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.setup)
     is_test_store = path.absolute() == Path(test_place(run.store))
@@ -51,9 +52,10 @@ def repair(run: Run) -> dict[Path, tuple[VerifyReport, VerifyReport, int]]:
     Returns:
         By store: the faults found, the verdict after the repair, and the number of units computed.
     """
-    from stages.repair import repair as repair_store
-    from stages.teacher_on_test import repair_test, test_place
-    from stages.train_teacher import load_teacher
+    from kdpipe.stages.cache_teacher.repair import repair as repair_store
+    from kdpipe.stages.cache_teacher.test_targets import repair_test
+    from kdpipe.stages.targets.open import test_place
+    from kdpipe.stages.train_teacher import load_teacher
 
     teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.setup), run.recipe.cache
     layers, test_store = list(run.required_features(teacher)), Path(test_place(run.store))
@@ -67,7 +69,7 @@ def print_verdict(path: Path, verdict: VerifyReport, recomputed: Recomputed | No
     """Print every fault, one a line, and a summary to stdout."""
     lines = [f"damaged      {fault}" for fault in verdict.damaged]
     lines += [f"missing      {unit}: {', '.join(names)}" for unit, names in verdict.missing]
-    lines += [f"leftover     {key} (not part of the store, harmless)" for key in verdict.leftovers]
+    lines += [f"orphan     {key} (not part of the store, harmless)" for key in verdict.orphans]
     if recomputed is not None:
         lines += [
             f"differs      sample {row.sample_id}, view {row.view}, {row.array}: {row.error:.3g} times the tolerance"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.report.formatting import shortened
+from kdpipe.pipeline.report.formatting import shortened
 
 NUM_LEVELS = 9
 """Colors of a heat map: v0 to v8 in templates/style.css."""

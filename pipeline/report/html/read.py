@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.networks import Place, places_of
-from pipeline.report.report import read_report
-from pipeline.report.rows import Report, Row
-from stages.job_folder import JobFolder, read_json
-from store.fs.safe_read import read_regular_file
+from kdpipe.pipeline.report.networks import Place, places_of
+from kdpipe.pipeline.report.report import read_report
+from kdpipe.pipeline.report.rows import Report, Row
+from kdpipe.stages.training.job_dir import JobFolder, read_json
+from kdpipe.store.fs.safe_read import read_regular_file
 
 MAX_METRICS_BYTES = 2**26
 """Read limit of a metrics.jsonl."""

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.command import printable
-from pipeline.report.formatting import percent, shortened
+from kdpipe.pipeline.report.formatting import percent, shortened
+from kdpipe.pipeline.terminal.output import printable
 
 
 class LeftOutError(Exception):

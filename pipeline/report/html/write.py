@@ -13,25 +13,25 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from pipeline.report.chart import with_unique_ids
-from pipeline.report.html.read import PageRun, read_run
-from pipeline.report.html.sections.compare import comparison
-from pipeline.report.html.sections.confusions import confusions
-from pipeline.report.html.sections.curves import learning_curves
-from pipeline.report.html.sections.provenance import provenance
-from pipeline.report.html.sections.reliability import reliability
-from pipeline.report.html.sections.similarity import class_similarity
-from pipeline.report.html.sections.summary import summary
-from pipeline.report.html.sections.tables import results, tradeoff
-from pipeline.report.html.templating import LeftOutError, render
-from store import KdpipeError, write_atomically
+from kdpipe.pipeline.report.chart import with_unique_ids
+from kdpipe.pipeline.report.html.read import PageRun, read_run
+from kdpipe.pipeline.report.html.sections.compare import comparison
+from kdpipe.pipeline.report.html.sections.confusions import confusions
+from kdpipe.pipeline.report.html.sections.curves import learning_curves
+from kdpipe.pipeline.report.html.sections.provenance import provenance
+from kdpipe.pipeline.report.html.sections.reliability import reliability
+from kdpipe.pipeline.report.html.sections.similarity import class_similarity
+from kdpipe.pipeline.report.html.sections.summary import summary
+from kdpipe.pipeline.report.html.sections.tables import results, tradeoff
+from kdpipe.pipeline.report.html.templating import LeftOutError, render
+from kdpipe.store import KdpipeError, write_atomically
 
 Context = Mapping[str, object]
 Message = Callable[[str], None]
 
 
 def _samples(run: PageRun) -> Context:
-    from pipeline.report.html.sections.samples import samples  # imports torch
+    from kdpipe.pipeline.report.html.sections.samples import samples  # imports torch
 
     return samples(run)
 

@@ -4,12 +4,11 @@ import json
 
 import onnx
 import pytest
-from kdpipe_process import kdpipe_here
 from onnx import TensorProto, helper, numpy_helper
+from support.kdpipe_process import kdpipe_here
 
-from pipeline.commands.bench import file_bytes
-from stages.compression.cpu import cpu_name
-from stages.machine.cores import num_cores
+from kdpipe.pipeline.commands.bench import file_bytes
+from kdpipe.stages.runtime.cpu import cpu_name, num_cores
 
 
 def network(*, num_inputs=1, batch="batch", weights=None):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commands import env_machine
-from pipeline.commands.env import print_env, private, read_env
-from pipeline.commands.env_machine import file_system, gpus, has_locks
-from stages.machine import gpus as nvml
-from stages.machine.gpus import Gpu
+from kdpipe.pipeline.commands import env_machine
+from kdpipe.pipeline.commands.env import print_env, private, read_env
+from kdpipe.pipeline.commands.env_machine import file_system, gpus, has_locks
+from kdpipe.stages.runtime.gpu import nvml
+from kdpipe.stages.runtime.gpu.nvml import Gpu
 
 
 def test_it_has_what_a_bug_report_needs(capsys):

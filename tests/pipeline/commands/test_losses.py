@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from kdpipe_process import kdpipe_here
+from support.kdpipe_process import kdpipe_here
 
-from stages.losses.terms import LOSSES
+from kdpipe.stages.losses.registry import LOSSES
 
 NAMES = ("kd", "dkd", "dist", "nkd", "mlld", "logit_mse", "hint", "fitnet", "at", "at_gradient", "nst", "vid")
 NAMES += ("review_kd", "simkd", "rkd", "sp", "pkt", "cc", "crd")

@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from kdpipe_process import RECIPE, environment, kdpipe_here
-from made_store import folder_bytes, make_store
+from support.kdpipe_process import RECIPE, environment, kdpipe_here
+from support.made_store import folder_bytes, make_store
 
-from store import claim, ensure_store
-from store.format.markers import marker_path
-from store.format.shard import shard_path
+from kdpipe.store import claim, ensure_store
+from kdpipe.store.format.markers import marker_path
+from kdpipe.store.format.shard import shard_path
 
 SMALL = RECIPE.replace("num_views = 30", "num_views = 3").replace("epochs = 6", "epochs = 1")
 
@@ -64,7 +64,7 @@ def test_nothing_heavy_is_imported_before_a_command():
 def test_verify_needs_no_torch(made):
     code = f"""
 import sys
-from pipeline.main import app
+from kdpipe.pipeline.main import app
 try:
     app(["store", "verify", {str(made.path)!r}])
 finally:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
+from support.paths import ROOT
 
-from pipeline.recipe.load import load_recipe, parse_recipe
-from pipeline.recipe.schema import explanations, recipe_json_schema, recipe_sections
-from stages.errors import RecipeError
-from stages.losses.terms import LOSSES
+from kdpipe.pipeline.recipe.load import load_recipe, parse_recipe
+from kdpipe.pipeline.recipe.schema import explanations, recipe_json_schema, recipe_sections
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.registry import LOSSES
 
-RECIPES = Path(__file__).parents[3] / "recipes"
+RECIPES = ROOT / "recipes"
 SCHEMA = recipe_json_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)
 

@@ -2,16 +2,16 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.paths import ROOT
 
-from pipeline.recipe.load import load_recipe, parse_recipe, recipe_json
-from stages.errors import RecipeError
+from kdpipe.pipeline.recipe.load import load_recipe, parse_recipe, recipe_json
+from kdpipe.stages.errors import RecipeError
 
-RECIPES = Path(__file__).parents[3] / "recipes"
+RECIPES = ROOT / "recipes"
 
 MINIMAL = """
 name = "least"
@@ -141,7 +141,7 @@ def test_docs_explain_every_key():
     from dataclasses import fields, is_dataclass
     from typing import get_args, get_type_hints
 
-    from pipeline.recipe.load import Recipe
+    from kdpipe.pipeline.recipe.load import Recipe
 
     text = (RECIPES.parent / "docs" / "recipes.md").read_text()
     seen, waiting = set(), [Recipe]

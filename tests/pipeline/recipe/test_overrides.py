@@ -2,20 +2,20 @@
 
 import json
 import string
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.paths import ROOT
 
-from pipeline.plan import print_plan, settings_json
-from pipeline.recipe.load import load_recipe, load_recipe_with_origins, recipe_json
-from pipeline.recipe.messages import variable
-from pipeline.recipe.overrides import RESERVED
-from pipeline.recipe.template import toml_value
-from stages.errors import RecipeError
+from kdpipe.pipeline.commands.plan import print_plan, settings_json
+from kdpipe.pipeline.recipe.load import load_recipe, load_recipe_with_origins, recipe_json
+from kdpipe.pipeline.recipe.messages import variable
+from kdpipe.pipeline.recipe.overrides import RESERVED
+from kdpipe.pipeline.recipe.template import toml_value
+from kdpipe.stages.errors import RecipeError
 
-RECIPES = Path(__file__).parents[3] / "recipes"
+RECIPES = ROOT / "recipes"
 
 TEXT = """name = "least"
 seed = 3

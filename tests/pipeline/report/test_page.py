@@ -12,24 +12,24 @@ from itertools import pairwise
 import matplotlib
 import numpy as np
 import pytest
-from kdpipe_process import RECIPE, kdpipe_here
-from made_store import make_store
+from support.kdpipe_process import RECIPE, kdpipe_here
+from support.made_store import make_store
 
-from pipeline.report.chart import spread, thinned, with_unique_ids
-from pipeline.report.html.heat import NUM_LEVELS, level_of
-from pipeline.report.html.read import Job, Network
-from pipeline.report.html.sections.curves import Curve, curve_panel
-from pipeline.report.html.sections.reliability import pooled_bins
-from pipeline.report.html.sections.similarity_data import (
+from kdpipe.pipeline.report.chart import spread, thinned, with_unique_ids
+from kdpipe.pipeline.report.html.heat import NUM_LEVELS, level_of
+from kdpipe.pipeline.report.html.read import Job, Network
+from kdpipe.pipeline.report.html.sections.curves import Curve, curve_panel
+from kdpipe.pipeline.report.html.sections.reliability import pooled_bins
+from kdpipe.pipeline.report.html.sections.similarity_data import (
     TEMPERATURE,
     Similarity,
     by_likeness,
     closest_pairs,
     similarity_of,
 )
-from pipeline.report.html.write import SECTIONS, write_page
-from stages.errors import RunError
-from store import StoreError, open_store
+from kdpipe.pipeline.report.html.write import SECTIONS, write_page
+from kdpipe.stages.errors import RunError
+from kdpipe.store import StoreError, open_store
 
 VOID = {"meta", "br", "img", "hr", "input"}
 HOSTILE = '<script>alert("1")</script>\u202e\x1b[2J&amp;'
@@ -274,7 +274,7 @@ def test_bins_of_seeds_are_pooled_by_num_samples(tmp_path):
 
 
 def test_similarity_is_mean_softened_output_by_label(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.report.html.sections.similarity_data.BATCH_ROWS", 100)
+    monkeypatch.setattr("kdpipe.pipeline.report.html.sections.similarity_data.BATCH_ROWS", 100)
     made = make_store(tmp_path / "made.zarr", num_samples=250)
     found = similarity_of(open_store(made.path), "made")
     logits = made.contents["logits"][0].astype(float)
@@ -358,7 +358,7 @@ def test_chart_colors_follow_the_page(tmp_path):
 
 def test_page_is_written_where_home_is_not_writable(tmp_path):
     run = made_run(tmp_path / "run")
-    script = "import sys; from pathlib import Path; from pipeline.report.html.write import write_page; "
+    script = "import sys; from pathlib import Path; from kdpipe.pipeline.report.html.write import write_page; "
     script += "write_page([Path(sys.argv[1])], Path(sys.argv[2]), str)"
     hidden = ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}

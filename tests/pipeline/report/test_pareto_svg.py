@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.report.pareto_svg import Point, pareto_front, pareto_panels, pareto_svg, write_pareto
+from kdpipe.pipeline.report.pareto_svg import Point, pareto_front, pareto_panels, pareto_svg, write_pareto
 
 SVG = "{http://www.w3.org/2000/svg}"
 

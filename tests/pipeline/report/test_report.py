@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from kdpipe_process import kdpipe_here
+from support.kdpipe_process import kdpipe_here
 
-from pipeline.report.networks import places_of
+from kdpipe.pipeline.report.networks import places_of
 
 FIGURES = {
     "accuracy": 0.5,

@@ -8,13 +8,13 @@ import threading
 import pytest
 import typer
 
-from pipeline.session import event_log as log_module
-from pipeline.session.event_log import event_log
-from pipeline.terminal.reporter import to_all
-from stages.errors import RecipeError, StoppedEarly
-from stages.watch import WARNING, Event
-from store.errors import FingerprintMismatch
-from store.fs.lock import LockedError
+from kdpipe.pipeline.session import event_log as log_module
+from kdpipe.pipeline.session.event_log import event_log
+from kdpipe.pipeline.terminal.reporter import to_all
+from kdpipe.stages.errors import RecipeError, StoppedEarly
+from kdpipe.stages.runtime.events import WARNING, Event
+from kdpipe.store.errors import FingerprintMismatch
+from kdpipe.store.fs.lock import LockedError
 
 
 def step(number, total=100, **metrics):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.session import run_record
-from pipeline.session.run_record import session
-from stages.errors import StoppedEarly
-from stages.machine import versions
-from store.errors import FingerprintMismatch
+from kdpipe.pipeline.session import run_record
+from kdpipe.pipeline.session.run_record import session
+from kdpipe.stages.errors import StoppedEarly
+from kdpipe.stages.runtime import versions
+from kdpipe.store.errors import FingerprintMismatch
 
 RECIPE = {"name": "made", "seed": 5, "views": {"seed": 6}, "student": {"seeds": [0, 1]}}
 
@@ -58,7 +58,7 @@ def test_a_session_records_process_phases_and_exit_status(tmp_path, monkeypatch)
 
 def test_a_killed_session_has_no_end(tmp_path):
     look = (
-        "import os, signal, sys; from pathlib import Path; from pipeline.session.run_record import session\n"
+        "import os, signal, sys; from pathlib import Path; from kdpipe.pipeline.session.run_record import session\n"
         "with session(Path(sys.argv[1]), 'run', {}, argv=[]): os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", look, str(tmp_path)], cwd=Path(versions.__file__).parents[2], check=False)

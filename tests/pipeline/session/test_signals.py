@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.session.signals import exit_on_signal, handle_signals, parse_duration, process_age_s
-from stages.errors import StoppedEarly
+from kdpipe.pipeline.session.signals import exit_on_signal, handle_signals, parse_duration, process_age_s
+from kdpipe.stages.errors import StoppedEarly
 
 
 @given(st.tuples(*[st.integers(0, 99)] * 4).filter(any))

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.session import tensorboard
-from pipeline.session.tensorboard import folder_name, scalars
-from stages.watch import WARNING, Event
+from kdpipe.pipeline.session import tensorboard
+from kdpipe.pipeline.session.tensorboard import folder_name, scalars
+from kdpipe.stages.runtime.events import WARNING, Event
 
 
 class Writer:

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from kdpipe_process import environment, signal_when
+from support.kdpipe_process import environment, signal_when
 
-from pipeline.session.torchrun import status_of
+from kdpipe.pipeline.session.torchrun import status_of
 
 PROCESS = """
 import os, pathlib, signal, sys, time
@@ -24,7 +24,7 @@ sys.exit(75)
 def test_signals_are_forwarded_and_status_75_is_returned(tmp_path):
     (tmp_path / "process.py").write_text(PROCESS)
     own = ["--nproc-per-node", "2", str(tmp_path / "process.py"), str(tmp_path)]
-    command = [sys.executable, "-m", "pipeline.session.torchrun", *own]
+    command = [sys.executable, "-m", "kdpipe.pipeline.session.torchrun", *own]
     job = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     signal_when(job, lambda: all((tmp_path / rank).exists() for rank in "01"), signal.SIGINT)
     errors = job.communicate(timeout=60)[1]

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
+from support.paths import ROOT
 
-from pipeline.session.event_log import event_log
-from pipeline.status import files as status_files
-from pipeline.status import runs as status_runs
-from pipeline.status import scan
-from pipeline.status.scan import read_status
-from pipeline.status.table import print_status
-from stages.errors import RunError
-from stages.watch import Event
-from store.fs.lock import exclusive, shared
-from store.write.claims import claim
+from kdpipe.pipeline.session.event_log import event_log
+from kdpipe.pipeline.status import files as status_files
+from kdpipe.pipeline.status import runs as status_runs
+from kdpipe.pipeline.status import scan
+from kdpipe.pipeline.status.scan import read_status
+from kdpipe.pipeline.status.table import print_status
+from kdpipe.stages.errors import RunError
+from kdpipe.stages.runtime.events import Event
+from kdpipe.store.fs.lock import exclusive, shared
+from kdpipe.store.write.claims import claim
 
 RECIPE = {
     "name": "made",
@@ -346,15 +347,15 @@ def test_a_file_or_a_pipe_gets_no_colors(tmp_path, capsys):
 def test_help_and_status_import_nothing_heavy(tmp_path):
     run_folder(tmp_path / "run")
     look = (
-        "import sys; from pathlib import Path; import pipeline.main\n"
-        "pipeline.main.app(['--help'], standalone_mode=False)\n"
+        "import sys; from pathlib import Path; import kdpipe.pipeline.main\n"
+        "kdpipe.pipeline.main.app(['--help'], standalone_mode=False)\n"
         "assert 'rich' not in sys.modules\n"
-        "from pipeline.status.scan import read_status; from pipeline.status.table import print_status\n"
+        "from kdpipe.pipeline.status.scan import read_status; from kdpipe.pipeline.status.table import print_status\n"
         "print_status(read_status(Path(sys.argv[1])))\n"
         "heavy = {'numpy', 'zarr', 'torch', 'pydantic', 'scipy', 'onnxruntime'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)\n"
     )
-    root = Path(scan.__file__).parents[2]
+    root = ROOT
     ended = subprocess.run(
         [sys.executable, "-c", look, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False
     )

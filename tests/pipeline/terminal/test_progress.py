@@ -9,12 +9,12 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from pipeline.terminal import output, progress, rate, reporter
-from pipeline.terminal.output import Verbosity
-from pipeline.terminal.progress import MAX_BARS, Bars
-from pipeline.terminal.progress import reporter as open_reporter
-from pipeline.terminal.rate import Rate, duration_text, rate_text
-from stages.watch import WARNING, Event
+from kdpipe.pipeline.terminal import output, progress, rate, reporter
+from kdpipe.pipeline.terminal.output import Verbosity
+from kdpipe.pipeline.terminal.progress import MAX_BARS, Bars
+from kdpipe.pipeline.terminal.progress import reporter as open_reporter
+from kdpipe.pipeline.terminal.rate import Rate, duration_text, rate_text
+from kdpipe.stages.runtime.events import WARNING, Event
 
 
 class Clock:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loss_inputs import (
+from support.loss_inputs import (
     STUDENT_MAPS,
     STUDENT_VECTORS,
     TEACHER_MAPS,
@@ -13,10 +13,10 @@ from loss_inputs import (
     drawn,
 )
 
-from stages.forms import Wanted
-from stages.losses.pkt import PKTConfig, pkt_loss
-from stages.losses.rkd import RKDConfig, angle_loss, distance_loss, rkd_loss
-from stages.losses.sp import SPConfig, sp_loss
+from kdpipe.stages.losses.relations.pkt import PKTConfig, pkt_loss
+from kdpipe.stages.losses.relations.rkd import RKDConfig, angle_loss, distance_loss, rkd_loss
+from kdpipe.stages.losses.relations.sp import SPConfig, sp_loss
+from kdpipe.stages.targets.feature_spec import Wanted
 
 LOSSES = {"pkt": pkt_loss, "rkd": rkd_loss, "sp": sp_loss}
 WEIGHTS = {"pkt": 30000, "rkd": 1, "sp": 3000}

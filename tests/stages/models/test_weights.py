@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stages.errors import ModelError
-from stages.models.build import ModelConfig, build_model
-from stages.models.weights import count_parameters, load_weights, weights_sha256
+from kdpipe.stages.errors import ModelError
+from kdpipe.stages.models.build import ModelConfig, build_model
+from kdpipe.stages.models.weights import count_parameters, load_weights, weights_sha256
 
 
 class Touch:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from scipy.special import betainc
 
-from stages.views.draw import CounterRNG
-from stages.views.mix import MixAssignment, MixConfig, mix, sample_mix
+from kdpipe.stages.views.mix import MixAssignment, MixConfig, mix, sample_mix
+from kdpipe.stages.views.rng import CounterRNG
 
 IDS = torch.arange(40) * 977
 IMAGES = torch.randint(0, 256, (40, 3, 19, 23), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -9,25 +9,27 @@ import sys
 import numpy as np
 import pytest
 import torch
-from made_store import folder_bytes
 from PIL import Image
-from tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
+from support.made_store import folder_bytes
+from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
 from torchvision.transforms import v2
 
-from stages import store_plan
-from stages.cache_teacher import cache_teacher
-from stages.datasets.load import DataConfig, load_dataset
-from stages.errors import RecipeError
-from stages.machine.versions import library_versions
-from stages.recompute import recompute
-from stages.train_student import open_teaching, view_warning
-from stages.train_teacher import load_teacher
-from stages.views import renderer as renderer_room
-from stages.views.config import ViewsConfig
-from stages.views.flip import RandomHorizontalFlip
-from stages.views.mix import MixConfig
-from stages.views.renderer import NUM_PROBES, UNEQUAL_PROBES, Renderer, check_views
-from store import FingerprintMismatch
+from kdpipe.stages.cache_teacher import plan as store_plan
+from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.stages.cache_teacher.recheck import recompute
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.data.load import load_dataset
+from kdpipe.stages.distillation.student_config import view_warning
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.runtime.versions import library_versions
+from kdpipe.stages.train_student.student import open_teaching
+from kdpipe.stages.train_teacher import load_teacher
+from kdpipe.stages.views import renderer as renderer_room
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.mix import MixConfig
+from kdpipe.stages.views.ops.flip import RandomHorizontalFlip
+from kdpipe.stages.views.renderer import NUM_PROBES, UNEQUAL_PROBES, Renderer, check_views
+from kdpipe.store import FingerprintMismatch
 
 CROP, FLIP = {"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}
 RESIZED = ({"name": "RandomResizedCrop", "size": [20, 24]}, FLIP)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.errors import RecipeError
-from stages.views.draw import CounterRNG
-from stages.views.tensor_engine import parse_operations
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.views.rng import CounterRNG
+from kdpipe.stages.views.tensor_engine import parse_operations
 
 IMAGES = torch.randint(1, 256, (40, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 IDS = torch.randperm(10**6, generator=torch.Generator().manual_seed(1))[:40]

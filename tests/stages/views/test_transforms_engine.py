@@ -16,10 +16,11 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from stages.errors import RecipeError
-from stages.views.config import ViewsConfig
-from stages.views.global_generators import preserve_rng_state, seed_global_rngs
-from stages.views.transforms_engine import apply_transform, build_transform, check_deterministic, transform_identity
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.global_rng import preserve_rng_state, seed_global_rngs
+from kdpipe.stages.views.torchvision_pipeline import build_transform
+from kdpipe.stages.views.transforms_engine import apply_transform, check_deterministic, transform_identity
 
 RGB = np.random.default_rng(0).integers(0, 256, (3, 24, 20), dtype=np.uint8)
 GRAY = RGB[:1]

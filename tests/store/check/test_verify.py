@@ -6,14 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from made_store import SPECS
+from support.made_store import SPECS
 
-from store import Codec, KdpipeError, StoreError, ensure_store
-from store.check import verify
-from store.check.verify import verify_store
-from store.format.markers import marker_key, marker_path, read_marker, write_marker
-from store.format.shard import shard_key, shard_path
-from store.format.zarr_metadata import metadata_bytes
+from kdpipe.store import Codec, KdpipeError, StoreError, ensure_store
+from kdpipe.store.check import verify
+from kdpipe.store.check.verify import verify_store
+from kdpipe.store.format.markers import marker_key, marker_path, read_marker, write_marker
+from kdpipe.store.format.shard import shard_key, shard_path
+from kdpipe.store.format.zarr_metadata import metadata_bytes
 
 
 def flip(path, at, bit):

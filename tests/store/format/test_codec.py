@@ -10,12 +10,12 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_store import make_store
 from numcodecs import Zstd
+from support.made_store import make_store
 
-from store import ArraySpec, Codec, StoreError, open_store
-from store.format.codec import codec_from_json
-from store.format.shard import decode_shard, encode_shard, shard_path, shard_shape
+from kdpipe.store import ArraySpec, Codec, StoreError, open_store
+from kdpipe.store.format.codec import codec_from_json
+from kdpipe.store.format.shard import decode_shard, encode_shard, shard_path, shard_shape
 
 CODECS = [Codec("zstd", 3), Codec("blosc", 3)]
 SPEC = ArraySpec("logits", (5,), "float16")

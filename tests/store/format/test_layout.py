@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from store import ArraySpec, StoreLayout, rows_per_unit
-from store.format.layout import ANY_ROW_PAGES, CHUNK_BYTES, PAGE_BYTES, rows_per_chunk
-from store.format.shard import shard_shape
+from kdpipe.store import ArraySpec, StoreLayout, rows_per_unit
+from kdpipe.store.format.layout import ANY_ROW_PAGES, CHUNK_BYTES, PAGE_BYTES, rows_per_chunk
+from kdpipe.store.format.shard import shard_shape
 
 specs = st.lists(
     st.builds(

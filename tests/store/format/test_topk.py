@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from store.errors import StoreError
-from store.format.topk import (
+from kdpipe.store.errors import StoreError
+from kdpipe.store.format.topk import (
     INDICES,
     TAIL,
     VALUES,

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from store import LockedError, exclusive, sweep_partial, write_atomically
-from store.fs.lock import shared
+from kdpipe.store import LockedError, exclusive, sweep_partial, write_atomically
+from kdpipe.store.fs.lock import shared
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -36,7 +36,7 @@ def test_sweep_removes_only_partial_files_of_killed_writers(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from store import exclusive
+from kdpipe.store import exclusive
 with exclusive(Path("the folder"), Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -84,7 +84,7 @@ def test_shared_and_exclusive_locks_exclude_each_other(tmp_path):
 FORK_IN_THE_BLOCK = """
 import os, sys, time
 from pathlib import Path
-from store import exclusive
+from kdpipe.store import exclusive
 with exclusive("it", Path(sys.argv[1])):
     child = os.fork()
     if child == 0:

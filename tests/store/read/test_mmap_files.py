@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from store import StoreError
-from store.read import mmap_files
-from store.read.mmap_files import FileRegion, MappingUnsupported, map_files
+from kdpipe.store import StoreError
+from kdpipe.store.read import mmap_files
+from kdpipe.store.read.mmap_files import FileRegion, MappingUnsupported, map_files
 
 PAGE = mmap.PAGESIZE
 

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from store import FingerprintMismatch, StoreError, ensure_store, missing_units, open_store
-from store.format.markers import marker_path
-from store.format.shard import shard_path
+from kdpipe.store import FingerprintMismatch, StoreError, ensure_store, missing_units, open_store
+from kdpipe.store.format.markers import marker_path
+from kdpipe.store.format.shard import shard_path
 
 
 def flip(path, at, bit=0):
@@ -167,7 +167,7 @@ def test_array_with_inconsistent_metadata_is_refused(made):
 
 
 def test_rows_that_are_not_finite_are_never_written(store_maker):
-    from store import write_unit
+    from kdpipe.store import write_unit
 
     made = store_maker(fill=False)
     rows = {name: values.copy() for name, values in made.rows(made.units[0]).items()}

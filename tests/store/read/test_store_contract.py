@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from many_stores import LOGITS, Wish, first_difference, grow, truth
+from support.many_stores import LOGITS, Wish, first_difference, grow, truth
 
-import store.read.target_store
-from store import ArraySpec, Codec, StoreError, TargetStore, open_store
-from store.read.mmap_files import MappingUnsupported
+import kdpipe.store.read.target_store
+from kdpipe.store import ArraySpec, Codec, StoreError, TargetStore, open_store
+from kdpipe.store.read.mmap_files import MappingUnsupported
 
 STREAM_BYTES = 20_000
 """Less than two shards."""
@@ -91,7 +91,7 @@ def refuse_maps(monkeypatch):
     def refused(*_):
         raise MappingUnsupported("the system grants no address range of 1 bytes")
 
-    monkeypatch.setattr(store.read.target_store, "map_files", refused)
+    monkeypatch.setattr(kdpipe.store.read.target_store, "map_files", refused)
 
 
 def arrays_and_views(held):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from store import (
+from kdpipe.store import (
     ArraySpec,
     Identity,
     Manifest,

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from many_stores import LOGITS, Wish, first_difference, grow
+from support.many_stores import LOGITS, Wish, first_difference, grow
 
-from store import Codec, FingerprintMismatch, StoreError, open_store
-from store.format.identity import sha256_of
-from store.format.markers import CHECKSUM, MARKER_BYTES, _text
-from store.format.samples import COLUMNS
+from kdpipe.store import Codec, FingerprintMismatch, StoreError, open_store
+from kdpipe.store.format.identity import sha256_of
+from kdpipe.store.format.markers import CHECKSUM, _text
+from kdpipe.store.format.samples import COLUMNS
+from kdpipe.store.format.schema import MARKER_BYTES
 
 WISH = Wish(LOGITS["float16"], num_samples=900)
 WISHES = {

@@ -10,10 +10,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from s3_server import SECRET, s3_environment, s3_server, upload_folder
+from support.s3_server import SECRET, s3_environment, s3_server, upload_folder
 
-from store.errors import StoreError
-from store.remote.object_store import is_url, open_remote
+from kdpipe.store.errors import StoreError
+from kdpipe.store.remote.object_store import is_url, open_remote
 
 FILES = {
     "zarr.json": b'{"node_type": "group"}',

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_store import SPECS, MadeStore, folder_bytes, make_store
-from s3_server import s3_environment, s3_server, upload_folder
-from staging_jobs import Web, entries, require_equal, stage_elsewhere, staging_process
+from support.made_store import SPECS, MadeStore, folder_bytes, make_store
+from support.s3_server import s3_environment, s3_server, upload_folder
+from support.staging_jobs import Web, entries, require_equal, stage_elsewhere, staging_process
 
-from store import (
+from kdpipe.store import (
     ArraySpec,
     Codec,
     Samples,
@@ -30,8 +30,9 @@ from store import (
     read_store_manifest,
     write_unit,
 )
-from store.format.markers import read_marker, write_marker
-from store.remote.staging import StagingCache, needs_staging, stage
+from kdpipe.store.format.markers import read_marker, write_marker
+from kdpipe.store.remote.staging import needs_staging, stage
+from kdpipe.store.remote.staging_cache import StagingCache
 
 ROOMY = 2**30
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from staging_jobs import entries, require_equal, stage_elsewhere
+from support.staging_jobs import entries, require_equal, stage_elsewhere
 
-from store import Codec, StoreError, open_store
-from store.remote.staging import StagingCache, default_staging_cache, stage
+from kdpipe.store import Codec, StoreError, open_store
+from kdpipe.store.remote.staging import stage
+from kdpipe.store.remote.staging_cache import StagingCache, default_staging_cache
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """A store in float32, whose precision can be reduced."""
 
 import pytest
-from made_store import make_store
-from transcoded import FLOAT32
+from support.made_store import make_store
+from support.transcoded import FLOAT32
 
 
 @pytest.fixture

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from store import KdpipeError
-from store.write.claims import Claim, Holder, claim, holder
+from kdpipe.store import KdpipeError
+from kdpipe.store.fs.lock import Holder
+from kdpipe.store.write.claims import Claim, claim, holder
 
 CLAIM_AND_WAIT = """
 import sys
 from pathlib import Path
-from store.write.claims import claim
+from kdpipe.store.write.claims import claim
 kept = claim(Path(sys.argv[1]), "v0-s0")
 print(type(kept).__name__, flush=True)
 sys.stdin.read()
@@ -28,7 +29,7 @@ sys.stdin.read()
 COUNT_UP = """
 import sys, time
 from pathlib import Path
-from store.write.claims import Claim, claim, holder
+from kdpipe.store.write.claims import Claim, claim, holder
 store, counter = Path(sys.argv[1]), Path(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()

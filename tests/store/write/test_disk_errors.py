@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_store import folder_bytes
-from many_stores import LOGITS, Wish, commit, fill, first_difference, grow, truth, work
+from support.made_store import folder_bytes
+from support.many_stores import LOGITS, Wish, commit, fill, first_difference, grow, truth, work
+from support.paths import PYTHONPATH
 
-import store.write.writer
-from store import KdpipeError, StoreError, claim, ensure_store, missing_units, open_store, write_unit
-from store.format.markers import marker_path
-from store.format.shard import shard_path
+import kdpipe.store.write.writer
+from kdpipe.store import KdpipeError, StoreError, claim, ensure_store, missing_units, open_store, write_unit
+from kdpipe.store.format.markers import marker_path
+from kdpipe.store.format.shard import shard_path
 
-TESTS = Path(__file__).parents[2]
 WISH = Wish(LOGITS["float32"], num_layers=0)
 
 
@@ -55,7 +55,7 @@ def on_tmpfs(folder: Path, script: str, size: str = "1m") -> list[str]:
             "-c",
             head + IMPORTS + script,
         ],
-        env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         check=False,
@@ -65,8 +65,8 @@ def on_tmpfs(folder: Path, script: str, size: str = "1m") -> list[str]:
 
 
 IMPORTS = """
-from many_stores import LOGITS, Wish, commit, fill, first_difference, grow, work
-from store import KdpipeError, StoreError, claim, ensure_store, missing_units, open_store
+from support.many_stores import LOGITS, Wish, commit, fill, first_difference, grow, work
+from kdpipe.store import KdpipeError, StoreError, claim, ensure_store, missing_units, open_store
 wish, path = Wish(LOGITS["float32"], num_layers=0), disk / "a.zarr"
 
 def remount(options):
@@ -246,14 +246,14 @@ def commit_known(path, manifest):
 
 def test_a_mount_that_vanishes_before_the_marker_commits_nothing(begun, monkeypatch, tmp_path):
     path, manifest = begun
-    real = store.write.writer._write
+    real = kdpipe.store.write.writer._write
 
     def write_and_unmount(*arguments):
         real(*arguments)
         path.rename(tmp_path / "aside")
         path.mkdir()
 
-    monkeypatch.setattr(store.write.writer, "_write", write_and_unmount)
+    monkeypatch.setattr(kdpipe.store.write.writer, "_write", write_and_unmount)
     with pytest.raises(StoreError, match="was its file system unmounted"):
         commit_known(path, manifest)
     assert list(path.iterdir()) == []

@@ -5,11 +5,11 @@ import os
 
 import numpy as np
 import pytest
-from made_store import folder_bytes, make_store
+from support.made_store import folder_bytes, make_store
 
-from store import LockedError, StoreError, claim, ensure_store, missing_units, open_store, read_store_manifest
-from store.check.verify import verify_store
-from store.write.drop_views import drop_views
+from kdpipe.store import LockedError, StoreError, claim, ensure_store, missing_units, open_store, read_store_manifest
+from kdpipe.store.check.verify import verify_store
+from kdpipe.store.write.drop_views import drop_views
 
 
 class Killed(BaseException):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_store import folder_bytes
-from many_stores import LOGITS, Wish, commit, fill, first_difference, grow, truth
+from support.made_store import folder_bytes
+from support.many_stores import LOGITS, Wish, commit, fill, first_difference, grow, truth
 
-import store.fs.atomic_write
-from store import (
+import kdpipe.store.fs.atomic_write
+from kdpipe.store import (
     Codec,
     FingerprintMismatch,
     Samples,
@@ -164,7 +164,7 @@ class Killed(BaseException):
 
 def killing_at(monkeypatch: pytest.MonkeyPatch, number: int, torn: bool) -> list[Path]:
     """Kill the job at its file number `number`; torn: half of its temporary file is left behind."""
-    real, written = store.fs.atomic_write.write_atomically, []
+    real, written = kdpipe.store.fs.atomic_write.write_atomically, []
 
     def write(file: Path, *parts: bytes | memoryview) -> None:
         if len(written) == number:

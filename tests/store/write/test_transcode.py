@@ -12,10 +12,10 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_store import folder_bytes, make_store
-from transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, held
+from support.made_store import folder_bytes, make_store
+from support.transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, held
 
-from store import (
+from kdpipe.store import (
     ArraySpec,
     Samples,
     StoreError,
@@ -31,10 +31,10 @@ from store import (
     read_store_manifest,
     write_unit,
 )
-from store.format.encoding_error import merge, summarize_features, summarize_logits
-from store.format.shard import shard_path
-from store.write.transcode import transcode
-from store.write.transcode_options import TranscodeOptions
+from kdpipe.store.format.encoding_error import merge, summarize_features, summarize_logits
+from kdpipe.store.format.shard import shard_path
+from kdpipe.store.write.transcode import transcode
+from kdpipe.store.write.transcode_options import TranscodeOptions
 
 
 def nearest(values, bits):

@@ -4,10 +4,10 @@ import os
 
 import numpy as np
 import pytest
-from made_store import folder_bytes, make_store
-from transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, held
+from support.made_store import folder_bytes, make_store
+from support.transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, held
 
-from store import (
+from kdpipe.store import (
     FingerprintMismatch,
     LockedError,
     StoreError,
@@ -16,9 +16,9 @@ from store import (
     read_store_manifest,
     write_unit,
 )
-from store.format.shard import shard_path
-from store.write.transcode import transcode
-from store.write.transcode_options import TranscodeOptions
+from kdpipe.store.format.shard import shard_path
+from kdpipe.store.write.transcode import transcode
+from kdpipe.store.write.transcode_options import TranscodeOptions
 
 
 @pytest.mark.parametrize(

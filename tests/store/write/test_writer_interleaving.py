@@ -20,11 +20,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from made_store import folder_bytes
-from many_stores import LOGITS, Wish, commit, first_difference, grow
+from support.made_store import folder_bytes
+from support.many_stores import LOGITS, Wish, commit, first_difference, grow
 
-import store.fs.atomic_write
-from store import (
+import kdpipe.store.fs.atomic_write
+from kdpipe.store import (
     Claim,
     LockedError,
     StoreError,
@@ -35,7 +35,7 @@ from store import (
     missing_arrays,
     open_store,
 )
-from store import read_store_manifest as read_manifest
+from kdpipe.store import read_store_manifest as read_manifest
 
 SMALL = Wish(LOGITS["float16"], num_views=1, num_samples=600, num_layers=0)
 WISHES = [
@@ -117,7 +117,7 @@ class Writer:
 
 
 CURRENT = threading.local()
-REAL_WRITE = store.fs.atomic_write.write_atomically
+REAL_WRITE = kdpipe.store.fs.atomic_write.write_atomically
 
 
 def write(file: Path, *parts: bytes | memoryview) -> None:

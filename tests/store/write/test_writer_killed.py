@@ -9,14 +9,12 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
-from made_store import folder_bytes, make_store
-from many_stores import LOGITS, Wish, first_difference, grow, work
+from support.made_store import folder_bytes, make_store
+from support.many_stores import LOGITS, Wish, first_difference, grow, work
+from support.paths import PYTHONPATH
 
-from store import StoreError, missing_units, open_store
-
-TESTS = Path(__file__).parents[2]
+from kdpipe.store import StoreError, missing_units, open_store
 
 SYNC_S = 0.001
 """At least, of a file: whatever the disk, a job is killed at its writing, and not after it."""
@@ -26,13 +24,13 @@ import os
 import sys
 import time
 from pathlib import Path
-from made_store import make_store, MadeStore
-from store import missing_units, sweep_partial
-import store.write.writer
+from support.made_store import make_store, MadeStore
+from kdpipe.store import missing_units, sweep_partial
+import kdpipe.store.write.writer
 path = Path(sys.argv[1])
 sweep_partial(path)
-real = store.write.writer.create_store
-import made_store
+real = kdpipe.store.write.writer.create_store
+from support import made_store
 made_store.create_store = lambda path, *rest: None if path.exists() else real(path, *rest)
 made = make_store(path, num_views=3, fill=False)
 sync = os.fsync
@@ -43,7 +41,7 @@ made.fill(missing_units(path, made.manifest))
 
 
 def start_writer(path):
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     return subprocess.Popen([sys.executable, "-c", WRITER, str(path)], env=environment, stdout=subprocess.PIPE)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.report.formatting import integer, kib, mean_std, share
-from pipeline.report.html.read import MAIN_KINDS, PageRun
-from pipeline.report.html.sections.curves import curve_panel, curves_of, legend
-from pipeline.report.html.sections.summary import gain_of
-from pipeline.report.html.templating import link
-from pipeline.report.tables import Table
+from kdpipe.pipeline.report.formatting import integer, kib, mean_std, share
+from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun
+from kdpipe.pipeline.report.html.sections.curves import curve_panel, curves_of, legend
+from kdpipe.pipeline.report.html.sections.summary import gain_of
+from kdpipe.pipeline.report.html.templating import link
+from kdpipe.pipeline.report.tables import Table
 
 HEADERS = (
     "run",

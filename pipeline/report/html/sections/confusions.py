@@ -8,11 +8,11 @@ from itertools import chain
 
 import numpy as np
 
-from pipeline.report.formatting import count
-from pipeline.report.html.heat import HeatMap, heat_map, legend
-from pipeline.report.html.read import Network, PageRun
-from pipeline.report.html.templating import LeftOutError
-from pipeline.report.tables import Table
+from kdpipe.pipeline.report.formatting import count
+from kdpipe.pipeline.report.html.heat import HeatMap, heat_map, legend
+from kdpipe.pipeline.report.html.read import Network, PageRun
+from kdpipe.pipeline.report.html.templating import LeftOutError
+from kdpipe.pipeline.report.tables import Table
 
 MAX_DRAWN = 20
 """Classes up to which confusion matrices are drawn: larger ones are mostly empty."""

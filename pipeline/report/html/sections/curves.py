@@ -9,13 +9,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pipeline.report.chart import add_axes, color, drawing, epoch_axis, error_axis, new_figure, svg, thinned
-from pipeline.report.formatting import mean_std, shortened
-from pipeline.report.html.read import Network, PageRun
-from pipeline.report.html.sections.losses import loss_panel, loss_table
-from pipeline.report.html.templating import LeftOutError
-from pipeline.report.quality import mean_and_std
-from pipeline.report.tables import Table
+from kdpipe.pipeline.report.chart import add_axes, color, drawing, epoch_axis, error_axis, new_figure, svg, thinned
+from kdpipe.pipeline.report.formatting import mean_std, shortened
+from kdpipe.pipeline.report.html.read import Network, PageRun
+from kdpipe.pipeline.report.html.sections.losses import loss_panel, loss_table
+from kdpipe.pipeline.report.html.templating import LeftOutError
+from kdpipe.pipeline.report.quality import mean_and_std
+from kdpipe.pipeline.report.tables import Table
 
 MAX_ROWS = 60
 """Epochs in a table; of more, every k-th is shown."""

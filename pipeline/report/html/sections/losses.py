@@ -7,10 +7,10 @@ from statistics import mean
 
 from markupsafe import Markup
 
-from pipeline.report.chart import add_axes, color, drawing, epoch_axis, log_axis, new_figure, svg, thinned
-from pipeline.report.formatting import shortened
-from pipeline.report.html.read import Network
-from pipeline.report.tables import Table
+from kdpipe.pipeline.report.chart import add_axes, color, drawing, epoch_axis, log_axis, new_figure, svg, thinned
+from kdpipe.pipeline.report.formatting import shortened
+from kdpipe.pipeline.report.html.read import Network
+from kdpipe.pipeline.report.tables import Table
 
 STYLES = (
     ("student", "solid"),

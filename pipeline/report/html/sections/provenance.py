@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.html.read import PageRun
-from pipeline.report.tables import Table
-from stages.errors import RunError
-from stages.job_folder import read_json
-from store import KdpipeError, is_url, read_store_manifest
+from kdpipe.pipeline.report.html.read import PageRun
+from kdpipe.pipeline.report.tables import Table
+from kdpipe.stages.errors import RunError
+from kdpipe.stages.training.job_dir import read_json
+from kdpipe.store import KdpipeError, is_url, read_store_manifest
 
 MAX_SESSIONS = 20
 """The latest ones are shown."""

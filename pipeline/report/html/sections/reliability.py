@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from pipeline.report.chart import add_axes, color, drawing, new_figure, svg
-from pipeline.report.formatting import mean_std, shortened
-from pipeline.report.html.read import Network, PageRun
-from pipeline.report.html.templating import LeftOutError
-from pipeline.report.tables import Table
+from kdpipe.pipeline.report.chart import add_axes, color, drawing, new_figure, svg
+from kdpipe.pipeline.report.formatting import mean_std, shortened
+from kdpipe.pipeline.report.html.read import Network, PageRun
+from kdpipe.pipeline.report.html.templating import LeftOutError
+from kdpipe.pipeline.report.tables import Table
 
 MIN_SAMPLES = 10
 """Bins with fewer predictions are drawn pale."""

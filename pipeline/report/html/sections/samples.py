@@ -17,18 +17,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.recipe.load import read_run_recipe
-from pipeline.report.html.read import PageRun
-from pipeline.report.html.templating import LeftOutError
-from pipeline.walk import Walk, walk_views
-from stages.evaluate import BATCH_SIZE
-from stages.job_folder import JobFolder, read_json
-from stages.network import Network
-from stages.pictures import Request
-from stages.rebuild import rebuild
-from stages.show_views import ShownViews
-from stages.watch import Watch
-from store import KdpipeError, is_url
+from kdpipe.pipeline.recipe.load import read_run_recipe
+from kdpipe.pipeline.report.html.read import PageRun
+from kdpipe.pipeline.report.html.templating import LeftOutError
+from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.steps import run_views
+from kdpipe.stages.cache_teacher.preview import ShownViews
+from kdpipe.stages.compress.artifacts.load import rebuild
+from kdpipe.stages.data.loader.image_loader import Request
+from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.training.job_dir import JobFolder, read_json
+from kdpipe.store import KdpipeError, is_url
 
 NUM_TOP, NUM_SAMPLES, NUM_CANDIDATES, NUM_VIEWS, NUM_PER_GROUP = 3, 3, 32, 4, 4
 
@@ -76,37 +77,37 @@ def samples(run: PageRun) -> dict[str, object]:
         LeftOutError: If the images cannot be read, or no student is finished.
     """
     try:
-        walk = _open(run)
+        opened = _open(run)
         finished = [one for one in run.main if one.kind != "teacher" and one.done]
         if not finished:
             raise LeftOutError("No student is finished yet.")
         students = {one.name: rebuild(JobFolder(one.done[0].folder).model) for one in finished}
-        shown, _ = walk_views(walk, NUM_CANDIDATES, NUM_VIEWS)
-        training = [list(_views(walk, shown, row, students)) for row in _least_confident(shown)]
+        shown, _ = run_views(opened, NUM_CANDIDATES, NUM_VIEWS)
+        training = [list(_views(opened, shown, row, students)) for row in _least_confident(shown)]
         num_macs = sum(int((one.done[0].result or {}).get("num_macs") or 0) for one in finished)
-        probabilities = _predict_test(walk, students, num_macs)
-        test = list(_instructive(walk, probabilities))
+        probabilities = _predict_test(opened, students, num_macs)
+        test = list(_instructive(opened, probabilities))
     except (KdpipeError, OSError) as error:
         raise LeftOutError(f"The images could not be shown: {error}") from error
     num_test = f"{len(next(iter(probabilities.values()))):,}"
     return {"training": training, "num_candidates": NUM_CANDIDATES, "test": test, "num_test": num_test}
 
 
-def _open(run: PageRun) -> Walk:
+def _open(run: PageRun) -> Run:
     """Open the run's data and stores, unless that would import a user module, download, or scan a very large folder."""
     recipe = read_run_recipe(run.path)
     if recipe is None or any("python:" in str(one) for one in (recipe.data.name, recipe.views.transform)):
         raise LeftOutError("The images of this run come from a Python module, which a report does not import.")
     data = replace(recipe.data, download=False, num_workers=0)
-    walk = Walk(replace(recipe, device="cpu", data=data), run.path, Watch())
-    if any(map(is_url, walk.stores)):
+    opened = Run(replace(recipe, device="cpu", data=data), run.path, Watch())
+    if any(map(is_url, opened.stores)):
         raise LeftOutError("The stores of this run are remote, and a report downloads nothing.")
     if recipe.data.name.startswith("imagefolder:"):
         job = read_json(run.networks[0].jobs[0].folder / "job.json") or {}
         num_files = job.get("data", {}).get("num_samples", 0)
         if isinstance(num_files, int) and num_files > MAX_FILES:
             raise LeftOutError(f"A report does not scan image folders of more than {MAX_FILES:,} files.")
-    return walk
+    return opened
 
 
 def _least_confident(shown: ShownViews) -> list[int]:
@@ -115,8 +116,8 @@ def _least_confident(shown: ShownViews) -> list[int]:
     return [0, *sorted(range(1, len(confidence)), key=lambda row: (confidence[row], row))[: NUM_SAMPLES - 1]]
 
 
-def _views(walk: Walk, shown: ShownViews, row: int, students: Mapping[str, Network]) -> Iterator[Sample]:
-    names = walk.setup.train_set.class_names
+def _views(opened: Run, shown: ShownViews, row: int, students: Mapping[str, Network]) -> Iterator[Sample]:
+    names = opened.setup.train_set.class_names
     probabilities = {name: _predict(student, shown.images[row]) for name, student in students.items()}
     for view, image in enumerate(shown.images[row]):
         predictions = {"teacher": shown.top[row][view]} if shown.top[row] else {}
@@ -126,28 +127,30 @@ def _views(walk: Walk, shown: ShownViews, row: int, students: Mapping[str, Netwo
         yield Sample(image, shown.labels[row], f"sample {shown.sample_ids[row]}, view {view}{mixed}", predictions)
 
 
-def _predict_test(walk: Walk, students: Mapping[str, Network], num_macs: int) -> dict[str, Tensor]:
+def _predict_test(opened: Run, students: Mapping[str, Network], num_macs: int) -> dict[str, Tensor]:
     """Return by network the probabilities float32 [N, C] of the first N test images, read from a store or computed.
 
     Args:
-        walk: The opened run.
+        opened: The opened run.
         students: Students by name.
         num_macs: Multiply-accumulates of all students for one image, which bound N.
     """
-    num_test = walk.setup.test_set.num_samples
+    num_test = opened.setup.test_set.num_samples
     num_images = int(min(num_test, MAX_TEST_IMAGES, max(MAX_MACS / max(num_macs, 1), MIN_TEST_IMAGES)))
     batches = torch.split(torch.arange(num_images), BATCH_SIZE)
-    images = [walk.setup.test_pictures.one(Request(indices)).images for indices in batches]
+    images = [opened.setup.test_pictures.one(Request(indices)).images for indices in batches]
     found = {name: torch.cat([_predict(student, some) for some in images]) for name, student in students.items()}
-    teacher = walk.setup.ask_teacher()
+    teacher = opened.setup.ask_teacher()
     if teacher is not None and not teacher[:num_images].isnan().any():
         found = {"teacher": teacher[:num_images].softmax(1), **found}
     return found
 
 
-def _instructive(walk: Walk, probabilities: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Sample]]]:
+def _instructive(opened: Run, probabilities: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Sample]]]:
     """Yield groups of test images: those on which the students differ, and those with low teacher confidence."""
-    is_correct = {name: one.argmax(1) == walk.setup.test_set.labels[: len(one)] for name, one in probabilities.items()}
+    is_correct = {
+        name: one.argmax(1) == opened.setup.test_set.labels[: len(one)] for name, one in probabilities.items()
+    }
     picked: dict[str, Tensor] = {}
     if {"student alone", "student distilled"} <= set(is_correct):
         alone, distilled = is_correct["student alone"], is_correct["student distilled"]
@@ -157,12 +160,12 @@ def _instructive(walk: Walk, probabilities: Mapping[str, Tensor]) -> Iterator[tu
         picked["Lowest teacher confidence"] = probabilities["teacher"].amax(1).argsort(stable=True)
     for title, indices in picked.items():
         if len(indices):
-            yield title, [_test_sample(walk, probabilities, index) for index in indices[:NUM_PER_GROUP].tolist()]
+            yield title, [_test_sample(opened, probabilities, index) for index in indices[:NUM_PER_GROUP].tolist()]
 
 
-def _test_sample(walk: Walk, probabilities: Mapping[str, Tensor], index: int) -> Sample:
-    test_set = walk.setup.test_set
-    image = walk.setup.test_pictures.one(Request(torch.tensor([index]))).images[0]
+def _test_sample(opened: Run, probabilities: Mapping[str, Tensor], index: int) -> Sample:
+    test_set = opened.setup.test_set
+    image = opened.setup.test_pictures.one(Request(torch.tensor([index]))).images[0]
     predictions = {name: _top(one[index], test_set.class_names) for name, one in probabilities.items()}
     label = test_set.class_names[int(test_set.labels[index])]
     return Sample(image, label, f"test image {int(test_set.sample_ids[index])}", predictions)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.report.formatting import percent
-from pipeline.report.html.heat import heat_map, legend
-from pipeline.report.html.read import PageRun
-from pipeline.report.html.sections.similarity_data import (
+from kdpipe.pipeline.report.formatting import percent
+from kdpipe.pipeline.report.html.heat import heat_map, legend
+from kdpipe.pipeline.report.html.read import PageRun
+from kdpipe.pipeline.report.html.sections.similarity_data import (
     TEMPERATURE,
     Similarity,
     by_likeness,
     closest_pairs,
     read_similarity,
 )
-from pipeline.report.html.templating import LeftOutError
-from pipeline.report.tables import Table
-from store import StoreError
+from kdpipe.pipeline.report.html.templating import LeftOutError
+from kdpipe.pipeline.report.tables import Table
+from kdpipe.store import StoreError
 
 MAX_DRAWN, MAX_UNSORTED, MAX_BESIDE = 100, 12, 30
 """Classes in the map; up to which they keep the data set's order; up to which a table fits beside the map."""

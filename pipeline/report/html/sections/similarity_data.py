@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store import KdpipeError, StoreError, TargetStore, is_url, open_store
+from kdpipe.store import KdpipeError, StoreError, TargetStore, is_url, open_store
 
 TEMPERATURE = 4.0
 """At temperature 1 a good teacher gives the other classes almost no probability."""
@@ -56,7 +56,7 @@ def read_similarity(run: Path, recipe: Mapping[str, Any]) -> Similarity:
     Raises:
         StoreError: If neither can be read.
     """
-    from stages.teacher_on_test import test_place
+    from kdpipe.stages.targets.open import test_place
 
     named = [*recipe["student"].get("stores", ()), recipe.get("cache", {}).get("store"), str(run / "store.zarr")]
     place = str(next(one for one in named if one))
@@ -107,7 +107,7 @@ def _logits(store: TargetStore, ids: NDArray[np.int64]) -> NDArray[Any]:
         return store.gather("logits", 0, ids)
     import torch
 
-    from stages.top_k import TopKOutputs
+    from kdpipe.stages.targets.outputs import TopKOutputs
 
     read = (store.gather(f"logits/{name}", 0, ids) for name in ("values", "indices", "tail"))
     values, indices, tail = (torch.from_numpy(np.ascontiguousarray(one)) for one in read)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
 
-from pipeline.report.formatting import kib, mean_std, num_seeds, share, size_ratio
-from pipeline.report.html.read import PageRun
-from pipeline.report.quality import mean_and_std
-from pipeline.report.rows import Row
+from kdpipe.pipeline.report.formatting import kib, mean_std, num_seeds, share, size_ratio
+from kdpipe.pipeline.report.html.read import PageRun
+from kdpipe.pipeline.report.quality import mean_and_std
+from kdpipe.pipeline.report.rows import Row
 
 MIN_GAP = 0.1
 """Percentage points between teacher and undistilled student; of a smaller gap no closed share is given."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from statistics import median
 
-from pipeline.report.formatting import kib, mean_std
-from pipeline.report.html.read import MAIN_KINDS, PageRun
-from pipeline.report.html.templating import LeftOutError
-from pipeline.report.tables import Table, report_tables
-from pipeline.report.tradeoff import trade_points, trade_title
+from kdpipe.pipeline.report.formatting import kib, mean_std
+from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun
+from kdpipe.pipeline.report.html.templating import LeftOutError
+from kdpipe.pipeline.report.tables import Table, report_tables
+from kdpipe.pipeline.report.tradeoff import trade_points, trade_title
 
 
 def results(run: PageRun) -> dict[str, object]:
@@ -49,7 +49,7 @@ def tradeoff(run: PageRun) -> dict[str, object]:
     Raises:
         LeftOutError: If no network has a file.
     """
-    from pipeline.report.pareto_svg import CAPTION, pareto_panels
+    from kdpipe.pipeline.report.pareto_svg import CAPTION, pareto_panels
 
     found = trade_points(run.report)
     if not found:

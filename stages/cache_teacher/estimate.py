@@ -1,0 +1,88 @@
+"""Estimate of the size and time of `cache-teacher`, for `kdpipe plan`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
+from kdpipe.stages.cache_teacher.plan import CacheConfig, free_bytes, plan_store, samples_in_row_order
+from kdpipe.stages.context import Setup
+from kdpipe.stages.data.loader.image_loader import Request
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.hooks import tapped
+from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.store import Manifest, Unit, missing_arrays, plan_growth, read_store_manifest, store_bytes
+
+NUM_PROBES = 4
+"""Batches of which the teacher's speed is measured; the first one is a warm-up."""
+
+
+def plan_cache(
+    config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup, *, trained: bool
+) -> dict[str, Any]:
+    """Return what the store has, what is missing, and its size on disk, without writing anything.
+
+    If the teacher is not `trained` yet, it is taken for the teacher of an existing store. Raises FingerprintMismatch if
+    the store at `path` was made from other inputs.
+    """
+    samples = samples_in_row_order(setup)
+    manifest = plan_store(config, teacher, layers, samples, setup)
+    if path.exists():
+        stored = read_store_manifest(path)
+        if not trained:
+            manifest = replace(manifest, identity=replace(manifest.identity, teacher=stored.identity.teacher))
+        manifest, _ = plan_growth(path, stored, manifest, samples)
+    units = manifest.layout.units()
+    missing = {unit: names for unit in units if (names := missing_arrays(path, manifest, unit))}
+    missing_bytes = sum(store_bytes(manifest, [unit], names) for unit, names in missing.items())
+    return {
+        "store": str(path),
+        "exists": path.exists(),
+        "num_views": manifest.layout.num_views,
+        "num_samples": manifest.layout.num_samples,
+        "unit_rows": manifest.layout.unit_rows,
+        "num_units": len(units),
+        "num_units_missing": len(missing),
+        "arrays": {spec.name: _array(manifest, spec.name, units, missing) for spec in manifest.arrays},
+        "store_bytes": store_bytes(manifest, units),
+        "missing_bytes": missing_bytes,
+        "free_bytes": free_bytes(path),
+        "num_images": sum(unit.num_rows for unit in missing),
+    }
+
+
+def _array(
+    manifest: Manifest, name: str, units: Sequence[Unit], missing: dict[Unit, tuple[str, ...]]
+) -> dict[str, Any]:
+    spec = manifest.spec(name)
+    return {
+        **spec.to_json(),
+        "view_bytes": store_bytes(manifest, manifest.layout.units([0]), [name]),
+        "store_bytes": store_bytes(manifest, units, [name]),
+        "num_units_missing": sum(name in names for names in missing.values()),
+    }
+
+
+@torch.no_grad()
+def probe(
+    config: CacheConfig, teacher: Network, layers: Sequence[Wanted], setup: Setup, num_images: int
+) -> dict[str, float]:
+    """Measure the teacher's rate on a few batches, rendering and copying included, and extrapolate the total time."""
+    num_probed = min(setup.train_set.num_samples, NUM_PROBES * config.batch_size)
+    batch_size = min(config.batch_size, -(-num_probed // 2))
+    times_s = []
+    with tapped(teacher.model, hooked_layers(layers)) as tap:
+        for start in range(0, num_probed - batch_size + 1, batch_size):
+            started = time.perf_counter()
+            request = Request(torch.arange(start, start + batch_size), 0)
+            for _, outputs in iter_teacher_outputs(tap, teacher, [request], setup, layers):
+                outputs.logits.float().cpu()
+            times_s.append(time.perf_counter() - started)
+    rate = batch_size / max(1e-9, min(times_s[1:] or times_s))
+    return {"images_per_s": round(rate, 1), "wall_s": round(num_images / rate, 1)}

@@ -1,0 +1,190 @@
+"""Teacher inference on the rows of a unit, and conversion of the outputs to the arrays of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.stages.context import Setup
+from kdpipe.stages.data.loader.image_loader import Request, Seen
+from kdpipe.stages.data.loader.labels import HardLabels, labels_of
+from kdpipe.stages.errors import NotFiniteError
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.hooks import Outputs, Tap
+from kdpipe.stages.runtime.memory import run_in_chunks
+from kdpipe.stages.targets.feature_spec import INPUT_GRADIENT, Wanted, take_form
+from kdpipe.store import Manifest, Unit, encode_topk, measure_dense, measure_features, measure_topk
+
+MEASURED_ROWS = 64
+"""Rows of a unit's features of which the encoding error is measured."""
+
+
+@dataclass(frozen=True)
+class UnitOutputs:
+    """The teacher's outputs on a unit.
+
+    Attributes:
+        unit: The unit.
+        logits: float32 [n, C].
+        features: By array, [n, ...] in the store's type.
+        fidelity: The encoding errors of the features, by array.
+    """
+
+    unit: Unit
+    logits: NDArray[np.float32]
+    features: dict[str, NDArray[Any]]
+    fidelity: dict[str, Any]
+
+    def encode(self, manifest: Manifest, names: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return the rows of the arrays `names` in the store's types, and their encoding errors."""
+        rows = {name: self.features[name] for name in names if name in self.features}
+        fidelity = {name: self.fidelity[name] for name in rows}
+        wanted = [name for name in names if name not in self.features]
+        if not wanted:
+            return rows, fidelity
+        dtype = _logits_dtype(manifest)
+        if manifest.top_k is None:
+            stored = self.logits.astype(dtype)
+            return {**rows, "logits": stored}, {**fidelity, "logits": measure_dense(self.logits, stored)}
+        packed = encode_topk(self.logits, manifest.top_k, dtype)
+        fidelity["logits"] = measure_topk(self.logits, packed, manifest.top_k)
+        return {**rows, **{name: packed[name] for name in wanted}}, fidelity
+
+
+def hooked_layers(wanted: Sequence[Wanted]) -> list[str]:
+    """Return the modules to hook for the wanted features."""
+    return [one.layer for one in wanted if one.source == one.layer]
+
+
+def teacher_forward(tap: Tap, teacher: Network, seen: Seen, wanted: Sequence[Wanted], hard: HardLabels) -> Outputs:
+    """Run the teacher on images and return its logits and features, in chunks if they do not fit into memory.
+
+    Features are those that `tap` hooks and, under INPUT_GRADIENT if wanted, the gradient of the cross entropy with the
+    labels by the pixels, [B, C, H, W].
+    """
+    chunks = [outputs for _, outputs in teacher_forward_in_chunks(tap, teacher, seen, wanted, hard)]
+    if len(chunks) == 1:
+        return chunks[0]
+    features = {layer: torch.cat([chunk.features[layer] for chunk in chunks]) for layer in chunks[0].features}
+    return Outputs(torch.cat([chunk.logits for chunk in chunks]), features)
+
+
+def teacher_forward_in_chunks(
+    tap: Tap,
+    teacher: Network,
+    seen: Seen,
+    wanted: Sequence[Wanted],
+    hard: HardLabels,
+    *,
+    warn: Callable[[str], None] | None = None,
+) -> Iterator[tuple[slice, Outputs]]:
+    """Yield slices of the rows and their outputs, as many rows at once as fit into memory.
+
+    Outputs of single samples do not depend on the others, so chunks differ from the whole by rounding. `warn` is as in
+    `run_in_chunks`.
+    """
+
+    def forward(rows: slice) -> tuple[slice, Outputs]:
+        labels = hard.rows(torch.arange(rows.start, rows.stop, device=hard.labels.device))
+        return rows, _forward(tap, teacher, seen.images[rows], wanted, labels)
+
+    return run_in_chunks(teacher.model, len(seen.images), forward, warn)
+
+
+def _forward(tap: Tap, teacher: Network, images: Tensor, wanted: Sequence[Wanted], hard: HardLabels) -> Outputs:
+    """Run the teacher on images uint8 [B, C, H, W] in one pass."""
+    if all(one.source != INPUT_GRADIENT for one in wanted):
+        return tap(teacher.normalise(images))
+    with torch.enable_grad():
+        normalized = teacher.normalise(images).requires_grad_()
+        outputs = tap(normalized)
+        (gradient,) = torch.autograd.grad(hard.cross_entropy(outputs.logits).sum(), normalized)
+        features = {layer: feature.detach() for layer, feature in outputs.features.items()}
+        features[INPUT_GRADIENT] = teacher.normalise.gradient_by_pixels(gradient)
+        return Outputs(outputs.logits.detach(), features)
+
+
+def iter_teacher_outputs(
+    tap: Tap, teacher: Network, requests: Iterable[Request], setup: Setup, wanted: Sequence[Wanted] = ()
+) -> Iterator[tuple[Tensor, Outputs]]:
+    """Yield ids and outputs, batch by batch, computing one batch ahead, while the last one is copied from the GPU.
+
+    If a batch does not fit into memory, it and later ones come in chunks, in the same order; as with another batch
+    size, their last bits may differ.
+    """
+    ready: tuple[Tensor, Outputs] | None = None
+    warn = partial(setup.watch.warn, "cache-teacher")
+    for seen in setup.pictures.stream(requests, whole=True):
+        setup.watch.check()
+        ids = setup.train_set.sample_ids[seen.positions].to(setup.device, non_blocking=True)
+        labels = labels_of(setup.pictures, seen)
+        for rows, outputs in teacher_forward_in_chunks(tap, teacher, seen, wanted, labels, warn=warn):
+            if ready is not None:
+                yield ready
+            ready = ids[rows], outputs
+    if ready is not None:
+        yield ready
+
+
+def collect_unit(
+    batches: Iterator[tuple[Tensor, Outputs]], manifest: Manifest, unit: Unit, wanted: Sequence[Wanted]
+) -> UnitOutputs:
+    """Gather the rows of a unit; raises NotFiniteError, naming samples, for NaN, infinity and overflow."""
+    logits: NDArray[np.float32] | None = None
+    features = {one.array: _empty(manifest, one.array, unit) for one in wanted}
+    fidelity: dict[str, Any] = {}
+    start = 0
+    for ids, outputs in batches:
+        stop = start + len(ids)
+        batch_logits = outputs.logits.float()
+        _to_stored("logits", batch_logits, _logits_dtype(manifest), ids, unit)
+        if logits is None:
+            logits = np.empty((unit.num_rows, batch_logits.shape[1]), np.float32)
+        logits[start:stop] = batch_logits.cpu().numpy()
+        for one in wanted:
+            exact = take_form(one, outputs.features[one.source])
+            stored = _to_stored(one.array, exact, manifest.spec(one.array).dtype, ids, unit).cpu().numpy()
+            features[one.array][start:stop] = stored
+            if one.array not in fidelity:  # the first rows represent the unit: maps are large, and errors alike
+                sample = exact[:MEASURED_ROWS].float().cpu().numpy()
+                fidelity[one.array] = measure_features(sample, stored[:MEASURED_ROWS])
+        start = stop
+    assert logits is not None, "a unit has at least one row"
+    return UnitOutputs(unit, logits, features, fidelity)
+
+
+def _empty(manifest: Manifest, name: str, unit: Unit) -> NDArray[Any]:
+    spec = manifest.spec(name)
+    return np.empty((unit.num_rows, *spec.row_shape), spec.dtype)
+
+
+def _logits_dtype(manifest: Manifest) -> str:
+    return manifest.spec("logits" if manifest.top_k is None else "logits/values").dtype
+
+
+def _to_stored(name: str, exact: Tensor, dtype: str, sample_ids: Tensor, unit: Unit) -> Tensor:
+    """Convert outputs [B, ...] to the store's type; raises NotFiniteError, naming samples, for NaN and overflow."""
+    stored = exact.to(getattr(torch, dtype))
+    # A finite sum proves that all are finite, in a tenth of the time; an overflow of the sum is checked below.
+    if torch.isfinite(stored.sum(dtype=torch.float32)):
+        return stored
+    bad = ~torch.isfinite(stored).flatten(1).all(1)
+    if bad.any():
+        named = sample_ids[bad][:5].tolist()
+        if torch.isfinite(exact).all():
+            raise NotFiniteError(
+                f"{name} of samples {named} in view {unit.view} reach {float(exact.abs().max()):.4g}, beyond {dtype}'s "
+                "range: set cache.dtype = 'float32'."
+            )
+        raise NotFiniteError(
+            f"the teacher returned NaN or infinity as {name} of samples {named} in view {unit.view}: "
+            "check these images and the teacher's weights and normalization."
+        )
+    return stored

@@ -1,0 +1,136 @@
+"""Plan of a store before the teacher runs: arrays, units, bytes and disk space."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from kdpipe.stages.config import Count, Place, section
+from kdpipe.stages.context import Setup
+from kdpipe.stages.errors import RecipeError, RunError
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.runtime.versions import library_versions
+from kdpipe.stages.targets.feature_spec import Wanted, form_shapes, parse_kind
+from kdpipe.store import (
+    ArraySpec,
+    Identity,
+    Manifest,
+    Samples,
+    StoreLayout,
+    TopK,
+    default_temperatures,
+    missing_arrays,
+    plan_growth,
+    read_store_manifest,
+    row_order,
+    rows_per_unit,
+    store_bytes,
+)
+
+LOGITS = "logits"
+
+
+Temperature = Annotated[float, Field(ge=0.1, le=100)]
+
+
+def _ascending(temperatures: tuple[float, float]) -> tuple[float, float]:
+    if temperatures[0] > temperatures[1]:
+        raise ValueError("the lowest temperature must come first")
+    return temperatures
+
+
+@section
+class CacheConfig:
+    """Configuration of the target store.
+
+    Attributes:
+        layers: Modules of the teacher to store beside the features that the losses require: `layer3` stores its map,
+            `layer3:pooled`, `layer3:attention` and `layer3:gram` a statistic of it.
+        dtype: The type of logits and features.
+        top_k: Store only the largest logits of a row, and the mass of the rest at any temperature in `temperatures`.
+        temperatures: The lowest and highest temperature; a narrow range takes fewer bytes.
+        store: The store's folder; by default `store.zarr` in the run folder.
+        batch_size: Images per teacher batch.
+        shard_bytes: The approximate size of the widest array's shard files.
+    """
+
+    layers: tuple[str, ...] = ()
+    dtype: Literal["float16", "float32"] = "float16"
+    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperatures: Annotated[tuple[Temperature, Temperature], AfterValidator(_ascending)] = (1.0, 20.0)
+    store: Place | None = None
+    batch_size: Count = 256
+    shard_bytes: Annotated[int, Field(ge=4096, le=2**32)] = 64 * 2**20
+
+
+def samples_in_row_order(setup: Setup) -> Samples:
+    """Return the training samples in the order of the store's rows: pseudo-random, so that slabs mix classes."""
+    return setup.samples.take(row_order(setup.samples.ids, setup.views.seed))
+
+
+def plan_store(
+    config: CacheConfig, teacher: Network, layers: Sequence[Wanted], samples: Samples, setup: Setup
+) -> Manifest:
+    """Return the manifest of the store to make.
+
+    Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes.
+    """
+    top_k = _top_k(config, setup)
+    logits = top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (setup.train_set.num_classes,), config.dtype),)
+    shapes = form_shapes(teacher.model, layers, setup.image_shape)
+    specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype) for one in layers])
+    num_samples = len(samples.ids)
+    data = {**setup.data_identity(), "classes": list(setup.train_set.class_names)}
+    return Manifest(
+        identity=Identity(teacher.identity, data, setup.view_identity()),
+        arrays=specs,
+        layout=StoreLayout(
+            setup.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)
+        ),
+        versions=library_versions(),
+        top_k=top_k,
+    )
+
+
+def layers_of(manifest: Manifest) -> list[Wanted]:
+    """Return the features that a store holds."""
+    parts = [spec.name.partition("/") for spec in manifest.arrays]
+    return [wanted for kind, _, layer in parts if (wanted := parse_kind(layer, kind)) is not None]
+
+
+def missing_bytes(path: Path, wanted: Manifest, samples: Samples) -> int:
+    """Return the bytes that the store at `path` still needs. Raises the same as `plan_growth`."""
+    if not path.exists():
+        return store_bytes(wanted, wanted.layout.units())
+    grown, _ = plan_growth(path, read_store_manifest(path), wanted, samples)
+    return sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.layout.units())
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk of `path`, which need not exist yet."""
+    return shutil.disk_usage(next(one for one in (path, *path.absolute().parents) if one.exists())).free
+
+
+def require_room(path: Path, needed: int) -> None:
+    """Raise RunError if the store at `path` needs more bytes than its disk has free."""
+    free = free_bytes(path)
+    if needed > free:
+        raise RunError(
+            f"the store {path} needs {needed:,} bytes more and its disk has {free:,} free: make room, put cache.store "
+            "on another disk, keep less of each layer (cache.layers = ['LAYER:pooled']), or lower views.num_views."
+        )
+
+
+def _top_k(config: CacheConfig, setup: Setup) -> TopK | None:
+    if config.top_k is None:
+        return None
+    num_classes = setup.train_set.num_classes
+    if config.top_k >= num_classes:
+        raise RecipeError(
+            f"cache.top_k = {config.top_k} keeps all of {num_classes} classes: leave it out, or keep fewer."
+        )
+    return TopK(num_classes, config.top_k, default_temperatures(*config.temperatures))

@@ -1,0 +1,156 @@
+"""`kdpipe store verify --recompute`: compare stored rows of some samples with the teacher's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdpipe.stages.cache_teacher.inference import hooked_layers, teacher_forward
+from kdpipe.stages.cache_teacher.plan import layers_of
+from kdpipe.stages.context import Setup
+from kdpipe.stages.data.loader.image_loader import Request
+from kdpipe.stages.data.loader.labels import labels_of
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.hooks import tapped
+from kdpipe.stages.runtime.versions import library_versions
+from kdpipe.stages.targets.feature_spec import take_form
+from kdpipe.store import StoreError, TargetStore, open_store
+from kdpipe.store.format.manifest import require, version_note
+from kdpipe.store.format.topk import INDICES, TAIL, VALUES, encode_topk
+
+TOLERANCE = 1e-2
+"""The tolerated difference from the teacher, relative to the largest number in the row.
+
+Rounding to float16 takes 5e-4, another batch size or device up to about 1e-3; another teacher differs by about 1.
+"""
+
+SMALLEST = 2.0**-24
+"""The smallest step of float16, the tolerance in rows of tiny numbers."""
+
+MASS_TOLERANCE = 1e-2
+"""The tolerated difference of the mass of the logits outside of the top k."""
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A stored row that differs from the teacher's; `error` is the largest difference relative to the tolerance."""
+
+    sample_id: int
+    view: int
+    array: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """The result of comparing `num_rows` rows; `largest_error` is over all, as in `Mismatch`."""
+
+    num_rows: int
+    differing: tuple[Mismatch, ...]
+    largest_error: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: int) -> Recomputed:
+    """Compare `num_rows` samples of the store at `path`, each in one view, both drawn with `seed`, with the teacher.
+
+    Raises FingerprintMismatch if the store names another teacher or other views, StoreError if it is not finished, or
+    has samples that are not in the recipe's data set.
+    """
+    store = open_store(path)
+    advice = "Give the recipe and the run folder with which the store was made."
+    advice += version_note(store.manifest.versions, library_versions())
+    require(store.manifest, {"teacher": teacher.identity, "views": setup.view_identity()}, f"the store {path}", advice)
+    rng = np.random.default_rng(seed)
+    ids = rng.choice(store.samples.ids, min(num_rows, store.num_samples), replace=False)
+    views = rng.integers(store.num_views, size=len(ids))
+    differing: list[Mismatch] = []
+    largest = 0.0
+    for view in np.unique(views):
+        chosen = np.sort(ids[views == view])
+        for start in range(0, len(chosen), BATCH_SIZE):
+            setup.watch.check()
+            batch = chosen[start : start + BATCH_SIZE]
+            for name, errors in _errors(store, teacher, setup, int(view), batch).items():
+                largest = max(largest, float(errors.max()))
+                bad = errors > 1.0
+                differing += [
+                    Mismatch(int(one), int(view), name, float(error))
+                    for one, error in zip(batch[bad], errors[bad], strict=True)
+                ]
+    return Recomputed(len(ids), tuple(sorted(differing, key=lambda one: (one.sample_id, one.array))), largest)
+
+
+@torch.no_grad()
+def _errors(
+    store: TargetStore, teacher: Network, setup: Setup, view: int, ids: NDArray[np.int64]
+) -> dict[str, NDArray[np.float64]]:
+    """Return the errors of the rows of samples [n] by array, [n]; 1 is just tolerated."""
+    wanted = [one for one in layers_of(store.manifest) if one.array in {spec.name for spec in store.arrays}]
+    positions = torch.from_numpy(_positions(store, setup, ids))
+    seen = setup.pictures.one(Request(positions, view))
+    with tapped(teacher.model, hooked_layers(wanted)) as tap:
+        outputs = teacher_forward(tap, teacher, seen, wanted, labels_of(setup.pictures, seen))
+    exact = {one.array: take_form(one, outputs.features[one.source]).float().cpu().numpy() for one in wanted}
+    stored = {spec.name: store.gather(spec.name, view, ids) for spec in store.arrays}
+    errors = {name: _row_errors(values, stored[name], _tolerance(store, name)) for name, values in exact.items()}
+    return errors | _logit_errors(store, outputs.logits.float().cpu().numpy(), stored)
+
+
+def _positions(store: TargetStore, setup: Setup, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the samples' positions in the recipe's data set; raises StoreError for unknown samples."""
+    positions = setup.samples.positions_of(ids)
+    if (positions < 0).any():
+        raise StoreError(
+            f"{store.path} has samples that are not in this recipe's data set, such as "
+            f"{ids[positions < 0][:3].tolist()}: give the recipe with which it was made."
+        )
+    return positions
+
+
+def _tolerance(store: TargetStore, name: str) -> float:
+    """Return TOLERANCE plus the error of rounding an archive's mantissas."""
+    bits = store.manifest.rounded.get(name)
+    return TOLERANCE + (0.0 if bits is None else 2.0**-bits)
+
+
+def _row_errors(exact: NDArray[Any], stored: NDArray[Any], tolerance: float) -> NDArray[np.float64]:
+    """Return the largest difference in each row [n, ...], relative to the tolerance: [n]."""
+    expected = exact.reshape(len(exact), -1).astype(np.float64)
+    found = stored.reshape(len(stored), -1).astype(np.float64)
+    allowed = tolerance * np.abs(expected).max(axis=1) + SMALLEST
+    return np.asarray(np.abs(found - expected).max(axis=1) / allowed)
+
+
+def _logit_errors(
+    store: TargetStore, logits: NDArray[np.float32], stored: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[np.float64]]:
+    """Return the errors of logits [n, C].
+
+    Of top-k logits the stored classes and the mass of the rest are compared; a stored class must be one of the largest.
+    """
+    top_k = store.manifest.top_k
+    if top_k is None:
+        return {"logits": _row_errors(logits, stored["logits"], _tolerance(store, "logits"))}
+    classes = np.minimum(stored[INDICES].astype(np.intp), top_k.num_classes - 1)
+    kept = np.take_along_axis(logits, classes, axis=1)
+    tolerance = _tolerance(store, VALUES)
+    allowed = tolerance * np.abs(logits).max(axis=1) + SMALLEST
+    threshold = np.sort(logits, axis=1)[:, -top_k.k]
+    tails = encode_topk(logits, top_k, "float32")[TAIL]
+    masses = [1.0 / (1.0 + np.exp(-tail.astype(np.float64))) for tail in (tails, stored[TAIL])]
+    return {
+        VALUES: np.abs(stored[VALUES].astype(np.float64) - kept).max(axis=1) / allowed,
+        INDICES: np.maximum(threshold - kept.min(axis=1), 0.0).astype(np.float64) / allowed,
+        TAIL: np.abs(masses[0] - masses[1]).max(axis=1) / MASS_TOLERANCE,
+    }

@@ -1,0 +1,162 @@
+"""Finish `kdpipe compress`: measure the files' latency and write the artifacts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
+from kdpipe.stages.compress.artifacts.write import ArtifactStage, artifact_folder, write_artifacts
+from kdpipe.stages.compress.compress import CompressConfig, compressed_root, float_job, float_source, student_job
+from kdpipe.stages.compress.external_student import low_precision_dtypes
+from kdpipe.stages.compress.fine_tune import FineTuneContext
+from kdpipe.stages.compress.quantize_student import prepare, quantize_job, quantized_record
+from kdpipe.stages.compress.resume import TrainedModel, finished_source
+from kdpipe.stages.context import Setup
+from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
+from kdpipe.stages.evaluation.latency import measure_latency
+from kdpipe.stages.export.onnx_session import float_nodes
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.runtime.cpu import cpu_name
+from kdpipe.stages.training.job_dir import JobFolder, read_json, write_json
+from kdpipe.store import make_folders
+
+
+def export_student(
+    config: CompressConfig, student: StudentConfig, seed: int, teaching: Teaching, setup: Setup, *, name: str
+) -> dict[str, Any]:
+    """Measure the files of a seed's networks, write its artifacts, called `name`, and return the card.
+
+    Raises:
+        RunError: If the networks do not exist yet.
+        ModelError: As `write_artifacts`.
+    """
+    context = FineTuneContext(student, seed, teaching, setup, compressed_root(setup.run, config))
+    source = float_source(config, context)
+    chain = [ArtifactStage(float_job(config, context), source.load())]
+    if config.quantizes:
+        chain.append(ArtifactStage(context.folder(config.quantize.scheme), _load_quantized(config, context, source)))
+    latency = measure_files(config, context)
+    return write_artifacts(
+        artifact_folder(context.root, seed),
+        chain,
+        {"name": name, **_facts(config, context, latency)},
+        setup,
+        opset=config.opset,
+        dtypes=low_precision_dtypes(Path(config.student).expanduser()) if config.student and not config.steps else None,
+    )
+
+
+def measure_files(config: CompressConfig, context: FineTuneContext) -> Latencies:
+    """Measure onnxruntime's time per batch, teacher to INT8 student, in turn in one process.
+
+    The result is recorded and reused for the same files and number of threads. Raises RunError if the record is
+    damaged.
+    """
+    setup, record = context.setup, latency_path(context.root, context.seed)
+    present = {
+        name: folder.onnx for name, folder in _measured_folders(config, context).items() if folder.onnx.is_file()
+    }
+    measured_on: dict[str, Any] = {
+        "batch_sizes": list(config.latency_batch_sizes),
+        "num_rounds": config.latency_rounds,
+        "num_threads": torch.get_num_threads(),
+        "files_sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in present.items()},
+    }
+    recorded, previous = read_latencies(record), read_json(record) or {}
+    if recorded is not None and {key: previous.get(key) for key in measured_on} == measured_on:
+        return recorded
+    found = measure_latency(
+        present,
+        setup.image_shape,
+        config.latency_batch_sizes,
+        num_rounds=config.latency_rounds,
+        num_threads=torch.get_num_threads(),
+        between_rounds=setup.watch.check,
+    )
+    files = {
+        name: {str(size): latency.to_json() for size, latency in by_size.items()} for name, by_size in found.items()
+    }
+    make_folders([record.parent])  # absent if nothing was compressed
+    write_json(record, measured_on | {"cpu": cpu_name(), "files": files})
+    return Latencies(cpu_name(), measured_on["num_threads"], measured_on["batch_sizes"], files)
+
+
+def _measured_folders(config: CompressConfig, context: FineTuneContext) -> dict[str, JobFolder]:
+    """Return the networks to measure. Those that differ only in their fine-tuning take the same time."""
+    run, seed, scheme = context.setup.run, context.seed, config.quantize.scheme
+    alone, distilled = (student_folder(run, kind, seed) for kind in (ALONE, DISTILLED))
+    sizes = [(folder.result() or {}).get("num_parameters") for folder in (alone, distilled)]
+    folders = {"teacher": JobFolder(run / "teacher"), "student": student_job(config, context)}
+    if config.student is None and sizes[0] != sizes[1]:  # SimKD's student has a projector
+        folders["alone"] = alone
+    if config.prunes:
+        folders["pruned"] = context.folder("pruned")
+    if config.quantizes:
+        folders |= {kind: context.folder(kind) for kind in (scheme, f"{scheme}-unpruned")}
+    return folders
+
+
+def _load_quantized(config: CompressConfig, context: FineTuneContext, source: TrainedModel) -> Network:
+    """Load the finished quantized network."""
+
+    def fresh() -> Network:
+        network = source.load()
+        prepared = prepare(network.model, context.setup.image_shape, config.quantize)
+        architecture = {**network.architecture, **quantized_record(config.quantize)}
+        return Network(prepared, architecture, network.normalise)
+
+    folder = context.folder(config.quantize.scheme)
+    if folder.result() is not None:  # was it made from this network?
+        folder.begin(quantize_job(config.quantize, config.quantize_train, context, source))
+    return finished_source(folder, fresh, "kdpipe compress --only quantize").load()
+
+
+def _facts(config: CompressConfig, context: FineTuneContext, latency: Latencies) -> dict[str, Any]:
+    """Return the card's entries on origin and figures."""
+    jobs = {"teacher": JobFolder(context.setup.run / "teacher"), "student": student_job(config, context)}
+    if config.prunes:
+        jobs["pruned"] = context.folder("pruned")
+    if config.quantizes:
+        jobs[config.quantize.scheme] = context.folder(config.quantize.scheme)
+    results = {name: result for name, folder in jobs.items() if (result := folder.result()) is not None}
+    last = jobs[list(jobs)[-1]]
+    stores = context.teaching.stores if context.teaching else ()
+    return {
+        "kdpipe": version("kdpipe"),
+        "seed": context.seed,
+        "data": {"name": context.setup.test_set.name, "num_test_samples": context.setup.test_set.num_samples},
+        "teachers": [
+            {
+                "model": store.manifest.identity.teacher["architecture"]["model"],
+                "weights_sha256": store.manifest.identity.teacher["weights_sha256"],
+                "fingerprint": store.manifest.identity.fingerprint,
+                "num_views": store.num_views,
+            }
+            for store in stores
+        ],
+        "weights_sha256": results[list(results)[-1]]["identity"]["weights_sha256"],
+        "networks": {name: _figures(result) for name, result in results.items()},
+        "excluded": results.get("pruned", {}).get("excluded", {}),
+        "float_nodes": [str(node) for node in float_nodes(last.onnx)] if config.quantizes else [],
+        "latency": asdict(latency),
+    }
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
+    examined = result.get("examined") or {}
+    return {
+        "accuracy": result["accuracy"],
+        "agreement": examined.get("agreement"),
+        "num_parameters": result["num_parameters"],
+        "num_macs": result.get("num_macs"),
+        "onnx_bytes": result["onnx_bytes"],
+        "onnx_agreement": result["onnx_agreement"],
+    }

@@ -1,0 +1,118 @@
+"""Rebuild a network from a weights file alone, without pickle or recipe.
+
+network = rebuild(Path("artifacts-seed0/model.safetensors"))
+logits = network.model(network.normalise(images))          # uint8 [B, C, H, W] to [B, num_classes]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdpipe.stages.compress.quantize_student import config_of, prepare
+from kdpipe.stages.compress.resume import with_widths
+from kdpipe.stages.distillation.classifier_reuse import with_projector
+from kdpipe.stages.errors import ModelError, cause
+from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.models.build import ModelConfig, build_model
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.models.safetensors_io import load_tensors
+from kdpipe.stages.models.weights import load_entries
+from kdpipe.stages.runtime.user_code import is_user_reference
+from kdpipe.store import KdpipeError
+
+MAX_SIZE = 8192
+"""The largest width, argument or image side accepted in a record."""
+
+
+def rebuild(path: Path, *, trust_python: bool = False) -> Network:
+    """Build the network of a `model.safetensors` of kdpipe, in eval mode, on the CPU.
+
+    It is pruned or not, in float or rounding as its integer file does.
+
+    Args:
+        path: The file.
+        trust_python: Whether to build a user's own network (`python:module:factory`), which runs code from a module
+            that the file names.
+
+    Raises:
+        ModelError: If the file is not from kdpipe, or is inconsistent.
+    """
+    tensors, record = load_tensors(path)
+    try:
+        architecture = _checked(record["architecture"])
+        plain = {key: value for key, value in architecture.items() if key != "widths"}
+        model = _build(architecture, tensors, trust_python=trust_python)
+        fresh = Network(model, plain, Normalisation.from_json(record))
+        network = with_widths(fresh, architecture.get("widths"))
+        if (config := config_of(architecture)) is not None:
+            rounding = prepare(network.model, image_shape_of(architecture), config)
+            network = Network(rounding, architecture, network.normalise)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
+        raise ModelError(f"the record in {path} is damaged: it describes no valid network ({cause(error)}).") from error
+    except KdpipeError as error:
+        raise ModelError(f"the network in {path} cannot be built: {error}") from error
+    load_entries(network.model, tensors, str(path))
+    network.model.eval()
+    return network
+
+
+def _checked(architecture: Any) -> dict[str, Any]:
+    """Reject records that would allocate unbounded memory. Raises ValueError or TypeError."""
+    if not isinstance(architecture, dict) or not isinstance(architecture.get("exclude", []), list):
+        raise TypeError("the architecture is not a table")
+    for key, limit in (("num_classes", 10**6), ("in_channels", MAX_SIZE), ("image_size", MAX_SIZE), ("args", MAX_SIZE)):
+        if (largest := _largest(architecture[key])) > limit:
+            raise ValueError(f"{key} has {largest}, more than {limit}")
+    if (reused := architecture.get("reused_classifier")) and _largest(reused) > MAX_SIZE:
+        raise ValueError("the reused classifier is too wide")
+    return architecture
+
+
+def _largest(value: Any) -> float:
+    """Return the largest number in a JSON value."""
+    if isinstance(value, dict | list):
+        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
+
+
+def image_shape_of(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return (C, H, W) of a recorded network's images."""
+    height, width = architecture["image_size"]
+    return int(architecture["in_channels"]), int(height), int(width)
+
+
+def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, trust_python: bool) -> nn.Module:
+    name = str(architecture["model"])
+    if is_user_reference(name) and not trust_python:
+        raise ModelError(
+            f"its model is {name!r}, code outside the file: pass trust_python=True if you trust that code."
+        )
+    channels, height, width = image_shape_of(architecture)
+    model = build_model(
+        ModelConfig(name=name, args=dict(architecture["args"])),
+        num_classes=int(architecture["num_classes"]),
+        in_channels=channels,
+        image_size=(height, width),
+        seed=0,
+    )
+    if reused := architecture.get("reused_classifier"):
+        config = SimKDConfig(
+            loss="simkd",
+            layers=((reused["layer"], ""),),
+            classifier=(reused["classifier"], ""),
+            factor=reused["factor"],
+        )
+        with_projector(
+            model,
+            config,
+            (channels, height, width),
+            num_features=int(reused["num_features"]),
+            num_classes=int(architecture["num_classes"]),
+            bias=f"{reused['classifier']}.bias" in tensors,
+        )
+    return model

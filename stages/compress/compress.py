@@ -1,0 +1,257 @@
+"""Stage 3, `kdpipe compress`: prune and quantize the distilled student with distillation, and its baselines."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+
+from kdpipe.stages.compress.external_student import load_external, measure_external
+from kdpipe.stages.compress.fine_tune import FineTuneContext
+from kdpipe.stages.compress.prune_student import prune_job, prune_student
+from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
+from kdpipe.stages.compress.quantization.qat import calibrate
+from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity, sensitivity
+from kdpipe.stages.compress.quantize_student import QuantizeConfig, prepare, quantize_student
+from kdpipe.stages.compress.resume import TrainedModel, finished_source
+from kdpipe.stages.config import Place, section, unequal
+from kdpipe.stages.context import Setup
+from kdpipe.stages.distillation.classifier_reuse import last_of_projector
+from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
+from kdpipe.stages.distillation.task_builder import fresh_student
+from kdpipe.stages.export.onnx_export import export_onnx
+from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.runtime.cpu import step_back
+from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.saved_model import finished_record
+from kdpipe.store import FingerprintMismatch, differences
+
+Step = Literal["prune", "quantize", "export"]
+
+
+STEPS: tuple[Step, ...] = ("prune", "quantize", "export")
+"""The steps of `kdpipe compress`, in order."""
+
+
+@section
+class CompressConfig:
+    """Configuration of compression: prune, then quantize, each with its own fine-tuning, and export.
+
+    Attributes:
+        steps: which of the two are done, always in this order; without either, a student is exported unchanged.
+        baselines: whether to make the baselines too: the student quantized without pruning, only calibrated, and every
+            fine-tuning repeated with hard labels alone.
+        student: a file with the weights of a student trained elsewhere, used in place of the distilled ones.
+        opset: of the exported ONNX files; by default the exporter's own.
+        latency_batch_sizes: batch sizes whose latency is reported.
+        niceness: how much this stage, long CPU work, lowers its scheduling priority.
+    """
+
+    steps: tuple[Literal["prune", "quantize"], ...] = ("prune", "quantize")
+    baselines: bool = True
+    student: Place | None = None
+    prune: PruneConfig = Field(default_factory=PruneConfig)
+    prune_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=10, lr=0.01))
+    quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
+    quantize_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=5, lr=0.001))
+    opset: Annotated[int, Field(ge=1, le=1000)] | None = None
+    latency_batch_sizes: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=65536)], ...], Field(min_length=1), AfterValidator(unequal)
+    ] = (1, 64)
+    latency_rounds: Annotated[int, Field(ge=3, le=10**6)] = 50
+    niceness: Annotated[int, Field(ge=0, le=19)] = 10
+
+    @property
+    def prunes(self) -> bool:
+        return "prune" in self.steps
+
+    @property
+    def quantizes(self) -> bool:
+        return "quantize" in self.steps
+
+
+def compressed_root(run: Path, config: CompressConfig) -> Path:
+    """Return the folder of a run's compressed students; for an external student it has its file's name."""
+    return run / ("compressed" if config.student is None else f"compressed-{Path(config.student).stem}")
+
+
+def compress(
+    config: CompressConfig,
+    student: StudentConfig,
+    seed: int,
+    teaching: Teaching,
+    setup: Setup,
+    *,
+    only: Sequence[Step] = STEPS,
+) -> dict[str, dict[str, Any]]:
+    """Prune and quantize the student of a seed and return the figures of each network made.
+
+    `pruned` and `int8` (or `int4`) are the chain itself; of its baselines, "-unpruned" is the student quantized without
+    pruning, "-ptq" the same only calibrated, and "-alone" anything fine-tuned with hard labels alone. Each step resumes
+    where it was stopped; finished ones are left untouched. This process lowers its priority by `config.niceness` for
+    good.
+
+    Raises:
+        RunError: If the network it starts from does not exist yet.
+        ModelError: If a network cannot be pruned or quantized, or its file disagrees with it.
+    """
+    step_back(config.niceness)
+    context = FineTuneContext(student, seed, teaching, setup, compressed_root(setup.run, config))
+    figures: dict[str, dict[str, Any]] = {}
+    if config.prunes and "prune" in only:
+        figures |= _prune(config, context)
+    if config.quantizes and "quantize" in only:
+        figures |= _quantize(config, context)
+    return figures
+
+
+def student_source(config: CompressConfig, context: FineTuneContext) -> TrainedModel:
+    """Return the student to compress.
+
+    Raises:
+        RunError: If it is not trained yet.
+        FingerprintMismatch: If another recipe trained it.
+        ModelError: As `load_external`.
+    """
+    fresh = _fresh(context)
+    if config.student is None:
+        folder, needed_by = student_folder(context.setup.run, DISTILLED, context.seed), "kdpipe train-student"
+        stored = dict(finished_record(folder, needed_by)["architecture"])
+        stored.pop("reused_classifier", None)
+        expected = json.loads(json.dumps(context.setup.architecture(context.student.model)))
+        if found := differences(stored, expected, "architecture"):
+            advice = "Use the recipe that trained it, or another run folder (--run)."
+            raise FingerprintMismatch(f"the student in {folder.path}", found, advice)
+        return finished_source(folder, fresh, needed_by)
+    path = Path(config.student).expanduser()
+    class_names = context.setup.test_set.class_names
+    figures = measure_external(context, load_external(path, fresh(), class_names))
+    return TrainedModel(figures["identity"], lambda: load_external(path, fresh(), class_names))
+
+
+def student_job(config: CompressConfig, context: FineTuneContext) -> JobFolder:
+    """Return the folder with that student's figures and files."""
+    if config.student is None:
+        return student_folder(context.setup.run, DISTILLED, context.seed)
+    return JobFolder(context.root / "given")
+
+
+def float_source(config: CompressConfig, context: FineTuneContext, kind: str = "pruned") -> TrainedModel:
+    """Return the float network of the chain: the pruned student, or the student if nothing is pruned.
+
+    Raises:
+        RunError: If it does not exist yet.
+        FingerprintMismatch: If it was pruned with other settings than `config`.
+    """
+    if not config.prunes:
+        return student_source(config, context)
+    folder = context.folder(kind)
+    found = finished_source(folder, _fresh(context), "kdpipe compress --only prune")
+    if kind == "pruned":
+        job = prune_job(_pruning(config, context), config.prune_train, context, student_source(config, context))
+        folder.begin(job)
+    return found
+
+
+def float_job(config: CompressConfig, context: FineTuneContext) -> JobFolder:
+    """Return the folder of that float network."""
+    return context.folder("pruned") if config.prunes else student_job(config, context)
+
+
+def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
+    """Return whether the chains of all seeds are finished, so that no dry run is needed."""
+    root = compressed_root(run, config)
+    kinds = ["pruned"] * config.prunes + [config.quantize.scheme] * config.quantizes
+    return all(JobFolder(root / f"{kind}-seed{seed}").result() is not None for kind in kinds for seed in student.seeds)
+
+
+def rehearse(config: CompressConfig, student: StudentConfig, setup: Setup) -> None:
+    """Prune, prepare and (if an opset is set) export an untrained student, to fail before any training.
+
+    Raises:
+        ModelError: If the student cannot be compressed.
+    """
+    network = fresh_student(student, student.seeds[0], setup)
+    if config.student is not None:
+        network = load_external(Path(config.student).expanduser(), network, setup.test_set.class_names)
+    model, example = network.model, torch.zeros(2, *setup.image_shape)
+    if config.prunes:
+        gradients = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+        pruning = config.prune
+        if pruning.budget == "latency":  # measuring would take too long here
+            pruning = replace(pruning, budget="parameters", ratio=0.1)
+        model = prune(model, example, pruning, gradients=gradients).model
+    if config.quantizes:
+        model = prepare(model, setup.image_shape, config.quantize)
+        if config.quantize.scheme == "int8":
+            calibrate(model, [example + 1])
+    if config.opset is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(model, example, Path(folder) / "model.onnx", metadata={}, opset=config.opset)
+
+
+def _prune(config: CompressConfig, context: FineTuneContext) -> dict[str, dict[str, Any]]:
+    source, pruning = student_source(config, context), _pruning(config, context)
+    figures = {"pruned": prune_student(pruning, config.prune_train, context, source, "pruned")}
+    if config.baselines:
+        ratio = None if pruning.budget == "channels" else figures["pruned"]["channel_ratio"]
+        alone = replace(context, teaching=None)
+        figures["pruned-alone"] = prune_student(pruning, config.prune_train, alone, source, "pruned-alone", ratio=ratio)
+    return figures
+
+
+def _pruning(config: CompressConfig, context: FineTuneContext) -> PruneConfig:
+    """Return the recipe's pruning, excluding the channels that the reused classifier (SimKD) reads."""
+    losses = context.teaching.losses if context.teaching else ()
+    reused = [last_of_projector(loss) for loss in losses if isinstance(loss, SimKDConfig)]
+    return replace(config.prune, exclude=(*config.prune.exclude, *reused))
+
+
+def _quantize(config: CompressConfig, context: FineTuneContext) -> dict[str, dict[str, Any]]:
+    scheme, train = config.quantize.scheme, config.quantize_train
+    alone = replace(context, teaching=None)
+
+    def quantized(kind: str, of: FineTuneContext, source: TrainedModel, train: TrainConfig = train) -> dict[str, Any]:
+        sparse = config.prunes and config.prune.kind != "channels" and kind in (scheme, f"{scheme}-alone")
+        return quantize_student(config.quantize, train, of, source, kind, sparse=sparse)
+
+    figures: dict[str, dict[str, Any]] = {scheme: quantized(scheme, context, float_source(config, context))}
+    if config.baselines:
+        unpruned = student_source(config, context)
+        figures[f"{scheme}-ptq"] = quantized(f"{scheme}-ptq", alone, unpruned, replace(train, epochs=0))
+        if config.prunes:
+            figures[f"{scheme}-unpruned"] = quantized(f"{scheme}-unpruned", context, unpruned)
+            figures[f"{scheme}-unpruned-alone"] = quantized(f"{scheme}-unpruned-alone", alone, unpruned)
+        source = float_source(config, context, "pruned-alone")
+        figures[f"{scheme}-alone"] = quantized(f"{scheme}-alone", alone, source)
+    return figures
+
+
+def _fresh(context: FineTuneContext) -> Callable[[], Network]:
+    """Return a function that builds the untrained student, with the modules that losses add to it."""
+    losses = context.teaching.losses if context.teaching else ()
+    return lambda: fresh_student(context.student, context.seed, context.setup, losses)
+
+
+def student_sensitivity(config: CompressConfig, context: FineTuneContext, num_batches: int) -> list[LayerSensitivity]:
+    """Return the layers of the float student (pruned if the recipe prunes), the worst first.
+
+    Raises:
+        RunError: If that student does not exist yet.
+    """
+    network, setup = float_source(config, context).load(), context.setup
+    batches = context.task(network).stream(context.seed, config.quantize_train.batch_size, epoch=0, step=0, epochs=1)
+    images = [batch.images.cpu() for batch in islice(batches, num_batches)]
+    counter = setup.watch.counter("sensitivity", "layer by layer", "layer")
+    example = torch.zeros(2, *setup.image_shape)
+    return sensitivity(network.model.cpu(), example, images, exclude=config.quantize.exclude, on_progress=counter)

@@ -1,0 +1,79 @@
+"""Load a student trained elsewhere from its weights file, and measure it like any other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from kdpipe.stages.compress.fine_tune import FineTuneContext
+from kdpipe.stages.compress.resume import with_widths
+from kdpipe.stages.errors import ModelError
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.safetensors_io import RECORD
+from kdpipe.stages.models.weights import load_weights, read_weights
+from kdpipe.stages.training.finalize import finish
+from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.store import FingerprintMismatch, differences
+
+
+def load_external(path: Path, fresh: Network, class_names: Sequence[str]) -> Network:
+    """Load weights from a .safetensors file or a torch state dict into the recipe's student `fresh`, in place.
+
+    A file written by kdpipe records its architecture: it must be this student, pruned or not, for `class_names`.
+
+    Raises:
+        ModelError: If the file does not fit or is quantized.
+        FingerprintMismatch: If it records another network.
+    """
+    record = _header(path)
+    architecture = record.get("architecture", fresh.architecture)
+    if not isinstance(architecture, Mapping) or not isinstance(architecture.get("widths", {}), Mapping):
+        raise ModelError(f"the record in {path} is damaged: it has no valid architecture.")
+    architecture = dict(architecture)
+    if "quantized" in architecture:
+        raise ModelError(
+            f"{path} is already quantized ({architecture['quantized']}): pass the float student it was made from."
+        )
+    widths = architecture.pop("widths", None)
+    expected = {"architecture": dict(fresh.architecture), "class_names": list(class_names)}
+    stored = {"architecture": architecture, "class_names": record.get("class_names", list(class_names))}
+    if found := differences(stored, json.loads(json.dumps(expected))):
+        raise FingerprintMismatch(
+            f"the student in {path}", found, "Set student.model to that network, or pass another file."
+        )
+    network = with_widths(fresh, widths)
+    load_weights(network.model, path)
+    return network
+
+
+def measure_external(context: FineTuneContext, network: Network) -> dict[str, Any]:
+    """Measure the external student and export its ONNX file, once, and return its figures."""
+    folder = JobFolder(context.root / "given")
+    record = {"starts_from": network.identity, "test": context.setup.test_identity()}
+    folder.begin(record)
+    if (done := folder.result()) is not None:
+        return done
+    network.model.to(context.setup.device)
+    return finish(folder, network, [], context.setup, with_onnx=context.exports_onnx)
+
+
+def low_precision_dtypes(path: Path) -> dict[str, torch.dtype]:
+    """Return the dtypes narrower than float32 of a file's tensors, by name: a BF16 student stays BF16."""
+    stored = {name: tensor for name, tensor in read_weights(path).items() if isinstance(tensor, Tensor)}
+    return {name: tensor.dtype for name, tensor in stored.items() if tensor.is_floating_point() and tensor.itemsize < 4}
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Return the record in a file of kdpipe; empty for any other, whose faults `load_weights` reports."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get(RECORD, "{}"))
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError):
+        return {}
+    return found if isinstance(found, dict) else {}

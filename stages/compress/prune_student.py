@@ -1,0 +1,204 @@
+"""Prune a student, at once or in steps, each followed by fine-tuning from the stores."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.stages.compress.fine_tune import FineTuneContext, FineTuneJob, fine_tune
+from kdpipe.stages.compress.pruning.prune import PruneConfig, Pruned, prune
+from kdpipe.stages.compress.pruning.sparsity import masks_of
+from kdpipe.stages.compress.pruning.widths import record_widths
+from kdpipe.stages.compress.resume import PrunedCheckpoint, TrainedModel, load_pruned, pruned_path, save_pruned
+from kdpipe.stages.evaluation.evaluate import evaluate
+from kdpipe.stages.evaluation.latency import measure_latency
+from kdpipe.stages.export.onnx_export import export_onnx
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.numerics import derive_seed
+from kdpipe.stages.training.finalize import finish
+from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.saved_model import save_model
+from kdpipe.store import make_folders
+
+LATENCY_BATCH_SIZE = 16
+
+
+LATENCY_ROUNDS = 20
+
+
+def prune_json(config: PruneConfig) -> dict[str, Any]:
+    """Return the settings that determine a pruning's result."""
+    record = asdict(config)
+    if config.importance != "taylor":
+        del record["importance_batches"]
+    if config.steps == 1:
+        del record["epochs_per_step"]
+    return record
+
+
+def prune_job(
+    config: PruneConfig, train: TrainConfig, context: FineTuneContext, source: TrainedModel
+) -> dict[str, Any]:
+    """Return everything that determines the result."""
+    return context.job_record({"prune": prune_json(config)}, source.identity, train)
+
+
+def prune_student(
+    config: PruneConfig,
+    train: TrainConfig,
+    context: FineTuneContext,
+    source: TrainedModel,
+    kind: str,
+    *,
+    ratio: float | None = None,
+) -> dict[str, Any]:
+    """Prune a student and fine-tune it, in `config.steps` steps, and return its figures.
+
+    A stopped job resumes; a finished one is left untouched. `kind` names its folder; `ratio` is the channel ratio, if
+    an earlier search found it.
+
+    Raises:
+        ModelError: If it cannot be pruned.
+    """
+    folder = context.folder(kind)
+    fixed = {} if ratio is None else {"channel_ratio": ratio}
+    folder.begin(prune_job(config, train, context, source) | fixed)
+    if (done := folder.result()) is not None:
+        pruned_path(folder).unlink(missing_ok=True)  # left by a kill just before the removal below
+        return done
+    pruner = _Pruner(config, train, context, source, ratio)
+    name = f"{kind} student, seed {context.seed}"
+    network, reached = source.load(), 0.0
+    for step in range(1, config.steps):
+        network, reached = _intermediate(pruner, folder, network, step, reached=reached, name=name)
+    pruned = _pruned(pruner, folder, network, config.steps, reached)
+    job = FineTuneJob(name, pruned.network, folder, train, masks=_masks(config, pruned.network.model))
+    history = fine_tune(job, context)
+    figures = finish(folder, pruned.network, history, context.setup, with_onnx=context.exports_onnx, more=pruned.facts)
+    pruned_path(folder).unlink(missing_ok=True)
+    return figures
+
+
+@dataclass(frozen=True)
+class _Pruner:
+    """The settings that all steps of a pruning share."""
+
+    config: PruneConfig
+    train: TrainConfig
+    context: FineTuneContext
+    source: TrainedModel
+    ratio: float | None
+
+    def __call__(self, network: Network, step: int) -> Pruned:
+        config, setup = self.config, self.context.setup
+        full = self.source.load()
+        gradients = None
+        if config.importance == "taylor":
+            gradients = loss_gradients(network, self.context, self.train.batch_size, config.importance_batches)
+        return prune(
+            network.model.cpu(),
+            torch.zeros(2, *setup.image_shape),
+            config,
+            full=full.model,
+            done=step / config.steps,
+            ratio=None if self.ratio is None else self.ratio * step / config.steps,
+            gradients=gradients,
+            latency=latency_share(full.model, setup.image_shape),
+        )
+
+
+def _intermediate(
+    pruner: _Pruner, folder: JobFolder, network: Network, step: int, *, reached: float, name: str
+) -> tuple[Network, float]:
+    """Return the network after a step before the last, loaded or made now, and the removed share of the channels."""
+    own, context = JobFolder(folder.path / f"step{step}"), pruner.context
+    make_folders([own.path])
+    if not own.model.exists():
+        pruned = _pruned(pruner, own, network, step, reached)
+        config = replace(pruner.train, epochs=pruner.config.epochs_per_step)
+        title = f"{name}, step {step} of {pruner.config.steps}"
+        masks = _masks(pruner.config, pruned.network.model)
+        fine_tune(FineTuneJob(title, pruned.network, own, config, masks=masks), context)
+        save_model(own.model, pruned.network.model, pruned.record)
+    for leftover in (own.checkpoint, pruned_path(own)):
+        leftover.unlink(missing_ok=True)
+    done = load_pruned(own.model, pruner.source.load())
+    return done.network, done.facts["channel_ratio"]
+
+
+def _pruned(pruner: _Pruner, folder: JobFolder, network: Network, step: int, reached: float) -> PrunedCheckpoint:
+    """Return the network pruned for a step, before its fine-tuning, from its file or pruned and saved now.
+
+    `reached` is the share of the channels removed before; if a step exceeds its goal, the next has nothing to do.
+    """
+    setup = pruner.context.setup
+    if not pruned_path(folder).exists():
+        pruned = pruner(network, step)
+        widths = {"widths": record_widths(pruned.model)} if pruner.config.kind == "channels" else {}
+        cut = Network(pruned.model, {**network.architecture, **widths}, network.normalise)
+        measured = evaluate(cut.model.to(setup.device), setup.test(cut.normalise), setup.device)
+        facts = {
+            "channel_ratio": max(pruned.ratio, reached),
+            "excluded": dict(pruned.excluded),
+            "accuracy_before": measured.accuracy,
+        }
+        save_pruned(pruned_path(folder), PrunedCheckpoint(cut, facts))
+    return load_pruned(pruned_path(folder), pruner.source.load())
+
+
+def _masks(config: PruneConfig, model: nn.Module) -> dict[str, Tensor]:
+    """Return the masks of weights that must stay zero; none if whole channels were removed."""
+    return {} if config.kind == "channels" else masks_of(model)
+
+
+def loss_gradients(network: Network, context: FineTuneContext, batch_size: int, num_batches: int) -> dict[str, Tensor]:
+    """Return the gradient of the loss, summed over the first batches of views, by parameter name.
+
+    The loss is that of the fine-tuning without the losses on features: their adapters are untrained, and a gradient
+    through them would be meaningless. The network is left without gradients, on the CPU.
+    """
+    setup, teaching = context.setup, context.teaching
+    if teaching is not None:
+        teaching = teaching.of([loss for loss in teaching.main.losses if loss.on_logits])
+    task = replace(context, teaching=teaching).task(network)
+    model = network.model.to(setup.device).eval()
+    model.zero_grad(set_to_none=True)
+    seed = derive_seed(context.seed, "importance")
+    for batch in islice(task.stream(seed, batch_size, epoch=0, step=0, epochs=1), num_batches):
+        setup.watch.check()
+        losses = task.losses(Outputs(model(batch.images), {}), batch)
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+    found = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.train().zero_grad(set_to_none=True)
+    model.cpu()
+    return found
+
+
+def latency_share(full: nn.Module, image_shape: tuple[int, int, int]) -> Callable[[nn.Module], float]:
+    """Return a function that measures a network's latency in onnxruntime as a share of that of `full`, in turn."""
+    example = torch.zeros(2, *image_shape)
+    exported: list[bytes] = []  # of `full`, on first use
+
+    def share(candidate: nn.Module) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {"full": Path(folder) / "full.onnx", "candidate": Path(folder) / "candidate.onnx"}
+            if not exported:
+                export_onnx(full, example, paths["full"], metadata={})
+                exported.append(paths["full"].read_bytes())
+            paths["full"].write_bytes(exported[0])
+            export_onnx(candidate, example, paths["candidate"], metadata={})
+            found = measure_latency(
+                paths, image_shape, [LATENCY_BATCH_SIZE], num_rounds=LATENCY_ROUNDS, num_threads=torch.get_num_threads()
+            )
+        return found["candidate"][LATENCY_BATCH_SIZE].p50_ms / found["full"][LATENCY_BATCH_SIZE].p50_ms
+
+    return share

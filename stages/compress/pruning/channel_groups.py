@@ -1,0 +1,245 @@
+"""Find groups of coupled channels and which can be pruned.
+
+A dependency graph shows which layers share their channels (DepGraph, Fang et al. 2023, arXiv:2301.12900, through
+torch-pruning): all that meet in a residual sum, a depthwise convolution and what feeds it, a convolution and its batch
+norm. Such a group is pruned as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+
+from kdpipe.stages.compress.pruning.exclusions import (
+    WEIGHT_LAYERS,
+    ModuleNames,
+    exclusion_reason,
+    is_depthwise,
+    written,
+)
+from kdpipe.stages.compress.pruning.importance import mean_over_lanes
+from kdpipe.stages.compress.pruning.tracing_errors import follow_channels
+from kdpipe.stages.compress.pruning.widths import SIZES
+from kdpipe.stages.errors import ModelError, cause
+from kdpipe.stages.models.clone import preserve_modes
+
+MAX_GROWTH = 16
+"""Tracing stops if a group has this many times the channels of the widest layer, as in Swin's windows."""
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Coupled channels of several layers, found from one of the layers that write them.
+
+    A grouped convolution or group norm splits the channels into lanes of equal length, which all lose the same ones.
+
+    Attributes:
+        path, layer: One of those layers.
+        prune_outputs: torch-pruning's function that removes its output channels.
+        importance: [num_channels / num_lanes].
+        full_width: The channels of a lane in the unpruned network.
+        cuts: (module path, size, its decrease if all channels were removed), as `record_widths` names the sizes.
+    """
+
+    path: str
+    layer: nn.Module
+    prune_outputs: Any
+    importance: Tensor
+    num_lanes: int
+    full_width: int
+    cuts: tuple[tuple[str, str, int], ...]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A network's prunable groups, their graph, and the layers all of whose outputs stay, with the reason."""
+
+    graph: torch_pruning.DependencyGraph
+    groups: Sequence[ChannelGroup]
+    excluded: Mapping[str, str]
+
+
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """Set eval mode and gradients for every parameter, as tracing by autograd needs; restore both at the end."""
+    requires_grad = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
+    with preserve_modes(model):
+        model.eval().requires_grad_(True)
+        yield
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(requires_grad[path])
+
+
+def output_layers(model: nn.Module, example: Tensor) -> list[nn.Module]:
+    """Return the layers that write the logits of a `traceable` model: the first ones on the way back from the output.
+
+    Raises:
+        ModelError: If the model does not run on `example` [B, C, H, W].
+    """
+    layer_of: dict[Any, nn.Module] = {}
+
+    def record(layer: nn.Module, _: Any, output: Tensor) -> None:
+        layer_of[output.grad_fn] = layer
+
+    hooks = [layer.register_forward_hook(record) for layer in model.modules() if isinstance(layer, WEIGHT_LAYERS)]
+    try:
+        with torch.enable_grad():
+            pending = [model(example).grad_fn]
+    except Exception as error:
+        raise ModelError(
+            f"the model does not run on an input of shape {list(example.shape)}: {cause(error)}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found, seen = [], set()
+    while pending:
+        node = pending.pop()
+        if node in layer_of:
+            found.append(layer_of[node])
+        elif node is not None and node not in seen:
+            seen.add(node)
+            pending += [previous for previous, _ in node.next_functions]
+    return found
+
+
+def find_channels(
+    model: nn.Module,
+    example: Tensor,
+    exclude: Sequence[nn.Module],
+    measure: Callable[[Any], Tensor],
+    *,
+    full_widths: Mapping[str, Any],
+    with_batch_norm: bool,
+) -> Channels:
+    """Find the groups of channels of a `traceable` model that can be pruned, with their importance by `measure`.
+
+    Excluded are groups that contain the logits or a layer in `exclude`, those that reach a parameter or layer whose
+    size is not in the record of widths (attention, positional embeddings), and, for `with_batch_norm`, those without
+    one. `full_widths` are those of the unpruned network.
+    """
+    outputs = output_layers(model, example)
+    groups = []
+    excluded: dict[nn.Module, str] = {}
+    with follow_channels(model, example):
+        # In a list: a bare tensor would be unpacked along its first axis.
+        graph = torch_pruning.DependencyGraph().build_dependency(model, [example], verbose=False)
+        names = ModuleNames(model, outputs, exclude)
+        for found in _all_groups(graph):
+            reason = exclusion_reason(found, names, with_batch_norm=with_batch_norm)
+            if reason is None:
+                groups.append(_group(found, names, measure, full_widths))
+            else:
+                excluded |= {layer: names.reason_for(layer) or reason for layer in written(found, WEIGHT_LAYERS)}
+        excluded |= {layer: names.reason_outside(layer) for layer in names.layers_outside(graph)}
+    in_order = {path: excluded[module] for module, path in names.paths.items() if module in excluded}
+    return Channels(graph, groups, in_order)
+
+
+def remove(channels: Channels, kept: Sequence[int]) -> None:
+    """Remove all but the `kept` most important channels of each lane from every layer of each group."""
+    for group, num_kept in zip(channels.groups, kept, strict=True):
+        width = len(group.importance)
+        lowest = group.importance.argsort(stable=True)[: width - num_kept].tolist()
+        removed = [lane * width + index for lane in range(group.num_lanes) for index in lowest]
+        if removed:
+            channels.graph.get_pruning_group(group.layer, group.prune_outputs, removed).prune()
+
+
+def widths_after(widths: Mapping[str, Any], groups: Sequence[ChannelGroup], kept: Sequence[int]) -> dict[str, Any]:
+    """Return the `record_widths` of the network after `remove`, given that before."""
+    after = {path: dict(sizes) for path, sizes in widths.items()}
+    for group, num_kept in zip(groups, kept, strict=True):
+        width = len(group.importance)
+        for path, size, share in group.cuts:
+            less = share * (width - num_kept) // width
+            before = after[path][size]
+            after[path][size] = [*before[:-1], before[-1] - less] if isinstance(before, list) else before - less
+    return after
+
+
+class _BoundedMappings(list[Any]):
+    """A link's index mappings, followed by a check that there are at most `limit` indices."""
+
+    def __init__(self, mappings: Sequence[Any], limit: int) -> None:
+        super().__init__(mappings)
+        self.limit = limit
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        yield self._checked
+
+    def _checked(self, indices: Sequence[Any]) -> Sequence[Any]:
+        if len(indices) > self.limit:
+            raise RuntimeError("their number keeps growing")
+        return indices
+
+
+def _all_groups(graph: torch_pruning.DependencyGraph) -> Iterator[Any]:
+    """Yield every group that a layer writes, once, with all its channels."""
+    widest = max(
+        (max(layer.weight.shape[:2]) for layer in graph.module2node if isinstance(layer, WEIGHT_LAYERS)), default=1
+    )
+    for node in graph.module2node.values():
+        for link in node.dependencies:
+            link.index_mapping = _BoundedMappings(link.index_mapping, MAX_GROWTH * widest)
+    seen: set[int] = set()
+    for layer in list(graph.module2node):
+        if isinstance(layer, WEIGHT_LAYERS) and id(layer) not in seen:
+            pruner = graph.get_pruner_of_module(layer)
+            channels = list(range(pruner.get_out_channels(layer)))
+            found = graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
+            seen.update(
+                id(member.target.module) for member, _ in found if graph.is_out_channel_pruning_fn(member.handler)
+            )
+            yield found
+
+
+def _group(
+    found: Any, names: ModuleNames, measure: Callable[[Any], Tensor], full_widths: Mapping[str, Any]
+) -> ChannelGroup:
+    num_lanes = math.lcm(*(_num_lanes(member.target.module) for member, _ in found))
+    root = found[0].dep
+    path = names.paths[root.target.module]
+    full = full_widths[path]
+    return ChannelGroup(
+        path=path,
+        layer=root.target.module,
+        prune_outputs=root.handler,
+        importance=mean_over_lanes(measure(found), num_lanes),
+        num_lanes=num_lanes,
+        full_width=full.get("out_channels", full.get("out_features")) // num_lanes,
+        cuts=tuple(
+            (names.paths[member.target.module], size, len(indices))
+            for member, indices in found
+            for size in _sizes_cut(found, member)
+        ),
+    )
+
+
+def _sizes_cut(found: Any, dependency: Any) -> tuple[str, ...]:
+    """Return the sizes of a group member that lose channels, by their names in a record of widths."""
+    layer = dependency.target.module
+    kind = next((kind for kind in SIZES if isinstance(layer, kind)), None)
+    if kind is None or (isinstance(layer, nn.PReLU) and layer.num_parameters == 1):
+        return ()
+    if is_depthwise(layer):
+        return SIZES[kind]
+    if isinstance(layer, WEIGHT_LAYERS):
+        return (SIZES[kind][1 if found._DG.is_out_channel_pruning_fn(dependency.handler) else 0],)
+    return SIZES[kind][:1]
+
+
+def _num_lanes(member: Any) -> int:
+    if isinstance(member, nn.GroupNorm):
+        return member.num_groups
+    if isinstance(member, nn.Conv1d | nn.Conv2d | nn.Conv3d) and member.groups != member.out_channels:
+        return member.groups
+    return 1

@@ -1,0 +1,96 @@
+"""Explain why a group of channels must stay whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch_pruning
+from torch import nn
+
+from kdpipe.stages.compress.pruning.importance import batch_norms_of
+from kdpipe.stages.compress.pruning.widths import has_sizes
+
+WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class ModuleNames:
+    """Names of a model's modules and parameters, and the modules that must stay whole by themselves."""
+
+    def __init__(self, model: nn.Module, outputs: Sequence[nn.Module], exclude: Sequence[nn.Module]) -> None:
+        self.paths = {module: path for path, module in model.named_modules()}
+        self.parameters = {id(parameter): path for path, parameter in model.named_parameters()}
+        self.attention_of = {
+            inner: path
+            for path, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+            for inner in module.modules()
+        }
+        self.reasons = {layer: "named in prune.exclude" for module in exclude for layer in module.modules()}
+        self.reasons |= dict.fromkeys(outputs, "it writes the logits")
+
+    def reason_for(self, layer: Any) -> str | None:
+        """Return why a layer stays whole by itself: it is named, or writes the logits."""
+        return self.reasons.get(layer) if isinstance(layer, nn.Module) else None
+
+    def layers_outside(self, graph: torch_pruning.DependencyGraph) -> list[nn.Module]:
+        return [layer for layer in self.paths if isinstance(layer, WEIGHT_LAYERS) and layer not in graph.module2node]
+
+    def reason_outside(self, layer: nn.Module) -> str:
+        inside = self.attention_of.get(layer)
+        return "the forward does not call it" if inside is None else f"it is part of the attention {inside!r}"
+
+    def describe(self, member: Any) -> str:
+        """Describe a member that no record of widths covers."""
+        if isinstance(member, nn.Parameter):
+            return f"the parameter {self.parameters.get(id(member), '')!r}"
+        if isinstance(member, nn.MultiheadAttention):
+            return f"the attention {self.paths[member]!r}"
+        return f"{self.paths.get(member, '')!r} ({type(member).__name__}), which cannot be cut"
+
+
+def exclusion_reason(found: Any, names: ModuleNames, *, with_batch_norm: bool) -> str | None:
+    """Return why a group must stay whole, or None."""
+    members = [dependency.target.module for dependency, _ in found]
+    for member in [*written(found, WEIGHT_LAYERS), *written(found, nn.Module)]:
+        if (reason := names.reason_for(member)) is not None:
+            return f"its channels meet those of {names.paths[member]!r}: {reason}"
+    for member in members:
+        if not has_sizes(member) and not _is_weightless(member):
+            return f"its channels reach {names.describe(member)}"
+    for member in written(found, nn.Module):
+        # A pass-through layer without a predecessor reads the image.
+        if _passes_on(member) and not found._DG.module2node[member].inputs:
+            return f"its channels are the image's, which {names.paths[member]!r} reads one by one"
+    if any(_is_shuffle(found._DG.module2node[member].grad_fn) for member in members):
+        return "its channels are shuffled, or split over more axes and joined again"
+    if with_batch_norm and not batch_norms_of(members):
+        return "no batch norm in its group"
+    return None
+
+
+def written(found: Any, kinds: Any) -> list[Any]:
+    """Return the members of these types whose outputs, not just inputs, are in the group."""
+    members = [item.target.module for item, _ in found if found._DG.is_out_channel_pruning_fn(item.handler)]
+    return [member for member in members if isinstance(member, kinds)]
+
+
+def is_depthwise(layer: Any) -> bool:
+    return isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups == layer.out_channels > 1
+
+
+def _passes_on(member: Any) -> bool:
+    return is_depthwise(member) or (has_sizes(member) and not isinstance(member, WEIGHT_LAYERS))
+
+
+def _is_shuffle(operation: Any) -> bool:
+    """Return whether an autograd operation reorders channels, which torch-pruning does not notice.
+
+    It is a shuffle by name, or a view of five and more axes as a map [B, C, H, W].
+    """
+    name = operation.name().lower() if hasattr(operation, "name") else ""
+    return "shuffle" in name or ("view" in name and len(getattr(operation, "_saved_self_sym_sizes", ())) > 4)
+
+
+def _is_weightless(member: Any) -> bool:
+    return isinstance(member, nn.Module) and next(member.parameters(), None) is None

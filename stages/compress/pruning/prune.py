@@ -1,0 +1,283 @@
+"""Structured and unstructured pruning.
+
+Structured pruning removes whole channels, together with everything that reads or writes them (`channel_groups`);
+pruning of single weights zeroes them and keeps the shape (`sparsity`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdpipe.stages.compress.pruning.budget import MAX_LATENCIES, Allocation, Unreachable, Widths, find_ratio
+from kdpipe.stages.compress.pruning.channel_groups import (
+    Channels,
+    find_channels,
+    output_layers,
+    remove,
+    traceable,
+    widths_after,
+)
+from kdpipe.stages.compress.pruning.importance import attach_gradients, detach_gradients, measure_of
+from kdpipe.stages.compress.pruning.sparsity import masks_of, prunable_layers, prune_2_4, prune_smallest
+from kdpipe.stages.compress.pruning.tracing_errors import follow_channels, trace_scope
+from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
+from kdpipe.stages.config import Count, section
+from kdpipe.stages.errors import ModelError, cause
+from kdpipe.stages.evaluation.macs import count_macs
+from kdpipe.stages.models.clone import clone_without_hooks
+from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.models.weights import count_parameters
+
+
+@section
+class PruneConfig:
+    """Configuration of pruning.
+
+    Attributes:
+        kind: "channels" removes them and makes the layers narrower; "weights" zeroes single weights of convolutions
+            and linear layers; "2:4" zeroes two in every four of them along the input channels.
+        ratio: the share removed of what `budget` counts in the unpruned student; of the weights for the other kinds.
+        budget: "channels" removes `ratio` of the prunable channels. "parameters", "macs" and "latency" remove as few
+            channels as leave at most 1 - ratio of the whole network's.
+        importance: "l1" is the mean L1 norm of the weights that read or write a channel, over its group; the lowest
+            are removed. "l2" is their L2 norm, "taylor" the sum of |weight * gradient|, "bn_scale" the scale of the
+            batch norms.
+        importance_batches: batches over which the gradients of "taylor" are summed.
+        scope: "layer" removes the same share of every group; "global" removes the least important channels of the
+            whole network, each group's importance divided by its mean, or its smallest weights.
+        max_ratio: the largest share that "global" may remove of one group or layer.
+        round_to: widths are rounded to a multiple of this, so that layers stay on onnxruntime's fast kernels, where 29
+            channels cost half as much again as 32.
+        exclude: module paths, layers or whole blocks, all of whose output channels, or weights, stay.
+        steps: the number of equal steps, with epochs_per_step epochs of fine-tuning between them.
+    """
+
+    kind: Literal["channels", "weights", "2:4"] = "channels"
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    budget: Literal["channels", "parameters", "macs", "latency"] = "channels"
+    importance: Literal["l1", "l2", "taylor", "bn_scale"] = "l1"
+    importance_batches: Count = 8
+    scope: Literal["global", "layer"] = "layer"
+    max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
+    round_to: Annotated[int, Field(ge=1, le=2**20)] = 8
+    exclude: tuple[str, ...] = ()
+    steps: Count = 1
+    epochs_per_step: Count = 2
+
+    def __post_init__(self) -> None:
+        if self.kind == "channels":
+            return
+        if self.budget != "channels":
+            raise ValueError(
+                f'budget = "{self.budget}" needs kind = "channels": zeroed weights make no network smaller'
+            )
+        if self.importance not in {"l1", "l2"}:
+            raise ValueError(f'importance = "{self.importance}" needs kind = "channels": weights go by magnitude')
+        if self.kind == "2:4" and self.ratio != 0.5:
+            raise ValueError('kind = "2:4" always zeroes half of the weights: leave ratio at 0.5')
+        if self.kind == "2:4" and self.steps > 1:
+            raise ValueError('kind = "2:4" is done in one step: leave steps at 1')
+        if self.kind == "2:4" and self.scope == "global":
+            raise ValueError('kind = "2:4" zeroes two of every four in every layer: leave scope at "layer"')
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned network.
+
+    Attributes:
+        ratio: The share of the channels, or weights, asked of the groups to reach the goal; `prune` takes it.
+        excluded: The path of every convolution and linear layer left whole, in module order, with the reason.
+    """
+
+    model: nn.Module
+    ratio: float
+    excluded: Mapping[str, str]
+
+
+def prune(
+    model: nn.Module,
+    example: Tensor,
+    config: PruneConfig,
+    *,
+    full: nn.Module | None = None,
+    done: float = 1.0,
+    ratio: float | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+    latency: Callable[[nn.Module], float] | None = None,
+) -> Pruned:
+    """Return a pruned copy of `model`; module paths, input channels and logits stay.
+
+    Args:
+        model: The network; it stays unchanged.
+        example: Images [B, C, H, W], of which only the shape counts.
+        config: The recipe's section.
+        full: The unpruned network that config.ratio refers to; `model` itself by default. After step k of n, `model`
+            is the result of step k - 1 and `done` is k / n; config.ratio * done of `full` is then removed.
+        done: The share of the goal to reach.
+        ratio: The channel ratio found by an earlier search, which is then skipped.
+        gradients: Of the loss, by parameter name, in the parameters' shapes, for importance "taylor".
+        latency: Returns a candidate's latency as a share of the full network's, for budget = "latency"; called at most
+            seven times, with networks of different widths and meaningless weights.
+
+    Raises:
+        ModelError: If a path in `exclude` is unknown, a layer would lose all channels, nothing can be removed, a goal
+            cannot be reached, gradients or latencies are missing, or the pruned model does not run, as happens if a
+            forward hard-codes channel numbers.
+    """
+    pruned = clone_without_hooks(model)
+    example = example.to(next(model.parameters(), example).device)
+    excluded = [module_named(pruned, path) for path in config.exclude]
+    if config.kind != "channels":
+        return _prune_weights(pruned, example, config, excluded, config.ratio * done if ratio is None else ratio)
+    whole = model if full is None else full
+    with traceable(pruned):
+        channels = _channels(pruned, example, config, excluded, gradients=gradients, full_widths=record_widths(whole))
+        allocation = Allocation(config.scope, config.max_ratio, config.round_to, keep_one=config.budget != "channels")
+        if ratio is None:
+            ratio = config.ratio * done
+            if config.budget != "channels":
+                ratio = _search(model, whole, channels, allocation, _Goal(config, 1 - ratio, example, latency))
+        kept = allocation.num_kept(channels.groups, ratio)
+        with follow_channels(model, example):
+            remove(channels, kept)
+    detach_gradients(pruned)
+    if done >= 1:
+        _require_it_shrank(pruned, whole, config)
+    _require_it_runs(pruned, example)
+    return Pruned(pruned, ratio, channels.excluded)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """At most `share` of what config.budget counts in the full network."""
+
+    config: PruneConfig
+    share: float
+    example: Tensor
+    latency: Callable[[nn.Module], float] | None
+
+    def measure(self, full: nn.Module) -> Callable[[nn.Module], float]:
+        """Return a function that computes a candidate's share of the full network."""
+        if self.config.budget == "latency":
+            if self.latency is None:
+                raise ModelError('prune.budget = "latency" needs the `latency` argument of prune().')
+            return self.latency
+        size = count_parameters if self.config.budget == "parameters" else self._macs
+        whole = size(full)
+        return lambda candidate: size(candidate) / whole
+
+    def _macs(self, model: nn.Module) -> int:
+        channels, height, width = self.example.shape[1:]
+        return count_macs(model, (channels, height, width))
+
+
+def _channels(
+    pruned: nn.Module,
+    example: Tensor,
+    config: PruneConfig,
+    excluded: Sequence[nn.Module],
+    *,
+    gradients: Mapping[str, Tensor] | None,
+    full_widths: Mapping[str, object],
+) -> Channels:
+    """Find the groups of channels and measure their importance. Raises ModelError if there are none."""
+    if config.importance == "taylor":
+        attach_gradients(pruned, gradients)
+    channels = find_channels(
+        pruned,
+        example,
+        excluded,
+        measure_of(config.importance),
+        full_widths=full_widths,
+        with_batch_norm=config.importance == "bn_scale",
+    )
+    if not channels.groups:
+        raise ModelError(
+            f"no layer of this model can lose channels ({_reasons(channels.excluded)}): set prune.kind = 'weights'."
+        )
+    return channels
+
+
+def _reasons(excluded: Mapping[str, str]) -> str:
+    return "; ".join(f"{path}: {reason}" for path, reason in list(excluded.items())[:3])
+
+
+def _search(model: nn.Module, full: nn.Module, channels: Channels, allocation: Allocation, goal: _Goal) -> float:
+    """Find the channel ratio that reaches the goal."""
+    model, share_of_model = _sizing(model, full, goal)
+    widths, full_widths = record_widths(model), record_widths(full)
+
+    def share_of(kept: Widths) -> float:
+        after = widths_after(widths, channels.groups, kept)
+        return 1.0 if after == full_widths else share_of_model(apply_widths(clone_without_hooks(model), after))
+
+    budget = goal.config.budget
+    try:
+        return find_ratio(
+            lambda ratio: allocation.num_kept(channels.groups, ratio),
+            share_of,
+            goal.share,
+            highest=allocation.highest_ratio(channels.groups),
+            max_measured=MAX_LATENCIES if budget == "latency" else None,
+        )
+    except Unreachable as end:
+        raise ModelError(
+            f"pruning cannot leave {goal.share:.1%} of this model's {budget}: with prune.round_to "
+            f"{allocation.round_to}, prune.max_ratio {allocation.max_ratio:g} and prune.exclude "
+            f"{list(goal.config.exclude)}, {end.share:.1%} is the least; lower prune.ratio or round_to, raise "
+            "max_ratio, or exclude less."
+        ) from end
+
+
+def _sizing(model: nn.Module, full: nn.Module, goal: _Goal) -> tuple[nn.Module, Callable[[nn.Module], float]]:
+    """Return the network to cut candidates from and the measure of their share; on "meta" where shapes suffice."""
+    if goal.config.budget != "latency":
+        try:
+            return clone_without_hooks(model).to("meta"), goal.measure(clone_without_hooks(full).to("meta"))
+        except (ModelError, NotImplementedError):
+            pass  # its forward reads values
+    return model, goal.measure(full)
+
+
+def _prune_weights(
+    pruned: nn.Module, example: Tensor, config: PruneConfig, excluded: Sequence[nn.Module], ratio: float
+) -> Pruned:
+    with traceable(pruned):
+        outputs = output_layers(pruned, example)
+    layers, reasons = prunable_layers(pruned, outputs, excluded, is_2_4=config.kind == "2:4")
+    if not layers:
+        raise ModelError(f"no layer of this model can lose weights ({_reasons(reasons)}).")
+    if config.kind == "2:4":
+        prune_2_4(layers)
+    else:
+        prune_smallest(layers, ratio, together=config.scope == "global", max_share=config.max_ratio)
+    if not masks_of(pruned):
+        raise ModelError(f"pruning {ratio:.0%} zeroes no weight of this model: raise prune.ratio.")
+    return Pruned(pruned, ratio, reasons)
+
+
+def _require_it_shrank(pruned: nn.Module, full: nn.Module, config: PruneConfig) -> None:
+    if record_widths(pruned) == record_widths(full):
+        raise ModelError(
+            f"pruning {config.ratio:.0%} with prune.round_to {config.round_to} and prune.exclude "
+            f"{list(config.exclude)} removes no channel of this model: lower round_to, or exclude less."
+        )
+
+
+def _require_it_runs(pruned: nn.Module, example: Tensor) -> None:
+    copy = clone_without_hooks(pruned).eval()
+    with torch.no_grad(), trace_scope(copy) as running:
+        try:
+            copy(example)
+        except Exception as error:
+            raise ModelError(
+                f"the pruned model does not run ({cause(error)}), in {running[-1] if running else 'its forward'}: "
+                "if its forward hard-codes channel numbers, add the module to prune.exclude."
+            ) from error

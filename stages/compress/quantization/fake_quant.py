@@ -1,0 +1,180 @@
+"""Fake-quantized layers: they simulate INT8 in float and let the gradient through.
+
+Activations are unsigned 8-bit with one scale and zero point per tensor; weights are signed 8-bit, symmetric, with one
+scale per output channel; biases are signed 32-bit, in steps of input scale times weight scale: what onnxruntime's CPU
+kernels run fast (the method: Jacob et al. 2018, arXiv:1712.05877). Everything computes in float32, also inside an
+autocast region: a grid of 256 values does not survive bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdpipe.stages.errors import ModelError
+
+ACTIVATION_MAX = 255
+WEIGHT_MAX = 127
+# Half of int32's range: the bias and the sum of the products must fit together.
+BIAS_MAX = 2**30
+# For dead channels: a scale near zero overflows the int32 bias of the integer kernel.
+SCALE_FLOOR = 2.0**-20
+# The weight of a new batch in the observed range after 1 / MOMENTUM batches.
+MOMENTUM = 0.01
+
+
+class ActivationQuantizer(nn.Module):
+    """A rounding of a tensor of any shape to 256 values over an observed range.
+
+    In training mode the range follows the batches: their plain mean at first, a moving average later, and always
+    including zero; `freeze` stops that. Its state is in its buffers: `low`, `high`, `num_batches`, `frozen`. Before the
+    first batch the range is NaN, and so is the output. Gradients pass straight through where the input is within the
+    range, and are zero where it was clipped.
+    """
+
+    low: Tensor
+    high: Tensor
+    num_batches: Tensor
+    frozen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounding = True  # off while calibrating; not part of the state
+        self.register_buffer("low", torch.tensor(torch.nan))
+        self.register_buffer("high", torch.tensor(torch.nan))
+        self.register_buffer("num_batches", torch.tensor(0))
+        self.register_buffer("frozen", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        if self.training:
+            self._observe(x.detach())
+        if not self.rounding:
+            return x
+        scale, zero_point = self.scale_and_zero_point()
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, ACTIVATION_MAX)
+
+    def _observe(self, x: Tensor) -> None:
+        """Move the range towards that of `x`, entirely on the device so that no step waits for the GPU."""
+        lowest, highest = torch.aminmax(x)
+        share = torch.clamp(1 / (self.num_batches + 1), min=MOMENTUM)
+        for bound, seen in ((self.low, lowest.clamp(max=0)), (self.high, highest.clamp(min=0))):
+            moved = torch.where(self.num_batches == 0, seen, bound + share * (seen - bound))
+            bound.copy_(torch.where(self.frozen, bound, moved))
+        self.num_batches += ~self.frozen
+
+    def scale_and_zero_point(self) -> tuple[Tensor, Tensor]:
+        """Return the step between two values (float32, []) and the integer of zero (int32, [], 0 to 255)."""
+        scale = self.scale()
+        zero_point = torch.round(-self.low / scale).nan_to_num().clamp(0, ACTIVATION_MAX)
+        return scale, zero_point.to(torch.int32)
+
+    def scale(self) -> Tensor:
+        """Return the step between two values, float32, []; NaN before the first batch."""
+        return torch.clamp((self.high - self.low) / ACTIVATION_MAX, min=SCALE_FLOOR)
+
+    def freeze(self) -> None:
+        """Keep the current range from now on, in training too."""
+        self.frozen.fill_(True)
+
+
+def weight_scale(weight: Tensor) -> Tensor:
+    """Return each output channel's scale of a weight [O, ...]: its largest magnitude over 127, at least 2^-20; [O]."""
+    return torch.clamp(weight.detach().flatten(1).abs().amax(dim=1) / WEIGHT_MAX, min=SCALE_FLOOR)
+
+
+def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """Round a weight [O, ...] to integer multiples, -127 to 127, of its channels' scales [O]."""
+    zero_points = torch.zeros(len(scale), dtype=torch.int32, device=scale.device)
+    rounded: Tensor = torch.fake_quantize_per_channel_affine(weight, scale, zero_points, 0, -WEIGHT_MAX, WEIGHT_MAX)
+    return rounded
+
+
+def weight_and_bias_scales(
+    weight: Tensor, bias: Tensor | None, input_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the scales of a weight [O, ...] and of a bias [O] in the INT8 file; both float32, [O].
+
+    A bias counts in steps of input scale ([]) times weight scale. A channel with weights so small beside its bias that
+    the bias would overflow gets a larger weight scale: such weights move its output by less than half a step anyway.
+    Without an input scale, or a bias, the latter's scale is None.
+    """
+    scale = weight_scale(weight)
+    if bias is None or input_scale is None:
+        return scale, None
+    scale = torch.maximum(scale, bias.detach().abs() / (input_scale * BIAS_MAX))
+    return scale, scale * input_scale
+
+
+def integer_bias(bias: Tensor, step: Tensor) -> Tensor:
+    """Return a bias [O] in integer steps [O], float64: float32 does not represent all of int32's values."""
+    return torch.round(bias.detach().double() / step)
+
+
+class QuantConv2d(nn.Conv2d):
+    """A convolution whose weight and bias are rounded on every call to the values in the INT8 file."""
+
+    rounding = True
+    input_grid: tuple[ActivationQuantizer] | None = None  # see rounded_parameters
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            output: Tensor = self._conv_forward(input.float(), *rounded_parameters(self))
+            return output
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer whose weight and bias are rounded on every call to the values in the INT8 file."""
+
+    rounding = True
+    input_grid: tuple[ActivationQuantizer] | None = None  # see rounded_parameters
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            output: Tensor = F.linear(input.float(), *rounded_parameters(self))
+            return output
+
+
+def rounded_parameters(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor | None]:
+    """Return the weight [O, ...] and the bias [O] of a layer as in its INT8 file; gradients pass straight through.
+
+    `layer.input_grid` is the quantizer of the inputs, wrapped in a tuple so that torch does not register it as a
+    submodule; without one, the bias stays float. A channel with large weights, such as folding produces for one that is
+    always zero, has large steps and a visibly rounded bias.
+    """
+    weight, bias = layer.weight, layer.bias
+    if not layer.rounding:
+        return weight, bias
+    scale, step = weight_and_bias_scales(weight, bias, input_scale_of(layer))
+    if bias is not None and step is not None:
+        # The rounded bias comes first: added to zero it stays exact.
+        bias = (integer_bias(bias, step) * step).float() + (bias - bias.detach())
+    return round_weight(weight, scale), bias
+
+
+def input_scale_of(layer: QuantConv2d | QuantLinear) -> Tensor | None:
+    """Return the quantization step of a layer's inputs, float32, []; None if they are on no single grid."""
+    return None if layer.input_grid is None else layer.input_grid[0].scale()
+
+
+def set_rounding(model: nn.Module, on: bool) -> None:
+    """Enable or disable the rounding of every quantized module."""
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer | QuantConv2d | QuantLinear):
+            module.rounding = on
+
+
+def quantizers_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Return a prepared model's activation quantizers by path. Raises ModelError if it has none."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, ActivationQuantizer)}
+    if not found:
+        raise ModelError("the model has no activation quantizers: call prepare_qat first.")
+    return found
+
+
+def require_observed(quantizers: dict[str, ActivationQuantizer]) -> None:
+    """Raise ModelError, naming the first one, if a quantizer has observed no batch."""
+    for path, quantizer in quantizers.items():
+        if not int(quantizer.num_batches):
+            raise ModelError(f"the activation range {path!r} has seen no batch yet: calibrate the model first.")

@@ -1,0 +1,171 @@
+"""INT8 quantization-aware training: a float model becomes one that computes, in float, what its INT8 file computes.
+
+    prepared = prepare_qat(student, example)      # batch norms folded, weights and activations on INT8 grids
+    calibrate(prepared, batches)                  # first ranges, before the first step
+    ...fine-tune like any other model; freeze_observers(prepared) for the last part...
+    export_onnx(prepared, ...)
+
+The prepared model is a torch.fx GraphModule that keeps every module path of the original: forward hooks on a layer, a
+block or a stage, state_dict, train() and eval() work as before. It is rebuilt without pickle: prepare_qat on the model
+built from its architecture, then load_state_dict(strict=True).
+
+Batch norms are folded into the weights *first*, and the folded weights are trained: what is rounded is then exactly
+what the file stores, and there are no running statistics to freeze. The price is the missing normalization: fine-tune
+with about a tenth of the float model's learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import onnx
+import torch
+from torch import Tensor, fx, nn
+
+from kdpipe.stages.compress.quantization.fake_quant import (
+    QuantConv2d,
+    QuantLinear,
+    quantizers_of,
+    require_observed,
+    set_rounding,
+)
+from kdpipe.stages.compress.quantization.fold_batchnorm import fold_batchnorms
+from kdpipe.stages.compress.quantization.fx_trace import Traced, module_of, trace
+from kdpipe.stages.compress.quantization.int8_debug import first_int8_divergence
+from kdpipe.stages.compress.quantization.op_types import is_float_tensor, kind_of
+from kdpipe.stages.compress.quantization.placement import QUANTIZERS, place_quantizers, rounded_nodes, set_input_grids
+from kdpipe.stages.compress.quantization.qdq_graph import int8_graph
+from kdpipe.stages.errors import ModelError
+from kdpipe.stages.models.clone import clone_without_hooks, preserve_modes
+
+
+class QatModel(fx.GraphModule):
+    """A model prepared for INT8 fine-tuning, which knows its INT8 form."""
+
+    def for_export(self) -> fx.GraphModule:
+        """Return its Q/DQ graph. Raises ModelError if it was never calibrated."""
+        return int8_graph(self)
+
+    def first_divergence(self, proto: onnx.ModelProto, images: Tensor) -> str:
+        """Return a clause naming the first operation of its file whose integers differ on `images` [B, C, H, W]."""
+        return first_int8_divergence(proto, self, images)
+
+
+def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) -> QatModel:
+    """Return a copy of `model` for INT8 fine-tuning, in its training mode and on its device.
+
+    Rounded are the images, the weights and biases of every Conv2d and Linear, and the outputs of convolutions, linears,
+    additions, products, concatenations and pools, after the ReLU where one follows. The logits stay float, as do linear
+    outputs and sums that only float operations read (a transformer's residual stream), nn.MultiheadAttention with its
+    projections, normalizations that no layer absorbs, and activations other than ReLU and ReLU6. Dropout modules work;
+    what a forward does depending on self.training (torchvision's stochastic depth) stays as in eval mode.
+
+    Args:
+        model: The float network; it stays unchanged.
+        example: Normalized images [B, C, H, W], of which only the shape counts.
+        exclude: Paths of modules that compute in float: their weights are not rounded (batch norms are still folded),
+            their outputs only where INT8 operations read them. Functional operations in a block's forward belong to it.
+            Rebuilding the model needs the same paths.
+
+    Raises:
+        ModelError: If the model cannot be traced, does not run on `example`, or returns anything but one tensor; if
+            `exclude` names a missing module or one without anything to quantize; or if nothing is left to quantize.
+    """
+    if hasattr(model, QUANTIZERS):
+        raise ModelError(f"the model already has a module {QUANTIZERS!r}: it was prepared before.")
+    prepared = trace_folded(model, example, QatModel)
+    nodes = rounded_nodes(prepared, model, logits_of(prepared), exclude)
+    _round_weights(prepared)
+    place_quantizers(prepared, nodes, next(model.parameters(), example).device)
+    set_input_grids(prepared)
+    prepared.recompile()
+    prepared.train(model.training)
+    return prepared
+
+
+def trace_folded(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Traced:
+    """Return the graph, of class `graph_class`, of a copy of `model` with its batch norms folded, nothing rounded.
+
+    Raises:
+        ModelError: As `prepare_qat`.
+    """
+    traced = trace(clone_without_hooks(model), example.to(next(model.parameters(), example).device), graph_class)
+    if not is_float_tensor(logits_of(traced)):
+        raise ModelError("the model cannot be quantized: it must return a single tensor of logits.")
+    fold_batchnorms(traced)
+    return traced
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Run a prepared model in float on `batches` of normalized images [B, C, H, W] to set its activation ranges.
+
+    Further calls refine the ranges. Dropout is off; the model's training mode stays.
+
+    Raises:
+        ModelError: If the model is not prepared, or there is no batch.
+    """
+    quantizers = quantizers_of(model)
+    device = next(iter(quantizers.values())).low.device
+    set_rounding(model, False)
+    try:
+        with preserve_modes(model), torch.no_grad():
+            model.eval()
+            for quantizer in quantizers.values():
+                quantizer.train()
+            for images in batches:
+                model(images.to(device))
+    finally:
+        set_rounding(model, True)
+    require_observed(quantizers)
+
+
+def freeze_observers(model: nn.Module) -> None:
+    """Freeze every activation range of a prepared model: the last part of fine-tuning needs a fixed grid.
+
+    Raises:
+        ModelError: If the model is not prepared or not calibrated.
+    """
+    quantizers = quantizers_of(model)
+    require_observed(quantizers)
+    for quantizer in quantizers.values():
+        quantizer.freeze()
+
+
+def logits_of(traced: fx.GraphModule) -> fx.Node:
+    """Return the node that the model returns, or the output node itself if that is not a single node."""
+    output = next(node for node in traced.graph.nodes if node.op == "output")
+    return output.args[0] if isinstance(output.args[0], fx.Node) else output
+
+
+def _round_weights(traced: fx.GraphModule) -> None:
+    """Replace every convolution and linear layer called in INT8 by its rounding version, parameters kept."""
+    num_rounding = 0
+    for node in traced.graph.nodes:
+        layer = module_of(traced, node)
+        if kind_of(traced, node) == "int8" and type(layer) in (nn.Conv2d, nn.Linear):
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            traced.set_submodule(str(node.target), _rounding_layer(layer))
+            num_rounding += 1
+    if not num_rounding:
+        raise ModelError("the model has nothing left to quantize: every layer is in quantize.exclude.")
+
+
+def _rounding_layer(layer: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:
+    """Return the rounding version of a layer, with the same parameter objects."""
+    rounding: QuantConv2d | QuantLinear
+    if isinstance(layer, nn.Conv2d):
+        rounding = QuantConv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
+    else:
+        rounding = QuantLinear(layer.in_features, layer.out_features, device="meta")
+    rounding.weight, rounding.bias = layer.weight, layer.bias
+    return rounding

@@ -1,0 +1,120 @@
+"""Convert a prepared model to the graph of its ONNX file: quantize and dequantize around every operation (QDQ).
+
+onnxruntime's CPU kernels fuse an operation only with Q and DQ around it: an addition or a pool without them runs in
+float and makes the file slower than the float one.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from kdpipe.stages.compress.quantization.fake_quant import (
+    ActivationQuantizer,
+    QuantConv2d,
+    QuantLinear,
+    quantizers_of,
+    require_observed,
+)
+from kdpipe.stages.compress.quantization.fx_trace import module_of
+from kdpipe.stages.compress.quantization.op_types import is_float_tensor, is_max_pool, kind_of, origin, pool_window
+from kdpipe.stages.compress.quantization.placement import grid_of, quantizers_after
+from kdpipe.stages.compress.quantization.qdq_layers import FloatLayer, QuantizeDequantize, int8_layer
+from kdpipe.stages.models.clone import clone_without_hooks
+
+
+def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
+    """Return the QDQ form of a calibrated prepared model, on the CPU, in eval mode; `prepared` stays unchanged.
+
+    Values that are only moved (max-pool, flatten, ...) keep their scale.
+
+    Raises:
+        ModelError: If the model was never calibrated.
+    """
+    require_observed(quantizers_of(prepared))
+    copy = clone_without_hooks(prepared).cpu().eval()
+    assert isinstance(copy, fx.GraphModule)
+    for rewrite in (_requantize_after_move, _average_by_window):
+        for node in list(copy.graph.nodes):
+            rewrite(copy, node)
+    _replace_layers(copy)
+    _shield_float_pools(copy)
+    _shield_float_layers(copy)
+    for path, quantizer in quantizers_of(copy).items():
+        copy.set_submodule(path, QuantizeDequantize(quantizer))
+    copy.graph.eliminate_dead_code()
+    copy.recompile()
+    return copy
+
+
+def _requantize_after_move(copy: fx.GraphModule, node: fx.Node) -> None:
+    """Quantize moved values once more: that changes none of them, but lets integers be moved."""
+    if kind_of(copy, node) == "move" and is_float_tensor(node) and grid_of(copy, node) is not None:
+        with copy.graph.inserting_after(node):
+            again = copy.graph.call_module(str(origin(copy, node).target), (node,))
+        node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
+        again.meta = dict(node.meta)
+
+
+def _average_by_window(copy: fx.GraphModule, node: fx.Node) -> None:
+    """Rewrite a mean over maps as an average pool, flattened if needed: only that has an integer kernel."""
+    window = pool_window(copy, node)
+    if window is None:
+        return
+    reader = _sole_quantizer_after(copy, node)
+    with copy.graph.inserting_before(node):
+        averaged = copy.graph.call_function(F.avg_pool2d, (node.args[0], window))
+        if len(node.meta["tensor_meta"].shape) == 2:
+            if reader is not None:
+                averaged = copy.graph.call_module(str(reader.target), (averaged,))
+            averaged = copy.graph.call_function(torch.flatten, (averaged, 1))
+    node.replace_all_uses_with(averaged)
+
+
+def _replace_layers(copy: fx.GraphModule) -> None:
+    """Replace every rounding layer by its integer version."""
+    for node in copy.graph.nodes:
+        layer = module_of(copy, node)
+        if isinstance(layer, QuantConv2d | QuantLinear):
+            copy.set_submodule(str(node.target), int8_layer(layer))
+
+
+def _shield_float_layers(copy: fx.GraphModule) -> None:
+    """Prevent onnxruntime from quantizing float layers between two grids."""
+    for node in copy.graph.nodes:
+        layer = module_of(copy, node)
+        if type(layer) not in (nn.Conv2d, nn.Linear) or grid_of(copy, node.args[0]) is None:
+            continue
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        if quantizers_after(copy, node):
+            copy.set_submodule(str(node.target), FloatLayer(layer))
+
+
+def _shield_float_pools(copy: fx.GraphModule) -> None:
+    """Prevent onnxruntime from moving a rounding from behind a float max pool to before it (QDQPropagation).
+
+    A subtraction in between does: of a zero per channel, since a scalar zero would be optimized away.
+    """
+    for node in list(copy.graph.nodes):
+        if not _rounds(copy, node):
+            continue
+        source = origin(copy, node.args[0], through=("same",))
+        if is_max_pool(copy, source) and grid_of(copy, source) is None:
+            name = f"zeros_behind_{source.name}"
+            copy.register_buffer(name, torch.zeros(source.meta["tensor_meta"].shape[1], 1, 1))
+            with copy.graph.inserting_before(node):
+                node.args = (copy.graph.call_function(operator.sub, (node.args[0], copy.graph.get_attr(name))),)
+
+
+def _rounds(copy: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a node calls a quantizer."""
+    return isinstance(module_of(copy, node), ActivationQuantizer)
+
+
+def _sole_quantizer_after(copy: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Return the quantizer call that is the only reader of `node`, or None."""
+    reader = next(iter(node.users), node)
+    return reader if len(node.users) == 1 and _rounds(copy, reader) else None

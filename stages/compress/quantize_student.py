@@ -1,0 +1,127 @@
+"""Quantize a student: calibrate it, then fine-tune it while it rounds as its file does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import islice
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from kdpipe.stages.compress.fine_tune import FineTuneContext, FineTuneJob, fine_tune
+from kdpipe.stages.compress.pruning.sparsity import masks_of
+from kdpipe.stages.compress.quantization.int4 import prepare_int4
+from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers, prepare_qat
+from kdpipe.stages.compress.resume import TrainedModel
+from kdpipe.stages.config import Count, section
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.training.finalize import finish
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.task import Lesson
+
+
+@section
+class QuantizeConfig:
+    """Configuration of quantization and its fine-tuning.
+
+    Attributes:
+        scheme: "int8" rounds weights and activations of everything that onnxruntime computes in integers; "int4"
+            only the weights of linear layers, in blocks of block_size.
+        exclude: module paths, layers or whole blocks, that stay float; `kdpipe sensitivity` finds candidates.
+        calibration_batches: batches of training views that set the first ranges of the activations.
+        freeze_observers_after_epoch: the share of the epochs after which those ranges are frozen.
+    """
+
+    scheme: Literal["int8", "int4"] = "int8"
+    block_size: Literal[16, 32, 64, 128] = 32
+    exclude: tuple[str, ...] = ()
+    calibration_batches: Count = 8
+    freeze_observers_after_epoch: Annotated[float, Field(ge=0, le=1)] = 0.67
+
+
+def quantize_json(config: QuantizeConfig) -> dict[str, Any]:
+    """Return the settings that determine a quantization's result."""
+    record = asdict(config)
+    if config.scheme != "int4":
+        del record["block_size"]
+    return record
+
+
+def prepare(model: nn.Module, image_shape: tuple[int, int, int], config: QuantizeConfig) -> nn.Module:
+    """Return a copy of a float network that rounds as configured. Raises ModelError if it cannot be quantized."""
+    example = torch.zeros(2, *image_shape)
+    if config.scheme == "int4":
+        return prepare_int4(model, example, block_size=config.block_size, exclude=config.exclude)
+    return prepare_qat(model, example, exclude=config.exclude)
+
+
+def quantized_record(config: QuantizeConfig) -> dict[str, Any]:
+    """Return the quantization's entries in an architecture record, from which `config_of` restores it."""
+    record: dict[str, Any] = {"quantized": config.scheme}
+    if config.exclude:
+        record["exclude"] = list(config.exclude)
+    if config.scheme == "int4":
+        record["block_size"] = config.block_size
+    return record
+
+
+def config_of(architecture: Mapping[str, Any]) -> QuantizeConfig | None:
+    """Return the quantization in an architecture record; None for a float network."""
+    if "quantized" not in architecture:
+        return None
+    return QuantizeConfig(
+        scheme=architecture["quantized"],
+        exclude=tuple(architecture.get("exclude", ())),
+        block_size=architecture.get("block_size", 32),
+    )
+
+
+def quantize_student(
+    config: QuantizeConfig,
+    train: TrainConfig,
+    context: FineTuneContext,
+    source: TrainedModel,
+    kind: str,
+    *,
+    sparse: bool = False,
+) -> dict[str, Any]:
+    """Quantize a finished network, fine-tune it, and return its figures; without epochs it is only calibrated.
+
+    A stopped job resumes; a finished one is left untouched. `kind` names its folder. With `sparse`, zero weights stay
+    zero.
+
+    Raises:
+        ModelError: If it cannot be quantized.
+    """
+    folder = context.folder(kind)
+    folder.begin(quantize_job(config, train, context, source))
+    if (done := folder.result()) is not None:
+        return done
+    network = source.load()
+    prepared = prepare(network.model, context.setup.image_shape, config)
+    quantized = Network(prepared, {**network.architecture, **quantized_record(config)}, network.normalise)
+    freeze_at = round(config.freeze_observers_after_epoch * train.epochs)
+
+    def before_epoch(model: nn.Module, epoch: int) -> None:
+        if config.scheme == "int8" and epoch >= freeze_at:
+            freeze_observers(model)
+
+    def warm_up(model: nn.Module, task: Lesson) -> None:
+        if config.scheme == "int8":
+            batches = task.stream(context.seed, train.batch_size, epoch=0, step=0, epochs=1)
+            calibrate(model, (batch.images for batch in islice(batches, config.calibration_batches)))
+
+    masks = masks_of(prepared) if sparse else {}
+    name = f"{kind} student, seed {context.seed}"
+    history = fine_tune(FineTuneJob(name, quantized, folder, train, warm_up, before_epoch, masks), context)
+    return finish(folder, quantized, history, context.setup, with_onnx=context.exports_onnx)
+
+
+def quantize_job(
+    config: QuantizeConfig, train: TrainConfig, context: FineTuneContext, source: TrainedModel
+) -> dict[str, Any]:
+    """Return everything that determines the result."""
+    return context.job_record({"quantize": quantize_json(config)}, source.identity, train)

@@ -1,0 +1,189 @@
+"""Context shared by all stages: samples, views, device, run folder and monitor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.stages.data.image_set import ImageSet, digest, normalisation, pixel_checksums, unequal_sizes_message
+from kdpipe.stages.data.loader.image_loader import Pictures
+from kdpipe.stages.errors import DataError, RecipeError
+from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.models.build import ModelConfig, architecture, build_model
+from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.runtime.distributed import ONE, Processes
+from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.renderer import Renderer
+from kdpipe.store import Samples
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The context of a run's stages.
+
+    Attributes:
+        run: The run folder, through which stages exchange files.
+        partners: The images that MixUp and CutMix take partners from; by default the training images.
+        num_workers: As in the recipe's `data` section.
+        unreadable: As in the recipe's `data` section.
+        ask_teacher: Returns the teachers' logits on the test images, float32 [N, C], if they are available.
+        processes: The processes that train together; the first of them writes.
+    """
+
+    run: Path
+    train_set: ImageSet
+    test_set: ImageSet
+    views: ViewsConfig
+    device: torch.device
+    watch: Watch
+    partners: ImageSet | None = None
+    num_workers: int | None = None
+    unreadable: Literal["stop", "drop"] = "stop"
+    ask_teacher: Callable[[], Tensor | None] = lambda: None
+    processes: Processes = ONE
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The networks' input shape, (C, H, W)."""
+        return self.renderer.shape
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """The renderer of views of the training images."""
+        train_set, pool = self.train_set, self.partners or self.train_set
+        partners = torch.sort(pool.sample_ids).values
+        if train_set.image_size is None and self.views.engine == "tensor":
+            raise RecipeError(unequal_sizes_message(train_set))
+        return Renderer(self.views, train_set.in_channels, train_set.image_size, partners)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The training images in their views."""
+        return Pictures(
+            self.train_set, self.device, self.renderer, self.partners, self.num_workers, self._on_unreadable
+        )
+
+    @cached_property
+    def test_pictures(self) -> Pictures:
+        """The test images, without views."""
+        return Pictures(self.test_set, self.device, num_workers=self.num_workers, on_failure=self._on_unreadable)
+
+    def test(self, normalise: Normalisation) -> Evaluation:
+        """Return the evaluation on the test images for a model with this input scaling."""
+        warn = partial(self.watch.warn, "evaluate")
+        # A single process must not stop while the others wait for it.
+        check = self.watch.check if self.processes.count == 1 else lambda: None
+        return Evaluation(self.test_pictures, normalise, self.ask_teacher(), warn, check)
+
+    def _on_unreadable(self, sentence: str) -> None:
+        """Raise DataError for an unreadable image, or drop it from its batch with a warning, as configured."""
+        if self.unreadable == "stop":
+            raise DataError(f"{sentence} (data.unreadable = 'drop' leaves such samples out)")
+        self.watch.warn("data", f"{sentence} It is left out of this epoch.")
+
+    def architecture(self, config: ModelConfig) -> dict[str, Any]:
+        """Return the record from which a network for these images and classes can be rebuilt."""
+        train_set = self.train_set
+        return architecture(config, train_set.num_classes, train_set.in_channels, self.image_shape[1:])
+
+    def build(self, config: ModelConfig, seed: int) -> nn.Module:
+        """Build a network for these images and classes, initialized with `seed`."""
+        return build_model(
+            config,
+            num_classes=self.train_set.num_classes,
+            in_channels=self.train_set.in_channels,
+            image_size=self.image_shape[1:],
+            seed=seed,
+        )
+
+    def view_identity(self) -> dict[str, Any]:
+        """Return the identity of the views, for stores and jobs."""
+        return self.renderer.identity
+
+    def shown_views(self) -> dict[str, Any]:
+        """Return the identity of the views that a student sees, epoch by epoch."""
+        return {**self.view_identity(), "num_views": self.views.num_views, "replay": self.views.replay}
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The ids, labels and pixel checksums of the training samples, in order; computed once from all pixels."""
+        return samples_of(self.train_set)
+
+    def data_identity(self) -> dict[str, Any]:
+        """Return the identity of the training samples, for stores and jobs."""
+        return digest(self.train_set) | self.samples.digests()
+
+    def test_identity(self) -> dict[str, Any]:
+        """Return the identity of the test samples, which determine a job's results."""
+        return digest(self.test_set) | samples_of(self.test_set).digests()
+
+
+def samples_of(image_set: ImageSet) -> Samples:
+    """Return the ids, labels and pixel checksums of a data set, in order."""
+    return Samples(image_set.sample_ids.numpy(), image_set.labels.numpy(), pixel_checksums(image_set))
+
+
+def test_size(setup: Setup) -> int | None:
+    """Return the side to which test images are resized and cropped to match the views; None if they match already.
+
+    Raises RecipeError if the views are not square.
+    """
+    _, height, width = setup.image_shape
+    if setup.train_set.image_size == (height, width):
+        return None
+    if height != width:
+        raise RecipeError(
+            f"the views are of {height} x {width} pixels and the images are not: test images can be resized to square "
+            "views only; give the operation that sets the size a single number."
+        )
+    return height
+
+
+def require_fitting_test_images(setup: Setup) -> None:
+    """Raise RecipeError for impossible views, DataError if test images differ from views in size, or in classes."""
+    size, found = setup.image_shape[1:], setup.test_set.image_size
+    classes, others = setup.train_set.class_names, setup.test_set.class_names
+    if others != classes:
+        raise DataError(
+            f"the test images of {setup.test_set.name} are of {len(others)} classes ({', '.join(others[:5])} ...), the "
+            f"training images of {len(classes)} ({', '.join(classes[:5])} ...): give both the same, in the same order."
+        )
+    if found is None:
+        raise DataError(unequal_sizes_message(setup.test_set))
+    if found != size:
+        raise DataError(
+            f"the test images of {setup.test_set.name} are of {found[0]} x {found[1]} pixels, the training views of "
+            f"{size[0]} x {size[1]}: set data.image_size, or add an operation that gives that size."
+        )
+
+
+def model_normalisation(
+    image_set: ImageSet, weights: str | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> Normalisation:
+    """Return a model's input scaling: the recipe's, that of published weights, or the training images' statistics."""
+    if (mean is None) != (std is None):
+        raise RecipeError("a model's mean and std must be given together.")
+    if mean is not None and std is not None:
+        if not len(mean) == len(std) == image_set.in_channels or min(std) <= 0:
+            raise RecipeError(
+                f"mean {list(mean)} and std {list(std)} do not fit images of {image_set.in_channels} channels: "
+                "one number a channel, std above 0."
+            )
+        return Normalisation(mean, std)
+    if weights == "published" and image_set.in_channels == 3:
+        return IMAGENET
+    return Normalisation(*normalisation(image_set))
+
+
+def test_setup(setup: Setup) -> Setup:
+    """Return the context with the unaugmented test images in place of the training images and their views."""
+    return replace(setup, train_set=setup.test_set, views=ViewsConfig(num_views=1), partners=None)

@@ -1,0 +1,49 @@
+"""The recipe's `data` section."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from kdpipe.stages.config import Bytes, Place, section
+from kdpipe.stages.data.unreadable import OnUnreadable
+
+
+def _reject_bool(value: object) -> object:
+    if type(value) is bool:  # True == 1 in Python, so pydantic would accept it
+        raise ValueError("input should be 1 or 3")
+    return value
+
+
+@section
+class DataConfig:
+    """Configuration of the data set.
+
+    Attributes:
+        name: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH, npz:PATH or python:MODULE:FUNCTION.
+        root: Folder of the named sets, and base of a relative PATH.
+        download: Whether torchvision may download a named set.
+        channels: Convert to grayscale (1) or RGB (3).
+        image_size: Crop the largest centered square and resize it to this many pixels.
+        test_crop: Fraction of that square kept for the test images of an image folder.
+        classes: Keep only samples of these classes.
+        num_train: Keep a fixed stratified subset of the training split.
+        test_share: Fraction split off for testing where the set has no test split.
+        cache_bytes: Keep the decoded images of a folder in memory if they take no more than this.
+        unreadable: "stop" the job at an image that cannot be read, or "drop" the sample.
+        num_workers: Processes that decode images not in memory; None means one for each core of this process.
+    """
+
+    name: Place = "digits"
+    root: Place = "data"
+    download: bool = True
+    channels: Annotated[Literal[1, 3], BeforeValidator(_reject_bool)] | None = None
+    image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None
+    test_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    num_train: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    cache_bytes: Bytes = 8 * 2**30
+    unreadable: OnUnreadable = "stop"
+    num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None

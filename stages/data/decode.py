@@ -1,0 +1,205 @@
+"""Decode images, convert channels and sizes, and hold pixels in memory; the same bits on every machine.
+
+Pillow's resampling is integer arithmetic, torch's depends on the vector unit, so every source resizes here.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from kdpipe.stages.data.splits import Indices
+from kdpipe.stages.errors import DataError, cause
+
+Pixels = npt.NDArray[np.uint8]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+"""Formats allowed regardless of file name: some of Pillow's other readers start programs (EPS: Ghostscript)."""
+
+_MACHINE_FAULTS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_GIB = 2**30
+
+
+class UnreadableImage(DataError):
+    """An image file is damaged, missing, not permitted or changed: a fault of the file, not of the machine."""
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """The format that files are decoded to.
+
+    Attributes:
+        channels: 1 (grayscale) or 3 (RGB).
+        size: Side of the square output in pixels; None keeps the whole image.
+        crop: With `size`, side of the centered square that is resized, as a fraction of the shorter side.
+    """
+
+    channels: int
+    size: int | None = None
+    crop: float = 1.0
+
+
+def decode_image(path: Path, spec: DecodeSpec) -> Pixels:
+    """Decode one file to a new uint8 array [C, H, W]: EXIF orientation applied, then converted to `spec`.
+
+    Raises:
+        UnreadableImage: The file is not a complete image of 8 bits per channel in one of FORMATS.
+        DataError: This machine lacks the resources to read it.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            _check_size(file)
+            upright = ImageOps.exif_transpose(file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableImage(
+            f"{path} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs: "
+            "shrink or remove it."
+        ) from error
+    except Exception as error:  # a damaged file can make a decoder raise anything
+        raise _failure(path, error) from error
+    if upright.mode.startswith(("I", "F")):
+        raise UnreadableImage(f"{path} has more than 8 bits per channel (mode {upright.mode}): convert it to 8 bits.")
+    image = upright.convert("L" if spec.channels == 1 else "RGB")
+    return _channels_first(image if spec.size is None else crop_and_resize(image, spec.size, spec.crop))
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Suppress Pillow's warnings, such as for odd EXIF tags.
+
+    Filters are process-wide: enter this outside of threads.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def crop_and_resize(image: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
+    """Crop the centered square of `crop` times the shorter side and resize it: bilinear, antialiased."""
+    side = min(image.size) * crop
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+
+
+def with_channels(pixels: Pixels, channels: int | None) -> Pixels:
+    """Convert [N, C, H, W] to `channels` channels: gray is repeated, RGB becomes ITU-R 601 luma in Pillow's bits."""
+    if channels is None or channels == pixels.shape[1]:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=1)
+    red, green, blue = (pixels[:, channel : channel + 1].astype(np.uint32) for channel in range(3))
+    luma = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return luma.astype(np.uint8)
+
+
+def with_size(pixels: Pixels, size: int | None, what: str) -> Pixels:
+    """Crop and resize [N, C, H, W] to [N, C, size, size], unless `size` is None or already matches."""
+    if size is None or pixels.shape[2:] == (size, size):
+        return pixels
+    resized = new_pixels((*pixels.shape[:2], size, size), what)
+    for index, image in enumerate(pixels):
+        layout = image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+        resized[index] = _channels_first(crop_and_resize(Image.fromarray(layout), size))
+    return resized
+
+
+def new_pixels(shape: tuple[int, ...], what: str) -> Pixels:
+    """Allocate uninitialized uint8 [N, C, H, W]. Raises DataError if it exceeds this machine's memory."""
+    check_fits_memory(int(np.prod(shape, dtype=object)), what)
+    return np.empty(shape, dtype=np.uint8)
+
+
+def check_fits_memory(num_bytes: int, what: str) -> None:
+    """Raise DataError if `num_bytes` exceeds this machine's installed (not free) memory."""
+    try:
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not available on every system
+        return
+    if num_bytes > installed:
+        raise DataError(
+            f"{what} needs {num_bytes / _GIB:.1f} GiB of memory, this machine has {installed / _GIB:.1f} GiB: "
+            "set a smaller data.image_size or data.num_train, or, for imagefolder:PATH, data.cache_bytes."
+        )
+
+
+class PixelCache:
+    """Memory for the decoded images of a folder, if all have one size and fit into `max_bytes` together.
+
+    Whether images are cached depends neither on the order nor on the number of threads that put them.
+
+    Args:
+        num_images: Number of images.
+        max_bytes: Limit of all pixels together, in bytes.
+        what: Name of the data set, for messages.
+    """
+
+    def __init__(self, num_images: int, max_bytes: int, what: str) -> None:
+        self._num_images, self._max_bytes, self._what = num_images, max_bytes, what
+        self._lock = threading.Lock()
+        self._pixels: Pixels | None = None
+        self.active = True
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Return whether images of this shape, [C, H, W], can be cached; if not, deactivate the cache."""
+        num_bytes = self._num_images * math.prod(shape)
+        same = self._pixels is None or self._pixels.shape[1:] == shape
+        if not same or num_bytes > self._max_bytes:
+            self.deactivate()
+        return self.active
+
+    def deactivate(self) -> None:
+        """Free the cached pixels and accept no more."""
+        self.active, self._pixels = False, None
+
+    def put(self, index: int, image: Pixels) -> None:
+        """Store `image`, [C, H, W], if the cache is active. Raises DataError if memory is too small."""
+        with self._lock:
+            if not self.active or not self.fits(image.shape):
+                return
+            if self._pixels is None:
+                self._pixels = new_pixels((self._num_images, *image.shape), self._what)
+            pixels = self._pixels
+        pixels[index] = image
+
+    def take(self, kept: Indices) -> Pixels:
+        """Return the images at `kept`, ascending int64 [M], as uint8 [M, C, H, W]; compacts in place."""
+        assert self.active and self._pixels is not None
+        if len(kept) < self._num_images:
+            for target, index in enumerate(kept.tolist()):  # in place: a second copy may not fit
+                self._pixels[target] = self._pixels[index]
+        return self._pixels[: len(kept)]
+
+
+def _check_size(file: Image.Image) -> None:
+    # Pillow only warns between its limit and twice that, and its warning filter is process-wide.
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and file.width * file.height > limit:
+        raise Image.DecompressionBombError
+
+
+def _failure(path: Path, error: Exception) -> DataError:
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number in _MACHINE_FAULTS:
+        return DataError(
+            f"{path} cannot be read now ({cause(error)}): this machine ran out of memory or file handles. Free some "
+            "and start again."
+        )
+    if isinstance(error, OSError) and number is not None:
+        return UnreadableImage(f"{path} cannot be read ({error.strerror}): restore or remove it.")
+    return UnreadableImage(f"{path} cannot be decoded ({cause(error)}): replace or remove it.")
+
+
+def _channels_first(image: Image.Image) -> Pixels:
+    pixels = np.asarray(image)
+    return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).copy()

@@ -1,0 +1,140 @@
+"""Images that stay on disk and are decoded on access: more than memory holds, or of unequal sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from kdpipe.stages.data.decode import DecodeSpec, Pixels, UnreadableImage, decode_image, quiet_pillow
+from kdpipe.stages.data.splits import Indices
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPaths:
+    """N paths in two arrays, which forked workers share without copying a page.
+
+    A tuple of a million `Path` objects would be copied into each worker as reference counts change.
+
+    Attributes:
+        text: The bytes of all paths, concatenated: uint8 [T].
+        ends: End offset of each path in `text`: int64 [N].
+    """
+
+    text: npt.NDArray[np.uint8]
+    ends: npt.NDArray[np.int64]
+
+    @classmethod
+    def pack(cls, paths: Iterable[str | Path]) -> Self:
+        """Pack paths of any iterable."""
+        encoded = [os.fsencode(path) for path in paths]
+        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Path:
+        if not 0 <= index < len(self.ends):
+            raise IndexError(f"no path {index}: there are {len(self.ends)}")
+        start = self.ends[index - 1] if index else 0
+        return Path(os.fsdecode(self.text[start : self.ends[index]].tobytes()))
+
+    def __iter__(self) -> Iterator[Path]:
+        return (self[index] for index in range(len(self)))
+
+    def take(self, indices: Indices) -> Self:
+        """Return the paths at `indices`, int64 [M], in that order."""
+        lengths = np.diff(self.ends, prepend=0)[indices]
+        text, starts = self.text.data, self.ends[indices] - lengths
+        pieces = (text[start : start + length] for start, length in zip(starts.tolist(), lengths.tolist(), strict=True))
+        return type(self)(np.frombuffer(b"".join(pieces), dtype=np.uint8), np.cumsum(lengths))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFileList:
+    """N image files of the data set `name` below `folder`, not decoded yet; `sample_ids` int64 [N]."""
+
+    name: str
+    folder: Path
+    paths: PackedPaths
+    sample_ids: Indices
+    spec: DecodeSpec
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, indices: Indices) -> ImageFileList:
+        """Return the files at `indices`, int64 [M], in that order."""
+        return dataclasses.replace(self, paths=self.paths.take(indices), sample_ids=self.sample_ids[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """N scanned image files. All data is in arrays, which forked workers share.
+
+    Attributes:
+        paths: The files.
+        spec: The decoded format.
+        checksums: crc32c of each decoded image's [C, H, W] bytes when the data set was scanned: uint32 [N].
+        shapes: (H, W) of each decoded image: int32 [N, 2].
+    """
+
+    paths: PackedPaths
+    spec: DecodeSpec
+    checksums: npt.NDArray[np.uint32]
+    shapes: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def common_shape(self) -> tuple[int, int] | None:
+        """(H, W) of all images; None if their sizes differ."""
+        if self.first_of_other_shape() is not None:
+            return None
+        height, width = self.shapes[0].tolist()
+        return height, width
+
+    def first_of_other_shape(self) -> int | None:
+        """Return the index of the first image whose size differs from that of image 0, or None."""
+        others = np.flatnonzero((self.shapes != self.shapes[0]).any(axis=1))
+        return int(others[0]) if len(others) else None
+
+    def read(self, index: int) -> Pixels:
+        """Decode one image to a new uint8 array [C, H, W].
+
+        Raises:
+            UnreadableImage: The file cannot be decoded, or changed since the data set was scanned.
+        """
+        path = self.paths[index]
+        with quiet_pillow():
+            pixels = decode_image(path, self.spec)
+        if pixels.shape[1:] != tuple(self.shapes[index]) or pixel_checksum(pixels) != self.checksums[index]:
+            raise UnreadableImage(
+                f"{path} changed since the data set was first read: restore the old file, or restart the job to use "
+                "the new one."
+            )
+        return pixels
+
+    def take(self, indices: Tensor) -> ImageFiles:
+        """Return the files at `indices`, int64 [M], in that order."""
+        rows = indices.numpy()
+        return dataclasses.replace(
+            self, paths=self.paths.take(rows), checksums=self.checksums[rows], shapes=self.shapes[rows]
+        )
+
+
+def pixel_checksum(pixels: Pixels) -> int:
+    """Return the crc32c of one image's pixels, [C, H, W], row by row."""
+    checksum: int = google_crc32c.value(pixels.tobytes())
+    return checksum

@@ -1,0 +1,206 @@
+"""One split of a data set: images (in memory or files), labels and sample ids, and its identity in a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdpipe.stages.data.decode import Pixels
+from kdpipe.stages.data.image_files import ImageFiles, pixel_checksum
+from kdpipe.stages.data.unreadable import DroppedImage
+from kdpipe.stages.errors import DataError
+from kdpipe.store import ids_and_labels_sha256
+
+STD_FLOOR = 1 / 255
+"""Minimum standard deviation, one gray level: dividing by less would only amplify rounding errors."""
+
+FILES_NORMALIZATION = {
+    1: ((0.449,), (0.226,)),
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Mean and std of image files by number of channels: ImageNet's, and the usual values for grayscale photographs."""
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """The images of one split.
+
+    Attributes:
+        images: In memory, uint8 [N, C, H, W] with C 1 (grayscale) or 3 (RGB); or files decoded on access.
+        labels: int64 [N], each within [0, num_classes).
+        sample_ids: int64 [N], unique within the split, >= 0, the same on every machine.
+        dropped: Unreadable images, which are not among the N.
+
+    Raises:
+        DataError: A tensor has another type, shape or range.
+    """
+
+    name: str
+    split: str
+    images: Tensor | ImageFiles
+    labels: Tensor
+    sample_ids: Tensor
+    class_names: tuple[str, ...]
+    dropped: tuple[DroppedImage, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f"data set {self.name} ({self.split})"
+        if isinstance(self.images, Tensor):
+            _check_pixels(where, self.images)
+        _check_columns(where, self.num_samples, self.labels, self.sample_ids, self.num_classes)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are in memory."""
+        return isinstance(self.images, Tensor)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def in_channels(self) -> int:
+        return self.images.shape[1] if isinstance(self.images, Tensor) else self.images.spec.channels
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(H, W) in pixels; None for files of unequal size."""
+        if isinstance(self.images, ImageFiles):
+            return self.images.common_shape
+        return self.images.shape[2], self.images.shape[3]
+
+    def read(self, index: int) -> Pixels:
+        """Return one image as a new uint8 array [C, H, W].
+
+        Raises:
+            DataError: The file can no longer be decoded, or its pixels changed.
+        """
+        if isinstance(self.images, ImageFiles):
+            return self.images.read(index)
+        return self.images[index].cpu().numpy().copy()
+
+    def take(self, indices: Tensor) -> ImageSet:
+        """Return the samples at `indices`, int64 [M], in that order; classes and `dropped` are unchanged."""
+        images = self.images
+        return dataclasses.replace(
+            self,
+            images=images.index_select(0, indices) if isinstance(images, Tensor) else images.take(indices),
+            labels=self.labels[indices],
+            sample_ids=self.sample_ids[indices],
+        )
+
+
+def digest(image_set: ImageSet) -> dict[str, Any]:
+    """Identify the samples as JSON: name, split, counts, and a sha256 over ids and labels.
+
+    The order of the samples does not matter: they are looked up by id.
+    """
+    return {
+        "name": image_set.name,
+        "split": image_set.split,
+        "num_samples": image_set.num_samples,
+        "num_classes": image_set.num_classes,
+        "ids_and_labels_sha256": ids_and_labels_sha256(image_set.sample_ids.numpy(), image_set.labels.numpy()),
+    }
+
+
+def pixel_checksums(image_set: ImageSet) -> npt.NDArray[np.uint32]:
+    """Return the crc32c of each sample's [C, H, W] bytes, row by row: uint32 [N]; of files, as first scanned."""
+    if isinstance(image_set.images, ImageFiles):
+        return image_set.images.checksums
+    images = image_set.images.cpu().numpy()
+    return np.fromiter((pixel_checksum(image) for image in images), dtype=np.uint32, count=len(images))
+
+
+def unequal_sizes_message(image_set: ImageSet) -> str:
+    """Return an error message naming two images of unequal size. Raises ValueError if all have one size."""
+    files = image_set.images
+    other = files.first_of_other_shape() if isinstance(files, ImageFiles) else None
+    if isinstance(files, Tensor) or other is None:
+        raise ValueError(f"all images of {image_set.name} have the same size")
+    (height, width), (other_height, other_width) = files.shapes[0].tolist(), files.shapes[other].tolist()
+    return (
+        f"the images have different sizes: {files.paths[0]} is {width} x {height}, "
+        f"{files.paths[other]} is {other_width} x {other_height}: set data.image_size to crop and resize them."
+    )
+
+
+def normalisation(image_set: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return each channel's mean and standard deviation over the set, in [0, 1] units, rounded to 4 digits.
+
+    Computed from counts of the 256 gray levels: exact integers, independent of order and threads. Files are not
+    decoded for it: they get FILES_NORMALIZATION.
+    """
+    images = image_set.images
+    if isinstance(images, ImageFiles):
+        return FILES_NORMALIZATION[images.spec.channels]
+    moments = [_moments(images[:, channel]) for channel in range(image_set.in_channels)]
+    return tuple(mean for mean, _ in moments), tuple(std for _, std in moments)
+
+
+def _moments(channel: Tensor) -> tuple[float, float]:
+    counts = torch.zeros(256, dtype=torch.int64)
+    for chunk in torch.split(channel, _CHUNK):
+        counts += torch.bincount(chunk.reshape(-1), minlength=256).cpu()
+    levels = [(level, int(count)) for level, count in enumerate(counts)]
+    total = sum(count for _, count in levels)
+    first = sum(level * count for level, count in levels)
+    second = sum(level * level * count for level, count in levels)
+    std = math.sqrt(second * total - first * first) / (255 * total)
+    return round(first / (255 * total), 4), round(max(std, STD_FLOOR), 4)
+
+
+def _check_pixels(where: str, images: Tensor) -> None:
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape[2:]:
+        raise DataError(
+            f"{where}: images must be uint8 [N, C, H, W] with C 1 or 3, found {images.dtype} {list(shape)}."
+        )
+
+
+def _check_columns(where: str, num_images: int, labels: Tensor, sample_ids: Tensor, num_classes: int) -> None:
+    """Raise DataError unless labels are int64 [num_images] in [0, num_classes) and ids int64, unique and >= 0."""
+    if num_images == 0:
+        raise DataError(f"{where} has no samples: at least one is required.")
+    for what, column in (("labels", labels), ("sample_ids", sample_ids)):
+        if column.dtype != torch.int64 or tuple(column.shape) != (num_images,):
+            raise DataError(
+                f"{where}: {what} must be int64 [{num_images}], one for each image, "
+                f"found {column.dtype} {list(column.shape)}."
+            )
+    _check_ids(where, sample_ids)
+    outside = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(outside):
+        index = int(outside[0])
+        raise DataError(
+            f"{where}: sample {int(sample_ids[index])} (position {index}) has the label "
+            f"{int(labels[index])}, which is outside 0..{num_classes - 1}."
+        )
+
+
+def _check_ids(where: str, ids: Tensor) -> None:
+    negative = (ids < 0).nonzero()
+    if len(negative):
+        index = int(negative[0])
+        raise DataError(f"{where}: the sample at position {index} has the id {int(ids[index])}: ids must be >= 0.")
+    ordered, order = ids.sort(stable=True)
+    duplicates = (ordered[1:] == ordered[:-1]).nonzero()
+    if len(duplicates):
+        index = int(duplicates[0])
+        raise DataError(
+            f"{where}: the samples at positions {int(order[index])} and {int(order[index + 1])} "
+            f"have the same id {int(ordered[index])}: ids must be unique within a split."
+        )

@@ -1,0 +1,107 @@
+"""Load a data set as configured by the recipe's `data` section."""
+
+from __future__ import annotations
+
+import difflib
+from typing import get_args
+
+import numpy as np
+import torch
+
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.data.decode import with_channels, with_size
+from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
+from kdpipe.stages.data.sources.listing import Listing
+from kdpipe.stages.data.sources.registry import list_source
+from kdpipe.stages.data.splits import Indices, Split, stratified_split, stratified_subset
+from kdpipe.stages.errors import DataError, RecipeError
+
+__all__ = ["DataConfig", "load_dataset"]
+
+
+def load_dataset(
+    config: DataConfig,
+    split: Split,
+    *,
+    size: int | None = None,
+    only: Indices | None = None,
+    on_image: OnImage | None = None,
+) -> ImageSet:
+    """Load one split of a data set: uint8 [N, C, H, W] in memory, or files.
+
+    Images of a folder stay files if they take more than `config.cache_bytes` or differ in size; everything else is in
+    memory. Sample ids do not depend on `classes`, `num_train`, `channels` or sizes.
+
+    Args:
+        config: The data set.
+        split: "train" or "test".
+        size: Replaces `config.image_size`.
+        only: Ids of the samples to load; None loads all.
+        on_image: Called with (done, total) from time to time while files are scanned; may raise to abort, which keeps
+            most of the scan.
+
+    Raises:
+        DataError: The name is unknown, or the data is missing, damaged or invalid.
+        RecipeError: `config` names unknown classes or an impossible crop.
+    """
+    if split not in get_args(Split):
+        raise DataError(f"unknown split {split!r}: expected 'train' or 'test'.")
+    size = config.image_size if size is None else size
+    listing = list_source(config, split, size)
+    indices = _select(listing, config, split)
+    if only is not None:
+        indices = indices[np.isin(listing.sample_ids[indices], only)]
+    found = _load_images(listing, indices, config, size, on_image)
+    indices = indices[found.kept]
+    return ImageSet(
+        name=listing.name,
+        split=split,
+        images=torch.from_numpy(found.images) if isinstance(found.images, np.ndarray) else found.images,
+        labels=torch.from_numpy(listing.labels[indices]),
+        sample_ids=torch.from_numpy(listing.sample_ids[indices]),
+        class_names=listing.class_names,
+        dropped=found.dropped,
+    )
+
+
+def _load_images(
+    listing: Listing, indices: Indices, config: DataConfig, size: int | None, on_image: OnImage | None
+) -> ScanResult:
+    if isinstance(listing.images, ImageFileList):
+        return scan_images(
+            listing.images,
+            indices,
+            cache_bytes=config.cache_bytes,
+            on_unreadable=config.unreadable,
+            on_image=on_image,
+        )
+    pixels = with_size(with_channels(listing.images(indices), config.channels), size, f"data set {listing.name}")
+    return ScanResult(pixels, np.arange(len(indices)), ())
+
+
+def _select(listing: Listing, config: DataConfig, split: Split) -> Indices:
+    """Return the listing's indices, ascending, selected by split, then classes, then `num_train`."""
+    indices = np.arange(len(listing.labels))
+    if listing.unsplit:
+        train, test = stratified_split(listing.labels, config.test_share)
+        indices = train if split == "train" else test
+    if config.classes is not None:
+        indices = indices[np.isin(listing.labels[indices], _labels_of(config.classes, listing))]
+        if not len(indices):
+            raise DataError(f"data set {listing.name} ({split}) has no samples of the classes in data.classes.")
+    if split == "train" and config.num_train is not None:
+        indices = indices[stratified_subset(listing.labels[indices], config.num_train)]
+    return indices
+
+
+def _labels_of(classes: tuple[str, ...], listing: Listing) -> list[int]:
+    known = listing.class_names
+    for name in classes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
+            advice = f"did you mean {' or '.join(near)}?" if near else f"its classes are {some}."
+            raise RecipeError(f"data.classes: {listing.name} has no class {name!r}: {advice}")
+    return [label for label, name in enumerate(known) if name in classes]

@@ -1,0 +1,213 @@
+"""Load the images of batches: from memory on the device, or decoded and rendered ahead by worker processes.
+
+A stream is a pure function of its requests: a resumed job continues from the batch where it stopped. Targets are joined
+by the main process, not here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kdpipe.stages.data.image_set import ImageSet, unequal_sizes_message
+from kdpipe.stages.data.loader.workers import Failure, PrefetchPool, WorkerTask
+from kdpipe.stages.errors import DataError, RecipeError
+from kdpipe.stages.runtime.cpu import num_cores
+from kdpipe.stages.views.mix import MixAssignment, mix
+from kdpipe.stages.views.ops.rows import replace_rows
+from kdpipe.stages.views.renderer import Renderer
+
+
+@dataclass(frozen=True)
+class Request:
+    """The samples at `positions` of a data set, int64 [B], in a view; None means the original images."""
+
+    positions: Tensor
+    view: int | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The images of a batch.
+
+    Attributes:
+        images: uint8 [B, C, H, W], on the device.
+        positions: Positions of the samples in the data set, int64 [B], without unreadable ones.
+        mixture: The partners mixed into the images.
+    """
+
+    images: Tensor
+    positions: Tensor
+    mixture: MixAssignment | None = None
+
+
+def _stop(message: str) -> None:
+    raise DataError(message)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Loads the images of a data set in batches.
+
+    Attributes:
+        image_set: The data set.
+        device: Device of the loaded images.
+        renderer: Renders the views; None if only original images are requested.
+        mix_partners: The data set of the partners of MixUp and CutMix; None means `image_set`.
+        num_workers: Worker processes; None means one for each available core, 0 works in this process.
+        on_failure: Called with a message for each unreadable image; unless it raises, the sample is dropped from its
+            batch.
+    """
+
+    image_set: ImageSet
+    device: torch.device
+    renderer: Renderer | None = None
+    mix_partners: ImageSet | None = None
+    num_workers: int | None = None
+    on_failure: Callable[[str], None] = _stop
+
+    def stream(self, requests: Iterable[Request], *, whole: bool = False) -> Iterator[Seen]:
+        """Load one request after the other; requests may be drawn ahead.
+
+        Args:
+            requests: The batches.
+            whole: Treat every unreadable image as an error, regardless of `on_failure`.
+
+        Raises:
+            DataError: An image cannot be read, no image of a batch can be read, or original images of different sizes
+                are requested.
+        """
+        pairs = ((request, self._sample_mix(request)) for request in requests)
+        if self._images is None:
+            return self._load_ahead(pairs, whole)
+        return (self._load_from_memory(request, mixture) for request, mixture in pairs)
+
+    def one(self, request: Request, *, whole: bool = True) -> Seen:
+        """Load a single request."""
+        return next(self.stream([request], whole=whole))
+
+    def partner_labels(self, partner_ids: Tensor) -> Tensor:
+        """Return the labels of partners, int64 [B], by their sample ids."""
+        return (self.mix_partners or self.image_set).labels[self._partner_positions(partner_ids)]
+
+    @cached_property
+    def _images(self) -> Tensor | None:
+        """The images, on the device if they take less than half of its free memory; None if workers load them."""
+        partners_in_memory = self.mix_partners is None or self.mix_partners.in_memory
+        if not partners_in_memory or not isinstance(self.image_set.images, Tensor):
+            return None
+        if self.renderer and self.renderer.in_workers:
+            return None
+        return _to_device_if_fits(self.image_set.images, self.device)
+
+    @cached_property
+    def _partner_images(self) -> Tensor | None:
+        if self.mix_partners is None or not isinstance(self.mix_partners.images, Tensor):
+            return self._images
+        return _to_device_if_fits(self.mix_partners.images, self.device)
+
+    @cached_property
+    def _prefetch_pool(self) -> PrefetchPool:
+        num_workers = num_cores() if self.num_workers is None else self.num_workers
+        return PrefetchPool(self.image_set, self.mix_partners, self.renderer, num_workers, self.device.type == "cuda")
+
+    @cached_property
+    def _partner_order(self) -> tuple[Tensor, Tensor]:
+        """The ids of the partners' data set, ascending, and their positions: both int64 [P]."""
+        return torch.sort((self.mix_partners or self.image_set).sample_ids)
+
+    def _partner_positions(self, partner_ids: Tensor) -> Tensor:
+        ids, order = self._partner_order
+        return order[torch.searchsorted(ids, partner_ids)]
+
+    def _sample_mix(self, request: Request) -> MixAssignment | None:
+        if self.renderer is None or request.view is None:
+            return None
+        return self.renderer.sample_mix(self.image_set.sample_ids[request.positions], request.view)
+
+    def _load_from_memory(self, request: Request, mixture: MixAssignment | None) -> Seen:
+        assert self._images is not None
+        assert self._partner_images is not None
+        sample_ids = self.image_set.sample_ids[request.positions]
+        own = self._render_rows(self._images, request.positions, sample_ids, request.view)
+        if mixture is None or not mixture.mixed.any():
+            return Seen(own, request.positions, mixture)
+        partner_ids = mixture.partner_ids[mixture.mixed]
+        positions = self._partner_positions(partner_ids)
+        partners = self._render_rows(self._partner_images, positions, partner_ids, request.view)
+        return self._mix(request, mixture, own, partners)
+
+    def _render_rows(self, source: Tensor, positions: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
+        """Render some of the images in memory, on the device."""
+        if self.renderer is not None and view is not None and source.device == self.device:
+            return self.renderer.render_rows(source, positions, sample_ids, view)
+        images = source.index_select(0, positions.to(source.device, non_blocking=True))
+        return self._render(images, sample_ids, view)
+
+    def _load_ahead(self, pairs: Iterable[tuple[Request, MixAssignment | None]], whole: bool) -> Iterator[Seen]:
+        """Load from worker processes."""
+        pending: deque[tuple[Request, MixAssignment | None]] = deque()
+
+        def tasks() -> Iterator[WorkerTask]:
+            for request, mixture in pairs:
+                if request.view is None and self.image_set.image_size is None:
+                    raise DataError(unequal_sizes_message(self.image_set))
+                pending.append((request, mixture))
+                if mixture is None:
+                    yield WorkerTask(request.view, request.positions)
+                    continue
+                rows = mixture.mixed.nonzero()[:, 0]
+                partners = self._partner_positions(mixture.partner_ids[mixture.mixed])
+                yield WorkerTask(request.view, request.positions, rows, partners)
+
+        for result in self._prefetch_pool.stream(tasks()):
+            request, mixture = pending.popleft()
+            self._report(result.failures, whole)
+            kept = result.kept
+            if not len(kept):
+                first = result.failures[0]
+                raise DataError(
+                    f"none of the {len(request.positions)} images of a batch of {self.image_set.name} can be read, "
+                    f"including sample {first.sample_id}: {first.why}"
+                )
+            if len(kept) < len(request.positions):
+                request = Request(request.positions[kept], request.view)
+                mixture = None if mixture is None else mixture.at(kept)
+            ids = self.image_set.sample_ids[request.positions]
+            own = self._render(result.images[: len(kept)], ids, request.view)
+            if mixture is None or not mixture.mixed.any():
+                yield Seen(own, request.positions, mixture)
+                continue
+            partners = self._render(result.images[len(kept) :], mixture.partner_ids[mixture.mixed], request.view)
+            yield self._mix(request, mixture, own, partners)
+
+    def _render(self, images: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
+        """Do the main process's part of rendering: uint8 [B, C, H, W], on the device."""
+        images = images.to(self.device, non_blocking=True)
+        return images if self.renderer is None or view is None else self.renderer.render_batch(images, sample_ids, view)
+
+    def _mix(self, request: Request, mixture: MixAssignment, own: Tensor, partners: Tensor) -> Seen:
+        """Mix `own`, uint8 [B, C, H, W], with `partners`, those of the mixed samples only."""
+        partner_images = replace_rows(own, mixture.mixed.nonzero()[:, 0], partners)
+        return Seen(mix(own, partner_images, mixture), request.positions, mixture)
+
+    def _report(self, failures: Iterable[Failure], whole: bool) -> None:
+        for failure in failures:
+            if failure.kind == "recipe":
+                raise RecipeError(failure.why)
+            message = f"sample {failure.sample_id}: {failure.why}"
+            if whole or failure.kind == "data":
+                _stop(message)
+            self.on_failure(message)
+
+
+def _to_device_if_fits(images: Tensor, device: torch.device) -> Tensor:
+    """Move images to the device if they take less than half of its free memory."""
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return images
+    return images.to(device)

@@ -1,0 +1,54 @@
+"""Labels of a batch and their cross-entropy; a mixed sample has two labels, weighted by their shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdpipe.stages.data.loader.image_loader import Pictures, Seen
+
+
+@dataclass(frozen=True)
+class HardLabels:
+    """The labels of a batch.
+
+    Attributes:
+        labels: int64 [B].
+        partner_labels: Labels of the mix partners, int64 [B]; None without mixing.
+        own_share: Weight of the own labels, float32 [B]; None without mixing.
+    """
+
+    labels: Tensor
+    partner_labels: Tensor | None = None
+    own_share: Tensor | None = None
+
+    def rows(self, index: Tensor) -> HardLabels:
+        """Return the labels of some samples, int64 [n]."""
+        if self.partner_labels is None or self.own_share is None:
+            return HardLabels(self.labels[index])
+        return HardLabels(self.labels[index], self.partner_labels[index], self.own_share[index])
+
+    def cross_entropy(self, logits: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Return the cross-entropy of logits [B, num_classes] with the labels, smoothed by `smoothing`: [B]."""
+        own = F.cross_entropy(logits.float(), self.labels, reduction="none", label_smoothing=smoothing)
+        if self.partner_labels is None or self.own_share is None:
+            return own
+        partners = F.cross_entropy(logits.float(), self.partner_labels, reduction="none", label_smoothing=smoothing)
+        return self.own_share * own + (1 - self.own_share) * partners
+
+
+def labels_of(loader: Pictures, batch: Seen) -> HardLabels:
+    """Return the labels of a batch, on its device."""
+    device = batch.images.device
+    labels = loader.image_set.labels[batch.positions]
+    if batch.mixture is None:
+        return HardLabels(labels.to(device, non_blocking=True))
+    mixed, partners = batch.mixture.mixed, labels.clone()
+    partners[mixed] = loader.partner_labels(batch.mixture.partner_ids[mixed])
+    return HardLabels(
+        labels.to(device, non_blocking=True),
+        partners.to(device, non_blocking=True),
+        batch.mixture.own_share.to(device, non_blocking=True),
+    )

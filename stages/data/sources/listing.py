@@ -1,0 +1,121 @@
+"""List the samples of a source before any pixel is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from kdpipe.stages.data.decode import Pixels
+from kdpipe.stages.data.image_files import ImageFileList
+from kdpipe.stages.data.splits import Indices
+from kdpipe.stages.errors import DataError
+
+MAX_NUMBERED_CLASSES = 1_000_000
+"""Limit for the number of classes inferred from the largest label, against typos."""
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The samples of one split, or of a whole set without splits (`unsplit`).
+
+    Attributes:
+        labels: int64 [N].
+        sample_ids: int64 [N].
+        images: Files [N], or a function from indices int64 [M] to pixels uint8 [M, C, H, W].
+        unsplit: Whether the set has no test split.
+    """
+
+    name: str
+    labels: npt.NDArray[np.int64]
+    sample_ids: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+    images: ImageFileList | Callable[[Indices], Pixels]
+    unsplit: bool = False
+
+
+def list_arrays(
+    name: str,
+    images: Any,
+    labels: Any,
+    sample_ids: Any = None,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    unsplit: bool = False,
+) -> Listing:
+    """List images that are already in memory, as numpy arrays or torch tensors.
+
+    Args:
+        name: Name of the data set, for messages.
+        images: uint8 [N, H, W] or [N, H, W, C].
+        labels: Integer [N].
+        sample_ids: Integer [N]; defaults to the positions.
+        class_names: Defaults to "0", "1", ... up to the largest label.
+        unsplit: Whether the set has no test split.
+
+    Raises:
+        DataError: An array has another type or shape.
+    """
+    pixels = _pixels(name, images)
+    label_column = integer_column(name, "labels", labels, len(pixels))
+    id_column = np.arange(len(pixels)) if sample_ids is None else sample_ids
+    return Listing(
+        name=name,
+        labels=label_column,
+        sample_ids=integer_column(name, "ids", id_column, len(pixels)),
+        class_names=numbered_classes(name, label_column) if class_names is None else class_names,
+        images=lambda indices: np.ascontiguousarray(pixels[indices]),
+        unsplit=unsplit,
+    )
+
+
+def numbered_classes(name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
+    """Return the class names "0", "1", ... up to the largest label."""
+    largest = int(labels.max())
+    if largest >= MAX_NUMBERED_CLASSES:
+        raise DataError(f"data set {name}: the label {largest} is too large: labels must be 0, 1, ... C - 1.")
+    return tuple(str(label) for label in range(largest + 1))
+
+
+def integer_column(name: str, what: str, values: Any, num_samples: int | None = None) -> npt.NDArray[np.int64]:
+    """Check that `values` are integers [N], one for each image, and return them as int64."""
+    column = _array(name, what, values)
+    expected = "N" if num_samples is None else num_samples
+    if column.dtype.kind not in "iu" or column.ndim != 1 or num_samples not in (None, len(column)):
+        raise DataError(
+            f"data set {name}: {what} must be integers [{expected}], one for each image, "
+            f"found {column.dtype} {list(column.shape)}."
+        )
+    if not len(column):
+        raise DataError(f"data set {name} has no samples: at least one is required.")
+    if column.dtype.kind == "u" and int(column.max()) > np.iinfo(np.int64).max:
+        raise DataError(f"data set {name}: {what} must fit int64, found {int(column.max())}.")
+    return column.astype(np.int64)
+
+
+def _pixels(name: str, images: Any) -> Pixels:
+    array = _array(name, "images", images)
+    shape = list(array.shape)
+    if array.dtype != np.uint8:
+        raise DataError(f"data set {name}: images must be uint8 (0..255), found {array.dtype} {shape}.")
+    if array.ndim == 3:
+        return array[:, None]
+    if array.ndim != 4 or shape[3] not in (1, 3):
+        channels_first = array.ndim == 4 and shape[1] in (1, 3)
+        advice = " Channels come last: move axis 1 to the end." if channels_first else ""
+        raise DataError(
+            f"data set {name}: images must be [N, H, W] or [N, H, W, C] with C 1 or 3, found {shape}.{advice}"
+        )
+    return np.moveaxis(array, 3, 1)
+
+
+def _array(name: str, what: str, values: Any) -> npt.NDArray[Any]:
+    if isinstance(values, Tensor):
+        return values.detach().cpu().numpy()
+    if isinstance(values, np.ndarray):
+        return values
+    raise DataError(f"data set {name}: {what} must be a numpy array or a tensor, found {type(values).__name__}.")

@@ -1,0 +1,107 @@
+"""`npz:PATH`: a folder with train.npz and test.npz, or one .npz file to split. Nothing is unpickled.
+
+Each file holds `images` uint8 [N, H, W] or [N, H, W, C] and `labels` integer [N]; `ids` integer [N] and `classes`, the
+class names [num_classes], are optional.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdpipe.stages.data.decode import check_fits_memory
+from kdpipe.stages.data.sources.listing import Listing, integer_column, list_arrays, numbered_classes
+from kdpipe.stages.data.splits import Split
+from kdpipe.stages.errors import DataError, cause
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def list_npz(path: Path, split: Split) -> Listing:
+    """List one split of the folder `path`, or all of the file `path`; the train split defines the classes.
+
+    Raises:
+        DataError: A file or array is missing, damaged, of a wrong type or shape, or holds objects.
+    """
+    name = f"npz:{path.name}"
+    unsplit = not path.is_dir()
+    file = path if unsplit else path / f"{split}.npz"
+    arrays = read_npz(file, required=("images", "labels"), optional=("ids", "classes"))
+    if unsplit or split == "train":
+        class_names = _class_names(name, arrays)
+    else:
+        class_names = _class_names(name, read_npz(path / "train.npz", required=("labels",), optional=("classes",)))
+    return list_arrays(
+        name, arrays["images"], arrays["labels"], arrays.get("ids"), class_names=class_names, unsplit=unsplit
+    )
+
+
+def _class_names(name: str, arrays: Arrays) -> tuple[str, ...]:
+    if "classes" not in arrays:
+        return numbered_classes(name, integer_column(name, "labels", arrays["labels"]))
+    classes = arrays["classes"]
+    if classes.dtype.kind != "U" or classes.ndim != 1 or not len(classes):
+        raise DataError(
+            f"data set {name}: classes must be strings [num_classes], found {classes.dtype} {list(classes.shape)}."
+        )
+    return tuple(str(class_name) for class_name in classes)
+
+
+def read_npz(path: Path, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Arrays:
+    """Read the `required` arrays and those `optional` ones that exist; nothing is unpickled.
+
+    Raises:
+        DataError: A file or array is missing, damaged, or holds anything but numbers and strings.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"no file {path.absolute()}: npz:PATH is relative to data.root unless absolute, and is "
+            "a folder with train.npz and test.npz, or one .npz file."
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {key: _member(archive, key) for key in _present(archive, required, optional)}
+    except DataError:
+        raise
+    except Exception as error:  # a damaged or hostile zip can raise anything
+        raise DataError(f"{path} cannot be read as .npz ({cause(error)}): recreate it with numpy.savez.") from error
+
+
+def _present(archive: zipfile.ZipFile, required: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:
+    found = sorted(name.removesuffix(".npy") for name in archive.namelist())
+    if missing := [key for key in required if key not in found]:
+        raise DataError(f"{archive.filename} has no array {missing[0]!r}: found {', '.join(found) or 'none'}.")
+    return [key for key in (*required, *optional) if key in found]
+
+
+def _member(archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any]:
+    """Read one array after checking its header against its byte count: an absurd shape must not reserve memory."""
+    info = archive.getinfo(f"{key}.npy")
+    with archive.open(info) as file:
+        shape, dtype = _header(file)
+        where = f"{archive.filename}, array {key!r}"
+        if dtype.kind not in "iuUfb" or not dtype.itemsize:
+            raise DataError(f"{where}: expected numbers or strings, found {dtype}: objects are never unpickled.")
+        stored_bytes, expected_bytes = info.file_size - file.tell(), math.prod(shape) * dtype.itemsize
+        if stored_bytes != expected_bytes:
+            raise DataError(
+                f"{where}: {dtype} {list(shape)} takes {expected_bytes} bytes, but {stored_bytes} are stored."
+            )
+        check_fits_memory(stored_bytes, where)
+        file.seek(0)
+        array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        return array
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"unknown .npy version {version}")
+    shape, _, dtype = readers[version](file)
+    return shape, dtype

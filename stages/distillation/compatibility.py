@@ -1,0 +1,133 @@
+"""Check that losses, views, teachers and stores go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.base import Entry, Response
+from kdpipe.stages.losses.schedules import extremes
+from kdpipe.stages.targets.ensemble import TeachersConfig
+from kdpipe.stages.targets.join import Source
+from kdpipe.stages.targets.reader import Targets
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.store import (
+    StoreError,
+    TargetStore,
+    interpolation,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def check_losses(losses: Sequence[Entry], views: ViewsConfig, teachers: TeachersConfig, where: str = "distill") -> None:
+    """Raise RecipeError for losses that do not support the recipe's settings, whatever the stores contain."""
+    if losses and views.mix is not None and teachers.weights == "confidence":
+        raise RecipeError(
+            "student.teachers.weights = 'confidence' needs a single label per sample, and [views.mix] gives two: "
+            "remove one of them."
+        )
+    for number, loss in enumerate(losses):
+        entry = f"{where}.{number} ({loss.loss})"
+        if loss.samples.weighting != "equal" and not loss.per_sample:
+            raise RecipeError(
+                f"{entry}: samples.weighting = {loss.samples.weighting!r} needs a per-sample loss, and this one "
+                "compares samples with each other: select samples with samples.filter instead."
+            )
+        if views.mix is not None and (loss.one_label or loss.samples.goes_by_label):
+            what = entry if loss.one_label else f"{entry} with samples selected or weighted by their label"
+            raise RecipeError(f"{what} needs a single label per sample, and [views.mix] gives two: remove one of them.")
+
+
+def check_together(teaching: Teaching, sources: Sequence[Source], targets: Targets) -> None:
+    """Check that the losses work with these stores together.
+
+    Raises:
+        RecipeError: A loss does not.
+        StoreError: Samples have no targets in any store, and may not be missing.
+    """
+    maps = [source.class_map for source in sources]
+    partial = [number for number, class_map in enumerate(maps) if class_map and not class_map.covers_all]
+    together = [loss for loss in teaching.losses if loss.on_logits and loss.store is None]
+    if partial and together and len(sources) > 1 and teaching.teachers.ensemble == "logits":
+        raise RecipeError(
+            f"the teacher of {sources[partial[0]].store.path} lacks some of the student's classes, and logits of "
+            "different classes cannot be averaged: set student.teachers.ensemble = 'probabilities'."
+        )
+    for number, loss in enumerate(teaching.losses):
+        whole = loss.whole_logits or (isinstance(loss, Response) and loss.standardize)
+        if whole and loss.on_logits and (partial if loss.store is None else loss.store in partial):
+            raise RecipeError(
+                f"distill.{number} ({loss.loss}) needs the logits of all classes, and a teacher lacks some of the "
+                "student's classes: use another loss, or another teacher (distill.store)."
+            )
+        softened = teaching.teachers.temperatures or (
+            len(sources) > 1 and teaching.teachers.ensemble == "probabilities"
+        )
+        if loss.whole_logits and loss.store is None and softened:
+            raise RecipeError(
+                f"distill.{number} ({loss.loss}) needs raw logits, which student.teachers does not keep (temperatures, "
+                "or ensemble = 'probabilities'): select one teacher with distill.store."
+            )
+        if loss.wanted_of_others and targets.residence == "streamed":
+            raise RecipeError(
+                f"distill.{number} ({loss.loss}) reads samples from the whole store at every step, but the targets are "
+                "streamed: raise student.target_loading.memory_bytes or mapped_bytes, or set memory = 'bank'."
+            )
+    if targets.num_unknown and teaching.missing == "error":
+        raise StoreError(
+            f"{targets.num_unknown} of the samples are in no store, or of classes that no teacher has: remove them "
+            "from the data set (data.classes), or train on their labels alone with "
+            "student.missing_targets = 'hard-labels'."
+        )
+
+
+def _require_views(store: TargetStore, num_views: int) -> None:
+    if store.num_views < num_views:
+        raise RecipeError(
+            f"{store.path} has {store.num_views} views, the recipe needs {num_views}: run `kdpipe cache-teacher` with "
+            "this recipe to add them, or lower views.num_views."
+        )
+
+
+def _require_probabilities(store: TargetStore, entry: str) -> None:
+    """Raise RecipeError if a store with top-k logits does not have the teacher's probabilities at T = 1."""
+    if store.manifest.top_k is None:
+        return
+    try:
+        interpolation(store.manifest.top_k, 1.0)
+    except StoreError as error:
+        raise RecipeError(
+            f"{entry} selects or weights samples or teachers by the teacher's probabilities at T = 1, which "
+            f"{store.path} does not have ({error})"
+        ) from error
+
+
+def _require_logits(stores: Sequence[TargetStore], losses: Sequence[Entry], teachers: TeachersConfig) -> None:
+    """Check that stores with top-k logits have what the losses require.
+
+    Raises:
+        StoreError: A loss's temperature is outside the range of the stored tail.
+        RecipeError: A loss needs the logits of all classes.
+    """
+    for number, loss in enumerate(losses):
+        for index, store in enumerate(stores):
+            if not store.manifest.top_k or not loss.on_logits or loss.store not in (None, index):
+                continue
+            if loss.whole_logits or (isinstance(loss, Response) and loss.standardize):
+                raise RecipeError(
+                    f"distill.{number} ({loss.loss}) needs the logits of all classes, but {store.path} has only the "
+                    f"{store.manifest.top_k.k} largest: cache without cache.top_k into another store."
+                )
+            own = teachers.temperatures[index : index + 1] if loss.store is None else ()
+            for temperature in own or loss.temperatures():
+                for value in extremes(temperature):
+                    interpolation(store.manifest.top_k, value)
+        own_teacher = loss.store is not None or not loss.on_logits
+        used = [stores[loss.store or 0]] if own_teacher else list(stores)
+        by_confidence = teachers.weights == "confidence" and not own_teacher
+        for store in used if loss.samples.judges or by_confidence else ():
+            _require_probabilities(store, f"distill.{number} ({loss.loss})")

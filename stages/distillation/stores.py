@@ -1,0 +1,76 @@
+"""Open and check the stores that a student is distilled from, and the losses that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdpipe.stages.context import Setup
+from kdpipe.stages.distillation.compatibility import _require_logits, _require_views, check_losses
+from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.targets.ensemble import check_teachers
+from kdpipe.stages.targets.feature_spec import Shape
+from kdpipe.stages.targets.open import on_this_machine, open_with_views
+
+if TYPE_CHECKING:
+    from kdpipe.stages.distillation.student_config import StudentConfig
+
+
+def open_stores(
+    places: Sequence[Path | str],
+    losses: Sequence[Entry],
+    student: StudentConfig,
+    identity: Mapping[str, Any],
+    setup: Setup,
+    *,
+    shapes: Mapping[str, Shape],
+) -> Teaching:
+    """Open and check the stores that `losses` learn from.
+
+    Stores at URLs, and archives, are staged first: copied to this machine and unpacked, once for all its jobs.
+
+    Args:
+        places: Paths or URLs of the stores.
+        losses: The losses' configurations.
+        student: The recipe's `student` section.
+        identity: What the stores' manifests must contain, besides the views.
+        setup: The stage context.
+        shapes: The shapes of the student's features that the losses use.
+
+    Raises:
+        RecipeError: A loss names a store that does not exist, or requires something that no store can provide.
+        StoreError: A store is incomplete, or lacks something.
+        FingerprintMismatch: A store belongs to another teacher or other views.
+    """
+    check_losses(losses, setup.views, student.teachers)
+    check_teachers(student.teachers, len(places))
+    for number, loss in enumerate(losses):
+        if (loss.store or 0) >= len(places):
+            raise RecipeError(
+                f"distill.{number} ({loss.loss}) uses store {loss.store}, but there are {len(places)}, counted from 0."
+            )
+    paths = [on_this_machine(place, setup.watch) for place in places]
+    stores = [open_with_views(path, setup.view_identity(), identity) for path in paths]
+    fingerprints = [store.manifest.identity.fingerprint for store in stores]
+    if len(set(fingerprints)) < len(fingerprints):
+        raise RecipeError(
+            f"student.stores has one teacher twice: {', '.join(map(str, places))} contain the same outputs."
+        )
+    for store in stores:
+        _require_views(store, setup.views.num_views)
+    _require_logits(stores, losses, student.teachers)
+    teaching = Teaching(
+        stores,
+        shapes,
+        tuple(losses),
+        student.hard_label_weight,
+        student.target_loading,
+        student.missing_targets,
+        student.teachers,
+        label_smoothing=student.label_smoothing,
+    )
+    teaching.to_json()  # raises if a store lacks an array
+    return teaching

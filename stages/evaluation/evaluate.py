@@ -1,0 +1,130 @@
+"""Evaluation: accuracy and cross entropy over a test set, in eval mode, without views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdpipe.stages.data.loader.image_loader import Pictures, Request
+from kdpipe.stages.errors import NotFiniteError
+from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.runtime.memory import run_in_chunks
+
+BATCH_SIZE = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A test set, the model's input scaling, and the teacher's logits.
+
+    Attributes:
+        teacher_logits: float32 [num_samples, C], in the order of the test set; rows of NaN for samples without teacher
+            logits; None without a teacher.
+        warn: Receives a sentence about batches that did not fit into memory.
+        before_batch: Called before each batch; may raise StoppedEarly, as a large test set takes minutes.
+    """
+
+    pictures: Pictures
+    normalise: Normalisation
+    teacher_logits: Tensor | None = None
+    warn: Callable[[str], None] | None = None
+    before_batch: Callable[[], None] = lambda: None
+
+    def images(self, limit: int) -> Tensor:
+        """Return the first images, at most `limit`, normalized: float32 [B, C, H, W]."""
+        indices = torch.arange(min(limit, self.pictures.image_set.num_samples))
+        return self.normalise(self.pictures.one(Request(indices)).images)
+
+    def batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the first images, or all, normalized: float32 [B, C, H, W], with their labels int64 [B]."""
+        image_set = self.pictures.image_set
+        indices = torch.arange(image_set.num_samples if limit is None else min(limit, image_set.num_samples))
+        for seen in self.pictures.stream(Request(some) for some in torch.split(indices, BATCH_SIZE)):
+            self.before_batch()
+            yield self.normalise(seen.images), image_set.labels[seen.positions]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's logits float32 [B, C] of a batch and the labels int64 [B], on the device; positions int64 [B]."""
+
+    positions: Tensor
+    labels: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Top-1 accuracy, and mean cross entropy in nats."""
+
+    accuracy: float
+    cross_entropy: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"accuracy": self.accuracy, "cross_entropy": self.cross_entropy}
+
+
+@dataclass
+class EvalAccumulator:
+    """Running sums of a pass over a test set."""
+
+    num_correct: int = 0
+    num_seen: int = 0
+    total: float = 0.0
+
+    def add(self, predictions: Predictions) -> None:
+        self.num_correct += int((predictions.logits.argmax(1) == predictions.labels).sum())
+        self.num_seen += len(predictions.labels)
+        self.total += float(F.cross_entropy(predictions.logits, predictions.labels, reduction="sum"))
+
+    def result(self) -> EvalResult:
+        return EvalResult(self.num_correct / self.num_seen, self.total / self.num_seen)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterator[Predictions]:
+    """Yield the model's predictions on the test set, batch by batch; its mode is restored.
+
+    An unreadable test image raises DataError, or is left out of its batch, as configured in `test.pictures`. A batch
+    that does not fit into memory is halved until it does: its logits then differ by rounding.
+    """
+    was_training = model.training
+    model.eval()
+    image_set = test.pictures.image_set
+    requests = (Request(indices) for indices in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE))
+    try:
+        for seen in test.pictures.stream(requests):
+            test.before_batch()
+            labels = image_set.labels[seen.positions].to(device)
+            yield Predictions(seen.positions, labels, _logits(model, test, seen.images))
+    finally:
+        model.train(was_training)
+
+
+def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
+    """Return the model's logits, float32 [B, num_classes], of images uint8 [B, C, H, W]."""
+
+    def logits_of(rows: slice) -> Tensor:
+        logits: Tensor = model(test.normalise(images[rows])).float()
+        return logits
+
+    chunks = list(run_in_chunks(model, len(images), logits_of, test.warn))
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+
+def evaluate(model: nn.Module, test: Evaluation, device: torch.device) -> EvalResult:
+    """Evaluate `model`, restoring its mode; raises NotFiniteError if the cross entropy is not finite."""
+    sums = EvalAccumulator()
+    for predictions in predict(model, test, device):
+        sums.add(predictions)
+    if not math.isfinite(sums.total):
+        raise NotFiniteError(
+            f"the network's cross entropy over the test set is {sums.total}: its weights or "
+            "batch-norm statistics are not finite, or too large. Lower lr, or give weights of a trained network."
+        )
+    return sums.result()

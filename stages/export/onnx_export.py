@@ -1,0 +1,105 @@
+"""Export of a network to one ONNX file: written atomically, byte-identical each time, without local paths."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from kdpipe.stages.errors import ModelError, cause
+from kdpipe.stages.export.exportable import export_form
+from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, PATH_END
+from kdpipe.stages.export.opset import EXPORTED_OPSET, downgrade_opset, require_known_opset
+from kdpipe.stages.export.quiet import quiet
+from kdpipe.stages.export.stem_pass import fold_stem
+from kdpipe.store.fs.atomic_write import write_atomically
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""The metadata key under which the exporter records the modules that a node belongs to."""
+
+
+def export_onnx(
+    model: nn.Module, example: Tensor, path: Path, *, metadata: Mapping[str, str], opset: int | None = None
+) -> None:
+    """Write `model` in eval mode to an ONNX file; its mode and device stay unchanged.
+
+    The input is "images" [batch, C, H, W], the output "logits" [batch, num_classes], both float32, for any batch size.
+    A model from `prepare_qat` is written in INT8: unsigned activations, int8 weights, int32 biases, and Q/DQ around
+    every operation. INT4 layers from `prepare_int4` become MatMulNBits with two weights per byte. Node names begin with
+    the path of the module whose forward they belong to.
+
+    Args:
+        model: A float network, or a prepared INT8 or INT4 one.
+        example: Images [B, C, H, W], of which only C, H, W count.
+        path: The file; an existing one stays intact if the export fails.
+        metadata: Entries of the file's `metadata_props` (normalization, class names, ...).
+        opset: The version of ONNX's operators; None leaves it to the exporter.
+
+    Raises:
+        ModelError: If the model cannot be exported (with that opset), or the file cannot be written.
+    """
+    portable = export_form(model)
+    if opset is not None:
+        require_known_opset(opset)
+    proto = _to_onnx(portable, example, None if opset is None else max(opset, EXPORTED_OPSET))
+    _name_by_module(proto)
+    _strip(proto)
+    fold_stem(proto)
+    if opset is not None and opset < EXPORTED_OPSET:
+        proto = downgrade_opset(proto, opset)
+    onnx.helper.set_model_props(proto, dict(sorted(metadata.items())))
+    try:
+        write_atomically(path, proto.SerializeToString(deterministic=True))
+    except OSError as error:
+        raise ModelError(f"the ONNX file {path} cannot be written: {error.strerror or cause(error)}.") from error
+
+
+def _to_onnx(model: nn.Module, example: Tensor, opset: int | None) -> onnx.ModelProto:
+    """Run torch's exporter on a batch of two; some versions treat a batch size of one as a constant."""
+    images = torch.zeros(2, *example.shape[1:])
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except Exception as error:
+        origin = error.__cause__ or error  # the exporter's own message is a page of debugging advice
+        with_opset = "" if opset is None else f" with opset {opset} (compress.opset)"
+        raise ModelError(
+            f"the model cannot be exported to ONNX{with_opset} for inputs "
+            f"[batch, {', '.join(map(str, example.shape[1:]))}]: {cause(origin)}"
+        ) from error
+    assert program is not None
+    proto = program.model_proto
+    if not proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param:
+        raise ModelError("the model cannot be exported to ONNX: its forward hard-codes the batch size.")
+    return proto
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Remove stack traces with local paths, and scopes."""
+    graph = proto.graph
+    for described in (proto, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        described.ClearField("metadata_props")
+        described.ClearField("doc_string")
+
+
+def _name_by_module(proto: onnx.ModelProto) -> None:
+    """Prefix the name of each node with the path of its innermost module."""
+    for node in proto.graph.node:
+        recorded = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+        scopes = ast.literal_eval(recorded)  # ['', 'layer1', 'layer1.0', 'relu_1']: modules, then the operation
+        path = scopes[-2] if len(scopes) > 1 else ""
+        if path:
+            node.name = f"{path}{PATH_END}{node.name}"

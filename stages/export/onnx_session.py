@@ -1,0 +1,174 @@
+"""Open ONNX files in onnxruntime's CPU and find what its optimized graph still computes in float."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnxruntime
+
+from kdpipe.stages.errors import ModelError, cause
+
+INPUT, OUTPUT = "images", "logits"
+ERRORS_ONLY = 3
+"""onnxruntime's log level."""
+
+PATH_END = "/"
+"""The separator between the module path and the exporter's name in a node's name."""
+
+INTEGER_KERNELS = ("QLinear", "QGemm", "QuantizeLinear", "DequantizeLinear")
+"""Name prefixes of operators that compute on integers, or convert from float and back; scales are float."""
+
+VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Shape"}
+"""Operators that only reshape memory, in float as in INT8."""
+
+COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf", "ArgMax", "ArgMin"}
+FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
+
+
+@dataclass(frozen=True)
+class FloatNode:
+    """An operation that runs in float.
+
+    Attributes:
+        name: The node's name.
+        op_type: Its operator.
+        module: The path of the innermost module whose forward it belongs to; "" for the network's own.
+        behind: The path of the module that produces its first input, or "" if unknown; it locates a function in the
+            network's own forward.
+    """
+
+    name: str
+    op_type: str
+    module: str
+    behind: str
+
+    def __str__(self) -> str:
+        """Format as "Sigmoid in block.gate" or "Mul behind block.gate"."""
+        if self.module:
+            return f"{self.op_type} in {self.module}"
+        return f"{self.op_type} behind {self.behind}" if self.behind else self.op_type
+
+
+def session_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
+    """Return options of a session that only logs errors; `num_threads` 0 leaves the number to onnxruntime."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = num_threads
+    return options
+
+
+def open_session(path: Path, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
+    """Open a CPU session for an ONNX file. Raises ModelError if `path` is missing or not an ONNX network."""
+    options = options or session_options()
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder, not an ONNX file.")
+    if not path.is_file():
+        raise ModelError(f"there is no ONNX file at {path}.")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(f"onnxruntime cannot load {path}: {cause(error)}") from error
+
+
+def optimized_graph(path: Path) -> onnx.GraphProto:
+    """Return the graph that onnxruntime's CPU runs after its optimizations. Raises ModelError as `open_session`."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options = session_options()
+        options.optimized_model_filepath = str(optimized)
+        open_session(path, options)
+        return onnx.load(optimized).graph
+
+
+def op_counts(path: Path) -> dict[str, int]:
+    """Count each operator in the graph that onnxruntime's CPU runs after its optimizations, by name."""
+    counts = Counter(node.op_type for node in optimized_graph(path).node)
+    return dict(sorted(counts.items()))
+
+
+def float_nodes(path: Path) -> list[FloatNode]:
+    """List the operations of an INT8 file that onnxruntime's CPU does not run on integers, in execution order.
+
+    The images' rounding, the final step from integers to float logits, and views do not count. Moving float values in
+    memory (transposing, joining) does. Raises ModelError as `open_session`.
+    """
+    graph = optimized_graph(path)
+    origins = _OriginalNodes(onnx.load(path).graph, graph)
+    floating = {tensor.name for tensor in graph.initializer if tensor.data_type in FLOATS}
+    floating |= {value.name for value in graph.input if value.type.tensor_type.elem_type in FLOATS}
+    found = []
+    for node in graph.node:
+        in_float = _returns_float(node, floating)
+        if in_float:
+            floating.update(node.output)
+        if (in_float or floating & set(node.input)) and not _is_exempt(node):
+            found.append(FloatNode(node.name, node.op_type, origins.module_of(node), origins.module_before(node)))
+    return found
+
+
+def module_path(node: onnx.NodeProto) -> str:
+    """Return the path of the module that a node of an exported file belongs to; "" for the network's own forward."""
+    return node.name.rpartition(PATH_END)[0]
+
+
+class _OriginalNodes:
+    """The nodes of a file by the optimized nodes that onnxruntime made of them."""
+
+    def __init__(self, graph: onnx.GraphProto, optimized: onnx.GraphProto) -> None:
+        self._by_name = {node.name: node for node in graph.node if node.name}
+        self._by_value = {value: node for node in graph.node for value in node.output}
+        self._made_by_value = {value: node for node in optimized.node for value in node.output}
+
+    def module_of(self, made: onnx.NodeProto) -> str:
+        """Return the path of the module that an optimized node belongs to, or ""."""
+        node = self._origin(made)
+        return module_path(node) if node else ""
+
+    def module_before(self, made: onnx.NodeProto) -> str:
+        """Return the path of the nearest module that leads to the first input of a node, or ""."""
+        node = self._origin(made)
+        if node is None:  # part of an operator for which onnxruntime has no kernel
+            above = self._above(made, self._made_by_value)
+            return (self.module_of(above) or self.module_before(above)) if above else ""
+        while node := self._above(node, self._by_value):
+            if module_path(node):
+                return module_path(node)
+        return ""
+
+    def _origin(self, made: onnx.NodeProto) -> onnx.NodeProto | None:
+        """Find the original node: onnxruntime names a node after its origin, or after its output."""
+        name = re.sub(r"_token_\d+$", "", made.name.removeprefix("fused ").removesuffix("_nchwc"))
+        known = (self._by_value.get(value) for value in made.output)
+        return self._by_name.get(name) or self._by_value.get(name) or next(filter(None, known), None)
+
+    @staticmethod
+    def _above(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+        return producers.get(node.input[0]) if node.input else None
+
+
+def _is_exempt(node: onnx.NodeProto) -> bool:
+    return node.op_type.startswith(INTEGER_KERNELS) or node.op_type in VIEWS
+
+
+def _returns_float(node: onnx.NodeProto, floating: set[str]) -> bool:
+    """Return whether the first output of `node` is float, given the names of the float values before it.
+
+    onnx's type inference does not know onnxruntime's own operators, so this goes by their names.
+    """
+    op = node.op_type
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    if op == "Constant":
+        return attributes["value"].t.data_type in FLOATS if "value" in attributes else "value_float" in attributes
+    if op == "Cast":
+        return attributes["to"].i in FLOATS
+    if op == "QGemm":
+        return len(node.input) < 9 or not node.input[8]  # without a zero point for its output, it returns float
+    if op.startswith(("QLinear", "QuantizeLinear")) or op in COMPARISONS or op in {"Shape", "Size"}:
+        return False
+    return op == "DequantizeLinear" or bool(floating & set(node.input))

@@ -1,0 +1,186 @@
+"""Build the losses of a recipe's `[[distill]]` entries and compute them on a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.stages.losses.base import Entry, Response
+from kdpipe.stages.losses.inputs import Facts, Others, Said, Shapes, TeacherShapes
+from kdpipe.stages.losses.logits.standardize import Standardised, standardised
+from kdpipe.stages.losses.sample_selection import compute_sample_weights, select_samples
+from kdpipe.stages.losses.schedules import Moment, amount_at
+from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.runtime.collectives import num_processes, total
+from kdpipe.stages.targets.ensemble import Combination
+from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.targets.outputs import TeacherOutputs
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Outputs of a student and of all its teachers for a batch of B samples.
+
+    Attributes:
+        student: Logits [B, num_classes], and features [B, ...] by module path.
+        teachers: The outputs of each teacher.
+        known: For each teacher, which samples it has targets for, bool [B] on the CPU; None for all.
+        labels: int64 [B].
+        ranks: int64 [B], as in `Said`.
+        moment: The training progress.
+        others: The negatives by loss name.
+        input_gradient: As in `Said`.
+        num_samples: The size of the global batch, of all processes; None if it is B.
+    """
+
+    student: Outputs
+    teachers: Sequence[TeacherOutputs]
+    known: Sequence[Tensor | None]
+    labels: Tensor
+    ranks: Tensor
+    moment: Moment
+    others: Mapping[str, Others]
+    input_gradient: Tensor | None = None
+    num_samples: int | None = None
+
+
+class Term(nn.Module):
+    """The loss of one entry on its samples, times its weight and their share of the batch."""
+
+    def __init__(self, name: str, config: Entry, loss: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.config = config
+        self.loss = loss
+
+    def forward(self, batch: Exchange, combined: TeacherOutputs) -> Tensor:
+        """Compute this process's share of the weighted loss of the global batch.
+
+        The mean of the shares over the processes is the loss.
+
+        Args:
+            batch: The outputs of student and teachers.
+            combined: The outputs of all teachers, combined.
+        """
+        inputs, may_be_partial = self._select_samples(batch, combined)
+        batch_size = len(batch.labels) if batch.num_samples is None else batch.num_samples
+        num_local = len(inputs.labels)
+        # A process without such samples takes the same path as the others, which wait for it at collectives.
+        num_used = total(num_local) if may_be_partial else batch_size
+        if num_used == 0:
+            return batch.student.logits.new_zeros(())
+        sample_weights = compute_sample_weights(self.config.samples, inputs.teacher, inputs.labels)
+        if num_local == num_used == 1 < batch_size:  # batch norm needs two rows; twice the same has the same mean
+            inputs = inputs.rows(torch.zeros(2, dtype=torch.int64, device=inputs.labels.device))
+        loss: Tensor = self.loss(self._normalize_logits(inputs))
+        if sample_weights is not None:
+            loss = sample_weights.to(loss) * loss
+        weight = amount_at(self.config.weight, batch.moment)
+        if not self.config.per_sample:
+            return weight * (num_used / batch_size) * loss.mean()
+        return weight * (num_local * num_processes() / batch_size) * (loss.mean() if num_local else loss.sum())
+
+    def _select_samples(self, batch: Exchange, combined: TeacherOutputs) -> tuple[Said, bool]:
+        """Return the inputs of the loss's samples, and whether these may be fewer than the batch."""
+        inputs, known = self._inputs(batch, combined), self._known(batch)
+        if known is not None and len(known) < len(inputs.labels):
+            inputs = inputs.rows(known.to(inputs.labels.device, non_blocking=True))
+        selected = select_samples(self.config.samples, inputs.teacher, inputs.labels)
+        if selected is not None:
+            inputs = inputs.rows(selected)
+        return inputs, known is not None or selected is not None
+
+    @property
+    def _uses_all_teachers(self) -> bool:
+        return self.config.store is None and self.config.on_logits
+
+    def _inputs(self, batch: Exchange, combined: TeacherOutputs) -> Said:
+        return Said(
+            batch.student,
+            combined if self._uses_all_teachers else batch.teachers[self.config.store or 0],
+            batch.labels,
+            batch.ranks,
+            batch.moment,
+            batch.others.get(self.name),
+            batch.input_gradient,
+        )
+
+    def _known(self, batch: Exchange) -> Tensor | None:
+        """Return the samples that this loss's teacher, or any of its teachers, has targets for, int64 [n].
+
+        None if that is always the whole batch.
+        """
+        masks = list(batch.known) if self._uses_all_teachers else [batch.known[self.config.store or 0]]
+        partial = [mask for mask in masks if mask is not None]
+        if len(partial) < len(masks):
+            return None
+        return torch.stack(partial).any(0).nonzero()[:, 0]
+
+    def _normalize_logits(self, inputs: Said) -> Said:
+        if not isinstance(self.config, Response) or not self.config.standardize:
+            return inputs
+        student = Outputs(standardised(inputs.student.logits), inputs.student.features)
+        return replace(inputs, student=student, teacher=Standardised(inputs.teacher))
+
+
+class Distillation(nn.Module):
+    """All losses of a recipe and the combination of its teachers, with all that trains with the student."""
+
+    def __init__(self, terms: Mapping[str, Term], combination: Combination) -> None:
+        super().__init__()
+        self.terms = nn.ModuleDict(terms)
+        self.combination = combination
+
+    @property
+    def configs(self) -> dict[str, Entry]:
+        """Return the losses' configurations by their names in metrics and checkpoints."""
+        return {name: term.config for name, term in self.terms.items()}  # type: ignore[misc]
+
+    def forward(self, batch: Exchange) -> dict[str, Tensor]:
+        """Compute the weighted losses by name, in float32 also under mixed precision, where sums would overflow."""
+        with torch.autocast(batch.student.logits.device.type, enabled=False):
+            return self._losses(replace(batch, student=batch.student.widened()))
+
+    def _losses(self, batch: Exchange) -> dict[str, Tensor]:
+        if len(batch.teachers) == 1 and not self.combination.config.temperatures:
+            combined = batch.teachers[0]
+        else:
+            combined = self.combination(batch.teachers, batch.known, batch.labels)
+        return {name: term(batch, combined) for name, term in self.terms.items()}
+
+
+def student_layers(configs: Sequence[Entry]) -> list[str]:
+    """Return the paths of the student's modules that these losses use."""
+    return list(dict.fromkeys(layer for config in configs for layer in config.student_layers()))
+
+
+def wanted_of(configs: Sequence[Entry], student: Shapes, store: int) -> list[Wanted]:
+    """Return the features that these losses require of the teacher of store number `store`."""
+    own = [config for config in configs if (config.store or 0) == store]
+    return list(dict.fromkeys(feature for config in own for feature in config.wants(student)))
+
+
+def build_distillation(
+    configs: Sequence[Entry],
+    student: Shapes,
+    teachers: Sequence[TeacherShapes],
+    *,
+    combination: Combination,
+    facts: Facts,
+    seed: int,
+) -> Distillation:
+    """Build one module per loss, named uniquely, with adapters initialized from `seed`.
+
+    Raises:
+        RecipeError: The shapes of student and teacher do not match.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        terms = {}
+        for number, config in enumerate(configs):
+            name = f"{config.loss}_{number}"
+            terms[name] = Term(name, config, config.build(student, teachers[config.store or 0], facts))
+        return Distillation(terms, combination)

@@ -1,0 +1,45 @@
+"""FitNets as in the paper, in two stages: hints alone, then the student's training without them.
+
+Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", ICLR (arXiv 1412.6550), section 3.1 and algorithm 1. Stage one
+trains the student up to its hint layer, with the adapter, on the hint alone. Stage two trains the whole student on
+labels and the other losses, from there. `hint` trains everything at once, as RepDistiller does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import nn
+
+from kdpipe.stages.config import at_most, section
+from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.features.hint import Hint
+from kdpipe.stages.losses.inputs import Facts, Shapes, TeacherShapes
+
+
+@section
+class FitNetConfig(FeatureLossConfig):
+    """Mean squared error at each pair of layers alone, one pair after another, before the student's own training.
+
+    It adds nothing to the training that follows. The default of 30 epochs is that of RepDistiller.
+
+    Attributes:
+        layers: pairs of (student layer, teacher layer), each trained alone in the given order; several pairs, from
+            shallow to deep, are layer-wise training.
+        stage_epochs: epochs per pair, in addition to those of the training that follows.
+        weight: factor of the error in these epochs.
+    """
+
+    paper: ClassVar[str] = "Romero et al. 2015, arXiv 1412.6550"
+
+    loss: Literal["fitnet"]
+    stage_epochs: Annotated[int, Field(ge=1), at_most(10**6)] = 30
+
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+        return Hint(self.layers, student, teacher)
+
+    def stages(self) -> tuple[FitNetConfig, ...]:
+        """Return one configuration per pair, in training order."""
+        return tuple(replace(self, layers=(pair,)) for pair in self.layers)

@@ -1,0 +1,105 @@
+"""Hints: regression of the teacher's feature map from the student's, through an adapter.
+
+FitNets: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", ICLR (arXiv 1412.6550). Here the hint is trained
+together with the other losses, as in RepDistiller; `fitnet` has the paper's two stages.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdpipe.stages.config import section
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.base import FeatureLossConfig, Pairs
+from kdpipe.stages.losses.inputs import Facts, Said, Shapes, TeacherShapes
+from kdpipe.stages.losses.schedules import Amount
+from kdpipe.stages.numerics import widened
+from kdpipe.stages.targets.feature_spec import Shape, Wanted
+
+
+@section
+class HintConfig(FeatureLossConfig):
+    """Mean squared error between the student's map, through an adapter, and the teacher's, summed over pairs of layers.
+
+    The default weight is that of RepDistiller.
+    """
+
+    paper: ClassVar[str] = "Romero et al. 2015, arXiv 1412.6550"
+
+    loss: Literal["hint"]
+    weight: Amount = 100.0
+
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+        return Hint(self.layers, student, teacher)
+
+
+class Hint(nn.Module):
+    """The squared error of each sample, [B], summed over the pairs, with the adapters, which train with the student."""
+
+    def __init__(self, pairs: Pairs, student: Shapes, teacher: TeacherShapes) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.adapters = nn.ModuleList(
+            adapter(student[student_layer], teacher[Wanted(teacher_layer)]) for student_layer, teacher_layer in pairs
+        )
+
+    def forward(self, inputs: Said) -> Tensor:
+        parts = [
+            hint_per_sample(
+                adapt(inputs.student.features[student_layer]), inputs.teacher.features[Wanted(teacher_layer)]
+            )
+            for adapt, (student_layer, teacher_layer) in zip(self.adapters, self.pairs, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
+
+
+def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute the mean squared error of two feature maps [B, ...] of equal shape, a scalar in float32 or wider."""
+    return hint_per_sample(student, teacher).mean()
+
+
+def hint_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute `hint_loss` of each sample, [B]."""
+    student = widened(student)
+    return F.mse_loss(student, teacher.to(student.dtype), reduction="none").flatten(1).mean(1)
+
+
+def adapter(student: Shape, teacher: Shape) -> nn.Module:
+    """Build the module that maps the student's features to the teacher's shape.
+
+    Maps (C, H, W) get a convolution with batch norm and ReLU: 1x1 if H and W are equal, strided if the student's map is
+    twice as large, transposed if it is half as large, unpadded if it is larger by another amount. Vectors (D,) get a
+    linear layer.
+
+    Args:
+        student: Shape without the batch axis.
+        teacher: Shape without the batch axis.
+
+    Raises:
+        RecipeError: No adapter fits these shapes.
+    """
+    if len(student) == len(teacher) == 1:
+        return nn.Linear(student[0], teacher[0])
+    if len(student) == len(teacher) == 3:
+        convolution = _convolution(student, teacher)
+        if convolution is not None:
+            return nn.Sequential(convolution, nn.BatchNorm2d(teacher[0]), nn.ReLU())
+    raise RecipeError(
+        f"a hint cannot join a student's feature of shape {list(student)} to a teacher's of shape {list(teacher)}: "
+        "choose layers whose maps have similar sizes."
+    )
+
+
+def _convolution(student: Shape, teacher: Shape) -> nn.Module | None:
+    (channels, height, width), (out_channels, *sizes) = student, teacher
+    if [height, width] == [2 * size for size in sizes]:
+        return nn.Conv2d(channels, out_channels, 3, stride=2, padding=1, bias=False)
+    if [2 * height, 2 * width] == sizes:
+        return nn.ConvTranspose2d(channels, out_channels, 4, stride=2, padding=1, bias=False)
+    if height >= sizes[0] and width >= sizes[1]:
+        return nn.Conv2d(channels, out_channels, (1 + height - sizes[0], 1 + width - sizes[1]), bias=False)
+    return None

@@ -1,0 +1,54 @@
+"""SimKD: regression of the teacher's last map through a projector, under the teacher's own classifier.
+
+Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier", CVPR (arXiv 2203.14001). Projector and
+classifier are part of the student (`stages/reuse_classifier.py`), so that the loss is one mean squared error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from kdpipe.stages.config import Place, at_most, section
+from kdpipe.stages.losses.base import MapLossConfig
+from kdpipe.stages.losses.features.hint import hint_per_sample
+from kdpipe.stages.losses.shapes import Size, map_size
+from kdpipe.stages.targets.feature_spec import Shape, Wanted
+
+
+@section
+class SimKDConfig(MapLossConfig):
+    """Mean squared error of the last map; the student has the teacher's classifier, which is frozen.
+
+    The paper trains on this loss alone, with a hard-label weight of 0.
+
+    Attributes:
+        layers: the one pair of (student layer, teacher layer), the maps that each network's classifier sees averaged;
+            a projector follows the student's.
+        classifier: module paths of (the student's classifier, which is replaced; the teacher's linear layer, which
+            replaces it).
+        factor: how many times narrower than the teacher's map the projector is inside; 2 as in the authors' code.
+        teacher: file with the teacher's weights, of which only the classifier's are used; by default the teacher of the
+            run folder.
+    """
+
+    paper: ClassVar[str] = "Chen et al. 2022, arXiv 2203.14001"
+    expected: ClassVar[str] = "the teacher's map that its classifier sees averaged, and a student's of the same shape"
+
+    loss: Literal["simkd"]
+    layers: Annotated[tuple[tuple[str, str], ...], Field(min_length=1, max_length=1)]
+    classifier: tuple[str, str] = ("fc", "fc")
+    factor: Annotated[int, Field(ge=1), at_most(10**6)] = 2
+    teacher: Place | None = None
+
+    def teacher_feature(self, layer: str, student: Shape) -> Wanted:
+        """Return the teacher's map; `student` is the shape after the projector."""
+        return Wanted(layer, size=map_size(student))
+
+    def common_size(self, student: Shape, teacher: Shape, feature: Wanted) -> Size | None:
+        return map_size(teacher) if student[0] == teacher[0] else None
+
+    def distance(self, student: Tensor, teacher: Tensor, feature: Wanted) -> Tensor:
+        return hint_per_sample(student, teacher)

@@ -1,0 +1,77 @@
+"""The inputs of a loss: what student and teacher computed for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from kdpipe.stages.losses.schedules import Moment
+from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.targets.feature_spec import Shape, Wanted
+from kdpipe.stages.targets.outputs import TeacherOutputs
+
+Shapes = Mapping[str, Shape]
+"""Shapes of the student's features by module path."""
+
+TeacherShapes = Mapping[Wanted, Shape]
+"""Shapes of the teacher's features as a store serves them."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts about the data set that a loss may need before the first batch."""
+
+    num_samples: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Others:
+    """Negatives of contrastive losses: random other samples of the data set, in the same view.
+
+    Attributes:
+        features: The teacher's features, [K, ...].
+        labels: int64 [K].
+        ranks: int64 [K], as in `Said`.
+    """
+
+    features: Mapping[Wanted, Tensor]
+    labels: Tensor
+    ranks: Tensor
+
+
+@dataclass(frozen=True)
+class Said:
+    """Outputs of student and teacher for the same B samples.
+
+    Attributes:
+        student: Logits [B, num_classes], and features [B, ...] by module path.
+        teacher: Logits for a temperature, and features [B, ...] by `Wanted`.
+        labels: int64 [B].
+        ranks: int64 [B], the position of each sample among all sorted ids, from 0.
+        moment: The training progress, which schedules depend on.
+        others: Negatives, for losses that use them.
+        input_gradient: Gradient of the student's cross entropy with respect to the images, [B, C, H, W], part of the
+            autograd graph, for losses that use it.
+    """
+
+    student: Outputs
+    teacher: TeacherOutputs
+    labels: Tensor
+    ranks: Tensor
+    moment: Moment
+    others: Others | None = None
+    input_gradient: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Said:
+        """Return the inputs of some of the samples, index int64 [n]."""
+        return replace(
+            self,
+            student=self.student.rows(index),
+            teacher=self.teacher.rows(index),
+            labels=self.labels[index],
+            ranks=self.ranks[index],
+            input_gradient=None if self.input_gradient is None else self.input_gradient[index],
+        )

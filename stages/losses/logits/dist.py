@@ -1,0 +1,87 @@
+"""Distillation by correlation: across the classes of a sample, and across the samples of a class.
+
+DIST: Huang et al. 2022, "Knowledge Distillation from a Stronger Teacher", NeurIPS (arXiv 2205.10536).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdpipe.stages.config import section
+from kdpipe.stages.losses.base import Response
+from kdpipe.stages.losses.inputs import Said
+from kdpipe.stages.losses.schedules import Amount, Temperature, amount_at
+from kdpipe.stages.numerics import widened
+from kdpipe.stages.runtime.collectives import gathered
+
+EPS = 1e-8
+"""Added to the product of norms: the correlation with a constant row is 0."""
+
+
+@section
+class DISTConfig(Response):
+    """T^2 * (beta * (1 - Pearson's r over the classes) + gamma * (1 - r over the batch)).
+
+    r is that of the probabilities softmax(logits / T); over the batch it is taken for each class, on the batch of all
+    processes. Defaults are those of the authors' code for CIFAR-100; on ImageNet they use T = 1.
+
+    Attributes:
+        beta: weight of the correlation over the classes of a sample.
+        gamma: weight of the correlation over the samples of a class.
+        temperature: T of both softmaxes.
+    """
+
+    paper: ClassVar[str] = "Huang et al. 2022, arXiv 2205.10536"
+    per_sample: ClassVar[bool] = False
+
+    loss: Literal["dist"]
+    weight: Amount = 2.0
+    beta: Amount = 1.0
+    gamma: Amount = 1.0
+    temperature: Temperature = 4.0
+
+    def temperatures(self) -> tuple[Temperature, ...]:
+        return (self.temperature,)
+
+    def compute(self, inputs: Said) -> Tensor:
+        temperature = amount_at(self.temperature, inputs.moment)
+        return dist_loss(
+            inputs.student.logits,
+            inputs.teacher.logits_at(temperature),
+            temperature,
+            beta=amount_at(self.beta, inputs.moment),
+            gamma=amount_at(self.gamma, inputs.moment),
+        )
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+) -> Tensor:
+    """Compute T^2 * (beta * mean over samples of (1 - r of rows) + gamma * mean over classes of (1 - r of columns)).
+
+    r is Pearson's correlation of softmax(logits / T), on the rows of all processes. In a batch of one the columns have
+    r = 0 and no gradient.
+
+    Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
+    """
+    student = F.softmax(widened(student_logits) / temperature, 1)
+    teacher = F.softmax(widened(teacher_logits).to(student.dtype) / temperature, 1)
+    student, teacher = gathered(student), gathered(teacher)
+    rows = 1 - pearson(student, teacher).mean()
+    columns = 1 - pearson(student.t(), teacher.t()).mean()
+    return temperature**2 * (beta * rows + gamma * columns)
+
+
+def pearson(x: Tensor, y: Tensor) -> Tensor:
+    """Compute the correlation of each row of x [N, M] with that of y [N, M], [N]; 0 for constant rows."""
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    correlations: Tensor = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + EPS)
+    return correlations

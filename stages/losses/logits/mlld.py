@@ -1,0 +1,71 @@
+"""Multi-level logit distillation: samples, relations of classes and relations of samples, at several temperatures.
+
+MLLD: Jin, Wang, Lin 2023, "Multi-Level Logit Distillation", CVPR.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from kdpipe.stages.config import section
+from kdpipe.stages.losses.base import Response
+from kdpipe.stages.losses.inputs import Said
+from kdpipe.stages.losses.logits.kd import kd_per_sample
+from kdpipe.stages.losses.schedules import Temperature, amount_at
+from kdpipe.stages.numerics import widened
+from kdpipe.stages.runtime.collectives import gathered
+
+
+@section
+class MLLDConfig(Response):
+    """KD + squared errors of the Gram matrices over classes and over samples, summed over several temperatures.
+
+    The Gram matrices are those of the batch of all processes. The authors' code also multiplies by masks of the less
+    confident half of samples and classes, after the mean, which makes them one factor of about 0.5 for the whole batch:
+    left out here. Its second, strongly augmented view can be configured in the recipe. The temperatures are those of
+    the authors' code.
+
+    Attributes:
+        temperature_list: the temperatures.
+    """
+
+    paper: ClassVar[str] = "Jin et al. 2023, CVPR"
+    per_sample: ClassVar[bool] = False
+
+    loss: Literal["mlld"]
+    temperature_list: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (2.0, 3.0, 4.0, 5.0, 6.0)
+
+    def temperatures(self) -> tuple[Temperature, ...]:
+        return self.temperature_list
+
+    def compute(self, inputs: Said) -> Tensor:
+        temperatures = [amount_at(temperature, inputs.moment) for temperature in self.temperature_list]
+        logits, teacher = inputs.student.logits, inputs.teacher
+        return torch.stack([mlld_loss(logits, teacher.logits_at(value), value) for value in temperatures]).sum()
+
+
+def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Compute `kd_loss` + `class_relation` + `batch_relation` of softmax(logits / T), at one temperature.
+
+    Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
+    """
+    student = F.softmax(widened(student_logits) / temperature, 1)
+    teacher = F.softmax(widened(teacher_logits).to(student.dtype) / temperature, 1)
+    student, teacher = gathered(student), gathered(teacher)
+    instance = gathered(kd_per_sample(student_logits, teacher_logits, temperature)).mean()
+    return instance + class_relation(student, teacher) + batch_relation(student, teacher)
+
+
+def class_relation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute |P_s^T P_s - P_t^T P_t|^2 / num_classes of probabilities P [B, num_classes], a scalar."""
+    return (student.t() @ student - teacher.t() @ teacher).square().sum() / student.shape[1]
+
+
+def batch_relation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute |P_s P_s^T - P_t P_t^T|^2 / B of probabilities P [B, num_classes], a scalar."""
+    return (student @ student.t() - teacher @ teacher.t()).square().sum() / student.shape[0]

@@ -1,0 +1,103 @@
+"""Correlation congruence, in the paper's form and in that of the reference code.
+
+CC: Peng et al. 2019, "Correlation Congruence for Knowledge Distillation", ICCV (arXiv 1904.01802).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdpipe.stages.config import at_most, section
+from kdpipe.stages.losses.inputs import Facts, Said, Shapes, TeacherShapes
+from kdpipe.stages.losses.relations.relation import Embedding, RelationLossConfig
+from kdpipe.stages.losses.schedules import Amount
+from kdpipe.stages.numerics import unit_rows, widened
+from kdpipe.stages.runtime.collectives import gathered
+from kdpipe.stages.targets.feature_spec import POOLED, Wanted
+
+GAMMA, ORDER = 0.4, 2
+"""The Gaussian kernel's gamma and the order of its expansion in the paper's experiments."""
+
+
+@section
+class CCConfig(RelationLossConfig):
+    """Disagreement of embedded features between samples, summed over pairs of layers.
+
+    Defaults are those of RepDistiller.
+
+    Attributes:
+        dim: width of the embeddings: linear layers on both sides, which train with the student.
+        form: "code", the product of the errors of samples that are adjacent in the batch, as in RepDistiller, to which
+            the default weight belongs; or "paper", the squared difference of the correlations of all pairs.
+    """
+
+    paper: ClassVar[str] = "Peng et al. 2019, arXiv 1904.01802"
+
+    loss: Literal["cc"]
+    weight: Amount = 0.02
+    dim: Annotated[int, Field(ge=1), at_most(10**6)] = 128
+    variant: Literal["code", "paper"] = "code"
+
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+        return CC(self, student, teacher)
+
+
+class CC(nn.Module):
+    """The loss of the global batch, a scalar, summed over the pairs of layers, with the embeddings of both sides."""
+
+    def __init__(self, config: CCConfig, student: Shapes, teacher: TeacherShapes) -> None:
+        super().__init__()
+        self.pairs = config.layers
+        self.loss = cc_loss if config.variant == "code" else correlation_loss
+        self.students = nn.ModuleList(Embedding(student[student_layer], config.dim) for student_layer, _ in self.pairs)
+        self.teachers = nn.ModuleList(
+            Embedding(teacher[Wanted(teacher_layer, POOLED)], config.dim) for _, teacher_layer in self.pairs
+        )
+
+    def forward(self, inputs: Said) -> Tensor:
+        parts = []
+        for (student_layer, teacher_layer), embed_student, embed_teacher in zip(
+            self.pairs, self.students, self.teachers, strict=True
+        ):
+            student = embed_student(inputs.student.features[student_layer])
+            teacher = embed_teacher(inputs.teacher.features[Wanted(teacher_layer, POOLED)])
+            parts.append(self.loss(gathered(student), gathered(teacher)))
+        return torch.stack(parts).sum()
+
+
+def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute the mean over b < B - 1 of sum_d e_bd e_(b+1)d, with e = |student - teacher|; 0 for a batch of one.
+
+    This, and not the paper's loss, is what RepDistiller's published results were trained with. It depends on the order
+    of the batch, and is 0 already if every second sample agrees.
+
+    Embeddings are [B, dim]. The result is a scalar in float32 or wider.
+    """
+    student = widened(student)
+    errors = (student - teacher.to(student.dtype)).abs()
+    return (errors[:-1] * errors[1:]).sum() / max(1, len(errors) - 1)
+
+
+def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute ||C_t - C_s||^2 / B^2 with C from `correlations`: the paper's correlation congruence.
+
+    Embeddings are [B, D] and [B, D']. The result is a scalar in float32 or wider.
+    """
+    student = widened(student)
+    return (correlations(teacher.to(student.dtype)) - correlations(student)).square().mean()
+
+
+def correlations(vectors: Tensor) -> Tensor:
+    """Compute the Gaussian kernel exp(-gamma ||x - y||^2) of L2-normalized vectors, [B, D] to [B, B].
+
+    It is expanded as exp(-2 gamma) sum_p (2 gamma)^p / p! (x . y)^p up to p = 2, as in the paper.
+    """
+    units = unit_rows(vectors)
+    products = units @ units.T
+    terms = [(2 * GAMMA) ** power / math.factorial(power) * products**power for power in range(ORDER + 1)]
+    return math.exp(-2 * GAMMA) * torch.stack(terms).sum(0)

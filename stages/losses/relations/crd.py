@@ -1,0 +1,131 @@
+"""Contrastive representation distillation.
+
+CRD: Tian, Krishnan, Isola 2020, "Contrastive Representation Distillation", ICLR (arXiv 1910.10699). The student's
+embedding of an image is pulled toward the teacher's embedding of the same image and pushed away from those of other
+images, and vice versa. In the paper the negatives come from memory banks of both networks' embeddings. The store has
+the teacher's current features of any sample, so that only the student needs a memory bank.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdpipe.stages.config import at_most, section
+from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.inputs import Facts, Others, Said, Shapes, TeacherShapes
+from kdpipe.stages.losses.relations.nce import Contrast, Memory
+from kdpipe.stages.losses.relations.relation import Embedding
+from kdpipe.stages.losses.schedules import Amount
+from kdpipe.stages.numerics import unit_rows, widened
+from kdpipe.stages.targets.feature_spec import POOLED, Shape, Wanted
+
+
+@section
+class CRDConfig(FeatureLossConfig):
+    """Noise-contrastive error in matching embeddings of the same image between student and teacher.
+
+    Defaults are those of RepDistiller.
+
+    Attributes:
+        layers: pairs of (student layer, teacher layer), of which maps are average-pooled to vectors: usually the last
+            before the classifier.
+        dim: width of the embeddings: linear layers on both sides, which train with the student.
+        num_negatives: number of other samples that each batch is contrasted with; all samples of a batch share them,
+            except those of their own class, as a set per sample would need batch x num_negatives x dim numbers.
+        temperature: divides the products of embeddings.
+        momentum: share of a sample's old embedding that a memory bank keeps when the sample is seen again.
+        memory: "store" reads the teacher's features of the negatives from the store and embeds them at each step;
+            "bank" keeps memory banks of both networks, as in the paper. A memory bank has data set size x dim float32
+            numbers, and is part of each checkpoint.
+    """
+
+    paper: ClassVar[str] = "Tian et al. 2020, arXiv 1910.10699"
+    statistic: ClassVar[str] = POOLED
+
+    loss: Literal["crd"]
+    weight: Amount = 0.8
+    dim: Annotated[int, Field(ge=1), at_most(10**6)] = 128
+    num_negatives: Annotated[int, Field(ge=1), at_most(2**31)] = 16384
+    temperature: Annotated[float, Field(gt=0), at_most(10**4)] = 0.07
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    memory: Literal["store", "bank"] = "store"
+
+    @property
+    def wanted_of_others(self) -> tuple[Wanted, ...]:
+        return self.wants({}) if self.memory == "store" else ()
+
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+        return CRD(self, student, teacher, facts)
+
+
+class CRD(nn.Module):
+    """The loss of each sample in both directions, [B], summed over the pairs of layers; see `CRDOfLayer`."""
+
+    def __init__(self, config: CRDConfig, student: Shapes, teacher: TeacherShapes, facts: Facts) -> None:
+        super().__init__()
+        self.pairs = config.layers
+        shapes = [
+            (student[student_layer], teacher[Wanted(teacher_layer, POOLED)])
+            for student_layer, teacher_layer in self.pairs
+        ]
+        self.layers = nn.ModuleList(CRDOfLayer(config, *shape, facts.num_samples) for shape in shapes)
+
+    def forward(self, inputs: Said) -> Tensor:
+        if inputs.others is None:
+            raise ValueError("crd needs negatives (others)")
+        parts = [
+            layer(inputs, inputs.others, student_layer, Wanted(teacher_layer, POOLED))
+            for layer, (student_layer, teacher_layer) in zip(self.layers, self.pairs, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
+
+
+class CRDOfLayer(nn.Module):
+    """The NCE loss of each sample, [B], at one pair of layers: student against teacher plus teacher against student.
+
+    With memory "store" the student's anchors are compared with fresh embeddings of the teacher's features, so that the
+    teacher's embedding learns from both directions; with "bank" they are compared with a memory bank, and it learns
+    from its own direction alone. The teacher's anchors are always compared with a memory bank of the student. Memory
+    banks have no gradient, and are updated only in training, after they were read.
+    """
+
+    def __init__(self, config: CRDConfig, student: Shape, teacher: Shape, num_samples: int) -> None:
+        super().__init__()
+        self.student, self.teacher = Embedding(student, config.dim), Embedding(teacher, config.dim)
+        self.of_student, self.of_teacher = (Contrast(config.temperature, num_samples) for _ in range(2))
+        self.students = Memory(num_samples, config.dim, config.momentum)
+        self.teachers = Memory(num_samples, config.dim, config.momentum) if config.memory == "bank" else None
+
+    def forward(self, inputs: Said, others: Others, layer: str, feature: Wanted) -> Tensor:
+        student = _embed(self.student, inputs.student.features[layer])
+        teacher = _embed(self.teacher, inputs.teacher.features[feature])
+        is_other = inputs.labels[:, None] != others.labels
+        if self.teachers is None:
+            positives, negatives = teacher, _embed(self.teacher, others.features[feature])
+        else:
+            positives, negatives = _read_memory(self.teachers, inputs, others)
+        remembered = _read_memory(self.students, inputs, others)
+        # Embeddings of an untrained layer point in nearly the same direction, which would decide Z; the rows of a new
+        # memory bank are spread evenly.
+        first = remembered if self.teachers is None else None
+        loss = self.of_student(student, (positives, negatives), is_other, first_among=first)
+        loss = loss + self.of_teacher(teacher, remembered, is_other)
+        if self.training:
+            self.students.remember(inputs.ranks, student)
+            if self.teachers is not None:
+                self.teachers.remember(inputs.ranks, teacher)
+        result: Tensor = loss
+        return result
+
+
+def _embed(embedding: nn.Module, features: Tensor) -> Tensor:
+    return unit_rows(widened(embedding(features)))
+
+
+def _read_memory(memory: Memory, inputs: Said, others: Others) -> tuple[Tensor, Tensor]:
+    """Return the rows of the batch's samples, [B, D], and of the negatives, [K, D]."""
+    return memory.rows[inputs.ranks], memory.rows[others.ranks]

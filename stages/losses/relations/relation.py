@@ -1,0 +1,54 @@
+"""Base classes of losses that compare relations between the samples of a batch: one value for the global batch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.stages.config import section
+from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.inputs import Said
+from kdpipe.stages.runtime.collectives import gathered
+from kdpipe.stages.targets.feature_spec import POOLED, Shape, Wanted, form_shape, take_form
+from kdpipe.stages.targets.statistics import pooled
+
+
+@section
+class RelationLossConfig(FeatureLossConfig):
+    """Configuration of a loss of the features of the batch of all processes, summed over pairs of layers.
+
+    Attributes:
+        layers: pairs of (student layer, teacher layer), of which maps are average-pooled to vectors: usually the last
+            before the classifier.
+    """
+
+    per_sample: ClassVar[bool] = False
+    statistic: ClassVar[str] = POOLED
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compute the loss at one pair of layers, a scalar, from `statistic` of student and teacher, [B, ...] each."""
+        raise NotImplementedError
+
+    def compute(self, inputs: Said) -> Tensor:
+        parts = [
+            self.compare(
+                gathered(take_form(Wanted(student_layer, self.statistic), inputs.student.features[student_layer])),
+                gathered(inputs.teacher.features[Wanted(teacher_layer, self.statistic)]),
+            )
+            for student_layer, teacher_layer in self.layers
+        ]
+        return torch.stack(parts).sum()
+
+
+class Embedding(nn.Module):
+    """Average pooling over positions, then a linear layer: [B, *shape] to [B, dim]."""
+
+    def __init__(self, shape: Shape, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(form_shape(Wanted("", POOLED), shape)[0], dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        embedded: Tensor = self.linear(pooled(features).to(self.linear.weight.dtype))
+        return embedded

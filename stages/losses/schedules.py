@@ -1,0 +1,91 @@
+"""Recipe values that change during training: temperatures and weights, constant or scheduled.
+
+Like the learning rate they are pure functions of the epoch, so that a resumed job needs no state for them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from kdpipe.stages.config import at_most, section
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The progress of a training: `epoch` of `epochs`, counted from 0; infinity after all schedules have ended."""
+
+    epoch: float
+    epochs: int
+
+
+SETTLED = Moment(math.inf, 1)
+"""The progress after every schedule: fine-tuning of a compressed student continues where training ended."""
+
+
+MAX_WEIGHT = 1e38
+"""Close to the largest float32."""
+
+Epoch = Annotated[int, Field(ge=0, le=10**6)]
+
+
+def _ascending(epochs: tuple[int, int]) -> tuple[int, int]:
+    if epochs[0] > epochs[1]:
+        raise ValueError("the first epoch must not be after the last")
+    return epochs
+
+
+@section
+class Ramp:
+    """A number that changes from `start` to `end`, epoch by epoch.
+
+    Attributes:
+        start: value up to the first of `epochs`.
+        end: value from the last of `epochs` on.
+        shape: "linear", or "cosine" for half a cosine period.
+        epochs: first and last epoch of the change; by default those of the training.
+    """
+
+    start: Annotated[float, Field(ge=0), at_most(MAX_WEIGHT)]
+    end: Annotated[float, Field(ge=0), at_most(MAX_WEIGHT)]
+    shape: Literal["linear", "cosine"] = "linear"
+    epochs: Annotated[tuple[Epoch, Epoch], AfterValidator(_ascending)] | None = None
+
+
+def _positive(temperature: float | Ramp) -> float | Ramp:
+    if min(extremes(temperature)) <= 0:
+        raise ValueError("a temperature must be above 0")
+    return temperature
+
+
+Amount = Annotated[float, Field(ge=0), at_most(MAX_WEIGHT)] | Ramp
+"""A weight: a number or a schedule."""
+
+Temperature = Annotated[Annotated[float, Field(gt=0), at_most(10**9)] | Ramp, AfterValidator(_positive)]
+"""A temperature: a number above 0 or a schedule."""
+
+
+def amount_at(amount: float | Ramp, moment: Moment) -> float:
+    """Return the value at a point of the training."""
+    if not isinstance(amount, Ramp):
+        return amount
+    first, last = amount.epochs or (0, moment.epochs - 1)
+    done = 1.0 if moment.epoch >= last else max(0.0, (moment.epoch - first) / (last - first))
+    if amount.shape == "cosine":
+        done = 0.5 * (1 - math.cos(math.pi * done))
+    return amount.start + (amount.end - amount.start) * done
+
+
+def extremes(amount: float | Ramp) -> tuple[float, float]:
+    """Return the lowest and the highest value."""
+    if not isinstance(amount, Ramp):
+        return amount, amount
+    return min(amount.start, amount.end), max(amount.start, amount.end)
+
+
+def warmup_factor(epochs: int, moment: Moment) -> float:
+    """Return min((epoch + 1) / epochs, 1), the linear warm-up of the reference codes; 1 if `epochs` is 0."""
+    return 1.0 if epochs == 0 else min((moment.epoch + 1) / epochs, 1.0)

@@ -1,0 +1,46 @@
+"""Check that feature maps of student and teacher can be brought to one size."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.targets.feature_spec import Shape
+
+Size = tuple[int, int]
+
+
+def map_size(shape: Shape) -> Size | None:
+    """Return (H, W) of maps (C, H, W), None for other shapes."""
+    return (shape[1], shape[2]) if len(shape) == 3 else None
+
+
+def as_map_shape(shape: Shape) -> Shape:
+    """Return vectors (D,) as maps (D, 1, 1) of one pixel, other shapes unchanged."""
+    return (*shape, 1, 1) if len(shape) == 1 else shape
+
+
+def as_maps(features: Tensor) -> Tensor:
+    """Return vectors [B, D] as maps [B, D, 1, 1], other features unchanged."""
+    return features[:, :, None, None] if features.dim() == 2 else features
+
+
+def poolable(student: Shape, size: Size) -> bool:
+    """Return whether the student's maps (C, H, W) have this size or are larger on both sides.
+
+    Maps of equal height and smaller width show another part of the image.
+    """
+    own = map_size(student)
+    return own is not None and (own == size or (own[0] > size[0] and own[1] >= size[1]))
+
+
+def cannot_join(loss: str, pair: tuple[str, str], student: Shape, teacher: Shape, expected: str) -> RecipeError:
+    """Build the error for a pair of layers whose shapes (without the batch axis) do not match.
+
+    `pair` has the module paths of student and teacher, `expected` the layers to choose instead.
+    """
+    student_layer, teacher_layer = pair
+    return RecipeError(
+        f"{loss} cannot join the student's {student_layer}, of shape {list(student)}, to the teacher's "
+        f"{teacher_layer}, of shape {list(teacher)}: choose {expected}."
+    )

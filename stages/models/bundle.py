@@ -1,0 +1,30 @@
+"""A model with its architecture record and input normalization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.models.weights import weights_sha256
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, the record from which it can be rebuilt, and its input scaling."""
+
+    model: nn.Module
+    architecture: Mapping[str, Any]
+    normalise: Normalisation
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The network's identity: architecture, digest of the weights, and input scaling."""
+        return {
+            "architecture": dict(self.architecture),
+            "weights_sha256": weights_sha256(self.model),
+            "normalization": self.normalise.to_json(),
+        }

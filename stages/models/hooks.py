@@ -1,0 +1,109 @@
+"""Forward hooks: capture the outputs of modules by path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.stages.errors import ModelError
+from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.numerics import widened
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Outputs of a network for a batch: logits [B, num_classes], and features [B, ...] by module path."""
+
+    logits: Tensor
+    features: Mapping[str, Tensor]
+
+    def rows(self, index: Tensor) -> Outputs:
+        """Return the outputs for some of the samples, index int64 [n]."""
+        return Outputs(self.logits[index], rows_of(self.features, index))
+
+    def widened(self) -> Outputs:
+        """Return the same in float32 or wider."""
+        return Outputs(widened(self.logits), {layer: widened(feature) for layer, feature in self.features.items()})
+
+
+K = TypeVar("K")
+
+
+class _AllCaptured(Exception):
+    """All layers have been captured."""
+
+
+def rows_of(features: Mapping[K, Tensor], index: Tensor) -> dict[K, Tensor]:
+    """Return some rows, index int64 [n], of each feature."""
+    return {key: feature[index] for key, feature in features.items()}
+
+
+class Tap:
+    """A network with hooks that capture the outputs of some modules. Use `tapped` to create it.
+
+    no_further: stop the forward pass after the last of the modules; the logits are then [B, 0].
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str], *, no_further: bool = False) -> None:
+        self._model = model
+        self._no_further = no_further
+        self._layers = tuple(dict.fromkeys(layers))
+        self._captured: dict[str, Tensor] = {}
+        self._hooks = [module_named(model, layer).register_forward_hook(self._capture(layer)) for layer in self._layers]
+
+    def __call__(self, images: Tensor) -> Outputs:
+        self._captured = {}
+        try:
+            logits = self._model(images)
+        except _AllCaptured:
+            logits = images.new_empty(len(images), 0)
+        absent = [layer for layer in self._layers if layer not in self._captured]
+        if absent:
+            raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
+        return Outputs(logits, self._captured)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _capture(self, layer: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise ModelError(
+                    f"module {layer!r} outputs {type(output).__name__}, not a tensor: choose another layer."
+                )
+            self._captured[layer] = output
+            if self._no_further and len(self._captured) == len(self._layers):
+                raise _AllCaptured
+
+        return hook
+
+
+@contextmanager
+def tapped(model: nn.Module, layers: Iterable[str], *, no_further: bool = False) -> Iterator[Tap]:
+    """Hook `layers` of `model` while the block runs.
+
+    Raises:
+        ModelError: A path does not exist; the message has the nearest ones.
+    """
+    tap = Tap(model, layers, no_further=no_further)
+    try:
+        yield tap
+    finally:
+        tap.close()
+
+
+def feature_shapes(model: nn.Module, layers: Iterable[str], image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Return the shape of each layer's output, without the batch axis, for images (C, H, W)."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), tapped(model, layers) as tap:
+        outputs = tap(torch.zeros(2, *image_shape, device=device))
+    model.train(was_training)
+    return {layer: tuple(feature.shape[1:]) for layer, feature in outputs.features.items()}

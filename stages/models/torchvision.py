@@ -1,0 +1,130 @@
+"""torchvision's image classifiers by name, with fresh or published weights.
+
+torchvision takes longer to import than torch itself, so it is imported only when needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdpipe.stages.errors import ModelError, cause
+from kdpipe.stages.models.arguments import refuse_unknown_args
+from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.models.weights import load_entries
+
+CHANNELS = 3
+# Arguments that a family's builders take out of their **kwargs.
+BUILDER_ARGS = {
+    "efficientnet_": {"dropout"},
+    "vit_": {"image_size"},
+    "maxvit_": {"input_size"},
+    "mobilenet_v3_": {"width_mult", "reduced_tail", "dilated"},
+}
+WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
+
+
+@cache
+def classifier_names() -> tuple[str, ...]:
+    """Return the names of torchvision's image classifiers with one head, sorted."""
+    from torchvision import models
+
+    # Detection, segmentation, video and quantized networks live in sub-packages of their own.
+    return tuple(name for name in models.list_models(module=models) if name not in WITH_AUXILIARY_HEADS)
+
+
+@cache
+def refused_names() -> frozenset[str]:
+    """Return the names of torchvision's other networks, which are not supported."""
+    from torchvision import models
+
+    return frozenset(models.list_models()) - set(classifier_names())
+
+
+def build_classifier(
+    name: str, args: Mapping[str, Any], *, num_classes: int, in_channels: int, published: bool
+) -> nn.Module:
+    """Build torchvision's classifier `name`: images [B, 3, H, W] -> logits [B, num_classes].
+
+    With `published` it has torchvision's default weights, and a new head where their number of classes differs. Raises
+    ModelError for another number of channels, unknown arguments, or weights that cannot be downloaded.
+    """
+    if in_channels != CHANNELS:
+        raise ModelError(
+            f"{name} takes {CHANNELS} channels, the data has {in_channels}: set data.channels = {CHANNELS}."
+        )
+    if not published:
+        return _construct(name, args, num_classes)
+    from torchvision import models
+
+    weights = models.get_model_weights(name).DEFAULT
+    published_classes = len(weights.meta["categories"])
+    model = _construct(name, args, published_classes)
+    load_entries(model, _download(name, weights), f"the published weights of {name}")
+    if num_classes != published_classes:
+        _replace_head(model, published_classes, num_classes)
+    return model
+
+
+def refuse(name: str) -> ModelError:
+    """Return the error for a network of `refused_names`."""
+    if name in WITH_AUXILIARY_HEADS:
+        return ModelError(f"{name} has auxiliary heads, and kdpipe distills one set of logits: choose another network.")
+    return ModelError(f"{name} is a network of torchvision, but not a plain image classifier: choose one that is.")
+
+
+def _construct(name: str, args: Mapping[str, Any], num_classes: int) -> nn.Module:
+    from torchvision import models
+
+    builder = models.get_model_builder(name)
+    made = {"weights": None, "progress": False, "num_classes": num_classes}
+    refuse_unknown_args(name, args, _accepted_args(name, builder) - set(made), made)
+    try:
+        model: nn.Module = builder(**made, **args)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"{name} cannot be built with args {dict(args)!r} ({cause(error)}).") from error
+    return model
+
+
+def _accepted_args(name: str, builder: Callable[..., nn.Module]) -> set[str]:
+    """Return the arguments that the builder passes to its class: those with a default; it sets the others itself."""
+    network = inspect.signature(builder, eval_str=True).return_annotation
+    parameters = inspect.signature(network).parameters.values()
+    by_class = {each.name for each in parameters if each.default is not inspect.Parameter.empty}
+    return by_class.union(*(own for family, own in BUILDER_ARGS.items() if name.startswith(family)))
+
+
+def _download(name: str, weights: Any) -> Mapping[str, Tensor]:
+    try:
+        entries: Mapping[str, Tensor] = weights.get_state_dict(
+            progress=False, check_hash=True, weights_only=True, map_location="cpu"
+        )
+    except Exception as error:  # a download fails in many ways: no network, no disk, a broken cache
+        raise ModelError(
+            f"the published weights of {name} cannot be downloaded from {weights.url} ({cause(error)}): "
+            "download them elsewhere and put them into $TORCH_HOME/hub/checkpoints."
+        ) from error
+    return entries
+
+
+def _replace_head(model: nn.Module, published_classes: int, num_classes: int) -> None:
+    """Replace the last layer of `published_classes`, a linear or a convolution, by a new one of `num_classes`."""
+    path, head = [(path, module) for path, module in model.named_modules() if _width(module) == published_classes][-1]
+    parent, _, name = path.rpartition(".")
+    bias = head.bias is not None
+    fresh: nn.Module
+    if isinstance(head, nn.Conv2d):
+        fresh = nn.Conv2d(head.in_channels, num_classes, head.kernel_size, bias=bias)  # type: ignore[arg-type]
+    else:
+        fresh = nn.Linear(head.in_features, num_classes, bias=bias)
+    setattr(module_named(model, parent) if parent else model, name, fresh)
+
+
+def _width(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return module.out_channels if isinstance(module, nn.Conv2d) else None

@@ -1,0 +1,32 @@
+"""Seeds and numerics shared by all stages."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import Tensor
+
+
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """Derive a seed in [0, 2^63) for one purpose, which `parts` identify, from the recipe's seed."""
+    text = "/".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def widened(values: Tensor) -> Tensor:
+    """Return the values in float32 or wider: half precision loses sums over maps and the tail of a softmax."""
+    return values if values.dtype.itemsize >= 4 else values.float()
+
+
+MIN_NORM = 1e-12
+"""Rows up to this norm count as zero."""
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """L2-normalize [..., D] along the last axis; zero rows stay zero, with a gradient of zero.
+
+    `F.normalize` divides a zero row's gradient by its eps instead, which overflows half precision.
+    """
+    squares = rows.square().sum(-1, keepdim=True)
+    is_zero = squares <= MIN_NORM**2
+    return (rows * squares.masked_fill(is_zero, 1.0).rsqrt()).masked_fill(is_zero, 0.0)

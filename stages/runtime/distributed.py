@@ -1,0 +1,271 @@
+"""The processes of one job, started by torchrun or srun, and communication between them.
+
+Each trains on its share of every batch; only the first writes. With one process all methods return at once, so that the
+same code serves both cases. CPU tensors are sent over gloo, GPU tensors over NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdpipe.stages.errors import RecipeError, RunError, StoppedEarly
+from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.launcher import WHOLE, Part, part_from_environment
+from kdpipe.store import KdpipeError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=2)
+"""The time that others wait for the first, which evaluates and exports alone; if it ends they notice at once."""
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+"""The time that processes wait for each other at the start."""
+
+BUCKET_BYTES = 32 * 2**20
+"""The largest size of gradients that are sent at once."""
+
+LOST_PEER = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out waiting")
+"""Parts of gloo's messages when another process has ended, in lower case."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Process `rank` of `count`; all processes must call the methods in the same order."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Return for each flag whether any process has it set."""
+        if self.count == 1:
+            return list(flags)
+        reduced = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in reduced.tolist()]
+
+    def agree(self, stop: bool, due: bool) -> tuple[bool, bool]:
+        """Return whether any process was asked to stop, and whether the first process's clock says to save."""
+        stop, due = self.any_of([stop, due and self.first])
+        return stop, due
+
+    def check(self, watch: Watch) -> None:
+        """Raise StoppedEarly in all processes if one was asked to stop. Call it where all progress is saved."""
+        if self.any_of([watch.should_stop()])[0]:
+            raise StoppedEarly
+
+    @property
+    def part(self) -> Part:
+        """This process's share of work that is not divided by batches."""
+        return WHOLE if self.count == 1 else Part(self.rank, self.count, "the processes of this job")
+
+    def use(self, device: torch.device) -> None:
+        """Send GPU tensors over NCCL if `device` is a GPU; raises RecipeError if only some processes use GPUs."""
+        if self.count == 1 or device.type in _groups:
+            return
+        if all(self.any_of([device.type == "cpu", device.type != "cpu"])):
+            raise RecipeError(
+                f"some of the {self.count} processes use a CPU and some a GPU (process {self.rank}: {device.type}): "
+                "start one for each GPU, or set device = 'cpu'."
+            )
+        _groups[device.type] = dist.new_group(backend="nccl", timeout=TIMEOUT) if device.type == "cuda" else None
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        self.any_of([False])
+
+    def share(self, value: T) -> T:
+        """Return the first process's value, which must be JSON, in all."""
+        if self.count == 1:
+            return value
+        text = json.dumps(value).encode() if self.first else b""
+        size = torch.tensor([len(text)])
+        dist.broadcast(size, 0)
+        data = torch.frombuffer(bytearray(text or bytes(int(size))), dtype=torch.uint8)
+        dist.broadcast(data, 0)
+        received: T = json.loads(data.numpy().tobytes())
+        return value if self.first else received
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Run `work` in the first process only, and return its result, which must be JSON, in all.
+
+        The others wait. A KdpipeError is raised in all, with its class and thus its exit code.
+        """
+        if self.count == 1:
+            return work()
+        if not self.first:
+            received: dict[str, Any] = self.share({})
+            if "error" in received:
+                raise _error_of(*received["error"])
+            result: T = received["result"]
+            return result
+        try:
+            result = work()
+        except KdpipeError as error:
+            self.share({"error": [type(error).__name__, str(error)]})
+            raise
+        self.share({"result": result})
+        return result
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """Return this process's contiguous share of a global batch, int64 [B], in rank order."""
+        return positions if self.count == 1 else torch.tensor_split(positions, self.count)[self.rank]
+
+    def require_shares(self, batch_size: int, num_samples: int) -> None:
+        """Raise RecipeError unless the processes can share a batch equally."""
+        if batch_size % self.count or num_samples < self.count:
+            raise RecipeError(
+                f"train.batch_size is {batch_size}, of {num_samples} samples, and {self.count} processes share each "
+                f"batch: set a multiple of {self.count}, such as "
+                f"{max(1, round(batch_size / self.count)) * self.count}, or start another number of processes."
+            )
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each of `tensors` by its mean over the processes, in place, with the same bits in all of them."""
+        if self.count == 1:
+            return
+        pending = []
+        for bucket in _buckets(tensors):
+            flat = torch.cat([one.reshape(-1) for one in bucket])
+            pending.append((dist.all_reduce(flat, group=group_of(flat), async_op=True), flat, bucket))
+        for sent, flat, bucket in pending:
+            sent.wait()
+            flat.div_(self.count)
+            pieces = torch.split(flat, [one.numel() for one in bucket])
+            torch._foreach_copy_(list(bucket), [piece.view_as(one) for piece, one in zip(pieces, bucket, strict=True)])
+
+
+ONE = Processes()
+
+_groups: dict[str, Any] = {}
+"""The process group for the tensors of a type of device, where it is not the default one."""
+
+
+def group_of(tensor: Tensor) -> Any:
+    """Return the process group for a tensor's device: NCCL's on GPUs, after `Processes.use`."""
+    return _groups.get(tensor.device.type)
+
+
+def processes_of(environ: Mapping[str, str]) -> Processes:
+    """Return the processes that torchrun or srun started together with this one.
+
+    Each element of a Slurm job array is a separate job. Raises RecipeError, naming the variable, for invalid values.
+    """
+    of_job = {name: value for name, value in environ.items() if not name.startswith("SLURM_ARRAY_")}
+    part = part_from_environment(of_job)
+    return Processes(part.index, part.count)
+
+
+def require_one(environ: Mapping[str, str], command: str) -> None:
+    """Raise RecipeError if several processes were started for a command that runs in one."""
+    count = processes_of(environ).count
+    if count > 1:
+        raise RecipeError(
+            f"{command} runs in one process, and {count} were started: start it without torchrun or srun's tasks; "
+            "only train-teacher, cache-teacher and train-student use several."
+        )
+
+
+@contextmanager
+def joined(environ: Mapping[str, str], should_stop: Callable[[], bool] = lambda: False) -> Iterator[Processes]:
+    """Connect the processes of `environ` within the block.
+
+    Enter it before anything in which a single process may fail, such as a lock or a GPU, else the others wait for it;
+    no GPU is used here.
+
+    Raises:
+        RecipeError: There is no address to meet at.
+        RunError: The processes do not find each other, or one of them ended early.
+        StoppedEarly: One of them ended early, and this one was asked to stop as well.
+    """
+    own = processes_of(environ)
+    if own.count == 1:
+        yield own
+        return
+    _connect(own, environ)
+    try:
+        yield own
+        own.wait()
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        if should_stop():
+            raise StoppedEarly from error
+        raise RunError(
+            f"another of the {own.count} processes of this job ended, and process {own.rank} with it: see its message. "
+            "Run the same command again to continue from the last checkpoint."
+        ) from error
+    finally:
+        _groups.clear()
+        dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether an error means that another process has ended."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(words in text for words in LOST_PEER)
+
+
+def _connect(own: Processes, environ: Mapping[str, str]) -> None:
+    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
+    address = [environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
+    if not all(address):
+        raise RecipeError(
+            f"{own.count} processes train together, and MASTER_ADDR and MASTER_PORT are not set: set "
+            "them in the job script to the first node's name (scontrol show hostnames | head -n 1) and a free port, "
+            "or start the processes with torchrun."
+        )
+    if not (re.fullmatch("[0-9]{1,5}", address[1]) and 0 < int(address[1]) < 65536):
+        raise RecipeError(f"MASTER_PORT must be a number from 1 to 65535, not {address[1][:40]!r}: fix the job script.")
+    try:
+        where = f"env://?rank={own.rank}&world_size={own.count}"
+        store, *_ = next(rendezvous(where, timeout=RENDEZVOUS_TIMEOUT))
+        dist.init_process_group("gloo", store=store, rank=own.rank, world_size=own.count, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise RunError(
+            f"the {own.count} processes of this job did not find each other at {':'.join(address)} "
+            f"({first_line[:200]}): check MASTER_ADDR and MASTER_PORT, and that all of them were started."
+        ) from error
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield `tensors` in order, of one type and up to BUCKET_BYTES at a time."""
+    for dtype in dict.fromkeys(one.dtype for one in tensors):
+        bucket: list[Tensor] = []
+        num_bytes = 0
+        for one in tensors:
+            if one.dtype is not dtype:
+                continue
+            if bucket and num_bytes + one.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, num_bytes = [], 0
+            bucket.append(one)
+            num_bytes += one.nbytes
+        yield bucket
+
+
+def _error_of(name: str, text: str) -> KdpipeError:
+    """Return the error that another process raised, by the name of its class."""
+    classes, pending = {}, [KdpipeError]
+    while pending:
+        kind = pending.pop()
+        classes[kind.__name__] = kind
+        pending += kind.__subclasses__()
+    kind = classes.get(name, KdpipeError)
+    return kind.__new__(kind, text)  # constructors of some classes take other arguments

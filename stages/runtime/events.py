@@ -1,0 +1,53 @@
+"""Progress reporting and cooperative stopping.
+
+Stages do not depend on terminals and signals: `pipeline` shows the events and sets the stop flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdpipe.stages.errors import StoppedEarly
+
+WARNING = "warning"
+"""The unit of an event that is a warning; its `job` is the text."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress of a stage: `step` of `total` `unit`s of `job` are done; `metrics` are figures by name."""
+
+    stage: str
+    job: str
+    step: int
+    total: int
+    unit: str
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A reporter and a stop flag."""
+
+    report: Callable[[Event], None] = lambda event: None
+    should_stop: Callable[[], bool] = lambda: False
+
+    def check(self) -> None:
+        """Raise StoppedEarly if the stop flag is set. Call it only where everything done so far is saved."""
+        if self.should_stop():
+            raise StoppedEarly
+
+    def warn(self, stage: str, message: str) -> None:
+        """Report a warning."""
+        self.report(Event(stage, message, 1, 1, WARNING))
+
+    def counter(self, stage: str, job: str, unit: str) -> Callable[[int, int], None]:
+        """Return a callback for loops: given (done, total) after each `unit`, it reports and checks the stop flag."""
+
+        def count(done: int, total: int) -> None:
+            self.report(Event(stage, job, done, total, unit))
+            self.check()
+
+        return count

@@ -1,0 +1,150 @@
+"""Statistics of a layer's output that a store can hold: the feature map itself, or only what a loss needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.stages.errors import ModelError, RecipeError
+from kdpipe.stages.models.hooks import feature_shapes
+from kdpipe.stages.targets.statistics import attention, gram, input_attention, pool_to, pooled, spatial_gram
+
+MAP = "features"
+
+
+POOLED = "pooled"
+
+
+ATTENTION = "attention"
+
+
+SPATIAL_GRAM = "spatial_gram"
+
+
+INPUT_GRADIENT = "input_gradient"
+
+
+INPUT = "input"
+"""The `layer` of features of the images themselves."""
+
+
+Shape = tuple[int, ...]
+"""The shape of one sample's tensor, without the batch axis."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A statistic of a layer's output.
+
+    Attributes:
+        layer: Module path, or "input".
+        form: Name of the statistic.
+        size: (H, W) to which the map is average-pooled first; losses that require it accept smaller maps as well.
+    """
+
+    layer: str
+    form: str = MAP
+    size: tuple[int, int] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Return the statistic with its size, as in recipes and stores: `pooled`, `attention-8x8`."""
+        return self.form if self.size is None else f"{self.form}-{self.size[0]}x{self.size[1]}"
+
+    @property
+    def array(self) -> str:
+        """Return the name of its array in a store."""
+        return f"{self.kind}/{self.layer}"
+
+    @property
+    def source(self) -> str:
+        """Return what it is computed from: the layer's path, or `input_gradient`."""
+        return INPUT_GRADIENT if self.form == INPUT_GRADIENT else self.layer
+
+    def __str__(self) -> str:
+        return self.layer if self.kind == MAP else f"{self.layer}:{self.kind}"
+
+    def fitted(self, shape: Shape) -> Wanted:
+        """Return the same for a layer whose outputs have `shape`: without a size if nothing has to be pooled."""
+        if self.size is None or len(shape) != 3:
+            return replace(self, size=None)
+        size = min(shape[1], self.size[0]), min(shape[2], self.size[1])
+        return replace(self, size=None if size == shape[1:] else size)
+
+
+KIND = re.compile(r"([a-z_]+)(?:-([1-9]\d{0,4})x([1-9]\d{0,4}))?")
+
+
+def parse_kind(layer: str, text: str) -> Wanted | None:
+    """Parse a statistic as in recipes and stores (`pooled`, `attention-8x8`); None if it is not valid."""
+    found = KIND.fullmatch(text)
+    if found is None or found[1] not in FORMS or (found[2] and found[1] in UNSIZED):
+        return None
+    if found[1] == INPUT_GRADIENT and layer != INPUT:
+        return None
+    return Wanted(layer, found[1], (int(found[2]), int(found[3])) if found[2] else None)
+
+
+def parse_wanted(text: str) -> Wanted:
+    """Parse a feature as in recipes: `layer3` for the map, `layer3:pooled` for a statistic.
+
+    Raises:
+        RecipeError: It is not valid.
+    """
+    layer, colon, kind = text.partition(":")
+    wanted = parse_kind(layer, kind if colon else MAP) if layer else None
+    if wanted is None:
+        raise RecipeError(
+            f"cache.layers has {text!r}: expected a module path, optionally followed by a colon and one of "
+            f"{', '.join(name for name in FORMS if name not in (MAP, INPUT_GRADIENT))}; or {INPUT}:{INPUT_GRADIENT}."
+        )
+    return wanted
+
+
+def take_form(wanted: Wanted, feature: Tensor) -> Tensor:
+    """Compute a statistic of a layer's outputs [B, ...].
+
+    Raises:
+        ModelError: The statistic needs feature maps, and these are not.
+    """
+    if feature.dim() != 4 and wanted.form not in (MAP, POOLED):
+        raise ModelError(
+            f"{wanted.layer} outputs {list(feature.shape[1:])} per sample: {wanted.form} needs feature maps [C, H, W]. "
+            "Store the output itself, or choose another layer."
+        )
+    return FORMS[wanted.form](pool_to(feature, wanted.size) if wanted.size else feature)
+
+
+def form_shape(wanted: Wanted, shape: Shape) -> Shape:
+    """Return the shape of a statistic of outputs of `shape`. Raises like `take_form`."""
+    return tuple(take_form(wanted, torch.zeros(1, *shape)).shape[1:])
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    MAP: lambda maps: maps,
+    POOLED: pooled,
+    ATTENTION: attention,
+    "gram": gram,
+    SPATIAL_GRAM: spatial_gram,
+    INPUT_GRADIENT: input_attention,
+}
+
+
+UNSIZED = (POOLED, INPUT_GRADIENT)
+"""Statistics that do not support pooling the map first."""
+
+
+def form_shapes(model: nn.Module, layers: Sequence[Wanted], image_shape: tuple[int, int, int]) -> dict[Wanted, Shape]:
+    """Return the shape of one sample of each wanted feature, for images (C, H, W)."""
+    shapes = source_shapes(model, layers, image_shape)
+    return {one: form_shape(one, shapes[one.source]) for one in layers}
+
+
+def source_shapes(model: nn.Module, layers: Sequence[Wanted], image_shape: tuple[int, int, int]) -> dict[str, Shape]:
+    """Return the shape of each wanted feature's source, by its `source`, without the batch axis."""
+    tapped = [one.layer for one in layers if one.source == one.layer]
+    return {**feature_shapes(model, tapped, image_shape), INPUT_GRADIENT: image_shape}

@@ -1,0 +1,133 @@
+"""Join a data set's samples to a store's rows by id, and check that they are the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.stages.data.image_set import ImageSet, pixel_checksums
+from kdpipe.stages.targets.class_map import SAME, ClassMap, ClassMapConfig, read_class_map
+from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.targets.resolve import Serving, arrays_read, serve
+from kdpipe.store import FingerprintMismatch, StoreError, TargetStore
+
+Missing = Literal["error", "hard-labels"]
+"""Handling of samples without targets: an error, or trained with their labels alone."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A store joined to a data set of N samples.
+
+    Attributes:
+        store: The opened store.
+        rows: The row of each sample, int64 [N]; -1 if the store or the teacher's classes lack it.
+        features: The sources of the required features.
+        class_map: The map of the teacher's classes, if they are not the data set's.
+    """
+
+    store: TargetStore
+    rows: Tensor
+    features: tuple[Serving, ...]
+    class_map: ClassMap | None = None
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Return the names of the arrays to read."""
+        return arrays_read(self.store, [source.feature for source in self.features])
+
+
+def join(
+    store: TargetStore,
+    image_set: ImageSet,
+    wanted: Sequence[Wanted],
+    missing: Missing = "error",
+    classes: ClassMapConfig = SAME,
+) -> Source:
+    """Find the rows of `image_set`'s samples in `store`, by id, and check that they are the same samples.
+
+    Args:
+        store: The opened store.
+        image_set: The student's data set.
+        wanted: The required features.
+        missing: Whether samples may have no targets.
+        classes: The map of the teacher's classes.
+
+    Raises:
+        StoreError: The store lacks required features, or samples that may not be missing.
+        FingerprintMismatch: The label or the pixels of a sample differ from those that the teacher saw.
+        RecipeError: The class map has a class that does not exist.
+    """
+    class_map = read_class_map(store, image_set, classes)
+    ids = image_set.sample_ids.numpy()
+    positions = store.samples.positions_of(ids)
+    known = positions >= 0
+    if not known.all() and class_map is None:
+        _require_may_be_missing(store, ids[~known], len(ids), missing)
+    labels = store.samples.labels[positions]
+    if class_map is not None:
+        labels = np.where(known, class_map.to_student(labels), -1)
+        known = labels >= 0
+        _require_some(store, positions, known)
+    rows = np.full(len(ids), -1, np.int64)
+    rows[known] = store.rows_of(ids[known])
+    stored = store.samples.take(positions[known])
+    compared = image_set.take(torch.from_numpy(known.nonzero()[0])) if not known.all() else image_set
+    _require_equal(store.path, compared, "label", labels[known], compared.labels.numpy())
+    _require_equal(store.path, compared, "pixel checksum", stored.pixels_crc32c, pixel_checksums(compared))
+    return Source(store, torch.from_numpy(rows), tuple(serve(store, feature) for feature in wanted), class_map)
+
+
+def _require_may_be_missing(store: TargetStore, absent: NDArray[np.int64], num_samples: int, missing: Missing) -> None:
+    """Raise StoreError if the samples `absent` may not be missing, or if these are all samples."""
+    some = f"{store.path} has no targets for {len(absent)} of the {num_samples} samples, such as {absent[:3].tolist()}"
+    if len(absent) == num_samples:
+        raise StoreError(f"{some}: it was made from another data set or with other sample ids.")
+    if missing == "error":
+        raise StoreError(
+            f"{some}: cache them with `kdpipe cache-teacher`, remove them from the data set, or train on their labels "
+            "alone with student.missing_targets = 'hard-labels'."
+        )
+
+
+def _require_some(store: TargetStore, positions: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
+    """Raise StoreError if a store with a class map has targets for none of the samples.
+
+    Args:
+        store: The opened store.
+        positions: The samples' positions in the store, -1 for those that it lacks.
+        known: Which samples have targets.
+    """
+    if known.any():
+        return
+    if (positions < 0).all():
+        raise StoreError(
+            f"{store.path} has no targets for any of the {len(positions)} samples: it was made from another data set "
+            "or with other sample ids."
+        )
+    raise StoreError(
+        f"{store.path} has none of the {len(positions)} samples in a class that student.teachers.classes maps: check "
+        "the map, or use a teacher of this data set's classes."
+    )
+
+
+def _require_equal(path: Path, image_set: ImageSet, what: str, stored: NDArray[Any], wanted: NDArray[Any]) -> None:
+    differ = np.flatnonzero(stored != wanted)
+    if len(differ):
+        pairs = [
+            (f"{what} of sample {int(image_set.sample_ids[index])}", int(stored[index]), int(wanted[index]))
+            for index in differ[:3]
+        ]
+        advice = (
+            f"In total, {len(differ)} of {len(wanted)} samples differ: use the data set that the teacher saw, or cache "
+            "into another store."
+        )
+        raise FingerprintMismatch(f"the store {path}", pairs, advice)

@@ -1,0 +1,55 @@
+"""Open target stores for given views, staging those that cannot be memory-mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdpipe.stages.runtime.events import Event, Watch
+from kdpipe.stages.runtime.versions import library_versions
+from kdpipe.store import (
+    TargetStore,
+    default_staging_cache,
+    is_url,
+    open_store,
+    read_store_manifest,
+    stage,
+    version_note,
+)
+
+
+def open_with_views(path: Path, views: Mapping[str, Any], identity: Mapping[str, Any]) -> TargetStore:
+    """Open a store that must have the given views; another library version may render them differently.
+
+    Args:
+        path: The store's folder.
+        views: The identity of the views.
+        identity: What its manifest must contain, besides the views.
+
+    Raises:
+        FingerprintMismatch: The store was made from other views, or differs from `identity`.
+        StoreError: The store cannot be opened.
+    """
+    advice = "Cache with this recipe into another run folder or store, or return to the recipe that made it."
+    advice += version_note(read_store_manifest(path).versions, library_versions())
+    return open_store(path, {**identity, "views": dict(views)}, advice)
+
+
+def on_this_machine(place: Path | str, watch: Watch) -> Path:
+    """Return a local path of a store that can be memory-mapped, staging it first if necessary."""
+
+    def on_unit(done: int, total: int) -> None:
+        watch.report(Event("stage", f"{place} to {area.folder}", done, total, "unit"))
+
+    area = default_staging_cache(os.environ)
+    return stage(place, area, on_unit)
+
+
+def test_place(place: Path | str) -> Path | str:
+    """Return the path of the test store: `store.test.zarr` beside `store.zarr`."""
+    folder, slash, name = str(place).rstrip("/").rpartition("/")
+    stem, dot, suffix = name.rpartition(".")
+    beside = f"{folder}{slash}{stem}.test.{suffix}" if dot and stem else f"{folder}{slash}{name}.test"
+    return beside if is_url(place) else Path(beside)

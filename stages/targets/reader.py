@@ -1,0 +1,175 @@
+"""Read a batch's targets from the stores: on the device, in RAM, memory-mapped, or streamed.
+
+The teacher is never loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kdpipe.stages.config import Bytes, section
+from kdpipe.stages.targets.class_map import MappedOutputs
+from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.targets.join import Source
+from kdpipe.stages.targets.outputs import DenseOutputs, TeacherOutputs, TopKOutputs
+from kdpipe.stages.targets.resolve import LOGITS
+from kdpipe.store import StoreError, TargetStore
+
+GIB = 2**30
+
+
+@section
+class TargetLoadingConfig:
+    """Configuration of where targets reside during training, by their size: all views of the required arrays.
+
+    Beyond all limits targets are streamed: an epoch reads shard after shard, each once, within memory_bytes. Only
+    sizes decide, not the machine, so that the batches of an epoch are the same everywhere.
+
+    Attributes:
+        device_bytes: up to this size on the GPU.
+        memory_bytes: up to this size in RAM.
+        mapped_bytes: up to this size memory-mapped, with row-wise reads through the page cache.
+    """
+
+    device_bytes: Bytes = 8 * GIB
+    memory_bytes: Bytes = 8 * GIB
+    mapped_bytes: Bytes = 64 * GIB
+
+
+class Targets:
+    """The targets of a data set's samples from one or several stores.
+
+    Attributes:
+        residence: "device", "memory", "mapped" or "streamed".
+        slabs: If streamed, the shard of the first store with each sample's targets, int64 [N].
+        window: The number of shards that are mixed at a time, of which two sets fit into memory.
+        num_unknown: The number of samples that have no targets in any store.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], device: torch.device, config: TargetLoadingConfig | None = None
+    ) -> None:
+        config = config or TargetLoadingConfig()
+        wanted = [(source.store, source.names) for source in sources]
+        window = slab_window(wanted, config)
+        self._device = device
+        self._sources = tuple(sources)
+        self._slabs: dict[tuple[int, str, int], Tensor] = {}
+        masks = [source.rows >= 0 for source in sources]
+        for source, known in zip(sources, masks, strict=True):
+            if not known.any():
+                raise StoreError(
+                    f"{source.store.path} has targets for none of the samples; several stores must be several teachers "
+                    "of the same samples."
+                )
+        self._known = [None if known.all() else known for known in masks]
+        self.num_unknown = int((~torch.stack(masks).any(0)).sum())
+        self.slabs: Tensor | None = None
+        self.window = window or 1
+        if window is None:
+            self.residence = _residence(_num_bytes(wanted), device, config)
+        else:
+            self.residence = "streamed"
+            self.slabs = sources[0].rows.clamp(min=0) // sources[0].store.unit_rows
+            share = config.memory_bytes // len(sources)
+            self._sources = tuple(replace(source, store=source.store.streamed(share)) for source in sources)
+
+    def describe(self) -> list[str]:
+        """Return one line per store about how it is read and why."""
+        return [f"{source.store.path}: {self._describe(source)}" for source in self._sources]
+
+    def known(self, indices: Tensor) -> list[Tensor | None]:
+        """Return for each store which of the samples at `indices`, int64 [B], have targets: bool [B], None for all."""
+        return [None if known is None else known[indices] for known in self._known]
+
+    def positions(self, number: int) -> Tensor:
+        """Return the indices of the samples that have targets in store `number`, int64 [n]."""
+        known = self._known[number]
+        return torch.arange(len(self._sources[number].rows)) if known is None else known.nonzero()[:, 0]
+
+    def batch(self, view: int, indices: Tensor) -> list[TeacherOutputs]:
+        """Return each store's outputs for the samples at `indices`, int64 [B], in `view`: float32 on the device.
+
+        Rows of samples without targets in a store have arbitrary values.
+        """
+        return [self._outputs(number, view, indices) for number in range(len(self._sources))]
+
+    def features(self, number: int, view: int, indices: Tensor, wanted: Sequence[Wanted]) -> dict[Wanted, Tensor]:
+        """Return some features of store `number`, without logits, float32 on the device."""
+        source = self._sources[number]
+        rows = _readable(source.rows[indices])
+        features = [feature for feature in source.features if feature.feature in wanted]
+        read = {name: self._rows(number, name, view, rows) for name in {feature.array for feature in features}}
+        return {feature.feature: feature(read[feature.array].float()) for feature in features}
+
+    def _outputs(self, number: int, view: int, indices: Tensor) -> TeacherOutputs:
+        source = self._sources[number]
+        rows = _readable(source.rows[indices])
+        read = {name: self._rows(number, name, view, rows) for name in source.names}
+        features = {feature.feature: feature(read[feature.array].float()) for feature in source.features}
+        top_k = source.store.manifest.top_k
+        outputs: TeacherOutputs
+        if top_k is None:
+            outputs = DenseOutputs(read[LOGITS].float(), features)
+        else:
+            outputs = TopKOutputs(top_k, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
+        return outputs if source.class_map is None else MappedOutputs(outputs, source.class_map)
+
+    def _rows(self, number: int, name: str, view: int, rows: Tensor) -> Tensor:
+        if self.residence in ("mapped", "streamed"):
+            values = torch.from_numpy(self._sources[number].store.take(name, view, rows.numpy()))
+            return values.to(self._device, non_blocking=True)
+        slab = self._slab(number, name, view)
+        return slab.index_select(0, rows.to(slab.device)).to(self._device, non_blocking=True)
+
+    def _slab(self, number: int, name: str, view: int) -> Tensor:
+        """Return one view of an array, reading and checking it at first use."""
+        key = (number, name, view)
+        if key not in self._slabs:
+            slab = torch.from_numpy(self._sources[number].store.read_view(name, view))
+            self._slabs[key] = slab.to(self._device) if self.residence == "device" else slab
+        return self._slabs[key]
+
+    def _describe(self, source: Source) -> str:
+        total = f"{_num_bytes([(source.store, source.names)]):,} bytes of targets"
+        if self.residence == "mapped":
+            reading = source.store.read_mode(source.names[0])
+            return f"{total}, {reading.mode}: {reading.reason}"
+        if self.residence == "streamed":
+            return f"{total}, streamed in groups of {self.window} shards, within memory_bytes"
+        return f"{total}, kept {'on the device' if self.residence == 'device' else 'in memory'}"
+
+
+def _readable(rows: Tensor) -> Tensor:
+    """Replace the rows (int64 [B]) of unknown samples, -1, by one that is read anyway."""
+    return rows if (rows >= 0).all() else torch.where(rows >= 0, rows, rows.max().clamp(min=0))
+
+
+def slab_window(wanted: Sequence[tuple[TargetStore, Sequence[str]]], config: TargetLoadingConfig) -> int | None:
+    """Return the number of shards that are mixed at a time if stores are streamed; None if they are not.
+
+    Half of memory_bytes is for a window, the other half for the next one, which a batch may reach into.
+    """
+    if _num_bytes(wanted) <= max(config.memory_bytes, config.mapped_bytes):
+        return None
+    unit_rows = max(store.unit_rows for store, _ in wanted)
+    slab_bytes = unit_rows * sum(store.spec(name).row_bytes for store, names in wanted for name in names)
+    return max(1, config.memory_bytes // (2 * slab_bytes))
+
+
+def _num_bytes(wanted: Sequence[tuple[TargetStore, Sequence[str]]]) -> int:
+    """Return the size of all views of the required arrays in memory."""
+    return sum(
+        store.num_views * store.num_rows * store.spec(name).row_bytes for store, names in wanted for name in names
+    )
+
+
+def _residence(num_bytes: int, device: torch.device, config: TargetLoadingConfig) -> str:
+    """Return where targets that are not streamed reside: in RAM if the GPU has no room, with the same results."""
+    if device.type == "cuda" and num_bytes <= min(config.device_bytes, torch.cuda.mem_get_info(device)[0] // 2):
+        return "device"
+    return "memory" if num_bytes <= config.memory_bytes else "mapped"

@@ -1,0 +1,96 @@
+"""Find the stored array for a required feature: the feature itself, or a map from which it is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from kdpipe.stages.targets.feature_spec import (
+    ATTENTION,
+    INPUT_GRADIENT,
+    MAP,
+    SPATIAL_GRAM,
+    Shape,
+    Wanted,
+    form_shape,
+    take_form,
+)
+from kdpipe.store import StoreError, TargetStore
+
+LOGITS = "logits"
+
+SPATIAL = (MAP, ATTENTION)
+"""Statistics whose arrays have the maps' height and width; the names of others must give the size of pooled maps."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The source of a required feature in a store.
+
+    Attributes:
+        feature: The required feature.
+        array: The name of the array to read.
+        computed: The statistic to compute from the array; None to use it as it is.
+        shape: The feature's shape, without the batch axis.
+    """
+
+    feature: Wanted
+    array: str
+    computed: Wanted | None
+    shape: Shape
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Compute the feature, [B, *shape], from rows of the array, [B, ...]."""
+        return rows if self.computed is None else take_form(self.computed, rows)
+
+
+def serve(store: TargetStore, wanted: Wanted) -> Serving:
+    """Find the source of a required feature in a store.
+
+    Raises:
+        StoreError: The store has none; the message has the command that adds it.
+    """
+    shapes = {spec.name: spec.row_shape for spec in store.arrays}
+    plain = replace(wanted, size=None)
+    for candidate in (wanted, plain):
+        array = candidate.array
+        if array in shapes and (candidate == wanted or _fits(shapes[array], wanted)):
+            return Serving(wanted, array, None, shapes[array])
+    whole = Wanted(wanted.layer, MAP)
+    if whole.array in shapes and wanted.form != INPUT_GRADIENT:
+        computed = wanted.fitted(shapes[whole.array])
+        return Serving(wanted, whole.array, computed, form_shape(computed, shapes[whole.array]))
+    raise StoreError(
+        f"{store.path} has no {wanted.kind} of {wanted.layer!r}, only {', '.join(shapes)}: run `kdpipe cache-teacher` "
+        f"with this recipe to add it, or with cache.layers = ['{wanted}'] in the recipe that made the store."
+    )
+
+
+def arrays_read(store: TargetStore, wanted: Sequence[Wanted]) -> list[str]:
+    """Return the arrays with a store's logits and the required features. Raises like `serve`."""
+    logits = [spec.name for spec in store.arrays if spec.name.startswith(LOGITS)]
+    return list(dict.fromkeys([*logits, *[serve(store, feature).array for feature in wanted]]))
+
+
+def smallest(wanted: Wanted, shape: Shape) -> Wanted:
+    """Return what to store of a layer whose outputs have `shape` for a required feature: it, or the map if not larger.
+
+    Input gradients cannot be computed from a map.
+    """
+    fitted = wanted.fitted(shape) if wanted.form in (*SPATIAL, SPATIAL_GRAM) else wanted
+    whole = Wanted(wanted.layer, MAP)
+    made = form_shape(fitted, shape)
+    keeps_map = wanted.form != INPUT_GRADIENT and math.prod(shape) <= math.prod(made)
+    return whole if keeps_map else fitted
+
+
+def _fits(shape: Shape, wanted: Wanted) -> bool:
+    """Return whether an array with rows of `shape`, computed from unpooled maps, fits the required size."""
+    if wanted.size is None:
+        return True
+    if wanted.form == SPATIAL_GRAM:
+        return shape[0] <= wanted.size[0] * wanted.size[1]
+    return wanted.form in SPATIAL and (len(shape) < 2 or (shape[-2] <= wanted.size[0] and shape[-1] <= wanted.size[1]))

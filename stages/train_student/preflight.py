@@ -1,0 +1,79 @@
+"""Build the losses on the networks before anything is trained or cached, so that errors are raised early."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from kdpipe.stages.context import Setup
+from kdpipe.stages.distillation.classifier_reuse import linear_of, with_projector
+from kdpipe.stages.distillation.student_config import StudentConfig
+from kdpipe.stages.distillation.task_builder import fresh_student
+from kdpipe.stages.errors import ModelError, RecipeError
+from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.losses.inputs import Facts, Shapes
+from kdpipe.stages.models.hooks import feature_shapes
+from kdpipe.stages.targets.ensemble import check_teachers
+from kdpipe.stages.targets.feature_spec import form_shape, source_shapes
+
+
+def rehearse_losses(
+    losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, setup: Setup, *, where: str = "distill"
+) -> None:
+    """Build each loss for the untrained student and the teacher.
+
+    Args:
+        losses: The losses' configurations.
+        student: The recipe's `student` section.
+        teacher: The teacher, trained or not.
+        setup: The stage context.
+        where: The recipe key of the losses, for error messages.
+
+    Raises:
+        RecipeError: A loss cannot be built; the message names the entry, and the network of the layer.
+    """
+    num_stores = max(1, len(student.stores))
+    check_teachers(student.teachers, num_stores)
+    model: nn.Module | None = None
+    for number, loss in enumerate(losses):
+        entry = f"{where}.{number} ({loss.loss})"
+        if (loss.store or 0) >= num_stores:
+            raise RecipeError(f"{entry} uses store {loss.store}, but there are {num_stores}, counted from 0.")
+        try:
+            model = model or _student(losses, student, teacher, setup)
+            shapes = feature_shapes(model, loss.student_layers(), setup.image_shape)
+        except ModelError as error:
+            raise RecipeError(f"{entry}, the student: {error}") from error
+        except RecipeError as error:  # the projector does not fit
+            raise RecipeError(f"{entry}: {error}") from error
+        if (loss.store or 0) == 0:  # the teachers of other stores are not available
+            _build(loss, shapes, teacher, setup, entry=entry)
+
+
+def _student(losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, setup: Setup) -> nn.Module:
+    """Build the untrained student, with the modules that `losses` add to it."""
+    model = fresh_student(student, student.seeds[0], setup).model
+    for loss in losses:
+        if isinstance(loss, SimKDConfig) and loss.teacher is None:
+            classifier = linear_of(teacher, loss.classifier[1])
+            features, classes = classifier.in_features, classifier.out_features
+            with_projector(model, loss, setup.image_shape, num_features=features, num_classes=classes)
+    return model
+
+
+def _build(loss: Entry, shapes: Shapes, teacher: nn.Module, setup: Setup, *, entry: str) -> None:
+    features = loss.wants(shapes)
+    try:
+        sources = source_shapes(teacher, features, setup.image_shape)
+        stored = {
+            feature: form_shape(feature.fitted(sources[feature.source]), sources[feature.source])
+            for feature in features
+        }
+    except ModelError as error:
+        raise RecipeError(f"{entry}, the teacher: {error}") from error
+    try:
+        loss.build(shapes, stored, Facts(2, setup.train_set.num_classes))
+    except RecipeError as error:
+        raise RecipeError(f"{entry}: {error}") from error

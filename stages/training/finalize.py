@@ -1,0 +1,125 @@
+"""A network with its metadata, and the results that every finished training job writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdpipe.stages.context import Setup
+from kdpipe.stages.errors import ModelError
+from kdpipe.stages.evaluation.macs import count_macs
+from kdpipe.stages.evaluation.metrics import evaluate_in_depth
+from kdpipe.stages.export.onnx_check import check_onnx
+from kdpipe.stages.export.onnx_debug import first_divergence
+from kdpipe.stages.export.onnx_export import export_onnx
+from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.saved_model import save_model
+from kdpipe.store import canonical_json
+
+CHECKED_IMAGES = 1000
+"""Test images on which an exported file is compared with torch."""
+
+
+MIN_AGREEMENT = 0.99
+"""The lowest top-1 agreement with torch with which an ONNX file is accepted."""
+
+
+MAX_ACCURACY_GAP = 0.001
+"""The largest difference of accuracy from torch's, or two images if that is more, with which it is accepted."""
+
+
+DEBUG_IMAGES = 32
+"""Images on which the first divergence from torch is located."""
+
+
+def finish(
+    folder: JobFolder,
+    network: Network,
+    history: Sequence[Mapping[str, Any]],
+    setup: Setup,
+    *,
+    with_onnx: bool = True,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a trained network and write its weights, ONNX file and results; returns the results.
+
+    Of several processes the first does so, and all return its results.
+
+    `history` holds the metrics of its epochs, `more` further results. Raises ModelError if the export fails, or
+    its file disagrees with it on the first test images.
+    """
+    network.model.eval()
+    return setup.processes.once(lambda: _finish(folder, network, history, setup, with_onnx=with_onnx, more=more or {}))
+
+
+def _finish(
+    folder: JobFolder,
+    network: Network,
+    history: Sequence[Mapping[str, Any]],
+    setup: Setup,
+    *,
+    with_onnx: bool,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    report = evaluate_in_depth(network.model, setup.test(network.normalise), setup.device)
+    record = {"architecture": dict(network.architecture), "normalization": network.normalise.to_json()}
+    save_model(folder.model, network.model, record)
+    agreement = None
+    if with_onnx:
+        example = torch.zeros(2, *setup.image_shape, device=setup.device)
+        export_onnx(network.model, example, folder.onnx, metadata=onnx_metadata(network, setup))
+        agreement = require_agreement(folder.onnx, network, setup)
+    best = max(history, key=lambda line: line["accuracy"], default={"accuracy": report.top1, "epoch": None})
+    result = {
+        "accuracy": report.top1,
+        "cross_entropy": report.cross_entropy,
+        "best_accuracy": best["accuracy"],
+        "best_epoch": best["epoch"],
+        "num_epochs": len(history),
+        "num_parameters": count_parameters(network.model),
+        "num_macs": count_macs(network.model, setup.image_shape),
+        "identity": network.identity,
+        "onnx_agreement": agreement,
+        "onnx_bytes": folder.onnx.stat().st_size if with_onnx else None,
+        "wall_s": round(sum(line["wall_s"] for line in history), 3),
+        "examined": report.to_json(),
+        **more,
+    }
+    folder.finish(result)
+    return result
+
+
+def onnx_metadata(network: Network, setup: Setup) -> dict[str, str]:
+    """Return the metadata of an ONNX file: normalization, image shape (C, H, W) and class names."""
+    return {
+        "normalization": canonical_json(network.normalise.to_json()),
+        "image_shape": canonical_json(list(setup.image_shape)),
+        "class_names": canonical_json(list(setup.test_set.class_names)),
+    }
+
+
+def require_agreement(path: Path, network: Network, setup: Setup, *, whole_test: bool = False) -> float:
+    """Return the share of test images on which the ONNX file at `path` gives the network's top-1 class.
+
+    Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
+    share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
+    """
+    test = setup.test(network.normalise)
+    found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))
+    accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
+    max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
+    if found.top1_agreement >= MIN_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= max_gap:
+        return found.top1_agreement
+    where = first_divergence(path, network.model, test.images(DEBUG_IMAGES).cpu())
+    raise ModelError(
+        f"{path} agrees with torch on {100 * found.top1_agreement:.2f} % of {found.num_samples} test images, wanted "
+        f"{100 * MIN_AGREEMENT:.0f} %, with an accuracy of {100 * accuracies[0]:.2f} % against "
+        f"{100 * accuracies[1]:.2f} % (logits differ by up to {found.max_logit_difference:.3g}): {where}. Do not "
+        "use it: train the network longer, or keep the first diverging layers in float "
+        "(compress.quantize.keep_float)."
+    )

@@ -1,0 +1,141 @@
+"""The folder of a training job.
+
+job.json                the inputs that determine the result; a rerun with others is an error
+checkpoint.safetensors  all state, while the job is running
+metrics.jsonl           one line an epoch
+model.safetensors       the trained network
+model.onnx              the network for onnxruntime
+result.json             the results; its presence means that the job is finished
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdpipe.stages.errors import RunError
+from kdpipe.store import FingerprintMismatch, differences, make_folders, sweep_partial, write_atomically
+from kdpipe.store.errors import KdpipeError
+from kdpipe.store.fs import safe_read
+
+MAX_JSON_BYTES = 2**26
+"""The largest JSON file that is read: results for 1,000 classes take less than a hundredth of that."""
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0, lt=2**60)]
+Count = Annotated[int, Field(ge=0, lt=2**60)]
+
+
+class _Identity(BaseModel):
+    weights_sha256: str
+
+
+class _Result(BaseModel):
+    """The keys of result.json that later steps use; others are not checked."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    accuracy: Fraction
+    best_accuracy: Fraction
+    num_parameters: Count
+    onnx_bytes: Count | None
+    onnx_agreement: Fraction | None
+    identity: _Identity
+    wall_s: Amount
+    num_macs: int | None = None
+    excluded: dict[str, Any] = {}
+    examined: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """The folder of a job."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def onnx(self) -> Path:
+        return self.path / "model.onnx"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def begin(self, made_from: Mapping[str, Any]) -> None:
+        """Claim the folder for a job whose result is determined by `made_from`, a JSON object.
+
+        Raises FingerprintMismatch if it holds a job with other inputs.
+        """
+        make_folders([self.path])
+        sweep_partial(self.path)
+        wanted = json.loads(json.dumps(made_from))
+        stored = read_json(self.path / "job.json")
+        if stored is None:
+            write_json(self.path / "job.json", wanted)
+            return
+        found = differences(stored, wanted)
+        if found:
+            advice = "Give this recipe another run folder (--run), or delete that folder to restart the job."
+            raise FingerprintMismatch(f"the job in {self.path}", found, advice)
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the results of a finished job, None before; raises RunError if they are invalid."""
+        record = read_json(self.path / "result.json")
+        if record is not None and (faults := _faults(record)):
+            raise RunError(
+                f"{self.path / 'result.json'} is damaged or of another version of kdpipe ({', '.join(faults)}): delete "
+                f"the folder {self.path}, and run again."
+            )
+        return record
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Publish the results and delete the checkpoint."""
+        write_json(self.path / "result.json", result)
+        self.checkpoint.unlink(missing_ok=True)
+
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write metrics.jsonl with exactly `lines`, so that a resumed job repeats none."""
+        write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _faults(record: Mapping[str, Any]) -> list[str]:
+    """List what is wrong with a job's results."""
+    try:
+        _Result.model_validate(record)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)
+        return [
+            f"{fault['loc'][0]} is missing"
+            if fault["type"] == "missing" and len(fault["loc"]) == 1
+            else f"{fault['loc'][0]} = {str(record[str(fault['loc'][0])])[:40]!r}"
+            for fault in faults
+        ]
+    return []
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object from a file, None if it does not exist; raises RunError if it is damaged or too large."""
+    try:
+        return safe_read.read_json(path, MAX_JSON_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except KdpipeError as error:
+        raise RunError(f"{str(error).removesuffix('.')}: delete it, or use another run folder.") from error
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented, atomically."""
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())

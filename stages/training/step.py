@@ -1,0 +1,236 @@
+"""One training step: forward and backward pass of a batch, and the optimizer's step.
+
+Where memory is short the batch is divided into micro-batches whose gradients are accumulated: without batch norm, and
+for losses that are means over samples, the sum is the gradient of the whole batch. A step that ran out of memory leaves
+no trace: buffers are restored, and the same random numbers are drawn again.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kdpipe.stages.losses.relations.nce import Memory
+from kdpipe.stages.models.hooks import Tap
+from kdpipe.stages.numerics import derive_seed
+from kdpipe.stages.runtime.collectives import total
+from kdpipe.stages.runtime.distributed import Processes
+from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.memory import is_out_of_memory
+from kdpipe.stages.training.checkpoint import Progress, TrainState
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.task import Batch, Lesson
+
+if TYPE_CHECKING:
+    pass
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kdpipe.stages.data.loader.sampling import num_steps
+from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.runtime.distributed import ONE
+from kdpipe.stages.training.job_dir import JobFolder
+
+
+class TrainStep:
+    """The steps of a job's epoch. It keeps copies of the buffers, for steps that have to be repeated."""
+
+    def __init__(self, job: Job, student: Tap, state: TrainState, progress: Progress, watch: Watch) -> None:
+        self._job, self._student, self.state, self.progress, self._watch = job, student, state, progress, watch
+        self._buffers = _Buffers(state.modules)
+        groups = state.optimizer.param_groups
+        self._parameters = [one for group in groups for one in group["params"] if one.requires_grad]
+
+    def step(self, batch: Batch) -> None:
+        """Run one batch forward and backward, step the optimizer, and add the losses to the epoch's sums."""
+        losses = self._losses_in_memory(batch)
+        if self._job.processes.count > 1:
+            losses = _averaged(self._parameters, losses, self._job.processes)
+        self.state.scaler.step(self.state.optimizer)
+        self.state.scaler.update()
+        self._job.after_step(self._job.model)
+        sums = self.progress.sums
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, torch.zeros((), device=loss.device)) + loss
+
+    def _losses_in_memory(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses of the batch, gradients set, with twice as many micro-batches each time memory runs out.
+
+        Several processes do not retry: all would have to do so together, while some wait for others.
+        """
+        progress, before = self.progress, self.progress.micro_batches
+        retries = self._job.processes.count == 1
+        self._buffers.begin_step(copied=retries)
+        while True:
+            try:
+                losses = self._forward_backward(batch)
+            except (MemoryError, RuntimeError) as error:
+                if not (retries and is_out_of_memory(error) and progress.micro_batches < len(batch.images)):
+                    raise
+            else:
+                break
+            # Outside of `except`: the error, and with it the tensors of the failed attempt, are freed here.
+            self._buffers.restore()
+            self.state.optimizer.zero_grad(set_to_none=True)
+            progress.micro_batches = min(2 * progress.micro_batches, len(batch.images))
+            gc.collect()
+            if batch.images.is_cuda:
+                torch.cuda.empty_cache()
+        if progress.micro_batches > before:
+            warning = micro_batch_warning(self._job.model, self._job.lesson, batch, progress.micro_batches)
+            self._watch.warn(self._job.stage, warning)
+        return losses
+
+    def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
+        job, state, progress = self._job, self.state, self.progress
+        own = (job.processes.rank,) if job.processes.rank else ()  # each rank its own dropout; rank 0 as a single one
+        _seed(derive_seed(job.seed, "step", progress.epoch, progress.step, *own), batch.images.device)
+        state.optimizer.zero_grad(set_to_none=True)
+        if progress.micro_batches == 1:
+            return self._backward(batch)
+        # After one process's job is continued by several, there may be more micro-batches than rows.
+        count = min(progress.micro_batches, job.config.batch_size // job.processes.count)
+        whole, sums = total(len(batch.images)), dict[str, Tensor]()
+        for micro_batch in batch.split(count):
+            num_samples = total(len(micro_batch.images))
+            if num_samples == 0:  # of a batch that lacks unreadable images
+                continue
+            for name, loss in self._backward(micro_batch, num_samples / whole).items():
+                sums[name] = sums[name] + loss if name in sums else loss
+        return sums
+
+    def _backward(self, batch: Batch, share: float = 1.0) -> dict[str, Tensor]:
+        """Run a batch, or a micro-batch that is `share` of one, forward and backward; returns the losses."""
+        job, device = self._job, batch.images.device
+        dtype = autocast_dtype(job.config, device)
+        differentiates_input = job.lesson.needs_input_gradient
+        if differentiates_input:
+            batch.images.requires_grad_()
+        # Fused attention has no second derivative.
+        kernels = sdpa_kernel(SDPBackend.MATH) if differentiates_input else nullcontext()
+        with kernels, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            losses = job.lesson.losses(self._student(batch.images), batch)
+        values = torch.stack(list(losses.values()))
+        if share != 1:
+            values = share * values
+        self.state.scaler.scale(values.sum()).backward()  # type: ignore[no-untyped-call]
+        return dict(zip(losses, values.detach().unbind(), strict=True))
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed as `torch.manual_seed` does; on a CPU without its slow search for other devices."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Return the low-precision type of mixed precision; None where everything runs in float32."""
+    if config.precision == "float32" or device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def micro_batch_warning(model: nn.Module, lesson: Lesson, batch: Batch, micro_batches: int) -> str:
+    """Return the warning for batches that are divided, naming what now depends on the micro-batch."""
+    num_samples = len(batch.images)
+    memory = "GPU memory" if batch.images.is_cuda else "memory"
+    warning = (
+        f"out of {memory} with batches of {num_samples}: continuing with micro-batches of "
+        f"{-(-num_samples // micro_batches)} whose gradients are accumulated; the effective batch size stays "
+        f"{num_samples}"
+    )
+    configs = lesson.distillation.configs if lesson.distillation else {}
+    affected = [name for name, config in configs.items() if not config.per_sample or config.samples.judges]
+    modules: list[nn.Module] = [model] + ([lesson.distillation] if lesson.distillation else [])
+    if any(isinstance(module, _BatchNorm) for one in modules for module in one.modules()):
+        affected.append("batch norm")
+    return f"{warning}; computed per micro-batch: {', '.join(affected)}." if affected else f"{warning}."
+
+
+def _averaged(parameters: Sequence[nn.Parameter], losses: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Average gradients and losses over the processes; a parameter used in one process counts as used in all."""
+    was_used = processes.any_of([one.grad is not None for one in parameters])
+    shared = [one for one, used in zip(parameters, was_used, strict=True) if used]
+    for one in shared:
+        if one.grad is None:
+            one.grad = torch.zeros_like(one)
+    values = torch.stack(list(losses.values()))
+    processes.average([*(one.grad for one in shared if one.grad is not None), values])
+    return dict(zip(losses, values.unbind(), strict=True))
+
+
+class _Buffers:
+    """Copies of the buffers of a network and its losses before a step; contrastive memories keep only what changed."""
+
+    def __init__(self, modules: nn.Module) -> None:
+        self._memories = [module for module in modules.modules() if isinstance(module, Memory)]
+        in_memories = {id(memory.rows) for memory in self._memories}
+        buffers = [buffer for buffer in modules.buffers() if id(buffer) not in in_memories]
+        kinds = dict.fromkeys((buffer.dtype, buffer.device) for buffer in buffers)
+        self._groups = [[one for one in buffers if (one.dtype, one.device) == kind] for kind in kinds]
+        self._copies: list[list[Tensor]] = []
+        self._sizes: list[torch.Size] = []
+
+    def begin_step(self, *, copied: bool) -> None:
+        for memory in self._memories:
+            memory.begin_step()
+        if not copied:
+            return
+        sizes = [one.shape for group in self._groups for one in group]
+        if sizes != self._sizes:  # range observers resize theirs
+            self._copies, self._sizes = [[one.clone() for one in group] for group in self._groups], sizes
+            return
+        for copies, group in zip(self._copies, self._groups, strict=True):
+            torch._foreach_copy_(copies, group)
+
+    def restore(self) -> None:
+        for memory in self._memories:
+            memory.take_back()
+        for copies, group in zip(self._copies, self._groups, strict=True):
+            _copy_back(copies, group)
+
+
+@torch.no_grad()
+def _copy_back(copies: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
+    for copy, buffer in zip(copies, buffers, strict=True):
+        buffer.resize_(copy.shape).copy_(copy)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network to train.
+
+    Attributes:
+        test: The evaluation; None where only hints are trained and the network does not run to its end.
+        student_layers: The modules of the model whose features are extracted.
+        on_epoch: Called with model and epoch number before each epoch; it may change only the model's state.
+        after_step: Called with the model after each step; it may change only the model's state.
+        processes: The processes that share each batch.
+    """
+
+    stage: str
+    name: str
+    model: nn.Module
+    lesson: Lesson
+    test: Evaluation | None
+    config: TrainConfig
+    seed: int
+    folder: JobFolder
+    student_layers: Sequence[str] = ()
+    on_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
+    after_step: Callable[[nn.Module], None] = lambda model: None
+    processes: Processes = ONE
+
+
+def num_steps_of(job: Job) -> int:
+    """Return the number of steps of an epoch."""
+    return num_steps(job.lesson.num_samples, job.config.batch_size)

@@ -1,0 +1,230 @@
+"""The training task: images in their views, hard labels and, for a student, the targets of stores."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kdpipe.stages.data.loader.image_loader import Pictures, Request, Seen
+from kdpipe.stages.data.loader.labels import HardLabels, labels_of
+from kdpipe.stages.data.loader.sampling import batch_indices, epoch_order, num_steps, slab_order
+from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.distillation import Distillation, Exchange
+from kdpipe.stages.losses.inputs import Others
+from kdpipe.stages.losses.schedules import SETTLED, Amount, Moment, amount_at
+from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.numerics import derive_seed
+from kdpipe.stages.runtime.collectives import part_of_mean, total
+from kdpipe.stages.runtime.distributed import ONE, Processes
+from kdpipe.stages.targets.outputs import TeacherOutputs
+from kdpipe.stages.targets.reader import Targets
+
+
+@dataclass(frozen=True)
+class StepPosition:
+    """A step of a training: its seed, epoch of `epochs`, and step in the epoch, from 0."""
+
+    seed: int
+    epoch: int
+    step: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of images with labels and targets.
+
+    Attributes:
+        images: Normalized images, float32 [B, C, H, W].
+        ranks: Each sample's rank among all ids, int64 [B].
+        known: For each store, a mask of samples with targets, bool [B] on the CPU; None where it has all.
+        others: By loss, the negatives of a contrastive loss.
+    """
+
+    images: Tensor
+    hard: HardLabels
+    ranks: Tensor
+    moment: Moment
+    teachers: Sequence[TeacherOutputs] = ()
+    known: Sequence[Tensor | None] = ()
+    others: Mapping[str, Others] = field(default_factory=dict)
+
+    @property
+    def has_targets(self) -> Tensor | None:
+        """Mask of samples for which any store has targets, bool [B] on the CPU; None for all of them."""
+        masks = [mask for mask in self.known if mask is not None]
+        return torch.stack(masks).any(0) if masks and len(masks) == len(self.known) else None
+
+    def split(self, count: int) -> Iterator[Batch]:
+        """Yield `count` micro-batches of nearly equal size, in order."""
+        if count == 1:
+            yield self
+            return
+        for indices in torch.tensor_split(torch.arange(len(self.images)), count):
+            here = indices.to(self.images.device, non_blocking=True)
+            yield replace(
+                self,
+                images=self.images.detach()[here],
+                hard=self.hard.rows(here),
+                ranks=self.ranks[here],
+                teachers=[teacher.rows(here) for teacher in self.teachers],
+                known=[None if mask is None else mask[indices] for mask in self.known],
+            )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A training task: a data set's images in their views, labels, targets and losses.
+
+    Attributes:
+        fresh_views: Whether every epoch has views that no store holds. The teacher is trained on them, so that it is
+            not fitted to the views of which its outputs are cached.
+        hard_label_weight: The weight of the cross entropy with the labels.
+        settled: Whether all schedules have ended, as in fine-tuning.
+        hints_only: Whether the student runs only up to its hint layers, with no loss but those on its features.
+    """
+
+    pictures: Pictures
+    num_views: int
+    normalise: Normalisation
+    targets: Targets | None = None
+    fresh_views: bool = False
+    distillation: Distillation | None = None
+    hard_label_weight: Amount = 1.0
+    label_smoothing: float = 0.0
+    settled: bool = False
+    hints_only: bool = False
+
+    @property
+    def num_samples(self) -> int:
+        return self.pictures.image_set.num_samples
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """Each sample's rank among all ids, int64 [N]."""
+        return torch.argsort(torch.argsort(self.pictures.image_set.sample_ids))
+
+    @property
+    def needs_input_gradient(self) -> bool:
+        """Whether a loss uses the gradient by the pixels."""
+        configs = self.distillation.configs.values() if self.distillation else ()
+        return any(config.input_gradient for config in configs)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Return the order of an epoch's samples, int64 [N], a function of (seed, epoch).
+
+        It depends on sample ids, not positions: reordering the data set gives the same student.
+        """
+        by_id = torch.argsort(self.pictures.image_set.sample_ids)
+        if self.targets is not None and self.targets.slabs is not None:
+            return by_id[slab_order(seed, epoch, self.targets.slabs[by_id], self.targets.window)]
+        return by_id[epoch_order(seed, epoch, self.num_samples)]
+
+    def stream(
+        self, seed: int, batch_size: int, *, epoch: int, step: int, epochs: int, processes: Processes = ONE
+    ) -> Iterator[Batch]:
+        """Yield this process's rows of the batches from step `step` of epoch `epoch` to the end of epoch `epochs` - 1.
+
+        It is a pure function of its arguments, so that a killed job resumes at the batch where it stopped. The rows of
+        all processes together are the batches of a single process.
+        """
+        steps = num_steps(self.num_samples, batch_size)
+        positions: deque[StepPosition] = deque()  # images are requested some batches ahead
+
+        def requests() -> Iterator[Request]:
+            for number in range(epoch, epochs):
+                order = self.order(seed, number)
+                for at in range(step if number == epoch else 0, steps):
+                    positions.append(StepPosition(seed, number, at, epochs))
+                    yield Request(processes.rows(batch_indices(order, at, batch_size)), self._view(number))
+
+        for seen in self.pictures.stream(requests()):
+            yield self._batch(positions.popleft(), seen)
+
+    def losses(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return the weighted losses by name, this process's share of them; their sum is minimized.
+
+        The mean over the processes is the loss of the global batch. Samples without targets learn from their hard
+        labels only, at full weight. If a loss uses the input's gradient, batch.images must require one.
+        """
+        num_samples = total(len(batch.hard.labels))
+        if self.hints_only and self.distillation is not None:
+            only: dict[str, Tensor] = self.distillation(self._exchange(student, batch, num_samples))
+            return only
+        cross_entropy = batch.hard.cross_entropy(student.logits, self.label_smoothing)
+        weight = amount_at(self.hard_label_weight, batch.moment)
+        has_targets = batch.has_targets
+        if has_targets is None:
+            hard = weight * part_of_mean(cross_entropy, num_samples)
+        else:
+            weights = torch.where(has_targets, weight, 1.0).to(cross_entropy.device, non_blocking=True)
+            hard = part_of_mean(weights * cross_entropy, num_samples)
+        if self.distillation is None:
+            return {"hard_labels": hard}
+        gradient = self._input_gradient(student, batch) if self.needs_input_gradient else None
+        losses: dict[str, Tensor] = self.distillation(self._exchange(student, batch, num_samples, gradient))
+        return {"hard_labels": hard} | losses
+
+    def _exchange(self, student: Outputs, batch: Batch, num_samples: int, gradient: Tensor | None = None) -> Exchange:
+        return Exchange(
+            student,
+            batch.teachers,
+            batch.known,
+            batch.hard.labels,
+            batch.ranks,
+            batch.moment,
+            batch.others,
+            gradient,
+            num_samples,
+        )
+
+    def _input_gradient(self, student: Outputs, batch: Batch) -> Tensor:
+        """Return the gradient of the unsmoothed cross entropy by the pixels, [B, C, H, W], part of the graph."""
+        cross_entropy = batch.hard.cross_entropy(student.logits).sum()
+        (gradient,) = torch.autograd.grad(cross_entropy, batch.images, create_graph=True)
+        return self.normalise.gradient_by_pixels(gradient)
+
+    def _view(self, epoch: int) -> int:
+        return -1 - epoch if self.fresh_views else epoch % self.num_views
+
+    def _batch(self, position: StepPosition, seen: Seen) -> Batch:
+        indices, view = seen.positions, position.epoch % self.num_views
+        return Batch(
+            images=self.normalise(seen.images),
+            hard=labels_of(self.pictures, seen),
+            ranks=self.ranks[indices].to(seen.images.device, non_blocking=True),
+            moment=SETTLED if self.settled else Moment(position.epoch, position.epochs),
+            teachers=self.targets.batch(view, indices) if self.targets else (),
+            known=self.targets.known(indices) if self.targets else (),
+            others=self._others(position, view),
+        )
+
+    def _others(self, position: StepPosition, view: int) -> dict[str, Others]:
+        """Return the negatives of each contrastive loss, a function of (seed, epoch, step)."""
+        if self.targets is None or self.distillation is None:
+            return {}
+        return {
+            name: self._sample_others(name, config, position, view)
+            for name, config in self.distillation.configs.items()
+            if config.num_others
+        }
+
+    def _sample_others(self, name: str, config: Entry, position: StepPosition, view: int) -> Others:
+        assert self.targets is not None
+        seed = derive_seed(position.seed, "others", name, position.epoch, position.step)
+        generator = torch.Generator().manual_seed(seed)
+        store = config.store or 0
+        candidates = self.targets.positions(store)
+        chosen = candidates[torch.randint(len(candidates), (config.num_others,), generator=generator)]
+        device = self.pictures.device
+        return Others(
+            self.targets.features(store, view, chosen, config.wanted_of_others),
+            self.pictures.image_set.labels[chosen].to(device, non_blocking=True),
+            self.ranks[chosen].to(device, non_blocking=True),
+        )

@@ -1,0 +1,130 @@
+"""RandomCrop: pad on every side, then crop."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from kdpipe.stages.config import section
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.views.ops.fields import Level, Size, side_lengths
+from kdpipe.stages.views.rng import CounterRNG
+
+_DOWN, _RIGHT = 0, 1
+
+
+@section
+class RandomCrop:
+    """Pad by `padding` pixels of `fill` on every side, then take a random crop, as torchvision.
+
+    Attributes:
+        size: One side, (H, W), or None for the image's own size.
+    """
+
+    name: Literal["RandomCrop"]
+    size: Size = None
+    padding: Annotated[int, Field(ge=0, le=1024)] = 0
+    fill: Level = 0
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return (H, W) of the crops.
+
+        Raises:
+            RecipeError: The crop is larger than the padded image, or could miss the image entirely.
+        """
+        out = side_lengths(self.size, size)
+        if any(side > old + 2 * self.padding for side, old in zip(out, size, strict=True)):
+            raise RecipeError(
+                f"RandomCrop to {out[0]} x {out[1]} with padding = {self.padding} is larger than images of {size[0]} x "
+                f"{size[1]}: use a smaller size, or more padding."
+            )
+        if self.padding >= min(out):
+            raise RecipeError(
+                f"RandomCrop with padding = {self.padding} could crop images of {size[0]} x {size[1]} to nothing: keep "
+                f"it below {min(out)}."
+            )
+        return out
+
+    def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
+        """Crop uint8 [B, C, H, W] to uint8 [B, C, H', W']."""
+        return self.crop_rows(images, torch.arange(len(images)), rng)
+
+    def crop_rows(self, images: Tensor, rows: Tensor, rng: CounterRNG) -> Tensor:
+        """Crop the images at `rows`, int64 [B] on the CPU, of uint8 [N, C, H, W], without copying them first."""
+        height, width = side_lengths(self.size, (images.shape[2], images.shape[3]))
+        if images.device.type == "cpu" and (height, width) == images.shape[2:] and images.is_contiguous():
+            bound = 2 * self.padding + 1
+            down, right = (rng.integers(bound, parameter) - self.padding for parameter in (_DOWN, _RIGHT))
+            return shift_rows(images, rows, down, right, max_shift=self.padding, fill=self.fill)
+        images = images.index_select(0, rows.to(images.device, non_blocking=True))
+        padded = F.pad(images, [self.padding] * 4, value=self.fill)
+        tops = rng.integers(padded.shape[2] - height + 1, _DOWN)
+        lefts = rng.integers(padded.shape[3] - width + 1, _RIGHT)
+        return windows(padded, tops, lefts, (height, width))
+
+
+def shift_rows(images: Tensor, rows: Tensor, down: Tensor, right: Tensor, *, max_shift: int, fill: int) -> Tensor:
+    """Return out[b, c, i, j] = images[rows[b], c, i + down[b], j + right[b]], or `fill` outside the image.
+
+    The pixels of an image are one run of bytes, so it is copied whole from an offset, and what then comes from another
+    row, plane or image is filled. That takes a quarter of the time of copying, padding and cropping.
+
+    Args:
+        images: uint8 [N, C, H, W], on the CPU, as the others.
+        rows: int64 [B].
+        down: int64 [B], in [-max_shift, max_shift], as `right`.
+        right: int64 [B].
+        max_shift: Limit of both shifts.
+        fill: A gray level.
+    """
+    num_images, channels, height, width = images.shape
+    image_bytes = channels * height * width
+    last = (num_images - 1) * image_bytes
+    starts = rows * image_bytes + down * width + right
+    # There is nothing to copy before the first and after the last image: such runs are fixed below.
+    pieces: NDArray[Any] = np.ndarray(last + 1, f"V{image_bytes}", images.numpy(), strides=(1,))
+    moved = torch.from_numpy(pieces[starts.clamp(0, last).numpy()].view(np.uint8)).reshape(-1, *images.shape[1:])
+    for index in ((starts < 0) | (starts > last)).nonzero()[:, 0].tolist():
+        short, by = moved[index].view(-1), int(starts[index].clamp(0, last) - starts[index])
+        short.copy_(short.roll(by))
+    inside_rows = _mask_by_shift(height, max_shift).index_select(0, down + max_shift)
+    inside_columns = _mask_by_shift(width, max_shift).index_select(0, right + max_shift)
+    inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    if not fill:
+        return moved.bitwise_and_(inside)
+    return moved.bitwise_xor_(fill).bitwise_and_(inside).bitwise_xor_(fill)
+
+
+@lru_cache
+def _mask_by_shift(length: int, max_shift: int) -> Tensor:
+    """Return, for each shift, 255 for places that stay within the image, else 0: uint8 [2 max_shift + 1, length]."""
+    places = torch.arange(length) + torch.arange(-max_shift, max_shift + 1)[:, None]
+    return ((places >= 0) & (places < length)).to(torch.uint8).mul_(255)
+
+
+def windows(images: Tensor, tops: Tensor, lefts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the window of `size` (h, w) at row tops[b], column lefts[b] of each image: [B, C, h, w].
+
+    Args:
+        images: [B, C, H, W].
+        tops: int64 [B], on the CPU; each window must be within its image.
+        lefts: int64 [B], on the CPU.
+        size: (h, w).
+    """
+    if images.device.type == "cpu":
+        # numpy copies whole windows; torch's indexing and gathering of bytes are many times slower
+        every = np.lib.stride_tricks.sliding_window_view(images.numpy(), size, axis=(2, 3))
+        return torch.from_numpy(every[np.arange(len(images)), :, tops.numpy(), lefts.numpy()])
+    batch, channels, _, width = images.shape
+    tops, lefts = tops.to(images.device, non_blocking=True), lefts.to(images.device, non_blocking=True)
+    rows = tops[:, None] + torch.arange(size[0], device=images.device)
+    columns = lefts[:, None] + torch.arange(size[1], device=images.device)
+    index = (rows[:, :, None] * width + columns[:, None, :]).reshape(batch, 1, -1).expand(batch, channels, -1)
+    return images.reshape(batch, channels, -1).gather(2, index).reshape(batch, channels, *size)

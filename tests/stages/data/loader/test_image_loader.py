@@ -1,0 +1,174 @@
+"""The images that networks see: the same wherever the images are, whoever renders them, whenever a job stops."""
+
+import itertools
+import multiprocessing
+import os
+
+import pytest
+import torch
+from support.photographs import UNEQUAL, held, photographs
+from support.rendered_alone import (
+    CPU,
+    CROPS,
+    MIXED_ANY,
+    MIXED_CROPS,
+    NUM_SAMPLES,
+    SCALING,
+    VIEWS,
+    check_labels,
+    expected,
+    lesson_of,
+    loader_of,
+    mixture_of,
+    shuffled,
+)
+
+from kdpipe.stages.data.loader.image_loader import Pictures, Request
+from kdpipe.stages.errors import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("equal"), NUM_SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("unequal"), NUM_SAMPLES, UNEQUAL)
+
+
+def splits():
+    """The samples in several orders, split into batches of several sizes, in several views."""
+    asks = ((0, 7, 0), (1, 13, 2), (2, 26, 0), (3, 5, -1))
+    return [Request(at, view) for seed, size, view in asks for at in torch.split(shuffled(seed), size)]
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_images_do_not_depend_on_workers_or_batch_size(equal, unequal, name):
+    views = VIEWS[name]
+    image_set = equal if views.engine == "tensor" else unequal
+    truth = {view: expected(image_set, views, torch.arange(NUM_SAMPLES), view) for view in (0, 2, -1)}
+    assert not torch.equal(truth[0], truth[2]), "views differ, else the test would see nothing"
+    everywhere = [loader_of(image_set, views, num_workers) for num_workers in (0, 1, 3)]
+    if views.engine == "tensor":
+        everywhere.append(loader_of(held(image_set), views, 2))
+    for loader in everywhere:
+        seen = list(loader.stream(splits()))
+        assert len(seen) == len(splits())
+        for asked, got in zip(splits(), seen, strict=True):
+            assert torch.equal(got.positions, asked.positions)
+            assert torch.equal(got.images, truth[asked.view][asked.positions])
+
+
+def test_transforms_of_images_in_memory_run_in_workers(equal):
+    at = shuffled(0)
+    seen = loader_of(held(equal), MIXED_ANY, 2).one(Request(at, 1))
+    assert torch.equal(seen.images, expected(equal, MIXED_ANY, at, 1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_are_shown_as_they_are_where_no_view_is_asked_for(equal, num_workers):
+    at = shuffled(1)
+    raw = held(equal).images[at]
+    for loader in (Pictures(equal, CPU, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
+        seen = loader.one(Request(at))
+        assert torch.equal(seen.images, raw)
+        assert seen.mixture is None
+
+
+def test_original_images_of_different_sizes_are_rejected(unequal):
+    with pytest.raises(
+        DataError, match=r"have different sizes: .*0\.png is 10 x 12, .*1\.png is 14 x 9: set data\.image_size"
+    ):
+        Pictures(unequal, CPU, num_workers=0).one(Request(torch.arange(4)))
+
+
+def test_partners_may_come_from_a_larger_data_set(equal):
+    part, at = equal.take(torch.tensor([20, 3, 11, 8])), torch.tensor([2, 0, 3, 1])
+    truth = expected(part, MIXED_CROPS, at, 1, equal)
+    outside = set(mixture_of(part, MIXED_CROPS, at, 1, equal).partner_ids.tolist()) - set(part.sample_ids.tolist())
+    assert outside, "else the test would see nothing"
+    for own, partners in itertools.product((part, held(part)), (equal, held(equal))):
+        loader = loader_of(own, MIXED_CROPS, 0, mix_partners=partners)
+        assert torch.equal(loader.one(Request(at, 1)).images, truth)
+        assert loader.partner_labels(equal.sample_ids[at]).tolist() == equal.labels[at].tolist()
+
+
+@pytest.mark.parametrize(("num_workers", "started"), [(0, 0), (2, 2), (None, len(os.sched_getaffinity(0)))])
+def test_as_many_workers_are_started_as_are_asked_for(equal, num_workers, started):
+    before = set(multiprocessing.active_children())
+    loader = loader_of(equal, CROPS, num_workers)
+    loader.one(Request(torch.arange(4), 0))
+    loader.one(Request(torch.arange(4), 1))
+    assert len(set(multiprocessing.active_children()) - before) == started
+
+
+def test_held_images_need_no_workers(equal):
+    before = set(multiprocessing.active_children())
+    loader = loader_of(held(equal), CROPS, 2)
+    loader.one(Request(torch.arange(4), 0))
+    assert set(multiprocessing.active_children()) == before
+
+
+def same(left, right):
+    fields = ("labels", "partner_labels", "own_share")
+    equal_labels = all(torch.equal(getattr(left.hard, field), getattr(right.hard, field)) for field in fields)
+    return torch.equal(left.images, right.images) and equal_labels
+
+
+@pytest.mark.parametrize("fresh_views", [False, True])
+def test_task_resumed_mid_epoch_yields_the_same_batches(equal, fresh_views):
+    ahead = lesson_of(loader_of(equal, MIXED_CROPS, 2), fresh_views=fresh_views)
+    here = lesson_of(loader_of(held(equal), MIXED_CROPS, 0), fresh_views=fresh_views)
+    undisturbed = list(here.stream(3, 8, epoch=0, step=0, epochs=3))
+    assert len(undisturbed) == 9, "3 epochs of 3 full batches"
+    assert not any(same(undisturbed[0], other) for other in undisturbed[1:])
+    for epoch, step in ((0, 0), (1, 2), (0, 1), (2, 0)):
+        batches = ahead.stream(3, 8, epoch=epoch, step=step, epochs=3)
+        wanted = undisturbed[3 * epoch + step :]
+        for batch, other in zip(list(batches), wanted, strict=True):
+            assert same(batch, other)
+        left = ahead.stream(3, 8, epoch=epoch, step=step, epochs=3)  # halfway: the next one does not notice
+        assert same(next(left), wanted[0])
+
+
+def test_epochs_use_stored_or_fresh_views(equal):
+    loader = loader_of(held(equal), CROPS, 0)
+    for fresh_views, views in ((False, (0, 1, 0, 1)), (True, (-1, -2, -3, -4))):
+        lesson = lesson_of(loader, fresh_views=fresh_views)
+        for epoch, view in enumerate(views):
+            batch = next(lesson.stream(0, 8, epoch=epoch, step=0, epochs=epoch + 1))
+            at = lesson.order(0, epoch)[:8]
+            assert torch.equal(batch.images, SCALING(expected(equal, CROPS, at, view)))
+
+
+class AskedTargets:
+    """Targets that are what was asked for."""
+
+    slabs = None
+
+    def known(self, positions):
+        return None
+
+    def batch(self, view, positions):
+        return view, positions.tolist()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_targets_match_images_that_are_loaded_ahead(equal, num_workers):
+    lesson = lesson_of(loader_of(equal, CROPS, num_workers), targets=AskedTargets())
+    batches = lesson.stream(3, 8, epoch=1, step=2, epochs=4)
+    asked = [(1, 2), *((epoch, step) for epoch in (2, 3) for step in range(3))]
+    for (epoch, step), batch in zip(asked, batches, strict=True):
+        at = lesson.order(3, epoch)[8 * step : 8 * step + 8]
+        assert batch.teachers == (epoch % 2, at.tolist())
+        assert torch.equal(batch.images, SCALING(expected(equal, CROPS, at, epoch % 2)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_mixture_has_the_labels_of_both_by_their_shares(equal, num_workers):
+    lesson = lesson_of(loader_of(equal, MIXED_CROPS, num_workers))
+    for epoch, batch in enumerate(lesson.stream(1, 20, epoch=0, step=0, epochs=2)):
+        check_labels(equal, lesson.order(1, epoch)[:20], epoch, batch)

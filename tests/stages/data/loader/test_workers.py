@@ -1,0 +1,192 @@
+"""Worker processes as a job relies on them: they outlive its signals, never it, and leave its random numbers alone."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.paths import PYTHONPATH, TESTS
+from support.photographs import held, photographs
+
+from kdpipe.stages.data.loader.image_loader import Pictures, Request
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.mix import MixConfig
+from kdpipe.stages.views.renderer import Renderer
+
+CROPS = ViewsConfig(operations=({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}))
+JITTER = ViewsConfig(
+    engine="transforms",
+    operations=({"name": "RandomResizedCrop", "size": 8}, {"name": "ColorJitter", "brightness": 0.4}),
+    mix=MixConfig(mixup_alpha=0.5),
+)
+NUM_SAMPLES = 12
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("equal"), NUM_SAMPLES)
+
+
+def loader_of(image_set, num_workers, views=CROPS):
+    renderer = Renderer(views, 3, image_set.image_size, torch.sort(image_set.sample_ids).values)
+    return Pictures(image_set, torch.device("cpu"), renderer, num_workers=num_workers)
+
+
+def requests(view, num_batches=20):
+    """Other samples in other batches for each view."""
+    return [Request((torch.arange(4) + 5 * at + view) % NUM_SAMPLES, view) for at in range(num_batches)]
+
+
+def same(stream, images):
+    return all(torch.equal(seen.images, one) for seen, one in zip(stream, images, strict=True))
+
+
+@pytest.fixture(scope="module")
+def truth(equal):
+    """The images of each view's requests, from images that are held."""
+    loader = loader_of(held(equal), 0)
+    return [[seen.images for seen in loader.stream(requests(view))] for view in range(3)]
+
+
+def started_since(before):
+    return set(multiprocessing.active_children()) - before
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_that_was_left_does_not_disturb_the_next(equal, truth, num_workers):
+    loader = loader_of(equal, num_workers)
+    left = loader.stream(requests(0))
+    assert torch.equal(next(left).images, truth[0][0])
+    stream = loader.stream(requests(1))
+    assert torch.equal(next(stream).images, truth[1][0])
+    left.close()  # late
+    assert same(stream, truth[1][1:])
+    left = loader.stream(requests(2))
+    assert torch.equal(next(left).images, truth[2][0])
+    del left
+    assert same(loader.stream(requests(0)), truth[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_older_stream_of_a_pool_cannot_continue(equal, truth, num_workers):
+    loader = loader_of(equal, num_workers)
+    older = loader.stream(requests(0))
+    next(older)
+    newer = loader.stream(requests(1))
+    assert torch.equal(next(newer).images, truth[1][0])
+    with pytest.raises(RuntimeError, match="another stream of the same pool was started"):
+        next(older)
+    assert same(newer, truth[1][1:])
+
+
+def test_errors_in_the_request_iterator_propagate(equal, truth):
+    def failing():
+        yield from requests(0)[:9]
+        raise ConnectionResetError("the caller's own")
+
+    loader = loader_of(equal, 2)
+    with pytest.raises(ConnectionResetError, match="the caller's own"):
+        list(loader.stream(failing()))
+    assert same(loader.stream(requests(1)), truth[1])
+
+
+def states():
+    name, words, *rest = np.random.get_state()
+    return (random.getstate(), torch.default_generator.get_state().tolist(), name, words.tolist(), *rest)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_random_numbers_of_the_job_are_left_alone(equal, num_workers):
+    random.seed(1)
+    np.random.seed(2)
+    np.random.normal()  # which keeps a second number
+    torch.manual_seed(3)
+    before = states()
+    loader = loader_of(equal, num_workers, JITTER)
+    first = [seen.images for seen in loader.stream(requests(0)) if states() == before]
+    assert len(first) == 20, "after each batch, they are as they were"
+    next(loader.stream(requests(1)))
+    assert states() == before
+    torch.manual_seed(4)
+    assert same(loader.stream(requests(0)), first), "nor do they matter"
+
+
+def test_workers_go_on_under_signals_that_ask_the_job_to_stop(equal, truth):
+    before = set(multiprocessing.active_children())
+    loader = loader_of(equal, 2)
+    stream = loader.stream(requests(0))
+    assert torch.equal(next(stream).images, truth[0][0])
+    workers = started_since(before)
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+            os.kill(worker.pid, number)
+    assert same(stream, truth[0][1:])
+    assert same(loader.stream(requests(1)), truth[1])
+    assert started_since(before) == workers, "the very same ones"
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition, most_s=60):
+    end = time.monotonic() + most_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+ENDED = {"leaves": 1, "hangs": 0, "is_killed": -9, "loses_a_worker": 0, "loses_a_worker_as_it_hands_over": 0}
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """Those of pool_processes.py, under way in folders of their names, until the test ends."""
+    script = TESTS / "support" / "pool_processes.py"
+    process = subprocess.Popen(
+        [sys.executable, script, *ENDED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    yield process
+    with contextlib.suppress(ProcessLookupError):  # none of them is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_workers_and_parent_end_together(tmp_path, processes):
+    folder = tmp_path / "is_killed"
+    assert wait_for((folder / "workers").exists)
+    workers = [int(pid) for pid in (folder / "workers").read_text().split()]
+    assert len(workers) == 2
+    assert all(is_running(pid) for pid in workers)
+    os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
+    assert wait_for(lambda: not any(is_running(pid) for pid in workers), most_s=15), "though one of them hangs"
+
+    message, _ = processes.communicate(timeout=60)
+    lines = message.splitlines()
+    for name, status in ENDED.items():
+        assert f"{name} ended with {status}" in lines
+    for name in ("loses_a_worker", "loses_a_worker_as_it_hands_over"):
+        (sentence,) = (line for line in lines if line.startswith(f"{name}: "))
+        assert "DataLoader worker (pid" in sentence, "by which the command line knows it"
+    # A thread of multiprocessing's, in a worker whose peer is killed as it hands over, may say so in its own way.
+    its_own = (" ", "Traceback (most recent call last)", "ConnectionResetError", "BrokenPipeError", "EOFError")
+    ours = [line for line in lines if line and not line.startswith(its_own)]
+    assert len(ours) == len(ENDED) + 3, f"unexpected output: {message}"

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import os
+import struct
+import unicodedata
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.data.image_set import ImageSet, digest
+from kdpipe.stages.data.load import load_dataset
+from kdpipe.stages.data.sources import image_folder
+from kdpipe.stages.data.sources.image_folder import sample_id
+from kdpipe.stages.errors import DataError, RecipeError
+
+
+def _write(path: Path, seed: int = 0, size: tuple[int, int] = (8, 6), **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Two classes with a training split of 3 + 2 and a test split of 1 + 1."""
+    root = tmp_path / "pets"
+    for at, name in enumerate(["cat/b.png", "cat/a.png", "cat/more/c.png", "dog/x.PNG", "dog/y.png"]):
+        _write(root / "train" / name, at)
+    for at, name in enumerate(["cat/a.png", "dog/z.png"]):
+        _write(root / "val" / name, 10 + at)
+    return root
+
+
+def _load(path: Path, split: str = "train", **keys: Any) -> ImageSet:
+    return load_dataset(DataConfig(name=f"imagefolder:{path}", **keys), split)  # type: ignore[arg-type]
+
+
+def test_folders_are_classes_and_paths_are_ids(pets: Path) -> None:
+    train = _load(pets)
+    assert train.name == "imagefolder:pets"
+    assert train.class_names == ("cat", "dog")
+    assert train.labels.tolist() == [0, 0, 0, 1, 1]
+    keys = ["cat/a.png", "cat/b.png", "cat/more/c.png", "dog/x.PNG", "dog/y.png"]
+    assert train.sample_ids.tolist() == [sample_id(key) for key in keys]
+    expected = np.asarray(Image.open(pets / "train" / "dog" / "x.PNG")).transpose(2, 0, 1)
+    assert np.array_equal(train.images[3].numpy(), expected)
+
+
+def test_the_id_of_a_path_never_changes() -> None:
+    assert sample_id("cat/a.png") == 7468273022372850630  # printf cat/a.png | b2sum -l 64, halved
+    assert all(0 <= sample_id(str(number)) < 2**63 for number in range(1000))
+
+
+def test_the_order_in_which_a_disk_lists_files_does_not_matter(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _load(pets)
+    walk, iterdir = os.walk, Path.iterdir
+    monkeypatch.setattr(os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in walk(*a, **k)))
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(iterdir(self), reverse=True)))
+    after = _load(pets)
+    assert digest(after) == digest(before)
+    assert torch.equal(after.images, before.images)
+
+
+def test_moving_the_folder_keeps_every_id(pets: Path, tmp_path: Path) -> None:
+    before = _load(pets)
+    moved = tmp_path / "elsewhere" / "pets"
+    moved.parent.mkdir()
+    pets.rename(moved)
+    assert digest(_load(moved)) == digest(before)
+
+
+def test_a_test_folder_goes_before_val(pets: Path) -> None:
+    assert _load(pets, "test").num_samples == 2
+    _write(pets / "test" / "dog" / "only.png")
+    test = _load(pets, "test")
+    assert test.labels.tolist() == [1]
+    assert test.class_names == ("cat", "dog")
+
+
+def test_a_folder_without_splits_is_split(tmp_path: Path) -> None:
+    for at in range(10):
+        _write(tmp_path / "flat" / ("cat" if at % 2 else "train") / f"{at}.png", at)
+    train, test = (_load(tmp_path / "flat", split) for split in ("train", "test"))
+    assert (train.num_samples, test.num_samples) == (8, 2)
+    assert train.class_names == test.class_names == ("cat", "train")
+    assert not set(train.sample_ids.tolist()) & set(test.sample_ids.tolist())
+
+
+def test_images_that_are_not_wanted_are_not_decoded(pets: Path) -> None:
+    wanted = _load(pets, num_train=2)
+    train = pets / "train"
+    keys = [file.relative_to(train).as_posix() for file in train.rglob("*.*")]
+    spare = [key for key in keys if sample_id(key) not in wanted.sample_ids.tolist()]
+    assert len(spare) == 3
+    for key in spare:
+        (train / key).write_bytes(b"damaged")
+    assert torch.equal(_load(pets, num_train=2).images, wanted.images)
+
+
+def test_hidden_and_other_files_are_passed_over(pets: Path) -> None:
+    before = digest(_load(pets))
+    (pets / "train" / "README.txt").write_text("about")
+    (pets / "train" / "cat" / "Thumbs.db").write_bytes(b"")
+    (pets / "train" / "cat" / "._a.png").write_bytes(b"")
+    (pets / "train" / ".ipynb_checkpoints").mkdir()
+    assert digest(_load(pets)) == before
+
+
+def test_a_relative_path_starts_at_the_root(pets: Path) -> None:
+    config = DataConfig(name="imagefolder:pets", root=str(pets.parent))
+    assert load_dataset(config, "train").num_samples == 5
+
+
+def test_spelling_accents_as_macos_does_keeps_the_ids(tmp_path: Path) -> None:
+    sets = []
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "café")
+        _write(tmp_path / form / "pets" / "train" / name / f"{name}.png")
+        sets.append(digest(_load(tmp_path / form / "pets")))
+    assert sets[0] == sets[1]
+
+
+@pytest.mark.parametrize("name", ["cat/é.png", "é/cat.png"], ids=["image", "class"])
+def test_two_spellings_of_one_name_are_refused(pets: Path, name: str) -> None:
+    for form in ("NFC", "NFD"):
+        _write(pets / "train" / unicodedata.normalize(form, name))
+    with pytest.raises(DataError, match="differ only in Unicode normalization"):
+        _load(pets)
+
+
+def test_two_paths_with_one_id_are_refused(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_folder, "sample_id", lambda key: 5)
+    with pytest.raises(DataError, match=r"cat/a.png and cat/b.png hash to the same sample id"):
+        _load(pets)
+
+
+def test_a_size_makes_unequal_images_equal(pets: Path) -> None:
+    _write(pets / "train" / "dog" / "z.png", size=(30, 20))
+    assert _load(pets, image_size=4).images.shape == (6, 3, 4, 4)
+
+
+def test_grey_is_given_where_asked_for(pets: Path) -> None:
+    rgb, gray = _load(pets), _load(pets, channels=1)
+    assert gray.images.shape == (5, 1, 6, 8)
+    expected = Image.fromarray(rgb.images[0].permute(1, 2, 0).numpy()).convert("L")
+    assert np.array_equal(gray.images[0, 0].numpy(), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK"])
+def test_every_8_bit_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    file = tmp_path / "pets" / "train" / "cat" / f"a.{'jpg' if mode == 'CMYK' else 'png'}"
+    file.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(file)
+    images = _load(tmp_path / "pets").images
+    assert images.shape == (1, 3, 4, 4)
+    assert int(images.min()) == 255
+
+
+def test_sixteen_bits_are_refused_rather_than_clipped(pets: Path) -> None:
+    deep = pets / "train" / "cat" / "deep.png"
+    Image.fromarray(np.full((6, 8), 40000, dtype=np.uint16)).save(deep)
+    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per channel"):
+        _load(pets)
+
+
+def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    _write(tmp_path / "pets" / "train" / "cat" / "a.jpg", size=(30, 20), exif=exif)
+    assert _load(tmp_path / "pets").image_size == (30, 20)  # (H, W): portrait
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_a_file_that_is_no_image_is_named(pets: Path, content: bytes) -> None:
+    (pets / "train" / "dog" / "bad.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"train/dog/bad\.png cannot be decoded"):
+        _load(pets)
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_the_sample_that_cannot_be_read_is_named_too(pets: Path, size: int | None) -> None:
+    (pets / "train" / "dog" / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=f"sample {sample_id('dog/bad.png')} cannot be read: .*data.unreadable"):
+        _load(pets, image_size=size)
+
+
+def test_a_truncated_image_is_named(pets: Path) -> None:
+    cut = pets / "train" / "cat" / "cut.jpg"
+    _write(cut, size=(64, 48))
+    cut.write_bytes(cut.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"cut\.jpg cannot be decoded"):
+        _load(pets, image_size=8)
+
+
+@pytest.mark.parametrize("side", [10_000, 60_000], ids=["Pillow warns", "Pillow refuses"])
+def test_a_decompression_bomb_is_refused(pets: Path, side: int) -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    (pets / "train" / "cat" / "bomb.png").write_bytes(bomb)
+    with pytest.raises(DataError, match=r"bomb\.png has more than \d+ pixels"):
+        _load(pets, image_size=8)
+
+
+def test_a_size_asked_for_goes_before_the_recipes(pets: Path) -> None:
+    config = DataConfig(name=f"imagefolder:{pets}", image_size=4)
+    assert load_dataset(config, "train", size=5).image_size == (5, 5)
+    assert torch.equal(load_dataset(config, "train", size=4).images, load_dataset(config, "train").images)
+
+
+def test_the_middle_of_test_photographs_alone_is_taken(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        _write(tmp_path / "pets" / split / "cat" / "a.png", size=(48, 32))
+    train, whole, middle = (
+        _load(tmp_path / "pets", split, image_size=14, test_crop=crop)
+        for split, crop in (("train", 0.875), ("test", 1.0), ("test", 0.875))
+    )
+    assert torch.equal(train.images, whole.images)
+    # As evaluation usually does it, 256 -> 224 in small: the shorter side resized to 16, of which the middle 14 stay.
+    resized = Image.open(tmp_path / "pets" / "test" / "cat" / "a.png").resize((24, 16), Image.Resampling.BILINEAR)
+    usual = np.asarray(resized).transpose(2, 0, 1)[:, 1:15, 5:19]
+    assert np.array_equal(middle.images[0].numpy(), usual)
+    in_files = _load(tmp_path / "pets", "test", image_size=14, test_crop=0.875, cache_bytes=0)
+    assert np.array_equal(in_files.read(0), usual)
+
+
+def test_a_test_crop_needs_a_size(pets: Path) -> None:
+    assert _load(pets, "train", test_crop=0.875).num_samples == 5
+    with pytest.raises(RecipeError, match="data.test_crop needs a size"):
+        _load(pets, "test", test_crop=0.875)
+
+
+def test_a_missing_folder_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as raised:
+        load_dataset(DataConfig(name="imagefolder:nowhere", root=str(tmp_path)), "train")
+    assert f"no folder {tmp_path / 'nowhere'}" in str(raised.value)
+    assert "data.root" in str(raised.value)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no class folders"):
+        _load(tmp_path)
+
+
+def test_a_class_without_images_is_refused(pets: Path) -> None:
+    (pets / "train" / "emu").mkdir()
+    with pytest.raises(DataError, match=r"train/emu has no images"):
+        _load(pets)
+
+
+def test_a_class_that_train_lacks_is_refused(pets: Path) -> None:
+    _write(pets / "val" / "emu" / "a.png")
+    with pytest.raises(
+        DataError, match="class folder 'emu', which is missing from the train split: its classes are cat, dog"
+    ):
+        _load(pets, "test")
+
+
+def test_a_missing_test_split_is_refused(pets: Path) -> None:
+    (pets / "val").rename(pets / "validation")
+    with pytest.raises(DataError, match="neither test/<class>/ nor val/<class>/"):
+        _load(pets, "test")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(folder: Path, onerror: Any) -> list[Any]:
+        onerror(PermissionError(13, "Permission denied", str(folder)))
+        return []
+
+    monkeypatch.setattr(os, "walk", forbidden)
+    with pytest.raises(DataError, match=r"cannot list .*/train/cat: Permission denied"):
+        _load(pets)

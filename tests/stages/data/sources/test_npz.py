@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.load import load_dataset
+from kdpipe.stages.errors import DataError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, 5, 4), dtype=np.uint8)
+LABELS = np.arange(12) % 3
+
+
+def _load(path: Path, split: str = "train") -> ImageSet:
+    return load_dataset(DataConfig(name=f"npz:{path}"), split)  # type: ignore[arg-type]
+
+
+def _npz(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def _zip(**members: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for key, content in members.items():
+            archive.writestr(f"{key}.npy", content)
+    return file.getvalue()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _claimed(shape: tuple[int, ...], dtype: str = "|u1", content: bytes = b"") -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue() + content
+
+
+def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    rgb = np.random.default_rng(1).integers(0, 256, (12, 5, 4, 3), dtype=np.uint8)
+    np.savez(folder / "train.npz", images=rgb, labels=LABELS)
+    np.savez_compressed(folder / "test.npz", images=rgb[:2], labels=np.array([1, 0], dtype=">u2"), ids=np.array([9, 4]))
+    train, test = _load(folder), _load(folder, "test")
+    assert (train.name, test.split) == ("npz:toy", "test")
+    assert np.array_equal(train.images.numpy(), rgb.transpose(0, 3, 1, 2))
+    assert train.sample_ids.tolist() == list(range(12))
+    assert test.labels.tolist() == [1, 0]
+    assert test.sample_ids.tolist() == [9, 4]
+    assert test.class_names == ("0", "1", "2")  # the train split's, though the test split shows two of them
+
+
+def test_one_file_is_split(tmp_path: Path) -> None:
+    np.savez(tmp_path / "toy.npz", images=IMAGES, labels=LABELS, ids=np.arange(100, 112), classes=["a", "b", "c"])
+    train, test = _load(tmp_path / "toy.npz"), _load(tmp_path / "toy.npz", "test")
+    assert train.class_names == test.class_names == ("a", "b", "c")
+    assert sorted(train.sample_ids.tolist() + test.sample_ids.tolist()) == list(range(100, 112))
+    assert np.array_equal(test.images[:, 0].numpy(), IMAGES[test.sample_ids.numpy() - 100])
+
+
+def test_a_column_major_array_reads_right(tmp_path: Path) -> None:
+    np.savez(tmp_path / "toy.npz", images=np.asfortranarray(IMAGES), labels=LABELS)
+    test = _load(tmp_path / "toy.npz", "test")
+    assert np.array_equal(test.images[:, 0].numpy(), IMAGES[test.sample_ids.numpy()])
+
+
+HOSTILE = {
+    "not a zip": (b"hello", "cannot be read as .npz"),
+    "nothing": (b"", "cannot be read as .npz"),
+    "a plain .npy": (_npy(IMAGES), "cannot be read as .npz"),
+    "cut short": (_npz(images=IMAGES, labels=LABELS)[:-40], "cannot be read as .npz"),
+    "an empty zip": (_zip(), "has no array 'images': found none"),
+    "other keys": (_npz(x=IMAGES, labels=LABELS), "has no array 'images': found labels, x"),
+    "no labels": (_npz(images=IMAGES), "has no array 'labels': found images"),
+    "float images": (_npz(images=IMAGES / 255, labels=LABELS), "images must be uint8 (0..255), found float64"),
+    "flat images": (_npz(images=IMAGES[0], labels=LABELS), "images must be [N, H, W] or [N, H, W, C]"),
+    "channels first": (
+        _npz(images=np.zeros((12, 3, 8, 8), dtype=np.uint8), labels=LABELS),
+        "found [12, 3, 8, 8]. Channels come last: move axis 1 to the end.",
+    ),
+    "two channels": (_npz(images=np.zeros((12, 8, 8, 2), dtype=np.uint8), labels=LABELS), "found [12, 8, 8, 2]."),
+    "float labels": (_npz(images=IMAGES, labels=LABELS / 1), "labels must be integers [N], one for each image"),
+    "too few labels": (_npz(images=IMAGES, labels=LABELS[:5]), "labels must be integers [12], one for each image"),
+    "one-hot labels": (_npz(images=IMAGES, labels=np.eye(12, dtype=int)), "found int64 [12, 12]"),
+    "a negative label": (_npz(images=IMAGES, labels=LABELS - 1), "has the label -1, which is outside 0..1"),
+    "a huge label": (_npz(images=IMAGES, labels=LABELS + 10**12), f"the label {10**12 + 2} is too large"),
+    "a label beyond int64": (_npz(images=IMAGES, labels=LABELS.astype("u8") + 2**63), "must fit int64"),
+    "a label without a class": (
+        _npz(images=IMAGES, labels=LABELS, classes=["a", "b"]),
+        "has the label 2, which is out",
+    ),
+    "equal ids": (_npz(images=IMAGES, labels=LABELS, ids=LABELS), "have the same id 0"),
+    "classes of numbers": (_npz(images=IMAGES, labels=LABELS, classes=LABELS), "classes must be strings"),
+    "no samples": (_npz(images=IMAGES[:0], labels=LABELS[:0]), "has no sample"),
+    "an absurd shape": (
+        _zip(images=_claimed((10**15, 28, 28)), labels=_npy(LABELS)),
+        f"[{10**15}, 28, 28] takes {784 * 10**15} bytes, but 0 are stored",
+    ),
+    "a shape below zero": (_zip(images=_claimed((-1, -4), content=b"1234"), labels=_npy(LABELS)), "cannot be read"),
+    "endless empty strings": (
+        _zip(images=_npy(IMAGES), labels=_npy(LABELS), classes=_claimed((10**15,), "<U0")),
+        "expected numbers or strings, found <U0",
+    ),
+    "a header without end": (
+        _zip(images=_claimed((1,) * 9000), labels=_npy(LABELS)),
+        "cannot be read as .npz (ValueError",
+    ),
+    "a header that is code": (
+        _zip(images=b"\x93NUMPY\x01\x00\x20\x00__import__('os').mkdir('x')     \n", labels=_npy(LABELS)),
+        "cannot be read as .npz",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "toy.npz").write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        _load(tmp_path / "toy.npz")
+    assert message in str(raised.value)
+    assert "toy.npz" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+class _Trap:
+    """Unpickling this makes a folder, which tells that code was run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("key", ["images", "labels", "ids", "classes"])
+def test_no_object_is_ever_unpickled(tmp_path: Path, key: str) -> None:
+    trap = np.array([_Trap(tmp_path / "sprung")] * 12, dtype=object)
+    (tmp_path / "toy.npz").write_bytes(_npz(**{"images": IMAGES, "labels": LABELS, key: trap}))
+    with pytest.raises(DataError, match="objects are never unpickled"):
+        _load(tmp_path / "toy.npz")
+    assert not (tmp_path / "sprung").exists()
+
+
+@given(st.data())
+def test_damaged_bytes_raise_only_data_error(data: st.DataObject) -> None:
+    content = bytearray(_npz(images=IMAGES[:6, :2, :2], labels=LABELS[:6]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "toy.npz").write_bytes(content)
+        try:
+            loaded = _load(Path(folder) / "toy.npz")
+        except DataError as raised:
+            assert "toy.npz" in str(raised)
+        else:
+            assert loaded.num_samples == 3
+
+
+def test_a_missing_split_says_what_is_wanted(tmp_path: Path) -> None:
+    np.savez(tmp_path / "train.npz", images=IMAGES, labels=LABELS)
+    with pytest.raises(DataError) as raised:
+        _load(tmp_path, "test")
+    assert f"no file {tmp_path / 'test.npz'}" in str(raised.value)
+    assert "data.root" in str(raised.value)

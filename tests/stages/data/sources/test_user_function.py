@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdpipe.stages.data.config import DataConfig
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.load import load_dataset
+from kdpipe.stages.errors import DataError
+
+MODULE = """
+import numpy as np
+import torch
+
+IMAGES = np.arange(6 * 2 * 2, dtype=np.uint8).reshape(6, 2, 2)
+LABELS = np.array([0, 1, 2, 0, 1, 2])
+
+
+def arrays(split):
+    print("reading")
+    return (IMAGES, LABELS) if split == "train" else (IMAGES[:2], LABELS[:2])
+
+
+def tensors(split):
+    return torch.from_numpy(IMAGES)[..., None], torch.from_numpy(LABELS), torch.arange(6) + 50
+
+
+def rooted(split, root):
+    return IMAGES, LABELS, None, (root, "b", "c")
+
+
+def lists(split):
+    return IMAGES, [0, 1, 2, 0, 1, 2]
+
+
+def one_thing(split):
+    return IMAGES
+
+
+def wrong_names(split):
+    return IMAGES, LABELS, None, (1, 2, 3)
+
+
+def broken(split):
+    raise RuntimeError("lost\\nand gone")
+
+
+def equal_ids(split):
+    return IMAGES, LABELS, LABELS
+"""
+
+
+@pytest.fixture(autouse=True)
+def _module_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    package = tmp_path / "toy_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "toys.py").write_text(textwrap.dedent(MODULE))
+    (package / "failing.py").write_text("import no_such_module_at_all\n")
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.startswith("toy_package")]:
+        del sys.modules[name]
+
+
+def _load(function: str, split: str = "train", **keys: Any) -> ImageSet:
+    return load_dataset(DataConfig(name=f"python:toy_package.{function}", **keys), split)  # type: ignore[arg-type]
+
+
+def test_a_function_may_return_arrays(capfd: pytest.CaptureFixture[str]) -> None:
+    train, test = _load("toys:arrays"), _load("toys:arrays", "test")
+    assert train.name == "python:toy_package.toys:arrays"
+    assert train.images.flatten().tolist() == list(range(24))
+    assert train.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert train.sample_ids.tolist() == list(range(6))
+    assert test.num_samples == 2
+    assert test.class_names == ("0", "1", "2")  # the train split's
+    assert capfd.readouterr().out == ""
+
+
+def test_a_function_may_return_tensors_with_ids() -> None:
+    train = _load("toys:tensors")
+    assert train.images.shape == (6, 1, 2, 2)
+    assert train.sample_ids.tolist() == [50, 51, 52, 53, 54, 55]
+
+
+def test_a_function_may_take_the_root_and_name_the_classes(tmp_path: Path) -> None:
+    assert _load("toys:rooted", root=str(tmp_path)).class_names == (str(tmp_path), "b", "c")
+
+
+def test_the_search_path_is_left_as_it_was(tmp_path: Path) -> None:
+    before = list(sys.path)
+    _load("toys:arrays")
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("toys", "must read python:package.module:function"),
+        ("toys:", "must read python:package.module:function"),
+        ("toyz:arrays", "the module toy_package.toyz cannot be imported (ModuleNotFoundError"),
+        ("failing:arrays", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        ("toys:array", "has no function array; did you mean arrays?"),
+        ("toys:IMAGES", "has no function IMAGES"),
+        ("toys:lists", "labels must be a numpy array or a tensor, found list"),
+        ("toys:one_thing", "must return (images, labels)"),
+        ("toys:wrong_names", "class_names must be strings"),
+        ("toys:broken", "the function failed on 'train' (RuntimeError: lost and gone)"),
+        ("toys:equal_ids", "have the same id 0"),
+    ],
+)
+def test_a_wrong_function_is_refused_in_one_sentence(function: str, message: str) -> None:
+    with pytest.raises(DataError) as raised:
+        _load(function)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,201 @@
+"""Images that can no longer be read, and transforms that fail: told in a sentence, and all else stays as it was."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.photographs import EQUAL, UNEQUAL, path_of, photographs
+from support.rendered_alone import (
+    CPU,
+    CROPS,
+    MIXED_CROPS,
+    NUM_SAMPLES,
+    VIEWS,
+    check_labels,
+    expected,
+    lesson_of,
+    loader_of,
+    mixture_of,
+    shuffled,
+)
+
+from kdpipe.stages.data.loader.image_loader import Pictures, Request
+from kdpipe.stages.errors import DataError, RecipeError
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.renderer import Renderer
+
+
+def damaged(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def edited(path):
+    with Image.open(path) as image:
+        other = Image.fromarray(255 - np.asarray(image))
+    other.save(path)
+
+
+DAMAGE = {
+    "cannot be decoded": damaged,
+    "cannot be read (No such file or directory)": os.unlink,
+    "changed since the data set was first read": edited,
+}
+
+
+def without(image_set, views, positions, view, bad):
+    """Which of `positions` are left where the images at the positions `bad` cannot be read."""
+    ids, mixture = image_set.sample_ids[positions], mixture_of(image_set, views, positions, view)
+    partners = ids if mixture is None else mixture.partner_ids
+    bad_ids = image_set.sample_ids[torch.tensor(bad)]
+    return positions[~torch.isin(ids, bad_ids) & ~torch.isin(partners, bad_ids)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("name", VIEWS)
+def test_unreadable_images_are_reported_and_dropped(tmp_path, name, num_workers):
+    views = VIEWS[name]
+    image_set = photographs(tmp_path, NUM_SAMPLES, EQUAL if views.engine == "tensor" else UNEQUAL)
+    requests = [Request(at, view) for view in (0, 1) for at in torch.split(shuffled(view), 13)]
+    truth = {view: expected(image_set, views, torch.arange(NUM_SAMPLES), view) for view in (0, 1)}
+    bad = dict(zip((4, 9, 17), DAMAGE, strict=True))
+    for at, damage in bad.items():
+        DAMAGE[damage](path_of(image_set, at))
+    messages = []
+    loader = loader_of(image_set, views, num_workers, on_failure=messages.append)
+    lost_with_partner = 0
+    for asked, seen in zip(requests, loader.stream(requests), strict=True):
+        kept = without(image_set, views, asked.positions, asked.view, list(bad))
+        assert torch.equal(seen.positions, kept)
+        assert torch.equal(seen.images, truth[asked.view][kept])
+        lost = set(asked.positions.tolist()) - set(kept.tolist())
+        lost_with_partner += len(lost - set(bad))
+        if views.mix:
+            assert torch.equal(seen.mixture.own_share, mixture_of(image_set, views, kept, asked.view).own_share)
+    assert (lost_with_partner > 0) == bool(views.mix), "samples whose partner is lost are lost too"
+    for at, damage in bad.items():
+        sentence = f"sample {image_set.sample_ids[at]}: {path_of(image_set, at)} {damage}"
+        assert sum(one.startswith(sentence) for one in messages) >= 2, "in each of two views"
+    assert len({one.partition(":")[0] for one in messages}) == len(bad), "for others nothing is told"
+    assert not any("\n" in one for one in messages)
+
+
+def test_labels_follow_their_pictures_where_some_are_lost(tmp_path):
+    image_set = photographs(tmp_path, NUM_SAMPLES)
+    messages = []
+    lesson = lesson_of(loader_of(image_set, MIXED_CROPS, 0, on_failure=messages.append))
+    path_of(image_set, int(lesson.order(1, 0)[2])).unlink()
+    bad = [int(lesson.order(1, 0)[2])]
+    (batch,) = lesson.stream(1, 20, epoch=0, step=0, epochs=1)
+    kept = without(image_set, MIXED_CROPS, lesson.order(1, 0)[:20], 0, bad)
+    assert messages
+    assert len(batch.hard.labels) == len(kept) < 20
+    check_labels(image_set, kept, 0, batch)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_where_all_must_be_had_one_that_cannot_be_read_stops_it(tmp_path, num_workers):
+    image_set = photographs(tmp_path, 6)
+    path_of(image_set, 4).unlink()
+    sentence = rf"^sample {image_set.sample_ids[4]}: .*4\.png cannot be read \(No such file"
+    messages = []
+    dropping, default = (
+        loader_of(image_set, CROPS, num_workers, **changes) for changes in ({"on_failure": messages.append}, {})
+    )
+    requests = [Request(at, 0) for at in torch.split(torch.arange(6), 2)]
+    for loader, whole in ((dropping, True), (default, False), (default, True)):
+        stream = loader.stream(requests, whole=whole)
+        assert [next(stream).positions.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+        with pytest.raises(DataError, match=sentence):
+            next(stream)
+    with pytest.raises(DataError, match=sentence):
+        dropping.one(requests[2])
+    assert not messages
+    assert [len(seen.positions) for seen in dropping.stream(requests)] == [2, 2, 1]
+    assert len(messages) == 1
+
+
+def test_on_failure_may_raise_and_the_pool_stays_usable(tmp_path):
+    class Enough(Exception):
+        pass
+
+    def refuse(sentence):
+        raise Enough(sentence)
+
+    image_set = photographs(tmp_path, 6)
+    path_of(image_set, 4).unlink()
+    loader = loader_of(image_set, CROPS, 2, on_failure=refuse)
+    with pytest.raises(Enough, match=r"4\.png"):
+        list(loader.stream([Request(torch.arange(6), 0)] * 3))
+    at = torch.tensor([5, 0])
+    assert torch.equal(loader.one(Request(at, 1)).images, expected(image_set, CROPS, at, 1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_of_which_nothing_can_be_read_is_an_error(tmp_path, num_workers):
+    image_set = photographs(tmp_path, 6)
+    for at in (2, 3):
+        path_of(image_set, at).unlink()
+    messages = []
+    loader = loader_of(image_set, CROPS, num_workers, on_failure=messages.append)
+    with pytest.raises(
+        DataError, match="^none of the 2 images of a batch of photographs can be read, including sample [0-9]+: "
+    ):
+        list(loader.stream([Request(torch.arange(0, 2), 0), Request(torch.arange(2, 4), 0)]))
+    assert len(messages) == 2
+
+
+def test_a_fault_that_is_not_the_images_own_drops_no_sample(tmp_path, monkeypatch):
+    def refuse(path, **keys):
+        raise OSError(24, "Too many open files")
+
+    image_set = photographs(tmp_path, 6)
+    messages = []
+    loader = loader_of(image_set, CROPS, 0, on_failure=messages.append)
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(DataError, match="ran out of memory or file handles"):
+        loader.one(Request(torch.arange(6), 0), whole=False)
+    assert not messages
+
+
+RAISES = """
+def raising(image):
+    if image.width < 20:
+        raise ValueError("two\\nlines")
+    return image.resize((8, 8))
+
+def made():
+    return raising
+"""
+
+GIVES_UNEQUAL_SIZES = """
+from torchvision.transforms.v2.functional import to_image
+
+def made():
+    return lambda image: to_image(image)[:, :32, :32]
+"""
+
+FAULTS = {
+    RAISES: r"the transforms failed on sample \d+ \(.*two.*\)",
+    GIVES_UNEQUAL_SIZES: r"\[views\] gives \(3, 12, 10\) .*sample \d+, .* and \(3, 32, 32\) for others",
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("number", range(len(FAULTS)))
+def test_a_fault_of_the_users_transform_is_one_sentence(tmp_path, monkeypatch, number, num_workers):
+    code, sentence = list(FAULTS.items())[number]
+    module = f"faulty_{number}_{num_workers}"
+    (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    image_set = photographs(tmp_path, 6, UNEQUAL)
+    views = ViewsConfig(engine="transforms", transform=f"python:{module}:made")
+    messages = []
+    renderer = Renderer(views, 3, None)
+    loader = Pictures(image_set, CPU, renderer, num_workers=num_workers, on_failure=messages.append)
+    with pytest.raises(RecipeError, match=sentence) as raised:
+        list(loader.stream([Request(torch.arange(6), 0)]))
+    assert "Traceback" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not messages

@@ -1,0 +1,100 @@
+"""Gradient-based attention transfer: the loss, its double backward pass, and tiny gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.loss_inputs import drawn, make_inputs
+from torch import nn
+
+from kdpipe.stages.losses.features.at import at_loss
+from kdpipe.stages.losses.features.at_gradient import ATGradientConfig, at_gradient_loss
+from kdpipe.stages.losses.inputs import Facts
+from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, Wanted
+from kdpipe.stages.targets.statistics import attention, input_attention
+
+GRADIENT, TEACHERS = drawn(8, 3, 6, 6, seed=1), drawn(8, 3, 6, 6, seed=2)
+WANTED = Wanted(INPUT, INPUT_GRADIENT)
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_it_is_attention_transfer_on_the_input_gradient(form):
+    config = ATGradientConfig(loss="at_gradient", variant=form)
+    assert config.wants({}) == (WANTED,)
+    module = config.build({}, {WANTED: (6, 6)}, Facts(num_samples=8, num_classes=10))
+    inputs = replace(make_inputs(teacher={WANTED: attention(TEACHERS)}), input_gradient=GRADIENT)
+    per_sample = module(inputs)
+    assert per_sample.shape == (8,)
+    assert per_sample.mean().item() == pytest.approx(at_loss(GRADIENT, TEACHERS, form).item(), rel=1e-9)
+    assert at_gradient_loss(GRADIENT, TEACHERS, form).item() == pytest.approx(per_sample.mean().item(), rel=1e-12)
+
+
+def test_missing_gradient_is_an_error():
+    module = ATGradientConfig(loss="at_gradient").build({}, {WANTED: (6, 6)}, Facts(num_samples=8, num_classes=10))
+    with pytest.raises(ValueError, match="gradient"):
+        module(make_inputs(teacher={WANTED: attention(TEACHERS)}))
+
+
+def loss_of_a_network(weight, bias, images, labels, teacher, form):
+    """A smooth network's loss as a function of its parameters: conv, tanh, mean, softmax."""
+    logits = torch.tanh(F.conv2d(images, weight, bias)).mean((2, 3))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), images, create_graph=True)
+    return at_gradient_loss(gradient, teacher, form)
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_double_backward_matches_finite_differences(form):
+    images, teacher = drawn(2, 2, 4, 4, seed=3).requires_grad_(), drawn(2, 2, 4, 4, seed=4)
+    weight, bias = drawn(3, 2, 3, 3, seed=5).requires_grad_(), drawn(3, seed=6).requires_grad_()
+    labels = torch.tensor([0, 2])
+    assert torch.autograd.gradcheck(
+        lambda w, b: loss_of_a_network(w, b, images, labels, teacher, form), (weight, bias), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-9])
+def test_attention_is_independent_of_the_gradients_scale(scale):
+    small = (scale * GRADIENT).float()
+    assert torch.allclose(input_attention(small), input_attention(GRADIENT).float(), atol=1e-6)
+    assert torch.allclose(input_attention(small).flatten(1).norm(dim=1), torch.ones(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_zero_gradient_gives_finite_loss_and_gradient(form, dtype):
+    gradient = torch.zeros(1, 3, 6, 6, dtype=dtype, requires_grad=True)
+    loss = at_gradient_loss(gradient, TEACHERS[:1], form)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient.grad).all()
+
+
+@pytest.mark.parametrize("logit", [30.0, 300.0])
+def test_confident_student_gives_finite_gradients(logit):
+    model = nn.Linear(2 * 4 * 4, 2)
+    with torch.no_grad():
+        model.weight.copy_(drawn(2, 32, seed=7).float())
+        model.bias.copy_(torch.tensor([logit, -logit]))
+    images = drawn(1, 2, 4, 4, seed=8).float().requires_grad_()
+    cross_entropy = F.cross_entropy(model(images.flatten(1)), torch.tensor([0]))
+    (gradient,) = torch.autograd.grad(cross_entropy, images, create_graph=True)
+    loss = at_gradient_loss(gradient, drawn(1, 2, 4, 4, seed=9).float())
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_equal_gradients_have_zero_loss():
+    gradient = GRADIENT.clone().requires_grad_()
+    loss = at_gradient_loss(gradient, GRADIENT, "paper")
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.isfinite(gradient.grad).all()
+
+
+def test_config_requires_the_gradient_with_ats_weight():
+    assert ATGradientConfig.input_gradient
+    assert ATGradientConfig(loss="at_gradient").weight == 1000

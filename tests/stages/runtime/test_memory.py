@@ -1,0 +1,31 @@
+"""Tests of memory figures and of keeping freed memory."""
+
+import platform
+import sys
+
+import pytest
+
+from kdpipe.stages.runtime.memory import available_bytes, installed_bytes, keep_freed_memory, limit_bytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_glibc_accepts_the_settings_repeatedly():
+    assert keep_freed_memory()
+    assert keep_freed_memory()
+
+
+def test_other_systems_are_unchanged(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not keep_freed_memory()
+
+
+def test_lowest_limit_of_control_groups_is_returned(tmp_path):
+    assert 0 < available_bytes() < installed_bytes()
+    assert limit_bytes(tmp_path) is None
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
+    for folder, limit in (("", "max"), ("a", "1000000"), ("a/b", str(2**60))):
+        path = tmp_path / "sys/fs/cgroup" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "memory.max").write_text(limit + "\n")
+    assert limit_bytes(tmp_path) == 1_000_000

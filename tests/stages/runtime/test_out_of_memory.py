@@ -1,0 +1,204 @@
+"""Tests of inference in chunks after memory ran out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.made_store import folder_bytes
+from support.tiny_road import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_setup
+from torch import Tensor, nn
+
+from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.stages.cache_teacher.inference import teacher_forward
+from kdpipe.stages.context import Setup
+from kdpipe.stages.data.loader.image_loader import Request
+from kdpipe.stages.data.loader.labels import labels_of
+from kdpipe.stages.evaluation.evaluate import predict
+from kdpipe.stages.models.hooks import tapped
+from kdpipe.stages.runtime.events import WARNING, Event, Watch
+from kdpipe.stages.runtime.memory import is_out_of_memory, run_in_chunks
+from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, Wanted
+from kdpipe.stages.train_teacher import load_teacher
+from kdpipe.store import open_store
+
+EVERYTHING = [*LAYERS, Wanted(INPUT, INPUT_GRADIENT)]
+
+
+def small_memory(model: nn.Module, num_rows: int) -> list[int]:
+    """Let `model` be out of memory with more than `num_rows` images; the batches that it is asked are noted down."""
+    asked: list[int] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        asked.append(len(inputs[0]))
+        if len(inputs[0]) > num_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.register_forward_pre_hook(note)
+    return asked
+
+
+@pytest.fixture
+def warnings() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose teacher is trained and cached."""
+    folder = tmp_path_factory.mktemp("run")
+    make_tiny_store(tiny_setup(folder))
+    return folder
+
+
+@pytest.fixture
+def setup(run: Path, warnings: list[str]) -> Setup:
+    def report(event: Event) -> None:
+        if event.unit == WARNING:
+            warnings.append(event.job)
+
+    return tiny_setup(run, watch=Watch(report))
+
+
+def limited(most: int) -> tuple[Callable[[slice], list[int]], list[int]]:
+    """Gives the rows that it is asked for, at most so many at once; and the sizes that it was asked."""
+    sizes: list[int] = []
+
+    def run(rows: slice) -> list[int]:
+        sizes.append(rows.stop - rows.start)
+        if sizes[-1] > most:
+            raise MemoryError
+        return list(range(rows.start, rows.stop))
+
+    return run, sizes
+
+
+def test_chunks_cover_rows_in_order_and_size_is_remembered() -> None:
+    model, said = nn.Identity(), list[str]()
+    run, sizes = limited(7)
+    assert [row for rows in run_in_chunks(model, 23, run, said.append) for row in rows] == list(range(23))
+    assert sizes == [23, 12, 6, 6, 6, 5]
+    sizes.clear()
+    assert [row for rows in run_in_chunks(model, 10, run, said.append) for row in rows] == list(range(10))
+    assert sizes == [6, 4]
+    assert said == ["out of memory with batches of 23: continuing with 6."]
+
+
+def test_batch_that_fits_is_not_divided() -> None:
+    run, sizes = limited(23)
+    assert [row for rows in run_in_chunks(nn.Identity(), 23, run) for row in rows] == list(range(23))
+    assert sizes == [23]
+
+
+def test_chunks_can_shrink_again_later() -> None:
+    most, model, said = [8], nn.Identity(), list[str]()
+
+    def run(rows: slice) -> int:
+        size = rows.stop - rows.start
+        if size > most[0]:
+            raise MemoryError
+        most[0] = 4 if rows.start else 8
+        return size
+
+    assert list(run_in_chunks(model, 24, run, said.append)) == [6, 6, 3, 3, 3, 3]
+    assert said == [
+        f"out of memory with batches of {before}: continuing with {size}." for before, size in ((24, 6), (6, 3))
+    ]
+
+
+def test_single_row_out_of_memory_and_other_errors_are_raised() -> None:
+    with pytest.raises(MemoryError):
+        list(run_in_chunks(nn.Identity(), 5, limited(0)[0]))
+
+    def broken(rows: slice) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        list(run_in_chunks(nn.Identity(), 5, broken))
+
+
+def test_failed_attempt_is_freed_before_the_next() -> None:
+    left: list[weakref.ref[Tensor]] = []
+
+    def run(rows: slice) -> int:
+        assert all(computed() is None for computed in left)
+        activations = torch.zeros(rows.stop - rows.start, 3)
+        left.append(weakref.ref(activations))
+        if len(activations) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return len(activations)
+
+    assert sum(run_in_chunks(nn.Identity(), 8, run)) == 8
+    assert len(left) == 6
+
+
+def test_evaluation_continues_in_chunks_and_warns_once(setup: Setup, warnings: list[str]) -> None:
+    network = load_teacher(TEACHER, 0, setup)
+    test, device = setup.test(network.normalise), setup.device
+    (whole,) = predict(network.model, test, device)
+    asked = small_memory(network.model, 30)
+    for _ in range(2):
+        (answers,) = predict(network.model, test, device)
+        assert torch.equal(answers.labels, whole.labels)
+        torch.testing.assert_close(answers.logits, whole.logits)
+    assert asked == [80, 40, *[20] * 8]
+    assert warnings == ["out of memory with batches of 80: continuing with 20."]
+
+
+def test_store_is_filled_in_chunks_with_the_same_rows(setup: Setup, warnings: list[str], tmp_path: Path) -> None:
+    whole, halved = tmp_path / "whole.zarr", tmp_path / "halved.zarr"
+    cache_teacher(CACHE, whole, load_teacher(TEACHER, 0, setup), EVERYTHING, setup)
+    teacher = load_teacher(TEACHER, 0, setup)
+    asked = small_memory(teacher.model, 30)
+    cache_teacher(CACHE, halved, teacher, EVERYTHING, setup)
+    assert asked.count(50) == 1
+    assert set(asked) == {2, 50, 25}  # two show the layers' shapes
+    assert warnings == ["out of memory with batches of 50: continuing with 25."]
+    one, other = open_store(whole), open_store(halved)
+    assert one.manifest.identity.fingerprint == other.manifest.identity.fingerprint
+    for name in ("logits", *(wanted.array for wanted in EVERYTHING)):
+        for view in range(3):
+            np.testing.assert_allclose(one.read_view(name, view), other.read_view(name, view), rtol=2e-3, atol=2e-3)
+
+
+def test_teacher_too_large_for_one_image_stops_the_job(setup: Setup, tmp_path: Path) -> None:
+    teacher = load_teacher(TEACHER, 0, setup)
+    path = tmp_path / "other.zarr"
+    small_memory(teacher.model, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache_teacher(CACHE, path, teacher, LAYERS, setup)
+    cache_teacher(CACHE, path, load_teacher(TEACHER, 0, setup), LAYERS, setup)
+    assert folder_bytes(path) == folder_bytes(setup.run / "store.zarr")
+
+
+def test_chunks_of_teacher_outputs_are_concatenated(setup: Setup) -> None:
+    teacher = load_teacher(TEACHER, 0, setup)
+    seen = setup.pictures.one(Request(torch.arange(40), 0))
+    hard = labels_of(setup.pictures, seen)
+    with tapped(teacher.model, ["stage2"]) as tap, torch.no_grad():
+        whole = teacher_forward(tap, teacher, seen, EVERYTHING, hard)
+        small_memory(teacher.model, 7)
+        parts = teacher_forward(tap, teacher, seen, EVERYTHING, hard)
+    torch.testing.assert_close(parts.logits, whole.logits)
+    assert set(parts.features) == set(whole.features) == {"stage2", INPUT_GRADIENT}
+    for layer, feature in whole.features.items():
+        torch.testing.assert_close(parts.features[layer], feature)
+
+
+@pytest.mark.parametrize(
+    ("error", "memory_ran_out"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(path)`"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_out_of_memory_errors_are_recognized(error: Exception, memory_ran_out: bool) -> None:
+    assert is_out_of_memory(error) is memory_ran_out

@@ -1,0 +1,70 @@
+"""Tests of raising the nice value, in subprocesses since it cannot be lowered again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+from support.tiny_road import STUDENT, tiny_setup
+
+from kdpipe.stages.compress import compress as compress_room
+from kdpipe.stages.compress.compress import CompressConfig
+from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.errors import RunError
+
+SCRIPT = """
+import json, os, subprocess, sys, threading
+from kdpipe.stages.runtime.cpu import step_back
+
+done = threading.Event()
+older = threading.Thread(target=done.wait); older.start()
+os.setpriority(os.PRIO_PROCESS, older.native_id, int(sys.argv[2]))
+step_back(int(sys.argv[1]))
+newer = threading.Thread(target=done.wait); newer.start()
+child = subprocess.run([sys.executable, "-c", "import os; print(os.nice(0))"], capture_output=True, text=True)
+threads = {name: os.getpriority(os.PRIO_PROCESS, thread.native_id) for name, thread in
+           {"main": threading.main_thread(), "older": older, "newer": newer}.items()}
+print(json.dumps(threads | {"child": int(child.stdout)}))
+done.set()
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
+
+
+def stepped_back(nice: int, *, older: int = 0, outer: int = 0) -> dict[str, int]:
+    """Return nice values, relative to this process, of the threads and a child of a process after `step_back(nice)`.
+
+    The process starts with nice value `outer` and has a thread with `older`.
+    """
+    base = os.nice(0)
+    numbers = [str(base + nice if nice else 0), str(base + max(older, outer))]
+    command = ["nice", "-n", str(outer), sys.executable, "-c", SCRIPT, *numbers]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
+    return {name: value - base for name, value in json.loads(done.stdout).items()}
+
+
+def test_all_threads_and_later_children_are_niced() -> None:
+    assert stepped_back(4) == {"main": 4, "older": 4, "newer": 4, "child": 4}
+
+
+def test_higher_nice_values_are_kept() -> None:
+    assert stepped_back(4, older=6) == {"main": 4, "older": 6, "newer": 4, "child": 4}
+    assert stepped_back(4, outer=8) == {"main": 8, "older": 8, "newer": 8, "child": 8}
+
+
+def test_nice_of_zero_changes_nothing() -> None:
+    assert stepped_back(0) == {"main": 0, "older": 0, "newer": 0, "child": 0}
+
+
+def test_compress_uses_nice_of_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(compress_room, "step_back", asked.append)  # not this process, which has other tests to run
+    with pytest.raises(RunError):  # there is no student: it had not come to that yet
+        compress_room.compress(CompressConfig(niceness=13), STUDENT, 0, Teaching((), {}, (), 1.0), tiny_setup(tmp_path))
+    assert asked == [13]

@@ -1,0 +1,168 @@
+"""Every loss trains a student from a store, resumes identically, and leaves a plain student."""
+
+import dataclasses
+import json
+from typing import get_args
+
+import pytest
+import torch
+from support.tiny_road import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_setup
+
+from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.stages.distillation.task_builder import fresh_student, student_shapes
+from kdpipe.stages.errors import StoppedEarly
+from kdpipe.stages.losses.distillation import wanted_of
+from kdpipe.stages.losses.features.fitnet import FitNetConfig
+from kdpipe.stages.losses.logits.kd import KDConfig
+from kdpipe.stages.losses.registry import LOSSES
+from kdpipe.stages.models.build import ModelConfig
+from kdpipe.stages.models.safetensors_io import load_tensors
+from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.targets.ensemble import TeachersConfig
+from kdpipe.stages.targets.feature_spec import source_shapes
+from kdpipe.stages.targets.resolve import smallest
+from kdpipe.stages.train_student.student import StudentRun, open_teaching, train_student
+from kdpipe.stages.train_teacher import load_teacher, train_teacher, untrained_teacher
+from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.store import StoreError
+
+STUDENT_CONFIG = dataclasses.replace(
+    STUDENT,
+    model=ModelConfig(name="cnn_average", args={"width": 4, "num_stages": 2}),
+    train=TrainConfig(epochs=2, batch_size=32, lr=0.01, checkpoint_every_s=0),
+)
+BIG = dataclasses.replace(TEACHER, model=ModelConfig(name="cnn_average", args={"width": 8, "num_stages": 2}))
+TRAIN_SET = squares(96, 0)
+
+
+def entry(kind):
+    """Return a loss's configuration, with the tiny networks' layers if it takes layers."""
+    keys = {field.name for field in dataclasses.fields(kind)}
+    changes = {"layers": (("stage2", "stage2"),), "num_negatives": 16, "stage_epochs": 1}
+    (name,) = get_args(kind.__pydantic_fields__["loss"].annotation)
+    return kind(loss=name, **{key: value for key, value in changes.items() if key in keys})
+
+
+ENTRIES = [entry(kind) for kind in LOSSES]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with a teacher, and a store of all features that any loss requires."""
+    folder = tmp_path_factory.mktemp("ways")
+    setup = tiny_setup(folder, train_set=TRAIN_SET)
+    train_teacher(BIG, 0, setup)
+    teacher = load_teacher(BIG, 0, setup)
+    wanted = wanted_of(ENTRIES, student_shapes(STUDENT_CONFIG, ENTRIES, setup), 0)
+    shapes = source_shapes(teacher.model, wanted, setup.image_shape)
+    cache_teacher(CACHE, folder / "store.zarr", teacher, [smallest(one, shapes[one.source]) for one in wanted], setup)
+    return folder
+
+
+def train(run, losses, folder, *, watch=None, config=STUDENT_CONFIG, stores=("store.zarr",)):
+    setup = tiny_setup(run, watch, train_set=TRAIN_SET)
+    teaching = open_teaching([run / name for name in stores], losses, config, {}, setup)
+    seat = StudentRun(JobFolder(folder), "a student", with_onnx=False)
+    train_student(config, 0, teaching, setup, run=seat)
+    return seat.folder
+
+
+@pytest.mark.parametrize("loss", ENTRIES, ids=lambda one: one.loss)
+def test_every_loss_trains_and_exports_a_plain_student(run, tmp_path, loss):
+    folder = train(run, (loss,), tmp_path / "student")
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    names = {"hard_labels"} | (set() if loss.loss == "fitnet" else {f"{loss.loss}_0"})
+    assert [set(line["losses"]) for line in lines] == [names] * 2
+    assert all(value > 0 for line in lines for value in line["losses"].values())
+    plain = fresh_student(STUDENT_CONFIG, 0, tiny_setup(run, train_set=TRAIN_SET)).model.state_dict()
+    weights = load_tensors(folder.model)[0]
+    if loss.loss == "simkd":
+        teacher = load_tensors(run / "teacher" / "model.safetensors")[0]
+        assert torch.equal(weights["fc.weight"], teacher["fc.weight"])
+        assert any("projector" in name for name in weights)
+    else:
+        assert {name: one.shape for name, one in weights.items()} == {name: one.shape for name, one in plain.items()}
+
+
+STATEFUL = {
+    "crd": ([one for one in ENTRIES if one.loss == "crd"], STUDENT_CONFIG),
+    "fitnet": (
+        [
+            FitNetConfig(loss="fitnet", layers=(("stage1", "stage1"), ("stage2", "stage2")), stage_epochs=1),
+            KDConfig(loss="kd"),
+        ],
+        STUDENT_CONFIG,
+    ),
+    "simkd": ([one for one in ENTRIES if one.loss == "simkd"], STUDENT_CONFIG),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_repeatedly_stopped_training_is_identical(run, tmp_path, name):
+    losses, config = STATEFUL[name]
+    if name == "fitnet":
+        setup = tiny_setup(run, train_set=TRAIN_SET)
+        wanted = wanted_of(losses, student_shapes(config, losses, setup), 0)
+        cache_teacher(CACHE, run / "store.zarr", load_teacher(BIG, 0, setup), wanted, setup)
+    uninterrupted = train(run, losses, tmp_path / "uninterrupted")
+    for number in range(60):
+        try:
+            stopped = train(run, losses, tmp_path / "stopped", watch=Watch(should_stop=StopAfter(2 + number % 3)))
+            break
+        except StoppedEarly:
+            continue
+    assert stopped.model.read_bytes() == uninterrupted.model.read_bytes()
+    assert not list(stopped.path.rglob("checkpoint*"))
+
+
+def test_hint_stage_trains_only_up_to_its_layer(run, tmp_path):
+    loss = FitNetConfig(loss="fitnet", layers=(("stage1", "stage2"),), stage_epochs=1)
+    with pytest.raises(StoppedEarly):  # in the student's own training, which comes after 3 steps
+        train(run, (loss, KDConfig(loss="kd")), tmp_path / "student", watch=Watch(should_stop=StopAfter(5)))
+    after = load_tensors(tmp_path / "student" / "hint1" / "model.safetensors")[0]
+    before = fresh_student(STUDENT_CONFIG, 0, tiny_setup(run, train_set=TRAIN_SET)).model.state_dict()
+    changed = {name.partition(".")[0] for name, one in after.items() if not torch.equal(one, before[name])}
+    assert changed == {"stage1"}
+
+
+def test_learnable_weights_train_and_are_not_in_the_student(run, tmp_path):
+    setup = tiny_setup(run, train_set=TRAIN_SET)
+    cache_teacher(CACHE, run / "second.zarr", untrained_teacher(BIG, 5, setup), [], setup)
+    config = dataclasses.replace(STUDENT_CONFIG, teachers=TeachersConfig(weights="learnable"))
+    losses, stores = (KDConfig(loss="kd"),), ("store.zarr", "second.zarr")
+    uninterrupted = train(run, losses, tmp_path / "one", config=config, stores=stores)
+    with pytest.raises(StoppedEarly):
+        train(run, losses, tmp_path / "two", config=config, stores=stores, watch=Watch(should_stop=StopAfter(4)))
+    scores = load_tensors(tmp_path / "two" / "checkpoint.safetensors")[0]["modules/distillation.combination.scores"]
+    assert scores.abs().min() > 0
+    resumed = train(run, losses, tmp_path / "two", config=config, stores=stores)
+    assert resumed.model.read_bytes() == uninterrupted.model.read_bytes()
+    assert not any("scores" in name for name in load_tensors(uninterrupted.model)[0])
+
+
+def test_adapters_train_and_are_in_the_checkpoints(run, tmp_path):
+    hint = next(one for one in ENTRIES if one.loss == "hint")
+    for steps in (1, 4):
+        with pytest.raises(StoppedEarly):
+            train(run, (hint,), tmp_path / str(steps), watch=Watch(should_stop=StopAfter(steps)))
+    name = "modules/distillation.terms.hint_0.loss.adapters.0.0.weight"
+    one, four = (load_tensors(tmp_path / steps / "checkpoint.safetensors")[0][name] for steps in ("1", "4"))
+    assert (one - four).abs().max() > 1e-4
+
+
+def test_attention_network_trains_with_at_gradient(run, tmp_path):
+    """Fused attention has no second derivative."""
+    at_gradient = next(one for one in ENTRIES if one.loss == "at_gradient")
+    config = dataclasses.replace(STUDENT_CONFIG, model=ModelConfig(name="python:support.tiny_attention:attentive"))
+    folder = train(run, (at_gradient,), tmp_path / "student", config=config)
+    assert (json.loads(folder.metrics.read_text().splitlines()[-1])["losses"]["at_gradient_0"]) > 0
+
+
+def test_missing_feature_error_has_the_command_that_adds_it(run, tmp_path):
+    at = next(one for one in ENTRIES if one.loss == "at")
+    lacking = dataclasses.replace(at, layers=(("stage1", "pool1"),))
+    with pytest.raises(
+        StoreError, match=r"has no attention-8x8 of 'pool1', only .*cache.layers = \['pool1:attention-8x8'\]"
+    ):
+        train(run, (lacking,), tmp_path / "student")

@@ -1,0 +1,136 @@
+"""Tests of training steps in micro-batches after memory ran out."""
+
+import dataclasses
+
+import pytest
+import torch
+from support.tiny_road import StopAfter, squares, tiny_setup
+from torch import nn
+
+from kdpipe.stages.errors import StoppedEarly
+from kdpipe.stages.losses.relations.nce import Memory
+from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.runtime.events import WARNING, Watch
+from kdpipe.stages.training.checkpoint import Progress, save_checkpoint
+from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.loop import _set_up, train
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.step import Job
+from kdpipe.stages.training.task import Lesson
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(epochs=2, batch_size=32, optimizer="adamw", lr=0.01, checkpoint_every_s=0)
+
+
+class Hungry(nn.Module):
+    """Passes on batches of up to `most` samples; for larger ones there is no memory, as each device says it."""
+
+    def __init__(self, most, error=None):
+        super().__init__()
+        self.most, self.error = most, error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        self.num_refused = 0
+
+    def forward(self, x):
+        if self.training and len(x) > self.most:
+            self.num_refused += 1
+            raise self.error
+        return x
+
+
+def network(most, *between, error=None):
+    torch.manual_seed(0)
+    hidden = [nn.Flatten(), nn.Linear(64, 16), *between, nn.ReLU()]
+    return nn.Sequential(*hidden, Hungry(most, error), nn.Linear(16, 4))
+
+
+def job_of(folder, model):
+    setup = tiny_setup(folder, train_set=squares(100, 0))
+    folder.mkdir(exist_ok=True)
+    lesson = Lesson(setup.pictures, 2, Normalisation((0.5,), (0.5,)))
+    return Job("train-student", "test", model, lesson, None, CONFIG, 0, JobFolder(folder))
+
+
+def trained(folder, model, watch=None):
+    history = train(job_of(folder, model), CPU, watch or Watch())
+    return model.state_dict(), [line["losses"]["hard_labels"] for line in history]
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_micro_batches_train_the_same_student(tmp_path):
+    warnings = []
+    whole, whole_losses = trained(tmp_path / "whole", network(32))
+    watch = Watch(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
+    parts, part_losses = trained(tmp_path / "parts", network(11), watch)
+    assert all(torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-5) for name in whole)
+    assert whole_losses == pytest.approx(part_losses, rel=1e-5)
+    assert warnings == [
+        "out of memory with batches of 32: continuing with micro-batches of 8 whose gradients are accumulated; the "
+        "effective batch size stays 32."
+    ]
+
+
+def test_failed_attempt_leaves_no_trace(tmp_path):
+    """Neither in batch norm's memory nor in what dropout draws: it is as if the parts had been known before."""
+    tries, knows = (network(8, nn.BatchNorm1d(16), nn.Dropout(0.5)) for _ in range(2))
+    job = job_of(tmp_path / "knows", knows)
+    save_checkpoint(job.folder.checkpoint, _set_up(job, CPU), Progress(micro_batches=4))
+    assert_equal(trained(tmp_path / "knows", knows)[0], trained(tmp_path / "tries", tries)[0])
+    assert (tries[5].num_refused, knows[5].num_refused) == (2, 0)
+
+
+def test_warning_names_batch_norm(tmp_path):
+    warnings = []
+    watch = Watch(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
+    trained(tmp_path / "run", network(16, nn.BatchNorm1d(16)), watch)
+    assert len(warnings) == 1
+    assert warnings[0].endswith("stays 32; computed per micro-batch: batch norm.")
+
+
+def test_job_resumed_with_micro_batches_is_bit_identical(tmp_path):
+    whole, stopped, resumed = (network(16, nn.BatchNorm1d(16), nn.Dropout(0.5)) for _ in range(3))
+    undisturbed, _ = trained(tmp_path / "undisturbed", whole)
+    with pytest.raises(StoppedEarly):
+        trained(tmp_path / "stopped", stopped, Watch(should_stop=StopAfter(4)))
+    assert_equal(trained(tmp_path / "stopped", resumed)[0], undisturbed)
+    assert resumed[5].num_refused == 0  # what did not fit is not tried again
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_cpu_out_of_memory_is_handled(tmp_path, error):
+    trained(tmp_path / "run", network(16, error=error))
+
+
+@pytest.mark.parametrize(("most", "error"), [(0, MemoryError("no")), (16, RuntimeError("mat1 and mat2 do not fit"))])
+def test_errors_that_micro_batches_do_not_fix_are_raised(tmp_path, most, error):
+    with pytest.raises(type(error), match=str(error)):
+        trained(tmp_path / "run", network(most, error=error))
+
+
+def test_contrastive_memory_is_restored():
+    torch.manual_seed(0)
+    memory = Memory(10, 4, momentum=0.5)
+    memory.remember(torch.tensor([1, 2]), torch.randn(2, 4))
+    memory.begin_step()
+    before = memory.rows.clone()
+    memory.remember(torch.tensor([2, 3]), torch.randn(2, 4))
+    memory.remember(torch.tensor([3, 4]), torch.randn(2, 4))
+    assert not torch.equal(memory.rows, before)
+    memory.take_back()
+    assert torch.equal(memory.rows, before)
+
+
+def test_targets_are_split_with_their_samples(tmp_path):
+    setup = tiny_setup(tmp_path, train_set=squares(20, 0))
+    lesson = Lesson(setup.pictures, 2, Normalisation((0.5,), (0.5,)))
+    batch = next(lesson.stream(0, 10, epoch=0, step=0, epochs=1))
+    batch = dataclasses.replace(batch, known=[torch.arange(10) % 2 == 0, None])
+    parts = list(batch.split(3))
+    assert [len(part.images) for part in parts] == [4, 3, 3]
+    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+    assert torch.equal(torch.cat([part.hard.labels for part in parts]), batch.hard.labels)
+    assert torch.equal(torch.cat([part.known[0] for part in parts]), batch.known[0])
+    assert next(iter(batch.split(1))) is batch

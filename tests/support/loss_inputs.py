@@ -1,0 +1,81 @@
+"""Inputs of losses: the float64 tensors behind the reference codes' values, and modules built for given features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.inputs import Facts, Said
+from kdpipe.stages.losses.schedules import SETTLED, Moment
+from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.targets.feature_spec import Wanted, take_form
+from kdpipe.stages.targets.outputs import DenseOutputs
+
+FACTS = Facts(num_samples=100, num_classes=10)
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+STUDENT_LOGITS, TEACHER_LOGITS = 3 * drawn(8, 10, seed=1), 3 * drawn(8, 10, seed=2)
+LABELS = torch.arange(8) % 10
+STUDENT_VECTORS, TEACHER_VECTORS = drawn(8, 16, seed=3), drawn(8, 32, seed=4)
+STUDENT_MAPS, TEACHER_MAPS = drawn(8, 16, 8, 8, seed=5).relu(), drawn(8, 32, 8, 8, seed=6).relu()
+LARGER_STUDENT_MAPS, THEIR_TEACHER_MAPS = drawn(8, 16, 16, 16, seed=7).relu(), drawn(8, 32, 8, 8, seed=8).relu()
+STUDENT_HINTS, TEACHER_HINTS = drawn(8, 32, 8, 8, seed=9), drawn(8, 32, 8, 8, seed=10)
+
+
+def make_inputs(
+    student_logits: Tensor = STUDENT_LOGITS,
+    teacher_logits: Tensor = TEACHER_LOGITS,
+    *,
+    labels: Tensor = LABELS,
+    student: Mapping[str, Tensor] | None = None,
+    teacher: Mapping[Wanted, Tensor] | None = None,
+    moment: Moment = SETTLED,
+) -> Said:
+    """Return a loss's inputs; ranks are 0 to B - 1."""
+    return Said(
+        Outputs(student_logits, student or {}),
+        DenseOutputs(teacher_logits, teacher or {}),
+        labels,
+        torch.arange(len(labels)),
+        moment,
+    )
+
+
+def build_loss(
+    config: Entry,
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float64,
+    moment: Moment = SETTLED,
+) -> tuple[nn.Module, Said]:
+    """Return the module, and its inputs as a store would give them, for features by layer."""
+    torch.manual_seed(0)
+    shapes = {layer: tuple(features.shape[1:]) for layer, features in student.items()}
+    stored = {wanted: take_form(wanted, teacher[wanted.layer]) for wanted in config.wants(shapes)}
+    module = config.build(shapes, {wanted: tuple(values.shape[1:]) for wanted, values in stored.items()}, FACTS)
+    return module.to(dtype), make_inputs(student=student, teacher=stored, moment=moment)
+
+
+def assert_zero_and_flat(loss: Tensor, student: Tensor, *, atol: float = 0.0, gradient: float = 1e-12) -> None:
+    """Run the backward pass, and check that loss and gradient vanish."""
+    loss.backward()
+    assert abs(loss.item()) <= atol
+    assert student.grad is not None
+    assert student.grad.abs().max() <= gradient
+
+
+def assert_finite(loss: Tensor, *leaves: Tensor) -> None:
+    """Run the backward pass, and check that loss and gradients are finite."""
+    loss.backward()
+    assert torch.isfinite(loss)
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()

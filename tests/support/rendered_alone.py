@@ -1,0 +1,104 @@
+"""What images are to be, made one by one from raw images, and the lessons that show them."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdpipe.stages.data.loader.image_loader import Pictures
+from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.training.task import Lesson
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.mix import MixConfig, mix
+from kdpipe.stages.views.renderer import Renderer
+
+CPU = torch.device("cpu")
+NUM_SAMPLES = 26
+MIX = MixConfig(mixup_alpha=0.6, cutmix_alpha=1.0, p=0.7)
+CROPS = ViewsConfig(seed=5, operations=({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}))
+ANY = ViewsConfig(
+    seed=5,
+    engine="transforms",
+    operations=(
+        {"name": "RandomResizedCrop", "size": [8, 6]},
+        {"name": "RandomHorizontalFlip"},
+        {"name": "ColorJitter", "brightness": 0.4, "hue": 0.1},
+    ),
+)
+MIXED_CROPS, MIXED_ANY = dataclasses.replace(CROPS, mix=MIX), dataclasses.replace(ANY, mix=MIX)
+VIEWS = {"crops": CROPS, "mixed crops": MIXED_CROPS, "any": ANY, "mixed any": MIXED_ANY}
+SCALING = Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+
+
+@cache
+def built(views_name, size, population):
+    return Renderer(VIEWS[views_name], 3, size, torch.tensor(population))
+
+
+def renderer_of(image_set, views, partners=None):
+    """Made once for all tests, since a pipeline is tried out when it is made."""
+    population = torch.sort((partners or image_set).sample_ids).values.tolist()
+    name = next(name for name, one in VIEWS.items() if one is views)
+    return built(name, image_set.image_size, tuple(population))
+
+
+def loader_of(image_set, views, num_workers, **changes):
+    renderer = renderer_of(image_set, views, changes.get("mix_partners"))
+    return Pictures(image_set, CPU, renderer, num_workers=num_workers, **changes)
+
+
+def mixture_of(image_set, views, positions, view, partners=None):
+    return renderer_of(image_set, views, partners).sample_mix(image_set.sample_ids[positions], view)
+
+
+def alone(image_set, views, at, view, partners=None):
+    """The image of one sample, made from raw images and by itself; its partner is in the same view of its own."""
+    renderer, others = renderer_of(image_set, views, partners), partners or image_set
+
+    def view_of(source, position):
+        sample_id = source.sample_ids[position : position + 1]
+        return renderer.render_batch(
+            renderer.render_one(source.read(position), int(sample_id), view)[None], sample_id, view
+        )
+
+    picture = view_of(image_set, at)
+    mixture = renderer.sample_mix(image_set.sample_ids[at : at + 1], view)
+    if mixture is None or not mixture.mixed.any():
+        return picture[0]
+    partner = others.sample_ids.tolist().index(int(mixture.partner_ids[0]))
+    return mix(picture, view_of(others, partner), mixture)[0]
+
+
+def expected(image_set, views, positions, view, partners=None):
+    return torch.stack([alone(image_set, views, at, view, partners) for at in positions.tolist()])
+
+
+def shuffled(seed, num_samples=NUM_SAMPLES):
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
+
+
+def lesson_of(loader, **changes):
+    return Lesson(loader, num_views=2, normalise=SCALING, **changes)
+
+
+def check_labels(image_set, positions, view, batch):
+    """Own and partners' labels and shares of a batch, and its loss, each by hand."""
+    mixture = mixture_of(image_set, MIXED_CROPS, positions, view)
+    label_of = dict(zip(image_set.sample_ids.tolist(), image_set.labels.tolist(), strict=True))
+    assert torch.equal(batch.hard.labels, image_set.labels[positions])
+    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
+    assert torch.equal(batch.hard.own_share, mixture.own_share)
+    assert 0 < mixture.mixed.sum() < len(positions), "some are mixed and some are not"
+    logits = torch.randn(len(positions), 4, generator=torch.Generator().manual_seed(0))
+    log_p, rows = F.log_softmax(logits.double(), 1), torch.arange(len(positions))
+    own, partners = -log_p[rows, batch.hard.labels], -log_p[rows, batch.hard.partner_labels]
+    share = mixture.own_share.double()
+    by_hand = (share * own + (1 - share) * partners).mean()
+    message = lesson_of(None, hard_label_weight=0.5).losses(Outputs(logits, {}), batch)
+    assert list(message) == ["hard_labels"]
+    assert float(message["hard_labels"]) == pytest.approx(0.5 * float(by_hand), rel=1e-5)

@@ -1,0 +1,39 @@
+"""Small user networks for tests, as in `python:tiny_families:vit`."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+from torch import nn
+
+
+def vit(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    """Build a vision transformer: two layers of two heads over patches of 4 x 4 pixels."""
+    from torchvision.models import VisionTransformer
+
+    assert in_channels == 3
+    return VisionTransformer(
+        image_size=image_size[0],
+        patch_size=4,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=32,
+        mlp_dim=64,
+        num_classes=num_classes,
+    )
+
+
+def mobilenet(num_classes: int) -> nn.Module:
+    """Build MobileNetV2 with three inverted residual blocks, one of them with a shortcut."""
+    from torchvision.models import MobileNetV2
+
+    return MobileNetV2(num_classes, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])
+
+
+def vgg8(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    """Build the vgg8 of the recipes, a quarter as wide."""
+    from kdpipe.stages.models.networks import vgg
+
+    with mock.patch.object(vgg, "WIDTHS", [width // 4 for width in vgg.WIDTHS]):
+        one_each = (1, 1, 1, 1, 1)
+        return vgg.vgg(one_each, num_classes=num_classes, in_channels=in_channels, image_size=image_size)

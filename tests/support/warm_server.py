@@ -1,0 +1,151 @@
+"""Fork `kdpipe` processes with warm imports, which take longer than the tests: `python warm_server.py SOCKET_FD`.
+
+A fork has its own pid, arguments, environment, working folder and output, Python's signal handlers and exit status. It
+ends with os._exit, as in multiprocessing, because tearing down the imported modules takes even longer.
+
+The server computes nothing, because forks lose threads; if it has a thread nevertheless, forks start a new Python. It
+ends when the last client closes its socket.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from support.one_registry import keep_one_registry
+
+MAX_BYTES = 1 << 17
+"""Size limit of a request on the socket."""
+
+EARLY_IMPORTS = (
+    "kdpipe.pipeline.main",
+    "kdpipe.pipeline.steps",
+    "kdpipe.pipeline.commands.summary",
+    "kdpipe.pipeline.report.report",
+)
+LATE_IMPORTS = (
+    "onnxscript.function_libs.torch_lib.ops",
+    "kdpipe.pipeline.commands.compare",
+    "kdpipe.pipeline.commands.generations",
+    "kdpipe.pipeline.report.pareto_svg",
+    "sklearn.datasets",
+    "sympy.combinatorics",
+    "torch.export._trace",
+    "torch.onnx._internal.exporter._core",
+    "torch.onnx._internal.exporter._torchlib.ops",
+    "torchmetrics.functional.classification",
+    "torchvision.transforms.v2",
+)
+"""Modules imported while commands run. Names missing in another version of a library are skipped."""
+
+
+def warm_up() -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as pipeline.main does, before torch is imported
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # telemetry would start a thread
+    gc.disable()
+    for name in EARLY_IMPORTS:
+        importlib.import_module(name)
+    for name in LATE_IMPORTS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    keep_one_registry(compiled=True)
+    gc.freeze()  # keep the garbage collector of forks from scanning it
+    gc.enable()
+
+
+def serve(requests: socket.socket) -> None:
+    """Fork a process for each request, until all clients are gone."""
+    has_threads = len(list(Path("/proc/self/task").iterdir())) > 1
+    reports: dict[int, tuple[int, int]] = {}
+    """By pidfd of a running process: its pid, and the descriptor for its exit status."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(requests, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is not requests:
+                    selector.unregister(key.fd)
+                    report_end(key.fd, *reports.pop(key.fd))
+                    continue
+                request, fds, _, _ = socket.recv_fds(requests, MAX_BYTES, 3)
+                if not request:
+                    return
+                if (pid := os.fork()) == 0:
+                    of_server = [selector.fileno(), requests.fileno(), *reports, *(to for _, to in reports.values())]
+                    become(json.loads(request), fds, of_server, has_threads)
+                watched = report_start(pid, fds)
+                reports[watched] = (pid, fds[2])
+                selector.register(watched, selectors.EVENT_READ)
+
+
+def report_start(pid: int, fds: list[int]) -> int:
+    """Send its pid, close its output here, and return its pidfd."""
+    send(fds[2], pid)
+    for fd in fds[:2]:
+        os.close(fd)
+    return os.pidfd_open(pid)
+
+
+def report_end(watched: int, pid: int, report: int) -> None:
+    send(report, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    os.close(watched)
+    os.close(report)
+
+
+def send(report: int, number: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the client has ended
+        os.write(report, b"%d\n" % number)
+
+
+def become(request: dict[str, Any], fds: list[int], of_server: list[int], has_threads: bool) -> NoReturn:
+    """Become the requested process, which writes to `fds`; with `has_threads`, as a new Python."""
+    os.dup2(fds[0], 1)
+    os.dup2(fds[1], 2)
+    for fd in (*fds, *of_server):
+        os.close(fd)
+    os.chdir(request["cwd"])
+    arguments, environment = request["arguments"], request["environment"]
+    if has_threads:
+        code = f"import sys; sys.argv[:] = {arguments!r}; from kdpipe.pipeline.main import main; main()"
+        os.execve(sys.executable, [sys.executable, "-c", code], environment)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv[:] = arguments
+    added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    sys.path[:1] = ["", *added]  # instead of this file's folder
+    run_to_the_end()
+
+
+def run_to_the_end() -> NoReturn:
+    """Run `kdpipe`, and end as Python does, except for the teardown of modules."""
+    from kdpipe.pipeline.main import main
+
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    warm_up()
+    serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)
