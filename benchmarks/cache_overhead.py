@@ -26,16 +26,16 @@ import torch
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
-from kdpipe.stages.context import Setup
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.loader.image_loader import Request
+from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.models.build import ModelConfig
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.models.normalization import Normalisation
-from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device
 from kdpipe.stages.runtime.memory import keep_freed_memory
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.views.config import ViewsConfig
 
 CONFIG = CacheConfig(shard_bytes=8 * 2**20)
@@ -80,15 +80,15 @@ def main() -> None:
 
 def measure(case: Case, folder: Path, device: torch.device, num_rounds: int) -> None:
     """Print a row for each choice of stored arrays."""
-    setup, teacher = make_setup(case, folder, device)
+    context, teacher = make_setup(case, folder, device)
     for stored, target in TARGETS.items():
-        layers = [] if stored == "logits" else [Wanted(case.layer)]
+        layers = [] if stored == "logits" else [FeatureSpec(case.layer)]
         bare, cached = [], []
-        turns = [(bare, partial(forward_only, setup, teacher)), (cached, partial(cache, setup, teacher, layers))]
+        turns = [(bare, partial(forward_only, context, teacher)), (cached, partial(cache, context, teacher, layers))]
         for number in range(num_rounds + 1):
             for rates, run in turns if number % 2 else turns[::-1]:  # alternate the order
                 rates.append(rate(case, run))
-            shutil.rmtree(setup.run / "store.zarr")
+            shutil.rmtree(context.run / "store.zarr")
         del bare[0], cached[0]  # the first round warms up
         ratio = statistics.median(own / base for own, base in zip(cached, bare, strict=True))
         verdict = "met" if ratio >= target else "NOT met"
@@ -106,19 +106,19 @@ def rate(case: Case, run: Callable[[], None]) -> float:
 
 
 @torch.inference_mode()
-def forward_only(setup: Setup, teacher: Network) -> None:
+def forward_only(context: StageContext, teacher: ModelBundle) -> None:
     """Run the views and forward passes of `cache`, in batches of the same size, and store nothing."""
-    train_set = setup.train_set
+    train_set = context.train_set
     for indices in torch.arange(train_set.num_samples).split(CONFIG.batch_size):
-        logits = teacher.model(teacher.normalise(setup.pictures.one(Request(indices, 0)).images))
+        logits = teacher.model(teacher.normalize(context.loader.one(ViewRequest(indices, 0)).images))
     logits.cpu()  # synchronizes a GPU
 
 
-def cache(setup: Setup, teacher: Network, layers: list[Wanted]) -> None:
-    cache_teacher(CONFIG, setup.run / "store.zarr", teacher, layers, setup)
+def cache(context: StageContext, teacher: ModelBundle, layers: list[FeatureSpec]) -> None:
+    cache_teacher(CONFIG, context.run / "store.zarr", teacher, layers, context)
 
 
-def make_setup(case: Case, folder: Path, device: torch.device) -> tuple[Setup, Network]:
+def make_setup(case: Case, folder: Path, device: torch.device) -> tuple[StageContext, ModelBundle]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (case.num_samples, *case.image_shape), dtype=torch.uint8, generator=generator)
     labels = torch.arange(case.num_samples) % case.num_classes
@@ -126,11 +126,11 @@ def make_setup(case: Case, folder: Path, device: torch.device) -> tuple[Setup, N
     image_set = ImageSet("random", "train", images, labels, torch.arange(case.num_samples), classes)
     operations = ({"name": "RandomCrop", "padding": case.padding}, {"name": "RandomHorizontalFlip"})
     views = ViewsConfig(num_views=1, operations=operations)
-    setup = Setup(folder, image_set, image_set, views, device, Watch())
-    model = setup.build(case.teacher, 0).eval().to(device)
+    context = StageContext(folder, image_set, image_set, views, device, RunMonitor())
+    model = context.build(case.teacher, 0).eval().to(device)
     channels = case.image_shape[0]
-    normalise = Normalisation((0.5,) * channels, (0.25,) * channels)
-    return setup, Network(model, setup.architecture(case.teacher), normalise)
+    normalize = Normalization((0.5,) * channels, (0.25,) * channels)
+    return context, ModelBundle(model, context.architecture(case.teacher), normalize)
 
 
 if __name__ == "__main__":

@@ -28,33 +28,33 @@ from PIL import Image
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.config import Place
-from kdpipe.stages.context import Setup
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
-from kdpipe.stages.data.loader.image_loader import Seen
+from kdpipe.stages.data.loader.image_loader import ImageBatch
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.distillation.task_builder import build_lesson, student_shapes
-from kdpipe.stages.losses.distillation import student_layers, wanted_of
+from kdpipe.stages.distillation.task_builder import build_task, student_shapes
+from kdpipe.stages.losses.distillation import required_of, student_layers
 from kdpipe.stages.losses.features.at import ATConfig
 from kdpipe.stages.losses.features.hint import HintConfig
 from kdpipe.stages.losses.logits.kd import KDConfig
 from kdpipe.stages.models.build import ModelConfig
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.models.hooks import tapped
-from kdpipe.stages.models.normalization import Normalisation
-from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.hooks import extract_features
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device
 from kdpipe.stages.runtime.memory import keep_freed_memory
-from kdpipe.stages.targets.feature_spec import Wanted, source_shapes
-from kdpipe.stages.targets.outputs import DenseOutputs, TeacherOutputs
-from kdpipe.stages.targets.resolve import smallest
-from kdpipe.stages.train_student.student import open_teaching
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.targets.feature_spec import FeatureSpec, source_shapes
+from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets
+from kdpipe.stages.targets.resolve import smallest_feature
+from kdpipe.stages.train_student.student import open_distillation
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.step import Job
-from kdpipe.stages.training.task import Batch, Lesson
+from kdpipe.stages.training.step import TrainJob
+from kdpipe.stages.training.task import Batch, TrainingTask
 from kdpipe.stages.views.config import ViewsConfig
 
 
@@ -105,27 +105,27 @@ PAIRS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherInTheLoop(Lesson):
+class TeacherInTheLoop(TrainingTask):
     """The training task with the teacher in the loop, which stored targets replace."""
 
-    teacher: Network | None = None
+    teacher: ModelBundle | None = None
 
-    def _batch(self, place: Place, seen: Seen) -> Batch:
+    def _batch(self, place: Place, image_batch: ImageBatch) -> Batch:
         assert self.teacher is not None
-        batch = super()._batch(place, seen)
-        with torch.no_grad(), tapped(self.teacher.model, ()) as tap:
-            logits = tap(self.teacher.normalise(seen.images)).logits
-            return dataclasses.replace(batch, teachers=[DenseOutputs(logits, {})], known=[None])
+        batch = super()._batch(place, image_batch)
+        with torch.no_grad(), extract_features(self.teacher.model, ()) as extractor:
+            logits = extractor(self.teacher.normalize(image_batch.images)).logits
+            return dataclasses.replace(batch, teachers=[DenseTargets(logits, {})], known=[None])
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedTargets(Lesson):
+class FixedTargets(TrainingTask):
     """The training task with the first batch's targets for every batch: the cost of the losses without reading."""
 
-    fixed: Sequence[TeacherOutputs] = ()
+    fixed: Sequence[TeacherTargets] = ()
 
-    def _batch(self, place: Place, seen: Seen) -> Batch:
-        return dataclasses.replace(super()._batch(place, seen), teachers=self.fixed, known=[None])
+    def _batch(self, place: Place, image_batch: ImageBatch) -> Batch:
+        return dataclasses.replace(super()._batch(place, image_batch), teachers=self.fixed, known=[None])
 
 
 def main() -> None:
@@ -140,16 +140,16 @@ def main() -> None:
 
 
 def measure(name: str, pair: Pair, folder: Path, num_rounds: int) -> None:
-    setup = make_setup(pair, folder)
-    teacher, student = make_network(pair.teacher, setup), make_network(pair.student, setup)
-    tasks = make_tasks(pair, teacher, student, setup)
+    context = make_setup(pair, folder)
+    teacher, student = make_network(pair.teacher, context), make_network(pair.student, context)
+    tasks = make_tasks(pair, teacher, student, context)
     times: dict[str, list[float]] = {variant: [] for variant in tasks}
     for number in range(num_rounds + 1):
         for variant, task in tasks.items():
-            time_s = one_epoch(pair, student, task, setup, folder / "jobs" / f"{variant}-{number}")
+            time_s = one_epoch(pair, student, task, context, folder / "jobs" / f"{variant}-{number}")
             if number:  # the first round warms up: files, caches, allocator
                 times[variant].append(time_s)
-    where = torch.cuda.get_device_name() if setup.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = torch.cuda.get_device_name() if context.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}: {pair.teacher.name} -> {pair.student.name}, {pair.num_samples:,} images an epoch, {where}")
     print(f"  {'hard labels alone':<34} {statistics.median(times['alone']):8.3f} s an epoch")
     for variant, text in VARIANTS.items():
@@ -169,7 +169,7 @@ VARIANTS = {
 }
 
 
-def make_setup(pair: Pair, folder: Path) -> Setup:
+def make_setup(pair: Pair, folder: Path) -> StageContext:
     if pair.files:
         return photographs(pair, folder)
     generator = torch.Generator().manual_seed(0)
@@ -182,10 +182,12 @@ def make_setup(pair: Pair, folder: Path) -> Setup:
 
     operations = ({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"})
     views = ViewsConfig(num_views=2, operations=operations)
-    return Setup(folder, images("train", pair.num_samples), images("test", 64), views, choose_device("auto"), Watch())
+    return StageContext(
+        folder, images("train", pair.num_samples), images("test", 64), views, choose_device("auto"), RunMonitor()
+    )
 
 
-def photographs(pair: Pair, folder: Path) -> Setup:
+def photographs(pair: Pair, folder: Path) -> StageContext:
     """Make JPEG files of about ImageNet's size: enlarged noise, which takes as long to decode."""
     rng = np.random.default_rng(0)
     for number in range(pair.num_samples):
@@ -199,44 +201,46 @@ def photographs(pair: Pair, folder: Path) -> Setup:
     operations = ({"name": "RandomResizedCrop", "size": size}, {"name": "RandomHorizontalFlip"})
     views = ViewsConfig(num_views=2, engine="transforms", operations=operations)
     test_set = load_dataset(data, "test", size=size).take(torch.arange(pair.batch_size))
-    return Setup(folder, load_dataset(data, "train"), test_set, views, choose_device("auto"), Watch())
+    return StageContext(folder, load_dataset(data, "train"), test_set, views, choose_device("auto"), RunMonitor())
 
 
-def make_network(config: ModelConfig, setup: Setup) -> Network:
-    channels = setup.train_set.in_channels
-    model = setup.build(config, seed=0).to(setup.device).eval()
-    return Network(model, setup.architecture(config), Normalisation((0.5,) * channels, (0.25,) * channels))
+def make_network(config: ModelConfig, context: StageContext) -> ModelBundle:
+    channels = context.train_set.in_channels
+    model = context.build(config, seed=0).to(context.device).eval()
+    return ModelBundle(model, context.architecture(config), Normalization((0.5,) * channels, (0.25,) * channels))
 
 
-def make_tasks(pair: Pair, teacher: Network, student: Network, setup: Setup) -> dict[str, Lesson]:
-    path = setup.run / "store.zarr"
+def make_tasks(
+    pair: Pair, teacher: ModelBundle, student: ModelBundle, context: StageContext
+) -> dict[str, TrainingTask]:
+    path = context.run / "store.zarr"
     config = StudentConfig(model=pair.student)
     kd, hint = KDConfig(loss="kd"), HintConfig(loss="hint", layers=(pair.hint,))
     at = ATConfig(loss="at", layers=(pair.hint,))
-    shapes = source_shapes(teacher.model, [Wanted(pair.hint[1])], setup.image_shape)
-    wanted = wanted_of([hint, at], student_shapes(config, [hint, at], setup), 0)
-    cache_teacher(CacheConfig(), path, teacher, [smallest(one, shapes[one.source]) for one in wanted], setup)
+    shapes = source_shapes(teacher.model, [FeatureSpec(pair.hint[1])], context.image_shape)
+    wanted = required_of([hint, at], student_shapes(config, [hint, at], context), 0)
+    cache_teacher(CacheConfig(), path, teacher, [smallest_feature(one, shapes[one.source]) for one in wanted], context)
     logits, statistic, features = (
-        build_lesson(student, open_teaching([path], losses, config, {}, setup), 0, setup)
+        build_task(student, open_distillation([path], losses, config, {}, context), 0, context)
         for losses in ([kd], [kd, at], [kd, hint])
     )
     return {
-        "alone": Lesson(setup.pictures, setup.views.num_views, student.normalise),
+        "alone": TrainingTask(context.loader, context.views.num_views, student.normalize),
         "logits": logits,
         "statistic": statistic,
         "features": features,
         "fixed": FixedTargets(
-            setup.pictures,
-            setup.views.num_views,
-            student.normalise,
+            context.loader,
+            context.views.num_views,
+            student.normalize,
             distillation=features.distillation,
             hard_label_weight=features.hard_label_weight,
             fixed=next(features.stream(0, pair.batch_size, epoch=0, step=0, epochs=1)).teachers,
         ),
         "live": TeacherInTheLoop(
-            setup.pictures,
-            setup.views.num_views,
-            student.normalise,
+            context.loader,
+            context.views.num_views,
+            student.normalize,
             distillation=logits.distillation,
             hard_label_weight=logits.hard_label_weight,
             teacher=teacher,
@@ -244,14 +248,14 @@ def make_tasks(pair: Pair, teacher: Network, student: Network, setup: Setup) -> 
     }
 
 
-def one_epoch(pair: Pair, student: Network, task: Lesson, setup: Setup, folder: Path) -> float:
+def one_epoch(pair: Pair, student: ModelBundle, task: TrainingTask, context: StageContext, folder: Path) -> float:
     folder.mkdir(parents=True)
     config = TrainConfig(epochs=1, batch_size=pair.batch_size, checkpoint_every_s=1e6)
     layers = student_layers(list(task.distillation.configs.values()) if task.distillation else [])
-    test = setup.test(student.normalise)
-    job = Job("benchmark", "epoch", student.model, task, test, config, 0, JobFolder(folder), layers)
+    test = context.test(student.normalize)
+    job = TrainJob("benchmark", "epoch", student.model, task, test, config, 0, JobDir(folder), layers)
     started = time.perf_counter()
-    train(job, setup.device, Watch())
+    train(job, context.device, RunMonitor())
     return time.perf_counter() - started
 
 

@@ -35,18 +35,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdpipe.stages.losses.base import Entry
-from kdpipe.stages.losses.inputs import Facts, Others, Said
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives
 from kdpipe.stages.losses.registry import LOSSES
-from kdpipe.stages.losses.schedules import Moment
+from kdpipe.stages.losses.schedules import TrainProgress
 from kdpipe.stages.models.build import ModelConfig, build_model
-from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.runtime.memory import keep_freed_memory
-from kdpipe.stages.targets.feature_spec import POOLED, Shape, Wanted, take_form
-from kdpipe.stages.targets.outputs import DenseOutputs
+from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape, compute_statistic
+from kdpipe.stages.targets.outputs import DenseTargets
 
 NUM_CLASSES, NUM_SAMPLES, VECTOR = 100, 50_000, (256,)
 MAPS = ((64, 8, 8), (256, 8, 8))
-MOMENT = Moment(epoch=100, epochs=240)
+MOMENT = TrainProgress(epoch=100, epochs=240)
 """After the warm-up of all losses, which does not change their cost."""
 
 Work = Callable[[], object]
@@ -104,14 +104,14 @@ class Student:
     def step(self) -> None:
         self._descend(F.cross_entropy(self.model(self.images), self.labels))
 
-    def step_with(self, loss: nn.Module, teacher: DenseOutputs) -> None:
+    def step_with(self, loss: nn.Module, teacher: DenseTargets) -> None:
         """Do a step with a loss on the gradient with respect to the pixels too."""
         images = self.images.detach().requires_grad_()
         logits = self.model(images)
         cross_entropy = F.cross_entropy(logits, self.labels, reduction="none")
         (gradient,) = torch.autograd.grad(cross_entropy.sum(), images, create_graph=True)
         ranks = torch.arange(len(images))
-        said = Said(Outputs(logits, {}), teacher, self.labels, ranks, MOMENT, input_gradient=gradient)
+        said = LossInputs(ModelOutput(logits, {}), teacher, self.labels, ranks, MOMENT, input_gradient=gradient)
         self._descend(cross_entropy.mean() + loss(said).mean())
 
     def _descend(self, loss: Tensor) -> None:
@@ -130,31 +130,31 @@ def cases(name: str, kind: type[Entry], student: Student) -> Iterator[Case]:
     elif not takes_layers:
         yield on_features(config, {}, f"{NUM_CLASSES}", len(student.images))
     else:
-        is_pooled = all(wanted.form == POOLED for wanted in config.wants({"student": MAPS[0]}))
+        is_pooled = all(wanted.form == POOLED for wanted in config.required_features({"student": MAPS[0]}))
         for shape in (VECTOR,) if is_pooled else MAPS:
             size = "x".join(map(str, shape))
             yield on_features(config, {"student": shape}, size, len(student.images))
 
 
 def through_the_network(config: Entry, student: Student) -> Case:
-    features = {one: take_form(one, torch.randn_like(student.images)) for one in config.wants({})}
+    features = {one: compute_statistic(one, torch.randn_like(student.images)) for one in config.required_features({})}
     delivered = {one: tuple(feature.shape[1:]) for one, feature in features.items()}
-    loss = config.build({}, delivered, Facts(NUM_SAMPLES, NUM_CLASSES))
-    work = partial(student.step_with, loss, DenseOutputs(torch.empty(0), features))
+    loss = config.build({}, delivered, DatasetInfo(NUM_SAMPLES, NUM_CLASSES))
+    work = partial(student.step_with, loss, DenseTargets(torch.empty(0), features))
     return Case(config.loss, "network", student.optimizer.zero_grad, work, [], replaces=True)
 
 
 def on_features(config: Entry, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:
     """Return a loss on random logits and features, with equal channels on both sides."""
-    wanted = dict(zip(config.wants(shapes), shapes.values(), strict=True))
-    features = {one: take_form(one, torch.randn(batch_size, *shape)) for one, shape in wanted.items()}
+    wanted = dict(zip(config.required_features(shapes), shapes.values(), strict=True))
+    features = {one: compute_statistic(one, torch.randn(batch_size, *shape)) for one, shape in wanted.items()}
     delivered = {one: tuple(feature.shape[1:]) for one, feature in features.items()}
-    loss = config.build(shapes, delivered, Facts(NUM_SAMPLES, NUM_CLASSES)).train()
+    loss = config.build(shapes, delivered, DatasetInfo(NUM_SAMPLES, NUM_CLASSES)).train()
     leaves = {layer: torch.randn(batch_size, *shape, requires_grad=True) for layer, shape in shapes.items()}
-    student = Outputs(torch.randn(batch_size, NUM_CLASSES, requires_grad=True), leaves)
-    teacher = DenseOutputs(torch.randn(batch_size, NUM_CLASSES), features)
+    student = ModelOutput(torch.randn(batch_size, NUM_CLASSES, requires_grad=True), leaves)
+    teacher = DenseTargets(torch.randn(batch_size, NUM_CLASSES), features)
     labels, ranks = torch.randint(NUM_CLASSES, (batch_size,)), torch.randperm(NUM_SAMPLES)[:batch_size]
-    said = Said(student, teacher, labels, ranks, MOMENT, others_of(config, wanted))
+    said = LossInputs(student, teacher, labels, ranks, MOMENT, others_of(config, wanted))
 
     def prepare() -> None:
         for tensor in (student.logits, *leaves.values(), *loss.parameters()):
@@ -168,12 +168,12 @@ def on_features(config: Entry, shapes: Mapping[str, Shape], size: str, batch_siz
     return Case(config.loss, size, prepare, work, [*inputs, *loss.parameters(), *loss.buffers()])
 
 
-def others_of(config: Entry, wanted: Mapping[Wanted, Shape]) -> Others | None:
-    if not config.num_others:
+def others_of(config: Entry, wanted: Mapping[FeatureSpec, Shape]) -> Negatives | None:
+    if not config.num_negatives:
         return None
-    count = config.num_others
-    features = {one: take_form(one, torch.randn(count, *shape)) for one, shape in wanted.items()}
-    return Others(features, torch.randint(NUM_CLASSES, (count,)), torch.randint(NUM_SAMPLES, (count,)))
+    count = config.num_negatives
+    features = {one: compute_statistic(one, torch.randn(count, *shape)) for one, shape in wanted.items()}
+    return Negatives(features, torch.randint(NUM_CLASSES, (count,)), torch.randint(NUM_SAMPLES, (count,)))
 
 
 def measure(case: Case, student: Student, num_rounds: int) -> list[float]:

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdpipe.stages.data.loader.sampling import epoch_order, slab_order
-from kdpipe.stages.targets.join import Source
+from kdpipe.stages.data.loader.sampling import epoch_order, shard_order
+from kdpipe.stages.targets.join import JoinedStore
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.store import (
     ArraySpec,
@@ -90,7 +90,7 @@ def read_in_process(mode: str, path: Path, memory_mib: int) -> dict[str, float]:
 def read(mode: str, path: Path, memory_bytes: int) -> dict[str, float]:
     """Gather one epoch in one mode."""
     store = open_store(path)
-    source = Source(store, torch.from_numpy(store.rows_of(store.samples.ids)), ())
+    source = JoinedStore(store, torch.from_numpy(store.rows_of(store.samples.ids)), ())
     config = {
         "memory": TargetLoadingConfig(memory_bytes=2**40),
         "mapped": TargetLoadingConfig(memory_bytes=0, mapped_bytes=2**40),
@@ -101,7 +101,7 @@ def read(mode: str, path: Path, memory_bytes: int) -> dict[str, float]:
     if targets.slabs is None:
         order = epoch_order(0, 0, store.num_samples)
     else:
-        order = slab_order(0, 0, targets.slabs, targets.window)
+        order = shard_order(0, 0, targets.slabs, targets.window)
     before = resident_bytes()
     started = time.perf_counter()
     for indices in order.split(BATCH_SIZE):
@@ -116,14 +116,14 @@ def resident_bytes() -> int:
 
 
 def print_mixing() -> None:
-    num_samples, batch_size, unit_rows = 50_000, 128, 1024
+    num_samples, batch_size, normalize_rows = 50_000, 128, 1024
     labels = torch.arange(num_samples) * 100 // num_samples
     mixed = torch.from_numpy(np.argsort(row_order(np.arange(num_samples), 0)))  # the row of each sample
     print("| rows of a store | slabs mixed at a time | variance over a full shuffle's |\n|---|---:|---:|")
     full = np.mean([variance(labels, epoch_order(0, epoch, num_samples), batch_size) for epoch in range(5)])
     for name, rows in (("in their mixed order", mixed), ("in the original order, by class", torch.arange(num_samples))):
         for window in (1, 4, 16):
-            orders = [slab_order(0, epoch, rows // unit_rows, window) for epoch in range(5)]
+            orders = [shard_order(0, epoch, rows // normalize_rows, window) for epoch in range(5)]
             ratio = np.mean([variance(labels, order, batch_size) for order in orders]) / full
             print(f"| {name} | {window} | {ratio:.2f} |")
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kdpipe.stages.training.job_dir import read_json
+from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store import open_store, store_bytes
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "fashion.toml"
@@ -52,7 +52,7 @@ def main() -> None:
         views = store.manifest.layout.units(range(changes["views.num_views"]))
         taken = store_bytes(store.manifest, views) / store.num_samples
         print(f"| {row} | {taken:,.0f} | {accuracy(run, 'alone')} | {accuracy(run, 'distilled')} |", flush=True)
-    teacher = read_json(runs / "store" / "teacher" / "result.json")
+    teacher = read_json_file(runs / "store" / "teacher" / "result.json")
     print(f"teacher {100 * teacher['accuracy']:.2f} %")
 
 
@@ -72,7 +72,7 @@ def kdpipe(command: str, run: Path, overrides: list[str]) -> None:
 
 
 def accuracy(run: Path, kind: str) -> str:
-    found = [read_json(path) for path in sorted((run / "students").glob(f"{kind}-seed*/result.json"))]
+    found = [read_json_file(path) for path in sorted((run / "students").glob(f"{kind}-seed*/result.json"))]
     percents = [100 * result["accuracy"] for result in found]
     return f"{statistics.mean(percents):.2f} ± {statistics.stdev(percents):.2f}"
 

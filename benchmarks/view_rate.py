@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.loader.image_loader import Pictures, Request
+from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.runtime.memory import keep_freed_memory
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.renderer import Renderer
@@ -69,13 +69,13 @@ def main() -> None:
 def tensor_engine(images: Tensor) -> Callable[[], Iterator[Tensor]]:
     labels, ids = torch.zeros(len(images), dtype=torch.int64), torch.arange(len(images))
     image_set = ImageSet("random", "train", images, labels, ids, ("0",))
-    loader = Pictures(image_set, torch.device("cpu"), Renderer(ViewsConfig(operations=OPERATIONS), 3, (32, 32)))
+    loader = ImageLoader(image_set, torch.device("cpu"), Renderer(ViewsConfig(operations=OPERATIONS), 3, (32, 32)))
     view = 0
 
     def epoch() -> Iterator[Tensor]:
         nonlocal view
         view += 1
-        requests = (Request(indices, view) for indices in torch.randperm(len(images)).split(BATCH_SIZE))
+        requests = (ViewRequest(indices, view) for indices in torch.randperm(len(images)).split(BATCH_SIZE))
         return map(attrgetter("images"), loader.stream(requests))
 
     return epoch

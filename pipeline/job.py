@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.recipe.load import Recipe
     from kdpipe.pipeline.run import Run
     from kdpipe.stages.compress.compress import Step
-    from kdpipe.stages.runtime.distributed import Processes
-    from kdpipe.stages.runtime.events import Event
-    from kdpipe.stages.runtime.launcher import Part
+    from kdpipe.stages.runtime.distributed import ProcessGroup
+    from kdpipe.stages.runtime.events import ProgressEvent
+    from kdpipe.stages.runtime.launcher import WorkShard
 
 DISTRIBUTED = ("train-teacher", "train-student", "compare")
 """Commands whose processes train on shares of one batch."""
@@ -45,11 +45,11 @@ def open_run(recipe: Path, options: CommonOptions) -> Iterator[Run]:
     with handle_signals(options.max_duration) as should_stop:
         from kdpipe.pipeline.run import Run
         from kdpipe.pipeline.terminal.progress import reporter
-        from kdpipe.stages.runtime.events import Watch
+        from kdpipe.stages.runtime.events import RunMonitor
 
         loaded, folder = _load(recipe, options)
         with reporter(options.as_json) as report:
-            run = Run(loaded, folder, Watch(report, should_stop), share=options.share)
+            run = Run(loaded, folder, RunMonitor(report, should_stop), share=options.share)
             run.set_up_machine()
             yield run
 
@@ -76,29 +76,36 @@ def run_job(
     # Signals first: a job stopped while torch loads must exit with 75 too.
     with guarded(), handle_signals(options.max_duration) as should_stop:
         from kdpipe.pipeline.run import Run
-        from kdpipe.stages.runtime.events import Watch
-        from kdpipe.stages.runtime.gpu.device import take_device
+        from kdpipe.stages.runtime.events import RunMonitor
+        from kdpipe.stages.runtime.gpu.device import select_device
         from kdpipe.store import exclusive, shared
 
         loaded, folder = _load(recipe, options)
         work, own_part = _work(command, count, only), _part(part) if command == "cache-teacher" else None
         # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
         fraction = loaded.gpu_memory_fraction
-        take_device(loaded.device, share=options.share, memory_fraction=fraction, warn=print_warning)
+        select_device(loaded.device, share=options.share, memory_fraction=fraction, warn=print_warning)
         # Several jobs may fill one store from one run folder; all other commands have the folder to themselves.
         lock = shared if command == "cache-teacher" else exclusive
-        with _process_group(command, should_stop) as processes, ExitStack() as locks:
-            processes.once(lambda: _lock(locks, lock(folder, folder / ".kdpipe.lock")))
-            watch = Watch(should_stop=should_stop)
-            run = Run(loaded, folder, watch, own_part or processes.part, share=options.share, processes=processes)
+        with _process_group(command, should_stop) as process_group, ExitStack() as locks:
+            process_group.once(lambda: _lock(locks, lock(folder, folder / ".kdpipe.lock")))
+            monitor = RunMonitor(should_stop=should_stop)
+            run = Run(
+                loaded,
+                folder,
+                monitor,
+                own_part or process_group.part,
+                share=options.share,
+                process_group=process_group,
+            )
             run.begin()
             with _recorded(run, command) as run:
                 with _with_progress(run, options) as shown:
-                    processes.check(shown.watch)
+                    process_group.check(shown.monitor)
                     with shown.phase(command):
                         results = work(shown)
                     shown.write_recipe()
-                if processes.first and (code := _print_results(command, run, results, options.as_json)):
+                if process_group.first and (code := _print_results(command, run, results, options.as_json)):
                     raise typer.Exit(code)
 
 
@@ -110,10 +117,10 @@ def _recorded(run: Run, command: str) -> Iterator[Run]:
     from kdpipe.pipeline.session.fingerprints import fingerprints
     from kdpipe.pipeline.session.run_record import session
 
-    rank = run.processes.rank if run.processes.count > 1 else None
+    rank = run.process_group.rank if run.process_group.count > 1 else None
     with event_log(run.folder, command, rank=rank) as log:
-        logged = replace(run, watch=replace(run.watch, report=log))
-        if not run.processes.first:
+        logged = replace(run, monitor=replace(run.monitor, report=log))
+        if not run.process_group.first:
             yield logged
             return
         with session(run.folder, command, recipe_json(run.recipe), argv=sys.argv[1:]) as record:
@@ -131,36 +138,36 @@ def _with_progress(run: Run, options: JobOptions) -> Iterator[Run]:
     from kdpipe.pipeline.terminal.progress import reporter
     from kdpipe.pipeline.terminal.reporter import to_all
 
-    if not run.processes.first:
-        yield replace(run, watch=replace(run.watch, report=to_all(_print_data_warning, run.watch.report)))
+    if not run.process_group.first:
+        yield replace(run, monitor=replace(run.monitor, report=to_all(_print_data_warning, run.monitor.report)))
         return
     with reporter(options.as_json) as show, scalars(run.folder) if options.tensorboard else nullcontext() as draw:
-        reporters = [report for report in (show, run.watch.report, draw) if report is not None]
-        yield replace(run, watch=replace(run.watch, report=to_all(*reporters)))
+        reporters = [report for report in (show, run.monitor.report, draw) if report is not None]
+        yield replace(run, monitor=replace(run.monitor, report=to_all(*reporters)))
 
 
 @contextmanager
-def _process_group(command: str, should_stop: Callable[[], bool]) -> Iterator[Processes]:
+def _process_group(command: str, should_stop: Callable[[], bool]) -> Iterator[ProcessGroup]:
     """Yield the processes that a launcher started for this command.
 
     In `cache-teacher` each computes its own part of the store; commands for one process refuse several.
     """
-    from kdpipe.stages.runtime.distributed import ONE, joined, require_one
+    from kdpipe.stages.runtime.distributed import SINGLE, init_distributed, require_single_process
 
     if command in DISTRIBUTED:
-        with joined(os.environ, should_stop) as processes:
-            yield processes
+        with init_distributed(os.environ, should_stop) as process_group:
+            yield process_group
         return
     if command != "cache-teacher":
-        require_one(os.environ, f"kdpipe {command}")
-    yield ONE
+        require_single_process(os.environ, f"kdpipe {command}")
+    yield SINGLE
 
 
 def _lock(locks: ExitStack, context: Any) -> None:
     locks.enter_context(context)
 
 
-def _print_data_warning(event: Event) -> None:
+def _print_data_warning(event: ProgressEvent) -> None:
     """Print the warnings about images that only this process, not the first, sees."""
     from kdpipe.stages.runtime.events import WARNING
 
@@ -189,11 +196,11 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.summary import print_summary
     from kdpipe.pipeline.report.command import tell_report
-    from kdpipe.pipeline.report.tradeoff import draw_trade
+    from kdpipe.pipeline.report.tradeoff import write_pareto_plot
     from kdpipe.pipeline.terminal.exit_codes import DONE
 
     if command in ("run", "compress"):
-        draw_trade(run.folder)
+        write_pareto_plot(run.folder)
     if command == "run":
         return tell_report([run.folder], as_json)
     if as_json:
@@ -207,7 +214,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     return DONE
 
 
-def _part(text: str | None) -> Part:
-    from kdpipe.stages.runtime.launcher import parse_part, part_from_environment
+def _part(text: str | None) -> WorkShard:
+    from kdpipe.stages.runtime.launcher import parse_shard, shard_from_env
 
-    return parse_part(text) if text is not None else part_from_environment(os.environ)
+    return parse_shard(text) if text is not None else shard_from_env(os.environ)

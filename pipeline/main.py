@@ -66,16 +66,16 @@ def _check_part(text: str | None) -> str | None:
     """Refuse an invalid --part before the run folder is touched."""
     if text is not None:
         from kdpipe.stages.errors import RecipeError
-        from kdpipe.stages.runtime.launcher import parse_part
+        from kdpipe.stages.runtime.launcher import parse_shard
 
         try:
-            parse_part(text[:40])
+            parse_shard(text[:40])
         except RecipeError as error:
             raise typer.BadParameter(str(error)) from None
     return text
 
 
-Part = Annotated[
+WorkShard = Annotated[
     str | None,
     typer.Option(
         "--part",
@@ -116,7 +116,7 @@ _add_job("train-teacher", "Train the teacher, or load its weights. The recipe de
 
 @app.command()
 @with_options
-def cache_teacher(recipe: RecipePath, options: JobOptions, *, part: Part = None, dry_run: DryRun = False) -> None:
+def cache_teacher(recipe: RecipePath, options: JobOptions, *, part: WorkShard = None, dry_run: DryRun = False) -> None:
     """Stage 1: cache the teacher's outputs. Stores its logits and features for every view."""
     if dry_run:
         _plan(recipe, options, with_probe=False)
@@ -252,12 +252,12 @@ def report(
     if html is not None and no_html:
         raise typer.BadParameter("--html and --no-html exclude each other.")
     with guarded():
-        from kdpipe.pipeline.report.command import page_place, tell_report, write_report
+        from kdpipe.pipeline.report.command import page_path, tell_report, write_html_report
 
-        page = page_place(runs, html) if html is not None or not (no_html or as_json) else None
+        page = page_path(runs, html) if html is not None or not (no_html or as_json) else None
         code = tell_report(runs, as_json)
         if page is not None:
-            write_report(runs, page)
+            write_html_report(runs, page)
         if code:
             raise typer.Exit(code)
 

@@ -81,7 +81,7 @@ def recipe_check(
                 print_checked(checked[-1])
         if as_json:
             print_json({"command": "recipe check", "recipes": [result.to_json() for result in checked]})
-        if not all(result.fine for result in checked):
+        if not all(result.ok for result in checked):
             raise typer.Exit(USAGE)
 
 

@@ -16,32 +16,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
-from kdpipe.stages.context import Setup, require_fitting_test_images, test_size
+from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
-from kdpipe.stages.data.loader.mix_partners import find_partners, population_of
-from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
 from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Entry
-from kdpipe.stages.losses.distillation import wanted_of
-from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.losses.distillation import required_of
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import num_threads
-from kdpipe.stages.runtime.distributed import ONE, Processes
-from kdpipe.stages.runtime.events import Watch
-from kdpipe.stages.runtime.gpu.device import take_device
-from kdpipe.stages.runtime.launcher import WHOLE, Part
+from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.gpu.device import select_device
+from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.runtime.memory import keep_freed_memory
-from kdpipe.stages.targets.feature_spec import Wanted, parse_wanted, source_shapes
-from kdpipe.stages.targets.open import on_this_machine
-from kdpipe.stages.targets.resolve import smallest
-from kdpipe.stages.train_student.preflight import rehearse_losses
-from kdpipe.stages.train_student.student import open_teaching
+from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
+from kdpipe.stages.targets.open import local_store_path
+from kdpipe.stages.targets.resolve import smallest_feature
+from kdpipe.stages.train_student.preflight import dry_run_losses
+from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.train_teacher import require_same_training, teacher_identity, untrained_teacher
-from kdpipe.stages.training.job_dir import write_json
+from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store import StoreError, is_url, make_folders, read_store_manifest
 
 
@@ -59,10 +59,10 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    watch: Watch
-    part: Part = WHOLE
+    monitor: RunMonitor
+    part: WorkShard = ALL
     share: bool = False
-    processes: Processes = ONE
+    process_group: ProcessGroup = SINGLE
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     def begin(self) -> None:
@@ -92,31 +92,31 @@ class Run:
     @cached_property
     def device(self) -> torch.device:
         """The reserved device of the recipe."""
-        warn, fraction = partial(self.watch.warn, "device"), self.recipe.gpu_memory_fraction
-        return take_device(self.recipe.device, share=self.share, memory_fraction=fraction, warn=warn)
+        warn, fraction = partial(self.monitor.warn, "device"), self.recipe.gpu_memory_fraction
+        return select_device(self.recipe.device, share=self.share, memory_fraction=fraction, warn=warn)
 
     def write_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
-        if self.processes.first:
-            write_json(self.folder / "recipe.json", recipe_json(self.recipe))
+        if self.process_group.first:
+            write_json_file(self.folder / "recipe.json", recipe_json(self.recipe))
 
     @cached_property
-    def setup(self) -> Setup:
+    def context(self) -> StageContext:
         """The shared context of all stages."""
         data = self.recipe.data
         train_set = self._load(data, "train")
-        alone = Setup(self.folder, train_set, train_set, self.recipe.views, self.device, self.watch)
-        setup = replace(
+        alone = StageContext(self.folder, train_set, train_set, self.recipe.views, self.device, self.monitor)
+        context = replace(
             alone,
-            test_set=self._load(data, "test", test_size(alone)),
+            test_set=self._load(data, "test", test_image_size(alone)),
             partners=self._partners(train_set),
             num_workers=data.num_workers,
             unreadable=data.unreadable,
             ask_teacher=self._ask_teacher,
-            processes=self.processes,
+            process_group=self.process_group,
         )
-        require_fitting_test_images(setup)
-        return setup
+        require_fitting_test_images(context)
+        return context
 
     def _ask_teacher(self) -> Tensor | None:
         """Return the teachers' logits of the test images; None while their stores are missing."""
@@ -126,7 +126,7 @@ class Run:
 
     @cached_property
     def _teacher_logits(self) -> Tensor | None:
-        return teacher_logits(self.stores, self.recipe.student.teachers, self.setup)
+        return teacher_logits(self.stores, self.recipe.student.teachers, self.context)
 
     def _load(
         self,
@@ -136,10 +136,10 @@ class Run:
         only: NDArray[np.int64] | None = None,
     ) -> ImageSet:
         """Load a split of the data set, or only the samples with the ids `only`; warn of every image left out."""
-        counter = self.watch.counter("data", f"scan the images of the {split} split", "image")
+        counter = self.monitor.counter("data", f"scan the images of the {split} split", "image")
         image_set = load_dataset(data, split, size=size, only=only, on_image=counter)
         for dropped in image_set.dropped:
-            self.watch.warn("data", f"sample {dropped.sample_id} is left out: {dropped.why}")
+            self.monitor.warn("data", f"sample {dropped.sample_id} is left out: {dropped.why}")
         return image_set
 
     def _partners(self, train_set: ImageSet) -> ImageSet | None:
@@ -150,15 +150,15 @@ class Run:
         places = [store for store in self.stores if is_url(store) or Path(store).exists()]
         if self.recipe.views.mix is None or not places:
             return None
-        path = on_this_machine(places[0], self.watch)
+        path = local_store_path(places[0], self.monitor)
         try:
-            population = population_of(path)
+            population = read_partner_pool(path)
         except StoreError:  # damaged: readers of the store report it, and `store repair` uses the data set as it is
             return None
         if np.array_equal(population.ids, np.sort(train_set.sample_ids.numpy())):
             return None
         whole = replace(self.recipe.data, num_train=None, classes=None)
-        return find_partners(population, self._load(whole, "train", only=population.ids), path)
+        return load_partner_pool(population, self._load(whole, "train", only=population.ids), path)
 
     @property
     def store(self) -> Path:
@@ -178,40 +178,42 @@ class Run:
 
     def check_losses(self) -> None:
         """Check that all losses fit student and teacher, before the teacher is trained."""
-        self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.setup))
+        self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context))
 
-    def required_features(self, teacher: Network) -> dict[Wanted, list[str]]:
+    def required_features(self, teacher: ModelBundle) -> dict[FeatureSpec, list[str]]:
         """Return the teacher features to cache, in the smallest sufficient form, each with the keys that require it.
 
         Raises:
             ModelError: If a layer does not exist; lists the nearest names.
         """
-        reasons: dict[Wanted, list[str]] = {parse_wanted(text): ["cache.layers"] for text in self.recipe.cache.layers}
+        reasons: dict[FeatureSpec, list[str]] = {
+            parse_feature(text): ["cache.layers"] for text in self.recipe.cache.layers
+        }
         if self.store not in self.stores:
             return reasons
         for where, losses in all_losses(self.recipe).items():
             if self.stores == [self.store]:
-                rehearse_losses(losses, self.recipe.student, teacher.model, self.setup, where=where)
-            shapes = student_shapes(self.recipe.student, losses, self.setup)
+                dry_run_losses(losses, self.recipe.student, teacher.model, self.context, where=where)
+            shapes = student_shapes(self.recipe.student, losses, self.context)
             for number, loss in enumerate(losses):
-                required = wanted_of([loss], shapes, self.stores.index(self.store))
-                available = source_shapes(teacher.model, required, self.setup.image_shape)
+                required = required_of([loss], shapes, self.stores.index(self.store))
+                available = source_shapes(teacher.model, required, self.context.image_shape)
                 for feature in required:
-                    smaller = smallest(feature, available[feature.source])
+                    smaller = smallest_feature(feature, available[feature.source])
                     reasons.setdefault(smaller, []).append(f"{where}.{number} ({loss.loss})")
         return reasons
 
     @cached_property
-    def distillation(self) -> Teaching:
+    def distillation(self) -> DistillationSpec:
         """The recipe's losses and stores, opened and checked."""
         return self.open_distillation(self.recipe.distill, self.recipe.student)
 
-    def open_distillation(self, losses: Sequence[Entry], student: StudentConfig) -> Teaching:
+    def open_distillation(self, losses: Sequence[Entry], student: StudentConfig) -> DistillationSpec:
         """Open the stores for these losses; the recipe's own store must contain the recipe's own teacher."""
         expected: dict[str, Any] = {}
         if self.stores == [self.store]:
-            require_same_training(self.recipe.teacher, self.recipe.seed, self.setup)
-            identity = teacher_identity(self.recipe.teacher, self.setup)
+            require_same_training(self.recipe.teacher, self.recipe.seed, self.context)
+            identity = teacher_identity(self.recipe.teacher, self.context)
             stored = read_store_manifest(self.store).identity.teacher
             expected["teacher"] = {"weights_sha256": stored.get("weights_sha256"), **identity}
-        return open_teaching(self.stores, losses, student, expected, self.setup)
+        return open_distillation(self.stores, losses, student, expected, self.context)

@@ -34,7 +34,7 @@ def _without_control(text: str) -> str:
     return text
 
 
-Place = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_control)]
+PathStr = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_control)]
 """A name, a path or a URL. NUL bytes are rejected here; open() would raise ValueError later."""
 
 
@@ -48,7 +48,7 @@ Count = Annotated[int, Field(ge=1, le=10**6)]
 """A number of batches, epochs or steps; values above 1,000,000 are rejected as typos."""
 
 
-def at_most(limit: float) -> AfterValidator:
+def max_value(limit: float) -> AfterValidator:
     """Return a validator that rejects numbers above `limit` as typos.
 
     Unlike Field(le=limit) it is not listed by `kdpipe losses`.
@@ -62,13 +62,13 @@ def at_most(limit: float) -> AfterValidator:
     return AfterValidator(check)
 
 
-def unequal(values: V) -> V:
+def unique(values: V) -> V:
     """Validate that a list has no duplicates; raises ValueError otherwise."""
     if len(set(values)) < len(values):
         raise ValueError("it has duplicates")
     return values
 
 
-def deciding(config: Any) -> Mapping[str, Any]:
+def config_fingerprint(config: Any) -> Mapping[str, Any]:
     """Return a config section as JSON, without the keys that cannot change a result."""
     return {key: value for key, value in asdict(config).items() if key != "checkpoint_every_s"}

@@ -11,23 +11,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.data.image_set import ImageSet, digest, normalisation, pixel_checksums, unequal_sizes_message
-from kdpipe.stages.data.loader.image_loader import Pictures
+from kdpipe.stages.data.image_set import ImageSet, digest, normalization, pixel_checksums, unequal_sizes_message
+from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.models.build import ModelConfig, architecture, build_model
-from kdpipe.stages.models.normalization import Normalisation
-from kdpipe.stages.runtime.distributed import ONE, Processes
-from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import Samples
 
-IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
-class Setup:
+class StageContext:
     """The context of a run's stages.
 
     Attributes:
@@ -44,12 +44,12 @@ class Setup:
     test_set: ImageSet
     views: ViewsConfig
     device: torch.device
-    watch: Watch
+    monitor: RunMonitor
     partners: ImageSet | None = None
     num_workers: int | None = None
     unreadable: Literal["stop", "drop"] = "stop"
     ask_teacher: Callable[[], Tensor | None] = lambda: None
-    processes: Processes = ONE
+    process_group: ProcessGroup = SINGLE
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -66,29 +66,29 @@ class Setup:
         return Renderer(self.views, train_set.in_channels, train_set.image_size, partners)
 
     @cached_property
-    def pictures(self) -> Pictures:
+    def loader(self) -> ImageLoader:
         """The training images in their views."""
-        return Pictures(
+        return ImageLoader(
             self.train_set, self.device, self.renderer, self.partners, self.num_workers, self._on_unreadable
         )
 
     @cached_property
-    def test_pictures(self) -> Pictures:
+    def test_loader(self) -> ImageLoader:
         """The test images, without views."""
-        return Pictures(self.test_set, self.device, num_workers=self.num_workers, on_failure=self._on_unreadable)
+        return ImageLoader(self.test_set, self.device, num_workers=self.num_workers, on_failure=self._on_unreadable)
 
-    def test(self, normalise: Normalisation) -> Evaluation:
+    def test(self, normalize: Normalization) -> Evaluation:
         """Return the evaluation on the test images for a model with this input scaling."""
-        warn = partial(self.watch.warn, "evaluate")
+        warn = partial(self.monitor.warn, "evaluate")
         # A single process must not stop while the others wait for it.
-        check = self.watch.check if self.processes.count == 1 else lambda: None
-        return Evaluation(self.test_pictures, normalise, self.ask_teacher(), warn, check)
+        check = self.monitor.check if self.process_group.count == 1 else lambda: None
+        return Evaluation(self.test_loader, normalize, self.ask_teacher(), warn, check)
 
     def _on_unreadable(self, sentence: str) -> None:
         """Raise DataError for an unreadable image, or drop it from its batch with a warning, as configured."""
         if self.unreadable == "stop":
             raise DataError(f"{sentence} (data.unreadable = 'drop' leaves such samples out)")
-        self.watch.warn("data", f"{sentence} It is left out of this epoch.")
+        self.monitor.warn("data", f"{sentence} It is left out of this epoch.")
 
     def architecture(self, config: ModelConfig) -> dict[str, Any]:
         """Return the record from which a network for these images and classes can be rebuilt."""
@@ -132,13 +132,13 @@ def samples_of(image_set: ImageSet) -> Samples:
     return Samples(image_set.sample_ids.numpy(), image_set.labels.numpy(), pixel_checksums(image_set))
 
 
-def test_size(setup: Setup) -> int | None:
+def test_image_size(context: StageContext) -> int | None:
     """Return the side to which test images are resized and cropped to match the views; None if they match already.
 
     Raises RecipeError if the views are not square.
     """
-    _, height, width = setup.image_shape
-    if setup.train_set.image_size == (height, width):
+    _, height, width = context.image_shape
+    if context.train_set.image_size == (height, width):
         return None
     if height != width:
         raise RecipeError(
@@ -148,27 +148,27 @@ def test_size(setup: Setup) -> int | None:
     return height
 
 
-def require_fitting_test_images(setup: Setup) -> None:
+def require_fitting_test_images(context: StageContext) -> None:
     """Raise RecipeError for impossible views, DataError if test images differ from views in size, or in classes."""
-    size, found = setup.image_shape[1:], setup.test_set.image_size
-    classes, others = setup.train_set.class_names, setup.test_set.class_names
+    size, found = context.image_shape[1:], context.test_set.image_size
+    classes, others = context.train_set.class_names, context.test_set.class_names
     if others != classes:
         raise DataError(
-            f"the test images of {setup.test_set.name} are of {len(others)} classes ({', '.join(others[:5])} ...), the "
+            f"the test images of {context.test_set.name} are of {len(others)} classes ({', '.join(others[:5])} ...), the "
             f"training images of {len(classes)} ({', '.join(classes[:5])} ...): give both the same, in the same order."
         )
     if found is None:
-        raise DataError(unequal_sizes_message(setup.test_set))
+        raise DataError(unequal_sizes_message(context.test_set))
     if found != size:
         raise DataError(
-            f"the test images of {setup.test_set.name} are of {found[0]} x {found[1]} pixels, the training views of "
+            f"the test images of {context.test_set.name} are of {found[0]} x {found[1]} pixels, the training views of "
             f"{size[0]} x {size[1]}: set data.image_size, or add an operation that gives that size."
         )
 
 
-def model_normalisation(
+def model_normalization(
     image_set: ImageSet, weights: str | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> Normalisation:
+) -> Normalization:
     """Return a model's input scaling: the recipe's, that of published weights, or the training images' statistics."""
     if (mean is None) != (std is None):
         raise RecipeError("a model's mean and std must be given together.")
@@ -178,12 +178,12 @@ def model_normalisation(
                 f"mean {list(mean)} and std {list(std)} do not fit images of {image_set.in_channels} channels: "
                 "one number a channel, std above 0."
             )
-        return Normalisation(mean, std)
+        return Normalization(mean, std)
     if weights == "published" and image_set.in_channels == 3:
         return IMAGENET
-    return Normalisation(*normalisation(image_set))
+    return Normalization(*normalization(image_set))
 
 
-def test_setup(setup: Setup) -> Setup:
+def test_context(context: StageContext) -> StageContext:
     """Return the context with the unaugmented test images in place of the training images and their views."""
-    return replace(setup, train_set=setup.test_set, views=ViewsConfig(num_views=1), partners=None)
+    return replace(context, train_set=context.test_set, views=ViewsConfig(num_views=1), partners=None)

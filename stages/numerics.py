@@ -13,7 +13,7 @@ def derive_seed(seed: int, *parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def widened(values: Tensor) -> Tensor:
+def to_float32(values: Tensor) -> Tensor:
     """Return the values in float32 or wider: half precision loses sums over maps and the tail of a softmax."""
     return values if values.dtype.itemsize >= 4 else values.float()
 
@@ -22,7 +22,7 @@ MIN_NORM = 1e-12
 """Rows up to this norm count as zero."""
 
 
-def unit_rows(rows: Tensor) -> Tensor:
+def normalize_rows(rows: Tensor) -> Tensor:
     """L2-normalize [..., D] along the last axis; zero rows stay zero, with a gradient of zero.
 
     `F.normalize` divides a zero row's gradient by its eps instead, which overflows half precision.

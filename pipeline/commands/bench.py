@@ -16,7 +16,7 @@ from kdpipe.pipeline.terminal.output import console, new_table, printable
 from kdpipe.pipeline.terminal.progress import reporter
 from kdpipe.stages.evaluation.latency import WARM_UP_ROUNDS, Latency, measure_latency
 from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
-from kdpipe.stages.runtime.events import Event
+from kdpipe.stages.runtime.events import ProgressEvent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,7 +113,7 @@ def _progress(total: int, as_json: bool) -> Iterator[Callable[[], None]]:
         def tick() -> None:
             nonlocal done
             done += 1
-            report(Event("bench", "latency", done, total, "round"))
+            report(ProgressEvent("bench", "latency", done, total, "round"))
 
         yield tick
         tick()

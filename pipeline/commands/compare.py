@@ -11,7 +11,7 @@ from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, try_dist
 from kdpipe.pipeline.terminal.output import console, new_table
 from kdpipe.stages.distillation.student_config import view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
-from kdpipe.stages.train_student.compare import ALONE, Way, measure_costs, student_of, train_way
+from kdpipe.stages.train_student.compare import ALONE, Variant, measure_costs, train_variant, with_overrides
 from kdpipe.stages.train_student.student import train_student
 
 
@@ -27,37 +27,37 @@ def run_compare(run: Run) -> dict[str, Any]:
     if run.store in run.stores:
         teacher = run_train_teacher(run)["teacher"]
         run_cache_teacher(run)
-        run.processes.wait()  # each has computed its part of the store
-    student, setup = run.recipe.student, run.setup
+        run.process_group.wait()  # each has computed its part of the store
+    student, context = run.recipe.student, run.context
     if warning := view_warning(run.recipe.views):
-        run.watch.warn("compare", warning)
-    variants = [Way(ALONE, student, None), *_variants(run)]
+        run.monitor.warn("compare", warning)
+    variants = [Variant(ALONE, student, None), *_variants(run)]
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     for seed in student.seeds:
-        results[ALONE].append(train_student(student, seed, None, setup))
+        results[ALONE].append(train_student(student, seed, None, context))
         for variant in variants[1:]:
             try:
-                results[variant.name].append(train_way(variant, seed, setup))
+                results[variant.name].append(train_variant(variant, seed, context))
             except NotFiniteError as error:  # the other variants go on
-                run.watch.warn("compare", str(error))
-    costs = measure_costs(variants, setup)
+                run.monitor.warn("compare", str(error))
+    costs = measure_costs(variants, context)
     rows = [_row(name, own, costs[name]) for name, own in results.items() if own]
     diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
     return {"teacher": teacher, "rows": rows, "num_diverged": diverged}
 
 
-def _variants(run: Run) -> list[Way]:
+def _variants(run: Run) -> list[Variant]:
     """Return the recipe's variants, each checked before any student is trained."""
     variants = []
     for name, entry in run.recipe.compare.items():
-        student = student_of(entry, run.recipe.student)
+        student = with_overrides(entry, run.recipe.student)
         try:
-            teaching = run.open_distillation(entry.distill, student) if entry.distill else None
-            if teaching is not None:
-                try_distillation(run, teaching, student)
+            spec = run.open_distillation(entry.distill, student) if entry.distill else None
+            if spec is not None:
+                try_distillation(run, spec, student)
         except RecipeError as error:
             raise RecipeError(f"compare.{name}: {error}") from error
-        variants.append(Way(name, student, teaching))
+        variants.append(Variant(name, student, spec))
     return variants
 
 

@@ -17,11 +17,11 @@ from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, try_distillation
 from kdpipe.pipeline.terminal.output import console, new_table
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
-from kdpipe.stages.distillation.task_builder import fresh_student
+from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.models.build import ModelConfig
-from kdpipe.stages.train_student.preflight import rehearse_losses
+from kdpipe.stages.train_student.preflight import dry_run_losses
 from kdpipe.stages.train_student.student import train_student
 from kdpipe.stages.train_teacher import TeacherConfig
 
@@ -65,8 +65,8 @@ def _check(run: Run, count: int) -> None:
         )
     run.check_losses()
     if count > 1:
-        model = fresh_student(student, student.seeds[0], run.setup).model
-        rehearse_losses(losses, student, model, run.setup, where="from generation 2 on, distill")
+        model = build_student(student, student.seeds[0], run.context).model
+        dry_run_losses(losses, student, model, run.context, where="from generation 2 on, distill")
 
 
 def next_recipe(recipe: Recipe, folder: Path) -> Recipe:
@@ -87,9 +87,9 @@ def _run_one(run: Run, number: int, *, with_alone: bool) -> dict[str, Any]:
     run_cache_teacher(run)
     student = run.recipe.student
     # The students alone of the first generation serve all: without a teacher, generations do not differ.
-    alone = [train_student(student, seed, None, run.setup) for seed in student.seeds] if with_alone else []
+    alone = [train_student(student, seed, None, run.context) for seed in student.seeds] if with_alone else []
     try_distillation(run, run.distillation, student)
-    distilled = [train_student(student, seed, run.distillation, run.setup) for seed in student.seeds]
+    distilled = [train_student(student, seed, run.distillation, run.context) for seed in student.seeds]
     return {"generation": number, "run": str(run.folder), "teacher": teacher, "alone": alone, "students": distilled}
 
 

@@ -14,7 +14,7 @@ from kdpipe.stages.losses.describe import (
     description_of,
     format_default,
 )
-from kdpipe.stages.losses.schedules import Ramp
+from kdpipe.stages.losses.schedules import Schedule
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,8 +65,8 @@ def print_loss(loss: Loss) -> None:
     if any("ramp" in key.type for key in loss.keys):
         console.print()
         console.print('A ramp is a table, such as { start = 0.0, end = 1.0, shape = "linear", epochs = [0, 10] }.')
-        _print_paragraphs(console, description_of(Ramp))
-        for name, text in attributes_of(Ramp).items():
+        _print_paragraphs(console, description_of(Schedule))
+        for name, text in attributes_of(Schedule).items():
             console.print(f"{name}: {text}")
 
 
@@ -88,9 +88,9 @@ def _limits(loss: Loss) -> Iterator[str]:
         yield "Needs a single label per sample: not for mixed samples."
     if loss.input_gradient:
         yield "Uses the input gradient of the student's cross entropy, at the cost of a second backward pass."
-    if loss.num_others:
-        read = ", whose features are read at every step by default" if loss.reads_others else ""
-        yield f"Contrasts each batch with {loss.num_others:,} other samples of the data set{read}."
+    if loss.num_negatives:
+        read = ", whose features are read at every step by default" if loss.reads_negatives else ""
+        yield f"Contrasts each batch with {loss.num_negatives:,} other samples of the data set{read}."
 
 
 def _needs(loss: Loss, between: str = "\n") -> str:
@@ -100,8 +100,8 @@ def _needs(loss: Loss, between: str = "\n") -> str:
         parts.append(f"{feature.text}{size}{'' if feature.of == 'any' else f' ({feature.of} maps)'}")
     if loss.whole_logits:
         parts[0] += " of all classes"
-    if loss.reads_others:
-        parts[-1] += f", also of {loss.num_others:,} other samples"
+    if loss.reads_negatives:
+        parts[-1] += f", also of {loss.num_negatives:,} other samples"
     return between.join(parts)
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kdpipe.pipeline.terminal.output import printable
-from kdpipe.stages.cache_teacher.preview import NUM_TOP, ShownViews
+from kdpipe.stages.cache_teacher.preview import NUM_TOP, ViewPreview
 from kdpipe.stages.errors import RecipeError
 from kdpipe.store import write_atomically
 
@@ -20,7 +20,7 @@ CELL, GAP, LINE, MARGIN = 128, 8, 12, 96
 MAX_LETTERS = 22
 
 
-def draw_grid(shown: ShownViews, path: Path) -> None:
+def draw_grid(shown: ViewPreview, path: Path) -> None:
     """Write the grid to `path`: one row for each sample, one column for each view.
 
     Raises:

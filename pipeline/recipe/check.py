@@ -33,11 +33,11 @@ class Checked:
     does: str | None = None
 
     @property
-    def fine(self) -> bool:
+    def ok(self) -> bool:
         return not self.faults
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "fine": self.fine}
+        return {**asdict(self), "fine": self.ok}
 
 
 def check_recipe(path: Path, overrides: Iterable[str], environ: Mapping[str, str]) -> Checked:
@@ -57,7 +57,7 @@ def check_recipe(path: Path, overrides: Iterable[str], environ: Mapping[str, str
 
 def print_checked(checked: Checked) -> None:
     """Print the result as text."""
-    if checked.fine:
+    if checked.ok:
         print(f"{one_line(checked.recipe)}: fine: {checked.does}")  # noqa: T201
     for line in (*checked.faults, *(f"  note: {note}" for note in checked.notes)):
         print(line)  # noqa: T201

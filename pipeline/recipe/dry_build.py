@@ -10,20 +10,20 @@ from typing import Any, TypeVar
 import torch
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, fault_of, faults_of_each
-from kdpipe.stages.compress.compress import rehearse
-from kdpipe.stages.context import Setup
+from kdpipe.stages.compress.compress import dry_run
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.sources.registry import KNOWN_NAMES, list_source
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.distillation.task_builder import fresh_student
+from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import DataError, ModelError, RecipeError, UnknownModelError
 from kdpipe.stages.losses.base import Entry
 from kdpipe.stages.models.build import PUBLISHED, build_model
-from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
-from kdpipe.stages.runtime.events import Watch
-from kdpipe.stages.targets.feature_spec import parse_wanted, source_shapes
-from kdpipe.stages.train_student.preflight import rehearse_losses
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.targets.feature_spec import parse_feature, source_shapes
+from kdpipe.stages.train_student.preflight import dry_run_losses
 from kdpipe.stages.train_teacher import TeacherConfig, untrained_teacher
 
 Config = TypeVar("Config", TeacherConfig, StudentConfig)
@@ -62,16 +62,16 @@ def dry_build(recipe: Recipe) -> DryBuild:
     recipe = replace(recipe, teacher=_without_weights(recipe.teacher), student=_without_weights(recipe.student))
     recipe = replace(recipe, compress=replace(recipe.compress, student=None))
     try:
-        setup = blank_setup(recipe)
+        context = blank_setup(recipe)
     except (RecipeError, DataError) as error:
         return DryBuild((str(error),))
-    if setup is None:
+    if context is None:
         note = f"only names are checked: the size of the images is unknown until {recipe.data.name} is read."
         return DryBuild(tuple(_faults_of_names(recipe)), (note,))
-    return DryBuild(tuple(dict.fromkeys(_faults(recipe, setup))))
+    return DryBuild(tuple(dict.fromkeys(_faults(recipe, context))))
 
 
-def blank_setup(recipe: Recipe) -> Setup | None:
+def blank_setup(recipe: Recipe) -> StageContext | None:
     """Return blank images in the shape of the recipe's data and views; None if only the data has their size.
 
     Raises:
@@ -89,12 +89,12 @@ def blank_setup(recipe: Recipe) -> Setup | None:
         shapes = [_blank(recipe, num_classes, channels, each).image_shape for each in SIDES]
         if shapes[0] != shapes[1]:
             return None
-    setup = _blank(recipe, num_classes, channels, side or SIDES[0])
-    assert setup.image_shape  # raises if the views cannot be applied
-    return setup
+    context = _blank(recipe, num_classes, channels, side or SIDES[0])
+    assert context.image_shape  # raises if the views cannot be applied
+    return context
 
 
-def _blank(recipe: Recipe, num_classes: int, channels: int, side: int) -> Setup:
+def _blank(recipe: Recipe, num_classes: int, channels: int, side: int) -> StageContext:
     """Return a white and a black image of each class: the std of equal images would be 0."""
     num_images = 2 * num_classes
     images = torch.zeros(num_images, channels, side, side, dtype=torch.uint8)
@@ -102,26 +102,26 @@ def _blank(recipe: Recipe, num_classes: int, channels: int, side: int) -> Setup:
     names = tuple(str(number) for number in range(num_classes))
     ids = torch.arange(num_images)
     blank = ImageSet(recipe.data.name, "train", images, ids % num_classes, ids, names)
-    return Setup(Path(), blank, blank, recipe.views, torch.device("cpu"), Watch())
+    return StageContext(Path(), blank, blank, recipe.views, torch.device("cpu"), RunMonitor())
 
 
-def _faults(recipe: Recipe, setup: Setup) -> Iterator[str]:
+def _faults(recipe: Recipe, context: StageContext) -> Iterator[str]:
     """Yield what a run would refuse before it trains: teacher, student, cache, losses and compression."""
-    teacher = _built(untrained_teacher, recipe.teacher, recipe.seed, setup)
-    student = _built(fresh_student, recipe.student, recipe.student.seeds[0], setup)
+    teacher = _built(untrained_teacher, recipe.teacher, recipe.seed, context)
+    student = _built(build_student, recipe.student, recipe.student.seeds[0], context)
     for role, built in (("teacher", teacher), ("student", student)):
         if isinstance(built, str):
             yield f"{role}: {built}"
-    if isinstance(teacher, Network):
-        yield from _faults_of_cache(recipe, teacher, setup)
-    if isinstance(teacher, Network) and isinstance(student, Network):
-        yield from _faults_of_losses(recipe, teacher, setup)
-    if isinstance(student, Network) and recipe.compress.steps:
-        fault = fault_of(rehearse, recipe.compress, recipe.student, setup)
+    if isinstance(teacher, ModelBundle):
+        yield from _faults_of_cache(recipe, teacher, context)
+    if isinstance(teacher, ModelBundle) and isinstance(student, ModelBundle):
+        yield from _faults_of_losses(recipe, teacher, context)
+    if isinstance(student, ModelBundle) and recipe.compress.steps:
+        fault = fault_of(dry_run, recipe.compress, recipe.student, context)
         yield from [f"compress: {fault}"] if fault else []
 
 
-def _built(build: Callable[..., Network], *arguments: Any) -> Network | str:
+def _built(build: Callable[..., ModelBundle], *arguments: Any) -> ModelBundle | str:
     """Return the network, or the reason why it cannot be built."""
     try:
         return build(*arguments)
@@ -129,19 +129,19 @@ def _built(build: Callable[..., Network], *arguments: Any) -> Network | str:
         return str(error)
 
 
-def _faults_of_cache(recipe: Recipe, teacher: Network, setup: Setup) -> Iterator[str]:
+def _faults_of_cache(recipe: Recipe, teacher: ModelBundle, context: StageContext) -> Iterator[str]:
     for number, text in enumerate(recipe.cache.layers):
         try:
-            source_shapes(teacher.model, [parse_wanted(text)], setup.image_shape)
+            source_shapes(teacher.model, [parse_feature(text)], context.image_shape)
         except (ModelError, RecipeError) as error:
             yield f"cache.layers.{number}: {error}"
 
 
-def _faults_of_losses(recipe: Recipe, teacher: Network, setup: Setup) -> Iterator[str]:
+def _faults_of_losses(recipe: Recipe, teacher: ModelBundle, context: StageContext) -> Iterator[str]:
     for where, losses in all_losses(recipe).items():
 
         def try_losses(some: Sequence[Entry], where: str = where) -> None:
-            rehearse_losses(some, recipe.student, teacher.model, setup, where=where)
+            dry_run_losses(some, recipe.student, teacher.model, context, where=where)
 
         alone = list(faults_of_each(losses, where, try_losses))
         together = None if alone else fault_of(try_losses, losses)

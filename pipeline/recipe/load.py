@@ -22,10 +22,10 @@ from kdpipe.stages.distillation.compatibility import check_losses
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import ModelError, RecipeError, RunError
 from kdpipe.stages.losses.base import Entry
-from kdpipe.stages.losses.registry import LossConfig
-from kdpipe.stages.train_student.compare import CompareEntry, WayName
+from kdpipe.stages.losses.registry import AnyLossConfig
+from kdpipe.stages.train_student.compare import CompareEntry, VariantName
 from kdpipe.stages.train_teacher import TeacherConfig
-from kdpipe.stages.training.job_dir import read_json
+from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.renderer import check_views
 
@@ -56,8 +56,8 @@ class Recipe:
     teacher: TeacherConfig
     cache: CacheConfig = Field(default_factory=CacheConfig)
     student: StudentConfig
-    distill: tuple[LossConfig, ...] = ()
-    compare: dict[WayName, CompareEntry] = Field(default_factory=dict)
+    distill: tuple[AnyLossConfig, ...] = ()
+    compare: dict[VariantName, CompareEntry] = Field(default_factory=dict)
     compress: CompressConfig = Field(default_factory=CompressConfig)
 
 
@@ -144,7 +144,7 @@ def all_losses(recipe: Recipe) -> dict[str, Sequence[Entry]]:
 
 def read_run_recipe(run: Path) -> Recipe | None:
     """Return the resolved recipe of a run folder; None if there is none. Raises RunError if it is not a recipe."""
-    record = read_json(run / "recipe.json")
+    record = read_json_file(run / "recipe.json")
     try:
         return None if record is None else parse_recipe(record, str(run / "recipe.json"))
     except RecipeError as error:

@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from kdpipe.pipeline.recipe.defaults import defaults_for
 from kdpipe.pipeline.recipe.dry_build import KINDS, NUM_CLASSES, SHAPES
 from kdpipe.pipeline.recipe.template import FEATURE_LOSSES, OFFERED_LOSSES, TRAINED_HERE, Answers
-from kdpipe.stages.config import Place
+from kdpipe.stages.config import PathStr
 from kdpipe.stages.data.sources.registry import KNOWN_NAMES
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, TORCHVISION, ModelConfig, build_model, list_models
@@ -60,7 +60,7 @@ def _typed(kind: Any) -> Parser:
     return parse
 
 
-_path = _typed(Place)
+_path = _typed(PathStr)
 
 
 def _data(text: str, answers: Answers) -> str:

@@ -27,7 +27,7 @@ def tell_report(runs: Sequence[Path], as_json: bool) -> int:
     return DONE_IN_PART if any(report.missing for report in reports) else DONE
 
 
-def page_place(runs: Sequence[Path], file: Path | None) -> Path:
+def page_path(runs: Sequence[Path], file: Path | None) -> Path:
     """Return the page's path: `file`, or report.html in the only run's folder, or in the current one.
 
     Raises:
@@ -39,7 +39,7 @@ def page_place(runs: Sequence[Path], file: Path | None) -> Path:
     return place
 
 
-def write_report(runs: Sequence[Path], file: Path) -> None:
+def write_html_report(runs: Sequence[Path], file: Path) -> None:
     """Write the HTML page of the runs to `file`."""
     from kdpipe.pipeline.report.html.write import write_page
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Place:
+class NetworkEntry:
     """One network over its seeds. kind: its name in paths; timed_as: the kind whose file takes the same time."""
 
     name: str
@@ -24,7 +24,7 @@ def compressed_folder(recipe: Mapping[str, Any], run: Path) -> Path:
     return run / ("compressed" if given is None else f"compressed-{Path(given).stem}")
 
 
-def places_of(recipe: Mapping[str, Any], run: Path) -> list[Place]:
+def network_entries(recipe: Mapping[str, Any], run: Path) -> list[NetworkEntry]:
     """Return the networks that a resolved recipe makes, in the order of the tables.
 
     Raises:
@@ -36,14 +36,14 @@ def places_of(recipe: Mapping[str, Any], run: Path) -> list[Place]:
     def students(kind: str) -> list[Path]:
         return [run / "students" / f"{kind}-seed{seed}" for seed in seeds]
 
-    places = [Place("teacher", "teacher", [run / "teacher"], "teacher")]
+    places = [NetworkEntry("teacher", "teacher", [run / "teacher"], "teacher")]
     if given is None:
-        places.append(Place("student alone", "alone", students("alone"), "student"))
-        places.append(Place("student distilled", "student", students("distilled"), "student"))
+        places.append(NetworkEntry("student alone", "alone", students("alone"), "student"))
+        places.append(NetworkEntry("student distilled", "student", students("distilled"), "student"))
     else:
-        places.append(Place("student given", "student", [root / "given"], "student"))
+        places.append(NetworkEntry("student given", "student", [root / "given"], "student"))
     for name, kind, timed_as in _compressed(recipe["compress"]):
-        places.append(Place(name, kind, [root / f"{kind}-seed{seed}" for seed in seeds], timed_as))
+        places.append(NetworkEntry(name, kind, [root / f"{kind}-seed{seed}" for seed in seeds], timed_as))
     return places
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from kdpipe.pipeline.report.networks import Place, compressed_folder, places_of
+from kdpipe.pipeline.report.networks import NetworkEntry, compressed_folder, network_entries
 from kdpipe.pipeline.report.quality import mean_and_std, read_quality
 from kdpipe.pipeline.report.rows import Report, Row, recovered_accuracy
 from kdpipe.pipeline.report.tables import Table, report_tables
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
 from kdpipe.stages.errors import RunError
-from kdpipe.stages.training.job_dir import JobFolder, read_json
+from kdpipe.stages.training.job_dir import JobDir, read_json_file
 
 MAX_NAME = 200
 """Letters of a recipe's name that are shown."""
@@ -26,7 +26,7 @@ def read_report(run: Path) -> Report:
     Raises:
         RunError: If `run` is not a run folder, or its results are damaged.
     """
-    recipe = read_json(run / "recipe.json")
+    recipe = read_json_file(run / "recipe.json")
     if recipe is None:
         raise RunError(f"{run} is not a run folder: it has no recipe.json. Pass the folder that `kdpipe run` prints.")
     if (run / "generation1").is_dir():
@@ -35,7 +35,7 @@ def read_report(run: Path) -> Report:
             f"as {run / 'generation1'}."
         )
     try:
-        places, name, seeds = places_of(recipe, run), _name(recipe), recipe["student"]["seeds"]
+        places, name, seeds = network_entries(recipe, run), _name(recipe), recipe["student"]["seeds"]
         root = compressed_folder(recipe, run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{run / 'recipe.json'} is not a recipe of a kdpipe run ({error!r}).") from error
@@ -43,7 +43,7 @@ def read_report(run: Path) -> Report:
     rows: list[Row] = []
     missing = []
     for place in places:
-        results = {job: result for job in place.jobs if (result := JobFolder(job).result()) is not None}
+        results = {job: result for job in place.jobs if (result := JobDir(job).result()) is not None}
         num_missing = len(place.jobs) - len(results)
         missing += [f"{place.name} ({num_missing} of {len(place.jobs)})"] if num_missing else []
         rows += [_row(place, results, rows, latency)] if results else []
@@ -60,7 +60,7 @@ def _name(recipe: Mapping[str, Any]) -> str:
 
 
 def _row(
-    place: Place, results: Mapping[Path, Mapping[str, Any]], before: Sequence[Row], latency: Latencies | None
+    place: NetworkEntry, results: Mapping[Path, Mapping[str, Any]], before: Sequence[Row], latency: Latencies | None
 ) -> Row:
     accuracy_mean, accuracy_std = mean_and_std([100 * result["accuracy"] for result in results.values()])
     first = next(iter(results.values()))

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 from kdpipe.pipeline.report.networks import compressed_folder
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
-from kdpipe.stages.training.job_dir import read_json
+from kdpipe.stages.training.job_dir import read_json_file
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.report.pareto_svg import Point
 
 
-def draw_trade(run: Path) -> None:
+def write_pareto_plot(run: Path) -> None:
     """Write pareto.svg into the folder of the compressed students, once latencies were measured."""
-    report, recipe = read_report(run), read_json(run / "recipe.json") or {}
+    report, recipe = read_report(run), read_json_file(run / "recipe.json") or {}
     root = compressed_folder(recipe, run)
     if report.latency is None or not root.is_dir():
         return
     from kdpipe.pipeline.report.pareto_svg import write_pareto
 
-    write_pareto(trade_points(report), root / "pareto.svg", title=trade_title(report))
+    write_pareto(tradeoff_points(report), root / "pareto.svg", title=tradeoff_title(report))
 
 
-def trade_points(report: Report) -> list[Point]:
+def tradeoff_points(report: Report) -> list[Point]:
     """Return the networks that have a file, without the hard-label baselines."""
     from kdpipe.pipeline.report.pareto_svg import Point
 
@@ -38,7 +38,7 @@ def trade_points(report: Report) -> list[Point]:
     ]
 
 
-def trade_title(report: Report) -> str:
+def tradeoff_title(report: Report) -> str:
     if report.latency is None:
         return f"{report.recipe}: accuracy and size"
     return f"{report.recipe}: accuracy, size and latency (batch of {report.latency.batch_sizes[-1]})"

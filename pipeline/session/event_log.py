@@ -17,7 +17,7 @@ from pathlib import Path
 from kdpipe.pipeline.terminal.exit_codes import process_exit_code
 from kdpipe.pipeline.terminal.output import print_warning
 from kdpipe.pipeline.terminal.reporter import Throttle, json_text, utc_now
-from kdpipe.stages.runtime.events import WARNING, Event
+from kdpipe.stages.runtime.events import WARNING, ProgressEvent
 from kdpipe.store.fs.lock import JOB_ID_VARIABLES
 
 EVENTS = "events.jsonl"
@@ -45,7 +45,7 @@ class EventLog:
         self._descriptor: int | None = None
         self._has_warned = self._has_ended = False
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: ProgressEvent) -> None:
         if self._throttle.allow(event) or event.metrics:
             kind = "warning" if event.unit == WARNING else "progress"
             self._write({"kind": kind, **vars(event), "metrics": dict(event.metrics)})

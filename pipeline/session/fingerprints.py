@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.run import Run
-from kdpipe.stages.training.job_dir import JobFolder, read_json
+from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.store import KdpipeError, is_url, read_store_manifest
 
 
@@ -27,7 +27,7 @@ def fingerprints(run: Run) -> dict[str, str]:
 
 def _weights(job: Path) -> str | None:
     try:
-        identity: Any = (read_json(JobFolder(job).path / "result.json") or {}).get("identity")
+        identity: Any = (read_json_file(JobDir(job).path / "result.json") or {}).get("identity")
     except KdpipeError:
         return None
     sha256 = identity.get("weights_sha256") if isinstance(identity, dict) else None

@@ -14,7 +14,7 @@ from typing import Any
 
 from kdpipe.pipeline.terminal.output import print_warning
 from kdpipe.pipeline.terminal.reporter import Reporter
-from kdpipe.stages.runtime.events import Event
+from kdpipe.stages.runtime.events import ProgressEvent
 
 FOLDER = "tensorboard"
 TAGS = {"accuracy": "test/accuracy", "cross_entropy": "test/cross_entropy", "lr": "lr", "wall_s": "epoch_wall_s"}
@@ -49,7 +49,7 @@ class _Boards:
         self._writers: dict[str, Any] = {}
         self._has_failed = False
 
-    def report(self, event: Event) -> None:
+    def report(self, event: ProgressEvent) -> None:
         epoch = event.metrics.get("epoch")
         if not isinstance(epoch, int) or self._has_failed:
             return

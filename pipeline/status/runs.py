@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from kdpipe.pipeline.report.networks import Place, places_of
+from kdpipe.pipeline.report.networks import NetworkEntry, network_entries
 from kdpipe.pipeline.status.events import RunProgress, progress_of, read_events
 from kdpipe.pipeline.status.files import Budget, Measure, fraction, lock_holder, number, text
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
@@ -129,18 +129,18 @@ def _state(folder: Path, progress: RunProgress | None, now: float) -> tuple[str,
     return "killed", f"was pid {progress.pid} on {progress.host}"
 
 
-def _networks(recipe: Mapping[str, Any], folder: Path) -> list[Place]:
+def _networks(recipe: Mapping[str, Any], folder: Path) -> list[NetworkEntry]:
     """Return the networks that a recipe makes; none if it is invalid, or its names would lead elsewhere."""
     try:
         seeds, kind = recipe["student"]["seeds"], _scheme(recipe)
         is_valid = kind.isalnum() and len(seeds) <= MAX_SEEDS and None not in [number(seed) for seed in seeds]
-        return places_of(recipe, folder) if is_valid else []
+        return network_entries(recipe, folder) if is_valid else []
     except (KeyError, TypeError, AttributeError, ValueError):
         return []
 
 
 def _accuracies(
-    networks: list[Place], recipe: Mapping[str, Any], folder: Path, budget: Budget
+    networks: list[NetworkEntry], recipe: Mapping[str, Any], folder: Path, budget: Budget
 ) -> Iterator[tuple[str, float]]:
     """Yield the mean test accuracy in percent of the main networks, and of the best variant of `kdpipe compare`."""
     by_kind = {network.kind: network for network in networks}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kdpipe.pipeline.terminal.output import Verbosity, console, printable, verbosity
 from kdpipe.pipeline.terminal.rate import Rate, RateTracker, count_text, duration_text, rate_text
 from kdpipe.pipeline.terminal.reporter import Reporter, Throttle, is_last, json_text, utc_now
-from kdpipe.stages.runtime.events import WARNING, Event
+from kdpipe.stages.runtime.events import WARNING, ProgressEvent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,10 +47,10 @@ def _is_interactive() -> bool:
         return False
 
 
-def _line_reporter(text: Callable[[Event, Rate], str]) -> Reporter:
+def _line_reporter(text: Callable[[ProgressEvent, Rate], str]) -> Reporter:
     throttle, rates = Throttle(LINE_EVERY_S), RateTracker()
 
-    def report(event: Event) -> None:
+    def report(event: ProgressEvent) -> None:
         if event.unit != WARNING and verbosity() == Verbosity.QUIET:
             return
         rate = Rate.start(1, 1, time.monotonic()) if event.unit == WARNING else rates.update(event)
@@ -61,7 +61,7 @@ def _line_reporter(text: Callable[[Event, Rate], str]) -> Reporter:
     return report
 
 
-def plain_line(event: Event, rate: Rate) -> str:
+def plain_line(event: ProgressEvent, rate: Rate) -> str:
     """Return a line such as "train-student: distilled student, seed 0: step 120/3000 (4 %), 85 steps/s, 34 s left"."""
     if event.unit == WARNING:
         return f"kdpipe: warning: {event.job}"
@@ -70,7 +70,7 @@ def plain_line(event: Event, rate: Rate) -> str:
     return ", ".join([position, *_speed(event, rate), *_metrics(event)])
 
 
-def json_event(event: Event, rate: Rate) -> str:
+def json_event(event: ProgressEvent, rate: Rate) -> str:
     """Return the event as one line of JSON, with the time, the rate and the remaining time."""
     per_s, left_s = rate.per_s(), rate.eta_s(rate.updated_at)
     timing: dict[str, Any] = {
@@ -80,7 +80,7 @@ def json_event(event: Event, rate: Rate) -> str:
     return json_text({"time": utc_now(), **asdict(event), **timing})
 
 
-def _done_line(event: Event, rate: Rate) -> str:
+def _done_line(event: ProgressEvent, rate: Rate) -> str:
     """Return a line such as "distilled student, seed 0: 3,000 steps in 35 s, test accuracy 98.12 %"."""
     took = count_text(event.total, event.unit)
     if rate.elapsed_s:
@@ -89,7 +89,7 @@ def _done_line(event: Event, rate: Rate) -> str:
     return ", ".join([f"{event.job}: {took}", *_metrics(event)])
 
 
-def _speed(event: Event, rate: Rate) -> list[str]:
+def _speed(event: ProgressEvent, rate: Rate) -> list[str]:
     text = rate_text(rate.per_s(), event.unit)
     if is_last(event):
         return [f"in {duration_text(rate.elapsed_s)} at {text}"] if text else []
@@ -97,7 +97,7 @@ def _speed(event: Event, rate: Rate) -> list[str]:
     return [text, f"{duration_text(left_s)} left"] if text and left_s is not None else []
 
 
-def _metrics(event: Event) -> list[str]:
+def _metrics(event: ProgressEvent) -> list[str]:
     """Return the accuracy and the loss of an epoch, which come with its last step."""
     accuracy, losses = event.metrics.get("accuracy"), event.metrics.get("losses")
     shown = [f"test accuracy {100 * accuracy:.2f} %"] if isinstance(accuracy, int | float) else []
@@ -129,9 +129,9 @@ class Bars:
             refresh_per_second=5,
         )
         self._rates = RateTracker()
-        self._jobs: dict[tuple[str, str], tuple[TaskID, Event, Rate]] = {}
+        self._jobs: dict[tuple[str, str], tuple[TaskID, ProgressEvent, Rate]] = {}
 
-    def report(self, event: Event) -> None:
+    def report(self, event: ProgressEvent) -> None:
         """Draw, print or finish the job of the event."""
         if event.unit == WARNING:
             self._print(plain_line(event, Rate.start(1, 1, time.monotonic())))
@@ -169,7 +169,7 @@ class Bars:
 def _bar_reporter() -> Iterator[Reporter]:
     bars = Bars(console(sys.stderr))
 
-    def report(event: Event) -> None:
+    def report(event: ProgressEvent) -> None:
         with suppress(OSError, ValueError):
             bars.report(event)
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from kdpipe.pipeline.terminal.reporter import is_last
-from kdpipe.stages.runtime.events import Event
+from kdpipe.stages.runtime.events import ProgressEvent
 
 SMOOTHING_S = 30.0
 """Time constant of the exponential average of the rate."""
@@ -70,7 +70,7 @@ class RateTracker:
     def __init__(self) -> None:
         self._rates: dict[tuple[str, str], Rate] = {}
 
-    def update(self, event: Event) -> Rate:
+    def update(self, event: ProgressEvent) -> Rate:
         """Return the rate of the event's job, this event included."""
         now, key = time.monotonic(), (event.stage, event.job)
         rate = self._rates.get(key)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from kdpipe.stages.runtime.events import WARNING, Event
+from kdpipe.stages.runtime.events import WARNING, ProgressEvent
 
-Reporter = Callable[[Event], None]
+Reporter = Callable[[ProgressEvent], None]
 
 
-def is_last(event: Event) -> bool:
+def is_last(event: ProgressEvent) -> bool:
     """Return whether a job is finished: training reports its last step again, with the metrics of the epoch."""
     return event.step == event.total and (bool(event.metrics) or event.unit != "step")
 
@@ -22,7 +22,7 @@ def is_last(event: Event) -> bool:
 def to_all(*reporters: Reporter) -> Reporter:
     """Return one reporter that passes each event to several."""
 
-    def report(event: Event) -> None:
+    def report(event: ProgressEvent) -> None:
         for reporter in reporters:
             reporter(event)
 
@@ -36,7 +36,7 @@ class Throttle:
         self._every_s = every_s
         self._last_allowed: dict[tuple[str, str], float] = {}
 
-    def allow(self, event: Event) -> bool:
+    def allow(self, event: ProgressEvent) -> bool:
         """Return whether to show the event."""
         if event.unit == WARNING:
             return True

@@ -21,15 +21,15 @@ from kdpipe.stages.cache_teacher.plan import (
     require_room,
     samples_in_row_order,
 )
-from kdpipe.stages.context import Setup
-from kdpipe.stages.data.loader.image_loader import Request
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.errors import RunError, StoppedEarly
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.models.hooks import Tap, tapped
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.hooks import FeatureExtractor, extract_features
 from kdpipe.stages.runtime.background_worker import BackgroundWorker
-from kdpipe.stages.runtime.events import Event
-from kdpipe.stages.runtime.launcher import WHOLE, Part
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.runtime.events import ProgressEvent
+from kdpipe.stages.runtime.launcher import ALL, WorkShard
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import (
     Claim,
     LockedError,
@@ -68,13 +68,19 @@ class CacheJob:
     config: CacheConfig
     path: Path
     manifest: Manifest
-    teacher: Network
+    teacher: ModelBundle
     positions: Tensor
-    setup: Setup
+    context: StageContext
 
 
 def cache_teacher(
-    config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup, *, part: Part = WHOLE
+    config: CacheConfig,
+    path: Path,
+    teacher: ModelBundle,
+    layers: Sequence[FeatureSpec],
+    context: StageContext,
+    *,
+    part: WorkShard = ALL,
 ) -> dict[str, Any]:
     """Fill `part` of the store at `path` with the teacher's logits and features, for every view.
 
@@ -91,25 +97,31 @@ def cache_teacher(
         LockedError: Another job computes the remaining units; the message names it.
         StoppedEarly: The stop flag was set; all computed units are committed.
     """
-    samples = samples_in_row_order(setup)
-    wanted = plan_store(config, teacher, layers, samples, setup)
+    samples = samples_in_row_order(context)
+    wanted = plan_store(config, teacher, layers, samples, context)
     require_room(path, missing_bytes(path, wanted, samples))
     manifest = ensure_store(path, wanted, samples)
     units = part.of(manifest.layout.units())
     return {
-        **complete_units(config, path, manifest, units, teacher=teacher, setup=setup),
+        **complete_units(config, path, manifest, units, teacher=teacher, context=context),
         "part": str(part) if part.count > 1 else None,
     }
 
 
 def complete_units(
-    config: CacheConfig, path: Path, manifest: Manifest, units: Sequence[Unit], *, teacher: Network, setup: Setup
+    config: CacheConfig,
+    path: Path,
+    manifest: Manifest,
+    units: Sequence[Unit],
+    *,
+    teacher: ModelBundle,
+    context: StageContext,
 ) -> dict[str, Any]:
     """Compute the missing arrays of `units` of the store at `path`, and finish the store if it is then complete.
 
     Teacher, views and data set must be the store's own. Returns and raises the same as `cache_teacher`.
     """
-    job = CacheJob(config, path, manifest, teacher, _positions(path, manifest, setup), setup)
+    job = CacheJob(config, path, manifest, teacher, _positions(path, manifest, context), context)
     num_computed = _fill(job, units)
     finish_store(path)
     missing = missing_units(path, manifest)
@@ -135,7 +147,7 @@ def _fidelity(path: Path) -> dict[str, Any]:
 
 def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
     """Compute and commit the missing units that no other job has claimed; returns their number."""
-    path, manifest, watch = job.path, job.manifest, job.setup.watch
+    path, manifest, monitor = job.path, job.manifest, job.context.monitor
     num_done = sum(not missing_arrays(path, manifest, unit) for unit in units)
     num_computed, wanted = 0, layers_of(manifest)
 
@@ -148,16 +160,16 @@ def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
         finally:
             task.claim.release()
         num_computed += 1
-        watch.report(Event("cache-teacher", path.name, num_done + num_computed, len(units), "unit", metrics))
+        monitor.report(ProgressEvent("cache-teacher", path.name, num_done + num_computed, len(units), "unit", metrics))
 
     with (
         torch.no_grad(),
-        tapped(job.teacher.model, hooked_layers(wanted)) as tap,
+        extract_features(job.teacher.model, hooked_layers(wanted)) as extractor,
         BackgroundWorker(commit, NUM_WAITING, lambda computed: computed[0].claim.release()) as writer,
     ):
         try:
             for task in _claimed(path, manifest, units):
-                writer.submit((task, _compute(job, tap, task, wanted)))
+                writer.submit((task, _compute(job, extractor, task, wanted)))
         except StoppedEarly:
             stopped = True  # computed units are still written
         else:
@@ -182,16 +194,16 @@ def _claimed(path: Path, manifest: Manifest, units: Sequence[Unit]) -> Iterator[
                 claimed.release()
 
 
-def _compute(job: CacheJob, tap: Tap, task: UnitTask, wanted: Sequence[Wanted]) -> UnitOutputs:
+def _compute(job: CacheJob, extractor: FeatureExtractor, task: UnitTask, wanted: Sequence[FeatureSpec]) -> UnitOutputs:
     """Return the teacher's outputs on a unit; raises StoppedEarly between batches when the stop flag is set."""
-    unit, setup = task.unit, job.setup
+    unit, context = task.unit, job.context
     try:
         positions = job.positions[unit.start : unit.stop]
         _require_known(job.path, unit, positions)
         # Batches begin with the unit, so that its bytes are the same in every job.
-        requests = [Request(rows, unit.view) for rows in torch.split(positions, job.config.batch_size)]
+        requests = [ViewRequest(rows, unit.view) for rows in torch.split(positions, job.config.batch_size)]
         missing = [one for one in wanted if one.array in task.missing]
-        batches = iter_teacher_outputs(tap, job.teacher, requests, setup, missing)
+        batches = iter_teacher_outputs(extractor, job.teacher, requests, context, missing)
         return collect_unit(batches, job.manifest, unit, missing)
     except BaseException:
         task.claim.release()
@@ -206,11 +218,11 @@ def _require_known(path: Path, unit: Unit, positions: Tensor) -> None:
         )
 
 
-def _positions(path: Path, manifest: Manifest, setup: Setup) -> Tensor:
+def _positions(path: Path, manifest: Manifest, context: StageContext) -> Tensor:
     """Return the position of each row's sample in the data set, int64 [N]; -1 for padding and for unknown samples."""
     stored = read_samples(path, manifest.layout, manifest.identity.data)
     positions = np.full(manifest.layout.num_rows, -1, np.int64)
-    positions[manifest.layout.sample_rows()] = setup.samples.positions_of(stored.ids)
+    positions[manifest.layout.sample_rows()] = context.samples.positions_of(stored.ids)
     return torch.from_numpy(positions)
 
 

@@ -12,11 +12,11 @@ import torch
 
 from kdpipe.stages.cache_teacher.inference import hooked_layers, iter_teacher_outputs
 from kdpipe.stages.cache_teacher.plan import CacheConfig, free_bytes, plan_store, samples_in_row_order
-from kdpipe.stages.context import Setup
-from kdpipe.stages.data.loader.image_loader import Request
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.models.hooks import tapped
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.loader.image_loader import ViewRequest
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.hooks import extract_features
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import Manifest, Unit, missing_arrays, plan_growth, read_store_manifest, store_bytes
 
 NUM_PROBES = 4
@@ -24,15 +24,21 @@ NUM_PROBES = 4
 
 
 def plan_cache(
-    config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup, *, trained: bool
+    config: CacheConfig,
+    path: Path,
+    teacher: ModelBundle,
+    layers: Sequence[FeatureSpec],
+    context: StageContext,
+    *,
+    trained: bool,
 ) -> dict[str, Any]:
     """Return what the store has, what is missing, and its size on disk, without writing anything.
 
     If the teacher is not `trained` yet, it is taken for the teacher of an existing store. Raises FingerprintMismatch if
     the store at `path` was made from other inputs.
     """
-    samples = samples_in_row_order(setup)
-    manifest = plan_store(config, teacher, layers, samples, setup)
+    samples = samples_in_row_order(context)
+    manifest = plan_store(config, teacher, layers, samples, context)
     if path.exists():
         stored = read_store_manifest(path)
         if not trained:
@@ -46,7 +52,7 @@ def plan_cache(
         "exists": path.exists(),
         "num_views": manifest.layout.num_views,
         "num_samples": manifest.layout.num_samples,
-        "unit_rows": manifest.layout.unit_rows,
+        "normalize_rows": manifest.layout.unit_rows,
         "num_units": len(units),
         "num_units_missing": len(missing),
         "arrays": {spec.name: _array(manifest, spec.name, units, missing) for spec in manifest.arrays},
@@ -71,17 +77,17 @@ def _array(
 
 @torch.no_grad()
 def probe(
-    config: CacheConfig, teacher: Network, layers: Sequence[Wanted], setup: Setup, num_images: int
+    config: CacheConfig, teacher: ModelBundle, layers: Sequence[FeatureSpec], context: StageContext, num_images: int
 ) -> dict[str, float]:
     """Measure the teacher's rate on a few batches, rendering and copying included, and extrapolate the total time."""
-    num_probed = min(setup.train_set.num_samples, NUM_PROBES * config.batch_size)
+    num_probed = min(context.train_set.num_samples, NUM_PROBES * config.batch_size)
     batch_size = min(config.batch_size, -(-num_probed // 2))
     times_s = []
-    with tapped(teacher.model, hooked_layers(layers)) as tap:
+    with extract_features(teacher.model, hooked_layers(layers)) as extractor:
         for start in range(0, num_probed - batch_size + 1, batch_size):
             started = time.perf_counter()
-            request = Request(torch.arange(start, start + batch_size), 0)
-            for _, outputs in iter_teacher_outputs(tap, teacher, [request], setup, layers):
+            request = ViewRequest(torch.arange(start, start + batch_size), 0)
+            for _, outputs in iter_teacher_outputs(extractor, teacher, [request], context, layers):
                 outputs.logits.float().cpu()
             times_s.append(time.perf_counter() - started)
     rate = batch_size / max(1e-9, min(times_s[1:] or times_s))

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.stages.context import Setup
-from kdpipe.stages.data.loader.image_loader import Request, Seen
-from kdpipe.stages.data.loader.labels import HardLabels, labels_of
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.loader.image_loader import ImageBatch, ViewRequest
+from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
 from kdpipe.stages.errors import NotFiniteError
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.models.hooks import Outputs, Tap
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.hooks import FeatureExtractor, ModelOutput
 from kdpipe.stages.runtime.memory import run_in_chunks
-from kdpipe.stages.targets.feature_spec import INPUT_GRADIENT, Wanted, take_form
+from kdpipe.stages.targets.feature_spec import INPUT_GRADIENT, FeatureSpec, compute_statistic
 from kdpipe.store import Manifest, Unit, encode_topk, measure_dense, measure_features, measure_topk
 
 MEASURED_ROWS = 64
@@ -58,74 +58,86 @@ class UnitOutputs:
         return {**rows, **{name: packed[name] for name in wanted}}, fidelity
 
 
-def hooked_layers(wanted: Sequence[Wanted]) -> list[str]:
+def hooked_layers(wanted: Sequence[FeatureSpec]) -> list[str]:
     """Return the modules to hook for the wanted features."""
     return [one.layer for one in wanted if one.source == one.layer]
 
 
-def teacher_forward(tap: Tap, teacher: Network, seen: Seen, wanted: Sequence[Wanted], hard: HardLabels) -> Outputs:
+def teacher_forward(
+    extractor: FeatureExtractor,
+    teacher: ModelBundle,
+    image_batch: ImageBatch,
+    wanted: Sequence[FeatureSpec],
+    hard: HardLabels,
+) -> ModelOutput:
     """Run the teacher on images and return its logits and features, in chunks if they do not fit into memory.
 
     Features are those that `tap` hooks and, under INPUT_GRADIENT if wanted, the gradient of the cross entropy with the
     labels by the pixels, [B, C, H, W].
     """
-    chunks = [outputs for _, outputs in teacher_forward_in_chunks(tap, teacher, seen, wanted, hard)]
+    chunks = [outputs for _, outputs in teacher_forward_in_chunks(extractor, teacher, image_batch, wanted, hard)]
     if len(chunks) == 1:
         return chunks[0]
     features = {layer: torch.cat([chunk.features[layer] for chunk in chunks]) for layer in chunks[0].features}
-    return Outputs(torch.cat([chunk.logits for chunk in chunks]), features)
+    return ModelOutput(torch.cat([chunk.logits for chunk in chunks]), features)
 
 
 def teacher_forward_in_chunks(
-    tap: Tap,
-    teacher: Network,
-    seen: Seen,
-    wanted: Sequence[Wanted],
+    extractor: FeatureExtractor,
+    teacher: ModelBundle,
+    image_batch: ImageBatch,
+    wanted: Sequence[FeatureSpec],
     hard: HardLabels,
     *,
     warn: Callable[[str], None] | None = None,
-) -> Iterator[tuple[slice, Outputs]]:
+) -> Iterator[tuple[slice, ModelOutput]]:
     """Yield slices of the rows and their outputs, as many rows at once as fit into memory.
 
     Outputs of single samples do not depend on the others, so chunks differ from the whole by rounding. `warn` is as in
     `run_in_chunks`.
     """
 
-    def forward(rows: slice) -> tuple[slice, Outputs]:
+    def forward(rows: slice) -> tuple[slice, ModelOutput]:
         labels = hard.rows(torch.arange(rows.start, rows.stop, device=hard.labels.device))
-        return rows, _forward(tap, teacher, seen.images[rows], wanted, labels)
+        return rows, _forward(extractor, teacher, image_batch.images[rows], wanted, labels)
 
-    return run_in_chunks(teacher.model, len(seen.images), forward, warn)
+    return run_in_chunks(teacher.model, len(image_batch.images), forward, warn)
 
 
-def _forward(tap: Tap, teacher: Network, images: Tensor, wanted: Sequence[Wanted], hard: HardLabels) -> Outputs:
+def _forward(
+    extractor: FeatureExtractor, teacher: ModelBundle, images: Tensor, wanted: Sequence[FeatureSpec], hard: HardLabels
+) -> ModelOutput:
     """Run the teacher on images uint8 [B, C, H, W] in one pass."""
     if all(one.source != INPUT_GRADIENT for one in wanted):
-        return tap(teacher.normalise(images))
+        return extractor(teacher.normalize(images))
     with torch.enable_grad():
-        normalized = teacher.normalise(images).requires_grad_()
-        outputs = tap(normalized)
+        normalized = teacher.normalize(images).requires_grad_()
+        outputs = extractor(normalized)
         (gradient,) = torch.autograd.grad(hard.cross_entropy(outputs.logits).sum(), normalized)
         features = {layer: feature.detach() for layer, feature in outputs.features.items()}
-        features[INPUT_GRADIENT] = teacher.normalise.gradient_by_pixels(gradient)
-        return Outputs(outputs.logits.detach(), features)
+        features[INPUT_GRADIENT] = teacher.normalize.to_pixel_gradient(gradient)
+        return ModelOutput(outputs.logits.detach(), features)
 
 
 def iter_teacher_outputs(
-    tap: Tap, teacher: Network, requests: Iterable[Request], setup: Setup, wanted: Sequence[Wanted] = ()
-) -> Iterator[tuple[Tensor, Outputs]]:
+    extractor: FeatureExtractor,
+    teacher: ModelBundle,
+    requests: Iterable[ViewRequest],
+    context: StageContext,
+    wanted: Sequence[FeatureSpec] = (),
+) -> Iterator[tuple[Tensor, ModelOutput]]:
     """Yield ids and outputs, batch by batch, computing one batch ahead, while the last one is copied from the GPU.
 
     If a batch does not fit into memory, it and later ones come in chunks, in the same order; as with another batch
     size, their last bits may differ.
     """
-    ready: tuple[Tensor, Outputs] | None = None
-    warn = partial(setup.watch.warn, "cache-teacher")
-    for seen in setup.pictures.stream(requests, whole=True):
-        setup.watch.check()
-        ids = setup.train_set.sample_ids[seen.positions].to(setup.device, non_blocking=True)
-        labels = labels_of(setup.pictures, seen)
-        for rows, outputs in teacher_forward_in_chunks(tap, teacher, seen, wanted, labels, warn=warn):
+    ready: tuple[Tensor, ModelOutput] | None = None
+    warn = partial(context.monitor.warn, "cache-teacher")
+    for image_batch in context.loader.stream(requests, whole=True):
+        context.monitor.check()
+        ids = context.train_set.sample_ids[image_batch.positions].to(context.device, non_blocking=True)
+        labels = hard_labels_of(context.loader, image_batch)
+        for rows, outputs in teacher_forward_in_chunks(extractor, teacher, image_batch, wanted, labels, warn=warn):
             if ready is not None:
                 yield ready
             ready = ids[rows], outputs
@@ -134,7 +146,7 @@ def iter_teacher_outputs(
 
 
 def collect_unit(
-    batches: Iterator[tuple[Tensor, Outputs]], manifest: Manifest, unit: Unit, wanted: Sequence[Wanted]
+    batches: Iterator[tuple[Tensor, ModelOutput]], manifest: Manifest, unit: Unit, wanted: Sequence[FeatureSpec]
 ) -> UnitOutputs:
     """Gather the rows of a unit; raises NotFiniteError, naming samples, for NaN, infinity and overflow."""
     logits: NDArray[np.float32] | None = None
@@ -149,7 +161,7 @@ def collect_unit(
             logits = np.empty((unit.num_rows, batch_logits.shape[1]), np.float32)
         logits[start:stop] = batch_logits.cpu().numpy()
         for one in wanted:
-            exact = take_form(one, outputs.features[one.source])
+            exact = compute_statistic(one, outputs.features[one.source])
             stored = _to_stored(one.array, exact, manifest.spec(one.array).dtype, ids, unit).cpu().numpy()
             features[one.array][start:stop] = stored
             if one.array not in fidelity:  # the first rows represent the unit: maps are large, and errors alike

@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from kdpipe.stages.config import Count, Place, section
-from kdpipe.stages.context import Setup
+from kdpipe.stages.config import Count, PathStr, section
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RecipeError, RunError
-from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.versions import library_versions
-from kdpipe.stages.targets.feature_spec import Wanted, form_shapes, parse_kind
+from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_statistic, statistic_shapes
 from kdpipe.store import (
     ArraySpec,
     Identity,
@@ -62,44 +62,46 @@ class CacheConfig:
     dtype: Literal["float16", "float32"] = "float16"
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperatures: Annotated[tuple[Temperature, Temperature], AfterValidator(_ascending)] = (1.0, 20.0)
-    store: Place | None = None
+    store: PathStr | None = None
     batch_size: Count = 256
     shard_bytes: Annotated[int, Field(ge=4096, le=2**32)] = 64 * 2**20
 
 
-def samples_in_row_order(setup: Setup) -> Samples:
+def samples_in_row_order(context: StageContext) -> Samples:
     """Return the training samples in the order of the store's rows: pseudo-random, so that slabs mix classes."""
-    return setup.samples.take(row_order(setup.samples.ids, setup.views.seed))
+    return context.samples.take(row_order(context.samples.ids, context.views.seed))
 
 
 def plan_store(
-    config: CacheConfig, teacher: Network, layers: Sequence[Wanted], samples: Samples, setup: Setup
+    config: CacheConfig, teacher: ModelBundle, layers: Sequence[FeatureSpec], samples: Samples, context: StageContext
 ) -> Manifest:
     """Return the manifest of the store to make.
 
     Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes.
     """
-    top_k = _top_k(config, setup)
-    logits = top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (setup.train_set.num_classes,), config.dtype),)
-    shapes = form_shapes(teacher.model, layers, setup.image_shape)
+    top_k = _top_k(config, context)
+    logits = (
+        top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (context.train_set.num_classes,), config.dtype),)
+    )
+    shapes = statistic_shapes(teacher.model, layers, context.image_shape)
     specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype) for one in layers])
     num_samples = len(samples.ids)
-    data = {**setup.data_identity(), "classes": list(setup.train_set.class_names)}
+    data = {**context.data_identity(), "classes": list(context.train_set.class_names)}
     return Manifest(
-        identity=Identity(teacher.identity, data, setup.view_identity()),
+        identity=Identity(teacher.identity, data, context.view_identity()),
         arrays=specs,
         layout=StoreLayout(
-            setup.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)
+            context.views.num_views, rows_per_unit(specs, num_samples, config.shard_bytes), (num_samples,)
         ),
         versions=library_versions(),
         top_k=top_k,
     )
 
 
-def layers_of(manifest: Manifest) -> list[Wanted]:
+def layers_of(manifest: Manifest) -> list[FeatureSpec]:
     """Return the features that a store holds."""
     parts = [spec.name.partition("/") for spec in manifest.arrays]
-    return [wanted for kind, _, layer in parts if (wanted := parse_kind(layer, kind)) is not None]
+    return [wanted for kind, _, layer in parts if (wanted := parse_statistic(layer, kind)) is not None]
 
 
 def missing_bytes(path: Path, wanted: Manifest, samples: Samples) -> int:
@@ -125,10 +127,10 @@ def require_room(path: Path, needed: int) -> None:
         )
 
 
-def _top_k(config: CacheConfig, setup: Setup) -> TopK | None:
+def _top_k(config: CacheConfig, context: StageContext) -> TopK | None:
     if config.top_k is None:
         return None
-    num_classes = setup.train_set.num_classes
+    num_classes = context.train_set.num_classes
     if config.top_k >= num_classes:
         raise RecipeError(
             f"cache.top_k = {config.top_k} keeps all of {num_classes} classes: leave it out, or keep fewer."

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdpipe.stages.context import Setup
-from kdpipe.stages.data.loader.image_loader import Request, Seen
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.loader.image_loader import ImageBatch, ViewRequest
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.store import TargetStore, row_order
@@ -18,7 +18,7 @@ NUM_TOP = 3
 
 
 @dataclass(frozen=True)
-class ShownViews:
+class ViewPreview:
     """S samples in V views.
 
     Attributes:
@@ -36,46 +36,46 @@ class ShownViews:
     partners: list[list[tuple[str, float] | None]]
 
 
-def show_views(setup: Setup, store: TargetStore | None, num_samples: int, num_views: int) -> ShownViews:
+def show_views(context: StageContext, store: TargetStore | None, num_samples: int, num_views: int) -> ViewPreview:
     """Render the first views of some samples, chosen by the views' seed; `store` may add the teacher's predictions."""
-    train_set = setup.train_set
+    train_set = context.train_set
     known = torch.arange(train_set.num_samples)
     if store is not None:
         stored = torch.from_numpy(store.samples.positions_of(train_set.sample_ids.numpy())) >= 0
         known = known[stored]
-    order = torch.from_numpy(row_order(train_set.sample_ids[known].numpy(), setup.views.seed))
+    order = torch.from_numpy(row_order(train_set.sample_ids[known].numpy(), context.views.seed))
     indices = known[order[:num_samples]]
-    views = range(min(num_views, setup.views.num_views if store is None else store.num_views))
-    batches = [setup.pictures.one(Request(indices, view)) for view in views]
+    views = range(min(num_views, context.views.num_views if store is None else store.num_views))
+    batches = [context.loader.one(ViewRequest(indices, view)) for view in views]
     images = torch.stack([batch.images.cpu() for batch in batches], dim=1)
     names = train_set.class_names
-    top = _top(setup, store, indices, views) if store is not None else [[[] for _ in views] for _ in indices]
-    partners = [list(row) for row in zip(*[_partners(setup, batch) for batch in batches], strict=True)]
+    top = _top(context, store, indices, views) if store is not None else [[[] for _ in views] for _ in indices]
+    partners = [list(row) for row in zip(*[_partners(context, batch) for batch in batches], strict=True)]
     labels = [names[label] for label in train_set.labels[indices].tolist()]
-    return ShownViews(images, train_set.sample_ids[indices].tolist(), labels, top, partners)
+    return ViewPreview(images, train_set.sample_ids[indices].tolist(), labels, top, partners)
 
 
-def _partners(setup: Setup, batch: Seen) -> list[tuple[str, float] | None]:
+def _partners(context: StageContext, batch: ImageBatch) -> list[tuple[str, float] | None]:
     """Return label and share of the partner mixed into each image of a batch."""
     found: list[tuple[str, float] | None] = [None] * len(batch.positions)
     if batch.mixture is not None:
         rows = batch.mixture.mixed.nonzero()[:, 0]
-        labels = setup.pictures.partner_labels(batch.mixture.partner_ids[rows]).tolist()
+        labels = context.loader.partner_labels(batch.mixture.partner_ids[rows]).tolist()
         for row, label, share in zip(rows.tolist(), labels, batch.mixture.own_share[rows].tolist(), strict=True):
-            found[row] = (setup.train_set.class_names[label], 1 - share)
+            found[row] = (context.train_set.class_names[label], 1 - share)
     return found
 
 
 def _top(
-    setup: Setup, store: TargetStore, indices: Tensor, views: Sequence[int]
+    context: StageContext, store: TargetStore, indices: Tensor, views: Sequence[int]
 ) -> list[list[list[tuple[str, float]]]]:
-    shown = setup.train_set.take(indices)
+    shown = context.train_set.take(indices)
     targets = Targets([join(store, shown, ())], torch.device("cpu"), TargetLoadingConfig(memory_bytes=0))
     found: list[list[list[tuple[str, float]]]] = [[] for _ in indices]
     for view in views:
         probabilities = targets.batch(view, torch.arange(len(indices)))[0].logits_at(1.0).softmax(1)
         top, classes = probabilities.topk(min(NUM_TOP, probabilities.shape[1]), dim=1)
         for row, (values, numbers) in enumerate(zip(top.tolist(), classes.tolist(), strict=True)):
-            named = [setup.train_set.class_names[number] for number in numbers]
+            named = [context.train_set.class_names[number] for number in numbers]
             found[row].append(list(zip(named, values, strict=True)))
     return found

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from kdpipe.stages.cache_teacher.inference import hooked_layers, teacher_forward
 from kdpipe.stages.cache_teacher.plan import layers_of
-from kdpipe.stages.context import Setup
-from kdpipe.stages.data.loader.image_loader import Request
-from kdpipe.stages.data.loader.labels import labels_of
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.models.hooks import tapped
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.loader.image_loader import ViewRequest
+from kdpipe.stages.data.loader.labels import hard_labels_of
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.versions import library_versions
-from kdpipe.stages.targets.feature_spec import take_form
+from kdpipe.stages.targets.feature_spec import compute_statistic
 from kdpipe.store import StoreError, TargetStore, open_store
 from kdpipe.store.format.manifest import require, version_note
 from kdpipe.store.format.topk import INDICES, TAIL, VALUES, encode_topk
@@ -50,7 +50,7 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
-class Recomputed:
+class RecheckReport:
     """The result of comparing `num_rows` rows; `largest_error` is over all, as in `Mismatch`."""
 
     num_rows: int
@@ -61,7 +61,7 @@ class Recomputed:
         return asdict(self)
 
 
-def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: int) -> Recomputed:
+def recompute(path: Path, teacher: ModelBundle, context: StageContext, num_rows: int, seed: int) -> RecheckReport:
     """Compare `num_rows` samples of the store at `path`, each in one view, both drawn with `seed`, with the teacher.
 
     Raises FingerprintMismatch if the store names another teacher or other views, StoreError if it is not finished, or
@@ -70,7 +70,9 @@ def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: i
     store = open_store(path)
     advice = "Give the recipe and the run folder with which the store was made."
     advice += version_note(store.manifest.versions, library_versions())
-    require(store.manifest, {"teacher": teacher.identity, "views": setup.view_identity()}, f"the store {path}", advice)
+    require(
+        store.manifest, {"teacher": teacher.identity, "views": context.view_identity()}, f"the store {path}", advice
+    )
     rng = np.random.default_rng(seed)
     ids = rng.choice(store.samples.ids, min(num_rows, store.num_samples), replace=False)
     views = rng.integers(store.num_views, size=len(ids))
@@ -79,37 +81,37 @@ def recompute(path: Path, teacher: Network, setup: Setup, num_rows: int, seed: i
     for view in np.unique(views):
         chosen = np.sort(ids[views == view])
         for start in range(0, len(chosen), BATCH_SIZE):
-            setup.watch.check()
+            context.monitor.check()
             batch = chosen[start : start + BATCH_SIZE]
-            for name, errors in _errors(store, teacher, setup, int(view), batch).items():
+            for name, errors in _errors(store, teacher, context, int(view), batch).items():
                 largest = max(largest, float(errors.max()))
                 bad = errors > 1.0
                 differing += [
                     Mismatch(int(one), int(view), name, float(error))
                     for one, error in zip(batch[bad], errors[bad], strict=True)
                 ]
-    return Recomputed(len(ids), tuple(sorted(differing, key=lambda one: (one.sample_id, one.array))), largest)
+    return RecheckReport(len(ids), tuple(sorted(differing, key=lambda one: (one.sample_id, one.array))), largest)
 
 
 @torch.no_grad()
 def _errors(
-    store: TargetStore, teacher: Network, setup: Setup, view: int, ids: NDArray[np.int64]
+    store: TargetStore, teacher: ModelBundle, context: StageContext, view: int, ids: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:
     """Return the errors of the rows of samples [n] by array, [n]; 1 is just tolerated."""
     wanted = [one for one in layers_of(store.manifest) if one.array in {spec.name for spec in store.arrays}]
-    positions = torch.from_numpy(_positions(store, setup, ids))
-    seen = setup.pictures.one(Request(positions, view))
-    with tapped(teacher.model, hooked_layers(wanted)) as tap:
-        outputs = teacher_forward(tap, teacher, seen, wanted, labels_of(setup.pictures, seen))
-    exact = {one.array: take_form(one, outputs.features[one.source]).float().cpu().numpy() for one in wanted}
+    positions = torch.from_numpy(_positions(store, context, ids))
+    image_batch = context.loader.one(ViewRequest(positions, view))
+    with extract_features(teacher.model, hooked_layers(wanted)) as extractor:
+        outputs = teacher_forward(extractor, teacher, image_batch, wanted, hard_labels_of(context.loader, image_batch))
+    exact = {one.array: compute_statistic(one, outputs.features[one.source]).float().cpu().numpy() for one in wanted}
     stored = {spec.name: store.gather(spec.name, view, ids) for spec in store.arrays}
     errors = {name: _row_errors(values, stored[name], _tolerance(store, name)) for name, values in exact.items()}
     return errors | _logit_errors(store, outputs.logits.float().cpu().numpy(), stored)
 
 
-def _positions(store: TargetStore, setup: Setup, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def _positions(store: TargetStore, context: StageContext, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the samples' positions in the recipe's data set; raises StoreError for unknown samples."""
-    positions = setup.samples.positions_of(ids)
+    positions = context.samples.positions_of(ids)
     if (positions < 0).any():
         raise StoreError(
             f"{store.path} has samples that are not in this recipe's data set, such as "

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from kdpipe.stages.cache_teacher.cache import complete_units
 from kdpipe.stages.cache_teacher.plan import CacheConfig, layers_of, plan_store, samples_in_row_order
-from kdpipe.stages.context import Setup
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RunError
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import Manifest, StoreError, read_store_manifest
 from kdpipe.store.check.repair import rebuild_manifest, restore_samples, uncommit
 from kdpipe.store.check.verify import VerifyReport, verify_store
@@ -23,7 +23,7 @@ from kdpipe.store.write.extend import require_same_origin
 
 
 def repair(
-    config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup
+    config: CacheConfig, path: Path, teacher: ModelBundle, layers: Sequence[FeatureSpec], context: StageContext
 ) -> tuple[VerifyReport, VerifyReport, int]:
     """Repair the store at `path`.
 
@@ -35,39 +35,43 @@ def repair(
     the recipe's teacher, views or data set are not the store's; StoreError if it cannot be repaired; LockedError if
     another job is computing a damaged unit.
     """
-    manifest = _manifest(config, path, teacher, layers, setup)
-    found = verify_store(path, setup.watch.counter("repair", "check", "unit"), manifest=manifest)
+    manifest = _manifest(config, path, teacher, layers, context)
+    found = verify_store(path, context.monitor.counter("repair", "check", "unit"), manifest=manifest)
     if not found.damaged:
         return found, found, 0
-    _require_own(config, path, manifest, teacher, setup)
+    _require_own(config, path, manifest, teacher, context)
     with exclusive_store(path):
         with suppress(StoreError):  # a lost manifest stays the recipe's plan
             manifest = read_store_manifest(path)  # again: another job may have extended the store meanwhile
         replace_metadata(path, manifest)
         if any(fault.key.startswith(f"{SAMPLES}/") or fault.key == SAMPLES for fault in found.damaged):
-            restore_samples(path, manifest, setup.samples)
+            restore_samples(path, manifest, context.samples)
     units = uncommit(path, manifest, found.damaged)
-    result = complete_units(config, path, manifest, sorted(units), teacher=teacher, setup=setup)
-    left = verify_store(path, setup.watch.counter("repair", "check again", "unit"))
+    result = complete_units(config, path, manifest, sorted(units), teacher=teacher, context=context)
+    left = verify_store(path, context.monitor.counter("repair", "check again", "unit"))
     return found, left, int(result["num_units_computed"])
 
 
-def _manifest(config: CacheConfig, path: Path, teacher: Network, layers: Sequence[Wanted], setup: Setup) -> Manifest:
+def _manifest(
+    config: CacheConfig, path: Path, teacher: ModelBundle, layers: Sequence[FeatureSpec], context: StageContext
+) -> Manifest:
     """Return the store's manifest, or the recipe's plan if it is damaged."""
     try:
         return read_store_manifest(path)
     except StoreError:
         if not (path / "markers").is_dir():
             raise
-    return rebuild_manifest(path, plan_store(config, teacher, layers, samples_in_row_order(setup), setup))
+    return rebuild_manifest(path, plan_store(config, teacher, layers, samples_in_row_order(context), context))
 
 
-def _require_own(config: CacheConfig, path: Path, manifest: Manifest, teacher: Network, setup: Setup) -> None:
+def _require_own(
+    config: CacheConfig, path: Path, manifest: Manifest, teacher: ModelBundle, context: StageContext
+) -> None:
     """Raise unless the store was computed with this teacher, these views and this data set."""
     if manifest.rounded:
         raise RunError(
             f"{path} was made by `kdpipe store transcode`, which rounded {', '.join(manifest.rounded)}: rounded "
             "numbers cannot be recomputed. Transcode the original store again."
         )
-    planned = plan_store(config, teacher, layers_of(manifest), samples_in_row_order(setup), setup)
+    planned = plan_store(config, teacher, layers_of(manifest), samples_in_row_order(context), context)
     require_same_origin(path, manifest, replace(planned, codec=manifest.codec))

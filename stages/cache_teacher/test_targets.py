@@ -12,26 +12,26 @@ from typing import Any
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.cache_teacher.repair import repair
-from kdpipe.stages.context import Setup, test_setup
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.runtime.launcher import WHOLE, Part
-from kdpipe.stages.targets.open import test_place
+from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.runtime.launcher import ALL, WorkShard
+from kdpipe.stages.targets.open import test_store_path
 from kdpipe.store.check.verify import VerifyReport
 
 
-def cache_test(
-    config: CacheConfig, path: Path, teacher: Network, setup: Setup, *, part: Part = WHOLE
+def cache_test_store(
+    config: CacheConfig, path: Path, teacher: ModelBundle, context: StageContext, *, part: WorkShard = ALL
 ) -> dict[str, Any]:
     """Cache the logits of the test images of `part` in the test store beside the store at `path`.
 
     Returns and raises like `cache_teacher`.
     """
-    place = Path(test_place(path))
-    return cache_teacher(replace(config, top_k=None), place, teacher, [], test_setup(setup), part=part)
+    place = Path(test_store_path(path))
+    return cache_teacher(replace(config, top_k=None), place, teacher, [], test_context(context), part=part)
 
 
-def repair_test(
-    config: CacheConfig, path: Path, teacher: Network, setup: Setup
+def repair_test_store(
+    config: CacheConfig, path: Path, teacher: ModelBundle, context: StageContext
 ) -> tuple[VerifyReport, VerifyReport, int]:
     """Repair the test store at `path`. Returns and raises like `repair`."""
-    return repair(replace(config, top_k=None), path, teacher, [], test_setup(setup))
+    return repair(replace(config, top_k=None), path, teacher, [], test_context(context))

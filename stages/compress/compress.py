@@ -21,17 +21,17 @@ from kdpipe.stages.compress.quantization.qat import calibrate
 from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity, sensitivity
 from kdpipe.stages.compress.quantize_student import QuantizeConfig, prepare, quantize_student
 from kdpipe.stages.compress.resume import TrainedModel, finished_source
-from kdpipe.stages.config import Place, section, unequal
-from kdpipe.stages.context import Setup
-from kdpipe.stages.distillation.classifier_reuse import last_of_projector
-from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.config import PathStr, section, unique
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.distillation.classifier_reuse import projector_output_path
+from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
-from kdpipe.stages.distillation.task_builder import fresh_student
+from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.losses.features.simkd import SimKDConfig
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.runtime.cpu import step_back
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.runtime.cpu import lower_priority
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.saved_model import finished_record
 from kdpipe.store import FingerprintMismatch, differences
@@ -59,14 +59,14 @@ class CompressConfig:
 
     steps: tuple[Literal["prune", "quantize"], ...] = ("prune", "quantize")
     baselines: bool = True
-    student: Place | None = None
+    student: PathStr | None = None
     prune: PruneConfig = Field(default_factory=PruneConfig)
     prune_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=10, lr=0.01))
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
     quantize_train: TrainConfig = Field(default_factory=lambda: TrainConfig(epochs=5, lr=0.001))
     opset: Annotated[int, Field(ge=1, le=1000)] | None = None
     latency_batch_sizes: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=65536)], ...], Field(min_length=1), AfterValidator(unequal)
+        tuple[Annotated[int, Field(ge=1, le=65536)], ...], Field(min_length=1), AfterValidator(unique)
     ] = (1, 64)
     latency_rounds: Annotated[int, Field(ge=3, le=10**6)] = 50
     niceness: Annotated[int, Field(ge=0, le=19)] = 10
@@ -89,8 +89,8 @@ def compress(
     config: CompressConfig,
     student: StudentConfig,
     seed: int,
-    teaching: Teaching,
-    setup: Setup,
+    spec: DistillationSpec,
+    stage_context: StageContext,
     *,
     only: Sequence[Step] = STEPS,
 ) -> dict[str, dict[str, Any]]:
@@ -105,8 +105,8 @@ def compress(
         RunError: If the network it starts from does not exist yet.
         ModelError: If a network cannot be pruned or quantized, or its file disagrees with it.
     """
-    step_back(config.niceness)
-    context = FineTuneContext(student, seed, teaching, setup, compressed_root(setup.run, config))
+    lower_priority(config.niceness)
+    context = FineTuneContext(student, seed, spec, stage_context, compressed_root(stage_context.run, config))
     figures: dict[str, dict[str, Any]] = {}
     if config.prunes and "prune" in only:
         figures |= _prune(config, context)
@@ -125,25 +125,25 @@ def student_source(config: CompressConfig, context: FineTuneContext) -> TrainedM
     """
     fresh = _fresh(context)
     if config.student is None:
-        folder, needed_by = student_folder(context.setup.run, DISTILLED, context.seed), "kdpipe train-student"
+        folder, needed_by = student_folder(context.stage_context.run, DISTILLED, context.seed), "kdpipe train-student"
         stored = dict(finished_record(folder, needed_by)["architecture"])
         stored.pop("reused_classifier", None)
-        expected = json.loads(json.dumps(context.setup.architecture(context.student.model)))
+        expected = json.loads(json.dumps(context.stage_context.architecture(context.student.model)))
         if found := differences(stored, expected, "architecture"):
             advice = "Use the recipe that trained it, or another run folder (--run)."
             raise FingerprintMismatch(f"the student in {folder.path}", found, advice)
         return finished_source(folder, fresh, needed_by)
     path = Path(config.student).expanduser()
-    class_names = context.setup.test_set.class_names
+    class_names = context.stage_context.test_set.class_names
     figures = measure_external(context, load_external(path, fresh(), class_names))
     return TrainedModel(figures["identity"], lambda: load_external(path, fresh(), class_names))
 
 
-def student_job(config: CompressConfig, context: FineTuneContext) -> JobFolder:
+def student_job(config: CompressConfig, context: FineTuneContext) -> JobDir:
     """Return the folder with that student's figures and files."""
     if config.student is None:
-        return student_folder(context.setup.run, DISTILLED, context.seed)
-    return JobFolder(context.root / "given")
+        return student_folder(context.stage_context.run, DISTILLED, context.seed)
+    return JobDir(context.root / "given")
 
 
 def float_source(config: CompressConfig, context: FineTuneContext, kind: str = "pruned") -> TrainedModel:
@@ -163,7 +163,7 @@ def float_source(config: CompressConfig, context: FineTuneContext, kind: str = "
     return found
 
 
-def float_job(config: CompressConfig, context: FineTuneContext) -> JobFolder:
+def float_job(config: CompressConfig, context: FineTuneContext) -> JobDir:
     """Return the folder of that float network."""
     return context.folder("pruned") if config.prunes else student_job(config, context)
 
@@ -172,19 +172,19 @@ def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
     """Return whether the chains of all seeds are finished, so that no dry run is needed."""
     root = compressed_root(run, config)
     kinds = ["pruned"] * config.prunes + [config.quantize.scheme] * config.quantizes
-    return all(JobFolder(root / f"{kind}-seed{seed}").result() is not None for kind in kinds for seed in student.seeds)
+    return all(JobDir(root / f"{kind}-seed{seed}").result() is not None for kind in kinds for seed in student.seeds)
 
 
-def rehearse(config: CompressConfig, student: StudentConfig, setup: Setup) -> None:
+def dry_run(config: CompressConfig, student: StudentConfig, stage_context: StageContext) -> None:
     """Prune, prepare and (if an opset is set) export an untrained student, to fail before any training.
 
     Raises:
         ModelError: If the student cannot be compressed.
     """
-    network = fresh_student(student, student.seeds[0], setup)
+    network = build_student(student, student.seeds[0], stage_context)
     if config.student is not None:
-        network = load_external(Path(config.student).expanduser(), network, setup.test_set.class_names)
-    model, example = network.model, torch.zeros(2, *setup.image_shape)
+        network = load_external(Path(config.student).expanduser(), network, stage_context.test_set.class_names)
+    model, example = network.model, torch.zeros(2, *stage_context.image_shape)
     if config.prunes:
         gradients = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
         pruning = config.prune
@@ -192,7 +192,7 @@ def rehearse(config: CompressConfig, student: StudentConfig, setup: Setup) -> No
             pruning = replace(pruning, budget="parameters", ratio=0.1)
         model = prune(model, example, pruning, gradients=gradients).model
     if config.quantizes:
-        model = prepare(model, setup.image_shape, config.quantize)
+        model = prepare(model, stage_context.image_shape, config.quantize)
         if config.quantize.scheme == "int8":
             calibrate(model, [example + 1])
     if config.opset is not None:
@@ -205,21 +205,21 @@ def _prune(config: CompressConfig, context: FineTuneContext) -> dict[str, dict[s
     figures = {"pruned": prune_student(pruning, config.prune_train, context, source, "pruned")}
     if config.baselines:
         ratio = None if pruning.budget == "channels" else figures["pruned"]["channel_ratio"]
-        alone = replace(context, teaching=None)
+        alone = replace(context, spec=None)
         figures["pruned-alone"] = prune_student(pruning, config.prune_train, alone, source, "pruned-alone", ratio=ratio)
     return figures
 
 
 def _pruning(config: CompressConfig, context: FineTuneContext) -> PruneConfig:
     """Return the recipe's pruning, excluding the channels that the reused classifier (SimKD) reads."""
-    losses = context.teaching.losses if context.teaching else ()
-    reused = [last_of_projector(loss) for loss in losses if isinstance(loss, SimKDConfig)]
+    losses = context.spec.losses if context.spec else ()
+    reused = [projector_output_path(loss) for loss in losses if isinstance(loss, SimKDConfig)]
     return replace(config.prune, exclude=(*config.prune.exclude, *reused))
 
 
 def _quantize(config: CompressConfig, context: FineTuneContext) -> dict[str, dict[str, Any]]:
     scheme, train = config.quantize.scheme, config.quantize_train
-    alone = replace(context, teaching=None)
+    alone = replace(context, spec=None)
 
     def quantized(kind: str, of: FineTuneContext, source: TrainedModel, train: TrainConfig = train) -> dict[str, Any]:
         sparse = config.prunes and config.prune.kind != "channels" and kind in (scheme, f"{scheme}-alone")
@@ -237,10 +237,10 @@ def _quantize(config: CompressConfig, context: FineTuneContext) -> dict[str, dic
     return figures
 
 
-def _fresh(context: FineTuneContext) -> Callable[[], Network]:
+def _fresh(context: FineTuneContext) -> Callable[[], ModelBundle]:
     """Return a function that builds the untrained student, with the modules that losses add to it."""
-    losses = context.teaching.losses if context.teaching else ()
-    return lambda: fresh_student(context.student, context.seed, context.setup, losses)
+    losses = context.spec.losses if context.spec else ()
+    return lambda: build_student(context.student, context.seed, context.stage_context, losses)
 
 
 def student_sensitivity(config: CompressConfig, context: FineTuneContext, num_batches: int) -> list[LayerSensitivity]:
@@ -249,9 +249,9 @@ def student_sensitivity(config: CompressConfig, context: FineTuneContext, num_ba
     Raises:
         RunError: If that student does not exist yet.
     """
-    network, setup = float_source(config, context).load(), context.setup
+    network, stage_context = float_source(config, context).load(), context.stage_context
     batches = context.task(network).stream(context.seed, config.quantize_train.batch_size, epoch=0, step=0, epochs=1)
     images = [batch.images.cpu() for batch in islice(batches, num_batches)]
-    counter = setup.watch.counter("sensitivity", "layer by layer", "layer")
-    example = torch.zeros(2, *setup.image_shape)
+    counter = stage_context.monitor.counter("sensitivity", "layer by layer", "layer")
+    example = torch.zeros(2, *stage_context.image_shape)
     return sensitivity(network.model.cpu(), example, images, exclude=config.quantize.exclude, on_progress=counter)

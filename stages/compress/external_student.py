@@ -14,15 +14,15 @@ from torch import Tensor
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.resume import with_widths
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import RECORD
 from kdpipe.stages.models.weights import load_weights, read_weights
-from kdpipe.stages.training.finalize import finish
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.finalize import finalize
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store import FingerprintMismatch, differences
 
 
-def load_external(path: Path, fresh: Network, class_names: Sequence[str]) -> Network:
+def load_external(path: Path, fresh: ModelBundle, class_names: Sequence[str]) -> ModelBundle:
     """Load weights from a .safetensors file or a torch state dict into the recipe's student `fresh`, in place.
 
     A file written by kdpipe records its architecture: it must be this student, pruned or not, for `class_names`.
@@ -52,15 +52,15 @@ def load_external(path: Path, fresh: Network, class_names: Sequence[str]) -> Net
     return network
 
 
-def measure_external(context: FineTuneContext, network: Network) -> dict[str, Any]:
+def measure_external(context: FineTuneContext, network: ModelBundle) -> dict[str, Any]:
     """Measure the external student and export its ONNX file, once, and return its figures."""
-    folder = JobFolder(context.root / "given")
-    record = {"starts_from": network.identity, "test": context.setup.test_identity()}
+    folder = JobDir(context.root / "given")
+    record = {"starts_from": network.identity, "test": context.stage_context.test_identity()}
     folder.begin(record)
     if (done := folder.result()) is not None:
         return done
-    network.model.to(context.setup.device)
-    return finish(folder, network, [], context.setup, with_onnx=context.exports_onnx)
+    network.model.to(context.stage_context.device)
+    return finalize(folder, network, [], context.stage_context, with_onnx=context.exports_onnx)
 
 
 def low_precision_dtypes(path: Path) -> dict[str, torch.dtype]:

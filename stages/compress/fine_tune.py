@@ -10,18 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.pruning.sparsity import apply_masks
-from kdpipe.stages.config import deciding
-from kdpipe.stages.context import Setup
-from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.config import config_fingerprint
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.distillation.task_builder import build_lesson
+from kdpipe.stages.distillation.task_builder import build_task
 from kdpipe.stages.losses.distillation import student_layers
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.step import Job
-from kdpipe.stages.training.task import Lesson
+from kdpipe.stages.training.step import TrainJob
+from kdpipe.stages.training.task import TrainingTask
 
 
 @dataclass(frozen=True)
@@ -33,44 +33,44 @@ class FineTuneContext:
 
     student: StudentConfig
     seed: int
-    teaching: Teaching | None
-    setup: Setup
+    spec: DistillationSpec | None
+    stage_context: StageContext
     root: Path
 
     @property
     def exports_onnx(self) -> bool:
         """Whether its networks are exported to ONNX; those of the hard-label baseline are not."""
-        return self.teaching is not None
+        return self.spec is not None
 
-    def folder(self, kind: str) -> JobFolder:
+    def folder(self, kind: str) -> JobDir:
         """Return the folder of this seed's network of a kind, such as `pruned`."""
-        return JobFolder(self.root / f"{kind}-seed{self.seed}")
+        return JobDir(self.root / f"{kind}-seed{self.seed}")
 
     def job_record(
         self, compression: Mapping[str, Any], starts_from: Mapping[str, Any], config: TrainConfig
     ) -> dict[str, Any]:
         """Return everything that determines the result of fine-tuning the network with identity `starts_from`."""
-        smoothing = self.student.label_smoothing if self.teaching is None else 0.0
+        smoothing = self.student.label_smoothing if self.spec is None else 0.0
         return {
             **compression,
             "starts_from": starts_from,
-            "train": deciding(config),
+            "train": config_fingerprint(config),
             "seed": self.seed,
-            "data": self.setup.data_identity(),
-            "test": self.setup.test_identity(),
-            "views": self.setup.shown_views(),
+            "data": self.stage_context.data_identity(),
+            "test": self.stage_context.test_identity(),
+            "views": self.stage_context.shown_views(),
             **({"label_smoothing": smoothing} if smoothing else {}),
-            "teaching": self.teaching.to_json() if self.teaching else None,
+            "teaching": self.spec.to_json() if self.spec else None,
         }
 
-    def task(self, network: Network) -> Lesson:
+    def task(self, network: ModelBundle) -> TrainingTask:
         """Build a network's training task: adapters fit its current widths, and schedules are at their end.
 
-        Raises what `build_lesson` raises.
+        Raises what `build_task` raises.
         """
-        teaching = self.teaching.main if self.teaching else None
+        spec = self.spec.main if self.spec else None
         smoothing = self.student.label_smoothing
-        return build_lesson(network, teaching, self.seed, self.setup, label_smoothing=smoothing, settled=True)
+        return build_task(network, spec, self.seed, self.stage_context, label_smoothing=smoothing, settled=True)
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class FineTuneJob:
     """
 
     name: str
-    network: Network
-    folder: JobFolder
+    network: ModelBundle
+    folder: JobDir
     config: TrainConfig
-    warm_up: Callable[[nn.Module, Lesson], None] = lambda model, task: None
+    warm_up: Callable[[nn.Module, TrainingTask], None] = lambda model, task: None
     before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -98,22 +98,22 @@ def fine_tune(job: FineTuneJob, context: FineTuneContext) -> list[dict[str, Any]
 
     Raises what `train` and `FineTuneContext.task` raise.
     """
-    setup, model = context.setup, job.network.model.to(context.setup.device)
+    stage_context, model = context.stage_context, job.network.model.to(context.stage_context.device)
     task = context.task(job.network)
     if not job.folder.checkpoint.exists():
         job.warm_up(model, task)
-    masks = {name: mask.to(setup.device) for name, mask in job.masks.items()}
-    training = Job(
+    masks = {name: mask.to(stage_context.device) for name, mask in job.masks.items()}
+    training = TrainJob(
         "compress",
         job.name,
         model,
         task,
-        setup.test(job.network.normalise),
+        stage_context.test(job.network.normalize),
         job.config,
         context.seed,
         job.folder,
-        student_layers(context.teaching.main.losses) if context.teaching else (),
+        student_layers(context.spec.main.losses) if context.spec else (),
         job.before_epoch,
         after_step=lambda trained: apply_masks(trained, masks),
     )
-    return train(training, setup.device, setup.watch)
+    return train(training, stage_context.device, stage_context.monitor)

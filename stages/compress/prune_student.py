@@ -20,11 +20,11 @@ from kdpipe.stages.compress.resume import PrunedCheckpoint, TrainedModel, load_p
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.evaluation.latency import measure_latency
 from kdpipe.stages.export.onnx_export import export_onnx
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.numerics import derive_seed
-from kdpipe.stages.training.finalize import finish
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.finalize import finalize
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.saved_model import save_model
 from kdpipe.store import make_folders
@@ -83,7 +83,9 @@ def prune_student(
     pruned = _pruned(pruner, folder, network, config.steps, reached)
     job = FineTuneJob(name, pruned.network, folder, train, masks=_masks(config, pruned.network.model))
     history = fine_tune(job, context)
-    figures = finish(folder, pruned.network, history, context.setup, with_onnx=context.exports_onnx, more=pruned.facts)
+    figures = finalize(
+        folder, pruned.network, history, context.stage_context, with_onnx=context.exports_onnx, more=pruned.facts
+    )
     pruned_path(folder).unlink(missing_ok=True)
     return figures
 
@@ -98,29 +100,29 @@ class _Pruner:
     source: TrainedModel
     ratio: float | None
 
-    def __call__(self, network: Network, step: int) -> Pruned:
-        config, setup = self.config, self.context.setup
+    def __call__(self, network: ModelBundle, step: int) -> Pruned:
+        config, stage_context = self.config, self.context.stage_context
         full = self.source.load()
         gradients = None
         if config.importance == "taylor":
             gradients = loss_gradients(network, self.context, self.train.batch_size, config.importance_batches)
         return prune(
             network.model.cpu(),
-            torch.zeros(2, *setup.image_shape),
+            torch.zeros(2, *stage_context.image_shape),
             config,
             full=full.model,
             done=step / config.steps,
             ratio=None if self.ratio is None else self.ratio * step / config.steps,
             gradients=gradients,
-            latency=latency_share(full.model, setup.image_shape),
+            latency=latency_share(full.model, stage_context.image_shape),
         )
 
 
 def _intermediate(
-    pruner: _Pruner, folder: JobFolder, network: Network, step: int, *, reached: float, name: str
-) -> tuple[Network, float]:
+    pruner: _Pruner, folder: JobDir, network: ModelBundle, step: int, *, reached: float, name: str
+) -> tuple[ModelBundle, float]:
     """Return the network after a step before the last, loaded or made now, and the removed share of the channels."""
-    own, context = JobFolder(folder.path / f"step{step}"), pruner.context
+    own, context = JobDir(folder.path / f"step{step}"), pruner.context
     make_folders([own.path])
     if not own.model.exists():
         pruned = _pruned(pruner, own, network, step, reached)
@@ -135,17 +137,17 @@ def _intermediate(
     return done.network, done.facts["channel_ratio"]
 
 
-def _pruned(pruner: _Pruner, folder: JobFolder, network: Network, step: int, reached: float) -> PrunedCheckpoint:
+def _pruned(pruner: _Pruner, folder: JobDir, network: ModelBundle, step: int, reached: float) -> PrunedCheckpoint:
     """Return the network pruned for a step, before its fine-tuning, from its file or pruned and saved now.
 
     `reached` is the share of the channels removed before; if a step exceeds its goal, the next has nothing to do.
     """
-    setup = pruner.context.setup
+    stage_context = pruner.context.stage_context
     if not pruned_path(folder).exists():
         pruned = pruner(network, step)
         widths = {"widths": record_widths(pruned.model)} if pruner.config.kind == "channels" else {}
-        cut = Network(pruned.model, {**network.architecture, **widths}, network.normalise)
-        measured = evaluate(cut.model.to(setup.device), setup.test(cut.normalise), setup.device)
+        cut = ModelBundle(pruned.model, {**network.architecture, **widths}, network.normalize)
+        measured = evaluate(cut.model.to(stage_context.device), stage_context.test(cut.normalize), stage_context.device)
         facts = {
             "channel_ratio": max(pruned.ratio, reached),
             "excluded": dict(pruned.excluded),
@@ -160,22 +162,24 @@ def _masks(config: PruneConfig, model: nn.Module) -> dict[str, Tensor]:
     return {} if config.kind == "channels" else masks_of(model)
 
 
-def loss_gradients(network: Network, context: FineTuneContext, batch_size: int, num_batches: int) -> dict[str, Tensor]:
+def loss_gradients(
+    network: ModelBundle, context: FineTuneContext, batch_size: int, num_batches: int
+) -> dict[str, Tensor]:
     """Return the gradient of the loss, summed over the first batches of views, by parameter name.
 
     The loss is that of the fine-tuning without the losses on features: their adapters are untrained, and a gradient
     through them would be meaningless. The network is left without gradients, on the CPU.
     """
-    setup, teaching = context.setup, context.teaching
-    if teaching is not None:
-        teaching = teaching.of([loss for loss in teaching.main.losses if loss.on_logits])
-    task = replace(context, teaching=teaching).task(network)
-    model = network.model.to(setup.device).eval()
+    stage_context, spec = context.stage_context, context.spec
+    if spec is not None:
+        spec = spec.of([loss for loss in spec.main.losses if loss.on_logits])
+    task = replace(context, spec=spec).task(network)
+    model = network.model.to(stage_context.device).eval()
     model.zero_grad(set_to_none=True)
     seed = derive_seed(context.seed, "importance")
     for batch in islice(task.stream(seed, batch_size, epoch=0, step=0, epochs=1), num_batches):
-        setup.watch.check()
-        losses = task.losses(Outputs(model(batch.images), {}), batch)
+        stage_context.monitor.check()
+        losses = task.losses(ModelOutput(model(batch.images), {}), batch)
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     found = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.train().zero_grad(set_to_none=True)

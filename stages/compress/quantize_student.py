@@ -17,10 +17,10 @@ from kdpipe.stages.compress.quantization.int4 import prepare_int4
 from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers, prepare_qat
 from kdpipe.stages.compress.resume import TrainedModel
 from kdpipe.stages.config import Count, section
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.training.finalize import finish
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.training.finalize import finalize
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.task import Lesson
+from kdpipe.stages.training.task import TrainingTask
 
 
 @section
@@ -101,15 +101,15 @@ def quantize_student(
     if (done := folder.result()) is not None:
         return done
     network = source.load()
-    prepared = prepare(network.model, context.setup.image_shape, config)
-    quantized = Network(prepared, {**network.architecture, **quantized_record(config)}, network.normalise)
+    prepared = prepare(network.model, context.stage_context.image_shape, config)
+    quantized = ModelBundle(prepared, {**network.architecture, **quantized_record(config)}, network.normalize)
     freeze_at = round(config.freeze_observers_after_epoch * train.epochs)
 
     def before_epoch(model: nn.Module, epoch: int) -> None:
         if config.scheme == "int8" and epoch >= freeze_at:
             freeze_observers(model)
 
-    def warm_up(model: nn.Module, task: Lesson) -> None:
+    def warm_up(model: nn.Module, task: TrainingTask) -> None:
         if config.scheme == "int8":
             batches = task.stream(context.seed, train.batch_size, epoch=0, step=0, epochs=1)
             calibrate(model, (batch.images for batch in islice(batches, config.calibration_batches)))
@@ -117,7 +117,7 @@ def quantize_student(
     masks = masks_of(prepared) if sparse else {}
     name = f"{kind} student, seed {context.seed}"
     history = fine_tune(FineTuneJob(name, quantized, folder, train, warm_up, before_epoch, masks), context)
-    return finish(folder, quantized, history, context.setup, with_onnx=context.exports_onnx)
+    return finalize(folder, quantized, history, context.stage_context, with_onnx=context.exports_onnx)
 
 
 def quantize_job(

@@ -12,9 +12,9 @@ from typing import Any
 
 from kdpipe.stages.compress.pruning.widths import apply_widths
 from kdpipe.stages.errors import ModelError, RunError, cause
-from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.saved_model import finished_record, load_finished, save_model
 
 
@@ -23,14 +23,14 @@ class TrainedModel:
     """A finished network from which others start: its identity, and a function that loads a new copy."""
 
     identity: Mapping[str, Any]
-    load: Callable[[], Network]
+    load: Callable[[], ModelBundle]
 
 
 @dataclass(frozen=True)
 class PrunedCheckpoint:
     """A pruned network before its fine-tuning, and facts about the pruning, as JSON."""
 
-    network: Network
+    network: ModelBundle
     facts: Mapping[str, Any]
 
     @property
@@ -39,7 +39,7 @@ class PrunedCheckpoint:
         return {"architecture": dict(self.network.architecture), "facts": dict(self.facts)}
 
 
-def pruned_path(folder: JobFolder) -> Path:
+def pruned_path(folder: JobDir) -> Path:
     """Return the path of a job's pruned network."""
     return folder.path / "start.safetensors"
 
@@ -49,7 +49,7 @@ def save_pruned(path: Path, checkpoint: PrunedCheckpoint) -> None:
     save_model(path, checkpoint.network.model, checkpoint.record)
 
 
-def load_pruned(path: Path, fresh: Network) -> PrunedCheckpoint:
+def load_pruned(path: Path, fresh: ModelBundle) -> PrunedCheckpoint:
     """Load a pruned network, fine-tuned or not, into `fresh`, the unpruned network, which is modified.
 
     Raises:
@@ -66,15 +66,15 @@ def load_pruned(path: Path, fresh: Network) -> PrunedCheckpoint:
         ) from error
 
 
-def with_widths(fresh: Network, widths: Mapping[str, Any] | None) -> Network:
+def with_widths(fresh: ModelBundle, widths: Mapping[str, Any] | None) -> ModelBundle:
     """Return a network cut to recorded widths, in place; unchanged if there are none, or it has them already."""
     if widths is None or widths == fresh.architecture.get("widths"):
         return fresh
     architecture = {**fresh.architecture, "widths": dict(widths)}
-    return Network(apply_widths(fresh.model, widths), architecture, fresh.normalise)
+    return ModelBundle(apply_widths(fresh.model, widths), architecture, fresh.normalize)
 
 
-def finished_source(folder: JobFolder, fresh: Callable[[], Network], needed_by: str) -> TrainedModel:
+def finished_source(folder: JobDir, fresh: Callable[[], ModelBundle], needed_by: str) -> TrainedModel:
     """Return the finished network in `folder`; loading it raises what `load_finished` raises.
 
     `fresh` builds the unpruned network.
@@ -84,7 +84,7 @@ def finished_source(folder: JobFolder, fresh: Callable[[], Network], needed_by: 
     """
     architecture = finished_record(folder, needed_by)["architecture"]
 
-    def load() -> Network:
+    def load() -> ModelBundle:
         network = with_widths(fresh(), architecture.get("widths"))
         load_finished(folder, network.model, network.architecture, needed_by)
         return network

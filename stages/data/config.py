@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from kdpipe.stages.config import Bytes, Place, section
+from kdpipe.stages.config import Bytes, PathStr, section
 from kdpipe.stages.data.unreadable import OnUnreadable
 
 
@@ -35,8 +35,8 @@ class DataConfig:
         num_workers: Processes that decode images not in memory; None means one for each core of this process.
     """
 
-    name: Place = "digits"
-    root: Place = "data"
+    name: PathStr = "digits"
+    root: PathStr = "data"
     download: bool = True
     channels: Annotated[Literal[1, 3], BeforeValidator(_reject_bool)] | None = None
     image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None

@@ -138,7 +138,7 @@ def unequal_sizes_message(image_set: ImageSet) -> str:
     )
 
 
-def normalisation(image_set: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(image_set: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return each channel's mean and standard deviation over the set, in [0, 1] units, rounded to 4 digits.
 
     Computed from counts of the 256 gray levels: exact integers, independent of order and threads. Files are not

@@ -67,7 +67,7 @@ def scan_images(
     finally:
         if not pixel_cache.active:
             state.save()
-    kept = np.flatnonzero(state.seen)
+    kept = np.flatnonzero(state.image_batch)
     if pixel_cache.active:
         return ScanResult(pixel_cache.take(kept), kept, tuple(drops.dropped))
     readable = chosen.take(kept) if drops.dropped else chosen
@@ -93,7 +93,7 @@ def _scan(
     with quiet_pillow(), scan_threads() as pool:
         for start in range(0, len(chosen), CHUNK):
             chunk = np.arange(start, min(start + CHUNK, len(chosen)))
-            todo = (chunk if pixel_cache.active else chunk[~state.seen[chunk]]).tolist()
+            todo = (chunk if pixel_cache.active else chunk[~state.image_batch[chunk]]).tolist()
             results = pool.map(lambda index: _scan_one(chosen, pixel_cache, index), todo)
             for index, image in zip(todo, results, strict=True):
                 yield index, image

@@ -184,7 +184,7 @@ class ScanState:
         self._all_ids, self._ids = files.sample_ids, chosen.sample_ids
         self._path = cache_path(files.folder, files.spec, os.environ)
         self._unsaved, self._saved_at = False, time.monotonic()
-        self.seen = np.zeros(len(chosen), dtype=np.bool_)
+        self.image_batch = np.zeros(len(chosen), dtype=np.bool_)
         self.checksums = np.zeros(len(chosen), dtype=np.uint32)
         self.shapes = np.zeros((len(chosen), 2), dtype=np.int32)
         self._stamps = np.full((len(chosen), 3), NO_STAMP, dtype=np.int64)
@@ -197,23 +197,23 @@ class ScanState:
     def _restore(self, cache: ScanCache, chosen: ImageFileList, pixel_cache: PixelCache) -> None:
         """Take the valid entries of the cache; deactivate `pixel_cache` if their sizes do not allow it."""
         found = cache.find(self._ids, _stamps(chosen))
-        self.seen = found >= 0
-        entries = cache.take(found[self.seen])
-        self.checksums[self.seen], self.shapes[self.seen] = entries.checksums, entries.shapes
-        self._stamps[self.seen] = entries.stamps
+        self.image_batch = found >= 0
+        entries = cache.take(found[self.image_batch])
+        self.checksums[self.image_batch], self.shapes[self.image_batch] = entries.checksums, entries.shapes
+        self._stamps[self.image_batch] = entries.stamps
         shapes = np.unique(entries.shapes, axis=0).tolist()
         if len(shapes) > 1 or (shapes and not pixel_cache.fits((chosen.spec.channels, *shapes[0]))):
             pixel_cache.deactivate()
 
     def add(self, index: int, found: Stamp, checksum: int, shape: tuple[int, int]) -> None:
         """Record a decoded image; with NO_STAMP it is not cached beyond this job."""
-        self.seen[index], self._stamps[index] = True, found
+        self.image_batch[index], self._stamps[index] = True, found
         self.checksums[index], self.shapes[index] = checksum, shape
         self._unsaved = True
 
     def discard(self, index: int) -> None:
         """Mark the image as unreadable."""
-        self.seen[index] = False
+        self.image_batch[index] = False
 
     def save_periodically(self) -> None:
         """Save if SAVE_EVERY_S have passed since the last save."""
@@ -224,7 +224,7 @@ class ScanState:
         """Merge the new results into the cache file, dropping entries of files that are no longer listed."""
         if not self._unsaved:
             return
-        valid = self.seen & (self._stamps != NO_STAMP).all(axis=1)
+        valid = self.image_batch & (self._stamps != NO_STAMP).all(axis=1)
         found = ScanCache(self._ids[valid], self._stamps[valid], self.checksums[valid], self.shapes[valid])
         if len(found):
             known = read_cache(self._path)

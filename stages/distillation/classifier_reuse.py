@@ -5,9 +5,9 @@ the projector, as `projector`, so that a hook at that path gets the projected ma
 become `layer3.body.0`.
 
 Example:
-    student = reuse_classifier(student, config, image_shape, linear_of(teacher, config.classifier[1]), seed=0)
+    student = reuse_classifier(student, config, image_shape, linear_at(teacher, config.classifier[1]), seed=0)
     # in another process
-    student = with_projector(build_same_student(), config, image_shape, num_features=256, num_classes=100, bias=True)
+    student = add_projector(build_same_student(), config, image_shape, num_features=256, num_classes=100, bias=True)
     student.load_state_dict(weights)  # strict
 """
 
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, RecipeError, cause
 from kdpipe.stages.losses.features.simkd import SimKDConfig
-from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import feature_shapes
-from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.models.module_lookup import get_module
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import state_sha256
 from kdpipe.store import FingerprintMismatch, differences
@@ -34,9 +34,9 @@ from kdpipe.store import FingerprintMismatch, differences
 ImageShape = tuple[int, int, int]
 
 
-def with_teachers_classifier(
-    network: Network, config: SimKDConfig, run: Path, image_shape: ImageShape, seed: int
-) -> Network:
+def reuse_teacher_classifier(
+    network: ModelBundle, config: SimKDConfig, run: Path, image_shape: ImageShape, seed: int
+) -> ModelBundle:
     """Add a projector and the teacher's classifier to `network`, in place, and to the record of its architecture.
 
     The teacher's weights are those that the recipe names, or else those in the folder `run`. Raises like
@@ -84,9 +84,9 @@ def stored_linear(path: Path, layer: str) -> nn.Linear:
     return classifier
 
 
-def linear_of(teacher: nn.Module, path: str) -> nn.Linear:
+def linear_at(teacher: nn.Module, path: str) -> nn.Linear:
     """Return the teacher's classifier. Raises ModelError for an unknown path, RecipeError for other layers."""
-    classifier = module_named(teacher, path)
+    classifier = get_module(teacher, path)
     if isinstance(classifier, nn.Linear):
         return classifier
     raise RecipeError(
@@ -112,7 +112,7 @@ def reuse_classifier(
         RecipeError: The student's layer does not output maps, or the student does not run with these parts; it is left
             unchanged.
     """
-    with_projector(
+    add_projector(
         student,
         config,
         image_shape,
@@ -121,11 +121,11 @@ def reuse_classifier(
         bias=classifier.bias is not None,
         seed=seed,
     )
-    module_named(student, config.classifier[0]).load_state_dict(classifier.state_dict())
+    get_module(student, config.classifier[0]).load_state_dict(classifier.state_dict())
     return student
 
 
-def with_projector(
+def add_projector(
     student: nn.Module,
     config: SimKDConfig,
     image_shape: ImageShape,
@@ -140,7 +140,7 @@ def with_projector(
     `num_features`, `num_classes` and `bias` are those of the teacher's classifier. Raises like `reuse_classifier`.
     """
     layer, path = config.layers[0][0], config.classifier[0]
-    body, original = module_named(student, layer), module_named(student, path)
+    body, original = get_module(student, layer), get_module(student, path)
     channels = _channels(student, layer, image_shape)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -162,7 +162,7 @@ def with_projector(
     return student
 
 
-def last_of_projector(config: SimKDConfig) -> str:
+def projector_output_path(config: SimKDConfig) -> str:
     """Return the path of the projector's last convolution, whose output goes to the teacher's classifier."""
     return f"{config.layers[0][0]}.projector.6"
 

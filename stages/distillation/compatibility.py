@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import Entry, Response
-from kdpipe.stages.losses.schedules import extremes
+from kdpipe.stages.losses.base import Entry, LogitLossConfig
+from kdpipe.stages.losses.schedules import bounds
 from kdpipe.stages.targets.ensemble import TeachersConfig
-from kdpipe.stages.targets.join import Source
+from kdpipe.stages.targets.join import JoinedStore
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.store import (
@@ -37,12 +37,12 @@ def check_losses(losses: Sequence[Entry], views: ViewsConfig, teachers: Teachers
                 f"{entry}: samples.weighting = {loss.samples.weighting!r} needs a per-sample loss, and this one "
                 "compares samples with each other: select samples with samples.filter instead."
             )
-        if views.mix is not None and (loss.one_label or loss.samples.goes_by_label):
+        if views.mix is not None and (loss.one_label or loss.samples.needs_single_label):
             what = entry if loss.one_label else f"{entry} with samples selected or weighted by their label"
             raise RecipeError(f"{what} needs a single label per sample, and [views.mix] gives two: remove one of them.")
 
 
-def check_together(teaching: Teaching, sources: Sequence[Source], targets: Targets) -> None:
+def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], targets: Targets) -> None:
     """Check that the losses work with these stores together.
 
     Raises:
@@ -50,36 +50,34 @@ def check_together(teaching: Teaching, sources: Sequence[Source], targets: Targe
         StoreError: Samples have no targets in any store, and may not be missing.
     """
     maps = [source.class_map for source in sources]
-    partial = [number for number, class_map in enumerate(maps) if class_map and not class_map.covers_all]
-    together = [loss for loss in teaching.losses if loss.on_logits and loss.store is None]
-    if partial and together and len(sources) > 1 and teaching.teachers.ensemble == "logits":
+    partial = [number for number, class_map in enumerate(maps) if class_map and not class_map.has_all_classes]
+    together = [loss for loss in spec.losses if loss.on_logits and loss.store is None]
+    if partial and together and len(sources) > 1 and spec.teachers.ensemble == "logits":
         raise RecipeError(
             f"the teacher of {sources[partial[0]].store.path} lacks some of the student's classes, and logits of "
             "different classes cannot be averaged: set student.teachers.ensemble = 'probabilities'."
         )
-    for number, loss in enumerate(teaching.losses):
-        whole = loss.whole_logits or (isinstance(loss, Response) and loss.standardize)
+    for number, loss in enumerate(spec.losses):
+        whole = loss.whole_logits or (isinstance(loss, LogitLossConfig) and loss.standardize)
         if whole and loss.on_logits and (partial if loss.store is None else loss.store in partial):
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) needs the logits of all classes, and a teacher lacks some of the "
                 "student's classes: use another loss, or another teacher (distill.store)."
             )
-        softened = teaching.teachers.temperatures or (
-            len(sources) > 1 and teaching.teachers.ensemble == "probabilities"
-        )
+        softened = spec.teachers.temperatures or (len(sources) > 1 and spec.teachers.ensemble == "probabilities")
         if loss.whole_logits and loss.store is None and softened:
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) needs raw logits, which student.teachers does not keep (temperatures, "
                 "or ensemble = 'probabilities'): select one teacher with distill.store."
             )
-        if loss.wanted_of_others and targets.residence == "streamed":
+        if loss.negative_features and targets.residence == "streamed":
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) reads samples from the whole store at every step, but the targets are "
                 "streamed: raise student.target_loading.memory_bytes or mapped_bytes, or set memory = 'bank'."
             )
-    if targets.num_unknown and teaching.missing == "error":
+    if targets.num_without_targets and spec.missing == "error":
         raise StoreError(
-            f"{targets.num_unknown} of the samples are in no store, or of classes that no teacher has: remove them "
+            f"{targets.num_without_targets} of the samples are in no store, or of classes that no teacher has: remove them "
             "from the data set (data.classes), or train on their labels alone with "
             "student.missing_targets = 'hard-labels'."
         )
@@ -117,17 +115,17 @@ def _require_logits(stores: Sequence[TargetStore], losses: Sequence[Entry], teac
         for index, store in enumerate(stores):
             if not store.manifest.top_k or not loss.on_logits or loss.store not in (None, index):
                 continue
-            if loss.whole_logits or (isinstance(loss, Response) and loss.standardize):
+            if loss.whole_logits or (isinstance(loss, LogitLossConfig) and loss.standardize):
                 raise RecipeError(
                     f"distill.{number} ({loss.loss}) needs the logits of all classes, but {store.path} has only the "
                     f"{store.manifest.top_k.k} largest: cache without cache.top_k into another store."
                 )
             own = teachers.temperatures[index : index + 1] if loss.store is None else ()
             for temperature in own or loss.temperatures():
-                for value in extremes(temperature):
+                for value in bounds(temperature):
                     interpolation(store.manifest.top_k, value)
         own_teacher = loss.store is not None or not loss.on_logits
         used = [stores[loss.store or 0]] if own_teacher else list(stores)
         by_confidence = teachers.weights == "confidence" and not own_teacher
-        for store in used if loss.samples.judges or by_confidence else ():
+        for store in used if loss.samples.needs_probabilities or by_confidence else ():
             _require_probabilities(store, f"distill.{number} ({loss.loss})")

@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from kdpipe.stages.config import deciding
-from kdpipe.stages.context import Setup
+from kdpipe.stages.config import config_fingerprint
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.losses.base import Entry
-from kdpipe.stages.losses.distillation import wanted_of
+from kdpipe.stages.losses.distillation import required_of
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
 from kdpipe.stages.losses.inputs import TeacherShapes
-from kdpipe.stages.losses.sample_selection import Selection
-from kdpipe.stages.losses.schedules import Amount, Ramp
+from kdpipe.stages.losses.sample_selection import SampleSelection
+from kdpipe.stages.losses.schedules import Schedule, Scheduled
 from kdpipe.stages.targets.ensemble import TeachersConfig
-from kdpipe.stages.targets.feature_spec import Shape, Wanted
-from kdpipe.stages.targets.join import Missing, Source, join
+from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
+from kdpipe.stages.targets.join import JoinedStore, Missing, join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, slab_window
-from kdpipe.stages.targets.resolve import arrays_read
+from kdpipe.stages.targets.resolve import arrays_needed
 from kdpipe.store import (
     TargetStore,
 )
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Teaching:
+class DistillationSpec:
     """The stores and losses of a distillation, with their settings.
 
     Attributes:
@@ -41,7 +41,7 @@ class Teaching:
     stores: Sequence[TargetStore]
     shapes: Mapping[str, Shape]
     losses: Sequence[Entry]
-    hard_label_weight: Amount
+    hard_label_weight: Scheduled
     read: TargetLoadingConfig = field(default_factory=TargetLoadingConfig)
     missing: Missing = "error"
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
@@ -54,7 +54,7 @@ class Teaching:
             "stores": [store.manifest.numbers_sha256(names) for store, names in self._names()],
             "order": slab_window(self._names(), self.read),
             "losses": [_loss_json(loss) for loss in self.losses],
-            "hard_label_weight": amount_json(self.hard_label_weight),
+            "hard_label_weight": schedule_json(self.hard_label_weight),
             "missing": self.missing,
         }
         if self.teachers != TeachersConfig():
@@ -66,43 +66,45 @@ class Teaching:
         return record
 
     @property
-    def wanted(self) -> list[list[Wanted]]:
+    def wanted(self) -> list[list[FeatureSpec]]:
         """Return the features required of each store."""
-        return [wanted_of(self.losses, self.shapes, number) for number in range(len(self.stores))]
+        return [required_of(self.losses, self.shapes, number) for number in range(len(self.stores))]
 
-    def of(self, losses: Sequence[Entry]) -> Teaching:
+    def of(self, losses: Sequence[Entry]) -> DistillationSpec:
         """Return the same with these losses alone."""
         return replace(self, losses=tuple(losses))
 
     @property
-    def main(self) -> Teaching:
+    def main(self) -> DistillationSpec:
         """Return the losses of the student's own training: without the FitNet stages before it."""
         return self.of([loss for loss in self.losses if not isinstance(loss, FitNetConfig)])
 
-    def sources(self, setup: Setup) -> list[Source]:
+    def sources(self, context: StageContext) -> list[JoinedStore]:
         """Return the stores, joined to the training samples. Raises like `join`."""
         return [
-            join(store, setup.train_set, wanted, self.missing, self.teachers.class_map(number))
+            join(store, context.train_set, wanted, self.missing, self.teachers.class_map(number))
             for number, (store, wanted) in enumerate(zip(self.stores, self.wanted, strict=True))
         ]
 
     def _names(self) -> list[tuple[TargetStore, list[str]]]:
         """Return each store with the arrays that are read of it."""
-        return [(store, arrays_read(store, wanted)) for store, wanted in zip(self.stores, self.wanted, strict=True)]
+        return [(store, arrays_needed(store, wanted)) for store, wanted in zip(self.stores, self.wanted, strict=True)]
 
 
 def _loss_json(loss: Entry) -> dict[str, Any]:
     """Return what decides a loss, without common keys at their defaults."""
-    defaults = {"store": None, "samples": asdict(Selection()), "standardize": False}
-    record = {key: value for key, value in deciding(loss).items() if key not in defaults or value != defaults[key]}
+    defaults = {"store": None, "samples": asdict(SampleSelection()), "standardize": False}
+    record = {
+        key: value for key, value in config_fingerprint(loss).items() if key not in defaults or value != defaults[key]
+    }
     return record | {"store": loss.store or 0} if loss.loss == "hint" else record
 
 
-def amount_json(amount: Amount) -> Any:
+def schedule_json(amount: Scheduled) -> Any:
     """Return a number or a schedule as JSON."""
-    return asdict(amount) if isinstance(amount, Ramp) else amount
+    return asdict(amount) if isinstance(amount, Schedule) else amount
 
 
-def shapes_of(source: Source) -> TeacherShapes:
+def shapes_of(source: JoinedStore) -> TeacherShapes:
     """Return the shapes of the required features, as the store serves them."""
     return {feature.feature: feature.shape for feature in source.features}

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdpipe.stages.context import Setup
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.compatibility import _require_logits, _require_views, check_losses
-from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Entry
 from kdpipe.stages.targets.ensemble import check_teachers
 from kdpipe.stages.targets.feature_spec import Shape
-from kdpipe.stages.targets.open import on_this_machine, open_with_views
+from kdpipe.stages.targets.open import local_store_path, open_with_views
 
 if TYPE_CHECKING:
     from kdpipe.stages.distillation.student_config import StudentConfig
@@ -24,10 +24,10 @@ def open_stores(
     losses: Sequence[Entry],
     student: StudentConfig,
     identity: Mapping[str, Any],
-    setup: Setup,
+    context: StageContext,
     *,
     shapes: Mapping[str, Shape],
-) -> Teaching:
+) -> DistillationSpec:
     """Open and check the stores that `losses` learn from.
 
     Stores at URLs, and archives, are staged first: copied to this machine and unpacked, once for all its jobs.
@@ -45,24 +45,24 @@ def open_stores(
         StoreError: A store is incomplete, or lacks something.
         FingerprintMismatch: A store belongs to another teacher or other views.
     """
-    check_losses(losses, setup.views, student.teachers)
+    check_losses(losses, context.views, student.teachers)
     check_teachers(student.teachers, len(places))
     for number, loss in enumerate(losses):
         if (loss.store or 0) >= len(places):
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) uses store {loss.store}, but there are {len(places)}, counted from 0."
             )
-    paths = [on_this_machine(place, setup.watch) for place in places]
-    stores = [open_with_views(path, setup.view_identity(), identity) for path in paths]
+    paths = [local_store_path(place, context.monitor) for place in places]
+    stores = [open_with_views(path, context.view_identity(), identity) for path in paths]
     fingerprints = [store.manifest.identity.fingerprint for store in stores]
     if len(set(fingerprints)) < len(fingerprints):
         raise RecipeError(
             f"student.stores has one teacher twice: {', '.join(map(str, places))} contain the same outputs."
         )
     for store in stores:
-        _require_views(store, setup.views.num_views)
+        _require_views(store, context.views.num_views)
     _require_logits(stores, losses, student.teachers)
-    teaching = Teaching(
+    spec = DistillationSpec(
         stores,
         shapes,
         tuple(losses),
@@ -72,5 +72,5 @@ def open_stores(
         student.teachers,
         label_smoothing=student.label_smoothing,
     )
-    teaching.to_json()  # raises if a store lacks an array
-    return teaching
+    spec.to_json()  # raises if a store lacks an array
+    return spec

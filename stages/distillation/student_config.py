@@ -7,13 +7,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from kdpipe.stages.config import Place, Seed, section, unequal
-from kdpipe.stages.losses.schedules import Amount
+from kdpipe.stages.config import PathStr, Seed, section, unique
+from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.join import Missing
 from kdpipe.stages.targets.reader import TargetLoadingConfig
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import ViewsConfig
 
@@ -41,10 +41,10 @@ class StudentConfig:
 
     model: ModelConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(unequal)] = (0, 1, 2)
-    hard_label_weight: Amount = 0.1
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(unique)] = (0, 1, 2)
+    hard_label_weight: Scheduled = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    stores: tuple[Place, ...] = ()
+    stores: tuple[PathStr, ...] = ()
     teachers: TeachersConfig = Field(default_factory=TeachersConfig)
     missing_targets: Missing = "error"
     target_loading: TargetLoadingConfig = Field(default_factory=TargetLoadingConfig)
@@ -68,6 +68,6 @@ def view_warning(views: ViewsConfig) -> str | None:
     )
 
 
-def student_folder(run: Path, kind: str, seed: int) -> JobFolder:
+def student_folder(run: Path, kind: str, seed: int) -> JobDir:
     """Return the folder of a student, ALONE or DISTILLED, of a run."""
-    return JobFolder(run / "students" / f"{kind}-seed{seed}")
+    return JobDir(run / "students" / f"{kind}-seed{seed}")

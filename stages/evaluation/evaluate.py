@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.stages.data.loader.image_loader import Pictures, Request
+from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import NotFiniteError
-from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.memory import run_in_chunks
 
 BATCH_SIZE = 500
@@ -29,24 +29,24 @@ class Evaluation:
         before_batch: Called before each batch; may raise StoppedEarly, as a large test set takes minutes.
     """
 
-    pictures: Pictures
-    normalise: Normalisation
+    loader: ImageLoader
+    normalize: Normalization
     teacher_logits: Tensor | None = None
     warn: Callable[[str], None] | None = None
     before_batch: Callable[[], None] = lambda: None
 
     def images(self, limit: int) -> Tensor:
         """Return the first images, at most `limit`, normalized: float32 [B, C, H, W]."""
-        indices = torch.arange(min(limit, self.pictures.image_set.num_samples))
-        return self.normalise(self.pictures.one(Request(indices)).images)
+        indices = torch.arange(min(limit, self.loader.image_set.num_samples))
+        return self.normalize(self.loader.one(ViewRequest(indices)).images)
 
     def batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the first images, or all, normalized: float32 [B, C, H, W], with their labels int64 [B]."""
-        image_set = self.pictures.image_set
+        image_set = self.loader.image_set
         indices = torch.arange(image_set.num_samples if limit is None else min(limit, image_set.num_samples))
-        for seen in self.pictures.stream(Request(some) for some in torch.split(indices, BATCH_SIZE)):
+        for image_batch in self.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
             self.before_batch()
-            yield self.normalise(seen.images), image_set.labels[seen.positions]
+            yield self.normalize(image_batch.images), image_set.labels[image_batch.positions]
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     """
     was_training = model.training
     model.eval()
-    image_set = test.pictures.image_set
-    requests = (Request(indices) for indices in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE))
+    image_set = test.loader.image_set
+    requests = (ViewRequest(indices) for indices in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE))
     try:
-        for seen in test.pictures.stream(requests):
+        for image_batch in test.loader.stream(requests):
             test.before_batch()
-            labels = image_set.labels[seen.positions].to(device)
-            yield Predictions(seen.positions, labels, _logits(model, test, seen.images))
+            labels = image_set.labels[image_batch.positions].to(device)
+            yield Predictions(image_batch.positions, labels, _logits(model, test, image_batch.images))
     finally:
         model.train(was_training)
 
@@ -110,7 +110,7 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
     """Return the model's logits, float32 [B, num_classes], of images uint8 [B, C, H, W]."""
 
     def logits_of(rows: slice) -> Tensor:
-        logits: Tensor = model(test.normalise(images[rows])).float()
+        logits: Tensor = model(test.normalize(images[rows])).float()
         return logits
 
     chunks = list(run_in_chunks(model, len(images), logits_of, test.warn))

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.stages.config import at_most, section
-from kdpipe.stages.losses.inputs import Facts, Said, Shapes, TeacherShapes
-from kdpipe.stages.losses.sample_selection import Selection
-from kdpipe.stages.losses.schedules import Amount, Temperature
-from kdpipe.stages.losses.shapes import Size, cannot_join, poolable
-from kdpipe.stages.numerics import widened
-from kdpipe.stages.targets.feature_spec import MAP, Shape, Wanted
+from kdpipe.stages.config import max_value, section
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
+from kdpipe.stages.losses.sample_selection import SampleSelection
+from kdpipe.stages.losses.schedules import Scheduled, Temperature
+from kdpipe.stages.losses.shapes import Size, poolable, shape_mismatch_error
+from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.targets.feature_spec import MAP, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import pool_to
 
 Pairs = Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]
@@ -51,17 +51,17 @@ class Entry:
     """Whether the loss uses the gradient of the student's cross entropy with respect to the images."""
 
     loss: str
-    weight: Amount = 1.0
-    store: Annotated[int, Field(ge=0), at_most(1000)] | None = None
-    samples: Selection = Field(default_factory=Selection)
+    weight: Scheduled = 1.0
+    store: Annotated[int, Field(ge=0), max_value(1000)] | None = None
+    samples: SampleSelection = Field(default_factory=SampleSelection)
 
     @property
-    def num_others(self) -> int:
+    def num_negatives(self) -> int:
         """Return the number of negatives (other samples of the data set) per batch."""
         return int(vars(self).get("num_negatives", 0))
 
     @property
-    def wanted_of_others(self) -> tuple[Wanted, ...]:
+    def negative_features(self) -> tuple[FeatureSpec, ...]:
         """Return the teacher features required of the negatives."""
         return ()
 
@@ -69,7 +69,7 @@ class Entry:
         """Return the paths of the student's modules whose outputs the loss uses."""
         return ()
 
-    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
+    def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
         """Return the required teacher features, given the shapes of the student's features."""
         return ()
 
@@ -77,7 +77,7 @@ class Entry:
         """Return the temperatures at which the loss takes the softmax of the teacher's logits."""
         return ()
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
         """Build the loss, with the adapters and embeddings that train with the student.
 
         Returns:
@@ -88,7 +88,7 @@ class Entry:
         """
         return StatelessLoss(self)
 
-    def compute(self, inputs: Said) -> Tensor:
+    def compute(self, inputs: LossInputs) -> Tensor:
         """Compute a loss that has no parameters; losses with parameters override `build` instead."""
         raise NotImplementedError
 
@@ -100,12 +100,12 @@ class StatelessLoss(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, inputs: Said) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         return self.config.compute(inputs)
 
 
 @section
-class Response(Entry):
+class LogitLossConfig(Entry):
     """Configuration of a loss on logits.
 
     Attributes:
@@ -134,8 +134,8 @@ class FeatureLossConfig(Entry):
     def student_layers(self) -> tuple[str, ...]:
         return tuple(student_layer for student_layer, _ in self.layers)
 
-    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
-        return tuple(Wanted(teacher_layer, self.statistic) for _, teacher_layer in self.layers)
+    def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
+        return tuple(FeatureSpec(teacher_layer, self.statistic) for _, teacher_layer in self.layers)
 
 
 @section
@@ -145,30 +145,30 @@ class MapLossConfig(FeatureLossConfig):
     expected: ClassVar[str] = "layers whose maps have the same aspect ratio"
     """What to choose instead, for the error message about shapes that do not match."""
 
-    def teacher_feature(self, layer: str, student: Shape) -> Wanted:
+    def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
         """Return the required feature of a teacher's layer, given the shape of the student's."""
         raise NotImplementedError
 
-    def common_size(self, student: Shape, teacher: Shape, feature: Wanted) -> Size | None:
+    def common_size(self, student: Shape, teacher: Shape, feature: FeatureSpec) -> Size | None:
         """Return the (H, W) of a teacher's feature, to which the student's maps are pooled; None if it has none."""
         raise NotImplementedError
 
-    def distance(self, student: Tensor, teacher: Tensor, feature: Wanted) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, feature: FeatureSpec) -> Tensor:
         """Compute the loss of each sample, [B], from pooled student maps [B, C, H, W] and the teacher's feature."""
         raise NotImplementedError
 
-    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
+    def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
         return tuple(
             self.teacher_feature(teacher_layer, student[student_layer]) for student_layer, teacher_layer in self.layers
         )
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
-        features, sizes = self.wants(student), []
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
+        features, sizes = self.required_features(student), []
         for pair, feature in zip(self.layers, features, strict=True):
             student_shape, teacher_shape = student[pair[0]], teacher[feature]
             size = self.common_size(student_shape, teacher_shape, feature)
             if size is None or not poolable(student_shape, size):
-                raise cannot_join(self.loss, pair, student_shape, teacher_shape, self.expected)
+                raise shape_mismatch_error(self.loss, pair, student_shape, teacher_shape, self.expected)
             sizes.append(size)
         return MapLoss(self, features, sizes)
 
@@ -176,15 +176,15 @@ class MapLossConfig(FeatureLossConfig):
 class MapLoss(nn.Module):
     """The loss of each sample, [B], summed over the pairs of layers. sizes: the (H, W) of each pair."""
 
-    def __init__(self, config: MapLossConfig, features: Sequence[Wanted], sizes: Sequence[Size]) -> None:
+    def __init__(self, config: MapLossConfig, features: Sequence[FeatureSpec], sizes: Sequence[Size]) -> None:
         super().__init__()
         self.config = config
         self.features = tuple(features)
         self.sizes = tuple(sizes)
 
-    def forward(self, inputs: Said) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         parts = []
         for layer, feature, size in zip(self.config.student_layers(), self.features, self.sizes, strict=True):
-            maps = pool_to(widened(inputs.student.features[layer]), size)
+            maps = pool_to(to_float32(inputs.student.features[layer]), size)
             parts.append(self.config.distance(maps, inputs.teacher.features[feature], feature))
         return torch.stack(parts).sum(0)

@@ -17,13 +17,13 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import Entry, Response
+from kdpipe.stages.losses.base import Entry, LogitLossConfig
 from kdpipe.stages.losses.registry import LOSSES
-from kdpipe.stages.losses.schedules import Ramp
+from kdpipe.stages.losses.schedules import Schedule
 from kdpipe.stages.targets.feature_spec import ATTENTION, INPUT_GRADIENT, MAP, POOLED, SPATIAL_GRAM
 from kdpipe.stages.targets.resolve import LOGITS
 
-FORM_TEXTS = {
+STATISTIC_TEXTS = {
     LOGITS: "logits",
     MAP: "map [C, H, W] of each layer",
     POOLED: "pooled vector [C] of each layer",
@@ -84,7 +84,7 @@ class Loss:
 
     Attributes:
         summary: The first line of the description.
-        reads_others: Whether the teacher's features of the negatives are read, at the default keys.
+        reads_negatives: Whether the teacher's features of the negatives are read, at the default keys.
     """
 
     name: str
@@ -96,8 +96,8 @@ class Loss:
     one_label: bool
     whole_logits: bool
     input_gradient: bool
-    num_others: int
-    reads_others: bool
+    num_negatives: int
+    reads_negatives: bool
     keys: tuple[Key, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -157,8 +157,8 @@ def _describe(kind: type[Entry]) -> Loss:
         one_label=kind.one_label,
         whole_logits=kind.whole_logits,
         input_gradient=kind.input_gradient,
-        num_others=example.num_others,
-        reads_others=bool(example.wanted_of_others),
+        num_negatives=example.num_negatives,
+        reads_negatives=bool(example.negative_features),
         keys=tuple(_keys(kind)),
     )
 
@@ -172,16 +172,16 @@ def _example(kind: type[Entry]) -> Entry:
 
 def _stored(example: Entry) -> Iterator[Stored]:
     if example.on_logits:
-        yield Stored(LOGITS, FORM_TEXTS[LOGITS], "any", False)
+        yield Stored(LOGITS, STATISTIC_TEXTS[LOGITS], "any", False)
     required = {
-        size: [(feature.form, feature.size is not None) for feature in example.wants({"student": shape})]
+        size: [(feature.form, feature.size is not None) for feature in example.required_features({"student": shape})]
         for size, shape in STUDENT_MAPS.items()
     }
     if required["small"] == required["large"]:
         required = {"any": required["small"]}
     for of, features in required.items():
         for form, to_students_size in features:
-            yield Stored(form, FORM_TEXTS[form], of, to_students_size)
+            yield Stored(form, STATISTIC_TEXTS[form], of, to_students_size)
 
 
 def _keys(kind: type[Any], prefix: str = "") -> Iterator[Key]:
@@ -205,7 +205,7 @@ def _default(field: Field[Any]) -> Any:
 
 def _shared_by(name: str) -> str | None:
     first = name.partition(".")[0]
-    for losses, section in ((EVERY_ENTRY, Entry), (ON_LOGITS, Response)):
+    for losses, section in ((EVERY_ENTRY, Entry), (ON_LOGITS, LogitLossConfig)):
         if first in {field.name for field in fields(section)}:
             return losses
     return None
@@ -215,7 +215,7 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
-TYPE_NAMES = {float: "number", int: "whole number", str: "text", bool: "true or false", Ramp: "ramp"}
+TYPE_NAMES = {float: "number", int: "whole number", str: "text", bool: "true or false", Schedule: "ramp"}
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 

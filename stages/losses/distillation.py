@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.losses.base import Entry, Response
-from kdpipe.stages.losses.inputs import Facts, Others, Said, Shapes, TeacherShapes
-from kdpipe.stages.losses.logits.standardize import Standardised, standardised
+from kdpipe.stages.losses.base import Entry, LogitLossConfig
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
+from kdpipe.stages.losses.logits.standardize import StandardizedTargets, standardize_logits
 from kdpipe.stages.losses.sample_selection import compute_sample_weights, select_samples
-from kdpipe.stages.losses.schedules import Moment, amount_at
-from kdpipe.stages.models.hooks import Outputs
-from kdpipe.stages.runtime.collectives import num_processes, total
-from kdpipe.stages.targets.ensemble import Combination
-from kdpipe.stages.targets.feature_spec import Wanted
-from kdpipe.stages.targets.outputs import TeacherOutputs
+from kdpipe.stages.losses.schedules import TrainProgress, value_at
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.runtime.collectives import all_reduce_sum, num_processes
+from kdpipe.stages.targets.ensemble import TeacherEnsemble
+from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.outputs import TeacherTargets
 
 
 @dataclass(frozen=True)
-class Exchange:
+class DistillationBatch:
     """Outputs of a student and of all its teachers for a batch of B samples.
 
     Attributes:
@@ -36,18 +36,18 @@ class Exchange:
         num_samples: The size of the global batch, of all processes; None if it is B.
     """
 
-    student: Outputs
-    teachers: Sequence[TeacherOutputs]
+    student: ModelOutput
+    teachers: Sequence[TeacherTargets]
     known: Sequence[Tensor | None]
     labels: Tensor
     ranks: Tensor
-    moment: Moment
-    others: Mapping[str, Others]
+    moment: TrainProgress
+    others: Mapping[str, Negatives]
     input_gradient: Tensor | None = None
     num_samples: int | None = None
 
 
-class Term(nn.Module):
+class WeightedLoss(nn.Module):
     """The loss of one entry on its samples, times its weight and their share of the batch."""
 
     def __init__(self, name: str, config: Entry, loss: nn.Module) -> None:
@@ -56,7 +56,7 @@ class Term(nn.Module):
         self.config = config
         self.loss = loss
 
-    def forward(self, batch: Exchange, combined: TeacherOutputs) -> Tensor:
+    def forward(self, batch: DistillationBatch, combined: TeacherTargets) -> Tensor:
         """Compute this process's share of the weighted loss of the global batch.
 
         The mean of the shares over the processes is the loss.
@@ -69,7 +69,7 @@ class Term(nn.Module):
         batch_size = len(batch.labels) if batch.num_samples is None else batch.num_samples
         num_local = len(inputs.labels)
         # A process without such samples takes the same path as the others, which wait for it at collectives.
-        num_used = total(num_local) if may_be_partial else batch_size
+        num_used = all_reduce_sum(num_local) if may_be_partial else batch_size
         if num_used == 0:
             return batch.student.logits.new_zeros(())
         sample_weights = compute_sample_weights(self.config.samples, inputs.teacher, inputs.labels)
@@ -78,12 +78,12 @@ class Term(nn.Module):
         loss: Tensor = self.loss(self._normalize_logits(inputs))
         if sample_weights is not None:
             loss = sample_weights.to(loss) * loss
-        weight = amount_at(self.config.weight, batch.moment)
+        weight = value_at(self.config.weight, batch.moment)
         if not self.config.per_sample:
             return weight * (num_used / batch_size) * loss.mean()
         return weight * (num_local * num_processes() / batch_size) * (loss.mean() if num_local else loss.sum())
 
-    def _select_samples(self, batch: Exchange, combined: TeacherOutputs) -> tuple[Said, bool]:
+    def _select_samples(self, batch: DistillationBatch, combined: TeacherTargets) -> tuple[LossInputs, bool]:
         """Return the inputs of the loss's samples, and whether these may be fewer than the batch."""
         inputs, known = self._inputs(batch, combined), self._known(batch)
         if known is not None and len(known) < len(inputs.labels):
@@ -97,8 +97,8 @@ class Term(nn.Module):
     def _uses_all_teachers(self) -> bool:
         return self.config.store is None and self.config.on_logits
 
-    def _inputs(self, batch: Exchange, combined: TeacherOutputs) -> Said:
-        return Said(
+    def _inputs(self, batch: DistillationBatch, combined: TeacherTargets) -> LossInputs:
+        return LossInputs(
             batch.student,
             combined if self._uses_all_teachers else batch.teachers[self.config.store or 0],
             batch.labels,
@@ -108,7 +108,7 @@ class Term(nn.Module):
             batch.input_gradient,
         )
 
-    def _known(self, batch: Exchange) -> Tensor | None:
+    def _known(self, batch: DistillationBatch) -> Tensor | None:
         """Return the samples that this loss's teacher, or any of its teachers, has targets for, int64 [n].
 
         None if that is always the whole batch.
@@ -119,17 +119,17 @@ class Term(nn.Module):
             return None
         return torch.stack(partial).any(0).nonzero()[:, 0]
 
-    def _normalize_logits(self, inputs: Said) -> Said:
-        if not isinstance(self.config, Response) or not self.config.standardize:
+    def _normalize_logits(self, inputs: LossInputs) -> LossInputs:
+        if not isinstance(self.config, LogitLossConfig) or not self.config.standardize:
             return inputs
-        student = Outputs(standardised(inputs.student.logits), inputs.student.features)
-        return replace(inputs, student=student, teacher=Standardised(inputs.teacher))
+        student = ModelOutput(standardize_logits(inputs.student.logits), inputs.student.features)
+        return replace(inputs, student=student, teacher=StandardizedTargets(inputs.teacher))
 
 
 class Distillation(nn.Module):
     """All losses of a recipe and the combination of its teachers, with all that trains with the student."""
 
-    def __init__(self, terms: Mapping[str, Term], combination: Combination) -> None:
+    def __init__(self, terms: Mapping[str, WeightedLoss], combination: TeacherEnsemble) -> None:
         super().__init__()
         self.terms = nn.ModuleDict(terms)
         self.combination = combination
@@ -139,12 +139,12 @@ class Distillation(nn.Module):
         """Return the losses' configurations by their names in metrics and checkpoints."""
         return {name: term.config for name, term in self.terms.items()}  # type: ignore[misc]
 
-    def forward(self, batch: Exchange) -> dict[str, Tensor]:
+    def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
         """Compute the weighted losses by name, in float32 also under mixed precision, where sums would overflow."""
         with torch.autocast(batch.student.logits.device.type, enabled=False):
-            return self._losses(replace(batch, student=batch.student.widened()))
+            return self._losses(replace(batch, student=batch.student.to_float32()))
 
-    def _losses(self, batch: Exchange) -> dict[str, Tensor]:
+    def _losses(self, batch: DistillationBatch) -> dict[str, Tensor]:
         if len(batch.teachers) == 1 and not self.combination.config.temperatures:
             combined = batch.teachers[0]
         else:
@@ -157,10 +157,10 @@ def student_layers(configs: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(layer for config in configs for layer in config.student_layers()))
 
 
-def wanted_of(configs: Sequence[Entry], student: Shapes, store: int) -> list[Wanted]:
+def required_of(configs: Sequence[Entry], student: Shapes, store: int) -> list[FeatureSpec]:
     """Return the features that these losses require of the teacher of store number `store`."""
     own = [config for config in configs if (config.store or 0) == store]
-    return list(dict.fromkeys(feature for config in own for feature in config.wants(student)))
+    return list(dict.fromkeys(feature for config in own for feature in config.required_features(student)))
 
 
 def build_distillation(
@@ -168,8 +168,8 @@ def build_distillation(
     student: Shapes,
     teachers: Sequence[TeacherShapes],
     *,
-    combination: Combination,
-    facts: Facts,
+    combination: TeacherEnsemble,
+    facts: DatasetInfo,
     seed: int,
 ) -> Distillation:
     """Build one module per loss, named uniquely, with adapters initialized from `seed`.
@@ -182,5 +182,5 @@ def build_distillation(
         terms = {}
         for number, config in enumerate(configs):
             name = f"{config.loss}_{number}"
-            terms[name] = Term(name, config, config.build(student, teachers[config.store or 0], facts))
+            terms[name] = WeightedLoss(name, config, config.build(student, teachers[config.store or 0], facts))
         return Distillation(terms, combination)

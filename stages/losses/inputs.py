@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kdpipe.stages.losses.schedules import Moment
-from kdpipe.stages.models.hooks import Outputs
-from kdpipe.stages.targets.feature_spec import Shape, Wanted
-from kdpipe.stages.targets.outputs import TeacherOutputs
+from kdpipe.stages.losses.schedules import TrainProgress
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
+from kdpipe.stages.targets.outputs import TeacherTargets
 
 Shapes = Mapping[str, Shape]
 """Shapes of the student's features by module path."""
 
-TeacherShapes = Mapping[Wanted, Shape]
+TeacherShapes = Mapping[FeatureSpec, Shape]
 """Shapes of the teacher's features as a store serves them."""
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetInfo:
     """Facts about the data set that a loss may need before the first batch."""
 
     num_samples: int
@@ -28,7 +28,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Others:
+class Negatives:
     """Negatives of contrastive losses: random other samples of the data set, in the same view.
 
     Attributes:
@@ -37,13 +37,13 @@ class Others:
         ranks: int64 [K], as in `Said`.
     """
 
-    features: Mapping[Wanted, Tensor]
+    features: Mapping[FeatureSpec, Tensor]
     labels: Tensor
     ranks: Tensor
 
 
 @dataclass(frozen=True)
-class Said:
+class LossInputs:
     """Outputs of student and teacher for the same B samples.
 
     Attributes:
@@ -57,15 +57,15 @@ class Said:
             autograd graph, for losses that use it.
     """
 
-    student: Outputs
-    teacher: TeacherOutputs
+    student: ModelOutput
+    teacher: TeacherTargets
     labels: Tensor
     ranks: Tensor
-    moment: Moment
-    others: Others | None = None
+    moment: TrainProgress
+    others: Negatives | None = None
     input_gradient: Tensor | None = None
 
-    def rows(self, index: Tensor) -> Said:
+    def rows(self, index: Tensor) -> LossInputs:
         """Return the inputs of some of the samples, index int64 [n]."""
         return replace(
             self,

@@ -27,7 +27,7 @@ from kdpipe.stages.losses.relations.pkt import PKTConfig
 from kdpipe.stages.losses.relations.rkd import RKDConfig
 from kdpipe.stages.losses.relations.sp import SPConfig
 
-AnyLoss = (
+AnyLossUnion = (
     KDConfig
     | DKDConfig
     | DISTConfig
@@ -50,8 +50,8 @@ AnyLoss = (
 )
 
 
-LossConfig = Annotated[AnyLoss, Field(discriminator="loss")]
+AnyLossConfig = Annotated[AnyLossUnion, Field(discriminator="loss")]
 
 
-LOSSES: tuple[type[Entry], ...] = get_args(get_args(LossConfig)[0])
+LOSSES: tuple[type[Entry], ...] = get_args(get_args(AnyLossConfig)[0])
 """The configurations of all losses, in the order in which `kdpipe losses` lists them."""

@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.runtime.collectives import gathered, gathered_from
-from kdpipe.stages.targets.outputs import TeacherOutputs
+from kdpipe.stages.runtime.collectives import all_gather_with_grad, all_gather_with_offset
+from kdpipe.stages.targets.outputs import TeacherTargets
 
 
 @section
-class Selection:
+class SampleSelection:
     """Configuration of which samples a loss is computed on, and how they are weighted.
 
     Attributes:
@@ -32,17 +32,17 @@ class Selection:
     weighting: Literal["equal", "entropy", "certainty", "correctness"] = "equal"
 
     @property
-    def judges(self) -> bool:
+    def needs_probabilities(self) -> bool:
         """Return whether the teacher's probabilities are used."""
         return self.filter != "all" or self.weighting != "equal"
 
     @property
-    def goes_by_label(self) -> bool:
+    def needs_single_label(self) -> bool:
         """Return whether each sample's single label is used."""
         return self.filter != "all" or self.weighting == "correctness"
 
 
-def select_samples(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
+def select_samples(config: SampleSelection, teacher: TeacherTargets, labels: Tensor) -> Tensor | None:
     """Return the indices of the selected samples, int64 [n], in batch order; None for all. labels: int64 [B].
 
     Hard samples are ranked over the batch of all processes, so that this process may have none.
@@ -53,14 +53,14 @@ def select_samples(config: Selection, teacher: TeacherOutputs, labels: Tensor) -
     if config.filter == "correct":
         return (logits.argmax(1) == labels).nonzero()[:, 0]
     log_probabilities = F.log_softmax(logits, 1).gather(1, labels[:, None])[:, 0]
-    all_rows, start = gathered_from(log_probabilities)
+    all_rows, start = all_gather_with_offset(log_probabilities)
     num_hard = max(1, math.ceil(round(config.fraction * len(all_rows), 6)))  # 0.07 * 100 is above 7
     hard = torch.argsort(all_rows, stable=True)[:num_hard].sort().values
     stop = start + len(labels)
     return hard if len(all_rows) == len(labels) else hard[(hard >= start) & (hard < stop)] - start
 
 
-def compute_sample_weights(config: Selection, teacher: TeacherOutputs, labels: Tensor) -> Tensor | None:
+def compute_sample_weights(config: SampleSelection, teacher: TeacherTargets, labels: Tensor) -> Tensor | None:
     """Return the samples' weights, float32 [B], of mean 1 over all processes; None if all are equal."""
     if config.weighting == "equal":
         return None
@@ -71,4 +71,4 @@ def compute_sample_weights(config: Selection, teacher: TeacherOutputs, labels: T
         "certainty": 1 - entropy,
         "correctness": log_probabilities.gather(1, labels[:, None])[:, 0].exp(),
     }[config.weighting].clamp_min(0)
-    return raw / gathered(raw).mean().clamp_min(torch.finfo(raw.dtype).tiny)
+    return raw / all_gather_with_grad(raw).mean().clamp_min(torch.finfo(raw.dtype).tiny)

@@ -11,18 +11,18 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from kdpipe.stages.config import at_most, section
+from kdpipe.stages.config import max_value, section
 
 
 @dataclass(frozen=True)
-class Moment:
+class TrainProgress:
     """The progress of a training: `epoch` of `epochs`, counted from 0; infinity after all schedules have ended."""
 
     epoch: float
     epochs: int
 
 
-SETTLED = Moment(math.inf, 1)
+FINISHED = TrainProgress(math.inf, 1)
 """The progress after every schedule: fine-tuning of a compressed student continues where training ended."""
 
 
@@ -39,7 +39,7 @@ def _ascending(epochs: tuple[int, int]) -> tuple[int, int]:
 
 
 @section
-class Ramp:
+class Schedule:
     """A number that changes from `start` to `end`, epoch by epoch.
 
     Attributes:
@@ -49,28 +49,28 @@ class Ramp:
         epochs: first and last epoch of the change; by default those of the training.
     """
 
-    start: Annotated[float, Field(ge=0), at_most(MAX_WEIGHT)]
-    end: Annotated[float, Field(ge=0), at_most(MAX_WEIGHT)]
+    start: Annotated[float, Field(ge=0), max_value(MAX_WEIGHT)]
+    end: Annotated[float, Field(ge=0), max_value(MAX_WEIGHT)]
     shape: Literal["linear", "cosine"] = "linear"
     epochs: Annotated[tuple[Epoch, Epoch], AfterValidator(_ascending)] | None = None
 
 
-def _positive(temperature: float | Ramp) -> float | Ramp:
-    if min(extremes(temperature)) <= 0:
+def _positive(temperature: float | Schedule) -> float | Schedule:
+    if min(bounds(temperature)) <= 0:
         raise ValueError("a temperature must be above 0")
     return temperature
 
 
-Amount = Annotated[float, Field(ge=0), at_most(MAX_WEIGHT)] | Ramp
+Scheduled = Annotated[float, Field(ge=0), max_value(MAX_WEIGHT)] | Schedule
 """A weight: a number or a schedule."""
 
-Temperature = Annotated[Annotated[float, Field(gt=0), at_most(10**9)] | Ramp, AfterValidator(_positive)]
+Temperature = Annotated[Annotated[float, Field(gt=0), max_value(10**9)] | Schedule, AfterValidator(_positive)]
 """A temperature: a number above 0 or a schedule."""
 
 
-def amount_at(amount: float | Ramp, moment: Moment) -> float:
+def value_at(amount: float | Schedule, moment: TrainProgress) -> float:
     """Return the value at a point of the training."""
-    if not isinstance(amount, Ramp):
+    if not isinstance(amount, Schedule):
         return amount
     first, last = amount.epochs or (0, moment.epochs - 1)
     done = 1.0 if moment.epoch >= last else max(0.0, (moment.epoch - first) / (last - first))
@@ -79,13 +79,13 @@ def amount_at(amount: float | Ramp, moment: Moment) -> float:
     return amount.start + (amount.end - amount.start) * done
 
 
-def extremes(amount: float | Ramp) -> tuple[float, float]:
+def bounds(amount: float | Schedule) -> tuple[float, float]:
     """Return the lowest and the highest value."""
-    if not isinstance(amount, Ramp):
+    if not isinstance(amount, Schedule):
         return amount, amount
     return min(amount.start, amount.end), max(amount.start, amount.end)
 
 
-def warmup_factor(epochs: int, moment: Moment) -> float:
+def warmup_factor(epochs: int, moment: TrainProgress) -> float:
     """Return min((epoch + 1) / epochs, 1), the linear warm-up of the reference codes; 1 if `epochs` is 0."""
     return 1.0 if epochs == 0 else min((moment.epoch + 1) / epochs, 1.0)

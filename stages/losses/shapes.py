@@ -34,7 +34,9 @@ def poolable(student: Shape, size: Size) -> bool:
     return own is not None and (own == size or (own[0] > size[0] and own[1] >= size[1]))
 
 
-def cannot_join(loss: str, pair: tuple[str, str], student: Shape, teacher: Shape, expected: str) -> RecipeError:
+def shape_mismatch_error(
+    loss: str, pair: tuple[str, str], student: Shape, teacher: Shape, expected: str
+) -> RecipeError:
     """Build the error for a pair of layers whose shapes (without the batch axis) do not match.
 
     `pair` has the module paths of student and teacher, `expected` the layers to choose instead.

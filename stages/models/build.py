@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.config import Place, section
+from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.errors import ModelError, UnknownModelError, cause
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
 from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refuse, refused_names
@@ -35,9 +35,9 @@ class ModelConfig:
         weights: None (random), "published" (torchvision's), or the path of a .safetensors file or torch state dict.
     """
 
-    name: Place
+    name: PathStr
     args: dict[str, Any] = field(default_factory=dict)
-    weights: Place | None = None
+    weights: PathStr | None = None
 
 
 def build_model(

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.weights import weights_sha256
 
 
 @dataclass(frozen=True)
-class Network:
+class ModelBundle:
     """A network, the record from which it can be rebuilt, and its input scaling."""
 
     model: nn.Module
     architecture: Mapping[str, Any]
-    normalise: Normalisation
+    normalize: Normalization
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -26,5 +26,5 @@ class Network:
         return {
             "architecture": dict(self.architecture),
             "weights_sha256": weights_sha256(self.model),
-            "normalization": self.normalise.to_json(),
+            "normalization": self.normalize.to_json(),
         }

@@ -11,24 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.module_lookup import module_named
-from kdpipe.stages.numerics import widened
+from kdpipe.stages.models.module_lookup import get_module
+from kdpipe.stages.numerics import to_float32
 
 
 @dataclass(frozen=True)
-class Outputs:
+class ModelOutput:
     """Outputs of a network for a batch: logits [B, num_classes], and features [B, ...] by module path."""
 
     logits: Tensor
     features: Mapping[str, Tensor]
 
-    def rows(self, index: Tensor) -> Outputs:
+    def rows(self, index: Tensor) -> ModelOutput:
         """Return the outputs for some of the samples, index int64 [n]."""
-        return Outputs(self.logits[index], rows_of(self.features, index))
+        return ModelOutput(self.logits[index], rows_of(self.features, index))
 
-    def widened(self) -> Outputs:
+    def to_float32(self) -> ModelOutput:
         """Return the same in float32 or wider."""
-        return Outputs(widened(self.logits), {layer: widened(feature) for layer, feature in self.features.items()})
+        return ModelOutput(
+            to_float32(self.logits), {layer: to_float32(feature) for layer, feature in self.features.items()}
+        )
 
 
 K = TypeVar("K")
@@ -43,7 +45,7 @@ def rows_of(features: Mapping[K, Tensor], index: Tensor) -> dict[K, Tensor]:
     return {key: feature[index] for key, feature in features.items()}
 
 
-class Tap:
+class FeatureExtractor:
     """A network with hooks that capture the outputs of some modules. Use `tapped` to create it.
 
     no_further: stop the forward pass after the last of the modules; the logits are then [B, 0].
@@ -54,9 +56,9 @@ class Tap:
         self._no_further = no_further
         self._layers = tuple(dict.fromkeys(layers))
         self._captured: dict[str, Tensor] = {}
-        self._hooks = [module_named(model, layer).register_forward_hook(self._capture(layer)) for layer in self._layers]
+        self._hooks = [get_module(model, layer).register_forward_hook(self._capture(layer)) for layer in self._layers]
 
-    def __call__(self, images: Tensor) -> Outputs:
+    def __call__(self, images: Tensor) -> ModelOutput:
         self._captured = {}
         try:
             logits = self._model(images)
@@ -65,7 +67,7 @@ class Tap:
         absent = [layer for layer in self._layers if layer not in self._captured]
         if absent:
             raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
-        return Outputs(logits, self._captured)
+        return ModelOutput(logits, self._captured)
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -85,17 +87,19 @@ class Tap:
 
 
 @contextmanager
-def tapped(model: nn.Module, layers: Iterable[str], *, no_further: bool = False) -> Iterator[Tap]:
+def extract_features(
+    model: nn.Module, layers: Iterable[str], *, no_further: bool = False
+) -> Iterator[FeatureExtractor]:
     """Hook `layers` of `model` while the block runs.
 
     Raises:
         ModelError: A path does not exist; the message has the nearest ones.
     """
-    tap = Tap(model, layers, no_further=no_further)
+    extractor = FeatureExtractor(model, layers, no_further=no_further)
     try:
-        yield tap
+        yield extractor
     finally:
-        tap.close()
+        extractor.close()
 
 
 def feature_shapes(model: nn.Module, layers: Iterable[str], image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def feature_shapes(model: nn.Module, layers: Iterable[str], image_shape: tuple[i
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    with torch.no_grad(), tapped(model, layers) as tap:
-        outputs = tap(torch.zeros(2, *image_shape, device=device))
+    with torch.no_grad(), extract_features(model, layers) as extractor:
+        outputs = extractor(torch.zeros(2, *image_shape, device=device))
     model.train(was_training)
     return {layer: tuple(feature.shape[1:]) for layer, feature in outputs.features.items()}

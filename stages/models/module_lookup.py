@@ -9,7 +9,7 @@ from torch import nn
 from kdpipe.stages.errors import ModelError
 
 
-def module_named(model: nn.Module, path: str) -> nn.Module:
+def get_module(model: nn.Module, path: str) -> nn.Module:
     """Return the submodule of `model` at `path`; raises ModelError, with the nearest paths, if there is none."""
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     del modules[""]  # the model itself: its output is the logits, which need no hook

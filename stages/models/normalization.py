@@ -14,7 +14,7 @@ from kdpipe.stages.errors import RunError
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """A model's scaling of its input: (pixel / 255 - mean) / std for each channel, applied after the views."""
 
     mean: tuple[float, ...]
@@ -26,7 +26,7 @@ class Normalisation:
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return images.float().div_(255).sub_(mean).div_(std)
 
-    def gradient_by_pixels(self, gradient: Tensor) -> Tensor:
+    def to_pixel_gradient(self, gradient: Tensor) -> Tensor:
         """Convert a gradient by the normalized input, [B, C, H, W], to one by pixels in [0, 1].
 
         It is then comparable between models of different scalings.
@@ -37,7 +37,7 @@ class Normalisation:
         return {"mean": list(self.mean), "std": list(self.std)}
 
     @staticmethod
-    def from_json(record: Mapping[str, Any]) -> Normalisation:
+    def from_json(record: Mapping[str, Any]) -> Normalization:
         """Read the scaling from the record in a network's weights file; raises RunError if it is absent or invalid."""
         try:
             scaling = record["normalization"]
@@ -46,4 +46,4 @@ class Normalisation:
             raise RunError("the network's weights file has no input normalization: train it again.") from error
         if not all(map(math.isfinite, (*mean, *std))) or min(std, default=0) <= 0:
             raise RunError(f"the network's normalization is invalid, mean {mean} and std {std}: train it again.")
-        return Normalisation(mean, std)
+        return Normalization(mean, std)

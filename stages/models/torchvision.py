@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import refuse_unknown_args
-from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.models.module_lookup import get_module
 from kdpipe.stages.models.weights import load_entries
 
 CHANNELS = 3
@@ -121,7 +121,7 @@ def _replace_head(model: nn.Module, published_classes: int, num_classes: int) ->
         fresh = nn.Conv2d(head.in_channels, num_classes, head.kernel_size, bias=bias)  # type: ignore[arg-type]
     else:
         fresh = nn.Linear(head.in_features, num_classes, bias=bias)
-    setattr(module_named(model, parent) if parent else model, name, fresh)
+    setattr(get_module(model, parent) if parent else model, name, fresh)
 
 
 def _width(module: nn.Module) -> int | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import call_with_args
-from kdpipe.stages.runtime.user_code import find_callable, users_code
+from kdpipe.stages.runtime.user_code import import_callable, user_code_context
 
 
 def build_from_factory(
@@ -21,9 +21,9 @@ def build_from_factory(
     accepts. Raises ModelError where it cannot be found or called, or returns no nn.Module.
     """
     offered = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-    factory = find_callable(name, "model.name", ModelError)
+    factory = import_callable(name, "model.name", ModelError)
     try:
-        with users_code():
+        with user_code_context():
             model = call_with_args(name, factory, offered, args)
     except ModelError:
         raise

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdpipe.stages.runtime.distributed import group_of
+from kdpipe.stages.runtime.distributed import process_group_of
 
 
 def num_processes() -> int:
@@ -26,7 +26,7 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def total(number: int) -> int:
+def all_reduce_sum(number: int) -> int:
     """Return the sum of a number over all processes."""
     if num_processes() == 1:
         return number
@@ -35,7 +35,7 @@ def total(number: int) -> int:
     return int(result)
 
 
-def part_of_mean(values: Tensor, num_samples: int) -> Tensor:
+def local_share_of_mean(values: Tensor, num_samples: int) -> Tensor:
     """Return this process's share, a scalar, of the mean of per-sample values [B] over the global batch.
 
     The mean of the shares over the processes is the mean over all `num_samples` values, however many rows each has.
@@ -44,15 +44,15 @@ def part_of_mean(values: Tensor, num_samples: int) -> Tensor:
     return values.mean() if count == 1 else values.sum() * (count / num_samples)
 
 
-def gathered(rows: Tensor) -> Tensor:
+def all_gather_with_grad(rows: Tensor) -> Tensor:
     """Gather the rows of all processes in rank order, [B, ...] to [sum of all B, ...], twice differentiable.
 
     Returns the same tensor if there is one process.
     """
-    return gathered_from(rows)[0]
+    return all_gather_with_offset(rows)[0]
 
 
-def gathered_from(rows: Tensor) -> tuple[Tensor, int]:
+def all_gather_with_offset(rows: Tensor) -> tuple[Tensor, int]:
     """Return `gathered`, and the index of this process's first row."""
     if num_processes() == 1:
         return rows, 0
@@ -61,7 +61,7 @@ def gathered_from(rows: Tensor) -> tuple[Tensor, int]:
     return all_rows, sum(sizes[: dist.get_rank()])
 
 
-def one_row_of_each(row: Tensor) -> Tensor:
+def all_gather_row(row: Tensor) -> Tensor:
     """Gather exactly one row from each process, [...] to [world size, ...], twice differentiable."""
     all_rows: Tensor = _Gathered.apply(row[None], [1] * num_processes())
     return all_rows
@@ -83,7 +83,7 @@ class _Gathered(torch.autograd.Function):
             padded = torch.cat([padded, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
         shards = [torch.empty_like(padded) for _ in sizes]
         if max(sizes):
-            dist.all_gather(shards, padded, group=group_of(padded))
+            dist.all_gather(shards, padded, group=process_group_of(padded))
         return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
 
     @staticmethod
@@ -99,7 +99,7 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Tensor) -> Tensor:
         result = shard.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, group=group_of(result))
+        dist.all_reduce(result, group=process_group_of(result))
         return result
 
     @staticmethod

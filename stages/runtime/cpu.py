@@ -32,8 +32,8 @@ gains little.
 
 @cache
 def num_cores() -> int:
-    """Return the number of cores of this process, 1 or more, counted once; see `cores_left`."""
-    return cores_left(os.environ)
+    """Return the number of cores of this process, 1 or more, counted once; see `available_cores`."""
+    return available_cores(os.environ)
 
 
 def num_threads(environ: Mapping[str, str]) -> int:
@@ -46,7 +46,7 @@ def num_threads(environ: Mapping[str, str]) -> int:
     return int(setting[1]) if setting and not by_torchrun else num_cores()
 
 
-def cores_left(environ: Mapping[str, str], root: Path = Path("/")) -> int:
+def available_cores(environ: Mapping[str, str], root: Path = Path("/")) -> int:
     """Return the minimum of the affinity mask and the control groups' quotas, rounded up.
 
     LOCAL_WORLD_SIZE processes of torchrun share the cores; SLURM_CPUS_PER_TASK is the share of each task of srun. /proc
@@ -63,7 +63,7 @@ def cores_left(environ: Mapping[str, str], root: Path = Path("/")) -> int:
     return max(1, math.ceil(cores))
 
 
-def step_back(nice: int) -> None:
+def lower_priority(nice: int) -> None:
     """Raise the nice value of every thread of this process to at least `nice`, 0 (no change) to 19. Never fails.
 
     Threads and processes that are started later inherit it; lowering it again takes privileges. Where the kernel groups

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError, RunError, StoppedEarly
-from kdpipe.stages.runtime.events import Watch
-from kdpipe.stages.runtime.launcher import WHOLE, Part, part_from_environment
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.launcher import ALL, WorkShard, shard_from_env
 from kdpipe.store import KdpipeError
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ LOST_PEER = ("closed by peer", "reset by peer", "broken pipe", "connection refus
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """Process `rank` of `count`; all processes must call the methods in the same order."""
 
     rank: int = 0
@@ -63,15 +63,15 @@ class Processes:
         stop, due = self.any_of([stop, due and self.first])
         return stop, due
 
-    def check(self, watch: Watch) -> None:
+    def check(self, monitor: RunMonitor) -> None:
         """Raise StoppedEarly in all processes if one was asked to stop. Call it where all progress is saved."""
-        if self.any_of([watch.should_stop()])[0]:
+        if self.any_of([monitor.should_stop()])[0]:
             raise StoppedEarly
 
     @property
-    def part(self) -> Part:
+    def part(self) -> WorkShard:
         """This process's share of work that is not divided by batches."""
-        return WHOLE if self.count == 1 else Part(self.rank, self.count, "the processes of this job")
+        return ALL if self.count == 1 else WorkShard(self.rank, self.count, "the processes of this job")
 
     def use(self, device: torch.device) -> None:
         """Send GPU tensors over NCCL if `device` is a GPU; raises RecipeError if only some processes use GPUs."""
@@ -141,7 +141,7 @@ class Processes:
         pending = []
         for bucket in _buckets(tensors):
             flat = torch.cat([one.reshape(-1) for one in bucket])
-            pending.append((dist.all_reduce(flat, group=group_of(flat), async_op=True), flat, bucket))
+            pending.append((dist.all_reduce(flat, group=process_group_of(flat), async_op=True), flat, bucket))
         for sent, flat, bucket in pending:
             sent.wait()
             flat.div_(self.count)
@@ -149,30 +149,30 @@ class Processes:
             torch._foreach_copy_(list(bucket), [piece.view_as(one) for piece, one in zip(pieces, bucket, strict=True)])
 
 
-ONE = Processes()
+SINGLE = ProcessGroup()
 
 _groups: dict[str, Any] = {}
 """The process group for the tensors of a type of device, where it is not the default one."""
 
 
-def group_of(tensor: Tensor) -> Any:
+def process_group_of(tensor: Tensor) -> Any:
     """Return the process group for a tensor's device: NCCL's on GPUs, after `Processes.use`."""
     return _groups.get(tensor.device.type)
 
 
-def processes_of(environ: Mapping[str, str]) -> Processes:
+def launched_processes(environ: Mapping[str, str]) -> ProcessGroup:
     """Return the processes that torchrun or srun started together with this one.
 
     Each element of a Slurm job array is a separate job. Raises RecipeError, naming the variable, for invalid values.
     """
     of_job = {name: value for name, value in environ.items() if not name.startswith("SLURM_ARRAY_")}
-    part = part_from_environment(of_job)
-    return Processes(part.index, part.count)
+    part = shard_from_env(of_job)
+    return ProcessGroup(part.index, part.count)
 
 
-def require_one(environ: Mapping[str, str], command: str) -> None:
+def require_single_process(environ: Mapping[str, str], command: str) -> None:
     """Raise RecipeError if several processes were started for a command that runs in one."""
-    count = processes_of(environ).count
+    count = launched_processes(environ).count
     if count > 1:
         raise RecipeError(
             f"{command} runs in one process, and {count} were started: start it without torchrun or srun's tasks; "
@@ -181,7 +181,9 @@ def require_one(environ: Mapping[str, str], command: str) -> None:
 
 
 @contextmanager
-def joined(environ: Mapping[str, str], should_stop: Callable[[], bool] = lambda: False) -> Iterator[Processes]:
+def init_distributed(
+    environ: Mapping[str, str], should_stop: Callable[[], bool] = lambda: False
+) -> Iterator[ProcessGroup]:
     """Connect the processes of `environ` within the block.
 
     Enter it before anything in which a single process may fail, such as a lock or a GPU, else the others wait for it;
@@ -192,7 +194,7 @@ def joined(environ: Mapping[str, str], should_stop: Callable[[], bool] = lambda:
         RunError: The processes do not find each other, or one of them ended early.
         StoppedEarly: One of them ended early, and this one was asked to stop as well.
     """
-    own = processes_of(environ)
+    own = launched_processes(environ)
     if own.count == 1:
         yield own
         return
@@ -201,7 +203,7 @@ def joined(environ: Mapping[str, str], should_stop: Callable[[], bool] = lambda:
         yield own
         own.wait()
     except RuntimeError as error:
-        if not is_lost(error):
+        if not is_lost_peer(error):
             raise
         if should_stop():
             raise StoppedEarly from error
@@ -214,13 +216,13 @@ def joined(environ: Mapping[str, str], should_stop: Callable[[], bool] = lambda:
         dist.destroy_process_group()
 
 
-def is_lost(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
     """Return whether an error means that another process has ended."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(words in text for words in LOST_PEER)
 
 
-def _connect(own: Processes, environ: Mapping[str, str]) -> None:
+def _connect(own: ProcessGroup, environ: Mapping[str, str]) -> None:
     from torch.distributed.rendezvous import rendezvous  # not in every build of torch
 
     address = [environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]

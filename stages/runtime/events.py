@@ -16,7 +16,7 @@ WARNING = "warning"
 
 
 @dataclass(frozen=True)
-class Event:
+class ProgressEvent:
     """Progress of a stage: `step` of `total` `unit`s of `job` are done; `metrics` are figures by name."""
 
     stage: str
@@ -28,10 +28,10 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Watch:
+class RunMonitor:
     """A reporter and a stop flag."""
 
-    report: Callable[[Event], None] = lambda event: None
+    report: Callable[[ProgressEvent], None] = lambda event: None
     should_stop: Callable[[], bool] = lambda: False
 
     def check(self) -> None:
@@ -41,13 +41,13 @@ class Watch:
 
     def warn(self, stage: str, message: str) -> None:
         """Report a warning."""
-        self.report(Event(stage, message, 1, 1, WARNING))
+        self.report(ProgressEvent(stage, message, 1, 1, WARNING))
 
     def counter(self, stage: str, job: str, unit: str) -> Callable[[int, int], None]:
         """Return a callback for loops: given (done, total) after each `unit`, it reports and checks the stop flag."""
 
         def count(done: int, total: int) -> None:
-            self.report(Event(stage, job, done, total, unit))
+            self.report(ProgressEvent(stage, job, done, total, unit))
             self.check()
 
         return count

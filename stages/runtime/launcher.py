@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkShard:
     """Part `index` of `count`, 0 <= index < count; `origin` names the option or variables that set it."""
 
     index: int
@@ -31,19 +31,19 @@ class Part:
         return f"part {self.index} of {self.count} (counted from 0, from {self.origin})"
 
 
-WHOLE = Part(0, 1, "the default, as there is no job array or launcher")
+ALL = WorkShard(0, 1, "the default, as there is no job array or launcher")
 
 
-def parse_part(text: str) -> Part:
+def parse_shard(text: str) -> WorkShard:
     """Parse `--part`, i/n; raises RecipeError if it is malformed."""
     numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     index, count = (int(number) for number in numbers.groups()) if numbers else (0, 0)
     if index >= count:
         raise RecipeError(f"--part takes i/n with 0 <= i < n, such as 0/4, not {text!r}: parts count from 0")
-    return Part(index, count, "--part")
+    return WorkShard(index, count, "--part")
 
 
-def part_from_environment(environ: Mapping[str, str]) -> Part:
+def shard_from_env(environ: Mapping[str, str]) -> WorkShard:
     """Return the part that a launcher assigns to this process; all of it without a launcher.
 
     An element of a Slurm job array has that element's part, which the processes of torchrun or srun in it share.
@@ -53,8 +53,8 @@ def part_from_environment(environ: Mapping[str, str]) -> Part:
     array, processes = _slurm_array(environ), _torchrun(environ) or _srun(environ)
     if array and processes:
         index, count = array.index * processes.count + processes.index, array.count * processes.count
-        return Part(index, count, f"{array.origin} with {processes.origin}")
-    return array or processes or WHOLE
+        return WorkShard(index, count, f"{array.origin} with {processes.origin}")
+    return array or processes or ALL
 
 
 def local_rank(environ: Mapping[str, str]) -> int | None:
@@ -65,25 +65,25 @@ def local_rank(environ: Mapping[str, str]) -> int | None:
     return next((_number(environ, name) for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environ), None)
 
 
-def _torchrun(environ: Mapping[str, str]) -> Part | None:
+def _torchrun(environ: Mapping[str, str]) -> WorkShard | None:
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         return None
     return _ranked(environ, "RANK", "WORLD_SIZE")
 
 
-def _srun(environ: Mapping[str, str]) -> Part | None:
+def _srun(environ: Mapping[str, str]) -> WorkShard | None:
     # Only srun sets SLURM_STEP_NUM_TASKS. A batch script, which runs once, has SLURM_NTASKS and SLURM_PROCID too.
     return _ranked(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in environ else None
 
 
-def _ranked(environ: Mapping[str, str], rank_name: str, count_name: str) -> Part:
+def _ranked(environ: Mapping[str, str], rank_name: str, count_name: str) -> WorkShard:
     rank, count = _number(environ, rank_name), _number(environ, count_name)
     if rank >= count:
         raise RecipeError(f"{rank_name} is {rank} and {count_name} is {count}: ranks count from 0 and are below it")
-    return Part(rank, count, f"{rank_name} and {count_name}")
+    return WorkShard(rank, count, f"{rank_name} and {count_name}")
 
 
-def _slurm_array(environ: Mapping[str, str]) -> Part | None:
+def _slurm_array(environ: Mapping[str, str]) -> WorkShard | None:
     """Return the element's index in its array: `--array=10-16:2` has ids 10, 12, 14, 16 and indices 0 to 3."""
     if "SLURM_ARRAY_TASK_ID" not in environ:
         return None
@@ -97,7 +97,7 @@ def _slurm_array(environ: Mapping[str, str]) -> Part | None:
             f"SLURM_ARRAY_TASK_ID is {task_id}, in an array of {count} from {first} in steps of {step}, which is "
             "inconsistent: submit a regular array, such as --array=0-7, or give each its --part"
         )
-    return Part(index, count, names[0])
+    return WorkShard(index, count, names[0])
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

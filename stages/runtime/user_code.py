@@ -24,7 +24,7 @@ def is_user_reference(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def users_code() -> Iterator[None]:
+def user_code_context() -> Iterator[None]:
     """Also look for modules in the current folder, and send prints to stderr: stdout is for results only."""
     before, sys.path = sys.path, [*sys.path, str(Path.cwd())]
     try:
@@ -34,7 +34,7 @@ def users_code() -> Iterator[None]:
         sys.path = before
 
 
-def find_callable(reference: str, key: str, error: type[KdpipeError]) -> Callable[..., Any]:
+def import_callable(reference: str, key: str, error: type[KdpipeError]) -> Callable[..., Any]:
     """Import and return the function that `reference`, "python:package.module:function", names.
 
     Args:
@@ -56,7 +56,7 @@ def find_callable(reference: str, key: str, error: type[KdpipeError]) -> Callabl
 def source_sha256(reference: str, key: str, error: type[KdpipeError]) -> str:
     """Return the sha256 of the file of the module that `reference` names, to detect later edits.
 
-    Modules that it imports are not included. Raises `error` as `find_callable` does, and if there is no such file.
+    Modules that it imports are not included. Raises `error` as `import_callable` does, and if there is no such file.
     """
     module_name, _ = _split(reference, key, error)
     file = getattr(_import(module_name, reference, key, error), "__file__", None)
@@ -79,7 +79,7 @@ def _split(reference: str, key: str, error: type[KdpipeError]) -> tuple[str, str
 
 def _import(module_name: str, reference: str, key: str, error: type[KdpipeError]) -> ModuleType:
     try:
-        with users_code():
+        with user_code_context():
             return importlib.import_module(module_name)
     except (Exception, SystemExit) as caught:  # it runs the user's own code
         raise error(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.targets.feature_spec import Wanted
-from kdpipe.stages.targets.outputs import TeacherOutputs
+from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.outputs import TeacherTargets
 from kdpipe.store import StoreError, TargetStore
 
 SAME: Literal["same"] = "same"
@@ -38,7 +38,7 @@ class ClassMap:
     num_classes: int
 
     @property
-    def covers_all(self) -> bool:
+    def has_all_classes(self) -> bool:
         """Return whether the teacher has all of the student's classes."""
         return len(np.unique(self.student_class[self.student_class >= 0])) == self.num_classes
 
@@ -63,21 +63,21 @@ class ClassMap:
 
 
 @dataclass(frozen=True)
-class MappedOutputs:
+class MappedTargets:
     """Outputs of a teacher with other classes, mapped to the student's classes."""
 
-    inner: TeacherOutputs
+    inner: TeacherTargets
     class_map: ClassMap
 
     @property
-    def features(self) -> Mapping[Wanted, Tensor]:
+    def features(self) -> Mapping[FeatureSpec, Tensor]:
         return self.inner.features
 
     def logits_at(self, temperature: float) -> Tensor:
         return self.class_map.map_logits(self.inner.logits_at(temperature), temperature)
 
-    def rows(self, index: Tensor) -> MappedOutputs:
-        return MappedOutputs(self.inner.rows(index), self.class_map)
+    def rows(self, index: Tensor) -> MappedTargets:
+        return MappedTargets(self.inner.rows(index), self.class_map)
 
 
 def read_class_map(store: TargetStore, image_set: ImageSet, config: ClassMapConfig) -> ClassMap | None:

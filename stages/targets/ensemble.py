@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.targets.class_map import ClassMapConfig
-from kdpipe.stages.targets.feature_spec import Wanted
-from kdpipe.stages.targets.outputs import TeacherOutputs
+from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.outputs import TeacherTargets
 
 Share = Annotated[float, Field(ge=0)]
 
@@ -58,7 +58,7 @@ def check_teachers(config: TeachersConfig, num_stores: int) -> None:
         raise RecipeError("student.teachers.weights are all 0: set at least one above 0.")
 
 
-class Combination(nn.Module):
+class TeacherEnsemble(nn.Module):
     """The combination of several teachers; it has parameters only if the teachers' weights are learnable."""
 
     def __init__(self, config: TeachersConfig, num_teachers: int, accuracies: Sequence[float] | None = None) -> None:
@@ -78,7 +78,9 @@ class Combination(nn.Module):
         self.scores = nn.Parameter(torch.zeros(num_teachers)) if learns else None
         self.shares = _shares(config, num_teachers, accuracies)
 
-    def forward(self, teachers: Sequence[TeacherOutputs], known: Sequence[Tensor | None], labels: Tensor) -> Together:
+    def forward(
+        self, teachers: Sequence[TeacherTargets], known: Sequence[Tensor | None], labels: Tensor
+    ) -> EnsembleTargets:
         """Combine the outputs of the teachers.
 
         Args:
@@ -93,9 +95,9 @@ class Combination(nn.Module):
         # If only teachers of weight 0 have a sample, they are its targets: the limit of ever smaller weights.
         weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, has_target.to(weights.dtype))
         weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        return Together(tuple(teachers), weights, self.config)
+        return EnsembleTargets(tuple(teachers), weights, self.config)
 
-    def _weights(self, teachers: Sequence[TeacherOutputs], labels: Tensor, has_target: Tensor) -> Tensor:
+    def _weights(self, teachers: Sequence[TeacherTargets], labels: Tensor, has_target: Tensor) -> Tensor:
         """Return each teacher's weight for each sample, [B, num_teachers], before normalization."""
         if self.config.weights == "confidence" and len(teachers) > 1:
             return confidence(torch.stack([teacher.logits_at(1.0) for teacher in teachers], 1), labels, has_target)
@@ -137,15 +139,15 @@ def confidence(logits: Tensor, labels: Tensor, has_target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Together:
+class EnsembleTargets:
     """Combined outputs of several teachers, without features; weights [B, num_teachers] sum to 1."""
 
-    teachers: tuple[TeacherOutputs, ...]
+    teachers: tuple[TeacherTargets, ...]
     weights: Tensor
     config: TeachersConfig
 
     @property
-    def features(self) -> Mapping[Wanted, Tensor]:
+    def features(self) -> Mapping[FeatureSpec, Tensor]:
         return {}
 
     def logits_at(self, temperature: float) -> Tensor:
@@ -163,5 +165,7 @@ class Together:
         weighted = [weights[:, [number]].clamp_min(floor).log() + values for number, values in enumerate(logs)]
         return temperature * torch.logsumexp(torch.stack(weighted), 0)
 
-    def rows(self, index: Tensor) -> Together:
-        return Together(tuple(teacher.rows(index) for teacher in self.teachers), self.weights[index], self.config)
+    def rows(self, index: Tensor) -> EnsembleTargets:
+        return EnsembleTargets(
+            tuple(teacher.rows(index) for teacher in self.teachers), self.weights[index], self.config
+        )

@@ -37,7 +37,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FeatureSpec:
     """A statistic of a layer's output.
 
     Attributes:
@@ -68,7 +68,7 @@ class Wanted:
     def __str__(self) -> str:
         return self.layer if self.kind == MAP else f"{self.layer}:{self.kind}"
 
-    def fitted(self, shape: Shape) -> Wanted:
+    def fitted(self, shape: Shape) -> FeatureSpec:
         """Return the same for a layer whose outputs have `shape`: without a size if nothing has to be pooled."""
         if self.size is None or len(shape) != 3:
             return replace(self, size=None)
@@ -79,33 +79,33 @@ class Wanted:
 KIND = re.compile(r"([a-z_]+)(?:-([1-9]\d{0,4})x([1-9]\d{0,4}))?")
 
 
-def parse_kind(layer: str, text: str) -> Wanted | None:
+def parse_statistic(layer: str, text: str) -> FeatureSpec | None:
     """Parse a statistic as in recipes and stores (`pooled`, `attention-8x8`); None if it is not valid."""
     found = KIND.fullmatch(text)
-    if found is None or found[1] not in FORMS or (found[2] and found[1] in UNSIZED):
+    if found is None or found[1] not in STATISTIC_FUNCTIONS or (found[2] and found[1] in UNPOOLABLE):
         return None
     if found[1] == INPUT_GRADIENT and layer != INPUT:
         return None
-    return Wanted(layer, found[1], (int(found[2]), int(found[3])) if found[2] else None)
+    return FeatureSpec(layer, found[1], (int(found[2]), int(found[3])) if found[2] else None)
 
 
-def parse_wanted(text: str) -> Wanted:
+def parse_feature(text: str) -> FeatureSpec:
     """Parse a feature as in recipes: `layer3` for the map, `layer3:pooled` for a statistic.
 
     Raises:
         RecipeError: It is not valid.
     """
     layer, colon, kind = text.partition(":")
-    wanted = parse_kind(layer, kind if colon else MAP) if layer else None
+    wanted = parse_statistic(layer, kind if colon else MAP) if layer else None
     if wanted is None:
         raise RecipeError(
             f"cache.layers has {text!r}: expected a module path, optionally followed by a colon and one of "
-            f"{', '.join(name for name in FORMS if name not in (MAP, INPUT_GRADIENT))}; or {INPUT}:{INPUT_GRADIENT}."
+            f"{', '.join(name for name in STATISTIC_FUNCTIONS if name not in (MAP, INPUT_GRADIENT))}; or {INPUT}:{INPUT_GRADIENT}."
         )
     return wanted
 
 
-def take_form(wanted: Wanted, feature: Tensor) -> Tensor:
+def compute_statistic(wanted: FeatureSpec, feature: Tensor) -> Tensor:
     """Compute a statistic of a layer's outputs [B, ...].
 
     Raises:
@@ -116,15 +116,15 @@ def take_form(wanted: Wanted, feature: Tensor) -> Tensor:
             f"{wanted.layer} outputs {list(feature.shape[1:])} per sample: {wanted.form} needs feature maps [C, H, W]. "
             "Store the output itself, or choose another layer."
         )
-    return FORMS[wanted.form](pool_to(feature, wanted.size) if wanted.size else feature)
+    return STATISTIC_FUNCTIONS[wanted.form](pool_to(feature, wanted.size) if wanted.size else feature)
 
 
-def form_shape(wanted: Wanted, shape: Shape) -> Shape:
-    """Return the shape of a statistic of outputs of `shape`. Raises like `take_form`."""
-    return tuple(take_form(wanted, torch.zeros(1, *shape)).shape[1:])
+def statistic_shape(wanted: FeatureSpec, shape: Shape) -> Shape:
+    """Return the shape of a statistic of outputs of `shape`. Raises like `compute_statistic`."""
+    return tuple(compute_statistic(wanted, torch.zeros(1, *shape)).shape[1:])
 
 
-FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+STATISTIC_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     MAP: lambda maps: maps,
     POOLED: pooled,
     ATTENTION: attention,
@@ -134,17 +134,21 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-UNSIZED = (POOLED, INPUT_GRADIENT)
+UNPOOLABLE = (POOLED, INPUT_GRADIENT)
 """Statistics that do not support pooling the map first."""
 
 
-def form_shapes(model: nn.Module, layers: Sequence[Wanted], image_shape: tuple[int, int, int]) -> dict[Wanted, Shape]:
+def statistic_shapes(
+    model: nn.Module, layers: Sequence[FeatureSpec], image_shape: tuple[int, int, int]
+) -> dict[FeatureSpec, Shape]:
     """Return the shape of one sample of each wanted feature, for images (C, H, W)."""
     shapes = source_shapes(model, layers, image_shape)
-    return {one: form_shape(one, shapes[one.source]) for one in layers}
+    return {one: statistic_shape(one, shapes[one.source]) for one in layers}
 
 
-def source_shapes(model: nn.Module, layers: Sequence[Wanted], image_shape: tuple[int, int, int]) -> dict[str, Shape]:
+def source_shapes(
+    model: nn.Module, layers: Sequence[FeatureSpec], image_shape: tuple[int, int, int]
+) -> dict[str, Shape]:
     """Return the shape of each wanted feature's source, by its `source`, without the batch axis."""
-    tapped = [one.layer for one in layers if one.source == one.layer]
-    return {**feature_shapes(model, tapped, image_shape), INPUT_GRADIENT: image_shape}
+    extract_features = [one.layer for one in layers if one.source == one.layer]
+    return {**feature_shapes(model, extract_features, image_shape), INPUT_GRADIENT: image_shape}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kdpipe.stages.data.image_set import ImageSet, pixel_checksums
 from kdpipe.stages.targets.class_map import SAME, ClassMap, ClassMapConfig, read_class_map
-from kdpipe.stages.targets.feature_spec import Wanted
-from kdpipe.stages.targets.resolve import Serving, arrays_read, serve
+from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.resolve import FeatureSource, arrays_needed, resolve_feature
 from kdpipe.store import FingerprintMismatch, StoreError, TargetStore
 
 Missing = Literal["error", "hard-labels"]
@@ -24,7 +24,7 @@ Missing = Literal["error", "hard-labels"]
 
 
 @dataclass(frozen=True)
-class Source:
+class JoinedStore:
     """A store joined to a data set of N samples.
 
     Attributes:
@@ -36,22 +36,22 @@ class Source:
 
     store: TargetStore
     rows: Tensor
-    features: tuple[Serving, ...]
+    features: tuple[FeatureSource, ...]
     class_map: ClassMap | None = None
 
     @cached_property
     def names(self) -> list[str]:
         """Return the names of the arrays to read."""
-        return arrays_read(self.store, [source.feature for source in self.features])
+        return arrays_needed(self.store, [source.feature for source in self.features])
 
 
 def join(
     store: TargetStore,
     image_set: ImageSet,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[FeatureSpec],
     missing: Missing = "error",
     classes: ClassMapConfig = SAME,
-) -> Source:
+) -> JoinedStore:
     """Find the rows of `image_set`'s samples in `store`, by id, and check that they are the same samples.
 
     Args:
@@ -83,7 +83,9 @@ def join(
     compared = image_set.take(torch.from_numpy(known.nonzero()[0])) if not known.all() else image_set
     _require_equal(store.path, compared, "label", labels[known], compared.labels.numpy())
     _require_equal(store.path, compared, "pixel checksum", stored.pixels_crc32c, pixel_checksums(compared))
-    return Source(store, torch.from_numpy(rows), tuple(serve(store, feature) for feature in wanted), class_map)
+    return JoinedStore(
+        store, torch.from_numpy(rows), tuple(resolve_feature(store, feature) for feature in wanted), class_map
+    )
 
 
 def _require_may_be_missing(store: TargetStore, absent: NDArray[np.int64], num_samples: int, missing: Missing) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdpipe.stages.runtime.events import Event, Watch
+from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.store import (
     TargetStore,
@@ -37,17 +37,17 @@ def open_with_views(path: Path, views: Mapping[str, Any], identity: Mapping[str,
     return open_store(path, {**identity, "views": dict(views)}, advice)
 
 
-def on_this_machine(place: Path | str, watch: Watch) -> Path:
+def local_store_path(place: Path | str, monitor: RunMonitor) -> Path:
     """Return a local path of a store that can be memory-mapped, staging it first if necessary."""
 
     def on_unit(done: int, total: int) -> None:
-        watch.report(Event("stage", f"{place} to {area.folder}", done, total, "unit"))
+        monitor.report(ProgressEvent("stage", f"{place} to {area.folder}", done, total, "unit"))
 
     area = default_staging_cache(os.environ)
     return stage(place, area, on_unit)
 
 
-def test_place(place: Path | str) -> Path | str:
+def test_store_path(place: Path | str) -> Path | str:
     """Return the path of the test store: `store.test.zarr` beside `store.zarr`."""
     folder, slash, name = str(place).rstrip("/").rpartition("/")
     stem, dot, suffix = name.rpartition(".")

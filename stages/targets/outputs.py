@@ -11,52 +11,52 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.models.hooks import rows_of
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.store import TopK, interpolation
 
 
-class TeacherOutputs(Protocol):
+class TeacherTargets(Protocol):
     """Outputs of a teacher for a batch, computed or read from a store."""
 
     @property
-    def features(self) -> Mapping[Wanted, Tensor]:
+    def features(self) -> Mapping[FeatureSpec, Tensor]:
         """Return the required features, [B, ...]."""
 
     def logits_at(self, temperature: float) -> Tensor:
         """Return logits [B, num_classes], float32, that are exact in a softmax at `temperature`."""
 
-    def rows(self, index: Tensor) -> TeacherOutputs:
+    def rows(self, index: Tensor) -> TeacherTargets:
         """Return the outputs for some of the samples, index int64 [n]."""
 
 
 @dataclass(frozen=True)
-class DenseOutputs:
+class DenseTargets:
     """Teacher outputs with all logits, [B, num_classes]: the same at any temperature."""
 
     logits: Tensor
-    features: Mapping[Wanted, Tensor]
+    features: Mapping[FeatureSpec, Tensor]
 
     def logits_at(self, temperature: float) -> Tensor:
         return self.logits
 
-    def rows(self, index: Tensor) -> DenseOutputs:
-        return DenseOutputs(self.logits[index], rows_of(self.features, index))
+    def rows(self, index: Tensor) -> DenseTargets:
+        return DenseTargets(self.logits[index], rows_of(self.features, index))
 
 
 @dataclass(frozen=True)
-class TopKOutputs:
+class TopKTargets:
     """Top-k logits of a batch: values and indices [B, k], log-odds of the tail [B, num_temperatures]."""
 
     top_k: TopK
     values: Tensor
     indices: Tensor
     tail: Tensor
-    features: Mapping[Wanted, Tensor]
+    features: Mapping[FeatureSpec, Tensor]
 
-    def rows(self, index: Tensor) -> TopKOutputs:
+    def rows(self, index: Tensor) -> TopKTargets:
         """Return the outputs for some of the samples, index int64 [n]."""
         features = rows_of(self.features, index)
-        return TopKOutputs(self.top_k, self.values[index], self.indices[index], self.tail[index], features)
+        return TopKTargets(self.top_k, self.values[index], self.indices[index], self.tail[index], features)
 
     def logits_at(self, temperature: float) -> Tensor:
         """Return logits [B, num_classes], float32, for a softmax at `temperature`.

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.config import Bytes, section
-from kdpipe.stages.targets.class_map import MappedOutputs
-from kdpipe.stages.targets.feature_spec import Wanted
-from kdpipe.stages.targets.join import Source
-from kdpipe.stages.targets.outputs import DenseOutputs, TeacherOutputs, TopKOutputs
+from kdpipe.stages.targets.class_map import MappedTargets
+from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.join import JoinedStore
+from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, TopKTargets
 from kdpipe.stages.targets.resolve import LOGITS
 from kdpipe.store import StoreError, TargetStore
 
@@ -47,11 +47,11 @@ class Targets:
         residence: "device", "memory", "mapped" or "streamed".
         slabs: If streamed, the shard of the first store with each sample's targets, int64 [N].
         window: The number of shards that are mixed at a time, of which two sets fit into memory.
-        num_unknown: The number of samples that have no targets in any store.
+        num_without_targets: The number of samples that have no targets in any store.
     """
 
     def __init__(
-        self, sources: Sequence[Source], device: torch.device, config: TargetLoadingConfig | None = None
+        self, sources: Sequence[JoinedStore], device: torch.device, config: TargetLoadingConfig | None = None
     ) -> None:
         config = config or TargetLoadingConfig()
         wanted = [(source.store, source.names) for source in sources]
@@ -67,7 +67,7 @@ class Targets:
                     "of the same samples."
                 )
         self._known = [None if known.all() else known for known in masks]
-        self.num_unknown = int((~torch.stack(masks).any(0)).sum())
+        self.num_without_targets = int((~torch.stack(masks).any(0)).sum())
         self.slabs: Tensor | None = None
         self.window = window or 1
         if window is None:
@@ -91,14 +91,16 @@ class Targets:
         known = self._known[number]
         return torch.arange(len(self._sources[number].rows)) if known is None else known.nonzero()[:, 0]
 
-    def batch(self, view: int, indices: Tensor) -> list[TeacherOutputs]:
+    def batch(self, view: int, indices: Tensor) -> list[TeacherTargets]:
         """Return each store's outputs for the samples at `indices`, int64 [B], in `view`: float32 on the device.
 
         Rows of samples without targets in a store have arbitrary values.
         """
         return [self._outputs(number, view, indices) for number in range(len(self._sources))]
 
-    def features(self, number: int, view: int, indices: Tensor, wanted: Sequence[Wanted]) -> dict[Wanted, Tensor]:
+    def features(
+        self, number: int, view: int, indices: Tensor, wanted: Sequence[FeatureSpec]
+    ) -> dict[FeatureSpec, Tensor]:
         """Return some features of store `number`, without logits, float32 on the device."""
         source = self._sources[number]
         rows = _readable(source.rows[indices])
@@ -106,18 +108,18 @@ class Targets:
         read = {name: self._rows(number, name, view, rows) for name in {feature.array for feature in features}}
         return {feature.feature: feature(read[feature.array].float()) for feature in features}
 
-    def _outputs(self, number: int, view: int, indices: Tensor) -> TeacherOutputs:
+    def _outputs(self, number: int, view: int, indices: Tensor) -> TeacherTargets:
         source = self._sources[number]
         rows = _readable(source.rows[indices])
         read = {name: self._rows(number, name, view, rows) for name in source.names}
         features = {feature.feature: feature(read[feature.array].float()) for feature in source.features}
         top_k = source.store.manifest.top_k
-        outputs: TeacherOutputs
+        outputs: TeacherTargets
         if top_k is None:
-            outputs = DenseOutputs(read[LOGITS].float(), features)
+            outputs = DenseTargets(read[LOGITS].float(), features)
         else:
-            outputs = TopKOutputs(top_k, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
-        return outputs if source.class_map is None else MappedOutputs(outputs, source.class_map)
+            outputs = TopKTargets(top_k, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
+        return outputs if source.class_map is None else MappedTargets(outputs, source.class_map)
 
     def _rows(self, number: int, name: str, view: int, rows: Tensor) -> Tensor:
         if self.residence in ("mapped", "streamed"):
@@ -134,7 +136,7 @@ class Targets:
             self._slabs[key] = slab.to(self._device) if self.residence == "device" else slab
         return self._slabs[key]
 
-    def _describe(self, source: Source) -> str:
+    def _describe(self, source: JoinedStore) -> str:
         total = f"{_num_bytes([(source.store, source.names)]):,} bytes of targets"
         if self.residence == "mapped":
             reading = source.store.read_mode(source.names[0])
@@ -156,8 +158,8 @@ def slab_window(wanted: Sequence[tuple[TargetStore, Sequence[str]]], config: Tar
     """
     if _num_bytes(wanted) <= max(config.memory_bytes, config.mapped_bytes):
         return None
-    unit_rows = max(store.unit_rows for store, _ in wanted)
-    slab_bytes = unit_rows * sum(store.spec(name).row_bytes for store, names in wanted for name in names)
+    normalize_rows = max(store.unit_rows for store, _ in wanted)
+    slab_bytes = normalize_rows * sum(store.spec(name).row_bytes for store, names in wanted for name in names)
     return max(1, config.memory_bytes // (2 * slab_bytes))
 
 

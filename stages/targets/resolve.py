@@ -13,10 +13,10 @@ from kdpipe.stages.targets.feature_spec import (
     INPUT_GRADIENT,
     MAP,
     SPATIAL_GRAM,
+    FeatureSpec,
     Shape,
-    Wanted,
-    form_shape,
-    take_form,
+    compute_statistic,
+    statistic_shape,
 )
 from kdpipe.store import StoreError, TargetStore
 
@@ -27,7 +27,7 @@ SPATIAL = (MAP, ATTENTION)
 
 
 @dataclass(frozen=True)
-class Serving:
+class FeatureSource:
     """The source of a required feature in a store.
 
     Attributes:
@@ -37,17 +37,17 @@ class Serving:
         shape: The feature's shape, without the batch axis.
     """
 
-    feature: Wanted
+    feature: FeatureSpec
     array: str
-    computed: Wanted | None
+    computed: FeatureSpec | None
     shape: Shape
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Compute the feature, [B, *shape], from rows of the array, [B, ...]."""
-        return rows if self.computed is None else take_form(self.computed, rows)
+        return rows if self.computed is None else compute_statistic(self.computed, rows)
 
 
-def serve(store: TargetStore, wanted: Wanted) -> Serving:
+def resolve_feature(store: TargetStore, wanted: FeatureSpec) -> FeatureSource:
     """Find the source of a required feature in a store.
 
     Raises:
@@ -58,36 +58,36 @@ def serve(store: TargetStore, wanted: Wanted) -> Serving:
     for candidate in (wanted, plain):
         array = candidate.array
         if array in shapes and (candidate == wanted or _fits(shapes[array], wanted)):
-            return Serving(wanted, array, None, shapes[array])
-    whole = Wanted(wanted.layer, MAP)
+            return FeatureSource(wanted, array, None, shapes[array])
+    whole = FeatureSpec(wanted.layer, MAP)
     if whole.array in shapes and wanted.form != INPUT_GRADIENT:
         computed = wanted.fitted(shapes[whole.array])
-        return Serving(wanted, whole.array, computed, form_shape(computed, shapes[whole.array]))
+        return FeatureSource(wanted, whole.array, computed, statistic_shape(computed, shapes[whole.array]))
     raise StoreError(
         f"{store.path} has no {wanted.kind} of {wanted.layer!r}, only {', '.join(shapes)}: run `kdpipe cache-teacher` "
         f"with this recipe to add it, or with cache.layers = ['{wanted}'] in the recipe that made the store."
     )
 
 
-def arrays_read(store: TargetStore, wanted: Sequence[Wanted]) -> list[str]:
+def arrays_needed(store: TargetStore, wanted: Sequence[FeatureSpec]) -> list[str]:
     """Return the arrays with a store's logits and the required features. Raises like `serve`."""
     logits = [spec.name for spec in store.arrays if spec.name.startswith(LOGITS)]
-    return list(dict.fromkeys([*logits, *[serve(store, feature).array for feature in wanted]]))
+    return list(dict.fromkeys([*logits, *[resolve_feature(store, feature).array for feature in wanted]]))
 
 
-def smallest(wanted: Wanted, shape: Shape) -> Wanted:
+def smallest_feature(wanted: FeatureSpec, shape: Shape) -> FeatureSpec:
     """Return what to store of a layer whose outputs have `shape` for a required feature: it, or the map if not larger.
 
     Input gradients cannot be computed from a map.
     """
     fitted = wanted.fitted(shape) if wanted.form in (*SPATIAL, SPATIAL_GRAM) else wanted
-    whole = Wanted(wanted.layer, MAP)
-    made = form_shape(fitted, shape)
+    whole = FeatureSpec(wanted.layer, MAP)
+    made = statistic_shape(fitted, shape)
     keeps_map = wanted.form != INPUT_GRADIENT and math.prod(shape) <= math.prod(made)
     return whole if keeps_map else fitted
 
 
-def _fits(shape: Shape, wanted: Wanted) -> bool:
+def _fits(shape: Shape, wanted: FeatureSpec) -> bool:
     """Return whether an array with rows of `shape`, computed from unpooled maps, fits the required size."""
     if wanted.size is None:
         return True

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.stages.numerics import widened
+from kdpipe.stages.numerics import to_float32
 
 NO_GRADIENT = 1e-12
 """Gradients whose largest element is below this count as zero: scaling them up would only show rounding errors."""
@@ -23,8 +23,8 @@ def pool_to(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def pooled(features: Tensor) -> Tensor:
     """Average maps [B, C, H, W] or tokens [B, L, C] over positions to [B, C], in float32 or wider; vectors stay."""
     if features.dim() == 3:
-        return widened(features).mean(1)
-    return widened(features).flatten(2).mean(2) if features.dim() > 3 else widened(features)
+        return to_float32(features).mean(1)
+    return to_float32(features).flatten(2).mean(2) if features.dim() > 3 else to_float32(features)
 
 
 def attention(maps: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def attention(maps: Tensor) -> Tensor:
     [B, C, H, W] to [B, H, W], in float32 or wider. Zagoruyko and Komodakis 2017 (arXiv 1612.03928), activation-based,
     p = 2.
     """
-    energy = widened(maps).square().mean(1)
+    energy = to_float32(maps).square().mean(1)
     return F.normalize(energy.flatten(1), dim=1).view_as(energy)
 
 
@@ -43,7 +43,7 @@ def input_attention(gradient: Tensor) -> Tensor:
     A confident network has gradients of 1e-7 and less, whose squares would vanish beside the eps of the normalization.
     Scaling by a constant first changes neither the map nor its gradient.
     """
-    gradient = widened(gradient)
+    gradient = to_float32(gradient)
     largest = gradient.detach().abs().amax((1, 2, 3), keepdim=True)
     return attention(gradient / largest.clamp_min(NO_GRADIENT))
 
@@ -60,5 +60,5 @@ def spatial_gram(maps: Tensor) -> Tensor:
     The mean over channels of products of L2-normalized channel maps. Huang and Wang 2017 (arXiv 1707.01219), section
     4.2.
     """
-    flat = F.normalize(widened(maps).flatten(2), dim=2)
+    flat = F.normalize(to_float32(maps).flatten(2), dim=2)
     return torch.bmm(flat.transpose(1, 2), flat) / flat.shape[1]

@@ -6,21 +6,26 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from kdpipe.stages.context import Setup
-from kdpipe.stages.distillation.classifier_reuse import linear_of, with_projector
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.distillation.classifier_reuse import add_projector, linear_at
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.distillation.task_builder import fresh_student
+from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.losses.base import Entry
 from kdpipe.stages.losses.features.simkd import SimKDConfig
-from kdpipe.stages.losses.inputs import Facts, Shapes
+from kdpipe.stages.losses.inputs import DatasetInfo, Shapes
 from kdpipe.stages.models.hooks import feature_shapes
 from kdpipe.stages.targets.ensemble import check_teachers
-from kdpipe.stages.targets.feature_spec import form_shape, source_shapes
+from kdpipe.stages.targets.feature_spec import source_shapes, statistic_shape
 
 
-def rehearse_losses(
-    losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, setup: Setup, *, where: str = "distill"
+def dry_run_losses(
+    losses: Sequence[Entry],
+    student: StudentConfig,
+    teacher: nn.Module,
+    context: StageContext,
+    *,
+    where: str = "distill",
 ) -> None:
     """Build each loss for the untrained student and the teacher.
 
@@ -42,38 +47,38 @@ def rehearse_losses(
         if (loss.store or 0) >= num_stores:
             raise RecipeError(f"{entry} uses store {loss.store}, but there are {num_stores}, counted from 0.")
         try:
-            model = model or _student(losses, student, teacher, setup)
-            shapes = feature_shapes(model, loss.student_layers(), setup.image_shape)
+            model = model or _student(losses, student, teacher, context)
+            shapes = feature_shapes(model, loss.student_layers(), context.image_shape)
         except ModelError as error:
             raise RecipeError(f"{entry}, the student: {error}") from error
         except RecipeError as error:  # the projector does not fit
             raise RecipeError(f"{entry}: {error}") from error
         if (loss.store or 0) == 0:  # the teachers of other stores are not available
-            _build(loss, shapes, teacher, setup, entry=entry)
+            _build(loss, shapes, teacher, context, entry=entry)
 
 
-def _student(losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, setup: Setup) -> nn.Module:
+def _student(losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, context: StageContext) -> nn.Module:
     """Build the untrained student, with the modules that `losses` add to it."""
-    model = fresh_student(student, student.seeds[0], setup).model
+    model = build_student(student, student.seeds[0], context).model
     for loss in losses:
         if isinstance(loss, SimKDConfig) and loss.teacher is None:
-            classifier = linear_of(teacher, loss.classifier[1])
+            classifier = linear_at(teacher, loss.classifier[1])
             features, classes = classifier.in_features, classifier.out_features
-            with_projector(model, loss, setup.image_shape, num_features=features, num_classes=classes)
+            add_projector(model, loss, context.image_shape, num_features=features, num_classes=classes)
     return model
 
 
-def _build(loss: Entry, shapes: Shapes, teacher: nn.Module, setup: Setup, *, entry: str) -> None:
-    features = loss.wants(shapes)
+def _build(loss: Entry, shapes: Shapes, teacher: nn.Module, context: StageContext, *, entry: str) -> None:
+    features = loss.required_features(shapes)
     try:
-        sources = source_shapes(teacher, features, setup.image_shape)
+        sources = source_shapes(teacher, features, context.image_shape)
         stored = {
-            feature: form_shape(feature.fitted(sources[feature.source]), sources[feature.source])
+            feature: statistic_shape(feature.fitted(sources[feature.source]), sources[feature.source])
             for feature in features
         }
     except ModelError as error:
         raise RecipeError(f"{entry}, the teacher: {error}") from error
     try:
-        loss.build(shapes, stored, Facts(2, setup.train_set.num_classes))
+        loss.build(shapes, stored, DatasetInfo(2, context.train_set.num_classes))
     except RecipeError as error:
         raise RecipeError(f"{entry}: {error}") from error

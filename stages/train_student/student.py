@@ -8,59 +8,64 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdpipe.stages.config import deciding
-from kdpipe.stages.context import Setup
+from kdpipe.stages.config import config_fingerprint
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import require_teacher
-from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_stores
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
-from kdpipe.stages.distillation.task_builder import build_lesson, fresh_student, student_shapes
+from kdpipe.stages.distillation.task_builder import build_student, build_task, student_shapes
 from kdpipe.stages.distillation.teacher_accuracy import test_accuracies
 from kdpipe.stages.losses.base import Entry
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
 from kdpipe.stages.losses.features.simkd import SimKDConfig
-from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.numerics import derive_seed
-from kdpipe.stages.training.finalize import finish
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.finalize import finalize
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.saved_model import save_model
-from kdpipe.stages.training.step import Job
+from kdpipe.stages.training.step import TrainJob
 from kdpipe.store import make_folders
 
 
-def open_teaching(
+def open_distillation(
     places: Sequence[Path | str],
     losses: Sequence[Entry],
     student: StudentConfig,
     identity: Mapping[str, Any],
-    setup: Setup,
-) -> Teaching:
+    context: StageContext,
+) -> DistillationSpec:
     """Open and check the stores for `losses`. Raises the same as `open_stores`."""
-    shapes = student_shapes(student, losses, setup)
-    teaching = open_stores(places, losses, student, identity, setup, shapes=shapes)
+    shapes = student_shapes(student, losses, context)
+    spec = open_stores(places, losses, student, identity, context, shapes=shapes)
     if student.teachers.weights == "accuracy":
-        teaching = replace(teaching, accuracies=test_accuracies(places, student.teachers, setup))
+        spec = replace(spec, accuracies=test_accuracies(places, student.teachers, context))
     for loss in losses:
         if isinstance(loss, SimKDConfig):
-            store = teaching.stores[loss.store or 0]
-            require_teacher(loss, setup.run, store.manifest.identity.teacher, store.path)
-    return teaching
+            store = spec.stores[loss.store or 0]
+            require_teacher(loss, context.run, store.manifest.identity.teacher, store.path)
+    return spec
 
 
 @dataclass(frozen=True)
 class StudentRun:
     """The folder and name of a student's training, and whether to export an ONNX file."""
 
-    folder: JobFolder
+    folder: JobDir
     name: str
     with_onnx: bool = True
 
 
 def train_student(
-    config: StudentConfig, seed: int, teaching: Teaching | None, setup: Setup, *, run: StudentRun | None = None
+    config: StudentConfig,
+    seed: int,
+    spec: DistillationSpec | None,
+    context: StageContext,
+    *,
+    run: StudentRun | None = None,
 ) -> dict[str, Any]:
     """Train one student, distilled by `teaching` or alone if that is None, and return its results.
 
@@ -68,92 +73,98 @@ def train_student(
     setup.run.
     """
     if run is None:
-        kind = ALONE if teaching is None else DISTILLED
-        run = StudentRun(student_folder(setup.run, kind, seed), f"{kind} student, seed {seed}")
-    setup.processes.require_shares(config.train.batch_size, setup.train_set.num_samples)
+        kind = ALONE if spec is None else DISTILLED
+        run = StudentRun(student_folder(context.run, kind, seed), f"{kind} student, seed {seed}")
+    context.process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
     folder = run.folder
-    network = fresh_student(config, seed, setup, teaching.losses if teaching else ())
+    network = build_student(config, seed, context, spec.losses if spec else ())
 
     def begin() -> dict[str, Any] | None:
-        folder.begin(_made_from(config, seed, teaching, network, setup))
+        folder.begin(_made_from(config, seed, spec, network, context))
         return folder.result()
 
-    if (done := setup.processes.once(begin)) is not None:
+    if (done := context.process_group.once(begin)) is not None:
         return done
-    if teaching is not None:
-        _hint_stages(config, seed, teaching, setup, network, run=run)
-        teaching = teaching.main
-    lesson = build_lesson(network, teaching, seed, setup, label_smoothing=config.label_smoothing)
-    layers = student_layers(teaching.losses) if teaching else ()
-    test = setup.test(network.normalise)
-    job = Job(
+    if spec is not None:
+        _hint_stages(config, seed, spec, context, network, run=run)
+        spec = spec.main
+    task = build_task(network, spec, seed, context, label_smoothing=config.label_smoothing)
+    layers = student_layers(spec.losses) if spec else ()
+    test = context.test(network.normalize)
+    job = TrainJob(
         "train-student",
         run.name,
         network.model,
-        lesson,
+        task,
         test,
         config.train,
         seed,
         folder,
         layers,
-        processes=setup.processes,
+        process_group=context.process_group,
     )
-    return finish(folder, network, train(job, setup.device, setup.watch), setup, with_onnx=run.with_onnx)
+    return finalize(folder, network, train(job, context.device, context.monitor), context, with_onnx=run.with_onnx)
 
 
 def _made_from(
-    config: StudentConfig, seed: int, teaching: Teaching | None, network: Network, setup: Setup
+    config: StudentConfig, seed: int, spec: DistillationSpec | None, network: ModelBundle, context: StageContext
 ) -> dict[str, Any]:
     """Return the inputs that determine a student."""
     return {
         "starts_from": network.identity,
-        "train": deciding(config.train),
+        "train": config_fingerprint(config.train),
         "seed": seed,
-        "data": setup.data_identity(),
-        "test": setup.test_identity(),
-        "views": setup.shown_views(),
+        "data": context.data_identity(),
+        "test": context.test_identity(),
+        "views": context.shown_views(),
         "label_smoothing": config.label_smoothing,
-        "teaching": teaching.to_json() if teaching else None,
+        "teaching": spec.to_json() if spec else None,
     }
 
 
 def _hint_stages(
-    config: StudentConfig, seed: int, teaching: Teaching, setup: Setup, network: Network, *, run: StudentRun
+    config: StudentConfig,
+    seed: int,
+    spec: DistillationSpec,
+    context: StageContext,
+    network: ModelBundle,
+    *,
+    run: StudentRun,
 ) -> None:
     """Run the hint stages of `fitnet` losses, before the student's own training.
 
     Each hint is trained alone, with only the modules up to its layer, at a constant learning rate. Each stage writes a
     file from which the next one starts.
     """
-    processes = setup.processes
-    if processes.once(run.folder.checkpoint.exists):
+    process_group = context.process_group
+    if process_group.once(run.folder.checkpoint.exists):
         return  # the student's own training has begun
-    stages = [stage for loss in teaching.losses if isinstance(loss, FitNetConfig) for stage in loss.stages()]
+    stages = [stage for loss in spec.losses if isinstance(loss, FitNetConfig) for stage in loss.stages()]
     for number, stage in enumerate(stages, 1):
-        own = JobFolder(run.folder.path / f"hint{number}")
-        if not processes.once(partial(_has_model, own)):
-            lesson = build_lesson(network, teaching.of([stage]), derive_seed(seed, "hint", number), setup)
-            job = Job(
+        own = JobDir(run.folder.path / f"hint{number}")
+        if not process_group.once(partial(_has_model, own)):
+            task = build_task(network, spec.of([stage]), derive_seed(seed, "hint", number), context)
+            job = TrainJob(
                 "train-student",
                 f"{run.name}, hint {number} of {len(stages)}",
                 network.model,
-                replace(lesson, hints_only=True),
+                replace(task, hints_only=True),
                 None,
                 replace(config.train, epochs=stage.stage_epochs, schedule="step", milestones=()),
                 seed,
                 own,
                 stage.student_layers(),
-                processes=processes,
+                process_group=process_group,
             )
-            train(job, setup.device, setup.watch)
+            train(job, context.device, context.monitor)
             record = {"architecture": dict(network.architecture)}
-            processes.once(partial(save_model, own.model, network.model, record))
-        if processes.first:
+            process_group.once(partial(save_model, own.model, network.model, record))
+        if process_group.first:
             own.checkpoint.unlink(missing_ok=True)
         network.model.load_state_dict(load_tensors(own.model)[0])
 
 
-def _has_model(folder: JobFolder) -> bool:
+def _has_model(folder: JobDir) -> bool:
     """Create a job's folder and return whether its network exists."""
     make_folders([folder.path])
     return folder.model.exists()

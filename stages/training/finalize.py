@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from kdpipe.stages.context import Setup
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.export.onnx_check import check_onnx
 from kdpipe.stages.export.onnx_debug import first_divergence
 from kdpipe.stages.export.onnx_export import export_onnx
-from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.weights import count_parameters
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.saved_model import save_model
 from kdpipe.store import canonical_json
 
@@ -37,11 +37,11 @@ DEBUG_IMAGES = 32
 """Images on which the first divergence from torch is located."""
 
 
-def finish(
-    folder: JobFolder,
-    network: Network,
+def finalize(
+    folder: JobDir,
+    network: ModelBundle,
     history: Sequence[Mapping[str, Any]],
-    setup: Setup,
+    context: StageContext,
     *,
     with_onnx: bool = True,
     more: Mapping[str, Any] | None = None,
@@ -54,26 +54,28 @@ def finish(
     its file disagrees with it on the first test images.
     """
     network.model.eval()
-    return setup.processes.once(lambda: _finish(folder, network, history, setup, with_onnx=with_onnx, more=more or {}))
+    return context.process_group.once(
+        lambda: _finalize(folder, network, history, context, with_onnx=with_onnx, more=more or {})
+    )
 
 
-def _finish(
-    folder: JobFolder,
-    network: Network,
+def _finalize(
+    folder: JobDir,
+    network: ModelBundle,
     history: Sequence[Mapping[str, Any]],
-    setup: Setup,
+    context: StageContext,
     *,
     with_onnx: bool,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    report = evaluate_in_depth(network.model, setup.test(network.normalise), setup.device)
-    record = {"architecture": dict(network.architecture), "normalization": network.normalise.to_json()}
+    report = evaluate_in_depth(network.model, context.test(network.normalize), context.device)
+    record = {"architecture": dict(network.architecture), "normalization": network.normalize.to_json()}
     save_model(folder.model, network.model, record)
     agreement = None
     if with_onnx:
-        example = torch.zeros(2, *setup.image_shape, device=setup.device)
-        export_onnx(network.model, example, folder.onnx, metadata=onnx_metadata(network, setup))
-        agreement = require_agreement(folder.onnx, network, setup)
+        example = torch.zeros(2, *context.image_shape, device=context.device)
+        export_onnx(network.model, example, folder.onnx, metadata=onnx_metadata(network, context))
+        agreement = require_agreement(folder.onnx, network, context)
     best = max(history, key=lambda line: line["accuracy"], default={"accuracy": report.top1, "epoch": None})
     result = {
         "accuracy": report.top1,
@@ -82,7 +84,7 @@ def _finish(
         "best_epoch": best["epoch"],
         "num_epochs": len(history),
         "num_parameters": count_parameters(network.model),
-        "num_macs": count_macs(network.model, setup.image_shape),
+        "num_macs": count_macs(network.model, context.image_shape),
         "identity": network.identity,
         "onnx_agreement": agreement,
         "onnx_bytes": folder.onnx.stat().st_size if with_onnx else None,
@@ -94,22 +96,22 @@ def _finish(
     return result
 
 
-def onnx_metadata(network: Network, setup: Setup) -> dict[str, str]:
+def onnx_metadata(network: ModelBundle, context: StageContext) -> dict[str, str]:
     """Return the metadata of an ONNX file: normalization, image shape (C, H, W) and class names."""
     return {
-        "normalization": canonical_json(network.normalise.to_json()),
-        "image_shape": canonical_json(list(setup.image_shape)),
-        "class_names": canonical_json(list(setup.test_set.class_names)),
+        "normalization": canonical_json(network.normalize.to_json()),
+        "image_shape": canonical_json(list(context.image_shape)),
+        "class_names": canonical_json(list(context.test_set.class_names)),
     }
 
 
-def require_agreement(path: Path, network: Network, setup: Setup, *, whole_test: bool = False) -> float:
+def require_agreement(path: Path, network: ModelBundle, context: StageContext, *, whole_test: bool = False) -> float:
     """Return the share of test images on which the ONNX file at `path` gives the network's top-1 class.
 
     Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
     share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
     """
-    test = setup.test(network.normalise)
+    test = context.test(network.normalize)
     found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))
     accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more

@@ -53,7 +53,7 @@ class _Result(BaseModel):
 
 
 @dataclass(frozen=True)
-class JobFolder:
+class JobDir:
     """The folder of a job."""
 
     path: Path
@@ -82,9 +82,9 @@ class JobFolder:
         make_folders([self.path])
         sweep_partial(self.path)
         wanted = json.loads(json.dumps(made_from))
-        stored = read_json(self.path / "job.json")
+        stored = read_json_file(self.path / "job.json")
         if stored is None:
-            write_json(self.path / "job.json", wanted)
+            write_json_file(self.path / "job.json", wanted)
             return
         found = differences(stored, wanted)
         if found:
@@ -93,7 +93,7 @@ class JobFolder:
 
     def result(self) -> dict[str, Any] | None:
         """Return the results of a finished job, None before; raises RunError if they are invalid."""
-        record = read_json(self.path / "result.json")
+        record = read_json_file(self.path / "result.json")
         if record is not None and (faults := _faults(record)):
             raise RunError(
                 f"{self.path / 'result.json'} is damaged or of another version of kdpipe ({', '.join(faults)}): delete "
@@ -103,7 +103,7 @@ class JobFolder:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Publish the results and delete the checkpoint."""
-        write_json(self.path / "result.json", result)
+        write_json_file(self.path / "result.json", result)
         self.checkpoint.unlink(missing_ok=True)
 
     def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -126,7 +126,7 @@ def _faults(record: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json_file(path: Path) -> dict[str, Any] | None:
     """Read a JSON object from a file, None if it does not exist; raises RunError if it is damaged or too large."""
     try:
         return safe_read.read_json(path, MAX_JSON_BYTES)
@@ -136,6 +136,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise RunError(f"{str(error).removesuffix('.')}: delete it, or use another run folder.") from error
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
+def write_json_file(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON object, indented, atomically."""
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())

@@ -15,16 +15,16 @@ from torch import nn
 
 from kdpipe.stages.errors import NotFiniteError, RunError, StoppedEarly
 from kdpipe.stages.evaluation.evaluate import evaluate
-from kdpipe.stages.models.hooks import tapped
-from kdpipe.stages.runtime.events import Event, Watch
+from kdpipe.stages.models.hooks import extract_features
+from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.training.checkpoint import Progress, TrainState, load_checkpoint, save_checkpoint
 from kdpipe.stages.training.optim import build_optimizer, learning_rate, set_learning_rate
-from kdpipe.stages.training.step import Job, TrainStep, autocast_dtype, num_steps_of
+from kdpipe.stages.training.step import TrainJob, TrainStep, autocast_dtype, num_steps_of
 from kdpipe.stages.training.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.training.task import Batch
 
 
-def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
+def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict[str, Any]]:
     """Train `job.model` in place, resuming from its checkpoint if there is one.
 
     The final checkpoint is kept until the network is finalized, which takes time and may be interrupted. Several
@@ -33,56 +33,58 @@ def train(job: Job, device: torch.device, watch: Watch) -> list[dict[str, Any]]:
     Returns the metrics of each epoch. Raises StoppedEarly, with everything saved, when the stop flag is set;
     NotFiniteError if the loss is NaN or infinite; RecipeError if the processes cannot share a batch equally.
     """
-    processes = job.processes
-    processes.require_shares(job.config.batch_size, job.lesson.num_samples)
+    process_group = job.process_group
+    process_group.require_shares(job.config.batch_size, job.task.num_samples)
     state, progress = _set_up(job, device), Progress()
     steps = num_steps_of(job)
-    if processes.share(job.folder.checkpoint.exists()):
+    if process_group.share(job.folder.checkpoint.exists()):
         load_checkpoint(job.folder.checkpoint, state, progress)
         _require_position(job, progress, steps)
     batches = _stream(job, progress, job.config.epochs)
     with (
         batch_norm_over_processes(state.modules),
-        tapped(job.model, job.student_layers, no_further=job.lesson.hints_only) as student,
+        extract_features(job.model, job.student_layers, no_further=job.task.hints_only) as student,
     ):
         last_save = time.monotonic()
         while progress.epoch < job.config.epochs:
             started = time.monotonic()
             job.on_epoch(job.model, progress.epoch)
             state.modules.train()
-            train_step = TrainStep(job, student, state, progress, watch)
-            last_save = _run_steps(job, train_step, batches, watch, last_save)
+            train_step = TrainStep(job, student, state, progress, monitor)
+            last_save = _run_steps(job, train_step, batches, monitor, last_save)
             try:
                 _end_epoch(job, progress, steps, device, time.monotonic() - started)
             except StoppedEarly:  # during evaluation: all steps of the epoch, and its sums, are complete
                 save_checkpoint(job.folder.checkpoint, state, progress)
                 raise
             if progress.epoch == job.config.epochs:
-                processes.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
-            watch.report(_event(job, progress, steps, progress.history[-1]))
+                process_group.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
+            monitor.report(_event(job, progress, steps, progress.history[-1]))
     return progress.history
 
 
-def _run_steps(job: Job, train_step: TrainStep, batches: Iterator[Batch], watch: Watch, last_save: float) -> float:
+def _run_steps(
+    job: TrainJob, train_step: TrainStep, batches: Iterator[Batch], monitor: RunMonitor, last_save: float
+) -> float:
     """Run the rest of an epoch's steps, saving at intervals; returns the time of the last save."""
-    state, progress, processes, steps = train_step.state, train_step.progress, job.processes, num_steps_of(job)
+    state, progress, process_group, steps = train_step.state, train_step.progress, job.process_group, num_steps_of(job)
     while progress.step < steps:
         rate = learning_rate(job.config, progress.epoch * steps + progress.step, steps)
         set_learning_rate(state.optimizer, rate)
         train_step.step(next(batches))
         progress.step += 1
         due = time.monotonic() - last_save >= job.config.checkpoint_every_s
-        stop, due = processes.agree(watch.should_stop(), due)
+        stop, due = process_group.agree(monitor.should_stop(), due)
         if due or stop:
-            processes.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
+            process_group.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
             last_save = time.monotonic()
         if stop:
             raise StoppedEarly
-        watch.report(_event(job, progress, steps))
+        monitor.report(_event(job, progress, steps))
     return last_save
 
 
-def _require_position(job: Job, progress: Progress, steps: int) -> None:
+def _require_position(job: TrainJob, progress: Progress, steps: int) -> None:
     """Raise RunError for a checkpoint at a position that the job does not have."""
     within = progress.epoch <= job.config.epochs and progress.step <= steps
     if not within or (job.test and any("accuracy" not in line for line in progress.history)):
@@ -92,14 +94,14 @@ def _require_position(job: Job, progress: Progress, steps: int) -> None:
         )
 
 
-def time_steps(job: Job, device: torch.device, num_steps: int) -> list[float]:
+def time_steps(job: TrainJob, device: torch.device, num_steps: int) -> list[float]:
     """Return the seconds of each of a job's first steps, including reading of targets and images. Nothing is saved."""
     state, progress = _set_up(job, device), Progress()
     batches = _stream(job, progress, 1 + num_steps // num_steps_of(job))
     times = []
-    with batch_norm_over_processes(state.modules), tapped(job.model, job.student_layers) as student:
+    with batch_norm_over_processes(state.modules), extract_features(job.model, job.student_layers) as student:
         state.modules.train()
-        train_step = TrainStep(job, student, state, progress, Watch())
+        train_step = TrainStep(job, student, state, progress, RunMonitor())
         for _ in range(num_steps):
             started = time.perf_counter()
             train_step.step(next(batches))
@@ -109,24 +111,24 @@ def time_steps(job: Job, device: torch.device, num_steps: int) -> list[float]:
     return times
 
 
-def _stream(job: Job, progress: Progress, epochs: int) -> Iterator[Batch]:
+def _stream(job: TrainJob, progress: Progress, epochs: int) -> Iterator[Batch]:
     """Yield the batches from the job's position on."""
-    size, processes = job.config.batch_size, job.processes
-    return job.lesson.stream(
-        job.seed, size, epoch=progress.epoch, step=progress.step, epochs=epochs, processes=processes
+    size, process_group = job.config.batch_size, job.process_group
+    return job.task.stream(
+        job.seed, size, epoch=progress.epoch, step=progress.step, epochs=epochs, process_group=process_group
     )
 
 
-def _set_up(job: Job, device: torch.device) -> TrainState:
-    job.processes.use(device)
-    distillation = job.lesson.distillation or nn.Module()
+def _set_up(job: TrainJob, device: torch.device) -> TrainState:
+    job.process_group.use(device)
+    distillation = job.task.distillation or nn.Module()
     modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
     optimizer = build_optimizer(job.config, modules.parameters())
     dtype = autocast_dtype(job.config, device)
     return TrainState(modules, optimizer, torch.amp.GradScaler(device.type, enabled=dtype is torch.float16))
 
 
-def _end_epoch(job: Job, progress: Progress, steps: int, device: torch.device, wall_s: float) -> None:
+def _end_epoch(job: TrainJob, progress: Progress, steps: int, device: torch.device, wall_s: float) -> None:
     """Evaluate, write the epoch's metrics, and move to the start of the next epoch."""
     losses = {name: float(total) / steps for name, total in progress.sums.items()}
     if not all(abs(loss) < float("inf") for loss in losses.values()):
@@ -142,11 +144,11 @@ def _end_epoch(job: Job, progress: Progress, steps: int, device: torch.device, w
         job.folder.write_metrics([*progress.history, line])
         return line
 
-    progress.history.append(job.processes.once(evaluate_and_write))
+    progress.history.append(job.process_group.once(evaluate_and_write))
     progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
 
 
-def _event(job: Job, progress: Progress, steps: int, line: dict[str, Any] | None = None) -> Event:
+def _event(job: TrainJob, progress: Progress, steps: int, line: dict[str, Any] | None = None) -> ProgressEvent:
     """Return the job's position as an event, with the metrics of an epoch at its end."""
     done = progress.epoch * steps + progress.step
-    return Event(job.stage, job.name, done, job.config.epochs * steps, "step", line or {})
+    return ProgressEvent(job.stage, job.name, done, job.config.epochs * steps, "step", line or {})

@@ -11,7 +11,7 @@ from torch import nn
 from kdpipe.stages.errors import ModelError, RunError
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.models.weights import weights_sha256
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store import FingerprintMismatch, differences
 
 
@@ -20,7 +20,7 @@ def save_model(path: Path, model: nn.Module, record: Mapping[str, Any]) -> None:
     save_tensors(path, model.state_dict(), record)
 
 
-def finished_record(folder: JobFolder, needed_by: str) -> dict[str, Any]:
+def finished_record(folder: JobDir, needed_by: str) -> dict[str, Any]:
     """Return the record of a finished job's network; raises RunError, naming the command to run, if there is none."""
     if folder.result() is None:
         raise RunError(f"there is no finished network in {folder.path}: run `{needed_by}` first.")
@@ -29,9 +29,7 @@ def finished_record(folder: JobFolder, needed_by: str) -> dict[str, Any]:
     return load_tensors(folder.model)[1]
 
 
-def load_finished(
-    folder: JobFolder, model: nn.Module, architecture: Mapping[str, Any], needed_by: str
-) -> dict[str, Any]:
+def load_finished(folder: JobDir, model: nn.Module, architecture: Mapping[str, Any], needed_by: str) -> dict[str, Any]:
     """Load a finished job's weights into `model` and return the record stored with them.
 
     Raises RunError, naming the command `needed_by`, if the job is not finished; FingerprintMismatch if the file holds

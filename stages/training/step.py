@@ -18,15 +18,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdpipe.stages.losses.relations.nce import Memory
-from kdpipe.stages.models.hooks import Tap
+from kdpipe.stages.models.hooks import FeatureExtractor
 from kdpipe.stages.numerics import derive_seed
-from kdpipe.stages.runtime.collectives import total
-from kdpipe.stages.runtime.distributed import Processes
-from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.collectives import all_reduce_sum
+from kdpipe.stages.runtime.distributed import ProcessGroup
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.memory import is_out_of_memory
 from kdpipe.stages.training.checkpoint import Progress, TrainState
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.task import Batch, Lesson
+from kdpipe.stages.training.task import Batch, TrainingTask
 
 if TYPE_CHECKING:
     pass
@@ -35,15 +35,17 @@ from dataclasses import dataclass
 
 from kdpipe.stages.data.loader.sampling import num_steps
 from kdpipe.stages.evaluation.evaluate import Evaluation
-from kdpipe.stages.runtime.distributed import ONE
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.runtime.distributed import SINGLE
+from kdpipe.stages.training.job_dir import JobDir
 
 
 class TrainStep:
     """The steps of a job's epoch. It keeps copies of the buffers, for steps that have to be repeated."""
 
-    def __init__(self, job: Job, student: Tap, state: TrainState, progress: Progress, watch: Watch) -> None:
-        self._job, self._student, self.state, self.progress, self._watch = job, student, state, progress, watch
+    def __init__(
+        self, job: TrainJob, student: FeatureExtractor, state: TrainState, progress: Progress, monitor: RunMonitor
+    ) -> None:
+        self._job, self._student, self.state, self.progress, self._monitor = job, student, state, progress, monitor
         self._buffers = _Buffers(state.modules)
         groups = state.optimizer.param_groups
         self._parameters = [one for group in groups for one in group["params"] if one.requires_grad]
@@ -51,8 +53,8 @@ class TrainStep:
     def step(self, batch: Batch) -> None:
         """Run one batch forward and backward, step the optimizer, and add the losses to the epoch's sums."""
         losses = self._losses_in_memory(batch)
-        if self._job.processes.count > 1:
-            losses = _averaged(self._parameters, losses, self._job.processes)
+        if self._job.process_group.count > 1:
+            losses = _averaged(self._parameters, losses, self._job.process_group)
         self.state.scaler.step(self.state.optimizer)
         self.state.scaler.update()
         self._job.after_step(self._job.model)
@@ -66,7 +68,7 @@ class TrainStep:
         Several processes do not retry: all would have to do so together, while some wait for others.
         """
         progress, before = self.progress, self.progress.micro_batches
-        retries = self._job.processes.count == 1
+        retries = self._job.process_group.count == 1
         self._buffers.begin_step(copied=retries)
         while True:
             try:
@@ -84,22 +86,24 @@ class TrainStep:
             if batch.images.is_cuda:
                 torch.cuda.empty_cache()
         if progress.micro_batches > before:
-            warning = micro_batch_warning(self._job.model, self._job.lesson, batch, progress.micro_batches)
-            self._watch.warn(self._job.stage, warning)
+            warning = micro_batch_warning(self._job.model, self._job.task, batch, progress.micro_batches)
+            self._monitor.warn(self._job.stage, warning)
         return losses
 
     def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         job, state, progress = self._job, self.state, self.progress
-        own = (job.processes.rank,) if job.processes.rank else ()  # each rank its own dropout; rank 0 as a single one
+        own = (
+            (job.process_group.rank,) if job.process_group.rank else ()
+        )  # each rank its own dropout; rank 0 as a single one
         _seed(derive_seed(job.seed, "step", progress.epoch, progress.step, *own), batch.images.device)
         state.optimizer.zero_grad(set_to_none=True)
         if progress.micro_batches == 1:
             return self._backward(batch)
         # After one process's job is continued by several, there may be more micro-batches than rows.
-        count = min(progress.micro_batches, job.config.batch_size // job.processes.count)
-        whole, sums = total(len(batch.images)), dict[str, Tensor]()
+        count = min(progress.micro_batches, job.config.batch_size // job.process_group.count)
+        whole, sums = all_reduce_sum(len(batch.images)), dict[str, Tensor]()
         for micro_batch in batch.split(count):
-            num_samples = total(len(micro_batch.images))
+            num_samples = all_reduce_sum(len(micro_batch.images))
             if num_samples == 0:  # of a batch that lacks unreadable images
                 continue
             for name, loss in self._backward(micro_batch, num_samples / whole).items():
@@ -110,13 +114,13 @@ class TrainStep:
         """Run a batch, or a micro-batch that is `share` of one, forward and backward; returns the losses."""
         job, device = self._job, batch.images.device
         dtype = autocast_dtype(job.config, device)
-        differentiates_input = job.lesson.needs_input_gradient
+        differentiates_input = job.task.needs_input_gradient
         if differentiates_input:
             batch.images.requires_grad_()
         # Fused attention has no second derivative.
         kernels = sdpa_kernel(SDPBackend.MATH) if differentiates_input else nullcontext()
         with kernels, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            losses = job.lesson.losses(self._student(batch.images), batch)
+            losses = job.task.losses(self._student(batch.images), batch)
         values = torch.stack(list(losses.values()))
         if share != 1:
             values = share * values
@@ -139,7 +143,7 @@ def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | N
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def micro_batch_warning(model: nn.Module, lesson: Lesson, batch: Batch, micro_batches: int) -> str:
+def micro_batch_warning(model: nn.Module, task: TrainingTask, batch: Batch, micro_batches: int) -> str:
     """Return the warning for batches that are divided, naming what now depends on the micro-batch."""
     num_samples = len(batch.images)
     memory = "GPU memory" if batch.images.is_cuda else "memory"
@@ -148,23 +152,25 @@ def micro_batch_warning(model: nn.Module, lesson: Lesson, batch: Batch, micro_ba
         f"{-(-num_samples // micro_batches)} whose gradients are accumulated; the effective batch size stays "
         f"{num_samples}"
     )
-    configs = lesson.distillation.configs if lesson.distillation else {}
-    affected = [name for name, config in configs.items() if not config.per_sample or config.samples.judges]
-    modules: list[nn.Module] = [model] + ([lesson.distillation] if lesson.distillation else [])
+    configs = task.distillation.configs if task.distillation else {}
+    affected = [name for name, config in configs.items() if not config.per_sample or config.samples.needs_probabilities]
+    modules: list[nn.Module] = [model] + ([task.distillation] if task.distillation else [])
     if any(isinstance(module, _BatchNorm) for one in modules for module in one.modules()):
         affected.append("batch norm")
     return f"{warning}; computed per micro-batch: {', '.join(affected)}." if affected else f"{warning}."
 
 
-def _averaged(parameters: Sequence[nn.Parameter], losses: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+def _averaged(
+    parameters: Sequence[nn.Parameter], losses: dict[str, Tensor], process_group: ProcessGroup
+) -> dict[str, Tensor]:
     """Average gradients and losses over the processes; a parameter used in one process counts as used in all."""
-    was_used = processes.any_of([one.grad is not None for one in parameters])
+    was_used = process_group.any_of([one.grad is not None for one in parameters])
     shared = [one for one, used in zip(parameters, was_used, strict=True) if used]
     for one in shared:
         if one.grad is None:
             one.grad = torch.zeros_like(one)
     values = torch.stack(list(losses.values()))
-    processes.average([*(one.grad for one in shared if one.grad is not None), values])
+    process_group.average([*(one.grad for one in shared if one.grad is not None), values])
     return dict(zip(losses, values.unbind(), strict=True))
 
 
@@ -206,7 +212,7 @@ def _copy_back(copies: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """A network to train.
 
     Attributes:
@@ -220,17 +226,17 @@ class Job:
     stage: str
     name: str
     model: nn.Module
-    lesson: Lesson
+    task: TrainingTask
     test: Evaluation | None
     config: TrainConfig
     seed: int
-    folder: JobFolder
+    folder: JobDir
     student_layers: Sequence[str] = ()
     on_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
     after_step: Callable[[nn.Module], None] = lambda model: None
-    processes: Processes = ONE
+    process_group: ProcessGroup = SINGLE
 
 
-def num_steps_of(job: Job) -> int:
+def num_steps_of(job: TrainJob) -> int:
     """Return the number of steps of an epoch."""
-    return num_steps(job.lesson.num_samples, job.config.batch_size)
+    return num_steps(job.task.num_samples, job.config.batch_size)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kdpipe.stages.numerics import widened
-from kdpipe.stages.runtime.collectives import num_processes, one_row_of_each
+from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.runtime.collectives import all_gather_row, num_processes
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -40,7 +40,7 @@ def _forward(norm: _BatchNorm, local: Forward, maps: Tensor) -> Tensor:
     """Normalize maps [B, C, ...], keeping shape and type."""
     if not norm.training:
         return local(maps)
-    wide = widened(maps)
+    wide = to_float32(maps)
     count, mean, variance = global_moments(wide)
     # The count is read, which waits for the device, only if there are not two values here.
     if maps.numel() < 2 * maps.shape[1] and count < 2:
@@ -68,7 +68,7 @@ def global_moments(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         variance = mean = values.sum(1)  # zeros that are part of the graph, as in the other processes
     own = torch.cat([mean, variance, mean.new_full((1,), num_here)])
-    means, variances, nums = torch.split(one_row_of_each(own), [len(mean), len(mean), 1], 1)
+    means, variances, nums = torch.split(all_gather_row(own), [len(mean), len(mean), 1], 1)
     nums = nums.detach()
     count = nums.sum()
     shares = nums / count.clamp_min(1)

@@ -10,19 +10,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kdpipe.stages.data.loader.image_loader import Pictures, Request, Seen
-from kdpipe.stages.data.loader.labels import HardLabels, labels_of
-from kdpipe.stages.data.loader.sampling import batch_indices, epoch_order, num_steps, slab_order
+from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
+from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
+from kdpipe.stages.data.loader.sampling import batch_indices, epoch_order, num_steps, shard_order
 from kdpipe.stages.losses.base import Entry
-from kdpipe.stages.losses.distillation import Distillation, Exchange
-from kdpipe.stages.losses.inputs import Others
-from kdpipe.stages.losses.schedules import SETTLED, Amount, Moment, amount_at
-from kdpipe.stages.models.hooks import Outputs
-from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.losses.distillation import Distillation, DistillationBatch
+from kdpipe.stages.losses.inputs import Negatives
+from kdpipe.stages.losses.schedules import FINISHED, Scheduled, TrainProgress, value_at
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.numerics import derive_seed
-from kdpipe.stages.runtime.collectives import part_of_mean, total
-from kdpipe.stages.runtime.distributed import ONE, Processes
-from kdpipe.stages.targets.outputs import TeacherOutputs
+from kdpipe.stages.runtime.collectives import all_reduce_sum, local_share_of_mean
+from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
+from kdpipe.stages.targets.outputs import TeacherTargets
 from kdpipe.stages.targets.reader import Targets
 
 
@@ -50,10 +50,10 @@ class Batch:
     images: Tensor
     hard: HardLabels
     ranks: Tensor
-    moment: Moment
-    teachers: Sequence[TeacherOutputs] = ()
+    moment: TrainProgress
+    teachers: Sequence[TeacherTargets] = ()
     known: Sequence[Tensor | None] = ()
-    others: Mapping[str, Others] = field(default_factory=dict)
+    others: Mapping[str, Negatives] = field(default_factory=dict)
 
     @property
     def has_targets(self) -> Tensor | None:
@@ -79,7 +79,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingTask:
     """A training task: a data set's images in their views, labels, targets and losses.
 
     Attributes:
@@ -90,25 +90,25 @@ class Lesson:
         hints_only: Whether the student runs only up to its hint layers, with no loss but those on its features.
     """
 
-    pictures: Pictures
+    loader: ImageLoader
     num_views: int
-    normalise: Normalisation
+    normalize: Normalization
     targets: Targets | None = None
     fresh_views: bool = False
     distillation: Distillation | None = None
-    hard_label_weight: Amount = 1.0
+    hard_label_weight: Scheduled = 1.0
     label_smoothing: float = 0.0
     settled: bool = False
     hints_only: bool = False
 
     @property
     def num_samples(self) -> int:
-        return self.pictures.image_set.num_samples
+        return self.loader.image_set.num_samples
 
     @cached_property
     def ranks(self) -> Tensor:
         """Each sample's rank among all ids, int64 [N]."""
-        return torch.argsort(torch.argsort(self.pictures.image_set.sample_ids))
+        return torch.argsort(torch.argsort(self.loader.image_set.sample_ids))
 
     @property
     def needs_input_gradient(self) -> bool:
@@ -121,13 +121,13 @@ class Lesson:
 
         It depends on sample ids, not positions: reordering the data set gives the same student.
         """
-        by_id = torch.argsort(self.pictures.image_set.sample_ids)
+        by_id = torch.argsort(self.loader.image_set.sample_ids)
         if self.targets is not None and self.targets.slabs is not None:
-            return by_id[slab_order(seed, epoch, self.targets.slabs[by_id], self.targets.window)]
+            return by_id[shard_order(seed, epoch, self.targets.slabs[by_id], self.targets.window)]
         return by_id[epoch_order(seed, epoch, self.num_samples)]
 
     def stream(
-        self, seed: int, batch_size: int, *, epoch: int, step: int, epochs: int, processes: Processes = ONE
+        self, seed: int, batch_size: int, *, epoch: int, step: int, epochs: int, process_group: ProcessGroup = SINGLE
     ) -> Iterator[Batch]:
         """Yield this process's rows of the batches from step `step` of epoch `epoch` to the end of epoch `epochs` - 1.
 
@@ -137,42 +137,44 @@ class Lesson:
         steps = num_steps(self.num_samples, batch_size)
         positions: deque[StepPosition] = deque()  # images are requested some batches ahead
 
-        def requests() -> Iterator[Request]:
+        def requests() -> Iterator[ViewRequest]:
             for number in range(epoch, epochs):
                 order = self.order(seed, number)
                 for at in range(step if number == epoch else 0, steps):
                     positions.append(StepPosition(seed, number, at, epochs))
-                    yield Request(processes.rows(batch_indices(order, at, batch_size)), self._view(number))
+                    yield ViewRequest(process_group.rows(batch_indices(order, at, batch_size)), self._view(number))
 
-        for seen in self.pictures.stream(requests()):
-            yield self._batch(positions.popleft(), seen)
+        for image_batch in self.loader.stream(requests()):
+            yield self._batch(positions.popleft(), image_batch)
 
-    def losses(self, student: Outputs, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """Return the weighted losses by name, this process's share of them; their sum is minimized.
 
         The mean over the processes is the loss of the global batch. Samples without targets learn from their hard
         labels only, at full weight. If a loss uses the input's gradient, batch.images must require one.
         """
-        num_samples = total(len(batch.hard.labels))
+        num_samples = all_reduce_sum(len(batch.hard.labels))
         if self.hints_only and self.distillation is not None:
-            only: dict[str, Tensor] = self.distillation(self._exchange(student, batch, num_samples))
+            only: dict[str, Tensor] = self.distillation(self._distillation_batch(student, batch, num_samples))
             return only
         cross_entropy = batch.hard.cross_entropy(student.logits, self.label_smoothing)
-        weight = amount_at(self.hard_label_weight, batch.moment)
+        weight = value_at(self.hard_label_weight, batch.moment)
         has_targets = batch.has_targets
         if has_targets is None:
-            hard = weight * part_of_mean(cross_entropy, num_samples)
+            hard = weight * local_share_of_mean(cross_entropy, num_samples)
         else:
             weights = torch.where(has_targets, weight, 1.0).to(cross_entropy.device, non_blocking=True)
-            hard = part_of_mean(weights * cross_entropy, num_samples)
+            hard = local_share_of_mean(weights * cross_entropy, num_samples)
         if self.distillation is None:
             return {"hard_labels": hard}
         gradient = self._input_gradient(student, batch) if self.needs_input_gradient else None
-        losses: dict[str, Tensor] = self.distillation(self._exchange(student, batch, num_samples, gradient))
+        losses: dict[str, Tensor] = self.distillation(self._distillation_batch(student, batch, num_samples, gradient))
         return {"hard_labels": hard} | losses
 
-    def _exchange(self, student: Outputs, batch: Batch, num_samples: int, gradient: Tensor | None = None) -> Exchange:
-        return Exchange(
+    def _distillation_batch(
+        self, student: ModelOutput, batch: Batch, num_samples: int, gradient: Tensor | None = None
+    ) -> DistillationBatch:
+        return DistillationBatch(
             student,
             batch.teachers,
             batch.known,
@@ -184,47 +186,47 @@ class Lesson:
             num_samples,
         )
 
-    def _input_gradient(self, student: Outputs, batch: Batch) -> Tensor:
+    def _input_gradient(self, student: ModelOutput, batch: Batch) -> Tensor:
         """Return the gradient of the unsmoothed cross entropy by the pixels, [B, C, H, W], part of the graph."""
         cross_entropy = batch.hard.cross_entropy(student.logits).sum()
         (gradient,) = torch.autograd.grad(cross_entropy, batch.images, create_graph=True)
-        return self.normalise.gradient_by_pixels(gradient)
+        return self.normalize.to_pixel_gradient(gradient)
 
     def _view(self, epoch: int) -> int:
         return -1 - epoch if self.fresh_views else epoch % self.num_views
 
-    def _batch(self, position: StepPosition, seen: Seen) -> Batch:
-        indices, view = seen.positions, position.epoch % self.num_views
+    def _batch(self, position: StepPosition, image_batch: ImageBatch) -> Batch:
+        indices, view = image_batch.positions, position.epoch % self.num_views
         return Batch(
-            images=self.normalise(seen.images),
-            hard=labels_of(self.pictures, seen),
-            ranks=self.ranks[indices].to(seen.images.device, non_blocking=True),
-            moment=SETTLED if self.settled else Moment(position.epoch, position.epochs),
+            images=self.normalize(image_batch.images),
+            hard=hard_labels_of(self.loader, image_batch),
+            ranks=self.ranks[indices].to(image_batch.images.device, non_blocking=True),
+            moment=FINISHED if self.settled else TrainProgress(position.epoch, position.epochs),
             teachers=self.targets.batch(view, indices) if self.targets else (),
             known=self.targets.known(indices) if self.targets else (),
             others=self._others(position, view),
         )
 
-    def _others(self, position: StepPosition, view: int) -> dict[str, Others]:
+    def _others(self, position: StepPosition, view: int) -> dict[str, Negatives]:
         """Return the negatives of each contrastive loss, a function of (seed, epoch, step)."""
         if self.targets is None or self.distillation is None:
             return {}
         return {
-            name: self._sample_others(name, config, position, view)
+            name: self._sample_negatives(name, config, position, view)
             for name, config in self.distillation.configs.items()
-            if config.num_others
+            if config.num_negatives
         }
 
-    def _sample_others(self, name: str, config: Entry, position: StepPosition, view: int) -> Others:
+    def _sample_negatives(self, name: str, config: Entry, position: StepPosition, view: int) -> Negatives:
         assert self.targets is not None
         seed = derive_seed(position.seed, "others", name, position.epoch, position.step)
         generator = torch.Generator().manual_seed(seed)
         store = config.store or 0
         candidates = self.targets.positions(store)
-        chosen = candidates[torch.randint(len(candidates), (config.num_others,), generator=generator)]
-        device = self.pictures.device
-        return Others(
-            self.targets.features(store, view, chosen, config.wanted_of_others),
-            self.pictures.image_set.labels[chosen].to(device, non_blocking=True),
+        chosen = candidates[torch.randint(len(candidates), (config.num_negatives,), generator=generator)]
+        device = self.loader.device
+        return Negatives(
+            self.targets.features(store, view, chosen, config.negative_features),
+            self.loader.image_set.labels[chosen].to(device, non_blocking=True),
             self.ranks[chosen].to(device, non_blocking=True),
         )

@@ -105,12 +105,12 @@ class TensorEngine:
 
 def parse_operations(tables: Sequence[Mapping[str, Any]]) -> TensorEngine:
     """Build the engine for a recipe's `views.operations`. Raises RecipeError for an invalid operation."""
-    seen: Counter[str] = Counter()
+    image_batch: Counter[str] = Counter()
     operations = []
     for number, table in enumerate(tables):
         operation = _parse(table, f"views.operations.{number}")
-        stream = _STREAMS[type(operation)] + seen[operation.name] * _NEXT_OCCURRENCE
-        seen[operation.name] += 1
+        stream = _STREAMS[type(operation)] + image_batch[operation.name] * _NEXT_OCCURRENCE
+        image_batch[operation.name] += 1
         operations.append((operation, stream))
     return TensorEngine(tuple(operations))
 

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from kdpipe.stages.errors import RecipeError, cause
-from kdpipe.stages.runtime.user_code import find_callable, users_code
+from kdpipe.stages.runtime.user_code import import_callable, user_code_context
 from kdpipe.stages.views.global_rng import preserve_rng_state, seed_global_rngs
 
 Transform: TypeAlias = Callable[[Any], Any]
@@ -65,9 +65,9 @@ def build_transform(operations: Sequence[Mapping[str, Any]], reference: str | No
 
 def _from_reference(reference: str) -> Transform:
     key = f"views.transform={reference!r}"
-    with users_code(), preserve_rng_state():
+    with user_code_context(), preserve_rng_state():
         seed_global_rngs(0, sample_id=0, view=0)  # numbers drawn while building are the same in every process
-        found = find_callable(reference, "views.transform", RecipeError)
+        found = import_callable(reference, "views.transform", RecipeError)
         if isinstance(found, nn.Module):
             return found
         try:

@@ -4,7 +4,7 @@ import fcntl
 import os
 
 import pytest
-from support.kdpipe_process import RECIPE, kdpipe_afresh
+from support.kdpipe_process import RECIPE, kdpipe_cold
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def done(tmp_path_factory, recipe):
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not said.exists():
-            ended = kdpipe_afresh("run", recipe, "--run", run)
+            ended = kdpipe_cold("run", recipe, "--run", run)
             assert ended.returncode == 0, ended.stderr
             said.write_text(ended.stdout)
     return run, said.read_text()

@@ -128,8 +128,8 @@ def commands(group, path=()):
             yield " ".join((*path, name)), one
 
 
-WHOLE = typer.main.get_command(app)
-COMMANDS = dict(commands(WHOLE))
+ALL = typer.main.get_command(app)
+COMMANDS = dict(commands(ALL))
 
 
 def called(parameter):
@@ -197,7 +197,7 @@ def abort_waiting(place, monkeypatch):
     before = signal.signal(signal.SIGALRM, abort)
     signal.setitimer(signal.ITIMER_REAL, 120, 5)
     monkeypatch.chdir(place)
-    monkeypatch.setattr("typer.testing._get_command", lambda app: WHOLE, raising=False)  # else built for every value
+    monkeypatch.setattr("typer.testing._get_command", lambda app: ALL, raising=False)  # else built for every value
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)

@@ -56,7 +56,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def kdpipe_afresh(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def kdpipe_cold(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run `kdpipe` to its end as a user does: in a new Python process, which takes seconds to import everything."""
     process = start_afresh(*arguments)
     out, errors = process.communicate(timeout=300)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.losses.base import Entry
-from kdpipe.stages.losses.inputs import Facts, Said
-from kdpipe.stages.losses.schedules import SETTLED, Moment
-from kdpipe.stages.models.hooks import Outputs
-from kdpipe.stages.targets.feature_spec import Wanted, take_form
-from kdpipe.stages.targets.outputs import DenseOutputs
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs
+from kdpipe.stages.losses.schedules import FINISHED, TrainProgress
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
+from kdpipe.stages.targets.outputs import DenseTargets
 
-FACTS = Facts(num_samples=100, num_classes=10)
+FACTS = DatasetInfo(num_samples=100, num_classes=10)
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -35,13 +35,13 @@ def make_inputs(
     *,
     labels: Tensor = LABELS,
     student: Mapping[str, Tensor] | None = None,
-    teacher: Mapping[Wanted, Tensor] | None = None,
-    moment: Moment = SETTLED,
-) -> Said:
+    teacher: Mapping[FeatureSpec, Tensor] | None = None,
+    moment: TrainProgress = FINISHED,
+) -> LossInputs:
     """Return a loss's inputs; ranks are 0 to B - 1."""
-    return Said(
-        Outputs(student_logits, student or {}),
-        DenseOutputs(teacher_logits, teacher or {}),
+    return LossInputs(
+        ModelOutput(student_logits, student or {}),
+        DenseTargets(teacher_logits, teacher or {}),
         labels,
         torch.arange(len(labels)),
         moment,
@@ -54,12 +54,12 @@ def build_loss(
     teacher: Mapping[str, Tensor],
     *,
     dtype: torch.dtype = torch.float64,
-    moment: Moment = SETTLED,
-) -> tuple[nn.Module, Said]:
+    moment: TrainProgress = FINISHED,
+) -> tuple[nn.Module, LossInputs]:
     """Return the module, and its inputs as a store would give them, for features by layer."""
     torch.manual_seed(0)
     shapes = {layer: tuple(features.shape[1:]) for layer, features in student.items()}
-    stored = {wanted: take_form(wanted, teacher[wanted.layer]) for wanted in config.wants(shapes)}
+    stored = {wanted: compute_statistic(wanted, teacher[wanted.layer]) for wanted in config.required_features(shapes)}
     module = config.build(shapes, {wanted: tuple(values.shape[1:]) for wanted, values in stored.items()}, FACTS)
     return module.to(dtype), make_inputs(student=student, teacher=stored, moment=moment)
 

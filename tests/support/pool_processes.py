@@ -21,16 +21,16 @@ from torch.utils.data import _utils
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.loader.image_loader import Pictures, Request, Seen
+from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from support.photographs import path_of, photographs
 
-kept: list[Iterator[Seen]] = []
+kept: list[Iterator[ImageBatch]] = []
 """Streams that are still there when Python ends."""
 
 
-def stream_of(image_set: ImageSet, num_batches: int) -> Iterator[Seen]:
-    pictures = Pictures(image_set, torch.device("cpu"), num_workers=2)
-    kept.append(pictures.stream(Request(torch.arange(4) + 4 * (at % 3)) for at in range(num_batches)))
+def stream_of(image_set: ImageSet, num_batches: int) -> Iterator[ImageBatch]:
+    loader = ImageLoader(image_set, torch.device("cpu"), num_workers=2)
+    kept.append(loader.stream(ViewRequest(torch.arange(4) + 4 * (at % 3)) for at in range(num_batches)))
     return kept[-1]
 
 

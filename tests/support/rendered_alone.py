@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdpipe.stages.data.loader.image_loader import Pictures
-from kdpipe.stages.models.hooks import Outputs
-from kdpipe.stages.models.normalization import Normalisation
-from kdpipe.stages.training.task import Lesson
+from kdpipe.stages.data.loader.image_loader import ImageLoader
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.training.task import TrainingTask
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.mix import MixConfig, mix
 from kdpipe.stages.views.renderer import Renderer
@@ -32,7 +32,7 @@ ANY = ViewsConfig(
 )
 MIXED_CROPS, MIXED_ANY = dataclasses.replace(CROPS, mix=MIX), dataclasses.replace(ANY, mix=MIX)
 VIEWS = {"crops": CROPS, "mixed crops": MIXED_CROPS, "any": ANY, "mixed any": MIXED_ANY}
-SCALING = Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+SCALING = Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 @cache
@@ -49,7 +49,7 @@ def renderer_of(image_set, views, partners=None):
 
 def loader_of(image_set, views, num_workers, **changes):
     renderer = renderer_of(image_set, views, changes.get("mix_partners"))
-    return Pictures(image_set, CPU, renderer, num_workers=num_workers, **changes)
+    return ImageLoader(image_set, CPU, renderer, num_workers=num_workers, **changes)
 
 
 def mixture_of(image_set, views, positions, view, partners=None):
@@ -83,7 +83,7 @@ def shuffled(seed, num_samples=NUM_SAMPLES):
 
 
 def lesson_of(loader, **changes):
-    return Lesson(loader, num_views=2, normalise=SCALING, **changes)
+    return TrainingTask(loader, num_views=2, normalize=SCALING, **changes)
 
 
 def check_labels(image_set, positions, view, batch):
@@ -99,6 +99,6 @@ def check_labels(image_set, positions, view, batch):
     own, partners = -log_p[rows, batch.hard.labels], -log_p[rows, batch.hard.partner_labels]
     share = mixture.own_share.double()
     by_hand = (share * own + (1 - share) * partners).mean()
-    message = lesson_of(None, hard_label_weight=0.5).losses(Outputs(logits, {}), batch)
+    message = lesson_of(None, hard_label_weight=0.5).losses(ModelOutput(logits, {}), batch)
     assert list(message) == ["hard_labels"]
     assert float(message["hard_labels"]) == pytest.approx(0.5 * float(by_hand), rel=1e-5)

@@ -14,16 +14,16 @@ import torch
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
-from kdpipe.stages.context import Setup
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.losses.features.hint import HintConfig
 from kdpipe.stages.losses.logits.kd import KDConfig
 from kdpipe.stages.models.build import ModelConfig
-from kdpipe.stages.runtime.events import Watch
-from kdpipe.stages.targets.feature_spec import Wanted
-from kdpipe.stages.train_student.student import open_teaching
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.train_teacher import TeacherConfig, load_teacher, train_teacher
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import ViewsConfig
@@ -35,7 +35,7 @@ LOSSES = (KDConfig(loss="kd"), HintConfig(loss="hint", layers=(("stage2", "stage
 OPERATIONS = ({"name": "RandomCrop", "padding": 1}, {"name": "RandomHorizontalFlip"})
 VIEWS = ViewsConfig(num_views=3, operations=OPERATIONS)
 CACHE = CacheConfig(shard_bytes=4096, batch_size=50)
-LAYERS = [Wanted("stage2")]
+LAYERS = [FeatureSpec("stage2")]
 
 
 def squares(num_samples: int, seed: int, split: str = "train") -> ImageSet:
@@ -58,28 +58,32 @@ def subset(image_set: ImageSet, num_samples: int) -> ImageSet:
     )
 
 
-def tiny_setup(run: Path, watch: Watch | None = None, **changes: Any) -> Setup:
-    setup = Setup(run, squares(300, 0), squares(80, 1, "test"), VIEWS, torch.device("cpu"), watch or Watch())
-    return dataclasses.replace(setup, **changes)
+def tiny_context(run: Path, monitor: RunMonitor | None = None, **changes: Any) -> StageContext:
+    context = StageContext(
+        run, squares(300, 0), squares(80, 1, "test"), VIEWS, torch.device("cpu"), monitor or RunMonitor()
+    )
+    return dataclasses.replace(context, **changes)
 
 
-def make_tiny_store(setup: Setup, name: str = "store.zarr", teacher: TeacherConfig = TEACHER, seed: int = 0) -> Path:
+def make_tiny_store(
+    context: StageContext, name: str = "store.zarr", teacher: TeacherConfig = TEACHER, seed: int = 0
+) -> Path:
     """Train the tiny teacher and cache it; returns the store's path."""
-    if (setup.data_identity(), setup.test_identity(), setup.views) == _default_inputs() and (teacher, seed) == (
+    if (context.data_identity(), context.test_identity(), context.views) == _default_inputs() and (teacher, seed) == (
         TEACHER,
         0,
     ):
-        shutil.copytree(_default_teacher(), setup.run / "teacher", dirs_exist_ok=True)
-    train_teacher(teacher, seed, setup)  # reuses the copied teacher if it is the same
-    path = setup.run / name
-    cache_teacher(CACHE, path, load_teacher(teacher, seed, setup), LAYERS, setup)
+        shutil.copytree(_default_teacher(), context.run / "teacher", dirs_exist_ok=True)
+    train_teacher(teacher, seed, context)  # reuses the copied teacher if it is the same
+    path = context.run / name
+    cache_teacher(CACHE, path, load_teacher(teacher, seed, context), LAYERS, context)
     return path
 
 
 @functools.cache
 def _default_inputs() -> tuple[Any, ...]:
-    setup = tiny_setup(Path())
-    return setup.data_identity(), setup.test_identity(), setup.views
+    context = tiny_context(Path())
+    return context.data_identity(), context.test_identity(), context.views
 
 
 @functools.cache
@@ -87,12 +91,12 @@ def _default_teacher() -> Path:
     """Train the teacher that most tests use, once per process, and return its folder."""
     run = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, run)
-    train_teacher(TEACHER, 0, tiny_setup(run))
+    train_teacher(TEACHER, 0, tiny_context(run))
     return run / "teacher"
 
 
-def open_tiny_teaching(path: Path, setup: Setup) -> Teaching:
-    return open_teaching([path], LOSSES, STUDENT, {}, setup)
+def open_tiny_teaching(path: Path, context: StageContext) -> DistillationSpec:
+    return open_distillation([path], LOSSES, STUDENT, {}, context)
 
 
 class StopAfter:

@@ -11,7 +11,7 @@ from kdpipe.pipeline.session.signals import handle_signals
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.progress import reporter
 from kdpipe.stages.errors import RecipeError, StoppedEarly
-from kdpipe.stages.runtime.events import Event
+from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.store import Codec, TranscodeOptions, default_staging_cache, default_temperatures, is_url, stage, transcode
 from kdpipe.store.format.topk import MAX_TEMPERATURE, MIN_TEMPERATURE
 
@@ -59,7 +59,7 @@ def run_transcode(source: str, target: Path, options: TranscodeOptions, as_json:
     with handle_signals() as should_stop, reporter(as_json) as report:
 
         def on_unit(done: int, total: int) -> None:
-            report(Event("store transcode", str(target), done, total, "unit"))
+            report(ProgressEvent("store transcode", str(target), done, total, "unit"))
 
         path = stage(source, default_staging_cache(os.environ)) if is_url(source) else Path(source)
         figures = transcode(path, target, options, on_unit, should_stop)

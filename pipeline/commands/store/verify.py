@@ -13,12 +13,12 @@ from kdpipe.pipeline.session.signals import handle_signals
 from kdpipe.pipeline.terminal.exit_codes import DONE_IN_PART, FAILED
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.progress import reporter
-from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.store.check.verify import VerifyReport, verify_store
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.run import Run
-    from kdpipe.stages.cache_teacher.recheck import Recomputed
+    from kdpipe.stages.cache_teacher.recheck import RecheckReport
 
 
 def require_recipe(recipe: Path, overrides: Sequence[str]) -> None:
@@ -31,19 +31,19 @@ def require_recipe(recipe: Path, overrides: Sequence[str]) -> None:
 def verify(path: Path, as_json: bool) -> VerifyReport:
     """Check the store at `path`, with signals and progress."""
     with handle_signals() as should_stop, reporter(as_json) as report:
-        return verify_store(path, Watch(report, should_stop).counter("verify", "check", "unit"))
+        return verify_store(path, RunMonitor(report, should_stop).counter("verify", "check", "unit"))
 
 
-def recheck(path: Path, run: Run, num_rows: int, seed: int) -> Recomputed:
+def recheck(path: Path, run: Run, num_rows: int, seed: int) -> RecheckReport:
     """Recompute some samples of a store, or of its test store, with the recipe's teacher, and compare."""
     from kdpipe.stages.cache_teacher.recheck import recompute
-    from kdpipe.stages.context import test_setup
-    from kdpipe.stages.targets.open import test_place
+    from kdpipe.stages.context import test_context
+    from kdpipe.stages.targets.open import test_store_path
     from kdpipe.stages.train_teacher import load_teacher
 
-    teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.setup)
-    is_test_store = path.absolute() == Path(test_place(run.store))
-    return recompute(path, teacher, test_setup(run.setup) if is_test_store else run.setup, num_rows, seed)
+    teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
+    is_test_store = path.absolute() == Path(test_store_path(run.store))
+    return recompute(path, teacher, test_context(run.context) if is_test_store else run.context, num_rows, seed)
 
 
 def repair(run: Run) -> dict[Path, tuple[VerifyReport, VerifyReport, int]]:
@@ -53,19 +53,19 @@ def repair(run: Run) -> dict[Path, tuple[VerifyReport, VerifyReport, int]]:
         By store: the faults found, the verdict after the repair, and the number of units computed.
     """
     from kdpipe.stages.cache_teacher.repair import repair as repair_store
-    from kdpipe.stages.cache_teacher.test_targets import repair_test
-    from kdpipe.stages.targets.open import test_place
+    from kdpipe.stages.cache_teacher.test_targets import repair_test_store
+    from kdpipe.stages.targets.open import test_store_path
     from kdpipe.stages.train_teacher import load_teacher
 
-    teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.setup), run.recipe.cache
-    layers, test_store = list(run.required_features(teacher)), Path(test_place(run.store))
-    repaired = {run.store: repair_store(config, run.store, teacher, layers, run.setup)}
+    teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.context), run.recipe.cache
+    layers, test_store = list(run.required_features(teacher)), Path(test_store_path(run.store))
+    repaired = {run.store: repair_store(config, run.store, teacher, layers, run.context)}
     if test_store.exists():
-        repaired[test_store] = repair_test(config, test_store, teacher, run.setup)
+        repaired[test_store] = repair_test_store(config, test_store, teacher, run.context)
     return repaired
 
 
-def print_verdict(path: Path, verdict: VerifyReport, recomputed: Recomputed | None = None) -> None:
+def print_verdict(path: Path, verdict: VerifyReport, recomputed: RecheckReport | None = None) -> None:
     """Print every fault, one a line, and a summary to stdout."""
     lines = [f"damaged      {fault}" for fault in verdict.damaged]
     lines += [f"missing      {unit}: {', '.join(names)}" for unit, names in verdict.missing]
@@ -108,7 +108,7 @@ def print_repair(path: Path, found: VerifyReport, left: VerifyReport, num_comput
     print_verdict(path, left)
 
 
-def exit_for(verdict: VerifyReport, recomputed: Recomputed | None = None) -> None:
+def exit_for(verdict: VerifyReport, recomputed: RecheckReport | None = None) -> None:
     """Exit with status 1 if anything is damaged or differs, 3 if units are missing; else return."""
     if verdict.damaged or (recomputed is not None and recomputed.differing):
         raise typer.Exit(FAILED)

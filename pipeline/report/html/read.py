@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.report.networks import Place, places_of
+from kdpipe.pipeline.report.networks import NetworkEntry, network_entries
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report, Row
-from kdpipe.stages.training.job_dir import JobFolder, read_json
+from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.store.fs.safe_read import read_regular_file
 
 MAX_METRICS_BYTES = 2**26
@@ -103,15 +103,15 @@ class PageRun:
 def read_run(path: Path, number: int) -> PageRun:
     """Read a run, without its stores and data. Raises RunError as `read_report` does."""
     report = read_report(path)
-    recipe = read_json(path / "recipe.json") or {}
-    networks = [_network(place) for place in places_of(recipe, path)]
+    recipe = read_json_file(path / "recipe.json") or {}
+    networks = [_network(place) for place in network_entries(recipe, path)]
     return PageRun(path, f"run{number}-", recipe, report, networks)
 
 
-def _network(place: Place) -> Network:
+def _network(place: NetworkEntry) -> Network:
     jobs = []
     for folder in place.jobs:
-        job = JobFolder(folder)
+        job = JobDir(folder)
         lines = list(_epochs(job.metrics))
         epochs = sorted((one for one in lines if one is not None), key=lambda one: one.number)
         jobs.append(Job(folder, job.result(), epochs, len(lines) - len(epochs)))

@@ -18,19 +18,25 @@ from kdpipe.stages.compress.external_student import low_precision_dtypes
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.quantize_student import prepare, quantize_job, quantized_record
 from kdpipe.stages.compress.resume import TrainedModel, finished_source
-from kdpipe.stages.context import Setup
-from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.evaluation.latency import measure_latency
 from kdpipe.stages.export.onnx_session import float_nodes
-from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import cpu_name
-from kdpipe.stages.training.job_dir import JobFolder, read_json, write_json
+from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
 from kdpipe.store import make_folders
 
 
 def export_student(
-    config: CompressConfig, student: StudentConfig, seed: int, teaching: Teaching, setup: Setup, *, name: str
+    config: CompressConfig,
+    student: StudentConfig,
+    seed: int,
+    spec: DistillationSpec,
+    stage_context: StageContext,
+    *,
+    name: str,
 ) -> dict[str, Any]:
     """Measure the files of a seed's networks, write its artifacts, called `name`, and return the card.
 
@@ -38,7 +44,7 @@ def export_student(
         RunError: If the networks do not exist yet.
         ModelError: As `write_artifacts`.
     """
-    context = FineTuneContext(student, seed, teaching, setup, compressed_root(setup.run, config))
+    context = FineTuneContext(student, seed, spec, stage_context, compressed_root(stage_context.run, config))
     source = float_source(config, context)
     chain = [ArtifactStage(float_job(config, context), source.load())]
     if config.quantizes:
@@ -48,7 +54,7 @@ def export_student(
         artifact_folder(context.root, seed),
         chain,
         {"name": name, **_facts(config, context, latency)},
-        setup,
+        stage_context,
         opset=config.opset,
         dtypes=low_precision_dtypes(Path(config.student).expanduser()) if config.student and not config.steps else None,
     )
@@ -60,7 +66,7 @@ def measure_files(config: CompressConfig, context: FineTuneContext) -> Latencies
     The result is recorded and reused for the same files and number of threads. Raises RunError if the record is
     damaged.
     """
-    setup, record = context.setup, latency_path(context.root, context.seed)
+    stage_context, record = context.stage_context, latency_path(context.root, context.seed)
     present = {
         name: folder.onnx for name, folder in _measured_folders(config, context).items() if folder.onnx.is_file()
     }
@@ -70,31 +76,31 @@ def measure_files(config: CompressConfig, context: FineTuneContext) -> Latencies
         "num_threads": torch.get_num_threads(),
         "files_sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in present.items()},
     }
-    recorded, previous = read_latencies(record), read_json(record) or {}
+    recorded, previous = read_latencies(record), read_json_file(record) or {}
     if recorded is not None and {key: previous.get(key) for key in measured_on} == measured_on:
         return recorded
     found = measure_latency(
         present,
-        setup.image_shape,
+        stage_context.image_shape,
         config.latency_batch_sizes,
         num_rounds=config.latency_rounds,
         num_threads=torch.get_num_threads(),
-        between_rounds=setup.watch.check,
+        between_rounds=stage_context.monitor.check,
     )
     files = {
         name: {str(size): latency.to_json() for size, latency in by_size.items()} for name, by_size in found.items()
     }
     make_folders([record.parent])  # absent if nothing was compressed
-    write_json(record, measured_on | {"cpu": cpu_name(), "files": files})
+    write_json_file(record, measured_on | {"cpu": cpu_name(), "files": files})
     return Latencies(cpu_name(), measured_on["num_threads"], measured_on["batch_sizes"], files)
 
 
-def _measured_folders(config: CompressConfig, context: FineTuneContext) -> dict[str, JobFolder]:
+def _measured_folders(config: CompressConfig, context: FineTuneContext) -> dict[str, JobDir]:
     """Return the networks to measure. Those that differ only in their fine-tuning take the same time."""
-    run, seed, scheme = context.setup.run, context.seed, config.quantize.scheme
+    run, seed, scheme = context.stage_context.run, context.seed, config.quantize.scheme
     alone, distilled = (student_folder(run, kind, seed) for kind in (ALONE, DISTILLED))
     sizes = [(folder.result() or {}).get("num_parameters") for folder in (alone, distilled)]
-    folders = {"teacher": JobFolder(run / "teacher"), "student": student_job(config, context)}
+    folders = {"teacher": JobDir(run / "teacher"), "student": student_job(config, context)}
     if config.student is None and sizes[0] != sizes[1]:  # SimKD's student has a projector
         folders["alone"] = alone
     if config.prunes:
@@ -104,14 +110,14 @@ def _measured_folders(config: CompressConfig, context: FineTuneContext) -> dict[
     return folders
 
 
-def _load_quantized(config: CompressConfig, context: FineTuneContext, source: TrainedModel) -> Network:
+def _load_quantized(config: CompressConfig, context: FineTuneContext, source: TrainedModel) -> ModelBundle:
     """Load the finished quantized network."""
 
-    def fresh() -> Network:
+    def fresh() -> ModelBundle:
         network = source.load()
-        prepared = prepare(network.model, context.setup.image_shape, config.quantize)
+        prepared = prepare(network.model, context.stage_context.image_shape, config.quantize)
         architecture = {**network.architecture, **quantized_record(config.quantize)}
-        return Network(prepared, architecture, network.normalise)
+        return ModelBundle(prepared, architecture, network.normalize)
 
     folder = context.folder(config.quantize.scheme)
     if folder.result() is not None:  # was it made from this network?
@@ -121,18 +127,21 @@ def _load_quantized(config: CompressConfig, context: FineTuneContext, source: Tr
 
 def _facts(config: CompressConfig, context: FineTuneContext, latency: Latencies) -> dict[str, Any]:
     """Return the card's entries on origin and figures."""
-    jobs = {"teacher": JobFolder(context.setup.run / "teacher"), "student": student_job(config, context)}
+    jobs = {"teacher": JobDir(context.stage_context.run / "teacher"), "student": student_job(config, context)}
     if config.prunes:
         jobs["pruned"] = context.folder("pruned")
     if config.quantizes:
         jobs[config.quantize.scheme] = context.folder(config.quantize.scheme)
     results = {name: result for name, folder in jobs.items() if (result := folder.result()) is not None}
     last = jobs[list(jobs)[-1]]
-    stores = context.teaching.stores if context.teaching else ()
+    stores = context.spec.stores if context.spec else ()
     return {
         "kdpipe": version("kdpipe"),
         "seed": context.seed,
-        "data": {"name": context.setup.test_set.name, "num_test_samples": context.setup.test_set.num_samples},
+        "data": {
+            "name": context.stage_context.test_set.name,
+            "num_test_samples": context.stage_context.test_set.num_samples,
+        },
         "teachers": [
             {
                 "model": store.manifest.identity.teacher["architecture"]["model"],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.stages.errors import RunError
-from kdpipe.stages.training.job_dir import read_json
+from kdpipe.stages.training.job_dir import read_json_file
 
 LatencyByBatch = dict[str, dict[str, float]]
 """By batch size, as text: a batch's median and 95th percentile, p50_ms and p95_ms."""
@@ -35,7 +35,7 @@ def latency_path(root: Path, seed: int) -> Path:
 
 def read_latencies(path: Path) -> Latencies | None:
     """Return the recorded latencies, or None. Raises RunError if the file is damaged."""
-    record = read_json(path)
+    record = read_json_file(path)
     if record is None:
         return None
     try:

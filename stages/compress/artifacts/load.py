@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from kdpipe.stages.compress.quantize_student import config_of, prepare
 from kdpipe.stages.compress.resume import with_widths
-from kdpipe.stages.distillation.classifier_reuse import with_projector
+from kdpipe.stages.distillation.classifier_reuse import add_projector
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.models.build import ModelConfig, build_model
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import load_entries
 from kdpipe.stages.runtime.user_code import is_user_reference
@@ -29,7 +29,7 @@ MAX_SIZE = 8192
 """The largest width, argument or image side accepted in a record."""
 
 
-def rebuild(path: Path, *, trust_python: bool = False) -> Network:
+def rebuild(path: Path, *, trust_python: bool = False) -> ModelBundle:
     """Build the network of a `model.safetensors` of kdpipe, in eval mode, on the CPU.
 
     It is pruned or not, in float or rounding as its integer file does.
@@ -47,11 +47,11 @@ def rebuild(path: Path, *, trust_python: bool = False) -> Network:
         architecture = _checked(record["architecture"])
         plain = {key: value for key, value in architecture.items() if key != "widths"}
         model = _build(architecture, tensors, trust_python=trust_python)
-        fresh = Network(model, plain, Normalisation.from_json(record))
+        fresh = ModelBundle(model, plain, Normalization.from_json(record))
         network = with_widths(fresh, architecture.get("widths"))
         if (config := config_of(architecture)) is not None:
             rounding = prepare(network.model, image_shape_of(architecture), config)
-            network = Network(rounding, architecture, network.normalise)
+            network = ModelBundle(rounding, architecture, network.normalize)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
         raise ModelError(f"the record in {path} is damaged: it describes no valid network ({cause(error)}).") from error
     except KdpipeError as error:
@@ -107,7 +107,7 @@ def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, tr
             classifier=(reused["classifier"], ""),
             factor=reused["factor"],
         )
-        with_projector(
+        add_projector(
             model,
             config,
             (channels, height, width),

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from kdpipe.stages.compress.artifacts.model_card import card_text
-from kdpipe.stages.context import Setup
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.export.torch_export import export_program
-from kdpipe.stages.models.bundle import Network
+from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import save_tensors
 from kdpipe.stages.training.finalize import onnx_metadata, require_agreement
-from kdpipe.stages.training.job_dir import JobFolder, read_json, write_json
+from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
 from kdpipe.store import fsync_path, make_folders, write_atomically
 from kdpipe.store.format.identity import sha256_of
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
@@ -39,8 +39,8 @@ from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
 class ArtifactStage:
     """A finished network of the chain, and the folder of its figures and ONNX file."""
 
-    folder: JobFolder
-    network: Network
+    folder: JobDir
+    network: ModelBundle
 
 
 def artifact_folder(root: Path, seed: int) -> Path:
@@ -52,7 +52,7 @@ def write_artifacts(
     folder: Path,
     chain: Sequence[ArtifactStage],
     facts: Mapping[str, Any],
-    setup: Setup,
+    stage_context: StageContext,
     *,
     opset: int | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
@@ -68,29 +68,29 @@ def write_artifacts(
     """
     identities = [stage.network.identity for stage in chain]
     made_from = sha256_of(_as_json({"facts": facts, "opset": opset, "chain": identities}))
-    previous = read_json(folder / "card.json") or {}
+    previous = read_json_file(folder / "card.json") or {}
     is_current = previous.get("made_from") == made_from and {key: previous.get(key) for key in facts} == _as_json(facts)
     if is_current and _are_whole(folder, previous.get("files")):
         return previous
     _require_writable(folder)
     with _staged(folder) as new:
         for stage in chain:
-            _write_network(new, stage, setup, opset)
+            _write_network(new, stage, stage_context, opset)
         last = chain[-1].network
         state = {
             name: tensor.to((dtypes or {}).get(name, tensor.dtype)) for name, tensor in last.model.state_dict().items()
         }
-        save_tensors(new / "model.safetensors", state, artifact_record(last, setup))
+        save_tensors(new / "model.safetensors", state, artifact_record(last, stage_context))
         card = {
             **facts,
             "architecture": dict(last.architecture),
-            "input": _input(last, setup),
-            "class_names": list(setup.test_set.class_names),
+            "input": _input(last, stage_context),
+            "class_names": list(stage_context.test_set.class_names),
             "files": {path.name: _describe(path) for path in sorted(new.iterdir())},
             "made_from": made_from,
         }
         write_atomically(new / "README.md", card_text(card).encode())
-        write_json(new / "card.json", card)
+        write_json_file(new / "card.json", card)
     return card
 
 
@@ -116,24 +116,24 @@ def _staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def artifact_record(network: Network, setup: Setup) -> dict[str, Any]:
+def artifact_record(network: ModelBundle, stage_context: StageContext) -> dict[str, Any]:
     """Return the record in the header of the weights: all that is needed to build the network and scale its input."""
     return {
         "architecture": dict(network.architecture),
-        "normalization": network.normalise.to_json(),
-        "class_names": list(setup.test_set.class_names),
+        "normalization": network.normalize.to_json(),
+        "class_names": list(stage_context.test_set.class_names),
     }
 
 
-def file_name(network: Network, suffix: str) -> str:
+def file_name(network: ModelBundle, suffix: str) -> str:
     """Return the name of a network's file: model.onnx, model.int8.onnx, ..."""
     scheme = network.architecture.get("quantized")
     return f"model.{scheme}.{suffix}" if scheme else f"model.{suffix}"
 
 
-def _write_network(folder: Path, stage: ArtifactStage, setup: Setup, opset: int | None) -> None:
-    network, example = stage.network, torch.zeros(2, *setup.image_shape)
-    onnx, metadata = folder / file_name(network, "onnx"), onnx_metadata(network, setup)
+def _write_network(folder: Path, stage: ArtifactStage, stage_context: StageContext, opset: int | None) -> None:
+    network, example = stage.network, torch.zeros(2, *stage_context.image_shape)
+    onnx, metadata = folder / file_name(network, "onnx"), onnx_metadata(network, stage_context)
     if opset is not None:
         export_onnx(network.model, example, onnx, metadata=metadata, opset=opset)
     elif stage.folder.onnx.is_file():
@@ -141,7 +141,7 @@ def _write_network(folder: Path, stage: ArtifactStage, setup: Setup, opset: int 
     else:
         raise RunError(f"{stage.folder.onnx} is missing: delete the folder {stage.folder.path}, and compress again.")
     # The exported copy itself must agree with the network.
-    require_agreement(onnx, network, setup, whole_test=True)
+    require_agreement(onnx, network, stage_context, whole_test=True)
     export_program(network.model, example, folder / file_name(network, "pt2"), metadata=metadata)
 
 
@@ -157,8 +157,13 @@ def _are_whole(folder: Path, files: Any) -> bool:
     return all((folder / name).is_file() and _describe(folder / name) == files[name] for name in files)
 
 
-def _input(network: Network, setup: Setup) -> dict[str, Any]:
-    return {"name": "images", "shape": ["batch", *setup.image_shape], "pixels": "[0, 1]", **network.normalise.to_json()}
+def _input(network: ModelBundle, stage_context: StageContext) -> dict[str, Any]:
+    return {
+        "name": "images",
+        "shape": ["batch", *stage_context.image_shape],
+        "pixels": "[0, 1]",
+        **network.normalize.to_json(),
+    }
 
 
 def _require_writable(folder: Path) -> None:

@@ -99,13 +99,13 @@ def output_layers(model: nn.Module, example: Tensor) -> list[nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-    found, seen = [], set()
+    found, image_batch = [], set()
     while pending:
         node = pending.pop()
         if node in layer_of:
             found.append(layer_of[node])
-        elif node is not None and node not in seen:
-            seen.add(node)
+        elif node is not None and node not in image_batch:
+            image_batch.add(node)
             pending += [previous for previous, _ in node.next_functions]
     return found
 
@@ -190,13 +190,13 @@ def _all_groups(graph: torch_pruning.DependencyGraph) -> Iterator[Any]:
     for node in graph.module2node.values():
         for link in node.dependencies:
             link.index_mapping = _BoundedMappings(link.index_mapping, MAX_GROWTH * widest)
-    seen: set[int] = set()
+    image_batch: set[int] = set()
     for layer in list(graph.module2node):
-        if isinstance(layer, WEIGHT_LAYERS) and id(layer) not in seen:
+        if isinstance(layer, WEIGHT_LAYERS) and id(layer) not in image_batch:
             pruner = graph.get_pruner_of_module(layer)
             channels = list(range(pruner.get_out_channels(layer)))
             found = graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
-            seen.update(
+            image_batch.update(
                 id(member.target.module) for member, _ in found if graph.is_out_channel_pruning_fn(member.handler)
             )
             yield found

@@ -31,7 +31,7 @@ from kdpipe.stages.config import Count, section
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
-from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.models.module_lookup import get_module
 from kdpipe.stages.models.weights import count_parameters
 
 
@@ -133,7 +133,7 @@ def prune(
     """
     pruned = clone_without_hooks(model)
     example = example.to(next(model.parameters(), example).device)
-    excluded = [module_named(pruned, path) for path in config.exclude]
+    excluded = [get_module(pruned, path) for path in config.exclude]
     if config.kind != "channels":
         return _prune_weights(pruned, example, config, excluded, config.ratio * done if ratio is None else ratio)
     whole = model if full is None else full

@@ -59,8 +59,8 @@ class ActivationQuantizer(nn.Module):
         """Move the range towards that of `x`, entirely on the device so that no step waits for the GPU."""
         lowest, highest = torch.aminmax(x)
         share = torch.clamp(1 / (self.num_batches + 1), min=MOMENTUM)
-        for bound, seen in ((self.low, lowest.clamp(max=0)), (self.high, highest.clamp(min=0))):
-            moved = torch.where(self.num_batches == 0, seen, bound + share * (seen - bound))
+        for bound, image_batch in ((self.low, lowest.clamp(max=0)), (self.high, highest.clamp(min=0))):
+            moved = torch.where(self.num_batches == 0, image_batch, bound + share * (image_batch - bound))
             bound.copy_(torch.where(self.frozen, bound, moved))
         self.num_batches += ~self.frozen
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.export.exportable import replace_modules
 from kdpipe.stages.models.clone import clone_without_hooks, preserve_modes
-from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.models.module_lookup import get_module
 
 BITS = 4
 LOWEST, HIGHEST = -8, 7
@@ -133,7 +133,7 @@ def prepare_int4(model: nn.Module, example: Tensor, *, block_size: int = 32, exc
     layers = {layer for layer in _called_linears(copy, example) if layer.in_features >= block_size}
     excluded: set[nn.Module] = set()
     for path in exclude:
-        inside = layers.intersection(module_named(copy, path).modules())
+        inside = layers.intersection(get_module(copy, path).modules())
         if not inside:
             raise ModelError(f"quantize.exclude names {path!r}, which has no layer that INT4 would round: remove it.")
         excluded |= inside

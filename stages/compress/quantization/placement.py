@@ -19,7 +19,7 @@ from kdpipe.stages.compress.quantization.op_types import (
     unmarked_kind_of,
 )
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.models.module_lookup import get_module
 
 QUANTIZERS = "quantizers"
 """The path of the activation quantizers; each is named after the node whose output it rounds."""
@@ -131,7 +131,7 @@ def _mark_float_work(traced: fx.GraphModule, model: nn.Module, exclude: Sequence
 
 def _int8_nodes_in(traced: fx.GraphModule, model: nn.Module, path: str) -> list[fx.Node]:
     """Return the INT8 nodes inside the module of `model` at `path`. Raises ModelError if there are none."""
-    inside = {id(module) for module in module_named(model, path).modules()}
+    inside = {id(module) for module in get_module(model, path).modules()}
     int8_nodes = [node for node in traced.graph.nodes if kind_of(traced, node) == "int8" and is_float_tensor(node)]
     found = [node for node in int8_nodes if any(id(module) in inside for module in _modules_around(model, node))]
     if not found:

@@ -24,7 +24,7 @@ from kdpipe.stages.views.renderer import Renderer
 
 
 @dataclass(frozen=True)
-class Request:
+class ViewRequest:
     """The samples at `positions` of a data set, int64 [B], in a view; None means the original images."""
 
     positions: Tensor
@@ -32,7 +32,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageBatch:
     """The images of a batch.
 
     Attributes:
@@ -51,7 +51,7 @@ def _stop(message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageLoader:
     """Loads the images of a data set in batches.
 
     Attributes:
@@ -71,7 +71,7 @@ class Pictures:
     num_workers: int | None = None
     on_failure: Callable[[str], None] = _stop
 
-    def stream(self, requests: Iterable[Request], *, whole: bool = False) -> Iterator[Seen]:
+    def stream(self, requests: Iterable[ViewRequest], *, whole: bool = False) -> Iterator[ImageBatch]:
         """Load one request after the other; requests may be drawn ahead.
 
         Args:
@@ -87,7 +87,7 @@ class Pictures:
             return self._load_ahead(pairs, whole)
         return (self._load_from_memory(request, mixture) for request, mixture in pairs)
 
-    def one(self, request: Request, *, whole: bool = True) -> Seen:
+    def one(self, request: ViewRequest, *, whole: bool = True) -> ImageBatch:
         """Load a single request."""
         return next(self.stream([request], whole=whole))
 
@@ -125,18 +125,18 @@ class Pictures:
         ids, order = self._partner_order
         return order[torch.searchsorted(ids, partner_ids)]
 
-    def _sample_mix(self, request: Request) -> MixAssignment | None:
+    def _sample_mix(self, request: ViewRequest) -> MixAssignment | None:
         if self.renderer is None or request.view is None:
             return None
         return self.renderer.sample_mix(self.image_set.sample_ids[request.positions], request.view)
 
-    def _load_from_memory(self, request: Request, mixture: MixAssignment | None) -> Seen:
+    def _load_from_memory(self, request: ViewRequest, mixture: MixAssignment | None) -> ImageBatch:
         assert self._images is not None
         assert self._partner_images is not None
         sample_ids = self.image_set.sample_ids[request.positions]
         own = self._render_rows(self._images, request.positions, sample_ids, request.view)
         if mixture is None or not mixture.mixed.any():
-            return Seen(own, request.positions, mixture)
+            return ImageBatch(own, request.positions, mixture)
         partner_ids = mixture.partner_ids[mixture.mixed]
         positions = self._partner_positions(partner_ids)
         partners = self._render_rows(self._partner_images, positions, partner_ids, request.view)
@@ -149,9 +149,11 @@ class Pictures:
         images = source.index_select(0, positions.to(source.device, non_blocking=True))
         return self._render(images, sample_ids, view)
 
-    def _load_ahead(self, pairs: Iterable[tuple[Request, MixAssignment | None]], whole: bool) -> Iterator[Seen]:
+    def _load_ahead(
+        self, pairs: Iterable[tuple[ViewRequest, MixAssignment | None]], whole: bool
+    ) -> Iterator[ImageBatch]:
         """Load from worker processes."""
-        pending: deque[tuple[Request, MixAssignment | None]] = deque()
+        pending: deque[tuple[ViewRequest, MixAssignment | None]] = deque()
 
         def tasks() -> Iterator[WorkerTask]:
             for request, mixture in pairs:
@@ -176,12 +178,12 @@ class Pictures:
                     f"including sample {first.sample_id}: {first.why}"
                 )
             if len(kept) < len(request.positions):
-                request = Request(request.positions[kept], request.view)
+                request = ViewRequest(request.positions[kept], request.view)
                 mixture = None if mixture is None else mixture.at(kept)
             ids = self.image_set.sample_ids[request.positions]
             own = self._render(result.images[: len(kept)], ids, request.view)
             if mixture is None or not mixture.mixed.any():
-                yield Seen(own, request.positions, mixture)
+                yield ImageBatch(own, request.positions, mixture)
                 continue
             partners = self._render(result.images[len(kept) :], mixture.partner_ids[mixture.mixed], request.view)
             yield self._mix(request, mixture, own, partners)
@@ -191,10 +193,10 @@ class Pictures:
         images = images.to(self.device, non_blocking=True)
         return images if self.renderer is None or view is None else self.renderer.render_batch(images, sample_ids, view)
 
-    def _mix(self, request: Request, mixture: MixAssignment, own: Tensor, partners: Tensor) -> Seen:
+    def _mix(self, request: ViewRequest, mixture: MixAssignment, own: Tensor, partners: Tensor) -> ImageBatch:
         """Mix `own`, uint8 [B, C, H, W], with `partners`, those of the mixed samples only."""
         partner_images = replace_rows(own, mixture.mixed.nonzero()[:, 0], partners)
-        return Seen(mix(own, partner_images, mixture), request.positions, mixture)
+        return ImageBatch(mix(own, partner_images, mixture), request.positions, mixture)
 
     def _report(self, failures: Iterable[Failure], whole: bool) -> None:
         for failure in failures:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.stages.data.loader.image_loader import Pictures, Seen
+from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class HardLabels:
         return self.own_share * own + (1 - self.own_share) * partners
 
 
-def labels_of(loader: Pictures, batch: Seen) -> HardLabels:
+def hard_labels_of(loader: ImageLoader, batch: ImageBatch) -> HardLabels:
     """Return the labels of a batch, on its device."""
     device = batch.images.device
     labels = loader.image_set.labels[batch.positions]

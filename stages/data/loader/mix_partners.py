@@ -16,14 +16,14 @@ from kdpipe.stages.errors import DataError
 from kdpipe.store import FingerprintMismatch, Samples, read_samples, read_store_manifest
 
 
-def population_of(path: Path) -> Samples:
+def read_partner_pool(path: Path) -> Samples:
     """Read the samples that the store at `path` was created with, by ascending id."""
     manifest = read_store_manifest(path)
     samples = read_samples(path, manifest.layout, manifest.identity.data)
     return samples.take(np.argsort(samples.ids[: manifest.layout.segments[0]]))
 
 
-def find_partners(pool: Samples, image_set: ImageSet, path: Path) -> ImageSet:
+def load_partner_pool(pool: Samples, image_set: ImageSet, path: Path) -> ImageSet:
     """Find the samples of `pool`, the partner pool of the store at `path`, in `image_set` by their ids.
 
     Raises:

@@ -14,7 +14,7 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
     return torch.randperm(num_samples, generator=generator)
 
 
-def slab_order(seed: int, epoch: int, slabs: Tensor, window: int) -> Tensor:
+def shard_order(seed: int, epoch: int, slabs: Tensor, window: int) -> Tensor:
     """Return a permutation of the samples, int64 [N], that reads each slab (shard) of a store once per epoch.
 
     The slabs are shuffled, and `window` of them at a time are mixed; since a store's rows are in pseudo-random order,

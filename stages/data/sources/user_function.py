@@ -16,7 +16,7 @@ import numpy as np
 from kdpipe.stages.data.sources.listing import Listing, integer_column, list_arrays, numbered_classes
 from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError, cause
-from kdpipe.stages.runtime.user_code import PREFIX, find_callable, users_code
+from kdpipe.stages.runtime.user_code import PREFIX, import_callable, user_code_context
 from kdpipe.store.errors import KdpipeError
 
 
@@ -29,8 +29,8 @@ def list_python(reference: str, split: Split, *, root: Path) -> Listing:
         DataError: The function does not exist, raises, or returns something else.
     """
     name = f"{PREFIX}{reference}"
-    with users_code():
-        function = find_callable(name, "data.name", DataError)
+    with user_code_context():
+        function = import_callable(name, "data.name", DataError)
         images, labels, sample_ids, class_names = _call(name, function, split, root)
         if class_names is None and split == "test":
             train_labels = integer_column(name, "labels", _call(name, function, "train", root)[1])

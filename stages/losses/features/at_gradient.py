@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kdpipe.stages.config import section
 from kdpipe.stages.losses.base import Entry
-from kdpipe.stages.losses.features.at import Form, attention_distance
-from kdpipe.stages.losses.inputs import Said, Shapes
-from kdpipe.stages.losses.schedules import Amount
-from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, Wanted
+from kdpipe.stages.losses.features.at import Variant, attention_distance
+from kdpipe.stages.losses.inputs import LossInputs, Shapes
+from kdpipe.stages.losses.schedules import Scheduled
+from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec
 from kdpipe.stages.targets.statistics import input_attention
 
-MAP = Wanted(INPUT, INPUT_GRADIENT)
+MAP = FeatureSpec(INPUT, INPUT_GRADIENT)
 
 
 @section
@@ -36,18 +36,18 @@ class ATGradientConfig(Entry):
     input_gradient: ClassVar[bool] = True
 
     loss: Literal["at_gradient"]
-    weight: Amount = 1000.0
-    variant: Form = "code"
+    weight: Scheduled = 1000.0
+    variant: Variant = "code"
 
-    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
+    def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
         return (MAP,)
 
-    def compute(self, inputs: Said) -> Tensor:
+    def compute(self, inputs: LossInputs) -> Tensor:
         if inputs.input_gradient is None:
             raise ValueError("at_gradient needs the input gradient of the student's cross entropy")
         return attention_distance(input_attention(inputs.input_gradient), inputs.teacher.features[MAP], self.variant)
 
 
-def at_gradient_loss(student: Tensor, teacher: Tensor, form: Form = "code") -> Tensor:
+def at_gradient_loss(student: Tensor, teacher: Tensor, form: Variant = "code") -> Tensor:
     """Compute the loss of two input gradients [B, C, H, W], a scalar in float32 or wider."""
     return attention_distance(input_attention(student), input_attention(teacher), form).mean()

@@ -13,10 +13,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from kdpipe.stages.config import at_most, section
+from kdpipe.stages.config import max_value, section
 from kdpipe.stages.losses.base import FeatureLossConfig
 from kdpipe.stages.losses.features.hint import Hint
-from kdpipe.stages.losses.inputs import Facts, Shapes, TeacherShapes
+from kdpipe.stages.losses.inputs import DatasetInfo, Shapes, TeacherShapes
 
 
 @section
@@ -35,9 +35,9 @@ class FitNetConfig(FeatureLossConfig):
     paper: ClassVar[str] = "Romero et al. 2015, arXiv 1412.6550"
 
     loss: Literal["fitnet"]
-    stage_epochs: Annotated[int, Field(ge=1), at_most(10**6)] = 30
+    stage_epochs: Annotated[int, Field(ge=1), max_value(10**6)] = 30
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
         return Hint(self.layers, student, teacher)
 
     def stages(self) -> tuple[FitNetConfig, ...]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import FeatureLossConfig, Pairs
-from kdpipe.stages.losses.inputs import Facts, Said, Shapes, TeacherShapes
-from kdpipe.stages.losses.schedules import Amount
-from kdpipe.stages.numerics import widened
-from kdpipe.stages.targets.feature_spec import Shape, Wanted
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
+from kdpipe.stages.losses.schedules import Scheduled
+from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 
 @section
@@ -31,9 +31,9 @@ class HintConfig(FeatureLossConfig):
     paper: ClassVar[str] = "Romero et al. 2015, arXiv 1412.6550"
 
     loss: Literal["hint"]
-    weight: Amount = 100.0
+    weight: Scheduled = 100.0
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
         return Hint(self.layers, student, teacher)
 
 
@@ -44,13 +44,14 @@ class Hint(nn.Module):
         super().__init__()
         self.pairs = pairs
         self.adapters = nn.ModuleList(
-            adapter(student[student_layer], teacher[Wanted(teacher_layer)]) for student_layer, teacher_layer in pairs
+            adapter(student[student_layer], teacher[FeatureSpec(teacher_layer)])
+            for student_layer, teacher_layer in pairs
         )
 
-    def forward(self, inputs: Said) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         parts = [
             hint_per_sample(
-                adapt(inputs.student.features[student_layer]), inputs.teacher.features[Wanted(teacher_layer)]
+                adapt(inputs.student.features[student_layer]), inputs.teacher.features[FeatureSpec(teacher_layer)]
             )
             for adapt, (student_layer, teacher_layer) in zip(self.adapters, self.pairs, strict=True)
         ]
@@ -64,7 +65,7 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def hint_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute `hint_loss` of each sample, [B]."""
-    student = widened(student)
+    student = to_float32(student)
     return F.mse_loss(student, teacher.to(student.dtype), reduction="none").flatten(1).mean(1)
 
 

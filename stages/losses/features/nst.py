@@ -22,10 +22,10 @@ from torch import Tensor
 
 from kdpipe.stages.config import section
 from kdpipe.stages.losses.base import MapLossConfig
-from kdpipe.stages.losses.schedules import Amount
+from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Size, map_size
-from kdpipe.stages.numerics import widened
-from kdpipe.stages.targets.feature_spec import MAP, SPATIAL_GRAM, Shape, Wanted
+from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.targets.feature_spec import MAP, SPATIAL_GRAM, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import pool_to, spatial_gram
 
 MAX_POSITIONS = 256
@@ -43,17 +43,17 @@ class NSTConfig(MapLossConfig):
     paper: ClassVar[str] = "Huang & Wang 2017, arXiv 1707.01219"
 
     loss: Literal["nst"]
-    weight: Amount = 50.0
+    weight: Scheduled = 50.0
 
-    def teacher_feature(self, layer: str, student: Shape) -> Wanted:
+    def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
         size = map_size(student)
         is_small = size is None or math.prod(size) <= MAX_POSITIONS
-        return Wanted(layer, SPATIAL_GRAM if is_small else MAP, size)
+        return FeatureSpec(layer, SPATIAL_GRAM if is_small else MAP, size)
 
-    def common_size(self, student: Shape, teacher: Shape, feature: Wanted) -> Size | None:
+    def common_size(self, student: Shape, teacher: Shape, feature: FeatureSpec) -> Size | None:
         return map_size(teacher) if feature.form == MAP else _grid(student, teacher)
 
-    def distance(self, student: Tensor, teacher: Tensor, feature: Wanted) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, feature: FeatureSpec) -> Tensor:
         return nst_per_sample(student, teacher) if feature.form == MAP else nst_from_gram(student, teacher)
 
 
@@ -71,7 +71,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Maps are [B, C_s, H, W] and [B, C_t, H', W']. The result is a scalar in float32 or wider.
     """
-    student, teacher = widened(student), widened(teacher)
+    student, teacher = to_float32(student), to_float32(teacher)
     own = pool_to(student, (teacher.shape[2], teacher.shape[3]))
     return nst_per_sample(own, pool_to(teacher, (student.shape[2], student.shape[3]))).mean()
 
@@ -80,14 +80,14 @@ def nst_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the loss of each sample, [B], from maps [B, C_s, H, W] and [B, C_t, H, W], in the cheaper way."""
     if student.shape[2] * student.shape[3] > max(student.shape[1], teacher.shape[1]):
         return nst_from_channels(student, teacher)
-    teacher = widened(teacher)
+    teacher = to_float32(teacher)
     with torch.autocast(teacher.device.type, enabled=False):
         return nst_from_gram(student, spatial_gram(teacher))
 
 
 def nst_from_gram(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute ||G_t - G_s||^2 of each sample, [B], from student maps [B, C, H, W] and the teacher's G [B, HW, HW]."""
-    student = widened(student)
+    student = to_float32(student)
     # The two matrices are nearly equal: half precision would round their difference away.
     with torch.autocast(student.device.type, enabled=False):
         return (spatial_gram(student) - teacher.to(student.dtype)).square().sum((1, 2))
@@ -95,7 +95,7 @@ def nst_from_gram(student: Tensor, teacher: Tensor) -> Tensor:
 
 def nst_from_channels(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the loss of each sample, [B], from maps [B, C_s, H, W] and [B, C_t, H, W], without [HW, HW]."""
-    student = widened(student)
+    student = to_float32(student)
     student_maps = F.normalize(student.flatten(2), dim=2)
     teacher_maps = F.normalize(teacher.to(student.dtype).flatten(2), dim=2)
     return (

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.stages.config import at_most, section
+from kdpipe.stages.config import max_value, section
 from kdpipe.stages.losses.base import FeatureLossConfig
-from kdpipe.stages.losses.inputs import Facts, Said, Shapes, TeacherShapes
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
 from kdpipe.stages.losses.schedules import warmup_factor
-from kdpipe.stages.losses.shapes import as_map_shape, as_maps, cannot_join
-from kdpipe.stages.numerics import widened
-from kdpipe.stages.targets.feature_spec import Shape, Wanted
+from kdpipe.stages.losses.shapes import as_map_shape, as_maps, shape_mismatch_error
+from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 MAX_CHANNELS = 512
 POOLED_SIZES = (4, 2, 1)
@@ -43,10 +43,10 @@ class ReviewKDConfig(FeatureLossConfig):
     paper: ClassVar[str] = "Chen et al. 2021, arXiv 2104.09044"
 
     loss: Literal["review_kd"]
-    mid_channels: Annotated[int, Field(ge=1), at_most(10**6)] | None = None
-    warmup_epochs: Annotated[int, Field(ge=0), at_most(10**6)] = 20
+    mid_channels: Annotated[int, Field(ge=1), max_value(10**6)] | None = None
+    warmup_epochs: Annotated[int, Field(ge=0), max_value(10**6)] = 20
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
         return ReviewKD(self, student, teacher)
 
 
@@ -56,21 +56,21 @@ class ReviewKD(nn.Module):
     def __init__(self, config: ReviewKDConfig, student: Shapes, teacher: TeacherShapes) -> None:
         super().__init__()
         self.config = config
-        widths = [_channels(pair, student[pair[0]], teacher[Wanted(pair[1])]) for pair in config.layers]
+        widths = [_channels(pair, student[pair[0]], teacher[FeatureSpec(pair[1])]) for pair in config.layers]
         middle = config.mid_channels or min(MAX_CHANNELS, widths[-1][0])
         self.fusions = nn.ModuleList(
             Fusion(width, middle, teacher_width, fuses=index < len(widths) - 1)
             for index, (width, teacher_width) in enumerate(widths)
         )
 
-    def forward(self, inputs: Said) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         parts, deeper = [], None
         for fusion, (student_layer, teacher_layer) in zip(
             reversed(self.fusions), reversed(self.config.layers), strict=True
         ):
-            target = as_maps(inputs.teacher.features[Wanted(teacher_layer)])
+            target = as_maps(inputs.teacher.features[FeatureSpec(teacher_layer)])
             size = (target.shape[2], target.shape[3])
-            reviewed, deeper = fusion(as_maps(widened(inputs.student.features[student_layer])), deeper, size)
+            reviewed, deeper = fusion(as_maps(to_float32(inputs.student.features[student_layer])), deeper, size)
             parts.append(hcl_per_sample(reviewed, target))
         return warmup_factor(self.config.warmup_epochs, inputs.moment) * torch.stack(parts).sum(0)
 
@@ -79,7 +79,7 @@ def _channels(pair: tuple[str, str], student: Shape, teacher: Shape) -> tuple[in
     student_maps, teacher_maps = as_map_shape(student), as_map_shape(teacher)
     if len(student_maps) == len(teacher_maps) == 3:
         return student_maps[0], teacher_maps[0]
-    raise cannot_join("review_kd", pair, student, teacher, "layers that output maps, or vectors")
+    raise shape_mismatch_error("review_kd", pair, student, teacher, "layers that output maps, or vectors")
 
 
 class Fusion(nn.Module):
@@ -131,7 +131,7 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def hcl_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute `hcl_loss` of each sample, [B]."""
-    student = widened(student)
+    student = to_float32(student)
     difference = student - teacher.to(student.dtype)
     loss, weight_sum, weight = difference.square().flatten(1).mean(1), 1.0, 1.0
     for size in POOLED_SIZES:

@@ -11,11 +11,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from kdpipe.stages.config import Place, at_most, section
+from kdpipe.stages.config import PathStr, max_value, section
 from kdpipe.stages.losses.base import MapLossConfig
 from kdpipe.stages.losses.features.hint import hint_per_sample
 from kdpipe.stages.losses.shapes import Size, map_size
-from kdpipe.stages.targets.feature_spec import Shape, Wanted
+from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 
 @section
@@ -40,15 +40,15 @@ class SimKDConfig(MapLossConfig):
     loss: Literal["simkd"]
     layers: Annotated[tuple[tuple[str, str], ...], Field(min_length=1, max_length=1)]
     classifier: tuple[str, str] = ("fc", "fc")
-    factor: Annotated[int, Field(ge=1), at_most(10**6)] = 2
-    teacher: Place | None = None
+    factor: Annotated[int, Field(ge=1), max_value(10**6)] = 2
+    teacher: PathStr | None = None
 
-    def teacher_feature(self, layer: str, student: Shape) -> Wanted:
+    def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
         """Return the teacher's map; `student` is the shape after the projector."""
-        return Wanted(layer, size=map_size(student))
+        return FeatureSpec(layer, size=map_size(student))
 
-    def common_size(self, student: Shape, teacher: Shape, feature: Wanted) -> Size | None:
+    def common_size(self, student: Shape, teacher: Shape, feature: FeatureSpec) -> Size | None:
         return map_size(teacher) if student[0] == teacher[0] else None
 
-    def distance(self, student: Tensor, teacher: Tensor, feature: Wanted) -> Tensor:
+    def distance(self, student: Tensor, teacher: Tensor, feature: FeatureSpec) -> Tensor:
         return hint_per_sample(student, teacher)

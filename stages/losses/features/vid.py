@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from kdpipe.stages.config import section
 from kdpipe.stages.losses.base import FeatureLossConfig, Pairs
-from kdpipe.stages.losses.inputs import Facts, Said, Shapes, TeacherShapes
-from kdpipe.stages.losses.shapes import as_map_shape, as_maps, cannot_join, map_size, poolable
-from kdpipe.stages.numerics import widened
-from kdpipe.stages.targets.feature_spec import Shape, Wanted
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
+from kdpipe.stages.losses.shapes import as_map_shape, as_maps, map_size, poolable, shape_mismatch_error
+from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import pool_to
 
 MIN_VARIANCE = 1e-5
@@ -43,14 +43,14 @@ class VIDConfig(FeatureLossConfig):
     loss: Literal["vid"]
     init_pred_var: Annotated[float, Field(gt=MIN_VARIANCE, le=1e6)] = 5.0
 
-    def wants(self, student: Shapes) -> tuple[Wanted, ...]:
+    def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
         return tuple(
-            Wanted(teacher_layer, size=map_size(as_map_shape(student[student_layer])))
+            FeatureSpec(teacher_layer, size=map_size(as_map_shape(student[student_layer])))
             for student_layer, teacher_layer in self.layers
         )
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
-        features = self.wants(student)
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
+        features = self.required_features(student)
         predictors = [
             _predictor(pair, student[pair[0]], teacher[feature], self.init_pred_var)
             for pair, feature in zip(self.layers, features, strict=True)
@@ -62,7 +62,9 @@ def _predictor(pair: tuple[str, str], student: Shape, teacher: Shape, variance: 
     student_maps, teacher_maps = as_map_shape(student), as_map_shape(teacher)
     size = map_size(teacher_maps)
     if size is None or not poolable(student_maps, size):
-        raise cannot_join("vid", pair, student, teacher, "layers whose maps have the same aspect ratio, or vectors")
+        raise shape_mismatch_error(
+            "vid", pair, student, teacher, "layers whose maps have the same aspect ratio, or vectors"
+        )
     return Predictor(student_maps[0], teacher_maps[0], variance)
 
 
@@ -83,23 +85,23 @@ class Predictor(nn.Module):
         self.log_scale = nn.Parameter(torch.full((teacher_channels,), inverse))
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        return widened(self.mean(maps)), F.softplus(self.log_scale) + MIN_VARIANCE
+        return to_float32(self.mean(maps)), F.softplus(self.log_scale) + MIN_VARIANCE
 
 
 class VID(nn.Module):
     """The negative log-likelihood of each sample, [B], summed over the pairs, with the predictors of the teacher."""
 
-    def __init__(self, pairs: Pairs, features: Sequence[Wanted], predictors: Sequence[Predictor]) -> None:
+    def __init__(self, pairs: Pairs, features: Sequence[FeatureSpec], predictors: Sequence[Predictor]) -> None:
         super().__init__()
         self.pairs = pairs
         self.features = tuple(features)
         self.predictors = nn.ModuleList(predictors)
 
-    def forward(self, inputs: Said) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         parts = []
         for (layer, _), feature, predict in zip(self.pairs, self.features, self.predictors, strict=True):
             teacher = as_maps(inputs.teacher.features[feature])
-            maps = as_maps(widened(inputs.student.features[layer]))
+            maps = as_maps(to_float32(inputs.student.features[layer]))
             mean, variance = predict(pool_to(maps, (teacher.shape[2], teacher.shape[3])))
             parts.append(vid_per_sample(mean, variance, teacher))
         return torch.stack(parts).sum(0)
@@ -117,7 +119,7 @@ def vid_loss(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
 
 def vid_per_sample(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
     """Compute `vid_loss` of each sample, [B]."""
-    mean = widened(mean)
+    mean = to_float32(mean)
     spread = variance.to(mean.dtype)[:, None, None]
     error = (mean - teacher.to(mean.dtype)).square()
     return 0.5 * (error / spread + spread.log()).flatten(1).mean(1)

@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import Response
-from kdpipe.stages.losses.inputs import Said
-from kdpipe.stages.losses.schedules import Amount, Temperature, amount_at
-from kdpipe.stages.numerics import widened
-from kdpipe.stages.runtime.collectives import gathered
+from kdpipe.stages.losses.base import LogitLossConfig
+from kdpipe.stages.losses.inputs import LossInputs
+from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at
+from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.runtime.collectives import all_gather_with_grad
 
 EPS = 1e-8
 """Added to the product of norms: the correlation with a constant row is 0."""
 
 
 @section
-class DISTConfig(Response):
+class DISTConfig(LogitLossConfig):
     """T^2 * (beta * (1 - Pearson's r over the classes) + gamma * (1 - r over the batch)).
 
     r is that of the probabilities softmax(logits / T); over the batch it is taken for each class, on the batch of all
@@ -38,22 +38,22 @@ class DISTConfig(Response):
     per_sample: ClassVar[bool] = False
 
     loss: Literal["dist"]
-    weight: Amount = 2.0
-    beta: Amount = 1.0
-    gamma: Amount = 1.0
+    weight: Scheduled = 2.0
+    beta: Scheduled = 1.0
+    gamma: Scheduled = 1.0
     temperature: Temperature = 4.0
 
     def temperatures(self) -> tuple[Temperature, ...]:
         return (self.temperature,)
 
-    def compute(self, inputs: Said) -> Tensor:
-        temperature = amount_at(self.temperature, inputs.moment)
+    def compute(self, inputs: LossInputs) -> Tensor:
+        temperature = value_at(self.temperature, inputs.moment)
         return dist_loss(
             inputs.student.logits,
             inputs.teacher.logits_at(temperature),
             temperature,
-            beta=amount_at(self.beta, inputs.moment),
-            gamma=amount_at(self.gamma, inputs.moment),
+            beta=value_at(self.beta, inputs.moment),
+            gamma=value_at(self.gamma, inputs.moment),
         )
 
 
@@ -72,9 +72,9 @@ def dist_loss(
 
     Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
     """
-    student = F.softmax(widened(student_logits) / temperature, 1)
-    teacher = F.softmax(widened(teacher_logits).to(student.dtype) / temperature, 1)
-    student, teacher = gathered(student), gathered(teacher)
+    student = F.softmax(to_float32(student_logits) / temperature, 1)
+    teacher = F.softmax(to_float32(teacher_logits).to(student.dtype) / temperature, 1)
+    student, teacher = all_gather_with_grad(student), all_gather_with_grad(teacher)
     rows = 1 - pearson(student, teacher).mean()
     columns = 1 - pearson(student.t(), teacher.t()).mean()
     return temperature**2 * (beta * rows + gamma * columns)

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from kdpipe.stages.config import at_most, section
-from kdpipe.stages.losses.base import Response
-from kdpipe.stages.losses.inputs import Said
+from kdpipe.stages.config import max_value, section
+from kdpipe.stages.losses.base import LogitLossConfig
+from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.kd import kd_per_sample
-from kdpipe.stages.losses.schedules import Amount, Temperature, amount_at, warmup_factor
-from kdpipe.stages.numerics import widened
+from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at, warmup_factor
+from kdpipe.stages.numerics import to_float32
 
 
 @section
-class DKDConfig(Response):
+class DKDConfig(LogitLossConfig):
     """T^2 * (alpha * KL of label against the rest + beta * KL among the other classes).
 
     Defaults are those of the authors' code (mdistiller) for CIFAR-100; on ImageNet the paper uses beta 0.5 and T = 1.
@@ -37,23 +37,23 @@ class DKDConfig(Response):
     one_label: ClassVar[bool] = True
 
     loss: Literal["dkd"]
-    alpha: Amount = 1.0
-    beta: Amount = 8.0
+    alpha: Scheduled = 1.0
+    beta: Scheduled = 8.0
     temperature: Temperature = 4.0
-    warmup_epochs: Annotated[int, Field(ge=0), at_most(10**6)] = 20
+    warmup_epochs: Annotated[int, Field(ge=0), max_value(10**6)] = 20
 
     def temperatures(self) -> tuple[Temperature, ...]:
         return (self.temperature,)
 
-    def compute(self, inputs: Said) -> Tensor:
-        temperature = amount_at(self.temperature, inputs.moment)
+    def compute(self, inputs: LossInputs) -> Tensor:
+        temperature = value_at(self.temperature, inputs.moment)
         losses = dkd_per_sample(
             inputs.student.logits,
             inputs.teacher.logits_at(temperature),
             inputs.labels,
             temperature,
-            alpha=amount_at(self.alpha, inputs.moment),
-            beta=amount_at(self.beta, inputs.moment),
+            alpha=value_at(self.alpha, inputs.moment),
+            beta=value_at(self.beta, inputs.moment),
         )
         return warmup_factor(self.warmup_epochs, inputs.moment) * losses
 
@@ -104,7 +104,7 @@ def log_odds(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
 
     Logits are [B, num_classes], labels int64 [B].
     """
-    soft = widened(logits) / temperature
+    soft = to_float32(logits) / temperature
     return soft.gather(1, labels[:, None])[:, 0] - torch.logsumexp(without_label(soft, labels), 1)
 
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import Response
-from kdpipe.stages.losses.inputs import Said
-from kdpipe.stages.losses.schedules import Amount, Temperature, amount_at
-from kdpipe.stages.numerics import widened
+from kdpipe.stages.losses.base import LogitLossConfig
+from kdpipe.stages.losses.inputs import LossInputs
+from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at
+from kdpipe.stages.numerics import to_float32
 
 
 @section
-class KDConfig(Response):
+class KDConfig(LogitLossConfig):
     """weight (alpha) * T^2 * KL divergence from the teacher's softened class probabilities.
 
     Defaults are those of RepDistiller for CIFAR-100; on ImageNet T = 1 and weight 0.5 are usual.
@@ -30,14 +30,14 @@ class KDConfig(Response):
     paper: ClassVar[str] = "Hinton et al. 2015, arXiv 1503.02531"
 
     loss: Literal["kd"]
-    weight: Amount = 0.9
+    weight: Scheduled = 0.9
     temperature: Temperature = 4.0
 
     def temperatures(self) -> tuple[Temperature, ...]:
         return (self.temperature,)
 
-    def compute(self, inputs: Said) -> Tensor:
-        temperature = amount_at(self.temperature, inputs.moment)
+    def compute(self, inputs: LossInputs) -> Tensor:
+        temperature = value_at(self.temperature, inputs.moment)
         return kd_per_sample(inputs.student.logits, inputs.teacher.logits_at(temperature), temperature)
 
 
@@ -53,6 +53,6 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
 def kd_per_sample(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Compute `kd_loss` of each sample, [B]."""
-    log_student = F.log_softmax(widened(student_logits) / temperature, dim=1)
-    log_teacher = F.log_softmax(widened(teacher_logits) / temperature, dim=1)
+    log_student = F.log_softmax(to_float32(student_logits) / temperature, dim=1)
+    log_teacher = F.log_softmax(to_float32(teacher_logits) / temperature, dim=1)
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)

@@ -11,13 +11,13 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import Response
+from kdpipe.stages.losses.base import LogitLossConfig
 from kdpipe.stages.losses.features.hint import hint_per_sample
-from kdpipe.stages.losses.inputs import Said
+from kdpipe.stages.losses.inputs import LossInputs
 
 
 @section
-class LogitMSEConfig(Response):
+class LogitMSEConfig(LogitLossConfig):
     """Mean squared error between the raw logits of student and teacher: the limit of KD at large T.
 
     The mean is over samples and classes; Ba and Caruana use half the sum over the classes, larger by num_classes / 2.
@@ -28,5 +28,5 @@ class LogitMSEConfig(Response):
 
     loss: Literal["logit_mse"]
 
-    def compute(self, inputs: Said) -> Tensor:
+    def compute(self, inputs: LossInputs) -> Tensor:
         return hint_per_sample(inputs.student.logits, inputs.teacher.logits_at(1.0))

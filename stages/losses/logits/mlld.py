@@ -13,16 +13,16 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import Response
-from kdpipe.stages.losses.inputs import Said
+from kdpipe.stages.losses.base import LogitLossConfig
+from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.kd import kd_per_sample
-from kdpipe.stages.losses.schedules import Temperature, amount_at
-from kdpipe.stages.numerics import widened
-from kdpipe.stages.runtime.collectives import gathered
+from kdpipe.stages.losses.schedules import Temperature, value_at
+from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.runtime.collectives import all_gather_with_grad
 
 
 @section
-class MLLDConfig(Response):
+class MLLDConfig(LogitLossConfig):
     """KD + squared errors of the Gram matrices over classes and over samples, summed over several temperatures.
 
     The Gram matrices are those of the batch of all processes. The authors' code also multiplies by masks of the less
@@ -43,8 +43,8 @@ class MLLDConfig(Response):
     def temperatures(self) -> tuple[Temperature, ...]:
         return self.temperature_list
 
-    def compute(self, inputs: Said) -> Tensor:
-        temperatures = [amount_at(temperature, inputs.moment) for temperature in self.temperature_list]
+    def compute(self, inputs: LossInputs) -> Tensor:
+        temperatures = [value_at(temperature, inputs.moment) for temperature in self.temperature_list]
         logits, teacher = inputs.student.logits, inputs.teacher
         return torch.stack([mlld_loss(logits, teacher.logits_at(value), value) for value in temperatures]).sum()
 
@@ -54,10 +54,10 @@ def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 
     Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
     """
-    student = F.softmax(widened(student_logits) / temperature, 1)
-    teacher = F.softmax(widened(teacher_logits).to(student.dtype) / temperature, 1)
-    student, teacher = gathered(student), gathered(teacher)
-    instance = gathered(kd_per_sample(student_logits, teacher_logits, temperature)).mean()
+    student = F.softmax(to_float32(student_logits) / temperature, 1)
+    teacher = F.softmax(to_float32(teacher_logits).to(student.dtype) / temperature, 1)
+    student, teacher = all_gather_with_grad(student), all_gather_with_grad(teacher)
+    instance = all_gather_with_grad(kd_per_sample(student_logits, teacher_logits, temperature)).mean()
     return instance + class_relation(student, teacher) + batch_relation(student, teacher)
 
 

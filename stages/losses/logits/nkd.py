@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import Response
-from kdpipe.stages.losses.inputs import Said
+from kdpipe.stages.losses.base import LogitLossConfig
+from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.dkd import without_label
-from kdpipe.stages.losses.schedules import Amount, Temperature, amount_at
-from kdpipe.stages.numerics import widened
+from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at
+from kdpipe.stages.numerics import to_float32
 
 
 @section
-class NKDConfig(Response):
+class NKDConfig(LogitLossConfig):
     """Cross entropy of the label, times the teacher's probability, + gamma * T^2 * that of the other classes.
 
     Defaults are those of the authors' code for ImageNet.
@@ -33,15 +33,15 @@ class NKDConfig(Response):
     one_label: ClassVar[bool] = True
 
     loss: Literal["nkd"]
-    gamma: Amount = 1.5
+    gamma: Scheduled = 1.5
     temperature: Temperature = 1.0
 
     def temperatures(self) -> tuple[Temperature, ...]:
         return (1.0, self.temperature)
 
-    def compute(self, inputs: Said) -> Tensor:
-        temperature = amount_at(self.temperature, inputs.moment)
-        gamma = amount_at(self.gamma, inputs.moment)
+    def compute(self, inputs: LossInputs) -> Tensor:
+        temperature = value_at(self.temperature, inputs.moment)
+        gamma = value_at(self.gamma, inputs.moment)
         logits, teacher, labels = inputs.student.logits, inputs.teacher, inputs.labels
         target = target_per_sample(logits, teacher.logits_at(1.0), labels)
         return target + gamma * others_per_sample(logits, teacher.logits_at(temperature), labels, temperature)
@@ -63,13 +63,13 @@ def nkd_loss(
 
 def target_per_sample(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
     """Compute -p_t^y log p_s^y of each sample, [B]. Shapes as in `nkd_loss`."""
-    log_student = F.log_softmax(widened(student_logits), 1)
-    teacher = F.softmax(widened(teacher_logits).to(log_student.dtype), 1)
+    log_student = F.log_softmax(to_float32(student_logits), 1)
+    teacher = F.softmax(to_float32(teacher_logits).to(log_student.dtype), 1)
     return -(teacher * log_student).gather(1, labels[:, None])[:, 0]
 
 
 def others_per_sample(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Compute -T^2 * sum over i != y of q_t^i log q_s^i of each sample, [B]. Shapes as in `nkd_loss`."""
-    log_student = F.log_softmax(widened(without_label(student_logits, labels)) / temperature, 1)
-    others = widened(without_label(teacher_logits, labels)).to(log_student.dtype)
+    log_student = F.log_softmax(to_float32(without_label(student_logits, labels)) / temperature, 1)
+    others = to_float32(without_label(teacher_logits, labels)).to(log_student.dtype)
     return -(temperature**2) * (F.softmax(others / temperature, 1) * log_student).sum(1)

@@ -11,38 +11,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdpipe.stages.numerics import widened
-from kdpipe.stages.targets.feature_spec import Wanted
-from kdpipe.stages.targets.outputs import TeacherOutputs
+from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.outputs import TeacherTargets
 
 EPS = 1e-7
 """Added to the standard deviation, as in the authors' code."""
 
 
 @dataclass(frozen=True)
-class Standardised:
+class StandardizedTargets:
     """A teacher's outputs with standardized logits."""
 
-    inner: TeacherOutputs
+    inner: TeacherTargets
 
     @property
-    def features(self) -> Mapping[Wanted, Tensor]:
+    def features(self) -> Mapping[FeatureSpec, Tensor]:
         return self.inner.features
 
     def logits_at(self, temperature: float) -> Tensor:
-        return standardised(self.inner.logits_at(temperature))
+        return standardize_logits(self.inner.logits_at(temperature))
 
-    def rows(self, index: Tensor) -> Standardised:
-        return Standardised(self.inner.rows(index))
+    def rows(self, index: Tensor) -> StandardizedTargets:
+        return StandardizedTargets(self.inner.rows(index))
 
 
-def standardised(logits: Tensor) -> Tensor:
+def standardize_logits(logits: Tensor) -> Tensor:
     """Compute (z - mean) / (std + 1e-7) over the classes, with the unbiased std, in float32 or wider.
 
     [B, num_classes] to [B, num_classes]. Rows of equal logits, as those of one class, become zeros without a gradient.
     """
     # Minus the row's maximum, equal logits are exactly 0, and so is their deviation, however their mean is rounded.
-    shifted = widened(logits)
+    shifted = to_float32(logits)
     shifted = shifted - shifted.detach().amax(1, keepdim=True)
     centered = shifted - shifted.mean(1, keepdim=True)
     variance = centered.square().sum(1, keepdim=True) / max(1, logits.shape[1] - 1)

@@ -12,13 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.stages.config import at_most, section
-from kdpipe.stages.losses.inputs import Facts, Said, Shapes, TeacherShapes
+from kdpipe.stages.config import max_value, section
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
 from kdpipe.stages.losses.relations.relation import Embedding, RelationLossConfig
-from kdpipe.stages.losses.schedules import Amount
-from kdpipe.stages.numerics import unit_rows, widened
-from kdpipe.stages.runtime.collectives import gathered
-from kdpipe.stages.targets.feature_spec import POOLED, Wanted
+from kdpipe.stages.losses.schedules import Scheduled
+from kdpipe.stages.numerics import normalize_rows, to_float32
+from kdpipe.stages.runtime.collectives import all_gather_with_grad
+from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec
 
 GAMMA, ORDER = 0.4, 2
 """The Gaussian kernel's gamma and the order of its expansion in the paper's experiments."""
@@ -39,11 +39,11 @@ class CCConfig(RelationLossConfig):
     paper: ClassVar[str] = "Peng et al. 2019, arXiv 1904.01802"
 
     loss: Literal["cc"]
-    weight: Amount = 0.02
-    dim: Annotated[int, Field(ge=1), at_most(10**6)] = 128
+    weight: Scheduled = 0.02
+    dim: Annotated[int, Field(ge=1), max_value(10**6)] = 128
     variant: Literal["code", "paper"] = "code"
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
         return CC(self, student, teacher)
 
 
@@ -56,17 +56,17 @@ class CC(nn.Module):
         self.loss = cc_loss if config.variant == "code" else correlation_loss
         self.students = nn.ModuleList(Embedding(student[student_layer], config.dim) for student_layer, _ in self.pairs)
         self.teachers = nn.ModuleList(
-            Embedding(teacher[Wanted(teacher_layer, POOLED)], config.dim) for _, teacher_layer in self.pairs
+            Embedding(teacher[FeatureSpec(teacher_layer, POOLED)], config.dim) for _, teacher_layer in self.pairs
         )
 
-    def forward(self, inputs: Said) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         parts = []
         for (student_layer, teacher_layer), embed_student, embed_teacher in zip(
             self.pairs, self.students, self.teachers, strict=True
         ):
             student = embed_student(inputs.student.features[student_layer])
-            teacher = embed_teacher(inputs.teacher.features[Wanted(teacher_layer, POOLED)])
-            parts.append(self.loss(gathered(student), gathered(teacher)))
+            teacher = embed_teacher(inputs.teacher.features[FeatureSpec(teacher_layer, POOLED)])
+            parts.append(self.loss(all_gather_with_grad(student), all_gather_with_grad(teacher)))
         return torch.stack(parts).sum()
 
 
@@ -78,7 +78,7 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Embeddings are [B, dim]. The result is a scalar in float32 or wider.
     """
-    student = widened(student)
+    student = to_float32(student)
     errors = (student - teacher.to(student.dtype)).abs()
     return (errors[:-1] * errors[1:]).sum() / max(1, len(errors) - 1)
 
@@ -88,7 +88,7 @@ def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Embeddings are [B, D] and [B, D']. The result is a scalar in float32 or wider.
     """
-    student = widened(student)
+    student = to_float32(student)
     return (correlations(teacher.to(student.dtype)) - correlations(student)).square().mean()
 
 
@@ -97,7 +97,7 @@ def correlations(vectors: Tensor) -> Tensor:
 
     It is expanded as exp(-2 gamma) sum_p (2 gamma)^p / p! (x . y)^p up to p = 2, as in the paper.
     """
-    units = unit_rows(vectors)
+    units = normalize_rows(vectors)
     products = units @ units.T
     terms = [(2 * GAMMA) ** power / math.factorial(power) * products**power for power in range(ORDER + 1)]
     return math.exp(-2 * GAMMA) * torch.stack(terms).sum(0)

@@ -14,14 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.stages.config import at_most, section
+from kdpipe.stages.config import max_value, section
 from kdpipe.stages.losses.base import FeatureLossConfig
-from kdpipe.stages.losses.inputs import Facts, Others, Said, Shapes, TeacherShapes
-from kdpipe.stages.losses.relations.nce import Contrast, Memory
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
+from kdpipe.stages.losses.relations.nce import Memory, NCELoss
 from kdpipe.stages.losses.relations.relation import Embedding
-from kdpipe.stages.losses.schedules import Amount
-from kdpipe.stages.numerics import unit_rows, widened
-from kdpipe.stages.targets.feature_spec import POOLED, Shape, Wanted
+from kdpipe.stages.losses.schedules import Scheduled
+from kdpipe.stages.numerics import normalize_rows, to_float32
+from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape
 
 
 @section
@@ -47,38 +47,38 @@ class CRDConfig(FeatureLossConfig):
     statistic: ClassVar[str] = POOLED
 
     loss: Literal["crd"]
-    weight: Amount = 0.8
-    dim: Annotated[int, Field(ge=1), at_most(10**6)] = 128
-    num_negatives: Annotated[int, Field(ge=1), at_most(2**31)] = 16384
-    temperature: Annotated[float, Field(gt=0), at_most(10**4)] = 0.07
+    weight: Scheduled = 0.8
+    dim: Annotated[int, Field(ge=1), max_value(10**6)] = 128
+    num_negatives: Annotated[int, Field(ge=1), max_value(2**31)] = 16384
+    temperature: Annotated[float, Field(gt=0), max_value(10**4)] = 0.07
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
     memory: Literal["store", "bank"] = "store"
 
     @property
-    def wanted_of_others(self) -> tuple[Wanted, ...]:
-        return self.wants({}) if self.memory == "store" else ()
+    def negative_features(self) -> tuple[FeatureSpec, ...]:
+        return self.required_features({}) if self.memory == "store" else ()
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: Facts) -> nn.Module:
+    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
         return CRD(self, student, teacher, facts)
 
 
 class CRD(nn.Module):
     """The loss of each sample in both directions, [B], summed over the pairs of layers; see `CRDOfLayer`."""
 
-    def __init__(self, config: CRDConfig, student: Shapes, teacher: TeacherShapes, facts: Facts) -> None:
+    def __init__(self, config: CRDConfig, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> None:
         super().__init__()
         self.pairs = config.layers
         shapes = [
-            (student[student_layer], teacher[Wanted(teacher_layer, POOLED)])
+            (student[student_layer], teacher[FeatureSpec(teacher_layer, POOLED)])
             for student_layer, teacher_layer in self.pairs
         ]
         self.layers = nn.ModuleList(CRDOfLayer(config, *shape, facts.num_samples) for shape in shapes)
 
-    def forward(self, inputs: Said) -> Tensor:
+    def forward(self, inputs: LossInputs) -> Tensor:
         if inputs.others is None:
             raise ValueError("crd needs negatives (others)")
         parts = [
-            layer(inputs, inputs.others, student_layer, Wanted(teacher_layer, POOLED))
+            layer(inputs, inputs.others, student_layer, FeatureSpec(teacher_layer, POOLED))
             for layer, (student_layer, teacher_layer) in zip(self.layers, self.pairs, strict=True)
         ]
         return torch.stack(parts).sum(0)
@@ -96,11 +96,11 @@ class CRDOfLayer(nn.Module):
     def __init__(self, config: CRDConfig, student: Shape, teacher: Shape, num_samples: int) -> None:
         super().__init__()
         self.student, self.teacher = Embedding(student, config.dim), Embedding(teacher, config.dim)
-        self.of_student, self.of_teacher = (Contrast(config.temperature, num_samples) for _ in range(2))
+        self.of_student, self.of_teacher = (NCELoss(config.temperature, num_samples) for _ in range(2))
         self.students = Memory(num_samples, config.dim, config.momentum)
         self.teachers = Memory(num_samples, config.dim, config.momentum) if config.memory == "bank" else None
 
-    def forward(self, inputs: Said, others: Others, layer: str, feature: Wanted) -> Tensor:
+    def forward(self, inputs: LossInputs, others: Negatives, layer: str, feature: FeatureSpec) -> Tensor:
         student = _embed(self.student, inputs.student.features[layer])
         teacher = _embed(self.teacher, inputs.teacher.features[feature])
         is_other = inputs.labels[:, None] != others.labels
@@ -123,9 +123,9 @@ class CRDOfLayer(nn.Module):
 
 
 def _embed(embedding: nn.Module, features: Tensor) -> Tensor:
-    return unit_rows(widened(embedding(features)))
+    return normalize_rows(to_float32(embedding(features)))
 
 
-def _read_memory(memory: Memory, inputs: Said, others: Others) -> tuple[Tensor, Tensor]:
+def _read_memory(memory: Memory, inputs: LossInputs, others: Negatives) -> tuple[Tensor, Tensor]:
     """Return the rows of the batch's samples, [B, D], and of the negatives, [K, D]."""
     return memory.rows[inputs.ranks], memory.rows[others.ranks]

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.stages.numerics import unit_rows
-from kdpipe.stages.runtime.collectives import gathered
+from kdpipe.stages.numerics import normalize_rows
+from kdpipe.stages.runtime.collectives import all_gather_with_grad
 
 EPS = 1e-7
 
@@ -21,7 +21,7 @@ Compared = tuple[Tensor, Tensor]
 """Embeddings of the anchors' own samples [B, D] (positives), and of other samples [K, D] (negatives)."""
 
 
-class Contrast(nn.Module):
+class NCELoss(nn.Module):
     """The NCE loss of one network's anchors against the other's embeddings, with Z fixed by the first training batch.
 
     log Z is a buffer, NaN before the first batch.
@@ -78,11 +78,11 @@ class Memory(nn.Module):
     @torch.no_grad()
     def remember(self, ranks: Tensor, embedded: Tensor) -> None:
         """Update the rows of samples with ranks int64 [B] toward their embeddings [B, D], of all processes."""
-        ranks, embedded = gathered(ranks), gathered(embedded.detach()).to(self.rows.dtype)
+        ranks, embedded = all_gather_with_grad(ranks), all_gather_with_grad(embedded.detach()).to(self.rows.dtype)
         old = self.rows[ranks]
         self._overwritten.append((ranks, old))
         updated = self.momentum * old + (1 - self.momentum) * embedded
-        self.rows[ranks] = unit_rows(updated)
+        self.rows[ranks] = normalize_rows(updated)
 
     def begin_step(self) -> None:
         """Start recording updates, so that `take_back` can undo them."""
@@ -107,7 +107,7 @@ def log_z_of(same: Tensor, others: Tensor, is_other: Tensor, num_samples: int) -
         num_samples: The size of the data set.
     """
     products = torch.cat([same[:, None], others.masked_fill(~is_other, -math.inf)], dim=1)
-    means = gathered(products.logsumexp(1) - (1 + is_other.sum(1)).to(products.dtype).log())
+    means = all_gather_with_grad(products.logsumexp(1) - (1 + is_other.sum(1)).to(products.dtype).log())
     return means.logsumexp(0) - math.log(max(1, len(means))) + math.log(num_samples)
 
 

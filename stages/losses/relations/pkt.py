@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kdpipe.stages.config import section
 from kdpipe.stages.losses.relations.relation import RelationLossConfig
-from kdpipe.stages.losses.schedules import Amount
-from kdpipe.stages.numerics import widened
+from kdpipe.stages.losses.schedules import Scheduled
+from kdpipe.stages.numerics import to_float32
 
 EPS = 1e-7
 
@@ -29,7 +29,7 @@ class PKTConfig(RelationLossConfig):
     paper: ClassVar[str] = "Passalis and Tefas 2018, arXiv 1803.10837"
 
     loss: Literal["pkt"]
-    weight: Amount = 30000.0
+    weight: Scheduled = 30000.0
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return pkt_loss(student, teacher)
@@ -42,7 +42,7 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Features are [B, D] and [B, D']. The result is a scalar in float32 or wider.
     """
-    student = widened(student)
+    student = to_float32(student)
     p_student, p_teacher = neighbors(student), neighbors(teacher.to(student.dtype))
     return (p_teacher * ((p_teacher + EPS) / (p_student + EPS)).log()).mean()
 

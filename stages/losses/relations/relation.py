@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from kdpipe.stages.config import section
 from kdpipe.stages.losses.base import FeatureLossConfig
-from kdpipe.stages.losses.inputs import Said
-from kdpipe.stages.runtime.collectives import gathered
-from kdpipe.stages.targets.feature_spec import POOLED, Shape, Wanted, form_shape, take_form
+from kdpipe.stages.losses.inputs import LossInputs
+from kdpipe.stages.runtime.collectives import all_gather_with_grad
+from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape, compute_statistic, statistic_shape
 from kdpipe.stages.targets.statistics import pooled
 
 
@@ -31,11 +31,15 @@ class RelationLossConfig(FeatureLossConfig):
         """Compute the loss at one pair of layers, a scalar, from `statistic` of student and teacher, [B, ...] each."""
         raise NotImplementedError
 
-    def compute(self, inputs: Said) -> Tensor:
+    def compute(self, inputs: LossInputs) -> Tensor:
         parts = [
             self.compare(
-                gathered(take_form(Wanted(student_layer, self.statistic), inputs.student.features[student_layer])),
-                gathered(inputs.teacher.features[Wanted(teacher_layer, self.statistic)]),
+                all_gather_with_grad(
+                    compute_statistic(
+                        FeatureSpec(student_layer, self.statistic), inputs.student.features[student_layer]
+                    )
+                ),
+                all_gather_with_grad(inputs.teacher.features[FeatureSpec(teacher_layer, self.statistic)]),
             )
             for student_layer, teacher_layer in self.layers
         ]
@@ -47,7 +51,7 @@ class Embedding(nn.Module):
 
     def __init__(self, shape: Shape, dim: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(form_shape(Wanted("", POOLED), shape)[0], dim)
+        self.linear = nn.Linear(statistic_shape(FeatureSpec("", POOLED), shape)[0], dim)
 
     def forward(self, features: Tensor) -> Tensor:
         embedded: Tensor = self.linear(pooled(features).to(self.linear.weight.dtype))

@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdpipe.stages.config import at_most, section
+from kdpipe.stages.config import max_value, section
 from kdpipe.stages.losses.relations.relation import RelationLossConfig
-from kdpipe.stages.numerics import unit_rows, widened
+from kdpipe.stages.numerics import normalize_rows, to_float32
 
 MAX_COSINES = 2**22
 """The largest number of elements of a tensor of cosines, or of their differences: 16 MiB in float32.
@@ -41,8 +41,8 @@ class RKDConfig(RelationLossConfig):
     paper: ClassVar[str] = "Park et al. 2019, arXiv 1904.05068"
 
     loss: Literal["rkd"]
-    distance_weight: Annotated[float, Field(ge=0), at_most(10**9)] = 25.0
-    angle_weight: Annotated[float, Field(ge=0), at_most(10**9)] = 50.0
+    distance_weight: Annotated[float, Field(ge=0), max_value(10**9)] = 25.0
+    angle_weight: Annotated[float, Field(ge=0), max_value(10**9)] = 50.0
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return rkd_loss(student, teacher, self.distance_weight, self.angle_weight)
@@ -53,7 +53,7 @@ def rkd_loss(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, an
 
     Features are [B, D] and [B, D']. The result is a scalar in float32 or wider.
     """
-    student = widened(student)
+    student = to_float32(student)
     teacher = teacher.to(student.dtype)
     loss = student.new_zeros(())
     if distance_weight:
@@ -123,5 +123,5 @@ def _angle_differences(student: Tensor, teacher: Tensor, start: int, stop: int) 
 
 def cosines(vectors: Tensor, start: int, stop: int) -> Tensor:
     """Compute the cosines at anchors i = start ... stop - 1 between j and k: [B, D] to [anchors, B, B]."""
-    directions = unit_rows(vectors - vectors[start:stop, None])
+    directions = normalize_rows(vectors - vectors[start:stop, None])
     return directions @ directions.transpose(1, 2)

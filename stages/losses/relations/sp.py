@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kdpipe.stages.config import section
 from kdpipe.stages.losses.relations.relation import RelationLossConfig
-from kdpipe.stages.losses.schedules import Amount
-from kdpipe.stages.numerics import unit_rows, widened
+from kdpipe.stages.losses.schedules import Scheduled
+from kdpipe.stages.numerics import normalize_rows, to_float32
 from kdpipe.stages.targets.feature_spec import MAP
 
 
@@ -30,7 +30,7 @@ class SPConfig(RelationLossConfig):
     statistic: ClassVar[str] = MAP
 
     loss: Literal["sp"]
-    weight: Amount = 3000.0
+    weight: Scheduled = 3000.0
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return sp_loss(student, teacher)
@@ -41,11 +41,11 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Features are [B, ...] of any two shapes. The result is a scalar in float32 or wider.
     """
-    student = widened(student)
+    student = to_float32(student)
     return (similarities(teacher.to(student.dtype)) - similarities(student)).square().mean()
 
 
 def similarities(features: Tensor) -> Tensor:
     """Compute the products of the batch's flattened features, [B, ...] to [B, B], with L2-normalized rows."""
     flat = features.flatten(1)
-    return unit_rows(flat @ flat.T)
+    return normalize_rows(flat @ flat.T)

@@ -19,7 +19,7 @@ _taken: dict[str, torch.device] = {}
 """The devices of this process, by the recipe's name for them."""
 
 
-def take_device(
+def select_device(
     name: str,
     *,
     share: bool = False,

@@ -88,8 +88,8 @@ def test_properties_of_losses_are_listed(listed):
     assert {name for name in NAMES if listed[name]["one_label"]} == {"dkd", "nkd"}
     assert [name for name in NAMES if listed[name]["whole_logits"]] == ["logit_mse"]
     assert [name for name in NAMES if listed[name]["input_gradient"]] == ["at_gradient"]
-    assert [name for name in NAMES if listed[name]["reads_others"]] == ["crd"]
-    assert listed["crd"]["num_others"] == 16384
+    assert [name for name in NAMES if listed[name]["reads_negatives"]] == ["crd"]
+    assert listed["crd"]["num_negatives"] == 16384
 
 
 def test_keys_have_defaults_and_types(listed):

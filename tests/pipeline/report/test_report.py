@@ -5,7 +5,7 @@ import json
 import pytest
 from support.kdpipe_process import kdpipe_here
 
-from kdpipe.pipeline.report.networks import places_of
+from kdpipe.pipeline.report.networks import network_entries
 
 FIGURES = {
     "accuracy": 0.5,
@@ -181,8 +181,8 @@ def test_every_compressed_network_has_a_row(tmp_path):
     compress = {"steps": ["prune", "quantize"], "baselines": True}
     kinds = {"pruned", "pruned-alone", "int8", "int8-alone", "int8-ptq", "int8-unpruned", "int8-unpruned-alone"}
     recipe = {"student": {"seeds": [0]}, "compress": compress}
-    assert {place.kind for place in places_of(recipe, tmp_path)} == {"teacher", "alone", "student", *kinds}
+    assert {place.kind for place in network_entries(recipe, tmp_path)} == {"teacher", "alone", "student", *kinds}
     recipe["compress"] = compress | {"steps": ["quantize"], "quantize": {"scheme": "int4"}}
-    names = {place.kind: place.name for place in places_of(recipe, tmp_path)}
+    names = {place.kind: place.name for place in network_entries(recipe, tmp_path)}
     assert list(names)[3:] == ["int4", "int4-ptq", "int4-alone"]
     assert names["int4-ptq"] == "INT4, calibrated"

@@ -12,13 +12,13 @@ from kdpipe.pipeline.session import event_log as log_module
 from kdpipe.pipeline.session.event_log import event_log
 from kdpipe.pipeline.terminal.reporter import to_all
 from kdpipe.stages.errors import RecipeError, StoppedEarly
-from kdpipe.stages.runtime.events import WARNING, Event
+from kdpipe.stages.runtime.events import WARNING, ProgressEvent
 from kdpipe.store.errors import FingerprintMismatch
 from kdpipe.store.fs.lock import LockedError
 
 
 def step(number, total=100, **metrics):
-    return Event("train-student", "alone student, seed 0", number, total, "step", metrics)
+    return ProgressEvent("train-student", "alone student, seed 0", number, total, "step", metrics)
 
 
 def lines_of(folder):
@@ -75,8 +75,8 @@ def test_steps_are_throttled_metrics_and_warnings_are_not(tmp_path):
             report(step(number))
             if number % 25 == 0:
                 report(step(number, accuracy=number / 100, epoch=number // 25))
-        report(Event("data", "one is odd", 1, 1, WARNING))
-        report(Event("data", "one is odd", 1, 1, WARNING))
+        report(ProgressEvent("data", "one is odd", 1, 1, WARNING))
+        report(ProgressEvent("data", "one is odd", 1, 1, WARNING))
     logged = lines_of(tmp_path)[1:-1]
     assert [line["step"] for line in logged if line["kind"] == "progress"] == [1, 25, 50, 75, 100]
     assert [line["job"] for line in logged if line["kind"] == "warning"] == ["one is odd"] * 2
@@ -156,7 +156,7 @@ def test_unsupported_values_become_valid_json(tmp_path):
 
 def test_lines_are_shorter_than_the_tail_that_is_read(tmp_path):
     with event_log(tmp_path, "run") as report:
-        report(Event("data", "x" * 10**6, 1, 1, WARNING))
+        report(ProgressEvent("data", "x" * 10**6, 1, 1, WARNING))
     assert all(len(line) < log_module.MAX_LINE_BYTES for line in (tmp_path / "events.jsonl").read_text().splitlines())
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from kdpipe.pipeline.session import tensorboard
 from kdpipe.pipeline.session.tensorboard import folder_name, scalars
-from kdpipe.stages.runtime.events import WARNING, Event
+from kdpipe.stages.runtime.events import WARNING, ProgressEvent
 
 
 class Writer:
@@ -35,13 +35,13 @@ def writers(monkeypatch):
 
 
 def epoch(number, job="distilled student, seed 0", **metrics):
-    return Event("train-student", job, number + 1, 3, "step", {"epoch": number, **metrics})
+    return ProgressEvent("train-student", job, number + 1, 3, "step", {"epoch": number, **metrics})
 
 
 def test_each_job_has_its_metrics_by_epoch(tmp_path, writers):
     with scalars(tmp_path) as report:
-        report(Event("train-student", "distilled student, seed 0", 1, 3, "step"))
-        report(Event("data", "a warning", 1, 1, WARNING))
+        report(ProgressEvent("train-student", "distilled student, seed 0", 1, 3, "step"))
+        report(ProgressEvent("data", "a warning", 1, 1, WARNING))
         report(epoch(0, accuracy=0.5, losses={"kd": 2.0}, lr=0.1, examined=None))
         report(epoch(1, "alone student, seed 0"))
     distilled, alone = writers

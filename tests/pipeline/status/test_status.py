@@ -21,7 +21,7 @@ from kdpipe.pipeline.status import scan
 from kdpipe.pipeline.status.scan import read_status
 from kdpipe.pipeline.status.table import print_status
 from kdpipe.stages.errors import RunError
-from kdpipe.stages.runtime.events import Event
+from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.store.fs.lock import exclusive, shared
 from kdpipe.store.write.claims import claim
 
@@ -121,7 +121,7 @@ def test_a_job_on_another_machine_goes_by_its_last_event(tmp_path):
 def test_events_written_by_event_log_are_read(tmp_path):
     run = run_folder(tmp_path / "run")
     with event_log(run, "train-student") as report:
-        report(Event("train-student", "alone student, seed 0", 1, 10, "step"))
+        report(ProgressEvent("train-student", "alone student, seed 0", 1, 10, "step"))
         assert only_run(tmp_path).job == "alone student, seed 0"
     assert only_run(tmp_path).state == "done"
 
@@ -255,9 +255,9 @@ def test_an_untrusted_recipe_is_harmless(tmp_path, capsys, recipe):
 @pytest.mark.parametrize(
     "manifest",
     [
-        {"schema_version": [], "num_views": 3, "unit_rows": 0, "segments": 5, "finished": 5},
-        {"schema_version": 3, "num_views": 2**70, "unit_rows": 1, "segments": [{"num_samples": 1}]},
-        {"schema_version": 3, "num_views": 1, "unit_rows": 1, "segments": [None], "arrays": 7},
+        {"schema_version": [], "num_views": 3, "normalize_rows": 0, "segments": 5, "finished": 5},
+        {"schema_version": 3, "num_views": 2**70, "normalize_rows": 1, "segments": [{"num_samples": 1}]},
+        {"schema_version": 3, "num_views": 1, "normalize_rows": 1, "segments": [None], "arrays": 7},
         {"teacher": {"architecture": "x"}, "data": {"name": "\x1b[31m"}},
     ],
 )

@@ -14,7 +14,7 @@ from kdpipe.pipeline.terminal.output import Verbosity
 from kdpipe.pipeline.terminal.progress import MAX_BARS, Bars
 from kdpipe.pipeline.terminal.progress import reporter as open_reporter
 from kdpipe.pipeline.terminal.rate import Rate, duration_text, rate_text
-from kdpipe.stages.runtime.events import WARNING, Event
+from kdpipe.stages.runtime.events import WARNING, ProgressEvent
 
 
 class Clock:
@@ -34,7 +34,7 @@ def clock(monkeypatch):
 
 
 def step(number, total=3000, job="distilled student, seed 0", **metrics):
-    return Event("train-student", job, number, total, "step", metrics)
+    return ProgressEvent("train-student", job, number, total, "step", metrics)
 
 
 def stderr_of(monkeypatch, *, tty=False, term="xterm"):
@@ -141,7 +141,7 @@ def test_every_warning_is_shown_at_once(monkeypatch, clock, as_json):
     log = stderr_of(monkeypatch)
     with open_reporter(as_json) as report:
         for _ in range(2):
-            report(Event("data", "an image is odd", 1, 1, WARNING))
+            report(ProgressEvent("data", "an image is odd", 1, 1, WARNING))
     assert log.getvalue().count("an image is odd") == 2
 
 
@@ -151,7 +151,7 @@ def test_quiet_shows_warnings_only(monkeypatch, tty, as_json):
     log = stderr_of(monkeypatch, tty=tty)
     with open_reporter(as_json) as report:
         report(step(1))
-        report(Event("data", "an image is odd", 1, 1, WARNING))
+        report(ProgressEvent("data", "an image is odd", 1, 1, WARNING))
     assert log.getvalue().count("\n") == 1
     assert "an image is odd" in log.getvalue()
 

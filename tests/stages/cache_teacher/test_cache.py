@@ -19,16 +19,16 @@ from support.tiny_road import (
     make_tiny_store,
     squares,
     subset,
-    tiny_setup,
+    tiny_context,
 )
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
 from kdpipe.stages.errors import ModelError, NotFiniteError, RecipeError, RunError, StoppedEarly
-from kdpipe.stages.models.hooks import tapped
-from kdpipe.stages.runtime.events import Watch
-from kdpipe.stages.runtime.launcher import Part
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.models.hooks import extract_features
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.launcher import WorkShard
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.train_teacher import load_teacher
@@ -43,25 +43,25 @@ NUM_UNITS = 3
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cached")
-    make_tiny_store(tiny_setup(folder))
+    make_tiny_store(tiny_context(folder))
     return folder
 
 
 def teacher_of(run, **changes):
-    setup = tiny_setup(run, **changes)
-    return load_teacher(TEACHER, 0, setup), setup
+    context = tiny_context(run, **changes)
+    return load_teacher(TEACHER, 0, context), context
 
 
 def test_stored_equals_recomputed_through_plain_zarr(run):
-    teacher, setup = teacher_of(run)
+    teacher, context = teacher_of(run)
     group = zarr.open_group(run / "store.zarr", mode="r")
-    train_set = setup.train_set
+    train_set = context.train_set
     order = row_order(train_set.sample_ids.numpy(), VIEWS.seed)
     renderer = Renderer(VIEWS, 1, (8, 8))
     for view in range(VIEWS.num_views):
         images = renderer.render_batch(train_set.images[order], train_set.sample_ids[order], view)
-        with torch.no_grad(), tapped(teacher.model, ["stage2"]) as tap:
-            said = tap(teacher.normalise(images))
+        with torch.no_grad(), extract_features(teacher.model, ["stage2"]) as extractor:
+            said = extractor(teacher.normalize(images))
         np.testing.assert_allclose(group["logits"][view], said.logits.numpy(), rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(
             group["features/stage2"][view], said.features["stage2"].numpy(), rtol=2e-3, atol=2e-3
@@ -73,79 +73,81 @@ def test_stored_equals_recomputed_through_plain_zarr(run):
 @pytest.mark.parametrize("num_batches", [1, 2, 8, 13])
 def test_a_stopped_and_rerun_job_leaves_the_same_bytes(run, tmp_path, num_batches):
     path = tmp_path / "stopped.zarr"
-    teacher, setup = teacher_of(run, watch=Watch(should_stop=StopAfter(num_batches)))
+    teacher, context = teacher_of(run, monitor=RunMonitor(should_stop=StopAfter(num_batches)))
     with pytest.raises(StoppedEarly):
-        cache_teacher(CACHE, path, teacher, LAYERS, setup)
-    teacher, setup = teacher_of(run)
-    result = cache_teacher(CACHE, path, teacher, LAYERS, setup)
+        cache_teacher(CACHE, path, teacher, LAYERS, context)
+    teacher, context = teacher_of(run)
+    result = cache_teacher(CACHE, path, teacher, LAYERS, context)
     assert result["num_units_computed"] > 0
     assert folder_bytes(path) == folder_bytes(run / "store.zarr")
-    assert cache_teacher(CACHE, path, teacher, LAYERS, setup)["num_units_computed"] == 0
+    assert cache_teacher(CACHE, path, teacher, LAYERS, context)["num_units_computed"] == 0
 
 
 def test_the_batch_size_is_not_part_of_the_store(run, tmp_path):
-    teacher, setup = teacher_of(run)
+    teacher, context = teacher_of(run)
     path = tmp_path / "one.zarr"
-    cache_teacher(dataclasses.replace(CACHE, batch_size=300), path, teacher, LAYERS, setup)
+    cache_teacher(dataclasses.replace(CACHE, batch_size=300), path, teacher, LAYERS, context)
     one, other = open_store(path), open_store(run / "store.zarr")
     assert one.manifest.identity.fingerprint == other.manifest.identity.fingerprint
     np.testing.assert_allclose(one.read_view("logits", 1), other.read_view("logits", 1), rtol=2e-3, atol=2e-3)
 
 
 def test_other_views_data_or_teacher_is_an_error(run, tmp_path):
-    teacher, setup = teacher_of(run)
+    teacher, context = teacher_of(run)
     with pytest.raises(FingerprintMismatch, match=r"views.operations: stored .*RandomHorizontalFlip.*, wanted "):
-        changed = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
+        changed = dataclasses.replace(context, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
         cache_teacher(CACHE, run / "store.zarr", teacher, LAYERS, changed)
     with pytest.raises(FingerprintMismatch, match=r"data.pixels_sha256: stored '\w{12}\.\.\.', wanted '\w{12}\.\.\.'"):
-        cache_teacher(CACHE, run / "store.zarr", teacher, LAYERS, dataclasses.replace(setup, train_set=squares(300, 9)))
+        cache_teacher(
+            CACHE, run / "store.zarr", teacher, LAYERS, dataclasses.replace(context, train_set=squares(300, 9))
+        )
     with torch.no_grad():
         next(teacher.model.parameters()).add_(1e-3)
     with pytest.raises(
         FingerprintMismatch, match=r"teacher.weights_sha256: stored '\w{12}\.\.\.', wanted '\w{12}\.\.\.'"
     ):
-        cache_teacher(CACHE, run / "store.zarr", teacher, LAYERS, setup)
+        cache_teacher(CACHE, run / "store.zarr", teacher, LAYERS, context)
 
 
 def test_nan_stops_the_job_and_names_the_samples(run, tmp_path):
-    teacher, setup = teacher_of(run)
+    teacher, context = teacher_of(run)
     with torch.no_grad():
         teacher.model.fc.bias[2] = float("nan")
-    first = row_order(setup.train_set.sample_ids.numpy(), VIEWS.seed)[0]
-    with pytest.raises(NotFiniteError, match=rf"logits of samples \[{int(setup.train_set.sample_ids[first])}, "):
-        cache_teacher(CACHE, tmp_path / "nan.zarr", teacher, LAYERS, setup)
+    first = row_order(context.train_set.sample_ids.numpy(), VIEWS.seed)[0]
+    with pytest.raises(NotFiniteError, match=rf"logits of samples \[{int(context.train_set.sample_ids[first])}, "):
+        cache_teacher(CACHE, tmp_path / "nan.zarr", teacher, LAYERS, context)
 
 
 def test_logits_beyond_float16_are_refused_with_the_way_out(run, tmp_path):
-    teacher, setup = teacher_of(run)
+    teacher, context = teacher_of(run)
     with torch.no_grad():
         teacher.model.fc.bias[2] = 1e5
     with pytest.raises(NotFiniteError, match="beyond float16's range: set cache.dtype = 'float32'"):
-        cache_teacher(CACHE, tmp_path / "large.zarr", teacher, LAYERS, setup)
-    cache_teacher(dataclasses.replace(CACHE, dtype="float32"), tmp_path / "wide.zarr", teacher, LAYERS, setup)
+        cache_teacher(CACHE, tmp_path / "large.zarr", teacher, LAYERS, context)
+    cache_teacher(dataclasses.replace(CACHE, dtype="float32"), tmp_path / "wide.zarr", teacher, LAYERS, context)
     assert open_store(tmp_path / "wide.zarr").read_view("logits", 0).max() > 9e4
 
 
 def test_a_wrong_layer_lists_the_near_ones(run, tmp_path):
-    teacher, setup = teacher_of(run)
+    teacher, context = teacher_of(run)
     with pytest.raises(ModelError, match="stage2"):
-        cache_teacher(CACHE, tmp_path / "layer.zarr", teacher, [Wanted("stag2")], setup)
+        cache_teacher(CACHE, tmp_path / "layer.zarr", teacher, [FeatureSpec("stag2")], context)
     assert not (tmp_path / "layer.zarr").exists()
 
 
 def test_too_little_disk_is_refused_before_anything_is_computed(run, tmp_path, monkeypatch):
-    teacher, setup = teacher_of(run)
+    teacher, context = teacher_of(run)
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with pytest.raises(RunError, match=r"needs [\d,]+ bytes more and its disk has 1,000 free"):
-        cache_teacher(CACHE, tmp_path / "full.zarr", teacher, LAYERS, setup)
+        cache_teacher(CACHE, tmp_path / "full.zarr", teacher, LAYERS, context)
     assert not (tmp_path / "full.zarr").exists()
 
 
 def test_last_part_finishes_the_store(run, tmp_path):
     path = tmp_path / "parts.zarr"
-    teacher, setup = teacher_of(run)
-    results = [cache_teacher(CACHE, path, teacher, LAYERS, setup, part=Part(i, 3, "--part")) for i in (2, 0, 1)]
+    teacher, context = teacher_of(run)
+    results = [cache_teacher(CACHE, path, teacher, LAYERS, context, part=WorkShard(i, 3, "--part")) for i in (2, 0, 1)]
     assert [result["num_units_missing"] > 0 for result in results] == [True, True, False]
     assert sum(result["num_units_computed"] for result in results) == NUM_UNITS
     assert folder_bytes(path) == folder_bytes(run / "store.zarr")
@@ -153,32 +155,32 @@ def test_last_part_finishes_the_store(run, tmp_path):
 
 def test_unit_claimed_by_another_job_is_skipped_and_named(run, tmp_path):
     path = tmp_path / "shared.zarr"
-    teacher, setup = teacher_of(run)
-    cache_teacher(CACHE, path, teacher, LAYERS, setup, part=Part(0, NUM_UNITS, "--part"))
+    teacher, context = teacher_of(run)
+    cache_teacher(CACHE, path, teacher, LAYERS, context, part=WorkShard(0, NUM_UNITS, "--part"))
     held = claim(path, "v1-s0")
     with pytest.raises(LockedError, match=r"1 units of .*: view 1, shard 0 is being computed by process \d+ on "):
-        cache_teacher(CACHE, path, teacher, LAYERS, setup)
+        cache_teacher(CACHE, path, teacher, LAYERS, context)
     with pytest.raises(StoreError, match="not complete: view 1, shard 0 is missing"):
         open_store(path)
     held.release()
-    assert cache_teacher(CACHE, path, teacher, LAYERS, setup)["num_units_computed"] == 1
+    assert cache_teacher(CACHE, path, teacher, LAYERS, context)["num_units_computed"] == 1
     assert folder_bytes(path) == folder_bytes(run / "store.zarr")
 
 
 def test_extension_adds_data_without_rewriting(run, tmp_path):
     path = tmp_path / "grown.zarr"
-    teacher, setup = teacher_of(run)
+    teacher, context = teacher_of(run)
     few = dataclasses.replace(
-        setup, train_set=subset(setup.train_set, 200), views=dataclasses.replace(VIEWS, num_views=2)
+        context, train_set=subset(context.train_set, 200), views=dataclasses.replace(VIEWS, num_views=2)
     )
     cache_teacher(CACHE, path, teacher, [], few)
     files = [file for file in (path / "logits" / "c").rglob("*") if file.is_file()]
     before = {file: (file.stat().st_ino, file.read_bytes()) for file in files}
     opened = open_store(path)
-    cache_teacher(CACHE, path, teacher, LAYERS, setup)
+    cache_teacher(CACHE, path, teacher, LAYERS, context)
     assert all((file.stat().st_ino, file.read_bytes()) == was for file, was in before.items())
     grown, whole = open_store(path), open_store(run / "store.zarr")
-    ids = setup.train_set.sample_ids.numpy()
+    ids = context.train_set.sample_ids.numpy()
     for name in ("logits", "features/stage2"):
         for view in range(VIEWS.num_views):
             np.testing.assert_allclose(
@@ -190,9 +192,9 @@ def test_extension_adds_data_without_rewriting(run, tmp_path):
 
 
 def test_statistics_of_maps_match_their_formulas(run, tmp_path):
-    teacher, setup = teacher_of(run)
-    forms = [Wanted("stage2", form) for form in ("features", "pooled", "attention", "gram")]
-    cache_teacher(dataclasses.replace(CACHE, dtype="float32"), tmp_path / "forms.zarr", teacher, forms, setup)
+    teacher, context = teacher_of(run)
+    forms = [FeatureSpec("stage2", form) for form in ("features", "pooled", "attention", "gram")]
+    cache_teacher(dataclasses.replace(CACHE, dtype="float32"), tmp_path / "forms.zarr", teacher, forms, context)
     store = open_store(tmp_path / "forms.zarr")
     maps = torch.from_numpy(store.read_view("features/stage2", 1)).double()
     energy = maps.pow(2).mean(1)
@@ -207,13 +209,13 @@ def test_statistics_of_maps_match_their_formulas(run, tmp_path):
 
 
 def test_top_k_store_matches_the_dense_one(run, tmp_path):
-    teacher, setup = teacher_of(run)
-    result = cache_teacher(dataclasses.replace(CACHE, top_k=2), tmp_path / "top.zarr", teacher, [], setup)
+    teacher, context = teacher_of(run)
+    result = cache_teacher(dataclasses.replace(CACHE, top_k=2), tmp_path / "top.zarr", teacher, [], context)
     assert list(result["arrays"]) == ["logits/values", "logits/indices", "logits/tail"]
     top, dense = open_store(tmp_path / "top.zarr"), open_store(run / "store.zarr")
-    ids = setup.train_set.sample_ids.numpy()[:64]
+    ids = context.train_set.sample_ids.numpy()[:64]
     exact = torch.from_numpy(dense.gather("logits", 1, ids)).float()
-    said = Targets([join(top, setup.train_set, [])], torch.device("cpu")).batch(1, torch.arange(64))[0]
+    said = Targets([join(top, context.train_set, [])], torch.device("cpu")).batch(1, torch.arange(64))[0]
     for temperature in (1.0, 2.7, 4.0, 20.0):
         found = torch.softmax(said.logits_at(temperature) / temperature, 1)
         wanted = torch.softmax(exact / temperature, 1)
@@ -221,7 +223,7 @@ def test_top_k_store_matches_the_dense_one(run, tmp_path):
         assert (found.gather(1, kept) - wanted.gather(1, kept)).abs().max() < 2e-3
     assert set(top.fidelity["logits"]["kl"]) == {"1", "2", "4", "8", "20"}
     with pytest.raises(RecipeError, match="cache.top_k = 4 keeps all of 4 classes"):
-        cache_teacher(dataclasses.replace(CACHE, top_k=4), tmp_path / "all.zarr", teacher, [], setup)
+        cache_teacher(dataclasses.replace(CACHE, top_k=4), tmp_path / "all.zarr", teacher, [], context)
 
 
 def test_store_records_encoding_errors(run):
@@ -234,7 +236,7 @@ def test_store_records_encoding_errors(run):
 
 def test_full_disk_stops_the_job_and_a_rerun_continues(run, tmp_path, monkeypatch):
     path, real, left = tmp_path / "refused.zarr", writer.write_atomically, [5]
-    teacher, setup = teacher_of(run)
+    teacher, context = teacher_of(run)
 
     def refuse(target, *parts):
         left[0] -= 1
@@ -244,19 +246,19 @@ def test_full_disk_stops_the_job_and_a_rerun_continues(run, tmp_path, monkeypatc
 
     monkeypatch.setattr(writer, "write_atomically", refuse)
     with pytest.raises(StoreError, match=r"the disk is full; [\d,]+ bytes are needed there and [\d,]+ are free"):
-        cache_teacher(CACHE, path, teacher, LAYERS, setup)
+        cache_teacher(CACHE, path, teacher, LAYERS, context)
     monkeypatch.undo()
-    assert 0 < cache_teacher(CACHE, path, teacher, LAYERS, setup)["num_units_computed"] < NUM_UNITS
+    assert 0 < cache_teacher(CACHE, path, teacher, LAYERS, context)["num_units_computed"] < NUM_UNITS
     assert folder_bytes(path) == folder_bytes(run / "store.zarr")
 
 
 def test_plan_lists_missing_units_without_writing(run, tmp_path):
-    teacher, setup = teacher_of(run)
-    plan = plan_cache(CACHE, tmp_path / "none.zarr", teacher, LAYERS, setup, trained=True)
+    teacher, context = teacher_of(run)
+    plan = plan_cache(CACHE, tmp_path / "none.zarr", teacher, LAYERS, context, trained=True)
     assert (plan["num_units"], plan["num_units_missing"]) == (NUM_UNITS, NUM_UNITS)
     assert plan["missing_bytes"] == plan["store_bytes"] == sum(one["store_bytes"] for one in plan["arrays"].values())
     assert not list(tmp_path.iterdir())
-    more = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, num_views=4))
+    more = dataclasses.replace(context, views=dataclasses.replace(VIEWS, num_views=4))
     plan = plan_cache(CACHE, run / "store.zarr", teacher, LAYERS, more, trained=True)
     assert (plan["num_units_missing"], plan["num_images"]) == (NUM_UNITS // 3, 300)
-    assert probe(CACHE, teacher, LAYERS, setup, 900)["images_per_s"] > 0
+    assert probe(CACHE, teacher, LAYERS, context, 900)["images_per_s"] > 0

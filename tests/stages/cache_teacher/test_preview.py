@@ -9,28 +9,28 @@ import torch
 from PIL import Image
 from support.kdpipe_process import RECIPE, kdpipe_here
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
+from support.tiny_road import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 
 from kdpipe.pipeline.commands.view_grid import draw_grid
 from kdpipe.stages.cache_teacher.cache import cache_teacher
-from kdpipe.stages.cache_teacher.preview import ShownViews, show_views
+from kdpipe.stages.cache_teacher.preview import ViewPreview, show_views
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.train_teacher import load_teacher
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import open_store
 
-WHOLE = squares(120, 0)
-STORED = WHOLE.take(torch.arange(80))
+ALL = squares(120, 0)
+STORED = ALL.take(torch.arange(80))
 WHITE = 255
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shown")
-    setup = tiny_setup(folder, train_set=STORED)
-    make_tiny_store(setup)
+    context = tiny_context(folder, train_set=STORED)
+    make_tiny_store(context)
     top_k = dataclasses.replace(CACHE, top_k=2)
-    cache_teacher(top_k, folder / "top.zarr", load_teacher(TEACHER, 0, setup), [], setup)
+    cache_teacher(top_k, folder / "top.zarr", load_teacher(TEACHER, 0, context), [], context)
     return folder
 
 
@@ -40,20 +40,20 @@ def softmax(logits):
 
 
 def test_preview_shows_views_of_stored_samples(run):
-    shown = show_views(tiny_setup(run, train_set=WHOLE), open_store(run / "store.zarr"), 5, 2)
+    shown = show_views(tiny_context(run, train_set=ALL), open_store(run / "store.zarr"), 5, 2)
     assert shown.images.shape == (5, 2, 1, 8, 8)
     assert set(shown.sample_ids) <= set(STORED.sample_ids.tolist())
-    position = {one: at for at, one in enumerate(WHOLE.sample_ids.tolist())}
+    position = {one: at for at, one in enumerate(ALL.sample_ids.tolist())}
     for row, one in enumerate(shown.sample_ids):
-        image, ids = WHOLE.images[position[one]][None], torch.tensor([one])
-        assert shown.labels[row] == "abcd"[WHOLE.labels[position[one]]]
+        image, ids = ALL.images[position[one]][None], torch.tensor([one])
+        assert shown.labels[row] == "abcd"[ALL.labels[position[one]]]
         for view in range(2):
             assert torch.equal(shown.images[row, view], Renderer(VIEWS, 1, (8, 8)).render_batch(image, ids, view)[0])
 
 
 def test_preview_shows_top_classes_of_stored_logits(run):
     store = open_store(run / "store.zarr")
-    shown = show_views(tiny_setup(run, train_set=WHOLE), store, 20, 3)
+    shown = show_views(tiny_context(run, train_set=ALL), store, 20, 3)
     for row, one in enumerate(shown.sample_ids):
         for view in range(3):
             shares = softmax(store.gather("logits", view, np.array([one]))[0])
@@ -63,10 +63,10 @@ def test_preview_shows_top_classes_of_stored_logits(run):
 
 
 def test_preview_of_top_k_logits_spreads_the_rest(run):
-    setup = tiny_setup(run, train_set=WHOLE)
+    context = tiny_context(run, train_set=ALL)
     dense, top = (open_store(run / name) for name in ("store.zarr", "top.zarr"))
-    shown = show_views(setup, top, 20, 3)
-    assert shown.sample_ids == show_views(setup, dense, 20, 3).sample_ids
+    shown = show_views(context, top, 20, 3)
+    assert shown.sample_ids == show_views(context, dense, 20, 3).sample_ids
     for row, one in enumerate(shown.sample_ids):
         for view in range(3):
             shares = softmax(dense.gather("logits", view, np.array([one]))[0])
@@ -77,7 +77,7 @@ def test_preview_of_top_k_logits_spreads_the_rest(run):
 
 
 def test_without_a_store_it_shows_the_recipes_views_alone(run):
-    shown = show_views(tiny_setup(run, train_set=WHOLE), None, 200, 99)
+    shown = show_views(tiny_context(run, train_set=ALL), None, 200, 99)
     assert shown.images.shape == (120, VIEWS.num_views, 1, 8, 8)
     assert shown.top == [[[], [], []]] * 120
 
@@ -85,7 +85,7 @@ def test_without_a_store_it_shows_the_recipes_views_alone(run):
 def by_hand(shape, labels, top):
     images = torch.randint(0, 200, (len(labels), len(top[0]), *shape), dtype=torch.uint8)
     nobody = [[None] * images.shape[1]] * len(labels)
-    return ShownViews(images, list(range(len(labels))), labels, top, nobody)
+    return ViewPreview(images, list(range(len(labels))), labels, top, nobody)
 
 
 def drawn(shown, path):

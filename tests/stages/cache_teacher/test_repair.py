@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, squares, tiny_setup
+from support.tiny_road import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, squares, tiny_context
 
 import kdpipe.stages.cache_teacher.repair
 from kdpipe.stages.cache_teacher.cache import cache_teacher, complete_units
 from kdpipe.stages.cache_teacher.repair import repair
 from kdpipe.stages.errors import RunError, StoppedEarly
-from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.train_teacher import load_teacher
 from kdpipe.store import (
     Codec,
@@ -41,7 +41,7 @@ from kdpipe.store.format.zarr_metadata import replace_metadata
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repaired")
-    make_tiny_store(tiny_setup(folder))
+    make_tiny_store(tiny_context(folder))
     return folder
 
 
@@ -63,8 +63,8 @@ def flip(file, at, bit=2):
 
 
 def repaired(run, path, config=CACHE, layers=LAYERS, **changes):
-    setup = tiny_setup(run, **changes)
-    return repair(config, path, load_teacher(TEACHER, 0, setup), layers, setup)
+    context = tiny_context(run, **changes)
+    return repair(config, path, load_teacher(TEACHER, 0, context), layers, context)
 
 
 def test_a_whole_store_is_left_alone(run, path, intact):
@@ -75,8 +75,8 @@ def test_a_whole_store_is_left_alone(run, path, intact):
 
 
 def test_repair_restores_bytes_computing_only_damaged_units(run, path):
-    setup = tiny_setup(run, views=dataclasses.replace(VIEWS, num_views=7))
-    cache_teacher(CACHE, path, load_teacher(TEACHER, 0, setup), LAYERS, setup)
+    context = tiny_context(run, views=dataclasses.replace(VIEWS, num_views=7))
+    cache_teacher(CACHE, path, load_teacher(TEACHER, 0, context), LAYERS, context)
     intact = folder_bytes(path)
     manifest = read_store_manifest(path)
     logits, features = manifest.arrays
@@ -121,14 +121,14 @@ def test_all_samples_may_be_lost(run, path, intact):
 
 
 def test_samples_of_an_extension_are_restored(run, tmp_path):
-    setup, path = tiny_setup(run), tmp_path / "grown.zarr"
-    teacher = load_teacher(TEACHER, 0, setup)
+    context, path = tiny_context(run), tmp_path / "grown.zarr"
+    teacher = load_teacher(TEACHER, 0, context)
     part = dataclasses.replace(
-        setup.train_set,
-        **{name: getattr(setup.train_set, name)[:200] for name in ("images", "labels", "sample_ids")},
+        context.train_set,
+        **{name: getattr(context.train_set, name)[:200] for name in ("images", "labels", "sample_ids")},
     )
-    cache_teacher(CACHE, path, teacher, LAYERS, tiny_setup(run, train_set=part))
-    cache_teacher(CACHE, path, teacher, LAYERS, setup)
+    cache_teacher(CACHE, path, teacher, LAYERS, tiny_context(run, train_set=part))
+    cache_teacher(CACHE, path, teacher, LAYERS, context)
     assert len(read_store_manifest(path).layout.segments) == 2
     before = folder_bytes(path)
     row = int(read_store_manifest(path).layout.sample_rows()[-1])
@@ -153,12 +153,12 @@ def test_another_data_set_cannot_give_the_samples(run, path):
 def test_another_teacher_is_refused_before_anything_changes(run, path):
     flip(shard_path(path, read_store_manifest(path).arrays[0], read_store_manifest(path).layout.units()[0]), 40)
     before = folder_bytes(path)
-    setup = tiny_setup(run)
-    teacher = load_teacher(TEACHER, 0, setup)
+    context = tiny_context(run)
+    teacher = load_teacher(TEACHER, 0, context)
     with torch.no_grad():
         next(teacher.model.parameters()).add_(1e-3)
     with pytest.raises(FingerprintMismatch, match="weights_sha256"):
-        repair(CACHE, path, teacher, LAYERS, setup)
+        repair(CACHE, path, teacher, LAYERS, context)
     assert folder_bytes(path) == before
 
 
@@ -251,7 +251,7 @@ def test_a_stopped_repair_is_finished_by_the_next(run, path, intact):
         flip(shard_path(path, manifest.arrays[1], unit), 9)
     num_units = len(manifest.layout.units())
     with pytest.raises(StoppedEarly):
-        repaired(run, path, watch=Watch(should_stop=StopAfter(num_units + 3)))
+        repaired(run, path, monitor=RunMonitor(should_stop=StopAfter(num_units + 3)))
     assert 0 < len(missing_units(path, manifest)) <= num_units
     assert not repaired(run, path)[1].damaged
     assert folder_bytes(path) == intact
@@ -272,9 +272,9 @@ def packed(run, path, **changes):
     source = run / "store.zarr"
     manifest = dataclasses.replace(read_store_manifest(source), codec=Codec(), finished=None, **changes)
     create_store(path, manifest, read_samples(source, manifest.layout, manifest.identity.data))
-    setup = tiny_setup(run)
+    context = tiny_context(run)
     units = manifest.layout.units()
-    complete_units(CACHE, path, manifest, units, teacher=load_teacher(TEACHER, 0, setup), setup=setup)
+    complete_units(CACHE, path, manifest, units, teacher=load_teacher(TEACHER, 0, context), context=context)
     return manifest
 
 

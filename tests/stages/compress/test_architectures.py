@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tiny_road import TEACHER, TRAIN, StopAfter, make_tiny_store, squares, tiny_setup
+from support.tiny_road import TEACHER, TRAIN, StopAfter, make_tiny_store, squares, tiny_context
 
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig, compress
@@ -15,7 +15,7 @@ from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.distillation.task_builder import fresh_student
+from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.export.onnx_check import check_onnx
@@ -24,9 +24,9 @@ from kdpipe.stages.export.onnx_session import float_nodes, op_counts
 from kdpipe.stages.losses.logits.kd import KDConfig
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.runtime.events import Watch
-from kdpipe.stages.train_student.student import open_teaching
-from kdpipe.stages.training.job_dir import read_json
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.train_student.student import open_distillation
+from kdpipe.stages.training.job_dir import read_json_file
 
 FAMILIES = {
     "residual": ModelConfig(name="resnet8"),
@@ -43,8 +43,8 @@ def enlarged(image_set):
     return dataclasses.replace(image_set, images=images)
 
 
-def setup_in(run, watch=None):
-    return tiny_setup(run, watch, train_set=enlarged(squares(96, 0)), test_set=enlarged(squares(60, 1, "test")))
+def setup_in(run, monitor=None):
+    return tiny_context(run, monitor, train_set=enlarged(squares(96, 0)), test_set=enlarged(squares(60, 1, "test")))
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +54,14 @@ def run(tmp_path_factory):
     return folder
 
 
-def save_trained_student(student, setup, path):
+def save_trained_student(student, context, path):
     """Train the student for some steps, until it is confident, and save it."""
-    network = fresh_student(student, 0, setup)
+    network = build_student(student, 0, context)
     optimizer = torch.optim.AdamW(network.model.parameters(), lr=0.003)
     torch.manual_seed(0)
     for _ in range(40):
         at = torch.randint(96, (32,))
-        images, labels = network.normalise(setup.train_set.images[at]), setup.train_set.labels[at]
+        images, labels = network.normalize(context.train_set.images[at]), context.train_set.labels[at]
         optimizer.zero_grad()
         F.cross_entropy(network.model(images), labels).backward()
         optimizer.step()
@@ -84,10 +84,10 @@ def config_for(path):
 
 def compress_with_stops(config, student, run):
     for _ in range(100):
-        setup = setup_in(run, Watch(should_stop=StopAfter(4)))
-        teaching = open_teaching([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, setup)
+        context = setup_in(run, RunMonitor(should_stop=StopAfter(4)))
+        spec = open_distillation([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, context)
         try:
-            return compress(config, student, 0, teaching, setup)
+            return compress(config, student, 0, spec, context)
         except StoppedEarly:
             pass
     raise AssertionError("it never came to its end")
@@ -97,12 +97,12 @@ def compress_with_stops(config, student, run):
 def test_family_is_pruned_quantized_and_rebuilt(run, tmp_path, monkeypatch, family):
     monkeypatch.setattr(FineTuneContext, "exports_onnx", False)  # one ONNX file, below, is enough
     student = StudentConfig(model=FAMILIES[family], train=TRAIN, seeds=(0,))
-    setup = setup_in(run)
-    save_trained_student(student, setup, tmp_path / f"{family}.pt")
+    context = setup_in(run)
+    save_trained_student(student, context, tmp_path / f"{family}.pt")
     shutil.copy(tmp_path / f"{family}.pt", tmp_path / f"{family}-again.pt")
     figures = compress_with_stops(config_for(tmp_path / f"{family}.pt"), student, run)
-    teaching = open_teaching([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, setup)
-    compress(config_for(tmp_path / f"{family}-again.pt"), student, 0, teaching, setup)
+    spec = open_distillation([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, context)
+    compress(config_for(tmp_path / f"{family}-again.pt"), student, 0, spec, context)
 
     # A quantization-aware training that is stopped again and again ends in the very same weights.
     root = run / f"compressed-{family}"
@@ -110,15 +110,15 @@ def test_family_is_pruned_quantized_and_rebuilt(run, tmp_path, monkeypatch, fami
         first = load_tensors(root / f"{kind}-seed0" / "model.safetensors")[0]
         second = load_tensors(run / f"compressed-{family}-again" / f"{kind}-seed0" / "model.safetensors")[0]
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    given = read_json(root / "given" / "result.json")
+    given = read_json_file(root / "given" / "result.json")
     assert figures["pruned"]["num_parameters"] < (0.85 if family == "attention" else 0.5) * given["num_parameters"]
 
     # Pruned and INT8, it is built again from its own record, says the same, and so does its file.
-    test = setup.test(fresh_student(student, 0, setup).normalise)
+    test = context.test(build_student(student, 0, context).normalize)
     for kind in ("pruned", "int8"):
         rebuilt = rebuild(root / f"{kind}-seed0" / "model.safetensors", trust_python=True)
-        assert evaluate(rebuilt.model, test, setup.device).accuracy == figures[kind]["accuracy"]
-    export_onnx(rebuilt.model, torch.zeros(2, *setup.image_shape), path := tmp_path / "model.onnx", metadata={})
+        assert evaluate(rebuilt.model, test, context.device).accuracy == figures[kind]["accuracy"]
+    export_onnx(rebuilt.model, torch.zeros(2, *context.image_shape), path := tmp_path / "model.onnx", metadata={})
     agreement = check_onnx(path, rebuilt.model, test.batches())
     assert agreement.top1_agreement >= 0.98
     session = onnxruntime.InferenceSession(path)

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_setup
+from support.tiny_road import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_context
 
 from kdpipe.stages.compress.artifacts.export_student import export_student
 from kdpipe.stages.compress.artifacts.load import rebuild
@@ -22,14 +22,14 @@ from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.prune_student import latency_share
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
-from kdpipe.stages.distillation.task_builder import fresh_student
+from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RunError, StoppedEarly
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.models.weights import count_parameters
-from kdpipe.stages.runtime.events import Watch
-from kdpipe.stages.train_student.student import open_teaching, train_student
-from kdpipe.stages.training.job_dir import read_json
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.train_student.student import open_distillation, train_student
+from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store import FingerprintMismatch
 
 FINE = dataclasses.replace(TRAIN, lr=0.01)
@@ -49,9 +49,9 @@ CONFIG = CompressConfig(
 def run(tmp_path_factory):
     """Create a run folder with a teacher, its store, and a distilled student."""
     folder = tmp_path_factory.mktemp("compress")
-    setup = tiny_setup(folder)
-    make_tiny_store(setup)
-    train_student(STUDENT, 0, open_tiny_teaching(folder / "store.zarr", setup), setup)
+    context = tiny_context(folder)
+    make_tiny_store(context)
+    train_student(STUDENT, 0, open_tiny_teaching(folder / "store.zarr", context), context)
     return folder
 
 
@@ -83,14 +83,14 @@ def own(made, tmp_path):
     return copied(made, tmp_path)
 
 
-def compressed(copy, run, config=CONFIG, *, watch=None, only=("prune", "quantize")):
-    setup = tiny_setup(copy, watch)
-    return compress(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", setup), setup, only=only)
+def compressed(copy, run, config=CONFIG, *, monitor=None, only=("prune", "quantize")):
+    context = tiny_context(copy, monitor)
+    return compress(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", context), context, only=only)
 
 
 def exported(copy, run, config=CONFIG):
-    setup = tiny_setup(copy)
-    export_student(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", setup), setup, name="tiny")
+    context = tiny_context(copy)
+    export_student(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", context), context, name="tiny")
     return artifact_folder(compressed_root(copy, config), 0)
 
 
@@ -108,7 +108,7 @@ def noisy_share(full, measured):
 
 
 def test_latency_share_of_a_network_with_itself(run):
-    full = fresh_student(STUDENT, 0, tiny_setup(run)).model
+    full = build_student(STUDENT, 0, tiny_context(run)).model
     assert 0.2 < latency_share(full, (1, 8, 8))(full) < 5
 
 
@@ -135,14 +135,14 @@ def test_repeatedly_stopped_equals_uninterrupted(run, copy, tmp_path_factory, mo
     config, other = with_prune(**changes), copied(run, tmp_path_factory.mktemp("undisturbed"))
     for _ in range(100):
         try:
-            compressed(copy, run, config, watch=Watch(should_stop=StopAfter(11)))
+            compressed(copy, run, config, monitor=RunMonitor(should_stop=StopAfter(11)))
             break
         except StoppedEarly:
             pass
     else:
         pytest.fail("it never came to its end")
     if changes.get("budget") == "latency":  # a second measurement would differ, so the first is saved
-        recorded = read_json(copy / "compressed" / "pruned-seed0" / "result.json")["channel_ratio"]
+        recorded = read_json_file(copy / "compressed" / "pruned-seed0" / "result.json")["channel_ratio"]
         config = with_prune(ratio=recorded)
         compressed(other, run, config, only=("prune",))
         assert sizes(weights(copy, "pruned")) == sizes(weights(other, "pruned"))
@@ -165,8 +165,8 @@ def test_finished_job_is_untouched_and_other_recipe_refused(run, own):
 
 
 def test_figures_describe_the_pruning(made):
-    figures = read_json(made / "compressed" / "pruned-seed0" / "result.json")
-    student = read_json(made / "students" / "distilled-seed0" / "result.json")
+    figures = read_json_file(made / "compressed" / "pruned-seed0" / "result.json")
+    student = read_json_file(made / "students" / "distilled-seed0" / "result.json")
     assert figures["num_parameters"] < 0.6 * student["num_parameters"]
     assert figures["num_macs"] < 0.6 * student["num_macs"]
     assert figures["channel_ratio"] == 0.5
@@ -181,11 +181,13 @@ def test_baselines_omit_the_stores_or_pruning(run, copy):
     assert figures.keys() == kinds
     root = copy / "compressed"
     for kind in kinds:
-        taught = read_json(root / f"{kind}-seed0" / "job.json")["teaching"]
+        taught = read_json_file(root / f"{kind}-seed0" / "job.json")["teaching"]
         assert (taught is None) == (kind.endswith("-alone") or kind == "int8-ptq")
         # What is there to be compared with is not for use.
         assert (root / f"{kind}-seed0" / "model.onnx").exists() == (taught is not None)
-    starts = {kind: read_json(root / f"{kind}-seed0" / "job.json")["starts_from"]["weights_sha256"] for kind in kinds}
+    starts = {
+        kind: read_json_file(root / f"{kind}-seed0" / "job.json")["starts_from"]["weights_sha256"] for kind in kinds
+    }
     identities = {kind: figures[kind]["identity"]["weights_sha256"] for kind in kinds}
     assert starts["int8-alone"] == identities["pruned-alone"] != starts["int8"] == identities["pruned"]
     assert starts["int8-ptq"] == starts["int8-unpruned"] == starts["pruned"] == starts["pruned-alone"]
@@ -230,9 +232,9 @@ def test_artifacts_run_and_rebuild_from_their_record(made):
     folder = made / "compressed" / "artifacts-seed0"
     names = {"model.onnx", "model.int8.onnx", "model.pt2", "model.int8.pt2", "model.safetensors"}
     assert {path.name for path in folder.iterdir()} == names | {"card.json", "README.md"}
-    test = tiny_setup(made).test_set
+    test = tiny_context(made).test_set
     rebuilt = rebuild(folder / "model.safetensors")
-    images = rebuilt.normalise(test.images)
+    images = rebuilt.normalize(test.images)
     with torch.no_grad():
         expected = rebuilt.model(images)
     assert rebuilt.architecture["widths"] and rebuilt.architecture["quantized"] == "int8"
@@ -248,7 +250,7 @@ def test_artifacts_run_and_rebuild_from_their_record(made):
 def test_card_states_origin_and_runnable_code(run, made):
     folder = made / "compressed" / "artifacts-seed0"
     card, text = json.loads((folder / "card.json").read_text()), (folder / "README.md").read_text()
-    teacher = read_json(run / "teacher" / "result.json")["identity"]["weights_sha256"]
+    teacher = read_json_file(run / "teacher" / "result.json")["identity"]["weights_sha256"]
     assert card["teachers"][0]["weights_sha256"] == teacher and teacher[:12] in text
     assert list(card["networks"]) == ["teacher", "student", "pruned", "int8"]
     assert card["class_names"] == list("abcd") and card["input"]["shape"] == ["batch", 1, 8, 8]
@@ -258,7 +260,7 @@ def test_card_states_origin_and_runnable_code(run, made):
     code = (
         text.split("```python\n")[1].split("```")[0].replace('"model.int8.onnx"', repr(str(folder / "model.int8.onnx")))
     )
-    test = tiny_setup(made).test_set
+    test = tiny_context(made).test_set
     scope = {"images": test.images.numpy()}
     exec(code, scope)
     accuracy = float((scope["logits"].argmax(1) == test.labels.numpy()).mean())
@@ -304,8 +306,8 @@ def test_external_student_is_compressed_in_its_own_folder(run, copy, tmp_path, m
     config = dataclasses.replace(CONFIG, student=str(tmp_path / "mine.pt"))
     figures = compressed(copy, run, config)
     assert compressed_root(copy, config).name == "compressed-mine"
-    given = read_json(copy / "compressed-mine" / "given" / "result.json")
-    assert given["accuracy"] == read_json(run / "students" / "distilled-seed0" / "result.json")["accuracy"]
+    given = read_json_file(copy / "compressed-mine" / "given" / "result.json")
+    assert given["accuracy"] == read_json_file(run / "students" / "distilled-seed0" / "result.json")["accuracy"]
     assert figures["int8"] == compressed(copy, run, config)["int8"]
 
 
@@ -324,7 +326,9 @@ def test_pruned_external_student_is_pruned_further(run, own):
     student_file = exported(own, run, dataclasses.replace(CONFIG, steps=("prune",))) / "model.safetensors"
     config = dataclasses.replace(CONFIG, student=str(student_file), steps=("prune",))
     again = compressed(own, run, config)["pruned"]
-    assert again["num_parameters"] < read_json(own / "compressed" / "pruned-seed0" / "result.json")["num_parameters"]
+    assert (
+        again["num_parameters"] < read_json_file(own / "compressed" / "pruned-seed0" / "result.json")["num_parameters"]
+    )
 
 
 def test_files_of_other_networks_are_refused(run, made, copy, tmp_path):
@@ -417,10 +421,10 @@ def test_student_pruned_with_other_settings_is_refused(run, own):
 
 def test_another_student_is_refused_first(run, own):
     other = dataclasses.replace(STUDENT, model=ModelConfig(name="cnn", args={"width": 3, "num_stages": 2}))
-    setup = tiny_setup(own)
-    teaching = open_teaching([run / "store.zarr"], (), other, {}, setup)
+    context = tiny_context(own)
+    spec = open_distillation([run / "store.zarr"], (), other, {}, context)
     with pytest.raises(FingerprintMismatch, match="args.width: stored 4, wanted 3"):
-        compress(CONFIG, other, 0, teaching, setup, only=("prune",))
+        compress(CONFIG, other, 0, spec, context, only=("prune",))
 
 
 def test_leftovers_of_killed_writers_are_removed(run, own):

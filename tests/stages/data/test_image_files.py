@@ -12,7 +12,7 @@ from PIL import Image
 from kdpipe.stages.data import decode as pixels
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_files import ImageFiles, PackedPaths
-from kdpipe.stages.data.image_set import ImageSet, normalisation, pixel_checksums, unequal_sizes_message
+from kdpipe.stages.data.image_set import ImageSet, normalization, pixel_checksums, unequal_sizes_message
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.errors import DataError
 
@@ -62,7 +62,7 @@ def test_unequal_photographs_are_read_one_by_one_as_they_are(pets: Path) -> None
 def test_photographs_in_files_are_normalised_as_imagenet(
     pets: Path, channels: int, mean: tuple[float, ...], std: tuple[float, ...] | None
 ) -> None:
-    assert normalisation(_load(pets, channels=channels)) == (mean, std or (0.229, 0.224, 0.225))
+    assert normalization(_load(pets, channels=channels)) == (mean, std or (0.229, 0.224, 0.225))
 
 
 def test_where_pixels_live_does_not_change_what_they_are(pets: Path) -> None:

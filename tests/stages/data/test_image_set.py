@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.stages.data.image_set import STD_FLOOR, ImageSet, digest, normalisation, pixel_checksums
+from kdpipe.stages.data.image_set import STD_FLOOR, ImageSet, digest, normalization, pixel_checksums
 from kdpipe.stages.errors import DataError
 
 
@@ -111,13 +111,13 @@ def test_the_checksum_is_crc32c() -> None:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3]))
 def test_normalisation_is_the_mean_and_std_of_each_channel(seed: int, channels: int) -> None:
     images = np.random.default_rng(seed).integers(0, 256, (3, channels, 5, 4), dtype=np.uint8)
-    mean, std = normalisation(_image_set(images=torch.from_numpy(images)))
+    mean, std = normalization(_image_set(images=torch.from_numpy(images)))
     scaled = images.astype(np.float64) / 255
     assert mean == pytest.approx(scaled.mean(axis=(0, 2, 3)), abs=5.1e-5)
     assert std == pytest.approx(scaled.std(axis=(0, 2, 3)), abs=5.1e-5)
 
 
 def test_normalization_of_constant_images_is_finite() -> None:
-    mean, std = normalisation(_image_set(images=torch.full((3, 1, 2, 2), 255, dtype=torch.uint8)))
+    mean, std = normalization(_image_set(images=torch.full((3, 1, 2, 2), 255, dtype=torch.uint8)))
     assert mean == (1.0,)
     assert std == (round(STD_FLOOR, 4),)

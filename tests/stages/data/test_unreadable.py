@@ -21,7 +21,7 @@ from support.rendered_alone import (
     shuffled,
 )
 
-from kdpipe.stages.data.loader.image_loader import Pictures, Request
+from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.renderer import Renderer
@@ -57,7 +57,7 @@ def without(image_set, views, positions, view, bad):
 def test_unreadable_images_are_reported_and_dropped(tmp_path, name, num_workers):
     views = VIEWS[name]
     image_set = photographs(tmp_path, NUM_SAMPLES, EQUAL if views.engine == "tensor" else UNEQUAL)
-    requests = [Request(at, view) for view in (0, 1) for at in torch.split(shuffled(view), 13)]
+    requests = [ViewRequest(at, view) for view in (0, 1) for at in torch.split(shuffled(view), 13)]
     truth = {view: expected(image_set, views, torch.arange(NUM_SAMPLES), view) for view in (0, 1)}
     bad = dict(zip((4, 9, 17), DAMAGE, strict=True))
     for at, damage in bad.items():
@@ -84,11 +84,11 @@ def test_unreadable_images_are_reported_and_dropped(tmp_path, name, num_workers)
 def test_labels_follow_their_pictures_where_some_are_lost(tmp_path):
     image_set = photographs(tmp_path, NUM_SAMPLES)
     messages = []
-    lesson = lesson_of(loader_of(image_set, MIXED_CROPS, 0, on_failure=messages.append))
-    path_of(image_set, int(lesson.order(1, 0)[2])).unlink()
-    bad = [int(lesson.order(1, 0)[2])]
-    (batch,) = lesson.stream(1, 20, epoch=0, step=0, epochs=1)
-    kept = without(image_set, MIXED_CROPS, lesson.order(1, 0)[:20], 0, bad)
+    task = lesson_of(loader_of(image_set, MIXED_CROPS, 0, on_failure=messages.append))
+    path_of(image_set, int(task.order(1, 0)[2])).unlink()
+    bad = [int(task.order(1, 0)[2])]
+    (batch,) = task.stream(1, 20, epoch=0, step=0, epochs=1)
+    kept = without(image_set, MIXED_CROPS, task.order(1, 0)[:20], 0, bad)
     assert messages
     assert len(batch.hard.labels) == len(kept) < 20
     check_labels(image_set, kept, 0, batch)
@@ -103,7 +103,7 @@ def test_where_all_must_be_had_one_that_cannot_be_read_stops_it(tmp_path, num_wo
     dropping, default = (
         loader_of(image_set, CROPS, num_workers, **changes) for changes in ({"on_failure": messages.append}, {})
     )
-    requests = [Request(at, 0) for at in torch.split(torch.arange(6), 2)]
+    requests = [ViewRequest(at, 0) for at in torch.split(torch.arange(6), 2)]
     for loader, whole in ((dropping, True), (default, False), (default, True)):
         stream = loader.stream(requests, whole=whole)
         assert [next(stream).positions.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
@@ -127,9 +127,9 @@ def test_on_failure_may_raise_and_the_pool_stays_usable(tmp_path):
     path_of(image_set, 4).unlink()
     loader = loader_of(image_set, CROPS, 2, on_failure=refuse)
     with pytest.raises(Enough, match=r"4\.png"):
-        list(loader.stream([Request(torch.arange(6), 0)] * 3))
+        list(loader.stream([ViewRequest(torch.arange(6), 0)] * 3))
     at = torch.tensor([5, 0])
-    assert torch.equal(loader.one(Request(at, 1)).images, expected(image_set, CROPS, at, 1))
+    assert torch.equal(loader.one(ViewRequest(at, 1)).images, expected(image_set, CROPS, at, 1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -142,7 +142,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_an_error(tmp_path, num_workers)
     with pytest.raises(
         DataError, match="^none of the 2 images of a batch of photographs can be read, including sample [0-9]+: "
     ):
-        list(loader.stream([Request(torch.arange(0, 2), 0), Request(torch.arange(2, 4), 0)]))
+        list(loader.stream([ViewRequest(torch.arange(0, 2), 0), ViewRequest(torch.arange(2, 4), 0)]))
     assert len(messages) == 2
 
 
@@ -155,7 +155,7 @@ def test_a_fault_that_is_not_the_images_own_drops_no_sample(tmp_path, monkeypatc
     loader = loader_of(image_set, CROPS, 0, on_failure=messages.append)
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(DataError, match="ran out of memory or file handles"):
-        loader.one(Request(torch.arange(6), 0), whole=False)
+        loader.one(ViewRequest(torch.arange(6), 0), whole=False)
     assert not messages
 
 
@@ -193,9 +193,9 @@ def test_a_fault_of_the_users_transform_is_one_sentence(tmp_path, monkeypatch, n
     views = ViewsConfig(engine="transforms", transform=f"python:{module}:made")
     messages = []
     renderer = Renderer(views, 3, None)
-    loader = Pictures(image_set, CPU, renderer, num_workers=num_workers, on_failure=messages.append)
+    loader = ImageLoader(image_set, CPU, renderer, num_workers=num_workers, on_failure=messages.append)
     with pytest.raises(RecipeError, match=sentence) as raised:
-        list(loader.stream([Request(torch.arange(6), 0)]))
+        list(loader.stream([ViewRequest(torch.arange(6), 0)]))
     assert "Traceback" not in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not messages

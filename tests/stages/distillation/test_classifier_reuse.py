@@ -9,11 +9,11 @@ from torch import nn
 
 from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
-from kdpipe.stages.distillation.classifier_reuse import linear_of, reuse_classifier, with_projector
+from kdpipe.stages.distillation.classifier_reuse import add_projector, linear_at, reuse_classifier
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.models.build import ModelConfig, build_model
-from kdpipe.stages.models.hooks import tapped
+from kdpipe.stages.models.hooks import extract_features
 
 IMAGE_SHAPE = (3, 16, 16)
 NUM_CLASSES = 7
@@ -30,7 +30,7 @@ def images(count=4):
 
 def joined(student="resnet8", config=CONFIG, teacher="wrn_16_2", seed=0):
     """A student with the classifier of a teacher of 128 channels, and that classifier."""
-    classifier = linear_of(network(teacher, seed=9), config.classifier[1])
+    classifier = linear_at(network(teacher, seed=9), config.classifier[1])
     return reuse_classifier(network(student), config, IMAGE_SHAPE, classifier, seed=seed), classifier
 
 
@@ -49,8 +49,8 @@ def test_logits_are_the_classifier_on_the_pooled_projection(student, layer, path
     config = SimKDConfig(loss="simkd", layers=((layer, "layer3"),), classifier=(path, "fc"))
     model, classifier = joined(student, config)
     model.eval()
-    with torch.no_grad(), tapped(model, [layer]) as tap:
-        outputs = tap(images())
+    with torch.no_grad(), extract_features(model, [layer]) as extractor:
+        outputs = extractor(images())
     projected = outputs.features[layer]
     assert projected.shape[1] == classifier.in_features
     assert torch.allclose(outputs.logits, classifier(projected.mean((2, 3))), atol=1e-5)
@@ -90,7 +90,7 @@ def test_projector_depends_on_the_seed_not_the_global_rng():
 def test_weights_go_to_a_file_and_back_strictly():
     model, _ = joined()
     model(images())  # moves the running statistics
-    again = with_projector(network("resnet8", seed=5), CONFIG, IMAGE_SHAPE, num_features=128, num_classes=NUM_CLASSES)
+    again = add_projector(network("resnet8", seed=5), CONFIG, IMAGE_SHAPE, num_features=128, num_classes=NUM_CLASSES)
     again.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(again.eval()(images()), model.eval()(images()))
     assert not again.fc.weight.requires_grad
@@ -100,9 +100,7 @@ def test_a_classifier_without_bias_stays_without():
     classifier = nn.Linear(12, NUM_CLASSES, bias=False)
     model = reuse_classifier(network("resnet8"), CONFIG, IMAGE_SHAPE, classifier, seed=0)
     assert model.fc.bias is None
-    again = with_projector(
-        network("resnet8"), CONFIG, IMAGE_SHAPE, num_features=12, num_classes=NUM_CLASSES, bias=False
-    )
+    again = add_projector(network("resnet8"), CONFIG, IMAGE_SHAPE, num_features=12, num_classes=NUM_CLASSES, bias=False)
     again.load_state_dict(model.state_dict(), strict=True)
 
 
@@ -116,7 +114,7 @@ def test_training_mode_is_restored(training):
 
 def test_classifier_must_be_linear():
     with pytest.raises(RecipeError, match=r"the teacher's classifier, a Sequential: only a linear layer"):
-        linear_of(network("mobilenet_v2"), "classifier")
+        linear_at(network("mobilenet_v2"), "classifier")
 
 
 def test_unknown_path_error_has_the_nearest():
@@ -149,7 +147,7 @@ def test_student_can_be_pruned_and_rebuilt_from_its_widths():
     pruned = prune(model, example, PruneConfig(ratio=0.5)).model
     assert pruned.eval()(images()).shape == (4, NUM_CLASSES)
     assert pruned.layer3.body[0].conv1.out_channels == 32
-    again = with_projector(network("resnet8"), CONFIG, IMAGE_SHAPE, num_features=128, num_classes=NUM_CLASSES)
+    again = add_projector(network("resnet8"), CONFIG, IMAGE_SHAPE, num_features=128, num_classes=NUM_CLASSES)
     apply_widths(again, record_widths(pruned)).load_state_dict(pruned.state_dict(), strict=True)
     assert torch.equal(again.eval()(images()), pruned.eval()(images()))
     assert not again.fc.weight.requires_grad

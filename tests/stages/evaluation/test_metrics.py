@@ -5,18 +5,18 @@ import math
 
 import pytest
 import torch
-from support.tiny_road import STUDENT, tiny_setup
+from support.tiny_road import STUDENT, tiny_context
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.loader.image_loader import Pictures
+from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.evaluation.evaluate import Evaluation, evaluate
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.models.normalization import Normalisation
-from kdpipe.stages.training.finalize import finish
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.training.finalize import finalize
+from kdpipe.stages.training.job_dir import JobDir
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def asked(logits, labels, teacher=None, num_classes=None):
     images = torch.stack([at // 256, at % 256], 1).to(torch.uint8).view(-1, 1, 1, 2)
     names = tuple(f"class {number}" for number in range(num_classes or logits.shape[1]))
     image_set = ImageSet("numbers", "test", images, torch.tensor(labels), at, names)
-    return TableModel(logits), Evaluation(Pictures(image_set, CPU), Normalisation((0.0,), (1.0,)), teacher)
+    return TableModel(logits), Evaluation(ImageLoader(image_set, CPU), Normalization((0.0,), (1.0,)), teacher)
 
 
 def test_metrics_match_hand_computed_values():
@@ -178,11 +178,11 @@ def test_report_is_reproducible_and_equals_evaluate():
 
 
 def test_finished_job_saves_the_report(tmp_path):
-    setup, folder = tiny_setup(tmp_path), JobFolder(tmp_path)
-    normalise = Normalisation((0.4,), (0.2,))
-    network = Network(setup.build(STUDENT.model, 0), setup.architecture(STUDENT.model), normalise)
-    result = finish(folder, network, [], setup)
+    context, folder = tiny_context(tmp_path), JobDir(tmp_path)
+    normalize = Normalization((0.4,), (0.2,))
+    network = ModelBundle(context.build(STUDENT.model, 0), context.architecture(STUDENT.model), normalize)
+    result = finalize(folder, network, [], context)
     assert folder.result() == json.loads(json.dumps(result)) == result
     assert result["accuracy"] == result["best_accuracy"] == result["examined"]["top1"]
-    assert result["examined"] == evaluate_in_depth(network.model, setup.test(normalise), CPU).to_json()
-    assert sum(one["num_samples"] for one in result["examined"]["per_class"]) == setup.test_set.num_samples
+    assert result["examined"] == evaluate_in_depth(network.model, context.test(normalize), CPU).to_json()
+    assert sum(one["num_samples"] for one in result["examined"]["per_class"]) == context.test_set.num_samples

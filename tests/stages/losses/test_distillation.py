@@ -6,38 +6,38 @@ import pytest
 import torch
 from support.loss_inputs import LABELS, STUDENT_LOGITS, STUDENT_MAPS, TEACHER_LOGITS, TEACHER_MAPS, drawn
 
-from kdpipe.stages.losses.distillation import Exchange, build_distillation, student_layers, wanted_of
+from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation, required_of, student_layers
 from kdpipe.stages.losses.features.hint import HintConfig
 from kdpipe.stages.losses.features.nst import NSTConfig
-from kdpipe.stages.losses.inputs import Facts
+from kdpipe.stages.losses.inputs import DatasetInfo
 from kdpipe.stages.losses.logits.kd import KDConfig, kd_loss, kd_per_sample
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.relations.rkd import RKDConfig
 from kdpipe.stages.losses.relations.sp import SPConfig
-from kdpipe.stages.losses.sample_selection import Selection
-from kdpipe.stages.losses.schedules import Moment, Ramp
-from kdpipe.stages.models.hooks import Outputs
-from kdpipe.stages.targets.ensemble import Combination, TeachersConfig
-from kdpipe.stages.targets.feature_spec import Wanted, take_form
-from kdpipe.stages.targets.outputs import DenseOutputs
+from kdpipe.stages.losses.sample_selection import SampleSelection
+from kdpipe.stages.losses.schedules import Schedule, TrainProgress
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
+from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
+from kdpipe.stages.targets.outputs import DenseTargets
 
-START = Moment(0, 10)
+START = TrainProgress(0, 10)
 SECOND = 3 * drawn(8, 10, seed=5)
 HINT = HintConfig(loss="hint", layers=(("a", "b"),))
 
 
 def distillation(*configs, student=None, teachers=({},), seed=0, together=None):
-    combination = Combination(together or TeachersConfig(), len(teachers))
+    combination = TeacherEnsemble(together or TeachersConfig(), len(teachers))
     return build_distillation(
-        configs, student or {}, teachers, combination=combination, facts=Facts(100, 10), seed=seed
+        configs, student or {}, teachers, combination=combination, facts=DatasetInfo(100, 10), seed=seed
     )
 
 
 def make_batch(*teachers, student=None, known=None, moment=START):
-    outputs = [one if isinstance(one, DenseOutputs) else DenseOutputs(one, {}) for one in teachers]
+    outputs = [one if isinstance(one, DenseTargets) else DenseTargets(one, {}) for one in teachers]
     ranks = torch.arange(len(LABELS))
     known = known or [None] * len(outputs)
-    return Exchange(Outputs(STUDENT_LOGITS, student or {}), outputs, known, LABELS, ranks, moment, {})
+    return DistillationBatch(ModelOutput(STUDENT_LOGITS, student or {}), outputs, known, LABELS, ranks, moment, {})
 
 
 def kd(**changes):
@@ -59,9 +59,9 @@ def test_loss_can_use_one_store():
 
 def test_hint_reads_its_store_and_its_adapter_trains():
     config = HintConfig(loss="hint", layers=(("a", "b"),), weight=2.0, store=1)
-    terms = distillation(config, student={"a": (4, 6, 6)}, teachers=({}, {Wanted("b"): (8, 6, 6)}))
-    maps = {Wanted("b"): torch.randn(8, 8, 6, 6)}
-    batch = make_batch(TEACHER_LOGITS, DenseOutputs(TEACHER_LOGITS, maps), student={"a": torch.randn(8, 4, 6, 6)})
+    terms = distillation(config, student={"a": (4, 6, 6)}, teachers=({}, {FeatureSpec("b"): (8, 6, 6)}))
+    maps = {FeatureSpec("b"): torch.randn(8, 8, 6, 6)}
+    batch = make_batch(TEACHER_LOGITS, DenseTargets(TEACHER_LOGITS, maps), student={"a": torch.randn(8, 4, 6, 6)})
     terms(batch)["hint_0"].backward()
     assert all(weight.grad is not None for weight in terms.parameters())
     assert any(weight.grad.abs().sum() > 0 for weight in terms.parameters())
@@ -69,7 +69,7 @@ def test_hint_reads_its_store_and_its_adapter_trains():
 
 def test_adapters_come_from_the_seed_alone():
     before = torch.random.get_rng_state()
-    shapes = {"student": {"a": (3, 4, 4)}, "teachers": ({Wanted("b"): (5, 4, 4)},)}
+    shapes = {"student": {"a": (3, 4, 4)}, "teachers": ({FeatureSpec("b"): (5, 4, 4)},)}
     one, two, three = (distillation(HINT, seed=seed, **shapes).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     weight = "terms.hint_0.loss.adapters.0.0.weight"
@@ -84,8 +84,8 @@ def test_losses_list_their_required_layers():
         HintConfig(loss="hint", layers=(("a", "e"),), store=1),
     ]
     assert student_layers(losses) == ["a", "c"]
-    assert wanted_of(losses, {}, 0) == [Wanted("b"), Wanted("d")]
-    assert wanted_of(losses, {}, 1) == [Wanted("e")]
+    assert required_of(losses, {}, 0) == [FeatureSpec("b"), FeatureSpec("d")]
+    assert required_of(losses, {}, 1) == [FeatureSpec("e")]
 
 
 def test_samples_without_targets_do_not_count():
@@ -100,7 +100,7 @@ def test_samples_without_targets_do_not_count():
 def test_hard_samples_have_the_lowest_label_probability():
     given = TEACHER_LOGITS.softmax(1)[torch.arange(8), LABELS]
     hard = given.argsort()[:3]
-    losses = distillation(kd(samples=Selection(filter="hard", fraction=0.3)))(make_batch(TEACHER_LOGITS))
+    losses = distillation(kd(samples=SampleSelection(filter="hard", fraction=0.3)))(make_batch(TEACHER_LOGITS))
     expected = kd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].sum() / 8
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
 
@@ -110,11 +110,11 @@ def test_correct_samples_are_those_the_teacher_gets_right():
     teacher[torch.arange(3), LABELS[:3]] = 30.0
     right = teacher.argmax(1) == LABELS
     assert 3 <= right.sum() < 8
-    losses = distillation(kd(samples=Selection(filter="correct")))(make_batch(teacher))
+    losses = distillation(kd(samples=SampleSelection(filter="correct")))(make_batch(teacher))
     expected = kd_per_sample(STUDENT_LOGITS, teacher, 2.0)[right].sum() / 8
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
     wrong = torch.full((8, 10), 0.0).scatter(1, (LABELS[:, None] + 1) % 10, 9.0)
-    assert float(distillation(kd(samples=Selection(filter="correct")))(make_batch(wrong))["kd_0"]) == 0
+    assert float(distillation(kd(samples=SampleSelection(filter="correct")))(make_batch(wrong))["kd_0"]) == 0
 
 
 @pytest.mark.parametrize("weighting", ["entropy", "certainty", "correctness"])
@@ -123,15 +123,15 @@ def test_samples_are_weighted_by_the_teachers_predictions(weighting):
     entropy = -(given * given.log()).sum(1) / torch.tensor(10.0).log()
     raw = {"entropy": entropy, "certainty": 1 - entropy, "correctness": given[torch.arange(8), LABELS]}[weighting]
     expected = (raw / raw.mean() * kd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)).mean()
-    losses = distillation(kd(samples=Selection(weighting=weighting)))(make_batch(TEACHER_LOGITS))
+    losses = distillation(kd(samples=SampleSelection(weighting=weighting)))(make_batch(TEACHER_LOGITS))
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_weights_follow_their_schedules():
-    fading = dataclasses.replace(kd(), weight=Ramp(start=1.0, end=0.0, shape="cosine", epochs=(2, 6)))
+    fading = dataclasses.replace(kd(), weight=Schedule(start=1.0, end=0.0, shape="cosine", epochs=(2, 6)))
     whole = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0).item()
     for epoch, weight in ((0, 1.0), (2, 1.0), (3, 0.853553), (4, 0.5), (6, 0.0), (9, 0.0), (float("inf"), 0.0)):
-        loss = distillation(fading)(make_batch(TEACHER_LOGITS, moment=Moment(epoch, 10)))["kd_0"]
+        loss = distillation(fading)(make_batch(TEACHER_LOGITS, moment=TrainProgress(epoch, 10)))["kd_0"]
         assert loss.item() == pytest.approx(weight * whole, rel=1e-5, abs=1e-12), epoch
 
 
@@ -163,14 +163,14 @@ def test_under_mixed_precision_losses_run_in_float32():
         RKDConfig(loss="rkd", layers=pairs),
     ]
     shapes = {"a": (16, 8, 8)}
-    wanted = wanted_of(configs, shapes, 0)
-    given = {one: take_form(one, TEACHER_MAPS.float()) for one in wanted}
+    wanted = required_of(configs, shapes, 0)
+    given = {one: compute_statistic(one, TEACHER_MAPS.float()) for one in wanted}
     stored = {one: tuple(values.shape[1:]) for one, values in given.items()}
     losses = distillation(*configs, student=shapes, teachers=(stored,)).eval()
-    narrow = Outputs(STUDENT_LOGITS.bfloat16(), {"a": STUDENT_MAPS.bfloat16()})
-    batch = dataclasses.replace(make_batch(DenseOutputs(TEACHER_LOGITS.float(), given)), student=narrow)
+    narrow = ModelOutput(STUDENT_LOGITS.bfloat16(), {"a": STUDENT_MAPS.bfloat16()})
+    batch = dataclasses.replace(make_batch(DenseTargets(TEACHER_LOGITS.float(), given)), student=narrow)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = losses(batch)
-    plain = losses(dataclasses.replace(batch, student=narrow.widened()))
+    plain = losses(dataclasses.replace(batch, student=narrow.to_float32()))
     assert {name: one.dtype for name, one in mixed.items()} == dict.fromkeys(plain, torch.float32)
     assert {name: one.item() for name, one in mixed.items()} == {name: one.item() for name, one in plain.items()}

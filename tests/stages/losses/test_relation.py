@@ -16,7 +16,7 @@ from support.loss_inputs import (
 from kdpipe.stages.losses.relations.pkt import PKTConfig, pkt_loss
 from kdpipe.stages.losses.relations.rkd import RKDConfig, angle_loss, distance_loss, rkd_loss
 from kdpipe.stages.losses.relations.sp import SPConfig, sp_loss
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 LOSSES = {"pkt": pkt_loss, "rkd": rkd_loss, "sp": sp_loss}
 WEIGHTS = {"pkt": 30000, "rkd": 1, "sp": 3000}
@@ -77,7 +77,7 @@ def test_loss_and_gradient_are_finite_at_the_edges(name, edge, dtype):
 def test_module_sums_pairs_of_pooled_layers(config, loss):
     loss = loss or (lambda student, teacher: rkd_loss(student, teacher, 25.0, 3.0))
     assert (config.per_sample, config.student_layers()) == (False, ("a", "c"))
-    assert config.wants({}) == (Wanted("b", "pooled"), Wanted("d", "pooled"))
+    assert config.required_features({}) == (FeatureSpec("b", "pooled"), FeatureSpec("d", "pooled"))
     student = {"a": STUDENT_MAPS, "c": STUDENT_VECTORS}
     module, inputs = build_loss(config, student, {"b": TEACHER_VECTORS, "d": TEACHER_VECTORS})
     expected = sum(loss(vectors, TEACHER_VECTORS) for vectors in (STUDENT_MAPS.mean((2, 3)), STUDENT_VECTORS))
@@ -86,7 +86,7 @@ def test_module_sums_pairs_of_pooled_layers(config, loss):
 
 def test_sp_sums_pairs_of_whole_layers():
     config = SPConfig(loss="sp", layers=PAIRS)
-    assert (config.per_sample, config.wants({})) == (False, (Wanted("b"), Wanted("d")))
+    assert (config.per_sample, config.required_features({})) == (False, (FeatureSpec("b"), FeatureSpec("d")))
     student, teacher = {"a": STUDENT_MAPS, "c": STUDENT_VECTORS}, {"b": TEACHER_MAPS, "d": TEACHER_VECTORS}
     module, inputs = build_loss(config, student, teacher)
     expected = sp_loss(STUDENT_MAPS, TEACHER_MAPS) + sp_loss(STUDENT_VECTORS, TEACHER_VECTORS)

@@ -9,7 +9,7 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.build import ModelConfig, build_model
-from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.models.module_lookup import get_module
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def model() -> nn.Module:
 
 
 def test_a_path_leads_to_its_module(model: nn.Module) -> None:
-    assert module_named(model, "layer2") is model.get_submodule("layer2")
-    assert module_named(model, "layer3.2.bn1") is model.get_submodule("layer3.2.bn1")
+    assert get_module(model, "layer2") is model.get_submodule("layer2")
+    assert get_module(model, "layer3.2.bn1") is model.get_submodule("layer3.2.bn1")
 
 
 @pytest.mark.parametrize(
@@ -35,10 +35,10 @@ def test_a_path_leads_to_its_module(model: nn.Module) -> None:
 )
 def test_a_wrong_path_gets_the_nearest_ones(model: nn.Module, path: str, hint: str) -> None:
     with pytest.raises(ModelError, match=re.escape(hint)):
-        module_named(model, path)
+        get_module(model, path)
 
 
 def test_a_shared_module_answers_to_both_its_paths() -> None:
     shared = nn.ReLU()
     model = nn.Sequential(shared, nn.Linear(2, 2), shared)
-    assert module_named(model, "0") is module_named(model, "2")
+    assert get_module(model, "0") is get_module(model, "2")

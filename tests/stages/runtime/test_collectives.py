@@ -21,14 +21,14 @@ from support.paths import PYTHONPATH
 from torch import nn
 
 from kdpipe.stages.losses.base import Entry
-from kdpipe.stages.losses.inputs import Facts, Others
+from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
 from kdpipe.stages.losses.relations.cc import CCConfig
 from kdpipe.stages.losses.relations.crd import CRDConfig
 from kdpipe.stages.losses.relations.pkt import PKTConfig
 from kdpipe.stages.losses.relations.rkd import RKDConfig
 from kdpipe.stages.losses.relations.sp import SPConfig
-from kdpipe.stages.runtime.collectives import gathered
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.runtime.collectives import all_gather_with_grad
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 PAIR, SHARD = (("a", "b"),), 3
 LOSSES: dict[str, Entry] = {
@@ -43,8 +43,8 @@ def loss_and_gradient(name: str, rows: slice) -> dict[str, Any]:
     """The loss of some rows of the batch, and the gradients of all that trains: a linear layer, and the loss's own."""
     torch.manual_seed(0)
     model, images, teacher = nn.Linear(4, 5), torch.randn(2 * SHARD, 4), torch.randn(2 * SHARD, 7)
-    wanted = LOSSES[name].wants({})[0]
-    module = LOSSES[name].build({"a": (5,)}, {wanted: (7,)}, Facts(20, 4))
+    wanted = LOSSES[name].required_features({})[0]
+    module = LOSSES[name].build({"a": (5,)}, {wanted: (7,)}, DatasetInfo(20, 4))
     loss = module(make_inputs(student={"a": model(images[rows])}, teacher={wanted: teacher[rows]}))
     loss.backward()
     gradients = [parameter.grad.flatten() for parameter in (*model.parameters(), *module.parameters())]
@@ -54,10 +54,10 @@ def loss_and_gradient(name: str, rows: slice) -> dict[str, Any]:
 def crd_state(rows: slice) -> dict[str, Any]:
     """CRD of some rows, for two steps: the sum of the losses, and what is in its memories and Z afterwards."""
     torch.manual_seed(0)
-    wanted, student, teacher = Wanted("b", "pooled"), torch.randn(2 * SHARD, 5), torch.randn(2 * SHARD, 7)
-    others = Others({wanted: torch.randn(10, 7)}, torch.arange(10) % 4, torch.arange(10) + 10)
+    wanted, student, teacher = FeatureSpec("b", "pooled"), torch.randn(2 * SHARD, 5), torch.randn(2 * SHARD, 7)
+    others = Negatives({wanted: torch.randn(10, 7)}, torch.arange(10) % 4, torch.arange(10) + 10)
     config = CRDConfig(loss="crd", layers=PAIR, dim=4)
-    module = config.build({"a": (5,)}, {wanted: (7,)}, Facts(20, 4))
+    module = config.build({"a": (5,)}, {wanted: (7,)}, DatasetInfo(20, 4))
     labels = torch.arange(2 * SHARD) % 4
     whole = make_inputs(labels=labels, student={"a": student}, teacher={wanted: teacher})
     inputs = replace(whole, others=others).rows(torch.arange(2 * SHARD)[rows])
@@ -70,7 +70,7 @@ def one_process(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     rows = slice(rank * SHARD, (rank + 1) * SHARD)
     found: dict[str, Any] = {name: loss_and_gradient(name, rows) for name in LOSSES}
-    found["rows"] = gathered(torch.tensor([10 * rank, 10 * rank + 1])).tolist()
+    found["rows"] = all_gather_with_grad(torch.tensor([10 * rank, 10 * rank + 1])).tolist()
     found["crd"] = crd_state(rows)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -132,7 +132,7 @@ def test_memory_banks_equal_those_of_a_single_process(processes: list[dict[str, 
 
 def test_single_process_returns_the_same_tensor() -> None:
     rows = torch.ones(2, 3)
-    assert gathered(rows) is rows
+    assert all_gather_with_grad(rows) is rows
 
 
 if __name__ == "__main__":

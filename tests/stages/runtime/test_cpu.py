@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kdpipe.stages.runtime import cpu as cores_room
-from kdpipe.stages.runtime.cpu import cores_left, num_cores, num_threads
+from kdpipe.stages.runtime.cpu import available_cores, num_cores, num_threads
 
 Machine = Callable[..., Path]
 
@@ -37,11 +37,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def test_without_quotas_the_affinity_mask_decides(machine: Machine) -> None:
-    assert cores_left({}, machine(cores=6)) == 6
+    assert available_cores({}, machine(cores=6)) == 6
 
 
 def test_without_proc_the_affinity_mask_decides(tmp_path: Path) -> None:
-    assert cores_left({}, tmp_path) == len(os.sched_getaffinity(0))
+    assert available_cores({}, tmp_path) == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_without_proc_the_affinity_mask_decides(tmp_path: Path) -> None:
     [("200000 100000\n", 2), ("150000 100000", 2), ("50000 100000", 1), ("6400000 50000", 64), ("max 100000", 64)],
 )
 def test_quota_bounds_the_cores(machine: Machine, quota: str, cores: int) -> None:
-    assert cores_left({}, machine(groups="0::/\n", files={"cpu.max": quota})) == cores
+    assert available_cores({}, machine(groups="0::/\n", files={"cpu.max": quota})) == cores
 
 
 def test_smallest_quota_of_all_ancestors_counts(machine: Machine) -> None:
@@ -60,11 +60,11 @@ def test_smallest_quota_of_all_ancestors_counts(machine: Machine) -> None:
         "slurm/job_7/step_0/cpu.max": "max 100000",
         "slurm/job_8/cpu.max": "100000 100000",
     }
-    assert cores_left({}, machine(groups="0::/slurm/job_7/step_0\n", files=files)) == 3
+    assert available_cores({}, machine(groups="0::/slurm/job_7/step_0\n", files=files)) == 3
 
 
 def test_cgroup_path_from_outside_means_the_containers(machine: Machine) -> None:
-    assert cores_left({}, machine(groups="0::/../docker/abc\n", files={"cpu.max": "400000 100000"})) == 4
+    assert available_cores({}, machine(groups="0::/../docker/abc\n", files={"cpu.max": "400000 100000"})) == 4
 
 
 def test_quotas_of_cgroup_v1_are_read(machine: Machine) -> None:
@@ -77,33 +77,33 @@ def test_quotas_of_cgroup_v1_are_read(machine: Machine) -> None:
         "memory/other/cpu.cfs_quota_us": "50000",
         "memory/other/cpu.cfs_period_us": "50000",
     }
-    assert cores_left({}, machine(groups=groups, files=files)) == 5
+    assert available_cores({}, machine(groups=groups, files=files)) == 5
 
 
 @pytest.mark.parametrize("odd", ["", "max", "x y", "0 0", "100000 0", "-1 100000", "1 2 3", "\x00\xff"])
 def test_malformed_quota_files_are_ignored(machine: Machine, odd: str) -> None:
     groups = f"0::/a\nnonsense\n:\n4:cpu\n5:cpu:/a\n{odd}\n"
     files = {"cpu.max": odd, "a/cpu.max": odd, "cpu/a/cpu.cfs_quota_us": odd, "cpu/a/cpu.cfs_period_us": odd}
-    assert cores_left({}, machine(groups=groups, files=files)) == 64
+    assert available_cores({}, machine(groups=groups, files=files)) == 64
 
 
 @pytest.mark.parametrize(("own", "launchers", "cores"), [(64, 64, 16), (16, 64, 16), (4, 64, 4), (8, 8, 2), (2, 2, 1)])
 def test_torchrun_processes_share_its_cores(machine: Machine, own: int, launchers: int, cores: int) -> None:
     root = machine(cores=own, launcher_cores=launchers)
-    assert cores_left({"LOCAL_WORLD_SIZE": "4"}, root) == cores
-    assert cores_left({"LOCAL_WORLD_SIZE": "1"}, root) == cores_left({"LOCAL_WORLD_SIZE": "?"}, root) == own
+    assert available_cores({"LOCAL_WORLD_SIZE": "4"}, root) == cores
+    assert available_cores({"LOCAL_WORLD_SIZE": "1"}, root) == available_cores({"LOCAL_WORLD_SIZE": "?"}, root) == own
 
 
 def test_torchrun_processes_share_a_quota(machine: Machine) -> None:
     root = machine(groups="0::/\n", files={"cpu.max": "800000 100000"})
-    assert cores_left({"LOCAL_WORLD_SIZE": "4"}, root) == 2
+    assert available_cores({"LOCAL_WORLD_SIZE": "4"}, root) == 2
 
 
 def test_srun_task_keeps_to_its_share(machine: Machine) -> None:
     root = machine(cores=32)
-    assert cores_left({"SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_PER_TASK": "8"}, root) == 8
-    assert cores_left({"SLURM_STEP_NUM_TASKS": "4"}, root) == 32
-    assert cores_left({"SLURM_CPUS_PER_TASK": "8"}, root) == 32  # a batch script's: its mask says what it has
+    assert available_cores({"SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_PER_TASK": "8"}, root) == 8
+    assert available_cores({"SLURM_STEP_NUM_TASKS": "4"}, root) == 32
+    assert available_cores({"SLURM_CPUS_PER_TASK": "8"}, root) == 32  # a batch script's: its mask says what it has
 
 
 @pytest.mark.parametrize(

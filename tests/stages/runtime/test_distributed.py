@@ -18,19 +18,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.paths import PYTHONPATH
-from support.tiny_road import STUDENT, tiny_setup
+from support.tiny_road import STUDENT, tiny_context
 from torch import Tensor, nn
 
-from kdpipe.stages.data.loader.image_loader import Pictures, Request, Seen
+from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Entry
-from kdpipe.stages.losses.distillation import Exchange, Term
+from kdpipe.stages.losses.distillation import DistillationBatch, WeightedLoss
 from kdpipe.stages.losses.features.at import ATConfig
 from kdpipe.stages.losses.features.hint import HintConfig
 from kdpipe.stages.losses.features.nst import NSTConfig
 from kdpipe.stages.losses.features.review_kd import ReviewKDConfig
 from kdpipe.stages.losses.features.vid import VIDConfig
-from kdpipe.stages.losses.inputs import Facts, Others
+from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
 from kdpipe.stages.losses.logits.dist import DISTConfig
 from kdpipe.stages.losses.logits.dkd import DKDConfig
 from kdpipe.stages.losses.logits.kd import KDConfig
@@ -42,29 +42,35 @@ from kdpipe.stages.losses.relations.crd import CRDConfig
 from kdpipe.stages.losses.relations.pkt import PKTConfig
 from kdpipe.stages.losses.relations.rkd import RKDConfig
 from kdpipe.stages.losses.relations.sp import SPConfig
-from kdpipe.stages.losses.sample_selection import Selection
-from kdpipe.stages.losses.schedules import SETTLED
-from kdpipe.stages.models.hooks import Outputs
-from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.losses.sample_selection import SampleSelection
+from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.weights import weights_sha256
-from kdpipe.stages.runtime.collectives import gathered
-from kdpipe.stages.runtime.distributed import ONE, Processes, joined, processes_of, require_one
-from kdpipe.stages.runtime.events import Watch
-from kdpipe.stages.targets.feature_spec import take_form
-from kdpipe.stages.targets.outputs import DenseOutputs
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.runtime.collectives import all_gather_with_grad
+from kdpipe.stages.runtime.distributed import (
+    SINGLE,
+    ProcessGroup,
+    init_distributed,
+    launched_processes,
+    require_single_process,
+)
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.targets.feature_spec import compute_statistic
+from kdpipe.stages.targets.outputs import DenseTargets
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.step import Job
+from kdpipe.stages.training.step import TrainJob
 from kdpipe.stages.training.sync_batch_norm import batch_norm_over_processes
-from kdpipe.stages.training.task import Lesson
+from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import FingerprintMismatch
 
 NUM, SPLIT, CLASSES = 7, 4, 5
 """Samples in all, and those of the first process; the second has fewer."""
 
 PAIR = (("a", "b"),)
-LOSSES: dict[str, Callable[[Selection], Entry]] = {
+LOSSES: dict[str, Callable[[SampleSelection], Entry]] = {
     "kd": lambda some: KDConfig(loss="kd", samples=some),
     "dkd": lambda some: DKDConfig(loss="dkd", samples=some),
     "nkd": lambda some: NKDConfig(loss="nkd", samples=some),
@@ -83,11 +89,11 @@ LOSSES: dict[str, Callable[[Selection], Entry]] = {
     "crd": lambda some: CRDConfig(loss="crd", layers=PAIR, dim=4, samples=some),
 }
 SELECTIONS = {
-    "all": Selection(),
-    "correct": Selection(filter="correct"),  # which only samples of the first process are
-    "hard": Selection(filter="hard", fraction=0.5),
-    "known": Selection(),  # the second process's samples have no targets
-    "one": Selection(filter="hard", fraction=0.1),
+    "all": SampleSelection(),
+    "correct": SampleSelection(filter="correct"),  # which only samples of the first process are
+    "hard": SampleSelection(filter="hard", fraction=0.5),
+    "known": SampleSelection(),  # the second process's samples have no targets
+    "one": SampleSelection(filter="hard", fraction=0.1),
 }
 NOTHING = ("rkd-one", "sp-one", "pkt-one")
 """One sample has no relations."""
@@ -96,9 +102,9 @@ WEIGHED = ("kd", "hint")
 CASES = [f"{name}-{samples}" for name in LOSSES for samples in SELECTIONS] + [f"{name}-weighed" for name in WEIGHED]
 
 
-def selection_of(case: str) -> Selection:
+def selection_of(case: str) -> SampleSelection:
     samples = case.partition("-")[2]
-    return SELECTIONS.get(samples) or Selection(filter="hard", fraction=0.7, weighting="entropy")
+    return SELECTIONS.get(samples) or SampleSelection(filter="hard", fraction=0.7, weighting="entropy")
 
 
 def taught(case: str, rows: slice) -> dict[str, Any]:
@@ -109,22 +115,22 @@ def taught(case: str, rows: slice) -> dict[str, Any]:
     labels = logits.argmax(1)
     labels[SPLIT:] = (labels[SPLIT:] + 1) % CLASSES
     config = LOSSES[case.partition("-")[0]](selection_of(case))
-    wanted = config.wants({"a": (4, 4, 4)})
-    teacher = {one: take_form(one, maps) for one in wanted}
+    wanted = config.required_features({"a": (4, 4, 4)})
+    teacher = {one: compute_statistic(one, maps) for one in wanted}
     shapes = {one: tuple(said.shape[1:]) for one, said in teacher.items()}
-    term = Term("loss", config, config.build({"a": (4, 4, 4)}, shapes, Facts(20, CLASSES)))
+    term = WeightedLoss("loss", config, config.build({"a": (4, 4, 4)}, shapes, DatasetInfo(20, CLASSES)))
     others = {one: torch.randn(10, *shape) for one, shape in shapes.items()}
     with batch_norm_over_processes(body), batch_norm_over_processes(term):
         features = body(images[rows])
         known = torch.arange(NUM) < SPLIT if case.endswith("known") else None
-        exchange = Exchange(
-            Outputs(features.mean((2, 3)) @ torch.randn(4, CLASSES), {"a": features}),
-            [DenseOutputs(logits, teacher).rows(torch.arange(NUM)[rows])],
+        exchange = DistillationBatch(
+            ModelOutput(features.mean((2, 3)) @ torch.randn(4, CLASSES), {"a": features}),
+            [DenseTargets(logits, teacher).rows(torch.arange(NUM)[rows])],
             [None if known is None else known[rows]],
             labels[rows],
             torch.arange(NUM)[rows],
-            SETTLED,
-            {"loss": Others(others, torch.arange(10) % CLASSES, torch.arange(10) + 10)},
+            FINISHED,
+            {"loss": Negatives(others, torch.arange(10) % CLASSES, torch.arange(10) + 10)},
             num_samples=NUM,
         )
         loss = term(exchange, exchange.teachers[0])
@@ -156,29 +162,29 @@ def normed(rows: slice) -> dict[str, Any]:
     }
 
 
-class Lacking(Pictures):
+class Lacking(ImageLoader):
     """Of which some cannot be read."""
 
-    def stream(self, requests: Iterable[Request], *, whole: bool = False) -> Iterator[Seen]:
+    def stream(self, requests: Iterable[ViewRequest], *, whole: bool = False) -> Iterator[ImageBatch]:
         for seen in super().stream(requests, whole=whole):
             kept = seen.positions % 7 != 0
-            yield Seen(seen.images[kept], seen.positions[kept])
+            yield ImageBatch(seen.images[kept], seen.positions[kept])
 
 
-def trained(processes: Processes, folder: Path, dropout: float = 0.0) -> tuple[str, list[float]]:
+def trained(processes: ProcessGroup, folder: Path, dropout: float = 0.0) -> tuple[str, list[float]]:
     """The digest of a network's weights after an epoch in this process's memory, and its weights."""
-    setup = tiny_setup(folder)
-    model = nn.Sequential(setup.build(STUDENT.model, 0), nn.Dropout(dropout))
-    pictures = Lacking(setup.train_set, setup.device, setup.renderer)
-    lesson = Lesson(pictures, 1, Normalisation((0.5,), (0.5,)), fresh_views=True)
+    context = tiny_context(folder)
+    model = nn.Sequential(context.build(STUDENT.model, 0), nn.Dropout(dropout))
+    loader = Lacking(context.train_set, context.device, context.renderer)
+    task = TrainingTask(loader, 1, Normalization((0.5,), (0.5,)), fresh_views=True)
     config = TrainConfig(epochs=1, batch_size=50, lr=0.01, checkpoint_every_s=1000)
-    job = Job("test", "test", model, lesson, None, config, 0, JobFolder(folder), processes=processes)
-    train(job, torch.device("cpu"), Watch())
+    job = TrainJob("test", "test", model, task, None, config, 0, JobDir(folder), processes=processes)
+    train(job, torch.device("cpu"), RunMonitor())
     weights = torch.cat([one.flatten().float() for one in model.state_dict().values()])
     return weights_sha256(model), weights.tolist()
 
 
-def talked(processes: Processes) -> dict[str, Any]:
+def talked(processes: ProcessGroup) -> dict[str, Any]:
     """What the two agree on."""
     first = processes.first
 
@@ -190,10 +196,10 @@ def talked(processes: Processes) -> dict[str, Any]:
     except FingerprintMismatch as error:
         said = str(error)
     uneven = torch.tensor([10.0 * processes.rank] * (1 + processes.rank), requires_grad=True)
-    everyone = gathered(uneven)
+    everyone = all_gather_with_grad(uneven)
     (everyone * torch.tensor([1.0, 2, 3]) * (1 + processes.rank)).sum().backward()
     assert uneven.grad is not None
-    none = gathered(torch.ones(2 * processes.rank, 3))
+    none = all_gather_with_grad(torch.ones(2 * processes.rank, 3))
     mean = [torch.full((2, 2), float(processes.rank)), torch.full((3,), 10.0 * processes.rank)]
     processes.average(mean)
     return {
@@ -211,7 +217,7 @@ def one_process(rank: int, folder: Path, port: str) -> None:
     torch.set_num_threads(1)
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update(place)
-    with joined(os.environ) as processes:
+    with init_distributed(os.environ) as processes:
         rows = slice(SPLIT) if rank == 0 else slice(SPLIT, None)
         found = {"talked": talked(processes), "normed": normed(rows), "trained": trained(processes, folder)}
         found["with_dropout"] = trained(processes, folder, dropout=0.2)
@@ -300,29 +306,29 @@ def test_all_end_with_the_same_weights_to_the_bit(both: list[dict[str, Any]]) ->
 
 def test_unreadable_images_keep_the_weight_of_others(both: list[dict[str, Any]], tmp_path: Path) -> None:
     """Then the processes have unequally many."""
-    assert both[0]["trained"][1] == pytest.approx(trained(ONE, tmp_path)[1], rel=1e-4, abs=1e-5)
+    assert both[0]["trained"][1] == pytest.approx(trained(SINGLE, tmp_path)[1], rel=1e-4, abs=1e-5)
 
 
 def test_one_process_is_free_of_all_that() -> None:
     rows = torch.arange(3)
-    assert ONE.rows(rows) is rows
-    assert ONE.agree(stop=True, due=False) == (True, False)
-    assert ONE.once(lambda: {1: object}) == {1: object}
-    with joined({}) as processes:
-        assert processes == ONE
+    assert SINGLE.rows(rows) is rows
+    assert SINGLE.agree(stop=True, due=False) == (True, False)
+    assert SINGLE.once(lambda: {1: object}) == {1: object}
+    with init_distributed({}) as processes:
+        assert processes == SINGLE
 
 
 def test_an_element_of_a_job_array_is_a_job_of_its_own() -> None:
     array = {f"SLURM_ARRAY_TASK_{name}": value for name, value in (("ID", "3"), ("MIN", "0"), ("COUNT", "8"))}
-    assert processes_of(array) == ONE
-    assert processes_of(array | {"RANK": "1", "WORLD_SIZE": "2"}) == Processes(1, 2)
-    assert processes_of({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}) == Processes(2, 4)
+    assert launched_processes(array) == SINGLE
+    assert launched_processes(array | {"RANK": "1", "WORLD_SIZE": "2"}) == ProcessGroup(1, 2)
+    assert launched_processes({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}) == ProcessGroup(2, 4)
 
 
 def test_sruns_processes_are_told_what_says_where_they_meet() -> None:
     with (
         pytest.raises(RecipeError, match="4 processes .* MASTER_ADDR and MASTER_PORT"),
-        joined({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}),
+        init_distributed({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}),
     ):
         pass
 
@@ -330,25 +336,25 @@ def test_sruns_processes_are_told_what_says_where_they_meet() -> None:
 @pytest.mark.parametrize("port", ["0", "65536", "http", "-1", "٣", "9" * 30])
 def test_a_port_that_is_none_is_refused_at_once(port: str) -> None:
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with pytest.raises(RecipeError, match="MASTER_PORT must be a number from 1 to 65535"), joined(place):
+    with pytest.raises(RecipeError, match="MASTER_PORT must be a number from 1 to 65535"), init_distributed(place):
         pass
 
 
 def test_what_runs_in_one_process_says_so_to_several() -> None:
-    require_one({"RANK": "0", "WORLD_SIZE": "1"}, "kdpipe compress")
+    require_single_process({"RANK": "0", "WORLD_SIZE": "1"}, "kdpipe compress")
     with pytest.raises(RecipeError, match="kdpipe compress runs in one process, and 2 were started"):
-        require_one({"RANK": "0", "WORLD_SIZE": "2"}, "kdpipe compress")
+        require_single_process({"RANK": "0", "WORLD_SIZE": "2"}, "kdpipe compress")
 
 
 @pytest.mark.parametrize(("batch_size", "num_samples"), [(33, 200), (1, 200), (32, 1)])
 def test_a_batch_that_cannot_be_shared_equally_is_refused(batch_size: int, num_samples: int) -> None:
     with pytest.raises(RecipeError, match=f"batch_size is {batch_size}.* multiple of 2, such as "):
-        Processes(0, 2).require_shares(batch_size, num_samples)
+        ProcessGroup(0, 2).require_shares(batch_size, num_samples)
 
 
 def test_shares_of_a_batch_keep_its_order() -> None:
     batch: Tensor = torch.arange(8)
-    assert torch.equal(torch.cat([Processes(rank, 4).rows(batch) for rank in range(4)]), batch)
+    assert torch.equal(torch.cat([ProcessGroup(rank, 4).rows(batch) for rank in range(4)]), batch)
 
 
 if __name__ == "__main__":

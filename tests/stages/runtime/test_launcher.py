@@ -3,7 +3,7 @@
 import pytest
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.runtime.launcher import Part, local_rank, parse_part, part_from_environment
+from kdpipe.stages.runtime.launcher import WorkShard, local_rank, parse_shard, shard_from_env
 
 
 def array(task_id, first, last, step, count):
@@ -21,30 +21,30 @@ def torchrun(rank, count):
 
 
 def place(environ):
-    part = part_from_environment(environ)
+    part = shard_from_env(environ)
     return part.index, part.count
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 20])
 def test_parts_cover_each_item_once(count):
-    parts = [parse_part(f"{index}/{count}").of(range(10)) for index in range(count)]
+    parts = [parse_shard(f"{index}/{count}").of(range(10)) for index in range(count)]
     assert sorted(item for part in parts for item in part) == list(range(10))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_part_names_its_origin():
-    assert parse_part("1/4") == Part(1, 4, "--part")
-    assert str(part_from_environment(array(1, 0, 3, 1, 4))) == "part 1 of 4 (counted from 0, from SLURM_ARRAY_TASK_ID)"
-    assert part_from_environment(torchrun(0, 2)).origin == "RANK and WORLD_SIZE"
-    assert part_from_environment(srun(0, 2)).origin == "SLURM_PROCID and SLURM_STEP_NUM_TASKS"
-    both = part_from_environment({**array(1, 0, 3, 1, 4), **torchrun(0, 2)})
+    assert parse_shard("1/4") == WorkShard(1, 4, "--part")
+    assert str(shard_from_env(array(1, 0, 3, 1, 4))) == "part 1 of 4 (counted from 0, from SLURM_ARRAY_TASK_ID)"
+    assert shard_from_env(torchrun(0, 2)).origin == "RANK and WORLD_SIZE"
+    assert shard_from_env(srun(0, 2)).origin == "SLURM_PROCID and SLURM_STEP_NUM_TASKS"
+    both = shard_from_env({**array(1, 0, 3, 1, 4), **torchrun(0, 2)})
     assert both.origin == "SLURM_ARRAY_TASK_ID with RANK and WORLD_SIZE"
 
 
 @pytest.mark.parametrize("text", ["4/4", "0/0", "-1/4", "1", "1/", "a/b", "", " 0/4", "0/4\n", "1/2/3", "1.0/2", "١/٤"])
 def test_malformed_part_is_an_error(text):
     with pytest.raises(RecipeError) as caught:
-        parse_part(text)
+        parse_shard(text)
     assert str(caught.value) == (f"--part takes i/n with 0 <= i < n, such as 0/4, not {text!r}: parts count from 0")
 
 
@@ -101,13 +101,13 @@ def test_processes_share_the_part_of_their_array_element(launcher):
 )
 def test_invalid_variables_are_named(environ, named):
     with pytest.raises(RecipeError, match=named):
-        part_from_environment(environ)
+        shard_from_env(environ)
 
 
 @pytest.mark.parametrize("task_id", [1, 3, 7])
 def test_irregular_array_is_an_error_in_each_element(task_id):
     with pytest.raises(RecipeError, match="submit a regular array, such as --array=0-7, or give each its --part"):
-        part_from_environment(array(task_id, 1, 7, 1, 3))
+        shard_from_env(array(task_id, 1, 7, 1, 3))
 
 
 def test_local_rank_prefers_torchrun():

@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_setup
+from support.tiny_road import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_context
 from torch import Tensor, nn
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.cache_teacher.inference import teacher_forward
-from kdpipe.stages.context import Setup
-from kdpipe.stages.data.loader.image_loader import Request
-from kdpipe.stages.data.loader.labels import labels_of
+from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.loader.image_loader import ViewRequest
+from kdpipe.stages.data.loader.labels import hard_labels_of
 from kdpipe.stages.evaluation.evaluate import predict
-from kdpipe.stages.models.hooks import tapped
-from kdpipe.stages.runtime.events import WARNING, Event, Watch
+from kdpipe.stages.models.hooks import extract_features
+from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.memory import is_out_of_memory, run_in_chunks
-from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, Wanted
+from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec
 from kdpipe.stages.train_teacher import load_teacher
 from kdpipe.store import open_store
 
-EVERYTHING = [*LAYERS, Wanted(INPUT, INPUT_GRADIENT)]
+EVERYTHING = [*LAYERS, FeatureSpec(INPUT, INPUT_GRADIENT)]
 
 
 def small_memory(model: nn.Module, num_rows: int) -> list[int]:
@@ -51,17 +51,17 @@ def warnings() -> list[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run whose teacher is trained and cached."""
     folder = tmp_path_factory.mktemp("run")
-    make_tiny_store(tiny_setup(folder))
+    make_tiny_store(tiny_context(folder))
     return folder
 
 
 @pytest.fixture
-def setup(run: Path, warnings: list[str]) -> Setup:
-    def report(event: Event) -> None:
+def context(run: Path, warnings: list[str]) -> StageContext:
+    def report(event: ProgressEvent) -> None:
         if event.unit == WARNING:
             warnings.append(event.job)
 
-    return tiny_setup(run, watch=Watch(report))
+    return tiny_context(run, monitor=RunMonitor(report))
 
 
 def limited(most: int) -> tuple[Callable[[slice], list[int]], list[int]]:
@@ -136,9 +136,9 @@ def test_failed_attempt_is_freed_before_the_next() -> None:
     assert len(left) == 6
 
 
-def test_evaluation_continues_in_chunks_and_warns_once(setup: Setup, warnings: list[str]) -> None:
-    network = load_teacher(TEACHER, 0, setup)
-    test, device = setup.test(network.normalise), setup.device
+def test_evaluation_continues_in_chunks_and_warns_once(context: StageContext, warnings: list[str]) -> None:
+    network = load_teacher(TEACHER, 0, context)
+    test, device = context.test(network.normalize), context.device
     (whole,) = predict(network.model, test, device)
     asked = small_memory(network.model, 30)
     for _ in range(2):
@@ -149,12 +149,14 @@ def test_evaluation_continues_in_chunks_and_warns_once(setup: Setup, warnings: l
     assert warnings == ["out of memory with batches of 80: continuing with 20."]
 
 
-def test_store_is_filled_in_chunks_with_the_same_rows(setup: Setup, warnings: list[str], tmp_path: Path) -> None:
+def test_store_is_filled_in_chunks_with_the_same_rows(
+    context: StageContext, warnings: list[str], tmp_path: Path
+) -> None:
     whole, halved = tmp_path / "whole.zarr", tmp_path / "halved.zarr"
-    cache_teacher(CACHE, whole, load_teacher(TEACHER, 0, setup), EVERYTHING, setup)
-    teacher = load_teacher(TEACHER, 0, setup)
+    cache_teacher(CACHE, whole, load_teacher(TEACHER, 0, context), EVERYTHING, context)
+    teacher = load_teacher(TEACHER, 0, context)
     asked = small_memory(teacher.model, 30)
-    cache_teacher(CACHE, halved, teacher, EVERYTHING, setup)
+    cache_teacher(CACHE, halved, teacher, EVERYTHING, context)
     assert asked.count(50) == 1
     assert set(asked) == {2, 50, 25}  # two show the layers' shapes
     assert warnings == ["out of memory with batches of 50: continuing with 25."]
@@ -165,24 +167,24 @@ def test_store_is_filled_in_chunks_with_the_same_rows(setup: Setup, warnings: li
             np.testing.assert_allclose(one.read_view(name, view), other.read_view(name, view), rtol=2e-3, atol=2e-3)
 
 
-def test_teacher_too_large_for_one_image_stops_the_job(setup: Setup, tmp_path: Path) -> None:
-    teacher = load_teacher(TEACHER, 0, setup)
+def test_teacher_too_large_for_one_image_stops_the_job(context: StageContext, tmp_path: Path) -> None:
+    teacher = load_teacher(TEACHER, 0, context)
     path = tmp_path / "other.zarr"
     small_memory(teacher.model, 0)
     with pytest.raises(torch.OutOfMemoryError):
-        cache_teacher(CACHE, path, teacher, LAYERS, setup)
-    cache_teacher(CACHE, path, load_teacher(TEACHER, 0, setup), LAYERS, setup)
-    assert folder_bytes(path) == folder_bytes(setup.run / "store.zarr")
+        cache_teacher(CACHE, path, teacher, LAYERS, context)
+    cache_teacher(CACHE, path, load_teacher(TEACHER, 0, context), LAYERS, context)
+    assert folder_bytes(path) == folder_bytes(context.run / "store.zarr")
 
 
-def test_chunks_of_teacher_outputs_are_concatenated(setup: Setup) -> None:
-    teacher = load_teacher(TEACHER, 0, setup)
-    seen = setup.pictures.one(Request(torch.arange(40), 0))
-    hard = labels_of(setup.pictures, seen)
-    with tapped(teacher.model, ["stage2"]) as tap, torch.no_grad():
-        whole = teacher_forward(tap, teacher, seen, EVERYTHING, hard)
+def test_chunks_of_teacher_outputs_are_concatenated(context: StageContext) -> None:
+    teacher = load_teacher(TEACHER, 0, context)
+    seen = context.loader.one(ViewRequest(torch.arange(40), 0))
+    hard = hard_labels_of(context.loader, seen)
+    with extract_features(teacher.model, ["stage2"]) as extractor, torch.no_grad():
+        whole = teacher_forward(extractor, teacher, seen, EVERYTHING, hard)
         small_memory(teacher.model, 7)
-        parts = teacher_forward(tap, teacher, seen, EVERYTHING, hard)
+        parts = teacher_forward(extractor, teacher, seen, EVERYTHING, hard)
     torch.testing.assert_close(parts.logits, whole.logits)
     assert set(parts.features) == set(whole.features) == {"stage2", INPUT_GRADIENT}
     for layer, feature in whole.features.items():

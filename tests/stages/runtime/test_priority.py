@@ -10,21 +10,21 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
-from support.tiny_road import STUDENT, tiny_setup
+from support.tiny_road import STUDENT, tiny_context
 
 from kdpipe.stages.compress import compress as compress_room
 from kdpipe.stages.compress.compress import CompressConfig
-from kdpipe.stages.distillation.spec import Teaching
+from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RunError
 
 SCRIPT = """
 import json, os, subprocess, sys, threading
-from kdpipe.stages.runtime.cpu import step_back
+from kdpipe.stages.runtime.cpu import lower_priority
 
 done = threading.Event()
 older = threading.Thread(target=done.wait); older.start()
 os.setpriority(os.PRIO_PROCESS, older.native_id, int(sys.argv[2]))
-step_back(int(sys.argv[1]))
+lower_priority(int(sys.argv[1]))
 newer = threading.Thread(target=done.wait); newer.start()
 child = subprocess.run([sys.executable, "-c", "import os; print(os.nice(0))"], capture_output=True, text=True)
 threads = {name: os.getpriority(os.PRIO_PROCESS, thread.native_id) for name, thread in
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have pr
 
 
 def stepped_back(nice: int, *, older: int = 0, outer: int = 0) -> dict[str, int]:
-    """Return nice values, relative to this process, of the threads and a child of a process after `step_back(nice)`.
+    """Return nice values, relative to this process, of the threads and a child of a process after `lower_priority(nice)`.
 
     The process starts with nice value `outer` and has a thread with `older`.
     """
@@ -64,7 +64,9 @@ def test_nice_of_zero_changes_nothing() -> None:
 
 def test_compress_uses_nice_of_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(compress_room, "step_back", asked.append)  # not this process, which has other tests to run
+    monkeypatch.setattr(compress_room, "lower_priority", asked.append)  # not this process, which has other tests to run
     with pytest.raises(RunError):  # there is no student: it had not come to that yet
-        compress_room.compress(CompressConfig(niceness=13), STUDENT, 0, Teaching((), {}, (), 1.0), tiny_setup(tmp_path))
+        compress_room.compress(
+            CompressConfig(niceness=13), STUDENT, 0, DistillationSpec((), {}, (), 1.0), tiny_context(tmp_path)
+        )
     assert asked == [13]

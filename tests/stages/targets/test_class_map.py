@@ -5,28 +5,28 @@ import dataclasses
 import pytest
 import torch
 from support.loss_inputs import drawn
-from support.tiny_road import CACHE, OPERATIONS, STUDENT, TEACHER, VIEWS, squares, tiny_setup
+from support.tiny_road import CACHE, OPERATIONS, STUDENT, TEACHER, VIEWS, squares, tiny_context
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.distillation.task_builder import build_lesson, fresh_student
+from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.distillation import Exchange, build_distillation
-from kdpipe.stages.losses.inputs import Facts
+from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation
+from kdpipe.stages.losses.inputs import DatasetInfo
 from kdpipe.stages.losses.logits.dist import DISTConfig
 from kdpipe.stages.losses.logits.dkd import DKDConfig
 from kdpipe.stages.losses.logits.kd import KDConfig, kd_per_sample
 from kdpipe.stages.losses.logits.logit_mse import LogitMSEConfig
 from kdpipe.stages.losses.logits.mlld import MLLDConfig
 from kdpipe.stages.losses.logits.nkd import NKDConfig
-from kdpipe.stages.losses.sample_selection import Selection
-from kdpipe.stages.losses.schedules import SETTLED
-from kdpipe.stages.models.hooks import Outputs
-from kdpipe.stages.targets.class_map import ClassMap, MappedOutputs, read_class_map
-from kdpipe.stages.targets.ensemble import Combination, TeachersConfig
+from kdpipe.stages.losses.sample_selection import SampleSelection
+from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.targets.class_map import ClassMap, MappedTargets, read_class_map
+from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.join import join
-from kdpipe.stages.targets.outputs import DenseOutputs
-from kdpipe.stages.train_student.student import open_teaching
+from kdpipe.stages.targets.outputs import DenseTargets
+from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.train_teacher import untrained_teacher
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
 
@@ -72,8 +72,8 @@ def run(tmp_path_factory):
         "twins": dataclasses.replace(OURS, class_names=("a", "b", "crane", "crane")),
     }
     for seed, (name, images) in enumerate(seen.items()):
-        setup = tiny_setup(folder, train_set=images, test_set=TEST)
-        cache_teacher(CACHE, folder / f"{name}.zarr", untrained_teacher(TEACHER, seed, setup), [], setup)
+        context = tiny_context(folder, train_set=images, test_set=TEST)
+        cache_teacher(CACHE, folder / f"{name}.zarr", untrained_teacher(TEACHER, seed, context), [], context)
     return folder
 
 
@@ -82,23 +82,23 @@ def opened(run, name):
 
 
 def lesson_of(run, names, classes, losses=None, *, missing="error", images=OURS, **teachers):
-    setup = tiny_setup(run, train_set=images, test_set=TEST)
+    context = tiny_context(run, train_set=images, test_set=TEST)
     config = TeachersConfig(classes=classes, **teachers)
     student = dataclasses.replace(STUDENT, teachers=config, missing_targets=missing)
     places = [run / f"{name}.zarr" for name in names]
-    teaching = open_teaching(places, losses or [kd()], student, {}, setup)
-    return build_lesson(fresh_student(student, 0, setup), teaching, 0, setup)
+    spec = open_distillation(places, losses or [kd()], student, {}, context)
+    return build_task(build_student(student, 0, context), spec, 0, context)
 
 
 def kd(**changes):
     return KDConfig(loss="kd", weight=1.0, temperature=4.0, **changes)
 
 
-def whole_batch(lesson):
+def whole_batch(task):
     """All samples, and the ids in their order."""
-    images = lesson.pictures.image_set
-    batch = next(lesson.stream(3, images.num_samples, epoch=0, step=0, epochs=1))
-    return batch, images.sample_ids[lesson.order(3, 0)]
+    images = task.loader.image_set
+    batch = next(task.stream(3, images.num_samples, epoch=0, step=0, epochs=1))
+    return batch, images.sample_ids[task.order(3, 0)]
 
 
 def stored(run, name, ids):
@@ -112,7 +112,7 @@ def test_merged_classes_add_up_at_any_temperature(temperature):
     expected = torch.stack([given[:, 1] + given[:, 3], given[:, 2], given[:, 4], given[:, 0]], 1)
     found = (FINE.map_logits(logits, temperature) / temperature).softmax(1)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    mapped = MappedOutputs(DenseOutputs(logits, {}), FINE)
+    mapped = MappedTargets(DenseTargets(logits, {}), FINE)
     assert torch.equal(mapped.logits_at(temperature), FINE.map_logits(logits, temperature))
     some = torch.tensor([3, 3, 0])
     assert torch.equal(mapped.rows(some).logits_at(temperature), mapped.logits_at(temperature)[some])
@@ -125,7 +125,7 @@ def test_classes_that_the_teacher_lacks_have_no_probability(temperature):
     expected[:, [1, 0]] = (logits[:, [0, 2]] / temperature).softmax(1)
     found = (PART.map_logits(logits, temperature) / temperature).softmax(1)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-100)
-    assert (FINE.covers_all, PART.covers_all) == (True, False)
+    assert (FINE.has_all_classes, PART.has_all_classes) == (True, False)
 
 
 LOSSES = [
@@ -134,8 +134,8 @@ LOSSES = [
     DISTConfig(loss="dist"),
     NKDConfig(loss="nkd", temperature=4.0),
     MLLDConfig(loss="mlld"),
-    kd(samples=Selection(filter="hard", weighting="entropy")),
-    kd(samples=Selection(weighting="correctness")),
+    kd(samples=SampleSelection(filter="hard", weighting="entropy")),
+    kd(samples=SampleSelection(weighting="correctness")),
 ]
 NAMED = [f"{number}-{loss.loss}" for number, loss in enumerate(LOSSES)]
 
@@ -147,7 +147,7 @@ def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, ensemble):
     """Teachers have only a and b, or a, of four classes; the student may be very confident in another one."""
     single = ClassMap(torch.tensor([0, -1, -1]).numpy(), 4)
     teachers = [
-        MappedOutputs(DenseOutputs(scale * drawn(8, 3, seed=seed).float(), {}), one)
+        MappedTargets(DenseTargets(scale * drawn(8, 3, seed=seed).float(), {}), one)
         for seed, one in ((1, PART), (2, single))
     ][: 1 if ensemble == "alone" else 2]
     config = TeachersConfig(ensemble="probabilities" if ensemble == "alone" else ensemble)
@@ -158,11 +158,11 @@ def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, ensemble):
         [loss],
         {},
         [{}] * len(teachers),
-        combination=Combination(config, len(teachers)),
-        facts=Facts(num_samples=8, num_classes=4),
+        combination=TeacherEnsemble(config, len(teachers)),
+        facts=DatasetInfo(num_samples=8, num_classes=4),
         seed=0,
     )
-    outputs = Exchange(Outputs(student, {}), teachers, known, labels, torch.arange(8), SETTLED, {})
+    outputs = DistillationBatch(ModelOutput(student, {}), teachers, known, labels, torch.arange(8), FINISHED, {})
     (found,) = terms(outputs).values()
     found.backward()
     assert torch.isfinite(found)
@@ -182,17 +182,17 @@ def test_gradient_comes_only_from_the_teachers_classes():
 def test_classes_are_matched_by_name(run):
     found = read_class_map(opened(run, "fine"), OURS, "names")
     assert found.student_class.tolist() == [3, -1, 1, -1, -1, 2]
-    assert (found.num_classes, found.covers_all) == (4, False)
+    assert (found.num_classes, found.has_all_classes) == (4, False)
     assert read_class_map(opened(run, "same"), OURS, "same") is None
     every = read_class_map(opened(run, "same"), OURS, "names")
     assert every.student_class.tolist() == [0, 1, 2, 3]
-    assert every.covers_all
+    assert every.has_all_classes
 
 
 def test_classes_are_matched_by_a_table(run):
     found = read_class_map(opened(run, "fine"), OURS, FINE_TABLE)
     assert found.student_class.tolist() == FINE.student_class.tolist()
-    assert found.covers_all
+    assert found.has_all_classes
 
 
 def test_unknown_class_names_are_errors_with_the_nearest(run):
@@ -226,8 +226,8 @@ def test_different_numbers_of_classes_are_an_error(run):
 
 
 def test_teacher_with_finer_classes_trains_a_student(run):
-    lesson = lesson_of(run, ["fine"], (FINE_TABLE,))
-    batch, ids = whole_batch(lesson)
+    task = lesson_of(run, ["fine"], (FINE_TABLE,))
+    batch, ids = whole_batch(task)
     assert batch.has_targets is None
     logits = stored(run, "fine", ids)
     given = (logits / 4).softmax(1)[:, [0, 1, 2, 4, 5]]
@@ -235,7 +235,7 @@ def test_teacher_with_finer_classes_trains_a_student(run):
     target = torch.stack([given[:, 1] + given[:, 3], given[:, 2], given[:, 4], given[:, 0]], 1)
     student = drawn(60, 4, seed=4).float()
     expected = kd_per_sample(student, 4 * target.log(), 4.0).mean().item()
-    assert lesson.losses(Outputs(student, {}), batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
+    assert task.losses(ModelOutput(student, {}), batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_samples_of_classes_without_a_teacher_are_an_error(run):
@@ -246,14 +246,14 @@ def test_samples_of_classes_without_a_teacher_are_an_error(run):
 
 
 def test_samples_without_a_teacher_can_use_labels_alone(run):
-    lesson = lesson_of(run, ["ab"], ("names",), missing="hard-labels")
-    batch, ids = whole_batch(lesson)
+    task = lesson_of(run, ["ab"], ("names",), missing="hard-labels")
+    batch, ids = whole_batch(task)
     known = batch.hard.labels < 2
     assert torch.equal(batch.has_targets, known)
-    assert lesson.targets.num_unknown == int((~known).sum())
+    assert task.targets.num_without_targets == int((~known).sum())
     target = stored(run, "ab", ids[known])[:, [1, 0]]
     student = drawn(60, 4, seed=4).float()
-    losses = lesson.losses(Outputs(student, {}), batch)
+    losses = task.losses(ModelOutput(student, {}), batch)
     logs = torch.cat([target, torch.full((len(target), 2), -1e4)], 1)
     expected = kd_per_sample(student[known], logs, 4.0).sum().item() / 60
     assert losses["kd_0"].item() == pytest.approx(expected, rel=1e-5)
@@ -265,8 +265,8 @@ def test_samples_without_a_teacher_can_use_labels_alone(run):
 def test_teachers_of_parts_of_the_classes_combine(run):
     """a from one teacher, c from the other, b from the mean of both."""
     images = OURS.take((OURS.labels < 3).nonzero()[:, 0])
-    lesson = lesson_of(run, ["ab", "bc"], ("names", "names"), images=images, ensemble="probabilities")
-    batch, ids = whole_batch(lesson)
+    task = lesson_of(run, ["ab", "bc"], ("names", "names"), images=images, ensemble="probabilities")
+    batch, ids = whole_batch(task)
     labels = batch.hard.labels
     target = torch.zeros(len(ids), 4)
     for name, classes, columns in (("ab", [1, 0], [0, 1]), ("bc", [1, 2], [0, 1])):
@@ -278,7 +278,7 @@ def test_teachers_of_parts_of_the_classes_combine(run):
     student = drawn(len(ids), 4, seed=4).float()
     own = (student / 4).log_softmax(1)
     expected = 16 * (torch.xlogy(target, target) - target * own).sum(1).mean().item()
-    assert lesson.losses(Outputs(student, {}), batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
+    assert task.losses(ModelOutput(student, {}), batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_logits_of_different_classes_cannot_be_averaged(run):
@@ -331,8 +331,8 @@ def test_samples_mapped_to_a_wrong_class_are_errors(run):
 
 
 def test_other_views_are_an_error(run):
-    setup = tiny_setup(run, train_set=OURS, test_set=TEST)
-    setup = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
+    context = tiny_context(run, train_set=OURS, test_set=TEST)
+    context = dataclasses.replace(context, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
     student = dataclasses.replace(STUDENT, teachers=TeachersConfig(classes=(FINE_TABLE,)))
     with pytest.raises(FingerprintMismatch, match=r"views\.operations: stored"):
-        open_teaching([run / "fine.zarr"], [kd()], student, {}, setup)
+        open_distillation([run / "fine.zarr"], [kd()], student, {}, context)

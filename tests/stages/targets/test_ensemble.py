@@ -8,28 +8,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.loss_inputs import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, drawn
-from support.tiny_road import CACHE, STUDENT, TEACHER, TRAIN, StopAfter, squares, tiny_setup
+from support.tiny_road import CACHE, STUDENT, TEACHER, TRAIN, StopAfter, squares, tiny_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.errors import RecipeError, StoppedEarly
-from kdpipe.stages.losses.distillation import Exchange, build_distillation
-from kdpipe.stages.losses.inputs import Facts
+from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation
+from kdpipe.stages.losses.inputs import DatasetInfo
 from kdpipe.stages.losses.logits.kd import KDConfig, kd_per_sample
-from kdpipe.stages.losses.schedules import SETTLED
-from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.class_map import ABSENT
-from kdpipe.stages.targets.ensemble import Combination, TeachersConfig, check_teachers
-from kdpipe.stages.targets.outputs import DenseOutputs, TopKOutputs
-from kdpipe.stages.train_student.student import Seat, open_teaching, train_student
+from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig, check_teachers
+from kdpipe.stages.targets.outputs import DenseTargets, TopKTargets
+from kdpipe.stages.train_student.student import Seat, open_distillation, train_student
 from kdpipe.stages.train_teacher import untrained_teacher
 from kdpipe.store import StoreError, TopK, encode_topk
 
 LOGITS = [TEACHER_LOGITS, 3 * drawn(8, 10, seed=5), 3 * drawn(8, 10, seed=6)]
-TEACHERS = [DenseOutputs(logits, {}) for logits in LOGITS]
+TEACHERS = [DenseTargets(logits, {}) for logits in LOGITS]
 ALL = [None, None, None]
 SOME = torch.tensor([True, False] * 4)
 NOBODY = torch.zeros(8, dtype=torch.bool)
@@ -38,7 +38,7 @@ COMBINE = ("logits", "probabilities")
 
 
 def together(known=ALL, teachers=TEACHERS, accuracies=None, **config):
-    return Combination(TeachersConfig(**config), len(teachers), accuracies)(teachers, known, LABELS)
+    return TeacherEnsemble(TeachersConfig(**config), len(teachers), accuracies)(teachers, known, LABELS)
 
 
 def target_probabilities(outputs, temperature):
@@ -120,7 +120,7 @@ def test_confidence_weights_match_the_papers_formula(numbers):
 
 def test_confidence_compares_only_teachers_with_targets():
     """Rows of samples that a teacher lacks have another sample's values, which must not count."""
-    garbage = DenseOutputs(torch.where(SOME[:, None], LOGITS[2], torch.full((8, 10), ABSENT)), {})
+    garbage = DenseTargets(torch.where(SOME[:, None], LOGITS[2], torch.full((8, 10), ABSENT)), {})
     garbage.logits[:, 9] = torch.where(SOME, LOGITS[2][:, 9], 50.0)
     outputs = together(teachers=[*TEACHERS[:2], garbage], known=[None, None, SOME], weights="confidence")
     torch.testing.assert_close(outputs.weights[SOME], confidence_by_hand((0, 1, 2))[SOME], rtol=1e-9, atol=1e-12)
@@ -129,7 +129,7 @@ def test_confidence_compares_only_teachers_with_targets():
 
 
 def test_sample_known_to_one_teacher_ignores_its_confidence():
-    unsure = DenseOutputs(F.one_hot((LABELS + 1) % 10, 10) * 500.0, {})
+    unsure = DenseTargets(F.one_hot((LABELS + 1) % 10, 10) * 500.0, {})
     outputs = together(teachers=[unsure, TEACHERS[1]], known=[None, SOME], weights="confidence")
     assert outputs.weights[~SOME].tolist() == [[1.0, 0.0]] * 4
     assert outputs.weights[SOME, 1].tolist() == pytest.approx([1.0] * 4)
@@ -138,7 +138,7 @@ def test_sample_known_to_one_teacher_ignores_its_confidence():
 @pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 5.0), "confidence", "learnable"])
 def test_teacher_has_no_weight_on_samples_without_targets(ensemble, weights):
-    garbage = DenseOutputs(torch.where(SOME[:, None], LOGITS[1], drawn(8, 10, seed=9) * 1e4), {})
+    garbage = DenseTargets(torch.where(SOME[:, None], LOGITS[1], drawn(8, 10, seed=9) * 1e4), {})
     found = together(
         teachers=[TEACHERS[0], garbage, TEACHERS[2]], known=[None, SOME, None], **config(ensemble, weights)
     )
@@ -167,7 +167,7 @@ def test_sample_known_only_to_a_zero_weight_teacher(ensemble):
 @pytest.mark.parametrize("weights", ["equal", "confidence", "learnable", (0.0, 1.0, 0.0)])
 def test_sample_without_any_target_causes_no_nan(ensemble, weights):
     known = [SOME, SOME, NOBODY]
-    combination = Combination(TeachersConfig(ensemble=ensemble, weights=weights), 3)
+    combination = TeacherEnsemble(TeachersConfig(ensemble=ensemble, weights=weights), 3)
     student = STUDENT_LOGITS.clone().requires_grad_()
     losses = distilled(combination, kd())(exchange(known, student))
     losses["kd_0"].backward()
@@ -181,16 +181,16 @@ def kd(**changes):
 
 
 def distilled(combination, *losses):
-    facts = Facts(num_samples=8, num_classes=10)
+    facts = DatasetInfo(num_samples=8, num_classes=10)
     return build_distillation(losses, {}, ({}, {}, {}), combination=combination, facts=facts, seed=0)
 
 
 def exchange(known=ALL, student=STUDENT_LOGITS):
-    return Exchange(Outputs(student, {}), TEACHERS, known, LABELS, torch.arange(8), SETTLED, {})
+    return DistillationBatch(ModelOutput(student, {}), TEACHERS, known, LABELS, torch.arange(8), FINISHED, {})
 
 
 def test_losses_of_one_store_combine_with_losses_of_all():
-    combination = Combination(TeachersConfig(weights=(1.0, 2.0, 5.0), temperatures=(1.0, 3.0, 9.0)), 3)
+    combination = TeacherEnsemble(TeachersConfig(weights=(1.0, 2.0, 5.0), temperatures=(1.0, 3.0, 9.0)), 3)
     losses = distilled(combination, kd(), kd(store=2), kd(store=1))(exchange([None, SOME, None]))
     alone = [kd_per_sample(STUDENT_LOGITS, logits, 2.0) for logits in LOGITS]
     assert losses["kd_1"].item() == pytest.approx(alone[2].mean().item(), rel=1e-9)  # neither weight nor temperature
@@ -203,8 +203,10 @@ def test_losses_of_one_store_combine_with_losses_of_all():
 
 
 def test_single_teacher_can_have_its_own_temperature():
-    combination = Combination(TeachersConfig(temperatures=(8.0,)), 1)
-    outputs = Exchange(Outputs(STUDENT_LOGITS, {}), TEACHERS[:1], [None], LABELS, torch.arange(8), SETTLED, {})
+    combination = TeacherEnsemble(TeachersConfig(temperatures=(8.0,)), 1)
+    outputs = DistillationBatch(
+        ModelOutput(STUDENT_LOGITS, {}), TEACHERS[:1], [None], LABELS, torch.arange(8), FINISHED, {}
+    )
     expected = kd_per_sample(STUDENT_LOGITS, LOGITS[0] / 4, 2.0).mean().item()
     assert distilled(combination, kd())(outputs)["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
@@ -215,7 +217,7 @@ def test_top_k_teachers_combine_at_their_own_temperatures(ensemble):
     form = TopK(10, 4, (1.0, 2.0, 4.0))
     packed = encode_topk(LOGITS[1].float().numpy(), form, "float32")
     arrays = [torch.from_numpy(packed[f"logits/{name}"].astype(kind)) for name, kind in PACKED.items()]
-    packed_teacher = TopKOutputs(form, *arrays, {})
+    packed_teacher = TopKTargets(form, *arrays, {})
     outputs = together(
         teachers=[TEACHERS[0], packed_teacher], known=[None, None], temperatures=(1.0, 4.0), ensemble=ensemble
     )
@@ -235,7 +237,7 @@ PACKED = {"values": "float32", "indices": "int64", "tail": "float32"}
 
 @pytest.mark.parametrize("ensemble", COMBINE)
 def test_learnable_weights_get_the_true_gradient(ensemble):
-    combination = Combination(TeachersConfig(weights="learnable", ensemble=ensemble), 3).double()
+    combination = TeacherEnsemble(TeachersConfig(weights="learnable", ensemble=ensemble), 3).double()
     assert [name for name, _ in combination.named_parameters()] == ["scores"]
 
     def loss(scores, student):
@@ -248,10 +250,10 @@ def test_learnable_weights_get_the_true_gradient(ensemble):
 
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 3.0), "confidence"])
 def test_fixed_weights_have_no_parameters_and_no_gradient(weights):
-    combination = Combination(TeachersConfig(weights=weights), 3)
+    combination = TeacherEnsemble(TeachersConfig(weights=weights), 3)
     assert list(combination.parameters()) == []
     assert not combination(TEACHERS, ALL, LABELS).logits_at(2.0).requires_grad
-    assert list(Combination(TeachersConfig(weights="learnable"), 1).parameters()) == []
+    assert list(TeacherEnsemble(TeachersConfig(weights="learnable"), 1).parameters()) == []
 
 
 @pytest.mark.parametrize(
@@ -267,10 +269,10 @@ def test_rows_of_combined_outputs(ensemble, weights):
 def test_masks_on_the_cpu_work_with_logits_on_the_gpu(weights):
     """No GPU is needed: fake tensors have a device, and raise an error if devices are mixed."""
     with FakeTensorMode():
-        teachers = [DenseOutputs(torch.empty(8, 10, device="cuda"), {}) for _ in range(2)]
+        teachers = [DenseTargets(torch.empty(8, 10, device="cuda"), {}) for _ in range(2)]
         labels = torch.empty(8, dtype=torch.int64, device="cuda")
         known = [torch.empty(8, dtype=torch.bool), None]
-        outputs = Combination(TeachersConfig(weights=weights), 2)(teachers, known, labels)
+        outputs = TeacherEnsemble(TeachersConfig(weights=weights), 2)(teachers, known, labels)
         assert outputs.logits_at(2.0).device.type == "cuda"
         assert outputs.rows(torch.empty(3, dtype=torch.int64, device="cuda")).logits_at(2.0).shape == (3, 10)
 
@@ -306,9 +308,9 @@ def test_invalid_weights_are_errors(settings):
 def run(tmp_path_factory):
     """Two stores of untrained teachers."""
     folder = tmp_path_factory.mktemp("teachers")
-    setup = tiny_setup(folder, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
+    context = tiny_context(folder, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
     for seed in (0, 1):
-        cache_teacher(CACHE, folder / f"{seed}.zarr", untrained_teacher(TEACHER, seed, setup), [], setup)
+        cache_teacher(CACHE, folder / f"{seed}.zarr", untrained_teacher(TEACHER, seed, context), [], context)
     return folder
 
 
@@ -321,17 +323,17 @@ def student_of(**teachers):
     return dataclasses.replace(STUDENT, train=train, teachers=TeachersConfig(**teachers))
 
 
-def train_in(folder, run, student, watch=None):
-    setup = tiny_setup(folder, watch, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
-    teaching = open_teaching(stores(run), [kd()], student, {}, setup)
+def train_in(folder, run, student, monitor=None):
+    context = tiny_context(folder, monitor, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
+    spec = open_distillation(stores(run), [kd()], student, {}, context)
     seat = Seat(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
-    return train_student(student, 0, teaching, setup, seat=seat)
+    return train_student(student, 0, spec, context, seat=seat)
 
 
 def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):
     student = student_of(weights="learnable")
     with pytest.raises(StoppedEarly):
-        train_in(tmp_path / "stopped", run, student, Watch(should_stop=StopAfter(3)))
+        train_in(tmp_path / "stopped", run, student, RunMonitor(should_stop=StopAfter(3)))
     folder = student_folder(tmp_path / "stopped", DISTILLED, 0)
     tensors, _ = load_tensors(folder.checkpoint)
     scores = tensors["modules/distillation.combination.scores"]

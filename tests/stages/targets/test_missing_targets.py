@@ -6,22 +6,22 @@ import json
 
 import pytest
 import torch
-from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, make_tiny_store, squares, tiny_setup
+from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, make_tiny_store, squares, tiny_context
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.distillation.student_config import student_folder
-from kdpipe.stages.distillation.task_builder import build_lesson, fresh_student
+from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.losses.logits.kd import kd_loss
-from kdpipe.stages.models.hooks import Outputs
+from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
-from kdpipe.stages.train_student.student import open_teaching, train_student
+from kdpipe.stages.train_student.student import open_distillation, train_student
 from kdpipe.stages.train_teacher import load_teacher, train_teacher
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
 
-WHOLE = squares(120, 0)
+ALL = squares(120, 0)
 KNOWN = 80
-STORED = WHOLE.take(torch.arange(KNOWN))
+STORED = ALL.take(torch.arange(KNOWN))
 LENIENT = dataclasses.replace(STUDENT, missing_targets="hard-labels")
 ARRAYS = ("logits", "features/stage2")
 READS = {
@@ -35,24 +35,24 @@ READS = {
 def run(tmp_path_factory):
     """A store of the first samples, and a second teacher's of all."""
     folder = tmp_path_factory.mktemp("missing")
-    make_tiny_store(tiny_setup(folder, train_set=STORED))
-    other = tiny_setup(folder / "other", train_set=WHOLE)
+    make_tiny_store(tiny_context(folder, train_set=STORED))
+    other = tiny_context(folder / "other", train_set=ALL)
     train_teacher(TEACHER, 1, other)
     cache_teacher(CACHE, folder / "whole.zarr", load_teacher(TEACHER, 1, other), LAYERS, other)
     return folder
 
 
-def lesson_of(run, student, names=("store.zarr",), train_set=WHOLE):
-    setup = tiny_setup(run, train_set=train_set)
-    teaching = open_teaching([run / name for name in names], LOSSES, student, {}, setup)
-    return build_lesson(fresh_student(student, 0, setup), teaching, 0, setup)
+def lesson_of(run, student, names=("store.zarr",), train_set=ALL):
+    context = tiny_context(run, train_set=train_set)
+    spec = open_distillation([run / name for name in names], LOSSES, student, {}, context)
+    return build_task(build_student(student, 0, context), spec, 0, context)
 
 
-def first_batch(lesson, size, epoch=0):
+def first_batch(task, size, epoch=0):
     """A batch, and the ids of its samples."""
-    batch = next(lesson.stream(3, size, epoch=epoch, step=0, epochs=epoch + 1))
-    at = lesson.order(3, epoch)[:size]
-    return batch, lesson.pictures.image_set.sample_ids[at]
+    batch = next(task.stream(3, size, epoch=epoch, step=0, epochs=epoch + 1))
+    at = task.order(3, epoch)[:size]
+    return batch, task.loader.image_set.sample_ids[at]
 
 
 def answers(size):
@@ -60,11 +60,11 @@ def answers(size):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(size, 4, generator=generator, requires_grad=True)
     maps = torch.randn(size, 8, 4, 4, generator=generator, requires_grad=True)
-    return Outputs(logits, {"stage2": maps})
+    return ModelOutput(logits, {"stage2": maps})
 
 
 PARTS = {
-    "a part": WHOLE.take(torch.tensor([70, 2, 33, 34, 9])),
+    "a part": ALL.take(torch.tensor([70, 2, 33, 34, 9])),
     "reordered": STORED.take(torch.randperm(KNOWN, generator=torch.Generator().manual_seed(1))),
     "a class": STORED.take((STORED.labels == 1).nonzero()[:, 0]),
 }
@@ -84,15 +84,15 @@ def test_samples_are_joined_by_id(run, part, missing):
 def test_order_of_the_data_set_does_not_change_the_student(run, tmp_path):
     bits = []
     for name, part in (("one", STORED), ("other", PARTS["reordered"])):
-        setup = tiny_setup(tmp_path / name, train_set=part)
-        teaching = open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, setup)
-        train_student(STUDENT, 0, teaching, setup)
-        bits.append(student_folder(setup.run, "distilled", 0).model.read_bytes())
+        context = tiny_context(tmp_path / name, train_set=part)
+        spec = open_distillation([run / "store.zarr"], LOSSES, STUDENT, {}, context)
+        train_student(STUDENT, 0, spec, context)
+        bits.append(student_folder(context.run, "distilled", 0).model.read_bytes())
     assert bits[0] == bits[1]
 
 
 def test_missing_targets_error_has_count_and_examples(run):
-    absent = WHOLE.sample_ids[KNOWN:][:3].tolist()
+    absent = ALL.sample_ids[KNOWN:][:3].tolist()
     with pytest.raises(StoreError) as raised:
         lesson_of(run, STUDENT)
     assert f"has no targets for 40 of the 120 samples, such as {absent}: " in str(raised.value)
@@ -101,16 +101,16 @@ def test_missing_targets_error_has_count_and_examples(run):
 
 def test_data_set_without_any_targets_is_always_an_error(run):
     with pytest.raises(StoreError, match="no targets for 40 of the 40 samples, .* made from another data set"):
-        lesson_of(run, LENIENT, train_set=WHOLE.take(torch.arange(KNOWN, 120)))
+        lesson_of(run, LENIENT, train_set=ALL.take(torch.arange(KNOWN, 120)))
 
 
 @pytest.mark.parametrize("what", ["labels", "images"])
 def test_known_samples_are_still_checked(run, what):
-    changed = WHOLE.take(torch.arange(120))
+    changed = ALL.take(torch.arange(120))
     getattr(changed, what)[5] = (getattr(changed, what)[5] + 1) % 4
     with pytest.raises(FingerprintMismatch, match=rf"of sample {changed.sample_ids[5]}: stored"):
         lesson_of(run, LENIENT, train_set=changed)
-    changed = WHOLE.take(torch.arange(120))
+    changed = ALL.take(torch.arange(120))
     getattr(changed, what)[100] = (getattr(changed, what)[100] + 1) % 4
     lesson_of(run, LENIENT, train_set=changed)  # the store does not have this sample
 
@@ -119,15 +119,15 @@ def test_known_samples_are_still_checked(run, what):
 def test_each_sample_contributes_only_its_own_loss(run, read):
     """By hand, sample by sample: with targets 0.1 CE + KD + hint, without them CE alone."""
     size = 24
-    lesson = lesson_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
-    assert lesson.targets.residence == read
-    lesson.distillation.eval()  # the adapter's statistics are then not of this batch
-    batch, ids = first_batch(lesson, size, epoch=2)
+    task = lesson_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
+    assert task.targets.residence == read
+    task.distillation.eval()  # the adapter's statistics are then not of this batch
+    batch, ids = first_batch(task, size, epoch=2)
     known = torch.isin(ids, STORED.sample_ids)
     assert 0 < known.sum() < size
     assert torch.equal(batch.has_targets, known)
     store, student = open_store(run / "store.zarr"), answers(size)
-    adapted = lesson.distillation.terms["hint_1"].loss.adapters[0](student.features["stage2"])
+    adapted = task.distillation.terms["hint_1"].loss.adapters[0](student.features["stage2"])
     total = torch.zeros(())
     for at, one in enumerate(ids.numpy()):
         hard = -student.logits[at].log_softmax(0)[batch.hard.labels[at]]
@@ -138,7 +138,7 @@ def test_each_sample_contributes_only_its_own_loss(run, read):
         log_p, log_q = (logits / 4).log_softmax(0), (student.logits[at] / 4).log_softmax(0)
         soft = 16 * (log_p.exp() * (log_p - log_q)).sum()
         total = total + 0.1 * hard + 0.9 * soft + (adapted[at] - map_).square().mean()
-    losses = lesson.losses(student, batch)
+    losses = task.losses(student, batch)
     assert set(losses) == {"hard_labels", "kd_0", "hint_1"}
     found = torch.stack(list(losses.values())).sum()
     assert found.item() == pytest.approx(total.item() / size, rel=1e-5)
@@ -150,21 +150,21 @@ def test_each_sample_contributes_only_its_own_loss(run, read):
 
 @pytest.mark.parametrize("read", READS)
 def test_batches_without_targets_use_labels_alone(run, read):
-    lesson = lesson_of(run, dataclasses.replace(LENIENT, read=READS[read]))
-    batches = list(lesson.stream(3, 2, epoch=0, step=0, epochs=1))
-    order = lesson.order(3, 0)
-    known = torch.isin(WHOLE.sample_ids[order], STORED.sample_ids).split(2)
+    task = lesson_of(run, dataclasses.replace(LENIENT, read=READS[read]))
+    batches = list(task.stream(3, 2, epoch=0, step=0, epochs=1))
+    order = task.order(3, 0)
+    known = torch.isin(ALL.sample_ids[order], STORED.sample_ids).split(2)
     assert {tuple(some.tolist()) for some in known} == set(itertools.product([True, False], repeat=2))
     for batch, some in zip(batches, known, strict=True):
         assert torch.equal(batch.has_targets, some)
         if some.sum() == 1:  # twice, for the norms of adapters, which changes no mean
             student = answers(2)
             byhand = 0.5 * 0.9 * kd_loss(student.logits[some], batch.teachers[0].logits[some], 4.0)
-            assert lesson.losses(student, batch)["kd_0"].item() == pytest.approx(byhand.item(), rel=1e-5)
+            assert task.losses(student, batch)["kd_0"].item() == pytest.approx(byhand.item(), rel=1e-5)
         if some.any():
             continue
         student = answers(2)
-        losses = lesson.losses(student, batch)
+        losses = task.losses(student, batch)
         assert float(losses["kd_0"]) == float(losses["hint_1"]) == 0
         byhand = torch.nn.functional.cross_entropy(student.logits, batch.hard.labels)
         assert losses["hard_labels"].item() == pytest.approx(byhand.item(), rel=1e-6)
@@ -174,8 +174,8 @@ def test_batches_without_targets_use_labels_alone(run, read):
 
 def test_two_stores_each_cover_their_samples(run):
     """By hand, sample by sample: the mean of the logits of the teachers that have the sample."""
-    lesson = lesson_of(run, LENIENT, ("whole.zarr", "store.zarr"))
-    batch, ids = first_batch(lesson, 60)
+    task = lesson_of(run, LENIENT, ("whole.zarr", "store.zarr"))
+    batch, ids = first_batch(task, 60)
     known = torch.isin(ids, STORED.sample_ids)
     assert 0 < known.sum() < 60
     assert batch.has_targets is None
@@ -183,7 +183,7 @@ def test_two_stores_each_cover_their_samples(run):
     target = torch.from_numpy(whole.gather("logits", 0, ids.numpy())).float()
     target[known] = (target[known] + torch.from_numpy(store.gather("logits", 0, ids[known].numpy())).float()) / 2
     student = answers(60)
-    losses = lesson.losses(student, batch)
+    losses = task.losses(student, batch)
     assert losses["kd_0"].item() == pytest.approx(0.9 * kd_loss(student.logits, target, 4.0).item(), rel=1e-5)
     alone = lesson_of(run, LENIENT, ("whole.zarr",))
     assert first_batch(alone, 60)[0].has_targets is None
@@ -191,7 +191,7 @@ def test_two_stores_each_cover_their_samples(run):
 
 def test_rows_of_missing_samples_are_never_read(run):
     store = open_store(run / "store.zarr")
-    source = join(store, WHOLE, [], "hard-labels")
+    source = join(store, ALL, [], "hard-labels")
     assert (source.rows < 0).tolist() == [False] * KNOWN + [True] * 40
     targets = Targets([source], torch.device("cpu"))
     (known,) = targets.known(torch.tensor([0, 79, 80, 119]))
@@ -199,41 +199,43 @@ def test_rows_of_missing_samples_are_never_read(run):
 
 
 def test_allowing_missing_targets_is_another_job(run, tmp_path):
-    setup, lenient = (tiny_setup(tmp_path / name, train_set=WHOLE) for name in ("strict", "lenient"))
-    teachings = [open_teaching([run / "whole.zarr"], LOSSES, student, {}, setup) for student in (STUDENT, LENIENT)]
-    train_student(STUDENT, 0, teachings[0], setup)
+    context, lenient = (tiny_context(tmp_path / name, train_set=ALL) for name in ("strict", "lenient"))
+    teachings = [
+        open_distillation([run / "whole.zarr"], LOSSES, student, {}, context) for student in (STUDENT, LENIENT)
+    ]
+    train_student(STUDENT, 0, teachings[0], context)
     with pytest.raises(FingerprintMismatch, match=r"teaching\.missing: stored 'error', wanted 'hard-labels'"):
-        train_student(LENIENT, 0, teachings[1], setup)
+        train_student(LENIENT, 0, teachings[1], context)
     train_student(LENIENT, 0, teachings[1], lenient)  # nothing is missing there: it is the same student
-    models = [student_folder(one.run, "distilled", 0).model.read_bytes() for one in (setup, lenient)]
+    models = [student_folder(one.run, "distilled", 0).model.read_bytes() for one in (context, lenient)]
     assert models[0] == models[1]
 
 
 def test_a_student_trains_where_targets_are_missing(run, tmp_path):
-    setup = tiny_setup(tmp_path, train_set=WHOLE)
-    teaching = open_teaching([run / "store.zarr"], LOSSES, LENIENT, {}, setup)
-    train_student(LENIENT, 0, teaching, setup)
+    context = tiny_context(tmp_path, train_set=ALL)
+    spec = open_distillation([run / "store.zarr"], LOSSES, LENIENT, {}, context)
+    train_student(LENIENT, 0, spec, context)
     lines = [json.loads(line) for line in student_folder(tmp_path, "distilled", 0).metrics.read_text().splitlines()]
     assert [set(line["losses"]) for line in lines] == [{"hard_labels", "kd_0", "hint_1"}] * 2
     assert sum(lines[1]["losses"].values()) < sum(lines[0]["losses"].values())
 
 
 def test_disjoint_stores_each_cover_their_samples(run, tmp_path):
-    rest = tiny_setup(run / "other", train_set=WHOLE.take(torch.arange(KNOWN, len(WHOLE.labels))))
+    rest = tiny_context(run / "other", train_set=ALL.take(torch.arange(KNOWN, len(ALL.labels))))
     cache_teacher(CACHE, tmp_path / "rest.zarr", load_teacher(TEACHER, 1, rest), LAYERS, rest)
-    lesson = lesson_of(run, LENIENT, ("store.zarr", tmp_path / "rest.zarr"))
-    assert lesson.targets.num_unknown == 0
-    batch, ids = first_batch(lesson, 60)
+    task = lesson_of(run, LENIENT, ("store.zarr", tmp_path / "rest.zarr"))
+    assert task.targets.num_without_targets == 0
+    batch, ids = first_batch(task, 60)
     known = torch.isin(ids, STORED.sample_ids)
     stores = [open_store(path) for path in (run / "store.zarr", tmp_path / "rest.zarr")]
     target = torch.empty(60, 4)
     for store, mask in zip(stores, (known, ~known), strict=True):
         target[mask] = torch.from_numpy(store.gather("logits", 0, ids[mask].numpy())).float()
     student = answers(60)
-    losses = lesson.losses(student, batch)
+    losses = task.losses(student, batch)
     assert losses["kd_0"].item() == pytest.approx(0.9 * kd_loss(student.logits, target, 4.0).item(), rel=1e-5)
 
 
 def test_number_of_samples_without_targets(run):
-    assert lesson_of(run, LENIENT).targets.num_unknown == len(WHOLE.labels) - KNOWN
-    assert lesson_of(run, LENIENT, ("whole.zarr",)).targets.num_unknown == 0
+    assert lesson_of(run, LENIENT).targets.num_without_targets == len(ALL.labels) - KNOWN
+    assert lesson_of(run, LENIENT, ("whole.zarr",)).targets.num_without_targets == 0

@@ -4,28 +4,28 @@ import dataclasses
 
 import pytest
 import torch
-from support.tiny_road import LOSSES, OPERATIONS, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
+from support.tiny_road import LOSSES, OPERATIONS, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.loader.sampling import slab_order
-from kdpipe.stages.distillation.task_builder import build_lesson, fresh_student
+from kdpipe.stages.data.loader.sampling import shard_order
+from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.hint import HintConfig
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
-from kdpipe.stages.train_student.student import open_teaching
+from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import FingerprintMismatch, StoreError, TargetStore, open_store
 
 CPU = torch.device("cpu")
-STAGE2 = Wanted("stage2")
+STAGE2 = FeatureSpec("stage2")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("targets")
-    make_tiny_store(tiny_setup(folder))
+    make_tiny_store(tiny_context(folder))
     return folder
 
 
@@ -62,9 +62,9 @@ def test_memory_and_mapped_targets_are_equal(run):
 def long_run(tmp_path_factory):
     """A store of many shards of 512 rows."""
     folder = tmp_path_factory.mktemp("long")
-    setup = tiny_setup(folder, train_set=squares(6000, 0))
+    context = tiny_context(folder, train_set=squares(6000, 0))
     short = dataclasses.replace(TEACHER.train, epochs=1, batch_size=1000)  # any outputs will do
-    make_tiny_store(setup, teacher=dataclasses.replace(TEACHER, train=short))
+    make_tiny_store(context, teacher=dataclasses.replace(TEACHER, train=short))
     return folder
 
 
@@ -85,7 +85,7 @@ def test_streamed_targets_are_equal_within_their_memory_bound(long_run):
     (inner,) = streamed._sources
     most_bytes = 0
     for epoch in range(2):
-        order = slab_order(1, epoch, streamed.slabs, streamed.window)
+        order = shard_order(1, epoch, streamed.slabs, streamed.window)
         for indices in order.split(100):
             one, other = resident.batch(epoch, indices)[0], streamed.batch(epoch, indices)[0]
             assert torch.equal(one.logits, other.logits)
@@ -100,15 +100,15 @@ def test_an_epoch_in_slab_order_reads_each_slab_once(long_run, monkeypatch):
     monkeypatch.setattr(TargetStore, "read_unit", lambda self, name, unit: read.append(unit) or real(self, name, unit))
     config = TargetLoadingConfig(memory_bytes=8 * 512 * 4 * 2, mapped_bytes=0)
     targets = Targets([join(store, squares(6000, 0), [])], CPU, config)
-    for indices in slab_order(1, 0, targets.slabs, targets.window).split(64):
+    for indices in shard_order(1, 0, targets.slabs, targets.window).split(64):
         targets.batch(0, indices)
     assert sorted(read) == store.units(0)
 
 
 def test_slab_order_depends_on_seed_and_epoch_and_mixes():
     slabs = torch.arange(4000) // 100
-    orders = [slab_order(seed, epoch, slabs, 4) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
-    assert torch.equal(orders[0], slab_order(0, 0, slabs, 4))
+    orders = [shard_order(seed, epoch, slabs, 4) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert torch.equal(orders[0], shard_order(0, 0, slabs, 4))
     for order in orders:
         assert torch.equal(order.sort().values, torch.arange(4000))
         groups = [set(slabs[order[start : start + 400]].tolist()) for start in range(0, 4000, 400)]
@@ -150,37 +150,37 @@ def test_missing_samples_and_layers_are_named(run):
     with pytest.raises(StoreError, match="has no targets for"):
         join(store, squares(301, 5), [])
     with pytest.raises(StoreError, match=r"no features of 'stage1', only logits, features/stage2: run"):
-        join(store, squares(300, 0), [Wanted("stage1")])
+        join(store, squares(300, 0), [FeatureSpec("stage1")])
 
 
 def test_other_view_recipe_or_too_few_views_are_errors(run):
-    setup = tiny_setup(run)
-    other = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
+    context = tiny_context(run)
+    other = dataclasses.replace(context, views=dataclasses.replace(VIEWS, operations=OPERATIONS[:1]))
     with pytest.raises(FingerprintMismatch, match=r"views.operations: stored .*RandomHorizontalFlip.*wanted"):
-        open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, other)
-    more = dataclasses.replace(setup, views=dataclasses.replace(VIEWS, num_views=4))
+        open_distillation([run / "store.zarr"], LOSSES, STUDENT, {}, other)
+    more = dataclasses.replace(context, views=dataclasses.replace(VIEWS, num_views=4))
     with pytest.raises(RecipeError, match="has 3 views, the recipe needs 4"):
-        open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, more)
+        open_distillation([run / "store.zarr"], LOSSES, STUDENT, {}, more)
 
 
 def test_hint_with_an_unknown_store_is_an_error(run):
     hint = HintConfig(loss="hint", layers=(("stage2", "stage2"),), store=1)
     with pytest.raises(RecipeError, match="distill.0 .hint. uses store 1, but there are 1"):
-        open_teaching([run / "store.zarr"], [hint], STUDENT, {}, tiny_setup(run))
+        open_distillation([run / "store.zarr"], [hint], STUDENT, {}, tiny_context(run))
 
 
 def test_student_sees_the_view_of_its_targets(run):
     """Epoch e uses view e mod V, for images and targets."""
-    setup = tiny_setup(run)
-    network = fresh_student(STUDENT, 0, setup)
-    teaching = open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, setup)
-    lesson = build_lesson(network, teaching, 0, setup)
+    context = tiny_context(run)
+    network = build_student(STUDENT, 0, context)
+    spec = open_distillation([run / "store.zarr"], LOSSES, STUDENT, {}, context)
+    task = build_task(network, spec, 0, context)
     store = open_store(run / "store.zarr")
     renderer = Renderer(VIEWS, 1, (8, 8))
     for epoch, view in ((0, 0), (2, 2), (3, 0), (7, 1)):
-        at = lesson.order(5, epoch)[:20]
-        ids = setup.train_set.sample_ids[at].numpy()
-        batch = next(lesson.stream(5, 20, epoch=epoch, step=0, epochs=epoch + 1))
-        shown = renderer.render_batch(setup.train_set.images[at], setup.train_set.sample_ids[at], view)
-        assert torch.equal(batch.images, network.normalise(shown))
+        at = task.order(5, epoch)[:20]
+        ids = context.train_set.sample_ids[at].numpy()
+        batch = next(task.stream(5, 20, epoch=epoch, step=0, epochs=epoch + 1))
+        shown = renderer.render_batch(context.train_set.images[at], context.train_set.sample_ids[at], view)
+        assert torch.equal(batch.images, network.normalize(shown))
         assert torch.equal(batch.teachers[0].logits, torch.from_numpy(store.gather("logits", view, ids)).float())

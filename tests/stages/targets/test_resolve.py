@@ -10,28 +10,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_road import CACHE, TEACHER, VIEWS, squares, tiny_setup
+from support.tiny_road import CACHE, TEACHER, VIEWS, squares, tiny_context
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.cache_teacher.plan import layers_of
 from kdpipe.stages.cache_teacher.recheck import recompute
-from kdpipe.stages.data.loader.image_loader import Request
+from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.errors import ModelError, RecipeError
-from kdpipe.stages.models.hooks import tapped
-from kdpipe.stages.models.normalization import Normalisation
+from kdpipe.stages.models.hooks import extract_features
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.targets.feature_spec import (
-    FORMS,
     INPUT,
     INPUT_GRADIENT,
-    UNSIZED,
-    Wanted,
-    form_shape,
-    parse_kind,
-    parse_wanted,
+    STATISTIC_FUNCTIONS,
+    UNPOOLABLE,
+    FeatureSpec,
+    parse_feature,
+    parse_statistic,
+    statistic_shape,
 )
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import Targets
-from kdpipe.stages.targets.resolve import arrays_read, serve, smallest
+from kdpipe.stages.targets.resolve import arrays_needed, resolve_feature, smallest_feature
 from kdpipe.stages.train_teacher import untrained_teacher
 from kdpipe.stages.views.mix import MixConfig
 from kdpipe.store import StoreError, finish_store, open_store, write_unit
@@ -44,41 +44,41 @@ TEST = squares(8, 1, "test")
 COLOURED = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
 COLOURS = dataclasses.replace(GREY, images=COLOURED)
 COLOURED_TEST = dataclasses.replace(TEST, images=COLOURED[:8])
-SCALING = Normalisation((0.4, 0.5, 0.6), (0.1, 0.5, 1.5))
+SCALING = Normalization((0.4, 0.5, 0.6), (0.1, 0.5, 1.5))
 
 MAPS = {"stage1": (8, 8, 8), "stage2": (16, 4, 4), "fc": (4,)}
 SIZES = (None, (3, 3), (4, 4), (16, 16))
 ONE_UNIT = dataclasses.replace(CACHE, shard_bytes=2**24)
 ASKED = [
-    *[Wanted(layer, "pooled") for layer in MAPS],
+    *[FeatureSpec(layer, "pooled") for layer in MAPS],
     *[
-        Wanted(layer, form, size)
+        FeatureSpec(layer, form, size)
         for layer in ("stage1", "stage2")
         for form in ("features", "attention", "gram", "spatial_gram")
         for size in SIZES
     ],
 ]
 BY_HAND = [
-    Wanted("stage1", "attention", (4, 4)),
-    Wanted("stage1", "spatial_gram", (4, 4)),
-    Wanted(INPUT, INPUT_GRADIENT),
+    FeatureSpec("stage1", "attention", (4, 4)),
+    FeatureSpec("stage1", "spatial_gram", (4, 4)),
+    FeatureSpec(INPUT, INPUT_GRADIENT),
 ]
 
 
 def setup_of(run, images=GREY, **changes):
-    return tiny_setup(run, train_set=images, test_set=TEST if images is GREY else COLOURED_TEST, **changes)
+    return tiny_context(run, train_set=images, test_set=TEST if images is GREY else COLOURED_TEST, **changes)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Two stores of one teacher: of its maps, and of all statistics without maps."""
     folder = tmp_path_factory.mktemp("serving")
-    setup = setup_of(folder, views=dataclasses.replace(VIEWS, num_views=2))
-    teacher = untrained_teacher(TEACHER, 0, setup)
-    maps = [Wanted(layer) for layer in MAPS]
+    context = setup_of(folder, views=dataclasses.replace(VIEWS, num_views=2))
+    teacher = untrained_teacher(TEACHER, 0, context)
+    maps = [FeatureSpec(layer) for layer in MAPS]
     statistics = [one for one in dict.fromkeys(map(kept, ASKED)) if one not in maps]
-    cache_teacher(ONE_UNIT, folder / "maps.zarr", teacher, maps, setup)
-    cache_teacher(ONE_UNIT, folder / "statistics.zarr", teacher, statistics, setup)
+    cache_teacher(ONE_UNIT, folder / "maps.zarr", teacher, maps, context)
+    cache_teacher(ONE_UNIT, folder / "statistics.zarr", teacher, statistics, context)
     return folder
 
 
@@ -107,7 +107,7 @@ STATISTICS = [one for one in ASKED if kept(one).kind != "features"]
 @pytest.mark.parametrize("wanted", STATISTICS, ids=str)
 def test_stored_statistic_equals_that_of_the_stored_map(served, wanted):
     of_map, of_statistic = (found[wanted] for found in served)
-    assert of_statistic.shape[1:] == form_shape(wanted, MAPS[wanted.layer])
+    assert of_statistic.shape[1:] == statistic_shape(wanted, MAPS[wanted.layer])
     largest = float(of_map.abs().max())
     assert largest > 0
     torch.testing.assert_close(of_statistic, of_map, rtol=3e-3, atol=2e-3 * largest)
@@ -116,11 +116,11 @@ def test_stored_statistic_equals_that_of_the_stored_map(served, wanted):
 def test_exact_array_is_preferred(run):
     store = open_store(run / "statistics.zarr")
     for wanted in STATISTICS:
-        serving = serve(store, wanted)
+        serving = resolve_feature(store, wanted)
         assert (serving.array, serving.computed) == (kept(wanted).array, None), wanted
     maps = open_store(run / "maps.zarr")
-    assert arrays_read(maps, ASKED) == ["logits", "features/stage1", "features/stage2", "features/fc"]
-    assert arrays_read(maps, []) == ["logits"]
+    assert arrays_needed(maps, ASKED) == ["logits", "features/stage1", "features/stage2", "features/fc"]
+    assert arrays_needed(maps, []) == ["logits"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_exact_array_is_preferred(run):
     ],
 )
 def test_the_smaller_of_map_and_statistic_is_stored(wanted, shape, stored):
-    assert str(smallest(parse_wanted(wanted), shape)) == stored
+    assert str(smallest_feature(parse_feature(wanted), shape)) == stored
 
 
 layers = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}(\.[A-Za-z0-9_]{1,6}){0,3}", fullmatch=True)
@@ -159,17 +159,17 @@ small = st.integers(1, 9)
 
 def any_form(sizes):
     """A statistic and a valid size."""
-    return st.sampled_from(sorted(FORMS)).flatmap(
-        lambda form: st.tuples(st.just(form), st.none() if form in UNSIZED else sizes)
+    return st.sampled_from(sorted(STATISTIC_FUNCTIONS)).flatmap(
+        lambda form: st.tuples(st.just(form), st.none() if form in UNPOOLABLE else sizes)
     )
 
 
 @given(layers, any_form(sizes))
 def test_every_statistic_parses_its_own_name(layer, form):
-    wanted = Wanted(INPUT if form[0] == INPUT_GRADIENT else layer, *form)
-    assert parse_wanted(str(wanted)) == wanted
+    wanted = FeatureSpec(INPUT if form[0] == INPUT_GRADIENT else layer, *form)
+    assert parse_feature(str(wanted)) == wanted
     kind, _, path = wanted.array.partition("/")
-    assert parse_kind(path, kind) == wanted
+    assert parse_statistic(path, kind) == wanted
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_every_statistic_parses_its_own_name(layer, form):
 )
 def test_invalid_statistic_error_lists_the_valid_ones(text):
     with pytest.raises(RecipeError, match=re.escape(repr(text)) + ".*pooled, attention, gram"):
-        parse_wanted(text)
+        parse_feature(text)
 
 
 def of_map(form):
@@ -204,15 +204,15 @@ def of_map(form):
 def test_stored_feature_serves_the_loss_and_is_small(form, channels, side):
     """Of square maps, as networks give them."""
     shape = (channels, side, side)
-    wanted = Wanted("layer1" if of_map(form) else INPUT, *form)
-    stored = smallest(wanted, shape)
-    stored_shape = form_shape(stored, shape)
+    wanted = FeatureSpec("layer1" if of_map(form) else INPUT, *form)
+    stored = smallest_feature(wanted, shape)
+    stored_shape = statistic_shape(stored, shape)
     assert stored.source == wanted.source
     assert math.prod(stored_shape) <= math.prod(shape)
     store = SimpleNamespace(path="store.zarr", arrays=[SimpleNamespace(name=stored.array, row_shape=stored_shape)])
-    serving = serve(store, wanted)
+    serving = resolve_feature(store, wanted)
     assert serving.array == stored.array
-    assert serving.shape == form_shape(wanted, shape)
+    assert serving.shape == statistic_shape(wanted, shape)
     assert serving(torch.ones(2, *stored_shape)).shape == (2, *serving.shape)
 
 
@@ -220,21 +220,21 @@ def test_input_gradient_is_not_computed_from_a_map(run):
     """Not even from a module named `input`."""
     store = SimpleNamespace(path="a.zarr", arrays=[SimpleNamespace(name="features/input", row_shape=(3, 8, 8))])
     with pytest.raises(StoreError, match=r"has no input_gradient of 'input', only features/input"):
-        serve(store, Wanted(INPUT, INPUT_GRADIENT))
+        resolve_feature(store, FeatureSpec(INPUT, INPUT_GRADIENT))
 
 
-@pytest.mark.parametrize("wanted", [*BY_HAND, Wanted("stage1", size=(4, 4)), Wanted("fc")], ids=str)
+@pytest.mark.parametrize("wanted", [*BY_HAND, FeatureSpec("stage1", size=(4, 4)), FeatureSpec("fc")], ids=str)
 def test_missing_feature_error_has_the_line_that_adds_it(run, tmp_path, wanted):
-    setup, path = setup_of(run), tmp_path / "a.zarr"
-    teacher = untrained_teacher(TEACHER, 0, setup)
-    cache_teacher(ONE_UNIT, path, teacher, [], setup)
+    context, path = setup_of(run), tmp_path / "a.zarr"
+    teacher = untrained_teacher(TEACHER, 0, context)
+    cache_teacher(ONE_UNIT, path, teacher, [], context)
     with pytest.raises(StoreError) as raised:
         join(open_store(path), GREY, [wanted])
     sentence = str(raised.value)
     assert f"a.zarr has no {wanted.kind} of {wanted.layer!r}, only logits: run `kdpipe cache-teacher`" in sentence
     (line,) = re.findall(r"cache\.layers = \['(.*)'\]", sentence)
-    cache_teacher(ONE_UNIT, path, teacher, [parse_wanted(line)], setup)
-    serving = serve(open_store(path), wanted)
+    cache_teacher(ONE_UNIT, path, teacher, [parse_feature(line)], context)
+    serving = resolve_feature(open_store(path), wanted)
     assert (serving.array, serving.computed) == (wanted.array, None)
 
 
@@ -243,21 +243,21 @@ def test_statistic_of_larger_maps_is_not_used_for_smaller(run):
     arrays = [SimpleNamespace(name="attention/a", row_shape=(8, 8)), SimpleNamespace(name="logits", row_shape=(4,))]
     store = SimpleNamespace(path="a.zarr", arrays=arrays)
     with pytest.raises(StoreError, match=r"has no attention-4x4 of 'a', only attention/a, logits"):
-        serve(store, Wanted("a", "attention", (4, 4)))
-    assert serve(store, Wanted("a", "attention", (8, 8))).array == "attention/a"
+        resolve_feature(store, FeatureSpec("a", "attention", (4, 4)))
+    assert resolve_feature(store, FeatureSpec("a", "attention", (8, 8))).array == "attention/a"
     arrays[0] = SimpleNamespace(name="spatial_gram/a", row_shape=(64, 64))
     with pytest.raises(StoreError, match=r"has no spatial_gram-4x4 of 'a'"):
-        serve(store, Wanted("a", "spatial_gram", (4, 4)))
-    assert serve(store, Wanted("a", "spatial_gram", (8, 8))).array == "spatial_gram/a"
+        resolve_feature(store, FeatureSpec("a", "spatial_gram", (4, 4)))
+    assert resolve_feature(store, FeatureSpec("a", "spatial_gram", (8, 8))).array == "spatial_gram/a"
     arrays[0] = SimpleNamespace(name="gram/a", row_shape=(4, 4))  # 4 channels of unknown positions
     with pytest.raises(StoreError, match=r"has no gram-8x8 of 'a'"):
-        serve(store, Wanted("a", "gram", (8, 8)))
-    assert serve(store, Wanted("a", "gram")).array == "gram/a"
+        resolve_feature(store, FeatureSpec("a", "gram", (8, 8)))
+    assert resolve_feature(store, FeatureSpec("a", "gram")).array == "gram/a"
 
 
 def test_map_statistics_of_vectors_are_an_error(run):
     with pytest.raises(ModelError, match=r"fc outputs \[4\] per sample: attention needs feature maps \[C, H, W\]"):
-        serve(open_store(run / "maps.zarr"), Wanted("fc", "attention"))
+        resolve_feature(open_store(run / "maps.zarr"), FeatureSpec("fc", "attention"))
 
 
 MIXES = {
@@ -271,23 +271,23 @@ MIXES = {
 def cached(request, tmp_path_factory):
     """A store of color images, its teacher and setup: channels have different scales."""
     folder = tmp_path_factory.mktemp("by_hand")
-    setup = setup_of(folder, COLOURS, views=dataclasses.replace(VIEWS, mix=MIXES[request.param], num_views=2))
-    teacher = dataclasses.replace(untrained_teacher(TEACHER, 1, setup), normalise=SCALING)
+    context = setup_of(folder, COLOURS, views=dataclasses.replace(VIEWS, mix=MIXES[request.param], num_views=2))
+    teacher = dataclasses.replace(untrained_teacher(TEACHER, 1, context), normalize=SCALING)
     path = folder / "store.zarr"
-    cache_teacher(ONE_UNIT, path, teacher, BY_HAND, setup)
-    return setup, teacher, path
+    cache_teacher(ONE_UNIT, path, teacher, BY_HAND, context)
+    return context, teacher, path
 
 
-def by_hand(setup, teacher, positions, view):
+def by_hand(context, teacher, positions, view):
     """The arrays of BY_HAND, one sample after the other, by the plain formulas in float64."""
     model, labels = teacher.model.double(), dict(zip(COLOURS.sample_ids.tolist(), COLOURS.labels.tolist(), strict=True))
-    seen = setup.pictures.one(Request(positions, view))
+    seen = context.loader.one(ViewRequest(positions, view))
     mean, std = (torch.tensor(one, dtype=torch.float64).view(3, 1, 1) for one in (SCALING.mean, SCALING.std))
     rows = {wanted.array: [] for wanted in BY_HAND}
     for number, sample_id in enumerate(COLOURS.sample_ids[positions].tolist()):
         pixels = (seen.images[number].double() / 255).requires_grad_()
-        with tapped(model, ["stage1"]) as tap:
-            outputs = tap(((pixels - mean) / std)[None])
+        with extract_features(model, ["stage1"]) as extractor:
+            outputs = extractor(((pixels - mean) / std)[None])
         share, partner = 1.0, sample_id
         if seen.mixture is not None:
             share, partner = float(seen.mixture.own_share[number]), int(seen.mixture.partner_ids[number])
@@ -309,10 +309,10 @@ def by_hand(setup, teacher, positions, view):
 
 @pytest.mark.parametrize("view", [0, 1])
 def test_stored_values_match_the_formulas(cached, view):
-    setup, teacher, path = cached
+    context, teacher, path = cached
     positions = torch.arange(0, 40, 3)
     store = open_store(path)
-    for name, expected in by_hand(setup, teacher, positions, view).items():
+    for name, expected in by_hand(context, teacher, positions, view).items():
         found = torch.from_numpy(store.gather(name, view, COLOURS.sample_ids[positions].numpy())).double()
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
@@ -320,9 +320,9 @@ def test_stored_values_match_the_formulas(cached, view):
 
 def test_mixed_images_use_both_labels(cached):
     """Otherwise the test above would not cover mixtures."""
-    setup, _, _ = cached
-    mixture = setup.pictures.one(Request(torch.arange(0, 40, 3), 0)).mixture
-    if setup.views.mix is not None:
+    context, _, _ = cached
+    mixture = context.loader.one(ViewRequest(torch.arange(0, 40, 3), 0)).mixture
+    if context.views.mix is not None:
         labels = dict(zip(COLOURS.sample_ids.tolist(), COLOURS.labels.tolist(), strict=True))
         own = COLOURS.labels[torch.arange(0, 40, 3)].tolist()
         assert sum(labels[one] != mine for one, mine in zip(mixture.partner_ids.tolist(), own, strict=True)) > 3
@@ -336,18 +336,18 @@ def test_store_keeps_its_features(cached):
 
 
 def test_recheck_reproduces_the_stored_values(cached):
-    setup, teacher, path = cached
-    compared = recompute(path, teacher, setup, 1000, 0)
+    context, teacher, path = cached
+    compared = recompute(path, teacher, context, 1000, 0)
     assert (compared.num_rows, compared.differing) == (40, ())
     assert 0 < compared.largest_error < 0.5
 
 
 @pytest.mark.parametrize("wanted", BY_HAND, ids=str)
 def test_changed_value_is_detected(cached, tmp_path, wanted):
-    setup, teacher, whole = cached
+    context, teacher, whole = cached
     path = shutil.copytree(whole, tmp_path / "store.zarr")
     changed = change_a_number(path, wanted.array, 1)
-    differing = recompute(path, teacher, setup, 1000, 0).differing
+    differing = recompute(path, teacher, context, 1000, 0).differing
     assert {(one.array, one.view) for one in differing} == {(wanted.array, 1)}
     assert {one.sample_id for one in differing} <= changed
     assert len(differing) > 3

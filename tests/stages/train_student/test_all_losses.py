@@ -6,24 +6,24 @@ from typing import get_args
 
 import pytest
 import torch
-from support.tiny_road import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_setup
+from support.tiny_road import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
-from kdpipe.stages.distillation.task_builder import fresh_student, student_shapes
+from kdpipe.stages.distillation.task_builder import build_student, student_shapes
 from kdpipe.stages.errors import StoppedEarly
-from kdpipe.stages.losses.distillation import wanted_of
+from kdpipe.stages.losses.distillation import required_of
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
 from kdpipe.stages.losses.logits.kd import KDConfig
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.feature_spec import source_shapes
-from kdpipe.stages.targets.resolve import smallest
-from kdpipe.stages.train_student.student import StudentRun, open_teaching, train_student
+from kdpipe.stages.targets.resolve import smallest_feature
+from kdpipe.stages.train_student.student import StudentRun, open_distillation, train_student
 from kdpipe.stages.train_teacher import load_teacher, train_teacher, untrained_teacher
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.store import StoreError
 
@@ -51,20 +51,22 @@ ENTRIES = [entry(kind) for kind in LOSSES]
 def run(tmp_path_factory):
     """A run folder with a teacher, and a store of all features that any loss requires."""
     folder = tmp_path_factory.mktemp("ways")
-    setup = tiny_setup(folder, train_set=TRAIN_SET)
-    train_teacher(BIG, 0, setup)
-    teacher = load_teacher(BIG, 0, setup)
-    wanted = wanted_of(ENTRIES, student_shapes(STUDENT_CONFIG, ENTRIES, setup), 0)
-    shapes = source_shapes(teacher.model, wanted, setup.image_shape)
-    cache_teacher(CACHE, folder / "store.zarr", teacher, [smallest(one, shapes[one.source]) for one in wanted], setup)
+    context = tiny_context(folder, train_set=TRAIN_SET)
+    train_teacher(BIG, 0, context)
+    teacher = load_teacher(BIG, 0, context)
+    wanted = required_of(ENTRIES, student_shapes(STUDENT_CONFIG, ENTRIES, context), 0)
+    shapes = source_shapes(teacher.model, wanted, context.image_shape)
+    cache_teacher(
+        CACHE, folder / "store.zarr", teacher, [smallest_feature(one, shapes[one.source]) for one in wanted], context
+    )
     return folder
 
 
-def train(run, losses, folder, *, watch=None, config=STUDENT_CONFIG, stores=("store.zarr",)):
-    setup = tiny_setup(run, watch, train_set=TRAIN_SET)
-    teaching = open_teaching([run / name for name in stores], losses, config, {}, setup)
-    seat = StudentRun(JobFolder(folder), "a student", with_onnx=False)
-    train_student(config, 0, teaching, setup, run=seat)
+def train(run, losses, folder, *, monitor=None, config=STUDENT_CONFIG, stores=("store.zarr",)):
+    context = tiny_context(run, monitor, train_set=TRAIN_SET)
+    spec = open_distillation([run / name for name in stores], losses, config, {}, context)
+    seat = StudentRun(JobDir(folder), "a student", with_onnx=False)
+    train_student(config, 0, spec, context, run=seat)
     return seat.folder
 
 
@@ -75,7 +77,7 @@ def test_every_loss_trains_and_exports_a_plain_student(run, tmp_path, loss):
     names = {"hard_labels"} | (set() if loss.loss == "fitnet" else {f"{loss.loss}_0"})
     assert [set(line["losses"]) for line in lines] == [names] * 2
     assert all(value > 0 for line in lines for value in line["losses"].values())
-    plain = fresh_student(STUDENT_CONFIG, 0, tiny_setup(run, train_set=TRAIN_SET)).model.state_dict()
+    plain = build_student(STUDENT_CONFIG, 0, tiny_context(run, train_set=TRAIN_SET)).model.state_dict()
     weights = load_tensors(folder.model)[0]
     if loss.loss == "simkd":
         teacher = load_tensors(run / "teacher" / "model.safetensors")[0]
@@ -102,13 +104,15 @@ STATEFUL = {
 def test_repeatedly_stopped_training_is_identical(run, tmp_path, name):
     losses, config = STATEFUL[name]
     if name == "fitnet":
-        setup = tiny_setup(run, train_set=TRAIN_SET)
-        wanted = wanted_of(losses, student_shapes(config, losses, setup), 0)
-        cache_teacher(CACHE, run / "store.zarr", load_teacher(BIG, 0, setup), wanted, setup)
+        context = tiny_context(run, train_set=TRAIN_SET)
+        wanted = required_of(losses, student_shapes(config, losses, context), 0)
+        cache_teacher(CACHE, run / "store.zarr", load_teacher(BIG, 0, context), wanted, context)
     uninterrupted = train(run, losses, tmp_path / "uninterrupted")
     for number in range(60):
         try:
-            stopped = train(run, losses, tmp_path / "stopped", watch=Watch(should_stop=StopAfter(2 + number % 3)))
+            stopped = train(
+                run, losses, tmp_path / "stopped", monitor=RunMonitor(should_stop=StopAfter(2 + number % 3))
+            )
             break
         except StoppedEarly:
             continue
@@ -119,21 +123,21 @@ def test_repeatedly_stopped_training_is_identical(run, tmp_path, name):
 def test_hint_stage_trains_only_up_to_its_layer(run, tmp_path):
     loss = FitNetConfig(loss="fitnet", layers=(("stage1", "stage2"),), stage_epochs=1)
     with pytest.raises(StoppedEarly):  # in the student's own training, which comes after 3 steps
-        train(run, (loss, KDConfig(loss="kd")), tmp_path / "student", watch=Watch(should_stop=StopAfter(5)))
+        train(run, (loss, KDConfig(loss="kd")), tmp_path / "student", monitor=RunMonitor(should_stop=StopAfter(5)))
     after = load_tensors(tmp_path / "student" / "hint1" / "model.safetensors")[0]
-    before = fresh_student(STUDENT_CONFIG, 0, tiny_setup(run, train_set=TRAIN_SET)).model.state_dict()
+    before = build_student(STUDENT_CONFIG, 0, tiny_context(run, train_set=TRAIN_SET)).model.state_dict()
     changed = {name.partition(".")[0] for name, one in after.items() if not torch.equal(one, before[name])}
     assert changed == {"stage1"}
 
 
 def test_learnable_weights_train_and_are_not_in_the_student(run, tmp_path):
-    setup = tiny_setup(run, train_set=TRAIN_SET)
-    cache_teacher(CACHE, run / "second.zarr", untrained_teacher(BIG, 5, setup), [], setup)
+    context = tiny_context(run, train_set=TRAIN_SET)
+    cache_teacher(CACHE, run / "second.zarr", untrained_teacher(BIG, 5, context), [], context)
     config = dataclasses.replace(STUDENT_CONFIG, teachers=TeachersConfig(weights="learnable"))
     losses, stores = (KDConfig(loss="kd"),), ("store.zarr", "second.zarr")
     uninterrupted = train(run, losses, tmp_path / "one", config=config, stores=stores)
     with pytest.raises(StoppedEarly):
-        train(run, losses, tmp_path / "two", config=config, stores=stores, watch=Watch(should_stop=StopAfter(4)))
+        train(run, losses, tmp_path / "two", config=config, stores=stores, monitor=RunMonitor(should_stop=StopAfter(4)))
     scores = load_tensors(tmp_path / "two" / "checkpoint.safetensors")[0]["modules/distillation.combination.scores"]
     assert scores.abs().min() > 0
     resumed = train(run, losses, tmp_path / "two", config=config, stores=stores)
@@ -145,7 +149,7 @@ def test_adapters_train_and_are_in_the_checkpoints(run, tmp_path):
     hint = next(one for one in ENTRIES if one.loss == "hint")
     for steps in (1, 4):
         with pytest.raises(StoppedEarly):
-            train(run, (hint,), tmp_path / str(steps), watch=Watch(should_stop=StopAfter(steps)))
+            train(run, (hint,), tmp_path / str(steps), monitor=RunMonitor(should_stop=StopAfter(steps)))
     name = "modules/distillation.terms.hint_0.loss.adapters.0.0.weight"
     one, four = (load_tensors(tmp_path / steps / "checkpoint.safetensors")[0][name] for steps in ("1", "4"))
     assert (one - four).abs().max() > 1e-4

@@ -5,29 +5,29 @@ import json
 
 import pytest
 import torch
-from support.tiny_road import STUDENT, TEACHER, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_setup
+from support.tiny_road import STUDENT, TEACHER, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_context
 
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.errors import NotFiniteError, RecipeError, RunError, StoppedEarly
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.runtime.events import Watch
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.train_student.student import train_student
 from kdpipe.stages.train_teacher import TeacherConfig, load_teacher, train_teacher
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store import FingerprintMismatch
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    setup = tiny_setup(folder)
-    path = make_tiny_store(setup)
-    train_student(STUDENT, 0, open_tiny_teaching(path, setup), setup)
+    context = tiny_context(folder)
+    path = make_tiny_store(context)
+    train_student(STUDENT, 0, open_tiny_teaching(path, context), context)
     return folder
 
 
-def metrics_of(folder: JobFolder):
+def metrics_of(folder: JobDir):
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "wall_s"} for line in lines]
 
@@ -36,13 +36,13 @@ def metrics_of(folder: JobFolder):
 def test_stopped_and_resumed_job_is_bit_identical(run, tmp_path, optimizer):
     config = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, optimizer=optimizer, lr=0.01, momentum=0.9))
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    setup = tiny_setup(whole)
-    train_student(config, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
+    context = tiny_context(whole)
+    train_student(config, 0, open_tiny_teaching(run / "store.zarr", context), context)
     num_stops = 0
     while student_folder(pieces, "distilled", 0).result() is None:
-        setup = tiny_setup(pieces, Watch(should_stop=StopAfter(1 + num_stops % 4)))
+        context = tiny_context(pieces, RunMonitor(should_stop=StopAfter(1 + num_stops % 4)))
         try:
-            train_student(config, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
+            train_student(config, 0, open_tiny_teaching(run / "store.zarr", context), context)
         except StoppedEarly:
             num_stops += 1
     one, other = student_folder(whole, "distilled", 0), student_folder(pieces, "distilled", 0)
@@ -53,22 +53,22 @@ def test_stopped_and_resumed_job_is_bit_identical(run, tmp_path, optimizer):
 
 
 def test_a_finished_job_is_not_touched(run):
-    setup = tiny_setup(run)
+    context = tiny_context(run)
     before = student_folder(run, "distilled", 0).model.stat().st_mtime_ns
-    result = train_student(STUDENT, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
+    result = train_student(STUDENT, 0, open_tiny_teaching(run / "store.zarr", context), context)
     assert result == student_folder(run, "distilled", 0).result()
     assert student_folder(run, "distilled", 0).model.stat().st_mtime_ns == before
 
 
 def test_both_students_start_from_the_same_weights(run, tmp_path):
     """The baseline is trained alike: with every distillation weight at zero the two students are one."""
-    setup = tiny_setup(tmp_path)
-    teaching = open_tiny_teaching(run / "store.zarr", setup)
+    context = tiny_context(tmp_path)
+    spec = open_tiny_teaching(run / "store.zarr", context)
     silent = dataclasses.replace(
-        teaching, losses=[dataclasses.replace(loss, weight=0.0) for loss in teaching.losses], hard_label_weight=1.0
+        spec, losses=[dataclasses.replace(loss, weight=0.0) for loss in spec.losses], hard_label_weight=1.0
     )
-    train_student(STUDENT, 0, None, setup)
-    train_student(STUDENT, 0, silent, setup)
+    train_student(STUDENT, 0, None, context)
+    train_student(STUDENT, 0, silent, context)
     alone, distilled = (load_tensors(student_folder(tmp_path, kind, 0).model)[0] for kind in ("alone", "distilled"))
     assert all(torch.equal(alone[name], distilled[name]) for name in alone)
     taught = load_tensors(student_folder(run, "distilled", 0).model)[0]
@@ -76,50 +76,50 @@ def test_both_students_start_from_the_same_weights(run, tmp_path):
 
 
 def test_another_recipe_in_the_same_folder_is_an_error(run):
-    setup = tiny_setup(run)
+    context = tiny_context(run)
     other = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, lr=0.02))
     with pytest.raises(FingerprintMismatch, match=r"train.lr: stored 0.05, wanted 0.02"):
-        train_student(other, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
+        train_student(other, 0, open_tiny_teaching(run / "store.zarr", context), context)
 
 
 def test_checkpoint_interval_is_not_part_of_the_job(run):
-    setup = tiny_setup(run)
+    context = tiny_context(run)
     other = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, checkpoint_every_s=1000))
-    train_student(other, 0, open_tiny_teaching(run / "store.zarr", setup), setup)
+    train_student(other, 0, open_tiny_teaching(run / "store.zarr", context), context)
 
 
 def test_diverging_loss_is_an_error(tmp_path):
     config = dataclasses.replace(TEACHER, train=dataclasses.replace(TRAIN, lr=1e6, weight_decay=1e6))
     with pytest.raises(NotFiniteError, match="lower lr"):
-        train_teacher(config, 0, tiny_setup(tmp_path))
+        train_teacher(config, 0, tiny_context(tmp_path))
 
 
 def test_damaged_checkpoint_error_says_what_to_delete(tmp_path):
-    setup = tiny_setup(tmp_path, Watch(should_stop=StopAfter(3)))
+    context = tiny_context(tmp_path, RunMonitor(should_stop=StopAfter(3)))
     with pytest.raises(StoppedEarly):
-        train_teacher(TEACHER, 0, setup)
+        train_teacher(TEACHER, 0, context)
     checkpoint = tmp_path / "teacher" / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
     with pytest.raises(Exception, match=r"checkpoint.safetensors .*delete it"):
-        train_teacher(TEACHER, 0, tiny_setup(tmp_path))
+        train_teacher(TEACHER, 0, tiny_context(tmp_path))
 
 
 def test_a_teacher_needs_weights_or_training(tmp_path):
     with pytest.raises(RecipeError, match="neither"):
-        train_teacher(TeacherConfig(model=ModelConfig(name="cnn")), 0, tiny_setup(tmp_path))
+        train_teacher(TeacherConfig(model=ModelConfig(name="cnn")), 0, tiny_context(tmp_path))
 
 
 def test_teacher_with_weights_is_not_trained(run, tmp_path):
     model = dataclasses.replace(TEACHER.model, weights=str(run / "teacher" / "model.safetensors"))
-    result = train_teacher(TeacherConfig(model=model), 0, tiny_setup(tmp_path))
-    trained = JobFolder(run / "teacher").result()
+    result = train_teacher(TeacherConfig(model=model), 0, tiny_context(tmp_path))
+    trained = JobDir(run / "teacher").result()
     assert result["identity"]["weights_sha256"] == trained["identity"]["weights_sha256"]
     assert result["accuracy"] == trained["accuracy"]
 
 
 def test_missing_teacher_error_names_the_command(tmp_path):
     with pytest.raises(RunError, match="kdpipe train-teacher"):
-        load_teacher(TEACHER, 0, tiny_setup(tmp_path))
+        load_teacher(TEACHER, 0, tiny_context(tmp_path))
 
 
 def test_last_and_best_epoch_are_reported(run):

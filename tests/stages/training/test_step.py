@@ -4,19 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from support.tiny_road import StopAfter, squares, tiny_setup
+from support.tiny_road import StopAfter, squares, tiny_context
 from torch import nn
 
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.relations.nce import Memory
-from kdpipe.stages.models.normalization import Normalisation
-from kdpipe.stages.runtime.events import WARNING, Watch
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.training.checkpoint import Progress, save_checkpoint
-from kdpipe.stages.training.job_dir import JobFolder
+from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import _set_up, train
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.step import Job
-from kdpipe.stages.training.task import Lesson
+from kdpipe.stages.training.step import TrainJob
+from kdpipe.stages.training.task import TrainingTask
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(epochs=2, batch_size=32, optimizer="adamw", lr=0.01, checkpoint_every_s=0)
@@ -44,14 +44,14 @@ def network(most, *between, error=None):
 
 
 def job_of(folder, model):
-    setup = tiny_setup(folder, train_set=squares(100, 0))
+    context = tiny_context(folder, train_set=squares(100, 0))
     folder.mkdir(exist_ok=True)
-    lesson = Lesson(setup.pictures, 2, Normalisation((0.5,), (0.5,)))
-    return Job("train-student", "test", model, lesson, None, CONFIG, 0, JobFolder(folder))
+    task = TrainingTask(context.loader, 2, Normalization((0.5,), (0.5,)))
+    return TrainJob("train-student", "test", model, task, None, CONFIG, 0, JobDir(folder))
 
 
-def trained(folder, model, watch=None):
-    history = train(job_of(folder, model), CPU, watch or Watch())
+def trained(folder, model, monitor=None):
+    history = train(job_of(folder, model), CPU, monitor or RunMonitor())
     return model.state_dict(), [line["losses"]["hard_labels"] for line in history]
 
 
@@ -63,8 +63,8 @@ def assert_equal(one, other):
 def test_micro_batches_train_the_same_student(tmp_path):
     warnings = []
     whole, whole_losses = trained(tmp_path / "whole", network(32))
-    watch = Watch(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
-    parts, part_losses = trained(tmp_path / "parts", network(11), watch)
+    monitor = RunMonitor(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
+    parts, part_losses = trained(tmp_path / "parts", network(11), monitor)
     assert all(torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-5) for name in whole)
     assert whole_losses == pytest.approx(part_losses, rel=1e-5)
     assert warnings == [
@@ -84,8 +84,8 @@ def test_failed_attempt_leaves_no_trace(tmp_path):
 
 def test_warning_names_batch_norm(tmp_path):
     warnings = []
-    watch = Watch(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
-    trained(tmp_path / "run", network(16, nn.BatchNorm1d(16)), watch)
+    monitor = RunMonitor(lambda event: warnings.append(event.job) if event.unit == WARNING else None)
+    trained(tmp_path / "run", network(16, nn.BatchNorm1d(16)), monitor)
     assert len(warnings) == 1
     assert warnings[0].endswith("stays 32; computed per micro-batch: batch norm.")
 
@@ -94,7 +94,7 @@ def test_job_resumed_with_micro_batches_is_bit_identical(tmp_path):
     whole, stopped, resumed = (network(16, nn.BatchNorm1d(16), nn.Dropout(0.5)) for _ in range(3))
     undisturbed, _ = trained(tmp_path / "undisturbed", whole)
     with pytest.raises(StoppedEarly):
-        trained(tmp_path / "stopped", stopped, Watch(should_stop=StopAfter(4)))
+        trained(tmp_path / "stopped", stopped, RunMonitor(should_stop=StopAfter(4)))
     assert_equal(trained(tmp_path / "stopped", resumed)[0], undisturbed)
     assert resumed[5].num_refused == 0  # what did not fit is not tried again
 
@@ -124,9 +124,9 @@ def test_contrastive_memory_is_restored():
 
 
 def test_targets_are_split_with_their_samples(tmp_path):
-    setup = tiny_setup(tmp_path, train_set=squares(20, 0))
-    lesson = Lesson(setup.pictures, 2, Normalisation((0.5,), (0.5,)))
-    batch = next(lesson.stream(0, 10, epoch=0, step=0, epochs=1))
+    context = tiny_context(tmp_path, train_set=squares(20, 0))
+    task = TrainingTask(context.loader, 2, Normalization((0.5,), (0.5,)))
+    batch = next(task.stream(0, 10, epoch=0, step=0, epochs=1))
     batch = dataclasses.replace(batch, known=[torch.arange(10) % 2 == 0, None])
     parts = list(batch.split(3))
     assert [len(part.images) for part in parts] == [4, 3, 3]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
+from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 from torchvision.transforms import v2
 
 from kdpipe.stages.cache_teacher import plan as store_plan
@@ -22,7 +22,7 @@ from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.distillation.student_config import view_warning
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.versions import library_versions
-from kdpipe.stages.train_student.student import open_teaching
+from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.train_teacher import load_teacher
 from kdpipe.stages.views import renderer as renderer_room
 from kdpipe.stages.views.config import ViewsConfig
@@ -187,17 +187,17 @@ def write_pipeline(folder, source):
 
 
 def setup_of(folder, name, views=None):
-    return tiny_setup(folder / name, train_set=squares(60, 0), num_workers=0, views=views or STORED[name])
+    return tiny_context(folder / name, train_set=squares(60, 0), num_workers=0, views=views or STORED[name])
 
 
 def ways(folder, name, views):
     """All ways in which a store is met again."""
-    setup, path = setup_of(folder, name, views), folder / name / "store.zarr"
-    teacher = load_teacher(TEACHER, 0, setup)
+    context, path = setup_of(folder, name, views), folder / name / "store.zarr"
+    teacher = load_teacher(TEACHER, 0, context)
     return {
-        "student": lambda: open_teaching([path], LOSSES, STUDENT, {}, setup),
-        "cache-teacher": lambda: cache_teacher(CACHE, path, teacher, LAYERS, setup),
-        "recompute": lambda: recompute(path, teacher, setup, 30, 0),
+        "student": lambda: open_distillation([path], LOSSES, STUDENT, {}, context),
+        "cache-teacher": lambda: cache_teacher(CACHE, path, teacher, LAYERS, context),
+        "recompute": lambda: recompute(path, teacher, context, 30, 0),
     }
 
 
@@ -334,15 +334,15 @@ def photographs(folder, **sizes):
 def test_tensor_engine_rejects_images_of_different_sizes(tmp_path):
     train_set = photographs(tmp_path / "set", one=(12, 10), two=(12, 10), three=(10, 12))
     with pytest.raises(RecipeError, match=r"one\.png is 12 x 10, .*three\.png is 10 x 12: set data\.image_size"):
-        _ = tiny_setup(tmp_path, train_set=train_set, views=TENSOR).renderer
-    assert tiny_setup(tmp_path, train_set=train_set, views=TRANSFORMS).renderer.shape == (3, 20, 24)
+        _ = tiny_context(tmp_path, train_set=train_set, views=TENSOR).renderer
+    assert tiny_context(tmp_path, train_set=train_set, views=TRANSFORMS).renderer.shape == (3, 20, 24)
 
 
 def test_subset_of_one_size_has_the_same_views(tmp_path):
     train_set = photographs(tmp_path / "set", one=(12, 10), two=(12, 10), three=(10, 12))
     part = train_set.take(torch.tensor([0, 2]))
     assert (train_set.image_size, part.image_size) == (None, (10, 12))
-    whole, other = (tiny_setup(tmp_path, train_set=one, views=TRANSFORMS) for one in (train_set, part))
+    whole, other = (tiny_context(tmp_path, train_set=one, views=TRANSFORMS) for one in (train_set, part))
     assert other.view_identity() == whole.view_identity()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from kdpipe.pipeline.report.html.read import PageRun
 from kdpipe.pipeline.report.tables import Table
 from kdpipe.stages.errors import RunError
-from kdpipe.stages.training.job_dir import read_json
+from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store import KdpipeError, is_url, read_store_manifest
 
 MAX_SESSIONS = 20
@@ -23,7 +23,7 @@ SESSION_COLUMNS = ("command", "started", "wall_s", "exit_code", "commit", "devic
 def provenance(run: PageRun) -> dict[str, object]:
     made: dict[str, object] = dict.fromkeys(("note", "sessions", "last_command", "record"))
     try:
-        record = read_json(run.path / "run.json")
+        record = read_json_file(run.path / "run.json")
         made |= _sessions(record) if record else {"note": "This run has no run.json: its sessions are not known."}
     except RunError as error:
         made["note"] = run.without_path(error)

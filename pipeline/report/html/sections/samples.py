@@ -22,13 +22,13 @@ from kdpipe.pipeline.report.html.read import PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import run_views
-from kdpipe.stages.cache_teacher.preview import ShownViews
+from kdpipe.stages.cache_teacher.preview import ViewPreview
 from kdpipe.stages.compress.artifacts.load import rebuild
-from kdpipe.stages.data.loader.image_loader import Request
+from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
-from kdpipe.stages.models.bundle import Network
-from kdpipe.stages.runtime.events import Watch
-from kdpipe.stages.training.job_dir import JobFolder, read_json
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.store import KdpipeError, is_url
 
 NUM_TOP, NUM_SAMPLES, NUM_CANDIDATES, NUM_VIEWS, NUM_PER_GROUP = 3, 3, 32, 4, 4
@@ -81,7 +81,7 @@ def samples(run: PageRun) -> dict[str, object]:
         finished = [one for one in run.main if one.kind != "teacher" and one.done]
         if not finished:
             raise LeftOutError("No student is finished yet.")
-        students = {one.name: rebuild(JobFolder(one.done[0].folder).model) for one in finished}
+        students = {one.name: rebuild(JobDir(one.done[0].folder).model) for one in finished}
         shown, _ = run_views(opened, NUM_CANDIDATES, NUM_VIEWS)
         training = [list(_views(opened, shown, row, students)) for row in _least_confident(shown)]
         num_macs = sum(int((one.done[0].result or {}).get("num_macs") or 0) for one in finished)
@@ -99,25 +99,25 @@ def _open(run: PageRun) -> Run:
     if recipe is None or any("python:" in str(one) for one in (recipe.data.name, recipe.views.transform)):
         raise LeftOutError("The images of this run come from a Python module, which a report does not import.")
     data = replace(recipe.data, download=False, num_workers=0)
-    opened = Run(replace(recipe, device="cpu", data=data), run.path, Watch())
+    opened = Run(replace(recipe, device="cpu", data=data), run.path, RunMonitor())
     if any(map(is_url, opened.stores)):
         raise LeftOutError("The stores of this run are remote, and a report downloads nothing.")
     if recipe.data.name.startswith("imagefolder:"):
-        job = read_json(run.networks[0].jobs[0].folder / "job.json") or {}
+        job = read_json_file(run.networks[0].jobs[0].folder / "job.json") or {}
         num_files = job.get("data", {}).get("num_samples", 0)
         if isinstance(num_files, int) and num_files > MAX_FILES:
             raise LeftOutError(f"A report does not scan image folders of more than {MAX_FILES:,} files.")
     return opened
 
 
-def _least_confident(shown: ShownViews) -> list[int]:
+def _least_confident(shown: ViewPreview) -> list[int]:
     """Return the first row, and those with the lowest top-1 probabilities of the teacher, summed over views."""
     confidence = [sum(view[0][1] for view in views if view) for views in shown.top]
     return [0, *sorted(range(1, len(confidence)), key=lambda row: (confidence[row], row))[: NUM_SAMPLES - 1]]
 
 
-def _views(opened: Run, shown: ShownViews, row: int, students: Mapping[str, Network]) -> Iterator[Sample]:
-    names = opened.setup.train_set.class_names
+def _views(opened: Run, shown: ViewPreview, row: int, students: Mapping[str, ModelBundle]) -> Iterator[Sample]:
+    names = opened.context.train_set.class_names
     probabilities = {name: _predict(student, shown.images[row]) for name, student in students.items()}
     for view, image in enumerate(shown.images[row]):
         predictions = {"teacher": shown.top[row][view]} if shown.top[row] else {}
@@ -127,7 +127,7 @@ def _views(opened: Run, shown: ShownViews, row: int, students: Mapping[str, Netw
         yield Sample(image, shown.labels[row], f"sample {shown.sample_ids[row]}, view {view}{mixed}", predictions)
 
 
-def _predict_test(opened: Run, students: Mapping[str, Network], num_macs: int) -> dict[str, Tensor]:
+def _predict_test(opened: Run, students: Mapping[str, ModelBundle], num_macs: int) -> dict[str, Tensor]:
     """Return by network the probabilities float32 [N, C] of the first N test images, read from a store or computed.
 
     Args:
@@ -135,12 +135,12 @@ def _predict_test(opened: Run, students: Mapping[str, Network], num_macs: int) -
         students: Students by name.
         num_macs: Multiply-accumulates of all students for one image, which bound N.
     """
-    num_test = opened.setup.test_set.num_samples
+    num_test = opened.context.test_set.num_samples
     num_images = int(min(num_test, MAX_TEST_IMAGES, max(MAX_MACS / max(num_macs, 1), MIN_TEST_IMAGES)))
     batches = torch.split(torch.arange(num_images), BATCH_SIZE)
-    images = [opened.setup.test_pictures.one(Request(indices)).images for indices in batches]
+    images = [opened.context.test_loader.one(ViewRequest(indices)).images for indices in batches]
     found = {name: torch.cat([_predict(student, some) for some in images]) for name, student in students.items()}
-    teacher = opened.setup.ask_teacher()
+    teacher = opened.context.ask_teacher()
     if teacher is not None and not teacher[:num_images].isnan().any():
         found = {"teacher": teacher[:num_images].softmax(1), **found}
     return found
@@ -149,7 +149,7 @@ def _predict_test(opened: Run, students: Mapping[str, Network], num_macs: int) -
 def _instructive(opened: Run, probabilities: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Sample]]]:
     """Yield groups of test images: those on which the students differ, and those with low teacher confidence."""
     is_correct = {
-        name: one.argmax(1) == opened.setup.test_set.labels[: len(one)] for name, one in probabilities.items()
+        name: one.argmax(1) == opened.context.test_set.labels[: len(one)] for name, one in probabilities.items()
     }
     picked: dict[str, Tensor] = {}
     if {"student alone", "student distilled"} <= set(is_correct):
@@ -164,17 +164,17 @@ def _instructive(opened: Run, probabilities: Mapping[str, Tensor]) -> Iterator[t
 
 
 def _test_sample(opened: Run, probabilities: Mapping[str, Tensor], index: int) -> Sample:
-    test_set = opened.setup.test_set
-    image = opened.setup.test_pictures.one(Request(torch.tensor([index]))).images[0]
+    test_set = opened.context.test_set
+    image = opened.context.test_loader.one(ViewRequest(torch.tensor([index]))).images[0]
     predictions = {name: _top(one[index], test_set.class_names) for name, one in probabilities.items()}
     label = test_set.class_names[int(test_set.labels[index])]
     return Sample(image, label, f"test image {int(test_set.sample_ids[index])}", predictions)
 
 
 @torch.no_grad()
-def _predict(network: Network, images: Tensor) -> Tensor:
+def _predict(network: ModelBundle, images: Tensor) -> Tensor:
     """Return probabilities float32 [B, C] for images uint8 [B, C, H, W]."""
-    probabilities: Tensor = network.model(network.normalise(images)).float().softmax(1)
+    probabilities: Tensor = network.model(network.normalize(images)).float().softmax(1)
     return probabilities
 
 

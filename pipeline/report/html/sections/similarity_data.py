@@ -56,14 +56,14 @@ def read_similarity(run: Path, recipe: Mapping[str, Any]) -> Similarity:
     Raises:
         StoreError: If neither can be read.
     """
-    from kdpipe.stages.targets.open import test_place
+    from kdpipe.stages.targets.open import test_store_path
 
     named = [*recipe["student"].get("stores", ()), recipe.get("cache", {}).get("store"), str(run / "store.zarr")]
     place = str(next(one for one in named if one))
     if is_url(place):
         raise StoreError("the store is remote, and a report downloads nothing.")
     try:
-        return similarity_of(open_store(Path(test_place(place))), "the test images")
+        return similarity_of(open_store(Path(test_store_path(place))), "the test images")
     except KdpipeError:
         store = open_store(Path(place))
     if store.manifest.identity.views.get("mix") is not None:
@@ -107,11 +107,11 @@ def _logits(store: TargetStore, ids: NDArray[np.int64]) -> NDArray[Any]:
         return store.gather("logits", 0, ids)
     import torch
 
-    from kdpipe.stages.targets.outputs import TopKOutputs
+    from kdpipe.stages.targets.outputs import TopKTargets
 
     read = (store.gather(f"logits/{name}", 0, ids) for name in ("values", "indices", "tail"))
     values, indices, tail = (torch.from_numpy(np.ascontiguousarray(one)) for one in read)
-    logits: NDArray[Any] = TopKOutputs(store.manifest.top_k, values, indices, tail, {}).logits_at(TEMPERATURE).numpy()
+    logits: NDArray[Any] = TopKTargets(store.manifest.top_k, values, indices, tail, {}).logits_at(TEMPERATURE).numpy()
     return logits
 
 

@@ -8,7 +8,7 @@ from kdpipe.pipeline.report.formatting import kib, mean_std
 from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.report.tables import Table, report_tables
-from kdpipe.pipeline.report.tradeoff import trade_points, trade_title
+from kdpipe.pipeline.report.tradeoff import tradeoff_points, tradeoff_title
 
 
 def results(run: PageRun) -> dict[str, object]:
@@ -51,7 +51,7 @@ def tradeoff(run: PageRun) -> dict[str, object]:
     """
     from kdpipe.pipeline.report.pareto_svg import CAPTION, pareto_panels
 
-    found = trade_points(run.report)
+    found = tradeoff_points(run.report)
     if not found:
         raise LeftOutError("No network of this run has an ONNX file yet.")
     batch_size = run.report.latency.batch_sizes[-1] if run.report.latency else None
@@ -67,7 +67,7 @@ def tradeoff(run: PageRun) -> dict[str, object]:
     batch = "" if batch_size is None else f", batch of {batch_size}"
     headers = ["network", "test accuracy %", "ONNX file", f"latency, ms{batch}"]
     return {
-        "charts": pareto_panels(found, title=trade_title(run.report)),
+        "charts": pareto_panels(found, title=tradeoff_title(run.report)),
         "caption": CAPTION,
         "batch_size": batch_size,
         "numbers": Table("Accuracy, size and latency", headers, cells),

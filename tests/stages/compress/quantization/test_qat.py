@@ -24,7 +24,7 @@ from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers,
 from kdpipe.stages.compress.quantization.qdq_graph import int8_graph
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.clone import clone_without_hooks
-from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.models.module_lookup import get_module
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 
 
@@ -42,7 +42,7 @@ def captured_at(model: nn.Module, paths: list[str], batch: torch.Tensor) -> dict
     """Return what forward hooks at `paths` get for a batch."""
     captured = {}
     for path in paths:
-        module_named(model, path).register_forward_hook(
+        get_module(model, path).register_forward_hook(
             lambda module, inputs, output, path=path: captured.__setitem__(path, output.detach().clone())
         )
     with torch.no_grad():

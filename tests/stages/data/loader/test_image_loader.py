@@ -23,7 +23,7 @@ from support.rendered_alone import (
     shuffled,
 )
 
-from kdpipe.stages.data.loader.image_loader import Pictures, Request
+from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
@@ -42,7 +42,7 @@ def unequal(tmp_path_factory):
 def splits():
     """The samples in several orders, split into batches of several sizes, in several views."""
     asks = ((0, 7, 0), (1, 13, 2), (2, 26, 0), (3, 5, -1))
-    return [Request(at, view) for seed, size, view in asks for at in torch.split(shuffled(seed), size)]
+    return [ViewRequest(at, view) for seed, size, view in asks for at in torch.split(shuffled(seed), size)]
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -55,34 +55,34 @@ def test_images_do_not_depend_on_workers_or_batch_size(equal, unequal, name):
     if views.engine == "tensor":
         everywhere.append(loader_of(held(image_set), views, 2))
     for loader in everywhere:
-        seen = list(loader.stream(splits()))
-        assert len(seen) == len(splits())
-        for asked, got in zip(splits(), seen, strict=True):
+        image_batch = list(loader.stream(splits()))
+        assert len(image_batch) == len(splits())
+        for asked, got in zip(splits(), image_batch, strict=True):
             assert torch.equal(got.positions, asked.positions)
             assert torch.equal(got.images, truth[asked.view][asked.positions])
 
 
 def test_transforms_of_images_in_memory_run_in_workers(equal):
     at = shuffled(0)
-    seen = loader_of(held(equal), MIXED_ANY, 2).one(Request(at, 1))
-    assert torch.equal(seen.images, expected(equal, MIXED_ANY, at, 1))
+    image_batch = loader_of(held(equal), MIXED_ANY, 2).one(ViewRequest(at, 1))
+    assert torch.equal(image_batch.images, expected(equal, MIXED_ANY, at, 1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_images_are_shown_as_they_are_where_no_view_is_asked_for(equal, num_workers):
     at = shuffled(1)
     raw = held(equal).images[at]
-    for loader in (Pictures(equal, CPU, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
-        seen = loader.one(Request(at))
-        assert torch.equal(seen.images, raw)
-        assert seen.mixture is None
+    for loader in (ImageLoader(equal, CPU, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
+        image_batch = loader.one(ViewRequest(at))
+        assert torch.equal(image_batch.images, raw)
+        assert image_batch.mixture is None
 
 
 def test_original_images_of_different_sizes_are_rejected(unequal):
     with pytest.raises(
         DataError, match=r"have different sizes: .*0\.png is 10 x 12, .*1\.png is 14 x 9: set data\.image_size"
     ):
-        Pictures(unequal, CPU, num_workers=0).one(Request(torch.arange(4)))
+        ImageLoader(unequal, CPU, num_workers=0).one(ViewRequest(torch.arange(4)))
 
 
 def test_partners_may_come_from_a_larger_data_set(equal):
@@ -92,7 +92,7 @@ def test_partners_may_come_from_a_larger_data_set(equal):
     assert outside, "else the test would see nothing"
     for own, partners in itertools.product((part, held(part)), (equal, held(equal))):
         loader = loader_of(own, MIXED_CROPS, 0, mix_partners=partners)
-        assert torch.equal(loader.one(Request(at, 1)).images, truth)
+        assert torch.equal(loader.one(ViewRequest(at, 1)).images, truth)
         assert loader.partner_labels(equal.sample_ids[at]).tolist() == equal.labels[at].tolist()
 
 
@@ -100,15 +100,15 @@ def test_partners_may_come_from_a_larger_data_set(equal):
 def test_as_many_workers_are_started_as_are_asked_for(equal, num_workers, started):
     before = set(multiprocessing.active_children())
     loader = loader_of(equal, CROPS, num_workers)
-    loader.one(Request(torch.arange(4), 0))
-    loader.one(Request(torch.arange(4), 1))
+    loader.one(ViewRequest(torch.arange(4), 0))
+    loader.one(ViewRequest(torch.arange(4), 1))
     assert len(set(multiprocessing.active_children()) - before) == started
 
 
 def test_held_images_need_no_workers(equal):
     before = set(multiprocessing.active_children())
     loader = loader_of(held(equal), CROPS, 2)
-    loader.one(Request(torch.arange(4), 0))
+    loader.one(ViewRequest(torch.arange(4), 0))
     assert set(multiprocessing.active_children()) == before
 
 
@@ -137,10 +137,10 @@ def test_task_resumed_mid_epoch_yields_the_same_batches(equal, fresh_views):
 def test_epochs_use_stored_or_fresh_views(equal):
     loader = loader_of(held(equal), CROPS, 0)
     for fresh_views, views in ((False, (0, 1, 0, 1)), (True, (-1, -2, -3, -4))):
-        lesson = lesson_of(loader, fresh_views=fresh_views)
+        task = lesson_of(loader, fresh_views=fresh_views)
         for epoch, view in enumerate(views):
-            batch = next(lesson.stream(0, 8, epoch=epoch, step=0, epochs=epoch + 1))
-            at = lesson.order(0, epoch)[:8]
+            batch = next(task.stream(0, 8, epoch=epoch, step=0, epochs=epoch + 1))
+            at = task.order(0, epoch)[:8]
             assert torch.equal(batch.images, SCALING(expected(equal, CROPS, at, view)))
 
 
@@ -158,17 +158,17 @@ class AskedTargets:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_targets_match_images_that_are_loaded_ahead(equal, num_workers):
-    lesson = lesson_of(loader_of(equal, CROPS, num_workers), targets=AskedTargets())
-    batches = lesson.stream(3, 8, epoch=1, step=2, epochs=4)
+    task = lesson_of(loader_of(equal, CROPS, num_workers), targets=AskedTargets())
+    batches = task.stream(3, 8, epoch=1, step=2, epochs=4)
     asked = [(1, 2), *((epoch, step) for epoch in (2, 3) for step in range(3))]
     for (epoch, step), batch in zip(asked, batches, strict=True):
-        at = lesson.order(3, epoch)[8 * step : 8 * step + 8]
+        at = task.order(3, epoch)[8 * step : 8 * step + 8]
         assert batch.teachers == (epoch % 2, at.tolist())
         assert torch.equal(batch.images, SCALING(expected(equal, CROPS, at, epoch % 2)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_mixture_has_the_labels_of_both_by_their_shares(equal, num_workers):
-    lesson = lesson_of(loader_of(equal, MIXED_CROPS, num_workers))
-    for epoch, batch in enumerate(lesson.stream(1, 20, epoch=0, step=0, epochs=2)):
-        check_labels(equal, lesson.order(1, epoch)[:20], epoch, batch)
+    task = lesson_of(loader_of(equal, MIXED_CROPS, num_workers))
+    for epoch, batch in enumerate(task.stream(1, 20, epoch=0, step=0, epochs=2)):
+        check_labels(equal, task.order(1, epoch)[:20], epoch, batch)

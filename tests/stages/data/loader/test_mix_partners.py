@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_setup
+from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
-from kdpipe.stages.data.loader.mix_partners import find_partners, population_of
-from kdpipe.stages.distillation.task_builder import build_lesson, fresh_student
+from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import DataError
-from kdpipe.stages.models.hooks import Outputs
-from kdpipe.stages.train_student.student import open_teaching
+from kdpipe.stages.models.hooks import ModelOutput
+from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.train_teacher import load_teacher
 from kdpipe.stages.views.mix import MixConfig, sample_mix
 from kdpipe.stages.views.renderer import Renderer
@@ -23,20 +23,20 @@ from kdpipe.store import FingerprintMismatch, open_store, read_store_manifest
 
 MIX = MixConfig(mixup_alpha=0.4, cutmix_alpha=1.0, p=0.8)
 MIXED = dataclasses.replace(VIEWS, mix=MIX)
-WHOLE = squares(120, 0)
-FIRST, FEW = WHOLE.take(torch.arange(80)), WHOLE.take(torch.tensor([90, 3, 41, 117, 8, 5, 60, 61]))
+ALL = squares(120, 0)
+FIRST, FEW = ALL.take(torch.arange(80)), ALL.take(torch.tensor([90, 3, 41, 117, 8, 5, 60, 61]))
 
 
-def mixed_setup(run, train_set=WHOLE, **changes):
-    return tiny_setup(run, train_set=train_set, views=MIXED, **changes)
+def mixed_context(run, train_set=ALL, **changes):
+    return tiny_context(run, train_set=train_set, views=MIXED, **changes)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A store of all samples, and one that began with the first of them."""
     folder = tmp_path_factory.mktemp("mixed")
-    make_tiny_store(mixed_setup(folder))
-    first = mixed_setup(folder, FIRST)
+    make_tiny_store(mixed_context(folder))
+    first = mixed_context(folder, FIRST)
     cache_teacher(CACHE, folder / "first.zarr", load_teacher(TEACHER, 0, first), LAYERS, first)
     return folder
 
@@ -46,10 +46,10 @@ def mixtures(ids, view, population):
     return sample_mix(MIX, CounterRNG(MIXED.seed, view, ids, MIX_STREAM), torch.sort(population).values, (8, 8))
 
 
-def pictures(ids, view, population):
+def loader(ids, view, population):
     """The mixed images of samples, uint8 [B, 1, 8, 8], each made by itself, pixel by pixel, from raw images."""
     mixture, plain = mixtures(ids, view, population), Renderer(VIEWS, 1, (8, 8))
-    image_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.images, strict=True))
+    image_of = dict(zip(ALL.sample_ids.tolist(), ALL.images, strict=True))
     mixed = []
     for at, ids_of_two in enumerate(zip(ids.tolist(), mixture.partner_ids.tolist(), strict=True)):
         own, partner = (
@@ -65,33 +65,33 @@ def pictures(ids, view, population):
 
 def message(teacher, images):
     with torch.no_grad():
-        return teacher.model(teacher.normalise(images)).numpy()
+        return teacher.model(teacher.normalize(images)).numpy()
 
 
-def lesson_of(path, setup):
-    network = fresh_student(STUDENT, 0, setup)
-    return network, build_lesson(network, open_teaching([path], LOSSES, STUDENT, {}, setup), 0, setup)
+def lesson_of(path, context):
+    network = build_student(STUDENT, 0, context)
+    return network, build_task(network, open_distillation([path], LOSSES, STUDENT, {}, context), 0, context)
 
 
 @pytest.mark.parametrize("view", range(VIEWS.num_views))
 def test_what_is_stored_was_said_about_the_mixture(run, view):
-    teacher, ids = load_teacher(TEACHER, 0, mixed_setup(run)), WHOLE.sample_ids
+    teacher, ids = load_teacher(TEACHER, 0, mixed_context(run)), ALL.sample_ids
     stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
-    exact = message(teacher, pictures(ids, view, ids))
+    exact = message(teacher, loader(ids, view, ids))
     np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=2e-3)
-    unmixed = message(teacher, Renderer(VIEWS, 1, (8, 8)).render_batch(WHOLE.images, ids, view))
+    unmixed = message(teacher, Renderer(VIEWS, 1, (8, 8)).render_batch(ALL.images, ids, view))
     assert (np.abs(unmixed - exact).max(1) > 0.01).mean() > 0.5, "else the test would see nothing"
 
 
 def test_student_gets_the_stored_mixture_and_both_labels(run):
-    setup = mixed_setup(run)
-    network, lesson = lesson_of(run / "store.zarr", setup)
-    label_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.labels.tolist(), strict=True))
+    context = mixed_context(run)
+    network, task = lesson_of(run / "store.zarr", context)
+    label_of = dict(zip(ALL.sample_ids.tolist(), ALL.labels.tolist(), strict=True))
     for epoch, view in ((0, 0), (4, 1)):
-        batch = next(lesson.stream(5, 50, epoch=epoch, step=0, epochs=epoch + 1))
-        ids = WHOLE.sample_ids[lesson.order(5, epoch)[:50]]
-        mixture = mixtures(ids, view, WHOLE.sample_ids)
-        assert torch.equal(batch.images, network.normalise(pictures(ids, view, WHOLE.sample_ids)))
+        batch = next(task.stream(5, 50, epoch=epoch, step=0, epochs=epoch + 1))
+        ids = ALL.sample_ids[task.order(5, epoch)[:50]]
+        mixture = mixtures(ids, view, ALL.sample_ids)
+        assert torch.equal(batch.images, network.normalize(loader(ids, view, ALL.sample_ids)))
         assert batch.hard.labels.tolist() == [label_of[one] for one in ids.tolist()]
         assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
         assert torch.equal(batch.hard.own_share, mixture.own_share)
@@ -100,92 +100,90 @@ def test_student_gets_the_stored_mixture_and_both_labels(run):
 
 
 def test_the_hard_labels_of_a_mixture_count_by_their_shares(run):
-    _, lesson = lesson_of(run / "store.zarr", mixed_setup(run))
-    batch = next(lesson.stream(5, 50, epoch=0, step=0, epochs=1))
-    outputs = Outputs(torch.randn(50, 4), {"stage2": torch.randn(50, 8, 4, 4)})
+    _, task = lesson_of(run / "store.zarr", mixed_context(run))
+    batch = next(task.stream(5, 50, epoch=0, step=0, epochs=1))
+    outputs = ModelOutput(torch.randn(50, 4), {"stage2": torch.randn(50, 8, 4, 4)})
     logs, total = outputs.logits.log_softmax(1), 0.0
     for at in range(50):
         own, share = int(batch.hard.labels[at]), float(batch.hard.own_share[at])
         total -= share * float(logs[at, own]) + (1 - share) * float(logs[at, int(batch.hard.partner_labels[at])])
-    assert float(lesson.losses(outputs, batch)["hard_labels"]) == pytest.approx(0.1 * total / 50, rel=1e-5)
+    assert float(task.losses(outputs, batch)["hard_labels"]) == pytest.approx(0.1 * total / 50, rel=1e-5)
 
 
 def test_extended_store_keeps_its_partners(run, tmp_path):
     path = tmp_path / "grown.zarr"
-    few = mixed_setup(run, FIRST)
+    few = mixed_context(run, FIRST)
     cache_teacher(CACHE, path, load_teacher(TEACHER, 0, few), LAYERS, few)
     began = {name: raw for name, raw in folder_bytes(path).items() if "/c/" in name and "samples" not in name}
-    partners = find_partners(population_of(path), WHOLE, path)
-    grown = mixed_setup(run, WHOLE, partners=partners)
+    partners = load_partner_pool(read_partner_pool(path), ALL, path)
+    grown = mixed_context(run, ALL, partners=partners)
     teacher = load_teacher(TEACHER, 0, grown)
     assert cache_teacher(CACHE, path, teacher, LAYERS, grown)["num_samples"] == 120
     after = folder_bytes(path)
     assert began
     assert all(after[name] == raw for name, raw in began.items())
-    assert np.array_equal(population_of(path).ids, torch.sort(FIRST.sample_ids).values)
+    assert np.array_equal(read_partner_pool(path).ids, torch.sort(FIRST.sample_ids).values)
     for view in range(VIEWS.num_views):
-        stored = open_store(path).gather("logits", view, WHOLE.sample_ids.numpy())
-        exact = message(teacher, pictures(WHOLE.sample_ids, view, FIRST.sample_ids))
+        stored = open_store(path).gather("logits", view, ALL.sample_ids.numpy())
+        exact = message(teacher, loader(ALL.sample_ids, view, FIRST.sample_ids))
         np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=2e-3)
-    new = WHOLE.sample_ids[80:]
+    new = ALL.sample_ids[80:]
     mixture = mixtures(new, 0, FIRST.sample_ids)
     assert set(mixture.partner_ids[mixture.mixed].tolist()) <= set(FIRST.sample_ids.tolist())
-    assert set(mixtures(new, 0, WHOLE.sample_ids).partner_ids.tolist()) & set(new.tolist()), (
-        "it matters who may be drawn"
-    )
+    assert set(mixtures(new, 0, ALL.sample_ids).partner_ids.tolist()) & set(new.tolist()), "it matters who may be drawn"
 
 
 def test_growing_with_other_partners_is_refused(run):
-    setup, path = mixed_setup(run), run / "first.zarr"
-    teacher = load_teacher(TEACHER, 0, setup)
+    context, path = mixed_context(run), run / "first.zarr"
+    teacher = load_teacher(TEACHER, 0, context)
     with pytest.raises(FingerprintMismatch, match=r"views\.mix\.num_partners: stored 80, wanted 120"):
-        cache_teacher(CACHE, path, teacher, LAYERS, setup)
+        cache_teacher(CACHE, path, teacher, LAYERS, context)
     assert read_store_manifest(path).layout.num_samples == 80
 
 
 PARTS = {
     "num_train": FEW,
-    "classes": WHOLE.take((WHOLE.labels == 2).nonzero()[:, 0]),
-    "reordered": WHOLE.take(torch.arange(119, -1, -1)),
+    "classes": ALL.take((ALL.labels == 2).nonzero()[:, 0]),
+    "reordered": ALL.take(torch.arange(119, -1, -1)),
 }
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_student_on_a_subset_gets_the_same_mixtures(run, part):
     path = run / "store.zarr"
-    partners = find_partners(population_of(path), WHOLE, path)
-    setup = mixed_setup(run, part, partners=partners)
-    network, lesson = lesson_of(path, setup)
+    partners = load_partner_pool(read_partner_pool(path), ALL, path)
+    context = mixed_context(run, part, partners=partners)
+    network, task = lesson_of(path, context)
     size = part.num_samples
-    batch = next(lesson.stream(1, size, epoch=2, step=0, epochs=3))
-    ids = part.sample_ids[lesson.order(1, 2)]
-    assert torch.equal(batch.images, network.normalise(pictures(ids, 2, WHOLE.sample_ids)))
-    mixture = mixtures(ids, 2, WHOLE.sample_ids)
-    label_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.labels.tolist(), strict=True))
+    batch = next(task.stream(1, size, epoch=2, step=0, epochs=3))
+    ids = part.sample_ids[task.order(1, 2)]
+    assert torch.equal(batch.images, network.normalize(loader(ids, 2, ALL.sample_ids)))
+    mixture = mixtures(ids, 2, ALL.sample_ids)
+    label_of = dict(zip(ALL.sample_ids.tolist(), ALL.labels.tolist(), strict=True))
     assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
 
 
 def test_student_with_another_partner_pool_is_rejected(run):
-    setup = mixed_setup(run, FEW)
+    context = mixed_context(run, FEW)
     with pytest.raises(FingerprintMismatch, match=r"views\.mix\.num_partners: stored 120, wanted 8"):
-        open_teaching([run / "store.zarr"], LOSSES, STUDENT, {}, setup)
+        open_distillation([run / "store.zarr"], LOSSES, STUDENT, {}, context)
 
 
 def test_partners_are_found_by_id_in_any_order(run):
     path = run / "first.zarr"
-    found = find_partners(population_of(path), PARTS["reordered"], path)
+    found = load_partner_pool(read_partner_pool(path), PARTS["reordered"], path)
     assert found.sample_ids.tolist() == sorted(FIRST.sample_ids.tolist())
-    image_of = dict(zip(WHOLE.sample_ids.tolist(), WHOLE.images, strict=True))
+    image_of = dict(zip(ALL.sample_ids.tolist(), ALL.images, strict=True))
     assert torch.equal(found.images, torch.stack([image_of[one] for one in found.sample_ids.tolist()]))
 
 
 @pytest.mark.parametrize("absent", [[0], [7, 8, 9, 10], range(80)])
 def test_missing_partners_are_reported_by_count_and_ids(run, absent):
     path = run / "first.zarr"
-    left = WHOLE.take(torch.tensor([at for at in range(120) if at not in absent]))
+    left = ALL.take(torch.tensor([at for at in range(120) if at not in absent]))
     named = sorted(FIRST.sample_ids[list(absent)].tolist())[:3]
     with pytest.raises(DataError) as raised:
-        find_partners(population_of(path), left, path)
+        load_partner_pool(read_partner_pool(path), left, path)
     assert f"lacks: {len(absent)} of 80, such as {named}: restore the images" in str(raised.value)
 
 
@@ -194,12 +192,12 @@ def test_changed_partner_is_rejected_by_its_id(run, change):
     """It stands in other samples' images, and the student may have none of its own to notice by."""
     path, at = run / "first.zarr", 3
     if change == "label":
-        other = dataclasses.replace(WHOLE, labels=(WHOLE.labels + (torch.arange(120) == at)) % 4)
+        other = dataclasses.replace(ALL, labels=(ALL.labels + (torch.arange(120) == at)) % 4)
     else:
-        images = WHOLE.images.clone()
+        images = ALL.images.clone()
         images[at, 0, 0, 0] ^= 1
-        other = dataclasses.replace(WHOLE, images=images)
+        other = dataclasses.replace(ALL, images=images)
     with pytest.raises(
-        FingerprintMismatch, match=rf"{change} of partner {int(WHOLE.sample_ids[at])}: stored .*1 of the 80"
+        FingerprintMismatch, match=rf"{change} of partner {int(ALL.sample_ids[at])}: stored .*1 of the 80"
     ):
-        find_partners(population_of(path), other, path)
+        load_partner_pool(read_partner_pool(path), other, path)

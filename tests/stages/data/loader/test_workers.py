@@ -16,7 +16,7 @@ import torch
 from support.paths import PYTHONPATH, TESTS
 from support.photographs import held, photographs
 
-from kdpipe.stages.data.loader.image_loader import Pictures, Request
+from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.mix import MixConfig
 from kdpipe.stages.views.renderer import Renderer
@@ -37,12 +37,12 @@ def equal(tmp_path_factory):
 
 def loader_of(image_set, num_workers, views=CROPS):
     renderer = Renderer(views, 3, image_set.image_size, torch.sort(image_set.sample_ids).values)
-    return Pictures(image_set, torch.device("cpu"), renderer, num_workers=num_workers)
+    return ImageLoader(image_set, torch.device("cpu"), renderer, num_workers=num_workers)
 
 
 def requests(view, num_batches=20):
     """Other samples in other batches for each view."""
-    return [Request((torch.arange(4) + 5 * at + view) % NUM_SAMPLES, view) for at in range(num_batches)]
+    return [ViewRequest((torch.arange(4) + 5 * at + view) % NUM_SAMPLES, view) for at in range(num_batches)]
 
 
 def same(stream, images):

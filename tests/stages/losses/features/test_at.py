@@ -16,7 +16,7 @@ from support.loss_inputs import (
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.at import ATConfig, at_loss
-from kdpipe.stages.targets.feature_spec import ATTENTION, Wanted
+from kdpipe.stages.targets.feature_spec import ATTENTION, FeatureSpec
 
 
 @pytest.mark.parametrize(
@@ -68,19 +68,19 @@ def test_module_sums_pairs_per_sample(form):
 
 def test_teachers_maps_are_required_at_the_students_size():
     config = ATConfig(loss="at", layers=(("a", "b"),))
-    assert config.wants({"a": (16, 8, 8)}) == (Wanted("b", ATTENTION, (8, 8)),)
+    assert config.required_features({"a": (16, 8, 8)}) == (FeatureSpec("b", ATTENTION, (8, 8)),)
     module, inputs = build_loss(config, {"a": STUDENT_MAPS}, {"b": LARGER_STUDENT_MAPS})
-    assert inputs.teacher.features[Wanted("b", ATTENTION, (8, 8))].shape == (8, 8, 8)
+    assert inputs.teacher.features[FeatureSpec("b", ATTENTION, (8, 8))].shape == (8, 8, 8)
     assert module(inputs).mean().item() == pytest.approx(at_loss(STUDENT_MAPS, LARGER_STUDENT_MAPS).item())
 
 
 def test_mismatched_shapes_are_errors_with_both_shapes():
     config = ATConfig(loss="at", layers=(("layer2", "block2"),))
-    wanted = config.wants({"layer2": (16, 8, 8)})[0]
+    wanted = config.required_features({"layer2": (16, 8, 8)})[0]
     with pytest.raises(RecipeError, match=r"at cannot join the student's layer2, .*\[16, 8, 8\].* \[8, 4\]"):
         config.build({"layer2": (16, 8, 8)}, {wanted: (8, 4)}, FACTS)
     with pytest.raises(RecipeError, match=r"\[64\].* \[8, 8\]"):
-        config.build({"layer2": (64,)}, {config.wants({"layer2": (64,)})[0]: (8, 8)}, FACTS)
+        config.build({"layer2": (64,)}, {config.required_features({"layer2": (64,)})[0]: (8, 8)}, FACTS)
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])

@@ -12,19 +12,19 @@ from torch import nn
 
 from kdpipe.stages.losses.features.at import at_loss
 from kdpipe.stages.losses.features.at_gradient import ATGradientConfig, at_gradient_loss
-from kdpipe.stages.losses.inputs import Facts
-from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, Wanted
+from kdpipe.stages.losses.inputs import DatasetInfo
+from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec
 from kdpipe.stages.targets.statistics import attention, input_attention
 
 GRADIENT, TEACHERS = drawn(8, 3, 6, 6, seed=1), drawn(8, 3, 6, 6, seed=2)
-WANTED = Wanted(INPUT, INPUT_GRADIENT)
+WANTED = FeatureSpec(INPUT, INPUT_GRADIENT)
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])
 def test_it_is_attention_transfer_on_the_input_gradient(form):
     config = ATGradientConfig(loss="at_gradient", variant=form)
-    assert config.wants({}) == (WANTED,)
-    module = config.build({}, {WANTED: (6, 6)}, Facts(num_samples=8, num_classes=10))
+    assert config.required_features({}) == (WANTED,)
+    module = config.build({}, {WANTED: (6, 6)}, DatasetInfo(num_samples=8, num_classes=10))
     inputs = replace(make_inputs(teacher={WANTED: attention(TEACHERS)}), input_gradient=GRADIENT)
     per_sample = module(inputs)
     assert per_sample.shape == (8,)
@@ -33,7 +33,9 @@ def test_it_is_attention_transfer_on_the_input_gradient(form):
 
 
 def test_missing_gradient_is_an_error():
-    module = ATGradientConfig(loss="at_gradient").build({}, {WANTED: (6, 6)}, Facts(num_samples=8, num_classes=10))
+    module = ATGradientConfig(loss="at_gradient").build(
+        {}, {WANTED: (6, 6)}, DatasetInfo(num_samples=8, num_classes=10)
+    )
     with pytest.raises(ValueError, match="gradient"):
         module(make_inputs(teacher={WANTED: attention(TEACHERS)}))
 

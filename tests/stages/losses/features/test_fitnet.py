@@ -9,12 +9,12 @@ from support.loss_inputs import FACTS, STUDENT_MAPS, TEACHER_MAPS, make_inputs
 
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
 from kdpipe.stages.losses.features.hint import HintConfig
-from kdpipe.stages.losses.schedules import Ramp
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.losses.schedules import Schedule
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 
 def test_each_pair_is_one_stage_in_order():
-    ramp = Ramp(start=1.0, end=2.0)
+    ramp = Schedule(start=1.0, end=2.0)
     config = FitNetConfig(
         loss="fitnet", layers=(("a", "b"), ("c", "d"), ("a", "d")), stage_epochs=7, weight=ramp, store=1
     )
@@ -28,10 +28,12 @@ def test_stage_equals_the_hint_loss_of_its_pair():
     config = FitNetConfig(loss="fitnet", layers=(("a", "b"), ("c", "d"))).stages()[0]
     hint = HintConfig(loss="hint", layers=(("a", "b"),))
     assert config.student_layers() == ("a",)
-    assert config.wants({"a": (16, 8, 8)}) == (Wanted("b"),) == hint.wants({"a": (16, 8, 8)})
-    terms = [each.build({"a": (16, 8, 8)}, {Wanted("b"): (32, 8, 8)}, FACTS).double() for each in (config, hint)]
+    assert (
+        config.required_features({"a": (16, 8, 8)}) == (FeatureSpec("b"),) == hint.required_features({"a": (16, 8, 8)})
+    )
+    terms = [each.build({"a": (16, 8, 8)}, {FeatureSpec("b"): (32, 8, 8)}, FACTS).double() for each in (config, hint)]
     terms[1].load_state_dict(terms[0].state_dict())
-    inputs = make_inputs(student={"a": STUDENT_MAPS}, teacher={Wanted("b"): TEACHER_MAPS})
+    inputs = make_inputs(student={"a": STUDENT_MAPS}, teacher={FeatureSpec("b"): TEACHER_MAPS})
     assert torch.equal(terms[0](inputs), terms[1](inputs))
     assert terms[0](inputs).shape == (8,)
 

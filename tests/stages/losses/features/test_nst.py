@@ -16,7 +16,7 @@ from support.loss_inputs import (
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.nst import NSTConfig, nst_from_channels, nst_from_gram, nst_loss, nst_per_sample
-from kdpipe.stages.targets.feature_spec import MAP, SPATIAL_GRAM, Wanted
+from kdpipe.stages.targets.feature_spec import MAP, SPATIAL_GRAM, FeatureSpec
 from kdpipe.stages.targets.statistics import spatial_gram
 
 CONFIG = NSTConfig(loss="nst", layers=(("a", "b"),))
@@ -60,8 +60,8 @@ def test_gradient_matches_finite_differences(shape):
 
 
 def test_small_maps_need_the_gram_and_large_ones_the_map():
-    assert CONFIG.wants({"a": (16, 16, 16)}) == (Wanted("b", SPATIAL_GRAM, (16, 16)),)
-    assert CONFIG.wants({"a": (16, 32, 32)}) == (Wanted("b", MAP, (32, 32)),)
+    assert CONFIG.required_features({"a": (16, 16, 16)}) == (FeatureSpec("b", SPATIAL_GRAM, (16, 16)),)
+    assert CONFIG.required_features({"a": (16, 32, 32)}) == (FeatureSpec("b", MAP, (32, 32)),)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_pairs_are_summed():
 
 @pytest.mark.parametrize(("student", "teacher"), [((16, 8, 8), (32, 32)), ((16, 32, 32), (5, 32, 16)), ((64,), (4, 4))])
 def test_mismatched_shapes_are_errors_with_both_shapes(student, teacher):
-    (wanted,) = CONFIG.wants({"a": student})
+    (wanted,) = CONFIG.required_features({"a": student})
     with pytest.raises(RecipeError) as refusal:
         CONFIG.build({"a": student}, {wanted: teacher}, FACTS)
     assert str(list(student)) in str(refusal.value)

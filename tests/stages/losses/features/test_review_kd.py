@@ -9,8 +9,8 @@ from support.loss_inputs import FACTS, STUDENT_HINTS, TEACHER_HINTS, build_loss,
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.review_kd import ReviewKDConfig, hcl_loss, hcl_per_sample
-from kdpipe.stages.losses.schedules import Moment
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.losses.schedules import TrainProgress
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 LAYERS = (("a", "A"), ("b", "B"), ("c", "C"))
 STUDENT = {"a": drawn(4, 4, 8, 8, seed=1), "b": drawn(4, 6, 4, 4, seed=2), "c": drawn(4, 10, seed=3)}
@@ -95,7 +95,7 @@ def test_fused_maps_have_the_deepest_width_up_to_512():
     assert module.fusions[0].enter[0].out_channels == 10
     module, _ = build(config_of(mid_channels=3))
     assert module.fusions[0].enter[0].out_channels == 3
-    wide = config_of(layers=(("c", "C"),)).build({"c": (600,)}, {Wanted("C"): (9,)}, FACTS)
+    wide = config_of(layers=(("c", "C"),)).build({"c": (600,)}, {FeatureSpec("C"): (9,)}, FACTS)
     assert wide.fusions[0].enter[0].out_channels == 512
 
 
@@ -103,7 +103,7 @@ def test_fused_maps_have_the_deepest_width_up_to_512():
     ("epoch", "warmup_epochs", "share"), [(0, 20, 0.05), (9, 20, 0.5), (19, 20, 1), (100, 20, 1), (0, 0, 1)]
 )
 def test_loss_grows_over_the_warmup(epoch, warmup_epochs, share):
-    module, inputs = build(config_of(warmup_epochs=warmup_epochs), moment=Moment(epoch, 240))
+    module, inputs = build(config_of(warmup_epochs=warmup_epochs), moment=TrainProgress(epoch, 240))
     settled, after = build(config_of())
     assert module(inputs).mean().item() == pytest.approx(share * settled(after).mean().item(), rel=1e-12)
 
@@ -134,7 +134,7 @@ def test_half_precision_is_subtracted_in_float32():
 
 def test_tokens_are_errors_with_both_shapes():
     with pytest.raises(RecipeError, match=r"review_kd cannot join the student's c, .*\[5, 16\].* \[9\]"):
-        config_of(layers=(("c", "C"),)).build({"c": (5, 16)}, {Wanted("C"): (9,)}, FACTS)
+        config_of(layers=(("c", "C"),)).build({"c": (5, 16)}, {FeatureSpec("C"): (9,)}, FACTS)
 
 
 def test_defaults_match_the_reference_code():

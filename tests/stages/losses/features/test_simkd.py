@@ -10,15 +10,15 @@ from support.loss_inputs import FACTS, STUDENT_HINTS, TEACHER_HINTS, drawn, make
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.simkd import SimKDConfig
-from kdpipe.stages.targets.feature_spec import Wanted, take_form
+from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
 
 CONFIG = SimKDConfig(loss="simkd", layers=(("a", "b"),))
 
 
 def per_sample(student, teacher):
     shape = tuple(student.shape[1:])
-    (wanted,) = CONFIG.wants({"a": shape})
-    given = take_form(wanted, teacher)
+    (wanted,) = CONFIG.required_features({"a": shape})
+    given = compute_statistic(wanted, teacher)
     module = CONFIG.build({"a": shape}, {wanted: tuple(given.shape[1:])}, FACTS)
     return module(make_inputs(student={"a": student}, teacher={wanted: given}))
 
@@ -38,7 +38,7 @@ def test_larger_map_is_pooled(student_size, teacher_size):
 
 
 def test_teachers_map_is_required_at_the_students_size():
-    assert CONFIG.wants({"a": (16, 8, 8)}) == (Wanted("b", size=(8, 8)),)
+    assert CONFIG.required_features({"a": (16, 8, 8)}) == (FeatureSpec("b", size=(8, 8)),)
 
 
 def test_gradient_matches_finite_differences():
@@ -60,7 +60,7 @@ def test_value_and_gradient_are_finite_at_the_edges(dtype):
 
 @pytest.mark.parametrize("teacher", [(16, 8, 4), (32, 8, 8), (16,)])
 def test_mismatched_shapes_are_errors_with_both_shapes(teacher):
-    (wanted,) = CONFIG.wants({"a": (16, 8, 8)})
+    (wanted,) = CONFIG.required_features({"a": (16, 8, 8)})
     with pytest.raises(RecipeError) as refusal:
         CONFIG.build({"a": (16, 8, 8)}, {wanted: teacher}, FACTS)
     assert "simkd cannot join the student's a" in str(refusal.value)

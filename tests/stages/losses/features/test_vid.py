@@ -18,7 +18,7 @@ from support.loss_inputs import (
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.vid import Predictor, VIDConfig, vid_loss
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.statistics import pool_to
 
 CONFIG = VIDConfig(loss="vid", layers=(("a", "b"),))
@@ -57,7 +57,7 @@ def test_larger_map_is_pooled_on_either_side():
     module, inputs = build_loss(CONFIG, {"a": LARGER_STUDENT_MAPS}, {"b": TEACHER_MAPS})
     mean, variance = module.predictors[0](pool_to(LARGER_STUDENT_MAPS, (8, 8)))
     assert module(inputs).mean().item() == pytest.approx(vid_loss(mean, variance, TEACHER_MAPS).item(), rel=1e-12)
-    assert CONFIG.wants({"a": (16, 8, 8)}) == (Wanted("b", size=(8, 8)),)
+    assert CONFIG.required_features({"a": (16, 8, 8)}) == (FeatureSpec("b", size=(8, 8)),)
     module, inputs = build_loss(CONFIG, {"a": TEACHER_MAPS}, {"b": LARGER_STUDENT_MAPS})
     mean, variance = module.predictors[0](TEACHER_MAPS)
     expected = vid_loss(mean, variance, pool_to(LARGER_STUDENT_MAPS, (8, 8)))
@@ -95,9 +95,9 @@ def test_predictors_train_and_the_likelihood_grows():
 
 def test_mismatched_shapes_are_errors_with_both_shapes():
     with pytest.raises(RecipeError, match=r"vid cannot join the student's a, .*\[16, 8, 8\].* \[32, 8, 4\]"):
-        CONFIG.build({"a": (16, 8, 8)}, {Wanted("b", size=(8, 8)): (32, 8, 4)}, FACTS)
+        CONFIG.build({"a": (16, 8, 8)}, {FeatureSpec("b", size=(8, 8)): (32, 8, 4)}, FACTS)
     with pytest.raises(RecipeError, match=r"\[5, 16\].* \[32\]"):
-        CONFIG.build({"a": (5, 16)}, {Wanted("b"): (32,)}, FACTS)
+        CONFIG.build({"a": (5, 16)}, {FeatureSpec("b"): (32,)}, FACTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

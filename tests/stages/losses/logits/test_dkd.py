@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support.loss_inputs import FACTS, LABELS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
 from kdpipe.stages.losses.logits.dkd import DKDConfig, dkd_loss, nckd_per_sample, tckd_per_sample, without_label
-from kdpipe.stages.losses.schedules import SETTLED, Moment, warmup_factor
+from kdpipe.stages.losses.schedules import FINISHED, TrainProgress, warmup_factor
 
 ENDS = torch.tensor([[1.0, -1, 0, 0.5], [-1, 1, 0.25, 0], [0, 0.5, 1, -1]], dtype=torch.float64)
 
@@ -62,18 +62,18 @@ def test_defaults_match_the_reference_code():
 
 def test_warmup_grows_to_the_full_loss():
     module = DKDConfig(loss="dkd").build({}, {}, FACTS)
-    whole = module(make_inputs(moment=SETTLED))
+    whole = module(make_inputs(moment=FINISHED))
     assert whole.mean().item() == pytest.approx(62.06831042, rel=1e-9)
-    assert torch.allclose(module(make_inputs(moment=Moment(0, 240))), whole / 20)
-    assert torch.allclose(module(make_inputs(moment=Moment(9, 240))), whole / 2)
-    assert torch.equal(module(make_inputs(moment=Moment(19, 240))), whole)
-    assert torch.equal(module(make_inputs(moment=Moment(100, 240))), whole)
+    assert torch.allclose(module(make_inputs(moment=TrainProgress(0, 240))), whole / 20)
+    assert torch.allclose(module(make_inputs(moment=TrainProgress(9, 240))), whole / 2)
+    assert torch.equal(module(make_inputs(moment=TrainProgress(19, 240))), whole)
+    assert torch.equal(module(make_inputs(moment=TrainProgress(100, 240))), whole)
 
 
 def test_warmup_factor_without_warmup_is_one():
-    assert warmup_factor(0, Moment(0, 240)) == warmup_factor(0, SETTLED) == 1
-    assert warmup_factor(1, Moment(0, 240)) == 1
-    assert warmup_factor(20, Moment(math.inf, 1)) == 1
+    assert warmup_factor(0, TrainProgress(0, 240)) == warmup_factor(0, FINISHED) == 1
+    assert warmup_factor(1, TrainProgress(0, 240)) == 1
+    assert warmup_factor(20, TrainProgress(math.inf, 1)) == 1
 
 
 def test_gradient_matches_finite_differences():

@@ -5,7 +5,7 @@ import torch
 from support.loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
 from kdpipe.stages.losses.logits.kd import KDConfig, kd_loss
-from kdpipe.stages.losses.schedules import Moment, Ramp
+from kdpipe.stages.losses.schedules import Schedule, TrainProgress
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(4.0, 8.079470496), (1.0, 4.635971995)])
@@ -44,8 +44,8 @@ def test_kd_of_saturated_logits_is_finite_in_every_precision(dtype):
 
 
 def test_module_uses_the_scheduled_temperature():
-    config = KDConfig(loss="kd", temperature=Ramp(start=8.0, end=2.0))
+    config = KDConfig(loss="kd", temperature=Schedule(start=8.0, end=2.0))
     module = config.build({}, {}, None)
     for epoch, temperature in ((0, 8.0), (3, 5.0), (6, 2.0)):
-        loss = module(make_inputs(moment=Moment(epoch, 7))).mean()
+        loss = module(make_inputs(moment=TrainProgress(epoch, 7))).mean()
         assert loss.item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).item(), rel=1e-12)

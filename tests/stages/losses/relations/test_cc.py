@@ -6,23 +6,23 @@ import pytest
 import torch
 from support.loss_inputs import STUDENT_MAPS, TEACHER_VECTORS, drawn, make_inputs
 
-from kdpipe.stages.losses.inputs import Facts
+from kdpipe.stages.losses.inputs import DatasetInfo
 from kdpipe.stages.losses.relations.cc import CCConfig, cc_loss, correlation_loss, correlations
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 
-POOLED = Wanted("b", "pooled")
+POOLED = FeatureSpec("b", "pooled")
 
 
 def built(**keys):
     config = CCConfig(loss="cc", layers=(("a", "b"),), **keys)
     torch.manual_seed(0)
-    return config.build({"a": (16, 8, 8)}, {POOLED: (32,)}, Facts(100, 10))
+    return config.build({"a": (16, 8, 8)}, {POOLED: (32,)}, DatasetInfo(100, 10))
 
 
 def test_defaults_match_the_reference_code():
     config = CCConfig(loss="cc", layers=(("a", "b"),))
     assert (config.weight, config.dim, config.variant, config.per_sample) == (0.02, 128, "code", False)
-    assert (config.student_layers(), config.wants({})) == (("a",), (POOLED,))
+    assert (config.student_layers(), config.required_features({})) == (("a",), (POOLED,))
 
 
 def test_the_codes_form_is_the_product_of_neighbors_errors():

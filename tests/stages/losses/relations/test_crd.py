@@ -8,22 +8,22 @@ import torch
 from support.loss_inputs import drawn, make_inputs
 from torch.nn.functional import normalize
 
-from kdpipe.stages.losses.inputs import Facts, Others
+from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
 from kdpipe.stages.losses.relations.crd import CRDConfig
-from kdpipe.stages.losses.relations.nce import Contrast, Memory, log_z_of, nce_per_sample
-from kdpipe.stages.targets.feature_spec import Wanted
+from kdpipe.stages.losses.relations.nce import Memory, NCELoss, log_z_of, nce_per_sample
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 
-POOLED = Wanted("b", "pooled")
+POOLED = FeatureSpec("b", "pooled")
 NUM_SAMPLES, DIM = 50, 8
 LABELS = torch.tensor([0, 1, 2, 1])
-OTHERS = Others({POOLED: drawn(20, 6, seed=3)}, torch.arange(20) % 4, torch.arange(20) + 30)
+OTHERS = Negatives({POOLED: drawn(20, 6, seed=3)}, torch.arange(20) % 4, torch.arange(20) + 30)
 
 
 def built(layers=(("a", "b"),), **keys):
     config = CRDConfig(loss="crd", layers=layers, dim=DIM, **keys)
     torch.manual_seed(0)
     shapes = {path: (5,) for path, _ in layers}
-    return config.build(shapes, {POOLED: (6,)}, Facts(NUM_SAMPLES, 4)).double()
+    return config.build(shapes, {POOLED: (6,)}, DatasetInfo(NUM_SAMPLES, 4)).double()
 
 
 def batch(student=None, teacher=None, others=OTHERS, labels=LABELS):
@@ -58,8 +58,8 @@ def naive(anchors, positives, negatives, is_other, z):
 def test_defaults_are_the_authors():
     config = CRDConfig(loss="crd", layers=(("a", "b"),))
     assert (config.weight, config.dim, config.temperature, config.momentum) == (0.8, 128, 0.07, 0.5)
-    assert (config.num_others, config.memory, config.per_sample) == (16384, "store", True)
-    assert (config.student_layers(), config.wants({})) == (("a",), (POOLED,))
+    assert (config.num_negatives, config.memory, config.per_sample) == (16384, "store", True)
+    assert (config.student_layers(), config.required_features({})) == (("a",), (POOLED,))
 
 
 @pytest.mark.parametrize("memory", ["store", "bank"])
@@ -105,7 +105,7 @@ def test_samples_of_the_anchors_class_are_not_negatives():
 
 def test_gradient_matches_finite_differences():
     leaves = [drawn(3, 4, seed=seed).requires_grad_() for seed in (1, 2)] + [drawn(5, 4, seed=3).requires_grad_()]
-    contrast, is_other = Contrast(0.5, NUM_SAMPLES).double(), drawn(3, 5, seed=4) > -1
+    contrast, is_other = NCELoss(0.5, NUM_SAMPLES).double(), drawn(3, 5, seed=4) > -1
     contrast(leaves[0], leaves[1:], is_other)  # Z is what it was at the first batch, and has no gradient
     assert torch.autograd.gradcheck(lambda anchors, *among: contrast(anchors, among, is_other), leaves)
 
@@ -149,7 +149,7 @@ def test_resumed_loss_continues_like_an_uninterrupted_one(memory):
 
 
 def test_z_stays_that_of_the_first_batch():
-    contrast = Contrast(0.5, NUM_SAMPLES).double()
+    contrast = NCELoss(0.5, NUM_SAMPLES).double()
     is_other = torch.ones(3, 5, dtype=torch.bool)
     sides = drawn(3, 4, seed=1), drawn(3, 4, seed=2), drawn(5, 4, seed=3)
     products = torch.cat([(sides[0] * sides[1]).sum(1, keepdim=True), sides[0] @ sides[2].T], 1) / 0.5
@@ -204,11 +204,11 @@ def test_training_reduces_the_loss_and_matches_samples(memory):
     seen, teacher = drawn(40, 6, seed=1), drawn(40, 6, seed=1) @ drawn(6, 6, seed=2)
     config = CRDConfig(loss="crd", layers=(("a", "b"),), dim=DIM, memory=memory)
     torch.manual_seed(0)
-    module = config.build({"a": (5,)}, {POOLED: (6,)}, Facts(40, 40)).double()
+    module = config.build({"a": (5,)}, {POOLED: (6,)}, DatasetInfo(40, 40)).double()
     model = torch.nn.Linear(6, 5).double()
     optimizer = torch.optim.Adam([*model.parameters(), *module.parameters()], lr=0.01)
     all_samples = torch.arange(40)
-    others = Others({POOLED: teacher}, all_samples, all_samples)
+    others = Negatives({POOLED: teacher}, all_samples, all_samples)
     losses = []
     for _ in range(120):
         inputs = make_inputs(labels=all_samples, student={"a": model(seen)}, teacher={POOLED: teacher})

@@ -11,7 +11,7 @@ import torch_pruning
 from torch import Tensor, fx, nn
 
 from kdpipe.stages.models.build import ModelConfig, build_model
-from kdpipe.stages.models.module_lookup import module_named
+from kdpipe.stages.models.module_lookup import get_module
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
 from kdpipe.stages.models.weights import count_parameters
 
@@ -131,7 +131,7 @@ def test_other_images_give_logits_too(name: str, shape: tuple[int, int, int]) ->
 @pytest.mark.parametrize(("name", "path", "shape", "rectified"), MAPS)
 def test_maps_are_what_the_docstrings_say(name: str, path: str, shape: list[int], rectified: bool) -> None:
     model, seen = build(name), []
-    module_named(model, path).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    get_module(model, path).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     model(images(2, 3, 32, 32))
     assert list(seen[0].shape) == shape
     assert bool((seen[0] >= 0).all()) == rectified
@@ -188,11 +188,11 @@ def test_channels_can_be_pruned(name: str) -> None:
 
 
 def test_first_weights_follow_he() -> None:
-    conv = module_named(build("vgg8"), "block4.0")
+    conv = get_module(build("vgg8"), "block4.0")
     assert isinstance(conv, nn.Conv2d)
     assert float(conv.weight.detach().std()) == pytest.approx(math.sqrt(2 / (9 * 512)), rel=0.01)
     assert not conv.bias.any()
-    classifier = module_named(build("mobilenet_v2", num_classes=100), "classifier.0")
+    classifier = get_module(build("mobilenet_v2", num_classes=100), "classifier.0")
     assert float(classifier.state_dict()["weight"].std()) == pytest.approx(0.01, rel=0.02)
 
 

@@ -16,7 +16,7 @@ from support.paths import ROOT
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.gpu import device as device_room
 from kdpipe.stages.runtime.gpu.claims import claim_gpu, launcher, release_gpu
-from kdpipe.stages.runtime.gpu.device import take_device
+from kdpipe.stages.runtime.gpu.device import select_device
 from kdpipe.stages.runtime.gpu.nvml import Gpu, GpuProcess, visible_gpus
 from kdpipe.stages.runtime.gpu.select import GpuSelector
 from kdpipe.store import LockedError
@@ -34,7 +34,7 @@ def used(gpu: Gpu, *processes: GpuProcess) -> Gpu:
     return Gpu(gpu.index, gpu.uuid, gpu.name, gpu.free_bytes, gpu.total_bytes, processes or (FOREIGN,))
 
 
-class Job:
+class TrainJob:
     """A job that selects a GPU, with its environment and warnings."""
 
     def __init__(self, claims: Path) -> None:
@@ -52,8 +52,8 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return Job(tmp_path)
+def job(tmp_path: Path) -> TrainJob:
+    return TrainJob(tmp_path)
 
 
 @pytest.fixture
@@ -81,17 +81,17 @@ def claimed_elsewhere(tmp_path: Path) -> Iterator[Callable[..., int]]:
         process.communicate()
 
 
-def test_gpu_with_most_free_memory_is_selected(job: Job) -> None:
+def test_gpu_with_most_free_memory_is_selected(job: TrainJob) -> None:
     assert job.take(FIRST, SECOND, THIRD) == SECOND.uuid
     assert job.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert job.warnings == []
 
 
-def test_gpu_in_use_is_not_selected(job: Job) -> None:
+def test_gpu_in_use_is_not_selected(job: TrainJob) -> None:
     assert job.take(FIRST, used(SECOND), THIRD) == FIRST.uuid
 
 
-def test_all_gpus_in_use_is_an_error_naming_the_user(job: Job) -> None:
+def test_all_gpus_in_use_is_an_error_naming_the_user(job: TrainJob) -> None:
     with pytest.raises(LockedError) as refused:
         job.take(used(FIRST), used(SECOND, GpuProcess(999_999_998), FOREIGN))
     assert str(refused.value) == (
@@ -101,23 +101,23 @@ def test_all_gpus_in_use_is_an_error_naming_the_user(job: Job) -> None:
     assert "CUDA_VISIBLE_DEVICES" not in job.environ
 
 
-def test_sharing_selects_freest_gpu_in_use_and_warns(job: Job) -> None:
+def test_sharing_selects_freest_gpu_in_use_and_warns(job: TrainJob) -> None:
     assert job.take(used(FIRST), used(SECOND), share=True) == SECOND.uuid
     assert len(job.warnings) == 1
     assert "GPU 1 (NVIDIA Test) is shared with process 999999999 (python, 3.0 GiB)" in job.warnings[0]
 
 
-def test_sharing_prefers_an_idle_gpu(job: Job) -> None:
+def test_sharing_prefers_an_idle_gpu(job: TrainJob) -> None:
     assert job.take(FIRST, used(SECOND), share=True) == FIRST.uuid
     assert job.warnings == []
 
 
-def test_visible_devices_of_user_or_slurm_are_kept(job: Job) -> None:
+def test_visible_devices_of_user_or_slurm_are_kept(job: TrainJob) -> None:
     assert job.take(used(FIRST), used(SECOND), THIRD, CUDA_VISIBLE_DEVICES="2,1") == "2,1"
 
 
 @pytest.mark.parametrize("named", ["0", "0,1", "GPU-aaaa", "GPU-aaaaaaaa-0000,GPU-bbbb"])
-def test_named_gpu_in_use_is_an_error(job: Job, named: str) -> None:
+def test_named_gpu_in_use_is_an_error(job: TrainJob, named: str) -> None:
     with pytest.raises(LockedError, match=r"^GPU 0 \(NVIDIA Test\) is in use by process 999999999 \(python, 3.0 GiB\)"):
         job.take(used(FIRST), SECOND, CUDA_VISIBLE_DEVICES=named)
     assert job.take(used(FIRST), SECOND, share=True, CUDA_VISIBLE_DEVICES=named) == named
@@ -125,11 +125,11 @@ def test_named_gpu_in_use_is_an_error(job: Job, named: str) -> None:
 
 
 @pytest.mark.parametrize("named", ["", "-1", "NoDevFiles", "7", "GPU-zzzz", "MIG-GPU-aaaa/1/0"])
-def test_unknown_visible_devices_are_left_to_torch(job: Job, named: str) -> None:
+def test_unknown_visible_devices_are_left_to_torch(job: TrainJob, named: str) -> None:
     assert job.take(used(FIRST), used(SECOND), CUDA_VISIBLE_DEVICES=named) == named
 
 
-def test_device_number_counts_among_visible_gpus(job: Job) -> None:
+def test_device_number_counts_among_visible_gpus(job: TrainJob) -> None:
     assert job.take(used(FIRST), SECOND, name="cuda:1") is None
     with pytest.raises(LockedError, match="GPU 0"):
         job.take(used(FIRST), SECOND, name="cuda:1", CUDA_VISIBLE_DEVICES="1,0")
@@ -144,7 +144,7 @@ def test_cuda_order_is_certain_only_for_equal_gpus() -> None:
     assert visible_gpus([FIRST, other], environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) == [other, FIRST]
 
 
-def test_mig_instance_is_selected_by_its_uuid(job: Job) -> None:
+def test_mig_instance_is_selected_by_its_uuid(job: TrainJob) -> None:
     part, other = (Gpu(0, f"MIG-{letter * 8}", "NVIDIA Test MIG 1g.10gb", free_bytes=9 * GIB) for letter in "ef")
     assert job.take(used(part), other) == other.uuid
     with pytest.raises(LockedError, match=r"GPU 0 \(NVIDIA Test MIG 1g.10gb, MIG-eeeeeeee\)"):
@@ -153,7 +153,7 @@ def test_mig_instance_is_selected_by_its_uuid(job: Job) -> None:
 
 
 def test_jobs_starting_at_once_select_different_gpus(
-    job: Job, claimed_elsewhere: Callable[..., int], tmp_path: Path
+    job: TrainJob, claimed_elsewhere: Callable[..., int], tmp_path: Path
 ) -> None:
     pid = claimed_elsewhere(SECOND)
     assert job.take(FIRST, SECOND) == FIRST.uuid
@@ -206,7 +206,7 @@ def test_claim_file_is_writable_by_all_users(tmp_path: Path) -> None:
     assert (tmp_path / f"kdpipe-{FIRST.uuid}.lock").stat().st_mode & 0o777 == 0o666
 
 
-def test_processes_of_one_job_spread_over_gpus(job: Job, claimed_elsewhere: Callable[..., int]) -> None:
+def test_processes_of_one_job_spread_over_gpus(job: TrainJob, claimed_elsewhere: Callable[..., int]) -> None:
     first_rank, second_rank = TORCHRUN, {**TORCHRUN, "LOCAL_RANK": "1"}
     pid = claimed_elsewhere(SECOND, **first_rank)
     sibling = GpuProcess(999_999_997)  # as in a container: a number that leads to no process
@@ -219,13 +219,13 @@ def test_processes_of_one_job_spread_over_gpus(job: Job, claimed_elsewhere: Call
 
 
 def test_ranks_select_different_gpus_without_claims(tmp_path: Path) -> None:
-    job = Job(tmp_path / "absent")
+    job = TrainJob(tmp_path / "absent")
     taken = [job.take(FIRST, SECOND, THIRD, **{**TORCHRUN, "LOCAL_RANK": str(rank)}) for rank in range(3)]
     assert taken == [SECOND.uuid, FIRST.uuid, THIRD.uuid]
     assert job.take(FIRST, SECOND, THIRD, **{**TORCHRUN, "LOCAL_RANK": "4"}, CUDA_VISIBLE_DEVICES="0,1,2") == "0,1,2"
 
 
-def test_ranks_cycle_through_visible_gpus(job: Job) -> None:
+def test_ranks_cycle_through_visible_gpus(job: TrainJob) -> None:
     with pytest.raises(LockedError, match="GPU 1"):
         job.take(FIRST, used(SECOND), CUDA_VISIBLE_DEVICES="0,1", **{**TORCHRUN, "LOCAL_RANK": "3"})
 
@@ -266,7 +266,7 @@ class FakeCuda:
     def take(self, name: str, **options: Any) -> str:
         """Return the device that a new process would select."""
         self.taken.clear()
-        return str(take_device(name, warn=self.warnings.append, claims=self.claims, **options))
+        return str(select_device(name, warn=self.warnings.append, claims=self.claims, **options))
 
 
 def test_machine_without_gpus_uses_cpu_without_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_device_is_selected_once_per_process(monkeypatch: pytest.MonkeyPatch, tm
     assert cuda.take("auto") == "cuda:0"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == FIRST.uuid
     monkeypatch.setattr(device_room, "list_gpus", lambda: (used(FIRST), used(SECOND)))  # now this process uses it
-    assert str(take_device("auto", warn=cuda.warnings.append, claims=tmp_path)) == "cuda:0"
+    assert str(select_device("auto", warn=cuda.warnings.append, claims=tmp_path)) == "cuda:0"
     release_gpu(FIRST.uuid, tmp_path)
 
 
