@@ -88,7 +88,7 @@ def measure(case: Case, folder: Path, device: torch.device, num_rounds: int) -> 
         for number in range(num_rounds + 1):
             for rates, run in turns if number % 2 else turns[::-1]:  # alternate the order
                 rates.append(rate(case, run))
-            shutil.rmtree(context.run / "store.zarr")
+            shutil.rmtree(context.run_dir / "store.zarr")
         del bare[0], cached[0]  # the first round warms up
         ratio = statistics.median(own / base for own, base in zip(cached, bare, strict=True))
         verdict = "met" if ratio >= target else "NOT met"
@@ -110,12 +110,12 @@ def forward_only(context: StageContext, teacher: ModelBundle) -> None:
     """Run the views and forward passes of `cache`, in batches of the same size, and store nothing."""
     train_set = context.train_set
     for indices in torch.arange(train_set.num_samples).split(CONFIG.batch_size):
-        logits = teacher.model(teacher.normalize(context.loader.one(ViewRequest(indices, 0)).images))
+        logits = teacher.model(teacher.normalize(context.train_loader.get(ViewRequest(indices, 0)).images))
     logits.cpu()  # synchronizes a GPU
 
 
 def cache(context: StageContext, teacher: ModelBundle, layers: list[FeatureSpec]) -> None:
-    cache_teacher(CONFIG, context.run / "store.zarr", teacher, layers, context)
+    cache_teacher(CONFIG, context.run_dir / "store.zarr", teacher, layers, context)
 
 
 def make_setup(case: Case, folder: Path, device: torch.device) -> tuple[StageContext, ModelBundle]:
@@ -127,7 +127,7 @@ def make_setup(case: Case, folder: Path, device: torch.device) -> tuple[StageCon
     operations = ({"name": "RandomCrop", "padding": case.padding}, {"name": "RandomHorizontalFlip"})
     views = ViewsConfig(num_views=1, operations=operations)
     context = StageContext(folder, image_set, image_set, views, device, RunMonitor())
-    model = context.build(case.teacher, 0).eval().to(device)
+    model = context.build_model(case.teacher, 0).eval().to(device)
     channels = case.image_shape[0]
     normalize = Normalization((0.5,) * channels, (0.25,) * channels)
     return context, ModelBundle(model, context.architecture(case.teacher), normalize)

@@ -27,7 +27,6 @@ from PIL import Image
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
-from kdpipe.stages.config import Place
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
@@ -54,7 +53,7 @@ from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.step import TrainJob
-from kdpipe.stages.training.task import Batch, TrainingTask
+from kdpipe.stages.training.task import Batch, StepPosition, TrainingTask
 from kdpipe.stages.views.config import ViewsConfig
 
 
@@ -110,12 +109,12 @@ class TeacherInTheLoop(TrainingTask):
 
     teacher: ModelBundle | None = None
 
-    def _batch(self, place: Place, image_batch: ImageBatch) -> Batch:
+    def _batch(self, position: StepPosition, image_batch: ImageBatch) -> Batch:
         assert self.teacher is not None
-        batch = super()._batch(place, image_batch)
+        batch = super()._batch(position, image_batch)
         with torch.no_grad(), extract_features(self.teacher.model, ()) as extractor:
             logits = extractor(self.teacher.normalize(image_batch.images)).logits
-            return dataclasses.replace(batch, teachers=[DenseTargets(logits, {})], known=[None])
+            return dataclasses.replace(batch, teachers=[DenseTargets(logits, {})], target_masks=[None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +123,8 @@ class FixedTargets(TrainingTask):
 
     fixed: Sequence[TeacherTargets] = ()
 
-    def _batch(self, place: Place, image_batch: ImageBatch) -> Batch:
-        return dataclasses.replace(super()._batch(place, image_batch), teachers=self.fixed, known=[None])
+    def _batch(self, position: StepPosition, image_batch: ImageBatch) -> Batch:
+        return dataclasses.replace(super()._batch(position, image_batch), teachers=self.fixed, target_masks=[None])
 
 
 def main() -> None:
@@ -206,14 +205,14 @@ def photographs(pair: Pair, folder: Path) -> StageContext:
 
 def make_network(config: ModelConfig, context: StageContext) -> ModelBundle:
     channels = context.train_set.in_channels
-    model = context.build(config, seed=0).to(context.device).eval()
+    model = context.build_model(config, seed=0).to(context.device).eval()
     return ModelBundle(model, context.architecture(config), Normalization((0.5,) * channels, (0.25,) * channels))
 
 
 def make_tasks(
     pair: Pair, teacher: ModelBundle, student: ModelBundle, context: StageContext
 ) -> dict[str, TrainingTask]:
-    path = context.run / "store.zarr"
+    path = context.run_dir / "store.zarr"
     config = StudentConfig(model=pair.student)
     kd, hint = KDConfig(loss="kd"), HintConfig(loss="hint", layers=(pair.hint,))
     at = ATConfig(loss="at", layers=(pair.hint,))
@@ -225,12 +224,12 @@ def make_tasks(
         for losses in ([kd], [kd, at], [kd, hint])
     )
     return {
-        "alone": TrainingTask(context.loader, context.views.num_views, student.normalize),
+        "alone": TrainingTask(context.train_loader, context.views.num_views, student.normalize),
         "logits": logits,
         "statistic": statistic,
         "features": features,
         "fixed": FixedTargets(
-            context.loader,
+            context.train_loader,
             context.views.num_views,
             student.normalize,
             distillation=features.distillation,
@@ -238,7 +237,7 @@ def make_tasks(
             fixed=next(features.stream(0, pair.batch_size, epoch=0, step=0, epochs=1)).teachers,
         ),
         "live": TeacherInTheLoop(
-            context.loader,
+            context.train_loader,
             context.views.num_views,
             student.normalize,
             distillation=logits.distillation,
@@ -252,7 +251,7 @@ def one_epoch(pair: Pair, student: ModelBundle, task: TrainingTask, context: Sta
     folder.mkdir(parents=True)
     config = TrainConfig(epochs=1, batch_size=pair.batch_size, checkpoint_every_s=1e6)
     layers = student_layers(list(task.distillation.configs.values()) if task.distillation else [])
-    test = context.test(student.normalize)
+    test = context.evaluation(student.normalize)
     job = TrainJob("benchmark", "epoch", student.model, task, test, config, 0, JobDir(folder), layers)
     started = time.perf_counter()
     train(job, context.device, RunMonitor())

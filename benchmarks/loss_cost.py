@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.schedules import TrainProgress
@@ -120,7 +120,7 @@ class Student:
         self.optimizer.step()
 
 
-def cases(name: str, kind: type[Entry], student: Student) -> Iterator[Case]:
+def cases(name: str, kind: type[LossConfig], student: Student) -> Iterator[Case]:
     """Yield the sizes at which a loss is measured, by the features it needs."""
     takes_layers = "layers" in get_type_hints(kind)
     entry: dict[str, Any] = {"loss": name} | ({"layers": (("student", "teacher"),)} if takes_layers else {})
@@ -130,13 +130,13 @@ def cases(name: str, kind: type[Entry], student: Student) -> Iterator[Case]:
     elif not takes_layers:
         yield on_features(config, {}, f"{NUM_CLASSES}", len(student.images))
     else:
-        is_pooled = all(wanted.form == POOLED for wanted in config.required_features({"student": MAPS[0]}))
+        is_pooled = all(wanted.statistic == POOLED for wanted in config.required_features({"student": MAPS[0]}))
         for shape in (VECTOR,) if is_pooled else MAPS:
             size = "x".join(map(str, shape))
             yield on_features(config, {"student": shape}, size, len(student.images))
 
 
-def through_the_network(config: Entry, student: Student) -> Case:
+def through_the_network(config: LossConfig, student: Student) -> Case:
     features = {one: compute_statistic(one, torch.randn_like(student.images)) for one in config.required_features({})}
     delivered = {one: tuple(feature.shape[1:]) for one, feature in features.items()}
     loss = config.build({}, delivered, DatasetInfo(NUM_SAMPLES, NUM_CLASSES))
@@ -144,7 +144,7 @@ def through_the_network(config: Entry, student: Student) -> Case:
     return Case(config.loss, "network", student.optimizer.zero_grad, work, [], replaces=True)
 
 
-def on_features(config: Entry, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:
+def on_features(config: LossConfig, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:
     """Return a loss on random logits and features, with equal channels on both sides."""
     wanted = dict(zip(config.required_features(shapes), shapes.values(), strict=True))
     features = {one: compute_statistic(one, torch.randn(batch_size, *shape)) for one, shape in wanted.items()}
@@ -163,12 +163,12 @@ def on_features(config: Entry, shapes: Mapping[str, Shape], size: str, batch_siz
     def work() -> None:
         loss(said).mean().backward()
 
-    others = said.others.features.values() if said.others else ()
+    others = said.negatives.features.values() if said.negatives else ()
     inputs = [student.logits, *leaves.values(), teacher.logits, *features.values(), *others]
     return Case(config.loss, size, prepare, work, [*inputs, *loss.parameters(), *loss.buffers()])
 
 
-def others_of(config: Entry, wanted: Mapping[FeatureSpec, Shape]) -> Negatives | None:
+def others_of(config: LossConfig, wanted: Mapping[FeatureSpec, Shape]) -> Negatives | None:
     if not config.num_negatives:
         return None
     count = config.num_negatives

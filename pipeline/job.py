@@ -88,24 +88,24 @@ def run_job(
         # Several jobs may fill one store from one run folder; all other commands have the folder to themselves.
         lock = shared if command == "cache-teacher" else exclusive
         with _process_group(command, should_stop) as process_group, ExitStack() as locks:
-            process_group.once(lambda: _lock(locks, lock(folder, folder / ".kdpipe.lock")))
+            process_group.on_main(lambda: _lock(locks, lock(folder, folder / ".kdpipe.lock")))
             monitor = RunMonitor(should_stop=should_stop)
             run = Run(
                 loaded,
                 folder,
                 monitor,
-                own_part or process_group.part,
+                own_part or process_group.work_shard,
                 share=options.share,
                 process_group=process_group,
             )
             run.begin()
             with _recorded(run, command) as run:
                 with _with_progress(run, options) as shown:
-                    process_group.check(shown.monitor)
+                    process_group.check_stop(shown.monitor)
                     with shown.phase(command):
                         results = work(shown)
                     shown.write_recipe()
-                if process_group.first and (code := _print_results(command, run, results, options.as_json)):
+                if process_group.is_main and (code := _print_results(command, run, results, options.as_json)):
                     raise typer.Exit(code)
 
 
@@ -120,7 +120,7 @@ def _recorded(run: Run, command: str) -> Iterator[Run]:
     rank = run.process_group.rank if run.process_group.count > 1 else None
     with event_log(run.folder, command, rank=rank) as log:
         logged = replace(run, monitor=replace(run.monitor, report=log))
-        if not run.process_group.first:
+        if not run.process_group.is_main:
             yield logged
             return
         with session(run.folder, command, recipe_json(run.recipe), argv=sys.argv[1:]) as record:
@@ -138,7 +138,7 @@ def _with_progress(run: Run, options: JobOptions) -> Iterator[Run]:
     from kdpipe.pipeline.terminal.progress import reporter
     from kdpipe.pipeline.terminal.reporter import to_all
 
-    if not run.process_group.first:
+    if not run.process_group.is_main:
         yield replace(run, monitor=replace(run.monitor, report=to_all(_print_data_warning, run.monitor.report)))
         return
     with reporter(options.as_json) as show, scalars(run.folder) if options.tensorboard else nullcontext() as draw:

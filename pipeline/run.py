@@ -26,7 +26,7 @@ from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
 from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.distillation import required_of
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import num_threads
@@ -97,7 +97,7 @@ class Run:
 
     def write_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
-        if self.process_group.first:
+        if self.process_group.is_main:
             write_json_file(self.folder / "recipe.json", recipe_json(self.recipe))
 
     @cached_property
@@ -109,16 +109,16 @@ class Run:
         context = replace(
             alone,
             test_set=self._load(data, "test", test_image_size(alone)),
-            partners=self._partners(train_set),
+            mix_partners=self._partners(train_set),
             num_workers=data.num_workers,
             unreadable=data.unreadable,
-            ask_teacher=self._ask_teacher,
+            get_teacher_logits=self._get_teacher_logits,
             process_group=self.process_group,
         )
         require_fitting_test_images(context)
         return context
 
-    def _ask_teacher(self) -> Tensor | None:
+    def _get_teacher_logits(self) -> Tensor | None:
         """Return the teachers' logits of the test images; None while their stores are missing."""
         if any(not is_url(store) and not Path(store).exists() for store in self.stores):
             return None
@@ -208,7 +208,7 @@ class Run:
         """The recipe's losses and stores, opened and checked."""
         return self.open_distillation(self.recipe.distill, self.recipe.student)
 
-    def open_distillation(self, losses: Sequence[Entry], student: StudentConfig) -> DistillationSpec:
+    def open_distillation(self, losses: Sequence[LossConfig], student: StudentConfig) -> DistillationSpec:
         """Open the stores for these losses; the recipe's own store must contain the recipe's own teacher."""
         expected: dict[str, Any] = {}
         if self.stores == [self.store]:

@@ -137,7 +137,7 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
         raise RecipeError(f"--only {only}: compress.steps is {list(config.steps)}; add the step to the recipe.")
     if config.steps:
         require_losses(run)
-    if not is_done(config, student, context.run):
+    if not is_done(config, student, context.run_dir):
         dry_run(config, student, context)
     compressed = [compress(config, student, seed, run.distillation, context, only=steps) for seed in student.seeds]
     cards = []

@@ -39,16 +39,16 @@ class StageContext:
         processes: The processes that train together; the first of them writes.
     """
 
-    run: Path
+    run_dir: Path
     train_set: ImageSet
     test_set: ImageSet
     views: ViewsConfig
     device: torch.device
     monitor: RunMonitor
-    partners: ImageSet | None = None
+    mix_partners: ImageSet | None = None
     num_workers: int | None = None
     unreadable: Literal["stop", "drop"] = "stop"
-    ask_teacher: Callable[[], Tensor | None] = lambda: None
+    get_teacher_logits: Callable[[], Tensor | None] = lambda: None
     process_group: ProcessGroup = SINGLE
 
     @property
@@ -59,17 +59,17 @@ class StageContext:
     @cached_property
     def renderer(self) -> Renderer:
         """The renderer of views of the training images."""
-        train_set, pool = self.train_set, self.partners or self.train_set
+        train_set, pool = self.train_set, self.mix_partners or self.train_set
         partners = torch.sort(pool.sample_ids).values
         if train_set.image_size is None and self.views.engine == "tensor":
             raise RecipeError(unequal_sizes_message(train_set))
         return Renderer(self.views, train_set.in_channels, train_set.image_size, partners)
 
     @cached_property
-    def loader(self) -> ImageLoader:
+    def train_loader(self) -> ImageLoader:
         """The training images in their views."""
         return ImageLoader(
-            self.train_set, self.device, self.renderer, self.partners, self.num_workers, self._on_unreadable
+            self.train_set, self.device, self.renderer, self.mix_partners, self.num_workers, self._on_unreadable
         )
 
     @cached_property
@@ -77,12 +77,12 @@ class StageContext:
         """The test images, without views."""
         return ImageLoader(self.test_set, self.device, num_workers=self.num_workers, on_failure=self._on_unreadable)
 
-    def test(self, normalize: Normalization) -> Evaluation:
+    def evaluation(self, normalize: Normalization) -> Evaluation:
         """Return the evaluation on the test images for a model with this input scaling."""
         warn = partial(self.monitor.warn, "evaluate")
         # A single process must not stop while the others wait for it.
         check = self.monitor.check if self.process_group.count == 1 else lambda: None
-        return Evaluation(self.test_loader, normalize, self.ask_teacher(), warn, check)
+        return Evaluation(self.test_loader, normalize, self.get_teacher_logits(), warn, check)
 
     def _on_unreadable(self, sentence: str) -> None:
         """Raise DataError for an unreadable image, or drop it from its batch with a warning, as configured."""
@@ -95,7 +95,7 @@ class StageContext:
         train_set = self.train_set
         return architecture(config, train_set.num_classes, train_set.in_channels, self.image_shape[1:])
 
-    def build(self, config: ModelConfig, seed: int) -> nn.Module:
+    def build_model(self, config: ModelConfig, seed: int) -> nn.Module:
         """Build a network for these images and classes, initialized with `seed`."""
         return build_model(
             config,
@@ -109,7 +109,7 @@ class StageContext:
         """Return the identity of the views, for stores and jobs."""
         return self.renderer.identity
 
-    def shown_views(self) -> dict[str, Any]:
+    def student_views(self) -> dict[str, Any]:
         """Return the identity of the views that a student sees, epoch by epoch."""
         return {**self.view_identity(), "num_views": self.views.num_views, "replay": self.views.replay}
 
@@ -154,8 +154,8 @@ def require_fitting_test_images(context: StageContext) -> None:
     classes, others = context.train_set.class_names, context.test_set.class_names
     if others != classes:
         raise DataError(
-            f"the test images of {context.test_set.name} are of {len(others)} classes ({', '.join(others[:5])} ...), the "
-            f"training images of {len(classes)} ({', '.join(classes[:5])} ...): give both the same, in the same order."
+            f"the test images of {context.test_set.name} are of {len(others)} classes ({', '.join(others[:5])} ...), "
+            f"the training images of {len(classes)} ({', '.join(classes[:5])} ...): give both the same, in the same order."
         )
     if found is None:
         raise DataError(unequal_sizes_message(context.test_set))
@@ -186,4 +186,4 @@ def model_normalization(
 
 def test_context(context: StageContext) -> StageContext:
     """Return the context with the unaugmented test images in place of the training images and their views."""
-    return replace(context, train_set=context.test_set, views=ViewsConfig(num_views=1), partners=None)
+    return replace(context, train_set=context.test_set, views=ViewsConfig(num_views=1), mix_partners=None)

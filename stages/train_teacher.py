@@ -48,7 +48,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
     if config.train is not None:
         context.process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
-    folder = teacher_folder(context.run)
+    folder = teacher_folder(context.run_dir)
     teacher = _fresh(config, seed, context)
 
     def begin() -> dict[str, Any] | None:
@@ -64,12 +64,12 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         )
         return folder.result()
 
-    if (done := context.process_group.once(begin)) is not None:
+    if (done := context.process_group.on_main(begin)) is not None:
         return done
     history = []
     if config.train is not None:
-        task = TrainingTask(context.loader, context.views.num_views, teacher.normalize, fresh_views=True)
-        test = context.test(teacher.normalize)
+        task = TrainingTask(context.train_loader, context.views.num_views, teacher.normalize, fresh_views=True)
+        test = context.evaluation(teacher.normalize)
         name, process_group = "teacher", context.process_group
         job = TrainJob(
             "train-teacher", name, teacher.model, task, test, config.train, seed, folder, process_group=process_group
@@ -83,7 +83,7 @@ def load_teacher(config: TeacherConfig, seed: int, context: StageContext) -> Mod
 
     Without a mean in the recipe, its input scaling is that of its training, even if the data set has grown since.
     """
-    folder = teacher_folder(context.run)
+    folder = teacher_folder(context.run_dir)
     teacher = _fresh(config, seed, context)
     record = load_finished(folder, teacher.model, teacher.architecture, "kdpipe train-teacher")
     teacher.model.eval().to(context.device)
@@ -95,7 +95,7 @@ def require_same_training(config: TeacherConfig, seed: int, context: StageContex
 
     The store's record of its weights does not show that.
     """
-    folder = teacher_folder(context.run).path
+    folder = teacher_folder(context.run_dir).path
     stored = read_json_file(folder / "job.json")
     if stored is None:
         return
@@ -118,7 +118,7 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
 
     `weights_sha256` comes from its results, and is left out if the run folder has none.
     """
-    result = teacher_folder(context.run).result()
+    result = teacher_folder(context.run_dir).result()
     normalize = model_normalization(context.train_set, config.model.weights, config.mean, config.std)
     identity = {"architecture": context.architecture(config.model), "normalization": normalize.to_json()}
     if result and config.mean is None:
@@ -128,4 +128,4 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
 
 def _fresh(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
     normalize = model_normalization(context.train_set, config.model.weights, config.mean, config.std)
-    return ModelBundle(context.build(config.model, seed), context.architecture(config.model), normalize)
+    return ModelBundle(context.build_model(config.model, seed), context.architecture(config.model), normalize)

@@ -27,7 +27,7 @@ def run_compare(run: Run) -> dict[str, Any]:
     if run.store in run.stores:
         teacher = run_train_teacher(run)["teacher"]
         run_cache_teacher(run)
-        run.process_group.wait()  # each has computed its part of the store
+        run.process_group.barrier()  # each has computed its part of the store
     student, context = run.recipe.student, run.context
     if warning := view_warning(run.recipe.views):
         run.monitor.warn("compare", warning)

@@ -21,7 +21,7 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.distillation.compatibility import check_losses
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import ModelError, RecipeError, RunError
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.registry import AnyLossConfig
 from kdpipe.stages.train_student.compare import CompareEntry, VariantName
 from kdpipe.stages.train_teacher import TeacherConfig
@@ -108,7 +108,9 @@ def validate(source: Overrides) -> tuple[Recipe | None, list[str]]:
     return recipe, [one_line(f"{source.path}: {fault}") for fault in _contradictions(recipe)]
 
 
-def faults_of_each(losses: Sequence[Entry], where: str, check: Callable[[Sequence[Entry]], object]) -> Iterator[str]:
+def faults_of_each(
+    losses: Sequence[LossConfig], where: str, check: Callable[[Sequence[LossConfig]], object]
+) -> Iterator[str]:
     """Yield the faults that `check` finds in each of the losses alone. `where` is the key of their list."""
     for number, loss in enumerate(losses):
         if fault := fault_of(check, [loss]):
@@ -130,13 +132,13 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield fault
     for where, losses in all_losses(recipe).items():
 
-        def check(some: Sequence[Entry], where: str = where) -> None:
+        def check(some: Sequence[LossConfig], where: str = where) -> None:
             check_losses(some, recipe.views, recipe.student.teachers, where)
 
         yield from dict.fromkeys(faults_of_each(losses, where, check))
 
 
-def all_losses(recipe: Recipe) -> dict[str, Sequence[Entry]]:
+def all_losses(recipe: Recipe) -> dict[str, Sequence[LossConfig]]:
     """Return all lists of losses in the recipe, by their key."""
     variants = {f"compare.{name}.distill": entry.distill for name, entry in recipe.compare.items()}
     return {"distill": recipe.distill, **variants}

@@ -101,7 +101,7 @@ def cache_teacher(
     wanted = plan_store(config, teacher, layers, samples, context)
     require_room(path, missing_bytes(path, wanted, samples))
     manifest = ensure_store(path, wanted, samples)
-    units = part.of(manifest.layout.units())
+    units = part.select(manifest.layout.units())
     return {
         **complete_units(config, path, manifest, units, teacher=teacher, context=context),
         "part": str(part) if part.count > 1 else None,

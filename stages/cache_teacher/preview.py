@@ -46,7 +46,7 @@ def show_views(context: StageContext, store: TargetStore | None, num_samples: in
     order = torch.from_numpy(row_order(train_set.sample_ids[known].numpy(), context.views.seed))
     indices = known[order[:num_samples]]
     views = range(min(num_views, context.views.num_views if store is None else store.num_views))
-    batches = [context.loader.one(ViewRequest(indices, view)) for view in views]
+    batches = [context.train_loader.get(ViewRequest(indices, view)) for view in views]
     images = torch.stack([batch.images.cpu() for batch in batches], dim=1)
     names = train_set.class_names
     top = _top(context, store, indices, views) if store is not None else [[[] for _ in views] for _ in indices]
@@ -60,7 +60,7 @@ def _partners(context: StageContext, batch: ImageBatch) -> list[tuple[str, float
     found: list[tuple[str, float] | None] = [None] * len(batch.positions)
     if batch.mixture is not None:
         rows = batch.mixture.mixed.nonzero()[:, 0]
-        labels = context.loader.partner_labels(batch.mixture.partner_ids[rows]).tolist()
+        labels = context.train_loader.partner_labels(batch.mixture.partner_ids[rows]).tolist()
         for row, label, share in zip(rows.tolist(), labels, batch.mixture.own_share[rows].tolist(), strict=True):
             found[row] = (context.train_set.class_names[label], 1 - share)
     return found

@@ -100,9 +100,11 @@ def _errors(
     """Return the errors of the rows of samples [n] by array, [n]; 1 is just tolerated."""
     wanted = [one for one in layers_of(store.manifest) if one.array in {spec.name for spec in store.arrays}]
     positions = torch.from_numpy(_positions(store, context, ids))
-    image_batch = context.loader.one(ViewRequest(positions, view))
+    image_batch = context.train_loader.get(ViewRequest(positions, view))
     with extract_features(teacher.model, hooked_layers(wanted)) as extractor:
-        outputs = teacher_forward(extractor, teacher, image_batch, wanted, hard_labels_of(context.loader, image_batch))
+        outputs = teacher_forward(
+            extractor, teacher, image_batch, wanted, hard_labels_of(context.train_loader, image_batch)
+        )
     exact = {one.array: compute_statistic(one, outputs.features[one.source]).float().cpu().numpy() for one in wanted}
     stored = {spec.name: store.gather(spec.name, view, ids) for spec in store.arrays}
     errors = {name: _row_errors(values, stored[name], _tolerance(store, name)) for name, values in exact.items()}

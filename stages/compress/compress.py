@@ -106,7 +106,7 @@ def compress(
         ModelError: If a network cannot be pruned or quantized, or its file disagrees with it.
     """
     lower_priority(config.niceness)
-    context = FineTuneContext(student, seed, spec, stage_context, compressed_root(stage_context.run, config))
+    context = FineTuneContext(student, seed, spec, stage_context, compressed_root(stage_context.run_dir, config))
     figures: dict[str, dict[str, Any]] = {}
     if config.prunes and "prune" in only:
         figures |= _prune(config, context)
@@ -125,7 +125,10 @@ def student_source(config: CompressConfig, context: FineTuneContext) -> TrainedM
     """
     fresh = _fresh(context)
     if config.student is None:
-        folder, needed_by = student_folder(context.stage_context.run, DISTILLED, context.seed), "kdpipe train-student"
+        folder, needed_by = (
+            student_folder(context.stage_context.run_dir, DISTILLED, context.seed),
+            "kdpipe train-student",
+        )
         stored = dict(finished_record(folder, needed_by)["architecture"])
         stored.pop("reused_classifier", None)
         expected = json.loads(json.dumps(context.stage_context.architecture(context.student.model)))
@@ -142,7 +145,7 @@ def student_source(config: CompressConfig, context: FineTuneContext) -> TrainedM
 def student_job(config: CompressConfig, context: FineTuneContext) -> JobDir:
     """Return the folder with that student's figures and files."""
     if config.student is None:
-        return student_folder(context.stage_context.run, DISTILLED, context.seed)
+        return student_folder(context.stage_context.run_dir, DISTILLED, context.seed)
     return JobDir(context.root / "given")
 
 
@@ -155,7 +158,7 @@ def float_source(config: CompressConfig, context: FineTuneContext, kind: str = "
     """
     if not config.prunes:
         return student_source(config, context)
-    folder = context.folder(kind)
+    folder = context.job_dir(kind)
     found = finished_source(folder, _fresh(context), "kdpipe compress --only prune")
     if kind == "pruned":
         job = prune_job(_pruning(config, context), config.prune_train, context, student_source(config, context))
@@ -165,7 +168,7 @@ def float_source(config: CompressConfig, context: FineTuneContext, kind: str = "
 
 def float_job(config: CompressConfig, context: FineTuneContext) -> JobDir:
     """Return the folder of that float network."""
-    return context.folder("pruned") if config.prunes else student_job(config, context)
+    return context.job_dir("pruned") if config.prunes else student_job(config, context)
 
 
 def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:

@@ -42,7 +42,7 @@ class FineTuneContext:
         """Whether its networks are exported to ONNX; those of the hard-label baseline are not."""
         return self.spec is not None
 
-    def folder(self, kind: str) -> JobDir:
+    def job_dir(self, kind: str) -> JobDir:
         """Return the folder of this seed's network of a kind, such as `pruned`."""
         return JobDir(self.root / f"{kind}-seed{self.seed}")
 
@@ -58,7 +58,7 @@ class FineTuneContext:
             "seed": self.seed,
             "data": self.stage_context.data_identity(),
             "test": self.stage_context.test_identity(),
-            "views": self.stage_context.shown_views(),
+            "views": self.stage_context.student_views(),
             **({"label_smoothing": smoothing} if smoothing else {}),
             "teaching": self.spec.to_json() if self.spec else None,
         }
@@ -68,9 +68,9 @@ class FineTuneContext:
 
         Raises what `build_task` raises.
         """
-        spec = self.spec.main if self.spec else None
+        spec = self.spec.main_stage if self.spec else None
         smoothing = self.student.label_smoothing
-        return build_task(network, spec, self.seed, self.stage_context, label_smoothing=smoothing, settled=True)
+        return build_task(network, spec, self.seed, self.stage_context, label_smoothing=smoothing, is_fine_tuning=True)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class FineTuneJob:
 
     name: str
     network: ModelBundle
-    folder: JobDir
+    job_dir: JobDir
     config: TrainConfig
     warm_up: Callable[[nn.Module, TrainingTask], None] = lambda model, task: None
     before_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
@@ -100,7 +100,7 @@ def fine_tune(job: FineTuneJob, context: FineTuneContext) -> list[dict[str, Any]
     """
     stage_context, model = context.stage_context, job.network.model.to(context.stage_context.device)
     task = context.task(job.network)
-    if not job.folder.checkpoint.exists():
+    if not job.job_dir.checkpoint.exists():
         job.warm_up(model, task)
     masks = {name: mask.to(stage_context.device) for name, mask in job.masks.items()}
     training = TrainJob(
@@ -108,11 +108,11 @@ def fine_tune(job: FineTuneJob, context: FineTuneContext) -> list[dict[str, Any]
         job.name,
         model,
         task,
-        stage_context.test(job.network.normalize),
+        stage_context.evaluation(job.network.normalize),
         job.config,
         context.seed,
-        job.folder,
-        student_layers(context.spec.main.losses) if context.spec else (),
+        job.job_dir,
+        student_layers(context.spec.main_stage.losses) if context.spec else (),
         job.before_epoch,
         after_step=lambda trained: apply_masks(trained, masks),
     )

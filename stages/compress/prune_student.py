@@ -69,7 +69,7 @@ def prune_student(
     Raises:
         ModelError: If it cannot be pruned.
     """
-    folder = context.folder(kind)
+    folder = context.job_dir(kind)
     fixed = {} if ratio is None else {"channel_ratio": ratio}
     folder.begin(prune_job(config, train, context, source) | fixed)
     if (done := folder.result()) is not None:
@@ -147,7 +147,9 @@ def _pruned(pruner: _Pruner, folder: JobDir, network: ModelBundle, step: int, re
         pruned = pruner(network, step)
         widths = {"widths": record_widths(pruned.model)} if pruner.config.kind == "channels" else {}
         cut = ModelBundle(pruned.model, {**network.architecture, **widths}, network.normalize)
-        measured = evaluate(cut.model.to(stage_context.device), stage_context.test(cut.normalize), stage_context.device)
+        measured = evaluate(
+            cut.model.to(stage_context.device), stage_context.evaluation(cut.normalize), stage_context.device
+        )
         facts = {
             "channel_ratio": max(pruned.ratio, reached),
             "excluded": dict(pruned.excluded),
@@ -172,7 +174,7 @@ def loss_gradients(
     """
     stage_context, spec = context.stage_context, context.spec
     if spec is not None:
-        spec = spec.of([loss for loss in spec.main.losses if loss.on_logits])
+        spec = spec.with_losses([loss for loss in spec.main_stage.losses if loss.on_logits])
     task = replace(context, spec=spec).task(network)
     model = network.model.to(stage_context.device).eval()
     model.zero_grad(set_to_none=True)

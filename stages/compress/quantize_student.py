@@ -96,7 +96,7 @@ def quantize_student(
     Raises:
         ModelError: If it cannot be quantized.
     """
-    folder = context.folder(kind)
+    folder = context.job_dir(kind)
     folder.begin(quantize_job(config, train, context, source))
     if (done := folder.result()) is not None:
         return done

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import Entry, LogitLossConfig
+from kdpipe.stages.losses.base import LogitLossConfig, LossConfig
 from kdpipe.stages.losses.schedules import bounds
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.join import JoinedStore
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     pass
 
 
-def check_losses(losses: Sequence[Entry], views: ViewsConfig, teachers: TeachersConfig, where: str = "distill") -> None:
+def check_losses(
+    losses: Sequence[LossConfig], views: ViewsConfig, teachers: TeachersConfig, where: str = "distill"
+) -> None:
     """Raise RecipeError for losses that do not support the recipe's settings, whatever the stores contain."""
     if losses and views.mix is not None and teachers.weights == "confidence":
         raise RecipeError(
@@ -75,10 +77,10 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
                 f"distill.{number} ({loss.loss}) reads samples from the whole store at every step, but the targets are "
                 "streamed: raise student.target_loading.memory_bytes or mapped_bytes, or set memory = 'bank'."
             )
-    if targets.num_without_targets and spec.missing == "error":
+    if targets.num_without_targets and spec.missing_targets == "error":
         raise StoreError(
-            f"{targets.num_without_targets} of the samples are in no store, or of classes that no teacher has: remove them "
-            "from the data set (data.classes), or train on their labels alone with "
+            f"{targets.num_without_targets} of the samples are in no store, or of classes that no teacher has: remove "
+            "them from the data set (data.classes), or train on their labels alone with "
             "student.missing_targets = 'hard-labels'."
         )
 
@@ -104,7 +106,7 @@ def _require_probabilities(store: TargetStore, entry: str) -> None:
         ) from error
 
 
-def _require_logits(stores: Sequence[TargetStore], losses: Sequence[Entry], teachers: TeachersConfig) -> None:
+def _require_logits(stores: Sequence[TargetStore], losses: Sequence[LossConfig], teachers: TeachersConfig) -> None:
     """Check that stores with top-k logits have what the losses require.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.context import StageContext
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.distillation import required_of
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
 from kdpipe.stages.losses.inputs import TeacherShapes
@@ -40,10 +40,10 @@ class DistillationSpec:
 
     stores: Sequence[TargetStore]
     shapes: Mapping[str, Shape]
-    losses: Sequence[Entry]
+    losses: Sequence[LossConfig]
     hard_label_weight: Scheduled
-    read: TargetLoadingConfig = field(default_factory=TargetLoadingConfig)
-    missing: Missing = "error"
+    target_loading: TargetLoadingConfig = field(default_factory=TargetLoadingConfig)
+    missing_targets: Missing = "error"
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     accuracies: Sequence[float] | None = None
     label_smoothing: float = 0.0
@@ -52,10 +52,10 @@ class DistillationSpec:
         """Return everything that decides the results."""
         record = {
             "stores": [store.manifest.numbers_sha256(names) for store, names in self._names()],
-            "order": slab_window(self._names(), self.read),
+            "order": slab_window(self._names(), self.target_loading),
             "losses": [_loss_json(loss) for loss in self.losses],
             "hard_label_weight": schedule_json(self.hard_label_weight),
-            "missing": self.missing,
+            "missing": self.missing_targets,
         }
         if self.teachers != TeachersConfig():
             record["teachers"] = asdict(self.teachers)
@@ -66,32 +66,32 @@ class DistillationSpec:
         return record
 
     @property
-    def wanted(self) -> list[list[FeatureSpec]]:
+    def required(self) -> list[list[FeatureSpec]]:
         """Return the features required of each store."""
         return [required_of(self.losses, self.shapes, number) for number in range(len(self.stores))]
 
-    def of(self, losses: Sequence[Entry]) -> DistillationSpec:
+    def with_losses(self, losses: Sequence[LossConfig]) -> DistillationSpec:
         """Return the same with these losses alone."""
         return replace(self, losses=tuple(losses))
 
     @property
-    def main(self) -> DistillationSpec:
+    def main_stage(self) -> DistillationSpec:
         """Return the losses of the student's own training: without the FitNet stages before it."""
-        return self.of([loss for loss in self.losses if not isinstance(loss, FitNetConfig)])
+        return self.with_losses([loss for loss in self.losses if not isinstance(loss, FitNetConfig)])
 
     def sources(self, context: StageContext) -> list[JoinedStore]:
         """Return the stores, joined to the training samples. Raises like `join`."""
         return [
-            join(store, context.train_set, wanted, self.missing, self.teachers.class_map(number))
-            for number, (store, wanted) in enumerate(zip(self.stores, self.wanted, strict=True))
+            join(store, context.train_set, wanted, self.missing_targets, self.teachers.class_map(number))
+            for number, (store, wanted) in enumerate(zip(self.stores, self.required, strict=True))
         ]
 
     def _names(self) -> list[tuple[TargetStore, list[str]]]:
         """Return each store with the arrays that are read of it."""
-        return [(store, arrays_needed(store, wanted)) for store, wanted in zip(self.stores, self.wanted, strict=True)]
+        return [(store, arrays_needed(store, wanted)) for store, wanted in zip(self.stores, self.required, strict=True)]
 
 
-def _loss_json(loss: Entry) -> dict[str, Any]:
+def _loss_json(loss: LossConfig) -> dict[str, Any]:
     """Return what decides a loss, without common keys at their defaults."""
     defaults = {"store": None, "samples": asdict(SampleSelection()), "standardize": False}
     record = {

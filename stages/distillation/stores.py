@@ -10,7 +10,7 @@ from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.compatibility import _require_logits, _require_views, check_losses
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.targets.ensemble import check_teachers
 from kdpipe.stages.targets.feature_spec import Shape
 from kdpipe.stages.targets.open import local_store_path, open_with_views
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def open_stores(
     places: Sequence[Path | str],
-    losses: Sequence[Entry],
+    losses: Sequence[LossConfig],
     student: StudentConfig,
     identity: Mapping[str, Any],
     context: StageContext,

@@ -10,7 +10,7 @@ from kdpipe.stages.distillation.classifier_reuse import reuse_teacher_classifier
 from kdpipe.stages.distillation.compatibility import check_combination
 from kdpipe.stages.distillation.spec import DistillationSpec, shapes_of
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.distillation import build_distillation, student_layers
 from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes
@@ -22,7 +22,7 @@ from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.training.task import TrainingTask
 
 
-def student_shapes(config: StudentConfig, losses: Sequence[Entry], context: StageContext) -> Shapes:
+def student_shapes(config: StudentConfig, losses: Sequence[LossConfig], context: StageContext) -> Shapes:
     """Return the shapes of the student's features for `losses`; raises ModelError for unknown paths."""
     model = build_student(config, config.seeds[0], context).model
     return feature_shapes(model, student_layers(losses), context.image_shape)
@@ -35,15 +35,15 @@ def build_task(
     context: StageContext,
     *,
     label_smoothing: float = 0.0,
-    settled: bool = False,
+    is_fine_tuning: bool = False,
 ) -> TrainingTask:
     """Build the training task of `network`.
 
     Without `teaching` it has hard labels only, smoothed by `label_smoothing`. `seed` initializes the losses' adapters;
-    `settled` means that all schedules have ended, as in fine-tuning.
+    `is_fine_tuning` means that all schedules have ended, as in fine-tuning.
     """
     views = context.views
-    task = TrainingTask(context.loader, views.num_views, network.normalize, fresh_views=not views.replay)
+    task = TrainingTask(context.train_loader, views.num_views, network.normalize, fresh_views=not views.replay)
     if spec is None:
         return replace(task, label_smoothing=label_smoothing)
     sources = spec.sources(context)
@@ -55,7 +55,7 @@ def build_task(
         facts=DatasetInfo(context.train_set.num_samples, context.train_set.num_classes),
         seed=derive_seed(seed, "adapters"),
     )
-    targets = Targets(sources, context.device, spec.read)
+    targets = Targets(sources, context.device, spec.target_loading)
     check_combination(spec, sources, targets)
     return replace(
         task,
@@ -63,16 +63,18 @@ def build_task(
         distillation=distillation,
         hard_label_weight=spec.hard_label_weight,
         label_smoothing=spec.label_smoothing,
-        settled=settled,
+        is_fine_tuning=is_fine_tuning,
     )
 
 
-def build_student(config: StudentConfig, seed: int, context: StageContext, losses: Sequence[Entry] = ()) -> ModelBundle:
+def build_student(
+    config: StudentConfig, seed: int, context: StageContext, losses: Sequence[LossConfig] = ()
+) -> ModelBundle:
     """Build the untrained student of a seed, with the modules that `losses` add to it."""
     normalize = model_normalization(context.train_set, config.model.weights, config.mean, config.std)
-    network = ModelBundle(context.build(config.model, seed), context.architecture(config.model), normalize)
+    network = ModelBundle(context.build_model(config.model, seed), context.architecture(config.model), normalize)
     for loss in losses:
         if isinstance(loss, SimKDConfig):
             own = derive_seed(seed, "projector")
-            network = reuse_teacher_classifier(network, loss, context.run, context.image_shape, own)
+            network = reuse_teacher_classifier(network, loss, context.run_dir, context.image_shape, own)
     return network

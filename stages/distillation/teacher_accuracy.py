@@ -40,7 +40,7 @@ def teacher_logits(places: Sequence[Path | str], config: TeachersConfig, context
     accuracies = _accuracies(sources, context) if config.weights == "accuracy" else None
     indices, labels = torch.arange(context.test_set.num_samples), context.test_set.labels
     targets = Targets(sources, torch.device("cpu"))
-    known = targets.known(indices)
+    known = targets.target_masks(indices)
     combined = TeacherEnsemble(own, len(sources), accuracies)(targets.batch(0, indices), known, labels)
     logits: Tensor = combined.logits_at(1.0).float()
     masks = [mask for mask in known if mask is not None]
@@ -83,7 +83,7 @@ def _accuracies(sources: Sequence[JoinedStore], context: StageContext) -> list[f
     targets = Targets(sources, torch.device("cpu"))
     indices, labels = torch.arange(context.test_set.num_samples), context.test_set.labels
     accuracies = []
-    for outputs, known in zip(targets.batch(0, indices), targets.known(indices), strict=True):
+    for outputs, known in zip(targets.batch(0, indices), targets.target_masks(indices), strict=True):
         correct = outputs.logits_at(1.0).argmax(1) == labels
         accuracies.append(float((correct if known is None else correct[known]).float().mean()))
     return accuracies

@@ -37,12 +37,12 @@ class Evaluation:
 
     def images(self, limit: int) -> Tensor:
         """Return the first images, at most `limit`, normalized: float32 [B, C, H, W]."""
-        indices = torch.arange(min(limit, self.loader.image_set.num_samples))
-        return self.normalize(self.loader.one(ViewRequest(indices)).images)
+        indices = torch.arange(min(limit, self.loader.dataset.num_samples))
+        return self.normalize(self.loader.get(ViewRequest(indices)).images)
 
     def batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the first images, or all, normalized: float32 [B, C, H, W], with their labels int64 [B]."""
-        image_set = self.loader.image_set
+        image_set = self.loader.dataset
         indices = torch.arange(image_set.num_samples if limit is None else min(limit, image_set.num_samples))
         for image_batch in self.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
             self.before_batch()
@@ -95,7 +95,7 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     """
     was_training = model.training
     model.eval()
-    image_set = test.loader.image_set
+    image_set = test.loader.dataset
     requests = (ViewRequest(indices) for indices in torch.split(torch.arange(image_set.num_samples), BATCH_SIZE))
     try:
         for image_batch in test.loader.stream(requests):

@@ -81,7 +81,7 @@ def evaluate_in_depth(model: nn.Module, test: Evaluation, device: torch.device) 
 
     top1 and cross_entropy equal those of `evaluate` bit for bit.
     """
-    image_set = test.loader.image_set
+    image_set = test.loader.dataset
     sums, metrics = EvalAccumulator(), _MetricAccumulator(image_set.num_samples, image_set.num_classes)
     for predictions in predict(model, test, device):
         sums.add(predictions)

@@ -23,7 +23,7 @@ Pairs = Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]
 
 
 @section
-class Entry:
+class LossConfig:
     """Configuration of a loss: the keys that every `[[distill]]` entry has.
 
     Attributes:
@@ -96,7 +96,7 @@ class Entry:
 class StatelessLoss(nn.Module):
     """A loss without parameters, computed by its configuration."""
 
-    def __init__(self, config: Entry) -> None:
+    def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self.config = config
 
@@ -105,7 +105,7 @@ class StatelessLoss(nn.Module):
 
 
 @section
-class LogitLossConfig(Entry):
+class LogitLossConfig(LossConfig):
     """Configuration of a loss on logits.
 
     Attributes:
@@ -119,7 +119,7 @@ class LogitLossConfig(Entry):
 
 
 @section
-class FeatureLossConfig(Entry):
+class FeatureLossConfig(LossConfig):
     """Configuration of a loss on pairs of layers.
 
     Attributes:

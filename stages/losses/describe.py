@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import Entry, LogitLossConfig
+from kdpipe.stages.losses.base import LogitLossConfig, LossConfig
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.schedules import Schedule
 from kdpipe.stages.targets.feature_spec import ATTENTION, INPUT_GRADIENT, MAP, POOLED, SPATIAL_GRAM
@@ -72,7 +72,7 @@ class Stored:
         to_students_size: Whether maps larger than the student's are pooled first.
     """
 
-    form: str
+    statistic: str
     text: str
     of: str
     to_students_size: bool
@@ -80,7 +80,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Loss:
-    """Description of a loss; its properties are those of `Entry`.
+    """Description of a loss; its properties are those of `LossConfig`.
 
     Attributes:
         summary: The first line of the description.
@@ -144,7 +144,7 @@ def attributes_of(kind: type[Any]) -> dict[str, str]:
     return texts
 
 
-def _describe(kind: type[Entry]) -> Loss:
+def _describe(kind: type[LossConfig]) -> Loss:
     description = description_of(kind)
     example = _example(kind)
     return Loss(
@@ -163,18 +163,20 @@ def _describe(kind: type[Entry]) -> Loss:
     )
 
 
-def _example(kind: type[Entry]) -> Entry:
+def _example(kind: type[LossConfig]) -> LossConfig:
     """Return an entry with all defaults, with one pair of layers if it takes layers."""
     hints = _hints(kind)
     layers: dict[str, Any] = {"layers": (("student", "teacher"),)} if "layers" in hints else {}
     return kind(loss=get_args(hints["loss"])[0], **layers)
 
 
-def _stored(example: Entry) -> Iterator[Stored]:
+def _stored(example: LossConfig) -> Iterator[Stored]:
     if example.on_logits:
         yield Stored(LOGITS, STATISTIC_TEXTS[LOGITS], "any", False)
     required = {
-        size: [(feature.form, feature.size is not None) for feature in example.required_features({"student": shape})]
+        size: [
+            (feature.statistic, feature.size is not None) for feature in example.required_features({"student": shape})
+        ]
         for size, shape in STUDENT_MAPS.items()
     }
     if required["small"] == required["large"]:
@@ -205,7 +207,7 @@ def _default(field: Field[Any]) -> Any:
 
 def _shared_by(name: str) -> str | None:
     first = name.partition(".")[0]
-    for losses, section in ((EVERY_ENTRY, Entry), (ON_LOGITS, LogitLossConfig)):
+    for losses, section in ((EVERY_ENTRY, LossConfig), (ON_LOGITS, LogitLossConfig)):
         if first in {field.name for field in fields(section)}:
             return losses
     return None

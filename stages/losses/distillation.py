@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.losses.base import Entry, LogitLossConfig
+from kdpipe.stages.losses.base import LogitLossConfig, LossConfig
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
 from kdpipe.stages.losses.logits.standardize import StandardizedTargets, standardize_logits
 from kdpipe.stages.losses.sample_selection import compute_sample_weights, select_samples
@@ -38,11 +38,11 @@ class DistillationBatch:
 
     student: ModelOutput
     teachers: Sequence[TeacherTargets]
-    known: Sequence[Tensor | None]
+    target_masks: Sequence[Tensor | None]
     labels: Tensor
     ranks: Tensor
-    moment: TrainProgress
-    others: Mapping[str, Negatives]
+    progress: TrainProgress
+    negatives: Mapping[str, Negatives]
     input_gradient: Tensor | None = None
     num_samples: int | None = None
 
@@ -50,7 +50,7 @@ class DistillationBatch:
 class WeightedLoss(nn.Module):
     """The loss of one entry on its samples, times its weight and their share of the batch."""
 
-    def __init__(self, name: str, config: Entry, loss: nn.Module) -> None:
+    def __init__(self, name: str, config: LossConfig, loss: nn.Module) -> None:
         super().__init__()
         self.name = name
         self.config = config
@@ -78,7 +78,7 @@ class WeightedLoss(nn.Module):
         loss: Tensor = self.loss(self._normalize_logits(inputs))
         if sample_weights is not None:
             loss = sample_weights.to(loss) * loss
-        weight = value_at(self.config.weight, batch.moment)
+        weight = value_at(self.config.weight, batch.progress)
         if not self.config.per_sample:
             return weight * (num_used / batch_size) * loss.mean()
         return weight * (num_local * num_processes() / batch_size) * (loss.mean() if num_local else loss.sum())
@@ -103,8 +103,8 @@ class WeightedLoss(nn.Module):
             combined if self._uses_all_teachers else batch.teachers[self.config.store or 0],
             batch.labels,
             batch.ranks,
-            batch.moment,
-            batch.others.get(self.name),
+            batch.progress,
+            batch.negatives.get(self.name),
             batch.input_gradient,
         )
 
@@ -113,7 +113,7 @@ class WeightedLoss(nn.Module):
 
         None if that is always the whole batch.
         """
-        masks = list(batch.known) if self._uses_all_teachers else [batch.known[self.config.store or 0]]
+        masks = list(batch.target_masks) if self._uses_all_teachers else [batch.target_masks[self.config.store or 0]]
         partial = [mask for mask in masks if mask is not None]
         if len(partial) < len(masks):
             return None
@@ -135,7 +135,7 @@ class Distillation(nn.Module):
         self.combination = combination
 
     @property
-    def configs(self) -> dict[str, Entry]:
+    def configs(self) -> dict[str, LossConfig]:
         """Return the losses' configurations by their names in metrics and checkpoints."""
         return {name: term.config for name, term in self.terms.items()}  # type: ignore[misc]
 
@@ -148,23 +148,23 @@ class Distillation(nn.Module):
         if len(batch.teachers) == 1 and not self.combination.config.temperatures:
             combined = batch.teachers[0]
         else:
-            combined = self.combination(batch.teachers, batch.known, batch.labels)
+            combined = self.combination(batch.teachers, batch.target_masks, batch.labels)
         return {name: term(batch, combined) for name, term in self.terms.items()}
 
 
-def student_layers(configs: Sequence[Entry]) -> list[str]:
+def student_layers(configs: Sequence[LossConfig]) -> list[str]:
     """Return the paths of the student's modules that these losses use."""
     return list(dict.fromkeys(layer for config in configs for layer in config.student_layers()))
 
 
-def required_of(configs: Sequence[Entry], student: Shapes, store: int) -> list[FeatureSpec]:
+def required_of(configs: Sequence[LossConfig], student: Shapes, store: int) -> list[FeatureSpec]:
     """Return the features that these losses require of the teacher of store number `store`."""
     own = [config for config in configs if (config.store or 0) == store]
     return list(dict.fromkeys(feature for config in own for feature in config.required_features(student)))
 
 
 def build_distillation(
-    configs: Sequence[Entry],
+    configs: Sequence[LossConfig],
     student: Shapes,
     teachers: Sequence[TeacherShapes],
     *,

@@ -61,8 +61,8 @@ class LossInputs:
     teacher: TeacherTargets
     labels: Tensor
     ranks: Tensor
-    moment: TrainProgress
-    others: Negatives | None = None
+    progress: TrainProgress
+    negatives: Negatives | None = None
     input_gradient: Tensor | None = None
 
     def rows(self, index: Tensor) -> LossInputs:

@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.features.at import ATConfig
 from kdpipe.stages.losses.features.at_gradient import ATGradientConfig
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
@@ -53,5 +53,5 @@ AnyLossUnion = (
 AnyLossConfig = Annotated[AnyLossUnion, Field(discriminator="loss")]
 
 
-LOSSES: tuple[type[Entry], ...] = get_args(get_args(AnyLossConfig)[0])
+LOSSES: tuple[type[LossConfig], ...] = get_args(get_args(AnyLossConfig)[0])
 """The configurations of all losses, in the order in which `kdpipe losses` lists them."""

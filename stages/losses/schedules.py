@@ -68,12 +68,12 @@ Temperature = Annotated[Annotated[float, Field(gt=0), max_value(10**9)] | Schedu
 """A temperature: a number above 0 or a schedule."""
 
 
-def value_at(amount: float | Schedule, moment: TrainProgress) -> float:
+def value_at(amount: float | Schedule, progress: TrainProgress) -> float:
     """Return the value at a point of the training."""
     if not isinstance(amount, Schedule):
         return amount
-    first, last = amount.epochs or (0, moment.epochs - 1)
-    done = 1.0 if moment.epoch >= last else max(0.0, (moment.epoch - first) / (last - first))
+    first, last = amount.epochs or (0, progress.epochs - 1)
+    done = 1.0 if progress.epoch >= last else max(0.0, (progress.epoch - first) / (last - first))
     if amount.shape == "cosine":
         done = 0.5 * (1 - math.cos(math.pi * done))
     return amount.start + (amount.end - amount.start) * done
@@ -86,6 +86,6 @@ def bounds(amount: float | Schedule) -> tuple[float, float]:
     return min(amount.start, amount.end), max(amount.start, amount.end)
 
 
-def warmup_factor(epochs: int, moment: TrainProgress) -> float:
+def warmup_factor(epochs: int, progress: TrainProgress) -> float:
     """Return min((epoch + 1) / epochs, 1), the linear warm-up of the reference codes; 1 if `epochs` is 0."""
-    return 1.0 if epochs == 0 else min((moment.epoch + 1) / epochs, 1.0)
+    return 1.0 if epochs == 0 else min((progress.epoch + 1) / epochs, 1.0)

@@ -46,11 +46,11 @@ class ProcessGroup:
     count: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes."""
         return self.rank == 0
 
-    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+    def any(self, flags: Sequence[bool]) -> list[bool]:
         """Return for each flag whether any process has it set."""
         if self.count == 1:
             return list(flags)
@@ -58,57 +58,57 @@ class ProcessGroup:
         dist.all_reduce(reduced, dist.ReduceOp.MAX)
         return [bool(flag) for flag in reduced.tolist()]
 
-    def agree(self, stop: bool, due: bool) -> tuple[bool, bool]:
+    def sync_flags(self, stop: bool, due: bool) -> tuple[bool, bool]:
         """Return whether any process was asked to stop, and whether the first process's clock says to save."""
-        stop, due = self.any_of([stop, due and self.first])
+        stop, due = self.any([stop, due and self.is_main])
         return stop, due
 
-    def check(self, monitor: RunMonitor) -> None:
+    def check_stop(self, monitor: RunMonitor) -> None:
         """Raise StoppedEarly in all processes if one was asked to stop. Call it where all progress is saved."""
-        if self.any_of([monitor.should_stop()])[0]:
+        if self.any([monitor.should_stop()])[0]:
             raise StoppedEarly
 
     @property
-    def part(self) -> WorkShard:
+    def work_shard(self) -> WorkShard:
         """This process's share of work that is not divided by batches."""
         return ALL if self.count == 1 else WorkShard(self.rank, self.count, "the processes of this job")
 
-    def use(self, device: torch.device) -> None:
+    def as_default(self, device: torch.device) -> None:
         """Send GPU tensors over NCCL if `device` is a GPU; raises RecipeError if only some processes use GPUs."""
         if self.count == 1 or device.type in _groups:
             return
-        if all(self.any_of([device.type == "cpu", device.type != "cpu"])):
+        if all(self.any([device.type == "cpu", device.type != "cpu"])):
             raise RecipeError(
                 f"some of the {self.count} processes use a CPU and some a GPU (process {self.rank}: {device.type}): "
                 "start one for each GPU, or set device = 'cpu'."
             )
         _groups[device.type] = dist.new_group(backend="nccl", timeout=TIMEOUT) if device.type == "cuda" else None
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait for all processes."""
-        self.any_of([False])
+        self.any([False])
 
-    def share(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Return the first process's value, which must be JSON, in all."""
         if self.count == 1:
             return value
-        text = json.dumps(value).encode() if self.first else b""
+        text = json.dumps(value).encode() if self.is_main else b""
         size = torch.tensor([len(text)])
         dist.broadcast(size, 0)
         data = torch.frombuffer(bytearray(text or bytes(int(size))), dtype=torch.uint8)
         dist.broadcast(data, 0)
         received: T = json.loads(data.numpy().tobytes())
-        return value if self.first else received
+        return value if self.is_main else received
 
-    def once(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T]) -> T:
         """Run `work` in the first process only, and return its result, which must be JSON, in all.
 
         The others wait. A KdpipeError is raised in all, with its class and thus its exit code.
         """
         if self.count == 1:
             return work()
-        if not self.first:
-            received: dict[str, Any] = self.share({})
+        if not self.is_main:
+            received: dict[str, Any] = self.broadcast_object({})
             if "error" in received:
                 raise _error_of(*received["error"])
             result: T = received["result"]
@@ -116,9 +116,9 @@ class ProcessGroup:
         try:
             result = work()
         except KdpipeError as error:
-            self.share({"error": [type(error).__name__, str(error)]})
+            self.broadcast_object({"error": [type(error).__name__, str(error)]})
             raise
-        self.share({"result": result})
+        self.broadcast_object({"result": result})
         return result
 
     def rows(self, positions: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def init_distributed(
     _connect(own, environ)
     try:
         yield own
-        own.wait()
+        own.barrier()
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise

@@ -20,7 +20,7 @@ class WorkShard:
     count: int
     origin: str
 
-    def of(self, items: Sequence[T]) -> list[T]:
+    def select(self, items: Sequence[T]) -> list[T]:
         """Return every `count`-th of `items` from `index` on: together the parts cover each item once.
 
         All parts must be given the same items: all units of a store, not only the missing ones.

@@ -47,13 +47,13 @@ class FeatureSpec:
     """
 
     layer: str
-    form: str = MAP
+    statistic: str = MAP
     size: tuple[int, int] | None = None
 
     @property
     def kind(self) -> str:
         """Return the statistic with its size, as in recipes and stores: `pooled`, `attention-8x8`."""
-        return self.form if self.size is None else f"{self.form}-{self.size[0]}x{self.size[1]}"
+        return self.statistic if self.size is None else f"{self.statistic}-{self.size[0]}x{self.size[1]}"
 
     @property
     def array(self) -> str:
@@ -63,12 +63,12 @@ class FeatureSpec:
     @property
     def source(self) -> str:
         """Return what it is computed from: the layer's path, or `input_gradient`."""
-        return INPUT_GRADIENT if self.form == INPUT_GRADIENT else self.layer
+        return INPUT_GRADIENT if self.statistic == INPUT_GRADIENT else self.layer
 
     def __str__(self) -> str:
         return self.layer if self.kind == MAP else f"{self.layer}:{self.kind}"
 
-    def fitted(self, shape: Shape) -> FeatureSpec:
+    def for_shape(self, shape: Shape) -> FeatureSpec:
         """Return the same for a layer whose outputs have `shape`: without a size if nothing has to be pooled."""
         if self.size is None or len(shape) != 3:
             return replace(self, size=None)
@@ -100,7 +100,8 @@ def parse_feature(text: str) -> FeatureSpec:
     if wanted is None:
         raise RecipeError(
             f"cache.layers has {text!r}: expected a module path, optionally followed by a colon and one of "
-            f"{', '.join(name for name in STATISTIC_FUNCTIONS if name not in (MAP, INPUT_GRADIENT))}; or {INPUT}:{INPUT_GRADIENT}."
+            f"{', '.join(name for name in STATISTIC_FUNCTIONS if name not in (MAP, INPUT_GRADIENT))}; or "
+            f"{INPUT}:{INPUT_GRADIENT}."
         )
     return wanted
 
@@ -111,12 +112,13 @@ def compute_statistic(wanted: FeatureSpec, feature: Tensor) -> Tensor:
     Raises:
         ModelError: The statistic needs feature maps, and these are not.
     """
-    if feature.dim() != 4 and wanted.form not in (MAP, POOLED):
+    if feature.dim() != 4 and wanted.statistic not in (MAP, POOLED):
         raise ModelError(
-            f"{wanted.layer} outputs {list(feature.shape[1:])} per sample: {wanted.form} needs feature maps [C, H, W]. "
+            f"{wanted.layer} outputs {list(feature.shape[1:])} per sample: {wanted.statistic} needs feature maps "
+            "[C, H, W]. "
             "Store the output itself, or choose another layer."
         )
-    return STATISTIC_FUNCTIONS[wanted.form](pool_to(feature, wanted.size) if wanted.size else feature)
+    return STATISTIC_FUNCTIONS[wanted.statistic](pool_to(feature, wanted.size) if wanted.size else feature)
 
 
 def statistic_shape(wanted: FeatureSpec, shape: Shape) -> Shape:

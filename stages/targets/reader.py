@@ -82,11 +82,11 @@ class Targets:
         """Return one line per store about how it is read and why."""
         return [f"{source.store.path}: {self._describe(source)}" for source in self._sources]
 
-    def known(self, indices: Tensor) -> list[Tensor | None]:
+    def target_masks(self, indices: Tensor) -> list[Tensor | None]:
         """Return for each store which of the samples at `indices`, int64 [B], have targets: bool [B], None for all."""
         return [None if known is None else known[indices] for known in self._known]
 
-    def positions(self, number: int) -> Tensor:
+    def samples_with_targets(self, number: int) -> Tensor:
         """Return the indices of the samples that have targets in store `number`, int64 [n]."""
         known = self._known[number]
         return torch.arange(len(self._sources[number].rows)) if known is None else known.nonzero()[:, 0]

@@ -60,8 +60,8 @@ def resolve_feature(store: TargetStore, wanted: FeatureSpec) -> FeatureSource:
         if array in shapes and (candidate == wanted or _fits(shapes[array], wanted)):
             return FeatureSource(wanted, array, None, shapes[array])
     whole = FeatureSpec(wanted.layer, MAP)
-    if whole.array in shapes and wanted.form != INPUT_GRADIENT:
-        computed = wanted.fitted(shapes[whole.array])
+    if whole.array in shapes and wanted.statistic != INPUT_GRADIENT:
+        computed = wanted.for_shape(shapes[whole.array])
         return FeatureSource(wanted, whole.array, computed, statistic_shape(computed, shapes[whole.array]))
     raise StoreError(
         f"{store.path} has no {wanted.kind} of {wanted.layer!r}, only {', '.join(shapes)}: run `kdpipe cache-teacher` "
@@ -80,10 +80,10 @@ def smallest_feature(wanted: FeatureSpec, shape: Shape) -> FeatureSpec:
 
     Input gradients cannot be computed from a map.
     """
-    fitted = wanted.fitted(shape) if wanted.form in (*SPATIAL, SPATIAL_GRAM) else wanted
+    fitted = wanted.for_shape(shape) if wanted.statistic in (*SPATIAL, SPATIAL_GRAM) else wanted
     whole = FeatureSpec(wanted.layer, MAP)
     made = statistic_shape(fitted, shape)
-    keeps_map = wanted.form != INPUT_GRADIENT and math.prod(shape) <= math.prod(made)
+    keeps_map = wanted.statistic != INPUT_GRADIENT and math.prod(shape) <= math.prod(made)
     return whole if keeps_map else fitted
 
 
@@ -91,6 +91,8 @@ def _fits(shape: Shape, wanted: FeatureSpec) -> bool:
     """Return whether an array with rows of `shape`, computed from unpooled maps, fits the required size."""
     if wanted.size is None:
         return True
-    if wanted.form == SPATIAL_GRAM:
+    if wanted.statistic == SPATIAL_GRAM:
         return shape[0] <= wanted.size[0] * wanted.size[1]
-    return wanted.form in SPATIAL and (len(shape) < 2 or (shape[-2] <= wanted.size[0] and shape[-1] <= wanted.size[1]))
+    return wanted.statistic in SPATIAL and (
+        len(shape) < 2 or (shape[-2] <= wanted.size[0] and shape[-1] <= wanted.size[1])
+    )

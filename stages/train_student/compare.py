@@ -87,7 +87,7 @@ def with_overrides(entry: CompareEntry, student: StudentConfig) -> StudentConfig
 
 def train_variant(variant: Variant, seed: int, context: StageContext) -> dict[str, Any]:
     """Train one student, unless it is finished, and return its results."""
-    folder = JobDir(context.run / "compare" / variant.name / f"seed{seed}")
+    folder = JobDir(context.run_dir / "compare" / variant.name / f"seed{seed}")
     run = StudentRun(folder, f"{variant.name}, seed {seed}", with_onnx=False)
     return train_student(variant.student, seed, variant.spec, context, run=run)
 
@@ -98,10 +98,10 @@ def measure_costs(variants: Sequence[Variant], context: StageContext) -> dict[st
     Both are medians over turns; in each turn all variants run one after the other, so that other load on the machine
     affects them equally. The result is saved in the run folder and reused.
     """
-    record = context.run / "compare" / COST
+    record = context.run_dir / "compare" / COST
     made_from = {variant.name: variant.digest for variant in variants}
     process_group = context.process_group
-    saved = process_group.once(lambda: read_json_file(record) or {})
+    saved = process_group.on_main(lambda: read_json_file(record) or {})
     costs: Any = saved.get("costs")
     if saved.get("made_from") == made_from and _are_costs(costs, made_from):
         return dict(costs)
@@ -109,7 +109,7 @@ def measure_costs(variants: Sequence[Variant], context: StageContext) -> dict[st
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for turn in range(NUM_TURNS + 1):
         for number, (variant, job) in enumerate(zip(variants, jobs, strict=True)):
-            process_group.check(context.monitor)
+            process_group.check_stop(context.monitor)
             turn_s = time_steps(job, context.device, NUM_STEPS)
             if turn:  # the first one is a warm-up
                 times[variant.name].append(statistics.median(turn_s))
@@ -117,7 +117,7 @@ def measure_costs(variants: Sequence[Variant], context: StageContext) -> dict[st
             context.monitor.report(
                 ProgressEvent("compare", "cost of a step", done, (NUM_TURNS + 1) * len(variants), "turn")
             )
-    shared: dict[str, list[float]] = process_group.share(times)
+    shared: dict[str, list[float]] = process_group.broadcast_object(times)
     first = shared[variants[0].name]
     measured = {
         name: {
@@ -126,7 +126,7 @@ def measure_costs(variants: Sequence[Variant], context: StageContext) -> dict[st
         }
         for name, own in shared.items()
     }
-    process_group.once(lambda: write_json_file(record, {"made_from": made_from, "costs": measured}))
+    process_group.on_main(lambda: write_json_file(record, {"made_from": made_from, "costs": measured}))
     return measured
 
 
@@ -141,7 +141,7 @@ def _job(variant: Variant, context: StageContext) -> TrainJob:
     """Build the job of a variant, only for running steps."""
     seed = variant.student.seeds[0]
     network = build_student(variant.student, seed, context, variant.losses)
-    spec = variant.spec.main if variant.spec else None
+    spec = variant.spec.main_stage if variant.spec else None
     task = build_task(network, spec, seed, context, label_smoothing=variant.student.label_smoothing)
     layers = student_layers(spec.losses) if spec else ()
     config: TrainConfig = variant.student.train

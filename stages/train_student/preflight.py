@@ -11,7 +11,7 @@ from kdpipe.stages.distillation.classifier_reuse import add_projector, linear_at
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RecipeError
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes
 from kdpipe.stages.models.hooks import feature_shapes
@@ -20,7 +20,7 @@ from kdpipe.stages.targets.feature_spec import source_shapes, statistic_shape
 
 
 def dry_run_losses(
-    losses: Sequence[Entry],
+    losses: Sequence[LossConfig],
     student: StudentConfig,
     teacher: nn.Module,
     context: StageContext,
@@ -57,7 +57,9 @@ def dry_run_losses(
             _build(loss, shapes, teacher, context, entry=entry)
 
 
-def _student(losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module, context: StageContext) -> nn.Module:
+def _student(
+    losses: Sequence[LossConfig], student: StudentConfig, teacher: nn.Module, context: StageContext
+) -> nn.Module:
     """Build the untrained student, with the modules that `losses` add to it."""
     model = build_student(student, student.seeds[0], context).model
     for loss in losses:
@@ -68,12 +70,12 @@ def _student(losses: Sequence[Entry], student: StudentConfig, teacher: nn.Module
     return model
 
 
-def _build(loss: Entry, shapes: Shapes, teacher: nn.Module, context: StageContext, *, entry: str) -> None:
+def _build(loss: LossConfig, shapes: Shapes, teacher: nn.Module, context: StageContext, *, entry: str) -> None:
     features = loss.required_features(shapes)
     try:
         sources = source_shapes(teacher, features, context.image_shape)
         stored = {
-            feature: statistic_shape(feature.fitted(sources[feature.source]), sources[feature.source])
+            feature: statistic_shape(feature.for_shape(sources[feature.source]), sources[feature.source])
             for feature in features
         }
     except ModelError as error:

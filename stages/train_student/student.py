@@ -16,7 +16,7 @@ from kdpipe.stages.distillation.stores import open_stores
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student, build_task, student_shapes
 from kdpipe.stages.distillation.teacher_accuracy import test_accuracies
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
 from kdpipe.stages.losses.features.simkd import SimKDConfig
@@ -33,7 +33,7 @@ from kdpipe.store import make_folders
 
 def open_distillation(
     places: Sequence[Path | str],
-    losses: Sequence[Entry],
+    losses: Sequence[LossConfig],
     student: StudentConfig,
     identity: Mapping[str, Any],
     context: StageContext,
@@ -46,7 +46,7 @@ def open_distillation(
     for loss in losses:
         if isinstance(loss, SimKDConfig):
             store = spec.stores[loss.store or 0]
-            require_teacher(loss, context.run, store.manifest.identity.teacher, store.path)
+            require_teacher(loss, context.run_dir, store.manifest.identity.teacher, store.path)
     return spec
 
 
@@ -54,7 +54,7 @@ def open_distillation(
 class StudentRun:
     """The folder and name of a student's training, and whether to export an ONNX file."""
 
-    folder: JobDir
+    job_dir: JobDir
     name: str
     with_onnx: bool = True
 
@@ -74,23 +74,23 @@ def train_student(
     """
     if run is None:
         kind = ALONE if spec is None else DISTILLED
-        run = StudentRun(student_folder(context.run, kind, seed), f"{kind} student, seed {seed}")
+        run = StudentRun(student_folder(context.run_dir, kind, seed), f"{kind} student, seed {seed}")
     context.process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
-    folder = run.folder
+    folder = run.job_dir
     network = build_student(config, seed, context, spec.losses if spec else ())
 
     def begin() -> dict[str, Any] | None:
         folder.begin(_made_from(config, seed, spec, network, context))
         return folder.result()
 
-    if (done := context.process_group.once(begin)) is not None:
+    if (done := context.process_group.on_main(begin)) is not None:
         return done
     if spec is not None:
         _hint_stages(config, seed, spec, context, network, run=run)
-        spec = spec.main
+        spec = spec.main_stage
     task = build_task(network, spec, seed, context, label_smoothing=config.label_smoothing)
     layers = student_layers(spec.losses) if spec else ()
-    test = context.test(network.normalize)
+    test = context.evaluation(network.normalize)
     job = TrainJob(
         "train-student",
         run.name,
@@ -116,7 +116,7 @@ def _made_from(
         "seed": seed,
         "data": context.data_identity(),
         "test": context.test_identity(),
-        "views": context.shown_views(),
+        "views": context.student_views(),
         "label_smoothing": config.label_smoothing,
         "teaching": spec.to_json() if spec else None,
     }
@@ -137,13 +137,13 @@ def _hint_stages(
     file from which the next one starts.
     """
     process_group = context.process_group
-    if process_group.once(run.folder.checkpoint.exists):
+    if process_group.on_main(run.job_dir.checkpoint.exists):
         return  # the student's own training has begun
     stages = [stage for loss in spec.losses if isinstance(loss, FitNetConfig) for stage in loss.stages()]
     for number, stage in enumerate(stages, 1):
-        own = JobDir(run.folder.path / f"hint{number}")
-        if not process_group.once(partial(_has_model, own)):
-            task = build_task(network, spec.of([stage]), derive_seed(seed, "hint", number), context)
+        own = JobDir(run.job_dir.path / f"hint{number}")
+        if not process_group.on_main(partial(_has_model, own)):
+            task = build_task(network, spec.with_losses([stage]), derive_seed(seed, "hint", number), context)
             job = TrainJob(
                 "train-student",
                 f"{run.name}, hint {number} of {len(stages)}",
@@ -158,8 +158,8 @@ def _hint_stages(
             )
             train(job, context.device, context.monitor)
             record = {"architecture": dict(network.architecture)}
-            process_group.once(partial(save_model, own.model, network.model, record))
-        if process_group.first:
+            process_group.on_main(partial(save_model, own.model, network.model, record))
+        if process_group.is_main:
             own.checkpoint.unlink(missing_ok=True)
         network.model.load_state_dict(load_tensors(own.model)[0])
 

@@ -54,7 +54,7 @@ def finalize(
     its file disagrees with it on the first test images.
     """
     network.model.eval()
-    return context.process_group.once(
+    return context.process_group.on_main(
         lambda: _finalize(folder, network, history, context, with_onnx=with_onnx, more=more or {})
     )
 
@@ -68,7 +68,7 @@ def _finalize(
     with_onnx: bool,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    report = evaluate_in_depth(network.model, context.test(network.normalize), context.device)
+    report = evaluate_in_depth(network.model, context.evaluation(network.normalize), context.device)
     record = {"architecture": dict(network.architecture), "normalization": network.normalize.to_json()}
     save_model(folder.model, network.model, record)
     agreement = None
@@ -111,7 +111,7 @@ def require_agreement(path: Path, network: ModelBundle, context: StageContext, *
     Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
     share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
     """
-    test = context.test(network.normalize)
+    test = context.evaluation(network.normalize)
     found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))
     accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more

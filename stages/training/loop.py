@@ -37,8 +37,8 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
     process_group.require_shares(job.config.batch_size, job.task.num_samples)
     state, progress = _set_up(job, device), Progress()
     steps = num_steps_of(job)
-    if process_group.share(job.folder.checkpoint.exists()):
-        load_checkpoint(job.folder.checkpoint, state, progress)
+    if process_group.broadcast_object(job.job_dir.checkpoint.exists()):
+        load_checkpoint(job.job_dir.checkpoint, state, progress)
         _require_position(job, progress, steps)
     batches = _stream(job, progress, job.config.epochs)
     with (
@@ -55,10 +55,10 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
             try:
                 _end_epoch(job, progress, steps, device, time.monotonic() - started)
             except StoppedEarly:  # during evaluation: all steps of the epoch, and its sums, are complete
-                save_checkpoint(job.folder.checkpoint, state, progress)
+                save_checkpoint(job.job_dir.checkpoint, state, progress)
                 raise
             if progress.epoch == job.config.epochs:
-                process_group.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
+                process_group.on_main(lambda: save_checkpoint(job.job_dir.checkpoint, state, progress))
             monitor.report(_event(job, progress, steps, progress.history[-1]))
     return progress.history
 
@@ -74,9 +74,9 @@ def _run_steps(
         train_step.step(next(batches))
         progress.step += 1
         due = time.monotonic() - last_save >= job.config.checkpoint_every_s
-        stop, due = process_group.agree(monitor.should_stop(), due)
+        stop, due = process_group.sync_flags(monitor.should_stop(), due)
         if due or stop:
-            process_group.once(lambda: save_checkpoint(job.folder.checkpoint, state, progress))
+            process_group.on_main(lambda: save_checkpoint(job.job_dir.checkpoint, state, progress))
             last_save = time.monotonic()
         if stop:
             raise StoppedEarly
@@ -89,8 +89,8 @@ def _require_position(job: TrainJob, progress: Progress, steps: int) -> None:
     within = progress.epoch <= job.config.epochs and progress.step <= steps
     if not within or (job.test and any("accuracy" not in line for line in progress.history)):
         raise RunError(
-            f"{job.folder.checkpoint} does not fit this job (epoch {progress.epoch}, step {progress.step} of {steps}): "
-            "delete it to restart the job."
+            f"{job.job_dir.checkpoint} does not fit this job (epoch {progress.epoch}, step {progress.step} of "
+            f"{steps}): delete it to restart the job."
         )
 
 
@@ -120,7 +120,7 @@ def _stream(job: TrainJob, progress: Progress, epochs: int) -> Iterator[Batch]:
 
 
 def _set_up(job: TrainJob, device: torch.device) -> TrainState:
-    job.process_group.use(device)
+    job.process_group.as_default(device)
     distillation = job.task.distillation or nn.Module()
     modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
     optimizer = build_optimizer(job.config, modules.parameters())
@@ -141,10 +141,10 @@ def _end_epoch(job: TrainJob, progress: Progress, steps: int, device: torch.devi
         result = evaluate(job.model, job.test, device).to_json() if job.test else {}
         rate = learning_rate(job.config, progress.epoch * steps + steps - 1, steps)
         line = {"epoch": progress.epoch, **result, "losses": losses, "lr": rate, "wall_s": round(wall_s, 3)}
-        job.folder.write_metrics([*progress.history, line])
+        job.job_dir.write_metrics([*progress.history, line])
         return line
 
-    progress.history.append(job.process_group.once(evaluate_and_write))
+    progress.history.append(job.process_group.on_main(evaluate_and_write))
     progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
 
 

@@ -164,7 +164,7 @@ def _averaged(
     parameters: Sequence[nn.Parameter], losses: dict[str, Tensor], process_group: ProcessGroup
 ) -> dict[str, Tensor]:
     """Average gradients and losses over the processes; a parameter used in one process counts as used in all."""
-    was_used = process_group.any_of([one.grad is not None for one in parameters])
+    was_used = process_group.any([one.grad is not None for one in parameters])
     shared = [one for one, used in zip(parameters, was_used, strict=True) if used]
     for one in shared:
         if one.grad is None:
@@ -200,7 +200,7 @@ class _Buffers:
 
     def restore(self) -> None:
         for memory in self._memories:
-            memory.take_back()
+            memory.undo()
         for copies, group in zip(self._copies, self._groups, strict=True):
             _copy_back(copies, group)
 
@@ -230,7 +230,7 @@ class TrainJob:
     test: Evaluation | None
     config: TrainConfig
     seed: int
-    folder: JobDir
+    job_dir: JobDir
     student_layers: Sequence[str] = ()
     on_epoch: Callable[[nn.Module, int], None] = lambda model, epoch: None
     after_step: Callable[[nn.Module], None] = lambda model: None

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
 from kdpipe.stages.data.loader.sampling import batch_indices, epoch_order, num_steps, shard_order
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.distillation import Distillation, DistillationBatch
 from kdpipe.stages.losses.inputs import Negatives
 from kdpipe.stages.losses.schedules import FINISHED, Scheduled, TrainProgress, value_at
@@ -50,16 +50,16 @@ class Batch:
     images: Tensor
     hard: HardLabels
     ranks: Tensor
-    moment: TrainProgress
+    progress: TrainProgress
     teachers: Sequence[TeacherTargets] = ()
-    known: Sequence[Tensor | None] = ()
-    others: Mapping[str, Negatives] = field(default_factory=dict)
+    target_masks: Sequence[Tensor | None] = ()
+    negatives: Mapping[str, Negatives] = field(default_factory=dict)
 
     @property
     def has_targets(self) -> Tensor | None:
         """Mask of samples for which any store has targets, bool [B] on the CPU; None for all of them."""
-        masks = [mask for mask in self.known if mask is not None]
-        return torch.stack(masks).any(0) if masks and len(masks) == len(self.known) else None
+        masks = [mask for mask in self.target_masks if mask is not None]
+        return torch.stack(masks).any(0) if masks and len(masks) == len(self.target_masks) else None
 
     def split(self, count: int) -> Iterator[Batch]:
         """Yield `count` micro-batches of nearly equal size, in order."""
@@ -74,7 +74,7 @@ class Batch:
                 hard=self.hard.rows(here),
                 ranks=self.ranks[here],
                 teachers=[teacher.rows(here) for teacher in self.teachers],
-                known=[None if mask is None else mask[indices] for mask in self.known],
+                target_masks=[None if mask is None else mask[indices] for mask in self.target_masks],
             )
 
 
@@ -86,7 +86,7 @@ class TrainingTask:
         fresh_views: Whether every epoch has views that no store holds. The teacher is trained on them, so that it is
             not fitted to the views of which its outputs are cached.
         hard_label_weight: The weight of the cross entropy with the labels.
-        settled: Whether all schedules have ended, as in fine-tuning.
+        is_fine_tuning: Whether all schedules have ended, as in fine-tuning.
         hints_only: Whether the student runs only up to its hint layers, with no loss but those on its features.
     """
 
@@ -98,17 +98,17 @@ class TrainingTask:
     distillation: Distillation | None = None
     hard_label_weight: Scheduled = 1.0
     label_smoothing: float = 0.0
-    settled: bool = False
+    is_fine_tuning: bool = False
     hints_only: bool = False
 
     @property
     def num_samples(self) -> int:
-        return self.loader.image_set.num_samples
+        return self.loader.dataset.num_samples
 
     @cached_property
     def ranks(self) -> Tensor:
         """Each sample's rank among all ids, int64 [N]."""
-        return torch.argsort(torch.argsort(self.loader.image_set.sample_ids))
+        return torch.argsort(torch.argsort(self.loader.dataset.sample_ids))
 
     @property
     def needs_input_gradient(self) -> bool:
@@ -121,7 +121,7 @@ class TrainingTask:
 
         It depends on sample ids, not positions: reordering the data set gives the same student.
         """
-        by_id = torch.argsort(self.loader.image_set.sample_ids)
+        by_id = torch.argsort(self.loader.dataset.sample_ids)
         if self.targets is not None and self.targets.slabs is not None:
             return by_id[shard_order(seed, epoch, self.targets.slabs[by_id], self.targets.window)]
         return by_id[epoch_order(seed, epoch, self.num_samples)]
@@ -158,7 +158,7 @@ class TrainingTask:
             only: dict[str, Tensor] = self.distillation(self._distillation_batch(student, batch, num_samples))
             return only
         cross_entropy = batch.hard.cross_entropy(student.logits, self.label_smoothing)
-        weight = value_at(self.hard_label_weight, batch.moment)
+        weight = value_at(self.hard_label_weight, batch.progress)
         has_targets = batch.has_targets
         if has_targets is None:
             hard = weight * local_share_of_mean(cross_entropy, num_samples)
@@ -177,11 +177,11 @@ class TrainingTask:
         return DistillationBatch(
             student,
             batch.teachers,
-            batch.known,
+            batch.target_masks,
             batch.hard.labels,
             batch.ranks,
-            batch.moment,
-            batch.others,
+            batch.progress,
+            batch.negatives,
             gradient,
             num_samples,
         )
@@ -201,10 +201,10 @@ class TrainingTask:
             images=self.normalize(image_batch.images),
             hard=hard_labels_of(self.loader, image_batch),
             ranks=self.ranks[indices].to(image_batch.images.device, non_blocking=True),
-            moment=FINISHED if self.settled else TrainProgress(position.epoch, position.epochs),
+            progress=FINISHED if self.is_fine_tuning else TrainProgress(position.epoch, position.epochs),
             teachers=self.targets.batch(view, indices) if self.targets else (),
-            known=self.targets.known(indices) if self.targets else (),
-            others=self._others(position, view),
+            target_masks=self.targets.target_masks(indices) if self.targets else (),
+            negatives=self._others(position, view),
         )
 
     def _others(self, position: StepPosition, view: int) -> dict[str, Negatives]:
@@ -217,16 +217,16 @@ class TrainingTask:
             if config.num_negatives
         }
 
-    def _sample_negatives(self, name: str, config: Entry, position: StepPosition, view: int) -> Negatives:
+    def _sample_negatives(self, name: str, config: LossConfig, position: StepPosition, view: int) -> Negatives:
         assert self.targets is not None
         seed = derive_seed(position.seed, "others", name, position.epoch, position.step)
         generator = torch.Generator().manual_seed(seed)
         store = config.store or 0
-        candidates = self.targets.positions(store)
+        candidates = self.targets.samples_with_targets(store)
         chosen = candidates[torch.randint(len(candidates), (config.num_negatives,), generator=generator)]
         device = self.loader.device
         return Negatives(
             self.targets.features(store, view, chosen, config.negative_features),
-            self.loader.image_set.labels[chosen].to(device, non_blocking=True),
+            self.loader.dataset.labels[chosen].to(device, non_blocking=True),
             self.ranks[chosen].to(device, non_blocking=True),
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs
 from kdpipe.stages.losses.schedules import FINISHED, TrainProgress
 from kdpipe.stages.models.hooks import ModelOutput
@@ -36,7 +36,7 @@ def make_inputs(
     labels: Tensor = LABELS,
     student: Mapping[str, Tensor] | None = None,
     teacher: Mapping[FeatureSpec, Tensor] | None = None,
-    moment: TrainProgress = FINISHED,
+    progress: TrainProgress = FINISHED,
 ) -> LossInputs:
     """Return a loss's inputs; ranks are 0 to B - 1."""
     return LossInputs(
@@ -44,24 +44,24 @@ def make_inputs(
         DenseTargets(teacher_logits, teacher or {}),
         labels,
         torch.arange(len(labels)),
-        moment,
+        progress,
     )
 
 
 def build_loss(
-    config: Entry,
+    config: LossConfig,
     student: Mapping[str, Tensor],
     teacher: Mapping[str, Tensor],
     *,
     dtype: torch.dtype = torch.float64,
-    moment: TrainProgress = FINISHED,
+    progress: TrainProgress = FINISHED,
 ) -> tuple[nn.Module, LossInputs]:
     """Return the module, and its inputs as a store would give them, for features by layer."""
     torch.manual_seed(0)
     shapes = {layer: tuple(features.shape[1:]) for layer, features in student.items()}
     stored = {wanted: compute_statistic(wanted, teacher[wanted.layer]) for wanted in config.required_features(shapes)}
     module = config.build(shapes, {wanted: tuple(values.shape[1:]) for wanted, values in stored.items()}, FACTS)
-    return module.to(dtype), make_inputs(student=student, teacher=stored, moment=moment)
+    return module.to(dtype), make_inputs(student=student, teacher=stored, progress=progress)
 
 
 def assert_zero_and_flat(loss: Tensor, student: Tensor, *, atol: float = 0.0, gradient: float = 1e-12) -> None:

@@ -67,8 +67,8 @@ def make_store(
         {"name": "made", **samples.digests()},
         {"seed": 3},
     )
-    normalize_rows = rows_per_unit(specs, num_samples, shard_bytes=4096)
-    layout = StoreLayout(num_views, normalize_rows, (num_samples,))
+    unit_rows = rows_per_unit(specs, num_samples, shard_bytes=4096)
+    layout = StoreLayout(num_views, unit_rows, (num_samples,))
     manifest = Manifest(identity, specs, layout, {"kdpipe": "0"}, codec=codec)
     contents = {
         spec.name: rng.standard_normal((num_views, num_samples, *spec.row_shape)).astype(spec.dtype) for spec in specs

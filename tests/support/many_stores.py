@@ -52,7 +52,7 @@ class Form:
     top_k: TopK | None = None
     codec: Codec | None = None
     id_step: int = 3
-    normalize_rows: int = UNIT_ROWS
+    unit_rows: int = UNIT_ROWS
 
 
 LOGITS = {
@@ -110,7 +110,7 @@ def truth(spec: ArraySpec, view: int, ids: NDArray[np.int64]) -> NDArray[Any]:
     return _numbers(spec, view)[ids % NUM_NUMBERS]
 
 
-def normalize_rows(path: Path, manifest: Manifest, unit: Unit, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+def random_rows(path: Path, manifest: Manifest, unit: Unit, names: Iterable[str]) -> dict[str, NDArray[Any]]:
     """Return the expected rows of a unit of the store at `path`, in some arrays."""
     samples = read_samples(path, manifest.layout, manifest.identity.data)
     rows = manifest.layout.sample_rows()
@@ -122,7 +122,7 @@ def commit(path: Path, manifest: Manifest, unit: Unit) -> None:
     """Compute and write what a unit lacks, after removing the files of a killed job."""
     sweep_unit(path, manifest, unit)
     if lacking := missing_arrays(path, manifest, unit):
-        write_unit(path, manifest, unit, normalize_rows(path, manifest, unit, lacking))
+        write_unit(path, manifest, unit, random_rows(path, manifest, unit, lacking))
 
 
 def fill(path: Path, manifest: Manifest) -> None:

@@ -73,9 +73,9 @@ def make_tiny_store(
         TEACHER,
         0,
     ):
-        shutil.copytree(_default_teacher(), context.run / "teacher", dirs_exist_ok=True)
+        shutil.copytree(_default_teacher(), context.run_dir / "teacher", dirs_exist_ok=True)
     train_teacher(teacher, seed, context)  # reuses the copied teacher if it is the same
-    path = context.run / name
+    path = context.run_dir / name
     cache_teacher(CACHE, path, load_teacher(teacher, seed, context), LAYERS, context)
     return path
 

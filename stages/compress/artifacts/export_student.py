@@ -44,11 +44,11 @@ def export_student(
         RunError: If the networks do not exist yet.
         ModelError: As `write_artifacts`.
     """
-    context = FineTuneContext(student, seed, spec, stage_context, compressed_root(stage_context.run, config))
+    context = FineTuneContext(student, seed, spec, stage_context, compressed_root(stage_context.run_dir, config))
     source = float_source(config, context)
     chain = [ArtifactStage(float_job(config, context), source.load())]
     if config.quantizes:
-        chain.append(ArtifactStage(context.folder(config.quantize.scheme), _load_quantized(config, context, source)))
+        chain.append(ArtifactStage(context.job_dir(config.quantize.scheme), _load_quantized(config, context, source)))
     latency = measure_files(config, context)
     return write_artifacts(
         artifact_folder(context.root, seed),
@@ -97,16 +97,16 @@ def measure_files(config: CompressConfig, context: FineTuneContext) -> Latencies
 
 def _measured_folders(config: CompressConfig, context: FineTuneContext) -> dict[str, JobDir]:
     """Return the networks to measure. Those that differ only in their fine-tuning take the same time."""
-    run, seed, scheme = context.stage_context.run, context.seed, config.quantize.scheme
+    run, seed, scheme = context.stage_context.run_dir, context.seed, config.quantize.scheme
     alone, distilled = (student_folder(run, kind, seed) for kind in (ALONE, DISTILLED))
     sizes = [(folder.result() or {}).get("num_parameters") for folder in (alone, distilled)]
     folders = {"teacher": JobDir(run / "teacher"), "student": student_job(config, context)}
     if config.student is None and sizes[0] != sizes[1]:  # SimKD's student has a projector
         folders["alone"] = alone
     if config.prunes:
-        folders["pruned"] = context.folder("pruned")
+        folders["pruned"] = context.job_dir("pruned")
     if config.quantizes:
-        folders |= {kind: context.folder(kind) for kind in (scheme, f"{scheme}-unpruned")}
+        folders |= {kind: context.job_dir(kind) for kind in (scheme, f"{scheme}-unpruned")}
     return folders
 
 
@@ -119,7 +119,7 @@ def _load_quantized(config: CompressConfig, context: FineTuneContext, source: Tr
         architecture = {**network.architecture, **quantized_record(config.quantize)}
         return ModelBundle(prepared, architecture, network.normalize)
 
-    folder = context.folder(config.quantize.scheme)
+    folder = context.job_dir(config.quantize.scheme)
     if folder.result() is not None:  # was it made from this network?
         folder.begin(quantize_job(config.quantize, config.quantize_train, context, source))
     return finished_source(folder, fresh, "kdpipe compress --only quantize").load()
@@ -127,11 +127,11 @@ def _load_quantized(config: CompressConfig, context: FineTuneContext, source: Tr
 
 def _facts(config: CompressConfig, context: FineTuneContext, latency: Latencies) -> dict[str, Any]:
     """Return the card's entries on origin and figures."""
-    jobs = {"teacher": JobDir(context.stage_context.run / "teacher"), "student": student_job(config, context)}
+    jobs = {"teacher": JobDir(context.stage_context.run_dir / "teacher"), "student": student_job(config, context)}
     if config.prunes:
-        jobs["pruned"] = context.folder("pruned")
+        jobs["pruned"] = context.job_dir("pruned")
     if config.quantizes:
-        jobs[config.quantize.scheme] = context.folder(config.quantize.scheme)
+        jobs[config.quantize.scheme] = context.job_dir(config.quantize.scheme)
     results = {name: result for name, folder in jobs.items() if (result := folder.result()) is not None}
     last = jobs[list(jobs)[-1]]
     stores = context.spec.stores if context.spec else ()

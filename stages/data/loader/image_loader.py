@@ -64,7 +64,7 @@ class ImageLoader:
             batch.
     """
 
-    image_set: ImageSet
+    dataset: ImageSet
     device: torch.device
     renderer: Renderer | None = None
     mix_partners: ImageSet | None = None
@@ -87,23 +87,23 @@ class ImageLoader:
             return self._load_ahead(pairs, whole)
         return (self._load_from_memory(request, mixture) for request, mixture in pairs)
 
-    def one(self, request: ViewRequest, *, whole: bool = True) -> ImageBatch:
+    def get(self, request: ViewRequest, *, whole: bool = True) -> ImageBatch:
         """Load a single request."""
         return next(self.stream([request], whole=whole))
 
     def partner_labels(self, partner_ids: Tensor) -> Tensor:
         """Return the labels of partners, int64 [B], by their sample ids."""
-        return (self.mix_partners or self.image_set).labels[self._partner_positions(partner_ids)]
+        return (self.mix_partners or self.dataset).labels[self._partner_positions(partner_ids)]
 
     @cached_property
     def _images(self) -> Tensor | None:
         """The images, on the device if they take less than half of its free memory; None if workers load them."""
         partners_in_memory = self.mix_partners is None or self.mix_partners.in_memory
-        if not partners_in_memory or not isinstance(self.image_set.images, Tensor):
+        if not partners_in_memory or not isinstance(self.dataset.images, Tensor):
             return None
         if self.renderer and self.renderer.in_workers:
             return None
-        return _to_device_if_fits(self.image_set.images, self.device)
+        return _to_device_if_fits(self.dataset.images, self.device)
 
     @cached_property
     def _partner_images(self) -> Tensor | None:
@@ -114,12 +114,12 @@ class ImageLoader:
     @cached_property
     def _prefetch_pool(self) -> PrefetchPool:
         num_workers = num_cores() if self.num_workers is None else self.num_workers
-        return PrefetchPool(self.image_set, self.mix_partners, self.renderer, num_workers, self.device.type == "cuda")
+        return PrefetchPool(self.dataset, self.mix_partners, self.renderer, num_workers, self.device.type == "cuda")
 
     @cached_property
     def _partner_order(self) -> tuple[Tensor, Tensor]:
         """The ids of the partners' data set, ascending, and their positions: both int64 [P]."""
-        return torch.sort((self.mix_partners or self.image_set).sample_ids)
+        return torch.sort((self.mix_partners or self.dataset).sample_ids)
 
     def _partner_positions(self, partner_ids: Tensor) -> Tensor:
         ids, order = self._partner_order
@@ -128,12 +128,12 @@ class ImageLoader:
     def _sample_mix(self, request: ViewRequest) -> MixAssignment | None:
         if self.renderer is None or request.view is None:
             return None
-        return self.renderer.sample_mix(self.image_set.sample_ids[request.positions], request.view)
+        return self.renderer.sample_mix(self.dataset.sample_ids[request.positions], request.view)
 
     def _load_from_memory(self, request: ViewRequest, mixture: MixAssignment | None) -> ImageBatch:
         assert self._images is not None
         assert self._partner_images is not None
-        sample_ids = self.image_set.sample_ids[request.positions]
+        sample_ids = self.dataset.sample_ids[request.positions]
         own = self._render_rows(self._images, request.positions, sample_ids, request.view)
         if mixture is None or not mixture.mixed.any():
             return ImageBatch(own, request.positions, mixture)
@@ -157,8 +157,8 @@ class ImageLoader:
 
         def tasks() -> Iterator[WorkerTask]:
             for request, mixture in pairs:
-                if request.view is None and self.image_set.image_size is None:
-                    raise DataError(unequal_sizes_message(self.image_set))
+                if request.view is None and self.dataset.image_size is None:
+                    raise DataError(unequal_sizes_message(self.dataset))
                 pending.append((request, mixture))
                 if mixture is None:
                     yield WorkerTask(request.view, request.positions)
@@ -174,13 +174,13 @@ class ImageLoader:
             if not len(kept):
                 first = result.failures[0]
                 raise DataError(
-                    f"none of the {len(request.positions)} images of a batch of {self.image_set.name} can be read, "
+                    f"none of the {len(request.positions)} images of a batch of {self.dataset.name} can be read, "
                     f"including sample {first.sample_id}: {first.why}"
                 )
             if len(kept) < len(request.positions):
                 request = ViewRequest(request.positions[kept], request.view)
                 mixture = None if mixture is None else mixture.at(kept)
-            ids = self.image_set.sample_ids[request.positions]
+            ids = self.dataset.sample_ids[request.positions]
             own = self._render(result.images[: len(kept)], ids, request.view)
             if mixture is None or not mixture.mixed.any():
                 yield ImageBatch(own, request.positions, mixture)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.features.at import Variant, attention_distance
 from kdpipe.stages.losses.inputs import LossInputs, Shapes
 from kdpipe.stages.losses.schedules import Scheduled
@@ -22,7 +22,7 @@ MAP = FeatureSpec(INPUT, INPUT_GRADIENT)
 
 
 @section
-class ATGradientConfig(Entry):
+class ATGradientConfig(LossConfig):
     """Distance between the attention maps of the input gradients of student and teacher.
 
     The gradient is that of the network's cross entropy with the label; its attention map is the mean over colors of the

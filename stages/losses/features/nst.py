@@ -51,10 +51,10 @@ class NSTConfig(MapLossConfig):
         return FeatureSpec(layer, SPATIAL_GRAM if is_small else MAP, size)
 
     def common_size(self, student: Shape, teacher: Shape, feature: FeatureSpec) -> Size | None:
-        return map_size(teacher) if feature.form == MAP else _grid(student, teacher)
+        return map_size(teacher) if feature.statistic == MAP else _grid(student, teacher)
 
     def distance(self, student: Tensor, teacher: Tensor, feature: FeatureSpec) -> Tensor:
-        return nst_per_sample(student, teacher) if feature.form == MAP else nst_from_gram(student, teacher)
+        return nst_per_sample(student, teacher) if feature.statistic == MAP else nst_from_gram(student, teacher)
 
 
 def _grid(student: Shape, gram: Shape) -> Size | None:

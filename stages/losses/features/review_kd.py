@@ -72,7 +72,7 @@ class ReviewKD(nn.Module):
             size = (target.shape[2], target.shape[3])
             reviewed, deeper = fusion(as_maps(to_float32(inputs.student.features[student_layer])), deeper, size)
             parts.append(hcl_per_sample(reviewed, target))
-        return warmup_factor(self.config.warmup_epochs, inputs.moment) * torch.stack(parts).sum(0)
+        return warmup_factor(self.config.warmup_epochs, inputs.progress) * torch.stack(parts).sum(0)
 
 
 def _channels(pair: tuple[str, str], student: Shape, teacher: Shape) -> tuple[int, int]:

@@ -47,13 +47,13 @@ class DISTConfig(LogitLossConfig):
         return (self.temperature,)
 
     def compute(self, inputs: LossInputs) -> Tensor:
-        temperature = value_at(self.temperature, inputs.moment)
+        temperature = value_at(self.temperature, inputs.progress)
         return dist_loss(
             inputs.student.logits,
             inputs.teacher.logits_at(temperature),
             temperature,
-            beta=value_at(self.beta, inputs.moment),
-            gamma=value_at(self.gamma, inputs.moment),
+            beta=value_at(self.beta, inputs.progress),
+            gamma=value_at(self.gamma, inputs.progress),
         )
 
 

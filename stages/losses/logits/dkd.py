@@ -46,16 +46,16 @@ class DKDConfig(LogitLossConfig):
         return (self.temperature,)
 
     def compute(self, inputs: LossInputs) -> Tensor:
-        temperature = value_at(self.temperature, inputs.moment)
+        temperature = value_at(self.temperature, inputs.progress)
         losses = dkd_per_sample(
             inputs.student.logits,
             inputs.teacher.logits_at(temperature),
             inputs.labels,
             temperature,
-            alpha=value_at(self.alpha, inputs.moment),
-            beta=value_at(self.beta, inputs.moment),
+            alpha=value_at(self.alpha, inputs.progress),
+            beta=value_at(self.beta, inputs.progress),
         )
-        return warmup_factor(self.warmup_epochs, inputs.moment) * losses
+        return warmup_factor(self.warmup_epochs, inputs.progress) * losses
 
 
 def dkd_loss(

@@ -37,7 +37,7 @@ class KDConfig(LogitLossConfig):
         return (self.temperature,)
 
     def compute(self, inputs: LossInputs) -> Tensor:
-        temperature = value_at(self.temperature, inputs.moment)
+        temperature = value_at(self.temperature, inputs.progress)
         return kd_per_sample(inputs.student.logits, inputs.teacher.logits_at(temperature), temperature)
 
 

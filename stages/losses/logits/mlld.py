@@ -44,7 +44,7 @@ class MLLDConfig(LogitLossConfig):
         return self.temperature_list
 
     def compute(self, inputs: LossInputs) -> Tensor:
-        temperatures = [value_at(temperature, inputs.moment) for temperature in self.temperature_list]
+        temperatures = [value_at(temperature, inputs.progress) for temperature in self.temperature_list]
         logits, teacher = inputs.student.logits, inputs.teacher
         return torch.stack([mlld_loss(logits, teacher.logits_at(value), value) for value in temperatures]).sum()
 

@@ -40,8 +40,8 @@ class NKDConfig(LogitLossConfig):
         return (1.0, self.temperature)
 
     def compute(self, inputs: LossInputs) -> Tensor:
-        temperature = value_at(self.temperature, inputs.moment)
-        gamma = value_at(self.gamma, inputs.moment)
+        temperature = value_at(self.temperature, inputs.progress)
+        gamma = value_at(self.gamma, inputs.progress)
         logits, teacher, labels = inputs.student.logits, inputs.teacher, inputs.labels
         target = target_per_sample(logits, teacher.logits_at(1.0), labels)
         return target + gamma * others_per_sample(logits, teacher.logits_at(temperature), labels, temperature)

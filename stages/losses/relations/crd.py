@@ -75,10 +75,10 @@ class CRD(nn.Module):
         self.layers = nn.ModuleList(CRDOfLayer(config, *shape, facts.num_samples) for shape in shapes)
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        if inputs.others is None:
+        if inputs.negatives is None:
             raise ValueError("crd needs negatives (others)")
         parts = [
-            layer(inputs, inputs.others, student_layer, FeatureSpec(teacher_layer, POOLED))
+            layer(inputs, inputs.negatives, student_layer, FeatureSpec(teacher_layer, POOLED))
             for layer, (student_layer, teacher_layer) in zip(self.layers, self.pairs, strict=True)
         ]
         return torch.stack(parts).sum(0)
@@ -115,9 +115,9 @@ class CRDOfLayer(nn.Module):
         loss = self.of_student(student, (positives, negatives), is_other, first_among=first)
         loss = loss + self.of_teacher(teacher, remembered, is_other)
         if self.training:
-            self.students.remember(inputs.ranks, student)
+            self.students.update(inputs.ranks, student)
             if self.teachers is not None:
-                self.teachers.remember(inputs.ranks, teacher)
+                self.teachers.update(inputs.ranks, teacher)
         result: Tensor = loss
         return result
 

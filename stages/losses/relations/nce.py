@@ -76,7 +76,7 @@ class Memory(nn.Module):
         self.register_buffer("rows", (torch.rand(num_samples, dim) * 2 - 1) / math.sqrt(dim / 3))
 
     @torch.no_grad()
-    def remember(self, ranks: Tensor, embedded: Tensor) -> None:
+    def update(self, ranks: Tensor, embedded: Tensor) -> None:
         """Update the rows of samples with ranks int64 [B] toward their embeddings [B, D], of all processes."""
         ranks, embedded = all_gather_with_grad(ranks), all_gather_with_grad(embedded.detach()).to(self.rows.dtype)
         old = self.rows[ranks]
@@ -88,7 +88,7 @@ class Memory(nn.Module):
         """Start recording updates, so that `take_back` can undo them."""
         self._overwritten.clear()
 
-    def take_back(self) -> None:
+    def undo(self) -> None:
         """Undo the updates since `begin_step`, without a copy of the whole bank."""
         while self._overwritten:
             ranks, rows = self._overwritten.pop()

@@ -114,7 +114,7 @@ def test_family_is_pruned_quantized_and_rebuilt(run, tmp_path, monkeypatch, fami
     assert figures["pruned"]["num_parameters"] < (0.85 if family == "attention" else 0.5) * given["num_parameters"]
 
     # Pruned and INT8, it is built again from its own record, says the same, and so does its file.
-    test = context.test(build_student(student, 0, context).normalize)
+    test = context.evaluation(build_student(student, 0, context).normalize)
     for kind in ("pruned", "int8"):
         rebuilt = rebuild(root / f"{kind}-seed0" / "model.safetensors", trust_python=True)
         assert evaluate(rebuilt.model, test, context.device).accuracy == figures[kind]["accuracy"]

@@ -110,7 +110,7 @@ def test_where_all_must_be_had_one_that_cannot_be_read_stops_it(tmp_path, num_wo
         with pytest.raises(DataError, match=sentence):
             next(stream)
     with pytest.raises(DataError, match=sentence):
-        dropping.one(requests[2])
+        dropping.get(requests[2])
     assert not messages
     assert [len(seen.positions) for seen in dropping.stream(requests)] == [2, 2, 1]
     assert len(messages) == 1
@@ -129,7 +129,7 @@ def test_on_failure_may_raise_and_the_pool_stays_usable(tmp_path):
     with pytest.raises(Enough, match=r"4\.png"):
         list(loader.stream([ViewRequest(torch.arange(6), 0)] * 3))
     at = torch.tensor([5, 0])
-    assert torch.equal(loader.one(ViewRequest(at, 1)).images, expected(image_set, CROPS, at, 1))
+    assert torch.equal(loader.get(ViewRequest(at, 1)).images, expected(image_set, CROPS, at, 1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -155,7 +155,7 @@ def test_a_fault_that_is_not_the_images_own_drops_no_sample(tmp_path, monkeypatc
     loader = loader_of(image_set, CROPS, 0, on_failure=messages.append)
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(DataError, match="ran out of memory or file handles"):
-        loader.one(ViewRequest(torch.arange(6), 0), whole=False)
+        loader.get(ViewRequest(torch.arange(6), 0), whole=False)
     assert not messages
 
 

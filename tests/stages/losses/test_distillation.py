@@ -33,11 +33,11 @@ def distillation(*configs, student=None, teachers=({},), seed=0, together=None):
     )
 
 
-def make_batch(*teachers, student=None, known=None, moment=START):
+def make_batch(*teachers, student=None, known=None, progress=START):
     outputs = [one if isinstance(one, DenseTargets) else DenseTargets(one, {}) for one in teachers]
     ranks = torch.arange(len(LABELS))
     known = known or [None] * len(outputs)
-    return DistillationBatch(ModelOutput(STUDENT_LOGITS, student or {}), outputs, known, LABELS, ranks, moment, {})
+    return DistillationBatch(ModelOutput(STUDENT_LOGITS, student or {}), outputs, known, LABELS, ranks, progress, {})
 
 
 def kd(**changes):
@@ -131,7 +131,7 @@ def test_weights_follow_their_schedules():
     fading = dataclasses.replace(kd(), weight=Schedule(start=1.0, end=0.0, shape="cosine", epochs=(2, 6)))
     whole = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0).item()
     for epoch, weight in ((0, 1.0), (2, 1.0), (3, 0.853553), (4, 0.5), (6, 0.0), (9, 0.0), (float("inf"), 0.0)):
-        loss = distillation(fading)(make_batch(TEACHER_LOGITS, moment=TrainProgress(epoch, 10)))["kd_0"]
+        loss = distillation(fading)(make_batch(TEACHER_LOGITS, progress=TrainProgress(epoch, 10)))["kd_0"]
         assert loss.item() == pytest.approx(weight * whole, rel=1e-5, abs=1e-12), epoch
 
 

@@ -20,7 +20,7 @@ from support.loss_inputs import make_inputs
 from support.paths import PYTHONPATH
 from torch import nn
 
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
 from kdpipe.stages.losses.relations.cc import CCConfig
 from kdpipe.stages.losses.relations.crd import CRDConfig
@@ -31,7 +31,7 @@ from kdpipe.stages.runtime.collectives import all_gather_with_grad
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 PAIR, SHARD = (("a", "b"),), 3
-LOSSES: dict[str, Entry] = {
+LOSSES: dict[str, LossConfig] = {
     "sp": SPConfig(loss="sp", layers=PAIR),
     "rkd": RKDConfig(loss="rkd", layers=PAIR),
     "pkt": PKTConfig(loss="pkt", layers=PAIR),
@@ -60,7 +60,7 @@ def crd_state(rows: slice) -> dict[str, Any]:
     module = config.build({"a": (5,)}, {wanted: (7,)}, DatasetInfo(20, 4))
     labels = torch.arange(2 * SHARD) % 4
     whole = make_inputs(labels=labels, student={"a": student}, teacher={wanted: teacher})
-    inputs = replace(whole, others=others).rows(torch.arange(2 * SHARD)[rows])
+    inputs = replace(whole, negatives=others).rows(torch.arange(2 * SHARD)[rows])
     losses = [module(inputs) for _ in range(2)]
     buffers = torch.cat([buffer.flatten() for buffer in module.buffers()])
     return {"losses": torch.stack(losses).sum(0).tolist(), "buffers": buffers.tolist()}

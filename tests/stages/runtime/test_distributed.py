@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import Entry
+from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.distillation import DistillationBatch, WeightedLoss
 from kdpipe.stages.losses.features.at import ATConfig
 from kdpipe.stages.losses.features.hint import HintConfig
@@ -70,7 +70,7 @@ NUM, SPLIT, CLASSES = 7, 4, 5
 """Samples in all, and those of the first process; the second has fewer."""
 
 PAIR = (("a", "b"),)
-LOSSES: dict[str, Callable[[SampleSelection], Entry]] = {
+LOSSES: dict[str, Callable[[SampleSelection], LossConfig]] = {
     "kd": lambda some: KDConfig(loss="kd", samples=some),
     "dkd": lambda some: DKDConfig(loss="dkd", samples=some),
     "nkd": lambda some: NKDConfig(loss="nkd", samples=some),
@@ -174,11 +174,11 @@ class Lacking(ImageLoader):
 def trained(processes: ProcessGroup, folder: Path, dropout: float = 0.0) -> tuple[str, list[float]]:
     """The digest of a network's weights after an epoch in this process's memory, and its weights."""
     context = tiny_context(folder)
-    model = nn.Sequential(context.build(STUDENT.model, 0), nn.Dropout(dropout))
+    model = nn.Sequential(context.build_model(STUDENT.model, 0), nn.Dropout(dropout))
     loader = Lacking(context.train_set, context.device, context.renderer)
     task = TrainingTask(loader, 1, Normalization((0.5,), (0.5,)), fresh_views=True)
     config = TrainConfig(epochs=1, batch_size=50, lr=0.01, checkpoint_every_s=1000)
-    job = TrainJob("test", "test", model, task, None, config, 0, JobDir(folder), processes=processes)
+    job = TrainJob("test", "test", model, task, None, config, 0, JobDir(folder), process_group=processes)
     train(job, torch.device("cpu"), RunMonitor())
     weights = torch.cat([one.flatten().float() for one in model.state_dict().values()])
     return weights_sha256(model), weights.tolist()
@@ -186,13 +186,13 @@ def trained(processes: ProcessGroup, folder: Path, dropout: float = 0.0) -> tupl
 
 def talked(processes: ProcessGroup) -> dict[str, Any]:
     """What the two agree on."""
-    first = processes.first
+    first = processes.is_main
 
     def fail() -> None:
         raise FingerprintMismatch("the job", [("lr", 1, 2)], "Do this.")
 
     try:
-        processes.once(fail)
+        processes.on_main(fail)
     except FingerprintMismatch as error:
         said = str(error)
     uneven = torch.tensor([10.0 * processes.rank] * (1 + processes.rank), requires_grad=True)
@@ -203,9 +203,9 @@ def talked(processes: ProcessGroup) -> dict[str, Any]:
     mean = [torch.full((2, 2), float(processes.rank)), torch.full((3,), 10.0 * processes.rank)]
     processes.average(mean)
     return {
-        "agreed": [processes.agree(not first, due=True), processes.agree(stop=False, due=not first)],
-        "shared": processes.share({"a": [1, None, "ä"]} if first else {}),
-        "once": processes.once(os.getpid),
+        "agreed": [processes.sync_flags(not first, due=True), processes.sync_flags(stop=False, due=not first)],
+        "shared": processes.broadcast_object({"a": [1, None, "ä"]} if first else {}),
+        "once": processes.on_main(os.getpid),
         "said": said,
         "gathered": [everyone.tolist(), uneven.grad.tolist(), list(none.shape)],
         "mean": [one.flatten().tolist() for one in mean],
@@ -312,8 +312,8 @@ def test_unreadable_images_keep_the_weight_of_others(both: list[dict[str, Any]],
 def test_one_process_is_free_of_all_that() -> None:
     rows = torch.arange(3)
     assert SINGLE.rows(rows) is rows
-    assert SINGLE.agree(stop=True, due=False) == (True, False)
-    assert SINGLE.once(lambda: {1: object}) == {1: object}
+    assert SINGLE.sync_flags(stop=True, due=False) == (True, False)
+    assert SINGLE.on_main(lambda: {1: object}) == {1: object}
     with init_distributed({}) as processes:
         assert processes == SINGLE
 

@@ -27,7 +27,7 @@ def place(environ):
 
 @pytest.mark.parametrize("count", [1, 3, 4, 20])
 def test_parts_cover_each_item_once(count):
-    parts = [parse_shard(f"{index}/{count}").of(range(10)) for index in range(count)]
+    parts = [parse_shard(f"{index}/{count}").select(range(10)) for index in range(count)]
     assert sorted(item for part in parts for item in part) == list(range(10))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -138,7 +138,7 @@ def test_failed_attempt_is_freed_before_the_next() -> None:
 
 def test_evaluation_continues_in_chunks_and_warns_once(context: StageContext, warnings: list[str]) -> None:
     network = load_teacher(TEACHER, 0, context)
-    test, device = context.test(network.normalize), context.device
+    test, device = context.evaluation(network.normalize), context.device
     (whole,) = predict(network.model, test, device)
     asked = small_memory(network.model, 30)
     for _ in range(2):
@@ -174,13 +174,13 @@ def test_teacher_too_large_for_one_image_stops_the_job(context: StageContext, tm
     with pytest.raises(torch.OutOfMemoryError):
         cache_teacher(CACHE, path, teacher, LAYERS, context)
     cache_teacher(CACHE, path, load_teacher(TEACHER, 0, context), LAYERS, context)
-    assert folder_bytes(path) == folder_bytes(context.run / "store.zarr")
+    assert folder_bytes(path) == folder_bytes(context.run_dir / "store.zarr")
 
 
 def test_chunks_of_teacher_outputs_are_concatenated(context: StageContext) -> None:
     teacher = load_teacher(TEACHER, 0, context)
-    seen = context.loader.one(ViewRequest(torch.arange(40), 0))
-    hard = hard_labels_of(context.loader, seen)
+    seen = context.train_loader.get(ViewRequest(torch.arange(40), 0))
+    hard = hard_labels_of(context.train_loader, seen)
     with extract_features(teacher.model, ["stage2"]) as extractor, torch.no_grad():
         whole = teacher_forward(extractor, teacher, seen, EVERYTHING, hard)
         small_memory(teacher.model, 7)

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have pr
 
 
 def stepped_back(nice: int, *, older: int = 0, outer: int = 0) -> dict[str, int]:
-    """Return nice values, relative to this process, of the threads and a child of a process after `lower_priority(nice)`.
+    """Return relative nice values of a process's threads and child after `lower_priority(nice)`.
 
     The process starts with nice value `outer` and has a thread with `older`.
     """

@@ -24,7 +24,7 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.class_map import ABSENT
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig, check_teachers
 from kdpipe.stages.targets.outputs import DenseTargets, TopKTargets
-from kdpipe.stages.train_student.student import Seat, open_distillation, train_student
+from kdpipe.stages.train_student.student import StudentRun, open_distillation, train_student
 from kdpipe.stages.train_teacher import untrained_teacher
 from kdpipe.store import StoreError, TopK, encode_topk
 
@@ -326,8 +326,8 @@ def student_of(**teachers):
 def train_in(folder, run, student, monitor=None):
     context = tiny_context(folder, monitor, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
     spec = open_distillation(stores(run), [kd()], student, {}, context)
-    seat = Seat(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
-    return train_student(student, 0, spec, context, seat=seat)
+    seat = StudentRun(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
+    return train_student(student, 0, spec, context, run=seat)
 
 
 def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):

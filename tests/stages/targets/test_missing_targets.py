@@ -73,7 +73,7 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("missing", ["error", "hard-labels"])
 def test_samples_are_joined_by_id(run, part, missing):
-    student = dataclasses.replace(STUDENT, missing=missing)
+    student = dataclasses.replace(STUDENT, missing_targets=missing)
     batch, ids = first_batch(lesson_of(run, student, train_set=part), part.num_samples, epoch=1)
     stored = open_store(run / "store.zarr").gather("logits", 1, ids.numpy())
     assert batch.has_targets is None
@@ -87,7 +87,7 @@ def test_order_of_the_data_set_does_not_change_the_student(run, tmp_path):
         context = tiny_context(tmp_path / name, train_set=part)
         spec = open_distillation([run / "store.zarr"], LOSSES, STUDENT, {}, context)
         train_student(STUDENT, 0, spec, context)
-        bits.append(student_folder(context.run, "distilled", 0).model.read_bytes())
+        bits.append(student_folder(context.run_dir, "distilled", 0).model.read_bytes())
     assert bits[0] == bits[1]
 
 
@@ -150,7 +150,7 @@ def test_each_sample_contributes_only_its_own_loss(run, read):
 
 @pytest.mark.parametrize("read", READS)
 def test_batches_without_targets_use_labels_alone(run, read):
-    task = lesson_of(run, dataclasses.replace(LENIENT, read=READS[read]))
+    task = lesson_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
     batches = list(task.stream(3, 2, epoch=0, step=0, epochs=1))
     order = task.order(3, 0)
     known = torch.isin(ALL.sample_ids[order], STORED.sample_ids).split(2)
@@ -194,7 +194,7 @@ def test_rows_of_missing_samples_are_never_read(run):
     source = join(store, ALL, [], "hard-labels")
     assert (source.rows < 0).tolist() == [False] * KNOWN + [True] * 40
     targets = Targets([source], torch.device("cpu"))
-    (known,) = targets.known(torch.tensor([0, 79, 80, 119]))
+    (known,) = targets.target_masks(torch.tensor([0, 79, 80, 119]))
     assert known.tolist() == [True, True, False, False]
 
 
@@ -207,7 +207,7 @@ def test_allowing_missing_targets_is_another_job(run, tmp_path):
     with pytest.raises(FingerprintMismatch, match=r"teaching\.missing: stored 'error', wanted 'hard-labels'"):
         train_student(LENIENT, 0, teachings[1], context)
     train_student(LENIENT, 0, teachings[1], lenient)  # nothing is missing there: it is the same student
-    models = [student_folder(one.run, "distilled", 0).model.read_bytes() for one in (context, lenient)]
+    models = [student_folder(one.run_dir, "distilled", 0).model.read_bytes() for one in (context, lenient)]
     assert models[0] == models[1]
 
 

@@ -281,7 +281,7 @@ def cached(request, tmp_path_factory):
 def by_hand(context, teacher, positions, view):
     """The arrays of BY_HAND, one sample after the other, by the plain formulas in float64."""
     model, labels = teacher.model.double(), dict(zip(COLOURS.sample_ids.tolist(), COLOURS.labels.tolist(), strict=True))
-    seen = context.loader.one(ViewRequest(positions, view))
+    seen = context.train_loader.get(ViewRequest(positions, view))
     mean, std = (torch.tensor(one, dtype=torch.float64).view(3, 1, 1) for one in (SCALING.mean, SCALING.std))
     rows = {wanted.array: [] for wanted in BY_HAND}
     for number, sample_id in enumerate(COLOURS.sample_ids[positions].tolist()):
@@ -321,7 +321,7 @@ def test_stored_values_match_the_formulas(cached, view):
 def test_mixed_images_use_both_labels(cached):
     """Otherwise the test above would not cover mixtures."""
     context, _, _ = cached
-    mixture = context.loader.one(ViewRequest(torch.arange(0, 40, 3), 0)).mixture
+    mixture = context.train_loader.get(ViewRequest(torch.arange(0, 40, 3), 0)).mixture
     if context.views.mix is not None:
         labels = dict(zip(COLOURS.sample_ids.tolist(), COLOURS.labels.tolist(), strict=True))
         own = COLOURS.labels[torch.arange(0, 40, 3)].tolist()

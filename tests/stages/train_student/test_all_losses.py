@@ -67,7 +67,7 @@ def train(run, losses, folder, *, monitor=None, config=STUDENT_CONFIG, stores=("
     spec = open_distillation([run / name for name in stores], losses, config, {}, context)
     seat = StudentRun(JobDir(folder), "a student", with_onnx=False)
     train_student(config, 0, spec, context, run=seat)
-    return seat.folder
+    return seat.job_dir
 
 
 @pytest.mark.parametrize("loss", ENTRIES, ids=lambda one: one.loss)

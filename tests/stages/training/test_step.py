@@ -46,7 +46,7 @@ def network(most, *between, error=None):
 def job_of(folder, model):
     context = tiny_context(folder, train_set=squares(100, 0))
     folder.mkdir(exist_ok=True)
-    task = TrainingTask(context.loader, 2, Normalization((0.5,), (0.5,)))
+    task = TrainingTask(context.train_loader, 2, Normalization((0.5,), (0.5,)))
     return TrainJob("train-student", "test", model, task, None, CONFIG, 0, JobDir(folder))
 
 
@@ -113,24 +113,24 @@ def test_errors_that_micro_batches_do_not_fix_are_raised(tmp_path, most, error):
 def test_contrastive_memory_is_restored():
     torch.manual_seed(0)
     memory = Memory(10, 4, momentum=0.5)
-    memory.remember(torch.tensor([1, 2]), torch.randn(2, 4))
+    memory.update(torch.tensor([1, 2]), torch.randn(2, 4))
     memory.begin_step()
     before = memory.rows.clone()
-    memory.remember(torch.tensor([2, 3]), torch.randn(2, 4))
-    memory.remember(torch.tensor([3, 4]), torch.randn(2, 4))
+    memory.update(torch.tensor([2, 3]), torch.randn(2, 4))
+    memory.update(torch.tensor([3, 4]), torch.randn(2, 4))
     assert not torch.equal(memory.rows, before)
-    memory.take_back()
+    memory.undo()
     assert torch.equal(memory.rows, before)
 
 
 def test_targets_are_split_with_their_samples(tmp_path):
     context = tiny_context(tmp_path, train_set=squares(20, 0))
-    task = TrainingTask(context.loader, 2, Normalization((0.5,), (0.5,)))
+    task = TrainingTask(context.train_loader, 2, Normalization((0.5,), (0.5,)))
     batch = next(task.stream(0, 10, epoch=0, step=0, epochs=1))
-    batch = dataclasses.replace(batch, known=[torch.arange(10) % 2 == 0, None])
+    batch = dataclasses.replace(batch, target_masks=[torch.arange(10) % 2 == 0, None])
     parts = list(batch.split(3))
     assert [len(part.images) for part in parts] == [4, 3, 3]
     assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
     assert torch.equal(torch.cat([part.hard.labels for part in parts]), batch.hard.labels)
-    assert torch.equal(torch.cat([part.known[0] for part in parts]), batch.known[0])
+    assert torch.equal(torch.cat([part.target_masks[0] for part in parts]), batch.target_masks[0])
     assert next(iter(batch.split(1))) is batch

@@ -185,7 +185,7 @@ def test_untrusted_sizes_do_not_decide_memory_use(any_profile):
     verdict = verify_store(made.path)
     assert named(verdict) == [shard_key(made.manifest.arrays[0], unit)]
     assert f"{2**60:,} bytes" in verdict.damaged[0].what
-    layout = dataclasses.replace(made.manifest.layout, normalize_rows=2**20, segments=(2**32,), num_views=1)
+    layout = dataclasses.replace(made.manifest.layout, unit_rows=2**20, segments=(2**32,), num_views=1)
     (made.path / "zarr.json").write_bytes(
         metadata_bytes(dataclasses.replace(made.manifest, layout=layout))["zarr.json"]
     )

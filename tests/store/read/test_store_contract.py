@@ -55,7 +55,7 @@ def build(folder: Path, residence: str, logits: str) -> Path:
     if residence in ("zstd", "blosc"):
         return grow(path, replace(wish, form=replace(wish.form, codec=Codec(residence, 3))))
     if residence == "rows not in pages":
-        return grow(path, replace(wish, form=replace(wish.form, normalize_rows=331)))
+        return grow(path, replace(wish, form=replace(wish.form, unit_rows=331)))
     if residence == "grown":
         first = replace(wish, num_views=1, num_samples=600, num_layers=0)
         return grow(path, first, replace(first, num_views=2), replace(wish, num_samples=601), wish)

@@ -138,9 +138,9 @@ def _predict_test(opened: Run, students: Mapping[str, ModelBundle], num_macs: in
     num_test = opened.context.test_set.num_samples
     num_images = int(min(num_test, MAX_TEST_IMAGES, max(MAX_MACS / max(num_macs, 1), MIN_TEST_IMAGES)))
     batches = torch.split(torch.arange(num_images), BATCH_SIZE)
-    images = [opened.context.test_loader.one(ViewRequest(indices)).images for indices in batches]
+    images = [opened.context.test_loader.get(ViewRequest(indices)).images for indices in batches]
     found = {name: torch.cat([_predict(student, some) for some in images]) for name, student in students.items()}
-    teacher = opened.context.ask_teacher()
+    teacher = opened.context.get_teacher_logits()
     if teacher is not None and not teacher[:num_images].isnan().any():
         found = {"teacher": teacher[:num_images].softmax(1), **found}
     return found
@@ -165,7 +165,7 @@ def _instructive(opened: Run, probabilities: Mapping[str, Tensor]) -> Iterator[t
 
 def _test_sample(opened: Run, probabilities: Mapping[str, Tensor], index: int) -> Sample:
     test_set = opened.context.test_set
-    image = opened.context.test_loader.one(ViewRequest(torch.tensor([index]))).images[0]
+    image = opened.context.test_loader.get(ViewRequest(torch.tensor([index]))).images[0]
     predictions = {name: _top(one[index], test_set.class_names) for name, one in probabilities.items()}
     label = test_set.class_names[int(test_set.labels[index])]
     return Sample(image, label, f"test image {int(test_set.sample_ids[index])}", predictions)

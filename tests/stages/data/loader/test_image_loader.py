@@ -64,7 +64,7 @@ def test_images_do_not_depend_on_workers_or_batch_size(equal, unequal, name):
 
 def test_transforms_of_images_in_memory_run_in_workers(equal):
     at = shuffled(0)
-    image_batch = loader_of(held(equal), MIXED_ANY, 2).one(ViewRequest(at, 1))
+    image_batch = loader_of(held(equal), MIXED_ANY, 2).get(ViewRequest(at, 1))
     assert torch.equal(image_batch.images, expected(equal, MIXED_ANY, at, 1))
 
 
@@ -73,7 +73,7 @@ def test_images_are_shown_as_they_are_where_no_view_is_asked_for(equal, num_work
     at = shuffled(1)
     raw = held(equal).images[at]
     for loader in (ImageLoader(equal, CPU, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
-        image_batch = loader.one(ViewRequest(at))
+        image_batch = loader.get(ViewRequest(at))
         assert torch.equal(image_batch.images, raw)
         assert image_batch.mixture is None
 
@@ -82,7 +82,7 @@ def test_original_images_of_different_sizes_are_rejected(unequal):
     with pytest.raises(
         DataError, match=r"have different sizes: .*0\.png is 10 x 12, .*1\.png is 14 x 9: set data\.image_size"
     ):
-        ImageLoader(unequal, CPU, num_workers=0).one(ViewRequest(torch.arange(4)))
+        ImageLoader(unequal, CPU, num_workers=0).get(ViewRequest(torch.arange(4)))
 
 
 def test_partners_may_come_from_a_larger_data_set(equal):
@@ -92,7 +92,7 @@ def test_partners_may_come_from_a_larger_data_set(equal):
     assert outside, "else the test would see nothing"
     for own, partners in itertools.product((part, held(part)), (equal, held(equal))):
         loader = loader_of(own, MIXED_CROPS, 0, mix_partners=partners)
-        assert torch.equal(loader.one(ViewRequest(at, 1)).images, truth)
+        assert torch.equal(loader.get(ViewRequest(at, 1)).images, truth)
         assert loader.partner_labels(equal.sample_ids[at]).tolist() == equal.labels[at].tolist()
 
 
@@ -100,15 +100,15 @@ def test_partners_may_come_from_a_larger_data_set(equal):
 def test_as_many_workers_are_started_as_are_asked_for(equal, num_workers, started):
     before = set(multiprocessing.active_children())
     loader = loader_of(equal, CROPS, num_workers)
-    loader.one(ViewRequest(torch.arange(4), 0))
-    loader.one(ViewRequest(torch.arange(4), 1))
+    loader.get(ViewRequest(torch.arange(4), 0))
+    loader.get(ViewRequest(torch.arange(4), 1))
     assert len(set(multiprocessing.active_children()) - before) == started
 
 
 def test_held_images_need_no_workers(equal):
     before = set(multiprocessing.active_children())
     loader = loader_of(held(equal), CROPS, 2)
-    loader.one(ViewRequest(torch.arange(4), 0))
+    loader.get(ViewRequest(torch.arange(4), 0))
     assert set(multiprocessing.active_children()) == before
 
 

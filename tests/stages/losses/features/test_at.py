@@ -53,7 +53,7 @@ def test_at_gradient_by_the_maps_equals_finite_differences(form):
 
 @pytest.mark.parametrize("form", ["code", "paper"])
 def test_module_sums_pairs_per_sample(form):
-    config = ATConfig(loss="at", layers=(("a", "b"), ("c", "d")), form=form)
+    config = ATConfig(loss="at", layers=(("a", "b"), ("c", "d")), variant=form)
     module, inputs = build_loss(
         config,
         {"a": STUDENT_MAPS, "c": LARGER_STUDENT_MAPS},

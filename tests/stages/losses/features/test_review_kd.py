@@ -103,7 +103,7 @@ def test_fused_maps_have_the_deepest_width_up_to_512():
     ("epoch", "warmup_epochs", "share"), [(0, 20, 0.05), (9, 20, 0.5), (19, 20, 1), (100, 20, 1), (0, 0, 1)]
 )
 def test_loss_grows_over_the_warmup(epoch, warmup_epochs, share):
-    module, inputs = build(config_of(warmup_epochs=warmup_epochs), moment=TrainProgress(epoch, 240))
+    module, inputs = build(config_of(warmup_epochs=warmup_epochs), progress=TrainProgress(epoch, 240))
     settled, after = build(config_of())
     assert module(inputs).mean().item() == pytest.approx(share * settled(after).mean().item(), rel=1e-12)
 

@@ -62,12 +62,12 @@ def test_defaults_match_the_reference_code():
 
 def test_warmup_grows_to_the_full_loss():
     module = DKDConfig(loss="dkd").build({}, {}, FACTS)
-    whole = module(make_inputs(moment=FINISHED))
+    whole = module(make_inputs(progress=FINISHED))
     assert whole.mean().item() == pytest.approx(62.06831042, rel=1e-9)
-    assert torch.allclose(module(make_inputs(moment=TrainProgress(0, 240))), whole / 20)
-    assert torch.allclose(module(make_inputs(moment=TrainProgress(9, 240))), whole / 2)
-    assert torch.equal(module(make_inputs(moment=TrainProgress(19, 240))), whole)
-    assert torch.equal(module(make_inputs(moment=TrainProgress(100, 240))), whole)
+    assert torch.allclose(module(make_inputs(progress=TrainProgress(0, 240))), whole / 20)
+    assert torch.allclose(module(make_inputs(progress=TrainProgress(9, 240))), whole / 2)
+    assert torch.equal(module(make_inputs(progress=TrainProgress(19, 240))), whole)
+    assert torch.equal(module(make_inputs(progress=TrainProgress(100, 240))), whole)
 
 
 def test_warmup_factor_without_warmup_is_one():

@@ -47,5 +47,5 @@ def test_module_uses_the_scheduled_temperature():
     config = KDConfig(loss="kd", temperature=Schedule(start=8.0, end=2.0))
     module = config.build({}, {}, None)
     for epoch, temperature in ((0, 8.0), (3, 5.0), (6, 2.0)):
-        loss = module(make_inputs(moment=TrainProgress(epoch, 7))).mean()
+        loss = module(make_inputs(progress=TrainProgress(epoch, 7))).mean()
         assert loss.item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).item(), rel=1e-12)

@@ -16,7 +16,7 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec
 POOLED = FeatureSpec("b", "pooled")
 NUM_SAMPLES, DIM = 50, 8
 LABELS = torch.tensor([0, 1, 2, 1])
-OTHERS = Negatives({POOLED: drawn(20, 6, seed=3)}, torch.arange(20) % 4, torch.arange(20) + 30)
+NEGATIVES = Negatives({POOLED: drawn(20, 6, seed=3)}, torch.arange(20) % 4, torch.arange(20) + 30)
 
 
 def built(layers=(("a", "b"),), **keys):
@@ -26,10 +26,10 @@ def built(layers=(("a", "b"),), **keys):
     return config.build(shapes, {POOLED: (6,)}, DatasetInfo(NUM_SAMPLES, 4)).double()
 
 
-def batch(student=None, teacher=None, others=OTHERS, labels=LABELS):
+def batch(student=None, teacher=None, others=NEGATIVES, labels=LABELS):
     student, teacher = drawn(4, 5, seed=1) if student is None else student, drawn(4, 6, seed=2)
     inputs = make_inputs(labels=labels, student={"a": student, "c": 2 * student}, teacher={POOLED: teacher})
-    return replace(inputs, ranks=torch.tensor([7, 3, 40, 11])[: len(labels)], others=others)
+    return replace(inputs, ranks=torch.tensor([7, 3, 40, 11])[: len(labels)], negatives=others)
 
 
 def products(anchors, positives, negatives, is_other):
@@ -66,20 +66,20 @@ def test_defaults_are_the_authors():
 def test_loss_matches_the_authors_formula_over_two_batches(memory):
     module = built(memory=memory)
     layer, inputs = module.layers[0], batch()
-    is_other = LABELS[:, None] != OTHERS.labels
+    is_other = LABELS[:, None] != NEGATIVES.labels
     z_student = z_teacher = None
     for _ in range(2):
         with torch.no_grad():
             student = normalize(layer.student(inputs.student.features["a"]))
             teacher = normalize(layer.teacher(inputs.teacher.features[POOLED]))
-            positives, negatives = teacher, normalize(layer.teacher(OTHERS.features[POOLED]))
+            positives, negatives = teacher, normalize(layer.teacher(NEGATIVES.features[POOLED]))
             if memory == "bank":
-                positives, negatives = layer.teachers.rows[inputs.ranks], layer.teachers.rows[OTHERS.ranks]
+                positives, negatives = layer.teachers.rows[inputs.ranks], layer.teachers.rows[NEGATIVES.ranks]
             rows = layer.students.rows
             if memory == "store" and z_student is None:
-                z_student = z_of(products(student, rows[inputs.ranks], rows[OTHERS.ranks], is_other))
+                z_student = z_of(products(student, rows[inputs.ranks], rows[NEGATIVES.ranks], is_other))
             first, z_student = naive(student, positives, negatives, is_other, z_student)
-            second, z_teacher = naive(teacher, rows[inputs.ranks], rows[OTHERS.ranks], is_other, z_teacher)
+            second, z_teacher = naive(teacher, rows[inputs.ranks], rows[NEGATIVES.ranks], is_other, z_teacher)
         loss = module(inputs)
         assert loss.tolist() == pytest.approx([a + b for a, b in zip(first, second, strict=True)], rel=1e-6)
         inputs = replace(inputs, student=replace(inputs.student, features={"a": drawn(4, 5, seed=9)}))
@@ -124,7 +124,7 @@ def test_memory_update_changes_only_the_seen_rows():
     memory = Memory(NUM_SAMPLES, DIM, 0.5)
     assert memory.rows.abs().max() <= math.sqrt(3 / DIM)
     before, seen = memory.rows.clone(), normalize(drawn(2, DIM, seed=1)).float()
-    memory.remember(torch.tensor([4, 9]), seen)
+    memory.update(torch.tensor([4, 9]), seen)
     assert torch.allclose(memory.rows[[4, 9]], normalize(before[[4, 9]] + seen))
     rest = [at for at in range(NUM_SAMPLES) if at not in {4, 9}]
     assert torch.equal(memory.rows[rest], before[rest])
@@ -162,7 +162,7 @@ def test_z_stays_that_of_the_first_batch():
 
 def test_pairs_are_summed_with_separate_memory_banks():
     module = built(layers=(("a", "b"), ("c", "b")))
-    expected = [layer(batch(), OTHERS, path, POOLED) for layer, path in zip(built_pair(), ("a", "c"), strict=True)]
+    expected = [layer(batch(), NEGATIVES, path, POOLED) for layer, path in zip(built_pair(), ("a", "c"), strict=True)]
     assert torch.allclose(module(batch()), expected[0] + expected[1])
 
 
@@ -189,7 +189,7 @@ def test_loss_and_gradient_are_finite_at_the_edges(scale, memory, dtype):
 @pytest.mark.parametrize("memory", ["store", "bank"])
 def test_batch_of_one_without_valid_negatives_is_finite(memory):
     module, student = built(memory=memory), drawn(1, 5, seed=1).requires_grad_()
-    inputs = replace(batch(student, labels=LABELS[:1]), others=replace(OTHERS, labels=torch.zeros(20).long()))
+    inputs = replace(batch(student, labels=LABELS[:1]), negatives=replace(NEGATIVES, labels=torch.zeros(20).long()))
     inputs = replace(inputs, teacher=replace(inputs.teacher, features={POOLED: drawn(1, 6, seed=2)}))
     loss = module(inputs)
     loss.sum().backward()
@@ -212,7 +212,7 @@ def test_training_reduces_the_loss_and_matches_samples(memory):
     losses = []
     for _ in range(120):
         inputs = make_inputs(labels=all_samples, student={"a": model(seen)}, teacher={POOLED: teacher})
-        loss = module(replace(inputs, ranks=all_samples, others=others)).mean()
+        loss = module(replace(inputs, ranks=all_samples, negatives=others)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
