@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -21,7 +22,8 @@ from support.paths import ROOT
 STAGE = """
 import sys
 from pathlib import Path
-from kdpipe.store.remote.staging_cache import StagingCache, stage
+from kdpipe.store.remote.staging import stage
+from kdpipe.store.remote.staging_cache import StagingCache
 print(stage(sys.argv[1], StagingCache(Path(sys.argv[2]), int(sys.argv[3]))))
 """
 
@@ -55,9 +57,13 @@ class Web(ThreadingHTTPServer):
         self.shards_allowed = shards_allowed
         self.freely.clear()
 
-    def wait_for(self, condition: Callable[[], object]) -> None:
+    def wait_for(self, condition: Callable[[], object], *processes: subprocess.Popen) -> None:
+        """Wait until the condition holds; fail at once where one of the processes has failed."""
+        deadline = time.monotonic() + 60
         with self.noting:
-            assert self.noting.wait_for(condition, 60)
+            while not self.noting.wait_for(condition, 0.1):
+                assert all(process.poll() in (None, 0) for process in processes), "a staging process failed"
+                assert time.monotonic() < deadline
 
     @property
     def shards(self) -> list[str]:

@@ -184,7 +184,7 @@ def test_file_removed_from_cache_is_fetched_again(made, web, cache):
 def test_killed_staging_resumes(made, web, cache):
     web.hold_back(shards_allowed=7)
     process = staging_process(f"{web.url}/a.zarr", cache)
-    web.wait_for(lambda: len(web.shards) >= 10)  # every fetcher is held back, in a unit that it cannot end
+    web.wait_for(lambda: len(web.shards) >= 10, process)  # every fetcher is held back, in a unit that it cannot end
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
@@ -205,7 +205,7 @@ def test_killed_staging_resumes(made, web, cache):
 def test_two_jobs_that_stage_one_store_fetch_each_file_once(made, web, cache):
     web.hold_back(shards_allowed=1)
     jobs = [staging_process(f"{web.url}/a.zarr", cache) for _ in range(2)]
-    web.wait_for(lambda: web.asked.count("a.zarr/zarr.json") == 2 and web.shards)
+    web.wait_for(lambda: web.asked.count("a.zarr/zarr.json") == 2 and web.shards, *jobs)
     web.freely.set()
     copies = {job.communicate(timeout=60)[0] for job in jobs}
     assert [job.returncode for job in jobs] == [0, 0]

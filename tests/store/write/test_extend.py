@@ -176,7 +176,7 @@ def killing_at(monkeypatch: pytest.MonkeyPatch, number: int, torn: bool) -> list
         real(file, *parts)
 
     for module in ("fs.atomic_write", "write.writer", "format.markers", "write.extend", "format.zarr_metadata"):
-        monkeypatch.setattr(f"store.{module}.write_atomically", write)
+        monkeypatch.setattr(f"kdpipe.store.{module}.write_atomically", write)
     return written
 
 

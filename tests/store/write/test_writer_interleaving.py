@@ -145,9 +145,9 @@ def exclusive_store(path: Path) -> Iterator[None]:
 def stepping():
     with pytest.MonkeyPatch.context() as patch:
         for module in ("fs.atomic_write", "write.writer", "format.markers", "write.extend", "format.zarr_metadata"):
-            patch.setattr(f"store.{module}.write_atomically", write)
+            patch.setattr(f"kdpipe.store.{module}.write_atomically", write)
         for module in ("write.writer", "write.extend"):
-            patch.setattr(f"store.{module}.exclusive_store", exclusive_store)
+            patch.setattr(f"kdpipe.store.{module}.exclusive_store", exclusive_store)
         patch.setattr("os.fsync", lambda _: None)  # a kill takes nothing from the page cache
         yield
 
