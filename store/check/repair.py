@@ -18,7 +18,7 @@ from kdpipe.store.format.identity import sha256_of
 from kdpipe.store.format.layout import StoreLayout, Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.markers import Marker, checked_record, read_marker, remove_marker, write_marker
-from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS, Samples, read_column, row_order, sample_chunks
+from kdpipe.store.format.samples import Samples, read_column, row_order, sample_chunks
 from kdpipe.store.format.schema import ATTRIBUTE, MARKER_BYTES, MARKERS, MAX_UNITS, METADATA_BYTES, SCHEMA_VERSION
 from kdpipe.store.format.shard import shard_shape
 from kdpipe.store.fs.atomic_write import make_folders, write_atomically
@@ -73,12 +73,7 @@ def rebuild_manifest(path: Path, planned: Manifest) -> Manifest:
     _require_same_schema(path)
     arrays = tuple(spec for spec in planned.arrays if (path / spec.name).is_dir())
     num_views = _num_views(path) or planned.layout.num_views
-    rebuilt = replace(
-        planned,
-        arrays=arrays,
-        layout=replace(planned.layout, num_views=num_views),
-        finished=None,
-    )
+    rebuilt = replace(planned, arrays=arrays, layout=replace(planned.layout, num_views=num_views), finished=None)
     units = {unit.key: unit for unit in rebuilt.layout.units()}
     records = _marker_records(path)
     if not records:
@@ -148,12 +143,10 @@ def restore_samples(path: Path, manifest: Manifest, known: Samples) -> None:
         StoreError: The data set is another one, or does not determine the row of each sample.
     """
     layout = manifest.layout
-    stored = {name: _stored_column(path, name, layout) for name in COLUMNS}
-    ids = _ids_by_row(path, manifest, stored["ids"][0], known)
+    ids = _ids_by_row(path, manifest, known)
     samples = known.take(known.positions_of(ids))
     digests = samples.digests()
-    fits = all(manifest.identity.data.get(name) == digest for name, digest in digests.items())
-    if not fits or _contradicts(stored, samples):
+    if any(manifest.identity.data.get(name) != digest for name, digest in digests.items()):
         raise StoreError(
             f"the samples of {path} are damaged, and this recipe's data set is not the one that it was made from: use "
             f"the recipe that made it, or else it {HOPELESS}."
@@ -165,47 +158,39 @@ def restore_samples(path: Path, manifest: Manifest, known: Samples) -> None:
             write_atomically(file, raw)
 
 
-def _stored_column(path: Path, name: str, layout: StoreLayout) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Return a sample array [num_samples] as stored, and a mask of the readable samples."""
-    rows, readable = layout.sample_rows(), np.ones(layout.num_rows, np.bool_)
+def _stored_ids(path: Path, layout: StoreLayout) -> NDArray[np.int64] | None:
+    """Return the id in each row [num_samples] as stored; None where a chunk is lost."""
 
     def read(key: str, max_bytes: int) -> bytes | None:
         with suppress(OSError):
             return read_regular_file(path / key, max_bytes, path)
         return None
 
-    def mark_unreadable(key: str, fault: str) -> None:
-        first_row = int(key.rpartition("/")[2]) * CHUNK_ROWS
-        readable[first_row : first_row + CHUNK_ROWS] = False
-
-    column = read_column(read, name, layout, mark_unreadable)
-    return column[rows].astype(COLUMNS[name][0]), readable[rows]
+    with suppress(StoreError):
+        return read_column(read, "ids", layout, str(path))[layout.sample_rows()].astype(np.int64)
+    return None
 
 
-def _ids_by_row(path: Path, manifest: Manifest, stored: NDArray[np.int64], known: Samples) -> NDArray[np.int64]:
+def _ids_by_row(path: Path, manifest: Manifest, known: Samples) -> NDArray[np.int64]:
     """Return the id in each row [num_samples]; damaged ones are deduced, as a segment is in `row_order`."""
-    unique, counts = np.unique(stored, return_counts=True)
-    good = np.isin(stored, unique[counts == 1]) & np.isin(stored, known.ids)
-    if good.all():
+    seed, segments = int(manifest.identity.views["seed"]), manifest.layout.segments
+    stored = _stored_ids(path, manifest.layout)
+    if stored is not None and np.array_equal(np.sort(stored), np.sort(known.ids)):
         return stored
-    lost = np.setdiff1d(known.ids, stored[good])
-    segments = np.repeat(np.arange(len(manifest.layout.segments)), manifest.layout.segments)
-    damaged_segments = np.unique(segments[~good])
-    if len(lost) == np.count_nonzero(~good) and len(damaged_segments) == 1:
-        inside = segments == damaged_segments[0]
-        members = np.concatenate([stored[good & inside], lost])
-        ids = stored.copy()
-        ids[inside] = members[row_order(members, int(manifest.identity.views["seed"]))]
-        if np.array_equal(ids[good], stored[good]):
-            return ids
+    if len(segments) == 1:
+        return known.ids[row_order(known.ids, seed)]
+    if stored is not None:
+        unique, counts = np.unique(stored, return_counts=True)
+        good = np.isin(stored, unique[counts == 1]) & np.isin(stored, known.ids)
+        lost = np.setdiff1d(known.ids, stored[good])
+        segment_of = np.repeat(np.arange(len(segments)), segments)
+        damaged_segments = np.unique(segment_of[~good])
+        if len(damaged_segments) == 1 and len(lost) == np.count_nonzero(~good):
+            inside = segment_of == damaged_segments[0]
+            members = np.concatenate([stored[good & inside], lost])
+            stored[inside] = members[row_order(members, seed)]
+            return stored
     raise StoreError(
         f"the sample ids of {path} are damaged, and this recipe's data set does not determine them: use the "
         f"recipe that made it, or else it {HOPELESS}."
     )
-
-
-def _contradicts(stored: Mapping[str, tuple[NDArray[Any], NDArray[np.bool_]]], samples: Samples) -> bool:
-    """Return whether label and pixels of a row both belong to another sample: then the rows have another order."""
-    labels, pixels = stored["labels"], stored["pixels_crc32c"]
-    wrong_label, wrong_pixels = labels[0] != samples.labels, pixels[0] != samples.pixels_crc32c
-    return bool((wrong_label & labels[1] & wrong_pixels & pixels[1]).any())

@@ -137,36 +137,25 @@ def read_samples(path: Path, layout: StoreLayout, data: Mapping[str, Any]) -> Sa
 
 def samples_from(read: ReadKey, layout: StoreLayout, data: Mapping[str, Any], where: str) -> Samples:
     """Read the samples of a local or remote store through `read`; checked as by `read_samples`."""
-
-    def refuse(key: str, fault: str) -> None:
-        raise StoreError(f"{where}/{key} is damaged: {fault}. Run `kdpipe store repair RECIPE`.")
-
     rows = layout.sample_rows()
-    columns = {name: read_column(read, name, layout, refuse)[rows].astype(COLUMNS[name][0]) for name in COLUMNS}
+    columns = {name: read_column(read, name, layout, where)[rows].astype(COLUMNS[name][0]) for name in COLUMNS}
     samples = Samples(**columns)
     if any(data.get(key) != digest for key, digest in samples.digests().items()):
-        refuse(SAMPLES, "its digests do not match")
+        raise StoreError(f"{where}/{SAMPLES} is damaged: its digests do not match. Run `kdpipe store repair RECIPE`.")
     return samples
 
 
-def read_column(read: ReadKey, name: str, layout: StoreLayout, on_fault: Callable[[str, str], None]) -> NDArray[Any]:
-    """Read all rows of a sample array, including rows without a sample.
+def read_column(read: ReadKey, name: str, layout: StoreLayout, where: str) -> NDArray[Any]:
+    """Read all rows of a sample array, including rows without a sample. Raises StoreError where a chunk is bad.
 
     Chunks are read one after the other: what a manifest only claims to hold takes no memory.
-
-    Args:
-        read: Reads a chunk; None where it is absent.
-        name: The array.
-        layout: The store's layout.
-        on_fault: Called with (key, fault) for an absent or incomplete chunk, which then reads as if without samples.
     """
     dtype, parts = column_dtype(name), []
     chunk_bytes = CHUNK_ROWS * dtype.itemsize
     for key in column_keys(name, layout):
         raw = read(key, chunk_bytes)
         if raw is None or len(raw) != chunk_bytes:
-            on_fault(key, "it is missing" if raw is None else f"it does not have {chunk_bytes:,} bytes")
-            parts.append(np.full(CHUNK_ROWS, COLUMNS[name][1], dtype))
-        else:
-            parts.append(np.frombuffer(raw, dtype))
+            fault = "it is missing" if raw is None else f"it does not have {chunk_bytes:,} bytes"
+            raise StoreError(f"{where}/{key} is damaged: {fault}. Run `kdpipe store repair RECIPE`.")
+        parts.append(np.frombuffer(raw, dtype))
     return np.concatenate(parts)

@@ -12,8 +12,7 @@ MAX_SPARSITY = 4
 class RowIndex:
     """Map from sample ids, int64 [N], unique and >= 0, to `rows` int64 [N].
 
-    An absent id maps to `missing_row`, which is out of range in every array, so that taking it is an IndexError. The
-    tables have that row wherever there is no sample, and at both ends: `take(mode="clip")` sends all ids outside there.
+    An absent id maps to `missing_row`, which is out of range in every array, so that taking it is an IndexError.
     """
 
     def __init__(self, ids: NDArray[np.int64], rows: NDArray[np.int64], missing_row: int) -> None:
@@ -22,14 +21,9 @@ class RowIndex:
         self._sorted, self._rows = ids[order], rows[order]
         self._by_id_plus_1: NDArray[np.int64] | None = None
         if self._sorted[0] >= 0 and self._sorted[-1] < MAX_SPARSITY * len(ids) + 2**16:
-            table = np.full(int(self._sorted[-1]) + 3, missing_row)
-            table[ids + 1] = rows
-            self._by_id_plus_1, self._by_id = table, table[1:].copy()
-            self._by_id[0] = missing_row  # entry of negative ids (clipped), so id 0 is treated as missing too
-
-    def find_fast(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return rows as `find` does, but `missing_row` for id 0 too: adding 1 to ids costs more than the lookup."""
-        return self.find(ids) if self._by_id_plus_1 is None else self._by_id.take(ids, mode="clip")
+            # `missing_row` at both ends too: there `take(mode="clip")` sends all ids outside.
+            self._by_id_plus_1 = np.full(int(self._sorted[-1]) + 3, missing_row)
+            self._by_id_plus_1[ids + 1] = rows
 
     def find(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows of samples, int64 [B]; `missing_row` for absent ids."""

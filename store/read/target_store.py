@@ -144,8 +144,8 @@ class TargetStore:
         """
         try:
             # As fast as np.memmap's take: the row of an absent sample is out of range, which `take` checks anyway.
-            rows: NDArray[Any] = self._mapped_views[name, view].take(self._index.find_fast(sample_ids), axis=0)
-        except (KeyError, IndexError):  # not mapped (yet), or an absent id, or id 0
+            rows: NDArray[Any] = self._mapped_views[name, view].take(self._index.find(sample_ids), axis=0)
+        except (KeyError, IndexError):  # not mapped (yet), or an absent id
             return self.take(name, view, self.rows_of(sample_ids))
         return rows
 
@@ -233,9 +233,7 @@ class TargetStore:
             self._unmappable[name] = f"it is streamed within {self._stream_bytes:,} bytes"
             return
         if self.manifest.codec is not None:
-            self._unmappable[name] = (
-                "the archive profile compresses its chunks (`kdpipe store transcode` decompresses them)"
-            )
+            self._unmappable[name] = "its chunks are compressed (`kdpipe store transcode` decompresses them)"
             return
         shape, unit_bytes = shard_shape(spec, layout.unit_rows), layout.unit_rows * spec.row_bytes
         units, num_units = layout.units(), layout.num_views * layout.num_shards

@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from kdpipe.store.format.schema import MARKER_BYTES
 from kdpipe.store.format.unit_state import store_bytes
 from kdpipe.store.format.zarr_metadata import read_store_manifest
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path
-from kdpipe.store.fs.lock import Holder, acquire, exclusive, is_file_at, release
+from kdpipe.store.fs.lock import Holder, acquire, exclusive, release
 
 DEFAULT_MAX_BYTES = 200 * 2**30
 
@@ -88,12 +88,8 @@ _keeping = threading.Lock()
 def keep(entry: Path) -> None:
     """Protect `entry` from eviction while this process lives."""
     with _keeping:
-        before = _kept.get(entry)
-        if before is not None and is_file_at(entry / IN_USE, before):
-            return
-        _kept[entry] = _share(entry)
-        if before is not None:  # the folder was removed by hand
-            release(before)
+        if entry not in _kept:
+            _kept[entry] = _share(entry)
 
 
 def copy_bytes(manifest: Manifest) -> int:
@@ -112,71 +108,44 @@ def make_room(cache: StagingCache, entry: Path, planned_bytes: int) -> None:
         StoreError: It cannot fit within the cache's limit or on its disk. Nothing is evicted then.
     """
     _sweep(cache)
-    others = [_Entry.at(folder) for folder in _folders(cache) if folder != entry]
+    sizes = {folder: _final_bytes(folder) for folder in _folders(cache) if folder != entry}
+    room, free = cache.max_bytes - sum(sizes.values()), shutil.disk_usage(cache.folder).free
     new_bytes = planned_bytes - _folder_bytes(entry)
-    evicted: list[_Entry] = []
-    in_use: dict[_Entry, Holder] = {}
+    evicted, in_use = [], []
     with ExitStack() as locks:
-        for other in sorted(others, key=lambda other: other.last_used):
-            if not _shortage(cache, planned_bytes, new_bytes, others, evicted):
+        for folder in sorted(sizes, key=_last_used):
+            if planned_bytes <= room and new_bytes <= free:
                 break
-            acquired = acquire(other.folder / IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            acquired = acquire(folder / IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if isinstance(acquired, Holder):
-                in_use[other] = acquired
-            else:
-                locks.callback(release, acquired)
-                evicted.append(other)
-        if shortage := _shortage(cache, planned_bytes, new_bytes, others, evicted):
-            raise StoreError(shortage + _users(in_use))
-        aside = [_set_aside(other.folder) for other in evicted]
+                in_use.append(f"{folder.name} ({acquired})")
+                continue
+            locks.callback(release, acquired)
+            evicted.append(folder)
+            room, free = room + sizes[folder], free + sizes[folder]
+        if planned_bytes > room or new_bytes > free:
+            users = f" In use, and not to be evicted: {', '.join(in_use)}." if in_use else ""
+            raise StoreError(
+                f"the store needs {planned_bytes:,} bytes in {cache.folder}, where staged stores may take "
+                f"{cache.max_bytes:,} together and the disk has {free:,} free: make room, set KDPIPE_CACHE_BYTES "
+                f"higher, or KDPIPE_CACHE to a folder on another disk.{users}"
+            )
+        aside = [_set_aside(folder) for folder in evicted]
     for folder in aside:
         shutil.rmtree(folder, ignore_errors=True)  # the rest is removed by a later sweep
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """An entry: its final size, its size on disk, and when it was last used (ns)."""
-
-    folder: Path
-    reserved_bytes: int
-    disk_bytes: int
-    last_used: int
-
-    @staticmethod
-    def at(folder: Path) -> _Entry:
-        disk_bytes, in_use = _folder_bytes(folder), folder / IN_USE
-        try:
-            reserved = copy_bytes(read_store_manifest(folder / COPY))
-        except StoreError:
-            reserved = disk_bytes
-        return _Entry(folder, reserved, disk_bytes, in_use.stat().st_mtime_ns if in_use.exists() else 0)
+def _final_bytes(folder: Path) -> int:
+    """Return the size of an entry once it is complete."""
+    try:
+        return copy_bytes(read_store_manifest(folder / COPY))
+    except StoreError:
+        return _folder_bytes(folder)
 
 
-def _shortage(
-    cache: StagingCache, planned_bytes: int, new_bytes: int, others: Sequence[_Entry], evicted: Sequence[_Entry]
-) -> str | None:
-    """Return why an entry would not fit even without those `evicted`; None where it would."""
-    reserved = sum(other.reserved_bytes for other in others if other not in evicted)
-    free = shutil.disk_usage(cache.folder).free + sum(other.disk_bytes for other in evicted)
-    if planned_bytes + reserved > cache.max_bytes:
-        return (
-            f"the store needs {planned_bytes:,} bytes in {cache.folder}, where staged stores may take "
-            f"{cache.max_bytes:,} together: set KDPIPE_CACHE_BYTES higher, or KDPIPE_CACHE to a folder on another disk."
-        )
-    if new_bytes > free:
-        return (
-            f"the store needs {new_bytes:,} bytes more in {cache.folder}, whose disk has {free:,} free: make room, or "
-            "set KDPIPE_CACHE to a folder on another disk."
-        )
-    return None
-
-
-def _users(in_use: Mapping[_Entry, Holder]) -> str:
-    if not in_use:
-        return ""
-    users = ", ".join(f"{other.folder.name} ({who})" for other, who in in_use.items())
-    total = sum(other.reserved_bytes for other in in_use)
-    return f" In use, and not to be evicted, are {total:,} bytes: {users}."
+def _last_used(folder: Path) -> int:
+    in_use = folder / IN_USE
+    return in_use.stat().st_mtime_ns if in_use.exists() else 0
 
 
 def _share(entry: Path) -> int:

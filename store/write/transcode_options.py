@@ -9,7 +9,6 @@ from typing import Literal
 
 from kdpipe.store.errors import StoreError
 from kdpipe.store.format.codec import Codec
-from kdpipe.store.format.identity import Identity
 from kdpipe.store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.topk import TAIL, VALUES, TopK, default_temperatures
@@ -61,7 +60,7 @@ def transcoded_manifest(source: TargetStore, options: TranscodeOptions) -> Manif
     specs = _specs(source, options, top_k)
     return replace(
         manifest,
-        identity=_identity(source, num_segments),
+        identity=manifest.identity_of(num_segments, source.samples, str(source.path)),
         arrays=specs,
         layout=StoreLayout(
             _num_views(source, options), _unit_rows(source, specs), manifest.layout.segments[:num_segments]
@@ -71,19 +70,6 @@ def transcoded_manifest(source: TargetStore, options: TranscodeOptions) -> Manif
         codec=_codec(manifest, options),
         rounded=_rounded(source, specs, options.keep_bits),
         finished=None,
-    )
-
-
-def _identity(source: TargetStore, num_segments: int) -> Identity:
-    """Return the identity of the finished segments: of a store that is being extended, the one it had before."""
-    manifest = source.manifest
-    fingerprint = manifest.segment_fingerprints[num_segments - 1]
-    data = {**manifest.identity.data, **source.samples.digests(), "num_samples": source.num_samples}
-    for identity in (manifest.identity, replace(manifest.identity, data=data)):
-        if identity.fingerprint == fingerprint:
-            return identity
-    raise StoreError(
-        f"{source.path} is being extended: run `kdpipe cache-teacher` to finish that, then transcode again."
     )
 
 

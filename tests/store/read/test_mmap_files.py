@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from kdpipe.store import StoreError
-from kdpipe.store.read import mmap_files
 from kdpipe.store.read.mmap_files import FileRegion, MappingUnsupported, map_files
 
 PAGE = mmap.PAGESIZE
@@ -165,13 +164,6 @@ def test_another_system_cannot_map(shards, monkeypatch, name, value, why):
     regions, expected = shards
     monkeypatch.setattr(sys, name, value)
     with pytest.raises(MappingUnsupported, match=why):
-        map_files(regions, len(expected))
-
-
-def test_too_many_files_are_refused_before_mapping(shards, monkeypatch):
-    regions, expected = shards
-    monkeypatch.setattr(mmap_files, "SPARE_MAPS", 10**12)
-    with pytest.raises(MappingUnsupported, match="3 files, and the system's vm.max_map_count leaves room for 0 more"):
         map_files(regions, len(expected))
 
 

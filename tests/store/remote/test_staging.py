@@ -311,14 +311,6 @@ def test_a_rounded_store_and_the_exact_one_never_mix(store_maker, cache):
     assert [dict(read_store_manifest(copy).rounded) for copy in (exact, rounded)] == [{}, {"logits": 5}]
 
 
-def test_units_larger_than_memory_are_refused(made, web, cache, monkeypatch):
-    real = os.sysconf
-    monkeypatch.setattr("os.sysconf", lambda name: 100 if name == "SC_PHYS_PAGES" else real(name))
-    with pytest.raises(StoreError, match="has units of 327,680 bytes, too large for this machine's memory of 409,600"):
-        stage(f"{web.url}/a.zarr", cache)
-    assert web.asked == ["a.zarr/zarr.json"]
-
-
 def test_disk_error_is_reported_and_staged_units_are_kept(made, web, cache, monkeypatch):
     real = os.fsync
 

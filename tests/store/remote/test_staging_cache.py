@@ -55,9 +55,7 @@ def test_nothing_is_evicted_for_a_store_that_cannot_fit(store_maker, cache, monk
         stage(large.path, replace(cache, max_bytes=10**6))
     usage = shutil.disk_usage(cache.folder)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(
-        StoreError, match=r"needs 1,9\d\d,\d\d\d bytes more in .*, whose disk has .* free.*KDPIPE_CACHE"
-    ):
+    with pytest.raises(StoreError, match=r"needs 1,9\d\d,\d\d\d bytes in .* and the disk has .* free.*KDPIPE_CACHE"):
         stage(large.path, cache)
     assert entries(cache) == {idle}
     require_equal(stage(small.path, cache), small)
