@@ -34,4 +34,4 @@ def repair_test_store(
     config: CacheConfig, path: Path, teacher: ModelBundle, context: StageContext
 ) -> tuple[VerifyReport, VerifyReport, int]:
     """Repair the test store at `path`. Returns and raises like `repair`."""
-    return repair(replace(config, top_k=None), path, teacher, [], test_context(context))
+    return repair(replace(config, top_k=None), path, teacher, test_context(context))

@@ -84,29 +84,24 @@ class VerifyReport:
         }
 
 
-def verify_store(
-    path: Path, on_unit: Callable[[int, int], None] = lambda done, total: None, *, manifest: Manifest | None = None
-) -> VerifyReport:
+def verify_store(path: Path, on_unit: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
     """Verify every file of the store at `path` and collect all faults. One shard is in memory at a time.
 
     Args:
-        path: The store.
+        path: The store. If its manifest cannot be read, that is the only fault reported.
         on_unit: Called with (units checked, units in all) after each; may raise to stop.
-        manifest: The expected manifest, if known from elsewhere because the stored one cannot be read. Without one,
-            an unreadable manifest is the only fault reported.
 
     Raises:
         StoreError: There is no store at all.
         KdpipeError: Another job changed it meanwhile.
     """
     with _metadata_locked(path):
-        if manifest is None:
-            try:
-                manifest = read_store_manifest(path)
-            except StoreError as error:
-                if not (path / MARKERS).is_dir():
-                    raise
-                return VerifyReport((Fault("zarr.json", f"nothing else can be checked: {error}"),), (), 0, 0, 0)
+        try:
+            manifest = read_store_manifest(path)
+        except StoreError as error:
+            if not (path / MARKERS).is_dir():
+                raise
+            return VerifyReport((Fault("zarr.json", f"nothing else can be checked: {error}"),), (), 0, 0, 0)
         verifier = _Verifier(path, manifest)
         verifier.metadata()
         verifier.samples()
@@ -129,10 +124,9 @@ def verify_store(
 @contextmanager
 def _metadata_locked(path: Path) -> Iterator[None]:
     """Prevent changes of metadata meanwhile; on a read-only disk, where no lock can be taken, there are none."""
+    is_store = path.is_dir() and any((path / name).exists() for name in ("zarr.json", MARKERS))
     with ExitStack() as stack:
-        if path.is_dir() and (
-            (path / "zarr.json").exists() or (path / MARKERS).exists()
-        ):  # anything else is not a store
+        if is_store:
             with suppress(KdpipeError):
                 stack.enter_context(exclusive_store(path))
         yield
@@ -140,9 +134,8 @@ def _metadata_locked(path: Path) -> Iterator[None]:
 
 def _require_unchanged(path: Path, manifest: Manifest) -> None:
     """Raise KdpipeError if the store was extended or shrunk meanwhile: the faults found may then be wrong."""
-    with suppress(StoreError):  # an unreadable manifest is a fault, recorded already
-        if read_store_manifest(path).layout != manifest.layout:
-            raise KdpipeError(f"{path} was extended or shrunk while it was checked: run the same command again.")
+    if read_store_manifest(path).layout != manifest.layout:
+        raise KdpipeError(f"{path} was extended or shrunk while it was checked: run the same command again.")
 
 
 @dataclass
@@ -277,7 +270,6 @@ def _difference(stored: bytes, wanted: bytes) -> str:
     if not found:
         return "it is not formatted as kdpipe writes it"
     key, value, expected = found[0]
-    hint = (
-        ", or a command that extends or shrinks the store was interrupted: run it again" if key[:5] == "shape" else ""
-    )
+    changing = ", or a command that extends or shrinks the store was interrupted: run it again"
+    hint = changing if key[:5] == "shape" else ""
     return f"{key} is {str(value)[:100]!r}, kdpipe writes {str(expected)[:100]!r}{hint}"

@@ -80,10 +80,9 @@ def ids_and_labels_sha256(ids: NDArray[np.int64], labels: NDArray[np.int64]) -> 
 
 
 def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Apply the finalizer of SplitMix64 (Steele, Lea, Flood 2014) to each number, modulo 2^64.
+    """Apply the finalizer of SplitMix64 (Steele, Lea, Flood 2014), a bijection of uint64, to each number.
 
-    A bijection of uint64 in which each input bit flips each output bit with probability near one half. The generator's
-    n-th output from `seed` is `splitmix64(seed + n * SPLITMIX_INCREMENT)`.
+    The generator's n-th output from `seed` is `splitmix64(seed + n * SPLITMIX_INCREMENT)`.
     """
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -92,10 +91,9 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def row_order(ids: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Return the positions of samples in the order of their rows: a pseudorandom permutation that depends on ids alone.
+    """Return the positions of samples in the order of their rows: sorted by a SplitMix64 hash of id and seed.
 
-    An epoch that reads slab after slab then mixes like a full shuffle. Samples are sorted by a SplitMix64 hash of id
-    and seed.
+    An epoch that reads slab after slab of this pseudorandom permutation mixes like a full shuffle.
     """
     with np.errstate(over="ignore"):
         keys = splitmix64(ids.astype(np.uint64) + np.uint64(SPLITMIX_INCREMENT))

@@ -73,14 +73,10 @@ class RemoteFolder:
     _open: Callable[[str], AbstractContextManager[_Object | None]] = field(repr=False)
 
     def read(self, key: str, max_bytes: int = METADATA_BYTES) -> bytes | None:
-        """Return all bytes of one object, or None where there is none.
+        """Return all bytes of one object, or None where there is none. (S3 answers 403 if listing is forbidden.)
 
         An object whose stated size exceeds `max_bytes` is refused before its bytes are requested; so is one that sends
-        more or fewer bytes than stated. (S3 answers 403, not 404, for an absent key of a bucket that this user may not
-        list: that is an error here.)
-
-        Raises:
-            StoreError: The server fails or refuses, or the object has another size.
+        more or fewer bytes than stated. Raises StoreError there, and where the server fails or refuses.
         """
         try:
             with self._open(key) as found:
@@ -113,14 +109,11 @@ def is_url(where: str | Path) -> bool:
 
 
 def open_remote(url: str) -> RemoteFolder:
-    """Return the folder at `url`: s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, https://, http:// or file://.
+    """Return the folder at `url`: s3://bucket/prefix, gs://, az://container/prefix, https://, http:// or file://.
 
-    Nothing is requested yet. Credentials and endpoints of buckets come from the environment (AWS_*, GOOGLE_*, AZURE_*);
-    an endpoint that starts with http:// is used as it is. A web URL may have `user:password@`, sent as HTTP basic
-    authentication, and a query, sent with every key.
-
-    Raises:
-        StoreError: The URL is invalid, or obstore is needed and not installed.
+    Nothing is requested yet. Credentials and endpoints of buckets come from the environment (AWS_*, GOOGLE_*, AZURE_*).
+    A web URL may have `user:password@`, sent as HTTP basic authentication, and a query, sent with every key. Raises
+    StoreError if the URL is invalid, or obstore is needed and not installed.
     """
     parts = _parsed(url)
     parts = parts._replace(path=parts.path.rstrip("/"), fragment="")

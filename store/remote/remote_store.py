@@ -55,8 +55,7 @@ class RemoteStore:
 def open_remote_store(where: str | Path) -> RemoteStore:
     """Open the store at a URL or in a folder. Only its manifest is read.
 
-    Raises:
-        StoreError: There is no store, it cannot be reached, or nothing of it is finished.
+    Raises StoreError where there is no store, it cannot be reached, or nothing of it is finished.
     """
     if is_url(where):
         remote = open_remote(str(where))

@@ -67,20 +67,13 @@ def needs_staging(where: str | Path) -> str | None:
 def stage(
     where: str | Path, cache: StagingCache, on_unit: Callable[[int, int], None] = lambda done, total: None
 ) -> Path:
-    """Return a zero-copy store on this machine with the finished part of the store at `where`.
+    """Return a zero-copy store on this machine with the finished part of the store at `where`, a folder or a URL.
 
-    A store that needs no staging is returned as it is.
+    A store that needs no staging is returned as it is. If the copy exists already, only the remote manifest is read.
+    Waits for another job that is staging it. Every file is checked against its committed crc32c. The copy is not
+    evicted from the cache while this process lives. `on_unit` is called with (units fetched, units to fetch).
 
-    If the copy exists already, only the remote manifest is read. Waits for another job that is staging it. Every file
-    is checked against its committed crc32c. The copy is not evicted from the cache while this process lives.
-
-    Args:
-        where: A folder or a URL.
-        cache: The staging cache.
-        on_unit: Called with (units fetched, units to fetch).
-
-    Raises:
-        StoreError: The store cannot be read or is damaged (the error names the file), or the copy does not fit.
+    Raises StoreError where the store cannot be read or is damaged (the error names the file), or the copy does not fit.
     """
     if needs_staging(where) is None:
         return Path(where)

@@ -102,10 +102,7 @@ def copy_bytes(manifest: Manifest) -> int:
 def make_room(cache: StagingCache, entry: Path, planned_bytes: int) -> None:
     """Evict entries, the least recently used first, until `entry` may grow to `planned_bytes`.
 
-    The caller holds `exclusive_cache` and uses `entry`.
-
-    Raises:
-        StoreError: It cannot fit within the cache's limit or on its disk. Nothing is evicted then.
+    The caller holds `exclusive_cache` and uses `entry`. Raises StoreError, and evicts nothing, where it cannot fit.
     """
     _sweep(cache)
     sizes = {folder: _final_bytes(folder) for folder in _folders(cache) if folder != entry}

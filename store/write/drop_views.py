@@ -19,14 +19,10 @@ from kdpipe.store.write.claims import exclusive_store, holder
 
 
 def drop_views(path: Path, keep: int) -> dict[str, Any]:
-    """Keep the first `keep` views of the store at `path`.
+    """Keep the first `keep` views of the store at `path`. Returns the numbers of views and the bytes freed.
 
     The manifest is changed first, then the arrays' metadata; then markers are deleted and then shards. A kill at any
-    moment leaves a valid store with unused files, which the same call deletes. A reader that has mapped a dropped view
-    can still read it. Views may be added again later.
-
-    Returns:
-        The numbers of views and the bytes freed.
+    moment leaves a valid store with unused files, which the same call deletes. Mapped views can still be read.
 
     Raises:
         StoreError: The store has fewer views or cannot be changed.
@@ -46,12 +42,7 @@ def drop_views(path: Path, keep: int) -> dict[str, Any]:
         with translate_os_errors(lambda error: _failure(path, f"{error.strerror}: {error.filename}")):
             replace_metadata(path, _with_views(manifest, keep), group_first=True)
             freed = sum(_delete(folder) for folder in _dropped(path, manifest, keep))
-    return {
-        "path": str(path),
-        "num_views": keep,
-        "num_views_removed": num_views - keep,
-        "bytes_freed": freed,
-    }
+    return {"path": str(path), "num_views": keep, "num_views_removed": num_views - keep, "bytes_freed": freed}
 
 
 def _with_views(manifest: Manifest, keep: int) -> Manifest:

@@ -28,12 +28,8 @@ COUNTS = ("num_samples", "ids_and_labels_sha256", "pixels_sha256")
 def ensure_store(path: Path, wanted: Manifest, samples: Samples) -> Manifest:
     """Create the store at `path`, or extend it, so that it has room for all that is `wanted` of `samples`.
 
-    Returns:
-        Its manifest, which may cover more.
-
-    Raises:
-        FingerprintMismatch: The store has another teacher, other samples or another encoding.
-        StoreError: Writing fails.
+    Returns its manifest, which may cover more. Raises FingerprintMismatch where the store has another teacher, other
+    samples or another encoding.
     """
     with exclusive_store(path):
         if not path.exists():

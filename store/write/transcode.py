@@ -59,8 +59,7 @@ def transcode(
 
     Raises:
         StoreError: The source is incomplete or damaged, or the options do not apply to it.
-        FingerprintMismatch: The target is another store.
-        LockedError: Another process is transcoding to the target.
+        FingerprintMismatch, LockedError: The target is another store, or in use.
     """
     target = _resolved(target)  # lock files use its name, and "." has none
     _require_apart(_resolved(source), target)

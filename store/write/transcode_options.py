@@ -49,10 +49,7 @@ def transcoded_manifest(source: TargetStore, options: TranscodeOptions) -> Manif
     """Return the manifest of the store that `options` make of `source`: it decides all of its bytes.
 
     Units keep their rows, unless the rows of a new array would not fill whole pages (and so could not be mapped): they
-    are then made several times as long.
-
-    Raises:
-        StoreError: The options do not apply to this store.
+    are then made several times as long. Raises StoreError where the options do not apply to this store.
     """
     manifest, finished = source.manifest, source.manifest.finished
     num_segments = finished.num_segments if finished else len(manifest.layout.segments)

@@ -58,8 +58,8 @@ def repair(run: Run) -> dict[Path, tuple[VerifyReport, VerifyReport, int]]:
     from kdpipe.stages.train_teacher import load_teacher
 
     teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.context), run.recipe.cache
-    layers, test_store = list(run.required_features(teacher)), Path(test_store_path(run.store))
-    repaired = {run.store: repair_store(config, run.store, teacher, layers, run.context)}
+    test_store = Path(test_store_path(run.store))
+    repaired = {run.store: repair_store(config, run.store, teacher, run.context)}
     if test_store.exists():
         repaired[test_store] = repair_test_store(config, test_store, teacher, run.context)
     return repaired

@@ -33,14 +33,7 @@ def test_least_recently_used_is_evicted_unless_in_use(store_maker, cache):
     assert entries(cache) == {two, three}
     with pytest.raises(StoreError, match="In use") as refused:
         stage(first, small)
-    for said in (
-        "KDPIPE_CACHE_BYTES",
-        "KDPIPE_CACHE ",
-        f"{small.max_bytes:,}",
-        two.name,
-        three.name,
-        str(os.getpid()),
-    ):
+    for said in ("KDPIPE_CACHE_BYTES", "KDPIPE_CACHE ", f"{small.max_bytes:,}", two.name, three.name, str(os.getpid())):
         assert said in str(refused.value)
     assert entries(cache) == {two, three}
     open_store(two / "targets.zarr")

@@ -250,10 +250,7 @@ def test_another_data_set_is_refused(path):
 
 @pytest.mark.parametrize(
     "other",
-    [
-        replace(SMALL, form=LOGITS["float32"]),
-        replace(SMALL, form=replace(SMALL.form, codec=Codec())),
-    ],
+    [replace(SMALL, form=LOGITS["float32"]), replace(SMALL, form=replace(SMALL.form, codec=Codec()))],
     ids=["precision", "codec"],
 )
 def test_another_encoding_is_refused(path, other):
@@ -265,13 +262,7 @@ def test_another_encoding_is_refused(path, other):
 
 @pytest.mark.parametrize(
     "less",
-    [
-        replace(LARGE, num_views=1),
-        replace(LARGE, num_samples=100),
-        replace(LARGE, num_layers=0),
-        SMALL,
-        LARGE,
-    ],
+    [replace(LARGE, num_views=1), replace(LARGE, num_samples=100), replace(LARGE, num_layers=0), SMALL, LARGE],
     ids=["views", "samples", "layers", "all", "the same"],
 )
 def test_wanting_less_changes_nothing(path, less):
