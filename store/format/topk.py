@@ -74,9 +74,6 @@ class TopK:
         """Parse the result of `to_json`. Raises TypeError, ValueError or KeyError on anything else."""
         if not isinstance(record, Mapping) or not isinstance(record["temperatures"], list):
             raise TypeError("top-k logits are not described by a JSON object with a list of temperatures")
-        unknown = set(record) - {"num_classes", "k", "temperatures"}
-        if unknown:
-            raise ValueError(f"top-k logits have unknown settings: {sorted(map(str, unknown))}")
         return TopK(record["num_classes"], record["k"], tuple(record["temperatures"]))
 
     def arrays(self, dtype: str) -> tuple[ArraySpec, ...]:

@@ -93,17 +93,17 @@ def _map_over(address: int, region: FileRegion) -> None:
         found = os.fstat(descriptor).st_size
         if found < region.num_bytes:
             raise StoreError(f"{region.path} is damaged: it has {found:,} bytes, its rows take {region.num_bytes:,}.")
-        if region.num_bytes:
-            _fixed_map(address + region.offset, region.num_bytes, descriptor, region.path)
+        if region.num_bytes and _libc_mmap(address + region.offset, region.num_bytes, descriptor) == MAP_FAILED:
+            raise MappingUnsupported(f"{region.path} cannot be mapped: {os.strerror(ctypes.get_errno())}")
     finally:
         os.close(descriptor)
 
 
-def _fixed_map(address: int, num_bytes: int, descriptor: int, path: Path) -> None:
+def _libc_mmap(address: int, num_bytes: int, descriptor: int) -> int | None:
     """Call mmap(2) at a given address, which Python's `mmap` does not support."""
     libc = ctypes.CDLL(None, use_errno=True)
     number, size, pointer = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
     libc.mmap.argtypes = (pointer, size, number, number, number, ctypes.c_long)
     libc.mmap.restype = pointer
-    if libc.mmap(address, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, descriptor, 0) == MAP_FAILED:
-        raise MappingUnsupported(f"{path} cannot be mapped: {os.strerror(ctypes.get_errno())}")
+    mapped: int | None = libc.mmap(address, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, descriptor, 0)
+    return mapped

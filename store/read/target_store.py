@@ -233,7 +233,7 @@ class TargetStore:
             self._unmappable[name] = f"it is streamed within {self._stream_bytes:,} bytes"
             return
         if self.manifest.codec is not None:
-            self._unmappable[name] = "its chunks are compressed (`kdpipe store transcode` decompresses them)"
+            self._unmappable[name] = "the archive profile compresses chunks (see `kdpipe store transcode`)"
             return
         shape, unit_bytes = shard_shape(spec, layout.unit_rows), layout.unit_rows * spec.row_bytes
         units, num_units = layout.units(), layout.num_views * layout.num_shards

@@ -32,17 +32,7 @@ from kdpipe.store.remote.remote_store import (
     read_remote_unit,
     unpacked_manifest,
 )
-from kdpipe.store.remote.staging_cache import (
-    COPY,
-    ENTRY,
-    STAGING,
-    StagingCache,
-    copy_bytes,
-    exclusive_cache,
-    keep,
-    make_room,
-    using,
-)
+from kdpipe.store.remote.staging_cache import COPY, ENTRY, StagingCache, exclusive_cache, require_room
 from kdpipe.store.write.extend import grow
 from kdpipe.store.write.writer import create_store, finish_store, write_unit
 
@@ -70,8 +60,8 @@ def stage(
     """Return a zero-copy store on this machine with the finished part of the store at `where`, a folder or a URL.
 
     A store that needs no staging is returned as it is. If the copy exists already, only the remote manifest is read.
-    Waits for another job that is staging it. Every file is checked against its committed crc32c. The copy is not
-    evicted from the cache while this process lives. `on_unit` is called with (units fetched, units to fetch).
+    Waits for another job that is staging it. Every file is checked against its committed crc32c. `on_unit` is called
+    with (units fetched, units to fetch).
 
     Raises StoreError where the store cannot be read or is damaged (the error names the file), or the copy does not fit.
     """
@@ -79,10 +69,8 @@ def stage(
         return Path(where)
     remote = open_remote_store(where)
     for entry in _entries(cache, remote):
-        with using(entry):
-            if _stage_at(entry, remote, cache, on_unit):
-                keep(entry)
-                return entry / COPY
+        if _stage_at(entry, remote, cache, on_unit):
+            return entry / COPY
     raise StoreError(f"{remote.where} cannot be staged: {entry} holds another store. Delete that folder.")
 
 
@@ -105,11 +93,12 @@ def _stage_at(entry: Path, remote: RemoteStore, cache: StagingCache, on_unit: Ca
     copy = entry / COPY
     if _is_complete(copy, remote):
         return True
-    with exclusive(copy, entry / STAGING, wait=True):
+    with exclusive(copy, entry / "staging.lock", wait=True):
         stored = _copy_manifest(copy)
-        if stored is not None and not _may_become(stored, remote):
-            return _is_complete(copy, remote)
-        if not _is_complete(copy, remote):
+        can_become = stored is None or (
+            _is_copy_of(stored, remote) and len(stored.layout.segments) <= len(remote.segments)
+        )
+        if can_become and not _is_complete(copy, remote):
             with _staging_errors(entry):
                 manifest = _prepare(entry, stored, remote, cache)
             _fetch(copy, manifest, remote, on_unit)
@@ -129,7 +118,7 @@ def _prepare(entry: Path, stored: Manifest | None, remote: RemoteStore, cache: S
         layout = replace(wanted.layout, num_views=num_views)
         wanted = replace(wanted, arrays=arrays, layout=layout, finished=stored.finished)
     with exclusive_cache(cache):  # until the copy's manifest records its size
-        make_room(cache, entry, copy_bytes(wanted))
+        require_room(cache, entry, wanted)
         if stored is None:
             create_store(copy, wanted, samples)
         else:
@@ -195,11 +184,6 @@ def _is_copy_of(stored: Manifest, remote: RemoteStore) -> bool:
         and (stored.top_k, stored.rounded) == (wanted.top_k, wanted.rounded)
         and all(arrays.get(spec.name, spec) == spec for spec in wanted.arrays)
     )
-
-
-def _may_become(stored: Manifest, remote: RemoteStore) -> bool:
-    """Return whether a copy can be extended to all of this store."""
-    return _is_copy_of(stored, remote) and len(stored.layout.segments) <= len(remote.segments)
 
 
 def _staging_errors(entry: Path) -> AbstractContextManager[None]:

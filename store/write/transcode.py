@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError
 from kdpipe.store.format.encoding_error import measure_dense, measure_features, measure_topk, merge
-from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit
+from kdpipe.store.format.layout import ArraySpec, Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.samples import Samples, read_samples
 from kdpipe.store.format.topk import encode_topk
@@ -61,8 +61,8 @@ def transcode(
         StoreError: The source is incomplete or damaged, or the options do not apply to it.
         FingerprintMismatch, LockedError: The target is another store, or in use.
     """
-    target = _resolved(target)  # lock files use its name, and "." has none
-    _require_apart(_resolved(source), target)
+    target = target.resolve()  # lock files use its name, and "." has none
+    _require_apart(source.resolve(), target)
     if os.path.lexists(target):
         read_store_manifest(target)  # before a lock file is created beside something else
     store = open_store(source).streamed(0)
@@ -99,16 +99,10 @@ def _fill(
             return False
         if missing_arrays(target, manifest, unit):
             sweep_unit(target, manifest, unit)
-            _transcode_unit(source, target, manifest, unit, _ids_of(unit, manifest.layout, samples))
+            first = int(np.searchsorted(manifest.layout.sample_rows(), unit.start))
+            _transcode_unit(source, target, manifest, unit, samples.ids[first : first + unit.num_rows])
     on_unit(len(units), len(units))
     return True
-
-
-def _resolved(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except (RuntimeError, OSError) as error:  # a loop of links, or a name that is too long
-        raise StoreError(f"{path} cannot be used: {error}.") from None
 
 
 def _require_apart(source: Path, target: Path) -> None:
@@ -125,12 +119,6 @@ def _ensure(target: Path, wanted: Manifest, samples: Samples) -> Manifest:
         raise FingerprintMismatch(
             f"the store {target}", error.differences, "Give another target, or delete this one and run again."
         ) from error
-
-
-def _ids_of(unit: Unit, layout: StoreLayout, samples: Samples) -> NDArray[np.int64]:
-    """Return the ids of a unit's samples, in the order of its rows: int64 [n]."""
-    first = int(np.searchsorted(layout.sample_rows(), unit.start))
-    return samples.ids[first : first + unit.num_rows]
 
 
 def _transcode_unit(
@@ -162,14 +150,11 @@ def _convert(
             continue
         stored = source.gather(spec.name, unit.view, sample_ids)
         converted[spec.name] = _cast(stored, manifest, spec.name, unit, sample_ids)
-        if _changes(source.manifest, manifest, spec):
+        before = source.manifest
+        if spec not in before.arrays or before.rounded.get(spec.name) != manifest.rounded.get(spec.name):
             measure = measure_dense if spec.name == "logits" and stored.ndim == 2 else measure_features
             lost[logical_array(spec.name)] = measure(stored.astype(np.float32), converted[spec.name])
     return converted, lost
-
-
-def _changes(source: Manifest, target: Manifest, spec: ArraySpec) -> bool:
-    return spec not in source.arrays or source.rounded.get(spec.name) != target.rounded.get(spec.name)
 
 
 def _cast(rows: NDArray[Any], manifest: Manifest, name: str, unit: Unit, sample_ids: NDArray[np.int64]) -> NDArray[Any]:

@@ -124,20 +124,13 @@ def _total_loss(path: Path, name: str, markers: Iterable[Marker]) -> dict[str, A
         raise StoreError(f"{path} has a marker whose figures on {name} are damaged ({error}).") from error
 
 
-def _all_finite(rows: NDArray[Any]) -> bool:
-    """Return whether there is neither NaN nor infinity: no exponent has all bits set. 10 x faster than np.isfinite."""
-    bits, mask = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}[rows.dtype.itemsize]
-    exponents = np.ascontiguousarray(rows).view(bits) & bits(mask)
-    return bool(exponents.max(initial=0) < mask)
-
-
 def _check_rows(spec: ArraySpec, unit: Unit, rows: NDArray[Any]) -> None:
     if rows.shape != (unit.num_rows, *spec.row_shape) or rows.dtype != np.dtype(spec.dtype):
         raise StoreError(
             f"{spec.name} of {unit} is {rows.dtype}{list(rows.shape)}, "
             f"the store has {spec.dtype}{[unit.num_rows, *spec.row_shape]}."
         )
-    if rows.dtype.kind == "f" and not _all_finite(rows):
+    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
         raise StoreError(f"{spec.name} of {unit} has NaN or infinity, which a store never holds.")
 
 
