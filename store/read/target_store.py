@@ -19,8 +19,7 @@ from kdpipe.store.format.shard import decode_shard, is_committed, shard_path, sh
 from kdpipe.store.format.unit_state import missing_units
 from kdpipe.store.fs.safe_read import read_regular_file
 from kdpipe.store.read.mmap_files import FileRegion, MappingUnsupported, map_files
-from kdpipe.store.read.row_index import RowIndex
-from kdpipe.store.read.unit_cache import CACHE_BYTES, UnitCache
+from kdpipe.store.read.rows import CACHE_BYTES, RowIndex, UnitCache
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class Web(ThreadingHTTPServer):
         with self.noting:
             self.asked.append(key)
             self.noting.notify_all()
-            held_back = is_shard(key) and len(self.shards) > self.shards_allowed
-        if held_back:
+            is_paused = is_shard(key) and len(self.shards) > self.shards_allowed
+        if is_paused:
             self.freely.wait(60)
 
     def hold_back(self, shards_allowed: int) -> None:
@@ -95,9 +95,9 @@ def staging_process(where, cache: StagingCache) -> subprocess.Popen:
 def stage_elsewhere(where, cache: StagingCache) -> Path:
     """Stage in a process that then ends, and so no longer uses the copy."""
     process = staging_process(where, cache)
-    said, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    return Path(said.strip())
+    return Path(output.strip())
 
 
 def require_equal(copy: Path, made: MadeStore, num_views: int | None = None) -> None:

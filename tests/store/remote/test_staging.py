@@ -285,8 +285,8 @@ def test_only_new_samples_are_fetched(tmp_path, web, cache):
     staged, source = open_store(copy), open_store(large.path)
     assert staged.provenance == source.provenance
     for name in large.contents:
-        said = staged.gather(name, 1, large.samples.ids)
-        assert np.array_equal(said, source.gather(name, 1, large.samples.ids))
+        gathered = staged.gather(name, 1, large.samples.ids)
+        assert np.array_equal(gathered, source.gather(name, 1, large.samples.ids))
 
     web.asked.clear()
     other = stage(f"{web.url}/a.zarr", StagingCache(tmp_path / "other", ROOMY))

@@ -240,12 +240,12 @@ def test_known_sample_with_other_label_or_pixels_is_refused(path, wish, what):
 
 
 def test_another_data_set_is_refused(path):
-    strangers = Samples(np.arange(700) + 20_000, np.zeros(700, np.int64), np.zeros(700, np.uint32))
+    others = Samples(np.arange(700) + 20_000, np.zeros(700, np.int64), np.zeros(700, np.uint32))
     with pytest.raises(FingerprintMismatch, match=r"data\.ids_and_labels_sha256"):
-        ensure_store(path, SMALL.manifest, strangers)
-    half_strange = SMALL.samples.take(np.arange(350)).followed_by(strangers.take(np.arange(350)))
+        ensure_store(path, SMALL.manifest, others)
+    half_other = SMALL.samples.take(np.arange(350)).followed_by(others.take(np.arange(350)))
     with pytest.raises(FingerprintMismatch, match=r"data\.ids_and_labels_sha256"):
-        ensure_store(path, SMALL.manifest, half_strange)
+        ensure_store(path, SMALL.manifest, half_other)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,21 @@
-"""Find the rows of samples by id, in less time than copying the smallest rows takes."""
+"""Find the rows of samples by id, and cache the rows of units in memory."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdpipe.store.format.layout import Unit
+
 MAX_SPARSITY = 4
 """Ids up to this many times their number use a table; sparser ones, such as hashes, use a search: 25 us per batch."""
+
+CACHE_BYTES = 2**30
+"""Default limit of a store's cache, all arrays together."""
 
 
 class RowIndex:
@@ -37,3 +46,26 @@ class RowIndex:
         """Return those of `ids` for which `find` gave no row."""
         missing: NDArray[np.int64] = ids[rows == self._missing_row]
         return missing
+
+
+class UnitCache:
+    """The most recently used units, up to `max_bytes`; at least one unit is kept, whatever its size."""
+
+    def __init__(self, read: Callable[[str, Unit], NDArray[Any]], max_bytes: int = CACHE_BYTES) -> None:
+        self._read = read
+        self._max_bytes = max_bytes
+        self._units: OrderedDict[tuple[str, Unit], NDArray[Any]] = OrderedDict()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(rows.nbytes for rows in self._units.values())
+
+    def rows(self, name: str, unit: Unit) -> NDArray[Any]:
+        """Return the rows of a unit, [n, *row_shape]."""
+        key = (name, unit)
+        if key not in self._units:
+            self._units[key] = self._read(name, unit)
+            while len(self._units) > 1 and self.num_bytes > self._max_bytes:
+                self._units.popitem(last=False)
+        self._units.move_to_end(key)
+        return self._units[key]
