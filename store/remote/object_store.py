@@ -10,7 +10,6 @@ follow" ends the process.
 from __future__ import annotations
 
 import base64
-import difflib
 import os
 import re
 import sys
@@ -48,8 +47,10 @@ _ADVICE = {
     "AZURE_STORAGE_SAS_TOKEN, or AZURE_SKIP_SIGNATURE=true for a public container)",
     **dict.fromkeys(("https", "http", "file"), "that the server is up and lets this user read"),
 }
-_ENDPOINT_NAMES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-_ENDPOINT_NAMES += ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "GOOGLE_BASE_URL")
+_ENDPOINT_NAMES = (
+    *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    *("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "GOOGLE_BASE_URL"),
+)
 _NO_BUCKET = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")
 
 
@@ -132,11 +133,9 @@ def _parsed(url: str) -> SplitResult:
     """Parse a URL. An invalid one is not printed, as it may contain a password."""
     scheme = url.partition("://")[0].lower()
     if not is_url(url) or scheme not in _ADVICE:
-        near = difflib.get_close_matches(scheme, _ADVICE, n=1, cutoff=0.5)
         raise StoreError(
             f"a remote store's address starts with one of {', '.join(f'{known}://' for known in _ADVICE)}, not "
-            f"{scheme[:20]!r}"
-            + (f"; did you mean {near[0]}://?" if near else "; a folder on this machine is not a URL")
+            f"{scheme[:20]!r}; a folder on this machine is not a URL"
         )
     try:
         parts = urlsplit(url)
@@ -161,10 +160,13 @@ def _bucket(url: str) -> ObjectStore:
     except ImportError:
         raise StoreError(f"reading {url} needs obstore: pip install 'kdpipe[remote]'") from None
     plain_http = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINT_NAMES)
-    timeouts = {"connect_timeout": "3s", "read_timeout": f"{_STALL_S}s", "timeout": "1h"}
-    retries = {"max_retries": len(_RETRY_WAITS_S), "retry_timeout": timedelta(minutes=1)}
+    stall = f"{_STALL_S}s"
     try:
-        return from_url(url, client_options={"allow_http": plain_http, **timeouts}, retry_config=retries)
+        return from_url(
+            url,
+            client_options={"allow_http": plain_http, "connect_timeout": "3s", "read_timeout": stall, "timeout": "1h"},
+            retry_config={"max_retries": len(_RETRY_WAITS_S), "retry_timeout": timedelta(minutes=1)},
+        )
     except _failures() as error:
         raise StoreError(f"cannot open {url}: {_cause(error)}; {_advice(url)}") from None
 
