@@ -13,7 +13,7 @@ so on. Largest errors add up at most; divergences need not.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError
 from kdpipe.store.format.encoding_error import measure_dense, measure_features, measure_topk, merge
-from kdpipe.store.format.layout import ArraySpec, Unit
+from kdpipe.store.format.layout import Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.samples import Samples, read_samples
 from kdpipe.store.format.topk import encode_topk
-from kdpipe.store.format.unit_state import committed, missing_arrays
+from kdpipe.store.format.unit_state import committed, missing_arrays, store_state
 from kdpipe.store.format.zarr_metadata import read_store_manifest
 from kdpipe.store.read.open_store import open_store
 from kdpipe.store.read.target_store import TargetStore
@@ -54,8 +54,8 @@ def transcode(
         should_stop: Checked before each unit.
 
     Returns:
-        `complete` (False if stopped), `num_units`, the bytes of the shard files `bytes_before` (finished ones of the
-        source) and `bytes_after` (committed ones of the target), and the target's `fidelity` once it is complete.
+        `complete` (False if stopped), `num_units`, the bytes of the committed shards `bytes_before` and `bytes_after`,
+        and the target's `fidelity` once it is complete.
 
     Raises:
         StoreError: The source is incomplete or damaged, or the options do not apply to it.
@@ -72,13 +72,12 @@ def transcode(
         complete = _fill(store, target, manifest, on_unit, should_stop)
         if complete:
             finish_store(target)
-    units_before = [unit for view in range(store.num_views) for unit in store.units(view)]
-    units = manifest.layout.units()
+    after = store_state(target, manifest)
     return {
         "complete": complete,
-        "num_units": len(units),
-        "bytes_before": _shard_bytes(source, store.manifest, units_before, store.arrays),
-        "bytes_after": _shard_bytes(target, manifest, units, manifest.arrays),
+        "num_units": after.num_units,
+        "bytes_before": store_state(source, store.manifest).num_bytes,
+        "bytes_after": after.num_bytes,
         "fidelity": dict(open_store(target).fidelity) if complete else {},
     }
 
@@ -202,9 +201,3 @@ def _by_step(
         before = sum(known.startswith(f"{name}, step ") for known in source.fidelity if known != f"{name}, step 1")
         figures[f"{name}, step {2 + before}"] = measured
     return figures
-
-
-def _shard_bytes(path: Path, manifest: Manifest, units: Sequence[Unit], specs: Sequence[ArraySpec]) -> int:
-    """Return the bytes of the committed shards of units, in some arrays."""
-    files = [committed(path, manifest, unit).files for unit in units]
-    return sum(entries[spec.name]["bytes"] for entries in files for spec in specs if spec.name in entries)
