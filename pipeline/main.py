@@ -147,8 +147,7 @@ def views(
     with guarded():
         require_writable(save, "--save", ".png")
     with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.view_grid import draw_grid
-        from kdpipe.pipeline.steps import run_views
+        from kdpipe.pipeline.commands.view_grid import draw_grid, run_views
 
         shown, store = run_views(run, num_samples, num_views)
         draw_grid(shown, save)
@@ -206,8 +205,7 @@ def sensitivity(
 ) -> None:
     """Measure how much each layer suffers from INT8. One layer float, and one layer INT8, at a time; writes nothing."""
     with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.sensitivity import print_sensitivity
-        from kdpipe.pipeline.steps import run_sensitivity
+        from kdpipe.pipeline.commands.sensitivity import print_sensitivity, run_sensitivity
 
         network, layers = run_sensitivity(run, num_batches)
         document = {"command": "sensitivity", "network": network, "layers": [asdict(layer) for layer in layers]}
@@ -326,9 +324,8 @@ def bench(
 def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
     """Print what `cache-teacher` would do; fail if the disk is too small, as it would."""
     with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.plan import print_plan, settings_json
+        from kdpipe.pipeline.commands.plan import print_plan, run_plan, settings_json
         from kdpipe.pipeline.recipe.load import load_recipe_with_origins
-        from kdpipe.pipeline.steps import run_plan
         from kdpipe.stages.cache_teacher.plan import require_room
 
         _, settings = load_recipe_with_origins(recipe, options.set_ or (), os.environ)
