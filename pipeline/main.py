@@ -250,10 +250,10 @@ def report(
     if html is not None and no_html:
         raise typer.BadParameter("--html and --no-html exclude each other.")
     with guarded():
-        from kdpipe.pipeline.report.command import page_path, tell_report, write_html_report
+        from kdpipe.pipeline.report.command import page_path, print_reports, write_html_report
 
         page = page_path(runs, html) if html is not None or not (no_html or as_json) else None
-        code = tell_report(runs, as_json)
+        code = print_reports(runs, as_json)
         if page is not None:
             write_html_report(runs, page)
         if code:
