@@ -133,9 +133,9 @@ def iter_teacher_outputs(
     """
     ready: tuple[Tensor, ModelOutput] | None = None
     warn = partial(context.monitor.warn, "cache-teacher")
-    for image_batch in context.train_loader.stream(requests, whole=True):
+    for image_batch in context.train_loader.stream(requests, require_all=True):
         context.monitor.check()
-        ids = context.train_set.sample_ids[image_batch.positions].to(context.device, non_blocking=True)
+        ids = context.train_set.sample_ids[image_batch.indices].to(context.device, non_blocking=True)
         labels = hard_labels_of(context.train_loader, image_batch)
         for rows, outputs in teacher_forward_in_chunks(extractor, teacher, image_batch, wanted, labels, warn=warn):
             if ready is not None:

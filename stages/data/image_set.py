@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
-from kdpipe.stages.data.image_files import ImageFiles, pixel_checksum
-from kdpipe.stages.data.unreadable import DroppedImage
+from kdpipe.stages.data.image_files import ImageFiles, path_at, pixel_checksum
 from kdpipe.stages.errors import DataError
 from kdpipe.store import ids_and_labels_sha256
 
@@ -28,6 +28,15 @@ FILES_NORMALIZATION = {
 """Mean and std of image files by number of channels: ImageNet's, and the usual values for grayscale photographs."""
 
 _CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class DroppedImage:
+    """An unreadable image that was left out of its data set, and the reason."""
+
+    path: Path
+    sample_id: int
+    why: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +142,8 @@ def unequal_sizes_message(image_set: ImageSet) -> str:
         raise ValueError(f"all images of {image_set.name} have the same size")
     (height, width), (other_height, other_width) = files.shapes[0].tolist(), files.shapes[other].tolist()
     return (
-        f"the images have different sizes: {files.paths[0]} is {width} x {height}, "
-        f"{files.paths[other]} is {other_width} x {other_height}: set data.image_size to crop and resize them."
+        f"the images have different sizes: {path_at(files.paths, 0)} is {width} x {height}, "
+        f"{path_at(files.paths, other)} is {other_width} x {other_height}: set data.image_size to crop and resize them."
     )
 
 

@@ -74,7 +74,7 @@ def _load_images(
             listing.images,
             indices,
             cache_bytes=config.cache_bytes,
-            on_unreadable=config.unreadable,
+            drop_unreadable=config.unreadable == "drop",
             on_image=on_image,
         )
     pixels = with_size(with_channels(listing.images(indices), config.channels), size, f"data set {listing.name}")

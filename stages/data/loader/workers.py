@@ -39,13 +39,13 @@ class WorkerTask:
 
     Attributes:
         view: The view; None means the original images.
-        positions: Positions of the samples in the data set, int64 [B].
+        indices: Positions of the samples in the data set, int64 [B].
         rows: Rows of the batch that have a partner, int64 [M].
         partners: Positions of these partners in their data set, int64 [M].
     """
 
     view: int | None
-    positions: Tensor
+    indices: Tensor
     rows: Tensor | None = None
     partners: Tensor | None = None
 
@@ -186,7 +186,7 @@ class _TaskDataset(Dataset[Any]):
 
     def _render_task(self, task: WorkerTask) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
         failures: list[tuple[int, str, str]] = []
-        own = [self._render(self._image_set, index, task.view, failures) for index in task.positions.tolist()]
+        own = [self._render(self._image_set, index, task.view, failures) for index in task.indices.tolist()]
         partners: dict[int, Tensor | None] = {}
         if task.rows is not None and task.partners is not None:
             for row, index in zip(task.rows.tolist(), task.partners.tolist(), strict=True):
@@ -208,7 +208,7 @@ class _TaskDataset(Dataset[Any]):
             pixels = image_set.read(index)
             if self._renderer is None or view is None:
                 return torch.from_numpy(pixels)
-            return self._renderer.render_one(pixels, sample_id, view)
+            return self._renderer.render_image(pixels, sample_id, view)
         except UnreadableImage as error:
             failures.append((sample_id, str(error), "image"))
         except DataError as error:

@@ -66,10 +66,10 @@ def test_unreadable_images_are_reported_and_dropped(tmp_path, name, num_workers)
     loader = loader_of(image_set, views, num_workers, on_failure=messages.append)
     lost_with_partner = 0
     for asked, seen in zip(requests, loader.stream(requests), strict=True):
-        kept = without(image_set, views, asked.positions, asked.view, list(bad))
-        assert torch.equal(seen.positions, kept)
+        kept = without(image_set, views, asked.indices, asked.view, list(bad))
+        assert torch.equal(seen.indices, kept)
         assert torch.equal(seen.images, truth[asked.view][kept])
-        lost = set(asked.positions.tolist()) - set(kept.tolist())
+        lost = set(asked.indices.tolist()) - set(kept.tolist())
         lost_with_partner += len(lost - set(bad))
         if views.mix:
             assert torch.equal(seen.mixture.own_share, mixture_of(image_set, views, kept, asked.view).own_share)
@@ -106,13 +106,13 @@ def test_where_all_must_be_had_one_that_cannot_be_read_stops_it(tmp_path, num_wo
     requests = [ViewRequest(at, 0) for at in torch.split(torch.arange(6), 2)]
     for loader, whole in ((dropping, True), (default, False), (default, True)):
         stream = loader.stream(requests, whole=whole)
-        assert [next(stream).positions.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+        assert [next(stream).indices.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
         with pytest.raises(DataError, match=sentence):
             next(stream)
     with pytest.raises(DataError, match=sentence):
         dropping.get(requests[2])
     assert not messages
-    assert [len(seen.positions) for seen in dropping.stream(requests)] == [2, 2, 1]
+    assert [len(seen.indices) for seen in dropping.stream(requests)] == [2, 2, 1]
     assert len(messages) == 1
 
 

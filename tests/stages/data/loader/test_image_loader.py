@@ -58,8 +58,8 @@ def test_images_do_not_depend_on_workers_or_batch_size(equal, unequal, name):
         image_batch = list(loader.stream(splits()))
         assert len(image_batch) == len(splits())
         for asked, got in zip(splits(), image_batch, strict=True):
-            assert torch.equal(got.positions, asked.positions)
-            assert torch.equal(got.images, truth[asked.view][asked.positions])
+            assert torch.equal(got.indices, asked.indices)
+            assert torch.equal(got.images, truth[asked.view][asked.indices])
 
 
 def test_transforms_of_images_in_memory_run_in_workers(equal):
