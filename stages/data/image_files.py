@@ -17,7 +17,6 @@ from torch import Tensor
 from kdpipe.stages.data.decode import DecodeSpec, Pixels, UnreadableImage, decode_image, quiet_pillow
 from kdpipe.stages.data.splits import Indices
 
-
 Paths = npt.NDArray[np.bytes_]
 """N paths in one array, which forked workers share: a million Path objects would be copied as their counts change."""
 

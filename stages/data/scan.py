@@ -68,9 +68,7 @@ def scan_images(
                     state.add(index, image.stamp, image.checksum, image.shape)
                     continue
                 state.readable[index] = False
-                dropped.append(
-                    DroppedImage(path_at(chosen.paths, index), int(chosen.sample_ids[index]), image.why)
-                )
+                dropped.append(DroppedImage(path_at(chosen.paths, index), int(chosen.sample_ids[index]), image.why))
                 _check_dropped(files.name, dropped, len(chosen), drop_unreadable)
     finally:
         if not pixel_cache.active:

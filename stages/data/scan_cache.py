@@ -87,7 +87,7 @@ def read_cache(path: Path | None) -> Entries:
                 made_by, entries = arrays["made_by"], arrays["entries"]
             if made_by.tolist() == [_made_by()] and entries.dtype == ENTRY and (np.diff(entries["id"]) > 0).all():
                 return entries  # type: ignore[no-any-return]
-    except Exception:  # noqa: S110 - a damaged file can raise anything, and costs only time
+    except Exception:
         pass
     return np.empty(0, ENTRY)
 

@@ -10,7 +10,6 @@ follow" ends the process.
 from __future__ import annotations
 
 import base64
-import difflib
 import os
 import re
 import sys
@@ -27,7 +26,7 @@ from urllib.error import HTTPError
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import Request, urlopen
 
-from kdpipe.store.errors import StoreError
+from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.schema import METADATA_BYTES
 
 if TYPE_CHECKING:
@@ -168,11 +167,10 @@ def _parsed(url: str) -> SplitResult:
     """Parse a URL. An invalid one is not printed, as it may contain a password."""
     scheme = url.partition("://")[0].lower()
     if not is_url(url) or scheme not in _ADVICE:
-        near = difflib.get_close_matches(scheme, _ADVICE, n=1, cutoff=0.5)
+        hint = did_you_mean(scheme, _ADVICE, otherwise="a folder on this machine is not a URL")
         raise StoreError(
             f"a remote store's address starts with one of {', '.join(f'{known}://' for known in _ADVICE)}, not "
-            f"{scheme[:20]!r}"
-            + (f"; did you mean {near[0]}://?" if near else "; a folder on this machine is not a URL")
+            f"{scheme[:20]!r}; {hint}"
         )
     try:
         parts = urlsplit(url)

@@ -17,7 +17,7 @@ import numpy as np
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_files import ImageFileList, pack_paths
 from kdpipe.stages.data.sources.listing import Listing
-from kdpipe.stages.data.splits import Indices, Split
+from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec) -> Listing:
     split defines the classes. Names that start with a dot and files without an image suffix are skipped.
 
     Raises:
-        DataError: A folder is missing or empty, a test class is not in train, or two samples have the same id.
+        DataError: A folder is missing or empty, or a test class is not in train.
     """
     name = f"imagefolder:{path.name}"
     try:
@@ -44,7 +44,7 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec) -> Listing:
         raise DataError(f"data set {name}: cannot list {error.filename}: {error.strerror}.") from error
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     labels = [label_of[key.partition("/")[0]] for key in files]
-    sample_ids = _sample_ids(list(files))
+    sample_ids = np.fromiter(map(sample_id, files), dtype=np.int64, count=len(files))
     return Listing(
         name=name,
         labels=np.array(labels, dtype=np.int64),
@@ -129,15 +129,6 @@ def _by_nfc_name(named: Iterable[tuple[str, T]]) -> dict[str, T]:
         if twin != path:
             raise DataError(f"{twin} and {path} differ only in Unicode normalization: rename one.")
     return dict(sorted(paths.items()))
-
-
-def _sample_ids(keys: list[str]) -> Indices:
-    key_of: dict[int, str] = {}
-    for key in keys:
-        twin = key_of.setdefault(sample_id(key), key)
-        if twin != key:
-            raise DataError(f"the paths {twin} and {key} hash to the same sample id: rename one.")
-    return np.fromiter(key_of, dtype=np.int64, count=len(key_of))
 
 
 def _few(names: tuple[str, ...] | list[str], limit: int = 5) -> str:

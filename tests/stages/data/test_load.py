@@ -109,7 +109,7 @@ def test_an_unknown_class_gets_the_nearest(tmp_path: Path, split: Split) -> None
     images, labels = np.zeros((4, 2, 2), dtype=np.uint8), np.array([0, 0, 1, 1])
     np.savez(tmp_path / "pets.npz", images=images, labels=labels, classes=np.array(["tabby", "terrier"]))
     config = {"name": f"npz:{tmp_path / 'pets.npz'}"}
-    with pytest.raises(RecipeError, match="npz:pets.npz has no class 'terier': did you mean terrier?"):
+    with pytest.raises(RecipeError, match="npz:pets.npz has no class 'terier': did you mean 'terrier'"):
         load_dataset(DataConfig(**config, classes=("tabby", "terier")), split)
     with pytest.raises(RecipeError, match="no class 'zzz': its classes are tabby, terrier."):
         load_dataset(DataConfig(**config, classes=("zzz",)), split)
@@ -139,12 +139,12 @@ def test_arrays_are_held_whatever_they_take(toy: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "suggestion"),
     [
-        ("mnist", "Did you mean MNIST"),
-        ("cifar-100", "Did you mean CIFAR100"),
-        ("Digits", "Did you mean digits?"),
-        ("image_folder:/data/pets", "Did you mean imagefolder:PATH?"),
-        ("npz", "Did you mean npz:PATH?"),
-        ("imagefolder:", "Did you mean imagefolder:PATH?"),
+        ("mnist", "did you mean 'MNIST'"),
+        ("cifar-100", "did you mean 'CIFAR100'"),
+        ("Digits", "did you mean 'digits'"),
+        ("image_folder:/data/pets", "did you mean 'imagefolder:PATH'"),
+        ("npz", "did you mean 'npz:PATH'"),
+        ("imagefolder:", "did you mean 'imagefolder:PATH'"),
         ("completely different", "Known names: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH"),
     ],
 )

@@ -105,7 +105,7 @@ def test_the_search_path_is_left_as_it_was(tmp_path: Path) -> None:
         ("toys:", "must read python:package.module:function"),
         ("toyz:arrays", "the module toy_package.toyz cannot be imported (ModuleNotFoundError"),
         ("failing:arrays", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
-        ("toys:array", "has no function array; did you mean arrays?"),
+        ("toys:array", "has no function array; did you mean 'arrays'"),
         ("toys:IMAGES", "has no function IMAGES"),
         ("toys:lists", "labels must be a numpy array or a tensor, found list"),
         ("toys:one_thing", "must return (images, labels)"),

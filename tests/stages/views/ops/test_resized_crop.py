@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.views.ops.boxes import Boxes, random_boxes
+from kdpipe.stages.views.ops.crop import RandomResizedCrop
 from kdpipe.stages.views.ops.resample import resample
-from kdpipe.stages.views.ops.resized_crop import RandomResizedCrop
 from kdpipe.stages.views.rng import CounterRNG
 
 IDS = torch.arange(40) * 977
