@@ -6,8 +6,10 @@ class names [num_classes], are optional.
 
 from __future__ import annotations
 
+import math
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +55,7 @@ def read_npz(path: Path, *, required: tuple[str, ...], optional: tuple[str, ...]
     """Read the `required` arrays and those `optional` ones that exist; nothing is unpickled.
 
     Raises:
-        DataError: A file or array is missing or damaged, or holds objects.
+        DataError: A file or array is missing, damaged, or holds anything but numbers and strings.
     """
     if not path.is_file():
         raise DataError(
@@ -61,12 +63,43 @@ def read_npz(path: Path, *, required: tuple[str, ...], optional: tuple[str, ...]
             "a folder with train.npz and test.npz, or one .npz file."
         )
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in required if key not in archive.files]
-            arrays = {key: archive[key] for key in (*required, *optional) if key in archive.files}
-            found = sorted(archive.files)
-    except Exception as error:  # a damaged or hostile file can raise anything
+        with zipfile.ZipFile(path) as archive:
+            return {key: _member(archive, key) for key in _present(archive, required, optional)}
+    except DataError:
+        raise
+    except Exception as error:  # a damaged or hostile zip can raise anything
         raise DataError(f"{path} cannot be read as .npz ({cause(error)}): recreate it with numpy.savez.") from error
-    if missing:
-        raise DataError(f"{path} has no array {missing[0]!r}: found {', '.join(found) or 'none'}.")
-    return arrays
+
+
+def _present(archive: zipfile.ZipFile, required: tuple[str, ...], optional: tuple[str, ...]) -> list[str]:
+    found = sorted(name.removesuffix(".npy") for name in archive.namelist())
+    if missing := [key for key in required if key not in found]:
+        raise DataError(f"{archive.filename} has no array {missing[0]!r}: found {', '.join(found) or 'none'}.")
+    return [key for key in (*required, *optional) if key in found]
+
+
+def _member(archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any]:
+    """Read one array after checking its header against its byte count: an absurd shape must not reserve memory."""
+    info = archive.getinfo(f"{key}.npy")
+    with archive.open(info) as file:
+        shape, dtype = _header(file)
+        where = f"{archive.filename}, array {key!r}"
+        if dtype.kind not in "iuUfb" or not dtype.itemsize:
+            raise DataError(f"{where}: expected numbers or strings, found {dtype}: objects are never unpickled.")
+        stored_bytes, expected_bytes = info.file_size - file.tell(), math.prod(shape) * dtype.itemsize
+        if stored_bytes != expected_bytes:
+            raise DataError(
+                f"{where}: {dtype} {list(shape)} takes {expected_bytes} bytes, but {stored_bytes} are stored."
+            )
+        file.seek(0)
+        array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        return array
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"unknown .npy version {version}")
+    shape, _, dtype = readers[version](file)
+    return shape, dtype

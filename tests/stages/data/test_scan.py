@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdpipe.stages.data import scan as survey
-from kdpipe.stages.data import scan_cache as image_index
+from kdpipe.stages.data import scan, scan_cache
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.decode import UnreadableImage
 from kdpipe.stages.data.image_set import ImageSet, digest, pixel_checksums, unequal_sizes_message
@@ -27,7 +26,7 @@ from kdpipe.stages.errors import DataError
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and files that count as old although they were written just now."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(image_index, "RACY_NS", -(10**11))
+    monkeypatch.setattr(scan_cache, "RACY_NS", -(10**11))
     return tmp_path / "cache" / "kdpipe" / "images"
 
 
@@ -63,14 +62,14 @@ def pets(tmp_path: Path) -> Path:
 def decoding() -> Iterator[list[str]]:
     """The names of the files that are decoded for a data set, as they come."""
     decoded: list[str] = []
-    real = survey.decode_image
+    real = scan.decode_image
 
-    def decode(path: Path, form: Any) -> Any:
+    def decode(path: Path, spec: Any) -> Any:
         decoded.append(path.name)
-        return real(path, form)
+        return real(path, spec)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(survey, "decode_image", decode)
+        patch.setattr(scan, "decode_image", decode)
         yield decoded
 
 
@@ -106,9 +105,9 @@ def test_another_form_is_looked_at_anew(pets: Path) -> None:
     _load(pets)
     for keys in ({"channels": 1}, {"image_size": 2}):
         with decoding() as decoded:
-            form = _load(pets, **keys)
+            decoded_set = _load(pets, **keys)
         assert len(decoded) == 4
-        assert np.array_equal(pixel_checksums(form), pixel_checksums(_load(pets, **keys, cache_bytes=2**20)))
+        assert np.array_equal(pixel_checksums(decoded_set), pixel_checksums(_load(pets, **keys, cache_bytes=2**20)))
 
 
 def test_what_is_held_needs_no_index(pets: Path, cache: Path) -> None:
@@ -127,10 +126,10 @@ def test_the_recipe_decides_what_is_held(pets: Path, extra: int) -> None:
 
 def test_an_index_that_is_not_needed_changes_nothing(pets: Path) -> None:
     files = _load(pets)
-    held = _load(pets, cache_bytes=2**20)
-    assert held.in_memory
-    assert np.array_equal(pixel_checksums(held), pixel_checksums(files))
-    assert np.array_equal(held.read(2), files.read(2))
+    in_memory = _load(pets, cache_bytes=2**20)
+    assert in_memory.in_memory
+    assert np.array_equal(pixel_checksums(in_memory), pixel_checksums(files))
+    assert np.array_equal(in_memory.read(2), files.read(2))
 
 
 def test_unequal_images_are_decoded_once_and_then_never(pets: Path) -> None:
@@ -146,7 +145,7 @@ def test_unequal_images_are_decoded_once_and_then_never(pets: Path) -> None:
 
 
 def test_a_file_that_changed_a_moment_ago_is_not_remembered(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_index, "RACY_NS", 10**18)
+    monkeypatch.setattr(scan_cache, "RACY_NS", 10**18)
     _load(pets)
     with decoding() as decoded:
         _load(pets)
@@ -154,18 +153,18 @@ def test_a_file_that_changed_a_moment_ago_is_not_remembered(pets: Path, monkeypa
 
 
 def test_file_changed_while_decoding_is_not_cached(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = survey.decode_image
+    real = scan.decode_image
     changed: list[str] = []
 
-    def decode(path: Path, form: Any) -> Any:
-        pixels = real(path, form)
+    def decode(path: Path, spec: Any) -> Any:
+        pixels = real(path, spec)
         if path.parent.name == "dog":
             changed.append(path.name)
             CLOCK.write(path, seed=99)
         return pixels
 
     with monkeypatch.context() as patch:
-        patch.setattr(survey, "decode_image", decode)
+        patch.setattr(scan, "decode_image", decode)
         _load(pets)
     with decoding() as decoded:
         _load(pets)
@@ -183,7 +182,7 @@ def test_whatever_happens_to_files_the_index_never_lies(acts: list[tuple[str, in
     """A set loaded with the help of an index is the one that is loaded without, and untouched files are not decoded."""
     with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", f"{scratch}/cache")
-        patch.setattr(image_index, "RACY_NS", -(10**11))
+        patch.setattr(scan_cache, "RACY_NS", -(10**11))
         folder = Path(scratch) / "pets"
         CLOCK.write(folder / "train" / "cat" / "stays.bmp", 0)
         changed = {"stays.bmp"}
@@ -193,9 +192,9 @@ def test_whatever_happens_to_files_the_index_never_lies(acts: list[tuple[str, in
                 with decoding() as decoded:
                     files = _load(folder)
                 assert set(decoded) == {name for name in changed if (path.parent / name).exists()}
-                held = _load(folder, cache_bytes=2**20)
-                assert digest(files) == digest(held)
-                assert np.array_equal(pixel_checksums(files), pixel_checksums(held))
+                in_memory = _load(folder, cache_bytes=2**20)
+                assert digest(files) == digest(in_memory)
+                assert np.array_equal(pixel_checksums(files), pixel_checksums(in_memory))
                 changed = set()
                 continue
             if act == "vanish":
@@ -208,7 +207,7 @@ def test_whatever_happens_to_files_the_index_never_lies(acts: list[tuple[str, in
 
 
 def test_progress_is_told_up_to_the_end(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(scan, "REPORT_EVERY_S", 0.0)
     messages: list[tuple[int, int]] = []
     _load(pets, on_image=lambda done, total: messages.append((done, total)))
     assert messages == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)]
@@ -218,7 +217,7 @@ def test_progress_is_told_up_to_the_end(pets: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_job_that_is_broken_off_goes_on_where_it_was(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(scan, "REPORT_EVERY_S", 0.0)
 
     class Stop(Exception):
         pass
@@ -235,11 +234,11 @@ def test_a_job_that_is_broken_off_goes_on_where_it_was(pets: Path, monkeypatch: 
 
 
 def test_what_was_seen_is_saved_now_and_then(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "CHUNK", 1)
-    monkeypatch.setattr(image_index, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(scan, "CHUNK", 1)
+    monkeypatch.setattr(scan_cache, "SAVE_EVERY_S", 0.0)
     saved: list[int] = []
-    real = image_index.write_cache
-    monkeypatch.setattr(image_index, "write_cache", lambda path, index: saved.append(len(index)) or real(path, index))
+    real = scan_cache.write_cache
+    monkeypatch.setattr(scan_cache, "write_cache", lambda path, index: saved.append(len(index)) or real(path, index))
     _load(pets)
     assert saved == [1, 2, 3, 4]
 
@@ -263,11 +262,11 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(pets: Path, monkeypatch
 def test_images_deleted_from_the_folder_leave_the_index_too(pets: Path, cache: Path) -> None:
     _load(pets), _load(pets, "test")
     (file,) = cache.iterdir()
-    assert len(image_index.read_cache(file)) == 6
+    assert len(scan_cache.read_cache(file)) == 6
     (pets / "cat" / "1.bmp").unlink()
     CLOCK.write(pets / "cat" / "3.bmp", 77)
     _load(pets), _load(pets, "test")
-    ids = image_index.read_cache(file).ids.tolist()
+    ids = scan_cache.read_cache(file)["id"].tolist()
     assert sorted(ids) == sorted(sample_id(path.relative_to(pets).as_posix()) for path in pets.rglob("*.bmp"))
     assert len(ids) == 5
 
@@ -280,7 +279,7 @@ def _damage(folder: Path, *names: str) -> None:
         (folder / name).write_bytes(b"damaged")
 
 
-@pytest.mark.parametrize("keys", KEYS, ids=["files", "held", "held and resized"])
+@pytest.mark.parametrize("keys", KEYS, ids=["files", "in memory", "in memory, resized"])
 def test_images_that_cannot_be_read_stop_the_job(pets: Path, keys: dict[str, Any]) -> None:
     _damage(pets, "dog/2.bmp")
     with pytest.raises(DataError) as raised:
@@ -292,7 +291,7 @@ def test_images_that_cannot_be_read_stop_the_job(pets: Path, keys: dict[str, Any
     assert "data.unreadable = 'drop'" in message
 
 
-@pytest.mark.parametrize("keys", KEYS, ids=["files", "held", "held and resized"])
+@pytest.mark.parametrize("keys", KEYS, ids=["files", "in memory", "in memory, resized"])
 def test_images_that_cannot_be_read_are_dropped_and_listed(pets: Path, keys: dict[str, Any]) -> None:
     train = {"classes": ("cat", "dog"), "test_share": 0.01, **keys}
     whole = _load(pets, **train)
@@ -317,21 +316,21 @@ def test_images_that_cannot_be_read_are_dropped_and_listed(pets: Path, keys: dic
 
 
 def test_an_image_that_was_read_once_and_no_more_is_dropped_too(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, real = _load(pets), survey.decode_image
+    files, real = _load(pets), scan.decode_image
 
-    def decode(path: Path, form: Any) -> Any:  # a disk that fails changes no stamp
+    def decode(path: Path, spec: Any) -> Any:  # a disk that fails changes no stamp
         if sample_id(path.relative_to(pets).as_posix()) == files.sample_ids[1]:
             raise UnreadableImage(f"{path} cannot be read (Input/output error)")
-        return real(path, form)
+        return real(path, spec)
 
-    monkeypatch.setattr(survey, "decode_image", decode)
-    held = _load(pets, cache_bytes=2**20, unreadable="drop")
-    assert held.sample_ids.tolist() == files.sample_ids[[0, 2, 3]].tolist()
-    assert [each.sample_id for each in held.dropped] == [files.sample_ids[1]]
-    assert np.array_equal(pixel_checksums(held), pixel_checksums(files)[[0, 2, 3]])
+    monkeypatch.setattr(scan, "decode_image", decode)
+    in_memory = _load(pets, cache_bytes=2**20, unreadable="drop")
+    assert in_memory.sample_ids.tolist() == files.sample_ids[[0, 2, 3]].tolist()
+    assert [each.sample_id for each in in_memory.dropped] == [files.sample_ids[1]]
+    assert np.array_equal(pixel_checksums(in_memory), pixel_checksums(files)[[0, 2, 3]])
 
 
-@pytest.mark.parametrize("keys", KEYS, ids=["files", "held", "held and resized"])
+@pytest.mark.parametrize("keys", KEYS, ids=["files", "in memory", "in memory, resized"])
 def test_a_set_that_is_mostly_unreadable_is_refused(pets: Path, keys: dict[str, Any]) -> None:
     _damage(pets, *[path.relative_to(pets).as_posix() for path in sorted(pets.rglob("*.bmp"))])
     with pytest.raises(DataError, match="more than half of its 4 images cannot be read"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from support.photographs import EQUAL, UNEQUAL, path_of, photographs
-from support.rendered_alone import (
+from support.reference_rendering import (
     CPU,
     CROPS,
     MIXED_CROPS,
@@ -15,8 +15,8 @@ from support.rendered_alone import (
     VIEWS,
     check_labels,
     expected,
-    lesson_of,
     loader_of,
+    make_task,
     mixture_of,
     shuffled,
 )
@@ -84,7 +84,7 @@ def test_unreadable_images_are_reported_and_dropped(tmp_path, name, num_workers)
 def test_labels_follow_their_pictures_where_some_are_lost(tmp_path):
     image_set = photographs(tmp_path, NUM_SAMPLES)
     messages = []
-    task = lesson_of(loader_of(image_set, MIXED_CROPS, 0, on_failure=messages.append))
+    task = make_task(loader_of(image_set, MIXED_CROPS, 0, on_failure=messages.append))
     path_of(image_set, int(task.order(1, 0)[2])).unlink()
     bad = [int(task.order(1, 0)[2])]
     (batch,) = task.stream(1, 20, epoch=0, step=0, epochs=1)
@@ -104,8 +104,8 @@ def test_where_all_must_be_had_one_that_cannot_be_read_stops_it(tmp_path, num_wo
         loader_of(image_set, CROPS, num_workers, **changes) for changes in ({"on_failure": messages.append}, {})
     )
     requests = [ViewRequest(at, 0) for at in torch.split(torch.arange(6), 2)]
-    for loader, whole in ((dropping, True), (default, False), (default, True)):
-        stream = loader.stream(requests, whole=whole)
+    for loader, require_all in ((dropping, True), (default, False), (default, True)):
+        stream = loader.stream(requests, require_all=require_all)
         assert [next(stream).indices.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
         with pytest.raises(DataError, match=sentence):
             next(stream)
@@ -155,7 +155,7 @@ def test_a_fault_that_is_not_the_images_own_drops_no_sample(tmp_path, monkeypatc
     loader = loader_of(image_set, CROPS, 0, on_failure=messages.append)
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(DataError, match="ran out of memory or file handles"):
-        loader.get(ViewRequest(torch.arange(6), 0), whole=False)
+        loader.get(ViewRequest(torch.arange(6), 0), require_all=False)
     assert not messages
 
 

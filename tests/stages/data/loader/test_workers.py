@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.paths import PYTHONPATH, TESTS
-from support.photographs import held, photographs
+from support.photographs import in_memory, photographs
 
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.views.config import ViewsConfig
@@ -51,8 +51,8 @@ def same(stream, images):
 
 @pytest.fixture(scope="module")
 def truth(equal):
-    """The images of each view's requests, from images that are held."""
-    loader = loader_of(held(equal), 0)
+    """The images of each view's requests, from images in memory."""
+    loader = loader_of(in_memory(equal), 0)
     return [[seen.images for seen in loader.stream(requests(view))] for view in range(3)]
 
 
@@ -153,8 +153,8 @@ ENDED = {"leaves": 1, "hangs": 0, "is_killed": -9, "loses_a_worker": 0, "loses_a
 
 @pytest.fixture
 def processes(tmp_path):
-    """Those of pool_processes.py, under way in folders of their names, until the test ends."""
-    script = TESTS / "support" / "pool_processes.py"
+    """Those of worker_pool_script.py, under way in folders of their names, until the test ends."""
+    script = TESTS / "support" / "worker_pool_script.py"
     process = subprocess.Popen(
         [sys.executable, script, *ENDED],
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""Processes that use a pool of workers and end, each in its own way: `python pool_processes.py NAME ...` in an empty
+"""Processes that use a pool of workers and end, each in its own way: `python worker_pool_script.py NAME ...` in an empty
 folder, which says how each of them ended.
 
 They are forks of one, for to start Python and torch takes longer than all they do; and apart from pytest's, for where a
