@@ -47,7 +47,7 @@ def _files(image_set: ImageSet) -> ImageFiles:
     return image_set.images
 
 
-def test_unequal_photographs_are_read_one_by_one_as_they_are(pets: Path) -> None:
+def test_unequal_photographs_are_read_unchanged(pets: Path) -> None:
     train = _load(pets)
     assert not train.in_memory
     assert (train.num_samples, train.in_channels, train.image_size) == (4, 3, None)
@@ -65,7 +65,7 @@ def test_photographs_in_files_are_normalised_as_imagenet(
     assert normalization(_load(pets, channels=channels)) == (mean, std or (0.229, 0.224, 0.225))
 
 
-def test_where_pixels_live_does_not_change_what_they_are(pets: Path) -> None:
+def test_files_and_memory_have_the_same_pixels(pets: Path) -> None:
     in_memory, files = (_load(pets, image_size=4, cache_bytes=most) for most in (4 * 3 * 4 * 4, 4 * 3 * 4 * 4 - 1))
     assert (in_memory.in_memory, files.in_memory) == (True, False)
     assert files.image_size == in_memory.image_size == (4, 4)
@@ -75,7 +75,7 @@ def test_where_pixels_live_does_not_change_what_they_are(pets: Path) -> None:
         assert np.array_equal(files.read(at), in_memory.read(at))
 
 
-def test_reading_a_held_image_hands_out_a_copy(pets: Path) -> None:
+def test_read_from_memory_returns_a_copy(pets: Path) -> None:
     in_memory = _load(pets, image_size=4)
     before = in_memory.read(0)
     in_memory.read(0)[:] = 0
@@ -166,7 +166,7 @@ def test_system_errors_are_reported(
         train.read(0)
 
 
-def test_a_fault_of_the_machine_drops_no_sample(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_error_drops_no_sample(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = pixels.Image.open
 
     def refuse(path: Path, **keys: object) -> Image.Image:
@@ -185,14 +185,14 @@ def test_files_cross_to_another_process(pets: Path) -> None:
     assert np.array_equal(there.read(2), train.read(2))
 
 
-def test_workers_inherit_arrays_rather_than_a_million_objects(pets: Path) -> None:
+def test_image_files_hold_only_arrays(pets: Path) -> None:
     files = _files(_load(pets))
     arrays = [files.paths, files.checksums, files.shapes]
     assert all(isinstance(array, np.ndarray) and array.dtype != object for array in arrays)
     assert set(vars(files)) - {"common_shape"} == {"paths", "spec", "checksums", "shapes"}
 
 
-def test_paths_come_back_as_they_went_in() -> None:
+def test_packed_paths_round_trip() -> None:
     names = ["/a/b.png", "/a/é.png", os.fsdecode(b"/a/not utf-8 \xff.png"), "/c"]
     paths = pack_paths(names)
     assert [str(path_at(paths, index)) for index in range(4)] == names

@@ -30,7 +30,7 @@ def _image_set(**changes: Any) -> ImageSet:
     return ImageSet(**{**fields, **changes})
 
 
-def test_a_set_knows_its_sizes() -> None:
+def test_image_set_sizes() -> None:
     image_set = _image_set()
     assert (image_set.num_samples, image_set.num_classes, image_set.in_channels) == (3, 2, 3)
     assert image_set.image_size == (2, 4)
@@ -51,7 +51,7 @@ def test_a_set_cannot_be_changed() -> None:
         ({"sample_ids": torch.tensor([5, 9, 5])}, "positions 0 and 2 have the same id 5"),
     ],
 )
-def test_a_wrong_set_is_refused_in_one_sentence(changes: dict[str, Any], message: str) -> None:
+def test_invalid_set_error_is_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)) as raised:
         _image_set(**changes)
     assert "\n" not in str(raised.value)

@@ -67,7 +67,7 @@ ACTS = [
 
 
 @given(st.sets(st.integers(0, 9)), st.lists(st.tuples(st.sampled_from(ACTS), st.integers(0, 9)), max_size=12))
-def test_an_entry_holds_until_its_file_is_touched_in_any_way(known: set[int], acts: list[tuple[str, int]]) -> None:
+def test_entry_is_valid_until_its_file_changes(known: set[int], acts: list[tuple[str, int]]) -> None:
     disk = _Disk(10)
     entries = _entries({each: disk.files[each] for each in known})
     for what, each in acts:
@@ -81,7 +81,7 @@ def test_an_entry_holds_until_its_file_is_touched_in_any_way(known: set[int], ac
 
 
 @given(st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9)))
-def test_newer_entries_take_the_place_of_older_ones(older: set[int], newer: set[int]) -> None:
+def test_newer_entries_replace_older_ones(older: set[int], newer: set[int]) -> None:
     old = _entries(dict.fromkeys(older, (1, 1, 1)), checksum=1)
     new = _entries(dict.fromkeys(newer, (2, 2, 2)), checksum=2)
     both = merge(old, new)
@@ -90,7 +90,7 @@ def test_newer_entries_take_the_place_of_older_ones(older: set[int], newer: set[
     assert both["checksum"].tolist() == both["stamp"][:, 0].tolist() == expected
 
 
-def test_a_file_without_a_stamp_is_never_known(tmp_path: Path) -> None:
+def test_file_without_a_stamp_is_never_valid(tmp_path: Path) -> None:
     assert stamp(tmp_path / "gone") == NO_STAMP
     entries = _entries({5: NO_STAMP})
     assert find_valid(entries, np.array([5]), np.array([NO_STAMP])).tolist() == [-1]
@@ -104,7 +104,7 @@ def test_a_stamp_is_size_and_both_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2], ids=["mtime", "ctime"])
-def test_a_file_that_changed_just_now_is_not_trusted(at: int) -> None:
+def test_recently_changed_file_is_not_cached(at: int) -> None:
     # Within one tick of the disk's clock it could change once more, and its stamp would not show it.
     now = 10**18
     old, fresh = [9, 1, 1], [9, 1, 1]
@@ -114,19 +114,19 @@ def test_a_file_that_changed_just_now_is_not_trusted(at: int) -> None:
     assert not is_settled(NO_STAMP, now)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_cache_round_trip(tmp_path: Path) -> None:
     entries, path = _entries({3: (1, 2, 3), 2**62: (4, 5, 6)}), tmp_path / "deep" / "er" / "a.npz"
     write_cache(path, entries)
     assert np.array_equal(read_cache(path), entries)
     assert [each.name for each in path.parent.iterdir()] == ["a.npz"]
 
 
-def test_an_entries_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_missing_cache_is_empty(tmp_path: Path) -> None:
     for path in (None, tmp_path / "none.npz", tmp_path, tmp_path / "none" / "none.npz"):
         assert len(read_cache(path)) == 0
 
 
-def test_an_entries_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+def test_unwritable_cache_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     write_cache(tmp_path / "file" / "a.npz", _entries({1: (1, 1, 1)}))
     write_cache(None, _entries({1: (1, 1, 1)}))
@@ -136,7 +136,7 @@ def test_an_entries_that_cannot_be_written_is_done_without(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("where", "name", "value"), [(scan_cache, "VERSION", 99), (scan_cache.PIL, "__version__", "99.0")]
 )
-def test_an_entries_of_another_version_or_decoder_is_done_without(
+def test_cache_of_another_version_or_decoder_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, value: Any
 ) -> None:
     path = tmp_path / "a.npz"
@@ -178,7 +178,7 @@ def test_file_of_another_layout_is_ignored(tmp_path: Path, changes: dict[str, An
         assert len(read_cache(path)) == num_entries
 
 
-def test_each_folder_and_form_has_an_entries_of_its_own(tmp_path: Path) -> None:
+def test_each_folder_and_spec_has_a_cache_file(tmp_path: Path) -> None:
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
     specs = [SPEC, DecodeSpec(1, 8), DecodeSpec(3, None), DecodeSpec(3, 8, 0.875)]
     folders = [tmp_path / "a", tmp_path / "b"]
@@ -187,13 +187,13 @@ def test_each_folder_and_form_has_an_entries_of_its_own(tmp_path: Path) -> None:
     assert {path.parent for path in paths if path} == {tmp_path / "kdpipe" / "images"}
 
 
-def test_the_cache_is_below_home_where_xdg_names_none() -> None:
+def test_cache_is_in_home_without_xdg_cache_home() -> None:
     for environ in ({"HOME": "/home/me"}, {"HOME": "/home/me", "XDG_CACHE_HOME": "relative"}):
         path = cache_path(Path("/data"), SPEC, environ)
         assert path is not None and path.parent == Path("/home/me/.cache/kdpipe/images")
 
 
-def test_a_user_without_a_home_has_no_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("no home")
 
@@ -201,7 +201,7 @@ def test_a_user_without_a_home_has_no_entries(monkeypatch: pytest.MonkeyPatch) -
     assert cache_path(Path("/data"), SPEC, {}) is None
 
 
-def test_an_empty_entries_knows_nothing() -> None:
+def test_empty_cache_has_no_entries() -> None:
     assert find_valid(EMPTY, np.array([1, 2]), np.ones((2, 3), dtype=np.int64)).tolist() == [-1, -1]
     entries = _entries({1: (1, 1, 1)})
     assert np.array_equal(merge(EMPTY, entries), entries)

@@ -81,7 +81,7 @@ def test_unreadable_images_are_reported_and_dropped(tmp_path, name, num_workers)
     assert not any("\n" in one for one in messages)
 
 
-def test_labels_follow_their_pictures_where_some_are_lost(tmp_path):
+def test_labels_match_images_when_some_are_dropped(tmp_path):
     image_set = photographs(tmp_path, NUM_SAMPLES)
     messages = []
     task = make_task(loader_of(image_set, MIXED_CROPS, 0, on_failure=messages.append))
@@ -95,7 +95,7 @@ def test_labels_follow_their_pictures_where_some_are_lost(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_where_all_must_be_had_one_that_cannot_be_read_stops_it(tmp_path, num_workers):
+def test_require_all_raises_for_an_unreadable_image(tmp_path, num_workers):
     image_set = photographs(tmp_path, 6)
     path_of(image_set, 4).unlink()
     sentence = rf"^sample {image_set.sample_ids[4]}: .*4\.png cannot be read \(No such file"
@@ -133,7 +133,7 @@ def test_on_failure_may_raise_and_the_pool_stays_usable(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_batch_of_which_nothing_can_be_read_is_an_error(tmp_path, num_workers):
+def test_batch_without_readable_images_is_an_error(tmp_path, num_workers):
     image_set = photographs(tmp_path, 6)
     for at in (2, 3):
         path_of(image_set, at).unlink()
@@ -146,7 +146,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_an_error(tmp_path, num_workers)
     assert len(messages) == 2
 
 
-def test_a_fault_that_is_not_the_images_own_drops_no_sample(tmp_path, monkeypatch):
+def test_machine_error_drops_no_sample(tmp_path, monkeypatch):
     def refuse(path, **keys):
         raise OSError(24, "Too many open files")
 
@@ -184,7 +184,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("number", range(len(FAULTS)))
-def test_a_fault_of_the_users_transform_is_one_sentence(tmp_path, monkeypatch, number, num_workers):
+def test_error_of_a_user_transform_is_one_line(tmp_path, monkeypatch, number, num_workers):
     code, sentence = list(FAULTS.items())[number]
     module = f"faulty_{number}_{num_workers}"
     (tmp_path / f"{module}.py").write_text(code)

@@ -90,7 +90,7 @@ def patterns(sizes):
 
 
 @pytest.mark.parametrize("name", ["tensor", "mixed"])
-def test_known_pictures_stay_known(name):
+def test_reference_images_are_unchanged(name):
     assert renderer({"tensor": TENSOR, "mixed": MIXED}[name]).identity["probes_sha256"] == KNOWN_PROBES[name]
 
 
@@ -111,7 +111,7 @@ def test_more_views_of_a_recipe_are_the_same_views(views):
         (MIXED, TENSOR, {"mix", "probes_sha256"}),
     ],
 )
-def test_what_changes_the_pictures_changes_the_identity(views, other, differing):
+def test_identity_changes_with_the_pixels(views, other, differing):
     one, another = renderer(views).identity, renderer(other).identity
     assert {key for key in one | another if one.get(key) != another.get(key)} == differing
 
@@ -132,7 +132,7 @@ def test_other_partners_are_another_mixture():
     ],
     ids=["tensor", "torchvision", "mix"],
 )
-def test_another_implementation_shows_in_the_pictures_alone(monkeypatch, room, name, views):
+def test_another_implementation_changes_only_the_probes(monkeypatch, room, name, views):
     """As a new version of torchvision may be: the recipe says the same, and one pixel is another one."""
     before, real = renderer(views).identity, getattr(room, name)
     monkeypatch.setattr(room, name, lambda *arguments: one_off(real(*arguments)))
@@ -265,7 +265,7 @@ def test_an_edited_pipeline_of_the_users_own_is_refused(runs, way, edit, named):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_refusal_says_which_libraries_are_other_ones(runs, way):
+def test_mismatch_error_names_the_changed_libraries(runs, way):
     sentence = refused(runs, "transforms", way, with_views(STORED["transforms"], seed=7))
     here = library_versions()["torchvision"]
     assert f"It was made with torchvision 0.1 (here {here})." in sentence
@@ -281,7 +281,7 @@ def test_a_refusal_says_which_libraries_are_other_ones(runs, way):
         (with_views(TRANSFORMS, operations=(FLIP,)), (9, 7), (3, 9, 7)),
     ],
 )
-def test_the_shape_of_a_view_is_that_of_what_is_rendered(views, size, shape):
+def test_renderer_shape_equals_the_rendered_shape(views, size, shape):
     made = renderer(views, size)
     assert made.shape == shape
     assert made.identity["image_shape"] == list(shape)

@@ -125,7 +125,7 @@ def test_a_table_becomes_the_transform_of_its_name(table: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("pixels", [RGB, GRAY])
-def test_a_table_does_what_the_constructor_does(pixels: Any) -> None:
+def test_table_equals_the_constructor(pixels: Any) -> None:
     built = build_transform(
         [
             {"name": "RandomResizedCrop", "size": 20, "scale": [0.2, 1.0], "interpolation": "bicubic"},
@@ -202,7 +202,7 @@ def test_no_operations_are_the_identity() -> None:
         ({"name": "RandomOrder", "transforms": [{"name": "MixUp"}]}, "views.operations.1.transforms.0: MixUp mixes"),
     ],
 )
-def test_a_wrong_table_is_refused_in_one_sentence(table: Any, message: str) -> None:
+def test_invalid_table_error_is_one_line(table: Any, message: str) -> None:
     with refuses(message) as raised:
         build_transform([{"name": "ToImage"}, table])
     assert str(raised.value).startswith("views.operations.1")
@@ -247,7 +247,7 @@ def test_numbers_drawn_while_building_are_fixed(own: Path) -> None:
         ("python:own_views:gives_nothing", "the function returned NoneType, expected a pipeline"),
     ],
 )
-def test_a_wrong_reference_is_refused_in_one_sentence(own: Path, reference: str, message: str) -> None:
+def test_invalid_reference_error_is_one_line(own: Path, reference: str, message: str) -> None:
     with refuses(message) as raised:
         build_transform([], reference)
     assert str(raised.value).startswith(f"views.transform={reference!r}")

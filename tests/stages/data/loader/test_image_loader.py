@@ -69,7 +69,7 @@ def test_transforms_of_images_in_memory_run_in_workers(equal):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_images_are_shown_as_they_are_where_no_view_is_asked_for(equal, num_workers):
+def test_original_images_are_loaded_without_a_view(equal, num_workers):
     at = shuffled(1)
     raw = in_memory(equal).images[at]
     for loader in (ImageLoader(equal, CPU, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
@@ -85,7 +85,7 @@ def test_original_images_of_different_sizes_are_rejected(unequal):
         ImageLoader(unequal, CPU, num_workers=0).get(ViewRequest(torch.arange(4)))
 
 
-def test_partners_may_come_from_a_larger_data_set(equal):
+def test_partners_can_come_from_a_larger_data_set(equal):
     part, at = equal.take(torch.tensor([20, 3, 11, 8])), torch.tensor([2, 0, 3, 1])
     truth = expected(part, MIXED_CROPS, at, 1, equal)
     outside = set(mixture_of(part, MIXED_CROPS, at, 1, equal).partner_ids.tolist()) - set(part.sample_ids.tolist())
@@ -97,7 +97,7 @@ def test_partners_may_come_from_a_larger_data_set(equal):
 
 
 @pytest.mark.parametrize(("num_workers", "started"), [(0, 0), (2, 2), (None, len(os.sched_getaffinity(0)))])
-def test_as_many_workers_are_started_as_are_asked_for(equal, num_workers, started):
+def test_num_workers_are_started(equal, num_workers, started):
     before = set(multiprocessing.active_children())
     loader = loader_of(equal, CROPS, num_workers)
     loader.get(ViewRequest(torch.arange(4), 0))
@@ -105,7 +105,7 @@ def test_as_many_workers_are_started_as_are_asked_for(equal, num_workers, starte
     assert len(set(multiprocessing.active_children()) - before) == started
 
 
-def test_held_images_need_no_workers(equal):
+def test_images_in_memory_need_no_workers(equal):
     before = set(multiprocessing.active_children())
     loader = loader_of(in_memory(equal), CROPS, 2)
     loader.get(ViewRequest(torch.arange(4), 0))

@@ -74,7 +74,7 @@ def make_task(path, context):
 
 
 @pytest.mark.parametrize("view", range(VIEWS.num_views))
-def test_what_is_stored_was_said_about_the_mixture(run, view):
+def test_stored_logits_are_those_of_the_mixture(run, view):
     teacher, ids = load_teacher(TEACHER, 0, mixed_context(run)), ALL.sample_ids
     stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
     exact = predict(teacher, render_mixed(ids, view, ids))

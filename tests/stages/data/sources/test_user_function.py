@@ -114,7 +114,7 @@ def test_the_search_path_is_left_as_it_was(tmp_path: Path) -> None:
         ("toys:equal_ids", "have the same id 0"),
     ],
 )
-def test_a_wrong_function_is_refused_in_one_sentence(function: str, message: str) -> None:
+def test_invalid_function_error_is_one_line(function: str, message: str) -> None:
     with pytest.raises(DataError) as raised:
         _load(function)
     assert message in str(raised.value)
