@@ -26,7 +26,7 @@ from urllib.error import HTTPError
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import Request, urlopen
 
-from kdpipe.store.errors import StoreError
+from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.schema import METADATA_BYTES
 
 if TYPE_CHECKING:
@@ -133,9 +133,10 @@ def _parsed(url: str) -> SplitResult:
     """Parse a URL. An invalid one is not printed, as it may contain a password."""
     scheme = url.partition("://")[0].lower()
     if not is_url(url) or scheme not in _ADVICE:
+        hint = did_you_mean(scheme, _ADVICE, otherwise="a folder on this machine is not a URL")
         raise StoreError(
             f"a remote store's address starts with one of {', '.join(f'{known}://' for known in _ADVICE)}, not "
-            f"{scheme[:20]!r}; a folder on this machine is not a URL"
+            f"{scheme[:20]!r}; {hint}"
         )
     try:
         parts = urlsplit(url)

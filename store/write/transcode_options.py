@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kdpipe.store.errors import StoreError
+from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.codec import Codec
 from kdpipe.store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
 from kdpipe.store.format.manifest import Manifest
@@ -114,7 +114,7 @@ def _kept_names(source: TargetStore, options: TranscodeOptions) -> set[str]:
     names = list(dict.fromkeys(logical_array(spec.name) for spec in source.arrays))
     for name in options.arrays or ():
         if name not in names:
-            raise StoreError(f"{source.path} has no array {name!r}, only {', '.join(names)}.")
+            raise StoreError(f"{source.path} has no array {name!r}; {did_you_mean(name, names)}")
     return set(names) if options.arrays is None else {"logits", *options.arrays}
 
 

@@ -259,7 +259,7 @@ def test_unreachable_server_is_reported():
 @pytest.mark.parametrize(
     ("url", "wanted"),
     [
-        ("s4://bucket/x", "starts with one of s3://, .* not 's4'"),
+        ("s4://bucket/x", "not 's4'; did you mean 's3'"),
         ("runs/a", "a folder on this machine is not a URL"),
         ("ftp://host/x", "starts with one of s3://"),
         ("s3://", "cannot be parsed"),

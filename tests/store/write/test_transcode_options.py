@@ -33,7 +33,7 @@ from kdpipe.store.write.transcode_options import TranscodeOptions
         (TranscodeOptions(num_views=0), "has 2 views, so 0 of them"),
         (
             TranscodeOptions(arrays=("features/layer2.1",)),
-            r"no array 'features/layer2.1', only .*features/layer2.0",
+            r"no array 'features/layer2.1'; did you mean 'features/layer2.0'",
         ),
         (TranscodeOptions(keep_bits=0), "keep_bits is 0"),
         (TranscodeOptions(keep_bits=23), "choose from 1 to 22"),
