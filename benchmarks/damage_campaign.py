@@ -33,7 +33,7 @@ from support.many_stores import LOGITS, Form, Wish, first_difference, grow, work
 from kdpipe.store import Codec, KdpipeError, open_store
 from kdpipe.store.check.verify import verify_store
 
-STATISTIC_FUNCTIONS = [
+PROFILES = [
     replace(form, codec=codec) for form in LOGITS.values() for codec in (None, Codec("zstd", 3), Codec("blosc", 3))
 ]
 MAX_LIFETIME_S = 0.08
@@ -59,7 +59,7 @@ def uninterrupted(form: Form) -> dict[str, bytes]:
 def kill_campaign(folder: Path, num_kills: int, rng: random.Random) -> Counter[str]:
     count: Counter[str] = Counter()
     while count["writers killed"] < num_kills:
-        form = rng.choice(STATISTIC_FUNCTIONS)
+        form = rng.choice(PROFILES)
         path = folder / f"{count['stores']}.zarr"
         count["stores"] += 1
         for wish in wishes_of(form):
@@ -101,7 +101,7 @@ def read_result(path: Path) -> str:
 
 def flip_campaign(folder: Path, num_flips: int, rng: random.Random) -> Counter[str]:
     paths = []
-    for number, form in enumerate(STATISTIC_FUNCTIONS):
+    for number, form in enumerate(PROFILES):
         paths.append(grow(folder / f"whole-{number}.zarr", wishes_of(form)[-1]))
         paths.append(grow(folder / f"grown-{number}.zarr", *wishes_of(form)))
     files = [(path, file) for path in paths for file in sorted(path.rglob("*")) if file.is_file()]
