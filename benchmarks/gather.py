@@ -159,10 +159,10 @@ def make_store(path: Path, name: str, values: Rows, ids: NDArray[np.int64]) -> T
     samples = Samples(ids, np.zeros(num_samples, np.int64), np.zeros(num_samples, np.uint32))
     spec = ArraySpec(name, values.shape[1:], "float16")
     unit_rows = rows_per_unit([spec], num_samples, SHARD_BYTES)
-    layout = StoreLayout(1, unit_rows, (num_samples,))
-    manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), layout, {})
+    geometry = StoreLayout(1, unit_rows, (num_samples,))
+    manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), geometry, {})
     create_store(path, manifest, samples)
-    for unit in layout.units():
+    for unit in geometry.units():
         write_unit(path, manifest, unit, {name: values[unit.start : unit.stop]})
     finish_store(path)
     return open_store(path)
