@@ -37,7 +37,7 @@ PROFILES = [
     replace(form, codec=codec) for form in LOGITS.values() for codec in (None, Codec("zstd", 3), Codec("blosc", 3))
 ]
 MAX_LIFETIME_S = 0.08
-"""Writers are killed within this time, before most of them are done."""
+"""The longest life of a writer, too short for most of them to finish."""
 
 
 def wishes_of(form: Form) -> list[Wish]:
@@ -68,11 +68,11 @@ def kill_campaign(folder: Path, num_kills: int, rng: random.Random) -> Counter[s
                 count[read_result(path)] += 1
             work(path, wish)
             count["extensions finished wrongly"] += read_result(path) != "reads: correct"
-        litter = {one.name for one in folder.iterdir()} - {path.name, f".{path.name}.lock", f".{path.name}.locks"}
-        same = folder_bytes(path) == uninterrupted(form) and not litter
+        leftovers = {file.name for file in folder.iterdir()} - {path.name, f".{path.name}.lock", f".{path.name}.locks"}
+        same = folder_bytes(path) == uninterrupted(form) and not leftovers
         count["stores equal to an uninterrupted one" if same else "stores that differ"] += 1
-        for one in folder.iterdir():
-            shutil.rmtree(one) if one.is_dir() else one.unlink()
+        for file in folder.iterdir():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
     return count
 
 
@@ -142,7 +142,7 @@ def main() -> int:
         rng = random.Random(options.seed)
         kills = kill_campaign(Path(folder), options.kills, rng)
         flips = flip_campaign(Path(folder), options.flips, rng)
-    print("| campaign | what | count |\n| --- | --- | ---: |")
+    print("| campaign | result | count |\n| --- | --- | ---: |")
     for name, count in (("kills", kills), ("flips", flips)):
         for what, number in sorted(count.items()):
             print(f"| {name} | {what} | {number:,} |")
