@@ -2,7 +2,7 @@
 
 A shell loop restarts it each time, as a batch system would. It has to end with the bytes of an uninterrupted run.
 
-    python benchmarks/soak.py recipes/mnist.toml --kills 100 [--set KEY=VALUE ...]
+    uv run python benchmarks/soak.py recipes/mnist.toml --kills 100 [--set KEY=VALUE ...]
 
 Half of the kills are SIGKILL, which saves nothing; the others request a stop: SIGTERM, SIGINT, SIGUSR1, SIGUSR2.
 """
