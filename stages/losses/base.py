@@ -16,10 +16,10 @@ What happens with it, in this order:
 2. `required_features(student)` are the teacher's features that `cache-teacher` stores and a store must serve.
 3. `build(student, teacher, dataset)` gets the shapes of both, without the batch axis, and returns an `nn.Module`. Its
    parameters (adapters, embeddings) train with the student, and are no part of the exported student.
-4. The module's `forward` gets `LossInputs`, in float32, and returns the loss without `weight`: [B] if `per_sample`, else
-   a scalar for the batch of all processes, whose rows `all_gather_with_grad` collects. `inputs.student.logits` and
-   `inputs.teacher.logits_at(T)` are [B, num_classes]; `inputs.student.features[path]` and
-   `inputs.teacher.features[feature]` are maps [B, C, H, W], tokens [B, L, C] or vectors [B, D].
+4. The module's `forward` gets `LossInputs`, in float32: `inputs.student.logits` and `inputs.teacher.logits_at(T)` are
+   [B, num_classes]; `inputs.student.features[path]` and `inputs.teacher.features[feature]` are maps [B, C, H, W],
+   tokens [B, L, C] or vectors [B, D]. It returns the loss without `weight`: [B] if `per_sample`, else a scalar for the
+   batch of all processes, whose rows `all_gather_with_grad` collects.
 
 `weight`, `store` and `samples` are applied by `WeightedLoss` (`distillation.py`), not by the loss.
 
@@ -188,7 +188,9 @@ class FeatureLossConfig(LossConfig):
         return tuple(student_layer for student_layer, _ in self.layers)
 
     def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
-        return tuple(self.teacher_feature(teacher_layer, student.get(layer, ())) for layer, teacher_layer in self.layers)
+        return tuple(
+            self.teacher_feature(teacher_layer, student.get(layer, ())) for layer, teacher_layer in self.layers
+        )
 
     def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
         """Return the required feature of a teacher's layer, given the shape of the student's."""

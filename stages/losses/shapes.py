@@ -38,7 +38,7 @@ def poolable(student: Shape, size: Size) -> bool:
 
 
 def shape_mismatch_error(loss: str, pair: Pair, student: Shape, teacher: Shape, expected: str) -> RecipeError:
-    """Build the error for a pair of layers whose shapes do not match; `expected` says which layers to choose instead."""
+    """Build the error for a pair of layers whose shapes do not match; `expected` is which layers to choose instead."""
     return RecipeError(
         f"{loss} cannot join the student's {pair[0]}, of shape {list(student)}, to the teacher's {pair[1]}, of shape "
         f"{list(teacher)}: choose {expected}."

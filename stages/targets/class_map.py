@@ -94,17 +94,17 @@ def read_class_map(store: TargetStore, image_set: ImageSet, config: ClassMapConf
                 "cache a teacher with these classes, or map them with student.teachers.classes."
             )
         return None
-    stored, wanted = _stored_names(store), list(image_set.class_names)
-    pairs = {name: name for name in stored if name in wanted} if isinstance(config, str) else config
+    stored, names = _stored_names(store), list(image_set.class_names)
+    pairs = {name: name for name in stored if name in names} if isinstance(config, str) else config
     if not pairs:
         raise RecipeError(
-            f"{store.path} and the data set share no class names ({_some(stored)}; {_some(wanted)}): map them with a "
+            f"{store.path} and the data set share no class names ({_some(stored)}; {_some(names)}): map them with a "
             "table, as in student.teachers.classes = [{ tabby = 'cat' }]."
         )
     student_class = np.full(len(stored), -1, np.int64)
     for teacher_name, student_name in pairs.items():
         teacher_class = _find(teacher_name, stored, f"the teacher of {store.path}")
-        student_class[teacher_class] = _find(student_name, wanted, "the data set")
+        student_class[teacher_class] = _find(student_name, names, "the data set")
     return ClassMap(student_class, image_set.num_classes)
 
 

@@ -79,17 +79,17 @@ class TeacherEnsemble(nn.Module):
         self.shares = _shares(config, num_teachers, accuracies)
 
     def forward(
-        self, teachers: Sequence[TeacherTargets], known: Sequence[Tensor | None], labels: Tensor
+        self, teachers: Sequence[TeacherTargets], target_masks: Sequence[Tensor | None], labels: Tensor
     ) -> EnsembleTargets:
         """Combine the outputs of the teachers.
 
         Args:
             teachers: The outputs of each teacher.
-            known: For each teacher, which samples it has targets for, bool [B] on any device; None for all.
+            target_masks: For each teacher, which samples it has targets for, bool [B] on any device; None for all.
             labels: int64 [B].
         """
-        all_known = torch.ones_like(labels, dtype=torch.bool)
-        masks = [all_known if mask is None else mask.to(labels.device, non_blocking=True) for mask in known]
+        everything = torch.ones_like(labels, dtype=torch.bool)
+        masks = [everything if mask is None else mask.to(labels.device, non_blocking=True) for mask in target_masks]
         has_target = torch.stack(masks, 1)
         weights = torch.where(has_target, self._weights(teachers, labels, has_target), 0)
         # If only teachers of weight 0 have a sample, they are its targets: the limit of ever smaller weights.
@@ -166,6 +166,5 @@ class EnsembleTargets:
         return temperature * torch.logsumexp(torch.stack(weighted), 0)
 
     def rows(self, index: Tensor) -> EnsembleTargets:
-        return EnsembleTargets(
-            tuple(teacher.rows(index) for teacher in self.teachers), self.weights[index], self.config
-        )
+        teachers = tuple(teacher.rows(index) for teacher in self.teachers)
+        return EnsembleTargets(teachers, self.weights[index], self.config)

@@ -1,7 +1,7 @@
 """SimKD: regression of the teacher's last map through a projector, under the teacher's own classifier.
 
 Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier", CVPR (arXiv 2203.14001). Projector and
-classifier are part of the student (`stages/distillation/classifier_reuse.py`), so that the loss is one mean squared error.
+classifier are part of the student (`distillation/classifier_reuse.py`), so that the loss is one mean squared error.
 """
 
 from __future__ import annotations

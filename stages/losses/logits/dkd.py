@@ -67,8 +67,7 @@ def dkd_loss(
     Both logits are [B, num_classes], num_classes >= 2, labels int64 [B]. The result is float32 or wider.
     """
     target = tckd_loss(student_logits, teacher_logits, labels, temperature)
-    non_target = kd_loss(without_label(student_logits, labels), without_label(teacher_logits, labels), temperature)
-    return alpha * target + beta * non_target
+    return alpha * target + beta * nckd_loss(student_logits, teacher_logits, labels, temperature)
 
 
 def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -78,6 +77,11 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, te
     label = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
     rest = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
     return temperature**2 * (label + rest)
+
+
+def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Compute T^2 * KL between the distributions over all classes but the label, [B]. Shapes as in `dkd_loss`."""
+    return kd_loss(without_label(student_logits, labels), without_label(teacher_logits, labels), temperature)
 
 
 def log_odds(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -33,8 +33,7 @@ from kdpipe.stages.losses.features.vid import VIDConfig
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
 from kdpipe.stages.losses.logits.dist import DISTConfig
 from kdpipe.stages.losses.logits.dkd import DKDConfig
-from kdpipe.stages.losses.logits.kd import KDConfig
-from kdpipe.stages.losses.logits.logit_mse import LogitMSEConfig
+from kdpipe.stages.losses.logits.kd import KDConfig, LogitMSEConfig
 from kdpipe.stages.losses.logits.mlld import MLLDConfig
 from kdpipe.stages.losses.logits.nkd import NKDConfig
 from kdpipe.stages.losses.relations.cc import CCConfig

@@ -15,8 +15,7 @@ from kdpipe.stages.losses.distillation import DistillationBatch, build_distillat
 from kdpipe.stages.losses.inputs import DatasetInfo
 from kdpipe.stages.losses.logits.dist import DISTConfig
 from kdpipe.stages.losses.logits.dkd import DKDConfig
-from kdpipe.stages.losses.logits.kd import KDConfig, kd_per_sample
-from kdpipe.stages.losses.logits.logit_mse import LogitMSEConfig
+from kdpipe.stages.losses.logits.kd import KDConfig, LogitMSEConfig, kd_loss
 from kdpipe.stages.losses.logits.mlld import MLLDConfig
 from kdpipe.stages.losses.logits.nkd import NKDConfig
 from kdpipe.stages.losses.sample_selection import SampleSelection
@@ -158,8 +157,8 @@ def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, ensemble):
         [loss],
         {},
         [{}] * len(teachers),
-        combination=TeacherEnsemble(config, len(teachers)),
-        facts=DatasetInfo(num_samples=8, num_classes=4),
+        ensemble=TeacherEnsemble(config, len(teachers)),
+        dataset=DatasetInfo(num_samples=8, num_classes=4),
         seed=0,
     )
     outputs = DistillationBatch(ModelOutput(student, {}), teachers, known, labels, torch.arange(8), FINISHED, {})
@@ -174,7 +173,7 @@ def test_gradient_comes_only_from_the_teachers_classes():
     """The gradient of KD is p - q: classes without teacher probability are pushed down by the student's."""
     student = drawn(8, 4, seed=3).requires_grad_()
     target = PART.map_logits(drawn(8, 3, seed=1), 4.0)
-    kd_per_sample(student, target, 4.0).sum().backward()
+    kd_loss(student, target, 4.0).sum().backward()
     own = (student.detach() / 4).softmax(1)
     torch.testing.assert_close(student.grad[:, 2:], 4 * own[:, 2:], rtol=1e-9, atol=0)
 
@@ -234,7 +233,7 @@ def test_teacher_with_finer_classes_trains_a_student(run):
     given = given / given.sum(1, keepdim=True)
     target = torch.stack([given[:, 1] + given[:, 3], given[:, 2], given[:, 4], given[:, 0]], 1)
     student = drawn(60, 4, seed=4).float()
-    expected = kd_per_sample(student, 4 * target.log(), 4.0).mean().item()
+    expected = kd_loss(student, 4 * target.log(), 4.0).mean().item()
     assert task.losses(ModelOutput(student, {}), batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -255,7 +254,7 @@ def test_samples_without_a_teacher_can_use_labels_alone(run):
     student = drawn(60, 4, seed=4).float()
     losses = task.losses(ModelOutput(student, {}), batch)
     logs = torch.cat([target, torch.full((len(target), 2), -1e4)], 1)
-    expected = kd_per_sample(student[known], logs, 4.0).sum().item() / 60
+    expected = kd_loss(student[known], logs, 4.0).sum().item() / 60
     assert losses["kd_0"].item() == pytest.approx(expected, rel=1e-5)
     cross_entropy = torch.nn.functional.cross_entropy(student, batch.hard.labels, reduction="none")
     expected = torch.where(known, 0.1 * cross_entropy, cross_entropy).mean().item()

@@ -16,7 +16,7 @@ from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.errors import RecipeError, StoppedEarly
 from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation
 from kdpipe.stages.losses.inputs import DatasetInfo
-from kdpipe.stages.losses.logits.kd import KDConfig, kd_per_sample
+from kdpipe.stages.losses.logits.kd import KDConfig, kd_loss
 from kdpipe.stages.losses.schedules import FINISHED
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.safetensors_io import load_tensors
@@ -182,7 +182,7 @@ def kd(**changes):
 
 def distilled(combination, *losses):
     facts = DatasetInfo(num_samples=8, num_classes=10)
-    return build_distillation(losses, {}, ({}, {}, {}), combination=combination, facts=facts, seed=0)
+    return build_distillation(losses, {}, ({}, {}, {}), ensemble=combination, dataset=facts, seed=0)
 
 
 def exchange(known=ALL, student=STUDENT_LOGITS):
@@ -192,13 +192,13 @@ def exchange(known=ALL, student=STUDENT_LOGITS):
 def test_losses_of_one_store_combine_with_losses_of_all():
     combination = TeacherEnsemble(TeachersConfig(weights=(1.0, 2.0, 5.0), temperatures=(1.0, 3.0, 9.0)), 3)
     losses = distilled(combination, kd(), kd(store=2), kd(store=1))(exchange([None, SOME, None]))
-    alone = [kd_per_sample(STUDENT_LOGITS, logits, 2.0) for logits in LOGITS]
+    alone = [kd_loss(STUDENT_LOGITS, logits, 2.0) for logits in LOGITS]
     assert losses["kd_1"].item() == pytest.approx(alone[2].mean().item(), rel=1e-9)  # neither weight nor temperature
     assert losses["kd_2"].item() == pytest.approx(alone[1][SOME].sum().item() / 8, rel=1e-9)
     target = 2 * torch.where(
         SOME[:, None], LOGITS[0] / 8 + LOGITS[1] / 12 + LOGITS[2] * 5 / 72, LOGITS[0] / 6 + LOGITS[2] * 5 / 54
     )
-    expected = kd_per_sample(STUDENT_LOGITS, target, 2.0).mean().item()
+    expected = kd_loss(STUDENT_LOGITS, target, 2.0).mean().item()
     assert losses["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -207,7 +207,7 @@ def test_single_teacher_can_have_its_own_temperature():
     outputs = DistillationBatch(
         ModelOutput(STUDENT_LOGITS, {}), TEACHERS[:1], [None], LABELS, torch.arange(8), FINISHED, {}
     )
-    expected = kd_per_sample(STUDENT_LOGITS, LOGITS[0] / 4, 2.0).mean().item()
+    expected = kd_loss(STUDENT_LOGITS, LOGITS[0] / 4, 2.0).mean().item()
     assert distilled(combination, kd())(outputs)["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -242,7 +242,7 @@ def test_learnable_weights_get_the_true_gradient(ensemble):
 
     def loss(scores, student):
         outputs = torch.func.functional_call(combination, {"scores": scores}, (TEACHERS, [None, SOME, None], LABELS))
-        return kd_per_sample(student, outputs.logits_at(2.0), 2.0).mean()
+        return kd_loss(student, outputs.logits_at(2.0), 2.0).mean()
 
     scores = torch.tensor([0.3, -0.2, 0.7], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (scores, STUDENT_LOGITS.clone().requires_grad_()))
@@ -336,7 +336,7 @@ def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):
         train_in(tmp_path / "stopped", run, student, RunMonitor(should_stop=StopAfter(3)))
     folder = student_folder(tmp_path / "stopped", DISTILLED, 0)
     tensors, _ = load_tensors(folder.checkpoint)
-    scores = tensors["modules/distillation.combination.scores"]
+    scores = tensors["modules/distillation.ensemble.scores"]
     assert scores.shape == (2,)
     assert scores[0] != scores[1]
     assert any(key.startswith("optimiser/") and one.shape == (2,) for key, one in tensors.items())

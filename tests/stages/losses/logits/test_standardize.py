@@ -11,7 +11,7 @@ from kdpipe.stages.targets.outputs import DenseTargets
 
 
 def test_kd_of_standardized_logits_matches_the_reference():
-    loss = kd_loss(standardize_logits(STUDENT_LOGITS), standardize_logits(TEACHER_LOGITS), 2.0)
+    loss = kd_loss(standardize_logits(STUDENT_LOGITS), standardize_logits(TEACHER_LOGITS), 2.0).mean()
     assert loss.item() == pytest.approx(0.9645054502, rel=1e-9)
 
 
@@ -46,7 +46,7 @@ def test_constant_rows_give_zeros_without_a_gradient(dtype, value):
     logits[3] = value
     logits.requires_grad_()
     rows = standardize_logits(logits)
-    kd_loss(rows, standardize_logits(TEACHER_LOGITS), 2.0).backward()
+    kd_loss(rows, standardize_logits(TEACHER_LOGITS), 2.0).mean().backward()
     assert rows[3].abs().max() == 0
     assert logits.grad[3].abs().max() == 0
     assert torch.isfinite(logits.grad).all()
