@@ -53,7 +53,9 @@ def test_no_temperature_and_one_of_zero_are_refused(wrong):
 
 def test_the_relations_go_over_the_batch_of_all_processes(monkeypatch):
     waiting = iter([STUDENT, TEACHER])
-    monkeypatch.setattr(mlld, "all_gather_with_grad", lambda rows: next(waiting, rows))  # behind them, each sample's own part
+    monkeypatch.setattr(
+        mlld, "all_gather_with_grad", lambda rows: next(waiting, rows)
+    )  # behind them, each sample's own part
     loss = mlld_loss(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4], 4.0)
     instance = kd_loss(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4], 4.0).mean()
     assert (loss - instance).item() == pytest.approx(0.0125883948734 + 0.003392254161, rel=1e-9)
