@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from kdpipe.stages.losses.base import LogitLossConfig, LossConfig
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
-from kdpipe.stages.losses.logits.standardize import StandardizedTargets, standardize_logits
+from kdpipe.stages.losses.logits.standardize import standardize_logits
 from kdpipe.stages.losses.sample_selection import compute_sample_weights, select_samples
 from kdpipe.stages.losses.schedules import TrainProgress, value_at
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.runtime.collectives import all_reduce_sum, num_processes
 from kdpipe.stages.targets.ensemble import TeacherEnsemble
 from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.targets.outputs import TeacherTargets
+from kdpipe.stages.targets.outputs import TeacherTargets, TransformedTargets
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class WeightedLoss(nn.Module):
         if not isinstance(self.config, LogitLossConfig) or not self.config.standardize:
             return inputs
         student = ModelOutput(standardize_logits(inputs.student.logits), inputs.student.features)
-        return replace(inputs, student=student, teacher=StandardizedTargets(inputs.teacher))
+        teacher = TransformedTargets(inputs.teacher, lambda logits, _: standardize_logits(logits))
+        return replace(inputs, student=student, teacher=teacher)
 
 
 def _samples_with_targets(target_masks: Sequence[Tensor | None]) -> Tensor | None:
@@ -145,8 +146,8 @@ def student_layers(configs: Sequence[LossConfig]) -> list[str]:
 
 def required_of(configs: Sequence[LossConfig], student: Shapes, store: int) -> list[FeatureSpec]:
     """Return the features that these losses require of the teacher of store number `store`."""
-    own = [config for config in configs if (config.store or 0) == store]
-    return list(dict.fromkeys(feature for config in own for feature in config.required_features(student)))
+    selected = [config for config in configs if (config.store or 0) == store]
+    return list(dict.fromkeys(feature for config in selected for feature in config.required_features(student)))
 
 
 def build_distillation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.targets.outputs import TeacherTargets
 from kdpipe.store import StoreError, TargetStore
 
 SAME: Literal["same"] = "same"
@@ -60,24 +58,6 @@ class ClassMap:
             members = torch.from_numpy(np.flatnonzero(self.student_class == student_class))
             mapped[:, int(student_class)] = temperature * torch.logsumexp(logits[:, members] / temperature, 1)
         return mapped
-
-
-@dataclass(frozen=True)
-class MappedTargets:
-    """Outputs of a teacher with other classes, mapped to the student's classes."""
-
-    inner: TeacherTargets
-    class_map: ClassMap
-
-    @property
-    def features(self) -> Mapping[FeatureSpec, Tensor]:
-        return self.inner.features
-
-    def logits_at(self, temperature: float) -> Tensor:
-        return self.class_map.map_logits(self.inner.logits_at(temperature), temperature)
-
-    def rows(self, index: Tensor) -> MappedTargets:
-        return MappedTargets(self.inner.rows(index), self.class_map)
 
 
 def read_class_map(store: TargetStore, image_set: ImageSet, config: ClassMapConfig) -> ClassMap | None:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.config import Bytes, section
-from kdpipe.stages.targets.class_map import MappedTargets
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import JoinedStore
-from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, TopKTargets
+from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, TopKTargets, TransformedTargets
 from kdpipe.stages.targets.resolve import LOGITS
 from kdpipe.store import TargetStore
 
@@ -110,7 +109,7 @@ class Targets:
             outputs = DenseTargets(read[LOGITS].float(), features)
         else:
             outputs = TopKTargets(top_k, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
-        return outputs if joined.class_map is None else MappedTargets(outputs, joined.class_map)
+        return outputs if joined.class_map is None else TransformedTargets(outputs, joined.class_map.map_logits)
 
     def _read(self, number: int, names: Iterable[str], view: int, indices: Tensor) -> dict[str, Tensor]:
         """Return rows of arrays by name; of samples without targets, whose row is -1, a row that is read anyway."""

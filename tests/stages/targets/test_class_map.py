@@ -21,10 +21,10 @@ from kdpipe.stages.losses.logits.nkd import NKDConfig
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED
 from kdpipe.stages.models.hooks import ModelOutput
-from kdpipe.stages.targets.class_map import ClassMap, MappedTargets, read_class_map
+from kdpipe.stages.targets.class_map import ClassMap, read_class_map
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.join import join
-from kdpipe.stages.targets.outputs import DenseTargets
+from kdpipe.stages.targets.outputs import DenseTargets, TransformedTargets
 from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.train_teacher import untrained_teacher
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
@@ -111,7 +111,7 @@ def test_merged_classes_add_up_at_any_temperature(temperature):
     expected = torch.stack([given[:, 1] + given[:, 3], given[:, 2], given[:, 4], given[:, 0]], 1)
     found = (FINE.map_logits(logits, temperature) / temperature).softmax(1)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    mapped = MappedTargets(DenseTargets(logits, {}), FINE)
+    mapped = TransformedTargets(DenseTargets(logits, {}), FINE.map_logits)
     assert torch.equal(mapped.logits_at(temperature), FINE.map_logits(logits, temperature))
     some = torch.tensor([3, 3, 0])
     assert torch.equal(mapped.rows(some).logits_at(temperature), mapped.logits_at(temperature)[some])
@@ -146,7 +146,7 @@ def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, ensemble):
     """Teachers have only a and b, or a, of four classes; the student may be very confident in another one."""
     single = ClassMap(torch.tensor([0, -1, -1]).numpy(), 4)
     teachers = [
-        MappedTargets(DenseTargets(scale * drawn(8, 3, seed=seed).float(), {}), class_map)
+        TransformedTargets(DenseTargets(scale * drawn(8, 3, seed=seed).float(), {}), class_map.map_logits)
         for seed, class_map in ((1, PART), (2, single))
     ][: 1 if ensemble == "alone" else 2]
     config = TeachersConfig(ensemble="probabilities" if ensemble == "alone" else ensemble)
