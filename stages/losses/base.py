@@ -73,24 +73,12 @@ class LossConfig:
     """
 
     paper: ClassVar[str]
-
-    requires: ClassVar[str]
-    """The required outputs of the teacher, in words, for `kdpipe losses`."""
-
-    per_sample: ClassVar[bool] = True
-    """Whether the loss is a mean of one value per sample, so that samples can be weighted."""
-
-    one_label: ClassVar[bool] = False
-    """Whether the loss needs a single label per sample, which mixed samples do not have."""
-
-    whole_logits: ClassVar[bool] = False
-    """Whether the loss needs the teacher's logits of all classes: top-k stores cannot be used."""
-
-    on_logits: ClassVar[bool] = False
-    """Whether the loss compares logits."""
-
-    input_gradient: ClassVar[bool] = False
-    """Whether the loss uses the gradient of the student's cross entropy with respect to the images."""
+    requires: ClassVar[str]  # the required outputs of the teacher, in words, for `kdpipe losses`
+    per_sample: ClassVar[bool] = True  # one value per sample, so that samples can be weighted; else one per batch
+    one_label: ClassVar[bool] = False  # needs a single label per sample, which mixed samples do not have
+    whole_logits: ClassVar[bool] = False  # needs the teacher's logits of all classes, which top-k stores do not have
+    on_logits: ClassVar[bool] = False  # compares logits
+    input_gradient: ClassVar[bool] = False  # uses the gradient of the student's cross entropy by the images
 
     loss: str
     weight: Scheduled = 1.0

@@ -57,12 +57,7 @@ class WeightedLoss(nn.Module):
         self.loss = loss
 
     def forward(self, batch: DistillationBatch, ensemble: TeacherTargets) -> Tensor:
-        """Compute this process's share of the weighted loss of the global batch; the mean of the shares is the loss.
-
-        Args:
-            batch: The outputs of student and teachers.
-            ensemble: The combined outputs of all teachers.
-        """
+        """Compute this process's share of the weighted loss of the global batch; the mean of the shares is the loss."""
         inputs, may_be_partial = self._select_samples(batch, ensemble)
         batch_size = len(batch.labels) if batch.num_samples is None else batch.num_samples
         num_local = len(inputs.labels)

@@ -31,10 +31,7 @@ class DatasetInfo:
 class Negatives:
     """Negatives of contrastive losses: random other samples of the data set, in the same view.
 
-    Attributes:
-        features: The teacher's features, [K, ...].
-        labels: int64 [K].
-        ranks: int64 [K], as in `LossInputs`.
+    The teacher's features are [K, ...], labels and ranks int64 [K], as in `LossInputs`.
     """
 
     features: Mapping[FeatureSpec, Tensor]

@@ -62,16 +62,7 @@ class TeacherEnsemble(nn.Module):
     """The combination of several teachers; it has parameters only if the teachers' weights are learnable."""
 
     def __init__(self, config: TeachersConfig, num_teachers: int, accuracies: Sequence[float] | None = None) -> None:
-        """Initialize the teachers' weights.
-
-        Args:
-            config: The `student.teachers` section.
-            num_teachers: The number of teachers.
-            accuracies: Each teacher's accuracy on the test images, required if `weights` is "accuracy".
-
-        Raises:
-            RecipeError: Accuracies are required and not given.
-        """
+        """Initialize the teachers' weights; `accuracies` on the test images are required if `weights` is "accuracy"."""
         super().__init__()
         self.config = config
         learns = config.weights == "learnable" and num_teachers > 1
@@ -128,10 +119,7 @@ def confidence(logits: Tensor, labels: Tensor, has_target: Tensor) -> Tensor:
     (1 - exp(CE_m) / sum_j exp(CE_j)) / (M - 1), with CE the cross entropy with the label. Zhang et al. 2022
     (arXiv 2201.00007), equation 3.
 
-    Args:
-        logits: [B, M, num_classes].
-        labels: int64 [B].
-        has_target: bool [B, M], which samples each teacher has targets for; others are left out.
+    Logits are [B, M, num_classes], labels int64 [B]; `has_target`, bool [B, M], is which teachers count.
     """
     cross_entropies = -F.log_softmax(logits, 2).gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
     compared = cross_entropies.masked_fill(~has_target, torch.finfo(logits.dtype).min)

@@ -52,14 +52,7 @@ def join(
     missing: Missing = "error",
     classes: ClassMapConfig = SAME,
 ) -> JoinedStore:
-    """Find the rows of `image_set`'s samples in `store`, by id, and check that they are the same samples.
-
-    Args:
-        store: The opened store.
-        image_set: The student's data set.
-        features: The required features.
-        missing: Whether samples may have no targets.
-        classes: The map of the teacher's classes.
+    """Find the rows of the student's samples in a store, by id, and check that they are the same samples.
 
     Raises:
         StoreError: The store lacks required features, or samples that may not be missing.

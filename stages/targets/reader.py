@@ -145,11 +145,8 @@ class Targets:
 def slab_window(stores: Sequence[tuple[TargetStore, Sequence[str]]], config: TargetLoadingConfig) -> int | None:
     """Return the number of shards that are mixed at a time if stores are streamed; None if they are not.
 
-    Half of memory_bytes is for a window, the other half for the next one, which a batch may reach into.
-
-    Args:
-        stores: Each store, with the names of the arrays to read.
-        config: The `student.target_loading` section.
+    Half of memory_bytes is for a window, the other half for the next one, which a batch may reach into. `stores` has
+    each store with the names of the arrays to read.
     """
     if _num_bytes(stores) <= max(config.memory_bytes, config.mapped_bytes):
         return None

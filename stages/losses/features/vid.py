@@ -58,19 +58,6 @@ class VID(nn.Module):
 
     def __init__(self, student_channels: int, teacher_channels: int, variance: float) -> None:
         super().__init__()
-        self.predictor = Predictor(student_channels, teacher_channels, variance)
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        teacher = as_maps(teacher)
-        maps = pool_to(as_maps(to_float32(student)), (teacher.shape[2], teacher.shape[3]))
-        return vid_loss(*self.predictor(maps), teacher)
-
-
-class Predictor(nn.Module):
-    """A predictor of the teacher's mean [B, C_t, H, W] and variance [C_t] from the student's maps [B, C_s, H, W]."""
-
-    def __init__(self, student_channels: int, teacher_channels: int, variance: float) -> None:
-        super().__init__()
         self.mean = nn.Sequential(
             nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
             nn.ReLU(),
@@ -82,7 +69,13 @@ class Predictor(nn.Module):
         inverse = above + math.log(-math.expm1(-above))  # softplus(inverse) = above, without overflow of exp(above)
         self.log_scale = nn.Parameter(torch.full((teacher_channels,), inverse))
 
-    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        teacher = as_maps(teacher)
+        maps = pool_to(as_maps(to_float32(student)), (teacher.shape[2], teacher.shape[3]))
+        return vid_loss(*self.predict(maps), teacher)
+
+    def predict(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict the teacher's mean [B, C_t, H, W] and variance [C_t] from the student's maps [B, C_s, H, W]."""
         return to_float32(self.mean(maps)), F.softplus(self.log_scale) + MIN_VARIANCE
 
 

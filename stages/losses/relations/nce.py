@@ -38,13 +38,9 @@ class NCELoss(nn.Module):
     def forward(
         self, anchors: Tensor, among: Compared, is_negative: Tensor, *, first_among: Compared | None = None
     ) -> Tensor:
-        """Compute the loss of each anchor, [B].
+        """Compute the loss of each anchor, [B], from embeddings [B, D]; `first_among` gives Z, if other than `among`.
 
-        Args:
-            anchors: Embeddings [B, D].
-            among: The positives and negatives.
-            is_negative: bool [B, K], which negatives count for each anchor.
-            first_among: The positives and negatives from which Z is computed, if other than `among`.
+        `is_negative`, bool [B, K], is which negatives count for each anchor.
         """
         same, negatives = self._products(anchors, among)
         measured = (same, negatives) if first_among is None else self._products(anchors, first_among)
@@ -98,13 +94,8 @@ class Memory(nn.Module):
 def log_z_of(same: Tensor, negatives: Tensor, is_negative: Tensor, num_samples: int) -> Tensor:
     """Compute log Z, a scalar: Z is num_samples times the mean of exp(product) over the batch of all processes.
 
-    The mean is taken over the positive and the counting negatives of each anchor, then over anchors.
-
-    Args:
-        same: Products with the positives over T, [B].
-        negatives: Products with the negatives over T, [B, K].
-        is_negative: bool [B, K], which negatives count for each anchor.
-        num_samples: The size of the data set.
+    The mean is taken over the positive and the counting negatives (`is_negative`, bool [B, K]) of each anchor, then
+    over anchors. `same` [B] and `negatives` [B, K] are products of embeddings over T.
     """
     products = torch.cat([same[:, None], negatives.masked_fill(~is_negative, -math.inf)], dim=1)
     means = all_gather_with_grad(products.logsumexp(1) - (1 + is_negative.sum(1)).to(products.dtype).log())
@@ -115,13 +106,8 @@ def nce_per_sample(log_same: Tensor, log_negatives: Tensor, is_negative: Tensor,
     """Compute -log P_+ / (P_+ + c) - sum_k log c / (P_k + c) of each anchor, [B].
 
     c = m / num_samples, with m the number of counting negatives. P + c is P + c + 1e-7, as in the authors' code; P
-    itself, which may overflow, is not computed.
-
-    Args:
-        log_same: log P_+ of the positives, [B].
-        log_negatives: log P_k of the negatives, [B, K].
-        is_negative: bool [B, K], which negatives count for each anchor.
-        num_samples: The size of the data set.
+    itself, which may overflow, is not computed. `log_same` [B] is log P_+, `log_negatives` [B, K] log P_k, and
+    `is_negative`, bool [B, K], which negatives count.
     """
     noise = (is_negative.sum(1).to(log_same.dtype) / num_samples)[:, None]
     log_either = (noise + EPS).log()

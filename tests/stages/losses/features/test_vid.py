@@ -17,7 +17,7 @@ from support.loss_inputs import (
 )
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.vid import Predictor, VIDConfig, vid_loss
+from kdpipe.stages.losses.features.vid import VID, VIDConfig, vid_loss
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.statistics import pool_to
 
@@ -38,7 +38,7 @@ def test_gradient_matches_finite_differences():
 
 @pytest.mark.parametrize("init_pred_var", [0.01, 5.0, 1000.0])
 def test_initial_variance_is_the_configured_one(init_pred_var):
-    _, variance = Predictor(3, 4, init_pred_var)(torch.zeros(1, 3, 2, 2))
+    _, variance = VID(3, 4, init_pred_var).predict(torch.zeros(1, 3, 2, 2))
     assert variance.shape == (4,)
     assert variance.tolist() == pytest.approx([init_pred_var] * 4, rel=1e-4)
 
@@ -46,7 +46,7 @@ def test_initial_variance_is_the_configured_one(init_pred_var):
 def test_module_is_the_likelihood_of_its_predictions():
     module, inputs = build_loss(CONFIG, {"a": STUDENT_MAPS}, {"b": TEACHER_MAPS})
     per_sample = module(inputs)
-    mean, variance = module.pairs[0].predictor(STUDENT_MAPS)
+    mean, variance = module.pairs[0].predict(STUDENT_MAPS)
     assert mean.shape == TEACHER_MAPS.shape
     assert per_sample.shape == (8,)
     assert per_sample.mean().item() == pytest.approx(vid_loss(mean, variance, TEACHER_MAPS).mean().item(), rel=1e-12)
@@ -55,13 +55,13 @@ def test_module_is_the_likelihood_of_its_predictions():
 
 def test_larger_map_is_pooled_on_either_side():
     module, inputs = build_loss(CONFIG, {"a": LARGER_STUDENT_MAPS}, {"b": TEACHER_MAPS})
-    mean, variance = module.pairs[0].predictor(pool_to(LARGER_STUDENT_MAPS, (8, 8)))
+    mean, variance = module.pairs[0].predict(pool_to(LARGER_STUDENT_MAPS, (8, 8)))
     assert module(inputs).mean().item() == pytest.approx(
         vid_loss(mean, variance, TEACHER_MAPS).mean().item(), rel=1e-12
     )
     assert CONFIG.required_features({"a": (16, 8, 8)}) == (FeatureSpec("b", size=(8, 8)),)
     module, inputs = build_loss(CONFIG, {"a": TEACHER_MAPS}, {"b": LARGER_STUDENT_MAPS})
-    mean, variance = module.pairs[0].predictor(TEACHER_MAPS)
+    mean, variance = module.pairs[0].predict(TEACHER_MAPS)
     expected = vid_loss(mean, variance, pool_to(LARGER_STUDENT_MAPS, (8, 8))).mean()
     assert module(inputs).mean().item() == pytest.approx(expected.item(), rel=1e-12)
 
@@ -115,10 +115,10 @@ def test_value_and_gradient_are_finite_at_the_edges(edge, dtype):
 
 
 def test_variance_stays_above_its_minimum():
-    predictor = Predictor(3, 4, 5.0)
+    predictor = VID(3, 4, 5.0)
     with torch.no_grad():
         predictor.log_scale.fill_(-1000)
-    mean, variance = predictor(torch.zeros(1, 3, 2, 2))
+    mean, variance = predictor.predict(torch.zeros(1, 3, 2, 2))
     loss = vid_loss(mean, variance, torch.zeros(1, 4, 2, 2)).mean()
     loss.backward()
     assert variance.min() > 0
