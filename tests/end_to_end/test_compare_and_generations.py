@@ -111,7 +111,7 @@ HINT = 'distill=[{loss="hint",layers=[["stage2","stage2"]]}]'
         ("run", ['distill=[{loss="hint",layers=[["stage2","stage9"]]}]'], "distill.0 (hint), the teacher"),
         ("run", ["student.teachers.weights=[1.0,2.0]"], "student.teachers.weights has 2 entries"),
         ("run", ["distill=[]", "compare={}"], "has no [[distill]]"),
-        ("run", ['distill=[{loss="kd",weight={start=1.0,end=0.0,epochs=[10,5]}}]'], "the first epoch comes before"),
+        ("run", ['distill=[{loss="kd",weight={start=1.0,end=0.0,epochs=[10,5]}}]'], "the first epoch must not be after the last"),
         ("generations", ['distill=[{loss="simkd",layers=[["stage2","stage2"]]}]', "compare={}"], "simkd"),
         ("generations", [HINT, "teacher.model.args={width=8,num_stages=3}", 'distill.0.layers=[["stage2","stage3"]]'],
          "(hint), the teacher: the model has no module 'stage3'"),

@@ -33,8 +33,7 @@ from kdpipe.stages.losses.features.vid import VIDConfig
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
 from kdpipe.stages.losses.logits.dist import DISTConfig
 from kdpipe.stages.losses.logits.dkd import DKDConfig
-from kdpipe.stages.losses.logits.kd import KDConfig
-from kdpipe.stages.losses.logits.logit_mse import LogitMSEConfig
+from kdpipe.stages.losses.logits.kd import KDConfig, LogitMSEConfig
 from kdpipe.stages.losses.logits.mlld import MLLDConfig
 from kdpipe.stages.losses.logits.nkd import NKDConfig
 from kdpipe.stages.losses.relations.cc import CCConfig
@@ -292,10 +291,14 @@ def test_batch_norm_over_processes_equals_whole_batch(both: list[dict[str, Any]]
 @pytest.mark.parametrize("case", CASES)
 def test_a_loss_and_its_gradient_are_those_of_one_process(case: str, both: list[dict[str, Any]]) -> None:
     whole = taught(case, slice(None))
-    assert whole["loss"] > 0 or case in NOTHING
-    assert sum(one[case]["loss"] for one in both) / 2 == pytest.approx(whole["loss"], rel=1e-4)
-    mean = torch.tensor([one[case]["gradient"] for one in both]).mean(0)
+    loss = sum(process[case]["loss"] for process in both) / 2
+    mean = torch.tensor([process[case]["gradient"] for process in both]).mean(0)
     expected = torch.tensor(whole["gradient"])
+    if case in NOTHING:  # loss and gradient are rounding errors
+        assert max(abs(loss), abs(whole["loss"]), mean.abs().max().item(), expected.abs().max().item()) < 1e-9
+        return
+    assert whole["loss"] > 0
+    assert loss == pytest.approx(whole["loss"], rel=1e-4)
     assert torch.allclose(mean, expected, rtol=1e-3, atol=2e-5 * expected.abs().max().item())
 
 
