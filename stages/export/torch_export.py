@@ -18,8 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.stages.export.exportable import export_form
-from kdpipe.stages.export.quiet import quiet
+from kdpipe.stages.export.exportable import export_form, quiet
 from kdpipe.store.fs.atomic_write import write_atomically
 
 KEPT_METADATA = {"val", "tensor_meta", "nn_module_stack"}

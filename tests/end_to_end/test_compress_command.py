@@ -85,7 +85,7 @@ def test_invalid_settings_are_refused_before_fine_tuning(done, recipe, tmp_path)
         ),
         (("--set", "distill=[]"), 2, "has no [[distill]]"),
         (("--set", "compress.quantize.exclude=['nosuch']"), 1, "has no module 'nosuch'"),
-        (("--set", "compress.opset=99"), 1, "compress.opset is 99"),
+        (("--set", "compress.opset=99"), 1, "opset 99 (compress.opset)"),
         (("--set", "compress.opset=13"), 1, "compress.opset"),
         (("--set", "compress.latency_batch_sizes=[1000000000000]"), 2, "latency_batch_sizes"),
         (("--set", "compress.prune.round_to=64"), 1, "removes no channel"),

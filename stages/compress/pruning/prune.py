@@ -6,6 +6,7 @@ pruning of single weights zeroes them and keeps the shape (`sparsity`).
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -18,6 +19,7 @@ from kdpipe.stages.compress.pruning.budget import MAX_LATENCIES, Allocation, Unr
 from kdpipe.stages.compress.pruning.channel_groups import (
     Channels,
     find_channels,
+    follow_channels,
     output_layers,
     remove,
     traceable,
@@ -25,7 +27,6 @@ from kdpipe.stages.compress.pruning.channel_groups import (
 )
 from kdpipe.stages.compress.pruning.importance import attach_gradients, detach_gradients, measure_of
 from kdpipe.stages.compress.pruning.sparsity import masks_of, prunable_layers, prune_2_4, prune_smallest
-from kdpipe.stages.compress.pruning.tracing_errors import follow_channels, trace_scope
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.config import Count, section
 from kdpipe.stages.errors import ModelError, cause
@@ -145,7 +146,7 @@ def prune(
             if config.budget != "channels":
                 ratio = _search(model, whole, channels, allocation, _Goal(config, 1 - ratio, example, latency))
         kept = allocation.num_kept(channels.groups, ratio)
-        with follow_channels(model, example):
+        with follow_channels():
             remove(channels, kept)
     detach_gradients(pruned)
     if done >= 1:
@@ -273,11 +274,14 @@ def _require_it_shrank(pruned: nn.Module, full: nn.Module, config: PruneConfig) 
 
 def _require_it_runs(pruned: nn.Module, example: Tensor) -> None:
     copy = clone_without_hooks(pruned).eval()
-    with torch.no_grad(), trace_scope(copy) as running:
-        try:
+    paths = {module: path for path, module in copy.named_modules()}
+    try:
+        with torch.no_grad():
             copy(example)
-        except Exception as error:
-            raise ModelError(
-                f"the pruned model does not run ({cause(error)}), in {running[-1] if running else 'its forward'}: "
-                "if its forward hard-codes channel numbers, add the module to prune.exclude."
-            ) from error
+    except Exception as error:
+        frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+        running = [module for module in frames if isinstance(module, nn.Module) and module in paths]
+        raise ModelError(
+            f"the pruned model does not run ({cause(error)}), in the forward of {paths[running[-1]]!r} "
+            f"({type(running[-1]).__name__}): if that hard-codes channel numbers, add the module to prune.exclude."
+        ) from error

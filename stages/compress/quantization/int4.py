@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.export.exportable import replace_modules
 from kdpipe.stages.models.clone import clone_without_hooks, preserve_modes
+from kdpipe.stages.models.hooks import capture
 from kdpipe.stages.models.module_lookup import get_module
 
 BITS = 4
@@ -146,20 +147,12 @@ def prepare_int4(model: nn.Module, example: Tensor, *, block_size: int = 32, exc
 
 def _called_linears(model: nn.Module, example: Tensor) -> list[nn.Linear]:
     """Return the plain linear layers that a forward of `model` calls in eval mode; the modes stay."""
-    called: dict[nn.Linear, None] = {}
-    handles = [
-        module.register_forward_hook(lambda layer, inputs, output: called.setdefault(layer))
-        for module in model.modules()
-        if type(module) is nn.Linear and module is not model
-    ]
+    layers = [module for module in model.modules() if type(module) is nn.Linear and module is not model]
     try:
-        with preserve_modes(model), torch.no_grad():
+        with preserve_modes(model), torch.no_grad(), capture(layers) as outputs:
             model.eval()(example.to(next(model.parameters(), example).device))
     except Exception as error:
         raise ModelError(
             f"the model does not run on an input of shape {list(example.shape)}: {cause(error)}"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(called)
+    return [layer for layer in layers if outputs[layer]]

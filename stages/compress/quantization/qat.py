@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import onnx
 import torch
 from torch import Tensor, fx, nn
 
@@ -31,7 +30,6 @@ from kdpipe.stages.compress.quantization.fake_quant import (
 )
 from kdpipe.stages.compress.quantization.fold_batchnorm import fold_batchnorms
 from kdpipe.stages.compress.quantization.fx_trace import Traced, module_of, trace
-from kdpipe.stages.compress.quantization.int8_debug import first_int8_divergence
 from kdpipe.stages.compress.quantization.op_types import is_float_tensor, kind_of
 from kdpipe.stages.compress.quantization.placement import QUANTIZERS, place_quantizers, rounded_nodes, set_input_grids
 from kdpipe.stages.compress.quantization.qdq_graph import int8_graph
@@ -45,10 +43,6 @@ class QatModel(fx.GraphModule):
     def for_export(self) -> fx.GraphModule:
         """Return its Q/DQ graph. Raises ModelError if it was never calibrated."""
         return int8_graph(self)
-
-    def first_divergence(self, proto: onnx.ModelProto, images: Tensor) -> str:
-        """Return a clause naming the first operation of its file whose integers differ on `images` [B, C, H, W]."""
-        return first_int8_divergence(proto, self, images)
 
 
 def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) -> QatModel:

@@ -6,9 +6,8 @@ prepare_qat(student, example, exclude=[layer.path for layer in worst])
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +17,7 @@ from kdpipe.stages.compress.quantization.fake_quant import QuantConv2d, QuantLin
 from kdpipe.stages.compress.quantization.fx_trace import module_of
 from kdpipe.stages.compress.quantization.placement import quantizer_path, quantizers_after, rounded_nodes
 from kdpipe.stages.compress.quantization.qat import calibrate, logits_of, prepare_qat, trace_folded
-
-Outputs = dict[nn.Module, list[Tensor]]
-"""Outputs of modules, call by call."""
+from kdpipe.stages.models.hooks import capture
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class _Layer:
     path: str
     to_float: list[nn.Module]
     to_round: list[nn.Module]
-    measured_at: list[nn.Module]
+    outputs: list[nn.Module]
     signal: float = 0
     noise: float = 0
     kl_alone: float = 0
@@ -118,23 +115,27 @@ def _layers(prepared: fx.GraphModule, model: nn.Module, example: Tensor, exclude
     return layers
 
 
-def _float_run(prepared: nn.Module, layers: Sequence[_Layer], images: Tensor) -> tuple[Outputs, Tensor]:
+def _float_run(
+    prepared: nn.Module, layers: Sequence[_Layer], images: Tensor
+) -> tuple[dict[nn.Module, list[Tensor]], Tensor]:
     """Return the outputs of the layers and the logits without any rounding."""
     set_rounding(prepared, False)
-    with _capture([module for layer in layers for module in layer.measured_at]) as clean:
+    with capture([module for layer in layers for module in layer.outputs]) as clean:
         reference = prepared(images)
     set_rounding(prepared, True)
     return clean, reference
 
 
-def _measure(prepared: nn.Module, layer: _Layer, images: Tensor, clean: Outputs, reference: Tensor) -> None:
+def _measure(
+    prepared: nn.Module, layer: _Layer, images: Tensor, clean: dict[nn.Module, list[Tensor]], reference: Tensor
+) -> None:
     """Add a batch to the layer's sums: once with only it rounded, once with all others rounded."""
     set_rounding(prepared, False)
     for module in layer.to_round:
         set_rounding(module, True)
-    with _capture(layer.measured_at) as rounded:
+    with capture(layer.outputs) as rounded:
         layer.kl_alone += _divergence(reference, prepared(images))
-    for module in layer.measured_at:
+    for module in layer.outputs:
         for expected, found in zip(clean[module], rounded[module], strict=True):
             layer.signal += float(expected.double().square().sum())
             layer.noise += float((found.double() - expected.double()).square().sum())
@@ -154,21 +155,6 @@ def _summarize(prepared: nn.Module, layer: _Layer, kl_full: float, num_images: i
         kl_recovered=(kl_full - layer.kl_recovered) / num_images,
         num_parameters=sum(parameter.numel() for parameter in prepared.get_submodule(layer.path).parameters()),
     )
-
-
-@contextlib.contextmanager
-def _capture(modules: Collection[nn.Module]) -> Iterator[Outputs]:
-    """Record each module's outputs, call by call, inside the context."""
-    outputs: Outputs = {module: [] for module in modules}
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output: outputs[module].append(output))
-        for module in outputs
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _divergence(reference: Tensor, found: Tensor) -> float:

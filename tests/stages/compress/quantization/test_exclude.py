@@ -46,10 +46,10 @@ def float_layers(prepared: nn.Module) -> set[str]:
 def exported(prepared: nn.Module, path, *, top1: float = 0.99) -> dict[str, int]:
     """Export and check the network; return the file's operators."""
     export_onnx(prepared, EXAMPLE, path, metadata={})
-    batch, _ = images(300, seed=50)
+    batch, labels = images(300, seed=50)
     with torch.no_grad():
         logits = prepared.eval()(batch)
-    agreement = check_onnx(path, prepared, batch, batch_size=100)
+    agreement = check_onnx(path, prepared, [(batch, labels)])
     assert agreement.top1_agreement >= top1
     assert agreement.max_logit_difference < 0.1 * logits.std()
     return op_counts(path)
