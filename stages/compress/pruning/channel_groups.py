@@ -144,8 +144,8 @@ def find_channels(
             if reason is None:
                 groups.append(_group(found, names, measure, full_widths))
             else:
-                excluded |= {layer: names.reason_for(layer) or reason for layer in written(found, WEIGHT_LAYERS)}
-        excluded |= {layer: names.reason_outside(layer) for layer in names.layers_outside(graph)}
+                excluded |= {layer: names.reasons.get(layer, reason) for layer in written(found, WEIGHT_LAYERS)}
+        excluded |= names.outside(graph)
     in_order = {path: excluded[module] for module, path in names.paths.items() if module in excluded}
     return Channels(graph, groups, in_order)
 

@@ -28,8 +28,7 @@ from kdpipe.stages.compress.quantization.fake_quant import (
     require_observed,
     set_rounding,
 )
-from kdpipe.stages.compress.quantization.fold_batchnorm import fold_batchnorms
-from kdpipe.stages.compress.quantization.fx_trace import Traced, module_of, trace
+from kdpipe.stages.compress.quantization.fx_trace import Traced, fold_batchnorms, module_of, trace
 from kdpipe.stages.compress.quantization.op_types import is_float_tensor, kind_of
 from kdpipe.stages.compress.quantization.placement import QUANTIZERS, place_quantizers, rounded_nodes, set_input_grids
 from kdpipe.stages.compress.quantization.qdq_graph import int8_graph
