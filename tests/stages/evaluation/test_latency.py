@@ -21,7 +21,7 @@ flags\t\t: fpu avx2
 def network(folder, *, shape=("batch", 3, 8, 8), kind=TensorProto.FLOAT, num_inputs=1, name="model.onnx"):
     """Write an ONNX file that adds up its inputs."""
     inputs = [helper.make_tensor_value_info(f"images{number}", kind, shape) for number in range(num_inputs)]
-    nodes = [helper.make_node("Sum", [one.name for one in inputs], ["logits"])]
+    nodes = [helper.make_node("Sum", [value.name for value in inputs], ["logits"])]
     graph = helper.make_graph(nodes, "sum", inputs, [helper.make_tensor_value_info("logits", kind, shape)])
     path = folder / name
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
@@ -46,9 +46,9 @@ def test_each_file_is_measured_at_each_batch_size(tmp_path):
     measured = measure({"small": small, "large": large})
     assert {name: list(sizes) for name, sizes in measured.items()} == {"small": [1, 4], "large": [1, 4]}
     for sizes in measured.values():
-        for one in sizes.values():
-            assert 0 < one.p50_ms <= one.p95_ms
-            assert one.to_json() == {"p50_ms": one.p50_ms, "p95_ms": one.p95_ms}
+        for found in sizes.values():
+            assert 0 < found.p50_ms <= found.p95_ms
+            assert found.to_json() == {"p50_ms": found.p50_ms, "p95_ms": found.p95_ms}
 
 
 def test_summary_is_median_and_95th_percentile():

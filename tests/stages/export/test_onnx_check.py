@@ -40,7 +40,7 @@ def damaged(files, tmp_path):
 
     def damage(kind, initializer, change):
         proto = onnx.load(files[kind])
-        tensor = next(each for each in proto.graph.initializer if each.name == initializer)
+        tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == initializer)
         values = numpy_helper.to_array(tensor)
         tensor.CopyFrom(numpy_helper.from_array(change(values).astype(values.dtype), initializer))
         path = tmp_path / f"{kind}.onnx"

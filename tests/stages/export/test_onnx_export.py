@@ -196,8 +196,8 @@ def test_weights_are_int8_and_biases_int32(trained, files):
 
 def test_file_has_inputs_outputs_and_metadata(files):
     session = onnxruntime.InferenceSession(str(files["int8"]), providers=["CPUExecutionProvider"])
-    assert [(each.name, each.shape[1:]) for each in session.get_inputs()] == [("images", [3, 8, 8])]
-    assert [(each.name, each.shape[1:]) for each in session.get_outputs()] == [("logits", [NUM_CLASSES])]
+    assert [(value.name, value.shape[1:]) for value in session.get_inputs()] == [("images", [3, 8, 8])]
+    assert [(value.name, value.shape[1:]) for value in session.get_outputs()] == [("logits", [NUM_CLASSES])]
     assert session.get_inputs()[0].shape[0] == "batch"
     assert session.get_modelmeta().custom_metadata_map == METADATA
 
@@ -269,7 +269,7 @@ def test_invalid_onnx_file_is_an_error(tmp_path):
 def test_file_has_requested_opset_and_agrees(trained, tmp_path, kind, opset):
     model, path = trained[kind == "int8"].eval(), tmp_path / "model.onnx"
     export_onnx(model, EXAMPLE, path, metadata=METADATA, opset=opset)
-    assert [(each.domain, each.version) for each in onnx.load(path).opset_import] == [("", opset)]
+    assert [(opset_id.domain, opset_id.version) for opset_id in onnx.load(path).opset_import] == [("", opset)]
     assert check_onnx(path, model, [images(100, seed=50)]).top1_agreement >= 0.99
     assert (kind == "float") or ("QLinearConv" in (counts := op_counts(path)) and not FLOAT_WORK & counts.keys())
     assert run(path, images(1)[0]).shape == (1, NUM_CLASSES)

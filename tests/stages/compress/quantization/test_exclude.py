@@ -195,7 +195,7 @@ def transformer():
 
 def test_vit_has_integer_mlps_and_float_attention(transformer, tmp_path):
     prepared = prepared_and_calibrated(transformer)
-    rounding = {path for path, one in prepared.named_modules() if isinstance(one, QuantConv2d | QuantLinear)}
+    rounding = {path for path, module in prepared.named_modules() if isinstance(module, QuantConv2d | QuantLinear)}
     mlps = {f"encoder.layers.encoder_layer_{block}.mlp.{layer}" for block in (0, 1) for layer in (0, 3)}
     assert rounding == {"conv_proj", "heads.head"} | mlps
     names = {path.removeprefix("quantizers.") for path in quantizers_of(prepared)}

@@ -46,7 +46,7 @@ def divergence(model: nn.Module, exclude=()) -> float:
     calibrate(prepared, batches())
     everything = torch.cat(batches())
     with torch.no_grad():
-        logits = [one.eval()(everything).double().log_softmax(dim=1) for one in (prepared, model)]
+        logits = [network.eval()(everything).double().log_softmax(dim=1) for network in (prepared, model)]
     return float(F.kl_div(*logits, log_target=True, reduction="batchmean"))
 
 
@@ -69,7 +69,7 @@ def test_kl_recovered_matches_excluding_the_layer(trained):
 
 def test_every_layer_is_listed_once_with_its_parameters(trained):
     found = {layer.path: layer for layer in sensitivity(trained, EXAMPLE, batches())}
-    layers = {path: one for path, one in trained.named_modules() if isinstance(one, nn.Conv2d | nn.Linear)}
+    layers = {path: module for path, module in trained.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     assert found.keys() == layers.keys()
     assert found["fc"].num_parameters == 24 * 5 + 5
     assert found["layer1.0.conv1"].num_parameters == 16 * 16 * 9 + 16  # the bias that the batch norm leaves
