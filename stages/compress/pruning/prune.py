@@ -80,12 +80,8 @@ class PruneConfig:
             )
         if self.importance not in {"l1", "l2"}:
             raise ValueError(f'importance = "{self.importance}" needs kind = "channels": weights go by magnitude')
-        if self.kind == "2:4" and self.ratio != 0.5:
-            raise ValueError('kind = "2:4" always zeroes half of the weights: leave ratio at 0.5')
-        if self.kind == "2:4" and self.steps > 1:
-            raise ValueError('kind = "2:4" is done in one step: leave steps at 1')
-        if self.kind == "2:4" and self.scope == "global":
-            raise ValueError('kind = "2:4" zeroes two of every four in every layer: leave scope at "layer"')
+        if self.kind == "2:4" and (self.ratio, self.steps, self.scope) != (0.5, 1, "layer"):
+            raise ValueError('kind = "2:4" zeroes half of every layer at once: leave out ratio, steps and scope')
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def prune(
     Args:
         model: The network; it stays unchanged.
         example: Images [B, C, H, W], of which only the shape counts.
-        config: The recipe's section.
+        config: The settings.
         full: The unpruned network that config.ratio refers to; `model` itself by default. After step k of n, `model`
             is the result of step k - 1 and `done` is k / n; config.ratio * done of `full` is then removed.
         done: The share of the goal to reach.

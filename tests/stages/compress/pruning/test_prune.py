@@ -289,9 +289,9 @@ def test_settings_out_of_range_are_errors(wrong):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "2:4", "ratio": 0.7}, "half of the weights"),
-        ({"kind": "2:4", "steps": 2}, "in one step"),
-        ({"kind": "2:4", "scope": "global"}, "in every layer"),
+        ({"kind": "2:4", "ratio": 0.7}, "half of every layer"),
+        ({"kind": "2:4", "steps": 2}, "leave out ratio, steps and scope"),
+        ({"kind": "2:4", "scope": "global"}, "half of every layer"),
         ({"kind": "weights", "budget": "macs"}, "make no network smaller"),
         ({"kind": "weights", "importance": "taylor"}, "go by magnitude"),
         ({"kind": "2:4", "importance": "bn_scale"}, "go by magnitude"),
