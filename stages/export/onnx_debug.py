@@ -30,7 +30,8 @@ def first_divergence(path: Path, model: torch.nn.Module, images: Tensor) -> str:
     modules = {
         name: module for name, module in reference.named_modules() if next(module.parameters(False), None) is not None
     }
-    last = {module_path(node): node for node in proto.graph.node if module_path(node) in modules}
+    nodes = [node for node in proto.graph.node if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}]
+    last = {module_path(node): node for node in nodes if module_path(node) in modules}
     with torch.no_grad(), capture((modules[name] for name in last), _clone) as outputs:
         logits = reference(images)
     calls = {name: outputs[modules[name]] for name in last}

@@ -94,11 +94,14 @@ def _with_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         if opset < EXPORTED_OPSET:
             proto = version_converter.convert_version(proto, opset)
         onnxruntime.InferenceSession(proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
-    except Exception as error:  # neither library has a base class of errors
+        fits = ("", opset) in {(entry.domain, entry.version) for entry in proto.opset_import}
+    except Exception:  # neither library has a base class of errors
+        fits = False
+    if not fits:
         raise ModelError(
             f"the model cannot be written with opset {opset} (compress.opset), or onnxruntime does not run it: "
             "choose another one, or leave compress.opset out."
-        ) from error
+        )
     return proto
 
 
