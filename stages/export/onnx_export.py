@@ -39,7 +39,7 @@ def export_onnx(
         model: A float network, or a prepared INT8 or INT4 one.
         example: Images [B, C, H, W], of which only C, H, W count.
         path: The file; an existing one stays intact if the export fails.
-        metadata: Entries of the file's `metadata_props` (normalization, class names, ...).
+        metadata: Entries of the file's `metadata_props`.
         opset: The version of ONNX's operators; None leaves it to the exporter.
 
     Raises:

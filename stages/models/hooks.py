@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.errors import ModelError
+from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.module_lookup import get_module
 from kdpipe.stages.numerics import to_float32
 
@@ -60,6 +60,16 @@ def capture(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def model_errors(images: Tensor) -> Iterator[None]:
+    """Convert errors of a model run on `images` to a ModelError."""
+    try:
+        yield
+    except Exception as error:
+        shape = list(images.shape)
+        raise ModelError(f"the model does not run on an input of shape {shape}: {cause(error)}") from error
 
 
 class FeatureExtractor:

@@ -28,7 +28,7 @@ from kdpipe.stages.compress.pruning.exclusions import (
 from kdpipe.stages.compress.pruning.widths import SIZES
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
-from kdpipe.stages.models.hooks import capture
+from kdpipe.stages.models.hooks import capture, model_errors
 
 MAX_GROWTH = 16
 """Tracing stops if a group has this many times the channels of the widest layer, as in Swin's windows."""
@@ -98,13 +98,8 @@ def output_layers(model: nn.Module, example: Tensor) -> list[nn.Module]:
         ModelError: If the model does not run on `example` [B, C, H, W].
     """
     layers = [layer for layer in model.modules() if isinstance(layer, WEIGHT_LAYERS)]
-    try:
-        with torch.enable_grad(), capture(layers, lambda output: output.grad_fn) as operations:
-            pending = [model(example).grad_fn]
-    except Exception as error:
-        raise ModelError(
-            f"the model does not run on an input of shape {list(example.shape)}: {cause(error)}"
-        ) from error
+    with model_errors(example), torch.enable_grad(), capture(layers, lambda output: output.grad_fn) as operations:
+        pending = [model(example).grad_fn]
     layer_of = {operation: layer for layer, calls in operations.items() for operation in calls}
     found, visited = [], set()
     while pending:

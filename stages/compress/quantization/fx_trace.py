@@ -15,6 +15,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from kdpipe.stages.errors import ModelError, cause
+from kdpipe.stages.models.hooks import model_errors
 
 Traced = TypeVar("Traced", bound=fx.GraphModule)
 
@@ -83,13 +84,8 @@ def trace(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Trace
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, Probe(model.get_submodule(path)))
     traced = graph_class(model, graph)
-    try:
-        with torch.no_grad():
-            ShapeProp(traced).propagate(example)
-    except Exception as error:
-        raise ModelError(
-            f"the model does not run on an input of shape {list(example.shape)}: {cause(error)}"
-        ) from error
+    with model_errors(example), torch.no_grad():
+        ShapeProp(traced).propagate(example)
     return traced
 
 

@@ -68,17 +68,9 @@ def sensitivity(
 ) -> list[LayerSensitivity]:
     """Measure how much INT8 affects each layer; the worst first, by kl_recovered, then by path.
 
-    It takes two forward passes per layer and batch.
-
-    Args:
-        model: The float network; it stays unchanged.
-        example: Images [B, C, H, W].
-        batches: Normalized images [B, C, H, W], for calibration and measurement.
-        exclude: Paths of layers that stay float and are not listed.
-        on_progress: Called with (done, total) after each layer of each batch; may raise to stop.
-
-    Raises:
-        ModelError: As `prepare_qat` and `calibrate`.
+    It takes two forward passes per layer and batch. `batches` of normalized images [B, C, H, W] serve calibration and
+    measurement, layers in `exclude` stay float and are not listed, and `on_progress` is called with (done, total) after
+    each layer of each batch; it may raise to stop. The model stays unchanged.
     """
     prepared = prepare_qat(model, example, exclude).eval()
     calibrate(prepared, batches)
