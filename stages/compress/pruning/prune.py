@@ -140,7 +140,7 @@ def prune(
         if ratio is None:
             ratio = config.ratio * done
             if config.budget != "channels":
-                ratio = _search(model, whole, channels, allocation, _Goal(config, 1 - ratio, example, latency))
+                ratio = _search(model, channels, allocation, _Goal(config, 1 - ratio, whole, example, latency))
         kept = allocation.num_kept(channels.groups, ratio)
         with follow_channels():
             remove(channels, kept)
@@ -149,30 +149,6 @@ def prune(
         _require_it_shrank(pruned, whole, config)
     _require_it_runs(pruned, example)
     return Pruned(pruned, ratio, channels.excluded)
-
-
-@dataclass(frozen=True)
-class _Goal:
-    """At most `share` of what config.budget counts in the full network."""
-
-    config: PruneConfig
-    share: float
-    example: Tensor
-    latency: Callable[[nn.Module], float] | None
-
-    def measure(self, full: nn.Module) -> Callable[[nn.Module], float]:
-        """Return a function that computes a candidate's share of the full network."""
-        if self.config.budget == "latency":
-            if self.latency is None:
-                raise ModelError('prune.budget = "latency" needs the `latency` argument of prune().')
-            return self.latency
-        size = count_parameters if self.config.budget == "parameters" else self._macs
-        whole = size(full)
-        return lambda candidate: size(candidate) / whole
-
-    def _macs(self, model: nn.Module) -> int:
-        channels, height, width = self.example.shape[1:]
-        return count_macs(model, (channels, height, width))
 
 
 def _channels(
@@ -187,13 +163,10 @@ def _channels(
     """Find the groups of channels and measure their importance. Raises ModelError if there are none."""
     if config.importance == "taylor":
         attach_gradients(pruned, gradients)
+    with_batch_norm = config.importance == "bn_scale"
+    measure = measure_of(config.importance)
     channels = find_channels(
-        pruned,
-        example,
-        excluded,
-        measure_of(config.importance),
-        full_widths=full_widths,
-        with_batch_norm=config.importance == "bn_scale",
+        pruned, example, excluded, measure, full_widths=full_widths, with_batch_norm=with_batch_norm
     )
     if not channels.groups:
         raise ModelError(
@@ -206,10 +179,42 @@ def _reasons(excluded: Mapping[str, str]) -> str:
     return "; ".join(f"{path}: {reason}" for path, reason in list(excluded.items())[:3])
 
 
-def _search(model: nn.Module, full: nn.Module, channels: Channels, allocation: Allocation, goal: _Goal) -> float:
+@dataclass(frozen=True)
+class _Goal:
+    """At most `share` of what config.budget counts in the `full` network."""
+
+    config: PruneConfig
+    share: float
+    full: nn.Module
+    example: Tensor
+    latency: Callable[[nn.Module], float] | None
+
+    def measure(self, model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], float]]:
+        """Return the network to cut candidates from, `model` or a copy of it, and the function of their share."""
+        if self.config.budget == "latency":
+            if self.latency is None:
+                raise ModelError('prune.budget = "latency" needs the `latency` argument of prune().')
+            return model, self.latency
+        try:  # without computing, where the forward reads no values
+            return clone_without_hooks(model).to("meta"), self._share_of(clone_without_hooks(self.full).to("meta"))
+        except (ModelError, NotImplementedError):
+            return model, self._share_of(self.full)
+
+    def _share_of(self, full: nn.Module) -> Callable[[nn.Module], float]:
+        channels, height, width = self.example.shape[1:]
+
+        def size(model: nn.Module) -> int:
+            macs = self.config.budget == "macs"
+            return count_macs(model, (channels, height, width)) if macs else count_parameters(model)
+
+        whole = size(full)
+        return lambda candidate: size(candidate) / whole
+
+
+def _search(model: nn.Module, channels: Channels, allocation: Allocation, goal: _Goal) -> float:
     """Find the channel ratio that reaches the goal."""
-    model, share_of_model = _sizing(model, full, goal)
-    widths, full_widths = record_widths(model), record_widths(full)
+    model, share_of_model = goal.measure(model)
+    widths, full_widths = record_widths(model), record_widths(goal.full)
 
     def share_of(kept: Widths) -> float:
         after = widths_after(widths, channels.groups, kept)
@@ -231,16 +236,6 @@ def _search(model: nn.Module, full: nn.Module, channels: Channels, allocation: A
             f"{list(goal.config.exclude)}, {end.share:.1%} is the least; lower prune.ratio or round_to, raise "
             "max_ratio, or exclude less."
         ) from end
-
-
-def _sizing(model: nn.Module, full: nn.Module, goal: _Goal) -> tuple[nn.Module, Callable[[nn.Module], float]]:
-    """Return the network to cut candidates from and the measure of their share; on "meta" where shapes suffice."""
-    if goal.config.budget != "latency":
-        try:
-            return clone_without_hooks(model).to("meta"), goal.measure(clone_without_hooks(full).to("meta"))
-        except (ModelError, NotImplementedError):
-            pass  # its forward reads values
-    return model, goal.measure(full)
 
 
 def _prune_weights(
