@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from kdpipe.stages.compress.artifacts.model_card import card_text
-from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.export.torch_export import export_program
 from kdpipe.stages.models.bundle import ModelBundle
@@ -51,7 +51,7 @@ def write_artifacts(
     folder: Path,
     chain: Sequence[ArtifactStage],
     facts: Mapping[str, Any],
-    stage_context: StageContext,
+    test: Evaluation,
     *,
     opset: int | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
@@ -77,7 +77,7 @@ def write_artifacts(
         raise RunError(f"the artifacts folder {folder} cannot be created: {error.strerror}.") from error
     with _staged(folder) as new:
         for stage in chain:
-            _write_network(new, stage, stage_context, opset)
+            _write_network(new, stage, test, opset)
         last = chain[-1].network
         state = {
             name: tensor.to((dtypes or {}).get(name, tensor.dtype)) for name, tensor in last.model.state_dict().items()
@@ -85,7 +85,7 @@ def write_artifacts(
         record = {
             "architecture": dict(last.architecture),
             "normalization": last.normalize.to_json(),
-            "class_names": list(stage_context.test_set.class_names),
+            "class_names": list(test.class_names),
         }
         save_tensors(new / "model.safetensors", state, record)
         card = {
@@ -93,11 +93,11 @@ def write_artifacts(
             "architecture": dict(last.architecture),
             "input": {
                 "name": "images",
-                "shape": ["batch", *stage_context.image_shape],
+                "shape": ["batch", *test.image_shape],
                 "pixels": "[0, 1]",
                 **last.normalize.to_json(),
             },
-            "class_names": list(stage_context.test_set.class_names),
+            "class_names": list(test.class_names),
             "files": {path.name: _describe(path) for path in sorted(new.iterdir())},
             "made_from": made_from,
         }
@@ -125,10 +125,10 @@ def _staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _write_network(folder: Path, stage: ArtifactStage, stage_context: StageContext, opset: int | None) -> None:
-    network, example = stage.network, torch.zeros(2, *stage_context.image_shape)
+def _write_network(folder: Path, stage: ArtifactStage, test: Evaluation, opset: int | None) -> None:
+    network, example = stage.network, torch.zeros(2, *test.image_shape)
     name = f"model.{scheme}" if (scheme := network.architecture.get("quantized")) else "model"
-    onnx, metadata = folder / f"{name}.onnx", onnx_metadata(network, stage_context)
+    onnx, metadata = folder / f"{name}.onnx", onnx_metadata(network, test)
     if opset is not None:
         export_onnx(network.model, example, onnx, metadata=metadata, opset=opset)
     elif stage.folder.onnx.is_file():
@@ -136,7 +136,7 @@ def _write_network(folder: Path, stage: ArtifactStage, stage_context: StageConte
     else:
         raise RunError(f"{stage.folder.onnx} is missing: delete the folder {stage.folder.path}, and compress again.")
     # The exported copy itself must agree with the network.
-    require_agreement(onnx, network, stage_context, whole_test=True)
+    require_agreement(onnx, network, test, whole_test=True)
     export_program(network.model, example, folder / f"{name}.pt2", metadata=metadata)
 
 
