@@ -30,7 +30,7 @@ from kdpipe.stages.compress.quantization.fake_quant import (
 )
 from kdpipe.stages.compress.quantization.fx_trace import module_of
 from kdpipe.stages.compress.quantization.op_types import is_float_tensor, is_max_pool, kind_of, origin, pool_window
-from kdpipe.stages.compress.quantization.placement import grid_of, quantizers_after
+from kdpipe.stages.compress.quantization.placement import grid_of, insert_after, quantizers_after
 from kdpipe.stages.models.clone import clone_without_hooks
 
 
@@ -61,10 +61,7 @@ def int8_graph(prepared: fx.GraphModule) -> fx.GraphModule:
 def _requantize_after_move(copy: fx.GraphModule, node: fx.Node) -> None:
     """Quantize moved values once more: that changes none of them, but lets integers be moved."""
     if kind_of(copy, node) == "move" and is_float_tensor(node) and grid_of(copy, node) is not None:
-        with copy.graph.inserting_after(node):
-            again = copy.graph.call_module(str(origin(copy, node).target), (node,))
-        node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
-        again.meta = dict(node.meta)
+        insert_after(copy, node, str(origin(copy, node).target))
 
 
 def _average_by_window(copy: fx.GraphModule, node: fx.Node) -> None:
