@@ -62,7 +62,9 @@ def measure_latency(
             float32 [batch, C, H, W]; later, if one does not run on these images or batch sizes.
     """
     sessions = {name: _open(path, num_threads) for name, path in paths.items()}
-    shapes = {name: image_shape or _image_shape(paths[name], session) for name, session in sessions.items()}
+    shapes = {
+        name: image_shape or _image_shape(paths[name], session, batch_sizes) for name, session in sessions.items()
+    }
     times: dict[str, dict[int, list[float]]] = {name: {size: [] for size in batch_sizes} for name in paths}
     for batch_size in batch_sizes:
         feeds = {name: _feed(session, (batch_size, *shapes[name])) for name, session in sessions.items()}
@@ -88,11 +90,13 @@ def _open(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
     return open_session(path, options)
 
 
-def _image_shape(path: Path, session: onnxruntime.InferenceSession) -> tuple[int, int, int]:
+def _image_shape(path: Path, session: onnxruntime.InferenceSession, batch_sizes: Sequence[int]) -> tuple[int, int, int]:
     """Return the (C, H, W) of a file's input. Raises ModelError if there is no such single input."""
     inputs = session.get_inputs()
     if len(inputs) == 1 and inputs[0].type == "tensor(float)" and len(inputs[0].shape) == 4:
-        channels, height, width = inputs[0].shape[1:]
+        batch, channels, height, width = inputs[0].shape
+        if isinstance(batch, int) and {*batch_sizes} != {batch}:
+            raise ModelError(f"{path} takes batches of {batch} only, not of {', '.join(map(str, batch_sizes))}.")
         if all(isinstance(side, int) for side in (channels, height, width)):
             return channels, height, width
     found = ", ".join(f"{value.name} {value.type} {value.shape}" for value in inputs)
