@@ -318,7 +318,7 @@ def bench(
         from kdpipe.pipeline.commands.bench import print_bench, run_bench
 
         measured = run_bench(models, batch_size or (), num_threads=threads, num_rounds=rounds, as_json=as_json)
-        _print(as_json, measured.to_json(), lambda: print_bench(measured))
+        _print(as_json, measured, lambda: print_bench(measured))
 
 
 def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
