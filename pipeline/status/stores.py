@@ -90,7 +90,7 @@ def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _counts(manifest: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return the numbers of views, shards per view, and samples; zeros if the manifest is damaged."""
-    views, rows = number(manifest.get("num_views")), number(manifest.get("normalize_rows"))
+    views, rows = number(manifest.get("num_views")), number(manifest.get("unit_rows"))
     segments = manifest.get("segments")
     items = segments if isinstance(segments, list) else [None]
     counts = [number(item.get("num_samples")) if isinstance(item, dict) else None for item in items]
