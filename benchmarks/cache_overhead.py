@@ -34,7 +34,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device
-from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.views.config import ViewsConfig
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    keep_freed_memory()  # as the command line does
+    disable_malloc_trim()  # as the command line does
     device = choose_device(arguments.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     print(f"{where}, torch {torch.__version__}, median of {arguments.rounds} rounds\n")

@@ -44,7 +44,7 @@ from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device
-from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, source_shapes
 from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets
 from kdpipe.stages.targets.resolve import smallest_feature
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("pairs", nargs="*", default=list(PAIRS), help=", ".join(PAIRS))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    keep_freed_memory()  # as the command line does
+    disable_malloc_trim()  # as the command line does
     for name in arguments.pairs:
         with tempfile.TemporaryDirectory() as folder:
             measure(name, PAIRS[name], Path(folder), arguments.rounds)
