@@ -1,7 +1,7 @@
 """CPU cores that this process may use, its priority, and the CPU's name and features.
 
-Cores are bounded by the affinity mask and by the quotas of control groups (version 2), which psutil does not read: a container that
-may use two cores of a hundred sees all hundred, and as many threads would mostly wait for each other.
+Cores are bounded by the affinity mask and by the quotas of control groups (version 2), which psutil does not read: a
+container that may use two cores of a hundred sees all hundred, and as many threads would mostly wait for each other.
 """
 
 from __future__ import annotations
