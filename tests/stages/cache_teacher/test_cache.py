@@ -9,7 +9,7 @@ import pytest
 import torch
 import zarr
 from support.made_store import folder_bytes
-from support.tiny_road import (
+from support.tiny_run import (
     CACHE,
     LAYERS,
     OPERATIONS,

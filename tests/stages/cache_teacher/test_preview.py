@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from support.kdpipe_process import RECIPE, kdpipe_here
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
+from support.tiny_run import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 
 from kdpipe.pipeline.commands.view_grid import draw_grid
 from kdpipe.stages.cache_teacher.cache import cache_teacher

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_context
+from support.tiny_run import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_spec, tiny_context
 
 from kdpipe.stages.compress.artifacts.export_student import export_student
 from kdpipe.stages.compress.artifacts.load import rebuild
@@ -51,7 +51,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compress")
     context = tiny_context(folder)
     make_tiny_store(context)
-    train_student(STUDENT, 0, open_tiny_teaching(folder / "store.zarr", context), context)
+    train_student(STUDENT, 0, open_tiny_spec(folder / "store.zarr", context), context)
     return folder
 
 
@@ -85,12 +85,12 @@ def own(made, tmp_path):
 
 def compressed(copy, run, config=CONFIG, *, monitor=None, only=("prune", "quantize")):
     context = tiny_context(copy, monitor)
-    return compress(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", context), context, only=only)
+    return compress(config, STUDENT, 0, open_tiny_spec(run / "store.zarr", context), context, only=only)
 
 
 def exported(copy, run, config=CONFIG):
     context = tiny_context(copy)
-    export_student(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", context), context, name="tiny")
+    export_student(config, STUDENT, 0, open_tiny_spec(run / "store.zarr", context), context, name="tiny")
     return artifact_folder(compressed_root(copy, config), 0)
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.tiny_road import STUDENT, tiny_context
+from support.tiny_run import STUDENT, tiny_context
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 

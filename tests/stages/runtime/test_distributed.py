@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.paths import PYTHONPATH
-from support.tiny_road import STUDENT, tiny_context
+from support.tiny_run import STUDENT, tiny_context
 from torch import Tensor, nn
 
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_context
+from support.tiny_run import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_context
 from torch import Tensor, nn
 
 from kdpipe.stages.cache_teacher.cache import cache_teacher

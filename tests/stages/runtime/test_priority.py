@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
-from support.tiny_road import STUDENT, tiny_context
+from support.tiny_run import STUDENT, tiny_context
 
 from kdpipe.stages.compress import compress as compress_room
 from kdpipe.stages.compress.compress import CompressConfig
