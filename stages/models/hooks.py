@@ -46,7 +46,7 @@ def rows_of(features: Mapping[K, Tensor], index: Tensor) -> dict[K, Tensor]:
 
 
 class FeatureExtractor:
-    """A network with hooks that capture the outputs of some modules. Use `tapped` to create it.
+    """A network with hooks that capture the outputs of some modules. Use `extract_features` to create it.
 
     no_further: stop the forward pass after the last of the modules; the logits are then [B, 0].
     """

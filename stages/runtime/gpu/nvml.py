@@ -142,8 +142,11 @@ def _read(nvml: Any, index: int, handle: Any, parent: Any) -> Gpu | None:
     if uuid is None:
         return None
     free, total, used = _memory(nvml, handle)
-    computing = _processes(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle)
-    drawing = _processes(nvml, nvml.nvmlDeviceGetGraphicsRunningProcesses, handle)
+    computing = [
+        GpuProcess(entry.pid, _process_name(nvml, entry.pid), entry.usedGpuMemory)
+        for entry in _query(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
+    ]
+    drawing = _query(nvml.nvmlDeviceGetGraphicsRunningProcesses, handle)
     capability = _query(getattr(nvml, "nvmlDeviceGetCudaComputeCapability", None), parent) or ()
     return Gpu(
         index=index,
@@ -163,11 +166,6 @@ def _memory(nvml: Any, handle: Any) -> tuple[int, int, int]:
     info = _query(nvml.nvmlDeviceGetMemoryInfo, handle, getattr(nvml, "nvmlMemory_v2", None))
     info = info or _query(nvml.nvmlDeviceGetMemoryInfo, handle)
     return (0, 0, 0) if info is None else (int(info.free), int(info.total), int(info.used))
-
-
-def _processes(nvml: Any, listing: Callable[..., Any], handle: Any) -> list[GpuProcess]:
-    found = _query(listing, handle) or []
-    return [GpuProcess(entry.pid, _process_name(nvml, entry.pid), entry.usedGpuMemory) for entry in found]
 
 
 def _process_name(nvml: Any, pid: int) -> str | None:
