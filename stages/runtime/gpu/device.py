@@ -125,12 +125,8 @@ class GpuSelector:
             return
         # The driver's answer comes first: it includes how much memory a process uses.
         user = self._user(gpu) or (None if holder is None else str(holder))
-        if user is None:
-            return
-        if not self.share:
-            release_gpu(gpu.uuid, self.claims)
-            raise LockedError(f"{gpu} is in use by {user}: {ADVICE}")
-        self._warn_shared(gpu, user)
+        if user is not None:
+            self._share(gpu, user)
 
     def _freest(self) -> Gpu:
         """Claim and return the idle, unclaimed GPU with the most free memory.
@@ -155,18 +151,20 @@ class GpuSelector:
                 users[gpu.uuid] = users[gpu.uuid] or str(holder)
         if siblings:
             return sorted(siblings, key=lambda gpu: (gpu.index, gpu.uuid))[self._rank % len(siblings)]
-        best = [*idle, *busy][0]
-        return self._shared(best, str(users[best.uuid]))
+        freest = [*idle, *busy][0]
+        self._share(
+            freest,
+            str(users[freest.uuid]),
+            f"all {len(self.gpus)} GPUs are in use; the freest, " if len(self.gpus) > 1 else "",
+        )
+        return freest
 
-    def _shared(self, gpu: Gpu, user: str) -> Gpu:
+    def _share(self, gpu: Gpu, user: str, others: str = "") -> None:
+        """Share a GPU in use, with a warning; without `share` raise LockedError."""
         if not self.share:
-            others = f"all {len(self.gpus)} GPUs are in use; the freest, " if len(self.gpus) > 1 else ""
+            release_gpu(gpu.uuid, self.claims)
             raise LockedError(f"{others}{gpu} is in use by {user}: {ADVICE}")
         claim_gpu(gpu.uuid, self.claims)  # for the time after its user has ended
-        self._warn_shared(gpu, user)
-        return gpu
-
-    def _warn_shared(self, gpu: Gpu, user: str) -> None:
         self.warn(f"{gpu} is shared with {user}: both run slower, and may run out of GPU memory.")
 
 

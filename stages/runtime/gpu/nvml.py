@@ -37,14 +37,13 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, or one instance of a divided GPU (MIG).
+    """A GPU, or an instance of a divided GPU (MIG).
 
     Attributes:
         index: nvidia-smi's number of it, or of the GPU that it is an instance of.
         uuid: Its name in CUDA_VISIBLE_DEVICES.
         free_bytes: Free memory; where the driver does not report memory, all sizes are 0.
         unseen_bytes: Memory in use, where the driver lists no process.
-        compute_capability: Such as "9.0", "" where unknown.
     """
 
     index: int
@@ -57,12 +56,8 @@ class Gpu:
     driver_version: str = ""
     compute_capability: str = ""
 
-    @property
-    def is_instance(self) -> bool:
-        return self.uuid.startswith("MIG-")
-
     def __str__(self) -> str:
-        return f"GPU {self.index} ({self.name}{', ' + self.uuid if self.is_instance else ''})"
+        return f"GPU {self.index} ({self.name}{', ' + self.uuid if self.uuid.startswith('MIG-') else ''})"
 
 
 def gib(num_bytes: int) -> str:
