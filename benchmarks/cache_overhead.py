@@ -122,7 +122,7 @@ def make_setup(case: Case, folder: Path, device: torch.device) -> tuple[StageCon
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (case.num_samples, *case.image_shape), dtype=torch.uint8, generator=generator)
     labels = torch.arange(case.num_samples) % case.num_classes
-    classes = tuple(str(one) for one in range(case.num_classes))
+    classes = tuple(map(str, range(case.num_classes)))
     image_set = ImageSet("random", "train", images, labels, torch.arange(case.num_samples), classes)
     operations = ({"name": "RandomCrop", "padding": case.padding}, {"name": "RandomHorizontalFlip"})
     views = ViewsConfig(num_views=1, operations=operations)
