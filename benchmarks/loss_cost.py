@@ -40,7 +40,7 @@ from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.schedules import TrainProgress
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.hooks import ModelOutput
-from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape, compute_statistic
 from kdpipe.stages.targets.outputs import DenseTargets
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 256], metavar="B")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    keep_freed_memory()  # as the command line does
+    disable_malloc_trim()  # as the command line does
     torch.manual_seed(0)
     print(f"student's step: resnet8x4, {torch.get_num_threads()} CPU threads; medians of {arguments.rounds} rounds")
     for batch_size in arguments.batch_sizes:

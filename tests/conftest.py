@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.made_store import MadeStore, make_store
-from support.one_registry import keep_one_registry
+from support.onnx_registry import cache_onnx_registry
 
 IN_MEMORY = Path("/dev/shm")
 FREE_BYTES = 4 << 30
@@ -38,7 +38,7 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
         gc.enable()
         if "kdpipe.stages.export.onnx_export" in sys.modules:
-            keep_one_registry()
+            cache_onnx_registry()
 
 
 def pytest_unconfigure() -> None:

@@ -34,13 +34,9 @@ def user_code_context() -> Iterator[None]:
 
 
 def import_callable(reference: str, key: str, error: type[KdpipeError]) -> Callable[..., Any]:
-    """Import and return the function that `reference`, "python:package.module:function", names.
+    """Import and return the function that `reference`, the value of the recipe's `key`, names.
 
-    Args:
-        reference: The reference.
-        key: The recipe key that holds it, for messages.
-        error: The class of the error to raise if the reference is malformed, its module cannot be imported, or has no
-            such function.
+    Raises `error` if the reference is malformed, its module cannot be imported, or has no such function.
     """
     module_name, function_name = _split(reference, key, error)
     module = _import(module_name, reference, key, error)

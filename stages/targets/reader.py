@@ -150,8 +150,8 @@ def slab_window(stores: Sequence[tuple[TargetStore, Sequence[str]]], config: Tar
     """
     if _num_bytes(stores) <= max(config.memory_bytes, config.mapped_bytes):
         return None
-    slab_rows = max(store.unit_rows for store, _ in stores)
-    slab_bytes = slab_rows * sum(store.spec(name).row_bytes for store, names in stores for name in names)
+    unit_rows = max(store.unit_rows for store, _ in stores)
+    slab_bytes = unit_rows * sum(store.spec(name).row_bytes for store, names in stores for name in names)
     return max(1, config.memory_bytes // (2 * slab_bytes))
 
 

@@ -161,7 +161,7 @@ def stopped(recipe, tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("kdpipe.stages.training.checkpoint.save_checkpoint", save)
+        patched.setattr("kdpipe.stages.training.loop.save_checkpoint", save)
         assert answer("train-teacher", recipe, "--run", run).exit_code == 130
     return run
 

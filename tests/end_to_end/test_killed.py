@@ -2,8 +2,8 @@
 
 import signal
 
+from support.compare_runs import differing_files
 from support.kdpipe_process import kdpipe, kdpipe_here, signal_when, start
-from support.same_run import unlike
 
 
 def test_a_killed_run_ends_with_the_same_files(done, recipe, tmp_path):
@@ -24,7 +24,7 @@ def test_a_killed_run_ends_with_the_same_files(done, recipe, tmp_path):
         assert process.returncode == -signal.SIGKILL
     ended = kdpipe("run", recipe, "--run", run)
     assert ended.returncode == 0, ended.stderr
-    assert unlike(run, done[0]) == []
+    assert differing_files(run, done[0]) == []
     assert not list(run.rglob("*.partial")) and not list(run.rglob("checkpoint.safetensors"))
 
 

@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
+from support.compare_runs import differing_files
 from support.kdpipe_process import kdpipe, signal_when, start
-from support.same_run import unlike
 
 ROAD = (
     ("train-teacher", signal.SIGTERM, "teacher/checkpoint.safetensors"),
@@ -27,7 +27,7 @@ def test_stages_stopped_by_signals_end_with_the_same_files(done, recipe, tmp_pat
         assert output == ""
         ended = kdpipe(command, recipe, "--run", run)
         assert ended.returncode == 0, ended.stderr
-    assert unlike(run, done[0]) == []
+    assert differing_files(run, done[0]) == []
 
 
 def test_max_duration_stops_a_run(recipe, tmp_path):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from support.loss_inputs import drawn
-from support.tiny_road import CACHE, OPERATIONS, STUDENT, TEACHER, VIEWS, squares, tiny_context
+from support.tiny_run import CACHE, OPERATIONS, STUDENT, TEACHER, VIEWS, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.data.image_set import ImageSet

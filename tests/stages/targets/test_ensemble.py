@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.loss_inputs import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, drawn
-from support.tiny_road import CACHE, STUDENT, TEACHER, TRAIN, StopAfter, squares, tiny_context
+from support.tiny_run import CACHE, STUDENT, TEACHER, TRAIN, StopAfter, squares, tiny_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdpipe.pipeline.steps import cache_teacher, train_student

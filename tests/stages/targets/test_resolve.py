@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_road import CACHE, TEACHER, VIEWS, squares, tiny_context
+from support.tiny_run import CACHE, TEACHER, VIEWS, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.plan import layers_of

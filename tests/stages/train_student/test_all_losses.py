@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from support.tiny_road import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
+from support.tiny_run import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
 from kdpipe.stages.distillation.task_builder import build_student, student_shapes

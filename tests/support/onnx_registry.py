@@ -10,7 +10,7 @@ import contextlib
 import functools
 
 
-def keep_one_registry(*, compiled: bool = False) -> None:
+def cache_onnx_registry(*, compiled: bool = False) -> None:
     """Compile the operators only for the first export, or at once with `compiled`, for processes forked from this one.
 
     With another version of torch, which may have moved them, exports are slower, and nothing else changes.
