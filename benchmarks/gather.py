@@ -158,8 +158,8 @@ def make_store(path: Path, name: str, values: Rows, ids: NDArray[np.int64]) -> T
     num_samples = len(values)
     samples = Samples(ids, np.zeros(num_samples, np.int64), np.zeros(num_samples, np.uint32))
     spec = ArraySpec(name, values.shape[1:], "float16")
-    normalize_rows = rows_per_unit([spec], num_samples, SHARD_BYTES)
-    geometry = StoreLayout(1, normalize_rows, (num_samples,))
+    unit_rows = rows_per_unit([spec], num_samples, SHARD_BYTES)
+    geometry = StoreLayout(1, unit_rows, (num_samples,))
     manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), geometry, {})
     create_store(path, manifest, samples)
     for unit in geometry.units():

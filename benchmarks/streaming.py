@@ -116,14 +116,14 @@ def resident_bytes() -> int:
 
 
 def print_mixing() -> None:
-    num_samples, batch_size, normalize_rows = 50_000, 128, 1024
+    num_samples, batch_size, unit_rows = 50_000, 128, 1024
     labels = torch.arange(num_samples) * 100 // num_samples
     mixed = torch.from_numpy(np.argsort(row_order(np.arange(num_samples), 0)))  # the row of each sample
     print("| rows of a store | slabs mixed at a time | variance over a full shuffle's |\n|---|---:|---:|")
     full = np.mean([variance(labels, epoch_order(0, epoch, num_samples), batch_size) for epoch in range(5)])
     for name, rows in (("in their mixed order", mixed), ("in the original order, by class", torch.arange(num_samples))):
         for window in (1, 4, 16):
-            orders = [shard_order(0, epoch, rows // normalize_rows, window) for epoch in range(5)]
+            orders = [shard_order(0, epoch, rows // unit_rows, window) for epoch in range(5)]
             ratio = np.mean([variance(labels, order, batch_size) for order in orders]) / full
             print(f"| {name} | {window} | {ratio:.2f} |")
 

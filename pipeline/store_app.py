@@ -12,7 +12,6 @@ from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import AsJson, CommonOptions, RecipePath, RunDir, SetOption, with_options
 from kdpipe.pipeline.session.paths import output_path
 from kdpipe.pipeline.terminal.output import print_json, printable
-from kdpipe.store.write.transcode_options import TranscodeOptions
 
 store_app = typer.Typer(help="Inspect, verify and repair target stores.", no_args_is_help=True)
 
@@ -37,21 +36,6 @@ def store_info(path: StorePath, as_json: AsJson = False) -> None:
             print_json(info)
         else:
             print_store_info(info)
-
-
-@store_app.command("ls")
-def store_ls(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to search.")], as_json: AsJson = False
-) -> None:
-    """List the stores below a folder, one a line. A broken one with its fault."""
-    with guarded():
-        from kdpipe.pipeline.commands.store.ls import list_stores, print_stores
-
-        stores = list_stores(folder)
-        if as_json:
-            print_json({"folder": str(folder), "stores": stores})
-        else:
-            print_stores(stores)
 
 
 @store_app.command("verify")
@@ -156,6 +140,7 @@ def store_transcode(
             print_transcoded,
             run_transcode,
         )
+        from kdpipe.store import TranscodeOptions
 
         change = TranscodeOptions(
             top_k=top_k,

@@ -9,11 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
-
-IMPORTED = time.monotonic()
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """What batch systems, users and closing terminals send. SIGHUP only where `nohup` does not ignore it."""
@@ -24,12 +21,10 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 def process_age_s() -> float:
-    """Return the seconds since this process started; without /proc, since this file was imported."""
-    try:
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return time.monotonic() - IMPORTED
+    """Return the seconds since this process started."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
 
 
 def parse_duration(text: str) -> float:

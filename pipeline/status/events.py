@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from kdpipe.pipeline.session.event_log import EVENTS
 from kdpipe.pipeline.status.files import number, read_tail, text
@@ -32,71 +31,44 @@ class LoggedEvent:
     total: int
     unit: str
 
-    @property
-    def process(self) -> tuple[str, int]:
-        return self.host, self.pid
-
-
-def read_events(run: Path) -> list[LoggedEvent]:
-    """Return the last events of a run folder, oldest first; incomplete and invalid lines are skipped."""
-    return list(_parse(read_tail(run / EVENTS, TAIL_BYTES)))
-
-
-def _parse(raw_lines: Sequence[bytes]) -> Iterator[LoggedEvent]:
-    for raw in raw_lines:
-        try:
-            record = json.loads(raw)
-            time = datetime.fromisoformat(record["time"]).timestamp()
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError):
-            continue
-        yield _event(time, record)
-
-
-def _event(time: float, record: dict[str, Any]) -> LoggedEvent:
-    texts = {name: text(record.get(name)) for name in ("kind", "command", "host", "stage", "job", "unit")}
-    code = record.get("exit_code")
-    return LoggedEvent(
-        time=time,
-        pid=number(record.get("pid")) or 0,
-        exit_code=code if type(code) is int and abs(code) < 1000 else None,
-        step=number(record.get("step")) or 0,
-        total=number(record.get("total")) or 0,
-        **texts,
-    )
-
 
 @dataclass(frozen=True)
 class RunProgress:
-    """Progress of a run's last process. `current` is its last progress event; `rate_per_s` is in units a second."""
+    """Progress of a run's last process: its last event, its last progress event, and the rate in units a second."""
 
-    command: str
-    host: str
-    pid: int
-    last_event_at: float
-    exit_code: int | None
-    has_ended: bool
+    last: LoggedEvent
     current: LoggedEvent | None
     rate_per_s: float | None
 
+    @property
+    def has_ended(self) -> bool:
+        return self.last.kind == "end"
 
-def progress_of(events: Sequence[LoggedEvent]) -> RunProgress | None:
-    """Return the progress of the process with the last event; None without events."""
+
+def read_progress(run: Path) -> RunProgress | None:
+    """Return the progress of the process that wrote the last event in a run folder; None without events."""
+    events = [event for raw in read_tail(run / EVENTS, TAIL_BYTES) if (event := _parse(raw))]
     if not events:
         return None
     last = events[-1]
-    own = [event for event in events if event.kind == "progress" and event.process == last.process and event.total > 0]
+    own = [event for event in events if (event.host, event.pid) == (last.host, last.pid)]
+    own = [event for event in own if event.kind == "progress" and event.total > 0]
     current = own[-1] if own else None
     job = [event for event in own if current and (event.stage, event.job) == (current.stage, current.job)]
-    return RunProgress(
-        command=last.command,
-        host=last.host,
-        pid=last.pid,
-        last_event_at=last.time,
-        exit_code=last.exit_code if last.kind == "end" else None,
-        has_ended=last.kind == "end",
-        current=current,
-        rate_per_s=_rate(job),
-    )
+    return RunProgress(last, current, _rate(job))
+
+
+def _parse(raw: bytes) -> LoggedEvent | None:
+    """Return the event of a line; None if it is incomplete or invalid."""
+    try:
+        record = json.loads(raw)
+        time = datetime.fromisoformat(record["time"]).timestamp()
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError):
+        return None
+    texts = {name: text(record.get(name)) for name in ("kind", "command", "host", "stage", "job", "unit")}
+    counts = {name: number(record.get(name)) or 0 for name in ("pid", "step", "total")}
+    code = record.get("exit_code")
+    return LoggedEvent(time=time, exit_code=code if type(code) is int and abs(code) < 1000 else None, **texts, **counts)
 
 
 def _rate(events: Sequence[LoggedEvent]) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.status.files import Budget, Measure, is_folder, locked
+from kdpipe.pipeline.status.files import Budget, Measure, is_folder
 from kdpipe.pipeline.status.runs import is_run, run_status
 from kdpipe.pipeline.status.stores import manifest_of, store_status
 from kdpipe.pipeline.status.table import Status
@@ -29,7 +29,6 @@ def read_status(root: Path) -> Status:
     """
     if not root.is_dir():
         raise RunError(f"{root} is not a folder: name one that contains runs or stores.")
-    locked.cache_clear()
     budget = Budget(MAX_ENTRIES)
     run_sizes: dict[Path, Measure] = {}
     stores = [store_status(folder, manifest, budget) for folder, manifest in _search(root, budget, run_sizes)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,9 +14,6 @@ from kdpipe.store.errors import KdpipeError
 from kdpipe.store.format.schema import ATTRIBUTE, MARKERS, SAMPLES, SCHEMA_VERSION
 from kdpipe.store.fs.safe_read import read_json_or_none, read_regular_file
 from kdpipe.store.write.claims import holder
-
-MAX_COUNTED = 20_000
-"""Markers of a store with more units are not counted if its manifest says that they are finished."""
 
 MAX_MARKER_BYTES = 64 * 1024
 MAX_CLAIMS = 100
@@ -90,7 +86,7 @@ def _section(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _counts(manifest: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return the numbers of views, shards per view, and samples; zeros if the manifest is damaged."""
-    views, rows = number(manifest.get("num_views")), number(manifest.get("normalize_rows"))
+    views, rows = number(manifest.get("num_views")), number(manifest.get("unit_rows"))
     segments = manifest.get("segments")
     items = segments if isinstance(segments, list) else [None]
     counts = [number(item.get("num_samples")) if isinstance(item, dict) else None for item in items]
@@ -117,26 +113,18 @@ def _names(record: Mapping[str, Any]) -> list[str]:
 
 def _num_done(folder: Path, manifest: Mapping[str, Any], views: int, shards: int) -> int:
     """Count the units with a marker, which must list all arrays if some are being added."""
-    finished = _is_all_finished(manifest)
-    if finished and views * shards > MAX_COUNTED:
-        return views * shards
-    added = set() if finished else set(_names(manifest))
-    if not _section(manifest, "finished"):
-        added = set()  # in the first filling every marker lists all arrays
-    counted = 0
-    for view in _numbered(folder / MARKERS / "c", views):
-        for shard in _numbered(Path(view), shards):
-            marker = Path(shard, "0")
-            counted += _lists_all(marker, added) if added else marker.exists()
-    return counted
+    finished = _section(manifest, "finished")
+    added = set(_names(manifest)) - set(_names(finished)) if finished else set()
+    markers = [
+        marker
+        for marker in folder.glob(f"{MARKERS}/c/*/*/0")
+        if _is_index(marker.parts[-3], views) and _is_index(marker.parts[-2], shards)
+    ]
+    return sum(_lists_all(marker, added) for marker in markers) if added else len(markers)
 
 
-def _numbered(folder: Path, count: int) -> list[str]:
-    """Return the entries of a folder named 0 to count - 1."""
-    with suppress(OSError), os.scandir(folder) as inside:
-        names = [entry.name for entry in inside if entry.name.isascii() and entry.name.isdecimal()]
-        return [str(folder / name) for name in names if str(int(name[:20])) == name and int(name) < count]
-    return []
+def _is_index(name: str, count: int) -> bool:
+    return name.isascii() and name.isdecimal() and len(name) <= 15 and int(name) < count
 
 
 def _lists_all(marker: Path, names: set[str]) -> bool:

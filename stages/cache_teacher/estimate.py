@@ -52,7 +52,7 @@ def plan_cache(
         "exists": path.exists(),
         "num_views": manifest.layout.num_views,
         "num_samples": manifest.layout.num_samples,
-        "normalize_rows": manifest.layout.unit_rows,
+        "unit_rows": manifest.layout.unit_rows,
         "num_units": len(units),
         "num_units_missing": len(missing),
         "arrays": {spec.name: _array(manifest, spec.name, units, missing) for spec in manifest.arrays},

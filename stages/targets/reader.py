@@ -158,8 +158,8 @@ def slab_window(wanted: Sequence[tuple[TargetStore, Sequence[str]]], config: Tar
     """
     if _num_bytes(wanted) <= max(config.memory_bytes, config.mapped_bytes):
         return None
-    normalize_rows = max(store.unit_rows for store, _ in wanted)
-    slab_bytes = normalize_rows * sum(store.spec(name).row_bytes for store, names in wanted for name in names)
+    unit_rows = max(store.unit_rows for store, _ in wanted)
+    slab_bytes = unit_rows * sum(store.spec(name).row_bytes for store, names in wanted for name in names)
     return max(1, config.memory_bytes // (2 * slab_bytes))
 
 

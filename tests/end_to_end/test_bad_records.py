@@ -135,7 +135,7 @@ def test_a_page_replaces_no_folder_and_follows_no_link(run, tmp_path):
     put(page, "folder")
     ended = answer("report", run)
     assert ended.exit_code in (1, 2)
-    assert f"{page}: that is a folder" in ended.stderr
+    assert f"{page}: this is a folder" in ended.stderr
     assert page.is_dir()
     page.rmdir()
     (tmp_path / "theirs").write_text("theirs")

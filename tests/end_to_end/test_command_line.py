@@ -11,7 +11,7 @@ from support.kdpipe_process import environment, kdpipe, kdpipe_cold, kdpipe_here
 
 def test_help_lists_commands_and_imports_nothing_heavy():
     code = (
-        "import sys\nfrom pipeline.main import main\n"
+        "import sys\nfrom kdpipe.pipeline.main import main\n"
         "try:\n    main()\nfinally:\n"
         "    heavy = {'torch', 'zarr', 'numpy', 'pydantic', 'sklearn', 'onnxruntime'} & set(sys.modules)\n"
         "    print('HEAVY', sorted(heavy))"

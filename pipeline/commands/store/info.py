@@ -79,7 +79,7 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "profile", info["profile"] + _codec(info)
     for name, spec in info["arrays"].items():
         yield "array", f"{name} {spec['dtype']} {[info['num_views'], info['num_samples'], *spec['row_shape']]}"
-    yield "units", f"{info['num_units_done']} of {info['num_units']} done, {info['normalize_rows']:,} rows each"
+    yield "units", f"{info['num_units_done']} of {info['num_units']} done, {info['unit_rows']:,} rows each"
     unpacked = " uncompressed" if info["codec"] else ""
     yield "size", f"{info['disk_bytes']:,} bytes on disk; {info['view_bytes']:,} a view{unpacked}"
     yield from _progress(info)

@@ -255,9 +255,9 @@ def test_an_untrusted_recipe_is_harmless(tmp_path, capsys, recipe):
 @pytest.mark.parametrize(
     "manifest",
     [
-        {"schema_version": [], "num_views": 3, "normalize_rows": 0, "segments": 5, "finished": 5},
-        {"schema_version": 3, "num_views": 2**70, "normalize_rows": 1, "segments": [{"num_samples": 1}]},
-        {"schema_version": 3, "num_views": 1, "normalize_rows": 1, "segments": [None], "arrays": 7},
+        {"schema_version": [], "num_views": 3, "unit_rows": 0, "segments": 5, "finished": 5},
+        {"schema_version": 3, "num_views": 2**70, "unit_rows": 1, "segments": [{"num_samples": 1}]},
+        {"schema_version": 3, "num_views": 1, "unit_rows": 1, "segments": [None], "arrays": 7},
         {"teacher": {"architecture": "x"}, "data": {"name": "\x1b[31m"}},
     ],
 )
