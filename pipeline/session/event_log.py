@@ -11,7 +11,7 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from kdpipe.pipeline.terminal.exit_codes import process_exit_code
@@ -89,16 +89,15 @@ class EventLog:
 
 def _open(path: Path) -> int:
     """Open the file for appending, after completing a line that a killed writer left unfinished."""
-    descriptor = os.open(path, FLAGS, 0o666)
-    try:
+    with ExitStack() as on_error:
+        descriptor = os.open(path, FLAGS, 0o666)
+        on_error.callback(os.close, descriptor)
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise OSError("not a regular file")
         if found.st_size and os.pread(descriptor, 1, found.st_size - 1) != b"\n":
             os.write(descriptor, b"\n")
-    except BaseException:
-        os.close(descriptor)
-        raise
+        on_error.pop_all()
     return descriptor
 
 

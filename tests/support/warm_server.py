@@ -23,7 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from support.one_registry import keep_one_registry
+from support.onnx_registry import cache_onnx_registry
 
 MAX_BYTES = 1 << 17
 """Size limit of a request on the socket."""
@@ -59,7 +59,7 @@ def warm_up() -> None:
     for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    keep_one_registry(compiled=True)
+    cache_onnx_registry(compiled=True)
     gc.freeze()  # keep the garbage collector of forks from scanning it
     gc.enable()
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from support.kdpipe_process import RECIPE, environment, kdpipe_here
-from support.made_store import folder_bytes, make_store
+from support.made_store import folder_bytes
 
 from kdpipe.store import claim, ensure_store
 from kdpipe.store.format.markers import marker_path
@@ -82,7 +82,7 @@ def test_verify_of_an_intact_store(made):
     assert "no faults found" in text
     result = document("verify", made.path)
     assert result["path"] == str(made.path)
-    assert result["damaged"] == result["missing"] == result["leftovers"] == []
+    assert result["damaged"] == result["missing"] == result["orphans"] == []
     assert result["num_bytes"] == sum(map(len, folder_bytes(made.path).values()))
 
 

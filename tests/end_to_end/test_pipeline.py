@@ -196,7 +196,7 @@ def test_a_folder_of_something_else_is_refused(recipe, tmp_path):
     (tmp_path / "recipe.json").write_text('{"pie": 1}')
     ended = kdpipe_here("train-teacher", recipe, "--run", tmp_path)
     assert ended.exit_code == 1
-    assert "something else" in ended.stderr
+    assert "is not a run folder of this version" in ended.stderr
     assert (tmp_path / "recipe.json").read_text() == '{"pie": 1}'
 
 
