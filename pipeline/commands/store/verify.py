@@ -69,7 +69,6 @@ def print_verdict(path: Path, verdict: VerifyReport, recomputed: RecheckReport |
     """Print every fault, one a line, and a summary to stdout."""
     lines = [f"damaged      {fault}" for fault in verdict.damaged]
     lines += [f"missing      {unit}: {', '.join(names)}" for unit, names in verdict.missing]
-    lines += [f"orphan       {key} (not part of the store, harmless)" for key in verdict.orphans]
     if recomputed is not None:
         lines += [
             f"differs      sample {row.sample_id}, view {row.view}, {row.array}: {row.error:.3g} times the tolerance"
