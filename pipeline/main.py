@@ -160,7 +160,7 @@ def views(
     num_rows, num_columns = shown.images.shape[:2]
     _print(
         options.as_json,
-        {"command": "views", "picture": str(save), "store": store, "samples": samples},
+        {"command": "views", "image": str(save), "store": store, "samples": samples},
         lambda: typer.echo(f"{printable(str(save))}: {num_rows} samples in {num_columns} views"),
     )
 

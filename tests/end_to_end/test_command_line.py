@@ -65,6 +65,7 @@ def test_a_user_error_has_no_traceback_in_a_process(recipe, tmp_path):
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_json_is_one_document_and_progress_is_json_lines(recipe, tmp_path):
     ended = kdpipe_cold("train-teacher", recipe, "--run", tmp_path / "run", "--json")
     assert ended.returncode == 0, ended.stderr

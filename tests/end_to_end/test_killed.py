@@ -2,10 +2,12 @@
 
 import signal
 
+import pytest
 from support.kdpipe_process import kdpipe, kdpipe_here, signal_when, start
 from support.same_run import unlike
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_files(done, recipe, tmp_path):
     run = tmp_path / "run"
     midway = [

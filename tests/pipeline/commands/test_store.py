@@ -34,9 +34,9 @@ def spoil(path):
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory):
+def finished(tmp_path_factory):
     """A recipe and its run folder, with a trained teacher and a store."""
-    folder = tmp_path_factory.mktemp("road")
+    folder = tmp_path_factory.mktemp("finished")
     recipe = folder / "tiny.toml"
     recipe.write_text(SMALL)
     for stage in ("train-teacher", "cache-teacher"):
@@ -45,14 +45,14 @@ def road(tmp_path_factory):
 
 
 @pytest.fixture
-def run(road, tmp_path):
-    shutil.copytree(road[1], tmp_path / "run")
+def run(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.fixture
-def recipe(road):
-    return road[0]
+def recipe(finished):
+    return finished[0]
 
 
 def test_nothing_heavy_is_imported_before_a_command():
