@@ -75,7 +75,7 @@ def handle_signals(max_duration_s: float | None = None) -> Iterator[StopFlag]:
             raise KeyboardInterrupt
         stop.reason = stop.reason or f"at {signal.Signals(number).name}"
 
-    with _handlers(handle):
+    with signal_handlers(handle):
         try:
             yield stop
         except StoppedEarly as error:
@@ -91,12 +91,13 @@ def exit_on_signal() -> Iterator[None]:
 
         raise StoppedEarly(f"at {signal.Signals(number).name}")
 
-    with _handlers(handle):
+    with signal_handlers(handle):
         yield
 
 
 @contextmanager
-def _handlers(handle: Handler) -> Iterator[None]:
+def signal_handlers(handle: Handler) -> Iterator[None]:
+    """Call `handle` at the signals of `SIGNALS` within the block."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return

@@ -1,18 +1,20 @@
-"""Determine the status of a run folder from its lock, its events and its finished jobs."""
+"""Determine the status of a run folder from its lock, the end of its event log, and its finished jobs."""
 
 from __future__ import annotations
 
+import json
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from kdpipe.pipeline.report.networks import NetworkEntry, network_entries
-from kdpipe.pipeline.status.events import RunProgress, read_progress
-from kdpipe.pipeline.status.files import Budget, Measure, lock_holder, text
+from kdpipe.pipeline.session.event_log import EVENTS
+from kdpipe.pipeline.status.files import Budget, Measure, lock_holder, number, read_tail, text
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
 from kdpipe.store.fs.safe_read import read_json_or_none
 
@@ -22,7 +24,40 @@ MAX_SEEDS = 1000
 SILENT_S = 600.0
 """A job on another machine, whose lock may be invisible here, counts as dead after this long without events."""
 
+TAIL_BYTES = 64 * 1024
+RATE_WINDOW_S = 600.0
+
 STATES = {DONE: "done", DONE_IN_PART: "done in part", STOPPED_EARLY: "stopped early", INTERRUPTED: "interrupted"}
+
+
+@dataclass(frozen=True)
+class LoggedEvent:
+    """One checked line of an untrusted events.jsonl. `time` is in seconds since 1970."""
+
+    time: float
+    kind: str
+    command: str
+    host: str
+    pid: int
+    exit_code: int | None
+    stage: str
+    job: str
+    step: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """Progress of a run's last process: its last event, its last progress event, and the rate in units a second."""
+
+    last: LoggedEvent
+    current: LoggedEvent | None
+    rate_per_s: float | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.last.kind == "end"
 
 
 @dataclass(frozen=True)
@@ -147,3 +182,39 @@ def _known_accuracies(jobs: Iterable[Path]) -> list[float]:
     """Return the test accuracies of finished jobs in percent; results are untrusted."""
     found = [(read_json_or_none(job / "result.json") or {}).get("accuracy") for job in jobs]
     return [100 * value for value in found if type(value) in (int, float) and 0 <= value <= 1]
+
+
+def read_progress(run: Path) -> RunProgress | None:
+    """Return the progress of the process that wrote the last event in a run folder; None without events."""
+    events = [event for raw in read_tail(run / EVENTS, TAIL_BYTES) if (event := _parse(raw))]
+    if not events:
+        return None
+    last = events[-1]
+    own = [event for event in events if (event.host, event.pid) == (last.host, last.pid)]
+    own = [event for event in own if event.kind == "progress" and event.total > 0]
+    current = own[-1] if own else None
+    job = [event for event in own if current and (event.stage, event.job) == (current.stage, current.job)]
+    return RunProgress(last, current, _rate(job))
+
+
+def _parse(raw: bytes) -> LoggedEvent | None:
+    """Return the event of a line; None if it is incomplete or invalid."""
+    try:
+        record = json.loads(raw)
+        seconds = datetime.fromisoformat(record["time"]).timestamp()
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError):
+        return None
+    texts = {name: text(record.get(name)) for name in ("kind", "command", "host", "stage", "job", "unit")}
+    counts = {name: number(record.get(name)) or 0 for name in ("pid", "step", "total")}
+    code = record.get("exit_code")
+    return LoggedEvent(
+        time=seconds, exit_code=code if type(code) is int and abs(code) < 1000 else None, **texts, **counts
+    )
+
+
+def _rate(events: Sequence[LoggedEvent]) -> float | None:
+    """Return the rate of the last ten minutes."""
+    recent = [event for event in events if events[-1].time - event.time <= RATE_WINDOW_S]
+    steps = recent[-1].step - recent[0].step if recent else 0
+    elapsed_s = recent[-1].time - recent[0].time if recent else 0.0
+    return steps / elapsed_s if steps > 0 and elapsed_s > 0 else None
