@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +59,9 @@ def store_verify(
         from kdpipe.pipeline.commands.store import verify
 
         if recipe is not None:
-            verify.require_recipe(recipe, set_ or ())  # first: checking every byte may take hours
+            from kdpipe.pipeline.recipe.load import load_recipe
+
+            load_recipe(recipe, set_ or (), os.environ)  # refuse it first: checking every byte may take hours
         verdict = verify.verify(path, as_json)
         recomputed = None
         if recompute is not None and recipe is not None and not verdict.damaged:

@@ -23,9 +23,6 @@ def read_status(root: Path) -> Status:
     """Return the status of all runs and stores below `root`, or of `root` itself.
 
     Links and hidden folders are not followed; folders that cannot be read are listed in the notes.
-
-    Raises:
-        RunError: If there is no such folder.
     """
     if not root.is_dir():
         raise RunError(f"{root} is not a folder: name one that contains runs or stores.")
