@@ -69,7 +69,7 @@ class RunStatus:
         who: The process that runs it, or ran it when it was killed.
         step: Finished units of `job`, of `total`.
         eta_s: Seconds left.
-        last_sign: Time of the last activity, in seconds since 1970.
+        last_active: Time of the last activity, in seconds since 1970.
         accuracies: Test accuracy in percent, mean over seeds, by the network's name.
     """
 
@@ -85,7 +85,7 @@ class RunStatus:
     unit: str
     rate_per_s: float | None
     eta_s: float | None
-    last_sign: float
+    last_active: float
     disk_bytes: int
     num_networks_done: int
     num_networks: int
@@ -131,7 +131,7 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
         unit=current.unit if current else "",
         rate_per_s=rate,
         eta_s=left_s,
-        last_sign=min(now, max(size.newest, progress.last.time if progress else 0.0)),
+        last_active=min(now, max(size.newest, progress.last.time if progress else 0.0)),
         disk_bytes=size.num_bytes,
         num_networks_done=num_done,
         num_networks=num_networks,

@@ -37,8 +37,8 @@ def read_status(root: Path) -> Status:
     runs = [run_status(folder, size, budget) for folder, size in run_sizes.items()]
     return Status(
         root=str(root),
-        runs=sorted(runs, key=lambda run: (-run.last_sign, run.path)),
-        stores=sorted(stores, key=lambda store: (-store.last_sign, store.path)),
+        runs=sorted(runs, key=lambda run: (-run.last_active, run.path)),
+        stores=sorted(stores, key=lambda store: (-store.last_active, store.path)),
         notes=notes,
     )
 

@@ -20,12 +20,12 @@ class StoreStatus:
     Attributes:
         state: finished, being filled, unfinished, damaged, or another schema (of another version of kdpipe).
         at_work: Units being computed, with the process.
-        last_sign: Time of the last activity, in seconds since 1970.
+        last_active: Time of the last activity, in seconds since 1970.
     """
 
     path: str
     state: str
-    last_sign: float
+    last_active: float
     disk_bytes: int
     teacher: str = "unknown"
     data: str = ""
@@ -53,7 +53,7 @@ def store_status(folder: Path, manifest: Mapping[str, Any], budget: Budget) -> S
     from kdpipe.pipeline.commands.store.info import model_name, read_store_info  # imports numpy
 
     size = measure(folder, budget, Measure())
-    common = {"path": str(folder), "last_sign": size.newest, "disk_bytes": size.num_bytes}
+    common = {"path": str(folder), "last_active": size.newest, "disk_bytes": size.num_bytes}
     try:
         info = read_store_info(folder)
     except (KdpipeError, OSError):
