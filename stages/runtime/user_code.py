@@ -24,8 +24,8 @@ def is_user_reference(name: str) -> bool:
 
 @contextlib.contextmanager
 def user_code_context() -> Iterator[None]:
-    """Also look for modules in the current folder, and send prints to stderr: stdout is for results only."""
-    before, sys.path = sys.path, [*sys.path, str(Path.cwd())]
+    """Look for modules in the current folder first, as Python does; send prints to stderr: stdout is for results."""
+    before, sys.path = sys.path, [str(Path.cwd()), *sys.path]
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
