@@ -31,7 +31,7 @@ data = { name = "CIFAR10" }
 cache = { layers = ["layr3"] }
 teacher = { model = { name = "resnet20", args = { widht = 2 } }, train = { milestones = [5] } }
 student = { model = { name = "resnet8" } }
-compress = { prune = { keep = ["nothing"] } }
+compress = { prune = { exclude = ["nothing"] } }
 distill = [
   { loss = "kd" },
   { loss = "rkd", layers = [["layer3", "layer3"]], samples = { weighting = "entropy" } },
@@ -80,7 +80,7 @@ def test_check_builds_networks_and_losses_without_data():
     teacherless = called("check", written(UNFIT), code=2).stdout
     assert "teacher: resnet20 has no argument 'widht'" in teacherless
     assert "compress: the model has no module 'nothing'" in teacherless
-    assert "distill.1 (rkd): samples.weighting = 'entropy' is for losses that are a mean" in teacherless
+    assert "distill.1 (rkd): samples.weighting = 'entropy' needs a per-sample loss" in teacherless
     assert "teacher.train.milestones have no effect with schedule = 'cosine'" in teacherless
     shown = called("check", "r.toml", "--set", "teacher.model.args={}", code=2).stdout
     assert "cache.layers.0: the model has no module 'layr3'; nearest: layer3" in shown
@@ -98,7 +98,7 @@ def test_check_builds_networks_and_losses_without_data():
         (["student.model.name=torchvision:resnet18"], "student: torchvision"),
         (["teacher.train={}", "student.model.weights=published"], "student: there are no published weights of cnn"),
         (["views.operations=[{ name = 'Cutout', size = 8 }]"], "could cover all of an image of 8 x 8"),
-        (["student.mean=[0.5]"], "student: a model's mean and std are given together"),
+        (["student.mean=[0.5]"], "student: a model's mean and std must be given together"),
         (["student.teachers.temperatures=[1.0, 2.0]"], "student.teachers.temperatures has 2 entries"),
         (["data.test_crop=0.5"], "data.test_crop applies only to imagefolder:PATH"),
         (["student.model.args.width=10000000000"], "args.width is more than 65,536"),
@@ -139,7 +139,7 @@ def test_schema_is_printed_as_json():
 
 def test_new_writes_a_valid_recipe_from_defaults(here):
     shown = called("new", "mine.toml", "--yes").stdout
-    assert "mine.toml: written" in shown
+    assert "wrote mine.toml; next: kdpipe run mine.toml" in shown
     text = Path("mine.toml").read_text()
     for word in ("Command:   kdpipe run mine.toml", "Hardware:", "Time:", "Expect:", "not measured yet"):
         assert word in text

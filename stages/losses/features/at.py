@@ -30,7 +30,7 @@ class ATConfig(MapLossConfig):
     average-pooled first. The default weight is that of RepDistiller.
 
     Attributes:
-        form: "code" is the mean over pixels of the squared differences, as in RepDistiller; "paper" is the L2 norm of
+        variant: "code" is the mean over pixels of the squared differences, as in RepDistiller; "paper" is the L2 norm of
             the difference (equation 2), which is larger by orders of magnitude and needs a smaller weight.
     """
 

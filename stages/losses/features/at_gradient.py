@@ -29,7 +29,7 @@ class ATGradientConfig(LossConfig):
     squares, L2-normalized. The default weight is that of `at`.
 
     Attributes:
-        form: as for `at`.
+        variant: as for `at`.
     """
 
     paper: ClassVar[str] = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"

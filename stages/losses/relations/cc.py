@@ -32,7 +32,7 @@ class CCConfig(RelationLossConfig):
 
     Attributes:
         dim: width of the embeddings: linear layers on both sides, which train with the student.
-        form: "code", the product of the errors of samples that are adjacent in the batch, as in RepDistiller, to which
+        variant: "code", the product of the errors of samples that are adjacent in the batch, as in RepDistiller, to which
             the default weight belongs; or "paper", the squared difference of the correlations of all pairs.
     """
 
