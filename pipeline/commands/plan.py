@@ -11,7 +11,7 @@ from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.rate import duration_text
 
 if TYPE_CHECKING:
-    from kdpipe.pipeline.recipe.origins import Setting, Settings
+    from kdpipe.pipeline.recipe.overrides import Setting, Settings
 
 MIN_WIDTH, MAX_WIDTH = 20, 60
 """Width of the column of values, in characters; longer values are cut off."""
@@ -32,7 +32,7 @@ def settings_json(settings: Settings) -> dict[str, Any]:
 
 def _setting_lines(settings: Settings) -> Iterator[str]:
     """Yield key, value and origin of each key that was set, by section."""
-    from kdpipe.pipeline.recipe.origins import not_default
+    from kdpipe.pipeline.recipe.overrides import not_default
 
     given = not_default(settings)
     values = {key: _shown(setting) for key, setting in given.items()}

@@ -100,7 +100,7 @@ def _ask(question: Question, default: str | None, answers: Answers) -> Any:
 
 def _require_valid(path: Path, text: str) -> None:
     """Raise RecipeError if the answers do not fit together."""
-    recipe, faults = validate(Overrides(str(path), text, tomllib.loads(text)))
+    recipe, faults = validate(Overrides(str(path), tomllib.loads(text)))
     if recipe is not None and not faults:
         faults = list(dry_build(recipe).faults)
     if faults:
