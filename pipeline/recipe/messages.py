@@ -20,9 +20,6 @@ Keys = tuple[str, ...]
 NEEDED = ("missing", "missing_argument")
 UNKNOWN_LOSS = ("union_tag_invalid", "union_tag_not_found")
 
-MAX_FAULTS = 200
-"""Faults listed for one recipe: each message searches all known keys."""
-
 MAX_KEY_LETTERS = 80
 
 
@@ -39,9 +36,7 @@ def fault_messages(recipe: type, error: ValidationError, origin_of: Callable[[Ke
     by_key: dict[str, Any] = {}
     for fault in faults:
         by_key.setdefault(_shown(_keys(fault)), fault)
-    messages = [one_line(_message(recipe, fault, origin_of)) for fault in list(by_key.values())[:MAX_FAULTS]]
-    more = f"and {len(by_key) - MAX_FAULTS} more faults: this does not look like a recipe."
-    return messages + [more] * (len(by_key) > MAX_FAULTS)
+    return [one_line(_message(recipe, fault, origin_of)) for fault in by_key.values()]
 
 
 def first_and_more(messages: Sequence[str]) -> str:

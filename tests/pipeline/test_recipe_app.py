@@ -11,9 +11,8 @@ from support.paths import ROOT
 from typer.testing import CliRunner
 
 from kdpipe.pipeline.recipe import new as recipe_new
-from kdpipe.pipeline.recipe.defaults import DEFAULTS
 from kdpipe.pipeline.recipe.load import load_recipe
-from kdpipe.pipeline.recipe.template import OFFERED_LOSSES, toml_value
+from kdpipe.pipeline.recipe.template import DEFAULTS, OFFERED_LOSSES, toml_value
 from kdpipe.pipeline.recipe_app import recipe_app
 
 RECIPES = ROOT / "recipes"
@@ -157,7 +156,7 @@ def test_new_writes_a_valid_recipe_from_defaults(here):
 def test_new_writes_recipes_for_every_kind_of_data(data, losses, monkeypatch):
     if data == "imagefolder":  # skip building large networks, which takes seconds
         data, losses = 'imagefolder:my "photos" \\ ü', "kd"
-        monkeypatch.setattr(recipe_new, "dry_build", lambda recipe: type("Fine", (), {"faults": ()}))
+        monkeypatch.setattr(recipe_new, "dry_build", lambda recipe: ([], []))
     layers = ["--layers", "stage2,stage2"] if data.startswith("npz") and losses != "kd" else []
     called("new", "r.toml", "--yes", "--data", data, "--loss", losses, *layers, "--seeds", "2")
     recipe = load_recipe(Path("r.toml"))
@@ -238,7 +237,7 @@ def test_new_asks_again_after_an_invalid_answer(terminal):
     assert "Name of the experiment [asked]: " in ended.stdout
     assert "unknown data set 'Digits!'" in ended.stderr
     assert "unknown model 'cnnn'; nearest: cnn" in ended.stderr
-    assert "not magic; others can be added" in ended.stderr
+    assert "not magic; add others later" in ended.stderr
     assert "invalid value '99999'" in ended.stderr
     assert "invalid value '2': input should be less than 1" in ended.stderr
     assert "[stage2,stage2]" in ended.stdout
@@ -257,7 +256,7 @@ def test_new_asks_only_for_what_options_leave_open(terminal):
 
 
 def test_new_leaves_nothing_behind_where_people_break_off(here, terminal, monkeypatch):
-    assert "end of input; nothing was written" in called("new", "a.toml", answers="x\n", code=1).stderr
+    assert "interrupted; nothing was written" in called("new", "a.toml", answers="x\n", code=1).stderr
 
     def interrupted(prompt):
         raise KeyboardInterrupt
