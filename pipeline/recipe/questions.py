@@ -86,7 +86,7 @@ def _losses(text: str, answers: Answers) -> tuple[str, ...]:
     unknown = [loss for loss in losses if loss not in OFFERED_LOSSES]
     if unknown:
         raise RecipeError(
-            f"choose losses from {', '.join(OFFERED_LOSSES)}, not {', '.join(unknown)}; add others later."
+            f"choose losses from {', '.join(OFFERED_LOSSES)}, not {', '.join(unknown)}; others: later."
         )
     return losses
 
