@@ -147,8 +147,7 @@ def views(
     with guarded():
         require_writable(save, "--save", ".png")
     with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.view_grid import draw_grid
-        from kdpipe.pipeline.steps import run_views
+        from kdpipe.pipeline.commands.view_grid import draw_grid, run_views
 
         shown, store = run_views(run, num_samples, num_views)
         draw_grid(shown, save)
@@ -206,8 +205,7 @@ def sensitivity(
 ) -> None:
     """Measure how much each layer suffers from INT8. One layer float, and one layer INT8, at a time; writes nothing."""
     with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.sensitivity import print_sensitivity
-        from kdpipe.pipeline.steps import run_sensitivity
+        from kdpipe.pipeline.commands.sensitivity import print_sensitivity, run_sensitivity
 
         network, layers = run_sensitivity(run, num_batches)
         document = {"command": "sensitivity", "network": network, "layers": [asdict(layer) for layer in layers]}
@@ -252,10 +250,10 @@ def report(
     if html is not None and no_html:
         raise typer.BadParameter("--html and --no-html exclude each other.")
     with guarded():
-        from kdpipe.pipeline.report.command import page_path, tell_report, write_html_report
+        from kdpipe.pipeline.report.command import page_path, print_reports, write_html_report
 
         page = page_path(runs, html) if html is not None or not (no_html or as_json) else None
-        code = tell_report(runs, as_json)
+        code = print_reports(runs, as_json)
         if page is not None:
             write_html_report(runs, page)
         if code:
@@ -326,9 +324,8 @@ def bench(
 def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
     """Print what `cache-teacher` would do; fail if the disk is too small, as it would."""
     with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.plan import print_plan, settings_json
+        from kdpipe.pipeline.commands.plan import print_plan, run_plan, settings_json
         from kdpipe.pipeline.recipe.load import load_recipe_with_origins
-        from kdpipe.pipeline.steps import run_plan
         from kdpipe.stages.cache_teacher.plan import require_room
 
         _, settings = load_recipe_with_origins(recipe, options.set_ or (), os.environ)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, try_distillation
+from kdpipe.pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console, new_table
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
@@ -22,7 +22,6 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.train_student.student import train_student
 from kdpipe.stages.train_teacher import TeacherConfig
 
 if TYPE_CHECKING:

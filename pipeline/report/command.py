@@ -11,7 +11,7 @@ from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART
 from kdpipe.pipeline.terminal.output import print_info, print_json
 
 
-def tell_report(runs: Sequence[Path], as_json: bool) -> int:
+def print_reports(runs: Sequence[Path], as_json: bool) -> int:
     """Print the reports of runs and return the exit status: 3 if any of their jobs are unfinished.
 
     Raises:

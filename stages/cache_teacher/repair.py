@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from kdpipe.stages.cache_teacher.cache import complete_units
-from kdpipe.stages.cache_teacher.plan import CacheConfig, layers_of, plan_store, samples_in_row_order
+from kdpipe.stages.cache_teacher.cache import fill_store, layers_of
+from kdpipe.stages.cache_teacher.plan import CacheConfig, build_cache_job, plan_store, samples_in_row_order
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.bundle import ModelBundle
@@ -47,7 +47,7 @@ def repair(
         if any(fault.key.startswith(f"{SAMPLES}/") or fault.key == SAMPLES for fault in found.damaged):
             restore_samples(path, manifest, context.samples)
     units = uncommit(path, manifest, found.damaged)
-    result = complete_units(config, path, manifest, sorted(units), teacher=teacher, context=context)
+    result = fill_store(build_cache_job(config, path, manifest, teacher, context), sorted(units))
     left = verify_store(path, context.monitor.counter("repair", "check again", "unit"))
     return found, left, int(result["num_units_computed"])
 

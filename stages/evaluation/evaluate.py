@@ -35,6 +35,21 @@ class Evaluation:
     warn: Callable[[str], None] | None = None
     before_batch: Callable[[], None] = lambda: None
 
+    @property
+    def device(self) -> torch.device:
+        return self.loader.device
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of the test images, which is that of the training views."""
+        dataset = self.loader.dataset
+        assert dataset.image_size is not None, "test images are all of one size"
+        return dataset.in_channels, *dataset.image_size
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.loader.dataset.class_names)
+
     def images(self, limit: int) -> Tensor:
         """Return the first images, at most `limit`, normalized: float32 [B, C, H, W]."""
         indices = torch.arange(min(limit, self.loader.dataset.num_samples))

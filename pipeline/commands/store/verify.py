@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +39,10 @@ def recheck(path: Path, run: Run, num_rows: int, seed: int) -> RecheckReport:
     """Recompute some samples of a store, or of its test store, with the recipe's teacher, and compare."""
     from kdpipe.stages.cache_teacher.recheck import recompute
     from kdpipe.stages.context import test_context
-    from kdpipe.stages.targets.open import test_store_path
     from kdpipe.stages.train_teacher import load_teacher
 
     teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
-    is_test_store = path.absolute() == Path(test_store_path(run.store))
+    is_test_store = path.absolute() == run.test_store
     return recompute(path, teacher, test_context(run.context) if is_test_store else run.context, num_rows, seed)
 
 
@@ -53,15 +53,14 @@ def repair(run: Run) -> dict[Path, tuple[VerifyReport, VerifyReport, int]]:
         By store: the faults found, the verdict after the repair, and the number of units computed.
     """
     from kdpipe.stages.cache_teacher.repair import repair as repair_store
-    from kdpipe.stages.cache_teacher.test_targets import repair_test_store
-    from kdpipe.stages.targets.open import test_store_path
+    from kdpipe.stages.context import test_context
     from kdpipe.stages.train_teacher import load_teacher
 
     teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.context), run.recipe.cache
-    layers, test_store = list(run.required_features(teacher)), Path(test_store_path(run.store))
-    repaired = {run.store: repair_store(config, run.store, teacher, layers, run.context)}
-    if test_store.exists():
-        repaired[test_store] = repair_test_store(config, test_store, teacher, run.context)
+    repaired = {run.store: repair_store(config, run.store, teacher, list(run.required_features(teacher)), run.context)}
+    if run.test_store.exists():
+        test_config, test_images = replace(config, top_k=None), test_context(run.context)
+        repaired[run.test_store] = repair_store(test_config, run.test_store, teacher, [], test_images)
     return repaired
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from kdpipe.stages.compress.artifacts.model_card import card_text
-from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.export.torch_export import export_program
 from kdpipe.stages.models.bundle import ModelBundle
@@ -52,7 +52,7 @@ def write_artifacts(
     folder: Path,
     chain: Sequence[ArtifactStage],
     facts: Mapping[str, Any],
-    stage_context: StageContext,
+    test: Evaluation,
     *,
     opset: int | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
@@ -75,17 +75,17 @@ def write_artifacts(
     _require_writable(folder)
     with _staged(folder) as new:
         for stage in chain:
-            _write_network(new, stage, stage_context, opset)
+            _write_network(new, stage, test, opset)
         last = chain[-1].network
         state = {
             name: tensor.to((dtypes or {}).get(name, tensor.dtype)) for name, tensor in last.model.state_dict().items()
         }
-        save_tensors(new / "model.safetensors", state, artifact_record(last, stage_context))
+        save_tensors(new / "model.safetensors", state, artifact_record(last, test))
         card = {
             **facts,
             "architecture": dict(last.architecture),
-            "input": _input(last, stage_context),
-            "class_names": list(stage_context.test_set.class_names),
+            "input": _input(last, test),
+            "class_names": list(test.class_names),
             "files": {path.name: _describe(path) for path in sorted(new.iterdir())},
             "made_from": made_from,
         }
@@ -116,12 +116,12 @@ def _staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def artifact_record(network: ModelBundle, stage_context: StageContext) -> dict[str, Any]:
+def artifact_record(network: ModelBundle, test: Evaluation) -> dict[str, Any]:
     """Return the record in the header of the weights: all that is needed to build the network and scale its input."""
     return {
         "architecture": dict(network.architecture),
         "normalization": network.normalize.to_json(),
-        "class_names": list(stage_context.test_set.class_names),
+        "class_names": list(test.class_names),
     }
 
 
@@ -131,9 +131,9 @@ def file_name(network: ModelBundle, suffix: str) -> str:
     return f"model.{scheme}.{suffix}" if scheme else f"model.{suffix}"
 
 
-def _write_network(folder: Path, stage: ArtifactStage, stage_context: StageContext, opset: int | None) -> None:
-    network, example = stage.network, torch.zeros(2, *stage_context.image_shape)
-    onnx, metadata = folder / file_name(network, "onnx"), onnx_metadata(network, stage_context)
+def _write_network(folder: Path, stage: ArtifactStage, test: Evaluation, opset: int | None) -> None:
+    network, example = stage.network, torch.zeros(2, *test.image_shape)
+    onnx, metadata = folder / file_name(network, "onnx"), onnx_metadata(network, test)
     if opset is not None:
         export_onnx(network.model, example, onnx, metadata=metadata, opset=opset)
     elif stage.folder.onnx.is_file():
@@ -141,7 +141,7 @@ def _write_network(folder: Path, stage: ArtifactStage, stage_context: StageConte
     else:
         raise RunError(f"{stage.folder.onnx} is missing: delete the folder {stage.folder.path}, and compress again.")
     # The exported copy itself must agree with the network.
-    require_agreement(onnx, network, stage_context, whole_test=True)
+    require_agreement(onnx, network, test, whole_test=True)
     export_program(network.model, example, folder / file_name(network, "pt2"), metadata=metadata)
 
 
@@ -157,10 +157,10 @@ def _are_whole(folder: Path, files: Any) -> bool:
     return all((folder / name).is_file() and _describe(folder / name) == files[name] for name in files)
 
 
-def _input(network: ModelBundle, stage_context: StageContext) -> dict[str, Any]:
+def _input(network: ModelBundle, test: Evaluation) -> dict[str, Any]:
     return {
         "name": "images",
-        "shape": ["batch", *stage_context.image_shape],
+        "shape": ["batch", *test.image_shape],
         "pixels": "[0, 1]",
         **network.normalize.to_json(),
     }

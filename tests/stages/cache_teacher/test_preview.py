@@ -12,7 +12,7 @@ from support.made_store import folder_bytes
 from support.tiny_road import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 
 from kdpipe.pipeline.commands.view_grid import draw_grid
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.preview import ViewPreview, show_views
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.train_teacher import load_teacher

@@ -14,7 +14,9 @@ from support.made_store import folder_bytes
 from support.tiny_road import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, squares, tiny_context
 
 import kdpipe.stages.cache_teacher.repair
-from kdpipe.stages.cache_teacher.cache import cache_teacher, complete_units
+from kdpipe.pipeline.steps import cache_teacher
+from kdpipe.stages.cache_teacher.cache import fill_store
+from kdpipe.stages.cache_teacher.plan import build_cache_job
 from kdpipe.stages.cache_teacher.repair import repair
 from kdpipe.stages.errors import RunError, StoppedEarly
 from kdpipe.stages.runtime.events import RunMonitor
@@ -274,7 +276,7 @@ def packed(run, path, **changes):
     create_store(path, manifest, read_samples(source, manifest.layout, manifest.identity.data))
     context = tiny_context(run)
     units = manifest.layout.units()
-    complete_units(CACHE, path, manifest, units, teacher=load_teacher(TEACHER, 0, context), context=context)
+    fill_store(build_cache_job(CACHE, path, manifest, load_teacher(TEACHER, 0, context), context), units)
     return manifest
 
 

@@ -13,12 +13,13 @@ import torch
 from support.made_store import folder_bytes
 from support.tiny_road import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_context
 
+from kdpipe.pipeline.steps import train_student
 from kdpipe.stages.compress.artifacts.export_student import export_student
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.artifacts.model_card import card_text
 from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import CompressConfig, compress, compressed_root
-from kdpipe.stages.compress.fine_tune import FineTuneContext
+from kdpipe.stages.compress.fine_tune import FineTuneContext, build_fine_tuning
 from kdpipe.stages.compress.prune_student import latency_share
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
@@ -28,7 +29,7 @@ from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.models.weights import count_parameters
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.train_student.student import open_distillation, train_student
+from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store import FingerprintMismatch
 
@@ -83,14 +84,20 @@ def own(made, tmp_path):
     return copied(made, tmp_path)
 
 
+def fine_tuning(run, context, config=CONFIG):
+    """Return what the fine-tunings of the tiny student share."""
+    spec = open_tiny_teaching(run / "store.zarr", context)
+    return build_fine_tuning(STUDENT, 0, spec, context, compressed_root(context.run_dir, config))
+
+
 def compressed(copy, run, config=CONFIG, *, monitor=None, only=("prune", "quantize")):
     context = tiny_context(copy, monitor)
-    return compress(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", context), context, only=only)
+    return compress(config, fine_tuning(run, context, config), only=only)
 
 
 def exported(copy, run, config=CONFIG):
     context = tiny_context(copy)
-    export_student(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", context), context, name="tiny")
+    export_student(config, fine_tuning(run, context, config), name="tiny")
     return artifact_folder(compressed_root(copy, config), 0)
 
 
@@ -424,7 +431,11 @@ def test_another_student_is_refused_first(run, own):
     context = tiny_context(own)
     spec = open_distillation([run / "store.zarr"], (), other, {}, context)
     with pytest.raises(FingerprintMismatch, match="args.width: stored 4, wanted 3"):
-        compress(CONFIG, other, 0, spec, context, only=("prune",))
+        compress(
+            CONFIG,
+            build_fine_tuning(other, 0, spec, context, compressed_root(context.run_dir, CONFIG)),
+            only=("prune",),
+        )
 
 
 def test_leftovers_of_killed_writers_are_removed(run, own):

@@ -7,7 +7,7 @@ import torch
 from support.loss_inputs import drawn
 from support.tiny_road import CACHE, OPERATIONS, STUDENT, TEACHER, VIEWS, squares, tiny_context
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError

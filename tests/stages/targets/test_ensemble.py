@@ -11,7 +11,7 @@ from support.loss_inputs import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, drawn
 from support.tiny_road import CACHE, STUDENT, TEACHER, TRAIN, StopAfter, squares, tiny_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher, train_student
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.errors import RecipeError, StoppedEarly
 from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation
@@ -24,7 +24,7 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.class_map import ABSENT
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig, check_teachers
 from kdpipe.stages.targets.outputs import DenseTargets, TopKTargets
-from kdpipe.stages.train_student.student import StudentRun, open_distillation, train_student
+from kdpipe.stages.train_student.student import StudentRun, open_distillation
 from kdpipe.stages.train_teacher import untrained_teacher
 from kdpipe.store import StoreError, TopK, encode_topk
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_road import CACHE, TEACHER, VIEWS, squares, tiny_context
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.plan import layers_of
 from kdpipe.stages.cache_teacher.recheck import recompute
 from kdpipe.stages.data.loader.image_loader import ViewRequest

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.tiny_road import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
 from kdpipe.stages.distillation.task_builder import build_student, student_shapes
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.distillation import required_of
@@ -21,8 +21,8 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.feature_spec import source_shapes
 from kdpipe.stages.targets.resolve import smallest_feature
-from kdpipe.stages.train_student.student import StudentRun, open_distillation, train_student
-from kdpipe.stages.train_teacher import load_teacher, train_teacher, untrained_teacher
+from kdpipe.stages.train_student.student import StudentRun, open_distillation
+from kdpipe.stages.train_teacher import load_teacher, untrained_teacher
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.store import StoreError

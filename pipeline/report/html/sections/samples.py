@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kdpipe.pipeline.commands.view_grid import run_views
 from kdpipe.pipeline.recipe.load import read_run_recipe
 from kdpipe.pipeline.report.html.read import PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.steps import run_views
 from kdpipe.stages.cache_teacher.preview import ViewPreview
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.data.loader.image_loader import ViewRequest
