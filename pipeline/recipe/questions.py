@@ -85,9 +85,7 @@ def _losses(text: str, answers: Answers) -> tuple[str, ...]:
     losses = tuple(dict.fromkeys(re.split(r"[\s,+]+", text.strip())))
     unknown = [loss for loss in losses if loss not in OFFERED_LOSSES]
     if unknown:
-        raise RecipeError(
-            f"choose losses from {', '.join(OFFERED_LOSSES)}, not {', '.join(unknown)}; others: later."
-        )
+        raise RecipeError(f"choose losses from {', '.join(OFFERED_LOSSES)}, not {', '.join(unknown)}; others: later.")
     return losses
 
 

@@ -1,4 +1,4 @@
-"""Loss terms of a network by epoch, as a chart and as a table."""
+"""Loss terms of a network by epoch, as a chart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from markupsafe import Markup
 from kdpipe.pipeline.report.chart import add_axes, color, drawing, epoch_axis, log_axis, new_figure, svg, thinned
 from kdpipe.pipeline.report.formatting import shortened
 from kdpipe.pipeline.report.html.read import Network
-from kdpipe.pipeline.report.tables import Table
 
 STYLES = (
     ("student", "solid"),
@@ -65,13 +64,3 @@ def loss_panel(network: Network) -> tuple[Markup, Legend] | None:
     drawn = svg(figure, f"{network.name}: losses by epoch", ", ".join(terms))
     lines = {"dashdot": "double"}  # CSS has no line of dashes and dots
     return drawn, [(term, name, lines.get(line, line)) for term, (name, line) in zip(terms, styles, strict=True)]
-
-
-def loss_table(network: Network, max_rows: int) -> Table | None:
-    """Return the terms of at most about `max_rows` epochs; None if no loss is recorded."""
-    terms = terms_of(network)
-    if not terms:
-        return None
-    epochs, _ = thinned({epoch: 0.0 for by_epoch in terms.values() for epoch in by_epoch}, max_rows)
-    rows = [[epoch, *(f"{by[epoch]:.4g}" if epoch in by else "-" for by in terms.values())] for epoch in epochs]
-    return Table(f"{network.name}: losses by epoch", ["epoch", *terms], rows)

@@ -8,8 +8,7 @@ from statistics import mean
 
 from kdpipe.pipeline.report.formatting import kib, mean_std, num_seeds, share, size_ratio
 from kdpipe.pipeline.report.html.read import PageRun
-from kdpipe.pipeline.report.quality import mean_and_std
-from kdpipe.pipeline.report.rows import Row
+from kdpipe.pipeline.report.rows import Row, mean_and_std
 
 MIN_GAP = 0.1
 """Percentage points between teacher and undistilled student; of a smaller gap no closed share is given."""
