@@ -109,17 +109,17 @@ def _default_layers(answers: Answers) -> str | None:
     return f"{pair[0]},{pair[1]}" if pair[0] and pair[1] else None
 
 
-def _last_map(model: str, answers: Answers) -> str | None:
+def _last_map(name: str, answers: Answers) -> str | None:
     """Return the path of the last module that outputs a feature map, by the usual names of stages."""
     _, channels, side = SHAPES.get(answers.data, (NUM_CLASSES, 3, None))
     side = answers.image_size or side or 64
     channels = answers.channels or channels or 3
-    config = ModelConfig(name=model)
+    config = ModelConfig(name=name)
     try:
         model = build_model(config, num_classes=NUM_CLASSES, in_channels=channels, image_size=(side, side), seed=0)
     except (ModelError, RecipeError):
         return None
-    stages = [name for name, _ in model.named_children() if re.match(r"stage|layer|block|features", name)]
+    stages = [path for path, _ in model.named_children() if re.match(r"stage|layer|block|features", path)]
     return stages[-1] if stages else None
 
 

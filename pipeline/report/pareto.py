@@ -117,7 +117,7 @@ def pareto_front(costs: Sequence[Cost]) -> list[Cost]:
             for other, other_cost in costs
         )
 
-    return sorted((one for one in costs if not is_beaten(*one)), key=lambda one: one[1])
+    return sorted((pair for pair in costs if not is_beaten(*pair)), key=lambda pair: pair[1])
 
 
 def _panels(points: Sequence[Point]) -> Iterator[tuple[str, list[Cost], Callable[[float], str]]]:

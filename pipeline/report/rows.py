@@ -150,14 +150,14 @@ def mean_and_std(values: Sequence[float]) -> tuple[float | None, float | None]:
 def _summary(found: Sequence[Mapping[str, Any]]) -> QualityMetrics:
     metrics: dict[str, float | None] = {}
     for name, scale in (("top5", 100), ("agreement", 100), ("teacher_kl", 1), ("ece", 100)):
-        values = [scale * one[name] for one in found if one[name] is not None]
+        values = [scale * seed[name] for seed in found if seed[name] is not None]
         metrics[f"{name}_mean"], metrics[f"{name}_std"] = mean_and_std(values)
-    classes = zip(*(one["per_class"] for one in found), strict=True)
+    classes = zip(*(seed["per_class"] for seed in found), strict=True)
     return QualityMetrics(**metrics, per_class=[_class_row(over_seeds) for over_seeds in classes])
 
 
 def _class_row(over_seeds: Sequence[Mapping[str, Any]]) -> ClassRow:
-    average, std = mean_and_std([100 * one["accuracy"] for one in over_seeds if one["accuracy"] is not None])
+    average, std = mean_and_std([100 * seed["accuracy"] for seed in over_seeds if seed["accuracy"] is not None])
     first = over_seeds[0]
     return ClassRow(
         name=str(first["name"]), accuracy_mean=average, accuracy_std=std, num_samples=int(first["num_samples"])

@@ -90,11 +90,11 @@ def page(runs: Sequence[PageRun], on_message: Message) -> str:
 
 
 def _sections(run: PageRun, on_message: Message) -> list[dict[str, object]]:
-    def body(one: Section) -> Markup:
-        name = f"{run.report.recipe}: {one.title}"
-        return _attempt(f"{one.key}.html", partial(one.make, run), name, on_message, run)
+    def body(section: Section) -> Markup:
+        name = f"{run.report.recipe}: {section.title}"
+        return _attempt(f"{section.key}.html", partial(section.make, run), name, on_message, run)
 
-    return [{"key": one.key, "title": one.title, "body": body(one)} for one in SECTIONS]
+    return [{"key": section.key, "title": section.title, "body": body(section)} for section in SECTIONS]
 
 
 def _attempt(
