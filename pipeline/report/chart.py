@@ -23,20 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = [
-    "ink",
-    "quiet",
-    "faint",
-    "paper",
-    "front",
-    "other",
-    "teacher",
-    "alone",
-    "student",
-    "compressed",
-    "right",
-    "wrong",
-]
+COLORS = ["ink", "quiet", "faint", "paper", "front", "other", "teacher", "alone", "student", "compressed", "wrong"]
 """CSS variables of the page, see templates/colors.css."""
 
 
@@ -148,15 +135,6 @@ def _log_ticks(low: float, high: float) -> list[float]:
     candidates += [LogLocator(subs=subs, numticks=5).tick_values(low, high) for subs in ((1,), (1, 3), (1, 2, 5))]
     ticks = [[float(tick) for tick in found if low <= tick <= high] for found in candidates]
     return next((found for found in ticks if len(found) >= 3), ticks[-1])
-
-
-def epoch_axis(axes: Axes, num_epochs: int) -> None:
-    """Set the x axis of epochs, counted from 1."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlim(1, max(2, num_epochs))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_xlabel("epoch")
 
 
 def thinned(by_epoch: Mapping[int, float], max_points: int = 300) -> tuple[list[int], list[float]]:

@@ -52,7 +52,7 @@ SECTIONS = (
     Section("reliability", "Reliability", reliability),
     Section("confusions", "Confusions", confusions),
     Section("similarity", "Class similarity", class_similarity),
-    Section("samples", "Samples with predictions", _samples),
+    Section("samples", "Test images with predictions", _samples),
     Section("provenance", "Provenance", provenance),
 )
 

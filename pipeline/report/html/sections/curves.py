@@ -1,4 +1,4 @@
-"""Learning curves: test accuracy by epoch, one panel per network on equal axes, and the loss terms."""
+"""Learning curves: test accuracy by epoch, one panel per network on equal axes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kdpipe.pipeline.report.chart import add_axes, color, drawing, epoch_axis, error_axis, new_figure, svg, thinned
+from kdpipe.pipeline.report.chart import add_axes, color, drawing, error_axis, new_figure, svg, thinned
 from kdpipe.pipeline.report.formatting import mean_std, shortened
 from kdpipe.pipeline.report.html.read import Network, PageRun
-from kdpipe.pipeline.report.html.sections.losses import loss_panel
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.report.rows import mean_and_std
 
@@ -66,19 +65,22 @@ def learning_curves(run: PageRun) -> dict[str, object]:
     return {
         "charts": [curve_panel(curve.name, [curve], curves, show_others=True) for curve in curves],
         "legend": legend(curves),
-        "loss_charts": [panel for network in run.main if (panel := loss_panel(network)) is not None],
     }
 
 
 @drawing()
 def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], *, show_others: bool = False) -> Markup:
     """Draw the seeds and means of `strong` curves on axes with room for all `together`, and these faintly if asked."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(WIDTH, HEIGHT)
     axes = add_axes(figure, 40, 30, WIDTH - 50, HEIGHT - 40)
     axes.set_title(shortened(title, 26), loc="left", fontsize=13)
     axes.set_title("test accuracy, %", loc="right", fontsize=11, color=color("quiet"))
     seeds = [seed for curve in together for seed in curve.seeds]
-    epoch_axis(axes, max(max(seed) for seed in seeds))
+    axes.set_xlim(1, max(2, *(max(seed) for seed in seeds)))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("epoch")
     error_axis(axes, [accuracy for seed in seeds for accuracy in seed.values()])
     for curve in (other for other in together if show_others and other not in strong):
         axes.plot(*thinned(curve.mean), "--", color=color("quiet"), linewidth=1.2, alpha=0.45)

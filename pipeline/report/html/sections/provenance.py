@@ -21,18 +21,14 @@ SESSION_COLUMNS = ("command", "started", "wall_s", "exit_code", "commit", "devic
 
 
 def provenance(run: PageRun) -> dict[str, object]:
-    made: dict[str, object] = dict.fromkeys(("note", "sessions", "last_command", "record"))
+    made: dict[str, object] = dict.fromkeys(("note", "sessions", "last_command"))
     try:
         record = read_json_file(run.path / "run.json")
         made |= _sessions(record) if record else {"note": "This run has no run.json: its sessions are not known."}
     except RunError as error:
         made["note"] = run.without_path(error)
-    return made | {"stores": _stores(run), "recipe": _lines(run.recipe)}
-
-
-def _lines(record: object) -> list[str]:
-    """Return a JSON value as indented lines."""
-    return json.dumps(record, indent=1, ensure_ascii=False, default=str).splitlines()
+    recipe = json.dumps(run.recipe, indent=1, ensure_ascii=False, default=str).splitlines()
+    return made | {"stores": _stores(run), "recipe": recipe}
 
 
 def _sessions(record: Mapping[str, Any]) -> dict[str, object]:
@@ -42,11 +38,9 @@ def _sessions(record: Mapping[str, Any]) -> dict[str, object]:
     rows = [[number, *(_cell(key, session.get(key)) for key in keys)] for number, session in enumerate(sessions, 1)]
     table = Table("Sessions", ["number", *(key.replace("_", " ") for key in keys)], rows[-MAX_SESSIONS:], num_names=2)
     last = sessions[-1].get("argv") if sessions else None
-    shown = {key: value for key, value in record.items() if key != "recipe"} | {"sessions": sessions[-MAX_SESSIONS:]}
     return {
         "sessions": table if keys else None,
         "last_command": shlex.join(map(str, last)) if isinstance(last, list) else None,
-        "record": _lines(shown),
     }
 
 

@@ -1,4 +1,4 @@
-"""Training samples and test images with the predictions of the teacher and the students.
+"""Test images with the predictions of the teacher and the students.
 
 Reads only data on this machine and imports no user module. The teacher's predictions come from the stores; only the
 students are run, on the CPU, on a bounded number of images.
@@ -17,12 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdpipe.pipeline.commands.view_grid import run_views
 from kdpipe.pipeline.recipe.load import read_run_recipe
 from kdpipe.pipeline.report.html.read import PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.run import Run
-from kdpipe.stages.cache_teacher.preview import ViewPreview
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
@@ -32,7 +30,7 @@ from kdpipe.stages.runtime.user_code import is_user_reference
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.store import KdpipeError, is_url
 
-NUM_TOP, NUM_SAMPLES, NUM_CANDIDATES, NUM_VIEWS, NUM_PER_GROUP = 3, 3, 32, 4, 4
+NUM_TOP, NUM_PER_GROUP = 3, 4
 
 MIN_TEST_IMAGES, MAX_TEST_IMAGES, MAX_MACS = 24, 1000, 4e10
 """Test images that the students are run on, within the multiply-accumulates of all of them together."""
@@ -49,7 +47,7 @@ TopClasses = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, uint8 [C, H, W], with its label and predictions by network. source: the data set's sample and view."""
+    """An image, uint8 [C, H, W], with its label and predictions by network. source: the data set's sample."""
 
     image: Tensor
     label: str
@@ -83,15 +81,12 @@ def samples(page: PageRun) -> dict[str, object]:
         if not finished:
             raise LeftOutError("No student is finished yet.")
         students = {network.name: rebuild(JobDir(network.done[0].folder).model) for network in finished}
-        preview, _ = run_views(run, NUM_CANDIDATES, NUM_VIEWS)
-        training = [list(_views(run, preview, row, students)) for row in _least_confident(preview)]
         num_macs = sum(int((network.done[0].result or {}).get("num_macs") or 0) for network in finished)
         probabilities = _predict_test(run, students, num_macs)
-        test = list(_instructive(run, probabilities))
+        groups = list(_instructive(run, probabilities))
     except (KdpipeError, OSError) as error:
         raise LeftOutError(f"The images could not be shown: {error}") from error
-    num_test = f"{len(next(iter(probabilities.values()))):,}"
-    return {"training": training, "num_candidates": NUM_CANDIDATES, "test": test, "num_test": num_test}
+    return {"groups": groups, "num_images": f"{len(next(iter(probabilities.values()))):,}"}
 
 
 def _open(page: PageRun) -> Run:
@@ -108,23 +103,6 @@ def _open(page: PageRun) -> Run:
         if job.get("data", {}).get("num_samples", 0) > MAX_FILES:
             raise LeftOutError(f"A report does not scan image folders of more than {MAX_FILES:,} files.")
     return run
-
-
-def _least_confident(preview: ViewPreview) -> list[int]:
-    """Return the first row, and those with the lowest top-1 probabilities of the teacher, summed over views."""
-    confidence = [sum(view[0][1] for view in views if view) for views in preview.top]
-    return [0, *sorted(range(1, len(confidence)), key=lambda row: (confidence[row], row))[: NUM_SAMPLES - 1]]
-
-
-def _views(run: Run, preview: ViewPreview, row: int, students: Mapping[str, ModelBundle]) -> Iterator[Sample]:
-    names = run.context.train_set.class_names
-    probabilities = {name: _predict(student, preview.images[row]) for name, student in students.items()}
-    for view, image in enumerate(preview.images[row]):
-        predictions = {"teacher": preview.top[row][view]} if preview.top[row] else {}
-        predictions |= {name: _top(of_views[view], names) for name, of_views in probabilities.items()}
-        partner = preview.partners[row][view]
-        mixed = f", with {100 * partner[1]:.0f} % {partner[0]}" if partner else ""
-        yield Sample(image, preview.labels[row], f"sample {preview.sample_ids[row]}, view {view}{mixed}", predictions)
 
 
 def _predict_test(run: Run, students: Mapping[str, ModelBundle], num_macs: int) -> dict[str, Tensor]:
