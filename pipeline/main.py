@@ -238,12 +238,14 @@ def report(
     if html is not None and no_html:
         raise typer.BadParameter("--html and --no-html exclude each other.")
     with guarded():
-        from kdpipe.pipeline.report.command import page_path, print_reports, write_html_report
+        from kdpipe.pipeline.report.report import page_path, print_reports
 
         page = page_path(runs, html) if html is not None or not (no_html or as_json) else None
         code = print_reports(runs, as_json)
         if page is not None:
-            write_html_report(runs, page)
+            from kdpipe.pipeline.report.html.write import write_page
+
+            write_page(runs, page, print_info)
         if code:
             raise typer.Exit(code)
 
