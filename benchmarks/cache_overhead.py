@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import torch
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet

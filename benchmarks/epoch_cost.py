@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.config import DataConfig

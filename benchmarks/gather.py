@@ -182,8 +182,8 @@ def lmdb_candidate(values: Rows, path: Path, opened: contextlib.ExitStack) -> Ga
     reading = opened.enter_context(environment.begin(buffers=True))
 
     def gather(batch: Batch) -> Rows:
-        joined = b"".join([reading.get(row.to_bytes(8, "big")) for row in batch.rows.tolist()])
-        return np.frombuffer(joined, np.float16).reshape(-1, *values.shape[1:])
+        content = b"".join([reading.get(row.to_bytes(8, "big")) for row in batch.rows.tolist()])
+        return np.frombuffer(content, np.float16).reshape(-1, *values.shape[1:])
 
     return gather
 
@@ -194,8 +194,8 @@ def h5py_candidate(values: Rows, path: Path, opened: contextlib.ExitStack) -> Ga
 
     def gather(batch: Batch) -> Rows:
         rising, back = np.unique(batch.rows, return_inverse=True)
-        gathered: Rows = dataset[rising][back]
-        return gathered
+        rows: Rows = dataset[rising][back]
+        return rows
 
     return gather
 

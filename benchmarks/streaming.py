@@ -71,11 +71,11 @@ def make_store(path: Path, num_bytes: int) -> None:
     ids = np.arange(num_samples)
     samples = Samples(ids, ids % NUM_CLASSES, np.zeros(num_samples, np.uint32))
     spec = ArraySpec("logits", (NUM_CLASSES,), "float16")
-    geometry = StoreLayout(1, rows_per_unit([spec], num_samples, 16 * MIB), (num_samples,))
-    manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), geometry, {})
+    layout = StoreLayout(1, rows_per_unit([spec], num_samples, 16 * MIB), (num_samples,))
+    manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), layout, {})
     create_store(path, manifest, samples)
     rng = np.random.default_rng(0)
-    for unit in geometry.units():
+    for unit in layout.units():
         rows = rng.standard_normal((unit.num_rows, NUM_CLASSES), np.float32).astype(np.float16)
         write_unit(path, manifest, unit, {"logits": rows})
     finish_store(path)

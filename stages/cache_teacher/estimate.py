@@ -87,7 +87,10 @@ def probe(
         for start in range(0, num_probed - batch_size + 1, batch_size):
             started = time.perf_counter()
             request = ViewRequest(torch.arange(start, start + batch_size), 0)
-            for _, outputs in iter_teacher_outputs(extractor, teacher, [request], context, layers):
+            batches = iter_teacher_outputs(
+                extractor, teacher, [request], context.train_loader, monitor=context.monitor, features=layers
+            )
+            for _, outputs in batches:
                 outputs.logits.float().cpu()
             times_s.append(time.perf_counter() - started)
     rate = batch_size / max(1e-9, min(times_s[1:] or times_s))

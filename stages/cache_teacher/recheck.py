@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdpipe.stages.cache_teacher.cache import layers_of
 from kdpipe.stages.cache_teacher.inference import hooked_layers, teacher_forward
-from kdpipe.stages.cache_teacher.plan import layers_of
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.data.loader.labels import hard_labels_of

@@ -35,6 +35,21 @@ class Evaluation:
     warn: Callable[[str], None] | None = None
     before_batch: Callable[[], None] = lambda: None
 
+    @property
+    def device(self) -> torch.device:
+        return self.loader.device
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of the test images, which is that of the training views."""
+        dataset = self.loader.dataset
+        assert dataset.image_size is not None, "test images are all of one size"
+        return dataset.in_channels, *dataset.image_size
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.loader.dataset.class_names)
+
     def images(self, limit: int) -> Tensor:
         """Return the first images, at most `limit`, normalized: float32 [B, C, H, W]."""
         indices = torch.arange(min(limit, self.loader.dataset.num_samples))
@@ -46,7 +61,7 @@ class Evaluation:
         indices = torch.arange(image_set.num_samples)[:limit]
         for image_batch in self.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
             self.before_batch()
-            yield self.normalize(image_batch.images), image_set.labels[image_batch.positions]
+            yield self.normalize(image_batch.images), image_set.labels[image_batch.indices]
 
 
 @dataclass(frozen=True)
@@ -100,8 +115,8 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     try:
         for image_batch in test.loader.stream(requests):
             test.before_batch()
-            labels = image_set.labels[image_batch.positions].to(device)
-            yield Predictions(image_batch.positions, labels, _logits(model, test, image_batch.images))
+            labels = image_set.labels[image_batch.indices].to(device)
+            yield Predictions(image_batch.indices, labels, _logits(model, test, image_batch.images))
     finally:
         model.train(was_training)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from dataclasses import field
@@ -19,6 +18,7 @@ from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_imag
 from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refusal
 from kdpipe.stages.models.weights import load_weights
 from kdpipe.stages.runtime.user_code import import_callable, is_user_reference, user_code_context
+from kdpipe.store.errors import did_you_mean
 
 TORCHVISION = "torchvision:"
 PUBLISHED = "published"
@@ -118,9 +118,8 @@ def _call_factory(config: ModelConfig, offered: dict[str, Any]) -> nn.Module:
 
 def _unknown(name: str) -> ModelError:
     known = [TORCHVISION + known for known in classifier_names()] if name.startswith(TORCHVISION) else list_models()
-    nearest = difflib.get_close_matches(name.lower(), known, n=3)
-    hint = f"nearest: {', '.join(nearest)}" if nearest else "a network of your own is python:package.module:factory"
-    return UnknownModelError(f"no model is called {name!r}; {hint}.")
+    hint = did_you_mean(name, known, limit=3, otherwise="name your own network as python:package.module:factory.")
+    return UnknownModelError(f"no model is called {name!r}; {hint}")
 
 
 def _default_args(name: str) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 import signal
 
+import pytest
 from support.compare_runs import differing_files
 from support.kdpipe_process import kdpipe, kdpipe_here, signal_when, start
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_files(done, recipe, tmp_path):
     run = tmp_path / "run"
     midway = [

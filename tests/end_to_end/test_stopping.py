@@ -8,7 +8,7 @@ import pytest
 from support.compare_runs import differing_files
 from support.kdpipe_process import kdpipe, signal_when, start
 
-ROAD = (
+STOPS = (
     ("train-teacher", signal.SIGTERM, "teacher/checkpoint.safetensors"),
     ("cache-teacher", signal.SIGINT, "store.zarr/markers/c/2"),
     ("train-student", signal.SIGUSR1, "students/distilled-seed0/checkpoint.safetensors"),
@@ -16,9 +16,10 @@ ROAD = (
 )
 
 
+@pytest.mark.slow
 def test_stages_stopped_by_signals_end_with_the_same_files(done, recipe, tmp_path):
     run = tmp_path / "run"
-    for command, number, sign in ROAD:
+    for command, number, sign in STOPS:
         process = start(command, recipe, "--run", run)
         signal_when(process, (run / sign).exists, number)
         output, errors = process.communicate(timeout=60)
@@ -39,6 +40,7 @@ def test_max_duration_stops_a_run(recipe, tmp_path):
     assert "'soon' is not a duration: write 3h30m" in re.sub(r"\s+", " ", refused.stderr)
 
 
+@pytest.mark.slow
 def test_a_second_sigint_aborts_without_damage(done, recipe, tmp_path):
     run = tmp_path / "run"
     process = start("run", recipe, "--run", run, "--set", "teacher.train.checkpoint_every_s=1000")
@@ -58,6 +60,7 @@ def progress(run):
     return (run / "events.jsonl").read_text() if (run / "events.jsonl").exists() else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "number"),
     [

@@ -39,13 +39,20 @@ LATE_IMPORTS = (
     "kdpipe.pipeline.commands.compare",
     "kdpipe.pipeline.commands.generations",
     "kdpipe.pipeline.report.pareto_svg",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "rich.progress",
+    "rich.table",
     "sklearn.datasets",
     "sympy.combinatorics",
+    "sympy.tensor.tensor",
+    "torch._inductor.fx_utils",
     "torch.export._trace",
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._torchlib.ops",
     "torchmetrics.functional.classification",
     "torchvision.transforms.v2",
+    "typer._adapters",
 )
 """Modules imported while commands run. Names missing in another version of a library are skipped."""
 

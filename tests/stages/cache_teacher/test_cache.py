@@ -22,7 +22,7 @@ from support.tiny_run import (
     tiny_context,
 )
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
 from kdpipe.stages.errors import ModelError, NotFiniteError, RecipeError, RunError, StoppedEarly
 from kdpipe.stages.models.hooks import extract_features
@@ -147,7 +147,9 @@ def test_too_little_disk_is_refused_before_anything_is_computed(run, tmp_path, m
 def test_last_part_finishes_the_store(run, tmp_path):
     path = tmp_path / "parts.zarr"
     teacher, context = teacher_of(run)
-    results = [cache_teacher(CACHE, path, teacher, LAYERS, context, part=WorkShard(i, 3, "--part")) for i in (2, 0, 1)]
+    results = [
+        cache_teacher(CACHE, path, teacher, LAYERS, context, work_shard=WorkShard(i, 3, "--part")) for i in (2, 0, 1)
+    ]
     assert [result["num_units_missing"] > 0 for result in results] == [True, True, False]
     assert sum(result["num_units_computed"] for result in results) == NUM_UNITS
     assert folder_bytes(path) == folder_bytes(run / "store.zarr")
@@ -156,7 +158,7 @@ def test_last_part_finishes_the_store(run, tmp_path):
 def test_unit_claimed_by_another_job_is_skipped_and_named(run, tmp_path):
     path = tmp_path / "shared.zarr"
     teacher, context = teacher_of(run)
-    cache_teacher(CACHE, path, teacher, LAYERS, context, part=WorkShard(0, NUM_UNITS, "--part"))
+    cache_teacher(CACHE, path, teacher, LAYERS, context, work_shard=WorkShard(0, NUM_UNITS, "--part"))
     claimed = claim(path, "v1-s0")
     with pytest.raises(LockedError, match=r"1 units of .*: view 1, shard 0 is being computed by process \d+ on "):
         cache_teacher(CACHE, path, teacher, LAYERS, context)

@@ -183,7 +183,7 @@ def test_finished_job_saves_the_report(tmp_path):
     context, folder = tiny_context(tmp_path), JobDir(tmp_path)
     normalize = Normalization((0.4,), (0.2,))
     network = ModelBundle(context.build_model(STUDENT.model, 0), context.architecture(STUDENT.model), normalize)
-    result = finalize(folder, network, [], context)
+    result = finalize(folder, network, [], context.evaluation(network.normalize))
     assert folder.result() == json.loads(json.dumps(result)) == result
     assert result["accuracy"] == result["best_accuracy"] == result["examined"]["top1"]
     assert result["examined"] == evaluate_in_depth(network.model, context.evaluation(normalize), CPU).to_json()

@@ -13,7 +13,7 @@ from support.made_store import folder_bytes
 from support.tiny_run import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_context
 from torch import Tensor, nn
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.inference import teacher_forward
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest

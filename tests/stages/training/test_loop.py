@@ -7,13 +7,13 @@ import pytest
 import torch
 from support.tiny_run import STUDENT, TEACHER, TRAIN, StopAfter, make_tiny_store, open_tiny_spec, tiny_context
 
+from kdpipe.pipeline.steps import train_student, train_teacher
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.errors import NotFiniteError, RecipeError, RunError, StoppedEarly
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.train_student.student import train_student
-from kdpipe.stages.train_teacher import TeacherConfig, load_teacher, train_teacher
+from kdpipe.stages.train_teacher import TeacherConfig, load_teacher
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store import FingerprintMismatch
 
