@@ -1,7 +1,8 @@
-"""Forward hooks: capture the outputs of modules by path."""
+"""Modules by their dotted path (`layer3`, `blocks.5`), and forward hooks that capture their outputs."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.stages.models.module_lookup import get_module
 from kdpipe.stages.numerics import to_float32
 
 
@@ -38,6 +38,17 @@ K = TypeVar("K")
 
 class _AllCaptured(Exception):
     """All layers have been captured."""
+
+
+def get_module(model: nn.Module, path: str) -> nn.Module:
+    """Return the submodule of `model` at `path`; raises ModelError, with the nearest paths, if there is none."""
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    del modules[""]  # the model itself: its output is the logits, which need no hook
+    if path in modules:
+        return modules[path]
+    nearest = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
+    paths = nearest or [name for name, _ in model.named_children()]
+    raise ModelError(f"the model has no module {path!r}; {'nearest' if nearest else 'it has'}: {', '.join(paths)}.")
 
 
 def rows_of(features: Mapping[K, Tensor], index: Tensor) -> dict[K, Tensor]:
