@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.numerics import to_float32
+from kdpipe.store.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     del modules[""]  # the model itself: its output is the logits, which need no hook
     if path in modules:
         return modules[path]
-    nearest = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
-    paths = nearest or [name for name, _ in model.named_children()]
-    raise ModelError(f"the model has no module {path!r}; {'nearest' if nearest else 'it has'}: {', '.join(paths)}.")
+    children = ", ".join(name for name, _ in model.named_children())
+    hint = did_you_mean(path, modules, limit=3, otherwise=f"it has: {children}.")
+    raise ModelError(f"the model has no module {path!r}; {hint}")
 
 
 def rows_of(features: Mapping[K, Tensor], index: Tensor) -> dict[K, Tensor]:
