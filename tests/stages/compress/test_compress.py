@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_context
+from support.tiny_run import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_spec, tiny_context
 
 from kdpipe.pipeline.steps import train_student
 from kdpipe.stages.compress.artifacts.export_student import export_student
@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compress")
     context = tiny_context(folder)
     make_tiny_store(context)
-    train_student(STUDENT, 0, open_tiny_teaching(folder / "store.zarr", context), context)
+    train_student(STUDENT, 0, open_tiny_spec(folder / "store.zarr", context), context)
     return folder
 
 
@@ -86,7 +86,7 @@ def own(made, tmp_path):
 
 def fine_tuning(run, context, config=CONFIG):
     """Return what the fine-tunings of the tiny student share."""
-    spec = open_tiny_teaching(run / "store.zarr", context)
+    spec = open_tiny_spec(run / "store.zarr", context)
     return build_fine_tuning(STUDENT, 0, spec, context, compressed_root(context.run_dir, config))
 
 
