@@ -97,8 +97,8 @@ def leave_job(folder, accuracy, found, losses=("hard_labels",)):
         result["examined"] = found
     (folder / "result.json").write_text(json.dumps(result))
     lines = [
-        json.dumps({"epoch": at, "accuracy": accuracy * (at + 1) / 3, "losses": dict.fromkeys(losses, 1 / (at + 1))})
-        for at in range(3)
+        json.dumps({"epoch": epoch, "accuracy": accuracy * (epoch + 1) / 3, "losses": dict.fromkeys(losses, 1.0)})
+        for epoch in range(3)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
 
