@@ -114,8 +114,7 @@ def _recorded(run: Run, command: str) -> Iterator[Run]:
     """Yield the run with an event log and a session record in its folder."""
     from kdpipe.pipeline.recipe.load import recipe_json
     from kdpipe.pipeline.session.event_log import event_log
-    from kdpipe.pipeline.session.fingerprints import fingerprints
-    from kdpipe.pipeline.session.run_record import session
+    from kdpipe.pipeline.session.run_record import fingerprints, session
 
     rank = run.process_group.rank if run.process_group.count > 1 else None
     with event_log(run.folder, command, rank=rank) as log:

@@ -63,7 +63,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "views", f"{plan['num_views']} of {plan['num_samples']:,} samples"
     num_missing = plan["num_units_missing"]
     done = plan["num_units"] - num_missing
-    yield "units", f"{plan['num_units']} of {plan['normalize_rows']:,} rows, {done} done, {num_missing} missing"
+    yield "units", f"{plan['num_units']} of {plan['unit_rows']:,} rows, {done} done, {num_missing} missing"
     for name, array in plan["arrays"].items():
         required_by = ", ".join(plan["layers_required_by"].get(name, [])) or "every store"
         yield (

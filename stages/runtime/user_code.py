@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import sys
@@ -13,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from kdpipe.stages.errors import cause
-from kdpipe.store.errors import KdpipeError
+from kdpipe.store.errors import KdpipeError, did_you_mean
 
 PREFIX = "python:"
 
@@ -25,8 +24,8 @@ def is_user_reference(name: str) -> bool:
 
 @contextlib.contextmanager
 def user_code_context() -> Iterator[None]:
-    """Also look for modules in the current folder, and send prints to stderr: stdout is for results only."""
-    before, sys.path = sys.path, [*sys.path, str(Path.cwd())]
+    """Look for modules in the current folder first, as Python does; send prints to stderr: stdout is for results."""
+    before, sys.path = sys.path, [str(Path.cwd()), *sys.path]
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -35,21 +34,16 @@ def user_code_context() -> Iterator[None]:
 
 
 def import_callable(reference: str, key: str, error: type[KdpipeError]) -> Callable[..., Any]:
-    """Import and return the function that `reference`, "python:package.module:function", names.
+    """Import and return the function that `reference`, the value of the recipe's `key`, names.
 
-    Args:
-        reference: The reference.
-        key: The recipe key that holds it, for messages.
-        error: The class of the error to raise if the reference is malformed, its module cannot be imported, or has no
-            such function.
+    Raises `error` if the reference is malformed, its module cannot be imported, or has no such function.
     """
     module_name, function_name = _split(reference, key, error)
     module = _import(module_name, reference, key, error)
     function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
-        near = difflib.get_close_matches(function_name, vars(module), n=3)
-        advice = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise error(f"{key}={reference!r}: {module_name} has no function {function_name}{advice}")
+        hint = did_you_mean(function_name, vars(module), limit=3, otherwise="check its spelling.")
+        raise error(f"{key}={reference!r}: {module_name} has no function {function_name}; {hint}")
     return function
 
 

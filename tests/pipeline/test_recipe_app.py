@@ -82,7 +82,7 @@ def test_check_builds_networks_and_losses_without_data():
     assert "distill.1 (rkd): samples.weighting = 'entropy' needs a per-sample loss" in teacherless
     assert "teacher.train.milestones have no effect with schedule = 'cosine'" in teacherless
     shown = called("check", "r.toml", "--set", "teacher.model.args={}", code=2).stdout
-    assert "cache.layers.0: the model has no module 'layr3'; nearest: layer3" in shown
+    assert "cache.layers.0: the model has no module 'layr3'; did you mean 'layer3'" in shown
     assert "distill.2 (hint) uses store 2, but there are 1" in shown
     fixed = ["distill.2.store=0", "teacher.model.args={}"]
     shown = called("check", "r.toml", *(part for each in fixed for part in ("--set", each)), code=2).stdout
@@ -92,7 +92,7 @@ def test_check_builds_networks_and_losses_without_data():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (["data.name=cifar"], "unknown data set data.name='cifar'. Did you mean CIFAR10 or CIFAR100?"),
+        (["data.name=cifar"], "unknown data set data.name='cifar'; did you mean 'CIFAR10' or 'CIFAR100'?"),
         (["student.model.name=resnet18x"], "student: no model is called 'resnet18x'"),
         (["student.model.name=torchvision:resnet18"], "student: torchvision"),
         (["teacher.train={}", "student.model.weights=published"], "student: there are no published weights of cnn"),
@@ -195,7 +195,7 @@ def test_new_takes_every_answer_as_an_option():
         (["--yes", "--data", "cifar"], "--data: unknown data set 'cifar'; choose from digits"),
         (["--yes", "--data", "imagefolder:"], "unknown data set"),
         (["--yes", "--data", "npz:a\x1bb"], "control character"),
-        (["--yes", "--teacher", "resnet2O"], "--teacher: unknown model 'resnet2O'; nearest: "),
+        (["--yes", "--teacher", "resnet2O"], "--teacher: unknown model 'resnet2O'; did you mean "),
         (["--yes", "--teacher-weights", "published"], "there are no published weights of cnn"),
         (["--yes", "--loss", "magic"], "--loss: choose losses from kd, dkd, dist, nkd, hint, at, rkd, not magic"),
         (["--yes", "--layers", "a,b"], "--layers does not apply"),

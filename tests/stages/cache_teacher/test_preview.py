@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from support.kdpipe_process import RECIPE, kdpipe_here
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
+from support.tiny_run import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 
 from kdpipe.pipeline.commands.view_grid import draw_grid
 from kdpipe.pipeline.steps import cache_teacher
@@ -84,8 +84,8 @@ def test_without_a_store_it_shows_the_recipes_views_alone(run):
 
 def by_hand(shape, labels, top):
     images = torch.randint(0, 200, (len(labels), len(top[0]), *shape), dtype=torch.uint8)
-    nobody = [[None] * images.shape[1]] * len(labels)
-    return ViewPreview(images, list(range(len(labels))), labels, top, nobody)
+    partners = [[None] * images.shape[1]] * len(labels)
+    return ViewPreview(images, list(range(len(labels))), labels, top, partners)
 
 
 def drawn(shown, path):
@@ -120,7 +120,7 @@ def test_larger_images_fill_their_cell(tmp_path, size, cell):
     assert (int(inked.any(1).sum()), int(inked.any(0).sum())) == cell
 
 
-def test_words_are_green_where_the_teacher_is_right(tmp_path):
+def test_correct_predictions_are_green(tmp_path):
     words = [("cat", 0.9), ("dog", 0.07), ("cow", 0.03)]
     pixels = drawn(by_hand((1, 8, 8), ["cat", "cow"], [[words], [words[:2]]]), tmp_path / "grid.png").astype(int)
 
