@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from kdpipe.stages.errors import ModelError
-from kdpipe.store.errors import did_you_mean
 
 SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv1d: ("in_channels", "out_channels", "groups"),
