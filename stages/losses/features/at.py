@@ -33,8 +33,8 @@ class ATConfig(MapLossConfig):
     average-pooled first. The default weight is that of RepDistiller.
 
     Attributes:
-        variant: "code" is the mean over pixels of the squared differences, as in RepDistiller; "paper" is the L2 norm of
-            the difference (equation 2), which is larger by orders of magnitude and needs a smaller weight.
+        variant: "code" is the mean over pixels of the squared differences, as in RepDistiller; "paper" is the L2 norm
+            of the difference (equation 2), which is larger by orders of magnitude and needs a smaller weight.
     """
 
     paper: ClassVar[str] = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"

@@ -33,8 +33,8 @@ class CCConfig(RelationLossConfig):
 
     Attributes:
         dim: width of the embeddings: linear layers on both sides, which train with the student.
-        variant: "code", the product of the errors of samples that are adjacent in the batch, as in RepDistiller, to which
-            the default weight belongs; or "paper", the squared difference of the correlations of all pairs.
+        variant: "code", the product of the errors of samples that are adjacent in the batch, as in RepDistiller, to
+            which the default weight belongs; or "paper", the squared difference of the correlations of all pairs.
     """
 
     paper: ClassVar[str] = "Peng et al. 2019, arXiv 1904.01802"
