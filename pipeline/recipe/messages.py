@@ -6,7 +6,6 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -88,8 +87,7 @@ def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys],
 
 
 def _hint(known: list[str], key: str, origin: str) -> str:
-    near = get_close_matches(key, known, 1, 0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
+    hint = did_you_mean(key, known, otherwise=f"known here: {', '.join(known)}.")
     return f"{hint} In variables, `__` separates keys." if origin.startswith("KDPIPE_") else hint
 
 

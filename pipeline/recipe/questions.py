@@ -16,6 +16,7 @@ from kdpipe.stages.config import PathStr
 from kdpipe.stages.data.load import KNOWN_NAMES
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, TORCHVISION, ModelConfig, build_model, list_models
+from kdpipe.store.errors import did_you_mean
 
 Parser = Callable[[str, Answers], Any]
 """Returns the value of an answer, given the answers before it, or raises RecipeError."""
