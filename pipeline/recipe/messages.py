@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from kdpipe.stages.losses.registry import LOSSES
+from kdpipe.store.errors import did_you_mean
 
 Keys = tuple[str, ...]
 """The path of a value in a recipe; entries of a list have numbers for keys."""
