@@ -58,11 +58,10 @@ def written(text, name="r.toml"):
     return name
 
 
-def test_check_summarizes_valid_recipes():
-    shown = called("check", RECIPES / "digits.toml", RECIPES / "compress.toml").stdout.splitlines()
-    assert len(shown) == 2
-    assert "digits.toml: fine: digits; teacher cnn, trained for 40 epochs; 20 views; student cnn" in shown[0]
-    assert "kd + hint, 5 seeds; prune and quantize" in shown[0]
+def test_check_says_fine_of_valid_recipes():
+    lines = called("check", RECIPES / "digits.toml", RECIPES / "compress.toml").stdout.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith(".toml: fine") for line in lines)
 
 
 def test_check_lists_every_fault_of_every_file():
