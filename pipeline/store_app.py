@@ -12,7 +12,6 @@ from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import AsJson, CommonOptions, RecipePath, RunDir, SetOption, with_options
 from kdpipe.pipeline.session.paths import output_path
 from kdpipe.pipeline.terminal.output import print_json, printable
-from kdpipe.store.write.transcode_options import TranscodeOptions
 
 store_app = typer.Typer(help="Inspect, verify and repair target stores.", no_args_is_help=True)
 
@@ -156,6 +155,7 @@ def store_transcode(
             print_transcoded,
             run_transcode,
         )
+        from kdpipe.store import TranscodeOptions
 
         change = TranscodeOptions(
             top_k=top_k,

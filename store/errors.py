@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -49,6 +50,17 @@ def differences(stored: Any, wanted: Any, key: str = "") -> list[tuple[str, Any,
             for pair in differences(stored.get(name), wanted.get(name), f"{key}.{name}" if key else str(name))
         ]
     return [] if stored == wanted else [(key, stored, wanted)]
+
+
+def did_you_mean(name: str, known: Iterable[str], *, limit: int = 1, otherwise: str | None = None) -> str:
+    """Return "did you mean 'x'?" with the known names nearest to a wrong one, at most `limit`, regardless of case.
+
+    If none is near, return `otherwise`, by default the known names.
+    """
+    by_lower = {word.lower(): word for word in known}
+    if near := get_close_matches(name.lower(), by_lower, limit, 0.5):
+        return f"did you mean {' or '.join(repr(by_lower[word]) for word in near)}?"
+    return f"available: {', '.join(by_lower.values()) or 'none'}." if otherwise is None else otherwise
 
 
 @contextmanager

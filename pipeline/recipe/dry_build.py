@@ -13,7 +13,7 @@ from kdpipe.pipeline.recipe.load import Recipe, all_losses, fault_of, faults_of_
 from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.sources.registry import KNOWN_NAMES, list_source
+from kdpipe.stages.data.load import KNOWN_NAMES, list_source
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import DataError, ModelError, RecipeError, UnknownModelError

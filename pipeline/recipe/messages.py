@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from kdpipe.stages.losses.registry import LOSSES
+from kdpipe.store.errors import did_you_mean
 
 Keys = tuple[str, ...]
 """The path of a value in a recipe; entries of a list have numbers for keys."""
@@ -104,8 +105,7 @@ def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys, 
 
 
 def _hint(known: list[str], key: str) -> str:
-    near = get_close_matches(key, known, 1, 0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
+    return did_you_mean(key, known, otherwise=f"known here: {', '.join(known)}.")
 
 
 def _hint_of_variable(recipe: type, known: list[str], keys: Keys, origin: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +14,11 @@ from kdpipe.pipeline.recipe.defaults import defaults_for
 from kdpipe.pipeline.recipe.dry_build import KINDS, NUM_CLASSES, SHAPES
 from kdpipe.pipeline.recipe.template import FEATURE_LOSSES, OFFERED_LOSSES, TRAINED_HERE, Answers
 from kdpipe.stages.config import PathStr
-from kdpipe.stages.data.sources.registry import KNOWN_NAMES
+from kdpipe.stages.data.load import KNOWN_NAMES
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, TORCHVISION, ModelConfig, build_model, list_models
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
+from kdpipe.store.errors import did_you_mean
 
 Parser = Callable[[str, Answers], Any]
 """Returns the value of an answer, given the answers before it, or raises RecipeError."""
@@ -78,9 +78,8 @@ def _model(text: str, answers: Answers) -> str:
     known = list_models()
     if text in known or (text.startswith(TORCHVISION) and text.removeprefix(TORCHVISION) in known):
         return text
-    near = get_close_matches(text.lower(), known, 3)
-    hint = f"nearest: {', '.join(near)}" if near else "name a network of your own as python:package.module:factory"
-    raise RecipeError(f"unknown model {text[:80]!r}; {hint}.")
+    hint = did_you_mean(text, known, limit=3, otherwise="name your own network as python:package.module:factory.")
+    raise RecipeError(f"unknown model {text[:80]!r}; {hint}")
 
 
 def _losses(text: str, answers: Answers) -> tuple[str, ...]:

@@ -135,9 +135,9 @@ def iter_teacher_outputs(
     """
     ready: tuple[Tensor, ModelOutput] | None = None
     warn = partial(monitor.warn, "cache-teacher")
-    for image_batch in loader.stream(requests, whole=True):
+    for image_batch in loader.stream(requests, require_all=True):
         monitor.check()
-        ids = loader.dataset.sample_ids[image_batch.positions].to(loader.device, non_blocking=True)
+        ids = loader.dataset.sample_ids[image_batch.indices].to(loader.device, non_blocking=True)
         labels = hard_labels_of(loader, image_batch)
         for rows, outputs in teacher_forward_in_chunks(extractor, teacher, image_batch, features, labels, warn=warn):
             if ready is not None:

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from kdpipe.stages.config import Bytes, PathStr, section
-from kdpipe.stages.data.unreadable import OnUnreadable
 
 
 def _reject_bool(value: object) -> object:
@@ -45,5 +44,5 @@ class DataConfig:
     num_train: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     cache_bytes: Bytes = 8 * 2**30
-    unreadable: OnUnreadable = "stop"
+    unreadable: Literal["stop", "drop"] = "stop"
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None

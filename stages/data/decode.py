@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from PIL import Image, ImageOps
 
 from kdpipe.stages.data.splits import Indices
 from kdpipe.stages.errors import DataError, cause
+from kdpipe.stages.runtime.memory import installed_bytes
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -115,22 +115,14 @@ def with_size(pixels: Pixels, size: int | None, what: str) -> Pixels:
 
 
 def new_pixels(shape: tuple[int, ...], what: str) -> Pixels:
-    """Allocate uninitialized uint8 [N, C, H, W]. Raises DataError if it exceeds this machine's memory."""
-    check_fits_memory(int(np.prod(shape, dtype=object)), what)
-    return np.empty(shape, dtype=np.uint8)
-
-
-def check_fits_memory(num_bytes: int, what: str) -> None:
-    """Raise DataError if `num_bytes` exceeds this machine's installed (not free) memory."""
-    try:
-        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not available on every system
-        return
-    if num_bytes > installed:
+    """Allocate uninitialized uint8 [N, C, H, W]. Raises DataError if it exceeds this machine's installed memory."""
+    num_bytes = math.prod(shape)
+    if num_bytes > installed_bytes():
         raise DataError(
-            f"{what} needs {num_bytes / _GIB:.1f} GiB of memory, this machine has {installed / _GIB:.1f} GiB: "
+            f"{what} needs {num_bytes / _GIB:.1f} GiB of memory, this machine has {installed_bytes() / _GIB:.1f} GiB: "
             "set a smaller data.image_size or data.num_train, or, for imagefolder:PATH, data.cache_bytes."
         )
+    return np.empty(shape, dtype=np.uint8)
 
 
 class PixelCache:

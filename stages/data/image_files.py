@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
 
 import google_crc32c
 import numpy as np
@@ -18,46 +17,18 @@ from torch import Tensor
 from kdpipe.stages.data.decode import DecodeSpec, Pixels, UnreadableImage, decode_image, quiet_pillow
 from kdpipe.stages.data.splits import Indices
 
+Paths = npt.NDArray[np.bytes_]
+"""N paths in one array, which forked workers share: a million Path objects would be copied as their counts change."""
 
-@dataclass(frozen=True, eq=False)
-class PackedPaths:
-    """N paths in two arrays, which forked workers share without copying a page.
 
-    A tuple of a million `Path` objects would be copied into each worker as reference counts change.
+def pack_paths(paths: Iterable[str | Path]) -> Paths:
+    """Pack paths into an array."""
+    return np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
 
-    Attributes:
-        text: The bytes of all paths, concatenated: uint8 [T].
-        ends: End offset of each path in `text`: int64 [N].
-    """
 
-    text: npt.NDArray[np.uint8]
-    ends: npt.NDArray[np.int64]
-
-    @classmethod
-    def pack(cls, paths: Iterable[str | Path]) -> Self:
-        """Pack paths of any iterable."""
-        encoded = [os.fsencode(path) for path in paths]
-        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> Path:
-        if not 0 <= index < len(self.ends):
-            raise IndexError(f"no path {index}: there are {len(self.ends)}")
-        start = self.ends[index - 1] if index else 0
-        return Path(os.fsdecode(self.text[start : self.ends[index]].tobytes()))
-
-    def __iter__(self) -> Iterator[Path]:
-        return (self[index] for index in range(len(self)))
-
-    def take(self, indices: Indices) -> Self:
-        """Return the paths at `indices`, int64 [M], in that order."""
-        lengths = np.diff(self.ends, prepend=0)[indices]
-        text, starts = self.text.data, self.ends[indices] - lengths
-        pieces = (text[start : start + length] for start, length in zip(starts.tolist(), lengths.tolist(), strict=True))
-        return type(self)(np.frombuffer(b"".join(pieces), dtype=np.uint8), np.cumsum(lengths))
+def path_at(paths: Paths, index: int) -> Path:
+    """Return one of the packed paths."""
+    return Path(os.fsdecode(bytes(paths[index])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +37,7 @@ class ImageFileList:
 
     name: str
     folder: Path
-    paths: PackedPaths
+    paths: Paths
     sample_ids: Indices
     spec: DecodeSpec
 
@@ -75,7 +46,7 @@ class ImageFileList:
 
     def take(self, indices: Indices) -> ImageFileList:
         """Return the files at `indices`, int64 [M], in that order."""
-        return dataclasses.replace(self, paths=self.paths.take(indices), sample_ids=self.sample_ids[indices])
+        return dataclasses.replace(self, paths=self.paths[indices], sample_ids=self.sample_ids[indices])
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +54,11 @@ class ImageFiles:
     """N scanned image files. All data is in arrays, which forked workers share.
 
     Attributes:
-        paths: The files.
-        spec: The decoded format.
         checksums: crc32c of each decoded image's [C, H, W] bytes when the data set was scanned: uint32 [N].
         shapes: (H, W) of each decoded image: int32 [N, 2].
     """
 
-    paths: PackedPaths
+    paths: Paths
     spec: DecodeSpec
     checksums: npt.NDArray[np.uint32]
     shapes: npt.NDArray[np.int32]
@@ -116,7 +85,7 @@ class ImageFiles:
         Raises:
             UnreadableImage: The file cannot be decoded, or changed since the data set was scanned.
         """
-        path = self.paths[index]
+        path = path_at(self.paths, index)
         with quiet_pillow():
             pixels = decode_image(path, self.spec)
         if pixels.shape[1:] != tuple(self.shapes[index]) or pixel_checksum(pixels) != self.checksums[index]:
@@ -130,7 +99,7 @@ class ImageFiles:
         """Return the files at `indices`, int64 [M], in that order."""
         rows = indices.numpy()
         return dataclasses.replace(
-            self, paths=self.paths.take(rows), checksums=self.checksums[rows], shapes=self.shapes[rows]
+            self, paths=self.paths[rows], checksums=self.checksums[rows], shapes=self.shapes[rows]
         )
 
 

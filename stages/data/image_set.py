@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
-from kdpipe.stages.data.image_files import ImageFiles, pixel_checksum
-from kdpipe.stages.data.unreadable import DroppedImage
+from kdpipe.stages.data.image_files import ImageFiles, path_at, pixel_checksum
 from kdpipe.stages.errors import DataError
 from kdpipe.store import ids_and_labels_sha256
 
@@ -30,6 +30,15 @@ FILES_NORMALIZATION = {
 _CHUNK = 4096
 
 
+@dataclass(frozen=True)
+class DroppedImage:
+    """An unreadable image that was left out of its data set, and the reason."""
+
+    path: Path
+    sample_id: int
+    why: str
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """The images of one split.
@@ -41,7 +50,7 @@ class ImageSet:
         dropped: Unreadable images, which are not among the N.
 
     Raises:
-        DataError: A tensor has another type, shape or range.
+        DataError: There are no samples, a label is out of range, or an id is negative or not unique.
     """
 
     name: str
@@ -54,8 +63,6 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         where = f"data set {self.name} ({self.split})"
-        if isinstance(self.images, Tensor):
-            _check_pixels(where, self.images)
         _check_columns(where, self.num_samples, self.labels, self.sample_ids, self.num_classes)
 
     @property
@@ -133,8 +140,8 @@ def unequal_sizes_message(image_set: ImageSet) -> str:
         raise ValueError(f"all images of {image_set.name} have the same size")
     (height, width), (other_height, other_width) = files.shapes[0].tolist(), files.shapes[other].tolist()
     return (
-        f"the images have different sizes: {files.paths[0]} is {width} x {height}, "
-        f"{files.paths[other]} is {other_width} x {other_height}: set data.image_size to crop and resize them."
+        f"the images have different sizes: {path_at(files.paths, 0)} is {width} x {height}, "
+        f"{path_at(files.paths, other)} is {other_width} x {other_height}: set data.image_size to crop and resize them."
     )
 
 
@@ -163,24 +170,10 @@ def _moments(channel: Tensor) -> tuple[float, float]:
     return round(first / (255 * total), 4), round(max(std, STD_FLOOR), 4)
 
 
-def _check_pixels(where: str, images: Tensor) -> None:
-    shape = tuple(images.shape)
-    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape[2:]:
-        raise DataError(
-            f"{where}: images must be uint8 [N, C, H, W] with C 1 or 3, found {images.dtype} {list(shape)}."
-        )
-
-
 def _check_columns(where: str, num_images: int, labels: Tensor, sample_ids: Tensor, num_classes: int) -> None:
-    """Raise DataError unless labels are int64 [num_images] in [0, num_classes) and ids int64, unique and >= 0."""
+    """Raise DataError unless there are samples, labels are in [0, num_classes), and ids unique and >= 0."""
     if num_images == 0:
         raise DataError(f"{where} has no samples: at least one is required.")
-    for what, column in (("labels", labels), ("sample_ids", sample_ids)):
-        if column.dtype != torch.int64 or tuple(column.shape) != (num_images,):
-            raise DataError(
-                f"{where}: {what} must be int64 [{num_images}], one for each image, "
-                f"found {column.dtype} {list(column.shape)}."
-            )
     _check_ids(where, sample_ids)
     outside = ((labels < 0) | (labels >= num_classes)).nonzero()
     if len(outside):

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
+import os
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
 
 from kdpipe.stages.data.config import DataConfig
-from kdpipe.stages.data.decode import with_channels, with_size
+from kdpipe.stages.data.decode import DecodeSpec, with_channels, with_size
 from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
+from kdpipe.stages.data.sources.image_folder import list_image_folder
 from kdpipe.stages.data.sources.listing import Listing
-from kdpipe.stages.data.sources.registry import list_source
+from kdpipe.stages.data.sources.npz import list_npz
+from kdpipe.stages.data.sources.torchvision import NAMES as TORCHVISION_NAMES
+from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
+from kdpipe.stages.data.sources.user_function import list_python
 from kdpipe.stages.data.splits import Indices, Split, stratified_split, stratified_subset
-from kdpipe.stages.errors import DataError, RecipeError
+from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError
+from kdpipe.store.errors import did_you_mean
 
-__all__ = ["DataConfig", "load_dataset"]
+KNOWN_NAMES = ("digits", *TORCHVISION_NAMES, "imagefolder:PATH", "npz:PATH", "python:MODULE:FUNCTION")
 
 
 def load_dataset(
@@ -66,6 +72,51 @@ def load_dataset(
     )
 
 
+def list_source(config: DataConfig, split: Split, size: int | None) -> Listing:
+    """List the samples of the data set `config.name`; files are to be decoded to `size`.
+
+    Raises:
+        UnknownDataError: There is no such source.
+        RecipeError: `test_crop` is set where it does not apply.
+    """
+    kind, colon, argument = config.name.partition(":")
+    root = _path(config.root)
+    if colon and argument and kind == "imagefolder":
+        return list_image_folder(_path(argument, config.root), split, _decode_spec(config, split, size))
+    if config.test_crop != 1:
+        raise RecipeError(
+            f"data.test_crop applies only to imagefolder:PATH, but data.name is {config.name!r}: remove it."
+        )
+    if config.name == "digits":
+        return list_digits()
+    if config.name in TORCHVISION_NAMES:
+        return list_torchvision(config.name, split, root=root, download=config.download)
+    if colon and argument and kind == "npz":
+        return list_npz(_path(argument, config.root), split)
+    if colon and argument and kind == "python":
+        return list_python(argument, split, root=root)
+    known = {source.partition(":")[0]: source for source in KNOWN_NAMES}
+    near = did_you_mean(kind, known, limit=2, otherwise="")
+    raise UnknownDataError(
+        f"unknown data set data.name={config.name!r}; {near}{' ' if near else ''}known names: {', '.join(KNOWN_NAMES)}."
+    )
+
+
+def _decode_spec(config: DataConfig, split: Split, size: int | None) -> DecodeSpec:
+    channels = config.channels or 3
+    if split == "train":
+        return DecodeSpec(channels, size)
+    if config.test_crop != 1 and size is None:
+        raise RecipeError("data.test_crop needs a size for the cropped images: set data.image_size.")
+    return DecodeSpec(channels, size, config.test_crop)
+
+
+def _path(text: str, below: str = "") -> Path:
+    """Return `text` as an absolute path with `~` expanded, relative to `below`, without `.` and `..`."""
+    joined = os.path.join(below, os.path.expanduser(text))  # noqa: PTH111, PTH118 - unlike Path, accepts an unknown ~user
+    return Path(os.path.abspath(joined))  # noqa: PTH100 - resolve() would follow links and change the folder's name
+
+
 def _load_images(
     listing: Listing, indices: Indices, config: DataConfig, size: int | None, on_image: OnImage | None
 ) -> ScanResult:
@@ -74,7 +125,7 @@ def _load_images(
             listing.images,
             indices,
             cache_bytes=config.cache_bytes,
-            on_unreadable=config.unreadable,
+            drop_unreadable=config.unreadable == "drop",
             on_image=on_image,
         )
     pixels = with_size(with_channels(listing.images(indices), config.channels), size, f"data set {listing.name}")
@@ -100,8 +151,7 @@ def _labels_of(classes: tuple[str, ...], listing: Listing) -> list[int]:
     known = listing.class_names
     for name in classes:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
             some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
-            advice = f"did you mean {' or '.join(near)}?" if near else f"its classes are {some}."
+            advice = did_you_mean(name, known, limit=3, otherwise=f"its classes are {some}.")
             raise RecipeError(f"data.classes: {listing.name} has no class {name!r}: {advice}")
     return [label for label, name in enumerate(known) if name in classes]

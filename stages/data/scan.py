@@ -1,6 +1,6 @@
 """Scan the images of a folder: decode each once, into memory if all fit, else for its checksum and shape.
 
-Results for files that are not kept in memory are cached (`image_index.py`), so that the next job need not decode them.
+Results for files that are not kept in memory are cached (`scan_cache.py`), so that the next job need not decode them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdpipe.stages.data.decode import PixelCache, Pixels, UnreadableImage, decode_image, quiet_pillow
-from kdpipe.stages.data.image_files import ImageFileList, ImageFiles, pixel_checksum
+from kdpipe.stages.data.image_files import ImageFileList, ImageFiles, path_at, pixel_checksum
+from kdpipe.stages.data.image_set import DroppedImage
 from kdpipe.stages.data.scan_cache import CHUNK, NO_STAMP, ScanState, Stamp, is_settled, scan_threads, stamp
 from kdpipe.stages.data.splits import Indices
-from kdpipe.stages.data.unreadable import DropList, DroppedImage, OnUnreadable
+from kdpipe.stages.errors import DataError
 
 OnImage = Callable[[int, int], None]
 
@@ -37,7 +38,7 @@ def scan_images(
     indices: Indices,
     *,
     cache_bytes: int,
-    on_unreadable: OnUnreadable = "stop",
+    drop_unreadable: bool = False,
     on_image: OnImage | None = None,
 ) -> ScanResult:
     """Scan the files at `indices`, int64 [N], in threads; the number of threads does not change the result.
@@ -46,33 +47,51 @@ def scan_images(
         files: All files of the split.
         indices: The files to scan.
         cache_bytes: Keep the pixels in memory if all images have one size and take no more than this.
-        on_unreadable: "stop" or "drop".
+        drop_unreadable: Leave unreadable images out, instead of raising an error.
         on_image: Called with (done, N) from time to time; may raise to abort.
 
     Raises:
-        DataError: An image cannot be read and `on_unreadable` is "stop", or more than half cannot be read.
+        DataError: An image cannot be read and none may be dropped, or more than half cannot be read.
     """
     chosen = files.take(indices)
     pixel_cache = PixelCache(len(chosen), cache_bytes, f"data set {files.name}")
-    state = ScanState(files, chosen, pixel_cache)
-    drops = DropList(files.name, len(chosen), on_unreadable)
+    state, spec = ScanState(files, chosen), files.spec
+    if spec.size is None or not pixel_cache.fits((spec.channels, spec.size, spec.size)):
+        shapes = state.restore(chosen)
+        if len(shapes) > 1 or (shapes and not pixel_cache.fits((spec.channels, *shapes[0]))):
+            pixel_cache.deactivate()
+    dropped: list[DroppedImage] = []
     try:
         with closing(_scan(chosen, pixel_cache, state, on_image or (lambda done, total: None))) as scanned:
             for index, image in scanned:
                 if image.why is None:
                     state.add(index, image.stamp, image.checksum, image.shape)
-                else:
-                    state.discard(index)
-                    drops.add(DroppedImage(chosen.paths[index], int(chosen.sample_ids[index]), image.why))
+                    continue
+                state.readable[index] = False
+                dropped.append(DroppedImage(path_at(chosen.paths, index), int(chosen.sample_ids[index]), image.why))
+                _check_dropped(files.name, dropped, len(chosen), drop_unreadable)
     finally:
         if not pixel_cache.active:
             state.save()
-    kept = np.flatnonzero(state.image_batch)
+    kept = np.flatnonzero(state.readable)
     if pixel_cache.active:
-        return ScanResult(pixel_cache.take(kept), kept, tuple(drops.dropped))
-    readable = chosen.take(kept) if drops.dropped else chosen
-    images = ImageFiles(readable.paths, readable.spec, state.checksums[kept], state.shapes[kept])
-    return ScanResult(images, kept, tuple(drops.dropped))
+        return ScanResult(pixel_cache.take(kept), kept, tuple(dropped))
+    readable, entries = chosen.take(kept) if dropped else chosen, state.entries[kept]
+    images = ImageFiles(readable.paths, spec, entries["checksum"].copy(), entries["shape"].copy())
+    return ScanResult(images, kept, tuple(dropped))
+
+
+def _check_dropped(name: str, dropped: list[DroppedImage], num_images: int, drop_unreadable: bool) -> None:
+    if not drop_unreadable:
+        raise DataError(
+            f"sample {dropped[0].sample_id} cannot be read: {dropped[0].why} (data.unreadable = 'drop' leaves such "
+            "samples out)"
+        )
+    if 2 * len(dropped) > num_images:
+        raise DataError(
+            f"data set {name}: more than half of its {num_images} images cannot be read, the first: {dropped[0].why} "
+            "Is the disk still mounted?"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,11 +109,11 @@ def _scan(
 ) -> Generator[tuple[int, _Scanned], None, None]:
     """Scan all images while `pixel_cache` is active, else only the unknown ones; yield (index, result), ascending."""
     reported_at = time.monotonic()
-    with quiet_pillow(), scan_threads() as pool:
+    with quiet_pillow(), scan_threads() as map_threads:
         for start in range(0, len(chosen), CHUNK):
             chunk = np.arange(start, min(start + CHUNK, len(chosen)))
-            todo = (chunk if pixel_cache.active else chunk[~state.image_batch[chunk]]).tolist()
-            results = pool.map(lambda index: _scan_one(chosen, pixel_cache, index), todo)
+            todo = (chunk if pixel_cache.active else chunk[~state.readable[chunk]]).tolist()
+            results = map_threads(lambda index: _scan_image(chosen, pixel_cache, index), todo)
             for index, image in zip(todo, results, strict=True):
                 yield index, image
                 if time.monotonic() - reported_at >= REPORT_EVERY_S:
@@ -105,14 +124,13 @@ def _scan(
     on_image(len(chosen), len(chosen))
 
 
-def _scan_one(chosen: ImageFileList, pixel_cache: PixelCache, index: int) -> _Scanned:
-    path = chosen.paths[index]
+def _scan_image(chosen: ImageFileList, pixel_cache: PixelCache, index: int) -> _Scanned:
+    path = path_at(chosen.paths, index)
     now_ns, before = time.time_ns(), stamp(path)  # before decoding: a change meanwhile gives the file another stamp
     try:
         image = decode_image(path, chosen.spec)
     except UnreadableImage as error:
         return _Scanned(why=str(error))
     pixel_cache.put(index, image)
-    return _Scanned(
-        before if is_settled(before, now_ns) else NO_STAMP, pixel_checksum(image), (image.shape[1], image.shape[2])
-    )
+    settled = before if is_settled(before, now_ns) else NO_STAMP
+    return _Scanned(settled, pixel_checksum(image), (image.shape[1], image.shape[2]))

@@ -10,24 +10,27 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import PIL
 from PIL import features
 
-from kdpipe.stages.data.decode import DecodeSpec, PixelCache
-from kdpipe.stages.data.image_files import ImageFileList
-from kdpipe.stages.data.sources.npz import read_npz
-from kdpipe.stages.data.splits import Indices
-from kdpipe.stages.errors import DataError
+from kdpipe.stages.data.decode import DecodeSpec
+from kdpipe.stages.data.image_files import ImageFileList, path_at
 from kdpipe.stages.runtime.cpu import num_cores
 from kdpipe.store import make_folders, write_atomically
+
+ENTRY = np.dtype([("id", "<i8"), ("stamp", "<i8", 3), ("checksum", "<u4"), ("shape", "<i4", 2)])
+"""A scanned image: sample id, its file's stamp, crc32c of the decoded [C, H, W] bytes, and (H, W)."""
+
+Entries: TypeAlias = npt.NDArray[np.void]
+"""Array [N] of ENTRY; in a cache file sorted by id."""
 
 Stamp = tuple[int, int, int]
 """(size in bytes, mtime_ns, ctime_ns) of a file."""
@@ -39,7 +42,7 @@ RACY_NS = 2_000_000_000
 clock without a new stamp. 2 s is the coarsest tick, FAT's.
 """
 
-VERSION = 1
+VERSION = 2
 
 MAX_THREADS = 16
 
@@ -48,54 +51,6 @@ CHUNK = 256
 
 SAVE_EVERY_S = 120.0
 """Seconds between saves: the work that a killed job repeats."""
-
-
-@dataclass(frozen=True, eq=False)
-class ScanCache:
-    """Cached scan results, sorted by sample id.
-
-    Attributes:
-        ids: Unique sample ids, int64 [N].
-        stamps: File stamps, int64 [N, 3].
-        checksums: As in ImageFiles, uint32 [N].
-        shapes: As in ImageFiles, int32 [N, 2].
-    """
-
-    ids: npt.NDArray[np.int64]
-    stamps: npt.NDArray[np.int64]
-    checksums: npt.NDArray[np.uint32]
-    shapes: npt.NDArray[np.int32]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def find(self, ids: npt.NDArray[np.int64], stamps: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the row of each sample of `ids` [M] whose file still has its `stamps` [M, 3], else -1: int64 [M]."""
-        if not len(self):
-            return np.full(len(ids), -1, dtype=np.int64)
-        rows = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
-        valid = (self.ids[rows] == ids) & (self.stamps[rows] == stamps).all(axis=1) & (stamps != NO_STAMP).all(axis=1)
-        return np.where(valid, rows, -1)
-
-    def take(self, rows: Indices | npt.NDArray[np.bool_]) -> ScanCache:
-        return ScanCache(self.ids[rows], self.stamps[rows], self.checksums[rows], self.shapes[rows])
-
-    def updated(self, newer: ScanCache) -> ScanCache:
-        """Return the union of both, preferring entries of `newer`."""
-        kept = self.take(~np.isin(self.ids, newer.ids))
-        both = ScanCache(
-            np.concatenate([kept.ids, newer.ids]),
-            np.concatenate([kept.stamps, newer.stamps]),
-            np.concatenate([kept.checksums, newer.checksums]),
-            np.concatenate([kept.shapes, newer.shapes]),
-        )
-        return both.take(np.argsort(both.ids))
-
-
-def empty_cache() -> ScanCache:
-    return ScanCache(
-        np.empty(0, np.int64), np.empty((0, 3), np.int64), np.empty(0, np.uint32), np.empty((0, 2), np.int32)
-    )
 
 
 def stamp(path: Path) -> Stamp:
@@ -124,36 +79,50 @@ def cache_path(folder: Path, spec: DecodeSpec, environ: Mapping[str, str]) -> Pa
     return cache / "kdpipe" / "images" / f"{hashlib.sha256(key).hexdigest()}.npz"
 
 
-def read_cache(path: Path | None) -> ScanCache:
-    """Read the cache file at `path`; return an empty cache if it is missing or unusable."""
-    if path is None:
-        return empty_cache()
+def read_cache(path: Path | None) -> Entries:
+    """Read the cache file at `path`; return no entries if it is missing or unusable."""
     try:
-        arrays = read_npz(path, required=("made_by", "ids", "stamps", "checksums", "shapes"))
-    except (DataError, OSError):
-        return empty_cache()
-    cache = ScanCache(arrays["ids"], arrays["stamps"], arrays["checksums"], arrays["shapes"])
-    return cache if arrays["made_by"].tolist() == [_made_by()] and _is_valid(cache) else empty_cache()
+        if path is not None:
+            with np.load(path, allow_pickle=False) as arrays:
+                made_by, entries = arrays["made_by"], arrays["entries"]
+            if made_by.tolist() == [_made_by()] and entries.dtype == ENTRY and (np.diff(entries["id"]) > 0).all():
+                return entries  # type: ignore[no-any-return]
+    except Exception:
+        pass
+    return np.empty(0, ENTRY)
 
 
-def write_cache(path: Path | None, cache: ScanCache) -> None:
+def write_cache(path: Path | None, entries: Entries) -> None:
     """Replace the cache file at `path` atomically; of two concurrent jobs the last one wins."""
     if path is None:
         return
     file = io.BytesIO()
-    np.savez(
-        file,
-        made_by=np.array([_made_by()]),
-        ids=cache.ids,
-        stamps=cache.stamps,
-        checksums=cache.checksums,
-        shapes=cache.shapes,
-    )
+    np.savez(file, made_by=np.array([_made_by()]), entries=entries)
     try:
         make_folders([path.parent])
         write_atomically(path, file.getvalue())
     except OSError:
         return  # a full or read-only disk must not fail this job
+
+
+def find_valid(cache: Entries, ids: npt.NDArray[np.int64], stamps: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the row of each sample of `ids` [M] whose file still has its `stamps` [M, 3], else -1: int64 [M]."""
+    if not len(cache):
+        return np.full(len(ids), -1, dtype=np.int64)
+    rows = np.minimum(np.searchsorted(cache["id"], ids), len(cache) - 1)
+    valid = (cache["id"][rows] == ids) & (cache["stamp"][rows] == stamps).all(axis=1) & has_stamp(stamps)
+    return np.where(valid, rows, -1)
+
+
+def has_stamp(stamps: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return whether each of `stamps`, int64 [N, 3], is not NO_STAMP."""
+    return (stamps != NO_STAMP).all(axis=1)  # type: ignore[no-any-return]
+
+
+def merge(older: Entries, newer: Entries) -> Entries:
+    """Return the union of both, sorted by id, preferring entries of `newer`."""
+    both = np.concatenate([older[~np.isin(older["id"], newer["id"])], newer])
+    return both[np.argsort(both["id"])]
 
 
 def _made_by() -> str:
@@ -162,58 +131,36 @@ def _made_by() -> str:
     return f"kdpipe image index {VERSION}, Pillow {PIL.__version__}, {codecs}"
 
 
-def _is_valid(cache: ScanCache) -> bool:
-    empty = empty_cache()
-    for name in ("ids", "stamps", "checksums", "shapes"):
-        found, model = getattr(cache, name), getattr(empty, name)
-        if found.dtype != model.dtype or found.ndim != model.ndim or found.shape != (len(cache), *model.shape[1:]):
-            return False
-    return bool((cache.ids[1:] > cache.ids[:-1]).all() and (cache.shapes > 0).all())
-
-
 class ScanState:
     """Scan results so far of the images `chosen` [N] of a folder: from an earlier job's cache, and from decoding.
 
     Attributes:
-        seen: Whether the image is known and readable, bool [N].
-        checksums: As in ImageFiles, uint32 [N].
-        shapes: As in ImageFiles, int32 [N, 2].
+        entries: One for each image, whose stamp is NO_STAMP if it must not be cached beyond this job.
+        readable: Whether the image is known and readable, bool [N].
     """
 
-    def __init__(self, files: ImageFileList, chosen: ImageFileList, pixel_cache: PixelCache) -> None:
-        self._all_ids, self._ids = files.sample_ids, chosen.sample_ids
+    def __init__(self, files: ImageFileList, chosen: ImageFileList) -> None:
+        self._all_ids = files.sample_ids
         self._path = cache_path(files.folder, files.spec, os.environ)
         self._unsaved, self._saved_at = False, time.monotonic()
-        self.image_batch = np.zeros(len(chosen), dtype=np.bool_)
-        self.checksums = np.zeros(len(chosen), dtype=np.uint32)
-        self.shapes = np.zeros((len(chosen), 2), dtype=np.int32)
-        self._stamps = np.full((len(chosen), 3), NO_STAMP, dtype=np.int64)
-        spec = files.spec
-        must_decode = spec.size is not None and pixel_cache.fits((spec.channels, spec.size, spec.size))
-        cache = empty_cache() if must_decode else read_cache(self._path)
-        if len(cache):
-            self._restore(cache, chosen, pixel_cache)
+        self.readable = np.zeros(len(chosen), dtype=np.bool_)
+        self.entries = np.zeros(len(chosen), dtype=ENTRY)
+        self.entries["id"], self.entries["stamp"] = chosen.sample_ids, NO_STAMP
 
-    def _restore(self, cache: ScanCache, chosen: ImageFileList, pixel_cache: PixelCache) -> None:
-        """Take the valid entries of the cache; deactivate `pixel_cache` if their sizes do not allow it."""
-        found = cache.find(self._ids, _stamps(chosen))
-        self.image_batch = found >= 0
-        entries = cache.take(found[self.image_batch])
-        self.checksums[self.image_batch], self.shapes[self.image_batch] = entries.checksums, entries.shapes
-        self._stamps[self.image_batch] = entries.stamps
-        shapes = np.unique(entries.shapes, axis=0).tolist()
-        if len(shapes) > 1 or (shapes and not pixel_cache.fits((chosen.spec.channels, *shapes[0]))):
-            pixel_cache.deactivate()
+    def restore(self, chosen: ImageFileList) -> list[list[int]]:
+        """Take the valid entries of the cache; return the different shapes of their images."""
+        cache = read_cache(self._path)
+        if len(cache):
+            rows = find_valid(cache, chosen.sample_ids, _read_stamps(chosen))
+            self.readable = rows >= 0
+            self.entries[self.readable] = cache[rows[self.readable]]
+        shapes: list[list[int]] = np.unique(self.entries["shape"][self.readable], axis=0).tolist()
+        return shapes
 
     def add(self, index: int, found: Stamp, checksum: int, shape: tuple[int, int]) -> None:
-        """Record a decoded image; with NO_STAMP it is not cached beyond this job."""
-        self.image_batch[index], self._stamps[index] = True, found
-        self.checksums[index], self.shapes[index] = checksum, shape
-        self._unsaved = True
-
-    def discard(self, index: int) -> None:
-        """Mark the image as unreadable."""
-        self.image_batch[index] = False
+        """Record a decoded image."""
+        self.entries[index] = (self.entries["id"][index], found, checksum, shape)
+        self.readable[index] = self._unsaved = True
 
     def save_periodically(self) -> None:
         """Save if SAVE_EVERY_S have passed since the last save."""
@@ -222,32 +169,32 @@ class ScanState:
 
     def save(self) -> None:
         """Merge the new results into the cache file, dropping entries of files that are no longer listed."""
-        if not self._unsaved:
-            return
-        valid = self.image_batch & (self._stamps != NO_STAMP).all(axis=1)
-        found = ScanCache(self._ids[valid], self._stamps[valid], self.checksums[valid], self.shapes[valid])
-        if len(found):
+        found = self.entries[self.readable & has_stamp(self.entries["stamp"])]
+        if self._unsaved and len(found):
             known = read_cache(self._path)
-            write_cache(self._path, known.take(np.isin(known.ids, self._all_ids)).updated(found))
+            write_cache(self._path, merge(known[np.isin(known["id"], self._all_ids)], found))
         self._unsaved, self._saved_at = False, time.monotonic()
 
 
 @contextmanager
-def scan_threads() -> Iterator[ThreadPoolExecutor]:
-    """Open a pool of one thread per core: decoders and disks run outside the GIL. An error cancels queued tasks."""
+def scan_threads() -> Iterator[Callable[..., Iterator[Any]]]:
+    """Open a pool of one thread per core and yield its `map`: decoders and disks run outside the GIL.
+
+    An error cancels queued tasks.
+    """
     pool = ThreadPoolExecutor(min(num_cores(), MAX_THREADS))
     try:
-        yield pool
+        yield pool.map
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _stamps(chosen: ImageFileList) -> npt.NDArray[np.int64]:
+def _read_stamps(chosen: ImageFileList) -> npt.NDArray[np.int64]:
     """Read the stamp of each file in threads, int64 [N, 3]: network disks answer slowly, but many at once."""
 
     def of_chunk(start: int) -> list[Stamp]:
-        return [stamp(chosen.paths[index]) for index in range(start, min(start + CHUNK, len(chosen)))]
+        return [stamp(path_at(chosen.paths, index)) for index in range(start, min(start + CHUNK, len(chosen)))]
 
-    with scan_threads() as pool:
-        chunks = pool.map(of_chunk, range(0, len(chosen), CHUNK))
+    with scan_threads() as map_threads:
+        chunks = map_threads(of_chunk, range(0, len(chosen), CHUNK))
         return np.array([found for chunk in chunks for found in chunk], dtype=np.int64)

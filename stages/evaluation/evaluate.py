@@ -61,7 +61,7 @@ class Evaluation:
         indices = torch.arange(image_set.num_samples if limit is None else min(limit, image_set.num_samples))
         for image_batch in self.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
             self.before_batch()
-            yield self.normalize(image_batch.images), image_set.labels[image_batch.positions]
+            yield self.normalize(image_batch.images), image_set.labels[image_batch.indices]
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterato
     try:
         for image_batch in test.loader.stream(requests):
             test.before_batch()
-            labels = image_set.labels[image_batch.positions].to(device)
-            yield Predictions(image_batch.positions, labels, _logits(model, test, image_batch.images))
+            labels = image_set.labels[image_batch.indices].to(device)
+            yield Predictions(image_batch.indices, labels, _logits(model, test, image_batch.images))
     finally:
         model.train(was_training)
 

@@ -12,7 +12,6 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -22,6 +21,7 @@ from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.schedules import Schedule
 from kdpipe.stages.targets.feature_spec import ATTENTION, INPUT_GRADIENT, MAP, POOLED, SPATIAL_GRAM
 from kdpipe.stages.targets.resolve import LOGITS
+from kdpipe.store.errors import did_you_mean
 
 STATISTIC_TEXTS = {
     LOGITS: "logits",
@@ -118,9 +118,7 @@ def find_loss(name: str) -> Loss:
     losses = {loss.name: loss for loss in list_losses()}
     if name in losses:
         return losses[name]
-    near = get_close_matches(name.lower(), losses, 3, 0.5)
-    hint = f"nearest: {', '.join(near)}." if near else f"available: {', '.join(losses)}."
-    raise RecipeError(f"unknown loss {name[:80]!r}; {hint}")
+    raise RecipeError(f"unknown loss {name[:80]!r}; {did_you_mean(name, losses, limit=3)}")
 
 
 def format_default(default: Any) -> str:

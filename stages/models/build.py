@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from dataclasses import field
@@ -19,6 +18,7 @@ from kdpipe.stages.models.torchvision import build_classifier, classifier_names,
 from kdpipe.stages.models.user_factory import build_from_factory
 from kdpipe.stages.models.weights import load_weights
 from kdpipe.stages.runtime.user_code import is_user_reference
+from kdpipe.store.errors import did_you_mean
 
 TORCHVISION = "torchvision:"
 PUBLISHED = "published"
@@ -107,9 +107,8 @@ def _unknown(name: str) -> ModelError:
     known = list_models()
     if name.startswith(TORCHVISION):
         known = [TORCHVISION + each for each in classifier_names()]
-    nearest = difflib.get_close_matches(name.lower(), known, n=3)
-    hint = f"nearest: {', '.join(nearest)}" if nearest else "a network of your own is python:package.module:factory"
-    return UnknownModelError(f"no model is called {name!r}; {hint}.")
+    hint = did_you_mean(name, known, limit=3, otherwise="name your own network as python:package.module:factory.")
+    return UnknownModelError(f"no model is called {name!r}; {hint}")
 
 
 def _default_args(name: str) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-
 from torch import nn
 
 from kdpipe.stages.errors import ModelError
+from kdpipe.store.errors import did_you_mean
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
@@ -15,6 +14,6 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     del modules[""]  # the model itself: its output is the logits, which need no hook
     if path in modules:
         return modules[path]
-    nearest = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
-    paths = nearest or [name for name, _ in model.named_children()]
-    raise ModelError(f"the model has no module {path!r}; {'nearest' if nearest else 'it has'}: {', '.join(paths)}.")
+    children = ", ".join(name for name, _ in model.named_children())
+    hint = did_you_mean(path, modules, limit=3, otherwise=f"it has: {children}.")
+    raise ModelError(f"the model has no module {path!r}; {hint}")

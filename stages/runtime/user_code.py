@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import sys
@@ -13,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from kdpipe.stages.errors import cause
-from kdpipe.store.errors import KdpipeError
+from kdpipe.store.errors import KdpipeError, did_you_mean
 
 PREFIX = "python:"
 
@@ -47,9 +46,8 @@ def import_callable(reference: str, key: str, error: type[KdpipeError]) -> Calla
     module = _import(module_name, reference, key, error)
     function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
-        near = difflib.get_close_matches(function_name, vars(module), n=3)
-        advice = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise error(f"{key}={reference!r}: {module_name} has no function {function_name}{advice}")
+        hint = did_you_mean(function_name, vars(module), limit=3, otherwise="check its spelling.")
+        raise error(f"{key}={reference!r}: {module_name} has no function {function_name}; {hint}")
     return function
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.outputs import TeacherTargets
 from kdpipe.store import StoreError, TargetStore
+from kdpipe.store.errors import did_you_mean
 
 SAME: Literal["same"] = "same"
 
@@ -124,8 +124,8 @@ def _find(name: str, names: Sequence[str], owner: str) -> int:
         )
     if count:
         return names.index(name)
-    near = get_close_matches(name, names, 3, 0.4) or list(names[:3])
-    raise RecipeError(f"student.teachers.classes: {owner} has no class {name!r}; nearest: {', '.join(near)}.")
+    hint = did_you_mean(name, names, limit=3, otherwise=f"its classes are {_some(names)}.")
+    raise RecipeError(f"student.teachers.classes: {owner} has no class {name!r}; {hint}")
 
 
 def _some(names: Sequence[str]) -> str:

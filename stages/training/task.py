@@ -205,7 +205,7 @@ class TrainingTask:
         return -1 - epoch if self.fresh_views else epoch % self.num_views
 
     def _batch(self, position: StepPosition, image_batch: ImageBatch) -> Batch:
-        indices, view = image_batch.positions, position.epoch % self.num_views
+        indices, view = image_batch.indices, position.epoch % self.num_views
         return Batch(
             images=self.normalize(image_batch.images),
             hard=hard_labels_of(self.loader, image_batch),

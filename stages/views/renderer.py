@@ -69,7 +69,7 @@ class Renderer:
             return (self.channels, *self._tensor_engine.output_size(self.size))
         return (self.channels, *self._probe_views[0][0].shape[1:])
 
-    def render_one(self, pixels: Pixels, sample_id: int, view: int) -> Tensor:
+    def render_image(self, pixels: Pixels, sample_id: int, view: int) -> Tensor:
         """Do a worker's part: transform one image, uint8 [C, H, W] to uint8 [C, H', W'].
 
         Raises:

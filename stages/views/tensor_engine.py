@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from typing import Any, Protocol, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,12 +17,12 @@ from torch import Tensor
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.views.ops.affine import RandomAffine
 from kdpipe.stages.views.ops.color import ColorJitter, RandomGrayscale
-from kdpipe.stages.views.ops.crop import RandomCrop
+from kdpipe.stages.views.ops.crop import RandomCrop, RandomResizedCrop
 from kdpipe.stages.views.ops.erase import Cutout, RandomErasing
 from kdpipe.stages.views.ops.flip import RandomHorizontalFlip, RandomVerticalFlip
 from kdpipe.stages.views.ops.rand_augment import RandAugment, TrivialAugmentWide
-from kdpipe.stages.views.ops.resized_crop import RandomResizedCrop
 from kdpipe.stages.views.rng import CounterRNG
+from kdpipe.store.errors import did_you_mean
 
 ENGINE_VERSION = 2
 """Increase it whenever the same parameters would give other pixels: stores of an older engine are then rejected."""
@@ -105,12 +104,12 @@ class TensorEngine:
 
 def parse_operations(tables: Sequence[Mapping[str, Any]]) -> TensorEngine:
     """Build the engine for a recipe's `views.operations`. Raises RecipeError for an invalid operation."""
-    image_batch: Counter[str] = Counter()
+    occurrences: Counter[str] = Counter()
     operations = []
     for number, table in enumerate(tables):
         operation = _parse(table, f"views.operations.{number}")
-        stream = _STREAMS[type(operation)] + image_batch[operation.name] * _NEXT_OCCURRENCE
-        image_batch[operation.name] += 1
+        stream = _STREAMS[type(operation)] + occurrences[operation.name] * _NEXT_OCCURRENCE
+        occurrences[operation.name] += 1
         operations.append((operation, stream))
     return TensorEngine(tuple(operations))
 
@@ -119,8 +118,7 @@ def _parse(table: Mapping[str, Any], where: str) -> Operation:
     name = table.get("name")
     kind = _OPERATIONS.get(str(name))
     if kind is None:
-        near = get_close_matches(str(name), _OPERATIONS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"available: {', '.join(_OPERATIONS)}."
+        hint = did_you_mean(str(name), _OPERATIONS)
         raise RecipeError(
             f"{where}: the tensor engine has no operation {name!r} (views.engine = 'transforms' supports all "
             f"of torchvision's); {hint}"
@@ -136,9 +134,7 @@ def _error_message(where: str, kind: Any, error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "unexpected_keyword_argument":
-        known = [field.name for field in fields(kind)]
-        near = get_close_matches(key, known, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"its arguments: {', '.join(known)}."
+        hint = did_you_mean(key, [field.name for field in fields(kind)])
         return f"{where}: {kind.__name__} has no argument {key!r}; {hint}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{where}: {kind.__name__} requires {key!r}."

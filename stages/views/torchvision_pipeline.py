@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -15,6 +14,7 @@ from torchvision.transforms import v2
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.runtime.user_code import import_callable, user_code_context
 from kdpipe.stages.views.global_rng import preserve_rng_state, seed_global_rngs
+from kdpipe.store.errors import did_you_mean
 
 Transform: TypeAlias = Callable[[Any], Any]
 
@@ -109,8 +109,7 @@ def _kind(name: str, where: str) -> Any:
     if name in _REJECTED:
         raise RecipeError(f"{where}: {name} {_REJECTED[name]}.")
     if name not in _transforms():
-        near = get_close_matches(name, _transforms(), 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "see its documentation."
+        hint = did_you_mean(name, _transforms(), otherwise="see its documentation.")
         raise RecipeError(f"{where}: torchvision.transforms.v2 has no transform {name!r}; {hint}")
     return _transforms()[name]
 
@@ -129,9 +128,7 @@ def _check_names(kind: Any, arguments: Mapping[str, Any], where: str) -> None:
     known = inspect.signature(kind).parameters
     for key in arguments:
         if key not in known:
-            near = get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"its arguments: {', '.join(known) or 'none'}."
-            raise RecipeError(f"{where}: {kind.__name__} has no argument {key!r}; {hint}")
+            raise RecipeError(f"{where}: {kind.__name__} has no argument {key!r}; {did_you_mean(key, known)}")
     for key, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and key not in arguments:
             raise RecipeError(f"{where}: {kind.__name__} requires {key!r}.")
@@ -147,7 +144,5 @@ def _convert(key: str, value: Any, what: str, where: str) -> Any:
     if choices is None or not isinstance(value, str):
         return value
     if value not in choices:
-        near = get_close_matches(value, choices, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"available: {', '.join(choices)}."
-        raise RecipeError(f"{what} has no {key} {value!r}; {hint}")
+        raise RecipeError(f"{what} has no {key} {value!r}; {did_you_mean(value, choices)}")
     return choices[value]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from support.bad_files import ESCAPE, PLACES, Touch, answer, put, refused
+from support.invalid_files import ESCAPE, PLACES, Touch, answer, put, refused
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from support.bad_files import DEEP, ESCAPE, NO_RECORDS, PLACES, answer, put, refused, with_value
+from support.invalid_files import DEEP, ESCAPE, NO_RECORDS, PLACES, answer, put, refused, with_value
 
 from kdpipe.stages.training import checkpoint
 

@@ -83,7 +83,7 @@ def test_check_builds_networks_and_losses_without_data():
     assert "distill.1 (rkd): samples.weighting = 'entropy' is for losses that are a mean" in teacherless
     assert "teacher.train.milestones have no effect with schedule = 'cosine'" in teacherless
     shown = called("check", "r.toml", "--set", "teacher.model.args={}", code=2).stdout
-    assert "cache.layers.0: the model has no module 'layr3'; nearest: layer3" in shown
+    assert "cache.layers.0: the model has no module 'layr3'; did you mean 'layer3'" in shown
     assert "distill.2 (hint) uses store 2, but there are 1" in shown
     fixed = ["distill.2.store=0", "teacher.model.args={}"]
     shown = called("check", "r.toml", *(part for each in fixed for part in ("--set", each)), code=2).stdout
@@ -93,7 +93,7 @@ def test_check_builds_networks_and_losses_without_data():
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        (["data.name=cifar"], "unknown data set data.name='cifar'. Did you mean CIFAR10 or CIFAR100?"),
+        (["data.name=cifar"], "unknown data set data.name='cifar'; did you mean 'CIFAR10' or 'CIFAR100'?"),
         (["student.model.name=resnet18x"], "student: no model is called 'resnet18x'"),
         (["student.model.name=torchvision:resnet18"], "student: torchvision"),
         (["teacher.train={}", "student.model.weights=published"], "student: there are no published weights of cnn"),
@@ -196,7 +196,7 @@ def test_new_takes_every_answer_as_an_option():
         (["--yes", "--data", "cifar"], "--data: unknown data set 'cifar'; choose from digits"),
         (["--yes", "--data", "imagefolder:"], "unknown data set"),
         (["--yes", "--data", "npz:a\x1bb"], "control character"),
-        (["--yes", "--teacher", "resnet2O"], "--teacher: unknown model 'resnet2O'; nearest: "),
+        (["--yes", "--teacher", "resnet2O"], "--teacher: unknown model 'resnet2O'; did you mean "),
         (["--yes", "--teacher-weights", "published"], "there are no published weights of cnn"),
         (["--yes", "--loss", "magic"], "--loss: choose losses from kd, dkd, dist, nkd, hint, at, rkd, not magic"),
         (["--yes", "--layers", "a,b"], "--layers does not apply"),
@@ -237,7 +237,7 @@ def test_new_asks_again_after_an_invalid_answer(terminal):
     ended = called("new", "asked.toml", answers="\n".join(answers) + "\n")
     assert "Name of the experiment [asked]: " in ended.stdout
     assert "unknown data set 'Digits!'" in ended.stderr
-    assert "unknown model 'cnnn'; nearest: cnn" in ended.stderr
+    assert "unknown model 'cnnn'; did you mean 'cnn'" in ended.stderr
     assert "not magic; others can be added" in ended.stderr
     assert "invalid value '99999'" in ended.stderr
     assert "invalid value '2': input should be less than 1" in ended.stderr

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from kdpipe.stages.data.decode import DecodeSpec
-from kdpipe.stages.data.image_files import ImageFiles, PackedPaths, pixel_checksum
+from kdpipe.stages.data.image_files import ImageFiles, pack_paths, path_at, pixel_checksum
 from kdpipe.stages.data.image_set import ImageSet
 
 EQUAL = ((12, 10),)
@@ -20,9 +20,9 @@ UNEQUAL = ((12, 10), (9, 14), (16, 16))
 
 
 def noise(num_samples: int, sizes: tuple[tuple[int, int], ...], seed: int = 0) -> list[npt.NDArray[np.uint8]]:
-    """uint8 [3, H, W], one for each sample."""
+    """Return random images, uint8 [3, H, W]."""
     generator = np.random.default_rng(seed)
-    shapes = (sizes[at % len(sizes)] for at in range(num_samples))
+    shapes = (sizes[index % len(sizes)] for index in range(num_samples))
     return [generator.integers(256, size=(3, *shape), dtype=np.uint8) for shape in shapes]
 
 
@@ -30,12 +30,12 @@ def photographs(folder: Path, num_samples: int, sizes: tuple[tuple[int, int], ..
     """Write `noise` to files, as a data set of 4 classes whose ids are neither positions nor in order."""
     folder.mkdir(parents=True, exist_ok=True)
     images = noise(num_samples, sizes, seed)
-    paths = [folder / f"{at}.png" for at in range(num_samples)]
+    paths = [folder / f"{index}.png" for index in range(num_samples)]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
     generator = torch.Generator().manual_seed(seed)
     files = ImageFiles(
-        PackedPaths.pack(paths),
+        pack_paths(paths),
         DecodeSpec(channels=3),
         np.array([pixel_checksum(image) for image in images], dtype=np.uint32),
         np.array([image.shape[1:] for image in images], dtype=np.int32),
@@ -45,12 +45,12 @@ def photographs(folder: Path, num_samples: int, sizes: tuple[tuple[int, int], ..
     return ImageSet("photographs", "train", files, labels, ids, tuple("abcd"))
 
 
-def held(image_set: ImageSet) -> ImageSet:
-    """The same samples with their pixels in memory, which takes images of one size."""
-    pixels = [image_set.read(at) for at in range(image_set.num_samples)]
+def in_memory(image_set: ImageSet) -> ImageSet:
+    """Return the same samples with their pixels in memory; the images must have one size."""
+    pixels = [image_set.read(index) for index in range(image_set.num_samples)]
     return replace(image_set, images=torch.from_numpy(np.stack(pixels)))
 
 
-def path_of(image_set: ImageSet, at: int) -> Path:
+def path_of(image_set: ImageSet, index: int) -> Path:
     assert isinstance(image_set.images, ImageFiles)
-    return image_set.images.paths[at]
+    return path_at(image_set.images.paths, index)

@@ -57,10 +57,10 @@ def repair(run: Run) -> dict[Path, tuple[VerifyReport, VerifyReport, int]]:
     from kdpipe.stages.train_teacher import load_teacher
 
     teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.context), run.recipe.cache
-    repaired = {run.store: repair_store(config, run.store, teacher, list(run.required_features(teacher)), run.context)}
+    repaired = {run.store: repair_store(config, run.store, teacher, run.context)}
     if run.test_store.exists():
         test_config, test_images = replace(config, top_k=None), test_context(run.context)
-        repaired[run.test_store] = repair_store(test_config, run.test_store, teacher, [], test_images)
+        repaired[run.test_store] = repair_store(test_config, run.test_store, teacher, test_images)
     return repaired
 
 
@@ -68,7 +68,6 @@ def print_verdict(path: Path, verdict: VerifyReport, recomputed: RecheckReport |
     """Print every fault, one a line, and a summary to stdout."""
     lines = [f"damaged      {fault}" for fault in verdict.damaged]
     lines += [f"missing      {unit}: {', '.join(names)}" for unit, names in verdict.missing]
-    lines += [f"orphan     {key} (not part of the store, harmless)" for key in verdict.orphans]
     if recomputed is not None:
         lines += [
             f"differs      sample {row.sample_id}, view {row.view}, {row.array}: {row.error:.3g} times the tolerance"

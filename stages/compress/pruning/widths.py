@@ -7,13 +7,13 @@ model.load_state_dict(weights)                          # strict
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from kdpipe.stages.errors import ModelError
+from kdpipe.store.errors import did_you_mean
 
 SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv1d: ("in_channels", "out_channels", "groups"),
@@ -79,10 +79,9 @@ def _check_paths(widths: Any, layers: Mapping[str, nn.Module]) -> None:
         raise ModelError(f"the record of widths is a {type(widths).__name__}, not a table of layers.")
     for path in widths:
         if path not in layers:
-            nearest = difflib.get_close_matches(str(path), layers, n=1)
-            hint = f"; the nearest one is {nearest[0]!r}" if nearest else ""
             raise ModelError(
-                f"the record of widths names {str(path)[:80]!r}, but this architecture has no such layer{hint}."
+                f"the record of widths names {str(path)[:80]!r}, but this architecture has no such layer; "
+                f"{did_you_mean(str(path), layers)}"
             )
     for path in layers:
         if path not in widths:

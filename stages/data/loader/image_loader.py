@@ -25,25 +25,27 @@ from kdpipe.stages.views.renderer import Renderer
 
 @dataclass(frozen=True)
 class ViewRequest:
-    """The samples at `positions` of a data set, int64 [B], in a view; None means the original images."""
+    """The samples at `indices` of a data set, int64 [B], in a view; None means the original images."""
 
-    positions: Tensor
+    indices: Tensor
     view: int | None = None
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """The images of a batch.
+    """The images of a batch, uint8 [B, C, H, W], on the device.
 
     Attributes:
-        images: uint8 [B, C, H, W], on the device.
-        positions: Positions of the samples in the data set, int64 [B], without unreadable ones.
+        indices: Positions of the samples in the data set, int64 [B], without unreadable ones.
         mixture: The partners mixed into the images.
     """
 
     images: Tensor
-    positions: Tensor
+    indices: Tensor
     mixture: MixAssignment | None = None
+
+
+_MixedRequest = tuple[ViewRequest, MixAssignment | None]
 
 
 def _stop(message: str) -> None:
@@ -55,10 +57,9 @@ class ImageLoader:
     """Loads the images of a data set in batches.
 
     Attributes:
-        image_set: The data set.
         device: Device of the loaded images.
         renderer: Renders the views; None if only original images are requested.
-        mix_partners: The data set of the partners of MixUp and CutMix; None means `image_set`.
+        mix_partners: The data set of the partners of MixUp and CutMix; None means `dataset`.
         num_workers: Worker processes; None means one for each available core, 0 works in this process.
         on_failure: Called with a message for each unreadable image; unless it raises, the sample is dropped from its
             batch.
@@ -71,12 +72,12 @@ class ImageLoader:
     num_workers: int | None = None
     on_failure: Callable[[str], None] = _stop
 
-    def stream(self, requests: Iterable[ViewRequest], *, whole: bool = False) -> Iterator[ImageBatch]:
+    def stream(self, requests: Iterable[ViewRequest], *, require_all: bool = False) -> Iterator[ImageBatch]:
         """Load one request after the other; requests may be drawn ahead.
 
         Args:
             requests: The batches.
-            whole: Treat every unreadable image as an error, regardless of `on_failure`.
+            require_all: Treat every unreadable image as an error, regardless of `on_failure`.
 
         Raises:
             DataError: An image cannot be read, no image of a batch can be read, or original images of different sizes
@@ -84,16 +85,16 @@ class ImageLoader:
         """
         pairs = ((request, self._sample_mix(request)) for request in requests)
         if self._images is None:
-            return self._load_ahead(pairs, whole)
+            return self._load_ahead(pairs, require_all)
         return (self._load_from_memory(request, mixture) for request, mixture in pairs)
 
-    def get(self, request: ViewRequest, *, whole: bool = True) -> ImageBatch:
+    def get(self, request: ViewRequest, *, require_all: bool = True) -> ImageBatch:
         """Load a single request."""
-        return next(self.stream([request], whole=whole))
+        return next(self.stream([request], require_all=require_all))
 
     def partner_labels(self, partner_ids: Tensor) -> Tensor:
         """Return the labels of partners, int64 [B], by their sample ids."""
-        return (self.mix_partners or self.dataset).labels[self._partner_positions(partner_ids)]
+        return (self.mix_partners or self.dataset).labels[self._partner_indices(partner_ids)]
 
     @cached_property
     def _images(self) -> Tensor | None:
@@ -121,39 +122,36 @@ class ImageLoader:
         """The ids of the partners' data set, ascending, and their positions: both int64 [P]."""
         return torch.sort((self.mix_partners or self.dataset).sample_ids)
 
-    def _partner_positions(self, partner_ids: Tensor) -> Tensor:
+    def _partner_indices(self, partner_ids: Tensor) -> Tensor:
         ids, order = self._partner_order
         return order[torch.searchsorted(ids, partner_ids)]
 
     def _sample_mix(self, request: ViewRequest) -> MixAssignment | None:
         if self.renderer is None or request.view is None:
             return None
-        return self.renderer.sample_mix(self.dataset.sample_ids[request.positions], request.view)
+        return self.renderer.sample_mix(self.dataset.sample_ids[request.indices], request.view)
 
     def _load_from_memory(self, request: ViewRequest, mixture: MixAssignment | None) -> ImageBatch:
-        assert self._images is not None
-        assert self._partner_images is not None
-        sample_ids = self.dataset.sample_ids[request.positions]
-        own = self._render_rows(self._images, request.positions, sample_ids, request.view)
+        assert self._images is not None and self._partner_images is not None
+        sample_ids = self.dataset.sample_ids[request.indices]
+        own = self._render_rows(self._images, request.indices, sample_ids, request.view)
         if mixture is None or not mixture.mixed.any():
-            return ImageBatch(own, request.positions, mixture)
+            return ImageBatch(own, request.indices, mixture)
         partner_ids = mixture.partner_ids[mixture.mixed]
-        positions = self._partner_positions(partner_ids)
-        partners = self._render_rows(self._partner_images, positions, partner_ids, request.view)
-        return self._mix(request, mixture, own, partners)
+        indices = self._partner_indices(partner_ids)
+        partners = self._render_rows(self._partner_images, indices, partner_ids, request.view)
+        return _mix(request, mixture, own, partners)
 
-    def _render_rows(self, source: Tensor, positions: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
+    def _render_rows(self, source: Tensor, indices: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
         """Render some of the images in memory, on the device."""
         if self.renderer is not None and view is not None and source.device == self.device:
-            return self.renderer.render_rows(source, positions, sample_ids, view)
-        images = source.index_select(0, positions.to(source.device, non_blocking=True))
+            return self.renderer.render_rows(source, indices, sample_ids, view)
+        images = source.index_select(0, indices.to(source.device, non_blocking=True))
         return self._render(images, sample_ids, view)
 
-    def _load_ahead(
-        self, pairs: Iterable[tuple[ViewRequest, MixAssignment | None]], whole: bool
-    ) -> Iterator[ImageBatch]:
+    def _load_ahead(self, pairs: Iterable[_MixedRequest], require_all: bool) -> Iterator[ImageBatch]:
         """Load from worker processes."""
-        pending: deque[tuple[ViewRequest, MixAssignment | None]] = deque()
+        pending: deque[_MixedRequest] = deque()
 
         def tasks() -> Iterator[WorkerTask]:
             for request, mixture in pairs:
@@ -161,51 +159,52 @@ class ImageLoader:
                     raise DataError(unequal_sizes_message(self.dataset))
                 pending.append((request, mixture))
                 if mixture is None:
-                    yield WorkerTask(request.view, request.positions)
+                    yield WorkerTask(request.view, request.indices)
                     continue
                 rows = mixture.mixed.nonzero()[:, 0]
-                partners = self._partner_positions(mixture.partner_ids[mixture.mixed])
-                yield WorkerTask(request.view, request.positions, rows, partners)
+                partners = self._partner_indices(mixture.partner_ids[mixture.mixed])
+                yield WorkerTask(request.view, request.indices, rows, partners)
 
         for result in self._prefetch_pool.stream(tasks()):
             request, mixture = pending.popleft()
-            self._report(result.failures, whole)
+            self._report(result.failures, require_all)
             kept = result.kept
             if not len(kept):
                 first = result.failures[0]
                 raise DataError(
-                    f"none of the {len(request.positions)} images of a batch of {self.dataset.name} can be read, "
+                    f"none of the {len(request.indices)} images of a batch of {self.dataset.name} can be read, "
                     f"including sample {first.sample_id}: {first.why}"
                 )
-            if len(kept) < len(request.positions):
-                request = ViewRequest(request.positions[kept], request.view)
+            if len(kept) < len(request.indices):
+                request = ViewRequest(request.indices[kept], request.view)
                 mixture = None if mixture is None else mixture.at(kept)
-            ids = self.dataset.sample_ids[request.positions]
+            ids = self.dataset.sample_ids[request.indices]
             own = self._render(result.images[: len(kept)], ids, request.view)
             if mixture is None or not mixture.mixed.any():
-                yield ImageBatch(own, request.positions, mixture)
+                yield ImageBatch(own, request.indices, mixture)
                 continue
             partners = self._render(result.images[len(kept) :], mixture.partner_ids[mixture.mixed], request.view)
-            yield self._mix(request, mixture, own, partners)
+            yield _mix(request, mixture, own, partners)
 
     def _render(self, images: Tensor, sample_ids: Tensor, view: int | None) -> Tensor:
         """Do the main process's part of rendering: uint8 [B, C, H, W], on the device."""
         images = images.to(self.device, non_blocking=True)
         return images if self.renderer is None or view is None else self.renderer.render_batch(images, sample_ids, view)
 
-    def _mix(self, request: ViewRequest, mixture: MixAssignment, own: Tensor, partners: Tensor) -> ImageBatch:
-        """Mix `own`, uint8 [B, C, H, W], with `partners`, those of the mixed samples only."""
-        partner_images = replace_rows(own, mixture.mixed.nonzero()[:, 0], partners)
-        return ImageBatch(mix(own, partner_images, mixture), request.positions, mixture)
-
-    def _report(self, failures: Iterable[Failure], whole: bool) -> None:
+    def _report(self, failures: Iterable[Failure], require_all: bool) -> None:
         for failure in failures:
             if failure.kind == "recipe":
                 raise RecipeError(failure.why)
             message = f"sample {failure.sample_id}: {failure.why}"
-            if whole or failure.kind == "data":
+            if require_all or failure.kind == "data":
                 _stop(message)
             self.on_failure(message)
+
+
+def _mix(request: ViewRequest, mixture: MixAssignment, own: Tensor, partners: Tensor) -> ImageBatch:
+    """Mix `own`, uint8 [B, C, H, W], with `partners`, those of the mixed samples only."""
+    partner_images = replace_rows(own, mixture.mixed.nonzero()[:, 0], partners)
+    return ImageBatch(mix(own, partner_images, mixture), request.indices, mixture)
 
 
 def _to_device_if_fits(images: Tensor, device: torch.device) -> Tensor:

@@ -42,7 +42,7 @@ class HardLabels:
 def hard_labels_of(loader: ImageLoader, batch: ImageBatch) -> HardLabels:
     """Return the labels of a batch, on its device."""
     device = batch.images.device
-    labels = loader.dataset.labels[batch.positions]
+    labels = loader.dataset.labels[batch.indices]
     if batch.mixture is None:
         return HardLabels(labels.to(device, non_blocking=True))
     mixed, partners = batch.mixture.mixed, labels.clone()

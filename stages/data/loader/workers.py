@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,19 +39,18 @@ class WorkerTask:
 
     Attributes:
         view: The view; None means the original images.
-        positions: Positions of the samples in the data set, int64 [B].
+        indices: Positions of the samples in the data set, int64 [B].
         rows: Rows of the batch that have a partner, int64 [M].
         partners: Positions of these partners in their data set, int64 [M].
     """
 
     view: int | None
-    positions: Tensor
+    indices: Tensor
     rows: Tensor | None = None
     partners: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """The reason why a sample has no image; `kind` is "image" for a fault of the file, else "data" or "recipe"."""
 
     sample_id: int
@@ -59,8 +58,7 @@ class Failure:
     kind: str
 
 
-@dataclass(frozen=True)
-class WorkerResult:
+class WorkerResult(NamedTuple):  # a tuple, whose tensors a loader can pin
     """The rendered images of a batch.
 
     Attributes:
@@ -71,7 +69,7 @@ class WorkerResult:
 
     images: Tensor
     kept: Tensor
-    failures: tuple[Failure, ...]
+    failures: list[Failure]
 
 
 class PrefetchPool:
@@ -110,15 +108,15 @@ class PrefetchPool:
         """
         self._tasks.current = tasks
         try:
-            for images, kept, failures in self._results():
-                yield WorkerResult(images, kept, tuple(Failure(*failure) for failure in failures))
+            for result in self._results():
+                yield result
                 if self._tasks.current is not tasks:
                     raise RuntimeError("this stream cannot continue: another stream of the same pool was started.")
         finally:
             if self._tasks.current is tasks:
                 self._tasks.current = ()  # the tasks may reference this pool and so keep its workers alive
 
-    def _results(self) -> Iterator[Any]:
+    def _results(self) -> Iterator[WorkerResult]:
         try:
             with _signals_blocked():
                 results = iter(self._loader)
@@ -175,18 +173,18 @@ class _Tasks:
 
 
 class _TaskDataset(Dataset[Any]):
-    """Renders tasks in a worker. Returns plain tuples, whose tensors a loader can pin."""
+    """Renders tasks in a worker."""
 
     def __init__(self, image_set: ImageSet, mix_partners: ImageSet, renderer: Renderer | None) -> None:
         self._image_set, self._mix_partners, self._renderer = image_set, mix_partners, renderer
 
-    def __getitem__(self, task: WorkerTask) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
+    def __getitem__(self, task: WorkerTask) -> WorkerResult:
         with preserve_rng_state():  # once a batch: rendering seeds them for each image
             return self._render_task(task)
 
-    def _render_task(self, task: WorkerTask) -> tuple[Tensor, Tensor, list[tuple[int, str, str]]]:
-        failures: list[tuple[int, str, str]] = []
-        own = [self._render(self._image_set, index, task.view, failures) for index in task.positions.tolist()]
+    def _render_task(self, task: WorkerTask) -> WorkerResult:
+        failures: list[Failure] = []
+        own = [self._render(self._image_set, index, task.view, failures) for index in task.indices.tolist()]
         partners: dict[int, Tensor | None] = {}
         if task.rows is not None and task.partners is not None:
             for row, index in zip(task.rows.tolist(), task.partners.tolist(), strict=True):
@@ -194,11 +192,9 @@ class _TaskDataset(Dataset[Any]):
         kept = [row for row, image in enumerate(own) if image is not None and partners.get(row, image) is not None]
         images = [own[row] for row in kept] + [partners[row] for row in kept if row in partners]
         stacked = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)  # type: ignore[arg-type]
-        return stacked, torch.tensor(kept, dtype=torch.int64), failures
+        return WorkerResult(stacked, torch.tensor(kept, dtype=torch.int64), failures)
 
-    def _render(
-        self, image_set: ImageSet, index: int, view: int | None, failures: list[tuple[int, str, str]]
-    ) -> Tensor | None:
+    def _render(self, image_set: ImageSet, index: int, view: int | None, failures: list[Failure]) -> Tensor | None:
         """Render one image; on an error return None and record the failure.
 
         Exceptions must not cross processes: they would arrive as tracebacks.
@@ -208,13 +204,11 @@ class _TaskDataset(Dataset[Any]):
             pixels = image_set.read(index)
             if self._renderer is None or view is None:
                 return torch.from_numpy(pixels)
-            return self._renderer.render_one(pixels, sample_id, view)
-        except UnreadableImage as error:
-            failures.append((sample_id, str(error), "image"))
-        except DataError as error:
-            failures.append((sample_id, str(error), "data"))
-        except RecipeError as error:
-            failures.append((sample_id, str(error), "recipe"))
+            return self._renderer.render_image(pixels, sample_id, view)
+        except (DataError, RecipeError) as error:
+            is_image = isinstance(error, UnreadableImage)
+            kind = "image" if is_image else "data" if isinstance(error, DataError) else "recipe"
+            failures.append(Failure(sample_id, str(error), kind))
         return None
 
 

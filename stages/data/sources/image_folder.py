@@ -15,9 +15,9 @@ from typing import NoReturn, TypeVar
 import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
-from kdpipe.stages.data.image_files import ImageFileList, PackedPaths
+from kdpipe.stages.data.image_files import ImageFileList, pack_paths
 from kdpipe.stages.data.sources.listing import Listing
-from kdpipe.stages.data.splits import Indices, Split
+from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec) -> Listing:
     split defines the classes. Names that start with a dot and files without an image suffix are skipped.
 
     Raises:
-        DataError: A folder is missing or empty, a test class is not in train, or two samples have the same id.
+        DataError: A folder is missing or empty, or a test class is not in train.
     """
     name = f"imagefolder:{path.name}"
     try:
@@ -44,13 +44,13 @@ def list_image_folder(path: Path, split: Split, spec: DecodeSpec) -> Listing:
         raise DataError(f"data set {name}: cannot list {error.filename}: {error.strerror}.") from error
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     labels = [label_of[key.partition("/")[0]] for key in files]
-    sample_ids = _sample_ids(list(files))
+    sample_ids = np.fromiter(map(sample_id, files), dtype=np.int64, count=len(files))
     return Listing(
         name=name,
         labels=np.array(labels, dtype=np.int64),
         sample_ids=sample_ids,
         class_names=class_names,
-        images=ImageFileList(name, split_folder, PackedPaths.pack(files.values()), sample_ids, spec),
+        images=ImageFileList(name, split_folder, pack_paths(files.values()), sample_ids, spec),
         unsplit=unsplit,
     )
 
@@ -102,24 +102,19 @@ def _image_files(folder: Path, class_names: tuple[str, ...]) -> dict[str, str]:
         )
     files: list[tuple[str, str]] = []
     for class_folder in classes.values():
-        found = [(_key(path, folder), path) for path in _walk(class_folder)]
+        found = [(path[len(str(folder)) + 1 :].replace(os.sep, "/"), path) for path in _list_files(class_folder)]
         if not found:
             raise DataError(f"{class_folder.absolute()} has no images ({_few(sorted(SUFFIXES), 9)}).")
         files += found
     return _by_nfc_name(files)
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def _list_files(folder: Path) -> Iterator[str]:
     for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122
                 yield os.path.join(parent, name)  # noqa: PTH118 - a million Path objects cost seconds and a gigabyte
-
-
-def _key(path: str, folder: Path) -> str:
-    """Return the path below `folder`, with forward slashes."""
-    return path[len(str(folder)) + 1 :].replace(os.sep, "/")
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -134,15 +129,6 @@ def _by_nfc_name(named: Iterable[tuple[str, T]]) -> dict[str, T]:
         if twin != path:
             raise DataError(f"{twin} and {path} differ only in Unicode normalization: rename one.")
     return dict(sorted(paths.items()))
-
-
-def _sample_ids(keys: list[str]) -> Indices:
-    key_of: dict[int, str] = {}
-    for key in keys:
-        twin = key_of.setdefault(sample_id(key), key)
-        if twin != key:
-            raise DataError(f"the paths {twin} and {key} hash to the same sample id: rename one.")
-    return np.fromiter(key_of, dtype=np.int64, count=len(key_of))
 
 
 def _few(names: tuple[str, ...] | list[str], limit: int = 5) -> str:

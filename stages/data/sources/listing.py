@@ -100,7 +100,7 @@ def integer_column(name: str, what: str, values: Any, num_samples: int | None = 
 def _pixels(name: str, images: Any) -> Pixels:
     array = _array(name, "images", images)
     shape = list(array.shape)
-    if array.dtype != np.uint8:
+    if array.dtype != np.uint8 or 0 in shape[1:]:
         raise DataError(f"data set {name}: images must be uint8 (0..255), found {array.dtype} {shape}.")
     if array.ndim == 3:
         return array[:, None]

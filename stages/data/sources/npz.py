@@ -14,7 +14,6 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from kdpipe.stages.data.decode import check_fits_memory
 from kdpipe.stages.data.sources.listing import Listing, integer_column, list_arrays, numbered_classes
 from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError, cause
@@ -92,7 +91,6 @@ def _member(archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any]:
             raise DataError(
                 f"{where}: {dtype} {list(shape)} takes {expected_bytes} bytes, but {stored_bytes} are stored."
             )
-        check_fits_memory(stored_bytes, where)
         file.seek(0)
         array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
         return array

@@ -29,7 +29,7 @@ NumBins = Annotated[int, Field(ge=2, le=1000)]
 class RandAugment(KeepsSize):
     """Apply `num_ops` operations in sequence, each drawn from fourteen, including the identity.
 
-    Same as torchvision's, with nearest interpolation and one fill for all channels. StoreLayout: see RandomAffine.
+    Same as torchvision's, with nearest interpolation and one fill for all channels. Geometry: see RandomAffine.
     Cubuk et al. 2020, "RandAugment: practical automated data augmentation with a reduced search space" (1909.13719).
 
     Attributes:
@@ -69,7 +69,7 @@ class RandAugment(KeepsSize):
 class TrivialAugmentWide(KeepsSize):
     """Apply one operation, drawn from fourteen, with a drawn strength.
 
-    Same as torchvision's, with nearest interpolation and one fill for all channels. StoreLayout: see RandomAffine.
+    Same as torchvision's, with nearest interpolation and one fill for all channels. Geometry: see RandomAffine.
     Magnitudes are exact: bin 15 of 31 moves by 16 pixels, where torchvision's float32 may truncate 15.99 to 15.
     Müller and Hutter 2021, "TrivialAugment: tuning-free yet state-of-the-art data augmentation" (2103.10158).
 

@@ -140,7 +140,7 @@ def test_one_loss_as_json(listed):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("dkdd", "nearest: dkd,"), ("review-kd", "nearest: review_kd,"), ("CRD", "nearest: crd,")],
+    [("dkdd", "did you mean 'dkd'"), ("review-kd", "did you mean 'review_kd'"), ("CRD", "did you mean 'crd'")],
 )
 def test_unknown_loss_error_has_the_nearest_names(name, hint):
     ended = kdpipe_here("losses", name)

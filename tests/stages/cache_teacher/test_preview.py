@@ -120,7 +120,7 @@ def test_larger_images_fill_their_cell(tmp_path, size, cell):
     assert (int(inked.any(1).sum()), int(inked.any(0).sum())) == cell
 
 
-def test_words_are_green_where_the_teacher_is_right(tmp_path):
+def test_correct_predictions_are_green(tmp_path):
     words = [("cat", 0.9), ("dog", 0.07), ("cow", 0.03)]
     pixels = drawn(by_hand((1, 8, 8), ["cat", "cow"], [[words], [words[:2]]]), tmp_path / "grid.png").astype(int)
 

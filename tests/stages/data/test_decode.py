@@ -34,7 +34,7 @@ def test_arrays_and_files_are_resized_alike(channels: int) -> None:
         assert np.array_equal(ours, expected)
 
 
-def test_nothing_is_touched_where_nothing_is_asked() -> None:
+def test_probability_zero_changes_nothing() -> None:
     pixels = np.zeros((1, 3, 8, 8), dtype=np.uint8)
     assert with_size(pixels, None, "toy") is pixels
     assert with_size(pixels, 8, "toy") is pixels

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kdpipe.stages.data import decode as pixels
 from kdpipe.stages.data.config import DataConfig
-from kdpipe.stages.data.image_files import ImageFiles, PackedPaths
+from kdpipe.stages.data.image_files import ImageFiles, pack_paths, path_at
 from kdpipe.stages.data.image_set import ImageSet, normalization, pixel_checksums, unequal_sizes_message
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.errors import DataError
@@ -47,13 +47,13 @@ def _files(image_set: ImageSet) -> ImageFiles:
     return image_set.images
 
 
-def test_unequal_photographs_are_read_one_by_one_as_they_are(pets: Path) -> None:
+def test_unequal_photographs_are_read_unchanged(pets: Path) -> None:
     train = _load(pets)
     assert not train.in_memory
     assert (train.num_samples, train.in_channels, train.image_size) == (4, 3, None)
     assert _files(train).shapes.tolist() == [[6, 8], [6, 8], [7, 5], [7, 5]]
-    for at, path in enumerate(_files(train).paths):
-        image = train.read(at)
+    for index in range(4):
+        path, image = path_at(_files(train).paths, index), train.read(index)
         assert np.array_equal(image, np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1))
         assert image.flags.writeable and image.flags.c_contiguous
 
@@ -65,24 +65,24 @@ def test_photographs_in_files_are_normalised_as_imagenet(
     assert normalization(_load(pets, channels=channels)) == (mean, std or (0.229, 0.224, 0.225))
 
 
-def test_where_pixels_live_does_not_change_what_they_are(pets: Path) -> None:
-    held, files = (_load(pets, image_size=4, cache_bytes=most) for most in (4 * 3 * 4 * 4, 4 * 3 * 4 * 4 - 1))
-    assert (held.in_memory, files.in_memory) == (True, False)
-    assert files.image_size == held.image_size == (4, 4)
-    assert np.array_equal(pixel_checksums(files), pixel_checksums(held))
+def test_files_and_memory_have_the_same_pixels(pets: Path) -> None:
+    in_memory, files = (_load(pets, image_size=4, cache_bytes=most) for most in (4 * 3 * 4 * 4, 4 * 3 * 4 * 4 - 1))
+    assert (in_memory.in_memory, files.in_memory) == (True, False)
+    assert files.image_size == in_memory.image_size == (4, 4)
+    assert np.array_equal(pixel_checksums(files), pixel_checksums(in_memory))
     assert pixel_checksums(files).dtype == np.uint32
     for at in range(4):
-        assert np.array_equal(files.read(at), held.read(at))
+        assert np.array_equal(files.read(at), in_memory.read(at))
 
 
-def test_reading_a_held_image_hands_out_a_copy(pets: Path) -> None:
-    held = _load(pets, image_size=4)
-    before = held.read(0)
-    held.read(0)[:] = 0
-    assert np.array_equal(held.read(0), before) and before.any()
+def test_read_from_memory_returns_a_copy(pets: Path) -> None:
+    in_memory = _load(pets, image_size=4)
+    before = in_memory.read(0)
+    in_memory.read(0)[:] = 0
+    assert np.array_equal(in_memory.read(0), before) and before.any()
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 2**20], ids=["files", "held"])
+@pytest.mark.parametrize("cache_bytes", [0, 2**20], ids=["files", "in memory"])
 def test_taking_rows_takes_everything_of_them(pets: Path, cache_bytes: int) -> None:
     train = _load(pets, image_size=4, cache_bytes=cache_bytes)
     taken = train.take(torch.tensor([3, 0]))
@@ -166,7 +166,7 @@ def test_system_errors_are_reported(
         train.read(0)
 
 
-def test_a_fault_of_the_machine_drops_no_sample(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_error_drops_no_sample(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = pixels.Image.open
 
     def refuse(path: Path, **keys: object) -> Image.Image:
@@ -185,20 +185,15 @@ def test_files_cross_to_another_process(pets: Path) -> None:
     assert np.array_equal(there.read(2), train.read(2))
 
 
-def test_workers_inherit_arrays_rather_than_a_million_objects(pets: Path) -> None:
+def test_image_files_hold_only_arrays(pets: Path) -> None:
     files = _files(_load(pets))
-    kept = [files.paths.text, files.paths.ends, files.checksums, files.shapes]
-    assert all(isinstance(each, np.ndarray) and each.dtype != object for each in kept)
+    arrays = [files.paths, files.checksums, files.shapes]
+    assert all(isinstance(array, np.ndarray) and array.dtype != object for array in arrays)
     assert set(vars(files)) - {"common_shape"} == {"paths", "spec", "checksums", "shapes"}
-    assert set(vars(files.paths)) == {"text", "ends"}
 
 
-def test_paths_come_back_as_they_went_in() -> None:
+def test_packed_paths_round_trip() -> None:
     names = ["/a/b.png", "/a/é.png", os.fsdecode(b"/a/not utf-8 \xff.png"), "/c"]
-    paths = PackedPaths.pack(names)
-    assert [str(path) for path in paths] == names
-    assert [str(path) for path in paths.take(np.array([3, 1, 1]))] == ["/c", "/a/é.png", "/a/é.png"]
-    assert len(paths) == 4 and len(PackedPaths.pack([])) == 0
-    for outside in (-1, 4):
-        with pytest.raises(IndexError):
-            _ = paths[outside]
+    paths = pack_paths(names)
+    assert [str(path_at(paths, index)) for index in range(4)] == names
+    assert len(pack_paths([])) == 0

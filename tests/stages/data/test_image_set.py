@@ -30,7 +30,7 @@ def _image_set(**changes: Any) -> ImageSet:
     return ImageSet(**{**fields, **changes})
 
 
-def test_a_set_knows_its_sizes() -> None:
+def test_image_set_sizes() -> None:
     image_set = _image_set()
     assert (image_set.num_samples, image_set.num_classes, image_set.in_channels) == (3, 2, 3)
     assert image_set.image_size == (2, 4)
@@ -44,21 +44,14 @@ def test_a_set_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.zeros(3, 3, 2, 4)}, "uint8 [N, C, H, W] with C 1 or 3, found torch.float32 [3, 3, 2, 4]"),
-        ({"images": torch.zeros(3, 2, 4, dtype=torch.uint8)}, "found torch.uint8 [3, 2, 4]"),
-        ({"images": torch.zeros(3, 4, 2, 4, dtype=torch.uint8)}, "found torch.uint8 [3, 4, 2, 4]"),
-        ({"images": torch.zeros(3, 1, 0, 4, dtype=torch.uint8)}, "found torch.uint8 [3, 1, 0, 4]"),
         ({"images": torch.zeros(0, 1, 2, 4, dtype=torch.uint8)}, "toy (train) has no sample"),
-        ({"labels": torch.tensor([1, 0])}, "labels must be int64 [3], one for each image, found torch.int64 [2]"),
-        ({"labels": torch.tensor([1.0, 0, 1])}, "labels must be int64 [3], one for each image, found torch.float32"),
-        ({"sample_ids": torch.tensor([1, 2, 3, 4])}, "sample_ids must be int64 [3]"),
         ({"labels": torch.tensor([1, 2, 1])}, "sample 3 (position 1) has the label 2, which is outside 0..1"),
         ({"labels": torch.tensor([1, 1, -1])}, f"sample {2**62} (position 2) has the label -1, which is outside 0..1"),
         ({"sample_ids": torch.tensor([4, 9, -2])}, "position 2 has the id -2: ids must be >= 0"),
         ({"sample_ids": torch.tensor([5, 9, 5])}, "positions 0 and 2 have the same id 5"),
     ],
 )
-def test_a_wrong_set_is_refused_in_one_sentence(changes: dict[str, Any], message: str) -> None:
+def test_invalid_set_error_is_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)) as raised:
         _image_set(**changes)
     assert "\n" not in str(raised.value)

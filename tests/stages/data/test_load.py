@@ -80,7 +80,7 @@ def test_loading_twice_gives_the_same_bits(toy: dict[str, Any]) -> None:
     assert torch.equal(first.images, second.images)
 
 
-def test_a_size_asked_for_goes_before_the_recipes(toy: dict[str, Any]) -> None:
+def test_size_argument_overrides_the_recipe(toy: dict[str, Any]) -> None:
     recipe = DataConfig(**toy, image_size=4)
     assert load_dataset(recipe, "train", size=5).image_size == (5, 5)
     assert load_dataset(recipe, "train").image_size == (4, 4)
@@ -97,7 +97,7 @@ def test_classes_keep_their_samples_and_nothing_else_changes(toy: dict[str, Any]
     assert part.class_names == full.class_names
 
 
-def test_num_train_counts_what_the_classes_leave(toy: dict[str, Any]) -> None:
+def test_num_train_applies_after_classes(toy: dict[str, Any]) -> None:
     part = load_dataset(DataConfig(**toy, classes=("3", "1"), num_train=8), "train")
     assert torch.bincount(part.labels).tolist() == [0, 4, 0, 4]
     with pytest.raises(DataError, match="subset of 17 samples: the split has 16"):
@@ -105,11 +105,11 @@ def test_num_train_counts_what_the_classes_leave(toy: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_an_unknown_class_gets_the_nearest(tmp_path: Path, split: Split) -> None:
+def test_unknown_class_error_has_the_nearest(tmp_path: Path, split: Split) -> None:
     images, labels = np.zeros((4, 2, 2), dtype=np.uint8), np.array([0, 0, 1, 1])
     np.savez(tmp_path / "pets.npz", images=images, labels=labels, classes=np.array(["tabby", "terrier"]))
     config = {"name": f"npz:{tmp_path / 'pets.npz'}"}
-    with pytest.raises(RecipeError, match="npz:pets.npz has no class 'terier': did you mean terrier?"):
+    with pytest.raises(RecipeError, match="npz:pets.npz has no class 'terier': did you mean 'terrier'"):
         load_dataset(DataConfig(**config, classes=("tabby", "terier")), split)
     with pytest.raises(RecipeError, match="no class 'zzz': its classes are tabby, terrier."):
         load_dataset(DataConfig(**config, classes=("zzz",)), split)
@@ -130,7 +130,7 @@ def test_a_test_crop_is_for_photographs(toy: dict[str, Any]) -> None:
             load_dataset(config, "test")
 
 
-def test_arrays_are_held_whatever_they_take(toy: dict[str, Any]) -> None:
+def test_arrays_stay_in_memory_regardless_of_size(toy: dict[str, Any]) -> None:
     train = load_dataset(DataConfig(**toy, cache_bytes=0), "train")
     assert train.in_memory and train.dropped == ()
     assert np.array_equal(train.read(3), train.images[3].numpy())
@@ -139,16 +139,16 @@ def test_arrays_are_held_whatever_they_take(toy: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "suggestion"),
     [
-        ("mnist", "Did you mean MNIST"),
-        ("cifar-100", "Did you mean CIFAR100"),
-        ("Digits", "Did you mean digits?"),
-        ("image_folder:/data/pets", "Did you mean imagefolder:PATH?"),
-        ("npz", "Did you mean npz:PATH?"),
-        ("imagefolder:", "Did you mean imagefolder:PATH?"),
+        ("mnist", "did you mean 'MNIST'"),
+        ("cifar-100", "did you mean 'CIFAR100'"),
+        ("Digits", "did you mean 'digits'"),
+        ("image_folder:/data/pets", "did you mean 'imagefolder:PATH'"),
+        ("npz", "did you mean 'npz:PATH'"),
+        ("imagefolder:", "did you mean 'imagefolder:PATH'"),
         ("completely different", "Known names: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH"),
     ],
 )
-def test_an_unknown_name_gets_the_nearest_ones(name: str, suggestion: str) -> None:
+def test_unknown_name_error_has_the_nearest(name: str, suggestion: str) -> None:
     with pytest.raises(DataError) as raised:
         load_dataset(DataConfig(name=name), "train")
     assert suggestion in str(raised.value)
@@ -171,7 +171,7 @@ def test_a_tilde_is_expanded_and_never_reaches_provenance(
         assert str(tmp_path) not in str(written)
 
 
-def test_the_home_of_nobody_is_one_sentence() -> None:
+def test_unknown_home_folder_is_an_error() -> None:
     with pytest.raises(DataError, match="no such home folder"):
         load_dataset(DataConfig(name="npz:~no-such-user-here/toy.npz"), "train")
 

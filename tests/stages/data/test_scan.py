@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdpipe.stages.data import scan as survey
-from kdpipe.stages.data import scan_cache as image_index
+from kdpipe.stages.data import scan, scan_cache
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.decode import UnreadableImage
 from kdpipe.stages.data.image_set import ImageSet, digest, pixel_checksums, unequal_sizes_message
@@ -27,7 +26,7 @@ from kdpipe.stages.errors import DataError
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and files that count as old although they were written just now."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(image_index, "RACY_NS", -(10**11))
+    monkeypatch.setattr(scan_cache, "RACY_NS", -(10**11))
     return tmp_path / "cache" / "kdpipe" / "images"
 
 
@@ -63,14 +62,14 @@ def pets(tmp_path: Path) -> Path:
 def decoding() -> Iterator[list[str]]:
     """The names of the files that are decoded for a data set, as they come."""
     decoded: list[str] = []
-    real = survey.decode_image
+    real = scan.decode_image
 
-    def decode(path: Path, form: Any) -> Any:
+    def decode(path: Path, spec: Any) -> Any:
         decoded.append(path.name)
-        return real(path, form)
+        return real(path, spec)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(survey, "decode_image", decode)
+        patch.setattr(scan, "decode_image", decode)
         yield decoded
 
 
@@ -92,7 +91,7 @@ def test_a_second_job_decodes_nothing(pets: Path) -> None:
     assert np.array_equal(first.read(1), second.read(1))
 
 
-def test_splits_and_subsets_of_one_folder_share_their_index(pets: Path, cache: Path) -> None:
+def test_splits_and_subsets_share_a_cache_file(pets: Path, cache: Path) -> None:
     _load(pets)
     _load(pets, "test")
     _load(pets, num_train=2)
@@ -102,38 +101,38 @@ def test_splits_and_subsets_of_one_folder_share_their_index(pets: Path, cache: P
     assert decoded == []
 
 
-def test_another_form_is_looked_at_anew(pets: Path) -> None:
+def test_another_spec_is_decoded_again(pets: Path) -> None:
     _load(pets)
     for keys in ({"channels": 1}, {"image_size": 2}):
         with decoding() as decoded:
-            form = _load(pets, **keys)
+            decoded_set = _load(pets, **keys)
         assert len(decoded) == 4
-        assert np.array_equal(pixel_checksums(form), pixel_checksums(_load(pets, **keys, cache_bytes=2**20)))
+        assert np.array_equal(pixel_checksums(decoded_set), pixel_checksums(_load(pets, **keys, cache_bytes=2**20)))
 
 
-def test_what_is_held_needs_no_index(pets: Path, cache: Path) -> None:
+def test_images_in_memory_need_no_cache(pets: Path, cache: Path) -> None:
     for size in (None, 2):
         assert _load(pets, image_size=size, cache_bytes=2**20).in_memory
     assert not cache.exists()
 
 
 @pytest.mark.parametrize("extra", [0, 1])
-def test_the_recipe_decides_what_is_held(pets: Path, extra: int) -> None:
+def test_cache_bytes_decides_what_is_in_memory(pets: Path, extra: int) -> None:
     for size, pixels in ((None, 12), (2, 4)):
         num_bytes = 4 * 3 * pixels
         for _ in range(2):  # with an index and without
             assert _load(pets, image_size=size, cache_bytes=num_bytes - extra).in_memory == (extra == 0)
 
 
-def test_an_index_that_is_not_needed_changes_nothing(pets: Path) -> None:
+def test_unneeded_cache_changes_nothing(pets: Path) -> None:
     files = _load(pets)
-    held = _load(pets, cache_bytes=2**20)
-    assert held.in_memory
-    assert np.array_equal(pixel_checksums(held), pixel_checksums(files))
-    assert np.array_equal(held.read(2), files.read(2))
+    in_memory = _load(pets, cache_bytes=2**20)
+    assert in_memory.in_memory
+    assert np.array_equal(pixel_checksums(in_memory), pixel_checksums(files))
+    assert np.array_equal(in_memory.read(2), files.read(2))
 
 
-def test_unequal_images_are_decoded_once_and_then_never(pets: Path) -> None:
+def test_unequal_images_are_decoded_only_once(pets: Path) -> None:
     CLOCK.write(pets / "cat" / "odd.bmp", 9, size=(5, 5))
     with decoding() as decoded:
         first = _load(pets, cache_bytes=2**20, test_share=0.1)
@@ -145,8 +144,8 @@ def test_unequal_images_are_decoded_once_and_then_never(pets: Path) -> None:
     assert unequal_sizes_message(second) == unequal_sizes_message(first)
 
 
-def test_a_file_that_changed_a_moment_ago_is_not_remembered(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_index, "RACY_NS", 10**18)
+def test_recently_changed_files_are_not_cached(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_cache, "RACY_NS", 10**18)
     _load(pets)
     with decoding() as decoded:
         _load(pets)
@@ -154,18 +153,18 @@ def test_a_file_that_changed_a_moment_ago_is_not_remembered(pets: Path, monkeypa
 
 
 def test_file_changed_while_decoding_is_not_cached(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = survey.decode_image
+    real = scan.decode_image
     changed: list[str] = []
 
-    def decode(path: Path, form: Any) -> Any:
-        pixels = real(path, form)
+    def decode(path: Path, spec: Any) -> Any:
+        pixels = real(path, spec)
         if path.parent.name == "dog":
             changed.append(path.name)
             CLOCK.write(path, seed=99)
         return pixels
 
     with monkeypatch.context() as patch:
-        patch.setattr(survey, "decode_image", decode)
+        patch.setattr(scan, "decode_image", decode)
         _load(pets)
     with decoding() as decoded:
         _load(pets)
@@ -179,11 +178,11 @@ ACTS = st.lists(
 
 @settings(max_examples=20, deadline=None)
 @given(acts=ACTS)
-def test_whatever_happens_to_files_the_index_never_lies(acts: list[tuple[str, int]]) -> None:
+def test_cache_is_correct_after_any_file_changes(acts: list[tuple[str, int]]) -> None:
     """A set loaded with the help of an index is the one that is loaded without, and untouched files are not decoded."""
     with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", f"{scratch}/cache")
-        patch.setattr(image_index, "RACY_NS", -(10**11))
+        patch.setattr(scan_cache, "RACY_NS", -(10**11))
         folder = Path(scratch) / "pets"
         CLOCK.write(folder / "train" / "cat" / "stays.bmp", 0)
         changed = {"stays.bmp"}
@@ -193,9 +192,9 @@ def test_whatever_happens_to_files_the_index_never_lies(acts: list[tuple[str, in
                 with decoding() as decoded:
                     files = _load(folder)
                 assert set(decoded) == {name for name in changed if (path.parent / name).exists()}
-                held = _load(folder, cache_bytes=2**20)
-                assert digest(files) == digest(held)
-                assert np.array_equal(pixel_checksums(files), pixel_checksums(held))
+                in_memory = _load(folder, cache_bytes=2**20)
+                assert digest(files) == digest(in_memory)
+                assert np.array_equal(pixel_checksums(files), pixel_checksums(in_memory))
                 changed = set()
                 continue
             if act == "vanish":
@@ -207,8 +206,8 @@ def test_whatever_happens_to_files_the_index_never_lies(acts: list[tuple[str, in
             changed.add(path.name)
 
 
-def test_progress_is_told_up_to_the_end(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "REPORT_EVERY_S", 0.0)
+def test_progress_is_reported_to_the_end(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "REPORT_EVERY_S", 0.0)
     messages: list[tuple[int, int]] = []
     _load(pets, on_image=lambda done, total: messages.append((done, total)))
     assert messages == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4)]
@@ -217,8 +216,8 @@ def test_progress_is_told_up_to_the_end(pets: Path, monkeypatch: pytest.MonkeyPa
     assert messages == [(4, 4)]
 
 
-def test_a_job_that_is_broken_off_goes_on_where_it_was(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "REPORT_EVERY_S", 0.0)
+def test_aborted_scan_resumes(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "REPORT_EVERY_S", 0.0)
 
     class Stop(Exception):
         pass
@@ -234,17 +233,17 @@ def test_a_job_that_is_broken_off_goes_on_where_it_was(pets: Path, monkeypatch: 
     assert len(decoded) == 1
 
 
-def test_what_was_seen_is_saved_now_and_then(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "CHUNK", 1)
-    monkeypatch.setattr(image_index, "SAVE_EVERY_S", 0.0)
+def test_scan_is_saved_periodically(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "CHUNK", 1)
+    monkeypatch.setattr(scan_cache, "SAVE_EVERY_S", 0.0)
     saved: list[int] = []
-    real = image_index.write_cache
-    monkeypatch.setattr(image_index, "write_cache", lambda path, index: saved.append(len(index)) or real(path, index))
+    real = scan_cache.write_cache
+    monkeypatch.setattr(scan_cache, "write_cache", lambda path, index: saved.append(len(index)) or real(path, index))
     _load(pets)
     assert saved == [1, 2, 3, 4]
 
 
-def test_damage_to_the_index_costs_time_alone(pets: Path, cache: Path) -> None:
+def test_damaged_cache_is_ignored(pets: Path, cache: Path) -> None:
     first = _load(pets)
     (file,) = cache.iterdir()
     file.write_bytes(b"damaged")
@@ -254,20 +253,20 @@ def test_damage_to_the_index_costs_time_alone(pets: Path, cache: Path) -> None:
     assert np.array_equal(pixel_checksums(first), pixel_checksums(second))
 
 
-def test_a_cache_that_cannot_be_written_costs_time_alone(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_folder_is_ignored(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pets.parent / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(pets.parent / "file"))
     assert _load(pets).num_samples == _load(pets).num_samples == 4
 
 
-def test_images_deleted_from_the_folder_leave_the_index_too(pets: Path, cache: Path) -> None:
+def test_deleted_images_are_removed_from_the_cache(pets: Path, cache: Path) -> None:
     _load(pets), _load(pets, "test")
     (file,) = cache.iterdir()
-    assert len(image_index.read_cache(file)) == 6
+    assert len(scan_cache.read_cache(file)) == 6
     (pets / "cat" / "1.bmp").unlink()
     CLOCK.write(pets / "cat" / "3.bmp", 77)
     _load(pets), _load(pets, "test")
-    ids = image_index.read_cache(file).ids.tolist()
+    ids = scan_cache.read_cache(file)["id"].tolist()
     assert sorted(ids) == sorted(sample_id(path.relative_to(pets).as_posix()) for path in pets.rglob("*.bmp"))
     assert len(ids) == 5
 
@@ -280,8 +279,8 @@ def _damage(folder: Path, *names: str) -> None:
         (folder / name).write_bytes(b"damaged")
 
 
-@pytest.mark.parametrize("keys", KEYS, ids=["files", "held", "held and resized"])
-def test_images_that_cannot_be_read_stop_the_job(pets: Path, keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize("keys", KEYS, ids=["files", "in memory", "in memory, resized"])
+def test_unreadable_images_stop_the_job(pets: Path, keys: dict[str, Any]) -> None:
     _damage(pets, "dog/2.bmp")
     with pytest.raises(DataError) as raised:
         _load(pets, **keys), _load(pets, "test", **keys)
@@ -292,8 +291,8 @@ def test_images_that_cannot_be_read_stop_the_job(pets: Path, keys: dict[str, Any
     assert "data.unreadable = 'drop'" in message
 
 
-@pytest.mark.parametrize("keys", KEYS, ids=["files", "held", "held and resized"])
-def test_images_that_cannot_be_read_are_dropped_and_listed(pets: Path, keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize("keys", KEYS, ids=["files", "in memory", "in memory, resized"])
+def test_unreadable_images_are_dropped_and_listed(pets: Path, keys: dict[str, Any]) -> None:
     train = {"classes": ("cat", "dog"), "test_share": 0.01, **keys}
     whole = _load(pets, **train)
     damaged, gone = (whole.sample_ids.tolist()[at] for at in (0, 2))
@@ -316,23 +315,23 @@ def test_images_that_cannot_be_read_are_dropped_and_listed(pets: Path, keys: dic
     assert whole.dropped == ()
 
 
-def test_an_image_that_was_read_once_and_no_more_is_dropped_too(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files, real = _load(pets), survey.decode_image
+def test_cached_image_that_became_unreadable_is_dropped(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, real = _load(pets), scan.decode_image
 
-    def decode(path: Path, form: Any) -> Any:  # a disk that fails changes no stamp
+    def decode(path: Path, spec: Any) -> Any:  # a disk that fails changes no stamp
         if sample_id(path.relative_to(pets).as_posix()) == files.sample_ids[1]:
             raise UnreadableImage(f"{path} cannot be read (Input/output error)")
-        return real(path, form)
+        return real(path, spec)
 
-    monkeypatch.setattr(survey, "decode_image", decode)
-    held = _load(pets, cache_bytes=2**20, unreadable="drop")
-    assert held.sample_ids.tolist() == files.sample_ids[[0, 2, 3]].tolist()
-    assert [each.sample_id for each in held.dropped] == [files.sample_ids[1]]
-    assert np.array_equal(pixel_checksums(held), pixel_checksums(files)[[0, 2, 3]])
+    monkeypatch.setattr(scan, "decode_image", decode)
+    in_memory = _load(pets, cache_bytes=2**20, unreadable="drop")
+    assert in_memory.sample_ids.tolist() == files.sample_ids[[0, 2, 3]].tolist()
+    assert [each.sample_id for each in in_memory.dropped] == [files.sample_ids[1]]
+    assert np.array_equal(pixel_checksums(in_memory), pixel_checksums(files)[[0, 2, 3]])
 
 
-@pytest.mark.parametrize("keys", KEYS, ids=["files", "held", "held and resized"])
-def test_a_set_that_is_mostly_unreadable_is_refused(pets: Path, keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize("keys", KEYS, ids=["files", "in memory", "in memory, resized"])
+def test_mostly_unreadable_set_is_an_error(pets: Path, keys: dict[str, Any]) -> None:
     _damage(pets, *[path.relative_to(pets).as_posix() for path in sorted(pets.rglob("*.bmp"))])
     with pytest.raises(DataError, match="more than half of its 4 images cannot be read"):
         _load(pets, **keys, unreadable="drop")

@@ -8,36 +8,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdpipe.stages.data import scan_cache as image_index
+from kdpipe.stages.data import scan_cache
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.scan_cache import (
+    ENTRY,
     NO_STAMP,
     RACY_NS,
-    ScanCache,
+    Entries,
     Stamp,
     cache_path,
-    empty_cache,
+    find_valid,
     is_settled,
+    merge,
     read_cache,
     stamp,
     write_cache,
 )
 
-FORM = DecodeSpec(3, 8)
+SPEC = DecodeSpec(3, 8)
+EMPTY = np.empty(0, ENTRY)
 
 
-def _index(stamps: dict[int, Stamp], checksum: int = 7) -> ScanCache:
-    ids = np.array(sorted(stamps), dtype=np.int64)
-    return ScanCache(
-        ids,
-        np.array([stamps[each] for each in ids.tolist()], dtype=np.int64).reshape(-1, 3),
-        np.full(len(ids), checksum, dtype=np.uint32),
-        np.full((len(ids), 2), 8, dtype=np.int32),
-    )
-
-
-def _same(one: ScanCache, other: ScanCache) -> bool:
-    return all(np.array_equal(getattr(one, key), getattr(other, key)) for key in vars(one))
+def _entries(stamps: dict[int, Stamp], checksum: int = 7) -> Entries:
+    return np.array([(key, stamps[key], checksum, (8, 8)) for key in sorted(stamps)], dtype=ENTRY)
 
 
 class _Disk:
@@ -74,33 +67,33 @@ ACTS = [
 
 
 @given(st.sets(st.integers(0, 9)), st.lists(st.tuples(st.sampled_from(ACTS), st.integers(0, 9)), max_size=12))
-def test_an_entry_holds_until_its_file_is_touched_in_any_way(known: set[int], acts: list[tuple[str, int]]) -> None:
+def test_entry_is_valid_until_its_file_changes(known: set[int], acts: list[tuple[str, int]]) -> None:
     disk = _Disk(10)
-    index = _index({each: disk.files[each] for each in known})
+    entries = _entries({each: disk.files[each] for each in known})
     for what, each in acts:
         disk.do(what, each)
     ids = np.arange(10)[::-1].copy()
     stamps = np.array([disk.files.get(each, NO_STAMP) for each in ids.tolist()], dtype=np.int64)
-    found = index.find(ids, stamps)
+    found = find_valid(entries, ids, stamps)
     untouched = known - {each for _, each in acts}
     assert {each for each, at in zip(ids.tolist(), found.tolist(), strict=True) if at >= 0} == untouched
-    assert index.ids[found[found >= 0]].tolist() == sorted(untouched, reverse=True)
+    assert entries["id"][found[found >= 0]].tolist() == sorted(untouched, reverse=True)
 
 
 @given(st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9)))
-def test_newer_entries_take_the_place_of_older_ones(older: set[int], newer: set[int]) -> None:
-    old = _index(dict.fromkeys(older, (1, 1, 1)), checksum=1)
-    new = _index(dict.fromkeys(newer, (2, 2, 2)), checksum=2)
-    both = old.updated(new)
-    assert both.ids.tolist() == sorted(older | newer)
-    expected = [2 if each in newer else 1 for each in both.ids.tolist()]
-    assert both.checksums.tolist() == both.stamps[:, 0].tolist() == expected
+def test_newer_entries_replace_older_ones(older: set[int], newer: set[int]) -> None:
+    old = _entries(dict.fromkeys(older, (1, 1, 1)), checksum=1)
+    new = _entries(dict.fromkeys(newer, (2, 2, 2)), checksum=2)
+    both = merge(old, new)
+    assert both["id"].tolist() == sorted(older | newer)
+    expected = [2 if each in newer else 1 for each in both["id"].tolist()]
+    assert both["checksum"].tolist() == both["stamp"][:, 0].tolist() == expected
 
 
-def test_a_file_without_a_stamp_is_never_known(tmp_path: Path) -> None:
+def test_file_without_a_stamp_is_never_valid(tmp_path: Path) -> None:
     assert stamp(tmp_path / "gone") == NO_STAMP
-    index = _index({5: NO_STAMP})
-    assert index.find(np.array([5]), np.array([NO_STAMP])).tolist() == [-1]
+    entries = _entries({5: NO_STAMP})
+    assert find_valid(entries, np.array([5]), np.array([NO_STAMP])).tolist() == [-1]
 
 
 def test_a_stamp_is_size_and_both_times(tmp_path: Path) -> None:
@@ -111,7 +104,7 @@ def test_a_stamp_is_size_and_both_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2], ids=["mtime", "ctime"])
-def test_a_file_that_changed_just_now_is_not_trusted(at: int) -> None:
+def test_recently_changed_file_is_not_cached(at: int) -> None:
     # Within one tick of the disk's clock it could change once more, and its stamp would not show it.
     now = 10**18
     old, fresh = [9, 1, 1], [9, 1, 1]
@@ -121,33 +114,33 @@ def test_a_file_that_changed_just_now_is_not_trusted(at: int) -> None:
     assert not is_settled(NO_STAMP, now)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    index, path = _index({3: (1, 2, 3), 2**62: (4, 5, 6)}), tmp_path / "deep" / "er" / "a.npz"
-    write_cache(path, index)
-    assert _same(read_cache(path), index)
+def test_cache_round_trip(tmp_path: Path) -> None:
+    entries, path = _entries({3: (1, 2, 3), 2**62: (4, 5, 6)}), tmp_path / "deep" / "er" / "a.npz"
+    write_cache(path, entries)
+    assert np.array_equal(read_cache(path), entries)
     assert [each.name for each in path.parent.iterdir()] == ["a.npz"]
 
 
-def test_an_index_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_missing_cache_is_empty(tmp_path: Path) -> None:
     for path in (None, tmp_path / "none.npz", tmp_path, tmp_path / "none" / "none.npz"):
         assert len(read_cache(path)) == 0
 
 
-def test_an_index_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+def test_unwritable_cache_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    write_cache(tmp_path / "file" / "a.npz", _index({1: (1, 1, 1)}))
-    write_cache(None, _index({1: (1, 1, 1)}))
+    write_cache(tmp_path / "file" / "a.npz", _entries({1: (1, 1, 1)}))
+    write_cache(None, _entries({1: (1, 1, 1)}))
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "value"), [(image_index, "VERSION", 99), (image_index.PIL, "__version__", "99.0")]
+    ("where", "name", "value"), [(scan_cache, "VERSION", 99), (scan_cache.PIL, "__version__", "99.0")]
 )
-def test_an_index_of_another_version_or_decoder_is_done_without(
+def test_cache_of_another_version_or_decoder_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, value: Any
 ) -> None:
     path = tmp_path / "a.npz"
-    write_cache(path, _index({1: (1, 1, 1)}))
+    write_cache(path, _entries({1: (1, 1, 1)}))
     assert len(read_cache(path)) == 1
     monkeypatch.setattr(where, name, value)
     assert len(read_cache(path)) == 0
@@ -155,64 +148,61 @@ def test_an_index_of_another_version_or_decoder_is_done_without(
 
 def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
-    index = _index({each: (each, 2, 3) for each in range(5)})
-    write_cache(path, index)
+    entries = _entries({each: (each, 2, 3) for each in range(5)})
+    write_cache(path, entries)
     whole = path.read_bytes()
     for at in range(0, len(whole), 7):
         for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]):
             path.write_bytes(damaged)
             found = read_cache(path)
-            assert len(found) == 0 or _same(found, index)
+            assert len(found) == 0 or np.array_equal(found, entries)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"ids": np.array([4, 1])},
-        {"ids": np.array([1, 1])},
-        {"ids": np.array(1)},
-        {"stamps": np.zeros((2, 2), dtype=np.int64)},
-        {"checksums": np.zeros(2, dtype=np.int64)},
-        {"checksums": np.zeros(3, dtype=np.uint32)},
-        {"shapes": np.zeros((2, 2), dtype=np.int32)},
-        {"shapes": np.array([None, None], dtype=object)},
-        {"made_by": np.array(["somebody else"])},
+        {"entries": _entries({4: (1, 1, 1), 1: (1, 1, 1)})[::-1]},
+        {"entries": np.repeat(_entries({1: (1, 1, 1)}), 2)},
+        {"entries": np.zeros((), ENTRY)},
+        {"entries": np.zeros(2, dtype=np.int64)},
+        {"entries": np.array([None, None], dtype=object)},
+        {"made_by": np.array(["another program"])},
     ],
 )
-def test_a_file_of_the_wrong_form_is_done_without(tmp_path: Path, changes: dict[str, Any]) -> None:
-    path, index = tmp_path / "a.npz", _index({1: (1, 1, 1), 4: (1, 1, 1)})
-    write_cache(path, index)
-    made_by = np.load(path)["made_by"]
-    for arrays, wanted in ((vars(index), 2), (vars(index) | changes, 0)):
-        np.savez(path, **{"made_by": made_by} | arrays)
-        assert len(read_cache(path)) == wanted
+def test_file_of_another_layout_is_ignored(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path, entries = tmp_path / "a.npz", _entries({1: (1, 1, 1), 4: (1, 1, 1)})
+    write_cache(path, entries)
+    arrays = {"made_by": np.load(path)["made_by"], "entries": entries}
+    for written, num_entries in ((arrays, 2), (arrays | changes, 0)):
+        np.savez(path, **written)
+        assert len(read_cache(path)) == num_entries
 
 
-def test_each_folder_and_form_has_an_index_of_its_own(tmp_path: Path) -> None:
+def test_each_folder_and_spec_has_a_cache_file(tmp_path: Path) -> None:
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
-    forms = [FORM, DecodeSpec(1, 8), DecodeSpec(3, None), DecodeSpec(3, 8, 0.875)]
+    specs = [SPEC, DecodeSpec(1, 8), DecodeSpec(3, None), DecodeSpec(3, 8, 0.875)]
     folders = [tmp_path / "a", tmp_path / "b"]
-    paths = {cache_path(folder, form, environ) for folder in folders for form in forms}
+    paths = {cache_path(folder, spec, environ) for folder in folders for spec in specs}
     assert len(paths) == 8
     assert {path.parent for path in paths if path} == {tmp_path / "kdpipe" / "images"}
 
 
-def test_the_cache_is_below_home_where_xdg_names_none() -> None:
+def test_cache_is_in_home_without_xdg_cache_home() -> None:
     for environ in ({"HOME": "/home/me"}, {"HOME": "/home/me", "XDG_CACHE_HOME": "relative"}):
-        path = cache_path(Path("/data"), FORM, environ)
+        path = cache_path(Path("/data"), SPEC, environ)
         assert path is not None and path.parent == Path("/home/me/.cache/kdpipe/images")
 
 
-def test_a_user_without_a_home_has_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody() -> Path:
+def test_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
         raise RuntimeError("no home")
 
-    monkeypatch.setattr(Path, "home", nobody)
-    assert cache_path(Path("/data"), FORM, {}) is None
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_path(Path("/data"), SPEC, {}) is None
 
 
-def test_an_empty_index_knows_nothing() -> None:
-    assert empty_cache().find(np.array([1, 2]), np.ones((2, 3), dtype=np.int64)).tolist() == [-1, -1]
-    index = _index({1: (1, 1, 1)})
-    assert _same(empty_cache().updated(index), index)
-    assert _same(index.updated(empty_cache()), index)
+def test_empty_cache_has_no_entries() -> None:
+    assert find_valid(EMPTY, np.array([1, 2]), np.ones((2, 3), dtype=np.int64)).tolist() == [-1, -1]
+    entries = _entries({1: (1, 1, 1)})
+    assert np.array_equal(merge(EMPTY, entries), entries)
+    assert np.array_equal(merge(entries, EMPTY), entries)

@@ -44,7 +44,7 @@ def test_a_smaller_test_share_is_part_of_a_larger(labels: list[int], shares: tup
     assert set(small) <= set(large)
 
 
-def test_one_class_is_split_alike_whatever_the_other_classes_are() -> None:
+def test_split_of_a_class_does_not_depend_on_the_others() -> None:
     alone = stratified_split(np.zeros(50, dtype=np.int64), 0.3)[1]
     beside = stratified_split(np.repeat([0, 1, 2], 50), 0.3)[1]
     assert list(alone) == [row for row in beside if row < 50]

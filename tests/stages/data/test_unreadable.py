@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from support.photographs import EQUAL, UNEQUAL, path_of, photographs
-from support.rendered_alone import (
+from support.reference_rendering import (
     CPU,
     CROPS,
     MIXED_CROPS,
@@ -15,8 +15,8 @@ from support.rendered_alone import (
     VIEWS,
     check_labels,
     expected,
-    lesson_of,
     loader_of,
+    make_task,
     mixture_of,
     shuffled,
 )
@@ -66,10 +66,10 @@ def test_unreadable_images_are_reported_and_dropped(tmp_path, name, num_workers)
     loader = loader_of(image_set, views, num_workers, on_failure=messages.append)
     lost_with_partner = 0
     for asked, seen in zip(requests, loader.stream(requests), strict=True):
-        kept = without(image_set, views, asked.positions, asked.view, list(bad))
-        assert torch.equal(seen.positions, kept)
+        kept = without(image_set, views, asked.indices, asked.view, list(bad))
+        assert torch.equal(seen.indices, kept)
         assert torch.equal(seen.images, truth[asked.view][kept])
-        lost = set(asked.positions.tolist()) - set(kept.tolist())
+        lost = set(asked.indices.tolist()) - set(kept.tolist())
         lost_with_partner += len(lost - set(bad))
         if views.mix:
             assert torch.equal(seen.mixture.own_share, mixture_of(image_set, views, kept, asked.view).own_share)
@@ -81,10 +81,10 @@ def test_unreadable_images_are_reported_and_dropped(tmp_path, name, num_workers)
     assert not any("\n" in one for one in messages)
 
 
-def test_labels_follow_their_pictures_where_some_are_lost(tmp_path):
+def test_labels_match_images_when_some_are_dropped(tmp_path):
     image_set = photographs(tmp_path, NUM_SAMPLES)
     messages = []
-    task = lesson_of(loader_of(image_set, MIXED_CROPS, 0, on_failure=messages.append))
+    task = make_task(loader_of(image_set, MIXED_CROPS, 0, on_failure=messages.append))
     path_of(image_set, int(task.order(1, 0)[2])).unlink()
     bad = [int(task.order(1, 0)[2])]
     (batch,) = task.stream(1, 20, epoch=0, step=0, epochs=1)
@@ -95,7 +95,7 @@ def test_labels_follow_their_pictures_where_some_are_lost(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_where_all_must_be_had_one_that_cannot_be_read_stops_it(tmp_path, num_workers):
+def test_require_all_raises_for_an_unreadable_image(tmp_path, num_workers):
     image_set = photographs(tmp_path, 6)
     path_of(image_set, 4).unlink()
     sentence = rf"^sample {image_set.sample_ids[4]}: .*4\.png cannot be read \(No such file"
@@ -104,15 +104,15 @@ def test_where_all_must_be_had_one_that_cannot_be_read_stops_it(tmp_path, num_wo
         loader_of(image_set, CROPS, num_workers, **changes) for changes in ({"on_failure": messages.append}, {})
     )
     requests = [ViewRequest(at, 0) for at in torch.split(torch.arange(6), 2)]
-    for loader, whole in ((dropping, True), (default, False), (default, True)):
-        stream = loader.stream(requests, whole=whole)
-        assert [next(stream).positions.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    for loader, require_all in ((dropping, True), (default, False), (default, True)):
+        stream = loader.stream(requests, require_all=require_all)
+        assert [next(stream).indices.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
         with pytest.raises(DataError, match=sentence):
             next(stream)
     with pytest.raises(DataError, match=sentence):
         dropping.get(requests[2])
     assert not messages
-    assert [len(seen.positions) for seen in dropping.stream(requests)] == [2, 2, 1]
+    assert [len(seen.indices) for seen in dropping.stream(requests)] == [2, 2, 1]
     assert len(messages) == 1
 
 
@@ -133,7 +133,7 @@ def test_on_failure_may_raise_and_the_pool_stays_usable(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_batch_of_which_nothing_can_be_read_is_an_error(tmp_path, num_workers):
+def test_batch_without_readable_images_is_an_error(tmp_path, num_workers):
     image_set = photographs(tmp_path, 6)
     for at in (2, 3):
         path_of(image_set, at).unlink()
@@ -146,7 +146,7 @@ def test_a_batch_of_which_nothing_can_be_read_is_an_error(tmp_path, num_workers)
     assert len(messages) == 2
 
 
-def test_a_fault_that_is_not_the_images_own_drops_no_sample(tmp_path, monkeypatch):
+def test_machine_error_drops_no_sample(tmp_path, monkeypatch):
     def refuse(path, **keys):
         raise OSError(24, "Too many open files")
 
@@ -155,7 +155,7 @@ def test_a_fault_that_is_not_the_images_own_drops_no_sample(tmp_path, monkeypatc
     loader = loader_of(image_set, CROPS, 0, on_failure=messages.append)
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(DataError, match="ran out of memory or file handles"):
-        loader.get(ViewRequest(torch.arange(6), 0), whole=False)
+        loader.get(ViewRequest(torch.arange(6), 0), require_all=False)
     assert not messages
 
 
@@ -184,7 +184,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("number", range(len(FAULTS)))
-def test_a_fault_of_the_users_transform_is_one_sentence(tmp_path, monkeypatch, number, num_workers):
+def test_error_of_a_user_transform_is_one_line(tmp_path, monkeypatch, number, num_workers):
     code, sentence = list(FAULTS.items())[number]
     module = f"faulty_{number}_{num_workers}"
     (tmp_path / f"{module}.py").write_text(code)

@@ -118,7 +118,7 @@ def test_classifier_must_be_linear():
 
 
 def test_unknown_path_error_has_the_nearest():
-    with pytest.raises(ModelError, match=r"'layer33'; nearest: layer3"):
+    with pytest.raises(ModelError, match=r"'layer33'; did you mean 'layer3'"):
         joined(config=SimKDConfig(loss="simkd", layers=(("layer33", "layer3"),)))
     with pytest.raises(ModelError, match="no module 'fcc'"):
         joined(config=SimKDConfig(loss="simkd", layers=(("layer3", "layer3"),), classifier=("fcc", "fc")))

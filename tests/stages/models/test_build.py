@@ -127,10 +127,10 @@ def test_names_are_listed_once_each_and_known() -> None:
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("resnt20", "nearest: resnet20"),
-        ("WRN-40-2", "nearest: wrn_40_2"),
-        ("torchvision:mobilenet_v4", "nearest: torchvision:mobilenet_v2"),
-        ("torchvision:resnet20", "nearest: torchvision:resnet"),
+        ("resnt20", "did you mean 'resnet20'"),
+        ("WRN-40-2", "did you mean 'wrn_40_2'"),
+        ("torchvision:mobilenet_v4", "did you mean 'torchvision:mobilenet_v2'"),
+        ("torchvision:resnet20", "did you mean 'torchvision:resnet"),
         ("zzz", "python:package.module:factory"),
     ],
 )

@@ -26,9 +26,9 @@ def test_a_path_leads_to_its_module(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("path", "hint"),
     [
-        ("layr3", "the model has no module 'layr3'; nearest: layer3"),
-        ("layer3.0.conv5", "nearest: layer3.0.conv"),
-        ("layer3.0.conv1.weight", "nearest: layer3.0.conv1"),
+        ("layr3", "the model has no module 'layr3'; did you mean 'layer3'"),
+        ("layer3.0.conv5", "did you mean 'layer3.0.conv"),
+        ("layer3.0.conv1.weight", "did you mean 'layer3.0.conv1"),
         ("", "it has: conv1, bn1, relu, layer1, layer2, layer3, avgpool, flatten, fc."),
         ("§§§", "it has: conv1, bn1"),
     ],

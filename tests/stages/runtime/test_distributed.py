@@ -165,10 +165,10 @@ def normed(rows: slice) -> dict[str, Any]:
 class Lacking(ImageLoader):
     """Of which some cannot be read."""
 
-    def stream(self, requests: Iterable[ViewRequest], *, whole: bool = False) -> Iterator[ImageBatch]:
-        for seen in super().stream(requests, whole=whole):
-            kept = seen.positions % 7 != 0
-            yield ImageBatch(seen.images[kept], seen.positions[kept])
+    def stream(self, requests: Iterable[ViewRequest], *, require_all: bool = False) -> Iterator[ImageBatch]:
+        for seen in super().stream(requests, require_all=require_all):
+            kept = seen.indices % 7 != 0
+            yield ImageBatch(seen.images[kept], seen.indices[kept])
 
 
 def trained(processes: ProcessGroup, folder: Path, dropout: float = 0.0) -> tuple[str, list[float]]:

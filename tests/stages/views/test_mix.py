@@ -54,7 +54,7 @@ def test_another_view_has_other_partners():
     assert (first.partner_ids != second.partner_ids).sum() > 20
 
 
-def test_partners_come_from_the_whole_population_alike():
+def test_partners_are_uniform_over_the_pool():
     partners = sample_mix(MIXUP, MANY, POPULATION, SIZE).partner_ids
     drawn = partners[partners != MANY.sample_ids]
     counts = torch.bincount(drawn // 977, minlength=1000)
@@ -100,7 +100,7 @@ def test_extreme_laws(alpha):
     assert ((shares - 0.5).abs() < 1e-3).all() if alpha > 1 else ((shares == 0) | (shares == 1)).all()
 
 
-def test_mixup_weighs_both_pictures():
+def test_mixup_weighs_both_images():
     mixture = sample_mix(MIXUP, CounterRNG(1, 2, IDS), POPULATION, SIZE)
     shares = mixture.own_share.double()[:, None, None, None]
     exact = shares * IMAGES + (1 - shares) * OTHERS
@@ -108,7 +108,7 @@ def test_mixup_weighs_both_pictures():
     assert torch.equal(mix(IMAGES, OTHERS, mixture), (exact + 0.5).floor().to(torch.uint8))
 
 
-def test_cutmix_keeps_the_share_of_its_own_pixels_exactly():
+def test_cutmix_own_share_is_the_exact_pixel_fraction():
     own, reference_result = (
         torch.zeros(2000, 1, 19, 23, dtype=torch.uint8),
         torch.ones(2000, 1, 19, 23, dtype=torch.uint8),
@@ -152,7 +152,7 @@ def test_the_images_are_left_alone():
     assert torch.equal(others, OTHERS)
 
 
-def test_batches_larger_than_a_slice_are_the_same_pictures():
+def test_batches_larger_than_a_slice_give_the_same_images():
     images = torch.randint(0, 256, (6, 3, 150, 190), dtype=torch.uint8)
     mixture = sample_mix(MIXUP, CounterRNG(1, 2, IDS[:6]), POPULATION, (150, 190))
     alone = [
@@ -164,7 +164,7 @@ def test_batches_larger_than_a_slice_are_the_same_pictures():
 
 @pytest.mark.parametrize("shape", [(5, 1, 1, 1), (5, 3, 1, 7), (0, 3, 4, 4)])
 @pytest.mark.parametrize("config", [MIXUP, CUTMIX, BOTH])
-def test_small_pictures(config, shape):
+def test_small_images(config, shape):
     images = torch.full(shape, 200, dtype=torch.uint8)
     mixture = sample_mix(config, CounterRNG(0, 0, torch.arange(shape[0])), POPULATION, (shape[2], shape[3]))
     assert mix(images, images // 2, mixture).shape == shape
@@ -180,7 +180,7 @@ def test_a_section_that_mixes_nothing_is_refused():
         TypeAdapter(MixConfig).validate_json('{"mixup_alpha": 1.0, "alpha": 2}')
 
 
-def test_known_pictures_stay_known():
+def test_reference_images_are_unchanged():
     """Stores of years ago hold what the teacher said about exactly these pixels."""
     own = (torch.arange(4 * 16) * 7 % 256).to(torch.uint8).reshape(4, 1, 4, 4)
     config = MixConfig(mixup_alpha=1.0, cutmix_alpha=1.0)

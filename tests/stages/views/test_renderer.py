@@ -36,7 +36,7 @@ RESIZED = ({"name": "RandomResizedCrop", "size": [20, 24]}, FLIP)
 TENSOR = ViewsConfig(operations=(CROP, FLIP))
 TRANSFORMS = ViewsConfig(engine="transforms", operations=RESIZED)
 MIXED = dataclasses.replace(TENSOR, mix=MixConfig(mixup_alpha=0.4, cutmix_alpha=1.0))
-POPULATION = torch.arange(0, 3000, 3)
+PARTNER_POOL = torch.arange(0, 3000, 3)
 
 KNOWN_PROBES = {
     "tensor": [
@@ -53,8 +53,8 @@ KNOWN_PROBES = {
 """Of images of 3 x 9 x 7. Never change one: a store of years ago that says so must still be taught from."""
 
 
-def renderer(views, size=(9, 7), channels=3, population=POPULATION):
-    return Renderer(views, channels, size, population)
+def renderer(views, size=(9, 7), channels=3, partner_pool=PARTNER_POOL):
+    return Renderer(views, channels, size, partner_pool)
 
 
 def with_views(views, **changes):
@@ -76,7 +76,7 @@ def test_identity_has_a_digest_of_rendered_probes_per_view(views, sizes):
     for view in range(3):
         random_images = []
         for number, pattern in enumerate(patterns(sizes)):
-            drawn = made.render_one(pattern, number, view)
+            drawn = made.render_image(pattern, number, view)
             random_images.append(made.render_batch(drawn[None], torch.tensor([number]), view))
         digests.append(hashlib.sha256(torch.cat(random_images).numpy().tobytes()).hexdigest())
     assert made.identity["probes_sha256"] == digests
@@ -90,7 +90,7 @@ def patterns(sizes):
 
 
 @pytest.mark.parametrize("name", ["tensor", "mixed"])
-def test_known_pictures_stay_known(name):
+def test_reference_images_are_unchanged(name):
     assert renderer({"tensor": TENSOR, "mixed": MIXED}[name]).identity["probes_sha256"] == KNOWN_PROBES[name]
 
 
@@ -111,13 +111,13 @@ def test_more_views_of_a_recipe_are_the_same_views(views):
         (MIXED, TENSOR, {"mix", "probes_sha256"}),
     ],
 )
-def test_what_changes_the_pictures_changes_the_identity(views, other, differing):
+def test_identity_changes_with_the_pixels(views, other, differing):
     one, another = renderer(views).identity, renderer(other).identity
     assert {key for key in one | another if one.get(key) != another.get(key)} == differing
 
 
 def test_other_partners_are_another_mixture():
-    one, another = renderer(MIXED).identity, renderer(MIXED, population=POPULATION[1:]).identity
+    one, another = renderer(MIXED).identity, renderer(MIXED, partner_pool=PARTNER_POOL[1:]).identity
     assert {key for key in one if one[key] != another[key]} == {"mix"}
     assert (one["mix"]["num_partners"], another["mix"]["num_partners"]) == (1000, 999)
     assert one["mix"]["partner_ids_sha256"] != another["mix"]["partner_ids_sha256"]
@@ -132,7 +132,7 @@ def test_other_partners_are_another_mixture():
     ],
     ids=["tensor", "torchvision", "mix"],
 )
-def test_another_implementation_shows_in_the_pictures_alone(monkeypatch, room, name, views):
+def test_another_implementation_changes_only_the_probes(monkeypatch, room, name, views):
     """As a new version of torchvision may be: the recipe says the same, and one pixel is another one."""
     before, real = renderer(views).identity, getattr(room, name)
     monkeypatch.setattr(room, name, lambda *arguments: one_off(real(*arguments)))
@@ -140,15 +140,15 @@ def test_another_implementation_shows_in_the_pictures_alone(monkeypatch, room, n
     assert [key for key in before if before[key] != after[key]] == ["probes_sha256"]
 
 
-def one_off(picture):
+def one_off(image):
     """The same with its first pixel one level brighter."""
-    if isinstance(picture, Image.Image):
-        pixels = np.asarray(picture).copy()
+    if isinstance(image, Image.Image):
+        pixels = np.asarray(image).copy()
         pixels[0, 0] += 1
         return Image.fromarray(pixels)
-    picture = picture.clone()
-    picture[..., 0, 0] += 1
-    return picture
+    image = image.clone()
+    image[..., 0, 0] += 1
+    return image
 
 
 OPERATIONS = ({"name": "Resize", "size": [8, 8]}, {"name": "RandomHorizontalFlip"})
@@ -265,7 +265,7 @@ def test_an_edited_pipeline_of_the_users_own_is_refused(runs, way, edit, named):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_refusal_says_which_libraries_are_other_ones(runs, way):
+def test_mismatch_error_names_the_changed_libraries(runs, way):
     sentence = refused(runs, "transforms", way, with_views(STORED["transforms"], seed=7))
     here = library_versions()["torchvision"]
     assert f"It was made with torchvision 0.1 (here {here})." in sentence
@@ -281,12 +281,12 @@ def test_a_refusal_says_which_libraries_are_other_ones(runs, way):
         (with_views(TRANSFORMS, operations=(FLIP,)), (9, 7), (3, 9, 7)),
     ],
 )
-def test_the_shape_of_a_view_is_that_of_what_is_rendered(views, size, shape):
+def test_renderer_shape_equals_the_rendered_shape(views, size, shape):
     made = renderer(views, size)
     assert made.shape == shape
     assert made.identity["image_shape"] == list(shape)
     pixels = torch.full((2, 3, *(size or (50, 70))), 9, dtype=torch.uint8)
-    drawn = torch.stack([made.render_one(one.numpy(), 5, 1) for one in pixels])
+    drawn = torch.stack([made.render_image(one.numpy(), 5, 1) for one in pixels])
     assert made.render_batch(drawn, torch.tensor([5, 6]), 1).shape[1:] == shape
 
 

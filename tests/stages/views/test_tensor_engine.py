@@ -68,7 +68,7 @@ def test_every_offset_and_both_sides_come_up_about_equally_often():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_flip_comes_as_often_as_asked(share):
+def test_fraction_flipped_is_p(share):
     ids = torch.arange(10_000)
     pair = torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 2, 1).expand(len(ids), 1, 2, 1)
     flipped = render(pair, ids, 0, {"name": "RandomVerticalFlip", "p": share})[:, 0, 0, 0] == 255
@@ -134,7 +134,7 @@ KNOWN = [
 ]
 
 
-def test_a_crop_has_the_size_that_is_asked_for_and_lies_anywhere():
+def test_crop_has_the_requested_size_at_any_position():
     ids = torch.arange(4000)
     ramp = torch.arange(30, dtype=torch.uint8).reshape(1, 1, 5, 6) + 1
     crops = render(ramp.expand(4000, 1, 5, 6), ids, 0, {"name": "RandomCrop", "size": [3, 4]})

@@ -125,7 +125,7 @@ def test_a_table_becomes_the_transform_of_its_name(table: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("pixels", [RGB, GRAY])
-def test_a_table_does_what_the_constructor_does(pixels: Any) -> None:
+def test_table_equals_the_constructor(pixels: Any) -> None:
     built = build_transform(
         [
             {"name": "RandomResizedCrop", "size": 20, "scale": [0.2, 1.0], "interpolation": "bicubic"},
@@ -176,8 +176,8 @@ def test_no_operations_are_the_identity() -> None:
         ({"name": "TenCrop", "size": 3}, "returns several images"),
         ({"name": "Lambda", "lambd": "x"}, "views.transform = 'python:MODULE:FUNCTION'"),
         ({"name": "RandomCrop", "sise": 3}, "RandomCrop has no argument 'sise'; did you mean 'size'?"),
-        ({"name": "RandomHorizontalFlip", "zzz": 3}, "RandomHorizontalFlip has no argument 'zzz'; its arguments: p."),
-        ({"name": "ToImage", "zzz": 3}, "ToImage has no argument 'zzz'; its arguments: none."),
+        ({"name": "RandomHorizontalFlip", "zzz": 3}, "RandomHorizontalFlip has no argument 'zzz'; available: p."),
+        ({"name": "ToImage", "zzz": 3}, "ToImage has no argument 'zzz'; available: none."),
         ({"name": "RandomCrop", "padding": 3}, "RandomCrop requires 'size'."),
         (
             {"name": "RandomHorizontalFlip", "p": 2.0},
@@ -202,7 +202,7 @@ def test_no_operations_are_the_identity() -> None:
         ({"name": "RandomOrder", "transforms": [{"name": "MixUp"}]}, "views.operations.1.transforms.0: MixUp mixes"),
     ],
 )
-def test_a_wrong_table_is_refused_in_one_sentence(table: Any, message: str) -> None:
+def test_invalid_table_error_is_one_line(table: Any, message: str) -> None:
     with refuses(message) as raised:
         build_transform([{"name": "ToImage"}, table])
     assert str(raised.value).startswith("views.operations.1")
@@ -240,14 +240,14 @@ def test_numbers_drawn_while_building_are_fixed(own: Path) -> None:
         ("own_views:make", "must read python:package.module:function."),
         ("python:no_views_here:make", "the module no_views_here cannot be imported (ModuleNotFoundError"),
         ("python:failing_views:make", "the module failing_views cannot be imported (ZeroDivisionError"),
-        ("python:own_views:pipelin", "own_views has no function pipelin; did you mean pipeline?"),
+        ("python:own_views:pipelin", "own_views has no function pipelin; did you mean 'pipeline'"),
         ("python:own_views:constant", "own_views has no function constant"),
         ("python:own_views:takes", "missing 1 required positional argument: 'image'); it is called once, without"),
         ("python:own_views:broken", "the function failed (KeyError: 'lost\\nand gone')"),
         ("python:own_views:gives_nothing", "the function returned NoneType, expected a pipeline"),
     ],
 )
-def test_a_wrong_reference_is_refused_in_one_sentence(own: Path, reference: str, message: str) -> None:
+def test_invalid_reference_error_is_one_line(own: Path, reference: str, message: str) -> None:
     with refuses(message) as raised:
         build_transform([], reference)
     assert str(raised.value).startswith(f"views.transform={reference!r}")

@@ -81,12 +81,12 @@ def test_a_view_depends_on_seed_sample_and_view_alone(
 
 
 @pytest.mark.parametrize("transform", [USUAL, by_torch, by_numpy, by_random])
-def test_seeds_samples_and_views_all_have_their_own_pictures(transform: Callable[[Any], Any]) -> None:
+def test_seeds_samples_and_views_give_different_images(transform: Callable[[Any], Any]) -> None:
     asks = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (2**62, 0, 0), (-1, 0, 0), (0, -1, 0)]
     assert len({apply_transform(transform, RGB, *ask).numpy().tobytes() for ask in asks}) == len(asks)
 
 
-def test_a_child_process_makes_the_same_pictures() -> None:
+def test_child_process_renders_the_same_images() -> None:
     with multiprocessing.get_context("fork").Pool(1) as pool:
         reference_result = pool.apply(_digests)
     assert reference_result == _digests()
@@ -184,7 +184,7 @@ def test_view_is_a_plain_tensor_with_torchvision_return_types() -> None:
         assert type(apply_transform(v2.ToImage(), RGB, 0, 0, 0)) is torch.Tensor
 
 
-def test_a_transform_gets_a_picture_of_its_own() -> None:
+def test_transform_gets_a_copy_of_the_image() -> None:
     modes = []
 
     def paints(image: Image.Image) -> Image.Image:
@@ -284,7 +284,7 @@ def test_private_random_generators_are_rejected(transform: Callable[[Any], Any])
 
 
 @pytest.mark.parametrize("transform", [USUAL, by_torch, by_numpy, by_random])
-def test_what_is_drawn_from_the_global_generators_is_pure(transform: Callable[[Any], Any]) -> None:
+def test_draws_from_global_generators_are_reproducible(transform: Callable[[Any], Any]) -> None:
     check_deterministic(transform, RGB)
 
 
@@ -297,7 +297,7 @@ def test_operations_describe_themselves_as_they_were_written() -> None:
     }
 
 
-def test_what_a_transform_prints_goes_to_stderr(capsys):
+def test_output_of_a_transform_goes_to_stderr(capsys):
     def chatty(image):
         print("looking at", image.size)
         return image

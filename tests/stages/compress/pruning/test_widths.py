@@ -70,7 +70,7 @@ def without(path):
     ("widths", "sentence"),
     [
         ([], "list"),
-        ({"layer1.0.convv1": {}}, "nearest one is 'layer1.0.conv1'"),
+        ({"layer1.0.convv1": {}}, "did you mean 'layer1.0.conv1'"),
         (without("fc"), "lacks the layer 'fc'"),
         (with_conv1(out_channels=10**12), "at most 16"),
         (with_conv1(out_channels=0), "at least 1"),

@@ -172,7 +172,7 @@ def test_shared_module_is_excluded_under_either_path():
 @pytest.mark.parametrize(
     ("exclude", "sentence"),
     [
-        (["layer1.0.conv3"], r"no module 'layer1\.0\.conv3'; nearest: layer1\.0\.conv"),
+        (["layer1.0.conv3"], r"no module 'layer1\.0\.conv3'; did you mean 'layer1\.0\.conv"),
         (["fc", "stem.2"], r"'stem\.2', which has no operation that INT8 would compute"),
         (["stem", "layer1", "layer2", "fc"], "nothing left to quantize"),
     ],

@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
-from support.photographs import UNEQUAL, held, photographs
-from support.rendered_alone import (
+from support.photographs import UNEQUAL, in_memory, photographs
+from support.reference_rendering import (
     CPU,
     CROPS,
     MIXED_ANY,
@@ -17,8 +17,8 @@ from support.rendered_alone import (
     VIEWS,
     check_labels,
     expected,
-    lesson_of,
     loader_of,
+    make_task,
     mixture_of,
     shuffled,
 )
@@ -53,25 +53,25 @@ def test_images_do_not_depend_on_workers_or_batch_size(equal, unequal, name):
     assert not torch.equal(truth[0], truth[2]), "views differ, else the test would see nothing"
     everywhere = [loader_of(image_set, views, num_workers) for num_workers in (0, 1, 3)]
     if views.engine == "tensor":
-        everywhere.append(loader_of(held(image_set), views, 2))
+        everywhere.append(loader_of(in_memory(image_set), views, 2))
     for loader in everywhere:
         image_batch = list(loader.stream(splits()))
         assert len(image_batch) == len(splits())
         for asked, got in zip(splits(), image_batch, strict=True):
-            assert torch.equal(got.positions, asked.positions)
-            assert torch.equal(got.images, truth[asked.view][asked.positions])
+            assert torch.equal(got.indices, asked.indices)
+            assert torch.equal(got.images, truth[asked.view][asked.indices])
 
 
 def test_transforms_of_images_in_memory_run_in_workers(equal):
     at = shuffled(0)
-    image_batch = loader_of(held(equal), MIXED_ANY, 2).get(ViewRequest(at, 1))
+    image_batch = loader_of(in_memory(equal), MIXED_ANY, 2).get(ViewRequest(at, 1))
     assert torch.equal(image_batch.images, expected(equal, MIXED_ANY, at, 1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_images_are_shown_as_they_are_where_no_view_is_asked_for(equal, num_workers):
+def test_original_images_are_loaded_without_a_view(equal, num_workers):
     at = shuffled(1)
-    raw = held(equal).images[at]
+    raw = in_memory(equal).images[at]
     for loader in (ImageLoader(equal, CPU, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
         image_batch = loader.get(ViewRequest(at))
         assert torch.equal(image_batch.images, raw)
@@ -85,19 +85,19 @@ def test_original_images_of_different_sizes_are_rejected(unequal):
         ImageLoader(unequal, CPU, num_workers=0).get(ViewRequest(torch.arange(4)))
 
 
-def test_partners_may_come_from_a_larger_data_set(equal):
+def test_partners_can_come_from_a_larger_data_set(equal):
     part, at = equal.take(torch.tensor([20, 3, 11, 8])), torch.tensor([2, 0, 3, 1])
     truth = expected(part, MIXED_CROPS, at, 1, equal)
     outside = set(mixture_of(part, MIXED_CROPS, at, 1, equal).partner_ids.tolist()) - set(part.sample_ids.tolist())
     assert outside, "else the test would see nothing"
-    for own, partners in itertools.product((part, held(part)), (equal, held(equal))):
+    for own, partners in itertools.product((part, in_memory(part)), (equal, in_memory(equal))):
         loader = loader_of(own, MIXED_CROPS, 0, mix_partners=partners)
         assert torch.equal(loader.get(ViewRequest(at, 1)).images, truth)
         assert loader.partner_labels(equal.sample_ids[at]).tolist() == equal.labels[at].tolist()
 
 
 @pytest.mark.parametrize(("num_workers", "started"), [(0, 0), (2, 2), (None, len(os.sched_getaffinity(0)))])
-def test_as_many_workers_are_started_as_are_asked_for(equal, num_workers, started):
+def test_num_workers_are_started(equal, num_workers, started):
     before = set(multiprocessing.active_children())
     loader = loader_of(equal, CROPS, num_workers)
     loader.get(ViewRequest(torch.arange(4), 0))
@@ -105,9 +105,9 @@ def test_as_many_workers_are_started_as_are_asked_for(equal, num_workers, starte
     assert len(set(multiprocessing.active_children()) - before) == started
 
 
-def test_held_images_need_no_workers(equal):
+def test_images_in_memory_need_no_workers(equal):
     before = set(multiprocessing.active_children())
-    loader = loader_of(held(equal), CROPS, 2)
+    loader = loader_of(in_memory(equal), CROPS, 2)
     loader.get(ViewRequest(torch.arange(4), 0))
     assert set(multiprocessing.active_children()) == before
 
@@ -120,8 +120,8 @@ def same(left, right):
 
 @pytest.mark.parametrize("fresh_views", [False, True])
 def test_task_resumed_mid_epoch_yields_the_same_batches(equal, fresh_views):
-    ahead = lesson_of(loader_of(equal, MIXED_CROPS, 2), fresh_views=fresh_views)
-    here = lesson_of(loader_of(held(equal), MIXED_CROPS, 0), fresh_views=fresh_views)
+    ahead = make_task(loader_of(equal, MIXED_CROPS, 2), fresh_views=fresh_views)
+    here = make_task(loader_of(in_memory(equal), MIXED_CROPS, 0), fresh_views=fresh_views)
     undisturbed = list(here.stream(3, 8, epoch=0, step=0, epochs=3))
     assert len(undisturbed) == 9, "3 epochs of 3 full batches"
     assert not any(same(undisturbed[0], other) for other in undisturbed[1:])
@@ -135,16 +135,16 @@ def test_task_resumed_mid_epoch_yields_the_same_batches(equal, fresh_views):
 
 
 def test_epochs_use_stored_or_fresh_views(equal):
-    loader = loader_of(held(equal), CROPS, 0)
+    loader = loader_of(in_memory(equal), CROPS, 0)
     for fresh_views, views in ((False, (0, 1, 0, 1)), (True, (-1, -2, -3, -4))):
-        task = lesson_of(loader, fresh_views=fresh_views)
+        task = make_task(loader, fresh_views=fresh_views)
         for epoch, view in enumerate(views):
             batch = next(task.stream(0, 8, epoch=epoch, step=0, epochs=epoch + 1))
             at = task.order(0, epoch)[:8]
             assert torch.equal(batch.images, SCALING(expected(equal, CROPS, at, view)))
 
 
-class AskedTargets:
+class RecordedTargets:
     """Targets that are what was asked for."""
 
     slabs = None
@@ -158,7 +158,7 @@ class AskedTargets:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_targets_match_images_that_are_loaded_ahead(equal, num_workers):
-    task = lesson_of(loader_of(equal, CROPS, num_workers), targets=AskedTargets())
+    task = make_task(loader_of(equal, CROPS, num_workers), targets=RecordedTargets())
     batches = task.stream(3, 8, epoch=1, step=2, epochs=4)
     asked = [(1, 2), *((epoch, step) for epoch in (2, 3) for step in range(3))]
     for (epoch, step), batch in zip(asked, batches, strict=True):
@@ -169,6 +169,6 @@ def test_targets_match_images_that_are_loaded_ahead(equal, num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_mixture_has_the_labels_of_both_by_their_shares(equal, num_workers):
-    task = lesson_of(loader_of(equal, MIXED_CROPS, num_workers))
+    task = make_task(loader_of(equal, MIXED_CROPS, num_workers))
     for epoch, batch in enumerate(task.stream(1, 20, epoch=0, step=0, epochs=2)):
         check_labels(equal, task.order(1, epoch)[:20], epoch, batch)

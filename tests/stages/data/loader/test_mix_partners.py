@@ -1,4 +1,4 @@
-"""MixUp and CutMix as people rely on them: what is stored was said about the very mixture that the student sees."""
+"""MixUp and CutMix stored targets belong to the mixture that the student sees."""
 
 import dataclasses
 
@@ -41,14 +41,14 @@ def run(tmp_path_factory):
     return folder
 
 
-def mixtures(ids, view, population):
+def mixtures(ids, view, partner_pool):
     """With whom each sample is mixed, and how."""
-    return sample_mix(MIX, CounterRNG(MIXED.seed, view, ids, MIX_STREAM), torch.sort(population).values, (8, 8))
+    return sample_mix(MIX, CounterRNG(MIXED.seed, view, ids, MIX_STREAM), torch.sort(partner_pool).values, (8, 8))
 
 
-def loader(ids, view, population):
+def render_mixed(ids, view, partner_pool):
     """The mixed images of samples, uint8 [B, 1, 8, 8], each made by itself, pixel by pixel, from raw images."""
-    mixture, plain = mixtures(ids, view, population), Renderer(VIEWS, 1, (8, 8))
+    mixture, plain = mixtures(ids, view, partner_pool), Renderer(VIEWS, 1, (8, 8))
     image_of = dict(zip(ALL.sample_ids.tolist(), ALL.images, strict=True))
     mixed = []
     for at, ids_of_two in enumerate(zip(ids.tolist(), mixture.partner_ids.tolist(), strict=True)):
@@ -56,42 +56,42 @@ def loader(ids, view, population):
             plain.render_batch(image_of[one][None], torch.tensor([one]), view)[0].long() for one in ids_of_two
         )
         weight = int(mixture.weights[at])
-        picture = (own * weight + partner * (2**16 - weight) + 2**15) // 2**16
+        image = (own * weight + partner * (2**16 - weight) + 2**15) // 2**16
         top, left, height, width = (int(side[at]) for side in mixture.boxes)
-        picture[:, top : top + height, left : left + width] = partner[:, top : top + height, left : left + width]
-        mixed.append(picture.to(torch.uint8))
+        image[:, top : top + height, left : left + width] = partner[:, top : top + height, left : left + width]
+        mixed.append(image.to(torch.uint8))
     return torch.stack(mixed)
 
 
-def message(teacher, images):
+def predict(teacher, images):
     with torch.no_grad():
         return teacher.model(teacher.normalize(images)).numpy()
 
 
-def lesson_of(path, context):
+def make_task(path, context):
     network = build_student(STUDENT, 0, context)
     return network, build_task(network, open_distillation([path], LOSSES, STUDENT, {}, context), 0, context)
 
 
 @pytest.mark.parametrize("view", range(VIEWS.num_views))
-def test_what_is_stored_was_said_about_the_mixture(run, view):
+def test_stored_logits_are_those_of_the_mixture(run, view):
     teacher, ids = load_teacher(TEACHER, 0, mixed_context(run)), ALL.sample_ids
     stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
-    exact = message(teacher, loader(ids, view, ids))
+    exact = predict(teacher, render_mixed(ids, view, ids))
     np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=2e-3)
-    unmixed = message(teacher, Renderer(VIEWS, 1, (8, 8)).render_batch(ALL.images, ids, view))
+    unmixed = predict(teacher, Renderer(VIEWS, 1, (8, 8)).render_batch(ALL.images, ids, view))
     assert (np.abs(unmixed - exact).max(1) > 0.01).mean() > 0.5, "else the test would see nothing"
 
 
 def test_student_gets_the_stored_mixture_and_both_labels(run):
     context = mixed_context(run)
-    network, task = lesson_of(run / "store.zarr", context)
+    network, task = make_task(run / "store.zarr", context)
     label_of = dict(zip(ALL.sample_ids.tolist(), ALL.labels.tolist(), strict=True))
     for epoch, view in ((0, 0), (4, 1)):
         batch = next(task.stream(5, 50, epoch=epoch, step=0, epochs=epoch + 1))
         ids = ALL.sample_ids[task.order(5, epoch)[:50]]
         mixture = mixtures(ids, view, ALL.sample_ids)
-        assert torch.equal(batch.images, network.normalize(loader(ids, view, ALL.sample_ids)))
+        assert torch.equal(batch.images, network.normalize(render_mixed(ids, view, ALL.sample_ids)))
         assert batch.hard.labels.tolist() == [label_of[one] for one in ids.tolist()]
         assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
         assert torch.equal(batch.hard.own_share, mixture.own_share)
@@ -100,7 +100,7 @@ def test_student_gets_the_stored_mixture_and_both_labels(run):
 
 
 def test_the_hard_labels_of_a_mixture_count_by_their_shares(run):
-    _, task = lesson_of(run / "store.zarr", mixed_context(run))
+    _, task = make_task(run / "store.zarr", mixed_context(run))
     batch = next(task.stream(5, 50, epoch=0, step=0, epochs=1))
     outputs = ModelOutput(torch.randn(50, 4), {"stage2": torch.randn(50, 8, 4, 4)})
     logs, total = outputs.logits.log_softmax(1), 0.0
@@ -116,7 +116,7 @@ def test_extended_store_keeps_its_partners(run, tmp_path):
     cache_teacher(CACHE, path, load_teacher(TEACHER, 0, few), LAYERS, few)
     began = {name: raw for name, raw in folder_bytes(path).items() if "/c/" in name and "samples" not in name}
     partners = load_partner_pool(read_partner_pool(path), ALL, path)
-    grown = mixed_context(run, ALL, partners=partners)
+    grown = mixed_context(run, ALL, mix_partners=partners)
     teacher = load_teacher(TEACHER, 0, grown)
     assert cache_teacher(CACHE, path, teacher, LAYERS, grown)["num_samples"] == 120
     after = folder_bytes(path)
@@ -125,7 +125,7 @@ def test_extended_store_keeps_its_partners(run, tmp_path):
     assert np.array_equal(read_partner_pool(path).ids, torch.sort(FIRST.sample_ids).values)
     for view in range(VIEWS.num_views):
         stored = open_store(path).gather("logits", view, ALL.sample_ids.numpy())
-        exact = message(teacher, loader(ALL.sample_ids, view, FIRST.sample_ids))
+        exact = predict(teacher, render_mixed(ALL.sample_ids, view, FIRST.sample_ids))
         np.testing.assert_allclose(stored, exact, rtol=2e-3, atol=2e-3)
     new = ALL.sample_ids[80:]
     mixture = mixtures(new, 0, FIRST.sample_ids)
@@ -152,12 +152,12 @@ PARTS = {
 def test_student_on_a_subset_gets_the_same_mixtures(run, part):
     path = run / "store.zarr"
     partners = load_partner_pool(read_partner_pool(path), ALL, path)
-    context = mixed_context(run, part, partners=partners)
-    network, task = lesson_of(path, context)
+    context = mixed_context(run, part, mix_partners=partners)
+    network, task = make_task(path, context)
     size = part.num_samples
     batch = next(task.stream(1, size, epoch=2, step=0, epochs=3))
     ids = part.sample_ids[task.order(1, 2)]
-    assert torch.equal(batch.images, network.normalize(loader(ids, 2, ALL.sample_ids)))
+    assert torch.equal(batch.images, network.normalize(render_mixed(ids, 2, ALL.sample_ids)))
     mixture = mixtures(ids, 2, ALL.sample_ids)
     label_of = dict(zip(ALL.sample_ids.tolist(), ALL.labels.tolist(), strict=True))
     assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.paths import PYTHONPATH, TESTS
-from support.photographs import held, photographs
+from support.photographs import in_memory, photographs
 
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.views.config import ViewsConfig
@@ -51,8 +51,8 @@ def same(stream, images):
 
 @pytest.fixture(scope="module")
 def truth(equal):
-    """The images of each view's requests, from images that are held."""
-    loader = loader_of(held(equal), 0)
+    """The images of each view's requests, from images in memory."""
+    loader = loader_of(in_memory(equal), 0)
     return [[seen.images for seen in loader.stream(requests(view))] for view in range(3)]
 
 
@@ -61,7 +61,7 @@ def started_since(before):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stream_that_was_left_does_not_disturb_the_next(equal, truth, num_workers):
+def test_abandoned_stream_does_not_affect_the_next(equal, truth, num_workers):
     loader = loader_of(equal, num_workers)
     left = loader.stream(requests(0))
     assert torch.equal(next(left).images, truth[0][0])
@@ -104,7 +104,7 @@ def states():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_random_numbers_of_the_job_are_left_alone(equal, num_workers):
+def test_random_state_of_the_job_is_unchanged(equal, num_workers):
     random.seed(1)
     np.random.seed(2)
     np.random.normal()  # which keeps a second number
@@ -119,7 +119,7 @@ def test_the_random_numbers_of_the_job_are_left_alone(equal, num_workers):
     assert same(loader.stream(requests(0)), first), "nor do they matter"
 
 
-def test_workers_go_on_under_signals_that_ask_the_job_to_stop(equal, truth):
+def test_workers_ignore_the_signals_of_the_job(equal, truth):
     before = set(multiprocessing.active_children())
     loader = loader_of(equal, 2)
     stream = loader.stream(requests(0))
@@ -153,8 +153,8 @@ ENDED = {"leaves": 1, "hangs": 0, "is_killed": -9, "loses_a_worker": 0, "loses_a
 
 @pytest.fixture
 def processes(tmp_path):
-    """Those of pool_processes.py, under way in folders of their names, until the test ends."""
-    script = TESTS / "support" / "pool_processes.py"
+    """Those of worker_pool_script.py, under way in folders of their names, until the test ends."""
+    script = TESTS / "support" / "worker_pool_script.py"
     process = subprocess.Popen(
         [sys.executable, script, *ENDED],
         cwd=tmp_path,

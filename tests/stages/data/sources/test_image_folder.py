@@ -145,7 +145,7 @@ def test_a_size_makes_unequal_images_equal(pets: Path) -> None:
     assert _load(pets, image_size=4).images.shape == (6, 3, 4, 4)
 
 
-def test_grey_is_given_where_asked_for(pets: Path) -> None:
+def test_channels_1_gives_grayscale(pets: Path) -> None:
     rgb, gray = _load(pets), _load(pets, channels=1)
     assert gray.images.shape == (5, 1, 6, 8)
     expected = Image.fromarray(rgb.images[0].permute(1, 2, 0).numpy()).convert("L")
@@ -210,7 +210,7 @@ def test_a_decompression_bomb_is_refused(pets: Path, side: int) -> None:
         _load(pets, image_size=8)
 
 
-def test_a_size_asked_for_goes_before_the_recipes(pets: Path) -> None:
+def test_size_argument_overrides_the_recipe(pets: Path) -> None:
     config = DataConfig(name=f"imagefolder:{pets}", image_size=4)
     assert load_dataset(config, "train", size=5).image_size == (5, 5)
     assert torch.equal(load_dataset(config, "train", size=4).images, load_dataset(config, "train").images)
@@ -238,7 +238,7 @@ def test_a_test_crop_needs_a_size(pets: Path) -> None:
         _load(pets, "test", test_crop=0.875)
 
 
-def test_a_missing_folder_says_where_it_was_looked_for(tmp_path: Path) -> None:
+def test_missing_folder_error_has_the_path(tmp_path: Path) -> None:
     with pytest.raises(DataError) as raised:
         load_dataset(DataConfig(name="imagefolder:nowhere", root=str(tmp_path)), "train")
     assert f"no folder {tmp_path / 'nowhere'}" in str(raised.value)

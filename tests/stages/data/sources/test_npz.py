@@ -129,7 +129,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_file_error_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "toy.npz").write_bytes(content)
     with pytest.raises(DataError) as raised:
         _load(tmp_path / "toy.npz")
@@ -172,7 +172,7 @@ def test_damaged_bytes_raise_only_data_error(data: st.DataObject) -> None:
             assert loaded.num_samples == 3
 
 
-def test_a_missing_split_says_what_is_wanted(tmp_path: Path) -> None:
+def test_missing_split_error_names_the_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "train.npz", images=IMAGES, labels=LABELS)
     with pytest.raises(DataError) as raised:
         _load(tmp_path, "test")

@@ -110,7 +110,7 @@ def test_a_pickle_that_is_not_the_published_one_is_never_opened(tmp_path: Path) 
     ("name", "folder"),
     [("MNIST", "MNIST/raw"), ("FashionMNIST", "FashionMNIST/raw"), ("CIFAR100", "cifar-100-python")],
 )
-def test_missing_files_say_where_they_were_looked_for(tmp_path: Path, name: str, folder: str) -> None:
+def test_missing_files_error_has_the_path(tmp_path: Path, name: str, folder: str) -> None:
     with pytest.raises(DataError) as raised:
         load_dataset(_config(tmp_path, name), "train")
     message = str(raised.value)
@@ -120,7 +120,7 @@ def test_missing_files_say_where_they_were_looked_for(tmp_path: Path, name: str,
 
 
 @pytest.mark.parametrize("keep", [0, 3, 10, 1000])
-def test_a_truncated_file_is_one_sentence(tmp_path: Path, keep: int) -> None:
+def test_truncated_file_error_is_one_line(tmp_path: Path, keep: int) -> None:
     _write_mnist(tmp_path)
     file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:keep])
@@ -153,7 +153,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "root"
 
 
-def test_what_is_missing_is_downloaded_without_a_word(published: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_files_are_downloaded_silently(published: Path, capfd: pytest.CaptureFixture[str]) -> None:
     image_set = load_dataset(_config(published, download=True), "train")
     assert image_set.num_samples == 20
     assert capfd.readouterr() == ("", "")
@@ -161,14 +161,14 @@ def test_what_is_missing_is_downloaded_without_a_word(published: Path, capfd: py
     assert load_dataset(_config(published), "train").num_samples == 20
 
 
-def test_what_a_killed_download_left_is_replaced(published: Path) -> None:
+def test_files_of_a_killed_download_are_replaced(published: Path) -> None:
     load_dataset(_config(published, download=True), "train")
     torn = published / "MNIST" / "raw" / "train-images-idx3-ubyte"
     torn.write_bytes(torn.read_bytes()[:100])
     assert load_dataset(_config(published, download=True), "train").num_samples == 20
 
 
-def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_has_advice_and_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: Any, **kwargs: Any) -> None:
         raise URLError("no\nnetwork")
 

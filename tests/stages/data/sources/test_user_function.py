@@ -105,7 +105,7 @@ def test_the_search_path_is_left_as_it_was(tmp_path: Path) -> None:
         ("toys:", "must read python:package.module:function"),
         ("toyz:arrays", "the module toy_package.toyz cannot be imported (ModuleNotFoundError"),
         ("failing:arrays", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
-        ("toys:array", "has no function array; did you mean arrays?"),
+        ("toys:array", "has no function array; did you mean 'arrays'"),
         ("toys:IMAGES", "has no function IMAGES"),
         ("toys:lists", "labels must be a numpy array or a tensor, found list"),
         ("toys:one_thing", "must return (images, labels)"),
@@ -114,7 +114,7 @@ def test_the_search_path_is_left_as_it_was(tmp_path: Path) -> None:
         ("toys:equal_ids", "have the same id 0"),
     ],
 )
-def test_a_wrong_function_is_refused_in_one_sentence(function: str, message: str) -> None:
+def test_invalid_function_error_is_one_line(function: str, message: str) -> None:
     with pytest.raises(DataError) as raised:
         _load(function)
     assert message in str(raised.value)

@@ -169,7 +169,7 @@ def test_threads_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert EVERYTHING(images, draw(64)).equal(alone)
 
 
-def test_moves_are_whole_pixels_spread_over_their_range() -> None:
+def test_translations_are_integers_over_the_whole_range() -> None:
     images = torch.zeros(3000, 1, 9, 21, dtype=torch.uint8)
     images[:, :, 4, 10] = 255
 
@@ -201,7 +201,7 @@ def test_parameters_fill_their_ranges() -> None:
     assert matrices[:, :, 2].abs().max() < 1e-12
 
 
-def test_nothing_asked_is_the_identity() -> None:
+def test_defaults_are_the_identity() -> None:
     images = random_images(9, 3, 6, 7)
 
     assert RandomAffine(name="RandomAffine", degrees=0.0, fill=9)(images, draw(9)).equal(images)

@@ -176,7 +176,7 @@ def test_every_order_is_drawn() -> None:
     assert counts.max() < 600
 
 
-def test_grey_comes_as_often_as_asked() -> None:
+def test_fraction_grayscale_is_p() -> None:
     images = random_images(1, 3, 4, 4).clone()
     images[0, 0, 0, 0], images[0, 1, 0, 0] = 250, 3
     many = images.expand(4000, 3, 4, 4)
@@ -188,7 +188,7 @@ def test_grey_comes_as_often_as_asked() -> None:
     assert RandomGrayscale(name="RandomGrayscale", p=1.0)(many, draw(4000)).equal(colour.rgb_to_grayscale(many))
 
 
-def test_nothing_asked_is_the_identity() -> None:
+def test_defaults_are_the_identity() -> None:
     images = random_images(9, 3, 6, 6)
 
     assert ColorJitter(name="ColorJitter")(images, draw(9)).equal(images)

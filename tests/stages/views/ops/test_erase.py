@@ -57,7 +57,7 @@ def test_never_leaves_the_images():
     assert torch.equal(erasing(p=0.0)(IMAGES, CounterRNG(1, 2, IDS)), IMAGES)
 
 
-def test_boxes_of_the_areas_and_shapes_asked_for_are_erased():
+def test_erased_boxes_have_the_requested_areas_and_shapes():
     black = erasing(scale=(0.1, 0.3), ratio=(0.5, 3.0), p=1.0)(WHITE, MANY)[:, 0] == 0
     heights, widths = black.any(2).sum(1), black.any(1).sum(1)
     assert torch.equal(black.sum((1, 2)), heights * widths)  # one box each
@@ -69,12 +69,12 @@ def test_boxes_of_the_areas_and_shapes_asked_for_are_erased():
     assert 2.5 < ratios.max() < 3.5
 
 
-def test_as_many_are_erased_as_asked_for():
+def test_fraction_erased_is_p():
     touched = (erasing(p=0.25)(WHITE, MANY) != WHITE).flatten(1).any(1)
     assert touched.float().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
-def test_what_ten_tries_cannot_place_erases_nothing():
+def test_boxes_not_placed_in_ten_tries_erase_nothing():
     assert torch.equal(erasing(p=1.0, scale=(1.0, 1.0))(IMAGES, CounterRNG(1, 2, IDS)), IMAGES)
 
 
@@ -110,7 +110,7 @@ def test_a_value_for_each_colour_is_no_good_for_grey_images():
 
 @pytest.mark.parametrize("operation", [erasing(), erasing(value="random"), cutout(3)])
 @pytest.mark.parametrize("shape", [(5, 1, 1, 1), (5, 3, 1, 1), (5, 1, 2, 9), (0, 3, 4, 4)])
-def test_small_pictures(operation, shape):
+def test_small_images(operation, shape):
     images = torch.full(shape, 9, dtype=torch.uint8)
     assert operation(images, CounterRNG(0, 0, torch.arange(shape[0]))).shape == shape
 

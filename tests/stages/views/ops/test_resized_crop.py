@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.views.ops.boxes import Boxes, random_boxes
+from kdpipe.stages.views.ops.crop import RandomResizedCrop
 from kdpipe.stages.views.ops.resample import resample
-from kdpipe.stages.views.ops.resized_crop import RandomResizedCrop
 from kdpipe.stages.views.rng import CounterRNG
 
 IDS = torch.arange(40) * 977
@@ -44,7 +44,7 @@ def test_a_view_depends_on_its_sample_alone(size, threads):
         torch.set_num_threads(before)
 
 
-def test_batches_larger_than_a_slice_are_the_same_pictures():
+def test_batches_larger_than_a_slice_give_the_same_images():
     images = torch.randint(0, 256, (5, 3, 200, 230), dtype=torch.uint8)
     whole = crop()(images, CounterRNG(1, 2, IDS[:5]))
     assert all(torch.equal(crop()(images[b : b + 1], CounterRNG(1, 2, IDS[b : b + 1]))[0], whole[b]) for b in range(5))
@@ -76,7 +76,7 @@ def test_resampling_is_torchs_bilinear_within_a_grey_level(size, out, seed, data
     ).all()  # half a level of rounding, and what weights of 11 bits cost
 
 
-def test_whole_boxes_at_their_own_size_are_copied():
+def test_boxes_of_output_size_are_copied():
     assert torch.equal(resample(IMAGES, boxes_of(0, 0, 19, 23, batch=40), (19, 23)), IMAGES)
     part = IMAGES[:, :, 2:11, 5:9]
     assert torch.equal(resample(IMAGES, boxes_of(2, 5, 9, 4, batch=40), (9, 4)), part)
@@ -88,12 +88,12 @@ def test_half_a_level_is_rounded_up():
 
 
 @pytest.mark.parametrize("level", [0, 1, 254, 255])
-def test_plain_pictures_stay_plain(level):
+def test_constant_images_stay_constant(level):
     images = torch.full((40, 1, 19, 23), level, dtype=torch.uint8)
     assert (crop(size=31)(images, CounterRNG(0, 0, IDS)) == level).all()
 
 
-def test_boxes_have_the_areas_and_shapes_asked_for():
+def test_boxes_have_the_requested_areas_and_shapes():
     boxes = random_boxes(MANY, (400, 300), (400, 300), (0.1, 0.4), (0.5, 2.0))
     areas, ratios = (boxes.heights * boxes.widths) / 120_000, boxes.widths / boxes.heights
     assert (boxes.heights > 0).all()
@@ -123,7 +123,7 @@ def test_boxes_are_distributed_as_torchvisions():
     assert torch.allclose(ours.quantile(at), (heights * widths).quantile(at), atol=75)
 
 
-def test_boxes_lie_anywhere_within_the_picture():
+def test_boxes_are_anywhere_within_the_image():
     boxes = random_boxes(MANY, (8, 6), (8, 6), (0.1, 0.2), (0.5, 2.0))
     assert (boxes.tops >= 0).all()
     assert (boxes.lefts >= 0).all()
@@ -145,12 +145,12 @@ def test_a_box_that_fits_in_no_try_is_the_central_crop():
     assert torch.equal(view, tall[..., 40:60, :])
 
 
-def test_the_whole_picture_where_nothing_else_is_asked_for():
+def test_default_is_the_whole_image():
     square = IMAGES[:, :, :, :19]
     assert torch.equal(crop(scale=(1.0, 1.0), ratio=(1.0, 1.0))(square, CounterRNG(0, 0, IDS)), square)
 
 
-def test_pictures_of_a_pixel():
+def test_images_of_one_pixel():
     pixels = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1)
     assert torch.equal(crop(size=2)(pixels, CounterRNG(0, 0, IDS)), pixels.expand(40, 1, 2, 2))
 

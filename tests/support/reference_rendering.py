@@ -1,4 +1,4 @@
-"""What images are to be, made one by one from raw images, and the lessons that show them."""
+"""Reference renderings: each image by itself from raw pixels, to compare loaders with; and tasks that load them."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ SCALING = Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 @cache
-def built(views_name, size, population):
-    return Renderer(VIEWS[views_name], 3, size, torch.tensor(population))
+def make_renderer(views_name, size, partner_pool):
+    return Renderer(VIEWS[views_name], 3, size, torch.tensor(partner_pool))
 
 
 def renderer_of(image_set, views, partners=None):
     """Made once for all tests, since a pipeline is tried out when it is made."""
-    population = torch.sort((partners or image_set).sample_ids).values.tolist()
+    partner_pool = torch.sort((partners or image_set).sample_ids).values.tolist()
     name = next(name for name, one in VIEWS.items() if one is views)
-    return built(name, image_set.image_size, tuple(population))
+    return make_renderer(name, image_set.image_size, tuple(partner_pool))
 
 
 def loader_of(image_set, views, num_workers, **changes):
@@ -56,33 +56,33 @@ def mixture_of(image_set, views, positions, view, partners=None):
     return renderer_of(image_set, views, partners).sample_mix(image_set.sample_ids[positions], view)
 
 
-def alone(image_set, views, at, view, partners=None):
+def render_alone(image_set, views, at, view, partners=None):
     """The image of one sample, made from raw images and by itself; its partner is in the same view of its own."""
     renderer, others = renderer_of(image_set, views, partners), partners or image_set
 
     def view_of(source, position):
         sample_id = source.sample_ids[position : position + 1]
         return renderer.render_batch(
-            renderer.render_one(source.read(position), int(sample_id), view)[None], sample_id, view
+            renderer.render_image(source.read(position), int(sample_id), view)[None], sample_id, view
         )
 
-    picture = view_of(image_set, at)
+    image = view_of(image_set, at)
     mixture = renderer.sample_mix(image_set.sample_ids[at : at + 1], view)
     if mixture is None or not mixture.mixed.any():
-        return picture[0]
+        return image[0]
     partner = others.sample_ids.tolist().index(int(mixture.partner_ids[0]))
-    return mix(picture, view_of(others, partner), mixture)[0]
+    return mix(image, view_of(others, partner), mixture)[0]
 
 
 def expected(image_set, views, positions, view, partners=None):
-    return torch.stack([alone(image_set, views, at, view, partners) for at in positions.tolist()])
+    return torch.stack([render_alone(image_set, views, at, view, partners) for at in positions.tolist()])
 
 
 def shuffled(seed, num_samples=NUM_SAMPLES):
     return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
 
 
-def lesson_of(loader, **changes):
+def make_task(loader, **changes):
     return TrainingTask(loader, num_views=2, normalize=SCALING, **changes)
 
 
@@ -99,6 +99,6 @@ def check_labels(image_set, positions, view, batch):
     own, partners = -log_p[rows, batch.hard.labels], -log_p[rows, batch.hard.partner_labels]
     share = mixture.own_share.double()
     by_hand = (share * own + (1 - share) * partners).mean()
-    message = lesson_of(None, hard_label_weight=0.5).losses(ModelOutput(logits, {}), batch)
+    message = make_task(None, hard_label_weight=0.5).losses(ModelOutput(logits, {}), batch)
     assert list(message) == ["hard_labels"]
     assert float(message["hard_labels"]) == pytest.approx(0.5 * float(by_hand), rel=1e-5)

@@ -1,5 +1,5 @@
-"""Processes that use a pool of workers and end, each in its own way: `python pool_processes.py NAME ...` in an empty
-folder, which says how each of them ended.
+"""Processes that use a pool of workers and end, each in its own way: `python worker_pool_script.py NAME ...` in an
+empty folder; it prints how each of them ended.
 
 They are forks of one, for to start Python and torch takes longer than all they do; and apart from pytest's, for where a
 worker is killed, torch raises an error wherever the process happens to be.
