@@ -114,8 +114,7 @@ def _recorded(run: Run, command: str) -> Iterator[Run]:
     """Yield the run with an event log and a session record in its folder."""
     from kdpipe.pipeline.recipe.load import recipe_json
     from kdpipe.pipeline.session.event_log import event_log
-    from kdpipe.pipeline.session.fingerprints import fingerprints
-    from kdpipe.pipeline.session.run_record import session
+    from kdpipe.pipeline.session.run_record import fingerprints, session
 
     rank = run.process_group.rank if run.process_group.count > 1 else None
     with event_log(run.folder, command, rank=rank) as log:
@@ -195,8 +194,8 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     from kdpipe.pipeline.commands.compare import print_compare
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.summary import print_summary
-    from kdpipe.pipeline.report.command import print_reports
-    from kdpipe.pipeline.report.tradeoff import write_pareto_plot
+    from kdpipe.pipeline.report.pareto import write_pareto_plot
+    from kdpipe.pipeline.report.report import print_reports
     from kdpipe.pipeline.terminal.exit_codes import DONE
 
     if command in ("run", "compress"):

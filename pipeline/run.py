@@ -34,7 +34,7 @@ from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import select_device
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
-from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
 from kdpipe.stages.targets.open import local_store_path, test_store_path
 from kdpipe.stages.targets.resolve import smallest_feature
@@ -86,7 +86,7 @@ class Run:
             RecipeError: If the recipe's device does not exist.
         """
         torch.set_num_threads(self.recipe.num_threads or num_threads(os.environ))
-        keep_freed_memory()
+        disable_malloc_trim()
         _ = self.device  # fail before any work is done
 
     @cached_property

@@ -16,7 +16,7 @@ from kdpipe.stages.context import test_context
 from kdpipe.stages.train_teacher import load_teacher, teacher_folder, untrained_teacher
 
 if TYPE_CHECKING:
-    from kdpipe.pipeline.recipe.origins import Setting, Settings
+    from kdpipe.pipeline.recipe.overrides import Setting, Settings
 
 MIN_WIDTH, MAX_WIDTH = 20, 60
 """Width of the column of values, in characters; longer values are cut off."""
@@ -37,7 +37,7 @@ def settings_json(settings: Settings) -> dict[str, Any]:
 
 def _setting_lines(settings: Settings) -> Iterator[str]:
     """Yield key, value and origin of each key that was set, by section."""
-    from kdpipe.pipeline.recipe.origins import not_default
+    from kdpipe.pipeline.recipe.overrides import not_default
 
     given = not_default(settings)
     values = {key: _shown(setting) for key, setting in given.items()}

@@ -15,7 +15,7 @@ def print_sensitivity(network: str, layers: Sequence[LayerSensitivity]) -> None:
     """Print the table to stdout, most sensitive layers first."""
     table = new_table(f"{network}: INT8 sensitivity by layer")
     table.add_column("layer", no_wrap=True)
-    for header in ("parameters", "KL recovered if it stays float", "KL if it alone is INT8", "signal to noise, dB"):
+    for header in ("parameters", "KL recovered if it stays float", "KL if it alone is INT8"):
         table.add_column(header, justify="right")
     for layer in layers:
         table.add_row(
@@ -23,7 +23,6 @@ def print_sensitivity(network: str, layers: Sequence[LayerSensitivity]) -> None:
             f"{layer.num_parameters:,}",
             f"{layer.kl_recovered:.2e}",
             f"{layer.kl_alone:.2e}",
-            f"{layer.sqnr_db:.1f}",
         )
     out = console()
     out.print(table)

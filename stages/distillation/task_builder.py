@@ -51,8 +51,8 @@ def build_task(
         spec.losses,
         feature_shapes(network.model, student_layers(spec.losses), context.image_shape),
         [shapes_of(source) for source in sources],
-        combination=TeacherEnsemble(spec.teachers, len(sources), spec.accuracies),
-        facts=DatasetInfo(context.train_set.num_samples, context.train_set.num_classes),
+        ensemble=TeacherEnsemble(spec.teachers, len(sources), spec.accuracies),
+        dataset=DatasetInfo(context.train_set.num_samples, context.train_set.num_classes),
         seed=derive_seed(seed, "adapters"),
     )
     targets = Targets(sources, context.device, spec.target_loading)

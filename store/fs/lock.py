@@ -104,7 +104,7 @@ def acquire(path: Path, operation: int) -> int | Holder:
             if not try_lock(path, descriptor, operation):
                 return read_holder(descriptor)
             if is_file_at(path, descriptor):
-                _write_record(descriptor)
+                write_record(descriptor)
                 on_failure.pop_all()
                 return descriptor
         # The previous holder removed the file between open and lock: the lock would guard nothing.
@@ -152,7 +152,8 @@ def read_holder(descriptor: int) -> Holder:
         return Holder(host="", pid=0, job_id=None, age_s=0.0)
 
 
-def _write_record(descriptor: int) -> None:
+def write_record(descriptor: int) -> None:
+    """Write this process's record to its open lock file."""
     job_id = next((os.environ[name] for name in JOB_ID_VARIABLES if os.environ.get(name)), None)
     record = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": job_id, "since": time.time()}
     os.ftruncate(descriptor, 0)  # first, so that a reader never sees the name of a previous holder

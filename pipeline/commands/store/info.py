@@ -21,11 +21,7 @@ def model_name(teacher: Mapping[str, Any]) -> str:
 
 
 def read_store_info(path: Path) -> dict[str, Any]:
-    """Return the manifest of the store at `path` with counts of units and bytes; shards are not read.
-
-    Raises:
-        StoreError: If there is no store.
-    """
+    """Return the manifest of the store at `path` with counts of units and bytes; shards are not read."""
     manifest = read_store_manifest(path)
     state, units = store_state(path, manifest), manifest.layout.units()
     return {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +18,6 @@ from kdpipe.store.check.verify import VerifyReport, verify_store
 if TYPE_CHECKING:
     from kdpipe.pipeline.run import Run
     from kdpipe.stages.cache_teacher.recheck import RecheckReport
-
-
-def require_recipe(recipe: Path, overrides: Sequence[str]) -> None:
-    """Raise RecipeError if the recipe is invalid."""
-    from kdpipe.pipeline.recipe.load import load_recipe
-
-    load_recipe(recipe, overrides, os.environ)
 
 
 def verify(path: Path, as_json: bool) -> VerifyReport:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from support.tiny_road import CACHE, LAYERS, TEACHER, make_tiny_store, squares, tiny_context
+from support.tiny_run import CACHE, LAYERS, TEACHER, make_tiny_store, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.recheck import recompute

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, squares, tiny_context
+from support.tiny_run import CACHE, LAYERS, TEACHER, VIEWS, StopAfter, make_tiny_store, squares, tiny_context
 
 import kdpipe.stages.cache_teacher.repair
 from kdpipe.pipeline.steps import cache_teacher

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tiny_road import TEACHER, TRAIN, StopAfter, make_tiny_store, squares, tiny_context
+from support.tiny_run import TEACHER, TRAIN, StopAfter, make_tiny_store, squares, tiny_context
 
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig, compress, compressed_root

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_context
+from support.tiny_run import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_spec, tiny_context
 
 from kdpipe.pipeline.steps import train_student
 from kdpipe.stages.compress.artifacts.export_student import export_student
@@ -52,7 +52,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compress")
     context = tiny_context(folder)
     make_tiny_store(context)
-    train_student(STUDENT, 0, open_tiny_teaching(folder / "store.zarr", context), context)
+    train_student(STUDENT, 0, open_tiny_spec(folder / "store.zarr", context), context)
     return folder
 
 
@@ -86,7 +86,7 @@ def own(made, tmp_path):
 
 def fine_tuning(run, context, config=CONFIG):
     """Return what the fine-tunings of the tiny student share."""
-    spec = open_tiny_teaching(run / "store.zarr", context)
+    spec = open_tiny_spec(run / "store.zarr", context)
     return build_fine_tuning(STUDENT, 0, spec, context, compressed_root(context.run_dir, config))
 
 
@@ -111,7 +111,7 @@ def weights(copy, kind):
 
 def noisy_share(full, measured):
     """Return a latency measure that follows the parameters, with noise."""
-    return lambda one: count_parameters(one) / count_parameters(full) * (1 + 0.05 * (next(measured) % 7))
+    return lambda network: count_parameters(network) / count_parameters(full) * (1 + 0.05 * (next(measured) % 7))
 
 
 def test_latency_share_of_a_network_with_itself(run):
@@ -120,7 +120,7 @@ def test_latency_share_of_a_network_with_itself(run):
 
 
 def sizes(state):
-    return {name: tuple(one.shape) for name, one in state.items()}
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def sizes(state):
         {"budget": "latency", "ratio": 0.2},
         {"kind": "weights", "ratio": 0.7, "steps": 2, "epochs_per_step": 1},
     ],
-    ids=lambda one: one.get("kind") or one.get("budget") or one["importance"],
+    ids=lambda settings: settings.get("kind") or settings.get("budget") or settings["importance"],
 )
 def test_repeatedly_stopped_equals_uninterrupted(run, copy, tmp_path_factory, monkeypatch, changes):
     monkeypatch.setattr(FineTuneContext, "exports_onnx", False)  # without ONNX files, which take most of the time
@@ -281,7 +281,7 @@ def test_artifacts_are_rewritten_only_for_other_settings(run, own):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     other = dataclasses.replace(CONFIG, opset=20)
     exported(own, run, other)
-    assert [one.version for one in onnx.load(folder / "model.onnx").opset_import if one.domain == ""] == [20]
+    assert [opset.version for opset in onnx.load(folder / "model.onnx").opset_import if opset.domain == ""] == [20]
 
 
 def test_earlier_artifacts_survive_a_failed_export(run, own, monkeypatch):
@@ -309,18 +309,18 @@ def test_unwritable_folder_is_an_error(run, own):
 def test_external_student_is_compressed_in_its_own_folder(run, copy, tmp_path, monkeypatch):
     monkeypatch.setattr(FineTuneContext, "exports_onnx", False)
     state = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")[0]
-    torch.save({"state_dict": {f"module.{name}": one for name, one in state.items()}}, tmp_path / "mine.pt")
-    config = dataclasses.replace(CONFIG, student=str(tmp_path / "mine.pt"))
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "external.pt")
+    config = dataclasses.replace(CONFIG, student=str(tmp_path / "external.pt"))
     figures = compressed(copy, run, config)
-    assert compressed_root(copy, config).name == "compressed-mine"
-    given = read_json_file(copy / "compressed-mine" / "given" / "result.json")
+    assert compressed_root(copy, config).name == "compressed-external"
+    given = read_json_file(copy / "compressed-external" / "given" / "result.json")
     assert given["accuracy"] == read_json_file(run / "students" / "distilled-seed0" / "result.json")["accuracy"]
     assert figures["int8"] == compressed(copy, run, config)["int8"]
 
 
 def test_bf16_student_passes_through_unchanged(run, copy, tmp_path):
     state = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")[0]
-    bf16 = {name: one.bfloat16() if one.is_floating_point() else one for name, one in state.items()}
+    bf16 = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     torch.save(bf16, tmp_path / "narrow.pt")
     config = dataclasses.replace(CONFIG, student=str(tmp_path / "narrow.pt"), steps=())
     assert compressed(copy, run, config) == {}

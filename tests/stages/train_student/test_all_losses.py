@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from support.tiny_road import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
+from support.tiny_run import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
 from kdpipe.stages.distillation.task_builder import build_student, student_shapes
@@ -138,7 +138,7 @@ def test_learnable_weights_train_and_are_not_in_the_student(run, tmp_path):
     uninterrupted = train(run, losses, tmp_path / "one", config=config, stores=stores)
     with pytest.raises(StoppedEarly):
         train(run, losses, tmp_path / "two", config=config, stores=stores, monitor=RunMonitor(should_stop=StopAfter(4)))
-    scores = load_tensors(tmp_path / "two" / "checkpoint.safetensors")[0]["modules/distillation.combination.scores"]
+    scores = load_tensors(tmp_path / "two" / "checkpoint.safetensors")[0]["modules/distillation.ensemble.scores"]
     assert scores.abs().min() > 0
     resumed = train(run, losses, tmp_path / "two", config=config, stores=stores)
     assert resumed.model.read_bytes() == uninterrupted.model.read_bytes()
@@ -150,7 +150,7 @@ def test_adapters_train_and_are_in_the_checkpoints(run, tmp_path):
     for steps in (1, 4):
         with pytest.raises(StoppedEarly):
             train(run, (hint,), tmp_path / str(steps), monitor=RunMonitor(should_stop=StopAfter(steps)))
-    name = "modules/distillation.terms.hint_0.loss.adapters.0.0.weight"
+    name = "modules/distillation.losses.hint_0.loss.pairs.0.adapter.0.weight"
     one, four = (load_tensors(tmp_path / steps / "checkpoint.safetensors")[0][name] for steps in ("1", "4"))
     assert (one - four).abs().max() > 1e-4
 

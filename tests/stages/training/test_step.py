@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.tiny_road import StopAfter, squares, tiny_context
+from support.tiny_run import StopAfter, squares, tiny_context
 from torch import nn
 
 from kdpipe.stages.errors import StoppedEarly

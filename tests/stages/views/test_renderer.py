@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
+from support.tiny_run import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 from torchvision.transforms import v2
 
 from kdpipe.pipeline.steps import cache_teacher

@@ -95,7 +95,7 @@ def _default_teacher() -> Path:
     return run / "teacher"
 
 
-def open_tiny_teaching(path: Path, context: StageContext) -> DistillationSpec:
+def open_tiny_spec(path: Path, context: StageContext) -> DistillationSpec:
     return open_distillation([path], LOSSES, STUDENT, {}, context)
 
 
