@@ -53,14 +53,19 @@ def read_json(
         raise
     except OSError as error:
         raise error_type(f"{path} cannot be read ({error.strerror}).") from error
+    return parse_json(raw, str(path), max_bytes, error_type)
+
+
+def parse_json(raw: bytes, where: str, max_bytes: int, error_type: type[KdpipeError]) -> dict[str, Any]:
+    """Parse a JSON object of at most `max_bytes`. Raises `error_type`, naming the file `where`, for anything else."""
     if len(raw) > max_bytes:
-        raise error_type(f"{path} is damaged: it has more than {max_bytes:,} bytes.")
+        raise error_type(f"{where} is damaged: it has more than {max_bytes:,} bytes.")
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise error_type(f"{path} is damaged: {str(error)[:200]}.") from error
+        raise error_type(f"{where} is damaged: {str(error)[:200]}.") from error
     if not isinstance(record, dict):
-        raise error_type(f"{path} is damaged: it is not a JSON object.")
+        raise error_type(f"{where} is damaged: it is not a JSON object.")
     return record
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,10 +99,8 @@ def _stage_at(entry: Path, remote: RemoteStore, cache: StagingCache, on_unit: Ca
             _is_copy_of(stored, remote) and len(stored.layout.segments) <= len(remote.segments)
         )
         if can_become and not _is_complete(copy, remote):
-            with _staging_errors(entry):
-                manifest = _prepare(entry, stored, remote, cache)
-            _fetch(copy, manifest, remote, on_unit)
-            with _staging_errors(entry):
+            with translate_os_errors(partial(_failure, entry)):
+                _fetch(copy, _prepare(entry, stored, remote, cache), remote, on_unit)
                 finish_store(copy)
     return _is_complete(copy, remote)
 
@@ -186,12 +184,10 @@ def _is_copy_of(stored: Manifest, remote: RemoteStore) -> bool:
     )
 
 
-def _staging_errors(entry: Path) -> AbstractContextManager[None]:
-    return translate_os_errors(
-        lambda error: (
-            f"cannot stage into {entry}: {error.strerror or error}. What is staged is kept: make room or set another "
-            "folder (KDPIPE_CACHE), and run the same command again."
-        )
+def _failure(entry: Path, error: OSError) -> str:
+    return (
+        f"cannot stage into {entry}: {error.strerror or error}. What is staged is kept: make room or set another "
+        "folder (KDPIPE_CACHE), and run the same command again."
     )
 
 
