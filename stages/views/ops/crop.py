@@ -1,9 +1,9 @@
-"""RandomCrop and RandomResizedCrop."""
+"""Crops and flips."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.views.ops.boxes import Boxes, random_boxes
-from kdpipe.stages.views.ops.fields import AreaRange, Level, RatioRange, Size, side_lengths
+from kdpipe.stages.views.ops.fields import AreaRange, KeepsSize, Level, Probability, RatioRange, Size, side_lengths
 from kdpipe.stages.views.ops.resample import resample
 from kdpipe.stages.views.rng import CounterRNG
 
@@ -117,6 +117,37 @@ def _central_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+class _RandomFlip(KeepsSize):
+    p: float
+    _dim: ClassVar[int]
+
+    def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
+        """Flip uint8 [B, C, H, W]."""
+        return self.overwrite(images.clone(), rng)
+
+    def overwrite(self, images: Tensor, rng: CounterRNG) -> Tensor:
+        """Flip in place."""
+        return flip_where(images, rng.bernoulli(self.p, 0), self._dim)
+
+
+@section
+class RandomHorizontalFlip(_RandomFlip):
+    """Mirror left to right with probability `p`."""
+
+    name: Literal["RandomHorizontalFlip"]
+    p: Probability = 0.5
+    _dim = 3
+
+
+@section
+class RandomVerticalFlip(_RandomFlip):
+    """Mirror top to bottom with probability `p`."""
+
+    name: Literal["RandomVerticalFlip"]
+    p: Probability = 0.5
+    _dim = 2
+
+
 def shift_rows(images: Tensor, rows: Tensor, down: Tensor, right: Tensor, *, max_shift: int, fill: int) -> Tensor:
     """Return out[b, c, i, j] = images[rows[b], c, i + down[b], j + right[b]], or `fill` outside the image.
 
@@ -175,3 +206,14 @@ def windows(images: Tensor, tops: Tensor, lefts: Tensor, size: tuple[int, int]) 
     columns = lefts[:, None] + torch.arange(size[1], device=images.device)
     index = (rows[:, :, None] * width + columns[:, None, :]).reshape(batch, 1, -1).expand(batch, channels, -1)
     return images.reshape(batch, channels, -1).gather(2, index).reshape(batch, channels, *size)
+
+
+def flip_where(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
+    """Mirror the `chosen` images, bool [B] on the CPU, of uint8 [B, C, H, W] along `dim`, in place."""
+    if images.device.type == "cpu":
+        # numpy copies whole images; torch selects byte by byte, which is many times slower
+        rows = chosen.nonzero()[:, 0]
+        images.numpy()[rows.numpy()] = images.index_select(0, rows).flip(dim).numpy()
+        return images
+    chosen = chosen.to(images.device, non_blocking=True)
+    return torch.where(chosen[:, None, None, None], images.flip(dim), images)
