@@ -41,8 +41,6 @@ def load_dataset(
     memory. Sample ids do not depend on `classes`, `num_train`, `channels` or sizes.
 
     Args:
-        config: The data set.
-        split: "train" or "test".
         size: Replaces `config.image_size`.
         only: Ids of the samples to load; None loads all.
         on_image: Called with (done, total) from time to time while files are scanned; may raise to abort, which keeps

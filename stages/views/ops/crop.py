@@ -55,7 +55,6 @@ class RandomCrop:
         return out
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Crop uint8 [B, C, H, W] to uint8 [B, C, H', W']."""
         return self.crop_rows(images, torch.arange(len(images)), rng)
 
     def crop_rows(self, images: Tensor, rows: Tensor, rng: CounterRNG) -> Tensor:
@@ -100,7 +99,6 @@ class RandomResizedCrop:
         return out
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Crop and resize uint8 [B, C, H, W] to uint8 [B, C, H', W']."""
         size = (images.shape[2], images.shape[3])
         boxes = random_boxes(rng, size, size, self.scale, self.ratio)
         central = (torch.tensor(side) for side in _central_box(size, self.ratio))
@@ -122,7 +120,6 @@ class _RandomFlip(KeepsSize):
     _dim: ClassVar[int]
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Flip uint8 [B, C, H, W]."""
         return self.overwrite(images.clone(), rng)
 
     def overwrite(self, images: Tensor, rng: CounterRNG) -> Tensor:
@@ -153,14 +150,7 @@ def shift_rows(images: Tensor, rows: Tensor, down: Tensor, right: Tensor, *, max
 
     The pixels of an image are one run of bytes, so it is copied whole from an offset, and what then comes from another
     row, plane or image is filled. That takes a quarter of the time of copying, padding and cropping.
-
-    Args:
-        images: uint8 [N, C, H, W], on the CPU, as the others.
-        rows: int64 [B].
-        down: int64 [B], in [-max_shift, max_shift], as `right`.
-        right: int64 [B].
-        max_shift: Limit of both shifts.
-        fill: A gray level.
+    Images are uint8 [N, C, H, W], rows and shifts int64 [B], all on the CPU; shifts are in [-max_shift, max_shift].
     """
     num_images, channels, height, width = images.shape
     image_bytes = channels * height * width
@@ -190,11 +180,7 @@ def _mask_by_shift(length: int, max_shift: int) -> Tensor:
 def windows(images: Tensor, tops: Tensor, lefts: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the window of `size` (h, w) at row tops[b], column lefts[b] of each image: [B, C, h, w].
 
-    Args:
-        images: [B, C, H, W].
-        tops: int64 [B], on the CPU; each window must be within its image.
-        lefts: int64 [B], on the CPU.
-        size: (h, w).
+    Tops and lefts are int64 [B], on the CPU; each window must be within its image.
     """
     if images.device.type == "cpu":
         # numpy copies whole windows; torch's indexing and gathering of bytes are many times slower
