@@ -42,18 +42,18 @@ def loader_of(image_set, num_workers, views=CROPS):
 
 def requests(view, num_batches=20):
     """Return requests whose samples differ by view."""
-    return [ViewRequest((torch.arange(4) + 5 * at + view) % NUM_SAMPLES, view) for at in range(num_batches)]
+    return [ViewRequest((torch.arange(4) + 5 * number + view) % NUM_SAMPLES, view) for number in range(num_batches)]
 
 
 def same(stream, images):
-    return all(torch.equal(seen.images, one) for seen, one in zip(stream, images, strict=True))
+    return all(torch.equal(batch.images, image) for batch, image in zip(stream, images, strict=True))
 
 
 @pytest.fixture(scope="module")
 def truth(equal):
     """The images of each view's requests, from images in memory."""
     loader = loader_of(in_memory(equal), 0)
-    return [[seen.images for seen in loader.stream(requests(view))] for view in range(3)]
+    return [[batch.images for batch in loader.stream(requests(view))] for view in range(3)]
 
 
 def started_since(before):
@@ -111,7 +111,7 @@ def test_random_state_of_the_job_is_unchanged(equal, num_workers):
     torch.manual_seed(3)
     before = states()
     loader = loader_of(equal, num_workers, JITTER)
-    first = [seen.images for seen in loader.stream(requests(0)) if states() == before]
+    first = [batch.images for batch in loader.stream(requests(0)) if states() == before]
     assert len(first) == 20, "unchanged after each batch"
     next(loader.stream(requests(1)))
     assert states() == before
