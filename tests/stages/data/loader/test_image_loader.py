@@ -145,15 +145,15 @@ def test_epochs_use_stored_or_fresh_views(equal):
 
 
 class RecordedTargets:
-    """Targets that are what was asked for."""
+    """Targets that equal the request."""
 
     slabs = None
 
-    def known(self, positions):
-        return None
+    def target_masks(self, indices):
+        return ()
 
-    def batch(self, view, positions):
-        return view, positions.tolist()
+    def batch(self, view, indices):
+        return view, indices.tolist()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -52,10 +52,7 @@ def render_mixed(ids, view, partner_pool):
     image_of = dict(zip(ALL.sample_ids.tolist(), ALL.images, strict=True))
     mixed = []
     for index, pair in enumerate(zip(ids.tolist(), mixture.partner_ids.tolist(), strict=True)):
-        own, partner = (
-            plain.render_batch(image_of[sample_id][None], torch.tensor([sample_id]), view)[0].long()
-            for sample_id in pair
-        )
+        own, partner = (plain.render_batch(image_of[key][None], torch.tensor([key]), view)[0].long() for key in pair)
         weight = int(mixture.weights[index])
         image = (own * weight + partner * (2**16 - weight) + 2**15) // 2**16
         top, left, height, width = (int(side[index]) for side in mixture.boxes)
