@@ -172,7 +172,7 @@ def test_a_tilde_is_expanded_and_never_reaches_provenance(
 
 
 def test_unknown_home_folder_is_an_error() -> None:
-    with pytest.raises(DataError, match="no folder .*~"):
+    with pytest.raises(DataError, match="no file .*~no-such-user-here"):
         load_dataset(DataConfig(name="npz:~no-such-user-here/toy.npz"), "train")
 
 
