@@ -103,7 +103,7 @@ def test_a_stamp_is_size_and_both_times(tmp_path: Path) -> None:
     assert stamp(file) == (5, status.st_mtime_ns, status.st_ctime_ns)
 
 
-@pytest.mark.parametrize("at", [1, 2], ids=["mtime", "ctime"])
+@pytest.mark.parametrize("position", [1, 2], ids=["mtime", "ctime"])
 def test_recently_changed_file_is_not_cached(position: int) -> None:
     # Within one tick of the disk's clock it could change once more, and its stamp would not show it.
     now = 10**18
