@@ -93,8 +93,7 @@ def list_source(config: DataConfig, split: Split, size: int | None) -> Listing:
         return list_npz(_path(argument, config.root), split)
     if colon and argument and kind == "python":
         return list_python(argument, split, root=root)
-    known = {source.partition(":")[0]: source for source in KNOWN_NAMES}
-    near = did_you_mean(kind, known, limit=2, otherwise="")
+    near = did_you_mean(config.name, KNOWN_NAMES, limit=2, otherwise="")
     raise UnknownDataError(
         f"unknown data set data.name={config.name!r}; {near}{' ' if near else ''}known names: {', '.join(KNOWN_NAMES)}."
     )

@@ -145,7 +145,7 @@ def test_arrays_stay_in_memory_regardless_of_size(toy: dict[str, Any]) -> None:
         ("image_folder:/data/pets", "did you mean 'imagefolder:PATH'"),
         ("npz", "did you mean 'npz:PATH'"),
         ("imagefolder:", "did you mean 'imagefolder:PATH'"),
-        ("completely different", "Known names: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH"),
+        ("completely different", "known names: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH"),
     ],
 )
 def test_unknown_name_error_has_the_nearest(name: str, suggestion: str) -> None:

@@ -96,7 +96,7 @@ def kd(**changes):
 
 def whole_batch(task):
     """All samples, and the ids in their order."""
-    images = task.loader.image_set
+    images = task.loader.dataset
     batch = next(task.stream(3, images.num_samples, epoch=0, step=0, epochs=1))
     return batch, images.sample_ids[task.order(3, 0)]
 
