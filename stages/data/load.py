@@ -110,8 +110,8 @@ def _decode_spec(config: DataConfig, split: Split, size: int | None) -> DecodeSp
 
 def _path(text: str, below: str = "") -> Path:
     """Return `text` as an absolute path with `~` expanded, relative to `below`, without `.` and `..`."""
-    joined = os.path.join(below, os.path.expanduser(text))  # noqa: PTH111, PTH118 - unlike Path, accepts an unknown ~user
-    return Path(os.path.abspath(joined))  # noqa: PTH100 - resolve() would follow links and change the folder's name
+    below, text = os.path.expanduser(below), os.path.expanduser(text)  # noqa: PTH111 - Path's rejects an unknown ~user
+    return Path(os.path.abspath(os.path.join(below, text)))  # noqa: PTH100, PTH118 - resolve() would follow links
 
 
 def _load_images(
