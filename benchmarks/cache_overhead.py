@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 import torch
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
@@ -34,7 +34,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device
-from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.views.config import ViewsConfig
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    keep_freed_memory()  # as the command line does
+    disable_malloc_trim()  # as the command line does
     device = choose_device(arguments.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     print(f"{where}, torch {torch.__version__}, median of {arguments.rounds} rounds\n")
@@ -122,7 +122,7 @@ def make_setup(case: Case, folder: Path, device: torch.device) -> tuple[StageCon
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (case.num_samples, *case.image_shape), dtype=torch.uint8, generator=generator)
     labels = torch.arange(case.num_samples) % case.num_classes
-    classes = tuple(str(one) for one in range(case.num_classes))
+    classes = tuple(map(str, range(case.num_classes)))
     image_set = ImageSet("random", "train", images, labels, torch.arange(case.num_samples), classes)
     operations = ({"name": "RandomCrop", "padding": case.padding}, {"name": "RandomHorizontalFlip"})
     views = ViewsConfig(num_views=1, operations=operations)

@@ -33,11 +33,11 @@ from support.many_stores import LOGITS, Form, Wish, first_difference, grow, work
 from kdpipe.store import Codec, KdpipeError, open_store
 from kdpipe.store.check.verify import verify_store
 
-STATISTIC_FUNCTIONS = [
+PROFILES = [
     replace(form, codec=codec) for form in LOGITS.values() for codec in (None, Codec("zstd", 3), Codec("blosc", 3))
 ]
 MAX_LIFETIME_S = 0.08
-"""Writers are killed within this time, before most of them are done."""
+"""The longest life of a writer, too short for most of them to finish."""
 
 
 def wishes_of(form: Form) -> list[Wish]:
@@ -59,7 +59,7 @@ def uninterrupted(form: Form) -> dict[str, bytes]:
 def kill_campaign(folder: Path, num_kills: int, rng: random.Random) -> Counter[str]:
     count: Counter[str] = Counter()
     while count["writers killed"] < num_kills:
-        form = rng.choice(STATISTIC_FUNCTIONS)
+        form = rng.choice(PROFILES)
         path = folder / f"{count['stores']}.zarr"
         count["stores"] += 1
         for wish in wishes_of(form):
@@ -68,11 +68,11 @@ def kill_campaign(folder: Path, num_kills: int, rng: random.Random) -> Counter[s
                 count[read_result(path)] += 1
             work(path, wish)
             count["extensions finished wrongly"] += read_result(path) != "reads: correct"
-        litter = {one.name for one in folder.iterdir()} - {path.name, f".{path.name}.lock", f".{path.name}.locks"}
-        same = folder_bytes(path) == uninterrupted(form) and not litter
+        leftovers = {file.name for file in folder.iterdir()} - {path.name, f".{path.name}.lock", f".{path.name}.locks"}
+        same = folder_bytes(path) == uninterrupted(form) and not leftovers
         count["stores equal to an uninterrupted one" if same else "stores that differ"] += 1
-        for one in folder.iterdir():
-            shutil.rmtree(one) if one.is_dir() else one.unlink()
+        for file in folder.iterdir():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
     return count
 
 
@@ -101,7 +101,7 @@ def read_result(path: Path) -> str:
 
 def flip_campaign(folder: Path, num_flips: int, rng: random.Random) -> Counter[str]:
     paths = []
-    for number, form in enumerate(STATISTIC_FUNCTIONS):
+    for number, form in enumerate(PROFILES):
         paths.append(grow(folder / f"whole-{number}.zarr", wishes_of(form)[-1]))
         paths.append(grow(folder / f"grown-{number}.zarr", *wishes_of(form)))
     files = [(path, file) for path in paths for file in sorted(path.rglob("*")) if file.is_file()]
@@ -142,7 +142,7 @@ def main() -> int:
         rng = random.Random(options.seed)
         kills = kill_campaign(Path(folder), options.kills, rng)
         flips = flip_campaign(Path(folder), options.flips, rng)
-    print("| campaign | what | count |\n| --- | --- | ---: |")
+    print("| campaign | result | count |\n| --- | --- | ---: |")
     for name, count in (("kills", kills), ("flips", flips)):
         for what, number in sorted(count.items()):
             print(f"| {name} | {what} | {number:,} |")

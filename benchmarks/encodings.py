@@ -104,10 +104,10 @@ def topk_encodings(exact: Logits, grid: tuple[float, ...]) -> Iterator[Encoding]
 
 
 def topk(exact: Logits, form: TopK) -> Encoding:
-    made = encode_topk(exact, form, "float16")
+    encoded = encode_topk(exact, form, "float16")
 
     def decode(rows: slice, temperature: float) -> Logits:
-        return dense_logits(made[VALUES][rows], made[INDICES][rows], made[TAIL][rows], form, temperature)
+        return dense_logits(encoded[VALUES][rows], encoded[INDICES][rows], encoded[TAIL][rows], form, temperature)
 
     return Encoding(f"top-{form.k} logits", sum(spec.row_bytes for spec in form.arrays("float16")), decode)
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.config import DataConfig
@@ -44,7 +44,7 @@ from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device
-from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, source_shapes
 from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets
 from kdpipe.stages.targets.resolve import smallest_feature
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("pairs", nargs="*", default=list(PAIRS), help=", ".join(PAIRS))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    keep_freed_memory()  # as the command line does
+    disable_malloc_trim()  # as the command line does
     for name in arguments.pairs:
         with tempfile.TemporaryDirectory() as folder:
             measure(name, PAIRS[name], Path(folder), arguments.rounds)
@@ -148,8 +148,8 @@ def measure(name: str, pair: Pair, folder: Path, num_rounds: int) -> None:
             time_s = one_epoch(pair, student, task, context, folder / "jobs" / f"{variant}-{number}")
             if number:  # the first round warms up: files, caches, allocator
                 times[variant].append(time_s)
-    where = torch.cuda.get_device_name() if context.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}: {pair.teacher.name} -> {pair.student.name}, {pair.num_samples:,} images an epoch, {where}")
+    device = torch.cuda.get_device_name() if context.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}: {pair.teacher.name} -> {pair.student.name}, {pair.num_samples:,} images an epoch, {device}")
     print(f"  {'hard labels alone':<34} {statistics.median(times['alone']):8.3f} s an epoch")
     for variant, text in VARIANTS.items():
         ratios = [time_s / alone for time_s, alone in zip(times[variant], times["alone"], strict=True)]
@@ -217,8 +217,9 @@ def make_tasks(
     kd, hint = KDConfig(loss="kd"), HintConfig(loss="hint", layers=(pair.hint,))
     at = ATConfig(loss="at", layers=(pair.hint,))
     shapes = source_shapes(teacher.model, [FeatureSpec(pair.hint[1])], context.image_shape)
-    wanted = required_of([hint, at], student_shapes(config, [hint, at], context), 0)
-    cache_teacher(CacheConfig(), path, teacher, [smallest_feature(one, shapes[one.source]) for one in wanted], context)
+    required = required_of([hint, at], student_shapes(config, [hint, at], context), 0)
+    stored = [smallest_feature(feature, shapes[feature.source]) for feature in required]
+    cache_teacher(CacheConfig(), path, teacher, stored, context)
     logits, statistic, features = (
         build_task(student, open_distillation([path], losses, config, {}, context), 0, context)
         for losses in ([kd], [kd, at], [kd, hint])

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 import torch
 
 from kdpipe.stages.models.build import ModelConfig, build_model
-from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.runtime.memory import disable_malloc_trim
 
 TEACHERS = {
     "resnet32x4": (ModelConfig(name="resnet32x4"), 3, (32, 32), 100),
@@ -59,7 +59,7 @@ def turn_in_process(teacher: str, keep: str) -> float:
 def turn(teacher: str, keep: bool) -> float:
     """Return images per second over TURN_S, after two warm-up passes."""
     if keep:
-        keep_freed_memory()
+        disable_malloc_trim()
     config, channels, size, num_classes = TEACHERS[teacher]
     model = build_model(config, num_classes=num_classes, in_channels=channels, image_size=size, seed=0).eval()
     images = torch.randn(BATCH_SIZE, channels, *size)

@@ -158,8 +158,8 @@ def make_store(path: Path, name: str, values: Rows, ids: NDArray[np.int64]) -> T
     num_samples = len(values)
     samples = Samples(ids, np.zeros(num_samples, np.int64), np.zeros(num_samples, np.uint32))
     spec = ArraySpec(name, values.shape[1:], "float16")
-    normalize_rows = rows_per_unit([spec], num_samples, SHARD_BYTES)
-    geometry = StoreLayout(1, normalize_rows, (num_samples,))
+    unit_rows = rows_per_unit([spec], num_samples, SHARD_BYTES)
+    geometry = StoreLayout(1, unit_rows, (num_samples,))
     manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), geometry, {})
     create_store(path, manifest, samples)
     for unit in geometry.units():
@@ -182,8 +182,8 @@ def lmdb_candidate(values: Rows, path: Path, opened: contextlib.ExitStack) -> Ga
     reading = opened.enter_context(environment.begin(buffers=True))
 
     def gather(batch: Batch) -> Rows:
-        joined = b"".join([reading.get(row.to_bytes(8, "big")) for row in batch.rows.tolist()])
-        return np.frombuffer(joined, np.float16).reshape(-1, *values.shape[1:])
+        content = b"".join([reading.get(row.to_bytes(8, "big")) for row in batch.rows.tolist()])
+        return np.frombuffer(content, np.float16).reshape(-1, *values.shape[1:])
 
     return gather
 
@@ -194,8 +194,8 @@ def h5py_candidate(values: Rows, path: Path, opened: contextlib.ExitStack) -> Ga
 
     def gather(batch: Batch) -> Rows:
         rising, back = np.unique(batch.rows, return_inverse=True)
-        gathered: Rows = dataset[rising][back]
-        return gathered
+        rows: Rows = dataset[rising][back]
+        return rows
 
     return gather
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
 from kdpipe.stages.compress.quantization.qat import calibrate, prepare_qat
-from kdpipe.stages.evaluation.latency import RoundTimes, measure_rounds
+from kdpipe.stages.evaluation.latency import Latency, measure_latency
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.export.onnx_session import float_nodes
 from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
@@ -59,7 +59,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(Path(folder), arguments)
-        times = measure_rounds(
+        times = measure_latency(
             files, None, arguments.batch_sizes, num_rounds=arguments.rounds, num_threads=arguments.threads
         )
         names = [name.removesuffix(" fp32") for name in files if name.endswith(" fp32")]
@@ -131,11 +131,11 @@ def example(image_size: int) -> Tensor:
     return torch.zeros(2, 3, image_size, image_size)
 
 
-def print_table(names: Sequence[str], times: RoundTimes, batch_size: int) -> None:
+def print_table(names: Sequence[str], times: Mapping[str, Mapping[int, Latency]], batch_size: int) -> None:
     heads = f"{'FP32 ms':>9} {'INT8 ms':>9} {'INT8/FP32':>10} {'90 % within':>15} {'fastest':>8}  target"
     print(f"\nbatch {batch_size:<18} {heads}")
     for name in names:
-        fp32, int8 = (times[f"{name} {kind}"][batch_size] for kind in ("fp32", "int8"))
+        fp32, int8 = (times[f"{name} {kind}"][batch_size].rounds_ms for kind in ("fp32", "int8"))
         ratios = [int8_ms / fp32_ms for int8_ms, fp32_ms in zip(int8, fp32, strict=True)]
         ratio = statistics.median(ratios)
         low, high = np.percentile(ratios, (5, 95))

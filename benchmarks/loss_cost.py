@@ -1,4 +1,4 @@
-"""Measure the cost of each loss: forward and backward, relative to the student's own training step.
+"""Measure the cost of each loss: forward and backward, relative to the student's training step.
 
     uv run python benchmarks/loss_cost.py [--losses NAME ...] [--batch-sizes B ...] [--rounds N]
 
@@ -40,13 +40,13 @@ from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.schedules import TrainProgress
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.hooks import ModelOutput
-from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape, compute_statistic
 from kdpipe.stages.targets.outputs import DenseTargets
 
 NUM_CLASSES, NUM_SAMPLES, VECTOR = 100, 50_000, (256,)
 MAPS = ((64, 8, 8), (256, 8, 8))
-MOMENT = TrainProgress(epoch=100, epochs=240)
+PROGRESS = TrainProgress(epoch=100, epochs=240)
 """After the warm-up of all losses, which does not change their cost."""
 
 Work = Callable[[], object]
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 256], metavar="B")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    keep_freed_memory()  # as the command line does
+    disable_malloc_trim()  # as the command line does
     torch.manual_seed(0)
     print(f"student's step: resnet8x4, {torch.get_num_threads()} CPU threads; medians of {arguments.rounds} rounds")
     for batch_size in arguments.batch_sizes:
@@ -111,8 +111,8 @@ class Student:
         cross_entropy = F.cross_entropy(logits, self.labels, reduction="none")
         (gradient,) = torch.autograd.grad(cross_entropy.sum(), images, create_graph=True)
         ranks = torch.arange(len(images))
-        said = LossInputs(ModelOutput(logits, {}), teacher, self.labels, ranks, MOMENT, input_gradient=gradient)
-        self._descend(cross_entropy.mean() + loss(said).mean())
+        inputs = LossInputs(ModelOutput(logits, {}), teacher, self.labels, ranks, PROGRESS, input_gradient=gradient)
+        self._descend(cross_entropy.mean() + loss(inputs).mean())
 
     def _descend(self, loss: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -130,15 +130,16 @@ def cases(name: str, kind: type[LossConfig], student: Student) -> Iterator[Case]
     elif not takes_layers:
         yield on_features(config, {}, f"{NUM_CLASSES}", len(student.images))
     else:
-        is_pooled = all(wanted.statistic == POOLED for wanted in config.required_features({"student": MAPS[0]}))
+        is_pooled = all(feature.statistic == POOLED for feature in config.required_features({"student": MAPS[0]}))
         for shape in (VECTOR,) if is_pooled else MAPS:
             size = "x".join(map(str, shape))
             yield on_features(config, {"student": shape}, size, len(student.images))
 
 
 def through_the_network(config: LossConfig, student: Student) -> Case:
-    features = {one: compute_statistic(one, torch.randn_like(student.images)) for one in config.required_features({})}
-    delivered = {one: tuple(feature.shape[1:]) for one, feature in features.items()}
+    required = config.required_features({})
+    features = {feature: compute_statistic(feature, torch.randn_like(student.images)) for feature in required}
+    delivered = {feature: tuple(values.shape[1:]) for feature, values in features.items()}
     loss = config.build({}, delivered, DatasetInfo(NUM_SAMPLES, NUM_CLASSES))
     work = partial(student.step_with, loss, DenseTargets(torch.empty(0), features))
     return Case(config.loss, "network", student.optimizer.zero_grad, work, [], replaces=True)
@@ -146,33 +147,35 @@ def through_the_network(config: LossConfig, student: Student) -> Case:
 
 def on_features(config: LossConfig, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:
     """Return a loss on random logits and features, with equal channels on both sides."""
-    wanted = dict(zip(config.required_features(shapes), shapes.values(), strict=True))
-    features = {one: compute_statistic(one, torch.randn(batch_size, *shape)) for one, shape in wanted.items()}
-    delivered = {one: tuple(feature.shape[1:]) for one, feature in features.items()}
+    required = dict(zip(config.required_features(shapes), shapes.values(), strict=True))
+    features = {
+        feature: compute_statistic(feature, torch.randn(batch_size, *shape)) for feature, shape in required.items()
+    }
+    delivered = {feature: tuple(values.shape[1:]) for feature, values in features.items()}
     loss = config.build(shapes, delivered, DatasetInfo(NUM_SAMPLES, NUM_CLASSES)).train()
     leaves = {layer: torch.randn(batch_size, *shape, requires_grad=True) for layer, shape in shapes.items()}
     student = ModelOutput(torch.randn(batch_size, NUM_CLASSES, requires_grad=True), leaves)
     teacher = DenseTargets(torch.randn(batch_size, NUM_CLASSES), features)
     labels, ranks = torch.randint(NUM_CLASSES, (batch_size,)), torch.randperm(NUM_SAMPLES)[:batch_size]
-    said = LossInputs(student, teacher, labels, ranks, MOMENT, others_of(config, wanted))
+    loss_inputs = LossInputs(student, teacher, labels, ranks, PROGRESS, make_negatives(config, required))
 
     def prepare() -> None:
         for tensor in (student.logits, *leaves.values(), *loss.parameters()):
             tensor.grad = None
 
     def work() -> None:
-        loss(said).mean().backward()
+        loss(loss_inputs).mean().backward()
 
-    others = said.negatives.features.values() if said.negatives else ()
-    inputs = [student.logits, *leaves.values(), teacher.logits, *features.values(), *others]
+    negatives = loss_inputs.negatives.features.values() if loss_inputs.negatives else ()
+    inputs = [student.logits, *leaves.values(), teacher.logits, *features.values(), *negatives]
     return Case(config.loss, size, prepare, work, [*inputs, *loss.parameters(), *loss.buffers()])
 
 
-def others_of(config: LossConfig, wanted: Mapping[FeatureSpec, Shape]) -> Negatives | None:
+def make_negatives(config: LossConfig, required: Mapping[FeatureSpec, Shape]) -> Negatives | None:
     if not config.num_negatives:
         return None
     count = config.num_negatives
-    features = {one: compute_statistic(one, torch.randn(count, *shape)) for one, shape in wanted.items()}
+    features = {feature: compute_statistic(feature, torch.randn(count, *shape)) for feature, shape in required.items()}
     return Negatives(features, torch.randint(NUM_CLASSES, (count,)), torch.randint(NUM_SAMPLES, (count,)))
 
 
@@ -212,13 +215,13 @@ class LargestTensor(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        self.existing = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         self.num_bytes: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.existing:
                 self.num_bytes = max(self.num_bytes, leaf.untyped_storage().nbytes())
         return result
 

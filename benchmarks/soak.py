@@ -2,7 +2,7 @@
 
 A shell loop restarts it each time, as a batch system would. It has to end with the bytes of an uninterrupted run.
 
-    python benchmarks/soak.py recipes/mnist.toml --kills 100 [--set KEY=VALUE ...]
+    uv run python benchmarks/soak.py recipes/mnist.toml --kills 100 [--set KEY=VALUE ...]
 
 Half of the kills are SIGKILL, which saves nothing; the others request a stop: SIGTERM, SIGINT, SIGUSR1, SIGUSR2.
 """
@@ -48,7 +48,13 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*KDPIPE, "run", str(options.recipe), *(word for one in options.set for word in ("--set", one)), "--run"]
+    command = [
+        *KDPIPE,
+        "run",
+        str(options.recipe),
+        *(word for pair in options.set for word in ("--set", pair)),
+        "--run",
+    ]
 
     started = time.monotonic()
     subprocess.run([*command, str(folder / "uninterrupted")], check=True, stdout=subprocess.DEVNULL)
@@ -93,17 +99,17 @@ def soak(command: list[str], folder: Path, options: argparse.Namespace) -> tuple
             except ProcessLookupError:
                 continue
             kills[number.name] += 1
-            print(f"  {sum(kills.values())}: {number.name} {where(folder / 'killed')}", flush=True)
+            print(f"  {sum(kills.values())}: {number.name} {last_progress(folder / 'killed')}", flush=True)
         return loop.wait(), kills
 
 
-def where(run: Path) -> str:
-    """Return the progress of the killed run, by its last progress event."""
+def last_progress(run: Path) -> str:
+    """Describe how far the killed run was, by its last progress event."""
     try:
         events = [json.loads(line) for line in (run / "events.jsonl").read_bytes().splitlines()[-20:]]
     except (OSError, ValueError):
         return "before the first event, or while one was written"
-    event = next((one for one in reversed(events) if one.get("kind") == "progress"), None)
+    event = next((event for event in reversed(events) if event.get("kind") == "progress"), None)
     return (
         f"after {event['stage']}: {event['job']}, {event['unit']} {event['step']}"
         if event
@@ -113,8 +119,8 @@ def where(run: Path) -> str:
 
 def compare(uninterrupted: Path, killed: Path) -> list[str]:
     """Return the files that differ, or that only one run has."""
-    found, wanted = files(killed), files(uninterrupted)
-    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    found, expected = files(killed), files(uninterrupted)
+    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
 
 
 def files(run: Path) -> dict[str, bytes]:

@@ -71,11 +71,11 @@ def make_store(path: Path, num_bytes: int) -> None:
     ids = np.arange(num_samples)
     samples = Samples(ids, ids % NUM_CLASSES, np.zeros(num_samples, np.uint32))
     spec = ArraySpec("logits", (NUM_CLASSES,), "float16")
-    geometry = StoreLayout(1, rows_per_unit([spec], num_samples, 16 * MIB), (num_samples,))
-    manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), geometry, {})
+    layout = StoreLayout(1, rows_per_unit([spec], num_samples, 16 * MIB), (num_samples,))
+    manifest = Manifest(Identity({}, samples.digests(), {}), (spec,), layout, {})
     create_store(path, manifest, samples)
     rng = np.random.default_rng(0)
-    for unit in geometry.units():
+    for unit in layout.units():
         rows = rng.standard_normal((unit.num_rows, NUM_CLASSES), np.float32).astype(np.float16)
         write_unit(path, manifest, unit, {"logits": rows})
     finish_store(path)
@@ -116,14 +116,14 @@ def resident_bytes() -> int:
 
 
 def print_mixing() -> None:
-    num_samples, batch_size, normalize_rows = 50_000, 128, 1024
+    num_samples, batch_size, unit_rows = 50_000, 128, 1024
     labels = torch.arange(num_samples) * 100 // num_samples
     mixed = torch.from_numpy(np.argsort(row_order(np.arange(num_samples), 0)))  # the row of each sample
     print("| rows of a store | slabs mixed at a time | variance over a full shuffle's |\n|---|---:|---:|")
     full = np.mean([variance(labels, epoch_order(0, epoch, num_samples), batch_size) for epoch in range(5)])
     for name, rows in (("in their mixed order", mixed), ("in the original order, by class", torch.arange(num_samples))):
         for window in (1, 4, 16):
-            orders = [shard_order(0, epoch, rows // normalize_rows, window) for epoch in range(5)]
+            orders = [shard_order(0, epoch, rows // unit_rows, window) for epoch in range(5)]
             ratio = np.mean([variance(labels, order, batch_size) for order in orders]) / full
             print(f"| {name} | {window} | {ratio:.2f} |")
 

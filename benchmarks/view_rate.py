@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
-from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.renderer import Renderer
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    keep_freed_memory()  # as the command line does
+    disable_malloc_trim()  # as the command line does
     images = torch.randint(256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8)
     ours, baseline = tensor_engine(images), one_by_one(images)
     rates: dict[str, list[float]] = {"ours": [], "baseline": []}

@@ -81,7 +81,7 @@ def run_job(
         from kdpipe.store import exclusive, shared
 
         loaded, folder = _load(recipe, options)
-        work, own_part = _work(command, count, only), _part(part) if command == "cache-teacher" else None
+        work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
         # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
         fraction = loaded.gpu_memory_fraction
         select_device(loaded.device, share=options.share, memory_fraction=fraction, warn=print_warning)
@@ -94,7 +94,7 @@ def run_job(
                 loaded,
                 folder,
                 monitor,
-                own_part or process_group.work_shard,
+                work_shard or process_group.work_shard,
                 share=options.share,
                 process_group=process_group,
             )
@@ -114,8 +114,7 @@ def _recorded(run: Run, command: str) -> Iterator[Run]:
     """Yield the run with an event log and a session record in its folder."""
     from kdpipe.pipeline.recipe.load import recipe_json
     from kdpipe.pipeline.session.event_log import event_log
-    from kdpipe.pipeline.session.fingerprints import fingerprints
-    from kdpipe.pipeline.session.run_record import session
+    from kdpipe.pipeline.session.run_record import fingerprints, session
 
     rank = run.process_group.rank if run.process_group.count > 1 else None
     with event_log(run.folder, command, rank=rank) as log:
@@ -195,14 +194,14 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     from kdpipe.pipeline.commands.compare import print_compare
     from kdpipe.pipeline.commands.generations import print_generations
     from kdpipe.pipeline.commands.summary import print_summary
-    from kdpipe.pipeline.report.command import tell_report
-    from kdpipe.pipeline.report.tradeoff import write_pareto_plot
+    from kdpipe.pipeline.report.pareto import write_pareto_plot
+    from kdpipe.pipeline.report.report import print_reports
     from kdpipe.pipeline.terminal.exit_codes import DONE
 
     if command in ("run", "compress"):
         write_pareto_plot(run.folder)
     if command == "run":
-        return tell_report([run.folder], as_json)
+        return print_reports([run.folder], as_json)
     if as_json:
         print_json({"command": command, "run": str(run.folder), **results})
     elif command == "compare":
@@ -214,7 +213,7 @@ def _print_results(command: str, run: Run, results: dict[str, Any], as_json: boo
     return DONE
 
 
-def _part(text: str | None) -> WorkShard:
+def _work_shard(text: str | None) -> WorkShard:
     from kdpipe.stages.runtime.launcher import parse_shard, shard_from_env
 
     return parse_shard(text) if text is not None else shard_from_env(os.environ)

@@ -62,25 +62,11 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")
 
 
-def _check_part(text: str | None) -> str | None:
-    """Refuse an invalid --part before the run folder is touched."""
-    if text is not None:
-        from kdpipe.stages.errors import RecipeError
-        from kdpipe.stages.runtime.launcher import parse_shard
-
-        try:
-            parse_shard(text[:40])
-        except RecipeError as error:
-            raise typer.BadParameter(str(error)) from None
-    return text
-
-
 WorkShard = Annotated[
     str | None,
     typer.Option(
         "--part",
         metavar="I/N",
-        callback=_check_part,
         help="Compute only part I of N of the units, counted from 0 [default: from torchrun or Slurm, else all].",
     ),
 ]
@@ -118,6 +104,8 @@ _add_job("train-teacher", "Train the teacher, or load its weights. The recipe de
 @with_options
 def cache_teacher(recipe: RecipePath, options: JobOptions, *, part: WorkShard = None, dry_run: DryRun = False) -> None:
     """Stage 1: cache the teacher's outputs. Stores its logits and features for every view."""
+    if dry_run and part is not None:
+        raise typer.BadParameter("--dry-run and --part exclude each other.")
     if dry_run:
         _plan(recipe, options, with_probe=False)
     else:
@@ -147,8 +135,7 @@ def views(
     with guarded():
         require_writable(save, "--save", ".png")
     with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.view_grid import draw_grid
-        from kdpipe.pipeline.steps import run_views
+        from kdpipe.pipeline.commands.view_grid import draw_grid, run_views
 
         shown, store = run_views(run, num_samples, num_views)
         draw_grid(shown, save)
@@ -160,7 +147,7 @@ def views(
     num_rows, num_columns = shown.images.shape[:2]
     _print(
         options.as_json,
-        {"command": "views", "picture": str(save), "store": store, "samples": samples},
+        {"command": "views", "image": str(save), "store": store, "samples": samples},
         lambda: typer.echo(f"{printable(str(save))}: {num_rows} samples in {num_columns} views"),
     )
 
@@ -206,8 +193,7 @@ def sensitivity(
 ) -> None:
     """Measure how much each layer suffers from INT8. One layer float, and one layer INT8, at a time; writes nothing."""
     with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.sensitivity import print_sensitivity
-        from kdpipe.pipeline.steps import run_sensitivity
+        from kdpipe.pipeline.commands.sensitivity import print_sensitivity, run_sensitivity
 
         network, layers = run_sensitivity(run, num_batches)
         document = {"command": "sensitivity", "network": network, "layers": [asdict(layer) for layer in layers]}
@@ -252,12 +238,14 @@ def report(
     if html is not None and no_html:
         raise typer.BadParameter("--html and --no-html exclude each other.")
     with guarded():
-        from kdpipe.pipeline.report.command import page_path, tell_report, write_html_report
+        from kdpipe.pipeline.report.report import page_path, print_reports
 
         page = page_path(runs, html) if html is not None or not (no_html or as_json) else None
-        code = tell_report(runs, as_json)
+        code = print_reports(runs, as_json)
         if page is not None:
-            write_html_report(runs, page)
+            from kdpipe.pipeline.report.html.write import write_page
+
+            write_page(runs, page, print_info)
         if code:
             raise typer.Exit(code)
 
@@ -320,15 +308,14 @@ def bench(
         from kdpipe.pipeline.commands.bench import print_bench, run_bench
 
         measured = run_bench(models, batch_size or (), num_threads=threads, num_rounds=rounds, as_json=as_json)
-        _print(as_json, measured.to_json(), lambda: print_bench(measured))
+        _print(as_json, measured, lambda: print_bench(measured))
 
 
 def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
     """Print what `cache-teacher` would do; fail if the disk is too small, as it would."""
     with guarded(), open_run(recipe, options) as run:
-        from kdpipe.pipeline.commands.plan import print_plan, settings_json
+        from kdpipe.pipeline.commands.plan import print_plan, run_plan, settings_json
         from kdpipe.pipeline.recipe.load import load_recipe_with_origins
-        from kdpipe.pipeline.steps import run_plan
         from kdpipe.stages.cache_teacher.plan import require_room
 
         _, settings = load_recipe_with_origins(recipe, options.set_ or (), os.environ)

@@ -54,12 +54,9 @@ def _abortable() -> Iterator[None]:
 
     try:
         yield
-    except (KeyboardInterrupt, StoppedEarly):
+    except (KeyboardInterrupt, StoppedEarly, EOFError) as error:
         print_line("interrupted; nothing was written.")
-        raise typer.Exit(INTERRUPTED) from None
-    except EOFError:
-        print_line("end of input; nothing was written.")
-        raise typer.Exit(FAILED) from None
+        raise typer.Exit(FAILED if isinstance(error, EOFError) else INTERRUPTED) from None
 
 
 @recipe_app.command("check")

@@ -34,9 +34,9 @@ from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import select_device
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
-from kdpipe.stages.runtime.memory import keep_freed_memory
+from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
-from kdpipe.stages.targets.open import local_store_path
+from kdpipe.stages.targets.open import local_store_path, test_store_path
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.train_student.preflight import dry_run_losses
 from kdpipe.stages.train_student.student import open_distillation
@@ -51,16 +51,16 @@ class Run:
 
     Attributes:
         folder: The run folder.
-        part: Part of the store's units that this process computes.
+        work_shard: The share of the stores' units that this process computes.
         share: Whether a GPU that other processes use may be used.
-        processes: Processes that train together; the first one writes.
+        process_group: The processes that train together; the first one writes.
         phase: Returns a context that records the wall time of its block under a name.
     """
 
     recipe: Recipe
     folder: Path
     monitor: RunMonitor
-    part: WorkShard = ALL
+    work_shard: WorkShard = ALL
     share: bool = False
     process_group: ProcessGroup = SINGLE
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
@@ -86,7 +86,7 @@ class Run:
             RecipeError: If the recipe's device does not exist.
         """
         torch.set_num_threads(self.recipe.num_threads or num_threads(os.environ))
-        keep_freed_memory()
+        disable_malloc_trim()
         _ = self.device  # fail before any work is done
 
     @cached_property
@@ -152,13 +152,13 @@ class Run:
             return None
         path = local_store_path(places[0], self.monitor)
         try:
-            population = read_partner_pool(path)
+            pool = read_partner_pool(path)
         except StoreError:  # damaged: readers of the store report it, and `store repair` uses the data set as it is
             return None
-        if np.array_equal(population.ids, np.sort(train_set.sample_ids.numpy())):
+        if np.array_equal(pool.ids, np.sort(train_set.sample_ids.numpy())):
             return None
         whole = replace(self.recipe.data, num_train=None, classes=None)
-        return load_partner_pool(population, self._load(whole, "train", only=population.ids), path)
+        return load_partner_pool(pool, self._load(whole, "train", only=pool.ids), path)
 
     @property
     def store(self) -> Path:
@@ -169,6 +169,11 @@ class Run:
                 f"cache.store = {named!r} is a URL: name a folder, and upload it after `kdpipe cache-teacher`."
             )
         return (Path(named) if named else self.folder / "store.zarr").absolute()
+
+    @property
+    def test_store(self) -> Path:
+        """The store with the teacher's logits of the test images, beside the store."""
+        return Path(test_store_path(self.store))
 
     @property
     def stores(self) -> list[Path | str]:

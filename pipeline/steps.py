@@ -1,49 +1,60 @@
-"""The stages of a run, one function each, in order."""
+"""The stages of a run, each on one page: build the objects, hand them to the stage's workers, return the results.
+
+`train_teacher`, `cache_teacher`, `train_student` and `compress_student` are the stages on built data and views (a
+`StageContext`); `run_*` apply them to a recipe in its run folder. Every step skips finished work and resumes stopped
+work.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.run import Run
-from kdpipe.stages.cache_teacher.cache import cache_teacher
-from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
-from kdpipe.stages.cache_teacher.preview import ViewPreview, show_views
-from kdpipe.stages.cache_teacher.test_targets import cache_test_store
+from kdpipe.stages.cache_teacher.cache import fill_store
+from kdpipe.stages.cache_teacher.plan import (
+    CacheConfig,
+    build_cache_job,
+    missing_bytes,
+    plan_store,
+    require_room,
+    samples_in_row_order,
+)
 from kdpipe.stages.compress.artifacts.export_student import export_student
 from kdpipe.stages.compress.artifacts.write import artifact_folder
-from kdpipe.stages.compress.compress import (
-    STEPS,
-    Step,
-    compress,
-    compressed_root,
-    dry_run,
-    float_job,
-    is_done,
-    student_sensitivity,
-)
-from kdpipe.stages.compress.fine_tune import FineTuneContext
-from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity
-from kdpipe.stages.context import test_context
+from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
+from kdpipe.stages.compress.fine_tune import build_fine_tuning
+from kdpipe.stages.context import StageContext, test_context
 from kdpipe.stages.distillation.spec import DistillationSpec
-from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, view_warning
+from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.runtime.cpu import lower_priority
 from kdpipe.stages.runtime.events import ProgressEvent
-from kdpipe.stages.targets.open import local_store_path, open_with_views, test_store_path
-from kdpipe.stages.train_student.student import train_student
+from kdpipe.stages.runtime.launcher import ALL, WorkShard
+from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.train_student.student import StudentRun, student_inputs, train_hint_stages
 from kdpipe.stages.train_teacher import (
+    TeacherConfig,
+    build_teacher,
     load_teacher,
     require_same_training,
     teacher_folder,
-    train_teacher,
-    untrained_teacher,
+    teacher_inputs,
 )
+from kdpipe.stages.training.finalize import begin_job, finalize
+from kdpipe.stages.training.loop import train
+from kdpipe.stages.training.step import TrainJob
 from kdpipe.stages.training.task import TrainingTask
-from kdpipe.store import is_url, read_store_manifest
+from kdpipe.store import ensure_store
+
+# --- Stage 0: train a teacher, or take a trained one
 
 
 def run_train_teacher(run: Run) -> dict[str, Any]:
@@ -51,52 +62,164 @@ def run_train_teacher(run: Run) -> dict[str, Any]:
     return {"teacher": train_teacher(run.recipe.teacher, run.recipe.seed, run.context)}
 
 
+def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> dict[str, Any]:
+    """Build the teacher, train it unless it comes with weights, evaluate it and export it; return its results.
+
+    Raises:
+        RecipeError: The recipe has neither weights nor training.
+    """
+    if config.train is None and config.model.weights is None:
+        raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
+    process_group, job_dir = context.process_group, teacher_folder(context.run_dir)
+    if config.train is not None:
+        process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
+
+    teacher = build_teacher(config, seed, context)
+    if (done := begin_job(job_dir, teacher_inputs(config, seed, teacher, context), process_group)) is not None:
+        return done
+
+    test = context.evaluation(teacher.normalize)
+    history: list[dict[str, Any]] = []
+    if config.train is not None:
+        # Views that no store will hold: the teacher must not be fitted to the images that it labels later.
+        task = TrainingTask(context.train_loader, context.views.num_views, teacher.normalize, fresh_views=True)
+        job = TrainJob(
+            stage="train-teacher",
+            name="teacher",
+            model=teacher.model,
+            task=task,
+            test=test,
+            config=config.train,
+            seed=seed,
+            job_dir=job_dir,
+            process_group=process_group,
+        )
+        history = train(job, context.device, context.monitor)
+    return finalize(job_dir, teacher, history, test, process_group=process_group)
+
+
+# --- Stage 1: run the teacher over every view, and cache its outputs
+
+
 def run_cache_teacher(run: Run) -> dict[str, Any]:
-    """Fill the stores of the training and the test images."""
-    require_same_training(run.recipe.teacher, run.recipe.seed, run.context)
-    teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
-    layers = list(run.required_features(teacher))
-    _plan_test(run, teacher, trained=True)  # report obstacles before the long work begins
-    cached = cache_teacher(run.recipe.cache, run.store, teacher, layers, run.context, part=run.part)
-    test_store = cache_test_store(run.recipe.cache, run.store, teacher, run.context, part=run.part)
-    return {"store": cached, "test_store": test_store}
+    """Fill the stores of the training and of the test images with what the recipe's losses need."""
+    recipe, context = run.recipe, run.context
+    require_same_training(recipe.teacher, recipe.seed, context)
+    teacher = load_teacher(recipe.teacher, recipe.seed, context)
+    features = list(run.required_features(teacher))
+    test_config, test_store, test_images = replace(recipe.cache, top_k=None), run.test_store, test_context(context)
+    samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
+    missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
+    return {
+        "store": cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard),
+        "test_store": cache_teacher(test_config, test_store, teacher, [], test_images, work_shard=run.work_shard),
+    }
 
 
-def _plan_test(run: Run, teacher: ModelBundle, *, trained: bool) -> dict[str, Any]:
-    """Return what remains to be computed for the test store."""
-    config, place = replace(run.recipe.cache, top_k=None), Path(test_store_path(run.store))
-    return plan_cache(config, place, teacher, [], test_context(run.context), trained=trained)
+def cache_teacher(
+    config: CacheConfig,
+    path: Path,
+    teacher: ModelBundle,
+    features: Sequence[FeatureSpec],
+    context: StageContext,
+    *,
+    work_shard: WorkShard = ALL,
+) -> dict[str, Any]:
+    """Fill this job's share of the store at `path` with the teacher's logits and `features`, for every view.
+
+    A store that lacks views, samples or layers is extended in place. Returns the store's figures.
+
+    Raises:
+        FingerprintMismatch: The store at `path` was made from other inputs.
+        RunError: The disk is too small.
+        Exception: As `fill_store`.
+    """
+    samples = samples_in_row_order(context)
+    planned = plan_store(config, teacher, features, samples, context)
+    require_room(path, missing_bytes(path, planned, samples))
+
+    manifest = ensure_store(path, planned, samples)
+    job = build_cache_job(config, path, manifest, teacher, context)
+    figures = fill_store(job, work_shard.select(manifest.layout.units()))
+    return {**figures, "part": str(work_shard) if work_shard.count > 1 else None}
 
 
-def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
-    """Return what `cache-teacher` would do, and with `with_probe` an estimate of its time."""
-    config, recipe = run.recipe.cache, run.recipe
-    trained = teacher_folder(run.folder).result() is not None
-    load = load_teacher if trained else untrained_teacher
-    teacher = load(recipe.teacher, recipe.seed, run.context)
-    required = run.required_features(teacher)
-    plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)
-    test_plan = _plan_test(run, teacher, trained=trained)
-    plan |= {key: plan[key] + test_plan[key] for key in ("missing_bytes", "num_images")} | {"test_store": test_plan}
-    timed = with_probe and plan["num_images"] > 0
-    measured = probe(config, teacher, list(required), run.context, plan["num_images"]) if timed else None
-    required_by = {feature.array: reasons for feature, reasons in required.items()}
-    return {**plan, "teacher_trained": trained, "layers_required_by": required_by, "probe": measured}
+# --- Stage 2: train students from the stores
 
 
-def run_views(run: Run, num_samples: int, num_views: int) -> tuple[ViewPreview, str | None]:
-    """Return some samples in their first views, with the predictions in the first store, and that store's path."""
-    place = run.stores[0]
-    if not is_url(place) and (not Path(place).exists() or read_store_manifest(Path(place)).finished is None):
-        return show_views(run.context, None, num_samples, num_views), None
-    store = open_with_views(local_store_path(place, run.monitor), run.context.view_identity(), {})
-    return show_views(run.context, store, num_samples, num_views), str(place)
+def run_train_student(run: Run) -> dict[str, Any]:
+    """Train each seed's student twice: on hard labels alone, and distilled from the stores."""
+    require_losses(run)
+    config, context, spec = run.recipe.student, run.context, run.distillation  # data; stores and losses, checked
+    if warning := view_warning(run.recipe.views):
+        run.monitor.warn("train-student", warning)
+    task = try_distillation(run, spec, config)
+    for number, line in enumerate(task.targets.describe() if task.targets else (), 1):
+        run.monitor.report(ProgressEvent("train-student", f"reads {line}", number, len(spec.stores), "store"))
+
+    students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
+    for seed in config.seeds:
+        students[ALONE].append(train_student(config, seed, None, context))
+        students[DISTILLED].append(train_student(config, seed, spec, context))
+    return {"students": students}
 
 
-def try_distillation(run: Run, spec: DistillationSpec, student: StudentConfig) -> TrainingTask:
+def train_student(
+    config: StudentConfig,
+    seed: int,
+    spec: DistillationSpec | None,
+    context: StageContext,
+    *,
+    run: StudentRun | None = None,
+) -> dict[str, Any]:
+    """Build a student, its losses and targets, train it, evaluate it and export it; return its results.
+
+    Args:
+        config: The recipe's `student` section.
+        seed: The student's seed.
+        spec: The opened stores and losses; None for a student on hard labels alone.
+        context: The data and views.
+        run: The student's folder and name; by default those of `kdpipe train-student`.
+    """
+    kind, process_group = ALONE if spec is None else DISTILLED, context.process_group
+    run = run or StudentRun(student_folder(context.run_dir, kind, seed), f"{kind} student, seed {seed}")
+    process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
+
+    student = build_student(config, seed, context, spec.losses if spec else ())
+    inputs = student_inputs(config, seed, spec, student, context)
+    if (done := begin_job(run.job_dir, inputs, process_group)) is not None:
+        return done
+
+    main, test = spec.main_stage if spec else None, context.evaluation(student.normalize)
+    job = TrainJob(
+        stage="train-student",
+        name=run.name,
+        model=student.model,
+        task=build_task(student, main, seed, context, label_smoothing=config.label_smoothing),
+        test=test,
+        config=config.train,
+        seed=seed,
+        job_dir=run.job_dir,
+        student_layers=student_layers(main.losses) if main else (),
+        process_group=process_group,
+    )
+    if spec is not None:
+        build = partial(_build_hint_task, student, spec, context)
+        train_hint_stages(job, student, spec.losses, build, device=context.device, monitor=context.monitor)
+    history = train(job, context.device, context.monitor)
+    return finalize(run.job_dir, student, history, test, process_group=process_group, with_onnx=run.with_onnx)
+
+
+def _build_hint_task(
+    student: ModelBundle, spec: DistillationSpec, context: StageContext, loss: LossConfig, seed: int
+) -> TrainingTask:
+    return build_task(student, spec.with_losses([loss]), seed, context)
+
+
+def try_distillation(run: Run, spec: DistillationSpec, config: StudentConfig) -> TrainingTask:
     """Build a first training task, so that errors and warnings come before any training."""
-    seed = student.seeds[0]
-    task = build_task(build_student(student, seed, run.context, spec.losses), spec, seed, run.context)
+    seed = config.seeds[0]
+    task = build_task(build_student(config, seed, run.context, spec.losses), spec, seed, run.context)
     if task.targets and task.targets.num_without_targets:
         count = f"{task.targets.num_without_targets:,} of {task.num_samples:,} samples have no targets"
         run.monitor.warn("train-student", f"{count}: they are trained on their labels alone.")
@@ -112,52 +235,53 @@ def require_losses(run: Run) -> None:
         )
 
 
-def run_train_student(run: Run) -> dict[str, Any]:
-    """Train each seed's student alone and distilled."""
-    require_losses(run)
-    spec, seeds = run.distillation, run.recipe.student.seeds
-    if warning := view_warning(run.recipe.views):
-        run.monitor.warn("train-student", warning)
-    task = try_distillation(run, spec, run.recipe.student)
-    for number, line in enumerate(task.targets.describe() if task.targets else (), 1):
-        run.monitor.report(ProgressEvent("train-student", f"reads {line}", number, len(spec.stores), "store"))
-    students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
-    for seed in seeds:
-        students[ALONE].append(train_student(run.recipe.student, seed, None, run.context))
-        students[DISTILLED].append(train_student(run.recipe.student, seed, spec, run.context))
-    return {"students": students}
+# --- Stage 3: prune, quantize and export the distilled students
 
 
 def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
-    """Prune, quantize and export the students, or do `only` one of these."""
+    """Prune, quantize and export each seed's student, or do `only` one of these."""
     recipe, context = run.recipe, run.context
     config, student = recipe.compress, recipe.student
-    steps = STEPS if only is None else (only,)
     if only in ("prune", "quantize") and only not in config.steps:
         raise RecipeError(f"--only {only}: compress.steps is {list(config.steps)}; add the step to the recipe.")
     if config.steps:
         require_losses(run)
     if not is_done(config, student, context.run_dir):
         dry_run(config, student, context)
-    compressed = [compress(config, student, seed, run.distillation, context, only=steps) for seed in student.seeds]
-    cards = []
-    if "export" in steps:
-        cards = [
-            export_student(config, student, seed, run.distillation, context, name=recipe.name) for seed in student.seeds
-        ]
-    root = compressed_root(run.folder, config)
-    folders = [str(artifact_folder(root, card["seed"])) for card in cards]
-    artifacts = [{"folder": folder, **card} for folder, card in zip(folders, cards, strict=True)]
-    return {"compressed": compressed, "artifacts": artifacts}
+    lower_priority(config.niceness)
+    steps = STEPS if only is None else (only,)
+    made = [
+        compress_student(config, student, seed, run.distillation, context, steps=steps, name=recipe.name)
+        for seed in student.seeds
+    ]
+    return {"compressed": [figures for figures, _ in made], "artifacts": [card for _, card in made if card is not None]}
 
 
-def run_sensitivity(run: Run, num_batches: int) -> tuple[str, list[LayerSensitivity]]:
-    """Return the INT8 sensitivity of each layer of the first seed's float student, and that student's name."""
-    config, student = run.recipe.compress, run.recipe.student
-    tutor = FineTuneContext(
-        student, student.seeds[0], run.distillation, run.context, compressed_root(run.folder, config)
-    )
-    return float_job(config, tutor).path.name, student_sensitivity(config, tutor, num_batches)
+def compress_student(
+    config: CompressConfig,
+    student: StudentConfig,
+    seed: int,
+    spec: DistillationSpec,
+    context: StageContext,
+    *,
+    steps: Sequence[Step] = STEPS,
+    name: str = "student",
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
+    """Prune and quantize a seed's student, fine-tuning it from the stores; export what came of it.
+
+    Returns:
+        The figures of each network, and the card of the exported artifacts, None if `steps` lacks "export".
+    """
+    root = compressed_root(context.run_dir, config)
+    fine_tuning = build_fine_tuning(student, seed, spec, context, root)  # student, task, test images
+    figures = compress(config, fine_tuning, only=steps)  # prune, fine-tune, quantize, fine-tune, evaluate
+    if "export" not in steps:
+        return figures, None
+    card = export_student(config, fine_tuning, name=name)
+    return figures, {"folder": str(artifact_folder(root, seed)), **card}
+
+
+# --- All stages
 
 
 STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,6 @@ from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import AsJson, CommonOptions, RecipePath, RunDir, SetOption, with_options
 from kdpipe.pipeline.session.paths import output_path
 from kdpipe.pipeline.terminal.output import print_json, printable
-from kdpipe.store.write.transcode_options import TranscodeOptions
 
 store_app = typer.Typer(help="Inspect, verify and repair target stores.", no_args_is_help=True)
 
@@ -39,21 +39,6 @@ def store_info(path: StorePath, as_json: AsJson = False) -> None:
             print_store_info(info)
 
 
-@store_app.command("ls")
-def store_ls(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to search.")], as_json: AsJson = False
-) -> None:
-    """List the stores below a folder, one a line. A broken one with its fault."""
-    with guarded():
-        from kdpipe.pipeline.commands.store.ls import list_stores, print_stores
-
-        stores = list_stores(folder)
-        if as_json:
-            print_json({"folder": str(folder), "stores": stores})
-        else:
-            print_stores(stores)
-
-
 @store_app.command("verify")
 def store_verify(
     path: StorePath,
@@ -74,7 +59,9 @@ def store_verify(
         from kdpipe.pipeline.commands.store import verify
 
         if recipe is not None:
-            verify.require_recipe(recipe, set_ or ())  # first: checking every byte may take hours
+            from kdpipe.pipeline.recipe.load import load_recipe
+
+            load_recipe(recipe, set_ or (), os.environ)  # refuse it first: checking every byte may take hours
         verdict = verify.verify(path, as_json)
         recomputed = None
         if recompute is not None and recipe is not None and not verdict.damaged:
@@ -156,6 +143,7 @@ def store_transcode(
             print_transcoded,
             run_transcode,
         )
+        from kdpipe.store import TranscodeOptions
 
         change = TranscodeOptions(
             top_k=top_k,

@@ -11,13 +11,8 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 T = TypeVar("T")
-
-
 N = TypeVar("N", int, float)
-
-
 V = TypeVar("V", bound=tuple[object, ...])
-
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -39,10 +34,7 @@ PathStr = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_w
 
 
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
-
-
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
 
 Count = Annotated[int, Field(ge=1, le=10**6)]
 """A number of batches, epochs or steps; values above 1,000,000 are rejected as typos."""

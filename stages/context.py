@@ -1,4 +1,4 @@
-"""Context shared by all stages: samples, views, device, run folder and monitor."""
+"""The context that stages build from: samples, views, device, run folder and monitor."""
 
 from __future__ import annotations
 
@@ -28,15 +28,20 @@ IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class StageContext:
-    """The context of a run's stages.
+    """The data, views and machine of a run, from which models, loaders, targets and tasks are built.
 
     Attributes:
-        run: The run folder, through which stages exchange files.
-        partners: The images that MixUp and CutMix take partners from; by default the training images.
+        run_dir: The run folder, through which stages exchange files.
+        train_set: The training images.
+        test_set: The test images.
+        views: The recipe's `views` section.
+        device: The device to compute on.
+        monitor: Progress reports and the stop flag.
+        mix_partners: The images that MixUp and CutMix take partners from; by default the training images.
         num_workers: As in the recipe's `data` section.
         unreadable: As in the recipe's `data` section.
-        ask_teacher: Returns the teachers' logits on the test images, float32 [N, C], if they are available.
-        processes: The processes that train together; the first of them writes.
+        get_teacher_logits: Returns the teachers' logits on the test images, float32 [N, C], if they are available.
+        process_group: The processes that train together; the first of them writes.
     """
 
     run_dir: Path
@@ -155,7 +160,8 @@ def require_fitting_test_images(context: StageContext) -> None:
     if others != classes:
         raise DataError(
             f"the test images of {context.test_set.name} are of {len(others)} classes ({', '.join(others[:5])} ...), "
-            f"the training images of {len(classes)} ({', '.join(classes[:5])} ...): give both the same, in the same order."
+            f"the training images of {len(classes)} ({', '.join(classes[:5])} ...): give both the same, in the "
+            "same order."
         )
     if found is None:
         raise DataError(unequal_sizes_message(context.test_set))

@@ -1,4 +1,4 @@
-"""Stage 0, `kdpipe train-teacher`: train a teacher, or use a trained one, for stage 1."""
+"""Build and load teachers: what stage 0 (`kdpipe train-teacher`) trains and stage 1 runs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from typing import Any
 
 from kdpipe.stages.config import config_fingerprint, section
 from kdpipe.stages.context import StageContext, model_normalization
-from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
-from kdpipe.stages.training.finalize import finalize
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
-from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.saved_model import load_finished
-from kdpipe.stages.training.step import TrainJob
-from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import FingerprintMismatch, differences
 
 
@@ -38,44 +33,16 @@ def teacher_folder(run: Path) -> JobDir:
     return JobDir(run / "teacher")
 
 
-def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> dict[str, Any]:
-    """Train a teacher, or load its weights, write it to the run folder with its ONNX file, and return its results.
-
-    Training resumes where it was stopped; a finished teacher is not trained again. Raises RecipeError if the recipe has
-    neither weights nor training, and the same as building and training.
-    """
-    if config.train is None and config.model.weights is None:
-        raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
-    if config.train is not None:
-        context.process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
-    folder = teacher_folder(context.run_dir)
-    teacher = _fresh(config, seed, context)
-
-    def begin() -> dict[str, Any] | None:
-        folder.begin(
-            {
-                "starts_from": teacher.identity,
-                "data": context.data_identity(),
-                "test": context.test_identity(),
-                "seed": seed,
-                "train": config_fingerprint(config.train) if config.train else None,
-                "views": context.view_identity(),
-            }
-        )
-        return folder.result()
-
-    if (done := context.process_group.on_main(begin)) is not None:
-        return done
-    history = []
-    if config.train is not None:
-        task = TrainingTask(context.train_loader, context.views.num_views, teacher.normalize, fresh_views=True)
-        test = context.evaluation(teacher.normalize)
-        name, process_group = "teacher", context.process_group
-        job = TrainJob(
-            "train-teacher", name, teacher.model, task, test, config.train, seed, folder, process_group=process_group
-        )
-        history = train(job, context.device, context.monitor)
-    return finalize(folder, teacher, history, context)
+def teacher_inputs(config: TeacherConfig, seed: int, teacher: ModelBundle, context: StageContext) -> dict[str, Any]:
+    """Return everything that determines a teacher."""
+    return {
+        "starts_from": teacher.identity,
+        "data": context.data_identity(),
+        "test": context.test_identity(),
+        "seed": seed,
+        "train": config_fingerprint(config.train) if config.train else None,
+        "views": context.view_identity(),
+    }
 
 
 def load_teacher(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
@@ -84,7 +51,7 @@ def load_teacher(config: TeacherConfig, seed: int, context: StageContext) -> Mod
     Without a mean in the recipe, its input scaling is that of its training, even if the data set has grown since.
     """
     folder = teacher_folder(context.run_dir)
-    teacher = _fresh(config, seed, context)
+    teacher = build_teacher(config, seed, context)
     record = load_finished(folder, teacher.model, teacher.architecture, "kdpipe train-teacher")
     teacher.model.eval().to(context.device)
     return teacher if config.mean is not None else replace(teacher, normalize=Normalization.from_json(record))
@@ -108,7 +75,7 @@ def require_same_training(config: TeacherConfig, seed: int, context: StageContex
 
 def untrained_teacher(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
     """Build the teacher without training, in eval mode on the device, for its shapes and speed."""
-    teacher = _fresh(config, seed, context)
+    teacher = build_teacher(config, seed, context)
     teacher.model.eval().to(context.device)
     return teacher
 
@@ -126,6 +93,7 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
     return {**identity, "weights_sha256": result["identity"]["weights_sha256"]} if result else identity
 
 
-def _fresh(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
+def build_teacher(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
+    """Build the untrained teacher."""
     normalize = model_normalization(context.train_set, config.model.weights, config.mean, config.std)
     return ModelBundle(context.build_model(config.model, seed), context.architecture(config.model), normalize)

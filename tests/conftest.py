@@ -1,11 +1,11 @@
-"""Fixtures that several rooms' tests use, and what lets thousands of tests end in minutes."""
+"""Fixtures shared by all tests, and settings that make the suite fast."""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on a busy machine two threads mostly wait for each other
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime else calls its makers, from a thread of its own
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # telemetry would start a thread
 
 import gc
 import shutil
@@ -15,22 +15,29 @@ from pathlib import Path
 
 import pytest
 from support.made_store import MadeStore, make_store
-from support.one_registry import keep_one_registry
+from support.onnx_registry import cache_onnx_registry
 
 IN_MEMORY = Path("/dev/shm")
-FREE_BYTES = 4 << 30
-"""There, before it is used: all tests together leave less than one GiB in it, and pytest takes that away again."""
+MIN_FREE_BYTES = 4 << 30
+"""Free memory required to keep the tests' folders in memory: they take less than 1 GiB, and are removed at the end."""
 
 
 def pytest_configure() -> None:
-    """Keep the tests' folders in memory where there is room: a store syncs every file, which a disk takes ages for."""
-    if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > FREE_BYTES:
+    """Keep the tests' folders in memory where there is room: stores sync every file, which is slow on disks."""
+    if IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > MIN_FREE_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in end_to_end/ as e2e."""
+    for item in items:
+        if "end_to_end" in item.path.parts:
+            item.add_marker(pytest.mark.e2e)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Look for no garbage among millions of objects that imports make, which stay: not while, and not afterwards."""
+    """Turn off the garbage collector during imports, and keep it from scanning the imported modules afterwards."""
     gc.disable()
     try:
         return (yield)
@@ -38,11 +45,11 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
         gc.enable()
         if "kdpipe.stages.export.onnx_export" in sys.modules:
-            keep_one_registry()
+            cache_onnx_registry()
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # libraries look for what they have leaked, and would list all of it
+    gc.unfreeze()  # some libraries list all objects when they end
 
 
 @pytest.fixture

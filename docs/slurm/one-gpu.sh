@@ -17,11 +17,11 @@
 set -u
 : "${1:?"give the command: sbatch one-gpu.sh run RECIPE"}"
 
-cancelled=no
-trap 'cancelled=yes' TERM # sent to this script only if the whole job is to end, as by scancel
+canceled=no
+trap 'canceled=yes' TERM # sent to this script only if the whole job is to end, as by scancel
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" kdpipe "$@"
 code=$?
-if [ "$code" -eq 75 ] && [ "$cancelled" = no ]; then # stopped early: run again
+if [ "$code" -eq 75 ] && [ "$canceled" = no ]; then # stopped early: run again
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -22,11 +22,11 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 
-cancelled=no
-trap 'cancelled=yes' TERM # sent to this script only if the whole job is to end, as by scancel
+canceled=no
+trap 'canceled=yes' TERM # sent to this script only if the whole job is to end, as by scancel
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 kdpipe "$@"
 code=$?
-if [ "$code" -eq 75 ] && [ "$cancelled" = no ]; then # stopped early: run again
+if [ "$code" -eq 75 ] && [ "$canceled" = no ]; then # stopped early: run again
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -18,73 +17,16 @@ from kdpipe.stages.evaluation.latency import WARM_UP_ROUNDS, Latency, measure_la
 from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
 from kdpipe.stages.runtime.events import ProgressEvent
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 DEFAULT_BATCH_SIZES = (1, 64)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Size and latency of one file. `num_bytes` includes external weights; `latency` is by batch size."""
-
-    path: Path
-    num_bytes: int
-    latency: dict[int, Latency]
-
-    @property
-    def images_per_s(self) -> float:
-        """Images per second at the largest batch size."""
-        largest = max(self.latency)
-        return 1000 * largest / self.latency[largest].p50_ms
-
-    def time_against(self, first: Measured) -> float:
-        """Return the ratio of the medians at the largest batch size."""
-        return first.images_per_s / self.images_per_s
-
-    def to_json(self, first: Measured) -> dict[str, Any]:
-        return {
-            "path": str(self.path),
-            "bytes": self.num_bytes,
-            "latency": [{"batch_size": size, **latency.to_json()} for size, latency in self.latency.items()],
-            "images_per_s": self.images_per_s,
-            "time_against_first": self.time_against(first),
-        }
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Results of a benchmark, with the CPU and the settings."""
-
-    cpu: str
-    features: list[str]
-    num_threads: int
-    num_rounds: int
-    files: list[Measured]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "command": "bench",
-            "cpu": self.cpu,
-            "cpu_features": self.features,
-            "num_threads": self.num_threads,
-            "num_rounds": self.num_rounds,
-            "onnxruntime": onnxruntime.__version__,
-            "files": [file.to_json(self.files[0]) for file in self.files],
-        }
 
 
 def run_bench(
     paths: Sequence[Path], batch_sizes: Sequence[int], *, num_threads: int | None, num_rounds: int, as_json: bool
-) -> Bench:
-    """Measure the files in turn.
+) -> dict[str, Any]:
+    """Measure ONNX files in turn, and return the results as JSON.
 
-    Args:
-        paths: ONNX files.
-        batch_sizes: Batch sizes; 1 and 64 if empty.
-        num_threads: Threads; None for all cores of this process.
-        num_rounds: Measurements of each file.
-        as_json: Whether progress is JSON lines.
+    Without batch sizes 1 and 64 are measured, without `num_threads` on all cores of this process. `as_json` makes the
+    progress JSON lines.
 
     Raises:
         ModelError: If a file is missing, not an ONNX network, or does not take images.
@@ -92,7 +34,7 @@ def run_bench(
     sizes = list(dict.fromkeys(batch_sizes or DEFAULT_BATCH_SIZES))
     num_threads = num_threads or num_cores()
     with _progress(len(sizes) * (num_rounds + WARM_UP_ROUNDS), as_json) as tick:
-        latency = measure_latency(
+        latencies = measure_latency(
             {str(number): path for number, path in enumerate(paths)},  # a file given twice shows the noise
             None,
             sizes,
@@ -100,8 +42,27 @@ def run_bench(
             num_threads=num_threads,
             between_rounds=tick,
         )
-    files = [Measured(path, file_bytes(path), latency[str(number)]) for number, path in enumerate(paths)]
-    return Bench(cpu_name(), cpu_features(), num_threads, num_rounds, files)
+    return {
+        "command": "bench",
+        "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
+        "num_threads": num_threads,
+        "num_rounds": num_rounds,
+        "onnxruntime": onnxruntime.__version__,
+        "files": [_file(path, latencies[str(number)], latencies["0"]) for number, path in enumerate(paths)],
+    }
+
+
+def _file(path: Path, latency: Mapping[int, Latency], first: Mapping[int, Latency]) -> dict[str, Any]:
+    """Return a file's results; the rate and the ratio to the first file are those of the largest batch size."""
+    largest = max(latency)
+    return {
+        "path": str(path),
+        "bytes": file_bytes(path),
+        "latency": [{"batch_size": size, **found.to_json()} for size, found in latency.items()],
+        "images_per_s": 1000 * largest / latency[largest].p50_ms,
+        "time_against_first": latency[largest].p50_ms / first[largest].p50_ms,
+    }
 
 
 @contextmanager
@@ -126,30 +87,24 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size + sum((path.parent / name).stat().st_size for name in external)
 
 
-def print_bench(bench: Bench) -> None:
-    """Print the table to stdout."""
-    out = console()
-    features = ", ".join(bench.features) or "none known"
-    out.print(f"CPU: {bench.cpu} ({features}), threads: {bench.num_threads}, onnxruntime {onnxruntime.__version__}")
-    out.print(_table(bench))
-    out.print(
-        f"p50 / p95 of {bench.num_rounds} rounds, alternating between the files. Images/s and time / first: medians at "
-        "the largest batch size."
-    )
-
-
-def _table(bench: Bench) -> Table:
+def print_bench(bench: Mapping[str, Any]) -> None:
+    """Print the results of `run_bench` as a table to stdout."""
     table = new_table()
     table.add_column("file", overflow="fold")
-    sizes = list(bench.files[0].latency)
+    sizes = [latency["batch_size"] for latency in bench["files"][0]["latency"]]
     for header in ("bytes", *(f"batch {size}, ms" for size in sizes), "images/s", "time / first"):
         table.add_column(header, justify="right", no_wrap=True)
-    for file in bench.files:
-        table.add_row(
-            printable(str(file.path)),
-            f"{file.num_bytes:,}",
-            *(f"{latency.p50_ms:.3f} / {latency.p95_ms:.3f}" for latency in file.latency.values()),
-            f"{file.images_per_s:,.0f}",
-            f"{file.time_against(bench.files[0]):.3f}",
-        )
-    return table
+    for file in bench["files"]:
+        times = (f"{latency['p50_ms']:.3f} / {latency['p95_ms']:.3f}" for latency in file["latency"])
+        rates = (f"{file['images_per_s']:,.0f}", f"{file['time_against_first']:.3f}")
+        table.add_row(printable(file["path"]), f"{file['bytes']:,}", *times, *rates)
+    out = console()
+    out.print(
+        f"CPU: {bench['cpu']} ({', '.join(bench['cpu_features']) or 'none known'}), threads: {bench['num_threads']}, "
+        f"onnxruntime {bench['onnxruntime']}"
+    )
+    out.print(table)
+    out.print(
+        f"p50 / p95 of {bench['num_rounds']} rounds, alternating between the files. Images/s and time / first: medians "
+        "at the largest batch size."
+    )

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, try_distillation
+from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console, new_table
 from kdpipe.stages.distillation.student_config import view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
-from kdpipe.stages.train_student.compare import ALONE, Variant, measure_costs, train_variant, with_overrides
-from kdpipe.stages.train_student.student import train_student
+from kdpipe.stages.train_student.compare import (
+    ALONE,
+    COST,
+    Variant,
+    build_step_job,
+    measure_costs,
+    variant_run,
+    with_overrides,
+)
 
 
 def run_compare(run: Run) -> dict[str, Any]:
@@ -37,10 +45,19 @@ def run_compare(run: Run) -> dict[str, Any]:
         results[ALONE].append(train_student(student, seed, None, context))
         for variant in variants[1:]:
             try:
-                results[variant.name].append(train_variant(variant, seed, context))
+                student_run = variant_run(variant.name, seed, run.folder)
+                result = train_student(variant.student, seed, variant.spec, context, run=student_run)
+                results[variant.name].append(result)
             except NotFiniteError as error:  # the other variants go on
                 run.monitor.warn("compare", str(error))
-    costs = measure_costs(variants, context)
+    costs = measure_costs(
+        variants,
+        partial(build_step_job, context=context),
+        run.folder / "compare" / COST,
+        device=run.device,
+        monitor=run.monitor,
+        process_group=run.process_group,
+    )
     rows = [_row(name, own, costs[name]) for name, own in results.items() if own]
     diverged = {name: len(student.seeds) - len(own) for name, own in results.items() if len(own) < len(student.seeds)}
     return {"teacher": teacher, "rows": rows, "num_diverged": diverged}

@@ -5,14 +5,20 @@ No host name, no user name, no variable that is not listed here. torch is not im
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import re
+import runpy
+import shutil
 import sys
+import tempfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.commands import env_machine
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.stages.runtime.versions import NAME, commit, versions
 
@@ -39,12 +45,12 @@ def read_env() -> dict[str, Any]:
         "python": {"version": platform.python_version(), "from": private(sys.executable)},
         "system": _system(),
         "cpu": _cpu(),
-        "memory": env_machine.memory(),
+        "memory": _memory(),
         "torch": _torch(),
-        "gpus": env_machine.gpus(),
+        "gpus": gpus(),
         "packages": {name: version for name, version in versions().items() if name != NAME},
         "variables": {name: private(value) for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)},
-        "disks": [{**disk, "path": private(disk["path"])} for disk in env_machine.disks()],
+        "disks": _disks(),
     }
 
 
@@ -121,28 +127,87 @@ def _cpu() -> dict[str, Any]:
 
 def _torch() -> dict[str, str | None]:
     """Return the versions torch was built with, from its version.py: importing torch takes seconds."""
-    from importlib.util import find_spec
-
-    spec, text = find_spec("torch"), ""
+    spec, built = find_spec("torch"), {}
     if spec and spec.origin:
-        try:
-            text = (Path(spec.origin).parent / "version.py").read_text()
-        except (OSError, UnicodeDecodeError):
-            text = ""
-    built = dict(re.findall(r"^(__version__|cuda|hip)\b[^=\n]*=\s*['\"]([^'\"]*)['\"]", text, re.MULTILINE))
+        with suppress(Exception):
+            built = runpy.run_path(str(Path(spec.origin).parent / "version.py"))
     cudnn = next(filter(None, map(_package_version, ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"))), None)
-    return {
-        "version": built.get("__version__"),
-        "cuda": built.get("cuda"),
-        "hip": built.get("hip"),
-        "cudnn": cudnn,
-    }
+    found = {"version": built.get("__version__"), "cuda": built.get("cuda"), "hip": built.get("hip"), "cudnn": cudnn}
+    return {name: None if text is None else str(text) for name, text in found.items()}
 
 
 def _package_version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _memory() -> dict[str, int | None]:
+    """Return bytes of this machine's memory, installed and available, and the limit of its control groups, if any."""
+    from kdpipe.stages.runtime.memory import available_bytes, installed_bytes, limit_bytes
+
+    return {"total_bytes": installed_bytes(), "available_bytes": available_bytes(), "limit_bytes": limit_bytes()}
+
+
+def gpus() -> list[dict[str, str]]:
+    """Return index, name, memory, driver and compute capability of each GPU; none without NVML."""
+    from kdpipe.stages.runtime.gpu.nvml import gib, list_gpus
+
+    return [
+        {
+            "index": str(gpu.index),
+            "name": gpu.name,
+            "memory.total": f"{gib(gpu.total_bytes)} GiB",
+            "driver_version": gpu.driver_version,
+            "compute_cap": gpu.compute_capability,
+        }
+        for gpu in list_gpus() or ()
+    ]
+
+
+def _disks() -> list[dict[str, Any]]:
+    """Return role, path, file system, free bytes and locks of the folders that kdpipe writes to."""
+    found = [("current folder", Path.cwd())]
+    with suppress(Exception):  # errors of the staging area are reported where it is used
+        from kdpipe.store.remote.staging_cache import default_staging_cache
+
+        found.append(("staging area", default_staging_cache(os.environ).folder))
+    found.append(("temporary files", Path(tempfile.gettempdir())))
+    return [_disk_info(role, path) for role, path in found]
+
+
+def _disk_info(role: str, path: Path) -> dict[str, Any]:
+    existing = next((folder for folder in (path, *path.parents) if folder.is_dir()), Path("/"))
+    try:
+        free: int | None = shutil.disk_usage(existing).free
+    except OSError:
+        free = None
+    return {
+        "what": role,
+        "path": private(str(path)),
+        "type": file_system(existing),
+        "free_bytes": free,
+        "has_locks": has_locks(existing),
+    }
+
+
+def has_locks(folder: Path) -> bool | None:
+    """Return whether flock works in a folder, tried on an unnamed file; None where the folder is not writable."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+    except OSError:
+        return None
+    return True
+
+
+def file_system(path: Path) -> str:
+    """Return the type of a path's file system, as in ext4, nfs4, overlay."""
+    import psutil
+
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(mount.mountpoint)]
+    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else "unknown"

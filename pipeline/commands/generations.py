@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdpipe.pipeline.recipe.load import Recipe
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, try_distillation
+from kdpipe.pipeline.steps import require_losses, run_cache_teacher, run_train_teacher, train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console, new_table
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
@@ -22,7 +22,6 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.train_student.student import train_student
 from kdpipe.stages.train_teacher import TeacherConfig
 
 if TYPE_CHECKING:
@@ -36,9 +35,6 @@ def run_generations(run: Run, count: int) -> dict[str, Any]:
     """Train `count` generations, each from the store of the one before; return the results of all.
 
     The teacher of the first generation is the recipe's; that of each later one is the first seed's student before it.
-
-    Raises:
-        RecipeError: If the recipe names its stores: each generation caches its own.
     """
     if run.recipe.student.stores or run.recipe.cache.store:
         raise RecipeError("each generation has its own store: remove student.stores and cache.store from the recipe.")
@@ -48,7 +44,7 @@ def run_generations(run: Run, count: int) -> dict[str, Any]:
         own = replace(run, recipe=recipe, folder=run.folder / f"generation{number}")
         own.begin()
         with run.phase(own.folder.name):
-            generations.append(_run_one(own, number, with_alone=number == 1))
+            generations.append(_run_generation(own, number, with_alone=number == 1))
         own.write_recipe()
         recipe = next_recipe(recipe, own.folder)
     return {"generations": generations}
@@ -82,7 +78,7 @@ def next_recipe(recipe: Recipe, folder: Path) -> Recipe:
     )
 
 
-def _run_one(run: Run, number: int, *, with_alone: bool) -> dict[str, Any]:
+def _run_generation(run: Run, number: int, *, with_alone: bool) -> dict[str, Any]:
     teacher = run_train_teacher(run)["teacher"]
     run_cache_teacher(run)
     student = run.recipe.student

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.rate import duration_text
+from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
+from kdpipe.stages.context import test_context
+from kdpipe.stages.train_teacher import load_teacher, teacher_folder, untrained_teacher
 
 if TYPE_CHECKING:
-    from kdpipe.pipeline.recipe.origins import Setting, Settings
+    from kdpipe.pipeline.recipe.overrides import Setting, Settings
 
 MIN_WIDTH, MAX_WIDTH = 20, 60
 """Width of the column of values, in characters; longer values are cut off."""
@@ -32,7 +37,7 @@ def settings_json(settings: Settings) -> dict[str, Any]:
 
 def _setting_lines(settings: Settings) -> Iterator[str]:
     """Yield key, value and origin of each key that was set, by section."""
-    from kdpipe.pipeline.recipe.origins import not_default
+    from kdpipe.pipeline.recipe.overrides import not_default
 
     given = not_default(settings)
     values = {key: _shown(setting) for key, setting in given.items()}
@@ -58,7 +63,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "views", f"{plan['num_views']} of {plan['num_samples']:,} samples"
     num_missing = plan["num_units_missing"]
     done = plan["num_units"] - num_missing
-    yield "units", f"{plan['num_units']} of {plan['normalize_rows']:,} rows, {done} done, {num_missing} missing"
+    yield "units", f"{plan['num_units']} of {plan['unit_rows']:,} rows, {done} done, {num_missing} missing"
     for name, array in plan["arrays"].items():
         required_by = ", ".join(plan["layers_required_by"].get(name, [])) or "every store"
         yield (
@@ -76,3 +81,20 @@ def _lines(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "time", "none: the store is complete"
     if not plan["teacher_trained"]:
         yield "teacher", "not trained yet: run `kdpipe train-teacher` first"
+
+
+def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
+    """Return what `cache-teacher` would do, and with `with_probe` an estimate of its time."""
+    config, recipe = run.recipe.cache, run.recipe
+    trained = teacher_folder(run.folder).result() is not None
+    load = load_teacher if trained else untrained_teacher
+    teacher = load(recipe.teacher, recipe.seed, run.context)
+    required = run.required_features(teacher)
+    plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)
+    test_config, test_images = replace(config, top_k=None), test_context(run.context)
+    test_plan = plan_cache(test_config, run.test_store, teacher, [], test_images, trained=trained)
+    plan |= {key: plan[key] + test_plan[key] for key in ("missing_bytes", "num_images")} | {"test_store": test_plan}
+    timed = with_probe and plan["num_images"] > 0
+    measured = probe(config, teacher, list(required), run.context, plan["num_images"]) if timed else None
+    required_by = {feature.array: reasons for feature, reasons in required.items()}
+    return {**plan, "teacher_trained": trained, "layers_required_by": required_by, "probe": measured}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.terminal.output import console, new_table
+from kdpipe.stages.compress.compress import compressed_root, float_job, student_sensitivity
+from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity
 
 
@@ -12,7 +15,7 @@ def print_sensitivity(network: str, layers: Sequence[LayerSensitivity]) -> None:
     """Print the table to stdout, most sensitive layers first."""
     table = new_table(f"{network}: INT8 sensitivity by layer")
     table.add_column("layer", no_wrap=True)
-    for header in ("parameters", "KL recovered if it stays float", "KL if it alone is INT8", "signal to noise, dB"):
+    for header in ("parameters", "KL recovered if it stays float", "KL if it alone is INT8"):
         table.add_column(header, justify="right")
     for layer in layers:
         table.add_row(
@@ -20,9 +23,16 @@ def print_sensitivity(network: str, layers: Sequence[LayerSensitivity]) -> None:
             f"{layer.num_parameters:,}",
             f"{layer.kl_recovered:.2e}",
             f"{layer.kl_alone:.2e}",
-            f"{layer.sqnr_db:.1f}",
         )
     out = console()
     out.print(table)
     out.print("KL in nats between the outputs of the float and the calibrated network, on training views.")
     out.print(f'To keep a layer float: --set compress.quantize.exclude=["{layers[0].path}"].')
+
+
+def run_sensitivity(run: Run, num_batches: int) -> tuple[str, list[LayerSensitivity]]:
+    """Return the INT8 sensitivity of each layer of the first seed's float student, and that student's name."""
+    config, student = run.recipe.compress, run.recipe.student
+    root = compressed_root(run.folder, config)
+    fine_tuning = build_fine_tuning(student, student.seeds[0], run.distillation, run.context, root)
+    return float_job(config, fine_tuning).path.name, student_sensitivity(config, fine_tuning, num_batches)

@@ -9,10 +9,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.terminal.output import printable
-from kdpipe.stages.cache_teacher.preview import NUM_TOP, ViewPreview
+from kdpipe.stages.cache_teacher.preview import NUM_TOP, ViewPreview, show_views
 from kdpipe.stages.errors import RecipeError
-from kdpipe.store import write_atomically
+from kdpipe.stages.targets.open import local_store_path, open_with_views
+from kdpipe.store import is_url, read_store_manifest, write_atomically
 
 CELL, GAP, LINE, MARGIN = 128, 8, 12, 96
 """Pixels: side of an image, gap between images, height of a text line, width of the label column."""
@@ -68,3 +70,12 @@ def _cell(image: Tensor) -> Image.Image:
 def _short(text: str, max_letters: int) -> str:
     text = printable(text)
     return text if len(text) <= max_letters else f"{text[: max_letters - 1]}."
+
+
+def run_views(run: Run, num_samples: int, num_views: int) -> tuple[ViewPreview, str | None]:
+    """Return some samples in their first views, with the predictions in the first store, and that store's path."""
+    place = run.stores[0]
+    if not is_url(place) and (not Path(place).exists() or read_store_manifest(Path(place)).finished is None):
+        return show_views(run.context, None, num_samples, num_views), None
+    store = open_with_views(local_store_path(place, run.monitor), run.context.view_identity(), {})
+    return show_views(run.context, store, num_samples, num_views), str(place)

@@ -13,7 +13,6 @@ from kdpipe.pipeline.recipe.messages import one_line
 from kdpipe.pipeline.recipe.overrides import read_with_overrides
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.build import PUBLISHED
-from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.store import is_url
 
 
@@ -49,9 +48,9 @@ def check_recipe(path: Path, overrides: Iterable[str], environ: Mapping[str, str
     recipe, faults = validate(source)
     if recipe is None:
         return Checked(str(path), tuple(faults))
-    built = dry_build(recipe)
-    faults += [one_line(f"{path}: {fault}") for fault in (*_incomplete(recipe), *built.faults)]
-    notes = [one_line(f"{path}: {note}") for note in (*built.notes, *_idle_keys(recipe), *_absent_files(recipe))]
+    build_faults, build_notes = dry_build(recipe)
+    faults += [one_line(f"{path}: {fault}") for fault in (*_incomplete(recipe), *build_faults)]
+    notes = [one_line(f"{path}: {note}") for note in (*build_notes, *_idle_keys(recipe), *_absent_files(recipe))]
     return Checked(str(path), tuple(dict.fromkeys(faults)), tuple(notes), _summary(recipe))
 
 
@@ -76,33 +75,22 @@ def _incomplete(recipe: Recipe) -> Iterator[str]:
 
 
 def _idle_keys(recipe: Recipe) -> Iterator[str]:
-    """Yield notes about keys that have no effect because of the others."""
+    """Yield notes about schedules with keys that have no effect."""
     trainings = {
         "teacher.train": recipe.teacher.train,
         "student.train": recipe.student.train,
         "compress.prune_train": recipe.compress.prune_train if recipe.compress.prunes else None,
         "compress.quantize_train": recipe.compress.quantize_train if recipe.compress.quantizes else None,
     }
-    for where, train in trainings.items():
-        yield from _idle_in_training(where, train) if train is not None else ()
-    if recipe.views.augments and recipe.views.num_views == 1:
-        yield "views.num_views = 1: all epochs use the same augmented images."
-    if recipe.student.teachers.temperatures and not recipe.distill:
-        yield "student.teachers.temperatures: no loss uses them."
-
-
-def _idle_in_training(where: str, train: TrainConfig) -> Iterator[str]:
-    if train.milestones and train.schedule != "step":
-        yield f"{where}.milestones have no effect with schedule = {train.schedule!r}."
-    if train.schedule == "step" and not train.milestones:
-        yield f"{where}.schedule = 'step' without milestones keeps the learning rate constant."
-    late = [milestone for milestone in train.milestones if milestone >= train.epochs]
-    if train.schedule == "step" and late:
-        yield f"{where}.milestones: {late[0]} is not reached in {train.epochs} epochs."
-    if train.warmup_epochs >= train.epochs > 0:
-        yield f"{where}.warmup_epochs = {train.warmup_epochs:g}: all {train.epochs} epochs are warm-up."
-    if train.nesterov and (train.optimizer != "sgd" or train.momentum == 0):
-        yield f"{where}.nesterov needs optimizer = 'sgd' with momentum."
+    for key, train in trainings.items():
+        if train is None:
+            continue
+        if train.milestones and train.schedule != "step":
+            yield f"{key}.milestones have no effect with schedule = {train.schedule!r}."
+        if train.schedule == "step" and not train.milestones:
+            yield f"{key}.schedule = 'step' without milestones keeps the learning rate constant."
+        if train.warmup_epochs >= train.epochs > 0:
+            yield f"{key}.warmup_epochs = {train.warmup_epochs:g}: all {train.epochs} epochs are warm-up."
 
 
 def _absent_files(recipe: Recipe) -> Iterator[str]:
@@ -113,15 +101,15 @@ def _absent_files(recipe: Recipe) -> Iterator[str]:
         "compress.student": recipe.compress.student,
         **{f"student.stores.{number}": store for number, store in enumerate(recipe.student.stores)},
     }
-    for key, place in named.items():
-        if place is None or place == PUBLISHED or is_url(place):
+    for key, path in named.items():
+        if path is None or path == PUBLISHED or is_url(path):
             continue
         try:
-            absent = not Path(place).expanduser().exists()
+            exists = Path(path).expanduser().exists()
         except (OSError, RuntimeError, ValueError):  # an unknown home folder, or an impossible name
-            absent = True
-        if absent:
-            yield f"{key} = {place!r} does not exist on this machine."
+            exists = False
+        if not exists:
+            yield f"{key} = {path!r} does not exist on this machine."
 
 
 def _summary(recipe: Recipe) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,32 +46,27 @@ SIDES = (256, 320)
 """Assumed sides of photographs: views that give both the same size give all photographs that size."""
 
 
-@dataclass(frozen=True)
-class DryBuild:
-    """The outcome: what stops a run, and notes on what could not be tried."""
-
-    faults: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-
-def dry_build(recipe: Recipe) -> DryBuild:
+def dry_build(recipe: Recipe) -> tuple[list[str], list[str]]:
     """Build the networks, hook the layers, build the losses and compress an untrained student, as a run does first.
 
     Weights are ignored: they may have to be downloaded, or be on another machine.
+
+    Returns:
+        What stops a run, and notes on what could not be tried.
     """
     recipe = replace(recipe, teacher=_without_weights(recipe.teacher), student=_without_weights(recipe.student))
     recipe = replace(recipe, compress=replace(recipe.compress, student=None))
     try:
-        context = blank_setup(recipe)
+        context = _blank_context(recipe)
     except (RecipeError, DataError) as error:
-        return DryBuild((str(error),))
+        return [str(error)], []
     if context is None:
         note = f"only names are checked: the size of the images is unknown until {recipe.data.name} is read."
-        return DryBuild(tuple(_faults_of_names(recipe)), (note,))
-    return DryBuild(tuple(dict.fromkeys(_faults(recipe, context))))
+        return list(_faults_of_names(recipe)), [note]
+    return list(dict.fromkeys(_faults(recipe, context))), []
 
 
-def blank_setup(recipe: Recipe) -> StageContext | None:
+def _blank_context(recipe: Recipe) -> StageContext | None:
     """Return blank images in the shape of the recipe's data and views; None if only the data has their size.
 
     Raises:
@@ -86,7 +81,7 @@ def blank_setup(recipe: Recipe) -> StageContext | None:
     if channels is None:
         return None
     if side is None:
-        shapes = [_blank(recipe, num_classes, channels, each).image_shape for each in SIDES]
+        shapes = [_blank(recipe, num_classes, channels, size).image_shape for size in SIDES]
         if shapes[0] != shapes[1]:
             return None
     context = _blank(recipe, num_classes, channels, side or SIDES[0])

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from kdpipe.pipeline.recipe.messages import fault_messages, first_and_more, one_line
-from kdpipe.pipeline.recipe.origins import Settings, settings_of
-from kdpipe.pipeline.recipe.overrides import Overrides, read_with_overrides
+from kdpipe.pipeline.recipe.overrides import Overrides, Settings, read_with_overrides, settings_of
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.config import Seed, section
@@ -86,7 +85,7 @@ def load_recipe_with_origins(
 
 def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
     """Build a recipe from a table. Raises RecipeError, naming `where`, key and value, for the first fault."""
-    return _first_fault_raised(Overrides(where, "", dict(table)))
+    return _first_fault_raised(Overrides(where, dict(table)))
 
 
 def _first_fault_raised(source: Overrides) -> Recipe:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,9 +20,6 @@ Keys = tuple[str, ...]
 NEEDED = ("missing", "missing_argument")
 UNKNOWN_LOSS = ("union_tag_invalid", "union_tag_not_found")
 
-MAX_FAULTS = 200
-"""Faults listed for one recipe: each message searches all known keys."""
-
 MAX_KEY_LETTERS = 80
 
 
@@ -36,12 +32,11 @@ def fault_messages(recipe: type, error: ValidationError, origin_of: Callable[[Ke
         origin_of: Returns the file or override that set some keys; its second argument says whether overrides of keys
             below them count too.
     """
-    errors = [one for one in error.errors() if not _is_other_alternative(one)] or error.errors()
-    first_of = {_shown(_keys(one)): one for one in reversed(errors)}
-    shown = list(dict.fromkeys(_shown(_keys(one)) for one in errors))
-    messages = [one_line(_message(recipe, first_of[key], origin_of)) for key in shown[:MAX_FAULTS]]
-    more = f"and {len(shown) - MAX_FAULTS} more faults: this does not look like a recipe."
-    return messages + [more] * (len(shown) > MAX_FAULTS)
+    faults = [fault for fault in error.errors() if not _is_other_alternative(fault)] or error.errors()
+    by_key: dict[str, Any] = {}
+    for fault in faults:
+        by_key.setdefault(_shown(_keys(fault)), fault)
+    return [one_line(_message(recipe, fault, origin_of)) for fault in by_key.values()]
 
 
 def first_and_more(messages: Sequence[str]) -> str:
@@ -55,21 +50,20 @@ def one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def variable(keys: Sequence[str]) -> str:
-    """Return the name of the environment variable that sets `keys`."""
-    return "KDPIPE_" + "__".join(key.upper() for key in keys)
-
-
 def known_keys(kind: Any, location: Sequence[str]) -> list[str]:
-    """Return the keys of the section at `location`, by walking the types of the section `kind`.
+    """Return the keys of the section at `location`, from the types of the section `kind`.
 
-    Where one of several sections can be used, as for losses, `location` names one by its tag, after its number.
+    Where one of several sections can be used, as for losses, `location` has its tag, after its number.
     """
     location = list(location)
     if get_origin(kind) is Annotated:
         return known_keys(get_args(kind)[0], location)
     if get_origin(kind) in (Union, UnionType):
-        return _known_of_options([option for option in get_args(kind) if is_dataclass(option)], location)
+        options = [option for option in get_args(kind) if is_dataclass(option)]
+        if len(options) > 1 and location:
+            tag = location.pop(0)
+            options = [option for option in options if _tag(option) == tag]
+        return known_keys(options[0], location) if options else []
     if get_origin(kind) in (dict, tuple):
         return known_keys(get_args(kind)[1 if get_origin(kind) is dict else 0], location[1:])
     if not is_dataclass(kind):
@@ -79,22 +73,12 @@ def known_keys(kind: Any, location: Sequence[str]) -> list[str]:
     return known_keys(typing.get_type_hints(kind, include_extras=True).get(location[0]), location[1:])
 
 
-def _known_of_options(options: list[Any], location: list[str]) -> list[str]:
-    if len(options) > 1 and location:
-        options = [option for option in options if _tag(option) == location[0]]
-        location = location[1:]
-    return known_keys(options[0], location) if options else []
-
-
 def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys, bool], str]) -> str:
     location, kind = _keys(error), error["type"]
     key, keys = _shown(location), tuple(_without_tag(location))
     origin = origin_of(keys, kind not in (*NEEDED, *UNKNOWN_LOSS))
     if kind == "unexpected_keyword_argument":
-        known = known_keys(recipe, location[:-1])
-        is_variable = origin.startswith("KDPIPE_")
-        hint = _hint_of_variable(recipe, known, keys, origin) if is_variable else _hint(known, keys[-1])
-        return f"{origin}: unknown key {key!r}; {hint}"
+        return f"{origin}: unknown key {key!r}; {_hint(known_keys(recipe, location[:-1]), keys[-1], origin)}"
     if kind in NEEDED:
         return f"{origin}: the key {key!r} is missing: give it a value."
     if kind in UNKNOWN_LOSS:
@@ -104,28 +88,9 @@ def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys, 
     return f"{origin}: {named}: {message[0].lower()}{message[1:]}."
 
 
-def _hint(known: list[str], key: str) -> str:
-    return did_you_mean(key, known, otherwise=f"known here: {', '.join(known)}.")
-
-
-def _hint_of_variable(recipe: type, known: list[str], keys: Keys, origin: str) -> str:
-    """Return the hint with names of variables; it also finds `_` written for the `__` between keys."""
-    rest = origin.removeprefix("KDPIPE_").lower().split("__")[len(keys) :]
-    near = [variable([*keys[:-1], match, *rest]) for match in get_close_matches(keys[-1], known, 1, 0.5)]
-    if len(keys) == 1:
-        joined = {"_".join(path): variable(path) for path in _all_keys(recipe)}
-        near = [joined[match] for match in get_close_matches(keys[0], joined, 1, 0.9)] or near
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"known here: {', '.join(variable([*keys[:-1], key]) for key in known)}."
-
-
-def _all_keys(recipe: type, keys: Keys = ()) -> Iterator[Keys]:
-    """Yield every key below `keys`, except those of lists."""
-    for key in known_keys(recipe, keys):
-        if key not in ("distill", "compare"):
-            yield (*keys, key)
-            yield from _all_keys(recipe, (*keys, key))
+def _hint(known: list[str], key: str, origin: str) -> str:
+    hint = did_you_mean(key, known, otherwise=f"known here: {', '.join(known)}.")
+    return f"{hint} In variables, `__` separates keys." if origin.startswith("KDPIPE_") else hint
 
 
 def _is_other_alternative(error: Mapping[str, Any]) -> bool:

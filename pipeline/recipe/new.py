@@ -21,15 +21,12 @@ from kdpipe.store.fs.atomic_write import write_atomically
 
 
 def new_recipe(file: Path | None, options: Mapping[str, str | None], *, yes: bool) -> Path:
-    """Ask what `options` leave open and write the recipe.
+    """Ask what `options` leave open and write the recipe; return its path.
 
     Args:
         file: Path of the recipe; by default NAME.toml.
         options: Answers by the question's key, as texts.
         yes: Take the defaults instead of asking.
-
-    Returns:
-        The path of the recipe.
 
     Raises:
         RecipeError: The file exists, an option is invalid, the answers do not fit together, or stdin is not a terminal.
@@ -100,8 +97,8 @@ def _ask(question: Question, default: str | None, answers: Answers) -> Any:
 
 def _require_valid(path: Path, text: str) -> None:
     """Raise RecipeError if the answers do not fit together."""
-    recipe, faults = validate(Overrides(str(path), text, tomllib.loads(text)))
+    recipe, faults = validate(Overrides(str(path), tomllib.loads(text)))
     if recipe is not None and not faults:
-        faults = list(dry_build(recipe).faults)
+        faults, _ = dry_build(recipe)
     if faults:
         raise RecipeError(f"these answers do not fit together, nothing was written: {first_and_more(faults)}")

@@ -1,10 +1,10 @@
-"""Read a recipe file, and apply the overrides of the environment and of --set to it."""
+"""Read a recipe file with the overrides of the environment and of --set, and find the origin of each value."""
 
 from __future__ import annotations
 
-import os
+import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from kdpipe.pipeline.recipe.messages import Keys, one_line
 from kdpipe.stages.errors import RecipeError
 
 PREFIX = "KDPIPE_"
+DEFAULT = "default"
 
 MAX_BYTES = 2**22
 """The largest recipe file that is read."""
@@ -44,13 +45,11 @@ class Overrides:
     """A recipe's table with all overrides applied.
 
     Attributes:
-        text: The file's own text.
         table: The table after the overrides.
         given: The overrides, in the order in which they were applied.
     """
 
     path: str
-    text: str
     table: dict[str, Any]
     given: tuple[Override, ...] = ()
 
@@ -70,6 +69,48 @@ class Overrides:
         return found
 
 
+@dataclass(frozen=True)
+class Setting:
+    """The value of a key, and its origin: "default", "r.toml", "KDPIPE_SEED" or "--set"."""
+
+    value: Any
+    origin: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "origin": self.origin}
+
+
+Settings = Mapping[str, Setting]
+"""Settings by dotted key, such as "student.train.lr"; entries of lists of tables have numbers for keys."""
+
+
+def settings_of(resolved: Mapping[str, Any], source: Overrides) -> Settings:
+    """Return the value and origin of every key of a resolved recipe (`recipe_json`)."""
+    given = dict(_leaves(source.table))
+    settings = {}
+    for keys, value in _leaves(json.loads(json.dumps(resolved))):
+        last = source.last_override(keys)
+        origin = last.origin if last else source.path
+        settings[".".join(keys)] = Setting(value, origin if keys in given else DEFAULT)
+    return settings
+
+
+def not_default(settings: Settings) -> dict[str, Setting]:
+    """Return the settings that the file or an override gives."""
+    return {key: setting for key, setting in settings.items() if setting.origin != DEFAULT}
+
+
+def _leaves(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Yield all values that are not sections. A list of tables is a section with numbers for keys."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(item, Mapping) for item in value):
+        value = {str(number): item for number, item in enumerate(value)} or value
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, (*keys, key))
+    elif keys:
+        yield keys, value
+
+
 def read_with_overrides(path: Path, overrides: Iterable[str], environ: Mapping[str, str]) -> Overrides:
     """Read the recipe at `path` and apply the environment, then the `key=value` texts of --set.
 
@@ -77,7 +118,7 @@ def read_with_overrides(path: Path, overrides: Iterable[str], environ: Mapping[s
         RecipeError: The file cannot be read, or an override does not name a key.
     """
     try:
-        with os.fdopen(_open(path), "rb") as file:
+        with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         text = content.decode("utf-8-sig") if len(content) <= MAX_BYTES else ""
         table = tomllib.loads(text)
@@ -91,14 +132,7 @@ def read_with_overrides(path: Path, overrides: Iterable[str], environ: Mapping[s
         raise RecipeError(one_line(f"{path} is not a recipe: it is larger than {MAX_BYTES:,} bytes."))
     given = [_apply(table, keys, text, name, name) for name, keys, text in _from_environment(environ)]
     given += [_apply_set(table, override) for override in overrides]
-    return Overrides(str(path), text, table, tuple(given))
-
-
-def _open(path: Path) -> int:
-    """Open the file without waiting for the writer of a named pipe, which then reads as empty."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    os.set_blocking(descriptor, True)
-    return descriptor
+    return Overrides(str(path), table, tuple(given))
 
 
 def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Keys, str]]:
@@ -106,7 +140,7 @@ def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Keys, str]]
 
     An empty variable counts as unset, like ${NAME:-} in shells: some batch systems cannot unset one.
     """
-    found: dict[Keys, tuple[str, Keys, str]] = {}
+    found = []
     for name, text in sorted(environ.items()):
         if not name.startswith(PREFIX) or name in RESERVED or not text.strip():
             continue
@@ -115,10 +149,8 @@ def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Keys, str]]
             raise RecipeError(
                 one_line(f"{name} does not name a key: put `__` between keys, as in KDPIPE_STUDENT__TRAIN__LR.")
             )
-        if keys in found:
-            raise RecipeError(one_line(f"{name} and {found[keys][0]} are the same key: unset one of them."))
-        found[keys] = (name, keys, text)
-    return sorted(found.values(), key=lambda variable: (len(variable[1]), variable[1]))
+        found.append((name, keys, text))
+    return sorted(found, key=lambda variable: (len(variable[1]), variable[1]))
 
 
 def _apply_set(table: dict[str, Any], override: str) -> Override:

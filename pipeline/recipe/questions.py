@@ -10,14 +10,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from kdpipe.pipeline.recipe.defaults import defaults_for
 from kdpipe.pipeline.recipe.dry_build import KINDS, NUM_CLASSES, SHAPES
-from kdpipe.pipeline.recipe.template import FEATURE_LOSSES, OFFERED_LOSSES, TRAINED_HERE, Answers
+from kdpipe.pipeline.recipe.template import FEATURE_LOSSES, OFFERED_LOSSES, TRAINED_HERE, Answers, is_small_network
 from kdpipe.stages.config import PathStr
 from kdpipe.stages.data.load import KNOWN_NAMES
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, TORCHVISION, ModelConfig, build_model, list_models
-from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.store.errors import did_you_mean
 
 Parser = Callable[[str, Answers], Any]
@@ -64,16 +62,16 @@ _path = _typed(PathStr)
 
 
 def _data(text: str, answers: Answers) -> str:
-    kind, colon, rest = text.partition(":")
+    kind, colon, path = text.partition(":")
     kind = {name.lower(): name for name in KINDS}.get(kind.lower(), kind)
-    needs_rest = kind in ("imagefolder", "npz", "python")
-    if kind not in KINDS or needs_rest != bool(colon and rest):
+    needs_path = kind in ("imagefolder", "npz", "python")
+    if kind not in KINDS or needs_path != bool(colon and path):
         raise RecipeError(f"unknown data set {text[:80]!r}; choose from {', '.join(KNOWN_NAMES)}.")
-    return str(_path(kind + colon + rest, answers))
+    return str(_path(kind + colon + path, answers))
 
 
 def _model(text: str, answers: Answers) -> str:
-    if text in SMALL_IMAGE_NETWORKS or text.startswith("python:"):
+    if is_small_network(text):
         return str(_path(text, answers))
     known = list_models()
     if text in known or (text.startswith(TORCHVISION) and text.removeprefix(TORCHVISION) in known):
@@ -83,13 +81,10 @@ def _model(text: str, answers: Answers) -> str:
 
 
 def _losses(text: str, answers: Answers) -> tuple[str, ...]:
-    losses = tuple(dict.fromkeys(word for word in re.split(r"[\s,+]+", text) if word))
+    losses = tuple(dict.fromkeys(re.split(r"[\s,+]+", text.strip())))
     unknown = [loss for loss in losses if loss not in OFFERED_LOSSES]
-    if unknown or not losses:
-        raise RecipeError(
-            f"choose losses from {', '.join(OFFERED_LOSSES)}, not {', '.join(unknown) or 'none'}; others can be added "
-            "to the file later (`kdpipe losses` lists all)."
-        )
+    if unknown:
+        raise RecipeError(f"choose losses from {', '.join(OFFERED_LOSSES)}, not {', '.join(unknown)}; others: later.")
     return losses
 
 
@@ -105,8 +100,7 @@ def _default_name(answers: Answers) -> str:
 
 
 def _default_weights(answers: Answers) -> str:
-    plain = answers.teacher in SMALL_IMAGE_NETWORKS or answers.teacher.startswith("python:")
-    return TRAINED_HERE if plain else PUBLISHED
+    return TRAINED_HERE if is_small_network(answers.teacher) else PUBLISHED
 
 
 def _default_layers(answers: Answers) -> str | None:
@@ -114,17 +108,17 @@ def _default_layers(answers: Answers) -> str | None:
     return f"{pair[0]},{pair[1]}" if pair[0] and pair[1] else None
 
 
-def _last_map(model: str, answers: Answers) -> str | None:
+def _last_map(name: str, answers: Answers) -> str | None:
     """Return the path of the last module that outputs a feature map, by the usual names of stages."""
     _, channels, side = SHAPES.get(answers.data, (NUM_CLASSES, 3, None))
     side = answers.image_size or side or 64
     channels = answers.channels or channels or 3
-    config = ModelConfig(name=model)
+    config = ModelConfig(name=name)
     try:
-        built = build_model(config, num_classes=NUM_CLASSES, in_channels=channels, image_size=(side, side), seed=0)
+        model = build_model(config, num_classes=NUM_CLASSES, in_channels=channels, image_size=(side, side), seed=0)
     except (ModelError, RecipeError):
         return None
-    stages = [name for name, _ in built.named_children() if re.match(r"stage|layer|block|features", name)]
+    stages = [path for path, _ in model.named_children() if re.match(r"stage|layer|block|features", path)]
     return stages[-1] if stages else None
 
 
@@ -144,14 +138,14 @@ QUESTIONS = (
         _typed(Annotated[int, Field(ge=8, le=2**14)]),
         lambda answers: answers.kind == "imagefolder",
     ),
-    Question("teacher", "Network of the teacher", lambda answers: defaults_for(answers.data).teacher, _model),
+    Question("teacher", "Network of the teacher", lambda answers: answers.defaults.teacher, _model),
     Question(
         "teacher_weights",
         "Weights of the teacher (train: train it here; published: torchvision's; or a .safetensors or state dict file)",
         _default_weights,
         _path,
     ),
-    Question("student", "Network of the student", lambda answers: defaults_for(answers.data).student, _model),
+    Question("student", "Network of the student", lambda answers: answers.defaults.student, _model),
     Question("losses", f"Losses, one or several ({', '.join(OFFERED_LOSSES)})", lambda _: "kd", _losses),
     Question(
         "layers",

@@ -1,4 +1,4 @@
-"""Fill the template of a new recipe: TOML with a comment for each key."""
+"""Fill the template of a new recipe: TOML with a comment for each key, and defaults by data set."""
 
 from __future__ import annotations
 
@@ -8,16 +8,59 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdpipe.pipeline.recipe.defaults import DIGITS, GRAY, DatasetDefaults, defaults_for
 from kdpipe.pipeline.recipe.dry_build import SHAPES
 from kdpipe.stages.losses.describe import find_loss
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
+from kdpipe.stages.runtime.user_code import is_user_reference
 
 TRAINED_HERE = "train"
 """The answer for a teacher that is trained by the recipe."""
 
 FEATURE_LOSSES = ("hint", "at", "rkd")
 OFFERED_LOSSES = ("kd", "dkd", "dist", "nkd", *FEATURE_LOSSES)
+
+
+@dataclass(frozen=True)
+class DatasetDefaults:
+    """Networks, training lengths and augmentation with which a recipe for a data set begins.
+
+    Attributes:
+        widths: Width of the teacher and of the student, for networks that take one.
+        epochs: Epochs of the teacher and of the student.
+        crop: Padding of the random crop.
+        flips: Whether images are flipped horizontally.
+    """
+
+    teacher: str
+    student: str
+    widths: tuple[int, int]
+    epochs: tuple[int, int]
+    batch_size: int
+    crop: int
+    flips: bool
+    num_views: int
+    temperature: float = 4.0
+
+
+DIGITS = DatasetDefaults("cnn", "cnn", (32, 6), (40, 40), 64, 1, False, 20)
+GRAY = DatasetDefaults("cnn", "cnn", (32, 4), (6, 10), 128, 2, False, 8)
+COLOR = DatasetDefaults("resnet32x4", "resnet8x4", (32, 8), (120, 120), 64, 4, True, 16)
+PHOTOS = DatasetDefaults("torchvision:resnet50", "torchvision:mobilenet_v2", (32, 8), (30, 60), 64, 0, True, 8, 2.0)
+OTHER = DatasetDefaults("cnn", "cnn", (32, 8), (30, 30), 128, 2, False, 8)
+
+DEFAULTS = {
+    "digits": DIGITS,
+    "MNIST": GRAY,
+    "FashionMNIST": GRAY,
+    "CIFAR10": COLOR,
+    "CIFAR100": COLOR,
+    "imagefolder": PHOTOS,
+}
+
+
+def is_small_network(name: str) -> bool:
+    """Return whether a network takes images of any size and channels, and has no published weights."""
+    return name in SMALL_IMAGE_NETWORKS or is_user_reference(name)
 
 
 @dataclass
@@ -51,14 +94,13 @@ class Answers:
 
     @property
     def defaults(self) -> DatasetDefaults:
-        return defaults_for(self.data)
+        return DEFAULTS.get(self.kind, OTHER)
 
     @property
     def channels(self) -> int | None:
         """3 where torchvision's networks get images that have 1 channel; None where the channels fit."""
-        networks = (self.teacher, self.student)
-        plain = all(name in SMALL_IMAGE_NETWORKS or name.startswith("python:") for name in networks)
-        return 3 if not plain and SHAPES.get(self.data, (0, None, None))[1] == 1 else None
+        is_small = is_small_network(self.teacher) and is_small_network(self.student)
+        return 3 if not is_small and SHAPES.get(self.data, (0, None, None))[1] == 1 else None
 
 
 def recipe_text(answers: Answers) -> str:
@@ -157,11 +199,11 @@ def _distill(answers: Answers) -> Iterator[str]:
 
 
 def _loss(loss: str, answers: Answers, defaults: DatasetDefaults) -> Iterator[str]:
-    known = find_loss(loss)
-    yield _line("loss", loss, f"{known.paper}; `kdpipe losses {loss}` explains its keys")
+    description = find_loss(loss)
+    yield _line("loss", loss, f"{description.paper}; `kdpipe losses {loss}` explains its keys")
     if loss in FEATURE_LOSSES and answers.layers is not None:
         yield _line("layers", [list(answers.layers)], "the student's and the teacher's module")
-    usual = next(key.default for key in known.keys if key.name == "weight")
+    usual = next(key.default for key in description.keys if key.name == "weight")
     weight = 5.0 if loss == "hint" and defaults in (DIGITS, GRAY) else usual
     yield _line("weight", weight, "if the student gains little, first try a third and three times as much")
     if loss not in FEATURE_LOSSES:
@@ -179,9 +221,7 @@ def _compress(answers: Answers) -> Iterator[str]:
     if answers.prune_ratio:
         narrow = answers.student in ("cnn", "cnn_average")
         prune: dict[str, Any] = {"ratio": answers.prune_ratio} | ({"round_to": 1} if narrow else {})
-        yield _line(
-            "prune", prune, "the fraction of the channels" + ("; narrow layers keep any width" if narrow else "")
-        )
+        yield _line("prune", prune, "the fraction of the channels; round_to = 1: any width, for narrow layers")
         train = _tuning(defaults, max(1, defaults.epochs[1] // 4), 0.02)
         yield _line("prune_train", train, "recovers accuracy after pruning, with the same losses")
     else:

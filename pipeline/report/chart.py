@@ -23,20 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = [
-    "ink",
-    "quiet",
-    "faint",
-    "paper",
-    "front",
-    "other",
-    "teacher",
-    "alone",
-    "student",
-    "compressed",
-    "right",
-    "wrong",
-]
+COLORS = ["ink", "quiet", "faint", "paper", "front", "other", "teacher", "alone", "student", "compressed", "wrong"]
 """CSS variables of the page, see templates/colors.css."""
 
 
@@ -103,7 +90,7 @@ def svg(figure: Figure, title: str, description: str = "") -> Markup:
     body = text[text.index(">", text.index("<svg")) + 1 :]
     body = re.sub(r"<defs>\s*<(style|clipPath).*?</\1>\s*</defs>|<metadata>.*?</metadata>", "", body, flags=re.S)
     body = re.sub(r' clip-path="[^"]*"| font-family: [^;"]*;?|(?<=<g) id="[^"]*"|(?<= )xlink:(?=href)', "", body)
-    body = re.sub(r"(fill|stroke): #fe00(\w\w)", lambda one: f"{one[1]}: var(--{COLORS[int(one[2], 16)]})", body)
+    body = re.sub(r"(fill|stroke): #fe00(\w\w)", lambda match: f"{match[1]}: var(--{COLORS[int(match[2], 16)]})", body)
     body = re.sub(r"\s*\n\s*", "\n", body)
     named = f"<title>{escape(printable(title))}</title><desc>{escape(printable(description))}</desc>"
     return Markup(f'<svg class="chart" {box[0] if box else ""} role="img">{named}{body.strip()}')
@@ -122,7 +109,7 @@ def with_unique_ids(page: str) -> str:
 
 def error_axis(axes: Axes, accuracies: Sequence[float]) -> None:
     """Scale the y axis of accuracies in percent by the logarithm of the error: 98 to 99 is as far as 90 to 95."""
-    least = min((100 - one for one in accuracies if one < 100), default=1.0)
+    least = min((100 - accuracy for accuracy in accuracies if accuracy < 100), default=1.0)
     low, high = least / 2 if max(accuracies) >= 100 else least, max(least, 100 - min(accuracies))
     margin = max((high / low) ** 0.06, 1.01)
     low, high = low / margin, high * margin
@@ -146,17 +133,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
     candidates = [MaxNLocator(4).tick_values(low, high)] if high < 5 * low else []
     candidates += [LogLocator(subs=subs, numticks=5).tick_values(low, high) for subs in ((1,), (1, 3), (1, 2, 5))]
-    ticks = [[float(one) for one in found if low <= one <= high] for found in candidates]
+    ticks = [[float(tick) for tick in found if low <= tick <= high] for found in candidates]
     return next((found for found in ticks if len(found) >= 3), ticks[-1])
-
-
-def epoch_axis(axes: Axes, num_epochs: int) -> None:
-    """Set the x axis of epochs, counted from 1."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlim(1, max(2, num_epochs))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_xlabel("epoch")
 
 
 def thinned(by_epoch: Mapping[int, float], max_points: int = 300) -> tuple[list[int], list[float]]:

@@ -36,15 +36,15 @@ def network_entries(recipe: Mapping[str, Any], run: Path) -> list[NetworkEntry]:
     def students(kind: str) -> list[Path]:
         return [run / "students" / f"{kind}-seed{seed}" for seed in seeds]
 
-    places = [NetworkEntry("teacher", "teacher", [run / "teacher"], "teacher")]
+    entries = [NetworkEntry("teacher", "teacher", [run / "teacher"], "teacher")]
     if given is None:
-        places.append(NetworkEntry("student alone", "alone", students("alone"), "student"))
-        places.append(NetworkEntry("student distilled", "student", students("distilled"), "student"))
+        entries.append(NetworkEntry("student alone", "alone", students("alone"), "student"))
+        entries.append(NetworkEntry("student distilled", "student", students("distilled"), "student"))
     else:
-        places.append(NetworkEntry("student given", "student", [root / "given"], "student"))
+        entries.append(NetworkEntry("student given", "student", [root / "given"], "student"))
     for name, kind, timed_as in _compressed(recipe["compress"]):
-        places.append(NetworkEntry(name, kind, [root / f"{kind}-seed{seed}" for seed in seeds], timed_as))
-    return places
+        entries.append(NetworkEntry(name, kind, [root / f"{kind}-seed{seed}" for seed in seeds], timed_as))
+    return entries
 
 
 def _seeds(recipe: Mapping[str, Any]) -> list[int]:

@@ -8,10 +8,11 @@ from statistics import mean
 from typing import Any
 
 from kdpipe.pipeline.report.networks import NetworkEntry, compressed_folder, network_entries
-from kdpipe.pipeline.report.quality import mean_and_std, read_quality
-from kdpipe.pipeline.report.rows import Report, Row, recovered_accuracy
+from kdpipe.pipeline.report.rows import Report, Row, mean_and_std, read_quality, recovered_accuracy
 from kdpipe.pipeline.report.tables import Table, report_tables
-from kdpipe.pipeline.terminal.output import printable
+from kdpipe.pipeline.session.paths import require_writable
+from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART
+from kdpipe.pipeline.terminal.output import console, new_table, print_json, printable
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
@@ -35,18 +36,18 @@ def read_report(run: Path) -> Report:
             f"as {run / 'generation1'}."
         )
     try:
-        places, name, seeds = network_entries(recipe, run), _name(recipe), recipe["student"]["seeds"]
+        entries, name, seeds = network_entries(recipe, run), _name(recipe), recipe["student"]["seeds"]
         root = compressed_folder(recipe, run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{run / 'recipe.json'} is not a recipe of a kdpipe run ({error!r}).") from error
     latency = read_latencies(latency_path(root, seeds[0]))
     rows: list[Row] = []
     missing = []
-    for place in places:
-        results = {job: result for job in place.jobs if (result := JobDir(job).result()) is not None}
-        num_missing = len(place.jobs) - len(results)
-        missing += [f"{place.name} ({num_missing} of {len(place.jobs)})"] if num_missing else []
-        rows += [_row(place, results, rows, latency)] if results else []
+    for entry in entries:
+        results = {job: result for job in entry.jobs if (result := JobDir(job).result()) is not None}
+        num_missing = len(entry.jobs) - len(results)
+        missing += [f"{entry.name} ({num_missing} of {len(entry.jobs)})"] if num_missing else []
+        rows += [_row(entry, results, rows, latency)] if results else []
     artifacts = [str(path.parent) for seed in seeds for path in root.glob(f"artifacts-seed{seed}/card.json")]
     pareto = str(root / "pareto.svg") if (root / "pareto.svg").exists() else None
     return Report(str(run), name, latency, rows, recovered_accuracy(rows), pareto, artifacts, missing)
@@ -60,19 +61,19 @@ def _name(recipe: Mapping[str, Any]) -> str:
 
 
 def _row(
-    place: NetworkEntry, results: Mapping[Path, Mapping[str, Any]], before: Sequence[Row], latency: Latencies | None
+    entry: NetworkEntry, results: Mapping[Path, Mapping[str, Any]], before: Sequence[Row], latency: Latencies | None
 ) -> Row:
     accuracy_mean, accuracy_std = mean_and_std([100 * result["accuracy"] for result in results.values()])
     first = next(iter(results.values()))
     agreements = [result["onnx_agreement"] for result in results.values() if result["onnx_agreement"] is not None]
     # A network that differs only in how it was fine-tuned has no file of its own: it has the size of its twin.
-    twin = next((row for row in before if row.kind == place.timed_as), None)
+    twin = next((row for row in before if row.kind == entry.timed_as), None)
     file_bytes = first["onnx_bytes"] or (twin.file_bytes if twin else None)
-    sizes = {row.kind: row.file_bytes for row in before} | {place.kind: file_bytes}
+    sizes = {row.kind: row.file_bytes for row in before} | {entry.kind: file_bytes}
     return Row(
-        name=place.name,
-        kind=place.kind,
-        timed_as=place.timed_as,
+        name=entry.name,
+        kind=entry.kind,
+        timed_as=entry.timed_as,
         num_seeds=len(results),
         accuracy_mean=accuracy_mean or 0.0,
         accuracy_std=accuracy_std,
@@ -83,7 +84,7 @@ def _row(
         of_teacher=_ratio(sizes.get("teacher"), file_bytes),
         of_student=_ratio(sizes.get("student"), file_bytes),
         onnx_agreement=100 * min(agreements) if agreements else None,
-        latency_ms=latency.of(place.kind, place.timed_as) if latency else None,
+        latency_ms=latency.of(entry.kind, entry.timed_as) if latency else None,
         files=[str(job / "model.onnx") for job in results if (job / "model.onnx").exists()],
         **vars(read_quality(results)),
     )
@@ -93,35 +94,59 @@ def _ratio(larger: int | None, smaller: int | None) -> float | None:
     return larger / smaller if larger and smaller else None
 
 
+def print_reports(runs: Sequence[Path], as_json: bool) -> int:
+    """Print the reports of runs and return the exit status: 3 if any of their jobs are unfinished.
+
+    Raises:
+        RunError: Before anything is printed, as `read_report` does.
+    """
+    reports = [read_report(run) for run in runs]
+    if as_json:
+        documents = [report.to_json() for report in reports]
+        print_json(documents[0] if len(documents) == 1 else {"reports": documents})
+    else:
+        for report in reports:
+            print_report(report)
+    return DONE_IN_PART if any(report.missing for report in reports) else DONE
+
+
+def page_path(runs: Sequence[Path], file: Path | None) -> Path:
+    """Return the page's path: `file`, or report.html in the only run's folder, or in the current one.
+
+    Raises:
+        RunError: If no file can be written there.
+    """
+    path = file or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    if file is not None or path.parent.is_dir():
+        require_writable(path, "--html")
+    return path
+
+
 def print_report(report: Report) -> None:
     """Print the tables and the paths of the files to stdout."""
-    from rich.console import Console
-
-    console = Console(width=None if Console().is_terminal else 120, soft_wrap=True)
-    console.print(report.recipe, style="bold", highlight=False, markup=False)
+    screen = console()
+    screen.print(report.recipe, style="bold")
     for table in report_tables(report):
-        console.print(_rich_table(table))
-    console.print("Files:", style="bold")
+        screen.print(_rich_table(table))
+    screen.print("Files:", style="bold")
     files = [(row.name, row.files[0]) for row in report.rows if row.files]
     files += [("Pareto plot", report.pareto)] if report.pareto else []
     files += [("artifacts", folder) for folder in report.artifacts]
     for name, path in files:
-        console.print(f"  {name:<18} {path}", highlight=False, markup=False)
+        screen.print(f"  {name:<18} {path}", soft_wrap=True)
     if (Path(report.run) / "compare").is_dir():
-        console.print("This run compares distillation variants: run `kdpipe compare` again for their table.")
+        screen.print("This run compares distillation variants: run `kdpipe compare` again for their table.")
     if report.missing:
-        console.print(f"Not finished: {', '.join(report.missing)}. Run the recipe again to complete it.")
+        screen.print(f"Not finished: {', '.join(report.missing)}. Run the recipe again to complete it.", soft_wrap=True)
 
 
 def _rich_table(table: Table) -> object:
-    from rich import box
-    from rich.table import Table as RichTable
     from rich.text import Text
 
-    made = RichTable(box=box.SIMPLE, title=Text(table.caption), title_justify="left")  # Text: "[" is not markup
+    made = new_table(table.caption)
     for number, header in enumerate(table.headers):
         is_name = number < table.num_names
         made.add_column(str(header), no_wrap=is_name, justify="left" if is_name else "right")
     for row in table.rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
+        made.add_row(*(Text(str(cell)) for cell in row))  # Text: "[" is not markup
     return made

@@ -70,7 +70,7 @@ def _costs(report: Report) -> Table:
                 integer(row.num_macs),
                 size_ratio(row.of_teacher),
                 size_ratio(row.of_student),
-                *("-" if one is None else f"{one['p50_ms']:.3f} ({one['p95_ms']:.3f})" for one in times),
+                *("-" if ms is None else f"{ms['p50_ms']:.3f} ({ms['p95_ms']:.3f})" for ms in times),
             ]
         )
     headers = ["network", "MACs", "size / teacher's", "size / student's"]
@@ -98,20 +98,20 @@ def _recovered(report: Report) -> Table:
     headers = ["network", "fine-tuned with hard labels", "with the teacher's stores", "recovered"]
     cells = [
         [
-            one.name,
-            *(mean_std(lost, signed=True) for lost in (one.points_lost_alone, one.points_lost)),
-            share(one.share),
+            row.name,
+            *(mean_std(lost, signed=True) for lost in (row.points_lost_alone, row.points_lost)),
+            share(row.share),
         ]
-        for one in report.recovered
+        for row in report.recovered
     ]
     return Table("Accuracy lost by compression, in percentage points", headers, cells)
 
 
 def worst_class(row: Row) -> str:
     """Return the class with the lowest accuracy (the first of several) and its accuracy."""
-    measured = [one for one in row.per_class or () if one.accuracy_mean is not None]
+    measured = [by_class for by_class in row.per_class or () if by_class.accuracy_mean is not None]
     if not measured:
         return "-"
-    worst = min(measured, key=lambda one: one.accuracy_mean or 0.0)
+    worst = min(measured, key=lambda by_class: by_class.accuracy_mean or 0.0)
     name = worst.name if len(worst.name) <= MAX_CLASS_NAME else worst.name[: MAX_CLASS_NAME - 3] + "..."
     return f"{printable(name)}: {mean_std(worst.accuracy_mean, worst.accuracy_std)}"

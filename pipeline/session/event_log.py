@@ -11,7 +11,7 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from kdpipe.pipeline.terminal.exit_codes import process_exit_code
@@ -89,22 +89,16 @@ class EventLog:
 
 def _open(path: Path) -> int:
     """Open the file for appending, after completing a line that a killed writer left unfinished."""
-    descriptor = os.open(path, FLAGS, 0o666)
-    try:
-        num_bytes = _regular_size(descriptor)
-        if num_bytes and os.pread(descriptor, 1, num_bytes - 1) != b"\n":
+    with ExitStack() as on_error:
+        descriptor = os.open(path, FLAGS, 0o666)
+        on_error.callback(os.close, descriptor)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("not a regular file")
+        if found.st_size and os.pread(descriptor, 1, found.st_size - 1) != b"\n":
             os.write(descriptor, b"\n")
-    except BaseException:
-        os.close(descriptor)
-        raise
+        on_error.pop_all()
     return descriptor
-
-
-def _regular_size(descriptor: int) -> int:
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError("not a regular file")
-    return found.st_size
 
 
 @contextmanager
@@ -112,12 +106,8 @@ def event_log(folder: Path, command: str, *, rank: int | None = None) -> Iterato
     """Log the events of a job in the run folder `folder`, which must exist.
 
     The first line is a `begin`; the last is an `end` with the exit status: that of the exception that leaves the block,
-    0 without one, or what was passed to `end` before. File errors never raise.
-
-    Args:
-        folder: Run folder.
-        command: Command that runs.
-        rank: Number of this process, if several do one job.
+    0 without one, or what was passed to `end` before. `rank` is the number of this process, if several do one job.
+    File errors never raise.
     """
     log = EventLog(folder / EVENTS, command, rank)
     log.begin()

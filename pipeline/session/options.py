@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -43,15 +43,8 @@ RunDir = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", parser=output_path, help="Run folder [default: runs/NAME].")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document; progress is JSON lines on stderr.")]
-MaxDuration = Annotated[
-    float | None,
-    typer.Option(
-        "--max-duration",
-        metavar="3h30m",
-        parser=_duration,
-        help="Save and exit with status 75 this long after the start.",
-    ),
-]
+EXIT_75 = "Save and exit with status 75 this long after the start."
+MaxDuration = Annotated[float | None, typer.Option("--max-duration", metavar="3h30m", parser=_duration, help=EXIT_75)]
 Share = Annotated[bool, typer.Option("--share", help="Use a GPU even if another process uses it.")]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard scalars into the run folder.")]
 Verbose = Annotated[
@@ -97,24 +90,20 @@ class JobOptions(CommonOptions):
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameter `options` of a command by the options in it, as typer needs them."""
     hints = get_type_hints(command, include_extras=True)
-    parameters = inspect.signature(command).parameters
     kind: type[CommonOptions] = hints["options"]
     common = get_type_hints(kind, include_extras=True)
     own = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
-        for name, parameter in parameters.items()
+        for name, parameter in inspect.signature(command).parameters.items()
         if name != "options"
     ]
     shared = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=common[field.name]
-        )
-        for field in fields(kind)
+        parameter.replace(annotation=common[name]) for name, parameter in inspect.signature(kind).parameters.items()
     ]
 
     @wraps(command)
     def wrapped(**arguments: Any) -> None:
-        options = kind(**{field.name: arguments.pop(field.name) for field in fields(kind)})
+        options = kind(**{parameter.name: arguments.pop(parameter.name) for parameter in shared})
         command(**arguments, options=options)
 
     wrapped.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Write `run.json` in a run folder: which recipe, kdpipe version and machine produced its content, and the time taken.
 
-{"recipe": resolved, "seeds": {...}, "fingerprints": {...}, "sessions": [one per process, oldest first]}. The recipe is
-that of the last session that produced something. A session is written when it begins, so a killed one is visible by
+{"recipe": resolved, "fingerprints": {...}, "sessions": [one per process, oldest first]}. The recipe is that of the last
+session that produced something. A session is written when it begins, so a killed one is visible by
 `ended` = null. Write errors are reported once and do not end the job.
 """
 
@@ -15,9 +15,9 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdpipe.pipeline.session.event_log import job_id
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY, process_exit_code
@@ -29,10 +29,13 @@ from kdpipe.store.fs.atomic_write import write_atomically
 from kdpipe.store.fs.lock import exclusive
 from kdpipe.store.fs.safe_read import read_json_or_none
 
+if TYPE_CHECKING:
+    from kdpipe.pipeline.run import Run
+
 RUN = "run.json"
 LOCK = ".run.json.lock"
-NUM_FIRST, NUM_LAST = 100, 400
-"""Number of sessions kept from the beginning and from the end."""
+MAX_SESSIONS = 500
+"""Number of sessions kept; the oldest are removed first."""
 
 PRODUCTIVE = (DONE, DONE_IN_PART, STOPPED_EARLY)
 """Exit codes of sessions that produced something; the file then shows their recipe."""
@@ -92,13 +95,11 @@ class Session:
                 print_warning(f"{self._folder / RUN} cannot be written ({error}); the job goes on.")
 
     def _merged(self, stored: dict[str, Any]) -> dict[str, Any]:
-        known = stored.get("sessions")
+        known, number = stored.get("sessions"), self._record["id"]
         sessions = [item for item in known if isinstance(item, dict)] if isinstance(known, list) else []
-        others = [item for item in sessions if item.get("id") != self._record["id"]]
-        index = next((number for number, item in enumerate(sessions) if item not in others), len(others))
-        sessions = [*others[:index], self._record, *others[index:]]
-        if len(sessions) > NUM_FIRST + NUM_LAST:
-            sessions = [*sessions[:NUM_FIRST], *sessions[-NUM_LAST:]]
+        if all(item.get("id") != number for item in sessions):
+            sessions.append(self._record)
+        sessions = [self._record if item.get("id") == number else item for item in sessions][-MAX_SESSIONS:]
         fingerprints = stored.get("fingerprints")
         before = fingerprints if isinstance(fingerprints, dict) else {}
         # A refused command must not change what the file says about the run.
@@ -110,15 +111,9 @@ class Session:
 def session(folder: Path, command: str, recipe: Mapping[str, Any], *, argv: Sequence[str]) -> Iterator[Session]:
     """Record this process in the run folder `folder`, which must exist. File errors never raise.
 
-    The exit status is that of the exception that leaves the block, else 0.
-
-    Args:
-        folder: Run folder.
-        command: Command that runs.
-        recipe: Resolved recipe, as JSON.
-        argv: Command line arguments.
+    `recipe` is the resolved recipe as JSON. The exit status is that of the exception that leaves the block, else 0.
     """
-    common = {"recipe": dict(recipe), "seeds": seeds_of(recipe), "fingerprints": {}}
+    common = {"recipe": dict(recipe), "fingerprints": {}}
     own = Session(folder, _record(command, argv), common)
     own.write()
     try:
@@ -156,15 +151,6 @@ def _record(command: str, argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def seeds_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the seeds of a resolved recipe: of the teacher, the views and the students."""
-    found: dict[str, Any] = {"recipe": recipe.get("seed")}
-    for name, key in (("views", "seed"), ("student", "seeds")):
-        section = recipe.get(name)
-        found[name] = section.get(key) if isinstance(section, Mapping) else None
-    return found
-
-
 def peak_memory() -> dict[str, int | None]:
     """Return the peak memory, in bytes, of this process or of any ended child, and of its GPUs as torch counts it."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -182,3 +168,23 @@ def _peak_gpu_memory() -> int | None:
         return sum(int(cuda.max_memory_allocated(number)) for number in range(cuda.device_count()))
     except (RuntimeError, AttributeError, ValueError):  # the GPU itself may have failed
         return None
+
+
+def fingerprints(run: Run) -> dict[str, str]:
+    """Return the sha256 of the weights of each finished network, and the fingerprint of each store, by name.
+
+    Missing or unreadable ones are left out.
+    """
+    from kdpipe.store import is_url, read_store_manifest
+
+    found: dict[str, str] = {}
+    for result in sorted(run.folder.glob("**/result.json")):
+        identity = (read_json_or_none(result) or {}).get("identity")
+        sha256 = identity.get("weights_sha256") if isinstance(identity, dict) else None
+        if isinstance(sha256, str):
+            found[str(result.parent.relative_to(run.folder))] = sha256
+    with suppress(KdpipeError):
+        for store in map(Path, (path for path in (run.store, *run.stores) if not is_url(str(path)))):
+            with suppress(KdpipeError):
+                found[store.name] = read_store_manifest(store).identity.fingerprint
+    return found

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
-
-IMPORTED = time.monotonic()
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """What batch systems, users and closing terminals send. SIGHUP only where `nohup` does not ignore it."""
@@ -24,12 +20,10 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 def process_age_s() -> float:
-    """Return the seconds since this process started; without /proc, since this file was imported."""
-    try:
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return time.monotonic() - IMPORTED
+    """Return the seconds since this process started."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
 
 
 def parse_duration(text: str) -> float:
@@ -81,7 +75,7 @@ def handle_signals(max_duration_s: float | None = None) -> Iterator[StopFlag]:
             raise KeyboardInterrupt
         stop.reason = stop.reason or f"at {signal.Signals(number).name}"
 
-    with _handlers(handle):
+    with signal_handlers(handle):
         try:
             yield stop
         except StoppedEarly as error:
@@ -97,12 +91,13 @@ def exit_on_signal() -> Iterator[None]:
 
         raise StoppedEarly(f"at {signal.Signals(number).name}")
 
-    with _handlers(handle):
+    with signal_handlers(handle):
         yield
 
 
 @contextmanager
-def _handlers(handle: Handler) -> Iterator[None]:
+def signal_handlers(handle: Handler) -> Iterator[None]:
+    """Call `handle` at the signals of `SIGNALS` within the block."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return

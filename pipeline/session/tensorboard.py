@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,60 +26,44 @@ MISSING = (
 
 @contextmanager
 def scalars(folder: Path) -> Iterator[Reporter]:
-    """Yield a reporter that writes the metrics of epochs below `folder`/tensorboard/JOB/. File errors never raise.
+    """Yield a reporter that writes the metrics of epochs below `folder`/tensorboard/JOB/.
 
-    Without the package tensorboard it warns once and writes nothing.
+    File errors, and the lack of the package tensorboard, are one warning; the job goes on.
     """
-    if find_spec("tensorboard") is None:
+    writers: dict[str, Any] = {}
+    is_on = find_spec("tensorboard") is not None
+    if not is_on:
         print_warning(MISSING)
-        yield lambda event: None
-        return
-    boards = _Boards(folder / FOLDER)
-    try:
-        yield boards.report
-    finally:
-        boards.close()
 
-
-class _Boards:
-    """One SummaryWriter a job, opened at its first epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._writers: dict[str, Any] = {}
-        self._has_failed = False
-
-    def report(self, event: ProgressEvent) -> None:
+    def report(event: ProgressEvent) -> None:
+        nonlocal is_on
         epoch = event.metrics.get("epoch")
-        if not isinstance(epoch, int) or self._has_failed:
-            return
-        with self._warn_on_error():
-            writer = self._writer(event.job, epoch)
-            for tag, value in scalars_of(event.metrics).items():
-                writer.add_scalar(tag, value, epoch)
-            if event.step == event.total:
-                self._writers.pop(event.job).close()
+        if is_on and isinstance(epoch, int):
+            try:
+                _write(writers, folder / FOLDER / folder_name(event.job), event, epoch)
+            except (OSError, ImportError) as error:
+                is_on = False
+                print_warning(f"TensorBoard scalars are no longer written ({error}); the job goes on.")
 
-    def close(self) -> None:
-        for writer in self._writers.values():
-            with self._warn_on_error():
+    try:
+        yield report
+    finally:
+        for writer in writers.values():
+            with suppress(OSError):
                 writer.close()
 
-    def _writer(self, job: str, epoch: int) -> Any:
-        if job not in self._writers:
-            from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides what an earlier process wrote from this epoch on: a resumed job writes it again.
-            self._writers[job] = SummaryWriter(str(self._folder / folder_name(job)), purge_step=epoch)
-        return self._writers[job]
+def _write(writers: dict[str, Any], folder: Path, event: ProgressEvent, epoch: int) -> None:
+    """Write an epoch with the writer of its job, which is created at the first epoch and closed at the last."""
+    if event.job not in writers:
+        from torch.utils.tensorboard import SummaryWriter
 
-    @contextmanager
-    def _warn_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ImportError) as error:
-            self._has_failed = True
-            print_warning(f"TensorBoard scalars are no longer written ({error}); the job goes on.")
+        # purge_step hides what an earlier process wrote from this epoch on: a resumed job writes it again.
+        writers[event.job] = SummaryWriter(str(folder), purge_step=epoch)
+    for tag, value in scalars_of(event.metrics).items():
+        writers[event.job].add_scalar(tag, value, epoch)
+    if event.step == event.total:
+        writers.pop(event.job).close()
 
 
 def scalars_of(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -15,10 +15,9 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 
-from kdpipe.pipeline.session.signals import SIGNALS
+from kdpipe.pipeline.session.signals import signal_handlers
 from kdpipe.pipeline.terminal.exit_codes import STOPPED_EARLY, USAGE
 from kdpipe.pipeline.terminal.output import print_line
 
@@ -74,29 +73,21 @@ def forward_signals() -> Iterator[list[int]]:
 
     Not SIGINT: a terminal sends it to the children as well, and a second one would abort them.
     """
+    import psutil
+
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        running = children()
+        running = psutil.Process().children()
         if not running:
             sys.exit(STOPPED_EARLY)
         for child in running:
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGTERM)
+            with suppress(psutil.NoSuchProcess):
+                child.terminate()
 
-    previous = {number: signal.signal(number, handle) for number in SIGNALS}
-    try:
+    with signal_handlers(handle):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def children() -> list[int]:
-    """Return the process ids of the children of this process (Linux)."""
-    threads = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for thread in threads for pid in thread.read_text().split()]
 
 
 if __name__ == "__main__":

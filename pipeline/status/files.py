@@ -1,4 +1,4 @@
-"""Read untrusted run and store folders: bounded reads, locks that are only looked at, sizes on disk. Writes nothing."""
+"""Read untrusted run and store folders: bounded reads, locks that are only probed, sizes on disk. Writes nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ def read_tail(path: Path, num_bytes: int) -> list[bytes]:
     return lines[1:] if start else lines
 
 
-def text(value: Any, max_length: int = MAX_TEXT) -> str:
+def text(value: Any) -> str:
     """Return an untrusted value as a short printable text; empty if it is neither text nor number."""
-    return printable(str(value)[:max_length]) if isinstance(value, str | int | float) else ""
+    return printable(str(value)[:MAX_TEXT]) if isinstance(value, str | int | float) else ""
 
 
 def number(value: Any) -> int | None:
@@ -42,46 +42,25 @@ def number(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value < 2**50 else None
 
 
-def fraction(value: Any) -> float | None:
-    """Return an untrusted value if it is a number from 0 to 1, else None."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1 else None
+def lock_holder(path: Path) -> Holder | None:
+    """Return who has locked the file at `path`, exclusively or shared; None if it is free or this cannot be seen.
 
-
-def lock_holder(path: Path, *, try_it: bool) -> Holder | None:
-    """Return who holds the lock file at `path`, exclusively or shared; None if it is free or this cannot be seen.
-
-    Reads the kernel's list of locks first, which disturbs no one. The list lacks locks of other machines and
-    containers: with `try_it` a shared lock is tried for a moment, on a read-only descriptor.
+    The lock is tried for a moment on a read-only descriptor; jobs that find it taken look again.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        holder, found = read_holder(descriptor), os.fstat(descriptor)
-        # The device number may differ (overlays, btrfs): then the process must be that of the lock's record.
-        is_held = any(found.st_dev == device or pid == holder.pid for device, pid in locked().get(found.st_ino, ()))
-        if not is_held and try_it:
-            is_held = not try_lock(path, descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX):  # the second may not work on a read-only descriptor, as on NFS
+            if not try_lock(path, descriptor, kind | fcntl.LOCK_NB):
+                return read_holder(descriptor)
     except (OSError, KdpipeError):
         return None
     else:
-        return holder if is_held else None
+        return None
     finally:
         os.close(descriptor)  # releases the lock
-
-
-@cache
-def locked() -> dict[int, list[tuple[int, int]]]:
-    """Return device and process of each flock held on this machine, by inode. Cached until `locked.cache_clear()`."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()
-            if "FLOCK" in fields and "->" not in fields:  # an arrow marks a waiting process
-                major, minor, inode = fields[5].split(":")
-                found.setdefault(int(inode), []).append((os.makedev(int(major, 16), int(minor, 16)), int(fields[4])))
-    return found
 
 
 @dataclass
@@ -107,14 +86,10 @@ class Budget:
 
     def entries(self, folder: Path | str, limit: int | None = None) -> Iterable[os.DirEntry[str]]:
         """Return the entries of a folder, sorted by name; errors are collected in `unread`."""
-        room = max(0, self.left if limit is None else min(limit, self.left))
         found: list[os.DirEntry[str]] = []
         try:
             with os.scandir(folder) as inside:
-                for entry in inside:
-                    if len(found) >= room:
-                        break
-                    found.append(entry)
+                found += islice(inside, max(0, self.left if limit is None else min(limit, self.left)))
         except OSError as error:
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
                 self.unread.append(f"{printable(str(folder))}: {error.strerror or error}")

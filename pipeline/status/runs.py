@@ -1,18 +1,20 @@
-"""Determine the status of a run folder from its lock, its events and its finished jobs."""
+"""Determine the status of a run folder from its lock, the end of its event log, and its finished jobs."""
 
 from __future__ import annotations
 
+import json
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from kdpipe.pipeline.report.networks import NetworkEntry, network_entries
-from kdpipe.pipeline.status.events import RunProgress, progress_of, read_events
-from kdpipe.pipeline.status.files import Budget, Measure, fraction, lock_holder, number, text
+from kdpipe.pipeline.session.event_log import EVENTS
+from kdpipe.pipeline.status.files import Budget, Measure, lock_holder, number, read_tail, text
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
 from kdpipe.store.fs.safe_read import read_json_or_none
 
@@ -22,7 +24,40 @@ MAX_SEEDS = 1000
 SILENT_S = 600.0
 """A job on another machine, whose lock may be invisible here, counts as dead after this long without events."""
 
+TAIL_BYTES = 64 * 1024
+RATE_WINDOW_S = 600.0
+
 STATES = {DONE: "done", DONE_IN_PART: "done in part", STOPPED_EARLY: "stopped early", INTERRUPTED: "interrupted"}
+
+
+@dataclass(frozen=True)
+class LoggedEvent:
+    """One checked line of an untrusted events.jsonl. `time` is in seconds since 1970."""
+
+    time: float
+    kind: str
+    command: str
+    host: str
+    pid: int
+    exit_code: int | None
+    stage: str
+    job: str
+    step: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """Progress of a run's last process: its last event, its last progress event, and the rate in units a second."""
+
+    last: LoggedEvent
+    current: LoggedEvent | None
+    rate_per_s: float | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.last.kind == "end"
 
 
 @dataclass(frozen=True)
@@ -34,7 +69,7 @@ class RunStatus:
         who: The process that runs it, or ran it when it was killed.
         step: Finished units of `job`, of `total`.
         eta_s: Seconds left.
-        last_sign: Time of the last activity, in seconds since 1970.
+        last_active: Time of the last activity, in seconds since 1970.
         accuracies: Test accuracy in percent, mean over seeds, by the network's name.
     """
 
@@ -50,7 +85,7 @@ class RunStatus:
     unit: str
     rate_per_s: float | None
     eta_s: float | None
-    last_sign: float
+    last_active: float
     disk_bytes: int
     num_networks_done: int
     num_networks: int
@@ -70,102 +105,116 @@ def is_run(folder: Path, names: set[str]) -> bool:
 def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
     """Return the status of the run in `folder`, whose files were measured as `size`."""
     now = time.time()
-    progress = progress_of(read_events(folder))
+    progress = read_progress(folder)
+    current = progress.current if progress else None
     stored = read_json_or_none(folder / RECIPE)
-    recipe = stored or {}
-    networks = _networks(recipe, folder)
+    networks = _networks(stored or {}, folder)
     num_done = sum((job / "result.json").exists() for network in networks for job in network.jobs)
     num_networks = sum(len(network.jobs) for network in networks)
     state, who = _state(folder, progress, now)
     if state == "idle" and num_done == num_networks > 0:
         state = "done"
-    return RunStatus(
-        path=str(folder),
-        name=text(recipe.get("name")),
-        state="damaged" if stored is None else state,
-        who=who,
-        **_progress_fields(progress, state, now),
-        last_sign=min(now, max(size.newest, progress.last_event_at if progress else 0.0)),
-        disk_bytes=size.num_bytes,
-        num_networks_done=num_done,
-        num_networks=num_networks,
-        accuracies=dict(_accuracies(networks, recipe, folder, budget)),
-    )
-
-
-def _progress_fields(progress: RunProgress | None, state: str, now: float) -> dict[str, Any]:
-    """Return the fields about the last job; rate and time left only while it runs."""
-    current = progress.current if progress else None
     rate = progress.rate_per_s if progress and state == "running" else None
     left_s = None
     if current and rate and current.step < current.total:
         left_s = max(0.0, (current.total - current.step) / rate - (now - current.time))
-    return {
-        "command": progress.command if progress else "",
-        "stage": current.stage if current else "",
-        "job": current.job if current else "",
-        "step": current.step if current else None,
-        "total": current.total if current else None,
-        "unit": current.unit if current else "",
-        "rate_per_s": rate,
-        "eta_s": left_s,
-    }
+    return RunStatus(
+        path=str(folder),
+        name=text((stored or {}).get("name")),
+        state="damaged" if stored is None else state,
+        who=who,
+        command=progress.last.command if progress else "",
+        stage=current.stage if current else "",
+        job=current.job if current else "",
+        step=current.step if current else None,
+        total=current.total if current else None,
+        unit=current.unit if current else "",
+        rate_per_s=rate,
+        eta_s=left_s,
+        last_active=min(now, max(size.newest, progress.last.time if progress else 0.0)),
+        disk_bytes=size.num_bytes,
+        num_networks_done=num_done,
+        num_networks=num_networks,
+        accuracies=dict(_accuracies(networks, folder, budget)),
+    )
 
 
 def _state(folder: Path, progress: RunProgress | None, now: float) -> tuple[str, str]:
     """Return the state of a run, and its process."""
-    # The lock is only tried if the events do not show whether a job runs: status should disturb no one.
-    holder = lock_holder(folder / LOCK, try_it=progress is None or not progress.has_ended)
-    if holder is not None:
+    if holder := lock_holder(folder / LOCK):
         job = f" (job {text(holder.job_id)})" if holder.job_id else ""
         return "running", f"pid {holder.pid} on {text(holder.host)}{job}" if holder.pid else "another job"
     if progress is None:
         return "idle", ""
+    last = progress.last
     if progress.has_ended:
-        return STATES.get(progress.exit_code or DONE, f"failed (exit {progress.exit_code})"), ""
-    is_elsewhere = progress.host != socket.gethostname()
-    if is_elsewhere and now - progress.last_event_at < SILENT_S:
-        return "running", f"pid {progress.pid} on {progress.host}, by its last event"
-    return "killed", f"was pid {progress.pid} on {progress.host}"
+        return STATES.get(last.exit_code or DONE, f"failed (exit {last.exit_code})"), ""
+    if last.host != socket.gethostname() and now - last.time < SILENT_S:
+        return "running", f"pid {last.pid} on {last.host}, by its last event"
+    return "killed", f"was pid {last.pid} on {last.host}"
 
 
 def _networks(recipe: Mapping[str, Any], folder: Path) -> list[NetworkEntry]:
-    """Return the networks that a recipe makes; none if it is invalid, or its names would lead elsewhere."""
+    """Return the networks that a recipe makes; none if it is invalid."""
     try:
-        seeds, kind = recipe["student"]["seeds"], _scheme(recipe)
-        is_valid = kind.isalnum() and len(seeds) <= MAX_SEEDS and None not in [number(seed) for seed in seeds]
-        return network_entries(recipe, folder) if is_valid else []
+        return network_entries(recipe, folder) if len(recipe["student"]["seeds"]) <= MAX_SEEDS else []
     except (KeyError, TypeError, AttributeError, ValueError):
         return []
 
 
-def _accuracies(
-    networks: list[NetworkEntry], recipe: Mapping[str, Any], folder: Path, budget: Budget
-) -> Iterator[tuple[str, float]]:
+def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> Iterator[tuple[str, float]]:
     """Yield the mean test accuracy in percent of the main networks, and of the best variant of `kdpipe compare`."""
     by_kind = {network.kind: network for network in networks}
-    last = next((by_kind[kind] for kind in (_scheme(recipe), "pruned") if kind in by_kind), None)
-    for network in [by_kind.get("alone"), by_kind.get("student"), last]:
-        found = [] if network is None else [_accuracy(job) for job in network.jobs]
-        known = [100 * accuracy for accuracy in found if accuracy is not None]
-        if network and known:
+    smallest = next((by_kind[kind] for kind in ("int8", "int4", "pruned") if kind in by_kind), None)
+    for network in (by_kind.get("alone"), by_kind.get("student"), smallest):
+        if network and (known := _known_accuracies(network.jobs)):
             yield network.name.removeprefix("student "), mean(known)
     means = {}
     for variant in budget.entries(folder / "compare", MAX_SEEDS):
-        jobs = budget.entries(variant.path, MAX_SEEDS)
-        if known := [accuracy for job in jobs if (accuracy := _accuracy(Path(job.path)))]:
-            means[text(variant.name)] = 100 * mean(known)
+        if known := _known_accuracies([Path(job.path) for job in budget.entries(variant.path, MAX_SEEDS)]):
+            means[text(variant.name)] = mean(known)
     if means:
         best = max(means, key=means.__getitem__)
         yield f"best of {len(means)} variants: {best}", means[best]
 
 
-def _scheme(recipe: Mapping[str, Any]) -> str:
-    """Return the quantization scheme, such as int8 or int4."""
-    compress = recipe.get("compress")
-    quantize = compress.get("quantize") if isinstance(compress, dict) else None
-    return str(quantize.get("scheme", "int8")) if isinstance(quantize, dict) else "int8"
+def _known_accuracies(jobs: Iterable[Path]) -> list[float]:
+    """Return the test accuracies of finished jobs in percent; results are untrusted."""
+    found = [(read_json_or_none(job / "result.json") or {}).get("accuracy") for job in jobs]
+    return [100 * value for value in found if type(value) in (int, float) and 0 <= value <= 1]
 
 
-def _accuracy(job: Path) -> float | None:
-    return fraction((read_json_or_none(job / "result.json") or {}).get("accuracy"))
+def read_progress(run: Path) -> RunProgress | None:
+    """Return the progress of the process that wrote the last event in a run folder; None without events."""
+    events = [event for raw in read_tail(run / EVENTS, TAIL_BYTES) if (event := _parse(raw))]
+    if not events:
+        return None
+    last = events[-1]
+    own = [event for event in events if (event.host, event.pid) == (last.host, last.pid)]
+    own = [event for event in own if event.kind == "progress" and event.total > 0]
+    current = own[-1] if own else None
+    job = [event for event in own if current and (event.stage, event.job) == (current.stage, current.job)]
+    return RunProgress(last, current, _rate(job))
+
+
+def _parse(raw: bytes) -> LoggedEvent | None:
+    """Return the event of a line; None if it is incomplete or invalid."""
+    try:
+        record = json.loads(raw)
+        seconds = datetime.fromisoformat(record["time"]).timestamp()
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError):
+        return None
+    texts = {name: text(record.get(name)) for name in ("kind", "command", "host", "stage", "job", "unit")}
+    counts = {name: number(record.get(name)) or 0 for name in ("pid", "step", "total")}
+    code = record.get("exit_code")
+    return LoggedEvent(
+        time=seconds, exit_code=code if type(code) is int and abs(code) < 1000 else None, **texts, **counts
+    )
+
+
+def _rate(events: Sequence[LoggedEvent]) -> float | None:
+    """Return the rate of the last ten minutes."""
+    recent = [event for event in events if events[-1].time - event.time <= RATE_WINDOW_S]
+    steps = recent[-1].step - recent[0].step if recent else 0
+    elapsed_s = recent[-1].time - recent[0].time if recent else 0.0
+    return steps / elapsed_s if steps > 0 and elapsed_s > 0 else None

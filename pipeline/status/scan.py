@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.status.files import Budget, Measure, is_folder, locked
+from kdpipe.pipeline.status.files import Budget, Measure, is_folder
 from kdpipe.pipeline.status.runs import is_run, run_status
 from kdpipe.pipeline.status.stores import manifest_of, store_status
 from kdpipe.pipeline.status.table import Status
@@ -23,13 +23,9 @@ def read_status(root: Path) -> Status:
     """Return the status of all runs and stores below `root`, or of `root` itself.
 
     Links and hidden folders are not followed; folders that cannot be read are listed in the notes.
-
-    Raises:
-        RunError: If there is no such folder.
     """
     if not root.is_dir():
         raise RunError(f"{root} is not a folder: name one that contains runs or stores.")
-    locked.cache_clear()
     budget = Budget(MAX_ENTRIES)
     run_sizes: dict[Path, Measure] = {}
     stores = [store_status(folder, manifest, budget) for folder, manifest in _search(root, budget, run_sizes)]
@@ -41,8 +37,8 @@ def read_status(root: Path) -> Status:
     runs = [run_status(folder, size, budget) for folder, size in run_sizes.items()]
     return Status(
         root=str(root),
-        runs=sorted(runs, key=lambda run: (-run.last_sign, run.path)),
-        stores=sorted(stores, key=lambda store: (-store.last_sign, store.path)),
+        runs=sorted(runs, key=lambda run: (-run.last_active, run.path)),
+        stores=sorted(stores, key=lambda store: (-store.last_active, store.path)),
         notes=notes,
     )
 

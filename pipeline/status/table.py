@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MAX_WORKERS = 3
-RIGHT_ALIGNED = {"done", "networks", "rate", "left", "last sign", "size", "units"}
+RIGHT_ALIGNED = {"done", "networks", "rate", "left", "last active", "size", "units"}
 STYLES = {
     "running": "green",
     "being filled": "green",
@@ -86,12 +86,12 @@ def _run_cells(run: RunStatus, root: Path, now: float) -> dict[str, str]:
     cells = {
         "run": _name(run.path, root),
         "state": run.state,
-        "at": "" if is_over else f"{job} ({run.who})" if run.who else job,
+        "job": "" if is_over else f"{job} ({run.who})" if run.who else job,
         "done": f"{100 * run.step // run.total} %" if run.step is not None and run.total and not is_over else "",
         "networks": f"{run.num_networks_done}/{run.num_networks}" if run.num_networks else "",
         "rate": rate_text(run.rate_per_s, run.unit),
         "left": "" if run.eta_s is None else duration_text(run.eta_s),
-        "last sign": _ago(run.last_sign, now),
+        "last active": _ago(run.last_active, now),
         "size": _size(run.disk_bytes),
         "test accuracy": ", ".join(f"{name} {accuracy:.2f} %" for name, accuracy in run.accuracies.items()),
     }
@@ -107,7 +107,7 @@ def _store_cells(store: StoreStatus, root: Path, now: float) -> dict[str, str]:
         "content": f"{store.num_samples:,} x {store.num_views} views" if store.num_views else "",
         "units": f"{store.num_units_done:,}/{store.num_units:,}" if store.num_units else "",
         "at work": "; ".join(store.at_work[:MAX_WORKERS]) + (f" and {num_more} more" if num_more > 0 else ""),
-        "last sign": _ago(store.last_sign, now),
+        "last active": _ago(store.last_active, now),
         "size": _size(store.disk_bytes),
     }
     return {header: printable(cell) for header, cell in cells.items()}

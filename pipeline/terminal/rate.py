@@ -39,13 +39,11 @@ class Rate:
         """Record that the job is at `step` of `total`, at `now` seconds of a monotonic clock."""
         if step < self.step:  # a new round under the same name
             self._steps = self._seconds = 0.0
-        elif step > self.step and now > self.updated_at:
+        elif step > self.step:
             elapsed_s = now - self.updated_at
             decay = math.exp(-elapsed_s / max(SMOOTHING_S, MIN_STEPS_REMEMBERED * elapsed_s))
             self._steps = self._steps * decay + step - self.step
             self._seconds = self._seconds * decay + elapsed_s
-        elif step > self.step:
-            self._steps += step - self.step
         if step != self.step:
             self.updated_at = now
         self.step, self.total = step, total

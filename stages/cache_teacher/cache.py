@@ -1,4 +1,4 @@
-"""Stage 1, `kdpipe cache-teacher`: run the teacher over every view and cache its outputs in a target store."""
+"""Fill a target store: run the teacher over the units that are missing, and commit them (`kdpipe cache-teacher`)."""
 
 from __future__ import annotations
 
@@ -13,30 +13,20 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.cache_teacher.inference import UnitOutputs, collect_unit, hooked_layers, iter_teacher_outputs
-from kdpipe.stages.cache_teacher.plan import (
-    CacheConfig,
-    layers_of,
-    missing_bytes,
-    plan_store,
-    require_room,
-    samples_in_row_order,
-)
-from kdpipe.stages.context import StageContext
-from kdpipe.stages.data.loader.image_loader import ViewRequest
+from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import RunError, StoppedEarly
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import FeatureExtractor, extract_features
 from kdpipe.stages.runtime.background_worker import BackgroundWorker
-from kdpipe.stages.runtime.events import ProgressEvent
-from kdpipe.stages.runtime.launcher import ALL, WorkShard
-from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
+from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_statistic
 from kdpipe.store import (
     Claim,
     LockedError,
     Manifest,
+    Samples,
     Unit,
     claim,
-    ensure_store,
     finish_store,
     holder,
     missing_arrays,
@@ -63,65 +53,40 @@ class UnitTask:
 
 @dataclass(frozen=True)
 class CacheJob:
-    """A store to fill and its inputs; `positions` int64 [N] are the rows' positions in the data set, -1 for none."""
+    """A store to fill, the teacher, and the images in their views.
 
-    config: CacheConfig
+    Attributes:
+        path: The store's folder.
+        manifest: Its manifest.
+        teacher: The teacher, in eval mode on the device.
+        loader: The images, in the order of the data set.
+        positions: int64 [N], the position in the data set of each row's sample; -1 for padding and for unknown samples.
+        batch_size: Images that the teacher sees at once.
+        monitor: Progress and the stop flag.
+    """
+
     path: Path
     manifest: Manifest
     teacher: ModelBundle
+    loader: ImageLoader
     positions: Tensor
-    context: StageContext
+    batch_size: int
+    monitor: RunMonitor
 
 
-def cache_teacher(
-    config: CacheConfig,
-    path: Path,
-    teacher: ModelBundle,
-    layers: Sequence[FeatureSpec],
-    context: StageContext,
-    *,
-    part: WorkShard = ALL,
-) -> dict[str, Any]:
-    """Fill `part` of the store at `path` with the teacher's logits and features, for every view.
+def fill_store(job: CacheJob, units: Sequence[Unit]) -> dict[str, Any]:
+    """Compute the missing arrays of `units`, and finish the store if it is then complete; return the store's figures.
 
     Several processes may do so at once: each claims the units that it computes, and the one that completes the last
     unit finishes the store. A rerun after a kill computes only units without a marker, and the store ends with the same
-    bytes as an undisturbed run. A store that lacks views, samples or layers is extended in place.
-
-    Returns the store's figures.
+    bytes as an undisturbed run.
 
     Raises:
-        FingerprintMismatch: The store at `path` was made from other inputs.
         NotFiniteError: Outputs are not finite; the message names the samples.
-        RunError: The disk is too small.
         LockedError: Another job computes the remaining units; the message names it.
         StoppedEarly: The stop flag was set; all computed units are committed.
     """
-    samples = samples_in_row_order(context)
-    wanted = plan_store(config, teacher, layers, samples, context)
-    require_room(path, missing_bytes(path, wanted, samples))
-    manifest = ensure_store(path, wanted, samples)
-    units = part.select(manifest.layout.units())
-    return {
-        **complete_units(config, path, manifest, units, teacher=teacher, context=context),
-        "part": str(part) if part.count > 1 else None,
-    }
-
-
-def complete_units(
-    config: CacheConfig,
-    path: Path,
-    manifest: Manifest,
-    units: Sequence[Unit],
-    *,
-    teacher: ModelBundle,
-    context: StageContext,
-) -> dict[str, Any]:
-    """Compute the missing arrays of `units` of the store at `path`, and finish the store if it is then complete.
-
-    Teacher, views and data set must be the store's own. Returns and raises the same as `cache_teacher`.
-    """
-    job = CacheJob(config, path, manifest, teacher, _positions(path, manifest, context), context)
+    path, manifest = job.path, job.manifest
     num_computed = _fill(job, units)
     finish_store(path)
     missing = missing_units(path, manifest)
@@ -139,6 +104,20 @@ def complete_units(
     }
 
 
+def row_positions(path: Path, manifest: Manifest, samples: Samples) -> Tensor:
+    """Return the position of each row's sample in the data set, int64 [N]; -1 for padding and for unknown samples."""
+    stored = read_samples(path, manifest.layout, manifest.identity.data)
+    positions = np.full(manifest.layout.num_rows, -1, np.int64)
+    positions[manifest.layout.sample_rows()] = samples.positions_of(stored.ids)
+    return torch.from_numpy(positions)
+
+
+def layers_of(manifest: Manifest) -> list[FeatureSpec]:
+    """Return the features that a store holds."""
+    parts = [spec.name.partition("/") for spec in manifest.arrays]
+    return [feature for kind, _, layer in parts if (feature := parse_statistic(layer, kind)) is not None]
+
+
 def _fidelity(path: Path) -> dict[str, Any]:
     """Return the encoding errors of a finished store, by array."""
     finished = read_store_manifest(path).finished
@@ -147,9 +126,9 @@ def _fidelity(path: Path) -> dict[str, Any]:
 
 def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
     """Compute and commit the missing units that no other job has claimed; returns their number."""
-    path, manifest, monitor = job.path, job.manifest, job.context.monitor
+    path, manifest, monitor = job.path, job.manifest, job.monitor
     num_done = sum(not missing_arrays(path, manifest, unit) for unit in units)
-    num_computed, wanted = 0, layers_of(manifest)
+    num_computed, features = 0, layers_of(manifest)
 
     def commit(computed: tuple[UnitTask, UnitOutputs]) -> None:
         nonlocal num_computed
@@ -164,12 +143,12 @@ def _fill(job: CacheJob, units: Sequence[Unit]) -> int:
 
     with (
         torch.no_grad(),
-        extract_features(job.teacher.model, hooked_layers(wanted)) as extractor,
+        extract_features(job.teacher.model, hooked_layers(features)) as extractor,
         BackgroundWorker(commit, NUM_WAITING, lambda computed: computed[0].claim.release()) as writer,
     ):
         try:
             for task in _claimed(path, manifest, units):
-                writer.submit((task, _compute(job, extractor, task, wanted)))
+                writer.submit((task, _compute(job, extractor, task, features)))
         except StoppedEarly:
             stopped = True  # computed units are still written
         else:
@@ -194,16 +173,20 @@ def _claimed(path: Path, manifest: Manifest, units: Sequence[Unit]) -> Iterator[
                 claimed.release()
 
 
-def _compute(job: CacheJob, extractor: FeatureExtractor, task: UnitTask, wanted: Sequence[FeatureSpec]) -> UnitOutputs:
+def _compute(
+    job: CacheJob, extractor: FeatureExtractor, task: UnitTask, features: Sequence[FeatureSpec]
+) -> UnitOutputs:
     """Return the teacher's outputs on a unit; raises StoppedEarly between batches when the stop flag is set."""
-    unit, context = task.unit, job.context
+    unit = task.unit
     try:
         positions = job.positions[unit.start : unit.stop]
         _require_known(job.path, unit, positions)
         # Batches begin with the unit, so that its bytes are the same in every job.
-        requests = [ViewRequest(rows, unit.view) for rows in torch.split(positions, job.config.batch_size)]
-        missing = [one for one in wanted if one.array in task.missing]
-        batches = iter_teacher_outputs(extractor, job.teacher, requests, context, missing)
+        requests = [ViewRequest(rows, unit.view) for rows in torch.split(positions, job.batch_size)]
+        missing = [feature for feature in features if feature.array in task.missing]
+        batches = iter_teacher_outputs(
+            extractor, job.teacher, requests, job.loader, monitor=job.monitor, features=missing
+        )
         return collect_unit(batches, job.manifest, unit, missing)
     except BaseException:
         task.claim.release()
@@ -216,14 +199,6 @@ def _require_known(path: Path, unit: Unit, positions: Tensor) -> None:
             f"{unit} of {path} has samples that are not in this recipe's data set: complete the store with the recipe "
             "that began to extend it."
         )
-
-
-def _positions(path: Path, manifest: Manifest, context: StageContext) -> Tensor:
-    """Return the position of each row's sample in the data set, int64 [N]; -1 for padding and for unknown samples."""
-    stored = read_samples(path, manifest.layout, manifest.identity.data)
-    positions = np.full(manifest.layout.num_rows, -1, np.int64)
-    positions[manifest.layout.sample_rows()] = context.samples.positions_of(stored.ids)
-    return torch.from_numpy(positions)
 
 
 def _require_none_left(path: Path, left: AbstractSet[Unit]) -> None:

@@ -52,7 +52,7 @@ def plan_cache(
         "exists": path.exists(),
         "num_views": manifest.layout.num_views,
         "num_samples": manifest.layout.num_samples,
-        "normalize_rows": manifest.layout.unit_rows,
+        "unit_rows": manifest.layout.unit_rows,
         "num_units": len(units),
         "num_units_missing": len(missing),
         "arrays": {spec.name: _array(manifest, spec.name, units, missing) for spec in manifest.arrays},
@@ -87,7 +87,10 @@ def probe(
         for start in range(0, num_probed - batch_size + 1, batch_size):
             started = time.perf_counter()
             request = ViewRequest(torch.arange(start, start + batch_size), 0)
-            for _, outputs in iter_teacher_outputs(extractor, teacher, [request], context, layers):
+            batches = iter_teacher_outputs(
+                extractor, teacher, [request], context.train_loader, monitor=context.monitor, features=layers
+            )
+            for _, outputs in batches:
                 outputs.logits.float().cpu()
             times_s.append(time.perf_counter() - started)
     rate = batch_size / max(1e-9, min(times_s[1:] or times_s))

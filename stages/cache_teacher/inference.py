@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpipe.stages.context import StageContext
-from kdpipe.stages.data.loader.image_loader import ImageBatch, ViewRequest
+from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
 from kdpipe.stages.errors import NotFiniteError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import FeatureExtractor, ModelOutput
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.memory import run_in_chunks
 from kdpipe.stages.targets.feature_spec import INPUT_GRADIENT, FeatureSpec, compute_statistic
 from kdpipe.store import Manifest, Unit, encode_topk, measure_dense, measure_features, measure_topk
@@ -46,8 +46,8 @@ class UnitOutputs:
         """Return the rows of the arrays `names` in the store's types, and their encoding errors."""
         rows = {name: self.features[name] for name in names if name in self.features}
         fidelity = {name: self.fidelity[name] for name in rows}
-        wanted = [name for name in names if name not in self.features]
-        if not wanted:
+        features = [name for name in names if name not in self.features]
+        if not features:
             return rows, fidelity
         dtype = _logits_dtype(manifest)
         if manifest.top_k is None:
@@ -55,38 +55,38 @@ class UnitOutputs:
             return {**rows, "logits": stored}, {**fidelity, "logits": measure_dense(self.logits, stored)}
         packed = encode_topk(self.logits, manifest.top_k, dtype)
         fidelity["logits"] = measure_topk(self.logits, packed, manifest.top_k)
-        return {**rows, **{name: packed[name] for name in wanted}}, fidelity
+        return {**rows, **{name: packed[name] for name in features}}, fidelity
 
 
-def hooked_layers(wanted: Sequence[FeatureSpec]) -> list[str]:
-    """Return the modules to hook for the wanted features."""
-    return [one.layer for one in wanted if one.source == one.layer]
+def hooked_layers(features: Sequence[FeatureSpec]) -> list[str]:
+    """Return the modules to hook for the required features."""
+    return [feature.layer for feature in features if feature.source == feature.layer]
 
 
 def teacher_forward(
     extractor: FeatureExtractor,
     teacher: ModelBundle,
     image_batch: ImageBatch,
-    wanted: Sequence[FeatureSpec],
+    features: Sequence[FeatureSpec],
     hard: HardLabels,
 ) -> ModelOutput:
     """Run the teacher on images and return its logits and features, in chunks if they do not fit into memory.
 
-    Features are those that `tap` hooks and, under INPUT_GRADIENT if wanted, the gradient of the cross entropy with the
-    labels by the pixels, [B, C, H, W].
+    Features are those that `extractor` hooks and, under INPUT_GRADIENT if required, the gradient of the cross entropy
+    with the labels by the pixels, [B, C, H, W].
     """
-    chunks = [outputs for _, outputs in teacher_forward_in_chunks(extractor, teacher, image_batch, wanted, hard)]
+    chunks = [outputs for _, outputs in teacher_forward_in_chunks(extractor, teacher, image_batch, features, hard)]
     if len(chunks) == 1:
         return chunks[0]
-    features = {layer: torch.cat([chunk.features[layer] for chunk in chunks]) for layer in chunks[0].features}
-    return ModelOutput(torch.cat([chunk.logits for chunk in chunks]), features)
+    joined = {layer: torch.cat([chunk.features[layer] for chunk in chunks]) for layer in chunks[0].features}
+    return ModelOutput(torch.cat([chunk.logits for chunk in chunks]), joined)
 
 
 def teacher_forward_in_chunks(
     extractor: FeatureExtractor,
     teacher: ModelBundle,
     image_batch: ImageBatch,
-    wanted: Sequence[FeatureSpec],
+    features: Sequence[FeatureSpec],
     hard: HardLabels,
     *,
     warn: Callable[[str], None] | None = None,
@@ -99,32 +99,34 @@ def teacher_forward_in_chunks(
 
     def forward(rows: slice) -> tuple[slice, ModelOutput]:
         labels = hard.rows(torch.arange(rows.start, rows.stop, device=hard.labels.device))
-        return rows, _forward(extractor, teacher, image_batch.images[rows], wanted, labels)
+        return rows, _forward(extractor, teacher, image_batch.images[rows], features, labels)
 
     return run_in_chunks(teacher.model, len(image_batch.images), forward, warn)
 
 
 def _forward(
-    extractor: FeatureExtractor, teacher: ModelBundle, images: Tensor, wanted: Sequence[FeatureSpec], hard: HardLabels
+    extractor: FeatureExtractor, teacher: ModelBundle, images: Tensor, features: Sequence[FeatureSpec], hard: HardLabels
 ) -> ModelOutput:
     """Run the teacher on images uint8 [B, C, H, W] in one pass."""
-    if all(one.source != INPUT_GRADIENT for one in wanted):
+    if all(feature.source != INPUT_GRADIENT for feature in features):
         return extractor(teacher.normalize(images))
     with torch.enable_grad():
         normalized = teacher.normalize(images).requires_grad_()
         outputs = extractor(normalized)
         (gradient,) = torch.autograd.grad(hard.cross_entropy(outputs.logits).sum(), normalized)
-        features = {layer: feature.detach() for layer, feature in outputs.features.items()}
-        features[INPUT_GRADIENT] = teacher.normalize.to_pixel_gradient(gradient)
-        return ModelOutput(outputs.logits.detach(), features)
+        captured = {layer: feature.detach() for layer, feature in outputs.features.items()}
+        captured[INPUT_GRADIENT] = teacher.normalize.to_pixel_gradient(gradient)
+        return ModelOutput(outputs.logits.detach(), captured)
 
 
 def iter_teacher_outputs(
     extractor: FeatureExtractor,
     teacher: ModelBundle,
     requests: Iterable[ViewRequest],
-    context: StageContext,
-    wanted: Sequence[FeatureSpec] = (),
+    loader: ImageLoader,
+    *,
+    monitor: RunMonitor,
+    features: Sequence[FeatureSpec] = (),
 ) -> Iterator[tuple[Tensor, ModelOutput]]:
     """Yield ids and outputs, batch by batch, computing one batch ahead, while the last one is copied from the GPU.
 
@@ -132,12 +134,12 @@ def iter_teacher_outputs(
     size, their last bits may differ.
     """
     ready: tuple[Tensor, ModelOutput] | None = None
-    warn = partial(context.monitor.warn, "cache-teacher")
-    for image_batch in context.train_loader.stream(requests, require_all=True):
-        context.monitor.check()
-        ids = context.train_set.sample_ids[image_batch.indices].to(context.device, non_blocking=True)
-        labels = hard_labels_of(context.train_loader, image_batch)
-        for rows, outputs in teacher_forward_in_chunks(extractor, teacher, image_batch, wanted, labels, warn=warn):
+    warn = partial(monitor.warn, "cache-teacher")
+    for image_batch in loader.stream(requests, require_all=True):
+        monitor.check()
+        ids = loader.dataset.sample_ids[image_batch.indices].to(loader.device, non_blocking=True)
+        labels = hard_labels_of(loader, image_batch)
+        for rows, outputs in teacher_forward_in_chunks(extractor, teacher, image_batch, features, labels, warn=warn):
             if ready is not None:
                 yield ready
             ready = ids[rows], outputs
@@ -146,11 +148,11 @@ def iter_teacher_outputs(
 
 
 def collect_unit(
-    batches: Iterator[tuple[Tensor, ModelOutput]], manifest: Manifest, unit: Unit, wanted: Sequence[FeatureSpec]
+    batches: Iterator[tuple[Tensor, ModelOutput]], manifest: Manifest, unit: Unit, required: Sequence[FeatureSpec]
 ) -> UnitOutputs:
     """Gather the rows of a unit; raises NotFiniteError, naming samples, for NaN, infinity and overflow."""
     logits: NDArray[np.float32] | None = None
-    features = {one.array: _empty(manifest, one.array, unit) for one in wanted}
+    features = {feature.array: _empty(manifest, feature.array, unit) for feature in required}
     fidelity: dict[str, Any] = {}
     start = 0
     for ids, outputs in batches:
@@ -160,15 +162,15 @@ def collect_unit(
         if logits is None:
             logits = np.empty((unit.num_rows, batch_logits.shape[1]), np.float32)
         logits[start:stop] = batch_logits.cpu().numpy()
-        for one in wanted:
-            exact = compute_statistic(one, outputs.features[one.source])
-            stored = _to_stored(one.array, exact, manifest.spec(one.array).dtype, ids, unit).cpu().numpy()
-            features[one.array][start:stop] = stored
-            if one.array not in fidelity:  # the first rows represent the unit: maps are large, and errors alike
+        for feature in required:
+            exact = compute_statistic(feature, outputs.features[feature.source])
+            stored = _to_stored(feature.array, exact, manifest.spec(feature.array).dtype, ids, unit).cpu().numpy()
+            features[feature.array][start:stop] = stored
+            if feature.array not in fidelity:  # the first rows represent the unit: maps are large, and errors alike
                 sample = exact[:MEASURED_ROWS].float().cpu().numpy()
-                fidelity[one.array] = measure_features(sample, stored[:MEASURED_ROWS])
+                fidelity[feature.array] = measure_features(sample, stored[:MEASURED_ROWS])
         start = stop
-    assert logits is not None, "a unit has at least one row"
+    assert logits is not None, "a unit has at least feature row"
     return UnitOutputs(unit, logits, features, fidelity)
 
 

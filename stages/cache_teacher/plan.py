@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from kdpipe.stages.cache_teacher.cache import CacheJob, row_positions
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RecipeError, RunError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.versions import library_versions
-from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_statistic, statistic_shapes
+from kdpipe.stages.targets.feature_spec import FeatureSpec, statistic_shapes
 from kdpipe.store import (
     ArraySpec,
     Identity,
@@ -98,17 +99,11 @@ def plan_store(
     )
 
 
-def layers_of(manifest: Manifest) -> list[FeatureSpec]:
-    """Return the features that a store holds."""
-    parts = [spec.name.partition("/") for spec in manifest.arrays]
-    return [wanted for kind, _, layer in parts if (wanted := parse_statistic(layer, kind)) is not None]
-
-
-def missing_bytes(path: Path, wanted: Manifest, samples: Samples) -> int:
+def missing_bytes(path: Path, planned: Manifest, samples: Samples) -> int:
     """Return the bytes that the store at `path` still needs. Raises the same as `plan_growth`."""
     if not path.exists():
-        return store_bytes(wanted, wanted.layout.units())
-    grown, _ = plan_growth(path, read_store_manifest(path), wanted, samples)
+        return store_bytes(planned, planned.layout.units())
+    grown, _ = plan_growth(path, read_store_manifest(path), planned, samples)
     return sum(store_bytes(grown, [unit], missing_arrays(path, grown, unit)) for unit in grown.layout.units())
 
 
@@ -136,3 +131,11 @@ def _top_k(config: CacheConfig, context: StageContext) -> TopK | None:
             f"cache.top_k = {config.top_k} keeps all of {num_classes} classes: leave it out, or keep fewer."
         )
     return TopK(num_classes, config.top_k, default_temperatures(*config.temperatures))
+
+
+def build_cache_job(
+    config: CacheConfig, path: Path, manifest: Manifest, teacher: ModelBundle, context: StageContext
+) -> CacheJob:
+    """Return the job that fills the store at `path`, whose teacher, views and data set must be these."""
+    positions = row_positions(path, manifest, context.samples)
+    return CacheJob(path, manifest, teacher, context.train_loader, positions, config.batch_size, context.monitor)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdpipe.stages.cache_teacher.cache import layers_of
 from kdpipe.stages.cache_teacher.inference import hooked_layers, teacher_forward
-from kdpipe.stages.cache_teacher.plan import layers_of
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.data.loader.labels import hard_labels_of
@@ -87,10 +87,11 @@ def recompute(path: Path, teacher: ModelBundle, context: StageContext, num_rows:
                 largest = max(largest, float(errors.max()))
                 bad = errors > 1.0
                 differing += [
-                    Mismatch(int(one), int(view), name, float(error))
-                    for one, error in zip(batch[bad], errors[bad], strict=True)
+                    Mismatch(int(sample_id), int(view), name, float(error))
+                    for sample_id, error in zip(batch[bad], errors[bad], strict=True)
                 ]
-    return RecheckReport(len(ids), tuple(sorted(differing, key=lambda one: (one.sample_id, one.array))), largest)
+    differing.sort(key=lambda mismatch: (mismatch.sample_id, mismatch.array))
+    return RecheckReport(len(ids), tuple(differing), largest)
 
 
 @torch.no_grad()
@@ -98,15 +99,19 @@ def _errors(
     store: TargetStore, teacher: ModelBundle, context: StageContext, view: int, ids: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:
     """Return the errors of the rows of samples [n] by array, [n]; 1 is just tolerated."""
-    wanted = [one for one in layers_of(store.manifest) if one.array in {spec.name for spec in store.arrays}]
+    names = {spec.name for spec in store.arrays}
+    features = [feature for feature in layers_of(store.manifest) if feature.array in names]
     positions = torch.from_numpy(_positions(store, context, ids))
     image_batch = context.train_loader.get(ViewRequest(positions, view))
-    with extract_features(teacher.model, hooked_layers(wanted)) as extractor:
+    with extract_features(teacher.model, hooked_layers(features)) as extractor:
         outputs = teacher_forward(
-            extractor, teacher, image_batch, wanted, hard_labels_of(context.train_loader, image_batch)
+            extractor, teacher, image_batch, features, hard_labels_of(context.train_loader, image_batch)
         )
-    exact = {one.array: compute_statistic(one, outputs.features[one.source]).float().cpu().numpy() for one in wanted}
-    stored = {spec.name: store.gather(spec.name, view, ids) for spec in store.arrays}
+    exact = {
+        feature.array: compute_statistic(feature, outputs.features[feature.source]).float().cpu().numpy()
+        for feature in features
+    }
+    stored = {name: store.gather(name, view, ids) for name in names}
     errors = {name: _row_errors(values, stored[name], _tolerance(store, name)) for name, values in exact.items()}
     return errors | _logit_errors(store, outputs.logits.float().cpu().numpy(), stored)
 

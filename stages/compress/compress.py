@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,13 +24,10 @@ from kdpipe.stages.compress.resume import TrainedModel, finished_source
 from kdpipe.stages.config import PathStr, section, unique
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import projector_output_path
-from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.losses.features.simkd import SimKDConfig
-from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.runtime.cpu import lower_priority
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.saved_model import finished_record
@@ -86,27 +83,18 @@ def compressed_root(run: Path, config: CompressConfig) -> Path:
 
 
 def compress(
-    config: CompressConfig,
-    student: StudentConfig,
-    seed: int,
-    spec: DistillationSpec,
-    stage_context: StageContext,
-    *,
-    only: Sequence[Step] = STEPS,
+    config: CompressConfig, context: FineTuneContext, *, only: Sequence[Step] = STEPS
 ) -> dict[str, dict[str, Any]]:
-    """Prune and quantize the student of a seed and return the figures of each network made.
+    """Prune and quantize a student and return the figures of each network made.
 
     `pruned` and `int8` (or `int4`) are the chain itself; of its baselines, "-unpruned" is the student quantized without
     pruning, "-ptq" the same only calibrated, and "-alone" anything fine-tuned with hard labels alone. Each step resumes
-    where it was stopped; finished ones are left untouched. This process lowers its priority by `config.niceness` for
-    good.
+    where it was stopped; finished ones are left untouched.
 
     Raises:
         RunError: If the network it starts from does not exist yet.
         ModelError: If a network cannot be pruned or quantized, or its file disagrees with it.
     """
-    lower_priority(config.niceness)
-    context = FineTuneContext(student, seed, spec, stage_context, compressed_root(stage_context.run_dir, config))
     figures: dict[str, dict[str, Any]] = {}
     if config.prunes and "prune" in only:
         figures |= _prune(config, context)
@@ -123,29 +111,26 @@ def student_source(config: CompressConfig, context: FineTuneContext) -> TrainedM
         FingerprintMismatch: If another recipe trained it.
         ModelError: As `load_external`.
     """
-    fresh = _fresh(context)
+    fresh = context.build_student
     if config.student is None:
-        folder, needed_by = (
-            student_folder(context.stage_context.run_dir, DISTILLED, context.seed),
-            "kdpipe train-student",
-        )
+        folder, needed_by = student_folder(context.run_dir, DISTILLED, context.seed), "kdpipe train-student"
         stored = dict(finished_record(folder, needed_by)["architecture"])
-        stored.pop("reused_classifier", None)
-        expected = json.loads(json.dumps(context.stage_context.architecture(context.student.model)))
+        expected = json.loads(json.dumps(fresh().architecture))
         if found := differences(stored, expected, "architecture"):
             advice = "Use the recipe that trained it, or another run folder (--run)."
             raise FingerprintMismatch(f"the student in {folder.path}", found, advice)
         return finished_source(folder, fresh, needed_by)
     path = Path(config.student).expanduser()
-    class_names = context.stage_context.test_set.class_names
-    figures = measure_external(context, load_external(path, fresh(), class_names))
+    network = fresh()
+    class_names = context.evaluation(network.normalize).class_names
+    figures = measure_external(context, load_external(path, network, class_names))
     return TrainedModel(figures["identity"], lambda: load_external(path, fresh(), class_names))
 
 
 def student_job(config: CompressConfig, context: FineTuneContext) -> JobDir:
     """Return the folder with that student's figures and files."""
     if config.student is None:
-        return student_folder(context.stage_context.run_dir, DISTILLED, context.seed)
+        return student_folder(context.run_dir, DISTILLED, context.seed)
     return JobDir(context.root / "given")
 
 
@@ -159,7 +144,7 @@ def float_source(config: CompressConfig, context: FineTuneContext, kind: str = "
     if not config.prunes:
         return student_source(config, context)
     folder = context.job_dir(kind)
-    found = finished_source(folder, _fresh(context), "kdpipe compress --only prune")
+    found = finished_source(folder, context.build_student, "kdpipe compress --only prune")
     if kind == "pruned":
         job = prune_job(_pruning(config, context), config.prune_train, context, student_source(config, context))
         folder.begin(job)
@@ -178,16 +163,16 @@ def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
     return all(JobDir(root / f"{kind}-seed{seed}").result() is not None for kind in kinds for seed in student.seeds)
 
 
-def dry_run(config: CompressConfig, student: StudentConfig, stage_context: StageContext) -> None:
+def dry_run(config: CompressConfig, student: StudentConfig, context: StageContext) -> None:
     """Prune, prepare and (if an opset is set) export an untrained student, to fail before any training.
 
     Raises:
         ModelError: If the student cannot be compressed.
     """
-    network = build_student(student, student.seeds[0], stage_context)
+    network = build_student(student, student.seeds[0], context)
     if config.student is not None:
-        network = load_external(Path(config.student).expanduser(), network, stage_context.test_set.class_names)
-    model, example = network.model, torch.zeros(2, *stage_context.image_shape)
+        network = load_external(Path(config.student).expanduser(), network, context.test_set.class_names)
+    model, example = network.model, torch.zeros(2, *context.image_shape)
     if config.prunes:
         gradients = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
         pruning = config.prune
@@ -195,7 +180,7 @@ def dry_run(config: CompressConfig, student: StudentConfig, stage_context: Stage
             pruning = replace(pruning, budget="parameters", ratio=0.1)
         model = prune(model, example, pruning, gradients=gradients).model
     if config.quantizes:
-        model = prepare(model, stage_context.image_shape, config.quantize)
+        model = prepare(model, context.image_shape, config.quantize)
         if config.quantize.scheme == "int8":
             calibrate(model, [example + 1])
     if config.opset is not None:
@@ -240,21 +225,15 @@ def _quantize(config: CompressConfig, context: FineTuneContext) -> dict[str, dic
     return figures
 
 
-def _fresh(context: FineTuneContext) -> Callable[[], ModelBundle]:
-    """Return a function that builds the untrained student, with the modules that losses add to it."""
-    losses = context.spec.losses if context.spec else ()
-    return lambda: build_student(context.student, context.seed, context.stage_context, losses)
-
-
 def student_sensitivity(config: CompressConfig, context: FineTuneContext, num_batches: int) -> list[LayerSensitivity]:
     """Return the layers of the float student (pruned if the recipe prunes), the worst first.
 
     Raises:
         RunError: If that student does not exist yet.
     """
-    network, stage_context = float_source(config, context).load(), context.stage_context
+    network = float_source(config, context).load()
     batches = context.task(network).stream(context.seed, config.quantize_train.batch_size, epoch=0, step=0, epochs=1)
     images = [batch.images.cpu() for batch in islice(batches, num_batches)]
-    counter = stage_context.monitor.counter("sensitivity", "layer by layer", "layer")
-    example = torch.zeros(2, *stage_context.image_shape)
+    counter = context.monitor.counter("sensitivity", "layer by layer", "layer")
+    example = torch.zeros(2, *context.evaluation(network.normalize).image_shape)
     return sensitivity(network.model.cpu(), example, images, exclude=config.quantize.exclude, on_progress=counter)

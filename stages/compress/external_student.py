@@ -55,12 +55,11 @@ def load_external(path: Path, fresh: ModelBundle, class_names: Sequence[str]) ->
 def measure_external(context: FineTuneContext, network: ModelBundle) -> dict[str, Any]:
     """Measure the external student and export its ONNX file, once, and return its figures."""
     folder = JobDir(context.root / "given")
-    record = {"starts_from": network.identity, "test": context.stage_context.test_identity()}
-    folder.begin(record)
+    folder.begin({"starts_from": network.identity, "test": context.inputs["test"]})
     if (done := folder.result()) is not None:
         return done
-    network.model.to(context.stage_context.device)
-    return finalize(folder, network, [], context.stage_context, with_onnx=context.exports_onnx)
+    network.model.to(context.device)
+    return finalize(folder, network, [], context.evaluation(network.normalize), with_onnx=context.exports_onnx)
 
 
 def low_precision_dtypes(path: Path) -> dict[str, torch.dtype]:

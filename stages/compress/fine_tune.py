@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.compress.pruning.sparsity import apply_masks
@@ -14,9 +15,12 @@ from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.distillation.task_builder import build_task
+from kdpipe.stages.distillation.task_builder import build_student, build_task
+from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
@@ -26,16 +30,34 @@ from kdpipe.stages.training.task import TrainingTask
 
 @dataclass(frozen=True)
 class FineTuneContext:
-    """The student, seed, distillation and folder that all fine-tunings of one compression share.
+    """What all fine-tunings of one student's compression share.
 
-    Without `teaching` (stores and losses), hard labels alone train the baseline. `root` has the compressed networks.
+    Attributes:
+        seed: The student's seed.
+        spec: The stores and losses; None for the baseline, which is fine-tuned with hard labels alone.
+        label_smoothing: Of the hard labels alone.
+        build_student: Builds the untrained student.
+        build_task: Builds a network's training task for stores and losses: adapters fit its current widths, and
+            schedules are at their end.
+        evaluation: Returns the test images for a model's normalization.
+        inputs: The identities of data and views, which decide the results.
+        run_dir: The run folder, with the student and the teacher.
+        root: The folder of the compressed networks.
+        device: The device to train on.
+        monitor: Progress and the stop flag.
     """
 
-    student: StudentConfig
     seed: int
     spec: DistillationSpec | None
-    stage_context: StageContext
+    label_smoothing: float
+    build_student: Callable[[], ModelBundle]
+    build_task: Callable[[ModelBundle, DistillationSpec | None], TrainingTask]
+    evaluation: Callable[[Normalization], Evaluation]
+    inputs: Mapping[str, Any]
+    run_dir: Path
     root: Path
+    device: torch.device
+    monitor: RunMonitor
 
     @property
     def exports_onnx(self) -> bool:
@@ -50,27 +72,41 @@ class FineTuneContext:
         self, compression: Mapping[str, Any], starts_from: Mapping[str, Any], config: TrainConfig
     ) -> dict[str, Any]:
         """Return everything that determines the result of fine-tuning the network with identity `starts_from`."""
-        smoothing = self.student.label_smoothing if self.spec is None else 0.0
         return {
             **compression,
             "starts_from": starts_from,
             "train": config_fingerprint(config),
             "seed": self.seed,
-            "data": self.stage_context.data_identity(),
-            "test": self.stage_context.test_identity(),
-            "views": self.stage_context.student_views(),
-            **({"label_smoothing": smoothing} if smoothing else {}),
-            "teaching": self.spec.to_json() if self.spec else None,
+            **self.inputs,
+            "label_smoothing": self.label_smoothing if self.spec is None else 0.0,
+            "distillation": self.spec.to_json() if self.spec else None,
         }
 
     def task(self, network: ModelBundle) -> TrainingTask:
-        """Build a network's training task: adapters fit its current widths, and schedules are at their end.
+        """Build a network's training task. Raises what `build_task` raises."""
+        return self.build_task(network, self.spec.main_stage if self.spec else None)
 
-        Raises what `build_task` raises.
-        """
-        spec = self.spec.main_stage if self.spec else None
-        smoothing = self.student.label_smoothing
-        return build_task(network, spec, self.seed, self.stage_context, label_smoothing=smoothing, is_fine_tuning=True)
+
+def build_fine_tuning(
+    student: StudentConfig, seed: int, spec: DistillationSpec | None, context: StageContext, root: Path
+) -> FineTuneContext:
+    """Return what the fine-tunings of a seed's student share, in the folder `root`."""
+    smoothing = student.label_smoothing
+    return FineTuneContext(
+        seed=seed,
+        spec=spec,
+        label_smoothing=smoothing,
+        build_student=lambda: build_student(student, seed, context, spec.losses if spec else ()),
+        build_task=lambda network, losses: build_task(
+            network, losses, seed, context, label_smoothing=smoothing, is_fine_tuning=True
+        ),
+        evaluation=context.evaluation,
+        inputs={"data": context.data_identity(), "test": context.test_identity(), "views": context.student_views()},
+        run_dir=context.run_dir,
+        root=root,
+        device=context.device,
+        monitor=context.monitor,
+    )
 
 
 @dataclass(frozen=True)
@@ -98,17 +134,17 @@ def fine_tune(job: FineTuneJob, context: FineTuneContext) -> list[dict[str, Any]
 
     Raises what `train` and `FineTuneContext.task` raise.
     """
-    stage_context, model = context.stage_context, job.network.model.to(context.stage_context.device)
+    model = job.network.model.to(context.device)
     task = context.task(job.network)
     if not job.job_dir.checkpoint.exists():
         job.warm_up(model, task)
-    masks = {name: mask.to(stage_context.device) for name, mask in job.masks.items()}
+    masks = {name: mask.to(context.device) for name, mask in job.masks.items()}
     training = TrainJob(
         "compress",
         job.name,
         model,
         task,
-        stage_context.evaluation(job.network.normalize),
+        context.evaluation(job.network.normalize),
         job.config,
         context.seed,
         job.job_dir,
@@ -116,4 +152,4 @@ def fine_tune(job: FineTuneJob, context: FineTuneContext) -> list[dict[str, Any]
         job.before_epoch,
         after_step=lambda trained: apply_masks(trained, masks),
     )
-    return train(training, stage_context.device, stage_context.monitor)
+    return train(training, context.device, context.monitor)

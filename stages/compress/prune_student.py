@@ -83,9 +83,8 @@ def prune_student(
     pruned = _pruned(pruner, folder, network, config.steps, reached)
     job = FineTuneJob(name, pruned.network, folder, train, masks=_masks(config, pruned.network.model))
     history = fine_tune(job, context)
-    figures = finalize(
-        folder, pruned.network, history, context.stage_context, with_onnx=context.exports_onnx, more=pruned.facts
-    )
+    test = context.evaluation(pruned.network.normalize)
+    figures = finalize(folder, pruned.network, history, test, with_onnx=context.exports_onnx, more=pruned.facts)
     pruned_path(folder).unlink(missing_ok=True)
     return figures
 
@@ -101,20 +100,20 @@ class _Pruner:
     ratio: float | None
 
     def __call__(self, network: ModelBundle, step: int) -> Pruned:
-        config, stage_context = self.config, self.context.stage_context
-        full = self.source.load()
+        config, full = self.config, self.source.load()
+        image_shape = self.context.evaluation(full.normalize).image_shape
         gradients = None
         if config.importance == "taylor":
             gradients = loss_gradients(network, self.context, self.train.batch_size, config.importance_batches)
         return prune(
             network.model.cpu(),
-            torch.zeros(2, *stage_context.image_shape),
+            torch.zeros(2, *image_shape),
             config,
             full=full.model,
             done=step / config.steps,
             ratio=None if self.ratio is None else self.ratio * step / config.steps,
             gradients=gradients,
-            latency=latency_share(full.model, stage_context.image_shape),
+            latency=latency_share(full.model, image_shape),
         )
 
 
@@ -142,14 +141,12 @@ def _pruned(pruner: _Pruner, folder: JobDir, network: ModelBundle, step: int, re
 
     `reached` is the share of the channels removed before; if a step exceeds its goal, the next has nothing to do.
     """
-    stage_context = pruner.context.stage_context
     if not pruned_path(folder).exists():
         pruned = pruner(network, step)
         widths = {"widths": record_widths(pruned.model)} if pruner.config.kind == "channels" else {}
         cut = ModelBundle(pruned.model, {**network.architecture, **widths}, network.normalize)
-        measured = evaluate(
-            cut.model.to(stage_context.device), stage_context.evaluation(cut.normalize), stage_context.device
-        )
+        device = pruner.context.device
+        measured = evaluate(cut.model.to(device), pruner.context.evaluation(cut.normalize), device)
         facts = {
             "channel_ratio": max(pruned.ratio, reached),
             "excluded": dict(pruned.excluded),
@@ -172,15 +169,15 @@ def loss_gradients(
     The loss is that of the fine-tuning without the losses on features: their adapters are untrained, and a gradient
     through them would be meaningless. The network is left without gradients, on the CPU.
     """
-    stage_context, spec = context.stage_context, context.spec
+    spec = context.spec
     if spec is not None:
         spec = spec.with_losses([loss for loss in spec.main_stage.losses if loss.on_logits])
     task = replace(context, spec=spec).task(network)
-    model = network.model.to(stage_context.device).eval()
+    model = network.model.to(context.device).eval()
     model.zero_grad(set_to_none=True)
     seed = derive_seed(context.seed, "importance")
     for batch in islice(task.stream(seed, batch_size, epoch=0, step=0, epochs=1), num_batches):
-        stage_context.monitor.check()
+        context.monitor.check()
         losses = task.losses(ModelOutput(model(batch.images), {}), batch)
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     found = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}

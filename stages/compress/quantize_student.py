@@ -101,7 +101,8 @@ def quantize_student(
     if (done := folder.result()) is not None:
         return done
     network = source.load()
-    prepared = prepare(network.model, context.stage_context.image_shape, config)
+    test = context.evaluation(network.normalize)
+    prepared = prepare(network.model, test.image_shape, config)
     quantized = ModelBundle(prepared, {**network.architecture, **quantized_record(config)}, network.normalize)
     freeze_at = round(config.freeze_observers_after_epoch * train.epochs)
 
@@ -117,7 +118,7 @@ def quantize_student(
     masks = masks_of(prepared) if sparse else {}
     name = f"{kind} student, seed {context.seed}"
     history = fine_tune(FineTuneJob(name, quantized, folder, train, warm_up, before_epoch, masks), context)
-    return finalize(folder, quantized, history, context.stage_context, with_onnx=context.exports_onnx)
+    return finalize(folder, quantized, history, test, with_onnx=context.exports_onnx)
 
 
 def quantize_job(

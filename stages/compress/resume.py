@@ -35,17 +35,14 @@ class PrunedCheckpoint:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The record in the file's header."""
         return {"architecture": dict(self.network.architecture), "facts": dict(self.facts)}
 
 
 def pruned_path(folder: JobDir) -> Path:
-    """Return the path of a job's pruned network."""
     return folder.path / "start.safetensors"
 
 
 def save_pruned(path: Path, checkpoint: PrunedCheckpoint) -> None:
-    """Write it atomically."""
     save_model(path, checkpoint.network.model, checkpoint.record)
 
 

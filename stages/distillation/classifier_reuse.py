@@ -100,13 +100,6 @@ def reuse_classifier(
 ) -> nn.Module:
     """Add a projector, initialized from `seed`, and a frozen copy of the teacher's classifier to `student`, in place.
 
-    Args:
-        student: The network to change.
-        config: The loss's configuration.
-        image_shape: (C, H, W).
-        classifier: The teacher's classifier.
-        seed: Seed of the projector's weights.
-
     Raises:
         ModelError: A module path does not exist.
         RecipeError: The student's layer does not output maps, or the student does not run with these parts; it is left

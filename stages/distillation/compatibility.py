@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RecipeError
@@ -13,14 +12,7 @@ from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.join import JoinedStore
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.views.config import ViewsConfig
-from kdpipe.store import (
-    StoreError,
-    TargetStore,
-    interpolation,
-)
-
-if TYPE_CHECKING:
-    pass
+from kdpipe.store import StoreError, TargetStore, interpolation
 
 
 def check_losses(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdpipe.stages.config import config_fingerprint
-from kdpipe.stages.context import StageContext
+from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.distillation import required_of
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
@@ -19,12 +19,7 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 from kdpipe.stages.targets.join import JoinedStore, Missing, join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, slab_window
 from kdpipe.stages.targets.resolve import arrays_needed
-from kdpipe.store import (
-    TargetStore,
-)
-
-if TYPE_CHECKING:
-    pass
+from kdpipe.store import TargetStore
 
 
 @dataclass(frozen=True)
@@ -79,16 +74,18 @@ class DistillationSpec:
         """Return the losses of the student's own training: without the FitNet stages before it."""
         return self.with_losses([loss for loss in self.losses if not isinstance(loss, FitNetConfig)])
 
-    def sources(self, context: StageContext) -> list[JoinedStore]:
-        """Return the stores, joined to the training samples. Raises like `join`."""
+    def join_stores(self, train_set: ImageSet) -> list[JoinedStore]:
+        """Return the stores, joined to the training samples by id. Raises like `join`."""
         return [
-            join(store, context.train_set, wanted, self.missing_targets, self.teachers.class_map(number))
-            for number, (store, wanted) in enumerate(zip(self.stores, self.required, strict=True))
+            join(store, train_set, required, self.missing_targets, self.teachers.class_map(number))
+            for number, (store, required) in enumerate(zip(self.stores, self.required, strict=True))
         ]
 
     def _names(self) -> list[tuple[TargetStore, list[str]]]:
         """Return each store with the arrays that are read of it."""
-        return [(store, arrays_needed(store, wanted)) for store, wanted in zip(self.stores, self.required, strict=True)]
+        return [
+            (store, arrays_needed(store, required)) for store, required in zip(self.stores, self.required, strict=True)
+        ]
 
 
 def _loss_json(loss: LossConfig) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def open_stores(
         losses: The losses' configurations.
         student: The recipe's `student` section.
         identity: What the stores' manifests must contain, besides the views.
-        setup: The stage context.
+        context: The data and views of the run.
         shapes: The shapes of the student's features that the losses use.
 
     Raises:

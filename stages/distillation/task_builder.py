@@ -39,20 +39,20 @@ def build_task(
 ) -> TrainingTask:
     """Build the training task of `network`.
 
-    Without `teaching` it has hard labels only, smoothed by `label_smoothing`. `seed` initializes the losses' adapters;
+    Without `spec` it has hard labels only, smoothed by `label_smoothing`. `seed` initializes the losses' adapters;
     `is_fine_tuning` means that all schedules have ended, as in fine-tuning.
     """
     views = context.views
     task = TrainingTask(context.train_loader, views.num_views, network.normalize, fresh_views=not views.replay)
     if spec is None:
         return replace(task, label_smoothing=label_smoothing)
-    sources = spec.sources(context)
+    sources = spec.join_stores(context.train_set)
     distillation = build_distillation(
         spec.losses,
         feature_shapes(network.model, student_layers(spec.losses), context.image_shape),
         [shapes_of(source) for source in sources],
-        combination=TeacherEnsemble(spec.teachers, len(sources), spec.accuracies),
-        facts=DatasetInfo(context.train_set.num_samples, context.train_set.num_classes),
+        ensemble=TeacherEnsemble(spec.teachers, len(sources), spec.accuracies),
+        dataset=DatasetInfo(context.train_set.num_samples, context.train_set.num_classes),
         seed=derive_seed(seed, "adapters"),
     )
     targets = Targets(sources, context.device, spec.target_loading)

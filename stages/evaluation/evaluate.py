@@ -35,6 +35,21 @@ class Evaluation:
     warn: Callable[[str], None] | None = None
     before_batch: Callable[[], None] = lambda: None
 
+    @property
+    def device(self) -> torch.device:
+        return self.loader.device
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of the test images, which is that of the training views."""
+        dataset = self.loader.dataset
+        assert dataset.image_size is not None, "test images are all of one size"
+        return dataset.in_channels, *dataset.image_size
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.loader.dataset.class_names)
+
     def images(self, limit: int) -> Tensor:
         """Return the first images, at most `limit`, normalized: float32 [B, C, H, W]."""
         indices = torch.arange(min(limit, self.loader.dataset.num_samples))
@@ -43,7 +58,7 @@ class Evaluation:
     def batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the first images, or all, normalized: float32 [B, C, H, W], with their labels int64 [B]."""
         image_set = self.loader.dataset
-        indices = torch.arange(image_set.num_samples if limit is None else min(limit, image_set.num_samples))
+        indices = torch.arange(image_set.num_samples)[:limit]
         for image_batch in self.loader.stream(ViewRequest(some) for some in torch.split(indices, BATCH_SIZE)):
             self.before_batch()
             yield self.normalize(image_batch.images), image_set.labels[image_batch.indices]
@@ -90,7 +105,7 @@ class EvalAccumulator:
 def predict(model: nn.Module, test: Evaluation, device: torch.device) -> Iterator[Predictions]:
     """Yield the model's predictions on the test set, batch by batch; its mode is restored.
 
-    An unreadable test image raises DataError, or is left out of its batch, as configured in `test.pictures`. A batch
+    An unreadable test image raises DataError, or is left out of its batch, as configured in `test.loader`. A batch
     that does not fit into memory is halved until it does: its logits then differ by rounding.
     """
     was_training = model.training
@@ -110,8 +125,7 @@ def _logits(model: nn.Module, test: Evaluation, images: Tensor) -> Tensor:
     """Return the model's logits, float32 [B, num_classes], of images uint8 [B, C, H, W]."""
 
     def logits_of(rows: slice) -> Tensor:
-        logits: Tensor = model(test.normalize(images[rows])).float()
-        return logits
+        return model(test.normalize(images[rows])).float()  # type: ignore[no-any-return]
 
     chunks = list(run_in_chunks(model, len(images), logits_of, test.warn))
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +15,23 @@ from kdpipe.stages.export.onnx_session import open_session, session_options
 
 WARM_UP_ROUNDS = 3
 
-RoundTimes = dict[str, dict[int, list[float]]]
-"""Milliseconds of each round, by the file's name and the batch size."""
-
 
 @dataclass(frozen=True)
 class Latency:
-    """Median and 95th percentile (interpolated) of one batch's time over the rounds, in ms."""
+    """The time of one batch in each round, in ms, with its median and 95th percentile (interpolated)."""
 
-    p50_ms: float
-    p95_ms: float
+    rounds_ms: Sequence[float]
+
+    @property
+    def p50_ms(self) -> float:
+        return float(np.percentile(self.rounds_ms, 50))
+
+    @property
+    def p95_ms(self) -> float:
+        return float(np.percentile(self.rounds_ms, 95))
 
     def to_json(self) -> dict[str, float]:
-        return asdict(self)
+        return {"p50_ms": self.p50_ms, "p95_ms": self.p95_ms}
 
 
 def measure_latency(
@@ -39,33 +43,7 @@ def measure_latency(
     num_threads: int,
     between_rounds: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[int, Latency]]:
-    """Return the latency of one batch for each ONNX file, by name, and each batch size; see `measure_rounds`."""
-    times = measure_rounds(
-        paths,
-        image_shape,
-        batch_sizes,
-        num_rounds=num_rounds,
-        num_threads=num_threads,
-        between_rounds=between_rounds,
-    )
-    return {name: {size: summarize(rounds) for size, rounds in sizes.items()} for name, sizes in times.items()}
-
-
-def summarize(times_ms: Sequence[float]) -> Latency:
-    p50, p95 = np.percentile(np.asarray(times_ms), (50, 95))
-    return Latency(float(p50), float(p95))
-
-
-def measure_rounds(
-    paths: Mapping[str, Path],
-    image_shape: tuple[int, int, int] | None,
-    batch_sizes: Sequence[int],
-    *,
-    num_rounds: int,
-    num_threads: int,
-    between_rounds: Callable[[], None] = lambda: None,
-) -> RoundTimes:
-    """Measure the time of a batch of random images, float32 [batch size, C, H, W], in every round.
+    """Measure the time of a batch of random images, by the file's name and the batch size.
 
     For each batch size the files take turns round by round, so that a machine that slows down slows all of them. Each
     timed run follows an untimed one of the same file, which warms up caches and cores, and the first `WARM_UP_ROUNDS`
@@ -80,12 +58,14 @@ def measure_rounds(
         between_rounds: Called before every round; may raise to stop.
 
     Raises:
-        ModelError: Before any file is run, if one is missing, is not an ONNX network, has more than one input or one
-            other than float32 [batch, C, H, W], or does not take these images or all of `batch_sizes`.
+        ModelError: Before any file is run, if one is missing, is not an ONNX network, or has an input other than
+            float32 [batch, C, H, W]; later, if one does not run on these images or batch sizes.
     """
     sessions = {name: _open(path, num_threads) for name, path in paths.items()}
-    shapes = {name: _image_shape(paths[name], one, image_shape, batch_sizes) for name, one in sessions.items()}
-    times: RoundTimes = {name: {size: [] for size in batch_sizes} for name in paths}
+    shapes = {
+        name: image_shape or _image_shape(paths[name], session, batch_sizes) for name, session in sessions.items()
+    }
+    times: dict[str, dict[int, list[float]]] = {name: {size: [] for size in batch_sizes} for name in paths}
     for batch_size in batch_sizes:
         feeds = {name: _feed(session, (batch_size, *shapes[name])) for name, session in sessions.items()}
         for turn in range(-WARM_UP_ROUNDS, num_rounds):
@@ -94,7 +74,7 @@ def measure_rounds(
                 run_ms = _run_ms(paths[name], session, feeds[name])
                 if turn >= 0:
                     times[name][batch_size].append(run_ms)
-    return times
+    return {name: {size: Latency(rounds) for size, rounds in sizes.items()} for name, sizes in times.items()}
 
 
 def _open(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
@@ -110,40 +90,20 @@ def _open(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
     return open_session(path, options)
 
 
-def _image_shape(
-    path: Path,
-    session: onnxruntime.InferenceSession,
-    image_shape: tuple[int, int, int] | None,
-    batch_sizes: Sequence[int],
-) -> tuple[int, int, int]:
-    """Return the (C, H, W) of the images to measure `path` on. Raises ModelError if it does not take them."""
+def _image_shape(path: Path, session: onnxruntime.InferenceSession, batch_sizes: Sequence[int]) -> tuple[int, int, int]:
+    """Return the (C, H, W) of a file's input. Raises ModelError if there is no such single input."""
     inputs = session.get_inputs()
-    if len(inputs) != 1:
-        names = ", ".join(one.name for one in inputs) or "none"
-        raise ModelError(f"{path} has {len(inputs)} inputs ({names}): only networks with one can be measured.")
-    found = f"{inputs[0].name!r} {_typed(inputs[0])}"
-    if inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
-        raise ModelError(f"the input of {path} is {found}; only images, float32 [batch, C, H, W], can be measured.")
-    batch, *sides = inputs[0].shape
-    if isinstance(batch, int) and any(size != batch for size in batch_sizes):
-        wanted = ", ".join(map(str, batch_sizes))
-        raise ModelError(
-            f"{path} was exported with a fixed batch size and takes batches of {batch} only, not of {wanted}: "
-            f"measure it with batch size {batch}, or export it with a dynamic batch axis."
-        )
-    shape = image_shape or sides
-    if not all(isinstance(side, int) for side in shape):
-        raise ModelError(f"the input of {path} is {found}, without a fixed image size: export it with fixed C, H, W.")
-    if any(isinstance(own, int) and own != side for own, side in zip(sides, shape, strict=True)):
-        raise ModelError(f"the input of {path} is {found}, which does not take images {list(shape)}.")
-    channels, height, width = shape
-    return channels, height, width
-
-
-def _typed(value: onnxruntime.NodeArg) -> str:
-    """Format an input's type and axes: float [batch, 3, 32, 32]."""
-    kind = value.type.removeprefix("tensor(").removesuffix(")")
-    return f"{kind} [{', '.join('?' if side is None else str(side) for side in value.shape)}]"
+    if len(inputs) == 1 and inputs[0].type == "tensor(float)" and len(inputs[0].shape) == 4:
+        batch, channels, height, width = inputs[0].shape
+        if isinstance(batch, int) and {*batch_sizes} != {batch}:
+            raise ModelError(f"{path} takes batches of {batch} only, not of {', '.join(map(str, batch_sizes))}.")
+        if all(isinstance(side, int) for side in (channels, height, width)):
+            return channels, height, width
+    found = ", ".join(f"{value.name} {value.type} {value.shape}" for value in inputs)
+    raise ModelError(
+        f"{path} cannot be measured: its input is {found or 'missing'}, expected one of images, float32 "
+        "[batch, C, H, W], with fixed C, H, W."
+    )
 
 
 def _feed(session: onnxruntime.InferenceSession, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import clone_without_hooks
+from kdpipe.stages.models.hooks import model_errors
 
 
 def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
@@ -27,11 +27,8 @@ def count_macs(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     copy = clone_without_hooks(model).eval()
     parameter = next(copy.parameters(), torch.zeros(()))
     image = torch.zeros(1, *image_shape, device=parameter.device, dtype=parameter.dtype)
-    try:
-        with torch.no_grad(), _unfused_attention(), FlopCounterMode(display=False) as counter:
-            copy(image)
-    except Exception as error:
-        raise ModelError(f"the model does not run on an image of shape {list(image_shape)}: {cause(error)}") from error
+    with model_errors(image), torch.no_grad(), _unfused_attention(), FlopCounterMode(display=False) as counter:
+        copy(image)
     return int(counter.get_total_flops()) // 2  # two operations per MAC
 
 

@@ -1,12 +1,15 @@
-"""Protocols that let a prepared model define its own export form, without export code knowing quantization."""
+"""What all exporters need: a model's export form, and silence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
-import onnx
-from torch import Tensor, nn
+from torch import nn
 
 from kdpipe.stages.models.clone import clone_without_hooks
 
@@ -17,15 +20,6 @@ class Exportable(Protocol):
 
     def for_export(self) -> nn.Module:
         """Return a module for the CPU that computes the same and can be exported; `self` stays unchanged."""
-        ...
-
-
-@runtime_checkable
-class Diagnosable(Protocol):
-    """A model that compares its values with those of its ONNX file itself."""
-
-    def first_divergence(self, proto: onnx.ModelProto, images: Tensor) -> str:
-        """Return a clause that names the first operation whose values differ on `images` [B, C, H, W]."""
         ...
 
 
@@ -43,3 +37,20 @@ def replace_modules(model: nn.Module, successors: Mapping[nn.Module, nn.Module])
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module in successors:
             model.set_submodule(path, successors[module])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress the progress output, warnings and log lines of torch's exporters; errors carry what matters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import torch
+from onnx import version_converter
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.stages.export.exportable import export_form
-from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, PATH_END
-from kdpipe.stages.export.opset import EXPORTED_OPSET, downgrade_opset, require_known_opset
-from kdpipe.stages.export.quiet import quiet
+from kdpipe.stages.export.exportable import export_form, quiet
+from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, PATH_END, session_options
 from kdpipe.stages.export.stem_pass import fold_stem
 from kdpipe.store.fs.atomic_write import write_atomically
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """The metadata key under which the exporter records the modules that a node belongs to."""
+
+EXPORTED_OPSET = 18
+"""The oldest opset that torch's exporter writes; onnx converts to older ones."""
 
 
 def export_onnx(
@@ -36,21 +39,19 @@ def export_onnx(
         model: A float network, or a prepared INT8 or INT4 one.
         example: Images [B, C, H, W], of which only C, H, W count.
         path: The file; an existing one stays intact if the export fails.
-        metadata: Entries of the file's `metadata_props` (normalization, class names, ...).
+        metadata: Entries of the file's `metadata_props`.
         opset: The version of ONNX's operators; None leaves it to the exporter.
 
     Raises:
         ModelError: If the model cannot be exported (with that opset), or the file cannot be written.
     """
     portable = export_form(model)
-    if opset is not None:
-        require_known_opset(opset)
     proto = _to_onnx(portable, example, None if opset is None else max(opset, EXPORTED_OPSET))
     _name_by_module(proto)
     _strip(proto)
     fold_stem(proto)
-    if opset is not None and opset < EXPORTED_OPSET:
-        proto = downgrade_opset(proto, opset)
+    if opset is not None:
+        proto = _with_opset(proto, opset)
     onnx.helper.set_model_props(proto, dict(sorted(metadata.items())))
     try:
         write_atomically(path, proto.SerializeToString(deterministic=True))
@@ -84,6 +85,23 @@ def _to_onnx(model: nn.Module, example: Tensor, opset: int | None) -> onnx.Model
     proto = program.model_proto
     if not proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param:
         raise ModelError("the model cannot be exported to ONNX: its forward hard-codes the batch size.")
+    return proto
+
+
+def _with_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Convert a model to an opset. Raises ModelError if that fails, or onnxruntime does not run it."""
+    try:
+        if opset < EXPORTED_OPSET:
+            proto = version_converter.convert_version(proto, opset)
+        onnxruntime.InferenceSession(proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
+        fits = ("", opset) in {(entry.domain, entry.version) for entry in proto.opset_import}
+    except Exception:  # neither library has a base class of errors
+        fits = False
+    if not fits:
+        raise ModelError(
+            f"the model cannot be written with opset {opset} (compress.opset), or onnxruntime does not run it: "
+            "choose another one, or leave compress.opset out."
+        )
     return proto
 
 

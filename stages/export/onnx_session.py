@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,26 +32,14 @@ FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFL
 
 @dataclass(frozen=True)
 class FloatNode:
-    """An operation that runs in float.
+    """An operation that runs in float, and the innermost module whose forward it belongs to; "" if unknown."""
 
-    Attributes:
-        name: The node's name.
-        op_type: Its operator.
-        module: The path of the innermost module whose forward it belongs to; "" for the network's own.
-        behind: The path of the module that produces its first input, or "" if unknown; it locates a function in the
-            network's own forward.
-    """
-
-    name: str
     op_type: str
     module: str
-    behind: str
 
     def __str__(self) -> str:
-        """Format as "Sigmoid in block.gate" or "Mul behind block.gate"."""
-        if self.module:
-            return f"{self.op_type} in {self.module}"
-        return f"{self.op_type} behind {self.behind}" if self.behind else self.op_type
+        """Format as "Sigmoid in block.gate"."""
+        return f"{self.op_type} in {self.module}" if self.module else self.op_type
 
 
 def session_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
@@ -99,7 +86,7 @@ def float_nodes(path: Path) -> list[FloatNode]:
     memory (transposing, joining) does. Raises ModelError as `open_session`.
     """
     graph = optimized_graph(path)
-    origins = _OriginalNodes(onnx.load(path).graph, graph)
+    originals = {key: node for node in onnx.load(path).graph.node for key in (node.name, *node.output)}
     floating = {tensor.name for tensor in graph.initializer if tensor.data_type in FLOATS}
     floating |= {value.name for value in graph.input if value.type.tensor_type.elem_type in FLOATS}
     found = []
@@ -107,53 +94,18 @@ def float_nodes(path: Path) -> list[FloatNode]:
         in_float = _returns_float(node, floating)
         if in_float:
             floating.update(node.output)
-        if (in_float or floating & set(node.input)) and not _is_exempt(node):
-            found.append(FloatNode(node.name, node.op_type, origins.module_of(node), origins.module_before(node)))
+        is_integer = node.op_type.startswith(INTEGER_KERNELS)
+        if (in_float or floating & set(node.input)) and not is_integer and node.op_type not in VIEWS:
+            # onnxruntime names a node after its origin, or after its output.
+            name = re.sub(r"_token_\d+$", "", node.name.removeprefix("fused ").removesuffix("_nchwc"))
+            origin = next((originals[key] for key in (name, *node.output) if key and key in originals), None)
+            found.append(FloatNode(node.op_type, module_path(origin) if origin else ""))
     return found
 
 
 def module_path(node: onnx.NodeProto) -> str:
     """Return the path of the module that a node of an exported file belongs to; "" for the network's own forward."""
     return node.name.rpartition(PATH_END)[0]
-
-
-class _OriginalNodes:
-    """The nodes of a file by the optimized nodes that onnxruntime made of them."""
-
-    def __init__(self, graph: onnx.GraphProto, optimized: onnx.GraphProto) -> None:
-        self._by_name = {node.name: node for node in graph.node if node.name}
-        self._by_value = {value: node for node in graph.node for value in node.output}
-        self._made_by_value = {value: node for node in optimized.node for value in node.output}
-
-    def module_of(self, made: onnx.NodeProto) -> str:
-        """Return the path of the module that an optimized node belongs to, or ""."""
-        node = self._origin(made)
-        return module_path(node) if node else ""
-
-    def module_before(self, made: onnx.NodeProto) -> str:
-        """Return the path of the nearest module that leads to the first input of a node, or ""."""
-        node = self._origin(made)
-        if node is None:  # part of an operator for which onnxruntime has no kernel
-            above = self._above(made, self._made_by_value)
-            return (self.module_of(above) or self.module_before(above)) if above else ""
-        while node := self._above(node, self._by_value):
-            if module_path(node):
-                return module_path(node)
-        return ""
-
-    def _origin(self, made: onnx.NodeProto) -> onnx.NodeProto | None:
-        """Find the original node: onnxruntime names a node after its origin, or after its output."""
-        name = re.sub(r"_token_\d+$", "", made.name.removeprefix("fused ").removesuffix("_nchwc"))
-        known = (self._by_value.get(value) for value in made.output)
-        return self._by_name.get(name) or self._by_value.get(name) or next(filter(None, known), None)
-
-    @staticmethod
-    def _above(node: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
-        return producers.get(node.input[0]) if node.input else None
-
-
-def _is_exempt(node: onnx.NodeProto) -> bool:
-    return node.op_type.startswith(INTEGER_KERNELS) or node.op_type in VIEWS
 
 
 def _returns_float(node: onnx.NodeProto, floating: set[str]) -> bool:

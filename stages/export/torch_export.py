@@ -18,8 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.stages.export.exportable import export_form
-from kdpipe.stages.export.quiet import quiet
+from kdpipe.stages.export.exportable import export_form, quiet
 from kdpipe.store.fs.atomic_write import write_atomically
 
 KEPT_METADATA = {"val", "tensor_meta", "nn_module_stack"}
@@ -35,17 +34,12 @@ def export_program(model: nn.Module, example: Tensor, path: Path, *, metadata: M
     from `prepare_int4` stores two weights per byte, which the program unpacks to float on every call: small, but no
     faster.
 
-    Args:
-        model: A float network, or a prepared INT8 or INT4 one.
-        example: Images [B, C, H, W], of which only C, H, W count.
-        path: The file; an existing one stays intact if the export fails.
-        metadata: Extra files, which `torch.export.load(path, extra_files={"name": ""})` reads.
+    Arguments are those of `export_onnx`; `torch.export.load(path, extra_files={"name": ""})` reads the metadata.
 
     Raises:
         ModelError: If the model cannot be exported, or the file cannot be written.
     """
-    portable = export_form(model)
-    content = _exported(portable.requires_grad_(False), example, dict(sorted((metadata or {}).items())))
+    content = _exported(export_form(model).requires_grad_(False), example, dict(sorted((metadata or {}).items())))
     try:
         write_atomically(path, content)
     except OSError as error:

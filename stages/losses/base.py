@@ -1,4 +1,46 @@
-"""Base classes of the losses: the configuration of a `[[distill]]` entry, and the modules built from it."""
+"""Base classes of losses: the contract between a loss, the recipe, the store and the training.
+
+A loss is a configuration class: the keys of its `[[distill]]` entry, and `build`, which makes the module that computes
+it. Start from the nearest base class, and list the new class in `registry.py`:
+
+- `LogitLossConfig`: a loss on logits. Override `compute`. `SoftLogitLossConfig` has the key `temperature` as well.
+- `FeatureLossConfig`: a loss at pairs of layers. Override `build_pair`, and `teacher_feature` if a statistic of the
+  teacher's layer, which takes less space in the store than its map, is enough.
+- `MapLossConfig`: the same for maps [C, H, W] that are pooled to one size, without parameters.
+- `RelationLossConfig` (`relations/relation.py`): relations between the samples of a batch, at pairs of layers.
+- `LossConfig`: anything else. Override `compute`, or `build` if the loss has parameters.
+
+What happens with it, in this order:
+
+1. `student_layers()` are the modules of the student whose outputs are captured by forward hooks.
+2. `required_features(student)` are the teacher's features that `cache-teacher` stores and a store must serve.
+3. `build(student, teacher, dataset)` gets the shapes of both, without the batch axis, and returns an `nn.Module`. Its
+   parameters (adapters, embeddings) train with the student, and are no part of the exported student.
+4. The module's `forward` gets `LossInputs`, in float32: `inputs.student.logits` and `inputs.teacher.logits_at(T)` are
+   [B, num_classes]; `inputs.student.features[path]` and `inputs.teacher.features[feature]` are maps [B, C, H, W],
+   tokens [B, L, C] or vectors [B, D]. It returns the loss without `weight`: [B] if `per_sample`, else a scalar for the
+   batch of all processes, whose rows `all_gather_with_grad` collects.
+
+`weight`, `store` and `samples` are applied by `WeightedLoss` (`distillation.py`), not by the loss.
+
+Example:
+    @section
+    class LogitMAEConfig(LogitLossConfig):
+        '''Mean absolute error between the logits of student and teacher.
+
+        Attributes:
+            margin: errors up to this size are ignored.
+        '''
+
+        paper: ClassVar[str] = "Ours 2026"
+
+        loss: Literal["logit_mae"]
+        margin: float = 0.0
+
+        def compute(self, inputs: LossInputs) -> Tensor:
+            errors = (inputs.student.logits - inputs.teacher.logits_at(1.0)).abs()  # [B, num_classes]
+            return (errors - self.margin).relu().mean(1)  # [B]
+"""
 
 from __future__ import annotations
 
@@ -13,13 +55,10 @@ from kdpipe.stages.config import max_value, section
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import Scheduled, Temperature
-from kdpipe.stages.losses.shapes import Size, poolable, shape_mismatch_error
+from kdpipe.stages.losses.shapes import Pair, Size, poolable, shape_mismatch_error
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.targets.feature_spec import MAP, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import pool_to
-
-Pairs = Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]
-"""Pairs of (student module path, teacher module path)."""
 
 
 @section
@@ -34,21 +73,12 @@ class LossConfig:
     """
 
     paper: ClassVar[str]
-
-    per_sample: ClassVar[bool] = True
-    """Whether the loss is a mean of one value per sample, so that samples can be weighted."""
-
-    one_label: ClassVar[bool] = False
-    """Whether the loss needs a single label per sample, which mixed samples do not have."""
-
-    whole_logits: ClassVar[bool] = False
-    """Whether the loss needs the teacher's logits of all classes: top-k stores cannot be used."""
-
-    on_logits: ClassVar[bool] = False
-    """Whether the loss compares logits."""
-
-    input_gradient: ClassVar[bool] = False
-    """Whether the loss uses the gradient of the student's cross entropy with respect to the images."""
+    requires: ClassVar[str]  # the required outputs of the teacher, in words, for `kdpipe losses`
+    per_sample: ClassVar[bool] = True  # one value per sample, so that samples can be weighted; else one per batch
+    one_label: ClassVar[bool] = False  # needs a single label per sample, which mixed samples do not have
+    whole_logits: ClassVar[bool] = False  # needs the teacher's logits of all classes, which top-k stores do not have
+    on_logits: ClassVar[bool] = False  # compares logits
+    input_gradient: ClassVar[bool] = False  # uses the gradient of the student's cross entropy by the images
 
     loss: str
     weight: Scheduled = 1.0
@@ -77,11 +107,8 @@ class LossConfig:
         """Return the temperatures at which the loss takes the softmax of the teacher's logits."""
         return ()
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
-        """Build the loss, with the adapters and embeddings that train with the student.
-
-        Returns:
-            A module from `Said` to the unweighted loss: [B] if `per_sample`, else a scalar.
+    def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
+        """Build the module that computes the loss from `LossInputs`; by default it calls `compute`.
 
         Raises:
             RecipeError: The shapes of student and teacher do not match.
@@ -89,7 +116,7 @@ class LossConfig:
         return StatelessLoss(self)
 
     def compute(self, inputs: LossInputs) -> Tensor:
-        """Compute a loss that has no parameters; losses with parameters override `build` instead."""
+        """Compute a loss that has no parameters: [B] if `per_sample`, else a scalar."""
         raise NotImplementedError
 
 
@@ -113,9 +140,24 @@ class LogitLossConfig(LossConfig):
             first (Sun et al. 2024, arXiv 2403.01427).
     """
 
+    requires: ClassVar[str] = "logits"
     on_logits: ClassVar[bool] = True
 
     standardize: bool = False
+
+
+@section
+class SoftLogitLossConfig(LogitLossConfig):
+    """Configuration of a loss on softened logits.
+
+    Attributes:
+        temperature: T of both softmaxes.
+    """
+
+    temperature: Temperature = 4.0
+
+    def temperatures(self) -> tuple[Temperature, ...]:
+        return (self.temperature,)
 
 
 @section
@@ -126,16 +168,59 @@ class FeatureLossConfig(LossConfig):
         layers: pairs of (student layer, teacher layer), by module path.
     """
 
-    statistic: ClassVar[str] = MAP
-    """The statistic of the teacher's layers that the loss requires."""
+    requires: ClassVar[str] = "map [C, H, W] of each layer"
 
-    layers: Pairs
+    layers: Annotated[tuple[Pair, ...], Field(min_length=1)]
 
     def student_layers(self) -> tuple[str, ...]:
         return tuple(student_layer for student_layer, _ in self.layers)
 
     def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
-        return tuple(FeatureSpec(teacher_layer, self.statistic) for _, teacher_layer in self.layers)
+        return tuple(
+            self.teacher_feature(teacher_layer, student.get(layer, ())) for layer, teacher_layer in self.layers
+        )
+
+    def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
+        """Return the required feature of a teacher's layer, given the shape of the student's."""
+        return FeatureSpec(layer, MAP)
+
+    def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
+        features = self.required_features(student)
+        return PairedLoss(
+            self.student_layers(),
+            features,
+            [
+                self.build_pair(pair, feature, student[pair[0]], teacher[feature])
+                for pair, feature in zip(self.layers, features, strict=True)
+            ],
+        )
+
+    def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
+        """Build the module of one pair of layers, which the loss is summed over.
+
+        It maps the student's feature [B, *student] and the teacher's [B, *teacher] to [B] if `per_sample`, else to a
+        scalar.
+
+        Raises:
+            RecipeError: The shapes do not match.
+        """
+        raise NotImplementedError
+
+
+class PairedLoss(nn.Module):
+    """The sum of a loss over pairs of layers: `pairs` has the module of each pair."""
+
+    def __init__(self, layers: Sequence[str], features: Sequence[FeatureSpec], pairs: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.sources = tuple(zip(layers, features, strict=True))
+        self.pairs = nn.ModuleList(pairs)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        parts = [
+            loss(inputs.student.features[layer], inputs.teacher.features[feature])
+            for loss, (layer, feature) in zip(self.pairs, self.sources, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
 
 
 @section
@@ -145,10 +230,6 @@ class MapLossConfig(FeatureLossConfig):
     expected: ClassVar[str] = "layers whose maps have the same aspect ratio"
     """What to choose instead, for the error message about shapes that do not match."""
 
-    def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
-        """Return the required feature of a teacher's layer, given the shape of the student's."""
-        raise NotImplementedError
-
     def common_size(self, student: Shape, teacher: Shape, feature: FeatureSpec) -> Size | None:
         """Return the (H, W) of a teacher's feature, to which the student's maps are pooled; None if it has none."""
         raise NotImplementedError
@@ -157,34 +238,21 @@ class MapLossConfig(FeatureLossConfig):
         """Compute the loss of each sample, [B], from pooled student maps [B, C, H, W] and the teacher's feature."""
         raise NotImplementedError
 
-    def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
-        return tuple(
-            self.teacher_feature(teacher_layer, student[student_layer]) for student_layer, teacher_layer in self.layers
-        )
-
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
-        features, sizes = self.required_features(student), []
-        for pair, feature in zip(self.layers, features, strict=True):
-            student_shape, teacher_shape = student[pair[0]], teacher[feature]
-            size = self.common_size(student_shape, teacher_shape, feature)
-            if size is None or not poolable(student_shape, size):
-                raise shape_mismatch_error(self.loss, pair, student_shape, teacher_shape, self.expected)
-            sizes.append(size)
-        return MapLoss(self, features, sizes)
+    def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
+        size = self.common_size(student, teacher, feature)
+        if size is None or not poolable(student, size):
+            raise shape_mismatch_error(self.loss, pair, student, teacher, self.expected)
+        return MapLoss(self, feature, size)
 
 
 class MapLoss(nn.Module):
-    """The loss of each sample, [B], summed over the pairs of layers. sizes: the (H, W) of each pair."""
+    """The distance of the student's maps, pooled to (H, W) = `size`, from the teacher's feature, [B]."""
 
-    def __init__(self, config: MapLossConfig, features: Sequence[FeatureSpec], sizes: Sequence[Size]) -> None:
+    def __init__(self, config: MapLossConfig, feature: FeatureSpec, size: Size) -> None:
         super().__init__()
         self.config = config
-        self.features = tuple(features)
-        self.sizes = tuple(sizes)
+        self.feature = feature
+        self.size = size
 
-    def forward(self, inputs: LossInputs) -> Tensor:
-        parts = []
-        for layer, feature, size in zip(self.config.student_layers(), self.features, self.sizes, strict=True):
-            maps = pool_to(to_float32(inputs.student.features[layer]), size)
-            parts.append(self.config.distance(maps, inputs.teacher.features[feature], feature))
-        return torch.stack(parts).sum(0)
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.config.distance(pool_to(to_float32(student), self.size), teacher, self.feature)

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from kdpipe.stages.losses.base import LogitLossConfig, LossConfig
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
-from kdpipe.stages.losses.logits.standardize import StandardizedTargets, standardize_logits
+from kdpipe.stages.losses.logits.standardize import standardize_logits
 from kdpipe.stages.losses.sample_selection import compute_sample_weights, select_samples
 from kdpipe.stages.losses.schedules import TrainProgress, value_at
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.runtime.collectives import all_reduce_sum, num_processes
 from kdpipe.stages.targets.ensemble import TeacherEnsemble
 from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.targets.outputs import TeacherTargets
+from kdpipe.stages.targets.outputs import TeacherTargets, TransformedTargets
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class DistillationBatch:
     Attributes:
         student: Logits [B, num_classes], and features [B, ...] by module path.
         teachers: The outputs of each teacher.
-        known: For each teacher, which samples it has targets for, bool [B] on the CPU; None for all.
+        target_masks: For each teacher, which samples it has targets for, bool [B] on the CPU; None for all.
         labels: int64 [B].
-        ranks: int64 [B], as in `Said`.
-        moment: The training progress.
-        others: The negatives by loss name.
-        input_gradient: As in `Said`.
+        ranks: int64 [B], as in `LossInputs`.
+        progress: The training progress.
+        negatives: The negatives by loss name.
+        input_gradient: As in `LossInputs`.
         num_samples: The size of the global batch, of all processes; None if it is B.
     """
 
@@ -56,16 +56,9 @@ class WeightedLoss(nn.Module):
         self.config = config
         self.loss = loss
 
-    def forward(self, batch: DistillationBatch, combined: TeacherTargets) -> Tensor:
-        """Compute this process's share of the weighted loss of the global batch.
-
-        The mean of the shares over the processes is the loss.
-
-        Args:
-            batch: The outputs of student and teachers.
-            combined: The outputs of all teachers, combined.
-        """
-        inputs, may_be_partial = self._select_samples(batch, combined)
+    def forward(self, batch: DistillationBatch, ensemble: TeacherTargets) -> Tensor:
+        """Compute this process's share of the weighted loss of the global batch; the mean of the shares is the loss."""
+        inputs, may_be_partial = self._select_samples(batch, ensemble)
         batch_size = len(batch.labels) if batch.num_samples is None else batch.num_samples
         num_local = len(inputs.labels)
         # A process without such samples takes the same path as the others, which wait for it at collectives.
@@ -83,73 +76,62 @@ class WeightedLoss(nn.Module):
             return weight * (num_used / batch_size) * loss.mean()
         return weight * (num_local * num_processes() / batch_size) * (loss.mean() if num_local else loss.sum())
 
-    def _select_samples(self, batch: DistillationBatch, combined: TeacherTargets) -> tuple[LossInputs, bool]:
+    def _select_samples(self, batch: DistillationBatch, ensemble: TeacherTargets) -> tuple[LossInputs, bool]:
         """Return the inputs of the loss's samples, and whether these may be fewer than the batch."""
-        inputs, known = self._inputs(batch, combined), self._known(batch)
-        if known is not None and len(known) < len(inputs.labels):
-            inputs = inputs.rows(known.to(inputs.labels.device, non_blocking=True))
-        selected = select_samples(self.config.samples, inputs.teacher, inputs.labels)
-        if selected is not None:
-            inputs = inputs.rows(selected)
-        return inputs, known is not None or selected is not None
-
-    @property
-    def _uses_all_teachers(self) -> bool:
-        return self.config.store is None and self.config.on_logits
-
-    def _inputs(self, batch: DistillationBatch, combined: TeacherTargets) -> LossInputs:
-        return LossInputs(
+        uses_ensemble = self.config.store is None and self.config.on_logits
+        number = self.config.store or 0
+        inputs = LossInputs(
             batch.student,
-            combined if self._uses_all_teachers else batch.teachers[self.config.store or 0],
+            ensemble if uses_ensemble else batch.teachers[number],
             batch.labels,
             batch.ranks,
             batch.progress,
             batch.negatives.get(self.name),
             batch.input_gradient,
         )
-
-    def _known(self, batch: DistillationBatch) -> Tensor | None:
-        """Return the samples that this loss's teacher, or any of its teachers, has targets for, int64 [n].
-
-        None if that is always the whole batch.
-        """
-        masks = list(batch.target_masks) if self._uses_all_teachers else [batch.target_masks[self.config.store or 0]]
-        partial = [mask for mask in masks if mask is not None]
-        if len(partial) < len(masks):
-            return None
-        return torch.stack(partial).any(0).nonzero()[:, 0]
+        rows = _samples_with_targets(batch.target_masks if uses_ensemble else [batch.target_masks[number]])
+        if rows is not None and len(rows) < len(inputs.labels):
+            inputs = inputs.rows(rows.to(inputs.labels.device, non_blocking=True))
+        selected = select_samples(self.config.samples, inputs.teacher, inputs.labels)
+        if selected is not None:
+            inputs = inputs.rows(selected)
+        return inputs, rows is not None or selected is not None
 
     def _normalize_logits(self, inputs: LossInputs) -> LossInputs:
         if not isinstance(self.config, LogitLossConfig) or not self.config.standardize:
             return inputs
         student = ModelOutput(standardize_logits(inputs.student.logits), inputs.student.features)
-        return replace(inputs, student=student, teacher=StandardizedTargets(inputs.teacher))
+        teacher = TransformedTargets(inputs.teacher, lambda logits, _: standardize_logits(logits))
+        return replace(inputs, student=student, teacher=teacher)
+
+
+def _samples_with_targets(target_masks: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the samples that any of the teachers has targets for, int64 [n]; None if that is always every sample."""
+    masks = [mask for mask in target_masks if mask is not None]
+    return torch.stack(masks).any(0).nonzero()[:, 0] if len(masks) == len(target_masks) else None
 
 
 class Distillation(nn.Module):
-    """All losses of a recipe and the combination of its teachers, with all that trains with the student."""
+    """All losses of a recipe and the ensemble of its teachers, with all that trains with the student."""
 
-    def __init__(self, terms: Mapping[str, WeightedLoss], combination: TeacherEnsemble) -> None:
+    def __init__(self, losses: Mapping[str, WeightedLoss], ensemble: TeacherEnsemble) -> None:
         super().__init__()
-        self.terms = nn.ModuleDict(terms)
-        self.combination = combination
+        self.losses = nn.ModuleDict(losses)
+        self.ensemble = ensemble
 
     @property
     def configs(self) -> dict[str, LossConfig]:
         """Return the losses' configurations by their names in metrics and checkpoints."""
-        return {name: term.config for name, term in self.terms.items()}  # type: ignore[misc]
+        return {name: loss.config for name, loss in self.losses.items()}  # type: ignore[misc]
 
     def forward(self, batch: DistillationBatch) -> dict[str, Tensor]:
         """Compute the weighted losses by name, in float32 also under mixed precision, where sums would overflow."""
         with torch.autocast(batch.student.logits.device.type, enabled=False):
-            return self._losses(replace(batch, student=batch.student.to_float32()))
-
-    def _losses(self, batch: DistillationBatch) -> dict[str, Tensor]:
-        if len(batch.teachers) == 1 and not self.combination.config.temperatures:
-            combined = batch.teachers[0]
-        else:
-            combined = self.combination(batch.teachers, batch.target_masks, batch.labels)
-        return {name: term(batch, combined) for name, term in self.terms.items()}
+            batch = replace(batch, student=batch.student.to_float32())
+            targets = batch.teachers[0]
+            if len(batch.teachers) > 1 or self.ensemble.config.temperatures:
+                targets = self.ensemble(batch.teachers, batch.target_masks, batch.labels)
+            return {name: loss(batch, targets) for name, loss in self.losses.items()}
 
 
 def student_layers(configs: Sequence[LossConfig]) -> list[str]:
@@ -159,8 +141,8 @@ def student_layers(configs: Sequence[LossConfig]) -> list[str]:
 
 def required_of(configs: Sequence[LossConfig], student: Shapes, store: int) -> list[FeatureSpec]:
     """Return the features that these losses require of the teacher of store number `store`."""
-    own = [config for config in configs if (config.store or 0) == store]
-    return list(dict.fromkeys(feature for config in own for feature in config.required_features(student)))
+    selected = [config for config in configs if (config.store or 0) == store]
+    return list(dict.fromkeys(feature for config in selected for feature in config.required_features(student)))
 
 
 def build_distillation(
@@ -168,8 +150,8 @@ def build_distillation(
     student: Shapes,
     teachers: Sequence[TeacherShapes],
     *,
-    combination: TeacherEnsemble,
-    facts: DatasetInfo,
+    ensemble: TeacherEnsemble,
+    dataset: DatasetInfo,
     seed: int,
 ) -> Distillation:
     """Build one module per loss, named uniquely, with adapters initialized from `seed`.
@@ -179,8 +161,9 @@ def build_distillation(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        terms = {}
+        losses = {}
         for number, config in enumerate(configs):
             name = f"{config.loss}_{number}"
-            terms[name] = WeightedLoss(name, config, config.build(student, teachers[config.store or 0], facts))
-        return Distillation(terms, combination)
+            module = config.build(student, teachers[config.store or 0], dataset)
+            losses[name] = WeightedLoss(name, config, module)
+        return Distillation(losses, ensemble)

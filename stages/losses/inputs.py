@@ -21,7 +21,7 @@ TeacherShapes = Mapping[FeatureSpec, Shape]
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts about the data set that a loss may need before the first batch."""
+    """Sizes of the data set, which a loss may need before the first batch."""
 
     num_samples: int
     num_classes: int
@@ -31,10 +31,7 @@ class DatasetInfo:
 class Negatives:
     """Negatives of contrastive losses: random other samples of the data set, in the same view.
 
-    Attributes:
-        features: The teacher's features, [K, ...].
-        labels: int64 [K].
-        ranks: int64 [K], as in `Said`.
+    The teacher's features are [K, ...], labels and ranks int64 [K], as in `LossInputs`.
     """
 
     features: Mapping[FeatureSpec, Tensor]
@@ -48,11 +45,11 @@ class LossInputs:
 
     Attributes:
         student: Logits [B, num_classes], and features [B, ...] by module path.
-        teacher: Logits for a temperature, and features [B, ...] by `Wanted`.
+        teacher: Logits for a temperature, and features [B, ...] by `FeatureSpec`.
         labels: int64 [B].
         ranks: int64 [B], the position of each sample among all sorted ids, from 0.
-        moment: The training progress, which schedules depend on.
-        others: Negatives, for losses that use them.
+        progress: The training progress, which schedules depend on.
+        negatives: Negatives, for losses that use them.
         input_gradient: Gradient of the student's cross entropy with respect to the images, [B, C, H, W], part of the
             autograd graph, for losses that use it.
     """

@@ -7,8 +7,7 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from kdpipe.stages.losses.base import LossConfig
-from kdpipe.stages.losses.features.at import ATConfig
-from kdpipe.stages.losses.features.at_gradient import ATGradientConfig
+from kdpipe.stages.losses.features.at import ATConfig, ATGradientConfig
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
 from kdpipe.stages.losses.features.hint import HintConfig
 from kdpipe.stages.losses.features.nst import NSTConfig
@@ -17,8 +16,7 @@ from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.losses.features.vid import VIDConfig
 from kdpipe.stages.losses.logits.dist import DISTConfig
 from kdpipe.stages.losses.logits.dkd import DKDConfig
-from kdpipe.stages.losses.logits.kd import KDConfig
-from kdpipe.stages.losses.logits.logit_mse import LogitMSEConfig
+from kdpipe.stages.losses.logits.kd import KDConfig, LogitMSEConfig
 from kdpipe.stages.losses.logits.mlld import MLLDConfig
 from kdpipe.stages.losses.logits.nkd import NKDConfig
 from kdpipe.stages.losses.relations.cc import CCConfig
@@ -27,7 +25,7 @@ from kdpipe.stages.losses.relations.pkt import PKTConfig
 from kdpipe.stages.losses.relations.rkd import RKDConfig
 from kdpipe.stages.losses.relations.sp import SPConfig
 
-AnyLossUnion = (
+AnyLossConfig = Annotated[
     KDConfig
     | DKDConfig
     | DISTConfig
@@ -46,12 +44,9 @@ AnyLossUnion = (
     | SPConfig
     | PKTConfig
     | CCConfig
-    | CRDConfig
-)
-
-
-AnyLossConfig = Annotated[AnyLossUnion, Field(discriminator="loss")]
-
+    | CRDConfig,
+    Field(discriminator="loss"),
+]
 
 LOSSES: tuple[type[LossConfig], ...] = get_args(get_args(AnyLossConfig)[0])
 """The configurations of all losses, in the order in which `kdpipe losses` lists them."""

@@ -20,10 +20,10 @@ class SampleSelection:
     """Configuration of which samples a loss is computed on, and how they are weighted.
 
     Attributes:
-        only: "all" samples; "hard", the `share` of each batch whose labels get the lowest probability from the teacher;
-            or "correct", those that the teacher classifies correctly.
-        share: fraction of the batch that "hard" selects.
-        weigh: "equal", or in proportion to the teacher's "entropy", its "certainty" (1 - normalized entropy) or its
+        filter: "all" samples; "hard", the `fraction` of each batch whose labels get the lowest probability from the
+            teacher; or "correct", those that the teacher classifies correctly.
+        fraction: fraction of the batch that "hard" selects.
+        weighting: "equal", or in proportion to the teacher's "entropy", its "certainty" (1 - normalized entropy) or its
             "correctness" (probability of the label), with a mean of 1 over the batch.
     """
 

@@ -68,22 +68,22 @@ Temperature = Annotated[Annotated[float, Field(gt=0), max_value(10**9)] | Schedu
 """A temperature: a number above 0 or a schedule."""
 
 
-def value_at(amount: float | Schedule, progress: TrainProgress) -> float:
+def value_at(value: float | Schedule, progress: TrainProgress) -> float:
     """Return the value at a point of the training."""
-    if not isinstance(amount, Schedule):
-        return amount
-    first, last = amount.epochs or (0, progress.epochs - 1)
-    done = 1.0 if progress.epoch >= last else max(0.0, (progress.epoch - first) / (last - first))
-    if amount.shape == "cosine":
-        done = 0.5 * (1 - math.cos(math.pi * done))
-    return amount.start + (amount.end - amount.start) * done
+    if not isinstance(value, Schedule):
+        return value
+    first, last = value.epochs or (0, progress.epochs - 1)
+    share = 1.0 if progress.epoch >= last else max(0.0, (progress.epoch - first) / (last - first))
+    if value.shape == "cosine":
+        share = 0.5 * (1 - math.cos(math.pi * share))
+    return value.start + (value.end - value.start) * share
 
 
-def bounds(amount: float | Schedule) -> tuple[float, float]:
+def bounds(value: float | Schedule) -> tuple[float, float]:
     """Return the lowest and the highest value."""
-    if not isinstance(amount, Schedule):
-        return amount, amount
-    return min(amount.start, amount.end), max(amount.start, amount.end)
+    if not isinstance(value, Schedule):
+        return value, value
+    return min(value.start, value.end), max(value.start, value.end)
 
 
 def warmup_factor(epochs: int, progress: TrainProgress) -> float:

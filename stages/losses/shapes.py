@@ -9,6 +9,9 @@ from kdpipe.stages.targets.feature_spec import Shape
 
 Size = tuple[int, int]
 
+Pair = tuple[str, str]
+"""(Student module path, teacher module path)."""
+
 
 def map_size(shape: Shape) -> Size | None:
     """Return (H, W) of maps (C, H, W), None for other shapes."""
@@ -34,15 +37,9 @@ def poolable(student: Shape, size: Size) -> bool:
     return own is not None and (own == size or (own[0] > size[0] and own[1] >= size[1]))
 
 
-def shape_mismatch_error(
-    loss: str, pair: tuple[str, str], student: Shape, teacher: Shape, expected: str
-) -> RecipeError:
-    """Build the error for a pair of layers whose shapes (without the batch axis) do not match.
-
-    `pair` has the module paths of student and teacher, `expected` the layers to choose instead.
-    """
-    student_layer, teacher_layer = pair
+def shape_mismatch_error(loss: str, pair: Pair, student: Shape, teacher: Shape, expected: str) -> RecipeError:
+    """Build the error for a pair of layers whose shapes do not match; `expected` is which layers to choose instead."""
     return RecipeError(
-        f"{loss} cannot join the student's {student_layer}, of shape {list(student)}, to the teacher's "
-        f"{teacher_layer}, of shape {list(teacher)}: choose {expected}."
+        f"{loss} cannot join the student's {pair[0]}, of shape {list(student)}, to the teacher's {pair[1]}, of shape "
+        f"{list(teacher)}: choose {expected}."
     )

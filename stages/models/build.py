@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.errors import ModelError, UnknownModelError, cause
+from kdpipe.stages.models.arguments import call_with_args
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
-from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refuse, refused_names
-from kdpipe.stages.models.user_factory import build_from_factory
+from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refusal
 from kdpipe.stages.models.weights import load_weights
-from kdpipe.stages.runtime.user_code import is_user_reference
+from kdpipe.stages.runtime.user_code import import_callable, is_user_reference, user_code_context
 from kdpipe.store.errors import did_you_mean
 
 TORCHVISION = "torchvision:"
@@ -85,28 +85,39 @@ def list_models() -> list[str]:
 
 
 def _construct(config: ModelConfig, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
-    name = config.name.removeprefix(TORCHVISION)
-    is_small = name in SMALL_IMAGE_NETWORKS and name == config.name
+    name, is_published = config.name.removeprefix(TORCHVISION), config.weights == PUBLISHED
+    is_small, is_own = config.name in SMALL_IMAGE_NETWORKS, is_user_reference(config.name)
     if not is_small and name in classifier_names():
-        published = config.weights == PUBLISHED
         return build_classifier(
-            name, config.args, num_classes=num_classes, in_channels=in_channels, published=published
+            name, config.args, num_classes=num_classes, in_channels=in_channels, published=is_published
         )
-    is_own = is_user_reference(config.name)
     if not is_small and not is_own:
-        raise refuse(name) if name in refused_names() else _unknown(config.name)
-    if config.weights == PUBLISHED:
+        raise refusal(name) or _unknown(config.name)
+    if is_published:
         raise ModelError(
             f"there are no published weights of {config.name}: give the path of a file, or leave weights out."
         )
-    build = build_from_factory if is_own else build_small_image_network
-    return build(config.name, config.args, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    offered = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    return _call_factory(config, offered) if is_own else build_small_image_network(config.name, config.args, **offered)
+
+
+def _call_factory(config: ModelConfig, offered: dict[str, Any]) -> nn.Module:
+    """Call the user's factory with `args` and those of num_classes, in_channels and image_size that it accepts."""
+    factory = import_callable(config.name, "model.name", ModelError)
+    try:
+        with user_code_context():
+            model = call_with_args(config.name, factory, offered, config.args)
+    except ModelError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code, which may raise anything
+        raise ModelError(f"{config.name} failed ({cause(error)}).") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{config.name} returned {type(model).__name__}, wanted a torch.nn.Module.")
+    return model
 
 
 def _unknown(name: str) -> ModelError:
-    known = list_models()
-    if name.startswith(TORCHVISION):
-        known = [TORCHVISION + each for each in classifier_names()]
+    known = [TORCHVISION + known for known in classifier_names()] if name.startswith(TORCHVISION) else list_models()
     hint = did_you_mean(name, known, limit=3, otherwise="name your own network as python:package.module:factory.")
     return UnknownModelError(f"no model is called {name!r}; {hint}")
 

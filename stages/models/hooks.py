@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.errors import ModelError
+from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.module_lookup import get_module
 from kdpipe.stages.numerics import to_float32
 
@@ -45,8 +45,35 @@ def rows_of(features: Mapping[K, Tensor], index: Tensor) -> dict[K, Tensor]:
     return {key: feature[index] for key, feature in features.items()}
 
 
+@contextmanager
+def capture(
+    modules: Iterable[nn.Module], keep: Callable[[Any], Any] = lambda output: output
+) -> Iterator[dict[nn.Module, list[Any]]]:
+    """Record `keep` of the modules' outputs, call by call, while the block runs."""
+    outputs: dict[nn.Module, list[Any]] = {module: [] for module in modules}
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output: outputs[module].append(keep(output)))
+        for module in outputs
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def model_errors(images: Tensor) -> Iterator[None]:
+    """Convert errors of a model run on `images` to a ModelError."""
+    try:
+        yield
+    except Exception as error:
+        shape = list(images.shape)
+        raise ModelError(f"the model does not run on an input of shape {shape}: {cause(error)}") from error
+
+
 class FeatureExtractor:
-    """A network with hooks that capture the outputs of some modules. Use `tapped` to create it.
+    """A network with hooks that capture the outputs of some modules. Use `extract_features` to create it.
 
     no_further: stop the forward pass after the last of the modules; the logits are then [B, 0].
     """

@@ -15,7 +15,7 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import call_with_args
-from kdpipe.stages.models.networks.cnn import cnn, cnn_average
+from kdpipe.stages.models.networks.cnn import cnn
 from kdpipe.stages.models.networks.mlp import mlp
 from kdpipe.stages.models.networks.mobilenet_v2 import mobilenet_v2
 from kdpipe.stages.models.networks.resnet import NARROW, TIMES_4, resnet
@@ -38,22 +38,21 @@ SMALL_IMAGE_NETWORKS: Mapping[str, SmallImageNetwork] = {
         f"resnet{depth}": SmallImageNetwork(partial(resnet, depth, NARROW), min_side=4)
         for depth in (8, 14, 20, 32, 44, 56, 110)
     },
-    "resnet8x4": SmallImageNetwork(partial(resnet, 8, TIMES_4), min_side=4),
-    "resnet32x4": SmallImageNetwork(partial(resnet, 32, TIMES_4), min_side=4),
-    "wrn_16_1": SmallImageNetwork(partial(wide_resnet, 16, 1), min_side=4),
-    "wrn_16_2": SmallImageNetwork(partial(wide_resnet, 16, 2), min_side=4),
-    "wrn_40_1": SmallImageNetwork(partial(wide_resnet, 40, 1), min_side=4),
-    "wrn_40_2": SmallImageNetwork(partial(wide_resnet, 40, 2), min_side=4),
-    "vgg8": SmallImageNetwork(partial(vgg, (1, 1, 1, 1, 1)), min_side=8),
-    "vgg11": SmallImageNetwork(partial(vgg, (1, 1, 2, 2, 2)), min_side=8),
-    "vgg13": SmallImageNetwork(partial(vgg, (2, 2, 2, 2, 2)), min_side=8),
-    "vgg16": SmallImageNetwork(partial(vgg, (2, 2, 3, 3, 3)), min_side=8),
-    "vgg19": SmallImageNetwork(partial(vgg, (2, 2, 4, 4, 4)), min_side=8),
+    **{f"resnet{depth}x4": SmallImageNetwork(partial(resnet, depth, TIMES_4), min_side=4) for depth in (8, 32)},
+    **{
+        f"wrn_{depth}_{widen}": SmallImageNetwork(partial(wide_resnet, depth, widen), min_side=4)
+        for depth in (16, 40)
+        for widen in (1, 2)
+    },
+    **{
+        f"vgg{sum(convs) + 3}": SmallImageNetwork(partial(vgg, convs), min_side=8)
+        for convs in ((1, 1, 1, 1, 1), (1, 1, 2, 2, 2), (2, 2, 2, 2, 2), (2, 2, 3, 3, 3), (2, 2, 4, 4, 4))
+    },
     "mobilenet_v2": SmallImageNetwork(mobilenet_v2, min_side=16),
     "shufflenet_v1": SmallImageNetwork(shufflenet_v1, min_side=8),
     "shufflenet_v2": SmallImageNetwork(shufflenet_v2, min_side=8),
-    "cnn": SmallImageNetwork(cnn),
-    "cnn_average": SmallImageNetwork(cnn_average),
+    "cnn": SmallImageNetwork(partial(cnn, False)),
+    "cnn_average": SmallImageNetwork(partial(cnn, True)),
     "mlp": SmallImageNetwork(mlp),
 }
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.arguments import refuse_unknown_args
-from kdpipe.stages.models.module_lookup import get_module
 from kdpipe.stages.models.weights import load_entries
 
 CHANNELS = 3
@@ -35,14 +34,6 @@ def classifier_names() -> tuple[str, ...]:
 
     # Detection, segmentation, video and quantized networks live in sub-packages of their own.
     return tuple(name for name in models.list_models(module=models) if name not in WITH_AUXILIARY_HEADS)
-
-
-@cache
-def refused_names() -> frozenset[str]:
-    """Return the names of torchvision's other networks, which are not supported."""
-    from torchvision import models
-
-    return frozenset(models.list_models()) - set(classifier_names())
 
 
 def build_classifier(
@@ -70,11 +61,15 @@ def build_classifier(
     return model
 
 
-def refuse(name: str) -> ModelError:
-    """Return the error for a network of `refused_names`."""
+def refusal(name: str) -> ModelError | None:
+    """Return the error for another network of torchvision, which is not supported; None for other names."""
+    from torchvision import models
+
     if name in WITH_AUXILIARY_HEADS:
         return ModelError(f"{name} has auxiliary heads, and kdpipe distills one set of logits: choose another network.")
-    return ModelError(f"{name} is a network of torchvision, but not a plain image classifier: choose one that is.")
+    if name in models.list_models():
+        return ModelError(f"{name} is a network of torchvision, but not a plain image classifier: choose one that is.")
+    return None
 
 
 def _construct(name: str, args: Mapping[str, Any], num_classes: int) -> nn.Module:
@@ -99,16 +94,14 @@ def _accepted_args(name: str, builder: Callable[..., nn.Module]) -> set[str]:
 
 
 def _download(name: str, weights: Any) -> Mapping[str, Tensor]:
+    options = {"progress": False, "check_hash": True, "weights_only": True, "map_location": "cpu"}
     try:
-        entries: Mapping[str, Tensor] = weights.get_state_dict(
-            progress=False, check_hash=True, weights_only=True, map_location="cpu"
-        )
+        return weights.get_state_dict(**options)  # type: ignore[no-any-return]
     except Exception as error:  # a download fails in many ways: no network, no disk, a broken cache
         raise ModelError(
-            f"the published weights of {name} cannot be downloaded from {weights.url} ({cause(error)}): "
-            "download them elsewhere and put them into $TORCH_HOME/hub/checkpoints."
+            f"the published weights of {name} cannot be loaded from {weights.url} ({cause(error)}): download them "
+            "elsewhere and put them into $TORCH_HOME/hub/checkpoints."
         ) from error
-    return entries
 
 
 def _replace_head(model: nn.Module, published_classes: int, num_classes: int) -> None:
@@ -116,12 +109,12 @@ def _replace_head(model: nn.Module, published_classes: int, num_classes: int) ->
     path, head = [(path, module) for path, module in model.named_modules() if _width(module) == published_classes][-1]
     parent, _, name = path.rpartition(".")
     bias = head.bias is not None
-    fresh: nn.Module
-    if isinstance(head, nn.Conv2d):
-        fresh = nn.Conv2d(head.in_channels, num_classes, head.kernel_size, bias=bias)  # type: ignore[arg-type]
-    else:
-        fresh = nn.Linear(head.in_features, num_classes, bias=bias)
-    setattr(get_module(model, parent) if parent else model, name, fresh)
+    fresh = (
+        nn.Conv2d(head.in_channels, num_classes, head.kernel_size, bias=bias)  # type: ignore[arg-type]
+        if isinstance(head, nn.Conv2d)
+        else nn.Linear(head.in_features, num_classes, bias=bias)
+    )
+    setattr(model.get_submodule(parent), name, fresh)
 
 
 def _width(module: nn.Module) -> int | None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import pickle
 import re
-import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -60,12 +59,12 @@ def load_entries(model: nn.Module, entries: Mapping[str, Any], source: str) -> N
 
     Raises ModelError if they do not fit, or hold NaN, infinity, or a variance below zero; nothing is loaded then.
     """
-    wanted = model.state_dict()
-    stored = {key if key in wanted else _renamed(key): value for key, value in entries.items()}
-    for key in wanted:
+    expected = model.state_dict()
+    stored = {key if key in expected else _renamed(key): value for key, value in entries.items()}
+    for key in expected:
         if key.endswith("num_batches_tracked"):  # absent before torch 0.4.1; counts steps and decides no output
-            stored.setdefault(key, wanted[key])
-    if faults := _misfits(stored, wanted):
+            stored.setdefault(key, expected[key])
+    if faults := _misfits(stored, expected):
         raise ModelError(
             f"{source} cannot be loaded into the model: {'; '.join(faults)}. "
             "Check the model's name, args and number of classes."
@@ -81,11 +80,12 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """Return the hex sha256 over the sorted entries of a state dict: name, dtype, shape, little-endian bytes."""
+    """Return the hex sha256 over the sorted entries of a state dict: name, dtype, shape, bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(_little_endian_bytes(tensor))
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy has no bfloat16
+        digest.update(raw.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -144,28 +144,21 @@ def _renamed(key: str) -> str:
     return key
 
 
-def _little_endian_bytes(tensor: Tensor) -> bytes:
-    # Through uint8: numpy has no bfloat16.
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    if sys.byteorder == "big":
-        raw = raw.reshape(-1, tensor.element_size()).flip(1)
-    return raw.numpy().tobytes()
-
-
-def _misfits(stored: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> list[str]:
+def _misfits(stored: Mapping[str, Any], expected: Mapping[str, Tensor]) -> list[str]:
     """List missing and unexpected entries and wrong shapes or types, the first few of each; empty where all fit."""
-    here = {key: stored[key] for key in wanted if key in stored}
+    here = {key: stored[key] for key in expected if key in stored}
     reshaped = [
-        f"{key} is stored as {_shape(value)}, wanted {list(wanted[key].shape)}"
+        f"{key} is stored as {_shape(value)}, wanted {list(expected[key].shape)}"
         for key, value in here.items()
-        if _shape(value) != list(wanted[key].shape)
+        if _shape(value) != list(expected[key].shape)
     ]
-    retyped = [f"{key} is stored as {kind}" for key, value in here.items() if (kind := _wrong_type(value, wanted[key]))]
+    retyped = [
+        f"{key} is stored as {kind}" for key, value in here.items() if (kind := _wrong_type(value, expected[key]))
+    ]
     return [
-        *_first_few("missing ", [key for key in wanted if key not in stored]),
-        *_first_few("unexpected ", [key[:MAX_NAME_LENGTH] for key in stored if key not in wanted]),
-        *_first_few("", reshaped),
-        *_first_few("", [] if reshaped else retyped),
+        *_first_few("missing ", [key for key in expected if key not in stored]),
+        *_first_few("unexpected ", [key[:MAX_NAME_LENGTH] for key in stored if key not in expected]),
+        *_first_few("", reshaped or retyped),
     ]
 
 
@@ -174,9 +167,9 @@ def _invalid_values(stored: Mapping[str, Tensor], model: nn.Module) -> str | Non
 
     Other buffers may hold infinity: masks do.
     """
-    wanted = dict(model.named_parameters())
-    wanted |= {key: one for key, one in model.state_dict().items() if key.endswith(STATISTICS)}
-    for name, own in wanted.items():
+    checked = dict(model.named_parameters())
+    checked |= {key: value for key, value in model.state_dict().items() if key.endswith(STATISTICS)}
+    for name, own in checked.items():
         tensor = stored[name].to(own.dtype)
         if not bool(tensor.isfinite().all()):
             return f"{name} holds NaN or infinity"
@@ -189,20 +182,16 @@ def _shape(value: Any) -> list[int] | str:
     return list(value.shape) if isinstance(value, Tensor) else "no tensor"
 
 
-def _wrong_type(value: Any, wanted: Tensor) -> str | None:
-    """Describe why a tensor cannot be converted to `wanted` without loss; None where it can."""
+def _wrong_type(value: Any, expected: Tensor) -> str | None:
+    """Describe why a tensor cannot be converted to the type of `expected` without loss; None where it can."""
     if not isinstance(value, Tensor):
         return None  # reported as a wrong shape
     if value.layout is not torch.strided or value.is_quantized or value.is_meta:
         kind = "meta" if value.is_meta else "quantized" if value.is_quantized else "sparse"
         return f"a {kind} tensor, wanted numbers"
-    if value.is_complex() or (wanted.is_floating_point() and not value.is_floating_point()):
-        return f"{_dtype_name(value)}, wanted {_dtype_name(wanted)}"
+    if value.is_complex() or (expected.is_floating_point() and not value.is_floating_point()):
+        return f"{value.dtype}, wanted {expected.dtype}".replace("torch.", "")
     return None
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _first_few(kind: str, entries: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ class BackgroundWorker(Generic[T]):
 
     Args:
         work: Processes an item. If it raises, it must release the item's resources itself.
-        num_waiting: The number of items that may wait, at least 1; num_waiting + 1 exist at most.
+        num_waiting: The number of items that may wait, at least 1.
         discard: Called once, from either thread, for each item that will not be processed, to release its resources.
             It must not raise.
     """
@@ -29,22 +29,16 @@ class BackgroundWorker(Generic[T]):
     def __init__(
         self, work: Callable[[T], None], num_waiting: int, discard: Callable[[T], None] = lambda item: None
     ) -> None:
-        if num_waiting < 1:
-            raise ValueError(f"num_waiting must be at least 1, not {num_waiting}")
         self._work, self._num_waiting, self._discard = work, num_waiting, discard
         self._executor = ThreadPoolExecutor(1, "background")
         self._pending: deque[tuple[Future[None], list[T]]] = deque()
         self._has_failed = threading.Event()
-        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
 
     def submit(self, item: T) -> None:
         """Queue an item, waiting while the queue is full; discards it and raises the worker's error, if any."""
-        if self._is_closed:
-            self._discard(item)
-            raise RuntimeError("submit after the end of the `with` block")
         try:
             while self._pending and (len(self._pending) > self._num_waiting or self._pending[0][0].done()):
                 self._pending[0][0].result()  # a failed one raises, and stays first
@@ -61,22 +55,19 @@ class BackgroundWorker(Generic[T]):
         if error is not None:
             self._discard_waiting()
         try:
-            self._wait()
+            wait(future for future, _ in self._pending)
         except BaseException:  # interrupted: wait only for the current item
             self._discard_waiting()
-            self._wait()
+            wait(future for future, _ in self._pending)
             raise
         finally:
-            self._is_closed = True
             self._executor.shutdown(wait=False)
-        failures = [
-            failure for future, _ in self._pending if not future.cancelled() and (failure := future.exception())
-        ]
-        if not failures or failures[0] is error:
-            return
-        if error is None:
-            raise failures[0]
-        error.add_note(f"The background worker had failed too: {failures[0]!r}")
+        for future, _ in self._pending:
+            failure = None if future.cancelled() else future.exception()
+            if failure is not None and error is None:
+                raise failure
+            if failure is not None and error is not None and failure is not error:
+                error.add_note(f"The background worker had failed too: {failure!r}")
 
     def _run(self, box: list[T]) -> None:
         if self._has_failed.is_set():
@@ -87,9 +78,6 @@ class BackgroundWorker(Generic[T]):
         except BaseException:
             self._has_failed.set()
             raise
-
-    def _wait(self) -> None:
-        wait([future for future, _ in self._pending])
 
     def _discard_waiting(self) -> None:
         for future, box in self._pending:

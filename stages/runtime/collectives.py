@@ -53,18 +53,16 @@ def all_gather_with_grad(rows: Tensor) -> Tensor:
 
 
 def all_gather_with_offset(rows: Tensor) -> tuple[Tensor, int]:
-    """Return `gathered`, and the index of this process's first row."""
+    """Return `all_gather_with_grad`, and the index of this process's first row."""
     if num_processes() == 1:
         return rows, 0
     sizes = _sizes(len(rows))
-    all_rows: Tensor = _Gathered.apply(rows, sizes)
-    return all_rows, sum(sizes[: dist.get_rank()])
+    return _AllGather.apply(rows, sizes), sum(sizes[: dist.get_rank()])
 
 
 def all_gather_row(row: Tensor) -> Tensor:
     """Gather exactly one row from each process, [...] to [world size, ...], twice differentiable."""
-    all_rows: Tensor = _Gathered.apply(row[None], [1] * num_processes())
-    return all_rows
+    return _AllGather.apply(row[None], [1] * num_processes())  # type: ignore[no-any-return]
 
 
 def _sizes(size: int) -> list[int]:
@@ -74,7 +72,7 @@ def _sizes(size: int) -> list[int]:
     return [int(count) for count in sizes]
 
 
-class _Gathered(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         ctx.sizes = sizes
@@ -89,11 +87,10 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         rank = dist.get_rank()
-        gradient: Tensor = _Summed.apply(gradients[0])
-        return torch.split(gradient, list(ctx.sizes))[rank], None
+        return torch.split(_AllReduceSum.apply(gradients[0]), list(ctx.sizes))[rank], None
 
 
-class _Summed(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     """The sum over the processes, whose gradient is the sum of the processes' gradients."""
 
     @staticmethod
@@ -104,5 +101,4 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        summed: Tensor = _Summed.apply(gradients[0])
-        return summed
+        return _AllReduceSum.apply(gradients[0])  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """CPU cores that this process may use, its priority, and the CPU's name and features.
 
-Cores are bounded by the affinity mask and by the quotas of control groups, which psutil does not read: a container that
-may use two cores of a hundred sees all hundred, and as many threads would mostly wait for each other.
+Cores are bounded by the affinity mask and by the quotas of control groups (version 2), which psutil does not read: a
+container that may use two cores of a hundred sees all hundred, and as many threads would mostly wait for each other.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 import psutil
-
-CPU_CONTROLLER_DIRS = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
-"""Names of the cpu controller's folder under /sys/fs/cgroup (cgroup v1)."""
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -92,23 +89,16 @@ def cpu_features(cpuinfo: Path = CPUINFO) -> list[str]:
     return [feature for feature in FEATURES if feature in present]
 
 
-def cgroups(root: Path = Path("/")) -> Iterator[tuple[str, str]]:
-    """Yield the controllers and the path of each control group of this process; version 2 has one, without names."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, colon, group = rest.partition(":")
-        if colon:
-            yield controllers, group
-
-
-def cgroup_dirs(mount: Path, group: str) -> Iterator[Path]:
-    """Yield the folder of a control group and those above it.
+def cgroup_dirs(root: Path = Path("/")) -> Iterator[Path]:
+    """Yield the folder of this process's control group (version 2), and those above it.
 
     In a container the path may be the one outside of it: then only the mount's own folder exists, the container's.
     """
+    lines = _text(root / "proc/self/cgroup").splitlines()
+    group = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
     parts = [part for part in PurePosixPath(group).parts if part not in {"/", ".."}]
     for length in range(len(parts), -1, -1):
-        yield mount.joinpath(*parts[:length])
+        yield (root / "sys/fs/cgroup").joinpath(*parts[:length])
 
 
 def _affinity(pid: int) -> int:
@@ -124,23 +114,11 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the CPU quotas, in cores, of this process's control groups and of their ancestors."""
-    mount = root / "sys/fs/cgroup"
-    for controllers, group in cgroups(root):
-        if controllers == "":
-            for folder in cgroup_dirs(mount, group):
-                yield from _quota(_text(folder / "cpu.max").split())
-        elif "cpu" in controllers.split(","):
-            for name in dict.fromkeys((controllers, *CPU_CONTROLLER_DIRS)):
-                for folder in cgroup_dirs(mount / name, group):
-                    quota, period = (_text(folder / f"cpu.cfs_{key}_us") for key in ("quota", "period"))
-                    yield from _quota(quota.split() + period.split())
-
-
-def _quota(words: list[str]) -> Iterator[float]:
-    """Yield cores from a quota and its period, in microseconds; nothing where there is no limit: "max", or -1."""
-    if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[0]) and int(words[1]):
-        yield int(words[0]) / int(words[1])
+    """Yield the CPU quotas, in cores, of this process's control group and of its ancestors."""
+    for folder in cgroup_dirs(root):
+        words = _text(folder / "cpu.max").split()  # a quota and its period, in microseconds; or "max"
+        if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[0]) and int(words[1]):
+            yield int(words[0]) / int(words[1])
 
 
 def _cpuinfo_values(cpuinfo: Path, key: str) -> Iterator[str]:

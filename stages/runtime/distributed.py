@@ -111,8 +111,7 @@ class ProcessGroup:
             received: dict[str, Any] = self.broadcast_object({})
             if "error" in received:
                 raise _error_of(*received["error"])
-            result: T = received["result"]
-            return result
+            return received["result"]  # type: ignore[no-any-return]
         try:
             result = work()
         except KdpipeError as error:
@@ -140,13 +139,12 @@ class ProcessGroup:
             return
         pending = []
         for bucket in _buckets(tensors):
-            flat = torch.cat([one.reshape(-1) for one in bucket])
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             pending.append((dist.all_reduce(flat, group=process_group_of(flat), async_op=True), flat, bucket))
         for sent, flat, bucket in pending:
             sent.wait()
-            flat.div_(self.count)
-            pieces = torch.split(flat, [one.numel() for one in bucket])
-            torch._foreach_copy_(list(bucket), [piece.view_as(one) for piece, one in zip(pieces, bucket, strict=True)])
+            pieces = torch.split(flat.div_(self.count), [tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(bucket, [piece.view_as(to) for piece, to in zip(pieces, bucket, strict=True)])
 
 
 SINGLE = ProcessGroup()
@@ -156,23 +154,22 @@ _groups: dict[str, Any] = {}
 
 
 def process_group_of(tensor: Tensor) -> Any:
-    """Return the process group for a tensor's device: NCCL's on GPUs, after `Processes.use`."""
+    """Return the process group for a tensor's device: NCCL's on GPUs, after `ProcessGroup.as_default`."""
     return _groups.get(tensor.device.type)
 
 
-def launched_processes(environ: Mapping[str, str]) -> ProcessGroup:
+def group_from_env(environ: Mapping[str, str]) -> ProcessGroup:
     """Return the processes that torchrun or srun started together with this one.
 
     Each element of a Slurm job array is a separate job. Raises RecipeError, naming the variable, for invalid values.
     """
-    of_job = {name: value for name, value in environ.items() if not name.startswith("SLURM_ARRAY_")}
-    part = shard_from_env(of_job)
-    return ProcessGroup(part.index, part.count)
+    shard = shard_from_env({name: value for name, value in environ.items() if not name.startswith("SLURM_ARRAY_")})
+    return ProcessGroup(shard.index, shard.count)
 
 
 def require_single_process(environ: Mapping[str, str], command: str) -> None:
     """Raise RecipeError if several processes were started for a command that runs in one."""
-    count = launched_processes(environ).count
+    count = group_from_env(environ).count
     if count > 1:
         raise RecipeError(
             f"{command} runs in one process, and {count} were started: start it without torchrun or srun's tasks; "
@@ -194,7 +191,7 @@ def init_distributed(
         RunError: The processes do not find each other, or one of them ended early.
         StoppedEarly: One of them ended early, and this one was asked to stop as well.
     """
-    own = launched_processes(environ)
+    own = group_from_env(environ)
     if own.count == 1:
         yield own
         return
@@ -248,26 +245,20 @@ def _connect(own: ProcessGroup, environ: Mapping[str, str]) -> None:
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield `tensors` in order, of one type and up to BUCKET_BYTES at a time."""
-    for dtype in dict.fromkeys(one.dtype for one in tensors):
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         bucket: list[Tensor] = []
-        num_bytes = 0
-        for one in tensors:
-            if one.dtype is not dtype:
-                continue
-            if bucket and num_bytes + one.nbytes > BUCKET_BYTES:
+        for tensor in (tensor for tensor in tensors if tensor.dtype is dtype):
+            if bucket and sum(waiting.nbytes for waiting in bucket) + tensor.nbytes > BUCKET_BYTES:
                 yield bucket
-                bucket, num_bytes = [], 0
-            bucket.append(one)
-            num_bytes += one.nbytes
+                bucket = []
+            bucket.append(tensor)
         yield bucket
 
 
 def _error_of(name: str, text: str) -> KdpipeError:
     """Return the error that another process raised, by the name of its class."""
-    classes, pending = {}, [KdpipeError]
-    while pending:
-        kind = pending.pop()
-        classes[kind.__name__] = kind
-        pending += kind.__subclasses__()
-    kind = classes.get(name, KdpipeError)
+    classes = [KdpipeError]
+    for kind in classes:
+        classes += kind.__subclasses__()
+    kind = next((kind for kind in classes if kind.__name__ == name), KdpipeError)
     return kind.__new__(kind, text)  # constructors of some classes take other arguments

@@ -50,7 +50,7 @@ def shard_from_env(environ: Mapping[str, str]) -> WorkShard:
     torchrun takes precedence over srun, which may have started it once a node. Raises RecipeError, naming the variable,
     for invalid values.
     """
-    array, processes = _slurm_array(environ), _torchrun(environ) or _srun(environ)
+    array, processes = _slurm_array(environ), _ranked(environ)
     if array and processes:
         index, count = array.index * processes.count + processes.index, array.count * processes.count
         return WorkShard(index, count, f"{array.origin} with {processes.origin}")
@@ -65,18 +65,14 @@ def local_rank(environ: Mapping[str, str]) -> int | None:
     return next((_number(environ, name) for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in environ), None)
 
 
-def _torchrun(environ: Mapping[str, str]) -> WorkShard | None:
-    if "RANK" not in environ and "WORLD_SIZE" not in environ:
+def _ranked(environ: Mapping[str, str]) -> WorkShard | None:
+    """Return this process's part among those of torchrun or srun; None without them."""
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        rank_name, count_name = "RANK", "WORLD_SIZE"
+    elif "SLURM_STEP_NUM_TASKS" in environ:  # only srun sets it: a batch script, which runs once, has SLURM_PROCID too
+        rank_name, count_name = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
+    else:
         return None
-    return _ranked(environ, "RANK", "WORLD_SIZE")
-
-
-def _srun(environ: Mapping[str, str]) -> WorkShard | None:
-    # Only srun sets SLURM_STEP_NUM_TASKS. A batch script, which runs once, has SLURM_NTASKS and SLURM_PROCID too.
-    return _ranked(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in environ else None
-
-
-def _ranked(environ: Mapping[str, str], rank_name: str, count_name: str) -> WorkShard:
     rank, count = _number(environ, rank_name), _number(environ, count_name)
     if rank >= count:
         raise RecipeError(f"{rank_name} is {rank} and {count_name} is {count}: ranks count from 0 and are below it")

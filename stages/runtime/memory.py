@@ -1,4 +1,4 @@
-"""Memory: how much there is, keeping what tensors free, and retrying with halved batches when it runs out."""
+"""Memory: how much there is, retaining what tensors free, and retrying with halved batches when it runs out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import psutil
 
-from kdpipe.stages.runtime.cpu import cgroup_dirs, cgroups
+from kdpipe.stages.runtime.cpu import cgroup_dirs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,16 +41,15 @@ def available_bytes() -> int:
 
 def limit_bytes(root: Path = Path("/")) -> int | None:
     """Return the lowest limit of this process's control groups (version 2), if it is below the installed memory."""
-    group = next((group for controllers, group in cgroups(root) if controllers == ""), "/")
     limits = [installed_bytes()]
-    for folder in cgroup_dirs(root / "sys/fs/cgroup", group):
+    for folder in cgroup_dirs(root):
         with suppress(OSError, ValueError):
             limits.append(int((folder / "memory.max").read_text()))
     return min(limits) if min(limits) < limits[0] else None
 
 
-def keep_freed_memory() -> bool:
-    """Let the allocator keep what tensors free, for the next step to reuse.
+def disable_malloc_trim() -> bool:
+    """Let the allocator retain what tensors free, for the next step to reuse.
 
     By default glibc returns every large block to the kernel and faults it in again, page by page, a step later: on a
     CPU that can take half of a forward pass (benchmarks/freed_memory.py). The process's memory then stays at its peak.

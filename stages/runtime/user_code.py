@@ -24,8 +24,8 @@ def is_user_reference(name: str) -> bool:
 
 @contextlib.contextmanager
 def user_code_context() -> Iterator[None]:
-    """Also look for modules in the current folder, and send prints to stderr: stdout is for results only."""
-    before, sys.path = sys.path, [*sys.path, str(Path.cwd())]
+    """Look for modules in the current folder first, as Python does; send prints to stderr: stdout is for results."""
+    before, sys.path = sys.path, [str(Path.cwd()), *sys.path]
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -34,13 +34,9 @@ def user_code_context() -> Iterator[None]:
 
 
 def import_callable(reference: str, key: str, error: type[KdpipeError]) -> Callable[..., Any]:
-    """Import and return the function that `reference`, "python:package.module:function", names.
+    """Import and return the function that `reference`, the value of the recipe's `key`, names.
 
-    Args:
-        reference: The reference.
-        key: The recipe key that holds it, for messages.
-        error: The class of the error to raise if the reference is malformed, its module cannot be imported, or has no
-            such function.
+    Raises `error` if the reference is malformed, its module cannot be imported, or has no such function.
     """
     module_name, function_name = _split(reference, key, error)
     module = _import(module_name, reference, key, error)

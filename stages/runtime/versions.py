@@ -16,10 +16,10 @@ GIT_S = 5.0
 def versions() -> dict[str, str | None]:
     """Return the versions of kdpipe and its dependencies by name; None where one is not installed."""
     try:
-        wanted = requires(NAME) or []
+        required = requires(NAME) or []
     except PackageNotFoundError:  # run from a folder of sources
-        wanted = []
-    names = [found.group() for one in wanted if (found := re.match(r"[A-Za-z0-9._-]+", one))]
+        required = []
+    names = [found.group() for entry in required if (found := re.match(r"[A-Za-z0-9._-]+", entry))]
     return {name: _version(name) for name in dict.fromkeys([NAME, *names])}
 
 

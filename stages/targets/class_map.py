@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.targets.outputs import TeacherTargets
 from kdpipe.store import StoreError, TargetStore
 from kdpipe.store.errors import did_you_mean
 
@@ -62,24 +60,6 @@ class ClassMap:
         return mapped
 
 
-@dataclass(frozen=True)
-class MappedTargets:
-    """Outputs of a teacher with other classes, mapped to the student's classes."""
-
-    inner: TeacherTargets
-    class_map: ClassMap
-
-    @property
-    def features(self) -> Mapping[FeatureSpec, Tensor]:
-        return self.inner.features
-
-    def logits_at(self, temperature: float) -> Tensor:
-        return self.class_map.map_logits(self.inner.logits_at(temperature), temperature)
-
-    def rows(self, index: Tensor) -> MappedTargets:
-        return MappedTargets(self.inner.rows(index), self.class_map)
-
-
 def read_class_map(store: TargetStore, image_set: ImageSet, config: ClassMapConfig) -> ClassMap | None:
     """Return the map from a store's classes to the data set's; None if they are the same.
 
@@ -94,17 +74,17 @@ def read_class_map(store: TargetStore, image_set: ImageSet, config: ClassMapConf
                 "cache a teacher with these classes, or map them with student.teachers.classes."
             )
         return None
-    stored, wanted = _stored_names(store), list(image_set.class_names)
-    pairs = {name: name for name in stored if name in wanted} if isinstance(config, str) else config
+    stored, names = _stored_names(store), list(image_set.class_names)
+    pairs = {name: name for name in stored if name in names} if isinstance(config, str) else config
     if not pairs:
         raise RecipeError(
-            f"{store.path} and the data set share no class names ({_some(stored)}; {_some(wanted)}): map them with a "
+            f"{store.path} and the data set share no class names ({_some(stored)}; {_some(names)}): map them with a "
             "table, as in student.teachers.classes = [{ tabby = 'cat' }]."
         )
     student_class = np.full(len(stored), -1, np.int64)
     for teacher_name, student_name in pairs.items():
         teacher_class = _find(teacher_name, stored, f"the teacher of {store.path}")
-        student_class[teacher_class] = _find(student_name, wanted, "the data set")
+        student_class[teacher_class] = _find(student_name, names, "the data set")
     return ClassMap(student_class, image_set.num_classes)
 
 

@@ -62,16 +62,7 @@ class TeacherEnsemble(nn.Module):
     """The combination of several teachers; it has parameters only if the teachers' weights are learnable."""
 
     def __init__(self, config: TeachersConfig, num_teachers: int, accuracies: Sequence[float] | None = None) -> None:
-        """Initialize the teachers' weights.
-
-        Args:
-            config: The `student.teachers` section.
-            num_teachers: The number of teachers.
-            accuracies: Each teacher's accuracy on the test images, required if `weights` is "accuracy".
-
-        Raises:
-            RecipeError: Accuracies are required and not given.
-        """
+        """Initialize the teachers' weights; `accuracies` on the test images are required if `weights` is "accuracy"."""
         super().__init__()
         self.config = config
         learns = config.weights == "learnable" and num_teachers > 1
@@ -79,17 +70,17 @@ class TeacherEnsemble(nn.Module):
         self.shares = _shares(config, num_teachers, accuracies)
 
     def forward(
-        self, teachers: Sequence[TeacherTargets], known: Sequence[Tensor | None], labels: Tensor
+        self, teachers: Sequence[TeacherTargets], target_masks: Sequence[Tensor | None], labels: Tensor
     ) -> EnsembleTargets:
         """Combine the outputs of the teachers.
 
         Args:
             teachers: The outputs of each teacher.
-            known: For each teacher, which samples it has targets for, bool [B] on any device; None for all.
+            target_masks: For each teacher, which samples it has targets for, bool [B] on any device; None for all.
             labels: int64 [B].
         """
-        all_known = torch.ones_like(labels, dtype=torch.bool)
-        masks = [all_known if mask is None else mask.to(labels.device, non_blocking=True) for mask in known]
+        everything = torch.ones_like(labels, dtype=torch.bool)
+        masks = [everything if mask is None else mask.to(labels.device, non_blocking=True) for mask in target_masks]
         has_target = torch.stack(masks, 1)
         weights = torch.where(has_target, self._weights(teachers, labels, has_target), 0)
         # If only teachers of weight 0 have a sample, they are its targets: the limit of ever smaller weights.
@@ -128,10 +119,7 @@ def confidence(logits: Tensor, labels: Tensor, has_target: Tensor) -> Tensor:
     (1 - exp(CE_m) / sum_j exp(CE_j)) / (M - 1), with CE the cross entropy with the label. Zhang et al. 2022
     (arXiv 2201.00007), equation 3.
 
-    Args:
-        logits: [B, M, num_classes].
-        labels: int64 [B].
-        has_target: bool [B, M], which samples each teacher has targets for; others are left out.
+    Logits are [B, M, num_classes], labels int64 [B]; `has_target`, bool [B, M], is which teachers count.
     """
     cross_entropies = -F.log_softmax(logits, 2).gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
     compared = cross_entropies.masked_fill(~has_target, torch.finfo(logits.dtype).min)
@@ -166,6 +154,5 @@ class EnsembleTargets:
         return temperature * torch.logsumexp(torch.stack(weighted), 0)
 
     def rows(self, index: Tensor) -> EnsembleTargets:
-        return EnsembleTargets(
-            tuple(teacher.rows(index) for teacher in self.teachers), self.weights[index], self.config
-        )
+        teachers = tuple(teacher.rows(index) for teacher in self.teachers)
+        return EnsembleTargets(teachers, self.weights[index], self.config)

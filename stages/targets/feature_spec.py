@@ -14,23 +14,13 @@ from kdpipe.stages.models.hooks import feature_shapes
 from kdpipe.stages.targets.statistics import attention, gram, input_attention, pool_to, pooled, spatial_gram
 
 MAP = "features"
-
-
 POOLED = "pooled"
-
-
 ATTENTION = "attention"
-
-
 SPATIAL_GRAM = "spatial_gram"
-
-
 INPUT_GRADIENT = "input_gradient"
-
 
 INPUT = "input"
 """The `layer` of features of the images themselves."""
-
 
 Shape = tuple[int, ...]
 """The shape of one sample's tensor, without the batch axis."""
@@ -42,7 +32,7 @@ class FeatureSpec:
 
     Attributes:
         layer: Module path, or "input".
-        form: Name of the statistic.
+        statistic: Name of the statistic.
         size: (H, W) to which the map is average-pooled first; losses that require it accept smaller maps as well.
     """
 
@@ -96,34 +86,33 @@ def parse_feature(text: str) -> FeatureSpec:
         RecipeError: It is not valid.
     """
     layer, colon, kind = text.partition(":")
-    wanted = parse_statistic(layer, kind if colon else MAP) if layer else None
-    if wanted is None:
+    feature = parse_statistic(layer, kind if colon else MAP) if layer else None
+    if feature is None:
         raise RecipeError(
             f"cache.layers has {text!r}: expected a module path, optionally followed by a colon and one of "
             f"{', '.join(name for name in STATISTIC_FUNCTIONS if name not in (MAP, INPUT_GRADIENT))}; or "
             f"{INPUT}:{INPUT_GRADIENT}."
         )
-    return wanted
+    return feature
 
 
-def compute_statistic(wanted: FeatureSpec, feature: Tensor) -> Tensor:
+def compute_statistic(feature: FeatureSpec, output: Tensor) -> Tensor:
     """Compute a statistic of a layer's outputs [B, ...].
 
     Raises:
         ModelError: The statistic needs feature maps, and these are not.
     """
-    if feature.dim() != 4 and wanted.statistic not in (MAP, POOLED):
+    if output.dim() != 4 and feature.statistic not in (MAP, POOLED):
         raise ModelError(
-            f"{wanted.layer} outputs {list(feature.shape[1:])} per sample: {wanted.statistic} needs feature maps "
-            "[C, H, W]. "
-            "Store the output itself, or choose another layer."
+            f"{feature.layer} outputs {list(output.shape[1:])} per sample: {feature.statistic} needs feature maps "
+            "[C, H, W]. Store the output itself, or choose another layer."
         )
-    return STATISTIC_FUNCTIONS[wanted.statistic](pool_to(feature, wanted.size) if wanted.size else feature)
+    return STATISTIC_FUNCTIONS[feature.statistic](pool_to(output, feature.size) if feature.size else output)
 
 
-def statistic_shape(wanted: FeatureSpec, shape: Shape) -> Shape:
+def statistic_shape(feature: FeatureSpec, shape: Shape) -> Shape:
     """Return the shape of a statistic of outputs of `shape`. Raises like `compute_statistic`."""
-    return tuple(compute_statistic(wanted, torch.zeros(1, *shape)).shape[1:])
+    return tuple(compute_statistic(feature, torch.zeros(1, *shape)).shape[1:])
 
 
 STATISTIC_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -135,22 +124,21 @@ STATISTIC_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     INPUT_GRADIENT: input_attention,
 }
 
-
 UNPOOLABLE = (POOLED, INPUT_GRADIENT)
 """Statistics that do not support pooling the map first."""
 
 
 def statistic_shapes(
-    model: nn.Module, layers: Sequence[FeatureSpec], image_shape: tuple[int, int, int]
+    model: nn.Module, features: Sequence[FeatureSpec], image_shape: tuple[int, int, int]
 ) -> dict[FeatureSpec, Shape]:
-    """Return the shape of one sample of each wanted feature, for images (C, H, W)."""
-    shapes = source_shapes(model, layers, image_shape)
-    return {one: statistic_shape(one, shapes[one.source]) for one in layers}
+    """Return the shape of one sample of each feature, for images (C, H, W)."""
+    shapes = source_shapes(model, features, image_shape)
+    return {feature: statistic_shape(feature, shapes[feature.source]) for feature in features}
 
 
 def source_shapes(
-    model: nn.Module, layers: Sequence[FeatureSpec], image_shape: tuple[int, int, int]
+    model: nn.Module, features: Sequence[FeatureSpec], image_shape: tuple[int, int, int]
 ) -> dict[str, Shape]:
-    """Return the shape of each wanted feature's source, by its `source`, without the batch axis."""
-    extract_features = [one.layer for one in layers if one.source == one.layer]
-    return {**feature_shapes(model, extract_features, image_shape), INPUT_GRADIENT: image_shape}
+    """Return the shape of each feature's source, by its `source`, without the batch axis."""
+    layers = [feature.layer for feature in features if feature.source == feature.layer]
+    return {**feature_shapes(model, layers, image_shape), INPUT_GRADIENT: image_shape}

@@ -48,18 +48,11 @@ class JoinedStore:
 def join(
     store: TargetStore,
     image_set: ImageSet,
-    wanted: Sequence[FeatureSpec],
+    features: Sequence[FeatureSpec],
     missing: Missing = "error",
     classes: ClassMapConfig = SAME,
 ) -> JoinedStore:
-    """Find the rows of `image_set`'s samples in `store`, by id, and check that they are the same samples.
-
-    Args:
-        store: The opened store.
-        image_set: The student's data set.
-        wanted: The required features.
-        missing: Whether samples may have no targets.
-        classes: The map of the teacher's classes.
+    """Find the rows of the student's samples in a store, by id, and check that they are the same samples.
 
     Raises:
         StoreError: The store lacks required features, or samples that may not be missing.
@@ -70,66 +63,50 @@ def join(
     ids = image_set.sample_ids.numpy()
     positions = store.samples.positions_of(ids)
     known = positions >= 0
-    if not known.all() and class_map is None:
-        _require_may_be_missing(store, ids[~known], len(ids), missing)
+    if class_map is None:
+        _require_samples(store, ids[~known], len(ids), missing)
     labels = store.samples.labels[positions]
     if class_map is not None:
         labels = np.where(known, class_map.to_student(labels), -1)
+        if not known.any():
+            _require_samples(store, ids, len(ids), missing)
         known = labels >= 0
-        _require_some(store, positions, known)
+        if not known.any():
+            raise StoreError(
+                f"{store.path} has none of the {len(ids)} samples in a class that student.teachers.classes maps: check "
+                "the map, or use a teacher of this data set's classes."
+            )
     rows = np.full(len(ids), -1, np.int64)
     rows[known] = store.rows_of(ids[known])
     stored = store.samples.take(positions[known])
     compared = image_set.take(torch.from_numpy(known.nonzero()[0])) if not known.all() else image_set
     _require_equal(store.path, compared, "label", labels[known], compared.labels.numpy())
     _require_equal(store.path, compared, "pixel checksum", stored.pixels_crc32c, pixel_checksums(compared))
-    return JoinedStore(
-        store, torch.from_numpy(rows), tuple(resolve_feature(store, feature) for feature in wanted), class_map
-    )
+    sources = tuple(resolve_feature(store, feature) for feature in features)
+    return JoinedStore(store, torch.from_numpy(rows), sources, class_map)
 
 
-def _require_may_be_missing(store: TargetStore, absent: NDArray[np.int64], num_samples: int, missing: Missing) -> None:
+def _require_samples(store: TargetStore, absent: NDArray[np.int64], num_samples: int, missing: Missing) -> None:
     """Raise StoreError if the samples `absent` may not be missing, or if these are all samples."""
     some = f"{store.path} has no targets for {len(absent)} of the {num_samples} samples, such as {absent[:3].tolist()}"
     if len(absent) == num_samples:
         raise StoreError(f"{some}: it was made from another data set or with other sample ids.")
-    if missing == "error":
+    if len(absent) and missing == "error":
         raise StoreError(
             f"{some}: cache them with `kdpipe cache-teacher`, remove them from the data set, or train on their labels "
             "alone with student.missing_targets = 'hard-labels'."
         )
 
 
-def _require_some(store: TargetStore, positions: NDArray[np.int64], known: NDArray[np.bool_]) -> None:
-    """Raise StoreError if a store with a class map has targets for none of the samples.
-
-    Args:
-        store: The opened store.
-        positions: The samples' positions in the store, -1 for those that it lacks.
-        known: Which samples have targets.
-    """
-    if known.any():
-        return
-    if (positions < 0).all():
-        raise StoreError(
-            f"{store.path} has no targets for any of the {len(positions)} samples: it was made from another data set "
-            "or with other sample ids."
-        )
-    raise StoreError(
-        f"{store.path} has none of the {len(positions)} samples in a class that student.teachers.classes maps: check "
-        "the map, or use a teacher of this data set's classes."
-    )
-
-
-def _require_equal(path: Path, image_set: ImageSet, what: str, stored: NDArray[Any], wanted: NDArray[Any]) -> None:
-    differ = np.flatnonzero(stored != wanted)
+def _require_equal(path: Path, image_set: ImageSet, what: str, stored: NDArray[Any], actual: NDArray[Any]) -> None:
+    differ = np.flatnonzero(stored != actual)
     if len(differ):
         pairs = [
-            (f"{what} of sample {int(image_set.sample_ids[index])}", int(stored[index]), int(wanted[index]))
+            (f"{what} of sample {int(image_set.sample_ids[index])}", int(stored[index]), int(actual[index]))
             for index in differ[:3]
         ]
         advice = (
-            f"In total, {len(differ)} of {len(wanted)} samples differ: use the data set that the teacher saw, or cache "
+            f"In total, {len(differ)} of {len(actual)} samples differ: use the data set that the teacher saw, or cache "
             "into another store."
         )
         raise FingerprintMismatch(f"the store {path}", pairs, advice)

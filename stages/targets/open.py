@@ -21,12 +21,7 @@ from kdpipe.store import (
 
 
 def open_with_views(path: Path, views: Mapping[str, Any], identity: Mapping[str, Any]) -> TargetStore:
-    """Open a store that must have the given views; another library version may render them differently.
-
-    Args:
-        path: The store's folder.
-        views: The identity of the views.
-        identity: What its manifest must contain, besides the views.
+    """Open a store whose manifest must contain the identity of the views, and `identity`.
 
     Raises:
         FingerprintMismatch: The store was made from other views, or differs from `identity`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,7 +54,6 @@ class TopKTargets:
     features: Mapping[FeatureSpec, Tensor]
 
     def rows(self, index: Tensor) -> TopKTargets:
-        """Return the outputs for some of the samples, index int64 [n]."""
         features = rows_of(self.features, index)
         return TopKTargets(self.top_k, self.values[index], self.indices[index], self.tail[index], features)
 
@@ -72,3 +71,21 @@ class TopKTargets:
         rest = torch.logsumexp(kept / temperature, 1) + log_odds - math.log(self.top_k.num_classes - self.top_k.k)
         dense = (temperature * rest)[:, None].repeat(1, self.top_k.num_classes)
         return dense.scatter(1, self.indices.long(), kept)
+
+
+@dataclass(frozen=True)
+class TransformedTargets:
+    """Outputs of a teacher with a function of (logits, temperature) applied to its logits."""
+
+    inner: TeacherTargets
+    transform: Callable[[Tensor, float], Tensor]
+
+    @property
+    def features(self) -> Mapping[FeatureSpec, Tensor]:
+        return self.inner.features
+
+    def logits_at(self, temperature: float) -> Tensor:
+        return self.transform(self.inner.logits_at(temperature), temperature)
+
+    def rows(self, index: Tensor) -> TransformedTargets:
+        return TransformedTargets(self.inner.rows(index), self.transform)

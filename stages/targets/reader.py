@@ -5,19 +5,18 @@ The teacher is never loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kdpipe.stages.config import Bytes, section
-from kdpipe.stages.targets.class_map import MappedTargets
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import JoinedStore
-from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, TopKTargets
+from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, TopKTargets, TransformedTargets
 from kdpipe.stages.targets.resolve import LOGITS
-from kdpipe.store import StoreError, TargetStore
+from kdpipe.store import TargetStore
 
 GIB = 2**30
 
@@ -54,24 +53,18 @@ class Targets:
         self, sources: Sequence[JoinedStore], device: torch.device, config: TargetLoadingConfig | None = None
     ) -> None:
         config = config or TargetLoadingConfig()
-        wanted = [(source.store, source.names) for source in sources]
-        window = slab_window(wanted, config)
+        stores = [(source.store, source.names) for source in sources]
+        window = slab_window(stores, config)
         self._device = device
         self._sources = tuple(sources)
         self._slabs: dict[tuple[int, str, int], Tensor] = {}
         masks = [source.rows >= 0 for source in sources]
-        for source, known in zip(sources, masks, strict=True):
-            if not known.any():
-                raise StoreError(
-                    f"{source.store.path} has targets for none of the samples; several stores must be several teachers "
-                    "of the same samples."
-                )
-        self._known = [None if known.all() else known for known in masks]
+        self._masks = [None if mask.all() else mask for mask in masks]
         self.num_without_targets = int((~torch.stack(masks).any(0)).sum())
         self.slabs: Tensor | None = None
         self.window = window or 1
         if window is None:
-            self.residence = _residence(_num_bytes(wanted), device, config)
+            self.residence = _residence(_num_bytes(stores), device, config)
         else:
             self.residence = "streamed"
             self.slabs = sources[0].rows.clamp(min=0) // sources[0].store.unit_rows
@@ -84,12 +77,12 @@ class Targets:
 
     def target_masks(self, indices: Tensor) -> list[Tensor | None]:
         """Return for each store which of the samples at `indices`, int64 [B], have targets: bool [B], None for all."""
-        return [None if known is None else known[indices] for known in self._known]
+        return [None if mask is None else mask[indices] for mask in self._masks]
 
     def samples_with_targets(self, number: int) -> Tensor:
         """Return the indices of the samples that have targets in store `number`, int64 [n]."""
-        known = self._known[number]
-        return torch.arange(len(self._sources[number].rows)) if known is None else known.nonzero()[:, 0]
+        mask = self._masks[number]
+        return torch.arange(len(self._sources[number].rows)) if mask is None else mask.nonzero()[:, 0]
 
     def batch(self, view: int, indices: Tensor) -> list[TeacherTargets]:
         """Return each store's outputs for the samples at `indices`, int64 [B], in `view`: float32 on the device.
@@ -99,27 +92,30 @@ class Targets:
         return [self._outputs(number, view, indices) for number in range(len(self._sources))]
 
     def features(
-        self, number: int, view: int, indices: Tensor, wanted: Sequence[FeatureSpec]
+        self, number: int, view: int, indices: Tensor, features: Sequence[FeatureSpec]
     ) -> dict[FeatureSpec, Tensor]:
         """Return some features of store `number`, without logits, float32 on the device."""
-        source = self._sources[number]
-        rows = _readable(source.rows[indices])
-        features = [feature for feature in source.features if feature.feature in wanted]
-        read = {name: self._rows(number, name, view, rows) for name in {feature.array for feature in features}}
-        return {feature.feature: feature(read[feature.array].float()) for feature in features}
+        sources = [source for source in self._sources[number].features if source.feature in features]
+        read = self._read(number, {source.array for source in sources}, view, indices)
+        return {source.feature: source(read[source.array].float()) for source in sources}
 
     def _outputs(self, number: int, view: int, indices: Tensor) -> TeacherTargets:
-        source = self._sources[number]
-        rows = _readable(source.rows[indices])
-        read = {name: self._rows(number, name, view, rows) for name in source.names}
-        features = {feature.feature: feature(read[feature.array].float()) for feature in source.features}
-        top_k = source.store.manifest.top_k
+        joined = self._sources[number]
+        read = self._read(number, joined.names, view, indices)
+        features = {source.feature: source(read[source.array].float()) for source in joined.features}
+        top_k = joined.store.manifest.top_k
         outputs: TeacherTargets
         if top_k is None:
             outputs = DenseTargets(read[LOGITS].float(), features)
         else:
             outputs = TopKTargets(top_k, read["logits/values"], read["logits/indices"], read["logits/tail"], features)
-        return outputs if source.class_map is None else MappedTargets(outputs, source.class_map)
+        return outputs if joined.class_map is None else TransformedTargets(outputs, joined.class_map.map_logits)
+
+    def _read(self, number: int, names: Iterable[str], view: int, indices: Tensor) -> dict[str, Tensor]:
+        """Return rows of arrays by name; of samples without targets, whose row is -1, a row that is read anyway."""
+        rows = self._sources[number].rows[indices]
+        rows = rows if (rows >= 0).all() else torch.where(rows >= 0, rows, rows.max().clamp(min=0))
+        return {name: self._rows(number, name, view, rows) for name in names}
 
     def _rows(self, number: int, name: str, view: int, rows: Tensor) -> Tensor:
         if self.residence in ("mapped", "streamed"):
@@ -146,27 +142,23 @@ class Targets:
         return f"{total}, kept {'on the device' if self.residence == 'device' else 'in memory'}"
 
 
-def _readable(rows: Tensor) -> Tensor:
-    """Replace the rows (int64 [B]) of unknown samples, -1, by one that is read anyway."""
-    return rows if (rows >= 0).all() else torch.where(rows >= 0, rows, rows.max().clamp(min=0))
-
-
-def slab_window(wanted: Sequence[tuple[TargetStore, Sequence[str]]], config: TargetLoadingConfig) -> int | None:
+def slab_window(stores: Sequence[tuple[TargetStore, Sequence[str]]], config: TargetLoadingConfig) -> int | None:
     """Return the number of shards that are mixed at a time if stores are streamed; None if they are not.
 
-    Half of memory_bytes is for a window, the other half for the next one, which a batch may reach into.
+    Half of memory_bytes is for a window, the other half for the next one, which a batch may reach into. `stores` has
+    each store with the names of the arrays to read.
     """
-    if _num_bytes(wanted) <= max(config.memory_bytes, config.mapped_bytes):
+    if _num_bytes(stores) <= max(config.memory_bytes, config.mapped_bytes):
         return None
-    normalize_rows = max(store.unit_rows for store, _ in wanted)
-    slab_bytes = normalize_rows * sum(store.spec(name).row_bytes for store, names in wanted for name in names)
+    unit_rows = max(store.unit_rows for store, _ in stores)
+    slab_bytes = unit_rows * sum(store.spec(name).row_bytes for store, names in stores for name in names)
     return max(1, config.memory_bytes // (2 * slab_bytes))
 
 
-def _num_bytes(wanted: Sequence[tuple[TargetStore, Sequence[str]]]) -> int:
+def _num_bytes(stores: Sequence[tuple[TargetStore, Sequence[str]]]) -> int:
     """Return the size of all views of the required arrays in memory."""
     return sum(
-        store.num_views * store.num_rows * store.spec(name).row_bytes for store, names in wanted for name in names
+        store.num_views * store.num_rows * store.spec(name).row_bytes for store, names in stores for name in names
     )
 
 

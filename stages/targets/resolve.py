@@ -47,52 +47,50 @@ class FeatureSource:
         return rows if self.computed is None else compute_statistic(self.computed, rows)
 
 
-def resolve_feature(store: TargetStore, wanted: FeatureSpec) -> FeatureSource:
+def resolve_feature(store: TargetStore, feature: FeatureSpec) -> FeatureSource:
     """Find the source of a required feature in a store.
 
     Raises:
         StoreError: The store has none; the message has the command that adds it.
     """
     shapes = {spec.name: spec.row_shape for spec in store.arrays}
-    plain = replace(wanted, size=None)
-    for candidate in (wanted, plain):
+    for candidate in (feature, replace(feature, size=None)):
         array = candidate.array
-        if array in shapes and (candidate == wanted or _fits(shapes[array], wanted)):
-            return FeatureSource(wanted, array, None, shapes[array])
-    whole = FeatureSpec(wanted.layer, MAP)
-    if whole.array in shapes and wanted.statistic != INPUT_GRADIENT:
-        computed = wanted.for_shape(shapes[whole.array])
-        return FeatureSource(wanted, whole.array, computed, statistic_shape(computed, shapes[whole.array]))
+        if array in shapes and (candidate == feature or _fits(shapes[array], feature)):
+            return FeatureSource(feature, array, None, shapes[array])
+    whole = FeatureSpec(feature.layer, MAP)
+    if whole.array in shapes and feature.statistic != INPUT_GRADIENT:
+        computed = feature.for_shape(shapes[whole.array])
+        return FeatureSource(feature, whole.array, computed, statistic_shape(computed, shapes[whole.array]))
     raise StoreError(
-        f"{store.path} has no {wanted.kind} of {wanted.layer!r}, only {', '.join(shapes)}: run `kdpipe cache-teacher` "
-        f"with this recipe to add it, or with cache.layers = ['{wanted}'] in the recipe that made the store."
+        f"{store.path} has no {feature.kind} of {feature.layer!r}, only {', '.join(shapes)}: run "
+        f"`kdpipe cache-teacher` with this recipe to add it, or with cache.layers = ['{feature}'] in the recipe that "
+        "made the store."
     )
 
 
-def arrays_needed(store: TargetStore, wanted: Sequence[FeatureSpec]) -> list[str]:
-    """Return the arrays with a store's logits and the required features. Raises like `serve`."""
+def arrays_needed(store: TargetStore, features: Sequence[FeatureSpec]) -> list[str]:
+    """Return the arrays with a store's logits and the required features. Raises like `resolve_feature`."""
     logits = [spec.name for spec in store.arrays if spec.name.startswith(LOGITS)]
-    return list(dict.fromkeys([*logits, *[resolve_feature(store, feature).array for feature in wanted]]))
+    return list(dict.fromkeys([*logits, *[resolve_feature(store, feature).array for feature in features]]))
 
 
-def smallest_feature(wanted: FeatureSpec, shape: Shape) -> FeatureSpec:
+def smallest_feature(feature: FeatureSpec, shape: Shape) -> FeatureSpec:
     """Return what to store of a layer whose outputs have `shape` for a required feature: it, or the map if not larger.
 
     Input gradients cannot be computed from a map.
     """
-    fitted = wanted.for_shape(shape) if wanted.statistic in (*SPATIAL, SPATIAL_GRAM) else wanted
-    whole = FeatureSpec(wanted.layer, MAP)
-    made = statistic_shape(fitted, shape)
-    keeps_map = wanted.statistic != INPUT_GRADIENT and math.prod(shape) <= math.prod(made)
-    return whole if keeps_map else fitted
+    fitted = feature.for_shape(shape) if feature.statistic in (*SPATIAL, SPATIAL_GRAM) else feature
+    keeps_map = math.prod(shape) <= math.prod(statistic_shape(fitted, shape))
+    return FeatureSpec(feature.layer, MAP) if keeps_map and feature.statistic != INPUT_GRADIENT else fitted
 
 
-def _fits(shape: Shape, wanted: FeatureSpec) -> bool:
+def _fits(shape: Shape, feature: FeatureSpec) -> bool:
     """Return whether an array with rows of `shape`, computed from unpooled maps, fits the required size."""
-    if wanted.size is None:
+    if feature.size is None:
         return True
-    if wanted.statistic == SPATIAL_GRAM:
-        return shape[0] <= wanted.size[0] * wanted.size[1]
-    return wanted.statistic in SPATIAL and (
-        len(shape) < 2 or (shape[-2] <= wanted.size[0] and shape[-1] <= wanted.size[1])
+    if feature.statistic == SPATIAL_GRAM:
+        return shape[0] <= feature.size[0] * feature.size[1]
+    return feature.statistic in SPATIAL and (
+        len(shape) < 2 or (shape[-2] <= feature.size[0] and shape[-1] <= feature.size[1])
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import AfterValidator, Field
 
 from kdpipe.stages.config import section
@@ -18,8 +19,9 @@ from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.losses.registry import AnyLossConfig
 from kdpipe.stages.losses.schedules import Scheduled
-from kdpipe.stages.runtime.events import ProgressEvent
-from kdpipe.stages.train_student.student import StudentRun, train_student
+from kdpipe.stages.runtime.distributed import ProcessGroup
+from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
+from kdpipe.stages.train_student.student import StudentRun
 from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
 from kdpipe.stages.training.loop import time_steps
 from kdpipe.stages.training.optim import TrainConfig
@@ -85,38 +87,40 @@ def with_overrides(entry: CompareEntry, student: StudentConfig) -> StudentConfig
     return student if entry.label_smoothing is None else replace(student, label_smoothing=entry.label_smoothing)
 
 
-def train_variant(variant: Variant, seed: int, context: StageContext) -> dict[str, Any]:
-    """Train one student, unless it is finished, and return its results."""
-    folder = JobDir(context.run_dir / "compare" / variant.name / f"seed{seed}")
-    run = StudentRun(folder, f"{variant.name}, seed {seed}", with_onnx=False)
-    return train_student(variant.student, seed, variant.spec, context, run=run)
+def variant_run(name: str, seed: int, run_dir: Path) -> StudentRun:
+    """Return the folder and name of a variant's student; it is not exported."""
+    return StudentRun(JobDir(run_dir / "compare" / name / f"seed{seed}"), f"{name}, seed {seed}", with_onnx=False)
 
 
-def measure_costs(variants: Sequence[Variant], context: StageContext) -> dict[str, dict[str, float]]:
+def measure_costs(
+    variants: Sequence[Variant],
+    build: Callable[[Variant], TrainJob],
+    record: Path,
+    *,
+    device: torch.device,
+    monitor: RunMonitor,
+    process_group: ProcessGroup,
+) -> dict[str, dict[str, float]]:
     """Measure the milliseconds of a training step of each variant, and their ratio to the first variant's.
 
     Both are medians over turns; in each turn all variants run one after the other, so that other load on the machine
-    affects them equally. The result is saved in the run folder and reused.
+    affects them equally. `build` makes a variant's job; the result is saved in the file `record` and reused.
     """
-    record = context.run_dir / "compare" / COST
     made_from = {variant.name: variant.digest for variant in variants}
-    process_group = context.process_group
     saved = process_group.on_main(lambda: read_json_file(record) or {})
     costs: Any = saved.get("costs")
     if saved.get("made_from") == made_from and _are_costs(costs, made_from):
         return dict(costs)
-    jobs = [_job(variant, context) for variant in variants]
+    jobs = [build(variant) for variant in variants]
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for turn in range(NUM_TURNS + 1):
         for number, (variant, job) in enumerate(zip(variants, jobs, strict=True)):
-            process_group.check_stop(context.monitor)
-            turn_s = time_steps(job, context.device, NUM_STEPS)
+            process_group.check_stop(monitor)
+            turn_s = time_steps(job, device, NUM_STEPS)
             if turn:  # the first one is a warm-up
                 times[variant.name].append(statistics.median(turn_s))
             done = turn * len(variants) + number + 1
-            context.monitor.report(
-                ProgressEvent("compare", "cost of a step", done, (NUM_TURNS + 1) * len(variants), "turn")
-            )
+            monitor.report(ProgressEvent("compare", "cost of a step", done, (NUM_TURNS + 1) * len(variants), "turn"))
     shared: dict[str, list[float]] = process_group.broadcast_object(times)
     first = shared[variants[0].name]
     measured = {
@@ -137,7 +141,7 @@ def _are_costs(costs: Any, variants: Iterable[str]) -> bool:
     return all(isinstance(costs[name].get(key), float | int) for name in variants for key in ("step_ms", "ratio"))
 
 
-def _job(variant: Variant, context: StageContext) -> TrainJob:
+def build_step_job(variant: Variant, context: StageContext) -> TrainJob:
     """Build the job of a variant, only for running steps."""
     seed = variant.student.seeds[0]
     network = build_student(variant.student, seed, context, variant.losses)

@@ -33,7 +33,7 @@ def dry_run_losses(
         losses: The losses' configurations.
         student: The recipe's `student` section.
         teacher: The teacher, trained or not.
-        setup: The stage context.
+        context: The data and views of the run.
         where: The recipe key of the losses, for error messages.
 
     Raises:

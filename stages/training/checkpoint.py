@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,8 @@ def save_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
     tensors |= {f"sums/{name}": total for name, total in progress.sums.items()}
     for index, slots in packed["state"].items():
         tensors |= {f"optimizer/{index}/{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
-    record = {
-        "epoch": progress.epoch,
-        "step": progress.step,
-        "history": progress.history,
-        "micro_batches": progress.micro_batches,
-        "scaler": state.scaler.state_dict(),
-    }
-    save_tensors(path, tensors, record)
+    record = {key: getattr(progress, key) for key in ("epoch", "step", "history", "micro_batches")}
+    save_tensors(path, tensors, record | {"scaler": state.scaler.state_dict()})
 
 
 def load_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
@@ -87,17 +82,13 @@ def _slots(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict
 
 
 def _position(record: dict[str, Any]) -> tuple[int, int, list[dict[str, Any]]]:
-    """Return epoch, step and history; raises ValueError unless each finished epoch has a line."""
+    """Return epoch, step and history; raises ValueError unless each finished epoch has a line with its figures."""
     epoch, step, history = record["epoch"], record["step"], record["history"]
-    is_valid = isinstance(history, list) and all(isinstance(line, dict) and _is_valid(line) for line in history)
-    if not is_valid or type(epoch) is not int or epoch != len(history) or type(step) is not int or step < 0:
+    for line in history:
+        math.fsum([line["wall_s"], line.get("accuracy", 0.0)])  # jobs without a test set have no accuracy
+    if type(epoch) is not int or epoch != len(history) or type(step) is not int or step < 0:
         raise ValueError(f"epoch {str(epoch)[:20]}, step {str(step)[:20]} is not a valid position")
     return epoch, step, history
-
-
-def _is_valid(line: dict[str, Any]) -> bool:
-    """Return whether an epoch's line has the numbers that are used later; jobs without a test set have no accuracy."""
-    return "wall_s" in line and all(isinstance(line.get(key, 0.0), float | int) for key in ("wall_s", "accuracy"))
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A network with its metadata, and the results that every finished training job writes."""
+"""Begin a training job, and write what every finished one leaves: weights, ONNX file and results."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.evaluation.metrics import evaluate_in_depth
 from kdpipe.stages.export.onnx_check import check_onnx
@@ -17,6 +17,7 @@ from kdpipe.stages.export.onnx_debug import first_divergence
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.saved_model import save_model
 from kdpipe.store import canonical_json
@@ -37,45 +38,69 @@ DEBUG_IMAGES = 32
 """Images on which the first divergence from torch is located."""
 
 
+def begin_job(job_dir: JobDir, inputs: Mapping[str, Any], process_group: ProcessGroup) -> dict[str, Any] | None:
+    """Claim the folder for a job with these inputs; return its results if it is finished, None if there is work to do.
+
+    Raises:
+        FingerprintMismatch: The folder holds a job with other inputs.
+    """
+
+    def begin() -> dict[str, Any] | None:
+        job_dir.begin(inputs)
+        return job_dir.result()
+
+    return process_group.on_main(begin)
+
+
 def finalize(
-    folder: JobDir,
+    job_dir: JobDir,
     network: ModelBundle,
     history: Sequence[Mapping[str, Any]],
-    context: StageContext,
+    test: Evaluation,
     *,
+    process_group: ProcessGroup = SINGLE,
     with_onnx: bool = True,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a trained network and write its weights, ONNX file and results; returns the results.
+    """Evaluate a trained network, export it, and write its weights and results, which are returned.
 
     Of several processes the first does so, and all return its results.
 
-    `history` holds the metrics of its epochs, `more` further results. Raises ModelError if the export fails, or
-    its file disagrees with it on the first test images.
+    Args:
+        job_dir: The folder that the files are written to.
+        network: The trained network.
+        history: The metrics of its epochs.
+        test: The test images, with the teacher's logits if there are any.
+        process_group: The processes that trained together.
+        with_onnx: Whether to write an ONNX file.
+        more: Further results.
+
+    Raises:
+        ModelError: The export fails, or the file disagrees with the network on the first test images.
     """
     network.model.eval()
-    return context.process_group.on_main(
-        lambda: _finalize(folder, network, history, context, with_onnx=with_onnx, more=more or {})
+    return process_group.on_main(
+        lambda: _finalize(job_dir, network, history, test, with_onnx=with_onnx, more=more or {})
     )
 
 
 def _finalize(
-    folder: JobDir,
+    job_dir: JobDir,
     network: ModelBundle,
     history: Sequence[Mapping[str, Any]],
-    context: StageContext,
+    test: Evaluation,
     *,
     with_onnx: bool,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    report = evaluate_in_depth(network.model, context.evaluation(network.normalize), context.device)
+    report = evaluate_in_depth(network.model, test, test.device)
     record = {"architecture": dict(network.architecture), "normalization": network.normalize.to_json()}
-    save_model(folder.model, network.model, record)
+    save_model(job_dir.model, network.model, record)
     agreement = None
     if with_onnx:
-        example = torch.zeros(2, *context.image_shape, device=context.device)
-        export_onnx(network.model, example, folder.onnx, metadata=onnx_metadata(network, context))
-        agreement = require_agreement(folder.onnx, network, context)
+        example = torch.zeros(2, *test.image_shape, device=test.device)
+        export_onnx(network.model, example, job_dir.onnx, metadata=onnx_metadata(network, test))
+        agreement = require_agreement(job_dir.onnx, network, test)
     best = max(history, key=lambda line: line["accuracy"], default={"accuracy": report.top1, "epoch": None})
     result = {
         "accuracy": report.top1,
@@ -84,34 +109,33 @@ def _finalize(
         "best_epoch": best["epoch"],
         "num_epochs": len(history),
         "num_parameters": count_parameters(network.model),
-        "num_macs": count_macs(network.model, context.image_shape),
+        "num_macs": count_macs(network.model, test.image_shape),
         "identity": network.identity,
         "onnx_agreement": agreement,
-        "onnx_bytes": folder.onnx.stat().st_size if with_onnx else None,
+        "onnx_bytes": job_dir.onnx.stat().st_size if with_onnx else None,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
         "examined": report.to_json(),
         **more,
     }
-    folder.finish(result)
+    job_dir.finish(result)
     return result
 
 
-def onnx_metadata(network: ModelBundle, context: StageContext) -> dict[str, str]:
+def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
     """Return the metadata of an ONNX file: normalization, image shape (C, H, W) and class names."""
     return {
         "normalization": canonical_json(network.normalize.to_json()),
-        "image_shape": canonical_json(list(context.image_shape)),
-        "class_names": canonical_json(list(context.test_set.class_names)),
+        "image_shape": canonical_json(list(test.image_shape)),
+        "class_names": canonical_json(list(test.class_names)),
     }
 
 
-def require_agreement(path: Path, network: ModelBundle, context: StageContext, *, whole_test: bool = False) -> float:
+def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, whole_test: bool = False) -> float:
     """Return the share of test images on which the ONNX file at `path` gives the network's top-1 class.
 
     Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
     share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
     """
-    test = context.evaluation(network.normalize)
     found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))
     accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
@@ -123,5 +147,5 @@ def require_agreement(path: Path, network: ModelBundle, context: StageContext, *
         f"{100 * MIN_AGREEMENT:.0f} %, with an accuracy of {100 * accuracies[0]:.2f} % against "
         f"{100 * accuracies[1]:.2f} % (logits differ by up to {found.max_logit_difference:.3g}): {where}. Do not "
         "use it: train the network longer, or keep the first diverging layers in float "
-        "(compress.quantize.keep_float)."
+        "(compress.quantize.exclude)."
     )

@@ -81,13 +81,11 @@ class JobDir:
         """
         make_folders([self.path])
         sweep_partial(self.path)
-        wanted = json.loads(json.dumps(made_from))
+        inputs = json.loads(json.dumps(made_from))
         stored = read_json_file(self.path / "job.json")
         if stored is None:
-            write_json_file(self.path / "job.json", wanted)
-            return
-        found = differences(stored, wanted)
-        if found:
+            write_json_file(self.path / "job.json", inputs)
+        elif found := differences(stored, inputs):
             advice = "Give this recipe another run folder (--run), or delete that folder to restart the job."
             raise FingerprintMismatch(f"the job in {self.path}", found, advice)
 
@@ -116,12 +114,9 @@ def _faults(record: Mapping[str, Any]) -> list[str]:
     try:
         _Result.model_validate(record)
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_context=False)
         return [
-            f"{fault['loc'][0]} is missing"
-            if fault["type"] == "missing" and len(fault["loc"]) == 1
-            else f"{fault['loc'][0]} = {str(record[str(fault['loc'][0])])[:40]!r}"
-            for fault in faults
+            f"{fault['loc'][0]} = {str(record.get(str(fault['loc'][0])))[:40]!r}: {fault['msg']}"
+            for fault in error.errors(include_url=False, include_context=False)
         ]
     return []
 

@@ -57,9 +57,9 @@ def _forward(norm: _BatchNorm, local: Forward, maps: Tensor) -> Tensor:
 
 
 def global_moments(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the number of values per channel over all processes, a scalar, their mean [C] and biased variance [C].
+    """Return the number of values per channel of maps [B, C, ...], a scalar, their mean [C] and biased variance [C].
 
-    maps: [B, C, ...]. No sums of squares are subtracted from each other (Chan et al. 1979).
+    They are over all processes. No sums of squares are subtracted from each other (Chan et al. 1979).
     """
     values = maps.transpose(0, 1).flatten(1)
     num_here = values.shape[1]

@@ -43,8 +43,11 @@ class Batch:
     Attributes:
         images: Normalized images, float32 [B, C, H, W].
         ranks: Each sample's rank among all ids, int64 [B].
-        known: For each store, a mask of samples with targets, bool [B] on the CPU; None where it has all.
-        others: By loss, the negatives of a contrastive loss.
+        hard: Their labels, mixed ones included.
+        progress: The epoch, for scheduled weights.
+        teachers: For each store, the teacher's outputs.
+        target_masks: For each store, a mask of samples with targets, bool [B] on the CPU; None where it has all.
+        negatives: By loss, the negatives of a contrastive loss.
     """
 
     images: Tensor
@@ -83,6 +86,11 @@ class TrainingTask:
     """A training task: a data set's images in their views, labels, targets and losses.
 
     Attributes:
+        loader: The images in their views.
+        num_views: The number of views; epoch e has view e mod num_views.
+        normalize: The student's input normalization.
+        targets: The teachers' outputs; None without a teacher.
+        distillation: The weighted sum of the distillation losses; None without a teacher.
         fresh_views: Whether every epoch has views that no store holds. The teacher is trained on them, so that it is
             not fitted to the views of which its outputs are cached.
         hard_label_weight: The weight of the cross entropy with the labels.
@@ -140,9 +148,10 @@ class TrainingTask:
         def requests() -> Iterator[ViewRequest]:
             for number in range(epoch, epochs):
                 order = self.order(seed, number)
-                for at in range(step if number == epoch else 0, steps):
-                    positions.append(StepPosition(seed, number, at, epochs))
-                    yield ViewRequest(process_group.rows(batch_indices(order, at, batch_size)), self._view(number))
+                for position in range(step if number == epoch else 0, steps):
+                    positions.append(StepPosition(seed, number, position, epochs))
+                    rows = process_group.rows(batch_indices(order, position, batch_size))
+                    yield ViewRequest(rows, self._view(number))
 
         for image_batch in self.loader.stream(requests()):
             yield self._batch(positions.popleft(), image_batch)
@@ -204,10 +213,10 @@ class TrainingTask:
             progress=FINISHED if self.is_fine_tuning else TrainProgress(position.epoch, position.epochs),
             teachers=self.targets.batch(view, indices) if self.targets else (),
             target_masks=self.targets.target_masks(indices) if self.targets else (),
-            negatives=self._others(position, view),
+            negatives=self._negatives(position, view),
         )
 
-    def _others(self, position: StepPosition, view: int) -> dict[str, Negatives]:
+    def _negatives(self, position: StepPosition, view: int) -> dict[str, Negatives]:
         """Return the negatives of each contrastive loss, a function of (seed, epoch, step)."""
         if self.targets is None or self.distillation is None:
             return {}

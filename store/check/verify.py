@@ -17,20 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.store.check.orphans import orphaned_files
 from kdpipe.store.errors import KdpipeError, StoreError, differences
 from kdpipe.store.format.layout import ArraySpec, Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.markers import Marker, marker_key, read_marker
-from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS, Samples, column_dtype, column_keys
+from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS, Samples, read_column
 from kdpipe.store.format.schema import MARKERS, METADATA_BYTES, SAMPLES
 from kdpipe.store.format.shard import decode_shard, is_committed, shard_key, shard_path, shard_shape
 from kdpipe.store.format.zarr_metadata import metadata_bytes, read_store_manifest
 from kdpipe.store.fs.safe_read import read_regular_file
 from kdpipe.store.write.claims import exclusive_store
-
-MAX_NAMED = 100
-"""Maximum number of damaged chunks listed per sample array: an untrusted manifest may claim any number."""
 
 DIGESTS = {"ids_and_labels_sha256": ("ids", "labels"), "pixels_sha256": ("ids", "pixels_crc32c")}
 """By digest of the manifest, the sample arrays that it covers."""
@@ -68,14 +64,12 @@ class VerifyReport:
     Attributes:
         damaged: All faults.
         missing: Units of an unfinished filling or extension, with the arrays that each lacks.
-        orphans: Unused files, which are harmless.
         num_units_whole: Units with all arrays, each undamaged.
         num_bytes: Bytes read and checked.
     """
 
     damaged: tuple[Fault, ...]
     missing: tuple[tuple[Unit, tuple[str, ...]], ...]
-    orphans: tuple[str, ...]
     num_units: int
     num_units_whole: int
     num_bytes: int
@@ -84,36 +78,30 @@ class VerifyReport:
         return {
             "damaged": [fault.to_json() for fault in self.damaged],
             "missing": [{"unit": str(unit), "arrays": list(names)} for unit, names in self.missing],
-            "orphans": list(self.orphans),
             "num_units": self.num_units,
             "num_units_whole": self.num_units_whole,
             "num_bytes": self.num_bytes,
         }
 
 
-def verify_store(
-    path: Path, on_unit: Callable[[int, int], None] = lambda done, total: None, *, manifest: Manifest | None = None
-) -> VerifyReport:
+def verify_store(path: Path, on_unit: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
     """Verify every file of the store at `path` and collect all faults. One shard is in memory at a time.
 
     Args:
-        path: The store.
+        path: The store. If its manifest cannot be read, that is the only fault reported.
         on_unit: Called with (units checked, units in all) after each; may raise to stop.
-        manifest: The expected manifest, if known from elsewhere because the stored one cannot be read. Without one,
-            an unreadable manifest is the only fault reported.
 
     Raises:
         StoreError: There is no store at all.
         KdpipeError: Another job changed it meanwhile.
     """
     with _metadata_locked(path):
-        if manifest is None:
-            try:
-                manifest = read_store_manifest(path)
-            except StoreError as error:
-                if not (path / MARKERS).is_dir():
-                    raise
-                return VerifyReport((Fault("zarr.json", f"nothing else can be checked: {error}"),), (), (), 0, 0, 0)
+        try:
+            manifest = read_store_manifest(path)
+        except StoreError as error:
+            if not (path / MARKERS).is_dir():
+                raise
+            return VerifyReport((Fault("zarr.json", f"nothing else can be checked: {error}"),), (), 0, 0, 0)
         verifier = _Verifier(path, manifest)
         verifier.metadata()
         verifier.samples()
@@ -127,7 +115,6 @@ def verify_store(
     return VerifyReport(
         damaged=tuple(verifier.faults),
         missing=tuple(verifier.missing),
-        orphans=orphaned_files(path, manifest),
         num_units=len(units),
         num_units_whole=len(units) - len(incomplete),
         num_bytes=verifier.num_bytes,
@@ -137,10 +124,9 @@ def verify_store(
 @contextmanager
 def _metadata_locked(path: Path) -> Iterator[None]:
     """Prevent changes of metadata meanwhile; on a read-only disk, where no lock can be taken, there are none."""
+    is_store = path.is_dir() and any((path / name).exists() for name in ("zarr.json", MARKERS))
     with ExitStack() as stack:
-        if path.is_dir() and (
-            (path / "zarr.json").exists() or (path / MARKERS).exists()
-        ):  # anything else is not a store
+        if is_store:
             with suppress(KdpipeError):
                 stack.enter_context(exclusive_store(path))
         yield
@@ -148,9 +134,8 @@ def _metadata_locked(path: Path) -> Iterator[None]:
 
 def _require_unchanged(path: Path, manifest: Manifest) -> None:
     """Raise KdpipeError if the store was extended or shrunk meanwhile: the faults found may then be wrong."""
-    with suppress(StoreError):  # an unreadable manifest is a fault, recorded already
-        if read_store_manifest(path).layout != manifest.layout:
-            raise KdpipeError(f"{path} was extended or shrunk while it was checked: run the same command again.")
+    if read_store_manifest(path).layout != manifest.layout:
+        raise KdpipeError(f"{path} was extended or shrunk while it was checked: run the same command again.")
 
 
 @dataclass
@@ -226,10 +211,8 @@ class _Verifier:
         """Return the fault of a shard file with this entry in its marker; None if there is none."""
         file, codec, num_bytes = shard_path(self.path, spec, unit), self.manifest.codec, entry["bytes"]
         shape = shard_shape(spec, self.manifest.layout.unit_rows)
-        unpacked = shape.file_bytes(unit.num_rows)
-        # Compression never doubles the size: an untrusted marker must not decide how much memory is used.
-        if num_bytes > 2 * unpacked if codec else num_bytes != unpacked:
-            return f"its marker states {num_bytes:,} bytes, its rows take {unpacked:,}"
+        if not shape.may_have(num_bytes, unit.num_rows, codec):
+            return f"its marker states {num_bytes:,} bytes, its rows take {shape.file_bytes(unit.num_rows):,}"
         try:
             raw = read_regular_file(file, num_bytes, self.path)
         except OSError as error:
@@ -246,19 +229,20 @@ class _Verifier:
         return None
 
     def _column(self, name: str) -> NDArray[Any] | None:
-        """Return all rows of a sample array, empty ones included; None, with faults recorded, where chunks are bad."""
-        dtype = column_dtype(name)
-        chunk_bytes, parts, num_bad = CHUNK_ROWS * dtype.itemsize, [], 0
-        for key in column_keys(name, self.manifest.layout):
-            raw = self._read(key, chunk_bytes)
-            if raw is not None and len(raw) != chunk_bytes:
-                self.faults.append(Fault(key, f"it has {self._size(key):,} bytes instead of {chunk_bytes:,}"))
-                raw = None
-            num_bad += raw is None
-            if num_bad > MAX_NAMED:
-                break
-            parts.append(raw or b"")
-        return None if num_bad else np.frombuffer(bytearray().join(parts), dtype)
+        """Return all rows of a sample array, empty ones included; None, with the fault recorded, where it is bad."""
+        try:
+            return read_column(self._read_chunk, name, self.manifest.layout, str(self.path))
+        except StoreError as error:
+            self.faults.append(Fault(f"{SAMPLES}/{name}", str(error)))
+            return None
+
+    def _read_chunk(self, key: str, max_bytes: int) -> bytes | None:
+        try:
+            raw = read_regular_file(self.path / key, max_bytes, self.path)
+        except OSError:
+            return None
+        self.num_bytes += len(raw)
+        return raw
 
     def _read(self, key: str, max_bytes: int) -> bytes | None:
         try:
@@ -286,7 +270,6 @@ def _difference(stored: bytes, wanted: bytes) -> str:
     if not found:
         return "it is not formatted as kdpipe writes it"
     key, value, expected = found[0]
-    hint = (
-        ", or a command that extends or shrinks the store was interrupted: run it again" if key[:5] == "shape" else ""
-    )
+    changing = ", or a command that extends or shrinks the store was interrupted: run it again"
+    hint = changing if key[:5] == "shape" else ""
     return f"{key} is {str(value)[:100]!r}, kdpipe writes {str(expected)[:100]!r}{hint}"

@@ -12,6 +12,7 @@ from kdpipe.store.errors import FingerprintMismatch, StoreError, differences
 from kdpipe.store.format.codec import Codec, codec_from_json
 from kdpipe.store.format.identity import Identity, sha256_of
 from kdpipe.store.format.layout import DTYPES, ArraySpec, StoreLayout
+from kdpipe.store.format.samples import Samples
 from kdpipe.store.format.schema import ATTRIBUTE, MAX_COUNT, MAX_SHARD_BYTES, MAX_UNITS, SCHEMA_VERSION
 from kdpipe.store.format.topk import TAIL, TopK
 
@@ -79,6 +80,22 @@ class Manifest:
     def segment_fingerprints(self) -> tuple[str, ...]:
         """Fingerprint in the markers of each segment's units."""
         return (*self.previous_fingerprints, self.identity.fingerprint)
+
+    def identity_of(self, num_segments: int, samples: Samples, where: str) -> Identity:
+        """Return the identity that the store had with so many segments, which hold `samples`.
+
+        Raises StoreError unless that segment's fingerprint matches.
+        """
+        identity = self.identity
+        if num_segments < len(self.layout.segments):
+            data = {**identity.data, **samples.digests(), "num_samples": len(samples.ids)}
+            identity = replace(identity, data=data)
+        if identity.fingerprint != self.segment_fingerprints[num_segments - 1]:
+            raise StoreError(
+                f"{where} has a damaged manifest: the fingerprint of segment {num_segments - 1} is not that of its "
+                "samples. Cache it again."
+            )
+        return identity
 
     def to_json(self) -> dict[str, Any]:
         """Return the attributes; `sha256` covers all of them, `fingerprint` only what decides the numbers."""

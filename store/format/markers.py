@@ -77,11 +77,7 @@ def remove_marker(store: Path, unit: Unit) -> None:
 
 
 def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
-    """Return the marker of `unit`, or None where it is not done.
-
-    Raises:
-        StoreError: The marker is damaged or belongs to another store.
-    """
+    """Return the marker of `unit`, None where it is not done. Raises StoreError if damaged or of another store."""
     path = marker_path(store, unit)
     try:
         raw = read_regular_file(path, MARKER_BYTES, store)
@@ -95,7 +91,7 @@ def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
 def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Marker:
     """Parse a marker's bytes. Raises StoreError where it is damaged or belongs to another store."""
     try:
-        record = checked_record(raw)
+        record = _checked_record(raw)
         marker = _parse(record)
         fingerprint, rows = str(record["fingerprint"]), int(record["rows"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -111,8 +107,7 @@ def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Mark
     return marker
 
 
-def checked_record(raw: bytes) -> dict[str, Any]:
-    """Return the record in a marker's bytes. Raises ValueError unless they are exactly those written for it."""
+def _checked_record(raw: bytes) -> dict[str, Any]:
     record = {key: value for key, value in json.loads(raw).items() if key != CHECKSUM}
     if raw != _text(record).ljust(MARKER_BYTES):
         raise ValueError("its checksum differs")

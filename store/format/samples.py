@@ -80,10 +80,9 @@ def ids_and_labels_sha256(ids: NDArray[np.int64], labels: NDArray[np.int64]) -> 
 
 
 def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Apply the finalizer of SplitMix64 (Steele, Lea, Flood 2014) to each number, modulo 2^64.
+    """Apply the finalizer of SplitMix64 (Steele, Lea, Flood 2014), a bijection of uint64, to each number.
 
-    A bijection of uint64 in which each input bit flips each output bit with probability near one half. The generator's
-    n-th output from `seed` is `splitmix64(seed + n * SPLITMIX_INCREMENT)`.
+    The generator's n-th output from `seed` is `splitmix64(seed + n * SPLITMIX_INCREMENT)`.
     """
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -92,10 +91,9 @@ def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def row_order(ids: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Return the positions of samples in the order of their rows: a pseudorandom permutation that depends on ids alone.
+    """Return the positions of samples in the order of their rows: sorted by a SplitMix64 hash of id and seed.
 
-    An epoch that reads slab after slab then mixes like a full shuffle. Samples are sorted by a SplitMix64 hash of id
-    and seed.
+    An epoch that reads slab after slab of this pseudorandom permutation mixes like a full shuffle.
     """
     with np.errstate(over="ignore"):
         keys = splitmix64(ids.astype(np.uint64) + np.uint64(SPLITMIX_INCREMENT))
@@ -137,36 +135,25 @@ def read_samples(path: Path, layout: StoreLayout, data: Mapping[str, Any]) -> Sa
 
 def samples_from(read: ReadKey, layout: StoreLayout, data: Mapping[str, Any], where: str) -> Samples:
     """Read the samples of a local or remote store through `read`; checked as by `read_samples`."""
-
-    def refuse(key: str, fault: str) -> None:
-        raise StoreError(f"{where}/{key} is damaged: {fault}. Run `kdpipe store repair RECIPE`.")
-
     rows = layout.sample_rows()
-    columns = {name: read_column(read, name, layout, refuse)[rows].astype(COLUMNS[name][0]) for name in COLUMNS}
+    columns = {name: read_column(read, name, layout, where)[rows].astype(COLUMNS[name][0]) for name in COLUMNS}
     samples = Samples(**columns)
     if any(data.get(key) != digest for key, digest in samples.digests().items()):
-        refuse(SAMPLES, "its digests do not match")
+        raise StoreError(f"{where}/{SAMPLES} is damaged: its digests do not match. Run `kdpipe store repair RECIPE`.")
     return samples
 
 
-def read_column(read: ReadKey, name: str, layout: StoreLayout, on_fault: Callable[[str, str], None]) -> NDArray[Any]:
-    """Read all rows of a sample array, including rows without a sample.
+def read_column(read: ReadKey, name: str, layout: StoreLayout, where: str) -> NDArray[Any]:
+    """Read all rows of a sample array, including rows without a sample. Raises StoreError where a chunk is bad.
 
     Chunks are read one after the other: what a manifest only claims to hold takes no memory.
-
-    Args:
-        read: Reads a chunk; None where it is absent.
-        name: The array.
-        layout: The store's layout.
-        on_fault: Called with (key, fault) for an absent or incomplete chunk, which then reads as if without samples.
     """
     dtype, parts = column_dtype(name), []
     chunk_bytes = CHUNK_ROWS * dtype.itemsize
     for key in column_keys(name, layout):
         raw = read(key, chunk_bytes)
         if raw is None or len(raw) != chunk_bytes:
-            on_fault(key, "it is missing" if raw is None else f"it does not have {chunk_bytes:,} bytes")
-            parts.append(np.full(CHUNK_ROWS, COLUMNS[name][1], dtype))
-        else:
-            parts.append(np.frombuffer(raw, dtype))
+            fault = "it is missing" if raw is None else f"it does not have {chunk_bytes:,} bytes"
+            raise StoreError(f"{where}/{key} is damaged: {fault}. Run `kdpipe store repair RECIPE`.")
+        parts.append(np.frombuffer(raw, dtype))
     return np.concatenate(parts)

@@ -54,6 +54,15 @@ class ShardShape:
         """Return the size of an uncompressed shard file."""
         return self.data_bytes(num_rows) + self.index_bytes
 
+    def may_have(self, num_bytes: int, num_rows: int, codec: Codec | None) -> bool:
+        """Return whether a shard file may have `num_bytes`: an untrusted marker must not decide how much is read.
+
+        Incompressible data grow by n/256 and a header per chunk.
+        """
+        if codec is None:
+            return num_bytes == self.file_bytes(num_rows)
+        return num_bytes <= self.file_bytes(num_rows) + self.num_present(num_rows) * (self.chunk_bytes // 128 + 1024)
+
 
 def shard_shape(spec: ArraySpec, unit_rows: int) -> ShardShape:
     chunk_rows = rows_per_chunk(spec, unit_rows)

@@ -74,9 +74,6 @@ class TopK:
         """Parse the result of `to_json`. Raises TypeError, ValueError or KeyError on anything else."""
         if not isinstance(record, Mapping) or not isinstance(record["temperatures"], list):
             raise TypeError("top-k logits are not described by a JSON object with a list of temperatures")
-        unknown = set(record) - {"num_classes", "k", "temperatures"}
-        if unknown:
-            raise ValueError(f"top-k logits have unknown settings: {sorted(map(str, unknown))}")
         return TopK(record["num_classes"], record["k"], tuple(record["temperatures"]))
 
     def arrays(self, dtype: str) -> tuple[ArraySpec, ...]:
@@ -120,10 +117,8 @@ def default_temperatures(lowest: float = 1.0, highest: float = 20.0) -> tuple[fl
 def encode_topk(logits: NDArray[np.float32], top_k: TopK, dtype: str) -> dict[str, NDArray[Any]]:
     """Encode rows [n, C] as top-k logits, by array name: values [n, k] descending, indices [n, k], tail [n, G].
 
-    Equal logits are ordered by class, and the lower class is kept. -inf among the rest is a class without mass.
-
-    Raises:
-        StoreError: A kept logit is not finite in `dtype`, or a row has NaN; the error lists rows.
+    Equal logits are ordered by class, and the lower class is kept. -inf among the rest is a class without mass. Raises
+    StoreError, listing rows, where a kept logit is not finite in `dtype`, or a row has NaN.
     """
     if logits.ndim != 2 or logits.shape[1] != top_k.num_classes:
         raise StoreError(f"logits have shape {list(logits.shape)}, wanted [rows, {top_k.num_classes}].")
@@ -186,10 +181,7 @@ def interpolation(top_k: TopK, temperature: float) -> NDArray[np.float64]:
     """Return weights [G] such that `tail @ weights` are the log-odds of the rest at `temperature`.
 
     They are the cubic spline in log T through the grid (not-a-knot ends, de Boor 1978; with fewer than four
-    temperatures, the polynomial through them).
-
-    Raises:
-        StoreError: `temperature` is outside the grid.
+    temperatures, the polynomial through them). Raises StoreError outside of the grid.
     """
     grid = top_k.temperatures
     if not grid[0] <= temperature <= grid[-1]:
@@ -228,10 +220,8 @@ def dense_logits(
 ) -> NDArray[np.float32]:
     """Return logits [n, C] whose softmax at `temperature` has the right kept classes and mass of the rest.
 
-    Kept logits are at their classes; all other classes share one logit.
-
-    Raises:
-        StoreError: The temperature is outside the grid, or an index is not a class.
+    All classes that are not kept share one logit. Raises StoreError where the temperature is outside the grid, or an
+    index is not a class.
     """
     if indices.size and int(indices.max()) >= top_k.num_classes:
         raise StoreError(f"{INDICES} holds class {indices.max()}, the store has {top_k.num_classes}: it is damaged.")

@@ -13,7 +13,7 @@ from kdpipe.store.format.manifest import Manifest, read_manifest
 from kdpipe.store.format.samples import CHUNK_ROWS, COLUMNS, Samples, sample_chunks
 from kdpipe.store.format.schema import ATTRIBUTE, MARKER_BYTES, MARKERS, METADATA_BYTES, SAMPLES
 from kdpipe.store.fs.atomic_write import fsync_path, make_folders, sweep_partial, write_atomically
-from kdpipe.store.fs.safe_read import read_regular_file
+from kdpipe.store.fs.safe_read import parse_json, read_json
 
 LITTLE_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 
@@ -65,12 +65,13 @@ def read_store_manifest(path: Path) -> Manifest:
         inside = next(iter(sorted(path.glob("*/zarr.json"))), None) if path.is_dir() else None
         hint = f" Did you mean {inside.parent}?" if inside else ""
         raise StoreError(f"{path} is not a store: it has no zarr.json.{hint}")
-    return parse_group(_read(path / "zarr.json", path), str(path))
+    return read_manifest(_read(path / "zarr.json", path).get("attributes"), str(path))
 
 
 def parse_group(raw: bytes, where: str) -> Manifest:
     """Parse the manifest in a store's `zarr.json`. Raises StoreError where it has none."""
-    return read_manifest(parse_json(raw, f"{where}/zarr.json").get("attributes", {}), where)
+    record = parse_json(raw, f"{where}/zarr.json", METADATA_BYTES, StoreError)
+    return read_manifest(record.get("attributes"), where)
 
 
 def check_arrays(path: Path, manifest: Manifest) -> None:
@@ -80,7 +81,7 @@ def check_arrays(path: Path, manifest: Manifest) -> None:
     """
     for spec in manifest.arrays:
         file = path / spec.name / "zarr.json"
-        stored, wanted = parse_json(_read(file, path), str(file)), _array_metadata(spec, manifest)
+        stored, wanted = _read(file, path), _array_metadata(spec, manifest)
         stored["shape"] = _at_most(stored.get("shape"), wanted["shape"])
         found = differences({key: stored.get(key) for key in wanted}, wanted)
         if found:
@@ -89,17 +90,6 @@ def check_arrays(path: Path, manifest: Manifest) -> None:
                 f"{file} does not match the store: {key} is {str(value)[:200]!r}, kdpipe writes {expected!r}. "
                 "Run `kdpipe store repair RECIPE`."
             )
-
-
-def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """Parse the JSON object in a metadata file. Raises StoreError for anything else."""
-    try:
-        record = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{where} is not the metadata of a Zarr v3 node: {str(error)[:200]}.") from error
-    if not isinstance(record, dict):
-        raise StoreError(f"{where} is not the metadata of a Zarr v3 node: it is not a JSON object.")
-    return record
 
 
 def _at_most(shape: Any, wanted: list[int]) -> Any:
@@ -174,9 +164,6 @@ def _write_new(file: Path, raw: bytes) -> None:
     fsync_path(file)
 
 
-def _read(file: Path, store: Path) -> bytes:
-    with translate_os_errors(lambda error: f"{file} is not the metadata of a Zarr v3 node: {error.strerror}."):
-        raw = read_regular_file(file, METADATA_BYTES, store)
-    if len(raw) > METADATA_BYTES:
-        raise StoreError(f"{file} is not the metadata of a Zarr v3 node: it is larger than {METADATA_BYTES:,} bytes.")
-    return raw
+def _read(file: Path, store: Path) -> dict[str, Any]:
+    with translate_os_errors(lambda error: f"{file} cannot be read ({error.strerror})."):
+        return read_json(file, METADATA_BYTES, StoreError, store)

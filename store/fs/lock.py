@@ -58,16 +58,10 @@ class Holder:
 
 @contextmanager
 def exclusive(what: Path | str, lock: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file `lock` on the folder `what` exclusively inside the block.
+    """Hold the lock file `lock` on the folder `what`, which messages name, exclusively inside the block.
 
-    Args:
-        what: Named in messages.
-        lock: Created if absent, with its folder.
-        wait: Wait, however long, instead of raising: for short sections such as a change of a manifest.
-
-    Raises:
-        LockedError: Another holds it; the error names the holder.
-        KdpipeError: The file cannot be created or locked.
+    `wait` is for short sections such as a change of a manifest. Otherwise LockedError names the current holder. Raises
+    KdpipeError where the file cannot be created or locked.
     """
     with _locked(what, lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB):
         yield
@@ -77,8 +71,7 @@ def exclusive(what: Path | str, lock: Path, wait: bool = False) -> Iterator[None
 def shared(what: Path | str, lock: Path) -> Iterator[None]:
     """Hold the lock file `lock` on the folder `what` together with other sharers inside the block.
 
-    Raises LockedError while another holds it exclusively, KdpipeError as `exclusive` does. Meanwhile `exclusive` is
-    refused, naming the most recent sharer.
+    Raises as `exclusive` does, which is refused meanwhile, naming the most recent sharer.
     """
     with _locked(what, lock, fcntl.LOCK_SH | fcntl.LOCK_NB):
         yield
@@ -101,15 +94,8 @@ def _locked(what: Path | str, lock: Path, operation: int) -> Iterator[None]:
 def acquire(path: Path, operation: int) -> int | Holder:
     """Lock the file at `path`, created if absent, and write this process's record to it.
 
-    Args:
-        path: The lock file.
-        operation: fcntl.LOCK_EX or fcntl.LOCK_SH, each with | fcntl.LOCK_NB not to wait.
-
-    Returns:
-        An open descriptor for `release`, or the current holder.
-
-    Raises:
-        KdpipeError: The file cannot be created, or its file system has no locks.
+    `operation` is fcntl.LOCK_EX or fcntl.LOCK_SH, each with | fcntl.LOCK_NB not to wait. Returns an open descriptor for
+    `release`, or the current holder.
     """
     while True:
         with lock_errors(path), ExitStack() as on_failure:
@@ -118,7 +104,7 @@ def acquire(path: Path, operation: int) -> int | Holder:
             if not try_lock(path, descriptor, operation):
                 return read_holder(descriptor)
             if is_file_at(path, descriptor):
-                _write_record(descriptor)
+                write_record(descriptor)
                 on_failure.pop_all()
                 return descriptor
         # The previous holder removed the file between open and lock: the lock would guard nothing.
@@ -166,7 +152,8 @@ def read_holder(descriptor: int) -> Holder:
         return Holder(host="", pid=0, job_id=None, age_s=0.0)
 
 
-def _write_record(descriptor: int) -> None:
+def write_record(descriptor: int) -> None:
+    """Write this process's record to its open lock file."""
     job_id = next((os.environ[name] for name in JOB_ID_VARIABLES if os.environ.get(name)), None)
     record = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": job_id, "since": time.time()}
     os.ftruncate(descriptor, 0)  # first, so that a reader never sees the name of a previous holder

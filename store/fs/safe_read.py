@@ -17,8 +17,7 @@ MAX_JSON_BYTES = 2 * 2**20
 def open_regular_file(file: Path, root: Path | None = None) -> int:
     """Return an open descriptor of `file`.
 
-    Raises:
-        OSError: It is not a regular file (a pipe would block forever), or a link leads out of the folder `root`.
+    Raises OSError if it is not a regular file (a pipe would block forever), or a link leads out of the folder `root`.
     """
     if root is not None and not _is_within(file, root):
         raise OSError(errno.ELOOP, "it is a link that leads out of the store", str(file))
@@ -42,17 +41,11 @@ def read_regular_file(file: Path, max_bytes: int, root: Path | None = None) -> b
 def read_json(
     path: Path, max_bytes: int, error_type: type[KdpipeError] = KdpipeError, root: Path | None = None
 ) -> dict[str, Any]:
-    """Return the JSON object in the file `path`.
-
-    Args:
-        path: A regular file, which may be untrusted.
-        max_bytes: Maximum size of the file.
-        error_type: Exception for anything but a readable JSON object; its text names the file and the reason.
-        root: If given, links that lead out of this folder are refused.
+    """Return the JSON object in the regular file `path`, of at most `max_bytes`; see `open_regular_file` for `root`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: There is no file.
-        error_type: The file cannot be read, is too large, or is not a JSON object.
+        error_type: The file cannot be read, is too large, or is not a JSON object; the text names it and the reason.
     """
     try:
         raw = read_regular_file(path, max_bytes, root)
@@ -60,14 +53,19 @@ def read_json(
         raise
     except OSError as error:
         raise error_type(f"{path} cannot be read ({error.strerror}).") from error
+    return parse_json(raw, str(path), max_bytes, error_type)
+
+
+def parse_json(raw: bytes, where: str, max_bytes: int, error_type: type[KdpipeError]) -> dict[str, Any]:
+    """Parse a JSON object of at most `max_bytes`. Raises `error_type`, naming the file `where`, for anything else."""
     if len(raw) > max_bytes:
-        raise error_type(f"{path} is damaged: it has more than {max_bytes:,} bytes.")
+        raise error_type(f"{where} is damaged: it has more than {max_bytes:,} bytes.")
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise error_type(f"{path} is damaged: {str(error)[:200]}.") from error
+        raise error_type(f"{where} is damaged: {str(error)[:200]}.") from error
     if not isinstance(record, dict):
-        raise error_type(f"{path} is damaged: it is not a JSON object.")
+        raise error_type(f"{where} is damaged: it is not a JSON object.")
     return record
 
 

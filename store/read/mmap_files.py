@@ -25,9 +25,6 @@ MAP_FIXED = 0x10
 
 MAP_FAILED = ctypes.c_void_p(-1).value
 
-SPARE_MAPS = 4096
-"""Maps left to the rest of the process: libraries, threads, allocator. Linux allows 65,530 in all."""
-
 
 class MappingUnsupported(Exception):
     """Mapping is not possible on this machine or file system. Reading into memory still works."""
@@ -53,7 +50,9 @@ def map_files(regions: Sequence[FileRegion], range_bytes: int) -> NDArray[np.uin
         StoreError: A file is absent or shorter than its region.
         ValueError: A region is outside of the range.
     """
-    _require_room(regions, range_bytes)
+    for region in regions:  # a fixed map outside of the range would silently replace other memory
+        if region.offset < 0 or region.num_bytes < 0 or region.offset + region.num_bytes > range_bytes:
+            raise ValueError(f"{region} is outside of a range of {range_bytes:,} bytes.")
     _require_able(regions)
     if not range_bytes:
         return np.frombuffer(b"", np.uint8)
@@ -72,13 +71,6 @@ def map_files(regions: Sequence[FileRegion], range_bytes: int) -> NDArray[np.uin
     return np.frombuffer(reserved, np.uint8)
 
 
-def _require_room(regions: Sequence[FileRegion], range_bytes: int) -> None:
-    """Raise ValueError for a region outside of the range: a fixed map there would silently replace other memory."""
-    for region in regions:
-        if region.offset < 0 or region.num_bytes < 0 or region.offset + region.num_bytes > range_bytes:
-            raise ValueError(f"{region} is outside of a range of {range_bytes:,} bytes.")
-
-
 def _require_able(regions: Sequence[FileRegion]) -> None:
     if (sys.platform, sys.byteorder) != ("linux", "little"):
         raise MappingUnsupported(
@@ -89,22 +81,6 @@ def _require_able(regions: Sequence[FileRegion]) -> None:
             raise MappingUnsupported(
                 f"{region.path} would start at byte {region.offset:,}, inside a page of {mmap.PAGESIZE:,} bytes"
             )
-    room = _maps_left()
-    if len(regions) > room:
-        raise MappingUnsupported(
-            f"{len(regions):,} files, and the system's vm.max_map_count leaves room for {room:,} more maps"
-        )
-
-
-def _maps_left() -> int:
-    """Return how many more maps this process may create, spare ones excluded; unlimited where /proc does not say."""
-    try:
-        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-        with Path("/proc/self/maps").open("rb") as maps:
-            in_use = sum(1 for _ in maps)
-    except (OSError, ValueError):
-        return sys.maxsize
-    return max(0, limit - in_use - SPARE_MAPS)
 
 
 def _map_over(address: int, region: FileRegion) -> None:
@@ -117,17 +93,17 @@ def _map_over(address: int, region: FileRegion) -> None:
         found = os.fstat(descriptor).st_size
         if found < region.num_bytes:
             raise StoreError(f"{region.path} is damaged: it has {found:,} bytes, its rows take {region.num_bytes:,}.")
-        if region.num_bytes:
-            _fixed_map(address + region.offset, region.num_bytes, descriptor, region.path)
+        if region.num_bytes and _libc_mmap(address + region.offset, region.num_bytes, descriptor) == MAP_FAILED:
+            raise MappingUnsupported(f"{region.path} cannot be mapped: {os.strerror(ctypes.get_errno())}")
     finally:
         os.close(descriptor)
 
 
-def _fixed_map(address: int, num_bytes: int, descriptor: int, path: Path) -> None:
+def _libc_mmap(address: int, num_bytes: int, descriptor: int) -> int | None:
     """Call mmap(2) at a given address, which Python's `mmap` does not support."""
     libc = ctypes.CDLL(None, use_errno=True)
     number, size, pointer = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
     libc.mmap.argtypes = (pointer, size, number, number, number, ctypes.c_long)
     libc.mmap.restype = pointer
-    if libc.mmap(address, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, descriptor, 0) == MAP_FAILED:
-        raise MappingUnsupported(f"{path} cannot be mapped: {os.strerror(ctypes.get_errno())}")
+    mapped: int | None = libc.mmap(address, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED | MAP_FIXED, descriptor, 0)
+    return mapped

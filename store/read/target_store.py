@@ -19,8 +19,7 @@ from kdpipe.store.format.shard import decode_shard, is_committed, shard_path, sh
 from kdpipe.store.format.unit_state import missing_units
 from kdpipe.store.fs.safe_read import read_regular_file
 from kdpipe.store.read.mmap_files import FileRegion, MappingUnsupported, map_files
-from kdpipe.store.read.row_index import RowIndex
-from kdpipe.store.read.unit_cache import CACHE_BYTES, UnitCache
+from kdpipe.store.read.rows import CACHE_BYTES, RowIndex, UnitCache
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,8 @@ class TargetStore:
         """
         try:
             # As fast as np.memmap's take: the row of an absent sample is out of range, which `take` checks anyway.
-            rows: NDArray[Any] = self._mapped_views[name, view].take(self._index.find_fast(sample_ids), axis=0)
-        except (KeyError, IndexError):  # not mapped (yet), or an absent id, or id 0
+            rows: NDArray[Any] = self._mapped_views[name, view].take(self._index.find(sample_ids), axis=0)
+        except (KeyError, IndexError):  # not mapped (yet), or an absent id
             return self.take(name, view, self.rows_of(sample_ids))
         return rows
 
@@ -233,9 +232,7 @@ class TargetStore:
             self._unmappable[name] = f"it is streamed within {self._stream_bytes:,} bytes"
             return
         if self.manifest.codec is not None:
-            self._unmappable[name] = (
-                "the archive profile compresses its chunks (`kdpipe store transcode` decompresses them)"
-            )
+            self._unmappable[name] = "the archive profile compresses chunks (see `kdpipe store transcode`)"
             return
         shape, unit_bytes = shard_shape(spec, layout.unit_rows), layout.unit_rows * spec.row_bytes
         units, num_units = layout.units(), layout.num_views * layout.num_shards

@@ -45,17 +45,11 @@ _ADVICE = {
     "public bucket)",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and the key in the environment (AZURE_STORAGE_ACCOUNT_KEY or "
     "AZURE_STORAGE_SAS_TOKEN, or AZURE_SKIP_SIGNATURE=true for a public container)",
-    "https": "that the server is up and lets you in",
-    "http": "that the server is up and lets you in",
-    "file": "that this user may read it",
+    **dict.fromkeys(("https", "http", "file"), "that the server is up and lets this user read"),
 }
 _ENDPOINT_NAMES = (
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT",
-    "AZURE_STORAGE_ENDPOINT",
-    "AZURE_ENDPOINT",
-    "GOOGLE_BASE_URL",
+    *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    *("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "GOOGLE_BASE_URL"),
 )
 _NO_BUCKET = re.compile("<Code>(NoSuchBucket|ContainerNotFound)</Code>")
 
@@ -68,50 +62,33 @@ class _Object:
     chunks: Iterator[bytes]
 
 
-_Open = Callable[[str, bool], AbstractContextManager[_Object | None]]
-"""(key, head only) -> the object, or None if absent; its connection is open inside the block."""
-
-
 @dataclass(frozen=True)
 class RemoteFolder:
     """A remote folder, made by `open_remote`. Thread-safe, and picklable for worker processes.
 
-    `url` is for messages: user, password and query are omitted from it, and from every message.
+    `url` is for messages: user, password and query are omitted from it, and from every message. `_open` returns an
+    object by key, None if absent; its connection is open inside the context.
     """
 
     url: str
-    _open: _Open = field(repr=False)
+    _open: Callable[[str], AbstractContextManager[_Object | None]] = field(repr=False)
 
     def read(self, key: str, max_bytes: int = METADATA_BYTES) -> bytes | None:
-        """Return all bytes of one object, or None where there is none.
+        """Return all bytes of one object, or None where there is none. (S3 answers 403 if listing is forbidden.)
 
         An object whose stated size exceeds `max_bytes` is refused before its bytes are requested; so is one that sends
-        more or fewer bytes than stated. (S3 answers 403, not 404, for an absent key of a bucket that this user may not
-        list: that is an error here.)
-
-        Raises:
-            StoreError: The server fails or refuses, or the object has another size.
+        more or fewer bytes than stated. Raises StoreError there, and where the server fails or refuses.
         """
-        with self._errors(key), self._open(_checked(key), False) as found:
-            if found is None:
-                return None
-            if found.num_bytes is not None and found.num_bytes > max_bytes:
-                raise self._wrong_size(key, f"has {found.num_bytes} bytes where at most {max_bytes} are expected")
-            return self._whole(key, found, max_bytes)
-
-    def num_bytes(self, key: str) -> int | None:
-        """Return the size of one object without its bytes, or None where there is none.
-
-        Raises:
-            StoreError: The server cannot be reached, refuses, or states no size.
-        """
-        with self._errors(key), self._open(_checked(key), True) as found:
-            if found is not None and found.num_bytes is None:
-                raise self._wrong_size(key, "has a size that the server does not state")
-            return None if found is None else found.num_bytes
+        try:
+            with self._open(key) as found:
+                return None if found is None else self._whole(key, found, max_bytes)
+        except _failures() as error:  # `from None`: they contain the URL with its secrets
+            raise StoreError(f"cannot read {key!r} of {self.url}: {_cause(error)}; {_advice(self.url)}") from None
 
     def _whole(self, key: str, found: _Object, max_bytes: int) -> bytes:
         """Read an object, counting the bytes as they arrive instead of trusting the stated size."""
+        if found.num_bytes is not None and found.num_bytes > max_bytes:
+            raise self._wrong_size(key, f"has {found.num_bytes} bytes where at most {max_bytes} are expected")
         bound = max_bytes if found.num_bytes is None else found.num_bytes
         chunks, received = [], 0
         for chunk in found.chunks:
@@ -126,14 +103,6 @@ class RemoteFolder:
     def _wrong_size(self, key: str, fault: str) -> StoreError:
         return StoreError(f"{key} of {self.url} {fault}; it is not read: check that the address is right")
 
-    @contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
-        """Translate transport errors to one sentence. `from None`: they contain the URL with its secrets."""
-        try:
-            yield
-        except _failures() as error:
-            raise StoreError(f"cannot read {key!r} of {self.url}: {_cause(error)}; {_advice(self.url)}") from None
-
 
 def is_url(where: str | Path) -> bool:
     """Return whether `where` has a scheme, as in `s3://bucket/prefix`. A `Path` never has: it turns `//` into `/`."""
@@ -141,20 +110,17 @@ def is_url(where: str | Path) -> bool:
 
 
 def open_remote(url: str) -> RemoteFolder:
-    """Return the folder at `url`: s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, https://, http:// or file://.
+    """Return the folder at `url`: s3://bucket/prefix, gs://, az://container/prefix, https://, http:// or file://.
 
-    Nothing is requested yet. Credentials and endpoints of buckets come from the environment (AWS_*, GOOGLE_*, AZURE_*);
-    an endpoint that starts with http:// is used as it is. A web URL may have `user:password@`, sent as HTTP basic
-    authentication, and a query, sent with every key.
-
-    Raises:
-        StoreError: The URL is invalid, or obstore is needed and not installed.
+    Nothing is requested yet. Credentials and endpoints of buckets come from the environment (AWS_*, GOOGLE_*, AZURE_*).
+    A web URL may have `user:password@`, sent as HTTP basic authentication, and a query, sent with every key. Raises
+    StoreError if the URL is invalid, or obstore is needed and not installed.
     """
     parts = _parsed(url)
     parts = parts._replace(path=parts.path.rstrip("/"), fragment="")
     public = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if parts.scheme in _WEB_SCHEMES:
-        return RemoteFolder(public, _web_opener(parts))
+        return RemoteFolder(public, partial(_open_on_web, parts))
     if "@" in parts.netloc or parts.query:
         raise StoreError(
             f"the address of {public} carries a password or a query, which buckets do not take; leave it out and check "
@@ -185,13 +151,6 @@ def _parsed(url: str) -> SplitResult:
     return parts
 
 
-def _checked(key: str) -> str:
-    """Return the key if it stays below its folder: relative, no `..`, no empty part."""
-    if "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise StoreError(f"{key!r} is not a key of a store (relative, without '..'): the store is damaged")
-    return key
-
-
 def _bucket(url: str) -> ObjectStore:
     """Return a bucket's obstore handle, with retries and timeouts that end within seconds on a dead endpoint.
 
@@ -202,15 +161,11 @@ def _bucket(url: str) -> ObjectStore:
     except ImportError:
         raise StoreError(f"reading {url} needs obstore: pip install 'kdpipe[remote]'") from None
     plain_http = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINT_NAMES)
+    stall = f"{_STALL_S}s"
     try:
         return from_url(
             url,
-            client_options={
-                "allow_http": plain_http,
-                "connect_timeout": "3s",
-                "read_timeout": f"{_STALL_S}s",
-                "timeout": "1h",
-            },
+            client_options={"allow_http": plain_http, "connect_timeout": "3s", "read_timeout": stall, "timeout": "1h"},
             retry_config={"max_retries": len(_RETRY_WAITS_S), "retry_timeout": timedelta(minutes=1)},
         )
     except _failures() as error:
@@ -218,36 +173,26 @@ def _bucket(url: str) -> ObjectStore:
 
 
 @contextmanager
-def _open_in_bucket(bucket: ObjectStore, key: str, head: bool) -> Iterator[_Object | None]:
-    yield _in_bucket(bucket, key, head)  # obstore closes the connection with the last reference
-
-
-def _in_bucket(bucket: ObjectStore, key: str, head: bool) -> _Object | None:
+def _open_in_bucket(bucket: ObjectStore, key: str) -> Iterator[_Object | None]:
     import obstore
 
     try:
-        if head:
-            return _Object(obstore.head(bucket, key)["size"], iter(()))
-        found = obstore.get(bucket, key)
+        found = obstore.get(bucket, key)  # obstore closes the connection with the last reference
     except FileNotFoundError as error:
         if _NO_BUCKET.search(str(error)):
             raise
-        return None
-    return _Object(found.meta["size"], found.stream(_CHUNK_BYTES))
-
-
-def _web_opener(parts: SplitResult) -> _Open:
-    """Return an opener of a web folder. urllib ignores `user:password@`, so it is moved from the URL to a header."""
-    login, _, host = parts.netloc.rpartition("@")
-    basic = f"Basic {base64.b64encode(unquote(login).encode()).decode()}" if login else None
-    return partial(_open_on_web, parts._replace(netloc=host), basic)
+        yield None
+    else:
+        yield _Object(found.meta["size"], found.stream(_CHUNK_BYTES))
 
 
 @contextmanager
-def _open_on_web(base: SplitResult, basic: str | None, key: str, head: bool) -> Iterator[_Object | None]:
-    url = base._replace(path=f"{base.path}/{quote(key)}").geturl()
-    request = Request(url, method="HEAD" if head else "GET")
-    if basic:
+def _open_on_web(base: SplitResult, key: str) -> Iterator[_Object | None]:
+    """Open one file of a web folder. urllib ignores `user:password@`, so it is moved from the URL to a header."""
+    login, _, host = base.netloc.rpartition("@")
+    request = Request(base._replace(netloc=host, path=f"{base.path}/{quote(key)}").geturl())
+    if login:
+        basic = f"Basic {base64.b64encode(unquote(login).encode()).decode()}"
         request.add_unredirected_header("Authorization", basic)  # a redirect may lead to another server
     response = _answer(request)
     if response is None:

@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdpipe.store.errors import StoreError
-from kdpipe.store.format.identity import Identity
 from kdpipe.store.format.layout import StoreLayout, Unit
 from kdpipe.store.format.manifest import Finished, Manifest, read_manifest
 from kdpipe.store.format.markers import Marker, marker_key, parse_marker
 from kdpipe.store.format.samples import ReadKey, Samples, samples_from
 from kdpipe.store.format.schema import ATTRIBUTE, MARKER_BYTES, METADATA_BYTES
-from kdpipe.store.format.shard import ShardShape, decode_shard, is_committed, shard_key, shard_shape
+from kdpipe.store.format.shard import decode_shard, is_committed, shard_key, shard_shape
 from kdpipe.store.format.zarr_metadata import parse_group, read_store_manifest
 from kdpipe.store.fs.safe_read import read_regular_file
 from kdpipe.store.remote.object_store import is_url, open_remote
@@ -56,8 +55,7 @@ class RemoteStore:
 def open_remote_store(where: str | Path) -> RemoteStore:
     """Open the store at a URL or in a folder. Only its manifest is read.
 
-    Raises:
-        StoreError: There is no store, it cannot be reached, or nothing of it is finished.
+    Raises StoreError where there is no store, it cannot be reached, or nothing of it is finished.
     """
     if is_url(where):
         remote = open_remote(str(where))
@@ -93,37 +91,25 @@ def read_remote_samples(remote: RemoteStore) -> Samples:
     return samples.take(np.arange(sum(remote.segments)))
 
 
-def unpacked_manifest(remote: RemoteStore, samples: Samples, num_segments: int) -> Manifest:
-    """Return the manifest of a zero-copy store of what is finished of the first `num_segments` segments.
+def unpacked_manifest(remote: RemoteStore, samples: Samples) -> Manifest:
+    """Return the manifest of a zero-copy store of what is finished.
 
     Raises StoreError where the remote store's fingerprints are not those of its samples.
     """
     manifest, finished = remote.manifest, remote.finished
+    for count in range(1, finished.num_segments + 1):
+        first = samples.take(np.arange(sum(remote.segments[:count])))
+        identity = manifest.identity_of(count, first, remote.where)
     unpacked = replace(
         manifest,
-        identity=_identity_at(remote, samples, num_segments),
+        identity=identity,
         arrays=tuple(spec for spec in manifest.arrays if spec.name in finished.arrays),
-        layout=StoreLayout(finished.num_views, manifest.layout.unit_rows, remote.segments[:num_segments]),
-        previous_fingerprints=remote.segment_fingerprints[: num_segments - 1],
+        layout=StoreLayout(finished.num_views, manifest.layout.unit_rows, remote.segments),
+        previous_fingerprints=remote.segment_fingerprints[:-1],
         codec=None,
         finished=None,
     )
     return read_manifest({ATTRIBUTE: unpacked.to_json()}, remote.where)
-
-
-def _identity_at(remote: RemoteStore, samples: Samples, num_segments: int) -> Identity:
-    """Return the identity when the store had so many segments, checked against that segment's fingerprint."""
-    identity = remote.manifest.identity
-    if num_segments < len(remote.manifest.layout.segments):
-        num_samples = sum(remote.segments[:num_segments])
-        digests = samples.take(np.arange(num_samples)).digests()
-        identity = replace(identity, data={**identity.data, **digests, "num_samples": num_samples})
-    if identity.fingerprint != remote.segment_fingerprints[num_segments - 1]:
-        raise StoreError(
-            f"{remote.where} has a damaged manifest: the fingerprint of segment {num_segments - 1} is not that of its "
-            "samples. Cache it again."
-        )
-    return identity
 
 
 def read_remote_unit(
@@ -150,24 +136,17 @@ def _read_rows(remote: RemoteStore, unit: Unit, name: str, files: Mapping[str, M
     spec, codec = remote.manifest.spec(name), remote.manifest.codec
     key, entry = shard_key(spec, unit), files.get(name)
     shape = shard_shape(spec, remote.manifest.layout.unit_rows)
-    unpacked_bytes = shape.file_bytes(unit.num_rows)
     if entry is None:
         raise _damaged(remote, marker_key(unit), unit, f"it lacks {name}, though its unit was finished")
-    fits = entry["bytes"] <= _max_packed_bytes(shape, unit) if codec else entry["bytes"] == unpacked_bytes
-    if not fits:
-        raise _damaged(remote, key, unit, f"its {entry['bytes']:,} bytes cannot hold {unpacked_bytes:,}")
+    if not shape.may_have(entry["bytes"], unit.num_rows, codec):
+        unpacked = shape.file_bytes(unit.num_rows)
+        raise _damaged(remote, key, unit, f"its {entry['bytes']:,} bytes cannot hold {unpacked:,}")
     raw = remote.read(key, entry["bytes"])
     if raw is None:
         raise _damaged(remote, key, unit, "it is missing, though it was committed")
     if not is_committed(raw, entry):
         raise _damaged(remote, key, unit, "its bytes are not those that were committed")
     return decode_shard(raw, shape, unit.num_rows, codec, f"{remote.where}/{key}")
-
-
-def _max_packed_bytes(shape: ShardShape, unit: Unit) -> int:
-    """Return an upper bound of a compressed shard: incompressible data grow by n/256 and a header per chunk."""
-    spare = shape.chunk_bytes // 128 + 1024
-    return shape.file_bytes(unit.num_rows) + shape.num_present(unit.num_rows) * spare
 
 
 def _damaged(remote: RemoteStore, key: str, unit: Unit, what: str) -> StoreError:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,22 +32,9 @@ from kdpipe.store.remote.remote_store import (
     read_remote_unit,
     unpacked_manifest,
 )
-from kdpipe.store.remote.staging_cache import (
-    COPY,
-    ENTRY,
-    STAGING,
-    StagingCache,
-    copy_bytes,
-    default_staging_cache,
-    exclusive_cache,
-    keep,
-    make_room,
-    using,
-)
-from kdpipe.store.write.extend import ensure_store
-from kdpipe.store.write.writer import finish_store, write_unit
-
-__all__ = ["StagingCache", "default_staging_cache", "needs_staging", "stage"]
+from kdpipe.store.remote.staging_cache import COPY, ENTRY, StagingCache, exclusive_cache, require_room
+from kdpipe.store.write.extend import grow
+from kdpipe.store.write.writer import create_store, finish_store, write_unit
 
 NUM_FETCHERS = 4
 """Units fetched at a time, to hide the latency of a bucket."""
@@ -69,29 +57,20 @@ def needs_staging(where: str | Path) -> str | None:
 def stage(
     where: str | Path, cache: StagingCache, on_unit: Callable[[int, int], None] = lambda done, total: None
 ) -> Path:
-    """Return a zero-copy store on this machine with the finished part of the store at `where`.
+    """Return a zero-copy store on this machine with the finished part of the store at `where`, a folder or a URL.
 
-    A store that needs no staging is returned as it is.
+    A store that needs no staging is returned as it is. If the copy exists already, only the remote manifest is read.
+    Waits for another job that is staging it. Every file is checked against its committed crc32c. `on_unit` is called
+    with (units fetched, units to fetch).
 
-    If the copy exists already, only the remote manifest is read. Waits for another job that is staging it. Every file
-    is checked against its committed crc32c. The copy is not evicted from the cache while this process lives.
-
-    Args:
-        where: A folder or a URL.
-        cache: The staging cache.
-        on_unit: Called with (units fetched, units to fetch).
-
-    Raises:
-        StoreError: The store cannot be read or is damaged (the error names the file), or the copy does not fit.
+    Raises StoreError where the store cannot be read or is damaged (the error names the file), or the copy does not fit.
     """
     if needs_staging(where) is None:
         return Path(where)
     remote = open_remote_store(where)
     for entry in _entries(cache, remote):
-        with using(entry):
-            if _stage_at(entry, remote, cache, on_unit):
-                keep(entry)
-                return entry / COPY
+        if _stage_at(entry, remote, cache, on_unit):
+            return entry / COPY
     raise StoreError(f"{remote.where} cannot be staged: {entry} holds another store. Delete that folder.")
 
 
@@ -99,13 +78,7 @@ def _entries(cache: StagingCache, remote: RemoteStore) -> list[Path]:
     """Return the entry of the copy, and an alternative if a store that began alike but went on differently is there."""
     manifest, first = remote.manifest, remote.segment_fingerprints[0]
     logits = [spec.name for spec in manifest.arrays if spec.name.startswith("logits")]
-    encoding = [
-        first,
-        manifest.layout.unit_rows,
-        manifest.numbers_sha256(logits),
-        manifest.top_k and manifest.top_k.to_json(),
-        dict(manifest.rounded),
-    ]
+    encoding = [manifest.layout.unit_rows, manifest.numbers_sha256(logits), dict(manifest.rounded)]
     specs = {spec.name: spec.to_json() for spec in manifest.arrays}
     names = [
         f"{first[:16]}-{sha256_of(key)[:16]}" for key in (encoding, [encoding, remote.segment_fingerprints, specs])
@@ -120,56 +93,44 @@ def _stage_at(entry: Path, remote: RemoteStore, cache: StagingCache, on_unit: Ca
     copy = entry / COPY
     if _is_complete(copy, remote):
         return True
-    with exclusive(copy, entry / STAGING, wait=True):
+    with exclusive(copy, entry / "staging.lock", wait=True):
         stored = _copy_manifest(copy)
-        if stored is not None and not _is_copy_of(stored, remote):
-            return False
-        if not _is_complete(copy, remote):
-            num_fetchers = _num_fetchers(remote)
-            with _staging_errors(entry):
-                manifest = _prepare(entry, stored, remote, cache)
-            _fetch(copy, manifest, remote, num_fetchers, on_unit)
-            with _staging_errors(entry):
-                finish_store(copy)
-    if not _is_complete(copy, remote):
-        raise StoreError(
-            f"{copy} was being staged from a store with more than {remote.where}, and is not complete: stage "
-            f"from there, or delete {entry}."
+        can_become = stored is None or (
+            _is_copy_of(stored, remote) and len(stored.layout.segments) <= len(remote.segments)
         )
-    return True
+        if can_become and not _is_complete(copy, remote):
+            with translate_os_errors(partial(_failure, entry)):
+                _fetch(copy, _prepare(entry, stored, remote, cache), remote, on_unit)
+                finish_store(copy)
+    return _is_complete(copy, remote)
 
 
 def _prepare(entry: Path, stored: Manifest | None, remote: RemoteStore, cache: StagingCache) -> Manifest:
     """Create or extend the copy, so that it has room for every unit. Returns its manifest."""
-    samples, num_segments = read_remote_samples(remote), len(remote.segments)
-    wanted = unpacked_manifest(remote, samples, num_segments)
-    first = min(len(stored.layout.segments) + 1 if stored else 1, num_segments)
+    samples, copy = read_remote_samples(remote), entry / COPY
+    wanted = unpacked_manifest(remote, samples)
+    if stored is not None:
+        names = {spec.name for spec in stored.arrays}
+        arrays = (*stored.arrays, *[spec for spec in wanted.arrays if spec.name not in names])
+        num_views = max(stored.layout.num_views, wanted.layout.num_views)
+        layout = replace(wanted.layout, num_views=num_views)
+        wanted = replace(wanted, arrays=arrays, layout=layout, finished=stored.finished)
     with exclusive_cache(cache):  # until the copy's manifest records its size
-        make_room(cache, entry, max(copy_bytes(manifest) for manifest in (wanted, stored) if manifest))
-        for count in range(first, num_segments + 1):
-            subset = samples.take(np.arange(sum(remote.segments[:count])))
-            grown = ensure_store(entry / COPY, unpacked_manifest(remote, samples, count), subset)
-    sweep_partial(entry / COPY)
-    return grown
+        require_room(cache, entry, wanted)
+        if stored is None:
+            create_store(copy, wanted, samples)
+        else:
+            added = samples.take(np.arange(stored.layout.num_samples, len(samples.ids)))
+            grow(copy, stored, wanted, added)
+    sweep_partial(copy)
+    return wanted
 
 
-def _num_fetchers(remote: RemoteStore) -> int:
-    """Return how many units to fetch at a time. Raises StoreError where a single one does not fit in memory."""
-    specs = [remote.manifest.spec(name) for name in remote.finished.arrays]
-    unit_bytes = 2 * remote.manifest.layout.unit_rows * sum(spec.row_bytes for spec in specs)
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if unit_bytes > memory_bytes:
-        raise StoreError(
-            f"{remote.where} has units of {unit_bytes // 2:,} bytes, too large for this machine's memory of "
-            f"{memory_bytes:,}: stage it on a larger one, or cache it with a smaller cache.shard_bytes."
-        )
-    return max(1, min(NUM_FETCHERS, memory_bytes // MEMORY_SHARE // unit_bytes))
-
-
-def _fetch(
-    copy: Path, manifest: Manifest, remote: RemoteStore, num_fetchers: int, on_unit: Callable[[int, int], None]
-) -> None:
+def _fetch(copy: Path, manifest: Manifest, remote: RemoteStore, on_unit: Callable[[int, int], None]) -> None:
     """Write every unit that the copy lacks."""
+    unit_bytes = 2 * manifest.layout.unit_rows * sum(spec.row_bytes for spec in manifest.arrays)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    num_fetchers = max(1, min(NUM_FETCHERS, memory_bytes // MEMORY_SHARE // unit_bytes))
 
     def fetch(unit: Unit, names: tuple[str, ...]) -> None:
         rows, fidelity = read_remote_unit(remote, unit, names)
@@ -223,12 +184,10 @@ def _is_copy_of(stored: Manifest, remote: RemoteStore) -> bool:
     )
 
 
-def _staging_errors(entry: Path) -> AbstractContextManager[None]:
-    return translate_os_errors(
-        lambda error: (
-            f"cannot stage into {entry}: {error.strerror or error}. What is staged is kept: make room or set another "
-            "folder (KDPIPE_CACHE), and run the same command again."
-        )
+def _failure(entry: Path, error: OSError) -> str:
+    return (
+        f"cannot stage into {entry}: {error.strerror or error}. What is staged is kept: make room or set another "
+        "folder (KDPIPE_CACHE), and run the same command again."
     )
 
 

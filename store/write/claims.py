@@ -61,12 +61,9 @@ class Claim:
 
 
 def claim(store: Path, name: str) -> Claim | Holder:
-    """Claim the unit `name` of the store at `store`, or return its holder. Never waits.
+    """Claim the unit `name` of the store at `store`, or return its holder, which may be this process. Never waits.
 
-    A process that has a claim is refused a second one like any other.
-
-    Raises:
-        KdpipeError: The folder cannot be written, or its file system has no locks.
+    Raises KdpipeError where the folder cannot be written, or its file system has no locks.
     """
     path = _path(store, name)
     while True:
@@ -92,8 +89,7 @@ def claimed(store: Path, name: str, message: Callable[[Holder], str]) -> Iterato
 def holder(store: Path, name: str) -> Holder | None:
     """Return the process that has claimed the unit `name`; None if there is none, or only the file of a killed one.
 
-    This takes a shared lock for a moment and writes nothing, so it works on a read-only disk; `claim` is never
-    refused because of it.
+    Works on a read-only disk: it takes a shared lock for a moment, because of which `claim` is never refused.
     """
     path = _path(store, name)
     with lock_errors(path):

@@ -19,14 +19,10 @@ from kdpipe.store.write.claims import exclusive_store, holder
 
 
 def drop_views(path: Path, keep: int) -> dict[str, Any]:
-    """Keep the first `keep` views of the store at `path`.
+    """Keep the first `keep` views of the store at `path`. Returns the numbers of views and the bytes freed.
 
     The manifest is changed first, then the arrays' metadata; then markers are deleted and then shards. A kill at any
-    moment leaves a valid store with unused files, which the same call deletes. A reader that has mapped a dropped view
-    can still read it. Views may be added again later.
-
-    Returns:
-        The numbers of views and the bytes freed.
+    moment leaves a valid store with unused files, which the same call deletes. Mapped views can still be read.
 
     Raises:
         StoreError: The store has fewer views or cannot be changed.
@@ -40,33 +36,20 @@ def drop_views(path: Path, keep: int) -> dict[str, Any]:
         raise StoreError(_failure(path, "it is read-only"))
     with exclusive_store(path):
         manifest = read_store_manifest(path)  # again: it may have changed before the lock was acquired
-        _require_unclaimed(path, manifest, keep)
-        num_views = manifest.layout.num_views
+        num_views, finished = manifest.layout.num_views, manifest.finished
         keep = min(keep, num_views)
+        for unit in manifest.layout.units(range(keep, num_views)):
+            if found := holder(path, unit.key):
+                raise LockedError(f"{unit} of {path} is being computed by {found}: stop that job, or wait for it.")
+        kept = replace(
+            manifest,
+            layout=replace(manifest.layout, num_views=keep),
+            finished=finished and replace(finished, num_views=min(finished.num_views, keep)),
+        )
         with translate_os_errors(lambda error: _failure(path, f"{error.strerror}: {error.filename}")):
-            replace_metadata(path, _with_views(manifest, keep), group_first=True)
+            replace_metadata(path, kept, group_first=True)
             freed = sum(_delete(folder) for folder in _dropped(path, manifest, keep))
-    return {
-        "path": str(path),
-        "num_views": keep,
-        "num_views_removed": num_views - keep,
-        "bytes_freed": freed,
-    }
-
-
-def _with_views(manifest: Manifest, keep: int) -> Manifest:
-    finished = manifest.finished
-    return replace(
-        manifest,
-        layout=replace(manifest.layout, num_views=keep),
-        finished=finished and replace(finished, num_views=min(finished.num_views, keep)),
-    )
-
-
-def _require_unclaimed(path: Path, manifest: Manifest, keep: int) -> None:
-    for unit in manifest.layout.units(range(keep, manifest.layout.num_views)):
-        if found := holder(path, unit.key):
-            raise LockedError(f"{unit} of {path} is being computed by {found}: stop that job, or wait for it.")
+    return {"path": str(path), "num_views": keep, "num_views_removed": num_views - keep, "bytes_freed": freed}
 
 
 def _dropped(path: Path, manifest: Manifest, keep: int) -> Iterator[Path]:

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from kdpipe.store.errors import FingerprintMismatch, differences
-from kdpipe.store.format.identity import Identity
-from kdpipe.store.format.layout import StoreLayout
 from kdpipe.store.format.manifest import Manifest, version_note
 from kdpipe.store.format.samples import Samples, read_samples, sample_chunks
 from kdpipe.store.format.zarr_metadata import read_store_manifest, replace_metadata
@@ -30,12 +28,8 @@ COUNTS = ("num_samples", "ids_and_labels_sha256", "pixels_sha256")
 def ensure_store(path: Path, wanted: Manifest, samples: Samples) -> Manifest:
     """Create the store at `path`, or extend it, so that it has room for all that is `wanted` of `samples`.
 
-    Returns:
-        Its manifest, which may cover more.
-
-    Raises:
-        FingerprintMismatch: The store has another teacher, other samples or another encoding.
-        StoreError: Writing fails.
+    Returns its manifest, which may cover more. Raises FingerprintMismatch where the store has another teacher, other
+    samples or another encoding.
     """
     with exclusive_store(path):
         if not path.exists():
@@ -45,7 +39,7 @@ def ensure_store(path: Path, wanted: Manifest, samples: Samples) -> Manifest:
         grown, added = plan_growth(path, stored, wanted, samples)
         if grown != stored:
             with write_errors(path):
-                _grow(path, stored, grown, added)
+                grow(path, stored, grown, added)
     return grown
 
 
@@ -82,16 +76,12 @@ def require_same_origin(path: Path, stored: Manifest, wanted: Manifest) -> None:
 def _origin(manifest: Manifest) -> dict[str, object]:
     return {
         "teacher": manifest.identity.teacher,
-        "data": _without_counts(manifest.identity),
+        "data": {key: value for key, value in manifest.identity.data.items() if key not in COUNTS},
         "views": manifest.identity.views,
         "top_k": manifest.top_k and manifest.top_k.to_json(),
         "codec": manifest.codec and manifest.codec.to_json(),
         "rounded": dict(manifest.rounded),
     }
-
-
-def _without_counts(identity: Identity) -> dict[str, object]:
-    return {key: value for key, value in identity.data.items() if key not in COUNTS}
 
 
 def _new_samples(path: Path, present: Samples, samples: Samples) -> Samples:
@@ -126,16 +116,16 @@ def _with_segment(grown: Manifest, samples: Samples) -> Manifest:
     )
 
 
-def _grow(path: Path, stored: Manifest, grown: Manifest, added: Samples) -> None:
-    """Append the samples, then replace the metadata, the manifest last: a reader sees the old store or the new."""
+def grow(path: Path, stored: Manifest, grown: Manifest, added: Samples) -> None:
+    """Append samples and make the manifest `grown`, written last: a reader sees the old store or the new.
+
+    The caller has the store's lock, or is its only writer.
+    """
     if len(added.ids):
         present = read_samples(path, stored.layout, stored.identity.data)
-        for key, raw in sample_chunks(present.followed_by(added), grown.layout, _first_new_row(stored.layout)):
+        first_row = stored.layout.num_shards * stored.layout.unit_rows
+        for key, raw in sample_chunks(present.followed_by(added), grown.layout, first_row):
             make_folders([(path / key).parent])
             sweep_partial(path / key)
             write_atomically(path / key, raw)
     replace_metadata(path, grown)
-
-
-def _first_new_row(layout: StoreLayout) -> int:
-    return layout.num_shards * layout.unit_rows

@@ -13,7 +13,7 @@ so on. Largest errors add up at most; divergences need not.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from kdpipe.store.errors import FingerprintMismatch, StoreError
 from kdpipe.store.format.encoding_error import measure_dense, measure_features, measure_topk, merge
-from kdpipe.store.format.layout import ArraySpec, StoreLayout, Unit
+from kdpipe.store.format.layout import Unit
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.samples import Samples, read_samples
 from kdpipe.store.format.topk import encode_topk
-from kdpipe.store.format.unit_state import committed, missing_arrays
+from kdpipe.store.format.unit_state import committed, missing_arrays, store_state
 from kdpipe.store.format.zarr_metadata import read_store_manifest
 from kdpipe.store.read.open_store import open_store
 from kdpipe.store.read.target_store import TargetStore
@@ -54,16 +54,15 @@ def transcode(
         should_stop: Checked before each unit.
 
     Returns:
-        `complete` (False if stopped), `num_units`, the bytes of the shard files `bytes_before` (finished ones of the
-        source) and `bytes_after` (committed ones of the target), and the target's `fidelity` once it is complete.
+        `complete` (False if stopped), `num_units`, the bytes of the committed shards `bytes_before` and `bytes_after`,
+        and the target's `fidelity` once it is complete.
 
     Raises:
         StoreError: The source is incomplete or damaged, or the options do not apply to it.
-        FingerprintMismatch: The target is another store.
-        LockedError: Another process is transcoding to the target.
+        FingerprintMismatch, LockedError: The target is another store, or in use.
     """
-    target = _resolved(target)  # lock files use its name, and "." has none
-    _require_apart(_resolved(source), target)
+    target = target.resolve()  # lock files use its name, and "." has none
+    _require_apart(source.resolve(), target)
     if os.path.lexists(target):
         read_store_manifest(target)  # before a lock file is created beside something else
     store = open_store(source).streamed(0)
@@ -73,13 +72,12 @@ def transcode(
         complete = _fill(store, target, manifest, on_unit, should_stop)
         if complete:
             finish_store(target)
-    units_before = [unit for view in range(store.num_views) for unit in store.units(view)]
-    units = manifest.layout.units()
+    after = store_state(target, manifest)
     return {
         "complete": complete,
-        "num_units": len(units),
-        "bytes_before": _shard_bytes(source, store.manifest, units_before, store.arrays),
-        "bytes_after": _shard_bytes(target, manifest, units, manifest.arrays),
+        "num_units": after.num_units,
+        "bytes_before": store_state(source, store.manifest).num_bytes,
+        "bytes_after": after.num_bytes,
         "fidelity": dict(open_store(target).fidelity) if complete else {},
     }
 
@@ -100,16 +98,10 @@ def _fill(
             return False
         if missing_arrays(target, manifest, unit):
             sweep_unit(target, manifest, unit)
-            _transcode_unit(source, target, manifest, unit, _ids_of(unit, manifest.layout, samples))
+            first = int(np.searchsorted(manifest.layout.sample_rows(), unit.start))
+            _transcode_unit(source, target, manifest, unit, samples.ids[first : first + unit.num_rows])
     on_unit(len(units), len(units))
     return True
-
-
-def _resolved(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except (RuntimeError, OSError) as error:  # a loop of links, or a name that is too long
-        raise StoreError(f"{path} cannot be used: {error}.") from None
 
 
 def _require_apart(source: Path, target: Path) -> None:
@@ -126,12 +118,6 @@ def _ensure(target: Path, wanted: Manifest, samples: Samples) -> Manifest:
         raise FingerprintMismatch(
             f"the store {target}", error.differences, "Give another target, or delete this one and run again."
         ) from error
-
-
-def _ids_of(unit: Unit, layout: StoreLayout, samples: Samples) -> NDArray[np.int64]:
-    """Return the ids of a unit's samples, in the order of its rows: int64 [n]."""
-    first = int(np.searchsorted(layout.sample_rows(), unit.start))
-    return samples.ids[first : first + unit.num_rows]
 
 
 def _transcode_unit(
@@ -163,14 +149,11 @@ def _convert(
             continue
         stored = source.gather(spec.name, unit.view, sample_ids)
         converted[spec.name] = _cast(stored, manifest, spec.name, unit, sample_ids)
-        if _changes(source.manifest, manifest, spec):
+        before = source.manifest
+        if spec not in before.arrays or before.rounded.get(spec.name) != manifest.rounded.get(spec.name):
             measure = measure_dense if spec.name == "logits" and stored.ndim == 2 else measure_features
             lost[logical_array(spec.name)] = measure(stored.astype(np.float32), converted[spec.name])
     return converted, lost
-
-
-def _changes(source: Manifest, target: Manifest, spec: ArraySpec) -> bool:
-    return spec not in source.arrays or source.rounded.get(spec.name) != target.rounded.get(spec.name)
 
 
 def _cast(rows: NDArray[Any], manifest: Manifest, name: str, unit: Unit, sample_ids: NDArray[np.int64]) -> NDArray[Any]:
@@ -218,9 +201,3 @@ def _by_step(
         before = sum(known.startswith(f"{name}, step ") for known in source.fidelity if known != f"{name}, step 1")
         figures[f"{name}, step {2 + before}"] = measured
     return figures
-
-
-def _shard_bytes(path: Path, manifest: Manifest, units: Sequence[Unit], specs: Sequence[ArraySpec]) -> int:
-    """Return the bytes of the committed shards of units, in some arrays."""
-    files = [committed(path, manifest, unit).files for unit in units]
-    return sum(entries[spec.name]["bytes"] for entries in files for spec in specs if spec.name in entries)

@@ -8,7 +8,6 @@ from typing import Literal
 
 from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.codec import Codec
-from kdpipe.store.format.identity import Identity
 from kdpipe.store.format.layout import PAGE_BYTES, ArraySpec, StoreLayout
 from kdpipe.store.format.manifest import Manifest
 from kdpipe.store.format.topk import TAIL, VALUES, TopK, default_temperatures
@@ -49,54 +48,28 @@ def transcoded_manifest(source: TargetStore, options: TranscodeOptions) -> Manif
     """Return the manifest of the store that `options` make of `source`: it decides all of its bytes.
 
     Units keep their rows, unless the rows of a new array would not fill whole pages (and so could not be mapped): they
-    are then made several times as long.
-
-    Raises:
-        StoreError: The options do not apply to this store.
+    are then made several times as long. Raises StoreError where the options do not apply to this store.
     """
     manifest, finished = source.manifest, source.manifest.finished
     num_segments = finished.num_segments if finished else len(manifest.layout.segments)
+    num_views = source.num_views if options.num_views is None else options.num_views
+    if not 1 <= num_views <= source.num_views:
+        raise StoreError(f"{source.path} has {source.num_views} views, so {num_views} of them cannot be kept.")
     top_k = _top_k(source, options)
     specs = _specs(source, options, top_k)
     return replace(
         manifest,
-        identity=_identity(source, num_segments),
+        identity=manifest.identity_of(num_segments, source.samples, str(source.path)),
         arrays=specs,
-        layout=StoreLayout(
-            _num_views(source, options), _unit_rows(source, specs), manifest.layout.segments[:num_segments]
-        ),
+        layout=StoreLayout(num_views, _unit_rows(source, specs), manifest.layout.segments[:num_segments]),
         previous_fingerprints=manifest.segment_fingerprints[: num_segments - 1],
         top_k=top_k,
-        codec=_codec(manifest, options),
+        codec=options.codec
+        if isinstance(options.codec, Codec)
+        else {"zero-copy": None, "keep": manifest.codec}[options.codec],
         rounded=_rounded(source, specs, options.keep_bits),
         finished=None,
     )
-
-
-def _identity(source: TargetStore, num_segments: int) -> Identity:
-    """Return the identity of the finished segments: of a store that is being extended, the one it had before."""
-    manifest = source.manifest
-    fingerprint = manifest.segment_fingerprints[num_segments - 1]
-    data = {**manifest.identity.data, **source.samples.digests(), "num_samples": source.num_samples}
-    for identity in (manifest.identity, replace(manifest.identity, data=data)):
-        if identity.fingerprint == fingerprint:
-            return identity
-    raise StoreError(
-        f"{source.path} is being extended: run `kdpipe cache-teacher` to finish that, then transcode again."
-    )
-
-
-def _num_views(source: TargetStore, options: TranscodeOptions) -> int:
-    num_views = source.num_views if options.num_views is None else options.num_views
-    if not 1 <= num_views <= source.num_views:
-        raise StoreError(f"{source.path} has {source.num_views} views, so {num_views} of them cannot be kept.")
-    return num_views
-
-
-def _codec(manifest: Manifest, options: TranscodeOptions) -> Codec | None:
-    if isinstance(options.codec, Codec):
-        return options.codec
-    return {"zero-copy": None, "keep": manifest.codec}[options.codec]
 
 
 def _top_k(source: TargetStore, options: TranscodeOptions) -> TopK | None:

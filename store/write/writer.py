@@ -58,12 +58,9 @@ def write_unit(
     rows: Mapping[str, NDArray[Any]],
     fidelity: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write and commit one unit; arrays that it committed before are kept.
+    """Write and commit one unit, claimed by the caller; arrays that it committed before are kept.
 
     Args:
-        path: The store.
-        manifest: Its manifest.
-        unit: The unit, claimed by the caller.
         rows: Rows [n, *row_shape] of every array that the unit still lacks.
         fidelity: By array, the loss of its encoding.
 
@@ -71,8 +68,7 @@ def write_unit(
         The number of bytes written.
 
     Raises:
-        StoreError: Rows have the wrong shape or are not finite, or writing fails. The unit is then not committed, and
-            what was there before is kept.
+        StoreError: Rows have the wrong shape or are not finite, or writing fails. The unit is then not committed.
     """
     lacking = set(missing_arrays(path, manifest, unit)) - set(rows)
     if lacking:
@@ -101,11 +97,7 @@ def sweep_unit(path: Path, manifest: Manifest, unit: Unit) -> None:
 
 
 def finish_store(path: Path) -> bool:
-    """Make the first filling, or an extension, visible to readers if no unit is missing.
-
-    Returns:
-        Whether this call changed what readers see.
-    """
+    """Make the first filling, or an extension, visible to readers if no unit is missing. Returns whether it did."""
     with exclusive_store(path), write_errors(path):
         manifest = read_store_manifest(path)
         layout, markers = manifest.layout, []
@@ -132,20 +124,13 @@ def _total_loss(path: Path, name: str, markers: Iterable[Marker]) -> dict[str, A
         raise StoreError(f"{path} has a marker whose figures on {name} are damaged ({error}).") from error
 
 
-def _all_finite(rows: NDArray[Any]) -> bool:
-    """Return whether there is neither NaN nor infinity: no exponent has all bits set. 10 x faster than np.isfinite."""
-    bits, mask = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}[rows.dtype.itemsize]
-    exponents = np.ascontiguousarray(rows).view(bits) & bits(mask)
-    return bool(exponents.max(initial=0) < mask)
-
-
 def _check_rows(spec: ArraySpec, unit: Unit, rows: NDArray[Any]) -> None:
     if rows.shape != (unit.num_rows, *spec.row_shape) or rows.dtype != np.dtype(spec.dtype):
         raise StoreError(
             f"{spec.name} of {unit} is {rows.dtype}{list(rows.shape)}, "
             f"the store has {spec.dtype}{[unit.num_rows, *spec.row_shape]}."
         )
-    if rows.dtype.kind == "f" and not _all_finite(rows):
+    if rows.dtype.kind == "f" and not np.isfinite(rows).all():
         raise StoreError(f"{spec.name} of {unit} has NaN or infinity, which a store never holds.")
 
 

@@ -23,11 +23,11 @@ def done(tmp_path_factory, recipe):
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "undisturbed"
     folder.mkdir(exist_ok=True)
-    run, said = folder / "run", folder / "said"
+    run, output = folder / "run", folder / "output.txt"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not said.exists():
+        if not output.exists():
             ended = kdpipe_cold("run", recipe, "--run", run)
             assert ended.returncode == 0, ended.stderr
-            said.write_text(ended.stdout)
-    return run, said.read_text()
+            output.write_text(ended.stdout)
+    return run, output.read_text()

@@ -28,7 +28,7 @@ ODD = ["folder", "fifo", "/dev/null", "/dev/zero", "", "../.."]
 NO_RECIPE = [*ABSENT, *ODD, "file", "-x", LONG]
 NO_STORE = [*ABSENT, "folder", "fifo", "file", "/dev/null", "-x", LONG]
 NO_RUN_CAN_BE = [*NAMES, "file", "file/x", "loop", "fifo", "/dev/null", "x" * 300, LONG]
-# Devices as what is written to are links of one's own: should one be replaced, only that is lost.
+# Devices to write to are links in the test folder: should one be replaced, only the link is lost.
 NO_FILE_CAN_BE = [*NAMES, "folder", "absent/x.png", "file/x.png", "loop", "fifo", "full.png", "..", "x" * 300, LONG]
 OVERRIDES = ["", "x", "=", "=1", ".=1", "a..b=1", "name=", "name=../x", f"name={ESCAPE}", f"{ESCAPE}=1", "\udcff=1"]
 OVERRIDES += ["student.seeds=" + "[" * 5000, "seed=1e400", "seed=" + "9" * 5000, "seed=nan", "distill.9.loss=kd", LONG]
@@ -121,11 +121,11 @@ ALSO = {
 
 def commands(group, path=()):
     """Yield every command with the words that call it."""
-    for name, one in group.commands.items():
-        if hasattr(one, "commands"):
-            yield from commands(one, (*path, name))
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
         else:
-            yield " ".join((*path, name)), one
+            yield " ".join((*path, name)), command
 
 
 ALL = typer.main.get_command(app)
@@ -141,7 +141,7 @@ def bad_values(command, name):
     return BAD.get(f"{command} {name}", BAD.get(name))
 
 
-EVERY = [(command, called(parameter)) for command, one in COMMANDS.items() for parameter in one.params]
+EVERY = [(command, called(parameter)) for command, entry in COMMANDS.items() for parameter in entry.params]
 CASES = [(command, name) for command, name in EVERY if bad_values(command, name)]
 
 
@@ -178,8 +178,8 @@ def place(tmp_path_factory):
     (folder / "run").mkdir()
     (folder / "run" / "recipe.json").write_text(json.dumps(recipe_json(load_recipe(folder / "tiny.toml"))))
     (folder / "folder").mkdir()
-    (folder / "folder" / "mine").write_text("mine")
-    (folder / "file").write_text("mine")
+    (folder / "folder" / "content").write_text("content")
+    (folder / "file").write_text("content")
     (folder / "dangling").symlink_to("nowhere")
     (folder / "loop").symlink_to("loop")
     (folder / "full.png").symlink_to("/dev/full")
@@ -192,7 +192,7 @@ def abort_waiting(place, monkeypatch):
     """Abort a command that waits for a pipe."""
 
     def abort(number, frame):
-        raise TimeoutError("this waits forever")
+        raise TimeoutError("the command waits forever")
 
     before = signal.signal(signal.SIGALRM, abort)
     signal.setitimer(signal.ITIMER_REAL, 120, 5)
@@ -224,14 +224,14 @@ def require_refused(ended, what, on_stdout=False):
 def test_every_parameter_has_bad_values_here():
     without = [
         f"{command} {called(parameter)}"
-        for command, one in COMMANDS.items()
-        for parameter in one.params
+        for command, entry in COMMANDS.items()
+        for parameter in entry.params
         if not getattr(parameter, "is_flag", False) or called(parameter) == "--keep"
         if not bad_values(command, called(parameter))
     ]
     assert without == []
-    names = {called(parameter) for one in COMMANDS.values() for parameter in one.params}
-    assert {key.split(" ")[-1] for key in BAD} <= names, "an option that is no more needs no bad values"
+    names = {called(parameter) for command in COMMANDS.values() for parameter in command.params}
+    assert {key.split(" ")[-1] for key in BAD} <= names, "remove the bad values of a removed option"
 
 
 @pytest.mark.parametrize(("command", "name"), CASES)
@@ -246,7 +246,7 @@ def test_bad_values_are_one_sentence_and_change_nothing(place, command, name):
 FIRST = {command: name for command, name in reversed(CASES) if command != "recipe check"}  # its faults are its document
 
 
-@pytest.mark.parametrize(("command", "name"), [one for one in FIRST.items() if (one[0], "--json") in EVERY])
+@pytest.mark.parametrize(("command", "name"), [case for case in FIRST.items() if (case[0], "--json") in EVERY])
 def test_refused_values_leave_json_stdout_empty(place, command, name):
     given = [*arguments(command, name, bad_values(command, name)[0]), "--json"]
     require_refused(kdpipe_here(*given), given)

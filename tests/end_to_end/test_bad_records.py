@@ -135,13 +135,13 @@ def test_a_page_replaces_no_folder_and_follows_no_link(run, tmp_path):
     put(page, "folder")
     ended = answer("report", run)
     assert ended.exit_code in (1, 2)
-    assert f"{page}: that is a folder" in ended.stderr
+    assert f"{page}: this is a folder" in ended.stderr
     assert page.is_dir()
     page.rmdir()
-    (tmp_path / "theirs").write_text("theirs")
-    page.symlink_to(tmp_path / "theirs")
+    (tmp_path / "linked").write_text("linked")
+    page.symlink_to(tmp_path / "linked")
     assert answer("report", run).exit_code == 0
-    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert (tmp_path / "linked").read_text() == "linked"
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert not list(run.rglob("*.partial"))
 
@@ -161,7 +161,7 @@ def stopped(recipe, tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("kdpipe.stages.training.checkpoint.save_checkpoint", save)
+        patched.setattr("kdpipe.stages.training.loop.save_checkpoint", save)
         assert answer("train-teacher", recipe, "--run", run).exit_code == 130
     return run
 

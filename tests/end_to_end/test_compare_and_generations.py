@@ -84,12 +84,12 @@ def test_each_generation_learns_from_the_one_before(recipe, tmp_path):
     student = json.loads((tmp_path / "generation1/students/distilled-seed0/result.json").read_text())
     second = kdpipe_here("generations", recipe, "--run", tmp_path, *SHORT, *same, "--count", "2", "--json")
     assert second.exit_code == 0, second.stderr
-    one, two = json.loads(second.stdout)["generations"]
-    assert one["students"] == [student]
-    assert two["teacher"]["identity"]["weights_sha256"] == student["identity"]["weights_sha256"]
-    assert two["students"][0]["identity"]["weights_sha256"] != student["identity"]["weights_sha256"]
-    assert two["students"][0]["examined"]["agreement"] is not None
-    assert two["alone"] == []
+    first, following = json.loads(second.stdout)["generations"]
+    assert first["students"] == [student]
+    assert following["teacher"]["identity"]["weights_sha256"] == student["identity"]["weights_sha256"]
+    assert following["students"][0]["identity"]["weights_sha256"] != student["identity"]["weights_sha256"]
+    assert following["students"][0]["examined"]["agreement"] is not None
+    assert following["alone"] == []
     shown = kdpipe_here("generations", recipe, "--run", tmp_path, *SHORT, *same, "--count", "2").stdout
     for name in ("teacher", "student alone", "generation 1", "generation 2"):
         assert re.search(rf"^\s*{name}\s+.*\d+\.\d\d", shown, re.M), name
@@ -111,7 +111,7 @@ HINT = 'distill=[{loss="hint",layers=[["stage2","stage2"]]}]'
         ("run", ['distill=[{loss="hint",layers=[["stage2","stage9"]]}]'], "distill.0 (hint), the teacher"),
         ("run", ["student.teachers.weights=[1.0,2.0]"], "student.teachers.weights has 2 entries"),
         ("run", ["distill=[]", "compare={}"], "has no [[distill]]"),
-        ("run", ['distill=[{loss="kd",weight={start=1.0,end=0.0,epochs=[10,5]}}]'], "the first epoch comes before"),
+        ("run", ['distill=[{loss="kd",weight={start=1.0,end=0.0,epochs=[10,5]}}]'], "the first epoch must not be after the last"),
         ("generations", ['distill=[{loss="simkd",layers=[["stage2","stage2"]]}]', "compare={}"], "simkd"),
         ("generations", [HINT, "teacher.model.args={width=8,num_stages=3}", 'distill.0.layers=[["stage2","stage3"]]'],
          "(hint), the teacher: the model has no module 'stage3'"),

@@ -33,15 +33,16 @@ def test_an_external_student_leaves_the_runs_own_alone(done, recipe, tmp_path):
     run = tmp_path / "run"
     state = load_tensors(done[0] / "students" / "distilled-seed0" / "model.safetensors")[0]
     torch.save(
-        {name: one.bfloat16() if one.is_floating_point() else one for name, one in state.items()}, tmp_path / "mine.pt"
+        {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
+        tmp_path / "external.pt",
     )
     common = (*arguments(done, recipe, run), "--set", "compress.steps=[]")
-    ended = kdpipe_here("compress", *common, "--from", tmp_path / "mine.pt")
+    ended = kdpipe_here("compress", *common, "--from", tmp_path / "external.pt")
     assert ended.exit_code == 0, ended.stderr
     assert "exported: model.onnx, model.pt2, model.safetensors" in ended.stdout
-    assert {path.name for path in run.iterdir() if path.is_dir()} == {"teacher", "compressed-mine"}
-    held = load_tensors(run / "compressed-mine" / "artifacts-seed0" / "model.safetensors")[0]
-    assert held["fc.weight"].dtype == torch.bfloat16
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"teacher", "compressed-external"}
+    stored = load_tensors(run / "compressed-external" / "artifacts-seed0" / "model.safetensors")[0]
+    assert stored["fc.weight"].dtype == torch.bfloat16
     report = kdpipe_here("report", run, "--no-html")
     assert report.exit_code == 0, report.stderr
     assert "student given" in report.stdout
@@ -54,8 +55,8 @@ def test_an_external_student_leaves_the_runs_own_alone(done, recipe, tmp_path):
 )
 def test_an_invalid_student_file_is_one_sentence(done, recipe, tmp_path, content, sentence):
     if content is not None:
-        (tmp_path / "mine.pt").write_bytes(content)
-    ended = kdpipe_here("compress", *arguments(done, recipe, tmp_path / "run"), "--from", tmp_path / "mine.pt")
+        (tmp_path / "external.pt").write_bytes(content)
+    ended = kdpipe_here("compress", *arguments(done, recipe, tmp_path / "run"), "--from", tmp_path / "external.pt")
     assert ended.exit_code == 1
     assert sentence in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
@@ -85,7 +86,7 @@ def test_invalid_settings_are_refused_before_fine_tuning(done, recipe, tmp_path)
         ),
         (("--set", "distill=[]"), 2, "has no [[distill]]"),
         (("--set", "compress.quantize.exclude=['nosuch']"), 1, "has no module 'nosuch'"),
-        (("--set", "compress.opset=99"), 1, "compress.opset is 99"),
+        (("--set", "compress.opset=99"), 1, "opset 99 (compress.opset)"),
         (("--set", "compress.opset=13"), 1, "compress.opset"),
         (("--set", "compress.latency_batch_sizes=[1000000000000]"), 2, "latency_batch_sizes"),
         (("--set", "compress.prune.round_to=64"), 1, "removes no channel"),

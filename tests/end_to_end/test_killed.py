@@ -2,10 +2,12 @@
 
 import signal
 
+import pytest
+from support.compare_runs import differing_files
 from support.kdpipe_process import kdpipe, kdpipe_here, signal_when, start
-from support.same_run import unlike
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_files(done, recipe, tmp_path):
     run = tmp_path / "run"
     midway = [
@@ -24,7 +26,7 @@ def test_a_killed_run_ends_with_the_same_files(done, recipe, tmp_path):
         assert process.returncode == -signal.SIGKILL
     ended = kdpipe("run", recipe, "--run", run)
     assert ended.returncode == 0, ended.stderr
-    assert unlike(run, done[0]) == []
+    assert differing_files(run, done[0]) == []
     assert not list(run.rglob("*.partial")) and not list(run.rglob("checkpoint.safetensors"))
 
 

@@ -60,9 +60,9 @@ KINDS = ("alone", "distilled")
 
 
 def free_port() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return str(bound.getsockname()[1])
 
 
 def start_two(*arguments: str | Path) -> list[WarmProcess]:
@@ -73,10 +73,10 @@ def start_two(*arguments: str | Path) -> list[WarmProcess]:
 
 
 def ended(processes: Sequence[WarmProcess]) -> list[subprocess.CompletedProcess[str]]:
-    said = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=120) for process in processes]
     return [
         subprocess.CompletedProcess(process.args, process.wait(), *texts)
-        for process, texts in zip(processes, said, strict=True)
+        for process, texts in zip(processes, outputs, strict=True)
     ]
 
 
@@ -105,10 +105,10 @@ def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def assert_close(run: Path, other: Path, kind: str) -> None:
-    mine, theirs = student_of(run, kind), student_of(other, kind)
-    assert mine.keys() == theirs.keys()
-    for name, weights in mine.items():
-        assert torch.allclose(weights, theirs[name], rtol=1e-3, atol=1e-4), name
+    found, expected = student_of(run, kind), student_of(other, kind)
+    assert found.keys() == expected.keys()
+    for name, weights in found.items():
+        assert torch.allclose(weights, expected[name], rtol=1e-3, atol=1e-4), name
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +124,12 @@ def two(tmp_path_factory, recipe):
     run = tmp_path_factory.mktemp("two") / "run"
     for command in ("train-teacher", "cache-teacher", "train-student"):
         both = together(command, recipe, "--run", run)
-        assert [one.returncode for one in both] == [0, 0], [one.stderr for one in both]
+        assert [process.returncode for process in both] == [0, 0], [process.stderr for process in both]
     return run, both
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, recipe, two):
+def single(tmp_path_factory, recipe, two):
     """The same students from the same store, trained by one process."""
     run = copied(two[0], tmp_path_factory.mktemp("one"), "teacher", "store.zarr", "store.test.zarr")
     assert kdpipe("train-student", recipe, "--run", run).returncode == 0
@@ -137,17 +137,17 @@ def one(tmp_path_factory, recipe, two):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_the_student_of_one(one, two, kind):
-    assert_close(two[0], one, kind)
-    for mine, theirs in zip(lines_of(two[0], kind), lines_of(one, kind), strict=True):
-        assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
-        assert mine["cross_entropy"] == pytest.approx(theirs["cross_entropy"], rel=1e-4)
-        assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=2 / 359)
+def test_two_processes_train_the_student_of_one(single, two, kind):
+    assert_close(two[0], single, kind)
+    for found, expected in zip(lines_of(two[0], kind), lines_of(single, kind), strict=True):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+        assert found["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-4)
+        assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=2 / 359)
 
 
-def test_only_the_first_process_writes_and_prints(one, two):
+def test_only_the_first_process_writes_and_prints(single, two):
     run, (first, second) = two
-    assert files_of(run / "students") == files_of(one / "students")
+    assert files_of(run / "students") == files_of(single / "students")
     assert "student distilled" in first.stdout
     assert (second.stdout, second.stderr) == ("", "")
 
@@ -157,14 +157,14 @@ def test_a_signal_to_one_process_stops_both_and_they_resume(tmp_path, recipe, tw
     checkpoint = run / "students" / "distilled-seed0" / "checkpoint.safetensors"
     both = start_two("train-student", recipe, "--run", run)
     signal_when(both[1], checkpoint.exists, signal.SIGTERM)
-    assert [one.returncode for one in ended(both)] == [75, 75]
+    assert [process.returncode for process in ended(both)] == [75, 75]
     assert checkpoint.exists()
     alone = copied(run, tmp_path / "alone", "teacher", "store.zarr", "store.test.zarr", "students")
-    assert [one.returncode for one in together("train-student", recipe, "--run", run)] == [0, 0]
+    assert [process.returncode for process in together("train-student", recipe, "--run", run)] == [0, 0]
     model = Path("students", "distilled-seed0", "model.safetensors")
     assert (run / model).read_bytes() == (two[0] / model).read_bytes()
     assert lines_of(run, "distilled") == lines_of(two[0], "distilled")
-    assert kdpipe("train-student", recipe, "--run", alone).returncode == 0  # what two began, one can end
+    assert kdpipe("train-student", recipe, "--run", alone).returncode == 0  # a single process can resume what two began
     assert_close(alone, two[0], "distilled")
 
 
@@ -181,13 +181,13 @@ def test_if_one_process_is_killed_the_other_reports_it(tmp_path, recipe, two):
 
 def test_a_changed_recipe_is_refused_by_both_processes(recipe, two):
     both = together("train-student", recipe, "--run", two[0], "--set", "student.train.lr=0.03")
-    assert [one.returncode for one in both] == [12, 12]
+    assert [process.returncode for process in both] == [12, 12]
     assert "train.lr: stored 0.02, wanted 0.03" in both[0].stderr
 
 
 def test_an_indivisible_batch_size_is_refused(tmp_path, recipe):
     both = together("train-teacher", recipe, "--run", tmp_path, "--set", "teacher.train.batch_size=33")
-    assert [one.returncode for one in both] == [2, 2]
+    assert [process.returncode for process in both] == [2, 2]
     assert "train.batch_size is 33" in both[0].stderr
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -195,6 +195,6 @@ def test_an_indivisible_batch_size_is_refused(tmp_path, recipe):
 @pytest.mark.parametrize("command", ["compress", "run", "generations"])
 def test_single_process_commands_refuse_several(tmp_path, recipe, command):
     both = together(command, recipe, "--run", tmp_path / "run")
-    assert [one.returncode for one in both] == [2, 2]
+    assert [process.returncode for process in both] == [2, 2]
     assert both[0].stderr.startswith(f"kdpipe: error: kdpipe {command} runs in one process, and 2 were started")
     assert not (tmp_path / "run").exists()

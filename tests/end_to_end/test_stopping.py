@@ -5,10 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from support.compare_runs import differing_files
 from support.kdpipe_process import kdpipe, signal_when, start
-from support.same_run import unlike
 
-ROAD = (
+STOPS = (
     ("train-teacher", signal.SIGTERM, "teacher/checkpoint.safetensors"),
     ("cache-teacher", signal.SIGINT, "store.zarr/markers/c/2"),
     ("train-student", signal.SIGUSR1, "students/distilled-seed0/checkpoint.safetensors"),
@@ -16,9 +16,10 @@ ROAD = (
 )
 
 
+@pytest.mark.slow
 def test_stages_stopped_by_signals_end_with_the_same_files(done, recipe, tmp_path):
     run = tmp_path / "run"
-    for command, number, sign in ROAD:
+    for command, number, sign in STOPS:
         process = start(command, recipe, "--run", run)
         signal_when(process, (run / sign).exists, number)
         output, errors = process.communicate(timeout=60)
@@ -27,7 +28,7 @@ def test_stages_stopped_by_signals_end_with_the_same_files(done, recipe, tmp_pat
         assert output == ""
         ended = kdpipe(command, recipe, "--run", run)
         assert ended.returncode == 0, ended.stderr
-    assert unlike(run, done[0]) == []
+    assert differing_files(run, done[0]) == []
 
 
 def test_max_duration_stops_a_run(recipe, tmp_path):
@@ -39,6 +40,7 @@ def test_max_duration_stops_a_run(recipe, tmp_path):
     assert "'soon' is not a duration: write 3h30m" in re.sub(r"\s+", " ", refused.stderr)
 
 
+@pytest.mark.slow
 def test_a_second_sigint_aborts_without_damage(done, recipe, tmp_path):
     run = tmp_path / "run"
     process = start("run", recipe, "--run", run, "--set", "teacher.train.checkpoint_every_s=1000")
@@ -58,6 +60,7 @@ def progress(run):
     return (run / "events.jsonl").read_text() if (run / "events.jsonl").exists() else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "number"),
     [

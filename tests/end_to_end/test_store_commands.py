@@ -22,6 +22,7 @@ def run_like(done, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_two_concurrent_jobs_fill_one_store(done, recipe, tmp_path):
     """The store equals that of a single job."""
     run = run_like(done, tmp_path)
@@ -40,11 +41,11 @@ def test_two_concurrent_jobs_fill_one_store(done, recipe, tmp_path):
 
 def test_a_unit_claimed_by_another_job_exits_11(done, recipe, tmp_path):
     run = run_like(done, tmp_path)
-    held = claim(run / "store.zarr", "v3-s0")
+    claimed = claim(run / "store.zarr", "v3-s0")
     ended = kdpipe_here("cache-teacher", recipe, "--run", run)
     assert ended.exit_code == 11
     assert f"view 3, shard 0 is being computed by process {os.getpid()} on " in ended.stderr
-    held.release()
+    claimed.release()
     assert kdpipe_here("cache-teacher", recipe, "--run", run).exit_code == 0
     assert folder_bytes(run / "store.zarr") == folder_bytes(done[0] / "store.zarr")
 
@@ -53,8 +54,8 @@ def test_a_signal_keeps_units_and_a_rerun_gives_the_same_bytes(done, recipe, tmp
     run = run_like(done, tmp_path)
     job = start("cache-teacher", recipe, "--run", run, "--set", "cache.batch_size=1")
     signal_when(job, (run / "store.zarr" / "markers" / "c" / "2").exists, signal.SIGTERM)
-    said = job.communicate(timeout=60)[1]
-    assert job.returncode == 75, said
+    errors = job.communicate(timeout=60)[1]
+    assert job.returncode == 75, errors
     num_done = len(list((run / "store.zarr" / "markers" / "c").glob("*/*/0")))
     assert 3 <= num_done < 30
     ended = kdpipe_here("cache-teacher", recipe, "--run", run, "--set", "cache.batch_size=1", "--json")
@@ -89,6 +90,7 @@ def test_views_are_added_in_place_and_removed(done, recipe, tmp_path):
     assert kdpipe_here("store", "verify", run / "store.zarr").exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["archive", "s3"])
 def test_a_remote_store_trains_the_same_student(done, recipe, tmp_path, monkeypatch, place):
     store, run = done[0] / "store.zarr", tmp_path / "run"

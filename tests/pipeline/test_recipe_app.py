@@ -11,9 +11,8 @@ from support.paths import ROOT
 from typer.testing import CliRunner
 
 from kdpipe.pipeline.recipe import new as recipe_new
-from kdpipe.pipeline.recipe.defaults import DEFAULTS
 from kdpipe.pipeline.recipe.load import load_recipe
-from kdpipe.pipeline.recipe.template import OFFERED_LOSSES, toml_value
+from kdpipe.pipeline.recipe.template import DEFAULTS, OFFERED_LOSSES, toml_value
 from kdpipe.pipeline.recipe_app import recipe_app
 
 RECIPES = ROOT / "recipes"
@@ -31,7 +30,7 @@ data = { name = "CIFAR10" }
 cache = { layers = ["layr3"] }
 teacher = { model = { name = "resnet20", args = { widht = 2 } }, train = { milestones = [5] } }
 student = { model = { name = "resnet8" } }
-compress = { prune = { keep = ["nothing"] } }
+compress = { prune = { exclude = ["nothing"] } }
 distill = [
   { loss = "kd" },
   { loss = "rkd", layers = [["layer3", "layer3"]], samples = { weighting = "entropy" } },
@@ -80,7 +79,7 @@ def test_check_builds_networks_and_losses_without_data():
     teacherless = called("check", written(UNFIT), code=2).stdout
     assert "teacher: resnet20 has no argument 'widht'" in teacherless
     assert "compress: the model has no module 'nothing'" in teacherless
-    assert "distill.1 (rkd): samples.weighting = 'entropy' is for losses that are a mean" in teacherless
+    assert "distill.1 (rkd): samples.weighting = 'entropy' needs a per-sample loss" in teacherless
     assert "teacher.train.milestones have no effect with schedule = 'cosine'" in teacherless
     shown = called("check", "r.toml", "--set", "teacher.model.args={}", code=2).stdout
     assert "cache.layers.0: the model has no module 'layr3'; did you mean 'layer3'" in shown
@@ -98,7 +97,7 @@ def test_check_builds_networks_and_losses_without_data():
         (["student.model.name=torchvision:resnet18"], "student: torchvision"),
         (["teacher.train={}", "student.model.weights=published"], "student: there are no published weights of cnn"),
         (["views.operations=[{ name = 'Cutout', size = 8 }]"], "could cover all of an image of 8 x 8"),
-        (["student.mean=[0.5]"], "student: a model's mean and std are given together"),
+        (["student.mean=[0.5]"], "student: a model's mean and std must be given together"),
         (["student.teachers.temperatures=[1.0, 2.0]"], "student.teachers.temperatures has 2 entries"),
         (["data.test_crop=0.5"], "data.test_crop applies only to imagefolder:PATH"),
         (["student.model.args.width=10000000000"], "args.width is more than 65,536"),
@@ -139,7 +138,7 @@ def test_schema_is_printed_as_json():
 
 def test_new_writes_a_valid_recipe_from_defaults(here):
     shown = called("new", "mine.toml", "--yes").stdout
-    assert "mine.toml: written" in shown
+    assert "wrote mine.toml; next: kdpipe run mine.toml" in shown
     text = Path("mine.toml").read_text()
     for word in ("Command:   kdpipe run mine.toml", "Hardware:", "Time:", "Expect:", "not measured yet"):
         assert word in text
@@ -157,7 +156,7 @@ def test_new_writes_a_valid_recipe_from_defaults(here):
 def test_new_writes_recipes_for_every_kind_of_data(data, losses, monkeypatch):
     if data == "imagefolder":  # skip building large networks, which takes seconds
         data, losses = 'imagefolder:my "photos" \\ ü', "kd"
-        monkeypatch.setattr(recipe_new, "dry_build", lambda recipe: type("Fine", (), {"faults": ()}))
+        monkeypatch.setattr(recipe_new, "dry_build", lambda recipe: ([], []))
     layers = ["--layers", "stage2,stage2"] if data.startswith("npz") and losses != "kd" else []
     called("new", "r.toml", "--yes", "--data", data, "--loss", losses, *layers, "--seeds", "2")
     recipe = load_recipe(Path("r.toml"))
@@ -237,8 +236,8 @@ def test_new_asks_again_after_an_invalid_answer(terminal):
     ended = called("new", "asked.toml", answers="\n".join(answers) + "\n")
     assert "Name of the experiment [asked]: " in ended.stdout
     assert "unknown data set 'Digits!'" in ended.stderr
-    assert "unknown model 'cnnn'; did you mean 'cnn'" in ended.stderr
-    assert "not magic; others can be added" in ended.stderr
+    assert "unknown model 'cnnn'; nearest: cnn" in ended.stderr
+    assert "not magic; others: later" in ended.stderr
     assert "invalid value '99999'" in ended.stderr
     assert "invalid value '2': input should be less than 1" in ended.stderr
     assert "[stage2,stage2]" in ended.stdout
@@ -257,7 +256,7 @@ def test_new_asks_only_for_what_options_leave_open(terminal):
 
 
 def test_new_leaves_nothing_behind_where_people_break_off(here, terminal, monkeypatch):
-    assert "end of input; nothing was written" in called("new", "a.toml", answers="x\n", code=1).stderr
+    assert "interrupted; nothing was written" in called("new", "a.toml", answers="x\n", code=1).stderr
 
     def interrupted(prompt):
         raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from kdpipe import store
 def test_public_names_resolve_and_are_listed():
     assert sorted(store._MODULE_OF) == sorted(store.__all__)
     for name in store.__all__:
-        assert getattr(store, name).__module__.startswith("store."), name
+        assert getattr(store, name).__module__.startswith("kdpipe.store."), name
     assert set(store.__all__) <= set(dir(store))
 
 
@@ -32,5 +32,4 @@ def test_unknown_name_raises_attribute_error():
 )
 def test_locks_errors_and_schema_import_without_numpy(imports):
     script = f"import sys; {imports}; sys.exit('numpy' in sys.modules)"
-    root = ROOT
-    assert subprocess.run([sys.executable, "-c", script], cwd=root, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from kdpipe.pipeline.main import app
+from kdpipe.pipeline.terminal.output import Verbosity, set_verbosity
 from support.warm_process import WarmProcess
 
 COMMAND = [sys.executable, "-c", "from kdpipe.pipeline.main import main; main()"]
@@ -58,7 +59,7 @@ def environment() -> dict[str, str]:
 
 def kdpipe_cold(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run `kdpipe` to its end as a user does: in a new Python process, which takes seconds to import everything."""
-    process = start_afresh(*arguments)
+    process = start_cold(*arguments)
     out, errors = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.wait(), out, errors)
 
@@ -72,6 +73,7 @@ def kdpipe(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def kdpipe_here(*arguments: str | Path) -> Result:
     """Run the command line in this process."""
+    set_verbosity(Verbosity.NORMAL)  # as main() does: an earlier call with refused options leaves it changed
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
@@ -80,7 +82,7 @@ def start(*arguments: str | Path) -> WarmProcess:
     return WarmProcess(["kdpipe", *map(str, arguments)], environment())
 
 
-def start_afresh(*arguments: str | Path) -> subprocess.Popen[str]:
+def start_cold(*arguments: str | Path) -> subprocess.Popen[str]:
     """Start `kdpipe` in a new Python process."""
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

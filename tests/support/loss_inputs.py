@@ -14,7 +14,7 @@ from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic
 from kdpipe.stages.targets.outputs import DenseTargets
 
-FACTS = DatasetInfo(num_samples=100, num_classes=10)
+DATASET = DatasetInfo(num_samples=100, num_classes=10)
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -59,9 +59,18 @@ def build_loss(
     """Return the module, and its inputs as a store would give them, for features by layer."""
     torch.manual_seed(0)
     shapes = {layer: tuple(features.shape[1:]) for layer, features in student.items()}
-    stored = {wanted: compute_statistic(wanted, teacher[wanted.layer]) for wanted in config.required_features(shapes)}
-    module = config.build(shapes, {wanted: tuple(values.shape[1:]) for wanted, values in stored.items()}, FACTS)
+    stored = {
+        feature: compute_statistic(feature, teacher[feature.layer]) for feature in config.required_features(shapes)
+    }
+    module = config.build(shapes, {feature: tuple(values.shape[1:]) for feature, values in stored.items()}, DATASET)
     return module.to(dtype), make_inputs(student=student, teacher=stored, progress=progress)
+
+
+def loss_of_pair(config: LossConfig, student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean loss at the layers ("a", "b"), of features [B, ...] of student and teacher."""
+    module, inputs = build_loss(config, {"a": student}, {"b": teacher})
+    mean: Tensor = module(inputs).mean()
+    return mean
 
 
 def assert_zero_and_flat(loss: Tensor, student: Tensor, *, atol: float = 0.0, gradient: float = 1e-12) -> None:

@@ -142,12 +142,12 @@ def work(path: Path, wish: Wish) -> None:
     """Fill unclaimed units, as one of several jobs that bring the store at `path` to a wish."""
     manifest = ensure_store(path, wish.manifest, wish.samples)
     for unit in manifest.layout.units():
-        held = claim(path, unit.key) if missing_arrays(path, manifest, unit) else None
-        if isinstance(held, Claim):
+        acquired = claim(path, unit.key) if missing_arrays(path, manifest, unit) else None
+        if isinstance(acquired, Claim):
             try:
                 commit(path, manifest, unit)
             finally:
-                held.release()
+                acquired.release()
     finish_store(path)
 
 

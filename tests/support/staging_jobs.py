@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -21,7 +22,8 @@ from support.paths import ROOT
 STAGE = """
 import sys
 from pathlib import Path
-from kdpipe.store.remote.staging_cache import StagingCache, stage
+from kdpipe.store.remote.staging import stage
+from kdpipe.store.remote.staging_cache import StagingCache
 print(stage(sys.argv[1], StagingCache(Path(sys.argv[2]), int(sys.argv[3]))))
 """
 
@@ -47,17 +49,21 @@ class Web(ThreadingHTTPServer):
         with self.noting:
             self.asked.append(key)
             self.noting.notify_all()
-            held_back = is_shard(key) and len(self.shards) > self.shards_allowed
-        if held_back:
+            is_paused = is_shard(key) and len(self.shards) > self.shards_allowed
+        if is_paused:
             self.freely.wait(60)
 
     def hold_back(self, shards_allowed: int) -> None:
         self.shards_allowed = shards_allowed
         self.freely.clear()
 
-    def wait_for(self, condition: Callable[[], object]) -> None:
+    def wait_for(self, condition: Callable[[], object], *processes: subprocess.Popen) -> None:
+        """Wait until the condition holds; fail at once where one of the processes has failed."""
+        deadline = time.monotonic() + 60
         with self.noting:
-            assert self.noting.wait_for(condition, 60)
+            while not self.noting.wait_for(condition, 0.1):
+                assert all(process.poll() in (None, 0) for process in processes), "a staging process failed"
+                assert time.monotonic() < deadline
 
     @property
     def shards(self) -> list[str]:
@@ -89,9 +95,9 @@ def staging_process(where, cache: StagingCache) -> subprocess.Popen:
 def stage_elsewhere(where, cache: StagingCache) -> Path:
     """Stage in a process that then ends, and so no longer uses the copy."""
     process = staging_process(where, cache)
-    said, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    return Path(said.strip())
+    return Path(output.strip())
 
 
 def require_equal(copy: Path, made: MadeStore, num_views: int | None = None) -> None:

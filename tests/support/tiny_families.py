@@ -35,5 +35,4 @@ def vgg8(num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.
     from kdpipe.stages.models.networks import vgg
 
     with mock.patch.object(vgg, "WIDTHS", [width // 4 for width in vgg.WIDTHS]):
-        one_each = (1, 1, 1, 1, 1)
-        return vgg.vgg(one_each, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+        return vgg.vgg((1, 1, 1, 1, 1), num_classes=num_classes, in_channels=in_channels, image_size=image_size)

@@ -10,7 +10,7 @@ FLOAT32 = (ArraySpec("logits", (10,), "float32"), ArraySpec("features/layer2.0",
 FEATURES = "features/layer2.0"
 
 
-def held(path):
+def read_arrays(path):
     """Read every array of a store, all views: [V, N, ...], each shard checked."""
     store = open_store(path)
     return {

@@ -23,7 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from support.one_registry import keep_one_registry
+from support.onnx_registry import cache_onnx_registry
 
 MAX_BYTES = 1 << 17
 """Size limit of a request on the socket."""
@@ -39,13 +39,20 @@ LATE_IMPORTS = (
     "kdpipe.pipeline.commands.compare",
     "kdpipe.pipeline.commands.generations",
     "kdpipe.pipeline.report.pareto_svg",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "rich.progress",
+    "rich.table",
     "sklearn.datasets",
     "sympy.combinatorics",
+    "sympy.tensor.tensor",
+    "torch._inductor.fx_utils",
     "torch.export._trace",
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._torchlib.ops",
     "torchmetrics.functional.classification",
     "torchvision.transforms.v2",
+    "typer._adapters",
 )
 """Modules imported while commands run. Names missing in another version of a library are skipped."""
 
@@ -59,7 +66,7 @@ def warm_up() -> None:
     for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    keep_one_registry(compiled=True)
+    cache_onnx_registry(compiled=True)
     gc.freeze()  # keep the garbage collector of forks from scanning it
     gc.enable()
 

@@ -21,11 +21,7 @@ def model_name(teacher: Mapping[str, Any]) -> str:
 
 
 def read_store_info(path: Path) -> dict[str, Any]:
-    """Return the manifest of the store at `path` with counts of units and bytes; shards are not read.
-
-    Raises:
-        StoreError: If there is no store.
-    """
+    """Return the manifest of the store at `path` with counts of units and bytes; shards are not read."""
     manifest = read_store_manifest(path)
     state, units = store_state(path, manifest), manifest.layout.units()
     return {
@@ -79,7 +75,7 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "profile", info["profile"] + _codec(info)
     for name, spec in info["arrays"].items():
         yield "array", f"{name} {spec['dtype']} {[info['num_views'], info['num_samples'], *spec['row_shape']]}"
-    yield "units", f"{info['num_units_done']} of {info['num_units']} done, {info['normalize_rows']:,} rows each"
+    yield "units", f"{info['num_units_done']} of {info['num_units']} done, {info['unit_rows']:,} rows each"
     unpacked = " uncompressed" if info["codec"] else ""
     yield "size", f"{info['disk_bytes']:,} bytes on disk; {info['view_bytes']:,} a view{unpacked}"
     yield from _progress(info)

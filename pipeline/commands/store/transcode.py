@@ -17,11 +17,7 @@ from kdpipe.store.format.topk import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 def parse_codec(archive: str | None, level: int | None) -> Any:
-    """Return the codec for --archive and --level.
-
-    Raises:
-        RecipeError: If there is no such codec, or the options contradict each other.
-    """
+    """Return the codec for --archive and --level; options that contradict each other are a RecipeError."""
     if archive in (None, "none") and level is not None:
         raise RecipeError("--level needs --archive zstd or --archive blosc.")
     if archive is None:
@@ -35,11 +31,7 @@ def parse_codec(archive: str | None, level: int | None) -> Any:
 
 
 def parse_temperatures(span: tuple[float, float] | None) -> tuple[float, ...] | None:
-    """Return the grid of temperatures from the lowest to the highest of `span`.
-
-    Raises:
-        RecipeError: If the range is invalid.
-    """
+    """Return the grid of temperatures from the lowest to the highest of `span`."""
     if span is None:
         return None
     if not MIN_TEMPERATURE <= span[0] <= span[1] <= MAX_TEMPERATURE:
@@ -51,11 +43,7 @@ def parse_temperatures(span: tuple[float, float] | None) -> tuple[float, ...] | 
 
 
 def run_transcode(source: str, target: Path, options: TranscodeOptions, as_json: bool) -> dict[str, Any]:
-    """Transcode with progress and signals, after staging a URL; return sizes and encoding errors.
-
-    Raises:
-        StoppedEarly: At a signal; finished units are kept.
-    """
+    """Transcode with progress and signals, after staging a URL; return sizes and encoding errors."""
     with handle_signals() as should_stop, reporter(as_json) as report:
 
         def on_unit(done: int, total: int) -> None:

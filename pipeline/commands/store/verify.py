@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +20,6 @@ if TYPE_CHECKING:
     from kdpipe.stages.cache_teacher.recheck import RecheckReport
 
 
-def require_recipe(recipe: Path, overrides: Sequence[str]) -> None:
-    """Raise RecipeError if the recipe is invalid."""
-    from kdpipe.pipeline.recipe.load import load_recipe
-
-    load_recipe(recipe, overrides, os.environ)
-
-
 def verify(path: Path, as_json: bool) -> VerifyReport:
     """Check the store at `path`, with signals and progress."""
     with handle_signals() as should_stop, reporter(as_json) as report:
@@ -38,11 +30,10 @@ def recheck(path: Path, run: Run, num_rows: int, seed: int) -> RecheckReport:
     """Recompute some samples of a store, or of its test store, with the recipe's teacher, and compare."""
     from kdpipe.stages.cache_teacher.recheck import recompute
     from kdpipe.stages.context import test_context
-    from kdpipe.stages.targets.open import test_store_path
     from kdpipe.stages.train_teacher import load_teacher
 
     teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
-    is_test_store = path.absolute() == Path(test_store_path(run.store))
+    is_test_store = path.absolute() == run.test_store
     return recompute(path, teacher, test_context(run.context) if is_test_store else run.context, num_rows, seed)
 
 
@@ -53,15 +44,14 @@ def repair(run: Run) -> dict[Path, tuple[VerifyReport, VerifyReport, int]]:
         By store: the faults found, the verdict after the repair, and the number of units computed.
     """
     from kdpipe.stages.cache_teacher.repair import repair as repair_store
-    from kdpipe.stages.cache_teacher.test_targets import repair_test_store
-    from kdpipe.stages.targets.open import test_store_path
+    from kdpipe.stages.context import test_context
     from kdpipe.stages.train_teacher import load_teacher
 
     teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.context), run.recipe.cache
-    layers, test_store = list(run.required_features(teacher)), Path(test_store_path(run.store))
-    repaired = {run.store: repair_store(config, run.store, teacher, layers, run.context)}
-    if test_store.exists():
-        repaired[test_store] = repair_test_store(config, test_store, teacher, run.context)
+    repaired = {run.store: repair_store(config, run.store, teacher, run.context)}
+    if run.test_store.exists():
+        test_config, test_images = replace(config, top_k=None), test_context(run.context)
+        repaired[run.test_store] = repair_store(test_config, run.test_store, teacher, test_images)
     return repaired
 
 
@@ -69,7 +59,6 @@ def print_verdict(path: Path, verdict: VerifyReport, recomputed: RecheckReport |
     """Print every fault, one a line, and a summary to stdout."""
     lines = [f"damaged      {fault}" for fault in verdict.damaged]
     lines += [f"missing      {unit}: {', '.join(names)}" for unit, names in verdict.missing]
-    lines += [f"orphan     {key} (not part of the store, harmless)" for key in verdict.orphans]
     if recomputed is not None:
         lines += [
             f"differs      sample {row.sample_id}, view {row.view}, {row.array}: {row.error:.3g} times the tolerance"

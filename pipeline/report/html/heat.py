@@ -13,8 +13,8 @@ from kdpipe.pipeline.report.formatting import shortened
 NUM_LEVELS = 9
 """Colors of a heat map: v0 to v8 in templates/style.css."""
 
-MAX_WITH_NUMBERS, MAX_WITH_TIPS = 12, 30
-"""Classes up to which cells show their number, and have a tooltip."""
+MAX_DRAWN, MAX_WITH_NUMBERS = 30, 12
+"""Classes up to which a heat map is drawn, and its cells show their numbers."""
 
 Values = NDArray[np.float64]
 Bounds = tuple[float, float]
@@ -28,23 +28,23 @@ class HeatMap:
     caption: str
     names: Sequence[str]
     rows: Sequence[tuple[str, Sequence[tuple[str, str, str]]]]
-    is_large: bool
 
 
 def heat_map(caption: str, values: Values, names: Sequence[str], form: Format, bounds: Bounds) -> HeatMap:
     """Return a heat map of values [C, C], NaN where there is none, colored between `bounds`."""
-    count, levels = len(names), level_of(values, bounds)
+    levels = level_of(values, bounds)
 
     def cell(row: int, column: int) -> tuple[str, str, str]:
         value, level = float(values[row, column]), int(levels[row, column])
         if level < 0:
             return "none", "", ""
-        shown = form(value)
-        tip = f"{names[row]} → {names[column]}: {shown}" if count <= MAX_WITH_TIPS else ""
-        return f"v{level}", shown.removesuffix(" %") if count <= MAX_WITH_NUMBERS and value > 0 else "", tip
+        text = form(value)
+        shown = text.removesuffix(" %") if len(names) <= MAX_WITH_NUMBERS and value > 0 else ""
+        return f"v{level}", shown, f"{names[row]} → {names[column]}: {text}"
 
-    rows = [(shortened(names[row], 16), [cell(row, column) for column in range(count)]) for row in range(count)]
-    return HeatMap(caption, [shortened(name, 16) for name in names], rows, count > MAX_WITH_TIPS)
+    short = [shortened(name, 16) for name in names]
+    rows = [(name, [cell(row, column) for column in range(len(names))]) for row, name in enumerate(short)]
+    return HeatMap(caption, short, rows)
 
 
 def level_of(values: Values, bounds: Bounds) -> NDArray[np.int64]:

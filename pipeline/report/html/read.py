@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from kdpipe.pipeline.report.networks import NetworkEntry, network_entries
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report, Row
+from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.store.fs.safe_read import read_regular_file
 
@@ -23,21 +23,19 @@ MAIN_KINDS = ("teacher", "alone", "student")
 
 @dataclass(frozen=True)
 class Epoch:
-    """A line of metrics.jsonl: number counted from 1, test accuracy in percent, weighted losses by name."""
+    """A line of metrics.jsonl: number counted from 1, and test accuracy in percent."""
 
     number: int
     accuracy: float
-    losses: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One seed of a network. result: None until it is finished. num_damaged: unreadable lines of metrics."""
+    """One seed of a network. result: None until it is finished."""
 
     folder: Path
     result: Mapping[str, Any] | None
     epochs: Sequence[Epoch]
-    num_damaged: int
 
     @property
     def examined(self) -> Mapping[str, Any] | None:
@@ -82,21 +80,21 @@ class PageRun:
         return self.path.absolute().resolve().name or str(self.path)
 
     def network(self, kind: str) -> Network | None:
-        return next((one for one in self.networks if one.kind == kind), None)
+        return next((network for network in self.networks if network.kind == kind), None)
 
     def row(self, kind: str) -> Row | None:
-        return next((one for one in self.report.rows if one.kind == kind), None)
+        return next((row for row in self.report.rows if row.kind == kind), None)
 
     @property
     def main(self) -> list[Network]:
         """The teacher and the uncompressed students."""
-        return [one for one in self.networks if one.kind in MAIN_KINDS]
+        return [network for network in self.networks if network.kind in MAIN_KINDS]
 
     def without_path(self, sentence: object) -> str:
         """Return the sentence with the path of the run folder replaced by its name: pages are shared."""
         text = str(sentence)
-        for place in sorted({str(self.path), str(self.path.absolute()), str(self.path.resolve())}, key=len)[::-1]:
-            text = text.replace(place, self.folder_name) if place not in (".", "") else text
+        for path in sorted({str(self.path), str(self.path.absolute()), str(self.path.resolve())}, key=len)[::-1]:
+            text = text.replace(path, self.folder_name) if path not in (".", "") else text
         return text
 
 
@@ -104,37 +102,28 @@ def read_run(path: Path, number: int) -> PageRun:
     """Read a run, without its stores and data. Raises RunError as `read_report` does."""
     report = read_report(path)
     recipe = read_json_file(path / "recipe.json") or {}
-    networks = [_network(place) for place in network_entries(recipe, path)]
+    networks = [_network(entry) for entry in network_entries(recipe, path)]
     return PageRun(path, f"run{number}-", recipe, report, networks)
 
 
-def _network(place: NetworkEntry) -> Network:
-    jobs = []
-    for folder in place.jobs:
-        job = JobDir(folder)
-        lines = list(_epochs(job.metrics))
-        epochs = sorted((one for one in lines if one is not None), key=lambda one: one.number)
-        jobs.append(Job(folder, job.result(), epochs, len(lines) - len(epochs)))
-    return Network(place.name, place.kind, jobs)
+def _network(entry: NetworkEntry) -> Network:
+    jobs = [Job(folder, JobDir(folder).result(), _epochs(JobDir(folder).metrics)) for folder in entry.jobs]
+    return Network(entry.name, entry.kind, jobs)
 
 
-def _epochs(path: Path) -> Iterator[Epoch | None]:
-    """Yield the lines of a metrics.jsonl; None for a damaged one."""
+def _epochs(path: Path) -> list[Epoch]:
+    """Read a metrics.jsonl; an absent one is empty. Raises RunError if it is damaged."""
     try:
-        raw = read_regular_file(path, MAX_METRICS_BYTES)
-    except OSError:
-        return
-    text = raw[:MAX_METRICS_BYTES].decode(errors="replace")
-    for line in text.splitlines():
-        if line.strip():
-            yield _epoch(line)
+        lines = read_regular_file(path, MAX_METRICS_BYTES).decode().splitlines()
+        return [_epoch(json.loads(line)) for line in lines if line.strip()]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise RunError(f"{path} is damaged ({error}): delete its folder, and run the recipe again.") from error
 
 
-def _epoch(line: str) -> Epoch | None:
-    try:
-        record = json.loads(line)
-        losses = {str(name): float(value) for name, value in record.get("losses", {}).items()}
-        found = Epoch(int(record["epoch"]) + 1, 100 * float(record["accuracy"]), losses)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
-        return None
-    return found if found.number >= 1 and 0 <= found.accuracy <= 100 and math.isfinite(found.accuracy) else None
+def _epoch(record: dict[str, Any]) -> Epoch:
+    number, accuracy = int(record["epoch"]) + 1, 100 * float(record["accuracy"])
+    if number < 1 or not 0 <= accuracy <= 100:
+        raise ValueError(f"epoch {number} has an accuracy of {accuracy:g} %")
+    return Epoch(number, accuracy)

@@ -52,7 +52,7 @@ SECTIONS = (
     Section("reliability", "Reliability", reliability),
     Section("confusions", "Confusions", confusions),
     Section("similarity", "Class similarity", class_similarity),
-    Section("samples", "Samples with predictions", _samples),
+    Section("samples", "Test images with predictions", _samples),
     Section("provenance", "Provenance", provenance),
 )
 
@@ -90,11 +90,11 @@ def page(runs: Sequence[PageRun], on_message: Message) -> str:
 
 
 def _sections(run: PageRun, on_message: Message) -> list[dict[str, object]]:
-    def body(one: Section) -> Markup:
-        name = f"{run.report.recipe}: {one.title}"
-        return _attempt(f"{one.key}.html", partial(one.make, run), name, on_message, run)
+    def body(section: Section) -> Markup:
+        name = f"{run.report.recipe}: {section.title}"
+        return _attempt(f"{section.key}.html", partial(section.make, run), name, on_message, run)
 
-    return [{"key": one.key, "title": one.title, "body": body(one)} for one in SECTIONS]
+    return [{"key": section.key, "title": section.title, "body": body(section)} for section in SECTIONS]
 
 
 def _attempt(

@@ -13,14 +13,13 @@ import torch
 
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
 from kdpipe.stages.compress.artifacts.write import ArtifactStage, artifact_folder, write_artifacts
-from kdpipe.stages.compress.compress import CompressConfig, compressed_root, float_job, float_source, student_job
+from kdpipe.stages.compress.compress import CompressConfig, float_job, float_source, student_job
 from kdpipe.stages.compress.external_student import low_precision_dtypes
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.quantize_student import prepare, quantize_job, quantized_record
 from kdpipe.stages.compress.resume import TrainedModel, finished_source
-from kdpipe.stages.context import StageContext
-from kdpipe.stages.distillation.spec import DistillationSpec
-from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder
+from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, student_folder
+from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.latency import measure_latency
 from kdpipe.stages.export.onnx_session import float_nodes
 from kdpipe.stages.models.bundle import ModelBundle
@@ -29,44 +28,36 @@ from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_fi
 from kdpipe.store import make_folders
 
 
-def export_student(
-    config: CompressConfig,
-    student: StudentConfig,
-    seed: int,
-    spec: DistillationSpec,
-    stage_context: StageContext,
-    *,
-    name: str,
-) -> dict[str, Any]:
+def export_student(config: CompressConfig, context: FineTuneContext, *, name: str) -> dict[str, Any]:
     """Measure the files of a seed's networks, write its artifacts, called `name`, and return the card.
 
     Raises:
         RunError: If the networks do not exist yet.
         ModelError: As `write_artifacts`.
     """
-    context = FineTuneContext(student, seed, spec, stage_context, compressed_root(stage_context.run_dir, config))
     source = float_source(config, context)
     chain = [ArtifactStage(float_job(config, context), source.load())]
     if config.quantizes:
         chain.append(ArtifactStage(context.job_dir(config.quantize.scheme), _load_quantized(config, context, source)))
-    latency = measure_files(config, context)
+    test = context.evaluation(chain[0].network.normalize)
+    latency = measure_files(config, context, test.image_shape)
     return write_artifacts(
-        artifact_folder(context.root, seed),
+        artifact_folder(context.root, context.seed),
         chain,
-        {"name": name, **_facts(config, context, latency)},
-        stage_context,
+        {"name": name, **_facts(config, context, test, latency)},
+        test,
         opset=config.opset,
         dtypes=low_precision_dtypes(Path(config.student).expanduser()) if config.student and not config.steps else None,
     )
 
 
-def measure_files(config: CompressConfig, context: FineTuneContext) -> Latencies:
+def measure_files(config: CompressConfig, context: FineTuneContext, image_shape: tuple[int, int, int]) -> Latencies:
     """Measure onnxruntime's time per batch, teacher to INT8 student, in turn in one process.
 
     The result is recorded and reused for the same files and number of threads. Raises RunError if the record is
     damaged.
     """
-    stage_context, record = context.stage_context, latency_path(context.root, context.seed)
+    record = latency_path(context.root, context.seed)
     present = {
         name: folder.onnx for name, folder in _measured_folders(config, context).items() if folder.onnx.is_file()
     }
@@ -81,11 +72,11 @@ def measure_files(config: CompressConfig, context: FineTuneContext) -> Latencies
         return recorded
     found = measure_latency(
         present,
-        stage_context.image_shape,
+        image_shape,
         config.latency_batch_sizes,
         num_rounds=config.latency_rounds,
         num_threads=torch.get_num_threads(),
-        between_rounds=stage_context.monitor.check,
+        between_rounds=context.monitor.check,
     )
     files = {
         name: {str(size): latency.to_json() for size, latency in by_size.items()} for name, by_size in found.items()
@@ -97,7 +88,7 @@ def measure_files(config: CompressConfig, context: FineTuneContext) -> Latencies
 
 def _measured_folders(config: CompressConfig, context: FineTuneContext) -> dict[str, JobDir]:
     """Return the networks to measure. Those that differ only in their fine-tuning take the same time."""
-    run, seed, scheme = context.stage_context.run_dir, context.seed, config.quantize.scheme
+    run, seed, scheme = context.run_dir, context.seed, config.quantize.scheme
     alone, distilled = (student_folder(run, kind, seed) for kind in (ALONE, DISTILLED))
     sizes = [(folder.result() or {}).get("num_parameters") for folder in (alone, distilled)]
     folders = {"teacher": JobDir(run / "teacher"), "student": student_job(config, context)}
@@ -115,7 +106,7 @@ def _load_quantized(config: CompressConfig, context: FineTuneContext, source: Tr
 
     def fresh() -> ModelBundle:
         network = source.load()
-        prepared = prepare(network.model, context.stage_context.image_shape, config.quantize)
+        prepared = prepare(network.model, context.evaluation(network.normalize).image_shape, config.quantize)
         architecture = {**network.architecture, **quantized_record(config.quantize)}
         return ModelBundle(prepared, architecture, network.normalize)
 
@@ -125,9 +116,9 @@ def _load_quantized(config: CompressConfig, context: FineTuneContext, source: Tr
     return finished_source(folder, fresh, "kdpipe compress --only quantize").load()
 
 
-def _facts(config: CompressConfig, context: FineTuneContext, latency: Latencies) -> dict[str, Any]:
+def _facts(config: CompressConfig, context: FineTuneContext, test: Evaluation, latency: Latencies) -> dict[str, Any]:
     """Return the card's entries on origin and figures."""
-    jobs = {"teacher": JobDir(context.stage_context.run_dir / "teacher"), "student": student_job(config, context)}
+    jobs = {"teacher": JobDir(context.run_dir / "teacher"), "student": student_job(config, context)}
     if config.prunes:
         jobs["pruned"] = context.job_dir("pruned")
     if config.quantizes:
@@ -139,8 +130,8 @@ def _facts(config: CompressConfig, context: FineTuneContext, latency: Latencies)
         "kdpipe": version("kdpipe"),
         "seed": context.seed,
         "data": {
-            "name": context.stage_context.test_set.name,
-            "num_test_samples": context.stage_context.test_set.num_samples,
+            "name": test.loader.dataset.name,
+            "num_test_samples": test.loader.dataset.num_samples,
         },
         "teachers": [
             {

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import read_json_file
 
-LatencyByBatch = dict[str, dict[str, float]]
+LatencyByBatch = dict[str, dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]]
 """By batch size, as text: a batch's median and 95th percentile, p50_ms and p95_ms."""
 
 
@@ -22,7 +22,7 @@ class Latencies:
     cpu: str
     num_threads: int
     batch_sizes: list[int]
-    files: Mapping[str, LatencyByBatch]
+    files: dict[str, LatencyByBatch]
 
     def of(self, kind: str, timed_as: str) -> LatencyByBatch | None:
         """Return a network's own latencies, or else those of the equivalent kind."""
@@ -39,15 +39,10 @@ def read_latencies(path: Path) -> Latencies | None:
     if record is None:
         return None
     try:
-        sizes, files = list(map(int, record["batch_sizes"])), dict(record["files"].items())
-        found = Latencies(str(record["cpu"]), int(record["num_threads"]), sizes, files)
-        times = [found.files[kind][str(size)] for kind in found.files for size in found.batch_sizes]
-        figures: list[Any] = [pair[name] for pair in times for name in ("p50_ms", "p95_ms")]
-        whole = all(isinstance(figure, float | int) and math.isfinite(figure) and figure > 0 for figure in figures)
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): delete it, and run `kdpipe compress` again.") from error
-    if not whole:
+        return TypeAdapter(Latencies).validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the record"
         raise RunError(
-            f"{path} is damaged (a time is not a positive number): delete it, and run `kdpipe compress` again."
-        )
-    return found
+            f"{path} is damaged ({place}: {first['msg']}): delete it, and run `kdpipe compress` again."
+        ) from error

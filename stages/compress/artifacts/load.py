@@ -1,7 +1,7 @@
 """Rebuild a network from a weights file alone, without pickle or recipe.
 
 network = rebuild(Path("artifacts-seed0/model.safetensors"))
-logits = network.model(network.normalise(images))          # uint8 [B, C, H, W] to [B, num_classes]
+logits = network.model(network.normalize(images))          # uint8 [B, C, H, W] to [B, num_classes]
 """
 
 from __future__ import annotations

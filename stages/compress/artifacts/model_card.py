@@ -12,46 +12,53 @@ scale = json.loads(session.get_modelmeta().custom_metadata_map["normalization"])
 mean, std = (np.array(scale[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
 logits = session.run(["logits"], {{"images": (images / np.float32(255) - mean) / std}})[0]  # images: uint8 {shape}"""
 
+TEXT = """# {name}: {model}, {state}
+
+Made by kdpipe {kdpipe}. It classifies images of {size} (channels, height, width) into {num_classes} classes: {classes}.
+
+{origin}
+
+{table}
+
+onnxruntime on {num_threads} thread(s) of {cpu}; medians, the files in turn.
+
+## How to run it
+
+```python
+{snippet}
+```
+
+Any batch size runs, 1 included. `class_names`, `normalization` and `image_shape` are in the file's metadata. Crop and \
+resize images to that size first, as in the recipe's data section.
+
+## Files
+
+{files}
+"""
+
 
 def card_text(card: Mapping[str, Any]) -> str:
     """Return the Markdown of a card."""
-    return "\n".join(_lines(card)) + "\n"
-
-
-def _lines(card: Mapping[str, Any]) -> Iterator[str]:
-    architecture, shown = card["architecture"], card["input"]["shape"]
-    yield f"# {_escape(card['name'])}: {_escape(architecture['model'])}, {_state(card)}"
-    yield ""
-    yield (
-        f"Made by kdpipe {card['kdpipe']}. It classifies images of {shown[1]} x {shown[2]} x {shown[3]} (channels, "
-        f"height, width) into {len(card['class_names'])} classes: {_shortened(card['class_names'])}."
+    shape, scheme = card["input"]["shape"], card["architecture"].get("quantized", "")
+    states = ["pruned"] * ("pruned" in card["networks"]) + [scheme.upper()] * bool(scheme)
+    onnx_file = max((name for name in card["files"] if name.endswith(".onnx")), key=len)
+    return TEXT.format(
+        name=_escape(card["name"]),
+        model=_escape(card["architecture"]["model"]),
+        state=" and ".join(states) or "unchanged",
+        kdpipe=card["kdpipe"],
+        size=" x ".join(map(str, shape[1:])),
+        num_classes=len(card["class_names"]),
+        classes=_shortened(card["class_names"]),
+        origin="\n".join(_origin(card)),
+        table="\n".join(_table(card)),
+        num_threads=card["latency"]["num_threads"],
+        cpu=card["latency"]["cpu"],
+        snippet=SNIPPET.format(file=onnx_file, shape=f"[{', '.join(map(str, shape))}]"),
+        files="\n".join(
+            f"- `{name}`: {file['bytes']:,} bytes. {_purpose(name)}" for name, file in card["files"].items()
+        ),
     )
-    yield ""
-    yield from _origin(card)
-    yield ""
-    yield from _table(card)
-    yield ""
-    yield "## How to run it"
-    yield ""
-    onnx = [name for name in card["files"] if name.endswith(".onnx")]
-    yield "```python"
-    yield SNIPPET.format(file=sorted(onnx, key=len)[-1], shape=f"[{', '.join(map(str, shown))}]")
-    yield "```"
-    yield ""
-    yield (
-        "Any batch size runs, 1 included. `class_names`, `normalisation` and `image_shape` are in the file's "
-        "metadata. Crop and resize images to that size first, as in the recipe's data section."
-    )
-    yield ""
-    yield from _files(card)
-
-
-def _state(card: Mapping[str, Any]) -> str:
-    architecture = card["architecture"]
-    words = ["pruned"] if "pruned" in card["networks"] else []
-    if scheme := architecture.get("quantized"):
-        words.append(scheme.upper())
-    return " and ".join(words) or "unchanged"
 
 
 def _origin(card: Mapping[str, Any]) -> Iterator[str]:
@@ -76,41 +83,24 @@ def _table(card: Mapping[str, Any]) -> Iterator[str]:
     yield "|" + "---|" * len(columns)
     for name, row in card["networks"].items():
         times = card["latency"]["files"].get(name, {})
-        shown = [_time(times.get(str(size))) for size in sizes]
         agreement = "-" if row["agreement"] is None else f"{100 * row['agreement']:.2f}"
-        yield (
-            f"| {name} | {100 * row['accuracy']:.2f} | {agreement} | {row['num_parameters']:,} | "
-            f"{_count(row['num_macs'])} | {row['onnx_bytes']:,} | {' | '.join(shown)} |"
-        )
-    yield ""
-    threads = card["latency"]["num_threads"]
-    on = "one thread" if threads == 1 else f"{threads} threads"
-    yield f"onnxruntime on {on} of {card['latency']['cpu']}; medians, the files in turn."
-
-
-def _files(card: Mapping[str, Any]) -> Iterator[str]:
-    yield "## Files"
-    yield ""
-    for name, file in card["files"].items():
-        yield f"- `{name}`: {file['bytes']:,} bytes. {_purpose(name)}"
+        macs = "-" if row["num_macs"] is None else f"{row['num_macs']:,}"
+        cells = [name, f"{100 * row['accuracy']:.2f}", agreement, f"{row['num_parameters']:,}", macs]
+        cells += [f"{row['onnx_bytes']:,}", *(_time(times.get(str(size))) for size in sizes)]
+        yield f"| {' | '.join(cells)} |"
 
 
 def _purpose(name: str) -> str:
     if name.endswith(".safetensors"):
-        return "The weights; `stages.rebuild.rebuild(path)` builds the network from its header."
+        return "The weights; `kdpipe.stages.compress.artifacts.load.rebuild(path)` builds the network from its header."
     if name.endswith(".pt2"):
-        return "`torch.export.load(path).module()`" + (
-            ", after `import torch.ao.quantization.fx._decomposed`." if "int8" in name else "."
-        )
+        needs = ", after `import torch.ao.quantization.fx._decomposed`" if "int8" in name else ""
+        return f"`torch.export.load(path).module()`{needs}."
     return "For onnxruntime; " + ("float32." if name == "model.onnx" else "integers where they are faster.")
 
 
 def _time(pair: Mapping[str, float] | None) -> str:
     return "-" if pair is None else f"{pair['p50_ms']:.3f} ({pair['p95_ms']:.3f})"
-
-
-def _count(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
 
 
 def _escape(text: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ from typing import Any
 import torch
 
 from kdpipe.stages.compress.artifacts.model_card import card_text
-from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.export.torch_export import export_program
 from kdpipe.stages.models.bundle import ModelBundle
@@ -52,7 +51,7 @@ def write_artifacts(
     folder: Path,
     chain: Sequence[ArtifactStage],
     facts: Mapping[str, Any],
-    stage_context: StageContext,
+    test: Evaluation,
     *,
     opset: int | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
@@ -72,20 +71,33 @@ def write_artifacts(
     is_current = previous.get("made_from") == made_from and {key: previous.get(key) for key in facts} == _as_json(facts)
     if is_current and _are_whole(folder, previous.get("files")):
         return previous
-    _require_writable(folder)
+    try:
+        make_folders([folder])
+    except OSError as error:
+        raise RunError(f"the artifacts folder {folder} cannot be created: {error.strerror}.") from error
     with _staged(folder) as new:
         for stage in chain:
-            _write_network(new, stage, stage_context, opset)
+            _write_network(new, stage, test, opset)
         last = chain[-1].network
         state = {
             name: tensor.to((dtypes or {}).get(name, tensor.dtype)) for name, tensor in last.model.state_dict().items()
         }
-        save_tensors(new / "model.safetensors", state, artifact_record(last, stage_context))
+        record = {
+            "architecture": dict(last.architecture),
+            "normalization": last.normalize.to_json(),
+            "class_names": list(test.class_names),
+        }
+        save_tensors(new / "model.safetensors", state, record)
         card = {
             **facts,
             "architecture": dict(last.architecture),
-            "input": _input(last, stage_context),
-            "class_names": list(stage_context.test_set.class_names),
+            "input": {
+                "name": "images",
+                "shape": ["batch", *test.image_shape],
+                "pixels": "[0, 1]",
+                **last.normalize.to_json(),
+            },
+            "class_names": list(test.class_names),
             "files": {path.name: _describe(path) for path in sorted(new.iterdir())},
             "made_from": made_from,
         }
@@ -103,9 +115,6 @@ def _staged(folder: Path) -> Iterator[Path]:
     try:
         yield new
         names = [path.name for path in new.iterdir()]
-        for place in (folder / name for name in names):
-            if place.is_dir():
-                raise RunError(f"{place} is a folder, but a file must be written there: remove it, and compress again.")
         (folder / "card.json").unlink(missing_ok=True)
         for path in sorted(new.iterdir(), key=lambda path: path.name == "card.json"):
             path.replace(folder / path.name)
@@ -116,24 +125,10 @@ def _staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def artifact_record(network: ModelBundle, stage_context: StageContext) -> dict[str, Any]:
-    """Return the record in the header of the weights: all that is needed to build the network and scale its input."""
-    return {
-        "architecture": dict(network.architecture),
-        "normalization": network.normalize.to_json(),
-        "class_names": list(stage_context.test_set.class_names),
-    }
-
-
-def file_name(network: ModelBundle, suffix: str) -> str:
-    """Return the name of a network's file: model.onnx, model.int8.onnx, ..."""
-    scheme = network.architecture.get("quantized")
-    return f"model.{scheme}.{suffix}" if scheme else f"model.{suffix}"
-
-
-def _write_network(folder: Path, stage: ArtifactStage, stage_context: StageContext, opset: int | None) -> None:
-    network, example = stage.network, torch.zeros(2, *stage_context.image_shape)
-    onnx, metadata = folder / file_name(network, "onnx"), onnx_metadata(network, stage_context)
+def _write_network(folder: Path, stage: ArtifactStage, test: Evaluation, opset: int | None) -> None:
+    network, example = stage.network, torch.zeros(2, *test.image_shape)
+    name = f"model.{scheme}" if (scheme := network.architecture.get("quantized")) else "model"
+    onnx, metadata = folder / f"{name}.onnx", onnx_metadata(network, test)
     if opset is not None:
         export_onnx(network.model, example, onnx, metadata=metadata, opset=opset)
     elif stage.folder.onnx.is_file():
@@ -141,8 +136,8 @@ def _write_network(folder: Path, stage: ArtifactStage, stage_context: StageConte
     else:
         raise RunError(f"{stage.folder.onnx} is missing: delete the folder {stage.folder.path}, and compress again.")
     # The exported copy itself must agree with the network.
-    require_agreement(onnx, network, stage_context, whole_test=True)
-    export_program(network.model, example, folder / file_name(network, "pt2"), metadata=metadata)
+    require_agreement(onnx, network, test, whole_test=True)
+    export_program(network.model, example, folder / f"{name}.pt2", metadata=metadata)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -152,30 +147,11 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _are_whole(folder: Path, files: Any) -> bool:
     """Return whether the files that a card lists exist as described."""
-    if not isinstance(files, dict) or not files:
-        return False
-    return all((folder / name).is_file() and _describe(folder / name) == files[name] for name in files)
-
-
-def _input(network: ModelBundle, stage_context: StageContext) -> dict[str, Any]:
-    return {
-        "name": "images",
-        "shape": ["batch", *stage_context.image_shape],
-        "pixels": "[0, 1]",
-        **network.normalize.to_json(),
-    }
-
-
-def _require_writable(folder: Path) -> None:
-    """Raise RunError before any work if the folder cannot be written."""
-    try:
-        make_folders([folder])
-    except OSError as error:
-        raise RunError(f"the artifacts folder {folder} cannot be created: {error.strerror}.") from error
-    if not os.access(folder, os.W_OK):
-        raise RunError(
-            f"the artifacts folder {folder} is not writable: change its permissions, or use another run folder (--run)."
-        )
+    return (
+        isinstance(files, dict)
+        and bool(files)
+        and all((folder / name).is_file() and _describe(folder / name) == files[name] for name in files)
+    )
 
 
 def _as_json(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ norm. Such a group is pruned as one.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,10 @@ from kdpipe.stages.compress.pruning.exclusions import (
     is_depthwise,
     written,
 )
-from kdpipe.stages.compress.pruning.importance import mean_over_lanes
-from kdpipe.stages.compress.pruning.tracing_errors import follow_channels
 from kdpipe.stages.compress.pruning.widths import SIZES
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.models.clone import preserve_modes
+from kdpipe.stages.models.hooks import capture, model_errors
 
 MAX_GROWTH = 16
 """Tracing stops if a group has this many times the channels of the widest layer, as in Swin's windows."""
@@ -77,35 +77,37 @@ def traceable(model: nn.Module) -> Iterator[None]:
         parameter.requires_grad_(requires_grad[path])
 
 
+@contextmanager
+def follow_channels() -> Iterator[None]:
+    """Convert failures of torch-pruning to a ModelError."""
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about parameters outside layers, which stay unpruned
+        try:
+            yield
+        except Exception as error:
+            raise ModelError(
+                f"this model cannot be pruned: torch-pruning cannot follow its channels ({cause(error)}), which are "
+                "shuffled or reshaped; set compress.steps = ['quantize'], or prune.kind = 'weights'."
+            ) from error
+
+
 def output_layers(model: nn.Module, example: Tensor) -> list[nn.Module]:
     """Return the layers that write the logits of a `traceable` model: the first ones on the way back from the output.
 
     Raises:
         ModelError: If the model does not run on `example` [B, C, H, W].
     """
-    layer_of: dict[Any, nn.Module] = {}
-
-    def record(layer: nn.Module, _: Any, output: Tensor) -> None:
-        layer_of[output.grad_fn] = layer
-
-    hooks = [layer.register_forward_hook(record) for layer in model.modules() if isinstance(layer, WEIGHT_LAYERS)]
-    try:
-        with torch.enable_grad():
-            pending = [model(example).grad_fn]
-    except Exception as error:
-        raise ModelError(
-            f"the model does not run on an input of shape {list(example.shape)}: {cause(error)}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found, image_batch = [], set()
+    layers = [layer for layer in model.modules() if isinstance(layer, WEIGHT_LAYERS)]
+    with model_errors(example), torch.enable_grad(), capture(layers, lambda output: output.grad_fn) as operations:
+        pending = [model(example).grad_fn]
+    layer_of = {operation: layer for layer, calls in operations.items() for operation in calls}
+    found, visited = [], set()
     while pending:
         node = pending.pop()
         if node in layer_of:
             found.append(layer_of[node])
-        elif node is not None and node not in image_batch:
-            image_batch.add(node)
+        elif node is not None and node not in visited:
+            visited.add(node)
             pending += [previous for previous, _ in node.next_functions]
     return found
 
@@ -128,7 +130,7 @@ def find_channels(
     outputs = output_layers(model, example)
     groups = []
     excluded: dict[nn.Module, str] = {}
-    with follow_channels(model, example):
+    with follow_channels():
         # In a list: a bare tensor would be unpacked along its first axis.
         graph = torch_pruning.DependencyGraph().build_dependency(model, [example], verbose=False)
         names = ModuleNames(model, outputs, exclude)
@@ -137,8 +139,8 @@ def find_channels(
             if reason is None:
                 groups.append(_group(found, names, measure, full_widths))
             else:
-                excluded |= {layer: names.reason_for(layer) or reason for layer in written(found, WEIGHT_LAYERS)}
-        excluded |= {layer: names.reason_outside(layer) for layer in names.layers_outside(graph)}
+                excluded |= {layer: names.reasons.get(layer, reason) for layer in written(found, WEIGHT_LAYERS)}
+        excluded |= names.outside(graph)
     in_order = {path: excluded[module] for module, path in names.paths.items() if module in excluded}
     return Channels(graph, groups, in_order)
 
@@ -190,13 +192,13 @@ def _all_groups(graph: torch_pruning.DependencyGraph) -> Iterator[Any]:
     for node in graph.module2node.values():
         for link in node.dependencies:
             link.index_mapping = _BoundedMappings(link.index_mapping, MAX_GROWTH * widest)
-    image_batch: set[int] = set()
+    visited: set[int] = set()
     for layer in list(graph.module2node):
-        if isinstance(layer, WEIGHT_LAYERS) and id(layer) not in image_batch:
+        if isinstance(layer, WEIGHT_LAYERS) and id(layer) not in visited:
             pruner = graph.get_pruner_of_module(layer)
             channels = list(range(pruner.get_out_channels(layer)))
             found = graph.get_pruning_group(layer, pruner.prune_out_channels, channels)
-            image_batch.update(
+            visited.update(
                 id(member.target.module) for member, _ in found if graph.is_out_channel_pruning_fn(member.handler)
             )
             yield found
@@ -213,7 +215,7 @@ def _group(
         path=path,
         layer=root.target.module,
         prune_outputs=root.handler,
-        importance=mean_over_lanes(measure(found), num_lanes),
+        importance=measure(found).view(num_lanes, -1).mean(dim=0),  # lanes lose the same channels
         num_lanes=num_lanes,
         full_width=full.get("out_channels", full.get("out_features")) // num_lanes,
         cuts=tuple(

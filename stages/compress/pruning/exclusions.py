@@ -29,16 +29,15 @@ class ModuleNames:
         self.reasons = {layer: "named in prune.exclude" for module in exclude for layer in module.modules()}
         self.reasons |= dict.fromkeys(outputs, "it writes the logits")
 
-    def reason_for(self, layer: Any) -> str | None:
-        """Return why a layer stays whole by itself: it is named, or writes the logits."""
-        return self.reasons.get(layer) if isinstance(layer, nn.Module) else None
-
-    def layers_outside(self, graph: torch_pruning.DependencyGraph) -> list[nn.Module]:
-        return [layer for layer in self.paths if isinstance(layer, WEIGHT_LAYERS) and layer not in graph.module2node]
-
-    def reason_outside(self, layer: nn.Module) -> str:
-        inside = self.attention_of.get(layer)
-        return "the forward does not call it" if inside is None else f"it is part of the attention {inside!r}"
+    def outside(self, graph: torch_pruning.DependencyGraph) -> dict[nn.Module, str]:
+        """Return the layers that a graph does not have, with the reason."""
+        layers = [layer for layer in self.paths if isinstance(layer, WEIGHT_LAYERS) and layer not in graph.module2node]
+        return {
+            layer: f"it is part of the attention {self.attention_of[layer]!r}"
+            if layer in self.attention_of
+            else "the forward does not call it"
+            for layer in layers
+        }
 
     def describe(self, member: Any) -> str:
         """Describe a member that no record of widths covers."""
@@ -53,8 +52,8 @@ def exclusion_reason(found: Any, names: ModuleNames, *, with_batch_norm: bool) -
     """Return why a group must stay whole, or None."""
     members = [dependency.target.module for dependency, _ in found]
     for member in [*written(found, WEIGHT_LAYERS), *written(found, nn.Module)]:
-        if (reason := names.reason_for(member)) is not None:
-            return f"its channels meet those of {names.paths[member]!r}: {reason}"
+        if member in names.reasons:
+            return f"its channels meet those of {names.paths[member]!r}: {names.reasons[member]}"
     for member in members:
         if not has_sizes(member) and not _is_weightless(member):
             return f"its channels reach {names.describe(member)}"

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from kdpipe.stages.errors import ModelError
 
 Importance = Literal["l1", "l2", "taylor", "bn_scale"]
-
-
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -33,18 +31,21 @@ def measure_of(kind: Importance) -> Callable[[Any], Tensor]:
     "bn_scale": an entry is |gamma| of a batch norm, and nothing else counts (network slimming, Liu et al. 2017,
         arXiv:1708.06519). The group must have one (`batch_norms_of`).
     """
-    importance = torch_pruning.importance
+    measure: Any
     if kind == "taylor":
-        return _as_float64(importance.GroupTaylorImportance(normalizer=None))
-    if kind == "bn_scale":
-        return _as_float64(_without_padding(importance.BNScaleImportance(normalizer=None)))
-    measure = _as_float64(importance.GroupMagnitudeImportance(p=1 if kind == "l1" else 2, normalizer=None))
-    return measure if kind == "l1" else _root(measure)
+        measure = torch_pruning.importance.GroupTaylorImportance(normalizer=None)
+    elif kind == "bn_scale":
+        measure = torch_pruning.importance.BNScaleImportance(normalizer=None)
+    else:
+        measure = torch_pruning.importance.GroupMagnitudeImportance(p=1 if kind == "l1" else 2, normalizer=None)
 
+    def scores(group: Any) -> Tensor:
+        found: Tensor = measure(group).detach().cpu().double()
+        if kind == "bn_scale":  # as long as the first batch norm; behind a flattened map that one covers pixels
+            found = found[: len(group[0].idxs)]
+        return found.sqrt() if kind == "l2" else found
 
-def mean_over_lanes(scores: Tensor, num_lanes: int) -> Tensor:
-    """Average scores [num_channels] -> [num_channels / num_lanes]: lanes lose the same channels."""
-    return scores.view(num_lanes, -1).mean(dim=0)
+    return scores
 
 
 def attach_gradients(model: nn.Module, gradients: Mapping[str, Tensor] | None) -> None:
@@ -73,31 +74,6 @@ def detach_gradients(model: nn.Module) -> None:
 def batch_norms_of(members: Sequence[Any]) -> list[nn.Module]:
     """Return the affine batch norms among the members of a group."""
     return [member for member in members if isinstance(member, BATCH_NORMS) and member.affine]
-
-
-def _as_float64(measure: Any) -> Callable[[Any], Tensor]:
-    def scores(group: Any) -> Tensor:
-        found: Tensor = measure(group).detach().cpu().double()
-        return found
-
-    return scores
-
-
-def _root(measure: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    return lambda group: measure(group).sqrt()
-
-
-def _without_padding(measure: Any) -> Callable[[Any], Tensor]:
-    """Drop padding: torch-pruning's result is as long as the first batch norm that it meets.
-
-    After a flattened map, that one covers pixels; the channels' scores come first.
-    """
-
-    def scores(group: Any) -> Tensor:
-        found: Tensor = measure(group)[: len(group[0].idxs)]
-        return found
-
-    return scores
 
 
 def global_lowest(scores: Sequence[Tensor], num_safe: Sequence[int], num_removed: int) -> list[int] | None:

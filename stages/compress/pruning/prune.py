@@ -6,6 +6,7 @@ pruning of single weights zeroes them and keeps the shape (`sparsity`).
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -18,6 +19,7 @@ from kdpipe.stages.compress.pruning.budget import MAX_LATENCIES, Allocation, Unr
 from kdpipe.stages.compress.pruning.channel_groups import (
     Channels,
     find_channels,
+    follow_channels,
     output_layers,
     remove,
     traceable,
@@ -25,7 +27,6 @@ from kdpipe.stages.compress.pruning.channel_groups import (
 )
 from kdpipe.stages.compress.pruning.importance import attach_gradients, detach_gradients, measure_of
 from kdpipe.stages.compress.pruning.sparsity import masks_of, prunable_layers, prune_2_4, prune_smallest
-from kdpipe.stages.compress.pruning.tracing_errors import follow_channels, trace_scope
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.config import Count, section
 from kdpipe.stages.errors import ModelError, cause
@@ -79,12 +80,8 @@ class PruneConfig:
             )
         if self.importance not in {"l1", "l2"}:
             raise ValueError(f'importance = "{self.importance}" needs kind = "channels": weights go by magnitude')
-        if self.kind == "2:4" and self.ratio != 0.5:
-            raise ValueError('kind = "2:4" always zeroes half of the weights: leave ratio at 0.5')
-        if self.kind == "2:4" and self.steps > 1:
-            raise ValueError('kind = "2:4" is done in one step: leave steps at 1')
-        if self.kind == "2:4" and self.scope == "global":
-            raise ValueError('kind = "2:4" zeroes two of every four in every layer: leave scope at "layer"')
+        if self.kind == "2:4" and (self.ratio, self.steps, self.scope) != (0.5, 1, "layer"):
+            raise ValueError('kind = "2:4" zeroes half of every layer at once: leave out ratio, steps and scope')
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def prune(
     Args:
         model: The network; it stays unchanged.
         example: Images [B, C, H, W], of which only the shape counts.
-        config: The recipe's section.
+        config: The settings.
         full: The unpruned network that config.ratio refers to; `model` itself by default. After step k of n, `model`
             is the result of step k - 1 and `done` is k / n; config.ratio * done of `full` is then removed.
         done: The share of the goal to reach.
@@ -143,39 +140,15 @@ def prune(
         if ratio is None:
             ratio = config.ratio * done
             if config.budget != "channels":
-                ratio = _search(model, whole, channels, allocation, _Goal(config, 1 - ratio, example, latency))
+                ratio = _search(model, channels, allocation, _Goal(config, 1 - ratio, whole, example, latency))
         kept = allocation.num_kept(channels.groups, ratio)
-        with follow_channels(model, example):
+        with follow_channels():
             remove(channels, kept)
     detach_gradients(pruned)
     if done >= 1:
         _require_it_shrank(pruned, whole, config)
     _require_it_runs(pruned, example)
     return Pruned(pruned, ratio, channels.excluded)
-
-
-@dataclass(frozen=True)
-class _Goal:
-    """At most `share` of what config.budget counts in the full network."""
-
-    config: PruneConfig
-    share: float
-    example: Tensor
-    latency: Callable[[nn.Module], float] | None
-
-    def measure(self, full: nn.Module) -> Callable[[nn.Module], float]:
-        """Return a function that computes a candidate's share of the full network."""
-        if self.config.budget == "latency":
-            if self.latency is None:
-                raise ModelError('prune.budget = "latency" needs the `latency` argument of prune().')
-            return self.latency
-        size = count_parameters if self.config.budget == "parameters" else self._macs
-        whole = size(full)
-        return lambda candidate: size(candidate) / whole
-
-    def _macs(self, model: nn.Module) -> int:
-        channels, height, width = self.example.shape[1:]
-        return count_macs(model, (channels, height, width))
 
 
 def _channels(
@@ -190,13 +163,10 @@ def _channels(
     """Find the groups of channels and measure their importance. Raises ModelError if there are none."""
     if config.importance == "taylor":
         attach_gradients(pruned, gradients)
+    with_batch_norm = config.importance == "bn_scale"
+    measure = measure_of(config.importance)
     channels = find_channels(
-        pruned,
-        example,
-        excluded,
-        measure_of(config.importance),
-        full_widths=full_widths,
-        with_batch_norm=config.importance == "bn_scale",
+        pruned, example, excluded, measure, full_widths=full_widths, with_batch_norm=with_batch_norm
     )
     if not channels.groups:
         raise ModelError(
@@ -209,10 +179,42 @@ def _reasons(excluded: Mapping[str, str]) -> str:
     return "; ".join(f"{path}: {reason}" for path, reason in list(excluded.items())[:3])
 
 
-def _search(model: nn.Module, full: nn.Module, channels: Channels, allocation: Allocation, goal: _Goal) -> float:
+@dataclass(frozen=True)
+class _Goal:
+    """At most `share` of what config.budget counts in the `full` network."""
+
+    config: PruneConfig
+    share: float
+    full: nn.Module
+    example: Tensor
+    latency: Callable[[nn.Module], float] | None
+
+    def measure(self, model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], float]]:
+        """Return the network to cut candidates from, `model` or a copy of it, and the function of their share."""
+        if self.config.budget == "latency":
+            if self.latency is None:
+                raise ModelError('prune.budget = "latency" needs the `latency` argument of prune().')
+            return model, self.latency
+        try:  # without computing, where the forward reads no values
+            return clone_without_hooks(model).to("meta"), self._share_of(clone_without_hooks(self.full).to("meta"))
+        except (ModelError, NotImplementedError):
+            return model, self._share_of(self.full)
+
+    def _share_of(self, full: nn.Module) -> Callable[[nn.Module], float]:
+        channels, height, width = self.example.shape[1:]
+
+        def size(model: nn.Module) -> int:
+            macs = self.config.budget == "macs"
+            return count_macs(model, (channels, height, width)) if macs else count_parameters(model)
+
+        whole = size(full)
+        return lambda candidate: size(candidate) / whole
+
+
+def _search(model: nn.Module, channels: Channels, allocation: Allocation, goal: _Goal) -> float:
     """Find the channel ratio that reaches the goal."""
-    model, share_of_model = _sizing(model, full, goal)
-    widths, full_widths = record_widths(model), record_widths(full)
+    model, share_of_model = goal.measure(model)
+    widths, full_widths = record_widths(model), record_widths(goal.full)
 
     def share_of(kept: Widths) -> float:
         after = widths_after(widths, channels.groups, kept)
@@ -234,16 +236,6 @@ def _search(model: nn.Module, full: nn.Module, channels: Channels, allocation: A
             f"{list(goal.config.exclude)}, {end.share:.1%} is the least; lower prune.ratio or round_to, raise "
             "max_ratio, or exclude less."
         ) from end
-
-
-def _sizing(model: nn.Module, full: nn.Module, goal: _Goal) -> tuple[nn.Module, Callable[[nn.Module], float]]:
-    """Return the network to cut candidates from and the measure of their share; on "meta" where shapes suffice."""
-    if goal.config.budget != "latency":
-        try:
-            return clone_without_hooks(model).to("meta"), goal.measure(clone_without_hooks(full).to("meta"))
-        except (ModelError, NotImplementedError):
-            pass  # its forward reads values
-    return model, goal.measure(full)
 
 
 def _prune_weights(
@@ -273,11 +265,14 @@ def _require_it_shrank(pruned: nn.Module, full: nn.Module, config: PruneConfig) 
 
 def _require_it_runs(pruned: nn.Module, example: Tensor) -> None:
     copy = clone_without_hooks(pruned).eval()
-    with torch.no_grad(), trace_scope(copy) as running:
-        try:
+    paths = {module: path for path, module in copy.named_modules()}
+    try:
+        with torch.no_grad():
             copy(example)
-        except Exception as error:
-            raise ModelError(
-                f"the pruned model does not run ({cause(error)}), in {running[-1] if running else 'its forward'}: "
-                "if its forward hard-codes channel numbers, add the module to prune.exclude."
-            ) from error
+    except Exception as error:
+        frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+        running = [module for module in frames if isinstance(module, nn.Module) and module in paths]
+        raise ModelError(
+            f"the pruned model does not run ({cause(error)}), in the forward of {paths[running[-1]]!r} "
+            f"({type(running[-1]).__name__}): if that hard-codes channel numbers, add the module to prune.exclude."
+        ) from error

@@ -46,24 +46,21 @@ def prunable_layers(
 def prune_smallest(layers: Mapping[str, nn.Module], share: float, *, together: bool, max_share: float) -> None:
     """Zero the `share` of the weights smallest in magnitude, biases aside; existing zeros come first.
 
-    Args:
-        layers: The layers by path.
-        share: The share to zero.
-        together: Rank the weights of all layers together; no layer loses more than `max_share`, nor its last weight.
-            Otherwise every layer loses its `share`.
-        max_share: The largest share of one layer.
+    Either every layer loses its `share`, or the weights of all layers are ranked `together`; then no layer loses more
+    than `max_share`, nor its last weight.
 
     Raises:
         ModelError: If `max_share` makes the goal impossible.
     """
     weights = [layer.get_parameter("weight") for layer in layers.values()]
-    if not together:
-        for weight in weights:
-            _zero_lowest(weight, weight.abs().flatten().argsort(stable=True), round(share * weight.numel()))
-        return
-    num_zeroed_of = _num_zeroed_by_rank(weights, share, max_share)
-    for weight, num_zeroed in zip(weights, num_zeroed_of, strict=True):
-        _zero_lowest(weight, weight.abs().flatten().argsort(stable=True), num_zeroed)
+    counts = [round(share * weight.numel()) for weight in weights]
+    if together:
+        counts = _num_zeroed_by_rank(weights, share, max_share)
+    for weight, count in zip(weights, counts, strict=True):
+        lowest = weight.abs().flatten().argsort(stable=True)[: min(count, weight.numel() - 1)]
+        keep = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+        keep[lowest] = False
+        weight.mul_(keep.view(weight.shape))
 
 
 @torch.no_grad()
@@ -94,27 +91,13 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Zero again, in place, what `masks` zero: for after every optimizer step. Masks are on the model's device.
-
-    Raises:
-        ModelError: If the model lacks a parameter that has a mask.
-    """
+    """Zero again, in place, what `masks` zero: for after every optimizer step. Masks are on the model's device."""
     for path, mask in masks.items():
-        try:
-            weight = model.get_parameter(path)
-        except AttributeError as error:
-            raise ModelError(f"there is a mask for {path!r}, but this model has no such parameter.") from error
-        weight.mul_(mask)
+        model.get_parameter(path).mul_(mask)
 
 
 def _weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
-
-
-def _zero_lowest(weight: Tensor, order: Tensor, num_zeroed: int) -> None:
-    keep = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-    keep[order[: min(num_zeroed, weight.numel() - 1)]] = False
-    weight.mul_(keep.view(weight.shape))
 
 
 def _num_zeroed_by_rank(weights: Sequence[Tensor], share: float, max_share: float) -> list[int]:

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from kdpipe.stages.errors import ModelError
-from kdpipe.store.errors import did_you_mean
 
 SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv1d: ("in_channels", "out_channels", "groups"),
@@ -48,7 +47,10 @@ def apply_widths(model: nn.Module, widths: Mapping[str, Any]) -> nn.Module:
             numbers, or sizes beyond the unpruned ones (so a hostile record cannot demand memory).
     """
     layers = _layers(model)
-    _check_paths(widths, layers)
+    if not isinstance(widths, Mapping):
+        raise ModelError(f"the record of widths is a {type(widths).__name__}, not a table of layers.")
+    if different := sorted(str(path) for path in {*widths} ^ {*layers}):
+        raise ModelError(f"the record of widths is of another architecture: only one has the layer {different[0]!r}.")
     for path, layer in layers.items():
         _check_sizes(path, _sizes_of(layer), widths[path])
     for path, layer in layers.items():
@@ -72,20 +74,6 @@ def _sizes_of(layer: nn.Module) -> dict[str, Any]:
 
 def _as_json(size: Any) -> Any:
     return list(size) if isinstance(size, tuple) else size
-
-
-def _check_paths(widths: Any, layers: Mapping[str, nn.Module]) -> None:
-    if not isinstance(widths, Mapping):
-        raise ModelError(f"the record of widths is a {type(widths).__name__}, not a table of layers.")
-    for path in widths:
-        if path not in layers:
-            raise ModelError(
-                f"the record of widths names {str(path)[:80]!r}, but this architecture has no such layer; "
-                f"{did_you_mean(str(path), layers)}"
-            )
-    for path in layers:
-        if path not in widths:
-            raise ModelError(f"the record of widths lacks the layer {path!r}: it belongs to another architecture.")
 
 
 def _check_sizes(path: str, full: dict[str, Any], found: Any) -> None:

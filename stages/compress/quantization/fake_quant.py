@@ -154,7 +154,7 @@ def rounded_parameters(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor
 
 
 def input_scale_of(layer: QuantConv2d | QuantLinear) -> Tensor | None:
-    """Return the quantization step of a layer's inputs, float32, []; None if they are on no single grid."""
+    """Return the scale of a layer's inputs, float32, []; None if they are on no single grid."""
     return None if layer.input_grid is None else layer.input_grid[0].scale()
 
 

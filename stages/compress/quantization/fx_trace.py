@@ -1,15 +1,21 @@
-"""Trace a model with torch.fx so that hooks on containers still work: `layer2` keeps its path and its output."""
+"""Trace a model with torch.fx, with working hooks on containers and folded batch norms.
+
+Hooks on containers: `layer2` keeps its path and its output.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from kdpipe.stages.errors import ModelError, cause
+from kdpipe.stages.models.hooks import model_errors
 
 Traced = TypeVar("Traced", bound=fx.GraphModule)
 
@@ -38,7 +44,7 @@ class ContainerTracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.containers: set[str] = set()
-        self.innermost: list[tuple[str, str]] = []  # (path, class) of the modules trace_scope, the deepest last
+        self.innermost: list[tuple[str, str]] = []  # (path, class) of the running modules, the deepest last
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -69,18 +75,17 @@ def trace(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Trace
         graph = tracer.trace(model)
     except Exception as error:
         path, kind = tracer.innermost[-1] if tracer.innermost else ("", type(model).__name__)
-        raise ModelError(_untraceable(path, kind, error)) from error
+        where = f"its module {path!r} ({kind})" if path else f"its forward ({kind})"
+        raise ModelError(
+            f"the model cannot be quantized: torch.fx cannot trace {where}: {cause(error).rstrip('.')}; "
+            "write it without Python branches on tensor values, or remove quantize from compress.steps."
+        ) from error
     for path in tracer.containers:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, Probe(model.get_submodule(path)))
     traced = graph_class(model, graph)
-    try:
-        with torch.no_grad():
-            ShapeProp(traced).propagate(example)
-    except Exception as error:
-        raise ModelError(
-            f"the model does not run on an input of shape {list(example.shape)}: {cause(error)}"
-        ) from error
+    with model_errors(example), torch.no_grad():
+        ShapeProp(traced).propagate(example)
     return traced
 
 
@@ -89,9 +94,57 @@ def module_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _untraceable(path: str, kind: str, error: BaseException) -> str:
-    where = f"its module {path!r} ({kind})" if path else f"its forward ({kind})"
-    return (
-        f"the model cannot be quantized: torch.fx cannot trace {where}: {cause(error).rstrip('.')}; "
-        "write it without Python branches on tensor values, or remove quantize from compress.steps."
-    )
+def fold_batchnorms(traced: fx.GraphModule) -> None:
+    """Fold each batch norm, with its running statistics, into the convolution or linear layer that only it reads.
+
+    The batch norm's path keeps an identity, so hooks there see the same values; a hook on the layer itself sees
+    normalized values from now on. A batch norm over maps [B, C, H, W] that follows anything else (pre-activation
+    networks) becomes a depthwise 1x1 convolution: one weight per channel, which INT8 represents exactly.
+    """
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in traced.graph.nodes:
+        norm = module_of(traced, node)
+        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None:
+            continue
+        source = _source_read_once(traced, node)
+        layer = module_of(traced, source)
+        is_called_once = calls[node.target] == 1 and calls[source.target] == 1
+        has_channels_second = len(node.meta["tensor_meta"].shape) in (2, 4)  # else a linear layer writes the last axis
+        if is_called_once and has_channels_second and _fold(layer, norm):
+            traced.set_submodule(str(node.target), nn.Identity())
+        elif isinstance(norm, nn.BatchNorm2d):
+            traced.set_submodule(str(node.target), _as_depthwise(norm))
+
+
+def _source_read_once(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Return the node that feeds only `node`, looking through probes and identities; else `node` itself."""
+    source = node.args[0]
+    while isinstance(source, fx.Node) and len(source.users) == 1:
+        if not isinstance(module_of(traced, source), Probe | nn.Identity):
+            return source
+        source = source.args[0]
+    return node
+
+
+def _fold(layer: nn.Module | None, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:
+    """Fold `norm` into `layer` if that is a plain convolution or linear layer; return whether it was."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    statistics = (norm.running_mean, norm.running_var, norm.eps)
+    scale = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
+    shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+    if type(layer) is nn.Conv2d:
+        layer.weight, layer.bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, scale, shift)
+    elif type(layer) is nn.Linear:
+        layer.weight, layer.bias = fuse_linear_bn_weights(layer.weight, layer.bias, *statistics, scale, shift)
+    else:
+        return False
+    layer.bias.requires_grad_(layer.weight.requires_grad)  # torch freezes a bias that was not there before
+    return True
+
+
+def _as_depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return the depthwise 1x1 convolution that computes what `norm` does in eval mode."""
+    conv = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features, bias=False)
+    nn.init.ones_(conv.weight)
+    _fold(conv.to(norm.running_mean), norm)
+    return conv

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdpipe.stages.errors import ModelError, cause
+from kdpipe.stages.errors import ModelError
 from kdpipe.stages.export.exportable import replace_modules
 from kdpipe.stages.models.clone import clone_without_hooks, preserve_modes
+from kdpipe.stages.models.hooks import capture, model_errors
 from kdpipe.stages.models.module_lookup import get_module
 
 BITS = 4
@@ -46,7 +47,6 @@ class Int4Linear(nn.Linear):
             return F.linear(input.float(), weight + (self.weight - self.weight.detach()), self.bias)
 
     def for_export(self) -> PackedLinear:
-        """Return the layer with packed weights."""
         return PackedLinear(self)
 
 
@@ -115,13 +115,7 @@ def prepare_int4(model: nn.Module, example: Tensor, *, block_size: int = 32, exc
 
     Module paths, parameters and state_dict keys are those of `model`, which stays unchanged; forward hooks are not
     copied. Layers of fewer than `block_size` inputs stay float, as do those whose weights a forward reads without
-    calling them (nn.MultiheadAttention), found by running `example` [B, C, H, W].
-
-    Args:
-        model: The float network.
-        example: Images that it takes.
-        block_size: Weights per scale: 16, 32, 64, 128 or 256.
-        exclude: Paths of modules that stay float.
+    calling them (nn.MultiheadAttention), found by running `example` [B, C, H, W], and the modules in `exclude`.
 
     Raises:
         ModelError: If `block_size` is not supported, the model does not run on `example`, `exclude` names a missing
@@ -146,20 +140,7 @@ def prepare_int4(model: nn.Module, example: Tensor, *, block_size: int = 32, exc
 
 def _called_linears(model: nn.Module, example: Tensor) -> list[nn.Linear]:
     """Return the plain linear layers that a forward of `model` calls in eval mode; the modes stay."""
-    called: dict[nn.Linear, None] = {}
-    handles = [
-        module.register_forward_hook(lambda layer, inputs, output: called.setdefault(layer))
-        for module in model.modules()
-        if type(module) is nn.Linear and module is not model
-    ]
-    try:
-        with preserve_modes(model), torch.no_grad():
-            model.eval()(example.to(next(model.parameters(), example).device))
-    except Exception as error:
-        raise ModelError(
-            f"the model does not run on an input of shape {list(example.shape)}: {cause(error)}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(called)
+    layers = [module for module in model.modules() if type(module) is nn.Linear and module is not model]
+    with model_errors(example), preserve_modes(model), torch.no_grad(), capture(layers) as outputs:
+        model.eval()(example.to(next(model.parameters(), example).device))
+    return [layer for layer in layers if outputs[layer]]

@@ -16,29 +16,26 @@ Kind = Literal["int8", "rectifier", "same", "move", "float"]
 STAYS_FLOAT = "stays_float"
 """The key of the mark in a node's meta."""
 
-# Functions and methods are listed with the equivalent modules; methods by name.
-INT8_MODULES: tuple[type, ...] = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-INT8_FUNCTIONS: set[Any] = {
-    *(operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul, torch.cat, torch.concat),
-    *(F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean),
-}
-INT8_METHODS: set[Any] = {"add", "add_", "mul", "mul_", "mean"}
-
-RECTIFIER_MODULES: tuple[type, ...] = (nn.ReLU, nn.ReLU6)
-RECTIFIER_FUNCTIONS: set[Any] = {F.relu, F.relu6, torch.relu, torch.relu_}
-RECTIFIER_METHODS: set[Any] = {"relu", "relu_"}
-
-SAME_MODULES: tuple[type, ...] = (Probe, nn.Identity, nn.Dropout, nn.Dropout2d)
-SAME_FUNCTIONS: set[Any] = {F.dropout, F.dropout2d}
-SAME_METHODS: set[Any] = {"contiguous", "clone"}
-
-MOVE_MODULES: tuple[type, ...] = (nn.Flatten, nn.Unflatten, nn.MaxPool2d, nn.PixelShuffle, nn.ChannelShuffle)
-MOVE_FUNCTIONS: set[Any] = {
-    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.max_pool2d),
-    *(F.max_pool2d, torch.chunk, torch.split, operator.getitem, F.channel_shuffle, F.pixel_shuffle),
-}
-MOVE_METHODS: set[Any] = {
-    *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "expand")
+# By kind: module types, and equivalent functions and methods, these by name.
+OPERATIONS: dict[Kind, tuple[tuple[type, ...], set[Any]]] = {
+    "int8": (
+        (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+        {
+            *(operator.add, operator.iadd, torch.add, "add", "add_", operator.mul, operator.imul, torch.mul, "mul"),
+            *("mul_", torch.cat, torch.concat, F.avg_pool2d, F.adaptive_avg_pool2d, torch.mean, "mean"),
+        },
+    ),
+    "rectifier": ((nn.ReLU, nn.ReLU6), {F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_"}),
+    "same": ((Probe, nn.Identity, nn.Dropout, nn.Dropout2d), {F.dropout, F.dropout2d, "contiguous", "clone"}),
+    "move": (
+        (nn.Flatten, nn.Unflatten, nn.MaxPool2d, nn.PixelShuffle, nn.ChannelShuffle),
+        {
+            *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze),
+            *(torch.max_pool2d, F.max_pool2d, torch.chunk, torch.split, operator.getitem),
+            *(F.channel_shuffle, F.pixel_shuffle, "flatten", "reshape", "view", "permute", "transpose"),
+            *("squeeze", "unsqueeze", "chunk", "split", "expand"),
+        },
+    ),
 }
 
 
@@ -56,19 +53,9 @@ def kind_of(traced: fx.GraphModule, node: fx.Node) -> Kind:
 
 def unmarked_kind_of(traced: fx.GraphModule, node: fx.Node) -> Kind:
     """Classify a node, ignoring marks of `mark_float`."""
-    tables: tuple[tuple[Kind, tuple[type, ...], set[Any], set[Any]], ...] = (
-        ("int8", INT8_MODULES, INT8_FUNCTIONS, INT8_METHODS),
-        ("rectifier", RECTIFIER_MODULES, RECTIFIER_FUNCTIONS, RECTIFIER_METHODS),
-        ("same", SAME_MODULES, SAME_FUNCTIONS, SAME_METHODS),
-        ("move", MOVE_MODULES, MOVE_FUNCTIONS, MOVE_METHODS),
-    )
     module = module_of(traced, node)
-    for kind, modules, functions, methods in tables:
-        if isinstance(module, modules):
-            return kind
-        if node.op == "call_function" and node.target in functions:
-            return kind
-        if node.op == "call_method" and node.target in methods:
+    for kind, (modules, functions) in OPERATIONS.items():
+        if isinstance(module, modules) or (node.op in ("call_function", "call_method") and node.target in functions):
             return kind
     return "float"
 

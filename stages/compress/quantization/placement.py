@@ -51,7 +51,7 @@ def place_quantizers(traced: fx.GraphModule, nodes: Sequence[fx.Node], device: t
     traced.add_submodule(QUANTIZERS, nn.Module())
     for node in nodes:
         traced.add_submodule(quantizer_path(node), ActivationQuantizer().to(device))
-        _insert_after(traced, _after_max_pools(traced, node), quantizer_path(node))
+        insert_after(traced, _after_max_pools(traced, node), quantizer_path(node))
 
 
 def quantizers_after(prepared: fx.GraphModule, node: fx.Node) -> list[ActivationQuantizer]:
@@ -105,7 +105,7 @@ def _after_max_pools(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
     return place
 
 
-def _insert_after(traced: fx.GraphModule, node: fx.Node, path: str) -> None:
+def insert_after(traced: fx.GraphModule, node: fx.Node, path: str) -> None:
     """Insert a call of the module at `path` after `node`, and redirect all readers to it."""
     with traced.graph.inserting_after(node):
         rounded = traced.graph.call_module(path, (node,))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import onnx
 import torch
 from torch import Tensor, fx, nn
 
@@ -29,9 +28,7 @@ from kdpipe.stages.compress.quantization.fake_quant import (
     require_observed,
     set_rounding,
 )
-from kdpipe.stages.compress.quantization.fold_batchnorm import fold_batchnorms
-from kdpipe.stages.compress.quantization.fx_trace import Traced, module_of, trace
-from kdpipe.stages.compress.quantization.int8_debug import first_int8_divergence
+from kdpipe.stages.compress.quantization.fx_trace import Traced, fold_batchnorms, module_of, trace
 from kdpipe.stages.compress.quantization.op_types import is_float_tensor, kind_of
 from kdpipe.stages.compress.quantization.placement import QUANTIZERS, place_quantizers, rounded_nodes, set_input_grids
 from kdpipe.stages.compress.quantization.qdq_graph import int8_graph
@@ -40,15 +37,11 @@ from kdpipe.stages.models.clone import clone_without_hooks, preserve_modes
 
 
 class QatModel(fx.GraphModule):
-    """A model prepared for INT8 fine-tuning, which knows its INT8 form."""
+    """A model prepared for INT8 fine-tuning."""
 
     def for_export(self) -> fx.GraphModule:
-        """Return its Q/DQ graph. Raises ModelError if it was never calibrated."""
+        """Return the graph of the INT8 file. Raises ModelError if the model was never calibrated."""
         return int8_graph(self)
-
-    def first_divergence(self, proto: onnx.ModelProto, images: Tensor) -> str:
-        """Return a clause naming the first operation of its file whose integers differ on `images` [B, C, H, W]."""
-        return first_int8_divergence(proto, self, images)
 
 
 def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) -> QatModel:
@@ -64,8 +57,7 @@ def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) 
         model: The float network; it stays unchanged.
         example: Normalized images [B, C, H, W], of which only the shape counts.
         exclude: Paths of modules that compute in float: their weights are not rounded (batch norms are still folded),
-            their outputs only where INT8 operations read them. Functional operations in a block's forward belong to it.
-            Rebuilding the model needs the same paths.
+            their outputs only where INT8 operations read them. Rebuilding the model needs the same paths.
 
     Raises:
         ModelError: If the model cannot be traced, does not run on `example`, or returns anything but one tensor; if
@@ -84,11 +76,7 @@ def prepare_qat(model: nn.Module, example: Tensor, exclude: Sequence[str] = ()) 
 
 
 def trace_folded(model: nn.Module, example: Tensor, graph_class: type[Traced]) -> Traced:
-    """Return the graph, of class `graph_class`, of a copy of `model` with its batch norms folded, nothing rounded.
-
-    Raises:
-        ModelError: As `prepare_qat`.
-    """
+    """Return the graph, of class `graph_class`, of a copy of `model` with its batch norms folded, nothing rounded."""
     traced = trace(clone_without_hooks(model), example.to(next(model.parameters(), example).device), graph_class)
     if not is_float_tensor(logits_of(traced)):
         raise ModelError("the model cannot be quantized: it must return a single tensor of logits.")
@@ -99,10 +87,8 @@ def trace_folded(model: nn.Module, example: Tensor, graph_class: type[Traced]) -
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Run a prepared model in float on `batches` of normalized images [B, C, H, W] to set its activation ranges.
 
-    Further calls refine the ranges. Dropout is off; the model's training mode stays.
-
-    Raises:
-        ModelError: If the model is not prepared, or there is no batch.
+    Further calls refine the ranges. Dropout is off; the model's training mode stays. Raises ModelError if the model is
+    not prepared, or there is no batch.
     """
     quantizers = quantizers_of(model)
     device = next(iter(quantizers.values())).low.device
@@ -122,8 +108,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
 def freeze_observers(model: nn.Module) -> None:
     """Freeze every activation range of a prepared model: the last part of fine-tuning needs a fixed grid.
 
-    Raises:
-        ModelError: If the model is not prepared or not calibrated.
+    Raises ModelError if the model is not prepared or not calibrated.
     """
     quantizers = quantizers_of(model)
     require_observed(quantizers)

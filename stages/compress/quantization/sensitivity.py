@@ -6,9 +6,7 @@ prepare_qat(student, example, exclude=[layer.path for layer in worst])
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +16,7 @@ from kdpipe.stages.compress.quantization.fake_quant import QuantConv2d, QuantLin
 from kdpipe.stages.compress.quantization.fx_trace import module_of
 from kdpipe.stages.compress.quantization.placement import quantizer_path, quantizers_after, rounded_nodes
 from kdpipe.stages.compress.quantization.qat import calibrate, logits_of, prepare_qat, trace_folded
-
-Outputs = dict[nn.Module, list[Tensor]]
-"""Outputs of modules, call by call."""
+from kdpipe.stages.models.weights import count_parameters
 
 
 @dataclass(frozen=True)
@@ -29,35 +25,26 @@ class LayerSensitivity:
 
     Attributes:
         path: The layer's path.
-        sqnr_db: 10 log10 of the power of the layer's output in the float network, after a following rectifier, over the
-            power of its change when only this layer is rounded: its weight, its output, and inputs that are
-            rounded for it alone.
-        kl_alone: KL(float || rounded) of the softmax over the classes when only this layer is rounded, in nats, mean
-            over the images.
+        kl_alone: KL(float || rounded) of the softmax over the classes when only this layer is rounded (its weight, its
+            output, and inputs that are rounded for it alone), in nats, mean over the images.
         kl_recovered: The decrease of the fully quantized network's divergence if quantize.exclude names this layer too;
             negative where that makes it worse.
         num_parameters: Of its weight and its bias, that of a folded batch norm included.
     """
 
     path: str
-    sqnr_db: float
     kl_alone: float
     kl_recovered: float
     num_parameters: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Layer:
-    """A layer, the modules that switch to float or round for its measurements, and sums over the images."""
+    """A layer, the modules that it has float if excluded, and those that round if only it does."""
 
     path: str
     to_float: list[nn.Module]
     to_round: list[nn.Module]
-    measured_at: list[nn.Module]
-    signal: float = 0
-    noise: float = 0
-    kl_alone: float = 0
-    kl_recovered: float = 0
 
 
 @torch.no_grad()
@@ -71,33 +58,35 @@ def sensitivity(
 ) -> list[LayerSensitivity]:
     """Measure how much INT8 affects each layer; the worst first, by kl_recovered, then by path.
 
-    It takes two forward passes per layer and batch.
-
-    Args:
-        model: The float network; it stays unchanged.
-        example: Images [B, C, H, W].
-        batches: Normalized images [B, C, H, W], for calibration and measurement.
-        exclude: Paths of layers that stay float and are not listed.
-        on_progress: Called with (done, total) after each layer of each batch; may raise to stop.
-
-    Raises:
-        ModelError: As `prepare_qat` and `calibrate`.
+    It takes two forward passes per layer and batch. `batches` of normalized images [B, C, H, W] serve calibration and
+    measurement, layers in `exclude` stay float and are not listed, and `on_progress` is called with (done, total) after
+    each layer of each batch; it may raise to stop. The model stays unchanged.
     """
     prepared = prepare_qat(model, example, exclude).eval()
     calibrate(prepared, batches)
     layers = _layers(prepared, model, example, exclude)
     device = next(prepared.parameters()).device
+    alone, without = (dict.fromkeys((layer.path for layer in layers), 0.0) for _ in range(2))
     kl_full, done, total = 0.0, 0, len(layers) * len(batches)
     for batch in batches:
         images = batch.to(device)
-        clean, reference = _float_run(prepared, layers, images)
-        kl_full += _divergence(reference, prepared(images))
+        reference = _logits(prepared, images, rounding=False)
+        kl_full += _divergence(reference, _logits(prepared, images, rounding=True))
         for layer in layers:
-            _measure(prepared, layer, images, clean, reference)
+            for sums, switched, rounding in ((alone, layer.to_round, False), (without, layer.to_float, True)):
+                sums[layer.path] += _divergence(reference, _logits(prepared, images, rounding, switched))
             done += 1
             on_progress(done, total)
     num_images = sum(len(batch) for batch in batches)
-    found = [_summarize(prepared, layer, kl_full, num_images) for layer in layers]
+    found = [
+        LayerSensitivity(
+            path=layer.path,
+            kl_alone=alone[layer.path] / num_images,
+            kl_recovered=(kl_full - without[layer.path]) / num_images,
+            num_parameters=count_parameters(prepared.get_submodule(layer.path)),
+        )
+        for layer in layers
+    ]
     return sorted(found, key=lambda result: (-result.kl_recovered, result.path))
 
 
@@ -113,62 +102,18 @@ def _layers(prepared: fx.GraphModule, model: nn.Module, example: Tensor, exclude
         module = prepared.get_submodule(path)
         remaining = {quantizer_path(node) for node in rounded_nodes(plain, model, logits_of(plain), [*exclude, path])}
         to_float = [module, *(quantizer for place, quantizer in quantizers.items() if place not in remaining)]
-        outputs: list[nn.Module] = [quantizer for node in calls for quantizer in quantizers_after(prepared, node)]
-        layers.append(_Layer(path, to_float, [*to_float, *outputs], outputs or [module]))
+        outputs = [quantizer for node in calls for quantizer in quantizers_after(prepared, node)]
+        layers.append(_Layer(path, to_float, [*to_float, *outputs]))
     return layers
 
 
-def _float_run(prepared: nn.Module, layers: Sequence[_Layer], images: Tensor) -> tuple[Outputs, Tensor]:
-    """Return the outputs of the layers and the logits without any rounding."""
-    set_rounding(prepared, False)
-    with _capture([module for layer in layers for module in layer.measured_at]) as clean:
-        reference = prepared(images)
-    set_rounding(prepared, True)
-    return clean, reference
-
-
-def _measure(prepared: nn.Module, layer: _Layer, images: Tensor, clean: Outputs, reference: Tensor) -> None:
-    """Add a batch to the layer's sums: once with only it rounded, once with all others rounded."""
-    set_rounding(prepared, False)
-    for module in layer.to_round:
-        set_rounding(module, True)
-    with _capture(layer.measured_at) as rounded:
-        layer.kl_alone += _divergence(reference, prepared(images))
-    for module in layer.measured_at:
-        for expected, found in zip(clean[module], rounded[module], strict=True):
-            layer.signal += float(expected.double().square().sum())
-            layer.noise += float((found.double() - expected.double()).square().sum())
-    set_rounding(prepared, True)
-    for module in layer.to_float:
-        set_rounding(module, False)
-    layer.kl_recovered += _divergence(reference, prepared(images))
-    set_rounding(prepared, True)
-
-
-def _summarize(prepared: nn.Module, layer: _Layer, kl_full: float, num_images: int) -> LayerSensitivity:
-    ratio = layer.signal / layer.noise if layer.noise else math.inf
-    return LayerSensitivity(
-        path=layer.path,
-        sqnr_db=10 * math.log10(ratio) if ratio else -math.inf,
-        kl_alone=layer.kl_alone / num_images,
-        kl_recovered=(kl_full - layer.kl_recovered) / num_images,
-        num_parameters=sum(parameter.numel() for parameter in prepared.get_submodule(layer.path).parameters()),
-    )
-
-
-@contextlib.contextmanager
-def _capture(modules: Collection[nn.Module]) -> Iterator[Outputs]:
-    """Record each module's outputs, call by call, inside the context."""
-    outputs: Outputs = {module: [] for module in modules}
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output: outputs[module].append(output))
-        for module in outputs
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+def _logits(prepared: nn.Module, images: Tensor, rounding: bool, switched: Sequence[nn.Module] = ()) -> Tensor:
+    """Return the logits with all rounding on or off, but for the `switched` modules."""
+    set_rounding(prepared, rounding)
+    for module in switched:
+        set_rounding(module, not rounding)
+    logits: Tensor = prepared(images)
+    return logits
 
 
 def _divergence(reference: Tensor, found: Tensor) -> float:

@@ -1,7 +1,8 @@
-"""Attention transfer with activation-based maps; `at_gradient` has the gradient-based ones.
+"""Attention transfer, with activation-based and with gradient-based maps.
 
 AT: Zagoruyko and Komodakis 2017, "Paying More Attention to Attention: Improving the Performance of Convolutional Neural
-Networks via Attention Transfer", ICLR (arXiv 1612.03928).
+Networks via Attention Transfer", ICLR (arXiv 1612.03928), sections 3.1 and 3.2. The gradient of the gradient-based loss
+is a second derivative, which makes each step more expensive.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import MapLossConfig
+from kdpipe.stages.losses.base import LossConfig, MapLossConfig
+from kdpipe.stages.losses.inputs import LossInputs, Shapes
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Size, map_size
-from kdpipe.stages.numerics import to_float32
-from kdpipe.stages.targets.feature_spec import ATTENTION, FeatureSpec, Shape
-from kdpipe.stages.targets.statistics import attention, pool_to
+from kdpipe.stages.targets.feature_spec import ATTENTION, INPUT, INPUT_GRADIENT, FeatureSpec, Shape
+from kdpipe.stages.targets.statistics import attention, input_attention
 
 Variant = Literal["code", "paper"]
+
+GRADIENT = FeatureSpec(INPUT, INPUT_GRADIENT)
 
 
 @section
@@ -30,11 +33,12 @@ class ATConfig(MapLossConfig):
     average-pooled first. The default weight is that of RepDistiller.
 
     Attributes:
-        form: "code" is the mean over pixels of the squared differences, as in RepDistiller; "paper" is the L2 norm of
-            the difference (equation 2), which is larger by orders of magnitude and needs a smaller weight.
+        variant: "code" is the mean over pixels of the squared differences, as in RepDistiller; "paper" is the L2 norm
+            of the difference (equation 2), which is larger by orders of magnitude and needs a smaller weight.
     """
 
     paper: ClassVar[str] = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
+    requires: ClassVar[str] = "attention map [H, W] of each layer, at the student's size at most"
 
     loss: Literal["at"]
     weight: Scheduled = 1000.0
@@ -50,21 +54,39 @@ class ATConfig(MapLossConfig):
         return attention_distance(attention(student), teacher, self.variant)
 
 
-def at_loss(student: Tensor, teacher: Tensor, form: Variant = "code") -> Tensor:
-    """Compute the loss at one pair of maps, of which the larger is average-pooled.
+@section
+class ATGradientConfig(LossConfig):
+    """Distance between the attention maps of the input gradients of student and teacher.
 
-    Maps are [B, C_s, H, W] and [B, C_t, H', W']. The result is a scalar in float32 or wider.
+    The gradient is that of the network's cross entropy with the label; its attention map is the mean over colors of the
+    squares, L2-normalized. The default weight is that of `at`.
+
+    Attributes:
+        variant: as for `at`.
     """
-    student, teacher = to_float32(student), to_float32(teacher)
-    student_map = attention(pool_to(student, (teacher.shape[2], teacher.shape[3])))
-    teacher_map = attention(pool_to(teacher, (student.shape[2], student.shape[3])))
-    return attention_distance(student_map, teacher_map, form).mean()
+
+    paper: ClassVar[str] = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
+    requires: ClassVar[str] = "input gradient's attention map [H, W]"
+    input_gradient: ClassVar[bool] = True
+
+    loss: Literal["at_gradient"]
+    weight: Scheduled = 1000.0
+    variant: Variant = "code"
+
+    def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
+        return (GRADIENT,)
+
+    def compute(self, inputs: LossInputs) -> Tensor:
+        if inputs.input_gradient is None:
+            raise ValueError("at_gradient needs the input gradient of the student's cross entropy")
+        teacher = inputs.teacher.features[GRADIENT]
+        return attention_distance(input_attention(inputs.input_gradient), teacher, self.variant)
 
 
-def attention_distance(student: Tensor, teacher: Tensor, form: Variant) -> Tensor:
+def attention_distance(student: Tensor, teacher: Tensor, variant: Variant) -> Tensor:
     """Compute the distance of L2-normalized attention maps [B, H, W] of each sample, [B]."""
     difference = (student - teacher.to(student.dtype)).flatten(1)
-    if form == "paper":  # torch's gradient of the norm is 0 at 0
+    if variant == "paper":  # torch's gradient of the norm is 0 at 0
         norms: Tensor = torch.linalg.vector_norm(difference, dim=1)
         return norms
     return difference.square().mean(1)

@@ -16,7 +16,8 @@ from torch import nn
 from kdpipe.stages.config import max_value, section
 from kdpipe.stages.losses.base import FeatureLossConfig
 from kdpipe.stages.losses.features.hint import Hint
-from kdpipe.stages.losses.inputs import DatasetInfo, Shapes, TeacherShapes
+from kdpipe.stages.losses.shapes import Pair
+from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 
 @section
@@ -37,8 +38,8 @@ class FitNetConfig(FeatureLossConfig):
     loss: Literal["fitnet"]
     stage_epochs: Annotated[int, Field(ge=1), max_value(10**6)] = 30
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
-        return Hint(self.layers, student, teacher)
+    def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
+        return Hint(student, teacher)
 
     def stages(self) -> tuple[FitNetConfig, ...]:
         """Return one configuration per pair, in training order."""

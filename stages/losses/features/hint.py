@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import FeatureLossConfig, Pairs
-from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
+from kdpipe.stages.losses.base import FeatureLossConfig
 from kdpipe.stages.losses.schedules import Scheduled
+from kdpipe.stages.losses.shapes import Pair
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
@@ -33,38 +32,23 @@ class HintConfig(FeatureLossConfig):
     loss: Literal["hint"]
     weight: Scheduled = 100.0
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
-        return Hint(self.layers, student, teacher)
+    def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
+        return Hint(student, teacher)
 
 
 class Hint(nn.Module):
-    """The squared error of each sample, [B], summed over the pairs, with the adapters, which train with the student."""
+    """The squared error of each sample, [B], with the adapter of one pair of layers, which trains with the student."""
 
-    def __init__(self, pairs: Pairs, student: Shapes, teacher: TeacherShapes) -> None:
+    def __init__(self, student: Shape, teacher: Shape) -> None:
         super().__init__()
-        self.pairs = pairs
-        self.adapters = nn.ModuleList(
-            adapter(student[student_layer], teacher[FeatureSpec(teacher_layer)])
-            for student_layer, teacher_layer in pairs
-        )
+        self.adapter = adapter(student, teacher)
 
-    def forward(self, inputs: LossInputs) -> Tensor:
-        parts = [
-            hint_per_sample(
-                adapt(inputs.student.features[student_layer]), inputs.teacher.features[FeatureSpec(teacher_layer)]
-            )
-            for adapt, (student_layer, teacher_layer) in zip(self.adapters, self.pairs, strict=True)
-        ]
-        return torch.stack(parts).sum(0)
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return hint_loss(self.adapter(student), teacher)
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the mean squared error of two feature maps [B, ...] of equal shape, a scalar in float32 or wider."""
-    return hint_per_sample(student, teacher).mean()
-
-
-def hint_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute `hint_loss` of each sample, [B]."""
+    """Compute the mean squared error of each sample, [B], in float32 or wider, from features [B, ...] of one shape."""
     student = to_float32(student)
     return F.mse_loss(student, teacher.to(student.dtype), reduction="none").flatten(1).mean(1)
 
@@ -75,10 +59,6 @@ def adapter(student: Shape, teacher: Shape) -> nn.Module:
     Maps (C, H, W) get a convolution with batch norm and ReLU: 1x1 if H and W are equal, strided if the student's map is
     twice as large, transposed if it is half as large, unpadded if it is larger by another amount. Vectors (D,) get a
     linear layer.
-
-    Args:
-        student: Shape without the batch axis.
-        teacher: Shape without the batch axis.
 
     Raises:
         RecipeError: No adapter fits these shapes.

@@ -26,7 +26,7 @@ from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Size, map_size
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.targets.feature_spec import MAP, SPATIAL_GRAM, FeatureSpec, Shape
-from kdpipe.stages.targets.statistics import pool_to, spatial_gram
+from kdpipe.stages.targets.statistics import spatial_gram
 
 MAX_POSITIONS = 256
 """The largest H * W for which the teacher's Gram matrix [HW, HW] is required instead of its map."""
@@ -41,6 +41,7 @@ class NSTConfig(MapLossConfig):
     """
 
     paper: ClassVar[str] = "Huang & Wang 2017, arXiv 1707.01219"
+    requires: ClassVar[str] = "Gram matrix of positions [HW, HW] of each layer, or the map if H * W is above 256"
 
     loss: Literal["nst"]
     weight: Scheduled = 50.0
@@ -54,7 +55,7 @@ class NSTConfig(MapLossConfig):
         return map_size(teacher) if feature.statistic == MAP else _grid(student, teacher)
 
     def distance(self, student: Tensor, teacher: Tensor, feature: FeatureSpec) -> Tensor:
-        return nst_per_sample(student, teacher) if feature.statistic == MAP else nst_from_gram(student, teacher)
+        return nst_loss(student, teacher) if feature.statistic == MAP else nst_from_gram(student, teacher)
 
 
 def _grid(student: Shape, gram: Shape) -> Size | None:
@@ -67,16 +68,6 @@ def _grid(student: Shape, gram: Shape) -> Size | None:
 
 
 def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the loss at one pair of maps, of which the larger is average-pooled.
-
-    Maps are [B, C_s, H, W] and [B, C_t, H', W']. The result is a scalar in float32 or wider.
-    """
-    student, teacher = to_float32(student), to_float32(teacher)
-    own = pool_to(student, (teacher.shape[2], teacher.shape[3]))
-    return nst_per_sample(own, pool_to(teacher, (student.shape[2], student.shape[3]))).mean()
-
-
-def nst_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the loss of each sample, [B], from maps [B, C_s, H, W] and [B, C_t, H, W], in the cheaper way."""
     if student.shape[2] * student.shape[3] > max(student.shape[1], teacher.shape[1]):
         return nst_from_channels(student, teacher)
@@ -96,13 +87,9 @@ def nst_from_gram(student: Tensor, teacher: Tensor) -> Tensor:
 def nst_from_channels(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the loss of each sample, [B], from maps [B, C_s, H, W] and [B, C_t, H, W], without [HW, HW]."""
     student = to_float32(student)
-    student_maps = F.normalize(student.flatten(2), dim=2)
-    teacher_maps = F.normalize(teacher.to(student.dtype).flatten(2), dim=2)
-    return (
-        _mean_kernel(teacher_maps, teacher_maps)
-        + _mean_kernel(student_maps, student_maps)
-        - 2 * _mean_kernel(student_maps, teacher_maps)
-    )
+    s = F.normalize(student.flatten(2), dim=2)
+    t = F.normalize(teacher.to(student.dtype).flatten(2), dim=2)
+    return _mean_kernel(t, t) + _mean_kernel(s, s) - 2 * _mean_kernel(s, t)
 
 
 def _mean_kernel(first: Tensor, second: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class ReviewKDConfig(FeatureLossConfig):
     mid_channels: Annotated[int, Field(ge=1), max_value(10**6)] | None = None
     warmup_epochs: Annotated[int, Field(ge=0), max_value(10**6)] = 20
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
+    def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
         return ReviewKD(self, student, teacher)
 
 
@@ -71,7 +71,7 @@ class ReviewKD(nn.Module):
             target = as_maps(inputs.teacher.features[FeatureSpec(teacher_layer)])
             size = (target.shape[2], target.shape[3])
             reviewed, deeper = fusion(as_maps(to_float32(inputs.student.features[student_layer])), deeper, size)
-            parts.append(hcl_per_sample(reviewed, target))
+            parts.append(hcl_loss(reviewed, target))
         return warmup_factor(self.config.warmup_epochs, inputs.progress) * torch.stack(parts).sum(0)
 
 
@@ -121,16 +121,11 @@ class Norm(nn.BatchNorm2d):
 
 
 def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the hierarchical context loss of two maps [B, C, H, W], a scalar in float32 or wider.
+    """Compute the hierarchical context loss of each sample, [B], in float32 or wider, from two maps [B, C, H, W].
 
     The mean squared error of the full maps, and of the maps average-pooled to 4, 2 and 1 pixels per side (where that is
     smaller), at weights 1, 1/2, 1/4 and 1/8, divided by the sum of the weights used.
     """
-    return hcl_per_sample(student, teacher).mean()
-
-
-def hcl_per_sample(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute `hcl_loss` of each sample, [B]."""
     student = to_float32(student)
     difference = student - teacher.to(student.dtype)
     loss, weight_sum, weight = difference.square().flatten(1).mean(1), 1.0, 1.0

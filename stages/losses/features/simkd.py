@@ -1,7 +1,7 @@
 """SimKD: regression of the teacher's last map through a projector, under the teacher's own classifier.
 
 Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier", CVPR (arXiv 2203.14001). Projector and
-classifier are part of the student (`stages/reuse_classifier.py`), so that the loss is one mean squared error.
+classifier are part of the student (`distillation/classifier_reuse.py`), so that the loss is one mean squared error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdpipe.stages.config import PathStr, max_value, section
 from kdpipe.stages.losses.base import MapLossConfig
-from kdpipe.stages.losses.features.hint import hint_per_sample
+from kdpipe.stages.losses.features.hint import hint_loss
 from kdpipe.stages.losses.shapes import Size, map_size
 from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
@@ -51,4 +51,4 @@ class SimKDConfig(MapLossConfig):
         return map_size(teacher) if student[0] == teacher[0] else None
 
     def distance(self, student: Tensor, teacher: Tensor, feature: FeatureSpec) -> Tensor:
-        return hint_per_sample(student, teacher)
+        return hint_loss(student, teacher)

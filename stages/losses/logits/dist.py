@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import LogitLossConfig
+from kdpipe.stages.losses.base import SoftLogitLossConfig
 from kdpipe.stages.losses.inputs import LossInputs
-from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at
+from kdpipe.stages.losses.schedules import Scheduled, value_at
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
 
@@ -22,7 +22,7 @@ EPS = 1e-8
 
 
 @section
-class DISTConfig(LogitLossConfig):
+class DISTConfig(SoftLogitLossConfig):
     """T^2 * (beta * (1 - Pearson's r over the classes) + gamma * (1 - r over the batch)).
 
     r is that of the probabilities softmax(logits / T); over the batch it is taken for each class, on the batch of all
@@ -31,7 +31,6 @@ class DISTConfig(LogitLossConfig):
     Attributes:
         beta: weight of the correlation over the classes of a sample.
         gamma: weight of the correlation over the samples of a class.
-        temperature: T of both softmaxes.
     """
 
     paper: ClassVar[str] = "Huang et al. 2022, arXiv 2205.10536"
@@ -41,10 +40,6 @@ class DISTConfig(LogitLossConfig):
     weight: Scheduled = 2.0
     beta: Scheduled = 1.0
     gamma: Scheduled = 1.0
-    temperature: Temperature = 4.0
-
-    def temperatures(self) -> tuple[Temperature, ...]:
-        return (self.temperature,)
 
     def compute(self, inputs: LossInputs) -> Tensor:
         temperature = value_at(self.temperature, inputs.progress)
@@ -58,12 +53,7 @@ class DISTConfig(LogitLossConfig):
 
 
 def dist_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    temperature: float = 4.0,
-    *,
-    beta: float = 1.0,
-    gamma: float = 1.0,
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, *, beta: float = 1.0, gamma: float = 1.0
 ) -> Tensor:
     """Compute T^2 * (beta * mean over samples of (1 - r of rows) + gamma * mean over classes of (1 - r of columns)).
 

@@ -13,15 +13,15 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.base import LogitLossConfig
+from kdpipe.stages.losses.base import SoftLogitLossConfig
 from kdpipe.stages.losses.inputs import LossInputs
-from kdpipe.stages.losses.logits.kd import kd_per_sample
-from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at, warmup_factor
+from kdpipe.stages.losses.logits.kd import kd_loss
+from kdpipe.stages.losses.schedules import Scheduled, value_at, warmup_factor
 from kdpipe.stages.numerics import to_float32
 
 
 @section
-class DKDConfig(LogitLossConfig):
+class DKDConfig(SoftLogitLossConfig):
     """T^2 * (alpha * KL of label against the rest + beta * KL among the other classes).
 
     Defaults are those of the authors' code (mdistiller) for CIFAR-100; on ImageNet the paper uses beta 0.5 and T = 1.
@@ -29,7 +29,6 @@ class DKDConfig(LogitLossConfig):
     Attributes:
         alpha: weight of the divergence between label and rest (TCKD).
         beta: weight of the divergence among the other classes (NCKD).
-        temperature: T of both softmaxes.
         warmup_epochs: epochs over which the loss grows linearly to its full value; 0 for no warm-up.
     """
 
@@ -39,15 +38,11 @@ class DKDConfig(LogitLossConfig):
     loss: Literal["dkd"]
     alpha: Scheduled = 1.0
     beta: Scheduled = 8.0
-    temperature: Temperature = 4.0
     warmup_epochs: Annotated[int, Field(ge=0), max_value(10**6)] = 20
-
-    def temperatures(self) -> tuple[Temperature, ...]:
-        return (self.temperature,)
 
     def compute(self, inputs: LossInputs) -> Tensor:
         temperature = value_at(self.temperature, inputs.progress)
-        losses = dkd_per_sample(
+        losses = dkd_loss(
             inputs.student.logits,
             inputs.teacher.logits_at(temperature),
             inputs.labels,
@@ -67,23 +62,15 @@ def dkd_loss(
     alpha: float = 1.0,
     beta: float = 8.0,
 ) -> Tensor:
-    """Compute alpha * TCKD + beta * NCKD (equation 7), both times T^2, averaged over the batch.
+    """Compute alpha * TCKD + beta * NCKD (equation 7), both times T^2, of each sample, [B].
 
-    Both logits are [B, num_classes], num_classes >= 2, labels int64 [B]. The result is a scalar in float32 or wider.
+    Both logits are [B, num_classes], num_classes >= 2, labels int64 [B]. The result is float32 or wider.
     """
-    return dkd_per_sample(student_logits, teacher_logits, labels, temperature, alpha=alpha, beta=beta).mean()
+    target = tckd_loss(student_logits, teacher_logits, labels, temperature)
+    return alpha * target + beta * nckd_loss(student_logits, teacher_logits, labels, temperature)
 
 
-def dkd_per_sample(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, *, alpha: float, beta: float
-) -> Tensor:
-    """Compute `dkd_loss` of each sample, [B]."""
-    target = tckd_per_sample(student_logits, teacher_logits, labels, temperature)
-    others = nckd_per_sample(student_logits, teacher_logits, labels, temperature)
-    return alpha * target + beta * others
-
-
-def tckd_per_sample(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Compute T^2 * KL between the binary distributions (label, any other class), [B]. Shapes as in `dkd_loss`."""
     student = log_odds(student_logits, labels, temperature)
     teacher = log_odds(teacher_logits, labels, temperature).to(student.dtype)
@@ -92,9 +79,9 @@ def tckd_per_sample(student_logits: Tensor, teacher_logits: Tensor, labels: Tens
     return temperature**2 * (label + rest)
 
 
-def nckd_per_sample(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Compute T^2 * KL between the distributions over all classes but the label, [B]. Shapes as in `dkd_loss`."""
-    return kd_per_sample(without_label(student_logits, labels), without_label(teacher_logits, labels), temperature)
+    return kd_loss(without_label(student_logits, labels), without_label(teacher_logits, labels), temperature)
 
 
 def log_odds(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:

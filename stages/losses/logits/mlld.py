@@ -15,7 +15,7 @@ from torch import Tensor
 from kdpipe.stages.config import section
 from kdpipe.stages.losses.base import LogitLossConfig
 from kdpipe.stages.losses.inputs import LossInputs
-from kdpipe.stages.losses.logits.kd import kd_per_sample
+from kdpipe.stages.losses.logits.kd import kd_loss
 from kdpipe.stages.losses.schedules import Temperature, value_at
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
@@ -57,7 +57,7 @@ def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
     student = F.softmax(to_float32(student_logits) / temperature, 1)
     teacher = F.softmax(to_float32(teacher_logits).to(student.dtype) / temperature, 1)
     student, teacher = all_gather_with_grad(student), all_gather_with_grad(teacher)
-    instance = all_gather_with_grad(kd_per_sample(student_logits, teacher_logits, temperature)).mean()
+    instance = all_gather_with_grad(kd_loss(student_logits, teacher_logits, temperature)).mean()
     return instance + class_relation(student, teacher) + batch_relation(student, teacher)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import LogitLossConfig
+from kdpipe.stages.losses.base import SoftLogitLossConfig
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.dkd import without_label
 from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at
@@ -19,7 +19,7 @@ from kdpipe.stages.numerics import to_float32
 
 
 @section
-class NKDConfig(LogitLossConfig):
+class NKDConfig(SoftLogitLossConfig):
     """Cross entropy of the label, times the teacher's probability, + gamma * T^2 * that of the other classes.
 
     Defaults are those of the authors' code for ImageNet.
@@ -40,36 +40,35 @@ class NKDConfig(LogitLossConfig):
         return (1.0, self.temperature)
 
     def compute(self, inputs: LossInputs) -> Tensor:
-        temperature = value_at(self.temperature, inputs.progress)
-        gamma = value_at(self.gamma, inputs.progress)
+        temperature, gamma = value_at(self.temperature, inputs.progress), value_at(self.gamma, inputs.progress)
         logits, teacher, labels = inputs.student.logits, inputs.teacher, inputs.labels
-        target = target_per_sample(logits, teacher.logits_at(1.0), labels)
-        return target + gamma * others_per_sample(logits, teacher.logits_at(temperature), labels, temperature)
+        target = target_loss(logits, teacher.logits_at(1.0), labels)
+        return target + gamma * non_target_loss(logits, teacher.logits_at(temperature), labels, temperature)
 
 
 def nkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0, *, gamma: float = 1.5
 ) -> Tensor:
-    """Compute -p_t^y log p_s^y - gamma T^2 * sum over i != y of q_t^i log q_s^i, averaged over the batch.
+    """Compute -p_t^y log p_s^y - gamma T^2 * sum over i != y of q_t^i log q_s^i of each sample, [B].
 
     y is the label, p = softmax(logits), q = softmax(logits / T) over the classes other than y. As a cross entropy it is
     not 0 where student and teacher agree.
 
-    Both logits are [B, num_classes], num_classes >= 2, labels int64 [B]. The result is a scalar in float32 or wider.
+    Both logits are [B, num_classes], num_classes >= 2, labels int64 [B]. The result is float32 or wider.
     """
-    target = target_per_sample(student_logits, teacher_logits, labels)
-    return (target + gamma * others_per_sample(student_logits, teacher_logits, labels, temperature)).mean()
+    target = target_loss(student_logits, teacher_logits, labels)
+    return target + gamma * non_target_loss(student_logits, teacher_logits, labels, temperature)
 
 
-def target_per_sample(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+def target_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
     """Compute -p_t^y log p_s^y of each sample, [B]. Shapes as in `nkd_loss`."""
     log_student = F.log_softmax(to_float32(student_logits), 1)
     teacher = F.softmax(to_float32(teacher_logits).to(log_student.dtype), 1)
     return -(teacher * log_student).gather(1, labels[:, None])[:, 0]
 
 
-def others_per_sample(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def non_target_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Compute -T^2 * sum over i != y of q_t^i log q_s^i of each sample, [B]. Shapes as in `nkd_loss`."""
     log_student = F.log_softmax(to_float32(without_label(student_logits, labels)) / temperature, 1)
-    others = to_float32(without_label(teacher_logits, labels)).to(log_student.dtype)
-    return -(temperature**2) * (F.softmax(others / temperature, 1) * log_student).sum(1)
+    teacher = to_float32(without_label(teacher_logits, labels)).to(log_student.dtype)
+    return -(temperature**2) * (F.softmax(teacher / temperature, 1) * log_student).sum(1)

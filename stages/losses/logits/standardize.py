@@ -5,35 +5,13 @@ Sun et al. 2024, "Logit Standardization in Knowledge Distillation", CVPR (arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from kdpipe.stages.numerics import to_float32
-from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.targets.outputs import TeacherTargets
 
 EPS = 1e-7
 """Added to the standard deviation, as in the authors' code."""
-
-
-@dataclass(frozen=True)
-class StandardizedTargets:
-    """A teacher's outputs with standardized logits."""
-
-    inner: TeacherTargets
-
-    @property
-    def features(self) -> Mapping[FeatureSpec, Tensor]:
-        return self.inner.features
-
-    def logits_at(self, temperature: float) -> Tensor:
-        return standardize_logits(self.inner.logits_at(temperature))
-
-    def rows(self, index: Tensor) -> StandardizedTargets:
-        return StandardizedTargets(self.inner.rows(index))
 
 
 def standardize_logits(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Correlation congruence, in the paper's form and in that of the reference code.
+"""Correlation congruence, as in the paper and as in the reference code.
 
 CC: Peng et al. 2019, "Correlation Congruence for Knowledge Distillation", ICCV (arXiv 1904.01802).
 """
@@ -6,6 +6,7 @@ CC: Peng et al. 2019, "Correlation Congruence for Knowledge Distillation", ICCV 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,12 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
+from kdpipe.stages.losses.base import PairedLoss
+from kdpipe.stages.losses.inputs import DatasetInfo, Shapes, TeacherShapes
 from kdpipe.stages.losses.relations.relation import Embedding, RelationLossConfig
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.numerics import normalize_rows, to_float32
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
-from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec
 
 GAMMA, ORDER = 0.4, 2
 """The Gaussian kernel's gamma and the order of its expansion in the paper's experiments."""
@@ -32,8 +33,8 @@ class CCConfig(RelationLossConfig):
 
     Attributes:
         dim: width of the embeddings: linear layers on both sides, which train with the student.
-        form: "code", the product of the errors of samples that are adjacent in the batch, as in RepDistiller, to which
-            the default weight belongs; or "paper", the squared difference of the correlations of all pairs.
+        variant: "code", the product of the errors of samples that are adjacent in the batch, as in RepDistiller, to
+            which the default weight belongs; or "paper", the squared difference of the correlations of all pairs.
     """
 
     paper: ClassVar[str] = "Peng et al. 2019, arXiv 1904.01802"
@@ -43,31 +44,25 @@ class CCConfig(RelationLossConfig):
     dim: Annotated[int, Field(ge=1), max_value(10**6)] = 128
     variant: Literal["code", "paper"] = "code"
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
-        return CC(self, student, teacher)
+    def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
+        layers, features = self.student_layers(), self.required_features(student)
+        students = [Embedding(student[layer], self.dim) for layer in layers]
+        teachers = [Embedding(teacher[feature], self.dim) for feature in features]
+        compare = cc_loss if self.variant == "code" else correlation_loss
+        pairs = [CC(*embeddings, compare) for embeddings in zip(students, teachers, strict=True)]
+        return PairedLoss(layers, features, pairs)
 
 
 class CC(nn.Module):
-    """The loss of the global batch, a scalar, summed over the pairs of layers, with the embeddings of both sides."""
+    """The loss of the batch of all processes, a scalar, at one pair of layers, with the embeddings of both sides."""
 
-    def __init__(self, config: CCConfig, student: Shapes, teacher: TeacherShapes) -> None:
+    def __init__(self, student: Embedding, teacher: Embedding, compare: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.pairs = config.layers
-        self.loss = cc_loss if config.variant == "code" else correlation_loss
-        self.students = nn.ModuleList(Embedding(student[student_layer], config.dim) for student_layer, _ in self.pairs)
-        self.teachers = nn.ModuleList(
-            Embedding(teacher[FeatureSpec(teacher_layer, POOLED)], config.dim) for _, teacher_layer in self.pairs
-        )
+        self.student, self.teacher, self.compare = student, teacher, compare
 
-    def forward(self, inputs: LossInputs) -> Tensor:
-        parts = []
-        for (student_layer, teacher_layer), embed_student, embed_teacher in zip(
-            self.pairs, self.students, self.teachers, strict=True
-        ):
-            student = embed_student(inputs.student.features[student_layer])
-            teacher = embed_teacher(inputs.teacher.features[FeatureSpec(teacher_layer, POOLED)])
-            parts.append(self.loss(all_gather_with_grad(student), all_gather_with_grad(teacher)))
-        return torch.stack(parts).sum()
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        embedded = self.student(student), self.teacher(teacher)
+        return self.compare(all_gather_with_grad(embedded[0]), all_gather_with_grad(embedded[1]))
 
 
 def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:

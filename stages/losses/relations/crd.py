@@ -44,7 +44,7 @@ class CRDConfig(FeatureLossConfig):
     """
 
     paper: ClassVar[str] = "Tian et al. 2020, arXiv 1910.10699"
-    statistic: ClassVar[str] = POOLED
+    requires: ClassVar[str] = "pooled vector [C] of each layer, also of the negatives"
 
     loss: Literal["crd"]
     weight: Scheduled = 0.8
@@ -58,28 +58,29 @@ class CRDConfig(FeatureLossConfig):
     def negative_features(self) -> tuple[FeatureSpec, ...]:
         return self.required_features({}) if self.memory == "store" else ()
 
-    def build(self, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> nn.Module:
-        return CRD(self, student, teacher, facts)
+    def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
+        return FeatureSpec(layer, POOLED)
+
+    def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
+        return CRD(self, student, teacher, dataset.num_samples)
 
 
 class CRD(nn.Module):
     """The loss of each sample in both directions, [B], summed over the pairs of layers; see `CRDOfLayer`."""
 
-    def __init__(self, config: CRDConfig, student: Shapes, teacher: TeacherShapes, facts: DatasetInfo) -> None:
+    def __init__(self, config: CRDConfig, student: Shapes, teacher: TeacherShapes, num_samples: int) -> None:
         super().__init__()
-        self.pairs = config.layers
-        shapes = [
-            (student[student_layer], teacher[FeatureSpec(teacher_layer, POOLED)])
-            for student_layer, teacher_layer in self.pairs
-        ]
-        self.layers = nn.ModuleList(CRDOfLayer(config, *shape, facts.num_samples) for shape in shapes)
+        self.sources = tuple(zip(config.student_layers(), config.required_features(student), strict=True))
+        self.layers = nn.ModuleList(
+            CRDOfLayer(config, student[layer], teacher[feature], num_samples) for layer, feature in self.sources
+        )
 
     def forward(self, inputs: LossInputs) -> Tensor:
         if inputs.negatives is None:
-            raise ValueError("crd needs negatives (others)")
+            raise ValueError("crd needs negatives")
         parts = [
-            layer(inputs, inputs.negatives, student_layer, FeatureSpec(teacher_layer, POOLED))
-            for layer, (student_layer, teacher_layer) in zip(self.layers, self.pairs, strict=True)
+            loss(inputs, inputs.negatives, layer, feature)
+            for loss, (layer, feature) in zip(self.layers, self.sources, strict=True)
         ]
         return torch.stack(parts).sum(0)
 
@@ -100,32 +101,26 @@ class CRDOfLayer(nn.Module):
         self.students = Memory(num_samples, config.dim, config.momentum)
         self.teachers = Memory(num_samples, config.dim, config.momentum) if config.memory == "bank" else None
 
-    def forward(self, inputs: LossInputs, others: Negatives, layer: str, feature: FeatureSpec) -> Tensor:
+    def forward(self, inputs: LossInputs, negatives: Negatives, layer: str, feature: FeatureSpec) -> Tensor:
         student = _embed(self.student, inputs.student.features[layer])
         teacher = _embed(self.teacher, inputs.teacher.features[feature])
-        is_other = inputs.labels[:, None] != others.labels
+        is_negative = inputs.labels[:, None] != negatives.labels
         if self.teachers is None:
-            positives, negatives = teacher, _embed(self.teacher, others.features[feature])
+            of_teacher = teacher, _embed(self.teacher, negatives.features[feature])
         else:
-            positives, negatives = _read_memory(self.teachers, inputs, others)
-        remembered = _read_memory(self.students, inputs, others)
+            of_teacher = self.teachers.rows[inputs.ranks], self.teachers.rows[negatives.ranks]
+        of_student = self.students.rows[inputs.ranks], self.students.rows[negatives.ranks]
         # Embeddings of an untrained layer point in nearly the same direction, which would decide Z; the rows of a new
         # memory bank are spread evenly.
-        first = remembered if self.teachers is None else None
-        loss = self.of_student(student, (positives, negatives), is_other, first_among=first)
-        loss = loss + self.of_teacher(teacher, remembered, is_other)
+        first = of_student if self.teachers is None else None
+        loss: Tensor = self.of_student(student, of_teacher, is_negative, first_among=first)
+        loss = loss + self.of_teacher(teacher, of_student, is_negative)
         if self.training:
             self.students.update(inputs.ranks, student)
             if self.teachers is not None:
                 self.teachers.update(inputs.ranks, teacher)
-        result: Tensor = loss
-        return result
+        return loss
 
 
 def _embed(embedding: nn.Module, features: Tensor) -> Tensor:
     return normalize_rows(to_float32(embedding(features)))
-
-
-def _read_memory(memory: Memory, inputs: LossInputs, others: Negatives) -> tuple[Tensor, Tensor]:
-    """Return the rows of the batch's samples, [B, D], and of the negatives, [K, D]."""
-    return memory.rows[inputs.ranks], memory.rows[others.ranks]

@@ -36,28 +36,24 @@ class NCELoss(nn.Module):
         self.register_buffer("log_z", torch.tensor(math.nan))
 
     def forward(
-        self, anchors: Tensor, among: Compared, is_other: Tensor, *, first_among: Compared | None = None
+        self, anchors: Tensor, among: Compared, is_negative: Tensor, *, first_among: Compared | None = None
     ) -> Tensor:
-        """Compute the loss of each anchor, [B].
+        """Compute the loss of each anchor, [B], from embeddings [B, D]; `first_among` gives Z, if other than `among`.
 
-        Args:
-            anchors: Embeddings [B, D].
-            among: The positives and negatives.
-            is_other: bool [B, K], which negatives count for each anchor.
-            first_among: The positives and negatives from which Z is computed, if other than `among`.
+        `is_negative`, bool [B, K], is which negatives count for each anchor.
         """
-        same, others = self._products(anchors, among)
-        measured = (same, others) if first_among is None else self._products(anchors, first_among)
-        log_z = self._log_z(measured[0].detach(), measured[1].detach(), is_other)
-        return nce_per_sample(same - log_z, others - log_z, is_other, self.num_samples)
+        same, negatives = self._products(anchors, among)
+        measured = (same, negatives) if first_among is None else self._products(anchors, first_among)
+        log_z = self._log_z(measured[0].detach(), measured[1].detach(), is_negative)
+        return nce_per_sample(same - log_z, negatives - log_z, is_negative, self.num_samples)
 
     def _products(self, anchors: Tensor, among: Compared) -> tuple[Tensor, Tensor]:
         positives, negatives = among
         return (anchors * positives).sum(1) / self.temperature, anchors @ negatives.T / self.temperature
 
-    def _log_z(self, same: Tensor, others: Tensor, is_other: Tensor) -> Tensor:
+    def _log_z(self, same: Tensor, negatives: Tensor, is_negative: Tensor) -> Tensor:
         """Return the stored log Z, else this batch's, without a branch, which would synchronize the device."""
-        current = log_z_of(same, others, is_other, self.num_samples).to(self.log_z.dtype)
+        current = log_z_of(same, negatives, is_negative, self.num_samples).to(self.log_z.dtype)
         log_z = torch.where(self.log_z.isnan(), current, self.log_z)
         if self.training:
             self.log_z.copy_(torch.where(log_z.isfinite(), log_z, self.log_z))
@@ -85,7 +81,7 @@ class Memory(nn.Module):
         self.rows[ranks] = normalize_rows(updated)
 
     def begin_step(self) -> None:
-        """Start recording updates, so that `take_back` can undo them."""
+        """Start recording updates, so that `undo` can undo them."""
         self._overwritten.clear()
 
     def undo(self) -> None:
@@ -95,36 +91,26 @@ class Memory(nn.Module):
             self.rows[ranks] = rows
 
 
-def log_z_of(same: Tensor, others: Tensor, is_other: Tensor, num_samples: int) -> Tensor:
+def log_z_of(same: Tensor, negatives: Tensor, is_negative: Tensor, num_samples: int) -> Tensor:
     """Compute log Z, a scalar: Z is num_samples times the mean of exp(product) over the batch of all processes.
 
-    The mean is taken over the positive and the counting negatives of each anchor, then over anchors.
-
-    Args:
-        same: Products with the positives over T, [B].
-        others: Products with the negatives over T, [B, K].
-        is_other: bool [B, K], which negatives count for each anchor.
-        num_samples: The size of the data set.
+    The mean is taken over the positive and the counting negatives (`is_negative`, bool [B, K]) of each anchor, then
+    over anchors. `same` [B] and `negatives` [B, K] are products of embeddings over T.
     """
-    products = torch.cat([same[:, None], others.masked_fill(~is_other, -math.inf)], dim=1)
-    means = all_gather_with_grad(products.logsumexp(1) - (1 + is_other.sum(1)).to(products.dtype).log())
+    products = torch.cat([same[:, None], negatives.masked_fill(~is_negative, -math.inf)], dim=1)
+    means = all_gather_with_grad(products.logsumexp(1) - (1 + is_negative.sum(1)).to(products.dtype).log())
     return means.logsumexp(0) - math.log(max(1, len(means))) + math.log(num_samples)
 
 
-def nce_per_sample(log_same: Tensor, log_others: Tensor, is_other: Tensor, num_samples: int) -> Tensor:
+def nce_per_sample(log_same: Tensor, log_negatives: Tensor, is_negative: Tensor, num_samples: int) -> Tensor:
     """Compute -log P_+ / (P_+ + c) - sum_k log c / (P_k + c) of each anchor, [B].
 
     c = m / num_samples, with m the number of counting negatives. P + c is P + c + 1e-7, as in the authors' code; P
-    itself, which may overflow, is not computed.
-
-    Args:
-        log_same: log P_+ of the positives, [B].
-        log_others: log P_k of the negatives, [B, K].
-        is_other: bool [B, K], which negatives count for each anchor.
-        num_samples: The size of the data set.
+    itself, which may overflow, is not computed. `log_same` [B] is log P_+, `log_negatives` [B, K] log P_k, and
+    `is_negative`, bool [B, K], which negatives count.
     """
-    noise = (is_other.sum(1).to(log_same.dtype) / num_samples)[:, None]
+    noise = (is_negative.sum(1).to(log_same.dtype) / num_samples)[:, None]
     log_either = (noise + EPS).log()
     same = -F.logsigmoid(log_same - log_either[:, 0])
-    others = -F.logsigmoid(log_either - log_others) + log_either - noise.log()
-    return same + torch.where(is_other, others, 0.0).sum(1)
+    negatives = -F.logsigmoid(log_either - log_negatives) + log_either - noise.log()
+    return same + torch.where(is_negative, negatives, 0.0).sum(1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.config import section
 from kdpipe.stages.losses.base import FeatureLossConfig
-from kdpipe.stages.losses.inputs import LossInputs
+from kdpipe.stages.losses.shapes import Pair
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
 from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape, compute_statistic, statistic_shape
 from kdpipe.stages.targets.statistics import pooled
@@ -24,26 +24,33 @@ class RelationLossConfig(FeatureLossConfig):
             before the classifier.
     """
 
+    requires: ClassVar[str] = "pooled vector [C] of each layer"
     per_sample: ClassVar[bool] = False
     statistic: ClassVar[str] = POOLED
+
+    def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
+        return FeatureSpec(layer, self.statistic)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compute the loss at one pair of layers, a scalar, from `statistic` of student and teacher, [B, ...] each."""
         raise NotImplementedError
 
-    def compute(self, inputs: LossInputs) -> Tensor:
-        parts = [
-            self.compare(
-                all_gather_with_grad(
-                    compute_statistic(
-                        FeatureSpec(student_layer, self.statistic), inputs.student.features[student_layer]
-                    )
-                ),
-                all_gather_with_grad(inputs.teacher.features[FeatureSpec(teacher_layer, self.statistic)]),
-            )
-            for student_layer, teacher_layer in self.layers
-        ]
-        return torch.stack(parts).sum()
+    def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
+        return RelationLoss(self.compare, FeatureSpec(pair[0], self.statistic))
+
+
+class RelationLoss(nn.Module):
+    """The comparison of a statistic of student and teacher at one pair of layers, over the batch of all processes."""
+
+    def __init__(self, compare: Callable[[Tensor, Tensor], Tensor], student: FeatureSpec) -> None:
+        super().__init__()
+        self.compare = compare
+        self.student = student
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.compare(
+            all_gather_with_grad(compute_statistic(self.student, student)), all_gather_with_grad(teacher)
+        )
 
 
 class Embedding(nn.Module):

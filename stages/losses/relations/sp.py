@@ -27,6 +27,7 @@ class SPConfig(RelationLossConfig):
     """
 
     paper: ClassVar[str] = "Tung and Mori 2019, arXiv 1907.09682"
+    requires: ClassVar[str] = "map [C, H, W] of each layer"
     statistic: ClassVar[str] = MAP
 
     loss: Literal["sp"]

@@ -12,6 +12,8 @@ from kdpipe.stages.models.networks.init import he_initialize
 
 
 def cnn(
+    average: bool,
+    /,
     *,
     num_classes: int,
     in_channels: int,
@@ -23,38 +25,11 @@ def cnn(
     """Build stages of conv-BN-ReLU, each with a max pool: images [B, in_channels, H, W] -> logits [B, num_classes].
 
     `stage1` gives [B, width, H, W], `stage2` [B, 2 width, H/2, W/2] and so on, *after* the ReLU and before the pool.
-    The last map is flattened, not averaged: in aligned images position is informative. Raises ModelError for a bad
-    argument, or for images that the pools would shrink to nothing.
+    The last map is flattened, as position is informative in aligned images; or, with `average`, averaged as in larger
+    networks, so that another network's classifier can replace this one (SimKD). Raises ModelError for a bad argument,
+    or for images that the pools would shrink to nothing.
     """
-    layers = _stages("cnn", in_channels, image_size, width, num_stages=num_stages, convs_per_stage=convs_per_stage)
-    height, wide = image_size
-    num_positions = (height >> num_stages) * (wide >> num_stages)
-    return _with_head(layers, (width << (num_stages - 1)) * num_positions, num_classes)
-
-
-def cnn_average(
-    *,
-    num_classes: int,
-    in_channels: int,
-    image_size: tuple[int, int],
-    width: int = 32,
-    num_stages: int = 2,
-    convs_per_stage: int = 2,
-) -> nn.Sequential:
-    """Build `cnn` with the last map averaged, not flattened, as in larger networks.
-
-    Its classifier sees one number a channel, so that another network's can replace it (SimKD).
-    """
-    layers = _stages(
-        "cnn_average", in_channels, image_size, width, num_stages=num_stages, convs_per_stage=convs_per_stage
-    )
-    layers[f"pool{num_stages}"] = nn.AdaptiveAvgPool2d(1)
-    return _with_head(layers, width << (num_stages - 1), num_classes)
-
-
-def _stages(
-    name: str, in_channels: int, image_size: tuple[int, int], width: int, *, num_stages: int, convs_per_stage: int
-) -> OrderedDict[str, nn.Module]:
+    name = "cnn_average" if average else "cnn"
     width = at_least_one(name, "width", width)
     num_stages = at_least_one(name, "num_stages", num_stages)
     convs_per_stage = at_least_one(name, "convs_per_stage", convs_per_stage)
@@ -70,12 +45,11 @@ def _stages(
         layers[f"stage{index + 1}"] = _stage(channels, width << index, convs_per_stage)
         layers[f"pool{index + 1}"] = nn.MaxPool2d(2)
         channels = width << index
-    return layers
-
-
-def _with_head(layers: OrderedDict[str, nn.Module], num_features: int, num_classes: int) -> nn.Sequential:
+    if average:
+        layers[f"pool{num_stages}"] = nn.AdaptiveAvgPool2d(1)
+    num_positions = 1 if average else (height >> num_stages) * (wide >> num_stages)
     layers["flatten"] = nn.Flatten()
-    layers["fc"] = nn.Linear(num_features, num_classes)
+    layers["fc"] = nn.Linear(channels * num_positions, num_classes)
     model = nn.Sequential(layers)
     he_initialize(model)
     return model

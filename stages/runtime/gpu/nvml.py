@@ -37,14 +37,13 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, or one instance of a divided GPU (MIG).
+    """A GPU, or an instance of a divided GPU (MIG).
 
     Attributes:
         index: nvidia-smi's number of it, or of the GPU that it is an instance of.
         uuid: Its name in CUDA_VISIBLE_DEVICES.
         free_bytes: Free memory; where the driver does not report memory, all sizes are 0.
-        unseen_bytes: Memory in use by no known process.
-        compute_capability: Such as "9.0", "" where unknown.
+        unseen_bytes: Memory in use, where the driver lists no process.
     """
 
     index: int
@@ -57,12 +56,8 @@ class Gpu:
     driver_version: str = ""
     compute_capability: str = ""
 
-    @property
-    def is_instance(self) -> bool:
-        return self.uuid.startswith("MIG-")
-
     def __str__(self) -> str:
-        return f"GPU {self.index} ({self.name}{', ' + self.uuid if self.is_instance else ''})"
+        return f"GPU {self.index} ({self.name}{', ' + self.uuid if self.uuid.startswith('MIG-') else ''})"
 
 
 def gib(num_bytes: int) -> str:
@@ -93,39 +88,27 @@ def list_gpus() -> tuple[Gpu, ...] | None:
 def visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> list[Gpu | None]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; all where it is unset.
 
-    Entries are numbers, UUIDs and their beginnings (CUDA programming guide, environment variables). None stands for an
-    ambiguous one. As for CUDA, the list ends at the first entry that names nothing.
+    Entries are nvidia-smi's numbers, UUIDs and their beginnings (CUDA programming guide, environment variables). None
+    stands for an ambiguous one. As for CUDA, the list ends at the first entry that names nothing.
     """
     if VISIBLE not in environ:
-        return [gpu if _numbers_are_certain(gpus, environ) else None for gpu in gpus]
+        return list(gpus)
     visible: list[Gpu | None] = []
     for entry in environ[VISIBLE].split(","):
-        named = _named(entry.strip(), gpus, environ)
+        named = _named(entry.strip(), gpus)
         if not named:
             break
         visible.append(named[0] if len(named) == 1 else None)
     return visible
 
 
-def device_index(name: str) -> int | None:
-    """Return the number in a recipe's device such as cuda:1, among the visible GPUs; None where it has none."""
-    _, _, number = name.partition(":")
-    return int(number) if number else None
-
-
-def _named(entry: str, gpus: Sequence[Gpu], environ: Mapping[str, str]) -> Sequence[Gpu | None]:
+def _named(entry: str, gpus: Sequence[Gpu]) -> Sequence[Gpu | None]:
     """Return the GPUs that an entry of CUDA_VISIBLE_DEVICES may mean."""
-    if not entry.isdecimal():
-        matching = [gpu for gpu in gpus if gpu.uuid.startswith(entry)] if entry.startswith(("GPU-", "MIG-")) else []
-        # An instance can also be named by its GPU and two numbers, MIG-GPU-.../1/0: that form is not resolved.
-        return matching or ([None] if entry.startswith("MIG-") else [])
-    found = [gpu for gpu in gpus if gpu.index == int(entry)]
-    return list(gpus) if found and not _numbers_are_certain(gpus, environ) else found
-
-
-def _numbers_are_certain(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> bool:
-    """Return whether CUDA numbers GPUs as nvidia-smi does: by default it puts the fastest first."""
-    return environ.get(ORDER) == "PCI_BUS_ID" or len({gpu.name for gpu in gpus}) == 1
+    if entry.isdecimal():
+        return [gpu for gpu in gpus if gpu.index == int(entry)]
+    matching = [gpu for gpu in gpus if gpu.uuid.startswith(entry)] if entry.startswith(("GPU-", "MIG-")) else []
+    # An instance can also be named by its GPU and two numbers, MIG-GPU-.../1/0: that form is not resolved.
+    return matching or ([None] if entry.startswith("MIG-") else [])
 
 
 def _read_all(nvml: Any) -> Iterator[Gpu]:
@@ -154,10 +137,11 @@ def _read(nvml: Any, index: int, handle: Any, parent: Any) -> Gpu | None:
     if uuid is None:
         return None
     free, total, used = _memory(nvml, handle)
-    computing = _processes(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle)
-    drawing = _processes(nvml, nvml.nvmlDeviceGetGraphicsRunningProcesses, handle)
-    known = {process.pid: process.used_bytes for process in (*drawing, *computing)}
-    has_unknown_sizes = any(size is None for size in known.values())
+    computing = [
+        GpuProcess(entry.pid, _process_name(nvml, entry.pid), entry.usedGpuMemory)
+        for entry in _query(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
+    ]
+    drawing = _query(nvml.nvmlDeviceGetGraphicsRunningProcesses, handle)
     capability = _query(getattr(nvml, "nvmlDeviceGetCudaComputeCapability", None), parent) or ()
     return Gpu(
         index=index,
@@ -165,8 +149,8 @@ def _read(nvml: Any, index: int, handle: Any, parent: Any) -> Gpu | None:
         name=_text(_query(nvml.nvmlDeviceGetName, handle) or "unnamed"),
         free_bytes=free,
         total_bytes=total,
-        processes=tuple(one for one in computing if PurePath(one.name or "").name != MPS_SERVER),
-        unseen_bytes=0 if has_unknown_sizes else max(0, used - sum(size or 0 for size in known.values())),
+        processes=tuple(process for process in computing if PurePath(process.name or "").name != MPS_SERVER),
+        unseen_bytes=0 if computing or drawing else used,
         driver_version=_text(_query(getattr(nvml, "nvmlSystemGetDriverVersion", None)) or ""),
         compute_capability=".".join(map(str, capability)),
     )
@@ -177,11 +161,6 @@ def _memory(nvml: Any, handle: Any) -> tuple[int, int, int]:
     info = _query(nvml.nvmlDeviceGetMemoryInfo, handle, getattr(nvml, "nvmlMemory_v2", None))
     info = info or _query(nvml.nvmlDeviceGetMemoryInfo, handle)
     return (0, 0, 0) if info is None else (int(info.free), int(info.total), int(info.used))
-
-
-def _processes(nvml: Any, listing: Callable[..., Any], handle: Any) -> list[GpuProcess]:
-    found = _query(listing, handle) or []
-    return [GpuProcess(one.pid, _process_name(nvml, one.pid), one.usedGpuMemory) for one in found]
 
 
 def _process_name(nvml: Any, pid: int) -> str | None:

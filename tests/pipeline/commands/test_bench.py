@@ -18,7 +18,7 @@ def network(*, num_inputs=1, batch="batch", weights=None):
         helper.make_tensor_value_info(f"images{number}", TensorProto.FLOAT, shape) for number in range(num_inputs)
     ]
     constants = [] if weights is None else [numpy_helper.from_array(weights, "weights")]
-    names = [one.name for one in (*inputs, *constants)]
+    names = [value.name for value in (*inputs, *constants)]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)]
     graph = helper.make_graph([helper.make_node("Sum", names, ["logits"])], "sum", inputs, outputs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -42,8 +42,8 @@ def test_defaults_are_batch_1_and_64_on_all_cores(path):
     assert (found["num_rounds"], found["onnxruntime"]) == (3, pytest.importorskip("onnxruntime").__version__)
     (file,) = found["files"]
     assert (file["path"], file["bytes"]) == (str(path), path.stat().st_size)
-    assert [one["batch_size"] for one in file["latency"]] == [1, 64]
-    assert all(0 < one["p50_ms"] <= one["p95_ms"] for one in file["latency"])
+    assert [latency["batch_size"] for latency in file["latency"]] == [1, 64]
+    assert all(0 < latency["p50_ms"] <= latency["p95_ms"] for latency in file["latency"])
     assert file["time_against_first"] == 1
 
 
@@ -51,7 +51,7 @@ def test_options_apply_and_files_are_compared_to_the_first(path):
     found = document(path, path, "--batch-size", 2, "--batch-size", 5, "--batch-size", 2, "--threads", 1, "--rounds", 3)
     assert found["num_threads"] == 1
     first, second = found["files"]
-    assert [one["batch_size"] for one in second["latency"]] == [2, 5]
+    assert [latency["batch_size"] for latency in second["latency"]] == [2, 5]
     assert second["images_per_s"] == pytest.approx(5000 / second["latency"][1]["p50_ms"])
     times = [file["latency"][1]["p50_ms"] for file in (first, second)]
     assert second["time_against_first"] == pytest.approx(times[1] / times[0])

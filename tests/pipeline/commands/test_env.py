@@ -3,12 +3,12 @@
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from kdpipe.pipeline.commands import env_machine
-from kdpipe.pipeline.commands.env import print_env, private, read_env
-from kdpipe.pipeline.commands.env_machine import file_system, gpus, has_locks
+from kdpipe.pipeline.commands import env
+from kdpipe.pipeline.commands.env import file_system, gpus, has_locks, print_env, private, read_env
 from kdpipe.stages.runtime.gpu import nvml
 from kdpipe.stages.runtime.gpu.nvml import Gpu
 
@@ -81,22 +81,19 @@ def test_gpus_are_listed_by_nvml(monkeypatch):
     assert gpus() == []
 
 
-def test_the_file_system_is_that_of_the_nearest_mount(tmp_path):
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(
-        "1 0 8:1 / / rw - ext4 /dev/sda rw\n"
-        "2 1 0:5 / /made/up\\040here rw shared:1 - nfs4 server:/x rw\n"
-        "3 1 0:6 / /made/up\\040here rw - lustre l rw\n"
-        "an odd line\n"
-    )
-    assert file_system(Path("/made/up here/run"), mounts) == "lustre"
-    assert file_system(Path("/made/up"), mounts) == "ext4"
-    assert file_system(Path("/made"), tmp_path / "absent") == "unknown"
+def test_the_file_system_is_that_of_the_nearest_mount(monkeypatch):
+    mounts = [("/", "ext4"), ("/made/up here", "nfs4"), ("/made/up", "xfs")]
+    found = [SimpleNamespace(mountpoint=folder, fstype=kind) for folder, kind in mounts]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: found)
+    assert file_system(Path("/made/up here/run")) == "nfs4"
+    assert file_system(Path("/made")) == "ext4"
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: [])
+    assert file_system(Path("/made")) == "unknown"
 
 
 def test_locks_are_tried_without_leaving_a_file(tmp_path, monkeypatch):
     assert has_locks(tmp_path) is True
-    monkeypatch.setattr(env_machine.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "no locks here")))
+    monkeypatch.setattr(env.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "no locks here")))
     assert has_locks(tmp_path) is False
     assert has_locks(tmp_path / "absent") is None
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from support.kdpipe_process import RECIPE, environment, kdpipe_here
-from support.made_store import folder_bytes, make_store
+from support.made_store import folder_bytes
 
 from kdpipe.store import claim, ensure_store
 from kdpipe.store.format.markers import marker_path
@@ -34,9 +34,9 @@ def spoil(path):
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory):
+def finished(tmp_path_factory):
     """A recipe and its run folder, with a trained teacher and a store."""
-    folder = tmp_path_factory.mktemp("road")
+    folder = tmp_path_factory.mktemp("finished")
     recipe = folder / "tiny.toml"
     recipe.write_text(SMALL)
     for stage in ("train-teacher", "cache-teacher"):
@@ -45,18 +45,19 @@ def road(tmp_path_factory):
 
 
 @pytest.fixture
-def run(road, tmp_path):
-    shutil.copytree(road[1], tmp_path / "run")
+def run(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.fixture
-def recipe(road):
-    return road[0]
+def recipe(finished):
+    return finished[0]
 
 
 def test_nothing_heavy_is_imported_before_a_command():
-    code = "import sys, pipeline.store_app; print(sorted({'torch', 'zarr', 'numpy', 'pydantic'} & set(sys.modules)))"
+    heavy = "{'torch', 'zarr', 'numpy', 'pydantic', 'numcodecs'}"
+    code = f"import sys, kdpipe.pipeline.store_app; print(sorted({heavy} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
 
@@ -81,29 +82,18 @@ def test_verify_of_an_intact_store(made):
     assert "no faults found" in text
     result = document("verify", made.path)
     assert result["path"] == str(made.path)
-    assert result["damaged"] == result["missing"] == result["leftovers"] == []
+    assert result["damaged"] == result["missing"] == []
     assert result["num_bytes"] == sum(map(len, folder_bytes(made.path).values()))
 
 
 def test_verify_names_every_fault_and_exits_1(made):
     spoil(shard_path(made.path, made.manifest.arrays[0], made.units[0]))
     spoil(made.path / "logits" / "zarr.json")
-    (made.path / "mine.txt").write_text("")
     text = shown("verify", made.path, code=1)
     assert "damaged      logits/zarr.json" in text
     assert f"damaged      logits/c/0/0/0 ({made.units[0]}, logits)" in text
-    assert "orphan       mine.txt" in text
     assert "2 faults: run `kdpipe store repair RECIPE`" in text
     assert [fault["unit"] for fault in document("verify", made.path, code=1)["damaged"]] == [None, str(made.units[0])]
-
-
-def test_untrusted_file_names_are_printable(made):
-    (made.path / "red\x1b[31m").write_text("")
-    (made.path / os.fsdecode(b"broken\xff")).write_text("")
-    text = shown("verify", made.path)
-    assert "orphan       red?[31m" in text
-    assert "orphan       broken?" in text
-    assert len(document("verify", made.path)["orphans"]) == 2
 
 
 def test_verify_exits_3_if_units_are_only_missing(store_maker):
@@ -160,35 +150,6 @@ def test_rm_views_removes_views(made):
     refused = kdpipe_here("store", "rm-views", made.path, "--keep", 2)
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "keep from 1 to 1 of them, not 2" in refused.stderr
-
-
-def test_ls_lists_broken_stores_with_their_fault(tmp_path):
-    below = tmp_path / "runs" / "b"
-    below.mkdir(parents=True)
-    make_store(tmp_path / "runs" / "a.zarr")
-    broken = make_store(below / "broken.zarr")
-    spoil(broken.path / "zarr.json")
-    unfinished = make_store(below / "unfinished.zarr", fill=False)
-    (tmp_path / "foreign.zarr").mkdir()
-    (tmp_path / "foreign.zarr" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
-    (tmp_path / "round").symlink_to(tmp_path)
-    stores = document("ls", tmp_path)["stores"]
-    assert [store["path"] for store in stores] == [
-        str(tmp_path / "runs" / "a.zarr"),
-        str(below / "broken.zarr"),
-        str(below / "unfinished.zarr"),
-    ]
-    assert [bool(store["fault"]) for store in stores] == [False, True, False]
-    assert stores[0]["num_units_done"] == stores[0]["num_units"]
-    assert stores[0]["disk_bytes"] > 0
-    assert stores[2]["num_units_done"] == stores[2]["disk_bytes"] == 0
-    lines = shown("ls", tmp_path).splitlines()
-    assert len(lines) == 3
-    assert "cnn (aaaaaaaa) on made, 2 views of 2,500 samples, logits, features/layer2.0" in lines[0]
-    assert lines[1].startswith(f"{broken.path}: broken: ")
-    assert f"0 of {len(unfinished.units)} units done, zero-copy" in lines[2]
-    assert document("ls", below / "unfinished.zarr")["stores"][0]["path"] == str(unfinished.path)
-    assert kdpipe_here("store", "ls", tmp_path / "none").exit_code == 1
 
 
 def test_info_shows_progress_and_who_computes(made):

@@ -6,16 +6,12 @@ import string
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.paths import ROOT
 
 from kdpipe.pipeline.commands.plan import print_plan, settings_json
 from kdpipe.pipeline.recipe.load import load_recipe, load_recipe_with_origins, recipe_json
-from kdpipe.pipeline.recipe.messages import variable
 from kdpipe.pipeline.recipe.overrides import RESERVED
 from kdpipe.pipeline.recipe.template import toml_value
 from kdpipe.stages.errors import RecipeError
-
-RECIPES = ROOT / "recipes"
 
 TEXT = """name = "least"
 seed = 3
@@ -96,11 +92,11 @@ def test_reserved_and_empty_variables_are_not_keys(path):
     ("name", "text", "wanted"),
     [
         ("KDPIPE_STUDENT__TRAIN__RL", "1", "KDPIPE_STUDENT__TRAIN__RL: unknown key 'student.train.rl'; did you mean "
-         "KDPIPE_STUDENT__TRAIN__LR?"),
-        ("KDPIPE_STUDNET__TRAIN__LR", "1", "did you mean KDPIPE_STUDENT__TRAIN__LR?"),
-        ("KDPIPE_DISTILL__0__WIEGHT", "1", "did you mean KDPIPE_DISTILL__0__WEIGHT?"),
-        ("KDPIPE_STUDENT_TRAIN_LR", "1", "did you mean KDPIPE_STUDENT__TRAIN__LR?"),
-        ("KDPIPE_ZZZ", "1", "KDPIPE_ZZZ: unknown key 'zzz'; known here: KDPIPE_NAME, KDPIPE_SEED,"),
+         "'lr'?"),
+        ("KDPIPE_STUDNET__TRAIN__LR", "1", "unknown key 'studnet'; did you mean 'student'?"),
+        ("KDPIPE_DISTILL__0__WIEGHT", "1", "unknown key 'distill.0.wieght'; did you mean 'weight'?"),
+        ("KDPIPE_STUDENT_TRAIN_LR", "1", "unknown key 'student_train_lr'; did you mean 'student'? In variables, `__`"),
+        ("KDPIPE_ZZZ", "1", "KDPIPE_ZZZ: unknown key 'zzz'; known here: name, seed,"),
         ("KDPIPE_SEED", "-1", "KDPIPE_SEED: seed = -1: input should be greater than or equal to 0"),
         ("KDPIPE_STUDENT__TRAIN__LR", "fast", "KDPIPE_STUDENT__TRAIN__LR: student.train.lr = fast: input should be a"),
         ("KDPIPE_SEED__X", "1", "KDPIPE_SEED__X: 'seed' is not a section"),
@@ -118,10 +114,6 @@ def test_messages_name_the_variable(path, name, text, wanted):
     message = message_for(path, {name: text})
     assert wanted in message
     assert len(message) < 900
-
-
-def test_one_key_in_two_spellings_is_refused(path):
-    assert "KDPIPE_seed and KDPIPE_SEED are the same key" in message_for(path, {"KDPIPE_SEED": "1", "KDPIPE_seed": "2"})
 
 
 def test_messages_name_the_origin_of_a_wrong_value(path):
@@ -153,7 +145,7 @@ def test_environment_and_set_give_the_same_recipe(tmp_path_factory, chosen):
     path = tmp_path_factory.getbasetemp() / "same.toml"
     path.write_text(TEXT)
     overrides = [f"{'.'.join(keys)}={toml_value(value)}" for keys, value in chosen.items()]
-    environ = {variable(keys): toml_value(value) for keys, value in chosen.items()}
+    environ = {"KDPIPE_" + "__".join(keys).upper(): toml_value(value) for keys, value in chosen.items()}
     by_set, by_environment = load_recipe(path, overrides), load_recipe(path, (), environ)
     assert by_set == by_environment
     resolved = recipe_json(by_set)
@@ -171,45 +163,17 @@ def test_every_key_has_an_origin(path):
     recipe, origins = load_recipe_with_origins(path, overrides, environ)
     assert recipe == load_recipe(path, overrides, environ)
     found = {key: (setting.value, setting.origin) for key, setting in origins.items()}
-    assert found["name"] == ("least", f"{path}:1")
+    assert found["name"] == ("least", str(path))
     assert found["seed"] == (2, "--set")
-    assert found["teacher.model.args.width"] == (8, f"{path}:5")
+    assert found["teacher.model.args.width"] == (8, str(path))
     assert found["student.train.lr"] == (0.5, "KDPIPE_STUDENT__TRAIN__LR")
     assert found["student.train.epochs"] == (20, "default")
     assert found["student.seeds"] == ([4, 9], "--set")
-    assert found["distill.0.loss"] == ("kd", f"{path}:15")
+    assert found["distill.0.loss"] == ("kd", str(path))
     assert found["distill.0.temperature.end"] == (2.0, "--set")
     assert found["distill.0.temperature.shape"] == ("linear", "default")
-    assert found["distill.1.layers"] == ([["stage1", "stage1"]], f"{path}:20")
+    assert found["distill.1.layers"] == ([["stage1", "stage1"]], str(path))
     assert found["compress.prune_train.epochs"] == (10, "default")
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
-def test_origins_have_the_line_of_the_key(path):
-    lines = path.read_text().split("\n")
-    _, origins = load_recipe_with_origins(path)
-    named = {key: setting.origin for key, setting in origins.items() if setting.origin != "default"}
-    assert len(named) > 15
-    for key, origin in named.items():
-        file, _, number = origin.rpartition(":")
-        statement = lines[int(number) - 1]
-        *_, parent, last = ["", *[part for part in key.split(".") if not part.isdecimal()]]
-        assert file == str(path)
-        assert any(statement.lstrip().startswith(one) for one in (last, parent, *key.split("."))), (key, statement)
-
-
-def test_lines_are_right_despite_strings_that_look_like_keys(tmp_path):
-    path = tmp_path / "odd.toml"
-    text = TEXT.replace(
-        'name = "least"', 'name = "odd"\r\ndata.classes = ["""\\\r\n\nseed = 9\n[teacher]\u2028x\\\n"""]'
-    )
-    path.write_bytes(text.encode())
-    _, origins = load_recipe_with_origins(path)
-    assert origins["data.classes"].origin == f"{path}:2"
-    assert origins["seed"].origin == f"{path}:7"
-    path.write_text(TEXT + "\n" * 600)
-    _, origins = load_recipe_with_origins(path)
-    assert origins["seed"].origin == str(path)
 
 
 def test_plan_shows_keys_that_are_not_default(path, capsys):
@@ -218,7 +182,7 @@ def test_plan_shows_keys_that_are_not_default(path, capsys):
     )
     plan = {
         "store": "s", "exists": False, "num_views": 1, "num_samples": 1, "num_units": 1, "num_units_missing": 0,
-        "normalize_rows": 1, "arrays": {}, "layers_wanted_by": {}, "missing_bytes": 0, "free_bytes": 1, "probe": None,
+        "unit_rows": 1, "arrays": {}, "layers_wanted_by": {}, "missing_bytes": 0, "free_bytes": 1, "probe": None,
         "test_store": {"num_samples": 1, "store_bytes": 1, "store": "t"}, "num_images": 1, "teacher_trained": True,
     }  # fmt: skip
     print_plan(plan, origins)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zarr
 from support.made_store import folder_bytes
-from support.tiny_road import (
+from support.tiny_run import (
     CACHE,
     LAYERS,
     OPERATIONS,
@@ -22,7 +22,7 @@ from support.tiny_road import (
     tiny_context,
 )
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
 from kdpipe.stages.errors import ModelError, NotFiniteError, RecipeError, RunError, StoppedEarly
 from kdpipe.stages.models.hooks import extract_features
@@ -61,10 +61,10 @@ def test_stored_equals_recomputed_through_plain_zarr(run):
     for view in range(VIEWS.num_views):
         images = renderer.render_batch(train_set.images[order], train_set.sample_ids[order], view)
         with torch.no_grad(), extract_features(teacher.model, ["stage2"]) as extractor:
-            said = extractor(teacher.normalize(images))
-        np.testing.assert_allclose(group["logits"][view], said.logits.numpy(), rtol=2e-3, atol=2e-3)
+            outputs = extractor(teacher.normalize(images))
+        np.testing.assert_allclose(group["logits"][view], outputs.logits.numpy(), rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(
-            group["features/stage2"][view], said.features["stage2"].numpy(), rtol=2e-3, atol=2e-3
+            group["features/stage2"][view], outputs.features["stage2"].numpy(), rtol=2e-3, atol=2e-3
         )
     assert group["logits"].dtype == np.float16
     assert np.array_equal(group["samples/ids"][:], train_set.sample_ids[order].numpy())
@@ -147,7 +147,9 @@ def test_too_little_disk_is_refused_before_anything_is_computed(run, tmp_path, m
 def test_last_part_finishes_the_store(run, tmp_path):
     path = tmp_path / "parts.zarr"
     teacher, context = teacher_of(run)
-    results = [cache_teacher(CACHE, path, teacher, LAYERS, context, part=WorkShard(i, 3, "--part")) for i in (2, 0, 1)]
+    results = [
+        cache_teacher(CACHE, path, teacher, LAYERS, context, work_shard=WorkShard(i, 3, "--part")) for i in (2, 0, 1)
+    ]
     assert [result["num_units_missing"] > 0 for result in results] == [True, True, False]
     assert sum(result["num_units_computed"] for result in results) == NUM_UNITS
     assert folder_bytes(path) == folder_bytes(run / "store.zarr")
@@ -156,13 +158,13 @@ def test_last_part_finishes_the_store(run, tmp_path):
 def test_unit_claimed_by_another_job_is_skipped_and_named(run, tmp_path):
     path = tmp_path / "shared.zarr"
     teacher, context = teacher_of(run)
-    cache_teacher(CACHE, path, teacher, LAYERS, context, part=WorkShard(0, NUM_UNITS, "--part"))
-    held = claim(path, "v1-s0")
+    cache_teacher(CACHE, path, teacher, LAYERS, context, work_shard=WorkShard(0, NUM_UNITS, "--part"))
+    claimed = claim(path, "v1-s0")
     with pytest.raises(LockedError, match=r"1 units of .*: view 1, shard 0 is being computed by process \d+ on "):
         cache_teacher(CACHE, path, teacher, LAYERS, context)
     with pytest.raises(StoreError, match="not complete: view 1, shard 0 is missing"):
         open_store(path)
-    held.release()
+    claimed.release()
     assert cache_teacher(CACHE, path, teacher, LAYERS, context)["num_units_computed"] == 1
     assert folder_bytes(path) == folder_bytes(run / "store.zarr")
 
@@ -215,9 +217,9 @@ def test_top_k_store_matches_the_dense_one(run, tmp_path):
     top, dense = open_store(tmp_path / "top.zarr"), open_store(run / "store.zarr")
     ids = context.train_set.sample_ids.numpy()[:64]
     exact = torch.from_numpy(dense.gather("logits", 1, ids)).float()
-    said = Targets([join(top, context.train_set, [])], torch.device("cpu")).batch(1, torch.arange(64))[0]
+    targets = Targets([join(top, context.train_set, [])], torch.device("cpu")).batch(1, torch.arange(64))[0]
     for temperature in (1.0, 2.7, 4.0, 20.0):
-        found = torch.softmax(said.logits_at(temperature) / temperature, 1)
+        found = torch.softmax(targets.logits_at(temperature) / temperature, 1)
         wanted = torch.softmax(exact / temperature, 1)
         kept = wanted.topk(2).indices
         assert (found.gather(1, kept) - wanted.gather(1, kept)).abs().max() < 2e-3

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from support.kdpipe_process import RECIPE, kdpipe_here
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
+from support.tiny_run import CACHE, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 
 from kdpipe.pipeline.commands.view_grid import draw_grid
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.preview import ViewPreview, show_views
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.train_teacher import load_teacher
@@ -84,8 +84,8 @@ def test_without_a_store_it_shows_the_recipes_views_alone(run):
 
 def by_hand(shape, labels, top):
     images = torch.randint(0, 200, (len(labels), len(top[0]), *shape), dtype=torch.uint8)
-    nobody = [[None] * images.shape[1]] * len(labels)
-    return ViewPreview(images, list(range(len(labels))), labels, top, nobody)
+    partners = [[None] * images.shape[1]] * len(labels)
+    return ViewPreview(images, list(range(len(labels))), labels, top, partners)
 
 
 def drawn(shown, path):

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from support.tiny_road import CACHE, LAYERS, TEACHER, make_tiny_store, squares, tiny_context
+from support.tiny_run import CACHE, LAYERS, TEACHER, make_tiny_store, squares, tiny_context
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.recheck import recompute
 from kdpipe.stages.train_teacher import load_teacher
 from kdpipe.store import FingerprintMismatch, StoreError, finish_store, open_store, write_unit

@@ -7,11 +7,11 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tiny_road import TEACHER, TRAIN, StopAfter, make_tiny_store, squares, tiny_context
+from support.tiny_run import TEACHER, TRAIN, StopAfter, make_tiny_store, squares, tiny_context
 
 from kdpipe.stages.compress.artifacts.load import rebuild
-from kdpipe.stages.compress.compress import CompressConfig, compress
-from kdpipe.stages.compress.fine_tune import FineTuneContext
+from kdpipe.stages.compress.compress import CompressConfig, compress, compressed_root
+from kdpipe.stages.compress.fine_tune import FineTuneContext, build_fine_tuning
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.distillation.student_config import StudentConfig
@@ -87,7 +87,9 @@ def compress_with_stops(config, student, run):
         context = setup_in(run, RunMonitor(should_stop=StopAfter(4)))
         spec = open_distillation([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, context)
         try:
-            return compress(config, student, 0, spec, context)
+            return compress(
+                config, build_fine_tuning(student, 0, spec, context, compressed_root(context.run_dir, config))
+            )
         except StoppedEarly:
             pass
     raise AssertionError("it never came to its end")
@@ -102,7 +104,8 @@ def test_family_is_pruned_quantized_and_rebuilt(run, tmp_path, monkeypatch, fami
     shutil.copy(tmp_path / f"{family}.pt", tmp_path / f"{family}-again.pt")
     figures = compress_with_stops(config_for(tmp_path / f"{family}.pt"), student, run)
     spec = open_distillation([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, context)
-    compress(config_for(tmp_path / f"{family}-again.pt"), student, 0, spec, context)
+    again = config_for(tmp_path / f"{family}-again.pt")
+    compress(again, build_fine_tuning(student, 0, spec, context, compressed_root(context.run_dir, again)))
 
     # A quantization-aware training that is stopped again and again ends in the very same weights.
     root = run / f"compressed-{family}"

@@ -11,14 +11,15 @@ import onnxruntime
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_context
+from support.tiny_run import STUDENT, TRAIN, StopAfter, make_tiny_store, open_tiny_spec, tiny_context
 
+from kdpipe.pipeline.steps import train_student
 from kdpipe.stages.compress.artifacts.export_student import export_student
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.artifacts.model_card import card_text
 from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import CompressConfig, compress, compressed_root
-from kdpipe.stages.compress.fine_tune import FineTuneContext
+from kdpipe.stages.compress.fine_tune import FineTuneContext, build_fine_tuning
 from kdpipe.stages.compress.prune_student import latency_share
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
@@ -28,7 +29,7 @@ from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.models.weights import count_parameters
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.train_student.student import open_distillation, train_student
+from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store import FingerprintMismatch
 
@@ -51,7 +52,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compress")
     context = tiny_context(folder)
     make_tiny_store(context)
-    train_student(STUDENT, 0, open_tiny_teaching(folder / "store.zarr", context), context)
+    train_student(STUDENT, 0, open_tiny_spec(folder / "store.zarr", context), context)
     return folder
 
 
@@ -83,14 +84,20 @@ def own(made, tmp_path):
     return copied(made, tmp_path)
 
 
+def fine_tuning(run, context, config=CONFIG):
+    """Return what the fine-tunings of the tiny student share."""
+    spec = open_tiny_spec(run / "store.zarr", context)
+    return build_fine_tuning(STUDENT, 0, spec, context, compressed_root(context.run_dir, config))
+
+
 def compressed(copy, run, config=CONFIG, *, monitor=None, only=("prune", "quantize")):
     context = tiny_context(copy, monitor)
-    return compress(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", context), context, only=only)
+    return compress(config, fine_tuning(run, context, config), only=only)
 
 
 def exported(copy, run, config=CONFIG):
     context = tiny_context(copy)
-    export_student(config, STUDENT, 0, open_tiny_teaching(run / "store.zarr", context), context, name="tiny")
+    export_student(config, fine_tuning(run, context, config), name="tiny")
     return artifact_folder(compressed_root(copy, config), 0)
 
 
@@ -104,7 +111,7 @@ def weights(copy, kind):
 
 def noisy_share(full, measured):
     """Return a latency measure that follows the parameters, with noise."""
-    return lambda one: count_parameters(one) / count_parameters(full) * (1 + 0.05 * (next(measured) % 7))
+    return lambda network: count_parameters(network) / count_parameters(full) * (1 + 0.05 * (next(measured) % 7))
 
 
 def test_latency_share_of_a_network_with_itself(run):
@@ -113,7 +120,7 @@ def test_latency_share_of_a_network_with_itself(run):
 
 
 def sizes(state):
-    return {name: tuple(one.shape) for name, one in state.items()}
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +131,7 @@ def sizes(state):
         {"budget": "latency", "ratio": 0.2},
         {"kind": "weights", "ratio": 0.7, "steps": 2, "epochs_per_step": 1},
     ],
-    ids=lambda one: one.get("kind") or one.get("budget") or one["importance"],
+    ids=lambda settings: settings.get("kind") or settings.get("budget") or settings["importance"],
 )
 def test_repeatedly_stopped_equals_uninterrupted(run, copy, tmp_path_factory, monkeypatch, changes):
     monkeypatch.setattr(FineTuneContext, "exports_onnx", False)  # without ONNX files, which take most of the time
@@ -274,7 +281,7 @@ def test_artifacts_are_rewritten_only_for_other_settings(run, own):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     other = dataclasses.replace(CONFIG, opset=20)
     exported(own, run, other)
-    assert [one.version for one in onnx.load(folder / "model.onnx").opset_import if one.domain == ""] == [20]
+    assert [opset.version for opset in onnx.load(folder / "model.onnx").opset_import if opset.domain == ""] == [20]
 
 
 def test_earlier_artifacts_survive_a_failed_export(run, own, monkeypatch):
@@ -302,18 +309,18 @@ def test_unwritable_folder_is_an_error(run, own):
 def test_external_student_is_compressed_in_its_own_folder(run, copy, tmp_path, monkeypatch):
     monkeypatch.setattr(FineTuneContext, "exports_onnx", False)
     state = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")[0]
-    torch.save({"state_dict": {f"module.{name}": one for name, one in state.items()}}, tmp_path / "mine.pt")
-    config = dataclasses.replace(CONFIG, student=str(tmp_path / "mine.pt"))
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "external.pt")
+    config = dataclasses.replace(CONFIG, student=str(tmp_path / "external.pt"))
     figures = compressed(copy, run, config)
-    assert compressed_root(copy, config).name == "compressed-mine"
-    given = read_json_file(copy / "compressed-mine" / "given" / "result.json")
+    assert compressed_root(copy, config).name == "compressed-external"
+    given = read_json_file(copy / "compressed-external" / "given" / "result.json")
     assert given["accuracy"] == read_json_file(run / "students" / "distilled-seed0" / "result.json")["accuracy"]
     assert figures["int8"] == compressed(copy, run, config)["int8"]
 
 
 def test_bf16_student_passes_through_unchanged(run, copy, tmp_path):
     state = load_tensors(run / "students" / "distilled-seed0" / "model.safetensors")[0]
-    bf16 = {name: one.bfloat16() if one.is_floating_point() else one for name, one in state.items()}
+    bf16 = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     torch.save(bf16, tmp_path / "narrow.pt")
     config = dataclasses.replace(CONFIG, student=str(tmp_path / "narrow.pt"), steps=())
     assert compressed(copy, run, config) == {}
@@ -424,7 +431,11 @@ def test_another_student_is_refused_first(run, own):
     context = tiny_context(own)
     spec = open_distillation([run / "store.zarr"], (), other, {}, context)
     with pytest.raises(FingerprintMismatch, match="args.width: stored 4, wanted 3"):
-        compress(CONFIG, other, 0, spec, context, only=("prune",))
+        compress(
+            CONFIG,
+            build_fine_tuning(other, 0, spec, context, compressed_root(context.run_dir, CONFIG)),
+            only=("prune",),
+        )
 
 
 def test_leftovers_of_killed_writers_are_removed(run, own):

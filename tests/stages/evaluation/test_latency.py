@@ -6,7 +6,7 @@ from onnx import TensorProto, helper
 
 from kdpipe.stages.errors import ModelError, StoppedEarly
 from kdpipe.stages.evaluation import latency
-from kdpipe.stages.evaluation.latency import WARM_UP_ROUNDS, measure_latency, measure_rounds, summarize
+from kdpipe.stages.evaluation.latency import WARM_UP_ROUNDS, Latency, measure_latency
 from kdpipe.stages.runtime.cpu import cpu_features, cpu_name, num_cores
 
 CPUINFO = """processor\t: 0
@@ -21,7 +21,7 @@ flags\t\t: fpu avx2
 def network(folder, *, shape=("batch", 3, 8, 8), kind=TensorProto.FLOAT, num_inputs=1, name="model.onnx"):
     """Write an ONNX file that adds up its inputs."""
     inputs = [helper.make_tensor_value_info(f"images{number}", kind, shape) for number in range(num_inputs)]
-    nodes = [helper.make_node("Sum", [one.name for one in inputs], ["logits"])]
+    nodes = [helper.make_node("Sum", [value.name for value in inputs], ["logits"])]
     graph = helper.make_graph(nodes, "sum", inputs, [helper.make_tensor_value_info("logits", kind, shape)])
     path = folder / name
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
@@ -46,13 +46,13 @@ def test_each_file_is_measured_at_each_batch_size(tmp_path):
     measured = measure({"small": small, "large": large})
     assert {name: list(sizes) for name, sizes in measured.items()} == {"small": [1, 4], "large": [1, 4]}
     for sizes in measured.values():
-        for one in sizes.values():
-            assert 0 < one.p50_ms <= one.p95_ms
-            assert one.to_json() == {"p50_ms": one.p50_ms, "p95_ms": one.p95_ms}
+        for found in sizes.values():
+            assert 0 < found.p50_ms <= found.p95_ms
+            assert found.to_json() == {"p50_ms": found.p50_ms, "p95_ms": found.p95_ms}
 
 
 def test_summary_is_median_and_95th_percentile():
-    found = summarize([float(number) for number in range(101)][::-1])
+    found = Latency([float(number) for number in range(101)][::-1])
     assert (found.p50_ms, found.p95_ms) == (50.0, 95.0)
 
 
@@ -65,11 +65,11 @@ def test_files_take_turns_and_warm_up_is_not_counted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(latency, "_run_ms", run_ms)
     paths = {name: network(tmp_path, name=name) for name in ("a", "b")}
-    times = measure_rounds(paths, (3, 8, 8), (1, 4), num_rounds=3, num_threads=1)
+    times = measure_latency(paths, (3, 8, 8), (1, 4), num_rounds=3, num_threads=1)
     turns = WARM_UP_ROUNDS + 3
     assert order == [(name, size, 3, 8, 8) for size in (1, 4) for _ in range(turns) for name in ("a", "b")]
-    assert times["a"][1] == [float(2 * turn + 1) for turn in range(WARM_UP_ROUNDS, turns)]
-    assert [len(rounds) for sizes in times.values() for rounds in sizes.values()] == [3] * 4
+    assert times["a"][1].rounds_ms == [float(2 * turn + 1) for turn in range(WARM_UP_ROUNDS, turns)]
+    assert [len(latency.rounds_ms) for sizes in times.values() for latency in sizes.values()] == [3] * 4
 
 
 def test_measurement_can_be_stopped_between_rounds(tmp_path):
@@ -88,18 +88,17 @@ def test_measurement_can_be_stopped_between_rounds(tmp_path):
 def test_fixed_batch_size_allows_no_other(tmp_path):
     path = network(tmp_path, shape=(4, 3, 8, 8))
     assert list(measure({"one": path}, batch_sizes=[4])["one"]) == [4]
-    message = refusal(path, batch_sizes=[1, 64])
-    assert "takes batches of 4 only, not of 1, 64" in message and "fixed batch size" in message
-    assert "takes batches of 4 only" in refusal(path, batch_sizes=[4, 8])
+    message = refusal(path, batch_sizes=[4, 8])
+    assert "takes batches of 4 only, not of 4, 8" in message
 
 
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ({"num_inputs": 2}, "has 2 inputs (images0, images1)"),
-        ({"shape": ("batch", 10)}, "'images0' float [batch, 10]; only images, float32"),
-        ({"kind": TensorProto.DOUBLE}, "'images0' double [batch, 3, 8, 8]"),
-        ({"shape": ("batch", 3, "height", "width")}, "without a fixed image size"),
+        ({"num_inputs": 2}, "its input is images0 tensor(float) ['batch', 3, 8, 8], images1 "),
+        ({"shape": ("batch", 10)}, "['batch', 10], expected one of images, float32"),
+        ({"kind": TensorProto.DOUBLE}, "images0 tensor(double)"),
+        ({"shape": ("batch", 3, "height", "width")}, "with fixed C, H, W"),
     ],
 )
 def test_file_without_image_input_is_an_error(tmp_path, made, message):
@@ -108,7 +107,7 @@ def test_file_without_image_input_is_an_error(tmp_path, made, message):
 
 def test_image_shape_must_match_the_file(tmp_path):
     assert measure({"one": network(tmp_path, shape=("batch", 3, "height", "width"))}, (3, 5, 7))["one"][1].p50_ms > 0
-    assert "does not take images [3, 5, 7]" in refusal(network(tmp_path, name="fixed"), image_shape=(3, 5, 7))
+    assert "cannot run" in refusal(network(tmp_path, name="fixed"), image_shape=(3, 5, 7))
 
 
 def test_invalid_onnx_file_is_an_error(tmp_path):

@@ -61,5 +61,5 @@ def test_counting_leaves_model_and_attention_unchanged():
 
 
 def test_wrong_image_shape_is_an_error():
-    with pytest.raises(ModelError, match=r"does not run on an image of shape \[4, 8, 8\]"):
+    with pytest.raises(ModelError, match=r"does not run on an input of shape \[1, 4, 8, 8\]"):
         count_macs(build("residual"), (4, 8, 8))

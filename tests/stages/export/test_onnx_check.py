@@ -40,7 +40,7 @@ def damaged(files, tmp_path):
 
     def damage(kind, initializer, change):
         proto = onnx.load(files[kind])
-        tensor = next(each for each in proto.graph.initializer if each.name == initializer)
+        tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == initializer)
         values = numpy_helper.to_array(tensor)
         tensor.CopyFrom(numpy_helper.from_array(change(values).astype(values.dtype), initializer))
         path = tmp_path / f"{kind}.onnx"
@@ -62,12 +62,10 @@ def test_check_runs_batch_by_batch_with_both_accuracies(networks, files):
         accuracy = float((networks["float"](whole).argmax(dim=1) == labels).double().mean())
     assert (found.num_samples, found.top1_agreement) == (70, 1)
     assert found.accuracy == found.torch_accuracy == pytest.approx(accuracy)
-    assert found.max_logit_difference == check_onnx(files["float"], networks["float"], whole, 30).max_logit_difference
-
-
-def test_images_without_labels_give_no_accuracy(networks, files):
-    found = check_onnx(files["float"], networks["float"], [(images(10)[0], None)])
-    assert (found.num_samples, found.accuracy, found.torch_accuracy) == (10, None, None)
+    assert (
+        found.max_logit_difference
+        == check_onnx(files["float"], networks["float"], [(whole, labels)]).max_logit_difference
+    )
 
 
 def test_wrong_file_has_its_own_accuracy(files):
@@ -85,7 +83,7 @@ def test_check_leaves_mode_and_hooks_unchanged(networks, files):
     model.layer1.eval()
     model.fc.register_forward_hook(lambda *_: captured.append(1))
     means = [module.running_mean.clone() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    check_onnx(files["float"], model, images(10)[0])
+    check_onnx(files["float"], model, [images(10)])
     first_divergence(files["float"], model, images(10)[0])
     assert model.training and not model.layer1.training and not captured
     after = [module.running_mean for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -96,20 +94,17 @@ def test_check_leaves_mode_and_hooks_unchanged(networks, files):
 def test_nan_logits_are_reported(networks, damaged):
     path = damaged("float", "fc.bias", lambda values: values * np.nan)
     assert np.isnan(check_onnx(path, networks["float"], in_batches(20, 10)).max_logit_difference)
-    assert first_divergence(path, networks["float"], images(10)[0]).startswith("at the logits 100 %")
+    assert first_divergence(path, networks["float"], images(10)[0]).startswith("the output of fc (Gemm) differs")
 
 
-def test_check_without_images_or_file_is_an_error(networks, files, tmp_path):
-    with pytest.raises(ValueError, match="without images"):
-        check_onnx(files["float"], networks["float"], [])
+def test_check_without_file_is_an_error(networks, tmp_path):
     with pytest.raises(ModelError, match="no ONNX file"):
         check_onnx(tmp_path / "absent.onnx", networks["float"], in_batches(10, 10))
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])
 def test_correct_file_has_no_divergence(networks, files, kind):
-    clause = first_divergence(files[kind], networks[kind], images(30)[0])
-    assert clause == "nowhere on these images" or clause.startswith("at no single operation")
+    assert first_divergence(files[kind], networks[kind], images(30)[0]).startswith("no layer's output differs")
 
 
 @pytest.fixture(scope="module")
@@ -135,48 +130,31 @@ def dead_channel_network():
 def test_file_with_dead_channels_has_no_divergence(dead_channel_network, tmp_path):
     export_onnx(dead_channel_network, EXAMPLE, tmp_path / "model.onnx", metadata={})
     clause = first_divergence(tmp_path / "model.onnx", dead_channel_network, images(30)[0])
-    assert clause == "nowhere on these images" or clause.startswith("at no single operation")
+    assert clause.startswith("no layer's output differs")
     found = check_onnx(tmp_path / "model.onnx", dead_channel_network, in_batches(300, 100))
     assert found.top1_agreement >= 0.99
     assert found.accuracy == pytest.approx(found.torch_accuracy, abs=0.01)
 
 
 @pytest.mark.parametrize("layer", ["stem.0", "layer1.1.conv2", "layer2.0.shortcut.0"])
-def test_wrong_float_weight_is_located(networks, damaged, layer):
-    path = damaged("float", f"{layer}.weight", lambda values: values * 1.1)
-    clause = first_divergence(path, networks["float"], images(30)[0])
-    assert clause.startswith(f"at {layer} (Conv) ")
-    assert "% of the values differ" in clause and "\n" not in clause
-
-
-@pytest.mark.parametrize("layer", ["stem.0", "layer1.1.conv2", "layer2.0.shortcut.0"])
-def test_wrong_int8_weight_is_located(networks, damaged, layer):
-    def one_channel(weights):
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_wrong_weight_is_located(networks, damaged, kind, layer):
+    def change(weights):
         weights = weights.copy()
         weights[5] = -weights[5]
         return weights
 
-    path = damaged("int8", f"{layer}.weights.weight", one_channel)
-    clause = first_divergence(path, networks["int8"], images(30)[0])
-    assert clause.startswith(f"at {layer} (Conv) ")
-    assert "quantization steps" in clause and "\n" not in clause
-    share = float(clause.partition("(Conv) ")[2].partition(" %")[0])
-    assert 0 < share <= 100 / 16  # one channel of 16 or 24, and not what that does to everything behind it
+    path = damaged(kind, f"{layer}.weight" if kind == "float" else f"{layer}.weights.weight", change)
+    clause = first_divergence(path, networks[kind], images(30)[0])
+    assert clause.startswith(f"the output of {layer} (Conv) differs by ") and "\n" not in clause
 
 
-def test_wrong_activation_scale_is_located(networks, files, damaged):
-    nodes = onnx.load(files["int8"]).graph.node
-    rounding = next(node for node in nodes if node.name.startswith("layer1.0.conv2/node_quantize"))
-    path = damaged("int8", rounding.input[1], lambda scale: scale * 1.2)
-    assert first_divergence(path, networks["int8"], images(30)[0]).startswith("at layer1.0.conv2 (Conv) ")
-
-
-def test_wrong_last_layer_diverges_at_the_logits(networks, damaged):
+def test_wrong_last_layer_is_located(networks, damaged):
     path = damaged("int8", "fc.weights.bias", lambda values: values + 5000)
-    assert first_divergence(path, networks["int8"], images(30)[0]).startswith("at the logits ")
+    assert first_divergence(path, networks["int8"], images(30)[0]).startswith("the output of fc (Gemm) differs")
 
 
 def test_file_of_another_network_diverges_at_first_layer(networks, files):
     other = prepare_qat(build("residual", seed=3).eval(), EXAMPLE)
     calibrate(other, [images(20, seed)[0] for seed in range(3)])
-    assert first_divergence(files["int8"], other.eval(), images(30)[0]).startswith("at stem.0 (Conv) ")
+    assert first_divergence(files["int8"], other.eval(), images(30)[0]).startswith("the output of stem.0 (Conv) ")

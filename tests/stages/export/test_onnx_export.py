@@ -63,7 +63,7 @@ def layers_of(model: nn.Module) -> tuple[int, int]:
 
 
 def test_float_file_agrees_with_network(trained, files):
-    agreement = check_onnx(files["float"], trained[0], images(300, seed=50)[0], batch_size=64)
+    agreement = check_onnx(files["float"], trained[0], [images(300, seed=50)])
     assert agreement.num_samples == 300
     assert agreement.top1_agreement == 1
     assert agreement.max_logit_difference < 1e-4
@@ -72,7 +72,7 @@ def test_float_file_agrees_with_network(trained, files):
 def test_int8_file_agrees_with_prepared_network(trained, files):
     prepared = trained[1]
     batch, labels = images(300, seed=50)
-    agreement = check_onnx(files["int8"], prepared, batch, batch_size=64)
+    agreement = check_onnx(files["int8"], prepared, [(batch, labels)])
     with torch.no_grad():
         logits = prepared.eval()(batch)
     assert (logits.argmax(dim=1) == labels).float().mean() > 0.9  # the comparison is about classes, not about noise
@@ -81,7 +81,7 @@ def test_int8_file_agrees_with_prepared_network(trained, files):
 
 
 def test_check_detects_file_of_another_network(files):
-    agreement = check_onnx(files["float"], build("residual", seed=3), images(100)[0], batch_size=100)
+    agreement = check_onnx(files["float"], build("residual", seed=3), [images(100)])
     assert agreement.top1_agreement < 0.9
     assert agreement.max_logit_difference > 0.1
 
@@ -112,10 +112,10 @@ def test_other_networks_are_fused_and_agree(name, tmp_path):
     assert (counts["QLinearConv"], counts["QGemm"]) == layers_of(prepared)
     assert counts["QuantizeLinear"] == 1 and "DequantizeLinear" not in counts
     assert not FLOAT_WORK & counts.keys()
-    batch, _ = images(200, seed=50)
+    batch, labels = images(200, seed=50)
     with torch.no_grad():
         logits = prepared.eval()(batch)
-    agreement = check_onnx(path, prepared, batch, batch_size=200)
+    agreement = check_onnx(path, prepared, [(batch, labels)])
     assert agreement.top1_agreement >= 0.98
     assert agreement.max_logit_difference < 0.1 * logits.std()
 
@@ -158,7 +158,7 @@ def test_resnet_stem_is_folded_with_identical_logits(tmp_path, monkeypatch):
     onnx.checker.check_model(proto, full_check=True)
     assert any(node.name.startswith("conv/") for node in proto.graph.node if node.op_type == "SpaceToDepth")
     clause = first_divergence(tmp_path / "folded.onnx", prepared, batch)
-    assert clause == "nowhere on these images" or clause.startswith("at no single operation")
+    assert clause.startswith("no layer's output differs")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_resnet_stem_is_folded_with_identical_logits(tmp_path, monkeypatch):
 def test_other_stems_are_not_folded(model, size, exclude, tmp_path):
     prepared, batch = stem_file(tmp_path / "model.onnx", model, size, exclude)
     assert "SpaceToDepth" not in op_counts(tmp_path / "model.onnx")
-    assert check_onnx(tmp_path / "model.onnx", prepared, batch).top1_agreement >= 0.98
+    assert check_onnx(tmp_path / "model.onnx", prepared, [(batch, torch.zeros(len(batch)))]).top1_agreement >= 0.98
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])
@@ -196,8 +196,8 @@ def test_weights_are_int8_and_biases_int32(trained, files):
 
 def test_file_has_inputs_outputs_and_metadata(files):
     session = onnxruntime.InferenceSession(str(files["int8"]), providers=["CPUExecutionProvider"])
-    assert [(each.name, each.shape[1:]) for each in session.get_inputs()] == [("images", [3, 8, 8])]
-    assert [(each.name, each.shape[1:]) for each in session.get_outputs()] == [("logits", [NUM_CLASSES])]
+    assert [(value.name, value.shape[1:]) for value in session.get_inputs()] == [("images", [3, 8, 8])]
+    assert [(value.name, value.shape[1:]) for value in session.get_outputs()] == [("logits", [NUM_CLASSES])]
     assert session.get_inputs()[0].shape[0] == "batch"
     assert session.get_modelmeta().custom_metadata_map == METADATA
 
@@ -262,15 +262,15 @@ def test_invalid_onnx_file_is_an_error(tmp_path):
         op_counts(tmp_path / "absent.onnx")
     (tmp_path / "text.onnx").write_text("hello")
     with pytest.raises(ModelError, match="onnxruntime cannot load"):
-        check_onnx(tmp_path / "text.onnx", build("plain"), EXAMPLE, batch_size=1)
+        check_onnx(tmp_path / "text.onnx", build("plain"), [images(1)])
 
 
 @pytest.mark.parametrize(("kind", "opset"), [("float", 21), ("int8", 14)])
 def test_file_has_requested_opset_and_agrees(trained, tmp_path, kind, opset):
     model, path = trained[kind == "int8"].eval(), tmp_path / "model.onnx"
     export_onnx(model, EXAMPLE, path, metadata=METADATA, opset=opset)
-    assert [(each.domain, each.version) for each in onnx.load(path).opset_import] == [("", opset)]
-    assert check_onnx(path, model, images(100, seed=50)[0], batch_size=100).top1_agreement >= 0.99
+    assert [(opset_id.domain, opset_id.version) for opset_id in onnx.load(path).opset_import] == [("", opset)]
+    assert check_onnx(path, model, [images(100, seed=50)]).top1_agreement >= 0.99
     assert (kind == "float") or ("QLinearConv" in (counts := op_counts(path)) and not FLOAT_WORK & counts.keys())
     assert run(path, images(1)[0]).shape == (1, NUM_CLASSES)
     assert onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map == METADATA
@@ -279,12 +279,12 @@ def test_file_has_requested_opset_and_agrees(trained, tmp_path, kind, opset):
 @pytest.mark.parametrize(
     ("kind", "opset", "sentence"),
     [
-        ("float", 17, r"ONNX opset 17 \(compress.opset\): the oldest that has its operators is 18\."),
-        ("int8", 12, r"ONNX opset 12 \(compress.opset\): the oldest that has its operators is 14\."),
-        ("float", 99, r"runs no ONNX opset above \d+, and compress.opset is 99"),
+        ("float", 17, r"cannot be written with opset 17 \(compress.opset\)"),
+        ("int8", 12, r"cannot be written with opset 12 \(compress.opset\)"),
+        ("float", 99, r"with opset 99 \(compress.opset\)"),
     ],
 )
-def test_impossible_opset_error_names_a_possible_one(trained, tmp_path, kind, opset, sentence):
+def test_impossible_opset_is_an_error(trained, tmp_path, kind, opset, sentence):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"earlier")
     with pytest.raises(ModelError, match=sentence):

@@ -47,9 +47,8 @@ def test_float_nodes_are_listed_with_their_module(tmp_path):
     assert found["Gelu"].module == "stem.1"
     assert str(found["Gelu"]) == "Gelu in stem.1"
     assert found["LayerNormalization"].module == "norm"
-    assert (found["Sqrt"].module, found["Sqrt"].behind) == ("", "gate.1")
-    assert str(found["Sqrt"]) == "Sqrt behind gate.1"
-    assert str(found["HardSigmoid"]) == "HardSigmoid behind gate.0"  # onnxruntime's own part of the hard swish
+    assert str(found["Sqrt"]) == "Sqrt"  # in the network's own forward
+    assert str(found["HardSigmoid"]) == "HardSigmoid"  # onnxruntime's own part of the hard swish
     assert not {"QLinearConv", "QGemm", "Reshape", "QuantizeLinear", "DequantizeLinear"} & found.keys()
 
 
@@ -57,7 +56,7 @@ def test_all_layers_of_a_float_file_are_float(tmp_path):
     export_onnx(build("plain").eval(), EXAMPLE, tmp_path / "model.onnx", metadata={})
     found = float_nodes(tmp_path / "model.onnx")
     layers = [node for node in found if node.op_type in {"Conv", "FusedConv", "Gemm", "FusedGemm"}]
-    assert [(node.module or node.behind).partition(".")[0] for node in layers] == ["stage1", "stage2", "hidden", "fc"]
+    assert [node.module.partition(".")[0] for node in layers] == ["stage1", "stage2", "hidden", "fc"]
 
 
 def test_missing_file_is_an_error(tmp_path):

@@ -60,7 +60,7 @@ def test_int8_program_agrees_and_stores_integers(networks, files):
     with torch.no_grad():
         agreeing = program(batch).argmax(dim=1) == networks["int8"](batch).argmax(dim=1)
     assert agreeing.double().mean() >= 0.98
-    weights = {name: each.dtype for name, each in program.state_dict().items() if name.endswith("weights.weight")}
+    weights = {name: tensor.dtype for name, tensor in program.state_dict().items() if name.endswith("weights.weight")}
     assert len(weights) == 9 and set(weights.values()) == {torch.int8}
 
 

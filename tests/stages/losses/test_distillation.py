@@ -4,13 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from support.loss_inputs import LABELS, STUDENT_LOGITS, STUDENT_MAPS, TEACHER_LOGITS, TEACHER_MAPS, drawn
+from support.loss_inputs import DATASET, LABELS, STUDENT_LOGITS, STUDENT_MAPS, TEACHER_LOGITS, TEACHER_MAPS, drawn
 
 from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation, required_of, student_layers
 from kdpipe.stages.losses.features.hint import HintConfig
 from kdpipe.stages.losses.features.nst import NSTConfig
-from kdpipe.stages.losses.inputs import DatasetInfo
-from kdpipe.stages.losses.logits.kd import KDConfig, kd_loss, kd_per_sample
+from kdpipe.stages.losses.logits.kd import KDConfig, kd_loss
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.relations.rkd import RKDConfig
 from kdpipe.stages.losses.relations.sp import SPConfig
@@ -27,10 +26,8 @@ HINT = HintConfig(loss="hint", layers=(("a", "b"),))
 
 
 def distillation(*configs, student=None, teachers=({},), seed=0, together=None):
-    combination = TeacherEnsemble(together or TeachersConfig(), len(teachers))
-    return build_distillation(
-        configs, student or {}, teachers, combination=combination, facts=DatasetInfo(100, 10), seed=seed
-    )
+    ensemble = TeacherEnsemble(together or TeachersConfig(), len(teachers))
+    return build_distillation(configs, student or {}, teachers, ensemble=ensemble, dataset=DATASET, seed=seed)
 
 
 def make_batch(*teachers, student=None, known=None, progress=START):
@@ -47,14 +44,14 @@ def kd(**changes):
 def test_several_stores_are_averaged_by_their_logits():
     config = dataclasses.replace(kd(), weight=0.5)
     losses = distillation(config, teachers=({}, {}))(make_batch(TEACHER_LOGITS, SECOND))
-    expected = 0.5 * kd_loss(STUDENT_LOGITS, (TEACHER_LOGITS + SECOND) / 2, 2.0)
+    expected = 0.5 * kd_loss(STUDENT_LOGITS, (TEACHER_LOGITS + SECOND) / 2, 2.0).mean()
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_loss_can_use_one_store():
     losses = distillation(kd(store=1), kd(store=0), teachers=({}, {}))(make_batch(TEACHER_LOGITS, SECOND))
-    assert losses["kd_0"].item() == pytest.approx(kd_loss(STUDENT_LOGITS, SECOND, 2.0).item(), rel=1e-9)
-    assert losses["kd_1"].item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0).item(), rel=1e-9)
+    assert losses["kd_0"].item() == pytest.approx(kd_loss(STUDENT_LOGITS, SECOND, 2.0).mean().item(), rel=1e-9)
+    assert losses["kd_1"].item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0).mean().item(), rel=1e-9)
 
 
 def test_hint_reads_its_store_and_its_adapter_trains():
@@ -72,7 +69,7 @@ def test_adapters_come_from_the_seed_alone():
     shapes = {"student": {"a": (3, 4, 4)}, "teachers": ({FeatureSpec("b"): (5, 4, 4)},)}
     one, two, three = (distillation(HINT, seed=seed, **shapes).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
-    weight = "terms.hint_0.loss.adapters.0.0.weight"
+    weight = "losses.hint_0.loss.pairs.0.adapter.0.weight"
     assert torch.equal(one[weight], two[weight])
     assert not torch.equal(one[weight], three[weight])
 
@@ -91,7 +88,7 @@ def test_losses_list_their_required_layers():
 def test_samples_without_targets_do_not_count():
     known = torch.tensor([True, False, True, True, False, True, False, False])
     losses = distillation(kd())(make_batch(TEACHER_LOGITS, known=[known]))
-    each = kd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)
+    each = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)
     assert losses["kd_0"].item() == pytest.approx(each[known].sum().item() / 8, rel=1e-9)
     none_known = torch.zeros(8, dtype=torch.bool)
     assert float(distillation(kd())(make_batch(TEACHER_LOGITS, known=[none_known]))["kd_0"]) == 0
@@ -101,7 +98,7 @@ def test_hard_samples_have_the_lowest_label_probability():
     given = TEACHER_LOGITS.softmax(1)[torch.arange(8), LABELS]
     hard = given.argsort()[:3]
     losses = distillation(kd(samples=SampleSelection(filter="hard", fraction=0.3)))(make_batch(TEACHER_LOGITS))
-    expected = kd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].sum() / 8
+    expected = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].sum() / 8
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -111,7 +108,7 @@ def test_correct_samples_are_those_the_teacher_gets_right():
     right = teacher.argmax(1) == LABELS
     assert 3 <= right.sum() < 8
     losses = distillation(kd(samples=SampleSelection(filter="correct")))(make_batch(teacher))
-    expected = kd_per_sample(STUDENT_LOGITS, teacher, 2.0)[right].sum() / 8
+    expected = kd_loss(STUDENT_LOGITS, teacher, 2.0)[right].sum() / 8
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
     wrong = torch.full((8, 10), 0.0).scatter(1, (LABELS[:, None] + 1) % 10, 9.0)
     assert float(distillation(kd(samples=SampleSelection(filter="correct")))(make_batch(wrong))["kd_0"]) == 0
@@ -122,14 +119,14 @@ def test_samples_are_weighted_by_the_teachers_predictions(weighting):
     given = TEACHER_LOGITS.softmax(1)
     entropy = -(given * given.log()).sum(1) / torch.tensor(10.0).log()
     raw = {"entropy": entropy, "certainty": 1 - entropy, "correctness": given[torch.arange(8), LABELS]}[weighting]
-    expected = (raw / raw.mean() * kd_per_sample(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)).mean()
+    expected = (raw / raw.mean() * kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)).mean()
     losses = distillation(kd(samples=SampleSelection(weighting=weighting)))(make_batch(TEACHER_LOGITS))
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_weights_follow_their_schedules():
     fading = dataclasses.replace(kd(), weight=Schedule(start=1.0, end=0.0, shape="cosine", epochs=(2, 6)))
-    whole = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0).item()
+    whole = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0).mean().item()
     for epoch, weight in ((0, 1.0), (2, 1.0), (3, 0.853553), (4, 0.5), (6, 0.0), (9, 0.0), (float("inf"), 0.0)):
         loss = distillation(fading)(make_batch(TEACHER_LOGITS, progress=TrainProgress(epoch, 10)))["kd_0"]
         assert loss.item() == pytest.approx(weight * whole, rel=1e-5, abs=1e-12), epoch
@@ -140,7 +137,7 @@ def test_standardized_logits_compose_with_a_loss():
         return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
 
     losses = distillation(kd(standardize=True))(make_batch(TEACHER_LOGITS))
-    expected = kd_loss(standard(STUDENT_LOGITS), standard(TEACHER_LOGITS), 2.0)
+    expected = kd_loss(standard(STUDENT_LOGITS), standard(TEACHER_LOGITS), 2.0).mean()
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
 
 

@@ -5,18 +5,18 @@ import sys
 
 import pytest
 
-from kdpipe.stages.runtime.memory import available_bytes, installed_bytes, keep_freed_memory, limit_bytes
+from kdpipe.stages.runtime.memory import available_bytes, disable_malloc_trim, installed_bytes, limit_bytes
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
 def test_glibc_accepts_the_settings_repeatedly():
-    assert keep_freed_memory()
-    assert keep_freed_memory()
+    assert disable_malloc_trim()
+    assert disable_malloc_trim()
 
 
 def test_other_systems_are_unchanged(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not keep_freed_memory()
+    assert not disable_malloc_trim()
 
 
 def test_lowest_limit_of_control_groups_is_returned(tmp_path):

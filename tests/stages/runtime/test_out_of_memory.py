@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_context
+from support.tiny_run import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_context
 from torch import Tensor, nn
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.inference import teacher_forward
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.loader.image_loader import ViewRequest
@@ -30,16 +30,16 @@ EVERYTHING = [*LAYERS, FeatureSpec(INPUT, INPUT_GRADIENT)]
 
 
 def small_memory(model: nn.Module, num_rows: int) -> list[int]:
-    """Let `model` be out of memory with more than `num_rows` images; the batches that it is asked are noted down."""
-    asked: list[int] = []
+    """Let `model` be out of memory with more than `num_rows` images; the sizes of its batches are noted down."""
+    sizes_seen: list[int] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        asked.append(len(inputs[0]))
+        sizes_seen.append(len(inputs[0]))
         if len(inputs[0]) > num_rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     model.register_forward_pre_hook(note)
-    return asked
+    return sizes_seen
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def context(run: Path, warnings: list[str]) -> StageContext:
 
 
 def limited(most: int) -> tuple[Callable[[slice], list[int]], list[int]]:
-    """Gives the rows that it is asked for, at most so many at once; and the sizes that it was asked."""
+    """Return a function that returns its rows, at most `most` at once, and the sizes that it was called with."""
     sizes: list[int] = []
 
     def run(rows: slice) -> list[int]:
@@ -78,14 +78,14 @@ def limited(most: int) -> tuple[Callable[[slice], list[int]], list[int]]:
 
 
 def test_chunks_cover_rows_in_order_and_size_is_remembered() -> None:
-    model, said = nn.Identity(), list[str]()
+    model, messages = nn.Identity(), list[str]()
     run, sizes = limited(7)
-    assert [row for rows in run_in_chunks(model, 23, run, said.append) for row in rows] == list(range(23))
+    assert [row for rows in run_in_chunks(model, 23, run, messages.append) for row in rows] == list(range(23))
     assert sizes == [23, 12, 6, 6, 6, 5]
     sizes.clear()
-    assert [row for rows in run_in_chunks(model, 10, run, said.append) for row in rows] == list(range(10))
+    assert [row for rows in run_in_chunks(model, 10, run, messages.append) for row in rows] == list(range(10))
     assert sizes == [6, 4]
-    assert said == ["out of memory with batches of 23: continuing with 6."]
+    assert messages == ["out of memory with batches of 23: continuing with 6."]
 
 
 def test_batch_that_fits_is_not_divided() -> None:
@@ -95,7 +95,7 @@ def test_batch_that_fits_is_not_divided() -> None:
 
 
 def test_chunks_can_shrink_again_later() -> None:
-    most, model, said = [8], nn.Identity(), list[str]()
+    most, model, messages = [8], nn.Identity(), list[str]()
 
     def run(rows: slice) -> int:
         size = rows.stop - rows.start
@@ -104,8 +104,8 @@ def test_chunks_can_shrink_again_later() -> None:
         most[0] = 4 if rows.start else 8
         return size
 
-    assert list(run_in_chunks(model, 24, run, said.append)) == [6, 6, 3, 3, 3, 3]
-    assert said == [
+    assert list(run_in_chunks(model, 24, run, messages.append)) == [6, 6, 3, 3, 3, 3]
+    assert messages == [
         f"out of memory with batches of {before}: continuing with {size}." for before, size in ((24, 6), (6, 3))
     ]
 
@@ -140,12 +140,12 @@ def test_evaluation_continues_in_chunks_and_warns_once(context: StageContext, wa
     network = load_teacher(TEACHER, 0, context)
     test, device = context.evaluation(network.normalize), context.device
     (whole,) = predict(network.model, test, device)
-    asked = small_memory(network.model, 30)
+    sizes_seen = small_memory(network.model, 30)
     for _ in range(2):
         (answers,) = predict(network.model, test, device)
         assert torch.equal(answers.labels, whole.labels)
         torch.testing.assert_close(answers.logits, whole.logits)
-    assert asked == [80, 40, *[20] * 8]
+    assert sizes_seen == [80, 40, *[20] * 8]
     assert warnings == ["out of memory with batches of 80: continuing with 20."]
 
 
@@ -155,14 +155,14 @@ def test_store_is_filled_in_chunks_with_the_same_rows(
     whole, halved = tmp_path / "whole.zarr", tmp_path / "halved.zarr"
     cache_teacher(CACHE, whole, load_teacher(TEACHER, 0, context), EVERYTHING, context)
     teacher = load_teacher(TEACHER, 0, context)
-    asked = small_memory(teacher.model, 30)
+    sizes_seen = small_memory(teacher.model, 30)
     cache_teacher(CACHE, halved, teacher, EVERYTHING, context)
-    assert asked.count(50) == 1
-    assert set(asked) == {2, 50, 25}  # two show the layers' shapes
+    assert sizes_seen.count(50) == 1
+    assert set(sizes_seen) == {2, 50, 25}  # two show the layers' shapes
     assert warnings == ["out of memory with batches of 50: continuing with 25."]
     one, other = open_store(whole), open_store(halved)
     assert one.manifest.identity.fingerprint == other.manifest.identity.fingerprint
-    for name in ("logits", *(wanted.array for wanted in EVERYTHING)):
+    for name in ("logits", *(feature.array for feature in EVERYTHING)):
         for view in range(3):
             np.testing.assert_allclose(one.read_view(name, view), other.read_view(name, view), rtol=2e-3, atol=2e-3)
 
@@ -179,16 +179,16 @@ def test_teacher_too_large_for_one_image_stops_the_job(context: StageContext, tm
 
 def test_chunks_of_teacher_outputs_are_concatenated(context: StageContext) -> None:
     teacher = load_teacher(TEACHER, 0, context)
-    seen = context.train_loader.get(ViewRequest(torch.arange(40), 0))
-    hard = hard_labels_of(context.train_loader, seen)
+    batch = context.train_loader.get(ViewRequest(torch.arange(40), 0))
+    hard = hard_labels_of(context.train_loader, batch)
     with extract_features(teacher.model, ["stage2"]) as extractor, torch.no_grad():
-        whole = teacher_forward(extractor, teacher, seen, EVERYTHING, hard)
+        whole = teacher_forward(extractor, teacher, batch, EVERYTHING, hard)
         small_memory(teacher.model, 7)
-        parts = teacher_forward(extractor, teacher, seen, EVERYTHING, hard)
-    torch.testing.assert_close(parts.logits, whole.logits)
-    assert set(parts.features) == set(whole.features) == {"stage2", INPUT_GRADIENT}
+        chunks = teacher_forward(extractor, teacher, batch, EVERYTHING, hard)
+    torch.testing.assert_close(chunks.logits, whole.logits)
+    assert set(chunks.features) == set(whole.features) == {"stage2", INPUT_GRADIENT}
     for layer, feature in whole.features.items():
-        torch.testing.assert_close(parts.features[layer], feature)
+        torch.testing.assert_close(chunks.features[layer], feature)
 
 
 @pytest.mark.parametrize(

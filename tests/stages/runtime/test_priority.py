@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
-from support.tiny_road import STUDENT, tiny_context
+from support.tiny_run import STUDENT, tiny_context
 
-from kdpipe.stages.compress import compress as compress_room
+from kdpipe.stages.compress import compress as compress_module
 from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RunError
@@ -36,7 +36,7 @@ done.set()
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
 
 
-def stepped_back(nice: int, *, older: int = 0, outer: int = 0) -> dict[str, int]:
+def nice_values(nice: int, *, older: int = 0, outer: int = 0) -> dict[str, int]:
     """Return relative nice values of a process's threads and child after `lower_priority(nice)`.
 
     The process starts with nice value `outer` and has a thread with `older`.
@@ -50,23 +50,25 @@ def stepped_back(nice: int, *, older: int = 0, outer: int = 0) -> dict[str, int]
 
 
 def test_all_threads_and_later_children_are_niced() -> None:
-    assert stepped_back(4) == {"main": 4, "older": 4, "newer": 4, "child": 4}
+    assert nice_values(4) == {"main": 4, "older": 4, "newer": 4, "child": 4}
 
 
 def test_higher_nice_values_are_kept() -> None:
-    assert stepped_back(4, older=6) == {"main": 4, "older": 6, "newer": 4, "child": 4}
-    assert stepped_back(4, outer=8) == {"main": 8, "older": 8, "newer": 8, "child": 8}
+    assert nice_values(4, older=6) == {"main": 4, "older": 6, "newer": 4, "child": 4}
+    assert nice_values(4, outer=8) == {"main": 8, "older": 8, "newer": 8, "child": 8}
 
 
 def test_nice_of_zero_changes_nothing() -> None:
-    assert stepped_back(0) == {"main": 0, "older": 0, "newer": 0, "child": 0}
+    assert nice_values(0) == {"main": 0, "older": 0, "newer": 0, "child": 0}
 
 
 def test_compress_uses_nice_of_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(compress_room, "lower_priority", asked.append)  # not this process, which has other tests to run
+    nice_calls: list[int] = []
+    monkeypatch.setattr(
+        compress_module, "lower_priority", nice_calls.append
+    )  # not this process, which has other tests to run
     with pytest.raises(RunError):  # there is no student: it had not come to that yet
-        compress_room.compress(
+        compress_module.compress(
             CompressConfig(niceness=13), STUDENT, 0, DistillationSpec((), {}, (), 1.0), tiny_context(tmp_path)
         )
-    assert asked == [13]
+    assert nice_calls == [13]

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 from support.loss_inputs import drawn
-from support.tiny_road import CACHE, OPERATIONS, STUDENT, TEACHER, VIEWS, squares, tiny_context
+from support.tiny_run import CACHE, OPERATIONS, STUDENT, TEACHER, VIEWS, squares, tiny_context
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
@@ -15,17 +15,16 @@ from kdpipe.stages.losses.distillation import DistillationBatch, build_distillat
 from kdpipe.stages.losses.inputs import DatasetInfo
 from kdpipe.stages.losses.logits.dist import DISTConfig
 from kdpipe.stages.losses.logits.dkd import DKDConfig
-from kdpipe.stages.losses.logits.kd import KDConfig, kd_per_sample
-from kdpipe.stages.losses.logits.logit_mse import LogitMSEConfig
+from kdpipe.stages.losses.logits.kd import KDConfig, LogitMSEConfig, kd_loss
 from kdpipe.stages.losses.logits.mlld import MLLDConfig
 from kdpipe.stages.losses.logits.nkd import NKDConfig
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED
 from kdpipe.stages.models.hooks import ModelOutput
-from kdpipe.stages.targets.class_map import ClassMap, MappedTargets, read_class_map
+from kdpipe.stages.targets.class_map import ClassMap, read_class_map
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.join import join
-from kdpipe.stages.targets.outputs import DenseTargets
+from kdpipe.stages.targets.outputs import DenseTargets, TransformedTargets
 from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.train_teacher import untrained_teacher
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
@@ -81,7 +80,7 @@ def opened(run, name):
     return open_store(run / f"{name}.zarr")
 
 
-def lesson_of(run, names, classes, losses=None, *, missing="error", images=OURS, **teachers):
+def task_of(run, names, classes, losses=None, *, missing="error", images=OURS, **teachers):
     context = tiny_context(run, train_set=images, test_set=TEST)
     config = TeachersConfig(classes=classes, **teachers)
     student = dataclasses.replace(STUDENT, teachers=config, missing_targets=missing)
@@ -112,7 +111,7 @@ def test_merged_classes_add_up_at_any_temperature(temperature):
     expected = torch.stack([given[:, 1] + given[:, 3], given[:, 2], given[:, 4], given[:, 0]], 1)
     found = (FINE.map_logits(logits, temperature) / temperature).softmax(1)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    mapped = MappedTargets(DenseTargets(logits, {}), FINE)
+    mapped = TransformedTargets(DenseTargets(logits, {}), FINE.map_logits)
     assert torch.equal(mapped.logits_at(temperature), FINE.map_logits(logits, temperature))
     some = torch.tensor([3, 3, 0])
     assert torch.equal(mapped.rows(some).logits_at(temperature), mapped.logits_at(temperature)[some])
@@ -147,23 +146,23 @@ def test_losses_are_finite_if_a_teacher_lacks_a_class(loss, scale, ensemble):
     """Teachers have only a and b, or a, of four classes; the student may be very confident in another one."""
     single = ClassMap(torch.tensor([0, -1, -1]).numpy(), 4)
     teachers = [
-        MappedTargets(DenseTargets(scale * drawn(8, 3, seed=seed).float(), {}), one)
-        for seed, one in ((1, PART), (2, single))
+        TransformedTargets(DenseTargets(scale * drawn(8, 3, seed=seed).float(), {}), class_map.map_logits)
+        for seed, class_map in ((1, PART), (2, single))
     ][: 1 if ensemble == "alone" else 2]
     config = TeachersConfig(ensemble="probabilities" if ensemble == "alone" else ensemble)
     labels = torch.tensor([0, 1] * 4)
     known = [None, labels == 0][: len(teachers)]
     student = (scale * drawn(8, 4, seed=3).float()).requires_grad_()
-    terms = build_distillation(
+    distillation = build_distillation(
         [loss],
         {},
         [{}] * len(teachers),
-        combination=TeacherEnsemble(config, len(teachers)),
-        facts=DatasetInfo(num_samples=8, num_classes=4),
+        ensemble=TeacherEnsemble(config, len(teachers)),
+        dataset=DatasetInfo(num_samples=8, num_classes=4),
         seed=0,
     )
     outputs = DistillationBatch(ModelOutput(student, {}), teachers, known, labels, torch.arange(8), FINISHED, {})
-    (found,) = terms(outputs).values()
+    (found,) = distillation(outputs).values()
     found.backward()
     assert torch.isfinite(found)
     assert torch.isfinite(student.grad).all()
@@ -174,7 +173,7 @@ def test_gradient_comes_only_from_the_teachers_classes():
     """The gradient of KD is p - q: classes without teacher probability are pushed down by the student's."""
     student = drawn(8, 4, seed=3).requires_grad_()
     target = PART.map_logits(drawn(8, 3, seed=1), 4.0)
-    kd_per_sample(student, target, 4.0).sum().backward()
+    kd_loss(student, target, 4.0).sum().backward()
     own = (student.detach() / 4).softmax(1)
     torch.testing.assert_close(student.grad[:, 2:], 4 * own[:, 2:], rtol=1e-9, atol=0)
 
@@ -226,7 +225,7 @@ def test_different_numbers_of_classes_are_an_error(run):
 
 
 def test_teacher_with_finer_classes_trains_a_student(run):
-    task = lesson_of(run, ["fine"], (FINE_TABLE,))
+    task = task_of(run, ["fine"], (FINE_TABLE,))
     batch, ids = whole_batch(task)
     assert batch.has_targets is None
     logits = stored(run, "fine", ids)
@@ -234,7 +233,7 @@ def test_teacher_with_finer_classes_trains_a_student(run):
     given = given / given.sum(1, keepdim=True)
     target = torch.stack([given[:, 1] + given[:, 3], given[:, 2], given[:, 4], given[:, 0]], 1)
     student = drawn(60, 4, seed=4).float()
-    expected = kd_per_sample(student, 4 * target.log(), 4.0).mean().item()
+    expected = kd_loss(student, 4 * target.log(), 4.0).mean().item()
     assert task.losses(ModelOutput(student, {}), batch)["kd_0"].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -242,11 +241,11 @@ def test_samples_of_classes_without_a_teacher_are_an_error(run):
     absent = int((OURS.labels >= 2).sum())
     sentence = f"{absent} of the samples are in no store, or of classes that no teacher has: .*'hard-labels'"
     with pytest.raises(StoreError, match=sentence):
-        lesson_of(run, ["ab"], ("names",))
+        task_of(run, ["ab"], ("names",))
 
 
 def test_samples_without_a_teacher_can_use_labels_alone(run):
-    task = lesson_of(run, ["ab"], ("names",), missing="hard-labels")
+    task = task_of(run, ["ab"], ("names",), missing="hard-labels")
     batch, ids = whole_batch(task)
     known = batch.hard.labels < 2
     assert torch.equal(batch.has_targets, known)
@@ -255,7 +254,7 @@ def test_samples_without_a_teacher_can_use_labels_alone(run):
     student = drawn(60, 4, seed=4).float()
     losses = task.losses(ModelOutput(student, {}), batch)
     logs = torch.cat([target, torch.full((len(target), 2), -1e4)], 1)
-    expected = kd_per_sample(student[known], logs, 4.0).sum().item() / 60
+    expected = kd_loss(student[known], logs, 4.0).sum().item() / 60
     assert losses["kd_0"].item() == pytest.approx(expected, rel=1e-5)
     cross_entropy = torch.nn.functional.cross_entropy(student, batch.hard.labels, reduction="none")
     expected = torch.where(known, 0.1 * cross_entropy, cross_entropy).mean().item()
@@ -265,7 +264,7 @@ def test_samples_without_a_teacher_can_use_labels_alone(run):
 def test_teachers_of_parts_of_the_classes_combine(run):
     """a from one teacher, c from the other, b from the mean of both."""
     images = OURS.take((OURS.labels < 3).nonzero()[:, 0])
-    task = lesson_of(run, ["ab", "bc"], ("names", "names"), images=images, ensemble="probabilities")
+    task = task_of(run, ["ab", "bc"], ("names", "names"), images=images, ensemble="probabilities")
     batch, ids = whole_batch(task)
     labels = batch.hard.labels
     target = torch.zeros(len(ids), 4)
@@ -283,8 +282,8 @@ def test_teachers_of_parts_of_the_classes_combine(run):
 
 def test_logits_of_different_classes_cannot_be_averaged(run):
     with pytest.raises(RecipeError, match=r"ab\.zarr lacks some .* set student\.teachers\.ensemble = 'probabil"):
-        lesson_of(run, ["same", "ab"], ("same", "names"))
-    lesson_of(run, ["same", "fine"], ("same", FINE_TABLE))  # this teacher has all classes
+        task_of(run, ["same", "ab"], ("same", "names"))
+    task_of(run, ["same", "fine"], ("same", FINE_TABLE))  # this teacher has all classes
 
 
 @pytest.mark.parametrize(
@@ -294,40 +293,40 @@ def test_losses_on_all_logits_need_a_teacher_of_all_classes(run, loss):
     sentence = rf"distill\.0 \({loss.loss}\) needs the logits of all classes, and a teacher lacks some"
     of_all = {"ensemble": "probabilities", "missing": "hard-labels"}
     with pytest.raises(RecipeError, match=sentence):
-        lesson_of(run, ["ab"], ("names",), [loss], **of_all)
+        task_of(run, ["ab"], ("names",), [loss], **of_all)
     for store in (None, 1):
         with pytest.raises(RecipeError, match=sentence):
-            lesson_of(run, ["same", "ab"], ("same", "names"), [dataclasses.replace(loss, store=store)], **of_all)
-    lesson_of(run, ["same", "ab"], ("same", "names"), [dataclasses.replace(loss, store=0)], **of_all)
-    lesson_of(run, ["fine"], (FINE_TABLE,), [loss])
+            task_of(run, ["same", "ab"], ("same", "names"), [dataclasses.replace(loss, store=store)], **of_all)
+    task_of(run, ["same", "ab"], ("same", "names"), [dataclasses.replace(loss, store=0)], **of_all)
+    task_of(run, ["fine"], (FINE_TABLE,), [loss])
 
 
 @pytest.mark.parametrize("missing", ["error", "hard-labels"])
 def test_store_of_other_samples_is_an_error(run, missing):
     """No id is in the store."""
     others = dataclasses.replace(OURS, sample_ids=OURS.sample_ids + 10_000)
-    with pytest.raises(StoreError, match=r"no targets for any of the 60 samples: it was made from another data set"):
-        lesson_of(run, ["fine"], (FINE_TABLE,), images=others, missing=missing)
+    with pytest.raises(StoreError, match=r"no targets for 60 of the 60 samples, .*: it was made from another data set"):
+        task_of(run, ["fine"], (FINE_TABLE,), images=others, missing=missing)
 
 
 def test_store_without_samples_of_mapped_classes_is_an_error(run):
     images = OURS.take((OURS.labels == 3).nonzero()[:, 0])
     sentence = r"none of the \d+ samples in a class that student\.teachers\.classes maps"
     with pytest.raises(StoreError, match=sentence):
-        lesson_of(run, ["fine"], ({"b": "b"},), images=images, missing="hard-labels")
+        task_of(run, ["fine"], ({"b": "b"},), images=images, missing="hard-labels")
 
 
 def test_samples_with_other_pixels_are_errors(run):
     images = OURS.take(torch.arange(60))
     images.images[7, 0, 3, 3] += 1
     with pytest.raises(FingerprintMismatch, match=rf"pixel checksum of sample {images.sample_ids[7]}: stored \d+"):
-        lesson_of(run, ["fine"], (FINE_TABLE,), images=images)
+        task_of(run, ["fine"], (FINE_TABLE,), images=images)
 
 
 def test_samples_mapped_to_a_wrong_class_are_errors(run):
     swapped = {**FINE_TABLE, "b": "c", "c": "b"}
     with pytest.raises(FingerprintMismatch, match=r"label of sample \d+: stored [12], wanted [12]"):
-        lesson_of(run, ["fine"], (swapped,))
+        task_of(run, ["fine"], (swapped,))
 
 
 def test_other_views_are_an_error(run):

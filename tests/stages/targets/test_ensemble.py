@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.loss_inputs import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, drawn
-from support.tiny_road import CACHE, STUDENT, TEACHER, TRAIN, StopAfter, squares, tiny_context
+from support.tiny_run import CACHE, STUDENT, TEACHER, TRAIN, StopAfter, squares, tiny_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher, train_student
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.errors import RecipeError, StoppedEarly
 from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation
 from kdpipe.stages.losses.inputs import DatasetInfo
-from kdpipe.stages.losses.logits.kd import KDConfig, kd_per_sample
+from kdpipe.stages.losses.logits.kd import KDConfig, kd_loss
 from kdpipe.stages.losses.schedules import FINISHED
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.safetensors_io import load_tensors
@@ -24,7 +24,7 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.class_map import ABSENT
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig, check_teachers
 from kdpipe.stages.targets.outputs import DenseTargets, TopKTargets
-from kdpipe.stages.train_student.student import StudentRun, open_distillation, train_student
+from kdpipe.stages.train_student.student import StudentRun, open_distillation
 from kdpipe.stages.train_teacher import untrained_teacher
 from kdpipe.store import StoreError, TopK, encode_topk
 
@@ -32,7 +32,7 @@ LOGITS = [TEACHER_LOGITS, 3 * drawn(8, 10, seed=5), 3 * drawn(8, 10, seed=6)]
 TEACHERS = [DenseTargets(logits, {}) for logits in LOGITS]
 ALL = [None, None, None]
 SOME = torch.tensor([True, False] * 4)
-NOBODY = torch.zeros(8, dtype=torch.bool)
+NONE_KNOWN = torch.zeros(8, dtype=torch.bool)
 TEMPERATURES = (0.5, 1.0, 4.0)
 COMBINE = ("logits", "probabilities")
 
@@ -103,16 +103,18 @@ def test_accuracies_are_used_only_if_configured(weights):
 def confidence_by_hand(numbers):
     """CA-MKD's weights, float64 [B, M], of these teachers alone: (1 - e^CE_m / sum e^CE_j) / (M - 1)."""
     shares = np.zeros((8, len(numbers)))
-    for at, label in enumerate(LABELS.tolist()):
-        given = [float(LOGITS[number][at].softmax(0)[label]) for number in numbers]
-        total = sum(1 / one for one in given)  # e^CE is one over the probability of the label
-        shares[at] = [(1 - 1 / one / total) / (len(numbers) - 1) for one in given]
+    for row, label in enumerate(LABELS.tolist()):
+        probabilities = [float(LOGITS[number][row].softmax(0)[label]) for number in numbers]
+        total = sum(1 / p for p in probabilities)  # e^CE is 1 over the probability of the label
+        shares[row] = [(1 - 1 / p / total) / (len(numbers) - 1) for p in probabilities]
     return torch.from_numpy(shares)
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (0, 1, 2)])
 def test_confidence_weights_match_the_papers_formula(numbers):
-    outputs = together(teachers=[TEACHERS[one] for one in numbers], known=ALL[: len(numbers)], weights="confidence")
+    outputs = together(
+        teachers=[TEACHERS[number] for number in numbers], known=ALL[: len(numbers)], weights="confidence"
+    )
     expected = confidence_by_hand(numbers)
     torch.testing.assert_close(expected.sum(1), torch.ones(8, dtype=torch.float64))
     torch.testing.assert_close(outputs.weights, expected, rtol=1e-9, atol=1e-12)
@@ -166,58 +168,58 @@ def test_sample_known_only_to_a_zero_weight_teacher(ensemble):
 @pytest.mark.parametrize("ensemble", COMBINE)
 @pytest.mark.parametrize("weights", ["equal", "confidence", "learnable", (0.0, 1.0, 0.0)])
 def test_sample_without_any_target_causes_no_nan(ensemble, weights):
-    known = [SOME, SOME, NOBODY]
-    combination = TeacherEnsemble(TeachersConfig(ensemble=ensemble, weights=weights), 3)
+    known = [SOME, SOME, NONE_KNOWN]
+    combined = TeacherEnsemble(TeachersConfig(ensemble=ensemble, weights=weights), 3)
     student = STUDENT_LOGITS.clone().requires_grad_()
-    losses = distilled(combination, kd())(exchange(known, student))
+    losses = distilled(combined, kd())(batch(known, student))
     losses["kd_0"].backward()
     assert torch.isfinite(student.grad).all()
     assert (student.grad.abs().sum(1) > 0).tolist() == SOME.tolist()
-    assert all(torch.isfinite(one.grad).all() for one in combination.parameters())
+    assert all(torch.isfinite(one.grad).all() for one in combined.parameters())
 
 
 def kd(**changes):
     return KDConfig(loss="kd", weight=1.0, temperature=2.0, **changes)
 
 
-def distilled(combination, *losses):
-    facts = DatasetInfo(num_samples=8, num_classes=10)
-    return build_distillation(losses, {}, ({}, {}, {}), combination=combination, facts=facts, seed=0)
+def distilled(combined, *losses):
+    dataset = DatasetInfo(num_samples=8, num_classes=10)
+    return build_distillation(losses, {}, ({}, {}, {}), ensemble=combined, dataset=dataset, seed=0)
 
 
-def exchange(known=ALL, student=STUDENT_LOGITS):
+def batch(known=ALL, student=STUDENT_LOGITS):
     return DistillationBatch(ModelOutput(student, {}), TEACHERS, known, LABELS, torch.arange(8), FINISHED, {})
 
 
 def test_losses_of_one_store_combine_with_losses_of_all():
-    combination = TeacherEnsemble(TeachersConfig(weights=(1.0, 2.0, 5.0), temperatures=(1.0, 3.0, 9.0)), 3)
-    losses = distilled(combination, kd(), kd(store=2), kd(store=1))(exchange([None, SOME, None]))
-    alone = [kd_per_sample(STUDENT_LOGITS, logits, 2.0) for logits in LOGITS]
+    combined = TeacherEnsemble(TeachersConfig(weights=(1.0, 2.0, 5.0), temperatures=(1.0, 3.0, 9.0)), 3)
+    losses = distilled(combined, kd(), kd(store=2), kd(store=1))(batch([None, SOME, None]))
+    alone = [kd_loss(STUDENT_LOGITS, logits, 2.0) for logits in LOGITS]
     assert losses["kd_1"].item() == pytest.approx(alone[2].mean().item(), rel=1e-9)  # neither weight nor temperature
     assert losses["kd_2"].item() == pytest.approx(alone[1][SOME].sum().item() / 8, rel=1e-9)
     target = 2 * torch.where(
         SOME[:, None], LOGITS[0] / 8 + LOGITS[1] / 12 + LOGITS[2] * 5 / 72, LOGITS[0] / 6 + LOGITS[2] * 5 / 54
     )
-    expected = kd_per_sample(STUDENT_LOGITS, target, 2.0).mean().item()
+    expected = kd_loss(STUDENT_LOGITS, target, 2.0).mean().item()
     assert losses["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_single_teacher_can_have_its_own_temperature():
-    combination = TeacherEnsemble(TeachersConfig(temperatures=(8.0,)), 1)
+    combined = TeacherEnsemble(TeachersConfig(temperatures=(8.0,)), 1)
     outputs = DistillationBatch(
         ModelOutput(STUDENT_LOGITS, {}), TEACHERS[:1], [None], LABELS, torch.arange(8), FINISHED, {}
     )
-    expected = kd_per_sample(STUDENT_LOGITS, LOGITS[0] / 4, 2.0).mean().item()
-    assert distilled(combination, kd())(outputs)["kd_0"].item() == pytest.approx(expected, rel=1e-6)
+    expected = kd_loss(STUDENT_LOGITS, LOGITS[0] / 4, 2.0).mean().item()
+    assert distilled(combined, kd())(outputs)["kd_0"].item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("ensemble", COMBINE)
 def test_top_k_teachers_combine_at_their_own_temperatures(ensemble):
     """Between the grid's temperatures only the mass of the rest is approximate; on them it is exact."""
-    form = TopK(10, 4, (1.0, 2.0, 4.0))
-    packed = encode_topk(LOGITS[1].float().numpy(), form, "float32")
+    top_k = TopK(10, 4, (1.0, 2.0, 4.0))
+    packed = encode_topk(LOGITS[1].float().numpy(), top_k, "float32")
     arrays = [torch.from_numpy(packed[f"logits/{name}"].astype(kind)) for name, kind in PACKED.items()]
-    packed_teacher = TopKTargets(form, *arrays, {})
+    packed_teacher = TopKTargets(top_k, *arrays, {})
     outputs = together(
         teachers=[TEACHERS[0], packed_teacher], known=[None, None], temperatures=(1.0, 4.0), ensemble=ensemble
     )
@@ -237,12 +239,12 @@ PACKED = {"values": "float32", "indices": "int64", "tail": "float32"}
 
 @pytest.mark.parametrize("ensemble", COMBINE)
 def test_learnable_weights_get_the_true_gradient(ensemble):
-    combination = TeacherEnsemble(TeachersConfig(weights="learnable", ensemble=ensemble), 3).double()
-    assert [name for name, _ in combination.named_parameters()] == ["scores"]
+    combined = TeacherEnsemble(TeachersConfig(weights="learnable", ensemble=ensemble), 3).double()
+    assert [name for name, _ in combined.named_parameters()] == ["scores"]
 
     def loss(scores, student):
-        outputs = torch.func.functional_call(combination, {"scores": scores}, (TEACHERS, [None, SOME, None], LABELS))
-        return kd_per_sample(student, outputs.logits_at(2.0), 2.0).mean()
+        outputs = torch.func.functional_call(combined, {"scores": scores}, (TEACHERS, [None, SOME, None], LABELS))
+        return kd_loss(student, outputs.logits_at(2.0), 2.0).mean()
 
     scores = torch.tensor([0.3, -0.2, 0.7], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (scores, STUDENT_LOGITS.clone().requires_grad_()))
@@ -250,9 +252,9 @@ def test_learnable_weights_get_the_true_gradient(ensemble):
 
 @pytest.mark.parametrize("weights", ["equal", (1.0, 2.0, 3.0), "confidence"])
 def test_fixed_weights_have_no_parameters_and_no_gradient(weights):
-    combination = TeacherEnsemble(TeachersConfig(weights=weights), 3)
-    assert list(combination.parameters()) == []
-    assert not combination(TEACHERS, ALL, LABELS).logits_at(2.0).requires_grad
+    combined = TeacherEnsemble(TeachersConfig(weights=weights), 3)
+    assert list(combined.parameters()) == []
+    assert not combined(TEACHERS, ALL, LABELS).logits_at(2.0).requires_grad
     assert list(TeacherEnsemble(TeachersConfig(weights="learnable"), 1).parameters()) == []
 
 
@@ -261,8 +263,8 @@ def test_fixed_weights_have_no_parameters_and_no_gradient(weights):
 )
 def test_rows_of_combined_outputs(ensemble, weights):
     outputs = together([None, SOME, None], ensemble=ensemble, weights=weights)
-    at = torch.tensor([6, 1, 1])
-    assert torch.equal(outputs.rows(at).logits_at(3.0), outputs.logits_at(3.0)[at])
+    index = torch.tensor([6, 1, 1])
+    assert torch.equal(outputs.rows(index).logits_at(3.0), outputs.logits_at(3.0)[index])
 
 
 @pytest.mark.parametrize("weights", ["equal", "confidence"])
@@ -323,11 +325,11 @@ def student_of(**teachers):
     return dataclasses.replace(STUDENT, train=train, teachers=TeachersConfig(**teachers))
 
 
-def train_in(folder, run, student, monitor=None):
+def train_in(folder, stores_dir, student, monitor=None):
     context = tiny_context(folder, monitor, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
-    spec = open_distillation(stores(run), [kd()], student, {}, context)
-    seat = StudentRun(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
-    return train_student(student, 0, spec, context, run=seat)
+    spec = open_distillation(stores(stores_dir), [kd()], student, {}, context)
+    run = StudentRun(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
+    return train_student(student, 0, spec, context, run=run)
 
 
 def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):
@@ -336,10 +338,10 @@ def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):
         train_in(tmp_path / "stopped", run, student, RunMonitor(should_stop=StopAfter(3)))
     folder = student_folder(tmp_path / "stopped", DISTILLED, 0)
     tensors, _ = load_tensors(folder.checkpoint)
-    scores = tensors["modules/distillation.combination.scores"]
+    scores = tensors["modules/distillation.ensemble.scores"]
     assert scores.shape == (2,)
     assert scores[0] != scores[1]
-    assert any(key.startswith("optimiser/") and one.shape == (2,) for key, one in tensors.items())
+    assert any(key.startswith("optimizer/") and tensor.shape == (2,) for key, tensor in tensors.items())
     train_in(tmp_path / "stopped", run, student)
     train_in(tmp_path / "whole", run, student)
     assert folder.model.read_bytes() == student_folder(tmp_path / "whole", DISTILLED, 0).model.read_bytes()

@@ -6,17 +6,17 @@ import json
 
 import pytest
 import torch
-from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, make_tiny_store, squares, tiny_context
+from support.tiny_run import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, make_tiny_store, squares, tiny_context
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.losses.logits.kd import kd_loss
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
-from kdpipe.stages.train_student.student import open_distillation, train_student
-from kdpipe.stages.train_teacher import load_teacher, train_teacher
+from kdpipe.stages.train_student.student import open_distillation
+from kdpipe.stages.train_teacher import load_teacher
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
 
 ALL = squares(120, 0)
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def lesson_of(run, student, names=("store.zarr",), train_set=ALL):
+def task_of(run, student, names=("store.zarr",), train_set=ALL):
     context = tiny_context(run, train_set=train_set)
     spec = open_distillation([run / name for name in names], LOSSES, student, {}, context)
     return build_task(build_student(student, 0, context), spec, 0, context)
@@ -51,11 +51,11 @@ def lesson_of(run, student, names=("store.zarr",), train_set=ALL):
 def first_batch(task, size, epoch=0):
     """A batch, and the ids of its samples."""
     batch = next(task.stream(3, size, epoch=epoch, step=0, epochs=epoch + 1))
-    at = task.order(3, epoch)[:size]
-    return batch, task.loader.image_set.sample_ids[at]
+    order = task.order(3, epoch)[:size]
+    return batch, task.loader.dataset.sample_ids[order]
 
 
-def answers(size):
+def student_outputs(size):
     """Return a student's outputs, with gradients."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(size, 4, generator=generator, requires_grad=True)
@@ -74,7 +74,7 @@ PARTS = {
 @pytest.mark.parametrize("missing", ["error", "hard-labels"])
 def test_samples_are_joined_by_id(run, part, missing):
     student = dataclasses.replace(STUDENT, missing_targets=missing)
-    batch, ids = first_batch(lesson_of(run, student, train_set=part), part.num_samples, epoch=1)
+    batch, ids = first_batch(task_of(run, student, train_set=part), part.num_samples, epoch=1)
     stored = open_store(run / "store.zarr").gather("logits", 1, ids.numpy())
     assert batch.has_targets is None
     assert sorted(ids.tolist()) == sorted(part.sample_ids.tolist())
@@ -94,14 +94,14 @@ def test_order_of_the_data_set_does_not_change_the_student(run, tmp_path):
 def test_missing_targets_error_has_count_and_examples(run):
     absent = ALL.sample_ids[KNOWN:][:3].tolist()
     with pytest.raises(StoreError) as raised:
-        lesson_of(run, STUDENT)
+        task_of(run, STUDENT)
     assert f"has no targets for 40 of the 120 samples, such as {absent}: " in str(raised.value)
     assert "student.missing_targets = 'hard-labels'" in str(raised.value)
 
 
 def test_data_set_without_any_targets_is_always_an_error(run):
     with pytest.raises(StoreError, match="no targets for 40 of the 40 samples, .* made from another data set"):
-        lesson_of(run, LENIENT, train_set=ALL.take(torch.arange(KNOWN, 120)))
+        task_of(run, LENIENT, train_set=ALL.take(torch.arange(KNOWN, 120)))
 
 
 @pytest.mark.parametrize("what", ["labels", "images"])
@@ -109,35 +109,35 @@ def test_known_samples_are_still_checked(run, what):
     changed = ALL.take(torch.arange(120))
     getattr(changed, what)[5] = (getattr(changed, what)[5] + 1) % 4
     with pytest.raises(FingerprintMismatch, match=rf"of sample {changed.sample_ids[5]}: stored"):
-        lesson_of(run, LENIENT, train_set=changed)
+        task_of(run, LENIENT, train_set=changed)
     changed = ALL.take(torch.arange(120))
     getattr(changed, what)[100] = (getattr(changed, what)[100] + 1) % 4
-    lesson_of(run, LENIENT, train_set=changed)  # the store does not have this sample
+    task_of(run, LENIENT, train_set=changed)  # the store does not have this sample
 
 
 @pytest.mark.parametrize("read", READS)
 def test_each_sample_contributes_only_its_own_loss(run, read):
     """By hand, sample by sample: with targets 0.1 CE + KD + hint, without them CE alone."""
     size = 24
-    task = lesson_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
+    task = task_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
     assert task.targets.residence == read
     task.distillation.eval()  # the adapter's statistics are then not of this batch
     batch, ids = first_batch(task, size, epoch=2)
     known = torch.isin(ids, STORED.sample_ids)
     assert 0 < known.sum() < size
     assert torch.equal(batch.has_targets, known)
-    store, student = open_store(run / "store.zarr"), answers(size)
-    adapted = task.distillation.terms["hint_1"].loss.adapters[0](student.features["stage2"])
+    store, student = open_store(run / "store.zarr"), student_outputs(size)
+    adapted = task.distillation.losses["hint_1"].loss.pairs[0].adapter(student.features["stage2"])
     total = torch.zeros(())
-    for at, one in enumerate(ids.numpy()):
-        hard = -student.logits[at].log_softmax(0)[batch.hard.labels[at]]
-        if not known[at]:
+    for row, sample_id in enumerate(ids.numpy()):
+        hard = -student.logits[row].log_softmax(0)[batch.hard.labels[row]]
+        if not known[row]:
             total = total + hard
             continue
-        logits, map_ = (torch.from_numpy(store.gather(name, 2, one[None])[0]).float() for name in ARRAYS)
-        log_p, log_q = (logits / 4).log_softmax(0), (student.logits[at] / 4).log_softmax(0)
+        logits, map_ = (torch.from_numpy(store.gather(name, 2, sample_id[None])[0]).float() for name in ARRAYS)
+        log_p, log_q = (logits / 4).log_softmax(0), (student.logits[row] / 4).log_softmax(0)
         soft = 16 * (log_p.exp() * (log_p - log_q)).sum()
-        total = total + 0.1 * hard + 0.9 * soft + (adapted[at] - map_).square().mean()
+        total = total + 0.1 * hard + 0.9 * soft + (adapted[row] - map_).square().mean()
     losses = task.losses(student, batch)
     assert set(losses) == {"hard_labels", "kd_0", "hint_1"}
     found = torch.stack(list(losses.values())).sum()
@@ -150,7 +150,7 @@ def test_each_sample_contributes_only_its_own_loss(run, read):
 
 @pytest.mark.parametrize("read", READS)
 def test_batches_without_targets_use_labels_alone(run, read):
-    task = lesson_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
+    task = task_of(run, dataclasses.replace(LENIENT, target_loading=READS[read]))
     batches = list(task.stream(3, 2, epoch=0, step=0, epochs=1))
     order = task.order(3, 0)
     known = torch.isin(ALL.sample_ids[order], STORED.sample_ids).split(2)
@@ -158,12 +158,12 @@ def test_batches_without_targets_use_labels_alone(run, read):
     for batch, some in zip(batches, known, strict=True):
         assert torch.equal(batch.has_targets, some)
         if some.sum() == 1:  # twice, for the norms of adapters, which changes no mean
-            student = answers(2)
-            byhand = 0.5 * 0.9 * kd_loss(student.logits[some], batch.teachers[0].logits[some], 4.0)
+            student = student_outputs(2)
+            byhand = 0.5 * 0.9 * kd_loss(student.logits[some], batch.teachers[0].logits[some], 4.0).mean()
             assert task.losses(student, batch)["kd_0"].item() == pytest.approx(byhand.item(), rel=1e-5)
         if some.any():
             continue
-        student = answers(2)
+        student = student_outputs(2)
         losses = task.losses(student, batch)
         assert float(losses["kd_0"]) == float(losses["hint_1"]) == 0
         byhand = torch.nn.functional.cross_entropy(student.logits, batch.hard.labels)
@@ -174,7 +174,7 @@ def test_batches_without_targets_use_labels_alone(run, read):
 
 def test_two_stores_each_cover_their_samples(run):
     """By hand, sample by sample: the mean of the logits of the teachers that have the sample."""
-    task = lesson_of(run, LENIENT, ("whole.zarr", "store.zarr"))
+    task = task_of(run, LENIENT, ("whole.zarr", "store.zarr"))
     batch, ids = first_batch(task, 60)
     known = torch.isin(ids, STORED.sample_ids)
     assert 0 < known.sum() < 60
@@ -182,10 +182,10 @@ def test_two_stores_each_cover_their_samples(run):
     whole, store = (open_store(run / name) for name in ("whole.zarr", "store.zarr"))
     target = torch.from_numpy(whole.gather("logits", 0, ids.numpy())).float()
     target[known] = (target[known] + torch.from_numpy(store.gather("logits", 0, ids[known].numpy())).float()) / 2
-    student = answers(60)
+    student = student_outputs(60)
     losses = task.losses(student, batch)
-    assert losses["kd_0"].item() == pytest.approx(0.9 * kd_loss(student.logits, target, 4.0).item(), rel=1e-5)
-    alone = lesson_of(run, LENIENT, ("whole.zarr",))
+    assert losses["kd_0"].item() == pytest.approx(0.9 * kd_loss(student.logits, target, 4.0).mean().item(), rel=1e-5)
+    alone = task_of(run, LENIENT, ("whole.zarr",))
     assert first_batch(alone, 60)[0].has_targets is None
 
 
@@ -200,14 +200,12 @@ def test_rows_of_missing_samples_are_never_read(run):
 
 def test_allowing_missing_targets_is_another_job(run, tmp_path):
     context, lenient = (tiny_context(tmp_path / name, train_set=ALL) for name in ("strict", "lenient"))
-    teachings = [
-        open_distillation([run / "whole.zarr"], LOSSES, student, {}, context) for student in (STUDENT, LENIENT)
-    ]
-    train_student(STUDENT, 0, teachings[0], context)
-    with pytest.raises(FingerprintMismatch, match=r"teaching\.missing: stored 'error', wanted 'hard-labels'"):
-        train_student(LENIENT, 0, teachings[1], context)
-    train_student(LENIENT, 0, teachings[1], lenient)  # nothing is missing there: it is the same student
-    models = [student_folder(one.run_dir, "distilled", 0).model.read_bytes() for one in (context, lenient)]
+    specs = [open_distillation([run / "whole.zarr"], LOSSES, student, {}, context) for student in (STUDENT, LENIENT)]
+    train_student(STUDENT, 0, specs[0], context)
+    with pytest.raises(FingerprintMismatch, match=r"\w+\.missing: stored 'error', wanted 'hard-labels'"):
+        train_student(LENIENT, 0, specs[1], context)
+    train_student(LENIENT, 0, specs[1], lenient)  # nothing is missing there: it is the same student
+    models = [student_folder(each.run_dir, "distilled", 0).model.read_bytes() for each in (context, lenient)]
     assert models[0] == models[1]
 
 
@@ -223,7 +221,7 @@ def test_a_student_trains_where_targets_are_missing(run, tmp_path):
 def test_disjoint_stores_each_cover_their_samples(run, tmp_path):
     rest = tiny_context(run / "other", train_set=ALL.take(torch.arange(KNOWN, len(ALL.labels))))
     cache_teacher(CACHE, tmp_path / "rest.zarr", load_teacher(TEACHER, 1, rest), LAYERS, rest)
-    task = lesson_of(run, LENIENT, ("store.zarr", tmp_path / "rest.zarr"))
+    task = task_of(run, LENIENT, ("store.zarr", tmp_path / "rest.zarr"))
     assert task.targets.num_without_targets == 0
     batch, ids = first_batch(task, 60)
     known = torch.isin(ids, STORED.sample_ids)
@@ -231,11 +229,11 @@ def test_disjoint_stores_each_cover_their_samples(run, tmp_path):
     target = torch.empty(60, 4)
     for store, mask in zip(stores, (known, ~known), strict=True):
         target[mask] = torch.from_numpy(store.gather("logits", 0, ids[mask].numpy())).float()
-    student = answers(60)
+    student = student_outputs(60)
     losses = task.losses(student, batch)
-    assert losses["kd_0"].item() == pytest.approx(0.9 * kd_loss(student.logits, target, 4.0).item(), rel=1e-5)
+    assert losses["kd_0"].item() == pytest.approx(0.9 * kd_loss(student.logits, target, 4.0).mean().item(), rel=1e-5)
 
 
 def test_number_of_samples_without_targets(run):
-    assert lesson_of(run, LENIENT).targets.num_without_targets == len(ALL.labels) - KNOWN
-    assert lesson_of(run, LENIENT, ("whole.zarr",)).targets.num_without_targets == 0
+    assert task_of(run, LENIENT).targets.num_without_targets == len(ALL.labels) - KNOWN
+    assert task_of(run, LENIENT, ("whole.zarr",)).targets.num_without_targets == 0

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.tiny_road import LOSSES, OPERATIONS, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
+from support.tiny_run import LOSSES, OPERATIONS, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.sampling import shard_order

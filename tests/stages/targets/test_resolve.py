@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_road import CACHE, TEACHER, VIEWS, squares, tiny_context
+from support.tiny_run import CACHE, TEACHER, VIEWS, squares, tiny_context
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.plan import layers_of
 from kdpipe.stages.cache_teacher.recheck import recompute
 from kdpipe.stages.data.loader.image_loader import ViewRequest
@@ -38,18 +38,18 @@ from kdpipe.store import StoreError, finish_store, open_store, write_unit
 from kdpipe.store.format.markers import marker_path
 
 CPU = torch.device("cpu")
-GREY = squares(40, 0)
+GRAY = squares(40, 0)
 TEST = squares(8, 1, "test")
 
-COLOURED = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
-COLOURS = dataclasses.replace(GREY, images=COLOURED)
-COLOURED_TEST = dataclasses.replace(TEST, images=COLOURED[:8])
+COLORED = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+COLORS = dataclasses.replace(GRAY, images=COLORED)
+COLORED_TEST = dataclasses.replace(TEST, images=COLORED[:8])
 SCALING = Normalization((0.4, 0.5, 0.6), (0.1, 0.5, 1.5))
 
 MAPS = {"stage1": (8, 8, 8), "stage2": (16, 4, 4), "fc": (4,)}
 SIZES = (None, (3, 3), (4, 4), (16, 16))
 ONE_UNIT = dataclasses.replace(CACHE, shard_bytes=2**24)
-ASKED = [
+REQUIRED = [
     *[FeatureSpec(layer, "pooled") for layer in MAPS],
     *[
         FeatureSpec(layer, form, size)
@@ -65,8 +65,8 @@ BY_HAND = [
 ]
 
 
-def setup_of(run, images=GREY, **changes):
-    return tiny_context(run, train_set=images, test_set=TEST if images is GREY else COLOURED_TEST, **changes)
+def setup_of(run, images=GRAY, **changes):
+    return tiny_context(run, train_set=images, test_set=TEST if images is GRAY else COLORED_TEST, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def run(tmp_path_factory):
     context = setup_of(folder, views=dataclasses.replace(VIEWS, num_views=2))
     teacher = untrained_teacher(TEACHER, 0, context)
     maps = [FeatureSpec(layer) for layer in MAPS]
-    statistics = [one for one in dict.fromkeys(map(kept, ASKED)) if one not in maps]
+    statistics = [feature for feature in dict.fromkeys(map(kept, REQUIRED)) if feature not in maps]
     cache_teacher(ONE_UNIT, folder / "maps.zarr", teacher, maps, context)
     cache_teacher(ONE_UNIT, folder / "statistics.zarr", teacher, statistics, context)
     return folder
@@ -84,30 +84,30 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(run):
-    """Return all required features from the maps and from the statistics: by `Wanted`, [20, ...]."""
+    """Return all required features from the maps and from the statistics: by `FeatureSpec`, [20, ...]."""
     found = []
     indices = torch.arange(0, 40, 2)
     for name in ("maps", "statistics"):
         store = open_store(run / f"{name}.zarr")
-        wanted = ASKED if name == "maps" else STATISTICS
-        targets = Targets([join(store, GREY, wanted)], CPU)
-        found.append(targets.features(0, 1, indices, wanted))
+        features = REQUIRED if name == "maps" else STATISTICS
+        targets = Targets([join(store, GRAY, features)], CPU)
+        found.append(targets.features(0, 1, indices, features))
     return found
 
 
-def kept(wanted):
+def kept(feature):
     """Return what a store holds for it: without a size if nothing is pooled, unless the array hides its maps' size."""
-    return wanted if wanted.form == "gram" else wanted.fitted(MAPS[wanted.layer])
+    return feature if feature.statistic == "gram" else feature.for_shape(MAPS[feature.layer])
 
 
-STATISTICS = [one for one in ASKED if kept(one).kind != "features"]
+STATISTICS = [feature for feature in REQUIRED if kept(feature).kind != "features"]
 """Without whole maps in their own size."""
 
 
-@pytest.mark.parametrize("wanted", STATISTICS, ids=str)
-def test_stored_statistic_equals_that_of_the_stored_map(served, wanted):
-    of_map, of_statistic = (found[wanted] for found in served)
-    assert of_statistic.shape[1:] == statistic_shape(wanted, MAPS[wanted.layer])
+@pytest.mark.parametrize("feature", STATISTICS, ids=str)
+def test_stored_statistic_equals_that_of_the_stored_map(served, feature):
+    of_map, of_statistic = (found[feature] for found in served)
+    assert of_statistic.shape[1:] == statistic_shape(feature, MAPS[feature.layer])
     largest = float(of_map.abs().max())
     assert largest > 0
     torch.testing.assert_close(of_statistic, of_map, rtol=3e-3, atol=2e-3 * largest)
@@ -115,16 +115,16 @@ def test_stored_statistic_equals_that_of_the_stored_map(served, wanted):
 
 def test_exact_array_is_preferred(run):
     store = open_store(run / "statistics.zarr")
-    for wanted in STATISTICS:
-        serving = resolve_feature(store, wanted)
-        assert (serving.array, serving.computed) == (kept(wanted).array, None), wanted
+    for feature in STATISTICS:
+        source = resolve_feature(store, feature)
+        assert (source.array, source.computed) == (kept(feature).array, None), feature
     maps = open_store(run / "maps.zarr")
-    assert arrays_needed(maps, ASKED) == ["logits", "features/stage1", "features/stage2", "features/fc"]
+    assert arrays_needed(maps, REQUIRED) == ["logits", "features/stage1", "features/stage2", "features/fc"]
     assert arrays_needed(maps, []) == ["logits"]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "shape", "stored"),
+    ("feature", "shape", "stored"),
     [
         ("a:attention", (8, 8, 8), "a:attention"),
         ("a:attention-4x4", (8, 8, 8), "a:attention-4x4"),
@@ -148,8 +148,8 @@ def test_exact_array_is_preferred(run):
         ("input:input_gradient", (1, 8, 8), "input:input_gradient"),
     ],
 )
-def test_the_smaller_of_map_and_statistic_is_stored(wanted, shape, stored):
-    assert str(smallest_feature(parse_feature(wanted), shape)) == stored
+def test_the_smaller_of_map_and_statistic_is_stored(feature, shape, stored):
+    assert str(smallest_feature(parse_feature(feature), shape)) == stored
 
 
 layers = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}(\.[A-Za-z0-9_]{1,6}){0,3}", fullmatch=True)
@@ -166,10 +166,10 @@ def any_form(sizes):
 
 @given(layers, any_form(sizes))
 def test_every_statistic_parses_its_own_name(layer, form):
-    wanted = FeatureSpec(INPUT if form[0] == INPUT_GRADIENT else layer, *form)
-    assert parse_feature(str(wanted)) == wanted
-    kind, _, path = wanted.array.partition("/")
-    assert parse_statistic(path, kind) == wanted
+    feature = FeatureSpec(INPUT if form[0] == INPUT_GRADIENT else layer, *form)
+    assert parse_feature(str(feature)) == feature
+    kind, _, path = feature.array.partition("/")
+    assert parse_statistic(path, kind) == feature
 
 
 @pytest.mark.parametrize(
@@ -204,16 +204,16 @@ def of_map(form):
 def test_stored_feature_serves_the_loss_and_is_small(form, channels, side):
     """Of square maps, as networks give them."""
     shape = (channels, side, side)
-    wanted = FeatureSpec("layer1" if of_map(form) else INPUT, *form)
-    stored = smallest_feature(wanted, shape)
+    feature = FeatureSpec("layer1" if of_map(form) else INPUT, *form)
+    stored = smallest_feature(feature, shape)
     stored_shape = statistic_shape(stored, shape)
-    assert stored.source == wanted.source
+    assert stored.source == feature.source
     assert math.prod(stored_shape) <= math.prod(shape)
     store = SimpleNamespace(path="store.zarr", arrays=[SimpleNamespace(name=stored.array, row_shape=stored_shape)])
-    serving = resolve_feature(store, wanted)
-    assert serving.array == stored.array
-    assert serving.shape == statistic_shape(wanted, shape)
-    assert serving(torch.ones(2, *stored_shape)).shape == (2, *serving.shape)
+    source = resolve_feature(store, feature)
+    assert source.array == stored.array
+    assert source.shape == statistic_shape(feature, shape)
+    assert source(torch.ones(2, *stored_shape)).shape == (2, *source.shape)
 
 
 def test_input_gradient_is_not_computed_from_a_map(run):
@@ -223,19 +223,19 @@ def test_input_gradient_is_not_computed_from_a_map(run):
         resolve_feature(store, FeatureSpec(INPUT, INPUT_GRADIENT))
 
 
-@pytest.mark.parametrize("wanted", [*BY_HAND, FeatureSpec("stage1", size=(4, 4)), FeatureSpec("fc")], ids=str)
-def test_missing_feature_error_has_the_line_that_adds_it(run, tmp_path, wanted):
+@pytest.mark.parametrize("feature", [*BY_HAND, FeatureSpec("stage1", size=(4, 4)), FeatureSpec("fc")], ids=str)
+def test_missing_feature_error_has_the_line_that_adds_it(run, tmp_path, feature):
     context, path = setup_of(run), tmp_path / "a.zarr"
     teacher = untrained_teacher(TEACHER, 0, context)
     cache_teacher(ONE_UNIT, path, teacher, [], context)
     with pytest.raises(StoreError) as raised:
-        join(open_store(path), GREY, [wanted])
+        join(open_store(path), GRAY, [feature])
     sentence = str(raised.value)
-    assert f"a.zarr has no {wanted.kind} of {wanted.layer!r}, only logits: run `kdpipe cache-teacher`" in sentence
+    assert f"a.zarr has no {feature.kind} of {feature.layer!r}, only logits: run `kdpipe cache-teacher`" in sentence
     (line,) = re.findall(r"cache\.layers = \['(.*)'\]", sentence)
     cache_teacher(ONE_UNIT, path, teacher, [parse_feature(line)], context)
-    serving = resolve_feature(open_store(path), wanted)
-    assert (serving.array, serving.computed) == (wanted.array, None)
+    source = resolve_feature(open_store(path), feature)
+    assert (source.array, source.computed) == (feature.array, None)
 
 
 def test_statistic_of_larger_maps_is_not_used_for_smaller(run):
@@ -271,7 +271,7 @@ MIXES = {
 def cached(request, tmp_path_factory):
     """A store of color images, its teacher and setup: channels have different scales."""
     folder = tmp_path_factory.mktemp("by_hand")
-    context = setup_of(folder, COLOURS, views=dataclasses.replace(VIEWS, mix=MIXES[request.param], num_views=2))
+    context = setup_of(folder, COLORS, views=dataclasses.replace(VIEWS, mix=MIXES[request.param], num_views=2))
     teacher = dataclasses.replace(untrained_teacher(TEACHER, 1, context), normalize=SCALING)
     path = folder / "store.zarr"
     cache_teacher(ONE_UNIT, path, teacher, BY_HAND, context)
@@ -280,11 +280,11 @@ def cached(request, tmp_path_factory):
 
 def by_hand(context, teacher, positions, view):
     """The arrays of BY_HAND, one sample after the other, by the plain formulas in float64."""
-    model, labels = teacher.model.double(), dict(zip(COLOURS.sample_ids.tolist(), COLOURS.labels.tolist(), strict=True))
+    model, labels = teacher.model.double(), dict(zip(COLORS.sample_ids.tolist(), COLORS.labels.tolist(), strict=True))
     seen = context.train_loader.get(ViewRequest(positions, view))
     mean, std = (torch.tensor(one, dtype=torch.float64).view(3, 1, 1) for one in (SCALING.mean, SCALING.std))
-    rows = {wanted.array: [] for wanted in BY_HAND}
-    for number, sample_id in enumerate(COLOURS.sample_ids[positions].tolist()):
+    rows = {feature.array: [] for feature in BY_HAND}
+    for number, sample_id in enumerate(COLORS.sample_ids[positions].tolist()):
         pixels = (seen.images[number].double() / 255).requires_grad_()
         with extract_features(model, ["stage1"]) as extractor:
             outputs = extractor(((pixels - mean) / std)[None])
@@ -313,7 +313,7 @@ def test_stored_values_match_the_formulas(cached, view):
     positions = torch.arange(0, 40, 3)
     store = open_store(path)
     for name, expected in by_hand(context, teacher, positions, view).items():
-        found = torch.from_numpy(store.gather(name, view, COLOURS.sample_ids[positions].numpy())).double()
+        found = torch.from_numpy(store.gather(name, view, COLORS.sample_ids[positions].numpy())).double()
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -323,8 +323,8 @@ def test_mixed_images_use_both_labels(cached):
     context, _, _ = cached
     mixture = context.train_loader.get(ViewRequest(torch.arange(0, 40, 3), 0)).mixture
     if context.views.mix is not None:
-        labels = dict(zip(COLOURS.sample_ids.tolist(), COLOURS.labels.tolist(), strict=True))
-        own = COLOURS.labels[torch.arange(0, 40, 3)].tolist()
+        labels = dict(zip(COLORS.sample_ids.tolist(), COLORS.labels.tolist(), strict=True))
+        own = COLORS.labels[torch.arange(0, 40, 3)].tolist()
         assert sum(labels[one] != mine for one, mine in zip(mixture.partner_ids.tolist(), own, strict=True)) > 3
     else:
         assert mixture is None
@@ -342,13 +342,13 @@ def test_recheck_reproduces_the_stored_values(cached):
     assert 0 < compared.largest_error < 0.5
 
 
-@pytest.mark.parametrize("wanted", BY_HAND, ids=str)
-def test_changed_value_is_detected(cached, tmp_path, wanted):
+@pytest.mark.parametrize("feature", BY_HAND, ids=str)
+def test_changed_value_is_detected(cached, tmp_path, feature):
     context, teacher, whole = cached
     path = shutil.copytree(whole, tmp_path / "store.zarr")
-    changed = change_a_number(path, wanted.array, 1)
+    changed = change_a_number(path, feature.array, 1)
     differing = recompute(path, teacher, context, 1000, 0).differing
-    assert {(one.array, one.view) for one in differing} == {(wanted.array, 1)}
+    assert {(one.array, one.view) for one in differing} == {(feature.array, 1)}
     assert {one.sample_id for one in differing} <= changed
     assert len(differing) > 3
 

@@ -6,9 +6,9 @@ from typing import get_args
 
 import pytest
 import torch
-from support.tiny_road import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
+from support.tiny_run import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
 from kdpipe.stages.distillation.task_builder import build_student, student_shapes
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.distillation import required_of
@@ -21,8 +21,8 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.feature_spec import source_shapes
 from kdpipe.stages.targets.resolve import smallest_feature
-from kdpipe.stages.train_student.student import StudentRun, open_distillation, train_student
-from kdpipe.stages.train_teacher import load_teacher, train_teacher, untrained_teacher
+from kdpipe.stages.train_student.student import StudentRun, open_distillation
+from kdpipe.stages.train_teacher import load_teacher, untrained_teacher
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.store import StoreError
@@ -138,7 +138,7 @@ def test_learnable_weights_train_and_are_not_in_the_student(run, tmp_path):
     uninterrupted = train(run, losses, tmp_path / "one", config=config, stores=stores)
     with pytest.raises(StoppedEarly):
         train(run, losses, tmp_path / "two", config=config, stores=stores, monitor=RunMonitor(should_stop=StopAfter(4)))
-    scores = load_tensors(tmp_path / "two" / "checkpoint.safetensors")[0]["modules/distillation.combination.scores"]
+    scores = load_tensors(tmp_path / "two" / "checkpoint.safetensors")[0]["modules/distillation.ensemble.scores"]
     assert scores.abs().min() > 0
     resumed = train(run, losses, tmp_path / "two", config=config, stores=stores)
     assert resumed.model.read_bytes() == uninterrupted.model.read_bytes()
@@ -150,7 +150,7 @@ def test_adapters_train_and_are_in_the_checkpoints(run, tmp_path):
     for steps in (1, 4):
         with pytest.raises(StoppedEarly):
             train(run, (hint,), tmp_path / str(steps), monitor=RunMonitor(should_stop=StopAfter(steps)))
-    name = "modules/distillation.terms.hint_0.loss.adapters.0.0.weight"
+    name = "modules/distillation.losses.hint_0.loss.pairs.0.adapter.0.weight"
     one, four = (load_tensors(tmp_path / steps / "checkpoint.safetensors")[0][name] for steps in ("1", "4"))
     assert (one - four).abs().max() > 1e-4
 

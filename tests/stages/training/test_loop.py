@@ -5,15 +5,15 @@ import json
 
 import pytest
 import torch
-from support.tiny_road import STUDENT, TEACHER, TRAIN, StopAfter, make_tiny_store, open_tiny_teaching, tiny_context
+from support.tiny_run import STUDENT, TEACHER, TRAIN, StopAfter, make_tiny_store, open_tiny_spec, tiny_context
 
+from kdpipe.pipeline.steps import train_student, train_teacher
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.errors import NotFiniteError, RecipeError, RunError, StoppedEarly
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.train_student.student import train_student
-from kdpipe.stages.train_teacher import TeacherConfig, load_teacher, train_teacher
+from kdpipe.stages.train_teacher import TeacherConfig, load_teacher
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store import FingerprintMismatch
 
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     context = tiny_context(folder)
     path = make_tiny_store(context)
-    train_student(STUDENT, 0, open_tiny_teaching(path, context), context)
+    train_student(STUDENT, 0, open_tiny_spec(path, context), context)
     return folder
 
 
@@ -37,12 +37,12 @@ def test_stopped_and_resumed_job_is_bit_identical(run, tmp_path, optimizer):
     config = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, optimizer=optimizer, lr=0.01, momentum=0.9))
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     context = tiny_context(whole)
-    train_student(config, 0, open_tiny_teaching(run / "store.zarr", context), context)
+    train_student(config, 0, open_tiny_spec(run / "store.zarr", context), context)
     num_stops = 0
     while student_folder(pieces, "distilled", 0).result() is None:
         context = tiny_context(pieces, RunMonitor(should_stop=StopAfter(1 + num_stops % 4)))
         try:
-            train_student(config, 0, open_tiny_teaching(run / "store.zarr", context), context)
+            train_student(config, 0, open_tiny_spec(run / "store.zarr", context), context)
         except StoppedEarly:
             num_stops += 1
     one, other = student_folder(whole, "distilled", 0), student_folder(pieces, "distilled", 0)
@@ -55,7 +55,7 @@ def test_stopped_and_resumed_job_is_bit_identical(run, tmp_path, optimizer):
 def test_a_finished_job_is_not_touched(run):
     context = tiny_context(run)
     before = student_folder(run, "distilled", 0).model.stat().st_mtime_ns
-    result = train_student(STUDENT, 0, open_tiny_teaching(run / "store.zarr", context), context)
+    result = train_student(STUDENT, 0, open_tiny_spec(run / "store.zarr", context), context)
     assert result == student_folder(run, "distilled", 0).result()
     assert student_folder(run, "distilled", 0).model.stat().st_mtime_ns == before
 
@@ -63,29 +63,29 @@ def test_a_finished_job_is_not_touched(run):
 def test_both_students_start_from_the_same_weights(run, tmp_path):
     """The baseline is trained alike: with every distillation weight at zero the two students are one."""
     context = tiny_context(tmp_path)
-    spec = open_tiny_teaching(run / "store.zarr", context)
+    spec = open_tiny_spec(run / "store.zarr", context)
     silent = dataclasses.replace(
         spec, losses=[dataclasses.replace(loss, weight=0.0) for loss in spec.losses], hard_label_weight=1.0
     )
     train_student(STUDENT, 0, None, context)
     train_student(STUDENT, 0, silent, context)
-    alone, distilled = (load_tensors(student_folder(tmp_path, kind, 0).model)[0] for kind in ("alone", "distilled"))
-    assert all(torch.equal(alone[name], distilled[name]) for name in alone)
-    taught = load_tensors(student_folder(run, "distilled", 0).model)[0]
-    assert any(not torch.equal(alone[name], taught[name]) for name in alone)
+    alone, silenced = (load_tensors(student_folder(tmp_path, kind, 0).model)[0] for kind in ("alone", "distilled"))
+    assert all(torch.equal(alone[name], silenced[name]) for name in alone)
+    distilled = load_tensors(student_folder(run, "distilled", 0).model)[0]
+    assert any(not torch.equal(alone[name], distilled[name]) for name in alone)
 
 
 def test_another_recipe_in_the_same_folder_is_an_error(run):
     context = tiny_context(run)
     other = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, lr=0.02))
     with pytest.raises(FingerprintMismatch, match=r"train.lr: stored 0.05, wanted 0.02"):
-        train_student(other, 0, open_tiny_teaching(run / "store.zarr", context), context)
+        train_student(other, 0, open_tiny_spec(run / "store.zarr", context), context)
 
 
 def test_checkpoint_interval_is_not_part_of_the_job(run):
     context = tiny_context(run)
     other = dataclasses.replace(STUDENT, train=dataclasses.replace(TRAIN, checkpoint_every_s=1000))
-    train_student(other, 0, open_tiny_teaching(run / "store.zarr", context), context)
+    train_student(other, 0, open_tiny_spec(run / "store.zarr", context), context)
 
 
 def test_diverging_loss_is_an_error(tmp_path):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.tiny_road import StopAfter, squares, tiny_context
+from support.tiny_run import StopAfter, squares, tiny_context
 from torch import nn
 
 from kdpipe.stages.errors import StoppedEarly
@@ -77,7 +77,7 @@ def test_failed_attempt_leaves_no_trace(tmp_path):
     """Neither in batch norm's memory nor in what dropout draws: it is as if the parts had been known before."""
     tries, knows = (network(8, nn.BatchNorm1d(16), nn.Dropout(0.5)) for _ in range(2))
     job = job_of(tmp_path / "knows", knows)
-    save_checkpoint(job.folder.checkpoint, _set_up(job, CPU), Progress(micro_batches=4))
+    save_checkpoint(job.job_dir.checkpoint, _set_up(job, CPU), Progress(micro_batches=4))
     assert_equal(trained(tmp_path / "knows", knows)[0], trained(tmp_path / "tries", tries)[0])
     assert (tries[5].num_refused, knows[5].num_refused) == (2, 0)
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
+from support.tiny_run import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 from torchvision.transforms import v2
 
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher import plan as store_plan
-from kdpipe.stages.cache_teacher.cache import cache_teacher
 from kdpipe.stages.cache_teacher.recheck import recompute
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.load import load_dataset

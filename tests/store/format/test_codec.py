@@ -153,9 +153,9 @@ def test_blosc_chunk_longer_than_its_bytes_is_refused():
         unpacked(Codec("blosc"), with_crc(blosc_header(num_bytes, num_bytes + 16) + bytes(64)), num_bytes)
 
 
-@pytest.mark.parametrize("held", [900, 1100])
-def test_zstandard_frame_with_false_header_is_refused(held):
-    frame = bytearray(Zstd(level=3, checksum=True).encode(np.random.default_rng(0).bytes(held)))
+@pytest.mark.parametrize("size", [900, 1100])
+def test_zstandard_frame_with_false_header_is_refused(size):
+    frame = bytearray(Zstd(level=3, checksum=True).encode(np.random.default_rng(0).bytes(size)))
     assert frame[4] >> 6 == 1  # its size stands in two bytes, less 256
     frame[5:7] = (1000 - 256).to_bytes(2, "little")
     with pytest.raises(StoreError, match="chunk 7 is damaged"):

@@ -44,14 +44,14 @@ segments = st.lists(st.integers(1, 1500), min_size=1, max_size=4).map(tuple)
 
 
 @given(st.integers(1, 4), segments, st.integers(1, 500))
-def test_units_cover_each_sample_once_and_start_each_segment(num_views, counts, normalize_rows):
-    layout = StoreLayout(num_views, normalize_rows, counts)
+def test_units_cover_each_sample_once_and_start_each_segment(num_views, counts, unit_rows):
+    layout = StoreLayout(num_views, unit_rows, counts)
     for view in range(num_views):
         units = layout.units([view])
         covered = [row for unit in units for row in range(unit.start, unit.stop)]
         assert covered == layout.sample_rows().tolist()
         assert [unit.shard for unit in units] == list(range(layout.num_shards))
-        assert all(unit.start == unit.shard * normalize_rows and 0 < unit.num_rows <= normalize_rows for unit in units)
+        assert all(unit.start == unit.shard * unit_rows and 0 < unit.num_rows <= unit_rows for unit in units)
     assert len(layout.sample_rows()) == sum(counts)
     assert layout.num_rows == units[-1].stop
     of_segment = np.bincount([layout.segment_of(unit.shard) for unit in units], weights=[u.num_rows for u in units])
@@ -59,7 +59,7 @@ def test_units_cover_each_sample_once_and_start_each_segment(num_views, counts, 
 
 
 @given(segments, st.integers(1, 500), st.integers(1, 1500))
-def test_a_further_segment_moves_no_row(counts, normalize_rows, added):
-    before, after = StoreLayout(1, normalize_rows, counts), StoreLayout(1, normalize_rows, (*counts, added))
+def test_a_further_segment_moves_no_row(counts, unit_rows, added):
+    before, after = StoreLayout(1, unit_rows, counts), StoreLayout(1, unit_rows, (*counts, added))
     assert after.sample_rows()[: before.num_samples].tolist() == before.sample_rows().tolist()
     assert after.units()[: before.num_shards] == before.units()

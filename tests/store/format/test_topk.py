@@ -61,7 +61,7 @@ rows = st.builds(
 temperatures = st.floats(GRID[0], GRID[-1])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(data=st.data(), logits=rows, temperature=temperatures, dtype=st.sampled_from(["float16", "float32"]))
 def test_kept_logits_are_exact_and_the_rest_has_its_mass(data, logits, temperature, dtype):
     num_classes = logits.shape[1]
@@ -239,7 +239,6 @@ GOOD = {"num_classes": 10, "k": 3, "temperatures": [1.0, 2.0]}
         {**GOOD, "temperatures": [1.0, float("inf")]},
         {**GOOD, "temperatures": [1.0, 10**400]},
         {**GOOD, "temperatures": [1.0 + step for step in range(65)]},
-        {**GOOD, "extra": 1},
     ],
 )
 def test_malformed_values_are_refused(record):

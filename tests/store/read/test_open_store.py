@@ -102,10 +102,7 @@ def test_other_inputs_are_refused_pair_by_pair(made):
     teacher = {**made.manifest.identity.teacher, "weights_sha256": "b" * 64}
     with pytest.raises(FingerprintMismatch) as caught:
         open_store(made.path, {"teacher": teacher, "views": {"seed": 4}}, "Do this.")
-    assert caught.value.differences == (
-        ("teacher.weights_sha256", "a" * 64, "b" * 64),
-        ("views.seed", 3, 4),
-    )
+    assert caught.value.differences == (("teacher.weights_sha256", "a" * 64, "b" * 64), ("views.seed", 3, 4))
     assert "stored 3, wanted 4" in str(caught.value)
     assert str(caught.value).endswith("Do this.")
 

@@ -32,13 +32,13 @@ RESIDENCES = {
     "pickled": "one address range",
     "grown": "one address range",
 }
-"""How a store is held, with a part of the reason that it gives for its way of reading."""
+"""How a store is read, with a part of the reason that it gives for its way of reading."""
 
 KINDS = [f"{residence}, {logits}" for residence in RESIDENCES for logits in LOGITS]
 
 
 @dataclass(frozen=True)
-class Held:
+class Reader:
     store: TargetStore
     why: str
 
@@ -70,21 +70,21 @@ def paths(tmp_path_factory) -> Callable[[str, str], Path]:
 
 
 def hold(path: Path, residence: str) -> TargetStore:
-    held = open_store(path)
+    reader = open_store(path)
     if residence == "streamed":
-        return held.streamed(STREAM_BYTES)
+        return reader.streamed(STREAM_BYTES)
     if residence == "pickled":
-        assert held.gather("features/layer2.0", 0, held.samples.ids[:2]).shape == (2, 2, 3, 3)
-        return pickle.loads(pickle.dumps(held))
-    return held
+        assert reader.gather("features/layer2.0", 0, reader.samples.ids[:2]).shape == (2, 2, 3, 3)
+        return pickle.loads(pickle.dumps(reader))
+    return reader
 
 
 @pytest.fixture(params=KINDS)
-def held(request, paths, monkeypatch) -> Held:
+def reader(request, paths, monkeypatch) -> Reader:
     residence, logits = request.param.split(", ")
     if residence == "not mapped":
         refuse_maps(monkeypatch)
-    return Held(hold(paths(residence, logits), residence), RESIDENCES[residence])
+    return Reader(hold(paths(residence, logits), residence), RESIDENCES[residence])
 
 
 def refuse_maps(monkeypatch):
@@ -94,165 +94,167 @@ def refuse_maps(monkeypatch):
     monkeypatch.setattr(kdpipe.store.read.target_store, "map_files", refused)
 
 
-def arrays_and_views(held):
-    return [(spec, view) for spec in held.store.arrays for view in range(held.store.num_views)]
+def arrays_and_views(reader):
+    return [(spec, view) for spec in reader.store.arrays for view in range(reader.store.num_views)]
 
 
-def test_store_holds_expected_rows(held):
-    assert held.store.num_views == 2
-    assert held.store.num_samples == 1300
-    assert held.store.layers == ("layer2.0",)
-    assert len(np.unique(held.ids)) == 1300
+def test_store_holds_expected_rows(reader):
+    assert reader.store.num_views == 2
+    assert reader.store.num_samples == 1300
+    assert reader.store.layers == ("layer2.0",)
+    assert len(np.unique(reader.ids)) == 1300
 
 
-def test_a_batch_is_gathered_by_id_in_the_order_of_its_ids(held):
+def test_a_batch_is_gathered_by_id_in_the_order_of_its_ids(reader):
     rng = np.random.default_rng(1)
-    for spec, view in arrays_and_views(held):
-        for size in (1, 2, 256, len(held.ids)):
-            ids = rng.permutation(held.ids)[:size]
-            got = held.store.gather(spec.name, view, ids)
+    for spec, view in arrays_and_views(reader):
+        for size in (1, 2, 256, len(reader.ids)):
+            ids = rng.permutation(reader.ids)[:size]
+            got = reader.store.gather(spec.name, view, ids)
             assert got.dtype == spec.dtype
             assert got.shape == (size, *spec.row_shape)
-            assert np.array_equal(got, held.truth(spec, view, ids))
+            assert np.array_equal(got, reader.truth(spec, view, ids))
 
 
-def test_batch_may_repeat_samples(held):
-    ids = held.ids[[5, 5, 1299, 5, 700, 1299]]
-    for spec, view in arrays_and_views(held):
-        assert np.array_equal(held.store.gather(spec.name, view, ids), held.truth(spec, view, ids))
+def test_batch_may_repeat_samples(reader):
+    ids = reader.ids[[5, 5, 1299, 5, 700, 1299]]
+    for spec, view in arrays_and_views(reader):
+        assert np.array_equal(reader.store.gather(spec.name, view, ids), reader.truth(spec, view, ids))
 
 
-def test_every_single_sample_is_found_on_its_own(held):
-    spec = held.store.arrays[0]
-    expected = held.truth(spec, 1, held.ids)
-    for at in range(0, len(held.ids), 13):
-        assert np.array_equal(held.store.gather(spec.name, 1, held.ids[at : at + 1])[0], expected[at])
-    smallest = np.array([held.ids.min(), held.ids.max()])
-    assert np.array_equal(held.store.gather(spec.name, 0, smallest), held.truth(spec, 0, smallest))
+def test_every_single_sample_is_found_on_its_own(reader):
+    spec = reader.store.arrays[0]
+    expected = reader.truth(spec, 1, reader.ids)
+    for at in range(0, len(reader.ids), 13):
+        assert np.array_equal(reader.store.gather(spec.name, 1, reader.ids[at : at + 1])[0], expected[at])
+    smallest = np.array([reader.ids.min(), reader.ids.max()])
+    assert np.array_equal(reader.store.gather(spec.name, 0, smallest), reader.truth(spec, 0, smallest))
 
 
-def test_an_empty_batch_is_empty(held):
-    for spec, view in arrays_and_views(held):
-        got = held.store.gather(spec.name, view, np.empty(0, np.int64))
+def test_an_empty_batch_is_empty(reader):
+    for spec, view in arrays_and_views(reader):
+        got = reader.store.gather(spec.name, view, np.empty(0, np.int64))
         assert got.shape == (0, *spec.row_shape)
         assert got.dtype == spec.dtype
 
 
 @pytest.mark.parametrize("warm", [False, True])
-def test_an_absent_id_is_named(held, warm):
+def test_an_absent_id_is_named(reader, warm):
     if warm:
-        held.store.gather("features/layer2.0", 1, held.ids)
-    between = next(number for number in range(5000) if number not in held.ids)
-    above = int(held.ids.max()) + 1
-    first, second = held.ids[:2].tolist()
+        reader.store.gather("features/layer2.0", 1, reader.ids)
+    between = next(number for number in range(5000) if number not in reader.ids)
+    above = int(reader.ids.max()) + 1
+    first, second = reader.ids[:2].tolist()
     for absent in (-1, -2, -(2**62), -(2**63), 2**62, 2**63 - 2, 2**63 - 1, between, above):
         for ids in ([absent], [first, absent, second]):
             said = rf"no targets for 1 of the {len(ids)} samples, for example ids \[{absent}\]"
             with pytest.raises(StoreError, match=said):
-                held.store.gather("features/layer2.0", 1, np.array(ids))
+                reader.store.gather("features/layer2.0", 1, np.array(ids))
         with pytest.raises(StoreError, match="no targets for 5 of the 5 samples"):
-            held.store.rows_of(np.full(5, absent))
+            reader.store.rows_of(np.full(5, absent))
 
 
 @pytest.mark.parametrize("view", [-1, 2, 10**9])
-def test_an_absent_view_is_named(held, view):
-    held.store.gather("features/layer2.0", 1, held.ids[:3])
+def test_an_absent_view_is_named(reader, view):
+    reader.store.gather("features/layer2.0", 1, reader.ids[:3])
     for ask in (
-        lambda: held.store.gather("features/layer2.0", view, held.ids[:3]),
-        lambda: held.store.gather("features/layer2.0", view, held.ids[:0]),
-        lambda: held.store.take("features/layer2.0", view, np.arange(3)),
-        lambda: held.store.read_view("features/layer2.0", view),
-        lambda: held.store.units(view),
+        lambda: reader.store.gather("features/layer2.0", view, reader.ids[:3]),
+        lambda: reader.store.gather("features/layer2.0", view, reader.ids[:0]),
+        lambda: reader.store.take("features/layer2.0", view, np.arange(3)),
+        lambda: reader.store.read_view("features/layer2.0", view),
+        lambda: reader.store.units(view),
     ):
         with pytest.raises(StoreError, match=f"has views 0 to 1, not {view}"):
             ask()
 
 
-def test_an_absent_array_is_named_with_those_that_are_there(held):
+def test_an_absent_array_is_named_with_those_that_are_there(reader):
     for ask in (
-        lambda name: held.store.gather(name, 0, held.ids[:3]),
-        lambda name: held.store.read_view(name, 0),
-        lambda name: held.store.read_unit(name, held.store.units(0)[0]),
-        held.store.array,
-        held.store.read_mode,
+        lambda name: reader.store.gather(name, 0, reader.ids[:3]),
+        lambda name: reader.store.read_view(name, 0),
+        lambda name: reader.store.read_unit(name, reader.store.units(0)[0]),
+        reader.store.array,
+        reader.store.read_mode,
     ):
         with pytest.raises(StoreError, match=r"no array 'features/layer9', only .*features/layer2\.0"):
             ask("features/layer9")
 
 
-def test_whole_views_and_units_read_back_row_by_row(held):
-    rows = held.store.rows_of(held.ids)
-    for spec, view in arrays_and_views(held):
-        expected = held.truth(spec, view, held.ids)
-        whole = held.store.read_view(spec.name, view)
+def test_whole_views_and_units_read_back_row_by_row(reader):
+    rows = reader.store.rows_of(reader.ids)
+    for spec, view in arrays_and_views(reader):
+        expected = reader.truth(spec, view, reader.ids)
+        whole = reader.store.read_view(spec.name, view)
         assert np.array_equal(whole[rows], expected)
-        assert np.array_equal(held.store.take(spec.name, view, rows[::-1]), expected[::-1])
+        assert np.array_equal(reader.store.take(spec.name, view, rows[::-1]), expected[::-1])
         given = np.empty_like(whole)
-        assert held.store.read_view(spec.name, view, out=given) is given
+        assert reader.store.read_view(spec.name, view, out=given) is given
         assert given.tobytes() == whole.tobytes()
-        joined = [held.store.read_unit(spec.name, unit) for unit in held.store.units(view)]
+        joined = [reader.store.read_unit(spec.name, unit) for unit in reader.store.units(view)]
         assert np.array_equal(np.concatenate(joined), expected)
 
 
-def test_rows_without_a_sample_have_the_fill_value(held):
-    empty = np.ones(held.store.num_rows, bool)
-    empty[held.store.rows_of(held.ids)] = False
-    assert empty.any() == (held.store.num_rows > held.store.num_samples)
-    for spec, view in arrays_and_views(held):
-        nothing = held.store.read_view(spec.name, view)[empty]
+def test_rows_without_a_sample_have_the_fill_value(reader):
+    empty = np.ones(reader.store.num_rows, bool)
+    empty[reader.store.rows_of(reader.ids)] = False
+    assert empty.any() == (reader.store.num_rows > reader.store.num_samples)
+    for spec, view in arrays_and_views(reader):
+        nothing = reader.store.read_view(spec.name, view)[empty]
         assert np.array_equal(nothing, np.full_like(nothing, spec.fill_value), equal_nan=spec.dtype.startswith("float"))
 
 
-def test_whole_array_is_read_only_or_refused_with_reason(held):
-    rows = held.store.rows_of(held.ids)
-    for spec in held.store.arrays:
-        if held.store.read_mode(spec.name).mode == "memory":
-            with pytest.raises(StoreError, match=f"{spec.name} cannot be mapped, because .*{held.why}.*Use read_view"):
-                held.store.array(spec.name)
+def test_whole_array_is_read_only_or_refused_with_reason(reader):
+    rows = reader.store.rows_of(reader.ids)
+    for spec in reader.store.arrays:
+        if reader.store.read_mode(spec.name).mode == "memory":
+            with pytest.raises(
+                StoreError, match=f"{spec.name} cannot be mapped, because .*{reader.why}.*Use read_view"
+            ):
+                reader.store.array(spec.name)
             continue
-        whole = held.store.array(spec.name)
-        assert whole.shape == (2, held.store.num_rows, *spec.row_shape)
-        assert np.array_equal(whole[1, rows], held.truth(spec, 1, held.ids))
+        whole = reader.store.array(spec.name)
+        assert whole.shape == (2, reader.store.num_rows, *spec.row_shape)
+        assert np.array_equal(whole[1, rows], reader.truth(spec, 1, reader.ids))
         assert not whole.flags.writeable
         with pytest.raises(ValueError, match="read-only"):
             whole[0, 0] = 0
 
 
-def test_returned_rows_are_writable_copies(held):
-    ids = held.ids[:4]
-    for spec, view in arrays_and_views(held):
-        held.store.gather(spec.name, view, ids)[:] = 1
-        held.store.read_view(spec.name, view)[:] = 1
-        assert np.array_equal(held.store.gather(spec.name, view, ids), held.truth(spec, view, ids))
+def test_returned_rows_are_writable_copies(reader):
+    ids = reader.ids[:4]
+    for spec, view in arrays_and_views(reader):
+        reader.store.gather(spec.name, view, ids)[:] = 1
+        reader.store.read_view(spec.name, view)[:] = 1
+        assert np.array_equal(reader.store.gather(spec.name, view, ids), reader.truth(spec, view, ids))
 
 
-def test_read_mode_is_reported_with_reason(held):
-    for spec in held.store.arrays:
-        reading = held.store.read_mode(spec.name)
-        assert reading.mode == ("mapped" if held.why == "one address range" else "memory")
-        assert held.why in reading.reason
-        assert held.store.read_mode(spec.name) == reading
+def test_read_mode_is_reported_with_reason(reader):
+    for spec in reader.store.arrays:
+        reading = reader.store.read_mode(spec.name)
+        assert reading.mode == ("mapped" if reader.why == "one address range" else "memory")
+        assert reader.why in reading.reason
+        assert reader.store.read_mode(spec.name) == reading
 
 
-def test_plain_zarr_reads_the_same_numbers(held):
-    rows = held.store.rows_of(held.ids)
+def test_plain_zarr_reads_the_same_numbers(reader):
+    rows = reader.store.rows_of(reader.ids)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        group = zarr.open_group(held.store.path, mode="r")
-        for spec in held.store.arrays:
-            assert group[spec.name].shape == (2, held.store.num_rows, *spec.row_shape)
+        group = zarr.open_group(reader.store.path, mode="r")
+        for spec in reader.store.arrays:
+            assert group[spec.name].shape == (2, reader.store.num_rows, *spec.row_shape)
             for view in range(2):
-                assert np.array_equal(group[spec.name][view][rows], held.truth(spec, view, held.ids))
-        assert np.array_equal(group["samples/ids"][:][rows], held.ids)
+                assert np.array_equal(group[spec.name][view][rows], reader.truth(spec, view, reader.ids))
+        assert np.array_equal(group["samples/ids"][:][rows], reader.ids)
 
 
 def test_streaming_holds_no_more_than_it_may(paths):
-    held = open_store(paths("mapped", "float32")).streamed(STREAM_BYTES)
+    reader = open_store(paths("mapped", "float32")).streamed(STREAM_BYTES)
     name = "features/layer2.0"
-    shard_bytes = held.unit_rows * held.spec(name).row_bytes
+    shard_bytes = reader.unit_rows * reader.spec(name).row_bytes
     for view in (0, 1, 0):
-        assert len(held.gather(name, view, held.samples.ids)) == 1300
-        assert held._cache.num_bytes <= max(STREAM_BYTES, shard_bytes)
+        assert len(reader.gather(name, view, reader.samples.ids)) == 1300
+        assert reader._cache.num_bytes <= max(STREAM_BYTES, shard_bytes)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

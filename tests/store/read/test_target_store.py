@@ -68,8 +68,8 @@ def test_samples_are_found_by_id_in_any_order(made):
     store = open_store(made.path)
     rows = np.random.default_rng(1).permutation(store.num_samples)[:400]
     assert np.array_equal(store.rows_of(made.samples.ids[rows]), rows)
-    said = store.gather("logits", 1, made.samples.ids[rows])
-    assert np.array_equal(said, made.contents["logits"][1][rows])
+    gathered = store.gather("logits", 1, made.samples.ids[rows])
+    assert np.array_equal(gathered, made.contents["logits"][1][rows])
 
 
 def test_a_sample_without_targets_is_named(made):

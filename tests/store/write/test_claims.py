@@ -79,8 +79,8 @@ def test_live_process_keeps_claim_and_killed_one_loses_it(store, locks):
     other.communicate()
     assert (locks / "v0-s0").exists()
     assert holder(store, "v0-s0") is None
-    mine = claim(store, "v0-s0")
-    assert isinstance(mine, Claim)
+    acquired = claim(store, "v0-s0")
+    assert isinstance(acquired, Claim)
     assert holder(store, "v0-s0").pid == os.getpid()
 
 

@@ -102,12 +102,14 @@ print(first_difference(open_store(path)))
 
 @pytest.mark.usefixtures("_mounting")
 def test_full_disk_keeps_commits_and_rerun_continues(tmp_path):
-    said, missing, partial, difference = on_tmpfs(tmp_path, FULL.replace("BYTES_LEFT", "30_000"))
-    found = re.search(r"cannot write .*: the disk is full; ([\d,]+) bytes are needed there and ([\d,]+) are free", said)
-    assert found, said
+    message, missing, partial, difference = on_tmpfs(tmp_path, FULL.replace("BYTES_LEFT", "30_000"))
+    found = re.search(
+        r"cannot write .*: the disk is full; ([\d,]+) bytes are needed there and ([\d,]+) are free", message
+    )
+    assert found, message
     needed, free = (int(number.replace(",", "")) for number in found.groups())
     assert 0 < free < needed
-    assert "make room, and run the same command again" in said
+    assert "make room, and run the same command again" in message
     num_missing, num_units = map(int, missing.split())
     assert 0 < num_missing < num_units
     assert partial == "[]"
@@ -118,8 +120,8 @@ def test_full_disk_keeps_commits_and_rerun_continues(tmp_path):
 @pytest.mark.parametrize("bytes_left", [0, 4096, 12_288, 16_384, 20_480, 24_576, 28_672, 36_864, 45_056])
 def test_full_disk_anywhere_is_one_sentence_and_rerun_completes(tmp_path, bytes_left):
     """In the lock, the claim, the shard, its marker, or the manifest."""
-    said, _, partial, difference = on_tmpfs(tmp_path, FULL.replace("BYTES_LEFT", str(bytes_left)))
-    assert "the disk is full" in said or "No space left on device" in said
+    message, _, partial, difference = on_tmpfs(tmp_path, FULL.replace("BYTES_LEFT", str(bytes_left)))
+    assert "the disk is full" in message or "No space left on device" in message
     assert (partial, difference) == ("[]", "None")
 
 
@@ -149,8 +151,8 @@ def test_store_larger_than_disk_is_not_started(tmp_path):
 print(refusal(lambda: ensure_store(path, wish.manifest, wish.samples)))
 print([one.name for one in disk.iterdir() if not one.name.endswith(".lock")])
 """
-    said, left = on_tmpfs(tmp_path, script, size="64k")
-    assert "the disk is full" in said
+    message, left = on_tmpfs(tmp_path, script, size="64k")
+    assert "the disk is full" in message
     assert left == "[]"
 
 
@@ -279,5 +281,5 @@ def test_a_claim_on_a_full_disk_is_one_sentence(begun, monkeypatch):
     with pytest.raises(KdpipeError, match=r"lock file .* cannot be used \(No space left on device\)"):
         claim(path, "v0-s0")
     monkeypatch.undo()
-    held = claim(path, "v0-s0")
-    held.release()
+    acquired = claim(path, "v0-s0")
+    acquired.release()

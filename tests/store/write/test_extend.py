@@ -176,7 +176,7 @@ def killing_at(monkeypatch: pytest.MonkeyPatch, number: int, torn: bool) -> list
         real(file, *parts)
 
     for module in ("fs.atomic_write", "write.writer", "format.markers", "write.extend", "format.zarr_metadata"):
-        monkeypatch.setattr(f"store.{module}.write_atomically", write)
+        monkeypatch.setattr(f"kdpipe.store.{module}.write_atomically", write)
     return written
 
 
@@ -240,20 +240,17 @@ def test_known_sample_with_other_label_or_pixels_is_refused(path, wish, what):
 
 
 def test_another_data_set_is_refused(path):
-    strangers = Samples(np.arange(700) + 20_000, np.zeros(700, np.int64), np.zeros(700, np.uint32))
+    others = Samples(np.arange(700) + 20_000, np.zeros(700, np.int64), np.zeros(700, np.uint32))
     with pytest.raises(FingerprintMismatch, match=r"data\.ids_and_labels_sha256"):
-        ensure_store(path, SMALL.manifest, strangers)
-    half_strange = SMALL.samples.take(np.arange(350)).followed_by(strangers.take(np.arange(350)))
+        ensure_store(path, SMALL.manifest, others)
+    half_other = SMALL.samples.take(np.arange(350)).followed_by(others.take(np.arange(350)))
     with pytest.raises(FingerprintMismatch, match=r"data\.ids_and_labels_sha256"):
-        ensure_store(path, SMALL.manifest, half_strange)
+        ensure_store(path, SMALL.manifest, half_other)
 
 
 @pytest.mark.parametrize(
     "other",
-    [
-        replace(SMALL, form=LOGITS["float32"]),
-        replace(SMALL, form=replace(SMALL.form, codec=Codec())),
-    ],
+    [replace(SMALL, form=LOGITS["float32"]), replace(SMALL, form=replace(SMALL.form, codec=Codec()))],
     ids=["precision", "codec"],
 )
 def test_another_encoding_is_refused(path, other):
@@ -265,13 +262,7 @@ def test_another_encoding_is_refused(path, other):
 
 @pytest.mark.parametrize(
     "less",
-    [
-        replace(LARGE, num_views=1),
-        replace(LARGE, num_samples=100),
-        replace(LARGE, num_layers=0),
-        SMALL,
-        LARGE,
-    ],
+    [replace(LARGE, num_views=1), replace(LARGE, num_samples=100), replace(LARGE, num_layers=0), SMALL, LARGE],
     ids=["views", "samples", "layers", "all", "the same"],
 )
 def test_wanting_less_changes_nothing(path, less):

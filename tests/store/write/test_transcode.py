@@ -13,7 +13,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.made_store import folder_bytes, make_store
-from support.transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, held
+from support.transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, read_arrays
 
 from kdpipe.store import (
     ArraySpec,
@@ -48,7 +48,7 @@ def nearest(values, bits):
 def test_compression_round_trip_gives_identical_bytes(made, codec):
     packed = changed(made.path, TranscodeOptions(codec=codec), "packed.zarr")
     assert open_store(packed).manifest.profile == "archive"
-    assert {name: values.tobytes() for name, values in held(packed).items()} == {
+    assert {name: values.tobytes() for name, values in read_arrays(packed).items()} == {
         name: values.tobytes() for name, values in made.contents.items()
     }
     unpacked = changed(packed, TranscodeOptions(codec="zero-copy"), "unpacked.zarr")
@@ -61,7 +61,7 @@ def test_plain_zarr_reads_every_array_of_a_transcoded_archive(source):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         group = zarr.open_group(target, mode="r")
-        for name, values in held(target).items():
+        for name, values in read_arrays(target).items():
             assert np.array_equal(group[name][:], values)
         assert np.array_equal(group["samples/ids"][:], source.samples.ids)
 
@@ -71,7 +71,7 @@ def test_plain_zarr_reads_every_array_of_a_transcoded_archive(source):
 def test_top_k_logits_are_those_of_the_dense_rows(source, dtype, k):
     target = changed(source.path, TranscodeOptions(top_k=k, dtype=dtype))
     form = TopK(10, k, default_temperatures())
-    found, store = held(target), open_store(target)
+    found, store = read_arrays(target), open_store(target)
     for view in range(2):
         expected = encode_topk(source.contents["logits"][view], form, dtype or "float32")
         for name, rows in expected.items():
@@ -90,7 +90,7 @@ def test_top_k_logits_are_those_of_the_dense_rows(source, dtype, k):
 def test_a_grid_of_temperatures_may_be_chosen(source):
     target = changed(source.path, TranscodeOptions(top_k=4, temperatures=(1.0, 2.0, 4.0)))
     assert open_store(target).manifest.top_k == TopK(10, 4, (1.0, 2.0, 4.0))
-    assert held(target)["logits/tail"].shape == (2, 2500, 3)
+    assert read_arrays(target)["logits/tail"].shape == (2, 2500, 3)
 
 
 def test_numbers_digest_depends_on_the_temperature_grid(source):
@@ -103,7 +103,7 @@ def test_numbers_digest_depends_on_the_temperature_grid(source):
 
 
 def test_float32_narrows_to_float16(source):
-    found = held(changed(source.path, TranscodeOptions(dtype="float16")))
+    found = read_arrays(changed(source.path, TranscodeOptions(dtype="float16")))
     for name, values in source.contents.items():
         assert found[name].dtype == np.float16
         assert np.array_equal(found[name], values.astype(np.float16))
@@ -112,18 +112,18 @@ def test_float32_narrows_to_float16(source):
 def test_views_and_arrays_may_be_left_behind(source):
     target = changed(source.path, TranscodeOptions(num_views=1, arrays=()))
     assert open_store(target).num_views == 1
-    found = held(target)
+    found = read_arrays(target)
     assert list(found) == ["logits"]
     assert np.array_equal(found["logits"], source.contents["logits"][:1])
     assert not (target / "features").exists()
     both = changed(source.path, TranscodeOptions(arrays=(FEATURES,)), "both.zarr")
-    assert list(held(both)) == ["logits", FEATURES]
+    assert list(read_arrays(both)) == ["logits", FEATURES]
 
 
 def test_rounded_arrays_keep_their_bits_and_compress_better(source):
     plain = transcode(source.path, source.path.with_name("plain.zarr"), TranscodeOptions(codec=ZSTD))
     rounded = changed(source.path, TranscodeOptions(codec=ZSTD, keep_bits=6))
-    for name, values in held(rounded).items():
+    for name, values in read_arrays(rounded).items():
         assert np.array_equal(values.astype(np.float64), nearest(source.contents[name], 6))
     manifest = open_store(rounded).manifest
     assert manifest.rounded == {"logits": 6, FEATURES: 6}
@@ -137,7 +137,7 @@ def test_rounding_skips_tail_and_coarser_arrays_and_is_recorded(tmp_path):
     made = make_store(tmp_path / "mixed.zarr", specs=specs)
     once = changed(made.path, TranscodeOptions(keep_bits=12), "once.zarr")
     assert open_store(once).manifest.rounded == {FEATURES: 12}
-    assert np.array_equal(held(once)["logits"], made.contents["logits"])
+    assert np.array_equal(read_arrays(once)["logits"], made.contents["logits"])
     twice = changed(once, TranscodeOptions(keep_bits=5), "twice.zarr")
     finer = changed(twice, TranscodeOptions(keep_bits=8), "finer.zarr")
     assert open_store(finer).manifest.rounded == {"logits": 5, FEATURES: 5}
@@ -145,8 +145,8 @@ def test_rounding_skips_tail_and_coarser_arrays_and_is_recorded(tmp_path):
     topk = changed(twice, TranscodeOptions(top_k=4), "topk.zarr")
     assert open_store(topk).manifest.rounded == {"logits/values": 5, FEATURES: 5}
     coarse = changed(topk, TranscodeOptions(keep_bits=3), "coarse.zarr")
-    assert np.array_equal(held(coarse)["logits/tail"], held(topk)["logits/tail"])
-    assert np.array_equal(held(coarse)["logits/values"], nearest(held(topk)["logits/values"], 3))
+    assert np.array_equal(read_arrays(coarse)["logits/tail"], read_arrays(topk)["logits/tail"])
+    assert np.array_equal(read_arrays(coarse)["logits/values"], nearest(read_arrays(topk)["logits/values"], 3))
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -166,8 +166,8 @@ def test_any_options_give_expected_rows(tmp_path_factory, num_samples, codec, dt
         wanted = values[:num_views].astype(dtype or np.float32)
         if keep_bits:  # below float16's normal numbers there are fewer bits to keep
             normal = np.abs(wanted) >= 2.0**-14
-            wanted = np.where(normal, nearest(wanted, keep_bits), held(target)[name])
-        assert np.array_equal(held(target)[name], wanted)
+            wanted = np.where(normal, nearest(wanted, keep_bits), read_arrays(target)[name])
+        assert np.array_equal(read_arrays(target)[name], wanted)
 
 
 def measured(made):
@@ -213,7 +213,7 @@ def test_figures_are_those_of_the_formulas(source):
     parts = {name: [] for name in source.contents}
     for unit in read_store_manifest(target).layout.units():
         for name, exact in source.rows(unit).items():
-            stored = held(target)[name][unit.view, unit.start : unit.stop]
+            stored = read_arrays(target)[name][unit.view, unit.start : unit.stop]
             parts[name].append((measure_dense if name == "logits" else measure_features)(exact, stored))
     assert found == {
         "logits, step 2": summarize_logits(merge(parts["logits"])),
@@ -321,7 +321,7 @@ def grow(made, samples, fill):
 @pytest.mark.parametrize("k", [3, 4])
 def test_grown_source_extends_its_target(source, k):
     target = changed(source.path, TranscodeOptions(top_k=k))
-    first = held(target)
+    first = read_arrays(target)
     samples = grown_samples(source, 1300)
     contents = grow(source, samples, fill=True)
     transcode(source.path, target, TranscodeOptions(top_k=k))
@@ -337,8 +337,8 @@ def test_grown_source_extends_its_target(source, k):
         assert np.array_equal(store.gather(FEATURES, view, samples.ids), contents[FEATURES][view][rows])
     assert store.manifest.segment_fingerprints == wide.manifest.segment_fingerprints
     at_once = changed(source.path, TranscodeOptions(top_k=k), "at_once.zarr")
-    for name, values in held(at_once).items():
-        assert np.array_equal(values, held(target)[name], equal_nan=values.dtype.kind == "f")
+    for name, values in read_arrays(at_once).items():
+        assert np.array_equal(values, read_arrays(target)[name], equal_nan=values.dtype.kind == "f")
 
 
 def test_finished_part_of_an_extending_source_is_transcoded(source):

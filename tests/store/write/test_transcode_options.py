@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 from support.made_store import folder_bytes, make_store
-from support.transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, held
+from support.transcoded import BLOSC, FEATURES, FLOAT32, ZSTD, changed, read_arrays
 
 from kdpipe.store import (
     FingerprintMismatch,
@@ -70,12 +70,12 @@ def test_float16_overflow_names_samples(source):
     ids = too_large(source, -1e6)
     with pytest.raises(
         StoreError, match=r"of 2 samples in view 0, .*for float16 .*neither dtype nor keep_bits, and it stays"
-    ) as said:
+    ) as caught:
         changed(source.path, TranscodeOptions(dtype="float16"))
-    assert all(str(one) in str(said.value) for one in ids)
-    assert FEATURES in str(said.value)
+    assert all(str(one) in str(caught.value) for one in ids)
+    assert FEATURES in str(caught.value)
     assert np.array_equal(
-        held(changed(source.path, TranscodeOptions(codec=ZSTD), "b.zarr"))[FEATURES], source.contents[FEATURES]
+        read_arrays(changed(source.path, TranscodeOptions(codec=ZSTD), "b.zarr"))[FEATURES], source.contents[FEATURES]
     )
 
 

@@ -107,12 +107,12 @@ class Writer:
         for unit in manifest.layout.units():
             if not missing_arrays(self.path, manifest, unit):
                 continue
-            held = claim(self.path, unit.key)
-            if isinstance(held, Claim):
-                self._claim = held
+            acquired = claim(self.path, unit.key)
+            if isinstance(acquired, Claim):
+                self._claim = acquired
                 commit(self.path, manifest, unit)
                 self._claim = None
-                held.release()
+                acquired.release()
         finish_store(self.path)
 
 
@@ -130,24 +130,24 @@ def exclusive_store(path: Path) -> Iterator[None]:
     """Act as the store's own lock, but give another writer a turn instead of waiting."""
     while True:
         try:
-            held = exclusive(path, path.with_name(f".{path.name}.lock"))
-            held.__enter__()
+            acquired = exclusive(path, path.with_name(f".{path.name}.lock"))
+            acquired.__enter__()
             break
         except LockedError:
             CURRENT.writer.pause()
     try:
         yield
     finally:
-        held.__exit__(None, None, None)
+        acquired.__exit__(None, None, None)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def stepping():
     with pytest.MonkeyPatch.context() as patch:
         for module in ("fs.atomic_write", "write.writer", "format.markers", "write.extend", "format.zarr_metadata"):
-            patch.setattr(f"store.{module}.write_atomically", write)
+            patch.setattr(f"kdpipe.store.{module}.write_atomically", write)
         for module in ("write.writer", "write.extend"):
-            patch.setattr(f"store.{module}.exclusive_store", exclusive_store)
+            patch.setattr(f"kdpipe.store.{module}.exclusive_store", exclusive_store)
         patch.setattr("os.fsync", lambda _: None)  # a kill takes nothing from the page cache
         yield
 
@@ -228,7 +228,7 @@ class Writers(RuleBasedStateMachine):
 
 
 Writers.TestCase.settings = settings(
-    max_examples=30,
+    max_examples=10,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,

@@ -25,7 +25,7 @@ HEADERS = (
 
 
 def comparison(runs: Sequence[PageRun]) -> dict[str, object]:
-    curves = {run.key: curves_of(one for one in run.main if one.kind != "teacher") for run in runs}
+    curves = {run.key: curves_of(network for network in run.main if network.kind != "teacher") for run in runs}
     together = [curve for of_run in curves.values() for curve in of_run]
     charts = [
         curve_panel(f"{run.report.recipe} ({run.folder_name})", curves[run.key], together)

@@ -1,4 +1,4 @@
-"""Learning curves: test accuracy by epoch, one panel per network on equal axes, and the loss terms."""
+"""Learning curves: test accuracy by epoch, one panel per network on equal axes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kdpipe.pipeline.report.chart import add_axes, color, drawing, epoch_axis, error_axis, new_figure, svg, thinned
+from kdpipe.pipeline.report.chart import add_axes, color, drawing, error_axis, new_figure, svg, thinned
 from kdpipe.pipeline.report.formatting import mean_std, shortened
 from kdpipe.pipeline.report.html.read import Network, PageRun
-from kdpipe.pipeline.report.html.sections.losses import loss_panel, loss_table
 from kdpipe.pipeline.report.html.templating import LeftOutError
-from kdpipe.pipeline.report.quality import mean_and_std
-from kdpipe.pipeline.report.tables import Table
-
-MAX_ROWS = 60
-"""Epochs in a table; of more, every k-th is shown."""
+from kdpipe.pipeline.report.rows import mean_and_std
 
 WIDTH, HEIGHT = 340, 236
 
@@ -49,7 +44,7 @@ def curves_of(networks: Iterable[Network]) -> list[Curve]:
     return [
         Curve(network.name, network.color, network.line, seeds)
         for network in networks
-        if (seeds := [{one.number: one.accuracy for one in job.epochs} for job in network.jobs if job.epochs])
+        if (seeds := [{epoch.number: epoch.accuracy for epoch in job.epochs} for job in network.jobs if job.epochs])
     ]
 
 
@@ -67,31 +62,30 @@ def learning_curves(run: PageRun) -> dict[str, object]:
     curves = curves_of(run.main)
     if not curves:
         raise LeftOutError("No training epoch is recorded in this run yet.")
-    loss_tables = [table for network in run.main if (table := loss_table(network, MAX_ROWS)) is not None]
-    num_damaged = {network.name: sum(job.num_damaged for job in network.jobs) for network in run.main}
     return {
-        "charts": [curve_panel(one.name, [one], curves, show_others=True) for one in curves],
+        "charts": [curve_panel(curve.name, [curve], curves, show_others=True) for curve in curves],
         "legend": legend(curves),
-        "loss_charts": [panel for network in run.main if (panel := loss_panel(network)) is not None],
-        "numbers": [_table(curves), *loss_tables],
-        "damaged": [f"{number} of {name}" for name, number in num_damaged.items() if number],
     }
 
 
 @drawing()
 def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], *, show_others: bool = False) -> Markup:
     """Draw the seeds and means of `strong` curves on axes with room for all `together`, and these faintly if asked."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(WIDTH, HEIGHT)
     axes = add_axes(figure, 40, 30, WIDTH - 50, HEIGHT - 40)
     axes.set_title(shortened(title, 26), loc="left", fontsize=13)
     axes.set_title("test accuracy, %", loc="right", fontsize=11, color=color("quiet"))
     seeds = [seed for curve in together for seed in curve.seeds]
-    epoch_axis(axes, max(max(seed) for seed in seeds))
+    axes.set_xlim(1, max(2, *(max(seed) for seed in seeds)))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("epoch")
     error_axis(axes, [accuracy for seed in seeds for accuracy in seed.values()])
-    for curve in (one for one in together if show_others and one not in strong):
+    for curve in (other for other in together if show_others and other not in strong):
         axes.plot(*thinned(curve.mean), "--", color=color("quiet"), linewidth=1.2, alpha=0.45)
     ends = []
-    for number, curve in enumerate(sorted(strong, key=lambda one: one.last[0] or 0.0)):
+    for number, curve in enumerate(sorted(strong, key=lambda curve: curve.last[0] or 0.0)):
         shade = color(curve.color)
         for seed in curve.seeds:
             axes.plot(*thinned(seed), color=shade, linewidth=0.8, alpha=0.5)
@@ -104,14 +98,3 @@ def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], 
             label: Any = {"va": side, "color": shade, "fontweight": "bold", "textcoords": "offset points"}
             axes.annotate(f"{average:.2f}", (epoch, average), (7, 0), **label)
     return svg(figure, f"{title}: test accuracy by epoch", ", ".join(ends))
-
-
-def _table(curves: Sequence[Curve]) -> Table:
-    epochs, _ = thinned(
-        dict.fromkeys((epoch for curve in curves for seed in curve.seeds for epoch in seed), 0.0), MAX_ROWS
-    )
-    rows = [
-        [epoch, *(mean_std(*mean_and_std([seed[epoch] for seed in one.seeds if epoch in seed])) for one in curves)]
-        for epoch in epochs
-    ]
-    return Table("Test accuracy by epoch, %", ["epoch", *(one.name for one in curves)], rows)

@@ -1,4 +1,4 @@
-"""Origin of a run's results: its sessions, recipe, stores, and the networks' weights."""
+"""Origin of a run's results: its sessions, recipe and stores."""
 
 from __future__ import annotations
 
@@ -21,32 +21,26 @@ SESSION_COLUMNS = ("command", "started", "wall_s", "exit_code", "commit", "devic
 
 
 def provenance(run: PageRun) -> dict[str, object]:
-    made: dict[str, object] = dict.fromkeys(("note", "sessions", "last_command", "record"))
+    made: dict[str, object] = dict.fromkeys(("note", "sessions", "last_command"))
     try:
         record = read_json_file(run.path / "run.json")
         made |= _sessions(record) if record else {"note": "This run has no run.json: its sessions are not known."}
     except RunError as error:
         made["note"] = run.without_path(error)
-    return made | {"stores": _stores(run), "weights": _weights(run), "recipe": _lines(run.recipe)}
-
-
-def _lines(record: object) -> list[str]:
-    """Return a JSON value as indented lines."""
-    return json.dumps(record, indent=1, ensure_ascii=False, default=str).splitlines()
+    recipe = json.dumps(run.recipe, indent=1, ensure_ascii=False, default=str).splitlines()
+    return made | {"stores": _stores(run), "recipe": recipe}
 
 
 def _sessions(record: Mapping[str, Any]) -> dict[str, object]:
     recorded = record.get("sessions")
-    sessions = [one for one in recorded if isinstance(one, Mapping)] if isinstance(recorded, list) else []
-    keys = [key for key in SESSION_COLUMNS if any(one.get(key) is not None for one in sessions)]
-    rows = [[number, *(_cell(key, one.get(key)) for key in keys)] for number, one in enumerate(sessions, 1)]
+    sessions = [session for session in recorded if isinstance(session, Mapping)] if isinstance(recorded, list) else []
+    keys = [key for key in SESSION_COLUMNS if any(session.get(key) is not None for session in sessions)]
+    rows = [[number, *(_cell(key, session.get(key)) for key in keys)] for number, session in enumerate(sessions, 1)]
     table = Table("Sessions", ["number", *(key.replace("_", " ") for key in keys)], rows[-MAX_SESSIONS:], num_names=2)
     last = sessions[-1].get("argv") if sessions else None
-    shown = {key: value for key, value in record.items() if key != "recipe"} | {"sessions": sessions[-MAX_SESSIONS:]}
     return {
         "sessions": table if keys else None,
         "last_command": shlex.join(map(str, last)) if isinstance(last, list) else None,
-        "record": _lines(shown),
     }
 
 
@@ -56,14 +50,14 @@ def _cell(key: str, value: Any) -> str:
     if isinstance(value, int | float) and key in ("wall_s", "peak_memory_bytes"):
         return f"{value:,.1f}" if key == "wall_s" else f"{value:,}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {one}" for name, one in value.items())
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
     return str(value)[:12] if key == "commit" else str(value)
 
 
 def _stores(run: PageRun) -> Table | None:
     """Return the fingerprints of the stores in the run folder and of those that its recipe names."""
     student, cache = run.recipe.get("student", {}), run.recipe.get("cache", {})
-    named = [one for one in (*student.get("stores", ()), cache.get("store")) if one and not is_url(str(one))]
+    named = [path for path in (*student.get("stores", ()), cache.get("store")) if path and not is_url(str(path))]
     rows: list[list[object]] = []
     for path in [*map(Path, named), *sorted(run.path.glob("*.zarr"))]:
         try:
@@ -76,13 +70,3 @@ def _stores(run: PageRun) -> Table | None:
         rows.append([path.name, identity.fingerprint, contents, identity.teacher.get("weights_sha256", "-")])
     headers = ["store", "fingerprint", "data", "the teacher's weights, sha256"]
     return Table("Stores", headers, rows, num_names=9) if rows else None
-
-
-def _weights(run: PageRun) -> Table | None:
-    rows = [
-        [network.name, str(job.folder.relative_to(run.path)), str(identity.get("weights_sha256", "-"))]
-        for network in run.networks
-        for job in network.done
-        for identity in [(job.result or {}).get("identity") or {}]
-    ]
-    return Table("Weights, sha256", ["network", "folder", "sha256"], rows, num_names=9) if rows else None

@@ -12,7 +12,6 @@ from kdpipe.pipeline.report.chart import add_axes, color, drawing, new_figure, s
 from kdpipe.pipeline.report.formatting import mean_std, shortened
 from kdpipe.pipeline.report.html.read import Network, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
-from kdpipe.pipeline.report.tables import Table
 
 MIN_SAMPLES = 10
 """Bins with fewer predictions are drawn pale."""
@@ -36,10 +35,10 @@ def pooled_bins(network: Network) -> list[Bin]:
     recorded = [found for job in network.done if job.examined and (found := job.examined.get("bins"))]
     bins = []
     for number, over_seeds in enumerate(zip(*recorded, strict=True)):
-        filled = [one for one in over_seeds if one["num_samples"]]
-        count = sum(int(one["num_samples"]) for one in filled)
+        filled = [seed for seed in over_seeds if seed["num_samples"]]
+        count = sum(int(seed["num_samples"]) for seed in filled)
         confidence, accuracy = (
-            sum(one["num_samples"] * float(one[name]) for one in filled) / count if count else 0.0
+            sum(seed["num_samples"] * float(seed[name]) for seed in filled) / count if count else 0.0
             for name in ("confidence", "accuracy")
         )
         bins.append(Bin(number / len(recorded[0]), (number + 1) / len(recorded[0]), count, confidence, accuracy))
@@ -52,16 +51,15 @@ def reliability(run: PageRun) -> dict[str, object]:
     Raises:
         LeftOutError: If no bins were recorded.
     """
-    found = [(one, bins) for one in run.networks if (bins := pooled_bins(one))]
+    found = [(network, bins) for network in run.networks if (bins := pooled_bins(network))]
     if not found:
         raise LeftOutError("Confidences are recorded when a network is finished: none of this run has them yet.")
-    compressed = [one for one, _ in found if one not in run.main and "hard labels" not in one.name]
+    compressed = [network for network, _ in found if network not in run.main and "hard labels" not in network.name]
     shown = [*run.main, *compressed[-1:]]
     return {
-        "charts": [diagram(run, one, bins) for one, bins in found if one in shown],
-        "others": [diagram(run, one, bins) for one, bins in found if one not in shown],
+        "charts": [diagram(run, network, bins) for network, bins in found if network in shown],
+        "others": [diagram(run, network, bins) for network, bins in found if network not in shown],
         "min_samples": MIN_SAMPLES,
-        "numbers": [_table(one, bins) for one, bins in found],
     }
 
 
@@ -78,31 +76,16 @@ def diagram(run: PageRun, network: Network, bins: Sequence[Bin]) -> Markup:
     axes.tick_params(labelbottom=False)
     counts.set(xlim=(0, 100), ylim=(0, 1), xlabel="confidence, %", xticks=range(0, 101, 25), yticks=[])
     counts.grid(visible=False)
-    largest = max(math.log1p(one.num_samples) for one in bins) or 1.0
-    for one in bins:
-        if not one.num_samples:
+    largest = max(math.log1p(part.num_samples) for part in bins) or 1.0
+    for part in bins:
+        if not part.num_samples:
             continue
-        left, width = 100 * one.low + 0.5, 100 * (one.high - one.low) - 1
-        low, high = sorted((100 * one.accuracy, 100 * one.confidence))
-        opacity, bar = (0.3 if one.num_samples < MIN_SAMPLES else 0.8), color(network.color)
-        axes.bar(left, 100 * one.accuracy, width, align="edge", color=bar, alpha=opacity)
+        left, width = 100 * part.low + 0.5, 100 * (part.high - part.low) - 1
+        low, high = sorted((100 * part.accuracy, 100 * part.confidence))
+        opacity, bar = (0.3 if part.num_samples < MIN_SAMPLES else 0.8), color(network.color)
+        axes.bar(left, 100 * part.accuracy, width, align="edge", color=bar, alpha=opacity)
         gap = axes.bar(left, high - low, width, low, align="edge", fill=False, edgecolor=color("wrong"), alpha=opacity)
         gap[0].set(linestyle="--", linewidth=1.5)
-        counts.bar(left, math.log1p(one.num_samples) / largest, width, align="edge", color=bar, alpha=0.45)
+        counts.bar(left, math.log1p(part.num_samples) / largest, width, align="edge", color=bar, alpha=0.45)
     axes.plot([0, 100], [0, 100], "--", color=color("quiet"), linewidth=1)
     return svg(figure, f"{network.name}: confidence and accuracy", error)
-
-
-def _table(network: Network, bins: Sequence[Bin]) -> Table:
-    cells = [
-        [
-            f"{100 * one.low:.1f} to {100 * one.high:.1f}",
-            f"{one.num_samples:,}",
-            f"{100 * one.confidence:.2f}",
-            f"{100 * one.accuracy:.2f}",
-        ]
-        for one in bins
-        if one.num_samples
-    ]
-    headers = ["confidence %", "predictions", "mean confidence %", "accuracy %"]
-    return Table(f"{network.name}: by confidence", headers, cells)

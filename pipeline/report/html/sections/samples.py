@@ -1,4 +1,4 @@
-"""Training samples and test images with the predictions of the teacher and the students.
+"""Test images with the predictions of the teacher and the students.
 
 Reads only data on this machine and imports no user module. The teacher's predictions come from the stores; only the
 students are run, on the CPU, on a bounded number of images.
@@ -21,17 +21,16 @@ from kdpipe.pipeline.recipe.load import read_run_recipe
 from kdpipe.pipeline.report.html.read import PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.run import Run
-from kdpipe.pipeline.steps import run_views
-from kdpipe.stages.cache_teacher.preview import ViewPreview
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.user_code import is_user_reference
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.store import KdpipeError, is_url
 
-NUM_TOP, NUM_SAMPLES, NUM_CANDIDATES, NUM_VIEWS, NUM_PER_GROUP = 3, 3, 32, 4, 4
+NUM_TOP, NUM_PER_GROUP = 3, 4
 
 MIN_TEST_IMAGES, MAX_TEST_IMAGES, MAX_MACS = 24, 1000, 4e10
 """Test images that the students are run on, within the multiply-accumulates of all of them together."""
@@ -48,7 +47,7 @@ TopClasses = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, uint8 [C, H, W], with its label and predictions by network. source: the data set's sample and view."""
+    """An image, uint8 [C, H, W], with its label and predictions by network. source: the data set's sample."""
 
     image: Tensor
     label: str
@@ -70,103 +69,78 @@ class Sample:
         return base64.b64encode(file.getvalue()).decode()
 
 
-def samples(run: PageRun) -> dict[str, object]:
+def samples(page: PageRun) -> dict[str, object]:
     """Return the images and predictions.
 
     Raises:
         LeftOutError: If the images cannot be read, or no student is finished.
     """
     try:
-        opened = _open(run)
-        finished = [one for one in run.main if one.kind != "teacher" and one.done]
+        run = _open(page)
+        finished = [network for network in page.main if network.kind != "teacher" and network.done]
         if not finished:
             raise LeftOutError("No student is finished yet.")
-        students = {one.name: rebuild(JobDir(one.done[0].folder).model) for one in finished}
-        shown, _ = run_views(opened, NUM_CANDIDATES, NUM_VIEWS)
-        training = [list(_views(opened, shown, row, students)) for row in _least_confident(shown)]
-        num_macs = sum(int((one.done[0].result or {}).get("num_macs") or 0) for one in finished)
-        probabilities = _predict_test(opened, students, num_macs)
-        test = list(_instructive(opened, probabilities))
+        students = {network.name: rebuild(JobDir(network.done[0].folder).model) for network in finished}
+        num_macs = sum(int((network.done[0].result or {}).get("num_macs") or 0) for network in finished)
+        probabilities = _predict_test(run, students, num_macs)
+        groups = list(_instructive(run, probabilities))
     except (KdpipeError, OSError) as error:
         raise LeftOutError(f"The images could not be shown: {error}") from error
-    num_test = f"{len(next(iter(probabilities.values()))):,}"
-    return {"training": training, "num_candidates": NUM_CANDIDATES, "test": test, "num_test": num_test}
+    return {"groups": groups, "num_images": f"{len(next(iter(probabilities.values()))):,}"}
 
 
-def _open(run: PageRun) -> Run:
+def _open(page: PageRun) -> Run:
     """Open the run's data and stores, unless that would import a user module, download, or scan a very large folder."""
-    recipe = read_run_recipe(run.path)
-    if recipe is None or any("python:" in str(one) for one in (recipe.data.name, recipe.views.transform)):
+    recipe = read_run_recipe(page.path)
+    if recipe is None or any(map(is_user_reference, (recipe.data.name, recipe.views.transform or ""))):
         raise LeftOutError("The images of this run come from a Python module, which a report does not import.")
     data = replace(recipe.data, download=False, num_workers=0)
-    opened = Run(replace(recipe, device="cpu", data=data), run.path, RunMonitor())
-    if any(map(is_url, opened.stores)):
+    run = Run(replace(recipe, device="cpu", data=data), page.path, RunMonitor())
+    if any(map(is_url, run.stores)):
         raise LeftOutError("The stores of this run are remote, and a report downloads nothing.")
     if recipe.data.name.startswith("imagefolder:"):
-        job = read_json_file(run.networks[0].jobs[0].folder / "job.json") or {}
-        num_files = job.get("data", {}).get("num_samples", 0)
-        if isinstance(num_files, int) and num_files > MAX_FILES:
+        job = read_json_file(page.networks[0].jobs[0].folder / "job.json") or {}
+        if job.get("data", {}).get("num_samples", 0) > MAX_FILES:
             raise LeftOutError(f"A report does not scan image folders of more than {MAX_FILES:,} files.")
-    return opened
+    return run
 
 
-def _least_confident(shown: ViewPreview) -> list[int]:
-    """Return the first row, and those with the lowest top-1 probabilities of the teacher, summed over views."""
-    confidence = [sum(view[0][1] for view in views if view) for views in shown.top]
-    return [0, *sorted(range(1, len(confidence)), key=lambda row: (confidence[row], row))[: NUM_SAMPLES - 1]]
-
-
-def _views(opened: Run, shown: ViewPreview, row: int, students: Mapping[str, ModelBundle]) -> Iterator[Sample]:
-    names = opened.context.train_set.class_names
-    probabilities = {name: _predict(student, shown.images[row]) for name, student in students.items()}
-    for view, image in enumerate(shown.images[row]):
-        predictions = {"teacher": shown.top[row][view]} if shown.top[row] else {}
-        predictions |= {name: _top(one[view], names) for name, one in probabilities.items()}
-        partner = shown.partners[row][view]
-        mixed = f", with {100 * partner[1]:.0f} % {partner[0]}" if partner else ""
-        yield Sample(image, shown.labels[row], f"sample {shown.sample_ids[row]}, view {view}{mixed}", predictions)
-
-
-def _predict_test(opened: Run, students: Mapping[str, ModelBundle], num_macs: int) -> dict[str, Tensor]:
+def _predict_test(run: Run, students: Mapping[str, ModelBundle], num_macs: int) -> dict[str, Tensor]:
     """Return by network the probabilities float32 [N, C] of the first N test images, read from a store or computed.
 
-    Args:
-        opened: The opened run.
-        students: Students by name.
-        num_macs: Multiply-accumulates of all students for one image, which bound N.
+    `num_macs`, the multiply-accumulates of all students for one image, bounds N.
     """
-    num_test = opened.context.test_set.num_samples
+    num_test = run.context.test_set.num_samples
     num_images = int(min(num_test, MAX_TEST_IMAGES, max(MAX_MACS / max(num_macs, 1), MIN_TEST_IMAGES)))
     batches = torch.split(torch.arange(num_images), BATCH_SIZE)
-    images = [opened.context.test_loader.get(ViewRequest(indices)).images for indices in batches]
-    found = {name: torch.cat([_predict(student, some) for some in images]) for name, student in students.items()}
-    teacher = opened.context.get_teacher_logits()
+    images = [run.context.test_loader.get(ViewRequest(indices)).images for indices in batches]
+    found = {name: torch.cat([_predict(student, batch) for batch in images]) for name, student in students.items()}
+    teacher = run.context.get_teacher_logits()
     if teacher is not None and not teacher[:num_images].isnan().any():
         found = {"teacher": teacher[:num_images].softmax(1), **found}
     return found
 
 
-def _instructive(opened: Run, probabilities: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Sample]]]:
+def _instructive(run: Run, probabilities: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Sample]]]:
     """Yield groups of test images: those on which the students differ, and those with low teacher confidence."""
-    is_correct = {
-        name: one.argmax(1) == opened.context.test_set.labels[: len(one)] for name, one in probabilities.items()
-    }
+    labels = run.context.test_set.labels
+    correct = {name: rows.argmax(1) == labels[: len(rows)] for name, rows in probabilities.items()}
     picked: dict[str, Tensor] = {}
-    if {"student alone", "student distilled"} <= set(is_correct):
-        alone, distilled = is_correct["student alone"], is_correct["student distilled"]
+    if {"student alone", "student distilled"} <= set(correct):
+        alone, distilled = correct["student alone"], correct["student distilled"]
         picked["Correct only with distillation"] = (distilled & ~alone).nonzero()[:, 0]
         picked["Correct only without distillation"] = (alone & ~distilled).nonzero()[:, 0]
     if "teacher" in probabilities:
         picked["Lowest teacher confidence"] = probabilities["teacher"].amax(1).argsort(stable=True)
     for title, indices in picked.items():
         if len(indices):
-            yield title, [_test_sample(opened, probabilities, index) for index in indices[:NUM_PER_GROUP].tolist()]
+            yield title, [_test_sample(run, probabilities, index) for index in indices[:NUM_PER_GROUP].tolist()]
 
 
-def _test_sample(opened: Run, probabilities: Mapping[str, Tensor], index: int) -> Sample:
-    test_set = opened.context.test_set
-    image = opened.context.test_loader.get(ViewRequest(torch.tensor([index]))).images[0]
-    predictions = {name: _top(one[index], test_set.class_names) for name, one in probabilities.items()}
+def _test_sample(run: Run, probabilities: Mapping[str, Tensor], index: int) -> Sample:
+    test_set = run.context.test_set
+    image = run.context.test_loader.get(ViewRequest(torch.tensor([index]))).images[0]
+    predictions = {name: _top(rows[index], test_set.class_names) for name, rows in probabilities.items()}
     label = test_set.class_names[int(test_set.labels[index])]
     return Sample(image, label, f"test image {int(test_set.sample_ids[index])}", predictions)
 

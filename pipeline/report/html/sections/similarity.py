@@ -1,29 +1,64 @@
-"""Classes that the teacher finds similar: heat map, most similar pairs, and each class's neighbors."""
+"""Classes that the teacher finds similar, from its stored outputs: heat map, pairs, and each class's neighbors.
+
+The similarity is the mean softened probability of one class on the images of another (Hinton et al. 2015, arXiv
+1503.02531, section 2). The teacher is not run.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from kdpipe.pipeline.report.formatting import percent
-from kdpipe.pipeline.report.html.heat import heat_map, legend
+from kdpipe.pipeline.report.html.heat import MAX_DRAWN, heat_map, legend
 from kdpipe.pipeline.report.html.read import PageRun
-from kdpipe.pipeline.report.html.sections.similarity_data import (
-    TEMPERATURE,
-    Similarity,
-    by_likeness,
-    closest_pairs,
-    read_similarity,
-)
 from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.report.tables import Table
-from kdpipe.store import StoreError
+from kdpipe.store import KdpipeError, StoreError, TargetStore, is_url, open_store
 
-MAX_DRAWN, MAX_UNSORTED, MAX_BESIDE = 100, 12, 30
-"""Classes in the map; up to which they keep the data set's order; up to which a table fits beside the map."""
+TEMPERATURE = 4.0
+"""At temperature 1 a good teacher gives the other classes almost no probability."""
+
+MAX_ROWS = 100_000
+"""Samples that the mean is taken over, at most."""
+
+BATCH_ROWS = 4096
+
+NUM_PAIRS = 12
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Similarity of C classes.
+
+    Attributes:
+        shares: [C, C], mean softened probability of class [column] on images of class [row]; a row of NaN for a class
+            without images.
+        source: Description of the samples.
+    """
+
+    names: tuple[str, ...]
+    shares: Values
+    num_samples: int
+    source: str
+
+    @property
+    def others(self) -> Values:
+        """The shares with NaN on the diagonal."""
+        without = self.shares.copy()
+        np.fill_diagonal(without, np.nan)
+        return without
 
 
 def class_similarity(run: PageRun) -> dict[str, object]:
-    """Return the heat map and tables.
+    """Return the heat map, for up to MAX_DRAWN classes, and tables.
 
     Raises:
         LeftOutError: If the teacher's stored outputs cannot be read.
@@ -32,49 +67,114 @@ def class_similarity(run: PageRun) -> dict[str, object]:
         found = read_similarity(run.path, run.recipe)
     except StoreError as error:
         raise LeftOutError(f"The teacher's outputs could not be read: {error}") from error
-    count = len(found.names)
-    drawn = np.arange(count) if count <= MAX_UNSORTED else by_likeness(found, MAX_DRAWN)
-    values = found.others[np.ix_(drawn, drawn)]
-    if count < 2 or not np.isfinite(values).any():
+    values = found.others
+    if len(found.names) < 2 or not np.isfinite(values).any():
         raise LeftOutError("Similarity needs stored outputs for at least two classes.")
-    bounds, names = (float(np.nanmin(values)), float(np.nanmax(values))), [found.names[number] for number in drawn]
+    bounds = float(np.nanmin(values)), float(np.nanmax(values))
+    is_drawn = len(found.names) <= MAX_DRAWN
     return {
         "temperature": f"{TEMPERATURE:g}",
         "num_samples": f"{found.num_samples:,}",
         "source": found.source,
-        "map": heat_map("Share of the teacher's softened output", values, names, percent, bounds),
+        "map": heat_map("Share of the teacher's softened output", values, found.names, percent, bounds)
+        if is_drawn
+        else None,
         "legend": legend(bounds, percent),
-        "is_small": len(drawn) <= MAX_BESIDE,
-        "is_sorted": count > MAX_UNSORTED,
-        "num_drawn": len(drawn),
-        "num_classes": count,
         "pairs": _pairs(found),
-        "numbers": _matrix(found) if count <= MAX_UNSORTED else _neighbors(found),
+        "neighbors": _neighbors(found),
     }
+
+
+def read_similarity(run: Path, recipe: Mapping[str, Any]) -> Similarity:
+    """Read the similarity from the first teacher's test store, or else the first view of its training store.
+
+    Raises:
+        StoreError: If neither can be read.
+    """
+    from kdpipe.stages.targets.open import test_store_path
+
+    named = [*recipe["student"].get("stores", ()), recipe.get("cache", {}).get("store"), str(run / "store.zarr")]
+    path = str(next(store for store in named if store))
+    if is_url(path):
+        raise StoreError("the store is remote, and a report downloads nothing.")
+    try:
+        return similarity_of(open_store(Path(test_store_path(path))), "the test images")
+    except KdpipeError:
+        store = open_store(Path(path))
+    if store.manifest.identity.views.get("mix") is not None:
+        raise StoreError("there is no test store, and the training store's views mix images of several classes.")
+    return similarity_of(store, "the first view of the training images")
+
+
+def similarity_of(store: TargetStore, source: str) -> Similarity:
+    """Return the mean softened output by label.
+
+    Raises:
+        StoreError: If labels are outside of the teacher's classes.
+    """
+    num_classes, labels = store.num_classes, store.samples.labels[:MAX_ROWS]
+    if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
+        raise StoreError("the labels of the stored samples are not among the teacher's classes.")
+    has_names = len(store.classes) == num_classes
+    names = store.classes if has_names else tuple(f"class {number}" for number in range(num_classes))
+    sums, num_seen = np.zeros((num_classes, num_classes)), np.zeros(num_classes)
+    for start in range(0, len(labels), BATCH_ROWS):
+        batch = slice(start, min(start + BATCH_ROWS, len(labels)))
+        probabilities = softened(_logits(store, store.samples.ids[batch]))
+        is_finite = np.isfinite(probabilities).all(1)
+        batch_labels = labels[batch][is_finite]
+        np.add.at(sums, batch_labels, probabilities[is_finite])
+        num_seen += np.bincount(batch_labels, minlength=num_classes)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return Similarity(names, sums / num_seen[:, None], int(num_seen.sum()), source)
+
+
+def softened(logits: NDArray[Any]) -> Values:
+    """Return softmax(logits / TEMPERATURE), float64 [B, C]."""
+    from scipy.special import softmax
+
+    probabilities: Values = softmax(logits.astype(np.float64) / TEMPERATURE, axis=1)
+    return probabilities
+
+
+def _logits(store: TargetStore, ids: NDArray[np.int64]) -> NDArray[Any]:
+    """Return logits [B, C] of the first view."""
+    if store.manifest.top_k is None:
+        return store.gather("logits", 0, ids)
+    import torch
+
+    from kdpipe.stages.targets.outputs import TopKTargets
+
+    arrays = (store.gather(f"logits/{name}", 0, ids) for name in ("values", "indices", "tail"))
+    values, indices, tail = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+    logits: NDArray[Any] = TopKTargets(store.manifest.top_k, values, indices, tail, {}).logits_at(TEMPERATURE).numpy()
+    return logits
+
+
+def closest_pairs(similarity: Similarity, max_pairs: int) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of classes with the highest mean of both shares, the closest first; ties in class order."""
+    mutual = np.nan_to_num(similarity.others + similarity.others.T, nan=-1.0)
+    rows, columns = np.triu_indices(len(mutual), 1)
+    order = np.argsort(-mutual[rows, columns], kind="stable")[:max_pairs]
+    pairs = zip(rows[order].tolist(), columns[order].tolist(), strict=True)
+    yield from (pair for pair in pairs if mutual[pair] >= 0)
 
 
 def _pairs(found: Similarity) -> Table:
     cells = [
-        [found.names[one], found.names[other], percent(found.shares[one, other]), percent(found.shares[other, one])]
-        for one, other in closest_pairs(found, 12)
+        [found.names[a], found.names[b], percent(found.shares[a, b]), percent(found.shares[b, a])]
+        for a, b in closest_pairs(found, NUM_PAIRS)
     ]
     headers = ["class A", "class B", "share of B on images of A", "share of A on images of B"]
     return Table("The most similar pairs", headers, cells, num_names=2)
 
 
-def _matrix(found: Similarity) -> Table:
-    cells = [[name, *map(percent, row)] for name, row in zip(found.names, found.shares, strict=True)]
-    return Table("Mean softened output by true class", ["true class", *found.names], cells)
-
-
 def _neighbors(found: Similarity) -> Table:
     """Return for each class the three others with the largest shares."""
     cells = []
-    for number, name in enumerate(found.names):
-        if np.isnan(found.shares[number]).any():
-            continue
-        row = found.others[number]
-        near = np.argsort(-np.nan_to_num(row, nan=-1.0), kind="stable")[:3]
-        shares = (f"{found.names[one]} {percent(row[one])}" for one in near)
-        cells.append([name, percent(found.shares[number, number]), *shares])
-    return Table("Most similar classes", ["true class", "its own share", "first", "second", "third"], cells)
+    for label, (name, shares) in enumerate(zip(found.names, found.shares, strict=True)):
+        if not np.isnan(shares).any():
+            near = [other for other in np.argsort(-shares, kind="stable").tolist() if other != label][:3]
+            cells.append([name, percent(shares[label]), *(f"{found.names[i]} {percent(shares[i])}" for i in near)])
+    headers = ["true class", "its own share", "first", "second", "third"]
+    return Table("Most similar classes", headers, [row + ["-"] * (5 - len(row)) for row in cells])

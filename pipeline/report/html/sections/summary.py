@@ -8,8 +8,7 @@ from statistics import mean
 
 from kdpipe.pipeline.report.formatting import kib, mean_std, num_seeds, share, size_ratio
 from kdpipe.pipeline.report.html.read import PageRun
-from kdpipe.pipeline.report.quality import mean_and_std
-from kdpipe.pipeline.report.rows import Row
+from kdpipe.pipeline.report.rows import Row, mean_and_std
 
 MIN_GAP = 0.1
 """Percentage points between teacher and undistilled student; of a smaller gap no closed share is given."""
@@ -43,8 +42,8 @@ def gain_of(run: PageRun) -> Gain | None:
     alone, distilled, teacher = run.network("alone"), run.network("student"), run.row("teacher")
     if alone is None or distilled is None:
         return None
-    results = [(one.result, other.result) for one, other in zip(alone.jobs, distilled.jobs, strict=False)]
-    pairs = [(one["accuracy"], other["accuracy"]) for one, other in results if one and other]
+    results = [(without.result, with_.result) for without, with_ in zip(alone.jobs, distilled.jobs, strict=False)]
+    pairs = [(without["accuracy"], with_["accuracy"]) for without, with_ in results if without and with_]
     if not pairs:
         return None
     gained = [100 * (with_teacher - without) for without, with_teacher in pairs]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from statistics import median
 
-from kdpipe.pipeline.report.formatting import kib, mean_std
+from kdpipe.pipeline.report.formatting import mean_std
 from kdpipe.pipeline.report.html.read import MAIN_KINDS, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
+from kdpipe.pipeline.report.pareto import CAPTION, pareto_panels, tradeoff_points, tradeoff_title
 from kdpipe.pipeline.report.tables import Table, report_tables
-from kdpipe.pipeline.report.tradeoff import tradeoff_points, tradeoff_title
 
 
 def results(run: PageRun) -> dict[str, object]:
@@ -28,14 +28,14 @@ def _classes(run: PageRun) -> Table | None:
     columns = list(zip(*(row.per_class or () for row in rows), strict=False))
 
     def difficulty(number: int) -> float:
-        known = [one.accuracy_mean for one in columns[number] if one.accuracy_mean is not None]
+        known = [row.accuracy_mean for row in columns[number] if row.accuracy_mean is not None]
         return median(known) if known else 101.0
 
     cells = [
         [
             columns[number][0].name,
             columns[number][0].num_samples,
-            *(mean_std(one.accuracy_mean, one.accuracy_std) for one in columns[number]),
+            *(mean_std(row.accuracy_mean, row.accuracy_std) for row in columns[number]),
         ]
         for number in sorted(range(len(columns)), key=difficulty)
     ]
@@ -44,31 +44,14 @@ def _classes(run: PageRun) -> Table | None:
 
 
 def tradeoff(run: PageRun) -> dict[str, object]:
-    """Return the Pareto plot's panels and numbers.
+    """Return the Pareto plot's panels.
 
     Raises:
         LeftOutError: If no network has a file.
     """
-    from kdpipe.pipeline.report.pareto_svg import CAPTION, pareto_panels
-
-    found = tradeoff_points(run.report)
-    if not found:
+    points = tradeoff_points(run.report)
+    if not points:
         raise LeftOutError("No network of this run has an ONNX file yet.")
     batch_size = run.report.latency.batch_sizes[-1] if run.report.latency else None
-    cells = [
-        [
-            one.name,
-            mean_std(one.accuracy_percent, one.accuracy_std),
-            kib(one.file_bytes),
-            mean_std(one.latency_ms, digits=3),
-        ]
-        for one in found
-    ]
-    batch = "" if batch_size is None else f", batch of {batch_size}"
-    headers = ["network", "test accuracy %", "ONNX file", f"latency, ms{batch}"]
-    return {
-        "charts": pareto_panels(found, title=tradeoff_title(run.report)),
-        "caption": CAPTION,
-        "batch_size": batch_size,
-        "numbers": Table("Accuracy, size and latency", headers, cells),
-    }
+    charts = pareto_panels(points, title=tradeoff_title(run.report))
+    return {"charts": charts, "caption": CAPTION, "batch_size": batch_size}

@@ -66,7 +66,7 @@ def test_latency_is_measured_once_per_widths():
 
     pruned = prune(model, EXAMPLE, PruneConfig(ratio=0.5, budget="latency", round_to=1), latency=latency).model
     assert 3 <= len(tried) <= MAX_LATENCIES
-    assert all(one not in tried[:place] for place, one in enumerate(tried))
+    assert all(widths not in tried[:place] for place, widths in enumerate(tried))
     assert record_widths(pruned) in tried
     assert macs(pruned) <= 0.5 * macs(model)
 

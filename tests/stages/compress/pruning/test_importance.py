@@ -69,7 +69,7 @@ def test_bn_scale_averages_batch_norms_of_a_group():
 
 def test_bn_scale_of_depthwise_group_uses_both_norms():
     model = build("depthwise").requires_grad_(False)
-    (expected,) = [one for one in importances(model, "bn_scale").values() if len(one) == 32]
+    (expected,) = [importance for importance in importances(model, "bn_scale").values() if len(importance) == 32]
     torch.testing.assert_close(expected, (model.expand[1].weight + model.depthwise[1].weight) / 2)
 
 

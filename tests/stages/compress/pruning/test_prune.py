@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -156,7 +154,7 @@ class Shuffled(nn.Module):
 
 
 def test_hard_coded_channels_are_an_error():
-    with pytest.raises(ModelError, match=r"does not run .*: if its forward hard-codes .* prune\.exclude"):
+    with pytest.raises(ModelError, match=r"does not run .*: if that hard-codes .* prune\.exclude"):
         prune(HardCoded(), EXAMPLE, PruneConfig())
 
 
@@ -180,18 +178,15 @@ def swin() -> nn.Module:
     return SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=NUM_CLASSES)
 
 
-@pytest.mark.parametrize(
-    ("make", "where"),
-    [(shufflenet, "'layer1.0.shuffle' (ChannelShuffle)"), (swin, "'features.1.0.attn' (ShiftedWindowAttention)")],
-)
-def test_module_where_channel_tracking_fails_is_named(make, where):
-    with pytest.raises(ModelError, match=rf"cannot follow its channels.*, here in {re.escape(where)}; .* prune\.kind"):
+@pytest.mark.parametrize("make", [shufflenet, swin])
+def test_untrackable_channels_are_an_error(make):
+    with pytest.raises(ModelError, match=r"cannot follow its channels.* prune\.kind"):
         prune(make(), torch.zeros(1, 3, 32, 32), PruneConfig())
 
 
 def test_module_where_a_pruned_model_fails_is_named():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), HardCoded())
-    with pytest.raises(ModelError, match=r"does not run .*, in '1' \(HardCoded\): if its forward hard-codes"):
+    with pytest.raises(ModelError, match=r"does not run .*, in the forward of '1' \(HardCoded\): if that hard-codes"):
         prune(model, EXAMPLE, PruneConfig())
 
 
@@ -294,9 +289,9 @@ def test_settings_out_of_range_are_errors(wrong):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "2:4", "ratio": 0.7}, "half of the weights"),
-        ({"kind": "2:4", "steps": 2}, "in one step"),
-        ({"kind": "2:4", "scope": "global"}, "in every layer"),
+        ({"kind": "2:4", "ratio": 0.7}, "half of every layer"),
+        ({"kind": "2:4", "steps": 2}, "leave out ratio, steps and scope"),
+        ({"kind": "2:4", "scope": "global"}, "half of every layer"),
         ({"kind": "weights", "budget": "macs"}, "make no network smaller"),
         ({"kind": "weights", "importance": "taylor"}, "go by magnitude"),
         ({"kind": "2:4", "importance": "bn_scale"}, "go by magnitude"),

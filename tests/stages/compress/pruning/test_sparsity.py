@@ -109,11 +109,6 @@ def test_layer_initialized_to_zero_has_no_mask():
     assert masks_of(model) == {}
 
 
-def test_mask_of_another_model_is_an_error():
-    with pytest.raises(ModelError, match=r"mask for 'hidden\.0\.weight'"):
-        apply_masks(build("residual"), {"hidden.0.weight": torch.ones(32, 96, dtype=torch.bool)})
-
-
 def test_model_without_prunable_weights_is_an_error():
     with pytest.raises(ModelError, match=r"can lose weights \(1: it writes the logits\)"):
         prune(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), torch.zeros(1, *IMAGE_SHAPE), PruneConfig(kind="weights"))

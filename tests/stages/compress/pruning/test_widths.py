@@ -70,8 +70,8 @@ def without(path):
     ("widths", "sentence"),
     [
         ([], "list"),
-        ({"layer1.0.convv1": {}}, "did you mean 'layer1.0.conv1'"),
-        (without("fc"), "lacks the layer 'fc'"),
+        ({"layer1.0.convv1": {}}, "only one has the layer 'fc'"),
+        (without("fc"), "only one has the layer 'fc'"),
         (with_conv1(out_channels=10**12), "at most 16"),
         (with_conv1(out_channels=0), "at least 1"),
         (with_conv1(out_channels=-3), "at least 1"),

@@ -46,10 +46,10 @@ def float_layers(prepared: nn.Module) -> set[str]:
 def exported(prepared: nn.Module, path, *, top1: float = 0.99) -> dict[str, int]:
     """Export and check the network; return the file's operators."""
     export_onnx(prepared, EXAMPLE, path, metadata={})
-    batch, _ = images(300, seed=50)
+    batch, labels = images(300, seed=50)
     with torch.no_grad():
         logits = prepared.eval()(batch)
-    agreement = check_onnx(path, prepared, batch, batch_size=100)
+    agreement = check_onnx(path, prepared, [(batch, labels)])
     assert agreement.top1_agreement >= top1
     assert agreement.max_logit_difference < 0.1 * logits.std()
     return op_counts(path)
@@ -195,7 +195,7 @@ def transformer():
 
 def test_vit_has_integer_mlps_and_float_attention(transformer, tmp_path):
     prepared = prepared_and_calibrated(transformer)
-    rounding = {path for path, one in prepared.named_modules() if isinstance(one, QuantConv2d | QuantLinear)}
+    rounding = {path for path, module in prepared.named_modules() if isinstance(module, QuantConv2d | QuantLinear)}
     mlps = {f"encoder.layers.encoder_layer_{block}.mlp.{layer}" for block in (0, 1) for layer in (0, 3)}
     assert rounding == {"conv_proj", "heads.head"} | mlps
     names = {path.removeprefix("quantizers.") for path in quantizers_of(prepared)}

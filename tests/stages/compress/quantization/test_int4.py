@@ -105,7 +105,7 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 def test_only_large_included_linears_are_rounded(net):
     prepared = prepare_int4(net, EXAMPLE)
-    large = [path for path, one in net.named_modules() if isinstance(one, nn.Linear) and one.in_features >= 32]
+    large = [path for path, module in net.named_modules() if isinstance(module, nn.Linear) and module.in_features >= 32]
     assert int4_layers(prepared) == large
     assert not int4_layers(net)
     assert int4_layers(prepare_int4(net, EXAMPLE, exclude=large[1:])) == large[:1]
@@ -124,7 +124,7 @@ def test_state_paths_hooks_and_modes_match_float_network(tmp_path):
     model[3].register_forward_hook(lambda *_: captured.append("float"))
     prepared = prepare_int4(model, EXAMPLE)
     assert not captured
-    assert [one.training for one in prepared.modules()] == [one.training for one in model.modules()]
+    assert [module.training for module in prepared.modules()] == [module.training for module in model.modules()]
     prepared[3].register_forward_hook(lambda module, inputs, output: captured.append(output.shape))
     prepared(images(4)[0])
     assert captured == [(4, 24)]
@@ -141,9 +141,9 @@ def test_fine_tuning_recovers_rounding_loss():
     prepared = prepare_int4(model, EXAMPLE, block_size=128)
     batch, labels = images(200, seed=9)
 
-    def loss(one):
+    def loss(network):
         with torch.no_grad():
-            return float(nn.functional.cross_entropy(one.eval()(batch), labels))
+            return float(nn.functional.cross_entropy(network.eval()(batch), labels))
 
     before, weights = loss(prepared), copy.deepcopy(prepared.state_dict())
     optimizer = sgd(prepared, lr=0.01)
@@ -176,10 +176,10 @@ def test_onnxruntime_runs_int4_and_agrees(net, tmp_path):
     prepared = prepare_int4(net, EXAMPLE)
     export_onnx(prepared, EXAMPLE, tmp_path / "int4.onnx", metadata={})
     counts = op_counts(tmp_path / "int4.onnx")
-    num_linears = sum(isinstance(one, nn.Linear) for one in net.modules())
+    num_linears = sum(isinstance(module, nn.Linear) for module in net.modules())
     assert counts["MatMulNBits"] == len(int4_layers(prepared)) > 0
     assert counts.get("Gemm", 0) + counts.get("MatMul", 0) == num_linears - len(int4_layers(prepared))
-    agreement = check_onnx(tmp_path / "int4.onnx", prepared, images(300, seed=50)[0], batch_size=64)
+    agreement = check_onnx(tmp_path / "int4.onnx", prepared, [images(300, seed=50)])
     assert agreement.top1_agreement >= 0.99
     assert agreement.max_logit_difference < 1e-3
 
@@ -200,7 +200,7 @@ def test_weights_take_half_a_byte_plus_block_scales(tmp_path):
     export_onnx(model, EXAMPLE, tmp_path / "float.onnx", metadata={})
     export_onnx(prepared, EXAMPLE, tmp_path / "int4.onnx", metadata={})
     rounded = model[1][0].weight.numel()
-    stored = {one.name: one for one in onnx.load(tmp_path / "int4.onnx").graph.initializer}
+    stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "int4.onnx").graph.initializer}
     assert onnx.numpy_helper.to_array(stored["1.0.packed"]).nbytes == rounded // 2
     assert onnx.numpy_helper.to_array(stored["1.0.scales"]).nbytes == rounded // 64 * 4
     saved = (tmp_path / "float.onnx").stat().st_size - (tmp_path / "int4.onnx").stat().st_size

@@ -51,7 +51,7 @@ def captured_at(model: nn.Module, paths: list[str], batch: torch.Tensor) -> dict
 
 
 def rounding_layers(model: nn.Module) -> dict[str, QuantConv2d | QuantLinear]:
-    return {path: one for path, one in model.named_modules() if isinstance(one, QuantConv2d | QuantLinear)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, QuantConv2d | QuantLinear)}
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -79,7 +79,7 @@ def test_with_rounding_it_stays_close(name):
 def test_hooks_on_blocks_get_their_outputs(name):
     batch, _ = images(20, seed=7)
     model, prepared = build(name).eval(), prepared_and_calibrated(name).eval()
-    expected, found = (captured_at(one, CONTAINERS[name], batch) for one in (model, prepared))
+    expected, found = (captured_at(network, CONTAINERS[name], batch) for network in (model, prepared))
     for path in CONTAINERS[name]:
         assert relative_error(found[path], expected[path]) < 0.05, path
 
@@ -88,7 +88,7 @@ def test_hooks_on_layers_get_their_outputs():
     batch, _ = images(20, seed=7)
     paths = ["layer1.0.bn1", "layer1.0.relu", "layer2.0.shortcut.1", "stem.2", "fc"]
     model, prepared = build("residual").eval(), prepared_and_calibrated("residual").eval()
-    expected, found = (captured_at(one, paths, batch) for one in (model, prepared))
+    expected, found = (captured_at(network, paths, batch) for network in (model, prepared))
     for path in paths:
         assert relative_error(found[path], expected[path]) < 0.05, path
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from support.made_store import folder_bytes
-from support.tiny_road import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
+from support.tiny_run import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, make_tiny_store, squares, tiny_context
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import DataError

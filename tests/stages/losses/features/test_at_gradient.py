@@ -7,53 +7,54 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.loss_inputs import drawn, make_inputs
+from support.loss_inputs import DATASET, drawn, loss_of_pair, make_inputs
 from torch import nn
 
-from kdpipe.stages.losses.features.at import at_loss
-from kdpipe.stages.losses.features.at_gradient import ATGradientConfig, at_gradient_loss
-from kdpipe.stages.losses.inputs import DatasetInfo
+from kdpipe.stages.losses.features.at import ATConfig, ATGradientConfig, attention_distance
 from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec
 from kdpipe.stages.targets.statistics import attention, input_attention
 
 GRADIENT, TEACHERS = drawn(8, 3, 6, 6, seed=1), drawn(8, 3, 6, 6, seed=2)
-WANTED = FeatureSpec(INPUT, INPUT_GRADIENT)
+FEATURE = FeatureSpec(INPUT, INPUT_GRADIENT)
 
 
-@pytest.mark.parametrize("form", ["code", "paper"])
-def test_it_is_attention_transfer_on_the_input_gradient(form):
-    config = ATGradientConfig(loss="at_gradient", variant=form)
-    assert config.required_features({}) == (WANTED,)
-    module = config.build({}, {WANTED: (6, 6)}, DatasetInfo(num_samples=8, num_classes=10))
-    inputs = replace(make_inputs(teacher={WANTED: attention(TEACHERS)}), input_gradient=GRADIENT)
+def at_gradient_loss(student, teacher, variant="code"):
+    return attention_distance(input_attention(student), input_attention(teacher), variant).mean()
+
+
+@pytest.mark.parametrize("variant", ["code", "paper"])
+def test_it_is_attention_transfer_on_the_input_gradient(variant):
+    config = ATGradientConfig(loss="at_gradient", variant=variant)
+    assert config.required_features({}) == (FEATURE,)
+    module = config.build({}, {FEATURE: (6, 6)}, DATASET)
+    inputs = replace(make_inputs(teacher={FEATURE: attention(TEACHERS)}), input_gradient=GRADIENT)
     per_sample = module(inputs)
     assert per_sample.shape == (8,)
-    assert per_sample.mean().item() == pytest.approx(at_loss(GRADIENT, TEACHERS, form).item(), rel=1e-9)
-    assert at_gradient_loss(GRADIENT, TEACHERS, form).item() == pytest.approx(per_sample.mean().item(), rel=1e-12)
+    at = loss_of_pair(ATConfig(loss="at", layers=(("a", "b"),), variant=variant), GRADIENT, TEACHERS)
+    assert per_sample.mean().item() == pytest.approx(at.item(), rel=1e-9)
+    assert at_gradient_loss(GRADIENT, TEACHERS, variant).item() == pytest.approx(per_sample.mean().item(), rel=1e-12)
 
 
 def test_missing_gradient_is_an_error():
-    module = ATGradientConfig(loss="at_gradient").build(
-        {}, {WANTED: (6, 6)}, DatasetInfo(num_samples=8, num_classes=10)
-    )
+    module = ATGradientConfig(loss="at_gradient").build({}, {FEATURE: (6, 6)}, DATASET)
     with pytest.raises(ValueError, match="gradient"):
-        module(make_inputs(teacher={WANTED: attention(TEACHERS)}))
+        module(make_inputs(teacher={FEATURE: attention(TEACHERS)}))
 
 
-def loss_of_a_network(weight, bias, images, labels, teacher, form):
+def loss_of_a_network(weight, bias, images, labels, teacher, variant):
     """A smooth network's loss as a function of its parameters: conv, tanh, mean, softmax."""
     logits = torch.tanh(F.conv2d(images, weight, bias)).mean((2, 3))
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), images, create_graph=True)
-    return at_gradient_loss(gradient, teacher, form)
+    return at_gradient_loss(gradient, teacher, variant)
 
 
-@pytest.mark.parametrize("form", ["code", "paper"])
-def test_double_backward_matches_finite_differences(form):
+@pytest.mark.parametrize("variant", ["code", "paper"])
+def test_double_backward_matches_finite_differences(variant):
     images, teacher = drawn(2, 2, 4, 4, seed=3).requires_grad_(), drawn(2, 2, 4, 4, seed=4)
     weight, bias = drawn(3, 2, 3, 3, seed=5).requires_grad_(), drawn(3, seed=6).requires_grad_()
     labels = torch.tensor([0, 2])
     assert torch.autograd.gradcheck(
-        lambda w, b: loss_of_a_network(w, b, images, labels, teacher, form), (weight, bias), rtol=1e-4
+        lambda w, b: loss_of_a_network(w, b, images, labels, teacher, variant), (weight, bias), rtol=1e-4
     )
 
 
@@ -65,10 +66,10 @@ def test_attention_is_independent_of_the_gradients_scale(scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("form", ["code", "paper"])
-def test_zero_gradient_gives_finite_loss_and_gradient(form, dtype):
+@pytest.mark.parametrize("variant", ["code", "paper"])
+def test_zero_gradient_gives_finite_loss_and_gradient(variant, dtype):
     gradient = torch.zeros(1, 3, 6, 6, dtype=dtype, requires_grad=True)
-    loss = at_gradient_loss(gradient, TEACHERS[:1], form)
+    loss = at_gradient_loss(gradient, TEACHERS[:1], variant)
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(gradient.grad).all()

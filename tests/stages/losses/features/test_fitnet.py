@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
-from support.loss_inputs import FACTS, STUDENT_MAPS, TEACHER_MAPS, make_inputs
+from support.loss_inputs import DATASET, STUDENT_MAPS, TEACHER_MAPS, make_inputs
 
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
 from kdpipe.stages.losses.features.hint import HintConfig
@@ -31,7 +31,7 @@ def test_stage_equals_the_hint_loss_of_its_pair():
     assert (
         config.required_features({"a": (16, 8, 8)}) == (FeatureSpec("b"),) == hint.required_features({"a": (16, 8, 8)})
     )
-    terms = [each.build({"a": (16, 8, 8)}, {FeatureSpec("b"): (32, 8, 8)}, FACTS).double() for each in (config, hint)]
+    terms = [each.build({"a": (16, 8, 8)}, {FeatureSpec("b"): (32, 8, 8)}, DATASET).double() for each in (config, hint)]
     terms[1].load_state_dict(terms[0].state_dict())
     inputs = make_inputs(student={"a": STUDENT_MAPS}, teacher={FeatureSpec("b"): TEACHER_MAPS})
     assert torch.equal(terms[0](inputs), terms[1](inputs))

@@ -9,7 +9,7 @@ from kdpipe.stages.losses.features.hint import adapter, hint_loss
 
 
 def test_hint_matches_the_reference_code():
-    hint = hint_loss(STUDENT_HINTS, TEACHER_HINTS)
+    hint = hint_loss(STUDENT_HINTS, TEACHER_HINTS).mean()
     assert hint.item() == pytest.approx(1.954606313, rel=1e-9)
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from support.loss_inputs import (
-    FACTS,
+    DATASET,
     LARGER_STUDENT_MAPS,
     STUDENT_MAPS,
     TEACHER_MAPS,
     THEIR_TEACHER_MAPS,
     build_loss,
     drawn,
+    loss_of_pair,
 )
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.nst import NSTConfig, nst_from_channels, nst_from_gram, nst_loss, nst_per_sample
+from kdpipe.stages.losses.features.nst import NSTConfig, nst_from_channels, nst_from_gram, nst_loss
 from kdpipe.stages.targets.feature_spec import MAP, SPATIAL_GRAM, FeatureSpec
-from kdpipe.stages.targets.statistics import spatial_gram
+from kdpipe.stages.targets.statistics import pool_to, spatial_gram
 
 CONFIG = NSTConfig(loss="nst", layers=(("a", "b"),))
 
@@ -27,7 +28,7 @@ CONFIG = NSTConfig(loss="nst", layers=(("a", "b"),))
     [(STUDENT_MAPS, TEACHER_MAPS, 0.08043783546), (LARGER_STUDENT_MAPS, THEIR_TEACHER_MAPS, 0.178532368581)],
 )
 def test_nst_matches_the_reference_code(student, teacher, expected):
-    assert nst_loss(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+    assert loss_of_pair(CONFIG, student, teacher).item() == pytest.approx(expected, rel=1e-9)
 
 
 def naive(student, teacher):
@@ -48,7 +49,7 @@ def test_both_routes_give_the_double_sums_over_channels(shape):
     for found in (
         nst_from_channels(student, teacher),
         nst_from_gram(student, spatial_gram(teacher)),
-        nst_per_sample(student, teacher),
+        nst_loss(student, teacher),
     ):
         assert torch.allclose(found, expected, rtol=1e-10)
 
@@ -56,7 +57,7 @@ def test_both_routes_give_the_double_sums_over_channels(shape):
 @pytest.mark.parametrize("shape", [(3, 4, 2), (9, 2, 2)])
 def test_gradient_matches_finite_differences(shape):
     student, teacher = drawn(2, *shape, seed=1).requires_grad_(), drawn(2, 5, *shape[1:], seed=2)
-    assert torch.autograd.gradcheck(lambda maps: nst_loss(maps, teacher), student)
+    assert torch.autograd.gradcheck(lambda maps: nst_loss(maps, teacher).mean(), student)
 
 
 def test_small_maps_need_the_gram_and_large_ones_the_map():
@@ -79,7 +80,9 @@ def test_module_equals_the_function_at_any_sizes(student, teacher):
     module, inputs = build_loss(CONFIG, {"a": student}, {"b": teacher})
     per_sample = module(inputs)
     assert per_sample.shape == (3,)
-    assert per_sample.mean().item() == pytest.approx(nst_loss(student, teacher).item(), rel=1e-9)
+    size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+    expected = nst_loss(pool_to(student, size), pool_to(teacher, size))
+    assert per_sample.mean().item() == pytest.approx(expected.mean().item(), rel=1e-9)
 
 
 def test_pairs_are_summed():
@@ -94,9 +97,9 @@ def test_pairs_are_summed():
 
 @pytest.mark.parametrize(("student", "teacher"), [((16, 8, 8), (32, 32)), ((16, 32, 32), (5, 32, 16)), ((64,), (4, 4))])
 def test_mismatched_shapes_are_errors_with_both_shapes(student, teacher):
-    (wanted,) = CONFIG.required_features({"a": student})
+    (feature,) = CONFIG.required_features({"a": student})
     with pytest.raises(RecipeError) as refusal:
-        CONFIG.build({"a": student}, {wanted: teacher}, FACTS)
+        CONFIG.build({"a": student}, {feature: teacher}, DATASET)
     assert str(list(student)) in str(refusal.value)
     assert str(list(teacher)) in str(refusal.value)
 
@@ -114,7 +117,7 @@ def test_value_and_gradient_are_finite_at_the_edges(edge, size, dtype):
         student = student[:1]
     teacher = student.clone() if edge == "alike" else drawn(len(student), 6, size, size, seed=2).float()
     student.requires_grad_()
-    loss = nst_loss(student, teacher)
+    loss = nst_loss(student, teacher).mean()
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(student.grad).all()
@@ -124,9 +127,9 @@ def test_value_and_gradient_are_finite_at_the_edges(edge, size, dtype):
 
 def test_mixed_precision_does_not_round_the_products():
     student, teacher = drawn(4, 16, 8, 8, seed=1).float(), drawn(4, 16, 8, 8, seed=2).float()
-    expected = nst_loss(student, teacher).item()
+    expected = nst_loss(student, teacher).mean().item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert nst_loss(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+        assert nst_loss(student, teacher).mean().item() == pytest.approx(expected, rel=1e-6)
         alike = nst_from_gram(student, spatial_gram(student.double()))
     assert alike.abs().max() < 1e-10
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.loss_inputs import FACTS, STUDENT_HINTS, TEACHER_HINTS, build_loss, drawn
+from support.loss_inputs import DATASET, STUDENT_HINTS, TEACHER_HINTS, build_loss, drawn
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.review_kd import ReviewKDConfig, hcl_loss, hcl_per_sample
+from kdpipe.stages.losses.features.review_kd import ReviewKDConfig, hcl_loss
 from kdpipe.stages.losses.schedules import TrainProgress
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
@@ -26,26 +26,26 @@ def config_of(**keys):
 
 
 def test_hcl_matches_the_reference_code():
-    assert hcl_loss(STUDENT_HINTS, TEACHER_HINTS).item() == pytest.approx(1.192819862, rel=1e-9)
+    assert hcl_loss(STUDENT_HINTS, TEACHER_HINTS).mean().item() == pytest.approx(1.192819862, rel=1e-9)
 
 
 def test_hcl_leaves_out_the_scales_that_a_small_map_lacks():
     student, teacher = STUDENT_HINTS[..., :2, :2], TEACHER_HINTS[..., :2, :2]
     coarse = F.mse_loss(student.mean((2, 3)), teacher.mean((2, 3)))
     expected = (F.mse_loss(student, teacher) + coarse / 2) / 1.5
-    assert hcl_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert hcl_loss(student, teacher).mean().item() == pytest.approx(expected.item(), rel=1e-12)
     pixel, other = student[..., :1, :1], teacher[..., :1, :1]
-    assert hcl_loss(pixel, other).item() == pytest.approx(F.mse_loss(pixel, other).item(), rel=1e-12)
+    assert hcl_loss(pixel, other).mean().item() == pytest.approx(F.mse_loss(pixel, other).item(), rel=1e-12)
 
 
 def test_hcl_gradient_matches_finite_differences():
     student, teacher = drawn(2, 2, 5, 6, seed=1).requires_grad_(), drawn(2, 2, 5, 6, seed=2)
-    assert torch.autograd.gradcheck(lambda maps: hcl_loss(maps, teacher), student)
+    assert torch.autograd.gradcheck(lambda maps: hcl_loss(maps, teacher).mean(), student)
 
 
 def test_hcl_of_equal_maps_is_zero_and_flat():
     student = STUDENT_HINTS.clone().requires_grad_()
-    loss = hcl_loss(student, STUDENT_HINTS)
+    loss = hcl_loss(student, STUDENT_HINTS).mean()
     loss.backward()
     assert loss.item() == 0
     assert student.grad.abs().max() == 0
@@ -65,7 +65,7 @@ def naive(module, student, teacher):
     first = first * shares[:, [0]] + middle * shares[:, [1]]
     reviewed = (a.leave(first), b.leave(middle), last)
     targets = (teacher["A"], teacher["B"], teacher["C"][:, :, None, None])
-    return sum(hcl_loss(own, target) for own, target in zip(reviewed, targets, strict=True))
+    return sum(hcl_loss(own, target).mean() for own, target in zip(reviewed, targets, strict=True))
 
 
 def test_module_fuses_from_deep_to_shallow_and_sums_pairs():
@@ -95,7 +95,7 @@ def test_fused_maps_have_the_deepest_width_up_to_512():
     assert module.fusions[0].enter[0].out_channels == 10
     module, _ = build(config_of(mid_channels=3))
     assert module.fusions[0].enter[0].out_channels == 3
-    wide = config_of(layers=(("c", "C"),)).build({"c": (600,)}, {FeatureSpec("C"): (9,)}, FACTS)
+    wide = config_of(layers=(("c", "C"),)).build({"c": (600,)}, {FeatureSpec("C"): (9,)}, DATASET)
     assert wide.fusions[0].enter[0].out_channels == 512
 
 
@@ -129,12 +129,12 @@ def test_dead_features_give_finite_values_and_gradients(dtype):
 
 def test_half_precision_is_subtracted_in_float32():
     student = torch.full((1, 1, 1, 1), 2000.0, dtype=torch.float16)
-    assert hcl_per_sample(student, -student).tolist() == [4000.0**2]
+    assert hcl_loss(student, -student).tolist() == [4000.0**2]
 
 
 def test_tokens_are_errors_with_both_shapes():
     with pytest.raises(RecipeError, match=r"review_kd cannot join the student's c, .*\[5, 16\].* \[9\]"):
-        config_of(layers=(("c", "C"),)).build({"c": (5, 16)}, {FeatureSpec("C"): (9,)}, FACTS)
+        config_of(layers=(("c", "C"),)).build({"c": (5, 16)}, {FeatureSpec("C"): (9,)}, DATASET)
 
 
 def test_defaults_match_the_reference_code():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from support.loss_inputs import FACTS, STUDENT_HINTS, TEACHER_HINTS, drawn, make_inputs
+from support.loss_inputs import DATASET, STUDENT_HINTS, TEACHER_HINTS, drawn, make_inputs
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.simkd import SimKDConfig
@@ -17,10 +17,10 @@ CONFIG = SimKDConfig(loss="simkd", layers=(("a", "b"),))
 
 def per_sample(student, teacher):
     shape = tuple(student.shape[1:])
-    (wanted,) = CONFIG.required_features({"a": shape})
-    given = compute_statistic(wanted, teacher)
-    module = CONFIG.build({"a": shape}, {wanted: tuple(given.shape[1:])}, FACTS)
-    return module(make_inputs(student={"a": student}, teacher={wanted: given}))
+    (feature,) = CONFIG.required_features({"a": shape})
+    given = compute_statistic(feature, teacher)
+    module = CONFIG.build({"a": shape}, {feature: tuple(given.shape[1:])}, DATASET)
+    return module(make_inputs(student={"a": student}, teacher={feature: given}))
 
 
 def test_it_is_the_mean_squared_error_of_maps_of_equal_shape():
@@ -60,9 +60,9 @@ def test_value_and_gradient_are_finite_at_the_edges(dtype):
 
 @pytest.mark.parametrize("teacher", [(16, 8, 4), (32, 8, 8), (16,)])
 def test_mismatched_shapes_are_errors_with_both_shapes(teacher):
-    (wanted,) = CONFIG.required_features({"a": (16, 8, 8)})
+    (feature,) = CONFIG.required_features({"a": (16, 8, 8)})
     with pytest.raises(RecipeError) as refusal:
-        CONFIG.build({"a": (16, 8, 8)}, {wanted: teacher}, FACTS)
+        CONFIG.build({"a": (16, 8, 8)}, {feature: teacher}, DATASET)
     assert "simkd cannot join the student's a" in str(refusal.value)
     assert "[16, 8, 8]" in str(refusal.value)
     assert str(list(teacher)) in str(refusal.value)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.loss_inputs import FACTS, STUDENT_LOGITS, TEACHER_LOGITS, drawn, make_inputs
+from support.loss_inputs import DATASET, STUDENT_LOGITS, TEACHER_LOGITS, drawn, make_inputs
 
 from kdpipe.stages.losses.logits import dist
 from kdpipe.stages.losses.logits.dist import DISTConfig, dist_loss
@@ -24,7 +24,7 @@ def test_parts_match_numpys_correlations():
 
 
 def test_module_equals_the_function_for_the_whole_batch():
-    loss = DISTConfig(loss="dist", beta=0.5, gamma=2.0, temperature=1.0).build({}, {}, FACTS)(make_inputs())
+    loss = DISTConfig(loss="dist", beta=0.5, gamma=2.0, temperature=1.0).build({}, {}, DATASET)(make_inputs())
     assert loss.shape == ()
     assert loss.item() == dist_loss(STUDENT_LOGITS, TEACHER_LOGITS, 1.0, beta=0.5, gamma=2.0).item()
 
@@ -42,7 +42,7 @@ def test_the_columns_go_over_the_batch_of_all_processes(monkeypatch):
     losses = []
     for student, teacher in shards:
         waiting = iter(whole)
-        monkeypatch.setattr(dist, "gathered", lambda rows, waiting=waiting: next(waiting))
+        monkeypatch.setattr(dist, "all_gather_with_grad", lambda rows, waiting=waiting: next(waiting))
         losses.append(dist_loss(student, teacher, 1.0, beta=1.0, gamma=1.0))
     assert torch.stack(losses).mean().item() == pytest.approx(2.099816725, rel=1e-9)
 

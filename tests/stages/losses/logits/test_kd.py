@@ -10,24 +10,25 @@ from kdpipe.stages.losses.schedules import Schedule, TrainProgress
 
 @pytest.mark.parametrize(("temperature", "expected"), [(4.0, 8.079470496), (1.0, 4.635971995)])
 def test_kd_matches_the_reference_code(temperature, expected):
-    assert kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).item() == pytest.approx(expected, rel=1e-9)
+    assert kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).mean().item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_kd_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: kd_loss(z, TEACHER_LOGITS, 4.0), logits)
+    assert torch.autograd.gradcheck(lambda z: kd_loss(z, TEACHER_LOGITS, 4.0).mean(), logits)
 
 
 def test_kd_of_halves_averages_to_the_whole():
     halves = (
-        kd_loss(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4], 4.0) + kd_loss(STUDENT_LOGITS[4:], TEACHER_LOGITS[4:], 4.0)
+        kd_loss(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4], 4.0).mean()
+        + kd_loss(STUDENT_LOGITS[4:], TEACHER_LOGITS[4:], 4.0).mean()
     ) / 2
-    assert halves.item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 4.0).item())
+    assert halves.item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 4.0).mean().item())
 
 
 def test_kd_is_zero_and_flat_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
-    loss = kd_loss(logits, TEACHER_LOGITS, 4.0)
+    loss = kd_loss(logits, TEACHER_LOGITS, 4.0).mean()
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-12)
     assert logits.grad.abs().max() < 1e-12
@@ -36,7 +37,7 @@ def test_kd_is_zero_and_flat_at_agreement():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_kd_of_saturated_logits_is_finite_in_every_precision(dtype):
     student = torch.tensor([[300.0, -300.0, 0.0]], dtype=dtype, requires_grad=True)
-    loss = kd_loss(student, torch.tensor([[-300.0, 300.0, 0.0]], dtype=dtype), 1.0)
+    loss = kd_loss(student, torch.tensor([[-300.0, 300.0, 0.0]], dtype=dtype), 1.0).mean()
     loss.backward()
     assert torch.isfinite(loss)
     assert loss.item() == pytest.approx(600, rel=0.01)
@@ -48,4 +49,6 @@ def test_module_uses_the_scheduled_temperature():
     module = config.build({}, {}, None)
     for epoch, temperature in ((0, 8.0), (3, 5.0), (6, 2.0)):
         loss = module(make_inputs(progress=TrainProgress(epoch, 7))).mean()
-        assert loss.item() == pytest.approx(kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).item(), rel=1e-12)
+        assert loss.item() == pytest.approx(
+            kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).mean().item(), rel=1e-12
+        )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pydantic import ValidationError
-from support.loss_inputs import FACTS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
+from support.loss_inputs import DATASET, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
 from kdpipe.stages.losses.logits import mlld
 from kdpipe.stages.losses.logits.kd import kd_loss
@@ -32,7 +32,7 @@ def test_the_relations_are_what_loops_give():
 
 
 def test_the_term_is_the_sum_over_its_temperatures():
-    loss = MLLDConfig(loss="mlld", temperature_list=(2.0, 5.0)).build({}, {}, FACTS)(make_inputs())
+    loss = MLLDConfig(loss="mlld", temperature_list=(2.0, 5.0)).build({}, {}, DATASET)(make_inputs())
     assert loss.shape == ()
     expected = mlld_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0) + mlld_loss(STUDENT_LOGITS, TEACHER_LOGITS, 5.0)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -53,9 +53,11 @@ def test_no_temperature_and_one_of_zero_are_refused(wrong):
 
 def test_the_relations_go_over_the_batch_of_all_processes(monkeypatch):
     waiting = iter([STUDENT, TEACHER])
-    monkeypatch.setattr(mlld, "gathered", lambda rows: next(waiting, rows))  # behind them, each sample's own part
+    monkeypatch.setattr(
+        mlld, "all_gather_with_grad", lambda rows: next(waiting, rows)
+    )  # behind them, each sample's own part
     loss = mlld_loss(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4], 4.0)
-    instance = kd_loss(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4], 4.0)
+    instance = kd_loss(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4], 4.0).mean()
     assert (loss - instance).item() == pytest.approx(0.0125883948734 + 0.003392254161, rel=1e-9)
 
 
@@ -69,7 +71,7 @@ def test_gradient_matches_finite_differences():
 def test_saturated_logits_are_finite_in_every_precision(dtype, num_samples):
     ends = torch.tensor([[300.0, -300, 0], [-300, 300, 0], [300, -300, 0]])[:num_samples]
     student = ends.to(dtype, copy=True).requires_grad_()
-    loss = MLLDConfig(loss="mlld").build({}, {}, FACTS)(
+    loss = MLLDConfig(loss="mlld").build({}, {}, DATASET)(
         make_inputs(student, ends.flip(1), labels=torch.zeros(num_samples))
     )
     loss.backward()

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.loss_inputs import FACTS, LABELS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
+from support.loss_inputs import DATASET, LABELS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
 from kdpipe.stages.losses.logits.nkd import NKDConfig, nkd_loss
 
 
 def test_nkd_matches_the_reference_code():
-    loss = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 1.0, gamma=1.5)
+    loss = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 1.0, gamma=1.5).mean()
     assert loss.item() == pytest.approx(9.330017147, rel=1e-9)
 
 
@@ -27,16 +27,16 @@ def naive(student, teacher, labels, temperature, gamma):
 @pytest.mark.parametrize(("temperature", "gamma"), [(1.0, 1.5), (2.0, 0.5)])
 def test_nkd_is_what_loops_over_samples_and_classes_give(temperature, gamma):
     expected = naive(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, temperature, gamma)
-    loss = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, temperature, gamma=gamma)
+    loss = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, temperature, gamma=gamma).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_module_equals_the_function_per_sample():
-    each = NKDConfig(loss="nkd", gamma=0.5, temperature=2.0).build({}, {}, FACTS)(make_inputs())
+    each = NKDConfig(loss="nkd", gamma=0.5, temperature=2.0).build({}, {}, DATASET)(make_inputs())
     assert each.shape == (8,)
-    expected = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0, gamma=0.5)
+    expected = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0, gamma=0.5).mean()
     assert each.mean().item() == pytest.approx(expected.item(), rel=1e-12)
-    first = nkd_loss(STUDENT_LOGITS[:1], TEACHER_LOGITS[:1], LABELS[:1], 2.0, gamma=0.5)
+    first = nkd_loss(STUDENT_LOGITS[:1], TEACHER_LOGITS[:1], LABELS[:1], 2.0, gamma=0.5).mean()
     assert each[0].item() == pytest.approx(first.item(), rel=1e-12)
 
 
@@ -48,11 +48,11 @@ class Warm:
 
 
 def test_label_has_temperature_one_and_others_their_own():
-    module = NKDConfig(loss="nkd", temperature=2.0).build({}, {}, FACTS)
+    module = NKDConfig(loss="nkd", temperature=2.0).build({}, {}, DATASET)
     each = module(replace(make_inputs(), teacher=Warm()))
-    target = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0, gamma=0.0)
-    others = nkd_loss(STUDENT_LOGITS, 2 * TEACHER_LOGITS, LABELS, 2.0, gamma=1.5)
-    others = others - nkd_loss(STUDENT_LOGITS, 2 * TEACHER_LOGITS, LABELS, 2.0, gamma=0.0)
+    target = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0, gamma=0.0).mean()
+    others = nkd_loss(STUDENT_LOGITS, 2 * TEACHER_LOGITS, LABELS, 2.0, gamma=1.5).mean()
+    others = others - nkd_loss(STUDENT_LOGITS, 2 * TEACHER_LOGITS, LABELS, 2.0, gamma=0.0).mean()
     assert each.mean().item() == pytest.approx((target + others).item(), rel=1e-12)
 
 
@@ -65,7 +65,7 @@ def test_defaults_match_the_reference_code():
 
 def test_gradient_matches_finite_differences():
     logits = STUDENT_LOGITS.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: nkd_loss(z, TEACHER_LOGITS, LABELS, 2.0, gamma=1.5), logits)
+    assert torch.autograd.gradcheck(lambda z: nkd_loss(z, TEACHER_LOGITS, LABELS, 2.0, gamma=1.5).mean(), logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -73,10 +73,10 @@ def test_gradient_matches_finite_differences():
 def test_saturated_logits_match_float64(dtype, label):
     ends, labels = torch.tensor([[300.0, -300, 0, 150]]), torch.tensor([label])
     student = ends.to(dtype, copy=True).requires_grad_()
-    loss = nkd_loss(student, ends.flip(1), labels, 1.0, gamma=1.5)
+    loss = nkd_loss(student, ends.flip(1), labels, 1.0, gamma=1.5).mean()
     loss.backward()
     wide = ends.double().requires_grad_()
-    expected = nkd_loss(wide, ends.flip(1).double(), labels, 1.0, gamma=1.5)
+    expected = nkd_loss(wide, ends.flip(1).double(), labels, 1.0, gamma=1.5).mean()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
     assert torch.allclose(student.grad.double(), wide.grad, rtol=1e-2, atol=1e-5)
@@ -84,7 +84,7 @@ def test_saturated_logits_match_float64(dtype, label):
 
 def test_other_classes_have_no_gradient_at_agreement():
     logits = TEACHER_LOGITS.clone().requires_grad_()
-    others = nkd_loss(logits, TEACHER_LOGITS, LABELS, 2.0, gamma=1.0)
-    others = others - nkd_loss(logits, TEACHER_LOGITS, LABELS, 2.0, gamma=0.0)
+    others = nkd_loss(logits, TEACHER_LOGITS, LABELS, 2.0, gamma=1.0).mean()
+    others = others - nkd_loss(logits, TEACHER_LOGITS, LABELS, 2.0, gamma=0.0).mean()
     others.backward()
     assert logits.grad.abs().max() < 1e-12

@@ -5,13 +5,13 @@ import torch
 from support.loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, drawn
 
 from kdpipe.stages.losses.logits.kd import kd_loss
-from kdpipe.stages.losses.logits.standardize import StandardizedTargets, standardize_logits
+from kdpipe.stages.losses.logits.standardize import standardize_logits
 from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.targets.outputs import DenseTargets
+from kdpipe.stages.targets.outputs import DenseTargets, TransformedTargets
 
 
 def test_kd_of_standardized_logits_matches_the_reference():
-    loss = kd_loss(standardize_logits(STUDENT_LOGITS), standardize_logits(TEACHER_LOGITS), 2.0)
+    loss = kd_loss(standardize_logits(STUDENT_LOGITS), standardize_logits(TEACHER_LOGITS), 2.0).mean()
     assert loss.item() == pytest.approx(0.9645054502, rel=1e-9)
 
 
@@ -24,14 +24,14 @@ def test_rows_have_mean_zero_and_deviation_one_at_any_scale():
 
 
 def test_only_the_teachers_logits_are_standardized():
-    wanted = FeatureSpec("layer3")
-    inner = DenseTargets(TEACHER_LOGITS, {wanted: drawn(8, 4, seed=1)})
-    outputs = StandardizedTargets(inner)
+    feature = FeatureSpec("layer3")
+    inner = DenseTargets(TEACHER_LOGITS, {feature: drawn(8, 4, seed=1)})
+    outputs = TransformedTargets(inner, lambda logits, _: standardize_logits(logits))
     assert torch.equal(outputs.logits_at(2.0), standardize_logits(TEACHER_LOGITS))
-    assert torch.equal(outputs.features[wanted], inner.features[wanted])
+    assert torch.equal(outputs.features[feature], inner.features[feature])
     index = torch.tensor([5, 2])
     assert torch.equal(outputs.rows(index).logits_at(2.0), standardize_logits(TEACHER_LOGITS)[index])
-    assert torch.equal(outputs.rows(index).features[wanted], inner.features[wanted][index])
+    assert torch.equal(outputs.rows(index).features[feature], inner.features[feature][index])
 
 
 def test_gradient_matches_finite_differences():
@@ -46,7 +46,7 @@ def test_constant_rows_give_zeros_without_a_gradient(dtype, value):
     logits[3] = value
     logits.requires_grad_()
     rows = standardize_logits(logits)
-    kd_loss(rows, standardize_logits(TEACHER_LOGITS), 2.0).backward()
+    kd_loss(rows, standardize_logits(TEACHER_LOGITS), 2.0).mean().backward()
     assert rows[3].abs().max() == 0
     assert logits.grad[3].abs().max() == 0
     assert torch.isfinite(logits.grad).all()

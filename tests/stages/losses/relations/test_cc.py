@@ -65,10 +65,10 @@ def test_student_equal_to_teacher_is_0_and_flat(loss):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("maps", [torch.ones(1, 16, 8, 8), torch.zeros(1, 16, 8, 8), torch.zeros(4, 16, 8, 8)])
-def test_loss_and_gradient_are_finite_at_the_edges(maps, form, dtype):
-    module, student = built(form=form), maps.clone().to(dtype).requires_grad_()
+def test_loss_and_gradient_are_finite_at_the_edges(maps, variant, dtype):
+    module, student = built(variant=variant), maps.clone().to(dtype).requires_grad_()
     batch = make_inputs(student={"a": student}, teacher={POOLED: torch.zeros(len(maps), 32)})
     with torch.no_grad():  # zero rows of features give zero rows of embeddings
         for name, bias in module.named_parameters():
@@ -79,13 +79,13 @@ def test_loss_and_gradient_are_finite_at_the_edges(maps, form, dtype):
     assert all(torch.isfinite(leaf.grad).all() for leaf in (student, *module.parameters()))
 
 
-@pytest.mark.parametrize(("form", "loss"), [("code", cc_loss), ("paper", correlation_loss)])
-def test_both_sides_are_embedded_and_both_embeddings_train(form, loss):
-    module = built(form=form)
+@pytest.mark.parametrize(("variant", "loss"), [("code", cc_loss), ("paper", correlation_loss)])
+def test_both_sides_are_embedded_and_both_embeddings_train(variant, loss):
+    module = built(variant=variant)
     value = module(make_inputs(student={"a": STUDENT_MAPS}, teacher={POOLED: TEACHER_VECTORS}))
     value.backward()
     assert all(weight.grad.abs().sum() > 0 for name, weight in module.named_parameters() if name.endswith("weight"))
-    embedded = module.students[0](STUDENT_MAPS), module.teachers[0](TEACHER_VECTORS)
+    embedded = module.pairs[0].student(STUDENT_MAPS), module.pairs[0].teacher(TEACHER_VECTORS)
     assert embedded[0].shape == embedded[1].shape == (8, 128)
     assert value.item() == pytest.approx(loss(*embedded).item(), rel=1e-6)
 

@@ -26,16 +26,16 @@ def built(layers=(("a", "b"),), **keys):
     return config.build(shapes, {POOLED: (6,)}, DatasetInfo(NUM_SAMPLES, 4)).double()
 
 
-def batch(student=None, teacher=None, others=NEGATIVES, labels=LABELS):
+def batch(student=None, teacher=None, negatives=NEGATIVES, labels=LABELS):
     student, teacher = drawn(4, 5, seed=1) if student is None else student, drawn(4, 6, seed=2)
     inputs = make_inputs(labels=labels, student={"a": student, "c": 2 * student}, teacher={POOLED: teacher})
-    return replace(inputs, ranks=torch.tensor([7, 3, 40, 11])[: len(labels)], negatives=others)
+    return replace(inputs, ranks=torch.tensor([7, 3, 40, 11])[: len(labels)], negatives=negatives)
 
 
-def products(anchors, positives, negatives, is_other):
+def products(anchors, positives, negatives, is_negative):
     return [
         [math.exp(v @ w / 0.07) for w in (positive, *negatives[mask])]
-        for v, positive, mask in zip(anchors, positives, is_other, strict=True)
+        for v, positive, mask in zip(anchors, positives, is_negative, strict=True)
     ]
 
 
@@ -43,9 +43,9 @@ def z_of(values):
     return NUM_SAMPLES * sum(sum(row) / len(row) for row in values) / len(values)
 
 
-def naive(anchors, positives, negatives, is_other, z):
+def naive(anchors, positives, negatives, is_negative, z):
     """The authors' loss of one direction, sample by sample; Z as it was, or the first batch's where it is None."""
-    values = products(anchors, positives, negatives, is_other)
+    values = products(anchors, positives, negatives, is_negative)
     z = z or z_of(values)
     losses = []
     for row in values:
@@ -66,7 +66,7 @@ def test_defaults_are_the_authors():
 def test_loss_matches_the_authors_formula_over_two_batches(memory):
     module = built(memory=memory)
     layer, inputs = module.layers[0], batch()
-    is_other = LABELS[:, None] != NEGATIVES.labels
+    is_negative = LABELS[:, None] != NEGATIVES.labels
     z_student = z_teacher = None
     for _ in range(2):
         with torch.no_grad():
@@ -77,37 +77,37 @@ def test_loss_matches_the_authors_formula_over_two_batches(memory):
                 positives, negatives = layer.teachers.rows[inputs.ranks], layer.teachers.rows[NEGATIVES.ranks]
             rows = layer.students.rows
             if memory == "store" and z_student is None:
-                z_student = z_of(products(student, rows[inputs.ranks], rows[NEGATIVES.ranks], is_other))
-            first, z_student = naive(student, positives, negatives, is_other, z_student)
-            second, z_teacher = naive(teacher, rows[inputs.ranks], rows[NEGATIVES.ranks], is_other, z_teacher)
+                z_student = z_of(products(student, rows[inputs.ranks], rows[NEGATIVES.ranks], is_negative))
+            first, z_student = naive(student, positives, negatives, is_negative, z_student)
+            second, z_teacher = naive(teacher, rows[inputs.ranks], rows[NEGATIVES.ranks], is_negative, z_teacher)
         loss = module(inputs)
         assert loss.tolist() == pytest.approx([a + b for a, b in zip(first, second, strict=True)], rel=1e-6)
         inputs = replace(inputs, student=replace(inputs.student, features={"a": drawn(4, 5, seed=9)}))
 
 
 def test_the_loss_equals_the_formula_where_all_negatives_count():
-    log_same, log_others = drawn(3, seed=1) - 4, drawn(3, 5, seed=2) - 4
+    log_same, log_negatives = drawn(3, seed=1) - 4, drawn(3, 5, seed=2) - 4
     noise = 5 / NUM_SAMPLES
-    same, others = log_same.exp(), log_others.exp()
-    expected = -(same / (same + noise + 1e-7)).log() - (noise / (others + noise + 1e-7)).log().sum(1)
+    same, other = log_same.exp(), log_negatives.exp()
+    expected = -(same / (same + noise + 1e-7)).log() - (noise / (other + noise + 1e-7)).log().sum(1)
     all_samples = torch.ones(3, 5, dtype=torch.bool)
-    assert torch.allclose(nce_per_sample(log_same, log_others, all_samples, NUM_SAMPLES), expected, rtol=1e-12)
+    assert torch.allclose(nce_per_sample(log_same, log_negatives, all_samples, NUM_SAMPLES), expected, rtol=1e-12)
 
 
 def test_samples_of_the_anchors_class_are_not_negatives():
-    log_same, log_others = drawn(2, seed=1), drawn(2, 5, seed=2)
-    is_other = torch.tensor([[True, False, True, True, False]] * 2)
-    fewer = nce_per_sample(log_same, log_others[:, [0, 2, 3]], torch.ones(2, 3, dtype=torch.bool), NUM_SAMPLES)
-    assert torch.allclose(nce_per_sample(log_same, log_others, is_other, NUM_SAMPLES), fewer, rtol=1e-12)
-    z = log_z_of(log_same, log_others[:, [0, 2, 3]], torch.ones(2, 3, dtype=torch.bool), NUM_SAMPLES)
-    assert log_z_of(log_same, log_others, is_other, NUM_SAMPLES).item() == pytest.approx(z.item())
+    log_same, log_negatives = drawn(2, seed=1), drawn(2, 5, seed=2)
+    is_negative = torch.tensor([[True, False, True, True, False]] * 2)
+    fewer = nce_per_sample(log_same, log_negatives[:, [0, 2, 3]], torch.ones(2, 3, dtype=torch.bool), NUM_SAMPLES)
+    assert torch.allclose(nce_per_sample(log_same, log_negatives, is_negative, NUM_SAMPLES), fewer, rtol=1e-12)
+    z = log_z_of(log_same, log_negatives[:, [0, 2, 3]], torch.ones(2, 3, dtype=torch.bool), NUM_SAMPLES)
+    assert log_z_of(log_same, log_negatives, is_negative, NUM_SAMPLES).item() == pytest.approx(z.item())
 
 
 def test_gradient_matches_finite_differences():
     leaves = [drawn(3, 4, seed=seed).requires_grad_() for seed in (1, 2)] + [drawn(5, 4, seed=3).requires_grad_()]
-    contrast, is_other = NCELoss(0.5, NUM_SAMPLES).double(), drawn(3, 5, seed=4) > -1
-    contrast(leaves[0], leaves[1:], is_other)  # Z is what it was at the first batch, and has no gradient
-    assert torch.autograd.gradcheck(lambda anchors, *among: contrast(anchors, among, is_other), leaves)
+    contrast, is_negative = NCELoss(0.5, NUM_SAMPLES).double(), drawn(3, 5, seed=4) > -1
+    contrast(leaves[0], leaves[1:], is_negative)  # Z is what it was at the first batch, and has no gradient
+    assert torch.autograd.gradcheck(lambda anchors, *among: contrast(anchors, among, is_negative), leaves)
 
 
 @pytest.mark.parametrize("memory", ["store", "bank"])
@@ -126,7 +126,7 @@ def test_memory_update_changes_only_the_seen_rows():
     before, seen = memory.rows.clone(), normalize(drawn(2, DIM, seed=1)).float()
     memory.update(torch.tensor([4, 9]), seen)
     assert torch.allclose(memory.rows[[4, 9]], normalize(before[[4, 9]] + seen))
-    rest = [at for at in range(NUM_SAMPLES) if at not in {4, 9}]
+    rest = [row for row in range(NUM_SAMPLES) if row not in {4, 9}]
     assert torch.equal(memory.rows[rest], before[rest])
 
 
@@ -150,13 +150,13 @@ def test_resumed_loss_continues_like_an_uninterrupted_one(memory):
 
 def test_z_stays_that_of_the_first_batch():
     contrast = NCELoss(0.5, NUM_SAMPLES).double()
-    is_other = torch.ones(3, 5, dtype=torch.bool)
+    is_negative = torch.ones(3, 5, dtype=torch.bool)
     sides = drawn(3, 4, seed=1), drawn(3, 4, seed=2), drawn(5, 4, seed=3)
     products = torch.cat([(sides[0] * sides[1]).sum(1, keepdim=True), sides[0] @ sides[2].T], 1) / 0.5
-    contrast(sides[0], sides[1:], is_other)
+    contrast(sides[0], sides[1:], is_negative)
     expected = math.log(NUM_SAMPLES * products.exp().mean())
     assert contrast.log_z.item() == pytest.approx(expected)
-    contrast(2 * sides[0], [2 * side for side in sides[1:]], is_other)
+    contrast(2 * sides[0], [2 * side for side in sides[1:]], is_negative)
     assert contrast.log_z.item() == pytest.approx(expected)
 
 
@@ -208,11 +208,11 @@ def test_training_reduces_the_loss_and_matches_samples(memory):
     model = torch.nn.Linear(6, 5).double()
     optimizer = torch.optim.Adam([*model.parameters(), *module.parameters()], lr=0.01)
     all_samples = torch.arange(40)
-    others = Negatives({POOLED: teacher}, all_samples, all_samples)
+    negatives = Negatives({POOLED: teacher}, all_samples, all_samples)
     losses = []
     for _ in range(120):
         inputs = make_inputs(labels=all_samples, student={"a": model(seen)}, teacher={POOLED: teacher})
-        loss = module(replace(inputs, ranks=all_samples, negatives=others)).mean()
+        loss = module(replace(inputs, ranks=all_samples, negatives=negatives)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -224,5 +224,5 @@ def test_training_reduces_the_loss_and_matches_samples(memory):
 
 
 def test_batch_without_negatives_is_an_error():
-    with pytest.raises(ValueError, match="others"):
-        built()(batch(others=None))
+    with pytest.raises(ValueError, match="negatives"):
+        built()(batch(negatives=None))

@@ -14,11 +14,10 @@ import torch
 from support.paths import ROOT
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.runtime.gpu import device as device_room
-from kdpipe.stages.runtime.gpu.claims import claim_gpu, launcher, release_gpu
-from kdpipe.stages.runtime.gpu.device import select_device
-from kdpipe.stages.runtime.gpu.nvml import Gpu, GpuProcess, visible_gpus
-from kdpipe.stages.runtime.gpu.select import GpuSelector
+from kdpipe.stages.runtime.gpu import device as device_module
+from kdpipe.stages.runtime.gpu.device import GpuSelector, select_device
+from kdpipe.stages.runtime.gpu.nvml import Gpu, GpuProcess
+from kdpipe.stages.runtime.gpu.users import claim_gpu, is_launched, release_gpu
 from kdpipe.store import LockedError
 
 FOREIGN = GpuProcess(999_999_999, "python", 3 * 2**30)
@@ -60,8 +59,8 @@ def job(tmp_path: Path) -> TrainJob:
 def claimed_elsewhere(tmp_path: Path) -> Iterator[Callable[..., int]]:
     """Start a process that claims GPUs until the test's end; returns its pid."""
     script = (
-        "import os, sys; from pathlib import Path; from kdpipe.stages.runtime.gpu.claims import claim_gpu\n"
-        "assert all(claim_gpu(uuid, os.environ, Path(sys.argv[1])) is None for uuid in sys.argv[2:])\n"
+        "import os, sys; from pathlib import Path; from kdpipe.stages.runtime.gpu.users import claim_gpu\n"
+        "assert all(claim_gpu(uuid, Path(sys.argv[1])) is None for uuid in sys.argv[2:])\n"
         "print(os.getpid(), flush=True); sys.stdin.read()"
     )
     started: list[subprocess.Popen[str]] = []
@@ -136,14 +135,6 @@ def test_device_number_counts_among_visible_gpus(job: TrainJob) -> None:
     assert job.take(used(FIRST), name="cuda:5") is None
 
 
-def test_cuda_order_is_certain_only_for_equal_gpus() -> None:
-    other = Gpu(1, "GPU-dddd", "NVIDIA Other")
-    environ = {"CUDA_VISIBLE_DEVICES": "1,0", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
-    assert visible_gpus([FIRST, SECOND], environ) == [SECOND, FIRST]
-    assert visible_gpus([FIRST, other], environ) == [None, None]
-    assert visible_gpus([FIRST, other], environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) == [other, FIRST]
-
-
 def test_mig_instance_is_selected_by_its_uuid(job: TrainJob) -> None:
     part, other = (Gpu(0, f"MIG-{letter * 8}", "NVIDIA Test MIG 1g.10gb", free_bytes=9 * GIB) for letter in "ef")
     assert job.take(used(part), other) == other.uuid
@@ -167,8 +158,8 @@ def test_jobs_starting_at_once_select_different_gpus(
 
 
 def test_claim_ends_with_its_process(tmp_path: Path) -> None:
-    script = "import os, sys; from pathlib import Path; from kdpipe.stages.runtime.gpu.claims import claim_gpu\n"
-    script += "print(claim_gpu(sys.argv[2], os.environ, Path(sys.argv[1])))"
+    script = "import sys; from pathlib import Path; from kdpipe.stages.runtime.gpu.users import claim_gpu\n"
+    script += "print(claim_gpu(sys.argv[2], Path(sys.argv[1])))"
     command = [sys.executable, "-c", script, str(tmp_path), FIRST.uuid]
     done = subprocess.run(
         command,
@@ -178,20 +169,20 @@ def test_claim_ends_with_its_process(tmp_path: Path) -> None:
         text=True,
     )
     assert done.stdout.strip() == "None"
-    assert claim_gpu(FIRST.uuid, {}, tmp_path) is None
-    assert claim_gpu(FIRST.uuid, {}, tmp_path) is None  # a second claim of the same process
+    assert claim_gpu(FIRST.uuid, tmp_path) is None
+    assert claim_gpu(FIRST.uuid, tmp_path) is None  # a second claim of the same process
     release_gpu(FIRST.uuid, tmp_path)
 
 
 def test_unavailable_claim_is_no_error(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    assert claim_gpu(FIRST.uuid, {}, absent) is None
+    assert claim_gpu(FIRST.uuid, absent) is None
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text("kept")
     (tmp_path / f"kdpipe-{FIRST.uuid}.lock").symlink_to(elsewhere)
     (tmp_path / f"kdpipe-{SECOND.uuid}.lock").hardlink_to(elsewhere)
-    assert claim_gpu(FIRST.uuid, {}, tmp_path) is None
-    assert claim_gpu(SECOND.uuid, {}, tmp_path) is None
+    assert claim_gpu(FIRST.uuid, tmp_path) is None
+    assert claim_gpu(SECOND.uuid, tmp_path) is None
     release_gpu(SECOND.uuid, tmp_path)
     assert elsewhere.read_text() == "kept"
 
@@ -199,7 +190,7 @@ def test_unavailable_claim_is_no_error(tmp_path: Path) -> None:
 def test_claim_file_is_writable_by_all_users(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
-        claim_gpu(FIRST.uuid, {}, tmp_path)
+        claim_gpu(FIRST.uuid, tmp_path)
     finally:
         os.umask(before)
         release_gpu(FIRST.uuid, tmp_path)
@@ -215,7 +206,7 @@ def test_processes_of_one_job_spread_over_gpus(job: TrainJob, claimed_elsewhere:
     assert job.take(used(SECOND, sibling), CUDA_VISIBLE_DEVICES="1", **second_rank) == "1"
     assert job.warnings == []
     with pytest.raises(LockedError, match=f"process {pid} on"):
-        job.take(SECOND, **{**second_rank, "MASTER_PORT": "29500"})
+        job.take(SECOND)
 
 
 def test_ranks_select_different_gpus_without_claims(tmp_path: Path) -> None:
@@ -230,12 +221,10 @@ def test_ranks_cycle_through_visible_gpus(job: TrainJob) -> None:
         job.take(FIRST, used(SECOND), CUDA_VISIBLE_DEVICES="0,1", **{**TORCHRUN, "LOCAL_RANK": "3"})
 
 
-def test_launcher_identifies_processes_of_one_job() -> None:
-    assert launcher({}) is None
-    assert launcher({"SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}) is None  # a batch script's variables are no srun's
-    assert launcher(TORCHRUN) == launcher({**TORCHRUN, "LOCAL_RANK": "3"}) != launcher({**TORCHRUN, "MASTER_PORT": "1"})
-    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
-    assert launcher(step) != launcher({**step, "SLURM_STEP_ID": "1"})
+def test_torchrun_and_srun_launch_processes() -> None:
+    assert not is_launched({"SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"})  # a batch script's variables are no srun's
+    assert is_launched(TORCHRUN)
+    assert is_launched({"SLURM_STEP_NUM_TASKS": "2"})
 
 
 class FakeCuda:
@@ -246,9 +235,9 @@ class FakeCuda:
         self.fractions: list[tuple[float, str]] = []
         self.current: list[str] = []
         self.warnings: list[str] = []
-        cuda = device_room.torch.cuda
+        cuda = device_module.torch.cuda
         self.taken: dict[str, torch.device] = {}
-        monkeypatch.setattr(device_room, "_taken", self.taken)
+        monkeypatch.setattr(device_module, "_selected", self.taken)
         monkeypatch.setattr(cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(cuda, "device_count", lambda: count)
         monkeypatch.setattr(cuda, "is_initialized", lambda: False)
@@ -256,8 +245,8 @@ class FakeCuda:
         monkeypatch.setattr(
             cuda, "set_per_process_memory_fraction", lambda share, device: self.fractions.append((share, str(device)))
         )
-        monkeypatch.setattr(device_room.torch.backends.cuda, "is_built", lambda: True)
-        monkeypatch.setattr(device_room, "list_gpus", lambda: gpus or None)
+        monkeypatch.setattr(device_module.torch.backends.cuda, "is_built", lambda: True)
+        monkeypatch.setattr(device_module, "list_gpus", lambda: gpus or None)
         for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "SLURM_LOCALID"):
             monkeypatch.setenv(name, "")  # restored at the end
             monkeypatch.delenv(name, raising=False)
@@ -310,7 +299,7 @@ def test_device_is_selected_once_per_process(monkeypatch: pytest.MonkeyPatch, tm
     cuda = FakeCuda(monkeypatch, tmp_path, 2, FIRST, used(SECOND))
     assert cuda.take("auto") == "cuda:0"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == FIRST.uuid
-    monkeypatch.setattr(device_room, "list_gpus", lambda: (used(FIRST), used(SECOND)))  # now this process uses it
+    monkeypatch.setattr(device_module, "list_gpus", lambda: (used(FIRST), used(SECOND)))  # now this process uses it
     assert str(select_device("auto", warn=cuda.warnings.append, claims=tmp_path)) == "cuda:0"
     release_gpu(FIRST.uuid, tmp_path)
 

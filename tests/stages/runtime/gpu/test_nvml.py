@@ -55,7 +55,7 @@ def test_memory_without_known_process_counts_as_in_use() -> None:
     hidden = Gpu(0, "GPU-a", "NVIDIA Test", unseen_bytes=5 * GIB)
     assert gpu_user(hidden, False) == "a process that is not visible from here (5.0 GiB of its memory are in use)"
     assert gpu_user(Gpu(0, "GPU-a", "NVIDIA Test", unseen_bytes=600 * 2**20), False) is None
-    own = Gpu(0, "GPU-a", "NVIDIA Test", processes=(GpuProcess(os.getpid()),), unseen_bytes=5 * GIB)
+    own = Gpu(0, "GPU-a", "NVIDIA Test", processes=(GpuProcess(os.getpid()),))
     assert gpu_user(own, False) is None
 
 
@@ -138,7 +138,7 @@ def test_gpu_is_read_from_nvml(nvml: Callable[..., FakeNvml]) -> None:
     )
     (gpu,) = list_gpus() or ()
     assert (gpu.index, gpu.uuid, gpu.name) == (0, "GPU-a", "NVIDIA A")
-    assert (gpu.free_bytes, gpu.total_bytes, gpu.unseen_bytes) == (30 * GIB, 40 * GIB, 3 * GIB)
+    assert (gpu.free_bytes, gpu.total_bytes, gpu.unseen_bytes) == (30 * GIB, 40 * GIB, 0)
     assert str(gpu.processes[0]) == "process 11 (/usr/bin/python3, 4.0 GiB)"
     assert len(str(gpu.processes[1].name)) <= 60
     assert fake.num_shutdowns == 1
@@ -149,13 +149,15 @@ def test_bytes_and_missing_answers_of_nvml_are_read(nvml: Callable[..., FakeNvml
         {},
         {"uuid": b"GPU-b", "name": b"NVIDIA B", "memory_with_reserved": (1, 3, 2), "computing": [(11, None)]},
         {"uuid": "GPU-c", "name": "NVIDIA C"},
+        {"uuid": "GPU-d", "memory": (1, 3, 2)},
     )
-    second, third = list_gpus() or ()
+    second, third, fourth = list_gpus() or ()
     assert (second.index, second.uuid, second.name, second.total_bytes) == (1, "GPU-b", "NVIDIA B", 3)
     assert second.processes == (GpuProcess(11),)
     assert second.unseen_bytes == 0
     assert str(second.processes[0]) == "process 11"
     assert (third.index, third.free_bytes, third.processes) == (2, 0, ())
+    assert fourth.unseen_bytes == 2
 
 
 def test_mps_server_is_not_a_user(nvml: Callable[..., FakeNvml]) -> None:

@@ -9,7 +9,7 @@ from support.made_store import folder_bytes
 COMPARED = ("teacher/model", "students/*/model", "compressed/*/model", "compressed/*/model.int8")
 
 
-def unlike(run: Path, undisturbed: Path) -> list[str]:
+def differing_files(run: Path, undisturbed: Path) -> list[str]:
     """Return networks, artifacts and store files that differ between two runs, or that only one of them has."""
     found, wanted = _files(run), _files(undisturbed)
     return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))

@@ -1,7 +1,6 @@
-"""Caching of the operators that torch's ONNX exporter compiles for each export.
+"""Cache the operators that torch's ONNX exporter compiles for each export, almost half of the time of a small one.
 
-That takes almost half of the time of exporting a small network, and the result is always the same: a new process, which
-compiles them itself, writes the same bytes (tests/end_to_end/test_killed.py compares them).
+The result is always the same: a new process, which compiles them itself, writes the same bytes.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ import contextlib
 import functools
 
 
-def keep_one_registry(*, compiled: bool = False) -> None:
+def cache_onnx_registry(*, compiled: bool = False) -> None:
     """Compile the operators only for the first export, or at once with `compiled`, for processes forked from this one.
 
-    With another version of torch, which may have moved them, exports are slower, and nothing else changes.
+    Does nothing if another version of torch has moved them.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from torch.onnx._constants import ONNX_DEFAULT_OPSET

@@ -6,7 +6,6 @@ steps: between two networks there is none.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,10 @@ from markupsafe import Markup
 
 from kdpipe.pipeline.report.chart import add_axes, color, drawing, log_axis, new_figure, spread, svg
 from kdpipe.pipeline.report.formatting import bytes_text, shortened
+from kdpipe.pipeline.report.networks import compressed_folder
+from kdpipe.pipeline.report.report import read_report
+from kdpipe.pipeline.report.rows import Report
+from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store.fs.atomic_write import write_atomically
 
 if TYPE_CHECKING:
@@ -31,11 +34,7 @@ ROW, MAX_LETTERS = 16, 25
 
 @dataclass(frozen=True)
 class Point:
-    """A network's accuracy and its standard deviation in percent, ONNX file size in bytes, and latency in ms.
-
-    Raises:
-        ValueError: If a size or latency is not positive, or a number is not finite.
-    """
+    """A network's accuracy and its standard deviation in percent, ONNX file size in bytes, and latency in ms."""
 
     name: str
     accuracy_percent: float
@@ -43,20 +42,40 @@ class Point:
     file_bytes: int
     latency_ms: float | None
 
-    def __post_init__(self) -> None:
-        costs = [self.file_bytes] if self.latency_ms is None else [self.file_bytes, self.latency_ms]
-        accuracies = (self.accuracy_percent, self.accuracy_std or 0.0)
-        if not all(math.isfinite(cost) and cost > 0 for cost in costs) or not all(map(math.isfinite, accuracies)):
-            raise ValueError(f"{self} cannot be drawn: sizes and latencies must be positive, accuracies finite.")
-
 
 Cost = tuple[Point, float]
 """A point with its cost in one panel."""
 
 
-def write_pareto(points: Sequence[Point], path: Path, *, title: str) -> None:
-    """Write the plot to `path`, replacing it. Raises OSError."""
-    write_atomically(path, pareto_svg(points, title=title).encode())
+def write_pareto_plot(run: Path) -> None:
+    """Write pareto.svg into the folder of the compressed students, once latencies were measured. Raises OSError."""
+    report, recipe = read_report(run), read_json_file(run / "recipe.json") or {}
+    root = compressed_folder(recipe, run)
+    if report.latency is not None and root.is_dir():
+        plot = pareto_svg(tradeoff_points(report), title=tradeoff_title(report))
+        write_atomically(root / "pareto.svg", plot.encode())
+
+
+def tradeoff_points(report: Report) -> list[Point]:
+    """Return the networks that have a file, without the hard-label baselines."""
+    largest = str(report.latency.batch_sizes[-1]) if report.latency else ""
+    return [
+        Point(
+            row.name,
+            row.accuracy_mean,
+            row.accuracy_std,
+            row.file_bytes,
+            row.latency_ms[largest]["p50_ms"] if row.latency_ms else None,
+        )
+        for row in report.rows
+        if row.file_bytes and "hard labels" not in row.name
+    ]
+
+
+def tradeoff_title(report: Report) -> str:
+    if report.latency is None:
+        return f"{report.recipe}: accuracy and size"
+    return f"{report.recipe}: accuracy, size and latency (batch of {report.latency.batch_sizes[-1]})"
 
 
 @drawing()
@@ -98,7 +117,7 @@ def pareto_front(costs: Sequence[Cost]) -> list[Cost]:
             for other, other_cost in costs
         )
 
-    return sorted((one for one in costs if not is_beaten(*one)), key=lambda one: one[1])
+    return sorted((pair for pair in costs if not is_beaten(*pair)), key=lambda pair: pair[1])
 
 
 def _panels(points: Sequence[Point]) -> Iterator[tuple[str, list[Cost], Callable[[float], str]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kdpipe.stages.cache_teacher.cache import cache_teacher
+from kdpipe.pipeline.steps import cache_teacher, train_teacher
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
@@ -24,7 +24,7 @@ from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.train_student.student import open_distillation
-from kdpipe.stages.train_teacher import TeacherConfig, load_teacher, train_teacher
+from kdpipe.stages.train_teacher import TeacherConfig, load_teacher
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import ViewsConfig
 
@@ -95,7 +95,7 @@ def _default_teacher() -> Path:
     return run / "teacher"
 
 
-def open_tiny_teaching(path: Path, context: StageContext) -> DistillationSpec:
+def open_tiny_spec(path: Path, context: StageContext) -> DistillationSpec:
     return open_distillation([path], LOSSES, STUDENT, {}, context)
 
 

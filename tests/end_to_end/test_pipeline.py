@@ -15,10 +15,10 @@ from support.made_store import folder_bytes
 
 
 def test_a_run_ends_with_a_table_and_its_files(done):
-    run, said = done
+    run, output = done
     made = ("teacher", "student alone", "student distilled", "pruned", "pruned + INT8")
     for name in made:
-        assert re.search(rf"^\s*{re.escape(name)}\s+\d+\.\d\d", said, re.MULTILINE), name
+        assert re.search(rf"^\s*{re.escape(name)}\s+\d+\.\d\d", output, re.MULTILINE), name
     report = json.loads(kdpipe_here("report", run, "--json").stdout)
     rows = {row["name"]: row for row in report["rows"]}
     assert tuple(rows) == made
@@ -34,10 +34,10 @@ def test_a_run_ends_with_a_table_and_its_files(done):
 
 
 def test_the_plot_shows_every_network_with_a_file(done):
-    picture = (done[0] / "compressed" / "pareto.svg").read_text()
+    plot = (done[0] / "compressed" / "pareto.svg").read_text()
     assert str(done[0] / "compressed" / "pareto.svg") in done[1].replace("\n", "")
     for name in ("teacher", "student distilled", "pruned", "pruned + INT8"):
-        assert f">{name}<" in picture, name
+        assert f">{name}<" in plot, name
 
 
 def test_exported_files_agree_with_torch(done):
@@ -82,11 +82,11 @@ def test_the_store_has_the_teachers_logits(done):
 
 
 def test_a_finished_run_is_not_repeated(done, recipe):
-    run, said = done
+    run, output = done
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     again = kdpipe("run", recipe, "--run", run)
     assert again.returncode == 0
-    assert again.stdout == said
+    assert again.stdout == output
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
 
 
@@ -196,7 +196,7 @@ def test_a_folder_of_something_else_is_refused(recipe, tmp_path):
     (tmp_path / "recipe.json").write_text('{"pie": 1}')
     ended = kdpipe_here("train-teacher", recipe, "--run", tmp_path)
     assert ended.exit_code == 1
-    assert "something else" in ended.stderr
+    assert "is not a run folder of this version" in ended.stderr
     assert (tmp_path / "recipe.json").read_text() == '{"pie": 1}'
 
 
