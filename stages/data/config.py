@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from kdpipe.stages.config import Bytes, PathStr, section
+
+
+def _reject_bool(value: object) -> object:
+    if type(value) is bool:  # True == 1 in Python, so pydantic would accept it
+        raise ValueError("input should be 1 or 3")
+    return value
 
 
 @section
@@ -31,7 +37,7 @@ class DataConfig:
     name: PathStr = "digits"
     root: PathStr = "data"
     download: bool = True
-    channels: Literal[1, 3] | None = None
+    channels: Annotated[Literal[1, 3], BeforeValidator(_reject_bool)] | None = None
     image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None
     test_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
