@@ -236,7 +236,7 @@ def test_new_asks_again_after_an_invalid_answer(terminal):
     ended = called("new", "asked.toml", answers="\n".join(answers) + "\n")
     assert "Name of the experiment [asked]: " in ended.stdout
     assert "unknown data set 'Digits!'" in ended.stderr
-    assert "unknown model 'cnnn'; nearest: cnn" in ended.stderr
+    assert "unknown model 'cnnn'; did you mean 'cnn'" in ended.stderr
     assert "not magic; others: later" in ended.stderr
     assert "invalid value '99999'" in ended.stderr
     assert "invalid value '2': input should be less than 1" in ended.stderr
