@@ -61,7 +61,7 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(store_app, name="store")
 
 
-WorkShard = Annotated[
+PartOption = Annotated[
     str | None,
     typer.Option(
         "--part",
@@ -94,7 +94,7 @@ _add_job("train-teacher", "Train the teacher, or load its weights. The recipe de
 
 @app.command()
 @with_options
-def cache_teacher(recipe: RecipePath, options: JobOptions, *, part: WorkShard = None, dry_run: DryRun = False) -> None:
+def cache_teacher(recipe: RecipePath, options: JobOptions, *, part: PartOption = None, dry_run: DryRun = False) -> None:
     """Stage 1: cache the teacher's outputs. Stores its logits and features for every view."""
     if dry_run and part is not None:
         raise typer.BadParameter("--dry-run and --part exclude each other.")

@@ -20,7 +20,7 @@ from kdpipe.stages.losses.shapes import Size, map_size
 from kdpipe.stages.targets.feature_spec import ATTENTION, INPUT, INPUT_GRADIENT, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import attention, input_attention
 
-Variant = Literal["code", "paper"]
+ATVariant = Literal["code", "paper"]
 
 GRADIENT = FeatureSpec(INPUT, INPUT_GRADIENT)
 
@@ -42,7 +42,7 @@ class ATConfig(MapLossConfig):
 
     loss: Literal["at"]
     weight: Scheduled = 1000.0
-    variant: Variant = "code"
+    variant: ATVariant = "code"
 
     def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
         return FeatureSpec(layer, ATTENTION, map_size(student))
@@ -71,7 +71,7 @@ class ATGradientConfig(LossConfig):
 
     loss: Literal["at_gradient"]
     weight: Scheduled = 1000.0
-    variant: Variant = "code"
+    variant: ATVariant = "code"
 
     def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
         return (GRADIENT,)
@@ -83,7 +83,7 @@ class ATGradientConfig(LossConfig):
         return attention_distance(input_attention(inputs.input_gradient), teacher, self.variant)
 
 
-def attention_distance(student: Tensor, teacher: Tensor, variant: Variant) -> Tensor:
+def attention_distance(student: Tensor, teacher: Tensor, variant: ATVariant) -> Tensor:
     """Compute the distance of L2-normalized attention maps [B, H, W] of each sample, [B]."""
     difference = (student - teacher.to(student.dtype)).flatten(1)
     if variant == "paper":  # torch's gradient of the norm is 0 at 0

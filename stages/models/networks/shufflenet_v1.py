@@ -12,7 +12,7 @@ STEM = 24
 STAGES = ((240, 4), (480, 8), (960, 4))  # output channels, units
 
 
-class Unit(nn.Module):
+class ShuffleUnit(nn.Module):
     """Grouped 1x1, depthwise 3x3, grouped 1x1 with a shortcut: [B, C_in, H, W] -> [B, C_out, H / stride, W / stride].
 
     With stride 2 the averaged input is concatenated, so the branch makes C_out - C_in channels. The output is after
@@ -55,8 +55,8 @@ def shufflenet_v1(*, num_classes: int, in_channels: int) -> nn.Sequential:
     )
     channels = STEM
     for number, (width, num_units) in enumerate(STAGES, start=1):
-        rest = (Unit(width, width, 1) for _ in range(num_units - 1))
-        layers[f"layer{number}"] = nn.Sequential(Unit(channels, width, 2), *rest)
+        rest = (ShuffleUnit(width, width, 1) for _ in range(num_units - 1))
+        layers[f"layer{number}"] = nn.Sequential(ShuffleUnit(channels, width, 2), *rest)
         channels = width
     layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
     layers["flatten"] = nn.Flatten()
