@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,7 +17,7 @@ from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import AsJson, CommonOptions, JobOptions, Quiet, RecipePath, Verbose, with_options
 from kdpipe.pipeline.session.paths import output_path, require_file, require_writable
 from kdpipe.pipeline.store_app import store_app
-from kdpipe.pipeline.terminal.output import Verbosity, print_info, print_json, print_line, printable, set_verbosity
+from kdpipe.pipeline.terminal.output import Verbosity, print_info, print_line, print_result, printable, set_verbosity
 
 EXIT_CODES = (
     "Exit status: 0 done; 1 failed; 2 usage or recipe; 3 done in part; 11 locked by another job; "
@@ -71,13 +70,6 @@ WorkShard = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; run no teacher, write nothing.")]
-
-
-def _print(as_json: bool, document: dict[str, Any], print_text: Callable[[], None]) -> None:
-    if as_json:
-        print_json(document)
-    else:
-        print_text()
 
 
 def _add_job(command: str, help_text: str) -> None:
@@ -145,7 +137,7 @@ def views(
     rows = zip(shown.sample_ids, shown.labels, shown.top, shown.partners, strict=True)
     samples = [dict(zip(names, row, strict=True)) for row in rows]
     num_rows, num_columns = shown.images.shape[:2]
-    _print(
+    print_result(
         options.as_json,
         {"command": "views", "image": str(save), "store": store, "samples": samples},
         lambda: typer.echo(f"{printable(str(save))}: {num_rows} samples in {num_columns} views"),
@@ -197,7 +189,7 @@ def sensitivity(
 
         network, layers = run_sensitivity(run, num_batches)
         document = {"command": "sensitivity", "network": network, "layers": [asdict(layer) for layer in layers]}
-        _print(options.as_json, document, lambda: print_sensitivity(network, layers))
+        print_result(options.as_json, document, lambda: print_sensitivity(network, layers))
 
 
 _add_job("run", "Run all stages, skipping finished work. Prints the results.")
@@ -261,7 +253,7 @@ def status(
         from kdpipe.pipeline.status.table import print_status
 
         found = read_status(folder)
-        _print(as_json, found.to_json(), lambda: print_status(found))
+        print_result(as_json, found.to_json(), lambda: print_status(found))
 
 
 @app.command()
@@ -271,7 +263,7 @@ def env(as_json: AsJson = False) -> None:
         from kdpipe.pipeline.commands.env import print_env, read_env
 
         found = read_env()
-        _print(as_json, {"command": "env", **found}, lambda: print_env(found))
+        print_result(as_json, {"command": "env", **found}, lambda: print_env(found))
 
 
 @app.command()
@@ -286,7 +278,7 @@ def losses(
 
         listed = list_losses() if name is None else [find_loss(name)]
         document = {"command": "losses", "losses": [loss.to_json() for loss in listed]}
-        _print(as_json, document, lambda: print_losses(listed) if name is None else print_loss(listed[0]))
+        print_result(as_json, document, lambda: print_losses(listed) if name is None else print_loss(listed[0]))
 
 
 @app.command()
@@ -308,7 +300,7 @@ def bench(
         from kdpipe.pipeline.commands.bench import print_bench, run_bench
 
         measured = run_bench(models, batch_size or (), num_threads=threads, num_rounds=rounds, as_json=as_json)
-        _print(as_json, measured, lambda: print_bench(measured))
+        print_result(as_json, measured, lambda: print_bench(measured))
 
 
 def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
@@ -321,7 +313,7 @@ def _plan(recipe: Path, options: CommonOptions, *, with_probe: bool) -> None:
         _, settings = load_recipe_with_origins(recipe, options.set_ or (), os.environ)
         planned = run_plan(run, with_probe)
         document = {"command": "plan", **planned, "settings": settings_json(settings)}
-        _print(options.as_json, document, lambda: print_plan(planned, settings))
+        print_result(options.as_json, document, lambda: print_plan(planned, settings))
         require_room(run.store, planned["missing_bytes"])
 
 

@@ -12,7 +12,7 @@ from kdpipe.pipeline.job import open_run
 from kdpipe.pipeline.session.guard import guarded
 from kdpipe.pipeline.session.options import AsJson, CommonOptions, RecipePath, RunDir, SetOption, with_options
 from kdpipe.pipeline.session.paths import output_path
-from kdpipe.pipeline.terminal.output import print_json, printable
+from kdpipe.pipeline.terminal.output import print_result, printable
 
 store_app = typer.Typer(help="Inspect, verify and repair target stores.", no_args_is_help=True)
 
@@ -33,10 +33,7 @@ def store_info(path: StorePath, as_json: AsJson = False) -> None:
         from kdpipe.pipeline.commands.store.info import print_store_info, read_store_info
 
         info = read_store_info(path)
-        if as_json:
-            print_json(info)
-        else:
-            print_store_info(info)
+        print_result(as_json, info, lambda: print_store_info(info))
 
 
 @store_app.command("verify")
@@ -67,10 +64,8 @@ def store_verify(
         if recompute is not None and recipe is not None and not verdict.damaged:
             with open_run(recipe, CommonOptions(set_=set_, run=run, as_json=as_json)) as opened:
                 recomputed = verify.recheck(path, opened, recompute, seed)
-        if as_json:
-            print_json({"path": str(path), **verdict.to_json(), "recomputed": recomputed and recomputed.to_json()})
-        else:
-            verify.print_verdict(path, verdict, recomputed)
+        document = {"path": str(path), **verdict.to_json(), "recomputed": recomputed and recomputed.to_json()}
+        print_result(as_json, document, lambda: verify.print_verdict(path, verdict, recomputed))
         verify.exit_for(verdict, recomputed)
 
 
@@ -83,11 +78,7 @@ def store_repair(recipe: RecipePath, options: CommonOptions) -> None:
 
         with open_run(recipe, options) as run:
             repaired = verify.repair(run)
-        if options.as_json:
-            print_json(verify.repair_json(repaired))
-        else:
-            for path, (found, left, num_computed) in repaired.items():
-                verify.print_repair(path, found, left, num_computed)
+        print_result(options.as_json, verify.repair_json(repaired), lambda: verify.print_repair(repaired))
         for _, left, _ in repaired.values():
             verify.exit_for(left)
 
@@ -99,13 +90,11 @@ def store_rm_views(path: StorePath, keep: Keep, as_json: AsJson = False) -> None
         from kdpipe.store.write.drop_views import drop_views
 
         removed = drop_views(path, keep)
-        if as_json:
-            print_json(removed)
-        else:
-            typer.echo(
-                f"{printable(str(path))}: {removed['num_views_removed']} views removed, {removed['num_views']} kept, "
-                f"{removed['bytes_freed']:,} bytes freed"
-            )
+        text = (
+            f"{printable(str(path))}: {removed['num_views_removed']} views removed, {removed['num_views']} kept, "
+            f"{removed['bytes_freed']:,} bytes freed"
+        )
+        print_result(as_json, removed, lambda: typer.echo(text))
 
 
 @store_app.command("transcode")
@@ -155,7 +144,5 @@ def store_transcode(
             keep_bits=keep_bits,
         )
         figures = run_transcode(source, target, change, as_json)
-        if as_json:
-            print_json({"source": source, "target": str(target), **figures})
-        else:
-            print_transcoded(source, target, figures)
+        document = {"source": source, "target": str(target), **figures}
+        print_result(as_json, document, lambda: print_transcoded(source, target, figures))

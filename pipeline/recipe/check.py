@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ class Checked:
     """The result of checking a recipe.
 
     Attributes:
-        does: One line about what the recipe would do; None if it cannot be read.
         faults: What `kdpipe run` would refuse.
         notes: What is probably a mistake, or not on this machine yet.
     """
@@ -29,7 +29,6 @@ class Checked:
     recipe: str
     faults: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    does: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -51,13 +50,13 @@ def check_recipe(path: Path, overrides: Iterable[str], environ: Mapping[str, str
     build_faults, build_notes = dry_build(recipe)
     faults += [one_line(f"{path}: {fault}") for fault in (*_incomplete(recipe), *build_faults)]
     notes = [one_line(f"{path}: {note}") for note in (*build_notes, *_idle_keys(recipe), *_absent_files(recipe))]
-    return Checked(str(path), tuple(dict.fromkeys(faults)), tuple(notes), _summary(recipe))
+    return Checked(str(path), tuple(dict.fromkeys(faults)), tuple(notes))
 
 
 def print_checked(checked: Checked) -> None:
     """Print the result as text."""
     if checked.ok:
-        print(f"{one_line(checked.recipe)}: fine: {checked.does}")  # noqa: T201
+        print(f"{one_line(checked.recipe)}: fine")  # noqa: T201
     for line in (*checked.faults, *(f"  note: {note}" for note in checked.notes)):
         print(line)  # noqa: T201
 
@@ -104,25 +103,7 @@ def _absent_files(recipe: Recipe) -> Iterator[str]:
     for key, path in named.items():
         if path is None or path == PUBLISHED or is_url(path):
             continue
-        try:
-            exists = Path(path).expanduser().exists()
-        except (OSError, RuntimeError, ValueError):  # an unknown home folder, or an impossible name
-            exists = False
-        if not exists:
-            yield f"{key} = {path!r} does not exist on this machine."
-
-
-def _summary(recipe: Recipe) -> str:
-    teacher, student, compress = recipe.teacher, recipe.student, recipe.compress
-    trained = f"trained for {teacher.train.epochs} epochs" if teacher.train else "as it is"
-    seeds = f"{len(student.seeds)} seed{'s' if len(student.seeds) > 1 else ''}"
-    losses = " + ".join(loss.loss for loss in recipe.distill) or "no loss"
-    parts = [
-        f"{recipe.data.name}; teacher {teacher.model.name}, {trained}",
-        f"{recipe.views.num_views} views",
-        f"student {student.model.name}, {student.train.epochs} epochs with {losses}, {seeds}",
-    ]
-    if recipe.compare:
-        parts.append(f"compared: {', '.join(recipe.compare)}")
-    parts.append(" and ".join(compress.steps) if compress.steps else "no compression")
-    return "; ".join(parts)
+        with suppress(OSError, RuntimeError, ValueError):  # an unknown home folder, or an impossible name
+            if Path(path).expanduser().exists():
+                continue
+        yield f"{key} = {path!r} does not exist on this machine."

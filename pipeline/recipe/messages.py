@@ -23,14 +23,13 @@ UNKNOWN_LOSS = ("union_tag_invalid", "union_tag_not_found")
 MAX_KEY_LETTERS = 80
 
 
-def fault_messages(recipe: type, error: ValidationError, origin_of: Callable[[Keys, bool], str]) -> list[str]:
+def fault_messages(recipe: type, error: ValidationError, origin_of: Callable[[Keys], str]) -> list[str]:
     """Return one message for each invalid key, in the order in which pydantic found them.
 
     Args:
         recipe: The dataclass of the whole recipe.
         error: What pydantic raised.
-        origin_of: Returns the file or override that set some keys; its second argument says whether overrides of keys
-            below them count too.
+        origin_of: Returns the file or override that set some keys.
     """
     faults = [fault for fault in error.errors() if not _is_other_alternative(fault)] or error.errors()
     by_key: dict[str, Any] = {}
@@ -73,10 +72,10 @@ def known_keys(kind: Any, location: Sequence[str]) -> list[str]:
     return known_keys(typing.get_type_hints(kind, include_extras=True).get(location[0]), location[1:])
 
 
-def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys, bool], str]) -> str:
+def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys], str]) -> str:
     location, kind = _keys(error), error["type"]
     key, keys = _shown(location), tuple(_without_tag(location))
-    origin = origin_of(keys, kind not in (*NEEDED, *UNKNOWN_LOSS))
+    origin = origin_of(keys)
     if kind == "unexpected_keyword_argument":
         return f"{origin}: unknown key {key!r}; {_hint(known_keys(recipe, location[:-1]), keys[-1], origin)}"
     if kind in NEEDED:

@@ -53,20 +53,19 @@ class Overrides:
     table: dict[str, Any]
     given: tuple[Override, ...] = ()
 
-    def origin_of(self, keys: Keys, with_below: bool = True) -> str:
-        """Return the override or the file that set `keys`, as messages name it. See `last_override`."""
-        last = self.last_override(keys, with_below)
+    def origin_of(self, keys: Keys) -> str:
+        """Return the override or the file that set `keys`, as messages name it."""
+        last = self.last_override(keys)
         return self.path if last is None else last.shown
 
-    def last_override(self, keys: Keys, with_below: bool = True) -> Override | None:
-        """Return the last override that changed `keys`, or with `with_below` a key below them."""
-        found = None
-        for override in self.given:
-            above = override.keys == keys[: len(override.keys)]
-            below = with_below and keys == override.keys[: len(keys)]
-            if above or below:
-                found = override
-        return found
+    def last_override(self, keys: Keys) -> Override | None:
+        """Return the last override of `keys`, of a section above them, or of a key below them."""
+        related = (
+            override
+            for override in reversed(self.given)
+            if all(key == other for key, other in zip(keys, override.keys, strict=False))
+        )
+        return next(related, None)
 
 
 @dataclass(frozen=True)

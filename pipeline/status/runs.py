@@ -181,7 +181,7 @@ def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> I
 def _known_accuracies(jobs: Iterable[Path]) -> list[float]:
     """Return the test accuracies of finished jobs in percent; results are untrusted."""
     found = [(read_json_or_none(job / "result.json") or {}).get("accuracy") for job in jobs]
-    return [100 * value for value in found if type(value) in (int, float) and 0 <= value <= 1]
+    return [100 * value for value in found if isinstance(value, int | float) and 0 <= value <= 1]
 
 
 def read_progress(run: Path) -> RunProgress | None:
@@ -204,8 +204,10 @@ def _parse(raw: bytes) -> LoggedEvent | None:
         seconds = datetime.fromisoformat(record["time"]).timestamp()
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError):
         return None
-    texts = {name: text(record.get(name)) for name in ("kind", "command", "host", "stage", "job", "unit")}
-    counts = {name: number(record.get(name)) or 0 for name in ("pid", "step", "total")}
+    texts: dict[str, Any] = {
+        name: text(record.get(name)) for name in ("kind", "command", "host", "stage", "job", "unit")
+    }
+    counts: dict[str, Any] = {name: number(record.get(name)) or 0 for name in ("pid", "step", "total")}
     code = record.get("exit_code")
     return LoggedEvent(
         time=seconds, exit_code=code if type(code) is int and abs(code) < 1000 else None, **texts, **counts

@@ -53,7 +53,7 @@ def store_status(folder: Path, manifest: Mapping[str, Any], budget: Budget) -> S
     from kdpipe.pipeline.commands.store.info import model_name, read_store_info  # imports numpy
 
     size = measure(folder, budget, Measure())
-    common = {"path": str(folder), "last_active": size.newest, "disk_bytes": size.num_bytes}
+    common: dict[str, Any] = {"path": str(folder), "last_active": size.newest, "disk_bytes": size.num_bytes}
     try:
         info = read_store_info(folder)
     except (KdpipeError, OSError):

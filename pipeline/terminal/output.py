@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TextIO
@@ -42,6 +43,14 @@ def verbosity() -> Verbosity:
 def print_json(document: dict[str, Any]) -> None:
     """Print one JSON document to stdout."""
     print(json.dumps(document))  # noqa: T201
+
+
+def print_result(as_json: bool, document: dict[str, Any], print_text: Callable[[], None]) -> None:
+    """Print a result to stdout: the JSON document, or what `print_text` prints."""
+    if as_json:
+        print_json(document)
+    else:
+        print_text()
 
 
 def printable(text: str) -> str:

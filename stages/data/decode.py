@@ -129,11 +129,6 @@ class PixelCache:
     """Memory for the decoded images of a folder, if all have one size and fit into `max_bytes` together.
 
     Whether images are cached depends neither on the order nor on the number of threads that put them.
-
-    Args:
-        num_images: Number of images.
-        max_bytes: Limit of all pixels together, in bytes.
-        what: Name of the data set, for messages.
     """
 
     def __init__(self, num_images: int, max_bytes: int, what: str) -> None:

@@ -41,8 +41,6 @@ def load_dataset(
     memory. Sample ids do not depend on `classes`, `num_train`, `channels` or sizes.
 
     Args:
-        config: The data set.
-        split: "train" or "test".
         size: Replaces `config.image_size`.
         only: Ids of the samples to load; None loads all.
         on_image: Called with (done, total) from time to time while files are scanned; may raise to abort, which keeps
@@ -95,8 +93,7 @@ def list_source(config: DataConfig, split: Split, size: int | None) -> Listing:
         return list_npz(_path(argument, config.root), split)
     if colon and argument and kind == "python":
         return list_python(argument, split, root=root)
-    known = {source.partition(":")[0]: source for source in KNOWN_NAMES}
-    near = did_you_mean(kind, known, limit=2, otherwise="")
+    near = did_you_mean(config.name, KNOWN_NAMES, limit=2, otherwise="")
     raise UnknownDataError(
         f"unknown data set data.name={config.name!r}; {near}{' ' if near else ''}known names: {', '.join(KNOWN_NAMES)}."
     )
@@ -113,8 +110,8 @@ def _decode_spec(config: DataConfig, split: Split, size: int | None) -> DecodeSp
 
 def _path(text: str, below: str = "") -> Path:
     """Return `text` as an absolute path with `~` expanded, relative to `below`, without `.` and `..`."""
-    joined = os.path.join(below, os.path.expanduser(text))  # noqa: PTH111, PTH118 - unlike Path, accepts an unknown ~user
-    return Path(os.path.abspath(joined))  # noqa: PTH100 - resolve() would follow links and change the folder's name
+    below, text = os.path.expanduser(below), os.path.expanduser(text)  # noqa: PTH111 - Path's rejects an unknown ~user
+    return Path(os.path.abspath(os.path.join(below, text)))  # noqa: PTH100, PTH118 - resolve() would follow links
 
 
 def _load_images(

@@ -41,11 +41,9 @@ def scan_images(
     drop_unreadable: bool = False,
     on_image: OnImage | None = None,
 ) -> ScanResult:
-    """Scan the files at `indices`, int64 [N], in threads; the number of threads does not change the result.
+    """Scan the files at `indices`, int64 [N], of a split in threads; the number of threads does not change the result.
 
     Args:
-        files: All files of the split.
-        indices: The files to scan.
         cache_bytes: Keep the pixels in memory if all images have one size and take no more than this.
         drop_unreadable: Leave unreadable images out, instead of raising an error.
         on_image: Called with (done, N) from time to time; may raise to abort.

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from kdpipe.stages.errors import ModelError, RecipeError, cause
 from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.hooks import feature_shapes
-from kdpipe.stages.models.module_lookup import get_module
+from kdpipe.stages.models.hooks import feature_shapes, get_module
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import state_sha256
 from kdpipe.store import FingerprintMismatch, differences

@@ -33,8 +33,8 @@ class StudentConfig:
         stores: The target stores; by default the one that this recipe's `cache-teacher` fills. Several stores are
             several teachers, combined by `teachers`; a loss on features names its store.
         teachers: How several teachers are combined.
-        missing: Samples without targets are an "error", or are trained on "hard-labels" only.
-        read: How targets are loaded.
+        missing_targets: Samples without targets are an "error", or are trained on "hard-labels" only.
+        target_loading: How targets are loaded.
         mean: The input's mean for each channel; by default that of the training images.
         std: The input's standard deviation for each channel.
     """

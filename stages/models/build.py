@@ -97,7 +97,7 @@ def _construct(config: ModelConfig, num_classes: int, in_channels: int, image_si
         raise ModelError(
             f"there are no published weights of {config.name}: give the path of a file, or leave weights out."
         )
-    offered = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    offered: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     return _call_factory(config, offered) if is_own else build_small_image_network(config.name, config.args, **offered)
 
 

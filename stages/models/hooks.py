@@ -1,18 +1,19 @@
-"""Forward hooks: capture the outputs of modules by path."""
+"""Modules by their dotted path (`layer3`, `blocks.5`), and forward hooks that capture their outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.stages.models.module_lookup import get_module
 from kdpipe.stages.numerics import to_float32
+from kdpipe.store.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,17 @@ class _AllCaptured(Exception):
     """All layers have been captured."""
 
 
+def get_module(model: nn.Module, path: str) -> nn.Module:
+    """Return the submodule of `model` at `path`; raises ModelError, with the nearest paths, if there is none."""
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    del modules[""]  # the model itself: its output is the logits, which need no hook
+    if path in modules:
+        return modules[path]
+    children = ", ".join(name for name, _ in model.named_children())
+    hint = did_you_mean(path, modules, limit=3, otherwise=f"it has: {children}.")
+    raise ModelError(f"the model has no module {path!r}; {hint}")
+
+
 def rows_of(features: Mapping[K, Tensor], index: Tensor) -> dict[K, Tensor]:
     """Return some rows, index int64 [n], of each feature."""
     return {key: feature[index] for key, feature in features.items()}
@@ -51,15 +63,14 @@ def capture(
 ) -> Iterator[dict[nn.Module, list[Any]]]:
     """Record `keep` of the modules' outputs, call by call, while the block runs."""
     outputs: dict[nn.Module, list[Any]] = {module: [] for module in modules}
-    hooks = [
-        module.register_forward_hook(lambda module, inputs, output: outputs[module].append(keep(output)))
-        for module in outputs
-    ]
-    try:
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs[module].append(keep(output))
+
+    with ExitStack() as hooks:
+        for module in outputs:
+            hooks.enter_context(module.register_forward_hook(hook))
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -73,17 +84,11 @@ def model_errors(images: Tensor) -> Iterator[None]:
 
 
 class FeatureExtractor:
-    """A network with hooks that capture the outputs of some modules. Use `extract_features` to create it.
+    """A network that also returns the outputs of its hooked modules. Use `extract_features` to create it."""
 
-    no_further: stop the forward pass after the last of the modules; the logits are then [B, 0].
-    """
-
-    def __init__(self, model: nn.Module, layers: Iterable[str], *, no_further: bool = False) -> None:
-        self._model = model
-        self._no_further = no_further
-        self._layers = tuple(dict.fromkeys(layers))
+    def __init__(self, model: nn.Module, layers: Sequence[str], no_further: bool) -> None:
+        self._model, self._layers, self._no_further = model, layers, no_further
         self._captured: dict[str, Tensor] = {}
-        self._hooks = [get_module(model, layer).register_forward_hook(self._capture(layer)) for layer in self._layers]
 
     def __call__(self, images: Tensor) -> ModelOutput:
         self._captured = {}
@@ -96,37 +101,29 @@ class FeatureExtractor:
             raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
         return ModelOutput(logits, self._captured)
 
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _capture(self, layer: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                raise ModelError(
-                    f"module {layer!r} outputs {type(output).__name__}, not a tensor: choose another layer."
-                )
-            self._captured[layer] = output
-            if self._no_further and len(self._captured) == len(self._layers):
-                raise _AllCaptured
-
-        return hook
+    def hook(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Capture the output of a layer."""
+        if not isinstance(output, Tensor):
+            raise ModelError(f"module {layer!r} outputs {type(output).__name__}, not a tensor: choose another layer.")
+        self._captured[layer] = output
+        if self._no_further and len(self._captured) == len(self._layers):
+            raise _AllCaptured
 
 
 @contextmanager
 def extract_features(
     model: nn.Module, layers: Iterable[str], *, no_further: bool = False
 ) -> Iterator[FeatureExtractor]:
-    """Hook `layers` of `model` while the block runs.
+    """Hook `layers` of `model` while the block runs; raises ModelError, with the nearest paths, if one does not exist.
 
-    Raises:
-        ModelError: A path does not exist; the message has the nearest ones.
+    With `no_further` the forward pass stops after the last of them; the logits are then [B, 0].
     """
-    extractor = FeatureExtractor(model, layers, no_further=no_further)
-    try:
+    layers = tuple(dict.fromkeys(layers))
+    extractor = FeatureExtractor(model, layers, no_further)
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(get_module(model, layer).register_forward_hook(partial(extractor.hook, layer)))
         yield extractor
-    finally:
-        extractor.close()
 
 
 def feature_shapes(model: nn.Module, layers: Iterable[str], image_shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from kdpipe.store.fs import safe_read
 MAX_JSON_BYTES = 2**26
 """The largest JSON file that is read: results for 1,000 classes take less than a hundredth of that."""
 
+MAX_FAULTS = 3
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, lt=2**60)]
 Count = Annotated[int, Field(ge=0, lt=2**60)]
@@ -110,14 +112,12 @@ class JobDir:
 
 
 def _faults(record: Mapping[str, Any]) -> list[str]:
-    """List what is wrong with a job's results."""
+    """List what is wrong with a job's results, the first few faults."""
     try:
         _Result.model_validate(record)
     except ValidationError as error:
-        return [
-            f"{fault['loc'][0]} = {str(record.get(str(fault['loc'][0])))[:40]!r}: {fault['msg']}"
-            for fault in error.errors(include_url=False, include_context=False)
-        ]
+        faults = [(str(fault["loc"][0]), fault["msg"]) for fault in error.errors(include_url=False)[:MAX_FAULTS]]
+        return [f"{name} = {str(record.get(name))[:40]!r}: {message}" for name, message in faults]
     return []
 
 

@@ -80,11 +80,7 @@ class MixAssignment:
 def sample_mix(config: MixConfig, rng: CounterRNG, partner_pool: Tensor, size: tuple[int, int]) -> MixAssignment:
     """Draw the mix of a batch of images of `size` (H, W).
 
-    Args:
-        config: The methods and their parameters.
-        rng: The random numbers of the batch.
-        partner_pool: Ids that partners are drawn from, int64 [P]; partners depend on their order.
-        size: (H, W).
+    Partners are drawn from the ids `partner_pool`, int64 [P], and depend on their order.
     """
     mixed = rng.bernoulli(config.p, _MIXED)
     cut = rng.bernoulli(_cutmix_share(config), _METHOD)

@@ -65,7 +65,7 @@ class Renderer:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a view. Raises RecipeError if sizes differ between views, or they cannot be rendered."""
         if not self.in_workers:
-            assert self.size is not None, "Setup.renderer refuses images of unequal size for the tensor engine"
+            assert self.size is not None, "StageContext.renderer rejects images of unequal size for the tensor engine"
             return (self.channels, *self._tensor_engine.output_size(self.size))
         return (self.channels, *self._probe_views[0][0].shape[1:])
 
@@ -88,10 +88,7 @@ class Renderer:
     def render_batch(self, images: Tensor, sample_ids: Tensor, view: int) -> Tensor:
         """Do the main process's part before mixing: uint8 [B, C, H, W] to uint8 [B, C, H', W'].
 
-        Args:
-            images: uint8 [B, C, H, W].
-            sample_ids: int64 [B], on the CPU.
-            view: Any integer: stores hold views 0 to V - 1, the teacher's own training uses negative ones.
+        Sample ids are on the CPU. Stores hold views 0 to V - 1, the teacher's own training uses negative ones.
         """
         return images if self.in_workers else self._tensor_engine(images, self._rng(sample_ids, view))
 

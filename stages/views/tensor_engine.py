@@ -17,9 +17,8 @@ from torch import Tensor
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.views.ops.affine import RandomAffine
 from kdpipe.stages.views.ops.color import ColorJitter, RandomGrayscale
-from kdpipe.stages.views.ops.crop import RandomCrop, RandomResizedCrop
+from kdpipe.stages.views.ops.crop import RandomCrop, RandomHorizontalFlip, RandomResizedCrop, RandomVerticalFlip
 from kdpipe.stages.views.ops.erase import Cutout, RandomErasing
-from kdpipe.stages.views.ops.flip import RandomHorizontalFlip, RandomVerticalFlip
 from kdpipe.stages.views.ops.rand_augment import RandAugment, TrivialAugmentWide
 from kdpipe.stages.views.rng import CounterRNG
 from kdpipe.store.errors import did_you_mean

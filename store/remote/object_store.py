@@ -74,7 +74,7 @@ class RemoteFolder:
     _open: Callable[[str], AbstractContextManager[_Object | None]] = field(repr=False)
 
     def read(self, key: str, max_bytes: int = METADATA_BYTES) -> bytes | None:
-        """Return all bytes of one object, or None where there is none. (S3 answers 403 if listing is forbidden.)
+        """Return all bytes of one object, or None where there is none (S3 answers 403 if listing is forbidden).
 
         An object whose stated size exceeds `max_bytes` is refused before its bytes are requested; so is one that sends
         more or fewer bytes than stated. Raises StoreError there, and where the server fails or refuses.

@@ -99,24 +99,24 @@ def recipe_of(place, images="images"):
 def done(place):
     """An uninterrupted run, and the output of its commands."""
     recipe, run = recipe_of(place), place / "undisturbed"
-    message = {}
+    results = {}
     for command in ("train-teacher", "cache-teacher", "train-student"):
-        message[command] = kdpipe_here(command, recipe, "--run", run, "--json")
-        assert message[command].exit_code == 0, message[command].stderr
-    return run, message
+        results[command] = kdpipe_here(command, recipe, "--run", run, "--json")
+        assert results[command].exit_code == 0, results[command].stderr
+    return run, results
 
 
 def test_pipeline_runs_and_the_store_has_the_teacher_logits(place, done):
-    run, message = done
-    cached = json.loads(message["cache-teacher"].stdout)["store"]
+    run, results = done
+    cached = json.loads(results["cache-teacher"].stdout)["store"]
     assert (cached["num_samples"], cached["num_views"], cached["num_units_missing"]) == (48, 12, 0)
-    students = json.loads(message["train-student"].stdout)["students"]
+    students = json.loads(results["train-student"].stdout)["students"]
     assert [len(students[kind]) for kind in ("alone", "distilled")] == [1, 1]
-    assert "Beyer" not in message["train-student"].stderr, "twelve replayed views are nothing to warn of"
-    asked = ("--recompute", 48, "--recipe", recipe_of(place), "--run", run)
-    verified = kdpipe_here("store", "verify", run / "store.zarr", *asked)
+    assert "Beyer" not in results["train-student"].stderr, "no warning for twelve replayed views"
+    options = ("--recompute", 48, "--recipe", recipe_of(place), "--run", run)
+    verified = kdpipe_here("store", "verify", run / "store.zarr", *options)
     assert verified.exit_code == 0, verified.output
-    assert "the teacher was asked for 48 samples" in verified.stdout
+    assert "48 samples were recomputed" in verified.stdout
 
 
 def test_views_are_drawn_with_the_stored_predictions(place, done):
@@ -149,8 +149,8 @@ def test_student_resumes_identically_after_a_signal(place, done):
     assert checkpoint.exists()
     ended = kdpipe_here("train-student", recipe, "--run", run)
     assert ended.exit_code == 0, ended.stderr
-    one, other = (folder / "students" / "distilled-seed0" / "model.safetensors" for folder in (run, done[0]))
-    assert one.read_bytes() == other.read_bytes()
+    resumed, expected = (folder / "students" / "distilled-seed0" / "model.safetensors" for folder in (run, done[0]))
+    assert resumed.read_bytes() == expected.read_bytes()
 
 
 def test_cache_teacher_resumes_to_the_same_bytes(place, done):

@@ -58,11 +58,10 @@ def written(text, name="r.toml"):
     return name
 
 
-def test_check_summarizes_valid_recipes():
-    shown = called("check", RECIPES / "digits.toml", RECIPES / "compress.toml").stdout.splitlines()
-    assert len(shown) == 2
-    assert "digits.toml: fine: digits; teacher cnn, trained for 40 epochs; 20 views; student cnn" in shown[0]
-    assert "kd + hint, 5 seeds; prune and quantize" in shown[0]
+def test_check_says_fine_of_valid_recipes():
+    lines = called("check", RECIPES / "digits.toml", RECIPES / "compress.toml").stdout.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith(".toml: fine") for line in lines)
 
 
 def test_check_lists_every_fault_of_every_file():
@@ -90,7 +89,7 @@ def test_check_builds_networks_and_losses_without_data():
 
 
 @pytest.mark.parametrize(
-    ("changes", "wanted"),
+    ("changes", "expected"),
     [
         (["data.name=cifar"], "unknown data set data.name='cifar'; did you mean 'CIFAR10' or 'CIFAR100'?"),
         (["student.model.name=resnet18x"], "student: no model is called 'resnet18x'"),
@@ -105,17 +104,17 @@ def test_check_builds_networks_and_losses_without_data():
         (["cache.store=s3://bucket/store"], "cache.store = 's3://bucket/store'"),
     ],
 )
-def test_check_finds_what_a_run_would_refuse(changes, wanted):
+def test_check_finds_what_a_run_would_refuse(changes, expected):
     overrides = [part for each in changes for part in ("--set", each)]
     shown = called("check", RECIPES / "digits.toml", *overrides, code=2).stdout
-    if wanted == "student: torchvision":
+    if expected == "student: torchvision":
         assert "student: " in shown and "channels" in shown
     else:
-        assert wanted in shown
+        assert expected in shown
 
 
 def test_check_notes_absent_files_and_unknown_sizes(here):
-    written(UNFIT.replace('"CIFAR10"', '"npz:pictures.npz"').replace(", args = { widht = 2 }", ""))
+    written(UNFIT.replace('"CIFAR10"', '"npz:images.npz"').replace(", args = { widht = 2 }", ""))
     overrides = ["student.model.weights=none.pt", "distill=[{ loss = 'kd' }]"]
     shown = called("check", "r.toml", *(part for each in overrides for part in ("--set", each))).stdout
     assert "only names are checked" in shown
@@ -137,21 +136,21 @@ def test_schema_is_printed_as_json():
 
 
 def test_new_writes_a_valid_recipe_from_defaults(here):
-    shown = called("new", "mine.toml", "--yes").stdout
-    assert "wrote mine.toml; next: kdpipe run mine.toml" in shown
-    text = Path("mine.toml").read_text()
-    for word in ("Command:   kdpipe run mine.toml", "Hardware:", "Time:", "Expect:", "not measured yet"):
+    shown = called("new", "blank.toml", "--yes").stdout
+    assert "wrote blank.toml; next: kdpipe run blank.toml" in shown
+    text = Path("blank.toml").read_text()
+    for word in ("Command:   kdpipe run blank.toml", "Hardware:", "Time:", "Expect:", "not measured yet"):
         assert word in text
-    recipe = load_recipe(Path("mine.toml"))
-    assert (recipe.name, recipe.data.name, recipe.student.seeds) == ("mine", "digits", (0, 1, 2))
+    recipe = load_recipe(Path("blank.toml"))
+    assert (recipe.name, recipe.data.name, recipe.student.seeds) == ("blank", "digits", (0, 1, 2))
     keys = [line for line in text.splitlines() if " = " in line and not line.startswith("#")]
     assert len(keys) > 15
     assert [line for line in keys if "  # " not in line] == []
-    assert list(here.iterdir()) == [here / "mine.toml"]
-    called("check", "mine.toml")
+    assert list(here.iterdir()) == [here / "blank.toml"]
+    called("check", "blank.toml")
 
 
-@pytest.mark.parametrize("data", [*sorted(DEFAULTS.keys() - {"CIFAR10"}), "npz:my pictures"])
+@pytest.mark.parametrize("data", [*sorted(DEFAULTS.keys() - {"CIFAR10"}), "npz:my images"])
 @pytest.mark.parametrize("losses", ["kd", "+".join(OFFERED_LOSSES)])
 def test_new_writes_recipes_for_every_kind_of_data(data, losses, monkeypatch):
     if data == "imagefolder":  # skip building large networks, which takes seconds
@@ -171,7 +170,7 @@ def test_new_takes_every_answer_as_an_option():
         "data": "mnist",
         "root": 'a "b" \\ c',
         "teacher": "mlp",
-        "teacher-weights": "../weights of mine.pt",
+        "teacher-weights": "../my weights.pt",
         "student": "mlp",
         "loss": "rkd",
         "layers": "layer1,layer1",
@@ -181,14 +180,14 @@ def test_new_takes_every_answer_as_an_option():
     called("new", *(part for key, text in options.items() for part in (f"--{key}", text)))
     recipe = load_recipe(Path("n-1.toml"))
     assert (recipe.data.name, recipe.data.root) == ("MNIST", 'a "b" \\ c')
-    assert (recipe.teacher.model.weights, recipe.teacher.train) == ("../weights of mine.pt", None)
+    assert (recipe.teacher.model.weights, recipe.teacher.train) == ("../my weights.pt", None)
     assert recipe.distill[0].layers == (("layer1", "layer1"),)
     assert recipe.student.hard_label_weight == 1.0
     assert recipe.compress.steps == ()
 
 
 @pytest.mark.parametrize(
-    ("options", "wanted"),
+    ("options", "expected"),
     [
         ([], "pass --yes"),
         (["--yes", "--name", "../x"], "--name: invalid value '../x': string should match pattern"),
@@ -209,20 +208,20 @@ def test_new_takes_every_answer_as_an_option():
         (["--yes", "--student", "mobilenet_v2"], "do not fit together"),
     ],
 )
-def test_new_refuses_invalid_answers_and_writes_nothing(here, options, wanted):
-    said = called("new", *options, code=2).stderr
-    assert wanted in said
-    assert len(said.splitlines()) == 1
+def test_new_refuses_invalid_answers_and_writes_nothing(here, options, expected):
+    message = called("new", *options, code=2).stderr
+    assert expected in message
+    assert len(message.splitlines()) == 1
     assert list(here.iterdir()) == []
 
 
 def test_new_never_overwrites(here):
-    written("mine", "there.toml")
+    written("kept", "there.toml")
     Path("dangling.toml").symlink_to("nowhere")
     for name in ("there.toml", "dangling.toml"):
         assert "already exists" in called("new", name, "--yes", code=2).stderr
     assert "the folder no does not exist" in called("new", "no/such.toml", "--yes", code=2).stderr
-    assert Path("there.toml").read_text() == "mine"
+    assert Path("there.toml").read_text() == "kept"
     assert sorted(path.name for path in here.iterdir()) == ["dangling.toml", "there.toml"]
 
 
@@ -236,7 +235,7 @@ def test_new_asks_again_after_an_invalid_answer(terminal):
     ended = called("new", "asked.toml", answers="\n".join(answers) + "\n")
     assert "Name of the experiment [asked]: " in ended.stdout
     assert "unknown data set 'Digits!'" in ended.stderr
-    assert "unknown model 'cnnn'; nearest: cnn" in ended.stderr
+    assert "unknown model 'cnnn'; did you mean 'cnn'" in ended.stderr
     assert "not magic; others: later" in ended.stderr
     assert "invalid value '99999'" in ended.stderr
     assert "invalid value '2': input should be less than 1" in ended.stderr
@@ -255,7 +254,7 @@ def test_new_asks_only_for_what_options_leave_open(terminal):
     assert load_recipe(Path("half.toml")).data.name == "CIFAR10"
 
 
-def test_new_leaves_nothing_behind_where_people_break_off(here, terminal, monkeypatch):
+def test_new_writes_nothing_when_interrupted(here, terminal, monkeypatch):
     assert "interrupted; nothing was written" in called("new", "a.toml", answers="x\n", code=1).stderr
 
     def interrupted(prompt):

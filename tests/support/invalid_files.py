@@ -1,4 +1,4 @@
-"""Damaged and hostile files for the tests of what commands say of them, and how a command has to refuse."""
+"""Damaged and hostile files, to test the errors of commands that read them."""
 
 import json
 import os
@@ -14,18 +14,18 @@ from support.kdpipe_process import kdpipe_here
 ESCAPE = "\x1b[31m\u202e<script>"
 DEEP = '{"a":' * 10**5 + "1" + "}" * 10**5
 PLACES = ("folder", "pipe", "circle", "zeros", "passwords")
-"""What may stand in the place of a file, as `put` knows it."""
+"""What `put` can create in the place of a file."""
 
 NO_RECORDS = (*PLACES, "", b"\x80\xff\x00", "[]", "null", "{}", DEEP, '{"a": ' + "9" * 10**4 + "}")
 WAIT_S = 60
 
 
-class WaitsForEver(BaseException):
-    """No error that a command would turn into a sentence."""
+class Timeout(BaseException):
+    """A timeout; not an Exception, so that no command catches it."""
 
 
 class Touch:
-    """Unpickled, it makes a file: a stand-in for what a stranger might do."""
+    """Creates a file when unpickled, as a stand-in for hostile code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,10 +36,10 @@ class Touch:
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """End the block by WaitsForEver where it would not end by itself."""
+    """Raise Timeout if the block takes too long."""
 
     def end(*_: object) -> None:
-        raise WaitsForEver
+        raise Timeout
 
     before = signal.signal(signal.SIGALRM, end)
     signal.alarm(WAIT_S)
@@ -51,27 +51,27 @@ def in_time() -> Iterator[None]:
 
 
 def answer(*arguments: str | Path) -> Result:
-    """What a command says; a test fails where it waits for what never comes."""
+    """Run a command with a time limit."""
     with in_time():
         return kdpipe_here(*arguments)
 
 
 def refused(*arguments: str | Path, code: int = 1) -> str:
-    """What a command says that refuses: one sentence, and an exit status."""
+    """Run a command that must fail with one error line and the exit code `code`; return the line."""
     ended = answer(*arguments)
     assert isinstance(ended.exception, SystemExit), (arguments, ended.exception)
     assert ended.exit_code == code, (ended.stdout, ended.stderr)
-    said = [line for line in ended.stderr.splitlines() if line.startswith("kdpipe: ")]
-    assert len(said) == 1, said
-    assert said[0].startswith("kdpipe: error: ")
-    assert said[0].isprintable()
-    assert len(said[0]) < 1000
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("kdpipe: ")]
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("kdpipe: error: ")
+    assert errors[0].isprintable()
+    assert len(errors[0]) < 1000
     assert [word for word in ("Traceback", "Errno", "Warning") if word in ended.stderr] == []
-    return said[0]
+    return errors[0]
 
 
 def put(path: Path, what: str | bytes) -> None:
-    """Put something else in the place of a file: bytes, text, or one of PLACES."""
+    """Replace a file by bytes, text, or one of PLACES."""
     if path.is_dir() and not path.is_symlink():
         path.rmdir()
     path.unlink(missing_ok=True)
@@ -90,9 +90,9 @@ def put(path: Path, what: str | bytes) -> None:
 
 
 def with_value(good: bytes, path: tuple[str | int, ...], value: object) -> str:
-    """A JSON record with another value at its place."""
-    record = at = json.loads(good)
+    """Return a JSON record with the value at `path` replaced."""
+    record = parent = json.loads(good)
     for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
+        parent = parent[key]
+    parent[path[-1]] = value
     return json.dumps(record)

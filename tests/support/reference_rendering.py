@@ -41,9 +41,9 @@ def make_renderer(views_name, size, partner_pool):
 
 
 def renderer_of(image_set, views, partners=None):
-    """Made once for all tests, since a pipeline is tried out when it is made."""
+    """Return a cached renderer: building one checks its pipeline, which takes time."""
     partner_pool = torch.sort((partners or image_set).sample_ids).values.tolist()
-    name = next(name for name, one in VIEWS.items() if one is views)
+    name = next(name for name, config in VIEWS.items() if config is views)
     return make_renderer(name, image_set.image_size, tuple(partner_pool))
 
 
@@ -57,7 +57,7 @@ def mixture_of(image_set, views, positions, view, partners=None):
 
 
 def render_alone(image_set, views, at, view, partners=None):
-    """The image of one sample, made from raw images and by itself; its partner is in the same view of its own."""
+    """Render one sample by itself from raw images, mixed with its partner in the same view."""
     renderer, others = renderer_of(image_set, views, partners), partners or image_set
 
     def view_of(source, position):
@@ -87,11 +87,11 @@ def make_task(loader, **changes):
 
 
 def check_labels(image_set, positions, view, batch):
-    """Own and partners' labels and shares of a batch, and its loss, each by hand."""
+    """Check a batch's own and partner labels, shares and loss against a direct computation."""
     mixture = mixture_of(image_set, MIXED_CROPS, positions, view)
     label_of = dict(zip(image_set.sample_ids.tolist(), image_set.labels.tolist(), strict=True))
     assert torch.equal(batch.hard.labels, image_set.labels[positions])
-    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
+    assert batch.hard.partner_labels.tolist() == [label_of[sample_id] for sample_id in mixture.partner_ids.tolist()]
     assert torch.equal(batch.hard.own_share, mixture.own_share)
     assert 0 < mixture.mixed.sum() < len(positions), "some are mixed and some are not"
     logits = torch.randn(len(positions), 4, generator=torch.Generator().manual_seed(0))
@@ -99,6 +99,6 @@ def check_labels(image_set, positions, view, batch):
     own, partners = -log_p[rows, batch.hard.labels], -log_p[rows, batch.hard.partner_labels]
     share = mixture.own_share.double()
     by_hand = (share * own + (1 - share) * partners).mean()
-    message = make_task(None, hard_label_weight=0.5).losses(ModelOutput(logits, {}), batch)
-    assert list(message) == ["hard_labels"]
-    assert float(message["hard_labels"]) == pytest.approx(0.5 * float(by_hand), rel=1e-5)
+    losses = make_task(None, hard_label_weight=0.5).losses(ModelOutput(logits, {}), batch)
+    assert list(losses) == ["hard_labels"]
+    assert float(losses["hard_labels"]) == pytest.approx(0.5 * float(by_hand), rel=1e-5)

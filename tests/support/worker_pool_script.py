@@ -1,8 +1,8 @@
 """Processes that use a pool of workers and end, each in its own way: `python worker_pool_script.py NAME ...` in an
 empty folder; it prints how each of them ended.
 
-They are forks of one, for to start Python and torch takes longer than all they do; and apart from pytest's, for where a
-worker is killed, torch raises an error wherever the process happens to be.
+They are forks of one process, since starting Python and torch takes longer than the tests; and separate from pytest's,
+since torch raises an error anywhere in a process whose worker is killed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, View
 from support.photographs import path_of, photographs
 
 kept: list[Iterator[ImageBatch]] = []
-"""Streams that are still there when Python ends."""
+"""Streams still open when Python ends."""
 
 
 def stream_of(image_set: ImageSet, num_batches: int) -> Iterator[ImageBatch]:
     loader = ImageLoader(image_set, torch.device("cpu"), num_workers=2)
-    kept.append(loader.stream(ViewRequest(torch.arange(4) + 4 * (at % 3)) for at in range(num_batches)))
+    kept.append(loader.stream(ViewRequest(torch.arange(4) + 4 * (number % 3)) for number in range(num_batches)))
     return kept[-1]
 
 
@@ -40,9 +40,7 @@ def leaves(image_set: ImageSet) -> None:
 
 
 def hangs(image_set: ImageSet) -> None:
-    """A worker waits for ever for the image at 8. The job waits for it less long than torch has it by default: 5 s, and
-    that twice.
-    """
+    """A worker hangs reading image 8. The job waits for it for less time than torch's default of twice 5 s."""
     _utils.MP_STATUS_CHECK_INTERVAL = 1.0
     os.mkfifo(pipe := path_of(image_set, 8).with_suffix(".pipe"))
     pipe.rename(path_of(image_set, 8))
@@ -68,8 +66,8 @@ def loses_a_worker(image_set: ImageSet) -> None:
         print("loses_a_worker:", error)
 
 
-def loses_a_worker_as_it_hands_over(image_set: ImageSet) -> None:
-    """In the moment before torch learns of it; which it does only when the other worker ends."""
+def loses_a_worker_while_it_sends(image_set: ImageSet) -> None:
+    """The worker is killed while it sends a result, before torch notices."""
 
     def die(iterator: Any, timeout: float = 5) -> None:
         os.kill(iterator._workers[1].pid, signal.SIGKILL)
@@ -82,7 +80,7 @@ def loses_a_worker_as_it_hands_over(image_set: ImageSet) -> None:
     try:
         list(stream)
     except RuntimeError as error:
-        print("loses_a_worker_as_it_hands_over:", error)
+        print("loses_a_worker_while_it_sends:", error)
     signal.sigwait({signal.SIGCHLD})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
@@ -95,7 +93,7 @@ def main() -> None:
         if child == 0:
             os.chdir(name)
             globals()[name](photographs(Path("images").absolute(), 12))
-            return  # to the end of Python, as any process would
+            return  # run Python's exit handlers, as any process does
         children[child] = name
         Path(name, "pid").write_text(str(child))
     for _ in range(len(children)):

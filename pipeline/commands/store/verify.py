@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.run import Run
     from kdpipe.stages.cache_teacher.recheck import RecheckReport
 
+Repaired = dict[Path, tuple[VerifyReport, VerifyReport, int]]
+"""By store: the faults found, the verdict after the repair, and the number of units computed."""
+
 
 def verify(path: Path, as_json: bool) -> VerifyReport:
     """Check the store at `path`, with signals and progress."""
@@ -37,12 +40,8 @@ def recheck(path: Path, run: Run, num_rows: int, seed: int) -> RecheckReport:
     return recompute(path, teacher, test_context(run.context) if is_test_store else run.context, num_rows, seed)
 
 
-def repair(run: Run) -> dict[Path, tuple[VerifyReport, VerifyReport, int]]:
-    """Repair the recipe's stores, of the training and the test images.
-
-    Returns:
-        By store: the faults found, the verdict after the repair, and the number of units computed.
-    """
+def repair(run: Run) -> Repaired:
+    """Repair the recipe's stores, of the training and the test images."""
     from kdpipe.stages.cache_teacher.repair import repair as repair_store
     from kdpipe.stages.context import test_context
     from kdpipe.stages.train_teacher import load_teacher
@@ -76,7 +75,7 @@ def print_verdict(path: Path, verdict: VerifyReport, recomputed: RecheckReport |
     print("\n".join(map(printable, lines)))  # noqa: T201
 
 
-def repair_json(repaired: dict[Path, tuple[VerifyReport, VerifyReport, int]]) -> dict[str, Any]:
+def repair_json(repaired: Repaired) -> dict[str, Any]:
     """Return the results for the training store, and under `test_store` for that of the test images, if any."""
     documents = [
         {
@@ -90,12 +89,13 @@ def repair_json(repaired: dict[Path, tuple[VerifyReport, VerifyReport, int]]) ->
     return documents[0] | ({"test_store": documents[1]} if len(documents) > 1 else {})
 
 
-def print_repair(path: Path, found: VerifyReport, left: VerifyReport, num_computed: int) -> None:
+def print_repair(repaired: Repaired) -> None:
     """Print the faults found, and the verdict after the repair, to stdout."""
-    for fault in found.damaged:
-        print(printable(f"found        {fault}"))  # noqa: T201
-    print(f"{path}: {_num_faults(found)} found, {num_computed} units recomputed")  # noqa: T201
-    print_verdict(path, left)
+    for path, (found, left, num_computed) in repaired.items():
+        for fault in found.damaged:
+            print(printable(f"found        {fault}"))  # noqa: T201
+        print(f"{path}: {_num_faults(found)} found, {num_computed} units recomputed")  # noqa: T201
+        print_verdict(path, left)
 
 
 def exit_for(verdict: VerifyReport, recomputed: RecheckReport | None = None) -> None:

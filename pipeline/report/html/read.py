@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,18 @@ class Job:
 
     folder: Path
     result: Mapping[str, Any] | None
-    epochs: Sequence[Epoch]
+
+    @cached_property
+    def epochs(self) -> list[Epoch]:
+        """The lines of metrics.jsonl; an absent one is empty. Raises RunError if it is damaged."""
+        path = JobDir(self.folder).metrics
+        try:
+            lines = read_regular_file(path, MAX_METRICS_BYTES).decode().splitlines()
+            return [_epoch(json.loads(line)) for line in lines if line.strip()]
+        except FileNotFoundError:
+            return []
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+            raise RunError(f"{path} is damaged ({error}): delete its folder, and run the recipe again.") from error
 
     @property
     def examined(self) -> Mapping[str, Any] | None:
@@ -107,19 +119,7 @@ def read_run(path: Path, number: int) -> PageRun:
 
 
 def _network(entry: NetworkEntry) -> Network:
-    jobs = [Job(folder, JobDir(folder).result(), _epochs(JobDir(folder).metrics)) for folder in entry.jobs]
-    return Network(entry.name, entry.kind, jobs)
-
-
-def _epochs(path: Path) -> list[Epoch]:
-    """Read a metrics.jsonl; an absent one is empty. Raises RunError if it is damaged."""
-    try:
-        lines = read_regular_file(path, MAX_METRICS_BYTES).decode().splitlines()
-        return [_epoch(json.loads(line)) for line in lines if line.strip()]
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise RunError(f"{path} is damaged ({error}): delete its folder, and run the recipe again.") from error
+    return Network(entry.name, entry.kind, [Job(folder, JobDir(folder).result()) for folder in entry.jobs])
 
 
 def _epoch(record: dict[str, Any]) -> Epoch:

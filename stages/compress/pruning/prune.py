@@ -32,7 +32,7 @@ from kdpipe.stages.config import Count, section
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
-from kdpipe.stages.models.module_lookup import get_module
+from kdpipe.stages.models.hooks import get_module
 from kdpipe.stages.models.weights import count_parameters
 
 

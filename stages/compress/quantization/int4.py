@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.export.exportable import replace_modules
 from kdpipe.stages.models.clone import clone_without_hooks, preserve_modes
-from kdpipe.stages.models.hooks import capture, model_errors
-from kdpipe.stages.models.module_lookup import get_module
+from kdpipe.stages.models.hooks import capture, get_module, model_errors
 
 BITS = 4
 LOWEST, HIGHEST = -8, 7

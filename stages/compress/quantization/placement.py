@@ -19,7 +19,7 @@ from kdpipe.stages.compress.quantization.op_types import (
     unmarked_kind_of,
 )
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.module_lookup import get_module
+from kdpipe.stages.models.hooks import get_module
 
 QUANTIZERS = "quantizers"
 """The path of the activation quantizers; each is named after the node whose output it rounds."""

@@ -75,13 +75,8 @@ class ImageLoader:
     def stream(self, requests: Iterable[ViewRequest], *, require_all: bool = False) -> Iterator[ImageBatch]:
         """Load one request after the other; requests may be drawn ahead.
 
-        Args:
-            requests: The batches.
-            require_all: Treat every unreadable image as an error, regardless of `on_failure`.
-
-        Raises:
-            DataError: An image cannot be read, no image of a batch can be read, or original images of different sizes
-                are requested.
+        With `require_all` every unreadable image is an error, regardless of `on_failure`. Raises DataError if so, if no
+        image of a batch can be read, or if original images of different sizes are requested.
         """
         pairs = ((request, self._sample_mix(request)) for request in requests)
         if self._images is None:

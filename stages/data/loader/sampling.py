@@ -18,13 +18,7 @@ def shard_order(seed: int, epoch: int, slabs: Tensor, window: int) -> Tensor:
     """Return a permutation of the samples, int64 [N], that reads each slab (shard) of a store once per epoch.
 
     The slabs are shuffled, and `window` of them at a time are mixed; since a store's rows are in pseudo-random order,
-    this mixes almost like a full shuffle.
-
-    Args:
-        seed: The recipe's seed.
-        epoch: Number of the epoch.
-        slabs: The shard that stores each sample's targets, int64 [N].
-        window: Number of slabs mixed at a time.
+    this mixes almost like a full shuffle. `slabs` is the shard that stores each sample's targets, int64 [N].
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "slabs", epoch))
     present = torch.unique(slabs)

@@ -50,15 +50,12 @@ def list_arrays(
     """List images that are already in memory, as numpy arrays or torch tensors.
 
     Args:
-        name: Name of the data set, for messages.
         images: uint8 [N, H, W] or [N, H, W, C].
         labels: Integer [N].
         sample_ids: Integer [N]; defaults to the positions.
         class_names: Defaults to "0", "1", ... up to the largest label.
-        unsplit: Whether the set has no test split.
 
-    Raises:
-        DataError: An array has another type or shape.
+    Raises DataError for an array of another type or shape.
     """
     pixels = _pixels(name, images)
     label_column = integer_column(name, "labels", labels, len(pixels))

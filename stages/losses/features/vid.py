@@ -72,7 +72,8 @@ class VID(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         teacher = as_maps(teacher)
         maps = pool_to(as_maps(to_float32(student)), (teacher.shape[2], teacher.shape[3]))
-        return vid_loss(*self.predict(maps), teacher)
+        mean, variance = self.predict(maps)
+        return vid_loss(mean, variance, teacher)
 
     def predict(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Predict the teacher's mean [B, C_t, H, W] and variance [C_t] from the student's maps [B, C_s, H, W]."""

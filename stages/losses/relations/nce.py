@@ -45,7 +45,7 @@ class NCELoss(nn.Module):
         same, negatives = self._products(anchors, among)
         measured = (same, negatives) if first_among is None else self._products(anchors, first_among)
         log_z = self._log_z(measured[0].detach(), measured[1].detach(), is_negative)
-        return nce_per_sample(same - log_z, negatives - log_z, is_negative, self.num_samples)
+        return nce_loss(same - log_z, negatives - log_z, is_negative, self.num_samples)
 
     def _products(self, anchors: Tensor, among: Compared) -> tuple[Tensor, Tensor]:
         positives, negatives = among
@@ -102,7 +102,7 @@ def log_z_of(same: Tensor, negatives: Tensor, is_negative: Tensor, num_samples: 
     return means.logsumexp(0) - math.log(max(1, len(means))) + math.log(num_samples)
 
 
-def nce_per_sample(log_same: Tensor, log_negatives: Tensor, is_negative: Tensor, num_samples: int) -> Tensor:
+def nce_loss(log_same: Tensor, log_negatives: Tensor, is_negative: Tensor, num_samples: int) -> Tensor:
     """Compute -log P_+ / (P_+ + c) - sum_k log c / (P_k + c) of each anchor, [B].
 
     c = m / num_samples, with m the number of counting negatives. P + c is P + c + 1e-7, as in the authors' code; P

@@ -59,7 +59,6 @@ class RandomAffine(KeepsSize):
     center: tuple[float, float] | None = None
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Transform uint8 [B, C, H, W]."""
         changed = images.clone()
         matrices = self._matrices(rng, (images.shape[2], images.shape[3]))
         apply_to_rows(changed, torch.arange(len(images)), lambda part, to: affine(part, to, self.fill), matrices)
@@ -93,11 +92,7 @@ def affine(images: Tensor, matrices: Tensor, fill: int = 0) -> Tensor:
     """Take each pixel from where its image's matrix maps it, rounded to the nearest; `fill` outside the image.
 
     Coordinates are sums of a column part and a row part, each rounded to 2^-16 pixels and clipped at 16,384 pixels.
-
-    Args:
-        images: uint8 [B, C, H, W].
-        matrices: float64 [B, 2, 3], see inverse_matrices.
-        fill: A gray level.
+    Matrices are float64 [B, 2, 3], see inverse_matrices.
     """
     batch, channels, height, width = images.shape
     padded = F.pad(images, [1] * 4, value=fill)  # a frame for all coordinates outside the image

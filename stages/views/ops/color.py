@@ -55,7 +55,6 @@ class ColorJitter(KeepsSize):
     hue: HueShift = 0.0
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Change the colors of uint8 [B, C, H, W]."""
         changed = images.clone()
         orders = _ORDERS[rng.integers(len(_ORDERS), _ORDER)]
         factors = [rng.uniform(*bounds, _FACTOR + number) for number, bounds in enumerate(self._bounds())]
@@ -83,7 +82,6 @@ class RandomGrayscale(KeepsSize):
     p: Probability = 0.1
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Convert some images of uint8 [B, C, H, W]."""
         changed = images.clone()
         apply_to_rows(changed, rng.bernoulli(self.p, 0).nonzero()[:, 0], rgb_to_grayscale)
         return changed
@@ -169,10 +167,7 @@ def grayscale(images: Tensor) -> Tensor:
 def blend(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
     """Return images * factor + others * (1 - factor), rounded down and clamped: uint8 [B, C, H, W].
 
-    Args:
-        images: uint8 [B, C, H, W].
-        others: int32 [B, C or 1, H, W], 0 to 255.
-        factors: float64 [B], 0 to 64, so that products fit into 32 bits.
+    Others are int32 [B, C or 1, H, W], 0 to 255; factors float64 [B], 0 to 64, so that products fit into 32 bits.
     """
     factor = fixed_point(factors, images.device)
     return _rounded_down(images.int().mul_(factor).add_(others * (ONE - factor)))

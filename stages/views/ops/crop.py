@@ -1,9 +1,9 @@
-"""RandomCrop and RandomResizedCrop."""
+"""Crops and flips."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.views.ops.boxes import Boxes, random_boxes
-from kdpipe.stages.views.ops.fields import AreaRange, Level, RatioRange, Size, side_lengths
+from kdpipe.stages.views.ops.fields import AreaRange, KeepsSize, Level, Probability, RatioRange, Size, side_lengths
 from kdpipe.stages.views.ops.resample import resample
 from kdpipe.stages.views.rng import CounterRNG
 
@@ -55,7 +55,6 @@ class RandomCrop:
         return out
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Crop uint8 [B, C, H, W] to uint8 [B, C, H', W']."""
         return self.crop_rows(images, torch.arange(len(images)), rng)
 
     def crop_rows(self, images: Tensor, rows: Tensor, rng: CounterRNG) -> Tensor:
@@ -100,7 +99,6 @@ class RandomResizedCrop:
         return out
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Crop and resize uint8 [B, C, H, W] to uint8 [B, C, H', W']."""
         size = (images.shape[2], images.shape[3])
         boxes = random_boxes(rng, size, size, self.scale, self.ratio)
         central = (torch.tensor(side) for side in _central_box(size, self.ratio))
@@ -117,19 +115,42 @@ def _central_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+class _RandomFlip(KeepsSize):
+    p: float
+    _dim: ClassVar[int]
+
+    def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
+        return self.overwrite(images.clone(), rng)
+
+    def overwrite(self, images: Tensor, rng: CounterRNG) -> Tensor:
+        """Flip in place."""
+        return flip_where(images, rng.bernoulli(self.p, 0), self._dim)
+
+
+@section
+class RandomHorizontalFlip(_RandomFlip):
+    """Mirror left to right with probability `p`."""
+
+    name: Literal["RandomHorizontalFlip"]
+    p: Probability = 0.5
+    _dim = 3
+
+
+@section
+class RandomVerticalFlip(_RandomFlip):
+    """Mirror top to bottom with probability `p`."""
+
+    name: Literal["RandomVerticalFlip"]
+    p: Probability = 0.5
+    _dim = 2
+
+
 def shift_rows(images: Tensor, rows: Tensor, down: Tensor, right: Tensor, *, max_shift: int, fill: int) -> Tensor:
     """Return out[b, c, i, j] = images[rows[b], c, i + down[b], j + right[b]], or `fill` outside the image.
 
     The pixels of an image are one run of bytes, so it is copied whole from an offset, and what then comes from another
     row, plane or image is filled. That takes a quarter of the time of copying, padding and cropping.
-
-    Args:
-        images: uint8 [N, C, H, W], on the CPU, as the others.
-        rows: int64 [B].
-        down: int64 [B], in [-max_shift, max_shift], as `right`.
-        right: int64 [B].
-        max_shift: Limit of both shifts.
-        fill: A gray level.
+    Images are uint8 [N, C, H, W], rows and shifts int64 [B], all on the CPU; shifts are in [-max_shift, max_shift].
     """
     num_images, channels, height, width = images.shape
     image_bytes = channels * height * width
@@ -159,11 +180,7 @@ def _mask_by_shift(length: int, max_shift: int) -> Tensor:
 def windows(images: Tensor, tops: Tensor, lefts: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the window of `size` (h, w) at row tops[b], column lefts[b] of each image: [B, C, h, w].
 
-    Args:
-        images: [B, C, H, W].
-        tops: int64 [B], on the CPU; each window must be within its image.
-        lefts: int64 [B], on the CPU.
-        size: (h, w).
+    Tops and lefts are int64 [B], on the CPU; each window must be within its image.
     """
     if images.device.type == "cpu":
         # numpy copies whole windows; torch's indexing and gathering of bytes are many times slower
@@ -175,3 +192,14 @@ def windows(images: Tensor, tops: Tensor, lefts: Tensor, size: tuple[int, int]) 
     columns = lefts[:, None] + torch.arange(size[1], device=images.device)
     index = (rows[:, :, None] * width + columns[:, None, :]).reshape(batch, 1, -1).expand(batch, channels, -1)
     return images.reshape(batch, channels, -1).gather(2, index).reshape(batch, channels, *size)
+
+
+def flip_where(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
+    """Mirror the `chosen` images, bool [B] on the CPU, of uint8 [B, C, H, W] along `dim`, in place."""
+    if images.device.type == "cpu":
+        # numpy copies whole images; torch selects byte by byte, which is many times slower
+        rows = chosen.nonzero()[:, 0]
+        images.numpy()[rows.numpy()] = images.index_select(0, rows).flip(dim).numpy()
+        return images
+    chosen = chosen.to(images.device, non_blocking=True)
+    return torch.where(chosen[:, None, None, None], images.flip(dim), images)

@@ -41,7 +41,6 @@ class RandomErasing(KeepsSize):
     value: Annotated[Fill, with_message('a level from 0 to 255, [red, green, blue], or "random"')] = 0
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Erase in uint8 [B, C, H, W]. Raises RecipeError for grayscale images and three values."""
         rows = rng.bernoulli(self.p, _CHOSEN).nonzero()[:, 0]
         row_rng = rng.at(rows)
         size = (images.shape[2], images.shape[3])
@@ -84,7 +83,6 @@ class Cutout:
         return size
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Cut out of uint8 [B, C, H, W]."""
         height, width = images.shape[2:]
         side = torch.full((len(images),), self.size)
         boxes = boxes_around(rng.integers(height, _ROW), rng.integers(width, _COLUMN), side, side, (height, width))

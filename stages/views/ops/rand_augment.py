@@ -55,7 +55,6 @@ class RandAugment(KeepsSize):
         return self
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Augment uint8 [B, C, H, W]."""
         changed = images.clone()
         height, width = images.shape[2:]
         largest = _RAND_AUGMENT | {"TranslateX": 150 / 331 * width, "TranslateY": 150 / 331 * height}
@@ -84,7 +83,6 @@ class TrivialAugmentWide(KeepsSize):
     fill: Level = 0
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
-        """Augment uint8 [B, C, H, W]."""
         changed = images.clone()
         bins = rng.integers(self.num_magnitude_bins, _BIN)
         _change(changed, rng, 0, _Strengths(bins, self.num_magnitude_bins - 1, _TRIVIAL_AUGMENT_WIDE), self.fill)

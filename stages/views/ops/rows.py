@@ -14,11 +14,7 @@ _BLOCK_BYTES = 1 << 20
 def apply_to_rows(images: Tensor, rows: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> None:
     """Replace images[rows] by operation(images[rows], *parameters), in place; block by block on the CPU.
 
-    Args:
-        images: uint8 [B, C, H, W].
-        rows: int64 [R], on the CPU.
-        operation: Maps images and parameters of some rows to images.
-        parameters: [R, ...], one row for each image.
+    Images are uint8 [B, C, H, W], rows int64 [R] on the CPU, and each of the parameters [R, ...].
     """
     block = max(1, _BLOCK_BYTES // images.shape[1:].numel()) if images.device.type == "cpu" else max(1, len(rows))
     for start in range(0, len(rows), block):

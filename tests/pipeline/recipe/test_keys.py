@@ -60,30 +60,30 @@ def resolved(schema):
 
 def options(schema):
     """Return the alternative types of a key."""
-    return [resolved(one) for one in resolved(schema).get("anyOf", [schema])]
+    return [resolved(option) for option in resolved(schema).get("anyOf", [schema])]
 
 
 def kinds(schema):
     """Return the JSON types of a key."""
     found = set()
-    for one in options(schema):
-        if "type" in one:
-            found.add(one["type"])
+    for option in options(schema):
+        if "type" in option:
+            found.add(option["type"])
     return found | ({"integer"} if "number" in found else set())
 
 
-def leaves(section, at):
+def leaves(section, path):
     """Yield path and schema of all keys at and below a section, except those that accept anything."""
     for key, schema in section["properties"].items():
-        where = (*at, key)
-        inner = [one for one in options(schema) if "properties" in one]
+        inner_path = (*path, key)
+        inner = [option for option in options(schema) if "properties" in option]
         if key in ("distill", "compare"):
-            yield where, {"type": "array" if key == "distill" else "object"}
+            yield inner_path, {"type": "array" if key == "distill" else "object"}
             continue
         if key not in ("args", "operations"):
-            yield where, schema
-        for one in inner:
-            yield from leaves(one, where)
+            yield inner_path, schema
+        for option in inner:
+            yield from leaves(option, inner_path)
 
 
 def entries():
@@ -101,12 +101,12 @@ def entries():
 
 def with_value(base, path, value):
     table = copy.deepcopy(base)
-    at = table
+    section = table
     for key in path[:-1]:
-        at = at.setdefault(key, {})
-        if not isinstance(at, dict):
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
             return None
-    at[path[-1]] = value
+    section[path[-1]] = value
     return table
 
 
@@ -171,9 +171,9 @@ def test_unusual_but_valid_paths_are_kept(value):
     assert recipe.data.root == recipe.cache.store == value
 
 
-def sections(at=BASE, path=()):
+def sections(table=BASE, path=()):
     yield path
-    for key, value in at.items():
+    for key, value in table.items():
         if isinstance(value, dict):
             yield from sections(value, (*path, key))
 
@@ -189,10 +189,10 @@ def test_every_section_refuses_unknown_keys(path):
 def test_missing_required_keys_are_refused(path):
     table = copy.deepcopy(BASE)
     *parents, last = path.split(".")
-    at = table
+    section = table
     for key in parents:
-        at = at[key]
-    del at[last]
+        section = section[key]
+    del section[last]
     assert f"the key '{path}' is missing" in message_for(table)
     assert not VALIDATOR.is_valid(table)
 

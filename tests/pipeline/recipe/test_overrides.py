@@ -150,10 +150,10 @@ def test_environment_and_set_give_the_same_recipe(tmp_path_factory, chosen):
     assert by_set == by_environment
     resolved = recipe_json(by_set)
     for keys, value in chosen.items():
-        at = resolved
+        found = resolved
         for key in keys:
-            at = at[int(key)] if isinstance(at, list | tuple) else at[key]
-        found = json.loads(json.dumps(at))
+            found = found[int(key)] if isinstance(found, list | tuple) else found[key]
+        found = json.loads(json.dumps(found))
         assert (found if not isinstance(value, dict) else {key: found[key] for key in value}) == value
 
 

@@ -97,8 +97,8 @@ def leave_job(folder, accuracy, found, losses=("hard_labels",)):
         result["examined"] = found
     (folder / "result.json").write_text(json.dumps(result))
     lines = [
-        json.dumps({"epoch": at, "accuracy": accuracy * (at + 1) / 3, "losses": dict.fromkeys(losses, 1 / (at + 1))})
-        for at in range(3)
+        json.dumps({"epoch": epoch, "accuracy": accuracy * (epoch + 1) / 3, "losses": dict.fromkeys(losses, 1.0)})
+        for epoch in range(3)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
 
@@ -219,12 +219,14 @@ def test_unfinished_run_has_a_page(tmp_path):
     "line",
     ['{"epoch": 3, "accu', '{"epoch": 3, "accuracy": NaN}', '{"epoch": "x"}', "[]", '{"epoch": 3, "accuracy": 7}'],
 )
-def test_damaged_metrics_are_refused(tmp_path, line):
+def test_damaged_metrics_leave_out_the_curves(tmp_path, line):
     run = made_run(tmp_path / "run")
     with (run / "teacher/metrics.jsonl").open("a") as file:
         file.write("\n" + line)
-    with pytest.raises(RunError, match="metrics.jsonl is damaged"):
-        page_of(run)
+    _, read, messages = page_of(run)
+    assert "This could not be read: run/teacher/metrics.jsonl is damaged" in read.text
+    assert len([message for message in messages if "Learning curves is left out" in message]) == 1
+    assert "Agreement with the teacher" in read.text
 
 
 def test_several_runs_are_compared(tmp_path):
@@ -258,8 +260,8 @@ def test_bins_of_seeds_are_pooled_by_num_samples(tmp_path):
         [{"num_samples": 10, "confidence": 0.2, "accuracy": 0.0}, empty],
         [{"num_samples": 30, "confidence": 0.4, "accuracy": 1.0}, empty],
     ]
-    jobs = [Job(tmp_path, {"examined": {"bins": bins}}, []) for bins in seeds]
-    first, second = pooled_bins(Network("n", "n", [*jobs, Job(tmp_path, None, []), Job(tmp_path, {}, [])]))
+    jobs = [Job(tmp_path, {"examined": {"bins": bins}}) for bins in seeds]
+    first, second = pooled_bins(Network("n", "n", [*jobs, Job(tmp_path, None), Job(tmp_path, {})]))
     assert (first.num_samples, first.confidence, first.accuracy) == (40, pytest.approx(0.35), pytest.approx(0.75))
     assert (first.low, first.high, second.num_samples) == (0.0, 0.5, 0)
 

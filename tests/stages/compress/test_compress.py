@@ -188,10 +188,10 @@ def test_baselines_omit_the_stores_or_pruning(run, copy):
     assert figures.keys() == kinds
     root = copy / "compressed"
     for kind in kinds:
-        taught = read_json_file(root / f"{kind}-seed0" / "job.json")["teaching"]
-        assert (taught is None) == (kind.endswith("-alone") or kind == "int8-ptq")
+        distillation = read_json_file(root / f"{kind}-seed0" / "job.json")["distillation"]
+        assert (distillation is None) == (kind.endswith("-alone") or kind == "int8-ptq")
         # What is there to be compared with is not for use.
-        assert (root / f"{kind}-seed0" / "model.onnx").exists() == (taught is not None)
+        assert (root / f"{kind}-seed0" / "model.onnx").exists() == (distillation is not None)
     starts = {
         kind: read_json_file(root / f"{kind}-seed0" / "job.json")["starts_from"]["weights_sha256"] for kind in kinds
     }

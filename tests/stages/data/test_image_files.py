@@ -31,10 +31,10 @@ def _write(path: Path, seed: int, width: int = 8, height: int = 6) -> None:
 @pytest.fixture
 def pets(tmp_path: Path) -> Path:
     """Two cats of 8 x 6 (width x height) and two dogs of 5 x 7."""
-    for at, name in enumerate(["cat/a.png", "cat/b.jpg"]):
-        _write(tmp_path / "pets" / "train" / name, at)
-    for at, name in enumerate(["dog/c.png", "dog/d.bmp"]):
-        _write(tmp_path / "pets" / "train" / name, 10 + at, 5, 7)
+    for index, name in enumerate(["cat/a.png", "cat/b.jpg"]):
+        _write(tmp_path / "pets" / "train" / name, index)
+    for index, name in enumerate(["dog/c.png", "dog/d.bmp"]):
+        _write(tmp_path / "pets" / "train" / name, 10 + index, 5, 7)
     return tmp_path / "pets"
 
 
@@ -71,8 +71,8 @@ def test_files_and_memory_have_the_same_pixels(pets: Path) -> None:
     assert files.image_size == in_memory.image_size == (4, 4)
     assert np.array_equal(pixel_checksums(files), pixel_checksums(in_memory))
     assert pixel_checksums(files).dtype == np.uint32
-    for at in range(4):
-        assert np.array_equal(files.read(at), in_memory.read(at))
+    for index in range(4):
+        assert np.array_equal(files.read(index), in_memory.read(index))
 
 
 def test_read_from_memory_returns_a_copy(pets: Path) -> None:

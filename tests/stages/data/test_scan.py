@@ -53,8 +53,8 @@ CLOCK = _Clock()
 
 @pytest.fixture
 def pets(tmp_path: Path) -> Path:
-    for at in range(6):
-        CLOCK.write(tmp_path / "pets" / ("cat" if at % 2 else "dog") / f"{at}.bmp", at)
+    for index in range(6):
+        CLOCK.write(tmp_path / "pets" / ("cat" if index % 2 else "dog") / f"{index}.bmp", index)
     return tmp_path / "pets"
 
 
@@ -295,18 +295,18 @@ def test_unreadable_images_stop_the_job(pets: Path, keys: dict[str, Any]) -> Non
 def test_unreadable_images_are_dropped_and_listed(pets: Path, keys: dict[str, Any]) -> None:
     train = {"classes": ("cat", "dog"), "test_share": 0.01, **keys}
     whole = _load(pets, **train)
-    damaged, gone = (whole.sample_ids.tolist()[at] for at in (0, 2))
+    damaged, gone = (whole.sample_ids.tolist()[index] for index in (0, 2))
     path_of = {sample_id(path.relative_to(pets).as_posix()): path for path in pets.rglob("*.bmp")}
     path_of[damaged].write_bytes(b"damaged")
     path_of[gone].unlink()
     path_of[gone].symlink_to("nowhere")
     for _ in range(2):  # with an index and without
         left = _load(pets, **train, unreadable="drop")
-        assert left.sample_ids.tolist() == [whole.sample_ids.tolist()[at] for at in (1, 3)]
+        assert left.sample_ids.tolist() == [whole.sample_ids.tolist()[index] for index in (1, 3)]
         assert left.labels.tolist() == whole.labels[[1, 3]].tolist()
         assert left.class_names == whole.class_names
         assert np.array_equal(pixel_checksums(left), pixel_checksums(whole)[[1, 3]])
-        assert [(each.path, each.sample_id) for each in left.dropped] == [
+        assert [(entry.path, entry.sample_id) for entry in left.dropped] == [
             (path_of[damaged], damaged),
             (path_of[gone], gone),
         ]
@@ -326,7 +326,7 @@ def test_cached_image_that_became_unreadable_is_dropped(pets: Path, monkeypatch:
     monkeypatch.setattr(scan, "decode_image", decode)
     in_memory = _load(pets, cache_bytes=2**20, unreadable="drop")
     assert in_memory.sample_ids.tolist() == files.sample_ids[[0, 2, 3]].tolist()
-    assert [each.sample_id for each in in_memory.dropped] == [files.sample_ids[1]]
+    assert [entry.sample_id for entry in in_memory.dropped] == [files.sample_ids[1]]
     assert np.array_equal(pixel_checksums(in_memory), pixel_checksums(files)[[0, 2, 3]])
 
 

@@ -40,20 +40,20 @@ class _Disk:
         self.now = 1000
         self.files: dict[int, Stamp] = dict.fromkeys(range(num_files), (10, 1000, 1000))
 
-    def do(self, what: str, each: int) -> None:
+    def do(self, what: str, key: int) -> None:
         self.now += 1
-        size, mtime, _ = self.files.get(each, (10, self.now, self.now))
+        size, mtime, _ = self.files.get(key, (10, self.now, self.now))
         match what:
             case "touch" | "edit in place":
-                self.files[each] = (size, self.now, self.now)
+                self.files[key] = (size, self.now, self.now)
             case "edit":
-                self.files[each] = (size + 1, self.now, self.now)
+                self.files[key] = (size + 1, self.now, self.now)
             case "replace, keeping size and mtime":
-                self.files[each] = (size, mtime, self.now)
+                self.files[key] = (size, mtime, self.now)
             case "edit, with the clock set back":
-                self.files[each] = (size + 1, mtime, 1000)
+                self.files[key] = (size + 1, mtime, 1000)
             case "vanish":
-                self.files.pop(each, None)
+                self.files.pop(key, None)
 
 
 ACTS = [
@@ -69,14 +69,14 @@ ACTS = [
 @given(st.sets(st.integers(0, 9)), st.lists(st.tuples(st.sampled_from(ACTS), st.integers(0, 9)), max_size=12))
 def test_entry_is_valid_until_its_file_changes(known: set[int], acts: list[tuple[str, int]]) -> None:
     disk = _Disk(10)
-    entries = _entries({each: disk.files[each] for each in known})
-    for what, each in acts:
-        disk.do(what, each)
+    entries = _entries({key: disk.files[key] for key in known})
+    for what, key in acts:
+        disk.do(what, key)
     ids = np.arange(10)[::-1].copy()
-    stamps = np.array([disk.files.get(each, NO_STAMP) for each in ids.tolist()], dtype=np.int64)
+    stamps = np.array([disk.files.get(key, NO_STAMP) for key in ids.tolist()], dtype=np.int64)
     found = find_valid(entries, ids, stamps)
-    untouched = known - {each for _, each in acts}
-    assert {each for each, at in zip(ids.tolist(), found.tolist(), strict=True) if at >= 0} == untouched
+    untouched = known - {key for _, key in acts}
+    assert {key for key, position in zip(ids.tolist(), found.tolist(), strict=True) if position >= 0} == untouched
     assert entries["id"][found[found >= 0]].tolist() == sorted(untouched, reverse=True)
 
 
@@ -86,7 +86,7 @@ def test_newer_entries_replace_older_ones(older: set[int], newer: set[int]) -> N
     new = _entries(dict.fromkeys(newer, (2, 2, 2)), checksum=2)
     both = merge(old, new)
     assert both["id"].tolist() == sorted(older | newer)
-    expected = [2 if each in newer else 1 for each in both["id"].tolist()]
+    expected = [2 if key in newer else 1 for key in both["id"].tolist()]
     assert both["checksum"].tolist() == both["stamp"][:, 0].tolist() == expected
 
 
@@ -103,12 +103,12 @@ def test_a_stamp_is_size_and_both_times(tmp_path: Path) -> None:
     assert stamp(file) == (5, status.st_mtime_ns, status.st_ctime_ns)
 
 
-@pytest.mark.parametrize("at", [1, 2], ids=["mtime", "ctime"])
-def test_recently_changed_file_is_not_cached(at: int) -> None:
+@pytest.mark.parametrize("position", [1, 2], ids=["mtime", "ctime"])
+def test_recently_changed_file_is_not_cached(position: int) -> None:
     # Within one tick of the disk's clock it could change once more, and its stamp would not show it.
     now = 10**18
     old, fresh = [9, 1, 1], [9, 1, 1]
-    old[at], fresh[at] = now - RACY_NS - 1, now - RACY_NS
+    old[position], fresh[position] = now - RACY_NS - 1, now - RACY_NS
     assert is_settled((old[0], old[1], old[2]), now)
     assert not is_settled((fresh[0], fresh[1], fresh[2]), now)
     assert not is_settled(NO_STAMP, now)
@@ -118,7 +118,7 @@ def test_cache_round_trip(tmp_path: Path) -> None:
     entries, path = _entries({3: (1, 2, 3), 2**62: (4, 5, 6)}), tmp_path / "deep" / "er" / "a.npz"
     write_cache(path, entries)
     assert np.array_equal(read_cache(path), entries)
-    assert [each.name for each in path.parent.iterdir()] == ["a.npz"]
+    assert [key.name for key in path.parent.iterdir()] == ["a.npz"]
 
 
 def test_missing_cache_is_empty(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_unwritable_cache_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     write_cache(tmp_path / "file" / "a.npz", _entries({1: (1, 1, 1)}))
     write_cache(None, _entries({1: (1, 1, 1)}))
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert [key.name for key in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
@@ -148,11 +148,12 @@ def test_cache_of_another_version_or_decoder_is_ignored(
 
 def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
-    entries = _entries({each: (each, 2, 3) for each in range(5)})
+    entries = _entries({key: (key, 2, 3) for key in range(5)})
     write_cache(path, entries)
-    whole = path.read_bytes()
-    for at in range(0, len(whole), 7):
-        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]):
+    intact = path.read_bytes()
+    for position in range(0, len(intact), 7):
+        flipped = bytes([intact[position] ^ 0x10])
+        for damaged in (intact[:position], intact[:position] + flipped + intact[position + 1 :]):
             path.write_bytes(damaged)
             found = read_cache(path)
             assert len(found) == 0 or np.array_equal(found, entries)

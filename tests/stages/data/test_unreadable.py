@@ -57,28 +57,28 @@ def without(image_set, views, positions, view, bad):
 def test_unreadable_images_are_reported_and_dropped(tmp_path, name, num_workers):
     views = VIEWS[name]
     image_set = photographs(tmp_path, NUM_SAMPLES, EQUAL if views.engine == "tensor" else UNEQUAL)
-    requests = [ViewRequest(at, view) for view in (0, 1) for at in torch.split(shuffled(view), 13)]
+    requests = [ViewRequest(indices, view) for view in (0, 1) for indices in torch.split(shuffled(view), 13)]
     truth = {view: expected(image_set, views, torch.arange(NUM_SAMPLES), view) for view in (0, 1)}
     bad = dict(zip((4, 9, 17), DAMAGE, strict=True))
-    for at, damage in bad.items():
-        DAMAGE[damage](path_of(image_set, at))
+    for index, damage in bad.items():
+        DAMAGE[damage](path_of(image_set, index))
     messages = []
     loader = loader_of(image_set, views, num_workers, on_failure=messages.append)
     lost_with_partner = 0
-    for asked, seen in zip(requests, loader.stream(requests), strict=True):
-        kept = without(image_set, views, asked.indices, asked.view, list(bad))
-        assert torch.equal(seen.indices, kept)
-        assert torch.equal(seen.images, truth[asked.view][kept])
-        lost = set(asked.indices.tolist()) - set(kept.tolist())
+    for request, batch in zip(requests, loader.stream(requests), strict=True):
+        kept = without(image_set, views, request.indices, request.view, list(bad))
+        assert torch.equal(batch.indices, kept)
+        assert torch.equal(batch.images, truth[request.view][kept])
+        lost = set(request.indices.tolist()) - set(kept.tolist())
         lost_with_partner += len(lost - set(bad))
         if views.mix:
-            assert torch.equal(seen.mixture.own_share, mixture_of(image_set, views, kept, asked.view).own_share)
+            assert torch.equal(batch.mixture.own_share, mixture_of(image_set, views, kept, request.view).own_share)
     assert (lost_with_partner > 0) == bool(views.mix), "samples whose partner is lost are lost too"
-    for at, damage in bad.items():
-        sentence = f"sample {image_set.sample_ids[at]}: {path_of(image_set, at)} {damage}"
-        assert sum(one.startswith(sentence) for one in messages) >= 2, "in each of two views"
-    assert len({one.partition(":")[0] for one in messages}) == len(bad), "for others nothing is told"
-    assert not any("\n" in one for one in messages)
+    for index, damage in bad.items():
+        expected_message = f"sample {image_set.sample_ids[index]}: {path_of(image_set, index)} {damage}"
+        assert sum(message.startswith(expected_message) for message in messages) >= 2, "in each of two views"
+    assert len({message.partition(":")[0] for message in messages}) == len(bad), "for others nothing is told"
+    assert not any("\n" in message for message in messages)
 
 
 def test_labels_match_images_when_some_are_dropped(tmp_path):
@@ -98,21 +98,21 @@ def test_labels_match_images_when_some_are_dropped(tmp_path):
 def test_require_all_raises_for_an_unreadable_image(tmp_path, num_workers):
     image_set = photographs(tmp_path, 6)
     path_of(image_set, 4).unlink()
-    sentence = rf"^sample {image_set.sample_ids[4]}: .*4\.png cannot be read \(No such file"
+    expected_message = rf"^sample {image_set.sample_ids[4]}: .*4\.png cannot be read \(No such file"
     messages = []
     dropping, default = (
         loader_of(image_set, CROPS, num_workers, **changes) for changes in ({"on_failure": messages.append}, {})
     )
-    requests = [ViewRequest(at, 0) for at in torch.split(torch.arange(6), 2)]
+    requests = [ViewRequest(indices, 0) for indices in torch.split(torch.arange(6), 2)]
     for loader, require_all in ((dropping, True), (default, False), (default, True)):
         stream = loader.stream(requests, require_all=require_all)
         assert [next(stream).indices.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
-        with pytest.raises(DataError, match=sentence):
+        with pytest.raises(DataError, match=expected_message):
             next(stream)
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(DataError, match=expected_message):
         dropping.get(requests[2])
     assert not messages
-    assert [len(seen.indices) for seen in dropping.stream(requests)] == [2, 2, 1]
+    assert [len(batch.indices) for batch in dropping.stream(requests)] == [2, 2, 1]
     assert len(messages) == 1
 
 
@@ -120,23 +120,23 @@ def test_on_failure_may_raise_and_the_pool_stays_usable(tmp_path):
     class Enough(Exception):
         pass
 
-    def refuse(sentence):
-        raise Enough(sentence)
+    def refuse(expected_message):
+        raise Enough(expected_message)
 
     image_set = photographs(tmp_path, 6)
     path_of(image_set, 4).unlink()
     loader = loader_of(image_set, CROPS, 2, on_failure=refuse)
     with pytest.raises(Enough, match=r"4\.png"):
         list(loader.stream([ViewRequest(torch.arange(6), 0)] * 3))
-    at = torch.tensor([5, 0])
-    assert torch.equal(loader.get(ViewRequest(at, 1)).images, expected(image_set, CROPS, at, 1))
+    indices = torch.tensor([5, 0])
+    assert torch.equal(loader.get(ViewRequest(indices, 1)).images, expected(image_set, CROPS, indices, 1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batch_without_readable_images_is_an_error(tmp_path, num_workers):
     image_set = photographs(tmp_path, 6)
-    for at in (2, 3):
-        path_of(image_set, at).unlink()
+    for index in (2, 3):
+        path_of(image_set, index).unlink()
     messages = []
     loader = loader_of(image_set, CROPS, num_workers, on_failure=messages.append)
     with pytest.raises(
@@ -185,7 +185,7 @@ FAULTS = {
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("number", range(len(FAULTS)))
 def test_error_of_a_user_transform_is_one_line(tmp_path, monkeypatch, number, num_workers):
-    code, sentence = list(FAULTS.items())[number]
+    code, expected_message = list(FAULTS.items())[number]
     module = f"faulty_{number}_{num_workers}"
     (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -194,7 +194,7 @@ def test_error_of_a_user_transform_is_one_line(tmp_path, monkeypatch, number, nu
     messages = []
     renderer = Renderer(views, 3, None)
     loader = ImageLoader(image_set, CPU, renderer, num_workers=num_workers, on_failure=messages.append)
-    with pytest.raises(RecipeError, match=sentence) as raised:
+    with pytest.raises(RecipeError, match=expected_message) as raised:
         list(loader.stream([ViewRequest(torch.arange(6), 0)]))
     assert "Traceback" not in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -15,7 +15,7 @@ from kdpipe.stages.losses.describe import attributes_of, description_of
 def example_config():
     """Return the configuration class of the docstring's example."""
     names = {**vars(base), "section": section, "ClassVar": ClassVar, "Literal": Literal, "Tensor": Tensor}
-    exec(inspect.cleandoc(base.__doc__.partition("Example:\n")[2]), names)  # noqa: S102
+    exec(inspect.cleandoc(base.__doc__.partition("Example:\n")[2]), names)
     return names["LogitMAEConfig"]
 
 

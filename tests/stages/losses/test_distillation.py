@@ -31,7 +31,7 @@ def distillation(*configs, student=None, teachers=({},), seed=0, together=None):
 
 
 def make_batch(*teachers, student=None, known=None, progress=START):
-    outputs = [one if isinstance(one, DenseTargets) else DenseTargets(one, {}) for one in teachers]
+    outputs = [logits if isinstance(logits, DenseTargets) else DenseTargets(logits, {}) for logits in teachers]
     ranks = torch.arange(len(LABELS))
     known = known or [None] * len(outputs)
     return DistillationBatch(ModelOutput(STUDENT_LOGITS, student or {}), outputs, known, LABELS, ranks, progress, {})
@@ -67,11 +67,11 @@ def test_hint_reads_its_store_and_its_adapter_trains():
 def test_adapters_come_from_the_seed_alone():
     before = torch.random.get_rng_state()
     shapes = {"student": {"a": (3, 4, 4)}, "teachers": ({FeatureSpec("b"): (5, 4, 4)},)}
-    one, two, three = (distillation(HINT, seed=seed, **shapes).state_dict() for seed in (1, 1, 2))
+    first, second, third = (distillation(HINT, seed=seed, **shapes).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     weight = "losses.hint_0.loss.pairs.0.adapter.0.weight"
-    assert torch.equal(one[weight], two[weight])
-    assert not torch.equal(one[weight], three[weight])
+    assert torch.equal(first[weight], second[weight])
+    assert not torch.equal(first[weight], third[weight])
 
 
 def test_losses_list_their_required_layers():
@@ -142,11 +142,11 @@ def test_standardized_logits_compose_with_a_loss():
 
 
 def test_every_loss_has_a_unique_name_a_paper_and_a_summary():
-    names = [one.model_fields["loss"] if hasattr(one, "model_fields") else one.__name__ for one in LOSSES]
+    names = [config.model_fields["loss"] if hasattr(config, "model_fields") else config.__name__ for config in LOSSES]
     assert len(set(names)) == len(LOSSES)
-    for one in LOSSES:
-        assert "20" in one.paper
-        assert one.__doc__.strip()
+    for config in LOSSES:
+        assert "20" in config.paper
+        assert config.__doc__.strip()
 
 
 def test_under_mixed_precision_losses_run_in_float32():
@@ -160,14 +160,14 @@ def test_under_mixed_precision_losses_run_in_float32():
         RKDConfig(loss="rkd", layers=pairs),
     ]
     shapes = {"a": (16, 8, 8)}
-    wanted = required_of(configs, shapes, 0)
-    given = {one: compute_statistic(one, TEACHER_MAPS.float()) for one in wanted}
-    stored = {one: tuple(values.shape[1:]) for one, values in given.items()}
+    required = required_of(configs, shapes, 0)
+    given = {feature: compute_statistic(feature, TEACHER_MAPS.float()) for feature in required}
+    stored = {feature: tuple(values.shape[1:]) for feature, values in given.items()}
     losses = distillation(*configs, student=shapes, teachers=(stored,)).eval()
     narrow = ModelOutput(STUDENT_LOGITS.bfloat16(), {"a": STUDENT_MAPS.bfloat16()})
     batch = dataclasses.replace(make_batch(DenseTargets(TEACHER_LOGITS.float(), given)), student=narrow)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = losses(batch)
     plain = losses(dataclasses.replace(batch, student=narrow.to_float32()))
-    assert {name: one.dtype for name, one in mixed.items()} == dict.fromkeys(plain, torch.float32)
-    assert {name: one.item() for name, one in mixed.items()} == {name: one.item() for name, one in plain.items()}
+    assert {name: loss.dtype for name, loss in mixed.items()} == dict.fromkeys(plain, torch.float32)
+    assert {name: loss.item() for name, loss in mixed.items()} == {name: loss.item() for name, loss in plain.items()}

@@ -48,10 +48,10 @@ def target_probabilities(outputs, temperature):
 
 def by_hand(shares, temperatures, ensemble):
     """The same, in float64: shares float64 [B, M] that add up to 1."""
-    soft = [logits / one for logits, one in zip(LOGITS, temperatures, strict=True)]
+    soft = [logits / temperature for logits, temperature in zip(LOGITS, temperatures, strict=True)]
     if ensemble == "logits":
-        return sum(shares[:, [number]] * one for number, one in enumerate(soft)).softmax(1)
-    return sum(shares[:, [number]] * one.softmax(1) for number, one in enumerate(soft))
+        return sum(shares[:, [number]] * values for number, values in enumerate(soft)).softmax(1)
+    return sum(shares[:, [number]] * values.softmax(1) for number, values in enumerate(soft))
 
 
 def rows_of(*shares):
@@ -175,7 +175,7 @@ def test_sample_without_any_target_causes_no_nan(ensemble, weights):
     losses["kd_0"].backward()
     assert torch.isfinite(student.grad).all()
     assert (student.grad.abs().sum(1) > 0).tolist() == SOME.tolist()
-    assert all(torch.isfinite(one.grad).all() for one in combined.parameters())
+    assert all(torch.isfinite(parameter.grad).all() for parameter in combined.parameters())
 
 
 def kd(**changes):

@@ -40,9 +40,9 @@ def test_reordered_subset_is_joined_by_id(run):
     targets = Targets([join(store, subset(squares(300, 0), rows), [STAGE2])], CPU)
     indices = torch.tensor([5, 0, 80, 5])
     (outputs,) = targets.batch(1, indices)
-    wanted = store.rows_of(squares(300, 0).sample_ids[rows[indices]].numpy())
-    assert torch.equal(outputs.logits, torch.from_numpy(store.read_view("logits", 1)[wanted]).float())
-    maps = torch.from_numpy(store.read_view("features/stage2", 1)[wanted]).float()
+    expected = store.rows_of(squares(300, 0).sample_ids[rows[indices]].numpy())
+    assert torch.equal(outputs.logits, torch.from_numpy(store.read_view("logits", 1)[expected]).float())
+    maps = torch.from_numpy(store.read_view("features/stage2", 1)[expected]).float()
     assert torch.equal(outputs.features[STAGE2], maps)
 
 
@@ -53,9 +53,9 @@ def test_memory_and_mapped_targets_are_equal(run):
     mapped.residence = "mapped"
     indices = torch.randint(300, (64,), generator=torch.Generator().manual_seed(3))
     for view in range(VIEWS.num_views):
-        one, other = resident.batch(view, indices)[0], mapped.batch(view, indices)[0]
-        assert torch.equal(one.logits, other.logits)
-        assert torch.equal(one.features[STAGE2], other.features[STAGE2])
+        first, second = resident.batch(view, indices)[0], mapped.batch(view, indices)[0]
+        assert torch.equal(first.logits, second.logits)
+        assert torch.equal(first.features[STAGE2], second.features[STAGE2])
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +87,9 @@ def test_streamed_targets_are_equal_within_their_memory_bound(long_run):
     for epoch in range(2):
         order = shard_order(1, epoch, streamed.slabs, streamed.window)
         for indices in order.split(100):
-            one, other = resident.batch(epoch, indices)[0], streamed.batch(epoch, indices)[0]
-            assert torch.equal(one.logits, other.logits)
-            assert torch.equal(one.features[STAGE2], other.features[STAGE2])
+            first, second = resident.batch(epoch, indices)[0], streamed.batch(epoch, indices)[0]
+            assert torch.equal(first.logits, second.logits)
+            assert torch.equal(first.features[STAGE2], second.features[STAGE2])
             most_bytes = max(most_bytes, inner.store._cache.num_bytes)
     assert 4 * SLAB_BYTES < most_bytes <= 8 * SLAB_BYTES
 

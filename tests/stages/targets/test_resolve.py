@@ -282,7 +282,7 @@ def by_hand(context, teacher, positions, view):
     """The arrays of BY_HAND, one sample after the other, by the plain formulas in float64."""
     model, labels = teacher.model.double(), dict(zip(COLORS.sample_ids.tolist(), COLORS.labels.tolist(), strict=True))
     seen = context.train_loader.get(ViewRequest(positions, view))
-    mean, std = (torch.tensor(one, dtype=torch.float64).view(3, 1, 1) for one in (SCALING.mean, SCALING.std))
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (SCALING.mean, SCALING.std))
     rows = {feature.array: [] for feature in BY_HAND}
     for number, sample_id in enumerate(COLORS.sample_ids[positions].tolist()):
         pixels = (seen.images[number].double() / 255).requires_grad_()
@@ -325,7 +325,8 @@ def test_mixed_images_use_both_labels(cached):
     if context.views.mix is not None:
         labels = dict(zip(COLORS.sample_ids.tolist(), COLORS.labels.tolist(), strict=True))
         own = COLORS.labels[torch.arange(0, 40, 3)].tolist()
-        assert sum(labels[one] != mine for one, mine in zip(mixture.partner_ids.tolist(), own, strict=True)) > 3
+        partners = [labels[partner] for partner in mixture.partner_ids.tolist()]
+        assert sum(partner != label for partner, label in zip(partners, own, strict=True)) > 3
     else:
         assert mixture is None
 
@@ -348,8 +349,8 @@ def test_changed_value_is_detected(cached, tmp_path, feature):
     path = shutil.copytree(whole, tmp_path / "store.zarr")
     changed = change_a_number(path, feature.array, 1)
     differing = recompute(path, teacher, context, 1000, 0).differing
-    assert {(one.array, one.view) for one in differing} == {(feature.array, 1)}
-    assert {one.sample_id for one in differing} <= changed
+    assert {(mismatch.array, mismatch.view) for mismatch in differing} == {(feature.array, 1)}
+    assert {mismatch.sample_id for mismatch in differing} <= changed
     assert len(differing) > 3
 
 

@@ -27,7 +27,7 @@ from kdpipe.stages.train_teacher import load_teacher
 from kdpipe.stages.views import renderer as renderer_room
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.mix import MixConfig
-from kdpipe.stages.views.ops.flip import RandomHorizontalFlip
+from kdpipe.stages.views.ops.crop import RandomHorizontalFlip
 from kdpipe.stages.views.renderer import NUM_PROBES, UNEQUAL_PROBES, Renderer, check_views
 from kdpipe.store import FingerprintMismatch
 

@@ -73,6 +73,16 @@ def test_a_crash_in_an_eviction_leaves_no_half_store(store_maker, cache, monkeyp
     assert not list(cache.folder.glob(".*.partial"))
 
 
+def test_copy_is_kept_also_after_removal_by_hand(store_maker, cache):
+    first, second = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()).path for n in (2500, 2400))
+    small = replace(cache, max_bytes=3 * 10**6)
+    shutil.rmtree(stage(first, small).parent)
+    one = stage(first, small).parent
+    with pytest.raises(StoreError, match="In use"):
+        stage(second, small)
+    assert entries(cache) == {one}
+
+
 def test_foreign_folders_are_never_evicted(store_maker, cache):
     first, second = (store_maker(f"{n}.zarr", num_samples=n, codec=Codec()) for n in (2500, 2400))
     small = replace(cache, max_bytes=3 * 10**6)

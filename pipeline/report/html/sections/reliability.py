@@ -46,7 +46,7 @@ def pooled_bins(network: Network) -> list[Bin]:
 
 
 def reliability(run: PageRun) -> dict[str, object]:
-    """Return the diagrams of the main networks and the last compressed one, and those of the others.
+    """Return a diagram of each network.
 
     Raises:
         LeftOutError: If no bins were recorded.
@@ -54,13 +54,7 @@ def reliability(run: PageRun) -> dict[str, object]:
     found = [(network, bins) for network in run.networks if (bins := pooled_bins(network))]
     if not found:
         raise LeftOutError("Confidences are recorded when a network is finished: none of this run has them yet.")
-    compressed = [network for network, _ in found if network not in run.main and "hard labels" not in network.name]
-    shown = [*run.main, *compressed[-1:]]
-    return {
-        "charts": [diagram(run, network, bins) for network, bins in found if network in shown],
-        "others": [diagram(run, network, bins) for network, bins in found if network not in shown],
-        "min_samples": MIN_SAMPLES,
-    }
+    return {"charts": [diagram(run, network, bins) for network, bins in found], "min_samples": MIN_SAMPLES}
 
 
 @drawing()

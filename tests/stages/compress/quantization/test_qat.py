@@ -24,7 +24,7 @@ from kdpipe.stages.compress.quantization.qat import calibrate, freeze_observers,
 from kdpipe.stages.compress.quantization.qdq_graph import int8_graph
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.clone import clone_without_hooks
-from kdpipe.stages.models.module_lookup import get_module
+from kdpipe.stages.models.hooks import get_module
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 
 

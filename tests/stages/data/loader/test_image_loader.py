@@ -41,8 +41,8 @@ def unequal(tmp_path_factory):
 
 def splits():
     """The samples in several orders, split into batches of several sizes, in several views."""
-    asks = ((0, 7, 0), (1, 13, 2), (2, 26, 0), (3, 5, -1))
-    return [ViewRequest(at, view) for seed, size, view in asks for at in torch.split(shuffled(seed), size)]
+    cases = ((0, 7, 0), (1, 13, 2), (2, 26, 0), (3, 5, -1))
+    return [ViewRequest(indices, view) for seed, size, view in cases for indices in shuffled(seed).split(size)]
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -55,27 +55,27 @@ def test_images_do_not_depend_on_workers_or_batch_size(equal, unequal, name):
     if views.engine == "tensor":
         everywhere.append(loader_of(in_memory(image_set), views, 2))
     for loader in everywhere:
-        image_batch = list(loader.stream(splits()))
-        assert len(image_batch) == len(splits())
-        for asked, got in zip(splits(), image_batch, strict=True):
-            assert torch.equal(got.indices, asked.indices)
-            assert torch.equal(got.images, truth[asked.view][asked.indices])
+        batches = list(loader.stream(splits()))
+        assert len(batches) == len(splits())
+        for request, batch in zip(splits(), batches, strict=True):
+            assert torch.equal(batch.indices, request.indices)
+            assert torch.equal(batch.images, truth[request.view][request.indices])
 
 
 def test_transforms_of_images_in_memory_run_in_workers(equal):
-    at = shuffled(0)
-    image_batch = loader_of(in_memory(equal), MIXED_ANY, 2).get(ViewRequest(at, 1))
-    assert torch.equal(image_batch.images, expected(equal, MIXED_ANY, at, 1))
+    indices = shuffled(0)
+    batch = loader_of(in_memory(equal), MIXED_ANY, 2).get(ViewRequest(indices, 1))
+    assert torch.equal(batch.images, expected(equal, MIXED_ANY, indices, 1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_original_images_are_loaded_without_a_view(equal, num_workers):
-    at = shuffled(1)
-    raw = in_memory(equal).images[at]
+    indices = shuffled(1)
+    raw = in_memory(equal).images[indices]
     for loader in (ImageLoader(equal, CPU, num_workers=num_workers), loader_of(equal, MIXED_CROPS, num_workers)):
-        image_batch = loader.get(ViewRequest(at))
-        assert torch.equal(image_batch.images, raw)
-        assert image_batch.mixture is None
+        batch = loader.get(ViewRequest(indices))
+        assert torch.equal(batch.images, raw)
+        assert batch.mixture is None
 
 
 def test_original_images_of_different_sizes_are_rejected(unequal):
@@ -86,14 +86,14 @@ def test_original_images_of_different_sizes_are_rejected(unequal):
 
 
 def test_partners_can_come_from_a_larger_data_set(equal):
-    part, at = equal.take(torch.tensor([20, 3, 11, 8])), torch.tensor([2, 0, 3, 1])
-    truth = expected(part, MIXED_CROPS, at, 1, equal)
-    outside = set(mixture_of(part, MIXED_CROPS, at, 1, equal).partner_ids.tolist()) - set(part.sample_ids.tolist())
+    part, indices = equal.take(torch.tensor([20, 3, 11, 8])), torch.tensor([2, 0, 3, 1])
+    truth = expected(part, MIXED_CROPS, indices, 1, equal)
+    outside = set(mixture_of(part, MIXED_CROPS, indices, 1, equal).partner_ids.tolist()) - set(part.sample_ids.tolist())
     assert outside, "else the test would see nothing"
     for own, partners in itertools.product((part, in_memory(part)), (equal, in_memory(equal))):
         loader = loader_of(own, MIXED_CROPS, 0, mix_partners=partners)
-        assert torch.equal(loader.get(ViewRequest(at, 1)).images, truth)
-        assert loader.partner_labels(equal.sample_ids[at]).tolist() == equal.labels[at].tolist()
+        assert torch.equal(loader.get(ViewRequest(indices, 1)).images, truth)
+        assert loader.partner_labels(equal.sample_ids[indices]).tolist() == equal.labels[indices].tolist()
 
 
 @pytest.mark.parametrize(("num_workers", "started"), [(0, 0), (2, 2), (None, len(os.sched_getaffinity(0)))])
@@ -127,11 +127,11 @@ def test_task_resumed_mid_epoch_yields_the_same_batches(equal, fresh_views):
     assert not any(same(undisturbed[0], other) for other in undisturbed[1:])
     for epoch, step in ((0, 0), (1, 2), (0, 1), (2, 0)):
         batches = ahead.stream(3, 8, epoch=epoch, step=step, epochs=3)
-        wanted = undisturbed[3 * epoch + step :]
-        for batch, other in zip(list(batches), wanted, strict=True):
+        expected_batches = undisturbed[3 * epoch + step :]
+        for batch, other in zip(list(batches), expected_batches, strict=True):
             assert same(batch, other)
         left = ahead.stream(3, 8, epoch=epoch, step=step, epochs=3)  # halfway: the next one does not notice
-        assert same(next(left), wanted[0])
+        assert same(next(left), expected_batches[0])
 
 
 def test_epochs_use_stored_or_fresh_views(equal):
@@ -140,31 +140,31 @@ def test_epochs_use_stored_or_fresh_views(equal):
         task = make_task(loader, fresh_views=fresh_views)
         for epoch, view in enumerate(views):
             batch = next(task.stream(0, 8, epoch=epoch, step=0, epochs=epoch + 1))
-            at = task.order(0, epoch)[:8]
-            assert torch.equal(batch.images, SCALING(expected(equal, CROPS, at, view)))
+            indices = task.order(0, epoch)[:8]
+            assert torch.equal(batch.images, SCALING(expected(equal, CROPS, indices, view)))
 
 
 class RecordedTargets:
-    """Targets that are what was asked for."""
+    """Targets that equal the request."""
 
     slabs = None
 
-    def known(self, positions):
-        return None
+    def target_masks(self, indices):
+        return ()
 
-    def batch(self, view, positions):
-        return view, positions.tolist()
+    def batch(self, view, indices):
+        return view, indices.tolist()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_targets_match_images_that_are_loaded_ahead(equal, num_workers):
     task = make_task(loader_of(equal, CROPS, num_workers), targets=RecordedTargets())
     batches = task.stream(3, 8, epoch=1, step=2, epochs=4)
-    asked = [(1, 2), *((epoch, step) for epoch in (2, 3) for step in range(3))]
-    for (epoch, step), batch in zip(asked, batches, strict=True):
-        at = task.order(3, epoch)[8 * step : 8 * step + 8]
-        assert batch.teachers == (epoch % 2, at.tolist())
-        assert torch.equal(batch.images, SCALING(expected(equal, CROPS, at, epoch % 2)))
+    steps = [(1, 2), *((epoch, step) for epoch in (2, 3) for step in range(3))]
+    for (epoch, step), batch in zip(steps, batches, strict=True):
+        indices = task.order(3, epoch)[8 * step : 8 * step + 8]
+        assert batch.teachers == (epoch % 2, indices.tolist())
+        assert torch.equal(batch.images, SCALING(expected(equal, CROPS, indices, epoch % 2)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

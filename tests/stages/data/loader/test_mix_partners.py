@@ -51,13 +51,11 @@ def render_mixed(ids, view, partner_pool):
     mixture, plain = mixtures(ids, view, partner_pool), Renderer(VIEWS, 1, (8, 8))
     image_of = dict(zip(ALL.sample_ids.tolist(), ALL.images, strict=True))
     mixed = []
-    for at, ids_of_two in enumerate(zip(ids.tolist(), mixture.partner_ids.tolist(), strict=True)):
-        own, partner = (
-            plain.render_batch(image_of[one][None], torch.tensor([one]), view)[0].long() for one in ids_of_two
-        )
-        weight = int(mixture.weights[at])
+    for index, pair in enumerate(zip(ids.tolist(), mixture.partner_ids.tolist(), strict=True)):
+        own, partner = (plain.render_batch(image_of[key][None], torch.tensor([key]), view)[0].long() for key in pair)
+        weight = int(mixture.weights[index])
         image = (own * weight + partner * (2**16 - weight) + 2**15) // 2**16
-        top, left, height, width = (int(side[at]) for side in mixture.boxes)
+        top, left, height, width = (int(side[index]) for side in mixture.boxes)
         image[:, top : top + height, left : left + width] = partner[:, top : top + height, left : left + width]
         mixed.append(image.to(torch.uint8))
     return torch.stack(mixed)
@@ -92,8 +90,8 @@ def test_student_gets_the_stored_mixture_and_both_labels(run):
         ids = ALL.sample_ids[task.order(5, epoch)[:50]]
         mixture = mixtures(ids, view, ALL.sample_ids)
         assert torch.equal(batch.images, network.normalize(render_mixed(ids, view, ALL.sample_ids)))
-        assert batch.hard.labels.tolist() == [label_of[one] for one in ids.tolist()]
-        assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
+        assert batch.hard.labels.tolist() == [label_of[sample_id] for sample_id in ids.tolist()]
+        assert batch.hard.partner_labels.tolist() == [label_of[sample_id] for sample_id in mixture.partner_ids.tolist()]
         assert torch.equal(batch.hard.own_share, mixture.own_share)
         stored = open_store(run / "store.zarr").gather("logits", view, ids.numpy())
         assert torch.equal(batch.teachers[0].logits, torch.from_numpy(stored).float())
@@ -104,9 +102,10 @@ def test_the_hard_labels_of_a_mixture_count_by_their_shares(run):
     batch = next(task.stream(5, 50, epoch=0, step=0, epochs=1))
     outputs = ModelOutput(torch.randn(50, 4), {"stage2": torch.randn(50, 8, 4, 4)})
     logs, total = outputs.logits.log_softmax(1), 0.0
-    for at in range(50):
-        own, share = int(batch.hard.labels[at]), float(batch.hard.own_share[at])
-        total -= share * float(logs[at, own]) + (1 - share) * float(logs[at, int(batch.hard.partner_labels[at])])
+    for index in range(50):
+        own, share = int(batch.hard.labels[index]), float(batch.hard.own_share[index])
+        partner = int(batch.hard.partner_labels[index])
+        total -= share * float(logs[index, own]) + (1 - share) * float(logs[index, partner])
     assert float(task.losses(outputs, batch)["hard_labels"]) == pytest.approx(0.1 * total / 50, rel=1e-5)
 
 
@@ -160,7 +159,7 @@ def test_student_on_a_subset_gets_the_same_mixtures(run, part):
     assert torch.equal(batch.images, network.normalize(render_mixed(ids, 2, ALL.sample_ids)))
     mixture = mixtures(ids, 2, ALL.sample_ids)
     label_of = dict(zip(ALL.sample_ids.tolist(), ALL.labels.tolist(), strict=True))
-    assert batch.hard.partner_labels.tolist() == [label_of[one] for one in mixture.partner_ids.tolist()]
+    assert batch.hard.partner_labels.tolist() == [label_of[sample_id] for sample_id in mixture.partner_ids.tolist()]
 
 
 def test_student_with_another_partner_pool_is_rejected(run):
@@ -174,13 +173,13 @@ def test_partners_are_found_by_id_in_any_order(run):
     found = load_partner_pool(read_partner_pool(path), PARTS["reordered"], path)
     assert found.sample_ids.tolist() == sorted(FIRST.sample_ids.tolist())
     image_of = dict(zip(ALL.sample_ids.tolist(), ALL.images, strict=True))
-    assert torch.equal(found.images, torch.stack([image_of[one] for one in found.sample_ids.tolist()]))
+    assert torch.equal(found.images, torch.stack([image_of[sample_id] for sample_id in found.sample_ids.tolist()]))
 
 
 @pytest.mark.parametrize("absent", [[0], [7, 8, 9, 10], range(80)])
 def test_missing_partners_are_reported_by_count_and_ids(run, absent):
     path = run / "first.zarr"
-    left = ALL.take(torch.tensor([at for at in range(120) if at not in absent]))
+    left = ALL.take(torch.tensor([index for index in range(120) if index not in absent]))
     named = sorted(FIRST.sample_ids[list(absent)].tolist())[:3]
     with pytest.raises(DataError) as raised:
         load_partner_pool(read_partner_pool(path), left, path)
@@ -190,14 +189,14 @@ def test_missing_partners_are_reported_by_count_and_ids(run, absent):
 @pytest.mark.parametrize("change", ["label", "pixel checksum"])
 def test_changed_partner_is_rejected_by_its_id(run, change):
     """It stands in other samples' images, and the student may have none of its own to notice by."""
-    path, at = run / "first.zarr", 3
+    path, index = run / "first.zarr", 3
     if change == "label":
-        other = dataclasses.replace(ALL, labels=(ALL.labels + (torch.arange(120) == at)) % 4)
+        other = dataclasses.replace(ALL, labels=(ALL.labels + (torch.arange(120) == index)) % 4)
     else:
         images = ALL.images.clone()
-        images[at, 0, 0, 0] ^= 1
+        images[index, 0, 0, 0] ^= 1
         other = dataclasses.replace(ALL, images=images)
     with pytest.raises(
-        FingerprintMismatch, match=rf"{change} of partner {int(ALL.sample_ids[at])}: stored .*1 of the 80"
+        FingerprintMismatch, match=rf"{change} of partner {int(ALL.sample_ids[index])}: stored .*1 of the 80"
     ):
         load_partner_pool(read_partner_pool(path), other, path)

@@ -1,4 +1,4 @@
-"""Worker processes as a job relies on them: they outlive its signals, never it, and leave its random numbers alone."""
+"""Worker processes ignore the job's signals, end with it, and leave its random state unchanged."""
 
 import contextlib
 import multiprocessing
@@ -41,19 +41,19 @@ def loader_of(image_set, num_workers, views=CROPS):
 
 
 def requests(view, num_batches=20):
-    """Other samples in other batches for each view."""
-    return [ViewRequest((torch.arange(4) + 5 * at + view) % NUM_SAMPLES, view) for at in range(num_batches)]
+    """Return requests whose samples differ by view."""
+    return [ViewRequest((torch.arange(4) + 5 * number + view) % NUM_SAMPLES, view) for number in range(num_batches)]
 
 
 def same(stream, images):
-    return all(torch.equal(seen.images, one) for seen, one in zip(stream, images, strict=True))
+    return all(torch.equal(batch.images, image) for batch, image in zip(stream, images, strict=True))
 
 
 @pytest.fixture(scope="module")
 def truth(equal):
     """The images of each view's requests, from images in memory."""
     loader = loader_of(in_memory(equal), 0)
-    return [[seen.images for seen in loader.stream(requests(view))] for view in range(3)]
+    return [[batch.images for batch in loader.stream(requests(view))] for view in range(3)]
 
 
 def started_since(before):
@@ -111,12 +111,12 @@ def test_random_state_of_the_job_is_unchanged(equal, num_workers):
     torch.manual_seed(3)
     before = states()
     loader = loader_of(equal, num_workers, JITTER)
-    first = [seen.images for seen in loader.stream(requests(0)) if states() == before]
-    assert len(first) == 20, "after each batch, they are as they were"
+    first = [batch.images for batch in loader.stream(requests(0)) if states() == before]
+    assert len(first) == 20, "unchanged after each batch"
     next(loader.stream(requests(1)))
     assert states() == before
     torch.manual_seed(4)
-    assert same(loader.stream(requests(0)), first), "nor do they matter"
+    assert same(loader.stream(requests(0)), first), "independent of the job's seed"
 
 
 def test_workers_ignore_the_signals_of_the_job(equal, truth):
@@ -131,7 +131,7 @@ def test_workers_ignore_the_signals_of_the_job(equal, truth):
             os.kill(worker.pid, number)
     assert same(stream, truth[0][1:])
     assert same(loader.stream(requests(1)), truth[1])
-    assert started_since(before) == workers, "the very same ones"
+    assert started_since(before) == workers, "the same processes"
 
 
 def is_running(pid):
@@ -148,7 +148,7 @@ def wait_for(condition, most_s=60):
     return condition()
 
 
-ENDED = {"leaves": 1, "hangs": 0, "is_killed": -9, "loses_a_worker": 0, "loses_a_worker_as_it_hands_over": 0}
+ENDED = {"leaves": 1, "hangs": 0, "is_killed": -9, "loses_a_worker": 0, "loses_a_worker_while_it_sends": 0}
 
 
 @pytest.fixture
@@ -183,10 +183,10 @@ def test_workers_and_parent_end_together(tmp_path, processes):
     lines = message.splitlines()
     for name, status in ENDED.items():
         assert f"{name} ended with {status}" in lines
-    for name in ("loses_a_worker", "loses_a_worker_as_it_hands_over"):
+    for name in ("loses_a_worker", "loses_a_worker_while_it_sends"):
         (sentence,) = (line for line in lines if line.startswith(f"{name}: "))
-        assert "DataLoader worker (pid" in sentence, "by which the command line knows it"
-    # A thread of multiprocessing's, in a worker whose peer is killed as it hands over, may say so in its own way.
-    its_own = (" ", "Traceback (most recent call last)", "ConnectionResetError", "BrokenPipeError", "EOFError")
-    ours = [line for line in lines if line and not line.startswith(its_own)]
+        assert "DataLoader worker (pid" in sentence, "which the command line recognizes"
+    # A thread of multiprocessing may print a traceback in a worker whose peer is killed.
+    foreign = (" ", "Traceback (most recent call last)", "ConnectionResetError", "BrokenPipeError", "EOFError")
+    ours = [line for line in lines if line and not line.startswith(foreign)]
     assert len(ours) == len(ENDED) + 3, f"unexpected output: {message}"

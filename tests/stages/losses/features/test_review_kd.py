@@ -109,8 +109,8 @@ def test_loss_grows_over_the_warmup(epoch, warmup_epochs, share):
 
 
 def test_batch_of_one_embedding_is_finite():
-    one = {layer: features[:1] for layer, features in STUDENT.items()}
-    module, inputs = build(config_of(), one, {layer: features[:1] for layer, features in TEACHER.items()})
+    student = {layer: features[:1] for layer, features in STUDENT.items()}
+    module, inputs = build(config_of(), student, {layer: features[:1] for layer, features in TEACHER.items()})
     loss = module(inputs).mean()
     loss.backward()
     assert torch.isfinite(loss)

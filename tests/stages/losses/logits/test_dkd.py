@@ -93,7 +93,7 @@ def test_saturated_logits_match_float64(scale, temperature):
         teacher = (scale * ENDS.flip(1)).to(dtype)
         parts = [part(student, teacher, labels, temperature) for part in (tckd_loss, nckd_loss)]
         gradients = [torch.autograd.grad(part.sum(), student)[0] for part in parts]
-        results.append([one.double() for one in (*parts, *gradients)])
+        results.append([part.double() for part in (*parts, *gradients)])
     for narrow, wide in zip(*results, strict=True):
         assert torch.isfinite(narrow).all()
         assert torch.allclose(narrow, wide, rtol=1e-5, atol=1e-5)
@@ -113,8 +113,8 @@ def test_saturated_logits_match_a_loop_over_the_classes():
 
 def _log_softmax(values):
     top = max(values)
-    total = top + math.log(sum(math.exp(one - top) for one in values))
-    return [one - total for one in values]
+    total = top + math.log(sum(math.exp(value - top) for value in values))
+    return [value - total for value in values]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
 from kdpipe.stages.losses.relations.crd import CRDConfig
-from kdpipe.stages.losses.relations.nce import Memory, NCELoss, log_z_of, nce_per_sample
+from kdpipe.stages.losses.relations.nce import Memory, NCELoss, log_z_of, nce_loss
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 POOLED = FeatureSpec("b", "pooled")
@@ -91,14 +91,14 @@ def test_the_loss_equals_the_formula_where_all_negatives_count():
     same, other = log_same.exp(), log_negatives.exp()
     expected = -(same / (same + noise + 1e-7)).log() - (noise / (other + noise + 1e-7)).log().sum(1)
     all_samples = torch.ones(3, 5, dtype=torch.bool)
-    assert torch.allclose(nce_per_sample(log_same, log_negatives, all_samples, NUM_SAMPLES), expected, rtol=1e-12)
+    assert torch.allclose(nce_loss(log_same, log_negatives, all_samples, NUM_SAMPLES), expected, rtol=1e-12)
 
 
 def test_samples_of_the_anchors_class_are_not_negatives():
     log_same, log_negatives = drawn(2, seed=1), drawn(2, 5, seed=2)
     is_negative = torch.tensor([[True, False, True, True, False]] * 2)
-    fewer = nce_per_sample(log_same, log_negatives[:, [0, 2, 3]], torch.ones(2, 3, dtype=torch.bool), NUM_SAMPLES)
-    assert torch.allclose(nce_per_sample(log_same, log_negatives, is_negative, NUM_SAMPLES), fewer, rtol=1e-12)
+    fewer = nce_loss(log_same, log_negatives[:, [0, 2, 3]], torch.ones(2, 3, dtype=torch.bool), NUM_SAMPLES)
+    assert torch.allclose(nce_loss(log_same, log_negatives, is_negative, NUM_SAMPLES), fewer, rtol=1e-12)
     z = log_z_of(log_same, log_negatives[:, [0, 2, 3]], torch.ones(2, 3, dtype=torch.bool), NUM_SAMPLES)
     assert log_z_of(log_same, log_negatives, is_negative, NUM_SAMPLES).item() == pytest.approx(z.item())
 

@@ -11,7 +11,7 @@ import torch_pruning
 from torch import Tensor, fx, nn
 
 from kdpipe.stages.models.build import ModelConfig, build_model
-from kdpipe.stages.models.module_lookup import get_module
+from kdpipe.stages.models.hooks import get_module
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
 from kdpipe.stages.models.weights import count_parameters
 

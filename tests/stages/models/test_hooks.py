@@ -9,7 +9,7 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.build import ModelConfig, build_model
-from kdpipe.stages.models.module_lookup import get_module
+from kdpipe.stages.models.hooks import get_module
 
 
 @pytest.fixture(scope="module")
