@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from kdpipe.stages.cache_teacher.plan import CacheConfig, build_cache_job, plan_
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.store import Manifest, read_store_manifest
-from kdpipe.store.check.repair import restore_samples, uncommit
+from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.store import Manifest, StoreError, read_store_manifest
+from kdpipe.store.check.repair import rebuild_manifest, restore_samples, uncommit
 from kdpipe.store.check.verify import VerifyReport, verify_store
 from kdpipe.store.format.schema import SAMPLES
 from kdpipe.store.format.zarr_metadata import replace_metadata
@@ -20,25 +23,26 @@ from kdpipe.store.write.extend import require_same_origin
 
 
 def repair(
-    config: CacheConfig, path: Path, teacher: ModelBundle, context: StageContext
+    config: CacheConfig, path: Path, teacher: ModelBundle, layers: Sequence[FeatureSpec], context: StageContext
 ) -> tuple[VerifyReport, VerifyReport, int]:
     """Repair the store at `path`.
 
-    Metadata are rewritten from the manifest, and samples from the recipe's data set if they are the same. Only damaged
-    arrays are recomputed: what was missing stays missing. Open readers are not disturbed. Rerunning finishes a killed
-    repair.
+    Metadata are rewritten from the manifest, and a lost manifest from the recipe's plan (`layers` are the recipe's) if
+    the markers agree with it. Samples are restored from the recipe's data set if they are the same. Only damaged arrays
+    are recomputed: what was missing stays missing. Open readers are not disturbed. Rerunning finishes a killed repair.
 
     Returns the faults found, those left, and the number of units computed. Raises FingerprintMismatch, at once, if
     the recipe's teacher, views or data set are not the store's; StoreError if it cannot be repaired; LockedError if
     another job is computing a damaged unit.
     """
-    manifest = read_store_manifest(path)
-    found = verify_store(path, context.monitor.counter("repair", "check", "unit"))
+    manifest = _manifest(config, path, teacher, layers, context)
+    found = verify_store(path, context.monitor.counter("repair", "check", "unit"), manifest=manifest)
     if not found.damaged:
         return found, found, 0
     _require_own(config, path, manifest, teacher, context)
     with exclusive_store(path):
-        manifest = read_store_manifest(path)  # again: another job may have extended the store meanwhile
+        with suppress(StoreError):  # a lost manifest stays the recipe's plan
+            manifest = read_store_manifest(path)  # again: another job may have extended the store meanwhile
         replace_metadata(path, manifest)
         if any(fault.key.startswith(f"{SAMPLES}/") or fault.key == SAMPLES for fault in found.damaged):
             restore_samples(path, manifest, context.samples)
@@ -46,6 +50,18 @@ def repair(
     result = fill_store(build_cache_job(config, path, manifest, teacher, context), sorted(units))
     left = verify_store(path, context.monitor.counter("repair", "check again", "unit"))
     return found, left, int(result["num_units_computed"])
+
+
+def _manifest(
+    config: CacheConfig, path: Path, teacher: ModelBundle, layers: Sequence[FeatureSpec], context: StageContext
+) -> Manifest:
+    """Return the store's manifest, or the recipe's plan if it is damaged."""
+    try:
+        return read_store_manifest(path)
+    except StoreError:
+        if not (path / "markers").is_dir():
+            raise
+    return rebuild_manifest(path, plan_store(config, teacher, layers, samples_in_row_order(context), context))
 
 
 def _require_own(

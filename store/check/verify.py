@@ -84,24 +84,29 @@ class VerifyReport:
         }
 
 
-def verify_store(path: Path, on_unit: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
+def verify_store(
+    path: Path, on_unit: Callable[[int, int], None] = lambda done, total: None, *, manifest: Manifest | None = None
+) -> VerifyReport:
     """Verify every file of the store at `path` and collect all faults. One shard is in memory at a time.
 
     Args:
-        path: The store. If its manifest cannot be read, that is the only fault reported.
+        path: The store.
         on_unit: Called with (units checked, units in all) after each; may raise to stop.
+        manifest: The expected manifest, if known from elsewhere because the stored one cannot be read. Without one,
+            an unreadable manifest is the only fault reported.
 
     Raises:
         StoreError: There is no store at all.
         KdpipeError: Another job changed it meanwhile.
     """
     with _metadata_locked(path):
-        try:
-            manifest = read_store_manifest(path)
-        except StoreError as error:
-            if not (path / MARKERS).is_dir():
-                raise
-            return VerifyReport((Fault("zarr.json", f"nothing else can be checked: {error}"),), (), 0, 0, 0)
+        if manifest is None:
+            try:
+                manifest = read_store_manifest(path)
+            except StoreError as error:
+                if not (path / MARKERS).is_dir():
+                    raise
+                return VerifyReport((Fault("zarr.json", f"nothing else can be checked: {error}"),), (), 0, 0, 0)
         verifier = _Verifier(path, manifest)
         verifier.metadata()
         verifier.samples()
@@ -134,8 +139,9 @@ def _metadata_locked(path: Path) -> Iterator[None]:
 
 def _require_unchanged(path: Path, manifest: Manifest) -> None:
     """Raise KdpipeError if the store was extended or shrunk meanwhile: the faults found may then be wrong."""
-    if read_store_manifest(path).layout != manifest.layout:
-        raise KdpipeError(f"{path} was extended or shrunk while it was checked: run the same command again.")
+    with suppress(StoreError):  # an unreadable manifest is a fault, recorded already
+        if read_store_manifest(path).layout != manifest.layout:
+            raise KdpipeError(f"{path} was extended or shrunk while it was checked: run the same command again.")
 
 
 @dataclass

@@ -167,7 +167,10 @@ def read_manifest(attributes: Any, where: str) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise StoreError(f"{where} has a damaged manifest ({type(error).__name__}: {str(error)[:200]}).") from error
     if edited:
-        raise StoreError(f"{where} has a manifest that was edited or damaged: its checksum does not match.")
+        raise StoreError(
+            f"{where} has a manifest that was edited or damaged: its checksum does not match. Run `kdpipe store repair "
+            "RECIPE`."
+        )
     return manifest
 
 

@@ -91,7 +91,7 @@ def read_marker(store: Path, manifest: Manifest, unit: Unit) -> Marker | None:
 def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Marker:
     """Parse a marker's bytes. Raises StoreError where it is damaged or belongs to another store."""
     try:
-        record = _checked_record(raw)
+        record = checked_record(raw)
         marker = _parse(record)
         fingerprint, rows = str(record["fingerprint"]), int(record["rows"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
@@ -107,7 +107,8 @@ def parse_marker(raw: bytes, manifest: Manifest, unit: Unit, where: str) -> Mark
     return marker
 
 
-def _checked_record(raw: bytes) -> dict[str, Any]:
+def checked_record(raw: bytes) -> dict[str, Any]:
+    """Return the record in a marker's bytes. Raises ValueError and others where it is damaged."""
     record = {key: value for key, value in json.loads(raw).items() if key != CHECKSUM}
     if raw != _text(record).ljust(MARKER_BYTES):
         raise ValueError("its checksum differs")

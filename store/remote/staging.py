@@ -32,7 +32,16 @@ from kdpipe.store.remote.remote_store import (
     read_remote_unit,
     unpacked_manifest,
 )
-from kdpipe.store.remote.staging_cache import COPY, ENTRY, StagingCache, exclusive_cache, require_room
+from kdpipe.store.remote.staging_cache import (
+    COPY,
+    ENTRY,
+    StagingCache,
+    copy_bytes,
+    exclusive_cache,
+    keep,
+    make_room,
+    using,
+)
 from kdpipe.store.write.extend import grow
 from kdpipe.store.write.writer import create_store, finish_store, write_unit
 
@@ -60,8 +69,8 @@ def stage(
     """Return a zero-copy store on this machine with the finished part of the store at `where`, a folder or a URL.
 
     A store that needs no staging is returned as it is. If the copy exists already, only the remote manifest is read.
-    Waits for another job that is staging it. Every file is checked against its committed crc32c. `on_unit` is called
-    with (units fetched, units to fetch).
+    Waits for another job that is staging it. Every file is checked against its committed crc32c. The copy is not
+    evicted from the cache while this process lives. `on_unit` is called with (units fetched, units to fetch).
 
     Raises StoreError where the store cannot be read or is damaged (the error names the file), or the copy does not fit.
     """
@@ -69,8 +78,10 @@ def stage(
         return Path(where)
     remote = open_remote_store(where)
     for entry in _entries(cache, remote):
-        if _stage_at(entry, remote, cache, on_unit):
-            return entry / COPY
+        with using(entry):
+            if _stage_at(entry, remote, cache, on_unit):
+                keep(entry)
+                return entry / COPY
     raise StoreError(f"{remote.where} cannot be staged: {entry} holds another store. Delete that folder.")
 
 
@@ -116,7 +127,7 @@ def _prepare(entry: Path, stored: Manifest | None, remote: RemoteStore, cache: S
         layout = replace(wanted.layout, num_views=num_views)
         wanted = replace(wanted, arrays=arrays, layout=layout, finished=stored.finished)
     with exclusive_cache(cache):  # until the copy's manifest records its size
-        require_room(cache, entry, wanted)
+        make_room(cache, entry, copy_bytes(wanted))
         if stored is None:
             create_store(copy, wanted, samples)
         else:

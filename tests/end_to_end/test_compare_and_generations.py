@@ -137,7 +137,7 @@ def test_a_diverged_variant_does_not_stop_the_others(compared, recipe, tmp_path)
     assert re.search(r"^\s*kd-and-rkd\s+\d", ended.stdout, re.MULTILINE)
 
 
-def test_the_test_store_is_repaired_with_the_training_store(compared, recipe, tmp_path):
+def test_shard_and_manifests_of_both_stores_are_repaired(compared, recipe, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(compared[0], run)
     shard = run / "store.test.zarr" / "logits" / "c" / "0" / "0" / "0"
@@ -147,8 +147,14 @@ def test_the_test_store_is_repaired_with_the_training_store(compared, recipe, tm
     refused = kdpipe_here("train-student", recipe, "--run", run, *SHORT)
     assert refused.exit_code == 1
     assert "kdpipe store repair" in refused.stderr
-    assert kdpipe_here("store", "repair", recipe, "--run", run, *SHORT).exit_code == 0
+    manifests = [run / name / "zarr.json" for name in ("store.zarr", "store.test.zarr")]
+    before = [file.read_bytes() for file in manifests]
+    for file, raw in zip(manifests, before, strict=True):
+        file.write_bytes(raw[:300] + bytes([raw[300] ^ 4]) + raw[301:])
+    repaired = kdpipe_here("store", "repair", recipe, "--run", run, *SHORT)
+    assert repaired.exit_code == 0, repaired.stderr
     assert shard.read_bytes() == whole
+    assert [file.read_bytes() for file in manifests] == before
     asked = ("--recompute", "5", "--recipe", recipe, "--run", run)
     assert kdpipe_here("store", "verify", run / "store.test.zarr", *asked, *SHORT).exit_code == 0
 

@@ -47,10 +47,11 @@ def repair(run: Run) -> Repaired:
     from kdpipe.stages.train_teacher import load_teacher
 
     teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.context), run.recipe.cache
-    repaired = {run.store: repair_store(config, run.store, teacher, run.context)}
+    layers = list(run.required_features(teacher))
+    repaired = {run.store: repair_store(config, run.store, teacher, layers, run.context)}
     if run.test_store.exists():
         test_config, test_images = replace(config, top_k=None), test_context(run.context)
-        repaired[run.test_store] = repair_store(test_config, run.test_store, teacher, test_images)
+        repaired[run.test_store] = repair_store(test_config, run.test_store, teacher, [], test_images)
     return repaired
 
 

@@ -3,6 +3,7 @@ guess.
 """
 
 import dataclasses
+import json
 import os
 import shutil
 
@@ -63,9 +64,9 @@ def flip(file, at, bit=2):
     file.write_bytes(raw)
 
 
-def repaired(run, path, **changes):
+def repaired(run, path, config=CACHE, layers=LAYERS, **changes):
     context = tiny_context(run, **changes)
-    return repair(CACHE, path, load_teacher(TEACHER, 0, context), context)
+    return repair(config, path, load_teacher(TEACHER, 0, context), layers, context)
 
 
 def test_a_whole_store_is_left_alone(run, path, intact):
@@ -132,10 +133,13 @@ def test_samples_of_an_extension_are_restored(run, tmp_path):
     cache_teacher(CACHE, path, teacher, LAYERS, context)
     assert len(read_store_manifest(path).layout.segments) == 2
     before = folder_bytes(path)
-    flip(path / "samples" / "labels" / "c" / "0", 8)
+    row = int(read_store_manifest(path).layout.sample_rows()[-1])
+    ids = path / "samples" / "ids" / "c" / "0"
+    flip(ids, 8 * row)
     assert not repaired(run, path)[1].damaged
     assert folder_bytes(path) == before
-    flip(path / "samples" / "ids" / "c" / "0", 8)
+    flip(ids, 8 * row)
+    flip(ids, 8)
     with pytest.raises(StoreError, match="does not determine them"):
         repaired(run, path)
 
@@ -156,13 +160,48 @@ def test_another_teacher_is_refused_before_anything_changes(run, path):
     with torch.no_grad():
         next(teacher.model.parameters()).add_(1e-3)
     with pytest.raises(FingerprintMismatch, match="weights_sha256"):
-        repair(CACHE, path, teacher, context)
+        repair(CACHE, path, teacher, LAYERS, context)
     assert folder_bytes(path) == before
 
 
-def test_damaged_manifest_cannot_be_repaired(run, path):
-    flip(path / "zarr.json", 300)
-    with pytest.raises(StoreError, match=r"zarr\.json|manifest"):
+@pytest.mark.parametrize("damage", [lambda file: flip(file, 300), lambda file: file.unlink()], ids=["flipped", "gone"])
+def test_lost_manifest_is_rebuilt_if_markers_agree(run, path, intact, damage):
+    damage(path / "zarr.json")
+    manifest = read_store_manifest(run / "store.zarr")
+    flip(shard_path(path, manifest.arrays[0], manifest.layout.units()[0]), 40)
+    found, left, num_computed = repaired(run, path)
+    assert "zarr.json" in [fault.key for fault in found.damaged]
+    assert not left.damaged
+    assert num_computed == 1
+    assert folder_bytes(path) == intact
+
+
+def test_a_lost_manifest_is_not_guessed(run, path):
+    (path / "zarr.json").unlink()
+    before = folder_bytes(path)
+    for changes in ({"train_set": squares(300, 5)}, {"views": dataclasses.replace(VIEWS, seed=8)}):
+        with pytest.raises(StoreError, match="was not written for what this recipe plans"):
+            repaired(run, path, **changes)
+    with pytest.raises(StoreError, match="was not written for what this recipe plans"):
+        repaired(run, path, config=dataclasses.replace(CACHE, dtype="float32"))
+    with pytest.raises(StoreError, match="was not written for what this recipe plans"):
+        repaired(run, path, layers=[])
+    shutil.rmtree(path / "markers" / "c")
+    with pytest.raises(StoreError, match="neither a manifest nor a marker"):
+        repaired(run, path)
+    assert {key: raw for key, raw in before.items() if not key.startswith("markers/c")} == folder_bytes(path)
+
+
+def test_store_of_another_schema_is_not_repaired(run, path, intact):
+    file = path / "zarr.json"
+    record = json.loads(file.read_text())
+    record["attributes"]["kdpipe"]["schema_version"] = 4
+    file.write_text(json.dumps(record))
+    assert not repaired(run, path)[1].damaged, "here the version alone was damaged"
+    assert folder_bytes(path) == intact
+    record["attributes"]["kdpipe"]["more"] = "of a later kdpipe"
+    file.write_text(json.dumps(record))
+    with pytest.raises(StoreError, match="schema 4: only the kdpipe that wrote it"):
         repaired(run, path)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.tiny_run import CACHE, TEACHER, VIEWS, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher
-from kdpipe.stages.cache_teacher.plan import layers_of
+from kdpipe.stages.cache_teacher.cache import layers_of
 from kdpipe.stages.cache_teacher.recheck import recompute
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.errors import ModelError, RecipeError

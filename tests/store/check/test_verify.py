@@ -155,6 +155,7 @@ def test_absent_store_is_an_error_lost_manifest_a_fault(made, tmp_path):
         verify_store(tmp_path / "none.zarr")
     (made.path / "zarr.json").unlink()
     assert named(verify_store(made.path)) == ["zarr.json"]
+    assert named(verify_store(made.path, manifest=made.manifest)) == ["zarr.json"]
 
 
 def test_untrusted_sizes_do_not_decide_memory_use(any_profile):
