@@ -137,6 +137,15 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return next((found for found in ticks if len(found) >= 3), ticks[-1])
 
 
+def epoch_axis(axes: Axes, num_epochs: int) -> None:
+    """Set the x axis of epochs, counted from 1."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(1, max(2, num_epochs))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("epoch")
+
+
 def thinned(by_epoch: Mapping[int, float], max_points: int = 300) -> tuple[list[int], list[float]]:
     """Return epochs and values of a curve: every k-th of many, and always the last."""
     epochs = sorted(by_epoch)

@@ -24,10 +24,11 @@ MAIN_KINDS = ("teacher", "alone", "student")
 
 @dataclass(frozen=True)
 class Epoch:
-    """A line of metrics.jsonl: number counted from 1, and test accuracy in percent."""
+    """A line of metrics.jsonl: number counted from 1, test accuracy in percent, weighted losses by name."""
 
     number: int
     accuracy: float
+    losses: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -126,4 +127,4 @@ def _epoch(record: dict[str, Any]) -> Epoch:
     number, accuracy = int(record["epoch"]) + 1, 100 * float(record["accuracy"])
     if number < 1 or not 0 <= accuracy <= 100:
         raise ValueError(f"epoch {number} has an accuracy of {accuracy:g} %")
-    return Epoch(number, accuracy)
+    return Epoch(number, accuracy, {str(name): float(value) for name, value in record.get("losses", {}).items()})

@@ -18,6 +18,7 @@ from kdpipe.pipeline.report.html.read import PageRun, read_run
 from kdpipe.pipeline.report.html.sections.compare import comparison
 from kdpipe.pipeline.report.html.sections.confusions import confusions
 from kdpipe.pipeline.report.html.sections.curves import learning_curves
+from kdpipe.pipeline.report.html.sections.losses import losses
 from kdpipe.pipeline.report.html.sections.provenance import provenance
 from kdpipe.pipeline.report.html.sections.reliability import reliability
 from kdpipe.pipeline.report.html.sections.similarity import class_similarity
@@ -48,6 +49,7 @@ class Section:
 SECTIONS = (
     Section("results", "Results", results),
     Section("curves", "Learning curves", learning_curves),
+    Section("losses", "Losses by epoch", losses),
     Section("tradeoff", "Accuracy, size and latency", tradeoff),
     Section("reliability", "Reliability", reliability),
     Section("confusions", "Confusions", confusions),

@@ -19,6 +19,7 @@ from kdpipe.pipeline.report.chart import spread, thinned, with_unique_ids
 from kdpipe.pipeline.report.html.heat import NUM_LEVELS, level_of
 from kdpipe.pipeline.report.html.read import Job, Network
 from kdpipe.pipeline.report.html.sections.curves import Curve, curve_panel
+from kdpipe.pipeline.report.html.sections.losses import loss_panel
 from kdpipe.pipeline.report.html.sections.reliability import pooled_bins
 from kdpipe.pipeline.report.html.sections.similarity import TEMPERATURE, Similarity, closest_pairs, similarity_of
 from kdpipe.pipeline.report.html.write import SECTIONS, write_page
@@ -312,6 +313,34 @@ def test_curves_of_extreme_accuracies_are_drawn(accuracies):
     assert not re.search("nan|inf", drawn)
     ticks = re.findall(r">(\d+(?:\.\d+)?)</text>", drawn)
     assert len(set(ticks)) >= 3
+
+
+@pytest.mark.parametrize("values", [[0.0], [-2.0, 1.0], [3.0], [1e-300, 1e9], [1e-9, 1e-8]])
+def test_extreme_losses_are_drawn(values):
+    drawn = loss_panel("network", {"kd": dict(enumerate(values, 1)), "hard_labels": {1: values[0]}})
+    assert "<title>network: losses by epoch</title><desc>kd, hard_labels</desc>" in drawn
+    assert not re.search("nan|inf", drawn)
+
+
+def test_losses_are_means_over_seeds_by_term(tmp_path):
+    run = made_run(tmp_path / "run")
+    seeds = ([{"kd": 0.5, "hard_labels": 2.0}, {"kd": 0.25}], [{"kd": 1.0, "hard_labels": math.nan}])
+    for seed, epochs in enumerate(seeds):
+        lines = [json.dumps({"epoch": number, "accuracy": 0.5, "losses": terms}) for number, terms in enumerate(epochs)]
+        (run / f"students/distilled-seed{seed}/metrics.jsonl").write_text("\n".join(lines))
+    text, read, _ = page_of(run)
+    assert "student distilled: losses by epoch epoch kd hard_labels 1 0.75 2 2 0.25 - " in read.text
+    for name in ("teacher", "student alone", "student distilled"):
+        assert f"<title>{name}: losses by epoch</title>" in text
+
+
+def test_run_without_losses_leaves_out_their_charts(tmp_path):
+    run = made_run(tmp_path / "run")
+    for path in run.rglob("metrics.jsonl"):
+        path.write_text('{"epoch": 0, "accuracy": 0.5}')
+    _, read, _ = page_of(run)
+    assert "No loss is recorded in this run yet." in read.text
+    assert "student distilled ends at 50.00" in read.text
 
 
 def test_long_curves_are_thinned_to_their_last_point():

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kdpipe.pipeline.report.chart import add_axes, color, drawing, error_axis, new_figure, svg, thinned
+from kdpipe.pipeline.report.chart import add_axes, color, drawing, epoch_axis, error_axis, new_figure, svg, thinned
 from kdpipe.pipeline.report.formatting import mean_std, shortened
 from kdpipe.pipeline.report.html.read import Network, PageRun
 from kdpipe.pipeline.report.html.templating import LeftOutError
@@ -71,16 +71,12 @@ def learning_curves(run: PageRun) -> dict[str, object]:
 @drawing()
 def curve_panel(title: str, strong: Sequence[Curve], together: Sequence[Curve], *, show_others: bool = False) -> Markup:
     """Draw the seeds and means of `strong` curves on axes with room for all `together`, and these faintly if asked."""
-    from matplotlib.ticker import MaxNLocator
-
     figure = new_figure(WIDTH, HEIGHT)
     axes = add_axes(figure, 40, 30, WIDTH - 50, HEIGHT - 40)
     axes.set_title(shortened(title, 26), loc="left", fontsize=13)
     axes.set_title("test accuracy, %", loc="right", fontsize=11, color=color("quiet"))
     seeds = [seed for curve in together for seed in curve.seeds]
-    axes.set_xlim(1, max(2, *(max(seed) for seed in seeds)))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_xlabel("epoch")
+    epoch_axis(axes, max(max(seed) for seed in seeds))
     error_axis(axes, [accuracy for seed in seeds for accuracy in seed.values()])
     for curve in (other for other in together if show_others and other not in strong):
         axes.plot(*thinned(curve.mean), "--", color=color("quiet"), linewidth=1.2, alpha=0.45)
