@@ -49,10 +49,10 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec, source_shapes
 from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.train_student.student import open_distillation
+from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.step import TrainJob
 from kdpipe.stages.training.task import Batch, StepPosition, TrainingTask
 from kdpipe.stages.views.config import ViewsConfig
 

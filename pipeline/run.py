@@ -38,9 +38,9 @@ from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
 from kdpipe.stages.targets.open import local_store_path, test_store_path
 from kdpipe.stages.targets.resolve import smallest_feature
+from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
 from kdpipe.stages.train_student.student import open_distillation
-from kdpipe.stages.train_teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store import StoreError, is_url, make_folders, read_store_manifest
 
@@ -181,7 +181,7 @@ class Run:
         named = self.recipe.student.stores
         return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
 
-    def check_losses(self) -> None:
+    def check_losses_fit(self) -> None:
         """Check that all losses fit student and teacher, before the teacher is trained."""
         self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context))
 

@@ -1,4 +1,4 @@
-"""The stages of a run, each on one page: build the objects, hand them to the stage's workers, return the results.
+"""The stages of a run, each on one page: build the objects, hand them to the stage's functions, return the results.
 
 `train_teacher`, `cache_teacher`, `train_student` and `compress_student` are the stages on built data and views (a
 `StageContext`); `run_*` apply them to a recipe in its run folder. Every step skips finished work and resumes stopped
@@ -39,18 +39,18 @@ from kdpipe.stages.runtime.cpu import lower_priority
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.train_student.student import StudentRun, student_inputs, train_hint_stages
-from kdpipe.stages.train_teacher import (
+from kdpipe.stages.teacher import (
     TeacherConfig,
     build_teacher,
     load_teacher,
     require_same_training,
+    teacher_fingerprint,
     teacher_folder,
-    teacher_inputs,
 )
+from kdpipe.stages.train_student.student import StudentRun, student_fingerprint, train_hint_stages
 from kdpipe.stages.training.finalize import begin_job, finalize
+from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
-from kdpipe.stages.training.step import TrainJob
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import ensure_store
 
@@ -75,7 +75,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     teacher = build_teacher(config, seed, context)
-    if (done := begin_job(job_dir, teacher_inputs(config, seed, teacher, context), process_group)) is not None:
+    if (done := begin_job(job_dir, teacher_fingerprint(config, seed, teacher, context), process_group)) is not None:
         return done
 
     test = context.evaluation(teacher.normalize)
@@ -95,7 +95,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
             process_group=process_group,
         )
         history = train(job, context.device, context.monitor)
-    return finalize(job_dir, teacher, history, test, process_group=process_group)
+    return finalize(job_dir, teacher, history, test, process_group=process_group)  # evaluate, export to ONNX, save
 
 
 # --- Stage 1: run the teacher over every view, and cache its outputs
@@ -103,7 +103,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
 
 def run_cache_teacher(run: Run) -> dict[str, Any]:
     """Fill the stores of the training and of the test images with what the recipe's losses need."""
-    recipe, context = run.recipe, run.context
+    recipe, context = run.recipe, run.context  # the context loads the data and its views
     require_same_training(recipe.teacher, recipe.seed, context)
     teacher = load_teacher(recipe.teacher, recipe.seed, context)
     features = list(run.required_features(teacher))
@@ -150,7 +150,8 @@ def cache_teacher(
 def run_train_student(run: Run) -> dict[str, Any]:
     """Train each seed's student twice: on hard labels alone, and distilled from the stores."""
     require_losses(run)
-    config, context, spec = run.recipe.student, run.context, run.distillation  # data; stores and losses, checked
+    config, context = run.recipe.student, run.context  # load the data and its views
+    spec = run.distillation  # open the stores; check them and the losses
     if warning := view_warning(run.recipe.views):
         run.monitor.warn("train-student", warning)
     task = try_distillation(run, spec, config)
@@ -170,7 +171,7 @@ def train_student(
     spec: DistillationSpec | None,
     context: StageContext,
     *,
-    run: StudentRun | None = None,
+    student_run: StudentRun | None = None,
 ) -> dict[str, Any]:
     """Build a student, its losses and targets, train it, evaluate it and export it; return its results.
 
@@ -179,27 +180,27 @@ def train_student(
         seed: The student's seed.
         spec: The opened stores and losses; None for a student on hard labels alone.
         context: The data and views.
-        run: The student's folder and name; by default those of `kdpipe train-student`.
+        student_run: The student's folder and name; by default those of `kdpipe train-student`.
     """
     kind, process_group = ALONE if spec is None else DISTILLED, context.process_group
-    run = run or StudentRun(student_folder(context.run_dir, kind, seed), f"{kind} student, seed {seed}")
+    student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"{kind} student, seed {seed}")
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     student = build_student(config, seed, context, spec.losses if spec else ())
-    inputs = student_inputs(config, seed, spec, student, context)
-    if (done := begin_job(run.job_dir, inputs, process_group)) is not None:
+    fingerprint = student_fingerprint(config, seed, spec, student, context)
+    if (done := begin_job(student_run.job_dir, fingerprint, process_group)) is not None:
         return done
 
-    main, test = spec.main_stage if spec else None, context.evaluation(student.normalize)
+    main, test = spec.without_hint_losses if spec else None, context.evaluation(student.normalize)
     job = TrainJob(
         stage="train-student",
-        name=run.name,
+        name=student_run.name,
         model=student.model,
-        task=build_task(student, main, seed, context, label_smoothing=config.label_smoothing),
+        task=build_task(student, main, seed, context, label_smoothing=config.label_smoothing),  # losses and targets
         test=test,
         config=config.train,
         seed=seed,
-        job_dir=run.job_dir,
+        job_dir=student_run.job_dir,
         student_layers=student_layers(main.losses) if main else (),
         process_group=process_group,
     )
@@ -207,7 +208,10 @@ def train_student(
         build = partial(_build_hint_task, student, spec, context)
         train_hint_stages(job, student, spec.losses, build, device=context.device, monitor=context.monitor)
     history = train(job, context.device, context.monitor)
-    return finalize(run.job_dir, student, history, test, process_group=process_group, with_onnx=run.with_onnx)
+    # evaluate, export to ONNX, save
+    return finalize(
+        student_run.job_dir, student, history, test, process_group=process_group, with_onnx=student_run.with_onnx
+    )
 
 
 def _build_hint_task(
@@ -297,7 +301,7 @@ def run_all(run: Run) -> dict[str, Any]:
     """Run every stage; each skips finished work."""
     dry_run(run.recipe.compress, run.recipe.student, run.context)
     require_losses(run)
-    run.check_losses()
+    run.check_losses_fit()
     results: dict[str, Any] = {}
     for name, stage in STAGES.items():
         with run.phase(name):

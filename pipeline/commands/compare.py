@@ -10,10 +10,9 @@ from typing import Any
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console, new_table
-from kdpipe.stages.distillation.student_config import view_warning
+from kdpipe.stages.distillation.student_config import ALONE, view_warning
 from kdpipe.stages.errors import NotFiniteError, RecipeError
 from kdpipe.stages.train_student.compare import (
-    ALONE,
     COST,
     Variant,
     build_step_job,
@@ -31,7 +30,7 @@ def run_compare(run: Run) -> dict[str, Any]:
             "list of losses, as in recipes/compare-losses.toml."
         )
     teacher = None
-    run.check_losses()
+    run.check_losses_fit()
     if run.store in run.stores:
         teacher = run_train_teacher(run)["teacher"]
         run_cache_teacher(run)
@@ -46,7 +45,7 @@ def run_compare(run: Run) -> dict[str, Any]:
         for variant in variants[1:]:
             try:
                 student_run = variant_run(variant.name, seed, run.folder)
-                result = train_student(variant.student, seed, variant.spec, context, run=student_run)
+                result = train_student(variant.student, seed, variant.spec, context, student_run=student_run)
                 results[variant.name].append(result)
             except NotFiniteError as error:  # the other variants go on
                 run.monitor.warn("compare", str(error))

@@ -21,8 +21,8 @@ from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.models.build import ModelConfig
+from kdpipe.stages.teacher import TeacherConfig
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.train_teacher import TeacherConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,7 +59,7 @@ def _check(run: Run, count: int) -> None:
             "simkd makes the teacher's classifier part of the student, which then cannot teach another: use "
             "another loss for generations, or --count 1."
         )
-    run.check_losses()
+    run.check_losses_fit()
     if count > 1:
         model = build_student(student, student.seeds[0], run.context).model
         dry_run_losses(losses, student, model, run.context, where="from generation 2 on, distill")

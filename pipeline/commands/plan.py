@@ -13,7 +13,7 @@ from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.rate import duration_text
 from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
 from kdpipe.stages.context import test_context
-from kdpipe.stages.train_teacher import load_teacher, teacher_folder, untrained_teacher
+from kdpipe.stages.teacher import load_teacher, teacher_folder, untrained_teacher
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.recipe.overrides import Setting, Settings

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.terminal.output import console, new_table
-from kdpipe.stages.compress.compress import compressed_root, float_job, student_sensitivity
+from kdpipe.stages.compress.compress import compressed_root, float_job_dir, student_sensitivity
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity
 
@@ -35,4 +35,4 @@ def run_sensitivity(run: Run, num_batches: int) -> tuple[str, list[LayerSensitiv
     config, student = run.recipe.compress, run.recipe.student
     root = compressed_root(run.folder, config)
     fine_tuning = build_fine_tuning(student, student.seeds[0], run.distillation, run.context, root)
-    return float_job(config, fine_tuning).path.name, student_sensitivity(config, fine_tuning, num_batches)
+    return float_job_dir(config, fine_tuning).path.name, student_sensitivity(config, fine_tuning, num_batches)

@@ -23,8 +23,8 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import parse_feature, source_shapes
+from kdpipe.stages.teacher import TeacherConfig, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.train_teacher import TeacherConfig, untrained_teacher
 
 Config = TypeVar("Config", TeacherConfig, StudentConfig)
 

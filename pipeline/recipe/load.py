@@ -22,8 +22,8 @@ from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import ModelError, RecipeError, RunError
 from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.registry import AnyLossConfig
+from kdpipe.stages.teacher import TeacherConfig
 from kdpipe.stages.train_student.compare import CompareEntry, VariantName
-from kdpipe.stages.train_teacher import TeacherConfig
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.renderer import check_views

@@ -119,8 +119,8 @@ def _name(path: str, root: Path) -> str:
     return str(folder.relative_to(root)) if folder != root else str(root) if root.name else root.resolve().name
 
 
-def _ago(progress: float, now: float) -> str:
-    return f"{duration_text(now - progress)} ago" if progress > 0 else ""
+def _ago(last_active: float, now: float) -> str:
+    return f"{duration_text(now - last_active)} ago" if last_active > 0 else ""
 
 
 def _size(num_bytes: int) -> str:

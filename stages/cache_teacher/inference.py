@@ -46,8 +46,8 @@ class UnitOutputs:
         """Return the rows of the arrays `names` in the store's types, and their encoding errors."""
         rows = {name: self.features[name] for name in names if name in self.features}
         fidelity = {name: self.fidelity[name] for name in rows}
-        features = [name for name in names if name not in self.features]
-        if not features:
+        logits_arrays = [name for name in names if name not in self.features]
+        if not logits_arrays:
             return rows, fidelity
         dtype = _logits_dtype(manifest)
         if manifest.top_k is None:
@@ -55,7 +55,7 @@ class UnitOutputs:
             return {**rows, "logits": stored}, {**fidelity, "logits": measure_dense(self.logits, stored)}
         packed = encode_topk(self.logits, manifest.top_k, dtype)
         fidelity["logits"] = measure_topk(self.logits, packed, manifest.top_k)
-        return {**rows, **{name: packed[name] for name in features}}, fidelity
+        return {**rows, **{name: packed[name] for name in logits_arrays}}, fidelity
 
 
 def hooked_layers(features: Sequence[FeatureSpec]) -> list[str]:
@@ -170,7 +170,7 @@ def collect_unit(
                 sample = exact[:MEASURED_ROWS].float().cpu().numpy()
                 fidelity[feature.array] = measure_features(sample, stored[:MEASURED_ROWS])
         start = stop
-    assert logits is not None, "a unit has at least feature row"
+    assert logits is not None, "a unit has at least one row"
     return UnitOutputs(unit, logits, features, fidelity)
 
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 
 from kdpipe.stages.compress.external_student import load_external, measure_external
 from kdpipe.stages.compress.fine_tune import FineTuneContext
-from kdpipe.stages.compress.prune_student import prune_job, prune_student
+from kdpipe.stages.compress.prune_student import prune_fingerprint, prune_student
 from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
 from kdpipe.stages.compress.quantization.qat import calibrate
 from kdpipe.stages.compress.quantization.sensitivity import LayerSensitivity, sensitivity
@@ -83,7 +83,7 @@ def compressed_root(run: Path, config: CompressConfig) -> Path:
 
 
 def compress(
-    config: CompressConfig, context: FineTuneContext, *, only: Sequence[Step] = STEPS
+    config: CompressConfig, fine_tuning: FineTuneContext, *, only: Sequence[Step] = STEPS
 ) -> dict[str, dict[str, Any]]:
     """Prune and quantize a student and return the figures of each network made.
 
@@ -97,13 +97,13 @@ def compress(
     """
     figures: dict[str, dict[str, Any]] = {}
     if config.prunes and "prune" in only:
-        figures |= _prune(config, context)
+        figures |= _prune(config, fine_tuning)
     if config.quantizes and "quantize" in only:
-        figures |= _quantize(config, context)
+        figures |= _quantize(config, fine_tuning)
     return figures
 
 
-def student_source(config: CompressConfig, context: FineTuneContext) -> TrainedModel:
+def student_source(config: CompressConfig, fine_tuning: FineTuneContext) -> TrainedModel:
     """Return the student to compress.
 
     Raises:
@@ -111,9 +111,9 @@ def student_source(config: CompressConfig, context: FineTuneContext) -> TrainedM
         FingerprintMismatch: If another recipe trained it.
         ModelError: As `load_external`.
     """
-    fresh = context.build_student
+    fresh = fine_tuning.build_student
     if config.student is None:
-        folder, needed_by = student_folder(context.run_dir, DISTILLED, context.seed), "kdpipe train-student"
+        folder, needed_by = student_folder(fine_tuning.run_dir, DISTILLED, fine_tuning.seed), "kdpipe train-student"
         stored = dict(finished_record(folder, needed_by)["architecture"])
         expected = json.loads(json.dumps(fresh().architecture))
         if found := differences(stored, expected, "architecture"):
@@ -122,19 +122,19 @@ def student_source(config: CompressConfig, context: FineTuneContext) -> TrainedM
         return finished_source(folder, fresh, needed_by)
     path = Path(config.student).expanduser()
     network = fresh()
-    class_names = context.evaluation(network.normalize).class_names
-    figures = measure_external(context, load_external(path, network, class_names))
+    class_names = fine_tuning.evaluation(network.normalize).class_names
+    figures = measure_external(fine_tuning, load_external(path, network, class_names))
     return TrainedModel(figures["identity"], lambda: load_external(path, fresh(), class_names))
 
 
-def student_job(config: CompressConfig, context: FineTuneContext) -> JobDir:
+def student_job_dir(config: CompressConfig, fine_tuning: FineTuneContext) -> JobDir:
     """Return the folder with that student's figures and files."""
     if config.student is None:
-        return student_folder(context.run_dir, DISTILLED, context.seed)
-    return JobDir(context.root / "given")
+        return student_folder(fine_tuning.run_dir, DISTILLED, fine_tuning.seed)
+    return JobDir(fine_tuning.root / "given")
 
 
-def float_source(config: CompressConfig, context: FineTuneContext, kind: str = "pruned") -> TrainedModel:
+def float_source(config: CompressConfig, fine_tuning: FineTuneContext, kind: str = "pruned") -> TrainedModel:
     """Return the float network of the chain: the pruned student, or the student if nothing is pruned.
 
     Raises:
@@ -142,18 +142,20 @@ def float_source(config: CompressConfig, context: FineTuneContext, kind: str = "
         FingerprintMismatch: If it was pruned with other settings than `config`.
     """
     if not config.prunes:
-        return student_source(config, context)
-    folder = context.job_dir(kind)
-    found = finished_source(folder, context.build_student, "kdpipe compress --only prune")
+        return student_source(config, fine_tuning)
+    folder = fine_tuning.job_dir(kind)
+    found = finished_source(folder, fine_tuning.build_student, "kdpipe compress --only prune")
     if kind == "pruned":
-        job = prune_job(_pruning(config, context), config.prune_train, context, student_source(config, context))
+        job = prune_fingerprint(
+            _pruning(config, fine_tuning), config.prune_train, fine_tuning, student_source(config, fine_tuning)
+        )
         folder.begin(job)
     return found
 
 
-def float_job(config: CompressConfig, context: FineTuneContext) -> JobDir:
+def float_job_dir(config: CompressConfig, fine_tuning: FineTuneContext) -> JobDir:
     """Return the folder of that float network."""
-    return context.job_dir("pruned") if config.prunes else student_job(config, context)
+    return fine_tuning.job_dir("pruned") if config.prunes else student_job_dir(config, fine_tuning)
 
 
 def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
@@ -188,52 +190,56 @@ def dry_run(config: CompressConfig, student: StudentConfig, context: StageContex
             export_onnx(model, example, Path(folder) / "model.onnx", metadata={}, opset=config.opset)
 
 
-def _prune(config: CompressConfig, context: FineTuneContext) -> dict[str, dict[str, Any]]:
-    source, pruning = student_source(config, context), _pruning(config, context)
-    figures = {"pruned": prune_student(pruning, config.prune_train, context, source, "pruned")}
+def _prune(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, dict[str, Any]]:
+    source, pruning = student_source(config, fine_tuning), _pruning(config, fine_tuning)
+    figures = {"pruned": prune_student(pruning, config.prune_train, fine_tuning, source, "pruned")}
     if config.baselines:
         ratio = None if pruning.budget == "channels" else figures["pruned"]["channel_ratio"]
-        alone = replace(context, spec=None)
+        alone = replace(fine_tuning, spec=None)
         figures["pruned-alone"] = prune_student(pruning, config.prune_train, alone, source, "pruned-alone", ratio=ratio)
     return figures
 
 
-def _pruning(config: CompressConfig, context: FineTuneContext) -> PruneConfig:
+def _pruning(config: CompressConfig, fine_tuning: FineTuneContext) -> PruneConfig:
     """Return the recipe's pruning, excluding the channels that the reused classifier (SimKD) reads."""
-    losses = context.spec.losses if context.spec else ()
+    losses = fine_tuning.spec.losses if fine_tuning.spec else ()
     reused = [projector_output_path(loss) for loss in losses if isinstance(loss, SimKDConfig)]
     return replace(config.prune, exclude=(*config.prune.exclude, *reused))
 
 
-def _quantize(config: CompressConfig, context: FineTuneContext) -> dict[str, dict[str, Any]]:
+def _quantize(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, dict[str, Any]]:
     scheme, train = config.quantize.scheme, config.quantize_train
-    alone = replace(context, spec=None)
+    alone = replace(fine_tuning, spec=None)
 
     def quantized(kind: str, of: FineTuneContext, source: TrainedModel, train: TrainConfig = train) -> dict[str, Any]:
         sparse = config.prunes and config.prune.kind != "channels" and kind in (scheme, f"{scheme}-alone")
         return quantize_student(config.quantize, train, of, source, kind, sparse=sparse)
 
-    figures: dict[str, dict[str, Any]] = {scheme: quantized(scheme, context, float_source(config, context))}
+    figures: dict[str, dict[str, Any]] = {scheme: quantized(scheme, fine_tuning, float_source(config, fine_tuning))}
     if config.baselines:
-        unpruned = student_source(config, context)
+        unpruned = student_source(config, fine_tuning)
         figures[f"{scheme}-ptq"] = quantized(f"{scheme}-ptq", alone, unpruned, replace(train, epochs=0))
         if config.prunes:
-            figures[f"{scheme}-unpruned"] = quantized(f"{scheme}-unpruned", context, unpruned)
+            figures[f"{scheme}-unpruned"] = quantized(f"{scheme}-unpruned", fine_tuning, unpruned)
             figures[f"{scheme}-unpruned-alone"] = quantized(f"{scheme}-unpruned-alone", alone, unpruned)
-        source = float_source(config, context, "pruned-alone")
+        source = float_source(config, fine_tuning, "pruned-alone")
         figures[f"{scheme}-alone"] = quantized(f"{scheme}-alone", alone, source)
     return figures
 
 
-def student_sensitivity(config: CompressConfig, context: FineTuneContext, num_batches: int) -> list[LayerSensitivity]:
+def student_sensitivity(
+    config: CompressConfig, fine_tuning: FineTuneContext, num_batches: int
+) -> list[LayerSensitivity]:
     """Return the layers of the float student (pruned if the recipe prunes), the worst first.
 
     Raises:
         RunError: If that student does not exist yet.
     """
-    network = float_source(config, context).load()
-    batches = context.task(network).stream(context.seed, config.quantize_train.batch_size, epoch=0, step=0, epochs=1)
+    network = float_source(config, fine_tuning).load()
+    batches = fine_tuning.task(network).stream(
+        fine_tuning.seed, config.quantize_train.batch_size, epoch=0, step=0, epochs=1
+    )
     images = [batch.images.cpu() for batch in islice(batches, num_batches)]
-    counter = context.monitor.counter("sensitivity", "layer by layer", "layer")
-    example = torch.zeros(2, *context.evaluation(network.normalize).image_shape)
+    counter = fine_tuning.monitor.counter("sensitivity", "layer by layer", "layer")
+    example = torch.zeros(2, *fine_tuning.evaluation(network.normalize).image_shape)
     return sensitivity(network.model.cpu(), example, images, exclude=config.quantize.exclude, on_progress=counter)

@@ -52,14 +52,14 @@ def load_external(path: Path, fresh: ModelBundle, class_names: Sequence[str]) ->
     return network
 
 
-def measure_external(context: FineTuneContext, network: ModelBundle) -> dict[str, Any]:
+def measure_external(fine_tuning: FineTuneContext, network: ModelBundle) -> dict[str, Any]:
     """Measure the external student and export its ONNX file, once, and return its figures."""
-    folder = JobDir(context.root / "given")
-    folder.begin({"starts_from": network.identity, "test": context.inputs["test"]})
+    folder = JobDir(fine_tuning.root / "given")
+    folder.begin({"starts_from": network.identity, "test": fine_tuning.inputs["test"]})
     if (done := folder.result()) is not None:
         return done
-    network.model.to(context.device)
-    return finalize(folder, network, [], context.evaluation(network.normalize), with_onnx=context.exports_onnx)
+    network.model.to(fine_tuning.device)
+    return finalize(folder, network, [], fine_tuning.evaluation(network.normalize), with_onnx=fine_tuning.exports_onnx)
 
 
 def low_precision_dtypes(path: Path) -> dict[str, torch.dtype]:

@@ -21,10 +21,10 @@ from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.step import TrainJob
 from kdpipe.stages.training.task import TrainingTask
 
 
@@ -68,7 +68,7 @@ class FineTuneContext:
         """Return the folder of this seed's network of a kind, such as `pruned`."""
         return JobDir(self.root / f"{kind}-seed{self.seed}")
 
-    def job_record(
+    def fingerprint(
         self, compression: Mapping[str, Any], starts_from: Mapping[str, Any], config: TrainConfig
     ) -> dict[str, Any]:
         """Return everything that determines the result of fine-tuning the network with identity `starts_from`."""
@@ -84,7 +84,7 @@ class FineTuneContext:
 
     def task(self, network: ModelBundle) -> TrainingTask:
         """Build a network's training task. Raises what `build_task` raises."""
-        return self.build_task(network, self.spec.main_stage if self.spec else None)
+        return self.build_task(network, self.spec.without_hint_losses if self.spec else None)
 
 
 def build_fine_tuning(
@@ -101,7 +101,11 @@ def build_fine_tuning(
             network, losses, seed, context, label_smoothing=smoothing, is_fine_tuning=True
         ),
         evaluation=context.evaluation,
-        inputs={"data": context.data_identity(), "test": context.test_identity(), "views": context.student_views()},
+        inputs={
+            "data": context.data_identity(),
+            "test": context.test_identity(),
+            "views": context.student_views(),
+        },
         run_dir=context.run_dir,
         root=root,
         device=context.device,
@@ -129,27 +133,27 @@ class FineTuneJob:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def fine_tune(job: FineTuneJob, context: FineTuneContext) -> list[dict[str, Any]]:
+def fine_tune(job: FineTuneJob, fine_tuning: FineTuneContext) -> list[dict[str, Any]]:
     """Train a network, from its checkpoint if there is one, and return the metrics of each epoch.
 
     Raises what `train` and `FineTuneContext.task` raise.
     """
-    model = job.network.model.to(context.device)
-    task = context.task(job.network)
+    model = job.network.model.to(fine_tuning.device)
+    task = fine_tuning.task(job.network)
     if not job.job_dir.checkpoint.exists():
         job.warm_up(model, task)
-    masks = {name: mask.to(context.device) for name, mask in job.masks.items()}
+    masks = {name: mask.to(fine_tuning.device) for name, mask in job.masks.items()}
     training = TrainJob(
         "compress",
         job.name,
         model,
         task,
-        context.evaluation(job.network.normalize),
+        fine_tuning.evaluation(job.network.normalize),
         job.config,
-        context.seed,
+        fine_tuning.seed,
         job.job_dir,
-        student_layers(context.spec.main_stage.losses) if context.spec else (),
+        student_layers(fine_tuning.spec.without_hint_losses.losses) if fine_tuning.spec else (),
         job.before_epoch,
         after_step=lambda trained: apply_masks(trained, masks),
     )
-    return train(training, context.device, context.monitor)
+    return train(training, fine_tuning.device, fine_tuning.monitor)

@@ -45,17 +45,17 @@ def prune_json(config: PruneConfig) -> dict[str, Any]:
     return record
 
 
-def prune_job(
-    config: PruneConfig, train: TrainConfig, context: FineTuneContext, source: TrainedModel
+def prune_fingerprint(
+    config: PruneConfig, train: TrainConfig, fine_tuning: FineTuneContext, source: TrainedModel
 ) -> dict[str, Any]:
     """Return everything that determines the result."""
-    return context.job_record({"prune": prune_json(config)}, source.identity, train)
+    return fine_tuning.fingerprint({"prune": prune_json(config)}, source.identity, train)
 
 
 def prune_student(
     config: PruneConfig,
     train: TrainConfig,
-    context: FineTuneContext,
+    fine_tuning: FineTuneContext,
     source: TrainedModel,
     kind: str,
     *,
@@ -69,22 +69,22 @@ def prune_student(
     Raises:
         ModelError: If it cannot be pruned.
     """
-    folder = context.job_dir(kind)
+    folder = fine_tuning.job_dir(kind)
     fixed = {} if ratio is None else {"channel_ratio": ratio}
-    folder.begin(prune_job(config, train, context, source) | fixed)
+    folder.begin(prune_fingerprint(config, train, fine_tuning, source) | fixed)
     if (done := folder.result()) is not None:
         pruned_path(folder).unlink(missing_ok=True)  # left by a kill just before the removal below
         return done
-    pruner = _Pruner(config, train, context, source, ratio)
-    name = f"{kind} student, seed {context.seed}"
+    pruner = _Pruner(config, train, fine_tuning, source, ratio)
+    name = f"{kind} student, seed {fine_tuning.seed}"
     network, reached = source.load(), 0.0
     for step in range(1, config.steps):
         network, reached = _intermediate(pruner, folder, network, step, reached=reached, name=name)
     pruned = _pruned(pruner, folder, network, config.steps, reached)
     job = FineTuneJob(name, pruned.network, folder, train, masks=_masks(config, pruned.network.model))
-    history = fine_tune(job, context)
-    test = context.evaluation(pruned.network.normalize)
-    figures = finalize(folder, pruned.network, history, test, with_onnx=context.exports_onnx, more=pruned.facts)
+    history = fine_tune(job, fine_tuning)
+    test = fine_tuning.evaluation(pruned.network.normalize)
+    figures = finalize(folder, pruned.network, history, test, with_onnx=fine_tuning.exports_onnx, more=pruned.facts)
     pruned_path(folder).unlink(missing_ok=True)
     return figures
 
@@ -95,16 +95,16 @@ class _Pruner:
 
     config: PruneConfig
     train: TrainConfig
-    context: FineTuneContext
+    fine_tuning: FineTuneContext
     source: TrainedModel
     ratio: float | None
 
     def __call__(self, network: ModelBundle, step: int) -> Pruned:
         config, full = self.config, self.source.load()
-        image_shape = self.context.evaluation(full.normalize).image_shape
+        image_shape = self.fine_tuning.evaluation(full.normalize).image_shape
         gradients = None
         if config.importance == "taylor":
-            gradients = loss_gradients(network, self.context, self.train.batch_size, config.importance_batches)
+            gradients = loss_gradients(network, self.fine_tuning, self.train.batch_size, config.importance_batches)
         return prune(
             network.model.cpu(),
             torch.zeros(2, *image_shape),
@@ -121,14 +121,14 @@ def _intermediate(
     pruner: _Pruner, folder: JobDir, network: ModelBundle, step: int, *, reached: float, name: str
 ) -> tuple[ModelBundle, float]:
     """Return the network after a step before the last, loaded or made now, and the removed share of the channels."""
-    own, context = JobDir(folder.path / f"step{step}"), pruner.context
+    own, fine_tuning = JobDir(folder.path / f"step{step}"), pruner.fine_tuning
     make_folders([own.path])
     if not own.model.exists():
         pruned = _pruned(pruner, own, network, step, reached)
         config = replace(pruner.train, epochs=pruner.config.epochs_per_step)
         title = f"{name}, step {step} of {pruner.config.steps}"
         masks = _masks(pruner.config, pruned.network.model)
-        fine_tune(FineTuneJob(title, pruned.network, own, config, masks=masks), context)
+        fine_tune(FineTuneJob(title, pruned.network, own, config, masks=masks), fine_tuning)
         save_model(own.model, pruned.network.model, pruned.record)
     for leftover in (own.checkpoint, pruned_path(own)):
         leftover.unlink(missing_ok=True)
@@ -145,8 +145,8 @@ def _pruned(pruner: _Pruner, folder: JobDir, network: ModelBundle, step: int, re
         pruned = pruner(network, step)
         widths = {"widths": record_widths(pruned.model)} if pruner.config.kind == "channels" else {}
         cut = ModelBundle(pruned.model, {**network.architecture, **widths}, network.normalize)
-        device = pruner.context.device
-        measured = evaluate(cut.model.to(device), pruner.context.evaluation(cut.normalize), device)
+        device = pruner.fine_tuning.device
+        measured = evaluate(cut.model.to(device), pruner.fine_tuning.evaluation(cut.normalize), device)
         facts = {
             "channel_ratio": max(pruned.ratio, reached),
             "excluded": dict(pruned.excluded),
@@ -162,22 +162,22 @@ def _masks(config: PruneConfig, model: nn.Module) -> dict[str, Tensor]:
 
 
 def loss_gradients(
-    network: ModelBundle, context: FineTuneContext, batch_size: int, num_batches: int
+    network: ModelBundle, fine_tuning: FineTuneContext, batch_size: int, num_batches: int
 ) -> dict[str, Tensor]:
     """Return the gradient of the loss, summed over the first batches of views, by parameter name.
 
     The loss is that of the fine-tuning without the losses on features: their adapters are untrained, and a gradient
     through them would be meaningless. The network is left without gradients, on the CPU.
     """
-    spec = context.spec
+    spec = fine_tuning.spec
     if spec is not None:
-        spec = spec.with_losses([loss for loss in spec.main_stage.losses if loss.on_logits])
-    task = replace(context, spec=spec).task(network)
-    model = network.model.to(context.device).eval()
+        spec = spec.with_losses([loss for loss in spec.without_hint_losses.losses if loss.on_logits])
+    task = replace(fine_tuning, spec=spec).task(network)
+    model = network.model.to(fine_tuning.device).eval()
     model.zero_grad(set_to_none=True)
-    seed = derive_seed(context.seed, "importance")
+    seed = derive_seed(fine_tuning.seed, "importance")
     for batch in islice(task.stream(seed, batch_size, epoch=0, step=0, epochs=1), num_batches):
-        context.monitor.check()
+        fine_tuning.monitor.check()
         losses = task.losses(ModelOutput(model(batch.images), {}), batch)
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     found = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -82,7 +82,7 @@ def config_of(architecture: Mapping[str, Any]) -> QuantizeConfig | None:
 def quantize_student(
     config: QuantizeConfig,
     train: TrainConfig,
-    context: FineTuneContext,
+    fine_tuning: FineTuneContext,
     source: TrainedModel,
     kind: str,
     *,
@@ -96,12 +96,12 @@ def quantize_student(
     Raises:
         ModelError: If it cannot be quantized.
     """
-    folder = context.job_dir(kind)
-    folder.begin(quantize_job(config, train, context, source))
+    folder = fine_tuning.job_dir(kind)
+    folder.begin(quantize_fingerprint(config, train, fine_tuning, source))
     if (done := folder.result()) is not None:
         return done
     network = source.load()
-    test = context.evaluation(network.normalize)
+    test = fine_tuning.evaluation(network.normalize)
     prepared = prepare(network.model, test.image_shape, config)
     quantized = ModelBundle(prepared, {**network.architecture, **quantized_record(config)}, network.normalize)
     freeze_at = round(config.freeze_observers_after_epoch * train.epochs)
@@ -112,17 +112,17 @@ def quantize_student(
 
     def warm_up(model: nn.Module, task: TrainingTask) -> None:
         if config.scheme == "int8":
-            batches = task.stream(context.seed, train.batch_size, epoch=0, step=0, epochs=1)
+            batches = task.stream(fine_tuning.seed, train.batch_size, epoch=0, step=0, epochs=1)
             calibrate(model, (batch.images for batch in islice(batches, config.calibration_batches)))
 
     masks = masks_of(prepared) if sparse else {}
-    name = f"{kind} student, seed {context.seed}"
-    history = fine_tune(FineTuneJob(name, quantized, folder, train, warm_up, before_epoch, masks), context)
-    return finalize(folder, quantized, history, test, with_onnx=context.exports_onnx)
+    name = f"{kind} student, seed {fine_tuning.seed}"
+    history = fine_tune(FineTuneJob(name, quantized, folder, train, warm_up, before_epoch, masks), fine_tuning)
+    return finalize(folder, quantized, history, test, with_onnx=fine_tuning.exports_onnx)
 
 
-def quantize_job(
-    config: QuantizeConfig, train: TrainConfig, context: FineTuneContext, source: TrainedModel
+def quantize_fingerprint(
+    config: QuantizeConfig, train: TrainConfig, fine_tuning: FineTuneContext, source: TrainedModel
 ) -> dict[str, Any]:
     """Return everything that determines the result."""
-    return context.job_record({"quantize": quantize_json(config)}, source.identity, train)
+    return fine_tuning.fingerprint({"quantize": quantize_json(config)}, source.identity, train)

@@ -143,7 +143,7 @@ def add_projector(
     _replace(student, path, classifier.to(like))
     _replace(student, layer, nn.Sequential(parts))
     try:
-        _require_logits(student, image_shape, num_classes)
+        require_logits(student, image_shape, num_classes)
     except Exception as error:  # networks raise anything on a shape mismatch
         _replace(student, layer, body)
         _replace(student, path, original)
@@ -187,7 +187,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def _require_logits(student: nn.Module, image_shape: ImageShape, num_classes: int) -> None:
+def require_logits(student: nn.Module, image_shape: ImageShape, num_classes: int) -> None:
     """Run two black images. Raises ModelError if the result is not logits, and whatever the network raises."""
     was_training = student.training
     student.eval()

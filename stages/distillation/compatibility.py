@@ -77,7 +77,7 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
         )
 
 
-def _require_views(store: TargetStore, num_views: int) -> None:
+def require_views(store: TargetStore, num_views: int) -> None:
     if store.num_views < num_views:
         raise RecipeError(
             f"{store.path} has {store.num_views} views, the recipe needs {num_views}: run `kdpipe cache-teacher` with "
@@ -98,7 +98,7 @@ def _require_probabilities(store: TargetStore, entry: str) -> None:
         ) from error
 
 
-def _require_logits(stores: Sequence[TargetStore], losses: Sequence[LossConfig], teachers: TeachersConfig) -> None:
+def require_logits(stores: Sequence[TargetStore], losses: Sequence[LossConfig], teachers: TeachersConfig) -> None:
     """Check that stores with top-k logits have what the losses require.
 
     Raises:

@@ -30,7 +30,12 @@ class DistillationSpec:
         stores: The opened stores, one per teacher.
         shapes: The shapes of the student's features that the losses use.
         losses: The losses' configurations.
+        hard_label_weight: The weight of the cross entropy with the labels.
+        target_loading: How targets are loaded.
+        missing_targets: What to do with samples that no store has.
+        teachers: How several teachers are combined.
         accuracies: Each teacher's accuracy on the test images, if they decide its weight.
+        label_smoothing: The share of each label that is spread over all classes.
     """
 
     stores: Sequence[TargetStore]
@@ -50,7 +55,7 @@ class DistillationSpec:
             "order": slab_window(self._names(), self.target_loading),
             "losses": [_loss_json(loss) for loss in self.losses],
             "hard_label_weight": schedule_json(self.hard_label_weight),
-            "missing": self.missing_targets,
+            "missing_targets": self.missing_targets,
         }
         if self.teachers != TeachersConfig():
             record["teachers"] = asdict(self.teachers)
@@ -70,7 +75,7 @@ class DistillationSpec:
         return replace(self, losses=tuple(losses))
 
     @property
-    def main_stage(self) -> DistillationSpec:
+    def without_hint_losses(self) -> DistillationSpec:
         """Return the losses of the student's own training: without the FitNet stages before it."""
         return self.with_losses([loss for loss in self.losses if not isinstance(loss, FitNetConfig)])
 
@@ -94,7 +99,7 @@ def _loss_json(loss: LossConfig) -> dict[str, Any]:
     record = {
         key: value for key, value in config_fingerprint(loss).items() if key not in defaults or value != defaults[key]
     }
-    return record | {"store": loss.store or 0} if loss.loss == "hint" else record
+    return record
 
 
 def schedule_json(amount: Scheduled) -> Any:

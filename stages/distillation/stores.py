@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.stages.context import StageContext
-from kdpipe.stages.distillation.compatibility import _require_logits, _require_views, check_losses
+from kdpipe.stages.distillation.compatibility import check_losses, require_logits, require_views
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import LossConfig
@@ -60,8 +60,8 @@ def open_stores(
             f"student.stores has one teacher twice: {', '.join(map(str, places))} contain the same outputs."
         )
     for store in stores:
-        _require_views(store, context.views.num_views)
-    _require_logits(stores, losses, student.teachers)
+        require_views(store, context.views.num_views)
+    require_logits(stores, losses, student.teachers)
     spec = DistillationSpec(
         stores,
         shapes,

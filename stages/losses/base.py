@@ -28,7 +28,7 @@ Example:
     class LogitMAEConfig(LogitLossConfig):
         '''Mean absolute error between the logits of student and teacher.
 
-Attributes:
+        Attributes:
             margin: errors up to this size are ignored.
         '''
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdpipe.stages.runtime.distributed import process_group_of
+from kdpipe.stages.runtime.distributed import torch_group_of
 
 
 def num_processes() -> int:
@@ -81,7 +81,7 @@ class _AllGather(torch.autograd.Function):
             padded = torch.cat([padded, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
         shards = [torch.empty_like(padded) for _ in sizes]
         if max(sizes):
-            dist.all_gather(shards, padded, group=process_group_of(padded))
+            dist.all_gather(shards, padded, group=torch_group_of(padded))
         return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
 
     @staticmethod
@@ -96,7 +96,7 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Tensor) -> Tensor:
         result = shard.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result, group=process_group_of(result))
+        dist.all_reduce(result, group=torch_group_of(result))
         return result
 
     @staticmethod

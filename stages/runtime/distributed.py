@@ -73,7 +73,7 @@ class ProcessGroup:
         """This process's share of work that is not divided by batches."""
         return ALL if self.count == 1 else WorkShard(self.rank, self.count, "the processes of this job")
 
-    def as_default(self, device: torch.device) -> None:
+    def use_device(self, device: torch.device) -> None:
         """Send GPU tensors over NCCL if `device` is a GPU; raises RecipeError if only some processes use GPUs."""
         if self.count == 1 or device.type in _groups:
             return
@@ -140,7 +140,7 @@ class ProcessGroup:
         pending = []
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            pending.append((dist.all_reduce(flat, group=process_group_of(flat), async_op=True), flat, bucket))
+            pending.append((dist.all_reduce(flat, group=torch_group_of(flat), async_op=True), flat, bucket))
         for sent, flat, bucket in pending:
             sent.wait()
             pieces = torch.split(flat.div_(self.count), [tensor.numel() for tensor in bucket])
@@ -153,8 +153,8 @@ _groups: dict[str, Any] = {}
 """The process group for the tensors of a type of device, where it is not the default one."""
 
 
-def process_group_of(tensor: Tensor) -> Any:
-    """Return the process group for a tensor's device: NCCL's on GPUs, after `ProcessGroup.as_default`."""
+def torch_group_of(tensor: Tensor) -> Any:
+    """Return the process group for a tensor's device: NCCL's on GPUs, after `ProcessGroup.use_device`."""
     return _groups.get(tensor.device.type)
 
 

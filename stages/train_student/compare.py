@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from kdpipe.stages.config import section
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
-from kdpipe.stages.distillation.student_config import StudentConfig
+from kdpipe.stages.distillation.student_config import ALONE, StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.losses.registry import AnyLossConfig
@@ -22,19 +22,16 @@ from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.runtime.distributed import ProcessGroup
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.train_student.student import StudentRun
+from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
 from kdpipe.stages.training.loop import time_steps
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.step import TrainJob
 from kdpipe.store.format.identity import sha256_of
 
 NUM_STEPS = 8
 """Steps of each variant in a turn when costs are measured."""
 
 NUM_TURNS = 5
-
-ALONE = "alone"
-"""The student without a teacher, the baseline of all variants."""
 
 COST = "cost.json"
 
@@ -63,7 +60,7 @@ class CompareEntry:
 
 @dataclass(frozen=True)
 class Variant:
-    """A named variant with its student configuration; `teaching` is None without losses."""
+    """A named variant with its student configuration; `spec` is None without losses."""
 
     name: str
     student: StudentConfig
@@ -73,7 +70,7 @@ class Variant:
     def digest(self) -> str:
         """The digest of everything that can change the cost of a step."""
         spec = self.spec.to_json() if self.spec else None
-        return sha256_of({"student": asdict(self.student), "teaching": spec})
+        return sha256_of({"student": asdict(self.student), "distillation": spec})
 
     @property
     def losses(self) -> tuple[Any, ...]:
@@ -145,7 +142,7 @@ def build_step_job(variant: Variant, context: StageContext) -> TrainJob:
     """Build the job of a variant, only for running steps."""
     seed = variant.student.seeds[0]
     network = build_student(variant.student, seed, context, variant.losses)
-    spec = variant.spec.main_stage if variant.spec else None
+    spec = variant.spec.without_hint_losses if variant.spec else None
     task = build_task(network, spec, seed, context, label_smoothing=variant.student.label_smoothing)
     layers = student_layers(spec.losses) if spec else ()
     config: TrainConfig = variant.student.train

@@ -25,10 +25,10 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.numerics import derive_seed
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.saved_model import save_model
-from kdpipe.stages.training.step import TrainJob
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import make_folders
 
@@ -61,7 +61,7 @@ class StudentRun:
     with_onnx: bool = True
 
 
-def student_inputs(
+def student_fingerprint(
     config: StudentConfig, seed: int, spec: DistillationSpec | None, network: ModelBundle, context: StageContext
 ) -> dict[str, Any]:
     """Return everything that determines a student."""

@@ -38,15 +38,15 @@ DEBUG_IMAGES = 32
 """Images on which the first divergence from torch is located."""
 
 
-def begin_job(job_dir: JobDir, inputs: Mapping[str, Any], process_group: ProcessGroup) -> dict[str, Any] | None:
-    """Claim the folder for a job with these inputs; return its results if it is finished, None if there is work to do.
+def begin_job(job_dir: JobDir, fingerprint: Mapping[str, Any], process_group: ProcessGroup) -> dict[str, Any] | None:
+    """Claim the folder for the job with this fingerprint; return its results if it is finished, else None.
 
     Raises:
-        FingerprintMismatch: The folder holds a job with other inputs.
+        FingerprintMismatch: The folder holds another job.
     """
 
     def begin() -> dict[str, Any] | None:
-        job_dir.begin(inputs)
+        job_dir.begin(fingerprint)
         return job_dir.result()
 
     return process_group.on_main(begin)

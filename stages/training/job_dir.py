@@ -76,14 +76,14 @@ class JobDir:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def begin(self, made_from: Mapping[str, Any]) -> None:
-        """Claim the folder for a job whose result is determined by `made_from`, a JSON object.
+    def begin(self, fingerprint: Mapping[str, Any]) -> None:
+        """Claim the folder for a job whose result is determined by `fingerprint`, a JSON object.
 
         Raises FingerprintMismatch if it holds a job with other inputs.
         """
         make_folders([self.path])
         sweep_partial(self.path)
-        inputs = json.loads(json.dumps(made_from))
+        inputs = json.loads(json.dumps(fingerprint))
         stored = read_json_file(self.path / "job.json")
         if stored is None:
             write_json_file(self.path / "job.json", inputs)

@@ -18,8 +18,9 @@ from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.training.checkpoint import Progress, TrainState, load_checkpoint, save_checkpoint
+from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optim import build_optimizer, learning_rate, set_learning_rate
-from kdpipe.stages.training.step import TrainJob, TrainStep, autocast_dtype, num_steps_of
+from kdpipe.stages.training.step import TrainStep, autocast_dtype
 from kdpipe.stages.training.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.training.task import Batch
 
@@ -120,7 +121,7 @@ def _stream(job: TrainJob, progress: Progress, epochs: int) -> Iterator[Batch]:
 
 
 def _set_up(job: TrainJob, device: torch.device) -> TrainState:
-    job.process_group.as_default(device)
+    job.process_group.use_device(device)
     distillation = job.task.distillation or nn.Module()
     modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
     optimizer = build_optimizer(job.config, modules.parameters())

@@ -42,8 +42,8 @@ class Batch:
 
     Attributes:
         images: Normalized images, float32 [B, C, H, W].
+        hard: The labels of the images, mixed ones included.
         ranks: Each sample's rank among all ids, int64 [B].
-        hard: Their labels, mixed ones included.
         progress: The epoch, for scheduled weights.
         teachers: For each store, the teacher's outputs.
         target_masks: For each store, a mask of samples with targets, bool [B] on the CPU; None where it has all.
@@ -94,6 +94,7 @@ class TrainingTask:
         fresh_views: Whether every epoch has views that no store holds. The teacher is trained on them, so that it is
             not fitted to the views of which its outputs are cached.
         hard_label_weight: The weight of the cross entropy with the labels.
+        label_smoothing: The share of each label that is spread over all classes.
         is_fine_tuning: Whether all schedules have ended, as in fine-tuning.
         hints_only: Whether the student runs only up to its hint layers, with no loss but those on its features.
     """
@@ -228,6 +229,7 @@ class TrainingTask:
 
     def _sample_negatives(self, name: str, config: LossConfig, position: StepPosition, view: int) -> Negatives:
         assert self.targets is not None
+        # The word "others" is part of the seed: another one would draw other negatives.
         seed = derive_seed(position.seed, "others", name, position.epoch, position.step)
         generator = torch.Generator().manual_seed(seed)
         store = config.store or 0

@@ -106,4 +106,5 @@ def holder(store: Path, name: str) -> Holder | None:
 
 
 def _path(store: Path, name: str) -> Path:
-    return store.with_name(f".{store.name}.locks") / name
+    named = store.resolve()  # a relative path such as "." has no name
+    return named.with_name(f".{named.name}.locks") / name

@@ -23,8 +23,8 @@ from kdpipe.stages.losses.logits.kd import KDConfig
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.teacher import TeacherConfig, load_teacher
 from kdpipe.stages.train_student.student import open_distillation
-from kdpipe.stages.train_teacher import TeacherConfig, load_teacher
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import ViewsConfig
 

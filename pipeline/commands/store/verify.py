@@ -33,7 +33,7 @@ def recheck(path: Path, run: Run, num_rows: int, seed: int) -> RecheckReport:
     """Recompute some samples of a store, or of its test store, with the recipe's teacher, and compare."""
     from kdpipe.stages.cache_teacher.recheck import recompute
     from kdpipe.stages.context import test_context
-    from kdpipe.stages.train_teacher import load_teacher
+    from kdpipe.stages.teacher import load_teacher
 
     teacher = load_teacher(run.recipe.teacher, run.recipe.seed, run.context)
     is_test_store = path.absolute() == run.test_store
@@ -44,7 +44,7 @@ def repair(run: Run) -> Repaired:
     """Repair the recipe's stores, of the training and the test images."""
     from kdpipe.stages.cache_teacher.repair import repair as repair_store
     from kdpipe.stages.context import test_context
-    from kdpipe.stages.train_teacher import load_teacher
+    from kdpipe.stages.teacher import load_teacher
 
     teacher, config = load_teacher(run.recipe.teacher, run.recipe.seed, run.context), run.recipe.cache
     layers = list(run.required_features(teacher))

@@ -13,10 +13,10 @@ import torch
 
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
 from kdpipe.stages.compress.artifacts.write import ArtifactStage, artifact_folder, write_artifacts
-from kdpipe.stages.compress.compress import CompressConfig, float_job, float_source, student_job
+from kdpipe.stages.compress.compress import CompressConfig, float_job_dir, float_source, student_job_dir
 from kdpipe.stages.compress.external_student import low_precision_dtypes
 from kdpipe.stages.compress.fine_tune import FineTuneContext
-from kdpipe.stages.compress.quantize_student import prepare, quantize_job, quantized_record
+from kdpipe.stages.compress.quantize_student import prepare, quantize_fingerprint, quantized_record
 from kdpipe.stages.compress.resume import TrainedModel, finished_source
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, student_folder
 from kdpipe.stages.evaluation.evaluate import Evaluation
@@ -28,38 +28,40 @@ from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_fi
 from kdpipe.store import make_folders
 
 
-def export_student(config: CompressConfig, context: FineTuneContext, *, name: str) -> dict[str, Any]:
+def export_student(config: CompressConfig, fine_tuning: FineTuneContext, *, name: str) -> dict[str, Any]:
     """Measure the files of a seed's networks, write its artifacts, called `name`, and return the card.
 
     Raises:
         RunError: If the networks do not exist yet.
         ModelError: As `write_artifacts`.
     """
-    source = float_source(config, context)
-    chain = [ArtifactStage(float_job(config, context), source.load())]
+    source = float_source(config, fine_tuning)
+    chain = [ArtifactStage(float_job_dir(config, fine_tuning), source.load())]
     if config.quantizes:
-        chain.append(ArtifactStage(context.job_dir(config.quantize.scheme), _load_quantized(config, context, source)))
-    test = context.evaluation(chain[0].network.normalize)
-    latency = measure_files(config, context, test.image_shape)
+        chain.append(
+            ArtifactStage(fine_tuning.job_dir(config.quantize.scheme), _load_quantized(config, fine_tuning, source))
+        )
+    test = fine_tuning.evaluation(chain[0].network.normalize)
+    latency = measure_files(config, fine_tuning, test.image_shape)
     return write_artifacts(
-        artifact_folder(context.root, context.seed),
+        artifact_folder(fine_tuning.root, fine_tuning.seed),
         chain,
-        {"name": name, **_facts(config, context, test, latency)},
+        {"name": name, **_facts(config, fine_tuning, test, latency)},
         test,
         opset=config.opset,
         dtypes=low_precision_dtypes(Path(config.student).expanduser()) if config.student and not config.steps else None,
     )
 
 
-def measure_files(config: CompressConfig, context: FineTuneContext, image_shape: tuple[int, int, int]) -> Latencies:
+def measure_files(config: CompressConfig, fine_tuning: FineTuneContext, image_shape: tuple[int, int, int]) -> Latencies:
     """Measure onnxruntime's time per batch, teacher to INT8 student, in turn in one process.
 
     The result is recorded and reused for the same files and number of threads. Raises RunError if the record is
     damaged.
     """
-    record = latency_path(context.root, context.seed)
+    record = latency_path(fine_tuning.root, fine_tuning.seed)
     present = {
-        name: folder.onnx for name, folder in _measured_folders(config, context).items() if folder.onnx.is_file()
+        name: folder.onnx for name, folder in _measured_folders(config, fine_tuning).items() if folder.onnx.is_file()
     }
     measured_on: dict[str, Any] = {
         "batch_sizes": list(config.latency_batch_sizes),
@@ -76,7 +78,7 @@ def measure_files(config: CompressConfig, context: FineTuneContext, image_shape:
         config.latency_batch_sizes,
         num_rounds=config.latency_rounds,
         num_threads=torch.get_num_threads(),
-        between_rounds=context.monitor.check,
+        between_rounds=fine_tuning.monitor.check,
     )
     files = {
         name: {str(size): latency.to_json() for size, latency in by_size.items()} for name, by_size in found.items()
@@ -86,49 +88,51 @@ def measure_files(config: CompressConfig, context: FineTuneContext, image_shape:
     return Latencies(cpu_name(), measured_on["num_threads"], measured_on["batch_sizes"], files)
 
 
-def _measured_folders(config: CompressConfig, context: FineTuneContext) -> dict[str, JobDir]:
+def _measured_folders(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, JobDir]:
     """Return the networks to measure. Those that differ only in their fine-tuning take the same time."""
-    run, seed, scheme = context.run_dir, context.seed, config.quantize.scheme
+    run, seed, scheme = fine_tuning.run_dir, fine_tuning.seed, config.quantize.scheme
     alone, distilled = (student_folder(run, kind, seed) for kind in (ALONE, DISTILLED))
     sizes = [(folder.result() or {}).get("num_parameters") for folder in (alone, distilled)]
-    folders = {"teacher": JobDir(run / "teacher"), "student": student_job(config, context)}
+    folders = {"teacher": JobDir(run / "teacher"), "student": student_job_dir(config, fine_tuning)}
     if config.student is None and sizes[0] != sizes[1]:  # SimKD's student has a projector
         folders["alone"] = alone
     if config.prunes:
-        folders["pruned"] = context.job_dir("pruned")
+        folders["pruned"] = fine_tuning.job_dir("pruned")
     if config.quantizes:
-        folders |= {kind: context.job_dir(kind) for kind in (scheme, f"{scheme}-unpruned")}
+        folders |= {kind: fine_tuning.job_dir(kind) for kind in (scheme, f"{scheme}-unpruned")}
     return folders
 
 
-def _load_quantized(config: CompressConfig, context: FineTuneContext, source: TrainedModel) -> ModelBundle:
+def _load_quantized(config: CompressConfig, fine_tuning: FineTuneContext, source: TrainedModel) -> ModelBundle:
     """Load the finished quantized network."""
 
     def fresh() -> ModelBundle:
         network = source.load()
-        prepared = prepare(network.model, context.evaluation(network.normalize).image_shape, config.quantize)
+        prepared = prepare(network.model, fine_tuning.evaluation(network.normalize).image_shape, config.quantize)
         architecture = {**network.architecture, **quantized_record(config.quantize)}
         return ModelBundle(prepared, architecture, network.normalize)
 
-    folder = context.job_dir(config.quantize.scheme)
+    folder = fine_tuning.job_dir(config.quantize.scheme)
     if folder.result() is not None:  # was it made from this network?
-        folder.begin(quantize_job(config.quantize, config.quantize_train, context, source))
+        folder.begin(quantize_fingerprint(config.quantize, config.quantize_train, fine_tuning, source))
     return finished_source(folder, fresh, "kdpipe compress --only quantize").load()
 
 
-def _facts(config: CompressConfig, context: FineTuneContext, test: Evaluation, latency: Latencies) -> dict[str, Any]:
+def _facts(
+    config: CompressConfig, fine_tuning: FineTuneContext, test: Evaluation, latency: Latencies
+) -> dict[str, Any]:
     """Return the card's entries on origin and figures."""
-    jobs = {"teacher": JobDir(context.run_dir / "teacher"), "student": student_job(config, context)}
+    jobs = {"teacher": JobDir(fine_tuning.run_dir / "teacher"), "student": student_job_dir(config, fine_tuning)}
     if config.prunes:
-        jobs["pruned"] = context.job_dir("pruned")
+        jobs["pruned"] = fine_tuning.job_dir("pruned")
     if config.quantizes:
-        jobs[config.quantize.scheme] = context.job_dir(config.quantize.scheme)
+        jobs[config.quantize.scheme] = fine_tuning.job_dir(config.quantize.scheme)
     results = {name: result for name, folder in jobs.items() if (result := folder.result()) is not None}
     last = jobs[list(jobs)[-1]]
-    stores = context.spec.stores if context.spec else ()
+    stores = fine_tuning.spec.stores if fine_tuning.spec else ()
     return {
         "kdpipe": version("kdpipe"),
-        "seed": context.seed,
+        "seed": fine_tuning.seed,
         "data": {
             "name": test.loader.dataset.name,
             "num_test_samples": test.loader.dataset.num_samples,

@@ -1,4 +1,4 @@
-"""Sample order, batches and seeds, as stateless functions of (seed, epoch, step), so that a killed job can resume."""
+"""Sample order and batches, as stateless functions of (seed, epoch, step), so that a killed job can resume."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from kdpipe.stages.runtime.launcher import WorkShard
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import Targets
-from kdpipe.stages.train_teacher import load_teacher
+from kdpipe.stages.teacher import load_teacher
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import FingerprintMismatch, LockedError, StoreError, claim, open_store, row_order
 from kdpipe.store.write import writer

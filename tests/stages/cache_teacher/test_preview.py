@@ -15,7 +15,7 @@ from kdpipe.pipeline.commands.view_grid import draw_grid
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.preview import ViewPreview, show_views
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.train_teacher import load_teacher
+from kdpipe.stages.teacher import load_teacher
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import open_store
 

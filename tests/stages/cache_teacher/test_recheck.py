@@ -9,7 +9,7 @@ from support.tiny_run import CACHE, LAYERS, TEACHER, make_tiny_store, squares, t
 
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.recheck import recompute
-from kdpipe.stages.train_teacher import load_teacher
+from kdpipe.stages.teacher import load_teacher
 from kdpipe.store import FingerprintMismatch, StoreError, finish_store, open_store, write_unit
 from kdpipe.store.check.verify import verify_store
 from kdpipe.store.format.markers import marker_path

@@ -20,7 +20,7 @@ from kdpipe.stages.cache_teacher.plan import build_cache_job
 from kdpipe.stages.cache_teacher.repair import repair
 from kdpipe.stages.errors import RunError, StoppedEarly
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.train_teacher import load_teacher
+from kdpipe.stages.teacher import load_teacher
 from kdpipe.store import (
     Codec,
     FingerprintMismatch,

@@ -57,10 +57,10 @@ from kdpipe.stages.runtime.distributed import (
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import compute_statistic
 from kdpipe.stages.targets.outputs import DenseTargets
+from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.step import TrainJob
 from kdpipe.stages.training.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import FingerprintMismatch

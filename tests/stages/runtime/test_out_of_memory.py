@@ -23,7 +23,7 @@ from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.memory import is_out_of_memory, run_in_chunks
 from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec
-from kdpipe.stages.train_teacher import load_teacher
+from kdpipe.stages.teacher import load_teacher
 from kdpipe.store import open_store
 
 EVERYTHING = [*LAYERS, FeatureSpec(INPUT, INPUT_GRADIENT)]

@@ -25,8 +25,8 @@ from kdpipe.stages.targets.class_map import ClassMap, read_class_map
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.outputs import DenseTargets, TransformedTargets
+from kdpipe.stages.teacher import untrained_teacher
 from kdpipe.stages.train_student.student import open_distillation
-from kdpipe.stages.train_teacher import untrained_teacher
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
 
 OURS = squares(60, 0)

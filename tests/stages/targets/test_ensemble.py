@@ -24,8 +24,8 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.class_map import ABSENT
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig, check_teachers
 from kdpipe.stages.targets.outputs import DenseTargets, TopKTargets
+from kdpipe.stages.teacher import untrained_teacher
 from kdpipe.stages.train_student.student import StudentRun, open_distillation
-from kdpipe.stages.train_teacher import untrained_teacher
 from kdpipe.store import StoreError, TopK, encode_topk
 
 LOGITS = [TEACHER_LOGITS, 3 * drawn(8, 10, seed=5), 3 * drawn(8, 10, seed=6)]
@@ -329,7 +329,7 @@ def train_in(folder, stores_dir, student, monitor=None):
     context = tiny_context(folder, monitor, train_set=squares(64, 0), test_set=squares(20, 1, "test"))
     spec = open_distillation(stores(stores_dir), [kd()], student, {}, context)
     run = StudentRun(student_folder(folder, DISTILLED, 0), "student", with_onnx=False)
-    return train_student(student, 0, spec, context, run=run)
+    return train_student(student, 0, spec, context, student_run=run)
 
 
 def test_learnable_weights_train_resume_and_stay_out_of_student(run, tmp_path):

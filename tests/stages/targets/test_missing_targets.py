@@ -15,8 +15,8 @@ from kdpipe.stages.losses.logits.kd import kd_loss
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
+from kdpipe.stages.teacher import load_teacher
 from kdpipe.stages.train_student.student import open_distillation
-from kdpipe.stages.train_teacher import load_teacher
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
 
 ALL = squares(120, 0)

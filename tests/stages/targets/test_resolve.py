@@ -32,7 +32,7 @@ from kdpipe.stages.targets.feature_spec import (
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.targets.resolve import arrays_needed, resolve_feature, smallest_feature
-from kdpipe.stages.train_teacher import untrained_teacher
+from kdpipe.stages.teacher import untrained_teacher
 from kdpipe.stages.views.mix import MixConfig
 from kdpipe.store import StoreError, finish_store, open_store, write_unit
 from kdpipe.store.format.markers import marker_path

@@ -21,8 +21,8 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.feature_spec import source_shapes
 from kdpipe.stages.targets.resolve import smallest_feature
+from kdpipe.stages.teacher import load_teacher, untrained_teacher
 from kdpipe.stages.train_student.student import StudentRun, open_distillation
-from kdpipe.stages.train_teacher import load_teacher, untrained_teacher
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.store import StoreError
@@ -66,7 +66,7 @@ def train(run, losses, folder, *, monitor=None, config=STUDENT_CONFIG, stores=("
     context = tiny_context(run, monitor, train_set=TRAIN_SET)
     spec = open_distillation([run / name for name in stores], losses, config, {}, context)
     seat = StudentRun(JobDir(folder), "a student", with_onnx=False)
-    train_student(config, 0, spec, context, run=seat)
+    train_student(config, 0, spec, context, student_run=seat)
     return seat.job_dir
 
 

@@ -13,7 +13,7 @@ from kdpipe.stages.errors import NotFiniteError, RecipeError, RunError, StoppedE
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.train_teacher import TeacherConfig, load_teacher
+from kdpipe.stages.teacher import TeacherConfig, load_teacher
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.store import FingerprintMismatch
 

@@ -12,10 +12,10 @@ from kdpipe.stages.losses.relations.nce import Memory
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import WARNING, RunMonitor
 from kdpipe.stages.training.checkpoint import Progress, save_checkpoint
+from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import _set_up, train
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.training.step import TrainJob
 from kdpipe.stages.training.task import TrainingTask
 
 CPU = torch.device("cpu")

@@ -33,7 +33,9 @@ def teacher_folder(run: Path) -> JobDir:
     return JobDir(run / "teacher")
 
 
-def teacher_inputs(config: TeacherConfig, seed: int, teacher: ModelBundle, context: StageContext) -> dict[str, Any]:
+def teacher_fingerprint(
+    config: TeacherConfig, seed: int, teacher: ModelBundle, context: StageContext
+) -> dict[str, Any]:
     """Return everything that determines a teacher."""
     return {
         "starts_from": teacher.identity,
