@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.paths import ROOT
 from support.tiny_run import STUDENT, tiny_context
 
-from kdpipe.stages.compress import compress as compress_module
+from kdpipe.pipeline import steps
 from kdpipe.stages.compress.compress import CompressConfig
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RunError
@@ -64,11 +65,10 @@ def test_nice_of_zero_changes_nothing() -> None:
 
 def test_compress_uses_nice_of_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nice_calls: list[int] = []
-    monkeypatch.setattr(
-        compress_module, "lower_priority", nice_calls.append
-    )  # not this process, which has other tests to run
-    with pytest.raises(RunError):  # there is no student: it had not come to that yet
-        compress_module.compress(
-            CompressConfig(niceness=13), STUDENT, 0, DistillationSpec((), {}, (), 1.0), tiny_context(tmp_path)
-        )
+    monkeypatch.setattr(steps, "lower_priority", nice_calls.append)  # this process has other tests to run
+    recipe = SimpleNamespace(compress=CompressConfig(steps=(), niceness=13), student=STUDENT, name="tiny")
+    spec = DistillationSpec((), {}, (), 1.0)
+    run = SimpleNamespace(recipe=recipe, context=tiny_context(tmp_path), distillation=spec)
+    with pytest.raises(RunError, match="kdpipe train-student"):  # there is no student yet
+        steps.run_compress(run)
     assert nice_calls == [13]
