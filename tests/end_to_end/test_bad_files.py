@@ -131,9 +131,9 @@ def with_weights(recipe, tmp_path, path):
 def test_invalid_weights_are_refused_before_training(recipe, tmp_path, state, case):
     make, sentence = SAFETENSORS[case]
     put(tmp_path / "w.safetensors", make(state))
-    said = refused(*with_weights(recipe, tmp_path, tmp_path / "w.safetensors"))
-    assert sentence in said
-    assert "w.safetensors" in said
+    output = refused(*with_weights(recipe, tmp_path, tmp_path / "w.safetensors"))
+    assert sentence in output
+    assert "w.safetensors" in output
     assert not list(tmp_path.glob("new/teacher/*"))
 
 
@@ -164,10 +164,10 @@ def test_a_payload_in_weights_does_not_run(recipe, run, tmp_path, command, name)
     marker, path = tmp_path / "was_here", tmp_path / name
     path.write_bytes(pickle.dumps({"fc.bias": Touch(marker)}))
     if command == "compress":
-        said = refused("compress", recipe, "--run", run, "--from", path)
+        output = refused("compress", recipe, "--run", run, "--from", path)
     else:
-        said = refused(*with_weights(recipe, tmp_path, path))
-    assert name in said
+        output = refused(*with_weights(recipe, tmp_path, path))
+    assert name in output
     assert not marker.exists()
 
 
@@ -258,8 +258,8 @@ def test_failing_user_code_is_one_sentence(recipe, tmp_path, monkeypatch, key, c
     (tmp_path / f"{module}.py").write_text(MODULES[case])
     monkeypatch.syspath_prepend(tmp_path)
     override = f"{key}={{name = 'python:{module}:made'}}"
-    said = refused("train-teacher", recipe, "--run", tmp_path / "run", "--set", override)
-    assert module in said
+    output = refused("train-teacher", recipe, "--run", tmp_path / "run", "--set", override)
+    assert module in output
 
 
 def test_output_of_user_code_is_not_in_the_results(recipe, tmp_path, monkeypatch):

@@ -133,9 +133,9 @@ def test_one_student_learns_from_two_stores(done, other, recipe, tmp_path):
     stores = f"student.stores=['{run / 'store.zarr'}', '{other / 'store.zarr'}']"
     ended = kdpipe_here("train-student", recipe, "--run", tmp_path / "both", "--set", stores, "--json")
     assert ended.exit_code == 0, ended.stderr
-    taught = json.loads(ended.stdout)["students"]
+    distilled = json.loads(ended.stdout)["students"]
     assert len(json.loads((tmp_path / "both/students/distilled-seed0/job.json").read_text())["teaching"]["stores"]) == 2
-    assert torch.isfinite(torch.tensor(taught["distilled"][0]["cross_entropy"]))
+    assert torch.isfinite(torch.tensor(distilled["distilled"][0]["cross_entropy"]))
 
 
 def copied(done, tmp_path):

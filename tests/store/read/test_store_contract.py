@@ -147,8 +147,8 @@ def test_an_absent_id_is_named(reader, warm):
     first, second = reader.ids[:2].tolist()
     for absent in (-1, -2, -(2**62), -(2**63), 2**62, 2**63 - 2, 2**63 - 1, between, above):
         for ids in ([absent], [first, absent, second]):
-            said = rf"no targets for 1 of the {len(ids)} samples, for example ids \[{absent}\]"
-            with pytest.raises(StoreError, match=said):
+            output = rf"no targets for 1 of the {len(ids)} samples, for example ids \[{absent}\]"
+            with pytest.raises(StoreError, match=output):
                 reader.store.gather("features/layer2.0", 1, np.array(ids))
         with pytest.raises(StoreError, match="no targets for 5 of the 5 samples"):
             reader.store.rows_of(np.full(5, absent))
