@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def read_with_overrides(path: Path, overrides: Iterable[str], environ: Mapping[s
         RecipeError: The file cannot be read, or an override does not name a key.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(_open(path), "rb") as file:
             content = file.read(MAX_BYTES + 1)
         text = content.decode("utf-8-sig") if len(content) <= MAX_BYTES else ""
         table = tomllib.loads(text)
@@ -132,6 +133,13 @@ def read_with_overrides(path: Path, overrides: Iterable[str], environ: Mapping[s
     given = [_apply(table, keys, text, name, name) for name, keys, text in _from_environment(environ)]
     given += [_apply_set(table, override) for override in overrides]
     return Overrides(str(path), table, tuple(given))
+
+
+def _open(path: Path) -> int:
+    """Open the file without waiting for the writer of a named pipe, which then reads as empty."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Keys, str]]:
