@@ -33,7 +33,7 @@ class DistillationBatch:
         progress: The training progress.
         negatives: The negatives by loss name.
         input_gradient: As in `LossInputs`.
-        num_samples: The size of the global batch, of all processes; None if it is B.
+        global_batch_size: The samples of all processes; None if they are the B of this one.
     """
 
     student: ModelOutput
@@ -44,7 +44,7 @@ class DistillationBatch:
     progress: TrainProgress
     negatives: Mapping[str, Negatives]
     input_gradient: Tensor | None = None
-    num_samples: int | None = None
+    global_batch_size: int | None = None
 
 
 class WeightedLoss(nn.Module):
@@ -59,7 +59,7 @@ class WeightedLoss(nn.Module):
     def forward(self, batch: DistillationBatch, ensemble: TeacherTargets) -> Tensor:
         """Compute this process's share of the weighted loss of the global batch; the mean of the shares is the loss."""
         inputs, may_be_partial = self._select_samples(batch, ensemble)
-        batch_size = len(batch.labels) if batch.num_samples is None else batch.num_samples
+        batch_size = len(batch.labels) if batch.global_batch_size is None else batch.global_batch_size
         num_local = len(inputs.labels)
         # A process without such samples takes the same path as the others, which wait for it at collectives.
         num_used = all_reduce_sum(num_local) if may_be_partial else batch_size

@@ -133,12 +133,12 @@ def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | N
 
 def micro_batch_warning(model: nn.Module, task: TrainingTask, batch: Batch, micro_batches: int) -> str:
     """Return the warning for batches that are divided, naming what now depends on the micro-batch."""
-    num_samples = len(batch.images)
+    batch_size = len(batch.images)
     memory = "GPU memory" if batch.images.is_cuda else "memory"
     warning = (
-        f"out of {memory} with batches of {num_samples}: continuing with micro-batches of "
-        f"{-(-num_samples // micro_batches)} whose gradients are accumulated; the effective batch size stays "
-        f"{num_samples}"
+        f"out of {memory} with batches of {batch_size}: continuing with micro-batches of "
+        f"{-(-batch_size // micro_batches)} whose gradients are accumulated; the effective batch size stays "
+        f"{batch_size}"
     )
     configs = task.distillation.configs if task.distillation else {}
     affected = [name for name, config in configs.items() if not config.per_sample or config.samples.needs_probabilities]

@@ -163,26 +163,28 @@ class TrainingTask:
         The mean over the processes is the loss of the global batch. Samples without targets learn from their hard
         labels only, at full weight. If a loss uses the input's gradient, batch.images must require one.
         """
-        num_samples = all_reduce_sum(len(batch.hard.labels))
+        global_batch_size = all_reduce_sum(len(batch.hard.labels))
         if self.hints_only and self.distillation is not None:
-            only: dict[str, Tensor] = self.distillation(self._distillation_batch(student, batch, num_samples))
+            only: dict[str, Tensor] = self.distillation(self._distillation_batch(student, batch, global_batch_size))
             return only
         cross_entropy = batch.hard.cross_entropy(student.logits, self.label_smoothing)
         weight = value_at(self.hard_label_weight, batch.progress)
         has_targets = batch.has_targets
         if has_targets is None:
-            hard = weight * local_share_of_mean(cross_entropy, num_samples)
+            hard = weight * local_share_of_mean(cross_entropy, global_batch_size)
         else:
             weights = torch.where(has_targets, weight, 1.0).to(cross_entropy.device, non_blocking=True)
-            hard = local_share_of_mean(weights * cross_entropy, num_samples)
+            hard = local_share_of_mean(weights * cross_entropy, global_batch_size)
         if self.distillation is None:
             return {"hard_labels": hard}
         gradient = self._input_gradient(student, batch) if self.needs_input_gradient else None
-        losses: dict[str, Tensor] = self.distillation(self._distillation_batch(student, batch, num_samples, gradient))
+        losses: dict[str, Tensor] = self.distillation(
+            self._distillation_batch(student, batch, global_batch_size, gradient)
+        )
         return {"hard_labels": hard} | losses
 
     def _distillation_batch(
-        self, student: ModelOutput, batch: Batch, num_samples: int, gradient: Tensor | None = None
+        self, student: ModelOutput, batch: Batch, global_batch_size: int, gradient: Tensor | None = None
     ) -> DistillationBatch:
         return DistillationBatch(
             student,
@@ -193,7 +195,7 @@ class TrainingTask:
             batch.progress,
             batch.negatives,
             gradient,
-            num_samples,
+            global_batch_size,
         )
 
     def _input_gradient(self, student: ModelOutput, batch: Batch) -> Tensor:

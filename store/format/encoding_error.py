@@ -26,13 +26,13 @@ Decode = Callable[[NDArray[np.intp], float], NDArray[np.float32]]
 
 
 def measure_dense(exact: NDArray[np.float32], stored: NDArray[Any]) -> dict[str, Any]:
-    """Measure the loss of dense logits [n, C] in the precision of `stored` [n, C]. All must be finite."""
+    """Measure the error of dense logits [n, C] in the precision of `stored` [n, C]. All must be finite."""
     decoded = stored.astype(np.float32)
     return _measure(exact, decoded.argmax(axis=1), decoded - exact, lambda rows, _: decoded[rows], TEMPERATURES)
 
 
 def measure_topk(exact: NDArray[np.float32], encoded: Mapping[str, NDArray[Any]], top_k: TopK) -> dict[str, Any]:
-    """Measure the loss of logits [n, C] as top-k logits, at those TEMPERATURES that the grid covers.
+    """Measure the error of logits [n, C] as top-k logits, at those TEMPERATURES that the grid covers.
 
     The largest error is over the kept logits: of the others only the total mass is stored.
     """
@@ -85,7 +85,7 @@ def _log_softmax(logits: NDArray[Any], temperature: float) -> NDArray[np.float64
 
 
 def measure_features(exact: NDArray[np.float32], stored: NDArray[Any]) -> dict[str, Any]:
-    """Measure the loss of features [n, ...] in the precision of `stored` [n, ...]. All must be finite."""
+    """Measure the error of features [n, ...] in the precision of `stored` [n, ...]. All must be finite."""
     errors = stored.astype(np.float32) - exact
     return {
         "num_rows": len(exact),

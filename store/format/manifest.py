@@ -33,7 +33,7 @@ class Finished:
     Every unit of the first `num_views` views and `num_segments` segments is committed for `arrays`.
 
     Attributes:
-        fidelity: By array, the loss of its encoding, measured when it was written.
+        fidelity: By array, the error of its encoding, measured when it was written.
     """
 
     num_views: int

@@ -36,7 +36,7 @@ class Marker:
 
     Attributes:
         files: By array, the `bytes` and `crc32c` of its shard file.
-        fidelity: By array, the loss of its encoding.
+        fidelity: By array, the error of its encoding.
     """
 
     files: Mapping[str, Mapping[str, int]]

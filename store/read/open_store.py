@@ -20,7 +20,7 @@ from kdpipe.store.fs.safe_read import open_regular_file
 from kdpipe.store.read.target_store import TargetStore, damaged, finished_part, visible_layout
 
 
-def open_store(path: Path, wanted: Mapping[str, Any] | None = None, advice: str = "") -> TargetStore:
+def open_store(path: Path, expected: Mapping[str, Any] | None = None, advice: str = "") -> TargetStore:
     """Open the store at `path`: of one that is being extended, the part that was finished before.
 
     Metadata, markers, sizes and shard indices are checked; rows are checked when they are read into memory, and by
@@ -28,7 +28,7 @@ def open_store(path: Path, wanted: Mapping[str, Any] | None = None, advice: str 
 
     Args:
         path: The store.
-        wanted: Required values of its manifest, by section (teacher, data, views, arrays).
+        expected: Required values of its manifest, by section (teacher, data, views, arrays).
         advice: What to do on a mismatch, appended to the error.
 
     Raises:
@@ -36,7 +36,7 @@ def open_store(path: Path, wanted: Mapping[str, Any] | None = None, advice: str 
         StoreError: There is no store, a unit is missing, or a file is damaged.
     """
     manifest = read_store_manifest(path)
-    require(manifest, wanted or {}, f"the store {path}", advice)
+    require(manifest, expected or {}, f"the store {path}", advice)
     check_arrays(path, manifest)
     finished = finished_part(path, manifest)
     layout = visible_layout(manifest.layout, finished)

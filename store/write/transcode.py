@@ -127,9 +127,9 @@ def _transcode_unit(
         raise StoreError(
             f"{target} has more views than {source.path}, which has {source.num_views}: give another target."
         )
-    rows, lost = _convert(source, manifest, unit, sample_ids)
+    rows, errors = _convert(source, manifest, unit, sample_ids)
     inherited = _inherited(source, unit.view, source.rows_of(sample_ids))
-    write_unit(target, manifest, unit, rows, _by_step(source, manifest, inherited, lost))
+    write_unit(target, manifest, unit, rows, _by_step(source, manifest, inherited, errors))
 
 
 def _convert(
@@ -137,13 +137,13 @@ def _convert(
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Return the rows of a unit of the target by array, and the loss of each array that changes."""
     converted: dict[str, NDArray[Any]] = {}
-    lost: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
     top_k = manifest.top_k if source.manifest.top_k is None else None
     if top_k:
         exact = source.gather("logits", unit.view, sample_ids).astype(np.float32)
         for name, rows in encode_topk(exact, top_k, "float32").items():
             converted[name] = _cast(rows, manifest, name, unit, sample_ids)
-        lost["logits"] = measure_topk(exact, converted, top_k)
+        errors["logits"] = measure_topk(exact, converted, top_k)
     for spec in manifest.arrays:
         if spec.name in converted:
             continue
@@ -152,8 +152,8 @@ def _convert(
         before = source.manifest
         if spec not in before.arrays or before.rounded.get(spec.name) != manifest.rounded.get(spec.name):
             measure = measure_dense if spec.name == "logits" and stored.ndim == 2 else measure_features
-            lost[logical_array(spec.name)] = measure(stored.astype(np.float32), converted[spec.name])
-    return converted, lost
+            errors[logical_array(spec.name)] = measure(stored.astype(np.float32), converted[spec.name])
+    return converted, errors
 
 
 def _cast(rows: NDArray[Any], manifest: Manifest, name: str, unit: Unit, sample_ids: NDArray[np.int64]) -> NDArray[Any]:
@@ -188,16 +188,16 @@ def _inherited(source: TargetStore, view: int, rows: NDArray[np.int64]) -> dict[
 
 
 def _by_step(
-    source: TargetStore, manifest: Manifest, inherited: Mapping[str, Any], lost: Mapping[str, Any]
+    source: TargetStore, manifest: Manifest, inherited: Mapping[str, Any], errors: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the figures of a unit: those of the source for arrays that are kept, followed by those of this step."""
     kept = {logical_array(spec.name) for spec in manifest.arrays}
     figures = {
-        f"{name}, step 1" if name in lost else name: measured
+        f"{name}, step 1" if name in errors else name: measured
         for name, measured in inherited.items()
         if name.partition(", ")[0] in kept
     }
-    for name, measured in lost.items():
+    for name, measured in errors.items():
         before = sum(known.startswith(f"{name}, step ") for known in source.fidelity if known != f"{name}, step 1")
         figures[f"{name}, step {2 + before}"] = measured
     return figures

@@ -62,7 +62,7 @@ def write_unit(
 
     Args:
         rows: Rows [n, *row_shape] of every array that the unit still lacks.
-        fidelity: By array, the loss of its encoding.
+        fidelity: By array, the error of its encoding.
 
     Returns:
         The number of bytes written.
@@ -106,7 +106,7 @@ def finish_store(path: Path) -> bool:
                 return False
             markers.append(committed(path, manifest, unit))
         measured = dict.fromkeys(name for marker in markers for name in marker.fidelity)
-        fidelity = {name: _total_loss(path, name, markers) for name in measured}
+        fidelity = {name: _total_encoding_error(path, name, markers) for name in measured}
         names = tuple(spec.name for spec in manifest.arrays)
         finished = Finished(layout.num_views, len(layout.segments), names, fidelity)
         if manifest.finished == finished:
@@ -115,7 +115,7 @@ def finish_store(path: Path) -> bool:
     return True
 
 
-def _total_loss(path: Path, name: str, markers: Iterable[Marker]) -> dict[str, Any]:
+def _total_encoding_error(path: Path, name: str, markers: Iterable[Marker]) -> dict[str, Any]:
     """Summarize the loss of an array's encoding over all units."""
     try:
         totals = merge([marker.fidelity[name] for marker in markers if name in marker.fidelity])

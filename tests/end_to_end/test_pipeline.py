@@ -134,7 +134,10 @@ def test_one_student_learns_from_two_stores(done, other, recipe, tmp_path):
     ended = kdpipe_here("train-student", recipe, "--run", tmp_path / "both", "--set", stores, "--json")
     assert ended.exit_code == 0, ended.stderr
     distilled = json.loads(ended.stdout)["students"]
-    assert len(json.loads((tmp_path / "both/students/distilled-seed0/job.json").read_text())["distillation"]["stores"]) == 2
+    assert (
+        len(json.loads((tmp_path / "both/students/distilled-seed0/job.json").read_text())["distillation"]["stores"])
+        == 2
+    )
     assert torch.isfinite(torch.tensor(distilled["distilled"][0]["cross_entropy"]))
 
 
