@@ -130,7 +130,7 @@ def loss_and_gradient(case: str, rows: slice) -> dict[str, Any]:
             torch.arange(NUM)[rows],
             FINISHED,
             {"loss": Negatives(negatives, torch.arange(10) % CLASSES, torch.arange(10) + 10)},
-            num_samples=NUM,
+            global_batch_size=NUM,
         )
         loss = term(batch, batch.teachers[0])
     loss.backward()
