@@ -45,11 +45,11 @@ def print_status(status: Status) -> None:
     """Print the runs, the stores and the notes to stdout."""
     out, now, root = console(), time.time(), Path(status.root)
     if not status.runs and not status.stores:
-        out.print(printable(f"no runs and no stores below {root}"))
+        out.print(printable(f"no runs and no stores below {root}"), soft_wrap=True)
     _print_rows(out, [_run_cells(run, root, now) for run in status.runs])
     _print_rows(out, [_store_cells(store, root, now) for store in status.stores])
     for note in status.notes:
-        out.print(printable(f"kdpipe: {note}"))
+        out.print(printable(f"kdpipe: {note}"), soft_wrap=True)
 
 
 def _print_rows(out: Console, rows: Sequence[dict[str, str]]) -> None:

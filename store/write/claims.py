@@ -33,8 +33,7 @@ def exclusive_store(path: Path) -> AbstractContextManager[None]:
 
     The lock file is beside the store, so that plain Zarr sees a valid group inside.
     """
-    named = path if path.name not in ("", "..") else path.resolve()
-    return exclusive(path, named.with_name(f".{named.name}.lock"), wait=True)
+    return exclusive(path, _beside(path, "lock"), wait=True)
 
 
 class Claim:
@@ -106,5 +105,10 @@ def holder(store: Path, name: str) -> Holder | None:
 
 
 def _path(store: Path, name: str) -> Path:
-    named = store.resolve()  # a relative path such as "." has no name
-    return named.with_name(f".{named.name}.locks") / name
+    return _beside(store, "locks") / name
+
+
+def _beside(store: Path, suffix: str) -> Path:
+    """Return the hidden path beside a store, which may be given as "." or "..", with no name of its own."""
+    named = store if store.name not in ("", "..") else store.resolve()
+    return named.with_name(f".{named.name}.{suffix}")

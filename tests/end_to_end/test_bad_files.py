@@ -198,7 +198,7 @@ ARRAYS = {
     "beyond int64": ({"labels": np.full(20, 2**64 - 1, np.uint64)}, "labels must fit int64"),
     "NaN": ({"images": IMAGES * np.nan}, "images must be uint8"),
     "one side": ({"images": IMAGES[:, 0, 0]}, "images must be [N, H, W]"),
-    "no side": ({"images": IMAGES[:, :0]}, "images must be uint8 [N, C, H, W]"),
+    "no side": ({"images": IMAGES[:, :0]}, "no side 0, found uint8 [20, 0, 8]"),
     "too few": ({"labels": LABELS[:3]}, "labels must be integers [20]"),
     "no sample": ({"images": IMAGES[:0], "labels": LABELS[:0]}, "has no sample"),
     "text": ({"labels": np.array(["x"] * 20)}, "labels must be integers"),

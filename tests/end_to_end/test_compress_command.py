@@ -50,7 +50,7 @@ def test_an_external_student_leaves_the_runs_own_alone(done, recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(b"hello", "is damaged or no torch state dict"), (None, "there is no weights file")],
+    [(b"hello", "is damaged or no torch state dict"), (None, "not found; name a weights file")],
     ids=["text", "absent"],
 )
 def test_an_invalid_student_file_is_one_sentence(done, recipe, tmp_path, content, sentence):

@@ -98,7 +98,7 @@ def _pixels(name: str, images: Any) -> Pixels:
     array = _array(name, "images", images)
     shape = list(array.shape)
     if array.dtype != np.uint8 or 0 in shape[1:]:
-        raise DataError(f"data set {name}: images must be uint8 (0..255), found {array.dtype} {shape}.")
+        raise DataError(f"data set {name}: images must be uint8 (0..255), no side 0, found {array.dtype} {shape}.")
     if array.ndim == 3:
         return array[:, None]
     if array.ndim != 4 or shape[3] not in (1, 3):

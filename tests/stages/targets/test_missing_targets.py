@@ -202,7 +202,7 @@ def test_allowing_missing_targets_is_another_job(run, tmp_path):
     context, lenient = (tiny_context(tmp_path / name, train_set=ALL) for name in ("strict", "lenient"))
     specs = [open_distillation([run / "whole.zarr"], LOSSES, student, {}, context) for student in (STUDENT, LENIENT)]
     train_student(STUDENT, 0, specs[0], context)
-    with pytest.raises(FingerprintMismatch, match=r"\w+\.missing: stored 'error', wanted 'hard-labels'"):
+    with pytest.raises(FingerprintMismatch, match=r"\w+\.missing_targets: stored 'error', wanted 'hard-labels'"):
         train_student(LENIENT, 0, specs[1], context)
     train_student(LENIENT, 0, specs[1], lenient)  # nothing is missing there: it is the same student
     models = [student_folder(each.run_dir, "distilled", 0).model.read_bytes() for each in (context, lenient)]

@@ -88,7 +88,10 @@ HOSTILE = {
     "an empty zip": (_zip(), "has no array 'images': found none"),
     "other keys": (_npz(x=IMAGES, labels=LABELS), "has no array 'images': found labels, x"),
     "no labels": (_npz(images=IMAGES), "has no array 'labels': found images"),
-    "float images": (_npz(images=IMAGES / 255, labels=LABELS), "images must be uint8 (0..255), found float64"),
+    "float images": (
+        _npz(images=IMAGES / 255, labels=LABELS),
+        "images must be uint8 (0..255), no side 0, found float64",
+    ),
     "flat images": (_npz(images=IMAGES[0], labels=LABELS), "images must be [N, H, W] or [N, H, W, C]"),
     "channels first": (
         _npz(images=np.zeros((12, 3, 8, 8), dtype=np.uint8), labels=LABELS),
