@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support.kdpipe_process import environment, kdpipe, kdpipe_cold, kdpipe_here
+from support.kdpipe_process import environment, kdpipe, kdpipe_here
 
 
 def test_help_lists_commands_and_imports_nothing_heavy():
@@ -67,7 +67,7 @@ def test_a_user_error_has_no_traceback_in_a_process(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_json_is_one_document_and_progress_is_json_lines(recipe, tmp_path):
-    ended = kdpipe_cold("train-teacher", recipe, "--run", tmp_path / "run", "--json")
+    ended = kdpipe("train-teacher", recipe, "--run", tmp_path / "run", "--json")
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["teacher"]["num_epochs"] == 6
     events = [json.loads(line) for line in ended.stderr.splitlines()]

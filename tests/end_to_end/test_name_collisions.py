@@ -55,6 +55,7 @@ def test_python_imports_both(run_beside):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("run_beside", ["PYTHONPATH"], indirect=True)
 def test_a_factory_imports_its_own_store_py(run_beside, tmp_path):
     script = Path(sys.executable).parent / "kdpipe"  # as pip installs it
     ended = run_beside(str(script), "plan", str(tmp_path / "tiny.toml"), "--json")
