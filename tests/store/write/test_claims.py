@@ -84,6 +84,16 @@ def test_live_process_keeps_claim_and_killed_one_loses_it(store, locks):
     assert holder(store, "v0-s0").pid == os.getpid()
 
 
+@pytest.mark.parametrize(("here", "path"), [("a.zarr", "."), ("a.zarr/logits", "..")])
+def test_claims_of_a_relative_path_are_the_same(store, monkeypatch, here, path):
+    claimed = claim(store, "v0-s0")
+    (store.parent / here).mkdir(parents=True)
+    monkeypatch.chdir(store.parent / here)
+    assert holder(Path(path), "v0-s0").pid == os.getpid()
+    claimed.release()
+    assert holder(Path(path), "v0-s0") is None
+
+
 def test_a_released_unit_is_free_and_leaves_no_litter(tmp_path, store, locks):
     first, second = claim(store, "v0-s0"), claim(store, "v0-s1")
     assert sorted(path.name for path in locks.iterdir()) == ["v0-s0", "v0-s1"]
