@@ -61,8 +61,9 @@ def transcode(
         StoreError: The source is incomplete or damaged, or the options do not apply to it.
         FingerprintMismatch, LockedError: The target is another store, or in use.
     """
-    target = target.resolve()  # lock files use its name, and "." has none
-    _require_apart(source.resolve(), target)
+    # Lock files use the target's name, and "." has none. realpath() takes a circle of links, resolve() raises.
+    target = Path(os.path.realpath(target))
+    _require_apart(Path(os.path.realpath(source)), target)
     if os.path.lexists(target):
         read_store_manifest(target)  # before a lock file is created beside something else
     store = open_store(source).streamed(0)
