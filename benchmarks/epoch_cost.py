@@ -32,6 +32,7 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.image_loader import ImageBatch
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_task, student_shapes
 from kdpipe.stages.losses.distillation import required_of, student_layers
@@ -48,7 +49,6 @@ from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, source_shapes
 from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets
 from kdpipe.stages.targets.resolve import smallest_feature
-from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train

@@ -22,6 +22,7 @@ from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
 from kdpipe.stages.distillation.spec import DistillationSpec
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
 from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
@@ -40,7 +41,6 @@ from kdpipe.stages.targets.open import local_store_path, test_store_path
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store import StoreError, is_url, make_folders, read_store_manifest
 

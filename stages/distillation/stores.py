@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.stages.context import StageContext
+from kdpipe.stages.distillation.classifier_reuse import require_teacher
 from kdpipe.stages.distillation.compatibility import check_losses, require_logits, require_views
 from kdpipe.stages.distillation.spec import DistillationSpec
+from kdpipe.stages.distillation.student_config import StudentConfig
+from kdpipe.stages.distillation.task_builder import student_shapes
+from kdpipe.stages.distillation.teacher_accuracy import test_accuracies
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.targets.ensemble import check_teachers
-from kdpipe.stages.targets.feature_spec import Shape
 from kdpipe.stages.targets.open import local_store_path, open_with_views
 
 if TYPE_CHECKING:
     from kdpipe.stages.distillation.student_config import StudentConfig
 
 
-def open_stores(
+def open_distillation(
     places: Sequence[Path | str],
     losses: Sequence[LossConfig],
     student: StudentConfig,
     identity: Mapping[str, Any],
     context: StageContext,
-    *,
-    shapes: Mapping[str, Shape],
 ) -> DistillationSpec:
     """Open and check the stores that `losses` learn from.
 
@@ -36,9 +39,8 @@ def open_stores(
         places: Paths or URLs of the stores.
         losses: The losses' configurations.
         student: The recipe's `student` section.
-        identity: What the stores' manifests must contain, besides the views.
+        identity: What the stores' manifests must contain, besides the views, by section.
         context: The data and views of the run.
-        shapes: The shapes of the student's features that the losses use.
 
     Raises:
         RecipeError: A loss names a store that does not exist, or requires something that no store can provide.
@@ -52,6 +54,7 @@ def open_stores(
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) uses store {loss.store}, but there are {len(places)}, counted from 0."
             )
+    shapes = student_shapes(student, losses, context)  # fails for unknown layers, before stores are staged
     paths = [local_store_path(place, context.monitor) for place in places]
     stores = [open_with_views(path, context.view_identity(), identity) for path in paths]
     fingerprints = [store.manifest.identity.fingerprint for store in stores]
@@ -73,4 +76,10 @@ def open_stores(
         label_smoothing=student.label_smoothing,
     )
     spec.to_json()  # raises if a store lacks an array
+    if student.teachers.weights == "accuracy":
+        spec = replace(spec, accuracies=test_accuracies(places, student.teachers, context))
+    for loss in losses:
+        if isinstance(loss, SimKDConfig):
+            store = stores[loss.store or 0]
+            require_teacher(loss, context.run_dir, store.manifest.identity.teacher, store.path)
     return spec

@@ -1,26 +1,20 @@
-"""The parts of stage 2, `kdpipe train-student`: opened stores, a student's inputs, and the hint stages of FitNet."""
+"""The parts of stage 2, `kdpipe train-student`: a student's folder and fingerprint, and the hint stages of FitNet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.context import StageContext
-from kdpipe.stages.distillation.classifier_reuse import require_teacher
 from kdpipe.stages.distillation.spec import DistillationSpec
-from kdpipe.stages.distillation.stores import open_stores
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.distillation.task_builder import student_shapes
-from kdpipe.stages.distillation.teacher_accuracy import test_accuracies
 from kdpipe.stages.losses.base import LossConfig
 from kdpipe.stages.losses.features.fitnet import FitNetConfig
-from kdpipe.stages.losses.features.simkd import SimKDConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.numerics import derive_seed
@@ -31,25 +25,6 @@ from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.saved_model import save_model
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import make_folders
-
-
-def open_distillation(
-    places: Sequence[Path | str],
-    losses: Sequence[LossConfig],
-    student: StudentConfig,
-    identity: Mapping[str, Any],
-    context: StageContext,
-) -> DistillationSpec:
-    """Open and check the stores for `losses`. Raises the same as `open_stores`."""
-    shapes = student_shapes(student, losses, context)
-    spec = open_stores(places, losses, student, identity, context, shapes=shapes)
-    if student.teachers.weights == "accuracy":
-        spec = replace(spec, accuracies=test_accuracies(places, student.teachers, context))
-    for loss in losses:
-        if isinstance(loss, SimKDConfig):
-            store = spec.stores[loss.store or 0]
-            require_teacher(loss, context.run_dir, store.manifest.identity.teacher, store.path)
-    return spec
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.spec import DistillationSpec
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.losses.features.hint import HintConfig
 from kdpipe.stages.losses.logits.kd import KDConfig
@@ -24,7 +25,6 @@ from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.teacher import TeacherConfig, load_teacher
-from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import ViewsConfig
 

@@ -14,6 +14,7 @@ from kdpipe.stages.compress.compress import CompressConfig, compress, compressed
 from kdpipe.stages.compress.fine_tune import FineTuneContext, build_fine_tuning
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import StoppedEarly
@@ -25,7 +26,6 @@ from kdpipe.stages.losses.logits.kd import KDConfig
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.training.job_dir import read_json_file
 
 FAMILIES = {

@@ -23,13 +23,13 @@ from kdpipe.stages.compress.fine_tune import FineTuneContext, build_fine_tuning
 from kdpipe.stages.compress.prune_student import latency_share
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RunError, StoppedEarly
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.stages.models.weights import count_parameters
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.store import FingerprintMismatch
 

@@ -9,6 +9,7 @@ from support.tiny_run import CACHE, OPERATIONS, STUDENT, TEACHER, VIEWS, squares
 
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation
@@ -26,7 +27,6 @@ from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.outputs import DenseTargets, TransformedTargets
 from kdpipe.stages.teacher import untrained_teacher
-from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
 
 OURS = squares(60, 0)

@@ -12,6 +12,7 @@ from support.tiny_run import CACHE, STUDENT, TEACHER, TRAIN, StopAfter, squares,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdpipe.pipeline.steps import cache_teacher, train_student
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.errors import RecipeError, StoppedEarly
 from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation
@@ -25,7 +26,7 @@ from kdpipe.stages.targets.class_map import ABSENT
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig, check_teachers
 from kdpipe.stages.targets.outputs import DenseTargets, TopKTargets
 from kdpipe.stages.teacher import untrained_teacher
-from kdpipe.stages.train_student.student import StudentRun, open_distillation
+from kdpipe.stages.train_student.student import StudentRun
 from kdpipe.store import StoreError, TopK, encode_topk
 
 LOGITS = [TEACHER_LOGITS, 3 * drawn(8, 10, seed=5), 3 * drawn(8, 10, seed=6)]

@@ -9,6 +9,7 @@ import torch
 from support.tiny_run import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, make_tiny_store, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.losses.logits.kd import kd_loss
@@ -16,7 +17,6 @@ from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.stages.teacher import load_teacher
-from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
 
 ALL = squares(120, 0)

@@ -8,13 +8,13 @@ from support.tiny_run import LOSSES, OPERATIONS, STUDENT, TEACHER, VIEWS, make_t
 
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.sampling import shard_order
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.hint import HintConfig
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
-from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import FingerprintMismatch, StoreError, TargetStore, open_store
 

@@ -9,6 +9,7 @@ import torch
 from support.tiny_run import CACHE, STUDENT, TEACHER, StopAfter, squares, tiny_context
 
 from kdpipe.pipeline.steps import cache_teacher, train_student, train_teacher
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student, student_shapes
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.distillation import required_of
@@ -22,7 +23,7 @@ from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.feature_spec import source_shapes
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.teacher import load_teacher, untrained_teacher
-from kdpipe.stages.train_student.student import StudentRun, open_distillation
+from kdpipe.stages.train_student.student import StudentRun
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.store import StoreError

@@ -19,11 +19,11 @@ from kdpipe.stages.cache_teacher import plan as store_plan
 from kdpipe.stages.cache_teacher.recheck import recompute
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.load import load_dataset
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import view_warning
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.stages.teacher import load_teacher
-from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.views import renderer as renderer_room
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.mix import MixConfig

@@ -1,4 +1,4 @@
-"""The images that networks see: the same wherever the images are, whoever renders them, whenever a job stops."""
+"""The images that networks see: the same from any source, renderer and resumed job."""
 
 import itertools
 import multiprocessing

@@ -10,11 +10,11 @@ from support.tiny_run import CACHE, LAYERS, LOSSES, STUDENT, TEACHER, VIEWS, mak
 
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import DataError
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.teacher import load_teacher
-from kdpipe.stages.train_student.student import open_distillation
 from kdpipe.stages.views.mix import MixConfig, sample_mix
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.stages.views.rng import CounterRNG

@@ -12,8 +12,7 @@ import torchvision.transforms.v2.functional as reference
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from kdpipe.stages.views.ops import color as colour
-from kdpipe.stages.views.ops import rows
+from kdpipe.stages.views.ops import color, rows
 from kdpipe.stages.views.ops.color import ColorJitter, RandomGrayscale
 from kdpipe.stages.views.rng import CounterRNG
 
@@ -39,10 +38,10 @@ def difference(ours: Tensor, expected_function: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("ours", "expected_function", "low", "high"),
     [
-        (colour.adjust_brightness, reference.adjust_brightness, 0.0, 3.0),
-        (colour.adjust_contrast, reference.adjust_contrast, 0.0, 3.0),
-        (colour.adjust_saturation, reference.adjust_saturation, 0.0, 3.0),
-        (colour.adjust_hue, reference.adjust_hue, -0.5, 0.5),
+        (color.adjust_brightness, reference.adjust_brightness, 0.0, 3.0),
+        (color.adjust_contrast, reference.adjust_contrast, 0.0, 3.0),
+        (color.adjust_saturation, reference.adjust_saturation, 0.0, 3.0),
+        (color.adjust_hue, reference.adjust_hue, -0.5, 0.5),
     ],
 )
 def test_adjustments_are_torchvisions_within_one_grey_level(
@@ -61,14 +60,14 @@ def test_adjustments_are_torchvisions_within_one_grey_level(
 
     off = difference(ours(images, factors), wanted)
     # a factor of 3 turns one level in the gray that is blended in into two, at the few pixels where greys differ
-    assert off.max() <= (2 if ours is colour.adjust_saturation else 1)
+    assert off.max() <= (2 if ours is color.adjust_saturation else 1)
     assert (off <= 1).float().mean() > 0.999
 
 
 def test_grey_is_torchvisions() -> None:
     images = random_images(20, 3, 16, 16)
 
-    off = difference(colour.rgb_to_grayscale(images), reference.rgb_to_grayscale(images, num_output_channels=3))
+    off = difference(color.rgb_to_grayscale(images), reference.rgb_to_grayscale(images, num_output_channels=3))
 
     assert off.max() <= 1
     assert (off == 0).float().mean() > 0.99
@@ -79,17 +78,17 @@ def test_neutral_factors_change_nothing(channels: int) -> None:
     images = random_images(4, channels, 8, 8)
     ones, zeros = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
 
-    for adjust in (colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation):
+    for adjust in (color.adjust_brightness, color.adjust_contrast, color.adjust_saturation):
         assert adjust(images, ones).equal(images)
-    assert colour.adjust_hue(images, zeros).equal(images)
-    assert colour.adjust_hue(images, zeros + 1).equal(images)
+    assert color.adjust_hue(images, zeros).equal(images)
+    assert color.adjust_hue(images, zeros + 1).equal(images)
 
 
 def test_a_third_of_the_circle_moves_every_channel_one_on() -> None:
     images = random_images(4, 3, 8, 8)
 
-    assert colour.adjust_hue(images, torch.full((4,), 1 / 3, dtype=torch.float64)).equal(images.roll(1, 1))
-    assert colour.adjust_hue(images, torch.full((4,), -1 / 3, dtype=torch.float64)).equal(images.roll(-1, 1))
+    assert color.adjust_hue(images, torch.full((4,), 1 / 3, dtype=torch.float64)).equal(images.roll(1, 1))
+    assert color.adjust_hue(images, torch.full((4,), -1 / 3, dtype=torch.float64)).equal(images.roll(-1, 1))
 
 
 def test_known_pixels() -> None:
@@ -99,17 +98,17 @@ def test_known_pixels() -> None:
         changed: list[int] = adjust(image, torch.tensor([factor], dtype=torch.float64)).flatten().tolist()
         return changed
 
-    assert after(colour.adjust_brightness, 1.3) == [255, 130, 9]
-    assert after(colour.adjust_contrast, 0.5) == [159, 109, 63]
-    assert after(colour.adjust_saturation, 0.5) == [159, 109, 63]
-    assert after(colour.adjust_hue, 0.1) == [184, 200, 7]
-    assert colour.rgb_to_grayscale(image).flatten().tolist() == [119, 119, 119]
+    assert after(color.adjust_brightness, 1.3) == [255, 130, 9]
+    assert after(color.adjust_contrast, 0.5) == [159, 109, 63]
+    assert after(color.adjust_saturation, 0.5) == [159, 109, 63]
+    assert after(color.adjust_hue, 0.1) == [184, 200, 7]
+    assert color.rgb_to_grayscale(image).flatten().tolist() == [119, 119, 119]
 
 
 def test_the_largest_factors_do_not_overflow() -> None:
     images = random_images(4, 3, 8, 8)
 
-    for adjust in (colour.adjust_brightness, colour.adjust_contrast, colour.adjust_saturation):
+    for adjust in (color.adjust_brightness, color.adjust_contrast, color.adjust_saturation):
         changed = adjust(images, torch.full((4,), 64.0, dtype=torch.float64))
         wanted = torch.stack([getattr(reference, adjust.__name__)(image, 64.0) for image in images])
         # one level of gray counts 63 times: the bulk is at 0 or 255 and must be there
@@ -185,7 +184,7 @@ def test_fraction_grayscale_is_p() -> None:
 
     assert changed.float().mean() == pytest.approx(0.1, abs=0.02)
     assert RandomGrayscale(name="RandomGrayscale", p=0.0)(many, draw(4000)).equal(many)
-    assert RandomGrayscale(name="RandomGrayscale", p=1.0)(many, draw(4000)).equal(colour.rgb_to_grayscale(many))
+    assert RandomGrayscale(name="RandomGrayscale", p=1.0)(many, draw(4000)).equal(color.rgb_to_grayscale(many))
 
 
 def test_defaults_are_the_identity() -> None:
