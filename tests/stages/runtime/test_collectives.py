@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.loss_inputs import make_inputs
-from support.paths import PYTHONPATH
+from support.two_processes import run_two_processes
 
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
 from kdpipe.stages.losses.relations.crd import CRDConfig
@@ -63,15 +62,7 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {
-        "PYTHONPATH": PYTHONPATH,
-        "OMP_NUM_THREADS": "1",
-    }
-    script = [sys.executable, __file__, str(folder)]
-    ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return run_two_processes(__file__, tmp_path_factory.mktemp("processes"))
 
 
 def test_rows_come_in_rank_order(results: list[dict[str, Any]]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.paths import PYTHONPATH
 from support.tiny_run import STUDENT, tiny_context
+from support.two_processes import run_two_processes
 from torch import Tensor, nn
 
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
@@ -243,15 +242,7 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("results")
-    environment = os.environ | {
-        "PYTHONPATH": PYTHONPATH,
-        "OMP_NUM_THREADS": "1",
-    }
-    script = [sys.executable, __file__, str(folder)]
-    ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return run_two_processes(__file__, tmp_path_factory.mktemp("results"))
 
 
 def test_any_process_stops_and_main_clock_saves(results: list[dict[str, Any]]) -> None:
