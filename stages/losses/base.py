@@ -3,12 +3,12 @@
 A loss is a configuration class: the keys of its `[[distill]]` entry, and `build`, which makes the module that computes
 it. Start from the nearest base class, and list the new class in `registry.py`:
 
-- `LogitLossConfig`: a loss on logits. Override `compute`. `SoftLogitLossConfig` has the key `temperature` as well.
-- `FeatureLossConfig`: a loss at pairs of layers. Override `build_pair`, and `teacher_feature` if a statistic of the
+- `LogitLoss`: a loss on logits. Override `compute`. `SoftLogitLoss` has the key `temperature` as well.
+- `FeatureLoss`: a loss at pairs of layers. Override `build_pair`, and `teacher_feature` if a statistic of the
   teacher's layer, which takes less space in the store than its map, is enough.
-- `MapLossConfig`: the same for maps [C, H, W] that are pooled to one size, without parameters.
-- `RelationLossConfig` (`relations/relation.py`): relations between the samples of a batch, at pairs of layers.
-- `LossConfig`: anything else. Override `compute`, or `build` if the loss has parameters.
+- `MapLoss`: the same for maps [C, H, W] that are pooled to one size, without parameters.
+- `RelationLoss` (`relations/relation.py`): relations between the samples of a batch, at pairs of layers.
+- `Loss`: anything else. Override `compute`, or `build` if the loss has parameters.
 
 What happens with it, in this order:
 
@@ -25,7 +25,7 @@ What happens with it, in this order:
 
 Example:
     @section
-    class LogitMAEConfig(LogitLossConfig):
+    class LogitMAEConfig(LogitLoss):
         '''Mean absolute error between the logits of student and teacher.
 
         Attributes:
@@ -62,7 +62,7 @@ from kdpipe.stages.targets.statistics import pool_to
 
 
 @section
-class LossConfig:
+class Loss:
     """Configuration of a loss: the keys that every `[[distill]]` entry has.
 
     Attributes:
@@ -113,17 +113,17 @@ class LossConfig:
         Raises:
             RecipeError: The shapes of student and teacher do not match.
         """
-        return StatelessLoss(self)
+        return StatelessModule(self)
 
     def compute(self, inputs: LossInputs) -> Tensor:
         """Compute a loss that has no parameters: [B] if `per_sample`, else a scalar."""
         raise NotImplementedError
 
 
-class StatelessLoss(nn.Module):
+class StatelessModule(nn.Module):
     """A loss without parameters, computed by its configuration."""
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: Loss) -> None:
         super().__init__()
         self.config = config
 
@@ -132,7 +132,7 @@ class StatelessLoss(nn.Module):
 
 
 @section
-class LogitLossConfig(LossConfig):
+class LogitLoss(Loss):
     """Configuration of a loss on logits.
 
     Attributes:
@@ -147,7 +147,7 @@ class LogitLossConfig(LossConfig):
 
 
 @section
-class SoftLogitLossConfig(LogitLossConfig):
+class SoftLogitLoss(LogitLoss):
     """Configuration of a loss on softened logits.
 
     Attributes:
@@ -161,7 +161,7 @@ class SoftLogitLossConfig(LogitLossConfig):
 
 
 @section
-class FeatureLossConfig(LossConfig):
+class FeatureLoss(Loss):
     """Configuration of a loss on pairs of layers.
 
     Attributes:
@@ -186,7 +186,7 @@ class FeatureLossConfig(LossConfig):
 
     def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
         features = self.required_features(student)
-        return PairedLoss(
+        return PairedModule(
             self.student_layers(),
             features,
             [
@@ -207,7 +207,7 @@ class FeatureLossConfig(LossConfig):
         raise NotImplementedError
 
 
-class PairedLoss(nn.Module):
+class PairedModule(nn.Module):
     """The sum of a loss over pairs of layers: `pairs` has the module of each pair."""
 
     def __init__(self, layers: Sequence[str], features: Sequence[FeatureSpec], pairs: Sequence[nn.Module]) -> None:
@@ -224,7 +224,7 @@ class PairedLoss(nn.Module):
 
 
 @section
-class MapLossConfig(FeatureLossConfig):
+class MapLoss(FeatureLoss):
     """Configuration of a per-sample loss on feature maps of equal aspect ratio, the larger average-pooled first."""
 
     expected: ClassVar[str] = "layers whose maps have the same aspect ratio"
@@ -242,13 +242,13 @@ class MapLossConfig(FeatureLossConfig):
         size = self.common_size(student, teacher, feature)
         if size is None or not poolable(student, size):
             raise shape_mismatch_error(self.loss, pair, student, teacher, self.expected)
-        return MapLoss(self, feature, size)
+        return MapModule(self, feature, size)
 
 
-class MapLoss(nn.Module):
+class MapModule(nn.Module):
     """The distance of the student's maps, pooled to (H, W) = `size`, from the teacher's feature, [B]."""
 
-    def __init__(self, config: MapLossConfig, feature: FeatureSpec, size: Size) -> None:
+    def __init__(self, config: MapLoss, feature: FeatureSpec, size: Size) -> None:
         super().__init__()
         self.config = config
         self.feature = feature

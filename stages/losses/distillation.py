@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.losses.base import LogitLossConfig, LossConfig
+from kdpipe.stages.losses.base import LogitLoss, Loss
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
 from kdpipe.stages.losses.logits.standardize import standardize_logits
 from kdpipe.stages.losses.sample_selection import compute_sample_weights, select_samples
@@ -50,7 +50,7 @@ class DistillationBatch:
 class WeightedLoss(nn.Module):
     """The loss of one entry on its samples, times its weight and their share of the batch."""
 
-    def __init__(self, name: str, config: LossConfig, loss: nn.Module) -> None:
+    def __init__(self, name: str, config: Loss, loss: nn.Module) -> None:
         super().__init__()
         self.name = name
         self.config = config
@@ -98,7 +98,7 @@ class WeightedLoss(nn.Module):
         return inputs, rows is not None or selected is not None
 
     def _normalize_logits(self, inputs: LossInputs) -> LossInputs:
-        if not isinstance(self.config, LogitLossConfig) or not self.config.standardize:
+        if not isinstance(self.config, LogitLoss) or not self.config.standardize:
             return inputs
         student = ModelOutput(standardize_logits(inputs.student.logits), inputs.student.features)
         teacher = TransformedTargets(inputs.teacher, lambda logits, _: standardize_logits(logits))
@@ -120,7 +120,7 @@ class Distillation(nn.Module):
         self.ensemble = ensemble
 
     @property
-    def configs(self) -> dict[str, LossConfig]:
+    def configs(self) -> dict[str, Loss]:
         """Return the losses' configurations by their names in metrics and checkpoints."""
         return {name: loss.config for name, loss in self.losses.items()}  # type: ignore[misc]
 
@@ -134,19 +134,19 @@ class Distillation(nn.Module):
             return {name: loss(batch, targets) for name, loss in self.losses.items()}
 
 
-def student_layers(configs: Sequence[LossConfig]) -> list[str]:
+def student_layers(configs: Sequence[Loss]) -> list[str]:
     """Return the paths of the student's modules that these losses use."""
     return list(dict.fromkeys(layer for config in configs for layer in config.student_layers()))
 
 
-def required_of(configs: Sequence[LossConfig], student: Shapes, store: int) -> list[FeatureSpec]:
+def required_of(configs: Sequence[Loss], student: Shapes, store: int) -> list[FeatureSpec]:
     """Return the features that these losses require of the teacher of store number `store`."""
     selected = [config for config in configs if (config.store or 0) == store]
     return list(dict.fromkeys(feature for config in selected for feature in config.required_features(student)))
 
 
 def build_distillation(
-    configs: Sequence[LossConfig],
+    configs: Sequence[Loss],
     student: Shapes,
     teachers: Sequence[TeacherShapes],
     *,

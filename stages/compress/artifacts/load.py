@@ -16,7 +16,7 @@ from kdpipe.stages.compress.quantize_student import config_of, prepare
 from kdpipe.stages.compress.resume import with_widths
 from kdpipe.stages.distillation.classifier_reuse import add_projector
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
@@ -101,7 +101,7 @@ def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, tr
         seed=0,
     )
     if reused := architecture.get("reused_classifier"):
-        config = SimKDConfig(
+        config = SimKD(
             loss="simkd",
             layers=((reused["layer"], ""),),
             classifier=(reused["classifier"], ""),

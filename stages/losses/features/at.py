@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import LossConfig, MapLossConfig
+from kdpipe.stages.losses.base import Loss, MapLoss
 from kdpipe.stages.losses.inputs import LossInputs, Shapes
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Size, map_size
@@ -26,7 +26,7 @@ GRADIENT = FeatureSpec(INPUT, INPUT_GRADIENT)
 
 
 @section
-class ATConfig(MapLossConfig):
+class AT(MapLoss):
     """Distance between the attention maps of student and teacher, summed over pairs of layers.
 
     An attention map is the mean over channels of the squared activations, L2-normalized; the larger of two maps is
@@ -55,7 +55,7 @@ class ATConfig(MapLossConfig):
 
 
 @section
-class ATGradientConfig(LossConfig):
+class ATGradient(Loss):
     """Distance between the attention maps of the input gradients of student and teacher.
 
     The gradient is that of the network's cross entropy with the label; its attention map is the mean over colors of the

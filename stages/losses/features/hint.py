@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Pair
 from kdpipe.stages.numerics import to_float32
@@ -21,7 +21,7 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 
 @section
-class HintConfig(FeatureLossConfig):
+class Hint(FeatureLoss):
     """Mean squared error between the student's map, through an adapter, and the teacher's, summed over pairs of layers.
 
     The default weight is that of RepDistiller.
@@ -33,10 +33,10 @@ class HintConfig(FeatureLossConfig):
     weight: Scheduled = 100.0
 
     def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
-        return Hint(student, teacher)
+        return HintModule(student, teacher)
 
 
-class Hint(nn.Module):
+class HintModule(nn.Module):
     """The squared error of each sample, [B], with the adapter of one pair of layers, which trains with the student."""
 
     def __init__(self, student: Shape, teacher: Shape) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import MapLossConfig
+from kdpipe.stages.losses.base import MapLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Size, map_size
 from kdpipe.stages.numerics import to_float32
@@ -33,7 +33,7 @@ MAX_POSITIONS = 256
 
 
 @section
-class NSTConfig(MapLossConfig):
+class NST(MapLoss):
     """Maximum mean discrepancy between the channels' maps, for the kernel (x . y)^2, summed over pairs of layers.
 
     It equals the squared distance of the Gram matrices over positions. The larger of two maps is average-pooled first.

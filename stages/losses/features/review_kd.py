@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
 from kdpipe.stages.losses.schedules import warmup_factor
 from kdpipe.stages.losses.shapes import as_map_shape, as_maps, shape_mismatch_error
@@ -27,7 +27,7 @@ POOLED_SIZES = (4, 2, 1)
 
 
 @section
-class ReviewKDConfig(FeatureLossConfig):
+class ReviewKD(FeatureLoss):
     """Error, at several scales, between the student's stages, fused from deep to shallow, and the teacher's.
 
     Defaults are those of the authors' code.
@@ -47,13 +47,13 @@ class ReviewKDConfig(FeatureLossConfig):
     warmup_epochs: Annotated[int, Field(ge=0), max_value(10**6)] = 20
 
     def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
-        return ReviewKD(self, student, teacher)
+        return ReviewKDModule(self, student, teacher)
 
 
-class ReviewKD(nn.Module):
+class ReviewKDModule(nn.Module):
     """The error of each sample, [B], summed over the pairs, with the fusions, which train with the student."""
 
-    def __init__(self, config: ReviewKDConfig, student: Shapes, teacher: TeacherShapes) -> None:
+    def __init__(self, config: ReviewKD, student: Shapes, teacher: TeacherShapes) -> None:
         super().__init__()
         self.config = config
         widths = [_channels(pair, student[pair[0]], teacher[FeatureSpec(pair[1])]) for pair in config.layers]

@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.stages.config import PathStr, max_value, section
-from kdpipe.stages.losses.base import MapLossConfig
+from kdpipe.stages.losses.base import MapLoss
 from kdpipe.stages.losses.features.hint import hint_loss
 from kdpipe.stages.losses.shapes import Size, map_size
 from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 
 @section
-class SimKDConfig(MapLossConfig):
+class SimKD(MapLoss):
     """Mean squared error of the last map; the student has the teacher's classifier, which is frozen.
 
     The paper trains on this loss alone, with a hard-label weight of 0.

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.shapes import Pair, as_map_shape, as_maps, map_size, poolable, shape_mismatch_error
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
@@ -26,7 +26,7 @@ MIN_VARIANCE = 1e-5
 
 
 @section
-class VIDConfig(FeatureLossConfig):
+class VID(FeatureLoss):
     """Negative log-likelihood of the teacher's features, predicted from the student's, summed over pairs of layers.
 
     Three 1x1 convolutions predict the mean, on maps of equal aspect ratio, the larger average-pooled; vectors count as
@@ -50,10 +50,10 @@ class VIDConfig(FeatureLossConfig):
         if size is None or not poolable(student_maps, size):
             expected = "layers whose maps have the same aspect ratio, or vectors"
             raise shape_mismatch_error(self.loss, pair, student, teacher, expected)
-        return VID(student_maps[0], teacher_maps[0], self.init_pred_var)
+        return VIDModule(student_maps[0], teacher_maps[0], self.init_pred_var)
 
 
-class VID(nn.Module):
+class VIDModule(nn.Module):
     """The negative log-likelihood of each sample, [B], at one pair of layers, with the predictor of the teacher."""
 
     def __init__(self, student_channels: int, teacher_channels: int, variance: float) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import SoftLogitLossConfig
+from kdpipe.stages.losses.base import SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.schedules import Scheduled, value_at
 from kdpipe.stages.numerics import to_float32
@@ -22,7 +22,7 @@ EPS = 1e-8
 
 
 @section
-class DISTConfig(SoftLogitLossConfig):
+class DIST(SoftLogitLoss):
     """T^2 * (beta * (1 - Pearson's r over the classes) + gamma * (1 - r over the batch)).
 
     r is that of the probabilities softmax(logits / T); over the batch it is taken for each class, on the batch of all

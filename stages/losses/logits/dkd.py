@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.base import SoftLogitLossConfig
+from kdpipe.stages.losses.base import SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.kd import kd_loss
 from kdpipe.stages.losses.schedules import Scheduled, value_at, warmup_factor
@@ -21,7 +21,7 @@ from kdpipe.stages.numerics import to_float32
 
 
 @section
-class DKDConfig(SoftLogitLossConfig):
+class DKD(SoftLogitLoss):
     """T^2 * (alpha * KL of label against the rest + beta * KL among the other classes).
 
     Defaults are those of the authors' code (mdistiller) for CIFAR-100; on ImageNet the paper uses beta 0.5 and T = 1.

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import LogitLossConfig, SoftLogitLossConfig
+from kdpipe.stages.losses.base import LogitLoss, SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.schedules import Scheduled, value_at
 from kdpipe.stages.numerics import to_float32
 
 
 @section
-class KDConfig(SoftLogitLossConfig):
+class KD(SoftLogitLoss):
     """weight (alpha) * T^2 * KL divergence from the teacher's softened class probabilities.
 
     Defaults are those of RepDistiller for CIFAR-100; on ImageNet T = 1 and weight 0.5 are usual.
@@ -49,7 +49,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
 
 @section
-class LogitMSEConfig(LogitLossConfig):
+class LogitMSE(LogitLoss):
     """Mean squared error between the raw logits of student and teacher: the limit of KD at large T.
 
     The mean is over samples and classes; Ba and Caruana use half the sum over the classes, larger by num_classes / 2.

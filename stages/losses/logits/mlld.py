@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import LogitLossConfig
+from kdpipe.stages.losses.base import LogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.kd import kd_loss
 from kdpipe.stages.losses.schedules import Temperature, value_at
@@ -22,7 +22,7 @@ from kdpipe.stages.runtime.collectives import all_gather_with_grad
 
 
 @section
-class MLLDConfig(LogitLossConfig):
+class MLLD(LogitLoss):
     """KD + squared errors of the Gram matrices over classes and over samples, summed over several temperatures.
 
     The Gram matrices are those of the batch of all processes. The authors' code also multiplies by masks of the less

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import SoftLogitLossConfig
+from kdpipe.stages.losses.base import SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.dkd import without_label
 from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at
@@ -19,7 +19,7 @@ from kdpipe.stages.numerics import to_float32
 
 
 @section
-class NKDConfig(SoftLogitLossConfig):
+class NKD(SoftLogitLoss):
     """Cross entropy of the label, times the teacher's probability, + gamma * T^2 * that of the other classes.
 
     Defaults are those of the authors' code for ImageNet.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.relations.relation import RelationLossConfig
+from kdpipe.stages.losses.relations.relation import RelationLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.numerics import to_float32
 
@@ -20,7 +20,7 @@ EPS = 1e-7
 
 
 @section
-class PKTConfig(RelationLossConfig):
+class PKT(RelationLoss):
     """KL divergence between the neighbor probabilities of the batch's samples, summed over pairs of layers.
 
     The default weight is that of RepDistiller.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.relations.relation import RelationLossConfig
+from kdpipe.stages.losses.relations.relation import RelationLoss
 from kdpipe.stages.numerics import normalize_rows, to_float32
 
 MAX_COSINES = 2**22
@@ -28,7 +28,7 @@ EPS = 1e-12
 
 
 @section
-class RKDConfig(RelationLossConfig):
+class RKD(RelationLoss):
     """Differences of distances and of angles between the batch's samples, summed over pairs of layers.
 
     Default weights are those of RepDistiller.

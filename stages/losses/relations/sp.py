@@ -10,14 +10,14 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.relations.relation import RelationLossConfig
+from kdpipe.stages.losses.relations.relation import RelationLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.numerics import normalize_rows, to_float32
 from kdpipe.stages.targets.feature_spec import MAP
 
 
 @section
-class SPConfig(RelationLossConfig):
+class SP(RelationLoss):
     """Mean squared difference between the similarity matrices of the batch's samples, summed over pairs of layers.
 
     The default weight is that of RepDistiller.
