@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch import nn
 from kdpipe.datasets import as_image_set
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.build import ModelConfig, build_model
+from kdpipe.stages.models.build import GivenModel, ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.given import GivenModel, ModelInfo, given_model, remember
+from kdpipe.stages.models.given import ModelInfo, given_model, remember
 
 
 def create_model(
@@ -78,10 +79,10 @@ def load_student(path: str | Path, *, trust_python: bool = False) -> ModelBundle
     return rebuild(path / "model.safetensors" if path.is_dir() else path, trust_python=trust_python)
 
 
-def model_config(model: str | nn.Module, args: dict[str, Any] | None = None) -> ModelConfig:
+def model_config(model: str | nn.Module, args: Mapping[str, Any] | None = None) -> ModelConfig:
     """Return the configuration of a network that is given by name, with its arguments, or as an object."""
     if isinstance(model, str):
-        return ModelConfig(name=model, args=args or {})
+        return ModelConfig(name=model, args=dict(args or {}))
     if not isinstance(model, nn.Module):
         raise ModelError(f"a model is a name or a torch.nn.Module, not {type(model).__name__}.")
     if args:

@@ -140,7 +140,7 @@ def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
 def _device(name: str | torch.device) -> torch.device:
     if isinstance(name, torch.device):
         return name
-    if torch.cuda.is_initialized():  # too late to choose among the machine's GPUs
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # too late to choose among the machine's GPUs
         return choose_device(name)
     return select_device(name, warn=lambda text: warnings.warn(text, stacklevel=3))
 

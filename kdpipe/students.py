@@ -28,8 +28,8 @@ from kdpipe.stages.distillation.student_config import (
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import LossConfig
-from kdpipe.stages.losses.logits.kd import KDConfig
+from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
@@ -40,7 +40,7 @@ from kdpipe.stages.train_student.student import student_fingerprint
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.from_store import views_of_store
-from kdpipe.store import TargetStore, is_url, read_store_manifest
+from kdpipe.store import TargetStore, is_url, open_store, read_store_manifest
 
 Store = TargetStore | str | Path
 
@@ -62,7 +62,7 @@ class StudentJob:
 
     config: StudentConfig
     seed: int
-    losses: tuple[LossConfig, ...]
+    losses: tuple[Loss, ...]
     places: tuple[Path | str, ...]
     train_set: ImageSet
     test_set: ImageSet
@@ -121,7 +121,7 @@ def train_student(
     store: Store | Sequence[Store] | None = None,
     *,
     test: Any,
-    losses: Sequence[LossConfig] = (),
+    losses: Sequence[Loss] = (),
     hard_label_weight: Scheduled = 0.1,
     model_args: Mapping[str, Any] | None = None,
     views: ViewsConfig | None = None,
@@ -177,7 +177,7 @@ def train_student(
     job = StudentJob(
         config=config,
         seed=seed,
-        losses=tuple(losses) or ((KDConfig(loss="kd"),) if places else ()),
+        losses=tuple(losses) or ((KD(),) if places else ()),
         places=places,
         train_set=datasets.as_image_set(dataset, "train"),
         test_set=datasets.as_image_set(test, "test"),
@@ -209,4 +209,4 @@ def store_places(store: Store | Sequence[Store] | None) -> tuple[Path | str, ...
 def _views(places: Sequence[Path | str], views: ViewsConfig | None) -> ViewsConfig:
     if not places:
         return views or ViewsConfig()
-    return views_of_store(read_store_manifest(local_store_path(places[0], RunMonitor())))
+    return views_of_store(open_store(local_store_path(places[0], RunMonitor())))
