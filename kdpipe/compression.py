@@ -19,7 +19,8 @@ from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.training.job_dir import JobDir
-from kdpipe.students import Store, StudentJob, store_places
+from kdpipe.student_job import StudentJob
+from kdpipe.students import Store, store_places
 
 Settings = Mapping[str, Any]
 

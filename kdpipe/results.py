@@ -7,16 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.store import make_folders, write_atomically
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from kdpipe.students import StudentJob
+from kdpipe.student_job import StudentJob
 
 
 @dataclass(frozen=True)
