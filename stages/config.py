@@ -103,5 +103,13 @@ def unique(values: V) -> V:
 
 
 def config_fingerprint(config: Any) -> Mapping[str, Any]:
-    """Return a config section as JSON, without the keys that cannot change a result."""
-    return {key: value for key, value in asdict(config).items() if key != "checkpoint_every_s"}
+    """Return a config section as JSON, without the keys that cannot change a result.
+
+    A section's `later_keys`, which came after the first runs were made, count where they are not at their defaults. Its
+    `source_digests` are those of the user's own code that it names.
+    """
+    later = getattr(config, "later_keys", ())
+    defaults = asdict(type(config)()) if later else {}
+    values = {key: value for key, value in asdict(config).items() if key != "checkpoint_every_s"}
+    chosen = {key: value for key, value in values.items() if key not in later or value != defaults[key]}
+    return {**chosen, **(config.source_digests() if hasattr(config, "source_digests") else {})}

@@ -86,7 +86,7 @@ def train_hint_stages(
                 name=f"{job.name}, hint {number} of {len(stages)}",
                 task=replace(build(stage, derive_seed(job.seed, "hint", number)), hints_only=True),
                 test=None,
-                config=replace(job.config, epochs=stage.stage_epochs, schedule="step", milestones=()),
+                config=replace(job.config, epochs=stage.stage_epochs, schedule="constant", schedule_args={}),
                 job_dir=job_dir,
                 student_layers=stage.student_layers(),
             )
