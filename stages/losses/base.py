@@ -52,10 +52,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.alone import LossModule, StudentOutput, TeacherOutput
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
 from kdpipe.stages.losses.sample_selection import SampleSelection
-from kdpipe.stages.losses.schedules import Scheduled, Temperature
-from kdpipe.stages.losses.shapes import Pair, Size, poolable, shape_mismatch_error
+from kdpipe.stages.losses.schedules import FINISHED, Scheduled, Temperature, TrainProgress
+from kdpipe.stages.losses.shapes import Layers, Pair, Size, poolable, shape_mismatch_error
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.targets.feature_spec import MAP, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import pool_to
@@ -72,8 +74,9 @@ class Loss:
         samples: which samples the loss is computed on, and their weights.
     """
 
-    paper: ClassVar[str]
-    requires: ClassVar[str]  # the required outputs of the teacher, in words, for `kdpipe losses`
+    paper: ClassVar[str] = ""
+    requires: ClassVar[str] = "logits"  # the required outputs of the teacher, in words, for `kdpipe losses`
+    original: ClassVar[object] = None  # the user's class or function, whose source is part of what decides a job
     per_sample: ClassVar[bool] = True  # one value per sample, so that samples can be weighted; else one per batch
     one_label: ClassVar[bool] = False  # needs a single label per sample, which mixed samples do not have
     whole_logits: ClassVar[bool] = False  # needs the teacher's logits of all classes, which top-k stores do not have
@@ -83,7 +86,7 @@ class Loss:
     loss: str
     weight: Scheduled = 1.0
     store: Annotated[int, Field(ge=0), max_value(1000)] | None = None
-    samples: SampleSelection = Field(default_factory=SampleSelection)
+    samples: SampleSelection = Field(default_factory=SampleSelection, kw_only=True)
 
     @property
     def num_negatives(self) -> int:
@@ -118,6 +121,55 @@ class Loss:
     def compute(self, inputs: LossInputs) -> Tensor:
         """Compute a loss that has no parameters: [B] if `per_sample`, else a scalar."""
         raise NotImplementedError
+
+    def __call__(
+        self,
+        student: StudentOutput,
+        teacher: TeacherOutput,
+        labels: Tensor | None = None,
+        *,
+        progress: TrainProgress = FINISHED,
+        ranks: Tensor | None = None,
+        negatives: Negatives | None = None,
+        input_gradient: Tensor | None = None,
+    ) -> Tensor:
+        """Return what training would add for these outputs: weight times the mean loss, a scalar in float32 or wider.
+
+        Arguments are those of `LossModule.forward`.
+
+        Raises:
+            RecipeError: The loss has something to train, so that `module` is needed; or an output is missing.
+        """
+        module = self.module(student, teacher, num_samples=0)
+        if next(module.parameters(), None) is not None:
+            name = type(self).__name__
+            raise RecipeError(
+                f"{name} has parameters that train with the student: build it once, module = {name}(...).module("
+                "student_output, teacher_output), give module.parameters() to the optimizer, and call the module."
+            )
+        loss: Tensor = module(
+            student,
+            teacher,
+            labels,
+            progress=progress,
+            ranks=ranks,
+            negatives=negatives,
+            input_gradient=input_gradient,
+        )
+        return loss
+
+    def module(
+        self, student: StudentOutput, teacher: TeacherOutput, *, num_samples: int = 0, num_classes: int = 0
+    ) -> LossModule:
+        """Build the loss as a module for outputs of these shapes, to be used alone as `__call__`.
+
+        Args:
+            student: An output of the student, for its shapes.
+            teacher: An output of the teacher.
+            num_samples: Size of the data set, for losses with a memory of the samples.
+            num_classes: By default that of the logits.
+        """
+        return LossModule(self, student, teacher, num_samples, num_classes)
 
 
 class StatelessModule(nn.Module):
@@ -170,7 +222,7 @@ class FeatureLoss(Loss):
 
     requires: ClassVar[str] = "map [C, H, W] of each layer"
 
-    layers: Annotated[tuple[Pair, ...], Field(min_length=1)]
+    layers: Layers = Field(kw_only=False)
 
     def student_layers(self) -> tuple[str, ...]:
         return tuple(student_layer for student_layer, _ in self.layers)

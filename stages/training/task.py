@@ -14,9 +14,10 @@ from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, View
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
 from kdpipe.stages.data.loader.sampling import batch_indices, epoch_order, num_steps, shard_order
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.distillation import Distillation, DistillationBatch
+from kdpipe.stages.losses.distillation import Distillation
 from kdpipe.stages.losses.inputs import Negatives
 from kdpipe.stages.losses.schedules import FINISHED, Scheduled, TrainProgress, value_at
+from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.numerics import derive_seed

@@ -17,6 +17,7 @@ from kdpipe.stages.losses.base import Loss, MapLoss
 from kdpipe.stages.losses.inputs import LossInputs, Shapes
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Size, map_size
+from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.targets.feature_spec import ATTENTION, INPUT, INPUT_GRADIENT, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import attention, input_attention
 
@@ -40,7 +41,7 @@ class AT(MapLoss):
     paper: ClassVar[str] = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
     requires: ClassVar[str] = "attention map [H, W] of each layer, at the student's size at most"
 
-    loss: Literal["at"]
+    loss: Literal["at"] = "at"
     weight: Scheduled = 1000.0
     variant: ATVariant = "code"
 
@@ -51,7 +52,7 @@ class AT(MapLoss):
         return (teacher[0], teacher[1]) if len(teacher) == 2 else None
 
     def distance(self, student: Tensor, teacher: Tensor, feature: FeatureSpec) -> Tensor:
-        return attention_distance(attention(student), teacher, self.variant)
+        return at_loss(attention(student), teacher, self.variant)
 
 
 @section
@@ -69,7 +70,7 @@ class ATGradient(Loss):
     requires: ClassVar[str] = "input gradient's attention map [H, W]"
     input_gradient: ClassVar[bool] = True
 
-    loss: Literal["at_gradient"]
+    loss: Literal["at_gradient"] = "at_gradient"
     weight: Scheduled = 1000.0
     variant: ATVariant = "code"
 
@@ -80,11 +81,19 @@ class ATGradient(Loss):
         if inputs.input_gradient is None:
             raise ValueError("at_gradient needs the input gradient of the student's cross entropy")
         teacher = inputs.teacher.features[GRADIENT]
-        return attention_distance(input_attention(inputs.input_gradient), teacher, self.variant)
+        return at_loss(input_attention(inputs.input_gradient), teacher, self.variant)
 
 
-def attention_distance(student: Tensor, teacher: Tensor, variant: ATVariant) -> Tensor:
-    """Compute the distance of L2-normalized attention maps [B, H, W] of each sample, [B]."""
+def at_loss(student: Tensor, teacher: Tensor, variant: ATVariant = "code") -> Tensor:
+    """Compute the distance of L2-normalized attention maps of each sample, [B], in float32 or wider.
+
+    Student and teacher are attention maps [B, H, W], or the layers' maps [B, C, H, W], of equal height and width.
+
+    Example:
+        >>> at_loss(torch.eye(4)[None, None], torch.eye(4).flip(0)[None, None])
+        tensor([0.1250])
+    """
+    student, teacher = (attention(to_float32(maps)) if maps.dim() == 4 else maps for maps in (student, teacher))
     difference = (student - teacher.to(student.dtype)).flatten(1)
     if variant == "paper":  # torch's gradient of the norm is 0 at 0
         norms: Tensor = torch.linalg.vector_norm(difference, dim=1)

@@ -35,7 +35,7 @@ class FitNet(FeatureLoss):
 
     paper: ClassVar[str] = "Romero et al. 2015, arXiv 1412.6550"
 
-    loss: Literal["fitnet"]
+    loss: Literal["fitnet"] = "fitnet"
     stage_epochs: Annotated[int, Field(ge=1), max_value(10**6)] = 30
 
     def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:

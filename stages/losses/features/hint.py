@@ -29,7 +29,7 @@ class Hint(FeatureLoss):
 
     paper: ClassVar[str] = "Romero et al. 2015, arXiv 1412.6550"
 
-    loss: Literal["hint"]
+    loss: Literal["hint"] = "hint"
     weight: Scheduled = 100.0
 
     def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
@@ -48,7 +48,12 @@ class HintModule(nn.Module):
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the mean squared error of each sample, [B], in float32 or wider, from features [B, ...] of one shape."""
+    """Compute the mean squared error of each sample, [B], in float32 or wider, from features [B, ...] of one shape.
+
+    Example:
+        >>> hint_loss(torch.ones(2, 4, 8, 8), torch.zeros(2, 4, 8, 8))
+        tensor([1., 1.])
+    """
     student = to_float32(student)
     return F.mse_loss(student, teacher.to(student.dtype), reduction="none").flatten(1).mean(1)
 

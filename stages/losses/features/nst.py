@@ -43,7 +43,7 @@ class NST(MapLoss):
     paper: ClassVar[str] = "Huang & Wang 2017, arXiv 1707.01219"
     requires: ClassVar[str] = "Gram matrix of positions [HW, HW] of each layer, or the map if H * W is above 256"
 
-    loss: Literal["nst"]
+    loss: Literal["nst"] = "nst"
     weight: Scheduled = 50.0
 
     def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
@@ -68,7 +68,12 @@ def _grid(student: Shape, gram: Shape) -> Size | None:
 
 
 def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the loss of each sample, [B], from maps [B, C_s, H, W] and [B, C_t, H, W], in the cheaper way."""
+    """Compute the loss of each sample, [B], from maps [B, C_s, H, W] and [B, C_t, H, W], in the cheaper way.
+
+    Example:
+        >>> nst_loss(torch.eye(4)[None, None], torch.ones(1, 3, 4, 4))
+        tensor([1.5000])
+    """
     if student.shape[2] * student.shape[3] > max(student.shape[1], teacher.shape[1]):
         return nst_from_channels(student, teacher)
     teacher = to_float32(teacher)

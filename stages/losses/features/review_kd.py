@@ -42,7 +42,7 @@ class ReviewKD(FeatureLoss):
 
     paper: ClassVar[str] = "Chen et al. 2021, arXiv 2104.09044"
 
-    loss: Literal["review_kd"]
+    loss: Literal["review_kd"] = "review_kd"
     mid_channels: Annotated[int, Field(ge=1), max_value(10**6)] | None = None
     warmup_epochs: Annotated[int, Field(ge=0), max_value(10**6)] = 20
 
@@ -125,6 +125,10 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     The mean squared error of the full maps, and of the maps average-pooled to 4, 2 and 1 pixels per side (where that is
     smaller), at weights 1, 1/2, 1/4 and 1/8, divided by the sum of the weights used.
+
+    Example:
+        >>> hcl_loss(torch.ones(2, 4, 8, 8), torch.zeros(2, 4, 8, 8))
+        tensor([1., 1.])
     """
     student = to_float32(student)
     difference = student - teacher.to(student.dtype)

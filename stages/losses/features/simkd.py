@@ -14,7 +14,7 @@ from torch import Tensor
 from kdpipe.stages.config import PathStr, max_value, section
 from kdpipe.stages.losses.base import MapLoss
 from kdpipe.stages.losses.features.hint import hint_loss
-from kdpipe.stages.losses.shapes import Size, map_size
+from kdpipe.stages.losses.shapes import Layers, Size, map_size
 from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 
@@ -37,8 +37,8 @@ class SimKD(MapLoss):
     paper: ClassVar[str] = "Chen et al. 2022, arXiv 2203.14001"
     expected: ClassVar[str] = "the teacher's map that its classifier sees averaged, and a student's of the same shape"
 
-    loss: Literal["simkd"]
-    layers: Annotated[tuple[tuple[str, str], ...], Field(min_length=1, max_length=1)]
+    loss: Literal["simkd"] = "simkd"
+    layers: Annotated[Layers, Field(max_length=1)] = Field(kw_only=False)
     classifier: tuple[str, str] = ("fc", "fc")
     factor: Annotated[int, Field(ge=1), max_value(10**6)] = 2
     teacher: PathStr | None = None

@@ -38,7 +38,7 @@ class VID(FeatureLoss):
 
     paper: ClassVar[str] = "Ahn et al. 2019, arXiv 1904.05835"
 
-    loss: Literal["vid"]
+    loss: Literal["vid"] = "vid"
     init_pred_var: Annotated[float, Field(gt=MIN_VARIANCE, le=1e6)] = 5.0
 
     def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
@@ -86,6 +86,10 @@ def vid_loss(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
     The constant log(2 pi) / 2 of the likelihood is left out, as in RepDistiller, so that the loss can be negative.
 
     Mean and teacher are [B, C, H, W], the variance [C]. The result is float32 or wider.
+
+    Example:
+        >>> vid_loss(torch.ones(2, 4, 8, 8), torch.full((4,), 2.0), torch.zeros(2, 4, 8, 8))
+        tensor([0.5966, 0.5966])
     """
     mean = to_float32(mean)
     spread = variance.to(mean.dtype)[:, None, None]

@@ -36,7 +36,7 @@ class DIST(SoftLogitLoss):
     paper: ClassVar[str] = "Huang et al. 2022, arXiv 2205.10536"
     per_sample: ClassVar[bool] = False
 
-    loss: Literal["dist"]
+    loss: Literal["dist"] = "dist"
     weight: Scheduled = 2.0
     beta: Scheduled = 1.0
     gamma: Scheduled = 1.0
@@ -61,6 +61,10 @@ def dist_loss(
     r = 0 and no gradient.
 
     Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> dist_loss(torch.eye(3), torch.eye(3).flip(0), beta=1.0, gamma=2.0)
+        tensor(48.)
     """
     student = F.softmax(to_float32(student_logits) / temperature, 1)
     teacher = F.softmax(to_float32(teacher_logits).to(student.dtype) / temperature, 1)

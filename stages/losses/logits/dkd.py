@@ -35,7 +35,7 @@ class DKD(SoftLogitLoss):
     paper: ClassVar[str] = "Zhao et al. 2022, arXiv 2203.08679"
     one_label: ClassVar[bool] = True
 
-    loss: Literal["dkd"]
+    loss: Literal["dkd"] = "dkd"
     alpha: Scheduled = 1.0
     beta: Scheduled = 8.0
     warmup_epochs: Annotated[int, Field(ge=0), max_value(10**6)] = 20
@@ -65,6 +65,10 @@ def dkd_loss(
     """Compute alpha * TCKD + beta * NCKD (equation 7), both times T^2, of each sample, [B].
 
     Both logits are [B, num_classes], num_classes >= 2, labels int64 [B]. The result is float32 or wider.
+
+    Example:
+        >>> dkd_loss(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]]), labels=torch.tensor([1]))
+        tensor([5.0100])
     """
     target = tckd_loss(student_logits, teacher_logits, labels, temperature)
     return alpha * target + beta * nckd_loss(student_logits, teacher_logits, labels, temperature)

@@ -37,7 +37,7 @@ class MLLD(LogitLoss):
     paper: ClassVar[str] = "Jin et al. 2023, CVPR"
     per_sample: ClassVar[bool] = False
 
-    loss: Literal["mlld"]
+    loss: Literal["mlld"] = "mlld"
     temperature_list: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (2.0, 3.0, 4.0, 5.0, 6.0)
 
     def temperatures(self) -> tuple[Temperature, ...]:
@@ -49,10 +49,14 @@ class MLLD(LogitLoss):
         return torch.stack([mlld_loss(logits, teacher.logits_at(value), value) for value in temperatures]).sum()
 
 
-def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """Compute `kd_loss` + `class_relation` + `batch_relation` of softmax(logits / T), at one temperature.
 
     Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> mlld_loss(torch.eye(3), torch.eye(3).flip(0), temperature=2.0)
+        tensor(0.2371)
     """
     student = F.softmax(to_float32(student_logits) / temperature, 1)
     teacher = F.softmax(to_float32(teacher_logits).to(student.dtype) / temperature, 1)

@@ -39,7 +39,7 @@ class CC(RelationLoss):
 
     paper: ClassVar[str] = "Peng et al. 2019, arXiv 1904.01802"
 
-    loss: Literal["cc"]
+    loss: Literal["cc"] = "cc"
     weight: Scheduled = 0.02
     dim: Annotated[int, Field(ge=1), max_value(10**6)] = 128
     variant: Literal["code", "paper"] = "code"
@@ -72,6 +72,10 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
     of the batch, and is 0 already if every second sample agrees.
 
     Embeddings are [B, dim]. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> cc_loss(torch.ones(4, 8), torch.zeros(4, 8))
+        tensor(8.)
     """
     student = to_float32(student)
     errors = (student - teacher.to(student.dtype)).abs()
@@ -82,6 +86,10 @@ def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute ||C_t - C_s||^2 / B^2 with C from `correlations`: the paper's correlation congruence.
 
     Embeddings are [B, D] and [B, D']. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> correlation_loss(torch.eye(4), torch.ones(4, 8))
+        tensor(0.1899)
     """
     student = to_float32(student)
     return (correlations(teacher.to(student.dtype)) - correlations(student)).square().mean()

@@ -46,7 +46,7 @@ class CRD(FeatureLoss):
     paper: ClassVar[str] = "Tian et al. 2020, arXiv 1910.10699"
     requires: ClassVar[str] = "pooled vector [C] of each layer, also of the negatives"
 
-    loss: Literal["crd"]
+    loss: Literal["crd"] = "crd"
     weight: Scheduled = 0.8
     dim: Annotated[int, Field(ge=1), max_value(10**6)] = 128
     num_negatives: Annotated[int, Field(ge=1), max_value(2**31)] = 16384

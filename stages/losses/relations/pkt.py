@@ -28,7 +28,7 @@ class PKT(RelationLoss):
 
     paper: ClassVar[str] = "Passalis and Tefas 2018, arXiv 1803.10837"
 
-    loss: Literal["pkt"]
+    loss: Literal["pkt"] = "pkt"
     weight: Scheduled = 30000.0
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -41,6 +41,10 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     As in RepDistiller a sample is one of its own neighbors.
 
     Features are [B, D] and [B, D']. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> pkt_loss(torch.eye(4), torch.ones(4, 8))
+        tensor(0.0125)
     """
     student = to_float32(student)
     p_student, p_teacher = neighbors(student), neighbors(teacher.to(student.dtype))

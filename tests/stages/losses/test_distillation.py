@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.loss_inputs import DATASET, LABELS, STUDENT_LOGITS, STUDENT_MAPS, TEACHER_LOGITS, TEACHER_MAPS, drawn
 
-from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation, required_of, student_layers
+from kdpipe.stages.losses.distillation import build_distillation, required_of, student_layers
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.features.nst import NST
 from kdpipe.stages.losses.logits.kd import KD, kd_loss
@@ -15,6 +15,7 @@ from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.losses.relations.sp import SP
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import Schedule, TrainProgress
+from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.feature_spec import FeatureSpec, compute_statistic

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.distillation import DistillationBatch, WeightedLoss
 from kdpipe.stages.losses.features.at import AT
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.features.nst import NST
@@ -42,6 +41,7 @@ from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.losses.relations.sp import SP
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.weights import weights_sha256

@@ -12,7 +12,7 @@ from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation
+from kdpipe.stages.losses.distillation import build_distillation
 from kdpipe.stages.losses.inputs import DatasetInfo
 from kdpipe.stages.losses.logits.dist import DIST
 from kdpipe.stages.losses.logits.dkd import DKD
@@ -21,6 +21,7 @@ from kdpipe.stages.losses.logits.mlld import MLLD
 from kdpipe.stages.losses.logits.nkd import NKD
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.class_map import ClassMap, read_class_map
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support.loss_inputs import DATASET, drawn, loss_of_pair, make_inputs
 from torch import nn
 
-from kdpipe.stages.losses.features.at import AT, ATGradient, attention_distance
+from kdpipe.stages.losses.features.at import AT, ATGradient, at_loss
 from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec
 from kdpipe.stages.targets.statistics import attention, input_attention
 
@@ -19,7 +19,7 @@ FEATURE = FeatureSpec(INPUT, INPUT_GRADIENT)
 
 
 def at_gradient_loss(student, teacher, variant="code"):
-    return attention_distance(input_attention(student), input_attention(teacher), variant).mean()
+    return at_loss(input_attention(student), input_attention(teacher), variant).mean()
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import ValidationError
 from support.loss_inputs import DATASET, STUDENT_MAPS, TEACHER_MAPS, make_inputs
 
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.features.fitnet import FitNet
 from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.schedules import Schedule
@@ -43,5 +43,5 @@ def test_defaults_match_the_reference_code():
 
 @pytest.mark.parametrize("keys", [{"layers": ()}, {"layers": (("a", "b"),), "stage_epochs": 0}])
 def test_no_pairs_or_no_epochs_are_errors(keys):
-    with pytest.raises(ValidationError):
+    with pytest.raises(RecipeError):
         FitNet(loss="fitnet", **keys)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from support.loss_inputs import DATASET, STUDENT_HINTS, TEACHER_HINTS, drawn, make_inputs
 
 from kdpipe.stages.errors import RecipeError
@@ -70,7 +69,7 @@ def test_mismatched_shapes_are_errors_with_both_shapes(teacher):
 
 @pytest.mark.parametrize("layers", [(), (("a", "b"), ("c", "d"))])
 def test_exactly_one_pair_is_required(layers):
-    with pytest.raises(ValidationError):
+    with pytest.raises(RecipeError):
         SimKD(loss="simkd", layers=layers)
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 from support.loss_inputs import DATASET, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.logits import mlld
 from kdpipe.stages.losses.logits.kd import kd_loss
 from kdpipe.stages.losses.logits.mlld import MLLD, batch_relation, class_relation, mlld_loss
@@ -47,7 +47,7 @@ def test_defaults_match_the_reference_code():
 
 @pytest.mark.parametrize("wrong", [(), (4.0, 0.0)])
 def test_no_temperature_and_one_of_zero_are_refused(wrong):
-    with pytest.raises(ValidationError, match="temperature_list"):
+    with pytest.raises(RecipeError, match="temperature_list"):
         MLLD(loss="mlld", temperature_list=wrong)
 
 
