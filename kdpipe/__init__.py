@@ -29,10 +29,15 @@ if TYPE_CHECKING:
     from kdpipe.reports import report
     from kdpipe.results import CompressedResult, StudentResult, TeacherResult
     from kdpipe.stages.data.image_set import ImageSet
+    from kdpipe.stages.data.sources.user_function import register_dataset
     from kdpipe.stages.distillation.loader import DistillationLoader
+    from kdpipe.stages.models.hooks import extract_features
+    from kdpipe.stages.models.user_models import register_model
+    from kdpipe.stages.targets.open import open_store_anywhere as open_store
+    from kdpipe.stages.training.optim import register_optimizer, register_schedule
     from kdpipe.stages.views.config import ViewsConfig as Views
     from kdpipe.store import FingerprintMismatch, KdpipeError, TargetStore
-    from kdpipe.stores import open_store, verify
+    from kdpipe.stores import verify
     from kdpipe.students import train_student
     from kdpipe.teachers import cache_teacher, train_teacher
 
@@ -43,10 +48,15 @@ _MODULES = {
     "reports": "report",
     "results": "CompressedResult StudentResult TeacherResult",
     "stages.data.image_set": "ImageSet",
+    "stages.data.sources.user_function": "register_dataset",
     "stages.distillation.loader": "DistillationLoader",
+    "stages.models.hooks": "extract_features",
+    "stages.models.user_models": "register_model",
+    "stages.targets.open": "open_store:open_store_anywhere",
+    "stages.training.optim": "register_optimizer register_schedule",
     "stages.views.config": "Views:ViewsConfig",
     "store": "FingerprintMismatch KdpipeError TargetStore",
-    "stores": "open_store verify",
+    "stores": "verify",
     "students": "train_student",
     "teachers": "cache_teacher train_teacher",
 }
@@ -60,7 +70,8 @@ _SOURCES = {
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "CompressedResult", "DistillationLoader", "FingerprintMismatch", "ImageSet", "KdpipeError", "StudentResult",
     "TargetStore", "TeacherResult", "Views", "__version__", "cache_teacher", "compress", "create_model",
-    "load_dataset", "load_student", "losses", "open_store", "prune", "quantize", "report", "train_student",
+    "extract_features", "load_dataset", "load_student", "losses", "open_store", "prune", "quantize",
+    "register_dataset", "register_model", "register_optimizer", "register_schedule", "report", "train_student",
     "train_teacher", "verify",
 ]
 # fmt: on

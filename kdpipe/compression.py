@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from kdpipe.stages.compress.compress import CompressConfig, compressed_root, dry
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.training.job_dir import JobDir
+from kdpipe.stages.models.build import GivenModel
+from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.student_job import StudentJob
 from kdpipe.students import Store, store_places
 
@@ -167,10 +169,12 @@ def _compress(job: StudentJob, config: CompressConfig, work: Work) -> Compressed
     spec = job.open_stores(context)
     assert spec is not None, "_job refuses students without losses"
     with work.open(job.run, context) as opened:
-        name = job.run.name
+        name = (read_json_file(job.run / "recipe.json") or {}).get("name", job.run.name)
         figures, card = steps.compress_student(config, job.config, job.seed, spec, opened, name=name)
         write_run_recipe(job.run, {"compress": asdict(config)})
     root = compressed_root(job.run, config)
     networks = {kind: Result(found, JobDir(root / f"{kind}-seed{job.seed}").path) for kind, found in figures.items()}
     assert card is not None, "the last step exports"
-    return CompressedResult(networks, Path(card["folder"]), card, rebuild)
+    given = job.config.model.module if isinstance(job.config.model, GivenModel) else None
+    load = partial(rebuild, trust_python=True, given=given)  # the code that this process has just run
+    return CompressedResult(networks, Path(card["folder"]), card, load)
