@@ -32,6 +32,8 @@ class Progress:
         sums: The sums of this epoch's losses.
         history: The metrics of the finished epochs.
         micro_batches: The number of micro-batches per batch, more than 1 after memory ran out.
+        stopped_by: The callback that asked to end the training after this epoch.
+        callbacks: The states of the callbacks, by name.
     """
 
     epoch: int = 0
@@ -39,6 +41,8 @@ class Progress:
     sums: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     micro_batches: int = 1
+    stopped_by: str | None = None
+    callbacks: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
@@ -48,7 +52,8 @@ def save_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
     tensors |= {f"sums/{name}": total for name, total in progress.sums.items()}
     for index, slots in packed["state"].items():
         tensors |= {f"optimizer/{index}/{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
-    record = {key: getattr(progress, key) for key in ("epoch", "step", "history", "micro_batches")}
+    keys = ("epoch", "step", "history", "micro_batches", "stopped_by", "callbacks")
+    record = {key: getattr(progress, key) for key in keys}
     save_tensors(path, tensors, record | {"scaler": state.scaler.state_dict()})
 
 
@@ -63,6 +68,7 @@ def load_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
         state.scaler.load_state_dict(record["scaler"])
         progress.epoch, progress.step, progress.history = _position(record)
         progress.micro_batches = max(1, int(record["micro_batches"]))
+        progress.stopped_by, progress.callbacks = record.get("stopped_by"), dict(record.get("callbacks") or {})
         device = next(state.modules.parameters()).device
         progress.sums = {name: total.to(device) for name, total in _with_prefix(tensors, "sums/").items()}
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
