@@ -91,7 +91,9 @@ class Callback:
                     self.best, self.waited = saved.get("best", 0.0), saved.get("waited", 0)
 
                 def on_epoch_end(self, state):
-                    accuracy = state.metrics.get("accuracy", 0.0)  # hint stages have none
+                    if "accuracy" not in state.metrics:  # a hint stage
+                        return
+                    accuracy = state.metrics["accuracy"]
                     self.waited = 0 if accuracy > self.best else self.waited + 1
                     self.best = max(self.best, accuracy)
                     if self.waited >= self.patience:
