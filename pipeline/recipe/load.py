@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from kdpipe.pipeline.callbacks.registry import CallbackEntry
 from kdpipe.pipeline.recipe.messages import fault_messages, first_and_more, one_line
 from kdpipe.pipeline.recipe.overrides import Overrides, Settings, read_with_overrides, settings_of
 from kdpipe.stages.cache_teacher.plan import CacheConfig
@@ -43,6 +44,8 @@ class Recipe:
         num_threads: CPU threads of each operation; by default OMP_NUM_THREADS, else the number of cores that this
             process may use. Networks of a few thousand parameters train fastest on one.
         gpu_memory_fraction: Fraction of the GPU's memory that this job may use; beyond it, it is out of memory.
+        callbacks: What observes every training: csv, tensorboard, wandb, mlflow, trackio and others, or
+            "python:MODULE:CLASS"; a table of name and arguments where it has some.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)]
@@ -50,6 +53,7 @@ class Recipe:
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")] = "auto"
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    callbacks: tuple[CallbackEntry, ...] = ()
     data: DataConfig = Field(default_factory=DataConfig)
     views: ViewsConfig = Field(default_factory=ViewsConfig)
     teacher: TeacherConfig
