@@ -34,7 +34,6 @@ def _load(recipe: Path, options: CommonOptions) -> tuple[Recipe, Path]:
     """Return the resolved recipe and its run folder."""
     from kdpipe.pipeline.recipe.load import load_recipe
 
-    sys.path.append(str(Path.cwd()))  # for `python:module:name` in a recipe
     loaded = load_recipe(recipe, options.set_ or (), os.environ)
     return loaded, options.run or Path("runs") / loaded.name
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +69,6 @@ def recipe_check(
         from kdpipe.pipeline.recipe.check import check_recipe, print_checked
         from kdpipe.pipeline.terminal.exit_codes import USAGE
 
-        sys.path.append(str(Path.cwd()))  # for `python:module:name` in a recipe
         checked = []
         for path in recipes:
             checked.append(check_recipe(path, set_ or (), os.environ))

@@ -32,7 +32,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import lower_priority
@@ -44,6 +44,7 @@ from kdpipe.stages.teacher import (
     build_teacher,
     load_teacher,
     require_same_training,
+    require_weights,
     teacher_fingerprint,
     teacher_folder,
 )
@@ -66,10 +67,11 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
     """Build the teacher, train it unless it comes with weights, evaluate it and export it; return its results.
 
     Raises:
-        RecipeError: The recipe has neither weights nor training.
+        RecipeError: The recipe has neither weights nor training, and the network brings no weights.
     """
-    if config.train is None and config.model.weights is None:
-        raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
+    if require_weights(config, seed, context):
+        own = f"{config.model.name} brings its own weights: it is not trained"
+        context.monitor.report(ProgressEvent("train-teacher", own, 1, 1, "teacher"))
     process_group, job_dir = context.process_group, teacher_folder(context.run_dir)
     if config.train is not None:
         process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
@@ -215,7 +217,7 @@ def train_student(
 
 
 def _build_hint_task(
-    student: ModelBundle, spec: DistillationSpec, context: StageContext, loss: LossConfig, seed: int
+    student: ModelBundle, spec: DistillationSpec, context: StageContext, loss: Loss, seed: int
 ) -> TrainingTask:
     return build_task(student, spec.with_losses([loss]), seed, context)
 

@@ -9,9 +9,12 @@ from typing import Any
 
 from kdpipe.stages.config import config_fingerprint, section
 from kdpipe.stages.context import StageContext, model_normalization
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.user_models import is_user_model
+from kdpipe.stages.models.weights import weights_sha256
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.saved_model import load_finished
@@ -20,7 +23,10 @@ from kdpipe.store import FingerprintMismatch, differences
 
 @section
 class TeacherConfig:
-    """Configuration of the teacher and its training. Without `train`, `model.weights` are used as they are."""
+    """Configuration of the teacher and its training.
+
+    Without `train`, `model.weights` are used as they are, or those that a user's own network brings.
+    """
 
     model: ModelConfig
     train: TrainConfig | None = None
@@ -57,6 +63,24 @@ def load_teacher(config: TeacherConfig, seed: int, context: StageContext) -> Mod
     record = load_finished(folder, teacher.model, teacher.architecture, "kdpipe train-teacher")
     teacher.model.eval().to(context.device)
     return teacher if config.mean is not None else replace(teacher, normalize=Normalization.from_json(record))
+
+
+def require_weights(config: TeacherConfig, seed: int, context: StageContext) -> bool:
+    """Return whether the teacher, a user's own network, brings its weights: they do not depend on the seed.
+
+    Raises RecipeError if it has neither these nor other weights nor a training.
+    """
+    if config.train is not None or config.model.weights is not None:
+        return False
+    if not is_user_model(config.model.name):
+        raise RecipeError("the teacher has neither [teacher.train] nor teacher.model.weights: give one of them.")
+    one, other = (weights_sha256(context.build_model(config.model, each)) for each in (seed, seed + 1))
+    if one != other:
+        raise RecipeError(
+            f"the teacher {config.model.name} has random weights, others for each seed: give teacher.model.weights or "
+            "[teacher.train], or let the function load its weights."
+        )
+    return True
 
 
 def require_same_training(config: TeacherConfig, seed: int, context: StageContext) -> None:

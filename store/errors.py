@@ -29,6 +29,8 @@ class FingerprintMismatch(KdpipeError):
         pairs = "; ".join(
             f"{key}: stored {_shorten(stored)}, wanted {_shorten(wanted)}" for key, stored, wanted in differences
         )
+        if any(key.endswith("source_sha256") and stored and wanted for key, stored, wanted in differences):
+            advice = f"The source of the user's code, or of a module that it imports, was edited. {advice}"
         super().__init__(f"{what} was made from other inputs - {pairs}. {advice}")
 
 

@@ -14,6 +14,7 @@ from kdpipe.pipeline.recipe.messages import one_line
 from kdpipe.pipeline.recipe.overrides import read_with_overrides
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.build import PUBLISHED
+from kdpipe.stages.models.user_models import is_user_model
 from kdpipe.store import is_url
 
 
@@ -63,7 +64,8 @@ def print_checked(checked: Checked) -> None:
 
 def _incomplete(recipe: Recipe) -> Iterator[str]:
     """Yield what `kdpipe run` refuses before it reads data."""
-    if recipe.teacher.train is None and recipe.teacher.model.weights is None:
+    model = recipe.teacher.model
+    if recipe.teacher.train is None and model.weights is None and not is_user_model(model.name):
         yield "the teacher has neither [teacher.train] nor teacher.model.weights: add one of them."
     if not recipe.distill and not recipe.compare:
         yield "there is neither [[distill]] nor [compare]: add a loss (`kdpipe losses` lists them)."

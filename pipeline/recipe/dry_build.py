@@ -14,16 +14,18 @@ from kdpipe.stages.compress.compress import dry_run
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import KNOWN_NAMES, list_source
+from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import DataError, ModelError, RecipeError, UnknownModelError
-from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.models.build import PUBLISHED, build_model
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
+from kdpipe.stages.models.user_models import is_user_model
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import parse_feature, source_shapes
-from kdpipe.stages.teacher import TeacherConfig, untrained_teacher
+from kdpipe.stages.teacher import TeacherConfig, require_weights, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
 
 Config = TypeVar("Config", TeacherConfig, StudentConfig)
@@ -54,6 +56,7 @@ def dry_build(recipe: Recipe) -> tuple[list[str], list[str]]:
     Returns:
         What stops a run, and notes on what could not be tried.
     """
+    given = recipe.teacher
     recipe = replace(recipe, teacher=_without_weights(recipe.teacher), student=_without_weights(recipe.student))
     recipe = replace(recipe, compress=replace(recipe.compress, student=None))
     try:
@@ -63,7 +66,11 @@ def dry_build(recipe: Recipe) -> tuple[list[str], list[str]]:
     if context is None:
         note = f"only names are checked: the size of the images is unknown until {recipe.data.name} is read."
         return list(_faults_of_names(recipe)), [note]
-    return list(dict.fromkeys(_faults(recipe, context))), []
+    faults = list(dict.fromkeys(_faults(recipe, context)))
+    if not faults and is_user_model(given.model.name):
+        fault = fault_of(require_weights, given, recipe.seed, context)
+        faults += [fault] if fault else []
+    return faults, []
 
 
 def _blank_context(recipe: Recipe) -> StageContext | None:
@@ -74,7 +81,8 @@ def _blank_context(recipe: Recipe) -> StageContext | None:
     """
     data = recipe.data
     kind = data.name.partition(":")[0]
-    if kind not in KINDS or (kind != "imagefolder" and data.test_crop != 1):
+    unknown = kind not in KINDS and not is_user_dataset(data.name)
+    if unknown or (kind != "imagefolder" and data.test_crop != 1):
         list_source(data, "train", None)  # raises for either, before it reads anything
     num_classes, channels, side = SHAPES.get(data.name, (NUM_CLASSES, 3 if kind == "imagefolder" else None, None))
     channels, side = data.channels or channels, data.image_size or side
@@ -135,7 +143,7 @@ def _faults_of_cache(recipe: Recipe, teacher: ModelBundle, context: StageContext
 def _faults_of_losses(recipe: Recipe, teacher: ModelBundle, context: StageContext) -> Iterator[str]:
     for where, losses in all_losses(recipe).items():
 
-        def try_losses(some: Sequence[LossConfig], where: str = where) -> None:
+        def try_losses(some: Sequence[Loss], where: str = where) -> None:
             dry_run_losses(some, recipe.student, teacher.model, context, where=where)
 
         alone = list(faults_of_each(losses, where, try_losses))

@@ -20,8 +20,8 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.distillation.compatibility import check_losses
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import ModelError, RecipeError, RunError
-from kdpipe.stages.losses.base import LossConfig
-from kdpipe.stages.losses.registry import AnyLossConfig
+from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.registry import AnyLoss
 from kdpipe.stages.teacher import TeacherConfig
 from kdpipe.stages.train_student.compare import CompareEntry, VariantName
 from kdpipe.stages.training.job_dir import read_json_file
@@ -55,7 +55,7 @@ class Recipe:
     teacher: TeacherConfig
     cache: CacheConfig = Field(default_factory=CacheConfig)
     student: StudentConfig
-    distill: tuple[AnyLossConfig, ...] = ()
+    distill: tuple[AnyLoss, ...] = ()
     compare: dict[VariantName, CompareEntry] = Field(default_factory=dict)
     compress: CompressConfig = Field(default_factory=CompressConfig)
 
@@ -107,9 +107,7 @@ def validate(source: Overrides) -> tuple[Recipe | None, list[str]]:
     return recipe, [one_line(f"{source.path}: {fault}") for fault in _contradictions(recipe)]
 
 
-def faults_of_each(
-    losses: Sequence[LossConfig], where: str, check: Callable[[Sequence[LossConfig]], object]
-) -> Iterator[str]:
+def faults_of_each(losses: Sequence[Loss], where: str, check: Callable[[Sequence[Loss]], object]) -> Iterator[str]:
     """Yield the faults that `check` finds in each of the losses alone. `where` is the key of their list."""
     for number, loss in enumerate(losses):
         if fault := fault_of(check, [loss]):
@@ -131,13 +129,13 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield fault
     for where, losses in all_losses(recipe).items():
 
-        def check(some: Sequence[LossConfig], where: str = where) -> None:
+        def check(some: Sequence[Loss], where: str = where) -> None:
             check_losses(some, recipe.views, recipe.student.teachers, where)
 
         yield from dict.fromkeys(faults_of_each(losses, where, check))
 
 
-def all_losses(recipe: Recipe) -> dict[str, Sequence[LossConfig]]:
+def all_losses(recipe: Recipe) -> dict[str, Sequence[Loss]]:
     """Return all lists of losses in the recipe, by their key."""
     variants = {f"compare.{name}.distill": entry.distill for name, entry in recipe.compare.items()}
     return {"distill": recipe.distill, **variants}

@@ -14,6 +14,7 @@ from kdpipe.pipeline.recipe.dry_build import KINDS, NUM_CLASSES, SHAPES
 from kdpipe.pipeline.recipe.template import FEATURE_LOSSES, OFFERED_LOSSES, TRAINED_HERE, Answers, is_small_network
 from kdpipe.stages.config import PathStr
 from kdpipe.stages.data.load import KNOWN_NAMES
+from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, TORCHVISION, ModelConfig, build_model, list_models
 from kdpipe.store.errors import did_you_mean
@@ -65,6 +66,8 @@ def _data(text: str, answers: Answers) -> str:
     kind, colon, path = text.partition(":")
     kind = {name.lower(): name for name in KINDS}.get(kind.lower(), kind)
     needs_path = kind in ("imagefolder", "npz", "python")
+    if is_user_dataset(text) and not needs_path:
+        return text
     if kind not in KINDS or needs_path != bool(colon and path):
         raise RecipeError(f"unknown data set {text[:80]!r}; choose from {', '.join(KNOWN_NAMES)}.")
     return str(_path(kind + colon + path, answers))

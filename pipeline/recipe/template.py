@@ -11,7 +11,7 @@ from typing import Any
 from kdpipe.pipeline.recipe.dry_build import SHAPES
 from kdpipe.stages.losses.describe import find_loss
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
-from kdpipe.stages.runtime.user_code import is_user_reference
+from kdpipe.stages.models.user_models import is_user_model
 
 TRAINED_HERE = "train"
 """The answer for a teacher that is trained by the recipe."""
@@ -60,7 +60,7 @@ DEFAULTS = {
 
 def is_small_network(name: str) -> bool:
     """Return whether a network takes images of any size and channels, and has no published weights."""
-    return name in SMALL_IMAGE_NETWORKS or is_user_reference(name)
+    return name in SMALL_IMAGE_NETWORKS or is_user_model(name)
 
 
 @dataclass

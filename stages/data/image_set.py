@@ -41,7 +41,7 @@ class DroppedImage:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """The images of one split.
+    """The images of one split; a map-style torch Dataset of (uint8 [C, H, W], label).
 
     Attributes:
         images: In memory, uint8 [N, C, H, W] with C 1 (grayscale) or 3 (RGB); or files decoded on access.
@@ -64,6 +64,19 @@ class ImageSet:
     def __post_init__(self) -> None:
         where = f"data set {self.name} ({self.split})"
         _check_columns(where, self.num_samples, self.labels, self.sample_ids, self.num_classes)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return the image, uint8 [C, H, W], and the label of a sample."""
+        position = range(self.num_samples)[index]  # IndexError beyond the end, as a loop over the samples needs
+        return torch.from_numpy(self.read(position)), int(self.labels[position])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, as torchvision's data sets call them."""
+        return self.class_names
 
     @property
     def in_memory(self) -> bool:

@@ -19,7 +19,7 @@ from kdpipe.stages.data.sources.listing import Listing
 from kdpipe.stages.data.sources.npz import list_npz
 from kdpipe.stages.data.sources.torchvision import NAMES as TORCHVISION_NAMES
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
-from kdpipe.stages.data.sources.user_function import list_python
+from kdpipe.stages.data.sources.user_function import DATASETS, is_user_dataset, list_user_dataset
 from kdpipe.stages.data.splits import Indices, Split, stratified_split, stratified_subset
 from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError
 from kdpipe.store.errors import did_you_mean
@@ -91,11 +91,12 @@ def list_source(config: DataConfig, split: Split, size: int | None) -> Listing:
         return list_torchvision(config.name, split, root=root, download=config.download)
     if colon and argument and kind == "npz":
         return list_npz(_path(argument, config.root), split)
-    if colon and argument and kind == "python":
-        return list_python(argument, split, root=root)
-    near = did_you_mean(config.name, KNOWN_NAMES, limit=2, otherwise="")
+    if is_user_dataset(config.name):
+        return list_user_dataset(config.name, split, root=root, size=size, channels=config.channels)
+    known = [*KNOWN_NAMES, *DATASETS.registered()]
+    near = did_you_mean(config.name, known, limit=2, otherwise="")
     raise UnknownDataError(
-        f"unknown data set data.name={config.name!r}; {near}{' ' if near else ''}known names: {', '.join(KNOWN_NAMES)}."
+        f"unknown data set data.name={config.name!r}; {near}{' ' if near else ''}known names: {', '.join(known)}."
     )
 
 

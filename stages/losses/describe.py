@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import LogitLossConfig, LossConfig
+from kdpipe.stages.losses.base import LogitLoss, Loss
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.store.errors import did_you_mean
@@ -51,8 +51,8 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Description of a loss; its properties are those of `LossConfig`."""
+class LossDescription:
+    """Description of a loss; its properties are those of `Loss`."""
 
     name: str
     description: str
@@ -73,12 +73,12 @@ class Loss:
         return asdict(self)
 
 
-def list_losses() -> list[Loss]:
+def list_losses() -> list[LossDescription]:
     """Return descriptions of all losses."""
     return [_describe(config) for config in LOSSES]
 
 
-def find_loss(name: str) -> Loss:
+def find_loss(name: str) -> LossDescription:
     """Return the description of a loss.
 
     Raises:
@@ -106,10 +106,10 @@ def attributes_of(section: type[Any]) -> dict[str, str]:
     return texts
 
 
-def _describe(config: type[LossConfig]) -> Loss:
+def _describe(config: type[Loss]) -> LossDescription:
     schema = TypeAdapter(config).json_schema()
     samples = schema["$defs"]["SampleSelection"]
-    return Loss(
+    return LossDescription(
         name=schema["properties"].pop("loss")["const"],
         description=description_of(config),
         paper=config.paper,
@@ -131,7 +131,7 @@ def _keys(schema: Mapping[str, Any], texts: Mapping[str, str], prefix: str = "")
 
 
 def _shared_by(name: str) -> str | None:
-    for losses, section in ((EVERY_ENTRY, LossConfig), (ON_LOGITS, LogitLossConfig)):
+    for losses, section in ((EVERY_ENTRY, Loss), (ON_LOGITS, LogitLoss)):
         if name in {field.name for field in fields(section)}:
             return losses
     return None

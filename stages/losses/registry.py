@@ -6,47 +6,47 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from kdpipe.stages.losses.base import LossConfig
-from kdpipe.stages.losses.features.at import ATConfig, ATGradientConfig
-from kdpipe.stages.losses.features.fitnet import FitNetConfig
-from kdpipe.stages.losses.features.hint import HintConfig
-from kdpipe.stages.losses.features.nst import NSTConfig
-from kdpipe.stages.losses.features.review_kd import ReviewKDConfig
-from kdpipe.stages.losses.features.simkd import SimKDConfig
-from kdpipe.stages.losses.features.vid import VIDConfig
-from kdpipe.stages.losses.logits.dist import DISTConfig
-from kdpipe.stages.losses.logits.dkd import DKDConfig
-from kdpipe.stages.losses.logits.kd import KDConfig, LogitMSEConfig
-from kdpipe.stages.losses.logits.mlld import MLLDConfig
-from kdpipe.stages.losses.logits.nkd import NKDConfig
-from kdpipe.stages.losses.relations.cc import CCConfig
-from kdpipe.stages.losses.relations.crd import CRDConfig
-from kdpipe.stages.losses.relations.pkt import PKTConfig
-from kdpipe.stages.losses.relations.rkd import RKDConfig
-from kdpipe.stages.losses.relations.sp import SPConfig
+from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.features.at import AT, ATGradient
+from kdpipe.stages.losses.features.fitnet import FitNet
+from kdpipe.stages.losses.features.hint import Hint
+from kdpipe.stages.losses.features.nst import NST
+from kdpipe.stages.losses.features.review_kd import ReviewKD
+from kdpipe.stages.losses.features.simkd import SimKD
+from kdpipe.stages.losses.features.vid import VID
+from kdpipe.stages.losses.logits.dist import DIST
+from kdpipe.stages.losses.logits.dkd import DKD
+from kdpipe.stages.losses.logits.kd import KD, LogitMSE
+from kdpipe.stages.losses.logits.mlld import MLLD
+from kdpipe.stages.losses.logits.nkd import NKD
+from kdpipe.stages.losses.relations.cc import CC
+from kdpipe.stages.losses.relations.crd import CRD
+from kdpipe.stages.losses.relations.pkt import PKT
+from kdpipe.stages.losses.relations.rkd import RKD
+from kdpipe.stages.losses.relations.sp import SP
 
-AnyLossConfig = Annotated[
-    KDConfig
-    | DKDConfig
-    | DISTConfig
-    | NKDConfig
-    | MLLDConfig
-    | LogitMSEConfig
-    | HintConfig
-    | FitNetConfig
-    | ATConfig
-    | ATGradientConfig
-    | NSTConfig
-    | VIDConfig
-    | ReviewKDConfig
-    | SimKDConfig
-    | RKDConfig
-    | SPConfig
-    | PKTConfig
-    | CCConfig
-    | CRDConfig,
+AnyLoss = Annotated[
+    KD
+    | DKD
+    | DIST
+    | NKD
+    | MLLD
+    | LogitMSE
+    | Hint
+    | FitNet
+    | AT
+    | ATGradient
+    | NST
+    | VID
+    | ReviewKD
+    | SimKD
+    | RKD
+    | SP
+    | PKT
+    | CC
+    | CRD,
     Field(discriminator="loss"),
 ]
 
-LOSSES: tuple[type[LossConfig], ...] = get_args(get_args(AnyLossConfig)[0])
+LOSSES: tuple[type[Loss], ...] = get_args(get_args(AnyLoss)[0])
 """The configurations of all losses, in the order in which `kdpipe losses` lists them."""

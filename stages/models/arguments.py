@@ -17,18 +17,19 @@ BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD
 def call_with_args(
     network: str, factory: Callable[..., Any], offered: Mapping[str, Any], args: Mapping[str, Any]
 ) -> Any:
-    """Call `factory` with those of `offered` that its signature accepts, and with all of `args`.
+    """Call `factory` with those of `offered` that its signature names, and with all of `args`.
 
-    Raises UnknownModelError for an unknown argument, naming the accepted ones, and for a missing one.
+    `**kwargs` takes `args` only. Raises UnknownModelError for an unknown argument, naming the accepted ones, and for a
+    missing one.
     """
     parameters = inspect.signature(factory).parameters
     named = {name for name, parameter in parameters.items() if parameter.kind in BY_KEYWORD}
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    refuse_unknown_args(network, args, None if takes_any else named - set(offered), offered)
+    fitting = {name: value for name, value in offered.items() if name in named}
+    refuse_unknown_args(network, args, None if takes_any else named - set(offered), fitting)
     required = {name for name in named if parameters[name].default is inspect.Parameter.empty}
-    if missing := sorted(required - set(offered) - set(args)):
+    if missing := sorted(required - set(fitting) - set(args)):
         raise UnknownModelError(f"{network} needs args.{missing[0]}: set it under the model's args.")
-    fitting = {name: value for name, value in offered.items() if takes_any or name in named}
     return factory(**fitting, **args)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 
 from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.errors import ModelError, UnknownModelError, cause
-from kdpipe.stages.models.arguments import call_with_args
+from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
 from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refusal
+from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
 from kdpipe.stages.models.weights import load_weights
-from kdpipe.stages.runtime.user_code import import_callable, is_user_reference, user_code_context
+from kdpipe.stages.runtime.user_source import object_sha256
 from kdpipe.store.errors import did_you_mean
 
 TORCHVISION = "torchvision:"
+OBJECT = "object:"
+"""Prefix of the name, in records, of a network object whose class is in no registry."""
+
 PUBLISHED = "published"
 
 
@@ -29,8 +34,8 @@ class ModelConfig:
     """Configuration of a network and its initial weights.
 
     Attributes:
-        name: One of `list_models()`, `torchvision:NAME` where the plain name is a small-image network's, or
-            `python:package.module:factory`.
+        name: One of `list_models()`, registered ones among them, `torchvision:NAME` where the plain name is a
+            small-image network's, or `python:package.module:factory`.
         args: The network's own arguments, such as a width.
         weights: None (random), "published" (torchvision's), or the path of a .safetensors file or torch state dict.
     """
@@ -38,6 +43,13 @@ class ModelConfig:
     name: PathStr
     args: dict[str, Any] = field(default_factory=dict)
     weights: PathStr | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenModel(ModelConfig):
+    """A network object with its current weights in place of a recipe's section; copies of it are trained."""
+
+    module: nn.Module
 
 
 def build_model(
@@ -48,6 +60,10 @@ def build_model(
     Equal seeds give equal weights, and torch's global generators are left unchanged. Raises ModelError for an unknown
     name, unknown arguments, images that do not fit the network, or weights that cannot be loaded.
     """
+    if isinstance(config, GivenModel):
+        given = clone_without_hooks(config.module).cpu()
+        _check_fit(type(config.module).__name__, given, num_classes, (in_channels, *image_size))
+        return given
     # On the CPU only: torch.manual_seed would also reset the generators of every GPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -61,33 +77,50 @@ def build_model(
 def architecture(
     config: ModelConfig, num_classes: int, in_channels: int, image_size: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return the network's description without weights, as JSON; defaults of small-image networks are included."""
+    """Return the network's description without weights, as JSON.
+
+    Defaults of small-image networks are included, and the digest of the source of a user's own network. Raises
+    ModelError if there is no source, or `args` are no JSON.
+    """
     args = _default_args(config.name) | config.args
+    own = _object_identity(config.module) if isinstance(config, GivenModel) and config.name.startswith(OBJECT) else {}
     try:
         args = json.loads(json.dumps(args, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ModelError(
             f"the args of {config.name} must be numbers, strings, lists and tables ({cause(error)})."
         ) from error
+    source = model_source_sha256(config.name)
     return {
         "model": config.name,
         "args": args,
         "num_classes": num_classes,
         "in_channels": in_channels,
         "image_size": list(image_size),
+        **({"source_sha256": source} if source else {}),
+        **own,
+    }
+
+
+def _object_identity(model: nn.Module) -> dict[str, str]:
+    """Return the digests of the source and structure of a network that has no name to build it by."""
+    kind = type(model)
+    return {
+        "source_sha256": object_sha256(kind, f"the network {kind.__qualname__}", ModelError),
+        "structure_sha256": hashlib.sha256(str(model).encode()).hexdigest(),
     }
 
 
 def list_models() -> list[str]:
-    """List the names that ModelConfig accepts, except user factories: small-image networks, then torchvision's."""
-    plain = sorted(SMALL_IMAGE_NETWORKS)
+    """List the names that ModelConfig accepts: registered and small-image networks, then torchvision's."""
+    plain = [*MODELS.registered(), *sorted(SMALL_IMAGE_NETWORKS)]
     return plain + [TORCHVISION + name if name in SMALL_IMAGE_NETWORKS else name for name in classifier_names()]
 
 
 def _construct(config: ModelConfig, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
     name, is_published = config.name.removeprefix(TORCHVISION), config.weights == PUBLISHED
-    is_small, is_own = config.name in SMALL_IMAGE_NETWORKS, is_user_reference(config.name)
-    if not is_small and name in classifier_names():
+    is_small, is_own = config.name in SMALL_IMAGE_NETWORKS, is_user_model(config.name)
+    if not is_small and not is_own and name in classifier_names():
         return build_classifier(
             name, config.args, num_classes=num_classes, in_channels=in_channels, published=is_published
         )
@@ -98,27 +131,15 @@ def _construct(config: ModelConfig, num_classes: int, in_channels: int, image_si
             f"there are no published weights of {config.name}: give the path of a file, or leave weights out."
         )
     offered: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-    return _call_factory(config, offered) if is_own else build_small_image_network(config.name, config.args, **offered)
-
-
-def _call_factory(config: ModelConfig, offered: dict[str, Any]) -> nn.Module:
-    """Call the user's factory with `args` and those of num_classes, in_channels and image_size that it accepts."""
-    factory = import_callable(config.name, "model.name", ModelError)
-    try:
-        with user_code_context():
-            model = call_with_args(config.name, factory, offered, config.args)
-    except ModelError:
-        raise
-    except (Exception, SystemExit) as error:  # the user's code, which may raise anything
-        raise ModelError(f"{config.name} failed ({cause(error)}).") from error
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{config.name} returned {type(model).__name__}, wanted a torch.nn.Module.")
-    return model
+    if is_own:
+        return build_user_model(config.name, config.args, offered)
+    return build_small_image_network(config.name, config.args, **offered)
 
 
 def _unknown(name: str) -> ModelError:
     known = [TORCHVISION + known for known in classifier_names()] if name.startswith(TORCHVISION) else list_models()
-    hint = did_you_mean(name, known, limit=3, otherwise="name your own network as python:package.module:factory.")
+    otherwise = "name your own network as python:package.module:factory, or import the module that registers it."
+    hint = did_you_mean(name, known, limit=3, otherwise=otherwise)
     return UnknownModelError(f"no model is called {name!r}; {hint}")
 
 

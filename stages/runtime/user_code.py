@@ -1,22 +1,33 @@
-"""References to user code, `python:package.module:function`, found on sys.path and in the current folder."""
+"""References to user code, `python:package.module:function`, found in the current folder first, then on sys.path.
+
+The current folder is the last entry of sys.path, where user code finds its other modules, at any time, and no library
+finds a user's `random.py`. The module that a reference names is taken from the current folder even if a library has
+its name; it is then imported under another name.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
-import inspect
+import importlib.util
+import os
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from kdpipe.stages.errors import cause
+from kdpipe.stages.runtime.user_source import ALIAS, find_spec, object_sha256
 from kdpipe.store.errors import KdpipeError, did_you_mean
 
+__all__ = ["PREFIX", "import_callable", "is_user_reference", "object_sha256", "source_sha256", "user_code_context"]
+
 PREFIX = "python:"
+
+_added: list[str] = []
+"""The entry of sys.path for the current folder, if it had none."""
 
 
 def is_user_reference(name: str) -> bool:
@@ -26,13 +37,12 @@ def is_user_reference(name: str) -> bool:
 
 @contextlib.contextmanager
 def user_code_context() -> Iterator[None]:
-    """Look for modules in the current folder first, as Python does; send prints to stderr: stdout is for results."""
-    before, sys.path = sys.path, [str(Path.cwd()), *sys.path]
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        sys.path = before
+    """Let user code find modules of the current folder, also later; send prints to stderr: stdout is for results."""
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path[:] = [*(entry for entry in sys.path if entry not in _added), folder]
+        _added[:] = [folder]
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def import_callable(reference: str, key: str, error: type[KdpipeError]) -> Callable[..., Any]:
@@ -51,69 +61,10 @@ def import_callable(reference: str, key: str, error: type[KdpipeError]) -> Calla
 
 def source_sha256(reference: str, key: str, error: type[KdpipeError]) -> str:
     """Return the digest of the source of what `reference` names, to detect later edits; see `object_sha256`."""
-    return object_sha256(import_callable(reference, key, error), f"{key}={reference!r}", error)
-
-
-def object_sha256(found: Any, where: str, error: type[KdpipeError]) -> str:
-    """Return the sha256 of the source of a user's class or function, to detect later edits.
-
-    Its module's file counts, and those of the user's own modules that it imports, directly or not; libraries do not.
-    Of an object defined in a notebook or script only its own source counts.
-
-    Raises:
-        KdpipeError: `error`, if there is no source.
-    """
-    module = sys.modules.get(str(getattr(found, "__module__", None)))
-    try:
-        if module is None or module.__name__ == "__main__":
-            return _sha256(inspect.getsource(found).encode())
-        files = {name: Path(file).read_bytes() for name, file in _own_modules(module).items()}
-    except (OSError, TypeError) as caught:
-        what = getattr(module, "__file__", None) or "its module"
-        raise error(
-            f"{where}: later edits of its source could not be noticed, since {what} cannot be read "
-            f"({cause(caught)}): put it in a file of your own."
-        ) from caught
-    if len(files) == 1:
-        return _sha256(*files.values())
-    return _sha256("".join(f"{name} {_sha256(files[name])}\n" for name in sorted(files)).encode())
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _own_modules(module: ModuleType) -> dict[str, str]:
-    """Return the files of a module and of the user's modules that it imports, by name.
-
-    Raises OSError if the module has no file.
-    """
-    if not getattr(module, "__file__", None):
-        raise FileNotFoundError(f"{module.__name__} has no file")
-    package = module.__name__.partition(".")[0]
-    found: dict[str, str] = {}
-    waiting = [module]
-    while waiting:
-        here = waiting.pop()
-        file = getattr(here, "__file__", None)
-        if here.__name__ in found or not file:
-            continue
-        if here is not module and here.__name__.partition(".")[0] != package and _is_library(here, file):
-            continue
-        found[here.__name__] = file
-        for value in list(vars(here).values()):
-            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            if isinstance(name, str) and isinstance(other := sys.modules.get(name), ModuleType):
-                waiting.append(other)
-    return found
-
-
-def _is_library(module: ModuleType, file: str) -> bool:
-    """Return whether a module is part of Python, of an installed package, or of kdpipe."""
-    path = Path(file)
-    if module.__name__.partition(".")[0] == "kdpipe" or {"site-packages", "dist-packages"} & set(path.parts):
-        return True
-    return any(path.is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
+    module_name, _ = _split(reference, key, error)
+    found = import_callable(reference, key, error)
+    module = _import(module_name, reference, key, error)
+    return object_sha256(found, f"{key}={reference!r}", error, module=module.__name__)
 
 
 def _split(reference: str, key: str, error: type[KdpipeError]) -> tuple[str, str]:
@@ -126,9 +77,41 @@ def _split(reference: str, key: str, error: type[KdpipeError]) -> tuple[str, str
 def _import(module_name: str, reference: str, key: str, error: type[KdpipeError]) -> ModuleType:
     try:
         with user_code_context():
-            return importlib.import_module(module_name)
+            return importlib.import_module(_importable_name(module_name))
     except (Exception, SystemExit) as caught:  # it runs the user's own code
         raise error(
             f"{key}={reference!r}: the module {module_name} cannot be imported ({cause(caught)}); "
-            f"it is looked for on sys.path and in {Path.cwd()}."
+            f"it is looked for in {Path.cwd()} and on sys.path."
         ) from caught
+
+
+def _importable_name(module_name: str) -> str:
+    """Return the name under which to import a user's module: not its own where that means another file."""
+    package, dot, rest = module_name.partition(".")
+    if package not in sys.modules:
+        importlib.invalidate_caches()  # the file may have been written a moment ago
+    local, usual = PathFinder.find_spec(package, [str(Path.cwd())]), find_spec(package)
+    if local is None or local.origin is None or (usual and _same_file(local.origin, usual.origin)):
+        return module_name
+    alias = f"{ALIAS}{hashlib.sha256(local.origin.encode()).hexdigest()[:8]}_{package}"
+    if alias not in sys.modules:
+        _load_as(alias, local)
+    return alias + dot + rest
+
+
+def _same_file(one: str, other: str | None) -> bool:
+    return other is not None and os.path.realpath(one) == os.path.realpath(other)
+
+
+def _load_as(alias: str, found: ModuleSpec) -> None:
+    """Import the module of a top-level file or package under the name `alias`."""
+    spec = importlib.util.spec_from_file_location(
+        alias, found.origin, submodule_search_locations=found.submodule_search_locations
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules[alias] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[alias]
+        raise

@@ -19,7 +19,13 @@ from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.training.checkpoint import Progress, TrainState, load_checkpoint, save_checkpoint
 from kdpipe.stages.training.job import TrainJob, num_steps_of
-from kdpipe.stages.training.optim import build_optimizer, learning_rate, set_learning_rate
+from kdpipe.stages.training.optim import build_optimizer, build_schedule, learning_rate, set_learning_rate
+from kdpipe.stages.training.optimization.averaging import (
+    WeightAverage,
+    evaluated_weights,
+    has_modes,
+    use_evaluated_weights,
+)
 from kdpipe.stages.training.step import TrainStep, autocast_dtype
 from kdpipe.stages.training.sync_batch_norm import batch_norm_over_processes
 from kdpipe.stages.training.task import Batch
@@ -54,13 +60,15 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
             train_step = TrainStep(job, student, state, progress, monitor)
             last_save = _run_steps(job, train_step, batches, monitor, last_save)
             try:
-                _end_epoch(job, progress, steps, device, time.monotonic() - started)
+                with evaluated_weights(state.optimizer, state.average):
+                    _end_epoch(job, progress, steps, device, time.monotonic() - started)
             except StoppedEarly:  # during evaluation: all steps of the epoch, and its sums, are complete
                 save_checkpoint(job.job_dir.checkpoint, state, progress)
                 raise
             if progress.epoch == job.config.epochs:
                 process_group.on_main(lambda: save_checkpoint(job.job_dir.checkpoint, state, progress))
             monitor.report(_event(job, progress, steps, progress.history[-1]))
+    use_evaluated_weights(state.optimizer, state.average)
     return progress.history
 
 
@@ -69,9 +77,9 @@ def _run_steps(
 ) -> float:
     """Run the rest of an epoch's steps, saving at intervals; returns the time of the last save."""
     state, progress, process_group, steps = train_step.state, train_step.progress, job.process_group, num_steps_of(job)
+    rate = build_schedule(job.config, steps)
     while progress.step < steps:
-        rate = learning_rate(job.config, progress.epoch * steps + progress.step, steps)
-        set_learning_rate(state.optimizer, rate)
+        set_learning_rate(state.optimizer, rate(progress.epoch * steps + progress.step))
         train_step.step(next(batches))
         progress.step += 1
         due = time.monotonic() - last_save >= job.config.checkpoint_every_s
@@ -124,9 +132,12 @@ def _set_up(job: TrainJob, device: torch.device) -> TrainState:
     job.process_group.use_device(device)
     distillation = job.task.distillation or nn.Module()
     modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
-    optimizer = build_optimizer(job.config, modules.parameters())
-    dtype = autocast_dtype(job.config, device)
-    return TrainState(modules, optimizer, torch.amp.GradScaler(device.type, enabled=dtype is torch.float16))
+    optimizer = build_optimizer(job.config, modules)
+    if has_modes(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    average = None if job.config.ema_decay is None else WeightAverage(job.model, job.config.ema_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(job.config, device) is torch.float16)
+    return TrainState(modules, optimizer, scaler, average)
 
 
 def _end_epoch(job: TrainJob, progress: Progress, steps: int, device: torch.device, wall_s: float) -> None:

@@ -6,6 +6,7 @@ logits = network.model(network.normalize(images))          # uint8 [B, C, H, W] 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from kdpipe.stages.compress.quantize_student import config_of, prepare
 from kdpipe.stages.compress.resume import with_widths
 from kdpipe.stages.distillation.classifier_reuse import add_projector
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
+from kdpipe.stages.models.user_models import model_source_sha256
 from kdpipe.stages.models.weights import load_entries
 from kdpipe.stages.runtime.user_code import is_user_reference
 from kdpipe.store import KdpipeError
@@ -37,7 +39,9 @@ def rebuild(path: Path, *, trust_python: bool = False) -> ModelBundle:
     Args:
         path: The file.
         trust_python: Whether to build a user's own network (`python:module:factory`), which runs code from a module
-            that the file names.
+            that the file names. Registered networks need it not: the file cannot make kdpipe import anything.
+
+    Warns if the source of a user's network is not the one that the file was made from.
 
     Raises:
         ModelError: If the file is not from kdpipe, or is inconsistent.
@@ -92,6 +96,12 @@ def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, tr
         raise ModelError(
             f"its model is {name!r}, code outside the file: pass trust_python=True if you trust that code."
         )
+    if "source_sha256" in architecture and model_source_sha256(name) != architecture["source_sha256"]:
+        warnings.warn(
+            f"the source of {name}, or of a module that it imports, was edited since the file was written: even if the "
+            "weights fit, the network may compute something else.",
+            stacklevel=3,
+        )
     channels, height, width = image_shape_of(architecture)
     model = build_model(
         ModelConfig(name=name, args=dict(architecture["args"])),
@@ -101,7 +111,7 @@ def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, tr
         seed=0,
     )
     if reused := architecture.get("reused_classifier"):
-        config = SimKDConfig(
+        config = SimKD(
             loss="simkd",
             layers=((reused["layer"], ""),),
             classifier=(reused["classifier"], ""),

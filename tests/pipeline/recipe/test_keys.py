@@ -247,7 +247,7 @@ def test_schema_lists_all_losses():
 
 
 def test_schema_has_a_description_for_each_key():
-    keys = SCHEMA["$defs"]["CRDConfig"]["properties"]
+    keys = SCHEMA["$defs"]["CRD"]["properties"]
     descriptions = [keys[key]["description"] for key in ("momentum", "dim", "store")]
     assert len(set(descriptions)) == 3
     assert SCHEMA["properties"]["num_threads"]["description"].startswith("CPU threads of each operation")

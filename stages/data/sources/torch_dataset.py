@@ -1,0 +1,285 @@
+"""Map-style torch Datasets of (image, label), read into memory once.
+
+Images are to be raw: PIL images, uint8 arrays or tensors, or what ToTensor makes of them, which is converted back
+exactly. Augmentation and normalization are kdpipe's: a student must see the very pixels that the teacher saw.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kdpipe.stages.data.decode import Pixels, new_pixels, with_channels, with_size
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.sources.listing import Listing, integer_column, numbered_classes
+from kdpipe.stages.data.splits import Indices, Split
+from kdpipe.stages.errors import DataError, cause
+from kdpipe.store.errors import KdpipeError
+
+MAX_BYTES = 8 * 2**30
+"""Default limit for the pixels of one data set in memory."""
+
+NUM_READ_TWICE = 64
+"""Samples read twice: a transform that changes one reading in ten escapes once in 700,000."""
+
+RAW = (
+    "hand raw images (PIL images or uint8 [C, H, W]); augmentation is a matter of kdpipe's views, normalization of a "
+    "model's mean and std"
+)
+
+
+def is_torch_dataset(found: Any) -> bool:
+    """Return whether an object can be read as a data set by index, and is no plain collection."""
+    plain = isinstance(found, tuple | list | Mapping | np.ndarray | Tensor | str)
+    return not plain and hasattr(found, "__getitem__") and hasattr(found, "__len__")
+
+
+def image_set_from_dataset(
+    dataset: Any,
+    *,
+    name: str,
+    split: Split,
+    class_names: Sequence[str] | None = None,
+    sample_ids: Sequence[int] | npt.NDArray[np.int64] | Tensor | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> ImageSet:
+    """Read a map-style torch Dataset of (image, label) into memory. Arguments and errors as `list_torch_dataset`."""
+    listing = list_torch_dataset(
+        dataset,
+        name,
+        class_names=class_names,
+        sample_ids=sample_ids,
+        image_size=image_size,
+        channels=channels,
+        max_bytes=max_bytes,
+    )
+    assert callable(listing.images)
+    return ImageSet(
+        name,
+        split,
+        torch.from_numpy(listing.images(np.arange(len(listing.labels)))),
+        torch.from_numpy(listing.labels),
+        torch.from_numpy(listing.sample_ids),
+        listing.class_names,
+    )
+
+
+def list_torch_dataset(
+    dataset: Any,
+    name: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    sample_ids: Sequence[int] | npt.NDArray[np.int64] | Tensor | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Listing:
+    """Read the images and labels of a map-style torch Dataset.
+
+    Args:
+        dataset: Returns (image, label) for an index, or a dictionary with one image and one integer.
+        name: The data set's name, part of its identity.
+        class_names: Defaults to `dataset.classes`, or "0", "1", ... up to the largest label.
+        sample_ids: Defaults to the positions; of a Subset, to those in the whole set.
+        image_size: Crop the largest centered square and resize it to this many pixels.
+        channels: 1 or 3: convert to gray or RGB; by default images stay as the first is.
+        max_bytes: Limit for the pixels in memory.
+
+    Raises:
+        DataError: The data set cannot be read by index, is empty, too large or random, or a sample is no raw image
+            with an integer label, or is of another size than the first.
+    """
+    num_samples = _num_samples(dataset, name)
+    read = _Reader(dataset, f"data set {name}", image_size, channels)
+    read.require_deterministic(num_samples)
+    shape = read(0)[0].shape
+    if (num_bytes := num_samples * int(np.prod(shape))) > max_bytes:
+        raise DataError(
+            f"data set {name} takes {num_bytes / 2**30:.1f} GiB in memory, more than {max_bytes / 2**30:.1f} GiB: give "
+            "an image_size, or write the images to files and use imagefolder:PATH."
+        )
+    pixels = new_pixels((num_samples, *shape), f"data set {name}")
+    labels = np.empty(num_samples, dtype=np.int64)
+    for index in range(num_samples):
+        image, labels[index] = read(index)
+        if image.shape != shape:
+            raise DataError(_unequal(name, index, image.shape, shape))
+        pixels[index] = image
+    ids = _positions(dataset, num_samples) if sample_ids is None else np.asarray(sample_ids)
+    names = _classes(dataset, name) if class_names is None else tuple(map(str, class_names))
+    return Listing(
+        name=name,
+        labels=labels,
+        sample_ids=integer_column(name, "ids", ids, num_samples),
+        class_names=_numbered(name, labels) if names is None else names,
+        images=_rows_of(pixels),
+    )
+
+
+def _rows_of(pixels: Pixels) -> Callable[[Indices], Pixels]:
+    """Return a function that returns some rows, or the array itself for all of them."""
+    return lambda indices: pixels if len(indices) == len(pixels) else pixels[indices]
+
+
+class _Reader:
+    """Reads samples of a data set as pixels uint8 [C, H, W] and a label."""
+
+    def __init__(self, dataset: Any, where: str, image_size: int | None, channels: int | None) -> None:
+        self.dataset, self.where, self.image_size, self.channels = dataset, where, image_size, channels
+
+    def __call__(self, index: int) -> tuple[Pixels, int]:
+        try:
+            sample = self.dataset[index]
+        except KdpipeError:
+            raise
+        except (Exception, SystemExit) as error:  # other people's code
+            raise DataError(f"{self.where}: sample {index} cannot be read ({cause(error)}).") from error
+        where = f"{self.where}, sample {index}"
+        image, label = _image_and_label(sample, where)
+        pixels = with_channels(_pixels(image, where)[None], self.channels)
+        return with_size(pixels, self.image_size, self.where)[0], _label(label, where)
+
+    def require_deterministic(self, num_samples: int) -> None:
+        """Raise DataError if samples differ when they are read again."""
+        for number in range(NUM_READ_TWICE):
+            index = number * num_samples // NUM_READ_TWICE
+            (first, label), (second, other) = self(index), self(index)
+            if label != other or not np.array_equal(first, second):
+                raise DataError(
+                    f"{self.where}: sample {index} differs when it is read again, so its transform is random: remove "
+                    "it, and pass the operations as views."
+                )
+
+
+def _num_samples(dataset: Any, name: str) -> int:
+    try:
+        num_samples = len(dataset)
+        readable = hasattr(dataset, "__getitem__")
+    except (TypeError, NotImplementedError):
+        readable = False
+    if not readable:
+        raise DataError(
+            f"data set {name}: {type(dataset).__name__} cannot be read by index, which caching needs: pass a map-style "
+            "data set, with __len__ and __getitem__."
+        )
+    if num_samples == 0:
+        raise DataError(f"data set {name} has no samples: at least one is required.")
+    return num_samples
+
+
+def _image_and_label(sample: Any, where: str) -> tuple[Any, Any]:
+    if isinstance(sample, tuple | list) and len(sample) == 2:
+        return sample[0], sample[1]
+    if isinstance(sample, Mapping):
+        images = [value for value in sample.values() if isinstance(value, Image.Image) or getattr(value, "ndim", 0) > 1]
+        labels = [value for value in sample.values() if isinstance(value, int | np.integer)]
+        if len(images) == len(labels) == 1:
+            return images[0], labels[0]
+    parts = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, tuple | list) else ()
+    types = ", ".join(type(part).__name__ for part in parts)
+    raise DataError(
+        f"{where}: found {type(sample).__name__}{types and f' of {types}'}, wanted (image, label): wrap the data set in "
+        "one that returns these two."
+    )
+
+
+def _label(label: Any, where: str) -> int:
+    column = label.detach().cpu().numpy() if isinstance(label, Tensor) else np.asarray(label)
+    if column.dtype.kind not in "iub" or column.size != 1:
+        found = f"{column.dtype} {list(column.shape)}" if column.ndim else f"{type(label).__name__} {label!r:.40}"
+        advice = "; of a one-hot row, its argmax" if column.size > 1 and column.dtype != object else ""
+        raise DataError(f"{where}: the label must be one integer{advice}, found {found}.")
+    return int(column.reshape(()))
+
+
+def _pixels(image: Any, where: str) -> Pixels:
+    """Convert an image to uint8 [C, H, W], C 1 or 3."""
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):
+            raise DataError(f"{where}: a PIL image of mode {image.mode} has more than 8 bits a channel: convert it.")
+        array = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    elif isinstance(image, Tensor):
+        array = _channels_last(_as_uint8(image.detach().cpu().as_subclass(Tensor).numpy(), where))
+    elif isinstance(image, np.ndarray):
+        array = _as_uint8(image, where)
+    else:
+        raise DataError(f"{where}: the image is of type {type(image).__name__}: {RAW}.")
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3)):
+        wanted = "[C, H, W]" if isinstance(image, Tensor) else "[H, W, C]"
+        shape = list(getattr(image, "shape", array.shape))
+        raise DataError(f"{where}: the image is {type(image).__name__} {shape}, wanted {wanted}, C 1 or 3, or [H, W].")
+    return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def _channels_last(pixels: Pixels) -> Pixels:
+    return np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels
+
+
+def _as_uint8(array: npt.NDArray[Any], where: str) -> Pixels:
+    """Return uint8 as it is, and floats k / 255 as k."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype not in (np.float32, np.float64) or not array.size:
+        raise DataError(f"{where}: the image is {array.dtype}: {RAW}.")
+    levels = array.astype(np.float64) * 255
+    rounded = np.rint(levels)
+    tolerance = 510 * np.finfo(array.dtype).eps  # two roundings of numbers up to 255
+    if not (np.abs(levels - rounded) <= tolerance).all() or rounded.min() < 0 or rounded.max() > 255:  # NaN: never <=
+        low, high = float(array.min()), float(array.max())
+        what = "numbers that are no multiples of 1/255" if 0 <= low <= high <= 1 else "numbers"
+        raise DataError(f"{where}: the image holds {array.dtype} {what}, from {low:.4g} to {high:.4g}: {RAW}.")
+    return rounded.astype(np.uint8)
+
+
+def _unequal(name: str, index: int, found: tuple[int, ...], first: tuple[int, ...]) -> str:
+    if found[0] != first[0]:
+        return (
+            f"data set {name}: image 0 has {first[0]} channels, image {index} has {found[0]}: give channels = 1 or 3 "
+            "to convert them."
+        )
+    return (
+        f"data set {name}: image 0 is {first[2]} x {first[1]}, image {index} is {found[2]} x {found[1]}: give an "
+        "image_size to crop and resize them."
+    )
+
+
+def _positions(dataset: Any, num_samples: int) -> npt.NDArray[np.int64]:
+    """Return the positions of the samples in the whole set, of which a torch Subset is a part."""
+    if isinstance(dataset, torch.utils.data.Subset):
+        whole = _positions(dataset.dataset, len(dataset.dataset))  # type: ignore[arg-type]
+        return whole[np.asarray(dataset.indices)]
+    return np.arange(num_samples, dtype=np.int64)
+
+
+def _classes(dataset: Any, name: str) -> tuple[str, ...] | None:
+    """Return the names of the classes that a data set, or the parts that it consists of, has."""
+    found = getattr(dataset, "classes", None)
+    if isinstance(found, list | tuple) and all(isinstance(each, str | int) for each in found):
+        return tuple(map(str, found))
+    if isinstance(dataset, torch.utils.data.Subset):
+        return _classes(dataset.dataset, name)
+    if isinstance(dataset, torch.utils.data.ConcatDataset):
+        parts = {_classes(part, name) for part in dataset.datasets}
+        if len(parts) > 1:
+            raise DataError(f"data set {name}: its parts have different classes: give class_names for all of them.")
+        return parts.pop()
+    return None
+
+
+def _numbered(name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
+    if int(labels.min()) > 0:
+        warnings.warn(
+            f"data set {name}: no sample has the label 0, the least is {labels.min()}: labels count from 0; give "
+            "class_names if that class is just empty here.",
+            stacklevel=2,
+        )
+    return numbered_classes(name, labels)

@@ -1,0 +1,36 @@
+"""Rebuild the `views` section from what a store records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.store import StoreError, TargetStore, canonical_json
+
+_MIX_KEYS = ("mixup_alpha", "cutmix_alpha", "p", "cutmix_share")
+
+
+def views_of_store(store: TargetStore) -> ViewsConfig:
+    """Return the views that a store's targets were computed on.
+
+    `open_with_views` still compares their identities, pixels of probe views included: a record of another version of
+    kdpipe or torchvision is not taken for these.
+
+    Raises:
+        StoreError: The record is not one of views.
+    """
+    stored = store.manifest.identity.views
+    views: dict[str, Any] = {key: stored[key] for key in ("engine", "operations", "seed", "transform") if key in stored}
+    if mix := stored.get("mix"):
+        views["mix"] = {key: mix[key] for key in _MIX_KEYS if key in mix}
+    try:
+        rebuilt: ViewsConfig = TypeAdapter(ViewsConfig).validate_json(
+            canonical_json({**views, "num_views": store.num_views})
+        )
+    except (ValidationError, TypeError) as error:
+        raise StoreError(
+            f"{store.path} records views that this version of kdpipe cannot rebuild ({str(error)[:200]}): cache again."
+        ) from error
+    return rebuilt
