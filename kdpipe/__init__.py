@@ -26,13 +26,23 @@ if TYPE_CHECKING:
     from kdpipe.compression import compress, prune, quantize
     from kdpipe.datasets import load_dataset
     from kdpipe.models import create_model, load_student
-    from kdpipe.reports import report
+    from kdpipe.plugins import (
+        register_callback,
+        register_dataset,
+        register_loss,
+        register_model,
+        register_optimizer,
+        register_schedule,
+    )
+    from kdpipe.reports import report, verify
     from kdpipe.results import CompressedResult, StudentResult, TeacherResult
     from kdpipe.stages.data.image_set import ImageSet
     from kdpipe.stages.distillation.loader import DistillationLoader
+    from kdpipe.stages.models.hooks import extract_features
+    from kdpipe.stages.runtime.callbacks import Callback, CallbackState
+    from kdpipe.stages.targets.open import open_store_anywhere as open_store
     from kdpipe.stages.views.config import ViewsConfig as Views
     from kdpipe.store import FingerprintMismatch, KdpipeError, TargetStore
-    from kdpipe.stores import open_store, verify
     from kdpipe.students import train_student
     from kdpipe.teachers import cache_teacher, train_teacher
 
@@ -40,13 +50,16 @@ _MODULES = {
     "compression": "compress prune quantize",
     "datasets": "load_dataset",
     "models": "create_model load_student",
-    "reports": "report",
+    "plugins": "register_callback register_dataset register_loss register_model register_optimizer register_schedule",
+    "reports": "report verify",
     "results": "CompressedResult StudentResult TeacherResult",
     "stages.data.image_set": "ImageSet",
     "stages.distillation.loader": "DistillationLoader",
+    "stages.models.hooks": "extract_features",
+    "stages.runtime.callbacks": "Callback CallbackState",
+    "stages.targets.open": "open_store:open_store_anywhere",
     "stages.views.config": "Views:ViewsConfig",
     "store": "FingerprintMismatch KdpipeError TargetStore",
-    "stores": "open_store verify",
     "students": "train_student",
     "teachers": "cache_teacher train_teacher",
 }
@@ -58,10 +71,11 @@ _SOURCES = {
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
-    "CompressedResult", "DistillationLoader", "FingerprintMismatch", "ImageSet", "KdpipeError", "StudentResult",
-    "TargetStore", "TeacherResult", "Views", "__version__", "cache_teacher", "compress", "create_model",
-    "load_dataset", "load_student", "losses", "open_store", "prune", "quantize", "report", "train_student",
-    "train_teacher", "verify",
+    "Callback", "CallbackState", "CompressedResult", "DistillationLoader", "FingerprintMismatch", "ImageSet",
+    "KdpipeError", "StudentResult", "TargetStore", "TeacherResult", "Views", "__version__", "cache_teacher",
+    "compress", "create_model", "extract_features", "load_dataset", "load_student", "losses", "open_store", "prune",
+    "quantize", "register_callback", "register_dataset", "register_loss", "register_model", "register_optimizer",
+    "register_schedule", "report", "train_student", "train_teacher", "verify",
 ]
 # fmt: on
 

@@ -87,7 +87,8 @@ def _tracker_class(backend: str) -> Any:
 
 
 def _project(state: CallbackState) -> str:
-    return str(state.config.get("name") or "kdpipe")
+    """Return the recipe's name; without a recipe that of the run folder."""
+    return str(state.config.get("name") or state.run_dir.absolute().name)
 
 
 def _config(state: CallbackState) -> dict[str, Any]:
