@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -96,8 +97,7 @@ def _config(state: CallbackState) -> dict[str, Any]:
 
 
 def _mlflow(state: CallbackState, run_id: str, is_new: bool) -> Settings:
-    import mlflow
-
+    mlflow: Any = import_module("mlflow")
     settings = {"run_name": state.job, "run_id": None if is_new else run_id}
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri(f"sqlite:///{state.run_dir.absolute()}/mlflow.db")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from support.kdpipe_process import RECIPE, kdpipe_here
@@ -37,7 +38,7 @@ distill = [{ loss = "at", layers = [["stage2", "stage2"]] }]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run and a comparison, in the current folder, of a recipe with callbacks."""
-    folder, before = tmp_path_factory.mktemp("callbacks"), os.getcwd()
+    folder, before = tmp_path_factory.mktemp("callbacks"), Path.cwd()
     (folder / "my_callbacks.py").write_text(MODULE)
     (folder / "r.toml").write_text(CALLBACKS + RECIPE + VARIANT)
     os.chdir(folder)
@@ -69,7 +70,7 @@ def test_prints_of_callbacks_are_not_among_the_results(trained):
 
 
 def test_a_stopped_training_is_finished_and_says_by_what(trained):
-    run, ended, _ = trained
+    run = trained[0]
     for job in ("teacher", "students/distilled-seed0", "compressed/int8-seed0", "compare/at/seed0"):
         result = json.loads((run / job / "result.json").read_text())
         assert (result["num_epochs"], result["stopped_by"]) == (1, "StopAtOnce"), job

@@ -1,15 +1,15 @@
 """Callbacks in a recipe: faults that `recipe check` finds, and those that are built."""
 
 import pytest
+from support.kdpipe_process import RECIPE
 
 from kdpipe.pipeline.callbacks.files import CSVLogger
 from kdpipe.pipeline.callbacks.registry import CALLBACKS, build_callbacks, callback_faults
 from kdpipe.pipeline.callbacks.tracker import Tracker
 from kdpipe.pipeline.recipe.check import check_recipe
 from kdpipe.stages.errors import RecipeError
-from support.kdpipe_process import RECIPE
 
-MODULE = '''
+MODULE = """
 from kdpipe.stages.runtime.callbacks import Callback
 
 class EarlyStopping(Callback):
@@ -23,7 +23,7 @@ class Nothing:
 
 def quiet(**settings):
     return EarlyStopping(**settings)
-'''
+"""
 STOPPING = "python:my_callbacks:EarlyStopping"
 
 
