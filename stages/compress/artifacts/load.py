@@ -22,7 +22,7 @@ from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.models.user_models import model_source_sha256
+from kdpipe.stages.models.user_models import is_user_model, model_source_sha256
 from kdpipe.stages.models.weights import load_entries
 from kdpipe.stages.runtime.user_code import is_user_reference
 from kdpipe.store import KdpipeError
@@ -96,6 +96,8 @@ def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, tr
         raise ModelError(
             f"its model is {name!r}, code outside the file: pass trust_python=True if you trust that code."
         )
+    if "source_sha256" in architecture and not is_user_model(name):
+        raise ModelError(f"its model is {name!r}, a registered one: import the module that registers it.")
     if "source_sha256" in architecture and model_source_sha256(name) != architecture["source_sha256"]:
         warnings.warn(
             f"the source of {name}, or of a module that it imports, was edited since the file was written: even if the "
