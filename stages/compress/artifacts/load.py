@@ -90,7 +90,8 @@ def image_shape_of(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
     return int(architecture["in_channels"]), int(height), int(width)
 
 
-def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, trust_python: bool) -> nn.Module:
+def _check_source(architecture: Mapping[str, Any], *, trust_python: bool) -> None:
+    """Refuse code that is not trusted or not there, and warn of edited code."""
     name = str(architecture["model"])
     if is_user_reference(name) and not trust_python:
         raise ModelError(
@@ -102,11 +103,15 @@ def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, tr
         warnings.warn(
             f"the source of {name}, or of a module that it imports, was edited since the file was written: even if the "
             "weights fit, the network may compute something else.",
-            stacklevel=3,
+            stacklevel=4,
         )
+
+
+def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, trust_python: bool) -> nn.Module:
+    _check_source(architecture, trust_python=trust_python)
     channels, height, width = image_shape_of(architecture)
     model = build_model(
-        ModelConfig(name=name, args=dict(architecture["args"])),
+        ModelConfig(name=str(architecture["model"]), args=dict(architecture["args"])),
         num_classes=int(architecture["num_classes"]),
         in_channels=channels,
         image_size=(height, width),
