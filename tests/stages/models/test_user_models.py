@@ -188,7 +188,7 @@ def test_an_unregistered_network_is_named(here: Path) -> None:
     (file,) = (here / "run").rglob("model.safetensors")
     MODELS._registered.clear()
     with pytest.raises(
-        ModelError, match="its model is 'my_net', a registered one: import the module that registers it"
+        ModelError, match="its model is 'my_net', a registered one: import the module"
     ):
         rebuild(file)
 
