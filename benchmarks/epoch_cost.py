@@ -36,9 +36,9 @@ from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_task, student_shapes
 from kdpipe.stages.losses.distillation import required_of, student_layers
-from kdpipe.stages.losses.features.at import ATConfig
-from kdpipe.stages.losses.features.hint import HintConfig
-from kdpipe.stages.losses.logits.kd import KDConfig
+from kdpipe.stages.losses.features.at import AT
+from kdpipe.stages.losses.features.hint import Hint
+from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import extract_features
@@ -214,8 +214,8 @@ def make_tasks(
 ) -> dict[str, TrainingTask]:
     path = context.run_dir / "store.zarr"
     config = StudentConfig(model=pair.student)
-    kd, hint = KDConfig(loss="kd"), HintConfig(loss="hint", layers=(pair.hint,))
-    at = ATConfig(loss="at", layers=(pair.hint,))
+    kd, hint = KD(loss="kd"), Hint(loss="hint", layers=(pair.hint,))
+    at = AT(loss="at", layers=(pair.hint,))
     shapes = source_shapes(teacher.model, [FeatureSpec(pair.hint[1])], context.image_shape)
     required = required_of([hint, at], student_shapes(config, [hint, at], context), 0)
     stored = [smallest_feature(feature, shapes[feature.source]) for feature in required]

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.schedules import TrainProgress
@@ -72,7 +72,7 @@ class Case:
 
 
 def main() -> None:
-    kinds = {get_args(get_type_hints(kind)["loss"])[0]: kind for kind in LOSSES}
+    kinds = LOSSES.builtin
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", nargs="+", default=list(kinds), choices=list(kinds), metavar="NAME")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 256], metavar="B")
@@ -120,7 +120,7 @@ class Student:
         self.optimizer.step()
 
 
-def cases(name: str, kind: type[LossConfig], student: Student) -> Iterator[Case]:
+def cases(name: str, kind: type[Loss], student: Student) -> Iterator[Case]:
     """Yield the sizes at which a loss is measured, by the features it needs."""
     takes_layers = "layers" in get_type_hints(kind)
     entry: dict[str, Any] = {"loss": name} | ({"layers": (("student", "teacher"),)} if takes_layers else {})
@@ -136,7 +136,7 @@ def cases(name: str, kind: type[LossConfig], student: Student) -> Iterator[Case]
             yield on_features(config, {"student": shape}, size, len(student.images))
 
 
-def through_the_network(config: LossConfig, student: Student) -> Case:
+def through_the_network(config: Loss, student: Student) -> Case:
     required = config.required_features({})
     features = {feature: compute_statistic(feature, torch.randn_like(student.images)) for feature in required}
     delivered = {feature: tuple(values.shape[1:]) for feature, values in features.items()}
@@ -145,7 +145,7 @@ def through_the_network(config: LossConfig, student: Student) -> Case:
     return Case(config.loss, "network", student.optimizer.zero_grad, work, [], replaces=True)
 
 
-def on_features(config: LossConfig, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:
+def on_features(config: Loss, shapes: Mapping[str, Shape], size: str, batch_size: int) -> Case:
     """Return a loss on random logits and features, with equal channels on both sides."""
     required = dict(zip(config.required_features(shapes), shapes.values(), strict=True))
     features = {
@@ -171,7 +171,7 @@ def on_features(config: LossConfig, shapes: Mapping[str, Shape], size: str, batc
     return Case(config.loss, size, prepare, work, [*inputs, *loss.parameters(), *loss.buffers()])
 
 
-def make_negatives(config: LossConfig, required: Mapping[FeatureSpec, Shape]) -> Negatives | None:
+def make_negatives(config: Loss, required: Mapping[FeatureSpec, Shape]) -> Negatives | None:
     if not config.num_negatives:
         return None
     count = config.num_negatives

@@ -1,15 +1,114 @@
 """Offline knowledge distillation: cache a teacher's outputs once, train students from the cache.
 
-`kdpipe.store` holds target stores, `kdpipe.stages` what the stages compute, `kdpipe.pipeline` the command line.
+Example:
+    import kdpipe as kd
+
+    train, test = kd.load_dataset("digits")
+    teacher = kd.create_model("cnn", train, width=32)
+    kd.train_teacher(teacher, train, test=test, epochs=40)
+    store = kd.cache_teacher(teacher, train, "runs/store.zarr", views=kd.Views(8, ["RandomCrop"]), features=["stage2"])
+    losses = [kd.losses.KD(temperature=4), kd.losses.Hint([("stage2", "stage2")], weight=5)]
+    result = kd.train_student("cnn", train, store, test=test, losses=losses)
+    small = kd.compress(result, train, store, prune=0.5, int8=True)
+    small.export("student.onnx")
+
+Names are imported on first use (PEP 562), so that `import kdpipe` costs no torch. Below this face, `kdpipe.store` holds
+target stores, `kdpipe.stages` what the stages compute, and `kdpipe.pipeline` the command line.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("kdpipe")
-except PackageNotFoundError:  # a checkout that is on PYTHONPATH without being installed
-    __version__ = "0.0.0"
+if TYPE_CHECKING:
+    from kdpipe import losses
+    from kdpipe.compression import compress, prune, quantize
+    from kdpipe.datasets import load_dataset
+    from kdpipe.models import create_model, load_student
+    from kdpipe.pipeline.callbacks.registry import register_callback
+    from kdpipe.reports import report
+    from kdpipe.results import CompressedResult, StudentResult, TeacherResult
+    from kdpipe.stages.data.image_set import ImageSet
+    from kdpipe.stages.data.sources.user_function import register_dataset
+    from kdpipe.stages.distillation.loader import DistillationLoader
+    from kdpipe.stages.losses.registry import register_loss
+    from kdpipe.stages.models.hooks import extract_features
+    from kdpipe.stages.models.user_models import register_model
+    from kdpipe.stages.runtime.callbacks import Callback, CallbackState
+    from kdpipe.stages.targets.open import open_store_anywhere as open_store
+    from kdpipe.stages.training.optim import register_optimizer, register_schedule
+    from kdpipe.stages.views.config import ViewsConfig as Views
+    from kdpipe.store import FingerprintMismatch, KdpipeError, TargetStore
+    from kdpipe.stores import verify
+    from kdpipe.students import train_student
+    from kdpipe.teachers import cache_teacher, train_teacher
 
-__all__ = ["__version__"]
+_MODULES = {
+    "compression": "compress prune quantize",
+    "datasets": "load_dataset",
+    "models": "create_model load_student",
+    "pipeline.callbacks.registry": "register_callback",
+    "reports": "report",
+    "results": "CompressedResult StudentResult TeacherResult",
+    "stages.data.image_set": "ImageSet",
+    "stages.data.sources.user_function": "register_dataset",
+    "stages.distillation.loader": "DistillationLoader",
+    "stages.losses.registry": "register_loss",
+    "stages.models.hooks": "extract_features",
+    "stages.models.user_models": "register_model",
+    "stages.runtime.callbacks": "Callback CallbackState",
+    "stages.targets.open": "open_store:open_store_anywhere",
+    "stages.training.optim": "register_optimizer register_schedule",
+    "stages.views.config": "Views:ViewsConfig",
+    "store": "FingerprintMismatch KdpipeError TargetStore",
+    "stores": "verify",
+    "students": "train_student",
+    "teachers": "cache_teacher train_teacher",
+}
+_SOURCES = {
+    name: (module, attribute or name)
+    for module, names in _MODULES.items()
+    for name, _, attribute in (entry.partition(":") for entry in names.split())
+}
+
+# fmt: off
+__all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
+    "Callback", "CallbackState", "CompressedResult", "DistillationLoader", "FingerprintMismatch", "ImageSet",
+    "KdpipeError", "StudentResult", "TargetStore", "TeacherResult", "Views", "__version__", "cache_teacher",
+    "compress", "create_model", "extract_features", "load_dataset", "load_student", "losses", "open_store", "prune",
+    "quantize", "register_callback", "register_dataset", "register_loss", "register_model", "register_optimizer",
+    "register_schedule", "report", "train_student", "train_teacher", "verify",
+]
+# fmt: on
+
+if not TYPE_CHECKING:  # mypy uses the imports above and reports unknown names
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            value = _version()
+        elif name == "losses":
+            return import_module("kdpipe.losses")
+        elif name in _SOURCES:
+            module, attribute = _SOURCES[name]
+            value = getattr(import_module(f"{__name__}.{module}"), attribute)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("kdpipe")
+    except PackageNotFoundError:  # a checkout that is on PYTHONPATH without being installed
+        return "0.0.0"
+
+
+__version__: str

@@ -27,7 +27,7 @@ from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
 from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import required_of
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import num_threads
@@ -213,7 +213,7 @@ class Run:
         """The recipe's losses and stores, opened and checked."""
         return self.open_distillation(self.recipe.distill, self.recipe.student)
 
-    def open_distillation(self, losses: Sequence[LossConfig], student: StudentConfig) -> DistillationSpec:
+    def open_distillation(self, losses: Sequence[Loss], student: StudentConfig) -> DistillationSpec:
         """Open the stores for these losses; the recipe's own store must contain the recipe's own teacher."""
         expected: dict[str, Any] = {}
         if self.stores == [self.store]:

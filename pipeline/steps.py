@@ -32,7 +32,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import lower_priority
@@ -217,7 +217,7 @@ def train_student(
 
 
 def _build_hint_task(
-    student: ModelBundle, spec: DistillationSpec, context: StageContext, loss: LossConfig, seed: int
+    student: ModelBundle, spec: DistillationSpec, context: StageContext, loss: Loss, seed: int
 ) -> TrainingTask:
     return build_task(student, spec.with_losses([loss]), seed, context)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from kdpipe.stages.errors import RecipeError
+from kdpipe.store.errors import did_you_mean
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -17,10 +21,47 @@ V = TypeVar("V", bound=tuple[object, ...])
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def section(cls: type[T]) -> type[T]:
-    """Declare a section of a recipe: frozen, keyword-only, strictly typed; an unknown key is an error."""
-    return pydantic_dataclass(config=STRICT, frozen=True, kw_only=True)(cls)  # type: ignore[return-value]
+    """Declare a section of a recipe: frozen, keyword-only, strictly typed; an unknown key is an error.
+
+    Called from Python with wrong settings, the class raises RecipeError.
+    """
+    made: Any = pydantic_dataclass(config=STRICT, frozen=True, kw_only=True)(cls)
+    made.__init__ = _with_recipe_errors(made.__init__)
+    return made  # type: ignore[no-any-return]
+
+
+def _with_recipe_errors(initialize: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(initialize)
+    def checked(self: Any, *arguments: Any, **settings: Any) -> None:
+        try:
+            initialize(self, *arguments, **settings)
+        except ValidationError as error:
+            raise RecipeError(_first_fault(type(self), error)) from None
+
+    return checked
+
+
+def _first_fault(kind: type[Any], error: ValidationError) -> str:
+    """Return the first fault of a section's settings in one sentence."""
+    faults = error.errors()
+    fault = next((one for one in faults if one["type"] != "dataclass_type"), faults[0])  # a number or a schedule
+    names = [field.name for field in fields(kind) if field.init]
+    positional = [field.name for field in fields(kind) if not field.kw_only]
+    first, *rest = fault["loc"] or ("",)
+    parts = [positional[first] if isinstance(first, int) and first < len(positional) else str(first), *map(str, rest)]
+    key = ".".join([*parts[:1], *filter(str.isdigit, parts[1:])])
+    if fault["type"] == "unexpected_keyword_argument":
+        hint = did_you_mean(key, names, otherwise=f"it takes {', '.join(names)}.")
+        return f"{kind.__name__} has no setting {key!r}; {hint}"
+    if fault["type"] == "unexpected_positional_argument":
+        return f"{kind.__name__} takes its settings by name ({', '.join(names)}), not {fault['input']!r} alone."
+    if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{kind.__name__} lacks {key!r}: give it a value."
+    message = fault["msg"].removeprefix("Value error, ")
+    setting = f": {key} = {repr(fault['input'])[:80]}" if key else ""
+    return f"{kind.__name__}{setting}: {message[:1].lower()}{message[1:]}."
 
 
 def _without_control(text: str) -> str:
@@ -62,5 +103,13 @@ def unique(values: V) -> V:
 
 
 def config_fingerprint(config: Any) -> Mapping[str, Any]:
-    """Return a config section as JSON, without the keys that cannot change a result."""
-    return {key: value for key, value in asdict(config).items() if key != "checkpoint_every_s"}
+    """Return a config section as JSON, without the keys that cannot change a result.
+
+    A section's `later_keys`, which came after the first runs were made, count where they are not at their defaults. Its
+    `source_digests` are those of the user's own code that it names.
+    """
+    later = getattr(config, "later_keys", ())
+    defaults = asdict(type(config)()) if later else {}
+    values = {key: value for key, value in asdict(config).items() if key != "checkpoint_every_s"}
+    chosen = {key: value for key, value in values.items() if key not in later or value != defaults[key]}
+    return {**chosen, **(config.source_digests() if hasattr(config, "source_digests") else {})}

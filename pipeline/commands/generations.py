@@ -19,7 +19,7 @@ from kdpipe.pipeline.terminal.output import console, new_table
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.teacher import TeacherConfig
 from kdpipe.stages.train_student.preflight import dry_run_losses
@@ -54,7 +54,7 @@ def _check(run: Run, count: int) -> None:
     """Check before training that the losses fit student and teacher, and student and student."""
     student, losses = run.recipe.student, run.recipe.distill
     require_losses(run)
-    if count > 1 and any(isinstance(loss, SimKDConfig) for loss in losses):
+    if count > 1 and any(isinstance(loss, SimKD) for loss in losses):
         raise RecipeError(
             "simkd makes the teacher's classifier part of the student, which then cannot teach another: use "
             "another loss for generations, or --count 1."

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from kdpipe.pipeline.terminal.output import console, new_table
-from kdpipe.stages.losses.describe import EVERY_ENTRY, ON_LOGITS, Key, Loss, attributes_of, description_of
+from kdpipe.stages.losses.describe import EVERY_ENTRY, ON_LOGITS, Key, LossDescription, attributes_of, description_of
 from kdpipe.stages.losses.schedules import Schedule
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def print_losses(losses: Sequence[Loss]) -> None:
+def print_losses(losses: Sequence[LossDescription]) -> None:
     """Print a table of all losses to stdout."""
     output = console()
     table = new_table("Losses of [[distill]] entries", show_lines=True)
@@ -27,7 +27,7 @@ def print_losses(losses: Sequence[Loss]) -> None:
         weight = next(key.default_text for key in loss.keys if key.name == "weight")
         own = "\n".join(_with_default(key) for key in loss.keys if key.shared_by is None) or "-"
         per = "sample" if loss.per_sample else "batch"
-        table.add_row(loss.name, f"{loss.summary}\n{loss.paper}", weight, own, loss.requires, per)
+        table.add_row(loss.name, f"{loss.summary}\n{loss.origin}", weight, own, loss.requires, per)
     output.print(table)
     for group in (EVERY_ENTRY, ON_LOGITS):
         shared = {key.name: _with_default(key) for loss in losses for key in loss.keys if key.shared_by == group}
@@ -37,10 +37,10 @@ def print_losses(losses: Sequence[Loss]) -> None:
     output.print("All keys of one loss: kdpipe losses NAME.")
 
 
-def print_loss(loss: Loss) -> None:
+def print_loss(loss: LossDescription) -> None:
     """Print the full description of one loss to stdout."""
     output = console()
-    output.print(f"{loss.name}: {loss.paper}\n", style="bold")
+    output.print(f"{loss.name}: {loss.origin}\n", style="bold")
     _print_paragraphs(output, loss.description)
     output.print(f"Required of the teacher: {loss.requires}.")
     for sentence in _limits(loss):
@@ -66,7 +66,7 @@ def _print_paragraphs(output: Console, text: str) -> None:
         output.print(" ".join(paragraph.split()) + "\n")
 
 
-def _limits(loss: Loss) -> Iterator[str]:
+def _limits(loss: LossDescription) -> Iterator[str]:
     if loss.per_sample:
         yield "Per-sample loss: supports sample weights."
     else:

@@ -18,7 +18,7 @@ from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import DataError, ModelError, RecipeError, UnknownModelError
-from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.models.build import PUBLISHED, build_model
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
@@ -143,7 +143,7 @@ def _faults_of_cache(recipe: Recipe, teacher: ModelBundle, context: StageContext
 def _faults_of_losses(recipe: Recipe, teacher: ModelBundle, context: StageContext) -> Iterator[str]:
     for where, losses in all_losses(recipe).items():
 
-        def try_losses(some: Sequence[LossConfig], where: str = where) -> None:
+        def try_losses(some: Sequence[Loss], where: str = where) -> None:
             dry_run_losses(some, recipe.student, teacher.model, context, where=where)
 
         alone = list(faults_of_each(losses, where, try_losses))

@@ -27,7 +27,7 @@ from kdpipe.stages.distillation.classifier_reuse import projector_output_path
 from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.export.onnx_export import export_onnx
-from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.saved_model import finished_record
@@ -203,7 +203,7 @@ def _prune(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, di
 def _pruning(config: CompressConfig, fine_tuning: FineTuneContext) -> PruneConfig:
     """Return the recipe's pruning, excluding the channels that the reused classifier (SimKD) reads."""
     losses = fine_tuning.spec.losses if fine_tuning.spec else ()
-    reused = [projector_output_path(loss) for loss in losses if isinstance(loss, SimKDConfig)]
+    reused = [projector_output_path(loss) for loss in losses if isinstance(loss, SimKD)]
     return replace(config.prune, exclude=(*config.prune.exclude, *reused))
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, RecipeError, cause
-from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import feature_shapes, get_module
 from kdpipe.stages.models.safetensors_io import load_tensors
@@ -34,7 +34,7 @@ ImageShape = tuple[int, int, int]
 
 
 def reuse_teacher_classifier(
-    network: ModelBundle, config: SimKDConfig, run: Path, image_shape: ImageShape, seed: int
+    network: ModelBundle, config: SimKD, run: Path, image_shape: ImageShape, seed: int
 ) -> ModelBundle:
     """Add a projector and the teacher's classifier to `network`, in place, and to the record of its architecture.
 
@@ -52,7 +52,7 @@ def reuse_teacher_classifier(
     return replace(network, architecture={**network.architecture, "reused_classifier": record})
 
 
-def teacher_file(config: SimKDConfig, run: Path) -> Path:
+def teacher_file(config: SimKD, run: Path) -> Path:
     """Return the file with the teacher's weights. Raises RecipeError if there is none."""
     path = Path(config.teacher) if config.teacher else run / "teacher" / "model.safetensors"
     if not path.exists():
@@ -60,7 +60,7 @@ def teacher_file(config: SimKDConfig, run: Path) -> Path:
     return path
 
 
-def require_teacher(config: SimKDConfig, run: Path, teacher: Mapping[str, Any], store: Path) -> None:
+def require_teacher(config: SimKD, run: Path, teacher: Mapping[str, Any], store: Path) -> None:
     """Raise FingerprintMismatch unless the file's weights are those of the teacher that filled `store`."""
     actual = state_sha256(load_tensors(teacher_file(config, run))[0])
     if found := differences(teacher.get("weights_sha256"), actual, "weights_sha256"):
@@ -95,7 +95,7 @@ def linear_at(teacher: nn.Module, path: str) -> nn.Linear:
 
 
 def reuse_classifier(
-    student: nn.Module, config: SimKDConfig, image_shape: ImageShape, classifier: nn.Linear, *, seed: int
+    student: nn.Module, config: SimKD, image_shape: ImageShape, classifier: nn.Linear, *, seed: int
 ) -> nn.Module:
     """Add a projector, initialized from `seed`, and a frozen copy of the teacher's classifier to `student`, in place.
 
@@ -119,7 +119,7 @@ def reuse_classifier(
 
 def add_projector(
     student: nn.Module,
-    config: SimKDConfig,
+    config: SimKD,
     image_shape: ImageShape,
     *,
     num_features: int,
@@ -154,7 +154,7 @@ def add_projector(
     return student
 
 
-def projector_output_path(config: SimKDConfig) -> str:
+def projector_output_path(config: SimKD) -> str:
     """Return the path of the projector's last convolution, whose output goes to the teacher's classifier."""
     return f"{config.layers[0][0]}.projector.6"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import LogitLossConfig, LossConfig
+from kdpipe.stages.losses.base import LogitLoss, Loss
 from kdpipe.stages.losses.schedules import bounds
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.join import JoinedStore
@@ -15,9 +15,7 @@ from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.store import StoreError, TargetStore, interpolation
 
 
-def check_losses(
-    losses: Sequence[LossConfig], views: ViewsConfig, teachers: TeachersConfig, where: str = "distill"
-) -> None:
+def check_losses(losses: Sequence[Loss], views: ViewsConfig, teachers: TeachersConfig, where: str = "distill") -> None:
     """Raise RecipeError for losses that do not support the recipe's settings, whatever the stores contain."""
     if losses and views.mix is not None and teachers.weights == "confidence":
         raise RecipeError(
@@ -52,7 +50,7 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
             "different classes cannot be averaged: set student.teachers.ensemble = 'probabilities'."
         )
     for number, loss in enumerate(spec.losses):
-        whole = loss.whole_logits or (isinstance(loss, LogitLossConfig) and loss.standardize)
+        whole = loss.whole_logits or (isinstance(loss, LogitLoss) and loss.standardize)
         if whole and loss.on_logits and (partial if loss.store is None else loss.store in partial):
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) needs the logits of all classes, and a teacher lacks some of the "
@@ -98,7 +96,7 @@ def _require_probabilities(store: TargetStore, entry: str) -> None:
         ) from error
 
 
-def require_logits(stores: Sequence[TargetStore], losses: Sequence[LossConfig], teachers: TeachersConfig) -> None:
+def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teachers: TeachersConfig) -> None:
     """Check that stores with top-k logits have what the losses require.
 
     Raises:
@@ -109,7 +107,7 @@ def require_logits(stores: Sequence[TargetStore], losses: Sequence[LossConfig], 
         for index, store in enumerate(stores):
             if not store.manifest.top_k or not loss.on_logits or loss.store not in (None, index):
                 continue
-            if loss.whole_logits or (isinstance(loss, LogitLossConfig) and loss.standardize):
+            if loss.whole_logits or (isinstance(loss, LogitLoss) and loss.standardize):
                 raise RecipeError(
                     f"distill.{number} ({loss.loss}) needs the logits of all classes, but {store.path} has only the "
                     f"{store.manifest.top_k.k} largest: cache without cache.top_k into another store."

@@ -8,9 +8,9 @@ from typing import Any
 
 from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import required_of
-from kdpipe.stages.losses.features.fitnet import FitNetConfig
+from kdpipe.stages.losses.features.fitnet import FitNet
 from kdpipe.stages.losses.inputs import TeacherShapes
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import Schedule, Scheduled
@@ -40,7 +40,7 @@ class DistillationSpec:
 
     stores: Sequence[TargetStore]
     shapes: Mapping[str, Shape]
-    losses: Sequence[LossConfig]
+    losses: Sequence[Loss]
     hard_label_weight: Scheduled
     target_loading: TargetLoadingConfig = field(default_factory=TargetLoadingConfig)
     missing_targets: Missing = "error"
@@ -70,14 +70,14 @@ class DistillationSpec:
         """Return the features required of each store."""
         return [required_of(self.losses, self.shapes, number) for number in range(len(self.stores))]
 
-    def with_losses(self, losses: Sequence[LossConfig]) -> DistillationSpec:
+    def with_losses(self, losses: Sequence[Loss]) -> DistillationSpec:
         """Return the same with these losses alone."""
         return replace(self, losses=tuple(losses))
 
     @property
     def without_hint_losses(self) -> DistillationSpec:
         """Return the losses of the student's own training: without the FitNet stages before it."""
-        return self.with_losses([loss for loss in self.losses if not isinstance(loss, FitNetConfig)])
+        return self.with_losses([loss for loss in self.losses if not isinstance(loss, FitNet)])
 
     def join_stores(self, train_set: ImageSet) -> list[JoinedStore]:
         """Return the stores, joined to the training samples by id. Raises like `join`."""
@@ -93,7 +93,7 @@ class DistillationSpec:
         ]
 
 
-def _loss_json(loss: LossConfig) -> dict[str, Any]:
+def _loss_json(loss: Loss) -> dict[str, Any]:
     """Return what decides a loss, without common keys at their defaults."""
     defaults = {"store": None, "samples": asdict(SampleSelection()), "standardize": False}
     record = {

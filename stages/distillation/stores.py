@@ -15,8 +15,8 @@ from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
 from kdpipe.stages.distillation.teacher_accuracy import test_accuracies
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import LossConfig
-from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.targets.ensemble import check_teachers
 from kdpipe.stages.targets.open import local_store_path, open_with_views
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def open_distillation(
     places: Sequence[Path | str],
-    losses: Sequence[LossConfig],
+    losses: Sequence[Loss],
     student: StudentConfig,
     identity: Mapping[str, Any],
     context: StageContext,
@@ -79,7 +79,7 @@ def open_distillation(
     if student.teachers.weights == "accuracy":
         spec = replace(spec, accuracies=test_accuracies(places, student.teachers, context))
     for loss in losses:
-        if isinstance(loss, SimKDConfig):
+        if isinstance(loss, SimKD):
             store = stores[loss.store or 0]
             require_teacher(loss, context.run_dir, store.manifest.identity.teacher, store.path)
     return spec

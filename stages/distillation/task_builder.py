@@ -10,9 +10,9 @@ from kdpipe.stages.distillation.classifier_reuse import reuse_teacher_classifier
 from kdpipe.stages.distillation.compatibility import check_combination
 from kdpipe.stages.distillation.spec import DistillationSpec, shapes_of
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import build_distillation, student_layers
-from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.hooks import feature_shapes
@@ -22,7 +22,7 @@ from kdpipe.stages.targets.reader import Targets
 from kdpipe.stages.training.task import TrainingTask
 
 
-def student_shapes(config: StudentConfig, losses: Sequence[LossConfig], context: StageContext) -> Shapes:
+def student_shapes(config: StudentConfig, losses: Sequence[Loss], context: StageContext) -> Shapes:
     """Return the shapes of the student's features for `losses`; raises ModelError for unknown paths."""
     model = build_student(config, config.seeds[0], context).model
     return feature_shapes(model, student_layers(losses), context.image_shape)
@@ -67,14 +67,12 @@ def build_task(
     )
 
 
-def build_student(
-    config: StudentConfig, seed: int, context: StageContext, losses: Sequence[LossConfig] = ()
-) -> ModelBundle:
+def build_student(config: StudentConfig, seed: int, context: StageContext, losses: Sequence[Loss] = ()) -> ModelBundle:
     """Build the untrained student of a seed, with the modules that `losses` add to it."""
     normalize = model_normalization(context.train_set, config.model.weights, config.mean, config.std)
     network = ModelBundle(context.build_model(config.model, seed), context.architecture(config.model), normalize)
     for loss in losses:
-        if isinstance(loss, SimKDConfig):
+        if isinstance(loss, SimKD):
             own = derive_seed(seed, "projector")
             network = reuse_teacher_classifier(network, loss, context.run_dir, context.image_shape, own)
     return network

@@ -3,12 +3,12 @@
 A loss is a configuration class: the keys of its `[[distill]]` entry, and `build`, which makes the module that computes
 it. Start from the nearest base class, and list the new class in `registry.py`:
 
-- `LogitLossConfig`: a loss on logits. Override `compute`. `SoftLogitLossConfig` has the key `temperature` as well.
-- `FeatureLossConfig`: a loss at pairs of layers. Override `build_pair`, and `teacher_feature` if a statistic of the
+- `LogitLoss`: a loss on logits. Override `compute`. `SoftLogitLoss` has the key `temperature` as well.
+- `FeatureLoss`: a loss at pairs of layers. Override `build_pair`, and `teacher_feature` if a statistic of the
   teacher's layer, which takes less space in the store than its map, is enough.
-- `MapLossConfig`: the same for maps [C, H, W] that are pooled to one size, without parameters.
-- `RelationLossConfig` (`relations/relation.py`): relations between the samples of a batch, at pairs of layers.
-- `LossConfig`: anything else. Override `compute`, or `build` if the loss has parameters.
+- `MapLoss`: the same for maps [C, H, W] that are pooled to one size, without parameters.
+- `RelationLoss` (`relations/relation.py`): relations between the samples of a batch, at pairs of layers.
+- `Loss`: anything else. Override `compute`, or `build` if the loss has parameters.
 
 What happens with it, in this order:
 
@@ -25,7 +25,7 @@ What happens with it, in this order:
 
 Example:
     @section
-    class LogitMAEConfig(LogitLossConfig):
+    class LogitMAEConfig(LogitLoss):
         '''Mean absolute error between the logits of student and teacher.
 
         Attributes:
@@ -45,24 +45,27 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.alone import LossModule, StudentOutput, TeacherOutput
+from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
 from kdpipe.stages.losses.sample_selection import SampleSelection
-from kdpipe.stages.losses.schedules import Scheduled, Temperature
-from kdpipe.stages.losses.shapes import Pair, Size, poolable, shape_mismatch_error
+from kdpipe.stages.losses.schedules import FINISHED, Scheduled, Temperature, TrainProgress
+from kdpipe.stages.losses.shapes import Layers, Pair, Size, poolable, shape_mismatch_error
 from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.runtime.user_code import object_sha256
 from kdpipe.stages.targets.feature_spec import MAP, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import pool_to
 
 
 @section
-class LossConfig:
+class Loss:
     """Configuration of a loss: the keys that every `[[distill]]` entry has.
 
     Attributes:
@@ -72,8 +75,9 @@ class LossConfig:
         samples: which samples the loss is computed on, and their weights.
     """
 
-    paper: ClassVar[str]
-    requires: ClassVar[str]  # the required outputs of the teacher, in words, for `kdpipe losses`
+    paper: ClassVar[str] = ""
+    requires: ClassVar[str] = "logits"  # the required outputs of the teacher, in words, for `kdpipe losses`
+    original: ClassVar[object] = None  # the user's class or function, whose source is part of what decides a job
     per_sample: ClassVar[bool] = True  # one value per sample, so that samples can be weighted; else one per batch
     one_label: ClassVar[bool] = False  # needs a single label per sample, which mixed samples do not have
     whole_logits: ClassVar[bool] = False  # needs the teacher's logits of all classes, which top-k stores do not have
@@ -83,7 +87,14 @@ class LossConfig:
     loss: str
     weight: Scheduled = 1.0
     store: Annotated[int, Field(ge=0), max_value(1000)] | None = None
-    samples: SampleSelection = Field(default_factory=SampleSelection)
+    samples: SampleSelection = Field(default_factory=SampleSelection, kw_only=True)
+
+    def source_digests(self) -> dict[str, str]:
+        """Return the digest of the source of a user's loss, which is part of what decides a job; none if built in."""
+        written: Any = type(self).original or type(self)
+        if written.__module__.partition(".")[0] == "kdpipe":
+            return {}
+        return {"source_sha256": object_sha256(written, f"loss = {self.loss!r}", RecipeError)}
 
     @property
     def num_negatives(self) -> int:
@@ -113,17 +124,66 @@ class LossConfig:
         Raises:
             RecipeError: The shapes of student and teacher do not match.
         """
-        return StatelessLoss(self)
+        return StatelessModule(self)
 
     def compute(self, inputs: LossInputs) -> Tensor:
         """Compute a loss that has no parameters: [B] if `per_sample`, else a scalar."""
         raise NotImplementedError
 
+    def __call__(
+        self,
+        student: StudentOutput,
+        teacher: TeacherOutput,
+        labels: Tensor | None = None,
+        *,
+        progress: TrainProgress = FINISHED,
+        ranks: Tensor | None = None,
+        negatives: Negatives | None = None,
+        input_gradient: Tensor | None = None,
+    ) -> Tensor:
+        """Return what training would add for these outputs: weight times the mean loss, a scalar in float32 or wider.
 
-class StatelessLoss(nn.Module):
+        Arguments are those of `LossModule.forward`.
+
+        Raises:
+            RecipeError: The loss has something to train, so that `module` is needed; or an output is missing.
+        """
+        module = self.module(student, teacher, num_samples=0)
+        if next(module.parameters(), None) is not None:
+            name = type(self).__name__
+            raise RecipeError(
+                f"{name} has parameters that train with the student: build it once, module = {name}(...).module("
+                "student_output, teacher_output), give module.parameters() to the optimizer, and call the module."
+            )
+        loss: Tensor = module(
+            student,
+            teacher,
+            labels,
+            progress=progress,
+            ranks=ranks,
+            negatives=negatives,
+            input_gradient=input_gradient,
+        )
+        return loss
+
+    def module(
+        self, student: StudentOutput, teacher: TeacherOutput, *, num_samples: int = 0, num_classes: int = 0
+    ) -> LossModule:
+        """Build the loss as a module for outputs of these shapes, to be used alone as `__call__`.
+
+        Args:
+            student: An output of the student, for its shapes.
+            teacher: An output of the teacher.
+            num_samples: Size of the data set, for losses with a memory of the samples.
+            num_classes: By default that of the logits.
+        """
+        return LossModule(self, student, teacher, num_samples, num_classes)
+
+
+class StatelessModule(nn.Module):
     """A loss without parameters, computed by its configuration."""
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: Loss) -> None:
         super().__init__()
         self.config = config
 
@@ -132,7 +192,7 @@ class StatelessLoss(nn.Module):
 
 
 @section
-class LogitLossConfig(LossConfig):
+class LogitLoss(Loss):
     """Configuration of a loss on logits.
 
     Attributes:
@@ -147,7 +207,7 @@ class LogitLossConfig(LossConfig):
 
 
 @section
-class SoftLogitLossConfig(LogitLossConfig):
+class SoftLogitLoss(LogitLoss):
     """Configuration of a loss on softened logits.
 
     Attributes:
@@ -161,7 +221,7 @@ class SoftLogitLossConfig(LogitLossConfig):
 
 
 @section
-class FeatureLossConfig(LossConfig):
+class FeatureLoss(Loss):
     """Configuration of a loss on pairs of layers.
 
     Attributes:
@@ -170,7 +230,7 @@ class FeatureLossConfig(LossConfig):
 
     requires: ClassVar[str] = "map [C, H, W] of each layer"
 
-    layers: Annotated[tuple[Pair, ...], Field(min_length=1)]
+    layers: Layers = Field(kw_only=False)
 
     def student_layers(self) -> tuple[str, ...]:
         return tuple(student_layer for student_layer, _ in self.layers)
@@ -186,7 +246,7 @@ class FeatureLossConfig(LossConfig):
 
     def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
         features = self.required_features(student)
-        return PairedLoss(
+        return PairedModule(
             self.student_layers(),
             features,
             [
@@ -207,7 +267,7 @@ class FeatureLossConfig(LossConfig):
         raise NotImplementedError
 
 
-class PairedLoss(nn.Module):
+class PairedModule(nn.Module):
     """The sum of a loss over pairs of layers: `pairs` has the module of each pair."""
 
     def __init__(self, layers: Sequence[str], features: Sequence[FeatureSpec], pairs: Sequence[nn.Module]) -> None:
@@ -224,7 +284,7 @@ class PairedLoss(nn.Module):
 
 
 @section
-class MapLossConfig(FeatureLossConfig):
+class MapLoss(FeatureLoss):
     """Configuration of a per-sample loss on feature maps of equal aspect ratio, the larger average-pooled first."""
 
     expected: ClassVar[str] = "layers whose maps have the same aspect ratio"
@@ -242,13 +302,13 @@ class MapLossConfig(FeatureLossConfig):
         size = self.common_size(student, teacher, feature)
         if size is None or not poolable(student, size):
             raise shape_mismatch_error(self.loss, pair, student, teacher, self.expected)
-        return MapLoss(self, feature, size)
+        return MapModule(self, feature, size)
 
 
-class MapLoss(nn.Module):
+class MapModule(nn.Module):
     """The distance of the student's maps, pooled to (H, W) = `size`, from the teacher's feature, [B]."""
 
-    def __init__(self, config: MapLossConfig, feature: FeatureSpec, size: Size) -> None:
+    def __init__(self, config: MapLoss, feature: FeatureSpec, size: Size) -> None:
         super().__init__()
         self.config = config
         self.feature = feature

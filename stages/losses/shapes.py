@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field, GetPydanticSchema, Strict
 from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError
@@ -11,6 +15,11 @@ Size = tuple[int, int]
 
 Pair = tuple[str, str]
 """(Student module path, teacher module path)."""
+
+_PAIRS = Annotated[tuple[Annotated[Pair, Strict(False)], ...], Strict(False), Field(min_length=1)]
+
+Layers = Annotated[Sequence[Pair], GetPydanticSchema(lambda _, handler: handler(_PAIRS))]
+"""Pairs of layers, one or more: a tuple, for which lists are accepted."""
 
 
 def map_size(shape: Shape) -> Size | None:

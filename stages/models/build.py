@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ from torch import Tensor, nn
 
 from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.errors import ModelError, UnknownModelError, cause
+from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
 from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refusal
 from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
 from kdpipe.stages.models.weights import load_weights
+from kdpipe.stages.runtime.user_source import object_sha256
 from kdpipe.store.errors import did_you_mean
 
 TORCHVISION = "torchvision:"
+OBJECT = "object:"
+"""Prefix of the name, in records, of a network object whose class is in no registry."""
+
 PUBLISHED = "published"
 
 
@@ -39,6 +45,13 @@ class ModelConfig:
     weights: PathStr | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class GivenModel(ModelConfig):
+    """A network object with its current weights in place of a recipe's section; copies of it are trained."""
+
+    module: nn.Module
+
+
 def build_model(
     config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int], seed: int
 ) -> nn.Module:
@@ -47,6 +60,10 @@ def build_model(
     Equal seeds give equal weights, and torch's global generators are left unchanged. Raises ModelError for an unknown
     name, unknown arguments, images that do not fit the network, or weights that cannot be loaded.
     """
+    if isinstance(config, GivenModel):
+        given = clone_without_hooks(config.module).cpu()
+        _check_fit(type(config.module).__name__, given, num_classes, (in_channels, *image_size))
+        return given
     # On the CPU only: torch.manual_seed would also reset the generators of every GPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -66,6 +83,7 @@ def architecture(
     ModelError if there is no source, or `args` are no JSON.
     """
     args = _default_args(config.name) | config.args
+    own = _object_identity(config.module) if isinstance(config, GivenModel) and config.name.startswith(OBJECT) else {}
     try:
         args = json.loads(json.dumps(args, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -80,6 +98,16 @@ def architecture(
         "in_channels": in_channels,
         "image_size": list(image_size),
         **({"source_sha256": source} if source else {}),
+        **own,
+    }
+
+
+def _object_identity(model: nn.Module) -> dict[str, str]:
+    """Return the digests of the source and structure of a network that has no name to build it by."""
+    kind = type(model)
+    return {
+        "source_sha256": object_sha256(kind, f"the network {kind.__qualname__}", ModelError),
+        "structure_sha256": hashlib.sha256(str(model).encode()).hexdigest(),
     }
 
 

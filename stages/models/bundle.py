@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.weights import weights_sha256
@@ -19,6 +19,11 @@ class ModelBundle:
     model: nn.Module
     architecture: Mapping[str, Any]
     normalize: Normalization
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Compute the logits [B, num_classes] of images uint8 [B, C, H, W]."""
+        logits: Tensor = self.model(self.normalize(images))
+        return logits
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -79,8 +79,8 @@ def parse_statistic(layer: str, text: str) -> FeatureSpec | None:
     return FeatureSpec(layer, found[1], (int(found[2]), int(found[3])) if found[2] else None)
 
 
-def parse_feature(text: str) -> FeatureSpec:
-    """Parse a feature as in recipes: `layer3` for the map, `layer3:pooled` for a statistic.
+def parse_feature(text: str, where: str = "cache.layers") -> FeatureSpec:
+    """Parse a feature as in recipes: `layer3` for the map, `layer3:pooled` for a statistic; `where` is for errors.
 
     Raises:
         RecipeError: It is not valid.
@@ -89,7 +89,7 @@ def parse_feature(text: str) -> FeatureSpec:
     feature = parse_statistic(layer, kind if colon else MAP) if layer else None
     if feature is None:
         raise RecipeError(
-            f"cache.layers has {text!r}: expected a module path, optionally followed by a colon and one of "
+            f"{where} has {text!r}: expected a module path, optionally followed by a colon and one of "
             f"{', '.join(name for name in STATISTIC_FUNCTIONS if name not in (MAP, INPUT_GRADIENT))}; or "
             f"{INPUT}:{INPUT_GRADIENT}."
         )

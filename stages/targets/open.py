@@ -32,6 +32,22 @@ def open_with_views(path: Path, views: Mapping[str, Any], identity: Mapping[str,
     return open_store(path, {**identity, "views": dict(views)}, advice)
 
 
+def open_store_anywhere(place: str | Path, monitor: RunMonitor | None = None) -> TargetStore:
+    """Open the store at a path or URL.
+
+    A local store is memory-mapped; one at a URL, or an archive, is first copied to this machine's cache (KDPIPE_CACHE),
+    once for all jobs. A training streams what is too large to be mapped.
+
+    Example:
+        >>> store = open_store_anywhere("runs/digits/store.zarr")       # doctest: +SKIP
+        >>> store.gather("logits", view=0, sample_ids=np.arange(8))     # doctest: +SKIP
+
+    Raises:
+        StoreError: There is no store, or it is incomplete or damaged.
+    """
+    return open_store(local_store_path(place if is_url(place) else Path(place), monitor or RunMonitor()))
+
+
 def local_store_path(place: Path | str, monitor: RunMonitor) -> Path:
     """Return a local path of a store that can be memory-mapped, staging it first if necessary."""
 

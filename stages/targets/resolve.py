@@ -56,7 +56,7 @@ def resolve_feature(store: TargetStore, feature: FeatureSpec) -> FeatureSource:
     shapes = {spec.name: spec.row_shape for spec in store.arrays}
     for candidate in (feature, replace(feature, size=None)):
         array = candidate.array
-        if array in shapes and (candidate == feature or _fits(shapes[array], feature)):
+        if array in shapes and (candidate == feature or fits(shapes[array], feature)):
             return FeatureSource(feature, array, None, shapes[array])
     whole = FeatureSpec(feature.layer, MAP)
     if whole.array in shapes and feature.statistic != INPUT_GRADIENT:
@@ -85,7 +85,7 @@ def smallest_feature(feature: FeatureSpec, shape: Shape) -> FeatureSpec:
     return FeatureSpec(feature.layer, MAP) if keeps_map and feature.statistic != INPUT_GRADIENT else fitted
 
 
-def _fits(shape: Shape, feature: FeatureSpec) -> bool:
+def fits(shape: Shape, feature: FeatureSpec) -> bool:
     """Return whether an array with rows of `shape`, computed from unpooled maps, fits the required size."""
     if feature.size is None:
         return True

@@ -17,7 +17,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.losses.distillation import student_layers
-from kdpipe.stages.losses.registry import AnyLossConfig
+from kdpipe.stages.losses.registry import AnyLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.runtime.distributed import ProcessGroup
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
@@ -49,7 +49,7 @@ VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"), Af
 class CompareEntry:
     """Configuration of a variant: its losses and overrides of `student`. Without losses there is no teacher."""
 
-    distill: tuple[AnyLossConfig, ...] = ()
+    distill: tuple[AnyLoss, ...] = ()
     hard_label_weight: Scheduled | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
 

@@ -11,8 +11,8 @@ from kdpipe.stages.distillation.classifier_reuse import add_projector, linear_at
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RecipeError
-from kdpipe.stages.losses.base import LossConfig
-from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes
 from kdpipe.stages.models.hooks import feature_shapes
 from kdpipe.stages.targets.ensemble import check_teachers
@@ -20,7 +20,7 @@ from kdpipe.stages.targets.feature_spec import source_shapes, statistic_shape
 
 
 def dry_run_losses(
-    losses: Sequence[LossConfig],
+    losses: Sequence[Loss],
     student: StudentConfig,
     teacher: nn.Module,
     context: StageContext,
@@ -57,20 +57,18 @@ def dry_run_losses(
             _build(loss, shapes, teacher, context, entry=entry)
 
 
-def _student(
-    losses: Sequence[LossConfig], student: StudentConfig, teacher: nn.Module, context: StageContext
-) -> nn.Module:
+def _student(losses: Sequence[Loss], student: StudentConfig, teacher: nn.Module, context: StageContext) -> nn.Module:
     """Build the untrained student, with the modules that `losses` add to it."""
     model = build_student(student, student.seeds[0], context).model
     for loss in losses:
-        if isinstance(loss, SimKDConfig) and loss.teacher is None:
+        if isinstance(loss, SimKD) and loss.teacher is None:
             classifier = linear_at(teacher, loss.classifier[1])
             features, classes = classifier.in_features, classifier.out_features
             add_projector(model, loss, context.image_shape, num_features=features, num_classes=classes)
     return model
 
 
-def _build(loss: LossConfig, shapes: Shapes, teacher: nn.Module, context: StageContext, *, entry: str) -> None:
+def _build(loss: Loss, shapes: Shapes, teacher: nn.Module, context: StageContext, *, entry: str) -> None:
     features = loss.required_features(shapes)
     try:
         sources = source_shapes(teacher, features, context.image_shape)

@@ -13,8 +13,8 @@ from kdpipe.stages.config import config_fingerprint
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.losses.base import LossConfig
-from kdpipe.stages.losses.features.fitnet import FitNetConfig
+from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.features.fitnet import FitNet
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.numerics import derive_seed
@@ -55,8 +55,8 @@ def student_fingerprint(
 def train_hint_stages(
     job: TrainJob,
     student: ModelBundle,
-    losses: Sequence[LossConfig],
-    build: Callable[[LossConfig, int], TrainingTask],
+    losses: Sequence[Loss],
+    build: Callable[[Loss, int], TrainingTask],
     *,
     device: torch.device,
     monitor: RunMonitor,
@@ -75,7 +75,7 @@ def train_hint_stages(
         monitor: Progress and the stop flag.
     """
     process_group = job.process_group
-    stages = [stage for loss in losses if isinstance(loss, FitNetConfig) for stage in loss.stages()]
+    stages = [stage for loss in losses if isinstance(loss, FitNet) for stage in loss.stages()]
     if not stages or process_group.on_main(job.job_dir.checkpoint.exists):
         return  # the student's own training has begun
     for number, stage in enumerate(stages, 1):
@@ -86,7 +86,7 @@ def train_hint_stages(
                 name=f"{job.name}, hint {number} of {len(stages)}",
                 task=replace(build(stage, derive_seed(job.seed, "hint", number)), hints_only=True),
                 test=None,
-                config=replace(job.config, epochs=stage.stage_epochs, schedule="step", milestones=()),
+                config=replace(job.config, epochs=stage.stage_epochs, schedule="constant", schedule_args={}),
                 job_dir=job_dir,
                 student_layers=stage.student_layers(),
             )

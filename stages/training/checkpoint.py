@@ -12,15 +12,25 @@ from torch import Tensor, nn
 
 from kdpipe.stages.errors import RunError, cause
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
+from kdpipe.stages.training.optimization.averaging import WeightAverage
+from kdpipe.stages.training.optimization.optimizer_state import pack_optimizer, unpack_optimizer
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """The objects that training changes: the student with the losses' adapters, the optimizer, the loss scaler."""
+    """The objects that training changes.
+
+    Attributes:
+        modules: The student with the losses' adapters.
+        optimizer: The optimizer of all of them.
+        scaler: The loss scaler.
+        average: The moving average of the student's weights, if there is one.
+    """
 
     modules: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: WeightAverage | None = None
 
 
 @dataclass
@@ -32,6 +42,8 @@ class Progress:
         sums: The sums of this epoch's losses.
         history: The metrics of the finished epochs.
         micro_batches: The number of micro-batches per batch, more than 1 after memory ran out.
+        stopped_by: The callback that asked to end the training after this epoch.
+        callbacks: The states of the callbacks, by name.
     """
 
     epoch: int = 0
@@ -39,17 +51,19 @@ class Progress:
     sums: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     micro_batches: int = 1
+    stopped_by: str | None = None
+    callbacks: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
     """Write a checkpoint atomically."""
-    packed = state.optimizer.state_dict()
-    tensors = {f"modules/{name}": tensor for name, tensor in state.modules.state_dict().items()}
+    tensors, optimizer = pack_optimizer(state.optimizer)
+    tensors |= {f"modules/{name}": tensor for name, tensor in state.modules.state_dict().items()}
     tensors |= {f"sums/{name}": total for name, total in progress.sums.items()}
-    for index, slots in packed["state"].items():
-        tensors |= {f"optimizer/{index}/{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
-    record = {key: getattr(progress, key) for key in ("epoch", "step", "history", "micro_batches")}
-    save_tensors(path, tensors, record | {"scaler": state.scaler.state_dict()})
+    tensors |= {f"average/{name}": tensor for name, tensor in state.average.tensors.items()} if state.average else {}
+    keys = ("epoch", "step", "history", "micro_batches", "stopped_by", "callbacks")
+    record = {key: getattr(progress, key) for key in keys}
+    save_tensors(path, tensors, record | {"scaler": state.scaler.state_dict(), "optimizer": optimizer})
 
 
 def load_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
@@ -57,28 +71,18 @@ def load_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
     tensors, record = load_tensors(path)
     try:
         state.modules.load_state_dict(_with_prefix(tensors, "modules/"))
-        # The only group setting that changes, the learning rate, is set before every step.
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": _slots(tensors, state.optimizer), "param_groups": groups})
+        of_optimizer = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer/")}
+        unpack_optimizer(state.optimizer, of_optimizer, record["optimizer"])
+        if state.average:
+            state.average.load(_with_prefix(tensors, "average/"))
         state.scaler.load_state_dict(record["scaler"])
         progress.epoch, progress.step, progress.history = _position(record)
         progress.micro_batches = max(1, int(record["micro_batches"]))
+        progress.stopped_by, progress.callbacks = record.get("stopped_by"), dict(record.get("callbacks") or {})
         device = next(state.modules.parameters()).device
         progress.sums = {name: total.to(device) for name, total in _with_prefix(tensors, "sums/").items()}
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise RunError(f"{path} does not fit this job ({cause(error)}): delete it to restart the job.") from error
-
-
-def _slots(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """Return the optimizer's state by parameter number; raises ValueError if it belongs to other parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    slots: dict[int, dict[str, Tensor]] = {}
-    for key, value in _with_prefix(tensors, "optimizer/").items():
-        index, slot = key.split("/", 1)
-        if not index.isdecimal() or value.shape not in (torch.Size(), parameters[int(index)].shape):
-            raise ValueError(f"{key} belongs to another network")
-        slots.setdefault(int(index), {})[slot] = value
-    return slots
 
 
 def _position(record: dict[str, Any]) -> tuple[int, int, list[dict[str, Any]]]:

@@ -1,16 +1,31 @@
-"""Optimizers, and the learning rate as a pure function of the step, so that schedules have no state to save."""
+"""Configuration of training, and the optimizer and learning rate that it describes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from kdpipe.stages.config import Count, section
+from kdpipe.stages.config import Count, PathStr, section
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.runtime.user_code import is_user_reference
+from kdpipe.stages.training.optimization.clipping import ClipMode
+from kdpipe.stages.training.optimization.keywords import named_keywords
+from kdpipe.stages.training.optimization.optimizers import (
+    OPTIMIZERS,
+    find_optimizer,
+    make_optimizer,
+    optimizer_keywords,
+)
+from kdpipe.stages.training.optimization.param_groups import parameter_groups
+from kdpipe.stages.training.optimization.schedules import SCHEDULES, make_schedule
+from kdpipe.stages.training.optimization.timm_glue import PREFIX
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 @section
@@ -20,59 +35,151 @@ class TrainConfig:
     Attributes:
         epochs: Passes over the training set.
         batch_size: Samples per step; batches are full, and the few samples left over differ from epoch to epoch.
-        optimizer: "sgd" or "adamw".
+        optimizer: One of torch.optim ("sgd", "adamw", "adam", ...), "timm:NAME", "python:module:factory", or a
+            registered one.
         lr: The highest learning rate.
-        momentum: Momentum of SGD.
-        nesterov: Whether SGD uses Nesterov momentum.
+        momentum: Momentum of the optimizers that have it, as SGD.
+        nesterov: Whether to use Nesterov momentum, where the optimizer can.
+        betas: The betas of Adam and its relatives; by default the optimizer's own.
         weight_decay: The weight decay, in units of the learning rate.
-        schedule: "cosine" decays to zero; "step" multiplies by gamma at the milestones.
+        optimizer_args: Further arguments of the optimizer.
+        decay_norm_and_bias: Whether norms, biases and other vectors have weight decay too.
+        layer_decay: The factor of the learning rate from each layer to the one before it; by default all have the same.
+        schedule: "cosine", "linear" and "polynomial" fall to min_lr; "step" multiplies by gamma at the milestones;
+            "constant"; or "timm:NAME", "python:module:function", or a registered one.
+        schedule_args: Further arguments of the schedule.
+        min_lr: The learning rate to which schedules fall.
         warmup_epochs: Epochs over which the rate rises linearly to lr.
         milestones: The epochs at which a step schedule multiplies the rate by gamma.
         gamma: The factor of a step schedule.
+        clip_grad: The limit to which gradients are clipped; by default they are not.
+        clip_grad_mode: "norm" limits the norm of all gradients together, "value" each of their values, "agc" each
+            unit's norm as a fraction of that of its weights (timm).
+        ema_decay: The decay of an exponential moving average of the weights, which is what is evaluated and exported.
         precision: "auto" is mixed precision (bfloat16, else float16) on CUDA and float32 elsewhere.
         checkpoint_every_s: Seconds between checkpoints; it never changes the result.
     """
 
+    later_keys: ClassVar[tuple[str, ...]] = (
+        "betas",
+        "optimizer_args",
+        "decay_norm_and_bias",
+        "layer_decay",
+        "schedule_args",
+        "min_lr",
+        "clip_grad",
+        "clip_grad_mode",
+        "ema_decay",
+    )
+
     epochs: Annotated[int, Field(ge=0, le=10**6)] = 20
     batch_size: Count = 128
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: PathStr = "sgd"
     lr: Annotated[float, Field(gt=0, le=1e6)] = 0.05
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Fraction = 0.9
     nesterov: bool = False
+    betas: tuple[Fraction, ...] = ()
     weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 5e-4
-    schedule: Literal["cosine", "step"] = "cosine"
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    decay_norm_and_bias: bool = True
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    schedule: PathStr = "cosine"
+    schedule_args: dict[str, Any] = field(default_factory=dict)
+    min_lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     milestones: tuple[Count, ...] = ()
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    clip_grad: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    clip_grad_mode: ClipMode = "norm"
+    ema_decay: Fraction | None = None
     precision: Literal["auto", "float32"] = "auto"
     checkpoint_every_s: Annotated[float, Field(ge=0, le=1e9)] = 30.0
 
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}: lower it")
 
-def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimizer over the parameters of the student and of the losses' adapters."""
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov and config.momentum > 0,
-    )
+    def source_digests(self) -> dict[str, str]:
+        """Return the digests of the user's own optimizer and schedule, which are part of what decides a job."""
+        found = {"optimizer": (OPTIMIZERS, self.optimizer), "schedule": (SCHEDULES, self.schedule)}
+        digests = {
+            f"{key}_source_sha256": registry.source_sha256(name)
+            for key, (registry, name) in found.items()
+            if not name.startswith(PREFIX)
+        }
+        return {key: digest for key, digest in digests.items() if digest}
+
+
+def build_optimizer(config: TrainConfig, modules: nn.ModuleDict) -> torch.optim.Optimizer:
+    """Build the optimizer over the parameters of the student and of the losses' adapters.
+
+    Raises:
+        RecipeError: There is no such optimizer, it has no such argument, or it cannot be used.
+    """
+    groups = parameter_groups(modules, decay_norm_and_bias=config.decay_norm_and_bias, layer_decay=config.layer_decay)
+    return make_optimizer(config.optimizer, groups, _offered(config), config.optimizer_args)
+
+
+def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """Return the learning rate as a function of the optimizer step, from 0. Raises RecipeError if it cannot be built.
+
+    It is a linear warm-up, then the schedule; timm's have their own warm-up.
+    """
+    settings = {key: getattr(config, key) for key in ("lr", "min_lr", "epochs", "warmup_epochs", "milestones", "gamma")}
+    return make_schedule(config.schedule, settings, config.schedule_args, steps_per_epoch)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of optimizer step `step`, from 0: linear warm-up, then cosine to zero or steps down."""
-    epoch = step / steps_per_epoch
-    if epoch < config.warmup_epochs:
-        return config.lr * (step + 1) / max(1.0, config.warmup_epochs * steps_per_epoch)
-    if config.schedule == "step":
-        return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
-    done = (epoch - config.warmup_epochs) / max(1e-9, config.epochs - config.warmup_epochs)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    """Return the learning rate of optimizer step `step`, from 0."""
+    return build_schedule(config, steps_per_epoch)(step)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameter groups."""
+    """Set the learning rate of all parameter groups, each with its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def _offered(config: TrainConfig) -> dict[str, Any]:
+    """Return what an optimizer gets if it names it; what is left to the optimizer's own default is absent."""
+    offered = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    more = {"betas": config.betas} if config.betas else {}
+    return {**offered, **more, **({"nesterov": True} if config.nesterov and config.momentum > 0 else {})}
+
+
+def check_training(config: TrainConfig, where: str, *, runs_user_code: bool) -> None:
+    """Raise RecipeError if the optimizer or the schedule does not exist, or has no such argument.
+
+    Args:
+        config: The training.
+        where: Its key in the recipe, for messages.
+        runs_user_code: Whether to import `python:` references, and to try everything with one weight.
+    """
+    try:
+        if runs_user_code:
+            rates = build_schedule(config, 10)
+            set_learning_rate(build_optimizer(config, nn.ModuleDict({"student": nn.Linear(2, 2)})), rates(0))
+            rates(max(0, 10 * config.epochs - 1))
+            return
+        if not is_user_reference(config.optimizer):
+            optimizer_keywords(config.optimizer, _offered(config), config.optimizer_args)
+        if not is_user_reference(config.schedule):
+            build_schedule(config, 10)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("train.", f"{where}.", 1)) from error
+
+
+def idle_keys(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Yield each key that was chosen but has no effect, with the reason."""
+    defaults = TrainConfig()
+    chosen = {key for key in vars(defaults) if getattr(config, key) != getattr(defaults, key)}
+    optimizer = named_keywords(find_optimizer(config.optimizer))
+    schedule: set[str] = {"min_lr"} | ({"milestones"} if config.schedule == "timm:multistep" else set())
+    if not config.schedule.startswith(PREFIX):
+        schedule = set(named_keywords(SCHEDULES.get(config.schedule)))
+    for key in sorted(chosen & {"momentum", "nesterov", "betas", "weight_decay"} - set(optimizer)):
+        yield key, f"optimizer = {config.optimizer!r}"
+    for key in sorted(chosen & {"milestones", "gamma", "min_lr"} - schedule):
+        yield key, f"schedule = {config.schedule!r}"
+    if "clip_grad_mode" in chosen and config.clip_grad is None:
+        yield "clip_grad_mode", "no clip_grad"

@@ -24,8 +24,9 @@ from kdpipe.stages.runtime.distributed import ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.memory import is_out_of_memory
 from kdpipe.stages.training.checkpoint import Progress, TrainState
-from kdpipe.stages.training.job import TrainJob
+from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.optimization.clipping import clip_gradients
 from kdpipe.stages.training.task import Batch, TrainingTask
 
 
@@ -45,10 +46,16 @@ class TrainStep:
         losses = self._losses_in_memory(batch)
         if self._job.process_group.count > 1:
             losses = _averaged(self._parameters, losses, self._job.process_group)
+        config, progress = self._job.config, self.progress
+        if config.clip_grad is not None:
+            self.state.scaler.unscale_(self.state.optimizer)
+            clip_gradients(self._parameters, config.clip_grad, config.clip_grad_mode)
         self.state.scaler.step(self.state.optimizer)
         self.state.scaler.update()
         self._job.after_step(self._job.model)
-        sums = self.progress.sums
+        if self.state.average is not None:
+            self.state.average.update(progress.epoch * num_steps_of(self._job) + progress.step)
+        sums = progress.sums
         for name, loss in losses.items():
             sums[name] = sums.get(name, torch.zeros((), device=loss.device)) + loss
 

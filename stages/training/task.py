@@ -13,10 +13,11 @@ from torch import Tensor
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.data.loader.labels import HardLabels, hard_labels_of
 from kdpipe.stages.data.loader.sampling import batch_indices, epoch_order, num_steps, shard_order
-from kdpipe.stages.losses.base import LossConfig
-from kdpipe.stages.losses.distillation import Distillation, DistillationBatch
+from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.distillation import Distillation
 from kdpipe.stages.losses.inputs import Negatives
 from kdpipe.stages.losses.schedules import FINISHED, Scheduled, TrainProgress, value_at
+from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.numerics import derive_seed
@@ -229,7 +230,7 @@ class TrainingTask:
             if config.num_negatives
         }
 
-    def _sample_negatives(self, name: str, config: LossConfig, position: StepPosition, view: int) -> Negatives:
+    def _sample_negatives(self, name: str, config: Loss, position: StepPosition, view: int) -> Negatives:
         assert self.targets is not None
         # The word "others" is part of the seed: another one would draw other negatives.
         seed = derive_seed(position.seed, "others", name, position.epoch, position.step)

@@ -2,36 +2,79 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from kdpipe.stages.config import section
 from kdpipe.stages.views.mix import MixConfig
+
+
+def _as_table(operation: Any) -> Any:
+    """Convert an operation given by its name, or built in Python, to what a recipe's JSON has."""
+    try:
+        return json.loads(json.dumps({"name": operation} if isinstance(operation, str) else operation))
+    except TypeError as error:
+        raise ValueError(
+            "an operation is a name, or a table of a name and plain arguments; give objects of torchvision with "
+            "views.transform = 'python:MODULE:FUNCTION'"
+        ) from error
+
+
+Operations = Annotated[
+    tuple[
+        Annotated[dict[str, Any], BeforeValidator(_as_table, json_schema_input_type=str | dict[str, Any])],
+        ...,
+    ],
+    BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),
+]
 
 
 @section
 class ViewsConfig:
     """Configuration of the augmented views.
 
+    Example:
+        >>> views = ViewsConfig(8, ["RandomCrop", {"name": "RandomRotation", "degrees": 10}], engine="transforms")
+        >>> views.operations[0]
+        {'name': 'RandomCrop'}
+
     Attributes:
         num_views: Number V of cached views for each sample; epoch e of a student uses view e mod V.
         seed: Seed of all random numbers of the views.
         engine: "tensor" augments whole batches of equally sized images on the device; "transforms" runs any pipeline
             of torchvision.transforms.v2, image by image, in worker processes.
-        operations: Operations applied in sequence, with torchvision's names and arguments.
+        operations: Operations applied in sequence, with torchvision's names and arguments; a name alone has the
+            default arguments.
         transform: Instead of operations, "python:MODULE:FUNCTION" that returns the pipeline (engine "transforms").
         mix: MixUp and CutMix, after all operations.
         replay: Whether a student sees the same views that its targets were computed on; otherwise new ones each epoch.
     """
 
-    num_views: Annotated[int, Field(ge=1, le=100_000)] = 4
+    num_views: Annotated[int, Field(ge=1, le=100_000)] = field(default=4, kw_only=False)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     engine: Literal["tensor", "transforms"] = "tensor"
-    operations: tuple[dict[str, Any], ...] = ()
+    operations: Operations = field(default=(), kw_only=False)
     transform: Annotated[str, Field(pattern=r"^python:")] | None = None
     mix: MixConfig | None = None
     replay: bool = True
+
+    if TYPE_CHECKING:  # the arguments have more types than the attributes
+
+        def __init__(
+            self,
+            num_views: int = 4,
+            operations: Sequence[str | Mapping[str, Any]] = (),
+            *,
+            seed: int = 0,
+            engine: Literal["tensor", "transforms"] = "tensor",
+            transform: str | None = None,
+            mix: MixConfig | None = None,
+            replay: bool = True,
+        ) -> None: ...
 
     @property
     def augments(self) -> bool:

@@ -126,6 +126,8 @@ def _parse(table: Mapping[str, Any], where: str) -> Operation:
         operation: Operation = TypeAdapter(kind).validate_json(json.dumps(table, default=str))
     except ValidationError as error:
         raise RecipeError(_error_message(where, kind, error)) from error
+    if getattr(operation, "is_identity", False):
+        raise RecipeError(f"{where}: {name} changes nothing with these arguments: give it others, or remove it.")
     return operation
 
 

@@ -74,6 +74,11 @@ class VerifyReport:
     num_units_whole: int
     num_bytes: int
 
+    @property
+    def ok(self) -> bool:
+        """Whether the store is complete and undamaged."""
+        return not self.damaged and not self.missing
+
     def to_json(self) -> dict[str, Any]:
         return {
             "damaged": [fault.to_json() for fault in self.damaged],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.losses.base import LossConfig
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs
 from kdpipe.stages.losses.schedules import FINISHED, TrainProgress
 from kdpipe.stages.models.hooks import ModelOutput
@@ -49,7 +49,7 @@ def make_inputs(
 
 
 def build_loss(
-    config: LossConfig,
+    config: Loss,
     student: Mapping[str, Tensor],
     teacher: Mapping[str, Tensor],
     *,
@@ -66,7 +66,7 @@ def build_loss(
     return module.to(dtype), make_inputs(student=student, teacher=stored, progress=progress)
 
 
-def loss_of_pair(config: LossConfig, student: Tensor, teacher: Tensor) -> Tensor:
+def loss_of_pair(config: Loss, student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean loss at the layers ("a", "b"), of features [B, ...] of student and teacher."""
     module, inputs = build_loss(config, {"a": student}, {"b": teacher})
     mean: Tensor = module(inputs).mean()

@@ -19,8 +19,8 @@ from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
-from kdpipe.stages.losses.features.hint import HintConfig
-from kdpipe.stages.losses.logits.kd import KDConfig
+from kdpipe.stages.losses.features.hint import Hint
+from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import FeatureSpec
@@ -31,7 +31,7 @@ from kdpipe.stages.views.config import ViewsConfig
 TRAIN = TrainConfig(epochs=2, batch_size=32, lr=0.05, checkpoint_every_s=0)
 TEACHER = TeacherConfig(model=ModelConfig(name="cnn", args={"width": 8, "num_stages": 2}), train=TRAIN)
 STUDENT = StudentConfig(model=ModelConfig(name="cnn", args={"width": 4, "num_stages": 2}), train=TRAIN, seeds=(0,))
-LOSSES = (KDConfig(loss="kd"), HintConfig(loss="hint", layers=(("stage2", "stage2"),), weight=1.0))
+LOSSES = (KD(loss="kd"), Hint(loss="hint", layers=(("stage2", "stage2"),), weight=1.0))
 OPERATIONS = ({"name": "RandomCrop", "padding": 1}, {"name": "RandomHorizontalFlip"})
 VIEWS = ViewsConfig(num_views=3, operations=OPERATIONS)
 CACHE = CacheConfig(shard_bytes=4096, batch_size=50)

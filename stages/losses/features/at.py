@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import LossConfig, MapLossConfig
+from kdpipe.stages.losses.base import Loss, MapLoss
 from kdpipe.stages.losses.inputs import LossInputs, Shapes
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Size, map_size
+from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.targets.feature_spec import ATTENTION, INPUT, INPUT_GRADIENT, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import attention, input_attention
 
@@ -26,7 +27,7 @@ GRADIENT = FeatureSpec(INPUT, INPUT_GRADIENT)
 
 
 @section
-class ATConfig(MapLossConfig):
+class AT(MapLoss):
     """Distance between the attention maps of student and teacher, summed over pairs of layers.
 
     An attention map is the mean over channels of the squared activations, L2-normalized; the larger of two maps is
@@ -40,7 +41,7 @@ class ATConfig(MapLossConfig):
     paper: ClassVar[str] = "Zagoruyko & Komodakis 2017, arXiv 1612.03928"
     requires: ClassVar[str] = "attention map [H, W] of each layer, at the student's size at most"
 
-    loss: Literal["at"]
+    loss: Literal["at"] = "at"
     weight: Scheduled = 1000.0
     variant: ATVariant = "code"
 
@@ -51,11 +52,11 @@ class ATConfig(MapLossConfig):
         return (teacher[0], teacher[1]) if len(teacher) == 2 else None
 
     def distance(self, student: Tensor, teacher: Tensor, feature: FeatureSpec) -> Tensor:
-        return attention_distance(attention(student), teacher, self.variant)
+        return at_loss(attention(student), teacher, self.variant)
 
 
 @section
-class ATGradientConfig(LossConfig):
+class ATGradient(Loss):
     """Distance between the attention maps of the input gradients of student and teacher.
 
     The gradient is that of the network's cross entropy with the label; its attention map is the mean over colors of the
@@ -69,7 +70,7 @@ class ATGradientConfig(LossConfig):
     requires: ClassVar[str] = "input gradient's attention map [H, W]"
     input_gradient: ClassVar[bool] = True
 
-    loss: Literal["at_gradient"]
+    loss: Literal["at_gradient"] = "at_gradient"
     weight: Scheduled = 1000.0
     variant: ATVariant = "code"
 
@@ -80,11 +81,19 @@ class ATGradientConfig(LossConfig):
         if inputs.input_gradient is None:
             raise ValueError("at_gradient needs the input gradient of the student's cross entropy")
         teacher = inputs.teacher.features[GRADIENT]
-        return attention_distance(input_attention(inputs.input_gradient), teacher, self.variant)
+        return at_loss(input_attention(inputs.input_gradient), teacher, self.variant)
 
 
-def attention_distance(student: Tensor, teacher: Tensor, variant: ATVariant) -> Tensor:
-    """Compute the distance of L2-normalized attention maps [B, H, W] of each sample, [B]."""
+def at_loss(student: Tensor, teacher: Tensor, variant: ATVariant = "code") -> Tensor:
+    """Compute the distance of L2-normalized attention maps of each sample, [B], in float32 or wider.
+
+    Student and teacher are attention maps [B, H, W], or the layers' maps [B, C, H, W], of equal height and width.
+
+    Example:
+        >>> at_loss(torch.eye(4)[None, None], torch.eye(4).flip(0)[None, None])
+        tensor([0.1250])
+    """
+    student, teacher = (attention(to_float32(maps)) if maps.dim() == 4 else maps for maps in (student, teacher))
     difference = (student - teacher.to(student.dtype)).flatten(1)
     if variant == "paper":  # torch's gradient of the norm is 0 at 0
         norms: Tensor = torch.linalg.vector_norm(difference, dim=1)

@@ -14,14 +14,14 @@ from pydantic import Field
 from torch import nn
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.base import FeatureLossConfig
-from kdpipe.stages.losses.features.hint import Hint
+from kdpipe.stages.losses.base import FeatureLoss
+from kdpipe.stages.losses.features.hint import HintModule
 from kdpipe.stages.losses.shapes import Pair
 from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 
 @section
-class FitNetConfig(FeatureLossConfig):
+class FitNet(FeatureLoss):
     """Mean squared error at each pair of layers alone, one pair after another, before the student's own training.
 
     It adds nothing to the training that follows. The default of 30 epochs is that of RepDistiller.
@@ -35,12 +35,12 @@ class FitNetConfig(FeatureLossConfig):
 
     paper: ClassVar[str] = "Romero et al. 2015, arXiv 1412.6550"
 
-    loss: Literal["fitnet"]
+    loss: Literal["fitnet"] = "fitnet"
     stage_epochs: Annotated[int, Field(ge=1), max_value(10**6)] = 30
 
     def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
-        return Hint(student, teacher)
+        return HintModule(student, teacher)
 
-    def stages(self) -> tuple[FitNetConfig, ...]:
+    def stages(self) -> tuple[FitNet, ...]:
         """Return one configuration per pair, in training order."""
         return tuple(replace(self, layers=(pair,)) for pair in self.layers)

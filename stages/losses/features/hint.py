@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Pair
 from kdpipe.stages.numerics import to_float32
@@ -21,7 +21,7 @@ from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 
 @section
-class HintConfig(FeatureLossConfig):
+class Hint(FeatureLoss):
     """Mean squared error between the student's map, through an adapter, and the teacher's, summed over pairs of layers.
 
     The default weight is that of RepDistiller.
@@ -29,14 +29,14 @@ class HintConfig(FeatureLossConfig):
 
     paper: ClassVar[str] = "Romero et al. 2015, arXiv 1412.6550"
 
-    loss: Literal["hint"]
+    loss: Literal["hint"] = "hint"
     weight: Scheduled = 100.0
 
     def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
-        return Hint(student, teacher)
+        return HintModule(student, teacher)
 
 
-class Hint(nn.Module):
+class HintModule(nn.Module):
     """The squared error of each sample, [B], with the adapter of one pair of layers, which trains with the student."""
 
     def __init__(self, student: Shape, teacher: Shape) -> None:
@@ -48,7 +48,12 @@ class Hint(nn.Module):
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the mean squared error of each sample, [B], in float32 or wider, from features [B, ...] of one shape."""
+    """Compute the mean squared error of each sample, [B], in float32 or wider, from features [B, ...] of one shape.
+
+    Example:
+        >>> hint_loss(torch.ones(2, 4, 8, 8), torch.zeros(2, 4, 8, 8))
+        tensor([1., 1.])
+    """
     student = to_float32(student)
     return F.mse_loss(student, teacher.to(student.dtype), reduction="none").flatten(1).mean(1)
 

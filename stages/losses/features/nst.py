@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import MapLossConfig
+from kdpipe.stages.losses.base import MapLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.losses.shapes import Size, map_size
 from kdpipe.stages.numerics import to_float32
@@ -33,7 +33,7 @@ MAX_POSITIONS = 256
 
 
 @section
-class NSTConfig(MapLossConfig):
+class NST(MapLoss):
     """Maximum mean discrepancy between the channels' maps, for the kernel (x . y)^2, summed over pairs of layers.
 
     It equals the squared distance of the Gram matrices over positions. The larger of two maps is average-pooled first.
@@ -43,7 +43,7 @@ class NSTConfig(MapLossConfig):
     paper: ClassVar[str] = "Huang & Wang 2017, arXiv 1707.01219"
     requires: ClassVar[str] = "Gram matrix of positions [HW, HW] of each layer, or the map if H * W is above 256"
 
-    loss: Literal["nst"]
+    loss: Literal["nst"] = "nst"
     weight: Scheduled = 50.0
 
     def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
@@ -68,7 +68,12 @@ def _grid(student: Shape, gram: Shape) -> Size | None:
 
 
 def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the loss of each sample, [B], from maps [B, C_s, H, W] and [B, C_t, H, W], in the cheaper way."""
+    """Compute the loss of each sample, [B], from maps [B, C_s, H, W] and [B, C_t, H, W], in the cheaper way.
+
+    Example:
+        >>> nst_loss(torch.eye(4)[None, None], torch.ones(1, 3, 4, 4))
+        tensor([1.5000])
+    """
     if student.shape[2] * student.shape[3] > max(student.shape[1], teacher.shape[1]):
         return nst_from_channels(student, teacher)
     teacher = to_float32(teacher)

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
 from kdpipe.stages.losses.schedules import warmup_factor
 from kdpipe.stages.losses.shapes import as_map_shape, as_maps, shape_mismatch_error
@@ -27,7 +27,7 @@ POOLED_SIZES = (4, 2, 1)
 
 
 @section
-class ReviewKDConfig(FeatureLossConfig):
+class ReviewKD(FeatureLoss):
     """Error, at several scales, between the student's stages, fused from deep to shallow, and the teacher's.
 
     Defaults are those of the authors' code.
@@ -42,18 +42,18 @@ class ReviewKDConfig(FeatureLossConfig):
 
     paper: ClassVar[str] = "Chen et al. 2021, arXiv 2104.09044"
 
-    loss: Literal["review_kd"]
+    loss: Literal["review_kd"] = "review_kd"
     mid_channels: Annotated[int, Field(ge=1), max_value(10**6)] | None = None
     warmup_epochs: Annotated[int, Field(ge=0), max_value(10**6)] = 20
 
     def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
-        return ReviewKD(self, student, teacher)
+        return ReviewKDModule(self, student, teacher)
 
 
-class ReviewKD(nn.Module):
+class ReviewKDModule(nn.Module):
     """The error of each sample, [B], summed over the pairs, with the fusions, which train with the student."""
 
-    def __init__(self, config: ReviewKDConfig, student: Shapes, teacher: TeacherShapes) -> None:
+    def __init__(self, config: ReviewKD, student: Shapes, teacher: TeacherShapes) -> None:
         super().__init__()
         self.config = config
         widths = [_channels(pair, student[pair[0]], teacher[FeatureSpec(pair[1])]) for pair in config.layers]
@@ -125,6 +125,10 @@ def hcl_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     The mean squared error of the full maps, and of the maps average-pooled to 4, 2 and 1 pixels per side (where that is
     smaller), at weights 1, 1/2, 1/4 and 1/8, divided by the sum of the weights used.
+
+    Example:
+        >>> hcl_loss(torch.ones(2, 4, 8, 8), torch.zeros(2, 4, 8, 8))
+        tensor([1., 1.])
     """
     student = to_float32(student)
     difference = student - teacher.to(student.dtype)

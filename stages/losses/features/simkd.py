@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.stages.config import PathStr, max_value, section
-from kdpipe.stages.losses.base import MapLossConfig
+from kdpipe.stages.losses.base import MapLoss
 from kdpipe.stages.losses.features.hint import hint_loss
-from kdpipe.stages.losses.shapes import Size, map_size
+from kdpipe.stages.losses.shapes import Layers, Size, map_size
 from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
 
 
 @section
-class SimKDConfig(MapLossConfig):
+class SimKD(MapLoss):
     """Mean squared error of the last map; the student has the teacher's classifier, which is frozen.
 
     The paper trains on this loss alone, with a hard-label weight of 0.
@@ -37,8 +37,8 @@ class SimKDConfig(MapLossConfig):
     paper: ClassVar[str] = "Chen et al. 2022, arXiv 2203.14001"
     expected: ClassVar[str] = "the teacher's map that its classifier sees averaged, and a student's of the same shape"
 
-    loss: Literal["simkd"]
-    layers: Annotated[tuple[tuple[str, str], ...], Field(min_length=1, max_length=1)]
+    loss: Literal["simkd"] = "simkd"
+    layers: Annotated[Layers, Field(max_length=1)] = Field(kw_only=False)
     classifier: tuple[str, str] = ("fc", "fc")
     factor: Annotated[int, Field(ge=1), max_value(10**6)] = 2
     teacher: PathStr | None = None

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.shapes import Pair, as_map_shape, as_maps, map_size, poolable, shape_mismatch_error
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.targets.feature_spec import FeatureSpec, Shape
@@ -26,7 +26,7 @@ MIN_VARIANCE = 1e-5
 
 
 @section
-class VIDConfig(FeatureLossConfig):
+class VID(FeatureLoss):
     """Negative log-likelihood of the teacher's features, predicted from the student's, summed over pairs of layers.
 
     Three 1x1 convolutions predict the mean, on maps of equal aspect ratio, the larger average-pooled; vectors count as
@@ -38,7 +38,7 @@ class VIDConfig(FeatureLossConfig):
 
     paper: ClassVar[str] = "Ahn et al. 2019, arXiv 1904.05835"
 
-    loss: Literal["vid"]
+    loss: Literal["vid"] = "vid"
     init_pred_var: Annotated[float, Field(gt=MIN_VARIANCE, le=1e6)] = 5.0
 
     def teacher_feature(self, layer: str, student: Shape) -> FeatureSpec:
@@ -50,10 +50,10 @@ class VIDConfig(FeatureLossConfig):
         if size is None or not poolable(student_maps, size):
             expected = "layers whose maps have the same aspect ratio, or vectors"
             raise shape_mismatch_error(self.loss, pair, student, teacher, expected)
-        return VID(student_maps[0], teacher_maps[0], self.init_pred_var)
+        return VIDModule(student_maps[0], teacher_maps[0], self.init_pred_var)
 
 
-class VID(nn.Module):
+class VIDModule(nn.Module):
     """The negative log-likelihood of each sample, [B], at one pair of layers, with the predictor of the teacher."""
 
     def __init__(self, student_channels: int, teacher_channels: int, variance: float) -> None:
@@ -86,6 +86,10 @@ def vid_loss(mean: Tensor, variance: Tensor, teacher: Tensor) -> Tensor:
     The constant log(2 pi) / 2 of the likelihood is left out, as in RepDistiller, so that the loss can be negative.
 
     Mean and teacher are [B, C, H, W], the variance [C]. The result is float32 or wider.
+
+    Example:
+        >>> vid_loss(torch.ones(2, 4, 8, 8), torch.full((4,), 2.0), torch.zeros(2, 4, 8, 8))
+        tensor([0.5966, 0.5966])
     """
     mean = to_float32(mean)
     spread = variance.to(mean.dtype)[:, None, None]

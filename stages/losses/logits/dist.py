@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import SoftLogitLossConfig
+from kdpipe.stages.losses.base import SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.schedules import Scheduled, value_at
 from kdpipe.stages.numerics import to_float32
@@ -22,7 +22,7 @@ EPS = 1e-8
 
 
 @section
-class DISTConfig(SoftLogitLossConfig):
+class DIST(SoftLogitLoss):
     """T^2 * (beta * (1 - Pearson's r over the classes) + gamma * (1 - r over the batch)).
 
     r is that of the probabilities softmax(logits / T); over the batch it is taken for each class, on the batch of all
@@ -36,7 +36,7 @@ class DISTConfig(SoftLogitLossConfig):
     paper: ClassVar[str] = "Huang et al. 2022, arXiv 2205.10536"
     per_sample: ClassVar[bool] = False
 
-    loss: Literal["dist"]
+    loss: Literal["dist"] = "dist"
     weight: Scheduled = 2.0
     beta: Scheduled = 1.0
     gamma: Scheduled = 1.0
@@ -61,6 +61,10 @@ def dist_loss(
     r = 0 and no gradient.
 
     Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> dist_loss(torch.eye(3), torch.eye(3).flip(0), beta=1.0, gamma=2.0)
+        tensor(48.)
     """
     student = F.softmax(to_float32(student_logits) / temperature, 1)
     teacher = F.softmax(to_float32(teacher_logits).to(student.dtype) / temperature, 1)

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.base import SoftLogitLossConfig
+from kdpipe.stages.losses.base import SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.kd import kd_loss
 from kdpipe.stages.losses.schedules import Scheduled, value_at, warmup_factor
@@ -21,7 +21,7 @@ from kdpipe.stages.numerics import to_float32
 
 
 @section
-class DKDConfig(SoftLogitLossConfig):
+class DKD(SoftLogitLoss):
     """T^2 * (alpha * KL of label against the rest + beta * KL among the other classes).
 
     Defaults are those of the authors' code (mdistiller) for CIFAR-100; on ImageNet the paper uses beta 0.5 and T = 1.
@@ -35,7 +35,7 @@ class DKDConfig(SoftLogitLossConfig):
     paper: ClassVar[str] = "Zhao et al. 2022, arXiv 2203.08679"
     one_label: ClassVar[bool] = True
 
-    loss: Literal["dkd"]
+    loss: Literal["dkd"] = "dkd"
     alpha: Scheduled = 1.0
     beta: Scheduled = 8.0
     warmup_epochs: Annotated[int, Field(ge=0), max_value(10**6)] = 20
@@ -65,6 +65,10 @@ def dkd_loss(
     """Compute alpha * TCKD + beta * NCKD (equation 7), both times T^2, of each sample, [B].
 
     Both logits are [B, num_classes], num_classes >= 2, labels int64 [B]. The result is float32 or wider.
+
+    Example:
+        >>> dkd_loss(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]]), labels=torch.tensor([1]))
+        tensor([5.0100])
     """
     target = tckd_loss(student_logits, teacher_logits, labels, temperature)
     return alpha * target + beta * nckd_loss(student_logits, teacher_logits, labels, temperature)

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import LogitLossConfig
+from kdpipe.stages.losses.base import LogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.kd import kd_loss
 from kdpipe.stages.losses.schedules import Temperature, value_at
@@ -22,7 +22,7 @@ from kdpipe.stages.runtime.collectives import all_gather_with_grad
 
 
 @section
-class MLLDConfig(LogitLossConfig):
+class MLLD(LogitLoss):
     """KD + squared errors of the Gram matrices over classes and over samples, summed over several temperatures.
 
     The Gram matrices are those of the batch of all processes. The authors' code also multiplies by masks of the less
@@ -37,7 +37,7 @@ class MLLDConfig(LogitLossConfig):
     paper: ClassVar[str] = "Jin et al. 2023, CVPR"
     per_sample: ClassVar[bool] = False
 
-    loss: Literal["mlld"]
+    loss: Literal["mlld"] = "mlld"
     temperature_list: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (2.0, 3.0, 4.0, 5.0, 6.0)
 
     def temperatures(self) -> tuple[Temperature, ...]:
@@ -49,10 +49,14 @@ class MLLDConfig(LogitLossConfig):
         return torch.stack([mlld_loss(logits, teacher.logits_at(value), value) for value in temperatures]).sum()
 
 
-def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """Compute `kd_loss` + `class_relation` + `batch_relation` of softmax(logits / T), at one temperature.
 
     Both logits are [B, num_classes]. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> mlld_loss(torch.eye(3), torch.eye(3).flip(0), temperature=2.0)
+        tensor(0.2371)
     """
     student = F.softmax(to_float32(student_logits) / temperature, 1)
     teacher = F.softmax(to_float32(teacher_logits).to(student.dtype) / temperature, 1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import SoftLogitLossConfig
+from kdpipe.stages.losses.base import SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.dkd import without_label
 from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at
@@ -19,7 +19,7 @@ from kdpipe.stages.numerics import to_float32
 
 
 @section
-class NKDConfig(SoftLogitLossConfig):
+class NKD(SoftLogitLoss):
     """Cross entropy of the label, times the teacher's probability, + gamma * T^2 * that of the other classes.
 
     Defaults are those of the authors' code for ImageNet.
@@ -32,7 +32,7 @@ class NKDConfig(SoftLogitLossConfig):
     paper: ClassVar[str] = "Yang et al. 2023, arXiv 2303.13005"
     one_label: ClassVar[bool] = True
 
-    loss: Literal["nkd"]
+    loss: Literal["nkd"] = "nkd"
     gamma: Scheduled = 1.5
     temperature: Temperature = 1.0
 
@@ -55,6 +55,10 @@ def nkd_loss(
     not 0 where student and teacher agree.
 
     Both logits are [B, num_classes], num_classes >= 2, labels int64 [B]. The result is float32 or wider.
+
+    Example:
+        >>> nkd_loss(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]]), labels=torch.tensor([1]))
+        tensor([3.1681])
     """
     target = target_loss(student_logits, teacher_logits, labels)
     return target + gamma * non_target_loss(student_logits, teacher_logits, labels, temperature)

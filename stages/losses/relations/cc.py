@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.base import PairedLoss
+from kdpipe.stages.losses.base import PairedModule
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes, TeacherShapes
-from kdpipe.stages.losses.relations.relation import Embedding, RelationLossConfig
+from kdpipe.stages.losses.relations.relation import Embedding, RelationLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.numerics import normalize_rows, to_float32
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
@@ -26,7 +26,7 @@ GAMMA, ORDER = 0.4, 2
 
 
 @section
-class CCConfig(RelationLossConfig):
+class CC(RelationLoss):
     """Disagreement of embedded features between samples, summed over pairs of layers.
 
     Defaults are those of RepDistiller.
@@ -39,7 +39,7 @@ class CCConfig(RelationLossConfig):
 
     paper: ClassVar[str] = "Peng et al. 2019, arXiv 1904.01802"
 
-    loss: Literal["cc"]
+    loss: Literal["cc"] = "cc"
     weight: Scheduled = 0.02
     dim: Annotated[int, Field(ge=1), max_value(10**6)] = 128
     variant: Literal["code", "paper"] = "code"
@@ -49,11 +49,11 @@ class CCConfig(RelationLossConfig):
         students = [Embedding(student[layer], self.dim) for layer in layers]
         teachers = [Embedding(teacher[feature], self.dim) for feature in features]
         compare = cc_loss if self.variant == "code" else correlation_loss
-        pairs = [CC(*embeddings, compare) for embeddings in zip(students, teachers, strict=True)]
-        return PairedLoss(layers, features, pairs)
+        pairs = [CCModule(*embeddings, compare) for embeddings in zip(students, teachers, strict=True)]
+        return PairedModule(layers, features, pairs)
 
 
-class CC(nn.Module):
+class CCModule(nn.Module):
     """The loss of the batch of all processes, a scalar, at one pair of layers, with the embeddings of both sides."""
 
     def __init__(self, student: Embedding, teacher: Embedding, compare: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -72,6 +72,10 @@ def cc_loss(student: Tensor, teacher: Tensor) -> Tensor:
     of the batch, and is 0 already if every second sample agrees.
 
     Embeddings are [B, dim]. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> cc_loss(torch.ones(4, 8), torch.zeros(4, 8))
+        tensor(8.)
     """
     student = to_float32(student)
     errors = (student - teacher.to(student.dtype)).abs()
@@ -82,6 +86,10 @@ def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute ||C_t - C_s||^2 / B^2 with C from `correlations`: the paper's correlation congruence.
 
     Embeddings are [B, D] and [B, D']. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> correlation_loss(torch.eye(4), torch.ones(4, 8))
+        tensor(0.1899)
     """
     student = to_float32(student)
     return (correlations(teacher.to(student.dtype)) - correlations(student)).square().mean()

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Negatives, Shapes, TeacherShapes
 from kdpipe.stages.losses.relations.nce import Memory, NCELoss
 from kdpipe.stages.losses.relations.relation import Embedding
@@ -25,7 +25,7 @@ from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape
 
 
 @section
-class CRDConfig(FeatureLossConfig):
+class CRD(FeatureLoss):
     """Noise-contrastive error in matching embeddings of the same image between student and teacher.
 
     Defaults are those of RepDistiller.
@@ -46,7 +46,7 @@ class CRDConfig(FeatureLossConfig):
     paper: ClassVar[str] = "Tian et al. 2020, arXiv 1910.10699"
     requires: ClassVar[str] = "pooled vector [C] of each layer, also of the negatives"
 
-    loss: Literal["crd"]
+    loss: Literal["crd"] = "crd"
     weight: Scheduled = 0.8
     dim: Annotated[int, Field(ge=1), max_value(10**6)] = 128
     num_negatives: Annotated[int, Field(ge=1), max_value(2**31)] = 16384
@@ -62,13 +62,13 @@ class CRDConfig(FeatureLossConfig):
         return FeatureSpec(layer, POOLED)
 
     def build(self, student: Shapes, teacher: TeacherShapes, dataset: DatasetInfo) -> nn.Module:
-        return CRD(self, student, teacher, dataset.num_samples)
+        return CRDModule(self, student, teacher, dataset.num_samples)
 
 
-class CRD(nn.Module):
+class CRDModule(nn.Module):
     """The loss of each sample in both directions, [B], summed over the pairs of layers; see `CRDOfLayer`."""
 
-    def __init__(self, config: CRDConfig, student: Shapes, teacher: TeacherShapes, num_samples: int) -> None:
+    def __init__(self, config: CRD, student: Shapes, teacher: TeacherShapes, num_samples: int) -> None:
         super().__init__()
         self.sources = tuple(zip(config.student_layers(), config.required_features(student), strict=True))
         self.layers = nn.ModuleList(
@@ -94,7 +94,7 @@ class CRDOfLayer(nn.Module):
     banks have no gradient, and are updated only in training, after they were read.
     """
 
-    def __init__(self, config: CRDConfig, student: Shape, teacher: Shape, num_samples: int) -> None:
+    def __init__(self, config: CRD, student: Shape, teacher: Shape, num_samples: int) -> None:
         super().__init__()
         self.student, self.teacher = Embedding(student, config.dim), Embedding(teacher, config.dim)
         self.of_student, self.of_teacher = (NCELoss(config.temperature, num_samples) for _ in range(2))

@@ -108,6 +108,10 @@ def nce_loss(log_same: Tensor, log_negatives: Tensor, is_negative: Tensor, num_s
     c = m / num_samples, with m the number of counting negatives. P + c is P + c + 1e-7, as in the authors' code; P
     itself, which may overflow, is not computed. `log_same` [B] is log P_+, `log_negatives` [B, K] log P_k, and
     `is_negative`, bool [B, K], which negatives count.
+
+    Example:
+        >>> nce_loss(torch.zeros(2), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), num_samples=3)
+        tensor([2.7726, 2.7726])
     """
     noise = (is_negative.sum(1).to(log_same.dtype) / num_samples)[:, None]
     log_either = (noise + EPS).log()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.relations.relation import RelationLossConfig
+from kdpipe.stages.losses.relations.relation import RelationLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.numerics import to_float32
 
@@ -20,7 +20,7 @@ EPS = 1e-7
 
 
 @section
-class PKTConfig(RelationLossConfig):
+class PKT(RelationLoss):
     """KL divergence between the neighbor probabilities of the batch's samples, summed over pairs of layers.
 
     The default weight is that of RepDistiller.
@@ -28,7 +28,7 @@ class PKTConfig(RelationLossConfig):
 
     paper: ClassVar[str] = "Passalis and Tefas 2018, arXiv 1803.10837"
 
-    loss: Literal["pkt"]
+    loss: Literal["pkt"] = "pkt"
     weight: Scheduled = 30000.0
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -41,6 +41,10 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     As in RepDistiller a sample is one of its own neighbors.
 
     Features are [B, D] and [B, D']. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> pkt_loss(torch.eye(4), torch.ones(4, 8))
+        tensor(0.0125)
     """
     student = to_float32(student)
     p_student, p_teacher = neighbors(student), neighbors(teacher.to(student.dtype))

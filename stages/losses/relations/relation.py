@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.base import FeatureLossConfig
+from kdpipe.stages.losses.base import FeatureLoss
 from kdpipe.stages.losses.shapes import Pair
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
 from kdpipe.stages.targets.feature_spec import POOLED, FeatureSpec, Shape, compute_statistic, statistic_shape
@@ -16,7 +16,7 @@ from kdpipe.stages.targets.statistics import pooled
 
 
 @section
-class RelationLossConfig(FeatureLossConfig):
+class RelationLoss(FeatureLoss):
     """Configuration of a loss of the features of the batch of all processes, summed over pairs of layers.
 
     Attributes:
@@ -36,10 +36,10 @@ class RelationLossConfig(FeatureLossConfig):
         raise NotImplementedError
 
     def build_pair(self, pair: Pair, feature: FeatureSpec, student: Shape, teacher: Shape) -> nn.Module:
-        return RelationLoss(self.compare, FeatureSpec(pair[0], self.statistic))
+        return RelationModule(self.compare, FeatureSpec(pair[0], self.statistic))
 
 
-class RelationLoss(nn.Module):
+class RelationModule(nn.Module):
     """The comparison of a statistic of student and teacher at one pair of layers, over the batch of all processes."""
 
     def __init__(self, compare: Callable[[Tensor, Tensor], Tensor], student: FeatureSpec) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdpipe.stages.config import max_value, section
-from kdpipe.stages.losses.relations.relation import RelationLossConfig
+from kdpipe.stages.losses.relations.relation import RelationLoss
 from kdpipe.stages.numerics import normalize_rows, to_float32
 
 MAX_COSINES = 2**22
@@ -28,7 +28,7 @@ EPS = 1e-12
 
 
 @section
-class RKDConfig(RelationLossConfig):
+class RKD(RelationLoss):
     """Differences of distances and of angles between the batch's samples, summed over pairs of layers.
 
     Default weights are those of RepDistiller.
@@ -40,7 +40,7 @@ class RKDConfig(RelationLossConfig):
 
     paper: ClassVar[str] = "Park et al. 2019, arXiv 1904.05068"
 
-    loss: Literal["rkd"]
+    loss: Literal["rkd"] = "rkd"
     distance_weight: Annotated[float, Field(ge=0), max_value(10**9)] = 25.0
     angle_weight: Annotated[float, Field(ge=0), max_value(10**9)] = 50.0
 
@@ -52,6 +52,10 @@ def rkd_loss(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, an
     """Compute distance_weight * `distance_loss` + angle_weight * `angle_loss`; 0 for a batch of one.
 
     Features are [B, D] and [B, D']. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> rkd_loss(torch.eye(3), torch.tensor([[0.0], [1.0], [3.0]]))
+        tensor(6.0185)
     """
     student = to_float32(student)
     teacher = teacher.to(student.dtype)

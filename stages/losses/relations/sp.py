@@ -10,14 +10,14 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kdpipe.stages.config import section
-from kdpipe.stages.losses.relations.relation import RelationLossConfig
+from kdpipe.stages.losses.relations.relation import RelationLoss
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.numerics import normalize_rows, to_float32
 from kdpipe.stages.targets.feature_spec import MAP
 
 
 @section
-class SPConfig(RelationLossConfig):
+class SP(RelationLoss):
     """Mean squared difference between the similarity matrices of the batch's samples, summed over pairs of layers.
 
     The default weight is that of RepDistiller.
@@ -30,7 +30,7 @@ class SPConfig(RelationLossConfig):
     requires: ClassVar[str] = "map [C, H, W] of each layer"
     statistic: ClassVar[str] = MAP
 
-    loss: Literal["sp"]
+    loss: Literal["sp"] = "sp"
     weight: Scheduled = 3000.0
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -41,6 +41,10 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute ||G_t - G_s||^2 / B^2, with G = F F^T [B, B], F the flattened features, and the rows L2-normalized.
 
     Features are [B, ...] of any two shapes. The result is a scalar in float32 or wider.
+
+    Example:
+        >>> sp_loss(torch.eye(4), torch.ones(4, 8))
+        tensor(0.2500)
     """
     student = to_float32(student)
     return (similarities(teacher.to(student.dtype)) - similarities(student)).square().mean()

@@ -58,6 +58,15 @@ class RandomAffine(KeepsSize):
     fill: Level = 0
     center: tuple[float, float] | None = None
 
+    @property
+    def is_identity(self) -> bool:
+        return (
+            _around_zero(self.degrees) == (0, 0)
+            and self.translate in (None, (0, 0))
+            and self.scale in (None, (1, 1))
+            and self._shears() == ((0, 0), (0, 0))
+        )
+
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
         changed = images.clone()
         matrices = self._matrices(rng, (images.shape[2], images.shape[3]))

@@ -54,16 +54,24 @@ class ColorJitter(KeepsSize):
     saturation: Factors = 0.0
     hue: HueShift = 0.0
 
+    @property
+    def is_identity(self) -> bool:
+        return not self._active()
+
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
         changed = images.clone()
         orders = _ORDERS[rng.integers(len(_ORDERS), _ORDER)]
         factors = [rng.uniform(*bounds, _FACTOR + number) for number, bounds in enumerate(self._bounds())]
-        active = [number for number, bounds in enumerate(self._bounds()) if bounds != (_NEUTRAL[number],) * 2]
+        active = self._active()
         for step in range(len(_ADJUST)):
             for number in active:
                 rows = (orders[:, step] == number).nonzero()[:, 0]
                 apply_to_rows(changed, rows, _ADJUST[number], factors[number][rows])
         return changed
+
+    def _active(self) -> list[int]:
+        """Return the numbers of the factors that are not off."""
+        return [number for number, bounds in enumerate(self._bounds()) if bounds != (_NEUTRAL[number],) * 2]
 
     def _bounds(self) -> list[tuple[float, float]]:
         """Return [low, high) of the four factors; factors from an amount are not below 0."""
@@ -80,6 +88,10 @@ class RandomGrayscale(KeepsSize):
 
     name: Literal["RandomGrayscale"]
     p: Probability = 0.1
+
+    @property
+    def is_identity(self) -> bool:
+        return self.p == 0
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
         changed = images.clone()

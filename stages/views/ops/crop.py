@@ -28,29 +28,39 @@ class RandomCrop:
 
     Attributes:
         size: One side, (H, W), or None for the image's own size.
+        padding: Pixels on every side; by default 0 if `size` is given, else an eighth of the image's smaller side.
     """
 
     name: Literal["RandomCrop"]
     size: Size = None
-    padding: Annotated[int, Field(ge=0, le=1024)] = 0
+    padding: Annotated[int, Field(ge=0, le=1024)] | None = None
     fill: Level = 0
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.padding is None:
+            object.__setattr__(self, "padding", 0)  # the records of stores have it as a number
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return (H, W) of the crops.
 
         Raises:
-            RecipeError: The crop is larger than the padded image, or could miss the image entirely.
+            RecipeError: The crop is larger than the padded image, could miss the image, or is always the whole image.
         """
-        out = side_lengths(self.size, size)
-        if any(side > old + 2 * self.padding for side, old in zip(out, size, strict=True)):
+        out, padding = side_lengths(self.size, size), self._padding(size)
+        if any(side > old + 2 * padding for side, old in zip(out, size, strict=True)):
             raise RecipeError(
-                f"RandomCrop to {out[0]} x {out[1]} with padding = {self.padding} is larger than images of {size[0]} x "
+                f"RandomCrop to {out[0]} x {out[1]} with padding = {padding} is larger than images of {size[0]} x "
                 f"{size[1]}: use a smaller size, or more padding."
             )
-        if self.padding >= min(out):
+        if padding >= min(out):
             raise RecipeError(
-                f"RandomCrop with padding = {self.padding} could crop images of {size[0]} x {size[1]} to nothing: keep "
+                f"RandomCrop with padding = {padding} could crop images of {size[0]} x {size[1]} to nothing: keep "
                 f"it below {min(out)}."
+            )
+        if padding == 0 and out == size:
+            raise RecipeError(
+                f"RandomCrop to {out[0]} x {out[1]} with padding = 0 changes nothing in images of that size: set a "
+                "padding, or a smaller size, or remove the operation."
             )
         return out
 
@@ -59,16 +69,20 @@ class RandomCrop:
 
     def crop_rows(self, images: Tensor, rows: Tensor, rng: CounterRNG) -> Tensor:
         """Crop the images at `rows`, int64 [B] on the CPU, of uint8 [N, C, H, W], without copying them first."""
-        height, width = side_lengths(self.size, (images.shape[2], images.shape[3]))
+        size = (images.shape[2], images.shape[3])
+        (height, width), padding = side_lengths(self.size, size), self._padding(size)
         if images.device.type == "cpu" and (height, width) == images.shape[2:] and images.is_contiguous():
-            bound = 2 * self.padding + 1
-            down, right = (rng.integers(bound, parameter) - self.padding for parameter in (_DOWN, _RIGHT))
-            return shift_rows(images, rows, down, right, max_shift=self.padding, fill=self.fill)
+            bound = 2 * padding + 1
+            down, right = (rng.integers(bound, parameter) - padding for parameter in (_DOWN, _RIGHT))
+            return shift_rows(images, rows, down, right, max_shift=padding, fill=self.fill)
         images = images.index_select(0, rows.to(images.device, non_blocking=True))
-        padded = F.pad(images, [self.padding] * 4, value=self.fill)
+        padded = F.pad(images, [padding] * 4, value=self.fill)
         tops = rng.integers(padded.shape[2] - height + 1, _DOWN)
         lefts = rng.integers(padded.shape[3] - width + 1, _RIGHT)
         return windows(padded, tops, lefts, (height, width))
+
+    def _padding(self, size: tuple[int, int]) -> int:
+        return max(1, min(size) // 8) if self.padding is None else self.padding
 
 
 @section
@@ -118,6 +132,10 @@ def _central_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int
 class _RandomFlip(KeepsSize):
     p: float
     _dim: ClassVar[int]
+
+    @property
+    def is_identity(self) -> bool:
+        return self.p == 0
 
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
         return self.overwrite(images.clone(), rng)

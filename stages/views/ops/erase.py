@@ -40,6 +40,10 @@ class RandomErasing(KeepsSize):
     ratio: RatioRange = (0.3, 3.3)
     value: Annotated[Fill, with_message('a level from 0 to 255, [red, green, blue], or "random"')] = 0
 
+    @property
+    def is_identity(self) -> bool:
+        return self.p == 0
+
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
         rows = rng.bernoulli(self.p, _CHOSEN).nonzero()[:, 0]
         row_rng = rng.at(rows)

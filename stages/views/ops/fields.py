@@ -57,6 +57,11 @@ def side_lengths(size: int | tuple[int, int] | None, before: tuple[int, int]) ->
 class KeepsSize:
     """An operation whose output has the size of its input."""
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes no image, whatever is drawn."""
+        return False
+
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return (H, W), unchanged."""
         return size

@@ -54,6 +54,10 @@ class RandAugment(KeepsSize):
             )
         return self
 
+    @property
+    def is_identity(self) -> bool:
+        return self.num_ops == 0
+
     def __call__(self, images: Tensor, rng: CounterRNG) -> Tensor:
         changed = images.clone()
         height, width = images.shape[2:]

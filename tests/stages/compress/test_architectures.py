@@ -22,7 +22,7 @@ from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.export.onnx_check import check_onnx
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.export.onnx_session import float_nodes, op_counts
-from kdpipe.stages.losses.logits.kd import KDConfig
+from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.runtime.events import RunMonitor
@@ -85,7 +85,7 @@ def config_for(path):
 def compress_with_stops(config, student, run):
     for _ in range(100):
         context = setup_in(run, RunMonitor(should_stop=StopAfter(4)))
-        spec = open_distillation([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, context)
+        spec = open_distillation([run / "store.zarr"], (KD(loss="kd"),), student, {}, context)
         try:
             return compress(
                 config, build_fine_tuning(student, 0, spec, context, compressed_root(context.run_dir, config))
@@ -103,7 +103,7 @@ def test_family_is_pruned_quantized_and_rebuilt(run, tmp_path, monkeypatch, fami
     save_trained_student(student, context, tmp_path / f"{family}.pt")
     shutil.copy(tmp_path / f"{family}.pt", tmp_path / f"{family}-again.pt")
     figures = compress_with_stops(config_for(tmp_path / f"{family}.pt"), student, run)
-    spec = open_distillation([run / "store.zarr"], (KDConfig(loss="kd"),), student, {}, context)
+    spec = open_distillation([run / "store.zarr"], (KD(loss="kd"),), student, {}, context)
     again = config_for(tmp_path / f"{family}-again.pt")
     compress(again, build_fine_tuning(student, 0, spec, context, compressed_root(context.run_dir, again)))
 

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 from kdpipe.stages.data import decode as pixels
 from kdpipe.stages.data.config import DataConfig
@@ -201,5 +200,5 @@ def test_images_larger_than_memory_are_rejected(toy: dict[str, Any], monkeypatch
     ],
 )
 def test_a_wrong_key_or_value_is_refused(keys: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(RecipeError):
         DataConfig(**keys)

@@ -11,13 +11,13 @@ from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.distillation.classifier_reuse import add_projector, linear_at, reuse_classifier
 from kdpipe.stages.errors import ModelError, RecipeError
-from kdpipe.stages.losses.features.simkd import SimKDConfig
+from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.models.build import ModelConfig, build_model
 from kdpipe.stages.models.hooks import extract_features
 
 IMAGE_SHAPE = (3, 16, 16)
 NUM_CLASSES = 7
-CONFIG = SimKDConfig(loss="simkd", layers=(("layer3", "layer3"),))
+CONFIG = SimKD(loss="simkd", layers=(("layer3", "layer3"),))
 
 
 def network(name, seed=0):
@@ -46,7 +46,7 @@ def joined(student="resnet8", config=CONFIG, teacher="wrn_16_2", seed=0):
     ],
 )
 def test_logits_are_the_classifier_on_the_pooled_projection(student, layer, path):
-    config = SimKDConfig(loss="simkd", layers=((layer, "layer3"),), classifier=(path, "fc"))
+    config = SimKD(loss="simkd", layers=((layer, "layer3"),), classifier=(path, "fc"))
     model, classifier = joined(student, config)
     model.eval()
     with torch.no_grad(), extract_features(model, [layer]) as extractor:
@@ -119,21 +119,21 @@ def test_classifier_must_be_linear():
 
 def test_unknown_path_error_has_the_nearest():
     with pytest.raises(ModelError, match=r"'layer33'; did you mean 'layer3'"):
-        joined(config=SimKDConfig(loss="simkd", layers=(("layer33", "layer3"),)))
+        joined(config=SimKD(loss="simkd", layers=(("layer33", "layer3"),)))
     with pytest.raises(ModelError, match="no module 'fcc'"):
-        joined(config=SimKDConfig(loss="simkd", layers=(("layer3", "layer3"),), classifier=("fcc", "fc")))
+        joined(config=SimKD(loss="simkd", layers=(("layer3", "layer3"),), classifier=("fcc", "fc")))
 
 
 def test_layer_must_output_maps():
     with pytest.raises(RecipeError, match=r"the student's flatten outputs \[64\] per sample, expected a map"):
-        joined(config=SimKDConfig(loss="simkd", layers=(("flatten", "layer3"),)))
+        joined(config=SimKD(loss="simkd", layers=(("flatten", "layer3"),)))
 
 
 @pytest.mark.parametrize("layer", ["layer2", "layer3.0.bn2"])
 def test_failing_projector_leaves_the_student_unchanged(layer):
     student = network("resnet8")
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    config = SimKDConfig(loss="simkd", layers=((layer, "layer3"),))
+    config = SimKD(loss="simkd", layers=((layer, "layer3"),))
     with pytest.raises(RecipeError, match=f"does not run with a projector of 12 channels after {layer}"):
         reuse_classifier(student, config, IMAGE_SHAPE, nn.Linear(12, NUM_CLASSES), seed=0)
     after = student.state_dict()

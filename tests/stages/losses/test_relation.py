@@ -13,9 +13,9 @@ from support.loss_inputs import (
     drawn,
 )
 
-from kdpipe.stages.losses.relations.pkt import PKTConfig, pkt_loss
-from kdpipe.stages.losses.relations.rkd import RKDConfig, angle_loss, distance_loss, rkd_loss
-from kdpipe.stages.losses.relations.sp import SPConfig, sp_loss
+from kdpipe.stages.losses.relations.pkt import PKT, pkt_loss
+from kdpipe.stages.losses.relations.rkd import RKD, angle_loss, distance_loss, rkd_loss
+from kdpipe.stages.losses.relations.sp import SP, sp_loss
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 LOSSES = {"pkt": pkt_loss, "rkd": rkd_loss, "sp": sp_loss}
@@ -72,7 +72,7 @@ def test_loss_and_gradient_are_finite_at_the_edges(name, edge, dtype):
 
 @pytest.mark.parametrize(
     ("config", "loss"),
-    [(PKTConfig(loss="pkt", layers=PAIRS), pkt_loss), (RKDConfig(loss="rkd", layers=PAIRS, angle_weight=3.0), None)],
+    [(PKT(loss="pkt", layers=PAIRS), pkt_loss), (RKD(loss="rkd", layers=PAIRS, angle_weight=3.0), None)],
 )
 def test_module_sums_pairs_of_pooled_layers(config, loss):
     loss = loss or (lambda student, teacher: rkd_loss(student, teacher, 25.0, 3.0))
@@ -85,7 +85,7 @@ def test_module_sums_pairs_of_pooled_layers(config, loss):
 
 
 def test_sp_sums_pairs_of_whole_layers():
-    config = SPConfig(loss="sp", layers=PAIRS)
+    config = SP(loss="sp", layers=PAIRS)
     assert (config.per_sample, config.required_features({})) == (False, (FeatureSpec("b"), FeatureSpec("d")))
     student, teacher = {"a": STUDENT_MAPS, "c": STUDENT_VECTORS}, {"b": TEACHER_MAPS, "d": TEACHER_VECTORS}
     module, inputs = build_loss(config, student, teacher)
@@ -93,7 +93,7 @@ def test_sp_sums_pairs_of_whole_layers():
     assert module(inputs).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("config", [PKTConfig, SPConfig])
+@pytest.mark.parametrize("config", [PKT, SP])
 def test_default_weights_match_the_reference_code(config):
     name = config.__name__.removesuffix("Config").lower()
     assert config(loss=name, layers=PAIRS).weight == WEIGHTS[name]

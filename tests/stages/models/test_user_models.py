@@ -187,9 +187,7 @@ def test_an_unregistered_network_is_named(here: Path) -> None:
     train_teacher(TeacherConfig(model=ModelConfig(name="my_net"), train=TRAIN), 0, tiny_context(here / "run"))
     (file,) = (here / "run").rglob("model.safetensors")
     MODELS._registered.clear()
-    with pytest.raises(
-        ModelError, match="its model is 'my_net', a registered one: import the module"
-    ):
+    with pytest.raises(ModelError, match="its model is 'my_net', a registered one: import the module"):
         rebuild(file)
 
 

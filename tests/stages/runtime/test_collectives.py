@@ -21,7 +21,7 @@ from support.loss_inputs import make_inputs
 from support.two_processes import run_two_processes
 
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
-from kdpipe.stages.losses.relations.crd import CRDConfig
+from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
@@ -33,7 +33,7 @@ def crd_state(rows: slice) -> dict[str, Any]:
     torch.manual_seed(0)
     feature, student, teacher = FeatureSpec("b", "pooled"), torch.randn(2 * SHARD, 5), torch.randn(2 * SHARD, 7)
     others = Negatives({feature: torch.randn(10, 7)}, torch.arange(10) % 4, torch.arange(10) + 10)
-    config = CRDConfig(loss="crd", layers=PAIR, dim=4)
+    config = CRD(loss="crd", layers=PAIR, dim=4)
     module = config.build({"a": (5,)}, {feature: (7,)}, DatasetInfo(20, 4))
     labels = torch.arange(2 * SHARD) % 4
     whole = make_inputs(labels=labels, student={"a": student}, teacher={feature: teacher})

@@ -22,26 +22,26 @@ from torch import Tensor, nn
 
 from kdpipe.stages.data.loader.image_loader import ImageBatch, ImageLoader, ViewRequest
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import LossConfig
-from kdpipe.stages.losses.distillation import DistillationBatch, WeightedLoss
-from kdpipe.stages.losses.features.at import ATConfig
-from kdpipe.stages.losses.features.hint import HintConfig
-from kdpipe.stages.losses.features.nst import NSTConfig
-from kdpipe.stages.losses.features.review_kd import ReviewKDConfig
-from kdpipe.stages.losses.features.vid import VIDConfig
+from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.features.at import AT
+from kdpipe.stages.losses.features.hint import Hint
+from kdpipe.stages.losses.features.nst import NST
+from kdpipe.stages.losses.features.review_kd import ReviewKD
+from kdpipe.stages.losses.features.vid import VID
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
-from kdpipe.stages.losses.logits.dist import DISTConfig
-from kdpipe.stages.losses.logits.dkd import DKDConfig
-from kdpipe.stages.losses.logits.kd import KDConfig, LogitMSEConfig
-from kdpipe.stages.losses.logits.mlld import MLLDConfig
-from kdpipe.stages.losses.logits.nkd import NKDConfig
-from kdpipe.stages.losses.relations.cc import CCConfig
-from kdpipe.stages.losses.relations.crd import CRDConfig
-from kdpipe.stages.losses.relations.pkt import PKTConfig
-from kdpipe.stages.losses.relations.rkd import RKDConfig
-from kdpipe.stages.losses.relations.sp import SPConfig
+from kdpipe.stages.losses.logits.dist import DIST
+from kdpipe.stages.losses.logits.dkd import DKD
+from kdpipe.stages.losses.logits.kd import KD, LogitMSE
+from kdpipe.stages.losses.logits.mlld import MLLD
+from kdpipe.stages.losses.logits.nkd import NKD
+from kdpipe.stages.losses.relations.cc import CC
+from kdpipe.stages.losses.relations.crd import CRD
+from kdpipe.stages.losses.relations.pkt import PKT
+from kdpipe.stages.losses.relations.rkd import RKD
+from kdpipe.stages.losses.relations.sp import SP
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.weights import weights_sha256
@@ -68,23 +68,23 @@ NUM, SPLIT, CLASSES = 7, 4, 5
 """Samples in all, and those of the first process; the second has fewer."""
 
 PAIR = (("a", "b"),)
-LOSSES: dict[str, Callable[[SampleSelection], LossConfig]] = {
-    "kd": lambda some: KDConfig(loss="kd", samples=some),
-    "dkd": lambda some: DKDConfig(loss="dkd", samples=some),
-    "nkd": lambda some: NKDConfig(loss="nkd", samples=some),
-    "dist": lambda some: DISTConfig(loss="dist", samples=some),
-    "mlld": lambda some: MLLDConfig(loss="mlld", samples=some),
-    "logit_mse": lambda some: LogitMSEConfig(loss="logit_mse", samples=some),
-    "hint": lambda some: HintConfig(loss="hint", layers=PAIR, samples=some),
-    "at": lambda some: ATConfig(loss="at", layers=PAIR, samples=some),
-    "nst": lambda some: NSTConfig(loss="nst", layers=PAIR, samples=some),
-    "vid": lambda some: VIDConfig(loss="vid", layers=PAIR, samples=some),
-    "review_kd": lambda some: ReviewKDConfig(loss="review_kd", layers=PAIR, samples=some),
-    "rkd": lambda some: RKDConfig(loss="rkd", layers=PAIR, samples=some),
-    "sp": lambda some: SPConfig(loss="sp", layers=PAIR, samples=some),
-    "pkt": lambda some: PKTConfig(loss="pkt", layers=PAIR, samples=some),
-    "cc": lambda some: CCConfig(loss="cc", layers=PAIR, samples=some),
-    "crd": lambda some: CRDConfig(loss="crd", layers=PAIR, dim=4, samples=some),
+LOSSES: dict[str, Callable[[SampleSelection], Loss]] = {
+    "kd": lambda some: KD(loss="kd", samples=some),
+    "dkd": lambda some: DKD(loss="dkd", samples=some),
+    "nkd": lambda some: NKD(loss="nkd", samples=some),
+    "dist": lambda some: DIST(loss="dist", samples=some),
+    "mlld": lambda some: MLLD(loss="mlld", samples=some),
+    "logit_mse": lambda some: LogitMSE(loss="logit_mse", samples=some),
+    "hint": lambda some: Hint(loss="hint", layers=PAIR, samples=some),
+    "at": lambda some: AT(loss="at", layers=PAIR, samples=some),
+    "nst": lambda some: NST(loss="nst", layers=PAIR, samples=some),
+    "vid": lambda some: VID(loss="vid", layers=PAIR, samples=some),
+    "review_kd": lambda some: ReviewKD(loss="review_kd", layers=PAIR, samples=some),
+    "rkd": lambda some: RKD(loss="rkd", layers=PAIR, samples=some),
+    "sp": lambda some: SP(loss="sp", layers=PAIR, samples=some),
+    "pkt": lambda some: PKT(loss="pkt", layers=PAIR, samples=some),
+    "cc": lambda some: CC(loss="cc", layers=PAIR, samples=some),
+    "crd": lambda some: CRD(loss="crd", layers=PAIR, dim=4, samples=some),
 }
 SELECTIONS = {
     "all": SampleSelection(),

@@ -12,15 +12,16 @@ from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation
+from kdpipe.stages.losses.distillation import build_distillation
 from kdpipe.stages.losses.inputs import DatasetInfo
-from kdpipe.stages.losses.logits.dist import DISTConfig
-from kdpipe.stages.losses.logits.dkd import DKDConfig
-from kdpipe.stages.losses.logits.kd import KDConfig, LogitMSEConfig, kd_loss
-from kdpipe.stages.losses.logits.mlld import MLLDConfig
-from kdpipe.stages.losses.logits.nkd import NKDConfig
+from kdpipe.stages.losses.logits.dist import DIST
+from kdpipe.stages.losses.logits.dkd import DKD
+from kdpipe.stages.losses.logits.kd import KD, LogitMSE, kd_loss
+from kdpipe.stages.losses.logits.mlld import MLLD
+from kdpipe.stages.losses.logits.nkd import NKD
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.class_map import ClassMap, read_class_map
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
@@ -90,7 +91,7 @@ def task_of(run, names, classes, losses=None, *, missing="error", images=OURS, *
 
 
 def kd(**changes):
-    return KDConfig(loss="kd", weight=1.0, temperature=4.0, **changes)
+    return KD(loss="kd", weight=1.0, temperature=4.0, **changes)
 
 
 def whole_batch(task):
@@ -129,10 +130,10 @@ def test_classes_that_the_teacher_lacks_have_no_probability(temperature):
 
 LOSSES = [
     kd(),
-    DKDConfig(loss="dkd", warmup_epochs=0),
-    DISTConfig(loss="dist"),
-    NKDConfig(loss="nkd", temperature=4.0),
-    MLLDConfig(loss="mlld"),
+    DKD(loss="dkd", warmup_epochs=0),
+    DIST(loss="dist"),
+    NKD(loss="nkd", temperature=4.0),
+    MLLD(loss="mlld"),
     kd(samples=SampleSelection(filter="hard", weighting="entropy")),
     kd(samples=SampleSelection(weighting="correctness")),
 ]
@@ -286,9 +287,7 @@ def test_logits_of_different_classes_cannot_be_averaged(run):
     task_of(run, ["same", "fine"], ("same", FINE_TABLE))  # this teacher has all classes
 
 
-@pytest.mark.parametrize(
-    "loss", [LogitMSEConfig(loss="logit_mse"), kd(standardize=True)], ids=["logit_mse", "standardize"]
-)
+@pytest.mark.parametrize("loss", [LogitMSE(loss="logit_mse"), kd(standardize=True)], ids=["logit_mse", "standardize"])
 def test_losses_on_all_logits_need_a_teacher_of_all_classes(run, loss):
     sentence = rf"distill\.0 \({loss.loss}\) needs the logits of all classes, and a teacher lacks some"
     of_all = {"ensemble": "probabilities", "missing": "hard-labels"}

@@ -15,10 +15,11 @@ from kdpipe.pipeline.steps import cache_teacher, train_student
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.errors import RecipeError, StoppedEarly
-from kdpipe.stages.losses.distillation import DistillationBatch, build_distillation
+from kdpipe.stages.losses.distillation import build_distillation
 from kdpipe.stages.losses.inputs import DatasetInfo
-from kdpipe.stages.losses.logits.kd import KDConfig, kd_loss
+from kdpipe.stages.losses.logits.kd import KD, kd_loss
 from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.runtime.events import RunMonitor
@@ -180,7 +181,7 @@ def test_sample_without_any_target_causes_no_nan(ensemble, weights):
 
 
 def kd(**changes):
-    return KDConfig(loss="kd", weight=1.0, temperature=2.0, **changes)
+    return KD(loss="kd", weight=1.0, temperature=2.0, **changes)
 
 
 def distilled(combined, *losses):

@@ -11,7 +11,7 @@ from kdpipe.stages.data.loader.sampling import shard_order
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.hint import HintConfig
+from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
@@ -164,7 +164,7 @@ def test_other_view_recipe_or_too_few_views_are_errors(run):
 
 
 def test_hint_with_an_unknown_store_is_an_error(run):
-    hint = HintConfig(loss="hint", layers=(("stage2", "stage2"),), store=1)
+    hint = Hint(loss="hint", layers=(("stage2", "stage2"),), store=1)
     with pytest.raises(RecipeError, match="distill.0 .hint. uses store 1, but there are 1"):
         open_distillation([run / "store.zarr"], [hint], STUDENT, {}, tiny_context(run))
 

@@ -13,8 +13,8 @@ from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.task_builder import build_student, student_shapes
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.losses.distillation import required_of
-from kdpipe.stages.losses.features.fitnet import FitNetConfig
-from kdpipe.stages.losses.logits.kd import KDConfig
+from kdpipe.stages.losses.features.fitnet import FitNet
+from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.safetensors_io import load_tensors
@@ -45,7 +45,7 @@ def entry(kind):
     return kind(loss=name, **{key: value for key, value in changes.items() if key in keys})
 
 
-ENTRIES = [entry(kind) for kind in LOSSES]
+ENTRIES = [entry(kind) for kind in LOSSES.builtin.values()]
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,8 @@ STATEFUL = {
     "crd": ([one for one in ENTRIES if one.loss == "crd"], STUDENT_CONFIG),
     "fitnet": (
         [
-            FitNetConfig(loss="fitnet", layers=(("stage1", "stage1"), ("stage2", "stage2")), stage_epochs=1),
-            KDConfig(loss="kd"),
+            FitNet(loss="fitnet", layers=(("stage1", "stage1"), ("stage2", "stage2")), stage_epochs=1),
+            KD(loss="kd"),
         ],
         STUDENT_CONFIG,
     ),
@@ -122,9 +122,9 @@ def test_repeatedly_stopped_training_is_identical(run, tmp_path, name):
 
 
 def test_hint_stage_trains_only_up_to_its_layer(run, tmp_path):
-    loss = FitNetConfig(loss="fitnet", layers=(("stage1", "stage2"),), stage_epochs=1)
+    loss = FitNet(loss="fitnet", layers=(("stage1", "stage2"),), stage_epochs=1)
     with pytest.raises(StoppedEarly):  # in the student's own training, which comes after 3 steps
-        train(run, (loss, KDConfig(loss="kd")), tmp_path / "student", monitor=RunMonitor(should_stop=StopAfter(5)))
+        train(run, (loss, KD(loss="kd")), tmp_path / "student", monitor=RunMonitor(should_stop=StopAfter(5)))
     after = load_tensors(tmp_path / "student" / "hint1" / "model.safetensors")[0]
     before = build_student(STUDENT_CONFIG, 0, tiny_context(run, train_set=TRAIN_SET)).model.state_dict()
     changed = {name.partition(".")[0] for name, one in after.items() if not torch.equal(one, before[name])}
@@ -135,7 +135,7 @@ def test_learnable_weights_train_and_are_not_in_the_student(run, tmp_path):
     context = tiny_context(run, train_set=TRAIN_SET)
     cache_teacher(CACHE, run / "second.zarr", untrained_teacher(BIG, 5, context), [], context)
     config = dataclasses.replace(STUDENT_CONFIG, teachers=TeachersConfig(weights="learnable"))
-    losses, stores = (KDConfig(loss="kd"),), ("store.zarr", "second.zarr")
+    losses, stores = (KD(loss="kd"),), ("store.zarr", "second.zarr")
     uninterrupted = train(run, losses, tmp_path / "one", config=config, stores=stores)
     with pytest.raises(StoppedEarly):
         train(run, losses, tmp_path / "two", config=config, stores=stores, monitor=RunMonitor(should_stop=StopAfter(4)))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from scipy.special import betainc
 
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.views.mix import MixAssignment, MixConfig, mix, sample_mix
 from kdpipe.stages.views.rng import CounterRNG
 
@@ -172,9 +173,9 @@ def test_small_images(config, shape):
 
 
 def test_a_section_that_mixes_nothing_is_refused():
-    with pytest.raises(ValidationError, match="needs a mixup_alpha or a cutmix_alpha above 0"):
+    with pytest.raises(RecipeError, match="needs a mixup_alpha or a cutmix_alpha above 0"):
         MixConfig()
-    with pytest.raises(ValidationError):
+    with pytest.raises(RecipeError):
         MixConfig(mixup_alpha=-1.0)
     with pytest.raises(ValidationError):
         TypeAdapter(MixConfig).validate_json('{"mixup_alpha": 1.0, "alpha": 2}')

@@ -67,7 +67,7 @@ def test_every_offset_and_both_sides_come_up_about_equally_often():
     assert 0.48 < mirrored.float().mean() < 0.52
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("share", [0.3, 1.0])
 def test_fraction_flipped_is_p(share):
     ids = torch.arange(10_000)
     pair = torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 2, 1).expand(len(ids), 1, 2, 1)
@@ -121,6 +121,48 @@ def test_inputs_are_unchanged(operation):
 def test_a_wrong_operation_is_refused_by_number_and_name(operation, sentence):
     with pytest.raises(RecipeError, match=f"views.operations.1: .*{sentence}"):
         parse_operations([FLIP, operation])
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        {"name": "RandomHorizontalFlip", "p": 0.0},
+        {"name": "RandomVerticalFlip", "p": 0.0},
+        {"name": "ColorJitter"},
+        {"name": "ColorJitter", "brightness": [1.0, 1.0], "hue": 0.0},
+        {"name": "RandomGrayscale", "p": 0.0},
+        {"name": "RandomErasing", "p": 0.0},
+        {"name": "RandAugment", "num_ops": 0},
+        {"name": "RandomAffine", "degrees": 0.0},
+        {"name": "RandomAffine", "degrees": 0.0, "translate": [0.0, 0.0], "scale": [1.0, 1.0], "shear": [0.0, 0.0]},
+    ],
+)
+def test_an_operation_that_changes_nothing_is_refused(operation):
+    with pytest.raises(RecipeError, match=f"views.operations.1: {operation['name']} changes nothing"):
+        parse_operations([FLIP, operation])
+
+
+def test_a_crop_to_the_whole_image_is_refused():
+    for arguments in ({"padding": 0}, {"size": [9, 7]}):
+        with pytest.raises(RecipeError, match="RandomCrop to 9 x 7 with padding = 0 changes nothing"):
+            parse_operations([{"name": "RandomCrop", **arguments}]).output_size((9, 7))
+
+
+@pytest.mark.parametrize(("size", "padding"), [((32, 40), 4), ((9, 7), 1), ((28, 28), 3)])
+def test_a_crop_is_padded_by_an_eighth_of_the_image(size, padding):
+    images = torch.randint(0, 256, (40, 3, *size), dtype=torch.uint8)
+    explicit = render(images, IDS, 0, {"name": "RandomCrop", "padding": padding})
+    assert torch.equal(render(images, IDS, 0, {"name": "RandomCrop"}), explicit)
+    assert not torch.equal(explicit, images)
+
+
+def test_records_of_explicit_crops_are_those_of_old_stores():
+    def record(**arguments):
+        return parse_operations([{"name": "RandomCrop", **arguments}]).to_json()["operations"][0]
+
+    assert record(size=4) == {"name": "RandomCrop", "size": 4, "padding": 0, "fill": 0}
+    assert record(padding=2) == {"name": "RandomCrop", "size": None, "padding": 2, "fill": 0}
+    assert record()["padding"] is None  # 0 in stores that were made when it changed nothing
 
 
 def test_a_crop_that_could_miss_the_image_is_refused():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import ValidationError
 from support.tiny_nets import EXAMPLE, IMAGE_SHAPE, NETS, NUM_CLASSES, Residual, build, images, sgd, step
 from torch import nn
 
 from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
-from kdpipe.stages.errors import ModelError
+from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.build import ModelConfig, build_model
 
 
@@ -282,7 +281,7 @@ def test_wrong_example_shape_is_an_error():
     ],
 )
 def test_settings_out_of_range_are_errors(wrong):
-    with pytest.raises(ValidationError):
+    with pytest.raises(RecipeError):
         PruneConfig(**wrong)
 
 
@@ -298,5 +297,5 @@ def test_settings_out_of_range_are_errors(wrong):
     ],
 )
 def test_contradictory_settings_are_errors(settings, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(RecipeError, match=message):
         PruneConfig(**settings)

@@ -16,12 +16,12 @@ from support.loss_inputs import (
 )
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.at import ATConfig
+from kdpipe.stages.losses.features.at import AT
 from kdpipe.stages.targets.feature_spec import ATTENTION, FeatureSpec
 
 
 def at_loss(student, teacher, variant="code"):
-    return loss_of_pair(ATConfig(loss="at", layers=(("a", "b"),), variant=variant), student, teacher)
+    return loss_of_pair(AT(loss="at", layers=(("a", "b"),), variant=variant), student, teacher)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_at_gradient_by_the_maps_equals_finite_differences(variant):
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
 def test_module_sums_pairs_per_sample(variant):
-    config = ATConfig(loss="at", layers=(("a", "b"), ("c", "d")), variant=variant)
+    config = AT(loss="at", layers=(("a", "b"), ("c", "d")), variant=variant)
     module, inputs = build_loss(
         config,
         {"a": STUDENT_MAPS, "c": LARGER_STUDENT_MAPS},
@@ -72,7 +72,7 @@ def test_module_sums_pairs_per_sample(variant):
 
 
 def test_teachers_maps_are_required_at_the_students_size():
-    config = ATConfig(loss="at", layers=(("a", "b"),))
+    config = AT(loss="at", layers=(("a", "b"),))
     assert config.required_features({"a": (16, 8, 8)}) == (FeatureSpec("b", ATTENTION, (8, 8)),)
     module, inputs = build_loss(config, {"a": STUDENT_MAPS}, {"b": LARGER_STUDENT_MAPS})
     assert inputs.teacher.features[FeatureSpec("b", ATTENTION, (8, 8))].shape == (8, 8, 8)
@@ -80,7 +80,7 @@ def test_teachers_maps_are_required_at_the_students_size():
 
 
 def test_mismatched_shapes_are_errors_with_both_shapes():
-    config = ATConfig(loss="at", layers=(("layer2", "block2"),))
+    config = AT(loss="at", layers=(("layer2", "block2"),))
     feature = config.required_features({"layer2": (16, 8, 8)})[0]
     with pytest.raises(RecipeError, match=r"at cannot join the student's layer2, .*\[16, 8, 8\].* \[8, 4\]"):
         config.build({"layer2": (16, 8, 8)}, {feature: (8, 4)}, DATASET)
@@ -109,10 +109,10 @@ def test_value_and_gradient_are_finite_at_the_edges(edge, dtype, variant):
 
 def test_half_precision_is_pooled_in_float32():
     student = LARGER_STUDENT_MAPS.bfloat16()
-    module, inputs = build_loss(ATConfig(loss="at", layers=(("a", "b"),)), {"a": student}, {"b": THEIR_TEACHER_MAPS})
+    module, inputs = build_loss(AT(loss="at", layers=(("a", "b"),)), {"a": student}, {"b": THEIR_TEACHER_MAPS})
     expected = at_loss(student.float(), THEIR_TEACHER_MAPS).item()
     assert module(inputs).mean().item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_default_weight_matches_the_reference_code():
-    assert ATConfig(loss="at", layers=(("a", "b"),)).weight == 1000
+    assert AT(loss="at", layers=(("a", "b"),)).weight == 1000

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support.loss_inputs import DATASET, drawn, loss_of_pair, make_inputs
 from torch import nn
 
-from kdpipe.stages.losses.features.at import ATConfig, ATGradientConfig, attention_distance
+from kdpipe.stages.losses.features.at import AT, ATGradient, at_loss
 from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec
 from kdpipe.stages.targets.statistics import attention, input_attention
 
@@ -19,24 +19,24 @@ FEATURE = FeatureSpec(INPUT, INPUT_GRADIENT)
 
 
 def at_gradient_loss(student, teacher, variant="code"):
-    return attention_distance(input_attention(student), input_attention(teacher), variant).mean()
+    return at_loss(input_attention(student), input_attention(teacher), variant).mean()
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
 def test_it_is_attention_transfer_on_the_input_gradient(variant):
-    config = ATGradientConfig(loss="at_gradient", variant=variant)
+    config = ATGradient(loss="at_gradient", variant=variant)
     assert config.required_features({}) == (FEATURE,)
     module = config.build({}, {FEATURE: (6, 6)}, DATASET)
     inputs = replace(make_inputs(teacher={FEATURE: attention(TEACHERS)}), input_gradient=GRADIENT)
     per_sample = module(inputs)
     assert per_sample.shape == (8,)
-    at = loss_of_pair(ATConfig(loss="at", layers=(("a", "b"),), variant=variant), GRADIENT, TEACHERS)
+    at = loss_of_pair(AT(loss="at", layers=(("a", "b"),), variant=variant), GRADIENT, TEACHERS)
     assert per_sample.mean().item() == pytest.approx(at.item(), rel=1e-9)
     assert at_gradient_loss(GRADIENT, TEACHERS, variant).item() == pytest.approx(per_sample.mean().item(), rel=1e-12)
 
 
 def test_missing_gradient_is_an_error():
-    module = ATGradientConfig(loss="at_gradient").build({}, {FEATURE: (6, 6)}, DATASET)
+    module = ATGradient(loss="at_gradient").build({}, {FEATURE: (6, 6)}, DATASET)
     with pytest.raises(ValueError, match="gradient"):
         module(make_inputs(teacher={FEATURE: attention(TEACHERS)}))
 
@@ -99,5 +99,5 @@ def test_equal_gradients_have_zero_loss():
 
 
 def test_config_requires_the_gradient_with_ats_weight():
-    assert ATGradientConfig.input_gradient
-    assert ATGradientConfig(loss="at_gradient").weight == 1000
+    assert ATGradient.input_gradient
+    assert ATGradient(loss="at_gradient").weight == 1000

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import ValidationError
 from support.loss_inputs import DATASET, STUDENT_MAPS, TEACHER_MAPS, make_inputs
 
-from kdpipe.stages.losses.features.fitnet import FitNetConfig
-from kdpipe.stages.losses.features.hint import HintConfig
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.features.fitnet import FitNet
+from kdpipe.stages.losses.features.hint import Hint
 from kdpipe.stages.losses.schedules import Schedule
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 
 def test_each_pair_is_one_stage_in_order():
     ramp = Schedule(start=1.0, end=2.0)
-    config = FitNetConfig(
-        loss="fitnet", layers=(("a", "b"), ("c", "d"), ("a", "d")), stage_epochs=7, weight=ramp, store=1
-    )
+    config = FitNet(loss="fitnet", layers=(("a", "b"), ("c", "d"), ("a", "d")), stage_epochs=7, weight=ramp, store=1)
     stages = config.stages()
     assert [stage.layers for stage in stages] == [(("a", "b"),), (("c", "d"),), (("a", "d"),)]
     assert {(stage.loss, stage.stage_epochs, stage.weight, stage.store) for stage in stages} == {("fitnet", 7, ramp, 1)}
@@ -25,8 +23,8 @@ def test_each_pair_is_one_stage_in_order():
 
 
 def test_stage_equals_the_hint_loss_of_its_pair():
-    config = FitNetConfig(loss="fitnet", layers=(("a", "b"), ("c", "d"))).stages()[0]
-    hint = HintConfig(loss="hint", layers=(("a", "b"),))
+    config = FitNet(loss="fitnet", layers=(("a", "b"), ("c", "d"))).stages()[0]
+    hint = Hint(loss="hint", layers=(("a", "b"),))
     assert config.student_layers() == ("a",)
     assert (
         config.required_features({"a": (16, 8, 8)}) == (FeatureSpec("b"),) == hint.required_features({"a": (16, 8, 8)})
@@ -39,11 +37,11 @@ def test_stage_equals_the_hint_loss_of_its_pair():
 
 
 def test_defaults_match_the_reference_code():
-    config = FitNetConfig(loss="fitnet", layers=(("a", "b"),))
+    config = FitNet(loss="fitnet", layers=(("a", "b"),))
     assert (config.stage_epochs, config.weight) == (30, 1)
 
 
 @pytest.mark.parametrize("keys", [{"layers": ()}, {"layers": (("a", "b"),), "stage_epochs": 0}])
 def test_no_pairs_or_no_epochs_are_errors(keys):
-    with pytest.raises(ValidationError):
-        FitNetConfig(loss="fitnet", **keys)
+    with pytest.raises(RecipeError):
+        FitNet(loss="fitnet", **keys)

@@ -16,11 +16,11 @@ from support.loss_inputs import (
 )
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.nst import NSTConfig, nst_from_channels, nst_from_gram, nst_loss
+from kdpipe.stages.losses.features.nst import NST, nst_from_channels, nst_from_gram, nst_loss
 from kdpipe.stages.targets.feature_spec import MAP, SPATIAL_GRAM, FeatureSpec
 from kdpipe.stages.targets.statistics import pool_to, spatial_gram
 
-CONFIG = NSTConfig(loss="nst", layers=(("a", "b"),))
+CONFIG = NST(loss="nst", layers=(("a", "b"),))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_module_equals_the_function_at_any_sizes(student, teacher):
 
 
 def test_pairs_are_summed():
-    config = NSTConfig(loss="nst", layers=(("a", "b"), ("c", "d")))
+    config = NST(loss="nst", layers=(("a", "b"), ("c", "d")))
     module, inputs = build_loss(
         config,
         {"a": STUDENT_MAPS, "c": LARGER_STUDENT_MAPS},

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support.loss_inputs import DATASET, STUDENT_HINTS, TEACHER_HINTS, build_loss, drawn
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.review_kd import ReviewKDConfig, hcl_loss
+from kdpipe.stages.losses.features.review_kd import ReviewKD, hcl_loss
 from kdpipe.stages.losses.schedules import TrainProgress
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
@@ -22,7 +22,7 @@ def build(config, student=STUDENT, teacher=TEACHER, **options):
 
 
 def config_of(**keys):
-    return ReviewKDConfig(loss="review_kd", **({"layers": LAYERS} | keys))
+    return ReviewKD(loss="review_kd", **({"layers": LAYERS} | keys))
 
 
 def test_hcl_matches_the_reference_code():

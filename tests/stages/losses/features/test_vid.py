@@ -17,11 +17,11 @@ from support.loss_inputs import (
 )
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.features.vid import VID, VIDConfig, vid_loss
+from kdpipe.stages.losses.features.vid import VID, VIDModule, vid_loss
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.statistics import pool_to
 
-CONFIG = VIDConfig(loss="vid", layers=(("a", "b"),))
+CONFIG = VID(loss="vid", layers=(("a", "b"),))
 
 
 def test_it_is_the_gaussian_likelihood_without_its_constant():
@@ -38,7 +38,7 @@ def test_gradient_matches_finite_differences():
 
 @pytest.mark.parametrize("init_pred_var", [0.01, 5.0, 1000.0])
 def test_initial_variance_is_the_configured_one(init_pred_var):
-    _, variance = VID(3, 4, init_pred_var).predict(torch.zeros(1, 3, 2, 2))
+    _, variance = VIDModule(3, 4, init_pred_var).predict(torch.zeros(1, 3, 2, 2))
     assert variance.shape == (4,)
     assert variance.tolist() == pytest.approx([init_pred_var] * 4, rel=1e-4)
 
@@ -78,7 +78,7 @@ def test_vectors_equal_maps_of_one_pixel():
 
 def test_predictors_train_and_the_likelihood_grows():
     module, inputs = build_loss(
-        VIDConfig(loss="vid", layers=(("a", "b"), ("c", "d"))),
+        VID(loss="vid", layers=(("a", "b"), ("c", "d"))),
         {"a": STUDENT_MAPS, "c": STUDENT_VECTORS},
         {"b": TEACHER_MAPS, "d": TEACHER_VECTORS},
     )
@@ -115,7 +115,7 @@ def test_value_and_gradient_are_finite_at_the_edges(edge, dtype):
 
 
 def test_variance_stays_above_its_minimum():
-    predictor = VID(3, 4, 5.0)
+    predictor = VIDModule(3, 4, 5.0)
     with torch.no_grad():
         predictor.log_scale.fill_(-1000)
     mean, variance = predictor.predict(torch.zeros(1, 3, 2, 2))

@@ -6,7 +6,7 @@ import torch
 from support.loss_inputs import DATASET, STUDENT_LOGITS, TEACHER_LOGITS, drawn, make_inputs
 
 from kdpipe.stages.losses.logits import dist
-from kdpipe.stages.losses.logits.dist import DISTConfig, dist_loss
+from kdpipe.stages.losses.logits.dist import DIST, dist_loss
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(1.0, 2.099816725), (4.0, 34.7221359505)])
@@ -24,13 +24,13 @@ def test_parts_match_numpys_correlations():
 
 
 def test_module_equals_the_function_for_the_whole_batch():
-    loss = DISTConfig(loss="dist", beta=0.5, gamma=2.0, temperature=1.0).build({}, {}, DATASET)(make_inputs())
+    loss = DIST(loss="dist", beta=0.5, gamma=2.0, temperature=1.0).build({}, {}, DATASET)(make_inputs())
     assert loss.shape == ()
     assert loss.item() == dist_loss(STUDENT_LOGITS, TEACHER_LOGITS, 1.0, beta=0.5, gamma=2.0).item()
 
 
 def test_defaults_match_the_reference_code():
-    config = DISTConfig(loss="dist")
+    config = DIST(loss="dist")
     assert (config.weight, config.beta, config.gamma, config.temperature) == (2, 1, 1, 4)
     assert config.temperatures() == (4.0,)
     assert (config.per_sample, config.one_label, config.on_logits) == (False, False, True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.loss_inputs import DATASET, LABELS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
-from kdpipe.stages.losses.logits.dkd import DKDConfig, dkd_loss, nckd_loss, tckd_loss, without_label
+from kdpipe.stages.losses.logits.dkd import DKD, dkd_loss, nckd_loss, tckd_loss, without_label
 from kdpipe.stages.losses.schedules import FINISHED, TrainProgress, warmup_factor
 
 ENDS = torch.tensor([[1.0, -1, 0, 0.5], [-1, 1, 0.25, 0], [0, 0.5, 1, -1]], dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_without_label_keeps_the_order():
 
 
 def test_module_equals_the_function_per_sample():
-    config = DKDConfig(loss="dkd", alpha=0.5, beta=3.0, temperature=2.0)
+    config = DKD(loss="dkd", alpha=0.5, beta=3.0, temperature=2.0)
     each = config.build({}, {}, DATASET)(make_inputs())
     assert each.shape == (8,)
     expected = dkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0, alpha=0.5, beta=3.0).mean()
@@ -54,14 +54,14 @@ def test_module_equals_the_function_per_sample():
 
 
 def test_defaults_match_the_reference_code():
-    config = DKDConfig(loss="dkd")
+    config = DKD(loss="dkd")
     assert (config.weight, config.alpha, config.beta, config.temperature, config.warmup_epochs) == (1, 1, 8, 4, 20)
     assert config.temperatures() == (4.0,)
     assert (config.one_label, config.per_sample, config.on_logits) == (True, True, True)
 
 
 def test_warmup_grows_to_the_full_loss():
-    module = DKDConfig(loss="dkd").build({}, {}, DATASET)
+    module = DKD(loss="dkd").build({}, {}, DATASET)
     whole = module(make_inputs(progress=FINISHED))
     assert whole.mean().item() == pytest.approx(62.06831042, rel=1e-9)
     assert torch.allclose(module(make_inputs(progress=TrainProgress(0, 240))), whole / 20)

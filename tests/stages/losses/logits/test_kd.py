@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
-from kdpipe.stages.losses.logits.kd import KDConfig, kd_loss
+from kdpipe.stages.losses.logits.kd import KD, kd_loss
 from kdpipe.stages.losses.schedules import Schedule, TrainProgress
 
 
@@ -45,7 +45,7 @@ def test_kd_of_saturated_logits_is_finite_in_every_precision(dtype):
 
 
 def test_module_uses_the_scheduled_temperature():
-    config = KDConfig(loss="kd", temperature=Schedule(start=8.0, end=2.0))
+    config = KD(loss="kd", temperature=Schedule(start=8.0, end=2.0))
     module = config.build({}, {}, None)
     for epoch, temperature in ((0, 8.0), (3, 5.0), (6, 2.0)):
         loss = module(make_inputs(progress=TrainProgress(epoch, 7))).mean()

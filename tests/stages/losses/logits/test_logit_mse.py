@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.loss_inputs import DATASET, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
-from kdpipe.stages.losses.logits.kd import LogitMSEConfig, kd_loss, logit_mse_loss
+from kdpipe.stages.losses.logits.kd import LogitMSE, kd_loss, logit_mse_loss
 
 
 def test_it_is_the_mean_over_samples_and_classes():
@@ -22,7 +22,7 @@ def test_kd_at_high_temperature_tends_to_half_of_it():
 
 
 def test_module_equals_the_function_per_sample():
-    config = LogitMSEConfig(loss="logit_mse")
+    config = LogitMSE(loss="logit_mse")
     each = config.build({}, {}, DATASET)(make_inputs())
     assert each.shape == (8,)
     assert each.mean().item() == pytest.approx(logit_mse_loss(STUDENT_LOGITS, TEACHER_LOGITS).mean().item(), rel=1e-12)
@@ -32,7 +32,7 @@ def test_module_equals_the_function_per_sample():
 
 
 def test_requires_all_logits_and_no_temperature():
-    config = LogitMSEConfig(loss="logit_mse")
+    config = LogitMSE(loss="logit_mse")
     assert (config.weight, config.whole_logits, config.per_sample, config.on_logits) == (1, True, True, True)
     assert config.temperatures() == ()
 

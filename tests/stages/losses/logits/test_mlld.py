@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 from support.loss_inputs import DATASET, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.logits import mlld
 from kdpipe.stages.losses.logits.kd import kd_loss
-from kdpipe.stages.losses.logits.mlld import MLLDConfig, batch_relation, class_relation, mlld_loss
+from kdpipe.stages.losses.logits.mlld import MLLD, batch_relation, class_relation, mlld_loss
 
 STUDENT, TEACHER = (STUDENT_LOGITS / 4).softmax(1), (TEACHER_LOGITS / 4).softmax(1)
 
@@ -32,14 +32,14 @@ def test_the_relations_are_what_loops_give():
 
 
 def test_the_term_is_the_sum_over_its_temperatures():
-    loss = MLLDConfig(loss="mlld", temperature_list=(2.0, 5.0)).build({}, {}, DATASET)(make_inputs())
+    loss = MLLD(loss="mlld", temperature_list=(2.0, 5.0)).build({}, {}, DATASET)(make_inputs())
     assert loss.shape == ()
     expected = mlld_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0) + mlld_loss(STUDENT_LOGITS, TEACHER_LOGITS, 5.0)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_defaults_match_the_reference_code():
-    config = MLLDConfig(loss="mlld")
+    config = MLLD(loss="mlld")
     assert config.weight == 1
     assert config.temperatures() == (2, 3, 4, 5, 6)
     assert (config.per_sample, config.one_label, config.on_logits) == (False, False, True)
@@ -47,8 +47,8 @@ def test_defaults_match_the_reference_code():
 
 @pytest.mark.parametrize("wrong", [(), (4.0, 0.0)])
 def test_no_temperature_and_one_of_zero_are_refused(wrong):
-    with pytest.raises(ValidationError, match="temperature_list"):
-        MLLDConfig(loss="mlld", temperature_list=wrong)
+    with pytest.raises(RecipeError, match="temperature_list"):
+        MLLD(loss="mlld", temperature_list=wrong)
 
 
 def test_the_relations_go_over_the_batch_of_all_processes(monkeypatch):
@@ -71,9 +71,7 @@ def test_gradient_matches_finite_differences():
 def test_saturated_logits_are_finite_in_every_precision(dtype, num_samples):
     ends = torch.tensor([[300.0, -300, 0], [-300, 300, 0], [300, -300, 0]])[:num_samples]
     student = ends.to(dtype, copy=True).requires_grad_()
-    loss = MLLDConfig(loss="mlld").build({}, {}, DATASET)(
-        make_inputs(student, ends.flip(1), labels=torch.zeros(num_samples))
-    )
+    loss = MLLD(loss="mlld").build({}, {}, DATASET)(make_inputs(student, ends.flip(1), labels=torch.zeros(num_samples)))
     loss.backward()
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.loss_inputs import DATASET, LABELS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
 
-from kdpipe.stages.losses.logits.nkd import NKDConfig, nkd_loss
+from kdpipe.stages.losses.logits.nkd import NKD, nkd_loss
 
 
 def test_nkd_matches_the_reference_code():
@@ -32,7 +32,7 @@ def test_nkd_is_what_loops_over_samples_and_classes_give(temperature, gamma):
 
 
 def test_module_equals_the_function_per_sample():
-    each = NKDConfig(loss="nkd", gamma=0.5, temperature=2.0).build({}, {}, DATASET)(make_inputs())
+    each = NKD(loss="nkd", gamma=0.5, temperature=2.0).build({}, {}, DATASET)(make_inputs())
     assert each.shape == (8,)
     expected = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0, gamma=0.5).mean()
     assert each.mean().item() == pytest.approx(expected.item(), rel=1e-12)
@@ -48,7 +48,7 @@ class Warm:
 
 
 def test_label_has_temperature_one_and_others_their_own():
-    module = NKDConfig(loss="nkd", temperature=2.0).build({}, {}, DATASET)
+    module = NKD(loss="nkd", temperature=2.0).build({}, {}, DATASET)
     each = module(replace(make_inputs(), teacher=Warm()))
     target = nkd_loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, 2.0, gamma=0.0).mean()
     others = nkd_loss(STUDENT_LOGITS, 2 * TEACHER_LOGITS, LABELS, 2.0, gamma=1.5).mean()
@@ -57,9 +57,9 @@ def test_label_has_temperature_one_and_others_their_own():
 
 
 def test_defaults_match_the_reference_code():
-    config = NKDConfig(loss="nkd")
+    config = NKD(loss="nkd")
     assert (config.weight, config.gamma, config.temperature) == (1, 1.5, 1)
-    assert NKDConfig(loss="nkd", temperature=3.0).temperatures() == (1.0, 3.0)
+    assert NKD(loss="nkd", temperature=3.0).temperatures() == (1.0, 3.0)
     assert (config.one_label, config.per_sample, config.on_logits) == (True, True, True)
 
 

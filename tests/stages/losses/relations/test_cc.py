@@ -7,20 +7,20 @@ import torch
 from support.loss_inputs import STUDENT_MAPS, TEACHER_VECTORS, drawn, make_inputs
 
 from kdpipe.stages.losses.inputs import DatasetInfo
-from kdpipe.stages.losses.relations.cc import CCConfig, cc_loss, correlation_loss, correlations
+from kdpipe.stages.losses.relations.cc import CC, cc_loss, correlation_loss, correlations
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 POOLED = FeatureSpec("b", "pooled")
 
 
 def built(**keys):
-    config = CCConfig(loss="cc", layers=(("a", "b"),), **keys)
+    config = CC(loss="cc", layers=(("a", "b"),), **keys)
     torch.manual_seed(0)
     return config.build({"a": (16, 8, 8)}, {POOLED: (32,)}, DatasetInfo(100, 10))
 
 
 def test_defaults_match_the_reference_code():
-    config = CCConfig(loss="cc", layers=(("a", "b"),))
+    config = CC(loss="cc", layers=(("a", "b"),))
     assert (config.weight, config.dim, config.variant, config.per_sample) == (0.02, 128, "code", False)
     assert (config.student_layers(), config.required_features({})) == (("a",), (POOLED,))
 

@@ -9,7 +9,7 @@ from support.loss_inputs import drawn, make_inputs
 from torch.nn.functional import normalize
 
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives
-from kdpipe.stages.losses.relations.crd import CRDConfig
+from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.losses.relations.nce import Memory, NCELoss, log_z_of, nce_loss
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 
@@ -20,7 +20,7 @@ NEGATIVES = Negatives({POOLED: drawn(20, 6, seed=3)}, torch.arange(20) % 4, torc
 
 
 def built(layers=(("a", "b"),), **keys):
-    config = CRDConfig(loss="crd", layers=layers, dim=DIM, **keys)
+    config = CRD(loss="crd", layers=layers, dim=DIM, **keys)
     torch.manual_seed(0)
     shapes = {path: (5,) for path, _ in layers}
     return config.build(shapes, {POOLED: (6,)}, DatasetInfo(NUM_SAMPLES, 4)).double()
@@ -56,7 +56,7 @@ def naive(anchors, positives, negatives, is_negative, z):
 
 
 def test_defaults_are_the_authors():
-    config = CRDConfig(loss="crd", layers=(("a", "b"),))
+    config = CRD(loss="crd", layers=(("a", "b"),))
     assert (config.weight, config.dim, config.temperature, config.momentum) == (0.8, 128, 0.07, 0.5)
     assert (config.num_negatives, config.memory, config.per_sample) == (16384, "store", True)
     assert (config.student_layers(), config.required_features({})) == (("a",), (POOLED,))
@@ -202,7 +202,7 @@ def test_batch_of_one_without_valid_negatives_is_finite(memory):
 def test_training_reduces_the_loss_and_matches_samples(memory):
     """The student gets the teacher's inputs without its linear map: it must learn the map to match samples."""
     seen, teacher = drawn(40, 6, seed=1), drawn(40, 6, seed=1) @ drawn(6, 6, seed=2)
-    config = CRDConfig(loss="crd", layers=(("a", "b"),), dim=DIM, memory=memory)
+    config = CRD(loss="crd", layers=(("a", "b"),), dim=DIM, memory=memory)
     torch.manual_seed(0)
     module = config.build({"a": (5,)}, {POOLED: (6,)}, DatasetInfo(40, 40)).double()
     model = torch.nn.Linear(6, 5).double()

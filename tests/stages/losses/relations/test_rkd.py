@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.loss_inputs import STUDENT_VECTORS, TEACHER_VECTORS, drawn
 
-from kdpipe.stages.losses.relations.rkd import RKDConfig, angle_loss, cosines, relative_distances, rkd_loss
+from kdpipe.stages.losses.relations.rkd import RKD, angle_loss, cosines, relative_distances, rkd_loss
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_rkd_matches_the_reference_code(distance_weight, angle_weight, expected)
 
 
 def test_defaults_match_the_reference_code():
-    config = RKDConfig(loss="rkd", layers=(("a", "b"),))
+    config = RKD(loss="rkd", layers=(("a", "b"),))
     assert (config.weight, config.distance_weight, config.angle_weight, config.per_sample) == (1.0, 25.0, 50.0, False)
 
 

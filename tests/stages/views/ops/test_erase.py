@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.views.ops.boxes import Boxes, boxes_around, paste
@@ -167,13 +167,13 @@ def test_rows_are_replaced():
 
 @pytest.mark.parametrize("value", [256, (1, 2), (1, 2, -1), "noise", 0.5])
 def test_a_value_out_of_range_is_refused(value):
-    with pytest.raises(ValidationError, match=r"1 validation error(.|\n)*expected a level from 0 to 255, \[red, green"):
+    with pytest.raises(RecipeError, match=r"expected a level from 0 to 255, \[red, green"):
         erasing(value=value)
 
 
 @pytest.mark.parametrize("wrong", [{"p": 1.1}, {"scale": (0.3, 0.1)}, {"ratio": (0.0, 1.0)}])
 def test_arguments_out_of_range_are_refused(wrong):
-    with pytest.raises(ValidationError):
+    with pytest.raises(RecipeError):
         erasing(**wrong)
 
 

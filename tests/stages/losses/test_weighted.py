@@ -5,7 +5,7 @@ import torch
 from support.loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, drawn
 
 from kdpipe.stages.losses.logits.kd import kd_loss
-from kdpipe.stages.losses.logits.standardize import standardize_logits
+from kdpipe.stages.losses.weighted import standardize_logits
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.outputs import DenseTargets, TransformedTargets
 

@@ -1,0 +1,89 @@
+"""Distillation losses: one class each, for recipes, for `kdpipe.train_student` and for a loop of your own.
+
+A loss is called with the outputs of student and teacher, and returns the scalar that training would add for them:
+
+    loss = KD(temperature=4.0)(student_logits, teacher_logits)
+    loss = AT([("stage2", "stage2")])(ModelOutput(logits, features), {"stage2": teacher_maps})
+
+Losses with parameters of their own, such as the adapter of `Hint`, are built first with `module`. Pure functions are
+in `kdpipe.losses.functional`. Names are imported on first use, so that this costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, MapLoss, SoftLogitLoss
+    from kdpipe.stages.losses.features.at import AT, ATGradient
+    from kdpipe.stages.losses.features.fitnet import FitNet
+    from kdpipe.stages.losses.features.hint import Hint
+    from kdpipe.stages.losses.features.nst import NST
+    from kdpipe.stages.losses.features.review_kd import ReviewKD
+    from kdpipe.stages.losses.features.simkd import SimKD
+    from kdpipe.stages.losses.features.vid import VID
+    from kdpipe.stages.losses.inputs import LossInputs, Negatives
+    from kdpipe.stages.losses.logits.dist import DIST
+    from kdpipe.stages.losses.logits.dkd import DKD
+    from kdpipe.stages.losses.logits.kd import KD, LogitMSE
+    from kdpipe.stages.losses.logits.mlld import MLLD
+    from kdpipe.stages.losses.logits.nkd import NKD
+    from kdpipe.stages.losses.relations.cc import CC
+    from kdpipe.stages.losses.relations.crd import CRD
+    from kdpipe.stages.losses.relations.pkt import PKT
+    from kdpipe.stages.losses.relations.relation import RelationLoss
+    from kdpipe.stages.losses.relations.rkd import RKD
+    from kdpipe.stages.losses.relations.sp import SP
+    from kdpipe.stages.losses.sample_selection import SampleSelection
+    from kdpipe.stages.losses.schedules import Schedule
+    from kdpipe.stages.models.hooks import ModelOutput
+
+_MODULES = {
+    "losses.base": "FeatureLoss LogitLoss Loss MapLoss SoftLogitLoss",
+    "losses.features.at": "AT ATGradient",
+    "losses.features.fitnet": "FitNet",
+    "losses.features.hint": "Hint",
+    "losses.features.nst": "NST",
+    "losses.features.review_kd": "ReviewKD",
+    "losses.features.simkd": "SimKD",
+    "losses.features.vid": "VID",
+    "losses.inputs": "LossInputs Negatives",
+    "losses.logits.dist": "DIST",
+    "losses.logits.dkd": "DKD",
+    "losses.logits.kd": "KD LogitMSE",
+    "losses.logits.mlld": "MLLD",
+    "losses.logits.nkd": "NKD",
+    "losses.relations.cc": "CC",
+    "losses.relations.crd": "CRD",
+    "losses.relations.pkt": "PKT",
+    "losses.relations.relation": "RelationLoss",
+    "losses.relations.rkd": "RKD",
+    "losses.relations.sp": "SP",
+    "losses.sample_selection": "SampleSelection",
+    "losses.schedules": "Schedule",
+    "models.hooks": "ModelOutput",
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+# fmt: off
+__all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
+    "AT", "CC", "CRD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PKT", "RKD", "SP", "VID", "ATGradient",
+    "FeatureLoss", "FitNet", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss", "ModelOutput",
+    "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "SimKD", "SoftLogitLoss", "functional",
+]
+# fmt: on
+
+if not TYPE_CHECKING:  # mypy uses the imports above and reports unknown names
+
+    def __getattr__(name: str) -> Any:
+        if name == "functional":
+            return import_module(f"{__name__}.functional")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"kdpipe.stages.{_MODULE_OF[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

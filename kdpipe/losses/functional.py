@@ -1,0 +1,86 @@
+"""Distillation losses as pure functions of tensors, without weights, keys and state.
+
+Names are imported on first use, so that this costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdpipe.stages.losses.features.at import at_loss
+    from kdpipe.stages.losses.features.hint import hint_loss
+    from kdpipe.stages.losses.features.nst import nst_loss
+    from kdpipe.stages.losses.features.review_kd import hcl_loss
+    from kdpipe.stages.losses.features.vid import vid_loss
+    from kdpipe.stages.losses.logits.dist import dist_loss
+    from kdpipe.stages.losses.logits.dkd import dkd_loss, nckd_loss, tckd_loss
+    from kdpipe.stages.losses.logits.kd import kd_loss, logit_mse_loss
+    from kdpipe.stages.losses.logits.mlld import mlld_loss
+    from kdpipe.stages.losses.logits.nkd import nkd_loss
+    from kdpipe.stages.losses.relations.cc import cc_loss, correlation_loss
+    from kdpipe.stages.losses.relations.nce import nce_loss
+    from kdpipe.stages.losses.relations.pkt import pkt_loss
+    from kdpipe.stages.losses.relations.rkd import angle_loss, distance_loss, rkd_loss
+    from kdpipe.stages.losses.relations.sp import sp_loss
+    from kdpipe.stages.losses.weighted import standardize_logits
+
+_MODULES = {
+    "features.at": "at_loss",
+    "features.hint": "hint_loss",
+    "features.nst": "nst_loss",
+    "features.review_kd": "hcl_loss",
+    "features.vid": "vid_loss",
+    "logits.dist": "dist_loss",
+    "logits.dkd": "dkd_loss nckd_loss tckd_loss",
+    "logits.kd": "kd_loss logit_mse_loss",
+    "logits.mlld": "mlld_loss",
+    "logits.nkd": "nkd_loss",
+    "relations.cc": "cc_loss correlation_loss",
+    "relations.nce": "nce_loss",
+    "relations.pkt": "pkt_loss",
+    "relations.rkd": "angle_loss distance_loss rkd_loss",
+    "relations.sp": "sp_loss",
+    "weighted": "standardize_logits",
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+# fmt: off
+__all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
+    "angle_loss",
+    "at_loss",
+    "cc_loss",
+    "correlation_loss",
+    "dist_loss",
+    "distance_loss",
+    "dkd_loss",
+    "hcl_loss",
+    "hint_loss",
+    "kd_loss",
+    "logit_mse_loss",
+    "mlld_loss",
+    "nce_loss",
+    "nckd_loss",
+    "nkd_loss",
+    "nst_loss",
+    "pkt_loss",
+    "rkd_loss",
+    "sp_loss",
+    "standardize_logits",
+    "tckd_loss",
+    "vid_loss",
+]
+# fmt: on
+
+if not TYPE_CHECKING:  # mypy uses the imports above and reports unknown names
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"kdpipe.stages.losses.{_MODULE_OF[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,173 @@
+"""Results of the Python API: figures with types, and the files behind them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdpipe.stages.errors import RunError
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.store import make_folders, write_atomically
+from kdpipe.student_job import StudentJob
+
+
+@dataclass(frozen=True)
+class Result:
+    """The results of a trained network.
+
+    Attributes:
+        figures: All figures, as in result.json.
+        folder: The folder with its weights, ONNX file, metrics and results.
+    """
+
+    figures: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy on the test images after the last epoch, in [0, 1]."""
+        return float(self.figures["accuracy"])
+
+    @property
+    def best_accuracy(self) -> float:
+        """Accuracy on the test images after the best epoch, in [0, 1]."""
+        return float(self.figures["best_accuracy"])
+
+    @property
+    def cross_entropy(self) -> float:
+        """Mean cross entropy on the test images, in nats."""
+        return float(self.figures["cross_entropy"])
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, without buffers."""
+        return int(self.figures["num_parameters"])
+
+    @property
+    def num_macs(self) -> int | None:
+        """Multiply-accumulates for one image; None if they cannot be counted."""
+        found: int | None = self.figures.get("num_macs")
+        return found
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of test images with the teacher's top-1 class; None without a test store."""
+        found: float | None = (self.figures.get("examined") or {}).get("agreement")
+        return found
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Accuracy, losses, learning rate and time of each epoch."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def export(self, path: str | Path) -> Path:
+        """Copy the network to `path`: as ONNX (.onnx) or as weights with a record (.safetensors).
+
+        Raises:
+            RunError: There is no file of this kind.
+        """
+        return _copy(self.folder / f"model{Path(path).suffix}", path)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(accuracy={100 * self.accuracy:.2f} %, {self.num_parameters:,} parameters, "
+            f"folder={str(self.folder)!r})"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class TeacherResult(Result):
+    """The results of a trained teacher."""
+
+
+@dataclass(frozen=True, repr=False)
+class StudentResult(Result):
+    """The results of a trained student.
+
+    Attributes:
+        job: How it was trained, from which `compress` continues.
+    """
+
+    job: StudentJob
+
+    @cached_property
+    def bundle(self) -> ModelBundle:
+        """The trained network with its input scaling: maps uint8 images [B, C, H, W] to logits [B, num_classes]."""
+        return self.job.load(self.folder)
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained network, in eval mode on the CPU, for normalized images."""
+        return self.bundle.model
+
+
+@dataclass(frozen=True)
+class CompressedResult:
+    """The results of a pruned or quantized student.
+
+    Attributes:
+        networks: The results of each network that was made, such as `pruned` and `int8`, in order.
+        folder: The folder of the exported artifacts.
+        card: The content of card.json: sizes, latencies, files, and where the student comes from.
+        load: Returns the network from its weights file.
+    """
+
+    networks: Mapping[str, Result]
+    folder: Path
+    card: Mapping[str, Any]
+    load: Callable[[Path], ModelBundle]
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy of the final network on the test images, in [0, 1]."""
+        rows = list(self.card["networks"].values())
+        return float(rows[-1]["accuracy"])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the final network's ONNX file."""
+        return self._file(".onnx").stat().st_size
+
+    @cached_property
+    def bundle(self) -> ModelBundle:
+        """The final network with its input scaling, rounding as its integer file does."""
+        return self.load(self.folder / "model.safetensors")
+
+    @property
+    def model(self) -> nn.Module:
+        """The final network, in eval mode on the CPU, for normalized images."""
+        return self.bundle.model
+
+    def export(self, path: str | Path) -> Path:
+        """Copy the final network to `path`: as ONNX (.onnx), weights (.safetensors) or torch.export program (.pt2).
+
+        Raises:
+            RunError: There is no file of this kind.
+        """
+        return _copy(self._file(Path(path).suffix), path)
+
+    def _file(self, suffix: str) -> Path:
+        """Return the final network's file of a kind: model.int8.onnx rather than model.onnx."""
+        found = [self.folder / name for name in self.card["files"] if Path(name).suffix == suffix]
+        return max(found, key=lambda path: len(path.name), default=self.folder / f"model{suffix}")
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{name} {100 * row['accuracy']:.2f} %" for name, row in self.card["networks"].items())
+        return f"CompressedResult({names}, folder={str(self.folder)!r})"
+
+
+def _copy(source: Path, path: str | Path) -> Path:
+    if not source.is_file():
+        kinds = sorted({file.suffix for file in source.parent.glob("model*.*")})
+        raise RunError(f"{source.parent} has no {source.suffix or 'such'} file: choose from {', '.join(kinds)}.")
+    target = Path(path).expanduser()
+    make_folders([target.absolute().parent])
+    write_atomically(target, source.read_bytes())
+    return target

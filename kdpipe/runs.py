@@ -1,0 +1,175 @@
+"""Run folders of the Python API: the same files as those of the command line, with lock, device and progress."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdpipe.pipeline.callbacks.registry import build_callbacks
+from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
+from kdpipe.stages.data.decode import with_size
+from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.runtime.callbacks import Callback
+from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup, init_distributed
+from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
+from kdpipe.stages.runtime.gpu.device import choose_device, select_device
+from kdpipe.stages.runtime.memory import disable_malloc_trim
+from kdpipe.stages.training.job_dir import read_json_file, write_json_file
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.store import canonical_json, exclusive, make_folders, shared
+
+CallbackLike = Callback | str | dict[str, Any]
+
+RUNS = Path("runs")
+"""The folder of runs that are given no folder of their own."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a stage works: the arguments that all functions of the API share.
+
+    Attributes:
+        run: The run folder; by default one in `runs/`, named after a digest of all inputs.
+        device: auto, cpu, cuda, cuda:N, or a torch.device.
+        num_workers: Processes that decode images that are not in memory.
+        progress: Whether to print progress to stderr.
+        callbacks: What observes the trainings: objects, names or tables as in a recipe.
+    """
+
+    run: str | Path | None = None
+    device: str | torch.device = "auto"
+    num_workers: int | None = None
+    progress: bool = True
+    callbacks: Sequence[CallbackLike] = ()
+
+    def folder(self, kind: str, fingerprint: Mapping[str, Any]) -> Path:
+        """Return the run folder, absolute; the default is `runs/KIND-DIGEST` with the digest of the fingerprint."""
+        if self.run is not None:
+            return Path(self.run).expanduser().absolute()
+        digest = hashlib.sha256(canonical_json(fingerprint).encode()).hexdigest()[:12]
+        return (RUNS / f"{kind}-{digest}").absolute()
+
+    def context(
+        self, train_set: ImageSet, test_set: ImageSet | None, views: ViewsConfig, *, store: Path | None = None
+    ) -> StageContext:
+        """Return the context of a stage, without its run folder.
+
+        Args:
+            train_set: The training images.
+            test_set: The test images; None for a stage that needs none.
+            views: The views of the training images.
+            store: The store whose samples MixUp and CutMix take their partners from; by default the training images.
+
+        Raises:
+            RecipeError: The views cannot be applied to the images.
+            DataError: The test images do not fit the training images.
+        """
+        partners = None
+        if views.mix is not None and store is not None:
+            partners = load_partner_pool(read_partner_pool(store), train_set, store)
+        context = StageContext(
+            Path(),
+            train_set,
+            train_set,
+            views,
+            _device(self.device),
+            RunMonitor(_warn),
+            mix_partners=partners,
+            num_workers=self.num_workers,
+        )
+        if test_set is None:
+            return context
+        size = test_image_size(context)
+        if size is not None and isinstance(test_set.images, torch.Tensor):
+            pixels = with_size(test_set.images.numpy(), size, f"data set {test_set.name}")
+            test_set = replace(test_set, images=torch.from_numpy(pixels))
+        context = replace(context, test_set=test_set)
+        require_fitting_test_images(context)
+        return context
+
+    @contextmanager
+    def open(self, folder: Path, context: StageContext, *, is_shared: bool = False) -> Iterator[StageContext]:
+        """Create and lock the run folder; yield the context with folder, progress and processes.
+
+        Raises:
+            LockedError: Another process works in the folder.
+        """
+        from kdpipe.pipeline.terminal.progress import reporter
+
+        disable_malloc_trim()
+        lock = shared if is_shared else exclusive
+        with ExitStack() as stack:
+            process_group = stack.enter_context(_process_group())
+            if process_group.is_main:
+                make_folders([folder])
+                stack.enter_context(lock(folder, folder / ".kdpipe.lock"))
+            report = stack.enter_context(reporter(as_json=False)) if self.progress and process_group.is_main else None
+
+            def show(event: ProgressEvent) -> None:
+                if event.unit == WARNING:
+                    _warn(event)
+                elif report is not None:
+                    report(event)
+
+            monitor = RunMonitor(show, callbacks=_built(self.callbacks), run_dir=folder)
+            yield replace(context, run_dir=folder, monitor=monitor, process_group=process_group)
+
+
+def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
+    """Write the recipe of a run folder, which `kdpipe report` reads; the command line's own one stays.
+
+    Sections of earlier calls on the same folder are kept, and so are the seeds of a student trained with others.
+    """
+    from kdpipe.pipeline.recipe.load import parse_recipe, recipe_json
+
+    path = folder / "recipe.json"
+    stored = read_json_file(path) or {}
+    if (folder / "run.json").exists():  # a record of `kdpipe run` and others
+        return
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name).lstrip("_.-") or "run"
+    table = {"name": name, **stored, **sections}
+    if "student" in sections and "student" in stored:
+        seeds = {*stored["student"]["seeds"], *sections["student"]["seeds"]}
+        table["student"] = {**sections["student"], "seeds": sorted(seeds)}
+    write_json_file(path, recipe_json(parse_recipe(table, str(path))))
+
+
+def _built(callbacks: Sequence[CallbackLike]) -> tuple[Callback, ...]:
+    """Return callbacks as objects; each name or table builds one."""
+    return tuple(one if isinstance(one, Callback) else build_callbacks([one])[0] for one in callbacks)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if isinstance(name, torch.device):
+        return name
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # too late to choose among the machine's GPUs
+        return choose_device(name)
+    return select_device(name, warn=lambda text: warnings.warn(text, stacklevel=3))
+
+
+def _warn(event: ProgressEvent) -> None:
+    if event.unit == WARNING:
+        warnings.warn(event.job, stacklevel=2)
+
+
+@contextmanager
+def _process_group() -> Iterator[ProcessGroup]:
+    """Yield the processes that torchrun or srun started; those of a group that the caller made are used as they are."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized():
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size())
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        with init_distributed(os.environ, lambda: False) as process_group:
+            yield process_group
+    else:
+        yield SINGLE

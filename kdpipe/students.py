@@ -1,0 +1,147 @@
+"""Stage 2 from Python: train students from stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdpipe import datasets, models
+from kdpipe.pipeline import steps
+from kdpipe.results import StudentResult
+from kdpipe.runs import CallbackLike, Work, write_run_recipe
+from kdpipe.stages.distillation.student_config import (
+    StudentConfig,
+    student_folder,
+    view_warning,
+)
+from kdpipe.stages.distillation.task_builder import build_student
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.losses.registry import loss_class
+from kdpipe.stages.losses.schedules import Scheduled
+from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.targets.open import local_store_path
+from kdpipe.stages.train_student.student import student_fingerprint
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.from_store import views_of_store
+from kdpipe.store import TargetStore, is_url, open_store
+from kdpipe.student_job import StudentJob
+
+Store = TargetStore | str | Path
+
+
+def train_student(
+    model: str | nn.Module,
+    dataset: Any,
+    store: Store | Sequence[Store] | None = None,
+    *,
+    test: Any,
+    losses: Sequence[Loss | str | Mapping[str, Any]] = (),
+    hard_label_weight: Scheduled = 0.1,
+    model_args: Mapping[str, Any] | None = None,
+    views: ViewsConfig | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    run: str | Path | None = None,
+    device: str | torch.device = "auto",
+    num_workers: int | None = None,
+    progress: bool = True,
+    callbacks: Sequence[CallbackLike] = (),
+    **train: Any,
+) -> StudentResult:
+    """Train a student from stores, on the very views that the teacher saw; or on hard labels alone.
+
+    A training that was stopped resumes in its folder; of a finished one the results are returned.
+
+    Args:
+        model: The name of a network, or a network object, of which a copy is trained.
+        dataset: The training images, those of the stores: samples are joined by id.
+        store: An opened store, a path or URL, or several of them (several teachers). Without one the student is
+            trained on hard labels alone.
+        test: The test images, on which it is evaluated after each epoch.
+        losses: The distillation losses: of `kdpipe.losses`, your own, or names and entries as in a recipe, such as
+            {"loss": "kd", "temperature": 2.0}; by default KD.
+        hard_label_weight: The weight of the cross entropy with the labels beside them.
+        model_args: Arguments of a network given by name, such as {"width": 6}.
+        views: Views for a student without a store; with one they are the store's.
+        seed: Decides initial weights of a network given by name, order of the samples, and dropout.
+        options: Further keys of a recipe's `student` section: `label_smoothing`, `missing_targets`, `mean`, `teachers`,
+            `target_loading`, ...
+        run: The run folder; by default one in `runs/`, named after a digest of all inputs.
+        device: auto, cpu, cuda, cuda:N, or a torch.device.
+        num_workers: Processes that decode images that are not in memory.
+        progress: Whether to print progress to stderr.
+        callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
+        **train: Keys of a recipe's `train` section: `epochs`, `batch_size`, `lr`, `optimizer`, `schedule`, ...
+
+    Raises:
+        FingerprintMismatch: A store, or the folder, belongs to other inputs.
+        KdpipeError: An input does not fit.
+    """
+    work = Work(run, device, num_workers, progress, callbacks)
+    places = store_places(store)
+    if losses and not places:
+        raise RecipeError("losses need a store: give that of cache_teacher, or leave the losses out.")
+    if places and views is not None:
+        raise RecipeError("a student sees the views of its store: leave out views=, which is for students without one.")
+    config = StudentConfig(
+        model=models.model_config(model, model_args),
+        train=TrainConfig(**train),
+        seeds=(seed,),
+        hard_label_weight=hard_label_weight,
+        stores=tuple(map(str, places)),
+        **(options or {}),
+    )
+    job = StudentJob(
+        config=config,
+        seed=seed,
+        losses=tuple(map(_loss, losses)) or ((KD(),) if places else ()),
+        places=places,
+        train_set=datasets.as_image_set(dataset, "train"),
+        test_set=datasets.as_image_set(test, "test"),
+        views=_views(places, views),
+        run=Path(),
+    )
+    context = job.context(work)
+    if run is not None:
+        context = replace(context, run_dir=work.folder("student", {}))  # where a loss may look for the teacher
+    spec = job.open_stores(context)
+    fingerprint = student_fingerprint(config, seed, spec, build_student(config, seed, context, job.losses), context)
+    job = replace(job, run=work.folder("student", fingerprint))
+    with work.open(job.run, context) as opened:
+        if spec is not None and (warning := view_warning(job.views)):
+            opened.monitor.warn("train-student", warning)
+        figures = steps.train_student(config, seed, spec, opened)
+        if opened.process_group.is_main:
+            write_run_recipe(job.run, job.sections())
+    return StudentResult(figures, student_folder(job.run, job.kind, seed).path, job)
+
+
+def _loss(given: Loss | str | Mapping[str, Any]) -> Loss:
+    """Return a loss as an object; a name or an entry builds one."""
+    if isinstance(given, Loss):
+        return given
+    settings = {"loss": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    if "loss" not in settings:
+        raise RecipeError(f"a loss is an object of kdpipe.losses, a name, or a table with the key loss, not {given!r}.")
+    return loss_class(settings.pop("loss"))(**settings)
+
+
+def store_places(store: Store | Sequence[Store] | None) -> tuple[Path | str, ...]:
+    """Return the absolute paths or URLs of the stores."""
+    stores = [] if store is None else [store] if isinstance(store, TargetStore | str | Path) else list(store)
+    named = [one.path if isinstance(one, TargetStore) else one for one in stores]
+    return tuple(one if is_url(one) else Path(one).expanduser().absolute() for one in named)
+
+
+def _views(places: Sequence[Path | str], views: ViewsConfig | None) -> ViewsConfig:
+    if not places:
+        return views or ViewsConfig()
+    return views_of_store(open_store(local_store_path(places[0], RunMonitor())))

@@ -1,0 +1,193 @@
+"""Stage 0 and 1 from Python: train a teacher, cache its outputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdpipe import datasets
+from kdpipe.pipeline import steps
+from kdpipe.results import TeacherResult
+from kdpipe.runs import CallbackLike, Work
+from kdpipe.stages.cache_teacher.plan import CacheConfig
+from kdpipe.stages.context import StageContext, model_normalization, test_context
+from kdpipe.stages.errors import ModelError
+from kdpipe.stages.models.build import GivenModel
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.given import ModelInfo, given_model, info_of, remember
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.safetensors_io import load_tensors
+from kdpipe.stages.models.weights import weights_sha256
+from kdpipe.stages.targets.feature_spec import parse_feature
+from kdpipe.stages.targets.open import test_store_path
+from kdpipe.stages.teacher import TeacherConfig, build_teacher, teacher_fingerprint, teacher_folder
+from kdpipe.stages.training.job_dir import JobDir, read_json_file
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.store import TargetStore, differences, open_store
+
+
+def train_teacher(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    test: Any,
+    views: ViewsConfig | None = None,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    run: str | Path | None = None,
+    device: str | torch.device = "auto",
+    num_workers: int | None = None,
+    progress: bool = True,
+    callbacks: Sequence[CallbackLike] = (),
+    **train: Any,
+) -> TeacherResult:
+    """Train a teacher in place, or load the result of a finished training with equal inputs.
+
+    Args:
+        model: The network, from `create_model` or your own.
+        dataset: The training images: of `load_dataset`, or any map-style torch Dataset of (image, label).
+        test: The test images, on which it is evaluated after each epoch.
+        views: The augmentation. The teacher sees views of its own, not those that a store caches.
+        seed: Decides the order of the samples and dropout.
+        mean: The input's mean for each channel, in [0, 1] units; by default that of the training images.
+        std: The input's standard deviation for each channel.
+        run: The run folder; by default one in `runs/`, named after a digest of all inputs. A stopped training resumes
+            there, as `kdpipe train-teacher` does.
+        device: auto, cpu, cuda, cuda:N, or a torch.device.
+        num_workers: Processes that decode images that are not in memory.
+        progress: Whether to print progress to stderr.
+        callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
+        **train: Keys of a recipe's `train` section: `epochs`, `batch_size`, `lr`, `optimizer`, `schedule`, ...
+
+    Raises:
+        KdpipeError: An input does not fit, or the folder holds another job.
+    """
+    work = Work(run, device, num_workers, progress, callbacks)
+    train_set, test_set = datasets.as_image_set(dataset, "train"), datasets.as_image_set(test, "test")
+    config = TeacherConfig(model=_object(model), train=TrainConfig(**train), mean=_numbers(mean), std=_numbers(std))
+    context = work.context(train_set, test_set, views or ViewsConfig())
+    teacher = build_teacher(config, seed, context)
+    fingerprint, info = teacher_fingerprint(config, seed, teacher, context), info_of(model)
+    if teacher.identity["weights_sha256"] == info.trained_sha256:  # the call is repeated with what it has trained
+        fingerprint["starts_from"] = info.starts_from
+        folder = teacher_folder(work.folder("teacher", fingerprint))
+        if (figures := _finished_as(folder, fingerprint, info)) is not None:
+            return TeacherResult(figures, folder.path)
+        fingerprint["starts_from"] = teacher.identity
+    with work.open(work.folder("teacher", fingerprint), context) as opened:
+        figures = steps.train_teacher(config, seed, opened)
+        folder = teacher_folder(opened.run_dir)
+        model.load_state_dict(load_tensors(folder.model)[0])
+        model.eval()
+    remember(
+        model,
+        replace(
+            info,
+            normalize=Normalization.from_json(figures["identity"]),
+            starts_from=teacher.identity,
+            trained_sha256=weights_sha256(model),
+        ),
+    )
+    return TeacherResult(figures, folder.path)
+
+
+def cache_teacher(
+    teacher: nn.Module,
+    dataset: Any,
+    path: str | Path,
+    *,
+    test: Any = None,
+    views: ViewsConfig | None = None,
+    features: Sequence[str] = (),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: str | torch.device = "auto",
+    num_workers: int | None = None,
+    progress: bool = True,
+    **cache: Any,
+) -> TargetStore:
+    """Run a teacher over every view of a data set, and cache its logits and features in a store.
+
+    A store that lacks views, samples or features is extended in place; a complete one is opened.
+
+    Args:
+        teacher: The network with the weights to use. It is moved to the device, in eval mode.
+        dataset: The training images.
+        path: The store's folder.
+        test: The test images. With them, `PATH.test.zarr` gets the teacher's logits on them, against which students are
+            compared.
+        views: The augmented views to cache.
+        features: Layers whose outputs are stored, by module path: `stage2` for the map, `stage2:pooled`,
+            `stage2:attention` or `stage2:gram` for a statistic of it.
+        mean: The mean of the teacher's input for each channel, in [0, 1] units; that of its training if `train_teacher`
+            trained it. Required for other networks.
+        std: The standard deviation of the teacher's input, likewise.
+        device: auto, cpu, cuda, cuda:N, or a torch.device.
+        num_workers: Processes that decode images that are not in memory.
+        progress: Whether to print progress to stderr.
+        **cache: Keys of a recipe's `cache` section: `dtype`, `top_k`, `batch_size`, ...
+
+    Returns:
+        The opened store.
+
+    Raises:
+        FingerprintMismatch: The store was made from another teacher, other images or other views.
+        KdpipeError: An input does not fit, or the teacher's outputs are not finite.
+    """
+    work, path = Work(None, device, num_workers, progress), Path(path).expanduser().absolute()
+    train_set, views = datasets.as_image_set(dataset, "train"), views or ViewsConfig()
+    test_set = None if test is None else datasets.as_image_set(test, "test")
+    context = work.context(train_set, test_set, views, store=path if path.exists() else None)
+    bundle = _bundle(teacher, context, _numbers(mean), _numbers(std))
+    config, wanted = CacheConfig(**cache), [parse_feature(text) for text in features]
+    with work.open(path.parent, context, is_shared=True) as opened:
+        shard = opened.process_group.work_shard
+        steps.cache_teacher(config, path, bundle, wanted, opened, work_shard=shard)
+        if test_set is not None:
+            test_config, test_images = replace(config, top_k=None), test_context(opened)
+            steps.cache_teacher(test_config, Path(test_store_path(path)), bundle, [], test_images, work_shard=shard)
+        opened.process_group.barrier()
+    return open_store(path)
+
+
+def _object(model: nn.Module) -> GivenModel:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the teacher must be a torch.nn.Module, not {model!r}: build it with kdpipe.create_model.")
+    return given_model(model)
+
+
+def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(float(value) for value in values)
+
+
+def _finished_as(folder: JobDir, fingerprint: Mapping[str, Any], info: ModelInfo) -> dict[str, Any] | None:
+    """Return the results of the finished job with this fingerprint whose weights are those remembered, else None."""
+    stored, figures = read_json_file(folder.path / "job.json"), folder.result()
+    if figures is None or differences(stored, json.loads(json.dumps(fingerprint))):
+        return None
+    return figures if figures["identity"]["weights_sha256"] == info.trained_sha256 else None
+
+
+def _bundle(
+    teacher: nn.Module, context: StageContext, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> ModelBundle:
+    """Return the teacher with its record and input scaling, on the device in eval mode."""
+    config, info = _object(teacher), info_of(teacher)
+    if mean is None and std is None and info.normalize is None and config.weights is None:
+        raise ModelError(
+            f"the input normalization of this {type(teacher).__name__} is unknown, and with a wrong one its accuracy "
+            "would drop silently: give mean= and std= of its training, for pixels in [0, 1]."
+        )
+    normalize = info.normalize
+    if mean is not None or std is not None or normalize is None:
+        normalize = model_normalization(context.train_set, config.weights, mean, std)
+    context.build_model(config, 0)  # raises ModelError if images or classes do not fit
+    return ModelBundle(teacher.to(context.device).eval(), context.architecture(config), normalize)

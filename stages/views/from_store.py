@@ -1,0 +1,38 @@
+"""Rebuild the `views` section from what a store records."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.mix import MixConfig
+from kdpipe.store import StoreError, TargetStore, canonical_json
+
+
+def views_of_store(store: TargetStore) -> ViewsConfig:
+    """Return the views that a store's targets were computed on.
+
+    `open_with_views` still compares their identities, pixels of probe views included: a record of another version of
+    kdpipe or torchvision is not taken for these.
+
+    Raises:
+        StoreError: The record is not one of views.
+    """
+    stored = store.manifest.identity.views
+    views: dict[str, Any] = {key: stored[key] for key in ("engine", "operations", "seed", "transform") if key in stored}
+    if isinstance(stored.get("mix"), dict):
+        views["mix"] = {field.name: stored["mix"].get(field.name) for field in fields(MixConfig)}
+    try:
+        rebuilt: ViewsConfig = TypeAdapter(ViewsConfig).validate_json(
+            canonical_json({**views, "num_views": store.num_views})
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise StoreError(
+            f"{store.path} records views that this version of kdpipe cannot rebuild "
+            f"({'.'.join(map(str, first['loc']))}: {first['msg']}): cache again."
+        ) from error
+    return rebuilt
