@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import typer
-from support.markdown import code_blocks, pages
+from support.markdown import Block, code_blocks, pages
 from support.paths import PYTHONPATH, ROOT
 
 from kdpipe.pipeline.main import app
