@@ -172,11 +172,21 @@ class DistillationLoader:
         return num_steps(self.dataset.num_samples, self.batch_size)
 
     def __iter__(self) -> Iterator[StudentBatch]:
-        """Yield the batches of the next epoch, or those left of the one that `load_state_dict` resumed."""
+        """Yield the batches of the next epoch, or those left of the one that `load_state_dict` resumed.
+
+        The epoch begins with its first batch: an iterator that is never asked for one, as Lightning makes, skips none.
+        """
         epoch, step = self._position = self._next
         self._next = (epoch + 1, 0)
-        self._iteration += 1
-        return self._batches(epoch, step, self._iteration)
+        self._iteration = iteration = self._iteration + 1
+        stream = self._task.stream(
+            self.seed, self.batch_size, epoch=epoch, step=step, epochs=epoch + 1, process_group=self._process_group
+        )
+        for number, batch in enumerate(stream, step + 1):
+            if iteration != self._iteration:
+                raise RuntimeError("this epoch cannot continue: another iteration of the same loader was started.")
+            self._position = (epoch, number) if number < len(self) else (epoch + 1, 0)
+            yield self._student_batch(batch)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration, as in torch's DistributedSampler; a resumed epoch keeps its step."""
@@ -196,16 +206,6 @@ class DistillationLoader:
                 f"{self.seed} and {len(self)} steps an epoch: create it with the arguments of the saved one."
             )
         self._next = self._position = (epoch, step) if step < len(self) else (epoch + 1, 0)
-
-    def _batches(self, epoch: int, step: int, iteration: int) -> Iterator[StudentBatch]:
-        stream = self._task.stream(
-            self.seed, self.batch_size, epoch=epoch, step=step, epochs=epoch + 1, process_group=self._process_group
-        )
-        for number, batch in enumerate(stream, step + 1):
-            if iteration != self._iteration:
-                raise RuntimeError("this epoch cannot continue: another iteration of the same loader was started.")
-            self._position = (epoch, number) if number < len(self) else (epoch + 1, 0)
-            yield self._student_batch(batch)
 
     def _student_batch(self, batch: Batch) -> StudentBatch:
         (teacher,) = batch.teachers
