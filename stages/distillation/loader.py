@@ -163,7 +163,7 @@ class DistillationLoader:
             self.normalize,
             Targets([join(opened, dataset, specs)], context.device, target_loading),
         )
-        self._ids = torch.sort(dataset.sample_ids).values
+        self._ids = torch.sort(dataset.sample_ids).values.to(context.device)
         self._next = self._position = (0, 0)
         self._iteration = 0
 
@@ -214,7 +214,7 @@ class DistillationLoader:
             labels=_labels(batch.hard, self.dataset.num_classes),
             teacher_logits=teacher.logits_at(self._temperature),
             features={name: teacher.features[spec] for name, spec in self._features.items()},
-            sample_ids=self._ids[batch.ranks.cpu()].to(batch.images.device),
+            sample_ids=self._ids[batch.ranks],
         )
         made.teacher = teacher
         return made
