@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
@@ -72,7 +72,7 @@ class Case:
 
 
 def main() -> None:
-    kinds = {get_args(get_type_hints(kind)["loss"])[0]: kind for kind in LOSSES}
+    kinds = LOSSES.builtin
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", nargs="+", default=list(kinds), choices=list(kinds), metavar="NAME")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 256], metavar="B")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from kdpipe import datasets
 from kdpipe.pipeline import steps
 from kdpipe.results import CompressedResult, Result, StudentResult
-from kdpipe.runs import Work, write_run_recipe
+from kdpipe.runs import CallbackLike, Work, write_run_recipe
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig, compressed_root, dry_run
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.training.job_dir import JobDir
+from kdpipe.stages.models.build import GivenModel
+from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.student_job import StudentJob
 from kdpipe.students import Store, store_places
 
@@ -38,6 +40,7 @@ def compress(
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
+    callbacks: Sequence[CallbackLike] = (),
     **options: Any,
 ) -> CompressedResult:
     """Prune and quantize a distilled student, fine-tuning it from its stores; export and check the files.
@@ -57,6 +60,7 @@ def compress(
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
+        callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         **options: Further keys of a recipe's `compress` section: `opset`, `latency_rounds`, ...
 
     Raises:
@@ -66,7 +70,7 @@ def compress(
     return _compress(
         _job(student, dataset, store),
         _config(prune, int8, prune_train, quantize_train, {"baselines": baselines, **options}),
-        Work(student.job.run, device, num_workers, progress),
+        Work(student.job.run, device, num_workers, progress, callbacks),
     )
 
 
@@ -80,6 +84,7 @@ def prune(
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
+    callbacks: Sequence[CallbackLike] = (),
     **settings: Any,
 ) -> CompressedResult:
     """Prune a distilled student and fine-tune it from its stores, without quantization.
@@ -93,10 +98,13 @@ def prune(
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
+        callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         **settings: Further keys of a recipe's `compress.prune` section: `budget`, `importance`, `exclude`, ...
     """
     config = _config({"ratio": ratio, **settings}, False, train, None, {"baselines": False})
-    return _compress(_job(student, dataset, store), config, Work(student.job.run, device, num_workers, progress))
+    return _compress(
+        _job(student, dataset, store), config, Work(student.job.run, device, num_workers, progress, callbacks)
+    )
 
 
 def quantize(
@@ -108,6 +116,7 @@ def quantize(
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
+    callbacks: Sequence[CallbackLike] = (),
     **settings: Any,
 ) -> CompressedResult:
     """Quantize a distilled student and fine-tune it from its stores, without pruning.
@@ -120,10 +129,13 @@ def quantize(
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
+        callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         **settings: Keys of a recipe's `compress.quantize` section: `scheme`, `exclude`, ...
     """
     config = _config(None, settings or True, None, train, {"baselines": False})
-    return _compress(_job(student, dataset, store), config, Work(student.job.run, device, num_workers, progress))
+    return _compress(
+        _job(student, dataset, store), config, Work(student.job.run, device, num_workers, progress, callbacks)
+    )
 
 
 def _job(student: StudentResult, dataset: Any, store: Store | None) -> StudentJob:
@@ -167,10 +179,12 @@ def _compress(job: StudentJob, config: CompressConfig, work: Work) -> Compressed
     spec = job.open_stores(context)
     assert spec is not None, "_job refuses students without losses"
     with work.open(job.run, context) as opened:
-        name = job.run.name
+        name = (read_json_file(job.run / "recipe.json") or {}).get("name", job.run.name)
         figures, card = steps.compress_student(config, job.config, job.seed, spec, opened, name=name)
         write_run_recipe(job.run, {"compress": asdict(config)})
     root = compressed_root(job.run, config)
     networks = {kind: Result(found, JobDir(root / f"{kind}-seed{job.seed}").path) for kind, found in figures.items()}
     assert card is not None, "the last step exports"
-    return CompressedResult(networks, Path(card["folder"]), card, rebuild)
+    given = job.config.model.module if isinstance(job.config.model, GivenModel) else None
+    load = partial(rebuild, trust_python=True, given=given)  # the code that this process has just run
+    return CompressedResult(networks, Path(card["folder"]), card, load)

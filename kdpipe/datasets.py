@@ -7,6 +7,7 @@ from typing import Any
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset as load_split
+from kdpipe.stages.data.splits import Split
 
 
 def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ImageSet]:
@@ -34,7 +35,7 @@ def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ImageS
     return load_split(config, "train"), load_split(config, "test")
 
 
-def as_image_set(dataset: Any, split: str) -> ImageSet:
+def as_image_set(dataset: Any, split: Split) -> ImageSet:
     """Return a data set as kdpipe reads it: an `ImageSet` as it is, a torch Dataset of (image, label) converted.
 
     Raises:

@@ -60,11 +60,13 @@ def create_model(
     return model
 
 
-def load_student(path: str | Path, *, trust_python: bool = False) -> ModelBundle:
+def load_student(path: str | Path, *, model: nn.Module | None = None, trust_python: bool = False) -> ModelBundle:
     """Load a network from the files that kdpipe writes, without pickle.
 
     Args:
         path: A folder of artifacts, the folder of a student, or a model.safetensors.
+        model: A network of the class of the student's, for one that was trained as a Python object; a copy gets the
+            weights.
         trust_python: Whether to build a network of the user's (`python:module:factory`), which runs the code that the
             file names.
 
@@ -76,7 +78,7 @@ def load_student(path: str | Path, *, trust_python: bool = False) -> ModelBundle
         ModelError: There is no such file, it is damaged, or not from kdpipe.
     """
     path = Path(path).expanduser()
-    return rebuild(path / "model.safetensors" if path.is_dir() else path, trust_python=trust_python)
+    return rebuild(path / "model.safetensors" if path.is_dir() else path, trust_python=trust_python, given=model)
 
 
 def model_config(model: str | nn.Module, args: Mapping[str, Any] | None = None) -> ModelConfig:

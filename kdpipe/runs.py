@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from kdpipe.pipeline.callbacks.registry import build_callbacks
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.decode import with_size
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.runtime.callbacks import Callback
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup, init_distributed
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device, select_device
@@ -25,6 +27,8 @@ from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.training.job_dir import read_json_file, write_json_file
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.store import canonical_json, exclusive, make_folders, shared
+
+CallbackLike = Callback | str | dict[str, Any]
 
 RUNS = Path("runs")
 """The folder of runs that are given no folder of their own."""
@@ -39,12 +43,14 @@ class Work:
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
+        callbacks: What observes the trainings: objects, names or tables as in a recipe.
     """
 
     run: str | Path | None = None
     device: str | torch.device = "auto"
     num_workers: int | None = None
     progress: bool = True
+    callbacks: Sequence[CallbackLike] = ()
 
     def folder(self, kind: str, fingerprint: Mapping[str, Any]) -> Path:
         """Return the run folder, absolute; the default is `runs/KIND-DIGEST` with the digest of the fingerprint."""
@@ -115,7 +121,8 @@ class Work:
                 elif report is not None:
                     report(event)
 
-            yield replace(context, run_dir=folder, monitor=RunMonitor(show), process_group=process_group)
+            monitor = RunMonitor(show, callbacks=_built(self.callbacks), run_dir=folder)
+            yield replace(context, run_dir=folder, monitor=monitor, process_group=process_group)
 
 
 def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
@@ -135,6 +142,11 @@ def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
         seeds = {*stored["student"]["seeds"], *sections["student"]["seeds"]}
         table["student"] = {**sections["student"], "seeds": sorted(seeds)}
     write_json_file(path, recipe_json(parse_recipe(table, str(path))))
+
+
+def _built(callbacks: Sequence[CallbackLike]) -> tuple[Callback, ...]:
+    """Return callbacks as objects; each name or table builds one."""
+    return tuple(one if isinstance(one, Callback) else build_callbacks([one])[0] for one in callbacks)
 
 
 def _device(name: str | torch.device) -> torch.device:

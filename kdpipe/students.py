@@ -13,7 +13,7 @@ from torch import nn
 from kdpipe import datasets, models
 from kdpipe.pipeline import steps
 from kdpipe.results import StudentResult
-from kdpipe.runs import Work, write_run_recipe
+from kdpipe.runs import CallbackLike, Work, write_run_recipe
 from kdpipe.stages.distillation.student_config import (
     StudentConfig,
     student_folder,
@@ -52,6 +52,7 @@ def train_student(
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
+    callbacks: Sequence[CallbackLike] = (),
     **train: Any,
 ) -> StudentResult:
     """Train a student from stores, on the very views that the teacher saw; or on hard labels alone.
@@ -75,13 +76,14 @@ def train_student(
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
+        callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         **train: Keys of a recipe's `train` section: `epochs`, `batch_size`, `lr`, `optimizer`, `schedule`, ...
 
     Raises:
         FingerprintMismatch: A store, or the folder, belongs to other inputs.
         KdpipeError: An input does not fit.
     """
-    work = Work(run, device, num_workers, progress)
+    work = Work(run, device, num_workers, progress, callbacks)
     places = store_places(store)
     if losses and not places:
         raise RecipeError("losses need a store: give that of cache_teacher, or leave the losses out.")

@@ -14,7 +14,7 @@ from torch import nn
 from kdpipe import datasets
 from kdpipe.pipeline import steps
 from kdpipe.results import TeacherResult
-from kdpipe.runs import Work
+from kdpipe.runs import CallbackLike, Work
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext, model_normalization, test_context
 from kdpipe.stages.errors import ModelError
@@ -46,6 +46,7 @@ def train_teacher(
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
+    callbacks: Sequence[CallbackLike] = (),
     **train: Any,
 ) -> TeacherResult:
     """Train a teacher in place, or load the result of a finished training with equal inputs.
@@ -63,12 +64,13 @@ def train_teacher(
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
+        callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         **train: Keys of a recipe's `train` section: `epochs`, `batch_size`, `lr`, `optimizer`, `schedule`, ...
 
     Raises:
         KdpipeError: An input does not fit, or the folder holds another job.
     """
-    work = Work(run, device, num_workers, progress)
+    work = Work(run, device, num_workers, progress, callbacks)
     train_set, test_set = datasets.as_image_set(dataset, "train"), datasets.as_image_set(test, "test")
     config = TeacherConfig(model=_object(model), train=TrainConfig(**train), mean=_numbers(mean), std=_numbers(std))
     context = work.context(train_set, test_set, views or ViewsConfig())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,12 +74,15 @@ def run_job(
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
     with guarded(), handle_signals(options.max_duration) as should_stop:
+        from kdpipe.pipeline.callbacks.registry import build_callbacks
+        from kdpipe.pipeline.recipe.load import recipe_json
         from kdpipe.pipeline.run import Run
         from kdpipe.stages.runtime.events import RunMonitor
         from kdpipe.stages.runtime.gpu.device import select_device
         from kdpipe.store import exclusive, shared
 
         loaded, folder = _load(recipe, options)
+        callbacks = build_callbacks(_callbacks_of(loaded, options))
         work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
         # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
         fraction = loaded.gpu_memory_fraction
@@ -88,7 +91,12 @@ def run_job(
         lock = shared if command == "cache-teacher" else exclusive
         with _process_group(command, should_stop) as process_group, ExitStack() as locks:
             process_group.on_main(lambda: _lock(locks, lock(folder, folder / ".kdpipe.lock")))
-            monitor = RunMonitor(should_stop=should_stop)
+            monitor = RunMonitor(
+                should_stop=should_stop,
+                callbacks=callbacks,
+                config=recipe_json(loaded),
+                run_dir=folder,
+            )
             run = Run(
                 loaded,
                 folder,
@@ -106,6 +114,13 @@ def run_job(
                     shown.write_recipe()
                 if process_group.is_main and (code := _print_results(command, run, results, options.as_json)):
                     raise typer.Exit(code)
+
+
+def _callbacks_of(recipe: Recipe, options: JobOptions) -> Sequence[str | dict[str, Any]]:
+    """Return the callbacks of the recipe, and that of --tensorboard."""
+    own = "tensorboard"
+    named = [entry if isinstance(entry, str) else entry["name"] for entry in recipe.callbacks]
+    return [*recipe.callbacks, own] if options.tensorboard and own not in named else recipe.callbacks
 
 
 @contextmanager
@@ -131,17 +146,15 @@ def _recorded(run: Run, command: str) -> Iterator[Run]:
 
 @contextmanager
 def _with_progress(run: Run, options: JobOptions) -> Iterator[Run]:
-    """Yield the run with progress on stderr, and TensorBoard scalars if requested."""
-    from kdpipe.pipeline.session.tensorboard import scalars
+    """Yield the run with progress on stderr."""
     from kdpipe.pipeline.terminal.progress import reporter
     from kdpipe.pipeline.terminal.reporter import to_all
 
     if not run.process_group.is_main:
         yield replace(run, monitor=replace(run.monitor, report=to_all(_print_data_warning, run.monitor.report)))
         return
-    with reporter(options.as_json) as show, scalars(run.folder) if options.tensorboard else nullcontext() as draw:
-        reporters = [report for report in (show, run.monitor.report, draw) if report is not None]
-        yield replace(run, monitor=replace(run.monitor, report=to_all(*reporters)))
+    with reporter(options.as_json) as show:
+        yield replace(run, monitor=replace(run.monitor, report=to_all(show, run.monitor.report)))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def print_losses(losses: Sequence[LossDescription]) -> None:
         weight = next(key.default_text for key in loss.keys if key.name == "weight")
         own = "\n".join(_with_default(key) for key in loss.keys if key.shared_by is None) or "-"
         per = "sample" if loss.per_sample else "batch"
-        table.add_row(loss.name, f"{loss.summary}\n{loss.paper}", weight, own, loss.requires, per)
+        table.add_row(loss.name, f"{loss.summary}\n{loss.origin}", weight, own, loss.requires, per)
     output.print(table)
     for group in (EVERY_ENTRY, ON_LOGITS):
         shared = {key.name: _with_default(key) for loss in losses for key in loss.keys if key.shared_by == group}
@@ -40,7 +40,7 @@ def print_losses(losses: Sequence[LossDescription]) -> None:
 def print_loss(loss: LossDescription) -> None:
     """Print the full description of one loss to stdout."""
     output = console()
-    output.print(f"{loss.name}: {loss.paper}\n", style="bold")
+    output.print(f"{loss.name}: {loss.origin}\n", style="bold")
     _print_paragraphs(output, loss.description)
     output.print(f"Required of the teacher: {loss.requires}.")
     for sentence in _limits(loss):

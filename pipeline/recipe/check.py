@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kdpipe.pipeline.callbacks.registry import callback_faults
 from kdpipe.pipeline.recipe.dry_build import dry_build
 from kdpipe.pipeline.recipe.load import Recipe, validate
 from kdpipe.pipeline.recipe.messages import one_line
@@ -71,6 +72,7 @@ def _incomplete(recipe: Recipe) -> Iterator[str]:
         yield "there is neither [[distill]] nor [compare]: add a loss (`kdpipe losses` lists them)."
     if recipe.cache.store and is_url(recipe.cache.store):
         yield f"cache.store = {recipe.cache.store!r}: stores are written to a local folder; upload it afterwards."
+    yield from callback_faults(recipe.callbacks)
     if recipe.student.model.weights == PUBLISHED and recipe.student.train.epochs == 0:
         yield "student.train.epochs = 0: the student would not be trained at all."
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from kdpipe.pipeline.callbacks.registry import CallbackEntry
 from kdpipe.pipeline.recipe.messages import fault_messages, first_and_more, one_line
 from kdpipe.pipeline.recipe.overrides import Overrides, Settings, read_with_overrides, settings_of
 from kdpipe.stages.cache_teacher.plan import CacheConfig
@@ -21,7 +22,7 @@ from kdpipe.stages.distillation.compatibility import check_losses
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import ModelError, RecipeError, RunError
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.losses.registry import AnyLoss
+from kdpipe.stages.losses.registry import WITHOUT_CODE, AnyLoss
 from kdpipe.stages.teacher import TeacherConfig
 from kdpipe.stages.train_student.compare import CompareEntry, VariantName
 from kdpipe.stages.training.job_dir import read_json_file
@@ -43,6 +44,8 @@ class Recipe:
         num_threads: CPU threads of each operation; by default OMP_NUM_THREADS, else the number of cores that this
             process may use. Networks of a few thousand parameters train fastest on one.
         gpu_memory_fraction: Fraction of the GPU's memory that this job may use; beyond it, it is out of memory.
+        callbacks: What observes every training: csv, tensorboard, wandb, mlflow, trackio and others, or
+            "python:MODULE:CLASS"; a table of name and arguments where it has some.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)]
@@ -50,6 +53,7 @@ class Recipe:
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")] = "auto"
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    callbacks: tuple[CallbackEntry, ...] = ()
     data: DataConfig = Field(default_factory=DataConfig)
     views: ViewsConfig = Field(default_factory=ViewsConfig)
     teacher: TeacherConfig
@@ -83,23 +87,26 @@ def load_recipe_with_origins(
     return recipe, settings_of(recipe_json(recipe), source)
 
 
-def parse_recipe(table: Mapping[str, Any], where: str) -> Recipe:
-    """Build a recipe from a table. Raises RecipeError, naming `where`, key and value, for the first fault."""
-    return _first_fault_raised(Overrides(where, dict(table)))
+def parse_recipe(table: Mapping[str, Any], where: str, *, import_code: bool = True) -> Recipe:
+    """Build a recipe from a table. Raises RecipeError, naming `where`, key and value, for the first fault.
+
+    Without `import_code`, losses that are not built in become an `UnknownLoss`.
+    """
+    return _first_fault_raised(Overrides(where, dict(table)), None if import_code else WITHOUT_CODE)
 
 
-def _first_fault_raised(source: Overrides) -> Recipe:
-    recipe, found = validate(source)
+def _first_fault_raised(source: Overrides, context: Mapping[str, bool] | None = None) -> Recipe:
+    recipe, found = validate(source, context)
     if recipe is None or found:
         raise RecipeError(first_and_more(found))
     return recipe
 
 
-def validate(source: Overrides) -> tuple[Recipe | None, list[str]]:
+def validate(source: Overrides, context: Mapping[str, bool] | None = None) -> tuple[Recipe | None, list[str]]:
     """Return the recipe, or None where a key or value cannot be read, and a message for every fault."""
     try:
         text = json.dumps(source.table, default=str)
-        recipe: Recipe = TypeAdapter(Recipe).validate_json(text)
+        recipe: Recipe = TypeAdapter(Recipe).validate_json(text, context=context)
     except ValidationError as error:
         return None, fault_messages(Recipe, error, source.origin_of)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endlessly nested sections
@@ -142,10 +149,14 @@ def all_losses(recipe: Recipe) -> dict[str, Sequence[Loss]]:
 
 
 def read_run_recipe(run: Path) -> Recipe | None:
-    """Return the resolved recipe of a run folder; None if there is none. Raises RunError if it is not a recipe."""
+    """Return the resolved recipe of a run folder, which may be a stranger's: no code is imported; None if it has none.
+
+    Raises:
+        RunError: It is not a recipe.
+    """
     record = read_json_file(run / "recipe.json")
     try:
-        return None if record is None else parse_recipe(record, str(run / "recipe.json"))
+        return None if record is None else parse_recipe(record, str(run / "recipe.json"), import_code=False)
     except RecipeError as error:
         raise RunError(f"{run} is not a run folder of this version ({error}): use another folder.") from error
 

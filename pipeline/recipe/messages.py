@@ -7,11 +7,12 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from kdpipe.stages.losses.registry import LOSSES
+from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.registry import LOSSES, loss_class
 from kdpipe.store.errors import did_you_mean
 
 Keys = tuple[str, ...]
@@ -52,16 +53,15 @@ def one_line(text: str) -> str:
 def known_keys(kind: Any, location: Sequence[str]) -> list[str]:
     """Return the keys of the section at `location`, from the types of the section `kind`.
 
-    Where one of several sections can be used, as for losses, `location` has its tag, after its number.
+    `location` has the name of a loss after its number.
     """
     location = list(location)
     if get_origin(kind) is Annotated:
-        return known_keys(get_args(kind)[0], location)
+        kind = get_args(kind)[0]
+    if kind is Loss and location:
+        kind = loss_class(location.pop(0))
     if get_origin(kind) in (Union, UnionType):
         options = [option for option in get_args(kind) if is_dataclass(option)]
-        if len(options) > 1 and location:
-            tag = location.pop(0)
-            options = [option for option in options if _tag(option) == tag]
         return known_keys(options[0], location) if options else []
     if get_origin(kind) in (dict, tuple):
         return known_keys(get_args(kind)[1 if get_origin(kind) is dict else 0], location[1:])
@@ -81,7 +81,9 @@ def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys],
     if kind in NEEDED:
         return f"{origin}: the key {key!r} is missing: give it a value."
     if kind in UNKNOWN_LOSS:
-        return f"{origin}: {key}: unknown or missing loss; choose from {', '.join(str(_tag(loss)) for loss in LOSSES)}."
+        return f"{origin}: {key}: unknown or missing loss; choose from {', '.join(LOSSES.names())}."
+    if kind == "loss_reference":
+        return f"{origin}: {key}.{error['msg'].removeprefix('distill.')}"
     found, message = str(error["input"]), error["msg"].removeprefix("Value error, ")
     named = f"{key} = {found[:80]}" if key else "the recipe"
     return f"{origin}: {named}: {message[0].lower()}{message[1:]}."
@@ -106,23 +108,23 @@ def _keys(error: Mapping[str, Any]) -> list[str]:
     parts = [str(part) for part in error["loc"]]
     if error["type"] == "unexpected_keyword_argument":  # the user's own word, even if it looks like an alternative
         return [*_keys({**error, "type": "", "loc": parts[:-1]}), parts[-1]]
-    named = parts[:2] if parts[:1] == ["compare"] else []  # the user's own names of entries
+    named = parts[: _tag_index(parts) + 1] if "distill" in parts else parts[: 2 * (parts[:1] == ["compare"])]
     found = [part for part in parts[len(named) :] if re.fullmatch(r"[a-z0-9_]+", part)]
     return named + [part for part in found if part not in ("float", "int", "str")]
 
 
 def _without_tag(location: list[str]) -> list[str]:
-    """Return the keys as in the file: without the tag by which pydantic distinguishes losses."""
-    tag = location.index("distill") + 2 if "distill" in location else len(location)
+    """Return the keys as in the file: without the name of a loss, by which pydantic distinguishes them."""
+    tag = _tag_index(location)
     return location[:tag] + location[tag + 1 :]
+
+
+def _tag_index(location: list[str]) -> int:
+    """Return where the name of a loss is, in distill.NUMBER.LOSS or compare.NAME.distill.NUMBER.LOSS."""
+    section = 2 if location[:1] == ["compare"] else 0
+    return section + 2 if location[section : section + 1] == ["distill"] else len(location)
 
 
 def _shown(location: list[str]) -> str:
     most = MAX_KEY_LETTERS
     return ".".join(key if len(key) <= most else f"{key[:most]}..." for key in _without_tag(location))
-
-
-def _tag(kind: Any) -> str | None:
-    """Return the value of a loss section's `loss` key."""
-    hint = typing.get_type_hints(kind).get("loss")
-    return str(get_args(hint)[0]) if get_origin(hint) is Literal else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 from kdpipe.pipeline.recipe.load import Recipe
+from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.describe import attributes_of
 from kdpipe.stages.losses.registry import LOSSES
 
@@ -32,6 +33,9 @@ class _RecipeSchema(GenerateJsonSchema):
         for key, text in attributes_of(schema["cls"]).items():
             if key in made["properties"]:
                 made["properties"][key]["description"] = _sentence(text)
+        if issubclass(schema["cls"], Loss):
+            made["properties"]["loss"].pop("default", None)
+            made["required"] = ["loss", *made.get("required", ())]
         return made
 
 
@@ -54,8 +58,10 @@ def _sentence(text: str) -> str:
 
 def _items_of_losses(items: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of an entry, with the names of losses first, by which editors complete it."""
+    reference = {"type": "string", "pattern": r"^python:[^:]+:[^:]+$"}
     named = {
-        "enum": [str(get_args(inspect.get_annotations(kind, eval_str=True)["loss"])[0]) for kind in LOSSES],
+        "anyOf": [{"enum": LOSSES.names()}, reference],
         "description": "Name of the loss: `kdpipe losses` lists them, `kdpipe losses NAME` explains one.",
     }
-    return {"type": "object", "required": ["loss"], "properties": {"loss": named}, "oneOf": items["oneOf"]}
+    own = {"properties": {"loss": reference}, "description": "A loss of your own, python:package.module:name."}
+    return {"type": "object", "required": ["loss"], "properties": {"loss": named}, "oneOf": [*items["oneOf"], own]}

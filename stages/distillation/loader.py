@@ -160,6 +160,7 @@ class DistillationLoader:
         )
         self._ids = torch.sort(dataset.sample_ids).values
         self._next = self._position = (0, 0)
+        self._iteration = 0
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -169,7 +170,8 @@ class DistillationLoader:
         """Yield the batches of the next epoch, or those left of the one that `load_state_dict` resumed."""
         epoch, step = self._position = self._next
         self._next = (epoch + 1, 0)
-        return self._batches(epoch, step)
+        self._iteration += 1
+        return self._batches(epoch, step, self._iteration)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration, as in torch's DistributedSampler; a resumed epoch keeps its step."""
@@ -190,11 +192,13 @@ class DistillationLoader:
             )
         self._next = self._position = (epoch, step) if step < len(self) else (epoch + 1, 0)
 
-    def _batches(self, epoch: int, step: int) -> Iterator[StudentBatch]:
+    def _batches(self, epoch: int, step: int, iteration: int) -> Iterator[StudentBatch]:
         stream = self._task.stream(
             self.seed, self.batch_size, epoch=epoch, step=step, epochs=epoch + 1, process_group=self._process_group
         )
         for number, batch in enumerate(stream, step + 1):
+            if iteration != self._iteration:
+                raise RuntimeError("this epoch cannot continue: another iteration of the same loader was started.")
             self._position = (epoch, number) if number < len(self) else (epoch + 1, 0)
             yield self._student_batch(batch)
 

@@ -54,6 +54,11 @@ class StudentConfig:
 
 def view_warning(views: ViewsConfig) -> str | None:
     """Return a warning for views that limit the accuracy of distillation, or None."""
+    if not views.augments and views.num_views > 1:
+        return (
+            f"views.num_views = {views.num_views}, but nothing changes the images: the store has the same outputs "
+            f"{views.num_views} times; add views.operations, or set views.num_views = 1."
+        )
     if not views.augments or (views.replay and views.num_views > 1):
         return None
     reason = (

@@ -45,7 +45,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -59,6 +59,7 @@ from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED, Scheduled, Temperature, TrainProgress
 from kdpipe.stages.losses.shapes import Layers, Pair, Size, poolable, shape_mismatch_error
 from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.runtime.user_code import object_sha256
 from kdpipe.stages.targets.feature_spec import MAP, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import pool_to
 
@@ -87,6 +88,13 @@ class Loss:
     weight: Scheduled = 1.0
     store: Annotated[int, Field(ge=0), max_value(1000)] | None = None
     samples: SampleSelection = Field(default_factory=SampleSelection, kw_only=True)
+
+    def source_digests(self) -> dict[str, str]:
+        """Return the digest of the source of a user's loss, which is part of what decides a job; none if built in."""
+        written: Any = type(self).original or type(self)
+        if written.__module__.partition(".")[0] == "kdpipe":
+            return {}
+        return {"source_sha256": object_sha256(written, f"loss = {self.loss!r}", RecipeError)}
 
     @property
     def num_negatives(self) -> int:

@@ -16,8 +16,9 @@ from pydantic import TypeAdapter
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import LogitLoss, Loss
-from kdpipe.stages.losses.registry import LOSSES
+from kdpipe.stages.losses.registry import LOSSES, loss_class
 from kdpipe.stages.losses.sample_selection import SampleSelection
+from kdpipe.stages.runtime.user_code import is_user_reference
 from kdpipe.store.errors import did_you_mean
 
 EVERY_ENTRY, ON_LOGITS = "every entry", "losses on logits"
@@ -47,14 +48,19 @@ class Key:
         """Return the default as a recipe would write it."""
         if self.required:
             return "required"
-        return "not set" if self.default is None else json.dumps(self.default)
+        return "not set" if self.default is None else json.dumps(self.default, default=str)
 
 
 @dataclass(frozen=True)
 class LossDescription:
-    """Description of a loss; its properties are those of `Loss`."""
+    """Description of a loss; its properties are those of `Loss`.
+
+    Attributes:
+        module: Where a user's loss comes from; None for those of kdpipe.
+    """
 
     name: str
+    module: str | None
     description: str
     paper: str
     requires: str
@@ -69,25 +75,30 @@ class LossDescription:
         """Return the first line of the description."""
         return self.description.partition("\n")[0]
 
+    @property
+    def origin(self) -> str:
+        """Return the paper, of a user's loss its module as well."""
+        return ", ".join(filter(None, [self.paper, self.module and f"from {self.module}"]))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def list_losses() -> list[LossDescription]:
     """Return descriptions of all losses."""
-    return [_describe(config) for config in LOSSES]
+    return [_describe(loss_class(name)) for name in LOSSES.names()]
 
 
 def find_loss(name: str) -> LossDescription:
-    """Return the description of a loss.
+    """Return the description of a loss, or of that which a `python:` reference names.
 
     Raises:
         RecipeError: There is no such loss; the message has the nearest names.
     """
-    losses = {loss.name: loss for loss in list_losses()}
-    if name in losses:
-        return losses[name]
-    raise RecipeError(f"unknown loss {name[:80]!r}; {did_you_mean(name, losses, limit=3)}")
+    names = LOSSES.names()
+    if name not in names and not is_user_reference(name):
+        raise RecipeError(f"unknown loss {name[:80]!r}; {did_you_mean(name, names, limit=3)}")
+    return _describe(loss_class(name))
 
 
 def description_of(section: type[Any]) -> str:
@@ -109,8 +120,10 @@ def attributes_of(section: type[Any]) -> dict[str, str]:
 def _describe(config: type[Loss]) -> LossDescription:
     schema = TypeAdapter(config).json_schema()
     samples = schema["$defs"]["SampleSelection"]
+    del schema["properties"]["loss"]
     return LossDescription(
-        name=schema["properties"].pop("loss")["const"],
+        name=config.loss,
+        module=None if config.__module__.partition(".")[0] == "kdpipe" else config.__module__,
         description=description_of(config),
         paper=config.paper,
         requires=config.requires,
@@ -127,7 +140,9 @@ def _keys(schema: Mapping[str, Any], texts: Mapping[str, str], prefix: str = "")
         if name != "samples":
             required = name in schema.get("required", ())
             shared_by = _shared_by(prefix.rstrip(".") or name)
-            yield Key(prefix + name, texts[name], type_in_words(value), value.get("default"), required, shared_by)
+            yield Key(
+                prefix + name, texts.get(name, ""), type_in_words(value), value.get("default"), required, shared_by
+            )
 
 
 def _shared_by(name: str) -> str | None:
@@ -137,7 +152,7 @@ def _shared_by(name: str) -> str | None:
     return None
 
 
-TYPES = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true or false"}
+TYPES = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true or false", "object": "table"}
 
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -152,7 +167,8 @@ def type_in_words(schema: Mapping[str, Any]) -> str:
         return " or ".join(map(json.dumps, schema["enum"]))
     if "prefixItems" in schema:
         return f"[{', '.join(map(type_in_words, schema['prefixItems']))}]"
-    if schema["type"] == "array":
-        return f"list of {type_in_words(schema['items'])}, {schema['minItems']} or more"
+    if schema.get("type") == "array":
+        least = f", {schema['minItems']} or more" if "minItems" in schema else ""
+        return f"list of {type_in_words(schema.get('items', {}))}{least}"
     bounds = [f"{sign} {schema[name]:g}" for name, sign in BOUNDS.items() if name in schema]
-    return f"{TYPES[schema['type']]} {' and '.join(bounds)}".strip()
+    return f"{TYPES.get(schema.get('type', ''), 'value')} {' and '.join(bounds)}".strip()

@@ -88,21 +88,25 @@ class FeatureExtractor:
 
     def __init__(self, model: nn.Module, layers: Sequence[str], no_further: bool) -> None:
         self._model, self._layers, self._no_further = model, layers, no_further
-        self._captured: dict[str, Tensor] = {}
+        self._captured: dict[str, Tensor] | None = None  # outside of a call the model runs as without hooks
 
     def __call__(self, images: Tensor) -> ModelOutput:
-        self._captured = {}
+        self._captured = captured = dict[str, Tensor]()
         try:
             logits = self._model(images)
         except _AllCaptured:
             logits = images.new_empty(len(images), 0)
-        absent = [layer for layer in self._layers if layer not in self._captured]
+        finally:
+            self._captured = None
+        absent = [layer for layer in self._layers if layer not in captured]
         if absent:
             raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
-        return ModelOutput(logits, self._captured)
+        return ModelOutput(logits, captured)
 
     def hook(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """Capture the output of a layer."""
+        if self._captured is None:
+            return
         if not isinstance(output, Tensor):
             raise ModelError(f"module {layer!r} outputs {type(output).__name__}, not a tensor: choose another layer.")
         self._captured[layer] = output

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kdpipe.stages.errors import StoppedEarly
+from kdpipe.stages.runtime.callbacks import Callback
 
 WARNING = "warning"
 """The unit of an event that is a warning; its `job` is the text."""
@@ -29,10 +31,18 @@ class ProgressEvent:
 
 @dataclass(frozen=True)
 class RunMonitor:
-    """A reporter and a stop flag."""
+    """A reporter, a stop flag, and the callbacks of all trainings.
+
+    Attributes:
+        config: The resolved recipe, for callbacks.
+        run_dir: The run folder, for callbacks; by default that of the training itself.
+    """
 
     report: Callable[[ProgressEvent], None] = lambda event: None
     should_stop: Callable[[], bool] = lambda: False
+    callbacks: tuple[Callback, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    run_dir: Path | None = None
 
     def check(self) -> None:
         """Raise StoppedEarly if the stop flag is set. Call it only where everything done so far is saved."""

@@ -42,6 +42,8 @@ class Progress:
         sums: The sums of this epoch's losses.
         history: The metrics of the finished epochs.
         micro_batches: The number of micro-batches per batch, more than 1 after memory ran out.
+        stopped_by: The callback that asked to end the training after this epoch.
+        callbacks: The states of the callbacks, by name.
     """
 
     epoch: int = 0
@@ -49,6 +51,8 @@ class Progress:
     sums: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     micro_batches: int = 1
+    stopped_by: str | None = None
+    callbacks: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
@@ -57,7 +61,8 @@ def save_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
     tensors |= {f"modules/{name}": tensor for name, tensor in state.modules.state_dict().items()}
     tensors |= {f"sums/{name}": total for name, total in progress.sums.items()}
     tensors |= {f"average/{name}": tensor for name, tensor in state.average.tensors.items()} if state.average else {}
-    record = {key: getattr(progress, key) for key in ("epoch", "step", "history", "micro_batches")}
+    keys = ("epoch", "step", "history", "micro_batches", "stopped_by", "callbacks")
+    record = {key: getattr(progress, key) for key in keys}
     save_tensors(path, tensors, record | {"scaler": state.scaler.state_dict(), "optimizer": optimizer})
 
 
@@ -73,6 +78,7 @@ def load_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
         state.scaler.load_state_dict(record["scaler"])
         progress.epoch, progress.step, progress.history = _position(record)
         progress.micro_batches = max(1, int(record["micro_batches"]))
+        progress.stopped_by, progress.callbacks = record.get("stopped_by"), dict(record.get("callbacks") or {})
         device = next(state.modules.parameters()).device
         progress.sums = {name: total.to(device) for name, total in _with_prefix(tensors, "sums/").items()}
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:

@@ -108,6 +108,7 @@ def _finalize(
         "best_accuracy": best["accuracy"],
         "best_epoch": best["epoch"],
         "num_epochs": len(history),
+        **({"stopped_by": history[-1]["stopped_by"]} if history and "stopped_by" in history[-1] else {}),
         "num_parameters": count_parameters(network.model),
         "num_macs": count_macs(network.model, test.image_shape),
         "identity": network.identity,

@@ -17,6 +17,7 @@ from kdpipe.stages.errors import NotFiniteError, RunError, StoppedEarly
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
+from kdpipe.stages.training.callbacks import Hooks, callbacks_of
 from kdpipe.stages.training.checkpoint import Progress, TrainState, load_checkpoint, save_checkpoint
 from kdpipe.stages.training.job import TrainJob, num_steps_of
 from kdpipe.stages.training.optim import build_optimizer, build_schedule, learning_rate, set_learning_rate
@@ -49,31 +50,57 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
         _require_position(job, progress, steps)
     batches = _stream(job, progress, job.config.epochs)
     with (
+        callbacks_of(job, progress, monitor) as hooks,
         batch_norm_over_processes(state.modules),
         extract_features(job.model, job.student_layers, no_further=job.task.hints_only) as student,
     ):
         last_save = time.monotonic()
-        while progress.epoch < job.config.epochs:
+        while not _is_over(job, progress):
             started = time.monotonic()
             job.on_epoch(job.model, progress.epoch)
             state.modules.train()
             train_step = TrainStep(job, student, state, progress, monitor)
-            last_save = _run_steps(job, train_step, batches, monitor, last_save)
+            last_save = _run_steps(job, train_step, batches, monitor, hooks, last_save)
             try:
                 with evaluated_weights(state.optimizer, state.average):
                     _end_epoch(job, progress, steps, device, time.monotonic() - started)
+                    hooks.call("on_epoch_end")
             except StoppedEarly:  # during evaluation: all steps of the epoch, and its sums, are complete
-                save_checkpoint(job.job_dir.checkpoint, state, progress)
+                _save(job, state, progress, hooks)
                 raise
-            if progress.epoch == job.config.epochs:
-                process_group.on_main(lambda: save_checkpoint(job.job_dir.checkpoint, state, progress))
+            if progress.stopped_by and progress.epoch < job.config.epochs:
+                _record_stop(job, progress)
+            if _is_over(job, progress):
+                _save(job, state, progress, hooks)
             monitor.report(_event(job, progress, steps, progress.history[-1]))
-    use_evaluated_weights(state.optimizer, state.average)
+        use_evaluated_weights(state.optimizer, state.average)
     return progress.history
 
 
+def _is_over(job: TrainJob, progress: Progress) -> bool:
+    """Return whether all epochs are trained, or a callback ended the training."""
+    return progress.epoch >= job.config.epochs or any("stopped_by" in line for line in progress.history[-1:])
+
+
+def _record_stop(job: TrainJob, progress: Progress) -> None:
+    """Note in the metrics of the last epoch which callback ended the training."""
+    progress.history[-1]["stopped_by"] = progress.stopped_by
+    job.process_group.on_main(lambda: job.job_dir.write_metrics(progress.history))
+
+
+def _save(job: TrainJob, state: TrainState, progress: Progress, hooks: Hooks) -> None:
+    """Write the checkpoint in the first process."""
+
+    def save() -> None:
+        progress.callbacks = hooks.states()
+        save_checkpoint(job.job_dir.checkpoint, state, progress)
+
+    job.process_group.on_main(save)
+    hooks.call("on_checkpoint")
+
+
 def _run_steps(
-    job: TrainJob, train_step: TrainStep, batches: Iterator[Batch], monitor: RunMonitor, last_save: float
+    job: TrainJob, train_step: TrainStep, batches: Iterator[Batch], monitor: RunMonitor, hooks: Hooks, last_save: float
 ) -> float:
     """Run the rest of an epoch's steps, saving at intervals; returns the time of the last save."""
     state, progress, process_group, steps = train_step.state, train_step.progress, job.process_group, num_steps_of(job)
@@ -82,10 +109,11 @@ def _run_steps(
         set_learning_rate(state.optimizer, rate(progress.epoch * steps + progress.step))
         train_step.step(next(batches))
         progress.step += 1
+        hooks.call("on_step_end")
         due = time.monotonic() - last_save >= job.config.checkpoint_every_s
         stop, due = process_group.sync_flags(monitor.should_stop(), due)
         if due or stop:
-            process_group.on_main(lambda: save_checkpoint(job.job_dir.checkpoint, state, progress))
+            _save(job, state, progress, hooks)
             last_save = time.monotonic()
         if stop:
             raise StoppedEarly
@@ -163,4 +191,5 @@ def _end_epoch(job: TrainJob, progress: Progress, steps: int, device: torch.devi
 def _event(job: TrainJob, progress: Progress, steps: int, line: dict[str, Any] | None = None) -> ProgressEvent:
     """Return the job's position as an event, with the metrics of an epoch at its end."""
     done = progress.epoch * steps + progress.step
-    return ProgressEvent(job.stage, job.name, done, job.config.epochs * steps, "step", line or {})
+    total = done if line and _is_over(job, progress) else job.config.epochs * steps
+    return ProgressEvent(job.stage, job.name, done, total, "step", line or {})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.mix import MixConfig
 from kdpipe.store import StoreError, TargetStore, canonical_json
-
-_MIX_KEYS = ("mixup_alpha", "cutmix_alpha", "p", "cutmix_share")
 
 
 def views_of_store(store: TargetStore) -> ViewsConfig:
@@ -23,14 +23,16 @@ def views_of_store(store: TargetStore) -> ViewsConfig:
     """
     stored = store.manifest.identity.views
     views: dict[str, Any] = {key: stored[key] for key in ("engine", "operations", "seed", "transform") if key in stored}
-    if mix := stored.get("mix"):
-        views["mix"] = {key: mix[key] for key in _MIX_KEYS if key in mix}
+    if isinstance(stored.get("mix"), dict):
+        views["mix"] = {field.name: stored["mix"].get(field.name) for field in fields(MixConfig)}
     try:
         rebuilt: ViewsConfig = TypeAdapter(ViewsConfig).validate_json(
             canonical_json({**views, "num_views": store.num_views})
         )
-    except (ValidationError, TypeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
         raise StoreError(
-            f"{store.path} records views that this version of kdpipe cannot rebuild ({str(error)[:200]}): cache again."
+            f"{store.path} records views that this version of kdpipe cannot rebuild "
+            f"({'.'.join(map(str, first['loc']))}: {first['msg']}): cache again."
         ) from error
     return rebuilt

@@ -18,11 +18,11 @@ from kdpipe.stages.compress.resume import with_widths
 from kdpipe.stages.distillation.classifier_reuse import add_projector
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.losses.features.simkd import SimKD
-from kdpipe.stages.models.build import ModelConfig, build_model
+from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig, build_model
+from kdpipe.stages.models.build import architecture as build_record
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
-from kdpipe.stages.models.user_models import model_source_sha256
 from kdpipe.stages.models.weights import load_entries
 from kdpipe.stages.runtime.user_code import is_user_reference
 from kdpipe.store import KdpipeError
@@ -31,7 +31,7 @@ MAX_SIZE = 8192
 """The largest width, argument or image side accepted in a record."""
 
 
-def rebuild(path: Path, *, trust_python: bool = False) -> ModelBundle:
+def rebuild(path: Path, *, trust_python: bool = False, given: nn.Module | None = None) -> ModelBundle:
     """Build the network of a `model.safetensors` of kdpipe, in eval mode, on the CPU.
 
     It is pruned or not, in float or rounding as its integer file does.
@@ -40,6 +40,8 @@ def rebuild(path: Path, *, trust_python: bool = False) -> ModelBundle:
         path: The file.
         trust_python: Whether to build a user's own network (`python:module:factory`), which runs code from a module
             that the file names. Registered networks need it not: the file cannot make kdpipe import anything.
+        given: The network before pruning and quantization, of which a copy gets the weights, in place of the one that
+            the file names.
 
     Warns if the source of a user's network is not the one that the file was made from.
 
@@ -50,7 +52,7 @@ def rebuild(path: Path, *, trust_python: bool = False) -> ModelBundle:
     try:
         architecture = _checked(record["architecture"])
         plain = {key: value for key, value in architecture.items() if key != "widths"}
-        model = _build(architecture, tensors, trust_python=trust_python)
+        model = _build(architecture, tensors, trust_python=trust_python, given=given)
         fresh = ModelBundle(model, plain, Normalization.from_json(record))
         network = with_widths(fresh, architecture.get("widths"))
         if (config := config_of(architecture)) is not None:
@@ -90,36 +92,41 @@ def image_shape_of(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
     return int(architecture["in_channels"]), int(height), int(width)
 
 
-def _build(architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, trust_python: bool) -> nn.Module:
-    name = str(architecture["model"])
-    if is_user_reference(name) and not trust_python:
+def _build(
+    architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, trust_python: bool, given: nn.Module | None
+) -> nn.Module:
+    name, args = str(architecture["model"]), dict(architecture["args"])
+    if name.startswith(OBJECT) and given is None:
+        raise ModelError(f"it is a Python object, {name.removeprefix(OBJECT)}: give a network of that class.")
+    if is_user_reference(name) and not trust_python and given is None:
         raise ModelError(
             f"its model is {name!r}, code outside the file: pass trust_python=True if you trust that code."
         )
-    if "source_sha256" in architecture and model_source_sha256(name) != architecture["source_sha256"]:
+    config = ModelConfig(name=name, args=args) if given is None else GivenModel(name=name, args=args, module=given)
+    channels, height, width = image_shape_of(architecture)
+    now = build_record(config, int(architecture["num_classes"]), channels, (height, width))
+    if now.get("source_sha256") != architecture.get("source_sha256"):
         warnings.warn(
             f"the source of {name}, or of a module that it imports, was edited since the file was written: even if the "
             "weights fit, the network may compute something else.",
             stacklevel=3,
         )
-    channels, height, width = image_shape_of(architecture)
     model = build_model(
-        ModelConfig(name=name, args=dict(architecture["args"])),
+        config,
         num_classes=int(architecture["num_classes"]),
         in_channels=channels,
         image_size=(height, width),
         seed=0,
     )
     if reused := architecture.get("reused_classifier"):
-        config = SimKD(
-            loss="simkd",
+        loss = SimKD(
             layers=((reused["layer"], ""),),
             classifier=(reused["classifier"], ""),
             factor=reused["factor"],
         )
         add_projector(
             model,
-            config,
+            loss,
             (channels, height, width),
             num_features=int(reused["num_features"]),
             num_classes=int(architecture["num_classes"]),

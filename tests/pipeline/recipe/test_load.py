@@ -142,9 +142,10 @@ def test_docs_explain_every_key():
     from typing import get_args, get_type_hints
 
     from kdpipe.pipeline.recipe.load import Recipe
+    from kdpipe.stages.losses.registry import LOSSES
 
     text = (RECIPES.parent / "docs" / "recipes.md").read_text()
-    seen, waiting = set(), [Recipe]
+    seen, waiting = set(), [Recipe, *LOSSES.builtin.values()]
     while waiting:
         kind = waiting.pop()
         if is_dataclass(kind) and kind not in seen:

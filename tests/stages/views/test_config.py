@@ -56,5 +56,5 @@ def test_a_named_operation_survives_the_runs_recipe():
     record = json.loads(json.dumps(recipe_json(recipe)))
     assert record["views"]["operations"] == [{"name": "RandomHorizontalFlip"}]
     assert parse_recipe(record, "there") == recipe
-    with pytest.raises(RecipeError, match=r"^here: views.operations.0 = 3: input should be a valid dictionary"):
+    with pytest.raises(RecipeError, match=r"^here: views.operations.0 = 3: input should be an object"):
         parse_recipe(table | {"views": {"operations": [3]}}, "here")

@@ -1,0 +1,1 @@
+"""Callbacks by name, and the built-in ones, which write metrics to files and experiment trackers."""
