@@ -37,6 +37,7 @@ DATASETS: Registry[Callable[..., Any]] = Registry("data set", "data.name", _BUIL
 """Functions of a split by name."""
 
 register_dataset = DATASETS.register
+"""Return a decorator that registers a function of a split as a data set, which recipes name by `data.name`."""
 
 
 def is_user_dataset(name: str) -> bool:
