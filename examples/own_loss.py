@@ -40,7 +40,7 @@ def main() -> None:
     variants = {
         "alone": {"views": views},
         "kd": {"store": store, "losses": [kd.losses.KD(temperature=4)]},
-        "confident_kd": {"store": store, "losses": [{"loss": "confident_kd", "power": 2.0}]},
+        "confident_kd": {"store": store, "losses": [confident_kd(power=2.0)]},
     }
     for name, own in variants.items():
         results = [

@@ -23,6 +23,7 @@ from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.losses.registry import loss_class
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.open import local_store_path
@@ -42,7 +43,7 @@ def train_student(
     store: Store | Sequence[Store] | None = None,
     *,
     test: Any,
-    losses: Sequence[Loss] = (),
+    losses: Sequence[Loss | str | Mapping[str, Any]] = (),
     hard_label_weight: Scheduled = 0.1,
     model_args: Mapping[str, Any] | None = None,
     views: ViewsConfig | None = None,
@@ -65,7 +66,8 @@ def train_student(
         store: An opened store, a path or URL, or several of them (several teachers). Without one the student is
             trained on hard labels alone.
         test: The test images, on which it is evaluated after each epoch.
-        losses: The distillation losses, of `kdpipe.losses`; by default KD.
+        losses: The distillation losses: of `kdpipe.losses`, your own, or names and entries as in a recipe, such as
+            {"loss": "kd", "temperature": 2.0}; by default KD.
         hard_label_weight: The weight of the cross entropy with the labels beside them.
         model_args: Arguments of a network given by name, such as {"width": 6}.
         views: Views for a student without a store; with one they are the store's.
@@ -100,7 +102,7 @@ def train_student(
     job = StudentJob(
         config=config,
         seed=seed,
-        losses=tuple(losses) or ((KD(),) if places else ()),
+        losses=tuple(map(_loss, losses)) or ((KD(),) if places else ()),
         places=places,
         train_set=datasets.as_image_set(dataset, "train"),
         test_set=datasets.as_image_set(test, "test"),
@@ -120,6 +122,16 @@ def train_student(
         if opened.process_group.is_main:
             write_run_recipe(job.run, job.sections())
     return StudentResult(figures, student_folder(job.run, job.kind, seed).path, job)
+
+
+def _loss(given: Loss | str | Mapping[str, Any]) -> Loss:
+    """Return a loss as an object; a name or an entry builds one."""
+    if isinstance(given, Loss):
+        return given
+    settings = {"loss": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    if "loss" not in settings:
+        raise RecipeError(f"a loss is an object of kdpipe.losses, a name, or a table with the key loss, not {given!r}.")
+    return loss_class(settings.pop("loss"))(**settings)
 
 
 def store_places(store: Store | Sequence[Store] | None) -> tuple[Path | str, ...]:

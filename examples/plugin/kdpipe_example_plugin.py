@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 import kdpipe as kd
