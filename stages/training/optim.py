@@ -116,9 +116,7 @@ def build_optimizer(config: TrainConfig, modules: nn.ModuleDict) -> torch.optim.
     Raises:
         RecipeError: There is no such optimizer, it has no such argument, or it cannot be used.
     """
-    groups = parameter_groups(
-        modules, decay_norm_and_bias=config.decay_norm_and_bias, layer_decay=config.layer_decay
-    )
+    groups = parameter_groups(modules, decay_norm_and_bias=config.decay_norm_and_bias, layer_decay=config.layer_decay)
     return make_optimizer(config.optimizer, groups, _offered(config), config.optimizer_args)
 
 
@@ -127,9 +125,7 @@ def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int],
 
     It is a linear warm-up, then the schedule; timm's have their own warm-up.
     """
-    settings = {
-        key: getattr(config, key) for key in ("lr", "min_lr", "epochs", "warmup_epochs", "milestones", "gamma")
-    }
+    settings = {key: getattr(config, key) for key in ("lr", "min_lr", "epochs", "warmup_epochs", "milestones", "gamma")}
     return make_schedule(config.schedule, settings, config.schedule_args, steps_per_epoch)
 
 
@@ -161,7 +157,7 @@ def check_training(config: TrainConfig, where: str, *, runs_user_code: bool) -> 
     """
     try:
         if runs_user_code:
-            build_optimizer(config, nn.ModuleDict({"student": nn.ParameterList([torch.zeros(2, 2)])}))
+            make_optimizer(config.optimizer, [nn.Parameter(torch.zeros(2, 2))], _offered(config), config.optimizer_args)
             for step in {0, max(0, 10 * config.epochs - 1)}:
                 learning_rate(config, step, 10)
             return
