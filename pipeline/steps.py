@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
@@ -301,6 +302,8 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 def run_all(run: Run) -> dict[str, Any]:
     """Run every stage; each skips finished work."""
+    for fault in faults_of_trainings(run.recipe, runs_user_code=True):
+        raise RecipeError(fault)
     dry_run(run.recipe.compress, run.recipe.student, run.context)
     require_losses(run)
     run.check_losses_fit()

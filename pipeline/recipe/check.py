@@ -10,12 +10,13 @@ from typing import Any
 
 from kdpipe.pipeline.callbacks.registry import callback_faults
 from kdpipe.pipeline.recipe.dry_build import dry_build
-from kdpipe.pipeline.recipe.load import Recipe, validate
+from kdpipe.pipeline.recipe.load import Recipe, faults_of_trainings, trainings_of, validate
 from kdpipe.pipeline.recipe.messages import one_line
 from kdpipe.pipeline.recipe.overrides import read_with_overrides
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.build import PUBLISHED
 from kdpipe.stages.models.user_models import is_user_model
+from kdpipe.stages.training.optim import idle_keys
 from kdpipe.store import is_url
 
 
@@ -50,8 +51,10 @@ def check_recipe(path: Path, overrides: Iterable[str], environ: Mapping[str, str
     if recipe is None:
         return Checked(str(path), tuple(faults))
     build_faults, build_notes = dry_build(recipe)
-    faults += [one_line(f"{path}: {fault}") for fault in (*_incomplete(recipe), *build_faults)]
-    notes = [one_line(f"{path}: {note}") for note in (*build_notes, *_idle_keys(recipe), *_absent_files(recipe))]
+    of_trainings = list(faults_of_trainings(recipe, runs_user_code=True))
+    faults += [one_line(f"{path}: {fault}") for fault in (*_incomplete(recipe), *of_trainings, *build_faults)]
+    idle = () if of_trainings else _idle_keys(recipe)
+    notes = [one_line(f"{path}: {note}") for note in (*build_notes, *idle, *_absent_files(recipe))]
     return Checked(str(path), tuple(dict.fromkeys(faults)), tuple(notes))
 
 
@@ -78,18 +81,10 @@ def _incomplete(recipe: Recipe) -> Iterator[str]:
 
 
 def _idle_keys(recipe: Recipe) -> Iterator[str]:
-    """Yield notes about schedules with keys that have no effect."""
-    trainings = {
-        "teacher.train": recipe.teacher.train,
-        "student.train": recipe.student.train,
-        "compress.prune_train": recipe.compress.prune_train if recipe.compress.prunes else None,
-        "compress.quantize_train": recipe.compress.quantize_train if recipe.compress.quantizes else None,
-    }
-    for key, train in trainings.items():
-        if train is None:
-            continue
-        if train.milestones and train.schedule != "step":
-            yield f"{key}.milestones have no effect with schedule = {train.schedule!r}."
+    """Yield notes about optimizers and schedules with keys that have no effect."""
+    for key, train in trainings_of(recipe).items():
+        for idle, why in idle_keys(train):
+            yield f"{key}.{idle} is without effect: {why}."
         if train.schedule == "step" and not train.milestones:
             yield f"{key}.schedule = 'step' without milestones keeps the learning rate constant."
         if train.warmup_epochs >= train.epochs > 0:

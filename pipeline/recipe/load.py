@@ -26,6 +26,7 @@ from kdpipe.stages.losses.registry import WITHOUT_CODE, AnyLoss
 from kdpipe.stages.teacher import TeacherConfig
 from kdpipe.stages.train_student.compare import CompareEntry, VariantName
 from kdpipe.stages.training.job_dir import read_json_file
+from kdpipe.stages.training.optim import TrainConfig, check_training
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.stages.views.renderer import check_views
 
@@ -140,6 +141,27 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             check_losses(some, recipe.views, recipe.student.teachers, where)
 
         yield from dict.fromkeys(faults_of_each(losses, where, check))
+    yield from faults_of_trainings(recipe, runs_user_code=False)
+
+
+def faults_of_trainings(recipe: Recipe, *, runs_user_code: bool) -> Iterator[str]:
+    """Yield the optimizers and schedules that do not exist, or have no such argument; `python:` ones only if run."""
+    for where, train in trainings_of(recipe).items():
+        try:
+            check_training(train, where, runs_user_code=runs_user_code)
+        except RecipeError as error:
+            yield str(error)
+
+
+def trainings_of(recipe: Recipe) -> dict[str, TrainConfig]:
+    """Return the trainings that the recipe asks for, by their key."""
+    compress = recipe.compress
+    return {
+        **({"teacher.train": recipe.teacher.train} if recipe.teacher.train else {}),
+        "student.train": recipe.student.train,
+        **({"compress.prune_train": compress.prune_train} if compress.prunes else {}),
+        **({"compress.quantize_train": compress.quantize_train} if compress.quantizes else {}),
+    }
 
 
 def all_losses(recipe: Recipe) -> dict[str, Sequence[Loss]]:

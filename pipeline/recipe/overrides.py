@@ -91,7 +91,10 @@ def settings_of(resolved: Mapping[str, Any], source: Overrides) -> Settings:
     for keys, value in _leaves(json.loads(json.dumps(resolved))):
         last = source.last_override(keys)
         origin = last.origin if last else source.path
-        settings[".".join(keys)] = Setting(value, origin if keys in given else DEFAULT)
+        is_given = any(
+            keys[:length] in given for length in range(1, len(keys) + 1)
+        )  # `operations = ["NAME"]` is a leaf
+        settings[".".join(keys)] = Setting(value, origin if is_given else DEFAULT)
     return settings
 
 

@@ -19,6 +19,7 @@ from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.labels import HardLabels
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
 from kdpipe.stages.data.loader.sampling import num_steps
+from kdpipe.stages.data.sources.torch_dataset import image_set_from_dataset
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.distributed import ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
@@ -88,12 +89,13 @@ class DistillationLoader:
         store: The opened store.
         batch_size: Samples of a batch, over all processes.
         views: The views that the store was made from.
+        normalize: Scales uint8 images [B, C, H, W] as those of the batches, for test images.
     """
 
     def __init__(
         self,
         store: TargetStore | str | Path,
-        dataset: ImageSet,
+        dataset: Any,
         *,
         batch_size: int = 128,
         seed: int = 0,
@@ -104,7 +106,7 @@ class DistillationLoader:
         num_workers: int | None = None,
         rank: int | None = None,
         num_replicas: int | None = None,
-        mix_partners: ImageSet | None = None,
+        mix_partners: Any = None,
         target_loading: TargetLoadingConfig | None = None,
         monitor: RunMonitor | None = None,
     ) -> None:
@@ -112,7 +114,8 @@ class DistillationLoader:
 
         Args:
             store: The store, its path or its URL.
-            dataset: The images that the teacher saw, or some of them.
+            dataset: The images that the teacher saw, or some of them: an `ImageSet`, or any map-style torch Dataset of
+                (image, label).
             batch_size: Samples of a batch; several processes share them.
             seed: Seed of the order.
             features: The features to read, such as "stage2" or "stage2:pooled"; by default all that the store has.
@@ -134,7 +137,8 @@ class DistillationLoader:
         """
         monitor = monitor or RunMonitor()
         opened = store if isinstance(store, TargetStore) else open_store_anywhere(store, monitor)
-        self.dataset, self.store, self.batch_size, self.seed = dataset, opened, batch_size, seed
+        self.store, self.batch_size, self.seed = opened, batch_size, seed
+        self.dataset = dataset = _image_set(dataset)
         self.views = views_of_store(opened)
         self._process_group = _process_group(rank, num_replicas)
         if batch_size < 1:
@@ -152,10 +156,11 @@ class DistillationLoader:
         specs = _all_features(opened) if features is None else [parse_feature(name, "features") for name in features]
         self._features = {str(spec): spec for spec in specs}
         mean, std = (tuple(map(float, part)) for part in normalize) if normalize else (None, None)
+        self.normalize = model_normalization(dataset, None, mean, std)
         self._task = TrainingTask(
             context.train_loader,
             self.views.num_views,
-            model_normalization(dataset, None, mean, std),
+            self.normalize,
             Targets([join(opened, dataset, specs)], context.device, target_loading),
         )
         self._ids = torch.sort(dataset.sample_ids).values
@@ -228,12 +233,18 @@ def _all_features(store: TargetStore) -> list[FeatureSpec]:
     return [spec for kind, _, layer in parts if (spec := parse_statistic(layer, kind))]
 
 
-def _partners(path: Path, dataset: ImageSet, whole: ImageSet | None) -> ImageSet | None:
+def _image_set(dataset: Any) -> ImageSet:
+    if isinstance(dataset, ImageSet):
+        return dataset
+    return image_set_from_dataset(dataset, name=type(dataset).__name__, split="train")
+
+
+def _partners(path: Path, dataset: ImageSet, whole: Any) -> ImageSet | None:
     """Return the images that the store's views were mixed with; None if these are the data set."""
     pool = read_partner_pool(path)
     if np.array_equal(pool.ids, np.sort(dataset.sample_ids.numpy())):
         return None
-    return load_partner_pool(pool, whole or dataset, path)
+    return load_partner_pool(pool, dataset if whole is None else _image_set(whole), path)
 
 
 def _process_group(rank: int | None, count: int | None) -> ProcessGroup:

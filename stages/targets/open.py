@@ -45,7 +45,7 @@ def open_store_anywhere(place: str | Path, monitor: RunMonitor | None = None) ->
     Raises:
         StoreError: There is no store, or it is incomplete or damaged.
     """
-    return open_store(local_store_path(place if is_url(place) else Path(place), monitor or RunMonitor()))
+    return open_store(local_store_path(place if is_url(place) else Path(place).expanduser(), monitor or RunMonitor()))
 
 
 def local_store_path(place: Path | str, monitor: RunMonitor) -> Path:

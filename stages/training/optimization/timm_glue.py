@@ -17,6 +17,9 @@ PREFIX = "timm:"
 SET_HERE = ("optimizer", "sched", "num_epochs", "min_lr", "warmup_epochs", "step_on_epochs", "updates_per_epoch")
 """Arguments of timm's `create_scheduler_v2` that the recipe's own keys set."""
 
+NAMES = "it has cosine, tanh, poly, step, multistep, wsd, rsqrt and constant"
+"""The schedules of timm, which has no list of them."""
+
 
 def import_timm(module: str, needed_by: str) -> Any:
     """Import a module of timm; raises RecipeError if it is not installed."""
@@ -77,7 +80,7 @@ def timm_schedule(
             **arguments,
         )
     except Exception as error:
-        raise RecipeError(f"train.schedule: timm cannot build {own[:80]!r} ({cause(error)}).") from error
+        raise RecipeError(f"train.schedule = {name[:80]!r}: timm cannot build it ({cause(error)}); {NAMES}.") from error
 
     def rate(step: int) -> float:
         schedule.step_update(step)

@@ -195,3 +195,10 @@ def test_plan_shows_keys_that_are_not_default(path, capsys):
     assert json.dumps(settings_json(origins))
     print_plan(plan)
     assert "KDPIPE_SEED" not in capsys.readouterr().out
+
+
+def test_an_operation_given_by_its_name_has_the_files_origin(path):
+    path.write_text(TEXT + "[views]\noperations = ['RandomCrop']\n")
+    _, found = load_recipe_with_origins(path)
+    assert found["views.operations.0.name"].origin == str(path)
+    assert found["views.num_views"].origin == "default"

@@ -273,6 +273,28 @@ def test_a_batch_is_moved_as_a_dict_of_tensors(stores):
     assert next(iter(DistillationLoader(stores[0] / "top.zarr", TRAIN))).to("meta").teacher.values.is_meta
 
 
+def test_a_torch_dataset_has_the_same_batches(stores):
+    pairs = list(zip(TRAIN.images.unbind(), TRAIN.labels.tolist(), strict=True))
+    context = stores[1]["tensor"]
+    by_index = dataclasses.replace(TRAIN, sample_ids=torch.arange(300))
+    path = stores[0] / "by-index.zarr"
+    teacher = load_teacher(TEACHER, 0, context)
+    cache_teacher(CACHE, path, teacher, LAYERS, dataclasses.replace(context, train_set=by_index))
+
+    class Pairs(torch.utils.data.Dataset):
+        classes = TRAIN.class_names
+
+        def __len__(self):
+            return len(pairs)
+
+        def __getitem__(self, index):
+            return pairs[index]
+
+    own = DistillationLoader(path, Pairs())
+    assert equal(numbers(own), numbers(DistillationLoader(path, by_index)))
+    assert torch.equal(own.normalize(TRAIN.images), DistillationLoader(path, by_index).normalize(TRAIN.images))
+
+
 def test_other_data_and_bad_arguments_are_refused(stores):
     other = dataclasses.replace(TRAIN, images=TRAIN.images ^ 1)
     path = stores[0] / "tensor" / "store.zarr"

@@ -15,7 +15,7 @@ from support.tiny_run import STUDENT, TEACHER, TRAIN, StopAfter, make_tiny_store
 from kdpipe.pipeline.steps import train_student, train_teacher
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.errors import RunError, StoppedEarly
-from kdpipe.stages.losses.features.fitnet import FitNetConfig
+from kdpipe.stages.losses.features.fitnet import FitNet
 from kdpipe.stages.runtime.callbacks import HOOKS, Callback
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.training.job_dir import JobDir
@@ -152,7 +152,7 @@ def test_callbacks_do_not_change_the_numbers(tmp_path):
         context = tiny_context(tmp_path / folder, RunMonitor(callbacks=callbacks))
         path = make_tiny_store(tiny_context(tmp_path / folder))
         spec = open_tiny_spec(path, context)
-        hint = FitNetConfig(loss="fitnet", layers=(("stage2", "stage2"),), stage_epochs=1)
+        hint = FitNet(layers=(("stage2", "stage2"),), stage_epochs=1)
         train_student(STUDENT, 0, spec.with_losses([*spec.losses, hint]), context)
     one, other = (student_folder(tmp_path / name, "distilled", 0).model for name in ("without", "with"))
     assert one.read_bytes() == other.read_bytes()

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from kdpipe.pipeline.recipe.load import parse_recipe, recipe_json
 from kdpipe.stages.errors import RecipeError
@@ -34,12 +34,12 @@ def test_arguments_become_those_of_the_recipes_json():
     ],
 )
 def test_other_operations_are_refused(operations, sentence):
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(RecipeError, match=sentence):
         ViewsConfig(8, operations)
 
 
 def test_only_number_and_operations_are_positional():
-    with pytest.raises(ValidationError, match="positional"):
+    with pytest.raises(RecipeError, match="takes its settings by name"):
         ViewsConfig(8, [], 3)
 
 
