@@ -88,7 +88,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _source_in_main(own: Any) -> str:
-    """Return the source of a class or function of a script or notebook. Raises OSError or TypeError if there is none."""
+    """Return the source of a class or function of a script or notebook; raises OSError or TypeError if it has none."""
     try:
         return inspect.getsource(own)
     except (OSError, TypeError):  # of a class in a notebook: only its methods know their cell
