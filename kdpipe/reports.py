@@ -1,4 +1,4 @@
-"""Reports of run folders from Python."""
+"""Check stores, and read the results of run folders."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
+from kdpipe.store import TargetStore
+from kdpipe.store.check.verify import VerifyReport, verify_store
 
 
 def report(run: str | Path, *, html: str | Path | None = None) -> Report:
@@ -28,3 +30,18 @@ def report(run: str | Path, *, html: str | Path | None = None) -> Report:
 
         write_page([folder], Path(html).expanduser(), lambda message: None)
     return found
+
+
+def verify(store: TargetStore | str | Path) -> VerifyReport:
+    """Verify every byte of a store: metadata, samples, markers and shards.
+
+    Args:
+        store: An opened store, or its folder.
+
+    Returns:
+        All faults in `damaged`, unfinished units in `missing`; `ok` if there are none.
+
+    Raises:
+        StoreError: There is no store.
+    """
+    return verify_store(store.path if isinstance(store, TargetStore) else Path(store).expanduser())

@@ -78,5 +78,7 @@ def _checked(entry: str | Mapping[str, Any], key: str) -> tuple[Callable[..., Ca
             raise RecipeError(f"{key}: {name} has no argument {each!r}; {did_you_mean(each, known)}")
     for each in known:
         if parameters[each].default is inspect.Parameter.empty and each not in arguments:
-            raise RecipeError(f"{key}: {name} needs the argument {each!r}: give it, as in {{ name = ..., {each} = ... }}.")
+            raise RecipeError(
+                f"{key}: {name} needs the argument {each!r}: give it, as in {{ name = ..., {each} = ... }}."
+            )
     return make, name, arguments

@@ -107,7 +107,10 @@ SETTINGS: dict[str, Callable[[CallbackState, str, bool], Settings]] = {
     },
     "mlflow": _mlflow,
     "trackio": lambda state, run_id, is_new: {"name": state.job, "resume": "never" if is_new else "allow"},
-    "comet_ml": lambda state, run_id, is_new: {"experiment_key": run_id, "mode": "create" if is_new else "get_or_create"},
+    "comet_ml": lambda state, run_id, is_new: {
+        "experiment_key": run_id,
+        "mode": "create" if is_new else "get_or_create",
+    },
     "aim": lambda state, run_id, is_new: {
         "logging_dir": str(state.run_dir),
         "run_hash": None if is_new else run_id,
