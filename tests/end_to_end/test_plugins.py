@@ -21,7 +21,7 @@ callbacks = ["BestEpochs"]
 data = { name = "bars" }
 views = { num_views = 2, operations = ["RandomHorizontalFlip"] }
 teacher = { model = { name = "two_layers", args = { width = 32 } }, train = { epochs = 3, batch_size = 32 } }
-student = { model = { name = "two_layers", args = { width = 8 } }, train = { epochs = 3, batch_size = 32 }, seeds = [0] }
+student = { model = { name = "two_layers", args = { width = 8 } }, train = { epochs = 3 }, seeds = [0] }
 distill = [{ loss = "logit_mae", margin = 0.1 }]
 compress = { steps = ["quantize"], baselines = false, latency_rounds = 3, quantize_train = { epochs = 1 } }
 """
