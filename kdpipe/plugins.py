@@ -53,8 +53,8 @@ register_schedule = SCHEDULES.register
 """Register a function that returns the learning rate at a point of the training.
 
 It is called with those that it names of `progress` (0 after the warm-up, 1 at the end), `epoch` (with a fraction),
-`step`, `steps_per_epoch`, the recipe's `lr`, `min_lr`, `epochs`, ..., and `schedule_args`. It must be a pure function of
-them, so that a resumed job needs no state.
+`step`, `steps_per_epoch`, the recipe's `lr`, `min_lr`, `epochs`, ..., and `schedule_args`. It must be a pure function
+of them, so that a resumed job needs no state.
 """
 
 register_callback = CALLBACKS.register
