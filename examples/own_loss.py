@@ -51,7 +51,7 @@ def main() -> None:
     }
     for name, own in variants.items():
         results = [
-            kd.train_student("cnn", train, seed=seed, run=options.run / name, **settings, **own)
+            kd.train_student("cnn", train, seed=seed, run=options.run / name, progress=False, **settings, **own)
             for seed in range(options.seeds)
         ]
         accuracies = [100 * result.accuracy for result in results]

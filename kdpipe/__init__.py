@@ -73,9 +73,9 @@ _SOURCES = {
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "Callback", "CallbackState", "CompressedResult", "DistillationLoader", "FingerprintMismatch", "ImageSet",
     "KdpipeError", "StudentResult", "TargetStore", "TeacherResult", "Views", "__version__", "cache_teacher",
-    "compress", "create_model", "evaluate", "extract_features", "load_dataset", "load_student", "losses", "open_store", "prune",
-    "quantize", "register_callback", "register_dataset", "register_loss", "register_model", "register_optimizer",
-    "register_schedule", "report", "train_student", "train_teacher", "verify",
+    "compress", "create_model", "evaluate", "extract_features", "load_dataset", "load_student", "losses",
+    "open_store", "prune", "quantize", "register_callback", "register_dataset", "register_loss", "register_model",
+    "register_optimizer", "register_schedule", "report", "train_student", "train_teacher", "verify",
 ]
 # fmt: on
 

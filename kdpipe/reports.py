@@ -50,13 +50,13 @@ def evaluate(
     module, known = (
         (model.model, model.normalize) if isinstance(model, ModelBundle) else (model, info_of(model).normalize)
     )
-    scaling = normalize or known
+    scaling = normalize or (bundle.normalize if bundle else info_of(model).normalize)
     if scaling is None:
         raise ModelError(
-            f"the input scaling of this {type(module).__name__} is unknown: give normalize=, such as loader.normalize."
+            f"the input scaling of this {type(model).__name__} is unknown: give normalize=, such as loader.normalize."
         )
     context = RunOptions(device=device, num_workers=num_workers).context(test_set, None, ViewsConfig(num_views=1))
-    return evaluate_in_depth(module.to(context.device), context.evaluation(scaling), context.device)
+    return evaluate_in_depth(model.to(context.device), context.evaluation(scaling), context.device)
 
 
 def report(run: str | Path, *, html: str | Path | None = None) -> Report:
