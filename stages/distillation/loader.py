@@ -79,10 +79,14 @@ class DistillationLoader:
     are full; the rest of the samples differs from epoch to epoch. One iteration at a time: a new one ends the last.
 
     Example:
-        >>> loader = DistillationLoader("runs/store.zarr", train, batch_size=128)                 # doctest: +SKIP
-        >>> for batch in loader:                                                                  # doctest: +SKIP
-        ...     logits = student(batch.images)
-        ...     loss = F.cross_entropy(logits, batch.labels) + F.mse_loss(logits, batch.teacher_logits)
+        >>> import kdpipe as kd
+        >>> train, test = kd.load_dataset("digits", test_share=0.5)
+        >>> teacher, views = kd.create_model("cnn", train), kd.Views(2, ["RandomCrop"])
+        >>> store = kd.cache_teacher(teacher, train, "store.zarr", views=views, mean=[0.3], std=[0.4], progress=False)
+        >>> for batch in kd.DistillationLoader(store, train, batch_size=400):
+        ...     print(tuple(batch.images.shape), tuple(batch.labels.shape), tuple(batch.teacher_logits.shape))
+        (400, 1, 8, 8) (400,) (400, 10)
+        (400, 1, 8, 8) (400,) (400, 10)
 
     Attributes:
         dataset: The images.

@@ -39,8 +39,13 @@ def open_store_anywhere(place: str | Path, monitor: RunMonitor | None = None) ->
     once for all jobs. A training streams what is too large to be mapped.
 
     Example:
-        >>> store = open_store_anywhere("runs/digits/store.zarr")       # doctest: +SKIP
-        >>> store.gather("logits", view=0, sample_ids=np.arange(8))     # doctest: +SKIP
+        >>> import kdpipe as kd
+        >>> train, test = kd.load_dataset("digits", test_share=0.5)
+        >>> teacher, views = kd.create_model("cnn", train), kd.Views(2, ["RandomCrop"])
+        >>> _ = kd.cache_teacher(teacher, train, "opened.zarr", views=views, mean=[0.3], std=[0.4], progress=False)
+        >>> store = kd.open_store("opened.zarr")
+        >>> store.gather("logits", view=1, sample_ids=train.sample_ids[:3].numpy()).shape
+        (3, 10)
 
     Raises:
         StoreError: There is no store, or it is incomplete or damaged.
