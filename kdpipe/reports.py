@@ -47,10 +47,9 @@ def evaluate(
         ModelError: The scaling is unknown, or the network does not fit the images.
     """
     test_set = as_image_set(dataset, "test")
-    module, known = (
-        (model.model, model.normalize) if isinstance(model, ModelBundle) else (model, info_of(model).normalize)
-    )
-    scaling = normalize or (bundle.normalize if bundle else info_of(model).normalize)
+    if isinstance(model, ModelBundle):
+        model, normalize = model.model, normalize or model.normalize
+    scaling = normalize or info_of(model).normalize
     if scaling is None:
         raise ModelError(
             f"the input scaling of this {type(model).__name__} is unknown: give normalize=, such as loader.normalize."

@@ -101,11 +101,9 @@ class TrainConfig:
 
     def source_digests(self) -> dict[str, str]:
         """Return the digests of the user's own optimizer and schedule, which are part of what decides a job."""
-        found = {"optimizer": (OPTIMIZERS, self.optimizer), "schedule": (SCHEDULES, self.schedule)}
         digests = {
-            f"{key}_source_sha256": registry.source_sha256(name)
-            for key, (registry, name) in found.items()
-            if not name.startswith(PREFIX)
+            "optimizer_source_sha256": None if _is_timm(self.optimizer) else OPTIMIZERS.source_sha256(self.optimizer),
+            "schedule_source_sha256": None if _is_timm(self.schedule) else SCHEDULES.source_sha256(self.schedule),
         }
         return {key: digest for key, digest in digests.items() if digest}
 
@@ -147,6 +145,10 @@ def _offered(config: TrainConfig) -> dict[str, Any]:
     return {**offered, **more, **({"nesterov": True} if config.nesterov and config.momentum > 0 else {})}
 
 
+def _is_timm(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
 def check_training(config: TrainConfig, where: str, *, runs_user_code: bool) -> None:
     """Raise RecipeError if the optimizer or the schedule does not exist, or has no such argument.
 
@@ -175,7 +177,7 @@ def idle_keys(config: TrainConfig) -> Iterator[tuple[str, str]]:
     chosen = {key for key in vars(defaults) if getattr(config, key) != getattr(defaults, key)}
     optimizer = named_keywords(find_optimizer(config.optimizer))
     schedule: set[str] = {"min_lr"} | ({"milestones"} if config.schedule == "timm:multistep" else set())
-    if not config.schedule.startswith(PREFIX):
+    if not _is_timm(config.schedule):
         schedule = set(named_keywords(SCHEDULES.get(config.schedule)))
     for key in sorted(chosen & {"momentum", "nesterov", "betas", "weight_decay"} - set(optimizer)):
         yield key, f"optimizer = {config.optimizer!r}"

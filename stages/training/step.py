@@ -46,6 +46,9 @@ class TrainStep:
         losses = self._losses_in_memory(batch)
         if self._job.process_group.count > 1:
             losses = _averaged(self._parameters, losses, self._job.process_group)
+            # Each process had its own dropout; the random numbers of an optimizer must be the same in all.
+            own = derive_seed(self._job.seed, "optimizer", self.progress.epoch, self.progress.step)
+            _seed(own, batch.images.device)
         config, progress = self._job.config, self.progress
         if config.clip_grad is not None:
             self.state.scaler.unscale_(self.state.optimizer)

@@ -51,7 +51,8 @@ def layer_scales(model: nn.Module, decay: float) -> dict[int, float]:
     named = dict(model.named_parameters())
     if hasattr(model, "group_matcher"):
         group = import_timm("models", "layer_decay of a model of timm").group_parameters
-        found: dict[str, int] = group(model, model.group_matcher(coarse=False), reverse=True)
+        matcher: Any = model.group_matcher
+        found: dict[str, int] = group(model, matcher(coarse=False), reverse=True)
         depths = {id(named[name]): depth for name, depth in found.items()}
     else:
         depths, depth = {}, -1

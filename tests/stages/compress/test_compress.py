@@ -202,10 +202,16 @@ def test_baselines_omit_the_stores_or_pruning(run, copy):
     assert len(set(identities.values())) == len(kinds)
 
 
-@pytest.mark.parametrize("kind", ["weights", "2:4"])
-def test_zeros_survive_both_fine_tunings(run, copy, monkeypatch, kind):
+AVERAGED = {"optimizer": "adam", "betas": (0.8, 0.9), "ema_decay": 0.9, "clip_grad": 1.0}
+
+
+@pytest.mark.parametrize(("kind", "train"), [("weights", {}), ("2:4", {}), ("weights", AVERAGED)])
+def test_zeros_survive_both_fine_tunings(run, copy, monkeypatch, kind, train):
     monkeypatch.setattr(FineTuneContext, "exports_onnx", False)
-    compressed(copy, run, with_prune(kind=kind))
+    config = with_prune(kind=kind)
+    trainings = ("prune_train", "quantize_train")
+    changed = {key: dataclasses.replace(getattr(config, key), **train) for key in trainings}
+    compressed(copy, run, dataclasses.replace(config, **changed))
     for network in ("pruned", "int8"):
         state = weights(copy, network)
         weight = state["stage2.0.weight"]

@@ -70,6 +70,7 @@ NUM, SPLIT, CLASSES = 7, 4, 5
 """Samples in all, and those of the first process; the second has fewer."""
 
 PAIR = (("a", "b"),)
+CLIPPED: dict[str, Any] = {"optimizer": "adam", "clip_grad": 0.1, "ema_decay": 0.9, "decay_norm_and_bias": False}
 LOSSES: dict[str, Callable[[SampleSelection], Loss]] = {
     "kd": lambda some: KD(loss="kd", samples=some),
     "dkd": lambda some: DKD(loss="dkd", samples=some),
@@ -175,13 +176,16 @@ class PartlyUnreadableLoader(ImageLoader):
             yield ImageBatch(seen.images[kept], seen.indices[kept])
 
 
-def train_digest(processes: ProcessGroup, folder: Path, dropout: float = 0.0) -> tuple[str, list[float]]:
+def train_digest(
+    processes: ProcessGroup, folder: Path, dropout: float = 0.0, **settings: Any
+) -> tuple[str, list[float]]:
     """The digest of a network's weights after an epoch in this process's memory, and its weights."""
+    folder.mkdir(exist_ok=True)
     context = tiny_context(folder)
     model = nn.Sequential(context.build_model(STUDENT.model, 0), nn.Dropout(dropout))
     loader = PartlyUnreadableLoader(context.train_set, context.device, context.renderer)
     task = TrainingTask(loader, 1, Normalization((0.5,), (0.5,)), fresh_views=True)
-    config = TrainConfig(epochs=1, batch_size=50, lr=0.01, checkpoint_every_s=1000)
+    config = TrainConfig(**{"epochs": 1, "batch_size": 50, "lr": 0.01, "checkpoint_every_s": 1000, **settings})
     job = TrainJob("test", "test", model, task, None, config, 0, JobDir(folder), process_group=processes)
     train(job, torch.device("cpu"), RunMonitor())
     weights = torch.cat([one.flatten().float() for one in model.state_dict().values()])
@@ -228,7 +232,8 @@ def run_process(rank: int, folder: Path, port: str) -> None:
             "batch_norm": batch_norm_results(rows),
             "trained": train_digest(processes, folder),
         }
-        found["with_dropout"] = train_digest(processes, folder, dropout=0.2)
+        found["with_dropout"] = train_digest(processes, folder / "dropout", dropout=0.2)
+        found["clipped"] = train_digest(processes, folder / "clipped", **CLIPPED)
         found |= {case: loss_and_gradient(case, rows) for case in CASES}
     assert not dist.is_initialized()
     (folder / f"{rank}.json").write_text(json.dumps(found))
@@ -311,6 +316,12 @@ def test_weights_are_bit_equal_in_all_processes(results: list[dict[str, Any]]) -
 def test_unreadable_images_keep_the_weight_of_others(results: list[dict[str, Any]], tmp_path: Path) -> None:
     """Then the processes have unequally many."""
     assert results[0]["trained"][1] == pytest.approx(train_digest(SINGLE, tmp_path)[1], rel=1e-4, abs=1e-5)
+
+
+def test_clipped_and_averaged_training_is_that_of_one_process(results: list[dict[str, Any]], tmp_path: Path) -> None:
+    first, second = (one["clipped"] for one in results)
+    assert first[0] == second[0]
+    assert first[1] == pytest.approx(train_digest(SINGLE, tmp_path, **CLIPPED)[1], rel=1e-3, abs=1e-4)
 
 
 def test_single_process_needs_no_communication() -> None:
