@@ -26,21 +26,23 @@ if TYPE_CHECKING:
     from kdpipe.compression import compress, prune, quantize
     from kdpipe.datasets import load_dataset
     from kdpipe.models import create_model, load_student
-    from kdpipe.pipeline.callbacks.registry import register_callback
-    from kdpipe.reports import report
+    from kdpipe.plugins import (
+        register_callback,
+        register_dataset,
+        register_loss,
+        register_model,
+        register_optimizer,
+        register_schedule,
+    )
+    from kdpipe.reports import evaluate, report, verify
     from kdpipe.results import CompressedResult, StudentResult, TeacherResult
     from kdpipe.stages.data.image_set import ImageSet
-    from kdpipe.stages.data.sources.user_function import register_dataset
     from kdpipe.stages.distillation.loader import DistillationLoader
-    from kdpipe.stages.losses.registry import register_loss
     from kdpipe.stages.models.hooks import extract_features
-    from kdpipe.stages.models.user_models import register_model
     from kdpipe.stages.runtime.callbacks import Callback, CallbackState
     from kdpipe.stages.targets.open import open_store_anywhere as open_store
-    from kdpipe.stages.training.optim import register_optimizer, register_schedule
     from kdpipe.stages.views.config import ViewsConfig as Views
     from kdpipe.store import FingerprintMismatch, KdpipeError, TargetStore
-    from kdpipe.stores import verify
     from kdpipe.students import train_student
     from kdpipe.teachers import cache_teacher, train_teacher
 
@@ -48,21 +50,16 @@ _MODULES = {
     "compression": "compress prune quantize",
     "datasets": "load_dataset",
     "models": "create_model load_student",
-    "pipeline.callbacks.registry": "register_callback",
-    "reports": "report",
+    "plugins": "register_callback register_dataset register_loss register_model register_optimizer register_schedule",
+    "reports": "evaluate report verify",
     "results": "CompressedResult StudentResult TeacherResult",
     "stages.data.image_set": "ImageSet",
-    "stages.data.sources.user_function": "register_dataset",
     "stages.distillation.loader": "DistillationLoader",
-    "stages.losses.registry": "register_loss",
     "stages.models.hooks": "extract_features",
-    "stages.models.user_models": "register_model",
     "stages.runtime.callbacks": "Callback CallbackState",
     "stages.targets.open": "open_store:open_store_anywhere",
-    "stages.training.optim": "register_optimizer register_schedule",
     "stages.views.config": "Views:ViewsConfig",
     "store": "FingerprintMismatch KdpipeError TargetStore",
-    "stores": "verify",
     "students": "train_student",
     "teachers": "cache_teacher train_teacher",
 }
@@ -76,7 +73,7 @@ _SOURCES = {
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "Callback", "CallbackState", "CompressedResult", "DistillationLoader", "FingerprintMismatch", "ImageSet",
     "KdpipeError", "StudentResult", "TargetStore", "TeacherResult", "Views", "__version__", "cache_teacher",
-    "compress", "create_model", "extract_features", "load_dataset", "load_student", "losses", "open_store", "prune",
+    "compress", "create_model", "evaluate", "extract_features", "load_dataset", "load_student", "losses", "open_store", "prune",
     "quantize", "register_callback", "register_dataset", "register_loss", "register_model", "register_optimizer",
     "register_schedule", "report", "train_student", "train_teacher", "verify",
 ]

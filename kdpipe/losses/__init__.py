@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdpipe.losses import functional
     from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, MapLoss, SoftLogitLoss
     from kdpipe.stages.losses.features.at import AT, ATGradient
     from kdpipe.stages.losses.features.fitnet import FitNet
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.relations.rkd import RKD
     from kdpipe.stages.losses.relations.sp import SP
     from kdpipe.stages.losses.sample_selection import SampleSelection
-    from kdpipe.stages.losses.schedules import Schedule
+    from kdpipe.stages.losses.schedules import Schedule, TrainProgress
     from kdpipe.stages.models.hooks import ModelOutput
 
 _MODULES = {
@@ -61,7 +62,7 @@ _MODULES = {
     "losses.relations.rkd": "RKD",
     "losses.relations.sp": "SP",
     "losses.sample_selection": "SampleSelection",
-    "losses.schedules": "Schedule",
+    "losses.schedules": "Schedule TrainProgress",
     "models.hooks": "ModelOutput",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -70,7 +71,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "AT", "CC", "CRD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PKT", "RKD", "SP", "VID", "ATGradient",
     "FeatureLoss", "FitNet", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss", "ModelOutput",
-    "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "SimKD", "SoftLogitLoss", "functional",
+    "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "SimKD", "SoftLogitLoss",
+    "TrainProgress", "functional",
 ]
 # fmt: on
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kdpipe.stages.errors import RecipeError, cause
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.inputs import DatasetInfo, Negatives, Shapes, TeacherShapes
 from kdpipe.stages.losses.schedules import FINISHED, TrainProgress
 from kdpipe.stages.losses.weighted import DistillationBatch, LossSettings, WeightedLoss
@@ -100,26 +100,14 @@ class LossModule(nn.Module):
                 output.to_float32(),
                 [targets] * (number + 1),
                 [None] * (number + 1),
-                # Meta tensors have no values: a loss that uses them raises an error.
-                torch.empty(size, dtype=torch.int64, device="meta") if labels is None else labels,
-                torch.empty(size, dtype=torch.int64, device="meta") if ranks is None else ranks,
+                _not_given(size, device) if labels is None else labels,
+                _not_given(size, device) if ranks is None else ranks,
                 progress,
                 {} if negatives is None else {"alone": negatives},
                 input_gradient,
                 all_reduce_sum(size),
             )
-            loss = self._computed(batch, targets, labels)
-        return loss
-
-    def _computed(self, batch: DistillationBatch, targets: TeacherTargets, labels: Tensor | None) -> Tensor:
-        try:
             loss: Tensor = self.weighted(batch, targets)
-        except (RuntimeError, NotImplementedError) as error:
-            if labels is None and "meta" in str(error):
-                raise RecipeError(f"{self._name} uses the labels: call it with them ({cause(error)}).") from error
-            raise
-        if loss.is_meta:
-            raise RecipeError(f"{self._name} uses the labels: call it with them.")
         return loss
 
     def _student(self, given: StudentOutput) -> ModelOutput:
@@ -134,8 +122,10 @@ class LossModule(nn.Module):
             output = _as_output(given, self._name, "teacher")
             features = {parse_feature(str(name)): feature.detach() for name, feature in output.features.items()}
             targets: TeacherTargets = DenseTargets(to_float32(output.logits.detach()), features)
-        else:
+        elif hasattr(given, "logits_at"):
             targets = given
+        else:
+            raise _no_output(given, self._name, "teacher")
         served = {feature: _serve(feature, targets.features, self._name) for feature in self._required}
         return _Targets(targets, served)
 
@@ -170,6 +160,22 @@ class LossModule(nn.Module):
             )
 
 
+class _NotGiven(Tensor):
+    """Labels or ranks that are not given: any use of their values is an error."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.__len__, Tensor.__getitem__) or getattr(func, "__name__", "") == "__get__":
+            return super().__torch_function__(func, types, args, kwargs)
+        raise RecipeError("the loss uses the labels or ranks of the samples, which are not given: call it with them.")
+
+
+def _not_given(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, dtype=torch.int64, device=device).as_subclass(_NotGiven)
+
+
 @dataclass(frozen=True)
 class _Targets:
     """Outputs of a teacher with the features that a loss requires, computed from what was given."""
@@ -192,7 +198,11 @@ def _as_output(given: StudentOutput, name: str, role: str) -> ModelOutput:
     if isinstance(given, Mapping) and given and all(isinstance(value, Tensor) for value in given.values()):
         first = next(iter(given.values()))
         return ModelOutput(first.new_empty(len(first), 0), given)
-    raise RecipeError(
+    raise _no_output(given, name, role)
+
+
+def _no_output(given: object, name: str, role: str) -> RecipeError:
+    return RecipeError(
         f"{name} got {type(given).__name__} as the {role}'s output: give logits [B, num_classes], "
         "ModelOutput(logits, features), or features by module path."
     )

@@ -1,11 +1,11 @@
 """Base classes of losses: the contract between a loss, the recipe, the store and the training.
 
-A loss is a configuration class: the keys of its `[[distill]]` entry, and `build`, which makes the module that computes
-it. Start from the nearest base class, and list the new class in `registry.py`:
+A loss is a class of settings: the keys of its `[[distill]]` entry, and `build`, which makes the module that computes.
+Start from the nearest base class, and register the new class, or list it in `registry.py` if it is to be built in:
 
 - `LogitLoss`: a loss on logits. Override `compute`. `SoftLogitLoss` has the key `temperature` as well.
-- `FeatureLoss`: a loss at pairs of layers. Override `build_pair`, and `teacher_feature` if a statistic of the
-  teacher's layer, which takes less space in the store than its map, is enough.
+- `FeatureLoss`: a loss at pairs of layers. Override `build_pair`, and `teacher_feature` if a statistic of the teacher's
+  layer, which takes less space in the store than its map, is enough.
 - `MapLoss`: the same for maps [C, H, W] that are pooled to one size, without parameters.
 - `RelationLoss` (`relations/relation.py`): relations between the samples of a batch, at pairs of layers.
 - `Loss`: anything else. Override `compute`, or `build` if the loss has parameters.
@@ -24,8 +24,8 @@ What happens with it, in this order:
 `weight`, `store` and `samples` are applied by `WeightedLoss` (`distillation.py`), not by the loss.
 
 Example:
-    @section
-    class LogitMAEConfig(LogitLoss):
+    @register_loss
+    class LogitMAE(LogitLoss):
         '''Mean absolute error between the logits of student and teacher.
 
         Attributes:
@@ -34,7 +34,6 @@ Example:
 
         paper: ClassVar[str] = "Ours 2026"
 
-        loss: Literal["logit_mae"]
         margin: float = 0.0
 
         def compute(self, inputs: LossInputs) -> Tensor:
@@ -84,7 +83,7 @@ class Loss:
     on_logits: ClassVar[bool] = False  # compares logits
     input_gradient: ClassVar[bool] = False  # uses the gradient of the student's cross entropy by the images
 
-    loss: str
+    loss: str = ""  # its name, which registration sets
     weight: Scheduled = 1.0
     store: Annotated[int, Field(ge=0), max_value(1000)] | None = None
     samples: SampleSelection = Field(default_factory=SampleSelection, kw_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
-from typing import Annotated, Any, TypeVar, overload
+from typing import Annotated, Any, TypeVar, dataclass_transform, overload
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationInfo
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationInfo
 from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core_schema
 
 from kdpipe.stages.config import section
@@ -50,6 +50,7 @@ WITHOUT_CODE = {"user_code": False}
 
 
 @overload
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def register_loss(name: L) -> L: ...
 @overload
 def register_loss(name: Callable[..., object]) -> Callable[..., Loss]: ...

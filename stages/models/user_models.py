@@ -29,8 +29,6 @@ _BUILTIN: dict[str, Factory] = {name: network.build for name, network in SMALL_I
 MODELS = _ModelRegistry("model", "model.name", _BUILTIN, UnknownModelError)
 """Factories by name; one is called with those of num_classes, in_channels and image_size that it names, and `args`."""
 
-register_model = MODELS.register
-
 
 def is_user_model(name: str) -> bool:
     """Return whether a network is a user's: registered, or a `python:` reference."""

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import linecache
 import re
 import sys
 import sysconfig
@@ -55,7 +56,7 @@ def object_sha256(found: Any, where: str, error: type[KdpipeError], *, module: s
         raise error(f"{where}: later edits of a functools.partial could not be noticed: write a function instead.")
     try:
         if (module or defined_in) == "__main__":
-            return _sha256(inspect.getsource(own).encode())
+            return _sha256(_source_in_main(own).encode())
         wanted = [module or defined_in] if module is None or _is_library(defined_in) else [module, defined_in]
         sources = _own_sources(wanted)
     except (OSError, TypeError) as caught:
@@ -87,6 +88,19 @@ def find_spec(name: str) -> ModuleSpec | None:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _source_in_main(own: Any) -> str:
+    """Return the source of a class or function of a script or notebook; raises OSError or TypeError if it has none."""
+    try:
+        return inspect.getsource(own)
+    except (OSError, TypeError):  # of a class in a notebook: only its methods know their cell
+        for method in filter(inspect.isfunction, vars(own).values() if inspect.isclass(own) else ()):
+            cell = "".join(linecache.getlines(method.__code__.co_filename))
+            for node in ast.walk(ast.parse(cell)) if own.__name__ in cell else ():
+                if isinstance(node, ast.ClassDef) and node.name == own.__name__:
+                    return ast.get_source_segment(cell, node) or cell
+        raise
 
 
 def _own_sources(wanted: Iterable[str]) -> dict[str, bytes]:

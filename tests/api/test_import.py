@@ -39,7 +39,7 @@ def test_every_public_object_has_a_docstring(name):
     assert (getattr(kd, name).__doc__ or "").strip()
 
 
-@pytest.mark.parametrize("module", ["datasets", "models", "teachers", "students", "compression", "stores", "reports"])
+@pytest.mark.parametrize("module", ["datasets", "models", "teachers", "students", "compression", "reports"])
 def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = importlib.import_module(f"kdpipe.{module}")

@@ -35,7 +35,9 @@ def test_notebook_runs(tmp_path):
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     for cell in notebook.cells:
         cell.source = cell.source.replace("EPOCHS = 30", "EPOCHS = 2")
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert not any(output.output_type == "error" for output in outputs)
     assert (tmp_path / "student.onnx").exists()

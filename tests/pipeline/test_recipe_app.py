@@ -82,7 +82,7 @@ def test_check_builds_networks_and_losses_without_data():
     assert "teacher: resnet20 has no argument 'widht'" in teacherless
     assert "compress: the model has no module 'nothing'" in teacherless
     assert "distill.1 (rkd): samples.weighting = 'entropy' needs a per-sample loss" in teacherless
-    assert "teacher.train.milestones have no effect with schedule = 'cosine'" in teacherless
+    assert "teacher.train.milestones is without effect: schedule = 'cosine'" in teacherless
     shown = called("check", "r.toml", "--set", "teacher.model.args={}", code=2).stdout
     assert "cache.layers.0: the model has no module 'layr3'; did you mean 'layer3'" in shown
     assert "distill.2 (hint) uses store 2, but there are 1" in shown
@@ -98,6 +98,9 @@ def test_check_builds_networks_and_losses_without_data():
         (["student.model.name=resnet18x"], "student: no model is called 'resnet18x'"),
         (["student.model.name=torchvision:resnet18"], "student: torchvision"),
         (["teacher.train={}", "student.model.weights=published"], "student: there are no published weights of cnn"),
+        (["student.train.optimizer=sdg"], "student.train.optimizer: there is no optimizer 'sdg'; did you mean 'sgd'"),
+        (["student.train.schedule=python:absent:f"], "student.train.schedule='python:absent:f': the module absent"),
+        (["student.train.min_lr=1.0"], "min_lr = 1 is above lr = 0.05"),
         (["views.operations=[{ name = 'Cutout', size = 8 }]"], "could cover all of an image of 8 x 8"),
         (["student.mean=[0.5]"], "student: a model's mean and std must be given together"),
         (["student.teachers.temperatures=[1.0, 2.0]"], "student.teachers.temperatures has 2 entries"),

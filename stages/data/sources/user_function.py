@@ -36,8 +36,6 @@ _BUILTIN: dict[str, Callable[..., Any]] = {
 DATASETS: Registry[Callable[..., Any]] = Registry("data set", "data.name", _BUILTIN, UnknownDataError)
 """Functions of a split by name."""
 
-register_dataset = DATASETS.register
-
 
 def is_user_dataset(name: str) -> bool:
     """Return whether a data set is a user's: registered, or a `python:` reference."""

@@ -139,3 +139,15 @@ def test_unknown_loss_error_has_the_nearest_names(name, hint):
 def test_unknown_loss_error_without_near_names_lists_all():
     known = kdpipe_here("losses", "zzzzzz").stderr.partition("available: ")[2]
     assert set(NAMES) <= set(known.rstrip(".\n").split(", "))
+
+
+def test_loss_of_a_reference_is_explained():
+    text = text_of("python:support.user_losses:LogitMAE")
+    assert text.startswith("python:support.user_losses:LogitMAE: Ours 2026, from support.user_losses ")
+    assert "margin: errors up to this size are ignored." in text
+
+
+@pytest.mark.parametrize("name", ["python:support.user_losses:NUMBER", "python:support.user_losses:no_loss", "python:"])
+def test_reference_to_no_loss_is_an_error(name):
+    ended = kdpipe_here("losses", name)
+    assert (ended.exit_code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)

@@ -1,5 +1,6 @@
 """Losses of users: functions, torch modules and classes, with their values, keys and faults."""
 
+import linecache
 from dataclasses import fields
 
 import pytest
@@ -171,3 +172,22 @@ def test_unregistered_subclass_of_a_loss_has_its_own_source():
 
     assert Mine().source_digests()
     assert torch.equal(Mine()(STUDENT_LOGITS, TEACHER_LOGITS), 2 * KD()(STUDENT_LOGITS, TEACHER_LOGITS))
+
+
+CELL = """
+class Mine(LogitLoss):
+    def compute(self, inputs):
+        return {factor} * inputs.student.logits.sum(1)
+"""
+
+
+def test_class_in_a_notebook_counts_by_its_own_source():
+    def digest(factor, before=""):
+        code = before + CELL.format(factor=factor)
+        name = f"<cell {factor} {len(before)}>"
+        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+        names = {"LogitLoss": LogitLoss, "__name__": "__main__"}
+        exec(compile(code, name, "exec"), names)
+        return as_loss(names["Mine"], "mine")().source_digests()
+
+    assert digest(2) == digest(2, before="print\n") != digest(3)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support import user_losses
 from support.tiny_run import STUDENT, tiny_context
 from support.two_processes import run_two_processes
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.losses.relations.sp import SP
 from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.losses.user_loss import as_loss
 from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.normalization import Normalization
@@ -85,6 +87,10 @@ LOSSES: dict[str, Callable[[SampleSelection], Loss]] = {
     "pkt": lambda some: PKT(loss="pkt", layers=PAIR, samples=some),
     "cc": lambda some: CC(loss="cc", layers=PAIR, samples=some),
     "crd": lambda some: CRD(loss="crd", layers=PAIR, dim=4, samples=some),
+    "function": lambda some: as_loss(user_losses.logit_mae, "function")(samples=some),
+    "of_batch": lambda some: as_loss(user_losses.batch_spread, "of_batch")(samples=some),
+    "module": lambda some: as_loss(user_losses.Projected, "module")(samples=some),
+    "means": lambda some: as_loss(user_losses.ChannelMeans, "means")(layers=PAIR, samples=some),
 }
 SELECTIONS = {
     "all": SampleSelection(),

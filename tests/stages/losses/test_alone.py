@@ -1,0 +1,195 @@
+"""Losses used alone give what training adds for the same outputs, and say what they lack."""
+
+import dataclasses
+import doctest
+import pkgutil
+from importlib import import_module
+
+import pytest
+import torch
+from support.loss_inputs import (
+    DATASET,
+    LABELS,
+    STUDENT_LOGITS,
+    STUDENT_MAPS,
+    TEACHER_HINTS,
+    TEACHER_LOGITS,
+    TEACHER_MAPS,
+)
+
+import kdpipe.stages.losses
+from kdpipe.losses import (
+    AT,
+    CRD,
+    DKD,
+    KD,
+    RKD,
+    ATGradient,
+    Hint,
+    Loss,
+    ModelOutput,
+    Negatives,
+    SampleSelection,
+    Schedule,
+)
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.distillation import build_distillation
+from kdpipe.stages.losses.registry import LOSSES
+from kdpipe.stages.losses.schedules import FINISHED, TrainProgress
+from kdpipe.stages.losses.weighted import DistillationBatch
+from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
+from kdpipe.stages.targets.feature_spec import INPUT, INPUT_GRADIENT, FeatureSpec, compute_statistic
+from kdpipe.stages.targets.outputs import DenseTargets
+
+GRADIENT = torch.linspace(-1, 1, 8 * 3 * 8 * 8).view(8, 3, 8, 8)
+NEGATIVES = Negatives(
+    {FeatureSpec("b", "pooled"): torch.linspace(-1, 1, 4 * 32).view(4, 32)}, torch.tensor([9, 8, 9, 8]), torch.arange(4)
+)
+EXTRAS = {"crd": {"ranks": torch.arange(8), "negatives": NEGATIVES}, "at_gradient": {"input_gradient": GRADIENT}}
+
+
+def loss_named(name):
+    """Return a built-in loss with its weight, at the layers a and b if it takes layers."""
+    kind = LOSSES.builtin[name]
+    keys = {field.name for field in dataclasses.fields(kind)}
+    changes = {"layers": [("a", "b")], "num_negatives": 4, "temperature": 3.0 if name != "crd" else 0.1}
+    return kind(**{key: value for key, value in changes.items() if key in keys})
+
+
+def outputs(name):
+    """Return the outputs of student and teacher in float32; simkd's maps have the same shape."""
+    student = TEACHER_HINTS if name == "simkd" else STUDENT_MAPS
+    teacher = {"b": TEACHER_MAPS.float(), f"{INPUT}:{INPUT_GRADIENT}": GRADIENT.square().mean(1)}
+    return ModelOutput(STUDENT_LOGITS.float(), {"a": student.float()}), ModelOutput(TEACHER_LOGITS.float(), teacher)
+
+
+def in_training(name, loss):
+    """Return the loss as training computes it, from targets as a store serves them."""
+    student, teacher = outputs(name)
+    shapes = {"a": tuple(student.features["a"].shape[1:])}
+    served = {
+        feature: teacher.features[str(feature)]
+        if feature.layer == INPUT
+        else compute_statistic(feature.for_shape(TEACHER_MAPS.shape[1:]), teacher.features["b"])
+        for feature in loss.required_features(shapes)
+    }
+    stored = {feature: tuple(values.shape[1:]) for feature, values in served.items()}
+    ensemble = TeacherEnsemble(TeachersConfig(), 1, None)
+    built = build_distillation([loss], shapes, [stored], ensemble=ensemble, dataset=DATASET, seed=0)
+    extras = EXTRAS.get(name, {})
+    batch = DistillationBatch(
+        student,
+        [DenseTargets(teacher.logits, served)],
+        [None],
+        LABELS,
+        torch.arange(8),
+        FINISHED,
+        {f"{name}_0": NEGATIVES},
+        extras.get("input_gradient"),
+    )
+    (value,) = built(batch).values()
+    return value
+
+
+@pytest.mark.parametrize("name", LOSSES.builtin)
+def test_loss_alone_equals_its_value_in_training(name):
+    loss = loss_named(name)
+    student, teacher = outputs(name)
+    torch.manual_seed(0)
+    module = loss.module(student, teacher, num_samples=DATASET.num_samples)
+    value = module(student, teacher, LABELS, **EXTRAS.get(name, {}))
+    assert torch.equal(value, in_training(name, loss))
+    if not list(module.parameters()):
+        assert torch.equal(loss(student, teacher, LABELS, **EXTRAS.get(name, {})), value)
+
+
+def test_half_precision_is_computed_in_float32():
+    student, teacher = STUDENT_LOGITS.half(), TEACHER_LOGITS.half()
+    loss = KD(standardize=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(student, teacher), loss(student.float(), teacher.float()))
+
+
+def test_progress_decides_schedules_and_warm_up():
+    loss = DKD(weight=Schedule(start=1.0, end=0.5))
+    first, last = (loss(STUDENT_LOGITS, TEACHER_LOGITS, LABELS, progress=TrainProgress(epoch, 40)) for epoch in (0, 39))
+    assert first.item() == pytest.approx(2 * last.item() / 20)
+
+
+def test_teacher_features_are_maps_statistics_or_targets():
+    loss = RKD([("a", "b")])
+    student, maps = {"a": STUDENT_MAPS}, TEACHER_MAPS.float()
+    pooled = maps.mean((2, 3))
+    values = [
+        loss(student, given)
+        for given in (
+            {"b": maps},
+            {"b:pooled": pooled},
+            DenseTargets(TEACHER_LOGITS, {FeatureSpec("b", "pooled"): pooled}),
+            ModelOutput(TEACHER_LOGITS, {"b": maps}),
+        )
+    ]
+    assert torch.allclose(torch.stack(values), values[0], rtol=1e-5)
+
+
+def test_teacher_gets_no_gradient():
+    teacher = TEACHER_LOGITS.clone().requires_grad_()
+    student = STUDENT_LOGITS.clone().requires_grad_()
+    KD()(student, teacher).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+
+
+MAPS = ModelOutput(STUDENT_LOGITS, {"a": STUDENT_MAPS}), ModelOutput(TEACHER_LOGITS, {"b": TEACHER_MAPS})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DKD()(STUDENT_LOGITS, TEACHER_LOGITS), "DKD needs the labels"),
+        (
+            lambda: DKD()(STUDENT_LOGITS, TEACHER_LOGITS, LABELS[:3]),
+            r"labels that are int64 \[3\]: give int64 \[8\]",
+        ),
+        (lambda: KD()(STUDENT_LOGITS, TEACHER_LOGITS[:, :4]), r"\[8, 10\] of the student and \[8, 4\] of the teacher"),
+        (lambda: KD()(STUDENT_LOGITS, None), "got NoneType as the teacher's output: give logits"),
+        (lambda: AT([("a", "b")])(STUDENT_LOGITS, TEACHER_LOGITS), "needs the student's feature 'a', and only logits"),
+        (
+            lambda: AT([("a", "c")])(*MAPS),
+            "the teacher's feature 'c:attention-8x8', which is not given; given are b",
+        ),
+        (lambda: AT([("aa", "b")])(*MAPS), "needs the student's feature 'aa', which is not given; .*a"),
+        (lambda: Hint([("a", "b")])(*MAPS), r"Hint has parameters that train with the student: .*\.module\("),
+        (lambda: CRD([("a", "b")]).module(*MAPS, num_samples=9).float()(*outputs("crd"), LABELS), "CRD contrasts with"),
+        (lambda: ATGradient()(*outputs("at_gradient")), "ATGradient needs the gradient"),
+        (lambda: KD(samples=SampleSelection(filter="hard"))(STUDENT_LOGITS, TEACHER_LOGITS), "KD needs the labels"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_sentence(call, message):
+    with pytest.raises(RecipeError, match=message):
+        call()
+
+
+def test_labels_that_are_used_but_not_given_are_an_error():
+    class Labelled(Loss):
+        def compute(self, inputs):
+            return inputs.student.logits.gather(1, inputs.labels[:, None])[:, 0]
+
+    with pytest.raises(RecipeError, match="the loss uses the labels or ranks of the samples, which are not given"):
+        Labelled(loss="labelled")(STUDENT_LOGITS, TEACHER_LOGITS)
+
+
+MODULES = [one.name for one in pkgutil.walk_packages(kdpipe.stages.losses.__path__, "kdpipe.stages.losses.")]
+
+
+@pytest.mark.parametrize("name", [*MODULES, "kdpipe.losses"])
+def test_examples_in_docstrings_run(name, monkeypatch):
+    monkeypatch.setattr(LOSSES, "_registered", {})
+    results = doctest.testmod(import_module(name), extraglobs={"torch": torch})
+    assert not results.failed
+
+
+def test_every_pure_function_has_an_example():
+    functional = import_module("kdpipe.losses.functional")
+    parts = ("angle_loss", "distance_loss", "nckd_loss", "tckd_loss")
+    assert [name for name in functional.__all__ if ">>>" not in getattr(functional, name).__doc__] == list(parts)
