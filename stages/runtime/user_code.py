@@ -1,8 +1,8 @@
 """References to user code, `python:package.module:function`, found in the current folder first, then on sys.path.
 
-The current folder is the last entry of sys.path, where user code finds its other modules, at any time, and no library
-finds a user's `random.py`. The module that a reference names is taken from the current folder even if a library has
-its name; it is then imported under another name.
+The current folder stands in sys.path behind Python and the installed packages: user code finds its other modules there
+at any time, and no library finds a user's `random.py`. The module that a reference names is taken from the current
+folder even if a library has its name; it is then imported under another name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from kdpipe.stages.errors import cause
-from kdpipe.stages.runtime.user_source import ALIAS, find_spec, object_sha256
+from kdpipe.stages.runtime.user_source import ALIAS, LIBRARIES, find_spec, object_sha256
 from kdpipe.store.errors import KdpipeError, did_you_mean
 
 __all__ = ["PREFIX", "import_callable", "is_user_reference", "object_sha256", "source_sha256", "user_code_context"]
@@ -39,8 +39,11 @@ def is_user_reference(name: str) -> bool:
 def user_code_context() -> Iterator[None]:
     """Let user code find modules of the current folder, also later; send prints to stderr: stdout is for results."""
     if (folder := str(Path.cwd())) not in sys.path:
-        sys.path[:] = [*(entry for entry in sys.path if entry not in _added), folder]
-        _added[:] = [folder]
+        entries = [entry for entry in sys.path if entry not in _added]
+        installed = [place for place, entry in enumerate(entries, 1) if Path(entry).name in LIBRARIES]
+        # Before the checkouts that are installed in place, of which kdpipe's has folders named store and pipeline.
+        entries.insert(max(installed, default=len(entries)), folder)
+        sys.path[:], _added[:] = entries, [folder]
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

@@ -24,6 +24,9 @@ from kdpipe.store.errors import KdpipeError
 ALIAS = "_user_"
 """Begins the names of modules that are imported under another name than their own."""
 
+LIBRARIES = ("site-packages", "dist-packages")
+"""Names of the folders of installed packages."""
+
 NOT_FOLLOWED = frozenset({"kdpipe", "timm", "torch", "torchvision"})
 """Libraries of which at most the file that defines the object itself counts."""
 
@@ -168,6 +171,6 @@ def _is_library(name: str) -> bool:
     places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
     folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
     return not places or any(
-        {"site-packages", "dist-packages"} & set(path.parts) or any(map(path.is_relative_to, folders))
+        not set(LIBRARIES).isdisjoint(path.parts) or any(map(path.is_relative_to, folders))
         for path in map(Path, places)
     )

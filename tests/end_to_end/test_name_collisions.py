@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support.kdpipe_process import environment
@@ -55,9 +54,9 @@ def test_python_imports_both(run_beside):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run_beside", ["PYTHONPATH"], indirect=True)
 def test_a_factory_imports_its_own_store_py(run_beside, tmp_path):
-    script = Path(sys.executable).parent / "kdpipe"  # as pip installs it
-    ended = run_beside(str(script), "plan", str(tmp_path / "tiny.toml"), "--json")
+    # As an installed `kdpipe` does: neither the current folder nor the sources are at the head of the path.
+    code = f"import sys; from kdpipe.pipeline.main import main; sys.path.remove({str(ROOT)!r}); main()"
+    ended = run_beside(sys.executable, "-P", "-c", code, "plan", str(tmp_path / "tiny.toml"), "--json")
     assert ended.returncode == 0, ended.stderr
     assert '"command": "plan"' in ended.stdout

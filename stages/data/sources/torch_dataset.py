@@ -101,19 +101,7 @@ def list_torch_dataset(
     num_samples = _num_samples(dataset, name)
     read = _Reader(dataset, f"data set {name}", image_size, channels)
     read.require_deterministic(num_samples)
-    shape = read(0)[0].shape
-    if (num_bytes := num_samples * int(np.prod(shape))) > max_bytes:
-        raise DataError(
-            f"data set {name} takes {num_bytes / 2**30:.1f} GiB in memory, more than {max_bytes / 2**30:.1f} GiB: give "
-            "an image_size, or write the images to files and use imagefolder:PATH."
-        )
-    pixels = new_pixels((num_samples, *shape), f"data set {name}")
-    labels = np.empty(num_samples, dtype=np.int64)
-    for index in range(num_samples):
-        image, labels[index] = read(index)
-        if image.shape != shape:
-            raise DataError(_unequal(name, index, image.shape, shape))
-        pixels[index] = image
+    pixels, labels = _read_all(read, num_samples, name, max_bytes)
     ids = _positions(dataset, num_samples) if sample_ids is None else np.asarray(sample_ids)
     names = _classes(dataset, name) if class_names is None else tuple(map(str, class_names))
     return Listing(
@@ -125,9 +113,28 @@ def list_torch_dataset(
     )
 
 
+def _read_all(read: _Reader, num_samples: int, name: str, max_bytes: int) -> tuple[Pixels, npt.NDArray[np.int64]]:
+    """Return the pixels, uint8 [N, C, H, W], and labels [N] of all samples."""
+    shape = read(0)[0].shape
+    if (num_bytes := num_samples * int(np.prod(shape))) > max_bytes:
+        raise DataError(
+            f"{read.where} takes {num_bytes / 2**30:.1f} GiB in memory, more than {max_bytes / 2**30:.1f} GiB: give "
+            "an image_size, or write the images to files and use imagefolder:PATH."
+        )
+    pixels = new_pixels((num_samples, *shape), read.where)
+    labels = np.empty(num_samples, dtype=np.int64)
+    for index in range(num_samples):
+        image, labels[index] = read(index)
+        if image.shape != shape:
+            raise DataError(_unequal(name, index, image.shape, shape))
+        pixels[index] = image
+    return pixels, labels
+
+
 def _rows_of(pixels: Pixels) -> Callable[[Indices], Pixels]:
-    """Return a function that returns some rows, or the array itself for all of them."""
-    return lambda indices: pixels if len(indices) == len(pixels) else pixels[indices]
+    """Return a function that returns some rows, or the array itself, not a copy, for all of them in order."""
+    everything = np.arange(len(pixels))
+    return lambda indices: pixels if np.array_equal(indices, everything) else pixels[indices]
 
 
 class _Reader:

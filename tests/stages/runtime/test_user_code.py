@@ -43,6 +43,17 @@ def test_user_code_imports_its_modules_at_any_time(here: Path) -> None:
     assert value_of("own_one:late") == "user"
 
 
+def test_the_current_folder_follows_installed_packages(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "own_one.py").write_text("def who(): return 'user'")
+    libraries, checkout = str(here / "site-packages"), str(here / "checkout")
+    for entries in ([*sys.path, libraries, checkout], [checkout]):
+        monkeypatch.setattr(sys, "path", list(entries))
+        for _ in range(2):
+            value_of("own_one:who")
+        wanted = [*entries[:-1], str(here), checkout] if libraries in entries else [checkout, str(here)]
+        assert sys.path == wanted
+
+
 @pytest.mark.parametrize("name", ["statistics", "symtable"], ids=["imported", "not imported"])
 def test_a_module_named_like_a_library_is_the_users(here: Path, name: str) -> None:
     assert (name in sys.modules) == (name == "statistics")

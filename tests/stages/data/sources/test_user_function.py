@@ -154,12 +154,6 @@ def test_a_built_in_data_set_cannot_be_replaced(name: str) -> None:
         register_dataset(name)(lambda split: None)
 
 
-def test_the_current_folder_is_the_last_on_the_path(tmp_path: Path) -> None:
-    for _ in range(2):
-        _load("toys:arrays")
-        assert [place for place, entry in enumerate(sys.path) if entry == str(tmp_path)] == [len(sys.path) - 1]
-
-
 @pytest.mark.parametrize(
     ("function", "message"),
     [
