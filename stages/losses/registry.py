@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
-from typing import Annotated, Any, TypeVar, overload
+from typing import Annotated, Any, TypeVar, dataclass_transform, overload
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationInfo
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationInfo
 from pydantic_core import CoreSchema, PydanticCustomError, SchemaValidator, core_schema
 
 from kdpipe.stages.config import section
@@ -49,6 +49,7 @@ WITHOUT_CODE = {"user_code": False}
 """Validation context that reads entries of losses that are not built in as `UnknownLoss`, and imports nothing."""
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 @overload
 def register_loss(name: L) -> L: ...
 @overload
@@ -92,7 +93,7 @@ def loss_class(name: str) -> type[Loss]:
     Raises:
         RecipeError: There is none, or it is not a loss.
     """
-    found = LOSSES.get(name)
+    found: Any = LOSSES.get(name)
     return as_loss(found, name) if is_user_reference(name) else found
 
 
@@ -133,7 +134,7 @@ def _read_entry(value: Any, info: ValidationInfo) -> Loss:
         text = json.dumps({**common, "settings": settings})
         return TypeAdapter(UnknownLoss).validate_json(text)
     try:
-        kind = loss_class(name)
+        kind: Any = loss_class(name)
     except RecipeError as error:
         raise PydanticCustomError("loss_reference", "{text}", {"text": str(error)}) from error
     return _validator(kind).validate_json(json.dumps(value))  # type: ignore[no-any-return]
