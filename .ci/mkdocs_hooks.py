@@ -6,12 +6,15 @@ to other files of the repository become plain text.
 
 from __future__ import annotations
 
+import ast
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+log = logging.getLogger("mkdocs.hooks")
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FROM_ROOT = {
@@ -20,6 +23,11 @@ FROM_ROOT = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
+}
+PUBLIC = {
+    "kdpipe": "kdpipe/__init__.py",
+    "kdpipe.losses": "kdpipe/losses/__init__.py",
+    "kdpipe.losses.functional": "kdpipe/losses/functional.py",
 }
 LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 
@@ -35,6 +43,21 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Rewrite the page's links."""
     folder = ROOT if page.file.src_uri in FROM_ROOT.values() else DOCS
     return LINK.sub(lambda link: _link_on_site(link, folder), markdown)
+
+
+def on_post_build(config: Any) -> None:
+    """Check that the API reference has every public name."""
+    page = (Path(config.site_dir) / "api" / "index.html").read_text(encoding="utf-8")
+    for module, source in PUBLIC.items():
+        tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
+        (names,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and _is_all(node))
+        for name in ast.literal_eval(names):
+            if not name.startswith("__") and f'id="{module}.{name}"' not in page:
+                log.warning("docs/api.md: %s.%s is missing", module, name)
+
+
+def _is_all(node: ast.Assign) -> bool:
+    return isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
 
 
 def _link_on_site(link: re.Match[str], folder: Path) -> str:

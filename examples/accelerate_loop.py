@@ -45,10 +45,8 @@ def main() -> None:
             schedule.step()
         accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
-    student.eval()
-    with torch.no_grad():
-        predicted = student(loader.normalize(test.images.to(accelerator.device))).argmax(1).cpu()
-    accelerator.print(f"test accuracy {100 * (predicted == test.labels).float().mean():.2f} %")
+    report = kd.evaluate(accelerator.unwrap_model(student), test, normalize=loader.normalize, device=accelerator.device)
+    accelerator.print(f"test accuracy {100 * report.top1:.2f} %")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ current folder.
 import argparse
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,8 +37,14 @@ def main() -> None:
     teacher = kd.create_model("cnn", train, width=32)
     kd.train_teacher(teacher, train, test=test, views=views, epochs=options.epochs, batch_size=64, run=options.run)
     store = kd.cache_teacher(teacher, train, options.run / "store.zarr", test=test, views=views)
-    settings = {"test": test, "model_args": {"width": 6}, "epochs": options.epochs, "batch_size": 64, "progress": False}
-    variants = {
+    settings: dict[str, Any] = {
+        "test": test,
+        "model_args": {"width": 6},
+        "epochs": options.epochs,
+        "batch_size": 64,
+        "progress": False,
+    }
+    variants: dict[str, dict[str, Any]] = {
         "alone": {"views": views},
         "kd": {"store": store, "losses": [kd.losses.KD(temperature=4)]},
         "confident_kd": {"store": store, "losses": [confident_kd(power=2.0)]},

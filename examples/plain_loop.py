@@ -48,10 +48,8 @@ def main() -> None:
                 schedule.step()
             print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
-    student.eval()
-    with torch.no_grad():
-        predicted = student(loader.normalize(test.images)).argmax(1)
-    print(f"test accuracy {100 * (predicted == test.labels).float().mean():.2f} %")
+    report = kd.evaluate(student, test, normalize=loader.normalize)
+    print(f"test accuracy {100 * report.top1:.2f} %")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from kdpipe import datasets
 from kdpipe.pipeline import steps
 from kdpipe.results import CompressedResult, Result, StudentResult
-from kdpipe.runs import CallbackLike, Work, write_run_recipe
+from kdpipe.runs import CallbackLike, RunOptions, write_run_recipe
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig, compressed_root, dry_run
 from kdpipe.stages.compress.pruning.prune import PruneConfig
@@ -70,7 +70,7 @@ def compress(
     return _compress(
         _job(student, dataset, store),
         _config(prune, int8, prune_train, quantize_train, {"baselines": baselines, **options}),
-        Work(student.job.run, device, num_workers, progress, callbacks),
+        RunOptions(student.job.run, device, num_workers, progress, callbacks),
     )
 
 
@@ -103,7 +103,7 @@ def prune(
     """
     config = _config({"ratio": ratio, **settings}, False, train, None, {"baselines": False})
     return _compress(
-        _job(student, dataset, store), config, Work(student.job.run, device, num_workers, progress, callbacks)
+        _job(student, dataset, store), config, RunOptions(student.job.run, device, num_workers, progress, callbacks)
     )
 
 
@@ -134,7 +134,7 @@ def quantize(
     """
     config = _config(None, settings or True, None, train, {"baselines": False})
     return _compress(
-        _job(student, dataset, store), config, Work(student.job.run, device, num_workers, progress, callbacks)
+        _job(student, dataset, store), config, RunOptions(student.job.run, device, num_workers, progress, callbacks)
     )
 
 
@@ -173,12 +173,12 @@ def _config(
     return CompressConfig(**{"steps": tuple(names), **sections, **options})
 
 
-def _compress(job: StudentJob, config: CompressConfig, work: Work) -> CompressedResult:
-    context = replace(job.context(work), run_dir=job.run)
+def _compress(job: StudentJob, config: CompressConfig, run_options: RunOptions) -> CompressedResult:
+    context = replace(job.context(run_options), run_dir=job.run)
     dry_run(config, job.config, context)
     spec = job.open_stores(context)
     assert spec is not None, "_job refuses students without losses"
-    with work.open(job.run, context) as opened:
+    with run_options.open(job.run, context) as opened:
         name = (read_json_file(job.run / "recipe.json") or {}).get("name", job.run.name)
         figures, card = steps.compress_student(config, job.config, job.seed, spec, opened, name=name)
         write_run_recipe(job.run, {"compress": asdict(config)})

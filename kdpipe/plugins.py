@@ -1,9 +1,9 @@
 """Register what you bring under a name, for recipes and for the Python API.
 
 Each is a decorator, with or without a name: `@register_model` uses that of the function. In a recipe,
-`python:package.module:name` names the same object without registration. A package registers its own where a module named
-by an entry point of the group `kdpipe.plugins` is imported. The source of what is registered is part of what decides a
-job: an edited one neither resumes a job nor extends a store.
+`python:package.module:name` names the same object without registration. A package registers its own where a module
+named by an entry point of the group `kdpipe.plugins` is imported. The source of what is registered is part of what
+decides a job: an edited one neither resumes a job nor extends a store.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ torch Dataset of (image, label). It gets the recipe's `data.root` if it names `r
 register_optimizer = OPTIMIZERS.register
 """Register a class of torch optimizers, or a function that returns one.
 
-It is called with the parameter groups, `lr`, those of the recipe's other keys that it names (`weight_decay`, `momentum`,
-`betas`, ...), and `optimizer_args`.
+It is called with the parameter groups, `lr`, those of the recipe's other keys that it names (`weight_decay`,
+`momentum`, `betas`, ...), and `optimizer_args`.
 """
 
 register_schedule = SCHEDULES.register
 """Register a function that returns the learning rate at a point of the training.
 
-It is called with those that it names of `progress` (0 after the warm-up, 1 at the end), `epoch` (with a fraction), `step`,
-`steps_per_epoch`, the recipe's `lr`, `min_lr`, `epochs`, ..., and `schedule_args`. It must be a pure function of them, so
-that a resumed job needs no state.
+It is called with those that it names of `progress` (0 after the warm-up, 1 at the end), `epoch` (with a fraction),
+`step`, `steps_per_epoch`, the recipe's `lr`, `min_lr`, `epochs`, ..., and `schedule_args`. It must be a pure function
+of them, so that a resumed job needs no state.
 """
 
 register_callback = CALLBACKS.register

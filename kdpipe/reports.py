@@ -1,13 +1,62 @@
-"""Check stores, and read the results of run folders."""
+"""Evaluate networks, verify stores, and read the results of run folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
+
+from kdpipe.datasets import as_image_set
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
+from kdpipe.runs import RunOptions
+from kdpipe.stages.errors import ModelError
+from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.given import info_of
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.store import TargetStore
 from kdpipe.store.check.verify import VerifyReport, verify_store
+
+
+def evaluate(
+    model: nn.Module | ModelBundle,
+    dataset: Any,
+    *,
+    normalize: Normalization | None = None,
+    device: str | torch.device = "auto",
+    num_workers: int | None = None,
+) -> EvalReport:
+    """Evaluate a network on images without augmentation.
+
+    Args:
+        model: The network, or what `load_student` returns.
+        dataset: The images, as everywhere.
+        normalize: The input scaling, such as `loader.normalize` of a `DistillationLoader`; that of its training for a
+            network that kdpipe trained or loaded.
+        device: auto, cpu, cuda, cuda:N, or a torch.device.
+        num_workers: Processes that decode images that are not in memory.
+
+    Returns:
+        `top1`, `top5`, `cross_entropy`, calibration error `ece`, accuracy of each class and confusions.
+
+    Raises:
+        ModelError: The scaling is unknown, or the network does not fit the images.
+    """
+    test_set = as_image_set(dataset, "test")
+    module, known = (
+        (model.model, model.normalize) if isinstance(model, ModelBundle) else (model, info_of(model).normalize)
+    )
+    scaling = normalize or known
+    if scaling is None:
+        raise ModelError(
+            f"the input scaling of this {type(module).__name__} is unknown: give normalize=, such as loader.normalize."
+        )
+    context = RunOptions(device=device, num_workers=num_workers).context(test_set, None, ViewsConfig(num_views=1))
+    return evaluate_in_depth(module.to(context.device), context.evaluation(scaling), context.device)
 
 
 def report(run: str | Path, *, html: str | Path | None = None) -> Report:

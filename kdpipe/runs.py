@@ -35,7 +35,7 @@ RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
-class Work:
+class RunOptions:
     """How a stage works: the arguments that all functions of the API share.
 
     Attributes:

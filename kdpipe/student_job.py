@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdpipe.runs import Work
+from kdpipe.runs import RunOptions
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.spec import DistillationSpec
@@ -52,10 +52,10 @@ class StudentJob:
     def kind(self) -> str:
         return DISTILLED if self.losses else ALONE
 
-    def context(self, work: Work) -> StageContext:
+    def context(self, run_options: RunOptions) -> StageContext:
         """Return the context, without its run folder, in which the teachers' logits of the test images are read."""
         local = [local_store_path(place, RunMonitor()) for place in self.places[:1]]
-        context = work.context(self.train_set, self.test_set, self.views, store=next(iter(local), None))
+        context = run_options.context(self.train_set, self.test_set, self.views, store=next(iter(local), None))
         beside = [test_store_path(place) for place in self.places]
         if not beside or not all(is_url(place) or Path(place).exists() for place in beside):
             return context
@@ -69,7 +69,7 @@ class StudentJob:
 
     def load(self, folder: Path) -> ModelBundle:
         """Load the trained network of a folder, in eval mode on the CPU."""
-        context = Work(device="cpu", progress=False).context(self.train_set, self.test_set, self.views)
+        context = RunOptions(device="cpu", progress=False).context(self.train_set, self.test_set, self.views)
         bundle = build_student(self.config, self.seed, replace(context, run_dir=self.run), self.losses)
         bundle.model.load_state_dict(load_tensors(folder / "model.safetensors")[0])
         bundle.model.eval()

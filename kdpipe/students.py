@@ -13,7 +13,7 @@ from torch import nn
 from kdpipe import datasets, models
 from kdpipe.pipeline import steps
 from kdpipe.results import StudentResult
-from kdpipe.runs import CallbackLike, Work, write_run_recipe
+from kdpipe.runs import CallbackLike, RunOptions, write_run_recipe
 from kdpipe.stages.distillation.student_config import (
     StudentConfig,
     student_folder,
@@ -85,7 +85,7 @@ def train_student(
         FingerprintMismatch: A store, or the folder, belongs to other inputs.
         KdpipeError: An input does not fit.
     """
-    work = Work(run, device, num_workers, progress, callbacks)
+    run_options = RunOptions(run, device, num_workers, progress, callbacks)
     places = store_places(store)
     if losses and not places:
         raise RecipeError("losses need a store: give that of cache_teacher, or leave the losses out.")
@@ -109,13 +109,13 @@ def train_student(
         views=_views(places, views),
         run=Path(),
     )
-    context = job.context(work)
+    context = job.context(run_options)
     if run is not None:
-        context = replace(context, run_dir=work.folder("student", {}))  # where a loss may look for the teacher
+        context = replace(context, run_dir=run_options.folder("student", {}))  # where a loss may look for the teacher
     spec = job.open_stores(context)
     fingerprint = student_fingerprint(config, seed, spec, build_student(config, seed, context, job.losses), context)
-    job = replace(job, run=work.folder("student", fingerprint))
-    with work.open(job.run, context) as opened:
+    job = replace(job, run=run_options.folder("student", fingerprint))
+    with run_options.open(job.run, context) as opened:
         if spec is not None and (warning := view_warning(job.views)):
             opened.monitor.warn("train-student", warning)
         figures = steps.train_student(config, seed, spec, opened)

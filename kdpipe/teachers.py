@@ -14,7 +14,7 @@ from torch import nn
 from kdpipe import datasets
 from kdpipe.pipeline import steps
 from kdpipe.results import TeacherResult
-from kdpipe.runs import CallbackLike, Work
+from kdpipe.runs import CallbackLike, RunOptions
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext, model_normalization, test_context
 from kdpipe.stages.errors import ModelError
@@ -70,19 +70,19 @@ def train_teacher(
     Raises:
         KdpipeError: An input does not fit, or the folder holds another job.
     """
-    work = Work(run, device, num_workers, progress, callbacks)
+    run_options = RunOptions(run, device, num_workers, progress, callbacks)
     train_set, test_set = datasets.as_image_set(dataset, "train"), datasets.as_image_set(test, "test")
     config = TeacherConfig(model=_object(model), train=TrainConfig(**train), mean=_numbers(mean), std=_numbers(std))
-    context = work.context(train_set, test_set, views or ViewsConfig())
+    context = run_options.context(train_set, test_set, views or ViewsConfig())
     teacher = build_teacher(config, seed, context)
     fingerprint, info = teacher_fingerprint(config, seed, teacher, context), info_of(model)
     if teacher.identity["weights_sha256"] == info.trained_sha256:  # the call is repeated with what it has trained
         fingerprint["starts_from"] = info.starts_from
-        folder = teacher_folder(work.folder("teacher", fingerprint))
+        folder = teacher_folder(run_options.folder("teacher", fingerprint))
         if (figures := _finished_as(folder, fingerprint, info)) is not None:
             return TeacherResult(figures, folder.path)
         fingerprint["starts_from"] = teacher.identity
-    with work.open(work.folder("teacher", fingerprint), context) as opened:
+    with run_options.open(run_options.folder("teacher", fingerprint), context) as opened:
         figures = steps.train_teacher(config, seed, opened)
         folder = teacher_folder(opened.run_dir)
         model.load_state_dict(load_tensors(folder.model)[0])
@@ -142,13 +142,13 @@ def cache_teacher(
         FingerprintMismatch: The store was made from another teacher, other images or other views.
         KdpipeError: An input does not fit, or the teacher's outputs are not finite.
     """
-    work, path = Work(None, device, num_workers, progress), Path(path).expanduser().absolute()
+    run_options, path = RunOptions(None, device, num_workers, progress), Path(path).expanduser().absolute()
     train_set, views = datasets.as_image_set(dataset, "train"), views or ViewsConfig()
     test_set = None if test is None else datasets.as_image_set(test, "test")
-    context = work.context(train_set, test_set, views, store=path if path.exists() else None)
+    context = run_options.context(train_set, test_set, views, store=path if path.exists() else None)
     bundle = _bundle(teacher, context, _numbers(mean), _numbers(std))
     config, wanted = CacheConfig(**cache), [parse_feature(text) for text in features]
-    with work.open(path.parent, context, is_shared=True) as opened:
+    with run_options.open(path.parent, context, is_shared=True) as opened:
         shard = opened.process_group.work_shard
         steps.cache_teacher(config, path, bundle, wanted, opened, work_shard=shard)
         if test_set is not None:

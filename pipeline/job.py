@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,7 +109,8 @@ def run_job(
             with _recorded(run, command) as run:
                 with _with_progress(run, options) as shown:
                     process_group.check_stop(shown.monitor)
-                    with shown.phase(command):
+                    # What callbacks and trackers print is not part of the results.
+                    with shown.phase(command), redirect_stdout(sys.stderr):
                         results = work(shown)
                     shown.write_recipe()
                 if process_group.is_main and (code := _print_results(command, run, results, options.as_json)):

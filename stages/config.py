@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -25,7 +26,8 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 def section(cls: type[T]) -> type[T]:
     """Declare a section of a recipe: frozen, keyword-only, strictly typed; an unknown key is an error.
 
-    Called from Python with wrong settings, the class raises RecipeError.
+    From Python the class takes settings as objects, or as a recipe writes them: lists for tuples, tables for sections.
+    Wrong ones raise RecipeError.
     """
     made: Any = pydantic_dataclass(config=STRICT, frozen=True, kw_only=True)(cls)
     made.__init__ = _with_recipe_errors(made.__init__)
@@ -38,9 +40,21 @@ def _with_recipe_errors(initialize: Callable[..., None]) -> Callable[..., None]:
         try:
             initialize(self, *arguments, **settings)
         except ValidationError as error:
-            raise RecipeError(_first_fault(type(self), error)) from None
+            if not _initialized_from_json(self, arguments, settings):
+                raise RecipeError(_first_fault(type(self), error)) from None
 
     return checked
+
+
+def _initialized_from_json(section: Any, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> bool:
+    """Initialize a section from what a recipe could write; return whether its settings are such, and valid."""
+    positional = [field.name for field in fields(section) if not field.kw_only]
+    try:
+        text = json.dumps({**dict(zip(positional, arguments, strict=False)), **settings}, allow_nan=False)
+        section.__pydantic_validator__.validate_json(text, self_instance=section)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _first_fault(kind: type[Any], error: ValidationError) -> str:

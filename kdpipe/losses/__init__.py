@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdpipe.losses import functional
     from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, MapLoss, SoftLogitLoss
     from kdpipe.stages.losses.features.at import AT, ATGradient
     from kdpipe.stages.losses.features.fitnet import FitNet

@@ -5,14 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Any
 
 from kdpipe.pipeline.callbacks.metrics_logger import MetricsLogger, Unavailable, folder_name, scalars_of
 from kdpipe.stages.runtime.callbacks import CallbackState
 from kdpipe.store import write_atomically
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 CSV_FILE = "metrics.csv"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -40,7 +37,7 @@ class TensorBoardLogger(MetricsLogger):
     name = "tensorboard"
 
     def __init__(self) -> None:
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
 
     def start(self, state: CallbackState) -> None:
         """Check that TensorBoard is installed."""
@@ -59,13 +56,13 @@ class TensorBoardLogger(MetricsLogger):
 
             # purge_step hides what an earlier process wrote from this epoch on: a resumed training writes it again.
             folder = state.run_dir / TENSORBOARD_FOLDER / folder_name(state.job)
-            self._writer = SummaryWriter(str(folder), purge_step=epoch)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder), purge_step=epoch)
         for tag, value in scalars_of(state.metrics).items():
-            self._writer.add_scalar(tag, value, epoch)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(tag, value, epoch)
+        self._writer.flush()
 
     def finish(self, state: CallbackState) -> None:
         """Close the file."""
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
             self._writer = None

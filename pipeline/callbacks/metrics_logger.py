@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,12 +45,11 @@ class MetricsLogger(Callback):
         """Close what is open."""
 
     def _attempt(self, work: Callable[[CallbackState], None], state: CallbackState) -> None:
-        """Do some work with prints sent to stderr, as stdout is for results; after a failure do no more."""
+        """Do some work; after a failure do no more."""
         if not self.is_on:
             return
         try:
-            with contextlib.redirect_stdout(sys.stderr):
-                work(state)
+            work(state)
         except Exception as error:  # other people's code, networks and disks
             self.is_on = False
             why = str(error) if isinstance(error, Unavailable) else f"{self.name} failed ({cause(error)})"

@@ -75,7 +75,9 @@ def _checked(entry: str | Mapping[str, Any], key: str) -> tuple[Callable[..., Ca
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     for each in () if takes_any else arguments:
         if each not in known:
-            raise RecipeError(f"{key}: {name} has no argument {each!r}; {did_you_mean(each, known)}")
+            raise RecipeError(
+                f"{key}: {name} has no argument {each!r}; {did_you_mean(each, known) if known else 'it takes none.'}"
+            )
     for each in known:
         if parameters[each].default is inspect.Parameter.empty and each not in arguments:
             raise RecipeError(

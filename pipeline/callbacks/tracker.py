@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,15 +52,13 @@ class Tracker(MetricsLogger):
         is_new = self._run_id is None
         self._run_id = self._run_id or uuid.uuid4().hex
         settings = SETTINGS[self.backend](state, self._run_id, is_new) | self.settings
-        project = folder_name(str(state.config.get("name") or "kdpipe"))
-        self._tracker = kind(settings.pop("project", project), **settings)
+        self._tracker = kind(settings.pop("project", _project(state)), **settings)
         self._tracker.main_process_only = False  # else it would set up accelerate's own process group and device
         self._tracker.start()
         if self.backend in ID_OF:  # the tracker chooses the id
             self._run_id = str(ID_OF[self.backend](self._tracker.tracker))
         if is_new:
-            facts = {"stage": state.stage, "job": state.job, "job_seed": state.seed}
-            self._tracker.store_init_configuration(public_config(state.config) | facts)
+            self._tracker.store_init_configuration(_config(state))
 
     def log(self, state: CallbackState) -> None:
         """Log an epoch."""
@@ -88,9 +87,17 @@ def _tracker_class(backend: str) -> Any:
     return tracking.LOGGER_TYPE_TO_CLASS[backend]
 
 
-def _mlflow(state: CallbackState, run_id: str, is_new: bool) -> Settings:
-    import mlflow
+def _project(state: CallbackState) -> str:
+    """Return the recipe's name; without a recipe that of the run folder."""
+    return str(state.config.get("name") or state.run_dir.absolute().name)
 
+
+def _config(state: CallbackState) -> dict[str, Any]:
+    return {**public_config(state.config), "stage": state.stage, "job": state.job, "job_seed": state.seed}
+
+
+def _mlflow(state: CallbackState, run_id: str, is_new: bool) -> Settings:
+    mlflow: Any = import_module("mlflow")
     settings = {"run_name": state.job, "run_id": None if is_new else run_id}
     if not mlflow.is_tracking_uri_set():
         mlflow.set_tracking_uri(f"sqlite:///{state.run_dir.absolute()}/mlflow.db")
@@ -98,28 +105,32 @@ def _mlflow(state: CallbackState, run_id: str, is_new: bool) -> Settings:
     return settings
 
 
+def _trackio(state: CallbackState, run_id: str, is_new: bool) -> Settings:
+    """Return its arguments with the configuration, which it stores only at the start."""
+    return {"name": state.job, "resume": "never" if is_new else "allow", "config": _config(state)}
+
+
+def _clearml(state: CallbackState, run_id: str, is_new: bool) -> Settings:
+    return {"task_name": state.job, "reuse_last_task_id": False, "continue_last_task": False if is_new else run_id}
+
+
 SETTINGS: dict[str, Callable[[CallbackState, str, bool], Settings]] = {
     "wandb": lambda state, run_id, is_new: {
         "name": state.job,
         "id": run_id,
-        "resume": None if is_new else "allow",
+        "resume": "never" if is_new else "allow",
         "dir": str(state.run_dir),
     },
     "mlflow": _mlflow,
-    "trackio": lambda state, run_id, is_new: {"name": state.job, "resume": "never" if is_new else "allow"},
-    "comet_ml": lambda state, run_id, is_new: {
-        "experiment_key": run_id,
-        "mode": "create" if is_new else "get_or_create",
-    },
+    "trackio": _trackio,
+    "comet_ml": lambda state, run_id, is_new: {"experiment_key": run_id},
     "aim": lambda state, run_id, is_new: {
+        "project": state.job,
+        "experiment": _project(state),
         "logging_dir": str(state.run_dir),
         "run_hash": None if is_new else run_id,
     },
-    "clearml": lambda state, run_id, is_new: {
-        "task_name": state.job,
-        "reuse_last_task_id": False,
-        "continue_last_task": False if is_new else run_id,
-    },
+    "clearml": _clearml,
     "dvclive": lambda state, run_id, is_new: {
         "dir": str(state.run_dir / "dvclive" / folder_name(state.job)),
         "resume": not is_new,

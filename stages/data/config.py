@@ -20,7 +20,8 @@ class DataConfig:
     """Configuration of the data set.
 
     Attributes:
-        name: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH, npz:PATH or python:MODULE:FUNCTION.
+        name: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, imagefolder:PATH, npz:PATH, python:MODULE:FUNCTION, or a
+            registered name.
         root: Folder of the named sets, and base of a relative PATH.
         download: Whether torchvision may download a named set.
         channels: Convert to grayscale (1) or RGB (3).

@@ -163,7 +163,7 @@ class DistillationLoader:
             self.normalize,
             Targets([join(opened, dataset, specs)], context.device, target_loading),
         )
-        self._ids = torch.sort(dataset.sample_ids).values
+        self._ids = torch.sort(dataset.sample_ids).values.to(context.device)
         self._next = self._position = (0, 0)
         self._iteration = 0
 
@@ -172,11 +172,21 @@ class DistillationLoader:
         return num_steps(self.dataset.num_samples, self.batch_size)
 
     def __iter__(self) -> Iterator[StudentBatch]:
-        """Yield the batches of the next epoch, or those left of the one that `load_state_dict` resumed."""
+        """Yield the batches of the next epoch, or those left of the one that `load_state_dict` resumed.
+
+        The epoch begins with its first batch: an iterator that is never asked for one, as Lightning makes, skips none.
+        """
         epoch, step = self._position = self._next
         self._next = (epoch + 1, 0)
-        self._iteration += 1
-        return self._batches(epoch, step, self._iteration)
+        self._iteration = iteration = self._iteration + 1
+        stream = self._task.stream(
+            self.seed, self.batch_size, epoch=epoch, step=step, epochs=epoch + 1, process_group=self._process_group
+        )
+        for number, batch in enumerate(stream, step + 1):
+            if iteration != self._iteration:
+                raise RuntimeError("this epoch cannot continue: another iteration of the same loader was started.")
+            self._position = (epoch, number) if number < len(self) else (epoch + 1, 0)
+            yield self._student_batch(batch)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration, as in torch's DistributedSampler; a resumed epoch keeps its step."""
@@ -197,16 +207,6 @@ class DistillationLoader:
             )
         self._next = self._position = (epoch, step) if step < len(self) else (epoch + 1, 0)
 
-    def _batches(self, epoch: int, step: int, iteration: int) -> Iterator[StudentBatch]:
-        stream = self._task.stream(
-            self.seed, self.batch_size, epoch=epoch, step=step, epochs=epoch + 1, process_group=self._process_group
-        )
-        for number, batch in enumerate(stream, step + 1):
-            if iteration != self._iteration:
-                raise RuntimeError("this epoch cannot continue: another iteration of the same loader was started.")
-            self._position = (epoch, number) if number < len(self) else (epoch + 1, 0)
-            yield self._student_batch(batch)
-
     def _student_batch(self, batch: Batch) -> StudentBatch:
         (teacher,) = batch.teachers
         made = StudentBatch(
@@ -214,7 +214,7 @@ class DistillationLoader:
             labels=_labels(batch.hard, self.dataset.num_classes),
             teacher_logits=teacher.logits_at(self._temperature),
             features={name: teacher.features[spec] for name, spec in self._features.items()},
-            sample_ids=self._ids[batch.ranks.cpu()].to(batch.images.device),
+            sample_ids=self._ids[batch.ranks],
         )
         made.teacher = teacher
         return made

@@ -83,7 +83,7 @@ class Loss:
     on_logits: ClassVar[bool] = False  # compares logits
     input_gradient: ClassVar[bool] = False  # uses the gradient of the student's cross entropy by the images
 
-    loss: str = ""
+    loss: str = ""  # its name, which registration sets
     weight: Scheduled = 1.0
     store: Annotated[int, Field(ge=0), max_value(1000)] | None = None
     samples: SampleSelection = Field(default_factory=SampleSelection, kw_only=True)

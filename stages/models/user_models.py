@@ -12,7 +12,7 @@ from kdpipe.stages.models.arguments import call_with_args
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.models.torchvision import classifier_names
 from kdpipe.stages.runtime.plugins import Registry
-from kdpipe.stages.runtime.user_code import is_user_reference, user_code_context
+from kdpipe.stages.runtime.user_code import import_callable, is_user_reference, user_code_context
 
 Factory = Callable[..., nn.Module]
 
@@ -40,7 +40,7 @@ def build_user_model(name: str, args: Mapping[str, Any], offered: Mapping[str, A
 
     Raises ModelError if there is none, it fails, or it returns no module.
     """
-    factory = MODELS.get(name)
+    factory = import_callable(name, MODELS.key, ModelError) if is_user_reference(name) else MODELS.get(name)
     try:
         with user_code_context():
             model = call_with_args(name, factory, offered, args)

@@ -24,7 +24,7 @@ class CallbackState:
         folder: Its folder, with checkpoint, metrics and, when it is finished, results.
         run_dir: The run folder, which holds the folders of all trainings.
         model: The network, to be read only.
-        config: The resolved recipe; empty where there is none.
+        config: The resolved recipe; without one, as from Python, the settings of the training under `train`.
         epoch: The number of finished epochs.
         num_epochs: The number of epochs in the recipe.
         global_step: The number of steps done, over all epochs.
@@ -67,9 +67,10 @@ class Callback:
     generation, pruned and quantized student. A training that is finished already calls nothing.
 
     - Hooks are called in the first process only; `on_run_start` is called again when a stopped training continues, and
-      `on_run_end` at every end, also after an error. A training that continues after a kill may repeat steps, and with them
-      their hooks, since its last checkpoint.
-    - The network must not be changed. It may be run in eval mode, under `torch.no_grad()`; its mode is restored.
+      `on_run_end` at every end, also after an error. A training that continues after a kill may repeat steps, and with
+      them their hooks, since its last checkpoint.
+    - The network must not be changed. It may be run in eval mode, under `torch.no_grad()`; its mode is restored. In
+      `on_epoch_end` and `on_run_end` it has the weights that are evaluated, such as their moving average.
     - `state.stop()` ends the training after the current epoch, as if the recipe had that many epochs. The name of the
       callback is recorded in result.json as `stopped_by`.
     - An error in a hook ends the command; the checkpoint stays, so that the same command continues.

@@ -54,7 +54,8 @@ def import_callable(reference: str, key: str, error: type[KdpipeError]) -> Calla
     module = _import(module_name, reference, key, error)
     function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
-        hint = did_you_mean(function_name, vars(module), limit=3, otherwise="check its spelling.")
+        functions = [name for name, value in vars(module).items() if callable(value)]
+        hint = did_you_mean(function_name, functions, limit=3, otherwise="check its spelling.")
         raise error(f"{key}={reference!r}: {module_name} has no function {function_name}; {hint}")
     return function
 

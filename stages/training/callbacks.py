@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ class Hooks:
 
     def __init__(self, job: TrainJob, progress: Progress, monitor: RunMonitor) -> None:
         self._job, self._progress, self._monitor = job, progress, monitor
+        self._config = monitor.config or {"train": asdict(job.config)}
         self._callbacks: dict[str, Callback] = {}
         for callback in monitor.callbacks:
             same = sum(other.name == callback.name for other in self._callbacks.values())
@@ -85,7 +87,7 @@ class Hooks:
             folder=job.job_dir.path,
             run_dir=self._monitor.run_dir or job.job_dir.path,
             model=job.model,
-            config=self._monitor.config,
+            config=self._config,
             epoch=progress.epoch,
             num_epochs=job.config.epochs,
             global_step=progress.epoch * steps + progress.step,

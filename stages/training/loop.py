@@ -60,7 +60,7 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
             job.on_epoch(job.model, progress.epoch)
             state.modules.train()
             train_step = TrainStep(job, student, state, progress, monitor)
-            last_save = _run_steps(job, train_step, batches, monitor, hooks, last_save)
+            last_save = _run_steps(job, train_step, batches, monitor, hooks=hooks, last_save=last_save)
             try:
                 with evaluated_weights(state.optimizer, state.average):
                     _end_epoch(job, progress, steps, device, time.monotonic() - started)
@@ -100,7 +100,13 @@ def _save(job: TrainJob, state: TrainState, progress: Progress, hooks: Hooks) ->
 
 
 def _run_steps(
-    job: TrainJob, train_step: TrainStep, batches: Iterator[Batch], monitor: RunMonitor, hooks: Hooks, last_save: float
+    job: TrainJob,
+    train_step: TrainStep,
+    batches: Iterator[Batch],
+    monitor: RunMonitor,
+    *,
+    hooks: Hooks,
+    last_save: float,
 ) -> float:
     """Run the rest of an epoch's steps, saving at intervals; returns the time of the last save."""
     state, progress, process_group, steps = train_step.state, train_step.progress, job.process_group, num_steps_of(job)

@@ -157,7 +157,7 @@ def check_training(config: TrainConfig, where: str, *, runs_user_code: bool) -> 
     """
     try:
         if runs_user_code:
-            build_optimizer(config, nn.ModuleDict({"student": nn.ParameterList([torch.zeros(2, 2)])}))
+            make_optimizer(config.optimizer, [nn.Parameter(torch.zeros(2, 2))], _offered(config), config.optimizer_args)
             for step in {0, max(0, 10 * config.epochs - 1)}:
                 learning_rate(config, step, 10)
             return

@@ -21,7 +21,7 @@ callbacks = ["BestEpochs"]
 data = { name = "bars" }
 views = { num_views = 2, operations = ["RandomHorizontalFlip"] }
 teacher = { model = { name = "two_layers", args = { width = 32 } }, train = { epochs = 3, batch_size = 32 } }
-student = { model = { name = "two_layers", args = { width = 8 } }, train = { epochs = 3, batch_size = 32 }, seeds = [0] }
+student = { model = { name = "two_layers", args = { width = 8 } }, train = { epochs = 3 }, seeds = [0] }
 distill = [{ loss = "logit_mae", margin = 0.1 }]
 compress = { steps = ["quantize"], baselines = false, latency_rounds = 3, quantize_train = { epochs = 1 } }
 """
@@ -56,7 +56,7 @@ def test_commands_list_what_the_plugin_brings(installed):
     assert "logit_mae" in {loss["name"] for loss in json.loads(losses.stdout)["losses"]}, losses.stderr
     schema = run(installed, *COMMAND, "recipe", "schema")
     assert "logit_mae" in schema.stdout
-    assert run(installed, *COMMAND, "recipe", "check", "plugged.toml").stdout.strip() == "plugged.toml: fine"
+    assert run(installed, *COMMAND, "recipe", "check", "plugged.toml").stdout.startswith("plugged.toml: fine")
 
 
 def test_recipe_check_knows_the_keys_of_the_plugin(installed):

@@ -14,6 +14,9 @@ from kdpipe.pipeline.recipe import new as recipe_new
 from kdpipe.pipeline.recipe.load import load_recipe
 from kdpipe.pipeline.recipe.template import DEFAULTS, OFFERED_LOSSES, toml_value
 from kdpipe.pipeline.recipe_app import recipe_app
+from kdpipe.stages.data.sources.user_function import DATASETS
+from kdpipe.stages.models.networks.mlp import mlp
+from kdpipe.stages.models.user_models import MODELS
 
 RECIPES = ROOT / "recipes"
 
@@ -79,7 +82,7 @@ def test_check_builds_networks_and_losses_without_data():
     assert "teacher: resnet20 has no argument 'widht'" in teacherless
     assert "compress: the model has no module 'nothing'" in teacherless
     assert "distill.1 (rkd): samples.weighting = 'entropy' needs a per-sample loss" in teacherless
-    assert "teacher.train.milestones have no effect with schedule = 'cosine'" in teacherless
+    assert "teacher.train.milestones is without effect: schedule = 'cosine'" in teacherless
     shown = called("check", "r.toml", "--set", "teacher.model.args={}", code=2).stdout
     assert "cache.layers.0: the model has no module 'layr3'; did you mean 'layer3'" in shown
     assert "distill.2 (hint) uses store 2, but there are 1" in shown
@@ -95,6 +98,9 @@ def test_check_builds_networks_and_losses_without_data():
         (["student.model.name=resnet18x"], "student: no model is called 'resnet18x'"),
         (["student.model.name=torchvision:resnet18"], "student: torchvision"),
         (["teacher.train={}", "student.model.weights=published"], "student: there are no published weights of cnn"),
+        (["student.train.optimizer=sdg"], "student.train.optimizer: there is no optimizer 'sdg'; did you mean 'sgd'"),
+        (["student.train.schedule=python:absent:f"], "student.train.schedule='python:absent:f': the module absent"),
+        (["student.train.min_lr=1.0"], "min_lr = 1 is above lr = 0.05"),
         (["views.operations=[{ name = 'Cutout', size = 8 }]"], "could cover all of an image of 8 x 8"),
         (["student.mean=[0.5]"], "student: a model's mean and std must be given together"),
         (["student.teachers.temperatures=[1.0, 2.0]"], "student.teachers.temperatures has 2 entries"),
@@ -111,6 +117,34 @@ def test_check_finds_what_a_run_would_refuse(changes, expected):
         assert "student: " in shown and "channels" in shown
     else:
         assert expected in shown
+
+
+NETS = """
+from torch import nn
+def random(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+def trained(num_classes):
+    model = random(num_classes)
+    nn.init.zeros_(model[1].weight), nn.init.zeros_(model[1].bias)
+    return model
+"""
+
+
+def test_check_wants_weights_of_an_untrained_teacher(here):
+    (here / "checked_nets.py").write_text(NETS)
+    written("name = 'r'\nteacher.model.name = 'x'\nstudent.model.name = 'cnn'\ndistill = [{ loss = 'kd' }]\n")
+    shown = called("check", "r.toml", "--set", "teacher.model.name=python:checked_nets:random", code=2).stdout
+    assert "the teacher python:checked_nets:random has random weights" in shown
+    assert "r.toml: fine" in called("check", "r.toml", "--set", "teacher.model.name=python:checked_nets:trained").stdout
+    shown = called("check", "r.toml", "--set", "teacher.model.name=cnn", code=2).stdout
+    assert "the teacher has neither [teacher.train] nor teacher.model.weights" in shown
+
+
+def test_check_knows_registered_names(here, monkeypatch):
+    monkeypatch.setattr(DATASETS, "_registered", {"my_data": called})
+    monkeypatch.setattr(MODELS, "_registered", {"my_net": mlp})
+    overrides = ["data.name=my_data", "student.model={ name = 'my_net' }", "distill=[{ loss = 'kd' }]"]
+    shown = called("check", RECIPES / "digits.toml", *(part for each in overrides for part in ("--set", each))).stdout
+    assert "the size of the images is unknown until my_data is read" in shown
 
 
 def test_check_notes_absent_files_and_unknown_sizes(here):

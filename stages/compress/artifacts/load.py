@@ -23,6 +23,7 @@ from kdpipe.stages.models.build import architecture as build_record
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
+from kdpipe.stages.models.user_models import is_user_model
 from kdpipe.stages.models.weights import load_entries
 from kdpipe.stages.runtime.user_code import is_user_reference
 from kdpipe.store import KdpipeError
@@ -92,25 +93,37 @@ def image_shape_of(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
     return int(architecture["in_channels"]), int(height), int(width)
 
 
-def _build(
-    architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, trust_python: bool, given: nn.Module | None
-) -> nn.Module:
+def _configured(architecture: Mapping[str, Any], *, trust_python: bool, given: nn.Module | None) -> ModelConfig:
+    """Return the configuration of the recorded network; refuse code that is absent or not trusted."""
     name, args = str(architecture["model"]), dict(architecture["args"])
-    if name.startswith(OBJECT) and given is None:
+    if given is not None:
+        return GivenModel(name=name, args=args, module=given)
+    if name.startswith(OBJECT):
         raise ModelError(f"it is a Python object, {name.removeprefix(OBJECT)}: give a network of that class.")
-    if is_user_reference(name) and not trust_python and given is None:
+    if is_user_reference(name) and not trust_python:
         raise ModelError(
             f"its model is {name!r}, code outside the file: pass trust_python=True if you trust that code."
         )
-    config = ModelConfig(name=name, args=args) if given is None else GivenModel(name=name, args=args, module=given)
-    channels, height, width = image_shape_of(architecture)
-    now = build_record(config, int(architecture["num_classes"]), channels, (height, width))
-    if now.get("source_sha256") != architecture.get("source_sha256"):
+    if "source_sha256" in architecture and not is_user_model(name):
+        raise ModelError(f"its model is {name!r}, a registered one: import the module that registers it.")
+    return ModelConfig(name=name, args=args)
+
+
+def _warn_of_edits(architecture: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if "source_sha256" in architecture and now.get("source_sha256") != architecture["source_sha256"]:
         warnings.warn(
-            f"the source of {name}, or of a module that it imports, was edited since the file was written: even if the "
-            "weights fit, the network may compute something else.",
-            stacklevel=3,
+            f"the source of {architecture['model']}, or of a module that it imports, was edited since the file was "
+            "written: even if the weights fit, the network may compute something else.",
+            stacklevel=4,
         )
+
+
+def _build(
+    architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], *, trust_python: bool, given: nn.Module | None
+) -> nn.Module:
+    config = _configured(architecture, trust_python=trust_python, given=given)
+    channels, height, width = image_shape_of(architecture)
+    _warn_of_edits(architecture, build_record(config, int(architecture["num_classes"]), channels, (height, width)))
     model = build_model(
         config,
         num_classes=int(architecture["num_classes"]),

@@ -187,8 +187,8 @@ def _image_and_label(sample: Any, where: str) -> tuple[Any, Any]:
     parts = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, tuple | list) else ()
     types = ", ".join(type(part).__name__ for part in parts)
     raise DataError(
-        f"{where}: found {type(sample).__name__}{types and f' of {types}'}, wanted (image, label): wrap the data set in "
-        "one that returns these two."
+        f"{where}: found {type(sample).__name__}{types and f' of {types}'}, wanted (image, label): wrap the data set "
+        "in one that returns these two."
     )
 
 
@@ -255,8 +255,8 @@ def _unequal(name: str, index: int, found: tuple[int, ...], first: tuple[int, ..
 def _positions(dataset: Any, num_samples: int) -> npt.NDArray[np.int64]:
     """Return the positions of the samples in the whole set, of which a torch Subset is a part."""
     if isinstance(dataset, torch.utils.data.Subset):
-        whole = _positions(dataset.dataset, len(dataset.dataset))  # type: ignore[arg-type]
-        return whole[np.asarray(dataset.indices)]
+        indices: npt.NDArray[np.int64] = np.asarray(dataset.indices, dtype=np.int64)
+        return _positions(dataset.dataset, len(dataset.dataset)).take(indices)  # type: ignore[arg-type]
     return np.arange(num_samples, dtype=np.int64)
 
 

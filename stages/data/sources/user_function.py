@@ -23,7 +23,7 @@ from kdpipe.stages.data.sources.torchvision import NAMES, list_digits, list_torc
 from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError, UnknownDataError, cause
 from kdpipe.stages.runtime.plugins import Registry
-from kdpipe.stages.runtime.user_code import is_user_reference, user_code_context
+from kdpipe.stages.runtime.user_code import import_callable, is_user_reference, user_code_context
 from kdpipe.store.errors import KdpipeError
 
 _BUILTIN: dict[str, Callable[..., Any]] = {
@@ -60,7 +60,7 @@ def list_user_dataset(
         DataError: The function does not exist, raises, or returns something else.
     """
     with user_code_context():
-        function = DATASETS.get(name)
+        function = import_callable(name, DATASETS.key, DataError) if is_user_reference(name) else DATASETS.get(name)
         returned = _call(name, function, split, root)
         if is_torch_dataset(returned):
             return list_torch_dataset(returned, name, image_size=size, channels=channels)

@@ -54,11 +54,19 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], record
         for own, saved in zip(fresh, saved_groups, strict=True)
     ]
     optimizer.load_state_dict({**rest, "state": state, "param_groups": groups})
-    for index, slot in state.items():  # torch casts floats to the parameter's type
-        own = optimizer.state[parameters[index]]
-        for name, value in slot.items():
-            if isinstance(value, Tensor) and own[name].dtype != value.dtype:
-                own[name] = value.to(own[name].device)
+    for index, slot in state.items():
+        optimizer.state[parameters[index]] = _exact(optimizer.state[parameters[index]], slot)
+
+
+def _exact(loaded: Any, saved: Any) -> Any:
+    """Return what was saved, on the device to which torch moved it: it casts tensors, and takes texts for lists."""
+    if isinstance(saved, Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(saved, dict):
+        return {key: _exact(loaded[key], value) for key, value in saved.items()}
+    if isinstance(saved, list | tuple):
+        return type(saved)(_exact(one, value) for one, value in zip(loaded, saved, strict=True))
+    return saved
 
 
 def _is_plain(value: Any) -> bool:
@@ -80,8 +88,8 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor], optimizer: str) -> 
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise RecipeError(
-        f"the optimizer {optimizer} keeps a {type(value).__name__} in its state ({path}), which a checkpoint cannot hold: "
-        "choose another train.optimizer."
+        f"the optimizer {optimizer} keeps a {type(value).__name__} in its state ({path}), which a checkpoint cannot "
+        "hold: choose another train.optimizer."
     )
 
 

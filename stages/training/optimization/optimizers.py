@@ -86,7 +86,7 @@ def make_optimizer(name: str, groups: Groups, offered: Mapping[str, Any], args: 
         raise RecipeError(f"train.optimizer = {name!r} cannot be built with {given} ({cause(error)}).") from error
     if not isinstance(optimizer, Optimizer):
         raise RecipeError(
-            f"train.optimizer = {name!r} built a {type(optimizer).__name__}, not a torch.optim.Optimizer."
+            f"train.optimizer = {name!r} returned a {type(optimizer).__name__}, not a torch.optim.Optimizer."
         )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:

@@ -8,8 +8,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.training.optimization.timm_glue import import_timm
 
+LISTS = (nn.Sequential, nn.ModuleList)
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -43,7 +45,8 @@ def parameter_groups(
 def layer_scales(model: nn.Module, decay: float) -> dict[int, float]:
     """Return the factor of the learning rate of each parameter, by its id: decay^0 in the last layer.
 
-    The layers are timm's if the model groups its parameters as timm's models do, else those of `layers_of`.
+    The layers are timm's if the model groups its parameters as timm's models do, else those of `layers_of`. Raises
+    RecipeError if there is only one.
     """
     named = dict(model.named_parameters())
     if hasattr(model, "group_matcher"):
@@ -51,26 +54,35 @@ def layer_scales(model: nn.Module, decay: float) -> dict[int, float]:
         found: dict[str, int] = group(model, model.group_matcher(coarse=False), reverse=True)
         depths = {id(named[name]): depth for name, depth in found.items()}
     else:
-        layers = list(layers_of(model, sum(one.numel() for one in named.values())))
-        depths = {}
-        depth = -1
-        for layer in layers:  # norms and biases alone belong to the layer before them
+        depths, depth = {}, -1
+        for layer in layers_of(model):  # norms and biases alone belong to the layer before them
             depth += depth < 0 or any(one.ndim > 1 for one in layer.parameters())
             depths |= {id(one): depth for one in layer.parameters() if id(one) not in depths}
     last = max(depths.values(), default=0)
+    if last == 0:
+        raise RecipeError("train.layer_decay has no effect on a network of one layer: leave it out.")
     return {id(one): decay ** (last - depths.get(id(one), 0)) for one in named.values()}
 
 
-def layers_of(module: nn.Module, num_parameters: int) -> Iterator[nn.Module]:
-    """Yield the layers of a network, in the order of their definition.
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers of a network, in the order of their definition: those of a ResNet are its blocks.
 
-    Lists and sequences are divided, and so is a module with more than half of the network's parameters: the layers of a
-    ResNet are its blocks. A parameter outside of all layers, such as a class token, belongs to the first one.
+    Divided are the network, sequences, lists, and modules that contain a list of blocks or only one module. A parameter
+    outside of all layers, such as a class token, belongs to the first one.
     """
-    children = [child for child in module.children() if any(True for _ in child.parameters())]
-    size = sum(one.numel() for one in module.parameters())
-    if children and (type(module) in (nn.Sequential, nn.ModuleList) or 2 * size > num_parameters):
-        for child in children:
-            yield from layers_of(child, num_parameters)
-    else:
-        yield module
+    for child in (one for one in model.children() if any(True for _ in one.parameters())):
+        grandchildren = [one for one in child.children() if any(True for _ in one.parameters())]
+        if grandchildren and (type(child) in LISTS or len(grandchildren) == 1 or _has_blocks(child)):
+            yield from layers_of(child)
+        else:
+            yield child
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    """Return whether there is a list of two or more blocks inside; a block has children, and is not a sequence."""
+    lists = (one for one in module.modules() if type(one) in LISTS)
+    return any(sum(_is_block(one) for one in found.children()) > 1 for found in lists)
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not isinstance(module, LISTS) and any(True for _ in module.children())

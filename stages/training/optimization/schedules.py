@@ -101,6 +101,6 @@ def _called(name: str, schedule: Callable[..., float], keywords: Mapping[str, An
         raise RecipeError(f"train.schedule = {name!r} failed with {dict(keywords)} ({cause(error)}).") from error
     if not 0 <= rate < math.inf:
         raise RecipeError(
-            f"train.schedule = {name!r} returned the rate {rate} with {dict(keywords)}: wanted 0 or more."
+            f"train.schedule = {name!r} returned {rate} with {dict(keywords)}: wanted a rate of 0 or more."
         )
     return rate

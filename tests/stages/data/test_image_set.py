@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from kdpipe.stages.data.image_set import STD_FLOOR, ImageSet, digest, normalization, pixel_checksums
 from kdpipe.stages.errors import DataError
@@ -34,6 +35,19 @@ def test_image_set_sizes() -> None:
     image_set = _image_set()
     assert (image_set.num_samples, image_set.num_classes, image_set.in_channels) == (3, 2, 3)
     assert image_set.image_size == (2, 4)
+
+
+def test_a_set_is_a_torch_dataset_of_pairs() -> None:
+    found = _image_set()
+    assert len(found) == found.num_samples
+    assert found.classes == found.class_names
+    images, labels = next(iter(DataLoader(found, batch_size=len(found))))  # type: ignore[arg-type]
+    assert torch.equal(images, torch.as_tensor(found.images))
+    assert torch.equal(labels, found.labels)
+    assert len(list(found)) == len(found)  # type: ignore[call-overload]
+    assert torch.equal(found[-1][0], images[-1])
+    with pytest.raises(IndexError):
+        found[len(found)]
 
 
 def test_a_set_cannot_be_changed() -> None:

@@ -191,7 +191,8 @@ def test_an_epoch_that_was_left_is_followed_by_the_next(stores, name):
 
 def test_a_new_iteration_ends_the_last(stores):
     loader = loader_of(stores)
-    first, second = iter(loader), iter(loader)
+    first, second, _ = iter(loader), iter(loader), iter(loader)
+    next(first)
     next(second)
     with pytest.raises(RuntimeError, match="another iteration of the same loader was started"):
         next(first)

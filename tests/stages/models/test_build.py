@@ -29,7 +29,7 @@ def sized(image_size, in_channels, num_classes, *, bias):
     return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * image_size[0] * image_size[1], num_classes, bias=bias))
 
 def anything(**kwargs):
-    assert sorted(kwargs) == ["image_size", "in_channels", "num_classes", "twist"]
+    assert sorted(kwargs) == ["num_classes", "twist"]
     return Net(kwargs["num_classes"])
 
 def no_module(num_classes):
@@ -181,7 +181,20 @@ def test_the_least_images_train(name: str) -> None:
 def test_a_factory_gets_the_keywords_it_takes(own: str) -> None:
     assert build(f"{own}:Net", width=5)[1].out_features == 5
     assert build(f"{own}:sized", (1, 8, 6), bias=False)[1].in_features == 48
-    assert isinstance(build(f"{own}:anything", twist=1), nn.Module)
+
+
+def test_kwargs_of_a_factory_take_only_args(own: str) -> None:
+    config = ModelConfig(name=f"{own}:anything", args={"twist": 1, "num_classes": 10})
+    assert isinstance(build_model(config, num_classes=10, in_channels=3, image_size=(8, 8), seed=0), nn.Module)
+    with says(f"{own}:Net: args.num_classes is set by kdpipe itself"):
+        architecture_args = {"num_classes": 10}
+        build_model(
+            ModelConfig(name=f"{own}:Net", args=architecture_args),
+            num_classes=10,
+            in_channels=3,
+            image_size=(8, 8),
+            seed=0,
+        )
 
 
 @pytest.mark.parametrize(

@@ -265,13 +265,16 @@ def test_a_reference_describes_itself_with_a_digest_of_its_file(own: Path) -> No
     assert described["transform"] == "python:own_views:make"
     assert described["transform_source_sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
     own.write_text(own.read_text() + "# edited\n")
+    with pytest.warns(UserWarning, match=r"own_views.py was edited after it was imported"):
+        assert transform_identity(config) == described  # the code that runs
+    del sys.modules["own_views"]
     assert transform_identity(config) != described
 
 
 def test_a_reference_without_a_file_is_not_described(own: Path) -> None:
-    with refuses("later edits of sys could not be noticed, since it has no file"):
+    with refuses("later edits of its source could not be noticed, since its module cannot be read"):
         transform_identity(ViewsConfig(engine="transforms", transform="python:sys:exc_info"))
     build_transform([], "python:own_views:make")
     own.unlink()
-    with refuses("later edits of own_views could not be noticed, since its file"):
+    with refuses(f"later edits of its source could not be noticed, since {own} cannot be read"):
         transform_identity(ViewsConfig(engine="transforms", transform="python:own_views:make"))

@@ -5,12 +5,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
-from kdpipe.stages.errors import DataError
+from kdpipe.stages.data.sources.user_function import DATASETS, register_dataset
+from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError
 
 MODULE = """
 import numpy as np
@@ -27,6 +29,25 @@ def arrays(split):
 
 def tensors(split):
     return torch.from_numpy(IMAGES)[..., None], torch.from_numpy(LABELS), torch.arange(6) + 50
+
+
+def any_keywords(split, **root):
+    assert not root
+    return IMAGES, LABELS
+
+
+class Pairs(torch.utils.data.Dataset):
+    classes = ["a", "b", "c"]
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.from_numpy(IMAGES[index]), int(LABELS[index])
+
+
+def pairs(split):
+    return Pairs()
 
 
 def rooted(split, root):
@@ -92,10 +113,51 @@ def test_a_function_may_take_the_root_and_name_the_classes(tmp_path: Path) -> No
     assert _load("toys:rooted", root=str(tmp_path)).class_names == (str(tmp_path), "b", "c")
 
 
-def test_the_search_path_is_left_as_it_was(tmp_path: Path) -> None:
-    before = list(sys.path)
-    _load("toys:arrays")
-    assert sys.path == before
+def test_keywords_of_a_function_attract_no_root() -> None:
+    assert _load("toys:any_keywords").num_samples == 6
+
+
+def test_a_function_may_return_a_torch_dataset() -> None:
+    train = _load("toys:pairs", channels=3, image_size=4)
+    assert train.class_names == ("a", "b", "c")
+    assert train.images.shape == (6, 3, 4, 4)
+    assert train.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a registered data set."""
+    monkeypatch.setattr(DATASETS, "_registered", {})
+
+    @register_dataset("my_gray-images")
+    def gray(split: str, root: str) -> Any:
+        return np.full((4, 2, 2), 7, np.uint8), np.array([0, 1, 0, 1]), np.arange(4) + 3, ("x", root)
+
+    return "my_gray-images"
+
+
+def test_a_registered_data_set_loads_by_name(registered: str, tmp_path: Path) -> None:
+    train = load_dataset(DataConfig(name=registered, root=str(tmp_path)), "train")
+    assert train.name == registered
+    assert train.class_names == ("x", str(tmp_path))
+    assert train.sample_ids.tolist() == [3, 4, 5, 6]
+
+
+def test_a_registered_data_set_is_suggested(registered: str) -> None:
+    with pytest.raises(UnknownDataError, match="did you mean 'my_gray-images'"):
+        load_dataset(DataConfig(name="my_gray_images"), "train")
+
+
+@pytest.mark.parametrize("name", ["digits", "CIFAR100", "npz", "imagefolder"])
+def test_a_built_in_data_set_cannot_be_replaced(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"there is a data set called '{name}' already"):
+        register_dataset(name)(lambda split: None)
+
+
+def test_the_current_folder_is_the_last_on_the_path(tmp_path: Path) -> None:
+    for _ in range(2):
+        _load("toys:arrays")
+        assert [place for place, entry in enumerate(sys.path) if entry == str(tmp_path)] == [len(sys.path) - 1]
 
 
 @pytest.mark.parametrize(
