@@ -165,6 +165,11 @@ def test_source_decides_a_job_unless_built_in():
     assert len(digests[0]) == 64
 
 
+def test_unregistered_class_says_how_to_name_it():
+    with pytest.raises(RecipeError, match="LogitLoss has no name: decorate the class with @kd.register_loss"):
+        LogitLoss()
+
+
 def test_unregistered_subclass_of_a_loss_has_its_own_source():
     class Mine(KD):
         def compute(self, inputs):
