@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,6 +26,12 @@ from kdpipe.stages.training.optimization.schedules import SCHEDULES, make_schedu
 from kdpipe.stages.training.optimization.timm_glue import PREFIX
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _completed(names: Iterable[str]) -> Any:
+    """Return what makes editors complete these names, where others are valid too."""
+    return Field(json_schema_extra={"anyOf": [{"enum": list(names)}, {"type": "string"}]})
+
 
 
 @section
@@ -74,7 +80,7 @@ class TrainConfig:
 
     epochs: Annotated[int, Field(ge=0, le=10**6)] = 20
     batch_size: Count = 128
-    optimizer: PathStr = "sgd"
+    optimizer: Annotated[PathStr, _completed(OPTIMIZERS.builtin)] = "sgd"
     lr: Annotated[float, Field(gt=0, le=1e6)] = 0.05
     momentum: Fraction = 0.9
     nesterov: bool = False
@@ -83,7 +89,7 @@ class TrainConfig:
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     decay_norm_and_bias: bool = True
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    schedule: PathStr = "cosine"
+    schedule: Annotated[PathStr, _completed(SCHEDULES.builtin)] = "cosine"
     schedule_args: dict[str, Any] = field(default_factory=dict)
     min_lr: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 0.0
