@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kdpipe import datasets
+from kdpipe.models import ModelInfo, given_model, info_of, remember
 from kdpipe.pipeline import steps
 from kdpipe.results import TeacherResult
 from kdpipe.runs import CallbackLike, RunOptions
@@ -20,7 +21,6 @@ from kdpipe.stages.context import StageContext, model_normalization, test_contex
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.build import GivenModel
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.given import ModelInfo, given_model, info_of, remember
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import weights_sha256
