@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from kdpipe.datasets import as_image_set
+from kdpipe.models import info_of
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
 from kdpipe.runs import RunOptions
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.given import info_of
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.store import TargetStore

@@ -51,7 +51,6 @@ WITHOUT_CODE = {"user_code": False}
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 @overload
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def register_loss(name: L) -> L: ...
 @overload
 def register_loss(name: Callable[..., object]) -> Callable[..., Loss]: ...

@@ -33,7 +33,6 @@ def _completed(names: Iterable[str]) -> Any:
     return Field(json_schema_extra={"anyOf": [{"enum": list(names)}, {"type": "string"}]})
 
 
-
 @section
 class TrainConfig:
     """Configuration of training: epochs, batches, optimizer and schedule.
