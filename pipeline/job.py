@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kdpipe.pipeline.run import Run
     from kdpipe.stages.compress.compress import Step
     from kdpipe.stages.runtime.distributed import ProcessGroup
-    from kdpipe.stages.runtime.events import ProgressEvent
+    from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
     from kdpipe.stages.runtime.launcher import WorkShard
 
 DISTRIBUTED = ("train-teacher", "train-student", "compare")
@@ -74,15 +74,12 @@ def run_job(
     """
     # Signals first: a job stopped while torch loads must exit with 75 too.
     with guarded(), handle_signals(options.max_duration) as should_stop:
-        from kdpipe.pipeline.callbacks.registry import build_callbacks
-        from kdpipe.pipeline.recipe.load import recipe_json
         from kdpipe.pipeline.run import Run
-        from kdpipe.stages.runtime.events import RunMonitor
         from kdpipe.stages.runtime.gpu.device import select_device
         from kdpipe.store import exclusive, shared
 
         loaded, folder = _load(recipe, options)
-        callbacks = build_callbacks(_callbacks_of(loaded, options))
+        monitor = _monitor(loaded, folder, options, should_stop)
         work, work_shard = _work(command, count, only), _work_shard(part) if command == "cache-teacher" else None
         # Before the processes join: a group that uses GPUs asks CUDA for the devices, which works only once.
         fraction = loaded.gpu_memory_fraction
@@ -91,12 +88,6 @@ def run_job(
         lock = shared if command == "cache-teacher" else exclusive
         with _process_group(command, should_stop) as process_group, ExitStack() as locks:
             process_group.on_main(lambda: _lock(locks, lock(folder, folder / ".kdpipe.lock")))
-            monitor = RunMonitor(
-                should_stop=should_stop,
-                callbacks=callbacks,
-                config=recipe_json(loaded),
-                run_dir=folder,
-            )
             run = Run(
                 loaded,
                 folder,
@@ -117,11 +108,16 @@ def run_job(
                     raise typer.Exit(code)
 
 
-def _callbacks_of(recipe: Recipe, options: JobOptions) -> Sequence[str | dict[str, Any]]:
-    """Return the callbacks of the recipe, and that of --tensorboard."""
-    own = "tensorboard"
+def _monitor(recipe: Recipe, folder: Path, options: JobOptions, should_stop: Callable[[], bool]) -> RunMonitor:
+    """Return a monitor with the stop flag, and with the callbacks of the recipe and of --tensorboard."""
+    from kdpipe.pipeline.callbacks.registry import build_callbacks
+    from kdpipe.pipeline.recipe.load import recipe_json
+    from kdpipe.stages.runtime.events import RunMonitor
+
     named = [entry if isinstance(entry, str) else entry["name"] for entry in recipe.callbacks]
-    return [*recipe.callbacks, own] if options.tensorboard and own not in named else recipe.callbacks
+    more = ["tensorboard"] if options.tensorboard and "tensorboard" not in named else []
+    callbacks = build_callbacks([*recipe.callbacks, *more])
+    return RunMonitor(should_stop=should_stop, callbacks=callbacks, config=recipe_json(recipe), run_dir=folder)
 
 
 @contextmanager

@@ -68,10 +68,7 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
             except StoppedEarly:  # during evaluation: all steps of the epoch, and its sums, are complete
                 _save(job, state, progress, hooks)
                 raise
-            if progress.stopped_by and progress.epoch < job.config.epochs:
-                _record_stop(job, progress)
-            if _is_over(job, progress):
-                _save(job, state, progress, hooks)
+            _save_if_over(job, state, progress, hooks)
             monitor.report(_event(job, progress, steps, progress.history[-1]))
         use_evaluated_weights(state.optimizer, state.average)
     return progress.history
@@ -82,10 +79,13 @@ def _is_over(job: TrainJob, progress: Progress) -> bool:
     return progress.epoch >= job.config.epochs or any("stopped_by" in line for line in progress.history[-1:])
 
 
-def _record_stop(job: TrainJob, progress: Progress) -> None:
-    """Note in the metrics of the last epoch which callback ended the training."""
-    progress.history[-1]["stopped_by"] = progress.stopped_by
-    job.process_group.on_main(lambda: job.job_dir.write_metrics(progress.history))
+def _save_if_over(job: TrainJob, state: TrainState, progress: Progress, hooks: Hooks) -> None:
+    """Write the checkpoint after the last epoch; its metrics say which callback ended the training, if one did."""
+    if progress.stopped_by and progress.epoch < job.config.epochs:
+        progress.history[-1]["stopped_by"] = progress.stopped_by
+        job.process_group.on_main(lambda: job.job_dir.write_metrics(progress.history))
+    if _is_over(job, progress):
+        _save(job, state, progress, hooks)
 
 
 def _save(job: TrainJob, state: TrainState, progress: Progress, hooks: Hooks) -> None:

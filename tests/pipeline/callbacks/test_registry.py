@@ -6,7 +6,10 @@ from support.kdpipe_process import RECIPE
 from kdpipe.pipeline.callbacks.files import CSVLogger
 from kdpipe.pipeline.callbacks.registry import CALLBACKS, build_callbacks, callback_faults
 from kdpipe.pipeline.callbacks.tracker import Tracker
+from kdpipe.pipeline.job import _monitor
 from kdpipe.pipeline.recipe.check import check_recipe
+from kdpipe.pipeline.recipe.load import load_recipe
+from kdpipe.pipeline.session.options import JobOptions
 from kdpipe.stages.errors import RecipeError
 
 MODULE = """
@@ -96,3 +99,13 @@ def test_a_registered_callback_is_found_by_name():
         assert type(build_callbacks(["mine"])[0]) is CSVLogger
     finally:
         del CALLBACKS._registered["mine"]
+
+
+@pytest.mark.parametrize(
+    ("named", "built"), [("[]", ["tensorboard"]), ('["tensorboard", "csv"]', ["tensorboard", "csv"])]
+)
+def test_the_option_adds_tensorboard_once(tmp_path, named, built):
+    (tmp_path / "r.toml").write_text(f"callbacks = {named}\n{RECIPE}")
+    monitor = _monitor(load_recipe(tmp_path / "r.toml"), tmp_path, JobOptions(tensorboard=True), lambda: False)
+    assert [callback.name for callback in monitor.callbacks] == built
+    assert (monitor.config["name"], monitor.run_dir) == ("tiny", tmp_path)
