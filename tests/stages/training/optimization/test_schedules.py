@@ -105,5 +105,5 @@ def test_unusable_schedule_of_timm_is_refused(name, args, wanted):
 
 
 def test_min_lr_above_lr_is_refused():
-    with pytest.raises(ValueError, match="min_lr = 1 is above lr = 0.5"):
+    with pytest.raises(RecipeError, match="min_lr = 1 is above lr = 0.5"):
         TrainConfig(lr=0.5, min_lr=1.0)
