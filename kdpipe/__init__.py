@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdpipe import losses
     from kdpipe.compression import compress, prune, quantize
-    from kdpipe.datasets import load_dataset
+    from kdpipe.datasets import as_image_set, load_dataset
     from kdpipe.models import create_model, load_student
     from kdpipe.plugins import (
         register_callback,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "compression": "compress prune quantize",
-    "datasets": "load_dataset",
+    "datasets": "as_image_set load_dataset",
     "models": "create_model load_student",
     "plugins": "register_callback register_dataset register_loss register_model register_optimizer register_schedule",
     "reports": "evaluate report verify",
@@ -72,10 +72,11 @@ _SOURCES = {
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "Callback", "CallbackState", "CompressedResult", "DistillationLoader", "FingerprintMismatch", "ImageSet",
-    "KdpipeError", "StudentResult", "TargetStore", "TeacherResult", "Views", "__version__", "cache_teacher",
-    "compress", "create_model", "evaluate", "extract_features", "load_dataset", "load_student", "losses",
-    "open_store", "prune", "quantize", "register_callback", "register_dataset", "register_loss", "register_model",
-    "register_optimizer", "register_schedule", "report", "train_student", "train_teacher", "verify",
+    "KdpipeError", "StudentResult", "TargetStore", "TeacherResult", "Views", "__version__", "as_image_set",
+    "cache_teacher", "compress", "create_model", "evaluate", "extract_features", "load_dataset", "load_student",
+    "losses", "open_store", "prune", "quantize", "register_callback", "register_dataset", "register_loss",
+    "register_model", "register_optimizer", "register_schedule", "report", "train_student", "train_teacher",
+    "verify",
 ]
 # fmt: on
 

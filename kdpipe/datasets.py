@@ -8,6 +8,7 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset as load_split
 from kdpipe.stages.data.splits import Split
+from kdpipe.stages.errors import DataError
 
 
 def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ImageSet]:
@@ -35,14 +36,34 @@ def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ImageS
     return load_split(config, "train"), load_split(config, "test")
 
 
-def as_image_set(dataset: Any, split: Split) -> ImageSet:
-    """Return a data set as kdpipe reads it: an `ImageSet` as it is, a torch Dataset of (image, label) converted.
+def as_image_set(dataset: Any, split: Split = "train", *, like: ImageSet | None = None, **options: Any) -> ImageSet:
+    """Read a map-style torch Dataset of (image, label) into memory, as kdpipe keeps it; an `ImageSet` stays as it is.
+
+    All functions do so with what they are given. Call it yourself to convert a large data set once, or to set options.
+
+    Args:
+        dataset: The data set. Images must be raw: PIL images, uint8 arrays or tensors, or what ToTensor makes of them.
+        split: "train" or "test".
+        like: The training images, whose class names test images get if their data set has no `classes`.
+        **options: `name`, `class_names`, `sample_ids`, `image_size`, `channels` and `max_bytes`.
 
     Raises:
-        DataError: It is neither, or its images or labels are ambiguous.
+        DataError: It is neither, or its images or labels are ambiguous: normalized, augmented, of several sizes, ...
+
+    Example:
+        >>> import kdpipe as kd, torch
+        >>> images, labels = torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.arange(6) % 3
+        >>> kd.as_image_set(torch.utils.data.TensorDataset(images, labels)).num_classes
+        3
     """
     if isinstance(dataset, ImageSet):
         return dataset
+    if isinstance(dataset, str):
+        raise DataError(
+            f"{dataset!r} is a name: load the data set first, train, test = kdpipe.load_dataset({dataset!r})."
+        )
     from kdpipe.stages.data.sources.torch_dataset import image_set_from_dataset
 
-    return image_set_from_dataset(dataset, name=type(dataset).__name__, split=split)
+    if like is not None and not hasattr(dataset, "classes"):
+        options.setdefault("class_names", like.class_names)
+    return image_set_from_dataset(dataset, **{"name": type(dataset).__name__, "split": split, **options})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,48 @@ from torch import nn
 from kdpipe.datasets import as_image_set
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.build import GivenModel, ModelConfig, build_model
+from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.given import ModelInfo, given_model, remember
+from kdpipe.stages.models.normalization import Normalization
+
+INFO = "_kdpipe_info"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the Python API remembers of a network that it built or trained.
+
+    Attributes:
+        config: How it was built, None for a network of the user's.
+        normalize: The input scaling of its training, None before it.
+        starts_from: The identity of the network before its training.
+        trained_sha256: The digest of its weights after its training.
+    """
+
+    config: ModelConfig | None = None
+    normalize: Normalization | None = None
+    starts_from: dict[str, Any] | None = None
+    trained_sha256: str | None = None
+
+
+def info_of(model: nn.Module) -> ModelInfo:
+    """Return what is remembered of a network."""
+    found = vars(model).get(INFO)
+    return found if isinstance(found, ModelInfo) else ModelInfo()
+
+
+def remember(model: nn.Module, info: ModelInfo) -> None:
+    """Remember `info` of a network, as an attribute that copies keep."""
+    vars(model)[INFO] = info
+
+
+def given_model(model: nn.Module) -> GivenModel:
+    """Return the configuration of a network object: under its name and arguments if kdpipe built it."""
+    config = info_of(model).config
+    if config is None:
+        name = f"{OBJECT}{type(model).__module__}.{type(model).__qualname__}"
+        return GivenModel(name=name, module=model)
+    return GivenModel(name=config.name, args=config.args, weights=config.weights, module=model)
 
 
 def create_model(

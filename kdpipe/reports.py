@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from kdpipe.datasets import as_image_set
+from kdpipe.models import info_of
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
 from kdpipe.runs import RunOptions
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.given import info_of
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.views.config import ViewsConfig
 from kdpipe.store import TargetStore
@@ -47,15 +47,15 @@ def evaluate(
         ModelError: The scaling is unknown, or the network does not fit the images.
     """
     test_set = as_image_set(dataset, "test")
-    if isinstance(model, ModelBundle):
-        model, normalize = model.model, normalize or model.normalize
-    scaling = normalize or info_of(model).normalize
+    network: nn.Module = model.model if isinstance(model, ModelBundle) else model
+    known = model.normalize if isinstance(model, ModelBundle) else info_of(model).normalize
+    scaling = normalize or known
     if scaling is None:
         raise ModelError(
-            f"the input scaling of this {type(model).__name__} is unknown: give normalize=, such as loader.normalize."
+            f"the input scaling of this {type(network).__name__} is unknown: give normalize=, such as loader.normalize."
         )
     context = RunOptions(device=device, num_workers=num_workers).context(test_set, None, ViewsConfig(num_views=1))
-    return evaluate_in_depth(model.to(context.device), context.evaluation(scaling), context.device)
+    return evaluate_in_depth(network.to(context.device), context.evaluation(scaling), context.device)
 
 
 def report(run: str | Path, *, html: str | Path | None = None) -> Report:

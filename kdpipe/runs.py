@@ -18,7 +18,7 @@ from kdpipe.pipeline.callbacks.registry import build_callbacks
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.decode import with_size
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.data.loader.mix_partners import find_partners
 from kdpipe.stages.runtime.callbacks import Callback
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup, init_distributed
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
@@ -76,7 +76,7 @@ class RunOptions:
         """
         partners = None
         if views.mix is not None and store is not None:
-            partners = load_partner_pool(read_partner_pool(store), train_set, store)
+            partners = find_partners(store, train_set)
         context = StageContext(
             Path(),
             train_set,

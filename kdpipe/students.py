@@ -91,6 +91,7 @@ def train_student(
         raise RecipeError("losses need a store: give that of cache_teacher, or leave the losses out.")
     if places and views is not None:
         raise RecipeError("a student sees the views of its store: leave out views=, which is for students without one.")
+    train_set = datasets.as_image_set(dataset)
     config = StudentConfig(
         model=models.model_config(model, model_args),
         train=TrainConfig(**train),
@@ -104,8 +105,8 @@ def train_student(
         seed=seed,
         losses=tuple(map(_loss, losses)) or ((KD(),) if places else ()),
         places=places,
-        train_set=datasets.as_image_set(dataset, "train"),
-        test_set=datasets.as_image_set(test, "test"),
+        train_set=train_set,
+        test_set=datasets.as_image_set(test, "test", like=train_set),
         views=_views(places, views),
         run=Path(),
     )

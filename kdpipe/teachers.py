@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kdpipe import datasets
+from kdpipe.models import ModelInfo, given_model, info_of, remember
 from kdpipe.pipeline import steps
 from kdpipe.results import TeacherResult
 from kdpipe.runs import CallbackLike, RunOptions
@@ -20,7 +21,6 @@ from kdpipe.stages.context import StageContext, model_normalization, test_contex
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.build import GivenModel
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.given import ModelInfo, given_model, info_of, remember
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import weights_sha256
@@ -71,7 +71,8 @@ def train_teacher(
         KdpipeError: An input does not fit, or the folder holds another job.
     """
     run_options = RunOptions(run, device, num_workers, progress, callbacks)
-    train_set, test_set = datasets.as_image_set(dataset, "train"), datasets.as_image_set(test, "test")
+    train_set = datasets.as_image_set(dataset)
+    test_set = datasets.as_image_set(test, "test", like=train_set)
     config = TeacherConfig(model=_object(model), train=TrainConfig(**train), mean=_numbers(mean), std=_numbers(std))
     context = run_options.context(train_set, test_set, views or ViewsConfig())
     teacher = build_teacher(config, seed, context)
@@ -143,8 +144,8 @@ def cache_teacher(
         KdpipeError: An input does not fit, or the teacher's outputs are not finite.
     """
     run_options, path = RunOptions(None, device, num_workers, progress), Path(path).expanduser().absolute()
-    train_set, views = datasets.as_image_set(dataset, "train"), views or ViewsConfig()
-    test_set = None if test is None else datasets.as_image_set(test, "test")
+    train_set, views = datasets.as_image_set(dataset), views or ViewsConfig()
+    test_set = None if test is None else datasets.as_image_set(test, "test", like=train_set)
     context = run_options.context(train_set, test_set, views, store=path if path.exists() else None)
     bundle = _bundle(teacher, context, _numbers(mean), _numbers(std))
     config, wanted = CacheConfig(**cache), [parse_feature(text) for text in features]

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.sample_selection import SampleSelection
     from kdpipe.stages.losses.schedules import Schedule, TrainProgress
     from kdpipe.stages.models.hooks import ModelOutput
+    from kdpipe.stages.runtime.collectives import all_gather_with_grad
+    from kdpipe.stages.targets.feature_spec import FeatureSpec
 
 _MODULES = {
     "losses.base": "FeatureLoss LogitLoss Loss MapLoss SoftLogitLoss",
@@ -64,15 +66,17 @@ _MODULES = {
     "losses.sample_selection": "SampleSelection",
     "losses.schedules": "Schedule TrainProgress",
     "models.hooks": "ModelOutput",
+    "runtime.collectives": "all_gather_with_grad",
+    "targets.feature_spec": "FeatureSpec",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 # fmt: off
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "AT", "CC", "CRD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PKT", "RKD", "SP", "VID", "ATGradient",
-    "FeatureLoss", "FitNet", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss", "ModelOutput",
-    "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "SimKD", "SoftLogitLoss",
-    "TrainProgress", "functional",
+    "FeatureLoss", "FeatureSpec", "FitNet", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
+    "ModelOutput", "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "SimKD", "SoftLogitLoss",
+    "TrainProgress", "all_gather_with_grad", "functional",
 ]
 # fmt: on
 

@@ -66,8 +66,10 @@ def _build(entry: str | Mapping[str, Any], key: str) -> Callback:
 
 def _checked(entry: str | Mapping[str, Any], key: str) -> tuple[Callable[..., Callback], str, dict[str, Any]]:
     """Return what makes a callback, its name and its arguments, which fit. Raises RecipeError otherwise."""
-    arguments = {} if isinstance(entry, str) else dict(entry)
-    name = entry if isinstance(entry, str) else arguments.pop("name")
+    if not isinstance(entry, str | Mapping):
+        raise RecipeError(f"{key} is {entry!r:.80}: give a callback object, a name, or a table of name and arguments.")
+    arguments = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = str(arguments.pop("name", ""))
     make = CALLBACKS.get(name)
     parameters = inspect.signature(make).parameters
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

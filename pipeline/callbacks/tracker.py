@@ -49,14 +49,12 @@ class Tracker(MetricsLogger):
         if state.epoch >= state.num_epochs:  # only the export is left
             return
         kind = _tracker_class(self.backend)
-        is_new = self._run_id is None
-        self._run_id = self._run_id or uuid.uuid4().hex
-        settings = SETTINGS[self.backend](state, self._run_id, is_new) | self.settings
+        is_new, run_id = self._run_id is None, self._run_id or uuid.uuid4().hex
+        settings = SETTINGS[self.backend](state, run_id, is_new) | self.settings
         self._tracker = kind(settings.pop("project", _project(state)), **settings)
         self._tracker.main_process_only = False  # else it would set up accelerate's own process group and device
         self._tracker.start()
-        if self.backend in ID_OF:  # the tracker chooses the id
-            self._run_id = str(ID_OF[self.backend](self._tracker.tracker))
+        self._run_id = str(ID_OF[self.backend](self._tracker.tracker)) if self.backend in ID_OF else run_id
         if is_new:
             self._tracker.store_init_configuration(_config(state))
 

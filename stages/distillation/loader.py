@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor
 from kdpipe.stages.context import StageContext, model_normalization
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.labels import HardLabels
-from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.data.loader.mix_partners import find_partners
 from kdpipe.stages.data.loader.sampling import num_steps
 from kdpipe.stages.data.sources.torch_dataset import image_set_from_dataset
 from kdpipe.stages.errors import RecipeError
@@ -152,7 +151,7 @@ class DistillationLoader:
             opened.path, dataset, dataset, self.views, _device(device), monitor, num_workers=num_workers
         )
         if self.views.mix is not None:
-            context = replace(context, mix_partners=_partners(opened.path, dataset, mix_partners))
+            context = replace(context, mix_partners=find_partners(opened.path, dataset, mix_partners))
         open_with_views(opened.path, context.view_identity(), {})
         self._temperature = temperature
         if opened.manifest.top_k is not None:
@@ -241,14 +240,6 @@ def _image_set(dataset: Any) -> ImageSet:
     if isinstance(dataset, ImageSet):
         return dataset
     return image_set_from_dataset(dataset, name=type(dataset).__name__, split="train")
-
-
-def _partners(path: Path, dataset: ImageSet, whole: Any) -> ImageSet | None:
-    """Return the images that the store's views were mixed with; None if these are the data set."""
-    pool = read_partner_pool(path)
-    if np.array_equal(pool.ids, np.sort(dataset.sample_ids.numpy())):
-        return None
-    return load_partner_pool(pool, dataset if whole is None else _image_set(whole), path)
 
 
 def _process_group(rank: int | None, count: int | None) -> ProcessGroup:

@@ -168,7 +168,7 @@ class _NotGiven(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in (Tensor.__len__, Tensor.__getitem__) or getattr(func, "__name__", "") == "__get__":
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         raise RecipeError("the loss uses the labels or ranks of the samples, which are not given: call it with them.")
 
 

@@ -88,6 +88,10 @@ class Loss:
     store: Annotated[int, Field(ge=0), max_value(1000)] | None = None
     samples: SampleSelection = Field(default_factory=SampleSelection, kw_only=True)
 
+    def __post_init__(self) -> None:
+        if not self.loss:
+            raise RecipeError(f"the loss {type(self).__name__} has no name: decorate the class with @kd.register_loss.")
+
     def source_digests(self) -> dict[str, str]:
         """Return the digest of the source of a user's loss, which is part of what decides a job; none if built in."""
         written: Any = type(self).original or type(self)

@@ -123,7 +123,7 @@ def _describe(config: type[Loss]) -> LossDescription:
     del schema["properties"]["loss"]
     return LossDescription(
         name=config.loss,
-        module=None if config.__module__.partition(".")[0] == "kdpipe" else config.__module__,
+        module=_module_of(config),
         description=description_of(config),
         paper=config.paper,
         requires=config.requires,
@@ -133,6 +133,12 @@ def _describe(config: type[Loss]) -> LossDescription:
         input_gradient=config.input_gradient,
         keys=(*_keys(schema, attributes_of(config)), *_keys(samples, attributes_of(SampleSelection), "samples.")),
     )
+
+
+def _module_of(config: type[Loss]) -> str | None:
+    if is_user_reference(config.loss):
+        return config.loss.split(":")[1]
+    return None if config.__module__.partition(".")[0] == "kdpipe" else config.__module__
 
 
 def _keys(schema: Mapping[str, Any], texts: Mapping[str, str], prefix: str = "") -> Iterator[Key]:

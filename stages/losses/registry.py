@@ -49,8 +49,8 @@ WITHOUT_CODE = {"user_code": False}
 """Validation context that reads entries of losses that are not built in as `UnknownLoss`, and imports nothing."""
 
 
-@overload
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+@overload
 def register_loss(name: L) -> L: ...
 @overload
 def register_loss(name: Callable[..., object]) -> Callable[..., Loss]: ...
@@ -93,7 +93,7 @@ def loss_class(name: str) -> type[Loss]:
     Raises:
         RecipeError: There is none, or it is not a loss.
     """
-    found = LOSSES.get(name)
+    found: Any = LOSSES.get(name)
     return as_loss(found, name) if is_user_reference(name) else found
 
 
@@ -134,7 +134,7 @@ def _read_entry(value: Any, info: ValidationInfo) -> Loss:
         text = json.dumps({**common, "settings": settings})
         return TypeAdapter(UnknownLoss).validate_json(text)
     try:
-        kind = loss_class(name)
+        kind: Any = loss_class(name)
     except RecipeError as error:
         raise PydanticCustomError("loss_reference", "{text}", {"text": str(error)}) from error
     return _validator(kind).validate_json(json.dumps(value))  # type: ignore[no-any-return]

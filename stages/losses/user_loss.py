@@ -18,13 +18,20 @@ from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError, cause
 from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
+from kdpipe.stages.losses.schedules import FINISHED
+from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss
+from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
+from kdpipe.stages.targets.outputs import DenseTargets
 
 GIVEN = ("num_classes", "num_samples")
 """Keywords of a module's `__init__` that are no keys: the sizes of the data set."""
 
 MAX_INPUTS = 3
+
+NUM_TRIED = 4
+"""Samples of the batch on which a loss is tried."""
 
 
 @section
@@ -57,17 +64,9 @@ class LossCall(nn.Module):
         if not self.config.per_sample:
             tensors = [all_gather_with_grad(tensor) for tensor in tensors]
         loss = self.function(*tensors)
-        wanted = [len(tensors[0])] if self.config.per_sample else []
-        if not isinstance(loss, Tensor) or list(loss.shape) != wanted:
-            raise self._wrong_result(loss, wanted)
+        if not isinstance(loss, Tensor):
+            raise RecipeError(f"the loss {self.config.loss} returned {type(loss).__name__}: return a tensor.")
         return to_float32(loss)
-
-    def _wrong_result(self, loss: object, wanted: Sequence[int]) -> RecipeError:
-        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        return RecipeError(
-            f"the loss {self.config.loss} returned {found}, and {wanted} is wanted: return one value for each sample, "
-            "[B], or one for the batch, [], as @register_loss(per_sample=True) or (per_sample=False) declares."
-        )
 
 
 @cache
@@ -98,6 +97,35 @@ def as_loss(found: Any, name: str, per_sample: bool | None = None) -> type[Loss]
         f"{name} is {found!r:.80}, not a loss: it must be a class that derives from kdpipe.losses.Loss, a function of "
         "(student_logits, teacher_logits), or a class of torch modules with such a forward."
     )
+
+
+def try_loss(loss: Loss, module: nn.Module, student: Shapes, teacher: TeacherShapes, num_classes: int) -> None:
+    """Run a user's loss once on made-up outputs of these shapes, so that its mistakes show before a training.
+
+    Losses that are built in, contrastive or use the input's gradient are left out.
+
+    Raises:
+        RecipeError: It fails, or returns another shape than it should.
+    """
+    if type(loss).original is None or loss.num_negatives or loss.input_gradient:
+        return
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(NUM_TRIED, *shape, generator=generator)
+
+    output = ModelOutput(
+        drawn(num_classes).requires_grad_(), {layer: drawn(*shape) for layer, shape in student.items()}
+    )
+    targets = DenseTargets(drawn(num_classes), {feature: drawn(*shape) for feature, shape in teacher.items()})
+    number, ranks = (loss.store or 0) + 1, torch.arange(NUM_TRIED)
+    batch = DistillationBatch(output, [targets] * number, [None] * number, ranks % num_classes, ranks, FINISHED, {})
+    try:
+        WeightedLoss("tried", loss, module)(batch, targets)
+    except RecipeError:
+        raise
+    except Exception as error:  # a user's code
+        raise RecipeError(f"it fails on a batch of logits [{NUM_TRIED}, {num_classes}] ({cause(error)}).") from error
 
 
 def _named(found: type[Loss], name: str) -> type[Loss]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.inputs import LossInputs, Negatives
 from kdpipe.stages.losses.sample_selection import SampleSelection, compute_sample_weights, select_samples
 from kdpipe.stages.losses.schedules import Scheduled, TrainProgress, value_at
@@ -85,6 +86,12 @@ class WeightedLoss(nn.Module):
         if num_local == num_used == 1 < batch_size:  # batch norm needs two rows; twice the same has the same mean
             inputs = inputs.rows(torch.zeros(2, dtype=torch.int64, device=inputs.labels.device))
         loss: Tensor = self.loss(self._normalize_logits(inputs))
+        wanted = [len(inputs.labels)] if self.config.per_sample else []
+        if list(loss.shape) != wanted:
+            raise RecipeError(
+                f"the loss {type(self.config).__name__} returned a tensor of shape {list(loss.shape)}, and {wanted} is "
+                "wanted: one value for each sample, [B], or one for the batch, [], if it has per_sample = False."
+            )
         if sample_weights is not None:
             loss = sample_weights.to(loss) * loss
         weight = value_at(self.config.weight, batch.progress)

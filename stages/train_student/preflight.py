@@ -14,6 +14,7 @@ from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes
+from kdpipe.stages.losses.user_loss import try_loss
 from kdpipe.stages.models.hooks import feature_shapes
 from kdpipe.stages.targets.ensemble import check_teachers
 from kdpipe.stages.targets.feature_spec import source_shapes, statistic_shape
@@ -79,6 +80,8 @@ def _build(loss: Loss, shapes: Shapes, teacher: nn.Module, context: StageContext
     except ModelError as error:
         raise RecipeError(f"{entry}, the teacher: {error}") from error
     try:
-        loss.build(shapes, stored, DatasetInfo(2, context.train_set.num_classes))
+        num_classes = context.train_set.num_classes
+        module = loss.build(shapes, stored, DatasetInfo(2, num_classes))
+        try_loss(loss, module, shapes, stored, num_classes)
     except RecipeError as error:
         raise RecipeError(f"{entry}: {error}") from error

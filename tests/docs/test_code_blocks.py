@@ -95,11 +95,13 @@ def test_python_runs(page, tmp_path):
     assert done.returncode == 0, f"lines are those of {page}\n{done.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize("block", [block for block in blocks(*LANGUAGES) if block.values[0].not_run is not None])
-def test_blocks_that_cannot_run(block):
-    if block.language == "python":
+def test_blocks_that_cannot_run_are_counted():
+    not_run = [block for page in BLOCKS.values() for block in page if block.not_run is not None]
+    for block in not_run:
         compile(block.code, str(block), "exec")
-    pytest.skip(f"{block}: {block.not_run}")
+    if not_run:
+        reasons = "; ".join(f"{block} ({block.not_run})" for block in not_run)
+        pytest.skip(f"{len(not_run)} blocks are not run: {reasons}")
 
 
 @pytest.mark.parametrize("block", blocks("toml"))

@@ -10,7 +10,7 @@ import pytest
 from support.kdpipe_process import environment
 from support.paths import ROOT
 
-NAMES = ("store", "stages", "pipeline", "support", "config", "run")
+NAMES = ("store", "stages", "pipeline", "support", "config", "run", "losses", "models", "datasets", "plugins")
 FACTORY = """
 import pipeline, store
 from kdpipe.stages.models.networks.mlp import mlp

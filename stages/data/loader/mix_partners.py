@@ -23,6 +23,17 @@ def read_partner_pool(path: Path) -> Samples:
     return samples.take(np.argsort(samples.ids[: manifest.layout.segments[0]]))
 
 
+def find_partners(path: Path, image_set: ImageSet, whole: ImageSet | None = None) -> ImageSet | None:
+    """Return the images that the views of the store at `path` are mixed with; None if these are `image_set`.
+
+    They are looked for in `whole`, by default in `image_set`. Raises as `load_partner_pool` does.
+    """
+    pool = read_partner_pool(path)
+    if np.array_equal(pool.ids, np.sort(image_set.sample_ids.numpy())):
+        return None
+    return load_partner_pool(pool, whole or image_set, path)
+
+
 def load_partner_pool(pool: Samples, image_set: ImageSet, path: Path) -> ImageSet:
     """Find the samples of `pool`, the partner pool of the store at `path`, in `image_set` by their ids.
 

@@ -49,6 +49,7 @@ def test_names_and_tables_are_built_in_order():
         ({"name": "csv", "path": "x"}, "callbacks.0: csv has no argument 'path'; it takes none."),
         (STOPPING, "EarlyStopping needs the argument 'patience'"),
         ("python:my_callbacks:EarlyStop", "my_callbacks has no function EarlyStop; did you mean 'EarlyStopping'"),
+        (CSVLogger, "give a callback object, a name, or a table"),
         ("python:no_such_module:X", "the module no_such_module cannot be imported"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import nn
 from kdpipe.losses import KD, LogitLoss, LossInputs, SampleSelection
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.describe import attributes_of, find_loss
-from kdpipe.stages.losses.user_loss import as_loss
+from kdpipe.stages.losses.user_loss import as_loss, try_loss
 
 MAE = as_loss(user_losses.logit_mae, "mae")
 SPREAD = as_loss(user_losses.batch_spread, "spread")
@@ -94,8 +94,27 @@ def test_wrong_result_says_what_is_wanted(result):
     def odd(student_logits, teacher_logits):
         return result(student_logits)
 
-    with pytest.raises(RecipeError, match=r"the loss odd returned .* return one value for each sample, \[B\]"):
+    with pytest.raises(
+        RecipeError, match=r"the loss odd returned (a tensor of shape .*one value for each sample, \[B\]|float)"
+    ):
         as_loss(odd, "odd", per_sample=True)()(STUDENT_LOGITS, TEACHER_LOGITS)
+
+
+def test_mistakes_show_before_a_training():
+    def broken(student_logits, teacher_logits):
+        return student_logits @ teacher_logits
+
+    def untouched(student_logits, teacher_logits):
+        return (student_logits - teacher_logits).square()
+
+    for function, message in (
+        (broken, r"it fails on a batch of logits \[4, 10\] \(RuntimeError"),
+        (untouched, r"\[4, 10\]"),
+    ):
+        loss = as_loss(function, "wrong")()
+        with pytest.raises(RecipeError, match=message):
+            try_loss(loss, loss.build({}, {}, DATASET), {}, {}, 10)
+    try_loss(MAE(), MAE().build({}, {}, DATASET), {}, {}, 10)
 
 
 def test_samples_can_be_selected():
@@ -163,6 +182,11 @@ def test_source_decides_a_job_unless_built_in():
     digests = [kind().source_digests()["source_sha256"] for kind in (MAE, SPREAD, CLASS)]
     assert len(set(digests)) == 1  # that of the file
     assert len(digests[0]) == 64
+
+
+def test_unregistered_class_says_how_to_name_it():
+    with pytest.raises(RecipeError, match="LogitLoss has no name: decorate the class with @kd.register_loss"):
+        LogitLoss()
 
 
 def test_unregistered_subclass_of_a_loss_has_its_own_source():

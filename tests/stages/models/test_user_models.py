@@ -19,7 +19,7 @@ from kdpipe.stages.compress.external_student import load_external
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import ModelError, RecipeError, UnknownModelError
 from kdpipe.stages.models.build import ModelConfig, architecture, build_model, list_models
-from kdpipe.stages.models.user_models import MODELS, register_model
+from kdpipe.stages.models.user_models import MODELS
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.teacher import TeacherConfig, load_teacher, teacher_identity
 from kdpipe.store import FingerprintMismatch
@@ -76,7 +76,7 @@ def own(factory: str = "net", **keys: Any) -> TeacherConfig:
 
 
 def register() -> Callable[..., nn.Module]:
-    @register_model("my_net")
+    @MODELS.register("my_net")
     def my_net(num_classes: int, in_channels: int, image_size: tuple[int, int], scale: float = 1.0) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * image_size[0] * image_size[1], num_classes))
 
@@ -201,4 +201,4 @@ def test_registered_networks_are_listed_and_suggested() -> None:
 @pytest.mark.parametrize("name", ["resnet20", "resnet18"])
 def test_a_built_in_network_cannot_be_replaced(name: str) -> None:
     with pytest.raises(RecipeError, match=f"a model called '{name}'"):
-        register_model(name)(nn.Identity)
+        MODELS.register(name)(nn.Identity)

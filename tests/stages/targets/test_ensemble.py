@@ -304,7 +304,7 @@ def test_lists_of_the_right_length_are_accepted():
 
 @pytest.mark.parametrize("settings", [{"weights": (1.0, -1.0)}, {"weights": (1.0, float("nan"))}, {"weights": "best"}])
 def test_invalid_weights_are_errors(settings):
-    with pytest.raises(ValueError, match="weights"):
+    with pytest.raises(RecipeError, match="weights"):
         TeachersConfig(**settings)
 
 

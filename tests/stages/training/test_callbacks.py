@@ -16,6 +16,7 @@ from kdpipe.pipeline.steps import train_student, train_teacher
 from kdpipe.stages.distillation.student_config import student_folder
 from kdpipe.stages.errors import RunError, StoppedEarly
 from kdpipe.stages.losses.features.fitnet import FitNet
+from kdpipe.stages.models.weights import weights_sha256
 from kdpipe.stages.runtime.callbacks import HOOKS, Callback
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.training.job_dir import JobDir
@@ -84,6 +85,24 @@ def test_hooks_are_called_in_order_with_their_numbers(tmp_path):
     assert (last.num_epochs, last.steps_per_epoch, last.error) == (2, STEPS, None)
     assert last.metrics["accuracy"] == JobDir(tmp_path / "teacher").result()["accuracy"]
     assert set(last.metrics) == {"epoch", "accuracy", "cross_entropy", "losses", "lr", "wall_s"}
+
+
+def test_the_weights_are_those_that_are_evaluated(tmp_path):
+    digests = {}
+
+    class Digest(Callback):
+        def on_step_end(self, state):
+            digests["step"] = weights_sha256(state.model)
+
+        def on_epoch_end(self, state):
+            digests["epoch"] = weights_sha256(state.model)
+
+        def on_run_end(self, state):
+            digests["run"] = weights_sha256(state.model)
+
+    config = dataclasses.replace(TEACHER, train=dataclasses.replace(TRAIN, ema_decay=0.9))
+    exported = train(tmp_path, Digest(), config=config)["identity"]["weights_sha256"]
+    assert digests["epoch"] == digests["run"] == exported != digests["step"]
 
 
 def test_a_resumed_training_starts_its_callbacks_again(tmp_path):

@@ -10,16 +10,21 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from support.tiny_run import TEACHER, tiny_context
+from support.tiny_run import STUDENT, TRAIN, tiny_context
 from support.two_processes import run_two_processes
 
-from kdpipe.pipeline.steps import train_teacher
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.callbacks import Callback, CallbackState
-from kdpipe.stages.runtime.distributed import init_distributed
+from kdpipe.stages.runtime.distributed import ProcessGroup, init_distributed
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.training.job import TrainJob
+from kdpipe.stages.training.job_dir import JobDir
+from kdpipe.stages.training.loop import train
+from kdpipe.stages.training.task import TrainingTask
 
 
 class Stopper(Callback):
@@ -47,15 +52,23 @@ def train_as(rank: int, folder: Path, port: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     stopper, error = Stopper(), ""
     with init_distributed(os.environ) as processes:
-        context = tiny_context(folder / "stopped", RunMonitor(callbacks=(stopper,)), process_group=processes)
-        result = train_teacher(TEACHER, 0, context)
+        history = train_with(stopper, folder / "stopped", processes)
         try:
-            monitor = RunMonitor(callbacks=(Broken(),))
-            train_teacher(TEACHER, 0, tiny_context(folder / "failed", monitor, process_group=processes))
+            train_with(Broken(), folder / "failed", processes)
         except RunError as caught:
             error = str(caught)
-    kept = {key: result[key] for key in ("num_epochs", "stopped_by")}
-    (folder / f"{rank}.json").write_text(json.dumps({**kept, "num_calls": stopper.num_calls, "error": error}))
+    found = {"stopped_by": [line.get("stopped_by") for line in history], "num_calls": stopper.num_calls, "error": error}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def train_with(callback: Callback, folder: Path, processes: ProcessGroup) -> list[dict[str, Any]]:
+    """Train the tiny student on its labels; return the metrics of its epochs."""
+    folder.mkdir(exist_ok=True)
+    context = tiny_context(folder)
+    task = TrainingTask(context.train_loader, 1, Normalization((0.5,), (0.5,)), fresh_views=True)
+    model = context.build_model(STUDENT.model, 0)
+    job = TrainJob("test", "test", model, task, None, TRAIN, 0, JobDir(folder), process_group=processes)
+    return train(job, context.device, RunMonitor(callbacks=(callback,)))
 
 
 def main(folder: Path) -> None:
@@ -70,7 +83,7 @@ def main(folder: Path) -> None:
 
 def test_two_processes_stop_together(tmp_path: Path) -> None:
     first, second = run_two_processes(__file__, tmp_path)
-    assert (first["num_epochs"], first["stopped_by"]) == (1, "Stopper")
+    assert first["stopped_by"] == ["Stopper"]
     assert (first.pop("num_calls"), second.pop("num_calls")) == (9, 0)
     assert first == second
     assert "the callback Broken failed in on_step_end (ValueError: no disk)" in first["error"]

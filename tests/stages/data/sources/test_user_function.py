@@ -11,7 +11,7 @@ import pytest
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
-from kdpipe.stages.data.sources.user_function import DATASETS, register_dataset
+from kdpipe.stages.data.sources.user_function import DATASETS
 from kdpipe.stages.errors import DataError, RecipeError, UnknownDataError
 
 MODULE = """
@@ -129,7 +129,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a registered data set."""
     monkeypatch.setattr(DATASETS, "_registered", {})
 
-    @register_dataset("my_gray-images")
+    @DATASETS.register("my_gray-images")
     def gray(split: str, root: str) -> Any:
         return np.full((4, 2, 2), 7, np.uint8), np.array([0, 1, 0, 1]), np.arange(4) + 3, ("x", root)
 
@@ -151,7 +151,7 @@ def test_a_registered_data_set_is_suggested(registered: str) -> None:
 @pytest.mark.parametrize("name", ["digits", "CIFAR100", "npz", "imagefolder"])
 def test_a_built_in_data_set_cannot_be_replaced(name: str) -> None:
     with pytest.raises(RecipeError, match=f"there is a data set called '{name}' already"):
-        register_dataset(name)(lambda split: None)
+        DATASETS.register(name)(lambda split: None)
 
 
 @pytest.mark.parametrize(
