@@ -302,7 +302,7 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 def run_all(run: Run) -> dict[str, Any]:
     """Run every stage; each skips finished work."""
-    for fault in faults_of_trainings(run.recipe, runs_user_code=True):
+    for fault in faults_of_trainings(run.recipe, imports=True):
         raise RecipeError(fault)
     dry_run(run.recipe.compress, run.recipe.student, run.context)
     require_losses(run)

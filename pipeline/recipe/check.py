@@ -51,7 +51,7 @@ def check_recipe(path: Path, overrides: Iterable[str], environ: Mapping[str, str
     if recipe is None:
         return Checked(str(path), tuple(faults))
     build_faults, build_notes = dry_build(recipe)
-    of_trainings = list(faults_of_trainings(recipe, runs_user_code=True))
+    of_trainings = list(faults_of_trainings(recipe, imports=True))
     faults += [one_line(f"{path}: {fault}") for fault in (*_incomplete(recipe), *of_trainings, *build_faults)]
     idle = () if of_trainings else _idle_keys(recipe)
     notes = [one_line(f"{path}: {note}") for note in (*build_notes, *idle, *_absent_files(recipe))]

@@ -141,14 +141,14 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             check_losses(some, recipe.views, recipe.student.teachers, where)
 
         yield from dict.fromkeys(faults_of_each(losses, where, check))
-    yield from faults_of_trainings(recipe, runs_user_code=False)
+    yield from faults_of_trainings(recipe, imports=False)
 
 
-def faults_of_trainings(recipe: Recipe, *, runs_user_code: bool) -> Iterator[str]:
-    """Yield the optimizers and schedules that do not exist, or have no such argument; `python:` ones only if run."""
+def faults_of_trainings(recipe: Recipe, *, imports: bool) -> Iterator[str]:
+    """Yield the optimizers and schedules that do not exist, or have no such argument; see `check_training`."""
     for where, train in trainings_of(recipe).items():
         try:
-            check_training(train, where, runs_user_code=runs_user_code)
+            check_training(train, where, imports=imports)
         except RecipeError as error:
             yield str(error)
 

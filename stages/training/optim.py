@@ -12,7 +12,7 @@ from torch import nn
 
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.runtime.user_code import is_user_reference
+from kdpipe.stages.runtime.user_code import PREFIX as USER_PREFIX
 from kdpipe.stages.training.optimization.clipping import ClipMode
 from kdpipe.stages.training.optimization.keywords import named_keywords
 from kdpipe.stages.training.optimization.optimizers import (
@@ -24,6 +24,9 @@ from kdpipe.stages.training.optimization.optimizers import (
 from kdpipe.stages.training.optimization.param_groups import parameter_groups
 from kdpipe.stages.training.optimization.schedules import SCHEDULES, make_schedule
 from kdpipe.stages.training.optimization.timm_glue import PREFIX
+
+IMPORTED = (PREFIX, USER_PREFIX)
+"""How names begin that are checked only where they are used: a run can be read without timm and the user's modules."""
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -154,23 +157,23 @@ def _is_timm(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
-def check_training(config: TrainConfig, where: str, *, runs_user_code: bool) -> None:
+def check_training(config: TrainConfig, where: str, *, imports: bool) -> None:
     """Raise RecipeError if the optimizer or the schedule does not exist, or has no such argument.
 
     Args:
         config: The training.
         where: Its key in the recipe, for messages.
-        runs_user_code: Whether to import `python:` references, and to try everything with one weight.
+        imports: Whether to import what `python:` and `timm:` name, and to try everything with one weight.
     """
     try:
-        if runs_user_code:
+        if imports:
             make_optimizer(config.optimizer, [nn.Parameter(torch.zeros(2, 2))], _offered(config), config.optimizer_args)
             for step in {0, max(0, 10 * config.epochs - 1)}:
                 learning_rate(config, step, 10)
             return
-        if not is_user_reference(config.optimizer):
+        if not config.optimizer.startswith(IMPORTED):
             optimizer_keywords(config.optimizer, _offered(config), config.optimizer_args)
-        if not is_user_reference(config.schedule):
+        if not config.schedule.startswith(IMPORTED):
             build_schedule(config, 10)
     except RecipeError as error:
         raise RecipeError(str(error).replace("train.", f"{where}.", 1)) from error

@@ -1,6 +1,7 @@
 """Tests of learning rates, optimizers and the order of samples, and of what decides a training."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -101,20 +102,22 @@ def test_edited_optimizer_or_schedule_is_refused(tmp_path, monkeypatch, key):
     with pytest.raises(StoppedEarly):
         train_teacher(config, 0, tiny_context(tmp_path, RunMonitor(should_stop=StopAfter(3))))
     module.write_text(OWN + "# edited")
+    monkeypatch.delitem(sys.modules, f"edited_{key}")  # as in another process
     with pytest.raises(FingerprintMismatch, match=f"train.{key}_source_sha256: stored"):
         train_teacher(config, 0, tiny_context(tmp_path))
     module.write_text(OWN)
+    sys.modules.pop(f"edited_{key}")
     train_teacher(config, 0, tiny_context(tmp_path))
 
 
 def test_check_names_the_key_of_the_recipe():
     config = TrainConfig(optimizer="sdg")
     with pytest.raises(RecipeError, match=r"^student.train.optimizer: there is no optimizer 'sdg'; did you mean 'sgd'"):
-        check_training(config, "student.train", runs_user_code=False)
+        check_training(config, "student.train", imports=False)
     own = TrainConfig(optimizer="python:absent:factory")
-    check_training(own, "student.train", runs_user_code=False)
+    check_training(own, "student.train", imports=False)
     with pytest.raises(RecipeError, match=r"^student.train.optimizer='python:absent:factory': the module absent"):
-        check_training(own, "student.train", runs_user_code=True)
+        check_training(own, "student.train", imports=True)
 
 
 def test_idle_keys_are_named_with_the_reason():
