@@ -36,7 +36,7 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 
 CONFIG = CacheConfig(shard_bytes=8 * 2**20)
 """Shards of an eighth of the default size: a round has as many units as a real job, and more files per byte."""
@@ -125,7 +125,7 @@ def make_setup(case: Case, folder: Path, device: torch.device) -> tuple[StageCon
     classes = tuple(map(str, range(case.num_classes)))
     image_set = ImageSet("random", "train", images, labels, torch.arange(case.num_samples), classes)
     operations = ({"name": "RandomCrop", "padding": case.padding}, {"name": "RandomHorizontalFlip"})
-    views = ViewsConfig(num_views=1, operations=operations)
+    views = Views(num_views=1, operations=operations)
     context = StageContext(folder, image_set, image_set, views, device, RunMonitor())
     model = context.build_model(case.teacher, 0).eval().to(device)
     channels = case.image_shape[0]

@@ -54,7 +54,7 @@ from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.task import Batch, StepPosition, TrainingTask
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ def make_setup(pair: Pair, folder: Path) -> StageContext:
         return ImageSet("random", split, pixels, labels, torch.arange(count), classes)
 
     operations = ({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"})
-    views = ViewsConfig(num_views=2, operations=operations)
+    views = Views(num_views=2, operations=operations)
     return StageContext(
         folder, images("train", pair.num_samples), images("test", 64), views, choose_device("auto"), RunMonitor()
     )
@@ -198,7 +198,7 @@ def photographs(pair: Pair, folder: Path) -> StageContext:
     data = DataConfig(name=f"imagefolder:{folder / 'images'}")
     size = pair.image_shape[1]
     operations = ({"name": "RandomResizedCrop", "size": size}, {"name": "RandomHorizontalFlip"})
-    views = ViewsConfig(num_views=2, engine="transforms", operations=operations)
+    views = Views(num_views=2, engine="transforms", operations=operations)
     test_set = load_dataset(data, "test", size=size).take(torch.arange(pair.batch_size))
     return StageContext(folder, load_dataset(data, "train"), test_set, views, choose_device("auto"), RunMonitor())
 

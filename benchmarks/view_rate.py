@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.runtime.memory import disable_malloc_trim
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import Renderer
 
 NUM_IMAGES, BATCH_SIZE, NUM_WORKERS = 50_000, 256, 2
@@ -69,7 +69,7 @@ def main() -> None:
 def tensor_engine(images: Tensor) -> Callable[[], Iterator[Tensor]]:
     labels, ids = torch.zeros(len(images), dtype=torch.int64), torch.arange(len(images))
     image_set = ImageSet("random", "train", images, labels, ids, ("0",))
-    loader = ImageLoader(image_set, torch.device("cpu"), Renderer(ViewsConfig(operations=OPERATIONS), 3, (32, 32)))
+    loader = ImageLoader(image_set, torch.device("cpu"), Renderer(Views(operations=OPERATIONS), 3, (32, 32)))
     view = 0
 
     def epoch() -> Iterator[Tensor]:

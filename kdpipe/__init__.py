@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.models.hooks import extract_features
     from kdpipe.stages.runtime.callbacks import Callback, CallbackState
     from kdpipe.stages.targets.open import open_store_anywhere as open_store
-    from kdpipe.stages.views.config import ViewsConfig as Views
+    from kdpipe.stages.views.config import Views
     from kdpipe.store import FingerprintMismatch, KdpipeError, TargetStore
     from kdpipe.students import train_student
     from kdpipe.teachers import cache_teacher, train_teacher
@@ -58,7 +58,7 @@ _MODULES = {
     "stages.models.hooks": "extract_features",
     "stages.runtime.callbacks": "Callback CallbackState",
     "stages.targets.open": "open_store:open_store_anywhere",
-    "stages.views.config": "Views:ViewsConfig",
+    "stages.views.config": "Views",
     "store": "FingerprintMismatch KdpipeError TargetStore",
     "students": "train_student",
     "teachers": "cache_teacher train_teacher",

@@ -17,7 +17,7 @@ from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.store import TargetStore
 from kdpipe.store.check.verify import VerifyReport, verify_store
 
@@ -54,7 +54,7 @@ def evaluate(
         raise ModelError(
             f"the input scaling of this {type(network).__name__} is unknown: give normalize=, such as loader.normalize."
         )
-    context = RunOptions(device=device, num_workers=num_workers).context(test_set, None, ViewsConfig(num_views=1))
+    context = RunOptions(device=device, num_workers=num_workers).context(test_set, None, Views(num_views=1))
     return evaluate_in_depth(network.to(context.device), context.evaluation(scaling), context.device)
 
 

@@ -25,7 +25,7 @@ from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device, select_device
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.training.job_dir import read_json_file, write_json_file
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.store import canonical_json, exclusive, make_folders, shared
 
 CallbackLike = Callback | str | dict[str, Any]
@@ -60,7 +60,7 @@ class RunOptions:
         return (RUNS / f"{kind}-{digest}").absolute()
 
     def context(
-        self, train_set: ImageSet, test_set: ImageSet | None, views: ViewsConfig, *, store: Path | None = None
+        self, train_set: ImageSet, test_set: ImageSet | None, views: Views, *, store: Path | None = None
     ) -> StageContext:
         """Return the context of a stage, without its run folder.
 

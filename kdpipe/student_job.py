@@ -20,7 +20,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.open import local_store_path, test_store_path
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.store import is_url, read_store_manifest
 
 
@@ -45,7 +45,7 @@ class StudentJob:
     places: tuple[Path | str, ...]
     train_set: ImageSet
     test_set: ImageSet
-    views: ViewsConfig
+    views: Views
     run: Path
 
     @property

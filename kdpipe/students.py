@@ -29,7 +29,7 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.open import local_store_path
 from kdpipe.stages.train_student.student import student_fingerprint
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.from_store import views_of_store
 from kdpipe.store import TargetStore, is_url, open_store
 from kdpipe.student_job import StudentJob
@@ -46,7 +46,7 @@ def train_student(
     losses: Sequence[Loss | str | Mapping[str, Any]] = (),
     hard_label_weight: Scheduled = 0.1,
     model_args: Mapping[str, Any] | None = None,
-    views: ViewsConfig | None = None,
+    views: Views | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     run: str | Path | None = None,
@@ -142,7 +142,7 @@ def store_places(store: Store | Sequence[Store] | None) -> tuple[Path | str, ...
     return tuple(one if is_url(one) else Path(one).expanduser().absolute() for one in named)
 
 
-def _views(places: Sequence[Path | str], views: ViewsConfig | None) -> ViewsConfig:
+def _views(places: Sequence[Path | str], views: Views | None) -> Views:
     if not places:
-        return views or ViewsConfig()
+        return views or Views()
     return views_of_store(open_store(local_store_path(places[0], RunMonitor())))

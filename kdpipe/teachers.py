@@ -29,7 +29,7 @@ from kdpipe.stages.targets.open import test_store_path
 from kdpipe.stages.teacher import TeacherConfig, build_teacher, teacher_fingerprint, teacher_folder
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.store import TargetStore, differences, open_store
 
 
@@ -38,7 +38,7 @@ def train_teacher(
     dataset: Any,
     *,
     test: Any,
-    views: ViewsConfig | None = None,
+    views: Views | None = None,
     seed: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -74,7 +74,7 @@ def train_teacher(
     train_set = datasets.as_image_set(dataset)
     test_set = datasets.as_image_set(test, "test", like=train_set)
     config = TeacherConfig(model=_object(model), train=TrainConfig(**train), mean=_numbers(mean), std=_numbers(std))
-    context = run_options.context(train_set, test_set, views or ViewsConfig())
+    context = run_options.context(train_set, test_set, views or Views())
     teacher = build_teacher(config, seed, context)
     fingerprint, info = teacher_fingerprint(config, seed, teacher, context), info_of(model)
     if teacher.identity["weights_sha256"] == info.trained_sha256:  # the call is repeated with what it has trained
@@ -106,7 +106,7 @@ def cache_teacher(
     path: str | Path,
     *,
     test: Any = None,
-    views: ViewsConfig | None = None,
+    views: Views | None = None,
     features: Sequence[str] = (),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -144,7 +144,7 @@ def cache_teacher(
         KdpipeError: An input does not fit, or the teacher's outputs are not finite.
     """
     run_options, path = RunOptions(None, device, num_workers, progress), Path(path).expanduser().absolute()
-    train_set, views = datasets.as_image_set(dataset), views or ViewsConfig()
+    train_set, views = datasets.as_image_set(dataset), views or Views()
     test_set = None if test is None else datasets.as_image_set(test, "test", like=train_set)
     context = run_options.context(train_set, test_set, views, store=path if path.exists() else None)
     bundle = _bundle(teacher, context, _numbers(mean), _numbers(std))

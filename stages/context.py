@@ -19,7 +19,7 @@ from kdpipe.stages.models.build import ModelConfig, architecture, build_model
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import Samples
 
@@ -47,7 +47,7 @@ class StageContext:
     run_dir: Path
     train_set: ImageSet
     test_set: ImageSet
-    views: ViewsConfig
+    views: Views
     device: torch.device
     monitor: RunMonitor
     mix_partners: ImageSet | None = None
@@ -192,4 +192,4 @@ def model_normalization(
 
 def test_context(context: StageContext) -> StageContext:
     """Return the context with the unaugmented test images in place of the training images and their views."""
-    return replace(context, train_set=context.test_set, views=ViewsConfig(num_views=1), mix_partners=None)
+    return replace(context, train_set=context.test_set, views=Views(num_views=1), mix_partners=None)

@@ -12,8 +12,8 @@ from pydantic import AfterValidator, Field
 from kdpipe.pipeline.callbacks.files import CSVLogger, TensorBoardLogger
 from kdpipe.pipeline.callbacks.tracker import SETTINGS, Tracker
 from kdpipe.stages.errors import RecipeError, cause
+from kdpipe.stages.plugins.registry import Registry
 from kdpipe.stages.runtime.callbacks import Callback
-from kdpipe.stages.runtime.plugins import Registry
 from kdpipe.store.errors import did_you_mean
 
 CALLBACKS: Registry[Callable[..., Callback]] = Registry(

@@ -27,7 +27,7 @@ from kdpipe.stages.teacher import TeacherConfig
 from kdpipe.stages.train_student.compare import CompareEntry, VariantName
 from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.stages.training.optim import TrainConfig, check_training
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import check_views
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -56,7 +56,7 @@ class Recipe:
     gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     callbacks: tuple[CallbackEntry, ...] = ()
     data: DataConfig = Field(default_factory=DataConfig)
-    views: ViewsConfig = Field(default_factory=ViewsConfig)
+    views: Views = Field(default_factory=Views)
     teacher: TeacherConfig
     cache: CacheConfig = Field(default_factory=CacheConfig)
     student: StudentConfig

@@ -11,11 +11,11 @@ from kdpipe.stages.losses.schedules import bounds
 from kdpipe.stages.targets.ensemble import TeachersConfig
 from kdpipe.stages.targets.join import JoinedStore
 from kdpipe.stages.targets.reader import Targets
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.store import StoreError, TargetStore, interpolation
 
 
-def check_losses(losses: Sequence[Loss], views: ViewsConfig, teachers: TeachersConfig, where: str = "distill") -> None:
+def check_losses(losses: Sequence[Loss], views: Views, teachers: TeachersConfig, where: str = "distill") -> None:
     """Raise RecipeError for losses that do not support the recipe's settings, whatever the stores contain."""
     if losses and views.mix is not None and teachers.weights == "confidence":
         raise RecipeError(

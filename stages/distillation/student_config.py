@@ -15,7 +15,7 @@ from kdpipe.stages.targets.join import Missing
 from kdpipe.stages.targets.reader import TargetLoadingConfig
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 
 ALONE, DISTILLED = "alone", "distilled"
 
@@ -52,7 +52,7 @@ class StudentConfig:
     std: tuple[float, ...] | None = None
 
 
-def view_warning(views: ViewsConfig) -> str | None:
+def view_warning(views: Views) -> str | None:
     """Return a warning for views that limit the accuracy of distillation, or None."""
     if not views.augments and views.num_views > 1:
         return (

@@ -58,7 +58,7 @@ from kdpipe.stages.losses.sample_selection import SampleSelection
 from kdpipe.stages.losses.schedules import FINISHED, Scheduled, Temperature, TrainProgress
 from kdpipe.stages.losses.shapes import Layers, Pair, Size, poolable, shape_mismatch_error
 from kdpipe.stages.numerics import to_float32
-from kdpipe.stages.runtime.user_code import object_sha256
+from kdpipe.stages.plugins.user_code import object_sha256
 from kdpipe.stages.targets.feature_spec import MAP, FeatureSpec, Shape
 from kdpipe.stages.targets.statistics import pool_to
 

@@ -18,7 +18,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import LogitLoss, Loss
 from kdpipe.stages.losses.registry import LOSSES, loss_class
 from kdpipe.stages.losses.sample_selection import SampleSelection
-from kdpipe.stages.runtime.user_code import is_user_reference
+from kdpipe.stages.plugins.user_code import is_user_reference
 from kdpipe.store.errors import did_you_mean
 
 EVERY_ENTRY, ON_LOGITS = "every entry", "losses on logits"

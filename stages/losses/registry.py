@@ -31,8 +31,8 @@ from kdpipe.stages.losses.relations.pkt import PKT
 from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.losses.relations.sp import SP
 from kdpipe.stages.losses.user_loss import as_loss
-from kdpipe.stages.runtime.plugins import Registry
-from kdpipe.stages.runtime.user_code import is_user_reference
+from kdpipe.stages.plugins.registry import Registry
+from kdpipe.stages.plugins.user_code import is_user_reference
 
 L = TypeVar("L", bound=type[Loss])
 

@@ -19,7 +19,7 @@ from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_imag
 from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refusal
 from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
 from kdpipe.stages.models.weights import load_weights
-from kdpipe.stages.runtime.user_source import object_sha256
+from kdpipe.stages.plugins.user_source import object_sha256
 from kdpipe.store.errors import did_you_mean
 
 TORCHVISION = "torchvision:"

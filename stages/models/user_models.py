@@ -11,8 +11,8 @@ from kdpipe.stages.errors import ModelError, RecipeError, UnknownModelError, cau
 from kdpipe.stages.models.arguments import call_with_args
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.models.torchvision import classifier_names
-from kdpipe.stages.runtime.plugins import Registry
-from kdpipe.stages.runtime.user_code import import_callable, is_user_reference, user_code_context
+from kdpipe.stages.plugins.registry import Registry
+from kdpipe.stages.plugins.user_code import import_callable, is_user_reference, user_code_context
 
 Factory = Callable[..., nn.Module]
 

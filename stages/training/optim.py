@@ -12,7 +12,7 @@ from torch import nn
 
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.runtime.user_code import PREFIX as USER_PREFIX
+from kdpipe.stages.plugins.user_code import PREFIX as USER_PREFIX
 from kdpipe.stages.training.optimization.clipping import ClipMode
 from kdpipe.stages.training.optimization.keywords import named_keywords
 from kdpipe.stages.training.optimization.optimizers import (

@@ -34,11 +34,11 @@ Operations = Annotated[
 
 
 @section
-class ViewsConfig:
+class Views:
     """Configuration of the augmented views.
 
     Example:
-        >>> views = ViewsConfig(8, ["RandomCrop", {"name": "RandomRotation", "degrees": 10}], engine="transforms")
+        >>> views = Views(8, ["RandomCrop", {"name": "RandomRotation", "degrees": 10}], engine="transforms")
         >>> views.operations[0]
         {'name': 'RandomCrop'}
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.mix import MixConfig
 from kdpipe.store import StoreError, TargetStore, canonical_json
 
 
-def views_of_store(store: TargetStore) -> ViewsConfig:
+def views_of_store(store: TargetStore) -> Views:
     """Return the views that a store's targets were computed on.
 
     `open_with_views` still compares their identities, pixels of probe views included: a record of another version of
@@ -26,9 +26,7 @@ def views_of_store(store: TargetStore) -> ViewsConfig:
     if isinstance(stored.get("mix"), dict):
         views["mix"] = {field.name: stored["mix"].get(field.name) for field in fields(MixConfig)}
     try:
-        rebuilt: ViewsConfig = TypeAdapter(ViewsConfig).validate_json(
-            canonical_json({**views, "num_views": store.num_views})
-        )
+        rebuilt: Views = TypeAdapter(Views).validate_json(canonical_json({**views, "num_views": store.num_views}))
     except ValidationError as error:
         first = error.errors()[0]
         raise StoreError(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.mix import MixAssignment, mix, sample_mix
 from kdpipe.stages.views.rng import CounterRNG
 from kdpipe.stages.views.tensor_engine import MIX_STREAM, TensorEngine, parse_operations
@@ -28,7 +28,7 @@ UNEQUAL_PROBES = ((240, 320), (320, 240), (375, 500), (256, 256), (96, 160), (50
 """(H, W) of the probes if the operations give any image the same size."""
 
 
-def check_views(config: ViewsConfig) -> None:
+def check_views(config: Views) -> None:
     """Raise RecipeError for invalid views, as far as can be checked without images."""
     if config.transform and (config.engine == "tensor" or config.operations):
         raise RecipeError("views.transform replaces views.operations, and needs views.engine = 'transforms'.")
@@ -51,7 +51,7 @@ class Renderer:
         partner_pool: Sample ids that MixUp and CutMix draw partners from, int64 [P], ascending.
     """
 
-    config: ViewsConfig
+    config: Views
     channels: int
     size: tuple[int, int] | None
     partner_pool: Tensor | None = None

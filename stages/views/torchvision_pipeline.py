@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from kdpipe.stages.errors import RecipeError, cause
-from kdpipe.stages.runtime.user_code import import_callable, user_code_context
+from kdpipe.stages.plugins.user_code import import_callable, user_code_context
 from kdpipe.stages.views.global_rng import preserve_rng_state, seed_global_rngs
 from kdpipe.store.errors import did_you_mean
 

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from kdpipe.stages.errors import RecipeError, cause
-from kdpipe.stages.runtime.user_code import source_sha256
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.plugins.user_code import source_sha256
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.global_rng import preserve_rng_state, seed_global_rngs
 from kdpipe.stages.views.torchvision_pipeline import Transform, build_transform
 
@@ -70,7 +70,7 @@ def check_deterministic(transform: Transform, pixels: Pixels) -> None:
                 )
 
 
-def transform_identity(config: ViewsConfig) -> dict[str, Any]:
+def transform_identity(config: Views) -> dict[str, Any]:
     """Return everything that determines the pixels, as JSON. Raises RecipeError if `views.transform` is unreadable."""
     identity = {
         "engine": "transforms",

@@ -61,7 +61,7 @@ def test_the_store_has_the_teachers_logits(done):
     """Recompute the logits with onnxruntime, without the store's reader or the stage."""
     from kdpipe.stages.data.config import DataConfig
     from kdpipe.stages.data.load import load_dataset
-    from kdpipe.stages.views.config import ViewsConfig
+    from kdpipe.stages.views.config import Views
     from kdpipe.stages.views.renderer import Renderer
 
     run, _ = done
@@ -72,7 +72,7 @@ def test_the_store_has_the_teachers_logits(done):
     positions = {int(sample_id): position for position, sample_id in enumerate(train_set.sample_ids)}
     rows = [positions[int(sample_id)] for sample_id in group["samples/ids"][:]]
     assert sorted(rows) == list(range(200))
-    renderer = Renderer(ViewsConfig(operations=({"name": "RandomCrop", "padding": 1},)), 1, (8, 8))
+    renderer = Renderer(Views(operations=({"name": "RandomCrop", "padding": 1},)), 1, (8, 8))
     for view in (0, 29):
         images, ids = train_set.images[rows], train_set.sample_ids[rows]
         shown = renderer.render_batch(images, ids, view)

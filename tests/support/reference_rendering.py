@@ -13,15 +13,15 @@ from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.training.task import TrainingTask
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.mix import MixConfig, mix
 from kdpipe.stages.views.renderer import Renderer
 
 CPU = torch.device("cpu")
 NUM_SAMPLES = 26
 MIX = MixConfig(mixup_alpha=0.6, cutmix_alpha=1.0, p=0.7)
-CROPS = ViewsConfig(seed=5, operations=({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}))
-ANY = ViewsConfig(
+CROPS = Views(seed=5, operations=({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}))
+ANY = Views(
     seed=5,
     engine="transforms",
     operations=(

@@ -26,14 +26,14 @@ from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.teacher import TeacherConfig, load_teacher
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 
 TRAIN = TrainConfig(epochs=2, batch_size=32, lr=0.05, checkpoint_every_s=0)
 TEACHER = TeacherConfig(model=ModelConfig(name="cnn", args={"width": 8, "num_stages": 2}), train=TRAIN)
 STUDENT = StudentConfig(model=ModelConfig(name="cnn", args={"width": 4, "num_stages": 2}), train=TRAIN, seeds=(0,))
 LOSSES = (KD(loss="kd"), Hint(loss="hint", layers=(("stage2", "stage2"),), weight=1.0))
 OPERATIONS = ({"name": "RandomCrop", "padding": 1}, {"name": "RandomHorizontalFlip"})
-VIEWS = ViewsConfig(num_views=3, operations=OPERATIONS)
+VIEWS = Views(num_views=3, operations=OPERATIONS)
 CACHE = CacheConfig(shard_bytes=4096, batch_size=50)
 LAYERS = [FeatureSpec("stage2")]
 

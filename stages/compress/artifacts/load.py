@@ -25,7 +25,7 @@ from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.user_models import is_user_model
 from kdpipe.stages.models.weights import load_entries
-from kdpipe.stages.runtime.user_code import is_user_reference
+from kdpipe.stages.plugins.user_code import is_user_reference
 from kdpipe.store import KdpipeError
 
 MAX_SIZE = 8192

@@ -22,8 +22,8 @@ from kdpipe.stages.data.sources.torch_dataset import is_torch_dataset, list_torc
 from kdpipe.stages.data.sources.torchvision import NAMES, list_digits, list_torchvision
 from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError, UnknownDataError, cause
-from kdpipe.stages.runtime.plugins import Registry
-from kdpipe.stages.runtime.user_code import import_callable, is_user_reference, user_code_context
+from kdpipe.stages.plugins.registry import Registry
+from kdpipe.stages.plugins.user_code import import_callable, is_user_reference, user_code_context
 from kdpipe.store.errors import KdpipeError
 
 _BUILTIN: dict[str, Callable[..., Any]] = {

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from kdpipe.stages.errors import RecipeError, cause
-from kdpipe.stages.runtime.plugins import Registry
-from kdpipe.stages.runtime.user_code import user_code_context
+from kdpipe.stages.plugins.registry import Registry
+from kdpipe.stages.plugins.user_code import user_code_context
 from kdpipe.stages.training.optimization.keywords import select_keywords
 from kdpipe.stages.training.optimization.timm_glue import PREFIX, timm_schedule
 

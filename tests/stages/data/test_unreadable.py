@@ -23,7 +23,7 @@ from support.reference_rendering import (
 
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
 from kdpipe.stages.errors import DataError, RecipeError
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import Renderer
 
 
@@ -190,7 +190,7 @@ def test_error_of_a_user_transform_is_one_line(tmp_path, monkeypatch, number, nu
     (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     image_set = photographs(tmp_path, 6, UNEQUAL)
-    views = ViewsConfig(engine="transforms", transform=f"python:{module}:made")
+    views = Views(engine="transforms", transform=f"python:{module}:made")
     messages = []
     renderer = Renderer(views, 3, None)
     loader = ImageLoader(image_set, CPU, renderer, num_workers=num_workers, on_failure=messages.append)

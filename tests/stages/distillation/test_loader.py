@@ -29,7 +29,7 @@ from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.targets.reader import TargetLoadingConfig
 from kdpipe.stages.teacher import load_teacher
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.mix import MixConfig
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
@@ -38,7 +38,7 @@ TRAIN = squares(300, 0)
 ENGINES = {
     "tensor": VIEWS,
     "mixed": dataclasses.replace(VIEWS, mix=MixConfig(mixup_alpha=0.4, cutmix_alpha=1.0, p=0.8)),
-    "transforms": ViewsConfig(
+    "transforms": Views(
         3, [{"name": "RandomCrop", "size": [8, 8], "padding": 1}], engine="transforms", mix=MixConfig(cutmix_alpha=1.0)
     ),
 }

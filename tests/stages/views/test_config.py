@@ -8,19 +8,19 @@ from pydantic import TypeAdapter
 
 from kdpipe.pipeline.recipe.load import parse_recipe, recipe_json
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 
 
 def test_views_are_written_in_python_as_in_a_recipe():
-    written = TypeAdapter(ViewsConfig).validate_json('{"num_views": 8, "operations": ["RandomCrop", {"name": "A"}]}')
-    assert ViewsConfig(8, ["RandomCrop", {"name": "A"}]) == written
+    written = TypeAdapter(Views).validate_json('{"num_views": 8, "operations": ["RandomCrop", {"name": "A"}]}')
+    assert Views(8, ["RandomCrop", {"name": "A"}]) == written
     assert written.operations == ({"name": "RandomCrop"}, {"name": "A"})
-    assert replace(written, num_views=2) == ViewsConfig(2, written.operations)
+    assert replace(written, num_views=2) == Views(2, written.operations)
 
 
 def test_arguments_become_those_of_the_recipes_json():
     table = {"name": "RandomCrop", "size": (9, 7)}
-    views = ViewsConfig(8, [table])
+    views = Views(8, [table])
     table["size"] = (1, 1)
     assert views.operations == ({"name": "RandomCrop", "size": [9, 7]},)
 
@@ -35,12 +35,12 @@ def test_arguments_become_those_of_the_recipes_json():
 )
 def test_other_operations_are_refused(operations, sentence):
     with pytest.raises(RecipeError, match=sentence):
-        ViewsConfig(8, operations)
+        Views(8, operations)
 
 
 def test_only_number_and_operations_are_positional():
     with pytest.raises(RecipeError, match="takes its settings by name"):
-        ViewsConfig(8, [], 3)
+        Views(8, [], 3)
 
 
 def test_a_named_operation_survives_the_runs_recipe():

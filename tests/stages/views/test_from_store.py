@@ -7,7 +7,7 @@ from support.made_store import make_store
 from support.tiny_run import VIEWS, make_tiny_store, squares, tiny_context
 
 from kdpipe.stages.targets.open import open_with_views
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.from_store import views_of_store
 from kdpipe.stages.views.mix import MixConfig
 from kdpipe.store import FingerprintMismatch, StoreError, TargetStore, open_store
@@ -27,11 +27,11 @@ def store_of(path, views, num_views=2):
     "views",
     [
         VIEWS,
-        ViewsConfig(1),
-        ViewsConfig(2, ["RandomCrop", {"name": "RandomErasing", "value": "random"}], seed=2**60),
-        ViewsConfig(2, [CROP], mix=MixConfig(mixup_alpha=0.4, p=0.3)),
-        ViewsConfig(2, [CROP, "RandomHorizontalFlip"], engine="transforms", mix=MixConfig(cutmix_alpha=1.0)),
-        ViewsConfig(3, engine="transforms", transform="python:own_views_of_store:make"),
+        Views(1),
+        Views(2, ["RandomCrop", {"name": "RandomErasing", "value": "random"}], seed=2**60),
+        Views(2, [CROP], mix=MixConfig(mixup_alpha=0.4, p=0.3)),
+        Views(2, [CROP, "RandomHorizontalFlip"], engine="transforms", mix=MixConfig(cutmix_alpha=1.0)),
+        Views(3, engine="transforms", transform="python:own_views_of_store:make"),
     ],
 )
 def test_views_of_a_store_are_those_that_made_it(tmp_path, monkeypatch, views):

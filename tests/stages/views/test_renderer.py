@@ -25,7 +25,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.stages.teacher import load_teacher
 from kdpipe.stages.views import renderer as renderer_room
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.mix import MixConfig
 from kdpipe.stages.views.ops.crop import RandomHorizontalFlip
 from kdpipe.stages.views.renderer import NUM_PROBES, UNEQUAL_PROBES, Renderer, check_views
@@ -33,8 +33,8 @@ from kdpipe.store import FingerprintMismatch
 
 CROP, FLIP = {"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}
 RESIZED = ({"name": "RandomResizedCrop", "size": [20, 24]}, FLIP)
-TENSOR = ViewsConfig(operations=(CROP, FLIP))
-TRANSFORMS = ViewsConfig(engine="transforms", operations=RESIZED)
+TENSOR = Views(operations=(CROP, FLIP))
+TRANSFORMS = Views(engine="transforms", operations=RESIZED)
 MIXED = dataclasses.replace(TENSOR, mix=MixConfig(mixup_alpha=0.4, cutmix_alpha=1.0))
 PARTNER_POOL = torch.arange(0, 3000, 3)
 
@@ -154,8 +154,8 @@ def one_off(image):
 OPERATIONS = ({"name": "Resize", "size": [8, 8]}, {"name": "RandomHorizontalFlip"})
 STORED = {
     "tensor": VIEWS,
-    "transforms": ViewsConfig(num_views=3, engine="transforms", operations=OPERATIONS),
-    "python": ViewsConfig(num_views=3, engine="transforms", transform="python:my_views:pipeline"),
+    "transforms": Views(num_views=3, engine="transforms", operations=OPERATIONS),
+    "python": Views(num_views=3, engine="transforms", transform="python:my_views:pipeline"),
 }
 PIPELINE = """
 from torchvision.transforms import v2
@@ -357,7 +357,7 @@ def test_subset_of_one_size_has_the_same_views(tmp_path):
 )
 def test_invalid_views_are_rejected_without_images(changes, sentence):
     with pytest.raises(RecipeError, match=sentence):
-        check_views(ViewsConfig(**changes))
+        check_views(Views(**changes))
 
 
 @pytest.mark.parametrize(
@@ -368,8 +368,8 @@ def test_invalid_views_are_rejected_without_images(changes, sentence):
         (with_views(STORED["python"], num_views=1), "the same view of each image in every epoch"),
         (with_views(TENSOR, num_views=8, replay=False), "other views than those of its targets"),
         (with_views(TENSOR, num_views=2), None),
-        (ViewsConfig(num_views=1), None),
-        (ViewsConfig(num_views=1, replay=False), None),
+        (Views(num_views=1), None),
+        (Views(num_views=1, replay=False), None),
     ],
 )
 def test_views_that_teach_little_are_warned_of(views, warned):
@@ -379,4 +379,4 @@ def test_views_that_teach_little_are_warned_of(views, warned):
 
 
 def test_equal_views_are_warned_of():
-    assert "the same outputs 4 times" in (view_warning(ViewsConfig()) or "")
+    assert "the same outputs 4 times" in (view_warning(Views()) or "")

@@ -14,7 +14,7 @@ import torch
 from torchvision.transforms import v2
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.torchvision_pipeline import build_transform
 from kdpipe.stages.views.transforms_engine import apply_transform, check_deterministic, transform_identity
 
@@ -260,7 +260,7 @@ def test_operations_and_a_reference_exclude_each_other(own: Path) -> None:
 
 
 def test_a_reference_describes_itself_with_a_digest_of_its_file(own: Path) -> None:
-    config = ViewsConfig(engine="transforms", transform="python:own_views:make")
+    config = Views(engine="transforms", transform="python:own_views:make")
     described = transform_identity(config)
     assert described["transform"] == "python:own_views:make"
     assert described["transform_source_sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
@@ -273,8 +273,8 @@ def test_a_reference_describes_itself_with_a_digest_of_its_file(own: Path) -> No
 
 def test_a_reference_without_a_file_is_not_described(own: Path) -> None:
     with refuses("later edits of its source could not be noticed, since its module cannot be read"):
-        transform_identity(ViewsConfig(engine="transforms", transform="python:sys:exc_info"))
+        transform_identity(Views(engine="transforms", transform="python:sys:exc_info"))
     build_transform([], "python:own_views:make")
     own.unlink()
     with refuses(f"later edits of its source could not be noticed, since {own} cannot be read"):
-        transform_identity(ViewsConfig(engine="transforms", transform="python:own_views:make"))
+        transform_identity(Views(engine="transforms", transform="python:own_views:make"))

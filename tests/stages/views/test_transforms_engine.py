@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.global_rng import preserve_rng_state, seed_global_rngs
 from kdpipe.stages.views.torchvision_pipeline import build_transform
 from kdpipe.stages.views.transforms_engine import apply_transform, check_deterministic, transform_identity
@@ -290,7 +290,7 @@ def test_draws_from_global_generators_are_reproducible(transform: Callable[[Any]
 
 def test_operations_describe_themselves_as_they_were_written() -> None:
     tables = ({"name": "RandomCrop", "size": [8, 8]},)
-    assert transform_identity(ViewsConfig(engine="transforms", operations=tables)) == {
+    assert transform_identity(Views(engine="transforms", operations=tables)) == {
         "engine": "transforms",
         "engine_version": 1,
         "operations": [{"name": "RandomCrop", "size": [8, 8]}],

@@ -25,8 +25,8 @@ from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.plugins.user_code import is_user_reference
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.runtime.user_code import is_user_reference
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.store import KdpipeError, is_url
 

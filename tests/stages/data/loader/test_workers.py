@@ -17,12 +17,12 @@ from support.paths import PYTHONPATH, TESTS
 from support.photographs import in_memory, photographs
 
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
-from kdpipe.stages.views.config import ViewsConfig
+from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.mix import MixConfig
 from kdpipe.stages.views.renderer import Renderer
 
-CROPS = ViewsConfig(operations=({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}))
-JITTER = ViewsConfig(
+CROPS = Views(operations=({"name": "RandomCrop", "padding": 2}, {"name": "RandomHorizontalFlip"}))
+JITTER = Views(
     engine="transforms",
     operations=({"name": "RandomResizedCrop", "size": 8}, {"name": "ColorJitter", "brightness": 0.4}),
     mix=MixConfig(mixup_alpha=0.5),

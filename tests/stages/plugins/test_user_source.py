@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.runtime.user_code import import_callable, object_sha256, source_sha256
+from kdpipe.stages.plugins.user_code import import_callable, object_sha256, source_sha256
 
 FILES = {
     "own_net.py": "import torch, own_a\nfrom own_b import WIDTH\ndef net():\n    from own_pack.deep import DEPTH\n",

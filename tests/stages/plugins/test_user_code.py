@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.runtime.user_code import import_callable, source_sha256
+from kdpipe.stages.plugins.user_code import import_callable, source_sha256
 
 ONE = """
 import own_two

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, overload
 
 from kdpipe.stages.errors import RecipeError, cause
-from kdpipe.stages.runtime.user_code import import_callable, is_user_reference, object_sha256, source_sha256
+from kdpipe.stages.plugins.user_code import import_callable, is_user_reference, object_sha256, source_sha256
 from kdpipe.store.errors import KdpipeError, did_you_mean
 
 GROUP = "kdpipe.plugins"

@@ -1,0 +1,1 @@
+"""Registries of plug-ins, references to user code, and the identity of its source."""
