@@ -144,5 +144,5 @@ def store_places(store: Store | Sequence[Store] | None) -> tuple[Path | str, ...
 
 def _views(places: Sequence[Path | str], views: Views | None) -> Views:
     if not places:
-        return views or Views()
+        return views or Views(1)
     return views_of_store(open_store(local_store_path(places[0], RunMonitor())))

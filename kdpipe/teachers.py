@@ -74,7 +74,7 @@ def train_teacher(
     train_set = datasets.as_image_set(dataset)
     test_set = datasets.as_image_set(test, "test", like=train_set)
     config = TeacherConfig(model=_object(model), train=TrainConfig(**train), mean=_numbers(mean), std=_numbers(std))
-    context = run_options.context(train_set, test_set, views or Views())
+    context = run_options.context(train_set, test_set, views or Views(1))
     teacher = build_teacher(config, seed, context)
     fingerprint, info = teacher_fingerprint(config, seed, teacher, context), info_of(model)
     if teacher.identity["weights_sha256"] == info.trained_sha256:  # the call is repeated with what it has trained
@@ -125,7 +125,7 @@ def cache_teacher(
         path: The store's folder.
         test: The test images. With them, `PATH.test.zarr` gets the teacher's logits on them, against which students are
             compared.
-        views: The augmented views to cache.
+        views: The augmented views to cache; by default the images as they are, once.
         features: Layers whose outputs are stored, by module path: `stage2` for the map, `stage2:pooled`,
             `stage2:attention` or `stage2:gram` for a statistic of it.
         mean: The mean of the teacher's input for each channel, in [0, 1] units; that of its training if `train_teacher`
@@ -144,7 +144,7 @@ def cache_teacher(
         KdpipeError: An input does not fit, or the teacher's outputs are not finite.
     """
     run_options, path = RunOptions(None, device, num_workers, progress), Path(path).expanduser().absolute()
-    train_set, views = datasets.as_image_set(dataset), views or Views()
+    train_set, views = datasets.as_image_set(dataset), views or Views(1)
     test_set = None if test is None else datasets.as_image_set(test, "test", like=train_set)
     context = run_options.context(train_set, test_set, views, store=path if path.exists() else None)
     bundle = _bundle(teacher, context, _numbers(mean), _numbers(std))

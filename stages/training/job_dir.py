@@ -88,7 +88,7 @@ class JobDir:
         if stored is None:
             write_json_file(self.path / "job.json", inputs)
         elif found := differences(stored, inputs):
-            advice = "Give this recipe another run folder (--run), or delete that folder to restart the job."
+            advice = "Choose another run folder (--run; in Python run=), or delete that folder to restart the job."
             raise FingerprintMismatch(f"the job in {self.path}", found, advice)
 
     def result(self) -> dict[str, Any] | None:

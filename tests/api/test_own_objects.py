@@ -154,3 +154,55 @@ def test_image_set_is_a_torch_dataset():
     assert label in range(10)
     assert len(train) == 50
     assert np.array_equal(train[3][0], train.images[3])
+
+
+def test_callbacks_see_trainings_and_may_end_them(data, network):
+    train, test = data
+    seen = []
+
+    class Stop(kd.Callback):
+        def on_epoch_end(self, state):
+            seen.append((state.job, state.epoch))
+            if state.epoch == 2:
+                state.stop()
+
+    settings = {"epochs": 5, "batch_size": 32, "run": "run", **QUIET}
+    result = kd.train_student(network, train, test=test, callbacks=[Stop(), "csv"], **settings)
+    assert [epoch for _, epoch in seen] == [1, 2]
+    assert result.figures["num_epochs"] == len(result.history) == 2
+    assert result.figures["stopped_by"] == "Stop"
+    assert len((result.folder / "metrics.csv").read_text().splitlines()) == 3
+    assert kd.train_student(network, train, test=test, **settings).figures == result.figures
+
+
+def test_classes_of_test_images_are_those_of_training(data):
+    train, test = data
+    few = torch.utils.data.Subset(test, [0, 1, 3, 4])  # without the last class
+    result = kd.train_student(Net(), train, test=few, epochs=1, batch_size=32, **QUIET)
+    assert [row["name"] for row in result.figures["examined"]["per_class"]] == ["0", "1", "2"]
+    images = kd.as_image_set(train, image_size=4, class_names=["a", "b", "c"])
+    assert images.image_size == (4, 4)
+    assert images.class_names == ("a", "b", "c")
+
+
+def test_losses_by_name_and_entry_are_those_of_recipes(data, network):
+    train, test = data
+    store = kd.cache_teacher(network, train, "store.zarr", mean=[0.5], std=[0.5], **QUIET)
+    settings = {"test": test, "epochs": 1, "batch_size": 32, **QUIET}
+    results = [
+        kd.train_student("mlp", train, store, losses=[loss], model_args={"hidden": [4]}, **settings)
+        for loss in ("kd", {"loss": "kd"}, kd.losses.KD())
+    ]
+    assert len({result.folder for result in results}) == 1
+    with pytest.raises(kd.KdpipeError, match="did you mean 'kd'"):
+        kd.train_student("mlp", train, store, losses=["kdd"], **settings)
+
+
+def test_evaluate_measures_what_training_measured(data, network):
+    train, test = data
+    trained = kd.train_teacher(network, train, test=test, epochs=1, batch_size=32, **QUIET)
+    assert kd.evaluate(network, test, device="cpu").top1 == trained.accuracy
+    result = kd.train_student(Net(), train, test=test, epochs=1, batch_size=32, **QUIET)
+    assert kd.evaluate(result.bundle, test, device="cpu").top1 == result.accuracy
+    with pytest.raises(kd.KdpipeError, match="normalize="):
+        kd.evaluate(Net(), test, device="cpu")
