@@ -25,12 +25,14 @@ class ModelInfo:
 
     Attributes:
         config: How it was built, None for a network of the user's.
+        structure: Its modules when it was built, by which later changes are noticed.
         normalize: The input scaling of its training, None before it.
         starts_from: The identity of the network before its training.
         trained_sha256: The digest of its weights after its training.
     """
 
     config: ModelConfig | None = None
+    structure: str = ""
     normalize: Normalization | None = None
     starts_from: dict[str, Any] | None = None
     trained_sha256: str | None = None
@@ -48,9 +50,9 @@ def remember(model: nn.Module, info: ModelInfo) -> None:
 
 
 def given_model(model: nn.Module) -> GivenModel:
-    """Return the configuration of a network object: under its name and arguments if kdpipe built it."""
+    """Return the configuration of a network object: under its name and arguments if kdpipe built it as it is."""
     config = info_of(model).config
-    if config is None:
+    if config is None or info_of(model).structure != str(model):
         name = f"{OBJECT}{type(model).__module__}.{type(model).__qualname__}"
         return GivenModel(name=name, module=model)
     return GivenModel(name=config.name, args=config.args, weights=config.weights, module=model)
@@ -96,7 +98,7 @@ def create_model(
     model = build_model(
         config, num_classes=images.num_classes, in_channels=images.in_channels, image_size=size, seed=seed
     )
-    remember(model, ModelInfo(config))
+    remember(model, ModelInfo(config, str(model)))
     return model
 
 

@@ -114,6 +114,17 @@ def test_edited_class_is_another_network(tmp_path, monkeypatch, data):
     assert first != second
 
 
+def test_changed_network_of_kdpipe_is_the_users_own(data):
+    model = kd.create_model("cnn", kd.as_image_set(data[0]), width=4)
+    stores = []
+    for number in range(2):
+        stores.append(kd.cache_teacher(model, data[0], f"store{number}.zarr", mean=[0.5], std=[0.5], **QUIET))
+        model.fc = nn.Sequential(model.fc, nn.Tanh())
+    names = [store.manifest.identity.teacher["architecture"]["model"] for store in stores]
+    assert names[0] == "cnn"
+    assert names[1].startswith("object:")
+
+
 def test_store_of_another_network_is_refused(data, network):
     kd.cache_teacher(network, data[0], "store.zarr", mean=[0.5], std=[0.5], **QUIET)
     torch.manual_seed(1)
