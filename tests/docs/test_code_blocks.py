@@ -8,11 +8,9 @@ title. A comment `<!-- setup ... -->` adds code that readers do not see. A block
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +18,10 @@ from typing import Any
 
 import pytest
 import typer
+from support.kdpipe_process import environment
 from support.markdown import code_blocks, pages
 from support.paths import PYTHONPATH, ROOT
+from support.warm_process import WarmProcess
 
 from kdpipe.pipeline.main import app
 from kdpipe.pipeline.recipe.load import load_recipe, parse_recipe
@@ -84,15 +84,14 @@ def test_text_hides_no_code(block):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", list(filter(has_python, BLOCKS)), ids=lambda page: page.name)
-def test_python_runs(page, tmp_path):
+def test_python_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_files(page, tmp_path)
     script = tmp_path / f"{page.stem.replace('-', '_')}_page.py"
     script.write_text(script_of(page))
-    environ = {**os.environ, "PYTHONPATH": PYTHONPATH, "MPLBACKEND": "agg"}
-    done = subprocess.run(
-        [sys.executable, script], check=False, cwd=tmp_path, env=environ, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"lines are those of {page}\n{done.stderr[-4000:]}"
+    process = WarmProcess([str(script)], {**environment(), "PYTHONPATH": PYTHONPATH, "MPLBACKEND": "agg"})
+    _, errors = process.communicate(timeout=300)
+    assert process.wait() == 0, f"lines are those of {page}\n{errors[-4000:]}"
 
 
 def test_blocks_that_cannot_run_are_counted():

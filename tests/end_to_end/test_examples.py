@@ -1,33 +1,25 @@
 """The examples, run as their users run them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from support.kdpipe_process import environment
+from support.warm_process import WarmProcess
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop", "own_loss"])
-def test_script_runs_and_prints_an_accuracy(name, tmp_path):
-    if name == "accelerate_loop":
-        pytest.importorskip("accelerate")
-    short = ["--epochs", "2", *(["--seeds", "2"] if name == "own_loss" else [])]
-    ended = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *short],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "%" in ended.stdout.splitlines()[-1]
+def test_script_runs_and_prints_an_accuracy(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--epochs", "2", *(["--seeds", "1"] if name == "own_loss" else [])]
+    process = WarmProcess([str(EXAMPLES / f"{name}.py"), *short], environment())
+    out, errors = process.communicate(timeout=300)
+    assert process.wait() == 0, errors
+    assert "%" in out.splitlines()[-1]
 
 
 @pytest.mark.slow

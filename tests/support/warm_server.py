@@ -1,4 +1,6 @@
-"""Fork `kdpipe` processes with warm imports, which take longer than the tests: `python warm_server.py SOCKET_FD`.
+"""Fork processes with warm imports, which take longer than the tests: `python warm_server.py SOCKET_FD`.
+
+Arguments that begin with `kdpipe` run the command line, those that begin with a file name the script.
 
 A fork has its own pid, arguments, environment, working folder and output, Python's signal handlers and exit status. It
 ends with os._exit, as in multiprocessing, because tearing down the imported modules takes even longer.
@@ -15,6 +17,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import selectors
 import socket
 import sys
@@ -124,7 +127,8 @@ def become(request: dict[str, Any], fds: list[int], of_server: list[int], has_th
     arguments, environment = request["arguments"], request["environment"]
     if has_threads:
         code = f"import sys; sys.argv[:] = {arguments!r}; from kdpipe.pipeline.main import main; main()"
-        os.execve(sys.executable, [sys.executable, "-c", code], environment)
+        command = arguments if arguments[0].endswith(".py") else ["-c", code]
+        os.execve(sys.executable, [sys.executable, *command], environment)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[:] = arguments
@@ -134,12 +138,15 @@ def become(request: dict[str, Any], fds: list[int], of_server: list[int], has_th
 
 
 def run_to_the_end() -> NoReturn:
-    """Run `kdpipe`, and end as Python does, except for the teardown of modules."""
+    """Run `kdpipe` or the script, and end as Python does, except for the teardown of modules."""
     from kdpipe.pipeline.main import main
 
     status = 0
     try:
-        main()
+        if sys.argv[0].endswith(".py"):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            main()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
