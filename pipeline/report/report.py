@@ -42,11 +42,13 @@ def read_report(run: Path) -> Report:
         raise RunError(f"{run / 'recipe.json'} is not a recipe of a kdpipe run ({error!r}).") from error
     latency = read_latencies(latency_path(root, seeds[0]))
     rows: list[Row] = []
-    missing = []
+    missing: list[str] = []
+    has_recipe = (run / "run.json").exists()  # of a run in Python, networks that were never begun are not missing
     for entry in entries:
         results = {job: result for job in entry.jobs if (result := JobDir(job).result()) is not None}
         num_missing = len(entry.jobs) - len(results)
-        missing += [f"{entry.name} ({num_missing} of {len(entry.jobs)})"] if num_missing else []
+        if num_missing and (has_recipe or any(job.exists() for job in entry.jobs)):
+            missing.append(f"{entry.name} ({num_missing} of {len(entry.jobs)})")
         rows += [_row(entry, results, rows, latency)] if results else []
     artifacts = [str(path.parent) for seed in seeds for path in root.glob(f"artifacts-seed{seed}/card.json")]
     pareto = str(root / "pareto.svg") if (root / "pareto.svg").exists() else None
