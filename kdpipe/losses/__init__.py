@@ -75,8 +75,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "AT", "CC", "CRD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PKT", "RKD", "SP", "VID", "ATGradient",
     "FeatureLoss", "FeatureSpec", "FitNet", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
-    "ModelOutput", "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD", "SoftLogitLoss",
-    "TrainProgress", "all_gather_with_grad", "functional",
+    "ModelOutput", "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD",
+    "SoftLogitLoss", "TrainProgress", "all_gather_with_grad", "functional",
 ]
 # fmt: on
 

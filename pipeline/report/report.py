@@ -17,6 +17,9 @@ from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_p
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 
+MADE_IN_PYTHON = ".made-in-python"
+"""The file that marks run folders of the Python API, whose recipe grows with the calls."""
+
 MAX_NAME = 200
 """Letters of a recipe's name that are shown."""
 
@@ -43,11 +46,11 @@ def read_report(run: Path) -> Report:
     latency = read_latencies(latency_path(root, seeds[0]))
     rows: list[Row] = []
     missing: list[str] = []
-    has_recipe = (run / "run.json").exists()  # of a run in Python, networks that were never begun are not missing
+    in_python = (run / MADE_IN_PYTHON).exists()  # networks that were never begun are not missing there
     for entry in entries:
         results = {job: result for job in entry.jobs if (result := JobDir(job).result()) is not None}
         num_missing = len(entry.jobs) - len(results)
-        if num_missing and (has_recipe or any(job.exists() for job in entry.jobs)):
+        if num_missing and (not in_python or any(job.exists() for job in entry.jobs)):
             missing.append(f"{entry.name} ({num_missing} of {len(entry.jobs)})")
         rows += [_row(entry, results, rows, latency)] if results else []
     artifacts = [str(path.parent) for seed in seeds for path in root.glob(f"artifacts-seed{seed}/card.json")]
