@@ -70,7 +70,8 @@ class Description:
 
         Args:
             found: The class or function.
-            module: The name of its module, by default of the one in which it was written.
+            module: The name of its module, for the object whose digest it is, which has no name in it; by default the
+                one in which it was written.
 
         Raises:
             OSError: There is no source; or TypeError.
@@ -80,14 +81,14 @@ class Description:
             number, part = len(self.parts), dict[str, Any]()
             self._found[id(found)] = number, found
             self.parts.append(part)
-            module = module or _module_of(found)
+            is_named, module = module is None, module or _module_of(found)
             written_in_main = module in MAIN
             is_class, is_python = inspect.isclass(found), hasattr(found, "__code__")
             if written_in_main:
                 part["source"] = _sha256((class_text(found) if is_class else function_text(found)).encode())
             else:
                 part["source"] = modules_sha256([module])
-            if number:
+            if is_named:
                 part["name"] = found.__qualname__
                 part["place"] = place_of(found, in_file=not written_in_main) if is_python else None
             if is_class and (written_in_main or "<locals>" in found.__qualname__):

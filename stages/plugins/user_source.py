@@ -61,7 +61,7 @@ def network_sha256(model: nn.Module) -> dict[str, str]:
     kind = type(model)
     with _without_source(f"the network {kind.__qualname__}", kind.__module__, ModelError):
         classes, values = Description(strict=False), Description(strict=False, tensors=False)
-        for own in own_bases(map(type, model.modules())):
+        for own in own_bases(dict.fromkeys(map(type, model.modules()))):
             classes.code(own)
         firsts: dict[int, str] = {}
         parameters = model.named_parameters(remove_duplicate=False)
