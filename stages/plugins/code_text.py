@@ -1,0 +1,93 @@
+"""The text of functions and classes of a notebook or script, and the names in their code."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import inspect
+import linecache
+import sys
+from collections.abc import Callable
+from types import CodeType, FunctionType
+from typing import Any
+
+
+def function_text(function: Any) -> str:
+    """Return the source of a function; raises OSError or TypeError if there is none."""
+    code = getattr(function, "__code__", None)
+    return inspect.getsource(function if code is None else code)  # of a wrapper, not of what it wraps
+
+
+def class_text(kind: type) -> str:
+    """Return the source of a class; "" if there is none, and no method, so that its attributes describe it.
+
+    Raises:
+        OSError: There is no source; or TypeError.
+    """
+    methods = [each for member in vars(kind).values() for each in functions_of(member) if is_written_in(each, kind)]
+    script = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    for method in methods:
+        code = method.__code__
+        cell = "".join(linecache.getlines(code.co_filename)) if code.co_filename != script else ""
+        # In a notebook only the methods of a class know its cell.
+        for node in [one for one in ast.walk(ast.parse(cell)) if isinstance(one, ast.ClassDef)]:
+            if node.name == kind.__name__ and code.co_firstlineno in range(node.lineno, (node.end_lineno or 0) + 1):
+                return ast.get_source_segment(cell, node) or cell
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        if methods:
+            raise
+        return ""
+
+
+def functions_of(member: Any) -> list[FunctionType]:
+    """Return the functions of an attribute of a class: itself, or those of a property, static or class method."""
+    names = {
+        staticmethod: ("__func__",),
+        classmethod: ("__func__",),
+        property: ("fget", "fset", "fdel"),
+        functools.cached_property: ("func",),
+    }.get(type(member), ())
+    found = [getattr(member, name) for name in names] if names else [member]
+    return [each for each in found if inspect.isfunction(each)]
+
+
+def is_written_in(method: FunctionType, kind: type) -> bool:
+    """Return whether the text of a class has that of a method."""
+    return method.__code__.co_qualname.startswith(f"{kind.__qualname__}.")
+
+
+def place_of(function: Any, *, in_file: bool) -> list[int]:
+    """Return what tells functions of equal names and text apart: the line in the file, and the end of a lambda."""
+    code: CodeType = function.__code__
+    place = [code.co_firstlineno] if in_file else []
+    if code.co_name == "<lambda>":
+        ends = [(line - code.co_firstlineno, column) for _, line, _, column in code.co_positions() if line and column]
+        place += max(ends, default=())
+    return place
+
+
+def global_names(code: CodeType) -> list[str]:
+    """Return the names outside a function that its code reads, and never sets, also within nested functions."""
+    read, stored = set[str](), set[str]()
+    for each in _with_nested(code):
+        for instruction in dis.get_instructions(each):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+                read.add(instruction.argval)
+            elif instruction.opname == "STORE_GLOBAL":
+                stored.add(instruction.argval)
+    return sorted(read - stored)
+
+
+def stored_attributes(function: Callable[..., Any]) -> set[str]:
+    """Return the names of attributes that a function sets."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    nested = [] if code is None else _with_nested(code)
+    return {one.argval for each in nested for one in dis.get_instructions(each) if one.opname == "STORE_ATTR"}
+
+
+def _with_nested(code: CodeType) -> list[CodeType]:
+    nested = [each for constant in code.co_consts if isinstance(constant, CodeType) for each in _with_nested(constant)]
+    return [code, *nested]
