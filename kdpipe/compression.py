@@ -13,7 +13,7 @@ import torch
 from kdpipe import datasets
 from kdpipe.pipeline import steps
 from kdpipe.results import CompressedResult, Result, StudentResult
-from kdpipe.runs import CallbackLike, RunOptions, write_run_recipe
+from kdpipe.runs import CallbackLike, RunOptions, isolated, write_run_recipe
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig, compressed_root, dry_run
 from kdpipe.stages.compress.pruning.prune import PruneConfig
@@ -27,6 +27,7 @@ from kdpipe.students import Store, store_places
 Settings = Mapping[str, Any]
 
 
+@isolated
 def compress(
     student: StudentResult,
     dataset: Any = None,
@@ -74,6 +75,7 @@ def compress(
     )
 
 
+@isolated
 def prune(
     student: StudentResult,
     dataset: Any = None,
@@ -107,6 +109,7 @@ def prune(
     )
 
 
+@isolated
 def quantize(
     student: StudentResult,
     dataset: Any = None,

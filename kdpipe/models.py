@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from kdpipe.datasets import as_image_set
+from kdpipe.runs import isolated
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization
 
 INFO = "_kdpipe_info"
@@ -58,6 +60,7 @@ def given_model(model: nn.Module) -> GivenModel:
     return GivenModel(name=config.name, args=config.args, weights=config.weights, module=model)
 
 
+@isolated
 def create_model(
     name: str,
     dataset: Any,
@@ -131,5 +134,4 @@ def model_config(model: str | nn.Module, args: Mapping[str, Any] | None = None) 
         raise ModelError(f"a model is a name or a torch.nn.Module, not {type(model).__name__}.")
     if args:
         raise ModelError("args are for a model that is given by name: build this one with its arguments.")
-    config: GivenModel = given_model(model)
-    return config
+    return given_model(unwrap(model))

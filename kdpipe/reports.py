@@ -12,7 +12,7 @@ from kdpipe.datasets import as_image_set
 from kdpipe.models import info_of
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
-from kdpipe.runs import RunOptions
+from kdpipe.runs import RunOptions, isolated
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.models.bundle import ModelBundle
@@ -22,6 +22,7 @@ from kdpipe.store import TargetStore
 from kdpipe.store.check.verify import VerifyReport, verify_store
 
 
+@isolated
 def evaluate(
     model: nn.Module | ModelBundle,
     dataset: Any,

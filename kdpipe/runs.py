@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -19,6 +21,7 @@ from kdpipe.stages.context import StageContext, require_fitting_test_images, tes
 from kdpipe.stages.data.decode import with_size
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.mix_partners import find_partners
+from kdpipe.stages.errors import RecipeError, StoppedEarly
 from kdpipe.stages.runtime.callbacks import Callback
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup, init_distributed
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
@@ -26,7 +29,7 @@ from kdpipe.stages.runtime.gpu.device import choose_device, select_device
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.training.job_dir import read_json_file, write_json_file
 from kdpipe.stages.views.config import Views
-from kdpipe.store import canonical_json, exclusive, make_folders, shared
+from kdpipe.store import FingerprintMismatch, canonical_json, differences, exclusive, make_folders, shared
 
 CallbackLike = Callback | str | dict[str, Any]
 
@@ -121,8 +124,28 @@ class RunOptions:
                 elif report is not None:
                     report(event)
 
-            monitor = RunMonitor(show, callbacks=_built(self.callbacks), run_dir=folder)
+            should_stop = stack.enter_context(_interrupts())
+            monitor = RunMonitor(show, should_stop, _built(self.callbacks), run_dir=folder)
             yield replace(context, run_dir=folder, monitor=monitor, process_group=process_group)
+
+
+def require_same_student(folder: Path, sections: Mapping[str, Any]) -> None:
+    """Raise FingerprintMismatch if a run folder has a student with other settings than these, but for its seed.
+
+    Reports average the students of a folder.
+    """
+    stored = read_json_file(folder / "recipe.json") or {}
+
+    def settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+        student = recipe.get("student") or {}
+        return {"student": {key: student.get(key) for key in ("model", "train")}, "distill": recipe.get("distill")}
+
+    before, wanted = settings(stored), settings(json.loads(json.dumps(sections)))
+    if not (before["distill"] and wanted["distill"]):  # one of them was trained alone
+        before["distill"] = wanted["distill"] = None
+    if stored and (found := differences(before, wanted)):
+        advice = "The students of a run differ in their seeds only: choose another run=."
+        raise FingerprintMismatch(f"the student in {folder}", found, advice)
 
 
 def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
@@ -141,7 +164,62 @@ def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
     if "student" in sections and "student" in stored:
         seeds = {*stored["student"]["seeds"], *sections["student"]["seeds"]}
         table["student"] = {**sections["student"], "seeds": sorted(seeds)}
+        if not sections["distill"]:  # a student alone says nothing of losses and stores
+            table |= {key: stored[key] for key in ("teacher", "distill")}
+            table["student"] = {**stored["student"], "seeds": sorted(seeds)}
     write_json_file(path, recipe_json(parse_recipe(table, str(path))))
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def isolated(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function apart from torch's ambient state: autocast, grad mode, generators; they stay as they were.
+
+    Raises RecipeError if torch's default dtype is not float32.
+    """
+
+    @wraps(function)
+    def call(*arguments: P.args, **keywords: P.kwargs) -> R:
+        if torch.get_default_dtype() != torch.float32:
+            raise RecipeError(
+                f"torch's default dtype is {torch.get_default_dtype()}, and kdpipe computes in float32: call "
+                "torch.set_default_dtype(torch.float32) first."
+            )
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            torch.random.fork_rng(devices),
+        ):
+            return function(*arguments, **keywords)
+
+    return call
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Yield a flag that Ctrl-C and the signals of batch systems set: work is saved first, a second Ctrl-C aborts.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C.
+        SystemExit: After another signal, with status 75 as on the command line.
+    """
+    from kdpipe.pipeline.session.signals import handle_signals
+    from kdpipe.pipeline.terminal.exit_codes import STOPPED_EARLY
+
+    try:
+        with handle_signals() as should_stop:
+            yield should_stop
+    except StoppedEarly as error:
+        message = f"stopped early {error}; all finished work is saved: the same call continues."
+        if "SIGINT" in str(error):
+            raise KeyboardInterrupt(message) from None
+        warnings.warn(message, stacklevel=2)
+        raise SystemExit(STOPPED_EARLY) from None
 
 
 def _built(callbacks: Sequence[CallbackLike]) -> tuple[Callback, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 from kdpipe import datasets, models
 from kdpipe.pipeline import steps
 from kdpipe.results import StudentResult
-from kdpipe.runs import CallbackLike, RunOptions, write_run_recipe
+from kdpipe.runs import CallbackLike, RunOptions, isolated, require_same_student, write_run_recipe
 from kdpipe.stages.distillation.student_config import (
     StudentConfig,
     student_folder,
@@ -37,6 +37,7 @@ from kdpipe.student_job import StudentJob
 Store = TargetStore | str | Path
 
 
+@isolated
 def train_student(
     model: str | nn.Module,
     dataset: Any,
@@ -116,6 +117,7 @@ def train_student(
     spec = job.open_stores(context)
     fingerprint = student_fingerprint(config, seed, spec, build_student(config, seed, context, job.losses), context)
     job = replace(job, run=run_options.folder("student", fingerprint))
+    require_same_student(job.run, job.sections())
     with run_options.open(job.run, context) as opened:
         if spec is not None and (warning := view_warning(job.views)):
             opened.monitor.warn("train-student", warning)

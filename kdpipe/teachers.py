@@ -15,12 +15,12 @@ from kdpipe import datasets
 from kdpipe.models import ModelInfo, given_model, info_of, remember
 from kdpipe.pipeline import steps
 from kdpipe.results import TeacherResult
-from kdpipe.runs import CallbackLike, RunOptions
+from kdpipe.runs import CallbackLike, RunOptions, isolated
 from kdpipe.stages.cache_teacher.plan import CacheConfig
 from kdpipe.stages.context import StageContext, model_normalization, test_context
-from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.build import GivenModel
+from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import weights_sha256
@@ -30,9 +30,10 @@ from kdpipe.stages.teacher import TeacherConfig, build_teacher, teacher_fingerpr
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import Views
-from kdpipe.store import TargetStore, differences, open_store
+from kdpipe.store import TargetStore, differences, is_url, open_store
 
 
+@isolated
 def train_teacher(
     model: nn.Module,
     dataset: Any,
@@ -70,10 +71,10 @@ def train_teacher(
     Raises:
         KdpipeError: An input does not fit, or the folder holds another job.
     """
-    run_options = RunOptions(run, device, num_workers, progress, callbacks)
+    run_options, model = RunOptions(run, device, num_workers, progress, callbacks), _module(model)
     train_set = datasets.as_image_set(dataset)
     test_set = datasets.as_image_set(test, "test", like=train_set)
-    config = TeacherConfig(model=_object(model), train=TrainConfig(**train), mean=_numbers(mean), std=_numbers(std))
+    config = TeacherConfig(model=given_model(model), train=TrainConfig(**train), mean=_numbers(mean), std=_numbers(std))
     context = run_options.context(train_set, test_set, views or Views(1))
     teacher = build_teacher(config, seed, context)
     fingerprint, info = teacher_fingerprint(config, seed, teacher, context), info_of(model)
@@ -100,6 +101,7 @@ def train_teacher(
     return TeacherResult(figures, folder.path)
 
 
+@isolated
 def cache_teacher(
     teacher: nn.Module,
     dataset: Any,
@@ -143,7 +145,10 @@ def cache_teacher(
         FingerprintMismatch: The store was made from another teacher, other images or other views.
         KdpipeError: An input does not fit, or the teacher's outputs are not finite.
     """
-    run_options, path = RunOptions(None, device, num_workers, progress), Path(path).expanduser().absolute()
+    if is_url(path):
+        raise RecipeError(f"{path} is a URL: name a folder, and upload the store when it is complete.")
+    teacher, path = _module(teacher), Path(path).expanduser().absolute()
+    run_options = RunOptions(None, device, num_workers, progress)
     train_set, views = datasets.as_image_set(dataset), views or Views(1)
     test_set = None if test is None else datasets.as_image_set(test, "test", like=train_set)
     context = run_options.context(train_set, test_set, views, store=path if path.exists() else None)
@@ -159,10 +164,11 @@ def cache_teacher(
     return open_store(path)
 
 
-def _object(model: nn.Module) -> GivenModel:
+def _module(model: nn.Module) -> nn.Module:
+    """Return the network itself, without what torch.compile and data parallelism wrap around it."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"the teacher must be a torch.nn.Module, not {model!r}: build it with kdpipe.create_model.")
-    return given_model(model)
+    return unwrap(model)
 
 
 def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -181,7 +187,7 @@ def _bundle(
     teacher: nn.Module, context: StageContext, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> ModelBundle:
     """Return the teacher with its record and input scaling, on the device in eval mode."""
-    config, info = _object(teacher), info_of(teacher)
+    config, info = given_model(teacher), info_of(teacher)
     if mean is None and std is None and info.normalize is None and config.weights is None:
         raise ModelError(
             f"the input normalization of this {type(teacher).__name__} is unknown, and with a wrong one its accuracy "

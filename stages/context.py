@@ -167,6 +167,11 @@ def require_fitting_test_images(context: StageContext) -> None:
             f"the training images of {len(classes)} ({', '.join(classes[:5])} ...): give both the same, in the "
             "same order."
         )
+    if context.test_set.in_channels != context.train_set.in_channels:
+        raise DataError(
+            f"the test images of {context.test_set.name} have {context.test_set.in_channels} channels, the training "
+            f"images {context.train_set.in_channels}: set data.channels, or convert one of them."
+        )
     if found is None:
         raise DataError(unequal_sizes_message(context.test_set))
     if found != size:

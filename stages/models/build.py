@@ -61,8 +61,8 @@ def build_model(
     name, unknown arguments, images that do not fit the network, or weights that cannot be loaded.
     """
     if isinstance(config, GivenModel):
-        given = clone_without_hooks(config.module).cpu()
-        _check_fit(type(config.module).__name__, given, num_classes, (in_channels, *image_size))
+        given = _copy(config.module)
+        _check_fit(type(given).__name__, given, num_classes, (in_channels, *image_size))
         return given
     # On the CPU only: torch.manual_seed would also reset the generators of every GPU.
     with torch.random.fork_rng(devices=[]):
@@ -100,6 +100,24 @@ def architecture(
         **({"source_sha256": source} if source else {}),
         **own,
     }
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a network object on the CPU, without hooks. Raises ModelError if it cannot be copied or run."""
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"{name} is a TorchScript module: give the nn.Module that it was made from.")
+    for what, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+            raise ModelError(f"{name}: {what} has no values yet: initialize the network on the CPU first.")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ModelError(f"{name}: {what} is {tensor.dtype}, wanted torch.float32: call .float() first.")
+        if tensor.is_inference():
+            raise ModelError(f"{name} was built in torch.inference_mode: build it outside.")
+    try:
+        return clone_without_hooks(model).cpu()
+    except Exception as error:  # attributes of the user's
+        raise ModelError(f"{name} cannot be copied ({cause(error)}): remove what cannot be, such as locks.") from error
 
 
 def _object_identity(model: nn.Module) -> dict[str, str]:

@@ -34,6 +34,17 @@ def clone_without_hooks(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, empty_tables)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the network inside torch.compile, DataParallel and DistributedDataParallel; it shares all weights."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 @contextmanager
 def preserve_modes(model: nn.Module) -> Iterator[None]:
     """Restore the training mode of every module at the end."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdpipe.stages.errors import NotFiniteError, RunError, StoppedEarly
+from kdpipe.stages.errors import NotFiniteError, RecipeError, RunError, StoppedEarly
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.models.hooks import extract_features
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
@@ -166,6 +166,10 @@ def _set_up(job: TrainJob, device: torch.device) -> TrainState:
     job.process_group.use_device(device)
     distillation = job.task.distillation or nn.Module()
     modules = nn.ModuleDict({"student": job.model, "distillation": distillation}).to(device)
+    if job.config.epochs > 0 and not any(parameter.requires_grad for parameter in modules.parameters()):
+        raise RecipeError(
+            f"the {job.name} has no parameter that requires a gradient: unfreeze some, or do not train it."
+        )
     optimizer = build_optimizer(job.config, modules)
     if has_modes(optimizer):
         optimizer.train()  # type: ignore[attr-defined]

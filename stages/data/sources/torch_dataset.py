@@ -263,7 +263,9 @@ def _unequal(name: str, index: int, found: tuple[int, ...], first: tuple[int, ..
 
 
 def _positions(dataset: Any, num_samples: int) -> npt.NDArray[np.int64]:
-    """Return the positions of the samples in the whole set, of which a torch Subset is a part."""
+    """Return the positions of the samples in the whole set, of which a torch Subset is a part; an ImageSet's ids."""
+    if isinstance(dataset, ImageSet):
+        return dataset.sample_ids.numpy()
     if isinstance(dataset, torch.utils.data.Subset):
         indices: npt.NDArray[np.int64] = np.asarray(dataset.indices, dtype=np.int64)
         return _positions(dataset.dataset, len(dataset.dataset)).take(indices)  # type: ignore[arg-type]
