@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 
 from kdpipe import datasets
+from kdpipe.arguments import as_folder, as_run_options, as_settings
 from kdpipe.pipeline import steps
 from kdpipe.results import CompressedResult, Result, StudentResult
 from kdpipe.runs import CallbackLike, RunOptions, isolated, write_run_recipe
@@ -18,13 +22,30 @@ from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.compress.compress import CompressConfig, compressed_root, dry_run
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
+from kdpipe.stages.config import config_fingerprint
+from kdpipe.stages.context import samples_of
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.build import GivenModel
-from kdpipe.stages.training.job_dir import JobDir, read_json_file
+from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.store import FingerprintMismatch, canonical_json, differences, make_folders
 from kdpipe.student_job import StudentJob
 from kdpipe.students import Store, store_places
 
 Settings = Mapping[str, Any]
+
+ELSEWHERE = {
+    **{field.name: f"it in prune_train={{{field.name!r}: ...}} or quantize_train" for field in fields(TrainConfig)},
+    "steps": "prune= and int8=",
+    "quantize": "it as int8={...}",
+    "ratio": "prune=",
+    "scheme": "int8={'scheme': ...}",
+    "seeds": "the student of each seed",
+}
+"""Keys that are no further options of `compress`."""
+
+RECORD = "recipe.json"
+"""The file in a folder other than `compressed/` that says what decided the networks in it."""
 
 
 @isolated
@@ -38,15 +59,17 @@ def compress(
     prune_train: Settings | None = None,
     quantize_train: Settings | None = None,
     baselines: bool = False,
+    folder: str | Path | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
-    callbacks: Sequence[CallbackLike] = (),
+    callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
     **options: Any,
 ) -> CompressedResult:
     """Prune and quantize a distilled student, fine-tuning it from its stores; export and check the files.
 
-    The networks are written to `compressed/` in the student's run folder, where a stopped call resumes.
+    The networks are written to `compressed/` in the student's run folder, which is what `report` shows; those of further
+    calls with other settings to `compressed-DIGEST/` beside it. In its folder a stopped call resumes.
 
     Args:
         student: The result of `train_student`.
@@ -58,6 +81,7 @@ def compress(
         prune_train: Keys of `compress.prune_train`, the fine-tuning after pruning: `epochs`, `lr`, ...
         quantize_train: Keys of `compress.quantize_train`, the fine-tuning while quantized.
         baselines: Whether to make the networks that show what the teacher contributes, too.
+        folder: Another folder for the networks.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
@@ -69,9 +93,11 @@ def compress(
         FingerprintMismatch: The folder holds a compression with other settings.
     """
     return _compress(
+        student,
         _job(student, dataset, store),
         _config(prune, int8, prune_train, quantize_train, {"baselines": baselines, **options}),
-        RunOptions(student.job.run, device, num_workers, progress, callbacks),
+        as_run_options(None, device, num_workers, progress, callbacks),
+        folder,
     )
 
 
@@ -83,10 +109,11 @@ def prune(
     *,
     ratio: float = 0.5,
     train: Settings | None = None,
+    folder: str | Path | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
-    callbacks: Sequence[CallbackLike] = (),
+    callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
     **settings: Any,
 ) -> CompressedResult:
     """Prune a distilled student and fine-tune it from its stores, without quantization.
@@ -97,16 +124,16 @@ def prune(
         store: As in `compress`.
         ratio: The share to remove of what `budget` counts.
         train: Keys of `compress.prune_train`, the fine-tuning.
+        folder: As in `compress`.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
         callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         **settings: Further keys of a recipe's `compress.prune` section: `budget`, `importance`, `exclude`, ...
     """
-    config = _config({"ratio": ratio, **settings}, False, train, None, {"baselines": False})
-    return _compress(
-        _job(student, dataset, store), config, RunOptions(student.job.run, device, num_workers, progress, callbacks)
-    )
+    config = _config({"ratio": ratio, **settings}, False, as_settings("train", train), None, {"baselines": False})
+    run_options = as_run_options(None, device, num_workers, progress, callbacks)
+    return _compress(student, _job(student, dataset, store), config, run_options, folder)
 
 
 @isolated
@@ -116,10 +143,11 @@ def quantize(
     store: Store | None = None,
     *,
     train: Settings | None = None,
+    folder: str | Path | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
-    callbacks: Sequence[CallbackLike] = (),
+    callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
     **settings: Any,
 ) -> CompressedResult:
     """Quantize a distilled student and fine-tune it from its stores, without pruning.
@@ -129,16 +157,16 @@ def quantize(
         dataset: As in `compress`.
         store: As in `compress`.
         train: Keys of `compress.quantize_train`, the fine-tuning.
+        folder: As in `compress`.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
         callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         **settings: Keys of a recipe's `compress.quantize` section: `scheme`, `exclude`, ...
     """
-    config = _config(None, settings or True, None, train, {"baselines": False})
-    return _compress(
-        _job(student, dataset, store), config, RunOptions(student.job.run, device, num_workers, progress, callbacks)
-    )
+    config = _config(None, settings, None, as_settings("train", train), {"baselines": False})
+    run_options = as_run_options(None, device, num_workers, progress, callbacks)
+    return _compress(student, _job(student, dataset, store), config, run_options, folder)
 
 
 def _job(student: StudentResult, dataset: Any, store: Store | None) -> StudentJob:
@@ -162,32 +190,105 @@ def _config(
     """Return the recipe's `compress` section; what is not given has its defaults."""
     sections: dict[str, Any] = {}
     names: list[str] = []
-    if prune:
+    if prune is not None and prune is not False:
         names.append("prune")
-        sections["prune"] = PruneConfig(**(prune if isinstance(prune, Mapping) else {"ratio": float(prune)}))
-    if int8:
+        sections["prune"] = PruneConfig(**_pruning(prune))
+    if int8 is not None and int8 is not False:
+        if int8 is not True and not isinstance(int8, Mapping):
+            raise RecipeError(f"int8 is {int8!r:.60}: give True, False, or settings such as {{'scheme': 'int4'}}.")
         names.append("quantize")
-        sections["quantize"] = QuantizeConfig(**(int8 if isinstance(int8, Mapping) else {}))
+        sections["quantize"] = QuantizeConfig(**({} if int8 is True else int8))
     defaults = CompressConfig()
-    if prune_train is not None:
-        sections["prune_train"] = replace(defaults.prune_train, **prune_train)
-    if quantize_train is not None:
-        sections["quantize_train"] = replace(defaults.quantize_train, **quantize_train)
-    return CompressConfig(**{"steps": tuple(names), **sections, **options})
+    for name, settings in (("prune_train", prune_train), ("quantize_train", quantize_train)):
+        sections[name] = replace(getattr(defaults, name), **as_settings(name, settings))
+    return CompressConfig(**{"steps": tuple(names), **sections, **as_settings("compress", options, ELSEWHERE)})
 
 
-def _compress(job: StudentJob, config: CompressConfig, run_options: RunOptions) -> CompressedResult:
+def _pruning(prune: Any) -> Settings:
+    if isinstance(prune, Mapping):
+        return prune
+    if isinstance(prune, bool) or not isinstance(prune, numbers.Real):
+        raise RecipeError(f"prune is {prune!r:.60}: give the share to remove, such as 0.5, settings, or None.")
+    return {"ratio": float(prune)}
+
+
+def _compress(
+    student: StudentResult,
+    job: StudentJob,
+    config: CompressConfig,
+    run_options: RunOptions,
+    folder: str | Path | None,
+) -> CompressedResult:
     context = replace(job.context(run_options), run_dir=job.run)
     dry_run(config, job.config, context)
     spec = job.open_stores(context)
     assert spec is not None, "_job refuses students without losses"
     with run_options.open(job.run, context) as opened:
+        root = _claim_root(student, job, config, None if folder is None else as_folder("folder", folder))
         name = (read_json_file(job.run / "recipe.json") or {}).get("name", job.run.name)
-        figures, card = steps.compress_student(config, job.config, job.seed, spec, opened, name=name)
-        write_run_recipe(job.run, {"compress": asdict(config)})
-    root = compressed_root(job.run, config)
+        figures, card = steps.compress_student(config, job.config, job.seed, spec, opened, name=name, root=root)
     networks = {kind: Result(found, JobDir(root / f"{kind}-seed{job.seed}").path) for kind, found in figures.items()}
     assert card is not None, "the last step exports"
     given = job.config.model.module if isinstance(job.config.model, GivenModel) else None
     load = partial(rebuild, trust_python=True, given=given)  # the code that this process has just run
-    return CompressedResult(networks, Path(card["folder"]), card, load)
+    return CompressedResult(networks, Path(card["folder"]), card, load, job.run)
+
+
+def _claim_root(student: StudentResult, job: StudentJob, config: CompressConfig, folder: Path | None) -> Path:
+    """Return the folder of the networks, with a record of what decides them; recipe.json of the run is that of the run's.
+
+    Raises:
+        FingerprintMismatch: The folder holds a compression with other settings.
+    """
+    main = compressed_root(job.run, replace(config, student=None))
+    wanted = {"settings": _settings(config), "inputs": _other_inputs(student.job, job)}
+    stored = _main_settings(job.run)
+    fits_main = wanted == {"settings": stored or wanted["settings"], "inputs": {}}
+    if folder is None:
+        digest = hashlib.sha256(canonical_json(wanted).encode()).hexdigest()[:12]
+        folder = main if fits_main else main.with_name(f"{main.name}-{digest}")
+    if folder == main:
+        found = [] if fits_main else differences({"settings": stored or {}, "inputs": {}}, wanted)
+    elif (record := read_json_file(folder / RECORD)) is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise RecipeError(f"folder {folder} has files of others: name a new one.")
+        found = []
+    else:
+        found = differences({key: record.get(key) for key in wanted}, wanted)
+    if found:
+        raise FingerprintMismatch(f"the compression in {folder}", found, "Name another folder, or leave folder= out.")
+    if folder == main:
+        write_run_recipe(job.run, {"compress": asdict(config)})
+    else:
+        make_folders([folder])
+        write_json_file(folder / RECORD, {"compress": asdict(config), **wanted})
+    return folder
+
+
+def _main_settings(run: Path) -> dict[str, Any] | None:
+    """Return what decides the networks in `compressed/`; None if there are none yet."""
+    stored = (read_json_file(run / "recipe.json") or {}).get("compress")
+    is_free = not (run / "compressed").exists() and not (run / "run.json").exists()  # a record of the command line
+    return None if is_free or stored is None else _settings(CompressConfig(**stored))
+
+
+def _settings(config: CompressConfig) -> dict[str, Any]:
+    """Return what decides the exported files; steps that are not done and measurements do not."""
+    found: dict[str, Any] = {"steps": config.steps, "student": config.student, "opset": config.opset}
+    if config.prunes:
+        found |= {"prune": asdict(config.prune), "prune_train": config_fingerprint(config.prune_train)}
+    if config.quantizes:
+        found |= {"quantize": asdict(config.quantize), "quantize_train": config_fingerprint(config.quantize_train)}
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def _other_inputs(trained: StudentJob, job: StudentJob) -> dict[str, Any]:
+    """Return the images and stores to fine-tune on where they are not those of the training."""
+    found: dict[str, Any] = {}
+    if job.places != trained.places:
+        found["stores"] = list(map(str, job.places))
+    if job.train_set is not trained.train_set:
+        before, now = (samples_of(one).digests() for one in (trained.train_set, job.train_set))
+        found |= {"data": now} if now != before else {}
+    return found

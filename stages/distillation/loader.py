@@ -212,7 +212,9 @@ class DistillationLoader:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue at a position. Raises RecipeError for one of another seed, or outside an epoch."""
         if {"seed", "epoch", "step"} - state.keys():
-            raise RecipeError(f"the loader's state has {list(state)}, wanted seed, epoch and step, as state_dict returns.")
+            raise RecipeError(
+                f"the loader's state has {list(state)}, wanted seed, epoch and step, as state_dict returns."
+            )
         epoch, step = state["epoch"], state["step"]
         if state["seed"] != self.seed or epoch < 0 or not 0 <= step <= len(self):
             raise RecipeError(

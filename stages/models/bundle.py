@@ -26,7 +26,9 @@ class ModelBundle:
         channels = len(self.normalize.mean)
         if not isinstance(images, Tensor) or images.ndim != 4:
             found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ModelError(f"the images are {found}, wanted uint8 [B, {channels}, H, W]: one image needs a batch axis.")
+            raise ModelError(
+                f"the images are {found}, wanted uint8 [B, {channels}, H, W]: one image needs a batch axis."
+            )
         logits: Tensor = self.model(self.normalize(images))
         return logits
 

@@ -26,7 +26,9 @@ def _as_table(operation: Any) -> Any:
 
 def _as_tuple(given: Any) -> Any:
     if isinstance(given, str | Mapping):
-        raise ValueError(f"operations are a list, as in [{given!r}]")
+        raise ValueError(  # noqa: TRY004 - pydantic wants it
+            f"operations are a list, as in [{given!r}]"
+        )
     return tuple(given) if isinstance(given, list) else given
 
 
