@@ -42,7 +42,8 @@ def as_losses(given: LossLike | Sequence[LossLike] | None) -> tuple[Loss, ...]:
 def _loss(given: Any) -> Loss:
     if isinstance(given, Loss):
         return given
-    settings = {"loss": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    settings: dict[str, Any] = {"loss": given} if isinstance(given, str) else {}
+    settings |= given if isinstance(given, Mapping) else {}
     if "loss" in settings:
         return loss_class(settings.pop("loss"))(**settings)
     advice = ""

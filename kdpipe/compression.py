@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,19 +15,16 @@ from kdpipe import datasets
 from kdpipe.arguments import as_folder, as_run_options, as_settings
 from kdpipe.pipeline import steps
 from kdpipe.results import CompressedResult, Result, StudentResult
-from kdpipe.runs import CallbackLike, RunOptions, isolated, write_run_recipe
+from kdpipe.runs import CallbackLike, RunOptions, isolated
 from kdpipe.stages.compress.artifacts.load import rebuild
-from kdpipe.stages.compress.compress import CompressConfig, compressed_root, dry_run
+from kdpipe.stages.compress.compress import CompressConfig, dry_run
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
-from kdpipe.stages.config import config_fingerprint
-from kdpipe.stages.context import samples_of
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.build import GivenModel
-from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
+from kdpipe.stages.training.job_dir import JobDir, read_json_file
 from kdpipe.stages.training.optim import TrainConfig
-from kdpipe.store import FingerprintMismatch, canonical_json, differences, make_folders
-from kdpipe.student_job import StudentJob
+from kdpipe.student_job import StudentJob, claim_compression
 from kdpipe.students import Store, store_places
 
 Settings = Mapping[str, Any]
@@ -43,9 +38,6 @@ ELSEWHERE = {
     "seeds": "the student of each seed",
 }
 """Keys that are no further options of `compress`."""
-
-RECORD = "recipe.json"
-"""The file in a folder other than `compressed/` that says what decided the networks in it."""
 
 
 @isolated
@@ -68,8 +60,8 @@ def compress(
 ) -> CompressedResult:
     """Prune and quantize a distilled student, fine-tuning it from its stores; export and check the files.
 
-    The networks are written to `compressed/` in the student's run folder, which is what `report` shows; those of further
-    calls with other settings to `compressed-DIGEST/` beside it. In its folder a stopped call resumes.
+    The networks are written to `compressed/` in the student's run folder, which `report` shows; those of further calls with
+    other settings to `compressed-DIGEST/` beside it. In its folder a stopped call resumes.
 
     Args:
         student: The result of `train_student`.
@@ -224,7 +216,7 @@ def _compress(
     spec = job.open_stores(context)
     assert spec is not None, "_job refuses students without losses"
     with run_options.open(job.run, context) as opened:
-        root = _claim_root(student, job, config, None if folder is None else as_folder("folder", folder))
+        root = claim_compression(job, student.job, config, None if folder is None else as_folder("folder", folder))
         name = (read_json_file(job.run / "recipe.json") or {}).get("name", job.run.name)
         figures, card = steps.compress_student(config, job.config, job.seed, spec, opened, name=name, root=root)
     networks = {kind: Result(found, JobDir(root / f"{kind}-seed{job.seed}").path) for kind, found in figures.items()}
@@ -232,63 +224,3 @@ def _compress(
     given = job.config.model.module if isinstance(job.config.model, GivenModel) else None
     load = partial(rebuild, trust_python=True, given=given)  # the code that this process has just run
     return CompressedResult(networks, Path(card["folder"]), card, load, job.run)
-
-
-def _claim_root(student: StudentResult, job: StudentJob, config: CompressConfig, folder: Path | None) -> Path:
-    """Return the folder of the networks, with a record of what decides them; recipe.json of the run is that of the run's.
-
-    Raises:
-        FingerprintMismatch: The folder holds a compression with other settings.
-    """
-    main = compressed_root(job.run, replace(config, student=None))
-    wanted = {"settings": _settings(config), "inputs": _other_inputs(student.job, job)}
-    stored = _main_settings(job.run)
-    fits_main = wanted == {"settings": stored or wanted["settings"], "inputs": {}}
-    if folder is None:
-        digest = hashlib.sha256(canonical_json(wanted).encode()).hexdigest()[:12]
-        folder = main if fits_main else main.with_name(f"{main.name}-{digest}")
-    if folder == main:
-        found = [] if fits_main else differences({"settings": stored or {}, "inputs": {}}, wanted)
-    elif (record := read_json_file(folder / RECORD)) is None:
-        if folder.exists() and any(folder.iterdir()):
-            raise RecipeError(f"folder {folder} has files of others: name a new one.")
-        found = []
-    else:
-        found = differences({key: record.get(key) for key in wanted}, wanted)
-    if found:
-        raise FingerprintMismatch(f"the compression in {folder}", found, "Name another folder, or leave folder= out.")
-    if folder == main:
-        write_run_recipe(job.run, {"compress": asdict(config)})
-    else:
-        make_folders([folder])
-        write_json_file(folder / RECORD, {"compress": asdict(config), **wanted})
-    return folder
-
-
-def _main_settings(run: Path) -> dict[str, Any] | None:
-    """Return what decides the networks in `compressed/`; None if there are none yet."""
-    stored = (read_json_file(run / "recipe.json") or {}).get("compress")
-    is_free = not (run / "compressed").exists() and not (run / "run.json").exists()  # a record of the command line
-    return None if is_free or stored is None else _settings(CompressConfig(**stored))
-
-
-def _settings(config: CompressConfig) -> dict[str, Any]:
-    """Return what decides the exported files; steps that are not done and measurements do not."""
-    found: dict[str, Any] = {"steps": config.steps, "student": config.student, "opset": config.opset}
-    if config.prunes:
-        found |= {"prune": asdict(config.prune), "prune_train": config_fingerprint(config.prune_train)}
-    if config.quantizes:
-        found |= {"quantize": asdict(config.quantize), "quantize_train": config_fingerprint(config.quantize_train)}
-    plain: dict[str, Any] = json.loads(json.dumps(found))
-    return plain
-
-
-def _other_inputs(trained: StudentJob, job: StudentJob) -> dict[str, Any]:
-    """Return the images and stores to fine-tune on where they are not those of the training."""
-    found: dict[str, Any] = {}
-    if job.places != trained.places:
-        found["stores"] = list(map(str, job.places))
-    if job.train_set is not trained.train_set:
-        before, now = (samples_of(one).digests() for one in (trained.train_set, job.train_set))
-        found |= {"data": now} if now != before else {}
-    return found

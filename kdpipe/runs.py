@@ -154,11 +154,13 @@ def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
     Sections of earlier calls on the same folder are kept, and so are the seeds of a student trained with others.
     """
     from kdpipe.pipeline.recipe.load import parse_recipe, recipe_json
+    from kdpipe.pipeline.report.report import MADE_IN_PYTHON
 
-    path = folder / "recipe.json"
+    path, mark = folder / "recipe.json", folder / MADE_IN_PYTHON
     stored = read_json_file(path) or {}
-    if (folder / "run.json").exists():  # a record of `kdpipe run` and others
+    if stored and not mark.exists():
         return
+    mark.touch()
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name).lstrip("_.-") or "run"
     table = {"name": name, **stored, **sections}
     if "student" in sections and "student" in stored:

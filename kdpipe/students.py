@@ -113,8 +113,8 @@ def train_student(
         seeds=(seed,),
         hard_label_weight=hard_label_weight,
         stores=tuple(map(str, places)),
-        mean=scaling and scaling.mean,
-        std=scaling and scaling.std,
+        mean=scaling.mean if scaling else None,
+        std=scaling.std if scaling else None,
         **further,
     )
     job = StudentJob(

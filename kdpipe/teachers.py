@@ -83,8 +83,8 @@ def train_teacher(
     config = TeacherConfig(
         model=given_model(model),
         train=TrainConfig(**train),
-        mean=scaling and scaling.mean,
-        std=scaling and scaling.std,
+        mean=scaling.mean if scaling else None,
+        std=scaling.std if scaling else None,
     )
     context = run_options.context(train_set, test_set, as_views(views))
     teacher = build_teacher(config, seed, context)

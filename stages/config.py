@@ -54,6 +54,8 @@ def _initialize_from_json(
 ) -> ValidationError | None:
     """Initialize a section from what a recipe could write, or return why not: `error`, or a fault inside a table."""
     positional = [field.name for field in fields(section) if not field.kw_only]
+    if len(arguments) > len(positional):
+        return error
     given = {**dict(zip(positional, arguments, strict=False)), **settings}
     try:
         section.__pydantic_validator__.validate_json(
@@ -86,7 +88,9 @@ def _first_fault(kind: type[Any], error: ValidationError) -> str:
         hint = did_you_mean(key, names, otherwise=f"it takes {', '.join(names)}.")
         return f"{kind.__name__} has no setting {key!r}; {hint}"
     if fault["type"] == "unexpected_positional_argument":
-        return f"{kind.__name__} takes its settings by name ({', '.join(names)}), not {fault['input']!r} alone."
+        call = f"; to call it, build it first: {kind.__name__}()(...)" if "__call__" in dir(kind) else ""
+        found = type(fault["input"]).__name__
+        return f"{kind.__name__} takes its settings by name ({', '.join(names)}): found a positional {found}{call}."
     if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{kind.__name__} lacks {key!r}: give it a value."
     message = fault["msg"].removeprefix("Value error, ")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kdpipe.stages.losses.relations.rkd import RKD
     from kdpipe.stages.losses.relations.sp import SP
     from kdpipe.stages.losses.sample_selection import SampleSelection
-    from kdpipe.stages.losses.schedules import Schedule, TrainProgress
+    from kdpipe.stages.losses.schedules import Schedule, Scheduled, TrainProgress
     from kdpipe.stages.models.hooks import ModelOutput
     from kdpipe.stages.runtime.collectives import all_gather_with_grad
     from kdpipe.stages.targets.feature_spec import FeatureSpec
@@ -64,7 +64,7 @@ _MODULES = {
     "losses.relations.rkd": "RKD",
     "losses.relations.sp": "SP",
     "losses.sample_selection": "SampleSelection",
-    "losses.schedules": "Schedule TrainProgress",
+    "losses.schedules": "Schedule Scheduled TrainProgress",
     "models.hooks": "ModelOutput",
     "runtime.collectives": "all_gather_with_grad",
     "targets.feature_spec": "FeatureSpec",
@@ -75,8 +75,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [  # literal, so that linters and type checkers see it; a test compares it with _MODULES
     "AT", "CC", "CRD", "DIST", "DKD", "KD", "MLLD", "NKD", "NST", "PKT", "RKD", "SP", "VID", "ATGradient",
     "FeatureLoss", "FeatureSpec", "FitNet", "Hint", "LogitLoss", "LogitMSE", "Loss", "LossInputs", "MapLoss",
-    "ModelOutput", "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "SimKD", "SoftLogitLoss",
-    "TrainProgress", "all_gather_with_grad", "functional",
+    "ModelOutput", "Negatives", "RelationLoss", "ReviewKD", "SampleSelection", "Schedule", "Scheduled", "SimKD",
+    "SoftLogitLoss", "TrainProgress", "all_gather_with_grad", "functional",
 ]
 # fmt: on
 

@@ -81,7 +81,8 @@ def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys],
     if kind in NEEDED:
         return f"{origin}: the key {key!r} is missing: give it a value."
     if kind in UNKNOWN_LOSS:
-        return f"{origin}: {key}: unknown or missing loss; choose from {', '.join(LOSSES.names())}."
+        known = ", ".join(LOSSES.names())
+        return f"{origin}: {key}: unknown or missing loss; choose from {known}, or python:MODULE:NAME."
     if kind == "loss_reference":
         return f"{origin}: {key}.{error['msg'].removeprefix('distill.')}"
     found, message = str(error["input"]), error["msg"].removeprefix("Value error, ")

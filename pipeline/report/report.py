@@ -17,6 +17,9 @@ from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_p
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
 
+MADE_IN_PYTHON = ".made-in-python"
+"""The file that marks run folders of the Python API, whose recipe grows with the calls."""
+
 MAX_NAME = 200
 """Letters of a recipe's name that are shown."""
 
@@ -44,11 +47,13 @@ def read_report(run: Path, compressed: Path | None = None) -> Report:
         raise RunError(f"{run / 'recipe.json'} is not a recipe of a kdpipe run ({error!r}).") from error
     latency = read_latencies(latency_path(root, seeds[0]))
     rows: list[Row] = []
-    missing = []
+    missing: list[str] = []
+    in_python = (run / MADE_IN_PYTHON).exists()  # networks that were never begun are not missing there
     for entry in entries:
         results = {job: result for job in entry.jobs if (result := JobDir(job).result()) is not None}
         num_missing = len(entry.jobs) - len(results)
-        missing += [f"{entry.name} ({num_missing} of {len(entry.jobs)})"] if num_missing else []
+        if num_missing and (not in_python or any(job.exists() for job in entry.jobs)):
+            missing.append(f"{entry.name} ({num_missing} of {len(entry.jobs)})")
         rows += [_row(entry, results, rows, latency)] if results else []
     artifacts = [str(path.parent) for seed in seeds for path in root.glob(f"artifacts-seed{seed}/card.json")]
     pareto = str(root / "pareto.svg") if (root / "pareto.svg").exists() else None
