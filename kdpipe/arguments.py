@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -87,7 +88,7 @@ def as_views(given: Views | None) -> Views:
 def as_settings(
     name: str, given: Mapping[str, Any] | None, elsewhere: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Return settings by key.
+    """Return settings by key, numbers of numpy as Python's.
 
     Args:
         name: The argument's name.
@@ -102,7 +103,7 @@ def as_settings(
     for key in given or ():
         if key in (elsewhere or {}):
             raise RecipeError(f"{name} has no key {key!r} in Python: give {(elsewhere or {})[key]}.")
-    return dict(given or {})
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in (given or {}).items()}
 
 
 def as_scaling(

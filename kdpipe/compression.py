@@ -60,8 +60,8 @@ def compress(
 ) -> CompressedResult:
     """Prune and quantize a distilled student, fine-tuning it from its stores; export and check the files.
 
-    The networks are written to `compressed/` in the student's run folder, which `report` shows; those of further calls with
-    other settings to `compressed-DIGEST/` beside it. In its folder a stopped call resumes.
+    The networks are written to `compressed/` in the student's run folder, which `report` shows; those of further calls
+    with other settings to `compressed-DIGEST/` beside it. In its folder a stopped call resumes.
 
     Args:
         student: The result of `train_student`.
@@ -182,7 +182,7 @@ def _config(
     """Return the recipe's `compress` section; what is not given has its defaults."""
     sections: dict[str, Any] = {}
     names: list[str] = []
-    if prune is not None and prune is not False:
+    if prune not in (None, 0):  # nor False
         names.append("prune")
         sections["prune"] = PruneConfig(**_pruning(prune))
     if int8 is not None and int8 is not False:

@@ -120,7 +120,7 @@ def create_model(
         raise ModelError(
             f"the images of {images.name} have different sizes: give image_size=(H, W), the size of the views."
         )
-    config = ModelConfig(name=name, args=args, weights=weights)
+    config = ModelConfig(name=name, args=as_settings("args", args), weights=weights)
     model = build_model(
         config, num_classes=images.num_classes, in_channels=images.in_channels, image_size=size, seed=seed
     )
