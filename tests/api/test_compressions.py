@@ -37,7 +37,9 @@ def test_compressions_keep_each_others_files(student):
             student, prune={"ratio": 0.3, "round_to": 1}, prune_train=ONE, quantize_train=ONE, **FAST
         ),
         "pruned": lambda: kd.prune(student, ratio=0.3, **prune),
-        "pruned more": lambda: kd.prune(student, ratio=0.6, **prune),
+        "pruned more": lambda: kd.compress(
+            student, prune={"ratio": 0.6, "round_to": 1}, int8=False, prune_train=ONE, **FAST
+        ),
         "quantized": lambda: kd.quantize(student, train=ONE, **QUIET),
     }
     results = {name: call() for name, call in calls.items()}
