@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,32 @@ from typing import Any
 import torch
 
 from kdpipe import datasets
+from kdpipe.arguments import as_folder, as_run_options, as_settings
 from kdpipe.pipeline import steps
 from kdpipe.results import CompressedResult, Result, StudentResult
-from kdpipe.runs import CallbackLike, RunOptions, isolated, write_run_recipe
+from kdpipe.runs import CallbackLike, RunOptions, isolated
 from kdpipe.stages.compress.artifacts.load import rebuild
-from kdpipe.stages.compress.compress import CompressConfig, compressed_root, dry_run
+from kdpipe.stages.compress.compress import CompressConfig, dry_run
 from kdpipe.stages.compress.pruning.prune import PruneConfig
 from kdpipe.stages.compress.quantize_student import QuantizeConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.build import GivenModel
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
-from kdpipe.student_job import StudentJob
+from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.student_job import StudentJob, claim_compression
 from kdpipe.students import Store, store_places
 
 Settings = Mapping[str, Any]
+
+ELSEWHERE = {
+    **{field.name: f"it in prune_train={{{field.name!r}: ...}} or quantize_train" for field in fields(TrainConfig)},
+    "steps": "prune= and int8=",
+    "quantize": "it as int8={...}",
+    "ratio": "prune=",
+    "scheme": "int8={'scheme': ...}",
+    "seeds": "the student of each seed",
+}
+"""Keys that are no further options of `compress`."""
 
 
 @isolated
@@ -38,15 +51,17 @@ def compress(
     prune_train: Settings | None = None,
     quantize_train: Settings | None = None,
     baselines: bool = False,
+    folder: str | Path | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
-    callbacks: Sequence[CallbackLike] = (),
+    callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
     **options: Any,
 ) -> CompressedResult:
     """Prune and quantize a distilled student, fine-tuning it from its stores; export and check the files.
 
-    The networks are written to `compressed/` in the student's run folder, where a stopped call resumes.
+    The networks are written to `compressed/` in the student's run folder, which `report` shows; those of further calls
+    with other settings to `compressed-DIGEST/` beside it. In its folder a stopped call resumes.
 
     Args:
         student: The result of `train_student`.
@@ -58,6 +73,7 @@ def compress(
         prune_train: Keys of `compress.prune_train`, the fine-tuning after pruning: `epochs`, `lr`, ...
         quantize_train: Keys of `compress.quantize_train`, the fine-tuning while quantized.
         baselines: Whether to make the networks that show what the teacher contributes, too.
+        folder: Another folder for the networks.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
@@ -69,9 +85,11 @@ def compress(
         FingerprintMismatch: The folder holds a compression with other settings.
     """
     return _compress(
+        student,
         _job(student, dataset, store),
         _config(prune, int8, prune_train, quantize_train, {"baselines": baselines, **options}),
-        RunOptions(student.job.run, device, num_workers, progress, callbacks),
+        as_run_options(None, device, num_workers, progress, callbacks),
+        folder,
     )
 
 
@@ -83,10 +101,11 @@ def prune(
     *,
     ratio: float = 0.5,
     train: Settings | None = None,
+    folder: str | Path | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
-    callbacks: Sequence[CallbackLike] = (),
+    callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
     **settings: Any,
 ) -> CompressedResult:
     """Prune a distilled student and fine-tune it from its stores, without quantization.
@@ -97,16 +116,16 @@ def prune(
         store: As in `compress`.
         ratio: The share to remove of what `budget` counts.
         train: Keys of `compress.prune_train`, the fine-tuning.
+        folder: As in `compress`.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
         callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         **settings: Further keys of a recipe's `compress.prune` section: `budget`, `importance`, `exclude`, ...
     """
-    config = _config({"ratio": ratio, **settings}, False, train, None, {"baselines": False})
-    return _compress(
-        _job(student, dataset, store), config, RunOptions(student.job.run, device, num_workers, progress, callbacks)
-    )
+    config = _config({"ratio": ratio, **settings}, False, as_settings("train", train), None, {"baselines": False})
+    run_options = as_run_options(None, device, num_workers, progress, callbacks)
+    return _compress(student, _job(student, dataset, store), config, run_options, folder)
 
 
 @isolated
@@ -116,10 +135,11 @@ def quantize(
     store: Store | None = None,
     *,
     train: Settings | None = None,
+    folder: str | Path | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
-    callbacks: Sequence[CallbackLike] = (),
+    callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
     **settings: Any,
 ) -> CompressedResult:
     """Quantize a distilled student and fine-tune it from its stores, without pruning.
@@ -129,16 +149,16 @@ def quantize(
         dataset: As in `compress`.
         store: As in `compress`.
         train: Keys of `compress.quantize_train`, the fine-tuning.
+        folder: As in `compress`.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
         callbacks: What observes the trainings: `Callback` objects, or names such as "csv" and "wandb".
         **settings: Keys of a recipe's `compress.quantize` section: `scheme`, `exclude`, ...
     """
-    config = _config(None, settings or True, None, train, {"baselines": False})
-    return _compress(
-        _job(student, dataset, store), config, RunOptions(student.job.run, device, num_workers, progress, callbacks)
-    )
+    config = _config(None, settings, None, as_settings("train", train), {"baselines": False})
+    run_options = as_run_options(None, device, num_workers, progress, callbacks)
+    return _compress(student, _job(student, dataset, store), config, run_options, folder)
 
 
 def _job(student: StudentResult, dataset: Any, store: Store | None) -> StudentJob:
@@ -162,32 +182,45 @@ def _config(
     """Return the recipe's `compress` section; what is not given has its defaults."""
     sections: dict[str, Any] = {}
     names: list[str] = []
-    if prune:
+    if prune not in (None, 0):  # nor False
         names.append("prune")
-        sections["prune"] = PruneConfig(**(prune if isinstance(prune, Mapping) else {"ratio": float(prune)}))
-    if int8:
+        sections["prune"] = PruneConfig(**_pruning(prune))
+    if int8 is not None and int8 is not False:
+        if int8 is not True and not isinstance(int8, Mapping):
+            raise RecipeError(f"int8 is {int8!r:.60}: give True, False, or settings such as {{'scheme': 'int4'}}.")
         names.append("quantize")
-        sections["quantize"] = QuantizeConfig(**(int8 if isinstance(int8, Mapping) else {}))
+        sections["quantize"] = QuantizeConfig(**({} if int8 is True else int8))
     defaults = CompressConfig()
-    if prune_train is not None:
-        sections["prune_train"] = replace(defaults.prune_train, **prune_train)
-    if quantize_train is not None:
-        sections["quantize_train"] = replace(defaults.quantize_train, **quantize_train)
-    return CompressConfig(**{"steps": tuple(names), **sections, **options})
+    for name, settings in (("prune_train", prune_train), ("quantize_train", quantize_train)):
+        sections[name] = replace(getattr(defaults, name), **as_settings(name, settings))
+    return CompressConfig(**{"steps": tuple(names), **sections, **as_settings("compress", options, ELSEWHERE)})
 
 
-def _compress(job: StudentJob, config: CompressConfig, run_options: RunOptions) -> CompressedResult:
+def _pruning(prune: Any) -> Settings:
+    if isinstance(prune, Mapping):
+        return prune
+    if isinstance(prune, bool) or not isinstance(prune, numbers.Real):
+        raise RecipeError(f"prune is {prune!r:.60}: give the share to remove, such as 0.5, settings, or None.")
+    return {"ratio": float(prune)}
+
+
+def _compress(
+    student: StudentResult,
+    job: StudentJob,
+    config: CompressConfig,
+    run_options: RunOptions,
+    folder: str | Path | None,
+) -> CompressedResult:
     context = replace(job.context(run_options), run_dir=job.run)
     dry_run(config, job.config, context)
     spec = job.open_stores(context)
     assert spec is not None, "_job refuses students without losses"
     with run_options.open(job.run, context) as opened:
+        root = claim_compression(job, student.job, config, None if folder is None else as_folder("folder", folder))
         name = (read_json_file(job.run / "recipe.json") or {}).get("name", job.run.name)
-        figures, card = steps.compress_student(config, job.config, job.seed, spec, opened, name=name)
-        write_run_recipe(job.run, {"compress": asdict(config)})
-    root = compressed_root(job.run, config)
+        figures, card = steps.compress_student(config, job.config, job.seed, spec, opened, name=name, root=root)
     networks = {kind: Result(found, JobDir(root / f"{kind}-seed{job.seed}").path) for kind, found in figures.items()}
     assert card is not None, "the last step exports"
     given = job.config.model.module if isinstance(job.config.model, GivenModel) else None
     load = partial(rebuild, trust_python=True, given=given)  # the code that this process has just run
-    return CompressedResult(networks, Path(card["folder"]), card, load)
+    return CompressedResult(networks, Path(card["folder"]), card, load, job.run)

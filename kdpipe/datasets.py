@@ -57,6 +57,8 @@ def as_image_set(dataset: Any, split: Split = "train", *, like: ImageSet | None 
         3
     """
     if isinstance(dataset, ImageSet):
+        if options:
+            raise DataError(f"data set {dataset.name} is converted already: {', '.join(options)} must be set before.")
         return dataset
     if isinstance(dataset, str):
         raise DataError(

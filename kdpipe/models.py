@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from kdpipe.arguments import as_path, as_settings
 from kdpipe.datasets import as_image_set
 from kdpipe.runs import isolated
 from kdpipe.stages.compress.artifacts.load import rebuild
+from kdpipe.stages.config import whole_number
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
@@ -49,6 +51,27 @@ def info_of(model: nn.Module) -> ModelInfo:
 def remember(model: nn.Module, info: ModelInfo) -> None:
     """Remember `info` of a network, as an attribute that copies keep."""
     vars(model)[INFO] = info
+
+
+def remembering(bundle: ModelBundle) -> ModelBundle:
+    """Return a loaded network that remembers its input scaling."""
+    known = replace(info_of(bundle.model), normalize=bundle.normalize, starts_from=None, trained_sha256=None)
+    remember(bundle.model, known)
+    return bundle
+
+
+def network_of(given: Any, name: str) -> nn.Module | ModelBundle:
+    """Return the network of a result, or what is given if it is one. Raises ModelError for others."""
+    found = given
+    if not isinstance(given, nn.Module | ModelBundle):
+        found = getattr(given, "bundle", None) or getattr(given, "model", None)
+    if isinstance(found, ModelBundle):
+        return found
+    if isinstance(found, nn.Module):
+        return unwrap(found)
+    raise ModelError(
+        f"{name} must be a torch.nn.Module, what load_student returns, or the result of a training, not {given!r:.40}."
+    )
 
 
 def given_model(model: nn.Module) -> GivenModel:
@@ -91,13 +114,13 @@ def create_model(
         >>> sum(parameter.numel() for parameter in teacher.parameters())
         67754
     """
-    images = as_image_set(dataset, "train")
+    images, seed = as_image_set(dataset, "train"), whole_number("seed", seed)
     size = image_size or images.image_size
     if size is None:
         raise ModelError(
             f"the images of {images.name} have different sizes: give image_size=(H, W), the size of the views."
         )
-    config = ModelConfig(name=name, args=args, weights=weights)
+    config = ModelConfig(name=name, args=as_settings("args", args), weights=weights)
     model = build_model(
         config, num_classes=images.num_classes, in_channels=images.in_channels, image_size=size, seed=seed
     )
@@ -105,11 +128,11 @@ def create_model(
     return model
 
 
-def load_student(path: str | Path, *, model: nn.Module | None = None, trust_python: bool = False) -> ModelBundle:
+def load_student(path: Any, *, model: nn.Module | None = None, trust_python: bool = False) -> ModelBundle:
     """Load a network from the files that kdpipe writes, without pickle.
 
     Args:
-        path: A folder of artifacts, the folder of a student, or a model.safetensors.
+        path: A folder of artifacts, the folder of a student, a model.safetensors, or a result, whose network it is.
         model: A network of the class of the student's, for one that was trained as a Python object; a copy gets the
             weights.
         trust_python: Whether to build a network of the user's (`python:module:factory`), which runs the code that the
@@ -122,14 +145,23 @@ def load_student(path: str | Path, *, model: nn.Module | None = None, trust_pyth
     Raises:
         ModelError: There is no such file, it is damaged, or not from kdpipe.
     """
-    path = Path(path).expanduser()
-    return rebuild(path / "model.safetensors" if path.is_dir() else path, trust_python=trust_python, given=model)
+    if not isinstance(path, str | Path):
+        found = network_of(path, "the student")
+        if isinstance(found, ModelBundle):
+            return found
+        raise ModelError(f"the student is a {type(found).__name__}: load_student reads files, and this is a network.")
+    as_path("path", path)
+    file = Path(path).expanduser()
+    file = file / "model.safetensors" if file.is_dir() else file
+    if file.suffix in (".onnx", ".pt2"):
+        raise ModelError(f"{path} has no weights for torch: load the .safetensors file that was written beside it.")
+    return remembering(rebuild(file, trust_python=trust_python, given=model))
 
 
 def model_config(model: str | nn.Module, args: Mapping[str, Any] | None = None) -> ModelConfig:
     """Return the configuration of a network that is given by name, with its arguments, or as an object."""
     if isinstance(model, str):
-        return ModelConfig(name=model, args=dict(args or {}))
+        return ModelConfig(name=model, args=as_settings("model_args", args))
     if not isinstance(model, nn.Module):
         raise ModelError(f"a model is a name or a torch.nn.Module, not {type(model).__name__}.")
     if args:

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdpipe.arguments import Scaling, as_file, as_path, as_run_options
 from kdpipe.datasets import as_image_set
-from kdpipe.models import info_of
+from kdpipe.models import info_of, network_of
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
-from kdpipe.runs import RunOptions, isolated
-from kdpipe.stages.errors import ModelError
+from kdpipe.results import CompressedResult, Result, StudentResult
+from kdpipe.runs import isolated
+from kdpipe.stages.errors import ModelError, RunError
 from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.normalization import as_normalization
 from kdpipe.stages.views.config import Views
 from kdpipe.store import TargetStore
 from kdpipe.store.check.verify import VerifyReport, verify_store
@@ -24,20 +26,20 @@ from kdpipe.store.check.verify import VerifyReport, verify_store
 
 @isolated
 def evaluate(
-    model: nn.Module | ModelBundle,
+    model: nn.Module | ModelBundle | Result | CompressedResult,
     dataset: Any,
     *,
-    normalize: Normalization | None = None,
+    normalize: Scaling | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
 ) -> EvalReport:
     """Evaluate a network on images without augmentation.
 
     Args:
-        model: The network, or what `load_student` returns.
+        model: The network, what `load_student` returns, or a result.
         dataset: The images, as everywhere.
-        normalize: The input scaling, such as `loader.normalize` of a `DistillationLoader`; that of its training for a
-            network that kdpipe trained or loaded.
+        normalize: The input scaling: `loader.normalize` of a `DistillationLoader`, or (mean, std), each a number or one
+            for each channel, for pixels in [0, 1]; that of its training if kdpipe trained or loaded it.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
 
@@ -47,23 +49,25 @@ def evaluate(
     Raises:
         ModelError: The scaling is unknown, or the network does not fit the images.
     """
-    test_set = as_image_set(dataset, "test")
-    network: nn.Module = model.model if isinstance(model, ModelBundle) else model
-    known = model.normalize if isinstance(model, ModelBundle) else info_of(model).normalize
-    scaling = normalize or known
+    found = network_of(model, "the network to evaluate")
+    test_set, run_options = as_image_set(dataset, "test"), as_run_options(None, device, num_workers)
+    network, known = (
+        (found.model, found.normalize) if isinstance(found, ModelBundle) else (found, info_of(found).normalize)
+    )
+    scaling = known if normalize is None else as_normalization(normalize, test_set.in_channels)
     if scaling is None:
         raise ModelError(
             f"the input scaling of this {type(network).__name__} is unknown: give normalize=, such as loader.normalize."
         )
-    context = RunOptions(device=device, num_workers=num_workers).context(test_set, None, Views(num_views=1))
+    context = run_options.context(test_set, None, Views(num_views=1))
     return evaluate_in_depth(network.to(context.device), context.evaluation(scaling), context.device)
 
 
-def report(run: str | Path, *, html: str | Path | None = None) -> Report:
+def report(run: str | Path | StudentResult | CompressedResult, *, html: str | Path | None = None) -> Report:
     """Read the results of a run folder, and write them as an HTML page if asked to.
 
     Args:
-        run: The run folder, of the command line or of `train_student`.
+        run: The run folder, of the command line or of `train_student`; or a result of `train_student` or `compress`.
         html: Where to write the page, one file without scripts.
 
     Returns:
@@ -72,12 +76,19 @@ def report(run: str | Path, *, html: str | Path | None = None) -> Report:
     Raises:
         RunError: It is not a run folder, or its results are damaged.
     """
-    folder = Path(run).expanduser()
-    found = read_report(folder)
+    if isinstance(run, Result) and not isinstance(run, StudentResult):
+        raise RunError("a teacher has no report of its own: give the result of train_student, or a run folder.")
+    own = run.folder.parent if isinstance(run, CompressedResult) else None
+    folder = run.job.run if isinstance(run, StudentResult) else run.run if isinstance(run, CompressedResult) else None
+    folder = as_path("run", run) if folder is None else folder  # type: ignore[arg-type]  # a result has a folder
+    own = None if own == folder / "compressed" else own
+    if html is not None and own is not None:
+        raise RunError(f"a page shows what is in {folder / 'compressed'}, not {own}: call report without html=.")
+    found = read_report(folder, own)
     if html is not None:
         from kdpipe.pipeline.report.html.write import write_page
 
-        write_page([folder], Path(html).expanduser(), lambda message: None)
+        write_page([folder], as_file("html", html), lambda message: None)
     return found
 
 
@@ -93,4 +104,4 @@ def verify(store: TargetStore | str | Path) -> VerifyReport:
     Raises:
         StoreError: There is no store.
     """
-    return verify_store(store.path if isinstance(store, TargetStore) else Path(store).expanduser())
+    return verify_store(store.path if isinstance(store, TargetStore) else as_path("store", store))

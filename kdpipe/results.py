@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import nn
 
+from kdpipe.arguments import as_file
+from kdpipe.models import remembering
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.store import make_folders, write_atomically
+from kdpipe.store import write_atomically
 from kdpipe.student_job import StudentJob
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """The results of a trained network.
 
@@ -82,12 +84,18 @@ class Result:
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TeacherResult(Result):
-    """The results of a trained teacher."""
+    """The results of a trained teacher.
+
+    Attributes:
+        model: The network, which was trained in place.
+    """
+
+    model: nn.Module
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class StudentResult(Result):
     """The results of a trained student.
 
@@ -100,7 +108,7 @@ class StudentResult(Result):
     @cached_property
     def bundle(self) -> ModelBundle:
         """The trained network with its input scaling: maps uint8 images [B, C, H, W] to logits [B, num_classes]."""
-        return self.job.load(self.folder)
+        return remembering(self.job.load(self.folder))
 
     @property
     def model(self) -> nn.Module:
@@ -108,7 +116,7 @@ class StudentResult(Result):
         return self.bundle.model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CompressedResult:
     """The results of a pruned or quantized student.
 
@@ -117,12 +125,14 @@ class CompressedResult:
         folder: The folder of the exported artifacts.
         card: The content of card.json: sizes, latencies, files, and where the student comes from.
         load: Returns the network from its weights file.
+        run: The run folder of the student.
     """
 
     networks: Mapping[str, Result]
     folder: Path
     card: Mapping[str, Any]
     load: Callable[[Path], ModelBundle]
+    run: Path
 
     @property
     def accuracy(self) -> float:
@@ -138,7 +148,7 @@ class CompressedResult:
     @cached_property
     def bundle(self) -> ModelBundle:
         """The final network with its input scaling, rounding as its integer file does."""
-        return self.load(self.folder / "model.safetensors")
+        return remembering(self.load(self.folder / "model.safetensors"))
 
     @property
     def model(self) -> nn.Module:
@@ -164,10 +174,11 @@ class CompressedResult:
 
 
 def _copy(source: Path, path: str | Path) -> Path:
+    if not source.parent.is_dir():
+        raise RunError(f"the folder {source.parent} of this network is gone: make it again.")
+    target = as_file("path", path)
     if not source.is_file():
         kinds = sorted({file.suffix for file in source.parent.glob("model*.*")})
         raise RunError(f"{source.parent} has no {source.suffix or 'such'} file: choose from {', '.join(kinds)}.")
-    target = Path(path).expanduser()
-    make_folders([target.absolute().parent])
     write_atomically(target, source.read_bytes())
     return target

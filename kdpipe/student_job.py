@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdpipe.runs import RunOptions
-from kdpipe.stages.context import StageContext
+from kdpipe.runs import RunOptions, write_run_recipe
+from kdpipe.stages.compress.compress import CompressConfig, compressed_root
+from kdpipe.stages.config import config_fingerprint
+from kdpipe.stages.context import StageContext, samples_of
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.models.build import ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.open import local_store_path, test_store_path
+from kdpipe.stages.training.job_dir import read_json_file, write_json_file
 from kdpipe.stages.views.config import Views
-from kdpipe.store import is_url, read_store_manifest
+from kdpipe.store import FingerprintMismatch, canonical_json, differences, is_url, make_folders, read_store_manifest
+
+RECORD = "recipe.json"
+"""The file in a folder of compressed networks other than `compressed/` that says what decided them."""
 
 
 @dataclass(frozen=True)
@@ -92,3 +101,71 @@ class StudentJob:
             "student": asdict(student),
             "distill": [asdict(loss) for loss in self.losses],
         }
+
+
+def claim_compression(job: StudentJob, trained: StudentJob, config: CompressConfig, folder: Path | None) -> Path:
+    """Return the folder of a compression, with a record of what decides its networks.
+
+    That of `compressed/`, the default, is recipe.json of the run, as the command line has it.
+
+    Args:
+        job: How it is fine-tuned.
+        trained: How the student was trained.
+        config: The `compress` section.
+        folder: The folder that the user chose.
+
+    Raises:
+        FingerprintMismatch: The folder holds a compression with other settings.
+    """
+    main = compressed_root(job.run, replace(config, student=None))
+    wanted = {"settings": _settings(config), "inputs": _other_inputs(trained, job)}
+    stored = _main_settings(job.run)
+    fits_main = wanted == {"settings": stored or wanted["settings"], "inputs": {}}
+    if folder is None:
+        digest = hashlib.sha256(canonical_json(wanted).encode()).hexdigest()[:12]
+        folder = main if fits_main else main.with_name(f"{main.name}-{digest}")
+    if folder == main:
+        found = [] if fits_main else differences({"settings": stored or {}, "inputs": {}}, wanted)
+    elif (record := read_json_file(folder / RECORD)) is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise RecipeError(f"folder {folder} has files of others: name a new one.")
+        found = []
+    else:
+        found = differences({key: record.get(key) for key in wanted}, wanted)
+    if found:
+        raise FingerprintMismatch(f"the compression in {folder}", found, "Name another folder, or leave folder= out.")
+    if folder == main:
+        write_run_recipe(job.run, {"compress": asdict(config)})
+    else:
+        make_folders([folder])
+        write_json_file(folder / RECORD, {"compress": asdict(config), **wanted})
+    return folder
+
+
+def _main_settings(run: Path) -> dict[str, Any] | None:
+    """Return what decides the networks in `compressed/`; None if there are none yet."""
+    stored = (read_json_file(run / "recipe.json") or {}).get("compress")
+    is_free = not (run / "compressed").exists() and not (run / "run.json").exists()  # a record of the command line
+    return None if is_free or stored is None else _settings(CompressConfig(**stored))
+
+
+def _settings(config: CompressConfig) -> dict[str, Any]:
+    """Return what decides the exported files; steps that are not done and measurements do not."""
+    found: dict[str, Any] = {"steps": config.steps, "student": config.student, "opset": config.opset}
+    if config.prunes:
+        found |= {"prune": asdict(config.prune), "prune_train": config_fingerprint(config.prune_train)}
+    if config.quantizes:
+        found |= {"quantize": asdict(config.quantize), "quantize_train": config_fingerprint(config.quantize_train)}
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def _other_inputs(trained: StudentJob, job: StudentJob) -> dict[str, Any]:
+    """Return the images and stores to fine-tune on where they are not those of the training."""
+    found: dict[str, Any] = {}
+    if job.places != trained.places:
+        found["stores"] = list(map(str, job.places))
+    if job.train_set is not trained.train_set:
+        before, now = (samples_of(one).digests() for one in (trained.train_set, job.train_set))
+        found |= {"data": now} if now != before else {}
+    return found

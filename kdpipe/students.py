@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from kdpipe import datasets, models
+from kdpipe.arguments import LossLike, Scaling, as_list, as_losses, as_run_options, as_scaling, as_settings, as_views
 from kdpipe.pipeline import steps
 from kdpipe.results import StudentResult
-from kdpipe.runs import CallbackLike, RunOptions, isolated, require_same_student, write_run_recipe
+from kdpipe.runs import CallbackLike, isolated, require_same_student, write_run_recipe
+from kdpipe.stages.config import whole_number
 from kdpipe.stages.distillation.student_config import (
     StudentConfig,
     student_folder,
@@ -21,9 +23,7 @@ from kdpipe.stages.distillation.student_config import (
 )
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.logits.kd import KD
-from kdpipe.stages.losses.registry import loss_class
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.open import local_store_path
@@ -36,6 +36,15 @@ from kdpipe.student_job import StudentJob
 
 Store = TargetStore | str | Path
 
+OPTIONS = {
+    "model": "it as the first argument",
+    "train": "its keys as arguments: epochs=, lr=, ...",
+    "seeds": "seed=, in one call for each seed",
+    "hard_label_weight": "hard_label_weight=",
+    "stores": "store, the third argument",
+}
+"""Keys of a recipe's `student` section that are arguments."""
+
 
 @isolated
 def train_student(
@@ -44,9 +53,10 @@ def train_student(
     store: Store | Sequence[Store] | None = None,
     *,
     test: Any,
-    losses: Sequence[Loss | str | Mapping[str, Any]] = (),
+    losses: LossLike | Sequence[LossLike] | None = None,
     hard_label_weight: Scheduled = 0.1,
     model_args: Mapping[str, Any] | None = None,
+    normalize: Scaling | None = None,
     views: Views | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
@@ -54,7 +64,7 @@ def train_student(
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
-    callbacks: Sequence[CallbackLike] = (),
+    callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
     **train: Any,
 ) -> StudentResult:
     """Train a student from stores, on the very views that the teacher saw; or on hard labels alone.
@@ -68,12 +78,14 @@ def train_student(
             trained on hard labels alone.
         test: The test images, on which it is evaluated after each epoch.
         losses: The distillation losses: of `kdpipe.losses`, your own, or names and entries as in a recipe, such as
-            {"loss": "kd", "temperature": 2.0}; by default KD.
+            {"loss": "kd", "temperature": 2.0}; a list or a single one, by default KD.
         hard_label_weight: The weight of the cross entropy with the labels beside them.
         model_args: Arguments of a network given by name, such as {"width": 6}.
+        normalize: The input scaling: (mean, std), each a number or one for each channel, for pixels in [0, 1], or that
+            of another network; by default the statistics of the training images.
         views: Views for a student without a store; with one they are the store's.
         seed: Decides initial weights of a network given by name, order of the samples, and dropout.
-        options: Further keys of a recipe's `student` section: `label_smoothing`, `missing_targets`, `mean`, `teachers`,
+        options: Further keys of a recipe's `student` section: `label_smoothing`, `missing_targets`, `teachers`,
             `target_loading`, ...
         run: The run folder; by default one in `runs/`, named after a digest of all inputs.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
@@ -86,25 +98,29 @@ def train_student(
         FingerprintMismatch: A store, or the folder, belongs to other inputs.
         KdpipeError: An input does not fit.
     """
-    run_options = RunOptions(run, device, num_workers, progress, callbacks)
-    places = store_places(store)
-    if losses and not places:
+    run_options = as_run_options(run, device, num_workers, progress, callbacks)
+    seed, places, distill = whole_number("seed", seed), store_places(store), as_losses(losses)
+    if distill and not places:
         raise RecipeError("losses need a store: give that of cache_teacher, or leave the losses out.")
     if places and views is not None:
         raise RecipeError("a student sees the views of its store: leave out views=, which is for students without one.")
     train_set = datasets.as_image_set(dataset)
+    further = as_settings("options", options, OPTIONS)
+    scaling = as_scaling(normalize, further.pop("mean", None), further.pop("std", None), train_set.in_channels)
     config = StudentConfig(
         model=models.model_config(model, model_args),
-        train=TrainConfig(**train),
+        train=TrainConfig(**as_settings("train_student", train, {"seeds": OPTIONS["seeds"]})),
         seeds=(seed,),
         hard_label_weight=hard_label_weight,
         stores=tuple(map(str, places)),
-        **(options or {}),
+        mean=scaling.mean if scaling else None,
+        std=scaling.std if scaling else None,
+        **further,
     )
     job = StudentJob(
         config=config,
         seed=seed,
-        losses=tuple(map(_loss, losses)) or ((KD(),) if places else ()),
+        losses=distill or ((KD(),) if places else ()),
         places=places,
         train_set=train_set,
         test_set=datasets.as_image_set(test, "test", like=train_set),
@@ -127,24 +143,18 @@ def train_student(
     return StudentResult(figures, student_folder(job.run, job.kind, seed).path, job)
 
 
-def _loss(given: Loss | str | Mapping[str, Any]) -> Loss:
-    """Return a loss as an object; a name or an entry builds one."""
-    if isinstance(given, Loss):
-        return given
-    settings = {"loss": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
-    if "loss" not in settings:
-        raise RecipeError(f"a loss is an object of kdpipe.losses, a name, or a table with the key loss, not {given!r}.")
-    return loss_class(settings.pop("loss"))(**settings)
-
-
 def store_places(store: Store | Sequence[Store] | None) -> tuple[Path | str, ...]:
     """Return the absolute paths or URLs of the stores."""
-    stores = [] if store is None else [store] if isinstance(store, TargetStore | str | Path) else list(store)
+    stores = as_list(store)
+    if store is not None and not stores:
+        raise RecipeError("store is an empty list: give a store, or None to train on hard labels alone.")
+    if wrong := [one for one in stores if not isinstance(one, TargetStore | str | Path)]:
+        raise RecipeError(f"a store is a TargetStore, a path or a URL, not {wrong[0]!r:.60}.")
     named = [one.path if isinstance(one, TargetStore) else one for one in stores]
     return tuple(one if is_url(one) else Path(one).expanduser().absolute() for one in named)
 
 
 def _views(places: Sequence[Path | str], views: Views | None) -> Views:
     if not places:
-        return views or Views(1)
+        return as_views(views)
     return views_of_store(open_store(local_store_path(places[0], RunMonitor())))

@@ -12,19 +12,20 @@ import torch
 from torch import nn
 
 from kdpipe import datasets
-from kdpipe.models import ModelInfo, given_model, info_of, remember
+from kdpipe.arguments import Scaling, as_features, as_folder, as_run_options, as_scaling, as_settings, as_views
+from kdpipe.models import ModelInfo, given_model, info_of, network_of, remember
 from kdpipe.pipeline import steps
-from kdpipe.results import TeacherResult
-from kdpipe.runs import CallbackLike, RunOptions, isolated
+from kdpipe.results import CompressedResult, Result, TeacherResult
+from kdpipe.runs import CallbackLike, isolated
 from kdpipe.stages.cache_teacher.plan import CacheConfig
+from kdpipe.stages.config import whole_number
 from kdpipe.stages.context import StageContext, model_normalization, test_context
 from kdpipe.stages.errors import ModelError, RecipeError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.clone import unwrap
-from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.normalization import Normalization, Numbers
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import weights_sha256
-from kdpipe.stages.targets.feature_spec import parse_feature
 from kdpipe.stages.targets.open import test_store_path
 from kdpipe.stages.teacher import TeacherConfig, build_teacher, teacher_fingerprint, teacher_folder
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
@@ -41,13 +42,14 @@ def train_teacher(
     test: Any,
     views: Views | None = None,
     seed: int = 0,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    normalize: Scaling | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
     run: str | Path | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
-    callbacks: Sequence[CallbackLike] = (),
+    callbacks: CallbackLike | Sequence[CallbackLike] | None = None,
     **train: Any,
 ) -> TeacherResult:
     """Train a teacher in place, or load the result of a finished training with equal inputs.
@@ -58,8 +60,10 @@ def train_teacher(
         test: The test images, on which it is evaluated after each epoch.
         views: The augmentation. The teacher sees views of its own, not those that a store caches.
         seed: Decides the order of the samples and dropout.
-        mean: The input's mean for each channel, in [0, 1] units; by default that of the training images.
-        std: The input's standard deviation for each channel.
+        normalize: The input scaling: (mean, std), each a number or one for each channel, for pixels in [0, 1], or that
+            of another network; by default the statistics of the training images.
+        mean: The mean of the input scaling, in place of `normalize`.
+        std: Its standard deviation.
         run: The run folder; by default one in `runs/`, named after a digest of all inputs. A stopped training resumes
             there, as `kdpipe train-teacher` does.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
@@ -71,18 +75,25 @@ def train_teacher(
     Raises:
         KdpipeError: An input does not fit, or the folder holds another job.
     """
-    run_options, model = RunOptions(run, device, num_workers, progress, callbacks), _module(model)
+    run_options, model = as_run_options(run, device, num_workers, progress, callbacks), _module(model)
+    seed, train = whole_number("seed", seed), as_settings("train_teacher", train, {"seeds": "seed="})
     train_set = datasets.as_image_set(dataset)
     test_set = datasets.as_image_set(test, "test", like=train_set)
-    config = TeacherConfig(model=given_model(model), train=TrainConfig(**train), mean=_numbers(mean), std=_numbers(std))
-    context = run_options.context(train_set, test_set, views or Views(1))
+    scaling = as_scaling(normalize, mean, std, train_set.in_channels)
+    config = TeacherConfig(
+        model=given_model(model),
+        train=TrainConfig(**train),
+        mean=scaling.mean if scaling else None,
+        std=scaling.std if scaling else None,
+    )
+    context = run_options.context(train_set, test_set, as_views(views))
     teacher = build_teacher(config, seed, context)
     fingerprint, info = teacher_fingerprint(config, seed, teacher, context), info_of(model)
     if teacher.identity["weights_sha256"] == info.trained_sha256:  # the call is repeated with what it has trained
         fingerprint["starts_from"] = info.starts_from
         folder = teacher_folder(run_options.folder("teacher", fingerprint))
         if (figures := _finished_as(folder, fingerprint, info)) is not None:
-            return TeacherResult(figures, folder.path)
+            return TeacherResult(figures, folder.path, model)
         fingerprint["starts_from"] = teacher.identity
     with run_options.open(run_options.folder("teacher", fingerprint), context) as opened:
         figures = steps.train_teacher(config, seed, opened)
@@ -98,20 +109,21 @@ def train_teacher(
             trained_sha256=weights_sha256(model),
         ),
     )
-    return TeacherResult(figures, folder.path)
+    return TeacherResult(figures, folder.path, model)
 
 
 @isolated
 def cache_teacher(
-    teacher: nn.Module,
+    teacher: nn.Module | ModelBundle | Result | CompressedResult,
     dataset: Any,
     path: str | Path,
     *,
     test: Any = None,
     views: Views | None = None,
-    features: Sequence[str] = (),
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    features: str | Sequence[str] | None = None,
+    normalize: Scaling | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
     device: str | torch.device = "auto",
     num_workers: int | None = None,
     progress: bool = True,
@@ -122,7 +134,8 @@ def cache_teacher(
     A store that lacks views, samples or features is extended in place; a complete one is opened.
 
     Args:
-        teacher: The network with the weights to use. It is moved to the device, in eval mode.
+        teacher: The network with the weights to use: a module, what `load_student` returns, or a result. It is moved to
+            the device, in eval mode.
         dataset: The training images.
         path: The store's folder.
         test: The test images. With them, `PATH.test.zarr` gets the teacher's logits on them, against which students are
@@ -130,9 +143,10 @@ def cache_teacher(
         views: The augmented views to cache; by default the images as they are, once.
         features: Layers whose outputs are stored, by module path: `stage2` for the map, `stage2:pooled`,
             `stage2:attention` or `stage2:gram` for a statistic of it.
-        mean: The mean of the teacher's input for each channel, in [0, 1] units; that of its training if `train_teacher`
-            trained it. Required for other networks.
-        std: The standard deviation of the teacher's input, likewise.
+        normalize: The teacher's input scaling: (mean, std), each a number or one for each channel, for pixels in
+            [0, 1]; that of its training if kdpipe trained or loaded it. Required for other networks.
+        mean: The mean of the input scaling, in place of `normalize`.
+        std: Its standard deviation.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.
         progress: Whether to print progress to stderr.
@@ -147,13 +161,13 @@ def cache_teacher(
     """
     if is_url(path):
         raise RecipeError(f"{path} is a URL: name a folder, and upload the store when it is complete.")
-    teacher, path = _module(teacher), Path(path).expanduser().absolute()
-    run_options = RunOptions(None, device, num_workers, progress)
-    train_set, views = datasets.as_image_set(dataset), views or Views(1)
+    network, path = network_of(teacher, "the teacher"), as_folder("path", path)
+    run_options = as_run_options(None, device, num_workers, progress)
+    config = CacheConfig(**as_settings("cache_teacher", cache, {"layers": "features=", "store": "path"}))
+    train_set, views, wanted = datasets.as_image_set(dataset), as_views(views), as_features(features)
     test_set = None if test is None else datasets.as_image_set(test, "test", like=train_set)
     context = run_options.context(train_set, test_set, views, store=path if path.exists() else None)
-    bundle = _bundle(teacher, context, _numbers(mean), _numbers(std))
-    config, wanted = CacheConfig(**cache), [parse_feature(text) for text in features]
+    bundle = _bundle(network, context, as_scaling(normalize, mean, std, train_set.in_channels))
     with run_options.open(path.parent, context, is_shared=True) as opened:
         shard = opened.process_group.work_shard
         steps.cache_teacher(config, path, bundle, wanted, opened, work_shard=shard)
@@ -167,12 +181,10 @@ def cache_teacher(
 def _module(model: nn.Module) -> nn.Module:
     """Return the network itself, without what torch.compile and data parallelism wrap around it."""
     if not isinstance(model, nn.Module):
-        raise ModelError(f"the teacher must be a torch.nn.Module, not {model!r}: build it with kdpipe.create_model.")
+        raise ModelError(
+            f"the teacher must be a torch.nn.Module, not {model!r:.40}: build it with kdpipe.create_model."
+        )
     return unwrap(model)
-
-
-def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(float(value) for value in values)
 
 
 def _finished_as(folder: JobDir, fingerprint: Mapping[str, Any], info: ModelInfo) -> dict[str, Any] | None:
@@ -183,18 +195,24 @@ def _finished_as(folder: JobDir, fingerprint: Mapping[str, Any], info: ModelInfo
     return figures if figures["identity"]["weights_sha256"] == info.trained_sha256 else None
 
 
-def _bundle(
-    teacher: nn.Module, context: StageContext, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> ModelBundle:
+def _bundle(teacher: nn.Module | ModelBundle, context: StageContext, scaling: Normalization | None) -> ModelBundle:
     """Return the teacher with its record and input scaling, on the device in eval mode."""
-    config, info = given_model(teacher), info_of(teacher)
-    if mean is None and std is None and info.normalize is None and config.weights is None:
+    if isinstance(teacher, ModelBundle):
+        channels, *size = context.image_shape
+        wanted = {"num_classes": context.train_set.num_classes, "in_channels": channels, "image_size": size}
+        if found := differences({key: teacher.architecture.get(key) for key in wanted}, wanted):
+            faults = "; ".join(f"{key} {own}, wanted {other}" for key, own, other in found)
+            raise ModelError(f"the teacher does not fit data set {context.train_set.name}: it has {faults}.")
+        return replace(teacher, model=teacher.model.to(context.device).eval(), normalize=scaling or teacher.normalize)
+    config, known = given_model(teacher), scaling or info_of(teacher).normalize
+    if known is None and config.weights is None:
         raise ModelError(
             f"the input normalization of this {type(teacher).__name__} is unknown, and with a wrong one its accuracy "
-            "would drop silently: give mean= and std= of its training, for pixels in [0, 1]."
+            "would drop silently: give normalize=(mean, std) of its training, for pixels in [0, 1]."
         )
-    normalize = info.normalize
-    if mean is not None or std is not None or normalize is None:
-        normalize = model_normalization(context.train_set, config.weights, mean, std)
     context.build_model(config, 0)  # raises ModelError if images or classes do not fit
-    return ModelBundle(teacher.to(context.device).eval(), context.architecture(config), normalize)
+    return ModelBundle(
+        teacher.to(context.device).eval(),
+        context.architecture(config),
+        known or model_normalization(context.train_set, config.weights, None, None),
+    )

@@ -273,13 +273,14 @@ def compress_student(
     *,
     steps: Sequence[Step] = STEPS,
     name: str = "student",
+    root: Path | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
-    """Prune and quantize a seed's student, fine-tuning it from the stores; export what came of it.
+    """Prune and quantize a seed's student, fine-tuning it from the stores; export what came of it, to `root`.
 
     Returns:
         The figures of each network, and the card of the exported artifacts, None if `steps` lacks "export".
     """
-    root = compressed_root(context.run_dir, config)
+    root = root or compressed_root(context.run_dir, config)
     fine_tuning = build_fine_tuning(student, seed, spec, context, root)  # student, task, test images
     figures = compress(config, fine_tuning, only=steps)  # prune, fine-tune, quantize, fine-tune, evaluate
     if "export" not in steps:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
+import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
@@ -40,23 +42,37 @@ def _with_recipe_errors(initialize: Callable[..., None]) -> Callable[..., None]:
         try:
             initialize(self, *arguments, **settings)
         except ValidationError as error:
-            if not _initialized_from_json(self, arguments, settings):
-                raise RecipeError(_first_fault(type(self), error)) from None
+            fault = _initialize_from_json(self, arguments, settings, error)
+            if fault is not None:
+                raise RecipeError(_first_fault(type(self), fault)) from None
 
     return checked
 
 
-def _initialized_from_json(section: Any, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> bool:
-    """Initialize a section from what a recipe could write; return whether its settings are such, and valid."""
+def _initialize_from_json(
+    section: Any, arguments: tuple[Any, ...], settings: Mapping[str, Any], error: ValidationError
+) -> ValidationError | None:
+    """Initialize a section from what a recipe could write, or return why not: `error`, or a fault inside a table."""
     positional = [field.name for field in fields(section) if not field.kw_only]
     if len(arguments) > len(positional):
-        return False
+        return error
+    given = {**dict(zip(positional, arguments, strict=False)), **settings}
     try:
-        text = json.dumps({**dict(zip(positional, arguments, strict=False)), **settings}, allow_nan=False)
-        section.__pydantic_validator__.validate_json(text, self_instance=section)
+        section.__pydantic_validator__.validate_json(
+            json.dumps(given, allow_nan=False, default=_plain), self_instance=section
+        )
+    except ValidationError as found:
+        return found if all(fault["type"] == "dataclass_type" for fault in error.errors()) else error
     except (TypeError, ValueError):
-        return False
-    return True
+        return error
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of numpy as Python's. Raises TypeError for other objects, as `json.dumps` wants it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError
 
 
 def _first_fault(kind: type[Any], error: ValidationError) -> str:
@@ -86,6 +102,17 @@ def _without_control(text: str) -> str:
     if any(unicodedata.category(letter) == "Cc" for letter in text):
         raise ValueError("it has a control character")
     return text
+
+
+def whole_number(name: str, value: Any, *, minimum: int = 0) -> int:
+    """Return an argument as an int, a numpy integer too. Raises RecipeError for anything else, or below `minimum`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < minimum:
+        raise RecipeError(f"{name} is {value!r:.40}: it must be a whole number, at least {minimum}.")
+    return number
 
 
 PathStr = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_control)]

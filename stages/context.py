@@ -26,6 +26,10 @@ from kdpipe.store import Samples
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+def _no_logits() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class StageContext:
     """The data, views and machine of a run, from which models, loaders, targets and tasks are built.
@@ -53,7 +57,7 @@ class StageContext:
     mix_partners: ImageSet | None = None
     num_workers: int | None = None
     unreadable: Literal["stop", "drop"] = "stop"
-    get_teacher_logits: Callable[[], Tensor | None] = lambda: None
+    get_teacher_logits: Callable[[], Tensor | None] = _no_logits  # named, so that loaders can be pickled
     process_group: ProcessGroup = SINGLE
 
     @property

@@ -24,14 +24,14 @@ def compressed_folder(recipe: Mapping[str, Any], run: Path) -> Path:
     return run / ("compressed" if given is None else f"compressed-{Path(given).stem}")
 
 
-def network_entries(recipe: Mapping[str, Any], run: Path) -> list[NetworkEntry]:
-    """Return the networks that a resolved recipe makes, in the order of the tables.
+def network_entries(recipe: Mapping[str, Any], run: Path, root: Path | None = None) -> list[NetworkEntry]:
+    """Return the networks that a resolved recipe makes, in the order of the tables; `root` has the compressed ones.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: If `recipe` is not a recipe.
     """
     seeds = _seeds(recipe)
-    root, given = compressed_folder(recipe, run), recipe["compress"].get("student")
+    root, given = root or compressed_folder(recipe, run), recipe["compress"].get("student")
 
     def students(kind: str) -> list[Path]:
         return [run / "students" / f"{kind}-seed{seed}" for seed in seeds]

@@ -24,8 +24,8 @@ MAX_NAME = 200
 """Letters of a recipe's name that are shown."""
 
 
-def read_report(run: Path) -> Report:
-    """Collect the results of a run folder.
+def read_report(run: Path, compressed: Path | None = None) -> Report:
+    """Collect the results of a run folder; `compressed` is a folder of compressed students with a recipe of its own.
 
     Raises:
         RunError: If `run` is not a run folder, or its results are damaged.
@@ -38,9 +38,11 @@ def read_report(run: Path) -> Report:
             f"{run} holds generations: run `kdpipe generations` again for their table, or report on one of them, such "
             f"as {run / 'generation1'}."
         )
+    if compressed is not None:
+        recipe = {**recipe, "compress": (read_json_file(compressed / "recipe.json") or {}).get("compress")}
     try:
-        entries, name, seeds = network_entries(recipe, run), _name(recipe), recipe["student"]["seeds"]
-        root = compressed_folder(recipe, run)
+        entries, name, seeds = network_entries(recipe, run, compressed), _name(recipe), recipe["student"]["seeds"]
+        root = compressed or compressed_folder(recipe, run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{run / 'recipe.json'} is not a recipe of a kdpipe run ({error!r}).") from error
     latency = read_latencies(latency_path(root, seeds[0]))

@@ -154,7 +154,8 @@ def unequal_sizes_message(image_set: ImageSet) -> str:
     (height, width), (other_height, other_width) = files.shapes[0].tolist(), files.shapes[other].tolist()
     return (
         f"the images have different sizes: {path_at(files.paths, 0)} is {width} x {height}, "
-        f"{path_at(files.paths, other)} is {other_width} x {other_height}: set data.image_size to crop and resize them."
+        f"{path_at(files.paths, other)} is {other_width} x {other_height}: set data.image_size to crop and "
+        "resize them (in Python: image_size= of kdpipe.load_dataset or kdpipe.as_image_set)."
     )
 
 

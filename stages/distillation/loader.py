@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdpipe.stages.config import whole_number
 from kdpipe.stages.context import StageContext, model_normalization
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.loader.labels import HardLabels
@@ -20,8 +21,10 @@ from kdpipe.stages.data.loader.mix_partners import find_partners
 from kdpipe.stages.data.loader.sampling import num_steps
 from kdpipe.stages.data.sources.torch_dataset import image_set_from_dataset
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.models.normalization import Normalization, Numbers, as_normalization
 from kdpipe.stages.runtime.distributed import ProcessGroup
 from kdpipe.stages.runtime.events import RunMonitor
+from kdpipe.stages.runtime.gpu.device import check_device, choose_device
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, parse_statistic
 from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.open import open_store_anywhere, open_with_views
@@ -102,8 +105,8 @@ class DistillationLoader:
         *,
         batch_size: int = 128,
         seed: int = 0,
-        features: Sequence[str] | None = None,
-        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+        features: str | Sequence[str] | None = None,
+        normalize: Normalization | tuple[Numbers, Numbers] | None = None,
         temperature: float = 1.0,
         device: torch.device | str = "cpu",
         num_workers: int | None = None,
@@ -122,7 +125,8 @@ class DistillationLoader:
             batch_size: Samples of a batch; several processes share them.
             seed: Seed of the order.
             features: The features to read, such as "stage2" or "stage2:pooled"; by default all that the store has.
-            normalize: Mean and standard deviation of each channel, in [0, 1] units; by default the data set's.
+            normalize: The scaling of another loader, or (mean, std), each a number or one for each channel, for pixels
+                in [0, 1]; by default the data set's.
             temperature: The temperature of the softmax at which `teacher_logits` of a store with the k largest logits
                 are exact; complete logits are the same at any.
             device: The device of the batches; "auto" is the GPU if there is one.
@@ -140,12 +144,12 @@ class DistillationLoader:
         """
         monitor = monitor or RunMonitor()
         opened = store if isinstance(store, TargetStore) else open_store_anywhere(store, monitor)
-        self.store, self.batch_size, self.seed = opened, batch_size, seed
+        self.store, self.seed = opened, whole_number("seed", seed)
+        self.batch_size = batch_size = whole_number("batch_size", batch_size, minimum=1)
+        num_workers = None if num_workers is None else whole_number("num_workers", num_workers)
         self.dataset = dataset = _image_set(dataset)
         self.views = views_of_store(opened)
         self._process_group = _process_group(rank, num_replicas)
-        if batch_size < 1:
-            raise RecipeError(f"batch_size is {batch_size}: it must be at least 1.")
         self._process_group.require_shares(batch_size, dataset.num_samples)
         context = StageContext(
             opened.path, dataset, dataset, self.views, _device(device), monitor, num_workers=num_workers
@@ -156,10 +160,14 @@ class DistillationLoader:
         self._temperature = temperature
         if opened.manifest.top_k is not None:
             interpolation(opened.manifest.top_k, temperature)  # raises outside the store's range
-        specs = _all_features(opened) if features is None else [parse_feature(name, "features") for name in features]
+        named = [features] if isinstance(features, str) else features
+        specs = _all_features(opened) if named is None else [parse_feature(name, "features") for name in named]
         self._features = {str(spec): spec for spec in specs}
-        mean, std = (tuple(map(float, part)) for part in normalize) if normalize else (None, None)
-        self.normalize = model_normalization(dataset, None, mean, std)
+        self.normalize = (
+            model_normalization(dataset, None, None, None)
+            if normalize is None
+            else as_normalization(normalize, dataset.in_channels)
+        )
         self._task = TrainingTask(
             context.train_loader,
             self.views.num_views,
@@ -193,6 +201,7 @@ class DistillationLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration, as in torch's DistributedSampler; a resumed epoch keeps its step."""
+        epoch = whole_number("epoch", epoch)
         if epoch != self._next[0]:
             self._next = self._position = (epoch, 0)
 
@@ -202,6 +211,10 @@ class DistillationLoader:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue at a position. Raises RecipeError for one of another seed, or outside an epoch."""
+        if {"seed", "epoch", "step"} - state.keys():
+            raise RecipeError(
+                f"the loader's state has {list(state)}, wanted seed, epoch and step, as state_dict returns."
+            )
         epoch, step = state["epoch"], state["step"]
         if state["seed"] != self.seed or epoch < 0 or not 0 <= step <= len(self):
             raise RecipeError(
@@ -255,7 +268,8 @@ def _process_group(rank: int | None, count: int | None) -> ProcessGroup:
 
 
 def _device(device: torch.device | str) -> torch.device:
-    if device != "auto":
+    if (device := check_device(device)) != "auto":
+        choose_device(str(device))  # raises where it is absent
         return torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.weights import weights_sha256
 
@@ -21,7 +22,13 @@ class ModelBundle:
     normalize: Normalization
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Compute the logits [B, num_classes] of images uint8 [B, C, H, W]."""
+        """Compute the logits [B, num_classes] of images uint8 [B, C, H, W]. Raises ModelError for others."""
+        channels = len(self.normalize.mean)
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ModelError(
+                f"the images are {found}, wanted uint8 [B, {channels}, H, W]: one image needs a batch axis."
+            )
         logits: Tensor = self.model(self.normalize(images))
         return logits
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kdpipe.stages.errors import RunError
+from kdpipe.stages.errors import ModelError, RecipeError, RunError
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,12 @@ class Normalization:
     std: tuple[float, ...]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Scale images uint8 [B, C, H, W] to float32 [B, C, H, W]."""
+        """Scale images uint8 [B, C, H, W] to float32 [B, C, H, W]. Raises ModelError for others, scaled before."""
+        if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != len(self.mean):
+            raise ModelError(
+                f"the input scaling is for raw images, uint8 [B, {len(self.mean)}, H, W], not "
+                f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}: it divides by 255 itself."
+            )
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return images.float().div_(255).sub_(mean).div_(std)
@@ -47,3 +53,49 @@ class Normalization:
         if not all(map(math.isfinite, (*mean, *std))) or min(std, default=0) <= 0:
             raise RunError(f"the network's normalization is invalid, mean {mean} and std {std}: train it again.")
         return Normalization(mean, std)
+
+
+Numbers = float | Sequence[float]
+"""A number for all channels, or one for each."""
+
+
+def as_normalization(
+    given: Normalization | tuple[Numbers, Numbers], in_channels: int, *, name: str = "normalize"
+) -> Normalization:
+    """Return an input scaling that is given as one, or as mean and standard deviation for pixels in [0, 1].
+
+    Args:
+        given: The scaling, or (mean, std).
+        in_channels: The channels of the images.
+        name: The argument's name, for messages.
+
+    Raises:
+        RecipeError: It is neither, does not fit the channels, or is for pixels up to 255.
+    """
+    if isinstance(given, Normalization) and len(given.mean) == len(given.std) == in_channels:
+        return given
+    try:
+        parts = (given.mean, given.std) if isinstance(given, Normalization) else given
+        mean, std = (_per_channel(part, in_channels) for part in parts)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{name} is {given!r:.80}: give (mean, std), each a number or one for each channel, for pixels in [0, 1]."
+        ) from error
+    if not len(mean) == len(std) == in_channels:
+        raise RecipeError(
+            f"mean {list(mean)} and std {list(std)} do not fit images of {in_channels} channels: give one number, or "
+            "one for each channel."
+        )
+    if not all(0 <= value <= 1 for value in mean) or not all(0 < value <= 1 for value in std):
+        raise RecipeError(
+            f"mean {list(mean)} and std {list(std)} are not those of pixels in [0, 1]: means must be within [0, 1], "
+            "standard deviations above 0 and at most 1; divide those of pixels up to 255 by 255."
+        )
+    return Normalization(mean, std)
+
+
+def _per_channel(values: Any, in_channels: int) -> tuple[float, ...]:
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim > 1:
+        raise ValueError("it has more than one axis")
+    return tuple(numbers.tolist()) if numbers.ndim else (float(numbers),) * in_channels

@@ -37,7 +37,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ModelError(f"there is no file {path}.") from None
     except (OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
         why = (isinstance(error, OSError) and error.strerror) or cause(error)
-        raise ModelError(f"{path} is not a file that kdpipe wrote, or it is damaged ({why}); delete it.") from error
+        raise ModelError(
+            f"{path} is not a file that kdpipe wrote, or it is damaged ({why}); delete it if it is one of kdpipe's."
+        ) from error
 
 
 def _require_object(record: Any) -> dict[str, Any]:

@@ -29,6 +29,14 @@ class ProgressEvent:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _ignore(event: ProgressEvent) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class RunMonitor:
     """A reporter, a stop flag, and the callbacks of all trainings.
@@ -38,8 +46,8 @@ class RunMonitor:
         run_dir: The run folder, for callbacks; by default that of the training itself.
     """
 
-    report: Callable[[ProgressEvent], None] = lambda event: None
-    should_stop: Callable[[], bool] = lambda: False
+    report: Callable[[ProgressEvent], None] = _ignore  # named, so that it can be pickled
+    should_stop: Callable[[], bool] = _never
     callbacks: tuple[Callback, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     run_dir: Path | None = None

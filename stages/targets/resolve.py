@@ -64,8 +64,8 @@ def resolve_feature(store: TargetStore, feature: FeatureSpec) -> FeatureSource:
         return FeatureSource(feature, whole.array, computed, statistic_shape(computed, shapes[whole.array]))
     raise StoreError(
         f"{store.path} has no {feature.kind} of {feature.layer!r}, only {', '.join(shapes)}: run "
-        f"`kdpipe cache-teacher` with this recipe to add it, or with cache.layers = ['{feature}'] in the recipe that "
-        "made the store."
+        "`kdpipe cache-teacher` with this recipe to add it, or with the one that made the store and "
+        f"cache.layers = ['{feature}'] (in Python: kdpipe.cache_teacher(..., features=['{feature}']))."
     )
 
 

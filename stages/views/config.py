@@ -24,12 +24,20 @@ def _as_table(operation: Any) -> Any:
         ) from error
 
 
+def _as_tuple(given: Any) -> Any:
+    if isinstance(given, str | Mapping):
+        raise ValueError(  # noqa: TRY004 - pydantic wants it
+            f"operations are a list, as in [{given!r}]"
+        )
+    return tuple(given) if isinstance(given, list) else given
+
+
 Operations = Annotated[
     tuple[
         Annotated[dict[str, Any], BeforeValidator(_as_table, json_schema_input_type=str | dict[str, Any])],
         ...,
     ],
-    BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),
+    BeforeValidator(_as_tuple),
 ]
 
 

@@ -7,6 +7,7 @@ exactly. Augmentation and normalization are kdpipe's: a student must see the ver
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ MAX_BYTES = 8 * 2**30
 
 NUM_READ_TWICE = 64
 """Samples read twice: a transform that changes one reading in ten escapes once in 700,000."""
+
+_WARNED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 RAW = (
     "hand raw images (PIL images or uint8 [C, H, W]); augmentation is a matter of kdpipe's views, normalization of a "
@@ -108,7 +111,7 @@ def list_torch_dataset(
         name=name,
         labels=labels,
         sample_ids=integer_column(name, "ids", ids, num_samples),
-        class_names=_numbered(name, labels) if names is None else names,
+        class_names=_numbered(dataset, name, labels) if names is None else names,
         images=_rows_of(pixels),
     )
 
@@ -119,7 +122,7 @@ def _read_all(read: _Reader, num_samples: int, name: str, max_bytes: int) -> tup
     if (num_bytes := num_samples * int(np.prod(shape))) > max_bytes:
         raise DataError(
             f"{read.where} takes {num_bytes / 2**30:.1f} GiB in memory, more than {max_bytes / 2**30:.1f} GiB: give "
-            "an image_size, or write the images to files and use imagefolder:PATH."
+            f"an image_size {_in_python('image_size=224')}, or write the images to files and use imagefolder:PATH."
         )
     pixels = new_pixels((num_samples, *shape), read.where)
     labels = np.empty(num_samples, dtype=np.int64)
@@ -251,11 +254,11 @@ def _unequal(name: str, index: int, found: tuple[int, ...], first: tuple[int, ..
     if found[0] != first[0]:
         return (
             f"data set {name}: image 0 has {first[0]} channels, image {index} has {found[0]}: give channels = 1 or 3 "
-            "to convert them."
+            f"to convert them {_in_python('channels=3')}."
         )
     return (
         f"data set {name}: image 0 is {first[2]} x {first[1]}, image {index} is {found[2]} x {found[1]}: give an "
-        "image_size to crop and resize them."
+        f"image_size to crop and resize them {_in_python('image_size=224')}."
     )
 
 
@@ -272,6 +275,7 @@ def _positions(dataset: Any, num_samples: int) -> npt.NDArray[np.int64]:
 def _classes(dataset: Any, name: str) -> tuple[str, ...] | None:
     """Return the names of the classes that a data set, or the parts that it consists of, has."""
     found = getattr(dataset, "classes", None)
+    found = found.tolist() if isinstance(found, np.ndarray) else found
     if isinstance(found, list | tuple) and all(isinstance(each, str | int) for each in found):
         return tuple(map(str, found))
     if isinstance(dataset, torch.utils.data.Subset):
@@ -279,16 +283,33 @@ def _classes(dataset: Any, name: str) -> tuple[str, ...] | None:
     if isinstance(dataset, torch.utils.data.ConcatDataset):
         parts = {_classes(part, name) for part in dataset.datasets}
         if len(parts) > 1:
-            raise DataError(f"data set {name}: its parts have different classes: give class_names for all of them.")
+            raise DataError(
+                f"data set {name}: its parts have different classes: give class_names for all of them "
+                f"{_in_python('class_names=[...]')}."
+            )
         return parts.pop()
     return None
 
 
-def _numbered(name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
-    if int(labels.min()) > 0:
+def _numbered(dataset: Any, name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
+    if int(labels.min()) > 0 and not _was_warned(dataset):
         warnings.warn(
             f"data set {name}: no sample has the label 0, the least is {labels.min()}: labels count from 0; give "
-            "class_names if that class is just empty here.",
+            f"class_names if that class is just empty here {_in_python('class_names=[...]')}.",
             stacklevel=2,
         )
     return numbered_classes(name, labels)
+
+
+def _was_warned(dataset: Any) -> bool:
+    """Return whether this was asked before of the same object, which one script hands to several stages."""
+    try:
+        found = dataset in _WARNED
+        _WARNED.add(dataset)
+    except TypeError:  # it cannot be hashed
+        return False
+    return found
+
+
+def _in_python(argument: str) -> str:
+    return f"(in Python: kdpipe.as_image_set(dataset, {argument}))"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,9 +67,18 @@ def choose_device(name: str) -> torch.device:
     count, number = torch.cuda.device_count(), _number(name)
     if (number or 0) >= count:
         raise RecipeError(
-            f"the recipe's device is {name!r}, and torch sees {count} GPUs: set device = 'auto', or one that is there."
+            f"device is {name!r}, and torch sees {count} GPUs: set it to 'auto', or to one that is there."
         )
     return torch.device("cuda", (local_rank(os.environ) or 0) % count if number is None else number)
+
+
+def check_device(given: str | torch.device) -> str | torch.device:
+    """Return an argument `device` if it is one that kdpipe computes on. Raises RecipeError otherwise."""
+    if isinstance(given, torch.device):
+        choose_device(str(given))
+    if not isinstance(given, str | torch.device) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", str(given)):
+        raise RecipeError(f"device is {given!r:.40}: give 'auto', 'cpu', 'cuda', or 'cuda:0' for a certain GPU.")
+    return given
 
 
 @dataclass(frozen=True)

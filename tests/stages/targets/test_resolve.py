@@ -232,7 +232,7 @@ def test_missing_feature_error_has_the_line_that_adds_it(run, tmp_path, feature)
         join(open_store(path), GRAY, [feature])
     sentence = str(raised.value)
     assert f"a.zarr has no {feature.kind} of {feature.layer!r}, only logits: run `kdpipe cache-teacher`" in sentence
-    (line,) = re.findall(r"cache\.layers = \['(.*)'\]", sentence)
+    (line,) = re.findall(r"cache\.layers = \['([^']*)'\]", sentence)
     cache_teacher(ONE_UNIT, path, teacher, [parse_feature(line)], context)
     source = resolve_feature(open_store(path), feature)
     assert (source.array, source.computed) == (feature.array, None)

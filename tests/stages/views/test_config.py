@@ -28,7 +28,7 @@ def test_arguments_become_those_of_the_recipes_json():
 @pytest.mark.parametrize(
     ("operations", "sentence"),
     [
-        ("RandomCrop", "valid tuple"),
+        ("RandomCrop", r"operations are a list, as in \['RandomCrop'\]"),
         ([3], "valid dictionary"),
         ([{"name": "Resize", "interpolation": object()}], "a name, or a table of a name and plain arguments"),
     ],

@@ -262,7 +262,7 @@ def test_machine_without_gpus_uses_cpu_without_warning(monkeypatch: pytest.Monke
     cuda = FakeCuda(monkeypatch, tmp_path, 0)
     assert cuda.take("auto", memory_fraction=0.5) == "cpu"
     assert cuda.warnings == cuda.fractions == []
-    with pytest.raises(RecipeError, match="the recipe's device is 'cuda', and torch sees 0 GPUs"):
+    with pytest.raises(RecipeError, match="device is 'cuda', and torch sees 0 GPUs"):
         cuda.take("cuda")
 
 
