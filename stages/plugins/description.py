@@ -176,7 +176,7 @@ class Description:
         return {"network": self.modules(found), "classes": [self.value(type(each)) for each in found.modules()]}
 
     def modules(self, model: nn.Module) -> list[Any]:
-        """Return the type, repr and plain public attributes of each module of a network, without its weights."""
+        """Return the type, repr and plain public attributes of each module of a network, without its state dict."""
         return [
             [path, _name(type(module)), module.extra_repr(), self._attributes(module)]
             for path, module in model.named_modules(remove_duplicate=False)
@@ -239,7 +239,12 @@ class Description:
     def _attributes(self, module: nn.Module) -> dict[str, Any]:
         state = {"training", *changed_attributes(type(module).forward)}
         public = {name for name in vars(module) if not name.startswith("_")} - state
-        return self._fitting({name: vars(module)[name] for name in public})
+        described = self._fitting({name: vars(module)[name] for name in public})
+        if is_own(type(module).__module__):
+            buffers = {name: each for name, each in module.named_buffers(recurse=False) if name not in state}
+            extra = buffers.keys() - module.state_dict().keys()  # the others count with the weights
+            described |= {name: _array(buffers[name]) for name in sorted(extra)}
+        return described
 
     def _fitting(self, values: dict[str, Any]) -> dict[str, Any]:
         """Describe those of some values that can be described, in the order of their names."""

@@ -184,8 +184,9 @@ def test_state_of_a_bound_object_counts() -> None:
         def __call__(self) -> float:
             return self.rate
 
-    for get in (lambda one: one, lambda one: one.__call__):
-        assert digest(get(Schedule(1.0))) == digest(get(Schedule(1.0))) != digest(get(Schedule(2.0)))
+    first, second, other = Schedule(1.0), Schedule(1.0), Schedule(2.0)
+    assert digest(first) == digest(second) != digest(other)
+    assert digest(first.__call__) == digest(second.__call__) != digest(other.__call__)
 
 
 # --- Networks
@@ -232,6 +233,15 @@ def test_training_and_use_of_a_network_do_not_count() -> None:
     with torch.no_grad():
         model.fc.weight.mul_(2)
     assert network_sha256(copy.deepcopy(model).eval()) == before
+
+
+def test_buffers_outside_the_state_dict_count() -> None:
+    digests = []
+    for value in (1.0, 1.0, 2.0):
+        model = Scaled()
+        model.register_buffer("mean", torch.tensor(value), persistent=False)
+        digests.append(network_sha256(model))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_shared_modules_count() -> None:
