@@ -9,8 +9,15 @@ import inspect
 import linecache
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any
+
+READ = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+"""Instructions that read a name outside the function."""
+
+ADDING = ("append", "extend", "insert", "add", "update", "setdefault", "clear", "pop")
+"""Methods by which code keeps a log or cache."""
 
 
 def function_text(function: Any) -> str:
@@ -69,25 +76,31 @@ def place_of(function: Any, *, in_file: bool) -> list[int]:
     return place
 
 
-def global_names(code: CodeType) -> list[str]:
-    """Return the names outside a function that its code reads, and never sets, also within nested functions."""
-    read, stored = set[str](), set[str]()
-    for each in _with_nested(code):
-        for instruction in dis.get_instructions(each):
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-                read.add(instruction.argval)
-            elif instruction.opname == "STORE_GLOBAL":
-                stored.add(instruction.argval)
-    return sorted(read - stored)
+def global_names(code: CodeType) -> set[str]:
+    """Return the names outside a function that its code reads, also within nested functions."""
+    return {one.argval for one in _instructions(code) if one.opname in READ}
 
 
-def stored_attributes(function: Callable[..., Any]) -> set[str]:
-    """Return the names of attributes that a function sets."""
+def changed_names(code: CodeType) -> set[str]:
+    """Return the names outside a function that its code sets, or whose list, set or dict it adds to: its state."""
+    return _changed(code, (*READ, "LOAD_DEREF"), ("STORE_GLOBAL", "STORE_DEREF"))
+
+
+def changed_attributes(function: Callable[..., Any]) -> set[str]:
+    """Return the names of attributes that a function sets, or whose list, set or dict it adds to."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    nested = [] if code is None else _with_nested(code)
-    return {one.argval for each in nested for one in dis.get_instructions(each) if one.opname == "STORE_ATTR"}
+    return set() if code is None else _changed(code, ("LOAD_ATTR",), ("STORE_ATTR",))
 
 
-def _with_nested(code: CodeType) -> list[CodeType]:
-    nested = [each for constant in code.co_consts if isinstance(constant, CodeType) for each in _with_nested(constant)]
-    return [code, *nested]
+def _changed(code: CodeType, read: tuple[str, ...], stored: tuple[str, ...]) -> set[str]:
+    added_to = {
+        one.argval
+        for one, following in pairwise(_instructions(code))
+        if one.opname in read and following.opname in ("LOAD_ATTR", "LOAD_METHOD") and following.argval in ADDING
+    }
+    return added_to | {one.argval for one in _instructions(code) if one.opname in stored}
+
+
+def _instructions(code: CodeType) -> list[dis.Instruction]:
+    nested = [each for constant in code.co_consts if isinstance(constant, CodeType) for each in _instructions(constant)]
+    return [*dis.get_instructions(code), *nested]

@@ -16,7 +16,7 @@ import linecache
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import PurePath
-from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import FunctionType, MethodType, ModuleType, NoneType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,14 @@ import torch
 from torch import nn
 
 from kdpipe.stages.plugins.code_text import (
+    changed_attributes,
+    changed_names,
     class_text,
     function_text,
     functions_of,
     global_names,
     is_written_in,
     place_of,
-    stored_attributes,
 )
 from kdpipe.stages.plugins.module_source import MAIN, is_own, modules_sha256, true_name
 
@@ -115,20 +116,15 @@ class Description:
             return {"object": [self.value(kind), self.value(vars(found))]}
         raise NotDescribedError(f"a {_name(kind)}")
 
-    @value.register(type(None))
-    @value.register(int)
-    @value.register(float)
-    @value.register(str)
+    @value.register(NoneType | int | float | str)
     def _(self, found: Any) -> Any:
         return found
 
-    @value.register(list)
-    @value.register(tuple)
+    @value.register(list | tuple)
     def _(self, found: Any) -> Any:
         return [self.value(each) for each in found]
 
-    @value.register(set)
-    @value.register(frozenset)
+    @value.register(set | frozenset)
     def _(self, found: Any) -> Any:
         return {"set": sorted(json.dumps(self.value(each)) for each in found)}
 
@@ -140,14 +136,7 @@ class Description:
     def _(self, found: Enum) -> Any:
         return {"enum": [_name(type(found)), found.name]}
 
-    @value.register(bytes)
-    @value.register(complex)
-    @value.register(range)
-    @value.register(slice)
-    @value.register(PurePath)
-    @value.register(torch.dtype)
-    @value.register(np.generic)
-    @value.register(np.dtype)
+    @value.register(bytes | complex | range | slice | PurePath | torch.dtype | np.generic | np.dtype)
     def _(self, found: Any) -> Any:
         return {"value": repr(found)}
 
@@ -155,8 +144,7 @@ class Description:
     def _(self, found: torch.device) -> Any:  # where something runs does not decide what it is
         return {"value": "device"}
 
-    @value.register(torch.Tensor)
-    @value.register(np.ndarray)
+    @value.register(torch.Tensor | np.ndarray)
     def _(self, found: Any) -> Any:
         if not self._tensors:
             raise NotDescribedError(f"a {_name(type(found))}")
@@ -175,8 +163,7 @@ class Description:
     def _(self, found: MethodType) -> Any:
         return {"method": self.value([found.__self__, found.__func__])}
 
-    @value.register(FunctionType)
-    @value.register(type)
+    @value.register(FunctionType | type)
     def _(self, found: Any) -> Any:
         if is_own(_module_of(found)):
             return {"code": self.code(found)}
@@ -189,7 +176,7 @@ class Description:
         return {"network": self.modules(found), "classes": [self.value(type(each)) for each in found.modules()]}
 
     def modules(self, model: nn.Module) -> list[Any]:
-        """Return the type, repr and plain public attributes of each module of a network, without its weights."""
+        """Return the type, repr and plain public attributes of each module of a network, without its state dict."""
         return [
             [path, _name(type(module)), module.extra_repr(), self._attributes(module)]
             for path, module in model.named_modules(remove_duplicate=False)
@@ -207,7 +194,7 @@ class Description:
         if is_own(module) or not hasattr(function, "__wrapped__"):
             found["closure"] = self._closure(function, strict=self._strict and is_own(module))
         if module in MAIN:
-            names = [name for name in global_names(code) if name in function.__globals__]
+            names = (global_names(code) - changed_names(code)) & function.__globals__.keys()
             found["globals"] = self._fitting({name: function.__globals__[name] for name in names})
         if module in MAIN or (is_own(module) and "<locals>" in code.co_qualname):
             defaults = {str(number): each for number, each in enumerate(function.__defaults__ or ())}
@@ -215,9 +202,9 @@ class Description:
         return {key: each for key, each in found.items() if each}
 
     def _closure(self, function: Any, *, strict: bool) -> dict[str, Any]:
-        values = {}
+        values, state = {}, {"__class__", *changed_names(function.__code__)}  # the former is that of `super()`
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            if name == "__class__":  # of `super()`
+            if name in state:
                 continue
             try:
                 values[name] = cell.cell_contents
@@ -250,9 +237,14 @@ class Description:
         return {key: each for key, each in found.items() if each}
 
     def _attributes(self, module: nn.Module) -> dict[str, Any]:
-        state = {"training", *stored_attributes(type(module).forward)}
+        state = {"training", *changed_attributes(type(module).forward)}
         public = {name for name in vars(module) if not name.startswith("_")} - state
-        return self._fitting({name: vars(module)[name] for name in public})
+        described = self._fitting({name: vars(module)[name] for name in public})
+        if is_own(type(module).__module__):
+            buffers = {name: each for name, each in module.named_buffers(recurse=False) if name not in state}
+            extra = buffers.keys() - module.state_dict().keys()  # the others count with the weights
+            described |= {name: _array(buffers[name]) for name in sorted(extra)}
+        return described
 
     def _fitting(self, values: dict[str, Any]) -> dict[str, Any]:
         """Describe those of some values that can be described, in the order of their names."""

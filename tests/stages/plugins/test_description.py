@@ -73,8 +73,21 @@ def test_default_of_an_unchanged_cell_counts(notebook: Notebook) -> None:
     assert digests[0] != digests[1]
 
 
-def test_a_counter_is_no_constant(notebook: Notebook) -> None:
-    notebook.run("calls = 0\ndef counted():\n    global calls\n    calls += 1")
+def test_counters_and_logs_are_no_constants(notebook: Notebook) -> None:
+    notebook.run("""
+        calls, log = 0, []
+        def make():
+            own, seen = 0, []
+            def counted():
+                global calls
+                nonlocal own
+                calls += 1
+                own += 1
+                log.append(calls)
+                seen.append(own)
+            return counted
+        counted = make()
+    """)
     before = digest(notebook["counted"])
     notebook["counted"]()
     assert digest(notebook["counted"]) == before
@@ -146,7 +159,8 @@ def test_values_of_closures_count(one: Any, other: Any) -> None:
 
 
 def test_a_closure_that_cannot_be_described_is_refused() -> None:
-    for value in (nn.Linear(2, 3), [object()], (each for each in ())):
+    values: list[Any] = [nn.Linear(2, 3), [object()], iter([1])]
+    for value in values:
         with pytest.raises(RecipeError, match=r"^x: it uses `value`, a .*, whose later changes could not be noticed"):
             digest(made(value))
 
@@ -155,7 +169,7 @@ def test_closures_of_methods_count() -> None:
     def make(scale: float) -> type:
         class Own(nn.ReLU):
             def forward(self, images: torch.Tensor) -> torch.Tensor:
-                return super().forward(images) * scale
+                return images * scale
 
         return Own
 
@@ -170,24 +184,28 @@ def test_state_of_a_bound_object_counts() -> None:
         def __call__(self) -> float:
             return self.rate
 
-    for get in (lambda one: one, lambda one: one.__call__):
-        assert digest(get(Schedule(1.0))) == digest(get(Schedule(1.0))) != digest(get(Schedule(2.0)))
+    first, second, other = Schedule(1.0), Schedule(1.0), Schedule(2.0)
+    assert digest(first) == digest(second) != digest(other)
+    assert digest(first.__call__) == digest(second.__call__) != digest(other.__call__)
 
 
 # --- Networks
 
 
 class Scaled(nn.Module):
-    """A network with plain attributes, of which `forward` sets one."""
+    """A network with plain attributes, of which `forward` changes two."""
 
     def __init__(self, scale: Any = 1.0) -> None:
         super().__init__()
         self.scale, self.calls = scale, 0
+        self.log: list[int] = []
         self.fc = nn.Linear(2, 2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return self.scale * self.fc(images)
+        self.log.append(self.calls)
+        output: torch.Tensor = self.scale * self.fc(images)
+        return output
 
 
 @pytest.mark.parametrize(
@@ -215,6 +233,15 @@ def test_training_and_use_of_a_network_do_not_count() -> None:
     with torch.no_grad():
         model.fc.weight.mul_(2)
     assert network_sha256(copy.deepcopy(model).eval()) == before
+
+
+def test_buffers_outside_the_state_dict_count() -> None:
+    digests = []
+    for value in (1.0, 1.0, 2.0):
+        model = Scaled()
+        model.register_buffer("mean", torch.tensor(value), persistent=False)
+        digests.append(network_sha256(model))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_shared_modules_count() -> None:
