@@ -65,7 +65,7 @@ def test_python_finds_what_the_command_line_has_done(done, tmp_path):
     stamps = {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")}
     _, result, small = run_in_python(run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("model.safetensors")} == stamps
-    assert result.accuracy > 0.5
+    assert result.accuracy > 0.3
     assert small.folder == run / "compressed" / "artifacts-seed0"
 
 
