@@ -14,6 +14,7 @@ import inspect
 import json
 import linecache
 from collections.abc import Iterable
+from contextlib import suppress
 from enum import Enum
 from pathlib import PurePath
 from types import FunctionType, MethodType, ModuleType, NoneType, SimpleNamespace
@@ -112,8 +113,10 @@ class Description:
             wrapped = getattr(found, "__wrapped__", None)
             return {"name": _name(found)} if wrapped is None else self.value(wrapped)
         is_settings = isinstance(found, SimpleNamespace | argparse.Namespace) or dataclasses.is_dataclass(found)
-        if hasattr(found, "__dict__") and (is_settings or is_own(kind.__module__)):
-            return {"object": [self.value(kind), self.value(vars(found))]}
+        attributes = getattr(found, "__dict__", {})
+        is_data = any(isinstance(each, torch.Tensor | np.ndarray) for each in attributes.values())  # a data set, say
+        if hasattr(found, "__dict__") and not is_data and (is_settings or is_own(kind.__module__)):
+            return {"object": [self.value(kind), self.value(attributes)]}
         raise NotDescribedError(f"a {_name(kind)}")
 
     @value.register(NoneType | int | float | str)
@@ -243,7 +246,8 @@ class Description:
         if is_own(type(module).__module__):
             buffers = {name: each for name, each in module.named_buffers(recurse=False) if name not in state}
             extra = buffers.keys() - module.state_dict().keys()  # the others count with the weights
-            described |= {name: _array(buffers[name]) for name in sorted(extra)}
+            with suppress(NotDescribedError):  # of a lazy module
+                described |= {name: _array(buffers[name]) for name in sorted(extra)}
         return described
 
     def _fitting(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -288,7 +292,7 @@ def _array(found: torch.Tensor | np.ndarray[Any, Any]) -> list[Any]:
     try:
         tensor = torch.as_tensor(found).detach().cpu().contiguous()
         content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-    except (TypeError, RuntimeError, NotImplementedError) as error:  # of strings, objects; sparse
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:  # of strings, objects; sparse
         raise NotDescribedError(f"a {_name(type(found))}") from error
     return [str(tensor.dtype), list(tensor.shape), _sha256(content)]
 

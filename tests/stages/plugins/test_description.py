@@ -93,6 +93,15 @@ def test_counters_and_logs_are_no_constants(notebook: Notebook) -> None:
     assert digest(notebook["counted"]) == before
 
 
+def test_data_sets_that_code_names_do_not_count(notebook: Notebook) -> None:
+    notebook.run("def build(): return nn.Linear(2, train.num_classes)")
+    digests = []
+    for num in (2, 3):
+        notebook.names["train"] = SimpleNamespace(images=np.ones(num), num_classes=2)
+        digests.append(digest(notebook["build"]))
+    assert digests[0] == digests[1]
+
+
 def test_helpers_of_helpers_and_circles_count(notebook: Notebook) -> None:
     notebook.run("def helper(logits): return deep(logits)")
     notebook.run("def deep(logits): return loss if SCALE else logits")
