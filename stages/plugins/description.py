@@ -254,10 +254,8 @@ class Description:
         """Describe those of some values that can be described, in the order of their names."""
         described = {}
         for name, each in sorted(values.items()):
-            try:
+            with suppress(NotDescribedError, RecursionError):
                 described[name] = self.value(each)
-            except (NotDescribedError, RecursionError):
-                continue
         return described
 
 
