@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import numbers
 import operator
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
-import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
@@ -73,8 +73,8 @@ def _initialize_from_json(
 
 def _plain(value: Any) -> Any:
     """Return a number of numpy as Python's. Raises TypeError for other objects, as `json.dumps` wants it."""
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, numbers.Real):  # numpy's are registered as such
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     raise TypeError
 
 
