@@ -42,7 +42,6 @@ def main() -> None:
         "model_args": {"width": 6},
         "epochs": options.epochs,
         "batch_size": 64,
-        "progress": False,
     }
     variants: dict[str, dict[str, Any]] = {
         "alone": {"views": views},

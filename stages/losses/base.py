@@ -94,10 +94,9 @@ class Loss:
 
     def source_digests(self) -> dict[str, str]:
         """Return the digest of the source of a user's loss, which is part of what decides a job; none if built in."""
-        written: Any = type(self).original or type(self)
-        if written.__module__.partition(".")[0] == "kdpipe":
+        if is_builtin(self):
             return {}
-        return {"source_sha256": object_sha256(written, f"loss = {self.loss!r}", RecipeError)}
+        return {"source_sha256": object_sha256(type(self).original or type(self), f"loss = {self.loss!r}", RecipeError)}
 
     @property
     def num_negatives(self) -> int:
@@ -181,6 +180,12 @@ class Loss:
             num_classes: By default that of the logits.
         """
         return LossModule(self, student, teacher, num_samples, num_classes)
+
+
+def is_builtin(loss: Loss) -> bool:
+    """Return whether a loss is one of kdpipe's, and not a user's."""
+    written: Any = type(loss).original or type(loss)
+    return bool(written.__module__.partition(".")[0] == "kdpipe")
 
 
 class StatelessModule(nn.Module):

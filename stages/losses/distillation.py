@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.inputs import DatasetInfo, Shapes, TeacherShapes
+from kdpipe.stages.losses.user_loss import failure_of
 from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss
 from kdpipe.stages.targets.ensemble import TeacherEnsemble
 from kdpipe.stages.targets.feature_spec import FeatureSpec
@@ -35,7 +36,11 @@ class Distillation(nn.Module):
             targets = batch.teachers[0]
             if len(batch.teachers) > 1 or self.ensemble.config.temperatures:
                 targets = self.ensemble(batch.teachers, batch.target_masks, batch.labels)
-            return {name: loss(batch, targets) for name, loss in self.losses.items()}
+            losses = {}
+            for name, config in self.configs.items():
+                with failure_of(config):
+                    losses[name] = self.losses[name](batch, targets)
+            return losses
 
 
 def student_layers(configs: Sequence[Loss]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from functools import cache, partial
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 
 from kdpipe.stages.config import section
 from kdpipe.stages.errors import RecipeError, cause
-from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss
+from kdpipe.stages.losses.base import FeatureLoss, LogitLoss, Loss, is_builtin
 from kdpipe.stages.losses.inputs import DatasetInfo, LossInputs, Shapes, TeacherShapes
 from kdpipe.stages.losses.schedules import FINISHED
 from kdpipe.stages.losses.weighted import DistillationBatch, WeightedLoss
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
+from kdpipe.stages.runtime.memory import is_out_of_memory
 from kdpipe.stages.targets.outputs import DenseTargets
+from kdpipe.store.errors import KdpipeError
 
 GIVEN = ("num_classes", "num_samples")
 """Keywords of a module's `__init__` that are no keys: the sizes of the data set."""
@@ -126,6 +129,19 @@ def try_loss(loss: Loss, module: nn.Module, student: Shapes, teacher: TeacherSha
         raise
     except Exception as error:  # a user's code
         raise RecipeError(f"it fails on a batch of logits [{NUM_TRIED}, {num_classes}] ({cause(error)}).") from error
+
+
+@contextmanager
+def failure_of(loss: Loss) -> Iterator[None]:
+    """Raise RecipeError for an error in a user's loss; memory that ran out is not its fault."""
+    try:
+        yield
+    except KdpipeError:
+        raise
+    except Exception as error:  # a user's code
+        if is_builtin(loss) or is_out_of_memory(error):
+            raise
+        raise RecipeError(f"the loss {loss.loss} failed in training ({cause(error)}): correct it.") from error
 
 
 def _named(found: type[Loss], name: str) -> type[Loss]:

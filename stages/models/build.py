@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_imag
 from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refusal
 from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
 from kdpipe.stages.models.weights import load_weights
-from kdpipe.stages.plugins.user_source import object_sha256
+from kdpipe.stages.plugins.user_source import network_sha256
 from kdpipe.store.errors import did_you_mean
 
 TORCHVISION = "torchvision:"
@@ -83,7 +82,7 @@ def architecture(
     ModelError if there is no source, or `args` are no JSON.
     """
     args = _default_args(config.name) | config.args
-    own = _object_identity(config.module) if isinstance(config, GivenModel) and config.name.startswith(OBJECT) else {}
+    own = network_sha256(config.module) if isinstance(config, GivenModel) and config.name.startswith(OBJECT) else {}
     try:
         args = json.loads(json.dumps(args, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -118,15 +117,6 @@ def _copy(model: nn.Module) -> nn.Module:
         return clone_without_hooks(model).cpu()
     except Exception as error:  # attributes of the user's
         raise ModelError(f"{name} cannot be copied ({cause(error)}): remove what cannot be, such as locks.") from error
-
-
-def _object_identity(model: nn.Module) -> dict[str, str]:
-    """Return the digests of the source and structure of a network that has no name to build it by."""
-    kind = type(model)
-    return {
-        "source_sha256": object_sha256(kind, f"the network {kind.__qualname__}", ModelError),
-        "structure_sha256": hashlib.sha256(str(model).encode()).hexdigest(),
-    }
 
 
 def list_models() -> list[str]:

@@ -19,7 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from kdpipe.stages.errors import cause
-from kdpipe.stages.plugins.user_source import ALIAS, LIBRARIES, find_spec, object_sha256
+from kdpipe.stages.plugins.module_source import ALIAS, LIBRARIES, find_spec
+from kdpipe.stages.plugins.user_source import object_sha256
 from kdpipe.store.errors import KdpipeError, did_you_mean
 
 __all__ = ["PREFIX", "import_callable", "is_user_reference", "object_sha256", "source_sha256", "user_code_context"]

@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tomllib
+from pathlib import Path
 
 import pytest
-from support.kdpipe_process import COMMAND, environment
+from support.kdpipe_process import environment
 from support.paths import ROOT
+from support.warm_process import WarmProcess
 
 PLUGIN = ROOT / "examples" / "plugin"
 RECIPE = """
@@ -45,34 +46,40 @@ def installed(tmp_path_factory):
 
 
 def run(installed, *command):
+    """Run `kdpipe`, or a script, where the plug-in is installed."""
     folder, environ = installed
-    return subprocess.run(
-        [*map(str, command)], cwd=folder, env=environ, capture_output=True, text=True, timeout=300, check=False
-    )
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        process = WarmProcess([*map(str, command)], environ)
+    finally:
+        os.chdir(before)
+    out, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.wait(), out, errors)
 
 
 def test_commands_list_what_the_plugin_brings(installed):
-    losses = run(installed, *COMMAND, "losses", "--json")
+    losses = run(installed, "kdpipe", "losses", "--json")
     assert "logit_mae" in {loss["name"] for loss in json.loads(losses.stdout)["losses"]}, losses.stderr
-    schema = run(installed, *COMMAND, "recipe", "schema")
+    schema = run(installed, "kdpipe", "recipe", "schema")
     assert "logit_mae" in schema.stdout
-    assert run(installed, *COMMAND, "recipe", "check", "plugged.toml").stdout.startswith("plugged.toml: fine")
+    assert run(installed, "kdpipe", "recipe", "check", "plugged.toml").stdout.startswith("plugged.toml: fine")
 
 
 def test_recipe_check_knows_the_keys_of_the_plugin(installed):
     folder, _ = installed
     (folder / "wrong.toml").write_text(RECIPE.replace("margin", "margn").replace("width = 8", "wdth = 8"))
-    checked = run(installed, *COMMAND, "recipe", "check", "wrong.toml")
+    checked = run(installed, "kdpipe", "recipe", "check", "wrong.toml")
     assert checked.returncode == 2
     assert "did you mean 'margin'" in checked.stdout
     (folder / "wrong.toml").write_text(RECIPE.replace("width = 8", "wdth = 8"))
-    assert "no argument 'wdth'" in run(installed, *COMMAND, "recipe", "check", "wrong.toml").stdout
+    assert "no argument 'wdth'" in run(installed, "kdpipe", "recipe", "check", "wrong.toml").stdout
 
 
 @pytest.mark.slow
 def test_recipe_runs_with_the_plugin(installed):
     folder, _ = installed
-    ended = run(installed, *COMMAND, "run", "plugged.toml")
+    ended = run(installed, "kdpipe", "run", "plugged.toml")
     assert ended.returncode == 0, ended.stderr
     job = folder / "runs" / "plugged" / "students" / "distilled-seed0"
     assert json.loads((job / "best_epochs.json").read_text())[0] == 0
@@ -84,7 +91,8 @@ def test_recipe_runs_with_the_plugin(installed):
         f"student = kd.load_student({str(artifacts)!r})\n"
         "print(student(train.images[:4]).shape, kd.create_model('two_layers', train, width=4)[1].out_features)\n"
     )
-    ended = run(installed, sys.executable, "-c", code)
+    (folder / "load.py").write_text(code)
+    ended = run(installed, folder / "load.py")
     assert ended.stdout == "torch.Size([4, 2]) 4\n", ended.stderr
 
 
@@ -95,7 +103,7 @@ def test_broken_plugin_is_a_warning(installed, tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[kdpipe.plugins]\nbroken = no_such_module\n")
     environ = {**environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), environ["PYTHONPATH"]])}
-    ended = run((folder, environ), *COMMAND, "losses", "--json")
+    ended = run((folder, environ), "kdpipe", "losses", "--json")
     assert ended.returncode == 0
     assert "logit_mae" in ended.stdout
     assert "broken" in ended.stderr
