@@ -53,7 +53,7 @@ def _loss(given: Any) -> Loss:
     elif inspect.isfunction(given) or (isinstance(given, type) and issubclass(given, nn.Module)):
         advice = ": decorate it with kdpipe.register_loss"
     wanted = "an object of kdpipe.losses, a name, or a table with the key loss"
-    raise RecipeError(f"a loss is {wanted}, not {_shown(given)}{advice}.")
+    raise RecipeError(f"a loss is {wanted}, not {shown(given)}{advice}.")
 
 
 def as_callbacks(given: CallbackLike | Sequence[CallbackLike] | None) -> tuple[CallbackLike, ...]:
@@ -62,7 +62,7 @@ def as_callbacks(given: CallbackLike | Sequence[CallbackLike] | None) -> tuple[C
         if not isinstance(one, Callback | str | Mapping):
             is_class = isinstance(one, type) and issubclass(one, Callback)
             advice = f": build it, {one.__name__}()" if is_class else ": derive a class from kdpipe.Callback"
-            raise RecipeError(f"a callback is a Callback object, a name or a table, not {_shown(one)}{advice}.")
+            raise RecipeError(f"a callback is a Callback object, a name or a table, not {shown(one)}{advice}.")
     return found
 
 
@@ -70,7 +70,7 @@ def as_features(given: str | Sequence[str] | None) -> list[FeatureSpec]:
     """Return features by name. Raises RecipeError for others."""
     names = as_list(given)
     if wrong := [name for name in names if not isinstance(name, str)]:
-        raise RecipeError(f"features are module paths such as 'stage2', not {_shown(wrong[0])}.")
+        raise RecipeError(f"features are module paths such as 'stage2', not {shown(wrong[0])}.")
     return [parse_feature(name, "features") for name in names]
 
 
@@ -80,7 +80,7 @@ def as_views(given: Views | None) -> Views:
         return Views(1)
     if not isinstance(given, Views):
         raise RecipeError(
-            f"views are kdpipe.Views(num_views, operations), as Views(8, ['RandomCrop']), not {given!r:.60}."
+            f"views are kdpipe.Views(num_views, operations), as Views(8, ['RandomCrop']), not {shown(given)}."
         )
     return given
 
@@ -99,7 +99,7 @@ def as_settings(
         RecipeError: It is no mapping, or has one of these keys.
     """
     if not isinstance(given, Mapping | None):
-        raise RecipeError(f"{name} is {given!r:.60}: give a dict of settings, such as {{'epochs': 1}}.")
+        raise RecipeError(f"{name} is {shown(given)}: give a dict of settings by name.")
     for key in given or ():
         if key in (elsewhere or {}):
             raise RecipeError(f"{name} has no key {key!r} in Python: give {(elsewhere or {})[key]}.")
@@ -133,7 +133,7 @@ def as_run_options(
 def as_path(name: str, given: str | Path) -> Path:
     """Return an absolute path. Raises RunError for other types and for an empty name."""
     if not isinstance(given, str | os.PathLike) or not os.fspath(given):
-        raise RunError(f"{name} is {given!r:.60}: give a path.")
+        raise RunError(f"{name} is {shown(given)}: give a path.")
     return Path(given).expanduser().absolute()
 
 
@@ -157,5 +157,6 @@ def as_file(name: str, given: str | Path) -> Path:
     return path
 
 
-def _shown(given: object) -> str:
-    return given.__name__ if isinstance(given, type) or inspect.isroutine(given) else f"{given!r:.60}"
+def shown(given: object) -> str:
+    """Return what a message shows of an argument: a name, or the beginning of its repr, in one line."""
+    return given.__name__ if isinstance(given, type) or inspect.isroutine(given) else " ".join(repr(given)[:60].split())

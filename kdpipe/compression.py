@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kdpipe import datasets
-from kdpipe.arguments import as_folder, as_run_options, as_settings
+from kdpipe.arguments import as_folder, as_run_options, as_settings, shown
 from kdpipe.pipeline import steps
 from kdpipe.results import CompressedResult, Result, StudentResult
 from kdpipe.runs import CallbackLike, RunOptions, isolated
@@ -187,7 +187,7 @@ def _config(
         sections["prune"] = PruneConfig(**_pruning(prune))
     if int8 is not None and int8 is not False:
         if int8 is not True and not isinstance(int8, Mapping):
-            raise RecipeError(f"int8 is {int8!r:.60}: give True, False, or settings such as {{'scheme': 'int4'}}.")
+            raise RecipeError(f"int8 is {shown(int8)}: give True, False, or settings such as {{'scheme': 'int4'}}.")
         names.append("quantize")
         sections["quantize"] = QuantizeConfig(**({} if int8 is True else int8))
     defaults = CompressConfig()
@@ -200,7 +200,7 @@ def _pruning(prune: Any) -> Settings:
     if isinstance(prune, Mapping):
         return prune
     if isinstance(prune, bool) or not isinstance(prune, numbers.Real):
-        raise RecipeError(f"prune is {prune!r:.60}: give the share to remove, such as 0.5, settings, or None.")
+        raise RecipeError(f"prune is {shown(prune)}: give the share to remove, such as 0.5, settings, or None.")
     return {"ratio": float(prune)}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from kdpipe.arguments import as_path, as_settings
+from kdpipe.arguments import as_path, as_settings, shown
 from kdpipe.datasets import as_image_set
 from kdpipe.runs import isolated
 from kdpipe.stages.compress.artifacts.load import rebuild
@@ -70,7 +70,7 @@ def network_of(given: Any, name: str) -> nn.Module | ModelBundle:
     if isinstance(found, nn.Module):
         return unwrap(found)
     raise ModelError(
-        f"{name} must be a torch.nn.Module, what load_student returns, or the result of a training, not {given!r:.40}."
+        f"{name} must be a torch.nn.Module, what load_student returns, or the result of a training, not {shown(given)}."
     )
 
 
@@ -145,11 +145,8 @@ def load_student(path: Any, *, model: nn.Module | None = None, trust_python: boo
     Raises:
         ModelError: There is no such file, it is damaged, or not from kdpipe.
     """
-    if not isinstance(path, str | Path):
-        found = network_of(path, "the student")
-        if isinstance(found, ModelBundle):
-            return found
-        raise ModelError(f"the student is a {type(found).__name__}: load_student reads files, and this is a network.")
+    if isinstance(bundle := getattr(path, "bundle", None), ModelBundle):
+        return bundle
     as_path("path", path)
     file = Path(path).expanduser()
     file = file / "model.safetensors" if file.is_dir() else file

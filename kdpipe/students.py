@@ -11,7 +11,17 @@ import torch
 from torch import nn
 
 from kdpipe import datasets, models
-from kdpipe.arguments import LossLike, Scaling, as_list, as_losses, as_run_options, as_scaling, as_settings, as_views
+from kdpipe.arguments import (
+    LossLike,
+    Scaling,
+    as_list,
+    as_losses,
+    as_run_options,
+    as_scaling,
+    as_settings,
+    as_views,
+    shown,
+)
 from kdpipe.pipeline import steps
 from kdpipe.results import StudentResult
 from kdpipe.runs import CallbackLike, isolated, require_same_student, write_run_recipe
@@ -38,7 +48,7 @@ Store = TargetStore | str | Path
 
 OPTIONS = {
     "model": "it as the first argument",
-    "train": "its keys as arguments: epochs=, lr=, ...",
+    "train": "its keys as arguments, such as epochs=",
     "seeds": "seed=, in one call for each seed",
     "hard_label_weight": "hard_label_weight=",
     "stores": "store, the third argument",
@@ -149,7 +159,7 @@ def store_places(store: Store | Sequence[Store] | None) -> tuple[Path | str, ...
     if store is not None and not stores:
         raise RecipeError("store is an empty list: give a store, or None to train on hard labels alone.")
     if wrong := [one for one in stores if not isinstance(one, TargetStore | str | Path)]:
-        raise RecipeError(f"a store is a TargetStore, a path or a URL, not {wrong[0]!r:.60}.")
+        raise RecipeError(f"a store is a TargetStore, a path or a URL, not {shown(wrong[0])}.")
     named = [one.path if isinstance(one, TargetStore) else one for one in stores]
     return tuple(one if is_url(one) else Path(one).expanduser().absolute() for one in named)
 

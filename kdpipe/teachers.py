@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kdpipe import datasets
-from kdpipe.arguments import Scaling, as_features, as_folder, as_run_options, as_scaling, as_settings, as_views
+from kdpipe.arguments import Scaling, as_features, as_folder, as_run_options, as_scaling, as_settings, as_views, shown
 from kdpipe.models import ModelInfo, given_model, info_of, network_of, remember
 from kdpipe.pipeline import steps
 from kdpipe.results import CompressedResult, Result, TeacherResult
@@ -182,7 +182,7 @@ def _module(model: nn.Module) -> nn.Module:
     """Return the network itself, without what torch.compile and data parallelism wrap around it."""
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"the teacher must be a torch.nn.Module, not {model!r:.40}: build it with kdpipe.create_model."
+            f"the teacher must be a torch.nn.Module, not {shown(model)}: build it with kdpipe.create_model."
         )
     return unwrap(model)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import numbers
 import operator
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from dataclasses import asdict, fields, is_dataclass
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
-import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
@@ -20,6 +20,9 @@ from kdpipe.store.errors import did_you_mean
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 V = TypeVar("V", bound=tuple[object, ...])
+
+TABLES = ("dataclass_type", "dataclass_exact_type")
+"""Errors of pydantic for a table in place of a section's object."""
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -62,7 +65,7 @@ def _initialize_from_json(
             json.dumps(given, allow_nan=False, default=_plain), self_instance=section
         )
     except ValidationError as found:
-        return found if all(fault["type"] == "dataclass_type" for fault in error.errors()) else error
+        return found if all(fault["type"] in TABLES for fault in error.errors()) else error
     except (TypeError, ValueError):
         return error
     return None
@@ -70,8 +73,8 @@ def _initialize_from_json(
 
 def _plain(value: Any) -> Any:
     """Return a number of numpy as Python's. Raises TypeError for other objects, as `json.dumps` wants it."""
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, numbers.Real):  # numpy's are registered as such
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     raise TypeError
 
 
@@ -85,6 +88,8 @@ def _first_fault(kind: type[Any], error: ValidationError) -> str:
     parts = [positional[first] if isinstance(first, int) and first < len(positional) else str(first), *map(str, rest)]
     key = ".".join([*parts[:1], *filter(str.isdigit, parts[1:])])
     if fault["type"] == "unexpected_keyword_argument":
+        if len(parts) > 1 and (nested := _section_of(kind, parts[0])):
+            kind, key, names = nested, parts[-1], [field.name for field in fields(nested) if field.init]
         hint = did_you_mean(key, names, otherwise=f"it takes {', '.join(names)}.")
         return f"{kind.__name__} has no setting {key!r}; {hint}"
     if fault["type"] == "unexpected_positional_argument":
@@ -96,6 +101,12 @@ def _first_fault(kind: type[Any], error: ValidationError) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     setting = f": {key} = {repr(fault['input'])[:80]}" if key else ""
     return f"{kind.__name__}{setting}: {message[:1].lower()}{message[1:]}."
+
+
+def _section_of(kind: Any, key: str) -> type[Any] | None:
+    """Return the section that a key of a section has as its value."""
+    annotation = kind.__pydantic_fields__[key].annotation
+    return next((one for one in (annotation, *get_args(annotation)) if is_dataclass(one)), None)  # type: ignore[return-value]
 
 
 def _without_control(text: str) -> str:

@@ -98,7 +98,7 @@ WRONG = {
     # results
     "evaluate a name": (lambda made: kd.evaluate("x", made[1]), "to evaluate must be a torch.nn.Module"),
     "teacher's name": (lambda made: cache(made, teacher="cnn"), "the teacher must be a torch.nn.Module"),
-    "load_student": (lambda made: kd.load_student(3), "the student must be a torch.nn.Module"),
+    "load_student": (lambda made: kd.load_student(3), "path is 3: give a path"),
     "onnx": (lambda made: kd.load_student("student.onnx"), "load the .safetensors file"),
     "report": (lambda made: kd.report(3), "run is 3: give a path"),
     # lists
@@ -112,7 +112,7 @@ WRONG = {
     "list of views": (lambda made: cache(made, views=["RandomCrop"], **HALF), r"views are kdpipe.Views\(num_views"),
     "number of views": (lambda made: kd.train_student("cnn", made[0], test=made[1], views=3), "views are kdpipe.Views"),
     "one operation": (lambda made: kd.Views(2, "RandomCrop"), r"operations are a list, as in \['RandomCrop'\]"),
-    "mix": (lambda made: kd.Views(mix={"name": "MixUp"}), "name"),
+    "mix": (lambda made: kd.Views(mix={"name": "MixUp"}), "MixConfig has no setting 'name'; it takes mixup_alpha"),
     # settings
     "train": (lambda made: train_student(made, options={"train": {"epochs": 1}}), "'train' in Python: give its keys"),
     "seeds": (lambda made: train_student(made, seeds=[0, 1]), "'seeds' in Python: give seed="),
