@@ -53,6 +53,15 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture
+def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write no ONNX files after trainings, for tests of something else: their export takes most of the time."""
+    from kdpipe.stages.training import finalize
+
+    monkeypatch.setattr(finalize, "export_onnx", lambda model, example, path, metadata: path.write_bytes(b"no file"))
+    monkeypatch.setattr(finalize, "require_agreement", lambda path, network, test: 1.0)
+
+
+@pytest.fixture
 def store_maker(tmp_path: Path) -> Callable[..., MadeStore]:
     return lambda name="a.zarr", **settings: make_store(tmp_path / name, **settings)
 

@@ -10,6 +10,8 @@ from torch import nn
 
 import kdpipe as kd
 
+pytestmark = pytest.mark.usefixtures("without_onnx")
+
 QUIET = {"device": "cpu", "progress": False}
 TRAIN = {"epochs": 2, "batch_size": 20, **QUIET}
 

@@ -12,6 +12,8 @@ import kdpipe as kd
 from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.models.user_models import MODELS
 
+pytestmark = pytest.mark.usefixtures("without_onnx")
+
 QUIET = {"device": "cpu", "progress": False}
 TRAIN = {"epochs": 1, "batch_size": 32, **QUIET}
 BLOCK = """

@@ -1,10 +1,9 @@
 """The examples, run as their users run them."""
 
+import json
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from support.kdpipe_process import environment
 from support.warm_process import WarmProcess
 
@@ -23,13 +22,13 @@ def test_script_runs_and_prints_an_accuracy(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_notebook_runs(tmp_path):
-    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
-    for cell in notebook.cells:
-        cell.source = cell.source.replace("EPOCHS = 30", "EPOCHS = 2")
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    assert not any(output.output_type == "error" for output in outputs)
-    assert (tmp_path / "student.onnx").exists()
+def test_code_of_the_notebook_runs(tmp_path, monkeypatch):
+    """Run its cells as a script, with one epoch; .ci/run executes it in Jupyter as it is."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    code = "\n\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    Path("notebook.py").write_text(code.replace("EPOCHS = 30", "EPOCHS = 1"))
+    process = WarmProcess(["notebook.py"], {**environment(), "MPLBACKEND": "agg"})
+    _, errors = process.communicate(timeout=300)
+    assert process.wait() == 0, errors
+    assert Path("student.onnx").exists()

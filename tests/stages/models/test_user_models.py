@@ -24,6 +24,8 @@ from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.teacher import TeacherConfig, load_teacher, teacher_identity
 from kdpipe.store import FingerprintMismatch
 
+pytestmark = pytest.mark.usefixtures("without_onnx")
+
 NETS = """
 import torch
 from torch import nn

@@ -19,6 +19,8 @@ from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.stages.teacher import load_teacher
 from kdpipe.store import FingerprintMismatch, StoreError, open_store
 
+pytestmark = pytest.mark.usefixtures("without_onnx")
+
 ALL = squares(120, 0)
 KNOWN = 80
 STORED = ALL.take(torch.arange(KNOWN))

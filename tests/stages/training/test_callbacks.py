@@ -21,6 +21,8 @@ from kdpipe.stages.runtime.callbacks import HOOKS, Callback
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.training.job_dir import JobDir
 
+pytestmark = pytest.mark.usefixtures("without_onnx")
+
 LONG = dataclasses.replace(TEACHER, train=dataclasses.replace(TRAIN, epochs=4))
 STEPS = 9
 
