@@ -167,7 +167,7 @@ def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
     if "student" in sections and "student" in stored:
         seeds = {*stored["student"]["seeds"], *sections["student"]["seeds"]}
         table["student"] = {**sections["student"], "seeds": sorted(seeds)}
-        if not sections["distill"]:  # a student alone says nothing of losses and stores
+        if not sections["distill"]:  # a student alone has no losses and stores
             table |= {key: stored[key] for key in ("teacher", "distill")}
             table["student"] = {**stored["student"], "seeds": sorted(seeds)}
     write_json_file(path, recipe_json(parse_recipe(table, str(path))))

@@ -30,7 +30,7 @@ from kdpipe.stages.views.config import Views
 from kdpipe.store import FingerprintMismatch, canonical_json, differences, is_url, make_folders, read_store_manifest
 
 RECORD = "recipe.json"
-"""The file in a folder of compressed networks other than `compressed/` that says what decided them."""
+"""The record of the settings and inputs in a folder of compressed networks other than `compressed/`."""
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def all_losses(recipe: Recipe) -> dict[str, Sequence[Loss]]:
 
 
 def read_run_recipe(run: Path) -> Recipe | None:
-    """Return the resolved recipe of a run folder, which may be a stranger's: no code is imported; None if it has none.
+    """Return the resolved recipe of a run folder, which may be untrusted: no code is imported; None if it has none.
 
     Raises:
         RunError: It is not a recipe.

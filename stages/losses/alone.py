@@ -29,7 +29,7 @@ TeacherOutput = StudentOutput | TeacherTargets
 
 
 class LossContract(LossSettings, Protocol):
-    """What `LossModule` asks of a loss; `Loss` says what it means."""
+    """The attributes of a loss that `LossModule` uses; see `Loss`."""
 
     @property
     def one_label(self) -> bool: ...

@@ -37,7 +37,7 @@ def class_text(kind: type) -> str:
     for method in methods:
         code = method.__code__
         cell = "".join(linecache.getlines(code.co_filename)) if code.co_filename != script else ""
-        # In a notebook only the methods of a class know its cell.
+        # In a notebook only the methods of a class have a reference to its cell.
         for node in [one for one in ast.walk(ast.parse(cell)) if isinstance(one, ast.ClassDef)]:
             if node.name == kind.__name__ and code.co_firstlineno in range(node.lineno, (node.end_lineno or 0) + 1):
                 return ast.get_source_segment(cell, node) or cell
@@ -67,7 +67,7 @@ def is_written_in(method: FunctionType, kind: type) -> bool:
 
 
 def place_of(function: Any, *, in_file: bool) -> list[int]:
-    """Return what tells functions of equal names and text apart: the line in the file, and the end of a lambda."""
+    """Return what distinguishes functions of equal names and text: the line in the file, and the end of a lambda."""
     code: CodeType = function.__code__
     place = [code.co_firstlineno] if in_file else []
     if code.co_name == "<lambda>":

@@ -126,4 +126,4 @@ class Callback:
         return {}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a saved state, or start anew from an empty one."""
+        """Restore a saved state; an empty one is that of a new training."""

@@ -117,7 +117,7 @@ def _append(names: list[str], name: str) -> None:
 
 
 def _overrides(callback: Callback, hook: str) -> bool:
-    """Return whether a callback has its own method, so that a hook that nobody uses costs nothing."""
+    """Return whether a callback has its own method, so that an unused hook costs nothing."""
     return getattr(type(callback), hook) is not getattr(Callback, hook)
 
 

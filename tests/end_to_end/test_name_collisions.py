@@ -54,6 +54,7 @@ def test_python_imports_both(run_beside):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("run_beside", ["current folder"], indirect=True)
 def test_a_factory_imports_its_own_store_py(run_beside, tmp_path):
     # As an installed `kdpipe` does: neither the current folder nor the sources are at the head of the path.
     code = f"import sys; from kdpipe.pipeline.main import main; sys.path.remove({str(ROOT)!r}); main()"

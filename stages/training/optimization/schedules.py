@@ -1,4 +1,4 @@
-"""Schedules of the learning rate by name: pure functions, so that a resumed job needs no state of theirs."""
+"""Schedules of the learning rate by name: pure functions, so that a resumed job needs no saved state."""
 
 from __future__ import annotations
 
