@@ -1,6 +1,6 @@
 """Add a loss of your own, and compare it with KD over three seeds.
 
-Command: uv run python examples/own_loss.py. Takes about two minutes on two CPU cores; no download.
+Command: uv run python examples/own_loss.py. Takes about a minute on two CPU cores; no download.
 In a recipe the same loss is `loss = "python:own_loss:confident_kd"`, with `power` as a key, if this file is in the
 current folder.
 """
