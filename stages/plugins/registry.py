@@ -1,7 +1,7 @@
 """Registries of what users bring by name: losses, models, data sets, optimizers, schedules and callbacks.
 
 A name in a recipe is that of a built-in object, of a registered one, or a `python:package.module:name` reference.
-Installed packages register theirs when the modules named by their entry points of the group `kdpipe.plugins` are
+Installed packages register objects when the modules named by their entry points of the group `kdpipe.plugins` are
 imported.
 """
 

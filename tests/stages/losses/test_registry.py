@@ -62,7 +62,7 @@ def test_reference_needs_no_registration(name):
     assert parse_recipe(json.loads(json.dumps(recipe_json(read))), "again") == read
 
 
-def test_reference_to_a_registered_class_is_that_class_under_the_reference():
+def test_reference_to_a_registered_class_is_that_class():
     mae = register_loss("mae")(user_losses.LogitMAE)
     kind = loss_class(REFERENCE + "LogitMAE")
     assert kind().source_digests() == mae().source_digests()

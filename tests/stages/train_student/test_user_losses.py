@@ -94,7 +94,7 @@ def loss(student_logits, teacher_logits):
 
 
 def loss_from(folder, factor):
-    """Return the loss of a module written anew and imported anew, as by another process."""
+    """Return the loss of a module written again and imported again, as by another process."""
     (folder / "edited_loss.py").write_text(SOURCE.format(factor=factor))
     sys.modules.pop("edited_loss", None)
     importlib.invalidate_caches()
