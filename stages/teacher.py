@@ -26,12 +26,16 @@ class TeacherConfig:
     """Configuration of the teacher and its training.
 
     Without `train`, `model.weights` are used as they are, or those that a user's own network brings.
+
+    Attributes:
+        export: Whether to write an ONNX file where that is possible. Only its size and latency in the report need it.
     """
 
     model: ModelConfig
     train: TrainConfig | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    export: bool = True
 
 
 def teacher_folder(run: Path) -> JobDir:

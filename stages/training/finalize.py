@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kdpipe.stages.export.onnx_check import check_onnx
 from kdpipe.stages.export.onnx_debug import first_divergence
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import count_parameters
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.training.job_dir import JobDir
@@ -60,6 +62,7 @@ def finalize(
     *,
     process_group: ProcessGroup = SINGLE,
     with_onnx: bool = True,
+    on_no_export: Callable[[str], None] | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a trained network, export it, and write its weights and results, which are returned.
@@ -73,6 +76,7 @@ def finalize(
         test: The test images, with the teacher's logits if there are any.
         process_group: The processes that trained together.
         with_onnx: Whether to write an ONNX file.
+        on_no_export: For a network that can do without this file: receives the reason why there is none.
         more: Further results.
 
     Raises:
@@ -80,8 +84,23 @@ def finalize(
     """
     network.model.eval()
     return process_group.on_main(
-        lambda: _finalize(job_dir, network, history, test, with_onnx=with_onnx, more=more or {})
+        lambda: _finalize(
+            job_dir, network, history, test, with_onnx=with_onnx, on_no_export=on_no_export, more=more or {}
+        )
     )
+
+
+def add_onnx(job_dir: JobDir, network: ModelBundle, result: Mapping[str, Any], test: Evaluation) -> dict[str, Any]:
+    """Write the ONNX file of a finished job that was made without one, and return its results.
+
+    Raises:
+        ModelError: As `finalize`.
+    """
+    network.model.load_state_dict(load_tensors(job_dir.model)[0])
+    agreement = _write_onnx(job_dir, replace(network, model=network.model.eval().to(test.device)), test)
+    result = {**result, "onnx_agreement": agreement, "onnx_bytes": job_dir.onnx.stat().st_size}
+    job_dir.finish(result)
+    return result
 
 
 def _finalize(
@@ -91,6 +110,7 @@ def _finalize(
     test: Evaluation,
     *,
     with_onnx: bool,
+    on_no_export: Callable[[str], None] | None,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
     report = evaluate_in_depth(network.model, test, test.device)
@@ -98,9 +118,13 @@ def _finalize(
     save_model(job_dir.model, network.model, record)
     agreement = None
     if with_onnx:
-        example = torch.zeros(2, *test.image_shape, device=test.device)
-        export_onnx(network.model, example, job_dir.onnx, metadata=onnx_metadata(network, test))
-        agreement = require_agreement(job_dir.onnx, network, test)
+        try:
+            agreement = _write_onnx(job_dir, network, test)
+        except ModelError as error:
+            if on_no_export is None:
+                raise
+            job_dir.onnx.unlink(missing_ok=True)
+            on_no_export(str(error))
     best = max(history, key=lambda line: line["accuracy"], default={"accuracy": report.top1, "epoch": None})
     result = {
         "accuracy": report.top1,
@@ -113,13 +137,20 @@ def _finalize(
         "num_macs": count_macs(network.model, test.image_shape),
         "identity": network.identity,
         "onnx_agreement": agreement,
-        "onnx_bytes": job_dir.onnx.stat().st_size if with_onnx else None,
+        "onnx_bytes": None if agreement is None else job_dir.onnx.stat().st_size,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
         "examined": report.to_json(),
         **more,
     }
     job_dir.finish(result)
     return result
+
+
+def _write_onnx(job_dir: JobDir, network: ModelBundle, test: Evaluation) -> float:
+    """Write the ONNX file, and return its agreement with the network on the first test images."""
+    example = torch.zeros(2, *test.image_shape, device=test.device)
+    export_onnx(network.model, example, job_dir.onnx, metadata=onnx_metadata(network, test))
+    return require_agreement(job_dir.onnx, network, test)
 
 
 def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
