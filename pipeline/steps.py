@@ -211,7 +211,7 @@ def train_student(
     fingerprint = student_fingerprint(config, seed, spec, student, context)
     if (done := begin_job(student_run.job_dir, fingerprint, process_group)) is not None:
         if with_onnx and done["onnx_bytes"] is None:  # it was trained with student.export = false
-            done = process_group.on_main(lambda: add_onnx(student_run.job_dir, student, done, test))
+            done = process_group.on_main(partial(add_onnx, student_run.job_dir, student, done, test))
         return done
 
     main = spec.without_hint_losses if spec else None
