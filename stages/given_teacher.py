@@ -80,7 +80,7 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
             raise RecipeError(f"{reached}: train it for longer, or expect less. The training is kept.")
         return
     found = _findings(teacher, report, test)
-    if not found and config.expected_accuracy is None and not report.is_at_chance(surely=True):
+    if not found and config.expected_accuracy is None and not report.is_at_chance(1.0):
         return
     chance = f"; guessing would reach {100 * report.chance:.2f} %" if report.is_at_chance() else ""
     advice = found or (

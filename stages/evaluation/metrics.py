@@ -79,16 +79,15 @@ class EvalReport:
         """The number of readable test samples."""
         return sum(one.num_samples for one in self.per_class)
 
-    def is_at_chance(self, *, surely: bool = False) -> bool:
-        """Return whether the accuracy is not above chance by more than two standard errors.
+    def is_at_chance(self, num_errors: float = 2.0) -> bool:
+        """Return whether the accuracy is not above chance by more than `num_errors` standard errors.
 
-        With `surely` only if there are enough samples to show an accuracy half-way between chance and 1. Never if two
-        standard errors above chance are more than 1.
+        It is not if there are too few samples to tell: if an accuracy half-way between chance and 1 could be missed.
         """
         error = (self.chance * (1 - self.chance) / self.num_samples) ** 0.5
-        if self.chance + 2 * error >= 1 or (surely and 4 * error > (1 - self.chance) / 2):
+        if 2 * num_errors * error >= (1 - self.chance) / 2:
             return False
-        return self.top1 <= self.chance + 2 * error
+        return self.top1 <= self.chance + num_errors * error
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
