@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kdpipe.stages.export.onnx_debug import first_divergence
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.numerics import LOG_PROBABILITIES, PROBABILITIES
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.saved_model import save_model
@@ -87,18 +88,24 @@ def finalize(
     def evaluate_and_write() -> dict[str, Any]:
         report = evaluate_in_depth(network.model, test, test.device)
         require(report)
-        if report.is_at_chance() and test.warn is not None:
-            test.warn(_chance_warning(job_dir, report))
+        for warning in _warnings(report) if test.warn is not None else ():
+            test.warn(f"the network in {job_dir.path} {warning}.")
         return _write(job_dir, network, history, test, report, with_onnx=with_onnx, more=more or {})
 
     return process_group.on_main(evaluate_and_write)
 
 
-def _chance_warning(job_dir: JobDir, report: EvalReport) -> str:
-    return (
-        f"the network in {job_dir.path} is at chance: {100 * report.top1:.2f} % of {report.num_samples:,} test images, "
-        f"where guessing would reach {100 * report.chance:.2f} %."
-    )
+def _warnings(report: EvalReport) -> Iterator[str]:
+    """Yield what makes a network useless as it is, or its outputs something else than logits."""
+    if report.is_at_chance():
+        yield (
+            f"is at chance: {100 * report.top1:.2f} % of {report.num_samples:,} test images, where guessing would "
+            f"reach {100 * report.chance:.2f} %"
+        )
+    if report.outputs == PROBABILITIES:
+        yield "returns probabilities, and losses take logits: return what goes into its softmax"
+    if report.outputs == LOG_PROBABILITIES:
+        yield "returns log-probabilities: right for losses that apply a softmax, shifted in each row for logit_mse"
 
 
 def _write(
