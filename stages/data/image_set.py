@@ -48,6 +48,7 @@ class ImageSet:
         labels: int64 [N], each within [0, num_classes).
         sample_ids: int64 [N], unique within the split, >= 0, the same on every machine.
         dropped: Unreadable images, which are not among the N.
+        crop: The share of their centered square that the images were cropped to before they were resized.
 
     Raises:
         DataError: There are no samples, a label is out of range, or an id is negative or not unique.
@@ -60,6 +61,7 @@ class ImageSet:
     sample_ids: Tensor
     class_names: tuple[str, ...]
     dropped: tuple[DroppedImage, ...] = ()
+    crop: float = 1.0
 
     def __post_init__(self) -> None:
         where = f"data set {self.name} ({self.split})"

@@ -67,6 +67,7 @@ def load_dataset(
         sample_ids=torch.from_numpy(listing.sample_ids[indices]),
         class_names=listing.class_names,
         dropped=found.dropped,
+        crop=config.test_crop if split == "test" else 1.0,
     )
 
 

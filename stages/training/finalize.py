@@ -123,10 +123,11 @@ def _finalize(
 
 
 def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
-    """Return the metadata of an ONNX file: normalization, image shape (C, H, W) and class names."""
+    """Return the metadata of an ONNX file: normalization, image shape (C, H, W), test crop and class names."""
     return {
         "normalization": canonical_json(network.normalize.to_json()),
         "image_shape": canonical_json(list(test.image_shape)),
+        "test_crop": canonical_json(test.crop),
         "class_names": canonical_json(list(test.class_names)),
     }
 
