@@ -81,6 +81,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
     if (done := begin_job(job_dir, teacher_fingerprint(config, seed, teacher, context), process_group)) is not None:
         return done
 
+    teacher.model.to(context.device)
     test = context.evaluation(teacher.normalize)
     history: list[dict[str, Any]] = []
     if config.train is not None:
