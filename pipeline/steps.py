@@ -33,6 +33,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.given_teacher import require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
@@ -78,6 +79,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     teacher = build_teacher(config, seed, context)
+    require_given(config, teacher, context)
     if (done := begin_job(job_dir, teacher_fingerprint(config, seed, teacher, context), process_group)) is not None:
         return done
 
@@ -99,7 +101,9 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
             process_group=process_group,
         )
         history = train(job, context.device, context.monitor)
-    return finalize(job_dir, teacher, history, test, process_group=process_group)  # evaluate, export to ONNX, save
+    require = partial(require_accuracy, config, teacher, test=test)
+    # evaluate, export to ONNX, save
+    return finalize(job_dir, teacher, history, test, process_group=process_group, require=require)
 
 
 # --- Stage 1: run the teacher over every view, and cache its outputs
