@@ -29,6 +29,11 @@ def check_losses(losses: Sequence[Loss], views: Views, teachers: TeachersConfig,
                 f"{entry}: samples.weighting = {loss.samples.weighting!r} needs a per-sample loss, and this one "
                 "compares samples with each other: select samples with samples.filter instead."
             )
+        if teachers.temperatures and loss.store is None and len(loss.temperatures()) > 1:
+            raise RecipeError(
+                f"{entry} takes the teacher's probabilities at several temperatures, and student.teachers.temperatures "
+                "replaces each of them: remove those, or select one teacher with distill.store."
+            )
         if views.mix is not None and (loss.one_label or loss.samples.needs_single_label):
             what = entry if loss.one_label else f"{entry} with samples selected or weighted by their label"
             raise RecipeError(f"{what} needs a single label per sample, and [views.mix] gives two: remove one of them.")

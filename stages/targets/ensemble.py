@@ -35,7 +35,7 @@ class TeachersConfig:
 
     ensemble: Literal["logits", "probabilities"] = "logits"
     weights: Literal["equal", "accuracy", "confidence", "learnable"] | tuple[Share, ...] = "equal"
-    temperatures: tuple[Annotated[float, Field(gt=0, le=1e4)], ...] = ()
+    temperatures: tuple[Annotated[float, Field(ge=0.01, le=1000)], ...] = ()
     classes: tuple[ClassMapConfig, ...] = ()
 
     def class_map(self, number: int) -> ClassMapConfig:
