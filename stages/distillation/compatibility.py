@@ -123,6 +123,6 @@ def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teache
                     interpolation(store.manifest.top_k, value)
         own_teacher = loss.store is not None or not loss.on_logits
         used = [stores[loss.store or 0]] if own_teacher else list(stores)
-        by_confidence = teachers.weights == "confidence" and not own_teacher
-        for store in used if loss.samples.needs_probabilities or by_confidence else ():
+        by_label = teachers.weights in ("confidence", "learnable") and len(stores) > 1 and not own_teacher
+        for store in used if loss.samples.needs_probabilities or by_label else ():
             _require_probabilities(store, f"distill.{number} ({loss.loss})")
