@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RecipeError
@@ -37,6 +37,13 @@ def check_losses(losses: Sequence[Loss], views: Views, teachers: TeachersConfig,
         if views.mix is not None and (loss.one_label or loss.samples.needs_single_label):
             what = entry if loss.one_label else f"{entry} with samples selected or weighted by their label"
             raise RecipeError(f"{what} needs a single label per sample, and [views.mix] gives two: remove one of them.")
+
+
+def class_warnings(losses: Sequence[Loss], num_classes: int) -> Iterator[str]:
+    """Yield a warning for each loss of which a part is constant with so few classes."""
+    for number, loss in enumerate(losses):
+        if num_classes == 2 and loss.two_classes:
+            yield f"distill.{number} ({loss.loss}): with two classes {loss.two_classes}; kd has no such part."
 
 
 def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], targets: Targets) -> None:

@@ -100,6 +100,7 @@ def build_distillation(
         losses = {}
         for number, config in enumerate(configs):
             name = f"{config.loss.rpartition(':')[2].replace('.', '_')}_{number}"
+            config.require_classes(dataset.num_classes)
             module = config.build(student, teachers[config.store or 0], dataset)
             losses[name] = WeightedLoss(name, config, module)
         return Distillation(losses, ensemble)

@@ -40,6 +40,7 @@ class DIST(SoftLogitLoss):
 
     paper: ClassVar[str] = "Huang et al. 2022, arXiv 2205.10536"
     per_sample: ClassVar[bool] = False
+    two_classes: ClassVar[str] = "the correlation over the classes of a sample (beta) is 1 or -1, without a gradient"
 
     loss: Literal["dist"] = "dist"
     weight: Scheduled = 2.0

@@ -34,6 +34,7 @@ class DKD(SoftLogitLoss):
 
     paper: ClassVar[str] = "Zhao et al. 2022, arXiv 2203.08679"
     one_label: ClassVar[bool] = True
+    two_classes: ClassVar[str] = "the divergence among the other classes (beta) is 0"
 
     loss: Literal["dkd"] = "dkd"
     alpha: Scheduled = 1.0

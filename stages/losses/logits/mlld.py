@@ -39,6 +39,7 @@ class MLLD(LogitLoss):
 
     paper: ClassVar[str] = "Jin et al. 2023, CVPR"
     per_sample: ClassVar[bool] = False
+    min_classes: ClassVar[int] = 2
 
     loss: Literal["mlld"] = "mlld"
     temperature_list: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (2.0, 3.0, 4.0, 5.0, 6.0)

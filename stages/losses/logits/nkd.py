@@ -31,6 +31,7 @@ class NKD(SoftLogitLoss):
 
     paper: ClassVar[str] = "Yang et al. 2023, arXiv 2303.13005"
     one_label: ClassVar[bool] = True
+    two_classes: ClassVar[str] = "the cross entropy among the other classes (gamma) is 0"
 
     loss: Literal["nkd"] = "nkd"
     gamma: Scheduled = 1.5
