@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MADE_IN_PYTHON = ".made-in-python"
+"""The file that marks run folders of the Python API, whose recipe grows with the calls."""
+
 
 @dataclass(frozen=True)
 class NetworkEntry:
