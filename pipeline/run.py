@@ -180,9 +180,9 @@ class Run:
         named = self.recipe.student.stores
         return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
 
-    def check_losses_fit(self) -> None:
-        """Check that all losses fit student and teacher, before the teacher is trained."""
-        self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context))
+    def check_losses_fit(self) -> dict[FeatureSpec, list[str]]:
+        """Check that all losses fit student and teacher, before the teacher is trained; return what they require."""
+        return self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context))
 
     def required_features(self, teacher: ModelBundle) -> dict[FeatureSpec, list[str]]:
         """Return the teacher features to cache, in the smallest sufficient form, each with the keys that require it.

@@ -112,7 +112,12 @@ def test_a_run_that_ended_has_its_exit_status(tmp_path, code, state):
 
 @pytest.mark.parametrize(
     ("before", "worked", "state"),
-    [(0, False, "done"), (75, False, "stopped early"), (None, False, "failed (exit 12)"), (0, True, "failed (exit 12)")],
+    [
+        (0, False, "done"),
+        (75, False, "stopped early"),
+        (None, False, "failed (exit 12)"),
+        (0, True, "failed (exit 12)"),
+    ],
 )
 def test_a_refused_attempt_does_not_change_the_state(tmp_path, before, worked, state):
     run = run_folder(tmp_path / "run")
