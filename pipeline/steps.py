@@ -15,6 +15,7 @@ from typing import Any
 
 from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
 from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
     CacheConfig,
@@ -109,12 +110,17 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
 # --- Stage 1: run the teacher over every view, and cache its outputs
 
 
-def run_cache_teacher(run: Run) -> dict[str, Any]:
-    """Fill the stores of the training and of the test images with what the recipe's losses need."""
+def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
+    """Fill the stores of the training and of the test images with what the recipe's losses need.
+
+    With `hint`, warn of a store next to the run folder that already has it.
+    """
     recipe, context = run.recipe, run.context  # the context loads the data and its views
     require_same_training(recipe.teacher, recipe.seed, context)
     teacher = load_teacher(recipe.teacher, recipe.seed, context)
     features = list(run.required_features(teacher))
+    if hint:
+        warn_of_neighbor(run, features)
     test_config, test_store, test_images = replace(recipe.cache, top_k=None), run.test_store, test_context(context)
     samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
     missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
@@ -307,14 +313,19 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 
 def run_all(run: Run) -> dict[str, Any]:
-    """Run every stage; each skips finished work."""
+    """Run every stage; each skips finished work. No teacher is trained for stores that are there already."""
     for fault in faults_of_trainings(run.recipe, imports=True):
         raise RecipeError(fault)
     dry_run(run.recipe.compress, run.recipe.student, run.context)
     require_losses(run)
-    run.check_losses_fit()
+    features = list(run.check_losses_fit())
+    stages = {**STAGES, "cache-teacher": partial(run_cache_teacher, hint=False)}
+    if needs_teacher(run, features):
+        warn_of_neighbor(run, features)
+    else:
+        stages = {name: stages[name] for name in ("train-student", "compress")}
     results: dict[str, Any] = {}
-    for name, stage in STAGES.items():
+    for name, stage in stages.items():
         with run.phase(name):
             results |= stage(run)
     return results
