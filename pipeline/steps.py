@@ -162,7 +162,7 @@ def cache_teacher(
 
 
 def run_train_student(run: Run) -> dict[str, Any]:
-    """Train each seed's student twice: on hard labels alone, and distilled from the stores."""
+    """Train each seed's student twice: on hard labels alone (unless student.baseline is false), and distilled."""
     require_losses(run)
     config, context = run.recipe.student, run.context  # load the data and its views
     spec = run.distillation  # open the stores; check them and the losses
@@ -172,10 +172,11 @@ def run_train_student(run: Run) -> dict[str, Any]:
     for number, line in enumerate(task.targets.describe() if task.targets else (), 1):
         run.monitor.report(ProgressEvent("train-student", f"reads {line}", number, len(spec.stores), "store"))
 
-    students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
+    specs = {**({ALONE: None} if config.baseline else {}), DISTILLED: spec}
+    students: dict[str, list[dict[str, Any]]] = {kind: [] for kind in specs}
     for seed in config.seeds:
-        students[ALONE].append(train_student(config, seed, None, context))
-        students[DISTILLED].append(train_student(config, seed, spec, context))
+        for kind, own in specs.items():
+            students[kind].append(train_student(config, seed, own, context))
     return {"students": students}
 
 

@@ -155,7 +155,7 @@ def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, who
     Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
     share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
     """
-    found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))
+    found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES), test.warn)
     accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
     if found.top1_agreement >= MIN_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= max_gap:
