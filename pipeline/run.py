@@ -134,9 +134,11 @@ class Run:
         size: int | None = None,
         only: NDArray[np.int64] | None = None,
     ) -> ImageSet:
-        """Load a split of the data set, or only the samples with the ids `only`; warn of every image left out."""
+        """Load a split of the data set, or only the samples with the ids `only`; warn of all that is left out."""
         counter = self.monitor.counter("data", f"scan the images of the {split} split", "image")
         image_set = load_dataset(data, split, size=size, only=only, on_image=counter)
+        for notice in image_set.notices:
+            self.monitor.warn("data", notice)
         for dropped in image_set.dropped:
             self.monitor.warn("data", f"sample {dropped.sample_id} is left out: {dropped.why}")
         return image_set
