@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, Predictions, predict
+from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, LogitsAt, Predictions, predict
 from kdpipe.stages.numerics import kinds_of_outputs
 
 NUM_BINS = 15
@@ -114,7 +114,7 @@ class _MetricAccumulator(EvalAccumulator):
     The tensors are allocated at once: small ones between large temporary ones would fragment memory.
     """
 
-    def __init__(self, num_samples: int, teacher_logits: Tensor | None) -> None:
+    def __init__(self, num_samples: int, teacher_logits: LogitsAt | None) -> None:
         super().__init__()
         self.labels, self.predicted = torch.zeros(2, num_samples, dtype=torch.int64)
         self.confidences = torch.zeros(num_samples, dtype=torch.float64)
@@ -135,7 +135,7 @@ class _MetricAccumulator(EvalAccumulator):
         if logits.shape[1] >= MIN_CLASSES_FOR_TOP5:
             self.num_in_top5 += int((logits.topk(5).indices == labels[:, None]).sum())
         if self.teacher_logits is not None:
-            self._compare(self.predicted[new], log_p, self.teacher_logits[predictions.positions].cpu())
+            self._compare(self.predicted[new], log_p, self.teacher_logits(predictions.positions).cpu())
 
     def _compare(self, predicted: Tensor, log_p: Tensor, teacher: Tensor) -> None:
         """Compare the network's classes [B] and log-probabilities float64 [B, C] with the teacher's logits [B, C]."""

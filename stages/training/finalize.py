@@ -147,10 +147,11 @@ def _write(
 
 
 def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
-    """Return the metadata of an ONNX file: normalization, image shape (C, H, W) and class names."""
+    """Return the metadata of an ONNX file: normalization, image shape (C, H, W), test crop and class names."""
     return {
         "normalization": canonical_json(network.normalize.to_json()),
         "image_shape": canonical_json(list(test.image_shape)),
+        "test_crop": canonical_json(test.crop),
         "class_names": canonical_json(list(test.class_names)),
     }
 
@@ -161,7 +162,7 @@ def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, who
     Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
     share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
     """
-    found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))
+    found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES), test.warn)
     accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
     if found.top1_agreement >= MIN_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= max_gap:
