@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
@@ -25,7 +24,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
-from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
+from kdpipe.stages.distillation.teacher_accuracy import TeacherLogits, teacher_logits
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import required_of
@@ -118,14 +117,14 @@ class Run:
         require_fitting_test_images(context)
         return context
 
-    def _get_teacher_logits(self) -> Tensor | None:
+    def _get_teacher_logits(self) -> TeacherLogits | None:
         """Return the teachers' logits of the test images; None while their stores are missing."""
         if any(not is_url(store) and not Path(store).exists() for store in self.stores):
             return None
         return self._teacher_logits
 
     @cached_property
-    def _teacher_logits(self) -> Tensor | None:
+    def _teacher_logits(self) -> TeacherLogits | None:
         return teacher_logits(self.stores, self.recipe.student.teachers, self.context)
 
     def _load(
@@ -183,9 +182,9 @@ class Run:
         named = self.recipe.student.stores
         return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
 
-    def check_losses_fit(self) -> None:
-        """Check that all losses fit student and teacher, before the teacher is trained."""
-        self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context))
+    def check_losses_fit(self) -> dict[FeatureSpec, list[str]]:
+        """Check that all losses fit student and teacher, before the teacher is trained; return what they require."""
+        return self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context))
 
     def required_features(self, teacher: ModelBundle) -> dict[FeatureSpec, list[str]]:
         """Return the teacher features to cache, in the smallest sufficient form, each with the keys that require it.

@@ -18,6 +18,15 @@ def to_float32(values: Tensor) -> Tensor:
     return values if values.dtype.itemsize >= 4 else values.float()
 
 
+MAX_FLOAT32_TEMPERATURE = 20.0
+"""Above it T^2 times the rounding of float32 is no longer small beside a divergence of softened probabilities."""
+
+
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits / T in float32 or wider; in float64 at temperatures above `MAX_FLOAT32_TEMPERATURE`."""
+    return (logits.double() if temperature > MAX_FLOAT32_TEMPERATURE else to_float32(logits)) / temperature
+
+
 MIN_NORM = 1e-12
 """Rows up to this norm count as zero."""
 

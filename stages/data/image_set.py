@@ -48,6 +48,7 @@ class ImageSet:
         labels: int64 [N], each within [0, num_classes).
         sample_ids: int64 [N], unique within the split, >= 0, the same on every machine.
         dropped: Unreadable images, which are not among the N.
+        crop: The share of their centered square that the images were cropped to before they were resized.
         notices: Sentences on what was left out, or was not plain, when the set was loaded.
 
     Raises:
@@ -61,6 +62,7 @@ class ImageSet:
     sample_ids: Tensor
     class_names: tuple[str, ...]
     dropped: tuple[DroppedImage, ...] = ()
+    crop: float = 1.0
     notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -69,6 +69,7 @@ def load_dataset(
         sample_ids=torch.from_numpy(listing.sample_ids[indices]),
         class_names=names,
         dropped=found.dropped,
+        crop=config.test_crop if split == "test" else 1.0,
         notices=(*listing.notices, *absent) if only is None else (),
     )
 

@@ -69,7 +69,7 @@ def build_model(
         model = _construct(config, num_classes, in_channels, image_size)
         _check_fit(config.name, model, num_classes, (in_channels, *image_size))
     if config.weights is not None and config.weights != PUBLISHED:
-        load_weights(model, _path(config.weights))
+        load_weights(model, weights_path(config.weights))
     return model
 
 
@@ -176,7 +176,8 @@ def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple
         )
 
 
-def _path(text: str) -> Path:
+def weights_path(text: str) -> Path:
+    """Return the path of a weights file as the recipe writes it. Raises ModelError for `~` without a home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

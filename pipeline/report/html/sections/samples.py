@@ -115,9 +115,9 @@ def _predict_test(run: Run, students: Mapping[str, ModelBundle], num_macs: int) 
     batches = torch.split(torch.arange(num_images), BATCH_SIZE)
     images = [run.context.test_loader.get(ViewRequest(indices)).images for indices in batches]
     found = {name: torch.cat([_predict(student, batch) for batch in images]) for name, student in students.items()}
-    teacher = run.context.get_teacher_logits()
-    if teacher is not None and not teacher[:num_images].isnan().any():
-        found = {"teacher": teacher[:num_images].softmax(1), **found}
+    get_logits = run.context.get_teacher_logits()
+    if get_logits is not None and not (teacher := get_logits(torch.arange(num_images))).isnan().any():
+        found = {"teacher": teacher.softmax(1), **found}
     return found
 
 
