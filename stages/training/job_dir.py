@@ -22,6 +22,7 @@ from kdpipe.stages.errors import RunError
 from kdpipe.store import FingerprintMismatch, differences, make_folders, sweep_partial, write_atomically
 from kdpipe.store.errors import KdpipeError
 from kdpipe.store.fs import safe_read
+from kdpipe.store.redact import redacted_json
 
 MAX_JSON_BYTES = 2**26
 """The largest JSON file that is read: results for 1,000 classes take less than a hundredth of that."""
@@ -83,7 +84,7 @@ class JobDir:
         """
         make_folders([self.path])
         sweep_partial(self.path)
-        inputs = json.loads(json.dumps(fingerprint))
+        inputs = redacted_json(json.loads(json.dumps(fingerprint)))
         stored = read_json_file(self.path / "job.json")
         if stored is None:
             write_json_file(self.path / "job.json", inputs)
@@ -132,5 +133,5 @@ def read_json_file(path: Path) -> dict[str, Any] | None:
 
 
 def write_json_file(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, atomically."""
-    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+    """Write a JSON object, indented, atomically; URLs are redacted."""
+    write_atomically(path, (json.dumps(redacted_json(record), indent=1) + "\n").encode())
