@@ -177,7 +177,8 @@ def require_fitting_test_images(context: StageContext) -> None:
     if found != size:
         raise DataError(
             f"the test images of {context.test_set.name} are of {found[0]} x {found[1]} pixels, the training views of "
-            f"{size[0]} x {size[1]}: set data.image_size, or add an operation that gives that size."
+            f"{size[0]} x {size[1]}: set data.image_size (in Python image_size=), or add an operation to "
+            f"the views that gives {found[0]} x {found[1]}."
         )
 
 

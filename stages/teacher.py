@@ -12,7 +12,7 @@ from torch import nn
 
 from kdpipe.stages.config import config_fingerprint, section
 from kdpipe.stages.context import IMAGENET, StageContext, model_normalization
-from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.errors import ANOTHER_RUN, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, weights_path
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization, stated_scalings
@@ -108,7 +108,7 @@ def require_same_training(config: TeacherConfig, seed: int, context: StageContex
     wanted = {"seed": seed, "train": config_fingerprint(config.train) if config.train else None}
     found = differences({key: stored.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
     if found:
-        advice = "Use the recipe that trained it, or give this one another run folder (--run)."
+        advice = f"Use the recipe that trained it, or {ANOTHER_RUN}."
         raise FingerprintMismatch(f"the teacher in {folder}", found, advice)
 
 

@@ -26,6 +26,7 @@ from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import projector_output_path
 from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
+from kdpipe.stages.errors import ANOTHER_RUN
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.training.job_dir import JobDir
@@ -122,7 +123,7 @@ def student_source(config: CompressConfig, fine_tuning: FineTuneContext) -> Trai
         stored = dict(finished_record(folder, needed_by)["architecture"])
         expected = json.loads(json.dumps(fresh().architecture))
         if found := differences(stored, expected, "architecture"):
-            advice = "Use the recipe that trained it, or another run folder (--run)."
+            advice = f"Use the recipe that trained it, or {ANOTHER_RUN}."
             raise FingerprintMismatch(f"the student in {folder.path}", found, advice)
         return finished_source(folder, fresh, needed_by)
     path = Path(config.student).expanduser()

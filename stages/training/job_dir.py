@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdpipe.stages.errors import RunError
+from kdpipe.stages.errors import ANOTHER_RUN, RunError
 from kdpipe.store import FingerprintMismatch, differences, make_folders, sweep_partial, write_atomically
 from kdpipe.store.errors import KdpipeError
 from kdpipe.store.fs import safe_read
@@ -89,7 +89,7 @@ class JobDir:
         if stored is None:
             write_json_file(self.path / "job.json", inputs)
         elif found := differences(stored, inputs):
-            advice = "Choose another run folder (--run; in Python run=), or delete that folder to restart the job."
+            advice = f"Choose {ANOTHER_RUN}, or delete that folder to restart the job."
             raise FingerprintMismatch(f"the job in {self.path}", found, advice)
 
     def result(self) -> dict[str, Any] | None:
