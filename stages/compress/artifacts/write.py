@@ -32,6 +32,7 @@ from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_fi
 from kdpipe.store import fsync_path, make_folders, write_atomically
 from kdpipe.store.format.identity import sha256_of
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
+from kdpipe.store.fs.checksums import SUMS, damages, record_sums, require_intact
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ def write_artifacts(
     """
     identities = [stage.network.identity for stage in chain]
     made_from = sha256_of(_as_json({"facts": facts, "opset": opset, "chain": identities}))
-    previous = read_json_file(folder / "card.json") or {}
-    is_current = previous.get("made_from") == made_from and {key: previous.get(key) for key in facts} == _as_json(facts)
-    if is_current and _are_whole(folder, previous.get("files")):
+    is_intact = (folder / SUMS).exists() and next(damages(folder), None) is None
+    previous = (read_json_file(folder / "card.json") or {}) if is_intact else {}
+    if previous.get("made_from") == made_from and {key: previous.get(key) for key in facts} == _as_json(facts):
         return previous
     try:
         make_folders([folder])
@@ -98,7 +99,7 @@ def write_artifacts(
                 **last.normalize.to_json(),
             },
             "class_names": list(test.class_names),
-            "files": {path.name: _describe(path) for path in sorted(new.iterdir())},
+            "files": {path.name: _describe(path) for path in sorted(new.iterdir()) if path.name != SUMS},
             "made_from": made_from,
         }
         write_atomically(new / "README.md", card_text(card).encode())
@@ -114,6 +115,7 @@ def _staged(folder: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        record_sums(new)
         names = [path.name for path in new.iterdir()]
         (folder / "card.json").unlink(missing_ok=True)
         for path in sorted(new.iterdir(), key=lambda path: path.name == "card.json"):
@@ -132,6 +134,7 @@ def _write_network(folder: Path, stage: ArtifactStage, test: Evaluation, opset: 
     if opset is not None:
         export_onnx(network.model, example, onnx, metadata=metadata, opset=opset)
     elif stage.folder.onnx.is_file():
+        require_intact(stage.folder.onnx)
         write_atomically(onnx, stage.folder.onnx.read_bytes())
     else:
         raise RunError(f"{stage.folder.onnx} is missing: delete the folder {stage.folder.path}, and compress again.")
@@ -143,15 +146,6 @@ def _write_network(folder: Path, stage: ArtifactStage, test: Evaluation, opset: 
 def _describe(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _are_whole(folder: Path, files: Any) -> bool:
-    """Return whether the files that a card lists exist as described."""
-    return (
-        isinstance(files, dict)
-        and bool(files)
-        and all((folder / name).is_file() and _describe(folder / name) == files[name] for name in files)
-    )
 
 
 def _as_json(record: Mapping[str, Any]) -> dict[str, Any]:
