@@ -15,6 +15,7 @@ from typing import Any
 
 from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
 from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
     CacheConfig,
@@ -33,6 +34,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.given_teacher import require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
@@ -78,6 +80,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     teacher = build_teacher(config, seed, context)
+    require_given(config, teacher, context)
     if (done := begin_job(job_dir, teacher_fingerprint(config, seed, teacher, context), process_group)) is not None:
         return done
 
@@ -99,18 +102,25 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
             process_group=process_group,
         )
         history = train(job, context.device, context.monitor)
-    return finalize(job_dir, teacher, history, test, process_group=process_group)  # evaluate, export to ONNX, save
+    require = partial(require_accuracy, config, teacher, test=test)
+    # evaluate, export to ONNX, save
+    return finalize(job_dir, teacher, history, test, process_group=process_group, require=require)
 
 
 # --- Stage 1: run the teacher over every view, and cache its outputs
 
 
-def run_cache_teacher(run: Run) -> dict[str, Any]:
-    """Fill the stores of the training and of the test images with what the recipe's losses need."""
+def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
+    """Fill the stores of the training and of the test images with what the recipe's losses need.
+
+    With `hint`, warn of a store next to the run folder that already has it.
+    """
     recipe, context = run.recipe, run.context  # the context loads the data and its views
     require_same_training(recipe.teacher, recipe.seed, context)
     teacher = load_teacher(recipe.teacher, recipe.seed, context)
     features = list(run.required_features(teacher))
+    if hint:
+        warn_of_neighbor(run, features)
     test_config, test_store, test_images = replace(recipe.cache, top_k=None), run.test_store, test_context(context)
     samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
     missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
@@ -152,7 +162,7 @@ def cache_teacher(
 
 
 def run_train_student(run: Run) -> dict[str, Any]:
-    """Train each seed's student twice: on hard labels alone, and distilled from the stores."""
+    """Train each seed's student twice: on hard labels alone (unless student.baseline is false), and distilled."""
     require_losses(run)
     config, context = run.recipe.student, run.context  # load the data and its views
     spec = run.distillation  # open the stores; check them and the losses
@@ -162,10 +172,11 @@ def run_train_student(run: Run) -> dict[str, Any]:
     for number, line in enumerate(task.targets.describe() if task.targets else (), 1):
         run.monitor.report(ProgressEvent("train-student", f"reads {line}", number, len(spec.stores), "store"))
 
-    students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
+    specs = {**({ALONE: None} if config.baseline else {}), DISTILLED: spec}
+    students: dict[str, list[dict[str, Any]]] = {kind: [] for kind in specs}
     for seed in config.seeds:
-        students[ALONE].append(train_student(config, seed, None, context))
-        students[DISTILLED].append(train_student(config, seed, spec, context))
+        for kind, own in specs.items():
+            students[kind].append(train_student(config, seed, own, context))
     return {"students": students}
 
 
@@ -303,14 +314,19 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 
 def run_all(run: Run) -> dict[str, Any]:
-    """Run every stage; each skips finished work."""
+    """Run every stage; each skips finished work. No teacher is trained for stores that are there already."""
     for fault in faults_of_trainings(run.recipe, imports=True):
         raise RecipeError(fault)
     dry_run(run.recipe.compress, run.recipe.student, run.context)
     require_losses(run)
-    run.check_losses_fit()
+    features = list(run.check_losses_fit())
+    stages = {**STAGES, "cache-teacher": partial(run_cache_teacher, hint=False)}
+    if needs_teacher(run, features):
+        warn_of_neighbor(run, features)
+    else:
+        stages = {name: stages[name] for name in ("train-student", "compress")}
     results: dict[str, Any] = {}
-    for name, stage in STAGES.items():
+    for name, stage in stages.items():
         with run.phase(name):
             results |= stage(run)
     return results
