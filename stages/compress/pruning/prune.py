@@ -26,13 +26,20 @@ from kdpipe.stages.compress.pruning.channel_groups import (
     widths_after,
 )
 from kdpipe.stages.compress.pruning.importance import attach_gradients, detach_gradients, measure_of
-from kdpipe.stages.compress.pruning.sparsity import masks_of, prunable_layers, prune_2_4, prune_smallest
+from kdpipe.stages.compress.pruning.sparsity import (
+    masks_of,
+    prunable_layers,
+    prune_2_4,
+    prune_smallest,
+    require_own_weights,
+)
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.config import Count, section
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.hooks import get_module
+from kdpipe.stages.models.main_logits import returns_more
 from kdpipe.stages.models.weights import count_parameters
 
 
@@ -133,6 +140,7 @@ def prune(
     excluded = [get_module(pruned, path) for path in config.exclude]
     if config.kind != "channels":
         return _prune_weights(pruned, example, config, excluded, config.ratio * done if ratio is None else ratio)
+    require_own_weights(pruned)
     whole = model if full is None else full
     with traceable(pruned):
         channels = _channels(pruned, example, config, excluded, gradients=gradients, full_widths=record_widths(whole))
@@ -147,6 +155,8 @@ def prune(
     detach_gradients(pruned)
     if done >= 1:
         _require_it_shrank(pruned, whole, config)
+    if returns_more(pruned):
+        _require_it_trains(pruned, example)
     _require_it_runs(pruned, example)
     return Pruned(pruned, ratio, channels.excluded)
 
@@ -261,6 +271,19 @@ def _require_it_shrank(pruned: nn.Module, full: nn.Module, config: PruneConfig) 
             f"pruning {config.ratio:.0%} with prune.round_to {config.round_to} and prune.exclude "
             f"{list(config.exclude)} removes no channel of this model: lower round_to, or exclude less."
         )
+
+
+def _require_it_trains(pruned: nn.Module, example: Tensor) -> None:
+    """Raise ModelError if a head that runs in training only reads channels that were pruned."""
+    copy = clone_without_hooks(pruned).train()
+    try:
+        with torch.no_grad():
+            copy(example.expand(2, *example.shape[1:]))
+    except Exception as error:
+        raise ModelError(
+            f"the pruned model does not run in training ({cause(error)}), where it returns more than logits: leave out "
+            "the further heads (torchvision: args.aux_logits = false)."
+        ) from error
 
 
 def _require_it_runs(pruned: nn.Module, example: Tensor) -> None:
