@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
+from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
@@ -40,7 +40,6 @@ from kdpipe.stages.targets.open import local_store_path, test_store_path
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store import StoreError, is_url, make_folders, read_store_manifest
 
 
@@ -97,7 +96,7 @@ class Run:
     def write_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
         if self.process_group.is_main:
-            write_json_file(self.folder / "recipe.json", recipe_json(self.recipe))
+            write_run_recipe(self.folder, recipe_json(self.recipe))
 
     @cached_property
     def context(self) -> StageContext:
@@ -134,9 +133,11 @@ class Run:
         size: int | None = None,
         only: NDArray[np.int64] | None = None,
     ) -> ImageSet:
-        """Load a split of the data set, or only the samples with the ids `only`; warn of every image left out."""
+        """Load a split of the data set, or only the samples with the ids `only`; warn of all that is left out."""
         counter = self.monitor.counter("data", f"scan the images of the {split} split", "image")
         image_set = load_dataset(data, split, size=size, only=only, on_image=counter)
+        for notice in image_set.notices:
+            self.monitor.warn("data", notice)
         for dropped in image_set.dropped:
             self.monitor.warn("data", f"sample {dropped.sample_id} is left out: {dropped.why}")
         return image_set

@@ -34,6 +34,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.given_teacher import require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
@@ -79,9 +80,11 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     teacher = build_teacher(config, seed, context)
+    require_given(config, teacher, context)
     if (done := begin_job(job_dir, teacher_fingerprint(config, seed, teacher, context), process_group)) is not None:
         return done
 
+    teacher.model.to(context.device)
     test = context.evaluation(teacher.normalize)
     history: list[dict[str, Any]] = []
     if config.train is not None:
@@ -99,7 +102,9 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
             process_group=process_group,
         )
         history = train(job, context.device, context.monitor)
-    return finalize(job_dir, teacher, history, test, process_group=process_group)  # evaluate, export to ONNX, save
+    require = partial(require_accuracy, config, teacher, test=test)
+    # evaluate, export to ONNX, save
+    return finalize(job_dir, teacher, history, test, process_group=process_group, require=require)
 
 
 # --- Stage 1: run the teacher over every view, and cache its outputs
@@ -157,7 +162,7 @@ def cache_teacher(
 
 
 def run_train_student(run: Run) -> dict[str, Any]:
-    """Train each seed's student twice: on hard labels alone, and distilled from the stores."""
+    """Train each seed's student twice: on hard labels alone (unless student.baseline is false), and distilled."""
     require_losses(run)
     config, context = run.recipe.student, run.context  # load the data and its views
     spec = run.distillation  # open the stores; check them and the losses
@@ -167,10 +172,11 @@ def run_train_student(run: Run) -> dict[str, Any]:
     for number, line in enumerate(task.targets.describe() if task.targets else (), 1):
         run.monitor.report(ProgressEvent("train-student", f"reads {line}", number, len(spec.stores), "store"))
 
-    students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
+    specs = {**({ALONE: None} if config.baseline else {}), DISTILLED: spec}
+    students: dict[str, list[dict[str, Any]]] = {kind: [] for kind in specs}
     for seed in config.seeds:
-        students[ALONE].append(train_student(config, seed, None, context))
-        students[DISTILLED].append(train_student(config, seed, spec, context))
+        for kind, own in specs.items():
+            students[kind].append(train_student(config, seed, own, context))
     return {"students": students}
 
 

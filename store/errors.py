@@ -8,9 +8,17 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+from kdpipe.store.redact import redacted_json
+
 
 class KdpipeError(Exception):
-    """An error that the user can fix: it says what is wrong, where, stored against wanted, and what to do next."""
+    """An error that the user can fix: it says what is wrong, where, stored against wanted, and what to do next.
+
+    URLs in its text lose their passwords and queries.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*map(redacted_json, arguments))
 
 
 class StoreError(KdpipeError):
@@ -29,7 +37,7 @@ class FingerprintMismatch(KdpipeError):
     """
 
     def __init__(self, what: str, differences: Sequence[tuple[str, Any, Any]], advice: str) -> None:
-        self.differences = tuple(differences)
+        self.differences = tuple((key, *redacted_json((stored, wanted))) for key, stored, wanted in differences)
         pairs = "; ".join(
             f"{key}: stored {_shorten(stored)}, wanted {_shorten(wanted)}"
             for key, stored, wanted in differences[:MAX_SHOWN]

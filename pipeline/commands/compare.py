@@ -40,11 +40,13 @@ def run_compare(run: Run) -> dict[str, Any]:
     student, context = run.recipe.student, run.context
     if warning := view_warning(run.recipe.views):
         run.monitor.warn("compare", warning)
-    variants = [Variant(ALONE, student, None), *_variants(run)]
+    baseline = [Variant(ALONE, student, None)] if student.baseline else []
+    variants = [*baseline, *_variants(run)]
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     for seed in student.seeds:
-        results[ALONE].append(train_student(student, seed, None, context))
-        for variant in variants[1:]:
+        if baseline:
+            results[ALONE].append(train_student(student, seed, None, context))
+        for variant in variants[len(baseline) :]:
             try:
                 student_run = variant_run(variant.name, seed, run.folder)
                 result = train_student(variant.student, seed, variant.spec, context, student_run=student_run)
@@ -106,9 +108,10 @@ def print_compare(recipe: str, results: dict[str, Any]) -> None:
     num_seeds = len(results["rows"][0]["accuracies"])
     table = new_table(f"{recipe}: comparison over {num_seeds} seeds")
     table.add_column("variant", no_wrap=True)
-    for header in ("test accuracy %", "over alone", "best epoch %", "agreement %", "KL, nats", "ms / step", "vs alone"):
+    first = results["rows"][0]  # the student alone, without it the recipe's first variant
+    over, versus = f"over {first['name']}", f"vs {first['name']}"
+    for header in ("test accuracy %", over, "best epoch %", "agreement %", "KL, nats", "ms / step", versus):
         table.add_column(header, justify="right")
-    alone = results["rows"][0]["accuracy_mean"]
     if results["teacher"]:
         table.add_row("teacher", f"{100 * results['teacher']['accuracy']:.2f}", "", "", "", "", "", "")
     for row in sorted(results["rows"], key=lambda row: -row["accuracy_mean"]):
@@ -116,7 +119,7 @@ def print_compare(recipe: str, results: dict[str, Any]) -> None:
         table.add_row(
             row["name"],
             f"{row['accuracy_mean']:.2f}{spread}",
-            f"{row['accuracy_mean'] - alone:+.2f}",
+            f"{row['accuracy_mean'] - first['accuracy_mean']:+.2f}",
             f"{row['best_accuracy_mean']:.2f}",
             "-" if row["agreement_mean"] is None else f"{row['agreement_mean']:.2f}",
             "-" if row["teacher_kl_mean"] is None else f"{row['teacher_kl_mean']:.3f}",

@@ -45,7 +45,8 @@ def network_entries(recipe: Mapping[str, Any], run: Path, root: Path | None = No
     teacher = teacher_job(recipe, run)
     entries = [] if teacher is None else [NetworkEntry("teacher", "teacher", [teacher], "teacher")]
     if given is None:
-        entries.append(NetworkEntry("student alone", "alone", students("alone"), "student"))
+        if recipe["student"].get("baseline", True):
+            entries.append(NetworkEntry("student alone", "alone", students("alone"), "student"))
         entries.append(NetworkEntry("student distilled", "student", students("distilled"), "student"))
     else:
         entries.append(NetworkEntry("student given", "student", [root / "given"], "student"))

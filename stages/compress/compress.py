@@ -77,6 +77,11 @@ class CompressConfig:
     def quantizes(self) -> bool:
         return "quantize" in self.steps
 
+    @property
+    def kinds(self) -> list[str]:
+        """The networks of the chain, the student first."""
+        return ["student", *["pruned"] * self.prunes, *[self.quantize.scheme] * self.quantizes]
+
 
 def compressed_root(run: Path, config: CompressConfig) -> Path:
     """Return the folder of a run's compressed students; for an external student it has its file's name."""
@@ -162,8 +167,8 @@ def float_job_dir(config: CompressConfig, fine_tuning: FineTuneContext) -> JobDi
 def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
     """Return whether the chains of all seeds are finished, so that no dry run is needed."""
     root = compressed_root(run, config)
-    kinds = ["pruned"] * config.prunes + [config.quantize.scheme] * config.quantizes
-    return all(JobDir(root / f"{kind}-seed{seed}").result() is not None for kind in kinds for seed in student.seeds)
+    jobs = [root / f"{kind}-seed{seed}" for kind in config.kinds[1:] for seed in student.seeds]
+    return all(JobDir(job).result() is not None for job in jobs)
 
 
 def dry_run(config: CompressConfig, student: StudentConfig, context: StageContext) -> None:

@@ -28,6 +28,7 @@ from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.training.saved_model import save_model
 from kdpipe.store import make_folders
+from kdpipe.store.fs.checksums import remove_with_sum
 
 LATENCY_BATCH_SIZE = 16
 
@@ -73,7 +74,7 @@ def prune_student(
     fixed = {} if ratio is None else {"channel_ratio": ratio}
     folder.begin(prune_fingerprint(config, train, fine_tuning, source) | fixed)
     if (done := folder.result()) is not None:
-        pruned_path(folder).unlink(missing_ok=True)  # left by a kill just before the removal below
+        remove_with_sum(pruned_path(folder))  # left by a kill just before the removal below
         return done
     pruner = _Pruner(config, train, fine_tuning, source, ratio)
     name = f"{kind} student, seed {fine_tuning.seed}"
@@ -85,7 +86,7 @@ def prune_student(
     history = fine_tune(job, fine_tuning)
     test = fine_tuning.evaluation(pruned.network.normalize)
     figures = finalize(folder, pruned.network, history, test, with_onnx=fine_tuning.exports_onnx, more=pruned.facts)
-    pruned_path(folder).unlink(missing_ok=True)
+    remove_with_sum(pruned_path(folder))
     return figures
 
 
@@ -131,7 +132,7 @@ def _intermediate(
         fine_tune(FineTuneJob(title, pruned.network, own, config, masks=masks), fine_tuning)
         save_model(own.model, pruned.network.model, pruned.record)
     for leftover in (own.checkpoint, pruned_path(own)):
-        leftover.unlink(missing_ok=True)
+        remove_with_sum(leftover)
     done = load_pruned(own.model, pruner.source.load())
     return done.network, done.facts["channel_ratio"]
 

@@ -49,6 +49,11 @@ class Evaluation:
         return dataset.in_channels, *dataset.image_size
 
     @property
+    def crop(self) -> float:
+        """The share of the centered square that test images were cropped to before they were resized."""
+        return self.loader.dataset.crop
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.loader.dataset.class_names)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_imag
 from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refusal
 from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
 from kdpipe.stages.models.weights import load_weights
+from kdpipe.stages.numerics import PROBABILITIES, kinds_of_outputs
 from kdpipe.stages.plugins.user_source import network_sha256
 from kdpipe.store.errors import did_you_mean
 
@@ -26,6 +28,12 @@ OBJECT = "object:"
 """Prefix of the name, in records, of a network object whose class is in no registry."""
 
 PUBLISHED = "published"
+
+SAME_VALUES = frozenset(
+    f"{name}Backward0"
+    for name in ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias", "Transpose")
+) | {"SqueezeBackward1"}
+"""Operations, by torch's names of their derivatives, whose outputs are the values of their inputs."""
 
 
 @section
@@ -69,7 +77,7 @@ def build_model(
         model = _construct(config, num_classes, in_channels, image_size)
         _check_fit(config.name, model, num_classes, (in_channels, *image_size))
     if config.weights is not None and config.weights != PUBLISHED:
-        load_weights(model, _path(config.weights))
+        load_weights(model, weights_path(config.weights))
     return model
 
 
@@ -174,9 +182,35 @@ def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple
         raise ModelError(
             f"{name} makes {list(logits.shape)} of two images of {images}, wanted logits [2, {num_classes}]."
         )
+    if bool(((logits >= 0) & (logits <= 1)).all()) and (kind := _probabilities_of(model, image_shape)):
+        raise ModelError(
+            f"{name} ends in a {kind}: its outputs are probabilities, and losses and stores take logits. Return what "
+            f"goes into the {kind}."
+        )
 
 
-def _path(text: str) -> Path:
+def _probabilities_of(model: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
+    """Return "softmax" or "sigmoid" if the network's last operation is one, else None."""
+    ramp = torch.linspace(-1, 1, math.prod(image_shape)).view(1, *image_shape)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            outputs = model(torch.cat([ramp, ramp.flip(1, 2, 3)]).requires_grad_().clone())
+    except Exception:  # it cannot be differentiated
+        return None
+    finally:
+        model.train(was_training)
+    if PROBABILITIES in kinds_of_outputs(outputs.detach()) and not torch.equal(*outputs.detach()):
+        return "softmax"
+    node = outputs.grad_fn
+    while node is not None and node.name() in SAME_VALUES:
+        node = node.next_functions[0][0]
+    return "sigmoid" if node is not None and node.name() == "SigmoidBackward0" else None
+
+
+def weights_path(text: str) -> Path:
+    """Return the path of a weights file as the recipe writes it. Raises ModelError for `~` without a home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

@@ -53,12 +53,19 @@ def build_classifier(
     from torchvision import models
 
     weights = models.get_model_weights(name).DEFAULT
-    published_classes = len(weights.meta["categories"])
+    published_classes = len(published_categories(name))
     model = _construct(name, args, published_classes)
     load_entries(model, _download(name, weights), f"the published weights of {name}")
     if num_classes != published_classes:
         _replace_head(model, published_classes, num_classes)
     return model
+
+
+def published_categories(name: str) -> tuple[str, ...]:
+    """Return the names of the classes of the published weights of torchvision's classifier `name`, in order."""
+    from torchvision import models
+
+    return tuple(models.get_model_weights(name.rpartition(":")[2]).DEFAULT.meta["categories"])
 
 
 def refusal(name: str) -> ModelError | None:

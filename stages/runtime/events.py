@@ -12,6 +12,7 @@ from typing import Any
 
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.runtime.callbacks import Callback
+from kdpipe.store.redact import redacted
 
 WARNING = "warning"
 """The unit of an event that is a warning; its `job` is the text."""
@@ -19,7 +20,10 @@ WARNING = "warning"
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """Progress of a stage: `step` of `total` `unit`s of `job` are done; `metrics` are figures by name."""
+    """Progress of a stage: `step` of `total` `unit`s of `job` are done; `metrics` are figures by name.
+
+    URLs in `job` lose their passwords and queries.
+    """
 
     stage: str
     job: str
@@ -27,6 +31,9 @@ class ProgressEvent:
     total: int
     unit: str
     metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "job", redacted(self.job))
 
 
 def _ignore(event: ProgressEvent) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.macs import count_macs
-from kdpipe.stages.evaluation.metrics import evaluate_in_depth
+from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.export.onnx_check import check_onnx
 from kdpipe.stages.export.onnx_debug import first_divergence
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.numerics import LOG_PROBABILITIES, PROBABILITIES
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.saved_model import save_model
@@ -61,6 +62,7 @@ def finalize(
     process_group: ProcessGroup = SINGLE,
     with_onnx: bool = True,
     more: Mapping[str, Any] | None = None,
+    require: Callable[[EvalReport], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Evaluate a trained network, export it, and write its weights and results, which are returned.
 
@@ -74,26 +76,48 @@ def finalize(
         process_group: The processes that trained together.
         with_onnx: Whether to write an ONNX file.
         more: Further results.
+        require: Called with the evaluation, before anything is written; may raise.
+
+    Warns if the accuracy is that of chance.
 
     Raises:
         ModelError: The export fails, or the file disagrees with the network on the first test images.
     """
     network.model.eval()
-    return process_group.on_main(
-        lambda: _finalize(job_dir, network, history, test, with_onnx=with_onnx, more=more or {})
-    )
+
+    def evaluate_and_write() -> dict[str, Any]:
+        report = evaluate_in_depth(network.model, test, test.device)
+        require(report)
+        for warning in _warnings(report) if test.warn is not None else ():
+            test.warn(f"the network in {job_dir.path} {warning}.")
+        return _write(job_dir, network, history, test, report, with_onnx=with_onnx, more=more or {})
+
+    return process_group.on_main(evaluate_and_write)
 
 
-def _finalize(
+def _warnings(report: EvalReport) -> Iterator[str]:
+    """Yield what makes a network useless as it is, or its outputs something else than logits."""
+    if report.is_at_chance():
+        yield (
+            f"is at chance: {100 * report.top1:.2f} % of {report.num_samples:,} test images, where guessing would "
+            f"reach {100 * report.chance:.2f} %"
+        )
+    if report.outputs == PROBABILITIES:
+        yield "returns probabilities, and losses take logits: return what goes into its softmax"
+    if report.outputs == LOG_PROBABILITIES:
+        yield "returns log-probabilities: right for losses that apply a softmax, shifted in each row for logit_mse"
+
+
+def _write(
     job_dir: JobDir,
     network: ModelBundle,
     history: Sequence[Mapping[str, Any]],
     test: Evaluation,
+    report: EvalReport,
     *,
     with_onnx: bool,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    report = evaluate_in_depth(network.model, test, test.device)
     record = {"architecture": dict(network.architecture), "normalization": network.normalize.to_json()}
     save_model(job_dir.model, network.model, record)
     agreement = None
@@ -123,10 +147,11 @@ def _finalize(
 
 
 def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
-    """Return the metadata of an ONNX file: normalization, image shape (C, H, W) and class names."""
+    """Return the metadata of an ONNX file: normalization, image shape (C, H, W), test crop and class names."""
     return {
         "normalization": canonical_json(network.normalize.to_json()),
         "image_shape": canonical_json(list(test.image_shape)),
+        "test_crop": canonical_json(test.crop),
         "class_names": canonical_json(list(test.class_names)),
     }
 
@@ -137,7 +162,7 @@ def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, who
     Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
     share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
     """
-    found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))
+    found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES), test.warn)
     accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
     if found.top1_agreement >= MIN_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= max_gap:

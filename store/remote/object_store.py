@@ -28,6 +28,7 @@ from urllib.request import Request, urlopen
 
 from kdpipe.store.errors import StoreError, did_you_mean
 from kdpipe.store.format.schema import METADATA_BYTES
+from kdpipe.store.redact import is_redacted
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -116,6 +117,11 @@ def open_remote(url: str) -> RemoteFolder:
     A web URL may have `user:password@`, sent as HTTP basic authentication, and a query, sent with every key. Raises
     StoreError if the URL is invalid, or obstore is needed and not installed.
     """
+    if is_redacted(url):
+        raise StoreError(
+            f"the password or the query of {url} was left out where it was written: give the whole address, in the "
+            "recipe, by --set student.stores or in the variable KDPIPE_STUDENT__STORES."
+        )
     parts = _parsed(url)
     parts = parts._replace(path=parts.path.rstrip("/"), fragment="")
     public = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -146,6 +146,17 @@ def test_one_student_learns_from_two_stores(done, other, recipe, tmp_path):
     assert torch.isfinite(torch.tensor(distilled["distilled"][0]["cross_entropy"]))
 
 
+def test_students_without_their_baseline(done, recipe, tmp_path):
+    run = copied(done, tmp_path)
+    for folder in run.glob("students/alone-*"):
+        shutil.rmtree(folder)
+    ended = kdpipe_here("train-student", recipe, "--run", run, "--set", "student.baseline=false", "--json")
+    assert list(json.loads(ended.stdout)["students"]) == ["distilled"]
+    assert kdpipe_here("report", run, "--no-html").exit_code == 0
+    (status,) = json.loads(kdpipe_here("status", run, "--json").stdout)["runs"]
+    assert status["num_networks_done"] == status["num_networks"]
+
+
 def copied(done, tmp_path):
     run = tmp_path / "copy"
     shutil.copytree(done[0], run)

@@ -30,6 +30,7 @@ from kdpipe.pipeline.report.html.sections.similarity import (
     similarity_of,
 )
 from kdpipe.pipeline.report.html.write import SECTIONS, write_page
+from kdpipe.pipeline.report.report import read_report
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.store import StoreError, open_store
@@ -163,6 +164,21 @@ def test_summary_gives_gain_by_distillation(tmp_path):
     )
     assert sentence in read.text
     assert "closes 53 % of the gap to the teacher's 90.00 %" in read.text
+
+
+def test_run_without_baseline_is_complete_and_says_so(tmp_path):
+    run = made_run(tmp_path / "run")
+    for folder in (run / "students").glob("alone-*"):
+        shutil.rmtree(folder)
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["student"]["baseline"] = False
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    _, read, _ = page_of(run)
+    assert "The distilled student reaches 81.00 ± 1.41 % test accuracy; the teacher reaches 90.00 %." in read.text
+    assert "student.baseline = false" in read.text
+    report = read_report(run)
+    assert [row.kind for row in report.rows] == ["teacher", "student"]
+    assert report.missing == []
 
 
 def test_gain_within_seed_spread_closes_no_gap(tmp_path):

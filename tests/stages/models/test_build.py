@@ -15,6 +15,7 @@ from torch import nn
 
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.models.build import ModelConfig, architecture, build_model, list_models
+from kdpipe.stages.models.user_models import MODELS
 from kdpipe.stages.models.weights import weights_sha256
 
 FACTORIES = """
@@ -249,3 +250,34 @@ def test_an_architecture_rebuilds_its_network() -> None:
 def test_arguments_that_are_no_json(value: object) -> None:
     with says("the args of cnn must be numbers, strings, lists and tables"):
         architecture(ModelConfig(name="cnn", args={"width": value}), 10, 1, (8, 8))
+
+
+# --- Outputs that are no logits
+
+
+class Exp(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.exp()
+
+
+@pytest.mark.parametrize(
+    ("last", "kind"),
+    [
+        ([nn.Softmax(1)], "softmax"),
+        ([nn.LogSoftmax(1), Exp()], "softmax"),
+        ([nn.Sigmoid()], "sigmoid"),
+        ([nn.Sigmoid(), nn.Unflatten(1, (2, 5)), nn.Flatten()], "sigmoid"),
+        ([nn.LogSoftmax(1)], None),  # logits, but for a constant in each row
+        ([nn.Hardsigmoid()], None),
+        ([nn.Threshold(100, 0.1)], None),  # ten equal outputs that add up to 1
+        ([nn.Linear(10, 10), nn.Identity()], None),
+    ],
+)
+def test_probabilities_are_refused(monkeypatch, last, kind):
+    monkeypatch.setattr(MODELS, "_registered", {})
+    MODELS.register("mine")(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), *last))
+    if kind is None:
+        assert build("mine").training
+    else:
+        with pytest.raises(ModelError, match=f"mine ends in a {kind}: its outputs are probabilities"):
+            build("mine")

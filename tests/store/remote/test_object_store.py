@@ -268,6 +268,7 @@ def test_unreachable_server_is_reported():
         ("http://me:hush/word@host/x", "percent-encode "),
         ("http://host/x?sig=hush word", "percent-encode "),
         ("s3://me:hush@bucket/x", "of s3://bucket/x carries a password"),
+        ("http://...@host/x", "left out where it was written: give the whole"),
         ("s3://bucket/x?sig=hush", "of s3://bucket/x carries a password or a query"),
     ],
 )

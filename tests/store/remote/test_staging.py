@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from support.made_store import SPECS, MadeStore, folder_bytes, make_store
 from support.s3_server import s3_environment, s3_server, upload_folder
-from support.staging_jobs import Web, entries, require_equal, stage_elsewhere, staging_process
+from support.staging_jobs import Web, entries, require_equal, running, stage_elsewhere, staging_process
 
 from kdpipe.store import (
     ArraySpec,
@@ -40,13 +39,8 @@ ROOMY = 2**30
 @pytest.fixture
 def web(tmp_path):
     (tmp_path / "web").mkdir()
-    with Web(tmp_path / "web") as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with running(Web(tmp_path / "web")) as server:
         yield server
-        server.freely.set()
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
