@@ -30,6 +30,7 @@ from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
@@ -223,9 +224,16 @@ def train_student(
         build = partial(_build_hint_task, student, spec, context)
         train_hint_stages(job, student, spec.losses, build, device=context.device, monitor=context.monitor)
     history = train(job, context.device, context.monitor)
+    more = process_group.on_main(partial(save_adapters, student_run.job_dir, job.task.distillation))
     # evaluate, export to ONNX, save
     return finalize(
-        student_run.job_dir, student, history, test, process_group=process_group, with_onnx=student_run.with_onnx
+        student_run.job_dir,
+        student,
+        history,
+        test,
+        process_group=process_group,
+        with_onnx=student_run.with_onnx,
+        more=more,
     )
 
 

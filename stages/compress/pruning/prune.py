@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -98,11 +98,13 @@ class Pruned:
     Attributes:
         ratio: The share of the channels, or weights, asked of the groups to reach the goal; `prune` takes it.
         excluded: The path of every convolution and linear layer left whole, in module order, with the reason.
+        removed: The output channels that modules lost, by path.
     """
 
     model: nn.Module
     ratio: float
     excluded: Mapping[str, str]
+    removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def prune(
@@ -151,14 +153,16 @@ def prune(
                 ratio = _search(model, channels, allocation, _Goal(config, 1 - ratio, whole, example, latency))
         kept = allocation.num_kept(channels.groups, ratio)
         with follow_channels():
-            remove(channels, kept)
+            removed = remove(channels, kept)
     detach_gradients(pruned)
     if done >= 1:
         _require_it_shrank(pruned, whole, config)
     if returns_more(pruned):
         _require_it_trains(pruned, example)
     _require_it_runs(pruned, example)
-    return Pruned(pruned, ratio, channels.excluded)
+    paths = {module: path for path, module in pruned.named_modules()}
+    named = {paths[module]: indices for module, indices in removed.items() if module in paths}
+    return Pruned(pruned, ratio, channels.excluded, named)
 
 
 def _channels(

@@ -115,6 +115,19 @@ def noisy_share(full, measured):
     return lambda network: count_parameters(network) / count_parameters(full) * (1 + 0.05 * (next(measured) % 7))
 
 
+def hint_losses(folder):
+    return [json.loads(line)["losses"]["hint_1"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_fine_tuning_continues_with_the_hints_adapter(made):
+    student, pruned, int8 = (
+        hint_losses(made / folder)
+        for folder in ("students/distilled-seed0", "compressed/pruned-seed0", "compressed/int8-seed0")
+    )
+    assert pruned[0] < 1.05 * student[-1] < student[0]  # from random it is above the student's first
+    assert int8[0] < 1.05 * pruned[-1]
+
+
 def test_latency_share_of_a_network_with_itself(run):
     full = build_student(STUDENT, 0, tiny_context(run)).model
     assert 0.2 < latency_share(full, (1, 8, 8))(full) < 5
