@@ -25,6 +25,10 @@ class StoreError(KdpipeError):
     """An unusable target store: damaged, incomplete, or not a store at all."""
 
 
+class LinkedStoreError(StoreError):
+    """A store with links that lead out of it, which are followed only where the user asks for it."""
+
+
 class FingerprintMismatch(KdpipeError):
     """A mismatch between the inputs that made something on disk and the ones wanted now.
 
