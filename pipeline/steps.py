@@ -222,7 +222,7 @@ def train_student(
     fingerprint = student_fingerprint(config, seed, spec, student, context)
     if (done := begin_job(student_run.job_dir, fingerprint, process_group)) is not None:
         if with_onnx and done["onnx_bytes"] is None:  # it was trained with student.export = false
-            done = process_group.on_main(lambda: add_onnx(student_run.job_dir, student, done, test))
+            done = process_group.on_main(partial(add_onnx, student_run.job_dir, student, done, test))
         return done
 
     main = spec.without_hint_losses if spec else None
@@ -342,7 +342,10 @@ def run_all(run: Run) -> dict[str, Any]:
     require_losses(run)
     features = list(run.check_losses_fit())
     preflight(run)
-    stages = {**STAGES, "cache-teacher": partial(run_cache_teacher, hint=False)}
+    stages: dict[str, Callable[[Run], dict[str, Any]]] = {
+        **STAGES,
+        "cache-teacher": partial(run_cache_teacher, hint=False),
+    }
     if needs_teacher(run, features):
         warn_of_neighbor(run, features)
     else:
