@@ -16,6 +16,7 @@ from typing import Any
 from kdpipe.pipeline.preflight import preflight, require_export, try_student, try_teacher
 from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
 from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
     CacheConfig,
@@ -30,10 +31,12 @@ from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.given_teacher import require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
@@ -79,10 +82,12 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     teacher = build_teacher(config, seed, context)
+    require_given(config, teacher, context)
     try_teacher(config, teacher, context)
     if (done := begin_job(job_dir, teacher_fingerprint(config, seed, teacher, context), process_group)) is not None:
         return done
 
+    teacher.model.to(context.device)
     test = context.evaluation(teacher.normalize)
     history: list[dict[str, Any]] = []
     if config.train is not None:
@@ -108,6 +113,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         process_group=process_group,
         with_onnx=config.export,
         on_no_export=partial(_warn_of_no_export, context),
+        require=partial(require_accuracy, config, teacher, test=test),
     )
 
 
@@ -119,12 +125,17 @@ def _warn_of_no_export(context: StageContext, reason: str) -> None:
 # --- Stage 1: run the teacher over every view, and cache its outputs
 
 
-def run_cache_teacher(run: Run) -> dict[str, Any]:
-    """Fill the stores of the training and of the test images with what the recipe's losses need."""
+def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
+    """Fill the stores of the training and of the test images with what the recipe's losses need.
+
+    With `hint`, warn of a store next to the run folder that already has it.
+    """
     recipe, context = run.recipe, run.context  # the context loads the data and its views
     require_same_training(recipe.teacher, recipe.seed, context)
     teacher = load_teacher(recipe.teacher, recipe.seed, context)
     features = list(run.required_features(teacher))
+    if hint:
+        warn_of_neighbor(run, features)
     test_config, test_store, test_images = replace(recipe.cache, top_k=None), run.test_store, test_context(context)
     samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
     missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
@@ -231,8 +242,11 @@ def train_student(
         build = partial(_build_hint_task, student, spec, context)
         train_hint_stages(job, student, spec.losses, build, device=context.device, monitor=context.monitor)
     history = train(job, context.device, context.monitor)
+    more = process_group.on_main(partial(save_adapters, student_run.job_dir, job.task.distillation))
     # evaluate, export to ONNX, save
-    return finalize(student_run.job_dir, student, history, test, process_group=process_group, with_onnx=with_onnx)
+    return finalize(
+        student_run.job_dir, student, history, test, process_group=process_group, with_onnx=with_onnx, more=more
+    )
 
 
 def _build_hint_task(
@@ -322,14 +336,22 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 
 def run_all(run: Run) -> dict[str, Any]:
-    """Run every stage; each skips finished work."""
+    """Run every stage; each skips finished work. No teacher is trained for stores that are there already."""
     for fault in faults_of_trainings(run.recipe, imports=True):
         raise RecipeError(fault)
     require_losses(run)
-    run.check_losses_fit()
+    features = list(run.check_losses_fit())
     preflight(run)
+    stages: dict[str, Callable[[Run], dict[str, Any]]] = {
+        **STAGES,
+        "cache-teacher": partial(run_cache_teacher, hint=False),
+    }
+    if needs_teacher(run, features):
+        warn_of_neighbor(run, features)
+    else:
+        stages = {name: stages[name] for name in ("train-student", "compress")}
     results: dict[str, Any] = {}
-    for name, stage in STAGES.items():
+    for name, stage in stages.items():
         if name == "compress" and not run.recipe.student.export:
             run.monitor.warn(name, "student.export = false: nothing is compressed.")
             continue

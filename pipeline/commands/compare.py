@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
 from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console, new_table
 from kdpipe.stages.distillation.student_config import ALONE, view_warning
@@ -30,10 +31,11 @@ def run_compare(run: Run) -> dict[str, Any]:
             "list of losses, as in recipes/compare-losses.toml."
         )
     teacher = None
-    run.check_losses_fit()
-    if run.store in run.stores:
+    features = list(run.check_losses_fit())
+    if needs_teacher(run, features):
+        warn_of_neighbor(run, features)
         teacher = run_train_teacher(run)["teacher"]
-        run_cache_teacher(run)
+        run_cache_teacher(run, hint=False)
         run.process_group.barrier()  # each has computed its part of the store
     student, context = run.recipe.student, run.context
     if warning := view_warning(run.recipe.views):

@@ -14,6 +14,7 @@ from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.rate import duration_text
 from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
 from kdpipe.stages.context import test_context
+from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.teacher import load_teacher, teacher_folder, untrained_teacher
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     trained = teacher_folder(run.folder).result() is not None
     load = load_teacher if trained else untrained_teacher
     teacher = load(recipe.teacher, recipe.seed, run.context)
+    require_given(recipe.teacher, teacher, run.context)
     required = run.required_features(teacher)
     preflight(run)
     plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)

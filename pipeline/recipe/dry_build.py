@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, fault_of, faults_of_each
 from kdpipe.stages.compress.compress import dry_run
-from kdpipe.stages.context import StageContext
+from kdpipe.stages.context import IMAGENET, StageContext
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import KNOWN_NAMES, list_source
 from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import DataError, ModelError, RecipeError, UnknownModelError
+from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.models.build import PUBLISHED, build_model
+from kdpipe.stages.models.build import PUBLISHED, build_model, weights_path
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.models.user_models import is_user_model
 from kdpipe.stages.runtime.events import RunMonitor
@@ -72,6 +75,30 @@ def dry_build(recipe: Recipe) -> tuple[list[str], list[str]]:
         fault = fault_of(require_weights, given, recipe.seed, context)
         faults += [fault] if fault else []
     return faults, []
+
+
+def faults_of_given(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Return faults and notes on a teacher whose weights are taken as they are, as far as they show without data.
+
+    What `dry_build` and `validate` refuse is left out.
+    """
+    teacher, model = recipe.teacher, recipe.teacher.model
+    is_own, is_published = is_user_model(model.name), model.weights == PUBLISHED
+    if teacher.train is not None or (model.weights is None and not is_own):
+        return [], []
+    if is_published and (is_own or model.name in SMALL_IMAGE_NETWORKS or recipe.data.name not in SHAPES):
+        return [], []  # there are none, or only the data has the number of classes
+    try:
+        if teacher.mean is None and model.weights and not is_published and not weights_path(model.weights).is_file():
+            return [], [f"the teacher's input scaling is not checked: {model.weights} is not on this machine."]
+        channels = recipe.data.channels or SHAPES.get(recipe.data.name, (0, 3, 0))[1] or 3
+        context = _blank_context(recipe) or _blank(recipe, NUM_CLASSES, channels, SIDES[0])
+        network = context.build_model(replace(model, weights=None), recipe.seed) if is_own else nn.Identity()
+        scaling = Normalization(teacher.mean, teacher.std) if teacher.mean and teacher.std else IMAGENET
+        fault = fault_of(require_given, teacher, ModelBundle(network, {}, scaling), context)
+    except (ModelError, RecipeError, DataError):
+        return [], []
+    return [fault] if fault else [], []
 
 
 def _blank_context(recipe: Recipe) -> StageContext | None:

@@ -16,7 +16,7 @@ from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.export.exportable import export_form, quiet
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, PATH_END, session_options
 from kdpipe.stages.export.stem_pass import fold_stem
-from kdpipe.store.fs.atomic_write import write_atomically
+from kdpipe.store.fs.checksums import write_with_sum
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """The metadata key under which the exporter records the modules that a node belongs to."""
@@ -61,7 +61,7 @@ def export_onnx(
         proto = _with_opset(proto, opset)
     onnx.helper.set_model_props(proto, dict(sorted(metadata.items())))
     try:
-        write_atomically(path, proto.SerializeToString(deterministic=True))
+        write_with_sum(path, proto.SerializeToString(deterministic=True))
     except OSError as error:
         raise ModelError(f"the ONNX file {path} cannot be written: {error.strerror or cause(error)}.") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,19 @@ import torch
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.macs import count_macs
-from kdpipe.stages.evaluation.metrics import evaluate_in_depth
+from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.export.onnx_check import check_onnx
 from kdpipe.stages.export.onnx_debug import first_divergence
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.numerics import LOG_PROBABILITIES, PROBABILITIES
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.saved_model import save_model
 from kdpipe.store import canonical_json
+from kdpipe.store.fs.checksums import remove_with_sum
 
 CHECKED_IMAGES = 1000
 """Test images on which an exported file is compared with torch."""
@@ -64,6 +66,7 @@ def finalize(
     with_onnx: bool = True,
     on_no_export: Callable[[str], None] | None = None,
     more: Mapping[str, Any] | None = None,
+    require: Callable[[EvalReport], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Evaluate a trained network, export it, and write its weights and results, which are returned.
 
@@ -78,16 +81,39 @@ def finalize(
         with_onnx: Whether to write an ONNX file.
         on_no_export: For a network that can do without this file: receives the reason why there is none.
         more: Further results.
+        require: Called with the evaluation, before anything is written; may raise.
+
+    Warns if the accuracy is that of chance.
 
     Raises:
         ModelError: The export fails, or the file disagrees with the network on the first test images.
     """
     network.model.eval()
-    return process_group.on_main(
-        lambda: _finalize(
-            job_dir, network, history, test, with_onnx=with_onnx, on_no_export=on_no_export, more=more or {}
+
+    def evaluate_and_write() -> dict[str, Any]:
+        report = evaluate_in_depth(network.model, test, test.device)
+        require(report)
+        if test.warn is not None:
+            for warning in _warnings(report):
+                test.warn(f"the network in {job_dir.path} {warning}.")
+        return _write(
+            job_dir, network, history, test, report, with_onnx=with_onnx, on_no_export=on_no_export, more=more or {}
         )
-    )
+
+    return process_group.on_main(evaluate_and_write)
+
+
+def _warnings(report: EvalReport) -> Iterator[str]:
+    """Yield what makes a network useless as it is, or its outputs something else than logits."""
+    if report.is_at_chance():
+        yield (
+            f"is at chance: {100 * report.top1:.2f} % of {report.num_samples:,} test images, where guessing would "
+            f"reach {100 * report.chance:.2f} %"
+        )
+    if report.outputs == PROBABILITIES:
+        yield "returns probabilities, and losses take logits: return what goes into its softmax"
+    if report.outputs == LOG_PROBABILITIES:
+        yield "returns log-probabilities: right for losses that apply a softmax, shifted in each row for logit_mse"
 
 
 def add_onnx(job_dir: JobDir, network: ModelBundle, result: Mapping[str, Any], test: Evaluation) -> dict[str, Any]:
@@ -103,17 +129,17 @@ def add_onnx(job_dir: JobDir, network: ModelBundle, result: Mapping[str, Any], t
     return result
 
 
-def _finalize(
+def _write(
     job_dir: JobDir,
     network: ModelBundle,
     history: Sequence[Mapping[str, Any]],
     test: Evaluation,
+    report: EvalReport,
     *,
     with_onnx: bool,
     on_no_export: Callable[[str], None] | None,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    report = evaluate_in_depth(network.model, test, test.device)
     record = {"architecture": dict(network.architecture), "normalization": network.normalize.to_json()}
     save_model(job_dir.model, network.model, record)
     agreement = None
@@ -123,7 +149,7 @@ def _finalize(
         except ModelError as error:
             if on_no_export is None:
                 raise
-            job_dir.onnx.unlink(missing_ok=True)
+            remove_with_sum(job_dir.onnx)
             on_no_export(str(error))
     best = max(history, key=lambda line: line["accuracy"], default={"accuracy": report.top1, "epoch": None})
     result = {
@@ -154,10 +180,11 @@ def _write_onnx(job_dir: JobDir, network: ModelBundle, test: Evaluation) -> floa
 
 
 def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
-    """Return the metadata of an ONNX file: normalization, image shape (C, H, W) and class names."""
+    """Return the metadata of an ONNX file: normalization, image shape (C, H, W), test crop and class names."""
     return {
         "normalization": canonical_json(network.normalize.to_json()),
         "image_shape": canonical_json(list(test.image_shape)),
+        "test_crop": canonical_json(test.crop),
         "class_names": canonical_json(list(test.class_names)),
     }
 

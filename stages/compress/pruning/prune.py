@@ -7,9 +7,10 @@ pruning of single weights zeroes them and keeps the shape (`sparsity`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -26,13 +27,20 @@ from kdpipe.stages.compress.pruning.channel_groups import (
 )
 from kdpipe.stages.compress.pruning.hard_coded import require_it_runs
 from kdpipe.stages.compress.pruning.importance import attach_gradients, detach_gradients, measure_of
-from kdpipe.stages.compress.pruning.sparsity import masks_of, prunable_layers, prune_2_4, prune_smallest
+from kdpipe.stages.compress.pruning.sparsity import (
+    masks_of,
+    prunable_layers,
+    prune_2_4,
+    prune_smallest,
+    require_own_weights,
+)
 from kdpipe.stages.compress.pruning.widths import apply_widths, record_widths
 from kdpipe.stages.config import Count, section
-from kdpipe.stages.errors import ModelError
+from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.evaluation.macs import count_macs
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.hooks import get_module
+from kdpipe.stages.models.main_logits import returns_more
 from kdpipe.stages.models.weights import count_parameters
 
 
@@ -91,11 +99,13 @@ class Pruned:
     Attributes:
         ratio: The share of the channels, or weights, asked of the groups to reach the goal; `prune` takes it.
         excluded: The path of every convolution and linear layer left whole, in module order, with the reason.
+        removed: The output channels that modules lost, by path.
     """
 
     model: nn.Module
     ratio: float
     excluded: Mapping[str, str]
+    removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def prune(
@@ -133,6 +143,7 @@ def prune(
     excluded = [get_module(pruned, path) for path in config.exclude]
     if config.kind != "channels":
         return _prune_weights(pruned, example, config, excluded, config.ratio * done if ratio is None else ratio)
+    require_own_weights(pruned)
     whole = model if full is None else full
     with traceable(pruned):
         channels = _channels(pruned, example, config, excluded, gradients=gradients, full_widths=record_widths(whole))
@@ -143,12 +154,16 @@ def prune(
                 ratio = _search(model, channels, allocation, _Goal(config, 1 - ratio, whole, example, latency))
         kept = allocation.num_kept(channels.groups, ratio)
         with follow_channels():
-            remove(channels, kept)
+            removed = remove(channels, kept)
     detach_gradients(pruned)
     if done >= 1 and record_widths(pruned) == record_widths(whole):
         raise ModelError(_nothing_removed(config, channels.groups, ratio))
+    if returns_more(pruned):
+        _require_it_trains(pruned, example)
     require_it_runs(pruned, model, example, config.exclude)
-    return Pruned(pruned, ratio, channels.excluded)
+    paths = {module: path for path, module in pruned.named_modules()}
+    named = {paths[module]: indices for module, indices in removed.items() if module in paths}
+    return Pruned(pruned, ratio, channels.excluded, named)
 
 
 def _channels(
@@ -270,3 +285,16 @@ def _prune_weights(
     if not masks_of(pruned):
         raise ModelError(f"pruning {ratio:.0%} zeroes no weight of this model: raise prune.ratio.")
     return Pruned(pruned, ratio, reasons)
+
+
+def _require_it_trains(pruned: nn.Module, example: Tensor) -> None:
+    """Raise ModelError if a head that runs in training only reads channels that were pruned."""
+    copy = clone_without_hooks(pruned).train()
+    try:
+        with torch.no_grad():
+            copy(example.expand(2, *example.shape[1:]))
+    except Exception as error:
+        raise ModelError(
+            f"the pruned model does not run in training ({cause(error)}), where it returns more than logits: leave out "
+            "the further heads (torchvision: args.aux_logits = false)."
+        ) from error

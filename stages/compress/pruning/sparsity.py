@@ -22,15 +22,15 @@ def prunable_layers(
     """Return the Conv2d and Linear layers that may lose weights, by path, and why each of the others may not.
 
     Excluded are the layers in `outputs` (they write the logits), those in the modules `exclude`, depthwise
-    convolutions, those whose weight is no parameter, and, for `is_2_4`, layers whose input channels are not a multiple
-    of 4.
+    convolutions, those whose weight is computed from others, and, for `is_2_4`, layers whose input channels are not a
+    multiple of 4.
     """
     named = {id(layer) for module in exclude for layer in module.modules()}
     prunable: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     for path, layer in _weight_layers(model).items():
-        if not _has_weight(layer):
-            reasons[path] = "its weight is computed, by weight_norm or spectral_norm"
+        if not has_own_weight(layer):
+            reasons[path] = "its weight is computed (weight or spectral norm)"
             continue
         inputs = layer.get_parameter("weight").shape[1]
         if any(layer is output for output in outputs):
@@ -87,7 +87,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """
     masks = {}
     for path, layer in _weight_layers(model).items():
-        if not _has_weight(layer):
+        if not has_own_weight(layer):
             continue
         mask = layer.get_parameter("weight").detach() != 0
         if bool(mask.any()) and not bool(mask.all()):
@@ -102,12 +102,22 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         model.get_parameter(path).mul_(mask)
 
 
+def require_own_weights(model: nn.Module) -> None:
+    """Raise ModelError for a layer whose weight is computed from others: its channels cannot be followed."""
+    if computed := [path for path, layer in _weight_layers(model).items() if not has_own_weight(layer)]:
+        raise ModelError(
+            f"the channels of this model cannot be pruned: the weight of {computed[0]} is computed (weight or spectral "
+            "norm). Set prune.kind = 'weights', or compress.steps = ['quantize']."
+        )
+
+
+def has_own_weight(layer: nn.Module) -> bool:
+    """Return whether the weight of a layer is a parameter, not computed in each forward pass."""
+    return layer._parameters.get("weight") is not None
+
+
 def _weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
-
-
-def _has_weight(layer: nn.Module) -> bool:
-    return any(name == "weight" for name, _ in layer.named_parameters(recurse=False))
 
 
 def _num_zeroed_by_rank(weights: Sequence[Tensor], share: float, max_share: float) -> list[int]:

@@ -99,7 +99,7 @@ def test_hard_samples_have_the_lowest_label_probability():
     given = TEACHER_LOGITS.softmax(1)[torch.arange(8), LABELS]
     hard = given.argsort()[:3]
     losses = distillation(kd(samples=SampleSelection(filter="hard", fraction=0.3)))(make_batch(TEACHER_LOGITS))
-    expected = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].sum() / 8
+    expected = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].mean()  # the weight is not that of 3 of 8
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -109,10 +109,20 @@ def test_correct_samples_are_those_the_teacher_gets_right():
     right = teacher.argmax(1) == LABELS
     assert 3 <= right.sum() < 8
     losses = distillation(kd(samples=SampleSelection(filter="correct")))(make_batch(teacher))
-    expected = kd_loss(STUDENT_LOGITS, teacher, 2.0)[right].sum() / 8
+    expected = kd_loss(STUDENT_LOGITS, teacher, 2.0)[right].mean()
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
     wrong = torch.full((8, 10), 0.0).scatter(1, (LABELS[:, None] + 1) % 10, 9.0)
     assert float(distillation(kd(samples=SampleSelection(filter="correct")))(make_batch(wrong))["kd_0"]) == 0
+
+
+def test_samples_without_targets_count_beside_selected_ones():
+    known = torch.tensor([True, False, True, True, False, True, False, False])
+    config = kd(samples=SampleSelection(filter="hard", fraction=0.5))
+    losses = distillation(config)(make_batch(TEACHER_LOGITS, known=[known]))
+    rows = known.nonzero()[:, 0]
+    hard = rows[TEACHER_LOGITS.softmax(1)[rows, LABELS[rows]].argsort()[:2]]
+    expected = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].mean() * 4 / 8
+    assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("weighting", ["entropy", "certainty", "correctness"])
