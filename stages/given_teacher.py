@@ -10,6 +10,7 @@ from kdpipe.stages.evaluation.trials import try_class_order, try_scalings
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.torchvision import published_categories
+from kdpipe.stages.numerics import PROBABILITIES
 from kdpipe.stages.teacher import TeacherConfig, stated_by_weights
 
 ROUNDING = 0.0005
@@ -63,11 +64,16 @@ def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalRe
     """Check a teacher's accuracy against `teacher.expected_accuracy`, and that of given weights against chance.
 
     Other input scalings and class orders are tried on a sample of the test images where given weights reach less than
-    expected, or nothing is expected.
+    expected, or nothing is expected. Outputs that are probabilities are refused: stores hold logits.
 
     Raises:
         RecipeError: It is too low; the message says what was found.
     """
+    if report.outputs == PROBABILITIES:
+        raise RecipeError(
+            "the teacher's outputs are probabilities (each row adds up to 1), and stores hold logits: return what goes "
+            "into its softmax."
+        )
     reached = f"the teacher reaches {100 * report.top1:.2f} % of {report.num_samples:,} test images"
     if config.expected_accuracy is not None:
         expected = config.expected_accuracy / 100

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, LogitsAt, Predictions, predict
+from kdpipe.stages.numerics import kinds_of_outputs
 
 NUM_BINS = 15
 """Bins of the calibration error, of equal width: Guo et al. 2017, arXiv 1706.04599."""
@@ -61,6 +62,7 @@ class EvalReport:
         confusions: [label, prediction, samples] of wrong predictions, sorted by label and prediction.
         chance: The accuracy of guessing with the frequencies of these predictions; that of a network which returns the
             same class for every image is its accuracy.
+        outputs: "logits", or what else the network's outputs are: "probabilities" or "log-probabilities".
     """
 
     top1: float
@@ -73,6 +75,7 @@ class EvalReport:
     bins: list[CalibrationBin] | None
     confusions: list[list[int]]
     chance: float
+    outputs: str
 
     @property
     def num_samples(self) -> int:
@@ -116,6 +119,7 @@ class _MetricAccumulator(EvalAccumulator):
         self.labels, self.predicted = torch.zeros(2, num_samples, dtype=torch.int64)
         self.confidences = torch.zeros(num_samples, dtype=torch.float64)
         self.teacher_logits = teacher_logits
+        self.kinds: frozenset[str] | None = None
         self.num_in_top5 = self.num_compared = self.num_agreed = 0
         self.kl_sum = 0.0
 
@@ -124,6 +128,8 @@ class _MetricAccumulator(EvalAccumulator):
         super().add(predictions)
         logits, labels = predictions.logits.cpu(), predictions.labels.cpu()
         log_p = F.log_softmax(logits.double(), dim=1)
+        kinds = kinds_of_outputs(logits)
+        self.kinds = kinds if self.kinds is None else self.kinds & kinds
         self.labels[new], self.predicted[new] = labels, predictions.logits.argmax(1)
         self.confidences[new] = log_p.amax(1).exp()
         if logits.shape[1] >= MIN_CLASSES_FOR_TOP5:
@@ -161,6 +167,7 @@ class _MetricAccumulator(EvalAccumulator):
             bins=_bins(confidences, correct),
             confusions=_confusions(labels[~correct], predicted[~correct], num_classes),
             chance=_chance(labels, predicted, num_classes),
+            outputs=next(iter(self.kinds or ()), "logits"),
         )
 
 

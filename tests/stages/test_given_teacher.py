@@ -166,3 +166,34 @@ def test_good_teachers_are_not_suspected(tmp_path, given):
             test_set.labels[:100] = (test_set.labels[:100] + 1) % 4  # wrong labels: 69 % is all that can be reached
         context = tiny_context(tmp_path / str(number), test_set=test_set)
         assert train_teacher(given(**HALF), 0, context)["accuracy"] > 0.6
+
+
+# --- Outputs
+
+
+def test_log_probabilities_are_told(tmp_path, given):
+    warnings: list[str] = []
+    teacher = given(lambda: nn.Sequential(Corners(), nn.LogSoftmax(1)), **HALF)
+    assert train_teacher(teacher, 0, context_of(tmp_path, warnings))["accuracy"] == 1
+    assert "returns log-probabilities" in warnings[0]
+
+
+def test_probabilities_of_real_images_are_refused(tmp_path, given):
+    class Hidden(Corners):
+        """A softmax that blank images do not show."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            return logits.softmax(1) if len(images) > 2 else logits
+
+    with pytest.raises(RecipeError, match="the teacher's outputs are probabilities"):
+        train_teacher(given(Hidden, **HALF), 0, context_of(tmp_path))
+
+
+def test_a_network_trained_to_chance_is_told(tmp_path):
+    warnings: list[str] = []
+    untrained = replace(TEACHER, train=replace(TEACHER.train, epochs=1, lr=1e-9))
+    result = train_teacher(untrained, 1, context_of(tmp_path, warnings))
+    assert result["accuracy"] < 0.4
+    (warning,) = warnings
+    assert f"is at chance: {100 * result['accuracy']:.2f} % of 320 test images, where guessing would reach" in warning
