@@ -112,6 +112,7 @@ class Run:
             num_workers=data.num_workers,
             unreadable=data.unreadable,
             get_teacher_logits=self._get_teacher_logits,
+            load_test=partial(self._load, data, "test"),
             process_group=self.process_group,
         )
         require_fitting_test_images(context)

@@ -212,6 +212,7 @@ def train_student(
         context: The data and views.
         student_run: The student's folder and name; by default those of `kdpipe train-student`.
     """
+    context = context.resized(config.image_size)
     kind, process_group = ALONE if spec is None else DISTILLED, context.process_group
     student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"{kind} student, seed {seed}")
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
@@ -257,8 +258,8 @@ def _build_hint_task(
 
 def try_distillation(run: Run, spec: DistillationSpec, config: StudentConfig) -> TrainingTask:
     """Build a first training task, so that errors and warnings come before any training."""
-    seed = config.seeds[0]
-    task = build_task(build_student(config, seed, run.context, spec.losses), spec, seed, run.context)
+    seed, context = config.seeds[0], run.context.resized(config.image_size)
+    task = build_task(build_student(config, seed, context, spec.losses), spec, seed, context)
     if task.targets and task.targets.num_without_targets:
         count = f"{task.targets.num_without_targets:,} of {task.num_samples:,} samples have no targets"
         run.monitor.warn("train-student", f"{count}: they are trained on their labels alone.")

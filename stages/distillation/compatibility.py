@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
+from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import LogitLoss, Loss
 from kdpipe.stages.losses.schedules import bounds
@@ -44,6 +46,20 @@ def class_warnings(losses: Sequence[Loss], num_classes: int) -> Iterator[str]:
     for number, loss in enumerate(losses):
         if num_classes == 2 and loss.two_classes:
             yield f"distill.{number} ({loss.loss}): with two classes {loss.two_classes}; kd has no such part."
+
+
+def check_image_size(
+    losses: Sequence[Loss], student: StudentConfig, context: StageContext, where: str = "distill"
+) -> None:
+    """Raise RecipeError for losses that compare student and teacher pixel by pixel, if their images differ in size."""
+    if context.resized(student.image_size).image_shape == context.renderer.shape:
+        return
+    for number, loss in enumerate(losses):
+        if loss.input_gradient:
+            raise RecipeError(
+                f"{where}.{number} ({loss.loss}) compares gradients pixel by pixel, and student.image_size = "
+                f"{student.image_size} gives the student other pixels than the teacher: remove one of them."
+            )
 
 
 def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], targets: Targets) -> None:

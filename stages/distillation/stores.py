@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import require_teacher
-from kdpipe.stages.distillation.compatibility import check_losses, class_warnings, require_logits, require_views
+from kdpipe.stages.distillation.compatibility import (
+    check_image_size,
+    check_losses,
+    class_warnings,
+    require_logits,
+    require_views,
+)
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
@@ -49,6 +55,7 @@ def open_distillation(
     """
     check_losses(losses, context.views, student.teachers)
     check_teachers(student.teachers, len(places))
+    check_image_size(losses, student, context)
     for number, loss in enumerate(losses):
         if (loss.store or 0) >= len(places):
             raise RecipeError(
