@@ -29,7 +29,7 @@ from kdpipe.stages.training.job_dir import read_json_file
 from kdpipe.stages.training.optim import TrainConfig, check_training
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import check_views
-from kdpipe.store.redact import redacted_json
+from kdpipe.store.redact import redacted_json, redacted_options
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -185,6 +185,6 @@ def read_run_recipe(run: Path) -> Recipe | None:
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """Return the resolved recipe: every key with its value, URLs redacted. `parse_recipe` reads it back."""
+    """Return the resolved recipe: every key with its value, without secrets. `parse_recipe` reads it back."""
     resolved: dict[str, Any] = redacted_json(asdict(recipe))
-    return resolved
+    return {**resolved, "callbacks": redacted_options(resolved["callbacks"])}
