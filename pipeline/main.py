@@ -258,6 +258,22 @@ def status(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder; a store is checked as well.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every file of a run, and its stores. Exit status 1 if anything is damaged, 3 if units are only missing."""
+    with guarded():
+        from kdpipe.pipeline.commands import verify as command
+
+        verdict = command.verify(folder, as_json)
+        print_result(
+            as_json, {"path": str(folder), **verdict.to_json()}, lambda: command.print_verdict(folder, verdict)
+        )
+        command.exit_for(verdict)
+
+
+@app.command()
 def env(as_json: AsJson = False) -> None:
     """Print information for bug reports. Versions, machine, GPUs and limits; no host or user names."""
     with guarded():

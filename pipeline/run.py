@@ -13,9 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
+from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
 from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.config import DataConfig
@@ -26,7 +25,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
-from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
+from kdpipe.stages.distillation.teacher_accuracy import TeacherLogits, teacher_logits
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import required_of
@@ -42,7 +41,6 @@ from kdpipe.stages.targets.open import local_store_path, test_store_path, trust_
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store import StoreError, is_url, make_folders, read_store_manifest
 
 
@@ -99,7 +97,7 @@ class Run:
     def write_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
         if self.process_group.is_main:
-            write_json_file(self.folder / "recipe.json", recipe_json(self.recipe))
+            write_run_recipe(self.folder, recipe_json(self.recipe))
 
     @cached_property
     def context(self) -> StageContext:
@@ -119,14 +117,14 @@ class Run:
         require_fitting_test_images(context)
         return context
 
-    def _get_teacher_logits(self) -> Tensor | None:
+    def _get_teacher_logits(self) -> TeacherLogits | None:
         """Return the teachers' logits of the test images; None while their stores are missing."""
         if any(not is_url(store) and not Path(store).exists() for store in self.stores):
             return None
         return self._teacher_logits
 
     @cached_property
-    def _teacher_logits(self) -> Tensor | None:
+    def _teacher_logits(self) -> TeacherLogits | None:
         return teacher_logits(self.stores, self.recipe.student.teachers, self.context)
 
     def _load(
@@ -136,9 +134,11 @@ class Run:
         size: int | None = None,
         only: NDArray[np.int64] | None = None,
     ) -> ImageSet:
-        """Load a split of the data set, or only the samples with the ids `only`; warn of every image left out."""
+        """Load a split of the data set, or only the samples with the ids `only`; warn of all that is left out."""
         counter = self.monitor.counter("data", f"scan the images of the {split} split", "image")
         image_set = load_dataset(data, split, size=size, only=only, on_image=counter)
+        for notice in image_set.notices:
+            self.monitor.warn("data", notice)
         for dropped in image_set.dropped:
             self.monitor.warn("data", f"sample {dropped.sample_id} is left out: {dropped.why}")
         return image_set
@@ -185,11 +185,16 @@ class Run:
             trust_links(found)
         return found
 
-    def check_losses_fit(self) -> None:
-        """Check that all losses fit student and teacher, and the store its format, before the teacher is trained."""
+    def check_losses_fit(self) -> dict[FeatureSpec, list[str]]:
+        """Check that all losses fit student and teacher, and the store its format, before the teacher is trained.
+
+        Returns:
+            The required features, as `required_features`.
+        """
         teacher = untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context)
-        features = list(self.required_features(teacher))
-        plan_store(self.recipe.cache, teacher, features, samples_in_row_order(self.context), self.context)
+        required = self.required_features(teacher)
+        plan_store(self.recipe.cache, teacher, list(required), samples_in_row_order(self.context), self.context)
+        return required
 
     def required_features(self, teacher: ModelBundle) -> dict[FeatureSpec, list[str]]:
         """Return the teacher features to cache, in the smallest sufficient form, each with the keys that require it.

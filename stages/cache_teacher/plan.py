@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from kdpipe.stages.cache_teacher.cache import CacheJob, row_positions
+from kdpipe.stages.cache_teacher.inference import hooked_layers
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RecipeError, RunError
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.hooks import overwritten_layers
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.stages.targets.feature_spec import FeatureSpec, statistic_shapes
 from kdpipe.store import (
@@ -87,7 +89,8 @@ def plan_store(
         top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (context.train_set.num_classes,), config.dtype),)
     )
     shapes = statistic_shapes(teacher.model, layers, context.image_shape)
-    specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype) for one in layers])
+    own = overwritten_layers(teacher.model, hooked_layers(layers), context.image_shape)
+    specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype, one.source in own) for one in layers])
     num_samples = len(samples.ids)
     data = {**context.data_identity(), "classes": list(context.train_set.class_names)}
     planned = Manifest(

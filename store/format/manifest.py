@@ -218,7 +218,7 @@ def _parse_spec(name: Any, record: Any) -> ArraySpec:
     sides = record["row_shape"]
     if not ARRAY_NAME.fullmatch(name) or record["dtype"] not in DTYPES or not _is_shape(sides):
         raise ValueError(f"array {str(name)[:80]!r} is {str(record)[:120]}")
-    return ArraySpec(name, tuple(sides), record["dtype"])
+    return ArraySpec(name, tuple(sides), record["dtype"], record.get("own_output") is True)
 
 
 def _check_logits(manifest: Manifest) -> None:

@@ -88,11 +88,3 @@ def _is_within(file: Path, root: Path) -> bool:
         return folder in _followed or file.resolve().is_relative_to(folder)
     except RuntimeError:  # a loop of links
         return False
-
-
-def read_json_or_none(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
-    """Return the JSON object in the file `path`; None if there is none, it is damaged, or it is too large."""
-    try:
-        return read_json(path, max_bytes)
-    except (OSError, KdpipeError):
-        return None

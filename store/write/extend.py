@@ -20,7 +20,7 @@ from kdpipe.store.write.acceptance import require_readable
 from kdpipe.store.write.claims import exclusive_store
 from kdpipe.store.write.writer import create_store, write_errors
 
-ADVICE = "Give this recipe another run folder or cache.store, or delete the store to cache again."
+ADVICE = "Use another store (--run or cache.store; in Python path=), or delete this one to cache again."
 
 COUNTS = ("num_samples", "ids_and_labels_sha256", "pixels_sha256")
 """Keys of the data's identity that an extension changes."""
