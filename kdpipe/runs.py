@@ -161,7 +161,7 @@ def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
     Sections of earlier calls on the same folder are kept, and so are the seeds of a student trained with others.
     """
     from kdpipe.pipeline.recipe import load
-    from kdpipe.pipeline.report.report import MADE_IN_PYTHON
+    from kdpipe.pipeline.report.networks import MADE_IN_PYTHON
 
     path, mark = folder / "recipe.json", folder / MADE_IN_PYTHON
     stored = read_json_file(path) or {}

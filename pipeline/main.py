@@ -13,7 +13,7 @@ import typer
 
 from kdpipe.pipeline.job import open_run, run_job
 from kdpipe.pipeline.recipe_app import recipe_app
-from kdpipe.pipeline.session.guard import guarded
+from kdpipe.pipeline.session.guard import RedactingGroup, guarded
 from kdpipe.pipeline.session.options import AsJson, CommonOptions, JobOptions, Quiet, RecipePath, Verbose, with_options
 from kdpipe.pipeline.session.paths import output_path, require_file, require_writable
 from kdpipe.pipeline.store_app import store_app
@@ -27,6 +27,7 @@ EXIT_CODES = (
 
 app = typer.Typer(
     name="kdpipe",
+    cls=RedactingGroup,
     help="Offline knowledge distillation: cache a teacher's outputs once, train students from the cache.",
     epilog=EXIT_CODES,
     no_args_is_help=True,

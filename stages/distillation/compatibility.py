@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.errors import RecipeError
@@ -29,9 +29,21 @@ def check_losses(losses: Sequence[Loss], views: Views, teachers: TeachersConfig,
                 f"{entry}: samples.weighting = {loss.samples.weighting!r} needs a per-sample loss, and this one "
                 "compares samples with each other: select samples with samples.filter instead."
             )
+        if teachers.temperatures and loss.store is None and len(loss.temperatures()) > 1:
+            raise RecipeError(
+                f"{entry} takes the teacher's probabilities at several temperatures, and student.teachers.temperatures "
+                "replaces each of them: remove those, or select one teacher with distill.store."
+            )
         if views.mix is not None and (loss.one_label or loss.samples.needs_single_label):
             what = entry if loss.one_label else f"{entry} with samples selected or weighted by their label"
             raise RecipeError(f"{what} needs a single label per sample, and [views.mix] gives two: remove one of them.")
+
+
+def class_warnings(losses: Sequence[Loss], num_classes: int) -> Iterator[str]:
+    """Yield a warning for each loss of which a part is constant with so few classes."""
+    for number, loss in enumerate(losses):
+        if num_classes == 2 and loss.two_classes:
+            yield f"distill.{number} ({loss.loss}): with two classes {loss.two_classes}; kd has no such part."
 
 
 def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], targets: Targets) -> None:
@@ -118,6 +130,6 @@ def require_logits(stores: Sequence[TargetStore], losses: Sequence[Loss], teache
                     interpolation(store.manifest.top_k, value)
         own_teacher = loss.store is not None or not loss.on_logits
         used = [stores[loss.store or 0]] if own_teacher else list(stores)
-        by_confidence = teachers.weights == "confidence" and not own_teacher
-        for store in used if loss.samples.needs_probabilities or by_confidence else ():
+        by_label = teachers.weights in ("confidence", "learnable") and len(stores) > 1 and not own_teacher
+        for store in used if loss.samples.needs_probabilities or by_label else ():
             _require_probabilities(store, f"distill.{number} ({loss.loss})")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import require_teacher
-from kdpipe.stages.distillation.compatibility import check_losses, require_logits, require_views
+from kdpipe.stages.distillation.compatibility import check_losses, class_warnings, require_logits, require_views
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
@@ -54,6 +54,9 @@ def open_distillation(
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) uses store {loss.store}, but there are {len(places)}, counted from 0."
             )
+        loss.require_classes(context.train_set.num_classes)
+    for warning in class_warnings(losses, context.train_set.num_classes):
+        context.monitor.warn("train-student", warning)
     shapes = student_shapes(student, losses, context)  # fails for unknown layers, before stores are staged
     paths = [local_store_path(place, context.monitor) for place in places]
     stores = [open_with_views(path, context.view_identity(), identity) for path in paths]

@@ -81,6 +81,8 @@ class Loss:
     one_label: ClassVar[bool] = False  # needs a single label per sample, which mixed samples do not have
     whole_logits: ClassVar[bool] = False  # needs the teacher's logits of all classes, which top-k stores do not have
     on_logits: ClassVar[bool] = False  # compares logits
+    min_classes: ClassVar[int] = 1  # with fewer it is constant, or not defined
+    two_classes: ClassVar[str] = ""  # which part of it is constant with two classes, for a warning
     input_gradient: ClassVar[bool] = False  # uses the gradient of the student's cross entropy by the images
 
     loss: str = ""  # its name, which registration sets
@@ -108,6 +110,17 @@ class Loss:
         """Return the teacher features required of the negatives."""
         return ()
 
+    def require_classes(self, num_classes: int) -> None:
+        """Raise RecipeError if the loss has nothing to learn from the logits of so few classes."""
+        standardized = bool(vars(self).get("standardize", False))
+        least = 3 if standardized else self.min_classes
+        if num_classes < least:
+            fault = "standardized logits of two classes are always the same" if standardized else "it would be constant"
+            raise RecipeError(
+                f"{self.loss}{' with standardize' * standardized} needs at least {least} classes, and there are "
+                f"{num_classes}: {fault}; {'leave that out' if standardized else 'use another loss'}."
+            )
+
     def student_layers(self) -> tuple[str, ...]:
         """Return the paths of the student's modules whose outputs the loss uses."""
         return ()
@@ -115,6 +128,10 @@ class Loss:
     def required_features(self, student: Shapes) -> tuple[FeatureSpec, ...]:
         """Return the required teacher features, given the shapes of the student's features."""
         return ()
+
+    def with_widths_of(self, student: Shapes) -> Loss:
+        """Return the loss with what `build` derives from these shapes of an unpruned student, for a pruned one."""
+        return self
 
     def temperatures(self) -> tuple[Temperature, ...]:
         """Return the temperatures at which the loss takes the softmax of the teacher's logits."""
@@ -221,6 +238,8 @@ class SoftLogitLoss(LogitLoss):
     Attributes:
         temperature: T of both softmaxes.
     """
+
+    min_classes: ClassVar[int] = 2
 
     temperature: Temperature = 4.0
 

@@ -21,7 +21,7 @@ class SampleSelection:
 
     Attributes:
         filter: "all" samples; "hard", the `fraction` of each batch whose labels get the lowest probability from the
-            teacher; or "correct", those that the teacher classifies correctly.
+            teacher; or "correct", those that the teacher classifies correctly. The loss is the mean over the selected.
         fraction: share of the batch that "hard" selects.
         weighting: "equal", or in proportion to the teacher's "entropy", its "certainty" (1 - normalized entropy) or its
             "correctness" (probability of the label), with a mean of 1 over the batch.

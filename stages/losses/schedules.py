@@ -46,7 +46,8 @@ class Schedule:
         start: value up to the first of `epochs`.
         end: value from the last of `epochs` on.
         shape: "linear", or "cosine" for half a cosine period.
-        epochs: first and last epoch of the change; by default those of the training.
+        epochs: first and last epoch of the change, counted from 0; two equal ones switch at that epoch. By default
+            those of the training.
     """
 
     start: Annotated[float, Field(ge=0), max_value(MAX_WEIGHT)]
@@ -55,17 +56,26 @@ class Schedule:
     epochs: Annotated[tuple[Epoch, Epoch], AfterValidator(_ascending)] | None = None
 
 
-def _positive(temperature: float | Schedule) -> float | Schedule:
-    if min(bounds(temperature)) <= 0:
-        raise ValueError("a temperature must be above 0")
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1000.0
+"""The temperatures of losses, as those of stores with top-k logits; T^2 times the rounding of float32 logits is noise
+beyond."""
+
+
+def _in_range(temperature: float | Schedule) -> float | Schedule:
+    lowest, highest = bounds(temperature)
+    if lowest < MIN_TEMPERATURE or highest > MAX_TEMPERATURE:
+        raise ValueError(
+            f"a temperature must be from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:,g}: T^2 times the rounding of the "
+            "logits is all that remains of a loss beyond"
+        )
     return temperature
 
 
 Scheduled = Annotated[float, Field(ge=0), max_value(MAX_WEIGHT)] | Schedule
 """A weight: a number or a schedule."""
 
-Temperature = Annotated[Annotated[float, Field(gt=0), max_value(10**9)] | Schedule, AfterValidator(_positive)]
-"""A temperature: a number above 0 or a schedule."""
+Temperature = Annotated[Annotated[float, Field(gt=0)] | Schedule, AfterValidator(_in_range)]
+"""A temperature: a number from 0.01 to 1,000, or a schedule."""
 
 
 def value_at(value: float | Schedule, progress: TrainProgress) -> float:
@@ -73,7 +83,12 @@ def value_at(value: float | Schedule, progress: TrainProgress) -> float:
     if not isinstance(value, Schedule):
         return value
     first, last = value.epochs or (0, progress.epochs - 1)
-    share = 1.0 if progress.epoch >= last else max(0.0, (progress.epoch - first) / (last - first))
+    if progress.epoch >= last:
+        share = 1.0
+    elif progress.epoch <= first:
+        share = 0.0
+    else:
+        share = (progress.epoch - first) / (last - first)
     if value.shape == "cosine":
         share = 0.5 * (1 - math.cos(math.pi * share))
     return value.start + (value.end - value.start) * share

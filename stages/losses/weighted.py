@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kdpipe.stages.data.loader.labels import HardLabels
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.inputs import LossInputs, Negatives
 from kdpipe.stages.losses.sample_selection import SampleSelection, compute_sample_weights, select_samples
@@ -51,6 +52,7 @@ class DistillationBatch:
         negatives: The negatives by loss name.
         input_gradient: As in `LossInputs`.
         global_batch_size: The samples of all processes; None if they are the B of this one.
+        hard: The labels of mixed samples; None if those of `labels` are all.
     """
 
     student: ModelOutput
@@ -62,10 +64,16 @@ class DistillationBatch:
     negatives: Mapping[str, Negatives]
     input_gradient: Tensor | None = None
     global_batch_size: int | None = None
+    hard: HardLabels | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Return the number of samples of all processes."""
+        return len(self.labels) if self.global_batch_size is None else self.global_batch_size
 
 
 class WeightedLoss(nn.Module):
-    """The loss of one entry on its samples, times its weight and their share of the batch."""
+    """The mean loss of one entry on its samples, times its weight."""
 
     def __init__(self, name: str, config: LossSettings, loss: nn.Module) -> None:
         super().__init__()
@@ -75,15 +83,20 @@ class WeightedLoss(nn.Module):
 
     def forward(self, batch: DistillationBatch, ensemble: TeacherTargets) -> Tensor:
         """Compute this process's share of the weighted loss of the global batch; the mean of the shares is the loss."""
-        inputs, may_be_partial = self._select_samples(batch, ensemble)
-        batch_size = len(batch.labels) if batch.global_batch_size is None else batch.global_batch_size
-        num_local = len(inputs.labels)
+        inputs, has_all = self._with_targets(batch, ensemble)
         # A process without such samples takes the same path as the others, which wait for it at collectives.
-        num_used = all_reduce_sum(num_local) if may_be_partial else batch_size
+        num_targets = num_used = batch.num_samples if has_all else all_reduce_sum(len(inputs.labels))
+        selected = select_samples(self.config.samples, inputs.teacher, inputs.labels)
+        if selected is not None:
+            inputs = inputs.rows(selected)
+            num_used = all_reduce_sum(len(selected))
         if num_used == 0:
             return batch.student.logits.new_zeros(())
+        num_local = len(inputs.labels)
         sample_weights = compute_sample_weights(self.config.samples, inputs.teacher, inputs.labels)
-        if num_local == num_used == 1 < batch_size:  # batch norm needs two rows; twice the same has the same mean
+        if (
+            num_local == num_used == 1 < batch.num_samples
+        ):  # batch norm needs two rows; twice the same has the same mean
             inputs = inputs.rows(torch.zeros(2, dtype=torch.int64, device=inputs.labels.device))
         loss: Tensor = self.loss(self._normalize_logits(inputs))
         wanted = [len(inputs.labels)] if self.config.per_sample else []
@@ -95,12 +108,14 @@ class WeightedLoss(nn.Module):
         if sample_weights is not None:
             loss = sample_weights.to(loss) * loss
         weight = value_at(self.config.weight, batch.progress)
+        # The mean over the selected samples; samples without targets count as 0.
         if not self.config.per_sample:
-            return weight * (num_used / batch_size) * loss.mean()
-        return weight * (num_local * num_processes() / batch_size) * (loss.mean() if num_local else loss.sum())
+            return weight * (num_targets / batch.num_samples) * loss.mean()
+        share = num_local * num_processes() * num_targets / (num_used * batch.num_samples)
+        return weight * share * (loss.mean() if num_local else loss.sum())
 
-    def _select_samples(self, batch: DistillationBatch, ensemble: TeacherTargets) -> tuple[LossInputs, bool]:
-        """Return the inputs of the loss's samples, and whether these may be fewer than the batch."""
+    def _with_targets(self, batch: DistillationBatch, ensemble: TeacherTargets) -> tuple[LossInputs, bool]:
+        """Return the inputs of the samples with targets, and whether these are always all of the batch."""
         uses_ensemble = self.config.store is None and self.config.on_logits
         number = self.config.store or 0
         inputs = LossInputs(
@@ -112,13 +127,10 @@ class WeightedLoss(nn.Module):
             batch.negatives.get(self.name),
             batch.input_gradient,
         )
-        rows = _samples_with_targets(batch.target_masks if uses_ensemble else [batch.target_masks[number]])
+        rows = samples_with_targets(batch.target_masks if uses_ensemble else [batch.target_masks[number]])
         if rows is not None and len(rows) < len(inputs.labels):
             inputs = inputs.rows(rows.to(inputs.labels.device, non_blocking=True))
-        selected = select_samples(self.config.samples, inputs.teacher, inputs.labels)
-        if selected is not None:
-            inputs = inputs.rows(selected)
-        return inputs, rows is not None or selected is not None
+        return inputs, rows is None
 
     def _normalize_logits(self, inputs: LossInputs) -> LossInputs:
         if not getattr(self.config, "standardize", False):
@@ -128,7 +140,7 @@ class WeightedLoss(nn.Module):
         return replace(inputs, student=student, teacher=teacher)
 
 
-def _samples_with_targets(target_masks: Sequence[Tensor | None]) -> Tensor | None:
+def samples_with_targets(target_masks: Sequence[Tensor | None]) -> Tensor | None:
     """Return the samples that any of the teachers has targets for, int64 [n]; None if that is always every sample."""
     masks = [mask for mask in target_masks if mask is not None]
     return torch.stack(masks).any(0).nonzero()[:, 0] if len(masks) == len(target_masks) else None

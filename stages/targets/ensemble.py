@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -27,7 +27,7 @@ class TeachersConfig:
     Attributes:
         ensemble: the mean of "logits" or of "probabilities".
         weights: "equal"; one number per teacher; by the teacher's "accuracy" on the test images; by its "confidence" in
-            each sample's label; or "learnable", trained with the student.
+            each sample's label; or "learnable", by the cross entropy of the combined target with the labels.
         temperatures: one per teacher, instead of the loss's.
         classes: for each teacher "same" (its classes are the student's), "names" (match classes by name), or a table
             from its class names to the student's.
@@ -35,7 +35,7 @@ class TeachersConfig:
 
     ensemble: Literal["logits", "probabilities"] = "logits"
     weights: Literal["equal", "accuracy", "confidence", "learnable"] | tuple[Share, ...] = "equal"
-    temperatures: tuple[Annotated[float, Field(gt=0, le=1e4)], ...] = ()
+    temperatures: tuple[Annotated[float, Field(ge=0.01, le=1000)], ...] = ()
     classes: tuple[ClassMapConfig, ...] = ()
 
     def class_map(self, number: int) -> ClassMapConfig:
@@ -152,6 +152,10 @@ class EnsembleTargets:
         floor = torch.finfo(weights.dtype).tiny
         weighted = [weights[:, [number]].clamp_min(floor).log() + values for number, values in enumerate(logs)]
         return temperature * torch.logsumexp(torch.stack(weighted), 0)
+
+    def detached(self) -> EnsembleTargets:
+        """Return the same without a gradient for learned weights, as a target must be."""
+        return replace(self, weights=self.weights.detach())
 
     def rows(self, index: Tensor) -> EnsembleTargets:
         teachers = tuple(teacher.rows(index) for teacher in self.teachers)

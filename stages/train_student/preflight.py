@@ -70,7 +70,7 @@ def _student(losses: Sequence[Loss], student: StudentConfig, teacher: nn.Module,
 
 
 def _build(loss: Loss, shapes: Shapes, teacher: nn.Module, context: StageContext, *, entry: str) -> None:
-    features = loss.required_features(shapes)
+    features, num_classes = loss.required_features(shapes), context.train_set.num_classes
     try:
         sources = source_shapes(teacher, features, context.image_shape)
         stored = {
@@ -80,7 +80,7 @@ def _build(loss: Loss, shapes: Shapes, teacher: nn.Module, context: StageContext
     except ModelError as error:
         raise RecipeError(f"{entry}, the teacher: {error}") from error
     try:
-        num_classes = context.train_set.num_classes
+        loss.require_classes(num_classes)
         module = loss.build(shapes, stored, DatasetInfo(2, num_classes))
         try_loss(loss, module, shapes, stored, num_classes)
     except RecipeError as error:

@@ -4,6 +4,7 @@ job.json                the inputs that determine the result; a rerun with other
 checkpoint.safetensors  all state, while the job is running
 metrics.jsonl           one line an epoch
 model.safetensors       the trained network
+adapters.safetensors    what trained with a student and is no part of it: the adapters of its losses
 model.onnx              the network for onnxruntime
 result.json             the results; its presence means that the job is finished
 SHA256SUMS              the sha256 of each of these files, checked when the file is read
@@ -19,12 +20,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdpipe.stages.errors import RunError
+from kdpipe.stages.errors import ANOTHER_RUN, RunError
 from kdpipe.store import FingerprintMismatch, differences, make_folders, sweep_partial
 from kdpipe.store.errors import KdpipeError
 from kdpipe.store.fs import safe_read
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
 from kdpipe.store.fs.checksums import SUMS, damages, remove_with_sum, require_intact, write_with_sum
+from kdpipe.store.redact import redacted_json
 
 MAX_JSON_BYTES = 2**26
 """The largest JSON file that is read: results for 1,000 classes take less than a hundredth of that."""
@@ -72,6 +74,10 @@ class JobDir:
         return self.path / "model.safetensors"
 
     @property
+    def adapters(self) -> Path:
+        return self.path / "adapters.safetensors"
+
+    @property
     def onnx(self) -> Path:
         return self.path / "model.onnx"
 
@@ -90,12 +96,12 @@ class JobDir:
         """
         make_folders([self.path])
         sweep_partial(self.path)
-        inputs = json.loads(json.dumps(fingerprint))
+        inputs = redacted_json(json.loads(json.dumps(fingerprint)))
         stored = read_json_file(self.path / "job.json")
         if stored is None:
             write_json_file(self.path / "job.json", inputs)
         elif found := differences(stored, inputs):
-            advice = "Choose another run folder (--run; in Python run=), or delete that folder to restart the job."
+            advice = f"Choose {ANOTHER_RUN}, or delete that folder to restart the job."
             raise FingerprintMismatch(f"the job in {self.path}", found, advice)
         if self.result() is not None:
             for folder in (self.path, *filter(Path.is_dir, self.path.iterdir())):  # also those of hints, pruning steps
@@ -167,5 +173,5 @@ def read_json_file(path: Path) -> dict[str, Any] | None:
 
 
 def write_json_file(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, atomically, with its sum."""
-    write_with_sum(path, (json.dumps(record, indent=1) + "\n").encode())
+    """Write a JSON object, indented, atomically, with its sum; URLs are redacted."""
+    write_with_sum(path, (json.dumps(redacted_json(record), indent=1) + "\n").encode())

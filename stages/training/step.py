@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,11 +152,22 @@ def micro_batch_warning(model: nn.Module, task: TrainingTask, batch: Batch, micr
         f"{batch_size}"
     )
     configs = task.distillation.configs if task.distillation else {}
-    affected = [name for name, config in configs.items() if not config.per_sample or config.samples.needs_probabilities]
+    affected = [name for name in configs if task.distillation and depends_on_batch(task.distillation.losses[name])]
     modules: list[nn.Module] = [model] + ([task.distillation] if task.distillation else [])
     if any(isinstance(module, _BatchNorm) for one in modules for module in one.modules()):
         affected.append("batch norm")
     return f"{warning}; computed per micro-batch: {', '.join(affected)}." if affected else f"{warning}."
+
+
+def depends_on_batch(loss: nn.Module) -> bool:
+    """Return whether a `WeightedLoss` is not a mean over samples: by what it computes, or by a state such as a memory.
+
+    Batch norm's state is named by itself.
+    """
+    config: Any = loss.config
+    norms = {id(buffer) for module in loss.modules() if isinstance(module, _BatchNorm) for buffer in module.buffers()}
+    has_state = any(id(buffer) not in norms for buffer in loss.buffers())
+    return not config.per_sample or config.samples.needs_probabilities or has_state
 
 
 def _averaged(

@@ -197,6 +197,7 @@ class TrainingTask:
             batch.negatives,
             gradient,
             global_batch_size,
+            batch.hard,
         )
 
     def _input_gradient(self, student: ModelOutput, batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ from kdpipe.stages.losses.base import SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.kd import kd_loss
 from kdpipe.stages.losses.schedules import Scheduled, value_at, warmup_factor
-from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.numerics import soften, to_float32
 
 
 @section
@@ -34,6 +34,7 @@ class DKD(SoftLogitLoss):
 
     paper: ClassVar[str] = "Zhao et al. 2022, arXiv 2203.08679"
     one_label: ClassVar[bool] = True
+    two_classes: ClassVar[str] = "the divergence among the other classes (beta) is 0"
 
     loss: Literal["dkd"] = "dkd"
     alpha: Scheduled = 1.0
@@ -80,7 +81,7 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, te
     teacher = log_odds(teacher_logits, labels, temperature).to(student.dtype)
     label = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
     rest = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
-    return temperature**2 * (label + rest)
+    return (temperature**2 * (label + rest)).to(to_float32(student_logits).dtype)
 
 
 def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -89,13 +90,13 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, te
 
 
 def log_odds(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Compute log(p / (1 - p)) of the label's softened probability p, [B], in float32 or wider.
+    """Compute log(p / (1 - p)) of the label's softened probability p, [B], from `soften`.
 
     1 - p is summed over the other classes, not computed from p, which rounds to 1 at saturated logits.
 
     Logits are [B, num_classes], labels int64 [B].
     """
-    soft = to_float32(logits) / temperature
+    soft = soften(logits, temperature)
     return soft.gather(1, labels[:, None])[:, 0] - torch.logsumexp(without_label(soft, labels), 1)
 
 

@@ -16,7 +16,7 @@ from kdpipe.stages.config import section
 from kdpipe.stages.losses.base import LogitLoss, SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.schedules import Scheduled, value_at
-from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.numerics import soften, to_float32
 
 
 @section
@@ -47,9 +47,10 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
         >>> kd_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]), temperature=4.0)
         tensor([1.9593])
     """
-    log_student = F.log_softmax(to_float32(student_logits) / temperature, dim=1)
-    log_teacher = F.log_softmax(to_float32(teacher_logits) / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    log_student = F.log_softmax(soften(student_logits, temperature), dim=1)
+    log_teacher = F.log_softmax(soften(teacher_logits, temperature), dim=1)
+    losses = temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    return losses.to(to_float32(student_logits).dtype)
 
 
 @section

@@ -20,6 +20,9 @@ from kdpipe.stages.losses.schedules import Temperature, value_at
 from kdpipe.stages.numerics import to_float32
 from kdpipe.stages.runtime.collectives import all_gather_with_grad
 
+MAX_RELATIONS = 2**22
+"""The largest number of elements of a matrix [num_classes, num_classes] that is computed: 16 MiB in float32."""
+
 
 @section
 class MLLD(LogitLoss):
@@ -36,6 +39,7 @@ class MLLD(LogitLoss):
 
     paper: ClassVar[str] = "Jin et al. 2023, CVPR"
     per_sample: ClassVar[bool] = False
+    min_classes: ClassVar[int] = 2
 
     loss: Literal["mlld"] = "mlld"
     temperature_list: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (2.0, 3.0, 4.0, 5.0, 6.0)
@@ -66,8 +70,16 @@ def mlld_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 def class_relation(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute |P_s^T P_s - P_t^T P_t|^2 / num_classes of probabilities P [B, num_classes], a scalar."""
-    return (student.t() @ student - teacher.t() @ teacher).square().sum() / student.shape[1]
+    """Compute |P_s^T P_s - P_t^T P_t|^2 / num_classes of probabilities P [B, num_classes], a scalar.
+
+    With many classes it is |P_s P_s^T|^2 + |P_t P_t^T|^2 - 2 |P_s P_t^T|^2, of matrices [B, B], in float64.
+    """
+    num_classes = student.shape[1]
+    if num_classes**2 <= MAX_RELATIONS:
+        return (student.t() @ student - teacher.t() @ teacher).square().sum() / num_classes
+    s, t = student.double(), teacher.double()
+    squares = [(x @ y.t()).square().sum() for x, y in ((s, s), (t, t), (s, t))]
+    return ((squares[0] + squares[1] - 2 * squares[2]) / num_classes).to(student.dtype)
 
 
 def batch_relation(student: Tensor, teacher: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from kdpipe.stages.losses.base import SoftLogitLoss
 from kdpipe.stages.losses.inputs import LossInputs
 from kdpipe.stages.losses.logits.dkd import without_label
 from kdpipe.stages.losses.schedules import Scheduled, Temperature, value_at
-from kdpipe.stages.numerics import to_float32
+from kdpipe.stages.numerics import soften, to_float32
 
 
 @section
@@ -31,6 +31,7 @@ class NKD(SoftLogitLoss):
 
     paper: ClassVar[str] = "Yang et al. 2023, arXiv 2303.13005"
     one_label: ClassVar[bool] = True
+    two_classes: ClassVar[str] = "the cross entropy among the other classes (gamma) is 0"
 
     loss: Literal["nkd"] = "nkd"
     gamma: Scheduled = 1.5
@@ -73,6 +74,6 @@ def target_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) 
 
 def non_target_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Compute -T^2 * sum over i != y of q_t^i log q_s^i of each sample, [B]. Shapes as in `nkd_loss`."""
-    log_student = F.log_softmax(to_float32(without_label(student_logits, labels)) / temperature, 1)
-    teacher = to_float32(without_label(teacher_logits, labels)).to(log_student.dtype)
-    return -(temperature**2) * (F.softmax(teacher / temperature, 1) * log_student).sum(1)
+    log_student = F.log_softmax(soften(without_label(student_logits, labels), temperature), 1)
+    teacher = F.softmax(soften(without_label(teacher_logits, labels), temperature).to(log_student.dtype), 1)
+    return (-(temperature**2) * (teacher * log_student).sum(1)).to(to_float32(student_logits).dtype)

@@ -45,6 +45,7 @@ class CRD(FeatureLoss):
 
     paper: ClassVar[str] = "Tian et al. 2020, arXiv 1910.10699"
     requires: ClassVar[str] = "pooled vector [C] of each layer, also of the negatives"
+    one_label: ClassVar[bool] = True  # other classes are negatives, and a mixed sample belongs to two
 
     loss: Literal["crd"] = "crd"
     weight: Scheduled = 0.8

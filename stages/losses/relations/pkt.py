@@ -38,7 +38,8 @@ class PKT(RelationLoss):
 def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the mean over B^2 of p_t log((p_t + eps) / (p_s + eps)), with p from `neighbors`.
 
-    As in RepDistiller a sample is one of its own neighbors.
+    As in RepDistiller a sample is one of its own neighbors. The logarithms are those of ratios close to 1, which the
+    weight of 30,000 enlarges: computed in float64.
 
     Features are [B, D] and [B, D']. The result is a scalar in float32 or wider.
 
@@ -47,8 +48,8 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
         tensor(0.0125)
     """
     student = to_float32(student)
-    p_student, p_teacher = neighbors(student), neighbors(teacher.to(student.dtype))
-    return (p_teacher * ((p_teacher + EPS) / (p_student + EPS)).log()).mean()
+    p_student, p_teacher = neighbors(student.double()), neighbors(teacher.double())
+    return (p_teacher * ((p_teacher + EPS) / (p_student + EPS)).log()).mean().to(student.dtype)
 
 
 def neighbors(vectors: Tensor) -> Tensor:

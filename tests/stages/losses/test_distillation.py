@@ -14,7 +14,7 @@ from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.losses.relations.sp import SP
 from kdpipe.stages.losses.sample_selection import SampleSelection
-from kdpipe.stages.losses.schedules import Schedule, TrainProgress
+from kdpipe.stages.losses.schedules import Schedule, TrainProgress, value_at
 from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
@@ -99,7 +99,7 @@ def test_hard_samples_have_the_lowest_label_probability():
     given = TEACHER_LOGITS.softmax(1)[torch.arange(8), LABELS]
     hard = given.argsort()[:3]
     losses = distillation(kd(samples=SampleSelection(filter="hard", fraction=0.3)))(make_batch(TEACHER_LOGITS))
-    expected = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].sum() / 8
+    expected = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].mean()  # the weight is not that of 3 of 8
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -109,10 +109,20 @@ def test_correct_samples_are_those_the_teacher_gets_right():
     right = teacher.argmax(1) == LABELS
     assert 3 <= right.sum() < 8
     losses = distillation(kd(samples=SampleSelection(filter="correct")))(make_batch(teacher))
-    expected = kd_loss(STUDENT_LOGITS, teacher, 2.0)[right].sum() / 8
+    expected = kd_loss(STUDENT_LOGITS, teacher, 2.0)[right].mean()
     assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
     wrong = torch.full((8, 10), 0.0).scatter(1, (LABELS[:, None] + 1) % 10, 9.0)
     assert float(distillation(kd(samples=SampleSelection(filter="correct")))(make_batch(wrong))["kd_0"]) == 0
+
+
+def test_samples_without_targets_count_beside_selected_ones():
+    known = torch.tensor([True, False, True, True, False, True, False, False])
+    config = kd(samples=SampleSelection(filter="hard", fraction=0.5))
+    losses = distillation(config)(make_batch(TEACHER_LOGITS, known=[known]))
+    rows = known.nonzero()[:, 0]
+    hard = rows[TEACHER_LOGITS.softmax(1)[rows, LABELS[rows]].argsort()[:2]]
+    expected = kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, 2.0)[hard].mean() * 4 / 8
+    assert losses["kd_0"].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("weighting", ["entropy", "certainty", "correctness"])
@@ -131,6 +141,14 @@ def test_weights_follow_their_schedules():
     for epoch, weight in ((0, 1.0), (2, 1.0), (3, 0.853553), (4, 0.5), (6, 0.0), (9, 0.0), (float("inf"), 0.0)):
         loss = distillation(fading)(make_batch(TEACHER_LOGITS, progress=TrainProgress(epoch, 10)))["kd_0"]
         assert loss.item() == pytest.approx(weight * whole, rel=1e-5, abs=1e-12), epoch
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_schedule_with_equal_epochs_is_a_switch(shape):
+    switch = Schedule(start=1.0, end=0.0, shape=shape, epochs=(2, 2))
+    assert [value_at(switch, TrainProgress(epoch, 4)) for epoch in range(4)] == [1.0, 1.0, 0.0, 0.0]
+    assert value_at(Schedule(start=1.0, end=0.5, epochs=(0, 0)), TrainProgress(0, 4)) == 0.5
+    assert value_at(Schedule(start=1.0, end=0.5), TrainProgress(0, 1)) == 0.5
 
 
 def test_standardized_logits_compose_with_a_loss():

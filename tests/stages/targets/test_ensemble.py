@@ -12,6 +12,7 @@ from support.tiny_run import CACHE, STUDENT, TEACHER, TRAIN, StopAfter, squares,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdpipe.pipeline.steps import cache_teacher, train_student
+from kdpipe.stages.data.loader.labels import HardLabels
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import DISTILLED, student_folder
 from kdpipe.stages.errors import RecipeError, StoppedEarly
@@ -174,7 +175,7 @@ def test_sample_without_any_target_causes_no_nan(ensemble, weights):
     combined = TeacherEnsemble(TeachersConfig(ensemble=ensemble, weights=weights), 3)
     student = STUDENT_LOGITS.clone().requires_grad_()
     losses = distilled(combined, kd())(batch(known, student))
-    losses["kd_0"].backward()
+    torch.stack(list(losses.values())).sum().backward()
     assert torch.isfinite(student.grad).all()
     assert (student.grad.abs().sum(1) > 0).tolist() == SOME.tolist()
     assert all(torch.isfinite(parameter.grad).all() for parameter in combined.parameters())
@@ -356,3 +357,41 @@ def test_wrong_list_is_an_error_before_training(run, tmp_path):
             train_in(tmp_path, run, student_of(**settings))
     with pytest.raises(RecipeError, match="student.teachers.weights = 'accuracy' needs"):
         train_in(tmp_path, run, student_of(weights="accuracy"))
+
+
+@pytest.mark.parametrize("ensemble", COMBINE)
+def test_weights_are_learned_from_the_labels_alone(ensemble):
+    """A constant teacher is the easiest to imitate, and must not get the weight for it."""
+    labels = torch.arange(40) % 4
+    good = 4 * torch.eye(4)[labels] + drawn(40, 4, seed=1).float()
+    student = torch.zeros(40, 4, requires_grad=True)
+    combined = TeacherEnsemble(TeachersConfig(ensemble=ensemble, weights="learnable"), 2)
+    losses = build_distillation(
+        [kd()], {}, ({}, {}), ensemble=combined, dataset=DatasetInfo(num_samples=40, num_classes=4), seed=0
+    )
+    teachers = [DenseTargets(torch.zeros(40, 4), {}), DenseTargets(good, {})]
+    optimizer = torch.optim.SGD([student, *losses.parameters()], lr=1.0)
+    for _ in range(200):
+        found = losses(
+            DistillationBatch(ModelOutput(student, {}), teachers, [None, None], labels, labels, FINISHED, {})
+        )
+        optimizer.zero_grad()
+        found["kd_0"].backward(retain_graph=True)
+        assert combined.scores.grad is None
+        found["teacher_weights"].backward()
+        optimizer.step()
+    assert combined.scores.softmax(0)[0] < 0.15
+    assert (student.argmax(1) == labels).float().mean() >= (good.argmax(1) == labels).float().mean()
+
+
+def test_mixed_samples_teach_the_weights_both_labels():
+    combined = TeacherEnsemble(TeachersConfig(weights="learnable"), 3)
+    partners, share = (LABELS + 1) % 10, torch.full((8,), 0.75)
+    mixed = dataclasses.replace(batch(), hard=HardLabels(LABELS, partners, share))
+    expected = mixed.hard.cross_entropy(sum(LOGITS) / 3).mean()
+    assert distilled(combined, kd())(mixed)["teacher_weights"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_weights_that_no_loss_uses_are_not_learned():
+    combined = TeacherEnsemble(TeachersConfig(weights="learnable"), 3)
+    assert list(distilled(combined, kd(store=1))(batch())) == ["kd_0"]

@@ -8,14 +8,24 @@ from support.tiny_run import StopAfter, squares, tiny_context
 from torch import nn
 
 from kdpipe.stages.errors import StoppedEarly
+from kdpipe.stages.losses.features.hint import Hint
+from kdpipe.stages.losses.inputs import DatasetInfo
+from kdpipe.stages.losses.logits.dist import DIST
+from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.losses.relations.crd import CRD
 from kdpipe.stages.losses.relations.nce import Memory
+from kdpipe.stages.losses.relations.pkt import PKT
+from kdpipe.stages.losses.sample_selection import SampleSelection
+from kdpipe.stages.losses.weighted import WeightedLoss
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.events import WARNING, RunMonitor
+from kdpipe.stages.targets.feature_spec import FeatureSpec
 from kdpipe.stages.training.checkpoint import Progress, save_checkpoint
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.loop import _set_up, train
 from kdpipe.stages.training.optim import TrainConfig
+from kdpipe.stages.training.step import depends_on_batch
 from kdpipe.stages.training.task import TrainingTask
 
 CPU = torch.device("cpu")
@@ -134,3 +144,17 @@ def test_targets_are_split_with_their_samples(tmp_path):
     assert torch.equal(torch.cat([part.hard.labels for part in parts]), batch.hard.labels)
     assert torch.equal(torch.cat([part.target_masks[0] for part in parts]), batch.target_masks[0])
     assert next(iter(batch.split(1))) is batch
+
+
+def test_losses_that_are_no_means_over_samples_are_named():
+    """CRD is [B], but its Z and its memory change with every micro-batch; batch norm is named by itself."""
+    shapes, pooled = {"a": (3, 4, 4)}, FeatureSpec("b", "pooled")
+    served = {FeatureSpec("b"): (3, 4, 4), pooled: (3,)}
+
+    def depends(config):
+        return depends_on_batch(WeightedLoss("loss", config, config.build(shapes, served, DatasetInfo(10, 4))))
+
+    layers = (("a", "b"),)
+    assert [depends(one) for one in (CRD(layers=layers, dim=4), PKT(layers=layers), DIST())] == [True] * 3
+    assert [depends(one) for one in (KD(), Hint(layers=layers))] == [False] * 2
+    assert depends(KD(samples=SampleSelection(filter="hard")))

@@ -12,7 +12,7 @@ from kdpipe.stages.losses.logits.dist import DIST, dist_loss
 @pytest.mark.parametrize(("temperature", "expected"), [(1.0, 2.099816725), (4.0, 34.7221359505)])
 def test_dist_matches_the_reference_code(temperature, expected):
     loss = dist_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature, beta=1.0, gamma=1.0)
-    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    assert loss.item() == pytest.approx(expected, rel=1e-7)  # without its eps of 1e-8
 
 
 def test_parts_match_numpys_correlations():
@@ -37,14 +37,14 @@ def test_defaults_match_the_reference_code():
 
 
 def test_the_columns_go_over_the_batch_of_all_processes(monkeypatch):
-    whole = [z.softmax(1) for z in (STUDENT_LOGITS, TEACHER_LOGITS)]
+    whole = [STUDENT_LOGITS, TEACHER_LOGITS]
     shards = [(STUDENT_LOGITS[:4], TEACHER_LOGITS[:4]), (STUDENT_LOGITS[4:], TEACHER_LOGITS[4:])]
     losses = []
     for student, teacher in shards:
         waiting = iter(whole)
         monkeypatch.setattr(dist, "all_gather_with_grad", lambda rows, waiting=waiting: next(waiting))
         losses.append(dist_loss(student, teacher, 1.0, beta=1.0, gamma=1.0))
-    assert torch.stack(losses).mean().item() == pytest.approx(2.099816725, rel=1e-9)
+    assert torch.stack(losses).mean().item() == pytest.approx(2.099816725, rel=1e-7)
 
 
 def test_gradient_matches_finite_differences():
@@ -93,3 +93,15 @@ def test_zero_and_flat_at_agreement():
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-4)
     assert logits.grad.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 1000.0])
+def test_a_perfect_student_is_not_charged_at_many_classes(temperature):
+    logits = drawn(2, 21843, seed=3).float()
+    assert dist_loss(logits, logits.clone(), temperature).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_probabilities_that_underflow_have_a_finite_gradient():
+    logits = drawn(4, 21843, seed=3).float().requires_grad_()
+    dist_loss(logits, drawn(4, 21843, seed=4).float(), 0.01).backward()
+    assert torch.isfinite(logits.grad).all()

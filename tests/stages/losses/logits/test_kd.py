@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support.loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
+from support.loss_inputs import STUDENT_LOGITS, TEACHER_LOGITS, drawn, make_inputs
 
+from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.logits.kd import KD, kd_loss
 from kdpipe.stages.losses.schedules import Schedule, TrainProgress
 
@@ -52,3 +53,20 @@ def test_module_uses_the_scheduled_temperature():
         assert loss.item() == pytest.approx(
             kd_loss(STUDENT_LOGITS, TEACHER_LOGITS, temperature).mean().item(), rel=1e-12
         )
+
+
+@pytest.mark.parametrize("temperature", [25.0, 1000.0])
+@pytest.mark.parametrize("num_classes", [10, 21843])
+def test_a_high_temperature_gives_the_value_of_float64(temperature, num_classes):
+    teacher = 2 * drawn(4, num_classes, seed=1)
+    student = teacher + 1e-3 * drawn(4, num_classes, seed=2)
+    losses = kd_loss(student.float(), teacher.float(), temperature)
+    assert losses.dtype == torch.float32
+    assert losses.min() >= 0
+    assert losses.tolist() == pytest.approx(kd_loss(student, teacher, temperature).tolist(), rel=0.01)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e4, 1e9])
+def test_a_temperature_beyond_float32_is_refused(temperature):
+    with pytest.raises(RecipeError, match=r"from 0.01 to 1,000"):
+        KD(temperature=temperature)

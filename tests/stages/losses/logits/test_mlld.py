@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.loss_inputs import DATASET, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
+from support.loss_inputs import DATASET, STUDENT_LOGITS, TEACHER_LOGITS, drawn, make_inputs
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.logits import mlld
@@ -84,3 +84,17 @@ def test_zero_and_flat_at_agreement():
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-12)
     assert logits.grad.abs().max() < 1e-12
+
+
+def test_many_classes_give_the_value_of_the_class_matrix(monkeypatch):
+    expected = class_relation(STUDENT, TEACHER).item()
+    monkeypatch.setattr(mlld, "MAX_RELATIONS", 99)
+    assert class_relation(STUDENT, TEACHER).item() == pytest.approx(expected, rel=1e-12)
+    assert class_relation(STUDENT.float(), STUDENT.float()).item() == 0
+
+
+def test_imagenet_21k_needs_no_class_matrix():
+    logits = drawn(2, 21843, seed=5).float()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        mlld_loss(logits, logits.flip(0))
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < 100 * 2 * 21843 * 8

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.loss_inputs import DATASET, LABELS, STUDENT_LOGITS, TEACHER_LOGITS, make_inputs
+from support.loss_inputs import DATASET, LABELS, STUDENT_LOGITS, TEACHER_LOGITS, drawn, make_inputs
 
 from kdpipe.stages.losses.logits.nkd import NKD, nkd_loss
 
@@ -88,3 +88,12 @@ def test_other_classes_have_no_gradient_at_agreement():
     others = others - nkd_loss(logits, TEACHER_LOGITS, LABELS, 2.0, gamma=0.0).mean()
     others.backward()
     assert logits.grad.abs().max() < 1e-12
+
+
+def test_gradient_at_a_high_temperature_is_that_of_float64():
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        student = drawn(4, 100, seed=1).to(dtype).requires_grad_()
+        nkd_loss(student, drawn(4, 100, seed=2).to(dtype), torch.arange(4), 1000.0).sum().backward()
+        gradients.append(student.grad.double())
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()

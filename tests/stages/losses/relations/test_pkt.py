@@ -20,3 +20,11 @@ def test_pkt_is_the_divergence_of_neighbors():
         of_student, of_teacher = (kernel / kernel.sum() for kernel in kernels)
         total += sum(of_teacher * ((of_teacher + 1e-7) / (of_student + 1e-7)).log()) / 9
     assert pkt_loss(student, teacher).item() == pytest.approx(float(total), rel=1e-12)
+
+
+def test_float32_near_the_teacher_has_the_value_of_float64():
+    teacher = drawn(64, 128, seed=1).relu().float()
+    student = teacher + 1e-3 * drawn(64, 128, seed=2).float()
+    exact = pkt_loss(student.double(), teacher.double()).item()
+    assert pkt_loss(student, teacher).item() == pytest.approx(exact, rel=1e-3)
+    assert exact < 1e-9  # below the rounding of a ratio in float32

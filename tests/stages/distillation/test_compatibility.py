@@ -1,0 +1,38 @@
+"""Losses that do not go together with the recipe's other settings are refused before anything is trained."""
+
+import pytest
+
+from kdpipe.stages.distillation.compatibility import check_losses, class_warnings
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.losses.logits.dist import DIST
+from kdpipe.stages.losses.logits.dkd import DKD
+from kdpipe.stages.losses.logits.kd import KD
+from kdpipe.stages.losses.logits.mlld import MLLD
+from kdpipe.stages.losses.logits.nkd import NKD
+from kdpipe.stages.losses.relations.crd import CRD
+from kdpipe.stages.targets.ensemble import TeachersConfig
+from kdpipe.stages.views.config import Views
+
+
+@pytest.mark.parametrize("loss", [NKD(), MLLD()])
+def test_temperatures_of_teachers_do_not_replace_several(loss):
+    teachers = TeachersConfig(temperatures=(4.0, 2.0))
+    with pytest.raises(RecipeError, match=r"distill.0 \((nkd|mlld)\) takes .* at several temperatures"):
+        check_losses([loss], Views(), teachers)
+    check_losses([type(loss)(store=1), KD()], Views(), teachers)
+
+
+@pytest.mark.parametrize("loss", [CRD(layers=(("a", "b"),)), DKD(), NKD()])
+def test_losses_with_other_classes_refuse_mixed_samples(loss):
+    with pytest.raises(RecipeError, match="needs a single label per sample"):
+        check_losses([loss], Views(mix={"mixup_alpha": 0.2}), TeachersConfig())
+
+
+def test_parts_that_two_classes_make_constant_are_told():
+    losses = [DKD(), KD(), NKD(), DIST()]
+    assert [text.partition(":")[0] for text in class_warnings(losses, 2)] == [
+        "distill.0 (dkd)",
+        "distill.2 (nkd)",
+        "distill.3 (dist)",
+    ]
+    assert list(class_warnings(losses, 3)) == []
