@@ -112,6 +112,7 @@ class StageContext:
             in_channels=self.train_set.in_channels,
             image_size=self.image_shape[1:],
             seed=seed,
+            notify=partial(self.monitor.warn_once, "model"),
         )
 
     def view_identity(self) -> dict[str, Any]:

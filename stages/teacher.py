@@ -38,6 +38,7 @@ class TeacherConfig:
         std: The input's standard deviation for each channel.
         expected_accuracy: The accuracy on the test images that the teacher is known to have, in percent. A lower one is
             refused, and given weights that reach it are not examined further.
+        export: Whether to write an ONNX file where that is possible. Only its size and latency in the report need it.
     """
 
     model: ModelConfig
@@ -45,6 +46,7 @@ class TeacherConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     expected_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
+    export: bool = True
 
 
 def teacher_folder(run: Path) -> JobDir:

@@ -29,6 +29,10 @@ MAX_SHOWN, MAX_VALUE_LENGTH = 4, 80
 """Differences that a message shows, and letters of each of their values."""
 
 
+class LinkedStoreError(StoreError):
+    """A store with links that lead out of it, which are followed only where the user asks for it."""
+
+
 class FingerprintMismatch(KdpipeError):
     """A mismatch between the inputs that made something on disk and the ones wanted now.
 

@@ -50,6 +50,8 @@ def network_entries(recipe: Mapping[str, Any], run: Path, root: Path | None = No
         entries.append(NetworkEntry("student distilled", "student", students("distilled"), "student"))
     else:
         entries.append(NetworkEntry("student given", "student", [root / "given"], "student"))
+    if not recipe["student"].get("export", True):  # nothing is compressed then
+        return entries
     for name, kind, timed_as in _compressed(recipe["compress"]):
         entries.append(NetworkEntry(name, kind, [root / f"{kind}-seed{seed}" for seed in seeds], timed_as))
     return entries
