@@ -15,10 +15,12 @@ from kdpipe.runs import isolated
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.config import whole_number
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.given_teacher import has_new_head
 from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.weights import weights_sha256
 
 INFO = "_kdpipe_info"
 
@@ -33,6 +35,7 @@ class ModelInfo:
         normalize: The input scaling of its training, None before it.
         starts_from: The identity of the network before its training.
         trained_sha256: The digest of its weights after its training.
+        drawn_sha256: The digest of its weights when it was built, if its classifier was new.
     """
 
     config: ModelConfig | None = None
@@ -40,6 +43,7 @@ class ModelInfo:
     normalize: Normalization | None = None
     starts_from: dict[str, Any] | None = None
     trained_sha256: str | None = None
+    drawn_sha256: str | None = None
 
 
 def info_of(model: nn.Module) -> ModelInfo:
@@ -124,7 +128,8 @@ def create_model(
     model = build_model(
         config, num_classes=images.num_classes, in_channels=images.in_channels, image_size=size, seed=seed
     )
-    remember(model, ModelInfo(config, str(model)))
+    drawn = weights_sha256(model) if has_new_head(config, images.num_classes) else None
+    remember(model, ModelInfo(config, str(model), drawn_sha256=drawn))
     return model
 
 

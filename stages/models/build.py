@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.config import PathStr, section
-from kdpipe.stages.errors import ModelError, UnknownModelError, cause
+from kdpipe.stages.errors import ModelError, NotLogitsError, UnknownModelError, cause
 from kdpipe.stages.models.clone import clone_without_hooks
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
 from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refusal
@@ -183,7 +183,7 @@ def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple
             f"{name} makes {list(logits.shape)} of two images of {images}, wanted logits [2, {num_classes}]."
         )
     if bool(((logits >= 0) & (logits <= 1)).all()) and (kind := _probabilities_of(model, image_shape)):
-        raise ModelError(
+        raise NotLogitsError(
             f"{name} ends in a {kind}: its outputs are probabilities, and losses and stores take logits. Return what "
             f"goes into the {kind}."
         )

@@ -88,8 +88,9 @@ def finalize(
     def evaluate_and_write() -> dict[str, Any]:
         report = evaluate_in_depth(network.model, test, test.device)
         require(report)
-        for warning in _warnings(report) if test.warn is not None else ():
-            test.warn(f"the network in {job_dir.path} {warning}.")
+        warn = test.warn or (lambda sentence: None)
+        for warning in _warnings(report):
+            warn(f"the network in {job_dir.path} {warning}.")
         return _write(job_dir, network, history, test, report, with_onnx=with_onnx, more=more or {})
 
     return process_group.on_main(evaluate_and_write)
