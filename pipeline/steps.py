@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.recipe.load import faults_of_trainings
+from kdpipe.pipeline.recipe.load import faults_of_trainings, trainings_of
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
@@ -52,6 +52,7 @@ from kdpipe.stages.teacher import (
     teacher_folder,
 )
 from kdpipe.stages.train_student.student import StudentRun, student_fingerprint, train_hint_stages
+from kdpipe.stages.training.class_balance import class_weights
 from kdpipe.stages.training.finalize import begin_job, finalize
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
@@ -319,6 +320,8 @@ def run_all(run: Run) -> dict[str, Any]:
     """Run every stage; each skips finished work."""
     for fault in faults_of_trainings(run.recipe, imports=True):
         raise RecipeError(fault)
+    for training in trainings_of(run.recipe).values():
+        class_weights(training, run.context.train_set.labels, run.context.train_set.num_classes)
     dry_run(run.recipe.compress, run.recipe.student, run.context)
     require_losses(run)
     run.check_losses_fit()
