@@ -2,8 +2,8 @@
 
     uv run python benchmarks/mapped_checks.py [--gib N] [--dir FOLDER]
 
-Writes a store of one view of N GiB, and reads one epoch of it in random batches of 256 rows, with `verify = "first"` and
-"never", each with the files in the page cache and dropped from it (posix_fadvise). Prints a Markdown table.
+Writes a store of one view of N GiB, and reads one epoch of it in random batches of 256 rows, with `verify = "first"`
+and "never", each with the files in the page cache and dropped from it (posix_fadvise). Prints a Markdown table.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from kdpipe.models import remembering
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.store import write_atomically
+from kdpipe.store.fs.checksums import require_intact
 from kdpipe.student_job import StudentJob
 
 
@@ -67,6 +68,7 @@ class Result:
     def history(self) -> list[dict[str, Any]]:
         """Accuracy, losses, learning rate and time of each epoch."""
         path = self.folder / "metrics.jsonl"
+        require_intact(path)
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def export(self, path: str | Path) -> Path:
@@ -181,5 +183,6 @@ def _copy(source: Path, path: str | Path) -> Path:
     if not source.is_file():
         kinds = sorted({file.suffix for file in source.parent.glob("model*.*")})
         raise RunError(f"{source.parent} has no {source.suffix or 'such'} file: choose from {', '.join(kinds)}.")
+    require_intact(source)
     write_atomically(target, source.read_bytes())
     return target

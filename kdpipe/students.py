@@ -36,7 +36,7 @@ from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.logits.kd import KD
 from kdpipe.stages.losses.schedules import Scheduled
 from kdpipe.stages.runtime.events import RunMonitor
-from kdpipe.stages.targets.open import local_store_path
+from kdpipe.stages.targets.open import local_store_path, trust_links
 from kdpipe.stages.train_student.student import student_fingerprint
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.stages.views.config import Views
@@ -128,6 +128,8 @@ def train_student(
         std=scaling.std if scaling else None,
         **further,
     )
+    if config.target_loading.follow_links:
+        trust_links(places)
     job = StudentJob(
         config=config,
         seed=seed,

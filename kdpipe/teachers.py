@@ -228,10 +228,11 @@ def _bundle(teacher: nn.Module | ModelBundle, context: StageContext, scaling: No
             f"the input normalization of this {type(teacher).__name__} is unknown, and with a wrong one its accuracy "
             "would drop silently: give normalize=(mean, std) of its training, for pixels in [0, 1]."
         )
-    context.build_model(config, 0)  # raises ModelError if images or classes do not fit
+    built = context.build_model(config, 0)  # raises ModelError if images or classes do not fit
     if info.drawn_sha256 is not None and info.drawn_sha256 == weights_sha256(teacher):
         raise ModelError("the teacher's classifier is new and random, as its weights are of other classes: train it.")
-    return ModelBundle(teacher.to(context.device).eval(), context.architecture(config), known)
+    network = teacher if type(built) is type(teacher) else built  # the copy returns its main logits alone
+    return ModelBundle(network.to(context.device).eval(), context.architecture(config), known)
 
 
 def _is_known(teacher: nn.Module | ModelBundle) -> bool:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
+from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
+from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
@@ -36,11 +37,10 @@ from kdpipe.stages.runtime.gpu.device import select_device
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
-from kdpipe.stages.targets.open import local_store_path, test_store_path
+from kdpipe.stages.targets.open import local_store_path, test_store_path, trust_links
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store import StoreError, is_url, make_folders, read_store_manifest
 
 
@@ -97,7 +97,7 @@ class Run:
     def write_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
         if self.process_group.is_main:
-            write_json_file(self.folder / "recipe.json", recipe_json(self.recipe))
+            write_run_recipe(self.folder, recipe_json(self.recipe))
 
     @cached_property
     def context(self) -> StageContext:
@@ -179,12 +179,22 @@ class Run:
     @property
     def stores(self) -> list[Path | str]:
         """The stores that students learn from: folders, or URLs."""
-        named = self.recipe.student.stores
-        return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
+        student = self.recipe.student
+        found = [where if is_url(where) else Path(where).absolute() for where in student.stores] or [self.store]
+        if student.target_loading.follow_links:
+            trust_links(found)
+        return found
 
     def check_losses_fit(self) -> dict[FeatureSpec, list[str]]:
-        """Check that all losses fit student and teacher, before the teacher is trained; return what they require."""
-        return self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context))
+        """Check that all losses fit student and teacher, and the store its format, before the teacher is trained.
+
+        Returns:
+            The required features, as `required_features`.
+        """
+        teacher = untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context)
+        required = self.required_features(teacher)
+        plan_store(self.recipe.cache, teacher, list(required), samples_in_row_order(self.context), self.context)
+        return required
 
     def required_features(self, teacher: ModelBundle) -> dict[FeatureSpec, list[str]]:
         """Return the teacher features to cache, in the smallest sufficient form, each with the keys that require it.

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kdpipe.pipeline.preflight import preflight, require_export, try_student, try_teacher
 from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
@@ -30,6 +31,7 @@ from kdpipe.stages.compress.artifacts.write import artifact_folder
 from kdpipe.stages.compress.compress import STEPS, CompressConfig, Step, compress, compressed_root, dry_run, is_done
 from kdpipe.stages.compress.fine_tune import build_fine_tuning
 from kdpipe.stages.context import StageContext, test_context
+from kdpipe.stages.distillation.adapters import save_adapters
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
@@ -52,7 +54,7 @@ from kdpipe.stages.teacher import (
     teacher_folder,
 )
 from kdpipe.stages.train_student.student import StudentRun, student_fingerprint, train_hint_stages
-from kdpipe.stages.training.finalize import begin_job, finalize
+from kdpipe.stages.training.finalize import add_onnx, begin_job, finalize
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.task import TrainingTask
@@ -81,6 +83,7 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
 
     teacher = build_teacher(config, seed, context)
     require_given(config, teacher, context)
+    try_teacher(config, teacher, context)
     if (done := begin_job(job_dir, teacher_fingerprint(config, seed, teacher, context), process_group)) is not None:
         return done
 
@@ -102,9 +105,21 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
             process_group=process_group,
         )
         history = train(job, context.device, context.monitor)
-    require = partial(require_accuracy, config, teacher, test=test)
-    # evaluate, export to ONNX, save
-    return finalize(job_dir, teacher, history, test, process_group=process_group, require=require)
+    return finalize(  # evaluate, export to ONNX, save
+        job_dir,
+        teacher,
+        history,
+        test,
+        process_group=process_group,
+        with_onnx=config.export,
+        on_no_export=partial(_warn_of_no_export, context),
+        require=partial(require_accuracy, config, teacher, test=test),
+    )
+
+
+def _warn_of_no_export(context: StageContext, reason: str) -> None:
+    text = f"there is no ONNX file of the teacher, only its size and latency in the report need one: {reason}"
+    context.monitor.warn("train-teacher", text)
 
 
 # --- Stage 1: run the teacher over every view, and cache its outputs
@@ -202,11 +217,15 @@ def train_student(
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     student = build_student(config, seed, context, spec.losses if spec else ())
+    with_onnx, test = student_run.with_onnx and config.export, context.evaluation(student.normalize)
+    try_student(replace(config, export=with_onnx), student, student_run.job_dir, context)
     fingerprint = student_fingerprint(config, seed, spec, student, context)
     if (done := begin_job(student_run.job_dir, fingerprint, process_group)) is not None:
+        if with_onnx and done["onnx_bytes"] is None:  # it was trained with student.export = false
+            done = process_group.on_main(partial(add_onnx, student_run.job_dir, student, done, test))
         return done
 
-    main, test = spec.without_hint_losses if spec else None, context.evaluation(student.normalize)
+    main = spec.without_hint_losses if spec else None
     job = TrainJob(
         stage="train-student",
         name=student_run.name,
@@ -223,9 +242,10 @@ def train_student(
         build = partial(_build_hint_task, student, spec, context)
         train_hint_stages(job, student, spec.losses, build, device=context.device, monitor=context.monitor)
     history = train(job, context.device, context.monitor)
+    more = process_group.on_main(partial(save_adapters, student_run.job_dir, job.task.distillation))
     # evaluate, export to ONNX, save
     return finalize(
-        student_run.job_dir, student, history, test, process_group=process_group, with_onnx=student_run.with_onnx
+        student_run.job_dir, student, history, test, process_group=process_group, with_onnx=with_onnx, more=more
     )
 
 
@@ -265,6 +285,7 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
         raise RecipeError(f"--only {only}: compress.steps is {list(config.steps)}; add the step to the recipe.")
     if config.steps:
         require_losses(run)
+    require_export(student)
     if not is_done(config, student, context.run_dir):
         dry_run(config, student, context)
     lower_priority(config.niceness)
@@ -292,6 +313,7 @@ def compress_student(
     Returns:
         The figures of each network, and the card of the exported artifacts, None if `steps` lacks "export".
     """
+    require_export(student)
     root = root or compressed_root(context.run_dir, config)
     fine_tuning = build_fine_tuning(student, seed, spec, context, root)  # student, task, test images
     figures = compress(config, fine_tuning, only=steps)  # prune, fine-tune, quantize, fine-tune, evaluate
@@ -317,16 +339,22 @@ def run_all(run: Run) -> dict[str, Any]:
     """Run every stage; each skips finished work. No teacher is trained for stores that are there already."""
     for fault in faults_of_trainings(run.recipe, imports=True):
         raise RecipeError(fault)
-    dry_run(run.recipe.compress, run.recipe.student, run.context)
     require_losses(run)
     features = list(run.check_losses_fit())
-    stages = {**STAGES, "cache-teacher": partial(run_cache_teacher, hint=False)}
+    preflight(run)
+    stages: dict[str, Callable[[Run], dict[str, Any]]] = {
+        **STAGES,
+        "cache-teacher": partial(run_cache_teacher, hint=False),
+    }
     if needs_teacher(run, features):
         warn_of_neighbor(run, features)
     else:
         stages = {name: stages[name] for name in ("train-student", "compress")}
     results: dict[str, Any] = {}
     for name, stage in stages.items():
+        if name == "compress" and not run.recipe.student.export:
+            run.monitor.warn(name, "student.export = false: nothing is compressed.")
+            continue
         with run.phase(name):
             results |= stage(run)
     return results

@@ -112,6 +112,7 @@ class StageContext:
             in_channels=self.train_set.in_channels,
             image_size=self.image_shape[1:],
             seed=seed,
+            notify=partial(self.monitor.warn_once, "model"),
         )
 
     def view_identity(self) -> dict[str, Any]:
@@ -177,7 +178,8 @@ def require_fitting_test_images(context: StageContext) -> None:
     if found != size:
         raise DataError(
             f"the test images of {context.test_set.name} are of {found[0]} x {found[1]} pixels, the training views of "
-            f"{size[0]} x {size[1]}: set data.image_size, or add an operation that gives that size."
+            f"{size[0]} x {size[1]}: set data.image_size (in Python image_size=), or add an operation to "
+            f"the views that gives {found[0]} x {found[1]}."
         )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from kdpipe.stages.config import config_fingerprint, section
 from kdpipe.stages.context import IMAGENET, StageContext, model_normalization
-from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.errors import ANOTHER_RUN, RecipeError
 from kdpipe.stages.models.build import PUBLISHED, ModelConfig, weights_path
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.normalization import Normalization, stated_scalings
@@ -38,6 +38,7 @@ class TeacherConfig:
         std: The input's standard deviation for each channel.
         expected_accuracy: The accuracy on the test images that the teacher is known to have, in percent. A lower one is
             refused, and given weights that reach it are not examined further.
+        export: Whether to write an ONNX file where that is possible. Only its size and latency in the report need it.
     """
 
     model: ModelConfig
@@ -45,6 +46,7 @@ class TeacherConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     expected_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
+    export: bool = True
 
 
 def teacher_folder(run: Path) -> JobDir:
@@ -108,7 +110,7 @@ def require_same_training(config: TeacherConfig, seed: int, context: StageContex
     wanted = {"seed": seed, "train": config_fingerprint(config.train) if config.train else None}
     found = differences({key: stored.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
     if found:
-        advice = "Use the recipe that trained it, or give this one another run folder (--run)."
+        advice = f"Use the recipe that trained it, or {ANOTHER_RUN}."
         raise FingerprintMismatch(f"the teacher in {folder}", found, advice)
 
 

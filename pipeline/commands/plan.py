@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.rate import duration_text
@@ -92,6 +93,7 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     teacher = load(recipe.teacher, recipe.seed, run.context)
     require_given(recipe.teacher, teacher, run.context)
     required = run.required_features(teacher)
+    preflight(run)
     plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)
     test_config, test_images = replace(config, top_k=None), test_context(run.context)
     test_plan = plan_cache(test_config, run.test_store, teacher, [], test_images, trained=trained)

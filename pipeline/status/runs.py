@@ -15,9 +15,10 @@ from typing import Any
 
 from kdpipe.pipeline.report.networks import MADE_IN_PYTHON, NetworkEntry, network_entries
 from kdpipe.pipeline.session.event_log import EVENTS
-from kdpipe.pipeline.status.files import Budget, Measure, lock_holder, number, read_tail, text
+from kdpipe.pipeline.status.files import Budget, Measure, number, read_tail, text
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
-from kdpipe.store.fs.safe_read import read_json_or_none
+from kdpipe.store.fs.checksums import read_intact_json
+from kdpipe.store.fs.lock import lock_holder
 
 LOCK = ".kdpipe.lock"
 RECIPE = "recipe.json"
@@ -104,7 +105,7 @@ def is_run(folder: Path, names: set[str]) -> bool:
         return False
     if names & {LOCK, "events.jsonl", "run.json"}:
         return True
-    recipe = read_json_or_none(folder / RECIPE) or {}
+    recipe = read_intact_json(folder / RECIPE) or {}
     return {"name", "student", "data"} <= set(recipe)
 
 
@@ -113,7 +114,7 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
     now = time.time()
     progress = read_progress(folder)
     current = progress.current if progress else None
-    stored = read_json_or_none(folder / RECIPE)
+    stored = read_intact_json(folder / RECIPE)
     networks = _networks(stored or {}, folder)
     in_python = (folder / MADE_IN_PYTHON).exists()  # networks that were never begun are not missing there
     jobs = [job for network in networks for job in network.jobs if not in_python or job.exists()]
@@ -187,7 +188,7 @@ def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> I
 
 def _known_accuracies(jobs: Iterable[Path]) -> list[float]:
     """Return the test accuracies of finished jobs in percent; results are untrusted."""
-    found = [(read_json_or_none(job / "result.json") or {}).get("accuracy") for job in jobs]
+    found = [(read_intact_json(job / "result.json") or {}).get("accuracy") for job in jobs]
     return [100 * value for value in found if isinstance(value, int | float) and 0 <= value <= 1]
 
 

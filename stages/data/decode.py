@@ -89,7 +89,7 @@ def decode_image(path: Path, spec: DecodeSpec) -> Pixels:
 
 
 def _orientation(file: Image.Image) -> Any:
-    """Return the EXIF orientation, 1 if EXIF cannot be read; ImageOps.exif_transpose writes EXIF again, and may fail."""
+    """Return the EXIF orientation, 1 if EXIF cannot be read. ImageOps.exif_transpose writes it again, and may fail."""
     try:
         return file.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # of odd EXIF anything

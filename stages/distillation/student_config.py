@@ -29,7 +29,7 @@ class StudentConfig:
         train: Epochs, optimizer and schedule.
         seeds: The seeds; each gives a student alone and a distilled one.
         baseline: Whether to train the student alone too, which the distilled one is compared with.
-        export: Whether to write an ONNX file, which `kdpipe compress` needs; whether it can be is tried before training.
+        export: Whether to write an ONNX file, which `kdpipe compress` needs; that is tried before training.
         hard_label_weight: The weight of the cross entropy with the labels beside the distillation losses.
         label_smoothing: The share of each label that is spread over all classes; also for the student alone.
         stores: The target stores; by default the one that this recipe's `cache-teacher` fills. Several stores are

@@ -129,6 +129,10 @@ class Loss:
         """Return the required teacher features, given the shapes of the student's features."""
         return ()
 
+    def with_widths_of(self, student: Shapes) -> Loss:
+        """Return the loss with what `build` derives from these shapes of an unpruned student, for a pruned one."""
+        return self
+
     def temperatures(self) -> tuple[Temperature, ...]:
         """Return the temperatures at which the loss takes the softmax of the teacher's logits."""
         return ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.errors import ModelError, NotLogitsError, UnknownModelError, cause
-from kdpipe.stages.models.clone import clone_without_hooks
+from kdpipe.stages.models.clone import clone_without_hooks, unwrap, unwrap_all
+from kdpipe.stages.models.main_logits import keep_main_logits
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
-from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refusal
+from kdpipe.stages.models.torchvision import WITH_AUXILIARY_HEADS, build_classifier, classifier_names, refusal
 from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
 from kdpipe.stages.models.weights import load_weights
 from kdpipe.stages.numerics import PROBABILITIES, kinds_of_outputs
@@ -60,22 +62,34 @@ class GivenModel(ModelConfig):
 
 
 def build_model(
-    config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int], seed: int
+    config: ModelConfig,
+    *,
+    num_classes: int,
+    in_channels: int,
+    image_size: tuple[int, int],
+    seed: int,
+    notify: Callable[[str], None] = lambda notice: None,
 ) -> nn.Module:
     """Build the network on the CPU, in training mode: images [B, in_channels, *image_size] -> logits [B, num_classes].
 
-    Equal seeds give equal weights, and torch's global generators are left unchanged. Raises ModelError for an unknown
-    name, unknown arguments, images that do not fit the network, or weights that cannot be loaded.
+    Equal seeds give equal weights, and torch's global generators are left unchanged. `notify` receives sentences on
+    what was changed or chosen: main logits of several outputs, the entries of a weights file. Raises ModelError for an
+    unknown name, unknown arguments, images that do not fit the network, or weights that cannot be loaded.
     """
+    image_shape = (in_channels, *image_size)
     if isinstance(config, GivenModel):
-        given = _copy(config.module)
-        _check_fit(type(given).__name__, given, num_classes, (in_channels, *image_size))
+        name = type(config.module).__name__
+        given = _copy(name, config.module)
+        keep_main_logits(name, given, image_shape, notify)
+        _check_fit(name, given, num_classes, image_shape)
         return given
     # On the CPU only: torch.manual_seed would also reset the generators of every GPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = _construct(config, num_classes, in_channels, image_size)
-        _check_fit(config.name, model, num_classes, (in_channels, *image_size))
+        model = _construct(config, num_classes, in_channels, image_size, notify)
+        if is_user_model(config.name) or config.name.removeprefix(TORCHVISION) in WITH_AUXILIARY_HEADS:
+            keep_main_logits(config.name, model, image_shape, notify)
+        _check_fit(config.name, model, num_classes, image_shape)
     if config.weights is not None and config.weights != PUBLISHED:
         load_weights(model, weights_path(config.weights))
     return model
@@ -109,11 +123,13 @@ def architecture(
     }
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(name: str, model: nn.Module) -> nn.Module:
     """Return a copy of a network object on the CPU, without hooks. Raises ModelError if it cannot be copied or run."""
-    name = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(f"{name} is a TorchScript module: give the nn.Module that it was made from.")
+    _refuse_scripted(name, model)
+    if wrapped := [path for path, module in model.named_modules() if unwrap(module) is not module]:
+        raise ModelError(
+            f"{name}: {wrapped[0]} is compiled or parallel on its own: wrap the whole network, or nothing."
+        )
     for what, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta or nn.parameter.is_lazy(tensor):
             raise ModelError(f"{name}: {what} has no values yet: initialize the network on the CPU first.")
@@ -127,13 +143,26 @@ def _copy(model: nn.Module) -> nn.Module:
         raise ModelError(f"{name} cannot be copied ({cause(error)}): remove what cannot be, such as locks.") from error
 
 
+def _refuse_scripted(name: str, model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"{name} has a TorchScript module, {path}" if path else f"{name} is a TorchScript module"
+            raise ModelError(f"{what}, which can neither be copied nor exported: use the nn.Module it was made from.")
+
+
 def list_models() -> list[str]:
     """List the names that ModelConfig accepts: registered and small-image networks, then torchvision's."""
     plain = [*MODELS.registered(), *sorted(SMALL_IMAGE_NETWORKS)]
     return plain + [TORCHVISION + name if name in SMALL_IMAGE_NETWORKS else name for name in classifier_names()]
 
 
-def _construct(config: ModelConfig, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+def _construct(
+    config: ModelConfig,
+    num_classes: int,
+    in_channels: int,
+    image_size: tuple[int, int],
+    notify: Callable[[str], None],
+) -> nn.Module:
     name, is_published = config.name.removeprefix(TORCHVISION), config.weights == PUBLISHED
     is_small, is_own = config.name in SMALL_IMAGE_NETWORKS, is_user_model(config.name)
     if not is_small and not is_own and name in classifier_names():
@@ -148,7 +177,11 @@ def _construct(config: ModelConfig, num_classes: int, in_channels: int, image_si
         )
     offered: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     if is_own:
-        return build_user_model(config.name, config.args, offered)
+        built = build_user_model(config.name, config.args, offered)
+        _refuse_scripted(config.name, built)
+        if (model := unwrap_all(built)) is not built:
+            notify(f"{config.name} returns {type(built).__name__}: the {type(model).__name__} inside is used.")
+        return model
     return build_small_image_network(config.name, config.args, **offered)
 
 

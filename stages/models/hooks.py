@@ -109,7 +109,7 @@ class FeatureExtractor:
             record = self._run(images)
             overwritten = record.overwritten()
         else:
-            restore = _snapshot(self._model, images)
+            restore = snapshot(self._model, images)
             record = self._run(images)
             self._num_calls[training] = record.num_calls
             if (overwritten := record.overwritten()) or self._no_further:
@@ -182,7 +182,7 @@ def _named(layers: Iterable[str]) -> str:
     return ", ".join(f"the output of {layer!r}" if layer else "the input" for layer in sorted(layers))
 
 
-def _snapshot(model: nn.Module, images: Tensor) -> Callable[[], None]:
+def snapshot(model: nn.Module, images: Tensor) -> Callable[[], None]:
     """Return a function that restores the model's buffers, the images and the random generators as they are now."""
     buffers = [
         (module, name, buffer)

@@ -27,6 +27,7 @@ from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.saved_model import save_model
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import make_folders
+from kdpipe.store.fs.checksums import remove_with_sum
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def train_hint_stages(
             record = {"architecture": dict(student.architecture)}
             process_group.on_main(partial(save_model, job_dir.model, student.model, record))
         if process_group.is_main:
-            job_dir.checkpoint.unlink(missing_ok=True)
+            remove_with_sum(job_dir.checkpoint)
         student.model.load_state_dict(load_tensors(job_dir.model)[0])
 
 

@@ -26,6 +26,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import cpu_name
 from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
 from kdpipe.store import make_folders
+from kdpipe.store.fs.checksums import require_intact
 
 
 def export_student(config: CompressConfig, fine_tuning: FineTuneContext, *, name: str) -> dict[str, Any]:
@@ -72,6 +73,8 @@ def measure_files(config: CompressConfig, fine_tuning: FineTuneContext, image_sh
     present = {
         name: folder.onnx for name, folder in _measured_folders(config, fine_tuning).items() if folder.onnx.is_file()
     }
+    for path in present.values():
+        require_intact(path)
     measured_on: dict[str, Any] = {
         "batch_sizes": list(config.latency_batch_sizes),
         "num_rounds": config.latency_rounds,

@@ -34,6 +34,7 @@ from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_fi
 from kdpipe.store import fsync_path, make_folders, write_atomically
 from kdpipe.store.format.identity import sha256_of
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
+from kdpipe.store.fs.checksums import SUMS, damages, record_sums, require_intact, write_with_sum
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def write_artifacts(
         shutil.rmtree(stale)
     networks = {candidate.kind: facts["networks"][candidate.kind] for candidate in candidates}
     card = _as_json({**facts, "ranking": ranked(networks), "reason": reason(networks)})
-    if read_json_file(folder / "card.json") != card or not (folder / "README.md").is_file():
-        write_atomically(folder / "README.md", ranking_text(card).encode())
+    if _intact_card(folder) != card:
+        write_with_sum(folder / "README.md", ranking_text(card).encode())
         write_json_file(folder / "card.json", card)
     return card
 
@@ -98,9 +99,8 @@ def _write_candidate(
     """Write the files of one network, unless they are there and whole."""
     network = candidate.network
     made_from = sha256_of(_as_json({"facts": facts, "opset": opset, "network": network.identity}))
-    previous = read_json_file(folder / "card.json") or {}
-    is_current = previous.get("made_from") == made_from and {key: previous.get(key) for key in facts} == _as_json(facts)
-    if is_current and _are_whole(folder, previous.get("files")):
+    previous = _intact_card(folder)
+    if previous.get("made_from") == made_from and {key: previous.get(key) for key in facts} == _as_json(facts):
         return
     with _staged(folder) as new:
         _write_network(new, candidate, test, opset)
@@ -128,7 +128,7 @@ def _write_candidate(
                 **network.normalize.to_json(),
             },
             "class_names": list(test.class_names),
-            "files": {path.name: _describe(path) for path in sorted(new.iterdir())},
+            "files": {path.name: _describe(path) for path in sorted(new.iterdir()) if path.name != SUMS},
             "made_from": made_from,
         }
         write_atomically(new / "README.md", card_text(card).encode())
@@ -143,6 +143,7 @@ def _staged(folder: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        record_sums(new)
         (folder / "card.json").unlink(missing_ok=True)
         for path in sorted(new.iterdir(), key=lambda path: path.name == "card.json"):
             path.replace(folder / path.name)
@@ -157,6 +158,7 @@ def _write_network(folder: Path, candidate: Candidate, test: Evaluation, opset: 
     if opset is not None:
         export_onnx(network.model, example, onnx, metadata=metadata, opset=opset)
     elif candidate.folder.onnx.is_file():
+        require_intact(candidate.folder.onnx)
         write_atomically(onnx, candidate.folder.onnx.read_bytes())
     else:
         raise RunError(
@@ -167,18 +169,15 @@ def _write_network(folder: Path, candidate: Candidate, test: Evaluation, opset: 
     export_program(network.model, example, folder / "model.pt2", metadata=metadata)
 
 
+def _intact_card(folder: Path) -> dict[str, Any]:
+    """Return the card of a folder whose files are all as they were written; empty for any other."""
+    is_intact = (folder / SUMS).exists() and next(damages(folder), None) is None
+    return (read_json_file(folder / "card.json") or {}) if is_intact else {}
+
+
 def _describe(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _are_whole(folder: Path, files: Any) -> bool:
-    """Return whether the files that a card lists exist as described."""
-    return (
-        isinstance(files, dict)
-        and bool(files)
-        and all((folder / name).is_file() and _describe(folder / name) == files[name] for name in files)
-    )
 
 
 def _as_json(record: Mapping[str, Any]) -> dict[str, Any]:

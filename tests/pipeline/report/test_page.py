@@ -32,6 +32,7 @@ from kdpipe.pipeline.report.html.sections.similarity import (
 from kdpipe.pipeline.report.html.write import SECTIONS, write_page
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.store import StoreError, open_store
 
 VOID = {"meta", "br", "img", "hr", "input"}
@@ -453,6 +454,21 @@ def test_real_run_has_similarity_and_samples(whole_run):
     assert read.text.count("teacher ") > len(images)
     assert "Selected from the first 359 test images." in read.text
     assert page_of(whole_run, file=whole_run / "again.html")[0] == text
+
+
+def test_networks_of_users_are_shown_from_their_onnx_files(whole_run, tmp_path):
+    """Their code is not imported."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    _, before, _ = page_of(whole_run)
+    for kind in ("alone", "distilled"):
+        path = run / "students" / f"{kind}-seed0" / "model.safetensors"
+        tensors, record = load_tensors(path)
+        record["architecture"] |= {"model": "python:gone:factory", "source_sha256": "a" * 64}
+        save_tensors(path, tensors, record)
+    _, read, messages = page_of(run)
+    assert len(messages) == 1  # nothing is left out
+    assert read.values("src") == before.values("src")
 
 
 def test_missing_data_leaves_out_only_the_samples(whole_run, tmp_path):
