@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from kdpipe.datasets import as_image_set
 from kdpipe.runs import isolated
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.config import whole_number
+from kdpipe.stages.context import VIEW_SIZE
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.given_teacher import has_new_head
 from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig
@@ -36,6 +37,7 @@ class ModelInfo:
         normalize: The input scaling of its training, None before it.
         starts_from: The identity of the network before its training.
         trained_sha256: The digest of its weights after its training.
+        resized_from: The (H, W) of views that were resized for it, with the side they were resized to.
         drawn_sha256: The digest of its weights when it was built, if its classifier was new.
     """
 
@@ -44,6 +46,7 @@ class ModelInfo:
     normalize: Normalization | None = None
     starts_from: dict[str, Any] | None = None
     trained_sha256: str | None = None
+    resized_from: dict[tuple[int, int] | None, int] = field(default_factory=dict)
     drawn_sha256: str | None = None
 
 
@@ -60,7 +63,14 @@ def remember(model: nn.Module, info: ModelInfo) -> None:
 
 def remembering(bundle: ModelBundle) -> ModelBundle:
     """Return a loaded network that remembers its input scaling."""
-    known = replace(info_of(bundle.model), normalize=bundle.normalize, starts_from=None, trained_sha256=None)
+    views, sides = bundle.architecture.get(VIEW_SIZE), bundle.architecture["image_size"]
+    known = replace(
+        info_of(bundle.model),
+        normalize=bundle.normalize,
+        starts_from=None,
+        trained_sha256=None,
+        resized_from={tuple(views): sides[0]} if views else {},
+    )
     remember(bundle.model, known)
     return bundle
 
