@@ -47,11 +47,14 @@ class ModelConfig:
             small-image network's, or `python:package.module:factory`.
         args: The network's own arguments, such as a width.
         weights: None (random), "published" (torchvision's), or the path of a .safetensors file or torch state dict.
+        classes: The names of the classes that the weights are of, where they are more than the data's or in another
+            order: "published", or the path of a file with one class a line. The rows of the data's classes are kept.
     """
 
     name: PathStr
     args: dict[str, Any] = field(default_factory=dict)
     weights: PathStr | None = None
+    classes: PathStr | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
