@@ -16,10 +16,12 @@ from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.config import whole_number
 from kdpipe.stages.context import VIEW_SIZE
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.given_teacher import has_new_head
 from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig, build_model
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.weights import weights_sha256
 
 INFO = "_kdpipe_info"
 
@@ -35,6 +37,7 @@ class ModelInfo:
         starts_from: The identity of the network before its training.
         trained_sha256: The digest of its weights after its training.
         resized_from: The (H, W) of views that were resized for it, with the side they were resized to.
+        drawn_sha256: The digest of its weights when it was built, if its classifier was new.
     """
 
     config: ModelConfig | None = None
@@ -43,6 +46,7 @@ class ModelInfo:
     starts_from: dict[str, Any] | None = None
     trained_sha256: str | None = None
     resized_from: dict[tuple[int, int] | None, int] = field(default_factory=dict)
+    drawn_sha256: str | None = None
 
 
 def info_of(model: nn.Module) -> ModelInfo:
@@ -134,7 +138,8 @@ def create_model(
     model = build_model(
         config, num_classes=images.num_classes, in_channels=images.in_channels, image_size=size, seed=seed
     )
-    remember(model, ModelInfo(config, str(model)))
+    drawn = weights_sha256(model) if has_new_head(config, images.num_classes) else None
+    remember(model, ModelInfo(config, str(model), drawn_sha256=drawn))
     return model
 
 
