@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from click import ClickException, Context
 from typer.core import TyperGroup
 
 from kdpipe.pipeline.session.signals import exit_on_signal
@@ -19,11 +18,12 @@ from kdpipe.store.redact import redacted
 class RedactingGroup(TyperGroup):
     """A group of commands whose usage errors, which quote the command line, lose the secrets of URLs."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except ClickException as error:
-            error.message = redacted(error.message)
+        except Exception as error:  # typer's own copy of click's exceptions, or click's
+            if isinstance(message := getattr(error, "message", None), str):
+                error.message = redacted(message)  # type: ignore[attr-defined]
             raise
 
 
