@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.preflight import preflight, require_export, try_student, try_teacher
-from kdpipe.pipeline.recipe.load import faults_of_trainings
+from kdpipe.pipeline.recipe.load import faults_of_trainings, trainings_of
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
 from kdpipe.stages.cache_teacher.cache import fill_store
@@ -44,6 +44,7 @@ from kdpipe.stages.runtime.cpu import lower_priority
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.tail_mass import report_tail, tail_of
 from kdpipe.stages.teacher import (
     TeacherConfig,
     build_teacher,
@@ -54,11 +55,12 @@ from kdpipe.stages.teacher import (
     teacher_folder,
 )
 from kdpipe.stages.train_student.student import StudentRun, student_fingerprint, train_hint_stages
+from kdpipe.stages.training.class_balance import class_weights
 from kdpipe.stages.training.finalize import add_onnx, begin_job, finalize
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.task import TrainingTask
-from kdpipe.store import ensure_store
+from kdpipe.store import ensure_store, open_store
 
 # --- Stage 0: train a teacher, or take a trained one
 
@@ -139,8 +141,13 @@ def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
     test_config, test_store, test_images = replace(recipe.cache, top_k=None), run.test_store, test_context(context)
     samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
     missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
+    store = cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard)
+    if recipe.cache.top_k and not store["num_units_missing"]:
+        stored = open_store(run.store)
+        for found in run.tail_masses(stored.manifest.top_k, tail_of(stored)):
+            report_tail(found, "cache-teacher", run.monitor)
     return {
-        "store": cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard),
+        "store": store,
         "test_store": cache_teacher(test_config, test_store, teacher, [], test_images, work_shard=run.work_shard),
     }
 
@@ -212,6 +219,7 @@ def train_student(
         context: The data and views.
         student_run: The student's folder and name; by default those of `kdpipe train-student`.
     """
+    context = context.resized(config.image_size)
     kind, process_group = ALONE if spec is None else DISTILLED, context.process_group
     student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"{kind} student, seed {seed}")
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
@@ -257,8 +265,8 @@ def _build_hint_task(
 
 def try_distillation(run: Run, spec: DistillationSpec, config: StudentConfig) -> TrainingTask:
     """Build a first training task, so that errors and warnings come before any training."""
-    seed = config.seeds[0]
-    task = build_task(build_student(config, seed, run.context, spec.losses), spec, seed, run.context)
+    seed, context = config.seeds[0], run.context.resized(config.image_size)
+    task = build_task(build_student(config, seed, context, spec.losses), spec, seed, context)
     if task.targets and task.targets.num_without_targets:
         count = f"{task.targets.num_without_targets:,} of {task.num_samples:,} samples have no targets"
         run.monitor.warn("train-student", f"{count}: they are trained on their labels alone.")
@@ -339,6 +347,8 @@ def run_all(run: Run) -> dict[str, Any]:
     """Run every stage; each skips finished work. No teacher is trained for stores that are there already."""
     for fault in faults_of_trainings(run.recipe, imports=True):
         raise RecipeError(fault)
+    for training in trainings_of(run.recipe).values():
+        class_weights(training, run.context.train_set.labels, run.context.train_set.num_classes)
     require_losses(run)
     features = list(run.check_losses_fit())
     preflight(run)

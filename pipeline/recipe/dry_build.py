@@ -18,7 +18,7 @@ from kdpipe.stages.data.load import KNOWN_NAMES, list_source
 from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
-from kdpipe.stages.errors import DataError, ModelError, RecipeError, UnknownModelError
+from kdpipe.stages.errors import DataError, ModelError, NotLogitsError, RecipeError, UnknownModelError
 from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.models.build import PUBLISHED, build_model, weights_path
@@ -193,7 +193,7 @@ def _faults_of_names(recipe: Recipe) -> Iterator[str]:
     for role, config in (("teacher", recipe.teacher.model), ("student", recipe.student.model)):
         try:
             build_model(config, num_classes=NUM_CLASSES, in_channels=channels, image_size=(side, side), seed=0)
-        except UnknownModelError as error:
+        except (UnknownModelError, NotLogitsError) as error:
             yield f"{role}: {error}"
         except ModelError:  # it does not fit images of the assumed size
             continue
