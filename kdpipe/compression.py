@@ -223,4 +223,4 @@ def _compress(
     assert card is not None, "the last step exports"
     given = job.config.model.module if isinstance(job.config.model, GivenModel) else None
     load = partial(rebuild, trust_python=True, given=given)  # the code that this process has just run
-    return CompressedResult(networks, Path(card["folder"]), card, load, job.run)
+    return CompressedResult(networks, Path(card["folder"]), card, config.kinds[-1], load, job.run)

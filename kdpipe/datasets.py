@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from kdpipe.stages.data.config import DataConfig
@@ -33,7 +34,12 @@ def load_dataset(name: str = "digits", **options: Any) -> tuple[ImageSet, ImageS
         (896, 10, (8, 8))
     """
     config = DataConfig(name=name, **options)
-    return load_split(config, "train"), load_split(config, "test")
+    loaded = load_split(config, "train"), load_split(config, "test")
+    for image_set in loaded:
+        left_out = [f"sample {dropped.sample_id} is left out: {dropped.why}" for dropped in image_set.dropped]
+        for notice in (*image_set.notices, *left_out):
+            warnings.warn(notice, stacklevel=2)
+    return loaded
 
 
 def as_image_set(dataset: Any, split: Split = "train", *, like: ImageSet | None = None, **options: Any) -> ImageSet:

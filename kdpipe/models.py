@@ -132,7 +132,7 @@ def load_student(path: Any, *, model: nn.Module | None = None, trust_python: boo
     """Load a network from the files that kdpipe writes, without pickle.
 
     Args:
-        path: A folder of artifacts, the folder of a student, a model.safetensors, or a result, whose network it is.
+        path: The folder of a student or of one exported network, a model.safetensors, or a result, whose network it is.
         model: A network of the class of the student's, for one that was trained as a Python object; a copy gets the
             weights.
         trust_python: Whether to build a network of the user's (`python:module:factory`), which runs the code that the
@@ -150,6 +150,8 @@ def load_student(path: Any, *, model: nn.Module | None = None, trust_python: boo
     as_path("path", path)
     file = Path(path).expanduser()
     file = file / "model.safetensors" if file.is_dir() else file
+    if not file.exists() and (found := sorted(other.parent.name for other in file.parent.glob("*/model.safetensors"))):
+        raise ModelError(f"{path} holds several networks, {', '.join(found)}: give the folder of one of them.")
     if file.suffix in (".onnx", ".pt2"):
         raise ModelError(f"{path} has no weights for torch: load the .safetensors file that was written beside it.")
     return remembering(rebuild(file, trust_python=trust_python, given=model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from kdpipe.arguments import Scaling, as_file, as_path, as_run_options
 from kdpipe.datasets import as_image_set
 from kdpipe.models import info_of, network_of
+from kdpipe.pipeline.commands.verify import RunVerifyReport, verify_run
 from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report
 from kdpipe.results import CompressedResult, Result, StudentResult
@@ -22,6 +23,7 @@ from kdpipe.stages.models.normalization import as_normalization
 from kdpipe.stages.views.config import Views
 from kdpipe.store import TargetStore
 from kdpipe.store.check.verify import VerifyReport, verify_store
+from kdpipe.store.fs.checksums import SUMS
 
 
 @isolated
@@ -92,16 +94,34 @@ def report(run: str | Path | StudentResult | CompressedResult, *, html: str | Pa
     return found
 
 
-def verify(store: TargetStore | str | Path) -> VerifyReport:
-    """Verify every byte of a store: metadata, samples, markers and shards.
+@overload
+def verify(place: TargetStore) -> VerifyReport: ...
+
+
+@overload
+def verify(place: Result | CompressedResult) -> RunVerifyReport: ...
+
+
+@overload
+def verify(place: str | Path) -> VerifyReport | RunVerifyReport: ...
+
+
+def verify(place: TargetStore | Result | CompressedResult | str | Path) -> VerifyReport | RunVerifyReport:
+    """Verify every byte of a store or of a run folder, by the checksums recorded when it was written.
 
     Args:
-        store: An opened store, or its folder.
+        place: A run folder, or a result, whose folder is checked; or a store, opened or its folder.
 
     Returns:
-        All faults in `damaged`, unfinished units in `missing`; `ok` if there are none.
+        All faults in `damaged`; of a store also unfinished units in `missing`, of a run the verdicts on its `stores`.
+        `ok` if there are none.
 
     Raises:
-        StoreError: There is no store.
+        StoreError, RunError: There is no store, and no run folder.
+        LockedError: A job is writing into the run folder.
     """
-    return verify_store(store.path if isinstance(store, TargetStore) else as_path("store", store))
+    if isinstance(place, TargetStore):
+        return verify_store(place.path)
+    path = place.folder if isinstance(place, Result | CompressedResult) else as_path("place", place)
+    is_run = (path / SUMS).exists() or (path / "recipe.json").exists()
+    return verify_run(path) if is_run else verify_store(path)

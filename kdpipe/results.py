@@ -16,6 +16,7 @@ from kdpipe.models import remembering
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.store import write_atomically
+from kdpipe.store.fs.checksums import require_intact
 from kdpipe.student_job import StudentJob
 
 
@@ -67,6 +68,7 @@ class Result:
     def history(self) -> list[dict[str, Any]]:
         """Accuracy, losses, learning rate and time of each epoch."""
         path = self.folder / "metrics.jsonl"
+        require_intact(path)
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def export(self, path: str | Path) -> Path:
@@ -122,8 +124,9 @@ class CompressedResult:
 
     Attributes:
         networks: The results of each network that was made, such as `pruned` and `int8`, in order.
-        folder: The folder of the exported artifacts.
-        card: The content of card.json: sizes, latencies, files, and where the student comes from.
+        folder: The folder of the exported artifacts: one of each network, and their ranking.
+        card: The content of its card.json: the ranking, sizes, latencies, and where the student comes from.
+        final: The name of the final network: the last that was made.
         load: Returns the network from its weights file.
         run: The run folder of the student.
     """
@@ -131,24 +134,29 @@ class CompressedResult:
     networks: Mapping[str, Result]
     folder: Path
     card: Mapping[str, Any]
+    final: str
     load: Callable[[Path], ModelBundle]
     run: Path
 
     @property
+    def recommended(self) -> str:
+        """Name of the smallest network that reaches 99 % of the best one's accuracy; the unchanged one is `student`."""
+        return str(self.card["ranking"][0])
+
+    @property
     def accuracy(self) -> float:
         """Accuracy of the final network on the test images, in [0, 1]."""
-        rows = list(self.card["networks"].values())
-        return float(rows[-1]["accuracy"])
+        return float(self.card["networks"][self.final]["accuracy"])
 
     @property
     def num_bytes(self) -> int:
         """Size of the final network's ONNX file."""
-        return self._file(".onnx").stat().st_size
+        return (self.folder / self.final / "model.onnx").stat().st_size
 
     @cached_property
     def bundle(self) -> ModelBundle:
         """The final network with its input scaling, rounding as its integer file does."""
-        return remembering(self.load(self.folder / "model.safetensors"))
+        return remembering(self.load(self.folder / self.final / "model.safetensors"))
 
     @property
     def model(self) -> nn.Module:
@@ -161,12 +169,7 @@ class CompressedResult:
         Raises:
             RunError: There is no file of this kind.
         """
-        return _copy(self._file(Path(path).suffix), path)
-
-    def _file(self, suffix: str) -> Path:
-        """Return the final network's file of a kind: model.int8.onnx rather than model.onnx."""
-        found = [self.folder / name for name in self.card["files"] if Path(name).suffix == suffix]
-        return max(found, key=lambda path: len(path.name), default=self.folder / f"model{suffix}")
+        return _copy(self.folder / self.final / f"model{Path(path).suffix}", path)
 
     def __repr__(self) -> str:
         names = ", ".join(f"{name} {100 * row['accuracy']:.2f} %" for name, row in self.card["networks"].items())
@@ -180,5 +183,6 @@ def _copy(source: Path, path: str | Path) -> Path:
     if not source.is_file():
         kinds = sorted({file.suffix for file in source.parent.glob("model*.*")})
         raise RunError(f"{source.parent} has no {source.suffix or 'such'} file: choose from {', '.join(kinds)}.")
+    require_intact(source)
     write_atomically(target, source.read_bytes())
     return target

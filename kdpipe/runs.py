@@ -27,7 +27,7 @@ from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup, init_distrib
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent, RunMonitor
 from kdpipe.stages.runtime.gpu.device import choose_device, select_device
 from kdpipe.stages.runtime.memory import disable_malloc_trim
-from kdpipe.stages.training.job_dir import read_json_file, write_json_file
+from kdpipe.stages.training.job_dir import note_on_old_jobs, read_json_file, sweep_run
 from kdpipe.stages.views.config import Views
 from kdpipe.store import FingerprintMismatch, canonical_json, differences, exclusive, make_folders, shared
 
@@ -110,12 +110,18 @@ class RunOptions:
         from kdpipe.pipeline.terminal.progress import reporter
 
         disable_malloc_trim()
+        num_threads = torch.get_num_threads()
         lock = shared if is_shared else exclusive
         with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, num_threads)  # a resumed training uses the number that it began with
             process_group = stack.enter_context(_process_group())
             if process_group.is_main:
                 make_folders([folder])
                 stack.enter_context(lock(folder, folder / ".kdpipe.lock"))
+                if not is_shared:
+                    sweep_run(folder)
+                if note := note_on_old_jobs(folder):
+                    warnings.warn(note, stacklevel=4)
             report = stack.enter_context(reporter(as_json=False)) if self.progress and process_group.is_main else None
 
             def show(event: ProgressEvent) -> None:
@@ -154,8 +160,8 @@ def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
 
     Sections of earlier calls on the same folder are kept, and so are the seeds of a student trained with others.
     """
-    from kdpipe.pipeline.recipe.load import parse_recipe, recipe_json
-    from kdpipe.pipeline.report.report import MADE_IN_PYTHON
+    from kdpipe.pipeline.recipe import load
+    from kdpipe.pipeline.report.networks import MADE_IN_PYTHON
 
     path, mark = folder / "recipe.json", folder / MADE_IN_PYTHON
     stored = read_json_file(path) or {}
@@ -170,7 +176,7 @@ def write_run_recipe(folder: Path, sections: Mapping[str, Any]) -> None:
         if not sections["distill"]:  # a student alone has no losses and stores
             table |= {key: stored[key] for key in ("teacher", "distill")}
             table["student"] = {**stored["student"], "seeds": sorted(seeds)}
-    write_json_file(path, recipe_json(parse_recipe(table, str(path))))
+    load.write_run_recipe(folder, load.recipe_json(load.parse_recipe(table, str(path))))
 
 
 P = ParamSpec("P")

@@ -28,6 +28,7 @@ from kdpipe.stages.targets.open import local_store_path, test_store_path
 from kdpipe.stages.training.job_dir import read_json_file, write_json_file
 from kdpipe.stages.views.config import Views
 from kdpipe.store import FingerprintMismatch, canonical_json, differences, is_url, make_folders, read_store_manifest
+from kdpipe.store.redact import redacted_json
 
 RECORD = "recipe.json"
 """The record of the settings and inputs in a folder of compressed networks other than `compressed/`."""
@@ -164,7 +165,7 @@ def _other_inputs(trained: StudentJob, job: StudentJob) -> dict[str, Any]:
     """Return the images and stores to fine-tune on where they are not those of the training."""
     found: dict[str, Any] = {}
     if job.places != trained.places:
-        found["stores"] = list(map(str, job.places))
+        found["stores"] = redacted_json(list(map(str, job.places)))
     if job.train_set is not trained.train_set:
         before, now = (samples_of(one).digests() for one in (trained.train_set, job.train_set))
         found |= {"data": now} if now != before else {}

@@ -210,9 +210,10 @@ def _bundle(teacher: nn.Module | ModelBundle, context: StageContext, scaling: No
             f"the input normalization of this {type(teacher).__name__} is unknown, and with a wrong one its accuracy "
             "would drop silently: give normalize=(mean, std) of its training, for pixels in [0, 1]."
         )
-    context.build_model(config, 0)  # raises ModelError if images or classes do not fit
+    built = context.build_model(config, 0)  # raises ModelError if images or classes do not fit
+    network = teacher if type(built) is type(teacher) else built  # the copy returns its main logits alone
     return ModelBundle(
-        teacher.to(context.device).eval(),
+        network.to(context.device).eval(),
         context.architecture(config),
         known or model_normalization(context.train_set, config.weights, None, None),
     )

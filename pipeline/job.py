@@ -97,6 +97,8 @@ def run_job(
                 process_group=process_group,
             )
             run.begin()
+            if process_group.is_main:
+                _tidy(folder, is_alone=lock is exclusive)
             with _recorded(run, command) as run:
                 with _with_progress(run, options) as shown:
                     process_group.check_stop(shown.monitor)
@@ -106,6 +108,16 @@ def run_job(
                     shown.write_recipe()
                 if process_group.is_main and (code := _print_results(command, run, results, options.as_json)):
                     raise typer.Exit(code)
+
+
+def _tidy(folder: Path, *, is_alone: bool) -> None:
+    """Remove what killed jobs left in a run folder, and warn of jobs that cannot be checked."""
+    from kdpipe.stages.training.job_dir import note_on_old_jobs, sweep_run
+
+    if is_alone:
+        sweep_run(folder)
+    if note := note_on_old_jobs(folder):
+        print_warning(note)
 
 
 def _monitor(recipe: Recipe, folder: Path, options: JobOptions, should_stop: Callable[[], bool]) -> RunMonitor:

@@ -13,7 +13,7 @@ import typer
 
 from kdpipe.pipeline.job import open_run, run_job
 from kdpipe.pipeline.recipe_app import recipe_app
-from kdpipe.pipeline.session.guard import guarded
+from kdpipe.pipeline.session.guard import RedactingGroup, guarded
 from kdpipe.pipeline.session.options import AsJson, CommonOptions, JobOptions, Quiet, RecipePath, Verbose, with_options
 from kdpipe.pipeline.session.paths import output_path, require_file, require_writable
 from kdpipe.pipeline.store_app import store_app
@@ -26,6 +26,7 @@ EXIT_CODES = (
 
 app = typer.Typer(
     name="kdpipe",
+    cls=RedactingGroup,
     help="Offline knowledge distillation: cache a teacher's outputs once, train students from the cache.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
@@ -254,6 +255,22 @@ def status(
 
         found = read_status(folder)
         print_result(as_json, found.to_json(), lambda: print_status(found))
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A run folder; a store is checked as well.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every file of a run, and its stores. Exit status 1 if anything is damaged, 3 if units are only missing."""
+    with guarded():
+        from kdpipe.pipeline.commands import verify as command
+
+        verdict = command.verify(folder, as_json)
+        print_result(
+            as_json, {"path": str(folder), **verdict.to_json()}, lambda: command.print_verdict(folder, verdict)
+        )
+        command.exit_for(verdict)
 
 
 @app.command()

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json
+from kdpipe.pipeline.recipe.load import Recipe, all_losses, read_run_recipe, recipe_json, write_run_recipe
+from kdpipe.stages.cache_teacher.plan import plan_store, samples_in_row_order
 from kdpipe.stages.context import StageContext, require_fitting_test_images, test_image_size
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
@@ -26,7 +26,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import student_shapes
-from kdpipe.stages.distillation.teacher_accuracy import teacher_logits
+from kdpipe.stages.distillation.teacher_accuracy import TeacherLogits, teacher_logits
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import required_of
@@ -38,12 +38,11 @@ from kdpipe.stages.runtime.gpu.device import select_device
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
-from kdpipe.stages.targets.open import local_store_path, test_store_path
+from kdpipe.stages.targets.open import local_store_path, test_store_path, trust_links
 from kdpipe.stages.targets.resolve import smallest_feature
 from kdpipe.stages.targets.tail_mass import TailMass, measure_tails
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.stages.training.job_dir import write_json_file
 from kdpipe.store import StoreError, TopK, is_url, make_folders, read_store_manifest
 
 
@@ -100,7 +99,7 @@ class Run:
     def write_recipe(self) -> None:
         """Write the resolved recipe into the run folder."""
         if self.process_group.is_main:
-            write_json_file(self.folder / "recipe.json", recipe_json(self.recipe))
+            write_run_recipe(self.folder, recipe_json(self.recipe))
 
     @cached_property
     def context(self) -> StageContext:
@@ -120,14 +119,14 @@ class Run:
         require_fitting_test_images(context)
         return context
 
-    def _get_teacher_logits(self) -> Tensor | None:
+    def _get_teacher_logits(self) -> TeacherLogits | None:
         """Return the teachers' logits of the test images; None while their stores are missing."""
         if any(not is_url(store) and not Path(store).exists() for store in self.stores):
             return None
         return self._teacher_logits
 
     @cached_property
-    def _teacher_logits(self) -> Tensor | None:
+    def _teacher_logits(self) -> TeacherLogits | None:
         return teacher_logits(self.stores, self.recipe.student.teachers, self.context)
 
     def _load(
@@ -137,9 +136,11 @@ class Run:
         size: int | None = None,
         only: NDArray[np.int64] | None = None,
     ) -> ImageSet:
-        """Load a split of the data set, or only the samples with the ids `only`; warn of every image left out."""
+        """Load a split of the data set, or only the samples with the ids `only`; warn of all that is left out."""
         counter = self.monitor.counter("data", f"scan the images of the {split} split", "image")
         image_set = load_dataset(data, split, size=size, only=only, on_image=counter)
+        for notice in image_set.notices:
+            self.monitor.warn("data", notice)
         for dropped in image_set.dropped:
             self.monitor.warn("data", f"sample {dropped.sample_id} is left out: {dropped.why}")
         return image_set
@@ -180,12 +181,22 @@ class Run:
     @property
     def stores(self) -> list[Path | str]:
         """The stores that students learn from: folders, or URLs."""
-        named = self.recipe.student.stores
-        return [where if is_url(where) else Path(where).absolute() for where in named] or [self.store]
+        student = self.recipe.student
+        found = [where if is_url(where) else Path(where).absolute() for where in student.stores] or [self.store]
+        if student.target_loading.follow_links:
+            trust_links(found)
+        return found
 
-    def check_losses_fit(self) -> None:
-        """Check that all losses fit student and teacher, before the teacher is trained."""
-        self.required_features(untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context))
+    def check_losses_fit(self) -> dict[FeatureSpec, list[str]]:
+        """Check that all losses fit student and teacher, and the store its format, before the teacher is trained.
+
+        Returns:
+            The required features, as `required_features`.
+        """
+        teacher = untrained_teacher(self.recipe.teacher, self.recipe.seed, self.context)
+        required = self.required_features(teacher)
+        plan_store(self.recipe.cache, teacher, list(required), samples_in_row_order(self.context), self.context)
+        return required
 
     def required_features(self, teacher: ModelBundle) -> dict[FeatureSpec, list[str]]:
         """Return the teacher features to cache, in the smallest sufficient form, each with the keys that require it.

@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdpipe.pipeline.recipe.load import faults_of_trainings, trainings_of
+from kdpipe.pipeline.preflight import preflight, require_export, try_student, try_teacher
+from kdpipe.pipeline.recipe.load import faults_of_trainings
 from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
 from kdpipe.stages.cache_teacher.cache import fill_store
 from kdpipe.stages.cache_teacher.plan import (
     CacheConfig,
@@ -34,6 +36,7 @@ from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import ALONE, DISTILLED, StudentConfig, student_folder, view_warning
 from kdpipe.stages.distillation.task_builder import build_student, build_task
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.given_teacher import require_accuracy, require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.models.bundle import ModelBundle
@@ -52,8 +55,7 @@ from kdpipe.stages.teacher import (
     teacher_folder,
 )
 from kdpipe.stages.train_student.student import StudentRun, student_fingerprint, train_hint_stages
-from kdpipe.stages.training.class_balance import class_weights
-from kdpipe.stages.training.finalize import begin_job, finalize
+from kdpipe.stages.training.finalize import add_onnx, begin_job, finalize
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.task import TrainingTask
@@ -81,9 +83,12 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
         process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     teacher = build_teacher(config, seed, context)
+    require_given(config, teacher, context)
+    try_teacher(config, teacher, context)
     if (done := begin_job(job_dir, teacher_fingerprint(config, seed, teacher, context), process_group)) is not None:
         return done
 
+    teacher.model.to(context.device)
     test = context.evaluation(teacher.normalize)
     history: list[dict[str, Any]] = []
     if config.train is not None:
@@ -101,18 +106,37 @@ def train_teacher(config: TeacherConfig, seed: int, context: StageContext) -> di
             process_group=process_group,
         )
         history = train(job, context.device, context.monitor)
-    return finalize(job_dir, teacher, history, test, process_group=process_group)  # evaluate, export to ONNX, save
+    return finalize(  # evaluate, export to ONNX, save
+        job_dir,
+        teacher,
+        history,
+        test,
+        process_group=process_group,
+        with_onnx=config.export,
+        on_no_export=partial(_warn_of_no_export, context),
+        require=partial(require_accuracy, config, teacher, test=test),
+    )
+
+
+def _warn_of_no_export(context: StageContext, reason: str) -> None:
+    text = f"there is no ONNX file of the teacher, only its size and latency in the report need one: {reason}"
+    context.monitor.warn("train-teacher", text)
 
 
 # --- Stage 1: run the teacher over every view, and cache its outputs
 
 
-def run_cache_teacher(run: Run) -> dict[str, Any]:
-    """Fill the stores of the training and of the test images with what the recipe's losses need."""
+def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
+    """Fill the stores of the training and of the test images with what the recipe's losses need.
+
+    With `hint`, warn of a store next to the run folder that already has it.
+    """
     recipe, context = run.recipe, run.context  # the context loads the data and its views
     require_same_training(recipe.teacher, recipe.seed, context)
     teacher = load_teacher(recipe.teacher, recipe.seed, context)
     features = list(run.required_features(teacher))
+    if hint:
+        warn_of_neighbor(run, features)
     test_config, test_store, test_images = replace(recipe.cache, top_k=None), run.test_store, test_context(context)
     samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
     missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
@@ -159,7 +183,7 @@ def cache_teacher(
 
 
 def run_train_student(run: Run) -> dict[str, Any]:
-    """Train each seed's student twice: on hard labels alone, and distilled from the stores."""
+    """Train each seed's student twice: on hard labels alone (unless student.baseline is false), and distilled."""
     require_losses(run)
     config, context = run.recipe.student, run.context  # load the data and its views
     spec = run.distillation  # open the stores; check them and the losses
@@ -169,10 +193,11 @@ def run_train_student(run: Run) -> dict[str, Any]:
     for number, line in enumerate(task.targets.describe() if task.targets else (), 1):
         run.monitor.report(ProgressEvent("train-student", f"reads {line}", number, len(spec.stores), "store"))
 
-    students: dict[str, list[dict[str, Any]]] = {ALONE: [], DISTILLED: []}
+    specs = {**({ALONE: None} if config.baseline else {}), DISTILLED: spec}
+    students: dict[str, list[dict[str, Any]]] = {kind: [] for kind in specs}
     for seed in config.seeds:
-        students[ALONE].append(train_student(config, seed, None, context))
-        students[DISTILLED].append(train_student(config, seed, spec, context))
+        for kind, own in specs.items():
+            students[kind].append(train_student(config, seed, own, context))
     return {"students": students}
 
 
@@ -198,11 +223,15 @@ def train_student(
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
 
     student = build_student(config, seed, context, spec.losses if spec else ())
+    with_onnx, test = student_run.with_onnx and config.export, context.evaluation(student.normalize)
+    try_student(replace(config, export=with_onnx), student, student_run.job_dir, context)
     fingerprint = student_fingerprint(config, seed, spec, student, context)
     if (done := begin_job(student_run.job_dir, fingerprint, process_group)) is not None:
+        if with_onnx and done["onnx_bytes"] is None:  # it was trained with student.export = false
+            done = process_group.on_main(partial(add_onnx, student_run.job_dir, student, done, test))
         return done
 
-    main, test = spec.without_hint_losses if spec else None, context.evaluation(student.normalize)
+    main = spec.without_hint_losses if spec else None
     job = TrainJob(
         stage="train-student",
         name=student_run.name,
@@ -222,13 +251,7 @@ def train_student(
     more = process_group.on_main(partial(save_adapters, student_run.job_dir, job.task.distillation))
     # evaluate, export to ONNX, save
     return finalize(
-        student_run.job_dir,
-        student,
-        history,
-        test,
-        process_group=process_group,
-        with_onnx=student_run.with_onnx,
-        more=more,
+        student_run.job_dir, student, history, test, process_group=process_group, with_onnx=with_onnx, more=more
     )
 
 
@@ -268,6 +291,7 @@ def run_compress(run: Run, only: Step | None = None) -> dict[str, Any]:
         raise RecipeError(f"--only {only}: compress.steps is {list(config.steps)}; add the step to the recipe.")
     if config.steps:
         require_losses(run)
+    require_export(student)
     if not is_done(config, student, context.run_dir):
         dry_run(config, student, context)
     lower_priority(config.niceness)
@@ -295,6 +319,7 @@ def compress_student(
     Returns:
         The figures of each network, and the card of the exported artifacts, None if `steps` lacks "export".
     """
+    require_export(student)
     root = root or compressed_root(context.run_dir, config)
     fine_tuning = build_fine_tuning(student, seed, spec, context, root)  # student, task, test images
     figures = compress(config, fine_tuning, only=steps)  # prune, fine-tune, quantize, fine-tune, evaluate
@@ -317,16 +342,25 @@ STAGES: dict[str, Callable[[Run], dict[str, Any]]] = {
 
 
 def run_all(run: Run) -> dict[str, Any]:
-    """Run every stage; each skips finished work."""
+    """Run every stage; each skips finished work. No teacher is trained for stores that are there already."""
     for fault in faults_of_trainings(run.recipe, imports=True):
         raise RecipeError(fault)
-    for training in trainings_of(run.recipe).values():
-        class_weights(training, run.context.train_set.labels, run.context.train_set.num_classes)
-    dry_run(run.recipe.compress, run.recipe.student, run.context)
     require_losses(run)
-    run.check_losses_fit()
+    features = list(run.check_losses_fit())
+    preflight(run)
+    stages: dict[str, Callable[[Run], dict[str, Any]]] = {
+        **STAGES,
+        "cache-teacher": partial(run_cache_teacher, hint=False),
+    }
+    if needs_teacher(run, features):
+        warn_of_neighbor(run, features)
+    else:
+        stages = {name: stages[name] for name in ("train-student", "compress")}
     results: dict[str, Any] = {}
-    for name, stage in STAGES.items():
+    for name, stage in stages.items():
+        if name == "compress" and not run.recipe.student.export:
+            run.monitor.warn(name, "student.export = false: nothing is compressed.")
+            continue
         with run.phase(name):
             results |= stage(run)
     return results

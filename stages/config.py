@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from kdpipe.stages.errors import RecipeError
 from kdpipe.store.errors import did_you_mean
+from kdpipe.store.redact import redacted
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -99,7 +100,7 @@ def _first_fault(kind: type[Any], error: ValidationError) -> str:
     if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{kind.__name__} lacks {key!r}: give it a value."
     message = fault["msg"].removeprefix("Value error, ")
-    setting = f": {key} = {repr(fault['input'])[:80]}" if key else ""
+    setting = f": {key} = {redacted(repr(fault['input']))[:80]}" if key else ""
     return f"{kind.__name__}{setting}: {message[:1].lower()}{message[1:]}."
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdpipe.stages.data.image_set import ImageSet, digest, normalization, pixel_checksums, unequal_sizes_message
 from kdpipe.stages.data.loader.image_loader import ImageLoader
 from kdpipe.stages.errors import DataError, RecipeError
-from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.evaluation.evaluate import Evaluation, LogitsAt
 from kdpipe.stages.models.build import ModelConfig, architecture, build_model
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
@@ -44,7 +44,7 @@ class StageContext:
         mix_partners: The images that MixUp and CutMix take partners from; by default the training images.
         num_workers: As in the recipe's `data` section.
         unreadable: As in the recipe's `data` section.
-        get_teacher_logits: Returns the teachers' logits on the test images, float32 [N, C], if they are available.
+        get_teacher_logits: Returns what reads the teachers' logits of test images, if they are available.
         process_group: The processes that train together; the first of them writes.
     """
 
@@ -57,7 +57,7 @@ class StageContext:
     mix_partners: ImageSet | None = None
     num_workers: int | None = None
     unreadable: Literal["stop", "drop"] = "stop"
-    get_teacher_logits: Callable[[], Tensor | None] = _no_logits  # named, so that loaders can be pickled
+    get_teacher_logits: Callable[[], LogitsAt | None] = _no_logits  # named, so that loaders can be pickled
     process_group: ProcessGroup = SINGLE
 
     @property
@@ -112,6 +112,7 @@ class StageContext:
             in_channels=self.train_set.in_channels,
             image_size=self.image_shape[1:],
             seed=seed,
+            notify=partial(self.monitor.warn_once, "model"),
         )
 
     def view_identity(self) -> dict[str, Any]:
@@ -177,7 +178,8 @@ def require_fitting_test_images(context: StageContext) -> None:
     if found != size:
         raise DataError(
             f"the test images of {context.test_set.name} are of {found[0]} x {found[1]} pixels, the training views of "
-            f"{size[0]} x {size[1]}: set data.image_size, or add an operation that gives that size."
+            f"{size[0]} x {size[1]}: set data.image_size (in Python image_size=), or add an operation to "
+            f"the views that gives {found[0]} x {found[1]}."
         )
 
 

@@ -6,6 +6,9 @@ import textwrap
 
 from kdpipe.store.errors import KdpipeError
 
+ANOTHER_RUN = "another run folder (--run; in Python run=)"
+"""Part of the advice of messages."""
+
 
 class RecipeError(KdpipeError):
     """The recipe asks for something that does not exist or does not fit together."""

@@ -18,6 +18,27 @@ def to_float32(values: Tensor) -> Tensor:
     return values if values.dtype.itemsize >= 4 else values.float()
 
 
+PROBABILITIES, LOG_PROBABILITIES = "probabilities", "log-probabilities"
+
+SUM_TOLERANCE = 2e-3
+"""Half precision sums probabilities to 1 within it."""
+
+
+def kinds_of_outputs(outputs: Tensor) -> frozenset[str]:
+    """Return what outputs [B, C] that should be logits are in all rows: PROBABILITIES, LOG_PROBABILITIES, or nothing.
+
+    Log-probabilities are logits, but for a constant in each row.
+    """
+    outputs = outputs.double()
+
+    def add_up_to_one(probabilities: Tensor) -> bool:
+        return bool(((probabilities.sum(1) - 1).abs() <= SUM_TOLERANCE).all())
+
+    found = [PROBABILITIES] if bool((outputs >= 0).all()) and add_up_to_one(outputs) else []
+    found += [LOG_PROBABILITIES] if bool((outputs <= 0).all()) and add_up_to_one(outputs.exp()) else []
+    return frozenset(found)
+
+
 MAX_FLOAT32_TEMPERATURE = 20.0
 """Above it T^2 times the rounding of float32 is no longer small beside a divergence of softened probabilities."""
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import nn
 
 from kdpipe.stages.config import config_fingerprint, section
-from kdpipe.stages.context import StageContext, model_normalization
-from kdpipe.stages.errors import RecipeError
-from kdpipe.stages.models.build import ModelConfig
+from kdpipe.stages.context import IMAGENET, StageContext, model_normalization
+from kdpipe.stages.errors import ANOTHER_RUN, RecipeError
+from kdpipe.stages.models.build import PUBLISHED, ModelConfig, weights_path
 from kdpipe.stages.models.bundle import ModelBundle
-from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.normalization import Normalization, stated_scalings
 from kdpipe.stages.models.user_models import is_user_model
 from kdpipe.stages.models.weights import weights_sha256
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
@@ -26,12 +29,24 @@ class TeacherConfig:
     """Configuration of the teacher and its training.
 
     Without `train`, `model.weights` are used as they are, or those that a user's own network brings.
+
+    Attributes:
+        model: The network.
+        train: Epochs, optimizer and schedule; none for a trained network.
+        mean: The input's mean for each channel, of pixels in [0, 1]. Of a network that is trained here it is by default
+            that of the training images; a trained one needs it, unless its weights state it.
+        std: The input's standard deviation for each channel.
+        expected_accuracy: The accuracy on the test images that the teacher is known to have, in percent. A lower one is
+            refused, and given weights that reach it are not examined further.
+        export: Whether to write an ONNX file where that is possible. Only its size and latency in the report need it.
     """
 
     model: ModelConfig
     train: TrainConfig | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    expected_accuracy: Annotated[float, Field(ge=0, le=100)] | None = None
+    export: bool = True
 
 
 def teacher_folder(run: Path) -> JobDir:
@@ -95,7 +110,7 @@ def require_same_training(config: TeacherConfig, seed: int, context: StageContex
     wanted = {"seed": seed, "train": config_fingerprint(config.train) if config.train else None}
     found = differences({key: stored.get(key) for key in wanted}, json.loads(json.dumps(wanted)))
     if found:
-        advice = "Use the recipe that trained it, or give this one another run folder (--run)."
+        advice = f"Use the recipe that trained it, or {ANOTHER_RUN}."
         raise FingerprintMismatch(f"the teacher in {folder}", found, advice)
 
 
@@ -120,6 +135,17 @@ def teacher_identity(config: TeacherConfig, context: StageContext) -> dict[str, 
 
 
 def build_teacher(config: TeacherConfig, seed: int, context: StageContext) -> ModelBundle:
-    """Build the untrained teacher."""
+    """Build the untrained teacher, or the one with the weights that are taken as they are."""
+    model = context.build_model(config.model, seed)
     normalize = model_normalization(context.train_set, config.model.weights, config.mean, config.std)
-    return ModelBundle(context.build_model(config.model, seed), context.architecture(config.model), normalize)
+    if config.train is None and config.mean is None:
+        normalize = next(iter(stated_by_weights(config, model, context).values()), normalize)
+    return ModelBundle(model, context.architecture(config.model), normalize)
+
+
+def stated_by_weights(config: TeacherConfig, model: nn.Module, context: StageContext) -> dict[str, Normalization]:
+    """Return the input scalings that the teacher and its weights come with, by the place where each is stated."""
+    weights = config.model.weights
+    if weights == PUBLISHED:
+        return {"torchvision": IMAGENET} if context.train_set.in_channels == len(IMAGENET.mean) else {}
+    return stated_scalings(model, weights_path(weights) if weights else None, context.train_set.in_channels)

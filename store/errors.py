@@ -8,36 +8,59 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
+from kdpipe.store.redact import redacted_json
+
 
 class KdpipeError(Exception):
-    """An error that the user can fix: it says what is wrong, where, stored against wanted, and what to do next."""
+    """An error that the user can fix: it says what is wrong, where, stored against wanted, and what to do next.
+
+    URLs in its text lose their passwords and queries.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*map(redacted_json, arguments))
 
 
 class StoreError(KdpipeError):
     """An unusable target store: damaged, incomplete, or not a store at all."""
 
 
+MAX_SHOWN, MAX_VALUE_LENGTH = 4, 80
+"""Differences that a message shows, and letters of each of their values."""
+
+
+class LinkedStoreError(StoreError):
+    """A store with links that lead out of it, which are followed only where the user asks for it."""
+
+
 class FingerprintMismatch(KdpipeError):
     """A mismatch between the inputs that made something on disk and the ones wanted now.
 
     Attributes:
-        differences: (key, stored, wanted) for each value that differs.
+        differences: (key, stored, wanted) for each value that differs; the message shows the first few.
     """
 
     def __init__(self, what: str, differences: Sequence[tuple[str, Any, Any]], advice: str) -> None:
-        self.differences = tuple(differences)
+        self.differences = tuple((key, *redacted_json((stored, wanted))) for key, stored, wanted in differences)
         pairs = "; ".join(
-            f"{key}: stored {_shorten(stored)}, wanted {_shorten(wanted)}" for key, stored, wanted in differences
+            f"{key}: stored {_shorten(stored)}, wanted {_shorten(wanted)}"
+            for key, stored, wanted in differences[:MAX_SHOWN]
         )
+        pairs += f"; and {len(differences) - MAX_SHOWN} more differences" if len(differences) > MAX_SHOWN else ""
         if any(key.endswith("source_sha256") and stored and wanted for key, stored, wanted in differences):
             advice = f"The source of the user's code, or of a module that it imports, was edited. {advice}"
         super().__init__(f"{what} was made from other inputs - {pairs}. {advice}")
 
 
 def _shorten(value: Any) -> str:
-    """Return the repr of a value, of a sha256 digest its beginning."""
+    """Return the repr of a value, of a sha256 digest or a long value its beginning."""
     text = repr(value)
-    return f"{text[:13]}...'" if re.fullmatch("'[0-9a-f]{64}'", text) else text
+    if re.fullmatch("'[0-9a-f]{64}'", text):
+        return f"{text[:13]}...'"
+    if len(text) <= MAX_VALUE_LENGTH:
+        return text
+    count = f"{len(value)} values, " if isinstance(value, list | tuple | Mapping) else ""
+    return f"{count}{text[: MAX_VALUE_LENGTH - 3]}..."
 
 
 def differences(stored: Any, wanted: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from kdpipe.store.redact import redacted
 
 SECRET = re.compile(r"token|secret|passw|api_?key|credential", re.I)
 
@@ -39,7 +40,6 @@ def _public(value: Any) -> Any:
         return value
     text = str(value)
     if "://" in text:
-        url = urlsplit(text)
-        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+        return redacted(text)
     kind, colon, path = text.partition(":") if re.match(r"[a-z]+:[/~]", text) else ("", "", text)
     return f"{kind}{colon}{Path(path).name}" if path.startswith(("/", "~")) else text

@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.shared_store import needs_teacher, warn_of_neighbor
 from kdpipe.pipeline.steps import run_cache_teacher, run_train_teacher, train_student, try_distillation
 from kdpipe.pipeline.terminal.output import console, new_table
 from kdpipe.stages.distillation.student_config import ALONE, view_warning
@@ -30,19 +31,22 @@ def run_compare(run: Run) -> dict[str, Any]:
             "list of losses, as in recipes/compare-losses.toml."
         )
     teacher = None
-    run.check_losses_fit()
-    if run.store in run.stores:
+    features = list(run.check_losses_fit())
+    if needs_teacher(run, features):
+        warn_of_neighbor(run, features)
         teacher = run_train_teacher(run)["teacher"]
-        run_cache_teacher(run)
+        run_cache_teacher(run, hint=False)
         run.process_group.barrier()  # each has computed its part of the store
     student, context = run.recipe.student, run.context
     if warning := view_warning(run.recipe.views):
         run.monitor.warn("compare", warning)
-    variants = [Variant(ALONE, student, None), *_variants(run)]
+    baseline = [Variant(ALONE, student, None)] if student.baseline else []
+    variants = [*baseline, *_variants(run)]
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     for seed in student.seeds:
-        results[ALONE].append(train_student(student, seed, None, context))
-        for variant in variants[1:]:
+        if baseline:
+            results[ALONE].append(train_student(student, seed, None, context))
+        for variant in variants[len(baseline) :]:
             try:
                 student_run = variant_run(variant.name, seed, run.folder)
                 result = train_student(variant.student, seed, variant.spec, context, student_run=student_run)
@@ -104,9 +108,10 @@ def print_compare(recipe: str, results: dict[str, Any]) -> None:
     num_seeds = len(results["rows"][0]["accuracies"])
     table = new_table(f"{recipe}: comparison over {num_seeds} seeds")
     table.add_column("variant", no_wrap=True)
-    for header in ("test accuracy %", "over alone", "best epoch %", "agreement %", "KL, nats", "ms / step", "vs alone"):
+    first = results["rows"][0]  # the student alone, without it the recipe's first variant
+    over, versus = f"over {first['name']}", f"vs {first['name']}"
+    for header in ("test accuracy %", over, "best epoch %", "agreement %", "KL, nats", "ms / step", versus):
         table.add_column(header, justify="right")
-    alone = results["rows"][0]["accuracy_mean"]
     if results["teacher"]:
         table.add_row("teacher", f"{100 * results['teacher']['accuracy']:.2f}", "", "", "", "", "", "")
     for row in sorted(results["rows"], key=lambda row: -row["accuracy_mean"]):
@@ -114,7 +119,7 @@ def print_compare(recipe: str, results: dict[str, Any]) -> None:
         table.add_row(
             row["name"],
             f"{row['accuracy_mean']:.2f}{spread}",
-            f"{row['accuracy_mean'] - alone:+.2f}",
+            f"{row['accuracy_mean'] - first['accuracy_mean']:+.2f}",
             f"{row['best_accuracy_mean']:.2f}",
             "-" if row["agreement_mean"] is None else f"{row['agreement_mean']:.2f}",
             "-" if row["teacher_kl_mean"] is None else f"{row['teacher_kl_mean']:.3f}",

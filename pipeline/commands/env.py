@@ -21,6 +21,7 @@ from typing import Any
 
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.stages.runtime.versions import NAME, commit, versions
+from kdpipe.store.redact import redacted
 
 VARIABLES = re.compile(
     "CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|CUDA_LAUNCH_BLOCKING|CUBLAS_WORKSPACE_CONFIG|NVIDIA_VISIBLE_DEVICES"
@@ -56,7 +57,7 @@ def read_env() -> dict[str, Any]:
 
 def private(text: str) -> str:
     """Remove home folder, user name, URL credentials and control characters from a text, and shorten it."""
-    text = re.sub(r"//[^/@\s]+@|\?[^\s'\"\]]*", lambda secret: "//...@" if secret.group()[0] == "/" else "?...", text)
+    text = redacted(text)
     home = os.environ.get("HOME") or ""
     if len(home) > 1:
         text = re.sub(rf"(?<![\w/]){re.escape(home.rstrip('/'))}(?=/|$|:)", "~", text)

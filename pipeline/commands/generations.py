@@ -44,7 +44,8 @@ def run_generations(run: Run, count: int) -> dict[str, Any]:
         own = replace(run, recipe=recipe, folder=run.folder / f"generation{number}")
         own.begin()
         with run.phase(own.folder.name):
-            generations.append(_run_generation(own, number, with_alone=number == 1))
+            with_alone = number == 1 and recipe.student.baseline
+            generations.append(_run_generation(own, number, with_alone=with_alone))
         own.write_recipe()
         recipe = next_recipe(recipe, own.folder)
     return {"generations": generations}
@@ -97,7 +98,8 @@ def print_generations(recipe: str, results: dict[str, Any]) -> None:
         table.add_column(header, justify="right")
     first = results["generations"][0]
     table.add_row("teacher", "", f"{100 * first['teacher']['accuracy']:.2f}", "", "", "1")
-    _add_row(table, "student alone", "", first["alone"])
+    if first["alone"]:
+        _add_row(table, "student alone", "", first["alone"])
     for result in results["generations"]:
         teacher = f"{100 * result['teacher']['accuracy']:.2f}"
         _add_row(table, f"generation {result['generation']}", teacher, result["students"])

@@ -8,12 +8,14 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from kdpipe.pipeline.preflight import preflight
 from kdpipe.pipeline.run import Run
 from kdpipe.pipeline.terminal.output import printable
 from kdpipe.pipeline.terminal.rate import duration_text
 from kdpipe.stages.cache_teacher.estimate import first_logits, plan_cache, probe
 from kdpipe.stages.cache_teacher.plan import top_k_of
 from kdpipe.stages.context import test_context
+from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.targets.tail_mass import TAIL, TailMass, tail_of
 from kdpipe.stages.teacher import load_teacher, teacher_folder, untrained_teacher
 from kdpipe.store import encode_topk, open_store
@@ -95,7 +97,9 @@ def run_plan(run: Run, with_probe: bool) -> dict[str, Any]:
     trained = teacher_folder(run.folder).result() is not None
     load = load_teacher if trained else untrained_teacher
     teacher = load(recipe.teacher, recipe.seed, run.context)
+    require_given(recipe.teacher, teacher, run.context)
     required = run.required_features(teacher)
+    preflight(run)
     plan = plan_cache(config, run.store, teacher, list(required), run.context, trained=trained)
     test_config, test_images = replace(config, top_k=None), test_context(run.context)
     test_plan = plan_cache(test_config, run.test_store, teacher, [], test_images, trained=trained)

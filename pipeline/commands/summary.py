@@ -43,10 +43,14 @@ def _compressed(results: dict[str, Any]) -> Iterator[str]:
         if excluded := pair.get("pruned", {}).get("excluded"):
             yield f"not pruned: {_first_five([f'{path} ({reason})' for path, reason in excluded.items()])}"
     for card in results.get("artifacts", [])[:1]:
-        if card["float_nodes"]:
-            yield f"not quantized: {_first_five(card['float_nodes'])}"
+        if floats := next(
+            (row["float_nodes"] for row in reversed(card["networks"].values()) if row["float_nodes"]), ()
+        ):
+            yield f"not quantized: {_first_five(floats)}"
     for card in results.get("artifacts", []):
-        yield f"exported: {', '.join(card['files'])}: {card['folder']}"
+        best = card["ranking"][0]
+        yield f"exported: {', '.join(card['ranking'])}: {card['folder']}"
+        yield f"recommended: {best} ({100 * card['networks'][best]['accuracy']:.2f} %): {card['reason']}"
 
 
 def _first_five(texts: list[str]) -> str:

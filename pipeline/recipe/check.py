@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.callbacks.registry import callback_faults
-from kdpipe.pipeline.recipe.dry_build import dry_build
+from kdpipe.pipeline.recipe.dry_build import dry_build, faults_of_given
 from kdpipe.pipeline.recipe.load import Recipe, faults_of_trainings, trainings_of, validate
 from kdpipe.pipeline.recipe.messages import one_line
 from kdpipe.pipeline.recipe.overrides import read_with_overrides
@@ -50,7 +50,8 @@ def check_recipe(path: Path, overrides: Iterable[str], environ: Mapping[str, str
     recipe, faults = validate(source)
     if recipe is None:
         return Checked(str(path), tuple(faults))
-    build_faults, build_notes = dry_build(recipe)
+    both = zip(dry_build(recipe), faults_of_given(recipe), strict=True)
+    build_faults, build_notes = ([*one, *other] for one, other in both)
     of_trainings = list(faults_of_trainings(recipe, imports=True))
     faults += [one_line(f"{path}: {fault}") for fault in (*_incomplete(recipe), *of_trainings, *build_faults)]
     idle = () if of_trainings else _idle_keys(recipe)

@@ -8,25 +8,29 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from kdpipe.pipeline.recipe.load import Recipe, all_losses, fault_of, faults_of_each
 from kdpipe.stages.compress.compress import dry_run
-from kdpipe.stages.context import StageContext
+from kdpipe.stages.context import IMAGENET, StageContext
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import KNOWN_NAMES, list_source
 from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import DataError, ModelError, RecipeError, UnknownModelError
+from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.losses.base import Loss
-from kdpipe.stages.models.build import PUBLISHED, build_model
+from kdpipe.stages.models.build import PUBLISHED, build_model, weights_path
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.models.user_models import is_user_model
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.targets.feature_spec import parse_feature, source_shapes
 from kdpipe.stages.teacher import TeacherConfig, require_weights, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
+from kdpipe.stages.training.preflight import try_network
 
 Config = TypeVar("Config", TeacherConfig, StudentConfig)
 
@@ -73,6 +77,30 @@ def dry_build(recipe: Recipe) -> tuple[list[str], list[str]]:
     return faults, []
 
 
+def faults_of_given(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Return faults and notes on a teacher whose weights are taken as they are, as far as they show without data.
+
+    What `dry_build` and `validate` refuse is left out.
+    """
+    teacher, model = recipe.teacher, recipe.teacher.model
+    is_own, is_published = is_user_model(model.name), model.weights == PUBLISHED
+    if teacher.train is not None or (model.weights is None and not is_own):
+        return [], []
+    if is_published and (is_own or model.name in SMALL_IMAGE_NETWORKS or recipe.data.name not in SHAPES):
+        return [], []  # there are none, or only the data has the number of classes
+    try:
+        if teacher.mean is None and model.weights and not is_published and not weights_path(model.weights).is_file():
+            return [], [f"the teacher's input scaling is not checked: {model.weights} is not on this machine."]
+        channels = recipe.data.channels or SHAPES.get(recipe.data.name, (0, 3, 0))[1] or 3
+        context = _blank_context(recipe) or _blank(recipe, NUM_CLASSES, channels, SIDES[0])
+        network = context.build_model(replace(model, weights=None), recipe.seed) if is_own else nn.Identity()
+        scaling = Normalization(teacher.mean, teacher.std) if teacher.mean and teacher.std else IMAGENET
+        fault = fault_of(require_given, teacher, ModelBundle(network, {}, scaling), context)
+    except (ModelError, RecipeError, DataError):
+        return [], []
+    return [fault] if fault else [], []
+
+
 def _blank_context(recipe: Recipe) -> StageContext | None:
     """Return blank images in the shape of the recipe's data and views; None if only the data has their size.
 
@@ -112,16 +140,24 @@ def _faults(recipe: Recipe, context: StageContext) -> Iterator[str]:
     """Yield what a run would refuse before it trains: teacher, student, cache, losses and compression."""
     teacher = _built(untrained_teacher, recipe.teacher, recipe.seed, context)
     student = _built(build_student, recipe.student, recipe.student.seeds[0], context)
+    runs = {}
     for role, built in (("teacher", teacher), ("student", student)):
-        if isinstance(built, str):
-            yield f"{role}: {built}"
+        fault = built if isinstance(built, str) else fault_of(_try, recipe, role, built, context)
+        yield from [f"{role}: {fault}"] if fault else []
+        runs[role] = fault is None
     if isinstance(teacher, ModelBundle):
         yield from _faults_of_cache(recipe, teacher, context)
     if isinstance(teacher, ModelBundle) and isinstance(student, ModelBundle):
         yield from _faults_of_losses(recipe, teacher, context)
-    if isinstance(student, ModelBundle) and recipe.compress.steps:
+    if runs["student"] and recipe.compress.steps and recipe.student.export:
         fault = fault_of(dry_run, recipe.compress, recipe.student, context)
         yield from [f"compress: {fault}"] if fault else []
+
+
+def _try(recipe: Recipe, role: str, network: ModelBundle, context: StageContext) -> None:
+    train = recipe.teacher.train if role == "teacher" else recipe.student.train
+    exports = role == "student" and recipe.student.export
+    try_network(network, train, role=role, device=context.device, exports=exports)
 
 
 def _built(build: Callable[..., ModelBundle], *arguments: Any) -> ModelBundle | str:

@@ -25,10 +25,15 @@ from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.registry import WITHOUT_CODE, AnyLoss
 from kdpipe.stages.teacher import TeacherConfig
 from kdpipe.stages.train_student.compare import CompareEntry, VariantName
-from kdpipe.stages.training.job_dir import read_json_file
+from kdpipe.stages.training.job_dir import read_json_file, write_json_file
 from kdpipe.stages.training.optim import TrainConfig, check_training
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.renderer import check_views
+from kdpipe.store import exclusive
+from kdpipe.store.redact import redacted_json
+
+RUN_FILES_LOCK = ".run.json.lock"
+"""The lock of the files in a run folder itself, which several processes may write."""
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -183,7 +188,13 @@ def read_run_recipe(run: Path) -> Recipe | None:
         raise RunError(f"{run} is not a run folder of this version ({error}): use another folder.") from error
 
 
+def write_run_recipe(run: Path, record: Mapping[str, Any]) -> None:
+    """Write the resolved recipe of a run folder."""
+    with exclusive(run, run / RUN_FILES_LOCK, wait=True):
+        write_json_file(run / "recipe.json", record)
+
+
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """Return the resolved recipe: every key with its value. `parse_recipe` reads it back."""
-    resolved: dict[str, Any] = asdict(recipe)
+    """Return the resolved recipe: every key with its value, URLs redacted. `parse_recipe` reads it back."""
+    resolved: dict[str, Any] = redacted_json(asdict(recipe))
     return resolved

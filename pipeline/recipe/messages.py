@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.registry import LOSSES, loss_class
 from kdpipe.store.errors import did_you_mean
+from kdpipe.store.redact import redacted
 
 Keys = tuple[str, ...]
 """The path of a value in a recipe; entries of a list have numbers for keys."""
@@ -85,7 +86,7 @@ def _message(recipe: type, error: Mapping[str, Any], origin_of: Callable[[Keys],
         return f"{origin}: {key}: unknown or missing loss; choose from {known}, or python:MODULE:NAME."
     if kind == "loss_reference":
         return f"{origin}: {key}.{error['msg'].removeprefix('distill.')}"
-    found, message = str(error["input"]), error["msg"].removeprefix("Value error, ")
+    found, message = redacted(str(error["input"])), error["msg"].removeprefix("Value error, ")
     named = f"{key} = {found[:80]}" if key else "the recipe"
     return f"{origin}: {named}: {message[0].lower()}{message[1:]}."
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from kdpipe.pipeline.recipe.messages import Keys, one_line
 from kdpipe.stages.errors import RecipeError
+from kdpipe.store.redact import redacted
 
 PREFIX = "KDPIPE_"
 DEFAULT = "default"
@@ -165,9 +166,10 @@ def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, Keys, str]]
 
 def _apply_set(table: dict[str, Any], override: str) -> Override:
     key, equals, text = override.partition("=")
+    shown = redacted(override)  # before it is cut, or half a password would stay
     if not equals or not key.strip():
-        raise RecipeError(one_line(f"--set takes key=value, such as student.train.lr=0.05, not {override[:80]!r}."))
-    return _apply(table, tuple(key.strip().split(".")), text, "--set", f"--set {override[:80]}")
+        raise RecipeError(one_line(f"--set takes key=value, such as student.train.lr=0.05, not {shown[:80]!r}."))
+    return _apply(table, tuple(key.strip().split(".")), text, "--set", f"--set {shown[:80]}")
 
 
 def _apply(table: dict[str, Any], keys: Keys, text: str, origin: str, shown: str) -> Override:

@@ -182,7 +182,9 @@ def _networks(answers: Answers) -> Iterator[str]:
     elif weights == "published":
         yield _line("train", _tuning(defaults, 5, 0.005), "published weights are for other classes: new last layer")
     else:
-        yield "# without `train` the weights are used as they are"
+        yield "# without `train` the weights are used as they are; unless they state their scaling, give it:"
+        yield "# mean = [0.485, 0.456, 0.406]"
+        yield "# std = [0.229, 0.224, 0.225]"
     yield ""
     yield "[student]"
     yield _line("model", student, "trained, compressed and exported")

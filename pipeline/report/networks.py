@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdpipe.store.format.schema import ATTRIBUTE
+from kdpipe.store.fs.checksums import read_intact_json
+
+MADE_IN_PYTHON = ".made-in-python"
+"""The file that marks run folders of the Python API, whose recipe grows with the calls."""
+
 
 @dataclass(frozen=True)
 class NetworkEntry:
@@ -36,15 +42,36 @@ def network_entries(recipe: Mapping[str, Any], run: Path, root: Path | None = No
     def students(kind: str) -> list[Path]:
         return [run / "students" / f"{kind}-seed{seed}" for seed in seeds]
 
-    entries = [NetworkEntry("teacher", "teacher", [run / "teacher"], "teacher")]
+    teacher = teacher_job(recipe, run)
+    entries = [] if teacher is None else [NetworkEntry("teacher", "teacher", [teacher], "teacher")]
     if given is None:
-        entries.append(NetworkEntry("student alone", "alone", students("alone"), "student"))
+        if recipe["student"].get("baseline", True):
+            entries.append(NetworkEntry("student alone", "alone", students("alone"), "student"))
         entries.append(NetworkEntry("student distilled", "student", students("distilled"), "student"))
     else:
         entries.append(NetworkEntry("student given", "student", [root / "given"], "student"))
+    if not recipe["student"].get("export", True):  # nothing is compressed then
+        return entries
     for name, kind, timed_as in _compressed(recipe["compress"]):
         entries.append(NetworkEntry(name, kind, [root / f"{kind}-seed{seed}" for seed in seeds], timed_as))
     return entries
+
+
+def teacher_job(recipe: Mapping[str, Any], run: Path) -> Path | None:
+    """Return the folder of the run's teacher: its own, or that beside the first store, if it was made elsewhere.
+
+    None if the teacher of a store that was made elsewhere is not known here.
+    """
+    own = run / "teacher"
+    named = [*recipe["student"].get("stores", ()), recipe.get("cache", {}).get("store")]
+    elsewhere = next((str(store) for store in named if store), None)
+    if elsewhere is None or own.exists():
+        return own
+    store = Path(elsewhere)  # of a URL nothing is found
+    stored = (read_intact_json(store / "zarr.json") or {}).get("attributes", {}).get(ATTRIBUTE, {})
+    result = read_intact_json(store.parent / "teacher" / "result.json") or {}
+    weights = result.get("identity", {}).get("weights_sha256")
+    return store.parent / "teacher" if weights and weights == stored.get("teacher", {}).get("weights_sha256") else None
 
 
 def _seeds(recipe: Mapping[str, Any]) -> list[int]:

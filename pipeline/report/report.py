@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from kdpipe.pipeline.report.networks import NetworkEntry, compressed_folder, network_entries
+from kdpipe.pipeline.report.networks import MADE_IN_PYTHON, NetworkEntry, compressed_folder, network_entries
 from kdpipe.pipeline.report.rows import Report, Row, mean_and_std, read_quality, recovered_accuracy
 from kdpipe.pipeline.report.tables import Table, report_tables
 from kdpipe.pipeline.session.paths import require_writable
@@ -16,9 +16,6 @@ from kdpipe.pipeline.terminal.output import console, new_table, print_json, prin
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
-
-MADE_IN_PYTHON = ".made-in-python"
-"""The file that marks run folders of the Python API, whose recipe grows with the calls."""
 
 MAX_NAME = 200
 """Letters of a recipe's name that are shown."""

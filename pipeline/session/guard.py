@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
+from click import ClickException, Context
+from typer.core import TyperGroup
 
 from kdpipe.pipeline.session.signals import exit_on_signal
 from kdpipe.pipeline.terminal.output import Verbosity, print_line, verbosity
+from kdpipe.store.redact import redacted
+
+
+class RedactingGroup(TyperGroup):
+    """A group of commands whose usage errors, which quote the command line, lose the secrets of URLs."""
+
+    def invoke(self, ctx: Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ClickException as error:
+            error.message = redacted(error.message)
+            raise
 
 
 @contextmanager
@@ -31,7 +47,7 @@ def guarded() -> Iterator[None]:
         if verbosity() == Verbosity.VERBOSE:
             import traceback
 
-            traceback.print_exception(error)
+            print(redacted("".join(traceback.format_exception(error))), file=sys.stderr)  # noqa: T201
         print_line(sentence)
         raise typer.Exit(exit_code(error)) from None
 

@@ -19,21 +19,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdpipe.pipeline.recipe.load import RUN_FILES_LOCK
 from kdpipe.pipeline.session.event_log import job_id
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, STOPPED_EARLY, process_exit_code
 from kdpipe.pipeline.terminal.output import print_debug, print_warning
 from kdpipe.pipeline.terminal.reporter import json_text, utc_now
 from kdpipe.stages.runtime.versions import commit, versions
 from kdpipe.store.errors import KdpipeError
-from kdpipe.store.fs.atomic_write import write_atomically
+from kdpipe.store.fs.checksums import DamagedFileError, read_intact_json, require_intact, write_with_sum
 from kdpipe.store.fs.lock import exclusive
-from kdpipe.store.fs.safe_read import read_json_or_none
+from kdpipe.store.fs.safe_read import read_json
 
 if TYPE_CHECKING:
     from kdpipe.pipeline.run import Run
 
 RUN = "run.json"
-LOCK = ".run.json.lock"
+DAMAGED = ".damaged"
 MAX_SESSIONS = 500
 """Number of sessions kept; the oldest are removed first."""
 
@@ -86,13 +87,28 @@ class Session:
     def write(self) -> None:
         """Update this session in the file; those of other processes stay as they are."""
         try:
-            with exclusive(self._folder, self._folder / LOCK, wait=True):
-                stored = read_json_or_none(self._folder / RUN, MAX_BYTES) or {}
-                write_atomically(self._folder / RUN, (json_text(self._merged(stored), indent=1) + "\n").encode())
+            with exclusive(self._folder, self._folder / RUN_FILES_LOCK, wait=True):
+                stored = self._stored()
+                write_with_sum(self._folder / RUN, (json_text(self._merged(stored), indent=1) + "\n").encode())
         except (OSError, KdpipeError) as error:
             if not self._has_warned:
                 self._has_warned = True
                 print_warning(f"{self._folder / RUN} cannot be written ({error}); the job goes on.")
+
+    def _stored(self) -> dict[str, Any]:
+        """Return the content of the file; a damaged one is kept under another name, and a new one begun."""
+        path = self._folder / RUN
+        try:
+            require_intact(path)
+            return read_json(path, MAX_BYTES)
+        except FileNotFoundError:
+            return {}
+        except KdpipeError as error:
+            if isinstance(error, DamagedFileError) and error.path != path:
+                raise
+            print_warning(f"{error} It is kept as {path.name}{DAMAGED}, and a new one is begun.")
+            path.replace(path.with_name(path.name + DAMAGED))
+            return {}
 
     def _merged(self, stored: dict[str, Any]) -> dict[str, Any]:
         known, number = stored.get("sessions"), self._record["id"]
@@ -179,7 +195,7 @@ def fingerprints(run: Run) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for result in sorted(run.folder.glob("**/result.json")):
-        identity = (read_json_or_none(result) or {}).get("identity")
+        identity = (read_intact_json(result) or {}).get("identity")
         sha256 = identity.get("weights_sha256") if isinstance(identity, dict) else None
         if isinstance(sha256, str):
             found[str(result.parent.relative_to(run.folder))] = sha256

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.pipeline.terminal.output import printable
-from kdpipe.store.errors import KdpipeError
-from kdpipe.store.fs.lock import Holder, read_holder, try_lock
 from kdpipe.store.fs.safe_read import open_regular_file
 
 MAX_TEXT = 200
@@ -40,27 +37,6 @@ def text(value: Any) -> str:
 def number(value: Any) -> int | None:
     """Return an untrusted value if it is a count, else None."""
     return value if type(value) is int and 0 <= value < 2**50 else None
-
-
-def lock_holder(path: Path) -> Holder | None:
-    """Return who has locked the file at `path`, exclusively or shared; None if it is free or this cannot be seen.
-
-    The lock is tried for a moment on a read-only descriptor; jobs that find it taken look again.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX):  # the second may not work on a read-only descriptor, as on NFS
-            if not try_lock(path, descriptor, kind | fcntl.LOCK_NB):
-                return read_holder(descriptor)
-    except (OSError, KdpipeError):
-        return None
-    else:
-        return None
-    finally:
-        os.close(descriptor)  # releases the lock
 
 
 @dataclass

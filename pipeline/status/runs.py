@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,11 +13,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from kdpipe.pipeline.report.networks import NetworkEntry, network_entries
+from kdpipe.pipeline.report.networks import MADE_IN_PYTHON, NetworkEntry, network_entries
 from kdpipe.pipeline.session.event_log import EVENTS
-from kdpipe.pipeline.status.files import Budget, Measure, lock_holder, number, read_tail, text
+from kdpipe.pipeline.status.files import Budget, Measure, number, read_tail, text
 from kdpipe.pipeline.terminal.exit_codes import DONE, DONE_IN_PART, INTERRUPTED, STOPPED_EARLY
-from kdpipe.store.fs.safe_read import read_json_or_none
+from kdpipe.store.fs.checksums import read_intact_json
+from kdpipe.store.fs.lock import lock_holder
 
 LOCK = ".kdpipe.lock"
 RECIPE = "recipe.json"
@@ -28,6 +30,10 @@ TAIL_BYTES = 64 * 1024
 RATE_WINDOW_S = 600.0
 
 STATES = {DONE: "done", DONE_IN_PART: "done in part", STOPPED_EARLY: "stopped early", INTERRUPTED: "interrupted"}
+
+
+COMPUTED = ("step", "unit", "turn")
+"""Units of the progress of work, unlike those of checks."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class RunStatus:
 
     Attributes:
         state: running, killed, done, done in part, stopped early, interrupted, failed (exit N), idle, or damaged.
+        command: The command of its last process, or python for a folder of the Python API.
         who: The process that runs it, or ran it when it was killed.
         step: Finished units of `job`, of `total`.
         eta_s: Seconds left.
@@ -98,7 +105,7 @@ def is_run(folder: Path, names: set[str]) -> bool:
         return False
     if names & {LOCK, "events.jsonl", "run.json"}:
         return True
-    recipe = read_json_or_none(folder / RECIPE) or {}
+    recipe = read_intact_json(folder / RECIPE) or {}
     return {"name", "student", "data"} <= set(recipe)
 
 
@@ -107,10 +114,11 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
     now = time.time()
     progress = read_progress(folder)
     current = progress.current if progress else None
-    stored = read_json_or_none(folder / RECIPE)
+    stored = read_intact_json(folder / RECIPE)
     networks = _networks(stored or {}, folder)
-    num_done = sum((job / "result.json").exists() for network in networks for job in network.jobs)
-    num_networks = sum(len(network.jobs) for network in networks)
+    in_python = (folder / MADE_IN_PYTHON).exists()  # networks that were never begun are not missing there
+    jobs = [job for network in networks for job in network.jobs if not in_python or job.exists()]
+    num_done, num_networks = sum((job / "result.json").exists() for job in jobs), len(jobs)
     state, who = _state(folder, progress, now)
     if state == "idle" and num_done == num_networks > 0:
         state = "done"
@@ -123,7 +131,7 @@ def run_status(folder: Path, size: Measure, budget: Budget) -> RunStatus:
         name=text((stored or {}).get("name")),
         state="damaged" if stored is None else state,
         who=who,
-        command=progress.last.command if progress else "",
+        command=progress.last.command if progress else "python" if in_python else "",
         stage=current.stage if current else "",
         job=current.job if current else "",
         step=current.step if current else None,
@@ -180,21 +188,37 @@ def _accuracies(networks: list[NetworkEntry], folder: Path, budget: Budget) -> I
 
 def _known_accuracies(jobs: Iterable[Path]) -> list[float]:
     """Return the test accuracies of finished jobs in percent; results are untrusted."""
-    found = [(read_json_or_none(job / "result.json") or {}).get("accuracy") for job in jobs]
+    found = [(read_intact_json(job / "result.json") or {}).get("accuracy") for job in jobs]
     return [100 * value for value in found if isinstance(value, int | float) and 0 <= value <= 1]
 
 
 def read_progress(run: Path) -> RunProgress | None:
-    """Return the progress of the process that wrote the last event in a run folder; None without events."""
+    """Return the progress of the process that wrote the last event in a run folder; None without events.
+
+    A process that was refused, and computed nothing, does not count if another one was there before.
+    """
     events = [event for raw in read_tail(run / EVENTS, TAIL_BYTES) if (event := _parse(raw))]
     if not events:
         return None
-    last = events[-1]
-    own = [event for event in events if (event.host, event.pid) == (last.host, last.pid)]
-    own = [event for event in own if event.kind == "progress" and event.total > 0]
+    sessions: dict[tuple[str, int, int], list[LoggedEvent]] = {}  # the last of them wrote the last event
+    num_begun: Counter[tuple[str, int]] = Counter()
+    for event in events:
+        process = event.host, event.pid
+        num_begun[process] += event.kind == "begin"
+        key = *process, num_begun[process]
+        sessions[key] = [*sessions.pop(key, []), event]
+    latest = list(sessions.values())
+    own = next((own for own in reversed(latest) if not _is_refused(own)), latest[-1])
+    last, own = own[-1], [event for event in own if event.kind == "progress" and event.total > 0]
     current = own[-1] if own else None
     job = [event for event in own if current and (event.stage, event.job) == (current.stage, current.job)]
     return RunProgress(last, current, _rate(job))
+
+
+def _is_refused(events: Sequence[LoggedEvent]) -> bool:
+    """Return whether the events of a process end with an error, and with nothing computed."""
+    has_failed = events[-1].kind == "end" and (events[-1].exit_code or DONE) not in STATES
+    return has_failed and not any(event.unit in COMPUTED and event.step < event.total for event in events)
 
 
 def _parse(raw: bytes) -> LoggedEvent | None:

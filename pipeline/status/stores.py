@@ -10,7 +10,7 @@ from typing import Any
 from kdpipe.pipeline.status.files import Budget, Measure, measure, text
 from kdpipe.store.errors import KdpipeError
 from kdpipe.store.format.schema import ATTRIBUTE, MARKERS, SAMPLES, SCHEMA_VERSION
-from kdpipe.store.fs.safe_read import read_json_or_none
+from kdpipe.store.fs.checksums import read_intact_json
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def manifest_of(folder: Path, names: set[str]) -> dict[str, Any] | None:
     """Return the unchecked manifest of the store in `folder`: None if it is no kdpipe store, {} if it is damaged."""
     if "zarr.json" not in names:
         return None
-    group = read_json_or_none(folder / "zarr.json")
+    group = read_intact_json(folder / "zarr.json")
     attributes = group.get("attributes") if group else None
     manifest = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
     if isinstance(manifest, dict):

@@ -86,7 +86,7 @@ def _run_cells(run: RunStatus, root: Path, now: float) -> dict[str, str]:
     cells = {
         "run": _name(run.path, root),
         "state": run.state,
-        "job": "" if is_over else f"{job} ({run.who})" if run.who else job,
+        "job": "" if is_over and run.command != "python" else f"{job} ({run.who})" if run.who else job,
         "done": f"{100 * run.step // run.total} %" if run.step is not None and run.total and not is_over else "",
         "networks": f"{run.num_networks_done}/{run.num_networks}" if run.num_networks else "",
         "rate": rate_text(run.rate_per_s, run.unit),

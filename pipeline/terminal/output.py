@@ -9,6 +9,8 @@ from contextlib import suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TextIO
 
+from kdpipe.store.redact import redacted, redacted_json
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -41,8 +43,8 @@ def verbosity() -> Verbosity:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print one JSON document to stdout."""
-    print(json.dumps(document))  # noqa: T201
+    """Print one JSON document to stdout, URLs redacted."""
+    print(json.dumps(redacted_json(document)))  # noqa: T201
 
 
 def print_result(as_json: bool, document: dict[str, Any], print_text: Callable[[], None]) -> None:
@@ -54,15 +56,15 @@ def print_result(as_json: bool, document: dict[str, Any], print_text: Callable[[
 
 
 def printable(text: str) -> str:
-    """Replace control characters, which untrusted file names and manifests may contain, by question marks."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    """Redact URLs, and replace control characters, which untrusted file names may contain, by question marks."""
+    return "".join(letter if letter.isprintable() else "?" for letter in redacted(text))
 
 
 def print_line(sentence: str) -> None:
     """Print one sentence to stderr; a closed or full stderr is ignored."""
     if sys.stderr is not None:  # else print would write to stdout
         with suppress(OSError, ValueError):
-            print(f"kdpipe: {printable(_shortened(sentence))}", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"kdpipe: {printable(_shortened(redacted(sentence)))}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def print_warning(sentence: str) -> None:

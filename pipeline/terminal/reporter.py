@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kdpipe.stages.runtime.events import WARNING, ProgressEvent
+from kdpipe.store.redact import redacted_json
 
 Reporter = Callable[[ProgressEvent], None]
 
@@ -54,7 +55,8 @@ def utc_now() -> str:
 
 
 def json_text(record: Mapping[str, Any], indent: int | None = None) -> str:
-    """Return strict JSON: non-finite numbers become null, unsupported values their text."""
+    """Return strict JSON: non-finite numbers become null, unsupported values their text; URLs are redacted."""
+    record = redacted_json(record)
     try:
         return json.dumps(record, allow_nan=False, default=str, indent=indent)
     except (ValueError, RecursionError):

@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from kdpipe.stages.cache_teacher.cache import CacheJob, row_positions
+from kdpipe.stages.cache_teacher.inference import hooked_layers
 from kdpipe.stages.config import Count, PathStr, section
 from kdpipe.stages.context import StageContext
 from kdpipe.stages.errors import RecipeError, RunError
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.hooks import overwritten_layers
 from kdpipe.stages.runtime.versions import library_versions
 from kdpipe.stages.targets.feature_spec import FeatureSpec, statistic_shapes
 from kdpipe.store import (
@@ -31,6 +33,7 @@ from kdpipe.store import (
     rows_per_unit,
     store_bytes,
 )
+from kdpipe.store.write.acceptance import require_readable
 
 LOGITS = "logits"
 
@@ -78,17 +81,19 @@ def plan_store(
 ) -> Manifest:
     """Return the manifest of the store to make.
 
-    Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes.
+    Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes;
+    StoreError for a store that readers would refuse.
     """
     top_k = top_k_of(config, context)
     logits = (
         top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (context.train_set.num_classes,), config.dtype),)
     )
     shapes = statistic_shapes(teacher.model, layers, context.image_shape)
-    specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype) for one in layers])
+    own = overwritten_layers(teacher.model, hooked_layers(layers), context.image_shape)
+    specs = (*logits, *[ArraySpec(one.array, shapes[one], config.dtype, one.source in own) for one in layers])
     num_samples = len(samples.ids)
     data = {**context.data_identity(), "classes": list(context.train_set.class_names)}
-    return Manifest(
+    planned = Manifest(
         identity=Identity(teacher.identity, data, context.view_identity()),
         arrays=specs,
         layout=StoreLayout(
@@ -96,7 +101,10 @@ def plan_store(
         ),
         versions=library_versions(),
         top_k=top_k,
+        named_axes=True,
     )
+    require_readable(planned, "the store")
+    return planned
 
 
 def missing_bytes(path: Path, planned: Manifest, samples: Samples) -> int:

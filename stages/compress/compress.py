@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -26,7 +25,8 @@ from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.classifier_reuse import projector_output_path
 from kdpipe.stages.distillation.student_config import DISTILLED, StudentConfig, student_folder
 from kdpipe.stages.distillation.task_builder import build_student
-from kdpipe.stages.export.onnx_export import export_onnx
+from kdpipe.stages.errors import ANOTHER_RUN
+from kdpipe.stages.export.trial import try_export
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
@@ -76,6 +76,11 @@ class CompressConfig:
     def quantizes(self) -> bool:
         return "quantize" in self.steps
 
+    @property
+    def kinds(self) -> list[str]:
+        """The networks of the chain, the student first."""
+        return ["student", *["pruned"] * self.prunes, *[self.quantize.scheme] * self.quantizes]
+
 
 def compressed_root(run: Path, config: CompressConfig) -> Path:
     """Return the folder of a run's compressed students; for an external student it has its file's name."""
@@ -117,7 +122,7 @@ def student_source(config: CompressConfig, fine_tuning: FineTuneContext) -> Trai
         stored = dict(finished_record(folder, needed_by)["architecture"])
         expected = json.loads(json.dumps(fresh().architecture))
         if found := differences(stored, expected, "architecture"):
-            advice = "Use the recipe that trained it, or another run folder (--run)."
+            advice = f"Use the recipe that trained it, or {ANOTHER_RUN}."
             raise FingerprintMismatch(f"the student in {folder.path}", found, advice)
         return finished_source(folder, fresh, needed_by)
     path = Path(config.student).expanduser()
@@ -161,12 +166,12 @@ def float_job_dir(config: CompressConfig, fine_tuning: FineTuneContext) -> JobDi
 def is_done(config: CompressConfig, student: StudentConfig, run: Path) -> bool:
     """Return whether the chains of all seeds are finished, so that no dry run is needed."""
     root = compressed_root(run, config)
-    kinds = ["pruned"] * config.prunes + [config.quantize.scheme] * config.quantizes
-    return all(JobDir(root / f"{kind}-seed{seed}").result() is not None for kind in kinds for seed in student.seeds)
+    jobs = [root / f"{kind}-seed{seed}" for kind in config.kinds[1:] for seed in student.seeds]
+    return all(JobDir(job).result() is not None for job in jobs)
 
 
 def dry_run(config: CompressConfig, student: StudentConfig, context: StageContext) -> None:
-    """Prune, prepare and (if an opset is set) export an untrained student, to fail before any training.
+    """Prune, prepare and export an untrained student, to fail before any training.
 
     Raises:
         ModelError: If the student cannot be compressed.
@@ -185,9 +190,8 @@ def dry_run(config: CompressConfig, student: StudentConfig, context: StageContex
         model = prepare(model, context.image_shape, config.quantize)
         if config.quantize.scheme == "int8":
             calibrate(model, [example + 1])
-    if config.opset is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            export_onnx(model, example, Path(folder) / "model.onnx", metadata={}, opset=config.opset)
+    if config.steps or config.opset is not None:
+        try_export(model, context.image_shape, opset=config.opset)
 
 
 def _prune(config: CompressConfig, fine_tuning: FineTuneContext) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,7 @@ from kdpipe.stages.training.finalize import finalize
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.optim import TrainConfig
 from kdpipe.store import make_folders
+from kdpipe.store.fs.checksums import remove_with_sum
 
 LATENCY_BATCH_SIZE = 16
 
@@ -75,7 +76,7 @@ def prune_student(
     fixed = {} if ratio is None else {"channel_ratio": ratio}
     folder.begin(prune_fingerprint(config, train, fine_tuning, source) | fixed)
     if (done := folder.result()) is not None:
-        pruned_path(folder).unlink(missing_ok=True)  # left by a kill just before the removal below
+        remove_with_sum(pruned_path(folder))  # left by a kill just before the removal below
         return done
     pruner = _Pruner(config, train, fine_tuning, source, ratio)
     name = f"{kind} student, seed {fine_tuning.seed}"
@@ -87,7 +88,7 @@ def prune_student(
     test = fine_tuning.evaluation(pruned.network.normalize)
     more = {**pruned.facts, **save_adapters(folder, losses)}
     figures = finalize(folder, pruned.network, history, test, with_onnx=fine_tuning.exports_onnx, more=more)
-    pruned_path(folder).unlink(missing_ok=True)
+    remove_with_sum(pruned_path(folder))
     return figures
 
 
@@ -133,7 +134,7 @@ def _intermediate(
         adapters = losses.state_dict() if losses else {}
         save_pruned(own.model, replace(pruned, adapters=adapters, kept={}))
     for leftover in (own.checkpoint, pruned_path(own)):
-        leftover.unlink(missing_ok=True)
+        remove_with_sum(leftover)
     return load_pruned(own.model, pruner.source.load())
 
 

@@ -94,7 +94,7 @@ def load_pruned(path: Path, fresh: ModelBundle) -> PrunedCheckpoint:
         return PrunedCheckpoint(network, facts, adapters, kept)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
         raise RunError(
-            f"{path} is from another job, or damaged ({cause(error)}): delete it, and run the command again."
+            f"{path} does not fit this job ({cause(error)}): delete it, and run the command again."
         ) from error
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from kdpipe.stages.data.splits import Indices
 from kdpipe.stages.errors import DataError, cause
@@ -24,8 +25,19 @@ from kdpipe.stages.runtime.memory import installed_bytes
 
 Pixels = npt.NDArray[np.uint8]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000")
 """Formats allowed regardless of file name: some of Pillow's other readers start programs (EPS: Ghostscript)."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
 
 _MACHINE_FAULTS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _GIB = 2**30
@@ -60,7 +72,9 @@ def decode_image(path: Path, spec: DecodeSpec) -> Pixels:
     try:
         with Image.open(path, formats=FORMATS) as file:
             _check_size(file)
-            upright = ImageOps.exif_transpose(file)
+            file.load()
+            method = _UPRIGHT.get(_orientation(file))
+            upright = file.copy() if method is None else file.transpose(method)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(
             f"{path} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit against decompression bombs: "
@@ -72,6 +86,14 @@ def decode_image(path: Path, spec: DecodeSpec) -> Pixels:
         raise UnreadableImage(f"{path} has more than 8 bits per channel (mode {upright.mode}): convert it to 8 bits.")
     image = upright.convert("L" if spec.channels == 1 else "RGB")
     return _channels_first(image if spec.size is None else crop_and_resize(image, spec.size, spec.crop))
+
+
+def _orientation(file: Image.Image) -> Any:
+    """Return the EXIF orientation, 1 if EXIF cannot be read. ImageOps.exif_transpose writes it again, and may fail."""
+    try:
+        return file.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of odd EXIF anything
+        return 1
 
 
 @contextmanager
@@ -184,6 +206,10 @@ def _failure(path: Path, error: Exception) -> DataError:
         )
     if isinstance(error, OSError) and number is not None:
         return UnreadableImage(f"{path} cannot be read ({error.strerror}): restore or remove it.")
+    if isinstance(error, UnidentifiedImageError):
+        return UnreadableImage(
+            f"{path} cannot be decoded: it is damaged, or none of {', '.join(FORMATS)}: convert or remove it."
+        )
     return UnreadableImage(f"{path} cannot be decoded ({cause(error)}): replace or remove it.")
 
 

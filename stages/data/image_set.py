@@ -48,6 +48,8 @@ class ImageSet:
         labels: int64 [N], each within [0, num_classes).
         sample_ids: int64 [N], unique within the split, >= 0, the same on every machine.
         dropped: Unreadable images, which are not among the N.
+        crop: The share of their centered square that the images were cropped to before they were resized.
+        notices: Sentences on what was left out, or was not plain, when the set was loaded.
 
     Raises:
         DataError: There are no samples, a label is out of range, or an id is negative or not unique.
@@ -60,6 +62,8 @@ class ImageSet:
     sample_ids: Tensor
     class_names: tuple[str, ...]
     dropped: tuple[DroppedImage, ...] = ()
+    crop: float = 1.0
+    notices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"data set {self.name} ({self.split})"
@@ -189,12 +193,14 @@ def _check_columns(where: str, num_images: int, labels: Tensor, sample_ids: Tens
     if num_images == 0:
         raise DataError(f"{where} has no samples: at least one is required.")
     _check_ids(where, sample_ids)
+    one_based = int(labels.min()) == 1 and int(labels.max()) == num_classes
     outside = ((labels < 0) | (labels >= num_classes)).nonzero()
     if len(outside):
         index = int(outside[0])
         raise DataError(
             f"{where}: sample {int(sample_ids[index])} (position {index}) has the label "
             f"{int(labels[index])}, which is outside 0..{num_classes - 1}."
+            + (" The labels start at 1: subtract 1." if one_based else "")
         )
 
 

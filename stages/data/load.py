@@ -15,7 +15,7 @@ from kdpipe.stages.data.image_files import ImageFileList
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.scan import OnImage, ScanResult, scan_images
 from kdpipe.stages.data.sources.image_folder import list_image_folder
-from kdpipe.stages.data.sources.listing import Listing
+from kdpipe.stages.data.sources.listing import Listing, absent_classes
 from kdpipe.stages.data.sources.npz import list_npz
 from kdpipe.stages.data.sources.torchvision import NAMES as TORCHVISION_NAMES
 from kdpipe.stages.data.sources.torchvision import list_digits, list_torchvision
@@ -59,14 +59,18 @@ def load_dataset(
         indices = indices[np.isin(listing.sample_ids[indices], only)]
     found = _load_images(listing, indices, config, size, on_image)
     indices = indices[found.kept]
+    labels, names = listing.labels[indices], listing.class_names
+    absent = absent_classes(listing.name, split, labels, names, config.classes) if only is None else ()
     return ImageSet(
         name=listing.name,
         split=split,
         images=torch.from_numpy(found.images) if isinstance(found.images, np.ndarray) else found.images,
-        labels=torch.from_numpy(listing.labels[indices]),
+        labels=torch.from_numpy(labels),
         sample_ids=torch.from_numpy(listing.sample_ids[indices]),
-        class_names=listing.class_names,
+        class_names=names,
         dropped=found.dropped,
+        crop=config.test_crop if split == "test" else 1.0,
+        notices=(*listing.notices, *absent) if only is None else (),
     )
 
 

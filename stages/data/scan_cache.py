@@ -44,6 +44,9 @@ clock without a new stamp. 2 s is the coarsest tick, FAT's.
 
 VERSION = 2
 
+CODECS = ("jpg", "webp", "libtiff", "jpg_2000", "avif")
+"""Pillow's names of the libraries that decode."""
+
 MAX_THREADS = 16
 
 CHUNK = 256
@@ -127,7 +130,7 @@ def merge(older: Entries, newer: Entries) -> Entries:
 
 def _made_by() -> str:
     """Return the versions of the decoders, which determine the pixels."""
-    codecs = ", ".join(f"{codec} {features.version(codec)}" for codec in ("jpg", "webp", "libtiff"))
+    codecs = ", ".join(f"{codec} {features.version(codec)}" for codec in CODECS)
     return f"kdpipe image index {VERSION}, Pillow {PIL.__version__}, {codecs}"
 
 

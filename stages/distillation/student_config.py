@@ -28,6 +28,8 @@ class StudentConfig:
         model: The network.
         train: Epochs, optimizer and schedule.
         seeds: The seeds; each gives a student alone and a distilled one.
+        baseline: Whether to train the student alone too, which the distilled one is compared with.
+        export: Whether to write an ONNX file, which `kdpipe compress` needs; that is tried before training.
         hard_label_weight: The weight of the cross entropy with the labels beside the distillation losses.
         label_smoothing: The share of each label that is spread over all classes; also for the student alone.
         stores: The target stores; by default the one that this recipe's `cache-teacher` fills. Several stores are
@@ -42,6 +44,8 @@ class StudentConfig:
     model: ModelConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(unique)] = (0, 1, 2)
+    baseline: bool = True
+    export: bool = True
     hard_label_weight: Scheduled = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     stores: tuple[PathStr, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,19 +11,43 @@ from torch import Tensor
 
 from kdpipe.stages.context import StageContext, test_context
 from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
 from kdpipe.stages.targets.class_map import ClassMapConfig
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
 from kdpipe.stages.targets.join import JoinedStore, join
 from kdpipe.stages.targets.open import local_store_path, open_with_views, test_store_path
-from kdpipe.stages.targets.outputs import TeacherTargets
-from kdpipe.stages.targets.reader import Targets
+from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.store import FingerprintMismatch, StoreError, read_store_manifest
 
+TEST_LOADING = TargetLoadingConfig(device_bytes=0, memory_bytes=2**30, mapped_bytes=2**60)
+"""Larger test stores are memory-mapped: those of 20,000 classes would fill the memory."""
 
-def teacher_logits(stores: Sequence[Path | str], config: TeachersConfig, context: StageContext) -> Tensor | None:
-    """Return the combined logits of the teachers for the test images, float32 [N, C], in the test set's order.
 
-    Images without targets have rows of NaN.
+@dataclass(frozen=True)
+class TeacherLogits:
+    """The combined logits of the teachers for test images, read batch by batch.
+
+    Attributes:
+        nan_without: Whether test images without targets get rows of NaN.
+    """
+
+    targets: Targets
+    ensemble: TeacherEnsemble
+    labels: Tensor
+    nan_without: bool
+
+    @torch.no_grad()
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Return the logits float32 [B, C] of the test images at `positions`, int64 [B]."""
+        outputs, masks = self.targets.batch(0, positions), self.targets.target_masks(positions)
+        logits: Tensor = self.ensemble(outputs, masks, self.labels[positions]).logits_at(1.0).float()
+        if self.nan_without:
+            logits[~torch.stack([mask for mask in masks if mask is not None]).any(0)] = float("nan")
+        return logits
+
+
+def teacher_logits(stores: Sequence[Path | str], config: TeachersConfig, context: StageContext) -> TeacherLogits | None:
+    """Open the combined logits of the teachers for the test images.
 
     Args:
         stores: Paths or URLs of the training stores.
@@ -39,12 +63,10 @@ def teacher_logits(stores: Sequence[Path | str], config: TeachersConfig, context
     # Learned weights belong to one student, and confidence weights need labels, which a test must not use.
     config = replace(config, weights="equal") if config.weights in ("learnable", "confidence") else config
     accuracies = _accuracies(sources, context) if config.weights == "accuracy" else None
-    outputs, masks = _outputs(sources, context)
-    ensemble = TeacherEnsemble(config, len(sources), accuracies)
-    logits: Tensor = ensemble(outputs, masks, context.test_set.labels).logits_at(1.0).float()
-    partial = [mask for mask in masks if mask is not None]
-    if len(partial) == len(masks):
-        logits[~torch.stack(partial).any(0)] = float("nan")
+    targets, ensemble = _targets(sources), TeacherEnsemble(config, len(sources), accuracies)
+    some = targets.target_masks(torch.arange(1))
+    logits = TeacherLogits(targets, ensemble, context.test_set.labels, all(mask is not None for mask in some))
+    logits(torch.arange(1))  # a damaged store is found before the training
     return logits
 
 
@@ -80,15 +102,17 @@ def _source(training_path: Path | str, classes: ClassMapConfig, context: StageCo
     return join(store, context.test_set, (), "hard-labels", classes)
 
 
-def _outputs(sources: Sequence[JoinedStore], context: StageContext) -> tuple[list[TeacherTargets], list[Tensor | None]]:
-    """Return each teacher's outputs for the test images, and which of the images it has targets for."""
-    targets, indices = Targets(sources, torch.device("cpu")), torch.arange(context.test_set.num_samples)
-    return targets.batch(0, indices), targets.target_masks(indices)
+def _targets(sources: Sequence[JoinedStore]) -> Targets:
+    return Targets(sources, torch.device("cpu"), TEST_LOADING)
 
 
 def _accuracies(sources: Sequence[JoinedStore], context: StageContext) -> list[float]:
-    accuracies = []
-    for outputs, mask in zip(*_outputs(sources, context), strict=True):
-        correct = outputs.logits_at(1.0).argmax(1) == context.test_set.labels
-        accuracies.append(float((correct if mask is None else correct[mask]).float().mean()))
-    return accuracies
+    """Return the accuracy of each teacher on the test images that it has targets for."""
+    targets, labels = _targets(sources), context.test_set.labels
+    correct: list[list[Tensor]] = [[] for _ in sources]
+    for positions in torch.split(torch.arange(len(labels)), BATCH_SIZE):
+        batch = zip(correct, targets.batch(0, positions), targets.target_masks(positions), strict=True)
+        for found, outputs, mask in batch:
+            is_correct = outputs.logits_at(1.0).argmax(1) == labels[positions]
+            found.append(is_correct if mask is None else is_correct[mask])
+    return [float(torch.cat(found).float().mean()) for found in correct]

@@ -17,21 +17,23 @@ from kdpipe.stages.runtime.memory import run_in_chunks
 
 BATCH_SIZE = 500
 
+LogitsAt = Callable[[Tensor], Tensor]
+"""Returns a teacher's logits, float32 [B, C], of the samples at positions int64 [B] of a test set."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """A test set, the model's input scaling, and the teacher's logits.
 
     Attributes:
-        teacher_logits: float32 [num_samples, C], in the order of the test set; rows of NaN for samples without teacher
-            logits; None without a teacher.
+        teacher_logits: Reads the teacher's logits; rows of NaN for samples without any; None without a teacher.
         warn: Receives a sentence about batches that did not fit into memory.
         before_batch: Called before each batch; may raise StoppedEarly, as a large test set takes minutes.
     """
 
     loader: ImageLoader
     normalize: Normalization
-    teacher_logits: Tensor | None = None
+    teacher_logits: LogitsAt | None = None
     warn: Callable[[str], None] | None = None
     before_batch: Callable[[], None] = lambda: None
 
@@ -45,6 +47,11 @@ class Evaluation:
         dataset = self.loader.dataset
         assert dataset.image_size is not None, "test images are all of one size"
         return dataset.in_channels, *dataset.image_size
+
+    @property
+    def crop(self) -> float:
+        """The share of the centered square that test images were cropped to before they were resized."""
+        return self.loader.dataset.crop
 
     @property
     def class_names(self) -> tuple[str, ...]:

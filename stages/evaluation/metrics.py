@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, Predictions, predict
+from kdpipe.stages.evaluation.evaluate import EvalAccumulator, Evaluation, LogitsAt, Predictions, predict
+from kdpipe.stages.numerics import kinds_of_outputs
 
 NUM_BINS = 15
 """Bins of the calibration error, of equal width: Guo et al. 2017, arXiv 1706.04599."""
@@ -59,6 +60,9 @@ class EvalReport:
         per_class: Metrics of each class.
         bins: The bins of `ece`, from confidence 0 to 1; None if a confidence is NaN.
         confusions: [label, prediction, samples] of wrong predictions, sorted by label and prediction.
+        chance: The accuracy of guessing with the frequencies of these predictions; that of a network which returns the
+            same class for every image is its accuracy.
+        outputs: "logits", or what else the network's outputs are: "probabilities" or "log-probabilities".
     """
 
     top1: float
@@ -70,6 +74,23 @@ class EvalReport:
     per_class: list[ClassMetrics]
     bins: list[CalibrationBin] | None
     confusions: list[list[int]]
+    chance: float
+    outputs: str
+
+    @property
+    def num_samples(self) -> int:
+        """The number of readable test samples."""
+        return sum(one.num_samples for one in self.per_class)
+
+    def is_at_chance(self, num_errors: float = 2.0) -> bool:
+        """Return whether the accuracy is not above chance by more than `num_errors` standard errors.
+
+        It is not if there are too few samples to tell: if an accuracy half-way between chance and 1 could be missed.
+        """
+        error = (self.chance * (1 - self.chance) / self.num_samples) ** 0.5
+        if 2 * num_errors * error >= (1 - self.chance) / 2:
+            return False
+        return self.top1 <= self.chance + num_errors * error
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,11 +114,12 @@ class _MetricAccumulator(EvalAccumulator):
     The tensors are allocated at once: small ones between large temporary ones would fragment memory.
     """
 
-    def __init__(self, num_samples: int, teacher_logits: Tensor | None) -> None:
+    def __init__(self, num_samples: int, teacher_logits: LogitsAt | None) -> None:
         super().__init__()
         self.labels, self.predicted = torch.zeros(2, num_samples, dtype=torch.int64)
         self.confidences = torch.zeros(num_samples, dtype=torch.float64)
         self.teacher_logits = teacher_logits
+        self.kinds: frozenset[str] | None = None
         self.num_in_top5 = self.num_compared = self.num_agreed = 0
         self.kl_sum = 0.0
 
@@ -106,12 +128,14 @@ class _MetricAccumulator(EvalAccumulator):
         super().add(predictions)
         logits, labels = predictions.logits.cpu(), predictions.labels.cpu()
         log_p = F.log_softmax(logits.double(), dim=1)
+        kinds = kinds_of_outputs(logits)
+        self.kinds = kinds if self.kinds is None else self.kinds & kinds
         self.labels[new], self.predicted[new] = labels, predictions.logits.argmax(1)
         self.confidences[new] = log_p.amax(1).exp()
         if logits.shape[1] >= MIN_CLASSES_FOR_TOP5:
             self.num_in_top5 += int((logits.topk(5).indices == labels[:, None]).sum())
         if self.teacher_logits is not None:
-            self._compare(self.predicted[new], log_p, self.teacher_logits[predictions.positions].cpu())
+            self._compare(self.predicted[new], log_p, self.teacher_logits(predictions.positions).cpu())
 
     def _compare(self, predicted: Tensor, log_p: Tensor, teacher: Tensor) -> None:
         """Compare the network's classes [B] and log-probabilities float64 [B, C] with the teacher's logits [B, C]."""
@@ -142,6 +166,8 @@ class _MetricAccumulator(EvalAccumulator):
             ],
             bins=_bins(confidences, correct),
             confusions=_confusions(labels[~correct], predicted[~correct], num_classes),
+            chance=_chance(labels, predicted, num_classes),
+            outputs=next(iter(self.kinds or ()), "logits"),
         )
 
 
@@ -166,6 +192,12 @@ def _bins(confidences: Tensor, correct: Tensor) -> list[CalibrationBin] | None:
         CalibrationBin(num, confidence / num if num else None, num_correct / num if num else None)
         for num, confidence, num_correct in zip(counts, sums, hits, strict=True)
     ]
+
+
+def _chance(labels: Tensor, predicted: Tensor, num_classes: int) -> float:
+    """Return the share of samples that would be right if predictions had nothing to do with labels."""
+    counts = [torch.bincount(some, minlength=num_classes).double() for some in (labels, predicted)]
+    return float(counts[0] @ counts[1]) / len(labels) ** 2
 
 
 def _confusions(labels: Tensor, predicted: Tensor, num_classes: int) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, open_session
 from kdpipe.stages.models.clone import clone_without_hooks
+from kdpipe.stages.runtime.memory import run_in_chunks
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,12 @@ class OnnxAgreement:
     torch_accuracy: float
 
 
-def check_onnx(path: Path, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> OnnxAgreement:
+def check_onnx(
+    path: Path,
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    warn: Callable[[str], None] | None = None,
+) -> OnnxAgreement:
     """Run a file on the CPU and `model`, in eval mode on its own device, over the same images.
 
     The model stays unchanged. An INT8 file may differ from the prepared model by a few quantization steps at near-ties.
@@ -40,7 +46,9 @@ def check_onnx(path: Path, model: nn.Module, batches: Iterable[tuple[Tensor, Ten
     Args:
         path: The ONNX file.
         model: The network it was exported from.
-        batches: Normalized images [B, C, H, W] with labels [B], on any device, consumed one batch at a time.
+        batches: Normalized images [B, C, H, W] with labels [B], on any device, consumed one batch at a time. One that
+            does not fit into memory is halved until it does.
+        warn: Receives a sentence about such batches.
 
     Raises:
         ModelError: If there is no ONNX network at `path`.
@@ -51,8 +59,13 @@ def check_onnx(path: Path, model: nn.Module, batches: Iterable[tuple[Tensor, Ten
     rows, differences = [], []  # the file's class, the network's and the label of each image
     with torch.no_grad(), _exact_products():
         for images, labels in batches:
-            found = torch.from_numpy(session.run([OUTPUT], {INPUT: images.cpu().float().numpy()})[0])
-            expected = reference(images.to(device).float()).float().cpu()
+
+            def logits_of(some: slice, images: Tensor = images) -> tuple[Tensor, Tensor]:
+                found = torch.from_numpy(session.run([OUTPUT], {INPUT: images[some].cpu().float().numpy()})[0])
+                return found, reference(images[some].to(device).float()).float().cpu()
+
+            pairs = list(run_in_chunks(model, len(images), logits_of, warn))
+            found, expected = (torch.cat(chunks) for chunks in zip(*pairs, strict=True))
             rows.append(torch.stack([found.argmax(1), expected.argmax(1), labels.cpu()]))
             differences.append((found - expected).abs().max())
     predicted, torch_predicted, labels = torch.cat(rows, dim=1)

@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from kdpipe.stages.errors import ModelError, cause
 from kdpipe.stages.export.exportable import export_form, quiet
-from kdpipe.store.fs.atomic_write import write_atomically
+from kdpipe.store.fs.checksums import write_with_sum
 
 KEPT_METADATA = {"val", "tensor_meta", "nn_module_stack"}
 """Node metadata that stays: the output's shape and type, and the module path. The rest holds local file names and
@@ -41,7 +41,7 @@ def export_program(model: nn.Module, example: Tensor, path: Path, *, metadata: M
     """
     content = _exported(export_form(model).requires_grad_(False), example, dict(sorted((metadata or {}).items())))
     try:
-        write_atomically(path, content)
+        write_with_sum(path, content)
     except OSError as error:
         raise ModelError(f"the torch program {path} cannot be written: {error.strerror or cause(error)}.") from error
 

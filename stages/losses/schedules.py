@@ -46,7 +46,8 @@ class Schedule:
         start: value up to the first of `epochs`.
         end: value from the last of `epochs` on.
         shape: "linear", or "cosine" for half a cosine period.
-        epochs: first and last epoch of the change; by default those of the training.
+        epochs: first and last epoch of the change, counted from 0; two equal ones switch at that epoch. By default
+            those of the training.
     """
 
     start: Annotated[float, Field(ge=0), max_value(MAX_WEIGHT)]
@@ -82,7 +83,12 @@ def value_at(value: float | Schedule, progress: TrainProgress) -> float:
     if not isinstance(value, Schedule):
         return value
     first, last = value.epochs or (0, progress.epochs - 1)
-    share = 1.0 if progress.epoch >= last else max(0.0, (progress.epoch - first) / (last - first))
+    if progress.epoch >= last:
+        share = 1.0
+    elif progress.epoch <= first:
+        share = 0.0
+    else:
+        share = (progress.epoch - first) / (last - first)
     if value.shape == "cosine":
         share = 0.5 * (1 - math.cos(math.pi * share))
     return value.start + (value.end - value.start) * share

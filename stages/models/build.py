@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from torch import Tensor, nn
 
 from kdpipe.stages.config import PathStr, section
 from kdpipe.stages.errors import ModelError, UnknownModelError, cause
-from kdpipe.stages.models.clone import clone_without_hooks
+from kdpipe.stages.models.clone import clone_without_hooks, unwrap, unwrap_all
+from kdpipe.stages.models.main_logits import keep_main_logits
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS, build_small_image_network
-from kdpipe.stages.models.torchvision import build_classifier, classifier_names, refusal
+from kdpipe.stages.models.torchvision import WITH_AUXILIARY_HEADS, build_classifier, classifier_names, refusal
 from kdpipe.stages.models.user_models import MODELS, build_user_model, is_user_model, model_source_sha256
 from kdpipe.stages.models.weights import load_weights
+from kdpipe.stages.numerics import PROBABILITIES, kinds_of_outputs
 from kdpipe.stages.plugins.user_source import network_sha256
 from kdpipe.store.errors import did_you_mean
 
@@ -26,6 +30,12 @@ OBJECT = "object:"
 """Prefix of the name, in records, of a network object whose class is in no registry."""
 
 PUBLISHED = "published"
+
+SAME_VALUES = frozenset(
+    f"{name}Backward0"
+    for name in ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Clone", "ToCopy", "Alias", "Transpose")
+) | {"SqueezeBackward1"}
+"""Operations, by torch's names of their derivatives, whose outputs are the values of their inputs."""
 
 
 @section
@@ -52,24 +62,36 @@ class GivenModel(ModelConfig):
 
 
 def build_model(
-    config: ModelConfig, *, num_classes: int, in_channels: int, image_size: tuple[int, int], seed: int
+    config: ModelConfig,
+    *,
+    num_classes: int,
+    in_channels: int,
+    image_size: tuple[int, int],
+    seed: int,
+    notify: Callable[[str], None] = lambda notice: None,
 ) -> nn.Module:
     """Build the network on the CPU, in training mode: images [B, in_channels, *image_size] -> logits [B, num_classes].
 
-    Equal seeds give equal weights, and torch's global generators are left unchanged. Raises ModelError for an unknown
-    name, unknown arguments, images that do not fit the network, or weights that cannot be loaded.
+    Equal seeds give equal weights, and torch's global generators are left unchanged. `notify` receives sentences on
+    what was changed or chosen: main logits of several outputs, the entries of a weights file. Raises ModelError for an
+    unknown name, unknown arguments, images that do not fit the network, or weights that cannot be loaded.
     """
+    image_shape = (in_channels, *image_size)
     if isinstance(config, GivenModel):
-        given = _copy(config.module)
-        _check_fit(type(given).__name__, given, num_classes, (in_channels, *image_size))
+        name = type(config.module).__name__
+        given = _copy(name, config.module)
+        keep_main_logits(name, given, image_shape, notify)
+        _check_fit(name, given, num_classes, image_shape)
         return given
     # On the CPU only: torch.manual_seed would also reset the generators of every GPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = _construct(config, num_classes, in_channels, image_size)
-        _check_fit(config.name, model, num_classes, (in_channels, *image_size))
+        model = _construct(config, num_classes, in_channels, image_size, notify)
+        if is_user_model(config.name) or config.name.removeprefix(TORCHVISION) in WITH_AUXILIARY_HEADS:
+            keep_main_logits(config.name, model, image_shape, notify)
+        _check_fit(config.name, model, num_classes, image_shape)
     if config.weights is not None and config.weights != PUBLISHED:
-        load_weights(model, _path(config.weights))
+        load_weights(model, weights_path(config.weights))
     return model
 
 
@@ -101,11 +123,13 @@ def architecture(
     }
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(name: str, model: nn.Module) -> nn.Module:
     """Return a copy of a network object on the CPU, without hooks. Raises ModelError if it cannot be copied or run."""
-    name = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(f"{name} is a TorchScript module: give the nn.Module that it was made from.")
+    _refuse_scripted(name, model)
+    if wrapped := [path for path, module in model.named_modules() if unwrap(module) is not module]:
+        raise ModelError(
+            f"{name}: {wrapped[0]} is compiled or parallel on its own: wrap the whole network, or nothing."
+        )
     for what, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta or nn.parameter.is_lazy(tensor):
             raise ModelError(f"{name}: {what} has no values yet: initialize the network on the CPU first.")
@@ -119,13 +143,26 @@ def _copy(model: nn.Module) -> nn.Module:
         raise ModelError(f"{name} cannot be copied ({cause(error)}): remove what cannot be, such as locks.") from error
 
 
+def _refuse_scripted(name: str, model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"{name} has a TorchScript module, {path}" if path else f"{name} is a TorchScript module"
+            raise ModelError(f"{what}, which can neither be copied nor exported: use the nn.Module it was made from.")
+
+
 def list_models() -> list[str]:
     """List the names that ModelConfig accepts: registered and small-image networks, then torchvision's."""
     plain = [*MODELS.registered(), *sorted(SMALL_IMAGE_NETWORKS)]
     return plain + [TORCHVISION + name if name in SMALL_IMAGE_NETWORKS else name for name in classifier_names()]
 
 
-def _construct(config: ModelConfig, num_classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+def _construct(
+    config: ModelConfig,
+    num_classes: int,
+    in_channels: int,
+    image_size: tuple[int, int],
+    notify: Callable[[str], None],
+) -> nn.Module:
     name, is_published = config.name.removeprefix(TORCHVISION), config.weights == PUBLISHED
     is_small, is_own = config.name in SMALL_IMAGE_NETWORKS, is_user_model(config.name)
     if not is_small and not is_own and name in classifier_names():
@@ -140,7 +177,11 @@ def _construct(config: ModelConfig, num_classes: int, in_channels: int, image_si
         )
     offered: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     if is_own:
-        return build_user_model(config.name, config.args, offered)
+        built = build_user_model(config.name, config.args, offered)
+        _refuse_scripted(config.name, built)
+        if (model := unwrap_all(built)) is not built:
+            notify(f"{config.name} returns {type(built).__name__}: the {type(model).__name__} inside is used.")
+        return model
     return build_small_image_network(config.name, config.args, **offered)
 
 
@@ -174,9 +215,35 @@ def _check_fit(name: str, model: nn.Module, num_classes: int, image_shape: tuple
         raise ModelError(
             f"{name} makes {list(logits.shape)} of two images of {images}, wanted logits [2, {num_classes}]."
         )
+    if bool(((logits >= 0) & (logits <= 1)).all()) and (kind := _probabilities_of(model, image_shape)):
+        raise ModelError(
+            f"{name} ends in a {kind}: its outputs are probabilities, and losses and stores take logits. Return what "
+            f"goes into the {kind}."
+        )
 
 
-def _path(text: str) -> Path:
+def _probabilities_of(model: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
+    """Return "softmax" or "sigmoid" if the network's last operation is one, else None."""
+    ramp = torch.linspace(-1, 1, math.prod(image_shape)).view(1, *image_shape)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            outputs = model(torch.cat([ramp, ramp.flip(1, 2, 3)]).requires_grad_().clone())
+    except Exception:  # it cannot be differentiated
+        return None
+    finally:
+        model.train(was_training)
+    if PROBABILITIES in kinds_of_outputs(outputs.detach()) and not torch.equal(*outputs.detach()):
+        return "softmax"
+    node = outputs.grad_fn
+    while node is not None and node.name() in SAME_VALUES:
+        node = node.next_functions[0][0]
+    return "sigmoid" if node is not None and node.name() == "SigmoidBackward0" else None
+
+
+def weights_path(text: str) -> Path:
+    """Return the path of a weights file as the recipe writes it. Raises ModelError for `~` without a home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

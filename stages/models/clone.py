@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 HOOK_TABLES = (
     "_forward_hooks",
@@ -22,16 +22,17 @@ def clone_without_hooks(model: nn.Module) -> nn.Module:
     """Return a deep copy without forward and backward hooks.
 
     Hooks (of feature distillation) belong to the original: tracing or exporting the copy must not trigger them. Pre-
-    hooks stay, since weight normalization computes its weights in one.
+    hooks stay, since weight normalization computes its weights in one; the copy gets what it computed last.
     """
     # deepcopy consults its memo first: it finds an empty table for each table of hooks, and never copies a hook.
-    empty_tables: dict[int, Any] = {
-        id(table): type(table)()
-        for module in model.modules()
-        for name, table in vars(module).items()
-        if name in HOOK_TABLES
-    }
-    return copy.deepcopy(model, empty_tables)
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in HOOK_TABLES:
+                memo[id(value)] = type(value)()
+            elif isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses it
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -43,6 +44,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def unwrap_all(model: nn.Module) -> nn.Module:
+    """Return the network inside its wrappers, and replace, in place, each module that is wrapped by what is inside."""
+    model = unwrap(model)
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if path and (inner := unwrap(module)) is not module:
+            model.set_submodule(path, inner)
+    return model
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
+from kdpipe.stages.models.clone import preserve_modes
 from kdpipe.stages.numerics import to_float32
 from kdpipe.store.errors import did_you_mean
 
@@ -35,6 +37,10 @@ class ModelOutput:
 
 
 K = TypeVar("K")
+
+
+IMAGES = ""
+"""The input, beside the paths of modules."""
 
 
 class _AllCaptured(Exception):
@@ -84,34 +90,122 @@ def model_errors(images: Tensor) -> Iterator[None]:
 
 
 class FeatureExtractor:
-    """A network that also returns the outputs of its hooked modules. Use `extract_features` to create it."""
+    """A network that also returns the outputs of its hooked modules. Use `extract_features` to create it.
+
+    A feature is what the module returned, in its last call if the forward pass calls it several times. Where a later
+    operation overwrites it in place, as `nn.ReLU(inplace=True)` and `x += shortcut` do, a copy is kept: the first call
+    in each mode finds these layers, and starts again from the same buffers and random numbers.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], no_further: bool) -> None:
         self._model, self._layers, self._no_further = model, layers, no_further
-        self._captured: dict[str, Tensor] | None = None  # outside of a call the model runs as without hooks
+        self._record: _Record | None = None  # outside of a call the model runs as without hooks
+        self._num_calls: dict[bool, Counter[str]] = {}  # of each layer in a forward pass, by training mode
+        self.overwritten: set[str] = set()
 
     def __call__(self, images: Tensor) -> ModelOutput:
-        self._captured = captured = dict[str, Tensor]()
-        try:
-            logits = self._model(images)
-        except _AllCaptured:
-            logits = images.new_empty(len(images), 0)
-        finally:
-            self._captured = None
-        absent = [layer for layer in self._layers if layer not in captured]
-        if absent:
+        training = self._model.training
+        if training in self._num_calls:
+            record = self._run(images)
+            overwritten = record.overwritten()
+        else:
+            restore = snapshot(self._model, images)
+            record = self._run(images)
+            self._num_calls[training] = record.num_calls
+            if (overwritten := record.overwritten()) or self._no_further:
+                del record  # frees its graph
+                restore()
+                self.overwritten |= overwritten
+                record = self._run(images)
+                overwritten = record.overwritten()
+        if overwritten:
+            raise ModelError(
+                f"the forward pass overwrites {_named(overwritten)} in place in some calls only: choose another layer, "
+                "or replace that operation by one that is not in place."
+            )
+        if absent := [layer for layer in self._layers if layer not in record.features]:
             raise ModelError(f"module {absent[0]!r} is not used in the forward pass: choose another layer.")
-        return ModelOutput(logits, captured)
+        return ModelOutput(record.logits, record.features)
+
+    def _run(self, images: Tensor) -> _Record:
+        given = images.clone() if IMAGES in self.overwritten else images
+        self._record = record = _Record(images.new_empty(len(images), 0), {IMAGES: (images, _version(images))})
+        try:
+            record.logits = self._model(given)
+        except _AllCaptured:
+            pass
+        finally:
+            self._record = None
+        return record
 
     def hook(self, layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """Capture the output of a layer."""
-        if self._captured is None:
+        record = self._record
+        if record is None:
             return
         if not isinstance(output, Tensor):
             raise ModelError(f"module {layer!r} outputs {type(output).__name__}, not a tensor: choose another layer.")
-        self._captured[layer] = output
-        if self._no_further and len(self._captured) == len(self._layers):
+        if layer in self.overwritten or output.is_inference():  # inference tensors count no versions
+            output = output.clone()
+        record.add(layer, output)
+        if self._no_further and record.num_calls == self._num_calls.get(self._model.training):
             raise _AllCaptured
+
+
+@dataclass
+class _Record:
+    """What a forward pass gives: logits, and each layer's output with its version counter at that time."""
+
+    logits: Tensor
+    outputs: dict[str, tuple[Tensor, int]]
+    num_calls: Counter[str] = field(default_factory=Counter)
+
+    def add(self, layer: str, output: Tensor) -> None:
+        self.outputs[layer] = output, _version(output)
+        self.num_calls[layer] += 1
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        return {layer: output for layer, (output, _) in self.outputs.items() if layer != IMAGES}
+
+    def overwritten(self) -> set[str]:
+        """Return the layers whose outputs were changed in place since, IMAGES among them if the input was."""
+        return {layer for layer, (output, version) in self.outputs.items() if _version(output) != version}
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor and the views of it were changed in place; -1 if torch does not count that."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _named(layers: Iterable[str]) -> str:
+    return ", ".join(f"the output of {layer!r}" if layer else "the input" for layer in sorted(layers))
+
+
+def snapshot(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """Return a function that restores the model's buffers, the images and the random generators as they are now."""
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    copies = [(tensor, tensor.detach().clone()) for tensor in (images, *(buffer for _, _, buffer in buffers))]
+    cpu = torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state(images.device) if images.is_cuda else None
+
+    def restore() -> None:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        with torch.no_grad():
+            for tensor, copy in copies:
+                if not torch.equal(tensor, copy):
+                    tensor.resize_(copy.shape).copy_(copy)
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu, images.device)
+
+    return restore
 
 
 @contextmanager
@@ -132,10 +226,18 @@ def extract_features(
 
 def feature_shapes(model: nn.Module, layers: Iterable[str], image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """Return the shape of each layer's output, without the batch axis, for images (C, H, W)."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), extract_features(model, layers) as extractor:
-        outputs = extractor(torch.zeros(2, *image_shape, device=device))
-    model.train(was_training)
+    outputs, _ = _trial(model, layers, image_shape)
     return {layer: tuple(feature.shape[1:]) for layer, feature in outputs.features.items()}
+
+
+def overwritten_layers(model: nn.Module, layers: Iterable[str], image_shape: tuple[int, int, int]) -> set[str]:
+    """Return those of `layers` whose output a later operation overwrites in place, in eval mode."""
+    return _trial(model, layers, image_shape)[1]
+
+
+def _trial(model: nn.Module, layers: Iterable[str], image_shape: tuple[int, int, int]) -> tuple[ModelOutput, set[str]]:
+    """Run two black images in eval mode; return the outputs and the layers that are overwritten."""
+    device = next(model.parameters()).device
+    with preserve_modes(model), torch.no_grad(), extract_features(model, layers) as extractor:
+        model.eval()
+        return extractor(torch.zeros(2, *image_shape, device=device)), extractor.overwritten - {IMAGES}

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, RecipeError, RunError
+from kdpipe.stages.models.safetensors_io import RECORD
+
+CONFIGS = ("config.json", "preprocessor_config.json")
+"""Files beside downloaded weights that have their input scaling, as timm and transformers write them."""
+
+MAX_CONFIG_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,9 @@ class Normalization:
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return images.float().div_(255).sub_(mean).div_(std)
+
+    def __str__(self) -> str:
+        return f"mean = {list(self.mean)} and std = {list(self.std)}"
 
     def to_pixel_gradient(self, gradient: Tensor) -> Tensor:
         """Convert a gradient by the normalized input, [B, C, H, W], to one by pixels in [0, 1].
@@ -99,3 +111,46 @@ def _per_channel(values: Any, in_channels: int) -> tuple[float, ...]:
     if numbers.ndim > 1:
         raise ValueError("it has more than one axis")
     return tuple(numbers.tolist()) if numbers.ndim else (float(numbers),) * in_channels
+
+
+def stated_scalings(model: nn.Module, weights: Path | None, in_channels: int) -> dict[str, Normalization]:
+    """Return the input scalings that a network and its weights file come with, by the place where each is stated.
+
+    Places are timm's configuration on the network, the record in a weights file of kdpipe, and the files beside
+    weights that are named in CONFIGS or have the same name with the suffix .json. What does not fit the channels is
+    left out.
+    """
+    found: dict[str, Normalization] = {}
+    for where, record in _records(model, weights):
+        values = [record[key] for key in ("mean", "std") if key in record]
+        values = values or [record[key] for key in ("image_mean", "image_std") if key in record]
+        try:
+            mean, std = values
+            found[where] = as_normalization((mean, std), in_channels)
+        except (TypeError, ValueError, RecipeError):
+            continue
+    return found
+
+
+def _records(model: nn.Module, weights: Path | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the places that may state an input scaling, with their records."""
+    configs = (getattr(module, "pretrained_cfg", None) for module in model.modules())
+    if isinstance(config := next((one for one in configs if one is not None), None), Mapping):
+        yield "timm's configuration of the network", config
+    if weights is None or not weights.is_file():
+        return
+    try:
+        with safetensors.safe_open(weights, "pt") as file:
+            record = json.loads((file.metadata() or {})[RECORD])["normalization"]
+            yield str(weights), record if isinstance(record, Mapping) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError):
+        pass  # not from kdpipe
+    for path in (*(weights.with_name(name) for name in CONFIGS), weights.with_suffix(".json")):
+        try:
+            text = path.read_text() if path.stat().st_size <= MAX_CONFIG_BYTES else ""
+            config = json.loads(text)
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(config, Mapping):
+            own = next((config[key] for key in ("pretrained_cfg", "normalization") if key in config), config)
+            yield str(path), own if isinstance(own, Mapping) else {}

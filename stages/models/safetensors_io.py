@@ -13,7 +13,8 @@ import safetensors.torch
 from torch import Tensor
 
 from kdpipe.stages.errors import ModelError, cause
-from kdpipe.store import canonical_json, write_atomically
+from kdpipe.store import canonical_json
+from kdpipe.store.fs.checksums import require_intact, write_with_sum
 from kdpipe.store.fs.safe_read import open_regular_file
 
 RECORD = "kdpipe"
@@ -21,13 +22,17 @@ RECORD = "kdpipe"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write tensors and record atomically; equal contents give equal bytes."""
+    """Write tensors and record atomically, with their sum; equal contents give equal bytes."""
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors.torch.save(own, metadata={RECORD: canonical_json(record)}))
+    write_with_sum(path, safetensors.torch.save(own, metadata={RECORD: canonical_json(record)}))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of `save_tensors`; raises ModelError if it is absent, damaged, or another kind of file."""
+    """Read a file of `save_tensors`; raises ModelError if it is absent, damaged, or another kind of file.
+
+    Raises DamagedFileError if it differs from its recorded sum.
+    """
+    require_intact(path)
     try:
         os.close(open_regular_file(path))  # raises for a pipe, which would block
         with safetensors.safe_open(path, "pt") as file:

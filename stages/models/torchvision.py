@@ -25,15 +25,16 @@ BUILDER_ARGS = {
     "mobilenet_v3_": {"width_mult", "reduced_tail", "dilated"},
 }
 WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
+"""They return more than logits in training, and their published weights are of another input scaling."""
 
 
 @cache
 def classifier_names() -> tuple[str, ...]:
-    """Return the names of torchvision's image classifiers with one head, sorted."""
+    """Return the names of torchvision's image classifiers, sorted."""
     from torchvision import models
 
     # Detection, segmentation, video and quantized networks live in sub-packages of their own.
-    return tuple(name for name in models.list_models(module=models) if name not in WITH_AUXILIARY_HEADS)
+    return tuple(models.list_models(module=models))
 
 
 def build_classifier(
@@ -50,10 +51,12 @@ def build_classifier(
         )
     if not published:
         return _construct(name, args, num_classes)
+    if name in WITH_AUXILIARY_HEADS and args.get("transform_input") is not True:
+        raise ModelError(f"the published weights of {name} need args.transform_input = true, which scales its input.")
     from torchvision import models
 
     weights = models.get_model_weights(name).DEFAULT
-    published_classes = len(weights.meta["categories"])
+    published_classes = len(published_categories(name))
     model = _construct(name, args, published_classes)
     load_entries(model, _download(name, weights), f"the published weights of {name}")
     if num_classes != published_classes:
@@ -61,12 +64,17 @@ def build_classifier(
     return model
 
 
+def published_categories(name: str) -> tuple[str, ...]:
+    """Return the names of the classes of the published weights of torchvision's classifier `name`, in order."""
+    from torchvision import models
+
+    return tuple(models.get_model_weights(name.rpartition(":")[2]).DEFAULT.meta["categories"])
+
+
 def refusal(name: str) -> ModelError | None:
     """Return the error for another network of torchvision, which is not supported; None for other names."""
     from torchvision import models
 
-    if name in WITH_AUXILIARY_HEADS:
-        return ModelError(f"{name} has auxiliary heads, and kdpipe distills one set of logits: choose another network.")
     if name in models.list_models():
         return ModelError(f"{name} is a network of torchvision, but not a plain image classifier: choose one that is.")
     return None
@@ -78,8 +86,9 @@ def _construct(name: str, args: Mapping[str, Any], num_classes: int) -> nn.Modul
     builder = models.get_model_builder(name)
     made = {"weights": None, "progress": False, "num_classes": num_classes}
     refuse_unknown_args(name, args, _accepted_args(name, builder) - set(made), made)
+    defaults = {"init_weights": True} if name in WITH_AUXILIARY_HEADS else {}  # torchvision warns that it will change
     try:
-        model: nn.Module = builder(**made, **args)
+        model: nn.Module = builder(**made, **{**defaults, **args})
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ModelError(f"{name} cannot be built with args {dict(args)!r} ({cause(error)}).") from error
     return model

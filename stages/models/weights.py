@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kdpipe.stages.errors import ModelError, cause
+from kdpipe.store.fs.checksums import require_intact
 
 NESTED_UNDER = ("state_dict", "model", "model_state_dict")
 
@@ -51,6 +52,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     """Return the entries of a weights file; raises ModelError if it is missing, damaged or unsafe."""
     if not path.is_file():
         raise ModelError(f"there is no weights file {path}.")
+    require_intact(path)
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 

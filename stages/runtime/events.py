@@ -12,6 +12,7 @@ from typing import Any
 
 from kdpipe.stages.errors import StoppedEarly
 from kdpipe.stages.runtime.callbacks import Callback
+from kdpipe.store.redact import redacted
 
 WARNING = "warning"
 """The unit of an event that is a warning; its `job` is the text."""
@@ -19,7 +20,10 @@ WARNING = "warning"
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """Progress of a stage: `step` of `total` `unit`s of `job` are done; `metrics` are figures by name."""
+    """Progress of a stage: `step` of `total` `unit`s of `job` are done; `metrics` are figures by name.
+
+    URLs in `job` lose their passwords and queries.
+    """
 
     stage: str
     job: str
@@ -27,6 +31,9 @@ class ProgressEvent:
     total: int
     unit: str
     metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "job", redacted(self.job))
 
 
 def _ignore(event: ProgressEvent) -> None:
@@ -44,6 +51,7 @@ class RunMonitor:
     Attributes:
         config: The resolved recipe, for callbacks.
         run_dir: The run folder, for callbacks; by default that of the training itself.
+        said: The warnings that are not repeated.
     """
 
     report: Callable[[ProgressEvent], None] = _ignore  # named, so that it can be pickled
@@ -51,6 +59,7 @@ class RunMonitor:
     callbacks: tuple[Callback, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     run_dir: Path | None = None
+    said: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def check(self) -> None:
         """Raise StoppedEarly if the stop flag is set. Call it only where everything done so far is saved."""
@@ -60,6 +69,12 @@ class RunMonitor:
     def warn(self, stage: str, message: str) -> None:
         """Report a warning."""
         self.report(ProgressEvent(stage, message, 1, 1, WARNING))
+
+    def warn_once(self, stage: str, message: str) -> None:
+        """Report a warning, unless it was reported before."""
+        if message not in self.said:
+            self.said.add(message)
+            self.warn(stage, message)
 
     def counter(self, stage: str, job: str, unit: str) -> Callable[[int, int], None]:
         """Return a callback for loops: given (done, total) after each `unit`, it reports and checks the stop flag."""

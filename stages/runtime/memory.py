@@ -22,8 +22,8 @@ T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """From glibc's <malloc.h>."""
 
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED")
-"""Parts of the messages of torch's errors: its CPU allocators', CUDA's, and cuDNN's and cuBLAS's status."""
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED", "Failed to allocate")
+"""Parts of the messages of errors: of torch's CPU allocators, CUDA, cuDNN's and cuBLAS's status, and onnxruntime."""
 
 _sizes: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """The number of samples that fit at once, for networks with which a whole batch did not: it holds for later batches."""
@@ -68,7 +68,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out: Python's, CUDA's (torch.OutOfMemoryError, a RuntimeError), or the allocator's."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    is_library_error = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+    return is_library_error and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def run_in_chunks(
@@ -105,7 +106,7 @@ def _attempt(run: Callable[[slice], T], rows: slice) -> tuple[T] | None:
 
     try:
         return (run(rows),)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if rows.stop - rows.start <= 1 or not is_out_of_memory(error):
             raise
     # Not inside `except`: the error's traceback keeps the attempt's tensors alive.

@@ -17,6 +17,7 @@ from kdpipe.stages.targets.join import JoinedStore
 from kdpipe.stages.targets.outputs import DenseTargets, TeacherTargets, TopKTargets, TransformedTargets
 from kdpipe.stages.targets.resolve import LOGITS
 from kdpipe.store import TargetStore
+from kdpipe.store.read.mapped_views import Verify
 
 GIB = 2**30
 
@@ -32,11 +33,16 @@ class TargetLoadingConfig:
         device_bytes: up to this size on the GPU.
         memory_bytes: up to this size in RAM.
         mapped_bytes: up to this size memory-mapped, with row-wise reads through the page cache.
+        verify: when mapped shards are checked against their checksums: at the "first" use of a view, "always" when
+            an epoch begins with another view, or "never"; what is read into memory is always checked.
+        follow_links: Follow links that lead out of the stores, as DVC and the Hugging Face cache make them.
     """
 
     device_bytes: Bytes = 8 * GIB
     memory_bytes: Bytes = 8 * GIB
     mapped_bytes: Bytes = 64 * GIB
+    verify: Verify = "first"
+    follow_links: bool = False
 
 
 class Targets:
@@ -65,6 +71,8 @@ class Targets:
         self.window = window or 1
         if window is None:
             self.residence = _residence(_num_bytes(stores), device, config)
+            if self.residence == "mapped":
+                self._sources = tuple(replace(one, store=one.store.verifying(config.verify)) for one in sources)
         else:
             self.residence = "streamed"
             self.slabs = sources[0].rows.clamp(min=0) // sources[0].store.unit_rows

@@ -70,7 +70,8 @@ class Variant:
     def digest(self) -> str:
         """The digest of everything that can change the cost of a step."""
         spec = self.spec.to_json() if self.spec else None
-        return sha256_of({"student": asdict(self.student), "distillation": spec})
+        student = {key: value for key, value in asdict(self.student).items() if key not in ("baseline", "export")}
+        return sha256_of({"student": student, "distillation": spec})
 
     @property
     def losses(self) -> tuple[Any, ...]:

@@ -14,8 +14,10 @@ from kdpipe.stages.context import StageContext
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.losses.base import Loss
+from kdpipe.stages.losses.distillation import student_layers
 from kdpipe.stages.losses.features.fitnet import FitNet
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.hooks import overwritten_layers
 from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.numerics import derive_seed
 from kdpipe.stages.runtime.events import RunMonitor
@@ -25,6 +27,7 @@ from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.saved_model import save_model
 from kdpipe.stages.training.task import TrainingTask
 from kdpipe.store import make_folders
+from kdpipe.store.fs.checksums import remove_with_sum
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ def student_fingerprint(
     config: StudentConfig, seed: int, spec: DistillationSpec | None, network: ModelBundle, context: StageContext
 ) -> dict[str, Any]:
     """Return everything that determines a student."""
+    hooked = student_layers(spec.losses) if spec else ()
+    own_outputs = sorted(overwritten_layers(network.model, hooked, context.image_shape)) if hooked else None
     return {
         "starts_from": network.identity,
         "train": config_fingerprint(config.train),
@@ -49,6 +54,7 @@ def student_fingerprint(
         "views": context.student_views(),
         "label_smoothing": config.label_smoothing,
         "distillation": spec.to_json() if spec else None,
+        **({"own_outputs": own_outputs} if own_outputs else {}),  # earlier versions learned from what was left of them
     }
 
 
@@ -94,7 +100,7 @@ def train_hint_stages(
             record = {"architecture": dict(student.architecture)}
             process_group.on_main(partial(save_model, job_dir.model, student.model, record))
         if process_group.is_main:
-            job_dir.checkpoint.unlink(missing_ok=True)
+            remove_with_sum(job_dir.checkpoint)
         student.model.load_state_dict(load_tensors(job_dir.model)[0])
 
 

@@ -42,6 +42,7 @@ class Progress:
         sums: The sums of this epoch's losses.
         history: The metrics of the finished epochs.
         micro_batches: The number of micro-batches per batch, more than 1 after memory ran out.
+        made_with: The threads, processes, device and libraries of the process that wrote the checkpoint.
         stopped_by: The callback that asked to end the training after this epoch.
         callbacks: The states of the callbacks, by name.
     """
@@ -51,6 +52,7 @@ class Progress:
     sums: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     micro_batches: int = 1
+    made_with: dict[str, Any] = field(default_factory=dict)
     stopped_by: str | None = None
     callbacks: dict[str, Any] = field(default_factory=dict)
 
@@ -61,7 +63,7 @@ def save_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
     tensors |= {f"modules/{name}": tensor for name, tensor in state.modules.state_dict().items()}
     tensors |= {f"sums/{name}": total for name, total in progress.sums.items()}
     tensors |= {f"average/{name}": tensor for name, tensor in state.average.tensors.items()} if state.average else {}
-    keys = ("epoch", "step", "history", "micro_batches", "stopped_by", "callbacks")
+    keys = ("epoch", "step", "history", "micro_batches", "made_with", "stopped_by", "callbacks")
     record = {key: getattr(progress, key) for key in keys}
     save_tensors(path, tensors, record | {"scaler": state.scaler.state_dict(), "optimizer": optimizer})
 
@@ -78,6 +80,7 @@ def load_checkpoint(path: Path, state: TrainState, progress: Progress) -> None:
         state.scaler.load_state_dict(record["scaler"])
         progress.epoch, progress.step, progress.history = _position(record)
         progress.micro_batches = max(1, int(record["micro_batches"]))
+        progress.made_with = dict(record.get("made_with") or {})
         progress.stopped_by, progress.callbacks = record.get("stopped_by"), dict(record.get("callbacks") or {})
         device = next(state.modules.parameters()).device
         progress.sums = {name: total.to(device) for name, total in _with_prefix(tensors, "sums/").items()}

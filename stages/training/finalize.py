@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 from kdpipe.stages.errors import ModelError
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.evaluation.macs import count_macs
-from kdpipe.stages.evaluation.metrics import evaluate_in_depth
+from kdpipe.stages.evaluation.metrics import EvalReport, evaluate_in_depth
 from kdpipe.stages.export.onnx_check import check_onnx
 from kdpipe.stages.export.onnx_debug import first_divergence
 from kdpipe.stages.export.onnx_export import export_onnx
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.models.weights import count_parameters
+from kdpipe.stages.numerics import LOG_PROBABILITIES, PROBABILITIES
 from kdpipe.stages.runtime.distributed import SINGLE, ProcessGroup
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.saved_model import save_model
 from kdpipe.store import canonical_json
+from kdpipe.store.fs.checksums import remove_with_sum
 
 CHECKED_IMAGES = 1000
 """Test images on which an exported file is compared with torch."""
@@ -60,7 +64,9 @@ def finalize(
     *,
     process_group: ProcessGroup = SINGLE,
     with_onnx: bool = True,
+    on_no_export: Callable[[str], None] | None = None,
     more: Mapping[str, Any] | None = None,
+    require: Callable[[EvalReport], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Evaluate a trained network, export it, and write its weights and results, which are returned.
 
@@ -73,34 +79,78 @@ def finalize(
         test: The test images, with the teacher's logits if there are any.
         process_group: The processes that trained together.
         with_onnx: Whether to write an ONNX file.
+        on_no_export: For a network that can do without this file: receives the reason why there is none.
         more: Further results.
+        require: Called with the evaluation, before anything is written; may raise.
+
+    Warns if the accuracy is that of chance.
 
     Raises:
         ModelError: The export fails, or the file disagrees with the network on the first test images.
     """
     network.model.eval()
-    return process_group.on_main(
-        lambda: _finalize(job_dir, network, history, test, with_onnx=with_onnx, more=more or {})
-    )
+
+    def evaluate_and_write() -> dict[str, Any]:
+        report = evaluate_in_depth(network.model, test, test.device)
+        require(report)
+        if test.warn is not None:
+            for warning in _warnings(report):
+                test.warn(f"the network in {job_dir.path} {warning}.")
+        return _write(
+            job_dir, network, history, test, report, with_onnx=with_onnx, on_no_export=on_no_export, more=more or {}
+        )
+
+    return process_group.on_main(evaluate_and_write)
 
 
-def _finalize(
+def _warnings(report: EvalReport) -> Iterator[str]:
+    """Yield what makes a network useless as it is, or its outputs something else than logits."""
+    if report.is_at_chance():
+        yield (
+            f"is at chance: {100 * report.top1:.2f} % of {report.num_samples:,} test images, where guessing would "
+            f"reach {100 * report.chance:.2f} %"
+        )
+    if report.outputs == PROBABILITIES:
+        yield "returns probabilities, and losses take logits: return what goes into its softmax"
+    if report.outputs == LOG_PROBABILITIES:
+        yield "returns log-probabilities: right for losses that apply a softmax, shifted in each row for logit_mse"
+
+
+def add_onnx(job_dir: JobDir, network: ModelBundle, result: Mapping[str, Any], test: Evaluation) -> dict[str, Any]:
+    """Write the ONNX file of a finished job that was made without one, and return its results.
+
+    Raises:
+        ModelError: As `finalize`.
+    """
+    network.model.load_state_dict(load_tensors(job_dir.model)[0])
+    agreement = _write_onnx(job_dir, replace(network, model=network.model.eval().to(test.device)), test)
+    result = {**result, "onnx_agreement": agreement, "onnx_bytes": job_dir.onnx.stat().st_size}
+    job_dir.finish(result)
+    return result
+
+
+def _write(
     job_dir: JobDir,
     network: ModelBundle,
     history: Sequence[Mapping[str, Any]],
     test: Evaluation,
+    report: EvalReport,
     *,
     with_onnx: bool,
+    on_no_export: Callable[[str], None] | None,
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    report = evaluate_in_depth(network.model, test, test.device)
     record = {"architecture": dict(network.architecture), "normalization": network.normalize.to_json()}
     save_model(job_dir.model, network.model, record)
     agreement = None
     if with_onnx:
-        example = torch.zeros(2, *test.image_shape, device=test.device)
-        export_onnx(network.model, example, job_dir.onnx, metadata=onnx_metadata(network, test))
-        agreement = require_agreement(job_dir.onnx, network, test)
+        try:
+            agreement = _write_onnx(job_dir, network, test)
+        except ModelError as error:
+            if on_no_export is None:
+                raise
+            remove_with_sum(job_dir.onnx)
+            on_no_export(str(error))
     best = max(history, key=lambda line: line["accuracy"], default={"accuracy": report.top1, "epoch": None})
     result = {
         "accuracy": report.top1,
@@ -113,7 +163,7 @@ def _finalize(
         "num_macs": count_macs(network.model, test.image_shape),
         "identity": network.identity,
         "onnx_agreement": agreement,
-        "onnx_bytes": job_dir.onnx.stat().st_size if with_onnx else None,
+        "onnx_bytes": None if agreement is None else job_dir.onnx.stat().st_size,
         "wall_s": round(sum(line["wall_s"] for line in history), 3),
         "examined": report.to_json(),
         **more,
@@ -122,11 +172,19 @@ def _finalize(
     return result
 
 
+def _write_onnx(job_dir: JobDir, network: ModelBundle, test: Evaluation) -> float:
+    """Write the ONNX file, and return its agreement with the network on the first test images."""
+    example = torch.zeros(2, *test.image_shape, device=test.device)
+    export_onnx(network.model, example, job_dir.onnx, metadata=onnx_metadata(network, test))
+    return require_agreement(job_dir.onnx, network, test)
+
+
 def onnx_metadata(network: ModelBundle, test: Evaluation) -> dict[str, str]:
-    """Return the metadata of an ONNX file: normalization, image shape (C, H, W) and class names."""
+    """Return the metadata of an ONNX file: normalization, image shape (C, H, W), test crop and class names."""
     return {
         "normalization": canonical_json(network.normalize.to_json()),
         "image_shape": canonical_json(list(test.image_shape)),
+        "test_crop": canonical_json(test.crop),
         "class_names": canonical_json(list(test.class_names)),
     }
 
@@ -137,7 +195,7 @@ def require_agreement(path: Path, network: ModelBundle, test: Evaluation, *, who
     Without `whole_test` only the first images are used. Raises ModelError, naming the first layer that diverges, if the
     share is below MIN_AGREEMENT, or the accuracies differ by more than MAX_ACCURACY_GAP.
     """
-    found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES))
+    found = check_onnx(path, network.model, test.batches(None if whole_test else CHECKED_IMAGES), test.warn)
     accuracies = (found.accuracy or 0.0, found.torch_accuracy or 0.0)
     max_gap = max(MAX_ACCURACY_GAP, 2 / found.num_samples)  # on a small test set two images are more
     if found.top1_agreement >= MIN_AGREEMENT and abs(accuracies[0] - accuracies[1]) <= max_gap:

@@ -16,6 +16,7 @@ from torch import nn
 from kdpipe.stages.errors import NotFiniteError, RecipeError, RunError, StoppedEarly
 from kdpipe.stages.evaluation.evaluate import evaluate
 from kdpipe.stages.models.hooks import extract_features
+from kdpipe.stages.runtime.circumstances import circumstances, resume_circumstances
 from kdpipe.stages.runtime.events import ProgressEvent, RunMonitor
 from kdpipe.stages.training.callbacks import Hooks, callbacks_of
 from kdpipe.stages.training.checkpoint import Progress, TrainState, load_checkpoint, save_checkpoint
@@ -49,6 +50,7 @@ def train(job: TrainJob, device: torch.device, monitor: RunMonitor) -> list[dict
     if process_group.broadcast_object(job.job_dir.checkpoint.exists()):
         load_checkpoint(job.job_dir.checkpoint, state, progress)
         _require_position(job, progress, steps)
+        resume_circumstances(progress.made_with, job.name, device, process_group, monitor)
     batches = _stream(job, progress, job.config.epochs)
     with (
         callbacks_of(job, progress, monitor) as hooks,
@@ -94,6 +96,7 @@ def _save(job: TrainJob, state: TrainState, progress: Progress, hooks: Hooks) ->
 
     def save() -> None:
         progress.callbacks = hooks.states()
+        progress.made_with = circumstances(next(state.modules.parameters()).device, job.process_group)
         save_checkpoint(job.job_dir.checkpoint, state, progress)
 
     job.process_group.on_main(save)

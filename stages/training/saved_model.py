@@ -32,8 +32,8 @@ def finished_record(folder: JobDir, needed_by: str) -> dict[str, Any]:
 def load_finished(folder: JobDir, model: nn.Module, architecture: Mapping[str, Any], needed_by: str) -> dict[str, Any]:
     """Load a finished job's weights into `model` and return the record stored with them.
 
-    Raises RunError, naming the command `needed_by`, if the job is not finished; FingerprintMismatch if the file holds
-    another architecture than `architecture`, or other weights than the job's results name.
+    Raises RunError, naming the command `needed_by`, if the job is not finished, or the file holds other weights than
+    the job's results name; FingerprintMismatch if it holds another architecture than `architecture`.
     """
     record = finished_record(folder, needed_by)
     advice = f"Use the recipe that trained it, or delete the folder {folder.path} to train it again."
@@ -43,7 +43,10 @@ def load_finished(folder: JobDir, model: nn.Module, architecture: Mapping[str, A
         model.load_state_dict(load_tensors(folder.model)[0])
     except RuntimeError as error:
         raise ModelError(f"{folder.model} does not fit its own architecture ({error}). {advice}") from error
-    finished_with = (folder.result() or {})["identity"]["weights_sha256"]
-    if found := differences(finished_with, weights_sha256(model), "weights_sha256"):
-        raise FingerprintMismatch(f"the job in {folder.path}", found, advice)
+    if (folder.result() or {})["identity"]["weights_sha256"] != weights_sha256(model):
+        raise RunError(
+            f"{folder.model} does not hold the weights that {folder.path / 'result.json'} names: one of them is "
+            f"damaged or was replaced. Restore it from a copy, or delete the folder {folder.path} and run "
+            f"`{needed_by}` again."
+        )
     return record

@@ -28,11 +28,16 @@ DTYPES = ("float16", "float32", "uint8", "uint16", "uint32")
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of a store, shape [V, N, *row_shape]. `name` is its path in the Zarr group."""
+    """One array of a store, shape [V, N, *row_shape]. `name` is its path in the Zarr group.
+
+    `own_output` marks a layer whose output the teacher overwrites in place afterwards: stores without the mark hold
+    what was left of it.
+    """
 
     name: str
     row_shape: tuple[int, ...]
     dtype: str
+    own_output: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -50,7 +55,8 @@ class ArraySpec:
         return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).max)
 
     def to_json(self) -> dict[str, Any]:
-        return {"row_shape": list(self.row_shape), "dtype": self.dtype}
+        own_output = {"own_output": True} if self.own_output else {}
+        return {"row_shape": list(self.row_shape), "dtype": self.dtype, **own_output}
 
 
 @dataclass(frozen=True, order=True)

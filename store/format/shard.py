@@ -6,6 +6,7 @@ is a run of rows followed by 16 bytes per chunk (offset, length) and a checksum.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 from kdpipe.store.errors import StoreError
 from kdpipe.store.format.codec import Codec
 from kdpipe.store.format.layout import ArraySpec, Unit, rows_per_chunk
+from kdpipe.store.fs.safe_read import open_regular_file
 
 ABSENT = 2**64 - 1
 """Index entry of an absent inner chunk: Zarr reads it as the fill value."""
 
 CRC_BYTES = 4
+
+PIECE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,19 @@ def crc32c(*parts: bytes | memoryview) -> int:
 def is_committed(raw: bytes, entry: Mapping[str, int]) -> bool:
     """Return whether a file has the size and checksum in a marker's entry, `bytes` and `crc32c`."""
     return len(raw) == entry["bytes"] and crc32c(raw) == entry["crc32c"]
+
+
+def is_committed_file(file: Path, entry: Mapping[str, int], root: Path) -> bool:
+    """Return whether the file of a shard has the size and checksum in a marker's entry; it is read in pieces.
+
+    Raises OSError as `open_regular_file` does.
+    """
+    buffer, checksum, num_bytes = bytearray(PIECE_BYTES), 0, 0
+    with os.fdopen(open_regular_file(file, root), "rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            checksum = google_crc32c.extend(checksum, np.frombuffer(buffer, np.uint8, count))
+            num_bytes += count
+    return num_bytes == entry["bytes"] and checksum == entry["crc32c"]
 
 
 def encode_shard(rows: NDArray[Any], shape: ShardShape, codec: Codec | None = None) -> list[bytes | memoryview]:

@@ -152,6 +152,27 @@ def read_holder(descriptor: int) -> Holder:
         return Holder(host="", pid=0, job_id=None, age_s=0.0)
 
 
+def lock_holder(path: Path) -> Holder | None:
+    """Return who has locked the file at `path`, exclusively or shared; None if it is free or this cannot be seen.
+
+    The lock is tried for a moment on a read-only descriptor; jobs that find it taken look again.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX):  # the second may not work on a read-only descriptor, as on NFS
+            if not try_lock(path, descriptor, kind | fcntl.LOCK_NB):
+                return read_holder(descriptor)
+    except (OSError, KdpipeError):
+        return None
+    else:
+        return None
+    finally:
+        os.close(descriptor)  # releases the lock
+
+
 def write_record(descriptor: int) -> None:
     """Write this process's record to its open lock file."""
     job_id = next((os.environ[name] for name in JOB_ID_VARIABLES if os.environ.get(name)), None)

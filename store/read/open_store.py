@@ -17,7 +17,8 @@ from kdpipe.store.format.samples import read_samples
 from kdpipe.store.format.shard import check_index, shard_path, shard_shape
 from kdpipe.store.format.zarr_metadata import check_arrays, read_store_manifest
 from kdpipe.store.fs.safe_read import open_regular_file
-from kdpipe.store.read.target_store import TargetStore, damaged, finished_part, visible_layout
+from kdpipe.store.read.mapped_views import damaged
+from kdpipe.store.read.target_store import TargetStore, finished_part, visible_layout
 
 
 def open_store(path: Path, expected: Mapping[str, Any] | None = None, advice: str = "") -> TargetStore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from kdpipe.store.format.samples import Samples
 from kdpipe.store.format.shard import decode_shard, is_committed, shard_path, shard_shape
 from kdpipe.store.format.unit_state import missing_units
 from kdpipe.store.fs.safe_read import read_regular_file
-from kdpipe.store.read.mmap_files import FileRegion, MappingUnsupported, map_files
+from kdpipe.store.read.mapped_views import NOT_COMMITTED, MappedViews, Verify, damaged
 from kdpipe.store.read.rows import CACHE_BYTES, RowIndex, UnitCache
+
+UNMAPPED = "shard by shard, "
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class TargetStore:
         manifest: Manifest,
         samples: Samples,
         markers: Mapping[Unit, Marker],
+        *,
         stream_bytes: int | None = None,
+        verify: Verify = "first",
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -53,13 +58,12 @@ class TargetStore:
         self._layout = visible_layout(manifest.layout, self._finished)
         self._index = RowIndex(samples.ids, self._layout.sample_rows(), self._layout.num_shards * self.unit_rows)
         self._stream_bytes = stream_bytes
-        self._ranges: dict[str, NDArray[Any]] = {}
-        self._mapped_views: dict[tuple[str, int], NDArray[Any]] = {}
-        self._unmappable: dict[str, str] = {}
+        self._mapped = MappedViews(path, manifest, self._layout, markers, verify)
         self._cache = UnitCache(self.read_unit, CACHE_BYTES if stream_bytes is None else stream_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TargetStore, (self.path, self.manifest, self.samples, self._markers, self._stream_bytes)
+        made = partial(TargetStore, stream_bytes=self._stream_bytes, verify=self._mapped.verify)
+        return made, (self.path, self.manifest, self.samples, self._markers)
 
     def __repr__(self) -> str:
         return f"TargetStore({str(self.path)!r}: {self.num_views} views of {self.num_samples:,} samples)"
@@ -143,35 +147,47 @@ class TargetStore:
         """
         try:
             # As fast as np.memmap's take: the row of an absent sample is out of range, which `take` checks anyway.
-            rows: NDArray[Any] = self._mapped_views[name, view].take(self._index.find(sample_ids), axis=0)
+            rows: NDArray[Any] = self._mapped.ready[name, view].take(self._index.find(sample_ids), axis=0)
         except (KeyError, IndexError):  # not mapped (yet), or an absent id
             return self.take(name, view, self.rows_of(sample_ids))
         return rows
 
     def take(self, name: str, view: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return rows of one view of an array, as numbered by `rows_of`: [B, *row_shape]."""
-        if self.read_mode(name).mode == "mapped":
+        if (name, view) in self._mapped.ready or self.read_mode(name).mode == "mapped":
             self._check_view(view)
-            taken: NDArray[Any] = self._mapped_views[name, view].take(rows, axis=0)
-            return taken
+            return self._mapped.view(name, view).take(rows, axis=0)  # type: ignore[no-any-return]
         return self._take_by_unit(self.spec(name), view, rows)
 
     def read_mode(self, name: str) -> ReadMode:
         """Return how `take` reads an array, and why."""
-        if name not in self._ranges and name not in self._unmappable:
-            self._open_range(name)
-        if name in self._ranges:
-            return ReadMode("mapped", "one address range over all of its shards")
-        return ReadMode("memory", f"shard by shard, because {self._unmappable[name]}")
+        self.spec(name)
+        if self._stream_bytes is not None:
+            return ReadMode("memory", f"{UNMAPPED}because it is streamed within {self._stream_bytes:,} bytes")
+        if why_not := self._mapped.why_not(name):
+            return ReadMode("memory", f"{UNMAPPED}because {why_not}")
+        return ReadMode("mapped", "one address range over all of its shards")
 
     def array(self, name: str) -> NDArray[Any]:
         """Return all views of an array as one mapped, read-only ndarray [V, N, *row_shape].
 
-        Rows without a sample have undefined values. Raises StoreError if the array cannot be mapped.
+        Its shards are checked first, unless the store is one of `verifying("never")`. Rows without a sample have
+        undefined values. Raises StoreError if the array cannot be mapped.
         """
-        if self.read_mode(name).mode != "mapped":
-            raise StoreError(f"{self.path}: {name} cannot be mapped, because {self._unmappable[name]}. Use read_view.")
-        return self._ranges[name][:, : self.num_rows]
+        reading = self.read_mode(name)
+        if reading.mode != "mapped":
+            why_not = reading.reason.removeprefix(UNMAPPED)
+            raise StoreError(f"{self.path}: {name} cannot be mapped, {why_not}. Use read_view.")
+        return self._mapped.whole(name)
+
+    def verifying(self, verify: Verify) -> TargetStore:
+        """Return the same store, with another rule for when the shards of mapped arrays are checked.
+
+        "first" checks the shards of a view when this process first reads the view; "always" when it first reads the
+        view and whenever it comes back to it from another view, as each epoch does; "never" leaves it to `kdpipe store
+        verify`.
+        """
+        return self if verify == self._mapped.verify else self._with(self._stream_bytes, verify)
 
     def streamed(self, max_bytes: int) -> TargetStore:
         """Return the same store, read shard by shard into memory instead of mapped.
@@ -179,7 +195,11 @@ class TargetStore:
         It caches up to `max_bytes` of shards (at least one), and one more while that is read. Each shard is checked
         against its committed crc32c.
         """
-        return TargetStore(self.path, self.manifest, self.samples, self._markers, max_bytes)
+        return self._with(max_bytes, self._mapped.verify)
+
+    def _with(self, stream_bytes: int | None, verify: Verify) -> TargetStore:
+        read = self.path, self.manifest, self.samples, self._markers
+        return TargetStore(*read, stream_bytes=stream_bytes, verify=verify)
 
     def units(self, view: int) -> list[Unit]:
         """Return the units of a view, in the order of their rows."""
@@ -198,7 +218,7 @@ class TargetStore:
         except OSError as error:
             raise StoreError(damaged(file, unit, f"it cannot be read ({error.strerror})")) from error
         if not is_committed(raw, entry):
-            raise StoreError(damaged(file, unit, "its bytes are not those that were committed"))
+            raise StoreError(damaged(file, unit, NOT_COMMITTED))
         return decode_shard(raw, shard_shape(spec, self.unit_rows), unit.num_rows, self.manifest.codec, str(file))
 
     def read_view(self, name: str, view: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -225,44 +245,11 @@ class TargetStore:
             out[in_shard] = self._cache.rows(spec.name, units[shard])[rows[in_shard] - units[shard].start]
         return out
 
-    def _open_range(self, name: str) -> None:
-        """Map all shards of an array contiguously, or record why that is not possible."""
-        spec, layout = self.spec(name), self._layout
-        if self._stream_bytes is not None:
-            self._unmappable[name] = f"it is streamed within {self._stream_bytes:,} bytes"
-            return
-        if self.manifest.codec is not None:
-            self._unmappable[name] = "the archive profile compresses chunks (see `kdpipe store transcode`)"
-            return
-        shape, unit_bytes = shard_shape(spec, layout.unit_rows), layout.unit_rows * spec.row_bytes
-        units, num_units = layout.units(), layout.num_views * layout.num_shards
-        regions = [
-            FileRegion(
-                shard_path(self.path, spec, unit),
-                (unit.view * layout.num_shards + unit.shard) * unit_bytes,
-                shape.data_bytes(unit.num_rows),
-            )
-            for unit in units
-        ]
-        try:
-            mapped = map_files(regions, num_units * unit_bytes)
-        except MappingUnsupported as error:
-            self._unmappable[name] = str(error)
-            return
-        rows = layout.num_shards * layout.unit_rows
-        self._ranges[name] = mapped.view(spec.little).reshape(layout.num_views, rows, *spec.row_shape)
-        self._mapped_views |= {(name, view): self._ranges[name][view] for view in range(layout.num_views)}
-
     def _check_view(self, view: int) -> None:
         if not 0 <= view < self.num_views:
             total = self.manifest.layout.num_views
             growing = f" It is being extended to {total}: run `kdpipe cache-teacher` to finish." if view < total else ""
             raise StoreError(f"{self.path} has views 0 to {self.num_views - 1}, not {view}.{growing}")
-
-
-def damaged(file: Path, unit: Unit, what: str) -> str:
-    """Return the message about a damaged file."""
-    return f"{file} ({unit}) is damaged: {what}. `kdpipe store repair RECIPE` computes its unit again."
 
 
 def finished_part(path: Path, manifest: Manifest) -> Finished:

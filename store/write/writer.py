@@ -25,6 +25,7 @@ from kdpipe.store.format.shard import crc32c, encode_shard, shard_path, shard_sh
 from kdpipe.store.format.unit_state import committed, missing_arrays
 from kdpipe.store.format.zarr_metadata import create_group, read_store_manifest, replace_metadata
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX, fsync_path, make_folders, sweep_partial, write_atomically
+from kdpipe.store.write.acceptance import require_readable, require_samples
 from kdpipe.store.write.claims import exclusive_store
 
 REASONS = {
@@ -37,7 +38,12 @@ REASONS = {
 
 
 def create_store(path: Path, manifest: Manifest, samples: Samples) -> None:
-    """Create an empty store at `path`, metadata and samples, atomically."""
+    """Create an empty store at `path`, metadata and samples, atomically.
+
+    Raises StoreError, and writes nothing, where readers would refuse it.
+    """
+    require_readable(manifest, f"the store {path}")
+    require_samples(manifest, samples, f"the store {path}")
     with write_errors(path):
         make_folders([path.parent])
         sweep_partial(path)

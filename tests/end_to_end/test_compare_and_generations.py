@@ -137,6 +137,16 @@ def test_a_diverged_variant_does_not_stop_the_others(compared, recipe, tmp_path)
     assert re.search(r"^\s*kd-and-rkd\s+\d", ended.stdout, re.MULTILINE)
 
 
+def test_variants_compare_without_the_student_alone(compared, recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(compared[0], run)
+    shutil.rmtree(run / "students")
+    ended = kdpipe_here("compare", recipe, "--run", run, *SHORT, "--set", "student.baseline=false")
+    assert ended.exit_code == 0, ended.stderr
+    assert not list(run.glob("students/*"))
+    assert re.search(r"^\s*label-smoothing\s.*\s\+0\.00\s.*\s1\.00\s*$", ended.stdout, re.MULTILINE)
+
+
 def test_shard_and_manifests_of_both_stores_are_repaired(compared, recipe, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(compared[0], run)

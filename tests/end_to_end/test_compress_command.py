@@ -39,9 +39,9 @@ def test_an_external_student_leaves_the_runs_own_alone(done, recipe, tmp_path):
     common = (*arguments(done, recipe, run), "--set", "compress.steps=[]")
     ended = kdpipe_here("compress", *common, "--from", tmp_path / "external.pt")
     assert ended.exit_code == 0, ended.stderr
-    assert "exported: model.onnx, model.pt2, model.safetensors" in ended.stdout
+    assert "exported: student" in ended.stdout
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"teacher", "compressed-external"}
-    stored = load_tensors(run / "compressed-external" / "artifacts-seed0" / "model.safetensors")[0]
+    stored = load_tensors(run / "compressed-external" / "artifacts-seed0" / "student" / "model.safetensors")[0]
     assert stored["fc.weight"].dtype == torch.bfloat16
     report = kdpipe_here("report", run, "--no-html")
     assert report.exit_code == 0, report.stderr

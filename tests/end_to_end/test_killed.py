@@ -17,7 +17,7 @@ def test_a_killed_run_ends_with_the_same_files(done, recipe, tmp_path):
         (run / "students" / "distilled-seed0" / "checkpoint.safetensors").exists,
         (run / "compressed" / "pruned-seed0" / "checkpoint.safetensors").exists,
         (run / "compressed" / "int8-seed0" / "checkpoint.safetensors").exists,
-        (run / "compressed" / ".artifacts-seed0.partial" / "model.int8.onnx").exists,
+        (run / "compressed" / "artifacts-seed0" / ".int8.partial" / "model.onnx").exists,
     ]
     for ready in midway:
         process = start("run", recipe, "--run", run)

@@ -13,6 +13,11 @@ import zarr
 from support.kdpipe_process import kdpipe, kdpipe_here
 from support.made_store import folder_bytes
 
+from kdpipe.pipeline.recipe.load import load_recipe
+from kdpipe.pipeline.run import Run
+from kdpipe.pipeline.shared_store import warn_of_neighbor
+from kdpipe.stages.runtime.events import RunMonitor
+
 
 def test_a_run_ends_with_a_table_and_its_files(done):
     run, output = done
@@ -141,6 +146,17 @@ def test_one_student_learns_from_two_stores(done, other, recipe, tmp_path):
     assert torch.isfinite(torch.tensor(distilled["distilled"][0]["cross_entropy"]))
 
 
+def test_students_without_their_baseline(done, recipe, tmp_path):
+    run = copied(done, tmp_path)
+    for folder in run.glob("students/alone-*"):
+        shutil.rmtree(folder)
+    ended = kdpipe_here("train-student", recipe, "--run", run, "--set", "student.baseline=false", "--json")
+    assert list(json.loads(ended.stdout)["students"]) == ["distilled"]
+    assert kdpipe_here("report", run, "--no-html").exit_code == 0
+    (status,) = json.loads(kdpipe_here("status", run, "--json").stdout)["runs"]
+    assert status["num_networks_done"] == status["num_networks"]
+
+
 def copied(done, tmp_path):
     run = tmp_path / "copy"
     shutil.copytree(done[0], run)
@@ -208,3 +224,28 @@ def test_an_unprunable_student_is_refused_before_training(recipe, tmp_path):
     assert ended.exit_code == 1
     assert "removes no channel" in ended.stderr
     assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_a_complete_store_of_another_run_needs_no_teacher(done, recipe, tmp_path):
+    """The report takes the teacher's figures from beside the store."""
+    run, sets = tmp_path / "new", [f"cache.store={done[0] / 'store.zarr'}", "compress.steps=[]"]
+    arguments = [argument for change in sets for argument in ("--set", change)]
+    ended = kdpipe_here("run", recipe, "--run", run, *arguments, "--json")
+    assert ended.exit_code == 0, ended.stderr
+    assert not (run / "teacher").exists()
+    rows = {row["kind"]: row["accuracy_mean"] for row in json.loads(ended.stdout)["rows"]}
+    assert rows["teacher"] == 100 * json.loads((done[0] / "teacher" / "result.json").read_text())["accuracy"]
+    refused = kdpipe_here("run", recipe, "--run", tmp_path / "other", *arguments, "--set", "views.seed=7")
+    assert refused.exit_code == 12
+    assert "views.seed" in refused.stderr
+    assert not (tmp_path / "other" / "teacher").exists()
+
+
+def test_a_store_next_door_is_named_before_it_is_made_again(done, recipe):
+    beside, warnings = done[0].parent / "beside", []
+    for change, num_warnings in ((), 1), (("views.seed=7",), 0), (("teacher.train.lr=0.01",), 0):
+        warnings.clear()
+        run = Run(load_recipe(recipe, change, {}), beside, RunMonitor(lambda event: warnings.append(event.job)))
+        warn_of_neighbor(run, list(run.check_losses_fit()))
+        assert len(warnings) == num_warnings
+        assert all(f"--set cache.store={done[0] / 'store.zarr'}" in warning for warning in warnings)

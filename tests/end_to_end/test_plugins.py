@@ -84,7 +84,7 @@ def test_recipe_runs_with_the_plugin(installed):
     job = folder / "runs" / "plugged" / "students" / "distilled-seed0"
     assert json.loads((job / "best_epochs.json").read_text())[0] == 0
     assert "source_sha256" in (job / "job.json").read_text()
-    artifacts = folder / "runs" / "plugged" / "compressed" / "artifacts-seed0"
+    artifacts = folder / "runs" / "plugged" / "compressed" / "artifacts-seed0" / "int8"
     code = (
         "import kdpipe as kd, torch\n"
         "train, _ = kd.load_dataset('bars')\n"

@@ -84,9 +84,9 @@ def test_results_have_figures_and_networks(in_python, tmp_path):
     assert result.bundle(images).shape == (2, 10)
     assert small.accuracy == small.networks["int8"].accuracy
     assert small.networks["pruned"].num_parameters < result.num_parameters
-    assert torch.equal(kd.load_student(small.folder)(images), small.bundle(images))
+    assert torch.equal(kd.load_student(small.folder / "int8")(images), small.bundle(images))
     for name in ("student.onnx", "student.safetensors", "student.pt2"):
         assert small.export(tmp_path / name).stat().st_size > 0
-    assert small.export(tmp_path / "again.onnx").read_bytes() == (small.folder / "model.int8.onnx").read_bytes()
+    assert small.export(tmp_path / "again.onnx").read_bytes() == (small.folder / "int8" / "model.onnx").read_bytes()
     with pytest.raises(kd.KdpipeError, match="choose from .onnx"):
         result.export(tmp_path / "student.tflite")

@@ -3,13 +3,18 @@
 import json
 import os
 import signal
+from contextlib import ExitStack
 
 import pytest
 from support.kdpipe_process import kdpipe_here, signal_when, start
 from support.made_store import folder_bytes
 from support.s3_server import s3_environment, s3_server, upload_folder
+from support.staging_jobs import Web, running
 
 from kdpipe.store import claim, open_store
+
+CANARY = "hunter2"
+"""A password that must not be printed or written."""
 
 SMALL = ["--set", "cache.shard_bytes=4096", "--set", "cache.batch_size=8"]
 
@@ -91,18 +96,28 @@ def test_views_are_added_in_place_and_removed(done, recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["archive", "s3"])
-def test_a_remote_store_trains_the_same_student(done, recipe, tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("place", ["s3", "web"])
+def test_a_remote_archive_trains_the_same_student(done, recipe, tmp_path, monkeypatch, place):
     store, run = done[0] / "store.zarr", tmp_path / "run"
     monkeypatch.setenv("KDPIPE_CACHE", str(tmp_path / "cache"))
     packed = tmp_path / "packed.zarr"
     assert kdpipe_here("store", "transcode", store, packed, "--archive", "zstd").exit_code == 0
-    with s3_server() as endpoint:
-        for name, value in s3_environment(endpoint).items():
-            monkeypatch.setenv(name, value)
-        where = upload_folder(endpoint, "teachers", "tiny.zarr", packed) if place == "s3" else str(packed)
-        ended = kdpipe_here("train-student", recipe, "--run", run, "--set", f'student.stores=["{where}"]')
-    assert ended.exit_code == 0, ended.stderr
+    with ExitStack() as servers:
+        if place == "s3":
+            endpoint = servers.enter_context(s3_server())
+            for name, value in s3_environment(endpoint).items():
+                monkeypatch.setenv(name, value)
+            where = upload_folder(endpoint, "teachers", "tiny.zarr", packed)
+        else:
+            address = servers.enter_context(running(Web(tmp_path))).url.removeprefix("http://")
+            where = f"http://me:{CANARY}@{address}/packed.zarr?sig={CANARY}"
+        named = ["--set", f'student.stores=["{where}"]']
+        train = kdpipe_here("-v", "train-student", recipe, "--run", run, *named)
+    assert train.exit_code == 0, train.stderr
+    others = [kdpipe_here(*arguments) for arguments in (("plan", recipe, *named), ("report", run), ("status", run))]
+    shown = [ended.stdout + ended.stderr for ended in (train, *others)]
+    written = [file for file in run.rglob("*") if file.is_file() and CANARY.encode() in file.read_bytes()]
+    assert (CANARY in "".join(shown), written) == (False, [])
     weights = "students/distilled-seed0/model.safetensors"
     assert (run / weights).read_bytes() == (done[0] / weights).read_bytes()
 

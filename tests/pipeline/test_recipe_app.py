@@ -5,8 +5,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from support.paths import ROOT
 from typer.testing import CliRunner
 
@@ -134,7 +136,8 @@ def test_check_wants_weights_of_an_untrained_teacher(here):
     written("name = 'r'\nteacher.model.name = 'x'\nstudent.model.name = 'cnn'\ndistill = [{ loss = 'kd' }]\n")
     shown = called("check", "r.toml", "--set", "teacher.model.name=python:checked_nets:random", code=2).stdout
     assert "the teacher python:checked_nets:random has random weights" in shown
-    assert "r.toml: fine" in called("check", "r.toml", "--set", "teacher.model.name=python:checked_nets:trained").stdout
+    sets = ["--set", "teacher.model.name=python:checked_nets:trained", "--set", "teacher.mean=[0.3]"]
+    assert "r.toml: fine" in called("check", "r.toml", *sets, "--set", "teacher.std=[0.2]").stdout
     shown = called("check", "r.toml", "--set", "teacher.model.name=cnn", code=2).stdout
     assert "the teacher has neither [teacher.train] nor teacher.model.weights" in shown
 
@@ -154,6 +157,18 @@ def test_check_notes_absent_files_and_unknown_sizes(here):
     assert "only names are checked" in shown
     assert "student.model.weights = 'none.pt' does not exist on this machine" in shown
     assert list(here.iterdir()) == [here / "r.toml"]
+
+
+def test_check_wants_the_scaling_of_given_weights(here):
+    changes = ["data.name=npz:images", "teacher={ model = { name = 'cnn', weights = 't.safetensors' } }"]
+    sets = [part for each in changes for part in ("--set", each)]
+    shown = called("check", RECIPES / "digits.toml", *sets).stdout
+    assert "the teacher's input scaling is not checked: t.safetensors is not on this machine" in shown
+    save_file({"bias": torch.zeros(1)}, "t.safetensors")
+    shown = called("check", RECIPES / "digits.toml", *sets, code=2).stdout
+    assert "the input scaling of the weights t.safetensors is not known" in shown
+    Path("config.json").write_text('{"mean": 0.5, "std": 0.5}')
+    called("check", RECIPES / "digits.toml", *sets)
 
 
 def test_check_prints_one_json_document(monkeypatch):

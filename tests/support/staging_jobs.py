@@ -6,8 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,6 +68,18 @@ class Web(ThreadingHTTPServer):
     @property
     def shards(self) -> list[str]:
         return [key for key in self.asked if is_shard(key)]
+
+
+@contextmanager
+def running(server: Web) -> Iterator[Web]:
+    """Serve in a thread inside the block."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.freely.set()
+        server.shutdown()
+        thread.join()
 
 
 class Handler(SimpleHTTPRequestHandler):

@@ -14,6 +14,7 @@ from kdpipe.pipeline.report.report import read_report
 from kdpipe.pipeline.report.rows import Report, Row
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
+from kdpipe.store.fs.checksums import require_intact
 from kdpipe.store.fs.safe_read import read_regular_file
 
 MAX_METRICS_BYTES = 2**26
@@ -42,6 +43,7 @@ class Job:
     def epochs(self) -> list[Epoch]:
         """The lines of metrics.jsonl; an absent one is empty. Raises RunError if it is damaged."""
         path = JobDir(self.folder).metrics
+        require_intact(path)
         try:
             lines = read_regular_file(path, MAX_METRICS_BYTES).decode().splitlines()
             return [_epoch(json.loads(line)) for line in lines if line.strip()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from kdpipe.stages.compress.artifacts.latency_record import Latencies, latency_path, read_latencies
-from kdpipe.stages.compress.artifacts.write import ArtifactStage, artifact_folder, write_artifacts
-from kdpipe.stages.compress.compress import CompressConfig, float_job_dir, float_source, student_job_dir
+from kdpipe.stages.compress.artifacts.write import Candidate, artifact_folder, write_artifacts
+from kdpipe.stages.compress.compress import CompressConfig, float_source, student_job_dir, student_source
 from kdpipe.stages.compress.external_student import low_precision_dtypes
 from kdpipe.stages.compress.fine_tune import FineTuneContext
 from kdpipe.stages.compress.quantize_student import prepare, quantize_fingerprint, quantized_record
@@ -26,6 +26,7 @@ from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.runtime.cpu import cpu_name
 from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_file
 from kdpipe.store import make_folders
+from kdpipe.store.fs.checksums import require_intact
 
 
 def export_student(config: CompressConfig, fine_tuning: FineTuneContext, *, name: str) -> dict[str, Any]:
@@ -35,22 +36,31 @@ def export_student(config: CompressConfig, fine_tuning: FineTuneContext, *, name
         RunError: If the networks do not exist yet.
         ModelError: As `write_artifacts`.
     """
-    source = float_source(config, fine_tuning)
-    chain = [ArtifactStage(float_job_dir(config, fine_tuning), source.load())]
-    if config.quantizes:
-        chain.append(
-            ArtifactStage(fine_tuning.job_dir(config.quantize.scheme), _load_quantized(config, fine_tuning, source))
-        )
-    test = fine_tuning.evaluation(chain[0].network.normalize)
+    candidates = _candidates(config, fine_tuning)
+    test = fine_tuning.evaluation(candidates[0].network.normalize)
     latency = measure_files(config, fine_tuning, test.image_shape)
+    facts = {"name": name, **_facts(fine_tuning, candidates, test, latency)}
     return write_artifacts(
-        artifact_folder(fine_tuning.root, fine_tuning.seed),
-        chain,
-        {"name": name, **_facts(config, fine_tuning, test, latency)},
-        test,
-        opset=config.opset,
-        dtypes=low_precision_dtypes(Path(config.student).expanduser()) if config.student and not config.steps else None,
+        artifact_folder(fine_tuning.root, fine_tuning.seed), candidates, facts, test, opset=config.opset
     )
+
+
+def _candidates(config: CompressConfig, fine_tuning: FineTuneContext) -> list[Candidate]:
+    """Return the networks that are offered: all but calibrated ones and those of hard labels alone.
+
+    The student itself is first, the end of the chain is last.
+    """
+    student, scheme = student_source(config, fine_tuning), config.quantize.scheme
+    dtypes = low_precision_dtypes(Path(config.student).expanduser()) if config.student else {}
+    found = [Candidate("student", student_job_dir(config, fine_tuning), student.load(), dtypes)]
+    if config.prunes:
+        source = float_source(config, fine_tuning)
+        found.append(Candidate("pruned", fine_tuning.job_dir("pruned"), source.load()))
+        if config.quantizes and config.baselines:
+            found.append(_quantized(config, fine_tuning, student, f"{scheme}-unpruned"))
+    if config.quantizes:
+        found.append(_quantized(config, fine_tuning, float_source(config, fine_tuning), scheme))
+    return found
 
 
 def measure_files(config: CompressConfig, fine_tuning: FineTuneContext, image_shape: tuple[int, int, int]) -> Latencies:
@@ -63,6 +73,8 @@ def measure_files(config: CompressConfig, fine_tuning: FineTuneContext, image_sh
     present = {
         name: folder.onnx for name, folder in _measured_folders(config, fine_tuning).items() if folder.onnx.is_file()
     }
+    for path in present.values():
+        require_intact(path)
     measured_on: dict[str, Any] = {
         "batch_sizes": list(config.latency_batch_sizes),
         "num_rounds": config.latency_rounds,
@@ -103,8 +115,8 @@ def _measured_folders(config: CompressConfig, fine_tuning: FineTuneContext) -> d
     return folders
 
 
-def _load_quantized(config: CompressConfig, fine_tuning: FineTuneContext, source: TrainedModel) -> ModelBundle:
-    """Load the finished quantized network."""
+def _quantized(config: CompressConfig, fine_tuning: FineTuneContext, source: TrainedModel, kind: str) -> Candidate:
+    """Load a finished quantized network."""
 
     def fresh() -> ModelBundle:
         network = source.load()
@@ -112,23 +124,17 @@ def _load_quantized(config: CompressConfig, fine_tuning: FineTuneContext, source
         architecture = {**network.architecture, **quantized_record(config.quantize)}
         return ModelBundle(prepared, architecture, network.normalize)
 
-    folder = fine_tuning.job_dir(config.quantize.scheme)
+    folder = fine_tuning.job_dir(kind)
     if folder.result() is not None:  # was it made from this network?
         folder.begin(quantize_fingerprint(config.quantize, config.quantize_train, fine_tuning, source))
-    return finished_source(folder, fresh, "kdpipe compress --only quantize").load()
+    return Candidate(kind, folder, finished_source(folder, fresh, "kdpipe compress --only quantize").load())
 
 
 def _facts(
-    config: CompressConfig, fine_tuning: FineTuneContext, test: Evaluation, latency: Latencies
+    fine_tuning: FineTuneContext, candidates: Sequence[Candidate], test: Evaluation, latency: Latencies
 ) -> dict[str, Any]:
-    """Return the card's entries on origin and figures."""
-    jobs = {"teacher": JobDir(fine_tuning.run_dir / "teacher"), "student": student_job_dir(config, fine_tuning)}
-    if config.prunes:
-        jobs["pruned"] = fine_tuning.job_dir("pruned")
-    if config.quantizes:
-        jobs[config.quantize.scheme] = fine_tuning.job_dir(config.quantize.scheme)
-    results = {name: result for name, folder in jobs.items() if (result := folder.result()) is not None}
-    last = jobs[list(jobs)[-1]]
+    """Return the cards' entries on origin and figures."""
+    folders = {"teacher": JobDir(fine_tuning.run_dir / "teacher")} | {one.kind: one.folder for one in candidates}
     stores = fine_tuning.spec.stores if fine_tuning.spec else ()
     return {
         "kdpipe": version("kdpipe"),
@@ -146,16 +152,17 @@ def _facts(
             }
             for store in stores
         ],
-        "weights_sha256": results[list(results)[-1]]["identity"]["weights_sha256"],
-        "networks": {name: _figures(result) for name, result in results.items()},
-        "excluded": results.get("pruned", {}).get("excluded", {}),
-        "float_nodes": [str(node) for node in float_nodes(last.onnx)] if config.quantizes else [],
+        "networks": {
+            name: _figures(folder, result)
+            for name, folder in folders.items()
+            if (result := folder.result()) is not None
+        },
         "latency": asdict(latency),
     }
 
 
-def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    examined = result.get("examined") or {}
+def _figures(folder: JobDir, result: Mapping[str, Any]) -> dict[str, Any]:
+    identity, examined = result["identity"], result.get("examined") or {}
     return {
         "accuracy": result["accuracy"],
         "agreement": examined.get("agreement"),
@@ -163,4 +170,9 @@ def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
         "num_macs": result.get("num_macs"),
         "onnx_bytes": result["onnx_bytes"],
         "onnx_agreement": result["onnx_agreement"],
+        "weights_sha256": identity["weights_sha256"],
+        "excluded": result.get("excluded", {}),
+        "float_nodes": [str(node) for node in float_nodes(folder.onnx)]
+        if "quantized" in identity["architecture"]
+        else [],
     }

@@ -1,18 +1,15 @@
-"""Format the model card of a compressed student as Markdown, from card.json alone."""
+"""Format the model cards of a compressed student, and their ranking, as Markdown, from card.json alone."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-SNIPPET = """import json, numpy as np, onnxruntime
-session = onnxruntime.InferenceSession("{file}")
-scale = json.loads(session.get_modelmeta().custom_metadata_map["normalization"])
-mean, std = (np.array(scale[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
-logits = session.run(["logits"], {{"images": (images / np.float32(255) - mean) / std}})[0]  # images: uint8 {shape}"""
+SNIPPET = """from predict import load_image, predict  # predict.py, beside model.onnx: onnxruntime, numpy, pillow
+logits = predict([load_image("image.png")])  # uint8 {shape} to [batch, {num_classes}]"""
 
-TEXT = """# {name}: {model}, {state}
+TEXT = """# {name}: {model}, {network}
 
 Made by kdpipe {kdpipe}. It classifies images of {size} (channels, height, width) into {num_classes} classes: {classes}.
 
@@ -24,40 +21,79 @@ onnxruntime on {num_threads} thread(s) of {cpu}; medians, the files in turn.
 
 ## How to run it
 
+```bash
+python predict.py image.png ...
+```
+
 ```python
 {snippet}
 ```
 
-Any batch size runs, 1 included. `class_names`, `normalization` and `image_shape` are in the file's metadata. Crop and \
-resize images to that size first, as in the recipe's data section.
+Any batch size runs, 1 included. {pixels} `class_names`, `normalization`, `image_shape` and `test_crop` are in the \
+metadata of model.onnx too.
 
 ## Files
 
 {files}
 """
 
+RANKING = """# {name}
+
+Recommended: [{best}]({best}/README.md): {reason}. Each folder holds one network, ready to hand over.
+
+{table}
+
+Ranked: first those that reach 99 % of the best accuracy, the smallest file ahead. onnxruntime on {num_threads} \
+thread(s) of {cpu}; medians, the files in turn.
+"""
+
 
 def card_text(card: Mapping[str, Any]) -> str:
-    """Return the Markdown of a card."""
-    shape, scheme = card["input"]["shape"], card["architecture"].get("quantized", "")
-    states = ["pruned"] * ("pruned" in card["networks"]) + [scheme.upper()] * bool(scheme)
-    onnx_file = max((name for name in card["files"] if name.endswith(".onnx")), key=len)
+    """Return the Markdown of a network's card."""
+    shape = card["input"]["shape"]
+    num_classes = len(card["class_names"])
     return TEXT.format(
         name=_escape(card["name"]),
         model=_escape(card["architecture"]["model"]),
-        state=" and ".join(states) or "unchanged",
+        network=card["network"],
         kdpipe=card["kdpipe"],
         size=" x ".join(map(str, shape[1:])),
-        num_classes=len(card["class_names"]),
+        num_classes=num_classes,
         classes=_shortened(card["class_names"]),
         origin="\n".join(_origin(card)),
-        table="\n".join(_table(card)),
+        table="\n".join(_table(card, card["networks"])),
         num_threads=card["latency"]["num_threads"],
         cpu=card["latency"]["cpu"],
-        snippet=SNIPPET.format(file=onnx_file, shape=f"[{', '.join(map(str, shape))}]"),
+        snippet=SNIPPET.format(shape=f"[{', '.join(map(str, shape))}]", num_classes=num_classes),
+        pixels=_pixels(card["input"]),
         files="\n".join(
-            f"- `{name}`: {file['bytes']:,} bytes. {_purpose(name)}" for name, file in card["files"].items()
+            f"- `{name}`: {file['bytes']:,} bytes. {_purpose(name, card['architecture'])}"
+            for name, file in card["files"].items()
         ),
+    )
+
+
+def ranking_text(card: Mapping[str, Any]) -> str:
+    """Return the Markdown of the ranking of a seed's networks."""
+    return RANKING.format(
+        name=_escape(card["name"]),
+        best=card["ranking"][0],
+        reason=card["reason"],
+        table="\n".join(_table(card, ["teacher", *card["ranking"]])),
+        num_threads=card["latency"]["num_threads"],
+        cpu=card["latency"]["cpu"],
+    )
+
+
+def _pixels(inputs: Mapping[str, Any]) -> str:
+    """Return how an image of another size becomes the network's input."""
+    _, _, height, width = inputs["shape"]
+    if height != width:
+        return f"Images must have {width} x {height} pixels."
+    share = "" if inputs["test_crop"] == 1 else f"{inputs['test_crop']:g} of "
+    return (
+        f"An image of another size is cropped to {share}the largest centered square and resized to {width} x {height} "
+        "with Pillow's bilinear filter (antialiased), as in testing."
     )
 
 
@@ -68,35 +104,43 @@ def _origin(card: Mapping[str, Any]) -> Iterator[str]:
             f"- Teacher: {_escape(teacher['model'])}, weights {teacher['weights_sha256'][:12]}, from the store with "
             f"fingerprint {teacher['fingerprint'][:12]} ({teacher['num_views']} views)."
         )
-    yield f"- Weights of this student: {card['weights_sha256'][:12]} (sha256, the first 12 digits)."
-    if excluded := card.get("excluded"):
+    own = card["networks"][card["network"]]
+    yield f"- Weights of this student: {own['weights_sha256'][:12]} (sha256, the first 12 digits)."
+    if "widths" in card["architecture"] and (excluded := card["networks"].get("pruned", {}).get("excluded")):
         yield f"- Not pruned: {_shortened([f'{path} ({why})' for path, why in excluded.items()])}."
-    if floats := card.get("float_nodes"):
+    if floats := own["float_nodes"]:
         yield f"- Not in integers: {_shortened(floats)}."
 
 
-def _table(card: Mapping[str, Any]) -> Iterator[str]:
+def _table(card: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
     sizes = card["latency"]["batch_sizes"]
     heads = [f"latency ms, batch {size} (p95)" for size in sizes]
     columns = ["network", "test accuracy %", "agrees with the teacher %", "parameters", "MACs", "file, bytes", *heads]
     yield f"| {' | '.join(columns)} |"
     yield "|" + "---|" * len(columns)
-    for name, row in card["networks"].items():
+    for name in names:
+        row = card["networks"].get(name)
+        if row is None:  # a teacher that was not measured
+            continue
         times = card["latency"]["files"].get(name, {})
         agreement = "-" if row["agreement"] is None else f"{100 * row['agreement']:.2f}"
         macs = "-" if row["num_macs"] is None else f"{row['num_macs']:,}"
         cells = [name, f"{100 * row['accuracy']:.2f}", agreement, f"{row['num_parameters']:,}", macs]
-        cells += [f"{row['onnx_bytes']:,}", *(_time(times.get(str(size))) for size in sizes)]
+        size = "-" if row["onnx_bytes"] is None else f"{row['onnx_bytes']:,}"
+        cells += [size, *(_time(times.get(str(size))) for size in sizes)]
         yield f"| {' | '.join(cells)} |"
 
 
-def _purpose(name: str) -> str:
+def _purpose(name: str, architecture: Mapping[str, Any]) -> str:
+    integers = "quantized" in architecture
     if name.endswith(".safetensors"):
-        return "The weights; `kdpipe.stages.compress.artifacts.load.rebuild(path)` builds the network from its header."
+        return "The weights; `kdpipe.load_student(path)` builds the network from its header."
     if name.endswith(".pt2"):
-        needs = ", after `import torch.ao.quantization.fx._decomposed`" if "int8" in name else ""
+        needs = ", after `import torch.ao.quantization.fx._decomposed`" if integers else ""
         return f"`torch.export.load(path).module()`{needs}."
-    return "For onnxruntime; " + ("float32." if name == "model.onnx" else "integers where they are faster.")
+    if name.endswith(".py"):
+        return "Classifies image files."
+    return "For onnxruntime; " + ("integers where they are faster." if integers else "float32.")
 
 
 def _time(pair: Mapping[str, float] | None) -> str:

@@ -1,10 +1,11 @@
-"""Write the artifacts of a compressed student: one folder with everything needed to run it.
+"""Write the artifacts of a seed's student: a folder for each network made from it, with everything needed to run it.
 
-model.onnx           the float student for onnxruntime
-model.int8.onnx      the quantized one (model.int4.onnx for INT4)
-model.safetensors    the weights of the last of them; its header records what to build
-model.pt2            torch.export's program of the float student; model.int8.pt2 that of the quantized one
-card.json, README.md what it is, its teacher and stores, accuracy, size, latency; how to run it
+KIND/model.onnx            for onnxruntime, in float or integers
+KIND/model.safetensors     the weights; the header records what to build
+KIND/model.pt2             torch.export's program
+KIND/predict.py            classifies image files with model.onnx
+KIND/card.json, README.md  what it is, its teacher and stores, accuracy, size, latency; how to run it
+card.json, README.md       all networks, ranked, and which one is recommended
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdpipe.stages.compress.artifacts.model_card import card_text
+from kdpipe.stages.compress.artifacts.model_card import card_text, ranking_text
+from kdpipe.stages.compress.artifacts.ranking import ranked, reason
 from kdpipe.stages.errors import RunError
 from kdpipe.stages.evaluation.evaluate import Evaluation
 from kdpipe.stages.export.onnx_export import export_onnx
@@ -32,14 +34,24 @@ from kdpipe.stages.training.job_dir import JobDir, read_json_file, write_json_fi
 from kdpipe.store import fsync_path, make_folders, write_atomically
 from kdpipe.store.format.identity import sha256_of
 from kdpipe.store.fs.atomic_write import PARTIAL_SUFFIX
+from kdpipe.store.fs.checksums import SUMS, damages, record_sums, require_intact, write_with_sum
 
 
 @dataclass(frozen=True)
-class ArtifactStage:
-    """A finished network of the chain, and the folder of its figures and ONNX file."""
+class Candidate:
+    """A finished network that is offered.
 
+    Attributes:
+        kind: Its name: student, pruned, int8, int8-unpruned, ...
+        folder: The folder of its figures and ONNX file.
+        network: The network.
+        dtypes: The original dtypes of its tensors, by name, where its file keeps others than the network has.
+    """
+
+    kind: str
     folder: JobDir
     network: ModelBundle
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def artifact_folder(root: Path, seed: int) -> Path:
@@ -49,61 +61,78 @@ def artifact_folder(root: Path, seed: int) -> Path:
 
 def write_artifacts(
     folder: Path,
-    chain: Sequence[ArtifactStage],
+    candidates: Sequence[Candidate],
     facts: Mapping[str, Any],
     test: Evaluation,
     *,
     opset: int | None = None,
-    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Any]:
-    """Write the artifacts of a chain, a float network and optionally the quantized one, and return the card.
+    """Write the artifacts of each candidate, then the ranking, and return the latter's card.
 
-    Every file is written atomically, the card last: earlier artifacts stay until all new ones are complete. `facts` are
-    further entries of the card, `dtypes` the original dtypes of tensors, by name, for a network exported unchanged.
+    Every file is written atomically, each card after the files it describes: earlier artifacts of a network stay until
+    its new ones are complete. `facts` are entries of every card.
 
     Raises:
         ModelError: If a network cannot be exported, or its file disagrees with it.
         RunError: If the folder cannot be written.
     """
-    identities = [stage.network.identity for stage in chain]
-    made_from = sha256_of(_as_json({"facts": facts, "opset": opset, "chain": identities}))
-    previous = read_json_file(folder / "card.json") or {}
-    is_current = previous.get("made_from") == made_from and {key: previous.get(key) for key in facts} == _as_json(facts)
-    if is_current and _are_whole(folder, previous.get("files")):
-        return previous
     try:
-        make_folders([folder])
+        make_folders([folder / candidate.kind for candidate in candidates])
     except OSError as error:
         raise RunError(f"the artifacts folder {folder} cannot be created: {error.strerror}.") from error
+    for candidate in candidates:
+        _write_candidate(folder / candidate.kind, candidate, facts, test, opset)
+    kinds = {candidate.kind for candidate in candidates}
+    for stale in [path.parent for path in folder.glob("*/card.json") if path.parent.name not in kinds]:
+        shutil.rmtree(stale)
+    networks = {candidate.kind: facts["networks"][candidate.kind] for candidate in candidates}
+    card = _as_json({**facts, "ranking": ranked(networks), "reason": reason(networks)})
+    if _intact_card(folder) != card:
+        write_with_sum(folder / "README.md", ranking_text(card).encode())
+        write_json_file(folder / "card.json", card)
+    return card
+
+
+def _write_candidate(
+    folder: Path, candidate: Candidate, facts: Mapping[str, Any], test: Evaluation, opset: int | None
+) -> None:
+    """Write the files of one network, unless they are there and whole."""
+    network = candidate.network
+    made_from = sha256_of(_as_json({"facts": facts, "opset": opset, "network": network.identity}))
+    previous = _intact_card(folder)
+    if previous.get("made_from") == made_from and {key: previous.get(key) for key in facts} == _as_json(facts):
+        return
     with _staged(folder) as new:
-        for stage in chain:
-            _write_network(new, stage, test, opset)
-        last = chain[-1].network
+        _write_network(new, candidate, test, opset)
         state = {
-            name: tensor.to((dtypes or {}).get(name, tensor.dtype)) for name, tensor in last.model.state_dict().items()
+            name: tensor.to(candidate.dtypes.get(name, tensor.dtype))
+            for name, tensor in network.model.state_dict().items()
         }
         record = {
-            "architecture": dict(last.architecture),
-            "normalization": last.normalize.to_json(),
+            "architecture": dict(network.architecture),
+            "normalization": network.normalize.to_json(),
             "class_names": list(test.class_names),
         }
         save_tensors(new / "model.safetensors", state, record)
+        write_atomically(new / "predict.py", Path(__file__).with_name("predict.py").read_bytes())
         card = {
             **facts,
-            "architecture": dict(last.architecture),
+            "network": candidate.kind,
+            "architecture": dict(network.architecture),
             "input": {
                 "name": "images",
                 "shape": ["batch", *test.image_shape],
                 "pixels": "[0, 1]",
-                **last.normalize.to_json(),
+                "resize": "centered square, Pillow's bilinear",
+                "test_crop": test.crop,
+                **network.normalize.to_json(),
             },
             "class_names": list(test.class_names),
-            "files": {path.name: _describe(path) for path in sorted(new.iterdir())},
+            "files": {path.name: _describe(path) for path in sorted(new.iterdir()) if path.name != SUMS},
             "made_from": made_from,
         }
         write_atomically(new / "README.md", card_text(card).encode())
         write_json_file(new / "card.json", card)
-    return card
 
 
 @contextmanager
@@ -114,44 +143,41 @@ def _staged(folder: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
-        names = [path.name for path in new.iterdir()]
+        record_sums(new)
         (folder / "card.json").unlink(missing_ok=True)
         for path in sorted(new.iterdir(), key=lambda path: path.name == "card.json"):
             path.replace(folder / path.name)
-        for stale in {path.name for path in folder.glob("model*")} - set(names):
-            (folder / stale).unlink()
         fsync_path(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _write_network(folder: Path, stage: ArtifactStage, test: Evaluation, opset: int | None) -> None:
-    network, example = stage.network, torch.zeros(2, *test.image_shape)
-    name = f"model.{scheme}" if (scheme := network.architecture.get("quantized")) else "model"
-    onnx, metadata = folder / f"{name}.onnx", onnx_metadata(network, test)
+def _write_network(folder: Path, candidate: Candidate, test: Evaluation, opset: int | None) -> None:
+    network, example = candidate.network, torch.zeros(2, *test.image_shape)
+    onnx, metadata = folder / "model.onnx", onnx_metadata(network, test)
     if opset is not None:
         export_onnx(network.model, example, onnx, metadata=metadata, opset=opset)
-    elif stage.folder.onnx.is_file():
-        write_atomically(onnx, stage.folder.onnx.read_bytes())
+    elif candidate.folder.onnx.is_file():
+        require_intact(candidate.folder.onnx)
+        write_atomically(onnx, candidate.folder.onnx.read_bytes())
     else:
-        raise RunError(f"{stage.folder.onnx} is missing: delete the folder {stage.folder.path}, and compress again.")
+        raise RunError(
+            f"{candidate.folder.onnx} is missing: delete the folder {candidate.folder.path}, and compress again."
+        )
     # The exported copy itself must agree with the network.
     require_agreement(onnx, network, test, whole_test=True)
-    export_program(network.model, example, folder / f"{name}.pt2", metadata=metadata)
+    export_program(network.model, example, folder / "model.pt2", metadata=metadata)
+
+
+def _intact_card(folder: Path) -> dict[str, Any]:
+    """Return the card of a folder whose files are all as they were written; empty for any other."""
+    is_intact = (folder / SUMS).exists() and next(damages(folder), None) is None
+    return (read_json_file(folder / "card.json") or {}) if is_intact else {}
 
 
 def _describe(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _are_whole(folder: Path, files: Any) -> bool:
-    """Return whether the files that a card lists exist as described."""
-    return (
-        isinstance(files, dict)
-        and bool(files)
-        and all((folder / name).is_file() and _describe(folder / name) == files[name] for name in files)
-    )
 
 
 def _as_json(record: Mapping[str, Any]) -> dict[str, Any]:

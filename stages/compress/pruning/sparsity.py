@@ -22,12 +22,16 @@ def prunable_layers(
     """Return the Conv2d and Linear layers that may lose weights, by path, and why each of the others may not.
 
     Excluded are the layers in `outputs` (they write the logits), those in the modules `exclude`, depthwise
-    convolutions, and, for `is_2_4`, layers whose input channels are not a multiple of 4.
+    convolutions, those whose weight is computed from others, and, for `is_2_4`, layers whose input channels are not a
+    multiple of 4.
     """
     named = {id(layer) for module in exclude for layer in module.modules()}
     prunable: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     for path, layer in _weight_layers(model).items():
+        if not has_own_weight(layer):
+            reasons[path] = "its weight is computed (weight or spectral norm)"
+            continue
         inputs = layer.get_parameter("weight").shape[1]
         if any(layer is output for output in outputs):
             reasons[path] = "it writes the logits"
@@ -83,6 +87,8 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """
     masks = {}
     for path, layer in _weight_layers(model).items():
+        if not has_own_weight(layer):
+            continue
         mask = layer.get_parameter("weight").detach() != 0
         if bool(mask.any()) and not bool(mask.all()):
             masks[f"{path}.weight" if path else "weight"] = mask
@@ -94,6 +100,20 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Zero again, in place, what `masks` zero: for after every optimizer step. Masks are on the model's device."""
     for path, mask in masks.items():
         model.get_parameter(path).mul_(mask)
+
+
+def require_own_weights(model: nn.Module) -> None:
+    """Raise ModelError for a layer whose weight is computed from others: its channels cannot be followed."""
+    if computed := [path for path, layer in _weight_layers(model).items() if not has_own_weight(layer)]:
+        raise ModelError(
+            f"the channels of this model cannot be pruned: the weight of {computed[0]} is computed (weight or spectral "
+            "norm). Set prune.kind = 'weights', or compress.steps = ['quantize']."
+        )
+
+
+def has_own_weight(layer: nn.Module) -> bool:
+    """Return whether the weight of a layer is a parameter, not computed in each forward pass."""
+    return layer._parameters.get("weight") is not None
 
 
 def _weight_layers(model: nn.Module) -> dict[str, nn.Module]:

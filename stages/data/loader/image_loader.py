@@ -154,11 +154,11 @@ class ImageLoader:
                     raise DataError(unequal_sizes_message(self.dataset))
                 pending.append((request, mixture))
                 if mixture is None:
-                    yield WorkerTask(request.view, request.indices)
+                    yield WorkerTask(request.view, request.indices.numpy())
                     continue
                 rows = mixture.mixed.nonzero()[:, 0]
                 partners = self._partner_indices(mixture.partner_ids[mixture.mixed])
-                yield WorkerTask(request.view, request.indices, rows, partners)
+                yield WorkerTask(request.view, request.indices.numpy(), rows.numpy(), partners.numpy())
 
         for result in self._prefetch_pool.stream(tasks()):
             request, mixture = pending.popleft()

@@ -1,12 +1,16 @@
 """Decode and render the images of coming batches in worker processes.
 
 Workers ignore the job's signals, since the job needs them to finish its step; they die with it, even if it is killed.
+Images come in shared memory, or through a pipe where that is too small (64 MB of /dev/shm in Docker); everything else
+is numpy's, since torch would put each small tensor into shared memory as well.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import errno
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,19 +19,25 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.queues import Queue
+from multiprocessing.util import get_temp_dir
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from kdpipe.stages.data.decode import UnreadableImage
 from kdpipe.stages.data.image_set import ImageSet
+from kdpipe.stages.data.splits import Indices
 from kdpipe.stages.errors import DataError, RecipeError
 from kdpipe.stages.views.global_rng import preserve_rng_state
 from kdpipe.stages.views.renderer import Renderer
 
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+_NO_ROOM = (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 PR_SET_PDEATHSIG = 1
 """From Linux <sys/prctl.h>."""
@@ -45,9 +55,9 @@ class WorkerTask:
     """
 
     view: int | None
-    indices: Tensor
-    rows: Tensor | None = None
-    partners: Tensor | None = None
+    indices: Indices
+    rows: Indices | None = None
+    partners: Indices | None = None
 
 
 class Failure(NamedTuple):
@@ -58,7 +68,7 @@ class Failure(NamedTuple):
     kind: str
 
 
-class WorkerResult(NamedTuple):  # a tuple, whose tensors a loader can pin
+class WorkerResult(NamedTuple):
     """The rendered images of a batch.
 
     Attributes:
@@ -105,24 +115,33 @@ class PrefetchPool:
 
         Raises:
             RuntimeError: Another stream of this pool was started meanwhile, or a worker was killed.
+            DataError: The machine has no room for workers.
         """
         self._tasks.current = tasks
         try:
-            for result in self._results():
-                yield result
+            for images, kept, failures in self._results():
+                yield WorkerResult(torch.as_tensor(images), torch.as_tensor(kept), failures)
                 if self._tasks.current is not tasks:
                     raise RuntimeError("this stream cannot continue: another stream of the same pool was started.")
         finally:
             if self._tasks.current is tasks:
                 self._tasks.current = ()  # the tasks may reference this pool and so keep its workers alive
 
-    def _results(self) -> Iterator[WorkerResult]:
+    def _results(self) -> Iterator[Any]:
         try:
+            if self._loader.num_workers:
+                multiprocessing.Lock()  # of which torch needs many: fails here without leaving half an iterator
             with _signals_blocked():
                 results = iter(self._loader)
             yield from results
         except (EOFError, OSError) as error:  # from a dying worker, before torch notices
             dead = _first_dead(_workers(self._loader))
+            if not dead and isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
+                raise DataError(
+                    f"no process that decodes images can be started ({error.strerror}): /dev/shm is full, or too many "
+                    "files are open. Give it more (docker run --shm-size=1g, ulimit -n 4096), or set "
+                    "data.num_workers = 0."
+                ) from error
             if not dead:
                 raise
             raise RuntimeError(f"DataLoader worker (pid {dead[0]}) was killed.") from error
@@ -178,11 +197,12 @@ class _TaskDataset(Dataset[Any]):
     def __init__(self, image_set: ImageSet, mix_partners: ImageSet, renderer: Renderer | None) -> None:
         self._image_set, self._mix_partners, self._renderer = image_set, mix_partners, renderer
 
-    def __getitem__(self, task: WorkerTask) -> WorkerResult:
+    def __getitem__(self, task: WorkerTask) -> tuple[Any, ...]:
         with preserve_rng_state():  # once a batch: rendering seeds them for each image
-            return self._render_task(task)
+            images, kept, failures = self._render_task(task)
+        return (images if get_worker_info() is None else _to_share(images)), np.array(kept, np.int64), failures
 
-    def _render_task(self, task: WorkerTask) -> WorkerResult:
+    def _render_task(self, task: WorkerTask) -> tuple[Tensor, list[int], list[Failure]]:
         failures: list[Failure] = []
         own = [self._render(self._image_set, index, task.view, failures) for index in task.indices.tolist()]
         partners: dict[int, Tensor | None] = {}
@@ -192,7 +212,7 @@ class _TaskDataset(Dataset[Any]):
         kept = [row for row, image in enumerate(own) if image is not None and partners.get(row, image) is not None]
         images = [own[row] for row in kept] + [partners[row] for row in kept if row in partners]
         stacked = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)  # type: ignore[arg-type]
-        return WorkerResult(stacked, torch.tensor(kept, dtype=torch.int64), failures)
+        return stacked, kept, failures
 
     def _render(self, image_set: ImageSet, index: int, view: int | None, failures: list[Failure]) -> Tensor | None:
         """Render one image; on an error return None and record the failure.
@@ -212,12 +232,27 @@ class _TaskDataset(Dataset[Any]):
         return None
 
 
+def _to_share(images: Tensor) -> Any:
+    """Return the images in shared memory; as an array, which goes through a pipe, where there is no room for them."""
+    try:
+        get_temp_dir()  # of the socket by which shared memory is handed over
+        return images.share_memory_()  # here, since in the thread that sends it an error would only lose the batch
+    except (OSError, RuntimeError):
+        return images.numpy()
+
+
 def _identity(result: Any) -> Any:
     return result
 
 
+def _end(error: Exception, result: Any) -> None:
+    """End a worker that cannot send a result, which the job would await for ever."""
+    os._exit(1)
+
+
 def _init_worker(number: int) -> None:
     """Ignore the job's signals, and die with it."""
+    Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
     for ignored in IGNORED:
         signal.signal(ignored, signal.SIG_IGN)
     if sys.platform == "linux":

@@ -1,6 +1,7 @@
 """`imagefolder:PATH`: one folder of images for each class, with or without split folders.
 
-PATH/train/<class>/... and PATH/test/<class>/... (or val/, if there is no test/); or PATH/<class>/..., to be split.
+PATH/train/<class>/... and PATH/test/<class>/... (or val/, if there is no test/; `split_folders.py` has the other names
+that are known); or PATH/<class>/..., to be split.
 """
 
 from __future__ import annotations
@@ -8,50 +9,54 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from kdpipe.stages.data.decode import DecodeSpec
 from kdpipe.stages.data.image_files import ImageFileList, pack_paths
 from kdpipe.stages.data.sources.listing import Listing
+from kdpipe.stages.data.sources.split_folders import LOOKED_FOR, Role, notices_of_splits, role_of, split_folders
+from kdpipe.stages.data.sources.walk import SUFFIXES, LeftOut, walk_images
 from kdpipe.stages.data.splits import Split
 from kdpipe.stages.errors import DataError
 
 T = TypeVar("T")
-
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def list_image_folder(path: Path, split: Split, spec: DecodeSpec) -> Listing:
     """List the images of one split, sorted by path, to be decoded to `spec`.
 
     A sample's id is a hash of its path below the split's folder; its class is that path's first folder. The train
-    split defines the classes. Names that start with a dot and files without an image suffix are skipped.
+    split defines the classes. Hidden names and files without an image suffix are left out, which the notices count.
 
     Raises:
-        DataError: A folder is missing or empty, or a test class is not in train.
+        DataError: A folder is missing, empty or ambiguous, or a test class is not in train.
     """
-    name = f"imagefolder:{path.name}"
+    title = f"imagefolder:{path.name}"
     try:
-        unsplit = not any(_subfolders(path / part) for part in ("train", "test", "val"))
-        class_names = _class_names(path if unsplit else path / "train")
-        split_folder = path if unsplit else _split_folder(path, split)
-        files = _image_files(split_folder, class_names)
+        folders = {name: bool(role_of(name) and _subfolders(below)) for name, below in _subfolders(path).items()}
+        chosen = split_folders(path, folders)
+        class_names = _class_names(path / chosen.get("train", ""))
+        split_folder = path / _split_folder(path, split, chosen, folders) if chosen else path
+        left_out = LeftOut(str(split_folder))
+        files = _image_files(split_folder, class_names, left_out, may_be_empty=bool(chosen) and split == "test")
     except OSError as error:
-        raise DataError(f"data set {name}: cannot list {error.filename}: {error.strerror}.") from error
+        raise DataError(f"data set {title}: cannot list {error.filename}: {error.strerror}.") from error
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     labels = [label_of[key.partition("/")[0]] for key in files]
     sample_ids = np.fromiter(map(sample_id, files), dtype=np.int64, count=len(files))
+    splits = notices_of_splits(path, folders, chosen) if chosen and split == "train" else []
     return Listing(
-        name=name,
+        name=title,
         labels=np.array(labels, dtype=np.int64),
         sample_ids=sample_ids,
         class_names=class_names,
-        images=ImageFileList(name, split_folder, pack_paths(files.values()), sample_ids, spec),
-        unsplit=unsplit,
+        images=ImageFileList(title, split_folder, pack_paths(files.values()), sample_ids, spec),
+        unsplit=not chosen,
+        notices=tuple(filter(None, [*splits, str(left_out)])),
     )
 
 
@@ -65,8 +70,8 @@ def _subfolders(folder: Path) -> dict[str, Path]:
     """Return the subfolders by name, sorted; empty if `folder` does not exist."""
     if not folder.is_dir():
         return {}
-    found = _by_nfc_name((entry.name, entry) for entry in folder.iterdir() if entry.is_dir())
-    return {name: entry for name, entry in found.items() if not name.startswith(".")}
+    entries = (entry for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return _by_nfc_name((entry.name, Path(entry.path)) for entry in entries)
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -75,24 +80,27 @@ def _class_names(folder: Path) -> tuple[str, ...]:
             f"no folder {folder.absolute()}: imagefolder:PATH is relative to data.root unless absolute, and needs "
             "PATH/train/<class>/ and PATH/test/<class>/, or PATH/<class>/."
         )
-    class_names = tuple(_subfolders(folder))
-    if not class_names:
+    classes = _subfolders(folder)
+    if not classes:
         raise DataError(f"{folder.absolute()} has no class folders: expected <class>/<image> in it.")
-    return class_names
+    return tuple(classes)
 
 
-def _split_folder(path: Path, split: Split) -> Path:
-    candidates = ["train"] if split == "train" else ["test", "val"]
-    for candidate in candidates:
-        if _subfolders(path / candidate):
-            return path / candidate
+def _split_folder(path: Path, split: Split, chosen: dict[Role, str], found: Iterable[str]) -> str:
+    if split == "train":
+        return chosen["train"]
+    if (folder := chosen.get("test") or chosen.get("val")) is not None:
+        return folder
     raise DataError(
-        f"{path.absolute()} has a train folder, but neither test/<class>/ nor val/<class>/: add one, "
-        "or use the train folder itself as PATH to split it by data.test_share."
+        f"{path.absolute()} has the folders {', '.join(found)}: a train split, but no test split with class folders in "
+        f"it. Looked for {LOOKED_FOR}: add test/<class>/, or use the train folder itself as PATH to split it by "
+        "data.test_share."
     )
 
 
-def _image_files(folder: Path, class_names: tuple[str, ...]) -> dict[str, str]:
+def _image_files(
+    folder: Path, class_names: tuple[str, ...], left_out: LeftOut, *, may_be_empty: bool
+) -> dict[str, str]:
     """Return the image files keyed and sorted by their path below `folder`, with forward slashes."""
     classes = _subfolders(folder)
     if unknown := [name for name in classes if name not in class_names]:
@@ -100,25 +108,49 @@ def _image_files(folder: Path, class_names: tuple[str, ...]) -> dict[str, str]:
             f"{folder.absolute()} has the class folder {unknown[0]!r}, which is missing from the train split: "
             f"its classes are {_few(class_names)}."
         )
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            left_out.add("hidden folders", entry.path) if entry.is_dir() else None
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():  # noqa: PTH122
+            left_out.add("images in no class folder", entry.path)
     files: list[tuple[str, str]] = []
     for class_folder in classes.values():
-        found = [(path[len(str(folder)) + 1 :].replace(os.sep, "/"), path) for path in _list_files(class_folder)]
-        if not found:
-            raise DataError(f"{class_folder.absolute()} has no images ({_few(sorted(SUFFIXES), 9)}).")
-        files += found
+        found = _class_files(class_folder, left_out, is_only=len(classes) == 1)
+        if not found and not may_be_empty:
+            raise DataError(
+                f"{class_folder.absolute()} has no images ({_few(sorted(SUFFIXES), 30)}): add some, or remove the "
+                f"folder. {left_out}".rstrip()
+            )
+        files += [(path[len(str(folder)) + 1 :].replace(os.sep, "/"), path) for path in found]
+    if not files:
+        raise DataError(f"{folder.absolute()} has no images in its class folders. {left_out}".rstrip())
     return _by_nfc_name(files)
 
 
-def _list_files(folder: Path) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122
-                yield os.path.join(parent, name)  # noqa: PTH118 - a million Path objects cost seconds and a gigabyte
+def _class_files(class_folder: Path, left_out: LeftOut, *, is_only: bool) -> list[str]:
+    files: list[str] = []
+    for number, found in enumerate(walk_images(str(class_folder), left_out)):
+        if number == 0:
+            _require_class(class_folder, found.folders, is_only=is_only and not found.images)
+        # a million Path objects would cost seconds and a gigabyte
+        files += [os.path.join(found.path, name) for name in found.images]  # noqa: PTH118
+    return files
 
 
-def _raise(error: OSError) -> NoReturn:
-    raise error
+def _require_class(class_folder: Path, folders: list[str], *, is_only: bool) -> None:
+    """Raise DataError if the folders in a class folder are splits, or those in the only one are the classes."""
+    roles = {role_of(name) for name in folders}
+    is_split = "train" in roles and len(roles - {None}) > 1
+    if is_only and (is_split or len(folders) > 1):
+        raise DataError(
+            f"{class_folder.absolute()} would be the only class, and it holds the folders {_few(sorted(folders))}: use "
+            "it as PATH, if these are the splits or the classes."
+        )
+    if is_split:
+        raise DataError(
+            f"the class folder {class_folder.absolute()} holds the folders {_few(sorted(folders))}: splits come first. "
+            "Move the images to PATH/train/<class>/ and PATH/test/<class>/."
+        )
 
 
 def _by_nfc_name(named: Iterable[tuple[str, T]]) -> dict[str, T]:

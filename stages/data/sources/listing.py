@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels
 from kdpipe.stages.data.image_files import ImageFileList
-from kdpipe.stages.data.splits import Indices
+from kdpipe.stages.data.splits import Indices, Split
 from kdpipe.stages.errors import DataError
 
 MAX_NUMBERED_CLASSES = 1_000_000
@@ -28,6 +28,7 @@ class Listing:
         sample_ids: int64 [N].
         images: Files [N], or a function from indices int64 [M] to pixels uint8 [M, C, H, W].
         unsplit: Whether the set has no test split.
+        notices: Sentences on what was left out, or was not plain.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Listing:
     class_names: tuple[str, ...]
     images: ImageFileList | Callable[[Indices], Pixels]
     unsplit: bool = False
+    notices: tuple[str, ...] = ()
 
 
 def list_arrays(
@@ -46,12 +48,13 @@ def list_arrays(
     *,
     class_names: tuple[str, ...] | None = None,
     unsplit: bool = False,
+    notices: tuple[str, ...] = (),
 ) -> Listing:
     """List images that are already in memory, as numpy arrays or torch tensors.
 
     Args:
         images: uint8 [N, H, W] or [N, H, W, C].
-        labels: Integer [N].
+        labels: Integer [N] or [N, 1].
         sample_ids: Integer [N]; defaults to the positions.
         class_names: Defaults to "0", "1", ... up to the largest label.
 
@@ -67,7 +70,34 @@ def list_arrays(
         class_names=numbered_classes(name, label_column) if class_names is None else class_names,
         images=lambda indices: np.ascontiguousarray(pixels[indices]),
         unsplit=unsplit,
+        notices=notices,
     )
+
+
+def absent_classes(
+    where: str, split: Split, labels: npt.NDArray[np.int64], class_names: tuple[str, ...], wanted: Container[str] | None
+) -> tuple[str, ...]:
+    """Return a notice if no sample of a split is of one of the classes; none otherwise.
+
+    Args:
+        where: The data set's name.
+        split: The split.
+        labels: Its labels, int64 [N].
+        class_names: The names of all classes.
+        wanted: The classes to look for; None means all.
+    """
+    present = np.zeros(len(class_names), dtype=np.bool_)
+    present[labels[(labels >= 0) & (labels < len(class_names))]] = True
+    absent = [number for number in np.flatnonzero(~present) if wanted is None or class_names[number] in wanted]
+    if not absent:
+        return ()
+    some = ", ".join(repr(class_names[number]) for number in absent[:5]) + (", ..." if len(absent) > 5 else "")
+    found = f"data set {where} ({split}): {len(absent)} of {len(class_names)} classes have no sample: {some}."
+    if split == "test":
+        return (f"{found} Their accuracy is not measured.",)
+    one_based = absent == [0] and class_names[0] == "0" and wanted is None
+    advice = " Labels count from 0, and here they start at 1: subtract 1." if one_based else ""
+    return (f"{found}{advice or ' A network cannot learn them.'}",)
 
 
 def numbered_classes(name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
@@ -81,6 +111,8 @@ def numbered_classes(name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...
 def integer_column(name: str, what: str, values: Any, num_samples: int | None = None) -> npt.NDArray[np.int64]:
     """Check that `values` are integers [N], one for each image, and return them as int64."""
     column = _array(name, what, values)
+    if column.ndim == 2 and column.shape[1] == 1:  # as MedMNIST and Keras have labels
+        column = column[:, 0]
     expected = "N" if num_samples is None else num_samples
     if column.dtype.kind not in "iu" or column.ndim != 1 or num_samples not in (None, len(column)):
         raise DataError(

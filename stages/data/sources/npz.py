@@ -1,7 +1,8 @@
 """`npz:PATH`: a folder with train.npz and test.npz, or one .npz file to split. Nothing is unpickled.
 
 Each file holds `images` uint8 [N, H, W] or [N, H, W, C] and `labels` integer [N]; `ids` integer [N] and `classes`, the
-class names [num_classes], are optional.
+class names [num_classes], are optional. One file may also hold both splits, as MedMNIST's (train_images, train_labels,
+test_images, ...) and Keras' (x_train, y_train, x_test, y_test) do.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def list_npz(path: Path, split: Split) -> Listing:
     name = f"npz:{path.name}"
     unsplit = not path.is_dir()
     file = path if unsplit else path / f"{split}.npz"
+    if unsplit and (splits := _splits(path)):
+        return _list_split(path, split, splits)
     arrays = read_npz(file, required=("images", "labels"), optional=("ids", "classes"))
     if unsplit or split == "train":
         class_names = _class_names(name, arrays)
@@ -38,6 +41,39 @@ def list_npz(path: Path, split: Split) -> Listing:
     return list_arrays(
         name, arrays["images"], arrays["labels"], arrays.get("ids"), class_names=class_names, unsplit=unsplit
     )
+
+
+_SPLIT_KEYS = {"{}_images": "{}_labels", "x_{}": "y_{}"}
+"""The names of the images and labels of a split in one file: MedMNIST's and Keras'."""
+
+
+def _splits(path: Path) -> dict[str, tuple[str, str]]:
+    """Return the names of images and labels by split; empty if the file holds no training split of its own."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return {}  # reading it says why
+    keys = [
+        (split, images.format(split), labels.format(split))
+        for images, labels in _SPLIT_KEYS.items()
+        for split in ("train", "val", "test")
+    ]
+    splits = {split: (images, labels) for split, images, labels in keys if {images, labels} <= found}
+    return splits if "train" in splits and "images" not in found else {}
+
+
+def _list_split(path: Path, split: Split, splits: dict[str, tuple[str, str]]) -> Listing:
+    """List a split of a file that holds several; without a test split, val is it."""
+    name, unsplit = f"npz:{path.name}", len(splits) == 1
+    test = "test" if "test" in splits else "val"
+    images, labels = splits["train" if split == "train" or unsplit else test]
+    arrays = read_npz(path, required=(images, labels, splits["train"][1]), optional=("classes",))
+    taken = f"{splits['train'][0]} is the training split, {splits[test][0]} the test split" if not unsplit else ""
+    unused = f", {splits['val'][0]} is not used" if len(splits) == 3 else ""
+    notices = (f"{path.name}: {taken}{unused}.",) if taken and split == "train" else ()
+    class_names = _class_names(name, {**arrays, "labels": arrays[splits["train"][1]]})
+    return list_arrays(name, arrays[images], arrays[labels], class_names=class_names, unsplit=unsplit, notices=notices)
 
 
 def _class_names(name: str, arrays: Arrays) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kdpipe.stages.data.decode import Pixels, new_pixels, with_channels, with_size
 from kdpipe.stages.data.image_set import ImageSet
-from kdpipe.stages.data.sources.listing import Listing, integer_column, numbered_classes
+from kdpipe.stages.data.sources.listing import Listing, absent_classes, integer_column, numbered_classes
 from kdpipe.stages.data.splits import Indices, Split
 from kdpipe.stages.errors import DataError, cause
 from kdpipe.store.errors import KdpipeError
@@ -66,6 +66,9 @@ def image_set_from_dataset(
         max_bytes=max_bytes,
     )
     assert callable(listing.images)
+    notices = absent_classes(name, split, listing.labels, listing.class_names, None)
+    if notices and not _was_warned(dataset):
+        warnings.warn(notices[0], stacklevel=2)
     return ImageSet(
         name,
         split,
@@ -111,7 +114,7 @@ def list_torch_dataset(
         name=name,
         labels=labels,
         sample_ids=integer_column(name, "ids", ids, num_samples),
-        class_names=_numbered(dataset, name, labels) if names is None else names,
+        class_names=numbered_classes(name, labels) if names is None else names,
         images=_rows_of(pixels),
     )
 
@@ -289,16 +292,6 @@ def _classes(dataset: Any, name: str) -> tuple[str, ...] | None:
             )
         return parts.pop()
     return None
-
-
-def _numbered(dataset: Any, name: str, labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
-    if int(labels.min()) > 0 and not _was_warned(dataset):
-        warnings.warn(
-            f"data set {name}: no sample has the label 0, the least is {labels.min()}: labels count from 0; give "
-            f"class_names if that class is just empty here {_in_python('class_names=[...]')}.",
-            stacklevel=2,
-        )
-    return numbered_classes(name, labels)
 
 
 def _was_warned(dataset: Any) -> bool:

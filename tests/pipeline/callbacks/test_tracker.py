@@ -132,7 +132,7 @@ def test_the_configuration_has_no_secrets_and_no_host_paths():
         "data.name": "imagefolder:pictures",
         "data.root": "data",
         "data.num_train": None,
-        "student.stores": '["s3://bucket/a.zarr", "b.zarr"]',
+        "student.stores": '["s3://...@bucket/a.zarr?...", "b.zarr"]',
         "student.seeds": "[0, 1]",
         "teacher.model.args.width": 8,
         "teacher.model.weights": "weights/teacher.pt",

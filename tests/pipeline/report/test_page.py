@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -21,9 +22,17 @@ from kdpipe.pipeline.report.html.read import Job, Network
 from kdpipe.pipeline.report.html.sections.curves import Curve, curve_panel
 from kdpipe.pipeline.report.html.sections.losses import loss_panel
 from kdpipe.pipeline.report.html.sections.reliability import pooled_bins
-from kdpipe.pipeline.report.html.sections.similarity import TEMPERATURE, Similarity, closest_pairs, similarity_of
+from kdpipe.pipeline.report.html.sections.similarity import (
+    TEMPERATURE,
+    Similarity,
+    _neighbors,
+    closest_pairs,
+    similarity_of,
+)
 from kdpipe.pipeline.report.html.write import SECTIONS, write_page
+from kdpipe.pipeline.report.report import read_report
 from kdpipe.stages.errors import RunError
+from kdpipe.stages.models.safetensors_io import load_tensors, save_tensors
 from kdpipe.store import StoreError, open_store
 
 VOID = {"meta", "br", "img", "hr", "input"}
@@ -157,6 +166,21 @@ def test_summary_gives_gain_by_distillation(tmp_path):
     assert "closes 53 % of the gap to the teacher's 90.00 %" in read.text
 
 
+def test_run_without_baseline_is_complete_and_says_so(tmp_path):
+    run = made_run(tmp_path / "run")
+    for folder in (run / "students").glob("alone-*"):
+        shutil.rmtree(folder)
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["student"]["baseline"] = False
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    _, read, _ = page_of(run)
+    assert "The distilled student reaches 81.00 ± 1.41 % test accuracy; the teacher reaches 90.00 %." in read.text
+    assert "student.baseline = false" in read.text
+    report = read_report(run)
+    assert [row.kind for row in report.rows] == ["teacher", "student"]
+    assert report.missing == []
+
+
 def test_gain_within_seed_spread_closes_no_gap(tmp_path):
     run = made_run(tmp_path / "run")
     path = run / "students/distilled-seed1/result.json"
@@ -281,6 +305,24 @@ def test_similarity_is_mean_softened_output_by_label(tmp_path, monkeypatch):
     assert np.isnan(np.diagonal(found.others)).all()
 
 
+def test_similarity_of_many_classes_is_that_of_the_most_frequent(tmp_path, monkeypatch):
+    """Memory and time are bounded: 21,841 classes would be 4 GB a matrix."""
+    store = open_store(make_store(tmp_path / "made.zarr", num_samples=250).path)
+    whole = similarity_of(store, "made")
+    monkeypatch.setattr("kdpipe.pipeline.report.html.sections.similarity.MAX_SHARES", 40)
+    monkeypatch.setattr("kdpipe.pipeline.report.html.sections.similarity.BATCH_OUTPUTS", 30)
+    found = similarity_of(store, "made")
+    counts = np.bincount(store.samples.labels, minlength=10)
+    assert found.classes.tolist() == sorted(sorted(range(10), key=lambda label: (-counts[label], label))[:4])
+    assert np.array_equal(found.shares, whole.shares[found.classes])
+    assert found.num_samples == counts[found.classes].sum()
+    assert {label for pair in closest_pairs(found, 20) for label in pair} == set(found.classes.tolist())
+    neighbors = _neighbors(found).rows
+    assert neighbors == [row for row in _neighbors(whole).rows if row[0] in [found.names[i] for i in found.classes]]
+    monkeypatch.setattr("kdpipe.pipeline.report.html.sections.similarity.MAX_OUTPUTS", 100)
+    assert similarity_of(store, "made").num_samples == 10
+
+
 def test_similarity_refuses_labels_outside_of_classes(tmp_path, monkeypatch):
     made = make_store(tmp_path / "made.zarr", num_samples=50)
     store = open_store(made.path)
@@ -293,7 +335,7 @@ def test_closest_pairs_skip_classes_without_images():
     shares = np.full((5, 5), 0.001)
     shares[0, 2] = shares[3, 1] = 0.2
     shares[4] = np.nan
-    found = Similarity(tuple("abcde"), shares, 1, "made")
+    found = Similarity(tuple("abcde"), np.arange(5), shares, 1, "made")
     assert list(closest_pairs(found, 2)) == [(0, 2), (1, 3)]
     assert len(list(closest_pairs(found, 20))) == 6
 
@@ -412,6 +454,21 @@ def test_real_run_has_similarity_and_samples(whole_run):
     assert read.text.count("teacher ") > len(images)
     assert "Selected from the first 359 test images." in read.text
     assert page_of(whole_run, file=whole_run / "again.html")[0] == text
+
+
+def test_networks_of_users_are_shown_from_their_onnx_files(whole_run, tmp_path):
+    """Their code is not imported."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    _, before, _ = page_of(whole_run)
+    for kind in ("alone", "distilled"):
+        path = run / "students" / f"{kind}-seed0" / "model.safetensors"
+        tensors, record = load_tensors(path)
+        record["architecture"] |= {"model": "python:gone:factory", "source_sha256": "a" * 64}
+        save_tensors(path, tensors, record)
+    _, read, messages = page_of(run)
+    assert len(messages) == 1  # nothing is left out
+    assert read.values("src") == before.values("src")
 
 
 def test_missing_data_leaves_out_only_the_samples(whole_run, tmp_path):

@@ -117,7 +117,7 @@ def test_a_write_error_is_one_warning_and_ends_no_job(tmp_path, monkeypatch, cap
     def refuse(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_record, "write_atomically", refuse)
+    monkeypatch.setattr(run_record, "write_with_sum", refuse)
     with begin(tmp_path):
         pass
     assert capsys.readouterr().err.count("kdpipe: warning: ") == 1

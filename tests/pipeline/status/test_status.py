@@ -110,6 +110,33 @@ def test_a_run_that_ended_has_its_exit_status(tmp_path, code, state):
     assert only_run(tmp_path).state == state
 
 
+@pytest.mark.parametrize(
+    ("before", "worked", "state"),
+    [
+        (0, False, "done"),
+        (75, False, "stopped early"),
+        (None, False, "failed (exit 12)"),
+        (0, True, "failed (exit 12)"),
+    ],
+)
+def test_a_refused_attempt_does_not_change_the_state(tmp_path, before, worked, state):
+    run = run_folder(tmp_path / "run")
+    first = [(-30, progress(300)), (-20, {"kind": "end", "exit_code": before})] if before is not None else []
+    scanned = {**progress(9), "unit": "image", "job": "scan the images"}
+    tried = [{"kind": "begin"}, progress(300) if worked else scanned, {"kind": "end", "exit_code": 12}]
+    write_events(run, *first, *((-5, {**line, "pid": 4712}) for line in tried))
+    assert only_run(tmp_path).state == state
+
+
+def test_a_folder_of_the_python_api_says_so(tmp_path, capsys):
+    """Networks that no call has begun are not missing there."""
+    run = run_folder(tmp_path / "run", {"teacher": 0.9, "students/distilled-seed0": 0.8})
+    (run / ".made-in-python").touch()
+    found = only_run(tmp_path)
+    assert (found.command, found.state, found.num_networks_done, found.num_networks) == ("python", "done", 2, 2)
+    assert "python" in text_of(capsys, tmp_path)
+
+
 def test_a_job_on_another_machine_goes_by_its_last_event(tmp_path):
     run = run_folder(tmp_path / "run")
     write_events(run, (-5, progress(300)), host="node7")

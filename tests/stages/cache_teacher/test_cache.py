@@ -21,6 +21,7 @@ from support.tiny_run import (
     subset,
     tiny_context,
 )
+from torch import nn
 
 from kdpipe.pipeline.steps import cache_teacher
 from kdpipe.stages.cache_teacher.estimate import plan_cache, probe
@@ -107,6 +108,25 @@ def test_other_views_data_or_teacher_is_an_error(run, tmp_path):
         FingerprintMismatch, match=r"teacher.weights_sha256: stored '\w{12}\.\.\.', wanted '\w{12}\.\.\.'"
     ):
         cache_teacher(CACHE, run / "store.zarr", teacher, LAYERS, context)
+
+
+def test_a_layer_that_is_overwritten_in_place_is_marked(run, tmp_path, monkeypatch):
+    features = [FeatureSpec("stage1.1"), FeatureSpec("stage2")]
+    plain, context = teacher_of(run)
+    in_place, _ = teacher_of(run)
+    for module in in_place.model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+    cache_teacher(CACHE, tmp_path / "plain.zarr", plain, features, context)
+    cache_teacher(CACHE, tmp_path / "in_place.zarr", in_place, features, context)
+    one, other = open_store(tmp_path / "plain.zarr"), open_store(tmp_path / "in_place.zarr")
+    assert np.array_equal(one.read_view("features/stage1.1", 1), other.read_view("features/stage1.1", 1))
+    assert [spec.name for spec in other.arrays if spec.own_output] == ["features/stage1.1"]
+    assert [spec.name for spec in one.arrays if spec.own_output] == []
+    monkeypatch.setattr("kdpipe.stages.cache_teacher.plan.overwritten_layers", lambda *_: ())  # as before the mark
+    with pytest.raises(FingerprintMismatch, match=r"arrays.features/stage1.1.own_output"):
+        cache_teacher(CACHE, tmp_path / "in_place.zarr", in_place, features, context)
+    cache_teacher(CACHE, tmp_path / "in_place.zarr", in_place, features[1:], context)
 
 
 def test_nan_stops_the_job_and_names_the_samples(run, tmp_path):

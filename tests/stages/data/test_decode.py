@@ -1,12 +1,73 @@
 from __future__ import annotations
 
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.datasets.folder import default_loader
 
-from kdpipe.stages.data.decode import crop_and_resize, with_channels, with_size
+from kdpipe.stages.data.decode import (
+    DecodeSpec,
+    UnreadableImage,
+    crop_and_resize,
+    decode_image,
+    with_channels,
+    with_size,
+)
+
+PHOTOGRAPH = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+def _encoded(kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    PHOTOGRAPH.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _with_exif(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """Return a JPEG whose EXIF has these tags: (tag, type, count, 4 bytes of value)."""
+    body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHI4s", *tag) for tag in tags) + struct.pack("<I", 0)
+    payload = b"Exif\0\0II*\0" + struct.pack("<I", 8) + body
+    jpeg = _encoded("JPEG")
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + jpeg[2:]
+
+
+ON_ITS_SIDE = (0x112, 3, 1, struct.pack("<HH", 6, 0))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "AVIF", "JPEG2000", "PNG", "BMP", "WEBP", "TIFF"])
+def test_files_of_any_name_are_read_as_torchvision_does(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "called.jpg").write_bytes(_encoded(kind))
+    expected = np.asarray(default_loader(str(tmp_path / "called.jpg"))).transpose(2, 0, 1)
+    assert np.array_equal(decode_image(tmp_path / "called.jpg", DecodeSpec(3)), expected)
+
+
+@pytest.mark.parametrize(
+    ("tags", "turned"),
+    [
+        ([ON_ITS_SIDE, (0x100, 2, 4, b"abc\0"), (0x9003, 2, 3, b"ab\0\0")], True),  # a number as text
+        ([ON_ITS_SIDE, (0x8825, 4, 1, struct.pack("<I", 8))], True),  # GPS that points to itself
+        ([(0x112, 2, 2, b"6\0\0\0")], False),
+        ([(0x112, 3, 1, struct.pack("<HH", 9, 0))], False),
+    ],
+)
+def test_odd_exif_does_not_matter(tmp_path: Path, tags: Any, turned: bool) -> None:
+    (tmp_path / "a.jpg").write_bytes(_with_exif(*tags))
+    expected = default_loader(str(tmp_path / "a.jpg"))
+    expected = expected.transpose(Image.Transpose.ROTATE_270) if turned else expected
+    assert np.array_equal(decode_image(tmp_path / "a.jpg", DecodeSpec(3)), np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_a_file_of_another_format_is_told_the_formats(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(_encoded("TGA"))
+    with pytest.raises(UnreadableImage, match="damaged, or none of JPEG, PNG, .* JPEG2000: convert or remove it"):
+        decode_image(tmp_path / "a.jpg", DecodeSpec(3))
 
 
 @given(st.integers(0, 2**32 - 1))

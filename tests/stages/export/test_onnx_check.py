@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 from kdpipe.stages.compress.quantization.qat import calibrate, prepare_qat
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.export import onnx_check
 from kdpipe.stages.export.onnx_check import check_onnx
 from kdpipe.stages.export.onnx_debug import first_divergence
 from kdpipe.stages.export.onnx_export import export_onnx
@@ -66,6 +69,26 @@ def test_check_runs_batch_by_batch_with_both_accuracies(networks, files):
         found.max_logit_difference
         == check_onnx(files["float"], networks["float"], [(whole, labels)]).max_logit_difference
     )
+
+
+def test_check_halves_batches_that_do_not_fit_into_memory(networks, files, monkeypatch):
+    batch, warnings, open_whole = images(70, seed=50), [], onnx_check.open_session
+
+    class SmallSession:
+        def __init__(self, path):
+            self.whole = open_whole(path)
+
+        def run(self, outputs, inputs):
+            if len(inputs["images"]) > 20:
+                raise MemoryError
+            return self.whole.run(outputs, inputs)
+
+    whole = check_onnx(files["float"], networks["float"], [batch])
+    monkeypatch.setattr(onnx_check, "open_session", SmallSession)
+    found = check_onnx(files["float"], copy.deepcopy(networks["float"]), [batch], warnings.append)
+    assert found.max_logit_difference == pytest.approx(whole.max_logit_difference, abs=1e-5)
+    assert (found.num_samples, found.accuracy) == (70, whole.accuracy)
+    assert warnings == ["out of memory with batches of 70: continuing with 18."]
 
 
 def test_wrong_file_has_its_own_accuracy(files):

@@ -14,7 +14,7 @@ from kdpipe.stages.losses.registry import LOSSES
 from kdpipe.stages.losses.relations.rkd import RKD
 from kdpipe.stages.losses.relations.sp import SP
 from kdpipe.stages.losses.sample_selection import SampleSelection
-from kdpipe.stages.losses.schedules import Schedule, TrainProgress
+from kdpipe.stages.losses.schedules import Schedule, TrainProgress, value_at
 from kdpipe.stages.losses.weighted import DistillationBatch
 from kdpipe.stages.models.hooks import ModelOutput
 from kdpipe.stages.targets.ensemble import TeacherEnsemble, TeachersConfig
@@ -141,6 +141,14 @@ def test_weights_follow_their_schedules():
     for epoch, weight in ((0, 1.0), (2, 1.0), (3, 0.853553), (4, 0.5), (6, 0.0), (9, 0.0), (float("inf"), 0.0)):
         loss = distillation(fading)(make_batch(TEACHER_LOGITS, progress=TrainProgress(epoch, 10)))["kd_0"]
         assert loss.item() == pytest.approx(weight * whole, rel=1e-5, abs=1e-12), epoch
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_schedule_with_equal_epochs_is_a_switch(shape):
+    switch = Schedule(start=1.0, end=0.0, shape=shape, epochs=(2, 2))
+    assert [value_at(switch, TrainProgress(epoch, 4)) for epoch in range(4)] == [1.0, 1.0, 0.0, 0.0]
+    assert value_at(Schedule(start=1.0, end=0.5, epochs=(0, 0)), TrainProgress(0, 4)) == 0.5
+    assert value_at(Schedule(start=1.0, end=0.5), TrainProgress(0, 1)) == 0.5
 
 
 def test_standardized_logits_compose_with_a_loss():

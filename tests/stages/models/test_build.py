@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.build import ModelConfig, architecture, build_model, list_models
+from kdpipe.stages.export.exportable import export_form
+from kdpipe.stages.models.build import GivenModel, ModelConfig, architecture, build_model, list_models
+from kdpipe.stages.models.clone import clone_without_hooks
+from kdpipe.stages.models.user_models import MODELS
 from kdpipe.stages.models.weights import weights_sha256
 
 FACTORIES = """
+import types
 import torch
 from torch import nn
 
@@ -40,7 +45,45 @@ def broken(num_classes):
 
 class Pair(Net):
     def forward(self, x):
-        return super().forward(x), x
+        return x, super().forward(x)
+
+class Nothing(Net):
+    def forward(self, x):
+        super().forward(x)
+
+def nothing(num_classes):
+    return Nothing(num_classes)
+
+class Heads(nn.Module):
+    def __init__(self, num_classes, kind="tuple"):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5))
+        self.head, self.other = nn.Linear(3600, num_classes), nn.Linear(3600, num_classes)
+        self.kind = kind
+
+    def forward(self, x):
+        x = self.body(x)
+        if self.kind == "object":
+            return types.SimpleNamespace(logits=self.head(x), hidden=x)
+        if self.kind == "mapping":
+            return {"hidden": x, "logits": self.head(x)}
+        return (self.head(x), self.other(x)) if self.training else self.evaluate(x)
+
+    def evaluate(self, x):
+        return self.head(x)
+
+class Distilled(Heads):
+    def evaluate(self, x):
+        return (self.head(x) + self.other(x)) / 2
+
+def traced(num_classes):
+    return torch.jit.trace(nn.Linear(2, num_classes), torch.zeros(2, 2))
+
+def half_scripted(num_classes):
+    return nn.Sequential(torch.jit.script(nn.Flatten()), nn.LazyLinear(num_classes))
+
+def parallel(num_classes):
+    return nn.DataParallel(Heads(num_classes))
 
 def too_wide(num_classes):
     return Net(num_classes + 1)
@@ -56,10 +99,13 @@ def build(
     num_classes: int = 10,
     seed: int = 0,
     weights: str | None = None,
+    notify: Callable[[str], None] = print,
     **args: Any,
 ) -> nn.Module:
     config = ModelConfig(name=name, args=args, weights=weights)
-    return build_model(config, num_classes=num_classes, in_channels=shape[0], image_size=shape[1:], seed=seed)
+    return build_model(
+        config, num_classes=num_classes, in_channels=shape[0], image_size=shape[1:], seed=seed, notify=notify
+    )
 
 
 def says(text: str) -> Any:
@@ -121,7 +167,7 @@ def test_names_are_listed_once_each_and_known() -> None:
     assert len(names) == len(set(names))
     assert {"resnet20", "cnn", "resnet18", "mobilenet_v2", "torchvision:mobilenet_v2"} <= set(names)
     assert "torchvision:resnet18" not in names
-    assert "googlenet" not in names
+    assert {"googlenet", "inception_v3"} <= set(names)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +250,11 @@ def test_kwargs_of_a_factory_take_only_args(own: str) -> None:
         (":sized", {}, ":sized needs args.bias"),
         (":no_module", {}, ":no_module returned list, wanted a torch.nn.Module."),
         (":broken", {}, ":broken failed (KeyError: 'oh\\nno')."),
-        (":Pair", {}, ":Pair returns tuple, wanted a tensor of logits [B, 10]."),
+        (":Pair", {}, ":Pair makes [2, 3, 32, 32] of two images of 3 x 32 x 32, wanted logits [2, 10]."),
+        (":nothing", {}, ":nothing returns NoneType, wanted a tensor of logits [B, 10]."),
+        (":traced", {}, ":traced is a TorchScript module, which can neither be copied nor exported: use the nn.Module"),
+        (":half_scripted", {}, ":half_scripted has a TorchScript module, 0, which can neither"),
+        (":Distilled", {}, ":Distilled returns tuple in training, and other.weight decides its logits in evaluation"),
         (":too_wide", {}, ":too_wide makes [2, 11] of two images of 3 x 32 x 32, wanted logits [2, 10]."),
         (":Nett", {}, "own_networks has no function Nett"),
         (":constant", {}, "own_networks has no function constant"),
@@ -215,6 +265,47 @@ def test_kwargs_of_a_factory_take_only_args(own: str) -> None:
 def test_faulty_factories(own: str, factory: str, args: dict[str, Any], sentence: str) -> None:
     with says(sentence):
         build(own + factory, **args)
+
+
+@pytest.mark.parametrize(
+    ("kind", "notice"),
+    [
+        ("tuple", ":Heads returns tuple in training: its main logits are used"),
+        ("object", ":Heads returns SimpleNamespace: its main logits are used"),
+        ("mapping", ":Heads returns dict: its main logits are used"),
+    ],
+)
+def test_of_several_outputs_the_main_logits_are_used(own: str, kind: str, notice: str) -> None:
+    notices: list[str] = []
+    model = build(f"{own}:Heads", kind=kind, notify=notices.append)
+    assert [notice in sentence for sentence in notices] == [True]
+    images = torch.randn(2, 3, 32, 32)
+    copy = clone_without_hooks(model)
+    assert int(model.state_dict()["body.1.num_batches_tracked"]) == 0  # nothing remembers the trial
+    for network in (model, copy):
+        torch.manual_seed(0)
+        logits = network(images)
+        torch.manual_seed(0)
+        assert torch.equal(logits, network.head(network.body(images)))  # type: ignore[operator]
+    assert type(model).__name__ == "Heads"
+    assert isinstance(export_form(model)(images), torch.Tensor)
+    assert torch.fx.symbolic_trace(model.eval())(images).shape == (2, 10)  # as quantization does
+
+
+def test_several_outputs_draw_no_random_number(own: str) -> None:
+    given = build(f"{own}:Heads")
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    config = GivenModel(name="object:Heads", module=given)
+    build_model(config, num_classes=10, in_channels=3, image_size=(32, 32), seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_factory_may_wrap_its_network(own: str) -> None:
+    notices: list[str] = []
+    model = build(f"{own}:parallel", notify=notices.append)
+    assert type(model).__name__ == "Heads"
+    assert notices[0] == f"{own}:parallel returns DataParallel: the Heads inside is used."
 
 
 def test_modules_without_the_factory(own: str) -> None:
@@ -249,3 +340,34 @@ def test_an_architecture_rebuilds_its_network() -> None:
 def test_arguments_that_are_no_json(value: object) -> None:
     with says("the args of cnn must be numbers, strings, lists and tables"):
         architecture(ModelConfig(name="cnn", args={"width": value}), 10, 1, (8, 8))
+
+
+# --- Outputs that are no logits
+
+
+class Exp(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.exp()
+
+
+@pytest.mark.parametrize(
+    ("last", "kind"),
+    [
+        ([nn.Softmax(1)], "softmax"),
+        ([nn.LogSoftmax(1), Exp()], "softmax"),
+        ([nn.Sigmoid()], "sigmoid"),
+        ([nn.Sigmoid(), nn.Unflatten(1, (2, 5)), nn.Flatten()], "sigmoid"),
+        ([nn.LogSoftmax(1)], None),  # logits, but for a constant in each row
+        ([nn.Hardsigmoid()], None),
+        ([nn.Threshold(100, 0.1)], None),  # ten equal outputs that add up to 1
+        ([nn.Linear(10, 10), nn.Identity()], None),
+    ],
+)
+def test_probabilities_are_refused(monkeypatch, last, kind):
+    monkeypatch.setattr(MODELS, "_registered", {})
+    MODELS.register("mine")(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), *last))
+    if kind is None:
+        assert build("mine").training
+    else:
+        with pytest.raises(ModelError, match=f"mine ends in a {kind}: its outputs are probabilities"):
+            build("mine")

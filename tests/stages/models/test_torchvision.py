@@ -77,8 +77,6 @@ def test_every_classifier_lists_its_arguments() -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("googlenet", "googlenet has auxiliary heads"),
-        ("torchvision:inception_v3", "inception_v3 has auxiliary heads"),
         ("fasterrcnn_resnet50_fpn", "not a plain image classifier"),
         ("deeplabv3_resnet50", "not a plain image classifier"),
         ("r3d_18", "not a plain image classifier"),
@@ -90,6 +88,12 @@ def test_every_classifier_lists_its_arguments() -> None:
 def test_networks_that_cannot_be_used(name: str, sentence: str) -> None:
     with pytest.raises(ModelError, match=re.escape(sentence)):
         blueprint(name)
+
+
+def test_of_auxiliary_heads_the_main_one_is_used() -> None:
+    assert build("googlenet")(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+    with pytest.raises(ModelError, match=r"weights of inception_v3 need args\.transform_input = true"):
+        build("inception_v3", weights="published")
 
 
 def test_one_channel_is_refused_with_the_setting_to_change() -> None:

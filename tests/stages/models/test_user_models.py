@@ -74,7 +74,8 @@ def edit(here: Path) -> Callable[[str], None]:
 
 
 def own(factory: str = "net", **keys: Any) -> TeacherConfig:
-    return TeacherConfig(model=ModelConfig(name=f"python:own_nets:{factory}"), **keys)
+    given = {"mean": (0.3,), "std": (0.2,), "expected_accuracy": 0.0}  # it returns the same for each image
+    return TeacherConfig(model=ModelConfig(name=f"python:own_nets:{factory}"), **(given | keys))
 
 
 def register() -> Callable[..., nn.Module]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail as OnnxFailure
 from support.made_store import folder_bytes
 from support.tiny_run import CACHE, LAYERS, TEACHER, make_tiny_store, tiny_context
 from torch import Tensor, nn
@@ -198,6 +199,7 @@ def test_chunks_of_teacher_outputs_are_concatenated(context: StageContext) -> No
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(path)`"), True),
+        (OnnxFailure("[ONNXRuntimeError] : 1 : FAIL : Failed to allocate memory for requested buffer of size 8"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (ValueError("out of memory"), False),
     ],

@@ -17,6 +17,7 @@ from kdpipe.stages.targets.join import join
 from kdpipe.stages.targets.reader import TargetLoadingConfig, Targets
 from kdpipe.stages.views.renderer import Renderer
 from kdpipe.store import FingerprintMismatch, StoreError, TargetStore, open_store
+from kdpipe.store.read import mapped_views
 
 CPU = torch.device("cpu")
 STAGE2 = FeatureSpec("stage2")
@@ -129,6 +130,19 @@ def test_residence_depends_on_size_alone(run):
     ):
         targets = Targets([source], CPU, TargetLoadingConfig(memory_bytes=memory, mapped_bytes=mapped))
         assert targets.residence == expected
+
+
+@pytest.mark.parametrize(("verify", "num_checks"), [("first", 1), ("always", 2), ("never", 0)])
+def test_mapped_targets_are_checked_as_configured(run, monkeypatch, verify, num_checks):
+    checked, store = [], open_store(run / "store.zarr")
+    monkeypatch.setattr(mapped_views, "is_committed_file", lambda file, entry, root: checked.append(file) or True)
+    config = TargetLoadingConfig(memory_bytes=0, verify=verify)
+    targets = Targets([join(store, squares(300, 0), [])], CPU, config)
+    for view in (0, 1, 0):
+        targets.batch(view, torch.arange(4))
+    assert targets.residence == "mapped"
+    first = [file for file in checked if file.parts[-3:-1] == ("0", "0")]
+    assert len(first) == num_checks
 
 
 def test_changed_pixels_of_a_known_id_are_an_error(run):

@@ -117,6 +117,16 @@ def test_teacher_with_weights_is_not_trained(run, tmp_path):
     assert result["accuracy"] == trained["accuracy"]
 
 
+def test_given_weights_are_evaluated_on_the_device(run, tmp_path, monkeypatch):
+    devices = []
+    monkeypatch.setattr(
+        "kdpipe.pipeline.steps.finalize", lambda job, teacher, *_, **__: devices.append(teacher.model.fc.weight.device)
+    )
+    model = dataclasses.replace(TEACHER.model, weights=str(run / "teacher" / "model.safetensors"))
+    train_teacher(TeacherConfig(model=model), 0, tiny_context(tmp_path, device=torch.device("meta")))
+    assert devices == [torch.device("meta")]
+
+
 def test_missing_teacher_error_names_the_command(tmp_path):
     with pytest.raises(RunError, match="kdpipe train-teacher"):
         load_teacher(TEACHER, 0, tiny_context(tmp_path))

@@ -15,7 +15,7 @@ import pytest
 import zarr
 from support.many_stores import LOGITS, Wish, first_difference, grow, truth
 
-import kdpipe.store.read.target_store
+import kdpipe.store.read.mapped_views
 from kdpipe.store import ArraySpec, Codec, StoreError, TargetStore, open_store
 from kdpipe.store.read.mmap_files import MappingUnsupported
 
@@ -91,7 +91,7 @@ def refuse_maps(monkeypatch):
     def refused(*_):
         raise MappingUnsupported("the system grants no address range of 1 bytes")
 
-    monkeypatch.setattr(kdpipe.store.read.target_store, "map_files", refused)
+    monkeypatch.setattr(kdpipe.store.read.mapped_views, "map_files", refused)
 
 
 def arrays_and_views(reader):

@@ -2,6 +2,8 @@
 
 import pickle
 import warnings
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from kdpipe.store import (
     open_store,
     write_unit,
 )
+from kdpipe.store.format.shard import shard_path
 
 
 def test_plain_zarr_reads_the_same_numbers(made):
@@ -84,6 +87,41 @@ def test_an_absent_array_or_view_is_named(made):
         store.read_view("features/layer9", 0)
     with pytest.raises(StoreError, match="views 0 to 1, not 2"):
         store.read_view("logits", 2)
+
+
+def flip(made, view: int) -> Path:
+    """Flip a bit in a row of the first shard of a view of the logits."""
+    file = shard_path(made.path, made.manifest.spec("logits"), next(u for u in made.units if u.view == view))
+    raw = bytearray(file.read_bytes())
+    raw[100] ^= 4
+    file.write_bytes(raw)
+    return file
+
+
+def test_a_flipped_bit_in_a_mapped_shard_is_found_at_first_use(store_maker):
+    made = store_maker()
+    file, ids = flip(made, view=1), made.samples.ids[-3:]
+    for store in (open_store(made.path), pickle.loads(pickle.dumps(open_store(made.path)))):
+        assert np.array_equal(store.gather("logits", 0, ids), made.contents["logits"][0][-3:])
+        for read in (lambda s: s.gather("logits", 1, ids), lambda s: s.take("logits", 1, s.rows_of(ids))):
+            with pytest.raises(StoreError, match=f"{file} .*its bytes are not those"):
+                read(store)
+        with pytest.raises(StoreError, match=str(file)):
+            store.array("logits")
+    unchecked = open_store(made.path).verifying("never")
+    assert np.array_equal(unchecked.gather("logits", 1, ids), made.contents["logits"][1][-3:])
+
+
+@pytest.mark.parametrize(("verify", "is_found"), [("first", False), ("always", True)])
+def test_damage_after_the_first_use_is_found_where_asked(store_maker, verify, is_found):
+    made = store_maker()
+    store, rows = open_store(made.path).verifying(verify), np.arange(3)
+    for view in (0, 1):
+        store.take("logits", view, rows)
+    flip(made, view=0)
+    store.take("logits", 1, rows)
+    with pytest.raises(StoreError, match="is damaged") if is_found else nullcontext():
+        store.take("logits", 0, rows)
 
 
 def test_a_store_survives_pickling_for_worker_processes(made):

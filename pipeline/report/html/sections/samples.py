@@ -1,14 +1,14 @@
 """Test images with the predictions of the teacher and the students.
 
 Reads only data on this machine and imports no user module. The teacher's predictions come from the stores; only the
-students are run, on the CPU, on a bounded number of images.
+students are run, on the CPU, on a bounded number of images: those of a user's own code from their ONNX files.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,7 +24,9 @@ from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.data.loader.image_loader import ViewRequest
 from kdpipe.stages.evaluation.evaluate import BATCH_SIZE
-from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.export.onnx_session import INPUT, OUTPUT, open_session
+from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.safetensors_io import load_tensors
 from kdpipe.stages.plugins.user_code import is_user_reference
 from kdpipe.stages.runtime.events import RunMonitor
 from kdpipe.stages.training.job_dir import JobDir, read_json_file
@@ -40,6 +42,8 @@ MAX_FILES = 100_000
 
 MAX_SIDE, SMALL_SIDE = 128, 48
 """Pixels to which larger images are downscaled; up to which pixels are shown unsmoothed."""
+
+Predictor = Callable[[Tensor], Tensor]
 
 TopClasses = list[tuple[str, float]]
 """The most probable classes with their probabilities, the most probable first."""
@@ -80,7 +84,7 @@ def samples(page: PageRun) -> dict[str, object]:
         finished = [network for network in page.main if network.kind != "teacher" and network.done]
         if not finished:
             raise LeftOutError("No student is finished yet.")
-        students = {network.name: rebuild(JobDir(network.done[0].folder).model) for network in finished}
+        students = {network.name: predictor(JobDir(network.done[0].folder)) for network in finished}
         num_macs = sum(int((network.done[0].result or {}).get("num_macs") or 0) for network in finished)
         probabilities = _predict_test(run, students, num_macs)
         groups = list(_instructive(run, probabilities))
@@ -105,7 +109,26 @@ def _open(page: PageRun) -> Run:
     return run
 
 
-def _predict_test(run: Run, students: Mapping[str, ModelBundle], num_macs: int) -> dict[str, Tensor]:
+def predictor(job: JobDir) -> Predictor:
+    """Return what computes probabilities float32 [B, C] for images uint8 [B, C, H, W] with a finished network.
+
+    Raises:
+        ModelError: There is no valid file.
+    """
+    _, record = load_tensors(job.model)
+    architecture = record.get("architecture", {})
+    if not (is_user_reference(str(architecture.get("model"))) or "source_sha256" in architecture):
+        network = rebuild(job.model)
+        return lambda images: _softmax(network.model(network.normalize(images)))
+    session, normalize = open_session(job.onnx), Normalization.from_json(record)
+    return lambda images: _softmax(torch.from_numpy(session.run([OUTPUT], {INPUT: normalize(images).numpy()})[0]))
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.float().softmax(1)
+
+
+def _predict_test(run: Run, students: Mapping[str, Predictor], num_macs: int) -> dict[str, Tensor]:
     """Return by network the probabilities float32 [N, C] of the first N test images, read from a store or computed.
 
     `num_macs`, the multiply-accumulates of all students for one image, bounds N.
@@ -114,10 +137,11 @@ def _predict_test(run: Run, students: Mapping[str, ModelBundle], num_macs: int) 
     num_images = int(min(num_test, MAX_TEST_IMAGES, max(MAX_MACS / max(num_macs, 1), MIN_TEST_IMAGES)))
     batches = torch.split(torch.arange(num_images), BATCH_SIZE)
     images = [run.context.test_loader.get(ViewRequest(indices)).images for indices in batches]
-    found = {name: torch.cat([_predict(student, batch) for batch in images]) for name, student in students.items()}
-    teacher = run.context.get_teacher_logits()
-    if teacher is not None and not teacher[:num_images].isnan().any():
-        found = {"teacher": teacher[:num_images].softmax(1), **found}
+    with torch.no_grad():
+        found = {name: torch.cat([student(batch) for batch in images]) for name, student in students.items()}
+    get_logits = run.context.get_teacher_logits()
+    if get_logits is not None and not (teacher := get_logits(torch.arange(num_images))).isnan().any():
+        found = {"teacher": teacher.softmax(1), **found}
     return found
 
 
@@ -143,13 +167,6 @@ def _test_sample(run: Run, probabilities: Mapping[str, Tensor], index: int) -> S
     predictions = {name: _top(rows[index], test_set.class_names) for name, rows in probabilities.items()}
     label = test_set.class_names[int(test_set.labels[index])]
     return Sample(image, label, f"test image {int(test_set.sample_ids[index])}", predictions)
-
-
-@torch.no_grad()
-def _predict(network: ModelBundle, images: Tensor) -> Tensor:
-    """Return probabilities float32 [B, C] for images uint8 [B, C, H, W]."""
-    probabilities: Tensor = network.model(network.normalize(images)).float().softmax(1)
-    return probabilities
 
 
 def _top(probabilities: Tensor, names: Sequence[str]) -> TopClasses:

@@ -24,10 +24,13 @@ from kdpipe.store import KdpipeError, StoreError, TargetStore, is_url, open_stor
 TEMPERATURE = 4.0
 """At temperature 1 a good teacher gives the other classes almost no probability."""
 
-MAX_ROWS = 100_000
-"""Samples that the mean is taken over, at most."""
+MAX_ROWS, MAX_OUTPUTS = 100_000, 10**8
+"""Samples, and values of their outputs, that the mean is taken over, at most."""
 
-BATCH_ROWS = 4096
+MAX_SHARES = 10**7
+"""Shares that are computed, at most: those of all classes up to 3,162."""
+
+BATCH_ROWS, BATCH_OUTPUTS = 4096, 2**22
 
 NUM_PAIRS = 12
 
@@ -36,24 +39,27 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Similarity:
-    """Similarity of C classes.
+    """Similarity of R of C classes to all of them.
 
     Attributes:
-        shares: [C, C], mean softened probability of class [column] on images of class [row]; a row of NaN for a class
-            without images.
+        names: The names of the C classes.
+        classes: int64 [R], the compared classes, in order; all if C is not very large.
+        shares: [R, C], mean softened probability of class [column] on images of the compared class [row]; a row of NaN
+            for a class without images.
         source: Description of the samples.
     """
 
     names: tuple[str, ...]
+    classes: NDArray[np.int64]
     shares: Values
     num_samples: int
     source: str
 
     @property
     def others(self) -> Values:
-        """The shares with NaN on the diagonal."""
+        """The shares with NaN for those of the own class."""
         without = self.shares.copy()
-        np.fill_diagonal(without, np.nan)
+        without[np.arange(len(self.classes)), self.classes] = np.nan
         return without
 
 
@@ -76,6 +82,9 @@ def class_similarity(run: PageRun) -> dict[str, object]:
         "temperature": f"{TEMPERATURE:g}",
         "num_samples": f"{found.num_samples:,}",
         "source": found.source,
+        "left_out": f"{len(found.classes):,} of the {len(found.names):,} classes, those with the most samples"
+        if len(found.classes) < len(found.names)
+        else None,
         "map": heat_map("Share of the teacher's softened output", values, found.names, percent, bounds)
         if is_drawn
         else None,
@@ -112,21 +121,31 @@ def similarity_of(store: TargetStore, source: str) -> Similarity:
     Raises:
         StoreError: If labels are outside of the teacher's classes.
     """
-    num_classes, labels = store.num_classes, store.samples.labels[:MAX_ROWS]
+    num_classes, labels = store.num_classes, store.samples.labels
     if not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         raise StoreError("the labels of the stored samples are not among the teacher's classes.")
     has_names = len(store.classes) == num_classes
     names = store.classes if has_names else tuple(f"class {number}" for number in range(num_classes))
-    sums, num_seen = np.zeros((num_classes, num_classes)), np.zeros(num_classes)
-    for start in range(0, len(labels), BATCH_ROWS):
-        batch = slice(start, min(start + BATCH_ROWS, len(labels)))
+    classes = _most_frequent(labels, num_classes)
+    rows = np.flatnonzero(np.isin(labels, classes))[: max(1, min(MAX_ROWS, MAX_OUTPUTS // num_classes))]
+    sums, num_seen = np.zeros((len(classes), num_classes)), np.zeros(len(classes))
+    step = max(1, min(BATCH_ROWS, BATCH_OUTPUTS // num_classes))
+    for batch in (rows[start : start + step] for start in range(0, len(rows), step)):
         probabilities = softened(_logits(store, store.samples.ids[batch]))
         is_finite = np.isfinite(probabilities).all(1)
-        batch_labels = labels[batch][is_finite]
-        np.add.at(sums, batch_labels, probabilities[is_finite])
-        num_seen += np.bincount(batch_labels, minlength=num_classes)
+        compared = np.searchsorted(classes, labels[batch][is_finite])
+        np.add.at(sums, compared, probabilities[is_finite])
+        num_seen += np.bincount(compared, minlength=len(classes))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return Similarity(names, sums / num_seen[:, None], int(num_seen.sum()), source)
+        sums /= num_seen[:, None]
+    return Similarity(names, classes, sums, int(num_seen.sum()), source)
+
+
+def _most_frequent(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
+    """Return the classes to compare, in order: as many as MAX_SHARES allows, those with the most samples."""
+    num_compared = min(num_classes, max(2, MAX_SHARES // num_classes))
+    counts = np.bincount(labels, minlength=num_classes)
+    return np.sort(np.argsort(-counts, kind="stable")[:num_compared])
 
 
 def softened(logits: NDArray[Any]) -> Values:
@@ -152,17 +171,20 @@ def _logits(store: TargetStore, ids: NDArray[np.int64]) -> NDArray[Any]:
 
 
 def closest_pairs(similarity: Similarity, max_pairs: int) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of classes with the highest mean of both shares, the closest first; ties in class order."""
-    mutual = np.nan_to_num(similarity.others + similarity.others.T, nan=-1.0)
+    """Yield the pairs of compared classes with the highest mean of both shares, closest first; ties in class order."""
+    among = similarity.others[:, similarity.classes]
+    mutual = np.nan_to_num(among + among.T, nan=-1.0)
     rows, columns = np.triu_indices(len(mutual), 1)
     order = np.argsort(-mutual[rows, columns], kind="stable")[:max_pairs]
     pairs = zip(rows[order].tolist(), columns[order].tolist(), strict=True)
-    yield from (pair for pair in pairs if mutual[pair] >= 0)
+    classes = similarity.classes
+    yield from ((int(classes[row]), int(classes[column])) for row, column in pairs if mutual[row, column] >= 0)
 
 
 def _pairs(found: Similarity) -> Table:
+    shares = dict(zip(found.classes.tolist(), found.shares, strict=True))
     cells = [
-        [found.names[a], found.names[b], percent(found.shares[a, b]), percent(found.shares[b, a])]
+        [found.names[a], found.names[b], percent(shares[a][b]), percent(shares[b][a])]
         for a, b in closest_pairs(found, NUM_PAIRS)
     ]
     headers = ["class A", "class B", "share of B on images of A", "share of A on images of B"]
@@ -170,11 +192,13 @@ def _pairs(found: Similarity) -> Table:
 
 
 def _neighbors(found: Similarity) -> Table:
-    """Return for each class the three others with the largest shares."""
+    """Return for each compared class the three others with the largest shares."""
     cells = []
-    for label, (name, shares) in enumerate(zip(found.names, found.shares, strict=True)):
+    for label, shares in zip(found.classes.tolist(), found.shares, strict=True):
         if not np.isnan(shares).any():
-            near = [other for other in np.argsort(-shares, kind="stable").tolist() if other != label][:3]
-            cells.append([name, percent(shares[label]), *(f"{found.names[i]} {percent(shares[i])}" for i in near)])
+            near = [other for other in np.argsort(-shares, kind="stable")[:4].tolist() if other != label][:3]
+            cells.append(
+                [found.names[label], percent(shares[label]), *(f"{found.names[i]} {percent(shares[i])}" for i in near)]
+            )
     headers = ["true class", "its own share", "first", "second", "third"]
     return Table("Most similar classes", headers, [row + ["-"] * (5 - len(row)) for row in cells])

@@ -57,6 +57,12 @@ def _sentence(run: PageRun) -> str:
         return _gained(gain, distilled, teacher)
     if not run.report.rows:
         return "No network of this run is finished yet."
+    if distilled is not None and run.network("alone") is None:
+        goal = f"; the teacher reaches {teacher.accuracy_mean:.2f} %" if teacher else ""
+        return (
+            f"The distilled student reaches {_accuracy(distilled)} % test accuracy{goal}. It was not trained alone "
+            "(student.baseline = false), so that its gain by distillation is not known."
+        )
     best = max(run.report.rows, key=lambda row: row.accuracy_mean)
     return f"Best network finished so far: {best.name}, {_accuracy(best)} % test accuracy."
 

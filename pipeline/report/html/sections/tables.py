@@ -10,6 +10,9 @@ from kdpipe.pipeline.report.html.templating import LeftOutError
 from kdpipe.pipeline.report.pareto import CAPTION, pareto_panels, tradeoff_points, tradeoff_title
 from kdpipe.pipeline.report.tables import Table, report_tables
 
+MAX_CLASSES = 3000
+"""Classes whose accuracy is listed; `kdpipe report --json` has all."""
+
 
 def results(run: PageRun) -> dict[str, object]:
     return {
@@ -37,10 +40,11 @@ def _classes(run: PageRun) -> Table | None:
             columns[number][0].num_samples,
             *(mean_std(row.accuracy_mean, row.accuracy_std) for row in columns[number]),
         ]
-        for number in sorted(range(len(columns)), key=difficulty)
+        for number in sorted(range(len(columns)), key=difficulty)[:MAX_CLASSES]
     ]
     headers = ["class", "test images", *(row.name for row in rows)]
-    return Table("Test accuracy by class, %, the lowest first", headers, cells)
+    shown = f": {MAX_CLASSES:,} of {len(columns):,} classes" if len(columns) > MAX_CLASSES else ""
+    return Table(f"Test accuracy by class, %, the lowest first{shown}", headers, cells)
 
 
 def tradeoff(run: PageRun) -> dict[str, object]:

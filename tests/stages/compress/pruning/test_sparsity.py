@@ -11,6 +11,7 @@ from kdpipe.stages.compress.pruning.prune import PruneConfig, prune
 from kdpipe.stages.compress.pruning.sparsity import apply_masks, masks_of
 from kdpipe.stages.compress.pruning.widths import record_widths
 from kdpipe.stages.errors import ModelError
+from kdpipe.stages.models.main_logits import keep_main_logits
 
 
 def zeros_of(model: nn.Module) -> dict[str, float]:
@@ -112,3 +113,40 @@ def test_layer_initialized_to_zero_has_no_mask():
 def test_model_without_prunable_weights_is_an_error():
     with pytest.raises(ModelError, match=r"can lose weights \(1: it writes the logits\)"):
         prune(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), torch.zeros(1, *IMAGE_SHAPE), PruneConfig(kind="weights"))
+
+
+COMPUTED = {
+    "old weight norm": nn.utils.weight_norm,
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("norm", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_computed_weights_stay(norm):
+    model = build("plain")
+    norm(model.stage2[0])
+    model(EXAMPLE).sum().backward()  # an old norm keeps what it computed, which deepcopy refuses
+    pruned = prune(model, EXAMPLE, PruneConfig(kind="weights", ratio=0.75))
+    assert pruned.excluded["stage2.0"] == "its weight is computed (weight or spectral norm)"
+    assert set(masks_of(pruned.model)) == {"stage1.0.weight", "hidden.0.weight"}
+    with pytest.raises(ModelError, match="the weight of stage2.0 is computed .* prune.kind = 'weights'"):
+        prune(model, EXAMPLE, PruneConfig(ratio=0.5))
+
+
+def test_a_further_head_of_pruned_channels_is_refused():
+    class Aux(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.pool = nn.Conv2d(3, 8, 3), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.fc, self.aux = nn.Linear(8, 5), nn.Linear(8, 5)
+
+        def forward(self, images):
+            x = self.pool(self.body(images))
+            return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+
+    model = Aux()
+    keep_main_logits("Aux", model, IMAGE_SHAPE, print)
+    with pytest.raises(ModelError, match="does not run in training .*: leave out the further heads"):
+        prune(model, EXAMPLE, PruneConfig(ratio=0.5, round_to=1))

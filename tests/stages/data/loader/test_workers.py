@@ -1,7 +1,9 @@
 """Worker processes ignore the job's signals, end with it, and leave its random state unchanged."""
 
 import contextlib
+import errno
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import random
 import signal
@@ -16,7 +18,9 @@ import torch
 from support.paths import PYTHONPATH, TESTS
 from support.photographs import in_memory, photographs
 
+from kdpipe.stages.data.loader import workers
 from kdpipe.stages.data.loader.image_loader import ImageLoader, ViewRequest
+from kdpipe.stages.errors import DataError
 from kdpipe.stages.views.config import Views
 from kdpipe.stages.views.mix import MixConfig
 from kdpipe.stages.views.renderer import Renderer
@@ -132,6 +136,31 @@ def test_workers_ignore_the_signals_of_the_job(equal, truth):
     assert same(stream, truth[0][1:])
     assert same(loader.stream(requests(1)), truth[1])
     assert started_since(before) == workers, "the same processes"
+
+
+def no_room(*_):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_images_go_through_a_pipe_where_shared_memory_is_full(equal, truth, monkeypatch):
+    monkeypatch.setattr(torch.UntypedStorage, "_new_using_fd_cpu", no_room)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", no_room)
+    assert same(loader_of(equal, 2).stream(requests(0)), truth[0])
+
+
+def test_worker_that_cannot_send_ends_the_job(equal, monkeypatch):
+    monkeypatch.setattr(workers, "_to_share", lambda images: lambda: images)  # which cannot be pickled
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
+        list(loader_of(equal, 2).stream(requests(0)))
+
+
+def test_workers_that_cannot_start_are_told_the_cure(equal, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
+    with pytest.raises(DataError, match=r"No space left.*/dev/shm is full.*--shm-size=1g.*data.num_workers = 0"):
+        list(loader_of(equal, 2).stream(requests(0)))
 
 
 def is_running(pid):

@@ -5,6 +5,7 @@ import struct
 import unicodedata
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet, digest
 from kdpipe.stages.data.load import load_dataset
+from kdpipe.stages.data.sources import image_folder
 from kdpipe.stages.data.sources.image_folder import sample_id
 from kdpipe.stages.errors import DataError, RecipeError
 
@@ -58,9 +60,10 @@ def test_the_id_of_a_path_never_changes() -> None:
 
 def test_the_order_in_which_a_disk_lists_files_does_not_matter(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _load(pets)
-    walk, iterdir = os.walk, Path.iterdir
+    walk, scandir = os.walk, os.scandir
     monkeypatch.setattr(os, "walk", lambda *a, **k: ((p, d, f[::-1]) for p, d, f in walk(*a, **k)))
-    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(iterdir(self), reverse=True)))
+    backwards = lambda path: sorted(scandir(path), key=lambda each: each.name, reverse=True)  # noqa: E731
+    monkeypatch.setattr(image_folder, "os", SimpleNamespace(**{**vars(os), "scandir": backwards}))
     after = _load(pets)
     assert digest(after) == digest(before)
     assert torch.equal(after.images, before.images)
@@ -102,13 +105,78 @@ def test_images_that_are_not_wanted_are_not_decoded(pets: Path) -> None:
     assert torch.equal(_load(pets, num_train=2).images, wanted.images)
 
 
-def test_hidden_and_other_files_are_passed_over(pets: Path) -> None:
+def test_what_is_left_out_is_counted(pets: Path) -> None:
     before = digest(_load(pets))
+    assert _load(pets).notices == ()
     (pets / "train" / "README.txt").write_text("about")
     (pets / "train" / "cat" / "Thumbs.db").write_bytes(b"")
     (pets / "train" / "cat" / "._a.png").write_bytes(b"")
     (pets / "train" / ".ipynb_checkpoints").mkdir()
-    assert digest(_load(pets)) == before
+    for name in ("cat/photo.heic", "dog/photo.heic", "dog/.hidden.png", "loose.png"):
+        _write(pets / "train" / "cat" / "whatever.png")
+        (pets / "train" / "cat" / "whatever.png").rename(pets / "train" / name)
+    (pets / "train" / "dog" / "up").symlink_to(pets / "train", target_is_directory=True)
+    train = _load(pets)
+    assert digest(train) == before
+    assert train.notices == (
+        f"{pets}/train: left out are 2 .heic files (cat/photo.heic), 1 hidden folders (.ipynb_checkpoints), "
+        "1 hidden images (dog/.hidden.png), 1 images in no class folder (loose.png), 1 links to a folder above "
+        "(dog/up).",
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.JPE", "a.gif", "a.avif", "a.jp2", "a.pgm", "a.dib"])
+def test_every_suffix_of_a_format_is_an_image(pets: Path, name: str) -> None:
+    (pets / "train" / "cat" / name).write_bytes((pets / "train" / "cat" / "a.png").read_bytes())
+    assert _load(pets).num_samples == 6
+
+
+def test_links_are_followed_as_torchvision_does(pets: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "elsewhere" / "deep" / "x.png")
+    (pets / "train" / "cat" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "back").symlink_to(pets / "train" / "cat", target_is_directory=True)
+    (pets / "train" / "emu").symlink_to(tmp_path / "elsewhere" / "deep", target_is_directory=True)
+    train = _load(pets)
+    assert train.sample_ids.tolist()[2] == sample_id("cat/linked/deep/x.png")
+    assert train.class_names == ("cat", "dog", "emu") and train.num_samples == 7
+    assert "1 links to a folder above (cat/linked/back)" in train.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Training", "Testing"), ("TRAIN", "TEST"), ("Train", "Valid"), ("training_set", "test_set"), ("train", "dev")],
+)
+def test_splits_have_other_names_in_any_case(pets: Path, train: str, test: str) -> None:
+    before = [digest(_load(pets, split)) for split in ("train", "test")]
+    (pets / "train").rename(pets / train)
+    (pets / "val").rename(pets / test)
+    assert [digest(_load(pets, split)) for split in ("train", "test")] == before
+    assert _load(pets).notices == (f"{pets}: {train} is the training split, {test} the test split.",)
+
+
+def test_folders_beside_the_splits_are_told(pets: Path) -> None:
+    _write(pets / "test" / "cat" / "a.png")
+    (pets / "annotations").mkdir()
+    assert _load(pets).notices == (f"{pets}: the folders annotations, val are not used.",)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train/a.png", "test/b.png"], "has the folders test, train: .* have no class folders"),
+        (["Training/a.png"], "have no class folders in them"),
+        (["Train/cat/a.png", "training/cat/a.png"], "Train and training both stand for train"),
+        (["Testing/cat/a.png", "more/a.png"], "with a test split, but no train split: looked for train, test and val"),
+        (["cat/train/a.png", "cat/val/a.png", "dog/train/a.png"], "class folder .*/cat holds the folders train, val"),
+        (["pets/train/cat/a.png", "pets/test/cat/a.png"], "/pets would be the only class.*use it as PATH"),
+        (["pets/cat/a.png", "pets/dog/a.png"], "/pets would be the only class.*holds the folders cat, dog: use it"),
+    ],
+)
+def test_folders_that_can_be_meant_in_two_ways_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        _write(tmp_path / "set" / name)
+    with pytest.raises(DataError, match=message):
+        _load(tmp_path / "set")
 
 
 def test_a_relative_path_starts_at_the_root(pets: Path) -> None:
@@ -245,8 +313,21 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_class_without_images_is_refused(pets: Path) -> None:
     (pets / "train" / "emu").mkdir()
-    with pytest.raises(DataError, match=r"train/emu has no images"):
+    (pets / "train" / "emu" / "a.heic").touch()
+    with pytest.raises(DataError, match=r"train/emu has no images .*remove the folder.* 1 .heic files \(emu/a.heic\)"):
         _load(pets)
+
+
+def test_a_test_class_may_be_empty(pets: Path) -> None:
+    (pets / "val" / "dog" / "z.png").unlink()
+    test = _load(pets, "test")
+    assert test.labels.tolist() == [0] and test.class_names == ("cat", "dog")
+    assert test.notices == (
+        "data set imagefolder:pets (test): 1 of 2 classes have no sample: 'dog'. Their accuracy is not measured.",
+    )
+    (pets / "val" / "cat" / "a.png").unlink()
+    with pytest.raises(DataError, match="/val has no images in its class folders"):
+        _load(pets, "test")
 
 
 def test_a_class_that_train_lacks_is_refused(pets: Path) -> None:
@@ -258,13 +339,13 @@ def test_a_class_that_train_lacks_is_refused(pets: Path) -> None:
 
 
 def test_a_missing_test_split_is_refused(pets: Path) -> None:
-    (pets / "val").rename(pets / "validation")
-    with pytest.raises(DataError, match="neither test/<class>/ nor val/<class>/"):
+    (pets / "val").rename(pets / "holdout")
+    with pytest.raises(DataError, match="has the folders holdout, train: .* no test split .* Looked for train, test"):
         _load(pets, "test")
 
 
 def test_a_folder_that_cannot_be_listed_is_named(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(folder: Path, onerror: Any) -> list[Any]:
+    def forbidden(folder: Path, onerror: Any, followlinks: bool) -> list[Any]:
         onerror(PermissionError(13, "Permission denied", str(folder)))
         return []
 

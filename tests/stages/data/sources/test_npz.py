@@ -51,6 +51,49 @@ def _claimed(shape: tuple[int, ...], dtype: str = "|u1", content: bytes = b"") -
     return file.getvalue() + content
 
 
+@pytest.mark.parametrize(
+    ("keys", "splits", "told"),
+    [
+        ("{0}_images {0}_labels", "train val test", "test_images the test split, val_images is not used."),
+        ("{0}_images {0}_labels", "train val", "val_images the test split."),
+        ("x_{0} y_{0}", "train test", "x_test the test split."),
+    ],
+)
+def test_one_file_may_hold_the_splits(tmp_path: Path, keys: str, splits: str, told: str) -> None:
+    names, labels = keys.split(), LABELS[:, None].astype(np.uint8)
+    arrays = {}
+    for number, split in enumerate(splits.split()):
+        arrays |= {names[0].format(split): IMAGES[number:], names[1].format(split): labels[number:]}
+    np.savez(tmp_path / "toymnist.npz", **arrays)
+    train, test = (_load(tmp_path / "toymnist.npz", split) for split in ("train", "test"))
+    assert np.array_equal(train.images[:, 0].numpy(), IMAGES) and train.labels.tolist() == LABELS.tolist()
+    assert np.array_equal(test.images[:, 0].numpy(), IMAGES[number:]) and test.class_names == ("0", "1", "2")
+    assert train.notices[0].startswith("toymnist.npz: ") and train.notices[0].endswith(told)
+
+
+def test_one_file_with_a_training_split_alone_is_split(tmp_path: Path) -> None:
+    np.savez(tmp_path / "toymnist.npz", train_images=IMAGES, train_labels=LABELS)
+    assert [_load(tmp_path / "toymnist.npz", split).num_samples for split in ("train", "test")] == [9, 3]
+
+
+def test_labels_from_one_are_told(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=IMAGES, labels=LABELS + 1)
+    assert _load(tmp_path / "a.npz").notices == (
+        "data set npz:a.npz (train): 1 of 4 classes have no sample: '0'. Labels count from 0, and here they start at "
+        "1: subtract 1.",
+    )
+    np.savez(tmp_path / "a.npz", images=IMAGES, labels=LABELS + 1, classes=np.array(["a", "b", "c"]))
+    with pytest.raises(DataError, match=r"outside 0..2. The labels start at 1: subtract 1."):
+        _load(tmp_path / "a.npz")
+
+
+def test_classes_without_a_sample_are_told(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=IMAGES, labels=LABELS * 2)
+    assert "2 of 5 classes have no sample: '1', '3'. A network" in _load(tmp_path / "a.npz").notices[0]
+    config = DataConfig(name=f"npz:{tmp_path}/a.npz", classes=("0", "2"))
+    assert load_dataset(config, "train").notices == ()
+
+
 def test_a_folder_has_a_file_for_each_split(tmp_path: Path) -> None:
     folder = tmp_path / "toy"
     folder.mkdir()

@@ -152,7 +152,7 @@ def test_mixed_gray_and_color_needs_channels() -> None:
 
 
 def test_labels_without_a_zero_are_a_warning() -> None:
-    with pytest.warns(UserWarning, match="no sample has the label 0, the least is 1"):
+    with pytest.warns(UserWarning, match="1 of 4 classes have no sample: '0'. Labels .* start at 1: subtract 1"):
         found = read(Pairs(label=lambda label: label + 1))
     assert found.num_classes == 4
 

@@ -1,0 +1,41 @@
+"""Classify images with the model.onnx beside this file: python predict.py IMAGE ...
+
+It needs onnxruntime, numpy and pillow. In Python: `from predict import load_image, predict`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageOps
+
+SESSION = onnxruntime.InferenceSession(Path(__file__).with_name("model.onnx"), providers=["CPUExecutionProvider"])
+FACTS = {key: json.loads(value) for key, value in SESSION.get_modelmeta().custom_metadata_map.items()}
+CHANNELS, HEIGHT, WIDTH = FACTS["image_shape"]
+MEAN, STD = (np.float32(FACTS["normalization"][key]).reshape(-1, 1, 1) for key in ("mean", "std"))
+
+
+def load_image(path: str | Path) -> NDArray[np.uint8]:
+    """Return a file's pixels as the network was tested with them: uint8 [C, H, W]."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("L" if CHANNELS == 1 else "RGB")
+    if image.size != (WIDTH, HEIGHT) or FACTS["test_crop"] != 1:
+        side = min(image.size) * FACTS["test_crop"]
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        image = image.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    return np.asarray(image).reshape(HEIGHT, WIDTH, CHANNELS).transpose(2, 0, 1)
+
+
+def predict(images: ArrayLike) -> NDArray[np.float32]:
+    """Return logits [N, num_classes] of images, uint8 [N, C, H, W]."""
+    inputs = {"images": (np.asarray(images) / np.float32(255) - MEAN) / STD}
+    return np.asarray(SESSION.run(["logits"], inputs)[0])
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        logits = predict([load_image(path)])[0]
+        shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        sys.stdout.write(f"{path}: {FACTS['class_names'][shares.argmax()]} ({shares.max():.3f})\n")

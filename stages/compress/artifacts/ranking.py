@@ -1,0 +1,39 @@
+"""Rank the networks that a compression offers, and recommend one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MIN_SHARE = 0.99
+"""The share of the best accuracy that a recommended network reaches, as MLPerf Inference asks of quantized ones."""
+
+
+def ranked(networks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of networks, the recommended one first.
+
+    Those that reach `MIN_SHARE` of the best accuracy come first, the smallest file ahead; then the others, the most
+    accurate ahead. Latency does not count: it differs between machines and from one measurement to the next.
+
+    Args:
+        networks: By name, the `accuracy` in [0, 1] and `onnx_bytes` of each.
+    """
+    wanted = MIN_SHARE * max(row["accuracy"] for row in networks.values())
+
+    def place(name: str) -> tuple[bool, float, float]:
+        accuracy, size = networks[name]["accuracy"], networks[name]["onnx_bytes"]
+        return (False, size, -accuracy) if accuracy >= wanted else (True, -accuracy, size)
+
+    return sorted(networks, key=place)
+
+
+def reason(networks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return why the first of `ranked` is recommended, as a clause."""
+    best = max(networks, key=lambda name: networks[name]["accuracy"])
+    name = ranked(networks)[0]
+    if len(networks) == 1:
+        return "it is the only one"
+    accuracy = f"{100 * networks[best]['accuracy']:.2f} %"
+    if name == best:
+        return f"no other network reaches {MIN_SHARE:.0%} of its {accuracy} with a smaller file"
+    return f"its file is the smallest of those that reach {MIN_SHARE:.0%} of the best accuracy ({accuracy}, {best})"

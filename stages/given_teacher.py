@@ -1,0 +1,108 @@
+"""Checks of a teacher whose weights are taken as they are: what nobody trained here cannot be trusted to fit."""
+
+from __future__ import annotations
+
+from kdpipe.stages.context import IMAGENET, StageContext
+from kdpipe.stages.errors import RecipeError
+from kdpipe.stages.evaluation.evaluate import Evaluation
+from kdpipe.stages.evaluation.metrics import EvalReport
+from kdpipe.stages.evaluation.trials import try_class_order, try_scalings
+from kdpipe.stages.models.build import PUBLISHED, ModelConfig
+from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.torchvision import published_categories
+from kdpipe.stages.numerics import PROBABILITIES
+from kdpipe.stages.teacher import TeacherConfig, stated_by_weights
+
+ROUNDING = 0.0005
+"""Expected accuracies are written in percent with one digit."""
+
+ENOUGH_TO_TRY = 0.95
+"""With an accuracy above it no other scaling is tried: it could not gain much."""
+
+
+def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageContext) -> None:
+    """Check a teacher whose weights are taken as they are: its classifier is trained, its input scaling is known.
+
+    Warns where the recipe's scaling is not the one that the weights state.
+
+    Raises:
+        RecipeError: The classifier is new, or the scaling is not known, or stated in two ways.
+    """
+    if config.train is not None:
+        return
+    _require_trained_head(config.model, context)
+    stated, weights = stated_by_weights(config, teacher.model, context), config.model.weights
+    of = f"the weights {weights}" if weights else f"the network {config.model.name}"
+    if config.mean is not None:
+        for where, other in stated.items():
+            if other != teacher.normalize:
+                sentence = f"the teacher's input scaling is the recipe's, {teacher.normalize}; {where} states {other}."
+                context.monitor.warn("train-teacher", sentence)
+    elif len(set(stated.values())) > 1:
+        found = "; ".join(f"{where}: {scaling}" for where, scaling in stated.items())
+        raise RecipeError(f"{of} state two input scalings ({found}): set teacher.mean and teacher.std.")
+    elif not stated:
+        raise RecipeError(
+            f"the input scaling of {of} is not known, and a wrong one lowers the accuracy without a word: set "
+            "teacher.mean and teacher.std to those of its training, for pixels in [0, 1]; ImageNet's are "
+            f"{IMAGENET}."
+        )
+
+
+def _require_trained_head(config: ModelConfig, context: StageContext) -> None:
+    if config.weights != PUBLISHED:
+        return
+    published, wanted = len(published_categories(config.name)), context.train_set.num_classes
+    if published != wanted:
+        raise RecipeError(
+            f"the published weights of {config.name} are of {published:,} classes and the data has {wanted:,}: the "
+            "teacher's classifier would be new and random, so train it ([teacher.train])."
+        )
+
+
+def require_accuracy(config: TeacherConfig, teacher: ModelBundle, report: EvalReport, test: Evaluation) -> None:
+    """Check a teacher's accuracy against `teacher.expected_accuracy`, and that of given weights against chance.
+
+    Other input scalings and class orders are tried on a sample of the test images where given weights reach less than
+    expected, or nothing is expected. Outputs that are probabilities are refused: stores hold logits.
+
+    Raises:
+        RecipeError: It is too low; the message says what was found.
+    """
+    if report.outputs == PROBABILITIES:
+        raise RecipeError(
+            "the teacher's outputs are probabilities (each row adds up to 1), and stores hold logits: return what goes "
+            "into its softmax."
+        )
+    reached = f"the teacher reaches {100 * report.top1:.2f} % of {report.num_samples:,} test images"
+    if config.expected_accuracy is not None:
+        expected = config.expected_accuracy / 100
+        sigma = (expected * (1 - expected) / report.num_samples) ** 0.5
+        if report.top1 >= expected - 3 * sigma - ROUNDING:
+            return
+        reached += f", {config.expected_accuracy:g} % were expected (teacher.expected_accuracy)"
+    if config.train is not None:
+        if config.expected_accuracy is not None:
+            raise RecipeError(f"{reached}: train it for longer, or expect less. The training is kept.")
+        return
+    found = _findings(teacher, report, test)
+    if not found and config.expected_accuracy is None and not report.is_at_chance(1.0):
+        return
+    chance = f"; guessing would reach {100 * report.chance:.2f} %" if report.is_at_chance() else ""
+    advice = found or (
+        "No usual input scaling and no other order of the classes changes that on a sample: look at the weights, "
+        "teacher.mean and teacher.std, data.image_size and data.test_crop."
+    )
+    raise RecipeError(
+        f"{reached}{chance}. {advice} If it has no more than that, set teacher.expected_accuracy = "
+        f"{100 * report.top1:.2f}."
+    )
+
+
+def _findings(teacher: ModelBundle, report: EvalReport, test: Evaluation) -> str:
+    """Return what other input scalings and class orders would reach, in sentences; empty if no more."""
+    if report.top1 > ENOUGH_TO_TRY:
+        return ""
+    scaling = try_scalings(teacher.model, test)
+    order = None if scaling else try_class_order(teacher.model, test)
+    return " ".join(str(finding) for finding in (scaling, order) if finding)

@@ -1,0 +1,96 @@
+"""Networks that return more than their logits: auxiliary heads, a tuple, a dictionary, an output object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from kdpipe.stages.errors import ModelError
+from kdpipe.stages.models.clone import preserve_modes
+from kdpipe.stages.models.hooks import snapshot
+
+T = TypeVar("T")
+
+RETURNS_MORE = "_kdpipe_returns_more"
+
+
+def main_logits(output: Any) -> Any:
+    """Return the main logits of what a network returns: its `logits`, the first of a tuple or list, or itself."""
+    if isinstance(output, Tensor | fx.Proxy):
+        return output
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if hasattr(output, "logits"):
+        return output.logits
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def returns_more(model: nn.Module) -> bool:
+    """Return whether `keep_main_logits` found that a network returns more than logits."""
+    return hasattr(model, RETURNS_MORE)
+
+
+def keep_main_logits(
+    name: str, model: nn.Module, image_shape: tuple[int, int, int], notify: Callable[[str], None]
+) -> None:
+    """Let `model` return its main logits alone, in place, if it returns more in either mode; `notify` of that.
+
+    Paths, state and the name of its class stay. Two black images are run, which leaves no trace. Raises ModelError if
+    something that decides the logits in evaluation would stay untrained, such as DeiT's second head.
+    """
+    with torch.no_grad():
+        outputs = {training: _trial(model, image_shape, training) for training in (False, True)}
+    found = {training: output for training, output in outputs.items() if main_logits(output) is not output}
+    if not found:
+        return
+    own = type(model)
+
+    def forward(self: nn.Module, images: Tensor) -> Any:
+        return main_logits(own.forward(self, images))
+
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    model.__class__ = type(own.__name__, (own,), {**names, "forward": forward, RETURNS_MORE: True})
+    if True in found and (untrained := _untrained(model, image_shape)):
+        raise ModelError(
+            f"{name} returns {_kind(found[True])} in training, and {untrained[0]} decides its logits in evaluation, "
+            "but not the main ones in training (`logits`, or the first): let it return its logits alone in training, "
+            "too."
+        )
+    when = "" if len(found) == 2 else " in training" if True in found else " in evaluation"
+    notify(
+        f"{name} returns {_kind(next(iter(found.values())))}{when}: its main logits are used (`logits`, or the first)."
+    )
+
+
+def _kind(output: Any) -> str:
+    return type(output).__name__
+
+
+def _trial(
+    model: nn.Module, image_shape: tuple[int, int, int], training: bool, use: Callable[[Any], T] = lambda output: output
+) -> T | None:
+    """Return `use` of what the model returns for two black images in a mode; None if it fails. It leaves no trace."""
+    images = torch.zeros(2, *image_shape)
+    restore = snapshot(model, images)
+    with preserve_modes(model):
+        try:
+            return use(model.train(training)(images))
+        except Exception:  # reported by whoever runs it in earnest
+            return None
+        finally:
+            restore()
+
+
+def _untrained(model: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:
+    """Return the trainable parameters that decide the logits in evaluation, but not in training."""
+    parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+    def used_by(logits: Tensor) -> set[str]:
+        gradients = torch.autograd.grad(logits.sum(), list(parameters.values()), allow_unused=True)
+        return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+    evaluated, trained = (_trial(model, image_shape, training, used_by) for training in (False, True))
+    return [name for name in parameters if evaluated and trained and name in evaluated - trained]
