@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +91,8 @@ def create_model(
     *,
     seed: int = 0,
     weights: str | None = None,
+    weights_key: str | None = None,
+    fresh_head: bool = False,
     image_size: tuple[int, int] | None = None,
     **args: Any,
 ) -> nn.Module:
@@ -101,6 +104,9 @@ def create_model(
         dataset: The data set, for the shape of its images and the number of its classes.
         seed: Decides the initial weights.
         weights: "published" for torchvision's, or the path of a .safetensors file or torch state dict.
+        weights_key: The key in the file, and prefix, of the weights to take, where there are several:
+            "state_dict_ema", "model.module.student".
+        fresh_head: Whether the classifier is new, for weights of other classes; it has to be trained.
         image_size: (H, W) of the views, if they differ from the images.
         **args: The network's own arguments, such as a width.
 
@@ -120,9 +126,20 @@ def create_model(
         raise ModelError(
             f"the images of {images.name} have different sizes: give image_size=(H, W), the size of the views."
         )
-    config = ModelConfig(name=name, args=as_settings("args", args), weights=weights)
+    config = ModelConfig(
+        name=name,
+        args=as_settings("args", args),
+        weights=weights,
+        weights_key=weights_key,
+        fresh_head=fresh_head,
+    )
     model = build_model(
-        config, num_classes=images.num_classes, in_channels=images.in_channels, image_size=size, seed=seed
+        config,
+        num_classes=images.num_classes,
+        in_channels=images.in_channels,
+        image_size=size,
+        seed=seed,
+        notify=lambda notice: warnings.warn(notice, stacklevel=5),
     )
     remember(model, ModelInfo(config, str(model)))
     return model

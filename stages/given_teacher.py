@@ -50,6 +50,8 @@ def require_given(config: TeacherConfig, teacher: ModelBundle, context: StageCon
 
 
 def _require_trained_head(config: ModelConfig, context: StageContext) -> None:
+    if config.fresh_head:
+        raise RecipeError("teacher.model.fresh_head = true makes a new, random classifier: train it ([teacher.train]).")
     if config.weights != PUBLISHED:
         return
     published, wanted = len(published_categories(config.name)), context.train_set.num_classes
