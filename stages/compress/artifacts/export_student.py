@@ -51,8 +51,9 @@ def _candidates(config: CompressConfig, fine_tuning: FineTuneContext) -> list[Ca
     The student itself is first, the end of the chain is last.
     """
     student, scheme = student_source(config, fine_tuning), config.quantize.scheme
-    dtypes = low_precision_dtypes(Path(config.student).expanduser()) if config.student else {}
-    found = [Candidate("student", student_job_dir(config, fine_tuning), student.load(), dtypes)]
+    network = student.load()
+    dtypes = low_precision_dtypes(Path(config.student).expanduser(), network.model) if config.student else {}
+    found = [Candidate("student", student_job_dir(config, fine_tuning), network, dtypes)]
     if config.prunes:
         source = float_source(config, fine_tuning)
         found.append(Candidate("pruned", fine_tuning.job_dir("pruned"), source.load()))
