@@ -44,6 +44,7 @@ from kdpipe.stages.runtime.cpu import lower_priority
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.tail_mass import report_tail, tail_of
 from kdpipe.stages.teacher import (
     TeacherConfig,
     build_teacher,
@@ -58,7 +59,7 @@ from kdpipe.stages.training.finalize import add_onnx, begin_job, finalize
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.task import TrainingTask
-from kdpipe.store import ensure_store
+from kdpipe.store import ensure_store, open_store
 
 # --- Stage 0: train a teacher, or take a trained one
 
@@ -139,8 +140,13 @@ def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
     test_config, test_store, test_images = replace(recipe.cache, top_k=None), run.test_store, test_context(context)
     samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
     missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
+    store = cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard)
+    if recipe.cache.top_k and not store["num_units_missing"]:
+        stored = open_store(run.store)
+        for found in run.tail_masses(stored.manifest.top_k, tail_of(stored)):
+            report_tail(found, "cache-teacher", run.monitor)
     return {
-        "store": cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard),
+        "store": store,
         "test_store": cache_teacher(test_config, test_store, teacher, [], test_images, work_shard=run.work_shard),
     }
 

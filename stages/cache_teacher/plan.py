@@ -131,7 +131,7 @@ def require_room(path: Path, needed: int) -> None:
 
 
 def top_k_of(config: CacheConfig, context: StageContext) -> TopK | None:
-    """Return the encoding of the logits, None for all of them; raises RecipeError if it keeps every class."""
+    """Return the layout of top-k logits, None for all of them. Raises RecipeError if k is the number of classes."""
     if config.top_k is None:
         return None
     num_classes = context.train_set.num_classes

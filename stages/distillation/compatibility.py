@@ -62,6 +62,21 @@ def check_image_size(
             )
 
 
+def temperatures_of(
+    losses: Sequence[Loss], teachers: TeachersConfig, store: int, where: str = "distill"
+) -> list[tuple[str, float]]:
+    """Return the names and temperatures of the losses on the logits of a store; of schedules, the highest."""
+    found = []
+    for number, loss in enumerate(losses):
+        if loss.on_logits and loss.store in (None, store):
+            own = teachers.temperatures[store : store + 1] if loss.store is None else ()
+            highest = {bounds(temperature)[1] for temperature in own or loss.temperatures()}
+            name = f"{where}.{number} ({loss.loss})"
+            uneven = vars(loss).get("rest") == "student"
+            found += [(name, temperature) for temperature in sorted(highest) if not uneven]
+    return found
+
+
 def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], targets: Targets) -> None:
     """Check that the losses work with these stores together.
 
@@ -83,6 +98,11 @@ def check_combination(spec: DistillationSpec, sources: Sequence[JoinedStore], ta
             raise RecipeError(
                 f"distill.{number} ({loss.loss}) needs the logits of all classes, and a teacher lacks some of the "
                 "student's classes: use another loss, or another teacher (distill.store)."
+            )
+        if vars(loss).get("rest") == "student" and any(maps):
+            raise RecipeError(
+                f"distill.{number} ({loss.loss}): rest = 'student' needs the student's classes in the store, and a "
+                "teacher has others: leave it out."
             )
         softened = spec.teachers.temperatures or (len(sources) > 1 and spec.teachers.ensemble == "probabilities")
         if loss.whole_logits and loss.store is None and softened:

@@ -15,6 +15,7 @@ from kdpipe.stages.distillation.compatibility import (
     class_warnings,
     require_logits,
     require_views,
+    temperatures_of,
 )
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.student_config import StudentConfig
@@ -25,6 +26,7 @@ from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.losses.features.simkd import SimKD
 from kdpipe.stages.targets.ensemble import check_teachers
 from kdpipe.stages.targets.open import local_store_path, open_with_views
+from kdpipe.stages.targets.tail_mass import measure_tails, report_tail, tail_of
 
 if TYPE_CHECKING:
     from kdpipe.stages.distillation.student_config import StudentConfig
@@ -75,6 +77,10 @@ def open_distillation(
     for store in stores:
         require_views(store, context.views.num_views)
     require_logits(stores, losses, student.teachers)
+    for number, store in enumerate(stores):
+        temperatures = temperatures_of(losses, student.teachers, number)
+        for found in measure_tails(temperatures, store.manifest.top_k, tail_of(store)) if store.manifest.top_k else ():
+            report_tail(found, "train-student", context.monitor)
     spec = DistillationSpec(
         stores,
         shapes,
