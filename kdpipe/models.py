@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from kdpipe.datasets import as_image_set
 from kdpipe.runs import isolated
 from kdpipe.stages.compress.artifacts.load import rebuild
 from kdpipe.stages.config import whole_number
+from kdpipe.stages.context import VIEW_SIZE
 from kdpipe.stages.errors import ModelError
-from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig, build_model
+from kdpipe.stages.given_teacher import has_new_head
+from kdpipe.stages.models.build import OBJECT, GivenModel, ModelConfig
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.classes import build_for_classes
 from kdpipe.stages.models.clone import unwrap
 from kdpipe.stages.models.normalization import Normalization
+from kdpipe.stages.models.weights import weights_sha256
 
 INFO = "_kdpipe_info"
 
@@ -33,6 +38,8 @@ class ModelInfo:
         normalize: The input scaling of its training, None before it.
         starts_from: The identity of the network before its training.
         trained_sha256: The digest of its weights after its training.
+        resized_from: The (H, W) of views that were resized for it, with the side they were resized to.
+        drawn_sha256: The digest of its weights when it was built, if its classifier was new.
     """
 
     config: ModelConfig | None = None
@@ -40,6 +47,8 @@ class ModelInfo:
     normalize: Normalization | None = None
     starts_from: dict[str, Any] | None = None
     trained_sha256: str | None = None
+    resized_from: dict[tuple[int, int] | None, int] = field(default_factory=dict)
+    drawn_sha256: str | None = None
 
 
 def info_of(model: nn.Module) -> ModelInfo:
@@ -55,7 +64,14 @@ def remember(model: nn.Module, info: ModelInfo) -> None:
 
 def remembering(bundle: ModelBundle) -> ModelBundle:
     """Return a loaded network that remembers its input scaling."""
-    known = replace(info_of(bundle.model), normalize=bundle.normalize, starts_from=None, trained_sha256=None)
+    views, sides = bundle.architecture.get(VIEW_SIZE), bundle.architecture["image_size"]
+    known = replace(
+        info_of(bundle.model),
+        normalize=bundle.normalize,
+        starts_from=None,
+        trained_sha256=None,
+        resized_from={tuple(views): sides[0]} if views else {},
+    )
     remember(bundle.model, known)
     return bundle
 
@@ -90,6 +106,9 @@ def create_model(
     *,
     seed: int = 0,
     weights: str | None = None,
+    classes: str | None = None,
+    weights_key: str | None = None,
+    fresh_head: bool = False,
     image_size: tuple[int, int] | None = None,
     **args: Any,
 ) -> nn.Module:
@@ -101,6 +120,11 @@ def create_model(
         dataset: The data set, for the shape of its images and the number of its classes.
         seed: Decides the initial weights.
         weights: "published" for torchvision's, or the path of a .safetensors file or torch state dict.
+        classes: The names of the classes that the weights are of, where they are more than the data's or in another
+            order: "published", or the path of a file with one class a line. The rows of the data's classes are kept.
+        weights_key: The key in the file, and prefix, of the weights to take, where there are several:
+            "state_dict_ema", "model.module.student".
+        fresh_head: Whether the classifier is new, for weights of other classes; it has to be trained.
         image_size: (H, W) of the views, if they differ from the images.
         **args: The network's own arguments, such as a width.
 
@@ -120,11 +144,24 @@ def create_model(
         raise ModelError(
             f"the images of {images.name} have different sizes: give image_size=(H, W), the size of the views."
         )
-    config = ModelConfig(name=name, args=as_settings("args", args), weights=weights)
-    model = build_model(
-        config, num_classes=images.num_classes, in_channels=images.in_channels, image_size=size, seed=seed
+    config = ModelConfig(
+        name=name,
+        args=as_settings("args", args),
+        weights=weights,
+        weights_key=weights_key,
+        fresh_head=fresh_head,
+        classes=classes,
     )
-    remember(model, ModelInfo(config, str(model)))
+    model = build_for_classes(
+        config,
+        images.class_names,
+        in_channels=images.in_channels,
+        image_size=size,
+        seed=seed,
+        notify=lambda notice: warnings.warn(notice, stacklevel=5),
+    )
+    drawn = weights_sha256(model) if has_new_head(config, images.num_classes) else None
+    remember(model, ModelInfo(config, str(model), drawn_sha256=drawn))
     return model
 
 

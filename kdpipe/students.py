@@ -96,8 +96,8 @@ def train_student(
             of another network; by default the statistics of the training images.
         views: Views for a student without a store; with one they are the store's.
         seed: Decides initial weights of a network given by name, order of the samples, and dropout.
-        options: Further keys of a recipe's `student` section: `label_smoothing`, `export`, `missing_targets`,
-            `teachers`, `target_loading`, ...
+        options: Further keys of a recipe's `student` section: `image_size`, `label_smoothing`, `export`,
+            `missing_targets`, `teachers`, `target_loading`, ...
         run: The run folder; by default one in `runs/`, named after a digest of all inputs.
         device: auto, cpu, cuda, cuda:N, or a torch.device.
         num_workers: Processes that decode images that are not in memory.

@@ -18,6 +18,7 @@ from kdpipe.pipeline.session.options import AsJson, CommonOptions, JobOptions, Q
 from kdpipe.pipeline.session.paths import output_path, require_file, require_writable
 from kdpipe.pipeline.store_app import store_app
 from kdpipe.pipeline.terminal.output import Verbosity, print_info, print_line, print_result, printable, set_verbosity
+from kdpipe.pipeline.terminal.streams import STDOUT
 
 EXIT_CODES = (
     "Exit status: 0 done; 1 failed; 2 usage or recipe; 3 done in part; 11 locked by another job; "
@@ -356,7 +357,12 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # searching for them takes a tenth of a short command
     set_verbosity(Verbosity.NORMAL)
     try:
-        app()
-    except OSError as error:  # while printing help, which `guarded` does not cover: a full disk, a broken pipe
-        print_line(f"error: {error.strerror or error}: {error.filename or 'standard output'}.")
+        try:
+            app()
+        finally:  # here, where its errors can be reported, and not when Python ends
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:  # while printing, which `guarded` does not cover: a full disk, or nobody reads any more
+        if not isinstance(error, BrokenPipeError):
+            print_line(f"error: {error.strerror or error}: {error.filename or STDOUT}.")
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kdpipe.pipeline.recipe.load import trainings_of
 from kdpipe.pipeline.run import Run
 from kdpipe.stages.compress.compress import dry_run, is_done
 from kdpipe.stages.context import StageContext
@@ -10,6 +11,7 @@ from kdpipe.stages.distillation.task_builder import build_student
 from kdpipe.stages.errors import RecipeError
 from kdpipe.stages.models.bundle import ModelBundle
 from kdpipe.stages.teacher import TeacherConfig, build_teacher, teacher_folder
+from kdpipe.stages.training.class_balance import class_weights
 from kdpipe.stages.training.job_dir import JobDir
 from kdpipe.stages.training.preflight import try_network
 
@@ -22,6 +24,8 @@ def preflight(run: Run) -> None:
         RecipeError: It cannot be with these settings.
     """
     recipe, context = run.recipe, run.context
+    for training in trainings_of(recipe).values():
+        class_weights(training, context.train_set.labels, context.train_set.num_classes)
     try_teacher(recipe.teacher, build_teacher(recipe.teacher, recipe.seed, context), context)
     seed = recipe.student.seeds[0]
     student = build_student(recipe.student, seed, context)

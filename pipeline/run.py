@@ -21,6 +21,7 @@ from kdpipe.stages.data.config import DataConfig
 from kdpipe.stages.data.image_set import ImageSet
 from kdpipe.stages.data.load import load_dataset
 from kdpipe.stages.data.loader.mix_partners import load_partner_pool, read_partner_pool
+from kdpipe.stages.distillation.compatibility import temperatures_of
 from kdpipe.stages.distillation.spec import DistillationSpec
 from kdpipe.stages.distillation.stores import open_distillation
 from kdpipe.stages.distillation.student_config import StudentConfig
@@ -39,9 +40,10 @@ from kdpipe.stages.runtime.memory import disable_malloc_trim
 from kdpipe.stages.targets.feature_spec import FeatureSpec, parse_feature, source_shapes
 from kdpipe.stages.targets.open import local_store_path, test_store_path, trust_links
 from kdpipe.stages.targets.resolve import smallest_feature
+from kdpipe.stages.targets.tail_mass import TailMass, measure_tails
 from kdpipe.stages.teacher import require_same_training, teacher_identity, untrained_teacher
 from kdpipe.stages.train_student.preflight import dry_run_losses
-from kdpipe.store import StoreError, is_url, make_folders, read_store_manifest
+from kdpipe.store import StoreError, TopK, is_url, make_folders, read_store_manifest
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Run:
             num_workers=data.num_workers,
             unreadable=data.unreadable,
             get_teacher_logits=self._get_teacher_logits,
+            load_test=partial(self._load, data, "test"),
             process_group=self.process_group,
         )
         require_fitting_test_images(context)
@@ -218,6 +221,18 @@ class Run:
                     smaller = smallest_feature(feature, available[feature.source])
                     reasons.setdefault(smaller, []).append(f"{where}.{number} ({loss.loss})")
         return reasons
+
+    def tail_masses(self, top_k: TopK | None, tail: NDArray[Any]) -> list[TailMass]:
+        """Return what the temperatures of the losses leave to classes that a store lacks, from tails [n, G]."""
+        if top_k is None or self.store not in self.stores:
+            return []
+        number = self.stores.index(self.store)
+        temperatures = [
+            one
+            for where, losses in all_losses(self.recipe).items()
+            for one in temperatures_of(losses, self.recipe.student.teachers, number, where)
+        ]
+        return list(measure_tails(temperatures, top_k, tail))
 
     @cached_property
     def distillation(self) -> DistillationSpec:

@@ -44,6 +44,7 @@ from kdpipe.stages.runtime.cpu import lower_priority
 from kdpipe.stages.runtime.events import ProgressEvent
 from kdpipe.stages.runtime.launcher import ALL, WorkShard
 from kdpipe.stages.targets.feature_spec import FeatureSpec
+from kdpipe.stages.targets.tail_mass import report_tail, tail_of
 from kdpipe.stages.teacher import (
     TeacherConfig,
     build_teacher,
@@ -58,7 +59,7 @@ from kdpipe.stages.training.finalize import add_onnx, begin_job, finalize
 from kdpipe.stages.training.job import TrainJob
 from kdpipe.stages.training.loop import train
 from kdpipe.stages.training.task import TrainingTask
-from kdpipe.store import ensure_store
+from kdpipe.store import ensure_store, open_store
 
 # --- Stage 0: train a teacher, or take a trained one
 
@@ -139,8 +140,13 @@ def run_cache_teacher(run: Run, *, hint: bool = True) -> dict[str, Any]:
     test_config, test_store, test_images = replace(recipe.cache, top_k=None), run.test_store, test_context(context)
     samples = samples_in_row_order(test_images)  # errors of the test store must come before the long work
     missing_bytes(test_store, plan_store(test_config, teacher, [], samples, test_images), samples)
+    store = cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard)
+    if recipe.cache.top_k and not store["num_units_missing"]:
+        stored = open_store(run.store)
+        for found in run.tail_masses(stored.manifest.top_k, tail_of(stored)):
+            report_tail(found, "cache-teacher", run.monitor)
     return {
-        "store": cache_teacher(recipe.cache, run.store, teacher, features, context, work_shard=run.work_shard),
+        "store": store,
         "test_store": cache_teacher(test_config, test_store, teacher, [], test_images, work_shard=run.work_shard),
     }
 
@@ -212,6 +218,7 @@ def train_student(
         context: The data and views.
         student_run: The student's folder and name; by default those of `kdpipe train-student`.
     """
+    context = context.resized(config.image_size)
     kind, process_group = ALONE if spec is None else DISTILLED, context.process_group
     student_run = student_run or StudentRun(student_folder(context.run_dir, kind, seed), f"{kind} student, seed {seed}")
     process_group.require_shares(config.train.batch_size, context.train_set.num_samples)
@@ -257,8 +264,8 @@ def _build_hint_task(
 
 def try_distillation(run: Run, spec: DistillationSpec, config: StudentConfig) -> TrainingTask:
     """Build a first training task, so that errors and warnings come before any training."""
-    seed = config.seeds[0]
-    task = build_task(build_student(config, seed, run.context, spec.losses), spec, seed, run.context)
+    seed, context = config.seeds[0], run.context.resized(config.image_size)
+    task = build_task(build_student(config, seed, context, spec.losses), spec, seed, context)
     if task.targets and task.targets.num_without_targets:
         count = f"{task.targets.num_without_targets:,} of {task.num_samples:,} samples have no targets"
         run.monitor.warn("train-student", f"{count}: they are trained on their labels alone.")

@@ -59,6 +59,11 @@ def _check(run: Run, count: int) -> None:
             "simkd makes the teacher's classifier part of the student, which then cannot teach another: use "
             "another loss for generations, or --count 1."
         )
+    if count > 1 and student.image_size is not None:
+        raise RecipeError(
+            "student.image_size gives the student smaller views, and a student that teaches the next one needs the "
+            "views of the store: remove it, or use --count 1."
+        )
     run.check_losses_fit()
     if count > 1:
         model = build_student(student, student.seeds[0], run.context).model

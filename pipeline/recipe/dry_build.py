@@ -18,11 +18,12 @@ from kdpipe.stages.data.load import KNOWN_NAMES, list_source
 from kdpipe.stages.data.sources.user_function import is_user_dataset
 from kdpipe.stages.distillation.student_config import StudentConfig
 from kdpipe.stages.distillation.task_builder import build_student
-from kdpipe.stages.errors import DataError, ModelError, RecipeError, UnknownModelError
+from kdpipe.stages.errors import DataError, ModelError, NotLogitsError, RecipeError, UnknownModelError
 from kdpipe.stages.given_teacher import require_given
 from kdpipe.stages.losses.base import Loss
 from kdpipe.stages.models.build import PUBLISHED, build_model, weights_path
 from kdpipe.stages.models.bundle import ModelBundle
+from kdpipe.stages.models.classes import read_class_list
 from kdpipe.stages.models.normalization import Normalization
 from kdpipe.stages.models.registry import SMALL_IMAGE_NETWORKS
 from kdpipe.stages.models.user_models import is_user_model
@@ -127,10 +128,13 @@ def _blank_context(recipe: Recipe) -> StageContext | None:
 
 def _blank(recipe: Recipe, num_classes: int, channels: int, side: int) -> StageContext:
     """Return a white and a black image of each class: the std of equal images would be 0."""
+    names = tuple(str(number) for number in range(num_classes))
+    if recipe.teacher.model.classes is not None:
+        names = tuple(each[0] for each in read_class_list(recipe.teacher.model))[:num_classes]
+        num_classes = len(names)
     num_images = 2 * num_classes
     images = torch.zeros(num_images, channels, side, side, dtype=torch.uint8)
     images[num_classes:] = 255
-    names = tuple(str(number) for number in range(num_classes))
     ids = torch.arange(num_images)
     blank = ImageSet(recipe.data.name, "train", images, ids % num_classes, ids, names)
     return StageContext(Path(), blank, blank, recipe.views, torch.device("cpu"), RunMonitor())
@@ -193,7 +197,7 @@ def _faults_of_names(recipe: Recipe) -> Iterator[str]:
     for role, config in (("teacher", recipe.teacher.model), ("student", recipe.student.model)):
         try:
             build_model(config, num_classes=NUM_CLASSES, in_channels=channels, image_size=(side, side), seed=0)
-        except UnknownModelError as error:
+        except (UnknownModelError, NotLogitsError) as error:
             yield f"{role}: {error}"
         except ModelError:  # it does not fit images of the assumed size
             continue
@@ -204,4 +208,5 @@ def _without_weights(section: Config) -> Config:
     model = section.model
     if model.weights == PUBLISHED and model.name in SMALL_IMAGE_NETWORKS:
         return section
-    return replace(section, model=replace(model, weights=None))
+    classes = model.classes if is_user_model(model.name) else None
+    return replace(section, model=replace(model, weights=None, classes=classes))

@@ -84,7 +84,7 @@ def plan_store(
     Raises ModelError, listing the nearest paths, for an unknown layer; RecipeError for a top_k of all classes;
     StoreError for a store that readers would refuse.
     """
-    top_k = _top_k(config, context)
+    top_k = top_k_of(config, context)
     logits = (
         top_k.arrays(config.dtype) if top_k else (ArraySpec(LOGITS, (context.train_set.num_classes,), config.dtype),)
     )
@@ -130,7 +130,8 @@ def require_room(path: Path, needed: int) -> None:
         )
 
 
-def _top_k(config: CacheConfig, context: StageContext) -> TopK | None:
+def top_k_of(config: CacheConfig, context: StageContext) -> TopK | None:
+    """Return the layout of top-k logits, None for all of them. Raises RecipeError if k is the number of classes."""
     if config.top_k is None:
         return None
     num_classes = context.train_set.num_classes

@@ -176,6 +176,7 @@ def dry_run(config: CompressConfig, student: StudentConfig, context: StageContex
     Raises:
         ModelError: If the student cannot be compressed.
     """
+    context = context.resized(student.image_size)
     network = build_student(student, student.seeds[0], context)
     if config.student is not None:
         network = load_external(Path(config.student).expanduser(), network, context.test_set.class_names)

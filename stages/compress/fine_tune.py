@@ -99,7 +99,7 @@ def build_fine_tuning(
     student: StudentConfig, seed: int, spec: DistillationSpec | None, context: StageContext, root: Path
 ) -> FineTuneContext:
     """Return what the fine-tunings of a seed's student share, in the folder `root`."""
-    smoothing = student.label_smoothing
+    context, smoothing = context.resized(student.image_size), student.label_smoothing
     return FineTuneContext(
         seed=seed,
         spec=spec,

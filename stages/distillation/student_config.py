@@ -39,6 +39,7 @@ class StudentConfig:
         target_loading: How targets are loaded.
         mean: The input's mean for each channel; by default that of the training images.
         std: The input's standard deviation for each channel.
+        image_size: Side of the square to which the views are resized for the student; by default it sees the teacher's.
     """
 
     model: ModelConfig
@@ -54,6 +55,7 @@ class StudentConfig:
     target_loading: TargetLoadingConfig = Field(default_factory=TargetLoadingConfig)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    image_size: Annotated[int, Field(ge=1, le=2**14)] | None = None
 
 
 def view_warning(views: Views) -> str | None:

@@ -93,9 +93,9 @@ def finalize(
     def evaluate_and_write() -> dict[str, Any]:
         report = evaluate_in_depth(network.model, test, test.device)
         require(report)
-        if test.warn is not None:
-            for warning in _warnings(report):
-                test.warn(f"the network in {job_dir.path} {warning}.")
+        warn = test.warn or (lambda sentence: None)
+        for warning in _warnings(report):
+            warn(f"the network in {job_dir.path} {warning}.")
         return _write(
             job_dir, network, history, test, report, with_onnx=with_onnx, on_no_export=on_no_export, more=more or {}
         )

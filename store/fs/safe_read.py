@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdpipe.store.errors import KdpipeError, LinkedStoreError
+from kdpipe.store.fs.atomic_write import naming
 
 MAX_JSON_BYTES = 2 * 2**20
 
@@ -46,7 +47,7 @@ def read_regular_file(file: Path, max_bytes: int, root: Path | None = None) -> b
 
     Raises OSError as `open_regular_file` does.
     """
-    with os.fdopen(open_regular_file(file, root), "rb") as opened:
+    with naming(file), os.fdopen(open_regular_file(file, root), "rb") as opened:
         # Never allocate what an untrusted file merely claims to hold: read() allocates what it is asked for.
         return opened.read(min(max_bytes, os.fstat(opened.fileno()).st_size) + 1)
 

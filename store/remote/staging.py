@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdpipe.store.errors import StoreError, translate_os_errors
+from kdpipe.store.errors import StoreError, explain, translate_os_errors
 from kdpipe.store.format.identity import sha256_of
 from kdpipe.store.format.layout import StoreLayout, Unit
 from kdpipe.store.format.manifest import Manifest
@@ -225,9 +225,10 @@ def _is_copy_of(stored: Manifest, remote: RemoteStore) -> bool:
 
 
 def _failure(entry: Path, error: OSError) -> str:
+    reason, advice = explain(error)
     return (
-        f"cannot stage into {entry}: {error.strerror or error}. What is staged is kept: make room or set another "
-        "folder (KDPIPE_CACHE), and run the same command again."
+        f"cannot stage into {entry}: {reason}. What is staged is kept: {advice}, or set another folder (KDPIPE_CACHE), "
+        "and run the same command again."
     )
 
 

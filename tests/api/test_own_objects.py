@@ -90,6 +90,26 @@ def test_teacher_without_normalization_is_refused(data, network):
     assert store.manifest.identity.teacher["normalization"] == {"mean": [0.5], "std": [0.5]}
 
 
+class Both(Net):
+    """Returns logits and features in both modes."""
+
+    def forward(self, images):
+        return {"hidden": self.body(images), "logits": super().forward(images)}
+
+
+def test_main_logits_of_several_outputs_are_used(data, network):
+    both = Both()
+    both.load_state_dict(network.state_dict())
+    one = kd.cache_teacher(network, data[0], "one.zarr", mean=[0.5], std=[0.5], **QUIET)
+    with pytest.warns(UserWarning, match="Both returns dict: its main logits are used"):
+        other = kd.cache_teacher(both, data[0], "other.zarr", mean=[0.5], std=[0.5], **QUIET)
+    assert np.array_equal(one.read_view("logits", 0), other.read_view("logits", 0))
+    assert type(both(torch.zeros(1, 1, 6, 6))) is dict
+    result = kd.train_student(both, data[0], other, test=data[1], epochs=1, batch_size=32, **QUIET)
+    kd.cache_teacher(result.model, data[0], "again.zarr", **QUIET)
+    assert type(kd.load_student(result, model=both).model(torch.zeros(1, 1, 6, 6))) is torch.Tensor
+
+
 def test_edited_class_is_another_network(tmp_path, monkeypatch, data):
     source = textwrap.dedent("""
         from torch import nn
@@ -217,3 +237,20 @@ def test_evaluate_measures_what_training_measured(data, network):
     assert kd.evaluate(result.bundle, test, device="cpu").top1 == result.accuracy
     with pytest.raises(kd.KdpipeError, match="normalize="):
         kd.evaluate(Net(), test, device="cpu")
+
+
+def test_given_weights_need_their_scaling_and_reach_what_is_expected(data, network):
+    train, test = data
+    trained = kd.train_teacher(network, train, test=test, epochs=3, batch_size=32, mean=0.25, std=0.5, **QUIET)
+    torch.save(network.state_dict(), "net.pt")
+    given = Net()
+    given.load_state_dict(torch.load("net.pt", weights_only=True))
+    with pytest.raises(kd.KdpipeError, match="100 % were expected"):
+        kd.cache_teacher(given, train, "s.zarr", test=test, mean=0.25, std=0.5, expected_accuracy=100, **QUIET)
+    expected = 100 * trained.accuracy
+    kd.cache_teacher(given, train, "s.zarr", test=test, mean=0.25, std=0.5, expected_accuracy=expected, **QUIET)
+    made = kd.create_model("cnn", train, width=2)
+    torch.save(made.state_dict(), "cnn.pt")
+    loaded = kd.create_model("cnn", train, width=2, weights="cnn.pt")
+    with pytest.raises(kd.KdpipeError, match=r"give normalize=\(mean, std\)"):
+        kd.cache_teacher(loaded, train, "t.zarr", **QUIET)

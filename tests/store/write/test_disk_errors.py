@@ -140,7 +140,7 @@ print(refusal(lambda: work(path, Wish(LOGITS["float32"], num_views=3, num_layers
 """
     writing, claiming, difference, growing = on_tmpfs(tmp_path, script)
     assert "the file system is read-only" in writing
-    assert "cannot be used (Read-only file system)" in claiming
+    assert "cannot be used: the file system is read-only" in claiming
     assert difference == "None"
     assert "read-only" in growing.lower()
 
@@ -161,8 +161,9 @@ WORDS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
     errno.ESTALE: "the file system is gone",
-    errno.EIO: "Input/output error",
+    errno.EIO: "the disk reports an error",
 }
+ADVICE = {errno.EROFS: "have it mounted for writing", errno.EIO: "dmesg", errno.ESTALE: "mounted again"}
 
 
 @pytest.fixture
@@ -195,6 +196,8 @@ def test_disk_errors_are_plain_sentences(begun, monkeypatch, code, words):
         with pytest.raises(StoreError, match=rf"cannot write .*/logits/.*: {words}; [\d,]+ bytes are needed") as caught:
             commit(path, manifest, unit)
     assert "\n" not in str(caught.value)
+    assert ("make room" in str(caught.value)) == (code == errno.ENOSPC)
+    assert ADVICE.get(code, "run the same command again") in str(caught.value)
     assert unit in missing_units(path, manifest)
     fill(path, manifest)
     assert first_difference(open_store(path)) is None
@@ -278,7 +281,7 @@ def test_a_claim_on_a_full_disk_is_one_sentence(begun, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("os.pwrite", full)
-    with pytest.raises(KdpipeError, match=r"lock file .* cannot be used \(No space left on device\)"):
+    with pytest.raises(KdpipeError, match=r"lock file .* cannot be used: the disk is full; make room"):
         claim(path, "v0-s0")
     monkeypatch.undo()
     acquired = claim(path, "v0-s0")

@@ -159,9 +159,7 @@ class Shuffled(nn.Module):
 
 
 def test_hard_coded_channels_are_an_error():
-    with pytest.raises(
-        ModelError, match=r"does not run .* relies on .* of (.+)\. Set compress\.prune\.exclude"
-    ) as refused:
+    with pytest.raises(ModelError, match=r"does not run .* relies on .* compress\.prune\.exclude") as refused:
         prune(HardCoded(), EXAMPLE, PruneConfig())
     advice = re.findall(r"exclude = (\[.*\]),", str(refused.value))
     prune(HardCoded(), EXAMPLE, PruneConfig(exclude=ast.literal_eval(advice[0])))
@@ -187,12 +185,10 @@ def test_layer_before_a_hard_coded_view_is_named():
     assert pruned.model.stem.out_channels == 4
 
 
-@pytest.mark.parametrize(
-    "parametrize", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
-)
-def test_layers_with_computed_weights_keep_them(parametrize):
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_layers_with_computed_weights_keep_them(name):
     model = build("residual")
-    parametrize(model.stem[0])
+    getattr(nn.utils.parametrizations, name)(model.stem[0])
     with pytest.raises(ModelError, match=r"cannot follow its channels .* prune\.kind = 'weights'"):
         prune(model, EXAMPLE, PruneConfig())
     pruned = prune(model, EXAMPLE, PruneConfig(kind="weights"))
